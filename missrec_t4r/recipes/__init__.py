@@ -1,0 +1,1 @@
+"""Named settings as YAML, read by `missrec_t4r.config`."""

@@ -1,0 +1,1 @@
+"""Templates of the Triton model repository, readable as text; `missrec_t4r.export` fills them in."""

@@ -1,1 +1,1 @@
-"""Named settings as YAML, read by `missrec_t4r.config`."""
+"""Named settings as YAML files; each opens with the commands that prepare, run and override it."""

@@ -1,0 +1,266 @@
+"""Settings, each with its default, its unit and its source; read from YAML recipes, written back to every run.
+
+`MISSRecConfig.paper()` is the published method (arXiv:2308.11175) to the letter; the defaults are ours, and each
+departure says why. Contradictions are reported all at once, in the words a user typed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.resources
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from missrec_t4r.errors import ConfigError
+
+SequenceFusion = Literal["add", "contextual"]
+CandidateFusionName = Literal["static", "dynamic_shared", "dynamic_instance"]
+Attention = Literal["bidirectional", "causal"]
+MissingModality = Literal["masked", "zero_row"]
+Orthogonality = Literal["cosine", "faithful"]
+FeatureScaling = Literal["l2", "none"]
+InterestAlgorithm = Literal["kmeans", "dpc_knn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MISSRecConfig:
+    """Architecture of the model."""
+
+    d_model: int = 300
+    """Width of tokens and of the session vector."""
+    n_head: int = 4
+    """Attention heads; divides ``d_model``."""
+    d_feedforward: int = 256
+    """Width of the feed-forward layers (paper: 256)."""
+    n_encoder_layers: int = 1
+    """Layers of the contextual encoder."""
+    n_decoder_layers: int = 1
+    """Layers of the interest-aware decoder."""
+    dropout: float = 0.5
+    """Dropout of hidden states and of attention weights (paper: 0.5)."""
+    layer_norm_eps: float = 1e-12
+    """Added to the variance in every LayerNorm (paper: 1e-12)."""
+    max_sequence_length: int = 50
+    """Items of a session that the model sees, the most recent ones (paper: 50)."""
+    attention: Attention = "causal"
+    """``bidirectional``: one example is one prefix, as published. ``causal``: every position of a session is trained
+    in one pass, several times faster; exact without interest tokens and with one decoder layer (docs/equations.md)."""
+    sequence_fusion: SequenceFusion = "add"
+    """``add``: an item is the sum of its modality tokens. ``contextual``: every modality keeps a token of its own."""
+    candidate_fusion: CandidateFusionName = "dynamic_shared"
+    """How a candidate's modality scores are weighed (paper, dynamic candidate fusion)."""
+    item_ids: bool = True
+    """True: transductive, items also have a learned ID embedding. False: inductive, any item with a feature scores."""
+    interest_ratio: float = 0.5
+    """Interest clusters per modality token of the catalogue (paper: 0.5 fine-tuning, 0.02 pre-training)."""
+    interest_algorithm: InterestAlgorithm = "kmeans"
+    """``kmeans``: mini-batch k-means, as in the published logs. ``dpc_knn``: density peaks, small catalogues only."""
+    missing_modality: MissingModality = "masked"
+    """``masked``: a missing modality is never attended to, clustered or scored. ``zero_row``: as published, its token
+    is the adapter's bias."""
+    feature_scaling: FeatureScaling = "l2"
+    """``l2``: modality vectors of unit length enter the adapters, so that encoders of any scale train alike (ours)."""
+    history_bias: bool = True
+    """Learn one number that is added to the score of items already in the session (ours: 1 % of targets repeat)."""
+    temperature: float = 0.07
+    """Divides scores before the softmax; > 0 (paper: 0.07)."""
+    orthogonality: Orthogonality = "cosine"
+    """``cosine``: mean squared cosine between different interest tokens of a session (ours). ``faithful``: the authors'
+    regulariser, which depends on padding."""
+    orthogonality_weight: float = 1e-4
+    """Weight of the regulariser (paper: 1e-4)."""
+    modality_dropout: float = 0.0
+    """Probability that a training item loses one of its modalities; it never loses the last one (ours)."""
+    mask_untrained_ids: bool = True
+    """An item that never occurs in training is scored by its modalities alone (ours); False uses its untrained ID."""
+    id_dropout: float = 0.0
+    """Probability that a training item is treated as if it had no ID embedding (ours: prepares for new items)."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        wrong = [
+            (self.d_model % self.n_head != 0, f"--d-model {self.d_model} is no multiple of --n-head {self.n_head}"),
+            (min(self.d_model, self.n_head, self.d_feedforward, self.max_sequence_length) < 1, "a size is below 1"),
+            (self.n_encoder_layers < 0 or self.n_decoder_layers < 1, "--n-decoder-layers must be at least 1"),
+            (not 0 <= self.dropout < 1, f"--dropout {self.dropout} is outside [0, 1)"),
+            (self.temperature <= 0, f"--temperature {self.temperature} is not positive"),
+            (not 0 < self.interest_ratio <= 1, f"--interest-ratio {self.interest_ratio} is outside (0, 1]"),
+            (not 0 <= self.modality_dropout < 1, f"--modality-dropout {self.modality_dropout} is outside [0, 1)"),
+            (not 0 <= self.id_dropout < 1, f"--id-dropout {self.id_dropout} is outside [0, 1)"),
+            (
+                self.attention == "causal" and self.sequence_fusion == "contextual",
+                "--sequence-fusion contextual needs --attention bidirectional",
+            ),
+        ]
+        _refuse([words for bad, words in wrong if bad])
+
+    @classmethod
+    def paper(cls, **changes: Any) -> MISSRecConfig:
+        """Return the published configuration (section 5.1.4 of the paper and the authors' release).
+
+        Examples
+        --------
+        >>> MISSRecConfig.paper().attention
+        'bidirectional'
+        """
+        published: dict[str, Any] = {
+            "attention": "bidirectional",
+            "missing_modality": "zero_row",
+            "feature_scaling": "none",
+            "history_bias": False,
+            "mask_untrained_ids": False,
+            "orthogonality": "faithful",
+        }
+        return cls(**(published | changes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Fine-tuning on one data set."""
+
+    learning_rate: float = 1e-3
+    """Adam's step size (paper: 1e-3)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (paper: none)."""
+    batch_size: int = 512
+    """Trained positions per optimiser step, as published for prefixes; sessions are packed up to this number."""
+    epochs: int = 60
+    """Upper limit of passes over the training sessions."""
+    patience: int = 5
+    """Epochs without a better validation NDCG@10 before training stops (paper: 10)."""
+    max_minutes: float = 0.0
+    """Stop after the epoch that passes this many minutes; 0 for no limit."""
+    seed: int = 2020
+    """Seeds initialisation, order, dropout and clustering."""
+    windows_per_session: int = 0
+    """Windows of ``max_sequence_length`` drawn per session and epoch; 0 takes every position once."""
+    next_items: int = 1
+    """How many following items are targets of a position; 1 is the published objective."""
+    next_items_weight: float = 0.3
+    """Weight of the targets after the first; the first has 1."""
+    reverse_probability: float = 0.0
+    """Probability that a training session is read backwards (ours, an augmentation)."""
+    ema_decay: float = 0.0
+    """Decay per step of the averaged weights that are evaluated and exported; 0 switches averaging off."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate grows linearly from zero."""
+    refresh_interests_every: int = 1
+    """Epochs between two interest discoveries (paper: 1)."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        wrong = [
+            (self.learning_rate <= 0, f"--learning-rate {self.learning_rate} is not positive"),
+            (min(self.batch_size, self.epochs, self.patience, self.next_items) < 1, "a count is below 1"),
+            (not 0 <= self.reverse_probability <= 1, "--reverse-probability is outside [0, 1]"),
+            (not 0 <= self.ema_decay < 1, f"--ema-decay {self.ema_decay} is outside [0, 1)"),
+        ]
+        _refuse([words for bad, words in wrong if bad])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A named setting: the model and how it is trained."""
+
+    name: str = "default"
+    """Shown in tables and written to the run."""
+    model: MISSRecConfig = field(default_factory=MISSRecConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """Read a shipped recipe by name, or a YAML file by path.
+
+        Parameters
+        ----------
+        name_or_path : str or Path
+            ``"default"``, ``"paper"``, … or a path that ends in ``.yaml``.
+        overrides : mapping, optional
+            ``{"model.d_model": 128, "train.epochs": 3}``; wins over the file.
+
+        Raises
+        ------
+        ConfigError
+            Unknown recipe or key (the nearest known one is named), wrong type, or a contradiction.
+        """
+        text, name = _recipe_text(name_or_path)
+        content = yaml.safe_load(text) or {}
+        if not isinstance(content, dict):
+            raise ConfigError(f"recipe {name} holds {type(content).__name__}", "a mapping with model: and train:")
+        for key, value in (overrides or {}).items():
+            part, _, setting = key.partition(".")
+            if not setting:
+                raise ConfigError(f"setting {key!r}", "model.NAME or train.NAME", f"try model.{key} or train.{key}")
+            content.setdefault(part, {})[setting] = value
+        return cls.from_dict({"name": name} | content)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Recipe:
+        """Build from a mapping as `to_dict` writes it."""
+        _refuse_unknown(content, cls, "recipe")
+        base = MISSRecConfig.paper if content.get("name") == "paper" else MISSRecConfig
+        model, train = dict(content.get("model") or {}), dict(content.get("train") or {})
+        _refuse_unknown(model, MISSRecConfig, "model")
+        _refuse_unknown(train, TrainConfig, "train")
+        return cls(name=str(content.get("name", "default")), model=base(**model), train=TrainConfig(**train))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON or YAML."""
+        return dataclasses.asdict(self)
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    folder = importlib.resources.files("missrec_t4r.recipes")
+    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise ConfigError(f"recipe file {path} does not exist", "a YAML file", "check the path")
+        return path.read_text(encoding="utf-8"), path.stem
+    if str(name_or_path) not in shipped_recipes():
+        known = ", ".join(shipped_recipes())
+        raise ConfigError(f"recipe {str(name_or_path)!r} is unknown", f"one of {known}, or a path to a .yaml file")
+    file = importlib.resources.files("missrec_t4r.recipes") / f"{name_or_path}.yaml"
+    return file.read_text(encoding="utf-8"), str(name_or_path)
+
+
+_Settings = TypeVar("_Settings", MISSRecConfig, TrainConfig)
+
+
+def _refuse_unknown(content: Mapping[str, Any], settings: type[Any], where: str) -> None:
+    known = [item.name for item in dataclasses.fields(settings)]
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            cure = f"did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown setting {where}.{key}", f"one of {', '.join(known)}", cure.rstrip("?") and cure)
+
+
+def _check_types(settings: Any) -> None:
+    hints = get_type_hints(type(settings))
+    wrong = []
+    for item in dataclasses.fields(settings):
+        value, hint = getattr(settings, item.name), hints[item.name]
+        if get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                wrong.append(f"{item.name} is {value!r}, one of {', '.join(map(repr, get_args(hint)))} is expected")
+        elif hint is float:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                wrong.append(f"{item.name} is {value!r}, a number is expected")
+        elif type(value) is not hint:
+            wrong.append(f"{item.name} is {value!r}, {hint.__name__} is expected")
+    _refuse(wrong)
+
+
+def _refuse(wrong: list[str]) -> None:
+    if wrong:
+        raise ConfigError("; ".join(wrong), "", "correct the recipe or the --set options")

@@ -1,0 +1,147 @@
+"""Training batches: every position of a session at once, or one prefix per example; bucketed by length.
+
+Sessions average seven items, so padding all of them to fifty would make 85 % of a batch padding. Batches are cut from
+a shuffled pool that is sorted by length: a few per cent of padding, and the order still changes with every epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from missrec_t4r.config import MISSRecConfig, TrainConfig
+from missrec_t4r.data.sessions import Sessions
+
+Ints = npt.NDArray[np.int64]
+
+_POOL_BATCHES = 32
+"""Batches that are cut from one sorted pool."""
+
+
+class TrainingBatch(NamedTuple):
+    """One optimiser step's sessions."""
+
+    item_ids: Tensor
+    """[batch, seq], int64, 0-padded on the right."""
+    targets: Tensor
+    """[batch, seq, target] for all positions, [batch, target] for prefixes; 0 where there is no target."""
+
+
+class Examples(NamedTuple):
+    """Where each example lies in the sessions' values: inputs ``[begin, end)``, targets from ``end`` or within."""
+
+    begin: Ints
+    end: Ints
+    limit: Ints
+    """End of the example's session: no target lies at or after it."""
+
+    @property
+    def lengths(self) -> Ints:
+        """Input items per example."""
+        return self.end - self.begin
+
+
+def window_examples(sessions: Sessions, max_length: int, per_session: int, rng: np.random.Generator) -> Examples:
+    """Cut sessions into windows whose positions are all trained, each against the item after it.
+
+    Parameters
+    ----------
+    sessions : Sessions
+    max_length : int
+        Input items of a window.
+    per_session : int
+        Random windows per session; 0 covers every position once, from the end of the session backwards.
+    rng : numpy Generator
+        Draws the windows.
+    """
+    begins, ends = sessions.offsets[:-1], sessions.offsets[1:]
+    usable = ends - begins >= 2
+    begins, ends = begins[usable], ends[usable]
+    if per_session:
+        begins, ends = np.repeat(begins, per_session), np.repeat(ends, per_session)
+        latest = np.maximum(ends - 1 - max_length, begins)
+        start = begins + (rng.random(len(begins)) * (latest - begins + 1)).astype(np.int64)
+        return Examples(start, np.minimum(start + max_length, ends - 1), ends)
+    pieces = -(-(ends - 1 - begins) // max_length)
+    owner = np.repeat(np.arange(len(begins)), pieces)
+    index = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    stop = ends[owner] - 1 - index * max_length
+    return Examples(np.maximum(stop - max_length, begins[owner]), stop, ends[owner])
+
+
+def prefix_examples(sessions: Sessions, max_length: int, per_session: int, rng: np.random.Generator) -> Examples:
+    """Return one example per prefix; a session of n items gives n - 1 (specification 5), or a sample of them."""
+    offsets = sessions.offsets
+    owner = np.repeat(np.arange(len(sessions)), np.maximum(sessions.lengths - 1, 0))
+    within = np.arange(len(owner)) - np.repeat(np.cumsum(np.maximum(sessions.lengths - 1, 0)), np.maximum(sessions.lengths - 1, 0))
+    end = offsets[owner + 1] + within  # within is negative: counts from the session's end
+    if per_session and len(owner):
+        rank = np.lexsort((rng.random(len(owner)), owner))
+        first = np.searchsorted(owner, owner)
+        keep = np.sort(rank[np.arange(len(owner)) - first < per_session])
+        owner, end = owner[keep], end[keep]
+    return Examples(np.maximum(end - max_length, offsets[owner]), end, offsets[owner + 1])
+
+
+def training_batches(
+    sessions: Sessions, model: MISSRecConfig, train: TrainConfig, rng: np.random.Generator
+) -> list[tuple[Examples, bool]]:
+    """Plan one epoch: batches of about ``train.batch_size`` trained positions each, in random order.
+
+    Returns
+    -------
+    list of (Examples, bool)
+        The batch's examples, and whether they are read backwards.
+    """
+    all_positions = model.attention == "causal"
+    choose = window_examples if all_positions else prefix_examples
+    examples = choose(sessions, model.max_sequence_length, train.windows_per_session, rng)
+    cost = examples.lengths if all_positions else np.ones_like(examples.begin)
+    batches = _bucketed(examples.lengths, cost, train.batch_size, rng)
+    backwards = rng.random(len(batches)) < train.reverse_probability
+    return [(Examples(*(part[chosen] for part in examples)), bool(b)) for chosen, b in zip(batches, backwards, strict=True)]
+
+
+def collate(sessions: Sessions, examples: Examples, n_targets: int, *, all_positions: bool, backwards: bool) -> TrainingBatch:
+    """Gather a batch's items and targets; ``backwards`` reads each example's items and first target in reverse."""
+    width = int(examples.lengths.max())
+    steps = np.arange(width)
+    real = steps < examples.lengths[:, None]
+    first, last = examples.begin[:, None], examples.end[:, None]
+    at = np.where(real, last - steps if backwards else first + steps, 0)
+    item_ids = np.where(real, sessions.values[at], 0)
+    if not all_positions:
+        at, real = (examples.begin + 1 if backwards else examples.end - 1)[:, None], real[:, :1]
+    ahead = np.arange(1, n_targets + 1) * (-1 if backwards else 1)
+    there = at[..., None] + ahead
+    inside = real[..., None] & (there >= first[..., None]) & (there < examples.limit[:, None, None])
+    targets = np.where(inside, sessions.values[np.where(inside, there, 0)], 0)
+    if not all_positions:
+        targets = targets[:, 0]
+    return TrainingBatch(torch.from_numpy(item_ids), torch.from_numpy(targets))
+
+
+def iterate(
+    sessions: Sessions, plan: list[tuple[Examples, bool]], model: MISSRecConfig, train: TrainConfig
+) -> Iterator[TrainingBatch]:
+    """Yield the planned batches as tensors."""
+    all_positions = model.attention == "causal"
+    for examples, backwards in plan:
+        yield collate(sessions, examples, train.next_items, all_positions=all_positions, backwards=backwards)
+
+
+def _bucketed(lengths: Ints, cost: Ints, budget: int, rng: np.random.Generator) -> list[Ints]:
+    """Group examples of similar length so that a group's cost stays near ``budget``."""
+    order = rng.permutation(len(lengths))
+    spent = np.cumsum(cost[order])
+    pool = (spent - 1) // (budget * _POOL_BATCHES)
+    order = order[np.lexsort((lengths[order], pool))]
+    group = (np.cumsum(cost[order]) - 1) // budget
+    cuts = np.flatnonzero(np.diff(group)) + 1
+    batches = np.split(order, cuts) if len(order) else []
+    return [batches[index] for index in rng.permutation(len(batches))]

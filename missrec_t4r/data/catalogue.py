@@ -1,0 +1,204 @@
+"""The catalogue: raw item ids in fixed rows, modality vectors, presence masks and business columns.
+
+A folder of plain files (`catalogue.json`, `vocabulary.parquet`, `items.parquet`, `<modality>.npy`, `presence.npy`)
+that ETL writes and everything else reads. Rows are NVTabular's: 0 padding, 1 null, 2 unknown, items from 3 on; the
+catalogue owns them and they never move.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from missrec_t4r.errors import DataError, ModalityError
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, NULL_ROW, ROW, TRAIN_COUNT, UNKNOWN_ROW
+
+FORMAT_VERSION = 1
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Modality:
+    """Frozen vectors of one modality for all catalogue rows.
+
+    Parameters
+    ----------
+    vectors : ndarray [row, width], float32
+        Zero where the item lacks the modality and in the three reserved rows.
+    present : ndarray [row], bool
+        True where the item has the modality.
+    encoder : mapping
+        Fingerprint of the encoder (name, revision, preprocessing): two catalogues share a modality only if it agrees.
+    """
+
+    vectors: npt.NDArray[np.float32]
+    present: npt.NDArray[np.bool_]
+    encoder: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """Dimension of a vector."""
+        return int(self.vectors.shape[1])
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All items that can be recommended.
+
+    Parameters
+    ----------
+    items : pyarrow.Table
+        One line per item in row order, starting with row 3: `item_id`, `train_count`, then business columns.
+    modalities : mapping of str to Modality
+        Any number of modalities by name.
+
+    Examples
+    --------
+    >>> items = pa.table({"item_id": ["lamp", "desk"], "train_count": [5, 1]})
+    >>> catalogue = Catalogue(items, {})
+    >>> catalogue.rows_of(["desk", "sofa"]).tolist()
+    [4, 2]
+    >>> catalogue.ids_of(np.array([3]))
+    ['lamp']
+    """
+
+    items: pa.Table
+    modalities: Mapping[str, Modality]
+
+    def __post_init__(self) -> None:
+        for name in (ITEM_ID, TRAIN_COUNT):
+            if name not in self.items.column_names:
+                raise DataError(f"the item table has no column {name!r}", "item_id and train_count", "re-run missrec etl")
+        for name, modality in self.modalities.items():
+            _check_modality(name, modality, self.n_rows)
+
+    @property
+    def n_items(self) -> int:
+        """Number of items, reserved rows not counted."""
+        return int(self.items.num_rows)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows including the three reserved ones; also the width of a score vector."""
+        return self.n_items + FIRST_ITEM_ROW
+
+    @cached_property
+    def train_count(self) -> npt.NDArray[np.int64]:
+        """Interactions per row in the training split, [row]; popularity. 0 marks a cold item."""
+        counts = np.zeros(self.n_rows, np.int64)
+        counts[FIRST_ITEM_ROW:] = self.items[TRAIN_COUNT].to_numpy()
+        return counts
+
+    @property
+    def id_type(self) -> str:
+        """``"string"`` or ``"int64"``: the type of raw ids in requests and answers."""
+        return "int64" if pa.types.is_integer(self.items[ITEM_ID].type) else "string"
+
+    @cached_property
+    def _index(self) -> pa.Array:
+        column = self.items[ITEM_ID].combine_chunks()
+        return column.cast(pa.int64() if self.id_type == "int64" else pa.string())
+
+    def rows_of(self, item_ids: Sequence[str | int | None] | pa.Array) -> Rows:
+        """Return the row of every raw id, as Categorify does: unknown ids are row 2, missing ids row 1."""
+        ids = item_ids if isinstance(item_ids, pa.Array) else pa.array(item_ids)
+        if ids.type != self._index.type:
+            ids = ids.cast(self._index.type)
+        found = pc.index_in(ids, value_set=self._index)
+        rows = pc.add(found.cast(pa.int64()), FIRST_ITEM_ROW).fill_null(UNKNOWN_ROW)
+        return np.asarray(pc.if_else(pc.is_null(ids), NULL_ROW, rows).to_numpy(zero_copy_only=False), np.int64)
+
+    def ids_of(self, rows: npt.ArrayLike) -> list[str | int]:
+        """Return the raw ids of item rows (>= 3), in the given order."""
+        positions = np.asarray(rows, np.int64) - FIRST_ITEM_ROW
+        taken: list[str | int] = self._index.take(pa.array(positions)).to_pylist()
+        return taken
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Catalogue:
+        """Read a catalogue folder.
+
+        Raises
+        ------
+        DataError
+            The folder or one of its files is missing, or of another format version.
+        ModalityError
+            A modality file's shape does not fit the items, or it holds NaN.
+        """
+        folder = Path(folder)
+        meta_file = folder / "catalogue.json"
+        if not meta_file.is_file():
+            raise DataError(f"{folder} holds no catalogue.json", "a catalogue folder", "write one with `missrec etl`")
+        meta = json.loads(meta_file.read_text(encoding="utf-8"))
+        if meta.get("format") != FORMAT_VERSION:
+            raise DataError(f"catalogue format {meta.get('format')!r}", f"format {FORMAT_VERSION}", "re-run missrec etl")
+        items = pq.read_table(folder / "items.parquet")
+        names = list(meta["modalities"])
+        presence = np.load(folder / "presence.npy", allow_pickle=False)
+        modalities = {
+            name: Modality(
+                np.load(folder / f"{name}.npy", allow_pickle=False).astype(np.float32, copy=False),
+                presence[:, index],
+                meta["modalities"][name].get("encoder", {}),
+            )
+            for index, name in enumerate(names)
+        }
+        return cls(items.drop_columns([ROW]) if ROW in items.column_names else items, modalities)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the folder aside, then rename it into place; an older catalogue is replaced whole."""
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            self._write(aside)
+            if folder.exists():
+                shutil.rmtree(folder)
+            aside.chmod(0o755)
+            aside.rename(folder)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    def _write(self, folder: Path) -> None:
+        rows = pa.array(np.arange(FIRST_ITEM_ROW, self.n_rows))
+        pq.write_table(self.items.append_column(ROW, rows), folder / "items.parquet")
+        pq.write_table(pa.table({ROW: rows, ITEM_ID: self.items[ITEM_ID]}), folder / "vocabulary.parquet")
+        present = [modality.present for modality in self.modalities.values()]
+        presence = np.stack(present, 1) if present else np.zeros((self.n_rows, 0), bool)
+        np.save(folder / "presence.npy", presence)
+        for name, modality in self.modalities.items():
+            np.save(folder / f"{name}.npy", modality.vectors)
+        described = {
+            name: {"width": modality.width, "items": int(modality.present.sum()), "encoder": dict(modality.encoder)}
+            for name, modality in self.modalities.items()
+        }
+        meta = {"format": FORMAT_VERSION, "rows": self.n_rows, "id_type": self.id_type, "modalities": described}
+        (folder / "catalogue.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_modality(name: str, modality: Modality, n_rows: int) -> None:
+    if modality.vectors.ndim != 2 or modality.vectors.shape[0] != n_rows:
+        raise ModalityError(
+            f"modality {name!r} has vectors of shape {modality.vectors.shape}",
+            f"[{n_rows}, width]: one row per item and three reserved ones",
+            "re-extract the vectors for this item table",
+        )
+    if not np.isfinite(modality.vectors).all():
+        row = int(np.flatnonzero(~np.isfinite(modality.vectors).all(1))[0])
+        raise ModalityError(f"modality {name!r} holds NaN or infinity in row {row}", "finite numbers", "repair the file")
+    if modality.present.shape != (n_rows,) or modality.present[:FIRST_ITEM_ROW].any():
+        raise ModalityError(f"the presence mask of modality {name!r} does not fit", f"{n_rows} flags, three of them off")

@@ -1,0 +1,161 @@
+"""Clustering of points into interests: k-means and density peaks, chunked so that no square matrix is ever held."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 1 << 24
+"""Entries of one block of distances: 64 MiB in float32."""
+_PLUS_PLUS_LIMIT = 1 << 25
+"""Up to this many distances (points x clusters) k-means++ chooses the start; beyond it a uniform sample does."""
+_NEIGHBOURS = 5
+"""k of the density-peaks estimate, as in the authors' release."""
+
+
+def kmeans(
+    points: Tensor, n_clusters: int, *, seed: int, start: Tensor | None = None, passes: int = 5
+) -> tuple[Tensor, Tensor]:
+    """Cluster by Lloyd's algorithm, warm-started where there is a start (specification 2).
+
+    Parameters
+    ----------
+    points : Tensor [point, dim]
+    n_clusters : int
+        If there are no more points than clusters, every point is a cluster of its own.
+    seed : int
+        Draws the first centroids.
+    start : Tensor [cluster, dim], optional
+        Centroids of an earlier run; k-means++ otherwise.
+    passes : int
+        Assignments to make (paper: 5 passes).
+
+    Returns
+    -------
+    centroids : Tensor [cluster, dim]
+    labels : Tensor [point], int64
+        No cluster that could have a member is empty: empty ones are moved to the points farthest from their centroid.
+    """
+    if len(points) <= n_clusters:
+        centroids = points.new_zeros(n_clusters, points.shape[1])
+        centroids[: len(points)] = points
+        return centroids, torch.arange(len(points), device=points.device)
+    centroids = _first_centroids(points, n_clusters, seed) if start is None else start.clone()
+    labels, distance = _assign(points, centroids)
+    for _ in range(passes):
+        centroids, labels = _update(points, centroids, labels, distance)
+        labels, distance = _assign(points, centroids)
+    return _settle(points, centroids, labels, distance)
+
+
+def density_peaks(points: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
+    """Cluster by density peaks with k nearest neighbours, DPC-KNN (specification 2; Du, Ding and Jia, 2016).
+
+    Quadratic in time, so for small catalogues; linear in memory.
+
+    Parameters
+    ----------
+    points : Tensor [point, dim]
+    n_clusters : int
+
+    Returns
+    -------
+    centroids : Tensor [cluster, dim]
+        Means of the clusters.
+    labels : Tensor [point], int64
+    """
+    if len(points) <= n_clusters:
+        return kmeans(points, n_clusters, seed=0)
+    k = min(_NEIGHBOURS, len(points))
+    scale = points.shape[1] ** -0.5
+    chunks = _chunks(len(points), len(points))
+    nearest = torch.cat([(_distances(points[c], points) * scale).topk(k, largest=False).values for c in chunks])
+    density = torch.exp(-(nearest**2).mean(1))
+    rank = torch.empty_like(density, dtype=torch.int64)
+    rank[density.argsort(descending=True, stable=True)] = torch.arange(len(points), device=points.device)
+    gap = torch.cat([_gap_to_denser(_distances(points[c], points) * scale, rank[c], rank) for c in chunks])
+    centres = (density * gap).topk(n_clusters).indices
+    labels, _ = _assign(points, points[centres])
+    labels[centres] = torch.arange(n_clusters, device=points.device)
+    return _means(points, labels, points[centres]), labels
+
+
+def _gap_to_denser(distances: Tensor, rank: Tensor, all_ranks: Tensor) -> Tensor:
+    """Distance to the nearest denser point; the densest point gets its largest distance."""
+    denser = all_ranks.unsqueeze(0) < rank.unsqueeze(1)
+    nearest = distances.masked_fill(~denser, torch.inf).amin(1)
+    return torch.where(torch.isinf(nearest), distances.amax(1), nearest)
+
+
+def _first_centroids(points: Tensor, n_clusters: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if len(points) * n_clusters > _PLUS_PLUS_LIMIT:
+        return points[torch.randperm(len(points), generator=generator)[:n_clusters].to(points.device)]
+    draws = torch.rand(n_clusters, generator=generator, dtype=torch.float64).to(points.device)
+    chosen = torch.zeros(n_clusters, dtype=torch.int64, device=points.device)
+    chosen[0] = (draws[0] * len(points)).long()
+    norms = points.square().sum(1)
+    distance = torch.full((len(points),), torch.inf, device=points.device, dtype=points.dtype)
+    for index in range(1, n_clusters):  # k-means++: far points are likelier; sequential by nature
+        latest = chosen[index - 1]
+        to_latest = (norms - 2 * (points @ points[latest]) + norms[latest]).clamp_min(0)
+        distance = torch.minimum(distance, to_latest)
+        distance[latest] = 0
+        weight = distance.double().cumsum(0)
+        chosen[index] = torch.searchsorted(weight, draws[index] * weight[-1]).clamp_max(len(points) - 1)
+    return points[chosen]
+
+
+def _update(points: Tensor, centroids: Tensor, labels: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+    labels = _fill_empty(len(centroids), labels, distance)
+    return _means(points, labels, centroids), labels
+
+
+def _settle(points: Tensor, centroids: Tensor, labels: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return centroids that are the means of the final labels, none of them empty."""
+    return _update(points, centroids, labels, distance)
+
+
+def _fill_empty(n_clusters: int, labels: Tensor, distance: Tensor) -> Tensor:
+    """Give each empty cluster the point that is farthest from its centroid and not alone in its cluster."""
+    counts = torch.bincount(labels, minlength=n_clusters)
+    empty = (counts == 0).nonzero().flatten()
+    if not len(empty):
+        return labels
+    order = distance.argsort(descending=True, stable=True)
+    by_cluster, inverse = labels[order].sort(stable=True)
+    start = torch.searchsorted(by_cluster, by_cluster)
+    rank = torch.arange(len(labels), device=labels.device) - start  # 0: the farthest point of its cluster
+    spare = torch.zeros_like(labels, dtype=torch.bool)
+    spare[inverse] = rank < counts[by_cluster] - 1  # the nearest point of every cluster stays
+    moved = order[spare][: len(empty)]
+    labels = labels.clone()
+    labels[moved] = empty[: len(moved)]
+    return labels
+
+
+def _means(points: Tensor, labels: Tensor, fallback: Tensor) -> Tensor:
+    counts = torch.bincount(labels, minlength=len(fallback)).unsqueeze(1)
+    sums = torch.zeros_like(fallback).index_add_(0, labels, points)
+    return torch.where(counts > 0, sums / counts.clamp_min(1), fallback)
+
+
+def _assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest centroid of every point and the squared distance to it."""
+    half_norms = centroids.square().sum(1) / 2
+    labels = torch.empty(len(points), dtype=torch.int64, device=points.device)
+    distance = torch.empty(len(points), dtype=points.dtype, device=points.device)
+    for chunk in _chunks(len(points), len(centroids)):
+        best = (points[chunk] @ centroids.T - half_norms).max(1)
+        labels[chunk] = best.indices
+        distance[chunk] = (points[chunk].square().sum(1) - 2 * best.values).clamp_min(0)
+    return labels, distance
+
+
+def _distances(left: Tensor, right: Tensor) -> Tensor:
+    return torch.cdist(left, right)
+
+
+def _chunks(n_rows: int, n_columns: int) -> list[slice]:
+    step = max(_CHUNK_ELEMENTS // max(n_columns, 1), 1)
+    return [slice(begin, begin + step) for begin in range(0, n_rows, step)]

@@ -1,0 +1,128 @@
+"""Interest-aware decoder: item tokens attend to each other and to the session's interests (specification 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from missrec_t4r.config import Attention, SequenceFusion
+from missrec_t4r.model.attention import DecoderLayer
+from missrec_t4r.model.interests import InterestTokens
+from missrec_t4r.model.towers import ItemTokens
+
+
+class InterestAwareDecoder(nn.Module):
+    """Turn the items of a session, in the light of its interests, into vectors that score candidates.
+
+    Parameters
+    ----------
+    n_layers, d_model, n_head, d_feedforward, dropout, eps
+        Sizes of the transformer layers.
+    max_sequence_length : int
+        Number of position embeddings.
+    attention : {"bidirectional", "causal"}
+        ``bidirectional`` is the published model: the session is all past. ``causal``: position t sees items up to t.
+    sequence_fusion : {"add", "contextual"}
+        ``add``: one token per item, the sum of its modalities. ``contextual``: one token per item and modality.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        d_model: int,
+        n_head: int,
+        d_feedforward: int,
+        dropout: float,
+        eps: float,
+        max_sequence_length: int,
+        attention: Attention = "bidirectional",
+        sequence_fusion: SequenceFusion = "add",
+    ) -> None:
+        super().__init__()
+        self.attention, self.sequence_fusion = attention, sequence_fusion
+        self.positions = nn.Embedding(max_sequence_length, d_model)
+        self.norm_input = nn.LayerNorm(d_model, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(DecoderLayer(d_model, n_head, d_feedforward, dropout, eps) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(d_model, eps)
+
+    def forward(
+        self,
+        items: ItemTokens,
+        item_mask: Tensor,
+        memory: Tensor,
+        interests: InterestTokens,
+        *,
+        last_only: bool = False,
+        side: Tensor | None = None,
+    ) -> Tensor:
+        """Return one vector per position, or only the one that represents the session.
+
+        Parameters
+        ----------
+        items : ItemTokens of shape [batch, seq]
+            Tokens of the session's items.
+        item_mask : Tensor [batch, seq], bool
+            True for real items, which stand at the left.
+        memory : Tensor [batch, interest, dim]
+            Output of the contextual encoder.
+        interests : InterestTokens
+            Mask and positions of the memory.
+        last_only : bool
+            Compute the last layer for the last real item alone: the same result with a fraction of the work.
+        side : Tensor [batch, seq, dim], optional
+            Embedded side features, added to every token of the item.
+
+        Returns
+        -------
+        Tensor [batch, seq, dim], or [batch, 1, dim] with ``last_only``
+            Not normalised. Under ``contextual`` fusion the mean over the modalities present at a position (ours; the
+            authors' code takes the first modality).
+        """
+        x, key_mask, time = self._embed(items, item_mask, side)
+        mask = key_mask.unsqueeze(1)
+        memory_mask = interests.mask.unsqueeze(1)
+        if self.attention == "causal":
+            mask = mask & (time.unsqueeze(0) <= time.unsqueeze(1))
+            memory_mask = memory_mask & (interests.position.unsqueeze(1) <= time.unsqueeze(-1))
+        for layer in self.layers[:-1]:
+            x = layer(x, x, mask, memory, memory_mask)
+        queries, weights = x, key_mask
+        if last_only:
+            at = self._last_tokens(item_mask, x.shape[1])
+            queries, weights = _gather(x, at), key_mask.gather(1, at)
+            mask = mask if mask.shape[1] == 1 else _gather(mask.expand(x.shape[0], -1, -1), at)
+            memory_mask = memory_mask if memory_mask.shape[1] == 1 else _gather(memory_mask, at)
+        hidden = self.norm(self.layers[-1](queries, x, mask, memory, memory_mask))
+        return hidden if self.sequence_fusion == "add" else _mean_over_modalities(hidden, weights, len(items.modality))
+
+    def _embed(self, items: ItemTokens, item_mask: Tensor, side: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens [batch, token, dim], their mask [batch, token] and their positions [token]."""
+        steps = torch.arange(item_mask.shape[1], device=item_mask.device)
+        common = self.positions(steps)
+        if items.ids is not None and items.id_mask is not None:
+            common = common + items.ids * items.id_mask.unsqueeze(-1)
+        if side is not None:
+            common = common + side
+        if self.sequence_fusion == "add":
+            tokens = (items.modality * items.mask.unsqueeze(-1)).sum(0) + common
+            return self.dropout(self.norm_input(tokens)), item_mask, steps
+        n_modalities = len(items.modality)  # [modality, batch, seq, dim] -> [batch, modality * seq, dim]
+        tokens = (items.modality + common).transpose(0, 1).flatten(1, 2)
+        attended = (items.attended & item_mask).transpose(0, 1).flatten(1)
+        return self.dropout(self.norm_input(tokens)), attended, steps.repeat(n_modalities)
+
+    def _last_tokens(self, item_mask: Tensor, n_tokens: int) -> Tensor:
+        """Return the token positions [batch, 1 or modality] of the last real item."""
+        last = (item_mask.sum(1, keepdim=True) - 1).clamp_min(0)
+        return last + torch.arange(0, n_tokens, item_mask.shape[1], device=item_mask.device)
+
+
+def _gather(x: Tensor, at: Tensor) -> Tensor:
+    return x.gather(1, at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def _mean_over_modalities(hidden: Tensor, mask: Tensor, n_modalities: int) -> Tensor:
+    """Average [batch, modality * seq, dim] over the modalities that are present at each position."""
+    hidden, weights = hidden.unflatten(1, (n_modalities, -1)), mask.unflatten(1, (n_modalities, -1)).unsqueeze(-1)
+    return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)

@@ -1,0 +1,47 @@
+"""Contextual encoder: self-attention over the session's interest tokens (specification 4)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from missrec_t4r.config import Attention
+from missrec_t4r.model.attention import EncoderLayer
+from missrec_t4r.model.interests import InterestTokens
+
+
+class ContextualEncoder(nn.Module):
+    """Relate the interests of a session to each other; no positions, so their order does not matter.
+
+    Parameters
+    ----------
+    n_layers, d_model, n_head, d_feedforward, dropout, eps
+        Sizes of the transformer layers.
+    attention : {"bidirectional", "causal"}
+        ``causal``: an interest sees the interests that the session showed at the same item or earlier (ours; needed to
+        train all positions at once).
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        d_model: int,
+        n_head: int,
+        d_feedforward: int,
+        dropout: float,
+        eps: float,
+        attention: Attention = "bidirectional",
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.layers = nn.ModuleList(EncoderLayer(d_model, n_head, d_feedforward, dropout, eps) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(d_model, eps)
+
+    def forward(self, interests: InterestTokens) -> Tensor:
+        """Return the memory [batch, interest, dim] for the decoder."""
+        memory, mask = interests.tokens, interests.mask.unsqueeze(1)
+        if self.attention == "causal":
+            mask = mask & (interests.position.unsqueeze(1) <= interests.position.unsqueeze(2))
+        for layer in self.layers:
+            memory = layer(memory, mask)
+        normed: Tensor = self.norm(memory)
+        return normed

@@ -1,0 +1,78 @@
+"""Candidate fusion: how the scores of a candidate's modalities become one (specification 6)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from missrec_t4r.config import CandidateFusionName
+from missrec_t4r.model.towers import CandidateTokens
+
+
+class CandidateFusion(nn.Module):
+    """Score candidates with a mix of modalities that the session itself chooses.
+
+    Each present modality votes with its cosine similarity; a softmax over the votes weighs them, so a session about
+    looks is judged on looks::
+
+        fused(s, j) = sum_m w_m (s . x[j,m]),   w = softmax over present m of (phi * s . x[j,m])
+        score(s, j) = (s . e_j + 2 fused(s, j)) / 3     where item j has a trained ID embedding e_j
+
+    Paper: dynamic candidate fusion, arXiv:2308.11175; docs/equations.md.
+
+    Parameters
+    ----------
+    name : {"static", "dynamic_shared", "dynamic_instance"}
+        ``static``: phi is 0, the mean. ``dynamic_shared``: one learned phi. ``dynamic_instance``: one per item.
+    n_rows : int
+        Rows of the catalogue, for ``dynamic_instance``.
+    """
+
+    def __init__(self, name: CandidateFusionName, n_rows: int) -> None:
+        super().__init__()
+        self.name = name
+        self.phi: nn.Parameter | None = None
+        if name != "static":
+            self.phi = nn.Parameter(torch.zeros(1 if name == "dynamic_shared" else n_rows))
+
+    def forward(self, session: Tensor, candidates: CandidateTokens) -> Tensor:
+        """Return one score per session and candidate, before the temperature.
+
+        Parameters
+        ----------
+        session : Tensor [batch, dim]
+            Unit-length session vectors.
+        candidates : CandidateTokens
+            Unit-length tokens of the catalogue.
+
+        Returns
+        -------
+        Tensor [batch, catalogue]
+            Cosine scores in [-1, 1]; 0 for a row with neither modality nor trained ID.
+        """
+        if self.phi is None or len(candidates.modality) == 1:
+            return session @ self.static_table(candidates).T
+        fused = self._dynamic(session, candidates)
+        if candidates.ids is None or candidates.id_mask is None:
+            return fused
+        by_id, has_id = session @ candidates.ids.T, candidates.id_mask
+        either = torch.where(candidates.mask.any(0), (by_id + 2 * fused) / 3, by_id)
+        return torch.where(has_id, either, fused)
+
+    def static_table(self, candidates: CandidateTokens) -> Tensor:
+        """Return one row per candidate [catalogue, dim] whose inner product with the session is the static score."""
+        weight = candidates.mask.unsqueeze(-1).to(candidates.modality.dtype)
+        mean = (candidates.modality * weight).sum(0) / weight.sum(0).clamp_min(1)
+        if candidates.ids is None or candidates.id_mask is None:
+            return mean
+        has_modality = candidates.mask.any(0).unsqueeze(-1)
+        either = torch.where(has_modality, (candidates.ids + 2 * mean) / 3, candidates.ids)
+        return torch.where(candidates.id_mask.unsqueeze(-1), either, mean)
+
+    def _dynamic(self, session: Tensor, candidates: CandidateTokens) -> Tensor:
+        numerator = denominator = torch.zeros((), device=session.device, dtype=session.dtype)
+        for tokens, present in zip(candidates.modality, candidates.mask, strict=True):
+            vote = session @ tokens.T  # in [-1, 1]: exp needs no running maximum while phi is below 80
+            weight = torch.exp(self.phi * vote) * present
+            numerator, denominator = numerator + weight * vote, denominator + weight
+        return numerator / denominator.clamp_min(torch.finfo(session.dtype).tiny)

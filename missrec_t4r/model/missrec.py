@@ -1,0 +1,191 @@
+"""MISSRec: interests of the session are encoded, its items decoded in their light, candidates scored by fused modalities.
+
+Paper: Wang et al., ACM MM 2023, arXiv:2308.11175. `MISSRec` receives finished parts; `build_missrec` makes them from a
+configuration and a catalogue. Nothing is kept on ``self`` between calls.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from missrec_t4r.config import MISSRecConfig
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.errors import DataError
+from missrec_t4r.model.decoder import InterestAwareDecoder
+from missrec_t4r.model.encoder import ContextualEncoder
+from missrec_t4r.model.fusion import CandidateFusion
+from missrec_t4r.model.interests import InterestTokens, InterestVocabulary
+from missrec_t4r.model.towers import CandidateTokens, ItemTokens, ItemTowers
+from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
+
+_INITIAL_HISTORY_BIAS = -3.0
+"""In logits: items of the history start unlikely; quality_probe found an optimum near -4 and slow learning from -2."""
+
+
+class Encoded(NamedTuple):
+    """What encoding a batch of sessions gives."""
+
+    vectors: Tensor
+    """[batch, seq, dim], or [batch, dim] for the last position; unit length."""
+    memory: Tensor
+    """[batch, interest, dim]."""
+    interests: InterestTokens
+
+
+class MISSRec(nn.Module):
+    """Multi-modal interest-aware sequence model over one catalogue.
+
+    Parameters
+    ----------
+    config : MISSRecConfig
+        What the parts were built from.
+    towers, interests, encoder, decoder, fusion
+        The parts.
+    """
+
+    recommendable: Tensor
+
+    def __init__(
+        self,
+        config: MISSRecConfig,
+        towers: ItemTowers,
+        interests: InterestVocabulary,
+        encoder: ContextualEncoder,
+        decoder: InterestAwareDecoder,
+        fusion: CandidateFusion,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.towers, self.interests = towers, interests
+        self.encoder, self.decoder, self.fusion = encoder, decoder, fusion
+        start = _INITIAL_HISTORY_BIAS * config.temperature
+        self.history_bias = nn.Parameter(torch.tensor(start)) if config.history_bias else None
+        with torch.no_grad():
+            tokens = towers(torch.arange(towers.n_rows))
+        usable = tokens.mask.any(0) if tokens.id_mask is None else tokens.mask.any(0) | tokens.id_mask
+        usable[:FIRST_ITEM_ROW] = False
+        self.register_buffer("recommendable", usable, persistent=False)
+
+    def forward(self, item_ids: Tensor) -> Tensor:
+        """Return the session vectors [batch, dim], unit length.
+
+        Parameters
+        ----------
+        item_ids : Tensor [batch, seq], int64
+            Catalogue rows, padded with 0 on the right; at most ``max_sequence_length`` of them.
+        """
+        return self.encode(item_ids, last_only=True).vectors
+
+    def encode_positions(self, item_ids: Tensor) -> Tensor:
+        """Return unit vectors [batch, seq, dim]; with causal attention position t saw only items up to t."""
+        return self.encode(item_ids).vectors
+
+    def encode(
+        self,
+        item_ids: Tensor,
+        *,
+        catalogue: ItemTokens | None = None,
+        last_only: bool = False,
+        side: Tensor | None = None,
+    ) -> Encoded:
+        """Encode sessions and return all that the objectives need.
+
+        Parameters
+        ----------
+        item_ids : Tensor [batch, seq], int64
+        catalogue : ItemTokens of shape [row], optional
+            This step's catalogue tokens; without them only the session's items are computed.
+        last_only : bool
+            Only the vector of the last real item.
+        side : Tensor [batch, seq, dim], optional
+            Embedded side features.
+        """
+        item_mask = item_ids > UNKNOWN_ROW
+        items = self.towers(item_ids) if catalogue is None else catalogue.take(item_ids)
+        interests = self.interests(item_ids)
+        memory = self.encoder(interests)
+        hidden = self.decoder(items, item_mask, memory, interests, last_only=last_only, side=side)
+        vectors = F.normalize(hidden.squeeze(1) if last_only else hidden, dim=-1)
+        return Encoded(vectors, memory, interests)
+
+    def candidates(self) -> CandidateTokens:
+        """Return the catalogue's unit-length tokens; call once per step, or once per catalogue version."""
+        return self.towers.candidates()
+
+    def score(self, session: Tensor, candidates: CandidateTokens, item_ids: Tensor) -> Tensor:
+        """Return scores [batch, catalogue] before the temperature, -inf where a row cannot be recommended.
+
+        Parameters
+        ----------
+        session : Tensor [batch, dim]
+            Unit-length session vectors.
+        candidates : CandidateTokens
+        item_ids : Tensor [batch, seq], int64
+            The items each vector has seen (0 for none): they get the learned history bias.
+        """
+        scores: Tensor = self.fusion(session, candidates)
+        if self.history_bias is not None:
+            seen = torch.zeros_like(scores).scatter_(1, item_ids, 1.0)
+            scores = scores + self.history_bias * seen
+        return scores.masked_fill(~self.recommendable, -torch.inf)
+
+    @torch.no_grad()
+    def discover_interests(self, seed: int) -> None:
+        """Cluster the catalogue's tokens under the current adapters."""
+        was_training = self.training
+        self.eval()
+        self.interests.discover(self.towers.catalogue(), seed)
+        self.train(was_training)
+
+
+def build_missrec(config: MISSRecConfig, catalogue: Catalogue) -> MISSRec:
+    """Build the model for a catalogue, initialised as published: normal(0, 0.02), biases 0.
+
+    Raises
+    ------
+    DataError
+        The catalogue has neither modality vectors nor, in this configuration, item IDs.
+    """
+    if not catalogue.modalities:
+        raise DataError("the catalogue has no modality", "at least one, say text", "run `missrec features` or pass --modality")
+    trained = torch.from_numpy(catalogue.train_count > 0)
+    if not config.mask_untrained_ids:
+        trained = torch.arange(catalogue.n_rows) >= FIRST_ITEM_ROW
+    towers = ItemTowers(
+        {name: torch.from_numpy(modality.vectors) for name, modality in catalogue.modalities.items()},
+        torch.from_numpy(np.stack([modality.present for modality in catalogue.modalities.values()])),
+        trained if config.item_ids else None,
+        config.d_model,
+        config.missing_modality,
+        config.feature_scaling,
+        config.modality_dropout,
+        config.id_dropout,
+    )
+    layer = (config.d_model, config.n_head, config.d_feedforward, config.dropout, config.layer_norm_eps)
+    with torch.no_grad():
+        mask = towers.catalogue().mask
+    n_interests = InterestVocabulary.size(config.interest_ratio, mask)
+    model = MISSRec(
+        config,
+        towers,
+        InterestVocabulary(n_interests, len(towers.names), towers.n_rows, config.d_model, config.interest_algorithm),
+        ContextualEncoder(config.n_encoder_layers, *layer, config.attention),
+        InterestAwareDecoder(
+            config.n_decoder_layers, *layer, config.max_sequence_length, config.attention, config.sequence_fusion
+        ),
+        CandidateFusion(config.candidate_fusion, towers.n_rows),
+    )
+    model.apply(_initialise)
+    return model
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,151 @@
+"""Item towers: frozen modality vectors of the whole catalogue become tokens of the model's width (specification 1).
+
+The catalogue's tokens are computed once per training step (or once per catalogue version in serving) and everything
+else gathers from them: histories, candidates and interests see the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from missrec_t4r.config import FeatureScaling, MissingModality
+from missrec_t4r.schema import FIRST_ITEM_ROW
+
+
+class ItemTokens(NamedTuple):
+    """Tokens of some items, or of the whole catalogue; ``...`` stands for the shape of the rows."""
+
+    modality: Tensor
+    """[modality, ..., dim]: adapter outputs, not normalised."""
+    mask: Tensor
+    """[modality, ...], bool: True where the token counts in sums, votes and clusters."""
+    attended: Tensor
+    """[modality, ...], bool: True where the token is a key of the decoder under ``contextual`` fusion."""
+    ids: Tensor | None
+    """[..., dim]: ID embeddings; None when inductive."""
+    id_mask: Tensor | None
+    """[...], bool: True where the ID embedding was trained."""
+
+    def take(self, rows: Tensor) -> ItemTokens:
+        """Gather the tokens of ``rows`` [batch, seq] out of whole-catalogue tokens."""
+        return ItemTokens(
+            torch.stack([F.embedding(rows, tokens) for tokens in self.modality]),
+            self.mask[:, rows],
+            self.attended[:, rows],
+            None if self.ids is None else F.embedding(rows, self.ids),
+            None if self.id_mask is None else self.id_mask[rows],
+        )
+
+
+class CandidateTokens(NamedTuple):
+    """Unit-length tokens of the whole catalogue, as candidates are scored."""
+
+    modality: Tensor
+    """[modality, catalogue, dim]."""
+    mask: Tensor
+    """[modality, catalogue], bool."""
+    ids: Tensor | None
+    """[catalogue, dim]."""
+    id_mask: Tensor | None
+    """[catalogue], bool."""
+
+
+class ItemTowers(nn.Module):
+    """One linear adapter per modality over frozen vectors, and ID embeddings when transductive.
+
+    Parameters
+    ----------
+    vectors : mapping of str to Tensor [row, width]
+        Frozen vectors; zero where the modality is missing. They are not part of the state dict: the catalogue owns them.
+    presence : Tensor [modality, row], bool
+        True where the item has the modality.
+    trained_ids : Tensor [row], bool, or None
+        Items whose ID embedding is used; None builds no ID embeddings (inductive).
+    d_model : int
+        Width of the tokens.
+    missing_modality : {"masked", "zero_row"}
+        ``zero_row`` is the published behaviour: a missing modality's token is the adapter's bias and counts.
+    feature_scaling : {"l2", "none"}
+        ``l2`` scales vectors to unit length first.
+    modality_dropout, id_dropout : float
+        Training only; drawn once per call of `catalogue`, so that one step sees one catalogue.
+    """
+
+    presence: Tensor
+    trained_ids: Tensor
+
+    def __init__(
+        self,
+        vectors: Mapping[str, Tensor],
+        presence: Tensor,
+        trained_ids: Tensor | None,
+        d_model: int,
+        missing_modality: MissingModality = "masked",
+        feature_scaling: FeatureScaling = "l2",
+        modality_dropout: float = 0.0,
+        id_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.names = list(vectors)
+        self.missing_modality = missing_modality
+        self.modality_dropout, self.id_dropout = modality_dropout, id_dropout
+        self.vectors = nn.Module()
+        for name, table in vectors.items():
+            scaled = F.normalize(table, dim=-1) if feature_scaling == "l2" else table
+            self.vectors.register_buffer(name, scaled, persistent=False)
+        self.adapters = nn.ModuleDict({name: nn.Linear(table.shape[1], d_model) for name, table in vectors.items()})
+        self.register_buffer("presence", presence, persistent=False)
+        self.register_buffer("trained_ids", torch.zeros(0) if trained_ids is None else trained_ids, persistent=False)
+        self.id_embedding = None if trained_ids is None else nn.Embedding(presence.shape[1], d_model)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the catalogue, the reserved ones included."""
+        return int(self.presence.shape[1])
+
+    def forward(self, rows: Tensor) -> ItemTokens:
+        """Return the tokens of ``rows`` (any shape) without computing the rest of the catalogue."""
+        stacked = [self.adapters[name](self.vectors.get_buffer(name)[rows]) for name in self.names]
+        present = self.presence[:, rows]
+        ids = None if self.id_embedding is None else self.id_embedding(rows)
+        id_mask = None if self.id_embedding is None else self.trained_ids[rows]
+        return ItemTokens(torch.stack(stacked), self._counted(present, rows), present, ids, id_mask)
+
+    def catalogue(self) -> ItemTokens:
+        """Return the tokens of all rows; in training mode with this step's modality and ID dropout."""
+        stacked = [self.adapters[name](self.vectors.get_buffer(name)) for name in self.names]
+        rows = torch.arange(self.n_rows, device=self.presence.device)
+        ids = None if self.id_embedding is None else self.id_embedding.weight
+        id_mask = None if self.id_embedding is None else self.trained_ids
+        mask = self._counted(self.presence, rows)
+        if self.training and self.modality_dropout:
+            mask = _drop_one_modality(mask, self.modality_dropout)
+        if self.training and self.id_dropout and id_mask is not None:
+            keep = torch.rand(id_mask.shape, device=id_mask.device) >= self.id_dropout
+            id_mask = id_mask & (keep | ~mask.any(0))
+        return ItemTokens(torch.stack(stacked), mask, self.presence & mask, ids, id_mask)
+
+    def candidates(self, catalogue: ItemTokens | None = None) -> CandidateTokens:
+        """Return unit-length tokens of the whole catalogue (once per step, or once per catalogue version)."""
+        tokens = self.catalogue() if catalogue is None else catalogue
+        ids = None if tokens.ids is None else F.normalize(tokens.ids, dim=-1)
+        return CandidateTokens(F.normalize(tokens.modality, dim=-1), tokens.mask, ids, tokens.id_mask)
+
+    def _counted(self, present: Tensor, rows: Tensor) -> Tensor:
+        if self.missing_modality == "masked":
+            return present
+        return (rows >= FIRST_ITEM_ROW).expand(present.shape)  # published: the bias of a missing modality counts
+
+
+def _drop_one_modality(mask: Tensor, probability: float) -> Tensor:
+    """Hide one present modality of some rows, never the last one; ``mask`` [modality, row]."""
+    several = mask.sum(0) > 1
+    hit = several & (torch.rand(mask.shape[1], device=mask.device) < probability)
+    lottery = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
+    chosen = F.one_hot(lottery.argmax(0), mask.shape[0]).T.bool()
+    return mask & ~(chosen & hit)

@@ -1,0 +1,1 @@
+"""Serving: request transform, exact ranking, the embedded Triton server and its client. Needs no Merlin."""

@@ -1,0 +1,122 @@
+"""Prefix masking: one row is one example, a prefix and the item that followed it.
+
+Transformers4Rec's own maskings leave the label item visible to a body that looks ids up itself, and a causal mask does
+not protect a model whose interest tokens span the session. Here the target and everything after it is gone before any
+look-up (`blank`), so nothing downstream can see it. `docs/t4r_contract.md#masking` names the tests that pin this.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers4rec.torch.masking import MaskingInfo, MaskSequence, masking_registry
+
+Cut = Literal["random", "last"]
+
+
+@masking_registry.register_with_multiple_names("prefix")
+class PrefixMasking(MaskSequence):
+    """Cut every row into a visible prefix and one target.
+
+    The target's row stands at the position before it, t - 1, the last visible one, as in T4R's ``clm``; every other
+    position has no label. At inference nothing is removed. A row with fewer than two items has no target: it is shown
+    whole and takes no part in the loss.
+
+    Parameters
+    ----------
+    hidden_size : int
+        Part of T4R's signature; this masking has no parameters of its own.
+    padding_idx : int
+        Row that fills short sessions.
+    eval_on_last_item_seq_only : bool
+        Part of T4R's signature; the last item is the only target of a test row, so False is refused.
+    cut : "random" or "last"
+        Where a training row is cut. ``random`` is for whole sessions (T4R's stock loader): any item but the first
+        can be the target. ``last`` is for rows that are a prefix and its target already. Our `PrefixLoader` says so
+        in its batches and needs no setting. Testing always cuts at the last item.
+
+    Examples
+    --------
+    >>> masking = PrefixMasking(hidden_size=8, cut="last")
+    >>> info = masking.compute_masked_targets(torch.tensor([[5, 6, 7, 0]]), training=True)
+    >>> info.schema.tolist(), info.targets.tolist()
+    ([[True, True, False, False]], [[0, 7, 0, 0]])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        padding_idx: int = 0,
+        eval_on_last_item_seq_only: bool = True,
+        cut: Cut = "random",
+        **_unused: Any,  # T4R's from_schema hands every keyword it was given to the masking
+    ) -> None:
+        if not eval_on_last_item_seq_only:
+            raise ValueError("PrefixMasking tests on the last item only; leave eval_on_last_item_seq_only=True")
+        super().__init__(hidden_size=hidden_size, padding_idx=padding_idx)
+        self.register_parameter("masked_item_embedding", None)  # what is hidden looks like padding, not like a token
+        self.cut: Cut = cut
+
+    def target_index(self, item_ids: Tensor, training: bool, testing: bool, cut: Cut | None = None) -> Tensor:
+        """Return where each row's target stands.
+
+        Parameters
+        ----------
+        item_ids : Tensor [batch, seq], int
+            Rows of the items, padded on the right.
+        training, testing : bool
+            T4R's flags; with both off the rows are inference requests.
+        cut : "random" or "last", optional
+            Overrides the masking's own setting.
+
+        Returns
+        -------
+        Tensor [batch], int64
+            Index of the target; equal to the session's length where there is none.
+        """
+        length = (item_ids != self.padding_idx).sum(1)
+        if not training and not testing:
+            return length
+        if training and (cut or self.cut) == "random":
+            drawn = torch.rand(length.shape, device=length.device, dtype=torch.float64)
+            index = 1 + (drawn * (length - 1)).long()
+        else:
+            index = length - 1
+        return torch.where(length < 2, length, index)
+
+    def info_at(self, item_ids: Tensor, target: Tensor) -> MaskingInfo:
+        """Return what is visible (True) and the labels, given the targets' positions; store both for T4R's tasks."""
+        steps = torch.arange(item_ids.shape[1], device=item_ids.device)
+        visible = (steps < target[:, None]) & (item_ids != self.padding_idx)
+        following = nn.functional.pad(item_ids[:, 1:], (0, 1), value=self.padding_idx)
+        labelled = steps == target[:, None] - 1
+        labels = torch.where(labelled, following, self.padding_idx)
+        self.mask_schema, self.masked_targets = visible, labels  # T4R's protocol: tasks read these
+        return MaskingInfo(visible, labels)
+
+    def compute_masked_targets(
+        self, item_ids: Tensor, training: bool = False, testing: bool = False, cut: Cut | None = None
+    ) -> MaskingInfo:
+        """Return the visible positions and the labels, both [batch, seq]; labels are 0 where there is none."""
+        return self.info_at(item_ids, self.target_index(item_ids, training, testing, cut))
+
+    def blank(self, values: Tensor, visible: Tensor) -> Tensor:
+        """Replace every value at or after the target by padding, before it is looked up.
+
+        Parameters
+        ----------
+        values : Tensor [batch, seq] or [batch, seq, width]
+            Ids, or any side feature that travels with them.
+        visible : Tensor [batch, seq], bool
+            ``MaskingInfo.schema``.
+        """
+        shown = visible if values.dim() == 2 else visible[..., None]
+        return torch.where(shown, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+    def apply_mask_to_inputs(
+        self, inputs: Tensor, schema: Tensor, training: bool = False, testing: bool = False
+    ) -> Tensor:
+        """Blank looked-up inputs [batch, seq, dim]: for T4R's own inputs and bodies, which look up first."""
+        return self.blank(inputs, schema)

@@ -1,0 +1,1 @@
+"""Training in pure torch: fine-tuning, checkpoints, runs."""

@@ -39,13 +39,14 @@ def orthogonality_loss(memory: Tensor, mask: Tensor, kind: Orthogonality) -> Ten
         Output of the contextual encoder.
     mask : Tensor [batch, interest], bool
     kind : {"cosine", "faithful"}
-        ``cosine`` (ours): mean squared cosine between different interests of a session. ``faithful``: the published
-        ``sum(u * u) / dim`` with u the mean of a session's memory; it depends on batch size, alone among our losses.
+        ``cosine`` (ours): mean squared cosine between different interests of a session, averaged over the sessions that
+        have two. ``faithful``: the published ``sum(u * u) / dim`` with u the sum of the memory over all places times the
+        share of real ones; it depends on padding and on batch size, alone among our losses.
     """
     weight = mask.unsqueeze(-1).to(memory.dtype)
     if kind == "faithful":
-        mean = (memory * weight).sum(1) / weight.sum(1).clamp_min(1)
-        return mean.square().sum() / memory.shape[-1]
+        weighted_sum = memory.sum(1) * weight.mean(1)
+        return weighted_sum.square().sum() / memory.shape[-1]
     unit = F.normalize(memory, dim=-1) * weight
     cosine = unit @ unit.transpose(1, 2)
     count = mask.sum(1).to(memory.dtype)

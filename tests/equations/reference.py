@@ -130,8 +130,10 @@ class Items(NamedTuple):
     """All items of the catalogue as the model sees them."""
 
     tokens: Array  # [modality, row, dim]
-    present: Mask  # [modality, row]; faithful: True for every real item, since a missing vector is a zero row
+    counts: Mask  # [modality, row]; faithful: True for every real item, since a missing vector is a zero row
+    present: Mask  # [modality, row]; the item really has the modality
     ids: Array | None  # [row, dim]
+    id_trained: Mask  # [row]; False for items whose ID embedding means nothing (new ones): it is never used
 
 
 def item_tokens(
@@ -139,6 +141,7 @@ def item_tokens(
     vectors: Sequence[Array],
     present: Sequence[Mask],
     ids: Array | None,
+    id_trained: Mask,
     *,
     zero_row: bool,
     scale_to_unit: bool,
@@ -149,7 +152,7 @@ def item_tokens(
         f = np.where(here[:, None], f, 0.0)
         tokens.append(adapter(unit(f) if scale_to_unit else f))
         masks.append(np.arange(len(f)) >= FIRST_ITEM if zero_row else here)
-    return Items(np.stack(tokens), np.stack(masks), ids)
+    return Items(np.stack(tokens), np.stack(masks), np.stack(present), ids, id_trained)
 
 
 # ---------------------------------------------------------------- interests (E3, E4)
@@ -247,6 +250,14 @@ class Model(NamedTuple):
         tokens = self.centroids[ids]
         return (self.encoder(tokens, visible.reshape(len(ids), len(ids))) if ids else tokens), ids, places
 
+    def padded_memory(self, sessions: Sequence[Sequence[int]]) -> tuple[Array, Mask]:
+        """Encode a batch with centroid 0 in the places that shorter sessions leave empty; they see, and are not seen."""
+        sets = [list(session_interests(session, self.assignment)) for session in sessions]
+        width = max(map(len, sets))
+        mask = np.array([[place < len(ids) for place in range(width)] for ids in sets], bool)
+        tokens = self.centroids[[ids + [0] * (width - len(ids)) for ids in sets]]
+        return np.stack([self.encoder(x, np.tile(seen, (width, 1))) for x, seen in zip(tokens, mask, strict=True)]), mask
+
     def positions(self, session: Sequence[int]) -> Array:
         """Return the decoder's output at every position, not normalised, [seq, dim] or [modality, seq, dim]."""
         memory, _, places = self.memory(session)
@@ -262,43 +273,49 @@ class Model(NamedTuple):
         return out.reshape(-1, len(session), out.shape[-1]) if self.contextual else out
 
     def session_vector(self, session: Sequence[int]) -> Array:
-        """s: the output at the last real position at unit length (E10); contextual: mean over the present modalities."""
+        """s: the output at the last real position at unit length (E10); contextual: mean over its tokens."""
         out = self.positions(session)
-        if not self.contextual:
-            return unit(out[-1])
-        return unit(out[self.items.present[:, session[-1]], -1].mean(0))
+        return unit(out[self._kept(session[-1]), -1].mean(0) if self.contextual else out[-1])
 
     def _added(self, session: Sequence[int]) -> Array:
         """Sum over modalities of x[s_t, m] + ID embedding + position (E9, `add`)."""
         x = self.decoder.positions[: len(session)].copy()
         for t, row in enumerate(session):
-            x[t] += self.items.tokens[self.items.present[:, row], row].sum(0)
-            x[t] += 0.0 if self.items.ids is None else self.items.ids[row]
+            x[t] += self.items.tokens[self.items.counts[:, row], row].sum(0) + self._id(row)
         return x
 
     def _contextual(self, session: Sequence[int]) -> tuple[Array, Ints, Mask]:
         """Keep all M tokens, position shared across modalities, ID embedding added to each (E9, `contextual`)."""
-        x = self.items.tokens[:, list(session)] + self.decoder.positions[: len(session)]
-        x = x if self.items.ids is None else x + self.items.ids[list(session)]
+        x = self.items.tokens * self.items.counts[..., None]
+        x = np.stack([x[:, row] + self._id(row) + self.decoder.positions[t] for t, row in enumerate(session)], 1)
         at = np.tile(np.arange(len(session)), len(x))
-        return x.reshape(len(at), -1), at, self.items.present[:, list(session)].reshape(-1)
+        real = np.stack([self._kept(row) for row in session], 1)
+        return x.reshape(len(at), -1), at, real.reshape(-1)
+
+    def _id(self, row: int) -> Array | float:
+        return 0.0 if self.items.ids is None or not self.items.id_trained[row] else self.items.ids[row]
+
+    def _kept(self, row: int) -> Mask:
+        """Tokens of an item that are keys: its modalities, or one place for the ID of an item that has none."""
+        kept = self.items.present[:, row].copy()
+        if not kept.any() and self.items.ids is not None and self.items.id_trained[row]:
+            kept[0] = True
+        return kept
 
 
 # ---------------------------------------------------------------- candidate fusion (E11)
-def fused_scores(session: Array, items: Items, phi: Array | float | None, id_trained: Mask | None = None) -> Array:
+def fused_scores(session: Array, items: Items, phi: Array | float | None) -> Array:
     """Return s's score for every row, before the temperature; -inf where nothing can be scored.
 
-    ``phi`` None is `static`, a scalar is `dynamic_shared`, [row] is `dynamic_instance`. ``id_trained`` [row] is False
-    for items whose ID embedding means nothing (new items); they are scored by their modalities alone.
+    ``phi`` None is `static`, a scalar is `dynamic_shared`, [row] is `dynamic_instance`.
     """
     scores = np.full(items.tokens.shape[1], -np.inf)
     for row in range(FIRST_ITEM, len(scores)):
-        here = items.present[:, row]
+        here = items.counts[:, row]
         votes = unit(items.tokens[here, row]) @ session
         sharpness = 0.0 if phi is None else float(np.broadcast_to(phi, scores.shape)[row])
         fused = float(softmax(sharpness * votes) @ votes) if here.any() else None
-        has_id = items.ids is not None and (id_trained is None or bool(id_trained[row]))
-        l_id = float(unit(items.ids[row]) @ session) if items.ids is not None and has_id else None
+        l_id = float(unit(items.ids[row]) @ session) if items.ids is not None and items.id_trained[row] else None
         if fused is not None:
             scores[row] = fused if l_id is None else (l_id + 2.0 * fused) / 3.0
         elif l_id is not None:
@@ -319,18 +336,24 @@ def cross_entropy(scores: Array, targets: Sequence[int], temperature: float) -> 
     return sum(rows) / len(rows)
 
 
-def orthogonality_faithful(memory: Array) -> float:
-    """r = sum over batch and width of u * u / d, u = mean of the memory [batch, interest, dim] over all its places."""
-    u = memory.mean(1)
+def orthogonality_faithful(memory: Array, mask: Mask) -> float:
+    """r = sum over batch and width of u * u / d, u = mean(mask) * sum of the memory over all places.
+
+    ``memory`` [batch, interest, dim] and ``mask`` [batch, interest] are padded to the batch's longest session, and
+    the padded places are summed too: this one depends on padding and batch size.
+    """
+    u = mask.mean(1, keepdims=True) * memory.sum(1)
     return float((u * u).sum() / memory.shape[-1])
 
 
 def orthogonality_cosine(memories: Sequence[Array]) -> float:
-    """Mean squared cosine between different interest tokens of the same session, over all such pairs of the batch."""
-    squares = [
-        float(unit(m[i]) @ unit(m[j])) ** 2 for m in memories for i in range(len(m)) for j in range(len(m)) if i != j
-    ]
-    return sum(squares) / len(squares) if squares else 0.0
+    """Mean squared cosine between different interest tokens of a session, averaged over the sessions that have two."""
+    means = []
+    for memory in memories:
+        pairs = [(i, j) for i in range(len(memory)) for j in range(len(memory)) if i != j]
+        if pairs:
+            means.append(sum(float(unit(memory[i]) @ unit(memory[j])) ** 2 for i, j in pairs) / len(pairs))
+    return sum(means) / len(means) if means else 0.0
 
 
 def sequence_item_contrast(scores: Array, positives: Sequence[int], temperature: float) -> float:

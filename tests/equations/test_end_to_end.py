@@ -1,0 +1,99 @@
+"""The whole model against the reference: session vectors, scores of the whole catalogue, and the loss."""
+
+import numpy as np
+import pytest
+import torch
+from equations import reference as ref
+from equations import small_shop as shop
+from equations import translate
+from missrec_t4r.config import MISSRecConfig
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.model.objectives import next_item_loss, orthogonality_loss
+
+EXACT = 1e-10
+ROUNDED = 1e-6
+"""Vectors that are scaled to unit length are kept in single precision, and so is what follows from them."""
+
+CONFIGS = {
+    "paper": (shop.paper(), EXACT),
+    "paper, inductive": (shop.paper(item_ids=False), EXACT),
+    "paper, contextual": (shop.paper(sequence_fusion="contextual"), EXACT),
+    "paper, static": (shop.paper(candidate_fusion="static"), EXACT),
+    "paper, phi per item": (shop.paper(candidate_fusion="dynamic_instance"), EXACT),
+    "paper, two layers each": (shop.paper(n_encoder_layers=2, n_decoder_layers=2), EXACT),
+    "paper, density peaks": (shop.paper(interest_algorithm="dpc_knn"), EXACT),
+    "paper with our masks": (shop.paper(missing_modality="masked", mask_untrained_ids=True), EXACT),
+    "contextual with our masks": (shop.paper(sequence_fusion="contextual", missing_modality="masked"), EXACT),
+    "default": (shop.default(), ROUNDED),
+    "default, unscaled": (shop.default(feature_scaling="none"), EXACT),
+    "default, inductive": (shop.default(item_ids=False), ROUNDED),
+    "default, two layers each": (shop.default(n_encoder_layers=2, n_decoder_layers=2), ROUNDED),
+}
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def setting(request: pytest.FixtureRequest) -> tuple[MISSRecConfig, float]:
+    return request.param
+
+
+def test_session_vectors(setting: tuple[MISSRecConfig, float]) -> None:
+    config, tolerance = setting
+    model = shop.model(config)
+    expected = translate.whole(model, shop.catalogue())
+    expected_vectors = np.stack([expected.session_vector(shop.rows(session)) for session in shop.SESSIONS])
+    with torch.no_grad():
+        vectors = model(shop.batch(padding=2)).numpy()
+    np.testing.assert_allclose(vectors, expected_vectors, rtol=0, atol=tolerance)
+    assert np.ptp(vectors, 0).max() > 0.1, "all sessions look alike: the comparison would prove nothing"
+
+
+def test_every_position(setting: tuple[MISSRecConfig, float]) -> None:
+    config, tolerance = setting
+    if config.sequence_fusion == "contextual":
+        pytest.skip("contextual fusion is read at the last position only")
+    model = shop.model(config)
+    expected = translate.whole(model, shop.catalogue())
+    with torch.no_grad():
+        vectors = model.encode_positions(shop.batch()).numpy()
+    for found, session in zip(vectors, shop.SESSIONS, strict=True):
+        positions = ref.unit(expected.positions(shop.rows(session)))
+        np.testing.assert_allclose(found[: len(session)], positions, rtol=0, atol=tolerance)
+
+
+def test_scores_of_the_whole_catalogue(setting: tuple[MISSRecConfig, float]) -> None:
+    config, tolerance = setting
+    model = shop.model(config)
+    with torch.no_grad():
+        scores = model.score(model(shop.batch()), model.candidates(), shop.batch()).numpy()
+    np.testing.assert_allclose(scores, _expected_scores(model), rtol=0, atol=tolerance)
+    assert np.isneginf(scores[:, : ref.FIRST_ITEM]).all()
+    assert np.isfinite(scores[:, ref.FIRST_ITEM :]).all()
+
+
+def test_loss(setting: tuple[MISSRecConfig, float]) -> None:
+    config, tolerance = setting
+    model = shop.model(config)
+    encoded = model.encode(shop.batch(), catalogue=model.towers.catalogue(), last_only=True)
+    logits = model.score(encoded.vectors, model.candidates(), shop.batch()) / config.temperature
+    expected = ref.cross_entropy(_expected_scores(model), shop.rows(shop.TARGETS), config.temperature)
+    assert next_item_loss(logits, shop.targets()).item() == pytest.approx(expected, abs=tolerance / config.temperature)
+    regulariser = orthogonality_loss(encoded.memory, encoded.interests.mask, config.orthogonality)
+    assert regulariser.item() == pytest.approx(_expected_regulariser(model), rel=tolerance)
+
+
+def _expected_scores(model: MISSRec) -> ref.Array:
+    expected, phi = translate.whole(model, shop.catalogue()), translate.phi(model)
+    scores = []
+    for session in shop.SESSIONS:
+        score = ref.fused_scores(expected.session_vector(shop.rows(session)), expected.items, phi)
+        bias = 0.0 if model.history_bias is None else float(model.history_bias.detach())
+        scores.append(ref.with_history_bias(score, shop.rows(session), bias))
+    return np.stack(scores)
+
+
+def _expected_regulariser(model: MISSRec) -> float:
+    expected = translate.whole(model, shop.catalogue())
+    sessions = [shop.rows(session) for session in shop.SESSIONS]
+    if model.config.orthogonality == "cosine":
+        return ref.orthogonality_cosine([expected.memory(session)[0] for session in sessions])
+    return ref.orthogonality_faithful(*expected.padded_memory(sessions))

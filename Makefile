@@ -1,0 +1,93 @@
+# make demo                        generated shop -> recommendations from a real Triton, on CPU
+# make demo DATA=path/to/dataset   the same on real data
+# make test                        lint, types and tests: what CI runs
+# make test-set-a                  the tests on the older pins, those of NVIDIA's Merlin containers
+# make lint | format | clean
+# Settings: PYTHON (python3.11), VENV (.venv), DATA, OUT (work/demo), TESTS (tests), PYTEST_ARGS
+
+PYTHON ?= python3.11
+VENV ?= .venv
+VENV_A ?= .venv-a
+DATA ?=
+OUT ?= work/demo
+TESTS ?= tests
+PYTEST_ARGS ?=
+
+# T4R's Trainer unpickles its own checkpoints on resume; Merlin 23.8 knows the classic dask.dataframe only.
+export TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD := 1
+export DASK_DATAFRAME__QUERY_PLANNING := False
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-set-a lint types format clean
+
+help:
+	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
+
+# A stamp is the last thing that an installation writes. Without it a folder is the rest of an interrupted one and is made anew;
+# with it, changed requirements are installed on top.
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements/set-b.txt requirements/merlin-b.txt requirements/check_platform.py pyproject.toml
+	@$(call check_python)
+	@$(call fresh_venv,$(VENV))
+	@echo "==> installing pinned requirements into $(VENV) (2 GB; about 3 minutes, longer on a slow line)"
+	@$(VENV)/bin/python -m pip install -q -r requirements/set-b.txt
+	@echo "==> installing Merlin without its pandas bound (under a minute)"
+	@$(VENV)/bin/python -m pip install -q --no-deps -r requirements/merlin-b.txt
+	@$(VENV)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV_A)/.installed: requirements/set-a.txt requirements/constraints-a.txt requirements/check_platform.py pyproject.toml
+	@$(call check_python)
+	@$(call fresh_venv,$(VENV_A))
+	@echo "==> installing the older pins into $(VENV_A) (2 GB; about 3 minutes)"
+	@$(VENV_A)/bin/python -m pip install -q -r requirements/set-a.txt -c requirements/constraints-a.txt
+	@$(VENV_A)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(VENV)/.installed
+	@$(VENV)/bin/missrec demo $(if $(DATA),--data "$(DATA)") --out "$(OUT)"
+
+test: lint
+	@echo "==> tests"
+	@$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) $(TESTS)
+
+test-set-a: $(VENV_A)/.installed
+	@echo "==> tests on the older pins"
+	@$(VENV_A)/bin/python -m pytest -q $(PYTEST_ARGS) $(TESTS)
+
+lint: $(VENV)/.installed types
+	@echo "==> lint"
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/ruff format --check --quiet . || { echo "not formatted as above; run: make format" >&2; exit 1; }
+
+# mypy does not see workflows/ and triton_models/ under their installed names, so it gets a folder of links that has them there.
+types: $(VENV)/.installed
+	@echo "==> types"
+	@rm -rf build/types && mkdir -p build/types/missrec_t4r
+	@ln -s "$(CURDIR)"/missrec_t4r/* "$(CURDIR)"/workflows "$(CURDIR)"/triton_models build/types/missrec_t4r/
+	@cd build/types && "$(abspath $(VENV))"/bin/mypy --config-file "$(CURDIR)"/pyproject.toml -p missrec_t4r
+
+format: $(VENV)/.installed
+	@$(VENV)/bin/ruff check --quiet --fix .
+	@$(VENV)/bin/ruff format --quiet .
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find missrec_t4r workflows triton_models tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	@echo "kept: $(VENV), $(VENV_A) and work/; remove them by hand"
+
+define check_python
+"$(PYTHON)" -c "" 2>/dev/null || { echo "$(PYTHON) was not found, or does not start; expected: Python 3.11. \
+Install it (Debian 12: apt-get install python3.11-venv libpython3.11), or name another: make PYTHON=/path/to/python3.11." >&2; exit 2; }; \
+"$(PYTHON)" requirements/check_platform.py || exit 2
+endef
+
+define fresh_venv
+if [ -e $(1)/.installed ]; then rm -f $(1)/.installed; \
+else echo "==> creating $(1)"; "$(PYTHON)" -m venv --clear $(1); fi
+endef

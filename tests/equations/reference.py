@@ -251,12 +251,14 @@ class Model(NamedTuple):
         return (self.encoder(tokens, visible.reshape(len(ids), len(ids))) if ids else tokens), ids, places
 
     def padded_memory(self, sessions: Sequence[Sequence[int]]) -> tuple[Array, Mask]:
-        """Encode a batch with centroid 0 in the places that shorter sessions leave empty; they see, and are not seen."""
+        """Encode a batch with centroid 0 in the places that shorter sets leave empty; they see, and are not seen."""
         sets = [list(session_interests(session, self.assignment)) for session in sessions]
         width = max(map(len, sets))
         mask = np.array([[place < len(ids) for place in range(width)] for ids in sets], bool)
         tokens = self.centroids[[ids + [0] * (width - len(ids)) for ids in sets]]
-        return np.stack([self.encoder(x, np.tile(seen, (width, 1))) for x, seen in zip(tokens, mask, strict=True)]), mask
+        return np.stack(
+            [self.encoder(x, np.tile(seen, (width, 1))) for x, seen in zip(tokens, mask, strict=True)]
+        ), mask
 
     def positions(self, session: Sequence[int]) -> Array:
         """Return the decoder's output at every position, not normalised, [seq, dim] or [modality, seq, dim]."""
@@ -366,7 +368,7 @@ def sequence_item_contrast(scores: Array, positives: Sequence[int], temperature:
 
 
 def sequence_sequence_contrast(views: Array, others: Array, positives: Sequence[int], temperature: float) -> float:
-    """In-batch softmax of s [batch, dim] against s' of augmented views; sessions with the same target are no negatives."""
+    """In-batch softmax of s [batch, dim] against s' of augmented views; equal targets are no negatives."""
     losses = []
     for b, positive in enumerate(positives):
         cosines = [

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from equations import reference as ref
-from equations import small_shop as shop
-from equations import translate
+
 from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.model.objectives import next_item_loss, orthogonality_loss
+from tests.equations import reference as ref
+from tests.equations import small_shop as shop
+from tests.equations import translate
 
 EXACT = 1e-10
 ROUNDED = 1e-6
@@ -47,10 +48,10 @@ def test_session_vectors(setting: tuple[MISSRecConfig, float]) -> None:
     assert np.ptp(vectors, 0).max() > 0.1, "all sessions look alike: the comparison would prove nothing"
 
 
-def test_every_position(setting: tuple[MISSRecConfig, float]) -> None:
-    config, tolerance = setting
-    if config.sequence_fusion == "contextual":
-        pytest.skip("contextual fusion is read at the last position only")
+@pytest.mark.parametrize(
+    ("config", "tolerance"), [setting for setting in CONFIGS.values() if setting[0].sequence_fusion == "add"]
+)
+def test_every_position(config: MISSRecConfig, tolerance: float) -> None:
     model = shop.model(config)
     expected = translate.whole(model, shop.catalogue())
     with torch.no_grad():

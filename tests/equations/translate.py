@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from equations import reference as ref
+from torch import nn
+
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.model import attention as code
 from missrec_t4r.model.decoder import InterestAwareDecoder
 from missrec_t4r.model.encoder import ContextualEncoder
 from missrec_t4r.model.missrec import MISSRec
-from torch import nn
+from tests.equations import reference as ref
 
 
 def array(tensor: torch.Tensor) -> ref.Array:

@@ -1,0 +1,84 @@
+"""The objectives against the reference, and the reference's own contrastive losses against plain arithmetic."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from missrec_t4r.model.objectives import next_item_loss, orthogonality_loss
+from tests.equations import reference as ref
+
+RNG = np.random.default_rng(11)
+SCORES = RNG.uniform(-1, 1, (4, 9))
+TARGETS = [3, 8, 5, 3]
+MASK = np.array([[True, True, True], [True, True, False], [True, False, False], [False, False, False]])
+MEMORY = RNG.normal(size=(4, 3, 5))
+
+
+def test_cross_entropy() -> None:
+    found = next_item_loss(torch.from_numpy(SCORES) / 0.07, torch.tensor(TARGETS))
+    assert found.item() == pytest.approx(ref.cross_entropy(SCORES, TARGETS, 0.07), abs=1e-10)
+
+
+def test_cross_entropy_by_hand() -> None:
+    # two candidates, scores .07 apart at temperature .07: the better one has probability e / (e + 1)
+    logits = torch.tensor([[-torch.inf, 1.0, 0.0]])
+    assert next_item_loss(logits, torch.tensor([1])).item() == pytest.approx(math.log1p(math.exp(-1)))
+
+
+def test_positions_without_a_target_do_not_count() -> None:
+    logits, targets = torch.from_numpy(SCORES), torch.tensor([3, 0, 5, 0])
+    assert next_item_loss(logits, targets).item() == pytest.approx(ref.cross_entropy(SCORES[[0, 2]], [3, 5], 1.0))
+
+
+def test_several_targets_are_weighted_sums_of_single_ones() -> None:
+    logits, second = torch.from_numpy(SCORES), [5, 4, 0, 0]
+    found = next_item_loss(logits, torch.tensor([TARGETS, second]).T, torch.tensor([1.0, 0.3]))
+    expected = ref.cross_entropy(SCORES, TARGETS, 1.0) + 0.3 * ref.cross_entropy(SCORES[:2], second[:2], 1.0)
+    assert found.item() == pytest.approx(expected)
+
+
+def test_cosine_orthogonality() -> None:
+    found = orthogonality_loss(torch.from_numpy(MEMORY), torch.from_numpy(MASK), "cosine")
+    expected = ref.orthogonality_cosine([memory[mask] for memory, mask in zip(MEMORY, MASK, strict=True)])
+    assert found.item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_cosine_orthogonality_by_hand() -> None:
+    memory = torch.tensor([[[2.0, 0.0], [0.0, 3.0]], [[1.0, 0.0], [1.0, 1.0]]])  # right angle, 45 degrees
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    assert orthogonality_loss(memory, mask, "cosine").item() == pytest.approx((0.0 + 0.5) / 2)
+    mask[1, 1] = False
+    assert orthogonality_loss(memory, mask, "cosine").item() == pytest.approx(0.0)
+    assert orthogonality_loss(memory, torch.zeros_like(mask), "cosine").item() == 0.0
+
+
+def test_faithful_orthogonality() -> None:
+    found = orthogonality_loss(torch.from_numpy(MEMORY), torch.from_numpy(MASK), "faithful")
+    assert found.item() == pytest.approx(ref.orthogonality_faithful(MEMORY, MASK), abs=1e-10)
+
+
+def test_faithful_orthogonality_by_hand() -> None:
+    # u = 2/3 of (1 + 2 + 3, 0) = (4, 0); u . u / d = 16 / 2
+    memory = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]])
+    assert orthogonality_loss(memory, torch.tensor([[True, True, False]]), "faithful").item() == pytest.approx(8.0)
+
+
+def test_reference_contrasts_are_cross_entropies_of_the_batch() -> None:
+    distinct = [3, 8, 5, 4]
+    in_batch = SCORES[:, distinct]
+    assert ref.sequence_item_contrast(SCORES, distinct, 0.07) == pytest.approx(
+        ref.cross_entropy(in_batch, range(4), 0.07)
+    )
+    views, others = MEMORY[:, 0], MEMORY[:, 1]
+    cosines = ref.unit(views) @ ref.unit(others).T
+    found = ref.sequence_sequence_contrast(views, others, distinct, 0.07)
+    assert found == pytest.approx(ref.cross_entropy(cosines, range(4), 0.07))
+
+
+def test_reference_contrasts_do_not_count_equal_items_as_negatives() -> None:
+    # sessions 0 and 1 have the same positive: each has itself alone in its softmax, so both lose nothing
+    assert ref.sequence_item_contrast(SCORES[:2], [3, 3], 0.07) == pytest.approx(0.0)
+    assert ref.sequence_sequence_contrast(MEMORY[:2, 0], MEMORY[:2, 1], [3, 3], 0.07) == pytest.approx(0.0)
+    assert ref.sequence_item_contrast(SCORES[:2], [3, 4], 0.07) > 0

@@ -1,0 +1,70 @@
+"""Item towers: adapters over frozen vectors, with missing modalities masked or, as published, biased."""
+
+import numpy as np
+import pytest
+import torch
+
+from missrec_t4r.config import MISSRecConfig
+from tests.equations import reference as ref
+from tests.equations import small_shop as shop
+from tests.equations import translate
+
+CONFIGS = {"paper": shop.paper(), "default": shop.default(), "inductive": shop.default(item_ids=False)}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+@every_config
+def test_tokens_of_the_catalogue(config: MISSRecConfig) -> None:
+    model = shop.model(config)
+    found, expected = model.towers.catalogue(), translate.items(model, shop.catalogue())
+    counted = found.mask.numpy()
+    np.testing.assert_array_equal(counted, expected.counts)
+    np.testing.assert_array_equal(found.attended.numpy()[:, ref.FIRST_ITEM :], expected.present[:, ref.FIRST_ITEM :])
+    tolerance = 1e-10 if config.feature_scaling == "none" else 1e-6
+    np.testing.assert_allclose(
+        translate.array(found.modality)[counted], expected.tokens[counted], rtol=0, atol=tolerance
+    )
+    assert (found.ids is None) == (not config.item_ids)
+
+
+@every_config
+def test_tokens_of_some_rows_are_those_of_the_catalogue(config: MISSRecConfig) -> None:
+    towers = shop.model(config).towers
+    rows = shop.batch(padding=1)
+    for direct, gathered in zip(towers(rows), towers.catalogue().take(rows), strict=True):
+        assert (direct is None) == (gathered is None)
+        if direct is not None:
+            torch.testing.assert_close(direct, gathered, rtol=0, atol=1e-12)
+
+
+def test_published_token_of_a_missing_modality_is_the_bias() -> None:
+    model = shop.model(shop.paper())
+    tokens = model.towers(torch.tensor([shop.row("voucher")]))
+    image = model.towers.names.index("image")
+    assert tokens.mask[image].all()
+    torch.testing.assert_close(tokens.modality[image, 0], model.towers.adapters["image"].bias, rtol=0, atol=0)
+
+
+def test_our_token_of_a_missing_modality_does_not_count() -> None:
+    model = shop.model(shop.default())
+    tokens = model.towers(torch.tensor([shop.row("voucher"), shop.row("rug"), shop.row("lamp")]))
+    assert tokens.mask.tolist() == [[True, False, True], [False, True, True]]  # text, image
+
+
+@pytest.mark.parametrize("name", ["text", "image"])
+def test_scaled_vectors_have_unit_length(name: str) -> None:
+    vectors = shop.model(shop.default()).towers.vectors.get_buffer(name)
+    expected = ref.unit(shop.catalogue().modalities[name].vectors.astype(np.float64))
+    np.testing.assert_allclose(vectors.numpy(), expected, rtol=0, atol=1e-7)
+
+
+def test_candidates_are_unit_tokens() -> None:
+    model = shop.model(shop.paper())
+    found, expected = model.candidates(), translate.items(model, shop.catalogue())
+    real = slice(ref.FIRST_ITEM, None)
+    np.testing.assert_allclose(
+        translate.array(found.modality)[:, real], ref.unit(expected.tokens)[:, real], rtol=0, atol=1e-10
+    )
+    assert found.ids is not None
+    assert expected.ids is not None
+    np.testing.assert_allclose(translate.array(found.ids)[real], ref.unit(expected.ids)[real], rtol=0, atol=1e-10)

@@ -67,6 +67,9 @@ class MISSRecConfig:
     """``l2``: modality vectors of unit length enter the adapters, so that encoders of any scale train alike (ours)."""
     history_bias: bool = True
     """Learn one number that is added to the score of items already in the session (ours: 1 % of targets repeat)."""
+    n_neighbours: int = 128
+    """Co-occurring items per item that the neighbour prior adds to the score when ranking, with a weight that
+    validation chooses after training (ours: small shops are won by item-kNN otherwise); 0 switches it off."""
     temperature: float = 0.07
     """Divides scores before the softmax; > 0 (paper: 0.07)."""
     orthogonality: Orthogonality = "cosine"
@@ -88,6 +91,7 @@ class MISSRecConfig:
             (min(self.d_model, self.n_head, self.d_feedforward, self.max_sequence_length) < 1, "a size is below 1"),
             (self.n_encoder_layers < 0 or self.n_decoder_layers < 1, "--n-decoder-layers must be at least 1"),
             (not 0 <= self.dropout < 1, f"--dropout {self.dropout} is outside [0, 1)"),
+            (self.n_neighbours < 0, f"--n-neighbours {self.n_neighbours} is negative"),
             (self.temperature <= 0, f"--temperature {self.temperature} is not positive"),
             (not 0 < self.interest_ratio <= 1, f"--interest-ratio {self.interest_ratio} is outside (0, 1]"),
             (not 0 <= self.modality_dropout < 1, f"--modality-dropout {self.modality_dropout} is outside [0, 1)"),
@@ -101,7 +105,7 @@ class MISSRecConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> MISSRecConfig:
-        """Return the published configuration (section 5.1.4 of the paper and the authors' release).
+        """Return the published configuration, as the authors' release has it.
 
         Examples
         --------
@@ -113,6 +117,7 @@ class MISSRecConfig:
             "missing_modality": "zero_row",
             "feature_scaling": "none",
             "history_bias": False,
+            "n_neighbours": 0,
             "mask_untrained_ids": False,
             "orthogonality": "faithful",
         }
@@ -149,6 +154,8 @@ class TrainConfig:
     """Decay per step of the averaged weights that are evaluated and exported; 0 switches averaging off."""
     warmup_steps: int = 0
     """Steps in which the learning rate grows linearly from zero."""
+    validation_sessions: int = 0
+    """Sessions ranked after every epoch, a fixed sample; 0 ranks all."""
     refresh_interests_every: int = 1
     """Epochs between two interest discoveries (paper: 1)."""
 

@@ -52,14 +52,24 @@ class TerminalProgress:
         """Yield the elements and show a bar, or lines."""
         if total is None and isinstance(iterable, Sized):
             total = len(iterable)
-        return self._bar(iterable, description, total) if self.console.is_terminal else self._lines(iterable, description, total)
+        return (
+            self._bar(iterable, description, total)
+            if self.console.is_terminal
+            else self._lines(iterable, description, total)
+        )
 
     def say(self, message: str) -> None:
         """Show one line."""
         self.console.print(message, highlight=False)
 
     def _bar(self, iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with RichBar(*columns, console=self.console, transient=True) as bar:
             yield from bar.track(iterable, description=description, total=total)
 

@@ -78,7 +78,9 @@ def prefix_examples(sessions: Sessions, max_length: int, per_session: int, rng: 
     """Return one example per prefix; a session of n items gives n - 1 (specification 5), or a sample of them."""
     offsets = sessions.offsets
     owner = np.repeat(np.arange(len(sessions)), np.maximum(sessions.lengths - 1, 0))
-    within = np.arange(len(owner)) - np.repeat(np.cumsum(np.maximum(sessions.lengths - 1, 0)), np.maximum(sessions.lengths - 1, 0))
+    within = np.arange(len(owner)) - np.repeat(
+        np.cumsum(np.maximum(sessions.lengths - 1, 0)), np.maximum(sessions.lengths - 1, 0)
+    )
     end = offsets[owner + 1] + within  # within is negative: counts from the session's end
     if per_session and len(owner):
         rank = np.lexsort((rng.random(len(owner)), owner))
@@ -104,10 +106,14 @@ def training_batches(
     cost = examples.lengths if all_positions else np.ones_like(examples.begin)
     batches = _bucketed(examples.lengths, cost, train.batch_size, rng)
     backwards = rng.random(len(batches)) < train.reverse_probability
-    return [(Examples(*(part[chosen] for part in examples)), bool(b)) for chosen, b in zip(batches, backwards, strict=True)]
+    return [
+        (Examples(*(part[chosen] for part in examples)), bool(b)) for chosen, b in zip(batches, backwards, strict=True)
+    ]
 
 
-def collate(sessions: Sessions, examples: Examples, n_targets: int, *, all_positions: bool, backwards: bool) -> TrainingBatch:
+def collate(
+    sessions: Sessions, examples: Examples, n_targets: int, *, all_positions: bool, backwards: bool
+) -> TrainingBatch:
     """Gather a batch's items and targets; ``backwards`` reads each example's items and first target in reverse."""
     width = int(examples.lengths.max())
     steps = np.arange(width)

@@ -81,7 +81,9 @@ class Catalogue:
     def __post_init__(self) -> None:
         for name in (ITEM_ID, TRAIN_COUNT):
             if name not in self.items.column_names:
-                raise DataError(f"the item table has no column {name!r}", "item_id and train_count", "re-run missrec etl")
+                raise DataError(
+                    f"the item table has no column {name!r}", "item_id and train_count", "re-run missrec etl"
+                )
         for name, modality in self.modalities.items():
             _check_modality(name, modality, self.n_rows)
 
@@ -144,7 +146,9 @@ class Catalogue:
             raise DataError(f"{folder} holds no catalogue.json", "a catalogue folder", "write one with `missrec etl`")
         meta = json.loads(meta_file.read_text(encoding="utf-8"))
         if meta.get("format") != FORMAT_VERSION:
-            raise DataError(f"catalogue format {meta.get('format')!r}", f"format {FORMAT_VERSION}", "re-run missrec etl")
+            raise DataError(
+                f"catalogue format {meta.get('format')!r}", f"format {FORMAT_VERSION}", "re-run missrec etl"
+            )
         items = pq.read_table(folder / "items.parquet")
         names = list(meta["modalities"])
         presence = np.load(folder / "presence.npy", allow_pickle=False)
@@ -199,6 +203,10 @@ def _check_modality(name: str, modality: Modality, n_rows: int) -> None:
         )
     if not np.isfinite(modality.vectors).all():
         row = int(np.flatnonzero(~np.isfinite(modality.vectors).all(1))[0])
-        raise ModalityError(f"modality {name!r} holds NaN or infinity in row {row}", "finite numbers", "repair the file")
+        raise ModalityError(
+            f"modality {name!r} holds NaN or infinity in row {row}", "finite numbers", "repair the file"
+        )
     if modality.present.shape != (n_rows,) or modality.present[:FIRST_ITEM_ROW].any():
-        raise ModalityError(f"the presence mask of modality {name!r} does not fit", f"{n_rows} flags, three of them off")
+        raise ModalityError(
+            f"the presence mask of modality {name!r} does not fit", f"{n_rows} flags, three of them off"
+        )

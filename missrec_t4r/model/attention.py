@@ -57,7 +57,9 @@ class FeedForward(nn.Sequential):
     """Linear, GELU, dropout, linear."""
 
     def __init__(self, d_model: int, d_feedforward: int, dropout: float) -> None:
-        super().__init__(nn.Linear(d_model, d_feedforward), nn.GELU(), nn.Dropout(dropout), nn.Linear(d_feedforward, d_model))
+        super().__init__(
+            nn.Linear(d_model, d_feedforward), nn.GELU(), nn.Dropout(dropout), nn.Linear(d_feedforward, d_model)
+        )
 
 
 class EncoderLayer(nn.Module):

@@ -1,4 +1,4 @@
-"""MISSRec: interests of the session are encoded, its items decoded in their light, candidates scored by fused modalities.
+"""MISSRec: a session's interests are encoded, its items decoded in their light, candidates scored by fused modalities.
 
 Paper: Wang et al., ACM MM 2023, arXiv:2308.11175. `MISSRec` receives finished parts; `build_missrec` makes them from a
 configuration and a catalogue. Nothing is kept on ``self`` between calls.
@@ -20,6 +20,7 @@ from missrec_t4r.model.decoder import InterestAwareDecoder
 from missrec_t4r.model.encoder import ContextualEncoder
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.interests import InterestTokens, InterestVocabulary
+from missrec_t4r.model.neighbours import NeighbourPrior
 from missrec_t4r.model.towers import CandidateTokens, ItemTokens, ItemTowers
 from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
 
@@ -46,6 +47,8 @@ class MISSRec(nn.Module):
         What the parts were built from.
     towers, interests, encoder, decoder, fusion
         The parts.
+    prior : NeighbourPrior, optional
+        Added to the score when ranking, never in training.
     """
 
     recommendable: Tensor
@@ -58,11 +61,13 @@ class MISSRec(nn.Module):
         encoder: ContextualEncoder,
         decoder: InterestAwareDecoder,
         fusion: CandidateFusion,
+        prior: NeighbourPrior | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.towers, self.interests = towers, interests
         self.encoder, self.decoder, self.fusion = encoder, decoder, fusion
+        self.prior = prior
         start = _INITIAL_HISTORY_BIAS * config.temperature
         self.history_bias = nn.Parameter(torch.tensor(start)) if config.history_bias else None
         with torch.no_grad():
@@ -126,12 +131,14 @@ class MISSRec(nn.Module):
             Unit-length session vectors.
         candidates : CandidateTokens
         item_ids : Tensor [batch, seq], int64
-            The items each vector has seen (0 for none): they get the learned history bias.
+            The items each vector has seen (0 for none): they get the learned history bias and call their neighbours.
         """
         scores: Tensor = self.fusion(session, candidates)
         if self.history_bias is not None:
             seen = torch.zeros_like(scores).scatter_(1, item_ids, 1.0)
             scores = scores + self.history_bias * seen
+        if self.prior is not None and not self.training and self.prior.active:
+            scores = scores + self.prior(item_ids)
         return scores.masked_fill(~self.recommendable, -torch.inf)
 
     @torch.no_grad()
@@ -152,7 +159,9 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue) -> MISSRec:
         The catalogue has neither modality vectors nor, in this configuration, item IDs.
     """
     if not catalogue.modalities:
-        raise DataError("the catalogue has no modality", "at least one, say text", "run `missrec features` or pass --modality")
+        raise DataError(
+            "the catalogue has no modality", "at least one, say text", "run `missrec features` or pass --modality"
+        )
     trained = torch.from_numpy(catalogue.train_count > 0)
     if not config.mask_untrained_ids:
         trained = torch.arange(catalogue.n_rows) >= FIRST_ITEM_ROW
@@ -179,6 +188,7 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue) -> MISSRec:
             config.n_decoder_layers, *layer, config.max_sequence_length, config.attention, config.sequence_fusion
         ),
         CandidateFusion(config.candidate_fusion, towers.n_rows),
+        NeighbourPrior(towers.n_rows, config.n_neighbours) if config.n_neighbours else None,
     )
     model.apply(_initialise)
     return model

@@ -40,8 +40,8 @@ def orthogonality_loss(memory: Tensor, mask: Tensor, kind: Orthogonality) -> Ten
     mask : Tensor [batch, interest], bool
     kind : {"cosine", "faithful"}
         ``cosine`` (ours): mean squared cosine between different interests of a session, averaged over the sessions that
-        have two. ``faithful``: the published ``sum(u * u) / dim`` with u the sum of the memory over all places times the
-        share of real ones; it depends on padding and on batch size, alone among our losses.
+        have two. ``faithful``: the published ``sum(u * u) / dim`` with u the sum of the memory over all places times
+        the share of real ones; it depends on padding and on batch size, alone among our losses.
     """
     weight = mask.unsqueeze(-1).to(memory.dtype)
     if kind == "faithful":

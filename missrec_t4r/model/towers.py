@@ -61,7 +61,7 @@ class ItemTowers(nn.Module):
     Parameters
     ----------
     vectors : mapping of str to Tensor [row, width]
-        Frozen vectors; zero where the modality is missing. They are not part of the state dict: the catalogue owns them.
+        Frozen vectors; zero where the modality is missing. Not part of the state dict: the catalogue owns them.
     presence : Tensor [modality, row], bool
         True where the item has the modality.
     trained_ids : Tensor [row], bool, or None

@@ -1,0 +1,61 @@
+"""missrec-t4r: MISSRec for NVIDIA Merlin.
+
+The public names, resolved when they are first used: the model and the client import with torch and tritonclient alone,
+Transformers4Rec and NVTabular only where a name of theirs is asked for.
+
+>>> import missrec_t4r as mr
+>>> mr.MISSRecConfig.paper().d_model
+300
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+try:
+    __version__ = version("missrec-t4r")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0.0.0"
+
+_HOME = {
+    "Catalogue": "data.catalogue",
+    "Modality": "data.catalogue",
+    "Sessions": "data.sessions",
+    "MISSRecConfig": "config",
+    "TrainConfig": "config",
+    "Recipe": "config",
+    "MISSRecError": "errors",
+    "MISSRec": "model.missrec",
+    "build_missrec": "model.missrec",
+    "load_run": "training.checkpoint",
+    "load_bundle": "export.bundle",
+    "LocalTriton": "serving.local_triton",
+    "MISSRecClient": "serving.client",
+    "Recommendation": "serving.client",
+    "Ranker": "serving.ranker",
+    "PrefixMasking": "t4r",
+    "MultiModalSequenceFeatures": "t4r",
+    "MISSRecBlock": "t4r",
+    "MISSRecNextItemTask": "t4r",
+    "build_model": "t4r",
+    "to_core": "t4r",
+    "load_schema": "t4r",
+}
+
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(
+            f"module 'missrec_t4r' has no attribute {name!r}; public names: {', '.join(sorted(_HOME))}"
+        )
+    value = getattr(import_module(f"missrec_t4r.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,156 @@
+"""Runs and checkpoints: safetensors and JSON, written aside and renamed, loaded strictly with every gap explained."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from missrec_t4r.config import Recipe
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.errors import CheckpointError
+from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.schema import CATALOGUE_FOLDER
+
+RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, STATE_FILE = "recipe.json", "run.json", "weights.safetensors", "state.safetensors"
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A finished run, ready to score."""
+
+    model: MISSRec
+    """In evaluation mode."""
+    catalogue: Catalogue
+    recipe: Recipe
+    data: Path
+    """The data folder that the run was trained on, or the one given to `load_run`."""
+
+
+def save_run(out: Path, model: MISSRec, recipe: Recipe, data: Path, info: Mapping[str, Any]) -> None:
+    """Write a run: weights, resolved recipe, and where it comes from.
+
+    Parameters
+    ----------
+    out : Path
+        Run folder; created, files replaced one by one by rename, `run.json` last.
+    model : MISSRec
+    recipe : Recipe
+    data : Path
+        Data folder; stored relative to the run so that both can be moved together.
+    info : mapping
+        JSON-able facts: seconds, best epoch, validation metrics.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    save_tensors(out / WEIGHTS_FILE, model.state_dict())
+    write_json(out / RECIPE_FILE, recipe.to_dict())
+    where = os.path.relpath(data.resolve(), out.resolve())
+    write_json(out / RUN_FILE, {"data": where, "versions": versions(), **info})
+
+
+def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
+    """Read a run and build its model.
+
+    Parameters
+    ----------
+    run : path
+        Folder written by ``missrec train``.
+    data : path, optional
+        Data folder, if it was moved since.
+
+    Raises
+    ------
+    CheckpointError
+        The run is unfinished, or its weights do not fit the catalogue; every gap is listed.
+    """
+    run = Path(run)
+    if not (run / RUN_FILE).is_file():
+        raise CheckpointError(f"{run} holds no {RUN_FILE}", "a finished run", "run or resume `missrec train --out`")
+    info = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+    recipe = Recipe.from_dict(json.loads((run / RECIPE_FILE).read_text(encoding="utf-8")))
+    folder = Path(data) if data is not None else Path(os.path.normpath(run.resolve() / info["data"]))
+    catalogue = Catalogue.load(folder / CATALOGUE_FOLDER)
+    model = build_missrec(recipe.model, catalogue)
+    load_strictly(model, load_tensors(run / WEIGHTS_FILE), str(run / WEIGHTS_FILE))
+    return LoadedRun(model.eval(), catalogue, recipe, folder)
+
+
+def load_strictly(model: torch.nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy weights into a model, refusing any difference and naming each.
+
+    Raises
+    ------
+    CheckpointError
+        Missing, unexpected or differently shaped tensors.
+    """
+    own = model.state_dict()
+    gaps = [f"missing {name}" for name in own if name not in weights]
+    gaps += [f"unexpected {name}" for name in weights if name not in own]
+    gaps += [
+        f"{name} has shape {list(weights[name].shape)} instead of {list(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if gaps:
+        more = f" and {len(gaps) - 8} more" if len(gaps) > 8 else ""
+        cure = "use the data folder and recipe of this run, or train again"
+        raise CheckpointError(
+            f"{source}: " + "; ".join(gaps[:8]) + more, "the weights of this model and catalogue", cure
+        )
+    model.load_state_dict(dict(weights))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file aside and rename it into place."""
+    aside = path.with_name(f".{path.name}.partial")
+    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, aside, dict(metadata or {}))
+    os.replace(aside, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises
+    ------
+    CheckpointError
+        Missing or damaged file.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})", "a safetensors file", "train again") from error
+    return tensors
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """Read the text that `save_tensors` stored beside the tensors."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON aside and rename it into place."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(content, indent=2, default=float) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("missrec-t4r", "torch", "numpy", "transformers4rec", "nvtabular"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -108,14 +108,22 @@ class InterestAwareDecoder(nn.Module):
             tokens = (items.modality * items.mask.unsqueeze(-1)).sum(0) + common
             return self.dropout(self.norm_input(tokens)), item_mask, steps
         n_modalities = len(items.modality)  # [modality, batch, seq, dim] -> [batch, modality * seq, dim]
-        tokens = (items.modality + common).transpose(0, 1).flatten(1, 2)
-        attended = (items.attended & item_mask).transpose(0, 1).flatten(1)
+        tokens = (items.modality * items.mask.unsqueeze(-1) + common).transpose(0, 1).flatten(1, 2)
+        attended = (_with_id_only(items) & item_mask).transpose(0, 1).flatten(1)
         return self.dropout(self.norm_input(tokens)), attended, steps.repeat(n_modalities)
 
     def _last_tokens(self, item_mask: Tensor, n_tokens: int) -> Tensor:
         """Return the token positions [batch, 1 or modality] of the last real item."""
         last = (item_mask.sum(1, keepdim=True) - 1).clamp_min(0)
         return last + torch.arange(0, n_tokens, item_mask.shape[1], device=item_mask.device)
+
+
+def _with_id_only(items: ItemTokens) -> Tensor:
+    """Return the keys [modality, batch, seq]; an item with an ID and no modality keeps one place for it."""
+    if items.id_mask is None:
+        return items.attended
+    alone = items.id_mask & ~items.attended.any(0)
+    return torch.cat([items.attended[:1] | alone, items.attended[1:]])
 
 
 def _gather(x: Tensor, at: Tensor) -> Tensor:

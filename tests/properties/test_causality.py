@@ -1,0 +1,162 @@
+"""What a position may know: the items up to it, and never the target. And when one pass equals many prefixes."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from missrec_t4r.config import TrainConfig
+from missrec_t4r.data.batches import collate, training_batches
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.training.step import training_loss
+from tests.equations import small_shop as shop
+from tests.properties.shops import close, items, model, pad, quick, sessions
+
+CAUSAL = ["default", "default, two layers each", "inductive"]
+causal = pytest.mark.parametrize("name", CAUSAL)
+pairs = st.lists(st.tuples(items, items), min_size=1, max_size=8)
+
+
+@causal
+@quick
+@given(both=pairs, step=st.integers(0, 7))
+def test_later_items_change_no_earlier_position(name: str, both: list[tuple[int, int]], step: int) -> None:
+    step = step % len(both)
+    one = [first for first, _ in both]
+    other = [*one[: step + 1], *(second for _, second in both[step + 1 :])]
+    with torch.no_grad():
+        kept, changed = (model(name).encode_positions(pad([session]))[0, : step + 1] for session in (one, other))
+    close(changed, kept, 1e-12)
+
+
+@causal
+def test_later_items_change_no_earlier_position_bitwise(name: str) -> None:
+    one, other = pad([shop.rows(["lamp", "desk", "mug", "rug"])]), pad([shop.rows(["lamp", "desk", "mug", "pan"])])
+    net = model(name)
+    with torch.no_grad():
+        first, second = net.encode_positions(one), net.encode_positions(other)
+    assert torch.equal(first[:, :3], second[:, :3])
+    assert not torch.equal(first[:, 3], second[:, 3])
+
+
+@causal
+@quick
+@given(session=sessions)
+def test_a_causal_position_is_the_vector_of_its_prefix(name: str, session: list[int]) -> None:
+    with torch.no_grad():
+        positions = model(name).encode_positions(pad([session]))[0]
+        prefixes = torch.cat([model(name)(pad([session[: t + 1]])) for t in range(len(session))])
+    close(positions, prefixes)
+
+
+def bidirectional_twin(net: MISSRec) -> MISSRec:
+    """Return the model that has the same weights and interests, and sees its whole session."""
+    twin = shop.model(shop.default(**(_sizes(net) | {"attention": "bidirectional"})))
+    twin.load_state_dict(net.state_dict())
+    return twin
+
+
+def _sizes(net: MISSRec) -> dict[str, int]:
+    return {"n_encoder_layers": net.config.n_encoder_layers, "n_decoder_layers": net.config.n_decoder_layers}
+
+
+def _largest_gap(net: MISSRec, session: list[int]) -> float:
+    """How far one causal pass is from the bidirectional model's vectors of all prefixes."""
+    twin = bidirectional_twin(net)
+    with torch.no_grad():
+        prefixes = torch.cat([twin(pad([session[: t + 1]])) for t in range(len(session))])
+        return float((net.encode_positions(pad([session]))[0] - prefixes).abs().max())
+
+
+SESSION = shop.rows(["lamp", "kettle", "rug", "voucher", "lamp", "mug"])
+
+
+def test_causal_is_exact_without_interests_and_with_one_decoder_layer() -> None:
+    net = shop.model(shop.default())
+    net.interests.assignment.zero_()
+    assert _largest_gap(net, SESSION) < 1e-12
+
+
+def test_causal_is_exact_with_interests_when_the_encoder_has_no_layer() -> None:
+    net = shop.model(shop.default(n_encoder_layers=0))
+    assert net.interests.discovered
+    assert _largest_gap(net, SESSION) < 1e-12
+
+
+def test_causal_is_exact_when_the_first_item_shows_all_interests() -> None:
+    net = shop.model(shop.default())
+    net.interests.assignment.clamp_(max=1)
+    assert _largest_gap(net, SESSION) < 1e-12
+
+
+def test_causal_is_an_approximation_with_an_interest_encoder() -> None:
+    assert _largest_gap(shop.model(shop.default()), SESSION) > 1e-4
+
+
+def test_causal_is_an_approximation_with_two_decoder_layers() -> None:
+    net = shop.model(shop.default(n_decoder_layers=2))
+    net.interests.assignment.zero_()
+    assert _largest_gap(net, SESSION) > 1e-4
+
+
+@quick
+@given(
+    lengths=st.lists(st.integers(0, 14), min_size=1, max_size=6),
+    attention=st.sampled_from(["causal", "bidirectional"]),
+    backwards=st.booleans(),
+    n_targets=st.integers(1, 3),
+)
+def test_training_examples_hold_every_transition_once_and_no_target_in_sight(
+    lengths: list[int], attention: str, backwards: bool, n_targets: int
+) -> None:
+    # every event is a number of its own, so that a position can be recognised by its value
+    events = np.split(np.arange(3, 3 + sum(lengths)), np.cumsum(lengths)[:-1])
+    data = Sessions.from_lists(list(events))
+    config = shop.default(attention=attention, max_sequence_length=5)
+    train = TrainConfig(batch_size=4, next_items=n_targets, reverse_probability=float(backwards))
+    transitions = []
+    for examples, reverse in training_batches(data, config, train, np.random.default_rng(0)):
+        all_positions = attention == "causal"
+        batch = collate(data, examples, n_targets, all_positions=all_positions, backwards=reverse)
+        for row, targets in zip(batch.item_ids.tolist(), batch.targets.tolist(), strict=True):
+            seen = [item for item in row if item]
+            for t, wanted in enumerate(targets if all_positions else [targets]):
+                visible = seen[: t + 1] if all_positions else seen
+                wanted = [item for item in wanted if item]
+                if t >= len(seen) or not wanted:
+                    assert not wanted
+                    continue
+                step = -1 if reverse else 1
+                assert not set(wanted) & set(visible)
+                assert wanted == [visible[-1] + step * k for k in range(1, len(wanted) + 1)]
+                transitions.append(tuple(sorted((visible[-1], wanted[0]))))
+    expected = [(int(a), int(b)) for session in events for a, b in zip(session[:-1], session[1:], strict=True)]
+    if attention == "causal" or not backwards:  # prefixes read backwards have the session's oldest items as targets
+        assert sorted(transitions) == expected
+
+
+def test_the_loss_of_one_pass_is_the_loss_of_its_prefixes() -> None:
+    net = shop.model(shop.default(orthogonality_weight=0.0))
+    data = Sessions.from_lists([shop.rows(session) for session in shop.SESSIONS if len(session) > 1])
+    train = TrainConfig(batch_size=1000)
+    losses = []
+    for config in (net.config, shop.default(attention="bidirectional")):
+        [(examples, _)] = training_batches(data, config, train, np.random.default_rng(0))
+        batch = collate(data, examples, 1, all_positions=config is net.config, backwards=False)
+        losses.append(training_loss(net, batch, train).detach())
+    close(losses[0], losses[1])
+
+
+def test_exchanging_the_target_changes_no_other_position_s_loss() -> None:
+    net, train = shop.model(shop.default(orthogonality_weight=0.0)), TrainConfig(batch_size=1000)
+
+    def logits_at(session: list[int]) -> torch.Tensor:
+        data = Sessions.from_lists([session])
+        [(examples, _)] = training_batches(data, net.config, train, np.random.default_rng(0))
+        batch = collate(data, examples, 1, all_positions=True, backwards=False)
+        return net.encode_positions(batch.item_ids).detach()
+
+    history = shop.rows(["lamp", "kettle", "rug"])
+    assert torch.equal(logits_at([*history, shop.row("pan")]), logits_at([*history, shop.row("sofa")]))

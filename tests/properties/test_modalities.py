@@ -1,0 +1,97 @@
+"""Missing modalities: scored as if never declared, and never read."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from missrec_t4r.config import MISSRecConfig
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.model.missrec import MISSRec
+from tests.equations import small_shop as shop
+from tests.properties.shops import close, pad, scores
+
+MASKED = {
+    "default": shop.default(),
+    "inductive": shop.default(item_ids=False),
+    "static": shop.default(candidate_fusion="static"),
+    "contextual": shop.paper(sequence_fusion="contextual", missing_modality="masked"),
+}
+every_config = pytest.mark.parametrize("config", MASKED.values(), ids=MASKED.keys())
+
+
+def rebuilt(net: MISSRec, catalogue: Catalogue) -> MISSRec:
+    """Return a model over another catalogue with the weights and interests that both share."""
+    other = shop.model(net.config, catalogue)
+    state = {key: value for key, value in net.state_dict().items() if key in other.state_dict()}
+    kept = [list(net.towers.names).index(name) for name in other.towers.names]
+    state["interests.assignment"] = net.interests.assignment[kept]
+    other.load_state_dict(state, strict=False)
+    return other
+
+
+@every_config
+def test_a_modality_that_no_item_has_scores_as_if_it_was_never_declared(config: MISSRecConfig) -> None:
+    catalogue = shop.catalogue(without={"text": [], "image": shop.ITEMS})
+    net = shop.model(config, catalogue)
+    text_only = Catalogue(catalogue.items, {"text": catalogue.modalities["text"]})
+    close(scores(rebuilt(net, text_only), shop.batch()), scores(net, shop.batch()))
+
+
+@every_config
+def test_the_vector_of_a_missing_modality_is_never_read(config: MISSRecConfig) -> None:
+    catalogue = shop.catalogue()
+    image = catalogue.modalities["image"]
+    vectors = image.vectors.copy()
+    vectors[shop.row("voucher")] = 100 * np.arange(1, 5)
+    noisy = Catalogue(catalogue.items, {**catalogue.modalities, "image": dataclasses.replace(image, vectors=vectors)})
+    net = shop.model(config, catalogue)
+    close(scores(rebuilt(net, noisy), shop.batch()), scores(net, shop.batch()))
+
+
+@every_config
+def test_the_order_in_which_modalities_are_declared_does_not_matter(config: MISSRecConfig) -> None:
+    catalogue = shop.catalogue()
+    swapped = Catalogue(catalogue.items, dict(reversed(catalogue.modalities.items())))
+    net = shop.model(config, catalogue)
+    close(scores(rebuilt(net, swapped), shop.batch()), scores(net, shop.batch()))
+
+
+@pytest.mark.parametrize("item_ids", [True, False])
+def test_an_item_without_any_modality_has_its_id_or_is_not_recommended(item_ids: bool) -> None:
+    nothing = shop.catalogue(without={"text": ["lamp", "plate"], "image": ["lamp", "plate"]})  # the plate is cold
+    net = shop.model(shop.default(item_ids=item_ids), nothing)
+    found = scores(net, pad([[shop.row("mug")]]))[0]
+    assert torch.isneginf(found[shop.row("plate")])
+    assert bool(torch.isfinite(found[shop.row("lamp")])) == item_ids
+    if item_ids:
+        with torch.no_grad():
+            by_id = (
+                net(pad([[shop.row("mug")]])) @ torch.nn.functional.normalize(net.towers.id_embedding.weight, dim=-1).T
+            )
+        close(found[shop.row("lamp")], by_id[0, shop.row("lamp")])
+
+
+@pytest.mark.parametrize("sequence_fusion", ["add", "contextual"])
+def test_an_item_without_any_modality_still_speaks_for_its_session_by_its_id(sequence_fusion: str) -> None:
+    nothing = shop.catalogue(without={"text": ["lamp", "desk"], "image": ["lamp", "desk"]})
+    net = shop.model(shop.paper(sequence_fusion=sequence_fusion, missing_modality="masked"), nothing)
+    with torch.no_grad():
+        last = net(pad([shop.rows(["mug", "lamp"]), shop.rows(["mug", "desk"])]))
+        first = net(pad([shop.rows(["lamp", "mug"]), shop.rows(["desk", "mug"])]))
+    close(last.norm(dim=1), torch.ones(2, dtype=torch.float64))
+    assert (last[0] - last[1]).abs().max() > 1e-3
+    assert (first[0] - first[1]).abs().max() > 1e-3
+
+
+def test_a_cold_item_is_scored_by_its_modalities_alone() -> None:
+    net = shop.model(shop.default())
+    assert net.towers.id_embedding is not None
+    before = scores(net, shop.batch())
+    with torch.no_grad():
+        net.towers.id_embedding.weight[shop.row("plate")] = 5.0
+    assert torch.equal(scores(net, shop.batch()), before)
+    with torch.no_grad():
+        net.towers.id_embedding.weight[shop.row("pan")] = 5.0
+    assert not torch.equal(scores(net, shop.batch()), before)

@@ -1,1 +1,10 @@
-"""NVTabular ETL: raw tables in, session parquet with schema and catalogue out; the only importer of nvtabular."""
+"""NVTabular ETL, installed as ``missrec_t4r.workflows``: raw tables in, session parquet + schema.pbtxt + catalogue out.
+
+The only importer of nvtabular and merlin.core. What it hands over are files, so that training and serving need neither.
+"""
+
+import os
+
+# Merlin 23.8 uses the legacy dask.dataframe; dask decides at its first import.
+os.environ.setdefault("DASK_DATAFRAME__QUERY_PLANNING", "False")
+os.environ.setdefault("DASK_DATAFRAME__CONVERT_STRING", "False")  # True turns list columns into text

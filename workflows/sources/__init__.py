@@ -1,1 +1,1 @@
-"""One small module per source of raw data, each with one function that yields the two tables of the contract."""
+"""Where raw tables come from: any parquet or csv file (`table.py`), or our generated shop (`generator.py`)."""

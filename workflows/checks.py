@@ -1,0 +1,197 @@
+"""What is wrong with the data, as a report; an error only where the result would be wrong.
+
+`clean_events` brings an interaction table to user_id, item_id, timestamp and further event columns. Findings are
+counted and written to etl.json: rows with nulls are left out, everything else stays as it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
+
+_YEAR_2100 = 4_102_444_800
+KEYS = (USER_ID, ITEM_ID, TIMESTAMP)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One observation about the data."""
+
+    check: str
+    """Short name, stable across versions."""
+    count: int
+    """How many rows, items or users it concerns."""
+    message: str
+    """What was done about it, or what to do."""
+
+
+class Findings:
+    """Collects findings; those that concern nothing are not kept."""
+
+    def __init__(self) -> None:
+        self.found: list[Finding] = []
+
+    def add(self, check: str, count: int, message: str) -> None:
+        """Note a finding if ``count`` is positive."""
+        if count:
+            self.found.append(Finding(check, int(count), message))
+
+    def to_list(self) -> list[dict[str, str | int]]:
+        """Return JSON-able findings."""
+        return [asdict(finding) for finding in self.found]
+
+
+def normal_ids(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    """Return identifiers as int64 or string.
+
+    Raises
+    ------
+    SchemaError
+        The column holds something else (fractions, dates, booleans, lists).
+    """
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return column.cast(pa.string())
+    if pa.types.is_integer(kind):
+        return column.cast(pa.int64())
+    if pa.types.is_floating(kind):  # integers with nulls become floats in pandas
+        values = pc.if_else(pc.is_finite(column), column, None)
+        try:
+            return values.cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise SchemaError(f"column {name!r} holds fractions ({error})", "string or integer ids") from error
+    raise SchemaError(f"column {name!r} is of type {kind}", "string or integer ids", "convert the column")
+
+
+def text_to_integers(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    """Return int64 if every text is the plain form of an integer ("12", not "012"), else None."""
+    if not pa.types.is_string(column.type):
+        return None
+    try:
+        numbers = column.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return None
+    same = pc.all(pc.equal(numbers.cast(pa.string()), column)).as_py()
+    return numbers if same is not False else None
+
+
+def normal_time(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    """Return times as numbers that sort: dates become unix seconds, numbers stay as they are.
+
+    Raises
+    ------
+    SchemaError
+        The column is neither a number nor a date.
+    """
+    kind = column.type
+    if pa.types.is_integer(kind):
+        return column.cast(pa.int64())
+    if pa.types.is_floating(kind):
+        return pc.if_else(pc.is_finite(column), column, None).cast(pa.float64())
+    if pa.types.is_date(kind):
+        column = column.cast(pa.timestamp("s"))
+    elif not pa.types.is_timestamp(kind):
+        raise SchemaError(f"column {name!r} is of type {kind}", "unix seconds or a date", "convert the column")
+    micros = column.cast(pa.timestamp("us", tz=column.type.tz), safe=False).cast(pa.int64())
+    seconds = pc.divide(micros.cast(pa.float64()), 1e6)
+    whole = pc.all(pc.equal(pc.floor(seconds), seconds)).as_py()
+    return seconds if whole is False else seconds.cast(pa.int64())
+
+
+def event_features(table: pa.Table, drop_columns: Sequence[str], findings: Findings) -> list[str]:
+    """Return the event columns that become list features.
+
+    Raises
+    ------
+    SchemaError
+        ``drop_columns`` names a column that is not there ("split" may be absent: it is the default).
+    """
+    others = [name for name in table.column_names if name not in KEYS]
+    for name in drop_columns:
+        if name not in table.column_names and name != "split":
+            near = difflib.get_close_matches(name, others, 1)
+            raise SchemaError(f"there is no event column {name!r} to drop", f"one of {near or others}")
+    kept = []
+    for name in others:
+        kind = table[name].type
+        plain = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+        if name in drop_columns:
+            continue
+        if plain or pa.types.is_string(kind):
+            kept.append(name)
+        else:
+            findings.add("event_column_left_out", 1, f"event column {name!r} of type {kind} is neither number nor text")
+    return kept
+
+
+def clean_events(table: pa.Table, features: Sequence[str], findings: Findings, drop_duplicates: bool) -> pd.DataFrame:
+    """Return the usable events in input order and note what is odd.
+
+    Raises
+    ------
+    DataError
+        No event has user, item and time.
+    """
+    usable = pa.array(np.ones(table.num_rows, bool))
+    for name in KEYS:
+        valid = pc.is_valid(table[name]).combine_chunks()
+        findings.add(f"null_{name}", table.num_rows - pc.sum(valid).as_py(), f"events without {name} are left out")
+        usable = pc.and_(usable, valid)
+    table = table.select([*KEYS, *features]).filter(usable)
+    if not table.num_rows:
+        raise DataError("no event has user, item and time", "at least one complete row", "check the three columns")
+    events = table.to_pandas()
+    doubled = events.duplicated(list(KEYS))
+    done = "are left out" if drop_duplicates else "are kept; --drop-duplicates leaves them out"
+    findings.add("duplicate_events", int(doubled.sum()), f"repeated (user, item, time) {done}")
+    _note_times(events, findings)
+    return events[~doubled].reset_index(drop=True) if drop_duplicates else events
+
+
+def _note_times(events: pd.DataFrame, findings: Findings) -> None:
+    time = events[TIMESTAMP]
+    users, _ = pd.factorize(events[USER_ID])
+    order = np.argsort(users, kind="stable")
+    ordered, owner = time.to_numpy()[order], users[order]
+    backwards = (np.diff(ordered) < 0) & (np.diff(owner) == 0)
+    findings.add("time_backwards", int(backwards.sum()), "events of a user not in the order of time were sorted")
+    findings.add("time_negative", int((time < 0).sum()), "times before 1970 are kept; check the unit")
+    late = int((time > _YEAR_2100).sum())
+    findings.add("time_out_of_range", late, "times after the year 2100 are kept; are they milliseconds?")
+
+
+def fill_features(events: pd.DataFrame, features: Sequence[str], findings: Findings) -> pd.DataFrame:
+    """Give event features one type each and no nulls: text, int64 or float32."""
+    columns = {}
+    for name in features:
+        column = events[name]
+        nulls = int(column.isna().sum())
+        text = column.dtype == object and not column.dropna().isin([True, False]).all()
+        findings.add("null_feature", nulls, f"event column {name!r}: nulls became {'an empty text' if text else '0'}")
+        if text:
+            columns[name] = column.fillna("").astype(object)
+        else:
+            filled = column.astype("float64").fillna(0.0) if nulls else column
+            columns[name] = filled.astype("float32" if filled.dtype.kind == "f" else "int64")
+    return events.assign(**columns)
+
+
+def category_values(
+    events: pd.DataFrame, features: Sequence[str], categorical_columns: Sequence[str]
+) -> dict[str, pd.Series]:
+    """Return the distinct values of text columns and of those named, most frequent first, ties in sorted order."""
+    values = {}
+    for name in features:
+        if events[name].dtype == object or name in categorical_columns:
+            counted = events[name].value_counts(sort=False).sort_index()
+            values[name] = pd.Series(counted.sort_values(ascending=False, kind="stable").index.to_numpy())
+    return values

@@ -1,0 +1,121 @@
+"""The few frame operations that pandas and cuDF do not share; everything else in `operators.py` is written once.
+
+A list column is a pair of values and offsets: row i holds ``values[offsets[i]:offsets[i + 1]]``. cuDF stores it so;
+for pandas (an object per row) it is taken apart and rebuilt here, through Arrow where the values are numbers.
+The cuDF half follows NVTabular's own cuDF code and is written, not proven: no GPU was at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+Frame = Any
+"""pandas.DataFrame or cudf.DataFrame."""
+Series = Any
+"""pandas.Series or cudf.Series."""
+Array = Any
+"""numpy.ndarray or cupy.ndarray, the kind that belongs to the frame."""
+
+
+class ListColumn(NamedTuple):
+    """A ragged column taken apart."""
+
+    values: Series
+    """All elements one after the other, [element]."""
+    offsets: Array
+    """Start of every row and the end of the last, [row + 1]."""
+
+
+class Adapter(Protocol):
+    """What the operators need to know about a kind of frame."""
+
+    xp: ModuleType
+    """numpy or cupy."""
+
+    def order(self, frame: Frame, columns: Sequence[str], ascending: Sequence[bool]) -> Array:
+        """Return the stable sorting permutation by the columns, nulls last, [row]."""
+
+    def take_apart(self, column: Series) -> ListColumn:
+        """Return values and offsets of a list column; a null row counts as an empty one."""
+
+    def build(self, column: ListColumn) -> Series:
+        """Return a list column of the frame's own kind."""
+
+
+def adapter_of(frame: Frame) -> Adapter:
+    """Return the adapter for a pandas or a cuDF frame."""
+    return PandasFrames() if isinstance(frame, pd.DataFrame) else CudfFrames()
+
+
+class PandasFrames:
+    """pandas: rows of a list column are arrays in an object column."""
+
+    xp = np
+
+    def order(self, frame: Frame, columns: Sequence[str], ascending: Sequence[bool]) -> Array:
+        """Sort by rank codes, so that strings are compared once per distinct value and not once per event."""
+        ranks = [_rank(frame[name], up) for name, up in zip(columns, ascending, strict=True)]
+        return np.lexsort(ranks[::-1])
+
+    def take_apart(self, column: Series) -> ListColumn:
+        """Flatten through Arrow."""
+        array = pa.array(column, from_pandas=True)
+        if pa.types.is_null(array.type):
+            return ListColumn(pd.Series([], dtype=object), np.zeros(len(array) + 1, np.int64))
+        lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return ListColumn(array.flatten().to_pandas(), offsets)
+
+    def build(self, column: ListColumn) -> Series:
+        """Slice in C++ where the values are numbers; strings stay the objects they are."""
+        values = column.values.to_numpy()
+        if values.dtype == object:
+            bounds = column.offsets.tolist()
+            rows = [values[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+            return pd.Series(rows, dtype=object)
+        lists = pa.LargeListArray.from_arrays(pa.array(column.offsets, pa.int64()), pa.array(values))
+        return lists.to_pandas()
+
+
+def _rank(column: Series, ascending: bool) -> Array:
+    if ascending and isinstance(column.dtype, np.dtype) and column.dtype.kind in "iub":
+        return column.to_numpy()
+    codes, distinct = pd.factorize(column, sort=True)  # -1 is null
+    ranks = codes if ascending else len(distinct) - 1 - codes
+    return np.where(codes < 0, len(distinct), ranks)
+
+
+class CudfFrames:
+    """cuDF: a list column already is values and offsets on the GPU."""
+
+    @property
+    def xp(self) -> ModuleType:
+        """Cupy, imported when a cuDF frame is met."""
+        import cupy
+
+        return cupy  # type: ignore[no-any-return]
+
+    def order(self, frame: Frame, columns: Sequence[str], ascending: Sequence[bool]) -> Array:
+        """Sort on the GPU; the row number as the last key makes it stable whatever the algorithm."""
+        keys = frame[list(columns)].copy(deep=False)
+        keys["__row__"] = self.xp.arange(len(frame))
+        return self.xp.asarray(keys.argsort(ascending=[*ascending, True], na_position="last"))
+
+    def take_apart(self, column: Series) -> ListColumn:
+        """Read the two child columns, as NVTabular's ListSlice does."""
+        import cudf
+
+        return ListColumn(cudf.Series(column._column.elements), column._column.offsets.values)
+
+    def build(self, column: ListColumn) -> Series:
+        """Join the child columns with Merlin's own builder."""
+        import cudf
+        from merlin.core.dispatch import build_cudf_list_column
+
+        return cudf.Series(build_cudf_list_column(column.values, column.offsets.astype("int32")))

@@ -1,0 +1,221 @@
+"""Raw events -> encoded, time-ordered sessions as NVTabular workflows, and the request transform that serving compiles.
+
+``build_session_workflow``   events -> sessions (offline): Categorify >> SessionGroupby (>> SessionSlice)
+``build_request_workflow``   list column of raw ids -> rows (what a request goes through): Categorify >> SessionSlice
+
+Categorify gets the catalogue's vocabulary (``vocabs=``), so row 3 + i is item i of the catalogue and never the i-th
+most frequent. NVTabular groups within a partition, so `transform_events` shuffles by user first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dask
+import dask.dataframe as dd
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from merlin.core.utils import global_dask_client
+from merlin.dag import Graph
+from merlin.io import Dataset
+from merlin.schema import ColumnSchema, Schema, Tags
+from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
+from nvtabular import Workflow, ops
+
+from missrec_t4r.errors import DataError
+from missrec_t4r.schema import (
+    FIRST_ITEM_ROW,
+    ITEM_ID,
+    ITEM_LIST,
+    LIST_SUFFIX,
+    NULL_ROW,
+    SCHEMA_FILE,
+    TIMESTAMP,
+    UNKNOWN_ROW,
+    USER_ID,
+)
+from missrec_t4r.workflows.operators import SessionGroupby, SessionSlice
+
+TRANSFORM_FORMAT = 1
+_DASK = {
+    "dataframe.shuffle.method": "tasks",  # keeps the input order of ties, unlike "disk"
+    "dataframe.convert-string": False,  # would turn list columns into text
+}
+_SAMPLE = 1000  # the vocabularies are given, so fitting only has to see the types
+_ITEM_TAGS = (Tags.ITEM_ID, Tags.ITEM, Tags.CATEGORICAL, Tags.LIST, Tags.SEQUENCE)
+
+
+def build_session_workflow(
+    item_ids: pa.Array | Sequence[str | int],
+    storage: Path,
+    *,
+    categories: Mapping[str, pd.Series] | None = None,
+    numbers: Sequence[str] = (),
+    max_events: int | None = None,
+) -> Workflow:
+    """Return the workflow from events to sessions, not yet fitted.
+
+    Parameters
+    ----------
+    item_ids : array of str or int
+        Raw ids in catalogue order; the first one becomes row 3.
+    storage : Path
+        Folder for the vocabulary files until ``Workflow.save`` copies them.
+    categories : mapping of str to Series
+        Event columns to encode, with their distinct values in the order of their codes (from 3 on).
+    numbers : sequence of str
+        Event columns to keep as numbers.
+    max_events : int, optional
+        Keep the last so many events of a session; by default all.
+
+    Returns
+    -------
+    nvtabular.Workflow
+        Columns ``user_id``, ``item_id-list``, ``timestamp-list`` and ``<column>-list``, one row per user.
+    """
+    categories = categories or {}
+    vocabularies = {ITEM_ID: as_series(item_ids), **categories}
+    encoded = list(vocabularies) >> ops.Categorify(vocabs=vocabularies, out_path=str(storage))
+    listed = [ITEM_ID, TIMESTAMP, *categories, *numbers]
+    sessions = [USER_ID, TIMESTAMP, *numbers] + encoded >> SessionGroupby(
+        groupby_cols=[USER_ID], sort_cols=[TIMESTAMP], aggs={name: ["list"] for name in listed}, name_sep="-"
+    )
+    output = sessions[USER_ID] >> ops.AddMetadata(tags=[Tags.USER_ID, Tags.USER])
+    for name in listed:
+        column = sessions[name + LIST_SUFFIX]
+        if max_events is not None:
+            column = column >> SessionSlice(-max_events)
+        output = output + (column >> ops.AddMetadata(tags=list(_tags(name, categories))))
+    return Workflow(output)
+
+
+def build_request_workflow(
+    item_ids: pa.Array | Sequence[str | int], storage: Path, *, max_sequence_length: int = 50
+) -> Workflow:
+    """Return the workflow of a request: the list column ``item_id`` of raw ids -> rows, the last ones only.
+
+    The column keeps its name, so that a request can go in again as a row of training data.
+    """
+    encoded = [ITEM_ID] >> ops.Categorify(vocabs={ITEM_ID: as_series(item_ids)}, out_path=str(storage))
+    last = encoded >> SessionSlice(-max_sequence_length)
+    return Workflow(last >> ops.AddMetadata(tags=list(_ITEM_TAGS)))
+
+
+def fit(workflow: Workflow, frame: pd.DataFrame) -> Workflow:
+    """Fit on the first rows: no statistic is taken from data, only the types are."""
+    with dask.config.set(_DASK):
+        return workflow.fit(Dataset(frame.head(_SAMPLE).reset_index(drop=True)))
+
+
+def transform_events(workflow: Workflow, events: pd.DataFrame, partitions: int = 1) -> pa.Table:
+    """Return the sessions of all users, sorted by user, whatever the number of partitions.
+
+    Parameters
+    ----------
+    events : DataFrame
+        ``user_id``, ``item_id``, ``timestamp`` and the event columns of the workflow.
+    partitions : int
+        More than one bounds the memory of a worker; users are shuffled to partitions by their hash.
+    """
+    with dask.config.set(_DASK):
+        dataset = Dataset(events) if partitions <= 1 else _shuffled(events, partitions)
+        frame = workflow.transform(dataset).to_ddf().compute(scheduler=_scheduler())
+    table = frame.to_arrow() if hasattr(frame, "to_arrow") else pa.Table.from_pandas(frame, preserve_index=False)
+    table = table.replace_schema_metadata(None).combine_chunks()
+    return table.take(pa.compute.sort_indices(table, [(USER_ID, "ascending")])) if partitions > 1 else table
+
+
+def session_schema(workflow: Workflow, longest: int) -> Schema:
+    """Return the Merlin schema of a session row: tags, item domain, ragged lists; without build-time paths."""
+    columns = []
+    for column in workflow.output_schema:
+        dims = ((0, None), (0, longest)) if column.is_list else None
+        kept = {name: column.properties[name] for name in ("domain", "embedding_sizes") if name in column.properties}
+        columns.append(ColumnSchema(column.name, dtype=column.dtype, tags=column.tags, properties=kept, dims=dims))
+    return Schema(columns)
+
+
+def write_schema(schema: Schema, folder: Path) -> None:
+    """Write schema.pbtxt, which Transformers4Rec and the Merlin loader read."""
+    TensorflowMetadata.from_merlin_schema(schema).to_proto_text_file(str(folder), SCHEMA_FILE)
+
+
+def compile_session_transform(workflow: Workflow) -> dict[str, Any]:
+    """Return what a fitted request workflow does, as plain data for serving without NVTabular.
+
+    Read off the operators themselves: the vocabulary file of Categorify gives the type and the number of items, the
+    slice gives the length. The vocabulary is the catalogue's, so it is not repeated.
+
+    Raises
+    ------
+    DataError
+        The workflow is not of the form that `build_request_workflow` makes.
+    """
+    encoders = Graph.get_nodes_by_op_type([workflow.output_node], ops.Categorify)
+    slices = Graph.get_nodes_by_op_type([workflow.output_node], SessionSlice)
+    if len(encoders) != 1 or len(slices) != 1:
+        raise DataError("the request workflow has other operators", "one Categorify and one SessionSlice")
+    vocabulary = request_vocabulary(workflow)
+    return {
+        "format": TRANSFORM_FORMAT,
+        "item_id": {
+            "column": ITEM_ID,
+            "type": "int64" if pa.types.is_integer(vocabulary.type) else "string",
+            "items": len(vocabulary),
+            "null_row": NULL_ROW,
+            "unknown_row": UNKNOWN_ROW,
+            "first_row": FIRST_ITEM_ROW,
+        },
+        "max_sequence_length": -slices.pop().op.start,
+        "features": {},
+    }
+
+
+def request_vocabulary(workflow: Workflow) -> pa.Array:
+    """Return the raw ids of a workflow in the order of their rows, from row 3 on."""
+    (encoder,) = Graph.get_nodes_by_op_type([workflow.output_node], ops.Categorify)
+    return pq.read_table(encoder.op.categories[ITEM_ID])[ITEM_ID].combine_chunks()
+
+
+def as_series(values: pa.Array | Sequence[str | int]) -> pd.Series:
+    """Return a vocabulary as Categorify wants it."""
+    return values.to_pandas() if isinstance(values, pa.Array | pa.ChunkedArray) else pd.Series(values)
+
+
+def _tags(name: str, categories: Mapping[str, pd.Series]) -> tuple[Tags, ...]:
+    if name == ITEM_ID:
+        return _ITEM_TAGS
+    if name == TIMESTAMP:
+        return (Tags.TIME, Tags.LIST, Tags.SEQUENCE)  # not CONTINUOUS: raw seconds are no input of a model
+    return (Tags.CATEGORICAL if name in categories else Tags.CONTINUOUS, Tags.LIST, Tags.SEQUENCE)
+
+
+def _shuffled(events: pd.DataFrame, partitions: int) -> Dataset:
+    """Return partitions that hold users whole, without the empty ones, which Categorify cannot encode."""
+    dataset = Dataset(dd.from_pandas(events, npartitions=partitions, sort=False)).shuffle_by_keys([USER_ID])
+    parts = dataset.to_ddf().map_partitions(_with_range_index).persist(scheduler=_scheduler())
+    sizes = parts.map_partitions(len).compute(scheduler=_scheduler())
+    return Dataset(parts.partitions[[index for index, size in enumerate(sizes) if size]])
+
+
+def _with_range_index(frame: Any) -> Any:
+    return frame.reset_index(drop=True)  # Categorify addresses null rows by their index label
+
+
+def _scheduler() -> str | None:
+    return None if global_dask_client() else "synchronous"
+
+
+__all__ = [
+    "ITEM_LIST",
+    "build_request_workflow",
+    "build_session_workflow",
+    "compile_session_transform",
+    "fit",
+    "session_schema",
+    "transform_events",
+    "write_schema",
+]

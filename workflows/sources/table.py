@@ -1,0 +1,121 @@
+"""Parquet and csv files as Arrow tables, with errors that name the file, the column and the option.
+
+Accepts one file, several, glob patterns, or a folder; csv may be compressed. Identifiers in csv files are read as
+text, so that "00123" keeps its zeros.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from missrec_t4r.errors import DataError, SchemaError
+
+Paths = Path | str | Sequence[Path | str]
+
+_PARQUET = (".parquet", ".pq")
+_CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+
+
+def read_table(paths: Paths, what: str, *, text_columns: Sequence[str] = ()) -> pa.Table:
+    """Read one table from one or many files.
+
+    Parameters
+    ----------
+    paths : path, pattern, folder, or a sequence of them
+        Files are read in the given order, those of a pattern or folder in name order.
+    what : str
+        How messages call the table ("interactions").
+    text_columns : sequence of str
+        Columns that stay text when a csv file is read.
+
+    Raises
+    ------
+    DataError
+        A file is missing, unreadable or of an unknown kind, or there is no row.
+    SchemaError
+        The files do not have the same columns.
+    """
+    files = expand(paths, what)
+    tables = [_read_file(file, what, text_columns) for file in files]
+    for file, table in zip(files, tables, strict=True):
+        if set(table.column_names) != set(tables[0].column_names):
+            odd = sorted(set(table.column_names) ^ set(tables[0].column_names))
+            raise SchemaError(f"{file} and {files[0]} differ in columns {odd}", f"{what} files with the same columns")
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise SchemaError(f"the {what} files disagree on a type ({error})", "one type per column in all files") from error
+    if not table.num_rows:
+        raise DataError(f"the {what} table {files[0]} has no rows", "at least one row", "check the export it comes from")
+    return _plain_strings(table)
+
+
+def expand(paths: Paths, what: str) -> list[Path]:
+    """Return the files behind paths, patterns and folders."""
+    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    files: list[Path] = []
+    for path in map(Path, given):
+        if path.is_file():
+            found = [path]
+        elif path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.name.endswith(_PARQUET + _CSV))
+        else:
+            found = sorted(Path(match) for match in glob.glob(str(path)))
+        if not found:
+            raise DataError(f"no {what} file at {path}", "a parquet or csv file", "check the path or the pattern")
+        files += found
+    if not files:
+        raise DataError(f"no {what} file was named", "at least one path")
+    return files
+
+
+def require_column(table: pa.Table, name: str, what: str, option: str) -> pa.ChunkedArray:
+    """Return a column, or say which columns there are and which option names another one.
+
+    Raises
+    ------
+    SchemaError
+        The table lacks the column.
+    """
+    if name in table.column_names:
+        return table[name]
+    near = difflib.get_close_matches(name, table.column_names, 1)
+    hint = f", for example {option} {near[0]}" if near else ""
+    raise SchemaError(
+        f"the {what} table has columns {table.column_names}",
+        f"a column {name!r}",
+        f"name yours with {option}{hint}",
+    )
+
+
+def _read_file(file: Path, what: str, text_columns: Sequence[str]) -> pa.Table:
+    try:
+        if file.name.endswith(_PARQUET):
+            return pq.ParquetFile(file).read()
+        if file.name.endswith(_CSV):
+            parse = pacsv.ParseOptions(delimiter="\t" if ".tsv" in file.name else ",", newlines_in_values=True)
+            convert = pacsv.ConvertOptions(
+                column_types=dict.fromkeys(text_columns, pa.string()), strings_can_be_null=True, null_values=[""]
+            )
+            return pacsv.read_csv(file, parse_options=parse, convert_options=convert)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file} cannot be read ({error})", f"{what} as parquet or csv", "write the file again") from error
+    raise DataError(f"{file} is of an unknown kind", f"a file ending in one of {_PARQUET + _CSV}", "convert it")
+
+
+def _plain_strings(table: pa.Table) -> pa.Table:
+    """Decode dictionaries and widen strings to one type, so that later code meets one kind of text."""
+    columns = []
+    for column in table.columns:
+        kind = column.type
+        if pa.types.is_dictionary(kind):
+            column, kind = column.cast(kind.value_type), kind.value_type
+        columns.append(column.cast(pa.string()) if pa.types.is_large_string(kind) else column)
+    return pa.table(columns, names=table.column_names).combine_chunks()

@@ -1,0 +1,26 @@
+"""The Transformers4Rec door: MISSRec as inputs, block and task of a T4R model, trained by ``tr.Trainer``.
+
+Importing this registers the masking ``prefix`` and the loader ``missrec`` in T4R's registries.
+"""
+
+from missrec_t4r.t4r import environment as _environment  # noqa: F401  # before anything imports dask
+from missrec_t4r.t4r.block import InterestRefresh, MISSRecBlock
+from missrec_t4r.t4r.build import build_model, from_core, to_core
+from missrec_t4r.t4r.inputs import MultiModalSequenceFeatures
+from missrec_t4r.t4r.loader import PrefixLoader
+from missrec_t4r.t4r.masking import PrefixMasking
+from missrec_t4r.t4r.task import MISSRecNextItemTask
+from missrec_t4r.t4r.trainer import train_t4r
+
+__all__ = [
+    "InterestRefresh",
+    "MISSRecBlock",
+    "MISSRecNextItemTask",
+    "MultiModalSequenceFeatures",
+    "PrefixLoader",
+    "PrefixMasking",
+    "build_model",
+    "from_core",
+    "to_core",
+    "train_t4r",
+]

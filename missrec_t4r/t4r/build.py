@@ -1,0 +1,142 @@
+"""Between a recipe, a T4R model and the pure-torch core: the same weights behind each door."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers4rec.torch as tr
+
+from missrec_t4r.config import MISSRecConfig, Recipe
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.errors import ConfigError
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.t4r.block import MISSRecBlock
+from missrec_t4r.t4r.columns import as_core_schema, item_column
+from missrec_t4r.t4r.inputs import MultiModalSequenceFeatures
+from missrec_t4r.t4r.masking import PrefixMasking
+from missrec_t4r.t4r.task import MISSRecNextItemTask
+
+_OF_INPUTS = (
+    "max_sequence_length",
+    "item_ids",
+    "missing_modality",
+    "feature_scaling",
+    "modality_dropout",
+    "id_dropout",
+    "mask_untrained_ids",
+)
+_OF_BLOCK = (
+    "d_model",
+    "n_head",
+    "d_feedforward",
+    "n_encoder_layers",
+    "n_decoder_layers",
+    "dropout",
+    "layer_norm_eps",
+    "attention",
+    "sequence_fusion",
+    "interest_ratio",
+    "interest_algorithm",
+)
+_OF_TASK = ("temperature", "candidate_fusion", "history_bias", "orthogonality", "orthogonality_weight")
+
+
+def build_model(
+    recipe: Recipe,
+    schema: Any,
+    catalogue: Catalogue,
+    *,
+    masking: str | PrefixMasking = "prefix",
+    top_k: int | None = None,
+) -> tr.Model:
+    """Build the T4R model of a recipe: the same object as inputs, block, task and Head written by hand.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Its model settings, and the seed of the clustering.
+    schema : Merlin schema
+        Columns to read; select the side features that the model shall have.
+    catalogue : Catalogue
+    masking : str or PrefixMasking
+        As in `MultiModalSequenceFeatures.from_schema`.
+    top_k : int, optional
+        Rows returned at inference; None returns all scores.
+    """
+    model = _assemble(recipe.model, recipe.train.seed, schema, catalogue, masking)
+    model.top_k = top_k
+    return model
+
+
+def missrec_block(model: tr.Model) -> MISSRecBlock:
+    """Return the model's one `MISSRecBlock`."""
+    blocks = [module for module in model.modules() if isinstance(module, MISSRecBlock)]
+    if len(blocks) != 1:
+        raise ConfigError(
+            f"a model with {len(blocks)} MISSRecBlock", "one", "build it with missrec_t4r.t4r.build_model"
+        )
+    return blocks[0]
+
+
+def to_core(model: tr.Model) -> MISSRec:
+    """Return the pure-torch model inside a T4R model: same weights (shared, not copied), same scores, bit for bit.
+
+    Raises
+    ------
+    ConfigError
+        The model was trained with side features, which the core's evaluation and serving do not have.
+    """
+    block = missrec_block(model)
+    if block.core is None:
+        raise ConfigError("a MISSRecBlock without a Head", "a model built by tr.Head and tr.Model")
+    if block.side_projection is not None:
+        raise ConfigError(
+            "a model that reads side features besides the items",
+            "item ids alone",
+            "evaluate it with tr.Trainer, or train it on schema.select_by_name([item column])",
+        )
+    return block.core
+
+
+def from_core(core: MISSRec, schema: Any, catalogue: Catalogue, *, top_k: int | None = None) -> tr.Model:
+    """Return a T4R model around a pure-torch one, to go on training it with ``tr.Trainer``; the weights are shared.
+
+    Parameters
+    ----------
+    core : MISSRec
+        For example of ``load_run(run).model``.
+    schema : Merlin schema
+        Its item column is read, no side features.
+    catalogue : Catalogue
+        The one that the core was built for.
+    """
+    if core.towers.n_rows != catalogue.n_rows:
+        raise ConfigError(
+            f"a model of {core.towers.n_rows} rows and a catalogue of {catalogue.n_rows}", "the same catalogue"
+        )
+    core_schema = as_core_schema(schema)
+    items = core_schema.select_by_name([item_column(core_schema, catalogue.n_rows).name])
+    model = _assemble(core.config, 0, items, catalogue, "prefix", core)
+    model.top_k = top_k
+    return model
+
+
+def _assemble(
+    config: MISSRecConfig,
+    seed: int,
+    schema: Any,
+    catalogue: Catalogue,
+    masking: str | PrefixMasking,
+    core: MISSRec | None = None,
+) -> tr.Model:
+    inputs = MultiModalSequenceFeatures.from_schema(
+        schema, catalogue=catalogue, masking=masking, **_chosen(config, _OF_INPUTS)
+    )
+    task = MISSRecNextItemTask(**_chosen(config, _OF_TASK))
+    block = MISSRecBlock(**_chosen(config, _OF_BLOCK), seed=seed, config=config)
+    block.core = core
+    return tr.Model(tr.Head(tr.SequentialBlock(inputs, block), [task], inputs=inputs))
+
+
+def _chosen(config: MISSRecConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}

@@ -1,0 +1,249 @@
+"""``missrec train --trainer t4r``: a recipe trained by ``tr.Trainer``, ending in a run folder like our trainer's.
+
+Everything is T4R's: loader engine, arguments, checkpoints, early stopping on NDCG@10. What a recipe asks and T4R's
+Trainer does not do is named in the log and in `run.json`, never dropped silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers4rec.torch as tr
+from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from transformers4rec.config.trainer import T4RecTrainingArguments
+
+from missrec_t4r.config import Recipe, TrainConfig
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.errors import ConfigError, DataError
+from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.schema import CATALOGUE_FOLDER, SCHEMA_FILE
+from missrec_t4r.t4r.block import InterestRefresh
+from missrec_t4r.t4r.build import build_model, missrec_block, to_core
+from missrec_t4r.t4r.columns import item_column
+from missrec_t4r.t4r.loader import PrefixLoader
+from missrec_t4r.training.calibrate import fit_prior
+from missrec_t4r.training.checkpoint import RUN_FILE, save_run
+
+CHECKPOINT_FOLDER = "checkpoint"
+LOG_FILE = "log.jsonl"
+NDCG = "eval_/next-item/ndcg_at_10"
+"""T4R's name for validation NDCG@10 of a task called ``next-item``."""
+
+_UNSUPPORTED = ("next_items", "ema_decay", "validation_sessions")
+
+
+def train_t4r(
+    data: str | Path,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = True,
+    device: str = "auto",
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Train a recipe through ``tr.Trainer`` and write a run folder.
+
+    Examples are prefixes, whatever the recipe's attention. The model reads item ids alone: a run must be served from
+    what a request holds.
+
+    Parameters
+    ----------
+    data : path
+        Folder written by ``missrec etl``.
+    recipe : Recipe
+        What to train, and how.
+    out : path
+        Run folder; T4R's checkpoints live in its folder ``checkpoint`` until the run is finished.
+    resume : bool
+        Continue from the last checkpoint in ``out``; False starts over.
+    device : str
+        ``"auto"`` takes a GPU if there is one; ``"cpu"`` does not.
+
+    Returns
+    -------
+    dict
+        Validation NDCG@10, best epoch, seconds, and the recipe's settings that this trainer does not have.
+
+    Raises
+    ------
+    DataError, SchemaError, ConfigError
+        Unusable data, a schema that does not fit the catalogue, or a checkpoint of another recipe.
+    """
+    started = time.perf_counter()
+    data, out = Path(data), Path(out)
+    catalogue = Catalogue.load(data / CATALOGUE_FOLDER)
+    schema = _item_schema(data, catalogue)
+    ignored = _ignored(recipe.train)
+    if ignored:
+        progress.say(f"the T4R trainer has no {', '.join(ignored)}: trained without")
+    checkpoints = _checkpoint_folder(out, recipe, resume)
+    arguments = _arguments(recipe, checkpoints, catalogue, device)
+    torch.manual_seed(recipe.train.seed)
+    model = build_model(recipe, schema, catalogue)
+    trainer = _trainer(model, arguments, recipe, schema, data, out / LOG_FILE, progress)
+    last = get_last_checkpoint(str(checkpoints)) if resume else None
+    with _full_checkpoints():
+        trainer.train(resume_from_checkpoint=last)
+    best = trainer.state.best_metric
+    core = to_core(model)
+    splits = {name: Sessions.load(data / name).known() for name in ("train", "valid")}
+    info = {
+        "trainer": "t4r",
+        "best_epoch": _best_epoch(trainer) - 1,
+        "epochs": round(trainer.state.epoch or 0),
+        "valid_ndcg@10": best,
+        "prior": fit_prior(core, catalogue, splits["train"], splits["valid"], progress=progress),
+        "without": ignored,
+        "seconds": round(time.perf_counter() - started, 1),
+        "device": str(arguments.device),
+    }
+    save_run(out, core, recipe, data, info)
+    shutil.rmtree(checkpoints)
+    return {"run": str(out), **info}
+
+
+def _item_schema(data: Path, catalogue: Catalogue) -> Any:
+    if not (data / SCHEMA_FILE).is_file():
+        raise DataError(f"{data} holds no {SCHEMA_FILE}", "a folder written by missrec etl", "run `missrec etl` first")
+    schema = TensorflowMetadata.from_proto_text_file(str(data)).to_merlin_schema()
+    return schema.select_by_name([item_column(schema, catalogue.n_rows).name])
+
+
+def _ignored(train: TrainConfig) -> list[str]:
+    plain = TrainConfig()
+    return [name for name in _UNSUPPORTED if getattr(train, name) != getattr(plain, name)]
+
+
+def _checkpoint_folder(out: Path, recipe: Recipe, resume: bool) -> Path:
+    """Return the folder of T4R's checkpoints, emptied or refused when it belongs to another recipe."""
+    folder = out / CHECKPOINT_FOLDER
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+        (out / LOG_FILE).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (out / RUN_FILE).unlink(missing_ok=True)
+    owner = folder / "recipe.json"
+    text = json.dumps(recipe.to_dict(), sort_keys=True)
+    if owner.is_file() and owner.read_text(encoding="utf-8") != text:
+        raise ConfigError(
+            f"{out} holds an interrupted T4R run with other settings",
+            "the same recipe",
+            "give another --out, or --restart to discard it",
+        )
+    owner.write_text(text, encoding="utf-8")
+    return folder
+
+
+def _arguments(recipe: Recipe, folder: Path, catalogue: Catalogue, device: str) -> T4RecTrainingArguments:
+    train = recipe.train
+    return T4RecTrainingArguments(
+        output_dir=str(folder),
+        data_loader_engine="missrec",
+        max_sequence_length=recipe.model.max_sequence_length,
+        per_device_train_batch_size=train.batch_size,
+        per_device_eval_batch_size=train.batch_size,
+        num_train_epochs=train.epochs,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        max_grad_norm=0.0,  # as published: no clipping
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=train.warmup_steps,
+        seed=train.seed,
+        evaluation_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        logging_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model=NDCG,
+        greater_is_better=True,
+        predict_top_k=min(100, catalogue.n_rows),
+        no_cuda=device == "cpu",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def _trainer(
+    model: tr.Model,
+    arguments: T4RecTrainingArguments,
+    recipe: Recipe,
+    schema: Any,
+    data: Path,
+    log: Path,
+    progress: Progress,
+) -> tr.Trainer:
+    train = recipe.train
+    loaders = {}
+    for split, shuffle in (("train", True), ("valid", False)):
+        loaders[split] = PrefixLoader.from_schema(
+            schema,
+            data / split,
+            train.batch_size,
+            recipe.model.max_sequence_length,
+            shuffle=shuffle,
+            seed=train.seed,
+            per_session=train.windows_per_session,
+            reverse_probability=train.reverse_probability,
+        )
+    callbacks = [
+        InterestRefresh(missrec_block(model), train.refresh_interests_every),
+        EarlyStoppingCallback(early_stopping_patience=train.patience),
+        _Report(log, progress, train.max_minutes),
+    ]
+    trainer = tr.Trainer(model=model, args=arguments, schema=schema, callbacks=callbacks, compute_metrics=True)
+    trainer.train_dataloader, trainer.eval_dataloader = loaders["train"], loaders["valid"]
+    return trainer
+
+
+class _Report(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
+    """A line per epoch for the user and the log file, and the time limit."""
+
+    def __init__(self, log: Path, progress: Progress, max_minutes: float) -> None:
+        self.log, self.progress, self.limit = log, progress, 60 * max_minutes
+        self.started = time.perf_counter()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:  # noqa: ARG002
+        """Write the epoch's line; stop after the epoch that passes the limit."""
+        epoch = round(state.epoch) - 1
+        loss = next((line["loss"] for line in reversed(state.log_history) if "loss" in line), float("nan"))
+        line = {"epoch": epoch, "loss": loss, "valid_ndcg@10": metrics[NDCG]}
+        line["valid_recall@10"] = metrics[NDCG.replace("ndcg", "recall")]
+        line["seconds"] = round(time.perf_counter() - self.started, 1)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.progress.say(f"epoch {epoch:>3}  loss {loss:.3f}  valid ndcg@10 {metrics[NDCG]:.4f}")
+        if self.limit and line["seconds"] > self.limit:
+            control.should_training_stop = True
+
+
+def _best_epoch(trainer: tr.Trainer) -> int:
+    """Return how many epochs the best checkpoint had trained."""
+    scores = [line for line in trainer.state.log_history if NDCG in line]
+    best = max(scores, key=lambda line: float(line[NDCG]), default={"epoch": 0})
+    return round(best["epoch"])
+
+
+@contextlib.contextmanager
+def _full_checkpoints() -> Iterator[None]:
+    """Let transformers 4.30 read back the random state it saved itself, which torch's safe loading refuses."""
+    name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,99 @@
+"""A shop small enough to read: 117 items in text and image, sessions with a category and a price per event."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from merlin.schema import ColumnSchema, Schema, Tags
+from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
+
+from missrec_t4r.config import MISSRecConfig
+from missrec_t4r.data.catalogue import Catalogue, Modality
+
+N_ROWS = 120
+"""117 items and the three reserved rows: T4R's Trainer takes the top 100, so fewer would break its own recipe too."""
+N_CATEGORIES = 8
+MAX_LENGTH = 6
+"""Of a session that the model sees; the shop's sessions are shorter, as long and longer."""
+
+SMALL = {"d_model": 16, "n_head": 2, "d_feedforward": 16, "dropout": 0.2}
+"""The block's sizes."""
+
+
+def catalogue() -> Catalogue:
+    """Return the shop's items: every third has no image, row 5 has neither."""
+    rng = np.random.default_rng(5)
+    text = rng.normal(size=(N_ROWS, 7)).astype(np.float32)
+    image = rng.normal(size=(N_ROWS, 5)).astype(np.float32)
+    has_text, has_image = np.arange(N_ROWS) >= 3, np.arange(N_ROWS) % 3 > 0
+    has_image[:3] = has_text[5] = has_image[5] = False
+    text[~has_text], image[~has_image] = 0, 0
+    items = pa.table({"item_id": [f"item {row}" for row in range(3, N_ROWS)], "train_count": np.full(N_ROWS - 3, 4)})
+    return Catalogue(items, {"text": Modality(text, has_text), "image": Modality(image, has_image)})
+
+
+def schema(side: bool = True, maximum: int = N_ROWS - 1) -> Schema:
+    """Return the schema of a session row."""
+    count = {"value_count": {"min": 0, "max": 20}}
+    item = ColumnSchema(
+        "item_id-list",
+        dtype="int64",
+        is_list=True,
+        is_ragged=True,
+        tags=[Tags.ITEM_ID, Tags.ITEM, Tags.CATEGORICAL, Tags.LIST],
+        properties={"domain": {"min": 0, "max": maximum, "name": "item_id"}, **count},
+    )
+    category = ColumnSchema(
+        "category-list",
+        dtype="int64",
+        is_list=True,
+        is_ragged=True,
+        tags=[Tags.CATEGORICAL, Tags.LIST],
+        properties={"domain": {"min": 0, "max": N_CATEGORIES - 1, "name": "category"}, **count},
+    )
+    price = ColumnSchema(
+        "price-list",
+        dtype="float32",
+        is_list=True,
+        is_ragged=True,
+        tags=[Tags.CONTINUOUS, Tags.LIST],
+        properties=count,
+    )
+    return Schema([item, category, price] if side else [item])
+
+
+def sessions(n: int, seed: int, longest: int = 9) -> list[list[int]]:
+    """Return item rows: each shopper walks up the catalogue from a random start, in steps of one or two."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(n):
+        length = int(rng.integers(2, longest + 1))
+        steps = rng.integers(1, 3, length).cumsum() + rng.integers(0, N_ROWS)
+        rows.append((3 + steps % (N_ROWS - 3)).tolist())
+    return rows
+
+
+def write_sessions(folder: Path, rows: list[list[int]]) -> Path:
+    """Write one parquet file of sessions with their side features, and its schema."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pa.table(
+        {
+            "user_id": pa.array([f"user {index}" for index in range(len(rows))]),
+            "item_id-list": pa.array(rows, pa.list_(pa.int64())),
+            "category-list": pa.array([[row % N_CATEGORIES for row in line] for line in rows], pa.list_(pa.int64())),
+            "price-list": pa.array([[row / N_ROWS for row in line] for line in rows], pa.list_(pa.float32())),
+        }
+    )
+    path = folder / "part_0.parquet"
+    pq.write_table(table, path)
+    TensorflowMetadata.from_merlin_schema(schema()).to_proto_text_file(str(folder))
+    return path
+
+
+def config(**changes: object) -> MISSRecConfig:
+    """Return the smallest model of every part."""
+    sizes: dict[str, object] = {"max_sequence_length": MAX_LENGTH, "attention": "bidirectional", **SMALL}
+    return MISSRecConfig(**(sizes | changes))  # type: ignore[arg-type]  # checked by the config itself

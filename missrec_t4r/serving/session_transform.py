@@ -1,7 +1,9 @@
 """Raw item ids to catalogue rows, as the fitted NVTabular workflow does it, in numpy alone.
 
 The request workflow is ``Categorify(vocabs=) >> slice to the last max_sequence_length``: every id is looked up first
-(unknown ids become row 2, missing ones row 1) and the session is cut afterwards, so unknown ids take part in the cut.
+(unknown ids become row 2) and the session is cut afterwards, so unknown ids take part in the cut. A missing id inside
+a list is row 2 as well: that is what Categorify does with list columns (row 1 it gives to missing ids of single
+events only, and it refuses missing ids in integer lists altogether). The ranker drops both kinds and counts them.
 Its settings are a small JSON file, its vocabulary is the catalogue's order; nothing is unpickled. One session of
 twenty ids takes microseconds where NVTabular's executor takes tens of milliseconds.
 """
@@ -81,7 +83,7 @@ class SessionTransform:
     --------
     >>> transform = SessionTransform(TransformSettings("string", 3), ["lamp", "desk"])
     >>> [rows.tolist() for rows in transform(["lamp", None, "sofa", "desk"], ["desk"], [])]
-    [[1, 2, 4], [4], []]
+    [[2, 2, 4], [4], []]
     """
 
     def __init__(self, settings: TransformSettings, vocabulary: pa.Array | Sequence[str | int]) -> None:
@@ -142,13 +144,15 @@ class SessionTransform:
         Returns
         -------
         ndarray, same shape, int64
-            1 for a missing id, 2 for an unknown one, else the item's row.
+            2 for an unknown or missing id, else the item's row.
         """
         if self.settings.id_type == "string":
             row_of = self._row_of
-            flat = [NULL_ROW if raw == NULL_STRING else row_of.get(raw, UNKNOWN_ROW) for raw in wire_ids.flat]
+            flat = [row_of.get(raw, UNKNOWN_ROW) for raw in wire_ids.flat]
             return np.array(flat, np.int64).reshape(wire_ids.shape)
-        return self._look_up_integers(np.asarray(wire_ids, np.int64))
+        ids = np.asarray(wire_ids, np.int64)
+        places = np.minimum(np.searchsorted(self._sorted, ids), self.n_items - 1)
+        return np.where(self._sorted[places] == ids, self._order[places] + FIRST_ITEM_ROW, UNKNOWN_ROW)
 
     def padded(self, wire_ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> tuple[Rows, Rows]:
         """Transform a request: sessions padded to one width, and how many leading ids of each are real.
@@ -183,17 +187,11 @@ class SessionTransform:
         return rows, seen
 
     def wire_ids_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Return the raw ids of item rows (>= 3) as an answer tensor carries them, same shape; others become filling."""
+        """Return the raw ids of item rows (>= 3), same shape, as an answer carries them; others become filling."""
         filling: Any = NULL_STRING if self.settings.id_type == "string" else NULL_INTEGER
         items = np.clip(rows - FIRST_ITEM_ROW, 0, max(self.n_items - 1, 0))
         chosen = np.where(rows >= FIRST_ITEM_ROW, self.wire_ids[items], filling)
         return chosen if self.settings.id_type == "string" else chosen.astype(np.int64)
-
-    def _look_up_integers(self, ids: npt.NDArray[np.int64]) -> Rows:
-        places = np.minimum(np.searchsorted(self._sorted, ids), self.n_items - 1)
-        found = self._sorted[places] == ids
-        rows = np.where(found, self._order[places] + FIRST_ITEM_ROW, UNKNOWN_ROW)
-        return np.where(ids == NULL_INTEGER, NULL_ROW, rows)
 
     def _check_vocabulary(self) -> None:
         strings = self.settings.id_type == "string"

@@ -1,0 +1,178 @@
+"""The bundle: everything that serving needs and nothing else, in files that hold data and never code.
+
+======================== ============================================================================
+manifest.json            SHA-256 sum and size of every other file, format version
+model.json               `MISSRecConfig`, modality names and widths, number of rows
+weights.safetensors      what was learned
+catalogue.safetensors    modality vectors, presence masks, interest centroids and assignments
+items.parquet            vocabulary in row order, business columns, popularity
+features.json            fingerprint of every modality's encoder
+session_transform.json   the request transform
+schema.pbtxt             Merlin schema of a session
+======================== ============================================================================
+
+A catalogue update exchanges the last five and keeps the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from missrec_t4r.config import Recipe
+from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.errors import BundleError, MISSRecError
+from missrec_t4r.export.manifest import (
+    CATALOGUE_FILE,
+    FEATURES_FILE,
+    FORMAT_VERSION,
+    ITEMS_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    WEIGHTS_FILE,
+    verify_bundle,
+    write_manifest,
+)
+from missrec_t4r.export.staging import staged
+from missrec_t4r.export.vocabulary import load_items, load_session_transform
+from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.schema import SCHEMA_FILE, SESSION_TRANSFORM_FILE
+from missrec_t4r.serving.session_transform import SessionTransform, TransformSettings
+
+_INTERESTS = "interests."
+"""Prefix of the model's buffers that belong to a catalogue version, not to the weights."""
+
+
+@dataclass(frozen=True)
+class LoadedBundle:
+    """A verified bundle in memory."""
+
+    model: MISSRec
+    """In evaluation mode, on the CPU."""
+    catalogue: Catalogue
+    transform: SessionTransform
+
+
+def write_bundle(out: str | Path, *, model: MISSRec, catalogue: Catalogue, data: str | Path) -> dict[str, Any]:
+    """Write a bundle aside and rename it into place; an older bundle is replaced whole.
+
+    Parameters
+    ----------
+    out : path
+        The bundle folder.
+    model : MISSRec
+    catalogue : Catalogue
+        The one the model was built for.
+    data : path
+        The data folder: its session transform and schema travel with the bundle.
+
+    Returns
+    -------
+    dict
+        The manifest's content.
+
+    Raises
+    ------
+    BundleError
+        ``out`` is in use by something else, or the data folder lacks a file.
+    """
+    with staged(Path(out), MANIFEST_FILE) as folder:
+        return fill_bundle(folder, model=model, catalogue=catalogue, data=Path(data))
+
+
+def fill_bundle(folder: Path, *, model: MISSRec, catalogue: Catalogue, data: Path) -> dict[str, Any]:
+    """Write the bundle's files into an empty folder; `write_bundle` and `export` put it in place."""
+    for name in (SESSION_TRANSFORM_FILE, SCHEMA_FILE):
+        if not (data / name).is_file():
+            raise BundleError(
+                f"the data folder {data} holds no {name}", "a folder of missrec etl", "re-run `missrec etl`"
+            )
+    shutil.copyfile(data / SCHEMA_FILE, folder / SCHEMA_FILE)
+    _write_transform(folder, data, model.config.max_sequence_length)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(
+        {name: tensor for name, tensor in state.items() if not name.startswith(_INTERESTS)}, folder / WEIGHTS_FILE
+    )
+    save_file(_catalogue_tensors(state, catalogue), folder / CATALOGUE_FILE)
+    pq.write_table(catalogue.items, folder / ITEMS_FILE)
+    widths = {name: modality.width for name, modality in catalogue.modalities.items()}
+    described = {"format": FORMAT_VERSION, "config": dataclasses.asdict(model.config), "modalities": widths}
+    _write_json(folder / MODEL_FILE, described | {"rows": catalogue.n_rows})
+    encoders = {
+        name: {"width": modality.width, "items": int(modality.present.sum()), "encoder": dict(modality.encoder)}
+        for name, modality in catalogue.modalities.items()
+    }
+    _write_json(folder / FEATURES_FILE, {"format": FORMAT_VERSION, "modalities": encoders})
+    load_session_transform(folder, catalogue.items)  # refuses ids that a request could not carry
+    return write_manifest(folder)
+
+
+def load_bundle(folder: str | Path) -> LoadedBundle:
+    """Verify a bundle and rebuild its model; nothing is unpickled, nothing imported by name.
+
+    Raises
+    ------
+    BundleError
+        The bundle is damaged, or its parts do not fit each other.
+    """
+    folder = Path(folder)
+    verify_bundle(folder)
+    try:
+        described = json.loads((folder / MODEL_FILE).read_bytes())
+        features = json.loads((folder / FEATURES_FILE).read_bytes())["modalities"]
+        stored, weights = load_file(folder / CATALOGUE_FILE), load_file(folder / WEIGHTS_FILE)
+        items = load_items(folder)
+        catalogue = Catalogue(items, {name: _modality(name, stored, features) for name in described["modalities"]})
+        config = Recipe.from_dict({"name": "bundle", "model": described["config"]}).model
+        model = build_missrec(config, catalogue)
+        interests = {name: tensor for name, tensor in stored.items() if name.startswith(_INTERESTS)}
+        model.load_state_dict(weights | interests)
+    except BundleError:
+        raise
+    except (MISSRecError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BundleError(
+            f"the parts of {folder} do not fit each other ({error})",
+            "a bundle of one export",
+            "export it again with the installed version",
+        ) from error
+    return LoadedBundle(model.eval(), catalogue, load_session_transform(folder, items))
+
+
+def _write_transform(folder: Path, data: Path, max_sequence_length: int) -> None:
+    """Copy the request transform, cut to what the model takes: a recipe may differ from the data folder's default."""
+    try:
+        content = json.loads((data / SESSION_TRANSFORM_FILE).read_text(encoding="utf-8"))
+        TransformSettings.from_dict(content)
+    except ValueError as error:
+        raise BundleError(
+            f"{data / SESSION_TRANSFORM_FILE} is no JSON ({error})", "", "re-run `missrec etl`"
+        ) from error
+    _write_json(folder / SESSION_TRANSFORM_FILE, content | {"max_sequence_length": max_sequence_length})
+
+
+def _catalogue_tensors(state: dict[str, Tensor], catalogue: Catalogue) -> dict[str, Tensor]:
+    tensors = {name: tensor for name, tensor in state.items() if name.startswith(_INTERESTS)}
+    for name, modality in catalogue.modalities.items():
+        tensors[f"modality.{name}.vectors"] = torch.from_numpy(np.ascontiguousarray(modality.vectors))
+        tensors[f"modality.{name}.present"] = torch.from_numpy(np.ascontiguousarray(modality.present))
+    return tensors
+
+
+def _modality(name: str, stored: dict[str, Tensor], features: dict[str, Any]) -> Modality:
+    vectors, present = stored[f"modality.{name}.vectors"], stored[f"modality.{name}.present"]
+    return Modality(vectors.numpy(), present.numpy(), features[name]["encoder"])
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")  # modalities keep their order

@@ -1,0 +1,104 @@
+"""`missrec export`: a run becomes a bundle and, if wanted, a Triton model repository, or nothing at all.
+
+Everything is written aside. The bundle is read back and must answer as the run's model does; only then do the folders
+appear under their names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.errors import ConfigError
+from missrec_t4r.export.bundle import fill_bundle, load_bundle
+from missrec_t4r.export.manifest import MANIFEST_FILE
+from missrec_t4r.export.parity import check_rows, compare_offline, raw_ids, sample_histories
+from missrec_t4r.export.repository import LANDMARK, fill_repository
+from missrec_t4r.export.staging import staged
+from missrec_t4r.export.workflow_parity import check_workflow
+from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.serving.ranker import Ranker
+from missrec_t4r.training.checkpoint import LoadedRun, load_run
+
+
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    triton: str | Path | None = None,
+    sessions: int = 256,
+    data: str | Path | None = None,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Export a run.
+
+    Parameters
+    ----------
+    run : path
+        Folder of `missrec train`.
+    out : path
+        The bundle; an older bundle there is replaced whole.
+    triton : path, optional
+        The model repository; an older one there is replaced whole.
+    sessions : int
+        Test sessions that offline and exported answers are compared on.
+    data : path, optional
+        Data folder, if it was moved since training.
+    progress : Progress
+
+    Returns
+    -------
+    dict
+        Folders, bytes, seconds and the figures of the comparison.
+
+    Raises
+    ------
+    ParityError
+        Offline and exported answers differ; nothing is left behind.
+    BundleError
+        A target folder is in use by something else.
+    """
+    started = time.monotonic()
+    bundle_folder, repository = Path(out).absolute(), None if triton is None else Path(triton).absolute()
+    if repository is not None and _overlap(bundle_folder, repository):
+        raise ConfigError(f"--out {out} and --triton {triton} lie in each other", "two separate folders")
+    if sessions < 1:
+        raise ConfigError(f"--sessions {sessions}", "at least 1")
+    loaded = load_run(run, data)
+    with ExitStack() as stack:
+        aside = stack.enter_context(staged(bundle_folder, MANIFEST_FILE))
+        progress.say(f"writing the bundle of {run}")
+        manifest = fill_bundle(aside, model=loaded.model, catalogue=loaded.catalogue, data=loaded.data)
+        parity = _gate(aside, loaded, sessions, progress)
+        if repository is not None:
+            fill_repository(stack.enter_context(staged(repository, LANDMARK)), aside)
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    progress.say(f"bundle {bundle_folder} ({size / 2**20:.1f} MiB) equals its run on {parity['sessions']} sessions")
+    return {
+        "bundle": str(bundle_folder),
+        "repository": None if repository is None else str(repository),
+        "bytes": size,
+        "items": loaded.catalogue.n_items,
+        "parity": parity,
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def _gate(folder: Path, loaded: LoadedRun, sessions: int, progress: Progress) -> dict[str, Any]:
+    progress.say("comparing the bundle with the run")
+    bundle = load_bundle(folder)
+    histories = sample_histories(Sessions.load(loaded.data / "test"), sessions)
+    requests = raw_ids(loaded.catalogue, histories)
+    check_rows(bundle.transform, histories, requests)
+    workflow = check_workflow(loaded.data, bundle.catalogue, requests)
+    ranker = Ranker(bundle.model, bundle.catalogue)
+    parity = compare_offline(ranker, loaded.model, histories).require("the exported bundle")
+    return dataclasses.asdict(parity) | {"equal": parity.equal, "nvtabular": workflow}
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    return one.is_relative_to(other) or other.is_relative_to(one)

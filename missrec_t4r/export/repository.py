@@ -1,0 +1,100 @@
+"""Writes a Triton model repository from the templates in `triton_models/` and a bundle.
+
+::
+
+    missrec/            config.pbtxt  1/                      the ensemble: raw ids in, raw ids and scores out
+    missrec_sessions/   config.pbtxt  1/model.py              raw ids to rows
+    missrec_ranker/     config.pbtxt  1/model.py  1/bundle/   rows to items; the one copy of the bundle
+
+The models find the bundle by a relative path, so the folder may be moved, mounted or packed into an image.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import shutil
+import string
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from missrec_t4r.errors import BundleError, ConfigError
+from missrec_t4r.export.manifest import BUNDLE_FILES, MANIFEST_FILE, verify_bundle
+from missrec_t4r.export.staging import staged
+from missrec_t4r.export.vocabulary import load_session_transform
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable  # Python 3.11; annotations are not evaluated
+
+MODELS = ("missrec", "missrec_sessions", "missrec_ranker")
+BUNDLE_IN_REPOSITORY = "missrec_ranker/1/bundle"
+LANDMARK = "missrec_ranker/config.pbtxt"
+
+
+def write_repository(bundle: str | Path, out: str | Path, *, max_batch_size: int = 64, threads: int = 1) -> list[str]:
+    """Write a model repository aside and rename it into place; an older one is replaced whole.
+
+    Parameters
+    ----------
+    bundle : path
+        Verified first.
+    out : path
+        The repository folder.
+    max_batch_size : int
+        Sessions that Triton's dynamic batcher puts into one pass, and the most one request may hold.
+    threads : int
+        Threads of the ranker's torch.
+
+    Returns
+    -------
+    list of str
+        The files written, relative to ``out``.
+
+    Raises
+    ------
+    BundleError
+        The bundle is damaged, or ``out`` is in use by something else.
+    """
+    with staged(Path(out), LANDMARK) as folder:
+        fill_repository(folder, Path(bundle), max_batch_size=max_batch_size, threads=threads)
+        return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def fill_repository(folder: Path, bundle: Path, *, max_batch_size: int = 64, threads: int = 1) -> None:
+    """Write the repository's files into an empty folder; `write_repository` and `export` put it in place."""
+    if max_batch_size < 1 or threads < 1:
+        raise ConfigError(f"max_batch_size {max_batch_size}, threads {threads}", "at least 1 each")
+    verify_bundle(bundle)
+    id_type = load_session_transform(bundle).settings.id_type
+    values = {
+        "item_id_type": "TYPE_STRING" if id_type == "string" else "TYPE_INT64",
+        "max_batch_size": str(max_batch_size),
+        "threads": str(threads),
+    }
+    for model in MODELS:
+        (folder / model / "1").mkdir(parents=True)
+        (folder / model / "config.pbtxt").write_text(filled(_template(model, "config.pbtxt"), values), encoding="utf-8")
+        code = _template(model, "1", "model.py")
+        if code.is_file():
+            (folder / model / "1" / "model.py").write_bytes(code.read_bytes())
+    target = folder / BUNDLE_IN_REPOSITORY
+    target.mkdir()
+    for name in (MANIFEST_FILE, *BUNDLE_FILES):
+        shutil.copyfile(bundle / name, target / name)
+
+
+def filled(template: Traversable, values: dict[str, str]) -> str:
+    """Return a template's text with every ``${name}`` replaced.
+
+    Raises
+    ------
+    BundleError
+        The template asks for a value that there is none for.
+    """
+    try:
+        return string.Template(template.read_text(encoding="utf-8")).substitute(values)
+    except (KeyError, ValueError) as error:
+        raise BundleError(f"template {template.name} asks for {error}", f"one of {', '.join(values)}") from error
+
+
+def _template(*parts: str) -> Traversable:
+    return importlib.resources.files("missrec_t4r.triton_models").joinpath(*parts)

@@ -1,0 +1,56 @@
+"""Folders that appear whole or not at all: written aside, renamed at the end."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from missrec_t4r.errors import BundleError
+
+
+@contextmanager
+def staged(target: Path, landmark: str) -> Iterator[Path]:
+    """Give an empty folder beside ``target`` and rename it into place when the block ends without an error.
+
+    Parameters
+    ----------
+    target : Path
+        Replaced whole if it exists.
+    landmark : str
+        A file that tells that an existing ``target`` is ours to replace.
+
+    Raises
+    ------
+    BundleError
+        ``target`` exists and is neither empty nor ours: nothing of the user's is ever deleted.
+    """
+    target = target.absolute()
+    if target.exists() and not (target.is_dir() and ((target / landmark).is_file() or not any(target.iterdir()))):
+        raise BundleError(
+            f"{target} exists and holds no {landmark}", "a new folder, or one we wrote", "choose another --out"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    aside.chmod(0o755)
+    try:
+        yield aside
+        _swap(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _swap(aside: Path, target: Path) -> None:
+    if not target.exists():
+        aside.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    target.rename(old)  # an empty folder may be renamed over
+    try:
+        aside.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

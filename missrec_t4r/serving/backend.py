@@ -1,0 +1,199 @@
+"""What the two Triton models do, free of Triton's types, so that it runs and is tested without a server.
+
+Triton hands a Python model all requests that its dynamic batcher has gathered. `execute` turns each into a mapping of
+arrays, lets a backend answer all of them in one pass, and gives a request that cannot be answered its own error: one
+malformed request never fails its neighbours. The wire format is documented in ``triton_models/README.md``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from missrec_t4r.errors import BundleError, MISSRecError, ServingError
+from missrec_t4r.export.manifest import ITEMS_FILE, verify_bundle
+from missrec_t4r.export.vocabulary import load_session_transform
+from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, SESSION_TRANSFORM_FILE
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+Answer = Arrays | MISSRecError
+
+DEFAULT_TOP_K = 10
+
+
+class Backend(Protocol):
+    """One of our Triton models."""
+
+    inputs: Sequence[str]
+    """Names of the request tensors; one that a request leaves out is absent from its mapping."""
+
+    def answer(self, requests: Sequence[Arrays]) -> list[Answer]:
+        """Answer every request, or say what is wrong with it."""
+
+
+class SessionsBackend:
+    """Raw item ids to catalogue rows.
+
+    Parameters
+    ----------
+    bundle : Path
+        Only the files it reads are verified: the session transform and the item table.
+    """
+
+    inputs = ("item_ids", "length")
+
+    def __init__(self, bundle: Path) -> None:
+        verify_bundle(bundle, only=(SESSION_TRANSFORM_FILE, ITEMS_FILE))
+        self.transform = load_session_transform(bundle)
+
+    def answer(self, requests: Sequence[Arrays]) -> list[Answer]:
+        """Return ``rows`` and ``seen`` for ``item_ids`` [batch, width] and ``length`` [batch, 1]."""
+        return [self._one(request) for request in requests]
+
+    def _one(self, request: Arrays) -> Answer:
+        try:
+            rows, seen = self.transform.padded(request["item_ids"], request["length"])
+        except MISSRecError as error:
+            return error
+        return {"rows": rows, "seen": seen}
+
+
+class RankerBackend:
+    """Catalogue rows to recommended items, all requests in one pass of the model.
+
+    Parameters
+    ----------
+    bundle : Path
+        Verified whole.
+    device : str
+        ``"cpu"`` or ``"cuda:0"``.
+    threads : int
+        Threads of one pass; Triton runs several models and requests beside each other, so few are best.
+    """
+
+    inputs = ("rows", "seen", "top_k", "exclude_seen")
+
+    def __init__(self, bundle: Path, device: str = "cpu", threads: int = 1) -> None:
+        import torch  # here, not above: the sessions model starts without it
+
+        from missrec_t4r.export.bundle import load_bundle
+        from missrec_t4r.serving.ranker import Ranker
+
+        torch.set_num_threads(max(threads, 1))
+        loaded = load_bundle(bundle)
+        self.ranker, self.transform = Ranker(loaded.model, loaded.catalogue, device=device), loaded.transform
+        self.ranker.rank(np.full((1, loaded.transform.max_sequence_length), FIRST_ITEM_ROW))  # warm before traffic
+
+    def answer(self, requests: Sequence[Arrays]) -> list[Answer]:
+        """Return ``item_id``, ``score``, ``n_items``, ``n_unknown`` and ``fallback`` for every request."""
+        answers: list[Answer] = [_problem(request, self.ranker.catalogue.n_rows) or {} for request in requests]
+        good = [index for index, answer in enumerate(answers) if not isinstance(answer, MISSRecError)]
+        if good:
+            for index, answer in zip(good, self._ranked([requests[index] for index in good]), strict=True):
+                answers[index] = answer
+        return answers
+
+    def _ranked(self, requests: Sequence[Arrays]) -> list[Arrays]:
+        sizes = [len(request["rows"]) for request in requests]
+        wanted = [_per_session(request, "top_k", DEFAULT_TOP_K) for request in requests]
+        ranking = self.ranker.rank(
+            _stacked([request["rows"] for request in requests]),
+            seen=_stacked([request["seen"] for request in requests]),
+            top_k=np.concatenate(wanted),
+            exclude_seen=np.concatenate([_per_session(request, "exclude_seen", False) for request in requests]),
+        )
+        answers: list[Arrays] = []
+        for start, size, top_k in zip(np.cumsum([0, *sizes]), sizes, wanted, strict=False):
+            mine = slice(start, start + size)
+            width = min(int(top_k.max()), ranking.rows.shape[1])
+            answers.append(
+                {
+                    "item_id": self.transform.wire_ids_of(ranking.rows[mine, :width]),
+                    "score": ranking.scores[mine, :width],
+                    "n_items": ranking.n_items[mine, None],
+                    "n_unknown": ranking.n_unknown[mine, None],
+                    "fallback": ranking.fallback[mine, None],
+                }
+            )
+        return answers
+
+
+def _problem(request: Arrays, n_rows: int) -> MISSRecError | None:
+    top_k = _per_session(request, "top_k", DEFAULT_TOP_K)
+    if (top_k < 1).any():
+        return ServingError(f"top_k is {int(top_k.min())}", "at least 1", "ask for one item or more")
+    for name in ("rows", "seen"):
+        rows = request[name]
+        if rows.size and (rows.min() < PADDING_ROW or rows.max() >= n_rows):
+            return ServingError(f"{name} holds values from {rows.min()} to {rows.max()}", f"0 to {n_rows - 1}")
+    return None
+
+
+def _per_session(request: Arrays, name: str, default: int | bool) -> npt.NDArray[Any]:
+    return request[name].reshape(-1) if name in request else np.full(len(request["rows"]), default)
+
+
+def _stacked(matrices: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    width = max(matrix.shape[1] for matrix in matrices)
+    padded = [
+        np.pad(matrix, ((0, 0), (0, width - matrix.shape[1])), constant_values=PADDING_ROW) for matrix in matrices
+    ]
+    return np.concatenate(padded)
+
+
+def execute(backend: Backend, requests: Sequence[Any], pb_utils: Any) -> list[Any]:
+    """Answer Triton's requests.
+
+    Parameters
+    ----------
+    backend : Backend
+    requests : sequence of pb_utils.InferenceRequest
+        What the dynamic batcher gathered.
+    pb_utils : module
+        Triton's ``triton_python_backend_utils``, which exists inside the server only.
+
+    Returns
+    -------
+    list of pb_utils.InferenceResponse
+        One per request, in order.
+    """
+    answers = backend.answer([_arrays(backend, request, pb_utils) for request in requests])
+    return [_response(answer, pb_utils) for answer in answers]
+
+
+def _arrays(backend: Backend, request: Any, pb_utils: Any) -> Arrays:
+    tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in backend.inputs}
+    return {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
+
+
+def _response(answer: Answer, pb_utils: Any) -> Any:
+    if isinstance(answer, MISSRecError):
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer)))
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in answer.items()])
+
+
+def parameter(args: Mapping[str, str], name: str) -> str:
+    """Return an entry of ``parameters`` in the model's ``config.pbtxt``."""
+    try:
+        value: str = json.loads(args["model_config"])["parameters"][name]["string_value"]
+    except KeyError as error:
+        raise BundleError(f"config.pbtxt lacks the parameter {name!r}", "", "write the repository again") from error
+    return value
+
+
+def bundle_folder(args: Mapping[str, str]) -> Path:
+    """Return the bundle that the parameter ``bundle`` names, relative to the model's folder: repositories can move."""
+    return Path(args["model_repository"]) / parameter(args, "bundle")
+
+
+def device_of(args: Mapping[str, str]) -> str:
+    """Return torch's name of the device that Triton gave this instance."""
+    import torch
+
+    on_gpu = args["model_instance_kind"] == "GPU" and torch.cuda.is_available()
+    return f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"

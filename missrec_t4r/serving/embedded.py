@@ -1,0 +1,139 @@
+"""What the embedded Triton needs from this machine: checked before anything is started, each refusal in words.
+
+`nvidia-pytriton` carries a real ``tritonserver`` with the Python backend and one *stub* per Python version, the
+process in which a model's Python runs. Its traps: the stub must lie in the backend's folder, it ignores
+``PYTHONPATH`` (our package must be installed), it needs a shared libpython, and numpy 2 silently corrupts tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from missrec_t4r.errors import ServingError
+
+_NEEDED_GLIBC = (2, 35)
+_STUB = "triton_python_backend_stub"
+_CONTAINER = "or serve with Triton's container image: docker compose up"
+
+
+@dataclass(frozen=True)
+class EmbeddedTriton:
+    """Where the server of the installed `nvidia-pytriton` lies."""
+
+    server: Path
+    """Folder ``pytriton/tritonserver``."""
+    stub: Path
+    """The stub for the running Python."""
+
+    @classmethod
+    def find(cls) -> EmbeddedTriton:
+        """Locate the server and check that this machine can run it.
+
+        Raises
+        ------
+        ServingError
+            `nvidia-pytriton` is missing, or Python, numpy, libpython or the C library do not suit it.
+        """
+        check_libc(*platform.libc_ver())
+        check_numpy(np.__version__)
+        spec = importlib.util.find_spec("pytriton")
+        if spec is None or not spec.submodule_search_locations:
+            raise ServingError(
+                "the embedded Triton server is not installed",
+                "the package nvidia-pytriton",
+                f"pip install 'missrec-t4r[triton]', {_CONTAINER}",
+            )
+        server = Path(next(iter(spec.submodule_search_locations))) / "tritonserver"
+        return cls(server, find_stub(server, sys.version_info[:2]))
+
+    @property
+    def binary(self) -> Path:
+        """The server's executable."""
+        return self.server / "bin" / "tritonserver"
+
+    def backends(self, folder: Path) -> Path:
+        """Assemble the backend folder: the Python backend with the stub beside it."""
+        target = folder / "backends" / "python"
+        shutil.copytree(self.server / "backends" / "python", target, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copyfile(self.stub, target / _STUB)
+        (target / _STUB).chmod(0o755)
+        return target.parent
+
+    def environment(self) -> dict[str, str]:
+        """Return the server's environment: this Python first on PATH, its library and the wheel's own to be found."""
+        libraries = [
+            str(sysconfig.get_config_var("LIBDIR") or ""),
+            str(self.server.parent.parent / "nvidia_pytriton.libs"),
+        ]
+        inherited = os.environ.get("LD_LIBRARY_PATH", "")
+        return os.environ | {
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+            "LD_LIBRARY_PATH": os.pathsep.join(part for part in [*libraries, inherited] if part),
+        }
+
+
+def check_libc(name: str, version: str) -> None:
+    """Refuse a machine whose C library the server was not built for."""
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if name != "glibc" or numbers < _NEEDED_GLIBC:
+        found = f"C library {name} {version}".strip() if name else "no GNU C library"
+        raise ServingError(
+            f"{found} on {platform.system()}",
+            "Linux with glibc 2.35 or newer (Debian 12, Ubuntu 22.04)",
+            f"use a newer distribution, {_CONTAINER}",
+        )
+
+
+def check_numpy(version: str) -> None:
+    """Refuse numpy 2: the Python backend then reads zeros and writes empty tensors without any error."""
+    if int(version.split(".")[0]) >= 2:
+        raise ServingError(f"numpy {version}", "numpy below 2 for the embedded server", "pip install 'numpy<2'")
+
+
+def find_stub(server: Path, python: tuple[int, int]) -> Path:
+    """Return the stub for a Python version.
+
+    Raises
+    ------
+    ServingError
+        The wheel has no stub for it, or this Python comes without a shared library.
+    """
+    version = "{}.{}".format(*python)
+    stub = server / "python_backend_stubs" / version / _STUB
+    if not stub.is_file():
+        found = sorted(
+            (entry.name for entry in (server / "python_backend_stubs").glob("3.*")), key=lambda v: int(v[2:])
+        )
+        raise ServingError(
+            f"Python {version} has no stub in the installed nvidia-pytriton",
+            f"one of Python {', '.join(found) or 'none found'}",
+            f"make the environment with another Python, {_CONTAINER}",
+        )
+    library = str(sysconfig.get_config_var("INSTSONAME") or "")
+    if ".so" not in library or not _loadable(library):
+        raise ServingError(
+            f"Python {version} comes without a shared libpython ({library or 'none named'})",
+            f"libpython{version}.so",
+            f"install your distribution's libpython{version}, or build Python with --enable-shared",
+        )
+    return stub
+
+
+def _loadable(library: str) -> bool:
+    for place in (Path(str(sysconfig.get_config_var("LIBDIR"))) / library, Path(library)):
+        try:
+            ctypes.CDLL(str(place))
+        except OSError:
+            continue
+        return True
+    return False

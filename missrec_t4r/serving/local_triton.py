@@ -1,0 +1,317 @@
+"""A real Triton Inference Server on this machine, for the demo, for tests and for trying things out.
+
+The server listens on the loopback interface only and its noise goes to a log file; when it fails, the reason in that
+log becomes the error message. Production uses Triton's own image (docker-compose.yml).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from missrec_t4r.errors import ServingError
+from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.serving.embedded import EmbeddedTriton
+
+LOOPBACK = "127.0.0.1"
+
+_POLL_SECONDS = 0.05
+_CHECK_SECONDS = 0.5
+_STOP_SECONDS = 15.0
+
+
+class LocalTriton:
+    """Serve a model repository while the ``with`` block runs.
+
+    Parameters
+    ----------
+    repository : path
+        A model repository, as `missrec export --triton` writes it.
+    http_port, grpc_port, metrics_port : int
+        0 takes a free port.
+    log_file : path, optional
+        Where Triton's log goes; a temporary file by default.
+    timeout : float
+        Seconds until all models must be ready.
+    arguments : sequence of str
+        Further arguments of ``tritonserver``.
+    progress : Progress
+
+    Examples
+    --------
+    >>> with LocalTriton("model_repository") as server:                                          # doctest: +SKIP
+    ...     client = MISSRecClient(server.grpc_url)
+    """
+
+    def __init__(
+        self,
+        repository: str | Path,
+        *,
+        http_port: int = 0,
+        grpc_port: int = 0,
+        metrics_port: int = 0,
+        log_file: str | Path | None = None,
+        timeout: float = 120.0,
+        arguments: tuple[str, ...] = (),
+        progress: Progress = quiet,
+    ) -> None:
+        self.repository = Path(repository).absolute()
+        self._wanted = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+        self.ports: dict[str, int] = {}
+        self._log_file = None if log_file is None else Path(log_file).absolute()
+        self._timeout, self._arguments, self._progress = timeout, arguments, progress
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None
+
+    @property
+    def http_url(self) -> str:
+        """Host and port of the HTTP endpoint."""
+        return f"{LOOPBACK}:{self.ports['http']}"
+
+    @property
+    def grpc_url(self) -> str:
+        """Host and port of the gRPC endpoint."""
+        return f"{LOOPBACK}:{self.ports['grpc']}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Address of the Prometheus metrics."""
+        return f"http://{LOOPBACK}:{self.ports['metrics']}/metrics"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the running server, which is also its process group."""
+        if self._process is None:
+            raise ServingError("the server is not running", "", "enter the `with` block first")
+        return self._process.pid
+
+    @property
+    def log_file(self) -> Path:
+        """Triton's log."""
+        return self._log_file or (self._folder or Path(tempfile.gettempdir())) / "triton.log"
+
+    def __enter__(self) -> LocalTriton:
+        if not any(self.repository.glob("*/config.pbtxt")):
+            raise ServingError(
+                f"{self.repository} is no model repository",
+                "a folder with one sub-folder and config.pbtxt per model",
+                "write one with `missrec export --triton`",
+            )
+        triton = EmbeddedTriton.find()
+        self.ports = choose_ports(self._wanted)
+        self._folder = Path(tempfile.mkdtemp(prefix="missrec-triton-"))
+        try:
+            self._start(triton, self._folder)
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop the server and its models, and remove temporary files; harmless when nothing runs."""
+        if self._process is not None:
+            _end_group(self._process)
+            self._process = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def check_alive(self) -> None:
+        """Raise a `ServingError` with the reason if the server has ended."""
+        if self._process is not None and (code := self._process.poll()) is not None:
+            raise ServingError(f"Triton ended with code {code}: {self._reason()}", "a running server", self._cure())
+
+    def _start(self, triton: EmbeddedTriton, folder: Path) -> None:
+        command: list[str] = [
+            str(triton.binary),
+            f"--model-repository={self.repository}",
+            f"--backend-directory={triton.backends(folder)}",
+            "--disable-auto-complete-config",  # our configurations are complete; without it every model starts twice
+            "--exit-timeout-secs=5",
+        ]
+        for door, port in self.ports.items():
+            command += [f"--{door}-address={LOOPBACK}", f"--{door}-port={port}"]
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*command, *self._arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=triton.environment(),
+                start_new_session=True,
+            )
+
+    def _wait(self) -> None:
+        started = time.monotonic()
+        for _ in self._progress.track(self._until_ready(started + self._timeout), "starting Triton"):
+            time.sleep(_POLL_SECONDS)
+        self._progress.say(
+            f"Triton is ready after {time.monotonic() - started:.1f} s: gRPC {self.grpc_url}, HTTP {self.http_url}"
+        )
+
+    def _until_ready(self, deadline: float) -> Iterator[int]:
+        attempt = 0
+        while not answers_ready(self.ports["http"]):
+            self.check_alive()
+            if time.monotonic() > deadline:
+                raise ServingError(
+                    f"Triton is not ready after {self._timeout:.0f} s; its log ends: {self._reason()}",
+                    "all models loaded",
+                    f"raise the timeout, or {self._cure()}",
+                )
+            attempt += 1
+            yield attempt
+
+    def _cure(self) -> str:
+        return f"see {self._log_file}" if self._log_file else "start it with a log file to see Triton's whole log"
+
+    def _reason(self) -> str:
+        return reason_in(self.log_file.read_text(encoding="utf-8", errors="replace"))
+
+
+def choose_ports(wanted: dict[str, int]) -> dict[str, int]:
+    """Return a port per door: the wanted one if it is free, a free one where 0 is wanted.
+
+    Raises
+    ------
+    ServingError
+        A wanted port is occupied, wanted twice, or not a port.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        chosen: dict[str, int] = {}
+        for door, port in sorted(wanted.items(), key=lambda pair: pair[1] == 0):
+            sockets.append(_bind(door, port))
+            chosen[door] = int(sockets[-1].getsockname()[1])
+        return chosen
+    finally:
+        for held in sockets:
+            held.close()
+
+
+def _bind(door: str, port: int) -> socket.socket:
+    held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free, a listening one is not
+    try:
+        held.bind((LOOPBACK, port))
+    except (OSError, OverflowError) as error:
+        held.close()
+        raise ServingError(
+            f"{door} port {port} cannot be used ({error})",
+            "a free port from 1 to 65535",
+            f"choose another --{door}-port, or 0 for any free one",
+        ) from error
+    return held
+
+
+def answers_ready(http_port: int) -> bool:
+    """Return whether the server on this loopback port says that all its models are ready."""
+    connection = http.client.HTTPConnection(LOOPBACK, http_port, timeout=2.0)
+    try:
+        connection.request("GET", "/v2/health/ready")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def reason_in(log: str) -> str:
+    r"""Return what a Triton log says went wrong, in one paragraph: our own error's words, else its last lines.
+
+    Examples
+    --------
+    >>> reason_in("I0101 pinned\nUNAVAILABLE: Internal: BundleError: items.parquet is missing\n\nAt:\n  model.py(9)")
+    'BundleError: items.parquet is missing'
+    """
+    ours = re.findall(r"Internal: ((?:\w+\.)*\w*(?:Error|Exception): .+)", log)
+    if ours:
+        return str(ours[-1]).strip()
+    errors = re.findall(r"^E\d{4} \S+ \d+ \S+\] \"?(.+?)\"?$", log, flags=re.MULTILINE)
+    lines = errors or [line for line in log.splitlines() if line.strip()]
+    return " | ".join(line.strip() for line in lines[-3:]) or "the log is empty"
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # stubs that outlived the server
+        process.wait()
+
+
+def serve(
+    repository: str | Path,
+    *,
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    metrics_port: int = 8002,
+    log_file: str | Path | None = None,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Serve until Ctrl-C or SIGTERM.
+
+    Parameters
+    ----------
+    repository : path
+    http_port, grpc_port, metrics_port : int
+        0 takes a free port.
+    log_file : path, optional
+        Keeps Triton's log.
+    progress : Progress
+
+    Returns
+    -------
+    dict
+        Repository, ports and the seconds served.
+
+    Raises
+    ------
+    ServingError
+        The server cannot start, or ends by itself.
+    """
+    server = LocalTriton(
+        repository,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        log_file=log_file,
+        progress=progress,
+    )
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops as Ctrl-C does
+    started = time.monotonic()
+    try:
+        with contextlib.suppress(KeyboardInterrupt), server:
+            progress.say(f"serving {server.repository}; the log is {server.log_file}; Ctrl-C stops")
+            while True:
+                server.check_alive()
+                time.sleep(_CHECK_SECONDS)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return {
+        "repository": str(server.repository),
+        "ports": server.ports,
+        "seconds": round(time.monotonic() - started, 1),
+    }

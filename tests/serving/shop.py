@@ -1,0 +1,85 @@
+"""A tiny shop for the serving tests: thirty items, two modalities, some items without image, a model at random."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from missrec_t4r.config import MISSRecConfig, Recipe
+from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_LIST, SCHEMA_FILE, SESSION_TRANSFORM_FILE, USER_ID
+
+N_ITEMS = 30
+MAX_LENGTH = 8
+
+
+def item_ids(integers: bool) -> list[str] | list[int]:
+    """Ids that are neither sorted nor ASCII alone, so that order and encoding matter."""
+    shuffled = np.random.default_rng(5).permutation(N_ITEMS)
+    return [int(1000 - 7 * i) for i in shuffled] if integers else [f"ware-{i}-ü" for i in shuffled]
+
+
+def catalogue(*, integers: bool = False) -> Catalogue:
+    """Every item has text, two in three have an image; popularity falls with the row and has ties."""
+    rng = np.random.default_rng(3)
+    n_rows = N_ITEMS + FIRST_ITEM_ROW
+    is_item = np.arange(n_rows) >= FIRST_ITEM_ROW
+    has_image = is_item & (np.arange(n_rows) % 3 != 0)
+    modalities = {
+        name: Modality(
+            rng.normal(size=(n_rows, width)).astype(np.float32) * present[:, None], present, {"name": f"random-{name}"}
+        )
+        for name, width, present in (("text", 12, is_item), ("image", 6, has_image))
+    }
+    ids = pa.array(item_ids(integers))
+    counts = pa.array([(N_ITEMS - i) // 3 for i in range(N_ITEMS)], pa.int64())
+    titles = pa.array([f"Ware {i}" for i in range(N_ITEMS)])
+    return Catalogue(pa.table({"item_id": ids, "train_count": counts, "title": titles}), modalities)
+
+
+def model_for(shop: Catalogue, **settings: object) -> MISSRec:
+    """A small model whose every part has something to say: large weights, discovered interests."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "n_head": 2, "d_feedforward": 8, "max_sequence_length": MAX_LENGTH}
+    config = Recipe.from_dict({"name": "tiny", "model": sizes | settings}).model
+    assert isinstance(config, MISSRecConfig)
+    model = build_missrec(config, shop).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.discover_interests(seed=1)
+    return model
+
+
+def data_folder(folder: Path, shop: Catalogue, n_sessions: int = 220) -> Path:
+    """What serving reads of a data folder: catalogue, transform, schema, test sessions."""
+    shop.save(folder / "catalogue")
+    transform = {
+        "format": 1,
+        "item_id": {"column": "item_id", "type": shop.id_type, "null_row": 1, "unknown_row": 2, "first_row": 3},
+        "max_sequence_length": MAX_LENGTH,
+        "features": {},
+    }
+    (folder / SESSION_TRANSFORM_FILE).write_text(json.dumps(transform))
+    (folder / SCHEMA_FILE).write_text(f'feature {{\n  name: "{ITEM_LIST}"\n}}\n')
+    rng = np.random.default_rng(11)
+    rows = [rng.integers(FIRST_ITEM_ROW, shop.n_rows, rng.integers(2, 15)).tolist() for _ in range(n_sessions)]
+    table = pa.table({USER_ID: [f"u{i}" for i in range(n_sessions)], ITEM_LIST: rows})
+    (folder / "test").mkdir()
+    pq.write_table(table, folder / "test" / "part_0.parquet")
+    return folder
+
+
+def raw_sessions(shop: Catalogue, n: int, seed: int = 0) -> list[list[str | int | None]]:
+    """Random sessions of raw ids: empty, short and over-long ones, with unknown and missing ids among them."""
+    rng = np.random.default_rng(seed)
+    known = shop.ids_of(np.arange(FIRST_ITEM_ROW, shop.n_rows))
+    unknown: list[str | int] = ["nobody", "ware"] if shop.id_type == "string" else [-5, 2**40]
+    pool: list[str | int | None] = [*known, *known, *unknown, None]
+    return [[pool[i] for i in rng.integers(0, len(pool), length)] for length in rng.integers(0, 20, n)]

@@ -153,6 +153,9 @@ class MISSRec(nn.Module):
 def build_missrec(config: MISSRecConfig, catalogue: Catalogue) -> MISSRec:
     """Build the model for a catalogue, initialised as published: normal(0, 0.02), biases 0.
 
+    With `zero_row` the adapters keep torch's initialisation, as in the authors' release: the token of a missing modality
+    is the adapter's bias, and a bias of zero has no direction (its normalisation sends gradients of 1e12).
+
     Raises
     ------
     DataError
@@ -177,7 +180,7 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue) -> MISSRec:
     )
     layer = (config.d_model, config.n_head, config.d_feedforward, config.dropout, config.layer_norm_eps)
     with torch.no_grad():
-        mask = towers.catalogue().mask
+        mask = towers(torch.arange(towers.n_rows)).mask  # without this step's dropout, which `catalogue` would draw
     n_interests = InterestVocabulary.size(config.interest_ratio, mask)
     model = MISSRec(
         config,
@@ -191,6 +194,9 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue) -> MISSRec:
         NeighbourPrior(towers.n_rows, config.n_neighbours) if config.n_neighbours else None,
     )
     model.apply(_initialise)
+    if config.missing_modality == "zero_row":
+        for adapter in towers.adapters.values():
+            adapter.reset_parameters()
     return model
 
 

@@ -17,15 +17,16 @@ def next_item_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = Non
     logits : Tensor [position, catalogue]
         Scores divided by the temperature; -inf for rows that cannot be recommended.
     targets : Tensor [position] or [position, target], int64
-        Catalogue rows; 0 where there is none. Several targets of a position share its softmax (ours).
+        Catalogue rows; 0 where there is none. Several targets of a position share its softmax (ours). A target that
+        cannot be recommended (an item without any vector in an inductive model) counts as none.
     weights : Tensor [target], optional
         Weight of each target column; 1 by default.
     """
     if targets.ndim == 1:
         targets = targets.unsqueeze(1)
-    normaliser = logits.logsumexp(1, keepdim=True)
-    real = targets > 0
-    loss = (normaliser - logits.gather(1, targets)).masked_fill(~real, 0.0)
+    normaliser, chosen = logits.logsumexp(1, keepdim=True), logits.gather(1, targets)
+    real = (targets > 0) & ~chosen.isneginf()
+    loss = (normaliser - chosen).masked_fill(~real, 0.0)
     per_column = loss.sum(0) / real.sum(0).clamp_min(1)
     return per_column.sum() if weights is None else (per_column * weights).sum()
 

@@ -16,8 +16,8 @@ from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.model.neighbours import PriorSettings
 from missrec_t4r.progress import Progress, quiet
 
-_DECAYS = (0.6, 0.8, 0.95)
-_POWERS = (0.1, 0.3, 0.5)
+_DECAYS = (0.4, 0.6, 0.8, 0.95)
+_POWERS = (0.1, 0.3, 0.5, 0.7)
 _LOGITS_PER_COUNT = (0.0, 0.15, 0.3, 0.6, 1.0, 1.5, 2.5)
 """Weights on the grid: what one co-occurrence of two average items adds to a logit."""
 _MOST_SESSIONS = 3000

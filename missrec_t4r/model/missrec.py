@@ -6,7 +6,7 @@ configuration and a catalogue. Nothing is kept on ``self`` between calls.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -153,8 +153,8 @@ class MISSRec(nn.Module):
 def build_missrec(config: MISSRecConfig, catalogue: Catalogue) -> MISSRec:
     """Build the model for a catalogue, initialised as published: normal(0, 0.02), biases 0.
 
-    With `zero_row` the adapters keep torch's initialisation, as in the authors' release: the token of a missing modality
-    is the adapter's bias, and a bias of zero has no direction (its normalisation sends gradients of 1e12).
+    With `zero_row` the adapters keep torch's initialisation, as in the authors' release: a missing modality's token
+    is the adapter's bias, and a bias of zero has no direction (normalising it sends gradients of 1e12).
 
     Raises
     ------
@@ -195,8 +195,8 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue) -> MISSRec:
     )
     model.apply(_initialise)
     if config.missing_modality == "zero_row":
-        for adapter in towers.adapters.values():
-            adapter.reset_parameters()
+        for name in towers.names:
+            cast(nn.Linear, towers.adapters[name]).reset_parameters()
     return model
 
 

@@ -250,16 +250,6 @@ class Model(NamedTuple):
         tokens = self.centroids[ids]
         return (self.encoder(tokens, visible.reshape(len(ids), len(ids))) if ids else tokens), ids, places
 
-    def padded_memory(self, sessions: Sequence[Sequence[int]]) -> tuple[Array, Mask]:
-        """Encode a batch with centroid 0 in the places that shorter sets leave empty; they see, and are not seen."""
-        sets = [list(session_interests(session, self.assignment)) for session in sessions]
-        width = max(map(len, sets))
-        mask = np.array([[place < len(ids) for place in range(width)] for ids in sets], bool)
-        tokens = self.centroids[[ids + [0] * (width - len(ids)) for ids in sets]]
-        return np.stack(
-            [self.encoder(x, np.tile(seen, (width, 1))) for x, seen in zip(tokens, mask, strict=True)]
-        ), mask
-
     def positions(self, session: Sequence[int]) -> Array:
         """Return the decoder's output at every position, not normalised, [seq, dim] or [modality, seq, dim]."""
         memory, _, places = self.memory(session)
@@ -338,14 +328,17 @@ def cross_entropy(scores: Array, targets: Sequence[int], temperature: float) -> 
     return sum(rows) / len(rows)
 
 
-def orthogonality_faithful(memory: Array, mask: Mask) -> float:
-    """r = sum over batch and width of u * u / d, u = mean(mask) * sum of the memory over all places.
+def orthogonality_faithful(memories: Sequence[Array]) -> float:
+    """r = sum over batch and width of u * u / d, u = sum of a session's memory times the share of real places.
 
-    ``memory`` [batch, interest, dim] and ``mask`` [batch, interest] are padded to the batch's longest session, and
-    the padded places are summed too: this one depends on padding and batch size.
+    Sets are padded to the largest of the batch, so this one depends on padding and batch size.
     """
-    u = mask.mean(1, keepdims=True) * memory.sum(1)
-    return float((u * u).sum() / memory.shape[-1])
+    places = max(map(len, memories))
+    total = 0.0
+    for memory in memories:
+        u = memory.sum(0) * len(memory) / places
+        total += float((u * u).sum()) / memory.shape[-1]
+    return total
 
 
 def orthogonality_cosine(memories: Sequence[Array]) -> float:

@@ -94,7 +94,6 @@ def _expected_scores(model: MISSRec) -> ref.Array:
 
 def _expected_regulariser(model: MISSRec) -> float:
     expected = translate.whole(model, shop.catalogue())
-    sessions = [shop.rows(session) for session in shop.SESSIONS]
-    if model.config.orthogonality == "cosine":
-        return ref.orthogonality_cosine([expected.memory(session)[0] for session in sessions])
-    return ref.orthogonality_faithful(*expected.padded_memory(sessions))
+    memories = [expected.memory(shop.rows(session))[0] for session in shop.SESSIONS]
+    cosine = model.config.orthogonality == "cosine"
+    return ref.orthogonality_cosine(memories) if cosine else ref.orthogonality_faithful(memories)

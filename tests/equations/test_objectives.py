@@ -32,6 +32,18 @@ def test_positions_without_a_target_do_not_count() -> None:
     assert next_item_loss(logits, targets).item() == pytest.approx(ref.cross_entropy(SCORES[[0, 2]], [3, 5], 1.0))
 
 
+def test_targets_that_cannot_be_recommended_do_not_count() -> None:
+    logits = torch.from_numpy(SCORES).clone().requires_grad_()
+    masked = logits.masked_fill(torch.arange(9) == 8, -torch.inf)  # the target of the second position
+    loss = next_item_loss(masked, torch.tensor(TARGETS))
+    without = np.delete(SCORES, 8, 1)[[0, 2, 3]]
+    assert loss.item() == pytest.approx(ref.cross_entropy(without, [3, 5, 3], 1.0))
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad[0].any()
+    assert not logits.grad[1].any()
+
+
 def test_several_targets_are_weighted_sums_of_single_ones() -> None:
     logits, second = torch.from_numpy(SCORES), [5, 4, 0, 0]
     found = next_item_loss(logits, torch.tensor([TARGETS, second]).T, torch.tensor([1.0, 0.3]))
@@ -56,13 +68,14 @@ def test_cosine_orthogonality_by_hand() -> None:
 
 def test_faithful_orthogonality() -> None:
     found = orthogonality_loss(torch.from_numpy(MEMORY), torch.from_numpy(MASK), "faithful")
-    assert found.item() == pytest.approx(ref.orthogonality_faithful(MEMORY, MASK), abs=1e-10)
+    expected = ref.orthogonality_faithful([memory[mask] for memory, mask in zip(MEMORY, MASK, strict=True)])
+    assert found.item() == pytest.approx(expected, abs=1e-10)
 
 
 def test_faithful_orthogonality_by_hand() -> None:
-    # u = 2/3 of (1 + 2 + 3, 0) = (4, 0); u . u / d = 16 / 2
-    memory = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]])
-    assert orthogonality_loss(memory, torch.tensor([[True, True, False]]), "faithful").item() == pytest.approx(8.0)
+    # two of three places are real: u = 2/3 of (1 + 2, 0) = (2, 0); u . u / d = 4 / 2
+    memory = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [9.0, 9.0]]])
+    assert orthogonality_loss(memory, torch.tensor([[True, True, False]]), "faithful").item() == pytest.approx(2.0)
 
 
 def test_reference_contrasts_are_cross_entropies_of_the_batch() -> None:

@@ -68,7 +68,7 @@ class NeighbourPrior(nn.Module):
         self.counts.zero_()
         at = torch.from_numpy(rows[keep]), torch.from_numpy(rank[keep])
         self.neighbours[at] = torch.from_numpy(others[keep]).int()
-        self.counts[at] = torch.from_numpy(counts[keep]).float()
+        self.counts[at] = torch.from_numpy(counts[keep]).to(self.counts.dtype)
         self.frequency.copy_(torch.from_numpy(np.bincount(sessions.values, minlength=len(self.frequency))))
 
     def choose(self, settings: PriorSettings) -> None:

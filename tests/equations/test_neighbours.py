@@ -1,0 +1,54 @@
+"""The neighbour prior against the reference, and what it may not do."""
+
+import numpy as np
+import pytest
+import torch
+
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.model.neighbours import NeighbourPrior, PriorSettings
+from tests.equations import small_shop as shop
+from tests.equations.reference import FIRST_ITEM
+from tests.equations.reference_prior import neighbour_prior
+
+TRAINING = [shop.rows([*session, target]) for session, target in zip(shop.SESSIONS, shop.TARGETS, strict=True)]
+N_ROWS = FIRST_ITEM + len(shop.ITEMS)
+SETTINGS = PriorSettings(weight=0.5, decay=0.8, power=0.3)
+"""Powers of the decay are taken in single precision, hence 1e-6 below."""
+
+
+def fitted(n_neighbours: int, window: int) -> NeighbourPrior:
+    prior = NeighbourPrior(N_ROWS, n_neighbours).double()
+    prior.fit(Sessions.from_lists(TRAINING), window)
+    return prior
+
+
+@pytest.mark.parametrize("window", [1, 3, 50])
+@pytest.mark.parametrize("n_neighbours", [1, 3, 20])
+def test_prior(n_neighbours: int, window: int) -> None:
+    found = fitted(n_neighbours, window)(shop.batch(padding=1), SETTINGS).numpy()
+    parts = {"window": window, "n_neighbours": n_neighbours, **SETTINGS._asdict()}
+    expected = [neighbour_prior(shop.rows(session), TRAINING, N_ROWS, **parts) for session in shop.SESSIONS]
+    np.testing.assert_allclose(found, np.stack(expected), rtol=0, atol=1e-6)
+    assert (found > 0).any(1).sum() >= 5
+
+
+def test_prior_by_hand() -> None:
+    # mug kettle teapot mug pan: one pair; kettle kettle teapot: two pairs; together C = 3
+    [kettle, teapot] = shop.rows(["kettle", "teapot"])
+    prior = fitted(20, 2)(torch.tensor([[kettle]]), PriorSettings(weight=1.0, decay=1.0, power=0.5))[0]
+    # kettle occurs 4 times, teapot 2 times
+    assert prior[teapot].item() == pytest.approx(3 / ((4 + 5) * (2 + 5)) ** 0.5)
+
+
+def test_the_prior_ranks_and_never_trains() -> None:
+    net = shop.model(shop.default(n_neighbours=4))
+    assert net.prior is not None
+    net.prior.fit(Sessions.from_lists(TRAINING), 50)
+    session, item_ids = net(shop.batch()).detach(), shop.batch()
+    plain = net.score(session, net.candidates(), item_ids)
+    net.prior.choose(SETTINGS)
+    parts = {"window": 50, "n_neighbours": 4, **net.prior.chosen._asdict()}
+    expected = [neighbour_prior(shop.rows(session), TRAINING, N_ROWS, **parts) for session in shop.SESSIONS]
+    change = net.score(session, net.candidates(), item_ids) - plain
+    np.testing.assert_allclose(change[:, 3:].detach().numpy(), np.stack(expected)[:, 3:], rtol=0, atol=1e-6)
+    assert torch.equal(net.train().score(session, net.candidates(), item_ids), plain)

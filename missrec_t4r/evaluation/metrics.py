@@ -1,0 +1,177 @@
+"""Metrics of a ranking with one relevant item per session, and how sure they are.
+
+A session's rank says everything: Recall@k (the same as HIT@k with one relevant item) = [rank <= k],
+NDCG@k = [rank <= k] / log2(1 + rank), MRR@k = [rank <= k] / rank. Coverage is the share of the catalogue that
+appears in anybody's list.
+
+Intervals come from a bootstrap over users. All sessions of the same rank are alike, so resampling n users is one
+multinomial draw over the ranks that occur: equal in distribution to drawing users, and independent of their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from missrec_t4r.errors import DataError
+
+Ranks = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+MISSED: Final = int(np.iinfo(np.int64).max)
+"""The rank of a target that cannot be found: it is not recommendable, or it was removed with the seen items."""
+KS: Final = (10, 20, 50)
+"""Cut-offs of the report."""
+CONFIDENCE: Final = 0.95
+"""Share of the resamples inside an interval."""
+RESAMPLES: Final = 2000
+"""Bootstrap resamples."""
+
+
+class Difference(NamedTuple):
+    """Of two systems on the same sessions: first minus second."""
+
+    difference: float
+    low: float
+    high: float
+    share_better: float
+    """Share of resamples in which the first system is better; 0.5 for equal systems."""
+
+
+def metric_names(ks: Sequence[int] = KS) -> list[str]:
+    """Return the names in the order of `metric_values`.
+
+    Examples
+    --------
+    >>> metric_names([10])
+    ['recall@10', 'ndcg@10', 'mrr@10']
+    """
+    return [f"{name}@{k}" for k in ks for name in ("recall", "ndcg", "mrr")]
+
+
+def metric_values(ranks: Ranks, ks: Sequence[int] = KS) -> Floats:
+    """Return the metrics of every session.
+
+    Parameters
+    ----------
+    ranks : ndarray [session], int64
+        1 for the best; `MISSED` where the target cannot be found.
+    ks : sequence of int
+        Cut-offs.
+
+    Returns
+    -------
+    ndarray [session, 3 * len(ks)]
+        In the order of `metric_names`.
+    """
+    places = ranks.astype(np.float64)
+    gains = np.stack([np.ones_like(places), 1 / np.log2(1 + places), 1 / places], axis=1)
+    return np.concatenate([gains * (places <= k)[:, None] for k in ks], axis=1)
+
+
+def metrics(ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float | None]:
+    """Return the mean metrics over sessions; None for each where there is no session.
+
+    Examples
+    --------
+    >>> metrics(np.array([1, 3, 11]), [10])["ndcg@10"]  # (1 + 1/log2(4) + 0) / 3
+    0.5
+    """
+    names = metric_names(ks)
+    if not len(ranks):
+        return dict.fromkeys(names)
+    return dict(zip(names, metric_values(ranks, ks).mean(axis=0).tolist(), strict=True))
+
+
+def bootstrap_intervals(
+    ranks: Ranks, ks: Sequence[int] = KS, *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, list[float] | None]:
+    """Return a 95 % interval [low, high] per metric; None for each where there is no session.
+
+    Examples
+    --------
+    >>> bootstrap_intervals(np.array([1, 1, 1]), [10])["recall@10"]
+    [1.0, 1.0]
+    """
+    names = metric_names(ks)
+    if not len(ranks):
+        return dict.fromkeys(names)
+    kinds, counts = np.unique(_beyond(ranks, ks), return_counts=True)
+    means = _resampled(counts, metric_values(kinds, ks), resamples, seed)
+    low, high = _quantiles(means)
+    return {name: [float(low[i]), float(high[i])] for i, name in enumerate(names)}
+
+
+def paired_differences(
+    first: Ranks, second: Ranks, ks: Sequence[int] = KS, *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Difference]:
+    """Compare two systems on the same sessions; what both find hard cancels, so this sees more than two intervals.
+
+    Parameters
+    ----------
+    first, second : ndarray [session], int64
+        Ranks of the same sessions in the same order.
+
+    Raises
+    ------
+    DataError
+        No session, or two different numbers of sessions.
+
+    Examples
+    --------
+    >>> paired_differences(np.array([1, 2]), np.array([50, 60]), [10])["recall@10"].difference
+    1.0
+    """
+    if not len(first) or len(first) != len(second):
+        raise DataError(f"{len(first)} and {len(second)} ranks to compare", "two systems ranked on the same sessions")
+    pairs = np.stack([_beyond(first, ks), _beyond(second, ks)], axis=1)
+    kinds, counts = np.unique(pairs, axis=0, return_counts=True)
+    values = metric_values(kinds[:, 0], ks) - metric_values(kinds[:, 1], ks)
+    mean = counts @ values / counts.sum()
+    means = _resampled(counts, values, resamples, seed)
+    low, high = _quantiles(means)
+    better = ((means > 0) + 0.5 * (means == 0)).mean(axis=0)
+    columns = np.stack([mean, low, high, better], axis=1).tolist()
+    return {name: Difference(*column) for name, column in zip(metric_names(ks), columns, strict=True)}
+
+
+def coverage(recommended: npt.NDArray[np.int64], n_items: int) -> float:
+    """Return the share of items in at least one list.
+
+    Parameters
+    ----------
+    recommended : ndarray of catalogue rows, any shape
+        Top-k lists; rows below zero fill lists that are shorter than k.
+    n_items : int
+        Items of the catalogue.
+
+    Examples
+    --------
+    >>> coverage(np.array([[3, 4], [3, -1]]), 8)
+    0.25
+    """
+    return len(np.unique(recommended[recommended >= 0])) / max(n_items, 1)
+
+
+def named_differences(differences: dict[str, Difference]) -> dict[str, Any]:
+    """Return plain values for JSON."""
+    return {name: difference._asdict() for name, difference in differences.items()}
+
+
+def _beyond(ranks: Ranks, ks: Sequence[int]) -> Ranks:
+    return np.where(ranks <= max(ks), ranks, MISSED)
+
+
+def _resampled(counts: Ranks, values: Floats, resamples: int, seed: int) -> Floats:
+    total = int(counts.sum())
+    draws = np.random.default_rng(seed).multinomial(total, counts / total, size=resamples)
+    resampled: Floats = draws @ values / total
+    return resampled
+
+
+def _quantiles(means: Floats) -> tuple[Floats, Floats]:
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    return low, high

@@ -86,3 +86,13 @@ def test_history_bias_changes_the_items_of_the_history_and_no_other() -> None:
     expected = torch.zeros_like(change)
     expected[[0, 2]] = net.history_bias.detach()  # once each, however often they occur
     close(change, expected)
+
+
+@every_config
+@quick
+@given(chosen=batches)
+def test_empty_interest_places_change_no_score(name: str, chosen: list[list[int]]) -> None:
+    trimmed = scores(model(name), pad(chosen))
+    with pytest.MonkeyPatch.context() as patch:  # a compiled model keeps every place: shapes may not depend on data
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        close(scores(model(name), pad(chosen)), trimmed)

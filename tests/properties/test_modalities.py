@@ -95,3 +95,30 @@ def test_a_cold_item_is_scored_by_its_modalities_alone() -> None:
     with torch.no_grad():
         net.towers.id_embedding.weight[shop.row("pan")] = 5.0
     assert not torch.equal(scores(net, shop.batch()), before)
+
+
+@pytest.mark.parametrize("config", [shop.default(), shop.paper()], ids=["masked", "zero row"])
+def test_dropout_hides_one_modality_of_some_items_and_never_the_last(config: MISSRecConfig) -> None:
+    towers = shop.model(dataclasses.replace(config, modality_dropout=0.5, id_dropout=0.5)).towers
+    whole, losses = towers.catalogue(), torch.zeros(towers.n_rows)
+    torch.manual_seed(0)
+    towers.train()
+    for _ in range(200):
+        step = towers.catalogue()
+        assert not (step.mask & ~whole.mask).any(), "nothing appears that the item lacks"
+        assert torch.equal(step.mask.any(0), whole.mask.any(0)), "nothing loses its last modality"
+        assert not (step.attended & ~step.mask).any()
+        losses += whole.mask.sum(0) - step.mask.sum(0)
+    several = whole.mask.sum(0) == 2
+    assert not losses[~several].any()
+    assert ((losses[several] / 200 - 0.5).abs() < 0.15).all()
+
+
+def test_id_dropout_spares_items_that_have_nothing_else() -> None:
+    nothing = shop.catalogue(without={"text": ["lamp"], "image": ["lamp"]})
+    towers = shop.model(shop.default(id_dropout=0.5), nothing).towers
+    torch.manual_seed(0)
+    kept = torch.stack([towers.train().catalogue().id_mask for _ in range(200)]).double().mean(0)  # type: ignore[misc]
+    assert kept[shop.row("lamp")] == 1.0
+    assert kept[shop.row("plate")] == 0.0, "the cold item never had one"
+    assert abs(float(kept[shop.row("mug")]) - 0.5) < 0.15

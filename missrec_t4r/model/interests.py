@@ -100,7 +100,7 @@ class InterestVocabulary(nn.Module):
         place = torch.where(first, order, n_tokens)  # a stable sort puts the earliest mention of an interest first
         place, back = place.sort(dim=1)
         mask = place < n_tokens
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             width = max(int(mask.sum(1).max()) if len(mask) else 0, 1)
             place, back, mask = place[:, :width], back[:, :width], mask[:, :width]
         chosen = ordered.gather(1, back) * mask

@@ -12,6 +12,7 @@ import torch
 from merlin.schema import Schema
 from torch import Tensor, nn
 from transformers4rec.torch import TabularSequenceFeatures
+from transformers4rec.torch.features.sequence import SequenceEmbeddingFeatures
 from transformers4rec.torch.masking import masking_registry
 
 from missrec_t4r.config import FeatureScaling, MissingModality, MISSRecConfig
@@ -42,6 +43,21 @@ class CatalogueItems(nn.Module):
         self.item_id = item_id
 
 
+class _SideEmbeddings(SequenceEmbeddingFeatures):
+    """T4R's embeddings without an item column; theirs assert one when torch.jit.trace reads the property."""
+
+    @property
+    def item_embedding_table(self) -> None:
+        """Nothing: items are the catalogue's."""
+        return
+
+
+class SideFeatures(TabularSequenceFeatures):
+    """T4R's own inputs over the other columns: categories embedded, numbers and vectors projected as it does."""
+
+    EMBEDDING_MODULE_CLASS = _SideEmbeddings
+
+
 class MultiModalSequenceFeatures(TabularSequenceFeatures):
     """Inputs of a model whose items live in a catalogue. Built by `from_schema`.
 
@@ -53,8 +69,8 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         Name of the item column.
     masking : PrefixMasking
         Hides the target and what comes after it.
-    side : TabularSequenceFeatures or None
-        T4R's own inputs over the side features.
+    side : SideFeatures or None
+        Embeds the other columns.
     catalogue : Catalogue or None
         Kept until a `Head` joins these inputs with a block; None when the block brings a finished model.
     settings : dict
@@ -66,7 +82,7 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         schema: Schema,
         item_id: str,
         masking: PrefixMasking,
-        side: TabularSequenceFeatures | None,
+        side: SideFeatures | None,
         catalogue: Catalogue | None,
         settings: dict[str, Any],
     ) -> None:
@@ -137,7 +153,7 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         rest = side_schema(core_schema, item)
         side = None
         if rest.column_names:
-            side = TabularSequenceFeatures.from_schema(
+            side = SideFeatures.from_schema(
                 rest,
                 max_sequence_length=max_sequence_length,
                 aggregation=aggregation,

@@ -37,8 +37,8 @@ class MISSRecNextItemTask(NextItemPredictionTask):
     temperature, candidate_fusion, history_bias, orthogonality, orthogonality_weight
         As in `MISSRecConfig`.
     metrics : iterable of torchmetrics.Metric, optional
-        T4R's ranking metrics, by default its own (NDCG, average precision and recall at 10 and 20). They see the target's rank, not a one-hot
-        row per catalogue item, so a cut-off may exceed the catalogue and a batch may have one row.
+        T4R's ranking metrics, by default its own: NDCG, average precision and recall at 10 and 20. They see the
+        target's rank, not a column per item: a cut-off may exceed the catalogue, and a batch may have one row.
     task_name : str
         Under which T4R reports; its own default.
     """

@@ -10,11 +10,11 @@ import pytest
 
 pytest.importorskip("transformers4rec", reason="the Transformers4Rec door needs the extra `merlin`")
 
-import missrec_t4r.t4r  # noqa: E402, F401  # first: it sets what dask must find
 from merlin.io import Dataset  # noqa: E402
 from merlin.schema.io.tensorflow_metadata import TensorflowMetadata  # noqa: E402
 from transformers4rec.torch.utils.data_utils import T4RecDataLoader  # noqa: E402
 
+import missrec_t4r.t4r  # noqa: E402, F401  # first: it sets what dask must find
 from tests.contract import shop  # noqa: E402
 
 

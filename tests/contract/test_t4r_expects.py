@@ -1,0 +1,264 @@
+"""What Transformers4Rec silently expects of inputs, bodies and tasks, and what its parts do: docs/t4r_contract.md."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers4rec.torch as tr
+from transformers4rec.torch.masking import masking_registry
+from transformers4rec.torch.ranking_metric import MeanReciprocalRankAt, NDCGAt, RecallAt
+from transformers4rec.torch.utils.data_utils import dataloader_registry
+
+from missrec_t4r.config import Recipe
+from missrec_t4r.errors import ConfigError, SchemaError
+from missrec_t4r.t4r import MISSRecBlock, MISSRecNextItemTask, MultiModalSequenceFeatures, PrefixMasking, build_model
+from missrec_t4r.t4r.loader import PrefixLoader
+from tests.contract import shop
+
+SMALL = shop.SMALL
+
+
+def by_hand(schema: Any = None, **task: Any) -> tr.Model:
+    inputs = MultiModalSequenceFeatures.from_schema(
+        schema or shop.schema(), catalogue=shop.catalogue(), max_sequence_length=shop.MAX_LENGTH
+    )
+    body = tr.SequentialBlock(inputs, MISSRecBlock(**SMALL))
+    return tr.Model(tr.Head(body, [MISSRecNextItemTask(**task)], inputs=inputs))
+
+
+def a_batch(data: Path, loader: Callable[..., Any], rows: int = 8) -> dict[str, torch.Tensor]:
+    return next(iter(loader("merlin", data / "valid", shop.schema(), batch_size=rows, shuffle=False)))[0]
+
+
+def test_our_parts_are_in_t4rs_registries() -> None:
+    assert masking_registry.parse("prefix") is PrefixMasking
+    assert dataloader_registry.parse("missrec") is PrefixLoader
+
+
+def test_inputs_and_body_report_three_dimensions() -> None:
+    model = by_hand()
+    body = model.heads[0].body
+    assert len(body.inputs.output_size()) == 3
+    assert list(body.output_size()) == [-1, shop.MAX_LENGTH, SMALL["d_model"]]
+
+
+def test_inputs_have_the_names_that_t4rs_heads_and_tasks_read(data: Path, loader: Callable[..., Any]) -> None:
+    model = by_hand().eval()
+    inputs = model.heads[0].body.inputs
+    batch = a_batch(data, loader)
+    model(dict(batch), testing=True)
+    assert isinstance(inputs, tr.TabularSequenceFeatures)
+    assert inputs.item_id == "item_id-list"
+    assert torch.equal(inputs.categorical_module.item_seq, batch["item_id-list"])
+    assert inputs.masking.masked_targets.shape == inputs.masking.mask_schema.shape == batch["item_id-list"].shape
+    assert model.input_schema.column_names == shop.schema().column_names
+
+
+def test_a_sequential_block_hands_training_and_testing_to_all_but_its_last_module() -> None:
+    heard = []
+
+    class Ear(torch.nn.Module):
+        def forward(self, x: Any, training: bool = False, testing: bool = False) -> Any:
+            heard.append((training, testing))
+            return x
+
+    tr.SequentialBlock(Ear(), Ear())(torch.zeros(1), training=True, testing=True)
+    assert heard == [(True, True), (False, False)], "why the block learns from StepState whether it trains"
+
+
+def test_the_head_casts_targets_to_float_so_labels_come_from_the_masking(
+    data: Path, loader: Callable[..., Any]
+) -> None:
+    assert torch.tensor(2**24 + 1).float().long() != 2**24 + 1, "T4R's cast loses large rows"
+    model = by_hand().eval()
+    batch = a_batch(data, loader)
+    output = model(dict(batch), targets=torch.full((8,), 99), testing=True)
+    lengths = (batch["item_id-list"] > 0).sum(1)
+    assert torch.equal(output["labels"], batch["item_id-list"][torch.arange(8), lengths - 1])
+
+
+def test_top_k_reaches_the_task_by_its_class(data: Path, loader: Callable[..., Any]) -> None:
+    model = by_hand().eval()
+    assert isinstance(model.prediction_tasks[0], tr.NextItemPredictionTask)
+    scores = model(dict(a_batch(data, loader)))
+    model.top_k = 7
+    best, rows = model(dict(a_batch(data, loader)))
+    assert best.shape == rows.shape == (8, 7)
+    assert torch.equal(best, scores.gather(1, rows))
+    assert not torch.isin(rows, torch.arange(3)).any()
+    assert model.output_schema.column_names == ["item_id_scores", "item_ids"]
+
+
+def test_metrics_by_rank_equal_t4rs_on_the_whole_catalogue(data: Path, loader: Callable[..., Any]) -> None:
+    own = [NDCGAt(top_ks=[5, 20], labels_onehot=True), MeanReciprocalRankAt(top_ks=[20], labels_onehot=True)]
+    theirs = copy.deepcopy(own)
+    model = by_hand(metrics=own).eval()
+    output = model(dict(a_batch(data, loader, 24)), testing=True)
+    model.calculate_metrics(output["predictions"], output["labels"])
+    for mine, other in zip(own, theirs, strict=True):
+        other.update(output["predictions"], output["labels"])
+        torch.testing.assert_close(mine.compute(), other.compute())
+    found = model.compute_metrics(mode="eval")
+    assert set(found) == {"next-item/ndcg_at_5", "next-item/ndcg_at_20", "next-item/mean_reciprocal_rank_at_20"}
+
+
+def test_a_batch_of_one_row_breaks_t4rs_recall_and_not_ours(data: Path, loader: Callable[..., Any]) -> None:
+    with pytest.raises(IndexError):
+        RecallAt(top_ks=[10], labels_onehot=True)(torch.rand(1, 120), torch.tensor([5]))
+    model = by_hand(metrics=[RecallAt(top_ks=[10, 500], labels_onehot=True)]).eval()
+    output = model(dict(a_batch(data, loader, 1)), testing=True)
+    batch_value = model.calculate_metrics(output["predictions"], output["labels"])["next-item/recall_at"]
+    assert batch_value.shape == (2,)
+    assert float(batch_value[1]) == 1.0, "cut-off 500 of 117 items: found, whatever the rank"
+
+
+def test_t4rs_loader_keeps_the_first_items_of_a_long_session(data: Path, loader: Callable[..., Any]) -> None:
+    batch, _ = next(iter(loader("merlin", data / "valid", shop.schema(), batch_size=33, shuffle=False, width=4)))
+    rows = shop.sessions(33, seed=1)
+    assert any(len(row) > 4 for row in rows)
+    assert [row[:4] + [0] * (4 - len(row)) for row in rows] == batch["item_id-list"].tolist()
+
+
+def test_null_and_unknown_items_are_dropped_with_their_side_features(data: Path, loader: Callable[..., Any]) -> None:
+    model = by_hand().eval()
+    clean = {
+        "item_id-list": torch.tensor([[30, 31, 32, 0, 0]]),
+        "category-list": torch.tensor([[6, 7, 1, 0, 0]]),
+        "price-list": torch.tensor([[0.1, 0.2, 0.3, 0.0, 0.0]]),
+    }
+    noisy = {
+        "item_id-list": torch.tensor([[30, 2, 31, 1, 32]]),
+        "category-list": torch.tensor([[6, 5, 7, 5, 1]]),
+        "price-list": torch.tensor([[0.1, 9.0, 0.2, 9.0, 0.3]]),
+    }
+    assert torch.equal(model(dict(clean)), model(dict(noisy)))
+    assert torch.equal(model(dict(clean), testing=True)["predictions"], model(dict(noisy), testing=True)["predictions"])
+
+
+def test_rows_without_a_target_take_no_part_and_an_empty_batch_has_no_loss() -> None:
+    model = by_hand(shop.schema(side=False)).train()
+    one = {"item_id-list": torch.tensor([[30, 0, 0], [31, 32, 33]])}
+    assert model(dict(one), training=True)["labels"].shape == (1,)
+    output = model({"item_id-list": torch.tensor([[30], [31]])}, training=True)
+    output["loss"].backward()
+    assert torch.isfinite(output["loss"])
+    assert output["predictions"].shape == (0, shop.N_ROWS)
+    assert model.calculate_metrics(output["predictions"], output["labels"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        (shop.schema(maximum=shop.N_ROWS), "has rows up to 120, the catalogue has 120"),
+        (shop.schema().select_by_name(["category-list"]), "0 columns tagged ITEM_ID"),
+    ],
+)
+def test_a_schema_that_does_not_fit_is_refused(schema: Any, words: str) -> None:
+    with pytest.raises(SchemaError, match=words):
+        MultiModalSequenceFeatures.from_schema(schema, catalogue=shop.catalogue())
+
+
+def test_a_schema_with_two_or_scalar_item_columns_is_refused() -> None:
+    item = shop.schema(side=False)["item_id-list"]
+    two = shop.schema() + type(shop.schema())([item.with_name("other-list")])
+    with pytest.raises(SchemaError, match="2 columns tagged ITEM_ID"):
+        MultiModalSequenceFeatures.from_schema(two, catalogue=shop.catalogue())
+    floats = type(shop.schema())([item.with_dtype("float32")])
+    with pytest.raises(SchemaError, match="holds float32 lists"):
+        MultiModalSequenceFeatures.from_schema(floats, catalogue=shop.catalogue())
+
+
+def test_contradictions_are_refused_with_a_cure() -> None:
+    schema, catalogue = shop.schema(), shop.catalogue()
+    with pytest.raises(ConfigError, match="leave the target visible"):
+        MultiModalSequenceFeatures.from_schema(schema, catalogue=catalogue, masking="clm")
+    inputs = MultiModalSequenceFeatures.from_schema(schema, catalogue=catalogue)
+    with pytest.raises(ConfigError, match="one MISSRecBlock on MultiModalSequenceFeatures"):
+        tr.Head(tr.SequentialBlock(inputs, tr.MLPBlock([8])), [MISSRecNextItemTask()], inputs=inputs)
+    with pytest.raises(ConfigError, match="no multiple of --n-head"):
+        tr.Head(tr.SequentialBlock(inputs, MISSRecBlock(d_model=10, n_head=3)), [MISSRecNextItemTask()], inputs=inputs)
+    body = tr.SequentialBlock(inputs, MISSRecBlock(**SMALL))
+    with pytest.raises(ConfigError, match="MISSRecBlock has no model yet"):
+        body(
+            {
+                "item_id-list": torch.tensor([[4, 5]]),
+                "category-list": torch.ones(1, 2).long(),
+                "price-list": torch.ones(1, 2),
+            }
+        )
+
+
+def test_side_features_reach_the_scores_and_gradients_reach_every_parameter(
+    data: Path, loader: Callable[..., Any]
+) -> None:
+    torch.manual_seed(0)
+    model = by_hand().train()
+    batch = a_batch(data, loader, 24)
+    model(dict(batch), training=True)["loss"].backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()] == []
+    model.eval()
+    scores = model(dict(batch))
+    for name in ("category-list", "price-list"):
+        changed = dict(batch) | {name: torch.where(batch["item_id-list"] > 0, batch[name] * 0 + 1, batch[name])}
+        assert not torch.equal(model(changed), scores)
+
+
+def test_a_module_between_inputs_and_block_shapes_the_side_features(data: Path, loader: Callable[..., Any]) -> None:
+    inputs = MultiModalSequenceFeatures.from_schema(shop.schema(), catalogue=shop.catalogue(), max_sequence_length=6)
+    body = tr.SequentialBlock(inputs, tr.MLPBlock([12]), MISSRecBlock(**SMALL))
+    model = tr.Model(tr.Head(body, [MISSRecNextItemTask()], inputs=inputs))
+    assert body[2].side_projection.in_features == 12
+    model(dict(a_batch(data, loader)), training=True)["loss"].backward()
+    assert body[1][0][0].weight.grad.any()
+
+
+def test_other_t4r_tasks_read_the_session_at_any_position(data: Path, loader: Callable[..., Any]) -> None:
+    body = by_hand().eval().heads[0].body
+    output = body(dict(a_batch(data, loader)), testing=True)
+    assert torch.equal(output, output[:, :1].expand_as(output))
+
+
+def test_interests_refresh_by_a_step_counter_that_is_saved(data: Path, loader: Callable[..., Any]) -> None:
+    model = build_model(Recipe(model=shop.config()), shop.schema(), shop.catalogue()).train()
+    block = model.heads[0].body[1]
+    block.refresh_steps = 2
+    batch, centroids = a_batch(data, loader), []
+    for _ in range(4):
+        model(dict(batch), training=True)["loss"].backward()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight -= 0.1 * weight.grad
+        centroids.append(block.core.interests.centroids.clone())
+    assert torch.equal(centroids[0], centroids[1])
+    assert torch.equal(centroids[2], centroids[3])
+    assert not torch.equal(centroids[1], centroids[2])
+    assert model.state_dict()["heads.0.body.1.step"] == 4
+    model(dict(batch), testing=True)
+    model.eval()(dict(batch), training=True)
+    assert int(block.step) == 4, "only training steps count"
+
+
+def test_t4rs_older_schema_class_works(tmp_path: Path) -> None:
+    from merlin_standard_lib import Schema as OldSchema
+
+    text = """
+    feature {
+      name: "item_id-list_trim" type: INT value_count { min: 2 max: 20 }
+      int_domain { name: "item_id/list" min: 1 max: 119 is_categorical: true }
+      annotation { tag: "item_id" tag: "list" tag: "categorical" tag: "item" }
+    }
+    feature {
+      name: "age_days-list_trim" type: FLOAT value_count { min: 2 max: 20 }
+      annotation { tag: "continuous" tag: "list" }
+    }
+    """
+    (tmp_path / "schema.pb").write_text(text, encoding="utf-8")
+    old = OldSchema().from_proto_text(str(tmp_path / "schema.pb"))
+    inputs = MultiModalSequenceFeatures.from_schema(old, catalogue=shop.catalogue())
+    assert inputs.item_id == "item_id-list_trim"
+    assert inputs.schema.column_names == ["item_id-list_trim", "age_days-list_trim"]

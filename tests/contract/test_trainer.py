@@ -1,0 +1,220 @@
+"""Training through ``tr.Trainer``: evaluate, predict, save, load, resume, and the run folder at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers4rec.torch as tr
+from transformers4rec.config.trainer import T4RecTrainingArguments
+
+from missrec_t4r.config import Recipe, TrainConfig
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.errors import ConfigError
+from missrec_t4r.evaluation.full_ranking import quick_metrics
+from missrec_t4r.evaluation.model_scorer import ModelScorer
+from missrec_t4r.t4r import InterestRefresh, build_model, from_core, to_core, train_t4r
+from missrec_t4r.t4r.trainer import NDCG
+from missrec_t4r.training.checkpoint import load_run
+from missrec_t4r.training.step import training_loss
+from tests.contract import shop
+
+ITEMS = shop.schema(side=False)
+
+
+def a_model(**changes: Any) -> tr.Model:
+    torch.manual_seed(0)
+    return build_model(Recipe(model=shop.config(**changes)), ITEMS, shop.catalogue())
+
+
+def arguments(folder: Path, **changes: Any) -> T4RecTrainingArguments:
+    settings = {
+        "output_dir": str(folder),
+        "data_loader_engine": "missrec",
+        "max_sequence_length": shop.MAX_LENGTH,
+        "per_device_train_batch_size": 64,
+        "per_device_eval_batch_size": 16,
+        "num_train_epochs": 2,
+        "learning_rate": 0.01,
+        "report_to": [],
+        "no_cuda": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "predict_top_k": 20,
+    }
+    return T4RecTrainingArguments(**(settings | changes))
+
+
+def a_trainer(model: tr.Model, data: Path, args: T4RecTrainingArguments, **more: Any) -> tr.Trainer:
+    paths = {"train_dataset_or_path": data / "train", "eval_dataset_or_path": data / "valid"}
+    return tr.Trainer(model=model, args=args, schema=ITEMS, compute_metrics=True, **paths, **more)
+
+
+def test_evaluate_gives_our_own_numbers_and_predict_the_best_rows(data: Path, tmp_path: Path) -> None:
+    model = a_model()
+    trainer = a_trainer(model, data, arguments(tmp_path))
+    before = trainer.evaluate()[NDCG]
+    trainer.train()
+    after = trainer.evaluate()
+    assert after[NDCG] > 2 * before
+    valid = Sessions.load(data / "valid")
+    own = quick_metrics(ModelScorer.with_popularity(to_core(model), shop.catalogue()), valid, shop.N_ROWS)
+    assert after[NDCG] == pytest.approx(own["seen_kept"]["ndcg@10"], abs=1e-6)
+    assert after["eval_/next-item/recall_at_10"] == pytest.approx(own["seen_kept"]["recall@10"], abs=1e-6)
+
+    trainer.test_dataset_or_path = str(data / "test")
+    rows, scores = trainer.predict(trainer.test_dataset_or_path).predictions
+    assert rows.shape == scores.shape == (17, 20)
+    assert rows.min() >= 3
+    model.top_k = 20
+    top_rows, top_scores = trainer.predict(trainer.test_dataset_or_path).predictions
+    np.testing.assert_array_equal(top_scores, scores)
+    assert (np.sort(top_rows) == np.sort(rows)).all()
+
+
+def test_a_saved_model_scores_bit_for_bit(data: Path, tmp_path: Path, loader: Callable[..., Any]) -> None:
+    model = a_model()
+    a_trainer(model, data, arguments(tmp_path, num_train_epochs=1)).train()
+    model.save(tmp_path / "saved")
+    again = tr.Model.load(tmp_path / "saved").eval()
+    batch, _ = next(iter(loader("missrec", data / "test", ITEMS, batch_size=17, shuffle=False)))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(dict(batch)), again(dict(batch)))
+    weights = (tmp_path / "saved" / "t4rec_model_class.pkl").stat().st_size
+    a_trainer(again, data, arguments(tmp_path, num_train_epochs=1)).train()
+    again.save(tmp_path / "trained")
+    grown = (tmp_path / "trained" / "t4rec_model_class.pkl").stat().st_size - weights
+    assert grown < 1000, "a saved model must not carry its last step"
+
+
+@pytest.mark.parametrize("stop_at", [5, 8], ids=["within an epoch", "at its end"])
+def test_a_resumed_run_equals_one_that_never_stopped(
+    data: Path, tmp_path: Path, stop_at: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+
+    def run(folder: Path, resume: Path | None, **changes: Any) -> dict[str, torch.Tensor]:
+        model = a_model()
+        args = arguments(folder, per_device_train_batch_size=64, **changes)
+        trainer = a_trainer(model, data, args, callbacks=[InterestRefresh(model.heads[0].body[1])])
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        steps = len(trainer.get_train_dataloader())
+        assert steps == 8, "the test's stops are chosen for eight batches per epoch"
+        return model.state_dict()
+
+    whole = run(tmp_path / "whole", None, save_strategy="steps", save_steps=stop_at)
+    resumed = run(tmp_path / "again", tmp_path / "whole" / f"checkpoint-{stop_at}")
+    different = [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    assert different == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention": "causal"}, {"sequence_fusion": "contextual"}, {"item_ids": False}]
+)
+def test_core_and_t4r_model_share_weights_scores_and_loss(
+    data: Path, loader: Callable[..., Any], changes: dict[str, Any]
+) -> None:
+    from missrec_t4r.data.batches import TrainingBatch
+
+    model = a_model(dropout=0.0, **changes)
+    core = to_core(model)
+    core.discover_interests(0)
+    batch, _ = next(iter(loader("missrec", data / "train", ITEMS, batch_size=24, shuffle=True)))
+    model.heads[0].body[1].refresh_steps = 0
+    loss = model.train()(dict(batch), training=True)["loss"]
+    state = model.heads[0].body[1].state.sessions
+    labels = model.heads[0].body[0].masking.masked_targets.amax(1, keepdim=True)
+    settings = TrainConfig(batch_size=24)
+    assert torch.equal(loss, training_loss(core, TrainingBatch(state.item_ids, labels), settings))
+
+    model.eval()
+    outside = from_core(core, shop.schema(), shop.catalogue(), top_k=5).eval()
+    item_ids = batch["item_id-list"][:, : shop.MAX_LENGTH]
+    with torch.no_grad():
+        scores = core.score(core(item_ids), core.candidates(), item_ids)
+        assert torch.equal(model({"item_id-list": item_ids}), scores)
+        best, rows = outside({"item_id-list": item_ids})
+    assert torch.equal(best, scores.gather(1, rows))
+    assert to_core(outside) is core
+
+
+def test_side_features_have_no_core() -> None:
+    with pytest.raises(ConfigError, match="reads side features"):
+        to_core(build_model(Recipe(model=shop.config()), shop.schema(), shop.catalogue()))
+
+
+def recipe(**train: Any) -> Recipe:
+    settings = {"batch_size": 64, "epochs": 3, "learning_rate": 0.01, "seed": 7}
+    return Recipe(name="small", model=shop.config(n_neighbours=0), train=TrainConfig(**(settings | train)))
+
+
+def test_train_t4r_writes_a_run_that_our_evaluation_loads(data: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Listener:
+        def track(self, iterable: Any, description: str, total: int | None = None) -> Any:
+            return iter(iterable)
+
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    info = train_t4r(data, recipe(ema_decay=0.9), tmp_path / "run", device="cpu", progress=Listener())
+    assert info["without"] == ["ema_decay"]
+    assert "the T4R trainer has no ema_decay: trained without" in said
+    assert json.dumps(info)
+    loaded = load_run(tmp_path / "run")
+    own = quick_metrics(
+        ModelScorer.with_popularity(loaded.model, loaded.catalogue), Sessions.load(data / "valid"), shop.N_ROWS
+    )
+    assert info["valid_ndcg@10"] == pytest.approx(own["seen_kept"]["ndcg@10"], abs=1e-6)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert (
+        lines[info["best_epoch"]]["valid_ndcg@10"]
+        == info["valid_ndcg@10"]
+        == max(line["valid_ndcg@10"] for line in lines)
+    )
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_train_t4r_continues_an_interrupted_run(data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    train_t4r(data, recipe(), tmp_path / "whole", device="cpu")
+
+    class Stop(Exception):
+        pass
+
+    from missrec_t4r.t4r import trainer as module
+
+    def interrupted(self: Any, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
+        if state.epoch > 1.5:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Report, "on_evaluate", interrupted)
+        with pytest.raises(Stop):
+            train_t4r(data, recipe(), tmp_path / "halved", device="cpu")
+    with pytest.raises(ConfigError, match="interrupted T4R run with other settings"):
+        train_t4r(data, recipe(seed=8), tmp_path / "halved", device="cpu")
+    train_t4r(data, recipe(), tmp_path / "halved", device="cpu")
+    whole, halved = (load_run(tmp_path / name).model.state_dict() for name in ("whole", "halved"))
+    assert [name for name in whole if not torch.equal(whole[name], halved[name])] == []
+
+
+def test_train_t4r_stops_early_and_keeps_the_best_epoch(data: Path, tmp_path: Path) -> None:
+    info = train_t4r(data, recipe(epochs=40, patience=2, learning_rate=0.05), tmp_path / "run", device="cpu")
+    lines = [json.loads(line)["valid_ndcg@10"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(lines) < 40
+    assert info["best_epoch"] == int(np.argmax(lines))
+    assert len(lines) == info["best_epoch"] + 1 + 2
+
+
+def test_a_catalogue_of_another_size_is_refused(data: Path) -> None:
+    other = Catalogue(shop.catalogue().items.slice(0, 50), {})
+    with pytest.raises(ConfigError, match="a model of 120 rows and a catalogue of 53"):
+        from_core(to_core(a_model()), ITEMS, other)

@@ -120,7 +120,7 @@ class ItemKNN:
     def __call__(self, histories: Sessions) -> Tensor:
         """Return scores [batch, row]; all 0 for an empty session."""
         damping = (self.seen.counts + SHRINKAGE) ** -self.power
-        weights = recency_weights(histories, len(damping), self.decay) * damping
+        weights = recency_weights(histories, len(damping), self.decay).to_dense() * damping
         if self.seen.pairs.is_sparse:
             scores = torch.sparse.mm(self.seen.pairs, weights.t().contiguous()).t().contiguous()
         else:
@@ -170,25 +170,26 @@ class ContentKNN:
         weights = recency_weights(histories, n_rows, self.decay)
         total, votes = torch.zeros(len(histories), n_rows), torch.zeros(len(histories), n_rows)
         for name, vectors in self.vectors.items():
-            query = F.normalize(weights @ vectors, dim=-1)
+            query = F.normalize(torch.sparse.mm(weights, vectors), dim=-1)
             total += query @ vectors.t()
             votes += query.any(1, keepdim=True) & self.present[name]
         return _only_items(torch.where(votes > 0, total / votes.clamp_min(1), -1.0))
 
 
 def recency_weights(histories: Sessions, n_rows: int, decay: float) -> Tensor:
-    """Return decay^age summed per session and item, [batch, row], float32; age is 0 for the last item.
+    """Return decay^age summed per session and item, [batch, row], sparse float32; age is 0 for the last item.
 
     Examples
     --------
-    >>> recency_weights(Sessions.from_lists([[3, 4, 3]]), 5, 0.5)[0].tolist()  # item 3: 1 + 0.25, item 4: 0.5
-    [0.0, 0.0, 0.0, 1.25, 0.5]
+    >>> recency_weights(Sessions.from_lists([[3, 4, 3]]), 5, 0.5).to_dense().tolist()  # item 3: 1 + 0.25, item 4: 0.5
+    [[0.0, 0.0, 0.0, 1.25, 0.5]]
     """
-    sessions = np.repeat(np.arange(len(histories)), histories.lengths)
-    ages = np.repeat(histories.offsets[1:], histories.lengths) - 1 - np.arange(histories.offsets[0], histories.offsets[-1])
+    lengths, start = histories.lengths, histories.offsets[0]
+    sessions = np.repeat(np.arange(len(histories)), lengths)
+    ages = np.repeat(histories.offsets[1:], lengths) - 1 - np.arange(start, start + len(sessions))
     values = torch.from_numpy((decay ** ages.astype(np.float64)).astype(np.float32))
-    weights = torch.zeros(len(histories), n_rows)
-    return weights.index_put_((torch.from_numpy(sessions), torch.from_numpy(histories.values)), values, accumulate=True)
+    index = torch.from_numpy(np.stack([sessions, histories.values]))
+    return torch.sparse_coo_tensor(index, values, (len(histories), n_rows), check_invariants=False).coalesce()
 
 
 def _sharing(cells: Ints, n_rows: int) -> Tensor:

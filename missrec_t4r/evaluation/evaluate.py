@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Ints, Sessions
@@ -37,7 +37,7 @@ System = Scorer | Mapping[str, Scorer]
 def evaluate(
     run: Path,
     *,
-    split: Literal["valid", "test"] = "test",
+    split: str = "test",
     data: Path | None = None,
     baselines: bool = True,
     out: Path | None = None,

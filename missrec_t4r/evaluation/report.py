@@ -22,10 +22,10 @@ TABLE_COLUMNS: Final = ("recall@10", "ndcg@10", "mrr@10", "recall@50", "ndcg@50"
 NO_VALUE: Final = "-"
 
 
-def report_tables(report: Mapping[str, Any]) -> Group:
+def table(report: Mapping[str, Any]) -> Group:
     """Return all tables of a report, for ``console.print``."""
-    tables = [metrics_table(report, protocol) for protocol in report["protocols"]]
-    return Group(*tables, *(slices_table(report, protocol) for protocol in report["protocols"]))
+    protocols = list(report["protocols"])
+    return Group(*(metrics_table(report, name) for name in protocols), *(slices_table(report, name) for name in protocols))
 
 
 def metrics_table(report: Mapping[str, Any], protocol: str) -> Table:
@@ -38,23 +38,23 @@ def metrics_table(report: Mapping[str, Any], protocol: str) -> Table:
     protocol : {"seen_kept", "seen_excluded"}
     """
     systems: Mapping[str, Any] = report["protocols"][protocol]
-    shown = _measured(systems)
-    table = _table(f"{report['split']}, {report['n_users']:,} users, {PROTOCOL_TITLES[protocol]}", "system", shown)
-    table.add_column("coverage@10", justify="right")
+    shown = [metric for metric in TABLE_COLUMNS if metric in next(iter(systems.values()))]
+    drawn = _table(f"{report['split']}, {report['n_users']:,} users, {PROTOCOL_TITLES[protocol]}", "system", shown)
+    drawn.add_column("coverage@10", justify="right")
     for name, measured in systems.items():
         cells = [_with_interval(measured, metric) for metric in shown]
-        table.add_row(name, *cells, _number(report["coverage"][protocol][name].get("coverage@10"), 3))
-    return table
+        drawn.add_row(name, *cells, _number(report["coverage"][protocol][name].get("coverage@10"), 3))
+    return drawn
 
 
 def slices_table(report: Mapping[str, Any], protocol: str, metric: str = "ndcg@10") -> Table:
     """Return slices x systems of one metric, each with the number of sessions behind it."""
     systems = list(report["protocols"][protocol])
-    table = _table(f"{metric} by slice, {PROTOCOL_TITLES[protocol]}", "slice", ["n", *systems])
+    drawn = _table(f"{metric} by slice, {PROTOCOL_TITLES[protocol]}", "slice", ["n", *systems])
     for name, part in report["slices"].items():
         values = [_number(part[protocol][system].get(metric)) for system in systems]
-        table.add_row(name, f"{part['n']:,}", *values)
-    return table
+        drawn.add_row(name, f"{part['n']:,}", *values)
+    return drawn
 
 
 def write_report(report: Mapping[str, Any], file: Path) -> None:
@@ -72,17 +72,12 @@ def write_report(report: Mapping[str, Any], file: Path) -> None:
         raise
 
 
-def _measured(systems: Mapping[str, Any]) -> list[str]:
-    first = next(iter(systems.values()), {})
-    return [metric for metric in TABLE_COLUMNS if metric in first]
-
-
 def _table(title: str, first: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
+    drawn = Table(title=title, title_justify="left")
+    drawn.add_column(first)
     for column in columns:
-        table.add_column(column, justify="right")
-    return table
+        drawn.add_column(column, justify="right")
+    return drawn
 
 
 def _with_interval(measured: Mapping[str, Any], metric: str) -> str:

@@ -22,7 +22,7 @@ MOST_SESSIONS: Final = 3000
 """Validation sessions that tuning looks at; a seeded sample where there are more."""
 CRITERION: Final = "ndcg@10"
 DECAYS: Final = (0.3, 0.5, 0.7, 0.8, 0.9)
-POWERS: Final = (0.1, 0.2, 0.3, 0.5, 0.7)
+POWERS: Final = (0.1, 0.2, 0.3, 0.5)
 FOLLOW_WITHIN: Final = (0, 5)
 """Whole sessions, or the five events that follow."""
 

@@ -1,0 +1,42 @@
+"""Six items, two modalities, five training sessions: small enough to compute by hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.data.sessions import Sessions
+
+TRAIN = [[3, 4, 5], [3, 4], [4, 5, 5], [6, 3], [7]]
+"""Item 8 is cold. Counts: item 3: 3, 4: 3, 5: 3 (one session repeats it), 6: 1, 7: 1."""
+
+
+@pytest.fixture
+def train() -> Sessions:
+    return Sessions.from_lists(TRAIN)
+
+
+@pytest.fixture
+def catalogue() -> Catalogue:
+    """Items "a" to "f" in rows 3 to 8; item "c" (row 5) lacks the image, item "f" (row 8) the text."""
+    text = np.zeros((9, 2), np.float32)
+    text[3:8] = [[1, 0], [1, 0.1], [0, 1], [0.1, 1], [-1, 0]]
+    image = np.zeros((9, 2), np.float32)
+    image[[3, 4, 6, 7, 8]] = [[1, 1], [1, 0.9], [-1, 1], [-1, -1], [1, 1]]
+    modalities = {name: Modality(array, (array != 0).any(1)) for name, array in (("text", text), ("image", image))}
+    counts = np.bincount(np.concatenate(TRAIN), minlength=9)[3:]
+    return Catalogue(pa.table({"item_id": list("abcdef"), "train_count": counts}), modalities)
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder with real data sets, outside the repository: MISSREC_DATA, or ../shared/data."""
+    folder = Path(os.environ.get("MISSREC_DATA") or Path(__file__).parents[3] / "shared" / "data")
+    if not (folder / "amazon_scientific").is_dir():
+        pytest.skip(f"no real data in {folder}: set MISSREC_DATA")
+    return folder

@@ -1,0 +1,90 @@
+"""Metrics by hand, and intervals that are deterministic and as wide as statistics says."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from missrec_t4r.errors import DataError
+from missrec_t4r.evaluation.metrics import MISSED, bootstrap_intervals, coverage, metrics, paired_differences
+
+
+def test_metrics_by_hand() -> None:
+    measured = metrics(np.array([1, 3, 11, MISSED]), ks=[10, 20])
+    assert measured["recall@10"] == pytest.approx(2 / 4)
+    assert measured["recall@20"] == pytest.approx(3 / 4)
+    assert measured["ndcg@10"] == pytest.approx((1 / math.log2(2) + 1 / math.log2(4)) / 4)  # (1 + 0.5) / 4
+    assert measured["ndcg@20"] == pytest.approx((1 + 0.5 + 1 / math.log2(12)) / 4)
+    assert measured["mrr@10"] == pytest.approx((1 + 1 / 3) / 4)
+    assert measured["mrr@20"] == pytest.approx((1 + 1 / 3 + 1 / 11) / 4)
+
+
+def test_the_cut_off_belongs_to_the_list() -> None:
+    assert metrics(np.array([10]), ks=[10])["recall@10"] == 1
+    assert metrics(np.array([11]), ks=[10])["recall@10"] == 0
+
+
+def test_no_session_gives_no_number() -> None:
+    nobody = np.empty(0, np.int64)
+    assert set(metrics(nobody).values()) == {None}
+    assert set(bootstrap_intervals(nobody).values()) == {None}
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40))
+def test_metrics_are_ordered(ranks: list[int]) -> None:
+    measured = metrics(np.array(ranks), ks=[10, 50])
+    assert 0 <= measured["mrr@10"] <= measured["ndcg@10"] <= measured["recall@10"] <= measured["recall@50"] <= 1
+
+
+def test_the_bootstrap_is_deterministic_and_moves_with_its_seed() -> None:
+    ranks = np.random.default_rng(1).integers(1, 40, 300)
+    assert bootstrap_intervals(ranks, seed=5) == bootstrap_intervals(ranks, seed=5)
+    assert bootstrap_intervals(ranks, seed=5) != bootstrap_intervals(ranks, seed=6)
+
+
+def test_the_interval_of_recall_has_the_width_of_a_binomial() -> None:
+    ranks = np.array([1] * 400 + [MISSED] * 600)
+    low, high = bootstrap_intervals(ranks, ks=[10])["recall@10"]
+    error = math.sqrt(0.4 * 0.6 / 1000)  # 0.0155
+    assert low == pytest.approx(0.4 - 1.96 * error, abs=0.003)
+    assert high == pytest.approx(0.4 + 1.96 * error, abs=0.003)
+
+
+def test_the_shortcut_over_ranks_equals_drawing_users() -> None:
+    ranks = np.random.default_rng(2).integers(1, 30, 200)
+    users = np.random.default_rng(3).integers(0, 200, (4000, 200))
+    drawn = [metrics(ranks[resample], ks=[10])["ndcg@10"] for resample in users]
+    assert bootstrap_intervals(ranks, ks=[10], resamples=4000)["ndcg@10"] == pytest.approx(
+        np.quantile(drawn, [0.025, 0.975]).tolist(), abs=0.005
+    )
+
+
+def test_a_paired_difference_sees_what_two_intervals_hide() -> None:
+    rng = np.random.default_rng(4)
+    easy = rng.random(500) < 0.5
+    worse = np.where(easy, 2, MISSED)
+    better = np.where(easy & (rng.random(500) < 0.2), 1, worse)
+    one, other = bootstrap_intervals(better, ks=[10])["mrr@10"], bootstrap_intervals(worse, ks=[10])["mrr@10"]
+    assert one[0] < other[1]  # the two intervals overlap
+    found = paired_differences(better, worse, ks=[10])["mrr@10"]
+    assert found.difference == pytest.approx((1 - 1 / 2) * (better == 1).mean())
+    assert 0 < found.low < found.difference < found.high
+    assert found.share_better == 1
+
+
+def test_equal_systems_tie() -> None:
+    found = paired_differences(np.array([1, 20]), np.array([1, 30]), ks=[10])["recall@10"]
+    assert found == (0.0, 0.0, 0.0, 0.5)
+
+
+def test_only_the_same_sessions_can_be_compared() -> None:
+    with pytest.raises(DataError, match="2 and 1 ranks"):
+        paired_differences(np.array([1, 2]), np.array([1]))
+
+
+def test_coverage_counts_each_item_once_and_no_filler() -> None:
+    assert coverage(np.array([[3, 4], [4, -1]]), n_items=5) == pytest.approx(2 / 5)

@@ -41,11 +41,11 @@ $(VENV)/.installed: requirements/set-b.txt requirements/merlin-b.txt requirement
 	@$(VENV)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV_A)/.installed: requirements/set-a.txt requirements/constraints-a.txt requirements/check_platform.py pyproject.toml
+$(VENV_A)/.installed: requirements/set-a.txt requirements/check_platform.py pyproject.toml
 	@$(call check_python)
 	@$(call fresh_venv,$(VENV_A))
 	@echo "==> installing the older pins into $(VENV_A) (2 GB; about 3 minutes)"
-	@$(VENV_A)/bin/python -m pip install -q -r requirements/set-a.txt -c requirements/constraints-a.txt
+	@$(VENV_A)/bin/python -m pip install -q -r requirements/set-a.txt
 	@$(VENV_A)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -63,7 +63,7 @@ test-set-a: $(VENV_A)/.installed
 lint: $(VENV)/.installed types
 	@echo "==> lint"
 	@$(VENV)/bin/ruff check --quiet .
-	@$(VENV)/bin/ruff format --check --quiet . || { echo "not formatted as above; run: make format" >&2; exit 1; }
+	@$(VENV)/bin/ruff format --check . || { echo "these are not formatted; run: make format" >&2; exit 1; }
 
 # mypy does not see workflows/ and triton_models/ under their installed names, so it gets a folder of links that has them there.
 types: $(VENV)/.installed

@@ -37,7 +37,11 @@ def complaint():
         )
     machine = f"{platform.system()} on {platform.machine()}"
     if machine != "Linux on x86_64":
-        return (machine, "Linux on x86_64, for which the embedded Triton is built", "use a container or another machine")
+        return (
+            machine,
+            "Linux on x86_64, for which the embedded Triton is built",
+            "use a container or another machine",
+        )
     libc, libc_version = platform.libc_ver()
     numbers = tuple(int(part) for part in libc_version.split(".")[:2]) if libc == "glibc" else ()
     if numbers < GLIBC:

@@ -1,0 +1,47 @@
+"""What all tests share: markers that skip with a reason, the place of real data, settings that Merlin needs early."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+# Read by the libraries when they are imported, hence before any test module: the same values as in the Makefile.
+os.environ.setdefault("DASK_DATAFRAME__QUERY_PLANNING", "False")
+os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take more than a minute")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+        "ddp": None if torch.distributed.is_available() else "this torch is built without torch.distributed",
+        "triton": None if importlib.util.find_spec("pytriton") else "needs nvidia-pytriton: pip install -e '.[triton]'",
+        "slow": None if config.getoption("--slow") else "takes more than a minute: pytest --slow",
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets: ``MISSREC_DATA``, or ``shared/data`` beside the checkout."""
+    folder = Path(os.environ.get("MISSREC_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}; MISSREC_DATA names their folder")
+    return folder

@@ -1,0 +1,100 @@
+"""The pins, the loose bounds they must lie within, and the interpreter's check before anything is installed."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import tomllib
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from requirements import check_platform
+from tests.project.packages import ROOT
+
+DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SETS = {"b": ("set-b.txt", "merlin-b.txt"), "a": ("set-a.txt",)}
+
+
+def _lines(name: str) -> list[Requirement]:
+    text = (ROOT / "requirements" / name).read_text(encoding="utf-8")
+    return [Requirement(line) for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def _pins(names: tuple[str, ...]) -> dict[str, str]:
+    pins: dict[str, str] = {}
+    for requirement in (requirement for name in names for requirement in _lines(name)):
+        if (exact := re.fullmatch(r"==([\w.]+)", str(requirement.specifier))) is not None:
+            pins[canonicalize_name(requirement.name)] = exact[1]
+    return pins
+
+
+@pytest.mark.parametrize("name", ["set-b.txt", "merlin-b.txt", "set-a.txt"])
+def test_every_requirement_is_an_exact_pin_and_stands_once(name: str) -> None:
+    lines = _lines(name)
+    assert len(_pins((name,))) == len(lines)
+    assert len(lines) >= 6
+
+
+@pytest.mark.parametrize("which", SETS)
+def test_declared_bounds_admit_the_pins(which: str) -> None:
+    pins = _pins(SETS[which])
+    extras = DECLARED["optional-dependencies"]
+    declared = [Requirement(text) for lines in (DECLARED["dependencies"], *extras.values()) for text in lines]
+    tools = {"pre-commit", "mypy", "ruff", "types-pyyaml", "check-jsonschema"} if which == "a" else set()
+    for requirement in declared:
+        name = canonicalize_name(requirement.name)
+        if name not in tools:  # linting runs on the default set only
+            assert requirement.specifier.contains(pins[name]), f"{requirement} does not admit {pins.get(name)}"
+
+
+def test_the_two_sets_differ_where_they_should() -> None:
+    modern, period = _pins(SETS["b"]), _pins(SETS["a"])
+    assert modern["pandas"].startswith("2.")
+    assert period["pandas"].startswith("1.5.")
+    same = ["torch", "numpy", "nvtabular", "transformers4rec", "merlin-core", "merlin-models", "nvidia-pytriton"]
+    assert {name: modern[name] for name in same} == {name: period[name] for name in same}
+
+
+def test_the_base_does_not_cap_python() -> None:
+    assert DECLARED["requires-python"] == ">=3.10"
+    assert all("3.12" in line for line in DECLARED["optional-dependencies"]["merlin"])
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "words"),
+    [
+        ("sys.version_info", (3, 12, 1), "Python 3.11"),
+        ("platform.system", lambda: "Darwin", "Linux on x86_64"),
+        ("platform.machine", lambda: "aarch64", "Linux on x86_64"),
+        ("platform.libc_ver", lambda: ("glibc", "2.31"), "glibc 2.35"),
+        ("platform.libc_ver", lambda: ("", ""), "glibc 2.35"),
+        ("has_shared_library", lambda: False, "shared library"),
+    ],
+)
+def test_an_unsuitable_machine_is_named(
+    attribute: str, value: object, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"requirements.check_platform.{attribute}", value)
+    complaint = check_platform.complaint()
+    assert complaint is not None
+    found, expected, cure = complaint
+    assert words in expected
+    assert found
+    assert cure
+
+
+def test_this_machine_is_suitable() -> None:
+    assert check_platform.complaint() is None
+
+
+def test_make_without_the_right_python_says_what_to_do_and_leaves_nothing(tmp_path: Path) -> None:
+    command = ["make", "demo", "PYTHON=no-such-python", f"VENV={tmp_path / 'venv'}"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no-such-python was not found" in done.stderr
+    assert "expected: Python 3.11" in done.stderr
+    assert "PYTHON=/path/to/python3.11" in done.stderr
+    assert list(tmp_path.iterdir()) == []

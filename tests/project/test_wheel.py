@@ -1,0 +1,173 @@
+"""The wheel, as a stranger gets it: built from a clean copy, unpacked elsewhere, run from outside the checkout."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.project.packages import ROOT, modules, shipped_files
+
+WITHOUT_MERLIN = ("missrec_t4r.workflows", "missrec_t4r.t4r")
+"""The two packages that may need more than the base dependencies."""
+
+BARE = """
+import importlib, importlib.metadata as metadata, json, re, sys
+from packaging.requirements import Requirement
+
+def closure(names):
+    seen, todo = set(), list(names)
+    while todo:
+        requirement = Requirement(todo.pop())
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        if (name, *sorted(requirement.extras)) in seen:
+            continue
+        seen.add((name, *sorted(requirement.extras)))
+        for text in metadata.requires(name) or []:
+            needed = Requirement(text)
+            extras = requirement.extras or {""}
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+                todo.append(text)
+    return {name for name, *_ in seen}
+
+base = json.loads(sys.argv[1])
+kept = closure(base)
+refused = {
+    top for top, owners in metadata.packages_distributions().items()
+    if not {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners} & kept
+} - {"missrec_t4r"}
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in refused:
+            raise ModuleNotFoundError(f"No module named {name!r} in a bare environment", name=name)
+
+assert {"nvtabular", "merlin", "transformers4rec", "pandas", "dask", "sklearn", "pytriton"} <= refused, refused
+for name in [name for name in sys.modules if name.partition(".")[0] in refused]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Refuse())
+"""
+"""Makes the running interpreter refuse every installed package that the base dependencies do not pull in."""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from what git knows or would add, so that leftovers of a build cannot hide an omission."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    listed = _run(["git", "ls-files", "-co", "--exclude-standard", "-z"], ROOT).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():  # a file may be deleted and not yet committed
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), "."]
+    _run(build, source)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def _run(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{' '.join(command[:6])} ...\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+def _python(code: str, unpacked: Path, cwd: Path, *arguments: str) -> str:
+    """Run code against the unpacked wheel, from a folder that holds nothing of ours."""
+    check = f"import missrec_t4r; assert missrec_t4r.__file__.startswith({str(unpacked)!r}), missrec_t4r.__file__\n"
+    done = _run([sys.executable, "-c", check + code, *arguments], cwd, PYTHONPATH=str(unpacked), OMP_NUM_THREADS="1")
+    return done.stdout
+
+
+def _base_dependencies(unpacked: Path) -> str:
+    (metadata,) = unpacked.glob("*.dist-info/METADATA")
+    needed = [line.partition(": ")[2] for line in metadata.read_text().splitlines() if line.startswith("Requires-Dist")]
+    return json.dumps([text for text in needed if "extra ==" not in text])
+
+
+def test_the_wheel_lists_what_the_tree_holds(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        listed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    expected = set(shipped_files())
+    assert expected - listed == set(), (
+        "in the tree, not in the wheel: add the package or the file kind to pyproject.toml"
+    )
+    assert listed - expected == set(), "in the wheel, not in the tree"
+
+
+def test_the_wheel_carries_licence_and_command(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (licence,) = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+        (entries,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+        assert b"missrec = missrec_t4r.cli:app" in archive.read(entries)
+
+
+def test_recipes_and_templates_are_read_from_the_wheel(unpacked: Path, tmp_path: Path) -> None:
+    code = """
+import importlib.resources as resources, json
+from missrec_t4r.config import Recipe, shipped_recipes
+templates = resources.files("missrec_t4r.triton_models")
+print(json.dumps({
+    "recipes": [name for name in shipped_recipes() if Recipe.load(name)],
+    "configs": sorted(entry.name for entry in templates.iterdir() if entry.joinpath("config.pbtxt").is_file()),
+    "templates": str(templates),
+}))
+"""
+    found = json.loads(_python(code, unpacked, tmp_path))
+    assert found["recipes"] == sorted(file.stem for file in (ROOT / "missrec_t4r" / "recipes").glob("*.yaml"))
+    assert found["configs"] == sorted(file.parent.name for file in (ROOT / "triton_models").glob("*/config.pbtxt"))
+    assert found["templates"].startswith(str(unpacked))
+
+
+def test_every_module_of_the_wheel_imports(unpacked: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nvtabular", reason="the ETL's modules need the extra merlin")
+    names = sorted(modules())
+    assert len(names) > 60
+    code = "import importlib, sys\nprint(all(importlib.import_module(name) for name in sys.argv[1:]))"
+    assert _python(code, unpacked, tmp_path, *names).strip() == "True"
+
+
+def test_core_and_serving_import_in_a_bare_environment(unpacked: Path, tmp_path: Path) -> None:
+    """Only the base dependencies and what they pull in may be imported; everything else installed here is refused."""
+    names = [name for name in sorted(modules()) if not name.startswith(WITHOUT_MERLIN)]
+    assert {"missrec_t4r.model.missrec", "missrec_t4r.serving.client", "missrec_t4r.cli"} <= set(names)
+    code = BARE + "for name in sys.argv[2:]: importlib.import_module(name)\nprint(len(sys.argv[2:]))"
+    assert int(_python(code, unpacked, tmp_path, _base_dependencies(unpacked), *names)) == len(names)
+
+
+def test_a_bare_environment_names_the_extra_that_a_command_needs(unpacked: Path, tmp_path: Path) -> None:
+    """The command line works without Merlin; what needs it says so in one paragraph."""
+    code = BARE + (
+        "from missrec_t4r.cli import app\nsys.argv = ['missrec', 'etl', '--interactions', 'a.parquet', '--items', "
+        "'b.parquet', '--out', 'c']\ntry:\n    app()\nexcept SystemExit as end:\n    sys.exit(f'exit code {end.code}')"
+    )
+    command = [sys.executable, "-c", code, _base_dependencies(unpacked)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(unpacked)}, capture_output=True, text=True
+    )
+    assert "exit code 2" in done.stderr
+    assert "missrec-t4r[merlin]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_in_a_real_bare_environment(wheel: Path, tmp_path: Path) -> None:
+    """The same with a virtual environment that really has nothing else: a download of a few hundred megabytes."""
+    environment = tmp_path / "bare"
+    _run([sys.executable, "-m", "venv", str(environment)], tmp_path)
+    _run([str(environment / "bin" / "python"), "-m", "pip", "install", "-q", str(wheel)], tmp_path)
+    names = [name for name in sorted(modules()) if not name.startswith(WITHOUT_MERLIN)]
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    _run([str(environment / "bin" / "python"), "-c", code, *names], tmp_path)
+    assert "recommend" in _run([str(environment / "bin" / "missrec"), "--help"], tmp_path).stdout

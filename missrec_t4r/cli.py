@@ -30,6 +30,12 @@ app = typer.Typer(
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_EXTRA = {
+    **dict.fromkeys(("nvtabular", "merlin", "transformers4rec", "transformers", "pandas", "dask"), "merlin"),
+    **dict.fromkeys(("sklearn", "PIL"), "features"),
+}
+"""Package that the base installation lacks -> extra that brings it."""
+
 
 def command(function: F) -> F:
     """Register a command that prints its result as JSON and its curable errors as a paragraph."""
@@ -37,7 +43,7 @@ def command(function: F) -> F:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            result = function(*args, **kwargs)
+            result = _with_extras_named(function, *args, **kwargs)
         except MISSRecError as error:
             Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False)
             raise typer.Exit(2) from None
@@ -45,6 +51,17 @@ def command(function: F) -> F:
 
     app.command(name=function.__name__.replace("_", "-"))(run)
     return function
+
+
+def _with_extras_named(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA:
+            raise
+        cure = f"pip install 'missrec-t4r[{_EXTRA[package]}]'"
+        raise ConfigError(f"the package {package} is not installed", "it, for this command", cure) from error
 
 
 def _plain(value: Any) -> Any:

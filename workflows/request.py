@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import dask
 import pandas as pd
 from merlin.io import Dataset
 from nvtabular import Workflow
@@ -27,5 +28,6 @@ def request_rows(workflow: Path, sessions: Sequence[Sequence[str | int | None]])
         Raw ids, None for an event without one.
     """
     frame = pd.DataFrame({ITEM_ID: pd.Series([list(session) for session in sessions], dtype=object)})
-    transformed = Workflow.load(str(workflow)).transform(Dataset(frame)).to_ddf().compute(scheduler="synchronous")
+    with dask.config.set({"dataframe.convert-string": False}):  # True turns list columns into text
+        transformed = Workflow.load(str(workflow)).transform(Dataset(frame)).to_ddf().compute(scheduler="synchronous")
     return [[int(row) for row in rows] for rows in transformed[ITEM_ID]]

@@ -61,7 +61,7 @@ class Parity:
         """
         if not self.equal:
             raise ParityError(
-                f"{what}: of {self.sessions} sessions {self.wrong_items} recommended items differ from the run's model, "
+                f"{what}: of {self.sessions} sessions {self.wrong_items} recommended items differ from the run's, "
                 f"the largest score difference is {self.max_abs_diff:.3g}",
                 f"equal ids outside ties and score differences up to {TOLERANCE:g}",
                 "export with the version that trained the run; if it is the same, this is a bug of ours",
@@ -118,7 +118,7 @@ def compare_offline(ranker: Ranker, model: MISSRec, histories: Sessions, top_k: 
     answers = [
         (rows[:n], scores[:n]) for rows, scores, n in zip(ranking.rows, ranking.scores, ranking.n_items, strict=True)
     ]
-    return _compare(model, histories, answers, top_k)
+    return compare_answers(model, histories, answers, top_k)
 
 
 def compare_served(
@@ -144,10 +144,21 @@ def compare_served(
 
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(ask, raw_ids(catalogue, histories)))
-    return _compare(model, histories, answers, top_k)
+    return compare_answers(model, histories, answers, top_k)
 
 
-def _compare(model: MISSRec, histories: Sessions, answers: Sequence[Answer], top_k: int) -> Parity:
+def compare_answers(model: MISSRec, histories: Sessions, answers: Sequence[Answer], top_k: int) -> Parity:
+    """Compare answers, however they were got, with the model's own ranking of the whole catalogue.
+
+    Parameters
+    ----------
+    model : MISSRec
+    histories : Sessions
+    answers : sequence of (rows, scores)
+        Best first, one pair per session.
+    top_k : int
+        Items that were asked for.
+    """
     largest, wrong = 0.0, 0
     for index, scores in enumerate(_reference(model, histories)):
         if scores is None:

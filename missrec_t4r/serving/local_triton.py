@@ -211,6 +211,7 @@ def _bind(door: str, port: int) -> socket.socket:
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free, a listening one is not
     try:
         held.bind((LOOPBACK, port))
+        held.listen()  # so that the same port wanted twice is noticed
     except (OSError, OverflowError) as error:
         held.close()
         raise ServingError(

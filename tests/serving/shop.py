@@ -83,3 +83,14 @@ def raw_sessions(shop: Catalogue, n: int, seed: int = 0) -> list[list[str | int 
     unknown: list[str | int] = ["nobody", "ware"] if shop.id_type == "string" else [-5, 2**40]
     pool: list[str | int | None] = [*known, *known, *unknown, None]
     return [[pool[i] for i in rng.integers(0, len(pool), length)] for length in rng.integers(0, 20, n)]
+
+
+def recipe_of(model: MISSRec) -> Recipe:
+    """What a run of this model would have been started with."""
+    return Recipe(name="tiny", model=model.config)
+
+
+def padded(rows: list[np.ndarray]) -> np.ndarray:
+    """Ragged rows as a matrix, 0-padded on the right."""
+    width = max(1, *map(len, rows))
+    return np.stack([np.pad(line, (0, width - len(line))) for line in rows])

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.errors import BundleError, ConfigError, DataError, ParityError
+from missrec_t4r.export import export as export_module
+from missrec_t4r.export.bundle import LoadedBundle, load_bundle
+from missrec_t4r.export.export import export
+from missrec_t4r.export.manifest import verify_bundle
+from missrec_t4r.export.parity import Answer, check_rows, compare_answers, raw_ids, sample_histories
+from missrec_t4r.export.repository import BUNDLE_IN_REPOSITORY, MODELS, fill_repository, write_repository
+from missrec_t4r.schema import ITEM_LIST, USER_ID
+from missrec_t4r.serving.backend import RankerBackend, SessionsBackend, bundle_folder
+from missrec_t4r.serving.ranker import Ranker
+from missrec_t4r.training.checkpoint import LoadedRun
+from tests.serving import shop
+
+TEMPLATES = Path(__file__).parents[2] / "triton_models"
+
+
+def test_a_run_becomes_a_bundle_and_a_repository(run: Path, tmp_path: Path) -> None:
+    result = export(run, tmp_path / "bundle", triton=tmp_path / "repository", sessions=210)
+    assert result["parity"]["sessions"] == 210
+    assert result["parity"]["equal"]
+    assert result["parity"]["max_abs_diff"] <= 1e-5
+    assert result["items"] == shop.N_ITEMS
+    assert verify_bundle(tmp_path / "bundle") == verify_bundle(tmp_path / "repository" / BUNDLE_IN_REPOSITORY)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bundle", "repository"]
+
+
+def test_without_a_repository_only_the_bundle_appears(run: Path, tmp_path: Path) -> None:
+    assert export(run, tmp_path / "bundle")["repository"] is None
+    assert [entry.name for entry in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"item_ids": False}, {"attention": "bidirectional"}, {"candidate_fusion": "static"}]
+)
+def test_other_models_export_too(make_run: Callable[..., Path], tmp_path: Path, settings: dict[str, object]) -> None:
+    assert export(make_run(**settings), tmp_path / "bundle", sessions=40)["parity"]["equal"]
+
+
+@pytest.mark.parametrize("part", ["towers.adapters.text.weight", "history_bias", "interests.centroids"])
+def test_an_export_that_answers_differently_is_refused_and_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def altered(folder: Path) -> LoadedBundle:
+        loaded = load_bundle(folder)
+        with torch.no_grad():
+            loaded.model.state_dict()[part].add_(0.01)
+        return loaded
+
+    monkeypatch.setattr(export_module, "load_bundle", altered)
+    with pytest.raises(ParityError, match="recommended items differ from the run's"):
+        export(run, tmp_path / "bundle", triton=tmp_path / "repository")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_do_not_fit_the_catalogue_are_refused(loaded: LoadedRun, bundle: Path) -> None:
+    histories = sample_histories(Sessions.load(loaded.data / "test"), 20)
+    requests = raw_ids(loaded.catalogue, histories)
+    check_rows(load_bundle(bundle).transform, histories, requests)
+    moved = Sessions(histories.values[::-1].copy(), histories.offsets)
+    with pytest.raises(ParityError, match="test session 0 becomes rows"):
+        check_rows(load_bundle(bundle).transform, moved, requests)
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (lambda rows, scores: (rows, scores), 0),
+        (lambda rows, scores: (rows, scores + 5e-6), 0),
+        (lambda rows, scores: (rows, scores + 2e-5), 0),
+        (lambda rows, scores: (rows[::-1], scores), 6),
+        (lambda rows, scores: (rows[[0, 0, 2, 3, 4, 5]], scores), 2),
+        (lambda rows, scores: (rows[:-1], scores[:-1]), 1),
+        (lambda rows, scores: (rows, scores * np.nan), 0),
+    ],
+)
+def test_answers_that_differ_are_counted(loaded: LoadedRun, change: Callable[..., Answer], wrong: int) -> None:
+    histories = Sessions.from_lists([[5, 9, 4]])
+    ranking = Ranker(loaded.model, loaded.catalogue).rank(np.array([[5, 9, 4]]), top_k=6)
+    rows, scores = change(ranking.rows[0], ranking.scores[0])
+    parity = compare_answers(loaded.model, histories, [(rows, scores)], 6)
+    assert parity.wrong_items == wrong
+    assert parity.equal == (wrong == 0 and np.abs(scores - ranking.scores[0]).max() < 1e-5)
+
+
+def test_tied_items_may_change_places() -> None:
+    catalogue = shop.catalogue()
+    for modality in catalogue.modalities.values():
+        modality.vectors[10], modality.present[10] = modality.vectors[11], modality.present[11]
+    model = shop.model_for(catalogue, item_ids=False)
+    ranking = Ranker(model, catalogue).rank(np.array([[5, 9, 4]]), top_k=shop.N_ITEMS)
+    rows = ranking.rows[0]
+    first = int(np.flatnonzero(rows == 10)[0])
+    assert rows[first + 1] == 11
+    assert ranking.scores[0, first] == ranking.scores[0, first + 1]
+    swapped = rows.copy()
+    swapped[first : first + 2] = [11, 10]
+    parity = compare_answers(model, Sessions.from_lists([[5, 9, 4]]), [(swapped, ranking.scores[0])], shop.N_ITEMS)
+    assert parity.equal
+
+
+def test_unknown_and_missing_rows_of_test_sessions_travel_as_such(loaded: LoadedRun) -> None:
+    ids = raw_ids(loaded.catalogue, Sessions.from_lists([[3, 2, 1]]))[0]
+    assert loaded.catalogue.rows_of(ids).tolist() == [3, 2, 1]
+
+
+def test_histories_are_spread_over_the_file_without_their_targets() -> None:
+    sessions = Sessions.from_lists([[row, row, 3] for row in range(3, 33)])
+    chosen = sample_histories(sessions, 4)
+    assert [session.tolist() for session in chosen] == [[3, 3], [12, 12], [22, 22], [32, 32]]
+    assert len(sample_histories(sessions, 1000)) == 30
+
+
+def test_overlapping_targets_are_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lie in each other"):
+        export(run, tmp_path / "bundle", triton=tmp_path / "bundle" / "repository")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_foreign_target_stops_the_export_and_stays(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "notes.txt").write_text("mine")
+    with pytest.raises(BundleError, match="exists and holds no"):
+        export(run, tmp_path / "bundle", triton=tmp_path / "repository")
+    assert [str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*")] == ["repository", "repository/notes.txt"]
+
+
+def test_a_run_without_test_sessions_is_refused(run: Path, loaded: LoadedRun, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(loaded.data, tmp_path / "data"))
+    shutil.rmtree(data / "test")
+    with pytest.raises(DataError, match="no parquet file"):
+        export(run, tmp_path / "bundle", data=data)
+    (data / "test").mkdir()
+    pq.write_table(pa.table({USER_ID: ["a"], ITEM_LIST: [[3, 4]]}), data / "test" / "part_0.parquet")
+    assert export(run, tmp_path / "bundle", data=data)["parity"]["sessions"] == 1
+
+
+@pytest.mark.parametrize(("integers", "id_type"), [(False, "TYPE_STRING"), (True, "TYPE_INT64")])
+def test_the_repository_is_typed_by_the_catalogue(
+    make_run: Callable[..., Path], tmp_path: Path, integers: bool, id_type: str
+) -> None:
+    export(make_run(integers=integers), tmp_path / "bundle")
+    files = write_repository(tmp_path / "bundle", tmp_path / "repository", max_batch_size=16, threads=2)
+    assert "missrec_sessions/1/model.py" in files
+    assert (tmp_path / "repository" / "missrec" / "1").is_dir()  # Triton wants a version, even of an ensemble
+    for model in MODELS:
+        text = (tmp_path / "repository" / model / "config.pbtxt").read_text()
+        template = (TEMPLATES / model / "config.pbtxt").read_text()
+        for name, value in {"item_id_type": id_type, "max_batch_size": "16", "threads": "2"}.items():
+            template = template.replace(f"${{{name}}}", value)
+        assert text == template
+        assert "$" not in text
+        assert str(tmp_path) not in text
+
+
+def test_a_damaged_bundle_makes_no_repository(bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    (copy / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(BundleError, match=r"weights\.safetensors"):
+        write_repository(copy, tmp_path / "repository")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("wrong", [{"max_batch_size": 0}, {"threads": 0}])
+def test_sizes_below_one_are_refused(bundle: Path, tmp_path: Path, wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        fill_repository(tmp_path, bundle, **wrong)
+
+
+def test_models_find_the_bundle_wherever_the_repository_lies(exported: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(exported / "repository", tmp_path / "else where"))
+    for model in ("missrec_sessions", "missrec_ranker"):
+        text = (moved / model / "config.pbtxt").read_text()
+        path = re.search(r'key: "bundle"\s+value: \{ string_value: "([^"]+)" \}', text)
+        assert path
+        args = {
+            "model_repository": str(moved / model),
+            "model_config": f'{{"parameters": {{"bundle": {{"string_value": "{path[1]}"}}}}}}',
+        }
+        verify_bundle(bundle_folder(args))
+
+
+def test_the_two_models_in_a_row_answer_as_the_ranker(bundle: Path, loaded: LoadedRun) -> None:
+    raw = shop.raw_sessions(loaded.catalogue, 12, seed=4)
+    back = load_bundle(bundle)
+    requests = [
+        {"item_ids": back.transform.to_wire(session or [None])[None], "length": np.array([[len(session)]], np.int32)}
+        for session in raw
+    ]
+    asked = [dict(answer) | {"top_k": np.array([[3]], np.int32)} for answer in SessionsBackend(bundle).answer(requests)]
+    answers = RankerBackend(bundle).answer(asked)
+    expected = Ranker(back.model, back.catalogue).rank(shop.padded(back.transform(*raw)), top_k=3)
+    for index, answer in enumerate(answers):
+        assert not isinstance(answer, Exception)
+        assert answer["item_id"][0].tolist() == back.transform.wire_ids_of(expected.rows[index]).tolist()
+        np.testing.assert_allclose(answer["score"][0], expected.scores[index], atol=1e-6)
+        assert answer["fallback"].tolist() == [[bool(expected.fallback[index])]]
+
+
+def test_one_wrong_request_does_not_fail_its_neighbours(bundle: Path) -> None:
+    good = {"rows": np.array([[3, 4]]), "seen": np.array([[3, 4]])}
+    ranked = RankerBackend(bundle).answer(
+        [
+            good,
+            good | {"top_k": np.array([[0]])},
+            good | {"rows": np.array([[10**6]])},
+            good | {"seen": np.array([[-1]])},
+            good,
+        ]
+    )
+    assert "top_k is 0" in str(ranked[1])
+    assert "rows holds values from 1000000" in str(ranked[2])
+    assert "seen holds values from -1" in str(ranked[3])
+    assert ranked[0]["item_id"].tolist() == ranked[4]["item_id"].tolist()  # type: ignore[index]  answers, not errors
+    lengths = [np.array([[1]]), np.array([[9]]), np.array([[2]])]
+    wire = np.array([[b"ware-1-\xc3\xbc", b"x"]], object)
+    mapped = SessionsBackend(bundle).answer([{"item_ids": wire, "length": length} for length in lengths])
+    assert [isinstance(answer, DataError) for answer in mapped] == [False, True, False]
+
+
+def test_every_field_of_the_templates_is_documented() -> None:
+    text = (TEMPLATES / "README.md").read_text()
+    names = {
+        name
+        for model in MODELS
+        for name in re.findall(r'(?:name|key): "(\w+)"|\$\{(\w+)\}', (TEMPLATES / model / "config.pbtxt").read_text())
+        for name in name
+        if name
+    }
+    assert {"item_ids", "exclude_seen", "max_batch_size"} <= names
+    assert not [name for name in sorted(names) if f"`{name}`" not in text]

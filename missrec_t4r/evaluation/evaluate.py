@@ -1,4 +1,4 @@
-"""`missrec evaluate`: a run beside popularity, item-kNN and content-kNN, in both protocols, by slice, with intervals."""
+"""`missrec evaluate`: a run beside popularity, item-kNN and content-kNN; both protocols, slices, intervals."""
 
 from __future__ import annotations
 

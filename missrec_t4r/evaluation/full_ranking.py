@@ -216,7 +216,7 @@ def _check_targets(histories: Sessions, targets: Ints, n_rows: int) -> None:
     if len(targets) != len(histories):
         raise DataError(f"{len(targets)} targets for {len(histories)} sessions", "one target per session")
     for name, rows in (("target", targets), ("history", histories.values)):
-        if len(rows) and not (0 <= rows.min() and rows.max() < n_rows):
+        if len(rows) and (rows.min() < 0 or rows.max() >= n_rows):
             raise DataError(
                 f"{name} row {rows.max() if rows.max() >= n_rows else rows.min()}",
                 f"rows from 0 to {n_rows - 1}, as in the catalogue",

@@ -25,7 +25,9 @@ NO_VALUE: Final = "-"
 def table(report: Mapping[str, Any]) -> Group:
     """Return all tables of a report, for ``console.print``."""
     protocols = list(report["protocols"])
-    return Group(*(metrics_table(report, name) for name in protocols), *(slices_table(report, name) for name in protocols))
+    return Group(
+        *(metrics_table(report, name) for name in protocols), *(slices_table(report, name) for name in protocols)
+    )
 
 
 def metrics_table(report: Mapping[str, Any], protocol: str) -> Table:

@@ -1,4 +1,4 @@
-"""Parts of the evaluation sessions that an average hides: cold targets, targets that lack a modality, short sessions."""
+"""Parts of the sessions that an average hides: cold targets, targets that lack a modality, short sessions."""
 
 from __future__ import annotations
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -31,12 +28,3 @@ def catalogue() -> Catalogue:
     modalities = {name: Modality(array, (array != 0).any(1)) for name, array in (("text", text), ("image", image))}
     counts = np.bincount(np.concatenate(TRAIN), minlength=9)[3:]
     return Catalogue(pa.table({"item_id": list("abcdef"), "train_count": counts}), modalities)
-
-
-@pytest.fixture
-def real_data() -> Path:
-    """The folder with real data sets, outside the repository: MISSREC_DATA, or ../shared/data."""
-    folder = Path(os.environ.get("MISSREC_DATA") or Path(__file__).parents[3] / "shared" / "data")
-    if not (folder / "amazon_scientific").is_dir():
-        pytest.skip(f"no real data in {folder}: set MISSREC_DATA")
-    return folder

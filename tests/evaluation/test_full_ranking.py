@@ -142,7 +142,9 @@ def test_quick_metrics_take_the_last_item_as_target() -> None:
 def problems(draw: st.DrawFn) -> tuple[Tensor, list[list[int]], list[int], int]:
     n_rows, users = draw(st.integers(4, 12)), draw(st.integers(1, 9))
     few = st.sampled_from([-torch.inf, 0.0, 0.25, 0.5, 1.0])  # few values, so that ties are the rule
-    scores = torch.tensor(draw(st.lists(st.lists(few, min_size=n_rows, max_size=n_rows), min_size=users, max_size=users)))
+    scores = torch.tensor(
+        draw(st.lists(st.lists(few, min_size=n_rows, max_size=n_rows), min_size=users, max_size=users))
+    )
     scores[:, :3] = -torch.inf
     row = st.integers(0, n_rows - 1)
     histories = draw(st.lists(st.lists(row, max_size=5), min_size=users, max_size=users))
@@ -156,9 +158,7 @@ def test_chunks_give_the_ranks_and_lists_of_one_stable_argsort(problem: tuple[Te
     n_rows = scores.shape[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(full_ranking, "CHUNK_BYTES", 4 * n_rows * most)
-        found = rank_catalogue(
-            Fixed(scores), Sessions.from_lists(histories), np.array(targets), n_rows, top_k=n_rows
-        )
+        found = rank_catalogue(Fixed(scores), Sessions.from_lists(histories), np.array(targets), n_rows, top_k=n_rows)
     for user, (history, target) in enumerate(zip(histories, targets, strict=True)):
         for protocol in (SEEN_KEPT, SEEN_EXCLUDED):
             own = scores[user].numpy().astype(np.float64)

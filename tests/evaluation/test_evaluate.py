@@ -1,0 +1,156 @@
+"""The report of a run: what is in it, what the tables show, and where the files are."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from rich.console import Console
+
+from missrec_t4r.config import MISSRecConfig, Recipe
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.errors import ConfigError, DataError, MISSRecError
+from missrec_t4r.evaluation.baselines import Popularity
+from missrec_t4r.evaluation.evaluate import evaluate, evaluate_sessions
+from missrec_t4r.evaluation.full_ranking import PROTOCOLS, SEEN_EXCLUDED, SEEN_KEPT
+from missrec_t4r.evaluation.report import table, write_report
+from missrec_t4r.model.missrec import build_missrec
+from missrec_t4r.schema import ITEM_LIST
+from missrec_t4r.training.checkpoint import save_run
+
+SYSTEMS = {"model", "popularity", "item_knn", "content_knn"}
+SPLITS = {
+    "train": [[3, 4, 5], [3, 4], [4, 5, 5], [6, 3], [7]],
+    "valid": [[3, 4, 5, 6], [3, 4, 5], [4, 5, 5, 3], [6, 3, 4], [7, 6]],
+    "test": [[3, 4, 5, 6, 8], [3, 4, 5, 6], [4, 5, 5, 3, 4], [6, 3, 4, 2], [2, 3]],
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path, catalogue: Catalogue) -> Path:
+    """A run with random weights on five users, complete on disk."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    for split, sessions in SPLITS.items():
+        (data / split).mkdir(parents=True)
+        pq.write_table(pa.table({ITEM_LIST: sessions}), data / split / "part_0.parquet")
+    catalogue.save(data / "catalogue")
+    torch.manual_seed(0)
+    recipe = Recipe(model=MISSRecConfig(d_model=8, n_head=2))
+    model = build_missrec(recipe.model, catalogue)
+    model.discover_interests(seed=0)
+    save_run(run, model, recipe, data, {})
+    return run
+
+
+def spoken(report: dict[str, Any]) -> str:
+    console = Console(width=220, record=True, file=io.StringIO())
+    console.print(table(report))
+    return console.export_text()
+
+
+def test_the_report_holds_every_system_in_both_protocols(run: Path) -> None:
+    report = evaluate(run)
+    assert report["split"] == "test"
+    assert report["n_users"] == 5
+    assert set(report["protocols"]) == set(PROTOCOLS)
+    for protocol in PROTOCOLS:
+        assert set(report["protocols"][protocol]) == set(report["coverage"][protocol]) == SYSTEMS
+        for measured in report["protocols"][protocol].values():
+            assert {f"{m}@{k}" for m in ("recall", "ndcg", "mrr") for k in (10, 20, 50)} < set(measured)
+            low, high = measured["interval"]["ndcg@10"]
+            assert low <= measured["ndcg@10"] <= high
+        assert set(report["differences"][protocol]) == SYSTEMS - {"model"}
+        assert set(report["baseline_settings"]["item_knn"][protocol]) == {
+            "follow_within", "decay", "power", "valid_ndcg@10",
+        }  # fmt: skip
+
+
+def test_popularity_by_hand(run: Path) -> None:
+    report = evaluate(run)
+    # counts 3, 3, 3, 1, 1, 0: ranks of 8, 6, 4, unknown, 3 are 6, 4, 2, miss, 1
+    kept = report["protocols"][SEEN_KEPT]["popularity"]
+    assert kept["recall@10"] == pytest.approx(4 / 5)
+    assert kept["mrr@10"] == pytest.approx((1 / 6 + 1 / 4 + 1 / 2 + 0 + 1) / 5)
+    # without what was seen: [7, 8] -> 2, [6, 7, 8] -> 1, in its own history -> miss, miss, [3, ...] -> 1
+    excluded = report["protocols"][SEEN_EXCLUDED]["popularity"]
+    assert excluded["recall@10"] == pytest.approx(3 / 5)
+    assert excluded["mrr@10"] == pytest.approx((1 / 2 + 1 + 0 + 0 + 1) / 5)
+    assert report["coverage"][SEEN_KEPT]["popularity"]["coverage@10"] == 1
+    assert report["counts"] == {
+        "targets_in_history": 1,
+        "targets_no_item": 1,
+        "targets_unrecommendable": dict.fromkeys(SYSTEMS, 1),
+        "sessions_without_known_item": 1,
+    }
+
+
+def test_slices_carry_their_numbers(run: Path) -> None:
+    parts = evaluate(run)["slices"]
+    assert {name: part["n"] for name, part in parts.items()} == {
+        "all": 5, "cold": 1, "rare": 4, "without_text": 1, "without_image": 0, "short": 3, "medium": 2, "long": 0,
+    }  # fmt: skip
+    assert parts["cold"][SEEN_KEPT]["popularity"]["mrr@10"] == pytest.approx(1 / 6)
+    assert parts["long"][SEEN_KEPT]["model"]["ndcg@10"] is None
+
+
+def test_the_file_is_the_result(run: Path, tmp_path: Path) -> None:
+    report = evaluate(run, split="valid")
+    assert json.loads((run / "metrics_valid.json").read_text()) == report
+    elsewhere = tmp_path / "deep" / "result.json"
+    evaluate(run, out=elsewhere, baselines=False)
+    assert set(json.loads(elsewhere.read_text())["protocols"][SEEN_KEPT]) == {"model"}
+    assert not (run / "metrics_test.json").exists()
+    assert [path.name for path in elsewhere.parent.iterdir()] == ["result.json"]
+
+
+def test_the_same_run_gives_the_same_report(run: Path) -> None:
+    first, second = evaluate(run), evaluate(run)
+    first.pop("seconds"), second.pop("seconds")
+    assert first == second
+
+
+def test_the_table_shows_all_systems_protocols_and_slices(run: Path) -> None:
+    report = evaluate(run)
+    words = spoken(report)
+    for expected in (*SYSTEMS, "seen items kept", "seen items excluded", "without_image", "cold", "coverage@10"):
+        assert expected in words
+    value = report["protocols"][SEEN_KEPT]["popularity"]["recall@10"]
+    low, high = report["protocols"][SEEN_KEPT]["popularity"]["interval"]["recall@10"]
+    assert f"{value:.4f} [{low:.4f}, {high:.4f}]" in words
+
+
+def test_a_table_without_baselines(run: Path) -> None:
+    assert "popularity" not in spoken(evaluate(run, baselines=False))
+
+
+def test_bad_input_is_answered_in_words(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--split train; expected: one of valid, test"):
+        evaluate(run, split="train")
+    with pytest.raises(MISSRecError, match=r"nowhere holds no run\.json"):
+        evaluate(tmp_path / "nowhere")
+    (tmp_path / "data" / "test" / "part_0.parquet").unlink()
+    with pytest.raises(DataError, match="no parquet file"):
+        evaluate(run)
+    assert not list(run.glob("*metrics_*"))
+
+
+def test_an_empty_split_is_refused(catalogue: Catalogue) -> None:
+    with pytest.raises(DataError, match="no session"):
+        evaluate_sessions({"popularity": Popularity.fit(catalogue)}, Sessions.from_lists([]), catalogue)
+
+
+def test_nothing_half_written_stays_behind(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.json"
+    write_report({"ndcg@10": 0.5}, file)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_report({"ndcg@10": np.nan}, file)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+    assert json.loads(file.read_text()) == {"ndcg@10": 0.5}

@@ -156,7 +156,7 @@ class MISSRecBlock(BlockBase):
         return torch.Size([*input_size[:2], self.settings["d_model"]])
 
 
-class InterestRefresh(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
+class InterestRefresh(TrainerCallback):
     """Discover interests exactly at epoch starts: ``tr.Trainer(..., callbacks=[InterestRefresh(block)])``.
 
     A run resumed in the middle of an epoch keeps the interests of its checkpoint until the next epoch.

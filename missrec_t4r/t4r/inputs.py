@@ -97,7 +97,7 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         )  # without it T4R's SequentialBlock has no output size
 
     @classmethod
-    def from_schema(  # type: ignore[override]  # T4R's own version also takes tags and projections of item embeddings
+    def from_schema(
         cls,
         schema: Any,
         *,

@@ -7,18 +7,11 @@ masking does not cut it again. Order depends on the seed and the epoch alone.
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
-from merlin.schema import Schema, Tags
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers4rec.torch.utils.data_utils import T4RecDataLoader, dataloader_registry
@@ -26,9 +19,9 @@ from transformers4rec.torch.utils.data_utils import T4RecDataLoader, dataloader_
 from missrec_t4r.config import MISSRecConfig, TrainConfig
 from missrec_t4r.data.batches import Examples, training_batches
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.errors import DataError, SchemaError
-from missrec_t4r.schema import NULL_ROW, UNKNOWN_ROW
-from missrec_t4r.t4r.columns import as_core_schema, is_list, side_schema
+from missrec_t4r.errors import ConfigError, DataError
+from missrec_t4r.t4r.columns import as_core_schema
+from missrec_t4r.t4r.reading import item_name, known_sessions, read_sessions
 
 PREFIX_ROWS: Final = "missrec_prefix_rows"
 """Key of a batch whose rows are a prefix and its target already; other inputs ignore it."""
@@ -149,19 +142,19 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
 
     def __init__(self, batches: PrefixBatches) -> None:
         DataLoader.__init__(self, batches, batch_size=None)
-        self._batch_size = batches.batch_size  # T4R's Trainer reads it
+        self._batch_size, self._steps = batches.batch_size, len(batches)  # T4R's Trainer reads the former
 
     def __len__(self) -> int:
         """Return the number of batches."""
-        return len(self.dataset)  # type: ignore[arg-type]  # it is a PrefixBatches
+        return self._steps
 
     @classmethod
-    def from_schema(  # type: ignore[override]  # T4R's base class leaves the keywords open
+    def from_schema(
         cls,
         schema: Any,
         paths_or_dataset: Any,
         batch_size: int,
-        max_sequence_length: int,
+        max_sequence_length: int | None,
         *,
         shuffle: bool = True,
         drop_last: bool = False,
@@ -187,8 +180,14 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
         global_rank, global_size : int, optional
             Of this process; None for one process.
         """
-        sessions = _known(read_sessions(paths_or_dataset, schema), targets=not shuffle)
-        item = _item_name(as_core_schema(schema))
+        if max_sequence_length is None:
+            raise ConfigError(
+                "a missrec loader without max_sequence_length",
+                "the model's, in T4RecTrainingArguments or from_schema",
+                "pass max_sequence_length=50, say",
+            )
+        sessions = known_sessions(read_sessions(paths_or_dataset, schema), targets=not shuffle)
+        item = item_name(as_core_schema(schema))
         rank, size = (0, 1) if global_rank is None or not global_size else (global_rank, global_size)
         return cls(
             PrefixBatches(
@@ -205,94 +204,3 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
                 size=size,
             )
         )
-
-
-def read_sessions(paths_or_dataset: Any, schema: Any) -> Sessions:
-    """Read the item column and the side features that the schema names.
-
-    Raises
-    ------
-    DataError
-        No file.
-    SchemaError
-        A column is missing, or its lists are not as long as the items'.
-    """
-    if isinstance(paths_or_dataset, Sessions):
-        return paths_or_dataset
-    core_schema = as_core_schema(schema)
-    item = _item_name(core_schema)
-    side = [
-        name for name in side_schema(core_schema, item).column_names if Tags.EMBEDDING not in core_schema[name].tags
-    ]
-    table = _read_table(paths_or_dataset, [item, *side])
-    values, offsets = _flat(table[item], NULL_ROW)
-    features = {}
-    for name in side:
-        feature, at = _flat(table[name], 0)
-        if not np.array_equal(at, offsets):
-            raise SchemaError(
-                f"column {name!r} has lists of other lengths than {item!r}", "one value per event", "re-run the ETL"
-            )
-        features[name] = feature.astype(np.float32) if feature.dtype.kind == "f" else feature.astype(np.int64)
-    return Sessions(values.astype(np.int64), offsets, features)
-
-
-def _item_name(schema: Schema) -> str:
-    names = schema.select_by_tag(Tags.ITEM_ID).column_names
-    if len(names) != 1 or not is_list(schema[names[0]]):
-        raise SchemaError(f"columns tagged ITEM_ID: {names}", "one list column")
-    return str(names[0])
-
-
-def _read_table(paths_or_dataset: Any, names: Sequence[str]) -> pa.Table:
-    if hasattr(paths_or_dataset, "to_ddf"):
-        return pa.Table.from_pandas(paths_or_dataset.to_ddf()[list(names)].compute(), preserve_index=False)
-    given = [paths_or_dataset] if isinstance(paths_or_dataset, (str, Path)) else list(paths_or_dataset)
-    files = [file for path in given for file in _files(Path(path))]
-    if not files:
-        raise DataError(
-            f"no parquet file in {', '.join(map(str, given))}", "session parquet", "run `missrec etl` first"
-        )
-    tables = []
-    for file in files:
-        missing = set(names) - set(pq.read_schema(file).names)
-        if missing:
-            raise SchemaError(f"{file} lacks {sorted(missing)}", "every column that the schema names", "re-run the ETL")
-        tables.append(pq.read_table(file, columns=list(names)))
-    return pa.concat_tables(tables, promote_options="permissive")
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(path.glob("*.parquet"))
-    if any(sign in str(path) for sign in "*?["):
-        return sorted(map(Path, glob.glob(str(path))))
-    if not path.is_file():
-        raise DataError(f"{path} does not exist", "a parquet file or a folder of them", "check the path")
-    return [path]
-
-
-def _flat(column: pa.ChunkedArray, null: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """Return a list column's values and offsets; a null list is an empty one, a null value becomes ``null``."""
-    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        raise SchemaError(
-            f"a column of type {column.type}", "lists", "group the events into sessions with `missrec etl`"
-        )
-    lists = pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
-    lengths = pc.fill_null(pc.list_value_length(lists), 0)
-    offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
-    return np.asarray(pc.fill_null(lists.flatten(), null)), offsets
-
-
-def _known(sessions: Sessions, *, targets: bool) -> Sessions:
-    """Drop null and unknown events; with ``targets``, first the sessions whose last item is one: nothing to predict."""
-    keep = sessions.values > UNKNOWN_ROW
-    if targets:
-        ends = sessions.offsets[1:]
-        has_target = (
-            (sessions.lengths > 0) & keep[np.maximum(ends - 1, 0)] if len(keep) else np.zeros(len(sessions), bool)
-        )
-        keep = keep & np.repeat(has_target, sessions.lengths)
-    kept = np.concatenate([[0], np.cumsum(keep)])
-    features = {name: feature[keep] for name, feature in sessions.features.items()}
-    return Sessions(sessions.values[keep], kept[sessions.offsets], features)

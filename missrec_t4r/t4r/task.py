@@ -172,13 +172,7 @@ class MISSRecNextItemTask(NextItemPredictionTask):
         """
         if not len(targets):
             return {}
-        results = {}
-        for metric in self.metrics:
-            if isinstance(metric, RankingMetric):
-                results[self.metric_name(metric)] = _update_by_rank(metric, predictions, targets)
-            else:
-                results[self.metric_name(metric)] = metric(predictions, targets)
-        return results
+        return {self.metric_name(metric): _update(metric, predictions, targets) for metric in self.metrics}
 
 
 def _default_metrics() -> list[torchmetrics.Metric]:
@@ -197,12 +191,20 @@ def _incoming_width(body: nn.Module, inputs: MultiModalSequenceFeatures, block: 
     for module in body.children():
         if module is block:
             break
-        width = int(module.output_size()[-1]) if hasattr(module, "output_size") else width
+        size: Any = getattr(module, "output_size", None)
+        width = width if size is None else int(size()[-1])
     return width
 
 
-def _update_by_rank(metric: RankingMetric, scores: Tensor, targets: Tensor) -> Tensor:
-    """Feed a T4R metric the target's rank as [batch, cut + 1] scores: exact for one relevant item, ties by row."""
+def _update(metric: Any, scores: Tensor, targets: Tensor) -> Tensor:
+    """Feed a metric a batch and return its value there.
+
+    T4R's get the target's rank as [batch, cut + 1] scores: exact for one relevant item, ties by row.
+    """
+    value: Tensor
+    if not isinstance(metric, RankingMetric):
+        value = metric.forward(scores, targets)
+        return value
     cut = int(max(metric.top_ks))
     of_target = scores.gather(1, targets[:, None])
     column = torch.arange(scores.shape[1], device=scores.device)
@@ -212,4 +214,5 @@ def _update_by_rank(metric: RankingMetric, scores: Tensor, targets: Tensor) -> T
     ladder = torch.arange(cut, -1, -1, device=scores.device, dtype=torch.float32).expand(len(place), -1)
     metric.update(ladder, place)
     metric.metric_mean[-1] = metric.metric_mean[-1][:-1]
-    return metric.metric_mean[-1].mean(0)
+    value = metric.metric_mean[-1]
+    return value.mean(0)

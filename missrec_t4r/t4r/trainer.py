@@ -206,7 +206,7 @@ def _trainer(
     return trainer
 
 
-class _Report(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
+class _Report(TrainerCallback):
     """A line per epoch for the user and the log file, and the time limit."""
 
     def __init__(self, log: Path, progress: Progress, max_minutes: float) -> None:

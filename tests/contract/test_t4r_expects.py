@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers4rec.torch as tr
+from merlin.schema import ColumnSchema, Schema, Tags
 from transformers4rec.torch.masking import masking_registry
 from transformers4rec.torch.ranking_metric import MeanReciprocalRankAt, NDCGAt, RecallAt
 from transformers4rec.torch.utils.data_utils import dataloader_registry
@@ -117,13 +118,6 @@ def test_a_batch_of_one_row_breaks_t4rs_recall_and_not_ours(data: Path, loader: 
     assert float(batch_value[1]) == 1.0, "cut-off 500 of 117 items: found, whatever the rank"
 
 
-def test_t4rs_loader_keeps_the_first_items_of_a_long_session(data: Path, loader: Callable[..., Any]) -> None:
-    batch, _ = next(iter(loader("merlin", data / "valid", shop.schema(), batch_size=33, shuffle=False, width=4)))
-    rows = shop.sessions(33, seed=1)
-    assert any(len(row) > 4 for row in rows)
-    assert [row[:4] + [0] * (4 - len(row)) for row in rows] == batch["item_id-list"].tolist()
-
-
 def test_null_and_unknown_items_are_dropped_with_their_side_features(data: Path, loader: Callable[..., Any]) -> None:
     model = by_hand().eval()
     clean = {
@@ -165,10 +159,10 @@ def test_a_schema_that_does_not_fit_is_refused(schema: Any, words: str) -> None:
 
 def test_a_schema_with_two_or_scalar_item_columns_is_refused() -> None:
     item = shop.schema(side=False)["item_id-list"]
-    two = shop.schema() + type(shop.schema())([item.with_name("other-list")])
+    two = shop.schema() + Schema([item.with_name("other-list")])
     with pytest.raises(SchemaError, match="2 columns tagged ITEM_ID"):
         MultiModalSequenceFeatures.from_schema(two, catalogue=shop.catalogue())
-    floats = type(shop.schema())([item.with_dtype("float32")])
+    floats = Schema([item.with_dtype("float32")])
     with pytest.raises(SchemaError, match="holds float32 lists"):
         MultiModalSequenceFeatures.from_schema(floats, catalogue=shop.catalogue())
 
@@ -206,6 +200,18 @@ def test_side_features_reach_the_scores_and_gradients_reach_every_parameter(
     for name in ("category-list", "price-list"):
         changed = dict(batch) | {name: torch.where(batch["item_id-list"] > 0, batch[name] * 0 + 1, batch[name])}
         assert not torch.equal(model(changed), scores)
+
+
+def test_embedding_columns_are_side_features_too_and_are_hidden_with_their_item() -> None:
+    style = ColumnSchema("style-list", dtype="float32", tags=[Tags.EMBEDDING, Tags.LIST], dims=(None, (0, 20), 4))
+    model = by_hand(shop.schema(side=False) + Schema([style])).eval()
+    batch = {"item_id-list": torch.tensor([[4, 6, 7, 8]]), "style-list": torch.rand(1, 4, 4)}
+    vectors = model.heads[0].body(dict(batch), testing=True)
+    for at, seen in ((3, False), (2, True)):
+        changed = batch["style-list"].clone()
+        changed[:, at] = 9
+        again = model.heads[0].body(batch | {"style-list": changed}, testing=True)
+        assert torch.equal(again, vectors) is not seen
 
 
 def test_a_module_between_inputs_and_block_shapes_the_side_features(data: Path, loader: Callable[..., Any]) -> None:

@@ -1,0 +1,85 @@
+"""Our loader beside T4R's: what is in a batch, in which order, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.t4r import PrefixLoader
+from tests.contract import shop
+
+
+def test_t4rs_loader_keeps_the_first_items_of_a_long_session(data: Path, loader: Callable[..., Any]) -> None:
+    batch, _ = next(iter(loader("merlin", data / "valid", shop.schema(), batch_size=33, shuffle=False, width=4)))
+    rows = shop.sessions(33, seed=1)
+    assert any(len(row) > 4 for row in rows)
+    assert [row[:4] + [0] * (4 - len(row)) for row in rows] == batch["item_id-list"].tolist()
+
+
+def test_loader_order_depends_on_seed_and_epoch_alone(data: Path) -> None:
+    def epochs(seed: int, **more: Any) -> list[list[list[int]]]:
+        loader = PrefixLoader.from_schema(shop.schema(), data / "train", 32, shop.MAX_LENGTH, seed=seed, **more)
+        return [[batch["item_id-list"].flatten().tolist() for batch, _ in loader] for _ in range(2)]
+
+    first, second = epochs(1)
+    assert first != second
+    assert epochs(1) == [first, second]
+    assert epochs(2)[0] != first
+    ranks = [epochs(1, global_rank=rank, global_size=2)[0] for rank in (0, 1)]
+    assert len(ranks[0]) == len(ranks[1])
+    assert all(batch in first for part in ranks for batch in part)
+    assert not any(batch in ranks[0] for batch in ranks[1])
+
+
+def test_loader_pads_little_and_samples_prefixes(data: Path) -> None:
+    loader = PrefixLoader.from_schema(shop.schema(), data / "train", 16, shop.MAX_LENGTH, seed=0)
+    cells = [batch["item_id-list"] for batch, _ in loader]
+    padding = sum(int((ids == 0).sum()) for ids in cells) / sum(ids.numel() for ids in cells)
+    assert padding < 0.05
+    drawn = PrefixLoader.from_schema(shop.schema(), data / "train", 16, shop.MAX_LENGTH, per_session=1, drop_last=True)
+    rows = [len(batch["item_id-list"]) for batch, _ in drawn]
+    assert rows == [16] * (96 // 16) == [16] * len(drawn)
+
+
+@pytest.mark.parametrize(("spoil", "error"), [("missing", DataError), ("column", SchemaError), ("ragged", SchemaError)])
+def test_loader_refuses_what_it_cannot_read(tmp_path: Path, spoil: str, error: type[Exception]) -> None:
+    path = shop.write_sessions(tmp_path / "split", [[4, 5, 6]])
+    table = pq.read_table(path)
+    if spoil == "column":
+        pq.write_table(table.drop_columns(["price-list"]), path)
+    if spoil == "ragged":
+        short = pa.array([[1, 2]], pa.list_(pa.int64()))
+        pq.write_table(table.set_column(table.column_names.index("category-list"), "category-list", short), path)
+    source = tmp_path / ("nowhere.parquet" if spoil == "missing" else "split")
+    with pytest.raises(error):
+        PrefixLoader.from_schema(shop.schema(), source, 4, shop.MAX_LENGTH)
+
+
+def test_loader_leaves_out_sessions_whose_target_is_unknown(tmp_path: Path) -> None:
+    shop.write_sessions(tmp_path, [[4, 5, 2], [6, 2, 7], [8]])
+    batch, _ = next(iter(PrefixLoader.from_schema(shop.schema(), tmp_path, 4, shop.MAX_LENGTH, shuffle=False)))
+    assert batch["item_id-list"].tolist() == [[6, 7]]
+    assert batch["category-list"].tolist() == [[6, 7]]
+
+
+def test_loader_needs_the_models_length(data: Path) -> None:
+    with pytest.raises(ConfigError, match="without max_sequence_length"):
+        PrefixLoader.from_schema(shop.schema(), data / "train", 4, None)
+
+
+def test_loader_takes_a_merlin_dataset(data: Path) -> None:
+    from merlin.io import Dataset
+
+    path = str(data / "valid" / "part_0.parquet")
+    sources = (path, Dataset(path, schema=shop.schema()))
+    loaders = [
+        PrefixLoader.from_schema(shop.schema(), source, 16, shop.MAX_LENGTH, shuffle=False) for source in sources
+    ]
+    for (one, _), (other, _) in zip(*loaders, strict=True):
+        assert {name: values.tolist() for name, values in one.items()} == {k: v.tolist() for k, v in other.items()}

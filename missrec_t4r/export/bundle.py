@@ -165,7 +165,7 @@ def _catalogue_tensors(state: dict[str, Tensor], catalogue: Catalogue) -> dict[s
     tensors = {name: tensor for name, tensor in state.items() if name.startswith(_INTERESTS)}
     for name, modality in catalogue.modalities.items():
         tensors[f"modality.{name}.vectors"] = torch.from_numpy(np.ascontiguousarray(modality.vectors))
-        tensors[f"modality.{name}.present"] = torch.from_numpy(np.ascontiguousarray(modality.present))
+        tensors[f"modality.{name}.present"] = torch.from_numpy(modality.present.copy())  # masks may be one array
     return tensors
 
 

@@ -4,12 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import BundleError
 from missrec_t4r.export.bundle import load_bundle, write_bundle
 from missrec_t4r.export.manifest import BUNDLE_FILES, MANIFEST_FILE, verify_bundle, write_manifest
@@ -38,6 +40,17 @@ def test_a_bundle_comes_back_as_it_was(bundle: Path, loaded: LoadedRun) -> None:
         session = torch.from_numpy(rows)
         assert torch.equal(back.model(session), loaded.model(session))
     assert not back.model.training
+
+
+def test_modalities_may_share_their_presence_mask(loaded: LoadedRun, tmp_path: Path) -> None:
+    catalogue = shop.catalogue()
+    text = catalogue.modalities["text"]
+    catalogue.modalities["image"].present[:] = text.present
+    shared = Catalogue(
+        catalogue.items, {"text": text, "image": replace(catalogue.modalities["image"], present=text.present)}
+    )
+    write_bundle(tmp_path / "bundle", model=shop.model_for(shared), catalogue=shared, data=loaded.data)
+    assert load_bundle(tmp_path / "bundle").catalogue.modalities["image"].present.tolist() == text.present.tolist()
 
 
 def test_the_manifest_lists_every_file_and_nothing_is_code(bundle: Path) -> None:

@@ -106,7 +106,9 @@ def match_events(
     known = events[ITEM_ID].isin(items[ITEM_ID].to_pandas())
     orphans = events[ITEM_ID][~known].drop_duplicates()
     if unknown == "drop":
-        findings.add("orphan_events", int((~known).sum()), f"events on {len(orphans)} items without a line are left out")
+        findings.add(
+            "orphan_events", int((~known).sum()), f"events on {len(orphans)} items without a line are left out"
+        )
         events = events[known].reset_index(drop=True)
         if events.empty:
             raise DataError("no event is on an item of the item table", "matching ids", "check both id columns")

@@ -60,7 +60,8 @@ def normal_ids(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     """
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return column.cast(pa.string())
+        texts = column.cast(pa.string())
+        return pc.if_else(pc.equal(texts, ""), None, texts)  # an empty id is no id
     if pa.types.is_integer(kind):
         return column.cast(pa.int64())
     if pa.types.is_floating(kind):  # integers with nulls become floats in pandas

@@ -185,5 +185,8 @@ def _refuse_lonely(name: str, present: Bools) -> None:
 
 def join_texts(columns: Iterable[Sequence[Any]]) -> list[str | None]:
     """Join the texts of several columns item by item; None where all are empty."""
-    lines = (". ".join(str(value).strip() for value in row if value and str(value).strip()) for row in zip(*columns, strict=True))
+    lines = (
+        ". ".join(str(value).strip() for value in row if value and str(value).strip())
+        for row in zip(*columns, strict=True)
+    )
     return [line or None for line in lines]

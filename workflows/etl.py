@@ -159,7 +159,8 @@ def etl(
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for finding in findings.found:
         progress.say(f"{finding.check}: {finding.count:,} ({finding.message})")
-    progress.say(f"{out}: {counts['sessions']} sessions in {report['seconds']:.1f} s")
+    rows = ", ".join(f"{count:,} {name}" for name, count in counts["sessions"].items())
+    progress.say(f"{out}: {rows} sessions in {report['seconds']:.1f} s")
     return {"data": str(out), **report}
 
 
@@ -169,7 +170,9 @@ def _check_settings(
     if split not in ("leave_one_out", "time"):
         raise ConfigError(f"split {split!r}", "leave_one_out or time", "choose one with --split")
     if (valid_from is None) != (test_from is None):
-        raise ConfigError("only one boundary of the time split is set", "both or none", "set --valid-from and --test-from")
+        raise ConfigError(
+            "only one boundary of the time split is set", "both or none", "set --valid-from and --test-from"
+        )
     if valid_from is not None and split != "time":
         raise ConfigError("boundaries are set for a leave-one-out split", "--split time", "add it or leave them out")
     if max_sequence_length < 1 or (max_events is not None and max_events < 1):
@@ -287,14 +290,14 @@ def _write(
 
 
 def _write_request(item_ids: pa.Array, folder: Path, storage: Path, max_sequence_length: int) -> None:
-    request = sessions.build_request_workflow(
-        item_ids, storage / "request", max_sequence_length=max_sequence_length
-    )
+    request = sessions.build_request_workflow(item_ids, storage / "request", max_sequence_length=max_sequence_length)
     sessions.fit(request, pd.DataFrame({ITEM_ID: [item_ids[:2].to_pylist(), item_ids[:1].to_pylist()]}))
     request.save(str(folder / "request_workflow"))
     transform = sessions.compile_session_transform(request)
     if not sessions.request_vocabulary(request).equals(item_ids):
-        raise DataError("NVTabular encodes the items in another order than the catalogue", "the order of the item table")
+        raise DataError(
+            "NVTabular encodes the items in another order than the catalogue", "the order of the item table"
+        )
     (folder / SESSION_TRANSFORM_FILE).write_text(json.dumps(transform, indent=2) + "\n", encoding="utf-8")
 
 
@@ -315,9 +318,7 @@ def _rows(sessions_table: pa.Table) -> Any:
     return sessions_table[ITEM_LIST].combine_chunks().flatten().to_numpy()
 
 
-def _counts(
-    inputs: _Inputs, catalogue: Catalogue, rows_of: Mapping[str, pa.Table], train_count: Any
-) -> dict[str, Any]:
+def _counts(inputs: _Inputs, catalogue: Catalogue, rows_of: Mapping[str, pa.Table], train_count: Any) -> dict[str, Any]:
     return {
         "events": len(inputs.events),
         "users": int(inputs.events[USER_ID].nunique()),

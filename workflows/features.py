@@ -65,7 +65,9 @@ def features(
     encoded: dict[str, Encoded] = {}
     sources: dict[str, dict[str, Any]] = {}
     if text_columns:
-        columns = [require_column(catalogue.items, name, "items", "--text-columns").to_pylist() for name in text_columns]
+        columns = [
+            require_column(catalogue.items, name, "items", "--text-columns").to_pylist() for name in text_columns
+        ]
         encoded["text"] = encode_texts(join_texts(columns), width=width)
         sources["text"] = {"columns": list(text_columns)}
     if image_column is not None or images is not None:

@@ -35,8 +35,9 @@ class ListColumn(NamedTuple):
 class Adapter(Protocol):
     """What the operators need to know about a kind of frame."""
 
-    xp: ModuleType
-    """numpy or cupy."""
+    @property
+    def xp(self) -> ModuleType:
+        """Return numpy or cupy."""
 
     def order(self, frame: Frame, columns: Sequence[str], ascending: Sequence[bool]) -> Array:
         """Return the stable sorting permutation by the columns, nulls last, [row]."""
@@ -56,7 +57,10 @@ def adapter_of(frame: Frame) -> Adapter:
 class PandasFrames:
     """pandas: rows of a list column are arrays in an object column."""
 
-    xp = np
+    @property
+    def xp(self) -> ModuleType:
+        """Return numpy."""
+        return np
 
     def order(self, frame: Frame, columns: Sequence[str], ascending: Sequence[bool]) -> Array:
         """Sort by rank codes, so that strings are compared once per distinct value and not once per event."""
@@ -96,10 +100,10 @@ class CudfFrames:
 
     @property
     def xp(self) -> ModuleType:
-        """Cupy, imported when a cuDF frame is met."""
+        """Return cupy, imported when a cuDF frame is met."""
         import cupy
 
-        return cupy  # type: ignore[no-any-return]
+        return cupy
 
     def order(self, frame: Frame, columns: Sequence[str], ascending: Sequence[bool]) -> Array:
         """Sort on the GPU; the row number as the last key makes it stable whatever the algorithm."""

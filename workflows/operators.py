@@ -61,7 +61,9 @@ class SessionGroupby(Groupby):
         super().__init__(groupby_cols, sort_cols, aggs, name_sep, ascending)
         asked = {str(name) for names in self.conv_aggs.values() for name in names if isinstance(name, str)}
         if unknown := sorted(asked - set(AGGREGATIONS)):
-            raise ConfigError(f"aggregation {unknown}", f"any of {AGGREGATIONS}", "use nvtabular.ops.Groupby for others")
+            raise ConfigError(
+                f"aggregation {unknown}", f"any of {AGGREGATIONS}", "use nvtabular.ops.Groupby for others"
+            )
 
     def transform(self, col_selector: ColumnSelector, df: Frame) -> Frame:
         """Return one row per key, in the order of the keys."""

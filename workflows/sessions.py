@@ -17,6 +17,7 @@ import dask
 import dask.dataframe as dd
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from merlin.core.utils import global_dask_client
 from merlin.dag import Graph
@@ -29,7 +30,6 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.schema import (
     FIRST_ITEM_ROW,
     ITEM_ID,
-    ITEM_LIST,
     LIST_SUFFIX,
     NULL_ROW,
     SCHEMA_FILE,
@@ -125,7 +125,7 @@ def transform_events(workflow: Workflow, events: pd.DataFrame, partitions: int =
         frame = workflow.transform(dataset).to_ddf().compute(scheduler=_scheduler())
     table = frame.to_arrow() if hasattr(frame, "to_arrow") else pa.Table.from_pandas(frame, preserve_index=False)
     table = table.replace_schema_metadata(None).combine_chunks()
-    return table.take(pa.compute.sort_indices(table, [(USER_ID, "ascending")])) if partitions > 1 else table
+    return table.take(pc.sort_indices(table, [(USER_ID, "ascending")])) if partitions > 1 else table
 
 
 def session_schema(workflow: Workflow, longest: int) -> Schema:
@@ -207,15 +207,3 @@ def _with_range_index(frame: Any) -> Any:
 
 def _scheduler() -> str | None:
     return None if global_dask_client() else "synchronous"
-
-
-__all__ = [
-    "ITEM_LIST",
-    "build_request_workflow",
-    "build_session_workflow",
-    "compile_session_transform",
-    "fit",
-    "session_schema",
-    "transform_events",
-    "write_schema",
-]

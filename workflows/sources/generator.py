@@ -42,12 +42,14 @@ END = 1_735_689_600
 """1 January 2025: nothing happens later."""
 DAY = 86_400
 
-LATE_SHARE = 0.16
-"""Share of the items that appear in the last ten weeks, ever more of them towards the end."""
+LATE_SHARE, LATE_DAYS = 0.4, 120
+"""Share of the items that appear in the last so many days, ever more of them towards the end."""
+PROMOTION = 5.0
+"""How much more often an item is met in its first thirty days."""
 WITHOUT_TEXT, WITHOUT_IMAGE = 0.06, 0.15
-FOLLOW = 0.68
-"""Probability of the next product of the same interest."""
-LIKES = 0.75
+COMPARE, FOLLOW, DRIFT = 0.28, 0.36, 0.22
+"""Probability of the same product again, of the next one, of a related interest; else any product of this one."""
+LIKES = 0.85
 """Probability that the user's own style decides."""
 STRAY = 0.08
 """Probability of an event that only popularity explains."""
@@ -141,8 +143,8 @@ def make_items(n_items: int, rng: np.random.Generator) -> Items:
     rng.shuffle(pairs)
     ranks = rng.permutation(n_items) + 1.0
     late = rng.random(n_items) < LATE_SHARE
-    launch = np.where(late, END - 70 * DAY * rng.random(n_items) ** 2.5 - DAY, 0.0)
-    return Items(pairs // PRODUCTS, pairs % PRODUCTS, rng.integers(0, len(STYLES), n_items), ranks**-0.6, launch)
+    launch = np.where(late, END - LATE_DAYS * DAY * rng.random(n_items) ** 2 - DAY, 0.0)
+    return Items(pairs // PRODUCTS, pairs % PRODUCTS, rng.integers(0, len(STYLES), n_items), ranks**-0.45, launch)
 
 
 def related_interests(rng: np.random.Generator) -> Floats:
@@ -167,10 +169,13 @@ def make_events(items: Items, users: int, rng: np.random.Generator, progress: Pr
 
 
 def next_state(interest: int, product: int, drift: Floats, rng: np.random.Generator) -> tuple[int, int]:
-    """Return the next interest and product: usually the next product, after the last one a related interest."""
-    if rng.random() < FOLLOW and product + 1 < PRODUCTS:
+    """Return the next interest and product; after the last product comes a related interest."""
+    chance = rng.random()
+    if chance < COMPARE:
+        return interest, product
+    if chance < COMPARE + FOLLOW and product + 1 < PRODUCTS:
         return interest, product + 1
-    if rng.random() < 0.75:
+    if chance < COMPARE + FOLLOW + DRIFT:
         return int(rng.choice(len(drift), p=drift[interest])), 0
     return interest, int(rng.integers(PRODUCTS))
 
@@ -184,7 +189,7 @@ def _walk(items: Items, drift: Floats, start: Floats, rng: np.random.Generator) 
     fresh = np.ones(len(items.interest), bool)
     for time in times:
         new = (items.launch > 0) & (time - items.launch < 30 * DAY)
-        weights = items.popularity * fresh * (items.launch <= time) * np.where(new, 6.0, 1.0)
+        weights = items.popularity * fresh * (items.launch <= time) * np.where(new, PROMOTION, 1.0)
         if rng.random() >= STRAY:
             weights = weights * ((items.interest == interest) & (items.product == product))
             if rng.random() < LIKES:

@@ -51,9 +51,13 @@ def read_table(paths: Paths, what: str, *, text_columns: Sequence[str] = ()) -> 
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise SchemaError(f"the {what} files disagree on a type ({error})", "one type per column in all files") from error
+        raise SchemaError(
+            f"the {what} files disagree on a type ({error})", "one type per column in all files"
+        ) from error
     if not table.num_rows:
-        raise DataError(f"the {what} table {files[0]} has no rows", "at least one row", "check the export it comes from")
+        raise DataError(
+            f"the {what} table {files[0]} has no rows", "at least one row", "check the export it comes from"
+        )
     return _plain_strings(table)
 
 
@@ -106,7 +110,9 @@ def _read_file(file: Path, what: str, text_columns: Sequence[str]) -> pa.Table:
             )
             return pacsv.read_csv(file, parse_options=parse, convert_options=convert)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file} cannot be read ({error})", f"{what} as parquet or csv", "write the file again") from error
+        raise DataError(
+            f"{file} cannot be read ({error})", f"{what} as parquet or csv", "write the file again"
+        ) from error
     raise DataError(f"{file} is of an unknown kind", f"a file ending in one of {_PARQUET + _CSV}", "convert it")
 
 

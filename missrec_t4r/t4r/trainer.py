@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers4rec.torch as tr
 from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers4rec.config.trainer import T4RecTrainingArguments
 
@@ -202,6 +202,7 @@ def _trainer(
         _Report(log, progress, train.max_minutes),
     ]
     trainer = tr.Trainer(model=model, args=arguments, schema=schema, callbacks=callbacks, compute_metrics=True)
+    trainer.remove_callback(PrinterCallback)  # standard output is the command line's
     trainer.train_dataloader, trainer.eval_dataloader = loaders["train"], loaders["valid"]
     return trainer
 

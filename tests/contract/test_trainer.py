@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 import transformers4rec.torch as tr
+from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 from transformers4rec.config.trainer import T4RecTrainingArguments
 
 from missrec_t4r.config import Recipe, TrainConfig
-from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.evaluation.full_ranking import quick_metrics
@@ -154,7 +155,7 @@ def recipe(**train: Any) -> Recipe:
     return Recipe(name="small", model=shop.config(n_neighbours=0), train=TrainConfig(**(settings | train)))
 
 
-def test_train_t4r_writes_a_run_that_our_evaluation_loads(data: Path, tmp_path: Path) -> None:
+def test_train_t4r_writes_a_run_that_our_evaluation_loads(data: Path, tmp_path: Path, capsys: Any) -> None:
     said: list[str] = []
 
     class Listener:
@@ -168,6 +169,7 @@ def test_train_t4r_writes_a_run_that_our_evaluation_loads(data: Path, tmp_path: 
     assert info["without"] == ["ema_decay"]
     assert "the T4R trainer has no ema_decay: trained without" in said
     assert json.dumps(info)
+    assert capsys.readouterr().out == ""
     loaded = load_run(tmp_path / "run")
     own = quick_metrics(
         ModelScorer.with_popularity(loaded.model, loaded.catalogue), Sessions.load(data / "valid"), shop.N_ROWS
@@ -218,3 +220,15 @@ def test_a_catalogue_of_another_size_is_refused(data: Path) -> None:
     other = Catalogue(shop.catalogue().items.slice(0, 50), {})
     with pytest.raises(ConfigError, match="a model of 120 rows and a catalogue of 53"):
         from_core(to_core(a_model()), ITEMS, other)
+
+
+def test_train_t4r_works_on_a_catalogue_below_one_hundred_rows(data: Path, tmp_path: Path) -> None:
+    whole = shop.catalogue()
+    few = {name: Modality(part.vectors[:40], part.present[:40]) for name, part in whole.modalities.items()}
+    Catalogue(whole.items.slice(0, 37), few).save(tmp_path / "catalogue")
+    for split in ("train", "valid"):
+        rows = [[3 + row % 37 for row in line] for line in shop.sessions(40, seed=1)]
+        shop.write_sessions(tmp_path / split, rows)
+    TensorflowMetadata.from_merlin_schema(shop.schema(maximum=39)).to_proto_text_file(str(tmp_path))
+    info = train_t4r(tmp_path, recipe(epochs=1), tmp_path / "run", device="cpu")
+    assert 0 <= info["valid_ndcg@10"] <= 1

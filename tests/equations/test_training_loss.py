@@ -1,0 +1,45 @@
+"""The loss of a training step against a loop over prefixes that knows nothing of batches, positions or padding."""
+
+import numpy as np
+import pytest
+
+from missrec_t4r.config import TrainConfig
+from missrec_t4r.data.batches import collate, training_batches
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.training.step import training_loss
+from tests.equations import reference as ref
+from tests.equations import small_shop as shop
+from tests.equations import translate
+
+SESSIONS = [shop.rows([*session, target]) for session, target in zip(shop.SESSIONS, shop.TARGETS, strict=True)]
+CONFIGS = {
+    "paper": shop.paper(orthogonality_weight=0.0),
+    "default": shop.default(orthogonality_weight=0.0, feature_scaling="none"),
+    "default, inductive": shop.default(orthogonality_weight=0.0, feature_scaling="none", item_ids=False),
+}
+
+
+@pytest.mark.parametrize("next_items", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "backwards"),
+    [("paper", False), ("default", False), ("default", True), ("default, inductive", False)],
+)
+def test_training_loss(name: str, backwards: bool, next_items: int) -> None:
+    config = CONFIGS[name]
+    model, train = shop.model(config), TrainConfig(batch_size=1000, next_items=next_items, next_items_weight=0.3)
+    data = Sessions.from_lists(SESSIONS)
+    [(examples, _)] = training_batches(data, config, train, np.random.default_rng(0))
+    batch = collate(data, examples, next_items, all_positions=config.attention == "causal", backwards=backwards)
+    expected, phi = translate.whole(model, shop.catalogue()), translate.phi(model)
+    bias = 0.0 if model.history_bias is None else float(model.history_bias.detach())
+    losses: list[list[float]] = [[] for _ in range(next_items)]
+    for session in SESSIONS:
+        session = session[::-1] if backwards else session
+        vectors = ref.unit(expected.positions(session[:-1])) if config.attention == "causal" else None
+        for n in range(1, len(session)):
+            vector = expected.session_vector(session[:n]) if vectors is None else vectors[n - 1]
+            scores = ref.with_history_bias(ref.fused_scores(vector, expected.items, phi), session[:n], bias)
+            for ahead, target in enumerate(session[n : n + next_items]):
+                losses[ahead].append(ref.cross_entropy(scores[None], [target], config.temperature))
+    weighted = sum(weight * float(np.mean(part)) for weight, part in zip([1.0, 0.3], losses))
+    assert training_loss(model, batch, train).item() == pytest.approx(weighted, abs=1e-9)

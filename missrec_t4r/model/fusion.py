@@ -18,6 +18,8 @@ class CandidateFusion(nn.Module):
         fused(s, j) = sum_m w_m (s . x[j,m]),   w = softmax over present m of (phi * s . x[j,m])
         score(s, j) = (s . e_j + 2 fused(s, j)) / 3     where item j has a trained ID embedding e_j
 
+    Computed as the static score, one matrix product, plus a correction for the items that have several modalities.
+
     Paper: dynamic candidate fusion, arXiv:2308.11175; docs/equations.md.
 
     Parameters
@@ -50,14 +52,11 @@ class CandidateFusion(nn.Module):
         Tensor [batch, catalogue]
             Cosine scores in [-1, 1]; 0 for a row with neither modality nor trained ID.
         """
-        if self.phi is None or len(candidates.modality) == 1:
-            return session @ self.static_table(candidates).T
-        fused = self._dynamic(session, candidates)
-        if candidates.ids is None or candidates.id_mask is None:
-            return fused
-        by_id, has_id = session @ candidates.ids.T, candidates.id_mask
-        either = torch.where(candidates.mask.any(0), (by_id + 2 * fused) / 3, by_id)
-        return torch.where(has_id, either, fused)
+        scores = session @ self.static_table(candidates).T
+        if self.phi is None:
+            return scores
+        several = torch.nonzero(candidates.mask.sum(0) > 1).flatten()
+        return scores.index_add_(1, several, self._correction(session, candidates, several)) if len(several) else scores
 
     def static_table(self, candidates: CandidateTokens) -> Tensor:
         """Return one row per candidate [catalogue, dim] whose inner product with the session is the static score."""
@@ -69,10 +68,22 @@ class CandidateFusion(nn.Module):
         either = torch.where(has_modality, (candidates.ids + 2 * mean) / 3, candidates.ids)
         return torch.where(candidates.id_mask.unsqueeze(-1), either, mean)
 
-    def _dynamic(self, session: Tensor, candidates: CandidateTokens) -> Tensor:
-        numerator = denominator = torch.zeros((), device=session.device, dtype=session.dtype)
+    def _correction(self, session: Tensor, candidates: CandidateTokens, several: Tensor) -> Tensor:
+        """Return what the dynamic weights add to the mean, [batch, item], for the items with several modalities.
+
+        With one modality its weight is 1 and nothing is to be added, so shops with sparse pictures pay for few items.
+        """
+        assert self.phi is not None
+        phi = self.phi if self.name == "dynamic_shared" else self.phi[several]
+        total = numerator = denominator = torch.zeros((), device=session.device, dtype=session.dtype)
         for tokens, present in zip(candidates.modality, candidates.mask, strict=True):
-            vote = session @ tokens.T  # in [-1, 1]: exp needs no running maximum while phi is below 80
-            weight = torch.exp(self.phi * vote) * present
+            vote = session @ tokens[several].T  # in [-1, 1]: exp needs no running maximum while phi is below 80
+            weight, counts = torch.exp(phi * vote), present[several].to(vote.dtype)
+            if not bool(present[several].all()):
+                weight = weight * counts
             numerator, denominator = numerator + weight * vote, denominator + weight
-        return numerator / denominator.clamp_min(torch.finfo(session.dtype).tiny)
+            total = total + vote * counts
+        correction = numerator / denominator - total / candidates.mask[:, several].sum(0)
+        if candidates.id_mask is None:
+            return correction
+        return correction * (1 - candidates.id_mask[several].to(correction.dtype) / 3)

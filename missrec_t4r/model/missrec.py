@@ -52,6 +52,7 @@ class MISSRec(nn.Module):
     """
 
     recommendable: Tensor
+    excluded: Tensor
 
     def __init__(
         self,
@@ -75,6 +76,7 @@ class MISSRec(nn.Module):
         usable = tokens.mask.any(0) if tokens.id_mask is None else tokens.mask.any(0) | tokens.id_mask
         usable[:FIRST_ITEM_ROW] = False
         self.register_buffer("recommendable", usable, persistent=False)
+        self.register_buffer("excluded", torch.nonzero(~usable).flatten(), persistent=False)
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Return the session vectors [batch, dim], unit length.
@@ -133,13 +135,12 @@ class MISSRec(nn.Module):
         item_ids : Tensor [batch, seq], int64
             The items each vector has seen (0 for none): they get the learned history bias and call their neighbours.
         """
-        scores: Tensor = self.fusion(session, candidates)
+        scores: Tensor = self.fusion(session, candidates)  # ours to change in place: nothing else holds it
         if self.history_bias is not None:
-            seen = torch.zeros_like(scores).scatter_(1, item_ids, 1.0)
-            scores = scores + self.history_bias * seen
+            scores.scatter_add_(1, item_ids, self.history_bias * first_occurrences(item_ids).to(scores.dtype))
         if self.prior is not None and not self.training and self.prior.active:
             scores = scores + self.prior(item_ids)
-        return scores.masked_fill(~self.recommendable, -torch.inf)
+        return scores.index_fill_(1, self.excluded, -torch.inf)
 
     @torch.no_grad()
     def discover_interests(self, seed: int) -> None:
@@ -148,6 +149,19 @@ class MISSRec(nn.Module):
         self.eval()
         self.interests.discover(self.towers.catalogue(), seed)
         self.train(was_training)
+
+
+def first_occurrences(item_ids: Tensor) -> Tensor:
+    """Return [batch, seq], True where an item stands in its row for the first time; an item counts once in a session.
+
+    Examples
+    --------
+    >>> first_occurrences(torch.tensor([[5, 7, 5, 0, 0]])).tolist()
+    [[True, True, False, True, False]]
+    """
+    ordered, order = item_ids.sort(dim=1, stable=True)
+    first = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
+    return torch.empty_like(first).scatter_(1, order, first)
 
 
 def build_missrec(config: MISSRecConfig, catalogue: Catalogue) -> MISSRec:

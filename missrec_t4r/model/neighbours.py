@@ -57,9 +57,19 @@ class NeighbourPrior(nn.Module):
         self.register_buffer("settings", torch.tensor([0.0, 1.0, 0.0]))
 
     @torch.no_grad()
-    def fit(self, sessions: Sessions, window: int) -> None:
-        """Count, for every item, the items that follow or precede it within ``window`` events of a session."""
-        rows, others, counts = cooccurrence(sessions, window)
+    def fit(self, sessions: Sessions, window: int, *, directed: bool = False) -> None:
+        """Count, for every item, the items within ``window`` events of it in a session.
+
+        Parameters
+        ----------
+        sessions : Sessions
+            Training sessions.
+        window : int
+            Small for long histories, where everything occurs with everything.
+        directed : bool
+            Count only what comes after the item.
+        """
+        rows, others, counts = cooccurrence(sessions, window, directed=directed)
         order = np.lexsort((others, -counts, rows))
         rows, others, counts = rows[order], others[order], counts[order]
         rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
@@ -98,14 +108,14 @@ class NeighbourPrior(nn.Module):
 
 
 def cooccurrence(
-    sessions: Sessions, window: int
+    sessions: Sessions, window: int, *, directed: bool = False
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Count ordered pairs of different items at most ``window`` events apart in a session.
 
     Returns
     -------
     rows, others, counts : ndarray [pair]
-        Sorted by ``rows`` and ``others``; symmetric.
+        Sorted by ``rows`` and ``others``; symmetric unless ``directed``, where the other item comes later.
 
     Examples
     --------
@@ -125,6 +135,8 @@ def cooccurrence(
             keys, counts, pending = *_merged(keys, counts, pending), []
     keys, counts = _merged(keys, counts, pending)
     rows, others = keys // n_rows, keys % n_rows
+    if directed:
+        return rows, others, counts
     keys, inverse = np.unique(np.concatenate([keys, others * n_rows + rows]), return_inverse=True)
     counts = np.bincount(inverse, np.concatenate([counts, counts])).astype(np.int64)
     return keys // n_rows, keys % n_rows, counts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,7 +11,9 @@ from torch.nn import functional as F
 from missrec_t4r.config import Orthogonality
 
 
-def next_item_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+def next_item_loss(
+    logits: Tensor, targets: Tensor, weights: Tensor | None = None, *, overwrite: bool = False
+) -> Tensor:
     """Return the full-softmax cross-entropy over the catalogue, averaged over positions.
 
     Parameters
@@ -17,18 +21,42 @@ def next_item_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = Non
     logits : Tensor [position, catalogue]
         Scores divided by the temperature; -inf for rows that cannot be recommended.
     targets : Tensor [position] or [position, target], int64
-        Catalogue rows; 0 where there is none. Several targets of a position share its softmax (ours). A target that
-        cannot be recommended (an item without any vector in an inductive model) counts as none.
+        Catalogue rows; 0 where there is none. Several targets of a position share its softmax (ours).
     weights : Tensor [target], optional
         Weight of each target column; 1 by default.
+    overwrite : bool
+        Let the softmax take the place of ``logits``: a large catalogue's step is bound by memory, not by arithmetic.
     """
     if targets.ndim == 1:
         targets = targets.unsqueeze(1)
-    normaliser, chosen = logits.logsumexp(1, keepdim=True), logits.gather(1, targets)
-    real = (targets > 0) & ~chosen.isneginf()
-    loss = (normaliser - chosen).masked_fill(~real, 0.0)
-    per_column = loss.sum(0) / real.sum(0).clamp_min(1)
-    return per_column.sum() if weights is None else (per_column * weights).sum()
+    real = targets > 0
+    share = real / real.sum(0).clamp_min(1).to(logits.dtype)
+    if weights is not None:
+        share = share * weights
+    loss: Tensor = _SoftmaxCrossEntropy.apply(logits if overwrite else logits.clone(), targets, share)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _SoftmaxCrossEntropy(torch.autograd.Function):
+    """Sum over p, k of ``share[p,k] * (logsumexp(logits[p]) - logits[p, targets[p,k]])``, with one large tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, share: Tensor) -> Tensor:
+        largest = logits.amax(1, keepdim=True)
+        wanted = logits.gather(1, targets) - largest
+        softmax = logits.detach().sub_(largest).exp_()
+        total = softmax.sum(1, keepdim=True)
+        ctx.save_for_backward(targets, share, total)
+        ctx.softmax = softmax  # not yet divided by its total; the storage of the logits
+        return ((total.log() - wanted).masked_fill(share == 0, 0.0) * share).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        targets, share, total = ctx.saved_tensors
+        scaled = share * gradients[0]
+        gradient = ctx.softmax.mul_(scaled.sum(1, keepdim=True) / total)
+        ctx.softmax = None  # a second backward would need the logits again
+        return gradient.scatter_add_(1, targets, -scaled), None, None
 
 
 def orthogonality_loss(memory: Tensor, mask: Tensor, kind: Orthogonality) -> Tensor:

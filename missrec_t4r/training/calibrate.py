@@ -16,10 +16,15 @@ from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.model.neighbours import PriorSettings
 from missrec_t4r.progress import Progress, quiet
 
+Counting = tuple[int, bool]
+Point = tuple[float, float, float]
+
 _DECAYS = (0.4, 0.6, 0.8, 0.95)
 _POWERS = (0.1, 0.3, 0.5, 0.7)
 _LOGITS_PER_COUNT = (0.0, 0.15, 0.3, 0.6, 1.0, 1.5, 2.5)
 """Weights on the grid: what one co-occurrence of two average items adds to a logit."""
+_FOLLOWERS = 5
+"""Window of the second way to count: items that come within so many events after another."""
 _MOST_SESSIONS = 3000
 
 
@@ -42,27 +47,33 @@ def fit_prior(
     """
     if model.prior is None:
         return {}
-    model.prior.fit(train, model.config.max_sequence_length)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(valid))[:_MOST_SESSIONS])
     histories, targets = valid.take(chosen).split_last()
     histories = histories.known()
     grid = list(product(_DECAYS, _POWERS, _LOGITS_PER_COUNT))
-    gains = np.zeros(len(grid))
-    model.prior.choose(PriorSettings(0.0, 1.0, 0.0))
     scorer = ModelScorer.with_popularity(model, catalogue)
-    step = chunk_size(catalogue.n_rows)
-    for start in progress.track(range(0, len(histories), step), "weighing neighbours"):
-        chunk = slice_sessions(histories, start, start + step)
-        gains += _gains(model, scorer, chunk, torch.from_numpy(targets[start : start + step]), grid)
-    ndcg = gains / max(len(histories), 1)
-    best = int(ndcg.argmax())
-    model.prior.choose(_settings(model, *grid[best]))
-    return {**model.prior.chosen._asdict(), "valid_ndcg@10": float(ndcg[best]), "without": float(ndcg[0])}
+    found: list[tuple[float, Counting, Point]] = []
+    for counting in ((model.config.max_sequence_length, False), (_FOLLOWERS, True)):
+        model.prior.choose(PriorSettings(0.0, 1.0, 0.0))
+        model.prior.fit(train, counting[0], directed=counting[1])
+        gains = np.zeros(len(grid))
+        step = chunk_size(catalogue.n_rows)
+        for start in progress.track(range(0, len(histories), step), "weighing neighbours"):
+            chunk = slice_sessions(histories, start, start + step)
+            gains += _gains(model, scorer, chunk, torch.from_numpy(targets[start : start + step]), grid)
+        best = int(gains.argmax())
+        found.append((float(gains[best]) / max(len(histories), 1), counting, grid[best]))
+        without = float(gains[0]) / max(len(histories), 1)
+    ndcg, (window, directed), point = max(found, key=lambda result: result[0])
+    model.prior.fit(train, window, directed=directed)
+    model.prior.choose(_settings(model, *point))
+    counted = {"window": window, "directed": directed}
+    return {**model.prior.chosen._asdict(), **counted, "valid_ndcg@10": ndcg, "without": without}
 
 
 @torch.no_grad()
 def _gains(
-    model: MISSRec, scorer: ModelScorer, chunk: Sessions, targets: torch.Tensor, grid: list[tuple[float, float, float]]
+    model: MISSRec, scorer: ModelScorer, chunk: Sessions, targets: torch.Tensor, grid: list[Point]
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Sum of NDCG@10 over a chunk of sessions for every point of the grid."""
     prior = model.prior

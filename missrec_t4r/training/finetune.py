@@ -130,7 +130,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = build_missrec(recipe.model, catalogue).to(self.device)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
         self.average = AveragedWeights(self.model, settings.ema_decay)
         self.best: dict[str, Tensor] = {}

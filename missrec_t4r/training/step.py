@@ -32,9 +32,9 @@ def training_loss(model: MISSRec, batch: TrainingBatch, train: TrainConfig) -> T
         vectors, targets = vectors[session, step], targets[session, step]
         visible = torch.arange(history.shape[1], device=history.device) <= step.unsqueeze(1)
         history = history[session] * visible
-    logits = model.score(vectors, model.towers.candidates(catalogue), history) / model.config.temperature
+    logits = model.score(vectors, model.towers.candidates(catalogue), history).div_(model.config.temperature)
     weights = torch.full((targets.shape[1],), train.next_items_weight, device=logits.device, dtype=logits.dtype)
     weights[0] = 1.0
-    loss = next_item_loss(logits, targets, weights)
+    loss = next_item_loss(logits, targets, weights, overwrite=True)
     regulariser = orthogonality_loss(encoded.memory, encoded.interests.mask, model.config.orthogonality)
     return loss + model.config.orthogonality_weight * regulariser

@@ -27,8 +27,9 @@ export PIP_NO_INPUT := 1
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
 
-# A stamp is the last thing that an installation writes. Without it a folder is the rest of an interrupted one and is made anew;
-# with it, changed requirements are installed on top.
+# `.installing` is the first thing that an installation writes and `.installed`, which it becomes, the last. A folder with the first is
+# the rest of an interrupted installation and is made anew; with the second, changed requirements are installed on top; a folder with
+# neither is somebody's own and is left alone.
 install: $(VENV)/.installed
 
 $(VENV)/.installed: requirements/set-b.txt requirements/merlin-b.txt requirements/check_platform.py pyproject.toml
@@ -39,7 +40,7 @@ $(VENV)/.installed: requirements/set-b.txt requirements/merlin-b.txt requirement
 	@echo "==> installing Merlin without its pandas bound (under a minute)"
 	@$(VENV)/bin/python -m pip install -q --no-deps -r requirements/merlin-b.txt
 	@$(VENV)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
-	@touch $@
+	@mv $(@D)/.installing $@ && touch $@
 
 $(VENV_A)/.installed: requirements/set-a.txt requirements/check_platform.py pyproject.toml
 	@$(call check_python)
@@ -47,7 +48,7 @@ $(VENV_A)/.installed: requirements/set-a.txt requirements/check_platform.py pypr
 	@echo "==> installing the older pins into $(VENV_A) (2 GB; about 3 minutes)"
 	@$(VENV_A)/bin/python -m pip install -q -r requirements/set-a.txt
 	@$(VENV_A)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
-	@touch $@
+	@mv $(@D)/.installing $@ && touch $@
 
 demo: $(VENV)/.installed
 	@$(VENV)/bin/missrec demo $(if $(DATA),--data "$(DATA)") --out "$(OUT)"
@@ -88,6 +89,8 @@ Install it (Debian 12: apt-get install python3.11-venv libpython3.11), or name a
 endef
 
 define fresh_venv
-if [ -e $(1)/.installed ]; then rm -f $(1)/.installed; \
-else echo "==> creating $(1)"; "$(PYTHON)" -m venv --clear $(1); fi
+if [ -e $(1)/.installed ]; then mv $(1)/.installed $(1)/.installing; \
+elif [ -e $(1) ] && [ ! -e $(1)/.installing ]; then echo "$(1) exists, but not by this Makefile; expected: a name of its own. \
+Remove it, or name another: make VENV=.venv-missrec." >&2; exit 2; \
+else echo "==> creating $(1)"; rm -rf $(1) && mkdir -p $(1) && touch $(1)/.installing && "$(PYTHON)" -m venv $(1); fi
 endef

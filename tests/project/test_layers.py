@@ -30,7 +30,7 @@ OUTSIDE = {
     "transformers4rec": {"t4r"},
     "transformers": {"t4r", "workflows"},
     "pandas": {"workflows", "t4r"},
-    "dask": {"workflows"},
+    "dask": {"workflows", "t4r"},
     "cudf": {"workflows"},
     "sklearn": {"workflows"},
     "PIL": {"workflows"},

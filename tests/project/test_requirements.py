@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,13 @@ def test_make_without_the_right_python_says_what_to_do_and_leaves_nothing(tmp_pa
     assert "expected: Python 3.11" in done.stderr
     assert "PYTHON=/path/to/python3.11" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_make_leaves_an_environment_alone_that_it_did_not_make(tmp_path: Path) -> None:
+    (tmp_path / "pyvenv.cfg").write_text("somebody's own")
+    command = ["make", "install", f"PYTHON={sys.executable}", f"VENV={tmp_path}"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "exists, but not by this Makefile" in done.stderr
+    assert (tmp_path / "pyvenv.cfg").read_text() == "somebody's own"

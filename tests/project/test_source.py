@@ -59,6 +59,12 @@ def test_the_check_for_unpickling_sees(code: str, found: str | None) -> None:
     assert _dangerous(statement.value) == found
 
 
+def test_shipped_code_is_python_3_10() -> None:
+    """The images of Merlin and Triton carry it; the tests run on 3.11."""
+    for file in _shipped_python():
+        assert ast.parse(file.read_text(encoding="utf-8"), feature_version=(3, 10)), file
+
+
 def test_no_python_file_is_long() -> None:
     lengths = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8").count("\n") for file in _python_files()}
     assert len(lengths) > 80

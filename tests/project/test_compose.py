@@ -1,0 +1,144 @@
+"""docker-compose.yml: valid by the Compose schema, consistent with docker/, every command runs as a local process."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.project.packages import ROOT
+
+FILE = ROOT / "docker-compose.yml"
+PIPELINE = ["etl", "features", "train", "export"]
+SMALL = {"RECIPE": "tiny", "TRAIN_OPTIONS": "--set train.epochs=1 --device cpu"}
+
+
+def _compose(settings: dict[str, str] | None = None) -> dict[str, Any]:
+    """Return the file as Compose reads it: ``${NAME:-default}`` replaced, anchors and merges resolved."""
+    chosen = settings or {}
+    text = re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: chosen.get(found[1]) or found[2], FILE.read_text())
+    assert "$" not in text
+    content: dict[str, Any] = yaml.safe_load(text)
+    return content
+
+
+def _schema_check(file: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_file_is_valid_by_the_compose_schema() -> None:
+    done = _schema_check(FILE)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"), [("healthcheck:", "healthchek:"), ("retries: 12", "retries: {}"), ("count: 1", "count: []")]
+)
+def test_the_schema_check_sees_mistakes(right: str, wrong: str, tmp_path: Path) -> None:
+    text = FILE.read_text()
+    assert right in text
+    (tmp_path / "docker-compose.yml").write_text(text.replace(right, wrong))
+    assert _schema_check(tmp_path / "docker-compose.yml").returncode == 1
+
+
+def test_services_and_their_order() -> None:
+    services = _compose()["services"]
+    assert set(services) == {*PIPELINE, "triton", "triton-gpu", "smoke"}
+    for earlier, later in zip(PIPELINE, PIPELINE[1:], strict=False):
+        assert services[later]["depends_on"] == {earlier: {"condition": "service_completed_successfully"}}
+    assert services["smoke"]["depends_on"] == {"triton": {"condition": "service_healthy"}}
+    started_by_default = [name for name, service in services.items() if "profiles" not in service]
+    assert started_by_default == ["triton"], "`docker compose up` serves; it must not train again"
+
+
+def test_only_the_steps_that_use_a_gpu_reserve_one() -> None:
+    def capabilities(service: dict[str, Any]) -> list[str]:
+        devices = service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
+        return [capability for device in devices for capability in device["capabilities"]]
+
+    reserving = {name for name, service in _compose()["services"].items() if capabilities(service) == ["gpu"]}
+    assert reserving == {"etl", "train", "triton-gpu"}
+
+
+def test_the_two_triton_variants_differ_in_torch_and_device_only() -> None:
+    services = _compose()["services"]
+    cpu, gpu = services["triton"], services["triton-gpu"]
+    assert cpu["build"].pop("args") == {"TORCH_INDEX_URL": "https://download.pytorch.org/whl/cpu"}
+    assert gpu.pop("deploy")
+    assert gpu.pop("profiles") == ["gpu"]
+    assert (cpu.pop("image"), gpu.pop("image")) == ("missrec-t4r-triton:cpu", "missrec-t4r-triton:gpu")
+    assert cpu == gpu
+
+
+def test_builds_name_files_and_arguments_that_exist() -> None:
+    for name, service in _compose()["services"].items():
+        dockerfile = (ROOT / service["build"]["dockerfile"]).read_text()
+        assert set(service["build"].get("args", {})) <= set(re.findall(r"^ARG (\w+)", dockerfile, re.MULTILINE)), name
+    command = re.search(r"^CMD (\[.*\])$", (ROOT / "docker" / "triton.Dockerfile").read_text(), re.MULTILINE)
+    assert command is not None
+    assert json.loads(command[1]) == shlex.split(_compose()["services"]["triton"]["command"])
+
+
+def test_the_build_context_holds_the_package_and_nothing_else() -> None:
+    kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert sorted(kept) == ["LICENSE", "README.md", "missrec_t4r", "pyproject.toml", "triton_models", "workflows"]
+    assert all((ROOT / name).exists() for name in kept)
+
+
+class _Local:
+    """The containers' world on this machine: volumes become folders, host names become loopback ports."""
+
+    def __init__(self, folder: Path) -> None:
+        self.services = _compose(SMALL)["services"]
+        self.names = {"/input": str(folder / "input"), "/output": str(folder / "output")}
+
+    def command(self, service: str) -> list[str]:
+        words = [self.mapped(word) for word in shlex.split(self.services[service]["command"])]
+        return [sys.executable, "-m", "missrec_t4r", *words[1:]] if words[0] == "missrec" else words
+
+    def mapped(self, text: str) -> str:
+        for name, local in self.names.items():
+            text = text.replace(name, local)
+        return text
+
+    def run(self, command: list[str]) -> dict[str, Any]:
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-4000:]}"
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+
+@pytest.mark.triton
+def test_every_service_runs_as_a_local_process(tmp_path: Path) -> None:
+    pytest.importorskip("nvtabular", reason="the first step is NVTabular's")
+    from missrec_t4r.serving.local_triton import LocalTriton
+
+    local = _Local(tmp_path)
+    shop = [sys.executable, "-m", "missrec_t4r", "generate", "--users", "120", "--items", "100", "--out"]
+    local.run([*shop, str(tmp_path / "input")])
+    answers = {name: local.run(local.command(name)) for name in PIPELINE}
+    assert answers["etl"]["users"] == 120
+    assert set(answers["features"]["modalities"]) == {"text", "image"}
+    assert answers["export"]["parity"]["equal"] is True
+
+    program, repository, *arguments = local.command("triton")
+    assert program == "tritonserver"
+    assert repository == f"--model-repository={answers['export']['repository']}"
+    with LocalTriton(answers["export"]["repository"], arguments=tuple(arguments)) as server:
+        local.names |= {"inference:8001": server.grpc_url, "localhost:8000": server.http_url}
+        answer = local.run(local.command("smoke"))
+        healthy = subprocess.run(local.mapped(local.services["triton"]["healthcheck"]["test"]), shell=True, check=False)
+        assert healthy.returncode == 0
+    assert len(answer["recommendations"]) == 5
+    assert answer["fallback"] is False
+    stopped = subprocess.run(
+        local.mapped(local.services["triton"]["healthcheck"]["test"]), shell=True, capture_output=True, check=False
+    )
+    assert stopped.returncode != 0, "the health check must fail once the server is gone"

@@ -15,17 +15,14 @@ import importlib.resources
 import shutil
 import string
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from missrec_t4r.errors import BundleError, ConfigError
 from missrec_t4r.export.manifest import BUNDLE_FILES, MANIFEST_FILE, verify_bundle
 from missrec_t4r.export.staging import staged
 from missrec_t4r.export.vocabulary import load_session_transform
 
-if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable  # Python 3.11; annotations are not evaluated
-
-MODELS = ("missrec", "missrec_sessions", "missrec_ranker")
+ENSEMBLE = "missrec"
+MODELS = (ENSEMBLE, "missrec_sessions", "missrec_ranker")
 BUNDLE_IN_REPOSITORY = "missrec_ranker/1/bundle"
 LANDMARK = "missrec_ranker/config.pbtxt"
 
@@ -73,16 +70,16 @@ def fill_repository(folder: Path, bundle: Path, *, max_batch_size: int = 64, thr
     for model in MODELS:
         (folder / model / "1").mkdir(parents=True)
         (folder / model / "config.pbtxt").write_text(filled(_template(model, "config.pbtxt"), values), encoding="utf-8")
-        code = _template(model, "1", "model.py")
-        if code.is_file():
-            (folder / model / "1" / "model.py").write_bytes(code.read_bytes())
+        if model != ENSEMBLE:
+            code = _template(model, "1", "model.py")
+            (folder / model / "1" / "model.py").write_text(code, encoding="utf-8")
     target = folder / BUNDLE_IN_REPOSITORY
     target.mkdir()
     for name in (MANIFEST_FILE, *BUNDLE_FILES):
         shutil.copyfile(bundle / name, target / name)
 
 
-def filled(template: Traversable, values: dict[str, str]) -> str:
+def filled(template: str, values: dict[str, str]) -> str:
     """Return a template's text with every ``${name}`` replaced.
 
     Raises
@@ -91,10 +88,10 @@ def filled(template: Traversable, values: dict[str, str]) -> str:
         The template asks for a value that there is none for.
     """
     try:
-        return string.Template(template.read_text(encoding="utf-8")).substitute(values)
+        return string.Template(template).substitute(values)
     except (KeyError, ValueError) as error:
-        raise BundleError(f"template {template.name} asks for {error}", f"one of {', '.join(values)}") from error
+        raise BundleError(f"a template asks for {error}", f"one of {', '.join(values)}") from error
 
 
-def _template(*parts: str) -> Traversable:
-    return importlib.resources.files("missrec_t4r.triton_models").joinpath(*parts)
+def _template(*parts: str) -> str:
+    return importlib.resources.files("missrec_t4r.triton_models").joinpath(*parts).read_text(encoding="utf-8")

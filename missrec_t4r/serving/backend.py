@@ -45,7 +45,7 @@ class SessionsBackend:
         Only the files it reads are verified: the session transform and the item table.
     """
 
-    inputs = ("item_ids", "length")
+    inputs: Sequence[str] = ("item_ids", "length")
 
     def __init__(self, bundle: Path) -> None:
         verify_bundle(bundle, only=(SESSION_TRANSFORM_FILE, ITEMS_FILE))
@@ -76,7 +76,7 @@ class RankerBackend:
         Threads of one pass; Triton runs several models and requests beside each other, so few are best.
     """
 
-    inputs = ("rows", "seen", "top_k", "exclude_seen")
+    inputs: Sequence[str] = ("rows", "seen", "top_k", "exclude_seen")
 
     def __init__(self, bundle: Path, device: str = "cpu", threads: int = 1) -> None:
         import torch  # here, not above: the sessions model starts without it

@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -137,3 +138,19 @@ def _loadable(library: str) -> bool:
             continue
         return True
     return False
+
+
+def reason_in(log: str) -> str:
+    r"""Return what a Triton log says went wrong, in one paragraph: our own error's words, else its last lines.
+
+    Examples
+    --------
+    >>> reason_in("I0101 pinned\nUNAVAILABLE: Internal: BundleError: items.parquet is missing\n\nAt:\n  model.py(9)")
+    'BundleError: items.parquet is missing'
+    """
+    ours = re.findall(r"Internal: ((?:\w+\.)*\w*(?:Error|Exception): .+)", log)
+    if ours:
+        return str(ours[-1]).strip()
+    errors = re.findall(r"^E\d{4} \S+ \d+ \S+\] \"?(.+?)\"?$", log, flags=re.MULTILINE)
+    lines = errors or [line for line in log.splitlines() if line.strip()]
+    return " | ".join(line.strip() for line in lines[-3:]) or "the log is empty"

@@ -7,12 +7,9 @@ log becomes the error message. Production uses Triton's own image (docker-compos
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
-import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -23,9 +20,8 @@ from typing import Any
 
 from missrec_t4r.errors import ServingError
 from missrec_t4r.progress import Progress, quiet
-from missrec_t4r.serving.embedded import EmbeddedTriton
-
-LOOPBACK = "127.0.0.1"
+from missrec_t4r.serving.embedded import EmbeddedTriton, reason_in
+from missrec_t4r.serving.loopback import LOOPBACK, answers_ready, choose_ports
 
 _POLL_SECONDS = 0.05
 _CHECK_SECONDS = 0.5
@@ -184,70 +180,6 @@ class LocalTriton:
 
     def _reason(self) -> str:
         return reason_in(self.log_file.read_text(encoding="utf-8", errors="replace"))
-
-
-def choose_ports(wanted: dict[str, int]) -> dict[str, int]:
-    """Return a port per door: the wanted one if it is free, a free one where 0 is wanted.
-
-    Raises
-    ------
-    ServingError
-        A wanted port is occupied, wanted twice, or not a port.
-    """
-    sockets: list[socket.socket] = []
-    try:
-        chosen: dict[str, int] = {}
-        for door, port in sorted(wanted.items(), key=lambda pair: pair[1] == 0):
-            sockets.append(_bind(door, port))
-            chosen[door] = int(sockets[-1].getsockname()[1])
-        return chosen
-    finally:
-        for held in sockets:
-            held.close()
-
-
-def _bind(door: str, port: int) -> socket.socket:
-    held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free, a listening one is not
-    try:
-        held.bind((LOOPBACK, port))
-        held.listen()  # so that the same port wanted twice is noticed
-    except (OSError, OverflowError) as error:
-        held.close()
-        raise ServingError(
-            f"{door} port {port} cannot be used ({error})",
-            "a free port from 1 to 65535",
-            f"choose another --{door}-port, or 0 for any free one",
-        ) from error
-    return held
-
-
-def answers_ready(http_port: int) -> bool:
-    """Return whether the server on this loopback port says that all its models are ready."""
-    connection = http.client.HTTPConnection(LOOPBACK, http_port, timeout=2.0)
-    try:
-        connection.request("GET", "/v2/health/ready")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
-def reason_in(log: str) -> str:
-    r"""Return what a Triton log says went wrong, in one paragraph: our own error's words, else its last lines.
-
-    Examples
-    --------
-    >>> reason_in("I0101 pinned\nUNAVAILABLE: Internal: BundleError: items.parquet is missing\n\nAt:\n  model.py(9)")
-    'BundleError: items.parquet is missing'
-    """
-    ours = re.findall(r"Internal: ((?:\w+\.)*\w*(?:Error|Exception): .+)", log)
-    if ours:
-        return str(ours[-1]).strip()
-    errors = re.findall(r"^E\d{4} \S+ \d+ \S+\] \"?(.+?)\"?$", log, flags=re.MULTILINE)
-    lines = errors or [line for line in log.splitlines() if line.strip()]
-    return " | ".join(line.strip() for line in lines[-3:]) or "the log is empty"
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

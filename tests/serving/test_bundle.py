@@ -68,8 +68,7 @@ def test_the_request_is_cut_to_what_the_model_takes(run: Path, loaded: LoadedRun
 
 
 @pytest.mark.parametrize("name", [MANIFEST_FILE, *BUNDLE_FILES])
-@pytest.mark.parametrize("place", [0.0, 0.3, 0.62, 1.0])
-@pytest.mark.parametrize("mask", [0x01, 0x20, 0xFF])
+@pytest.mark.parametrize(("place", "mask"), [(0.0, 0x20), (0.3, 0x01), (0.62, 0xFF), (1.0, 0x01)])
 def test_one_flipped_byte_is_refused_and_its_file_named(copy: Path, name: str, place: float, mask: int) -> None:
     content = bytearray((copy / name).read_bytes())
     content[int(place * (len(content) - 1))] ^= mask

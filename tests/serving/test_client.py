@@ -9,7 +9,7 @@ import pytest
 
 from missrec_t4r.errors import DataError, ServingError
 from missrec_t4r.serving.client import MISSRecClient, pad_sessions, read_titles
-from missrec_t4r.serving.local_triton import choose_ports
+from missrec_t4r.serving.loopback import choose_ports
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

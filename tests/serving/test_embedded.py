@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from missrec_t4r.errors import ServingError
-from missrec_t4r.serving.embedded import check_libc, check_numpy, find_stub
-from missrec_t4r.serving.local_triton import LocalTriton, choose_ports, reason_in
+from missrec_t4r.serving.embedded import EmbeddedTriton, check_libc, check_numpy, find_stub, reason_in
+from missrec_t4r.serving.local_triton import LocalTriton
+from missrec_t4r.serving.loopback import choose_ports
 
 
 @pytest.mark.parametrize(("name", "version"), [("glibc", "2.31"), ("glibc", "2.34"), ("", ""), ("libc", "0.1")])
@@ -103,8 +104,6 @@ def test_a_server_that_cannot_run_says_why(exported: Path, tmp_path: Path, monke
     (tmp_path / "server" / "backends" / "python").mkdir(parents=True)
     stub = tmp_path / "stub"
     stub.touch()
-    from missrec_t4r.serving.embedded import EmbeddedTriton
-
     monkeypatch.setattr(EmbeddedTriton, "find", lambda: EmbeddedTriton(tmp_path / "server", stub))
     server = LocalTriton(exported / "repository")
     with pytest.raises(ServingError, match="Triton ended with code 3: cannot find libcuda"):

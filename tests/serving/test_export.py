@@ -18,9 +18,9 @@ from missrec_t4r.export.bundle import LoadedBundle, load_bundle
 from missrec_t4r.export.export import export
 from missrec_t4r.export.manifest import verify_bundle
 from missrec_t4r.export.parity import Answer, check_rows, compare_answers, raw_ids, sample_histories
-from missrec_t4r.export.repository import BUNDLE_IN_REPOSITORY, MODELS, fill_repository, write_repository
+from missrec_t4r.export.repository import BUNDLE_IN_REPOSITORY, MODELS, fill_repository, filled, write_repository
 from missrec_t4r.schema import ITEM_LIST, USER_ID
-from missrec_t4r.serving.backend import RankerBackend, SessionsBackend, bundle_folder
+from missrec_t4r.serving.backend import RankerBackend, SessionsBackend, bundle_folder, device_of, parameter
 from missrec_t4r.serving.ranker import Ranker
 from missrec_t4r.training.checkpoint import LoadedRun
 from tests.serving import shop
@@ -242,3 +242,24 @@ def test_every_field_of_the_templates_is_documented() -> None:
     }
     assert {"item_ids", "exclude_seen", "max_batch_size"} <= names
     assert not [name for name in sorted(names) if f"`{name}`" not in text]
+
+
+@pytest.mark.parametrize(
+    ("kind", "torch_has_gpu", "device"), [("CPU", True, "cpu"), ("GPU", True, "cuda:1"), ("GPU", False, "cpu")]
+)
+def test_the_ranker_runs_where_triton_and_torch_agree(
+    monkeypatch: pytest.MonkeyPatch, kind: str, torch_has_gpu: bool, device: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: torch_has_gpu)
+    assert device_of({"model_instance_kind": kind, "model_instance_device_id": "1"}) == device
+
+
+def test_a_missing_parameter_is_named() -> None:
+    with pytest.raises(BundleError, match="lacks the parameter 'threads'"):
+        parameter({"model_config": '{"parameters": {}}'}, "threads")
+
+
+@pytest.mark.parametrize("template", ["count: ${instances}", "price: $"])
+def test_a_template_that_asks_for_more_is_refused(template: str) -> None:
+    with pytest.raises(BundleError, match="a template asks for"):
+        filled(template, {"threads": "1"})

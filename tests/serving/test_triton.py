@@ -27,7 +27,8 @@ from missrec_t4r.export.export import export
 from missrec_t4r.export.parity import compare_served
 from missrec_t4r.serving.client import MISSRecClient, recommend
 from missrec_t4r.serving.doors import in_words
-from missrec_t4r.serving.local_triton import LocalTriton, answers_ready
+from missrec_t4r.serving.local_triton import LocalTriton
+from missrec_t4r.serving.loopback import answers_ready
 from missrec_t4r.serving.ranker import Ranker, Ranking
 from missrec_t4r.training.checkpoint import LoadedRun
 from tests.serving import shop

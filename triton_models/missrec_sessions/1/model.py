@@ -1,5 +1,7 @@
 """Triton's view of the session transform; the work is in `missrec_t4r.serving.backend`, where it is tested."""
 
+from typing import Any
+
 import triton_python_backend_utils as pb_utils
 
 from missrec_t4r.serving.backend import SessionsBackend, bundle_folder, execute
@@ -8,10 +10,10 @@ from missrec_t4r.serving.backend import SessionsBackend, bundle_folder, execute
 class TritonPythonModel:
     """Raw item ids to catalogue rows."""
 
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         """Verify and load the bundle's vocabulary; a damaged file keeps the model from becoming ready."""
         self.backend = SessionsBackend(bundle_folder(args))
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         """Answer the requests that Triton has batched."""
         return execute(self.backend, requests, pb_utils)

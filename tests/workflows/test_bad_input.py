@@ -1,0 +1,134 @@
+"""What is wrong is named with its cure, and nothing is left behind."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from missrec_t4r.errors import ConfigError, DataError, MISSRecError, ModalityError, SchemaError
+from missrec_t4r.workflows import etl as module
+from missrec_t4r.workflows.etl import etl
+from missrec_t4r.workflows.features import features
+from missrec_t4r.workflows.sources.generator import generate_shop
+from tests.workflows.tables import EVENTS, ITEMS, save_vectors, write
+
+
+def _refused(tmp_path: Path, kind: type[MISSRecError], words: str, *files: Path, **options: Any) -> None:
+    files = files or write(tmp_path / "raw")
+    with pytest.raises(kind, match=words):
+        etl(*files, tmp_path / "out" / "data", **options)
+    left = list((tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else []
+    assert left == []
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"user_column": "user"}, SchemaError, r"a column 'user'.*--user-column user_id"),
+        ({"time_column": "event_type"}, SchemaError, "'timestamp' is of type string; expected: unix seconds or a date"),
+        ({"item_column": "dwell"}, SchemaError, "'item_id' holds fractions"),
+        ({"user_column": "item_id"}, ConfigError, "three different columns"),
+        ({"drop_columns": ["dwel"]}, SchemaError, r"no event column 'dwel' to drop; expected: one of \['dwell'\]"),
+        ({"categorical_columns": ["x"]}, SchemaError, r"categorical columns \['x'\] are no event columns"),
+        ({"split": "random"}, ConfigError, "split 'random'; expected: leave_one_out or time"),
+        ({"split": "time", "valid_from": 5}, ConfigError, "only one boundary"),
+        ({"valid_from": 5, "test_from": 9}, ConfigError, "boundaries are set for a leave-one-out split"),
+        ({"split": "time", "valid_from": 9, "test_from": 5}, ConfigError, "the first before the second"),
+        ({"split": "time", "valid_from": 1, "test_from": 25}, DataError, "the train split has no session"),
+        ({"max_sequence_length": 0}, ConfigError, "a session length below 1"),
+        ({"modality": {"text": Path("none.npy")}}, ModalityError, "modality 'text' cannot be read from none.npy"),
+        ({"modality": {"presence": Path("none.npy")}}, ModalityError, "not 'presence'"),
+    ],
+)
+def test_settings(tmp_path: Path, options: dict[str, Any], kind: type[MISSRecError], words: str) -> None:
+    _refused(tmp_path, kind, words, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (lambda events, items: (events[:0], items), DataError, "has no rows"),
+        (lambda events, items: (events, items[:0]), DataError, "items table .* has no rows"),
+        (lambda events, items: (events.assign(item_id=None), items), SchemaError, "type null"),
+        (lambda events, items: (events.assign(user_id=1.5), items), SchemaError, "'user_id' holds fractions"),
+        (lambda events, items: (events.assign(item_id=7), items), SchemaError, "int64 in the interactions and string"),
+        (lambda events, items: (events[:2], items), DataError, "the valid split has no session"),
+        (lambda events, items: (events, items.drop(columns="item_id")), SchemaError, "--catalogue-item-column"),
+        (lambda events, items: (events.assign(item_id="x"), items), DataError, "no event is on an item"),
+    ],
+)
+def test_tables(tmp_path: Path, change: Callable[..., Any], kind: type[MISSRecError], words: str) -> None:
+    _refused(tmp_path, kind, words, *write(tmp_path / "raw", *change(EVENTS, ITEMS)), unknown_items="drop")
+
+
+@pytest.mark.parametrize(
+    ("vectors", "words"),
+    [
+        (np.ones((3, 2)), r"shape \(3, 2\) in .*expected: 4 rows, one per line of the item table"),
+        (np.ones(4), r"shape \(4,\)"),
+        (np.array([[1.0], [np.nan], [0], [0]]), "NaN or infinity in row 1"),
+    ],
+)
+def test_vectors(tmp_path: Path, vectors: np.ndarray, words: str) -> None:
+    file = save_vectors(tmp_path / "v.npy", vectors)
+    _refused(tmp_path, ModalityError, words, modality={"text": file})
+
+
+def test_missing_unreadable_and_unknown_files(tmp_path: Path) -> None:
+    events, items = write(tmp_path / "raw")
+    _refused(tmp_path, DataError, "no interactions file at .*nowhere.parquet", tmp_path / "nowhere.parquet", items)
+    _refused(tmp_path, DataError, "no items file at", events, tmp_path / "nowhere.parquet")
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(events.read_bytes()[:100])
+    _refused(tmp_path, DataError, "broken.parquet cannot be read", broken, items)
+    (tmp_path / "events.xlsx").touch()
+    _refused(tmp_path, DataError, "of an unknown kind", tmp_path / "events.xlsx", items)
+    other = tmp_path / "other.parquet"
+    pd.DataFrame({"user_id": ["a"]}).to_parquet(other)
+    with pytest.raises(SchemaError, match="differ in columns"):
+        etl([events, other], items, tmp_path / "out" / "data")
+
+
+def test_a_failure_half_way_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = write(tmp_path / "raw")
+    etl(*files, tmp_path / "out" / "data")
+    before = sorted(path.relative_to(tmp_path) for path in (tmp_path / "out").rglob("*"))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_write_request", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        etl(*files, tmp_path / "out" / "data", max_events=3)
+    assert sorted(path.relative_to(tmp_path) for path in (tmp_path / "out").rglob("*")) == before
+
+
+def test_a_foreign_folder_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    for attempt in (lambda: etl(*write(tmp_path / "raw"), tmp_path / "out"), lambda: generate_shop(tmp_path / "out")):
+        with pytest.raises(DataError, match="choose another --out"):
+            attempt()
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_features_names_what_is_missing(tmp_path: Path) -> None:
+    etl(*write(tmp_path / "raw"), tmp_path / "data")
+    with pytest.raises(ConfigError, match="neither texts nor images"):
+        features(tmp_path / "data")
+    with pytest.raises(SchemaError, match="a column 'titel'.*--text-columns title"):
+        features(tmp_path / "data", text_columns=["titel"])
+    with pytest.raises(DataError, match="there is no folder"):
+        features(tmp_path / "data", images=tmp_path / "none")
+    with pytest.raises(ModalityError, match="0 of 4 items have a usable image"):
+        features(tmp_path / "data", images=tmp_path / "raw")
+    with pytest.raises(DataError, match="missrec etl"):
+        features(tmp_path / "raw", text_columns=["title"])
+
+
+def test_a_shop_needs_enough_items(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least 1 user and 100 items"):
+        generate_shop(tmp_path / "shop", items=10)

@@ -21,7 +21,8 @@ def next_item_loss(
     logits : Tensor [position, catalogue]
         Scores divided by the temperature; -inf for rows that cannot be recommended.
     targets : Tensor [position] or [position, target], int64
-        Catalogue rows; 0 where there is none. Several targets of a position share its softmax (ours).
+        Catalogue rows; 0 where there is none. Several targets of a position share its softmax (ours). A target that
+        cannot be recommended (an item without any vector in an inductive model) counts as none.
     weights : Tensor [target], optional
         Weight of each target column; 1 by default.
     overwrite : bool
@@ -29,7 +30,7 @@ def next_item_loss(
     """
     if targets.ndim == 1:
         targets = targets.unsqueeze(1)
-    real = targets > 0
+    real = (targets > 0) & ~logits.gather(1, targets).isneginf()
     share = real / real.sum(0).clamp_min(1).to(logits.dtype)
     if weights is not None:
         share = share * weights

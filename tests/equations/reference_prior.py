@@ -9,13 +9,13 @@ import numpy as np
 from tests.equations.reference import FIRST_ITEM, Array
 
 
-def cooccurrences(sessions: Sequence[Sequence[int]], window: int) -> dict[int, dict[int, int]]:
-    """C[i, j]: how often two different items are at most ``window`` events apart in a session, in either order."""
+def cooccurrences(sessions: Sequence[Sequence[int]], window: int, directed: bool) -> dict[int, dict[int, int]]:
+    """C[i, j]: how often two different items are at most ``window`` events apart; directed: only j after i."""
     counts: dict[int, dict[int, int]] = {}
     for session in sessions:
         for a, i in enumerate(session):
             for b, j in enumerate(session):
-                if i != j and abs(a - b) <= window and min(i, j) >= FIRST_ITEM:
+                if i != j and abs(a - b) <= window and min(i, j) >= FIRST_ITEM and (a < b or not directed):
                     counts.setdefault(i, {})[j] = counts.get(i, {}).get(j, 0) + 1
     return counts
 
@@ -26,6 +26,7 @@ def neighbour_prior(
     n_rows: int,
     *,
     window: int,
+    directed: bool,
     n_neighbours: int,
     weight: float,
     decay: float,
@@ -36,7 +37,7 @@ def neighbour_prior(
     Only the strongest ``n_neighbours`` of an item count (equal ones in the order of their rows); the last item of the
     session has age 0.
     """
-    counts, prior = cooccurrences(training, window), np.zeros(n_rows)
+    counts, prior = cooccurrences(training, window, directed), np.zeros(n_rows)
     frequency = [sum(list(s).count(row) for s in training) for row in range(n_rows)]
     for age, i in enumerate(reversed(session)):
         strongest = sorted(counts.get(i, {}).items(), key=lambda pair: (-pair[1], pair[0]))[:n_neighbours]

@@ -16,17 +16,18 @@ SETTINGS = PriorSettings(weight=0.5, decay=0.8, power=0.3)
 """Powers of the decay are taken in single precision, hence 1e-6 below."""
 
 
-def fitted(n_neighbours: int, window: int) -> NeighbourPrior:
+def fitted(n_neighbours: int, window: int, *, directed: bool = False) -> NeighbourPrior:
     prior = NeighbourPrior(N_ROWS, n_neighbours).double()
-    prior.fit(Sessions.from_lists(TRAINING), window)
+    prior.fit(Sessions.from_lists(TRAINING), window, directed=directed)
     return prior
 
 
+@pytest.mark.parametrize("directed", [False, True])
 @pytest.mark.parametrize("window", [1, 3, 50])
 @pytest.mark.parametrize("n_neighbours", [1, 3, 20])
-def test_prior(n_neighbours: int, window: int) -> None:
-    found = fitted(n_neighbours, window)(shop.batch(padding=1), SETTINGS).numpy()
-    parts = {"window": window, "n_neighbours": n_neighbours, **SETTINGS._asdict()}
+def test_prior(n_neighbours: int, window: int, directed: bool) -> None:
+    found = fitted(n_neighbours, window, directed=directed)(shop.batch(padding=1), SETTINGS).numpy()
+    parts = {"window": window, "directed": directed, "n_neighbours": n_neighbours, **SETTINGS._asdict()}
     expected = [neighbour_prior(shop.rows(session), TRAINING, N_ROWS, **parts) for session in shop.SESSIONS]
     np.testing.assert_allclose(found, np.stack(expected), rtol=0, atol=1e-6)
     assert (found > 0).any(1).sum() >= 5
@@ -47,7 +48,7 @@ def test_the_prior_ranks_and_never_trains() -> None:
     session, item_ids = net(shop.batch()).detach(), shop.batch()
     plain = net.score(session, net.candidates(), item_ids)
     net.prior.choose(SETTINGS)
-    parts = {"window": 50, "n_neighbours": 4, **net.prior.chosen._asdict()}
+    parts = {"window": 50, "directed": False, "n_neighbours": 4, **net.prior.chosen._asdict()}
     expected = [neighbour_prior(shop.rows(session), TRAINING, N_ROWS, **parts) for session in shop.SESSIONS]
     change = net.score(session, net.candidates(), item_ids) - plain
     np.testing.assert_allclose(change[:, 3:].detach().numpy(), np.stack(expected)[:, 3:], rtol=0, atol=1e-6)

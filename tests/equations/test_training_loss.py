@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from missrec_t4r.config import TrainConfig
 from missrec_t4r.data.batches import collate, training_batches
@@ -43,3 +44,23 @@ def test_training_loss(name: str, backwards: bool, next_items: int) -> None:
                 losses[ahead].append(ref.cross_entropy(scores[None], [target], config.temperature))
     weighted = sum(weight * float(np.mean(part)) for weight, part in zip([1.0, 0.3], losses))
     assert training_loss(model, batch, train).item() == pytest.approx(weighted, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_of_the_step_are_those_of_the_plain_formula(name: str) -> None:
+    model, config = shop.model(CONFIGS[name]), CONFIGS[name]
+    data, train = Sessions.from_lists(SESSIONS), TrainConfig(batch_size=1000)
+    [(examples, _)] = training_batches(data, config, train, np.random.default_rng(0))
+    batch = collate(data, examples, 1, all_positions=config.attention == "causal", backwards=False)
+    training_loss(model, batch, train).backward()
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters()}  # type: ignore[union-attr]
+    model.zero_grad()
+    prefixes = [(session[:n], session[n]) for session in SESSIONS for n in range(1, len(session))]
+    total = torch.zeros((), dtype=torch.float64)
+    for history, target in prefixes:  # one example at a time, no padding, candidates anew each time
+        item_ids = torch.tensor([history])
+        logits = model.score(model(item_ids), model.candidates(), item_ids) / config.temperature
+        total = total + torch.nn.functional.cross_entropy(logits, torch.tensor([target])) / len(prefixes)
+    total.backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(found[name], weight.grad, rtol=1e-8, atol=1e-10, msg=name)

@@ -203,10 +203,7 @@ def _serve(run: LoadedRun, repository: Path, log_file: Path, progress: Progress)
         "recommendations": [
             {
                 "session": [_named(item, titles) for item in session[-_SHOWN:]],
-                "answers": [
-                    _named(item, titles) | {"score": round(score, 4)}
-                    for item, score in list(zip(answer.item_ids, answer.scores, strict=True))[:_SHOWN]
-                ],
+                "answers": _shown(answer.item_ids, answer.scores, titles),
             }
             for session, answer in zip(sessions, answers, strict=True)
         ],
@@ -222,6 +219,11 @@ def _questions(histories: Sessions) -> Sessions:
 def _ask(http_url: str, path: str) -> Any:
     with urllib.request.urlopen(f"http://{http_url}/v2{path}", timeout=10) as answer:
         return json.load(answer)
+
+
+def _shown(items: Sequence[RawId], scores: Sequence[float], titles: Mapping[str | int, str]) -> list[dict[str, Any]]:
+    best = zip(items[:_SHOWN], scores[:_SHOWN], strict=True)
+    return [_named(item, titles) | {"score": round(score, 4)} for item, score in best]
 
 
 def _named(item: RawId, titles: Mapping[str | int, str]) -> dict[str, Any]:

@@ -209,7 +209,7 @@ class Trainer:
             group["lr"] = settings.learning_rate * min(1.0, self.status["step"] / max(settings.warmup_steps, 1))
         loss = training_loss(self.model, batch, settings)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        loss.backward()
         self.optimizer.step()
         self.average.update(self.status["step"])
         return loss.detach()

@@ -9,7 +9,9 @@ most frequent. NVTabular groups within a partition, so `transform_events` shuffl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,7 @@ def build_request_workflow(
 
 def fit(workflow: Workflow, frame: pd.DataFrame) -> Workflow:
     """Fit on the first rows: no statistic is taken from data, only the types are."""
-    with dask.config.set(_DASK):
+    with _merlin():
         return workflow.fit(Dataset(frame.head(_SAMPLE).reset_index(drop=True)))
 
 
@@ -120,7 +122,7 @@ def transform_events(workflow: Workflow, events: pd.DataFrame, partitions: int =
     partitions : int
         More than one bounds the memory of a worker; users are shuffled to partitions by their hash.
     """
-    with dask.config.set(_DASK):
+    with _merlin():
         dataset = Dataset(events) if partitions <= 1 else _shuffled(events, partitions)
         frame = workflow.transform(dataset).to_ddf().compute(scheduler=_scheduler())
     table = frame.to_arrow() if hasattr(frame, "to_arrow") else pa.Table.from_pandas(frame, preserve_index=False)
@@ -199,6 +201,14 @@ def _shuffled(events: pd.DataFrame, partitions: int) -> Dataset:
     parts = dataset.to_ddf().map_partitions(_with_range_index).persist(scheduler=_scheduler())
     sizes = parts.map_partitions(len).compute(scheduler=_scheduler())
     return Dataset(parts.partitions[[index for index, size in enumerate(sizes) if size]])
+
+
+@contextmanager
+def _merlin() -> Iterator[None]:
+    """Dask as Merlin needs it, and without the notice that every data set on CPU prints."""
+    with dask.config.set(_DASK), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing an NVTabular Dataset in CPU mode")
+        yield
 
 
 def _with_range_index(frame: Any) -> Any:

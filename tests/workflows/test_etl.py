@@ -25,7 +25,12 @@ def data(tmp_path: Path) -> Path:
 def test_the_whole_result_of_a_small_table(data: Path) -> None:
     # event_type: view (6 events) is 3, cart (2) is 4
     assert rows(data, "test") == {
-        "ann": {"item_id": [5, 3, 5, 4], "timestamp": [10, 20, 30, 40], "event_type": [3, 3, 4, 3], "dwell": [1, 2, 3, 4]},
+        "ann": {
+            "item_id": [5, 3, 5, 4],
+            "timestamp": [10, 20, 30, 40],
+            "event_type": [3, 3, 4, 3],
+            "dwell": [1, 2, 3, 4],
+        },
         "ben": {"item_id": [5, 3, 4], "timestamp": [30, 40, 50], "event_type": [3, 3, 4], "dwell": [0, 9, 0.5]},
     }
     assert rows(data, "valid") == {
@@ -98,7 +103,9 @@ def test_sessions_of_the_package_read_the_folder(data: Path) -> None:
 
 def test_integer_ids_and_csv_with_other_names(tmp_path: Path) -> None:
     numbers = {"lamp": 30, "desk": 10, "sofa": 40, "vase": 20}
-    events = EVENTS.assign(item_id=EVENTS.item_id.map(numbers), user_id=EVENTS.user_id.map({"ann": 1, "ben": 2, "cem": 3}))
+    events = EVENTS.assign(
+        item_id=EVENTS.item_id.map(numbers), user_id=EVENTS.user_id.map({"ann": 1, "ben": 2, "cem": 3})
+    )
     events = events.rename(columns={"user_id": "who", "item_id": "what", "timestamp": "when"})
     events.to_csv(tmp_path / "a.csv", index=False)
     items = ITEMS.assign(item_id=ITEMS.item_id.map(numbers)).rename(columns={"item_id": "what"})

@@ -47,7 +47,7 @@ LATE_SHARE, LATE_DAYS = 0.4, 120
 PROMOTION = 5.0
 """How much more often an item is met in its first thirty days."""
 WITHOUT_TEXT, WITHOUT_IMAGE = 0.06, 0.15
-COMPARE, FOLLOW, DRIFT = 0.28, 0.36, 0.22
+COMPARE, FOLLOW, DRIFT = 0.18, 0.48, 0.24
 """Probability of the same product again, of the next one, of a related interest; else any product of this one."""
 LIKES = 0.85
 """Probability that the user's own style decides."""

@@ -37,8 +37,10 @@ class Examples(NamedTuple):
 
     begin: Ints
     end: Ints
+    start: Ints
+    """Where the example's session begins."""
     limit: Ints
-    """End of the example's session: no target lies at or after it."""
+    """Where it ends: no target lies at or after it."""
 
     @property
     def lengths(self) -> Ints:
@@ -66,12 +68,12 @@ def window_examples(sessions: Sessions, max_length: int, per_session: int, rng: 
         begins, ends = np.repeat(begins, per_session), np.repeat(ends, per_session)
         latest = np.maximum(ends - 1 - max_length, begins)
         start = begins + (rng.random(len(begins)) * (latest - begins + 1)).astype(np.int64)
-        return Examples(start, np.minimum(start + max_length, ends - 1), ends)
+        return Examples(start, np.minimum(start + max_length, ends - 1), begins, ends)
     pieces = -(-(ends - 1 - begins) // max_length)
     owner = np.repeat(np.arange(len(begins)), pieces)
     index = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     stop = ends[owner] - 1 - index * max_length
-    return Examples(np.maximum(stop - max_length, begins[owner]), stop, ends[owner])
+    return Examples(np.maximum(stop - max_length, begins[owner]), stop, begins[owner], ends[owner])
 
 
 def prefix_examples(sessions: Sessions, max_length: int, per_session: int, rng: np.random.Generator) -> Examples:
@@ -87,7 +89,7 @@ def prefix_examples(sessions: Sessions, max_length: int, per_session: int, rng: 
         first = np.searchsorted(owner, owner)
         keep = np.sort(rank[np.arange(len(owner)) - first < per_session])
         owner, end = owner[keep], end[keep]
-    return Examples(np.maximum(end - max_length, offsets[owner]), end, offsets[owner + 1])
+    return Examples(np.maximum(end - max_length, offsets[owner]), end, offsets[owner], offsets[owner + 1])
 
 
 def training_batches(
@@ -114,22 +116,31 @@ def training_batches(
 def collate(
     sessions: Sessions, examples: Examples, n_targets: int, *, all_positions: bool, backwards: bool
 ) -> TrainingBatch:
-    """Gather a batch's items and targets; ``backwards`` reads each example's items and first target in reverse."""
+    """Gather a batch's items and targets; ``backwards`` takes them from the session read in reverse."""
+    if backwards and not all_positions:
+        examples = _mirrored(examples)
     width = int(examples.lengths.max())
     steps = np.arange(width)
     real = steps < examples.lengths[:, None]
     first, last = examples.begin[:, None], examples.end[:, None]
+    earliest = first if all_positions else examples.start[:, None]
     at = np.where(real, last - steps if backwards else first + steps, 0)
     item_ids = np.where(real, sessions.values[at], 0)
     if not all_positions:
         at, real = (examples.begin + 1 if backwards else examples.end - 1)[:, None], real[:, :1]
     ahead = np.arange(1, n_targets + 1) * (-1 if backwards else 1)
     there = at[..., None] + ahead
-    inside = real[..., None] & (there >= first[..., None]) & (there < examples.limit[:, None, None])
+    inside = real[..., None] & (there >= earliest[..., None]) & (there < examples.limit[:, None, None])
     targets = np.where(inside, sessions.values[np.where(inside, there, 0)], 0)
     if not all_positions:
         targets = targets[:, 0]
     return TrainingBatch(torch.from_numpy(item_ids), torch.from_numpy(targets))
+
+
+def _mirrored(examples: Examples) -> Examples:
+    """Return where the prefixes of the reversed sessions lie: items ``(begin, end]`` from the right, target ``begin``."""
+    target = examples.start + examples.limit - 1 - examples.end
+    return Examples(target, target + examples.lengths, examples.start, examples.limit)
 
 
 def iterate(

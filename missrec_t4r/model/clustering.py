@@ -10,7 +10,7 @@ _CHUNK_ELEMENTS = 1 << 24
 _PLUS_PLUS_LIMIT = 1 << 25
 """Up to this many distances (points x clusters) k-means++ chooses the start; beyond it a uniform sample does."""
 _NEIGHBOURS = 5
-"""k of the density-peaks estimate, as in the authors' release."""
+"""k of the density-peaks estimate, the default of the authors' function."""
 
 
 def kmeans(

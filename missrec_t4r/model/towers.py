@@ -110,15 +110,17 @@ class ItemTowers(nn.Module):
 
     def forward(self, rows: Tensor) -> ItemTokens:
         """Return the tokens of ``rows`` (any shape) without computing the rest of the catalogue."""
-        stacked = [self.adapters[name](self.vectors.get_buffer(name)[rows]) for name in self.names]
+        stacked = torch.stack([self.adapters[name](self.vectors.get_buffer(name)[rows]) for name in self.names])
         present = self.presence[:, rows]
+        if self.missing_modality == "masked":
+            stacked = stacked * present.unsqueeze(-1)
         ids = None if self.id_embedding is None else self.id_embedding(rows)
         id_mask = None if self.id_embedding is None else self.trained_ids[rows]
-        return ItemTokens(torch.stack(stacked), self._counted(present, rows), present, ids, id_mask)
+        return ItemTokens(stacked, self._counted(present, rows), present, ids, id_mask)
 
     def catalogue(self) -> ItemTokens:
         """Return the tokens of all rows; in training mode with this step's modality and ID dropout."""
-        stacked = [self.adapters[name](self.vectors.get_buffer(name)) for name in self.names]
+        stacked = [self._adapted(index, name) for index, name in enumerate(self.names)]
         rows = torch.arange(self.n_rows, device=self.presence.device)
         ids = None if self.id_embedding is None else self.id_embedding.weight
         id_mask = None if self.id_embedding is None else self.trained_ids
@@ -135,6 +137,16 @@ class ItemTowers(nn.Module):
         tokens = self.catalogue() if catalogue is None else catalogue
         ids = None if tokens.ids is None else F.normalize(tokens.ids, dim=-1)
         return CandidateTokens(F.normalize(tokens.modality, dim=-1), tokens.mask, ids, tokens.id_mask)
+
+    def _adapted(self, index: int, name: str) -> Tensor:
+        """Return the tokens [row, dim] of one modality; where missing ones count for nothing, they cost nothing."""
+        table, adapter = self.vectors.get_buffer(name), self.adapters[name]
+        if self.missing_modality != "masked" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            tokens: Tensor = adapter(table)
+            return tokens if self.missing_modality != "masked" else tokens * self.presence[index].unsqueeze(-1)
+        rows = torch.nonzero(self.presence[index]).flatten()
+        present = adapter(table[rows])
+        return present.new_zeros(self.n_rows, present.shape[1]).index_copy_(0, rows, present)
 
     def _counted(self, present: Tensor, rows: Tensor) -> Tensor:
         if self.missing_modality == "masked":

@@ -116,7 +116,7 @@ class PrefixBatches(IterableDataset[Batch]):
             begin = np.maximum(begin, limit - 1 - self._model.max_sequence_length)
             cuts = range(0, len(limit), self.batch_size)
             plan = [
-                (Examples(begin[c : c + n], limit[c : c + n] - 1, limit[c : c + n]), False)
+                (Examples(begin[c : c + n], limit[c : c + n] - 1, begin[c : c + n], limit[c : c + n]), False)
                 for c in cuts
                 for n in [self.batch_size]
             ]

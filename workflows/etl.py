@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,22 +37,13 @@ from missrec_t4r.schema import (
 )
 from missrec_t4r.workflows import catalogue as catalogues
 from missrec_t4r.workflows import checks, sessions, splits
-from missrec_t4r.workflows.sources.table import Paths, read_table, require_column
+from missrec_t4r.workflows.inputs import Inputs, prepare, read_tables
+from missrec_t4r.workflows.sources.table import Paths
 
 Split = Literal["leave_one_out", "time"]
 REPORT_FILE = "etl.json"
 _EVENTS_PER_PARTITION = 5_000_000
 _SESSIONS_PER_FILE = 250_000
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """Cleaned events and the items they are about, in the order of the item table."""
-
-    events: pd.DataFrame
-    items: pa.Table
-    vectors: catalogues.Vectors
-    features: tuple[str, ...]
 
 
 def etl(
@@ -134,9 +124,16 @@ def etl(
     _check_settings(split, valid_from, test_from, max_sequence_length, max_events)
     names = {user_column: USER_ID, item_column: ITEM_ID, time_column: TIMESTAMP}
     progress.say("reading the tables")
-    events_table, item_table = _read(interactions, items, names, catalogue_item_column or item_column, findings)
-    inputs = _prepare(
-        events_table, item_table, files, drop_columns, drop_duplicates, unknown_items, k_core, min_item_count, findings
+    tables = read_tables(interactions, items, names, catalogue_item_column or item_column, findings)
+    inputs = prepare(
+        *tables,
+        catalogues.read_modalities(files, tables[1].num_rows),
+        findings,
+        drop_columns=drop_columns,
+        drop_duplicates=drop_duplicates,
+        unknown_items=unknown_items,
+        k_core=k_core,
+        min_item_count=min_item_count,
     )
     progress.say(f"{len(inputs.events):,} events on {inputs.items.num_rows:,} items; grouping them into sessions")
     settings = {
@@ -179,73 +176,8 @@ def _check_settings(
         raise ConfigError("a session length below 1", "max_sequence_length and max_events of at least 1")
 
 
-def _read(
-    interactions: Paths, items: Path, names: Mapping[str, str], catalogue_item: str, findings: checks.Findings
-) -> tuple[pa.Table, pa.Table]:
-    """Return both tables with our column names, ids and times in their normal types."""
-    if len(names) < 3:
-        raise ConfigError(f"columns {list(names)} for user, item and time", "three different columns")
-    item_raw, user_raw = _raw_name(names, ITEM_ID), _raw_name(names, USER_ID)
-    events = read_table(interactions, "interactions", text_columns=[user_raw, item_raw])
-    for raw, option in zip(names, ("--user-column", "--item-column", "--time-column"), strict=True):
-        require_column(events, raw, "interactions", option)
-    clashing = [name for name in events.column_names if name in names.values() and name not in names]
-    findings.add("column_name_taken", len(clashing), f"columns {clashing} are left out: other columns take their names")
-    events = events.drop_columns(clashing) if clashing else events
-    events = events.rename_columns([names.get(name, name) for name in events.column_names])
-
-    table = read_table(items, "items", text_columns=[catalogue_item])
-    if catalogue_item not in table.column_names and ITEM_ID in table.column_names:
-        catalogue_item = ITEM_ID
-    require_column(table, catalogue_item, "items", "--catalogue-item-column")
-    if catalogue_item != ITEM_ID and ITEM_ID in table.column_names:
-        findings.add("column_name_taken", 1, f"item column {ITEM_ID!r} is left out: {catalogue_item!r} takes its name")
-        table = table.drop_columns([ITEM_ID])
-    table = table.rename_columns([ITEM_ID if name == catalogue_item else name for name in table.column_names])
-    return _normal_types(events, table)
-
-
-def _normal_types(events: pa.Table, items: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Bring ids and times to their types; text ids become integers only if the other table has integers."""
-    event_ids, item_ids = checks.normal_ids(events[ITEM_ID], ITEM_ID), checks.normal_ids(items[ITEM_ID], ITEM_ID)
-    if event_ids.type != item_ids.type:
-        as_numbers = [checks.text_to_integers(ids) for ids in (event_ids, item_ids)]
-        event_ids = event_ids if as_numbers[0] is None else as_numbers[0]
-        item_ids = item_ids if as_numbers[1] is None else as_numbers[1]
-    new = {
-        USER_ID: checks.normal_ids(events[USER_ID], USER_ID),
-        ITEM_ID: event_ids,
-        TIMESTAMP: checks.normal_time(events[TIMESTAMP], TIMESTAMP),
-    }
-    columns = {name: new.get(name, events[name]) for name in events.column_names}
-    item_columns = {name: item_ids if name == ITEM_ID else items[name] for name in items.column_names}
-    return pa.table(columns), pa.table(item_columns)
-
-
-def _prepare(
-    events_table: pa.Table,
-    item_table: pa.Table,
-    files: Mapping[str, Path],
-    drop_columns: Sequence[str],
-    drop_duplicates: bool,
-    unknown_items: catalogues.UnknownItems,
-    k_core: int,
-    min_item_count: int,
-    findings: checks.Findings,
-) -> _Inputs:
-    vectors: catalogues.Vectors = catalogues.read_modalities(files, item_table.num_rows)
-    features = checks.event_features(events_table, drop_columns, findings)
-    events = checks.clean_events(events_table, features, findings, drop_duplicates)
-    items, vectors = catalogues.unique_items(item_table, vectors, findings)
-    events, items, vectors = catalogues.match_events(events, items, vectors, unknown_items, findings)
-    events, items, vectors = catalogues.filter_items(
-        events, items, vectors, k_core=k_core, min_item_count=min_item_count, user_column=USER_ID
-    )
-    return _Inputs(checks.fill_features(events, features, findings), items, vectors, tuple(features))
-
-
 def _write(
-    inputs: _Inputs,
+    inputs: Inputs,
     folder: Path,
     storage: Path,
     settings: dict[str, Any],
@@ -318,7 +250,7 @@ def _rows(sessions_table: pa.Table) -> Any:
     return sessions_table[ITEM_LIST].combine_chunks().flatten().to_numpy()
 
 
-def _counts(inputs: _Inputs, catalogue: Catalogue, rows_of: Mapping[str, pa.Table], train_count: Any) -> dict[str, Any]:
+def _counts(inputs: Inputs, catalogue: Catalogue, rows_of: Mapping[str, pa.Table], train_count: Any) -> dict[str, Any]:
     return {
         "events": len(inputs.events),
         "users": int(inputs.events[USER_ID].nunique()),
@@ -327,10 +259,6 @@ def _counts(inputs: _Inputs, catalogue: Catalogue, rows_of: Mapping[str, pa.Tabl
         "sessions": {name: table.num_rows for name, table in rows_of.items()},
         "modalities": {name: int(modality.present.sum()) for name, modality in catalogue.modalities.items()},
     }
-
-
-def _raw_name(names: Mapping[str, str], ours: str) -> str:
-    return next(raw for raw, name in names.items() if name == ours)
 
 
 @contextmanager
@@ -348,7 +276,8 @@ def _aside(out: Path) -> Iterator[Path]:
             out.rename(old)
         folder.rename(out)
     except BaseException:
+        if old.exists():
+            old.rename(out)
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)

@@ -124,7 +124,7 @@ class SessionSlice(ListSlice):
     def _slice(self, rows: Series, adapter: Adapter) -> Series:
         xp, column = adapter.xp, adapter.take_apart(rows)
         sizes = xp.diff(column.offsets)
-        begin, finish = (xp.clip(xp.where(bound < 0, sizes + bound, bound), 0, sizes) for bound in self._bounds())
+        begin, finish = (_clamp(bound, sizes, xp) for bound in (self.start, self.end))
         lengths = xp.maximum(finish - begin, 0)
         starts = column.offsets[:-1] + begin
         if not self.pad:
@@ -134,10 +134,6 @@ class SessionSlice(ListSlice):
         index = xp.where(steps < lengths[:, None], starts[:, None] + steps, len(column.values)).ravel()
         filled = type(column.values)(xp.append(column.values.values, [column.values.dtype.type(self.pad_value)]))
         return adapter.build(ListColumn(_take(filled, index), xp.arange(len(sizes) + 1) * self.max_elements))
-
-    def _bounds(self) -> tuple[int, int]:
-        largest = np.iinfo(np.int32).max  # longer than any row, and no overflow when a size is added
-        return max(self.start, -largest), min(self.end, largest)
 
 
 def ragged_index(starts: Array, lengths: Array, xp: Any = np) -> tuple[Array, Array]:
@@ -153,6 +149,13 @@ def ragged_index(starts: Array, lengths: Array, xp: Any = np) -> tuple[Array, Ar
     positions = xp.arange(int(offsets[-1]))
     row = xp.searchsorted(offsets[1:], positions, side="right")
     return starts[row] + positions - offsets[row], offsets
+
+
+def _clamp(bound: int, sizes: Array, xp: Any) -> Array:
+    """Return where a slice bound falls in rows of these sizes, as Python does it."""
+    longest = int(sizes.max()) if len(sizes) else 0
+    bound = max(min(bound, longest), -longest)  # the stock "no end" is the largest int64, which must not overflow
+    return xp.minimum(xp.maximum(sizes * 0 + bound if bound >= 0 else sizes + bound, 0), sizes)
 
 
 def _take(column: Series, index: Array) -> Series:

@@ -1,0 +1,100 @@
+"""The classical encoders: what is similar, what is missing, what is recorded."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn
+from PIL import Image
+
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.workflows.encoders import encode_images, encode_texts, join_texts
+from missrec_t4r.workflows.etl import etl
+from missrec_t4r.workflows.features import features
+from missrec_t4r.workflows.sources.shop_pictures import draw
+from missrec_t4r.workflows.sources.shop_words import STYLES
+from tests.workflows.tables import EVENTS, save_vectors, write
+
+ITEMS = pd.DataFrame(
+    {
+        "item_id": ["lamp", "desk", "sofa", "vase"],
+        "title": ["red desk lamp", "red oak desk", None, "!?"],
+        "brand": ["Lumo", "Fjell", " ", None],
+        "picture": ["lamp.png", "desk.png", "sofa.png", "gone.png"],
+    }
+)
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "lamp.png")
+    Image.new("L", (9, 9), 40).save(tmp_path / "desk.png")
+    (tmp_path / "sofa.png").write_bytes((tmp_path / "lamp.png").read_bytes()[:40])  # cut short
+    etl(*write(tmp_path / "raw", EVENTS, ITEMS), tmp_path / "data")
+    return tmp_path
+
+
+def test_what_is_empty_absent_or_broken_is_missing_and_listed(shop: Path) -> None:
+    report = features(shop / "data", text_columns=["title", "brand"], image_column="picture", images=shop)
+    text, image = report["modalities"]["text"], report["modalities"]["image"]
+    assert (text["items"], text["missing_items"], text["broken"]) == (2, ["sofa", "vase"], 0)
+    assert (image["items"], image["missing_items"], image["broken_items"]) == (2, ["sofa", "vase"], ["sofa"])
+    modalities = Catalogue.load(shop / "data" / "catalogue").modalities
+    for modality in modalities.values():
+        assert modality.present.tolist() == [False, False, False, True, True, False, False]
+        np.testing.assert_allclose(np.linalg.norm(modality.vectors[3:5], axis=1), 1, rtol=1e-5)
+        assert not modality.vectors[[0, 1, 2, 5, 6]].any()
+
+
+def test_pictures_are_found_by_item_id_without_a_column(shop: Path) -> None:
+    report = features(shop / "data", images=shop)
+    assert report["modalities"]["image"]["missing_items"] == ["sofa", "vase"]
+
+
+def test_the_fingerprint_says_that_a_classical_encoder_stands_in(shop: Path) -> None:
+    features(shop / "data", text_columns=["title"], image_column="picture", images=shop)
+    recorded = json.loads((shop / "data" / "catalogue" / "catalogue.json").read_text())["modalities"]
+    assert recorded["text"]["encoder"]["columns"] == ["title"]
+    for name in ("text", "image"):
+        encoder = recorded[name]["encoder"]
+        assert encoder["name"] == f"classical-{name}"
+        assert encoder["stands_in_for"] == f"a pretrained {name} encoder"
+        assert encoder["library"] == f"scikit-learn {sklearn.__version__}"
+
+
+def test_other_modalities_stay_and_the_same_one_is_replaced(shop: Path) -> None:
+    vectors = {name: save_vectors(shop / f"{name}.npy", np.ones((4, 3))) for name in ("text", "audio")}
+    etl(*write(shop / "raw", EVENTS, ITEMS), shop / "data", modality=vectors)
+    report = features(shop / "data", text_columns=["title"])
+    catalogue = Catalogue.load(shop / "data" / "catalogue")
+    assert report["replaced"] == ["text"]
+    assert {name: modality.encoder["name"] for name, modality in catalogue.modalities.items()} == {
+        "text": "classical-text",
+        "audio": "precomputed",
+    }
+
+
+def test_texts_about_the_same_are_close() -> None:
+    texts = ["alpine camping tent", "light camping tents", "espresso machine", "espresso grinder machine", "oak chisel"]
+    encoded = encode_texts(texts, width=4)
+    cosine = encoded.vectors @ encoded.vectors.T
+    assert cosine[0, 1] > 0.3 + cosine[0, 2:].max()
+    assert cosine[2, 3] > 0.3 + cosine[2, [0, 1, 4]].max()
+    np.testing.assert_array_equal(encode_texts(texts, width=4).vectors, encoded.vectors)
+
+
+def test_pictures_of_one_style_are_close(tmp_path: Path) -> None:
+    paths = []
+    for number in range(36):
+        paths.append(tmp_path / f"{number}.png")
+        draw(STYLES[number % 6], np.random.default_rng(number)).save(paths[-1])
+    encoded = encode_images(paths, width=16)
+    cosine = encoded.vectors @ encoded.vectors.T - 2 * np.eye(36)
+    assert (cosine.argmax(1) % 6 == np.arange(36) % 6).mean() > 0.9  # the nearest picture has the same style
+    np.testing.assert_array_equal(encode_images(paths, width=16).vectors, encoded.vectors)
+
+
+def test_join_texts() -> None:
+    assert join_texts([["a", None, " "], ["b ", "c", None]]) == ["a. b", "c", None]

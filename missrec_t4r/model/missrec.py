@@ -205,7 +205,7 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue) -> MISSRec:
             config.n_decoder_layers, *layer, config.max_sequence_length, config.attention, config.sequence_fusion
         ),
         CandidateFusion(config.candidate_fusion, towers.n_rows),
-        NeighbourPrior(towers.n_rows, config.n_neighbours) if config.n_neighbours else None,
+        NeighbourPrior(towers.n_rows, min(config.n_neighbours, towers.n_rows)) if config.n_neighbours else None,
     )
     model.apply(_initialise)
     if config.missing_modality == "zero_row":

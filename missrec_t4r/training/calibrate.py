@@ -19,13 +19,13 @@ from missrec_t4r.progress import Progress, quiet
 Counting = tuple[int, bool]
 Point = tuple[float, float, float]
 
-_DECAYS = (0.4, 0.6, 0.8, 0.95)
+_DECAYS = (0.5, 0.7, 0.9)
 _POWERS = (0.1, 0.3, 0.5, 0.7)
-_LOGITS_PER_COUNT = (0.0, 0.15, 0.3, 0.6, 1.0, 1.5, 2.5)
+_LOGITS_PER_COUNT = (0.0, 0.2, 0.4, 0.8, 1.5, 2.5)
 """Weights on the grid: what one co-occurrence of two average items adds to a logit."""
 _FOLLOWERS = 5
 """Window of the second way to count: items that come within so many events after another."""
-_MOST_SESSIONS = 3000
+_MOST_SESSIONS = 2000
 
 
 def fit_prior(
@@ -38,7 +38,7 @@ def fit_prior(
     model : MISSRec
         Its prior is filled and set; a model without one is left alone.
     valid : Sessions
-        Histories with their target; at most 3,000 of them are ranked.
+        Histories with their target; at most 2,000 of them are ranked.
 
     Returns
     -------

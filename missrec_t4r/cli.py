@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -27,6 +28,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+# Upstream says these at every start, whatever a user does; anything else still shows.
+for _words in (
+    "The legacy Dask DataFrame implementation",
+    "Tensorflow dtype mappings did not load",
+    "Initializing an NVTabular Dataset in CPU mode",
+):
+    warnings.filterwarnings("ignore", message=_words)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -92,14 +101,19 @@ def etl(
     user_column: Annotated[str, typer.Option(help="Name of the user or session id.")] = "user_id",
     item_column: Annotated[str, typer.Option(help="Name of the item id.")] = "item_id",
     time_column: Annotated[str, typer.Option(help="Name of the time: unix seconds or dates.")] = "timestamp",
+    catalogue_item_column: Annotated[str | None, typer.Option(help="Name of the id in the item table.")] = None,
     drop_column: Annotated[list[str], typer.Option(help="Event column that must not become a feature.")] = ["split"],  # noqa: B006 - typer copies it
+    categorical_column: Annotated[list[str], typer.Option(help="Integer event column that is a category.")] = [],  # noqa: B006 - typer copies it
     k_core: Annotated[int, typer.Option(help="Drop users and items with fewer events, repeatedly; 0 is off.")] = 0,
     min_item_count: Annotated[int, typer.Option(help="Drop items with fewer events, once; 0 is off.")] = 0,
+    unknown_items: Annotated[str, typer.Option(help="Items that only events know: append or drop.")] = "append",
+    drop_duplicates: Annotated[bool, typer.Option("--drop-duplicates", help="Drop repeated events.")] = False,
     split: Annotated[str, typer.Option(help="leave_one_out or time.")] = "leave_one_out",
     valid_from: Annotated[float | None, typer.Option(help="Time split: start of validation, unix seconds.")] = None,
     test_from: Annotated[float | None, typer.Option(help="Time split: start of test, unix seconds.")] = None,
     modality: Annotated[list[str], typer.Option(help="NAME=FILE.npy, rows as in the item table; repeatable.")] = [],  # noqa: B006 - typer copies it
     max_sequence_length: Annotated[int, typer.Option(help="Items of a request that count.")] = 50,
+    max_events: Annotated[int | None, typer.Option(help="Cut sessions to their last events.")] = None,
     partitions: Annotated[int | None, typer.Option(help="Dask partitions; chosen by size if not given.")] = None,
 ) -> dict[str, Any]:
     """Turn raw interactions and an item table into sessions, schema and catalogue (NVTabular)."""
@@ -110,7 +124,12 @@ def etl(
         user_column=user_column,
         item_column=item_column,
         time_column=time_column,
+        catalogue_item_column=catalogue_item_column,
         drop_columns=drop_column,
+        categorical_columns=categorical_column,
+        unknown_items=unknown_items,
+        drop_duplicates=drop_duplicates,
+        max_events=max_events,
         k_core=k_core,
         min_item_count=min_item_count,
         split=split,  # type: ignore[arg-type]  # checked by etl, with words
@@ -227,9 +246,11 @@ def demo(
     data: Annotated[Path | None, typer.Option(help="Folder with interactions.parquet, items.parquet, *.npy.")] = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("work/demo"),
     recipe: Annotated[str | None, typer.Option(help="Recipe; by default chosen by session length.")] = None,
+    users: Annotated[int, typer.Option(help="Customers of the generated shop.")] = 3000,
+    items: Annotated[int, typer.Option(help="Products of the generated shop.")] = 1200,
 ) -> dict[str, Any]:
     """Run the whole job: raw tables to answers of a real Triton server."""
-    return commands.demo(data, out, recipe=recipe, console=Console(stderr=True))
+    return commands.demo(data, out, recipe=recipe, users=users, items=items, console=Console(stderr=True))
 
 
 def _pairs(options: list[str], name: str) -> dict[str, str]:

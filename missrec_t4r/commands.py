@@ -13,7 +13,7 @@ from missrec_t4r.errors import ConfigError
 from missrec_t4r.progress import Progress, quiet
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
 
 def generate(
@@ -129,8 +129,8 @@ def recommend(url: str, items: Sequence[str | int], top_k: int = 10, **options: 
     return ask(url, items, top_k, **options)
 
 
-def demo(data: Path | None, out: Path, *, recipe: str | None = None, console: Console | None = None) -> dict[str, Any]:
-    """Run the whole job; see `missrec_t4r.demo`."""
+def demo(data: Path | None, out: Path, **options: Any) -> dict[str, Any]:
+    """Run the whole job; options as in `missrec_t4r.demo.demo`."""
     from missrec_t4r.demo import demo as run
 
-    return run(data, out, recipe=recipe, console=console)
+    return run(data, out, **options)

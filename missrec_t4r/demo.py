@@ -60,6 +60,8 @@ def demo(
     out: Path = Path("work/demo"),
     *,
     recipe: str | None = None,
+    users: int = 3000,
+    items: int = 1200,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run the whole job and return its summary.
@@ -72,6 +74,10 @@ def demo(
         Everything is written here: ``shop/ data/ run/ bundle/ model_repository/``.
     recipe : str, optional
         By default ``long`` for long histories, else ``default``.
+    users, items : int
+        Size of the generated shop.
+    console : rich.console.Console, optional
+        Standard error by default.
 
     Returns
     -------
@@ -89,7 +95,7 @@ def demo(
     progress = TerminalProgress(console)
     seconds: dict[str, float] = {}
     out = out / (data.resolve().name if data else "shop")
-    inputs = _generated(out / "raw", progress, seconds) if data is None else find_inputs(data)
+    inputs = find_inputs(data) if data else _generated(out / "raw", users, items, progress, seconds)
     folder, run = out / "data", out / "run"
     with _step("etl", "raw tables to sessions and catalogue", console, seconds):
         report = commands.etl(
@@ -153,9 +159,9 @@ def find_inputs(folder: Path) -> Inputs:
     return Inputs(folder.resolve().name, interactions, items, modality, min_item_count=_RATING_FLOOR)
 
 
-def _generated(folder: Path, progress: TerminalProgress, seconds: dict[str, float]) -> Inputs:
+def _generated(folder: Path, users: int, items: int, progress: TerminalProgress, seconds: dict[str, float]) -> Inputs:
     with _step("generate", "a shop with texts and pictures", progress.console, seconds):
-        commands.generate(folder, progress=progress)
+        commands.generate(folder, users=users, items=items, progress=progress)
     return Inputs(
         "generated shop",
         folder / "interactions.parquet",

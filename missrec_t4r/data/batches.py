@@ -138,7 +138,7 @@ def collate(
 
 
 def _mirrored(examples: Examples) -> Examples:
-    """Return where the prefixes of the reversed sessions lie: items ``(begin, end]`` from the right, target ``begin``."""
+    """Return where the reversed sessions' prefixes lie: items ``(begin, end]`` from the right, target ``begin``."""
     target = examples.start + examples.limit - 1 - examples.end
     return Examples(target, target + examples.lengths, examples.start, examples.limit)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -32,6 +32,10 @@ class AveragedWeights:
             share = 1 - min(self.decay, (1 + step) / (10 + step))
             current = [weight.detach() for _, weight in self.model.named_parameters()]
             torch._foreach_lerp_(list(self.weights.values()), current, share)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the averages of a checkpoint, whatever their order there."""
+        self.weights = {name: weights[name].to(own) for name, own in self.weights.items()}
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

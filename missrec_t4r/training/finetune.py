@@ -246,7 +246,8 @@ class Trainer:
                 "give another --out, or --restart to discard it",
             )
         load_strictly(self.model, _part(tensors, "model."), str(file))
-        self.best, self.average.weights = _part(tensors, "best."), _part(tensors, "average.")
+        self.best = _part(tensors, "best.")
+        self.average.load(_part(tensors, "average."))
         state = self.optimizer.state_dict()
         for name, tensor in _part(tensors, "optimizer.").items():
             index, key = name.split(".", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,11 +164,11 @@ def test_empty_partitions_and_null_rows() -> None:
     assert [list(row) for row in SessionSlice(-1).transform(ColumnSelector(["x"]), nothing)["x"]] == [[], []]
 
 
-def test_schema_is_the_stock_one() -> None:
+def test_schema_is_the_stock_one(tmp_path: Path) -> None:
     frame = pd.DataFrame({"user": ["a", "a"], "time": [1, 2], "item": ["x", "y"], "price": np.array([1, 2], "float32")})
 
     def fitted(groupby: type, cut: type) -> Workflow:
-        encoded = ["item"] >> ops.Categorify()
+        encoded = ["item"] >> ops.Categorify(out_path=str(tmp_path))
         aggs = {"item": ["list", "count"], "price": ["list"], "time": ["first"]}
         grouped = ["user", "time", "price"] + encoded >> groupby(["user"], ["time"], aggs, "-")
         lists = grouped["item-list", "price-list"] >> cut(-3)

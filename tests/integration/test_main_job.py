@@ -1,0 +1,93 @@
+"""The main job: a generated shop goes in, and recommendations come back from a real Triton Inference Server."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.demo import demo, find_inputs
+from missrec_t4r.errors import DataError
+
+pytestmark = pytest.mark.triton
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, str]:
+    out = tmp_path_factory.mktemp("demo")
+    with (out / "log").open("w") as log:
+        summary = demo(None, out, recipe="tiny", users=400, items=150, console=Console(file=log, width=120))
+    return summary, out / "shop", (out / "log").read_text()
+
+
+def test_triton_answers_as_the_model_does(result: tuple[dict, Path, str]) -> None:
+    summary, _, _ = result
+    assert summary["served_equals_offline"] is True
+    assert summary["max_abs_diff"] <= 1e-5
+    assert summary["sessions_compared"] >= 200
+    assert summary["requests_per_execution"] > 1  # dynamic batching merged requests
+    assert summary["triton_version"][0].isdigit()
+
+
+def test_the_summary_has_what_the_readme_promises(result: tuple[dict, Path, str]) -> None:
+    summary, _, _ = result
+    json.dumps(summary)
+    promised = {"data", "recall@10", "ndcg@10", "baselines", "triton_version", "served_equals_offline", "max_abs_diff"}
+    assert promised | {"recommendations", "seconds", "seen_excluded"} <= set(summary)
+    assert set(summary["baselines"]) == {"popularity", "item_knn", "content_knn"}
+    assert {"generate", "etl", "features", "train", "evaluate", "export", "serve"} == set(summary["seconds"])
+    assert len(summary["recommendations"]) == 3
+    for query in summary["recommendations"]:
+        seen = {item["item_id"] for item in query["session"]}
+        assert query["answers"]
+        assert not seen & {answer["item_id"] for answer in query["answers"]}
+        scores = [answer["score"] for answer in query["answers"]]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_a_person_sees_metrics_and_titles(result: tuple[dict, Path, str]) -> None:
+    summary, folder, shown = result
+    for words in ("popularity", "item-kNN", "content-kNN", "Triton is ready"):
+        assert words.lower() in shown.lower().replace("_", "-"), words
+    catalogue = Catalogue.load(folder / "data" / "catalogue")
+    titles = set(catalogue.items["title"].to_pylist())
+    assert summary["recommendations"][0]["answers"][0]["title"] in titles
+
+
+def test_the_commands_answer_bad_input_with_a_paragraph_and_code_2(
+    result: tuple[dict, Path, str], tmp_path: Path
+) -> None:
+    _, folder, _ = result
+    (tmp_path / "few.parquet").write_bytes(b"not parquet")
+    bad = [
+        ["etl", "--interactions", "missing.parquet", "--items", "x.parquet", "--out", "o"],
+        ["etl", "--interactions", "few.parquet", "--items", "few.parquet", "--out", "o"],
+        ["train", "--data", "nowhere", "--out", "o"],
+        ["train", "--data", str(folder / "data"), "--out", "o", "--set", "model.d_modle=3"],
+        ["evaluate", "--run", "nowhere"],
+        ["export", "--run", "nowhere", "--out", "o"],
+        ["serve", "--repository", "nowhere"],
+        ["recommend", "--url", "127.0.0.1:1", "--items", "a"],
+        ["demo", "--data", "nowhere", "--out", "o"],
+    ]
+    for arguments in bad:
+        done = subprocess.run(
+            [sys.executable, "-m", "missrec_t4r", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert "Traceback" not in done.stderr, arguments
+        assert done.stderr.strip(), arguments
+        assert not done.stdout, arguments
+    assert [p.name for p in tmp_path.iterdir()] == ["few.parquet"]
+
+
+def test_a_folder_without_vectors_is_no_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="interactions.parquet"):
+        find_inputs(tmp_path)
+    for name in ("interactions.parquet", "items.parquet"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match="text_minilm.npy"):
+        find_inputs(tmp_path)

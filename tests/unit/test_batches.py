@@ -1,0 +1,53 @@
+"""Training batches: every transition is trained once, whatever the cutting into windows, prefixes and buckets."""
+
+import numpy as np
+import pytest
+
+from missrec_t4r.config import MISSRecConfig, TrainConfig
+from missrec_t4r.data.batches import collate, iterate, prefix_examples, training_batches, window_examples
+from missrec_t4r.data.sessions import Sessions
+
+SESSIONS = Sessions.from_lists([[3, 4, 5, 6, 7], [8, 9], [10]])
+
+
+def test_windows_cover_every_position_from_the_end_of_the_session() -> None:
+    examples = window_examples(SESSIONS, 3, 0, np.random.default_rng(0))
+    batch = collate(SESSIONS, examples, 1, all_positions=True, backwards=False)
+    assert batch.item_ids.tolist() == [[4, 5, 6], [3, 0, 0], [8, 0, 0]]
+    assert batch.targets[..., 0].tolist() == [[5, 6, 7], [4, 0, 0], [9, 0, 0]]
+
+
+def test_prefixes_hold_what_came_before_the_target_and_no_more_than_the_limit() -> None:
+    examples = prefix_examples(SESSIONS, 3, 0, np.random.default_rng(0))
+    batch = collate(SESSIONS, examples, 2, all_positions=False, backwards=False)
+    assert batch.item_ids.tolist() == [[3, 0, 0], [3, 4, 0], [3, 4, 5], [4, 5, 6], [8, 0, 0]]
+    assert batch.targets.tolist() == [[4, 5], [5, 6], [6, 7], [7, 0], [9, 0]]
+
+
+def test_reversed_prefixes_are_the_prefixes_of_the_reversed_session() -> None:
+    examples = prefix_examples(SESSIONS, 3, 0, np.random.default_rng(0))
+    batch = collate(SESSIONS, examples, 1, all_positions=False, backwards=True)
+    assert batch.item_ids.tolist() == [[7, 0, 0], [7, 6, 0], [7, 6, 5], [6, 5, 4], [9, 0, 0]]
+    assert batch.targets[:, 0].tolist() == [6, 5, 4, 3, 8]
+
+
+def test_sampled_prefixes_are_as_many_as_asked_for() -> None:
+    examples = prefix_examples(SESSIONS, 3, 2, np.random.default_rng(0))
+    assert np.bincount(examples.start, minlength=6)[[0, 5]].tolist() == [2, 1]  # the second session has one prefix
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_an_epoch_trains_every_transition_once_with_little_padding(attention: str) -> None:
+    rng = np.random.default_rng(0)
+    sessions = Sessions.from_lists([rng.integers(3, 50, rng.integers(2, 30)) for _ in range(400)])
+    model, settings = MISSRecConfig(attention=attention, max_sequence_length=10), TrainConfig(batch_size=64)
+    padding, cells, seen = 0, 0, []
+    for batch in iterate(sessions, training_batches(sessions, model, settings, rng), model, settings):
+        real = batch.item_ids > 0
+        padding, cells = padding + int((~real).sum()), cells + real.numel()
+        last = batch.item_ids if attention == "causal" else batch.item_ids.gather(1, real.sum(1, keepdim=True) - 1)
+        targets = batch.targets[..., 0].reshape(last.shape)
+        seen += list(zip(last[targets > 0].tolist(), targets[targets > 0].tolist(), strict=True))
+    expected = [pair for session in sessions for pair in zip(session[:-1].tolist(), session[1:].tolist(), strict=True)]
+    assert sorted(seen) == sorted(expected)
+    assert padding / cells < 0.15

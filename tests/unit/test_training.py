@@ -1,0 +1,130 @@
+"""Training: it learns, it is deterministic, and a killed run ends as if it had never stopped."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from missrec_t4r.config import Recipe
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.errors import CheckpointError, ConfigError, DataError
+from missrec_t4r.training.checkpoint import RUN_FILE, STATE_FILE, load_run, load_tensors
+from missrec_t4r.training.finetune import Trainer, train
+
+SMALL = {
+    "model.d_model": 16,
+    "model.n_head": 2,
+    "model.dropout": 0.0,
+    "model.max_sequence_length": 5,
+    "train.patience": 99,
+}
+
+
+def _losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_training_learns_the_order_of_items(data: Path, tmp_path: Path, attention: str) -> None:
+    settings = SMALL | {
+        "train.epochs": 30,
+        "train.batch_size": 64,
+        "train.ema_decay": 0.0,
+        "model.attention": attention,
+    }
+    result = train(data, tmp_path / "run", recipe="tiny", settings=settings | {"train.learning_rate": 1e-2})
+    assert _losses(tmp_path / "run")[-1] < _losses(tmp_path / "run")[0] - 0.5
+    assert result["valid_ndcg@10"] > 0.8  # popularity: every item is as popular as any other, about .38 of 12 items
+
+
+def test_a_run_can_be_loaded_and_scores_as_it_did(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "run", recipe="tiny", settings=SMALL | {"train.epochs": 2})
+    loaded = load_run(tmp_path / "run")
+    assert loaded.data == data.resolve() or loaded.data.samefile(data)
+    session = torch.tensor([[3, 4, 5]])
+    scores = loaded.model.score(loaded.model(session), loaded.model.candidates(), session)
+    again = load_run(tmp_path / "run", data).model
+    assert torch.equal(scores, again.score(again(session), again.candidates(), session))
+    assert torch.isneginf(scores[0, :3]).all()
+
+
+def test_a_killed_run_ends_as_if_it_had_never_stopped(data: Path, tmp_path: Path) -> None:
+    settings = SMALL | {
+        "train.epochs": 4,
+        "train.batch_size": 64,
+        "model.dropout": 0.3,
+        "train.reverse_probability": 0.5,
+    }
+    train(data, tmp_path / "whole", recipe="tiny", settings=settings)
+    recipe, catalogue = Recipe.load("tiny", settings), Catalogue.load(data / "catalogue")
+    sessions = [Sessions.load(data / split).known() for split in ("train", "valid")]
+
+    class Killed(Exception):
+        pass
+
+    class Dies(Trainer):
+        def _epoch(self) -> dict[str, object]:
+            if self.status["epoch"] == 2:
+                raise Killed
+            return super()._epoch()
+
+    victim = Dies(recipe, catalogue, *sessions, tmp_path / "killed")
+    with pytest.raises(Killed):
+        victim.run(data)
+    assert (tmp_path / "killed" / STATE_FILE).is_file()
+    assert not (tmp_path / "killed" / RUN_FILE).exists()
+    torch.manual_seed(123)  # whatever happened meanwhile
+    train(data, tmp_path / "killed", recipe="tiny", settings=settings)
+    assert _losses(tmp_path / "killed") == _losses(tmp_path / "whole")
+    whole, killed = (load_tensors(tmp_path / name / "weights.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_an_interrupted_run_is_not_continued_with_other_settings(data: Path, tmp_path: Path) -> None:
+    recipe, catalogue = Recipe.load("tiny", SMALL), Catalogue.load(data / "catalogue")
+    sessions = [Sessions.load(data / split).known() for split in ("train", "valid")]
+    (tmp_path / "run").mkdir()
+    Trainer(recipe, catalogue, *sessions, tmp_path / "run").save_checkpoint()
+    with pytest.raises(ConfigError, match="--restart"):
+        train(data, tmp_path / "run", recipe="tiny", settings=SMALL | {"train.epochs": 3})
+    train(data, tmp_path / "run", recipe="tiny", settings=SMALL | {"train.epochs": 1}, resume=False)
+    assert (tmp_path / "run" / RUN_FILE).is_file()
+
+
+def test_loading_explains_every_gap(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "run", recipe="tiny", settings=SMALL | {"train.epochs": 1})
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    recipe["model"] |= {"d_feedforward": 64, "n_decoder_layers": 2, "history_bias": False}
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(CheckpointError) as gap:
+        load_run(tmp_path / "run")
+    assert "missing decoder.layers.1" in str(gap.value)
+    with pytest.raises(CheckpointError, match="a finished run"):
+        load_run(tmp_path / "nowhere")
+
+
+def test_sessions_of_another_catalogue_are_refused(data: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(data, tmp_path / "data")
+    catalogue = Catalogue.load(data / "catalogue")
+    Catalogue(catalogue.items.slice(0, 4), {}).save(tmp_path / "data" / "catalogue")
+    with pytest.raises(DataError, match="re-run the ETL"):
+        train(tmp_path / "data", tmp_path / "run", recipe="tiny")
+
+
+def test_the_prior_is_weighed_on_validation_and_zero_weight_changes_nothing(data: Path, tmp_path: Path) -> None:
+    from missrec_t4r.model.neighbours import PriorSettings
+
+    result = train(data, tmp_path / "run", recipe="tiny", settings=SMALL | {"train.epochs": 1})
+    assert result["prior"]["valid_ndcg@10"] >= result["prior"]["without"]
+    model = load_run(tmp_path / "run").model
+    assert model.prior is not None
+    assert model.prior.active  # one epoch has learned little; what follows what is known from counting
+    session = torch.tensor([[3, 4, 5]])
+    with_prior = model.score(model(session), model.candidates(), session)
+    model.prior.choose(PriorSettings(0.0, 1.0, 0.0))
+    without = model.score(model(session), model.candidates(), session)
+    assert with_prior[0, 6] > without[0, 6]  # item 6 follows item 5 in every session

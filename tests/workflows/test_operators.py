@@ -77,7 +77,7 @@ def _same(ours: pd.DataFrame, stock: pd.DataFrame) -> None:
     assert set(ours) == set(stock)
     for name in stock:
         assert [_plain(value) for value in ours[name]] == [_plain(value) for value in stock[name]], name
-        # The stock operator widens them on a detour through Python objects; pandas 1.5 also widens the keys of its groups.
+        # The stock operator widens them on a detour through Python objects; pandas 1.5 also widens the keys of groups.
         if name.endswith(("first", "last")) or pd.__version__ < "2":
             assert ours[name].dtype.kind == stock[name].dtype.kind, name
         elif not isinstance(stock[name].iloc[0], list):

@@ -32,6 +32,8 @@ from missrec_t4r.training.checkpoint import LoadedRun, load_run
 
 _LONG_SESSIONS = 40
 """Mean events per training session from which the recipe for long histories is taken."""
+_SHOP_EPOCHS = 22
+"""On the generated shop, so that the whole job stays within a few minutes."""
 _COMPARED_SESSIONS = 256
 _CLIENTS = 16
 """Requests under way at a time, so that Triton's dynamic batching has something to merge."""
@@ -117,7 +119,8 @@ def demo(
             )
     chosen = recipe or _recipe_for(folder)
     with _step("train", f"recipe {chosen}", console, seconds):
-        commands.train(folder, run, recipe=chosen, progress=progress)
+        shorter = None if data or recipe else {"train.epochs": _SHOP_EPOCHS}
+        commands.train(folder, run, recipe=chosen, settings=shorter, progress=progress)
     with _step("evaluate", "the whole catalogue ranked for every test session", console, seconds):
         metrics = commands.evaluate(run, progress=progress)
     console.print(commands.metrics_table(metrics))

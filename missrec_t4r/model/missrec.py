@@ -49,10 +49,14 @@ class MISSRec(nn.Module):
         The parts.
     prior : NeighbourPrior, optional
         Added to the score when ranking, never in training.
+    in_training : Tensor [row], bool, optional
+        Candidates of the training softmax; all by default. An item that is never a target would only learn to lose, and
+        with it everything that looks like it (ours).
     """
 
     recommendable: Tensor
     excluded: Tensor
+    untrained: Tensor
 
     def __init__(
         self,
@@ -63,6 +67,7 @@ class MISSRec(nn.Module):
         decoder: InterestAwareDecoder,
         fusion: CandidateFusion,
         prior: NeighbourPrior | None = None,
+        in_training: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -77,6 +82,8 @@ class MISSRec(nn.Module):
         usable[:FIRST_ITEM_ROW] = False
         self.register_buffer("recommendable", usable, persistent=False)
         self.register_buffer("excluded", torch.nonzero(~usable).flatten(), persistent=False)
+        hidden = ~usable if in_training is None else ~(usable & in_training)
+        self.register_buffer("untrained", torch.nonzero(hidden).flatten(), persistent=False)
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Return the session vectors [batch, dim], unit length.
@@ -140,7 +147,7 @@ class MISSRec(nn.Module):
             scores.scatter_add_(1, item_ids, self.history_bias * first_occurrences(item_ids).to(scores.dtype))
         if self.prior is not None and not self.training and self.prior.active:
             scores = scores + self.prior(item_ids)
-        return scores.index_fill_(1, self.excluded, -torch.inf)
+        return scores.index_fill_(1, self.untrained if self.training else self.excluded, -torch.inf)
 
     @torch.no_grad()
     def discover_interests(self, seed: int) -> None:
@@ -206,6 +213,7 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue) -> MISSRec:
         ),
         CandidateFusion(config.candidate_fusion, towers.n_rows),
         NeighbourPrior(towers.n_rows, min(config.n_neighbours, towers.n_rows)) if config.n_neighbours else None,
+        trained if config.mask_untrained_ids else None,
     )
     model.apply(_initialise)
     if config.missing_modality == "zero_row":

@@ -46,6 +46,7 @@ class NeighbourPrior(nn.Module):
 
     neighbours: Tensor
     counts: Tensor
+    strengths: Tensor
     frequency: Tensor
     settings: Tensor
 
@@ -53,6 +54,7 @@ class NeighbourPrior(nn.Module):
         super().__init__()
         self.register_buffer("neighbours", torch.zeros(n_rows, n_neighbours, dtype=torch.int32))
         self.register_buffer("counts", torch.zeros(n_rows, n_neighbours))
+        self.register_buffer("strengths", torch.zeros(n_rows, n_neighbours))
         self.register_buffer("frequency", torch.zeros(n_rows))
         self.register_buffer("settings", torch.tensor([0.0, 1.0, 0.0]))
 
@@ -80,10 +82,14 @@ class NeighbourPrior(nn.Module):
         self.neighbours[at] = torch.from_numpy(others[keep]).int()
         self.counts[at] = torch.from_numpy(counts[keep]).to(self.counts.dtype)
         self.frequency.copy_(torch.from_numpy(np.bincount(sessions.values, minlength=len(self.frequency))))
+        self.choose(self.chosen)
 
+    @torch.no_grad()
     def choose(self, settings: PriorSettings) -> None:
-        """Use these settings from now on."""
+        """Use these settings from now on; what each neighbour adds is worked out here, once."""
         self.settings.copy_(torch.tensor(settings))
+        discount = (self.frequency.unsqueeze(1) + 5) * (self.frequency[self.neighbours.long()] + 5)
+        self.strengths.copy_(settings.weight * self.counts / discount**settings.power)
 
     @property
     def active(self) -> bool:
@@ -95,16 +101,13 @@ class NeighbourPrior(nn.Module):
         """The settings in use."""
         return PriorSettings(*self.settings.tolist())
 
-    def forward(self, item_ids: Tensor, settings: PriorSettings | None = None) -> Tensor:
+    def forward(self, item_ids: Tensor) -> Tensor:
         """Return the prior [batch, catalogue] for sessions ``item_ids`` [batch, seq]."""
-        weight, decay, power = settings or self.chosen
         real = item_ids > UNKNOWN_ROW
         age = real.sum(1, keepdim=True) - real.cumsum(1)
-        neighbours = self.neighbours[item_ids].long()
-        discount = ((self.frequency[item_ids].unsqueeze(-1) + 5) * (self.frequency[neighbours] + 5)) ** power
-        strength = weight * (decay**age * real).unsqueeze(-1) * self.counts[item_ids] / discount
-        prior = strength.new_zeros(len(item_ids), len(self.frequency))
-        return prior.scatter_add_(1, neighbours.flatten(1), strength.flatten(1))
+        faded = (self.settings[1] ** age * real).unsqueeze(-1) * self.strengths[item_ids]
+        prior = faded.new_zeros(len(item_ids), len(self.frequency))
+        return prior.scatter_add_(1, self.neighbours[item_ids].long().flatten(1), faded.flatten(1))
 
 
 def cooccurrence(

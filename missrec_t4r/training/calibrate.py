@@ -48,6 +48,7 @@ def fit_prior(
     if model.prior is None:
         return {}
     chosen = np.sort(np.random.default_rng(seed).permutation(len(valid))[:_MOST_SESSIONS])
+    chosen = chosen[np.argsort(valid.lengths[chosen], kind="stable")]  # equal lengths in a chunk: little padding
     histories, targets = valid.take(chosen).split_last()
     histories = histories.known()
     grid = list(product(_DECAYS, _POWERS, _LOGITS_PER_COUNT))
@@ -78,15 +79,18 @@ def _gains(
     """Sum of NDCG@10 over a chunk of sessions for every point of the grid."""
     prior = model.prior
     assert prior is not None
-    item_ids = torch.from_numpy(chunk.padded(range(len(chunk)), model.config.max_sequence_length))
+    item_ids = torch.from_numpy(chunk.padded(range(len(chunk)), model.config.max_sequence_length)).to(
+        prior.counts.device
+    )
+    prior.choose(PriorSettings(0.0, 1.0, 0.0))
     own = scorer(chunk).cpu()
-    device = prior.counts.device
     gains = []
     unit, unit_key = own, (-1.0, -1.0)
     for decay, power, logits in grid:
         if (decay, power) != unit_key:
             unit_key = (decay, power)
-            unit = prior(item_ids.to(device), PriorSettings(1.0, decay, power)).cpu()
+            prior.choose(PriorSettings(1.0, decay, power))
+            unit = prior(item_ids).cpu()
         scores = own + _settings(model, decay, power, logits).weight * unit
         gain = torch.zeros((), dtype=torch.float64)
         for ranked in (scores, exclude_seen(scores, chunk)):

@@ -139,7 +139,8 @@ class Trainer:
         chosen = (
             np.random.default_rng(settings.seed).permutation(len(valid))[:sample] if sample else np.arange(len(valid))
         )
-        self.valid, self.all_valid = valid.take(np.sort(chosen)), valid
+        chosen = chosen[np.argsort(valid.lengths[chosen], kind="stable")]  # equal lengths in a chunk: little padding
+        self.valid, self.all_valid = valid.take(chosen), valid
 
     def run(self, data: Path) -> dict[str, Any]:
         """Train to the end, weigh the neighbour prior and write the run."""

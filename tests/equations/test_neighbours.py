@@ -26,7 +26,9 @@ def fitted(n_neighbours: int, window: int, *, directed: bool = False) -> Neighbo
 @pytest.mark.parametrize("window", [1, 3, 50])
 @pytest.mark.parametrize("n_neighbours", [1, 3, 20])
 def test_prior(n_neighbours: int, window: int, directed: bool) -> None:
-    found = fitted(n_neighbours, window, directed=directed)(shop.batch(padding=1), SETTINGS).numpy()
+    fit = fitted(n_neighbours, window, directed=directed)
+    fit.choose(SETTINGS)
+    found = fit(shop.batch(padding=1)).numpy()
     parts = {"window": window, "directed": directed, "n_neighbours": n_neighbours, **SETTINGS._asdict()}
     expected = [neighbour_prior(shop.rows(session), TRAINING, N_ROWS, **parts) for session in shop.SESSIONS]
     np.testing.assert_allclose(found, np.stack(expected), rtol=0, atol=1e-6)
@@ -36,7 +38,9 @@ def test_prior(n_neighbours: int, window: int, directed: bool) -> None:
 def test_prior_by_hand() -> None:
     # mug kettle teapot mug pan: one pair; kettle kettle teapot: two pairs; together C = 3
     [kettle, teapot] = shop.rows(["kettle", "teapot"])
-    prior = fitted(20, 2)(torch.tensor([[kettle]]), PriorSettings(weight=1.0, decay=1.0, power=0.5))[0]
+    fit = fitted(20, 2)
+    fit.choose(PriorSettings(weight=1.0, decay=1.0, power=0.5))
+    prior = fit(torch.tensor([[kettle]]))[0]
     # kettle occurs 4 times, teapot 2 times
     assert prior[teapot].item() == pytest.approx(3 / ((4 + 5) * (2 + 5)) ** 0.5)
 
@@ -47,9 +51,12 @@ def test_the_prior_ranks_and_never_trains() -> None:
     net.prior.fit(Sessions.from_lists(TRAINING), 50)
     session, item_ids = net(shop.batch()).detach(), shop.batch()
     plain = net.score(session, net.candidates(), item_ids)
+    candidates = net.candidates()
+    trained = net.train().score(session, candidates, item_ids)
+    net.eval()
     net.prior.choose(SETTINGS)
     parts = {"window": 50, "directed": False, "n_neighbours": 4, **net.prior.chosen._asdict()}
     expected = [neighbour_prior(shop.rows(session), TRAINING, N_ROWS, **parts) for session in shop.SESSIONS]
     change = net.score(session, net.candidates(), item_ids) - plain
     np.testing.assert_allclose(change[:, 3:].detach().numpy(), np.stack(expected)[:, 3:], rtol=0, atol=1e-6)
-    assert torch.equal(net.train().score(session, net.candidates(), item_ids), plain)
+    assert torch.equal(net.train().score(session, candidates, item_ids), trained)

@@ -128,3 +128,19 @@ def test_the_prior_is_weighed_on_validation_and_zero_weight_changes_nothing(data
     model.prior.choose(PriorSettings(0.0, 1.0, 0.0))
     without = model.score(model(session), model.candidates(), session)
     assert with_prior[0, 6] > without[0, 6]  # item 6 follows item 5 in every session
+
+
+def test_items_that_training_never_saw_are_no_candidates_of_its_softmax(data: Path) -> None:
+    from missrec_t4r.config import MISSRecConfig
+    from missrec_t4r.model import build_missrec
+
+    catalogue = Catalogue.load(data / "catalogue")
+    counts = catalogue.items["train_count"].to_numpy().copy()
+    counts[4] = 0  # row 7 arrives after training
+    items = catalogue.items.set_column(1, "train_count", [counts])
+    model = build_missrec(MISSRecConfig(d_model=16, n_head=2, n_neighbours=0), Catalogue(items, catalogue.modalities))
+    session = torch.tensor([[3, 4]])
+    trained = model.train().score(model(session), model.candidates(), session)
+    served = model.eval().score(model(session), model.candidates(), session)
+    assert torch.isneginf(trained[0, 7])
+    assert torch.isfinite(served[0, 7])  # and yet it can be recommended

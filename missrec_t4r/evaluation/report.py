@@ -18,7 +18,7 @@ PROTOCOL_TITLES: Final = {
     SEEN_KEPT: "seen items kept (as published)",
     SEEN_EXCLUDED: "seen items excluded (as shops serve)",
 }
-TABLE_COLUMNS: Final = ("recall@10", "ndcg@10", "mrr@10", "recall@50", "ndcg@50")
+TABLE_COLUMNS: Final = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
 NO_VALUE: Final = "-"
 
 
@@ -31,7 +31,7 @@ def table(report: Mapping[str, Any]) -> Group:
 
 
 def metrics_table(report: Mapping[str, Any], protocol: str) -> Table:
-    """Return systems x metrics with 95 % intervals, for one protocol.
+    """Return systems x metrics with half their 95 % intervals, and coverage@10, for one protocol.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def metrics_table(report: Mapping[str, Any], protocol: str) -> Table:
     systems: Mapping[str, Any] = report["protocols"][protocol]
     shown = [metric for metric in TABLE_COLUMNS if metric in next(iter(systems.values()))]
     drawn = _table(f"{report['split']}, {report['n_users']:,} users, {PROTOCOL_TITLES[protocol]}", "system", shown)
-    drawn.add_column("coverage@10", justify="right")
+    drawn.add_column("coverage@10", justify="right", no_wrap=True)
     for name, measured in systems.items():
         cells = [_with_interval(measured, metric) for metric in shown]
         drawn.add_row(name, *cells, _number(report["coverage"][protocol][name].get("coverage@10"), 3))
@@ -76,9 +76,9 @@ def write_report(report: Mapping[str, Any], file: Path) -> None:
 
 def _table(title: str, first: str, columns: Sequence[str]) -> Table:
     drawn = Table(title=title, title_justify="left")
-    drawn.add_column(first)
+    drawn.add_column(first, no_wrap=True)
     for column in columns:
-        drawn.add_column(column, justify="right")
+        drawn.add_column(column, justify="right", no_wrap=True)
     return drawn
 
 
@@ -86,7 +86,7 @@ def _with_interval(measured: Mapping[str, Any], metric: str) -> str:
     interval = measured["interval"][metric]
     if interval is None:
         return NO_VALUE
-    return f"{_number(measured[metric])} [{_number(interval[0])}, {_number(interval[1])}]"
+    return f"{_number(measured[metric])}\n±{(interval[1] - interval[0]) / 2:.4f}"  # fits a terminal of 80 columns
 
 
 def _number(value: float | None, digits: int = 4) -> str:

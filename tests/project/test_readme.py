@@ -1,0 +1,49 @@
+"""The README is the first thing a stranger reads: what it names must exist, and what exists it must name."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def readme(repository: Path) -> str:
+    return (repository / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_shipped_module_has_its_clause_in_the_tree(repository: Path, readme: str) -> None:
+    folder, listed = "", set()
+    for line in readme.partition("<!-- tree -->")[2].partition("<!-- /tree -->")[0].splitlines():
+        if match := re.match(r"^([\w/]+)/(\s|$)", line):
+            folder = match[1]
+        elif match := re.match(r"^  (\w+\.py)\s+(\w.{15,})$", line):
+            listed.add(f"{folder}/{match[1]}")
+    shipped = {
+        file.relative_to(repository).as_posix()
+        for root in ("missrec_t4r", "workflows")
+        for file in (repository / root).rglob("*.py")
+        if file.name != "__init__.py"
+    }
+    assert listed == shipped
+
+
+def test_every_link_of_the_readme_leads_somewhere(repository: Path, readme: str) -> None:
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", readme) if not target.startswith("http")]
+    assert targets
+    assert [target for target in targets if not (repository / target).exists()] == []
+
+
+def test_the_two_commands_exist(repository: Path, readme: str) -> None:
+    makefile = (repository / "Makefile").read_text(encoding="utf-8")
+    for target in ("demo", "test"):
+        assert f"make {target}" in readme
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_every_number_of_the_results_table_has_a_file(repository: Path, readme: str) -> None:
+    results = readme.partition("<!-- results -->")[2].partition("<!-- /results -->")[0]
+    files = re.findall(r"benchmarks/results/[\w.-]+\.json", results)
+    assert files
+    text = " ".join((repository / file).read_text(encoding="utf-8") for file in files)
+    for number in re.findall(r"\.\d{4}\b", results):
+        assert number in text, number

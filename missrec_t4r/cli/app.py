@@ -1,0 +1,84 @@
+"""The application: how a command is registered, how it answers and how it fails; options that commands share."""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from missrec_t4r.errors import ConfigError, MISSRecError
+
+app = typer.Typer(
+    help="Multi-modal sequential recommendation for NVIDIA Merlin: ETL, training, evaluation, Triton.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# Upstream says these at every start, whatever a user does; anything else still shows.
+for _words in (
+    "The legacy Dask DataFrame implementation",
+    "Tensorflow dtype mappings did not load",
+    "Initializing an NVTabular Dataset in CPU mode",
+):
+    warnings.filterwarnings("ignore", message=_words)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_EXTRA = {
+    **dict.fromkeys(("nvtabular", "merlin", "transformers4rec", "transformers", "pandas", "dask"), "merlin"),
+    **dict.fromkeys(("sklearn", "PIL"), "features"),
+}
+"""Package that the base installation lacks -> extra that brings it."""
+
+
+def command(function: F) -> F:
+    """Register a command that prints its result as JSON and its curable errors as a paragraph."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            result = _with_extras_named(function, *args, **kwargs)
+        except MISSRecError as error:
+            Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False)
+            raise typer.Exit(2) from None
+        print(json.dumps(result, default=_plain))
+
+    app.command(name=function.__name__.replace("_", "-"))(run)
+    return function
+
+
+def _with_extras_named(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA:
+            raise
+        cure = f"pip install 'missrec-t4r[{_EXTRA[package]}]'"
+        raise ConfigError(f"the package {package} is not installed", "it, for this command", cure) from error
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+Out = Annotated[Path, typer.Option(help="Folder to write.")]
+Data = Annotated[Path, typer.Option(help="Data folder written by `missrec etl`.")]
+Run = Annotated[Path, typer.Option(help="Run folder written by `missrec train`.")]
+
+
+def pairs(options: list[str], name: str) -> dict[str, str]:
+    """Return the NAME=VALUE options as a mapping."""
+    found = dict(option.partition("=")[::2] for option in options)
+    for option in options:
+        if "=" not in option:
+            raise ConfigError(f"{name} {option!r}", f"{name} NAME=VALUE")
+    return found

@@ -1,0 +1,86 @@
+"""Commands that make a data folder: generate, etl, features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from missrec_t4r import commands
+from missrec_t4r.cli.app import Data, Out, command, pairs
+from missrec_t4r.progress import TerminalProgress
+
+
+@command
+def generate(
+    out: Out,
+    seed: Annotated[int, typer.Option(help="Same seed, same shop.")] = 7,
+    users: Annotated[int, typer.Option(help="Number of customers.")] = 3000,
+    items: Annotated[int, typer.Option(help="Number of products.")] = 1200,
+) -> dict[str, Any]:
+    """Generate a shop: interactions, catalogue with texts and pictures."""
+    return commands.generate(out, seed=seed, users=users, items=items, progress=TerminalProgress())
+
+
+@command
+def etl(
+    interactions: Annotated[list[str], typer.Option(help="Parquet or csv: file, folder or pattern; repeatable.")],
+    items: Annotated[Path, typer.Option(help="Item table, parquet or csv.")],
+    out: Out,
+    user_column: Annotated[str, typer.Option(help="Name of the user or session id.")] = "user_id",
+    item_column: Annotated[str, typer.Option(help="Name of the item id.")] = "item_id",
+    time_column: Annotated[str, typer.Option(help="Name of the time: unix seconds or dates.")] = "timestamp",
+    catalogue_item_column: Annotated[str | None, typer.Option(help="Name of the id in the item table.")] = None,
+    drop_column: Annotated[list[str], typer.Option(help="Event column that must not become a feature.")] = ["split"],  # noqa: B006 - typer copies it
+    categorical_column: Annotated[list[str], typer.Option(help="Integer event column that is a category.")] = [],  # noqa: B006 - typer copies it
+    k_core: Annotated[int, typer.Option(help="Drop users and items with fewer events, repeatedly; 0 is off.")] = 0,
+    min_item_count: Annotated[int, typer.Option(help="Drop items with fewer events, once; 0 is off.")] = 0,
+    unknown_items: Annotated[str, typer.Option(help="Items that only events know: append or drop.")] = "append",
+    drop_duplicates: Annotated[bool, typer.Option("--drop-duplicates", help="Drop repeated events.")] = False,
+    split: Annotated[str, typer.Option(help="leave_one_out or time.")] = "leave_one_out",
+    valid_from: Annotated[float | None, typer.Option(help="Time split: start of validation, unix seconds.")] = None,
+    test_from: Annotated[float | None, typer.Option(help="Time split: start of test, unix seconds.")] = None,
+    modality: Annotated[list[str], typer.Option(help="NAME=FILE.npy, rows as in the item table; repeatable.")] = [],  # noqa: B006 - typer copies it
+    max_sequence_length: Annotated[int, typer.Option(help="Items of a request that count.")] = 50,
+    max_events: Annotated[int | None, typer.Option(help="Cut sessions to their last events.")] = None,
+    partitions: Annotated[int | None, typer.Option(help="Dask partitions; chosen by size if not given.")] = None,
+) -> dict[str, Any]:
+    """Turn raw interactions and an item table into sessions, schema and catalogue (NVTabular)."""
+    return commands.etl(
+        interactions,
+        items,
+        out,
+        user_column=user_column,
+        item_column=item_column,
+        time_column=time_column,
+        catalogue_item_column=catalogue_item_column,
+        drop_columns=drop_column,
+        categorical_columns=categorical_column,
+        unknown_items=unknown_items,
+        drop_duplicates=drop_duplicates,
+        max_events=max_events,
+        k_core=k_core,
+        min_item_count=min_item_count,
+        split=split,  # type: ignore[arg-type]  # checked by etl, with words
+        valid_from=valid_from,
+        test_from=test_from,
+        modality={name: Path(file) for name, file in pairs(modality, "--modality").items()},
+        max_sequence_length=max_sequence_length,
+        partitions=partitions,
+        progress=TerminalProgress(),
+    )
+
+
+@command
+def features(
+    data: Data,
+    text_columns: Annotated[str, typer.Option(help="Columns of the item table, joined; comma-separated.")] = "",
+    image_column: Annotated[str | None, typer.Option(help="Column with the picture's file name.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder that the file names are relative to.")] = None,
+) -> dict[str, Any]:
+    """Make modality vectors from texts and pictures with the built-in classical encoders."""
+    columns = [name.strip() for name in text_columns.split(",") if name.strip()]
+    return commands.features(
+        data, text_columns=columns, image_column=image_column, images=images, progress=TerminalProgress()
+    )

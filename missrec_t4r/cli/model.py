@@ -1,0 +1,52 @@
+"""Commands that make and judge a run: train, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from missrec_t4r import commands
+from missrec_t4r.cli.app import Data, Out, Run, command, pairs
+from missrec_t4r.progress import TerminalProgress
+
+
+@command
+def train(
+    data: Data,
+    out: Out,
+    recipe: Annotated[str, typer.Option(help="Shipped recipe or YAML file.")] = "default",
+    set_: Annotated[list[str], typer.Option("--set", help="Override, such as model.d_model=128; repeatable.")] = [],  # noqa: B006 - typer copies it
+    trainer: Annotated[str, typer.Option(help="native: ours. t4r: Transformers4Rec's Trainer.")] = "native",
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of resuming.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> dict[str, Any]:
+    """Train the model; an interrupted run is continued."""
+    settings = {key: yaml.safe_load(value) for key, value in pairs(set_, "--set").items()}
+    return commands.train(
+        data,
+        out,
+        recipe=recipe,
+        settings=settings,
+        trainer=trainer,
+        resume=not restart,
+        device=device,
+        progress=TerminalProgress(),
+    )
+
+
+@command
+def evaluate(
+    run: Run,
+    split: Annotated[str, typer.Option(help="test or valid.")] = "test",
+    data: Annotated[Path | None, typer.Option(help="Data folder, if it was moved since training.")] = None,
+    baselines: Annotated[bool, typer.Option(help="Rank popularity, item-kNN and content-kNN beside it.")] = True,
+) -> dict[str, Any]:
+    """Rank the whole catalogue for every session, in both protocols, beside the baselines."""
+    console = Console(stderr=True)
+    result = commands.evaluate(run, split=split, data=data, baselines=baselines, progress=TerminalProgress(console))
+    console.print(commands.metrics_table(result))
+    return result

@@ -1,0 +1,10 @@
+"""The functions behind the command line, under the same names; each imports what it needs when it is called.
+
+>>> from missrec_t4r.commands import train, evaluate  # doctest: +SKIP
+"""
+
+from missrec_t4r.commands.data import etl, features, generate
+from missrec_t4r.commands.model import evaluate, metrics_table, train
+from missrec_t4r.commands.serve import demo, export, recommend, serve
+
+__all__ = ["demo", "etl", "evaluate", "export", "features", "generate", "metrics_table", "recommend", "serve", "train"]

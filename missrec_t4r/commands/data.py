@@ -1,0 +1,48 @@
+"""What `missrec generate`, `etl` and `features` do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from missrec_t4r.progress import Progress, quiet
+
+
+def generate(
+    out: Path, *, seed: int = 7, users: int = 3000, items: int = 1200, progress: Progress = quiet
+) -> dict[str, Any]:
+    """Generate a shop; see `missrec_t4r.workflows.sources.generator`."""
+    from missrec_t4r.workflows.sources.generator import generate_shop
+
+    return generate_shop(out, seed=seed, users=users, items=items, progress=progress)
+
+
+def etl(
+    interactions: str | Path | Sequence[str | Path],
+    items: Path,
+    out: Path,
+    *,
+    split: Literal["leave_one_out", "time"] = "leave_one_out",
+    modality: Mapping[str, Path] | None = None,
+    progress: Progress = quiet,
+    **options: Any,
+) -> dict[str, Any]:
+    """Build a data folder; every option is documented in `missrec_t4r.workflows.etl.etl`."""
+    from missrec_t4r.workflows.etl import etl as build
+
+    return build(interactions, items, out, split=split, modality=modality, progress=progress, **options)
+
+
+def features(
+    data: Path,
+    *,
+    text_columns: Sequence[str] = (),
+    image_column: str | None = None,
+    images: Path | None = None,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Add modality vectors to a data folder's catalogue; see `missrec_t4r.workflows.features`."""
+    from missrec_t4r.workflows.features import features as extract
+
+    return extract(data, text_columns=list(text_columns), image_column=image_column, images=images, progress=progress)

@@ -1,0 +1,159 @@
+"""What every benchmark writes down: hardware, versions, peak memory, the machine's matrix-product rate, the command.
+
+Benchmarks run from the checkout's root as modules (``python -m benchmarks.speed.large_catalogue``), so that they find
+this one. A result is one JSON file in ``benchmarks/results/`` and one JSON line on standard output.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from missrec_t4r.training.checkpoint import versions, write_json
+
+__all__ = ["gemm_rate", "gpu_peak_mib", "hardware", "peak_mib", "report", "reset_peak", "versions", "write_result"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def hardware() -> dict[str, Any]:
+    """Return what the numbers depend on: processor, cores and threads in use, memory, GPU, load at the start."""
+    found: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.platform(),
+        "load_1min": round(os.getloadavg()[0], 2),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def gemm_rate(size: int = 1024, seconds: float = 1.0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
+    """Measure the rate of square matrix products, the yardstick for every share of time that is said to be arithmetic.
+
+    Parameters
+    ----------
+    size : int
+        Rows and columns.
+    seconds : float
+        How long to measure, after one product to warm up.
+
+    Returns
+    -------
+    float
+        GFLOP/s, counting a multiplication and an addition as two.
+    """
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = left @ right
+    _synchronise(device)
+    started, products = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        torch.mm(left, right, out=out)
+        products += 1
+        if products % 16 == 0:
+            _synchronise(device)
+    _synchronise(device)
+    return 2 * size**3 * products / (time.perf_counter() - started) / 1e9
+
+
+def reset_peak() -> float:
+    """Forget the peak so far, where the system can (Linux), and return the memory in use now, in MiB."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return peak_mib()
+    return _status("VmRSS")
+
+
+def peak_mib() -> float:
+    """Return the most memory that this process held since its start or the last `reset_peak`, in MiB.
+
+    Pages of memory-mapped files that were read count as long as the system keeps them for us.
+    """
+    peak = _status("VmHWM")
+    if peak:
+        return peak
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def gpu_peak_mib() -> float:
+    """Return the most memory that torch held on the GPU since the last `reset_peak`, in MiB; 0 without a GPU."""
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+
+
+def write_result(name: str, payload: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Write ``<date>-<name>.json`` with the payload, command, commit, versions and hardware; return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    path = folder / f"{today}-{name}.json"
+    facts = {
+        "benchmark": name,
+        "command": _command(),
+        "commit": _commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    write_json(path, {**facts, **payload})
+    return path
+
+
+def report(name: str, payload: Mapping[str, Any], folder: Path = RESULTS) -> None:
+    """Write the result and end with its JSON line."""
+    path = write_result(name, payload, folder)
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    print(json.dumps({**payload, "result": str(shown)}, default=float))
+
+
+def _synchronise(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def _status(field: str) -> float:
+    """Return a size of ``/proc/self/status`` in MiB; 0 where there is no such file."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    sizes = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return int(sizes[0]) / 1024 if sizes else 0.0
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _command() -> str:
+    """Return the command without the machine's own paths."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join([*program.split(), *words])
+
+
+def _commit() -> str:
+    told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
+    return told.stdout.strip() or "unknown"

@@ -2,7 +2,8 @@
 
 A folder of plain files (`catalogue.json`, `vocabulary.parquet`, `items.parquet`, `<modality>.npy`, `presence.npy`)
 that ETL writes and everything else reads. Rows are NVTabular's: 0 padding, 1 null, 2 unknown, items from 3 on; the
-catalogue owns them and they never move.
+catalogue owns them and they never move. Beside a modality may stand `<modality>.<variant>.npy` (other vectors of the
+same items, such as `text.word_drop.npy`) and `<modality>.state.safetensors` (what its encoder was fitted to).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from safetensors.numpy import load_file, save_file
 
 from missrec_t4r.errors import DataError, ModalityError
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, NULL_ROW, ROW, TRAIN_COUNT, UNKNOWN_ROW
@@ -41,12 +43,31 @@ class Modality:
     present : ndarray [row], bool
         True where the item has the modality.
     encoder : mapping
-        Fingerprint of the encoder (name, revision, preprocessing): two catalogues share a modality only if it agrees.
+        Who made the vectors: ``name``, ``fingerprint``, and what else is needed to encode further items.
+    variants : mapping of str to ndarray [row, width], float32
+        Other vectors of the same items by the same encoder, such as ``word_drop``: texts with some words left out, for
+        augmentation in pre-training. They are no modalities of their own: nobody ranks with them.
+    state : mapping of str to ndarray
+        What the encoder was fitted to (decomposition, whitening), so that new items are encoded like the old ones.
     """
 
     vectors: npt.NDArray[np.float32]
     present: npt.NDArray[np.bool_]
     encoder: Mapping[str, Any] = field(default_factory=dict)
+    variants: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    state: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What identifies the vectors' space, or None where nobody said it (vectors from a file, without a statement).
+
+        Equal strings say: equal weights, preprocessing and fitted state, so vectors of two catalogues may be mixed and
+        a model of one reads the other. None equals nothing, not even another None. It stands in catalogue.json as
+        ``modalities.<name>.encoder.fingerprint``: ``sha256:...`` where `missrec features` worked it out, any text where
+        it was stated (``missrec etl --modality text=text.npy --fingerprint text=minilm-l6-v2``).
+        """
+        stated = self.encoder.get("fingerprint")
+        return str(stated) if stated else None
 
     @property
     def width(self) -> int:
@@ -153,11 +174,7 @@ class Catalogue:
         names = list(meta["modalities"])
         presence = np.load(folder / "presence.npy", allow_pickle=False)
         modalities = {
-            name: Modality(
-                np.load(folder / f"{name}.npy", allow_pickle=False).astype(np.float32, copy=False),
-                presence[:, index],
-                meta["modalities"][name].get("encoder", {}),
-            )
+            name: _load_modality(folder, name, presence[:, index], meta["modalities"][name])
             for index, name in enumerate(names)
         }
         return cls(items.drop_columns([ROW]) if ROW in items.column_names else items, modalities)
@@ -167,12 +184,14 @@ class Catalogue:
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        old = aside.with_name(aside.name + "-old")
         try:
             self._write(aside)
-            if folder.exists():
-                shutil.rmtree(folder)
             aside.chmod(0o755)
+            if folder.exists():
+                folder.rename(old)  # a kill between the two renames leaves the old catalogue whole, under this name
             aside.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -184,14 +203,33 @@ class Catalogue:
         present = [modality.present for modality in self.modalities.values()]
         presence = np.stack(present, 1) if present else np.zeros((self.n_rows, 0), bool)
         np.save(folder / "presence.npy", presence)
-        for name, modality in self.modalities.items():
-            np.save(folder / f"{name}.npy", modality.vectors)
-        described = {
-            name: {"width": modality.width, "items": int(modality.present.sum()), "encoder": dict(modality.encoder)}
-            for name, modality in self.modalities.items()
-        }
+        described = {name: _save_modality(folder, name, modality) for name, modality in self.modalities.items()}
         meta = {"format": FORMAT_VERSION, "rows": self.n_rows, "id_type": self.id_type, "modalities": described}
         (folder / "catalogue.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_modality(folder: Path, name: str, modality: Modality) -> dict[str, Any]:
+    """Write the files of one modality and return its entry in catalogue.json."""
+    np.save(folder / f"{name}.npy", modality.vectors)
+    for variant, vectors in modality.variants.items():
+        np.save(folder / f"{name}.{variant}.npy", vectors)
+    if modality.state:
+        save_file({key: np.ascontiguousarray(value) for key, value in modality.state.items()}, _state(folder, name))
+    described = {"width": modality.width, "items": int(modality.present.sum()), "encoder": dict(modality.encoder)}
+    return described | ({"variants": list(modality.variants)} if modality.variants else {})
+
+
+def _load_modality(folder: Path, name: str, present: npt.NDArray[np.bool_], described: Mapping[str, Any]) -> Modality:
+    def read(file: str) -> npt.NDArray[np.float32]:
+        return np.load(folder / file, allow_pickle=False).astype(np.float32, copy=False)
+
+    variants = {variant: read(f"{name}.{variant}.npy") for variant in described.get("variants", ())}
+    state = load_file(_state(folder, name)) if _state(folder, name).is_file() else {}
+    return Modality(read(f"{name}.npy"), present, described.get("encoder", {}), variants, state)
+
+
+def _state(folder: Path, name: str) -> Path:
+    return folder / f"{name}.state.safetensors"
 
 
 def _check_modality(name: str, modality: Modality, n_rows: int) -> None:
@@ -201,6 +239,13 @@ def _check_modality(name: str, modality: Modality, n_rows: int) -> None:
             f"[{n_rows}, width]: one row per item and three reserved ones",
             "re-extract the vectors for this item table",
         )
+    for variant, vectors in modality.variants.items():
+        if vectors.shape != modality.vectors.shape or not np.isfinite(vectors).all():
+            raise ModalityError(
+                f"variant {variant!r} of modality {name!r} has shape {vectors.shape}, or holds NaN",
+                f"finite numbers of shape {modality.vectors.shape}",
+                "make the modality again with `missrec features`",
+            )
     if not np.isfinite(modality.vectors).all():
         row = int(np.flatnonzero(~np.isfinite(modality.vectors).all(1))[0])
         raise ModalityError(

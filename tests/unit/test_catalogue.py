@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError, ModalityError, SchemaError
 
@@ -70,3 +70,25 @@ def test_a_folder_without_sessions_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), tmp_path / "a.parquet")
     with pytest.raises(SchemaError, match="item_id-list"):
         Sessions.load(tmp_path)
+
+
+def test_fingerprint_variants_and_state_come_back(data: Path, tmp_path: Path) -> None:
+    catalogue = Catalogue.load(data / "catalogue")
+    text = catalogue.modalities["text"]
+    assert text.fingerprint is None  # nobody said whose vectors these are
+    fitted = Modality(
+        text.vectors,
+        text.present,
+        {"name": "clip", "fingerprint": "sha256:1"},
+        {"word_drop": -text.vectors},
+        {"mean": np.arange(8, dtype=np.float32)},
+    )
+    Catalogue(catalogue.items, {**catalogue.modalities, "text": fitted}).save(tmp_path / "c")
+    back = Catalogue.load(tmp_path / "c")
+    assert list(back.modalities) == list(catalogue.modalities)  # a variant is no modality
+    assert back.modalities["text"].fingerprint == "sha256:1"
+    np.testing.assert_array_equal(back.modalities["text"].variants["word_drop"], -text.vectors)
+    np.testing.assert_array_equal(back.modalities["text"].state["mean"], np.arange(8))
+    np.save(tmp_path / "c" / "text.word_drop.npy", text.vectors[:-1])
+    with pytest.raises(ModalityError, match="variant 'word_drop' of modality 'text'"):
+        Catalogue.load(tmp_path / "c")

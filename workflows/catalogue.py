@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 
 from missrec_t4r.data.catalogue import Catalogue, Modality
-from missrec_t4r.errors import DataError, ModalityError, SchemaError
+from missrec_t4r.errors import ConfigError, DataError, ModalityError, SchemaError
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ROW, TRAIN_COUNT
 from missrec_t4r.workflows.checks import Findings
 
@@ -148,7 +148,26 @@ def filter_items(
     return (events.reset_index(drop=True), *_take_items(items, vectors, keep))
 
 
-def build_catalogue(items: pa.Table, vectors: Vectors, files: Mapping[str, Path]) -> Catalogue:
+def check_fingerprints(fingerprints: Mapping[str, str], files: Mapping[str, Path]) -> None:
+    """Refuse a fingerprint of a modality that was not given, and an empty one.
+
+    Raises
+    ------
+    ConfigError
+        Either is so.
+    """
+    for name, stated in fingerprints.items():
+        if name not in files or not stated.strip():
+            raise ConfigError(
+                f"--fingerprint {name}={stated}",
+                f"NAME=TEXT with a name among {sorted(files)}",
+                "give the vectors with --modality and say whose they are",
+            )
+
+
+def build_catalogue(
+    items: pa.Table, vectors: Vectors, files: Mapping[str, Path], fingerprints: Mapping[str, str] | None = None
+) -> Catalogue:
     """Return the catalogue with zero popularity; all-zero vectors mean that the item lacks the modality."""
     reserved = [name for name in (ROW, TRAIN_COUNT) if name in items.column_names]
     items = items.drop_columns(reserved) if reserved else items
@@ -156,6 +175,8 @@ def build_catalogue(items: pa.Table, vectors: Vectors, files: Mapping[str, Path]
     for name, array in vectors.items():
         full = np.concatenate([np.zeros((FIRST_ITEM_ROW, array.shape[1]), np.float32), array])
         encoder = {"name": "precomputed", "file": Path(files[name]).name}
+        if fingerprints and name in fingerprints:
+            encoder["fingerprint"] = fingerprints[name]
         modalities[name] = Modality(full, full.any(1), encoder)
     return with_train_count(Catalogue(items.append_column(TRAIN_COUNT, _zeros(items)), {}), _zeros(items), modalities)
 

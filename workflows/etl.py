@@ -65,6 +65,7 @@ def etl(
     valid_from: float | None = None,
     test_from: float | None = None,
     modality: Mapping[str, Path] | None = None,
+    fingerprint: Mapping[str, str] | None = None,
     max_sequence_length: int = 50,
     max_events: int | None = None,
     partitions: int | None = None,
@@ -102,6 +103,9 @@ def etl(
         Boundaries of the time split, in the unit of the time column (unix seconds for dates).
     modality : mapping of str to Path
         ``{"text": "text.npy"}``: vectors whose rows follow the item table; an all-zero row says "missing".
+    fingerprint : mapping of str to str
+        ``{"text": "minilm-l6-v2"}``: whose vectors those files hold, in words of your own. Pre-training over several
+        data sets joins modalities of equal fingerprint (`Modality.fingerprint`).
     max_sequence_length : int
         How many last items a request keeps.
     max_events : int, optional
@@ -124,6 +128,7 @@ def etl(
     _check_settings(split, valid_from, test_from, max_sequence_length, max_events)
     names = {user_column: USER_ID, item_column: ITEM_ID, time_column: TIMESTAMP}
     progress.say("reading the tables")
+    catalogues.check_fingerprints(fingerprint or {}, files)
     tables = read_tables(interactions, items, names, catalogue_item_column or item_column, findings)
     inputs = prepare(
         *tables,
@@ -148,6 +153,7 @@ def etl(
         "max_events": max_events,
         "columns": {USER_ID: user_column, ITEM_ID: item_column, TIMESTAMP: time_column},
         "event_features": list(inputs.features),
+        "fingerprints": dict(fingerprint or {}),
     }
     with _aside(out) as folder, tempfile.TemporaryDirectory() as storage:
         counts = _write(inputs, folder, Path(storage), settings, files, categorical_columns, partitions, progress)
@@ -189,7 +195,7 @@ def _write(
     """Write the whole data folder and return the counts."""
     if missing := [name for name in categorical_columns if name not in inputs.features]:
         raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {list(inputs.features)}")
-    catalogue = catalogues.build_catalogue(inputs.items, inputs.vectors, files)
+    catalogue = catalogues.build_catalogue(inputs.items, inputs.vectors, files, settings["fingerprints"])
     item_ids = catalogue.items[ITEM_ID].combine_chunks()
     categories = checks.category_values(inputs.events, inputs.features, categorical_columns)
     workflow = sessions.build_session_workflow(

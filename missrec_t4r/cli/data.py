@@ -42,6 +42,7 @@ def etl(
     valid_from: Annotated[float | None, typer.Option(help="Time split: start of validation, unix seconds.")] = None,
     test_from: Annotated[float | None, typer.Option(help="Time split: start of test, unix seconds.")] = None,
     modality: Annotated[list[str], typer.Option(help="NAME=FILE.npy, rows as in the item table; repeatable.")] = [],  # noqa: B006 - typer copies it
+    fingerprint: Annotated[list[str], typer.Option(help="NAME=TEXT: the encoder of those vectors; repeatable.")] = [],  # noqa: B006 - typer copies it
     max_sequence_length: Annotated[int, typer.Option(help="Items of a request that count.")] = 50,
     max_events: Annotated[int | None, typer.Option(help="Cut sessions to their last events.")] = None,
     partitions: Annotated[int | None, typer.Option(help="Dask partitions; chosen by size if not given.")] = None,
@@ -66,6 +67,7 @@ def etl(
         valid_from=valid_from,
         test_from=test_from,
         modality={name: Path(file) for name, file in pairs(modality, "--modality").items()},
+        fingerprint=pairs(fingerprint, "--fingerprint"),
         max_sequence_length=max_sequence_length,
         partitions=partitions,
         progress=TerminalProgress(),

@@ -10,6 +10,7 @@ import sklearn
 from PIL import Image
 
 from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.errors import ConfigError
 from missrec_t4r.workflows.encoders import encode_images, encode_texts, join_texts
 from missrec_t4r.workflows.etl import etl
 from missrec_t4r.workflows.features import features
@@ -62,6 +63,14 @@ def test_the_fingerprint_says_that_a_classical_encoder_stands_in(shop: Path) -> 
         assert encoder["name"] == f"classical-{name}"
         assert encoder["stands_in_for"] == f"a pretrained {name} encoder"
         assert encoder["library"] == f"scikit-learn {sklearn.__version__}"
+
+
+def test_the_fingerprint_of_given_vectors_is_as_stated(shop: Path) -> None:
+    vectors = {"text": save_vectors(shop / "text.npy", np.ones((4, 3)))}
+    etl(*write(shop / "raw", EVENTS, ITEMS), shop / "data", modality=vectors, fingerprint={"text": "minilm-l6-v2"})
+    assert Catalogue.load(shop / "data" / "catalogue").modalities["text"].fingerprint == "minilm-l6-v2"
+    with pytest.raises(ConfigError, match=r"--fingerprint image=x; expected: NAME=TEXT with a name among \['text'\]"):
+        etl(*write(shop / "raw", EVENTS, ITEMS), shop / "data", modality=vectors, fingerprint={"image": "x"})
 
 
 def test_other_modalities_stay_and_the_same_one_is_replaced(shop: Path) -> None:

@@ -106,6 +106,7 @@ class MISSRec(nn.Module):
         catalogue: ItemTokens | None = None,
         last_only: bool = False,
         side: Tensor | None = None,
+        items: ItemTokens | None = None,
     ) -> Encoded:
         """Encode sessions and return all that the objectives need.
 
@@ -118,9 +119,12 @@ class MISSRec(nn.Module):
             Only the vector of the last real item.
         side : Tensor [batch, seq, dim], optional
             Embedded side features.
+        items : ItemTokens of shape [batch, seq], optional
+            The sessions' own tokens, where they differ from the catalogue's (word drop in pre-training).
         """
         item_mask = item_ids > UNKNOWN_ROW
-        items = self.towers(item_ids) if catalogue is None else catalogue.take(item_ids)
+        if items is None:
+            items = self.towers(item_ids) if catalogue is None else catalogue.take(item_ids)
         interests = self.interests(item_ids)
         memory = self.encoder(interests)
         hidden = self.decoder(items, item_mask, memory, interests, last_only=last_only, side=side)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.config import Recipe
-from missrec_t4r.data.batches import iterate, training_batches
+from missrec_t4r.data.batches import TrainingBatch, iterate, training_batches
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, quick_metrics
 from missrec_t4r.evaluation.model_scorer import ModelScorer
-from missrec_t4r.model.missrec import build_missrec
+from missrec_t4r.model.missrec import MISSRec, build_missrec
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.training.calibrate import fit_prior
@@ -41,6 +41,7 @@ from missrec_t4r.training.ema import AveragedWeights
 from missrec_t4r.training.step import training_loss
 
 LOG_FILE = "log.jsonl"
+Prepare = Callable[[MISSRec], dict[str, Any]]
 
 
 def train(
@@ -110,6 +111,9 @@ class Trainer:
         Run folder.
     device : str
     progress : Progress
+    prepare : function, optional
+        Receives the fresh model before its optimiser is made: loads an earlier run's weights, freezes parts. What it
+        returns goes into `run.json` and tells interrupted runs apart.
     """
 
     def __init__(
@@ -121,6 +125,7 @@ class Trainer:
         out: Path,
         device: str = "auto",
         progress: Progress = quiet,
+        prepare: Prepare | None = None,
     ) -> None:
         self.recipe, self.catalogue, self.sessions = recipe, catalogue, sessions
         self.out, self.progress = out, progress
@@ -128,7 +133,9 @@ class Trainer:
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.rng = np.random.default_rng(settings.seed)
         torch.manual_seed(settings.seed)
-        self.model = build_missrec(recipe.model, catalogue).to(self.device)
+        self.model = build_missrec(recipe.model, catalogue)
+        self.facts = prepare(self.model) if prepare else {}
+        self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
@@ -162,6 +169,7 @@ class Trainer:
             "epochs": self.status["epoch"],
             "valid_ndcg@10": self.status["best"],
             "prior": prior,
+            **self.facts,
             "seconds": round(self.status["seconds"], 1),
             "device": str(self.device),
         }
@@ -177,8 +185,7 @@ class Trainer:
 
     def _epoch(self) -> dict[str, Any]:
         started, settings, epoch = time.perf_counter(), self.recipe.train, self.status["epoch"]
-        if epoch % settings.refresh_interests_every == 0:
-            self.model.discover_interests(settings.seed)
+        self.refresh_interests(epoch)
         plan = training_batches(self.sessions, self.recipe.model, settings, self.rng)
         total, positions = torch.zeros((), dtype=torch.float64, device=self.device), 0
         self.model.train()
@@ -203,12 +210,21 @@ class Trainer:
             **{f"valid_{name}": value for name, value in found.items()},
         }
 
-    def _step(self, batch: Any) -> Tensor:
+    def refresh_interests(self, epoch: int) -> None:
+        """Cluster the catalogue's tokens where this epoch is due (pre-training has another rhythm)."""
+        if epoch % self.recipe.train.refresh_interests_every == 0:
+            self.model.discover_interests(self.recipe.train.seed)
+
+    def loss(self, batch: TrainingBatch) -> Tensor:
+        """Return the objective of one batch (pre-training has another one)."""
+        return training_loss(self.model, batch, self.recipe.train)
+
+    def _step(self, batch: TrainingBatch) -> Tensor:
         settings = self.recipe.train
         self.status["step"] += 1
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * min(1.0, self.status["step"] / max(settings.warmup_steps, 1))
-        loss = training_loss(self.model, batch, settings)
+        loss = self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -266,7 +282,7 @@ class Trainer:
 
     def _fingerprint(self) -> str:
         facts = [dataclasses.asdict(self.recipe), self.catalogue.n_rows, len(self.sessions.values), len(self.all_valid)]
-        return json.dumps(facts, sort_keys=True)
+        return json.dumps([*facts, self.facts] if self.facts else facts, sort_keys=True, default=str)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -7,11 +7,9 @@ so that a failed run leaves nothing and a finished one is whole; running again g
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +35,7 @@ from missrec_t4r.schema import (
 )
 from missrec_t4r.workflows import catalogue as catalogues
 from missrec_t4r.workflows import checks, sessions, splits
+from missrec_t4r.workflows.folders import written_aside
 from missrec_t4r.workflows.inputs import Inputs, prepare, read_tables
 from missrec_t4r.workflows.sources.table import Paths
 
@@ -155,7 +154,7 @@ def etl(
         "event_features": list(inputs.features),
         "fingerprints": dict(fingerprint or {}),
     }
-    with _aside(out) as folder, tempfile.TemporaryDirectory() as storage:
+    with written_aside(out, REPORT_FILE) as folder, tempfile.TemporaryDirectory() as storage:
         counts = _write(inputs, folder, Path(storage), settings, files, categorical_columns, partitions, progress)
         report = counts | {"findings": findings.to_list(), "settings": settings, "format": 1}
         report["seconds"] = round(time.perf_counter() - started, 3)
@@ -265,25 +264,3 @@ def _counts(inputs: Inputs, catalogue: Catalogue, rows_of: Mapping[str, pa.Table
         "sessions": {name: table.num_rows for name, table in rows_of.items()},
         "modalities": {name: int(modality.present.sum()) for name, modality in catalogue.modalities.items()},
     }
-
-
-@contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """Yield a folder beside ``out`` that takes its place if all goes well and vanishes if not."""
-    if out.exists() and not (out.is_dir() and ((out / REPORT_FILE).is_file() or not any(out.iterdir()))):
-        raise DataError(f"{out} exists and is no data folder", "a new or an older data folder", "choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    old = folder.with_name(folder.name + "-old")
-    try:
-        yield folder
-        folder.chmod(0o755)
-        if out.exists():
-            out.rename(old)
-        folder.rename(out)
-    except BaseException:
-        if old.exists():
-            old.rename(out)
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

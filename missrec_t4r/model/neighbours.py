@@ -34,7 +34,10 @@ class PriorSettings(NamedTuple):
 class NeighbourPrior(nn.Module):
     """Sum of co-occurrence strengths between the session's items and a candidate.
 
-    ``prior(s, j) = weight * sum over items i of s of decay**age(i) * C[i,j] / ((n_i + 5) (n_j + 5)) ** power``
+    ``prior(s, j) = weight * sum over items i of s of decay**age(i) * C'[i,j] / ((n_i + 5) (n_j + 5)) ** power``
+
+    C' is the count C, less one where j is in the session too: two items of a customer whose past was trained on met at
+    least once, in that very past, which says nothing about the next item (leave-one-session-out).
 
     Parameters
     ----------
@@ -106,8 +109,11 @@ class NeighbourPrior(nn.Module):
         real = item_ids > UNKNOWN_ROW
         age = real.sum(1, keepdim=True) - real.cumsum(1)
         faded = (self.settings[1] ** age * real).unsqueeze(-1) * self.strengths[item_ids]
+        near, counts = self.neighbours[item_ids].long().flatten(1), self.counts[item_ids].flatten(1)
         prior = faded.new_zeros(len(item_ids), len(self.frequency))
-        return prior.scatter_add_(1, self.neighbours[item_ids].long().flatten(1), faded.flatten(1))
+        inside = torch.zeros_like(prior, dtype=torch.bool).scatter_(1, item_ids, True).gather(1, near)
+        others = torch.where(inside, (counts - 1).clamp_min(0) / counts.clamp_min(1), 1.0)
+        return prior.scatter_add_(1, near, faded.flatten(1) * others)
 
 
 def cooccurrence(

@@ -32,7 +32,9 @@ def neighbour_prior(
     decay: float,
     power: float,
 ) -> Array:
-    """Return weight * sum over i of decay^age(i) * C[i, j] / ((n_i + 5)(n_j + 5))^power for every row j.
+    """Return weight * sum over i of decay^age(i) * C'[i, j] / ((n_i + 5)(n_j + 5))^power for every row j.
+
+    C'[i, j] = C[i, j], less one where j is in the session.
 
     Only the strongest ``n_neighbours`` of an item count (equal ones in the order of their rows); the last item of the
     session has age 0.
@@ -42,5 +44,6 @@ def neighbour_prior(
     for age, i in enumerate(reversed(session)):
         strongest = sorted(counts.get(i, {}).items(), key=lambda pair: (-pair[1], pair[0]))[:n_neighbours]
         for j, count in strongest:
-            prior[j] += weight * decay**age * count / ((frequency[i] + 5) * (frequency[j] + 5)) ** power
+            others = count - 1 if j in session else count
+            prior[j] += weight * decay**age * others / ((frequency[i] + 5) * (frequency[j] + 5)) ** power
     return prior

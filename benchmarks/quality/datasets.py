@@ -1,0 +1,91 @@
+"""Raw benchmark folders as data folders: the same ETL as for users, once per benchmark."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from missrec_t4r import commands
+from missrec_t4r.demo import find_inputs
+from missrec_t4r.errors import DataError
+from missrec_t4r.progress import Progress, quiet
+
+INTERACTIONS = "interactions.parquet"
+_DONE = "prepared.json"
+
+
+def prepare(
+    raw: Path,
+    out: Path,
+    *,
+    interactions: str = INTERACTIONS,
+    modality: dict[str, str] | None = None,
+    progress: Progress = quiet,
+) -> Path:
+    """Run the ETL on a benchmark folder, or find that it ran with the same settings.
+
+    Parameters
+    ----------
+    raw : Path
+        Folder with interactions, ``items.parquet`` and modality vectors whose rows follow it.
+    out : Path
+        Data folder.
+    interactions : str
+        File of the folder. Another one than ``interactions.parquet`` is a subset: only items that occur in it are
+        candidates.
+    modality : dict, optional
+        Name to file of the folder; by default the best-covering file of every name, as in ``missrec demo``.
+
+    Returns
+    -------
+    Path
+        ``out``.
+
+    Raises
+    ------
+    DataError
+        A file is missing.
+    """
+    inputs = find_inputs(raw)
+    files = {name: raw / file for name, file in modality.items()} if modality else dict(inputs.modality)
+    for file in (raw / interactions, *files.values()):
+        if not file.is_file():
+            raise DataError(
+                f"{file} does not exist", "a file of the benchmark folder", "see --interactions, --modality"
+            )
+    facts = {"raw": raw.name, "interactions": interactions, "modality": {k: f.name for k, f in files.items()}}
+    if (out / _DONE).is_file() and json.loads((out / _DONE).read_text(encoding="utf-8")) == facts:
+        return out
+    items = inputs.items
+    if interactions != INTERACTIONS:
+        items, files = _only_interacted(raw / interactions, items, files, out.with_name(out.name + "-raw"))
+    commands.etl(
+        [raw / interactions],
+        items,
+        out,
+        modality=files,
+        min_item_count=inputs.min_item_count if interactions == INTERACTIONS else 0,
+        progress=progress,
+    )
+    (out / _DONE).write_text(json.dumps(facts), encoding="utf-8")
+    return out
+
+
+def _only_interacted(
+    interactions: Path, items: Path, files: dict[str, Path], out: Path
+) -> tuple[Path, dict[str, Path]]:
+    """Write the item table and vectors of the items that occur in the interactions."""
+    out.mkdir(parents=True, exist_ok=True)
+    table = pq.read_table(items)
+    occurring = set(pq.read_table(interactions, columns=["item_id"])["item_id"].to_pylist())
+    keep = np.array([item in occurring for item in table["item_id"].to_pylist()])
+    pq.write_table(table.filter(pa.array(keep)), out / items.name)
+    kept = {}
+    for name, file in files.items():
+        kept[name] = out / file.name
+        np.save(kept[name], np.load(file, allow_pickle=False)[keep])
+    return out / items.name, kept

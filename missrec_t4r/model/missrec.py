@@ -76,9 +76,8 @@ class MISSRec(nn.Module):
         self.prior = prior
         start = _INITIAL_HISTORY_BIAS * config.temperature
         self.history_bias = nn.Parameter(torch.tensor(start)) if config.history_bias else None
-        with torch.no_grad():
-            tokens = towers(torch.arange(towers.n_rows))
-        usable = tokens.mask.any(0) if tokens.id_mask is None else tokens.mask.any(0) | tokens.id_mask
+        masks = towers.masks(dropout=False)
+        usable = masks.mask.any(0) if masks.id_mask is None else masks.mask.any(0) | masks.id_mask
         usable[:FIRST_ITEM_ROW] = False
         self.register_buffer("recommendable", usable, persistent=False)
         self.register_buffer("excluded", torch.nonzero(~usable).flatten(), persistent=False)
@@ -204,9 +203,7 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue) -> MISSRec:
         config.id_dropout,
     )
     layer = (config.d_model, config.n_head, config.d_feedforward, config.dropout, config.layer_norm_eps)
-    with torch.no_grad():
-        mask = towers(torch.arange(towers.n_rows)).mask  # without this step's dropout, which `catalogue` would draw
-    n_interests = InterestVocabulary.size(config.interest_ratio, mask)
+    n_interests = InterestVocabulary.size(config.interest_ratio, towers.masks(dropout=False).mask)
     model = MISSRec(
         config,
         towers,

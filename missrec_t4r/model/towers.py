@@ -42,6 +42,17 @@ class ItemTokens(NamedTuple):
         )
 
 
+class TokenMasks(NamedTuple):
+    """Which tokens of the whole catalogue count; a training step draws them once, before any token is computed."""
+
+    mask: Tensor
+    """[modality, row], bool: as in `ItemTokens`."""
+    attended: Tensor
+    """[modality, row], bool: as in `ItemTokens`."""
+    id_mask: Tensor | None
+    """[row], bool: as in `ItemTokens`."""
+
+
 class CandidateTokens(NamedTuple):
     """Unit-length tokens of the whole catalogue, as candidates are scored."""
 
@@ -108,29 +119,40 @@ class ItemTowers(nn.Module):
         """Rows of the catalogue, the reserved ones included."""
         return int(self.presence.shape[1])
 
-    def forward(self, rows: Tensor) -> ItemTokens:
-        """Return the tokens of ``rows`` (any shape) without computing the rest of the catalogue."""
+    def forward(self, rows: Tensor, masks: TokenMasks | None = None) -> ItemTokens:
+        """Return the tokens of ``rows`` (any shape) without computing the rest of the catalogue.
+
+        ``masks`` are this training step's; without them nothing is dropped.
+        """
         stacked = torch.stack([self.adapters[name](self.vectors.get_buffer(name)[rows]) for name in self.names])
         present = self.presence[:, rows]
         if self.missing_modality == "masked":
             stacked = stacked * present.unsqueeze(-1)
         ids = None if self.id_embedding is None else self.id_embedding(rows)
+        if masks is not None:
+            id_mask = None if masks.id_mask is None else masks.id_mask[rows]
+            return ItemTokens(stacked, masks.mask[:, rows], masks.attended[:, rows], ids, id_mask)
         id_mask = None if self.id_embedding is None else self.trained_ids[rows]
         return ItemTokens(stacked, self._counted(present, rows), present, ids, id_mask)
+
+    def masks(self, *, dropout: bool) -> TokenMasks:
+        """Return which tokens of the catalogue count; with ``dropout`` modalities and IDs are dropped at random."""
+        rows = torch.arange(self.n_rows, device=self.presence.device)
+        id_mask = None if self.id_embedding is None else self.trained_ids
+        mask = self._counted(self.presence, rows)
+        if dropout and self.modality_dropout:
+            mask = _drop_one_modality(mask, self.modality_dropout)
+        if dropout and self.id_dropout and id_mask is not None:
+            keep = torch.rand(id_mask.shape, device=id_mask.device) >= self.id_dropout
+            id_mask = id_mask & (keep | ~mask.any(0))
+        return TokenMasks(mask, self.presence & mask, id_mask)
 
     def catalogue(self) -> ItemTokens:
         """Return the tokens of all rows; in training mode with this step's modality and ID dropout."""
         stacked = [self._adapted(index, name) for index, name in enumerate(self.names)]
-        rows = torch.arange(self.n_rows, device=self.presence.device)
         ids = None if self.id_embedding is None else self.id_embedding.weight
-        id_mask = None if self.id_embedding is None else self.trained_ids
-        mask = self._counted(self.presence, rows)
-        if self.training and self.modality_dropout:
-            mask = _drop_one_modality(mask, self.modality_dropout)
-        if self.training and self.id_dropout and id_mask is not None:
-            keep = torch.rand(id_mask.shape, device=id_mask.device) >= self.id_dropout
-            id_mask = id_mask & (keep | ~mask.any(0))
-        return ItemTokens(torch.stack(stacked), mask, self.presence & mask, ids, id_mask)
+        mask, attended, id_mask = self.masks(dropout=self.training)
+        return ItemTokens(torch.stack(stacked), mask, attended, ids, id_mask)
 
     def candidates(self, catalogue: ItemTokens | None = None) -> CandidateTokens:
         """Return unit-length tokens of the whole catalogue (once per step, or once per catalogue version)."""

@@ -41,7 +41,15 @@ _EXTRA = {
 
 def command(function: F) -> F:
     """Register a command that prints its result as JSON and its curable errors as a paragraph."""
+    return command_of(app)(function)
 
+
+def command_of(group: typer.Typer) -> Callable[[F], F]:
+    """Return what registers a command in a group, such as ``missrec catalogue``."""
+    return functools.partial(_register, group)
+
+
+def _register(group: typer.Typer, function: F) -> F:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
@@ -51,7 +59,7 @@ def command(function: F) -> F:
             raise typer.Exit(2) from None
         print(json.dumps(result, default=_plain))
 
-    app.command(name=function.__name__.replace("_", "-"))(run)
+    group.command(name=function.__name__.replace("_", "-"))(run)
     return function
 
 

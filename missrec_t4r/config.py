@@ -25,6 +25,9 @@ MissingModality = Literal["masked", "zero_row"]
 Orthogonality = Literal["cosine", "faithful"]
 FeatureScaling = Literal["l2", "none"]
 InterestAlgorithm = Literal["kmeans", "dpc_knn"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Schedule = Literal["constant", "cosine"]
+SoftmaxName = Literal["auto", "full", "chunked", "sampled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,12 +161,36 @@ class TrainConfig:
     """Sessions ranked after every epoch, a fixed sample; 0 ranks all."""
     refresh_interests_every: int = 1
     """Epochs between two interest discoveries (paper: 1)."""
+    softmax: SoftmaxName = "auto"
+    """``full``: one score per position and item in memory. ``chunked``: the same loss and gradients, the catalogue in
+    pieces. ``sampled``: an estimate from the batch's targets and ``negatives`` random items, for millions of items.
+    ``auto``: exact, chunked where a full table of scores would pass 256 MiB."""
+    negatives: int = 8192
+    """Random items per step that ``sampled`` compares with, beside the batch's targets."""
+    chunk_size: int = 8192
+    """Catalogue rows that ``chunked`` scores at once."""
+    accumulate: int = 1
+    """Parts in which a step's batch is worked through, for little memory; the step is that of the whole batch."""
+    precision: Precision = "fp32"
+    """Of the towers, encoder and decoder; weights, scores and softmax stay in fp32. ``fp16`` needs a GPU."""
+    compile: bool = False
+    """Compile encoder and decoder with ``torch.compile``; needs a C++ compiler, pays off in long runs."""
+    schedule: Schedule = "constant"
+    """Learning rate after the warm-up: ``constant`` (paper), or a ``cosine`` down to zero at the last of ``epochs``."""
+    clip_norm: float = 0.0
+    """Largest norm of a step's gradient, longer ones are scaled down; 0 for no limit (paper)."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between two saved states within an epoch; 0 saves at the end of epochs only."""
+    tensorboard: bool = False
+    """Write the curves to ``tensorboard/`` in the run folder; needs ``pip install 'missrec-t4r[tensorboard]'``."""
 
     def __post_init__(self) -> None:
         _check_types(self)
         wrong = [
             (self.learning_rate <= 0, f"--learning-rate {self.learning_rate} is not positive"),
             (min(self.batch_size, self.epochs, self.patience, self.next_items) < 1, "a count is below 1"),
+            (min(self.accumulate, self.negatives, self.chunk_size) < 1, "accumulate, negatives or chunk_size is below 1"),
+            (min(self.clip_norm, self.checkpoint_minutes) < 0, "clip_norm or checkpoint_minutes is negative"),
             (not 0 <= self.reverse_probability <= 1, "--reverse-probability is outside [0, 1]"),
             (not 0 <= self.ema_decay < 1, f"--ema-decay {self.ema_decay} is outside [0, 1)"),
         ]

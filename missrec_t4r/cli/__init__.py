@@ -4,7 +4,12 @@ A command ends with one line of JSON on standard output; progress and tables go 
 is one paragraph and exit code 2.
 """
 
-from missrec_t4r.cli import data, model, serve  # each registers its commands, in the order of `missrec --help`
+from missrec_t4r.cli import (
+    catalogue,
+    data,
+    model,
+    serve,
+)  # each registers its commands, in the order of `missrec --help`
 from missrec_t4r.cli.app import app
 
-__all__ = ["app", "data", "model", "serve"]
+__all__ = ["app", "catalogue", "data", "model", "serve"]

@@ -3,8 +3,21 @@
 >>> from missrec_t4r.commands import train, evaluate  # doctest: +SKIP
 """
 
+from missrec_t4r.commands.catalogue import adopt
 from missrec_t4r.commands.data import etl, features, generate
 from missrec_t4r.commands.model import evaluate, metrics_table, train
 from missrec_t4r.commands.serve import demo, export, recommend, serve
 
-__all__ = ["demo", "etl", "evaluate", "export", "features", "generate", "metrics_table", "recommend", "serve", "train"]
+__all__ = [
+    "adopt",
+    "demo",
+    "etl",
+    "evaluate",
+    "export",
+    "features",
+    "generate",
+    "metrics_table",
+    "recommend",
+    "serve",
+    "train",
+]

@@ -1,0 +1,190 @@
+"""The output of T4R's tutorial ETL, made with stock operators, becomes a catalogue on its own rows."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import nvtabular as nvt
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from merlin.io import Dataset
+from merlin.io.worker import clean_worker_cache
+from merlin.schema import Tags
+from nvtabular import ops
+from transformers4rec.torch.utils.data_utils import MerlinDataLoader
+from typer.testing import CliRunner
+
+import missrec_t4r.t4r as mr
+from missrec_t4r.cli import app
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.t4r.columns import as_core_schema
+from missrec_t4r.workflows.adopt import adopt
+from tests.workflows.tables import save_vectors
+
+DAYS = 4
+
+
+def _log() -> pd.DataFrame:
+    """Events as the tutorial draws them: item ids from a long-tailed distribution, some days of sessions."""
+    rng = np.random.default_rng(7)
+    count = 1500
+    drawn = np.clip(rng.lognormal(3.0, 1.0, count).astype(int), 1, 90) * 10
+    start = pd.Timestamp("2020-04-01")
+    return pd.DataFrame(
+        {
+            "session_id": rng.integers(70_000, 70_150, count),
+            "item_id": drawn,
+            "category": drawn % 7 + 1,
+            "timestamp": start + pd.to_timedelta(rng.integers(0, DAYS * 86_400, count), unit="s"),
+            "age_days": rng.random(count).astype("float32"),
+        }
+    ).assign(day=lambda events: (events["timestamp"] - start).dt.days + 1)
+
+
+@pytest.fixture(scope="module")
+def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The tutorial's steps: Categorify, Groupby, ListSlice, Filter; parquet, splits by day, a saved workflow."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    encoded = ["item_id", "category"] >> ops.Categorify(out_path=str(folder / "stats"))
+    grouped = ["session_id", "day", "timestamp", "age_days"] + encoded >> ops.Groupby(
+        groupby_cols=["session_id"],
+        aggs={"item_id": ["list", "count"], "category": ["list"], "day": ["first"], "age_days": ["list"]},
+        sort_cols=["timestamp"],
+        name_sep="-",
+    )
+    lists = (
+        (grouped["age_days-list"] >> ops.AddMetadata(tags=[Tags.CONTINUOUS]))
+        + (grouped["item_id-list"] >> ops.TagAsItemID())
+        + grouped["category-list"]
+    ) >> ops.ListSlice(-20)
+    chosen = lists + grouped["session_id", "day-first", "item_id-count"]
+    workflow = nvt.Workflow(chosen >> ops.Filter(f=lambda frame: frame["item_id-count"] >= 2))
+    events = Dataset(_log())
+    workflow.fit(events)
+    workflow.transform(events).to_parquet(str(folder / "processed"))
+    workflow.save(str(folder / "workflow"))
+    sessions = pd.concat(pd.read_parquet(file) for file in (folder / "processed").glob("*.parquet"))
+    for day, part in sessions.groupby("day-first"):  # as save_time_based_splits lays it out, which needs RAPIDS
+        (folder / "days" / str(day)).mkdir(parents=True)
+        for name, rows in zip(("test", "valid", "train"), (part[0::10], part[1::10], part), strict=True):
+            rows.to_parquet(folder / "days" / str(day) / f"{name}.parquet", index=False)
+    (folder / "days" / "schema.pbtxt").write_bytes((folder / "processed" / "schema.pbtxt").read_bytes())
+    yield folder
+    clean_worker_cache()
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> tuple[Path, Path]:
+    """An item table in another order than the vocabulary: one item fewer and two more; and vectors beside it."""
+    ids = sorted(set(_log()["item_id"]), reverse=True)[1:]
+    table = pd.DataFrame({"sku": [*ids, 5, 6], "title": [f"item {number}" for number in [*ids, 5, 6]]})
+    table.to_parquet(tmp_path / "items.parquet")
+    return tmp_path / "items.parquet", save_vectors(tmp_path / "text.npy", table[["sku"]].to_numpy() * [1.0, 2.0])
+
+
+def test_every_row_means_what_the_workflow_says(tutorial: Path, items: tuple[Path, Path], tmp_path: Path) -> None:
+    report = adopt(
+        tutorial / "workflow",
+        tmp_path / "data",
+        sessions_files=tutorial / "processed",
+        items=items[0],
+        item_column="sku",
+        modality={"text": items[1]},
+        fingerprint={"text": "mine"},
+    )
+    catalogue = Catalogue.load(tmp_path / "data" / "catalogue")
+    rows_of = dict(zip(*np.unique(_log()["item_id"], return_counts=True), strict=True))
+    processed = pq.read_table(tutorial / "processed" / "part_0.parquet").to_pylist()
+    # The stock workflow's own encoding, session by session, decoded with the catalogue, is the raw log again.
+    log = _log().sort_values("timestamp", kind="stable").groupby("session_id")["item_id"].agg(list)
+    assert all(
+        catalogue.ids_of(line["item_id-list"]) == log[line["session_id"]][-20:]
+        for line in processed
+        if len(set(log[line["session_id"]])) > 1
+    )
+    assert catalogue.n_items == len(rows_of) + 2
+    assert catalogue.ids_of([catalogue.n_rows - 2, catalogue.n_rows - 1]) == [5, 6]  # new: behind the last row
+    text = catalogue.modalities["text"]
+    raw = np.array(catalogue.ids_of(range(3, catalogue.n_rows)), float)
+    np.testing.assert_array_equal(text.vectors[3:][text.present[3:]][:, 0], raw[text.present[3:]])
+    assert text.fingerprint == "mine"
+    assert {(finding["check"], finding["count"]) for finding in report["findings"]} == {
+        ("items_without_line", 1),
+        ("new_items", 2),
+    }
+    assert catalogue.items["title"].null_count == 1
+    train, test = (Sessions.load(tmp_path / "data" / split) for split in ("train", "test"))
+    assert set(test.features) == {"age_days", "category"}
+    assert catalogue.train_count.sum() == len(train.values)
+    first = next(line for line in processed if len(line["item_id-list"]) >= 3)
+    assert test[0].tolist() == first["item_id-list"]
+    assert test.users[0].as_py() == first["session_id"]
+    assert json.loads((tmp_path / "data" / "session_transform.json").read_text())["item_id"]["type"] == "int64"
+
+
+def test_a_t4r_script_takes_the_catalogue_and_keeps_its_own_files(
+    tutorial: Path, items: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adopt(
+        tutorial / "workflow",
+        tmp_path / "data",
+        split_files={name: tutorial / "days" / "2" / f"{name}.parquet" for name in ("train", "valid", "test")},
+        items=items[0],
+        item_column="sku",
+        modality={"text": items[1]},
+    )
+    days = pq.read_table(tutorial / "days" / "2" / "valid.parquet", columns=["item_id-list"])
+    valid = Sessions.load(tmp_path / "data" / "valid")
+    assert [row.tolist() for row in valid] == days["item_id-list"].to_pylist()
+    schema = Dataset(str(tutorial / "processed"), engine="parquet").schema
+    schema = as_core_schema(schema).select_by_name(["item_id-list", "category-list", "age_days-list"])
+    catalogue = Catalogue.load(tmp_path / "data" / "catalogue")
+    inputs = mr.MultiModalSequenceFeatures.from_schema(
+        schema, max_sequence_length=20, continuous_projection=8, catalogue=catalogue
+    )
+    file = str(tutorial / "days" / "2" / "train.parquet")
+    loader = MerlinDataLoader.from_schema(schema, file, batch_size=8, max_sequence_length=20)
+    batch, _ = next(iter(loader))
+    assert inputs(batch, training=True).shape[:2] == (8, 20)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (lambda ids: ids.set_axis(range(1, len(ids) + 1)), SchemaError, "starts at row 1; expected: row 3"),
+        (lambda ids: ids[:-5].set_axis(range(3, len(ids) - 2)), DataError, "schema counts .* rows and the vocabulary"),
+        (lambda ids: ids.assign(item_id=10), SchemaError, "an id twice"),
+    ],
+    ids=["older NVTabular", "another fit", "doubled"],
+)
+def test_a_vocabulary_that_does_not_fit_is_refused(change, kind, words, tutorial: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    ids = pd.read_parquet(tutorial / "workflow" / "categories" / "unique.item_id.parquet")
+    ids = change(ids)
+    ids.index = pd.RangeIndex(ids.index[0], ids.index[-1] + 1)
+    ids.to_parquet(tmp_path / "unique.item_id.parquet")
+    with pytest.raises(kind, match=words):
+        adopt(tmp_path / "unique.item_id.parquet", tmp_path / "data", sessions_files=tutorial / "processed")
+    assert not (tmp_path / "data").exists()
+
+
+def test_what_is_missing_is_named(tutorial: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--sessions or --train"):
+        adopt(tutorial / "workflow", tmp_path / "data")
+    with pytest.raises(DataError, match=r"unique.item.parquet; found: .*unique.item_id.parquet.*--vocabulary-column"):
+        adopt(tutorial / "workflow", tmp_path / "data", sessions_files="x", vocabulary_column="item")
+    lonely = tmp_path / "sessions.parquet"
+    lonely.write_bytes((tutorial / "processed" / "part_0.parquet").read_bytes())
+    with pytest.raises(SchemaError, match=r"no schema.pbtxt beside .*--schema"):
+        adopt(tutorial / "workflow", tmp_path / "data", sessions_files=lonely)
+
+
+def test_the_command(tutorial: Path, tmp_path: Path) -> None:
+    arguments = ["catalogue", "adopt", "--workflow", tutorial / "workflow", "--sessions", tutorial / "processed"]
+    ran = CliRunner().invoke(app, [*map(str, arguments), "--out", str(tmp_path / "data")])
+    assert ran.exit_code == 0, ran.output
+    said = json.loads(ran.stdout.splitlines()[-1])
+    assert said["adopted"]["items"] == said["items"] == _log()["item_id"].nunique()

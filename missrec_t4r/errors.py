@@ -62,3 +62,7 @@ class ParityError(MISSRecError):
 
 class ServingError(MISSRecError):
     """The inference server cannot be started, reached, or understood."""
+
+
+class UnavailableError(ServingError):
+    """The inference server is not there right now: asking again later is safe, and may help."""

@@ -1,13 +1,16 @@
 """A real Triton Inference Server on this machine, for the demo, for tests and for trying things out.
 
 The server listens on the loopback interface only and its noise goes to a log file; when it fails, the reason in that
-log becomes the error message. Production uses Triton's own image (docker-compose.yml).
+log becomes the error message. It never outlives the process that started it, not even when that is killed. What only
+an operator may do (loading models, shared memory, tracing) needs a key that is drawn at every start (`control`).
+Production uses Triton's own image (docker-compose.yml).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -20,12 +23,18 @@ from typing import Any
 
 from missrec_t4r.errors import ServingError
 from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.serving.control import Control, is_deployment, restrictions
 from missrec_t4r.serving.embedded import EmbeddedTriton, reason_in
-from missrec_t4r.serving.loopback import LOOPBACK, answers_ready, choose_ports
+from missrec_t4r.serving.loopback import LOOPBACK, answers_ready, choose_ports, name_of
+from missrec_t4r.serving.watchdog import start_watchdog
 
 _POLL_SECONDS = 0.05
 _CHECK_SECONDS = 0.5
 _STOP_SECONDS = 15.0
+_STARTS = 4
+"""Between choosing a free port and Triton's binding it, another process may take it: then others are chosen."""
+_PORT_TAKEN = ("already in use", "failed to start", "unavailable for")
+"""Words of Triton's log when it could not bind a port."""
 
 
 class LocalTriton:
@@ -69,7 +78,14 @@ class LocalTriton:
         self._log_file = None if log_file is None else Path(log_file).absolute()
         self._timeout, self._arguments, self._progress = timeout, arguments, progress
         self._process: subprocess.Popen[bytes] | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
+        self._name = self._key = ""
+
+    @property
+    def control(self) -> Control:
+        """What an operator needs to load and unload models in this server."""
+        return Control(self.http_url, self._key, self.pid)
 
     @property
     def http_url(self) -> str:
@@ -106,14 +122,23 @@ class LocalTriton:
                 "write one with `missrec export --triton`",
             )
         triton = EmbeddedTriton.find()
-        self.ports = choose_ports(self._wanted)
-        self._folder = Path(tempfile.mkdtemp(prefix="missrec-triton-"))
-        try:
-            self._start(triton, self._folder)
-            self._wait()
-        except BaseException:
-            self.stop()
-            raise
+        for attempt in range(1, _STARTS + 1):
+            self.ports = choose_ports(self._wanted)
+            self._folder = Path(tempfile.mkdtemp(prefix="missrec-triton-"))
+            try:
+                self._start(triton, self._folder)
+                self._wait()
+            except ServingError as error:
+                self.stop()
+                if attempt == _STARTS or not self._lost_a_port(str(error)):
+                    raise
+            except BaseException:
+                self.stop()
+                raise
+            else:
+                break
+        if is_deployment(self.repository):
+            self.control.write(self.repository)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -122,8 +147,13 @@ class LocalTriton:
     def stop(self) -> None:
         """Stop the server and its models, and remove temporary files; harmless when nothing runs."""
         if self._process is not None:
+            if self._key and is_deployment(self.repository):
+                Control.forget(self.repository, self._process.pid)
             _end_group(self._process)
             self._process = None
+        if self._watchdog is not None:
+            self._watchdog.communicate(b"done\n")
+            self._watchdog = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
@@ -134,12 +164,16 @@ class LocalTriton:
             raise ServingError(f"Triton ended with code {code}: {self._reason()}", "a running server", self._cure())
 
     def _start(self, triton: EmbeddedTriton, folder: Path) -> None:
+        self._name, self._key = f"missrec-{secrets.token_hex(8)}", secrets.token_hex(16)
         command: list[str] = [
             str(triton.binary),
             f"--model-repository={self.repository}",
             f"--backend-directory={triton.backends(folder)}",
             "--disable-auto-complete-config",  # our configurations are complete; without it every model starts twice
             "--exit-timeout-secs=5",
+            f"--id={self._name}",
+            *restrictions(self._key),
+            *(["--model-control-mode=explicit", "--load-model=missrec"] if is_deployment(self.repository) else []),
         ]
         for door, port in self.ports.items():
             command += [f"--{door}-address={LOOPBACK}", f"--{door}-port={port}"]
@@ -153,6 +187,10 @@ class LocalTriton:
                 env=triton.environment(),
                 start_new_session=True,
             )
+        self._watchdog = start_watchdog(self._process.pid, folder)
+
+    def _lost_a_port(self, reason: str) -> bool:
+        return 0 in self._wanted.values() and any(words in reason for words in _PORT_TAKEN)
 
     def _wait(self) -> None:
         started = time.monotonic()
@@ -164,7 +202,7 @@ class LocalTriton:
 
     def _until_ready(self, deadline: float) -> Iterator[int]:
         attempt = 0
-        while not answers_ready(self.ports["http"]):
+        while not (answers_ready(self.ports["http"]) and name_of(self.ports["http"]) == self._name):
             self.check_alive()
             if time.monotonic() > deadline:
                 raise ServingError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import socket
 
 from missrec_t4r.errors import ServingError
@@ -48,11 +49,24 @@ def _bind(door: str, port: int) -> socket.socket:
 
 def answers_ready(http_port: int) -> bool:
     """Return whether the server on this loopback port says that all its models are ready."""
+    return _get(http_port, "/v2/health/ready") is not None
+
+
+def name_of(http_port: int) -> str | None:
+    """Return the name of the server on this loopback port: whether it is the one that was started."""
+    try:
+        return str(json.loads(_get(http_port, "/v2") or b"{}").get("name"))
+    except ValueError:
+        return None
+
+
+def _get(http_port: int, path: str) -> bytes | None:
     connection = http.client.HTTPConnection(LOOPBACK, http_port, timeout=2.0)
     try:
-        connection.request("GET", "/v2/health/ready")
-        return connection.getresponse().status == 200
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.read() if response.status == 200 else None
     except (OSError, http.client.HTTPException):
-        return False
+        return None
     finally:
         connection.close()

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from missrec_t4r.errors import DataError, ServingError
-from missrec_t4r.serving.client import MISSRecClient, pad_sessions, read_titles
+from missrec_t4r.serving.client import MISSRecClient, read_titles
 from missrec_t4r.serving.loopback import choose_ports
+from missrec_t4r.serving.wire import pad_sessions
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

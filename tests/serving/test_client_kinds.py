@@ -1,0 +1,172 @@
+"""Every kind of client gives the same answers; what is asked again, and what is not."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from missrec_t4r.errors import ConfigError, DataError, ServingError, UnavailableError
+from missrec_t4r.serving.async_client import AsyncMISSRecClient
+from missrec_t4r.serving.client import MISSRecClient
+from missrec_t4r.serving.local_triton import LocalTriton
+from missrec_t4r.serving.loopback import choose_ports
+from missrec_t4r.serving.retries import Retries
+from missrec_t4r.training.checkpoint import LoadedRun
+from tests.serving import shop
+
+
+def free_url() -> str:
+    return f"127.0.0.1:{choose_ports({'http': 0})['http']}"
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_async_and_bundle_clients_answer_as_the_sync_one(
+    server: LocalTriton, bundle: Path, loaded: LoadedRun, protocol: str
+) -> None:
+    url = server.grpc_url if protocol == "grpc" else server.http_url
+    sessions = shop.raw_sessions(loaded.catalogue, 150, seed=4)
+
+    async def ask() -> list[object]:
+        async with AsyncMISSRecClient(url, protocol) as client:
+            return [*await client.recommend(sessions, 6), *(await client.recommend([], 6))]
+
+    answers = asyncio.run(ask())
+    with MISSRecClient(url, protocol) as client, MISSRecClient.of_bundle(bundle) as offline:
+        assert client.id_type == offline.id_type
+        expected = client.recommend(sessions, 6)
+        computed = offline.recommend(sessions, 6)
+    assert [answer.item_ids for answer in answers] == [answer.item_ids for answer in expected]
+    assert [answer.item_ids for answer in computed] == [answer.item_ids for answer in expected]
+    for answer, right in zip([*answers, *computed], [*expected, *expected], strict=True):
+        np.testing.assert_allclose(answer.scores, right.scores, atol=1e-5)
+        assert (answer.unknown_items, answer.fallback) == (right.unknown_items, right.fallback)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_async_errors_are_in_the_same_words(server: LocalTriton, protocol: str) -> None:
+    url = server.grpc_url if protocol == "grpc" else server.http_url
+
+    async def ask(**options: object) -> None:
+        async with AsyncMISSRecClient(url, protocol, **options) as client:
+            await client.recommend([["ware-3-ü"], [17]])
+
+    with pytest.raises(DataError, match="session 1: item id 17 is of type int"):
+        asyncio.run(ask())
+    with pytest.raises(ServingError, match="model 'nothing' is not ready"):
+        asyncio.run(ask(model="nothing"))
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_an_unreachable_server_is_named_by_the_async_client(protocol: str) -> None:
+    url = free_url()
+
+    async def ask() -> None:
+        async with AsyncMISSRecClient(url, protocol, timeout=5, retries=Retries(first_wait=0.01)) as client:
+            await client.recommend([["a"]])
+
+    with pytest.raises(UnavailableError, match=f"no answer from {url}"):
+        asyncio.run(ask())
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_server_that_never_answers_the_async_client_is_given_up_in_time(protocol: str) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+
+        async def ask() -> None:
+            url = f"127.0.0.1:{silent.getsockname()[1]}"
+            async with AsyncMISSRecClient(url, protocol, timeout=0.3) as client:
+                await client.recommend([["a"]])
+
+        started = time.monotonic()
+        with pytest.raises(ServingError, match="no answer from"):
+            asyncio.run(ask())
+        assert time.monotonic() - started < 4
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_server_that_comes_late_is_reached_by_asking_again(server: LocalTriton, protocol: str) -> None:
+    """A port that refuses, and then leads to the server: what a restart looks like."""
+    url = free_url()
+    host, port = url.split(":")
+    target = server.ports[protocol]
+    stop = threading.Event()
+
+    def forward() -> None:
+        time.sleep(0.4)
+        with socket.create_server((host, int(port))) as door:
+            door.settimeout(10)
+            with door.accept()[0] as near, socket.create_connection(("127.0.0.1", target)) as far:
+                pumps = [threading.Thread(target=pump, args=pair) for pair in ((near, far), (far, near))]
+                for thread in pumps:
+                    thread.start()
+                stop.wait(20)
+                for end in (near, far):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+
+    thread = threading.Thread(target=forward)
+    thread.start()
+    patient = Retries(attempts=12, first_wait=0.1, longest_wait=0.2)
+    try:
+        with MISSRecClient(url, protocol, retries=patient) as client:
+            assert len(client.recommend([["ware-3-ü"]], 3)[0].item_ids) == 3
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_only_what_was_not_there_is_asked_again() -> None:
+    retries = Retries(attempts=4, first_wait=0.001)
+
+    def failing(error: Exception, times: int) -> tuple[list[int], object]:
+        asked: list[int] = []
+
+        def ask() -> str:
+            asked.append(1)
+            if len(asked) <= times:
+                raise error
+            return "answer"
+
+        return asked, ask
+
+    asked, ask = failing(UnavailableError("gone"), 3)
+    assert retries.call(ask, timeout=5) == "answer"
+    assert len(asked) == 4
+    asked, ask = failing(UnavailableError("gone"), 9)
+    with pytest.raises(UnavailableError):
+        retries.call(ask, timeout=5)
+    assert len(asked) == 4
+    for error in (ServingError("refused"), DataError("wrong")):
+        asked, ask = failing(error, 9)
+        with pytest.raises(type(error)):
+            retries.call(ask, timeout=5)
+        assert len(asked) == 1
+    asked, ask = failing(UnavailableError("gone"), 9)
+    with pytest.raises(UnavailableError):
+        Retries(attempts=9, first_wait=10).call(ask, timeout=0.1)
+    assert len(asked) == 1
+
+
+def test_pauses_grow_and_stay_within_their_bounds() -> None:
+    waits = list(Retries(attempts=6, first_wait=0.1, longest_wait=0.5, jitter=0).waits())
+    assert waits == pytest.approx([0.1, 0.2, 0.4, 0.5, 0.5])
+    drawn = [list(Retries(attempts=6, first_wait=0.1, longest_wait=0.5).waits()) for _ in range(50)]
+    assert all(wait / 2 <= value <= wait for line in drawn for value, wait in zip(line, waits, strict=True))
+    assert len({tuple(line) for line in drawn}) > 1
+    for wrong in ({"attempts": 0}, {"first_wait": -1.0}, {"jitter": 1.5}):
+        with pytest.raises(ConfigError):
+            Retries(**wrong)

@@ -1,0 +1,126 @@
+"""What the embedded server promises its owner: it is the one that was started, it ends with him, its control is his."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tritonclient.grpc as triton_grpc
+from tritonclient.utils import InferenceServerException
+
+from missrec_t4r.serving import local_triton
+from missrec_t4r.serving.client import MISSRecClient
+from missrec_t4r.serving.control import CLOSED, HEADER
+from missrec_t4r.serving.local_triton import LocalTriton
+from missrec_t4r.serving.loopback import choose_ports
+
+pytestmark = pytest.mark.triton
+
+
+def processes_of(group: int) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except (OSError, NotADirectoryError):
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(entry.name)
+    return found
+
+
+def test_no_server_outlives_an_owner_that_is_killed(exported: Path, server: LocalTriton) -> None:
+    code = """
+import sys, threading, time
+from missrec_t4r.serving.local_triton import LocalTriton
+def start():
+    server = LocalTriton(sys.argv[1]).__enter__()
+    print(server.pid, server._folder, flush=True)
+thread = threading.Thread(target=start)  # a thread that ends must not take the server with it
+thread.start()
+thread.join()
+time.sleep(60)
+"""
+    owner = subprocess.Popen([sys.executable, "-c", code, str(exported / "repository")], stdout=subprocess.PIPE)
+    assert owner.stdout
+    pid, folder = owner.stdout.readline().decode().split()
+    assert len(processes_of(int(pid))) >= 3  # the server and its models' stubs
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    deadline = time.monotonic() + 15
+    while (processes_of(int(pid)) or Path(folder).exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_of(int(pid)) == []
+    assert not Path(folder).exists()
+
+
+def test_a_port_lost_to_another_process_is_replaced(
+    exported: Path, server: LocalTriton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The free ports that are chosen first are those of another Triton by the time ours binds them."""
+    offers = [dict(server.ports)]
+    monkeypatch.setattr(local_triton, "choose_ports", lambda wanted: offers.pop() if offers else choose_ports(wanted))
+    with LocalTriton(exported / "repository") as second:
+        assert not offers
+        assert second.ports["http"] != server.ports["http"]
+        assert second.pid != server.pid
+        with MISSRecClient(second.grpc_url) as client:
+            assert len(client.recommend([["ware-3-ü"]], 3)[0].item_ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v2/repository/index"),
+        ("POST", "/v2/repository/models/missrec/load"),
+        ("POST", "/v2/repository/models/missrec/unload"),
+        ("POST", "/v2/systemsharedmemory/region/x/register"),
+        ("GET", "/v2/systemsharedmemory/status"),
+        ("GET", "/v2/trace/setting"),
+        ("POST", "/v2/logging"),
+    ],
+)
+def test_what_only_an_operator_may_do_is_closed_over_http(server: LocalTriton, method: str, path: str) -> None:
+    def status(headers: dict[str, str]) -> int:
+        connection = http.client.HTTPConnection(server.http_url, timeout=10)
+        connection.request(method, path, "{}" if method == "POST" else None, headers)
+        code = connection.getresponse().status
+        connection.close()
+        return code
+
+    assert status({}) == 403
+    assert status({HEADER: "guessed"}) == 403
+    if path.endswith(("index", "status")):
+        assert status({HEADER: server.control.key}) == 200
+
+
+def test_what_only_an_operator_may_do_is_closed_over_grpc(server: LocalTriton) -> None:
+    client = triton_grpc.InferenceServerClient(server.grpc_url)
+    for ask in (
+        client.get_model_repository_index,
+        client.get_system_shared_memory_status,
+        client.get_trace_settings,
+        client.get_log_settings,
+        lambda **more: client.load_model("missrec", **more),
+        lambda **more: client.unload_model("missrec", **more),
+    ):
+        for headers in ({}, {HEADER: "guessed"}):
+            with pytest.raises(InferenceServerException, match="[Rr]estrict|expecting"):
+                ask(headers=headers)
+    key = {f"triton-grpc-protocol-{HEADER}": server.control.key}
+    assert client.get_model_repository_index(headers=key).models
+    assert client.is_model_ready("missrec")
+    client.close()
+
+
+def test_the_key_is_another_one_at_every_start_and_in_no_log(server: LocalTriton, exported: Path) -> None:
+    assert re.fullmatch(r"[0-9a-f]{32}", server.control.key)
+    assert server.control.key not in server.log_file.read_text(errors="replace")
+    assert len(CLOSED) == 4
+    assert not (exported / "repository" / ".server.json").exists()

@@ -12,7 +12,7 @@ import importlib.resources
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -24,10 +24,14 @@ Attention = Literal["bidirectional", "causal"]
 MissingModality = Literal["masked", "zero_row"]
 Orthogonality = Literal["cosine", "faithful"]
 FeatureScaling = Literal["l2", "none"]
+ContextualReadout = Literal["mean", "first"]
+SingleModality = Literal["fused", "summed"]
+Initialisation = Literal["normal", "release"]
 InterestAlgorithm = Literal["kmeans", "dpc_knn"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "cosine"]
 SoftmaxName = Literal["auto", "full", "chunked", "sampled"]
+PretrainObjective = Literal["contrastive", "full_softmax"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +59,14 @@ class MISSRecConfig:
     in one pass, several times faster; exact without interest tokens and with one decoder layer (docs/equations.md)."""
     sequence_fusion: SequenceFusion = "add"
     """``add``: an item is the sum of its modality tokens. ``contextual``: every modality keeps a token of its own."""
+    contextual_readout: ContextualReadout = "mean"
+    """Which output stands for the session under ``contextual`` fusion: the ``mean`` over the last item's modalities
+    (ours), or the ``first`` modality's, as in the authors' release."""
     candidate_fusion: CandidateFusionName = "dynamic_shared"
     """How a candidate's modality scores are weighed (paper, dynamic candidate fusion)."""
+    single_modality: SingleModality = "fused"
+    """With one modality and IDs. ``fused``: scored apart, the modality twice, as with several modalities (ours).
+    ``summed``: the score is the cosine with the sum of both, as in the authors' release."""
     item_ids: bool = True
     """True: transductive, items also have a learned ID embedding. False: inductive, any item with a feature scores."""
     interest_ratio: float = 0.5
@@ -66,6 +76,12 @@ class MISSRecConfig:
     missing_modality: MissingModality = "masked"
     """``masked``: a missing modality is never attended to, clustered or scored. ``zero_row``: as published, its token
     is the adapter's bias."""
+    padding_candidate: bool = False
+    """True: the padding row, its tokens the adapters' biases, is one more class of the training softmax, as in the
+    authors' release; it is never recommended. Needs ``missing_modality: zero_row``."""
+    initialisation: Initialisation = "normal"
+    """``normal``: normal(0, 0.02), biases 0. ``release``: that of the authors' code, which leaves the projections of
+    queries, keys and values Xavier-uniform and the adapters at torch's default, and starts the padding's ID at 0."""
     feature_scaling: FeatureScaling = "l2"
     """``l2``: modality vectors of unit length enter the adapters, so that encoders of any scale train alike (ours)."""
     history_bias: bool = True
@@ -86,6 +102,13 @@ class MISSRecConfig:
     """An item that never occurs in training is scored by its modalities alone (ours); False uses its untrained ID."""
     id_dropout: float = 0.0
     """Probability that a training item is treated as if it had no ID embedding (ours: prepares for new items)."""
+    side_features: str = "auto"
+    """Event columns that enter the item tokens: ``auto`` for every input column of the schema, ``none``, or names
+    separated by commas (ours; the paper has none)."""
+    side_width: int = 32
+    """Numbers that each side feature becomes before it is projected to ``d_model``."""
+    side_dropout: float = 0.1
+    """Probability that a training session loses all side features, and again each of them: requests may lack them."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -99,9 +122,15 @@ class MISSRecConfig:
             (not 0 < self.interest_ratio <= 1, f"--interest-ratio {self.interest_ratio} is outside (0, 1]"),
             (not 0 <= self.modality_dropout < 1, f"--modality-dropout {self.modality_dropout} is outside [0, 1)"),
             (not 0 <= self.id_dropout < 1, f"--id-dropout {self.id_dropout} is outside [0, 1)"),
+            (self.side_width < 1, f"--side-width {self.side_width} is below 1"),
+            (not 0 <= self.side_dropout < 1, f"--side-dropout {self.side_dropout} is outside [0, 1)"),
             (
                 self.attention == "causal" and self.sequence_fusion == "contextual",
                 "--sequence-fusion contextual needs --attention bidirectional",
+            ),
+            (
+                self.padding_candidate and self.missing_modality == "masked",
+                "--padding-candidate needs --missing-modality zero_row",
             ),
         ]
         _refuse([words for bad, words in wrong if bad])
@@ -118,10 +147,15 @@ class MISSRecConfig:
         published: dict[str, Any] = {
             "attention": "bidirectional",
             "missing_modality": "zero_row",
+            "padding_candidate": True,
+            "contextual_readout": "first",
+            "single_modality": "summed",
+            "initialisation": "release",
             "feature_scaling": "none",
             "history_bias": False,
             "n_neighbours": 0,
             "mask_untrained_ids": False,
+            "side_features": "none",
             "orthogonality": "faithful",
         }
         return cls(**(published | changes))
@@ -189,11 +223,42 @@ class TrainConfig:
         wrong = [
             (self.learning_rate <= 0, f"--learning-rate {self.learning_rate} is not positive"),
             (min(self.batch_size, self.epochs, self.patience, self.next_items) < 1, "a count is below 1"),
-            (min(self.accumulate, self.negatives, self.chunk_size) < 1, "accumulate, negatives or chunk_size is below 1"),
+            (
+                min(self.accumulate, self.negatives, self.chunk_size) < 1,
+                "accumulate, negatives or chunk_size is below 1",
+            ),
             (min(self.clip_norm, self.checkpoint_minutes) < 0, "clip_norm or checkpoint_minutes is negative"),
             (not 0 <= self.reverse_probability <= 1, "--reverse-probability is outside [0, 1]"),
             (not 0 <= self.ema_decay < 1, f"--ema-decay {self.ema_decay} is outside [0, 1)"),
         ]
+        _refuse([words for bad, words in wrong if bad])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """What `missrec pretrain` does besides `TrainConfig`: objectives and augmented views over several domains."""
+
+    objective: PretrainObjective = "contrastive"
+    """``contrastive``: each position against the positives of its batch, as published. ``full_softmax``: against the
+    union of all domains' items (ours; a harder task that costs a pass over the union per step)."""
+    sequence_sequence_weight: float = 1e-3
+    """Weight of the contrast between a session and its augmented view (paper: 1e-3); 0 makes no view."""
+    item_drop_share: float = 0.9
+    """Share of batches whose view leaves items out; the rest leave words out of texts (paper: 0.9). Without texts
+    with words left out (`missrec features`) every view leaves items out."""
+    item_drop_probability: float = 0.2
+    """Probability that a view lacks an item; the first always stays (paper: 0.2)."""
+    word_drop_probability: float = 0.2
+    """Probability that an item of a view is read with words left out of its text (paper: 0.2)."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        shares = ("item_drop_share", "item_drop_probability", "word_drop_probability")
+        wrong = [
+            (not 0 <= getattr(self, name) <= 1, f"pretrain.{name} {getattr(self, name)} is outside [0, 1]")
+            for name in shares
+        ]
+        wrong.append((self.sequence_sequence_weight < 0, "pretrain.sequence_sequence_weight is negative"))
         _refuse([words for bad, words in wrong if bad])
 
 
@@ -205,6 +270,8 @@ class Recipe:
     """Shown in tables and written to the run."""
     model: MISSRecConfig = field(default_factory=MISSRecConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """Read by `missrec pretrain` alone."""
 
     @classmethod
     def load(cls, name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -229,7 +296,9 @@ class Recipe:
         for key, value in (overrides or {}).items():
             part, _, setting = key.partition(".")
             if not setting:
-                raise ConfigError(f"setting {key!r}", "model.NAME or train.NAME", f"try model.{key} or train.{key}")
+                raise ConfigError(
+                    f"setting {key!r}", "model.NAME, train.NAME or pretrain.NAME", f"try model.{key} or train.{key}"
+                )
             content.setdefault(part, {})[setting] = value
         return cls.from_dict({"name": name} | content)
 
@@ -238,10 +307,13 @@ class Recipe:
         """Build from a mapping as `to_dict` writes it."""
         _refuse_unknown(content, cls, "recipe")
         base = MISSRecConfig.paper if content.get("name") == "paper" else MISSRecConfig
-        model, train = dict(content.get("model") or {}), dict(content.get("train") or {})
+        model, train, pretrain = (dict(content.get(part) or {}) for part in ("model", "train", "pretrain"))
         _refuse_unknown(model, MISSRecConfig, "model")
         _refuse_unknown(train, TrainConfig, "train")
-        return cls(name=str(content.get("name", "default")), model=base(**model), train=TrainConfig(**train))
+        _refuse_unknown(pretrain, PretrainConfig, "pretrain")
+        name = str(content.get("name", "default"))
+        parts = {"train": TrainConfig(**train), "pretrain": PretrainConfig(**pretrain)}
+        return cls(name=name, model=base(**model), **parts)  # type: ignore[arg-type]  # by name
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON or YAML."""
@@ -265,9 +337,6 @@ def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
         raise ConfigError(f"recipe {str(name_or_path)!r} is unknown", f"one of {known}, or a path to a .yaml file")
     file = importlib.resources.files("missrec_t4r.recipes") / f"{name_or_path}.yaml"
     return file.read_text(encoding="utf-8"), str(name_or_path)
-
-
-_Settings = TypeVar("_Settings", MISSRecConfig, TrainConfig)
 
 
 def _refuse_unknown(content: Mapping[str, Any], settings: type[Any], where: str) -> None:

@@ -6,7 +6,8 @@ a shuffled pool that is sorted by length: a few per cent of padding, and the ord
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.config import MISSRecConfig, TrainConfig
-from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.sessions import Sessions, gather
 
 Ints = npt.NDArray[np.int64]
 
@@ -30,6 +31,13 @@ class TrainingBatch(NamedTuple):
     """[batch, seq], int64, 0-padded on the right."""
     targets: Tensor
     """[batch, seq, target] for all positions, [batch, target] for prefixes; 0 where there is no target."""
+    side: Mapping[str, Tensor] = MappingProxyType({})
+    """Side features by column, [batch, seq] or [batch, seq, width], aligned with ``item_ids``; never of a target."""
+
+    def to(self, device: torch.device | str) -> TrainingBatch:
+        """Return the batch on a device."""
+        side = {name: values.to(device) for name, values in self.side.items()}
+        return TrainingBatch(self.item_ids.to(device), self.targets.to(device), side)
 
 
 class Examples(NamedTuple):
@@ -126,6 +134,7 @@ def collate(
     earliest = first if all_positions else examples.start[:, None]
     at = np.where(real, last - steps if backwards else first + steps, 0)
     item_ids = np.where(real, sessions.values[at], 0)
+    side = {name: torch.from_numpy(gather(values, at, real)) for name, values in sessions.features.items()}
     if not all_positions:
         at, real = (examples.begin + 1 if backwards else examples.end - 1)[:, None], real[:, :1]
     ahead = np.arange(1, n_targets + 1) * (-1 if backwards else 1)
@@ -134,7 +143,7 @@ def collate(
     targets = np.where(inside, sessions.values[np.where(inside, there, 0)], 0)
     if not all_positions:
         targets = targets[:, 0]
-    return TrainingBatch(torch.from_numpy(item_ids), torch.from_numpy(targets))
+    return TrainingBatch(torch.from_numpy(item_ids), torch.from_numpy(targets), side)
 
 
 def _mirrored(examples: Examples) -> Examples:

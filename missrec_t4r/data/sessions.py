@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from missrec_t4r.errors import DataError, SchemaError
-from missrec_t4r.schema import ITEM_LIST, LIST_SUFFIX, PADDING_ROW, UNKNOWN_ROW, USER_ID
+from missrec_t4r.schema import ITEM_LIST, LIST_SUFFIX, NULL_ROW, PADDING_ROW, UNKNOWN_ROW, USER_ID
 
 Ints = npt.NDArray[np.int64]
 
@@ -27,7 +29,7 @@ class Sessions:
         Catalogue rows of all sessions, one after the other.
     offsets : ndarray [session + 1], int64
         Session i is ``values[offsets[i]:offsets[i + 1]]``.
-    features : mapping of str to ndarray [event]
+    features : mapping of str to ndarray [event], or [event, width] for vectors
         Other list columns, by their name without the ``-list`` suffix, aligned with ``values``.
     users : pyarrow.Array or None
         Raw user id of every session.
@@ -66,29 +68,43 @@ class Sessions:
         return cls(np.concatenate([*arrays, np.empty(0, np.int64)]), offsets)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Sessions:
+    def load(cls, folder: str | Path, features: Sequence[str] | None = None) -> Sessions:
         """Read the parquet files of one split (files in name order).
+
+        Parameters
+        ----------
+        folder : path
+        features : sequence of str, optional
+            The list columns to read beside the items, without the ``-list`` suffix; all by default.
 
         Raises
         ------
         DataError
             No parquet file in the folder.
         SchemaError
-            The files lack the item list.
+            The files lack the item list or a feature, or a feature's lists are not as long as the items'.
         """
         files = sorted(Path(folder).glob("*.parquet"))
         if not files:
             raise DataError(f"no parquet file in {folder}", "a split written by missrec etl", "run `missrec etl` first")
-        table = pa.concat_tables([pq.read_table(file) for file in files])
-        if ITEM_LIST not in table.column_names:
-            raise SchemaError(f"{folder} has columns {table.column_names}", f"a list column {ITEM_LIST!r}")
-        column = _one_array(table[ITEM_LIST])
-        offsets = np.asarray(column.offsets, np.int64)
-        values = np.asarray(column.flatten(), np.int64)
-        names = [n for n in table.column_names if n.endswith(LIST_SUFFIX) and n != ITEM_LIST]
-        features = {n.removesuffix(LIST_SUFFIX): _one_array(table[n]).flatten().to_numpy(False) for n in names}
-        users = _combine(table[USER_ID]) if USER_ID in table.column_names else None
-        return cls(values, offsets - offsets[0], features, users)
+        there = pq.read_schema(files[0]).names
+        if ITEM_LIST not in there:
+            raise SchemaError(f"{folder} has columns {there}", f"a list column {ITEM_LIST!r}")
+        if features is None:
+            features = [n.removesuffix(LIST_SUFFIX) for n in there if n.endswith(LIST_SUFFIX) and n != ITEM_LIST]
+        columns = {name: name if name in there else name + LIST_SUFFIX for name in features}
+        if missing := [name for name, column in columns.items() if column not in there]:
+            raise SchemaError(
+                f"{folder} has no column {', '.join(missing)}",
+                "every side feature that the model was trained with",
+                "use data of the same ETL settings, or train with --set model.side_features=none",
+            )
+        names = [ITEM_LIST, *columns.values(), *([USER_ID] if USER_ID in there else [])]
+        table = pa.concat_tables([pq.read_table(file, columns=names) for file in files])
+        values, offsets = flat_lists(table[ITEM_LIST], NULL_ROW)
+        read = {name: _aligned(table[column], offsets, name) for name, column in columns.items()}
+        users = _combine(table[USER_ID]) if USER_ID in there else None
+        return cls(np.asarray(values, np.int64), offsets, read, users)
 
     def split_last(self) -> tuple[Sessions, Ints]:
         """Return the histories without their last item, and the last items (evaluation rows are history + target)."""
@@ -112,31 +128,94 @@ class Sessions:
         return Sessions(self.values[keep], kept[self.offsets], features, self.users)
 
     def take(self, indices: npt.ArrayLike) -> Sessions:
-        """Return the chosen sessions (item lists and users only)."""
+        """Return the chosen sessions, whole."""
         chosen = np.asarray(indices, np.int64)
+        lengths = self.lengths[chosen]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        at = np.arange(offsets[-1]) + np.repeat(self.offsets[chosen] - offsets[:-1], lengths)
         users = self.users.take(pa.array(chosen)) if self.users is not None else None
-        packed = Sessions.from_lists([self[int(index)] for index in chosen])
-        return Sessions(packed.values, packed.offsets, {}, users)
+        return Sessions(self.values[at], offsets, {name: part[at] for name, part in self.features.items()}, users)
+
+    def slice(self, start: int, stop: int) -> Sessions:
+        """Return sessions ``start`` to ``stop`` as views, without users."""
+        offsets = self.offsets[start : min(stop, len(self)) + 1]
+        part = slice(offsets[0], offsets[-1])
+        features = {name: feature[part] for name, feature in self.features.items()}
+        return Sessions(self.values[part], offsets - offsets[0], features)
 
     def padded(self, indices: npt.ArrayLike, max_length: int) -> Ints:
         """Return the last ``max_length`` items of the chosen sessions, [batch, seq], 0-padded on the right."""
+        at, real = self._window(indices, max_length)
+        return np.where(real, self.values[at], PADDING_ROW) if len(self.values) else np.zeros(at.shape, np.int64)
+
+    def padded_features(self, indices: npt.ArrayLike, max_length: int) -> dict[str, npt.NDArray[Any]]:
+        """Return the features that belong to `padded`, [batch, seq] or [batch, seq, width] each; 0 beyond the end."""
+        if not self.features:
+            return {}
+        at, real = self._window(indices, max_length)
+        return {name: gather(feature, at, real) for name, feature in self.features.items()}
+
+    def _window(self, indices: npt.ArrayLike, max_length: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
+        """Return where the last events of the chosen sessions lie and which of them are real, both [batch, seq]."""
         chosen = np.asarray(indices, np.int64)
         ends = self.offsets[chosen + 1]
         lengths = np.minimum(ends - self.offsets[chosen], max_length)
-        width = max(int(lengths.max(initial=0)), 1)
-        steps = np.arange(width)
-        positions = (ends - lengths)[:, None] + steps
+        steps = np.arange(max(int(lengths.max(initial=0)), 1))
         real = steps < lengths[:, None]
-        if not len(self.values):
-            return np.full((len(chosen), width), PADDING_ROW, np.int64)
-        return np.where(real, self.values[np.minimum(positions, len(self.values) - 1)], PADDING_ROW)
+        return np.where(real, (ends - lengths)[:, None] + steps, 0), real
+
+
+def gather(values: npt.NDArray[Any], at: Ints, real: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+    """Return ``values[at]`` where real and zeros elsewhere; ``values`` may have a width and may be empty."""
+    if not len(values):
+        return np.zeros((*at.shape, *values.shape[1:]), values.dtype)
+    shown = real if values.ndim == 1 else real[..., None]
+    return np.where(shown, values[at], values.dtype.type(0))
+
+
+def flat_lists(column: pa.ChunkedArray, null: int = PADDING_ROW) -> tuple[npt.NDArray[Any], Ints]:
+    """Return a list column's elements, [event] or [event, width], and its offsets [row + 1].
+
+    A missing list is an empty one, a missing integer becomes ``null``, a missing fraction NaN, a missing vector zeros;
+    booleans become integers.
+
+    Raises
+    ------
+    SchemaError
+        The column holds no lists, or vectors of different widths.
+    """
+    array = _combine(column)
+    if not hasattr(array.type, "value_type"):
+        cure = "group the events into sessions with `missrec etl`"
+        raise SchemaError(f"a column of type {array.type}", "lists, one row per session", cure)
+    lengths = pc.fill_null(pc.list_value_length(array), 0)
+    offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]).astype(np.int64)
+    elements = array.flatten()
+    if not hasattr(elements.type, "value_type"):
+        if pa.types.is_boolean(elements.type):
+            elements = elements.cast(pa.int8())
+        if pa.types.is_integer(elements.type):
+            elements = pc.fill_null(elements, null)
+        return elements.to_numpy(zero_copy_only=False), offsets
+    widths = pc.unique(pc.drop_null(pc.list_value_length(elements)))
+    if len(widths) > 1:
+        raise SchemaError(f"vectors of widths {widths.to_pylist()[:5]} in one column", "one width per column")
+    width = widths[0].as_py() if len(widths) else 0
+    vectors = np.zeros((len(elements), width), np.float32)
+    vectors[np.asarray(elements.is_valid())] = np.asarray(elements.drop_null().flatten(), np.float32).reshape(-1, width)
+    return vectors, offsets
+
+
+def _aligned(column: pa.ChunkedArray, offsets: Ints, name: str) -> npt.NDArray[Any]:
+    """Return a feature's values in half the memory, refused where they do not stand beside the items."""
+    values, own = flat_lists(column)
+    if not np.array_equal(own, offsets):
+        raise SchemaError(f"column {name!r} has lists of other lengths than the items", "one value per event")
+    narrow = {"i": np.int32, "u": np.int32, "f": np.float32}.get(values.dtype.kind)
+    fits = narrow is np.float32 or (narrow is np.int32 and (not len(values) or abs(values).max() < 2**31))
+    return values.astype(narrow) if narrow and fits else values
 
 
 def _combine(column: pa.ChunkedArray) -> pa.Array:
     combined = column.combine_chunks()
     return pa.concat_arrays(combined.chunks) if isinstance(combined, pa.ChunkedArray) else combined
-
-
-def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    array = _combine(column)
-    return array.cast(pa.large_list(array.type.value_type)) if not pa.types.is_large_list(array.type) else array

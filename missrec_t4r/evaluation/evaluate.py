@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Ints, Sessions
+from missrec_t4r.data.side import load_sessions
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.evaluation.baselines import Popularity
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS, Ranking, Scorer, rank_catalogue, targets_in_history
@@ -77,7 +78,7 @@ def evaluate(
         raise ConfigError(f"--split {split}", f"one of {', '.join(EVALUATED_SPLITS)}")
     started = time.perf_counter()
     loaded = load_run(run, data)
-    sessions = Sessions.load(loaded.data / split)
+    sessions = load_sessions(loaded.data, split, loaded.model.side.columns if loaded.model.side else ())
     systems: dict[str, System] = {MODEL: ModelScorer.with_popularity(loaded.model, loaded.catalogue)}
     settings: dict[str, Any] = {}
     if baselines:
@@ -108,7 +109,7 @@ def fitted_baselines(
         ``{system: {protocol: {setting: value, "valid_ndcg@10": …}}}``.
     """
     catalogue = catalogue or Catalogue.load(data / CATALOGUE_FOLDER)
-    train, valid = Sessions.load(data / "train"), Sessions.load(data / "valid")
+    train, valid = Sessions.load(data / "train", ()), Sessions.load(data / "valid", ())
     tuned = {
         "item_knn": tuned_item_knn(train, valid, catalogue, seed=seed, progress=progress),
         "content_knn": tuned_content_knn(valid, catalogue, seed=seed, progress=progress),

@@ -207,9 +207,8 @@ def recommendable_rows(scores: Tensor, top_k: int) -> Tensor:
 
 
 def slice_sessions(sessions: Sessions, start: int, stop: int) -> Sessions:
-    """Return sessions ``start`` to ``stop`` as a view (item lists only)."""
-    offsets = sessions.offsets[start : min(stop, len(sessions)) + 1]
-    return Sessions(sessions.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+    """Return sessions ``start`` to ``stop`` as views, with their side features."""
+    return sessions.slice(start, stop)
 
 
 def _check_targets(histories: Sessions, targets: Ints, n_rows: int) -> None:

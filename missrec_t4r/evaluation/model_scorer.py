@@ -43,10 +43,14 @@ class ModelScorer:
 
     def __call__(self, histories: Sessions) -> Tensor:
         """Return scores [batch, row], -inf where the model cannot recommend the row."""
-        item_ids = torch.from_numpy(histories.padded(range(len(histories)), self.model.config.max_sequence_length))
-        item_ids = item_ids.to(self.device)
+        everyone, length = range(len(histories)), self.model.config.max_sequence_length
+        item_ids = torch.from_numpy(histories.padded(everyone, length)).to(self.device)
+        side = {
+            name: torch.from_numpy(values).to(self.device)
+            for name, values in histories.padded_features(everyone, length).items()
+        }
         with _evaluating(self.model):
-            scores = self.model.score(self.model(item_ids), self.candidates, item_ids)
+            scores = self.model.score(self.model(item_ids, side), self.candidates, item_ids)
         empty = torch.from_numpy(histories.lengths == 0).to(self.device)
         if not empty.any():
             return scores

@@ -6,6 +6,8 @@ configuration and a catalogue. Nothing is kept on ``self`` between calls.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -15,14 +17,17 @@ from torch.nn import functional as F
 
 from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.side import SideColumn
 from missrec_t4r.errors import DataError
+from missrec_t4r.model.attention import MultiHeadAttention
 from missrec_t4r.model.decoder import InterestAwareDecoder
 from missrec_t4r.model.encoder import ContextualEncoder
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.interests import InterestTokens, InterestVocabulary
 from missrec_t4r.model.neighbours import NeighbourPrior
+from missrec_t4r.model.side import SideEncoder, SideFeatures, SideValues
 from missrec_t4r.model.towers import CandidateTokens, ItemTokens, ItemTowers
-from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
+from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
 
 _INITIAL_HISTORY_BIAS = -3.0
 """In logits: items of the history start unlikely; quality_probe found an optimum near -4 and slow learning from -2."""
@@ -68,12 +73,13 @@ class MISSRec(nn.Module):
         fusion: CandidateFusion,
         prior: NeighbourPrior | None = None,
         in_training: Tensor | None = None,
+        side: SideFeatures | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.towers, self.interests = towers, interests
         self.encoder, self.decoder, self.fusion = encoder, decoder, fusion
-        self.prior = prior
+        self.prior, self.side = prior, side
         start = _INITIAL_HISTORY_BIAS * config.temperature
         self.history_bias = nn.Parameter(torch.tensor(start)) if config.history_bias else None
         masks = towers.masks(dropout=False)
@@ -82,21 +88,24 @@ class MISSRec(nn.Module):
         self.register_buffer("recommendable", usable, persistent=False)
         self.register_buffer("excluded", torch.nonzero(~usable).flatten(), persistent=False)
         hidden = ~usable if in_training is None else ~(usable & in_training)
+        hidden[PADDING_ROW] = not config.padding_candidate
         self.register_buffer("untrained", torch.nonzero(hidden).flatten(), persistent=False)
 
-    def forward(self, item_ids: Tensor) -> Tensor:
+    def forward(self, item_ids: Tensor, side: SideValues | None = None) -> Tensor:
         """Return the session vectors [batch, dim], unit length.
 
         Parameters
         ----------
         item_ids : Tensor [batch, seq], int64
             Catalogue rows, padded with 0 on the right; at most ``max_sequence_length`` of them.
+        side : mapping of str to Tensor [batch, seq] or [batch, seq, size], optional
+            Side features by column; what is missing counts as absent.
         """
-        return self.encode(item_ids, last_only=True).vectors
+        return self.encode(item_ids, last_only=True, side=side).vectors
 
-    def encode_positions(self, item_ids: Tensor) -> Tensor:
+    def encode_positions(self, item_ids: Tensor, side: SideValues | None = None) -> Tensor:
         """Return unit vectors [batch, seq, dim]; with causal attention position t saw only items up to t."""
-        return self.encode(item_ids).vectors
+        return self.encode(item_ids, side=side).vectors
 
     def encode(
         self,
@@ -104,7 +113,7 @@ class MISSRec(nn.Module):
         *,
         catalogue: ItemTokens | None = None,
         last_only: bool = False,
-        side: Tensor | None = None,
+        side: SideValues | Tensor | None = None,
         items: ItemTokens | None = None,
     ) -> Encoded:
         """Encode sessions and return all that the objectives need.
@@ -116,17 +125,20 @@ class MISSRec(nn.Module):
             This step's catalogue tokens; without them only the session's items are computed.
         last_only : bool
             Only the vector of the last real item.
-        side : Tensor [batch, seq, dim], optional
-            Embedded side features.
+        side : mapping of str to Tensor, or Tensor [batch, seq, dim], optional
+            Side features by column, or embedded already (the T4R door does it among its inputs).
         items : ItemTokens of shape [batch, seq], optional
             The sessions' own tokens, where they differ from the catalogue's (word drop in pre-training).
         """
+        if self.side is not None and not isinstance(side, Tensor):
+            side = self.side(side or {}, item_ids)
         item_mask = item_ids > UNKNOWN_ROW
         if items is None:
             items = self.towers(item_ids) if catalogue is None else catalogue.take(item_ids)
         interests = self.interests(item_ids)
         memory = self.encoder(interests)
-        hidden = self.decoder(items, item_mask, memory, interests, last_only=last_only, side=side)
+        added = side if isinstance(side, Tensor) else None
+        hidden = self.decoder(items, item_mask, memory, interests, last_only=last_only, side=added)
         vectors = F.normalize(hidden.squeeze(1) if last_only else hidden, dim=-1)
         return Encoded(vectors, memory, interests)
 
@@ -174,11 +186,18 @@ def first_occurrences(item_ids: Tensor) -> Tensor:
     return torch.empty_like(first).scatter_(1, order, first)
 
 
-def build_missrec(config: MISSRecConfig, catalogue: Catalogue) -> MISSRec:
-    """Build the model for a catalogue, initialised as published: normal(0, 0.02), biases 0.
+def build_missrec(config: MISSRecConfig, catalogue: Catalogue, side: Sequence[SideColumn] = ()) -> MISSRec:
+    """Build the model for a catalogue, initialised as ``config.initialisation`` says: normal(0, 0.02), biases 0.
 
     With `zero_row` the adapters keep torch's initialisation, as in the authors' release: a missing modality's token
     is the adapter's bias, and a bias of zero has no direction (normalising it sends gradients of 1e12).
+
+    Parameters
+    ----------
+    config : MISSRecConfig
+    catalogue : Catalogue
+    side : sequence of SideColumn
+        The measured side features (`missrec_t4r.data.side.fit_side_columns`); none by default.
 
     Raises
     ------
@@ -199,6 +218,8 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue) -> MISSRec:
         config.d_model,
         config.missing_modality,
         config.feature_scaling,
+        config.single_modality,
+        config.padding_candidate,
         config.modality_dropout,
         config.id_dropout,
     )
@@ -207,19 +228,36 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue) -> MISSRec:
     model = MISSRec(
         config,
         towers,
-        InterestVocabulary(n_interests, len(towers.names), towers.n_rows, config.d_model, config.interest_algorithm),
+        InterestVocabulary(
+            n_interests,
+            len(towers.names),
+            towers.n_rows,
+            config.d_model,
+            config.interest_algorithm,
+            config.max_sequence_length if config.orthogonality == "faithful" else None,
+        ),
         ContextualEncoder(config.n_encoder_layers, *layer, config.attention),
         InterestAwareDecoder(
-            config.n_decoder_layers, *layer, config.max_sequence_length, config.attention, config.sequence_fusion
+            config.n_decoder_layers,
+            *layer,
+            config.max_sequence_length,
+            config.attention,
+            config.sequence_fusion,
+            config.contextual_readout,
         ),
         CandidateFusion(config.candidate_fusion, towers.n_rows),
         NeighbourPrior(towers.n_rows, min(config.n_neighbours, towers.n_rows)) if config.n_neighbours else None,
         trained if config.mask_untrained_ids else None,
+        SideFeatures(SideEncoder(side, config.side_dropout), config.d_model) if side else None,
     )
     model.apply(_initialise)
+    if model.side is not None:
+        model.side.reset_parameters()
     if config.missing_modality == "zero_row":
         for name in towers.names:
             cast(nn.Linear, towers.adapters[name]).reset_parameters()
+    if config.initialisation == "release":
+        _initialise_as_released(model)
     return model
 
 
@@ -228,3 +266,17 @@ def _initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def _initialise_as_released(model: MISSRec) -> None:
+    """Undo what the authors' initialisation does not reach: attention projections, adapters, the padding's ID."""
+    for module in model.modules():
+        if isinstance(module, MultiHeadAttention):
+            bound = math.sqrt(6 / (4 * module.query.in_features))  # Xavier of the three projections as one matrix
+            for projection in (module.query, module.key, module.value):
+                nn.init.uniform_(projection.weight, -bound, bound)
+    for name in model.towers.names:
+        cast(nn.Linear, model.towers.adapters[name]).reset_parameters()
+    if model.towers.id_embedding is not None:
+        model.towers.id_embedding.weight[PADDING_ROW] = 0.0

@@ -88,7 +88,7 @@ class MISSRecBlock(BlockBase):
         self.state = StepState()
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
-    def connect(self, core: MISSRec, state: StepState, side_width: int) -> None:
+    def connect(self, core: MISSRec, state: StepState, between: int = 0) -> None:
         """Take the model and the inputs' state; `MISSRecNextItemTask.build` calls this.
 
         Parameters
@@ -97,12 +97,13 @@ class MISSRecBlock(BlockBase):
             Owned, saved and loaded by this block from now on.
         state : StepState
             Shared with the inputs.
-        side_width : int
-            Width of the side features that come in; 0 for none.
+        between : int
+            Width of the side features where another module stands between the inputs and this block; then the core
+            has no part for them, and this block projects them itself.
         """
         self.core, self.state = core, state
-        if side_width and self.side_projection is None:
-            self.side_projection = nn.Linear(side_width, core.config.d_model, bias=False)
+        if between and self.side_projection is None:
+            self.side_projection = nn.Linear(between, core.config.d_model, bias=False)
             nn.init.normal_(self.side_projection.weight, std=0.02)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -126,7 +127,8 @@ class MISSRecBlock(BlockBase):
                 "write tr.Head(body, [MISSRecNextItemTask()], inputs=inputs)",
             )
         sessions, towers = self.state.sessions, self.core.towers
-        side = None if self.side_projection is None else self.side_projection(sessions.take(inputs))
+        projection = self.side_projection if self.core.side is None else self.core.side.projection
+        side = None if projection is None else projection(sessions.take(inputs))
         if sessions.learning and self.training:
             self._refresh_by_steps(self.core)
             catalogue = towers.catalogue()

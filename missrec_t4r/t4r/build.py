@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import transformers4rec.torch as tr
 
 from missrec_t4r.config import MISSRecConfig, Recipe
 from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.side import SideColumn
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.t4r.block import MISSRecBlock
-from missrec_t4r.t4r.columns import as_core_schema, item_column
+from missrec_t4r.t4r.columns import as_core_schema
 from missrec_t4r.t4r.inputs import MultiModalSequenceFeatures
 from missrec_t4r.t4r.masking import PrefixMasking
 from missrec_t4r.t4r.task import MISSRecNextItemTask
@@ -24,6 +26,7 @@ _OF_INPUTS = (
     "modality_dropout",
     "id_dropout",
     "mask_untrained_ids",
+    "side_dropout",
 )
 _OF_BLOCK = (
     "d_model",
@@ -48,6 +51,7 @@ def build_model(
     *,
     masking: str | PrefixMasking = "prefix",
     top_k: int | None = None,
+    side: Sequence[SideColumn] | None = None,
 ) -> tr.Model:
     """Build the T4R model of a recipe: the same object as inputs, block, task and Head written by hand.
 
@@ -62,8 +66,10 @@ def build_model(
         As in `MultiModalSequenceFeatures.from_schema`.
     top_k : int, optional
         Rows returned at inference; None returns all scores.
+    side : sequence of SideColumn, optional
+        Measured side features; by default those of the schema, as it stands.
     """
-    model = _assemble(recipe.model, recipe.train.seed, schema, catalogue, masking)
+    model = _assemble(recipe.model, recipe.train.seed, schema, catalogue, masking, side=side)
     model.top_k = top_k
     return model
 
@@ -84,16 +90,16 @@ def to_core(model: tr.Model) -> MISSRec:
     Raises
     ------
     ConfigError
-        The model was trained with side features, which the core's evaluation and serving do not have.
+        Another module shapes the side features between inputs and block; the core has no such part.
     """
     block = missrec_block(model)
     if block.core is None:
         raise ConfigError("a MISSRecBlock without a Head", "a model built by tr.Head and tr.Model")
     if block.side_projection is not None:
         raise ConfigError(
-            "a model that reads side features besides the items",
-            "item ids alone",
-            "evaluate it with tr.Trainer, or train it on schema.select_by_name([item column])",
+            "a model with another module between its inputs and its MISSRecBlock",
+            "tr.SequentialBlock(inputs, MISSRecBlock(...))",
+            "evaluate it with tr.Trainer, or leave the module out",
         )
     return block.core
 
@@ -106,7 +112,7 @@ def from_core(core: MISSRec, schema: Any, catalogue: Catalogue, *, top_k: int | 
     core : MISSRec
         For example of ``load_run(run).model``.
     schema : Merlin schema
-        Its item column is read, no side features.
+        Its item column is read, and the side features that the core has.
     catalogue : Catalogue
         The one that the core was built for.
     """
@@ -115,8 +121,8 @@ def from_core(core: MISSRec, schema: Any, catalogue: Catalogue, *, top_k: int | 
             f"a model of {core.towers.n_rows} rows and a catalogue of {catalogue.n_rows}", "the same catalogue"
         )
     core_schema = as_core_schema(schema)
-    items = core_schema.select_by_name([item_column(core_schema, catalogue.n_rows).name])
-    model = _assemble(core.config, 0, items, catalogue, "prefix", core)
+    side = () if core.side is None else core.side.columns
+    model = _assemble(core.config, 0, core_schema, catalogue, "prefix", core, side)
     model.top_k = top_k
     return model
 
@@ -128,10 +134,18 @@ def _assemble(
     catalogue: Catalogue,
     masking: str | PrefixMasking,
     core: MISSRec | None = None,
+    side: Sequence[SideColumn] | None = None,
 ) -> tr.Model:
     inputs = MultiModalSequenceFeatures.from_schema(
-        schema, catalogue=catalogue, masking=masking, **_chosen(config, _OF_INPUTS)
+        schema,
+        catalogue=catalogue,
+        masking=masking,
+        embedding_dim_default=config.side_width,
+        side=side,
+        **_chosen(config, _OF_INPUTS),
     )
+    if core is not None and core.side is not None:
+        inputs.side = core.side.encoder
     task = MISSRecNextItemTask(**_chosen(config, _OF_TASK))
     block = MISSRecBlock(**_chosen(config, _OF_BLOCK), seed=seed, config=config)
     block.core = core

@@ -7,7 +7,9 @@ from typing import Any
 from merlin.schema import ColumnSchema, Schema, Tags
 from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 
+from missrec_t4r.data.side import SideColumn
 from missrec_t4r.errors import SchemaError
+from missrec_t4r.schema import LIST_SUFFIX
 
 SIDE_TAGS = (Tags.CATEGORICAL, Tags.CONTINUOUS, Tags.EMBEDDING)
 """T4R's own inputs read columns with one of these tags; so do ours."""
@@ -71,3 +73,49 @@ def side_schema(schema: Schema, item: str) -> Schema:
         and Tags.TARGET not in column.tags
     ]
     return schema.select_by_name(names)
+
+
+def side_columns(schema: Schema, width: int, number_width: int) -> tuple[SideColumn, ...]:
+    """Return the columns of `side_schema` as the model's side features, numbers as the workflow left them.
+
+    Parameters
+    ----------
+    schema : Schema
+        The side features alone.
+    width, number_width : int
+        Numbers that the model makes of a category or vector, and of a number.
+
+    Raises
+    ------
+    SchemaError
+        A category without a domain, or vectors of unknown width.
+    """
+    return tuple(_side_column(column, width, number_width) for column in schema)
+
+
+def side_name(column: str) -> str:
+    """Return the name by which the core knows a column."""
+    return column.removesuffix(LIST_SUFFIX)
+
+
+def _side_column(column: ColumnSchema, width: int, number_width: int) -> SideColumn:
+    name = side_name(column.name)
+    if Tags.CATEGORICAL in column.tags:
+        domain = column.int_domain
+        if domain is None or domain.max is None:
+            raise SchemaError(
+                f"categorical column {column.name!r} without an integer domain",
+                "the number of its codes",
+                "encode it with Categorify, or give the domain in the schema",
+            )
+        return SideColumn(name, "categorical", int(domain.max) + 1, width)
+    if Tags.CONTINUOUS in column.tags:
+        return SideColumn(name, "continuous", 1, number_width)
+    dims = column.shape.dims
+    if dims is None or len(dims) != 3 or dims[-1].max is None:
+        raise SchemaError(
+            f"embedding column {column.name!r} of shape {column.shape}",
+            "lists of vectors of one width",
+            "give the width in the schema, dims=(None, None, WIDTH)",
+        )
+    return SideColumn(name, "pretrained", int(dims[-1].max), width)

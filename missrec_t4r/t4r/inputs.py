@@ -6,20 +6,22 @@ the catalogue per step; what comes out of here is the embedded side features, wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from merlin.schema import Schema
 from torch import Tensor, nn
 from transformers4rec.torch import TabularSequenceFeatures
-from transformers4rec.torch.features.sequence import SequenceEmbeddingFeatures
 from transformers4rec.torch.masking import masking_registry
 
 from missrec_t4r.config import FeatureScaling, MissingModality, MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.side import SideColumn
 from missrec_t4r.errors import ConfigError, SchemaError
+from missrec_t4r.model.side import SideEncoder
 from missrec_t4r.schema import UNKNOWN_ROW
-from missrec_t4r.t4r.columns import as_core_schema, item_column, side_schema
+from missrec_t4r.t4r.columns import as_core_schema, item_column, side_columns, side_name, side_schema
 from missrec_t4r.t4r.loader import PREFIX_ROWS
 from missrec_t4r.t4r.masking import PrefixMasking
 from missrec_t4r.t4r.state import StepState, VisibleSessions
@@ -43,21 +45,6 @@ class CatalogueItems(nn.Module):
         self.item_id = item_id
 
 
-class _SideEmbeddings(SequenceEmbeddingFeatures):
-    """T4R's embeddings without an item column; theirs assert one when torch.jit.trace reads the property."""
-
-    @property
-    def item_embedding_table(self) -> None:
-        """Nothing: items are the catalogue's."""
-        return
-
-
-class SideFeatures(TabularSequenceFeatures):
-    """T4R's own inputs over the other columns: categories embedded, numbers and vectors projected as it does."""
-
-    EMBEDDING_MODULE_CLASS = _SideEmbeddings
-
-
 class MultiModalSequenceFeatures(TabularSequenceFeatures):
     """Inputs of a model whose items live in a catalogue. Built by `from_schema`.
 
@@ -69,8 +56,8 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         Name of the item column.
     masking : PrefixMasking
         Hides the target and what comes after it.
-    side : SideFeatures or None
-        Embeds the other columns.
+    side : SideEncoder or None
+        Makes one vector per event of the other columns; the core's own part.
     catalogue : Catalogue or None
         Kept until a `Head` joins these inputs with a block; None when the block brings a finished model.
     settings : dict
@@ -82,12 +69,13 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         schema: Schema,
         item_id: str,
         masking: PrefixMasking,
-        side: SideFeatures | None,
+        side: SideEncoder | None,
         catalogue: Catalogue | None,
         settings: dict[str, Any],
     ) -> None:
         super().__init__(categorical_module=CatalogueItems(item_id), masking=masking, schema=schema)
         self.side = side
+        self.side_names = {name: side_name(name) for name in schema.column_names if name != item_id}
         self.catalogue = catalogue
         self.settings = settings
         self.state = StepState()
@@ -110,9 +98,10 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         modality_dropout: float = _DEFAULT.modality_dropout,
         id_dropout: float = _DEFAULT.id_dropout,
         mask_untrained_ids: bool = _DEFAULT.mask_untrained_ids,
-        aggregation: str = "concat",
-        embedding_dim_default: int = 64,
-        continuous_projection: int | list[int] | None = None,
+        embedding_dim_default: int = _DEFAULT.side_width,
+        continuous_projection: int | Sequence[int] | None = None,
+        side_dropout: float = _DEFAULT.side_dropout,
+        side: Sequence[SideColumn] | None = None,
     ) -> MultiModalSequenceFeatures:
         """Read the columns from the schema, as T4R's inputs do.
 
@@ -127,10 +116,15 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
             Items that the model sees, the most recent ones.
         masking : str or PrefixMasking
             A masking that hides targets before the look-up: ``"prefix"``.
-        item_ids, missing_modality, feature_scaling, modality_dropout, id_dropout, mask_untrained_ids
+        item_ids, missing_modality, feature_scaling, modality_dropout, id_dropout, mask_untrained_ids, side_dropout
             As in `MISSRecConfig`.
-        aggregation, embedding_dim_default, continuous_projection
-            Of the side features, as in T4R's ``from_schema``.
+        embedding_dim_default : int
+            Numbers that a category or a vector becomes, as in T4R's ``from_schema``.
+        continuous_projection : int or sequence of int, optional
+            Numbers that a number becomes (T4R's last layer); by default as many as a category does.
+        side : sequence of SideColumn, optional
+            The side features with what was measured of them (`missrec_t4r.data.side.fit_side_columns`), in place of
+            what the schema tells: it has no statistics, so numbers enter as the workflow left them.
 
         Raises
         ------
@@ -147,21 +141,20 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
             "modality_dropout": modality_dropout,
             "id_dropout": id_dropout,
             "mask_untrained_ids": mask_untrained_ids,
+            "side_width": embedding_dim_default,
+            "side_dropout": side_dropout,
         }
         core_schema = as_core_schema(schema)
         item = item_column(core_schema, catalogue.n_rows).name
         rest = side_schema(core_schema, item)
-        side = None
-        if rest.column_names:
-            side = SideFeatures.from_schema(
-                rest,
-                max_sequence_length=max_sequence_length,
-                aggregation=aggregation,
-                embedding_dim_default=embedding_dim_default,
-                continuous_projection=continuous_projection,
-            )
+        if side is None:
+            projected = continuous_projection or embedding_dim_default
+            side = side_columns(rest, embedding_dim_default, projected if isinstance(projected, int) else projected[-1])
+        else:
+            rest = _named(rest, side)
+        encoder = SideEncoder(side, side_dropout) if side else None
         read = core_schema.select_by_name([item, *rest.column_names])
-        return cls(read, item, _parse_masking(masking), side, catalogue, settings)
+        return cls(read, item, _parse_masking(masking), encoder, catalogue, settings)
 
     def forward(self, inputs: dict[str, Tensor], training: bool = False, testing: bool = False) -> Tensor:
         """Hide the target, publish what is visible, and return the side features.
@@ -176,7 +169,8 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         Returns
         -------
         Tensor [batch, column, width]
-            Side features of the visible items; one column of zeros where the schema has none.
+            Side features of the visible items; one column of zeros where the schema has none. A column that the batch
+            lacks counts as absent.
         """
         item = self.categorical_module.item_id
         if item not in inputs:
@@ -189,7 +183,8 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         self.state.show(self._window(columns[item], visible, training))
         if self.side is None:
             return torch.zeros(*visible.shape, 1, device=visible.device)
-        embedded: Tensor = self.side({**inputs, **columns})
+        values = {self.side_names[name]: values for name, values in columns.items() if name in self.side_names}
+        embedded: Tensor = self.side(values, columns[item])
         return embedded
 
     def _window(self, item_ids: Tensor, visible: Tensor, learning: bool) -> VisibleSessions:
@@ -201,7 +196,7 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
 
     def output_size(self, input_size: Any = None) -> torch.Size:  # noqa: ARG002  # T4R passes its own idea of it
         """Return [-1, max_sequence_length, width of the side features]: three dimensions, as T4R's heads demand."""
-        width = 1 if self.side is None else self.side.output_size()[-1]
+        width = 1 if self.side is None else self.side.width
         return torch.Size([-1, self.settings["max_sequence_length"], width])
 
 
@@ -214,6 +209,18 @@ def _parse_masking(masking: str | PrefixMasking) -> PrefixMasking:
             "T4R's other maskings leave the target visible to a body that looks items up itself",
         )
     return chosen
+
+
+def _named(schema: Schema, side: Sequence[SideColumn]) -> Schema:
+    """Return the schema's columns of these side features, in their order."""
+    by_name = {side_name(name): name for name in schema.column_names}
+    if missing := [column.name for column in side if column.name not in by_name]:
+        raise SchemaError(
+            f"a schema without the side features {', '.join(missing)}",
+            "list columns tagged CATEGORICAL, CONTINUOUS or EMBEDDING",
+            "use the schema of the data that the model was trained on",
+        )
+    return schema.select_by_name([by_name[column.name] for column in side])
 
 
 def _left_align(inputs: dict[str, Tensor], item: str) -> dict[str, Tensor]:

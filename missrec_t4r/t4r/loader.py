@@ -18,7 +18,7 @@ from transformers4rec.torch.utils.data_utils import T4RecDataLoader, dataloader_
 
 from missrec_t4r.config import MISSRecConfig, TrainConfig
 from missrec_t4r.data.batches import Examples, training_batches
-from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.sessions import Sessions, gather
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.t4r.columns import as_core_schema
 from missrec_t4r.t4r.reading import item_name, known_sessions, read_sessions
@@ -129,9 +129,7 @@ class PrefixBatches(IterableDataset[Batch]):
         at = examples.end[:, None] - steps if backwards else examples.begin[:, None] + steps
         at = np.where(real, at, 0)
         columns = {self.item_column: self.sessions.values, **self.sessions.features}
-        batch = {
-            name: torch.from_numpy(np.where(real, values[at], values.dtype.type(0))) for name, values in columns.items()
-        }
+        batch = {name: torch.from_numpy(gather(values, at, real)) for name, values in columns.items()}
         batch[PREFIX_ROWS] = torch.ones(len(length), 1, dtype=torch.bool)
         return batch
 

@@ -9,13 +9,11 @@ from typing import Any
 
 import dask
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from merlin.schema import Schema, Tags
 
-from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.sessions import Sessions, flat_lists
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.schema import NULL_ROW, UNKNOWN_ROW
 from missrec_t4r.t4r.columns import as_core_schema, is_list, side_schema
@@ -35,14 +33,12 @@ def read_sessions(paths_or_dataset: Any, schema: Any) -> Sessions:
         return paths_or_dataset
     core_schema = as_core_schema(schema)
     item = item_name(core_schema)
-    side = [
-        name for name in side_schema(core_schema, item).column_names if Tags.EMBEDDING not in core_schema[name].tags
-    ]
+    side = side_schema(core_schema, item).column_names
     table = _read_table(paths_or_dataset, [item, *side])
-    values, offsets = _flat(table[item], NULL_ROW)
+    values, offsets = flat_lists(table[item], NULL_ROW)
     features = {}
     for name in side:
-        feature, at = _flat(table[name], 0)
+        feature, at = flat_lists(table[name])
         if not np.array_equal(at, offsets):
             raise SchemaError(
                 f"column {name!r} has lists of other lengths than {item!r}", "one value per event", "re-run the ETL"
@@ -87,18 +83,6 @@ def _files(path: Path) -> list[Path]:
     if not path.is_file():
         raise DataError(f"{path} does not exist", "a parquet file or a folder of them", "check the path")
     return [path]
-
-
-def _flat(column: pa.ChunkedArray, null: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """Return a list column's values and offsets; a null list is an empty one, a null value becomes ``null``."""
-    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        raise SchemaError(
-            f"a column of type {column.type}", "lists", "group the events into sessions with `missrec etl`"
-        )
-    lists = pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
-    lengths = pc.fill_null(pc.list_value_length(lists), 0)
-    offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
-    return np.asarray(pc.fill_null(lists.flatten(), null)), offsets
 
 
 def known_sessions(sessions: Sessions, *, targets: bool) -> Sessions:

@@ -23,6 +23,7 @@ from missrec_t4r.errors import ConfigError
 from missrec_t4r.model.missrec import MISSRec, build_missrec
 from missrec_t4r.model.objectives import next_item_loss, orthogonality_loss
 from missrec_t4r.model.retrieval import top_items
+from missrec_t4r.model.side import SideFeatures
 from missrec_t4r.t4r.block import MISSRecBlock
 from missrec_t4r.t4r.inputs import MultiModalSequenceFeatures
 
@@ -100,7 +101,11 @@ class MISSRecNextItemTask(NextItemPredictionTask):
             raise ConfigError(
                 "a body that already serves a task with other settings", "equal settings in all tasks of a body"
             )
-        block.connect(core, inputs.state, 0 if inputs.side is None else _incoming_width(body, inputs, block))
+        between = 0 if inputs.side is None else _width_between(body, block)
+        if inputs.side is not None and not between and core.side is None:
+            core.side = SideFeatures(inputs.side, config.d_model)
+            nn.init.normal_(core.side.projection.weight, std=0.02)
+        block.connect(core, inputs.state, between)
         inputs.catalogue = None  # the towers hold the vectors now
         self._block = (block,)
         self.embeddings, self.masking = inputs.categorical_module, inputs.masking
@@ -185,15 +190,12 @@ def _build_core(config: MISSRecConfig, inputs: MultiModalSequenceFeatures) -> MI
     return build_missrec(config, inputs.catalogue)
 
 
-def _incoming_width(body: nn.Module, inputs: MultiModalSequenceFeatures, block: MISSRecBlock) -> int:
-    """Return the width of what reaches the block, behind whatever a T4R recipe puts between (an MLPBlock, say)."""
-    width = int(inputs.output_size()[-1])
-    for module in body.children():
-        if module is block:
-            break
-        size: Any = getattr(module, "output_size", None)
-        width = width if size is None else int(size()[-1])
-    return width
+def _width_between(body: nn.Module, block: MISSRecBlock) -> int:
+    """Return the width that a module between inputs and block hands on (an MLPBlock in a T4R recipe), 0 without one."""
+    modules = list(body.children())
+    before = modules[1 : modules.index(block)] if block in modules else []
+    sizes = [size for module in before if (size := getattr(module, "output_size", None)) is not None]
+    return int(sizes[-1]()[-1]) if sizes else 0
 
 
 def _update(metric: Any, scores: Tensor, targets: Tensor) -> Tensor:

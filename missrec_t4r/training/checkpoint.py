@@ -18,6 +18,7 @@ from torch import Tensor
 
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.side import SideColumn
 from missrec_t4r.errors import CheckpointError
 from missrec_t4r.model.missrec import MISSRec, build_missrec
 from missrec_t4r.schema import CATALOGUE_FOLDER
@@ -55,7 +56,8 @@ def save_run(out: Path, model: MISSRec, recipe: Recipe, data: Path, info: Mappin
     save_tensors(out / WEIGHTS_FILE, model.state_dict())
     write_json(out / RECIPE_FILE, recipe.to_dict())
     where = os.path.relpath(data.resolve(), out.resolve())
-    write_json(out / RUN_FILE, {"data": where, "versions": versions(), **info})
+    side = [] if model.side is None else [column.to_dict() for column in model.side.columns]
+    write_json(out / RUN_FILE, {"data": where, "versions": versions(), "side_features": side, **info})
 
 
 def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
@@ -80,7 +82,8 @@ def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
     recipe = Recipe.from_dict(json.loads((run / RECIPE_FILE).read_text(encoding="utf-8")))
     folder = Path(data) if data is not None else Path(os.path.normpath(run.resolve() / info["data"]))
     catalogue = Catalogue.load(folder / CATALOGUE_FOLDER)
-    model = build_missrec(recipe.model, catalogue)
+    side = [SideColumn.from_dict(column) for column in info.get("side_features", [])]
+    model = build_missrec(recipe.model, catalogue, side)
     load_strictly(model, load_tensors(run / WEIGHTS_FILE), str(run / WEIGHTS_FILE))
     return LoadedRun(model.eval(), catalogue, recipe, folder)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.data.batches import TrainingBatch, iterate, training_batches
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.side import SideColumn, fit_side_columns, load_sessions, side_columns
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, quick_metrics
 from missrec_t4r.evaluation.model_scorer import ModelScorer
@@ -84,11 +85,15 @@ def train(
     data, out = Path(data), Path(out)
     resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
     catalogue = Catalogue.load(data / CATALOGUE_FOLDER)
-    splits = {name: Sessions.load(data / name).known() for name in ("train", "valid")}
+    side = side_columns(data, resolved.model.side_features, resolved.model.side_width)
+    splits = {name: load_sessions(data, name, side).known() for name in ("train", "valid")}
     if not (splits["train"].lengths >= 2).any():
         raise DataError(f"no training session in {data} has two known items", "sessions to learn from", "check the ETL")
     _check_rows(splits, catalogue)
-    trainer = Trainer(resolved, catalogue, splits["train"], splits["valid"], out, device, progress)
+    side = fit_side_columns(side, splits["train"])
+    if side:
+        progress.say(f"side features: {', '.join(column.name for column in side)}")
+    trainer = Trainer(resolved, catalogue, splits["train"], splits["valid"], out, device, progress, side=side)
     if resume:
         trainer.resume()
     else:
@@ -114,6 +119,8 @@ class Trainer:
     prepare : function, optional
         Receives the fresh model before its optimiser is made: loads an earlier run's weights, freezes parts. What it
         returns goes into `run.json` and tells interrupted runs apart.
+    side : sequence of SideColumn
+        The measured side features, which the sessions carry.
     """
 
     def __init__(
@@ -126,6 +133,7 @@ class Trainer:
         device: str = "auto",
         progress: Progress = quiet,
         prepare: Prepare | None = None,
+        side: Sequence[SideColumn] = (),
     ) -> None:
         self.recipe, self.catalogue, self.sessions = recipe, catalogue, sessions
         self.out, self.progress = out, progress
@@ -133,7 +141,7 @@ class Trainer:
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.rng = np.random.default_rng(settings.seed)
         torch.manual_seed(settings.seed)
-        self.model = build_missrec(recipe.model, catalogue)
+        self.model = build_missrec(recipe.model, catalogue, side)
         self.facts = prepare(self.model) if prepare else {}
         self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(
@@ -192,7 +200,7 @@ class Trainer:
         batches = iterate(self.sessions, plan, self.recipe.model, settings)
         for batch in self.progress.track(batches, f"epoch {epoch}", len(plan)):
             positions += int((batch.targets[..., 0] > 0).sum())
-            total += self._step(type(batch)(*(part.to(self.device) for part in batch)))
+            total += self._step(batch.to(self.device))
         trained = time.perf_counter() - started
         with self.average.swapped_in():
             scorer = ModelScorer.with_popularity(self.model, self.catalogue)

@@ -25,7 +25,7 @@ def training_loss(model: MISSRec, batch: TrainingBatch, train: TrainConfig) -> T
     """
     catalogue = model.towers.catalogue()
     all_positions = batch.targets.ndim == 3
-    encoded = model.encode(batch.item_ids, catalogue=catalogue, last_only=not all_positions)
+    encoded = model.encode(batch.item_ids, catalogue=catalogue, last_only=not all_positions, side=batch.side)
     vectors, history, targets = encoded.vectors, batch.item_ids, batch.targets
     if all_positions:
         session, step = torch.nonzero(targets[..., 0], as_tuple=True)

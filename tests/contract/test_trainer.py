@@ -20,7 +20,16 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.evaluation.full_ranking import quick_metrics
 from missrec_t4r.evaluation.model_scorer import ModelScorer
-from missrec_t4r.t4r import InterestRefresh, build_model, from_core, to_core, train_t4r
+from missrec_t4r.t4r import (
+    InterestRefresh,
+    MISSRecBlock,
+    MISSRecNextItemTask,
+    MultiModalSequenceFeatures,
+    build_model,
+    from_core,
+    to_core,
+    train_t4r,
+)
 from missrec_t4r.t4r.trainer import NDCG
 from missrec_t4r.training.checkpoint import load_run
 from missrec_t4r.training.step import training_loss
@@ -145,9 +154,47 @@ def test_core_and_t4r_model_share_weights_scores_and_loss(
     assert to_core(outside) is core
 
 
-def test_side_features_have_no_core() -> None:
-    with pytest.raises(ConfigError, match="reads side features"):
-        to_core(build_model(Recipe(model=shop.config()), shop.schema(), shop.catalogue()))
+def test_core_and_t4r_model_share_side_features(data: Path, loader: Callable[..., Any]) -> None:
+    from missrec_t4r.data.batches import TrainingBatch
+
+    torch.manual_seed(0)
+    recipe = Recipe(model=shop.config(dropout=0.0, side_dropout=0.0))
+    model = build_model(recipe, shop.schema(), shop.catalogue())
+    core = to_core(model)
+    core.discover_interests(0)
+    assert [column.name for column in core.side.columns] == ["category", "price"]
+    batch, _ = next(iter(loader("missrec", data / "train", shop.schema(), batch_size=24, shuffle=True)))
+    model.heads[0].body[1].refresh_steps = 0
+    loss = model.train()(dict(batch), training=True)["loss"]
+    sessions = model.heads[0].body[1].state.sessions
+    labels = model.heads[0].body[0].masking.masked_targets.amax(1, keepdim=True)
+    side = {
+        name: batch[f"{name}-list"].gather(1, sessions.window) * (sessions.item_ids > 0)
+        for name in ("category", "price")
+    }
+    native = training_loss(core, TrainingBatch(sessions.item_ids, labels, side), TrainConfig(batch_size=24))
+    torch.testing.assert_close(native, loss, rtol=1e-6, atol=1e-6)
+
+    model.eval()
+    outside = from_core(core, shop.schema(), shop.catalogue()).eval()
+    item_ids = batch["item_id-list"][:, : shop.MAX_LENGTH]
+    side = {name: batch[f"{name}-list"][:, : shop.MAX_LENGTH] for name in ("category", "price")}
+    columns = {"item_id-list": item_ids, **{f"{name}-list": values for name, values in side.items()}}
+    with torch.no_grad():
+        scores = core.score(core(item_ids, side), core.candidates(), item_ids)
+        assert torch.equal(model(dict(columns)), scores)
+        assert torch.equal(outside(dict(columns)), scores)
+        without = core.score(core(item_ids), core.candidates(), item_ids)
+        assert torch.equal(model({"item_id-list": item_ids}), without), "a missing column counts as absent"
+        assert not torch.equal(without, scores)
+
+
+def test_a_module_between_inputs_and_block_has_no_core() -> None:
+    inputs = MultiModalSequenceFeatures.from_schema(shop.schema(), catalogue=shop.catalogue(), max_sequence_length=6)
+    body = tr.SequentialBlock(inputs, tr.MLPBlock([12]), MISSRecBlock(**shop.SMALL))
+    model = tr.Model(tr.Head(body, [MISSRecNextItemTask()], inputs=inputs))
+    with pytest.raises(ConfigError, match="another module between"):
+        to_core(model)
 
 
 def recipe(**train: Any) -> Recipe:

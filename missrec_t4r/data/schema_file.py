@@ -1,0 +1,91 @@
+"""Merlin's schema.pbtxt read without Merlin: what a training machine with torch alone must know of the columns.
+
+The file is protobuf's text form of TensorFlow Metadata's ``Schema``; of each feature its name, its integer domain and
+its tags are taken, everything else is skipped.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from missrec_t4r.errors import SchemaError
+
+_TOKEN = re.compile(r"""\s+|\#[^\n]*|("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\[[^\]]*\]|[{}<>:;,]|[^\s{}<>:;,"']+)""")
+_OPEN, _CLOSE = "{<", "}>"
+
+
+@dataclass(frozen=True)
+class ColumnFacts:
+    """One feature of the schema."""
+
+    name: str
+    tags: frozenset[str]
+    """Lower-case names of Merlin's tags."""
+    highest: int | None
+    """Upper end of the integer domain; None without one."""
+
+
+def read_schema(file: str | Path) -> list[ColumnFacts]:
+    """Return the features of a ``schema.pbtxt``, in file order.
+
+    Raises
+    ------
+    SchemaError
+        The file is missing or is no protobuf text.
+    """
+    try:
+        message = parse_text_message(Path(file).read_text(encoding="utf-8"))
+        return [_facts(feature) for feature in message.get("feature", [])]
+    except (OSError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise SchemaError(f"{file} cannot be read ({error})", "Merlin's schema.pbtxt", "re-run the ETL") from error
+
+
+def parse_text_message(text: str) -> dict[str, list[Any]]:
+    """Return protobuf text as a mapping of field name to its values, messages as mappings themselves.
+
+    Examples
+    --------
+    >>> parse_text_message('feature { name: "price-list" annotation { tag: "list" tag: "continuous" } }')
+    {'feature': [{'name': ['price-list'], 'annotation': [{'tag': ['list', 'continuous']}]}]}
+    """
+    tokens = iter([match.group(1) for match in _TOKEN.finditer(text) if match.group(1)])
+    return _message(tokens, top=True)
+
+
+def _message(tokens: Iterator[str], *, top: bool = False) -> dict[str, list[Any]]:
+    fields: dict[str, list[Any]] = {}
+    for name in tokens:
+        if name in _CLOSE:
+            return fields
+        if name in ",;":
+            continue
+        token = next(tokens, "")
+        if token == ":":
+            token = next(tokens, "")
+        if not token:
+            raise ValueError(f"field {name!r} has no value")
+        fields.setdefault(name, []).append(_message(tokens) if token in _OPEN else _scalar(token))
+    if not top:
+        raise ValueError("a message is not closed")
+    return fields
+
+
+def _scalar(token: str) -> Any:
+    if token[0] in "\"'":
+        return ast.literal_eval(token)
+    try:
+        return int(token)
+    except ValueError:
+        return token
+
+
+def _facts(feature: Mapping[str, list[Any]]) -> ColumnFacts:
+    tags = [str(tag).lower() for note in feature.get("annotation", []) for tag in note.get("tag", [])]
+    domains = feature.get("int_domain", [])
+    highest = domains[0].get("max", [None])[0] if domains else None
+    return ColumnFacts(str(feature["name"][0]), frozenset(tags), highest)

@@ -81,7 +81,7 @@ class MISSRecConfig:
     authors' release; it is never recommended. Needs ``missing_modality: zero_row``."""
     initialisation: Initialisation = "normal"
     """``normal``: normal(0, 0.02), biases 0. ``release``: that of the authors' code, which leaves the projections of
-    queries, keys and values Xavier-uniform and the adapters at torch's default, and starts the padding's ID at 0."""
+    queries, keys and values Xavier-uniform and the adapters at torch's default."""
     feature_scaling: FeatureScaling = "l2"
     """``l2``: modality vectors of unit length enter the adapters, so that encoders of any scale train alike (ours)."""
     history_bias: bool = True

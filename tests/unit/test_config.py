@@ -43,7 +43,7 @@ def test_all_contradictions_are_told_at_once() -> None:
 
 
 def test_an_unknown_recipe_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="default, long, paper, tiny"):
+    with pytest.raises(ConfigError, match="default, long, paper, pretrain, tiny"):
         Recipe.load("papre")
     with pytest.raises(ConfigError, match="does not exist"):
         Recipe.load(tmp_path / "mine.yaml")
@@ -54,7 +54,7 @@ def test_an_unknown_recipe_lists_the_known_ones(tmp_path: Path) -> None:
 def test_every_shipped_recipe_says_how_to_run_it() -> None:
     import importlib.resources
 
-    assert shipped_recipes() == ["default", "long", "paper", "tiny"]
+    assert shipped_recipes() == ["default", "long", "paper", "pretrain", "tiny"]
     for name in shipped_recipes():
         text = (importlib.resources.files("missrec_t4r.recipes") / f"{name}.yaml").read_text()
         assert "missrec train" in text.partition("model:")[0]

@@ -39,6 +39,11 @@ class TrainingBatch(NamedTuple):
         side = {name: values.to(device) for name, values in self.side.items()}
         return TrainingBatch(self.item_ids.to(device), self.targets.to(device), side)
 
+    def part(self, number: int, parts: int) -> TrainingBatch:
+        """Return every ``parts``-th session from ``number`` on: parts of like length, some empty in a tiny batch."""
+        side = {name: values[number::parts] for name, values in self.side.items()}
+        return TrainingBatch(self.item_ids[number::parts], self.targets[number::parts], side)
+
 
 class Examples(NamedTuple):
     """Where each example lies in the sessions' values: inputs ``[begin, end)``, targets from ``end`` or within."""

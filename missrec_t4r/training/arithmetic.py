@@ -1,0 +1,72 @@
+"""Mixed precision and compilation: how a step is computed, not what it computes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from missrec_t4r.config import Precision, TrainConfig
+from missrec_t4r.errors import ConfigError
+from missrec_t4r.model.missrec import MISSRec
+
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """Return the context in which matrix products run in ``precision``; weights stay in fp32."""
+    enabled = precision != "fp32"
+    return torch.autocast(device.type, dtype=_TYPES.get(precision, torch.bfloat16), enabled=enabled)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor of half precision in fp32, any other as it is."""
+    return tensor.float() if tensor.dtype in _TYPES.values() else tensor
+
+
+def check(train: TrainConfig, device: torch.device) -> None:
+    """Refuse arithmetic that the device does not have.
+
+    Raises
+    ------
+    ConfigError
+        Half precision with five bits of exponent on a CPU, whose torch has no scaled gradients for it.
+    """
+    if train.precision == "fp16" and device.type != "cuda":
+        raise ConfigError(f"train.precision fp16 on {device.type}", "a GPU", "use bf16, which needs no loss scaling")
+
+
+def compile_(model: MISSRec) -> None:
+    """Compile encoder and decoder in place, for any batch and length; names and weights stay as they are.
+
+    The towers' and the softmax's time is one matrix product each, and interests change shape with every batch.
+    """
+    model.encoder.compile(dynamic=True)
+    model.decoder.compile(dynamic=True)
+
+
+@contextlib.contextmanager
+def compiling(active: bool) -> Iterator[None]:
+    """Say in words when compilation fails, which torch notices at the first step.
+
+    Raises
+    ------
+    ConfigError
+        torch.compile failed: no C++ compiler, mostly.
+    """
+    if not active:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except (TorchDynamoException, OSError) as error:
+        found = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            f"torch.compile failed ({found[0][:200]})",
+            "a C++ compiler that torch can call",
+            "install g++, or train without: --set train.compile=false",
+        ) from error

@@ -1,0 +1,109 @@
+"""The optimiser of a run: AdamW, loss scaling for fp16, clipping, and Adam by rows for a large table of IDs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from missrec_t4r.config import TrainConfig
+from missrec_t4r.training import distributed
+
+
+class Optimiser:
+    """AdamW over all weights; those of ``by_rows`` get Adam for the rows that a step touched (torch's SparseAdam).
+
+    Adam moves every row at every step by its running mean. For a table of a million rows, of which a step touches ten
+    thousand, that is four tables read and three written; by rows, a row rests until its next gradient. This is another
+    optimiser (lazy Adam), without weight decay, and only the sampled softmax uses it.
+
+    Parameters
+    ----------
+    model : nn.Module
+    train : TrainConfig
+    by_rows : set of nn.Parameter
+        Tables whose gradients are sparse.
+    device : torch.device
+    """
+
+    def __init__(
+        self, model: nn.Module, train: TrainConfig, by_rows: frozenset[nn.Parameter], device: torch.device
+    ) -> None:
+        self.train, self.weights = train, list(model.parameters())
+        whole = [weight for weight in self.weights if weight not in by_rows]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(whole, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
+        ]
+        if by_rows:
+            self.parts.append(torch.optim.SparseAdam(list(by_rows), lr=train.learning_rate))
+        self.scaler = torch.cuda.amp.GradScaler() if train.precision == "fp16" and device.type == "cuda" else None
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradients; under fp16 scaled, so that small ones survive."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def step(self, rate: float) -> None:
+        """Sum the gradients over the processes, clip them and move the weights at this learning rate."""
+        distributed.sum_gradients(self.weights)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            if self.scaler is not None:
+                self.scaler.unscale_(part)
+        if self.train.clip_norm:
+            _clip(self.weights, self.train.clip_norm)
+        for part in self.parts:
+            if self.scaler is None:
+                part.step()
+            else:
+                self.scaler.step(part)
+        if self.scaler is not None:
+            self.scaler.update()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that the next step depends on, by name."""
+        tensors = {
+            f"{number}.{index}.{key}": torch.as_tensor(value)
+            for number, part in enumerate(self.parts)
+            for index, state in part.state_dict()["state"].items()
+            for key, value in state.items()
+        }
+        if self.scaler is not None:
+            tensors |= {f"scaler.{key}": torch.tensor(value) for key, value in self.scaler.state_dict().items()}
+        return tensors
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `state` returned."""
+        states = [part.state_dict() for part in self.parts]
+        for name, tensor in tensors.items():
+            number, _, rest = name.partition(".")
+            index, _, key = rest.partition(".")
+            if number == "scaler":
+                continue
+            lazy = isinstance(self.parts[int(number)], torch.optim.SparseAdam) and key == "step"
+            states[int(number)]["state"].setdefault(int(index), {})[key] = int(tensor) if lazy else tensor
+        for part, state in zip(self.parts, states):
+            part.load_state_dict(state)
+        if self.scaler is not None:
+            named = {name.removeprefix("scaler."): t.item() for name, t in tensors.items() if name.startswith("scaler")}
+            self.scaler.load_state_dict(named)
+
+
+def _clip(weights: list[nn.Parameter], limit: float) -> None:
+    """Scale the gradients down together, so that their norm is at most ``limit``."""
+    values = []
+    for weight in weights:
+        if weight.grad is not None and weight.grad.is_sparse:
+            weight.grad = weight.grad.coalesce()
+            values.append(weight.grad.values())
+        elif weight.grad is not None:
+            values.append(weight.grad)
+    factor = (limit / (torch.stack([value.norm() for value in values]).norm() + 1e-6)).clamp_max(1.0)
+    for value in values:
+        value.mul_(factor)

@@ -12,7 +12,12 @@ from missrec_t4r.config import Orthogonality
 
 
 def next_item_loss(
-    logits: Tensor, targets: Tensor, weights: Tensor | None = None, *, overwrite: bool = False
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    counts: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """Return the full-softmax cross-entropy over the catalogue, averaged over positions.
 
@@ -25,13 +30,16 @@ def next_item_loss(
         cannot be recommended (an item without any vector in an inductive model) counts as none.
     weights : Tensor [target], optional
         Weight of each target column; 1 by default.
+    counts : Tensor [target], optional
+        What each column's sum is divided by, where the positions are a part of a larger batch; by default the number of
+        its real targets.
     overwrite : bool
         Let the softmax take the place of ``logits``: a large catalogue's step is bound by memory, not by arithmetic.
     """
     if targets.ndim == 1:
         targets = targets.unsqueeze(1)
     real = (targets > 0) & ~logits.gather(1, targets).isneginf()
-    share = real / real.sum(0).clamp_min(1).to(logits.dtype)
+    share = real / (real.sum(0) if counts is None else counts).clamp_min(1).to(logits.dtype)
     if weights is not None:
         share = share * weights
     loss: Tensor = _SoftmaxCrossEntropy.apply(logits if overwrite else logits.clone(), targets, share)  # type: ignore[no-untyped-call]
@@ -60,7 +68,9 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
         return gradient.scatter_add_(1, targets, -scaled), None, None
 
 
-def orthogonality_loss(memory: Tensor, mask: Tensor, kind: Orthogonality) -> Tensor:
+def orthogonality_loss(
+    memory: Tensor, mask: Tensor, kind: Orthogonality, *, sessions: Tensor | None = None
+) -> Tensor:
     """Return the regulariser that asks a session's interests to differ.
 
     Parameters
@@ -72,6 +82,8 @@ def orthogonality_loss(memory: Tensor, mask: Tensor, kind: Orthogonality) -> Ten
         ``cosine`` (ours): mean squared cosine between different interests of a session, averaged over the sessions that
         have two. ``faithful``: the published ``sum(u * u) / dim`` with u the sum of a session's memory times the share
         of its places that are real; it depends on padding and on batch size, alone among our losses.
+    sessions : Tensor, optional
+        Number of sessions with two interests to average over, where these are a part of a larger batch.
     """
     weight = mask.unsqueeze(-1).to(memory.dtype)
     if kind == "faithful":
@@ -84,4 +96,4 @@ def orthogonality_loss(memory: Tensor, mask: Tensor, kind: Orthogonality) -> Ten
     off_diagonal = cosine.square().sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).square().sum(1)
     has_pairs = pairs > 0
     per_session = torch.where(has_pairs, off_diagonal / pairs.clamp_min(1), 0.0)
-    return per_session.sum() / has_pairs.sum().clamp_min(1)
+    return per_session.sum() / (has_pairs.sum() if sessions is None else sessions).clamp_min(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from missrec_t4r.config import Attention, SequenceFusion
+from missrec_t4r.config import Attention, ContextualReadout, SequenceFusion
 from missrec_t4r.model.attention import DecoderLayer
 from missrec_t4r.model.interests import InterestTokens
 from missrec_t4r.model.towers import ItemTokens
@@ -24,6 +24,8 @@ class InterestAwareDecoder(nn.Module):
         ``bidirectional`` is the published model: the session is all past. ``causal``: position t sees items up to t.
     sequence_fusion : {"add", "contextual"}
         ``add``: one token per item, the sum of its modalities. ``contextual``: one token per item and modality.
+    contextual_readout : {"mean", "first"}
+        Under ``contextual`` fusion, the mean over an item's modalities (ours) or its first modality (published).
     """
 
     def __init__(
@@ -37,9 +39,11 @@ class InterestAwareDecoder(nn.Module):
         max_sequence_length: int,
         attention: Attention = "bidirectional",
         sequence_fusion: SequenceFusion = "add",
+        contextual_readout: ContextualReadout = "mean",
     ) -> None:
         super().__init__()
         self.attention, self.sequence_fusion = attention, sequence_fusion
+        self.contextual_readout = contextual_readout
         self.positions = nn.Embedding(max_sequence_length, d_model)
         self.norm_input = nn.LayerNorm(d_model, eps)
         self.dropout = nn.Dropout(dropout)
@@ -76,8 +80,7 @@ class InterestAwareDecoder(nn.Module):
         Returns
         -------
         Tensor [batch, seq, dim], or [batch, 1, dim] with ``last_only``
-            Not normalised. Under ``contextual`` fusion the mean over the modalities present at a position (ours; the
-            authors' code takes the first modality).
+            Not normalised.
         """
         x, key_mask, time = self._embed(items, item_mask, side)
         mask = key_mask.unsqueeze(1)
@@ -94,7 +97,11 @@ class InterestAwareDecoder(nn.Module):
             mask = mask if mask.shape[1] == 1 else _gather(mask.expand(x.shape[0], -1, -1), at)
             memory_mask = memory_mask if memory_mask.shape[1] == 1 else _gather(memory_mask, at)
         hidden = self.norm(self.layers[-1](queries, x, mask, memory, memory_mask))
-        return hidden if self.sequence_fusion == "add" else _mean_over_modalities(hidden, weights, len(items.modality))
+        if self.sequence_fusion == "add":
+            return hidden
+        if self.contextual_readout == "first":
+            return hidden[:, : hidden.shape[1] // len(items.modality)]
+        return _mean_over_modalities(hidden, weights, len(items.modality))
 
     def _embed(self, items: ItemTokens, item_mask: Tensor, side: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens [batch, token, dim], their mask [batch, token] and their positions [token]."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from missrec_t4r.config import InterestAlgorithm
 from missrec_t4r.model.clustering import density_peaks, kmeans
 from missrec_t4r.model.towers import ItemTokens
+from missrec_t4r.schema import PADDING_ROW
 
 
 class InterestTokens(NamedTuple):
@@ -40,16 +41,25 @@ class InterestVocabulary(nn.Module):
         Shape of the catalogue's tokens.
     algorithm : {"kmeans", "dpc_knn"}
         How the catalogue is clustered.
+    padded_length : int, optional
+        Count, as the authors' release does, the empty interest of sessions that it pads to this length: it asks for
+        one more place, which the faithful regulariser sums (docs/equations.md, E14). It is never attended to.
     """
 
     centroids: Tensor
     assignment: Tensor
 
     def __init__(
-        self, n_interests: int, n_modalities: int, n_rows: int, d_model: int, algorithm: InterestAlgorithm = "kmeans"
+        self,
+        n_interests: int,
+        n_modalities: int,
+        n_rows: int,
+        d_model: int,
+        algorithm: InterestAlgorithm = "kmeans",
+        padded_length: int | None = None,
     ) -> None:
         super().__init__()
-        self.algorithm = algorithm
+        self.algorithm, self.padded_length = algorithm, padded_length
         self.register_buffer("centroids", torch.zeros(n_interests + 1, d_model))
         self.register_buffer("assignment", torch.zeros(n_modalities, n_rows, dtype=torch.int64))
 
@@ -94,6 +104,8 @@ class InterestVocabulary(nn.Module):
             Session items; rows without interests (padding among them) contribute none.
         """
         interest = self.assignment[:, rows].permute(1, 2, 0).flatten(1)  # [batch, seq * modality], oldest item first
+        if self.padded_length is not None:
+            interest = F.pad(interest, (0, 1))
         n_modalities, n_tokens = len(self.assignment), interest.shape[1]
         ordered, order = interest.sort(dim=1, stable=True)
         first = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True) & (ordered > 0)
@@ -101,7 +113,10 @@ class InterestVocabulary(nn.Module):
         place, back = place.sort(dim=1)
         mask = place < n_tokens
         if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-            width = max(int(mask.sum(1).max()) if len(mask) else 0, 1)
+            count = mask.sum(1)
+            if self.padded_length is not None:
+                count = count + ((rows > PADDING_ROW).sum(1) < self.padded_length)
+            width = max(int(count.max()) if len(mask) else 0, 1)
             place, back, mask = place[:, :width], back[:, :width], mask[:, :width]
         chosen = ordered.gather(1, back) * mask
         position = torch.div(place, n_modalities, rounding_mode="floor").masked_fill(~mask, 0)

@@ -270,7 +270,7 @@ def _initialise(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _initialise_as_released(model: MISSRec) -> None:
-    """Undo what the authors' initialisation does not reach: attention projections, adapters, the padding's ID."""
+    """Undo what the authors' initialisation does not reach: attention projections and adapters."""
     for module in model.modules():
         if isinstance(module, MultiHeadAttention):
             bound = math.sqrt(6 / (4 * module.query.in_features))  # Xavier of the three projections as one matrix
@@ -278,5 +278,3 @@ def _initialise_as_released(model: MISSRec) -> None:
                 nn.init.uniform_(projection.weight, -bound, bound)
     for name in model.towers.names:
         cast(nn.Linear, model.towers.adapters[name]).reset_parameters()
-    if model.towers.id_embedding is not None:
-        model.towers.id_embedding.weight[PADDING_ROW] = 0.0

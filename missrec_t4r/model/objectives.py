@@ -80,14 +80,15 @@ def orthogonality_loss(
     mask : Tensor [batch, interest], bool
     kind : {"cosine", "faithful"}
         ``cosine`` (ours): mean squared cosine between different interests of a session, averaged over the sessions that
-        have two. ``faithful``: the published ``sum(u * u) / dim`` with u the sum of a session's memory times the share
-        of its places that are real; it depends on padding and on batch size, alone among our losses.
+        have two. ``faithful``: the published ``sum(u * u) / dim`` with u the sum of a session's memory, empty places
+        included, times the share of its places that are real; it depends on padding and on batch size, alone among
+        our losses.
     sessions : Tensor, optional
         Number of sessions with two interests to average over, where these are a part of a larger batch.
     """
     weight = mask.unsqueeze(-1).to(memory.dtype)
     if kind == "faithful":
-        weighted_sum = (memory * weight).sum(1) * weight.mean(1)
+        weighted_sum = memory.sum(1) * weight.mean(1)
         return weighted_sum.square().sum() / memory.shape[-1]
     unit = F.normalize(memory, dim=-1) * weight
     cosine = unit @ unit.transpose(1, 2)

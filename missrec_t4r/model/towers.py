@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from missrec_t4r.config import FeatureScaling, MissingModality
-from missrec_t4r.schema import FIRST_ITEM_ROW
+from missrec_t4r.config import FeatureScaling, MissingModality, SingleModality
+from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW
 
 
 class ItemTokens(NamedTuple):
@@ -83,6 +83,10 @@ class ItemTowers(nn.Module):
         ``zero_row`` is the published behaviour: a missing modality's token is the adapter's bias and counts.
     feature_scaling : {"l2", "none"}
         ``l2`` scales vectors to unit length first.
+    single_modality : {"fused", "summed"}
+        ``summed`` (published): with one modality, a candidate is the sum of its modality token and its ID.
+    padding_candidate : bool
+        In training the padding row is a candidate too (published).
     modality_dropout, id_dropout : float
         Training only; drawn once per call of `catalogue`, so that one step sees one catalogue.
     """
@@ -98,12 +102,15 @@ class ItemTowers(nn.Module):
         d_model: int,
         missing_modality: MissingModality = "masked",
         feature_scaling: FeatureScaling = "l2",
+        single_modality: SingleModality = "fused",
+        padding_candidate: bool = False,
         modality_dropout: float = 0.0,
         id_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.names = list(vectors)
-        self.missing_modality = missing_modality
+        self.missing_modality, self.padding_candidate = missing_modality, padding_candidate
+        self.summed = single_modality == "summed" and len(self.names) == 1
         self.modality_dropout, self.id_dropout = modality_dropout, id_dropout
         self.vectors = nn.Module()
         for name, table in vectors.items():
@@ -154,11 +161,22 @@ class ItemTowers(nn.Module):
         mask, attended, id_mask = self.masks(dropout=self.training)
         return ItemTokens(torch.stack(stacked), mask, attended, ids, id_mask)
 
-    def candidates(self, catalogue: ItemTokens | None = None) -> CandidateTokens:
-        """Return unit-length tokens of the whole catalogue (once per step, or once per catalogue version)."""
+    def candidates(self, catalogue: ItemTokens | None = None, rows: Tensor | None = None) -> CandidateTokens:
+        """Return unit-length tokens of the whole catalogue (once per step, or once per catalogue version).
+
+        ``rows`` [item] says whose tokens are given where they are not the whole catalogue's.
+        """
         tokens = self.catalogue() if catalogue is None else catalogue
+        mask, id_mask = tokens.mask, tokens.id_mask
+        if self.training and self.padding_candidate:
+            rows = torch.arange(self.n_rows, device=mask.device) if rows is None else rows
+            padding = rows == PADDING_ROW
+            mask, id_mask = mask | padding, None if id_mask is None else id_mask | padding
+        if self.summed and tokens.ids is not None and id_mask is not None:
+            total = tokens.modality * mask.unsqueeze(-1) + tokens.ids * id_mask.unsqueeze(-1)
+            return CandidateTokens(F.normalize(total, dim=-1), mask | id_mask, None, None)
         ids = None if tokens.ids is None else F.normalize(tokens.ids, dim=-1)
-        return CandidateTokens(F.normalize(tokens.modality, dim=-1), tokens.mask, ids, tokens.id_mask)
+        return CandidateTokens(F.normalize(tokens.modality, dim=-1), mask, ids, id_mask)
 
     def _adapted(self, index: int, name: str) -> Tensor:
         """Return the tokens [row, dim] of one modality; where missing ones count for nothing, they cost nothing."""

@@ -241,6 +241,17 @@ class Model(NamedTuple):
     decoder: Decoder
     causal: bool
     contextual: bool
+    first_modality: bool = False  # contextual: read the first modality's output (published) instead of the mean
+
+    def padded_memory(self, session: Sequence[int], places: int) -> tuple[Array, float]:
+        """Encode the interests and empty ones up to ``places``, and return the share that is real (E14, published).
+
+        The empty interest is a vector of zeros; it sees the real ones and none of them sees it.
+        """
+        ids = list(session_interests(session, self.assignment))
+        tokens = np.concatenate([self.centroids[ids], np.zeros((places - len(ids), self.centroids.shape[1]))])
+        visible = np.broadcast_to(np.arange(places) < len(ids), (places, places))
+        return self.encoder(tokens, visible), len(ids) / places
 
     def memory(self, session: Sequence[int]) -> tuple[Array, list[int], list[int]]:
         """Encode a session's interests: memory [interest, dim], their ids, and where each is first seen (E6, E7)."""
@@ -267,6 +278,8 @@ class Model(NamedTuple):
     def session_vector(self, session: Sequence[int]) -> Array:
         """s: the output at the last real position at unit length (E10); contextual: mean over its tokens."""
         out = self.positions(session)
+        if self.contextual and self.first_modality:
+            return unit(out[0, -1])
         return unit(out[self._kept(session[-1]), -1].mean(0) if self.contextual else out[-1])
 
     def _added(self, session: Sequence[int]) -> Array:
@@ -296,22 +309,33 @@ class Model(NamedTuple):
 
 
 # ---------------------------------------------------------------- candidate fusion (E11)
-def fused_scores(session: Array, items: Items, phi: Array | float | None) -> Array:
+def fused_scores(session: Array, items: Items, phi: Array | float | None, *, padding: bool = False) -> Array:
     """Return s's score for every row, before the temperature; -inf where nothing can be scored.
 
-    ``phi`` None is `static`, a scalar is `dynamic_shared`, [row] is `dynamic_instance`.
+    ``phi`` None is `static`, a scalar is `dynamic_shared`, [row] is `dynamic_instance`. ``padding``: row 0 is scored
+    like an item, as the release does in training; its tokens are the adapters' biases.
     """
     scores = np.full(items.tokens.shape[1], -np.inf)
-    for row in range(FIRST_ITEM, len(scores)):
-        here = items.counts[:, row]
+    for row in [*([0] if padding else []), *range(FIRST_ITEM, len(scores))]:
+        here = items.counts[:, row] | (row == 0)
         votes = unit(items.tokens[here, row]) @ session
         sharpness = 0.0 if phi is None else float(np.broadcast_to(phi, scores.shape)[row])
         fused = float(softmax(sharpness * votes) @ votes) if here.any() else None
-        l_id = float(unit(items.ids[row]) @ session) if items.ids is not None and items.id_trained[row] else None
+        known = items.ids is not None and (items.id_trained[row] or row == 0)
+        l_id = float(unit(items.ids[row]) @ session) if items.ids is not None and known else None
         if fused is not None:
             scores[row] = fused if l_id is None else (l_id + 2.0 * fused) / 3.0
         elif l_id is not None:
             scores[row] = l_id
+    return scores
+
+
+def summed_scores(session: Array, items: Items) -> Array:
+    """Score by the cosine with the sum of token and ID, as the release does with one modality."""
+    assert items.ids is not None
+    scores = np.full(items.tokens.shape[1], -np.inf)
+    for row in range(FIRST_ITEM, len(scores)):
+        scores[row] = float(unit(items.tokens[0, row] + items.ids[row]) @ session)
     return scores
 
 
@@ -328,17 +352,21 @@ def cross_entropy(scores: Array, targets: Sequence[int], temperature: float) -> 
     return sum(rows) / len(rows)
 
 
-def orthogonality_faithful(memories: Sequence[Array]) -> float:
-    """r = sum over batch and width of u * u / d, u = sum of a session's memory times the share of real places.
+def orthogonality_faithful(memories: Sequence[tuple[Array, float]]) -> float:
+    """r = sum over batch and width of u * u / d, u = sum of a session's padded memory times its share of real places.
 
     Sets are padded to the largest of the batch, so this one depends on padding and batch size.
     """
-    places = max(map(len, memories))
     total = 0.0
-    for memory in memories:
-        u = memory.sum(0) * len(memory) / places
+    for memory, share in memories:
+        u = memory.sum(0) * share
         total += float((u * u).sum()) / memory.shape[-1]
     return total
+
+
+def released_places(counts: Sequence[int], lengths: Sequence[int], padded_to: int) -> int:
+    """Return to how many places the release pads a batch's sets: a session below full length holds interest 0 too."""
+    return max(count + (length < padded_to) for count, length in zip(counts, lengths, strict=True))
 
 
 def orthogonality_cosine(memories: Sequence[Array]) -> float:

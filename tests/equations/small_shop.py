@@ -88,6 +88,12 @@ def paper(**changes: object) -> MISSRecConfig:
     return MISSRecConfig.paper(**(SMALL | changes))
 
 
+def ours_masked(**changes: object) -> MISSRecConfig:
+    """Return the published configuration, but with missing modalities left out and the mean over modalities read."""
+    masks = {"missing_modality": "masked", "padding_candidate": False}
+    return paper(**(masks | {"contextual_readout": "mean", "single_modality": "fused"} | changes))
+
+
 def default(**changes: object) -> MISSRecConfig:
     """Return our configuration in a readable size."""
     return MISSRecConfig(**(SMALL | changes))  # type: ignore[arg-type]  # the settings check their own types

@@ -23,8 +23,8 @@ CONFIGS = {
     "paper, phi per item": (shop.paper(candidate_fusion="dynamic_instance"), EXACT),
     "paper, two layers each": (shop.paper(n_encoder_layers=2, n_decoder_layers=2), EXACT),
     "paper, density peaks": (shop.paper(interest_algorithm="dpc_knn"), EXACT),
-    "paper with our masks": (shop.paper(missing_modality="masked", mask_untrained_ids=True), EXACT),
-    "contextual with our masks": (shop.paper(sequence_fusion="contextual", missing_modality="masked"), EXACT),
+    "paper with our masks": (shop.ours_masked(mask_untrained_ids=True), EXACT),
+    "contextual with our masks": (shop.ours_masked(sequence_fusion="contextual"), EXACT),
     "default": (shop.default(), ROUNDED),
     "default, unscaled": (shop.default(feature_scaling="none"), EXACT),
     "default, inductive": (shop.default(item_ids=False), ROUNDED),
@@ -96,5 +96,8 @@ def _expected_scores(model: MISSRec) -> ref.Array:
 def _expected_regulariser(model: MISSRec) -> float:
     expected = translate.whole(model, shop.catalogue())
     memories = [expected.memory(shop.rows(session))[0] for session in shop.SESSIONS]
-    cosine = model.config.orthogonality == "cosine"
-    return ref.orthogonality_cosine(memories) if cosine else ref.orthogonality_faithful(memories)
+    if model.config.orthogonality == "cosine":
+        return ref.orthogonality_cosine(memories)
+    lengths = list(map(len, shop.SESSIONS))
+    places = ref.released_places(list(map(len, memories)), lengths, model.config.max_sequence_length)
+    return ref.orthogonality_faithful([expected.padded_memory(shop.rows(s), places) for s in shop.SESSIONS])

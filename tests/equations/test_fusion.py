@@ -1,5 +1,6 @@
 """Candidate fusion against the reference, and its published special cases with the arithmetic beside them."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.towers import CandidateTokens
 from tests.equations import reference as ref
+from tests.equations import small_shop as shop
+from tests.equations import translate
 
 ROWS, DIM = 8, 6
 
@@ -89,3 +92,30 @@ def test_a_fused_score_is_between_the_smallest_and_the_largest_vote(phi: float) 
     assert (fused >= votes.amin(0) - 1e-12).all()
     if phi >= 0:
         assert (fused >= votes.mean(0) - 1e-12).all()
+
+
+def test_one_modality_and_ids_are_summed_as_published() -> None:
+    catalogue = shop.catalogue(without={})
+    text = dataclasses.replace(catalogue, modalities={"text": catalogue.modalities["text"]})
+    model, item_ids = shop.model(shop.paper(), text), shop.batch()
+    with torch.no_grad():
+        session = model(item_ids)
+        found = model.score(session, model.candidates(), item_ids).numpy()
+    items = translate.items(model, text)
+    expected = np.stack([ref.summed_scores(s, items) for s in session.numpy()])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
+    apart = np.stack([ref.fused_scores(s, items, None) for s in session.numpy()])
+    assert np.abs(found[:, ref.FIRST_ITEM :] - apart[:, ref.FIRST_ITEM :]).max() > 0.1, (
+        "both ways score alike: the test proves nothing"
+    )
+
+
+def test_padding_is_a_candidate_in_training_alone() -> None:
+    model, item_ids = shop.model(shop.paper(dropout=0.0)), shop.batch()
+    with torch.no_grad():
+        evaluated = model.score(model(item_ids), model.candidates(), item_ids)
+        trained = model.train().score(model(item_ids), model.candidates(), item_ids)
+    assert torch.isneginf(evaluated[:, : ref.FIRST_ITEM]).all()
+    assert torch.isfinite(trained[:, 0]).all()
+    assert torch.isneginf(trained[:, 1 : ref.FIRST_ITEM]).all()
+    assert torch.equal(trained[:, ref.FIRST_ITEM :], evaluated[:, ref.FIRST_ITEM :])

@@ -93,14 +93,16 @@ def test_cosine_orthogonality_by_hand() -> None:
 
 def test_faithful_orthogonality() -> None:
     found = orthogonality_loss(torch.from_numpy(MEMORY), torch.from_numpy(MASK), "faithful")
-    expected = ref.orthogonality_faithful([memory[mask] for memory, mask in zip(MEMORY, MASK, strict=True)])
+    expected = ref.orthogonality_faithful(list(zip(MEMORY, MASK.mean(1), strict=True)))
     assert found.item() == pytest.approx(expected, abs=1e-10)
 
 
 def test_faithful_orthogonality_by_hand() -> None:
-    # two of three places are real: u = 2/3 of (1 + 2, 0) = (2, 0); u . u / d = 4 / 2
-    memory = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [9.0, 9.0]]])
+    # two of three places are real: u = 2/3 of (1 + 2 + 0, 0) = (2, 0); u . u / d = 4 / 2
+    memory = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 0.0]]])
     assert orthogonality_loss(memory, torch.tensor([[True, True, False]]), "faithful").item() == pytest.approx(2.0)
+    memory[0, 2, 0] = 3.0  # what the encoder makes of an empty place counts, as in the release: u = 2/3 of (6, 0)
+    assert orthogonality_loss(memory, torch.tensor([[True, True, False]]), "faithful").item() == pytest.approx(8.0)
 
 
 def test_reference_contrasts_are_cross_entropies_of_the_batch() -> None:

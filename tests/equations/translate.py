@@ -100,6 +100,7 @@ def whole(model: MISSRec, shop: Catalogue) -> ref.Model:
         decoder(model.decoder),
         causal=model.config.attention == "causal",
         contextual=model.config.sequence_fusion == "contextual",
+        first_modality=model.config.contextual_readout == "first",
     )
 
 

@@ -20,7 +20,7 @@ CONFIGS: dict[str, MISSRecConfig] = {
     "inductive": shop.default(item_ids=False),
     "paper": shop.paper(),
     "paper, contextual": shop.paper(sequence_fusion="contextual"),
-    "masked, contextual": shop.paper(sequence_fusion="contextual", missing_modality="masked"),
+    "masked, contextual": shop.ours_masked(sequence_fusion="contextual"),
     "phi per item": shop.default(candidate_fusion="dynamic_instance"),
     "static": shop.default(candidate_fusion="static"),
 }

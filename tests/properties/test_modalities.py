@@ -16,7 +16,7 @@ MASKED = {
     "default": shop.default(),
     "inductive": shop.default(item_ids=False),
     "static": shop.default(candidate_fusion="static"),
-    "contextual": shop.paper(sequence_fusion="contextual", missing_modality="masked"),
+    "contextual": shop.ours_masked(sequence_fusion="contextual"),
 }
 every_config = pytest.mark.parametrize("config", MASKED.values(), ids=MASKED.keys())
 
@@ -76,7 +76,7 @@ def test_an_item_without_any_modality_has_its_id_or_is_not_recommended(item_ids:
 @pytest.mark.parametrize("sequence_fusion", ["add", "contextual"])
 def test_an_item_without_any_modality_still_speaks_for_its_session_by_its_id(sequence_fusion: str) -> None:
     nothing = shop.catalogue(without={"text": ["lamp", "desk"], "image": ["lamp", "desk"]})
-    net = shop.model(shop.paper(sequence_fusion=sequence_fusion, missing_modality="masked"), nothing)
+    net = shop.model(shop.ours_masked(sequence_fusion=sequence_fusion), nothing)
     with torch.no_grad():
         last = net(pad([shop.rows(["mug", "lamp"]), shop.rows(["mug", "desk"])]))
         first = net(pad([shop.rows(["lamp", "mug"]), shop.rows(["desk", "mug"])]))

@@ -1,0 +1,63 @@
+"""E16 and E17, pre-training's contrasts, against the reference and by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from missrec_t4r.model.contrast import BatchTokens, SequenceItemContrast, SequenceSequenceContrast, in_batch_loss
+from tests.equations import reference as ref
+from tests.equations import small_shop as shop
+
+POSITIVES = [3, 8, 5, 3, 9, 13]
+RNG = np.random.default_rng(5)
+
+
+def _unit(rows: int, width: int) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.from_numpy(RNG.normal(size=(rows, width))), dim=-1)
+
+
+@pytest.mark.parametrize("fusion", ["static", "dynamic_shared"])
+def test_sequence_item_contrast(fusion: str) -> None:
+    model = shop.model(shop.default(candidate_fusion=fusion, item_ids=False, history_bias=False))
+    positives, sessions = torch.tensor(POSITIVES), _unit(len(POSITIVES), model.config.d_model)
+    items = BatchTokens.of(model.towers, positives, torch.tensor([[4, 6]]))
+    found = SequenceItemContrast(model.fusion, 0.07)(sessions, positives, positives, items, 0)
+    scores = model.fusion(sessions, model.candidates()).detach().numpy()  # equal to the reference: test_fusion.py
+    assert found.item() == pytest.approx(ref.sequence_item_contrast(scores, POSITIVES, 0.07), abs=1e-10)
+
+
+def test_sequence_sequence_contrast() -> None:
+    sessions, views, positives = _unit(6, 5), _unit(6, 5), torch.tensor(POSITIVES)
+    found = SequenceSequenceContrast(0.07)(sessions, views, positives, positives, 0)
+    expected = ref.sequence_sequence_contrast(sessions.numpy(), views.numpy(), POSITIVES, 0.07)
+    assert found.item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_equal_items_are_not_each_others_negatives_by_hand() -> None:
+    # line 0 wants item 4 and sees item 7 one lower: e / (e + 1); its second item 4 is no negative
+    logits, items = torch.tensor([[1.0, 0.0, 9.0]]), torch.tensor([4, 7, 4])
+    assert in_batch_loss(logits, items[:1], items).item() == pytest.approx(math.log1p(math.exp(-1)))
+
+
+def test_the_losses_of_two_ranks_are_those_of_their_joint_batch() -> None:
+    """Each rank scores its sessions against everyone's positives; the mean over ranks is the global loss."""
+    sessions, views, positives = _unit(6, 5).requires_grad_(), _unit(6, 5), torch.tensor(POSITIVES)
+    whole = SequenceSequenceContrast(0.1)(sessions, views, positives, positives, 0)
+    (expected,) = torch.autograd.grad(whole, sessions)
+    contrast = SequenceSequenceContrast(0.1, gather=lambda _: views)
+    ranks = [contrast(sessions[i : i + 3], views[i : i + 3], positives[i : i + 3], positives, i) for i in (0, 3)]
+    mean = torch.stack(ranks).mean()
+    assert mean.item() == pytest.approx(whole.item())
+    torch.testing.assert_close(torch.autograd.grad(mean, sessions)[0], expected)
+
+
+def test_batch_tokens_are_those_of_the_catalogue() -> None:
+    model = shop.model(shop.default(item_ids=False))
+    rows = torch.tensor([[5, 3, 0], [9, 9, 14]])
+    items = BatchTokens.of(model.towers, rows)
+    assert items.rows.tolist() == [0, 3, 5, 9, 14]
+    taken, whole = items.take(rows), model.towers.catalogue().take(rows)
+    torch.testing.assert_close(taken.modality, whole.modality)
+    assert torch.equal(taken.mask, whole.mask)

@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from missrec_t4r.config import TrainConfig
 from missrec_t4r.data.batches import TrainingBatch
+from missrec_t4r.model.chunked import ChunkedSoftmax
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.model.objectives import next_item_loss, orthogonality_loss
+from missrec_t4r.model.objectives import orthogonality_loss
+from missrec_t4r.model.sampled import SampledSoftmax
+from missrec_t4r.model.softmax import FullSoftmax, Questions, Softmax, candidate_rows
+from missrec_t4r.training.arithmetic import autocast, widened
+
+_LARGEST_TABLE = 1 << 26
+"""Scores [position, catalogue] up to which ``softmax: auto`` keeps them all: 256 MiB, of which a step holds several."""
 
 
-def training_loss(model: MISSRec, batch: TrainingBatch, train: TrainConfig) -> Tensor:
-    """Return the fine-tuning objective: full-softmax cross-entropy plus the weighted regulariser (specification 7).
+class Totals(NamedTuple):
+    """What a step's means are taken over, for batches that are worked through in parts."""
+
+    targets: Tensor
+    """[target]: real targets in each column."""
+    sessions: Tensor
+    """Sessions with two interests."""
+
+
+def training_loss(
+    model: MISSRec,
+    batch: TrainingBatch,
+    train: TrainConfig,
+    *,
+    totals: Totals | None = None,
+    softmax: Softmax | None = None,
+) -> Tensor:
+    """Return the fine-tuning objective: softmax cross-entropy over the catalogue plus the weighted regulariser.
+
+    Specification 7. ``train.precision`` holds for towers, encoder and decoder; scores and softmax are in fp32.
 
     Parameters
     ----------
@@ -21,20 +48,57 @@ def training_loss(model: MISSRec, batch: TrainingBatch, train: TrainConfig) -> T
     batch : TrainingBatch
         Of all positions for causal attention, of prefixes for bidirectional attention.
     train : TrainConfig
-        Weight of the targets after the first.
+        Weight of the targets after the first, and precision.
+    totals : Totals, optional
+        Of the batch that this one is a part of: the losses of the parts add up to that of the whole. The ``faithful``
+        regulariser is a sum already.
+    softmax : Softmax, optional
+        Over the full table by default.
     """
-    catalogue = model.towers.catalogue()
+    softmax = FullSoftmax() if softmax is None else softmax
     all_positions = batch.targets.ndim == 3
-    encoded = model.encode(batch.item_ids, catalogue=catalogue, last_only=not all_positions, side=batch.side)
-    vectors, history, targets = encoded.vectors, batch.item_ids, batch.targets
+    with autocast(train.precision, batch.item_ids.device):
+        tokens = softmax.tokens(model, batch.item_ids, batch.targets)
+        encoded = model.encode(batch.item_ids, items=tokens.items, last_only=not all_positions, side=batch.side)
+    tokens = tokens._replace(pool=tokens.pool._replace(modality=widened(tokens.pool.modality)))
+    vectors, history, targets = widened(encoded.vectors), batch.item_ids, batch.targets
     if all_positions:
         session, step = torch.nonzero(targets[..., 0], as_tuple=True)
         vectors, targets = vectors[session, step], targets[session, step]
         visible = torch.arange(history.shape[1], device=history.device) <= step.unsqueeze(1)
         history = history[session] * visible
-    logits = model.score(vectors, model.towers.candidates(catalogue), history).div_(model.config.temperature)
-    weights = torch.full((targets.shape[1],), train.next_items_weight, device=logits.device, dtype=logits.dtype)
+    weights = torch.full((targets.shape[1],), train.next_items_weight, device=vectors.device, dtype=vectors.dtype)
     weights[0] = 1.0
-    loss = next_item_loss(logits, targets, weights, overwrite=True)
-    regulariser = orthogonality_loss(encoded.memory, encoded.interests.mask, model.config.orthogonality)
+    counts, sessions = (None, None) if totals is None else totals
+    loss = softmax.loss(model, tokens, Questions(vectors, history, targets, weights, counts))
+    memory, kind = widened(encoded.memory), model.config.orthogonality
+    regulariser = orthogonality_loss(memory, encoded.interests.mask, kind, sessions=sessions)
     return loss + model.config.orthogonality_weight * regulariser
+
+
+def batch_totals(model: MISSRec, batch: TrainingBatch) -> Totals:
+    """Count what the means of a whole batch are taken over."""
+    real = (batch.targets > 0) & candidate_rows(model)[batch.targets]
+    interest = model.interests.assignment[:, batch.item_ids].transpose(0, 1).flatten(1)
+    lowest = interest.masked_fill(interest == 0, len(model.interests.centroids)).amin(1)
+    return Totals(real.flatten(0, -2).sum(0), (lowest < interest.amax(1)).sum())
+
+
+def choose_softmax(train: TrainConfig, n_rows: int, positions: int, frequency: Tensor) -> Softmax:
+    """Return the softmax that the settings ask for.
+
+    Parameters
+    ----------
+    train : TrainConfig
+    n_rows : int
+        Rows of the catalogue.
+    positions : int
+        Trained positions that are worked through at once.
+    frequency : Tensor [row]
+        How often a row is a target in training.
+    """
+    if train.softmax == "sampled":
+        return SampledSoftmax(frequency, train.negatives)
+    if train.softmax == "chunked" or (train.softmax == "auto" and positions * n_rows > _LARGEST_TABLE):
+        return ChunkedSoftmax(train.chunk_size)
+    return FullSoftmax()

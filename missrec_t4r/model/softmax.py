@@ -1,0 +1,125 @@
+"""The softmax of a training step over the whole catalogue at once, and what its cheaper relatives share with it.
+
+A softmax says twice what a step needs: first the tokens of the sessions' items, then, when these have become vectors,
+the loss against the candidates. `chunked.py` gives the same loss with less memory, `sampled.py` an estimate of it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from missrec_t4r.model.missrec import MISSRec, first_occurrences
+from missrec_t4r.model.objectives import next_item_loss
+from missrec_t4r.model.towers import ItemTokens, TokenMasks
+
+
+class Questions(NamedTuple):
+    """The trained positions of a batch: what follows a session, and what was it?"""
+
+    vectors: Tensor
+    """[position, dim]: unit-length session vectors."""
+    history: Tensor
+    """[position, seq], int64: rows that the vector has seen, 0 for none."""
+    targets: Tensor
+    """[position, target], int64: rows; 0 where there is none."""
+    weights: Tensor
+    """[target]: weight of each target column."""
+    counts: Tensor | None
+    """[target]: real targets of the whole batch, where the positions are a part of it."""
+
+
+class StepTokens(NamedTuple):
+    """Tokens that a step has computed before it encodes the sessions."""
+
+    items: ItemTokens
+    """Of shape [batch, seq]: the sessions' items."""
+    pool: ItemTokens
+    """Of shape [item]: those from which ``items`` were gathered."""
+    rows: Tensor
+    """[item], int64: whose tokens the pool holds, ascending."""
+    masks: TokenMasks | None = None
+    """Of this step's dropout, where the pool is not the whole catalogue."""
+    candidates: Tensor | None = None
+    """[candidate], int64: places in the pool, ascending, where not all rows are candidates."""
+
+
+class Softmax(Protocol):
+    """How a step's positions are compared with the catalogue."""
+
+    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepTokens:
+        """Compute what the sessions [batch, seq] and the loss need; draws this step's dropout."""
+
+    def loss(self, model: MISSRec, tokens: StepTokens, questions: Questions) -> Tensor:
+        """Return the next-item loss, as `next_item_loss` defines it."""
+
+
+class FullSoftmax:
+    """All candidates at once: the fastest way while a table [position, catalogue] fits into memory."""
+
+    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepTokens:  # noqa: ARG002 - all rows
+        """Compute the tokens of the whole catalogue."""
+        catalogue = model.towers.catalogue()
+        rows = torch.arange(model.towers.n_rows, device=item_ids.device)
+        return StepTokens(catalogue.take(item_ids), catalogue, rows)
+
+    def loss(self, model: MISSRec, tokens: StepTokens, questions: Questions) -> Tensor:
+        """Return the loss; the scores' storage becomes that of the softmax."""
+        vectors, history, targets, weights, counts = questions
+        logits = model.score(vectors, model.towers.candidates(tokens.pool), history).div_(model.config.temperature)
+        return next_item_loss(logits, targets, weights, counts=counts, overwrite=True)
+
+
+def row_tokens(model: MISSRec, rows: Tensor, masks: TokenMasks) -> ItemTokens:
+    """Return the tokens of ``rows`` [item] under a step's masks; the gradient of the IDs is sparse, of these rows."""
+    tokens, table = model.towers(rows, masks), model.towers.id_embedding
+    return tokens if table is None else tokens._replace(ids=F.embedding(rows, table.weight, sparse=True))
+
+
+def candidate_rows(model: MISSRec) -> Tensor:
+    """Return [row], bool: True where a row is a class of the training softmax."""
+    return torch.ones(model.towers.n_rows, dtype=torch.bool, device=model.untrained.device).index_fill_(
+        0, model.untrained, value=False
+    )
+
+
+def score_rows(
+    model: MISSRec, vectors: Tensor, tokens: ItemTokens, rows: Tensor, history: Tensor, phi: Tensor | None = None
+) -> Tensor:
+    """Return the training scores of some candidates, -inf for those that are no class of the training softmax.
+
+    Parameters
+    ----------
+    model : MISSRec
+    vectors : Tensor [position, dim]
+    tokens : ItemTokens of shape [item]
+        The candidates' tokens.
+    rows : Tensor [item], int64
+        Whose they are, ascending.
+    history : Tensor [position, seq], int64
+        Rows that get the history bias.
+    phi : Tensor, optional
+        In place of the fusion's own, where that has one number per row: those of ``rows``.
+
+    Returns
+    -------
+    Tensor [position, item]
+        Before the temperature; the columns of `MISSRec.score` in training mode.
+    """
+    candidates = model.towers.candidates(tokens, rows)
+    fusion = model.fusion
+    if fusion.name == "dynamic_instance":
+        assert fusion.phi is not None
+        own = fusion.phi[rows] if phi is None else phi
+        scores: Tensor = functional_call(fusion, {"phi": own}, (vectors, candidates))
+    else:
+        scores = fusion(vectors, candidates)
+    if model.history_bias is not None:
+        at = torch.searchsorted(rows, history).clamp_max(len(rows) - 1)
+        seen = first_occurrences(history) & (rows[at] == history)
+        scores.scatter_add_(1, at, model.history_bias * seen.to(scores.dtype))
+    return scores.masked_fill_(~candidate_rows(model)[rows], -torch.inf)

@@ -1,0 +1,165 @@
+"""Softmaxes for large catalogues: chunks give the full loss and its gradients, samples an unbiased estimate."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from missrec_t4r.config import MISSRecConfig, TrainConfig
+from missrec_t4r.data.batches import TrainingBatch, collate, training_batches
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.model import build_missrec
+from missrec_t4r.model.chunked import ChunkedSoftmax
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.model.sampled import SampledSoftmax
+from missrec_t4r.model.softmax import FullSoftmax, Softmax, StepTokens, candidate_rows
+from missrec_t4r.training.step import choose_softmax, training_loss
+from tests.equations import small_shop as shop
+from tests.properties.shops import CONFIGS
+
+EXAMPLES = [shop.rows([*session, target]) for session, target in zip(shop.SESSIONS, shop.TARGETS, strict=True)]
+PARTLY_DROPPED = {"modality_dropout": 0.5, "id_dropout": 0.5}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+def _batch(config: MISSRecConfig, next_items: int = 2) -> TrainingBatch:
+    data = Sessions.from_lists(EXAMPLES)
+    [(examples, _)] = training_batches(data, config, TrainConfig(batch_size=1000), np.random.default_rng(0))
+    return collate(data, examples, next_items, all_positions=config.attention == "causal", backwards=False)
+
+
+def _step(net: MISSRec, softmax: Softmax, **train: object) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients, with the same dropout of modalities and IDs whatever the softmax."""
+    net = copy.deepcopy(net).train()
+    torch.manual_seed(1)
+    batch = _batch(net.config)
+    loss = training_loss(net, batch, TrainConfig(next_items=2, **train), softmax=softmax)  # type: ignore[arg-type]
+    loss.backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for n, p in net.named_parameters()}
+    return loss.item(), gradients
+
+
+def _dropping(config: MISSRecConfig) -> MISSRec:
+    """A model that drops modalities and IDs in training, and nothing else."""
+    return shop.model(MISSRecConfig(**({**vars(config), "dropout": 0.0} | PARTLY_DROPPED)))
+
+
+def _everything() -> SampledSoftmax:
+    return SampledSoftmax(torch.ones(len(shop.ITEMS) + 3), negatives=1000)
+
+
+@every_config
+@pytest.mark.parametrize("softmax", [ChunkedSoftmax(4), _everything()], ids=["chunked", "sampled"])
+def test_loss_and_gradients_are_those_of_the_full_softmax(config: MISSRecConfig, softmax: Softmax) -> None:
+    net = _dropping(config)
+    expected, gradients = _step(net, FullSoftmax())
+    found, ours = _step(net, softmax)
+    assert found == pytest.approx(expected, abs=1e-10)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_only_the_needed_rows_of_the_id_table_get_a_gradient() -> None:
+    net = shop.model(shop.default()).train()
+    softmax = SampledSoftmax(torch.ones(len(shop.ITEMS) + 3), negatives=2)
+    batch = TrainingBatch(torch.tensor([[3, 4]]), torch.tensor([[[4], [5]]]))
+    training_loss(net, batch, TrainConfig(), softmax=softmax).backward()
+    assert net.towers.id_embedding is not None
+    gradient = net.towers.id_embedding.weight.grad
+    assert gradient is not None
+    assert gradient.is_sparse
+    rows = set(gradient.coalesce().indices()[0].tolist())
+    assert {3, 4, 5} <= rows
+    assert len(rows) <= 6  # the session's, the targets, two draws and the padding row
+
+
+def test_frozen_weights_stay_without_gradient() -> None:
+    net = _dropping(shop.default())
+    assert net.towers.id_embedding is not None
+    net.towers.id_embedding.weight.requires_grad_(False)
+    net.towers.adapters["text"].requires_grad_(False)
+    for softmax in (ChunkedSoftmax(4), SampledSoftmax(torch.ones(15), 3)):
+        training_loss(net.train(), _batch(net.config), TrainConfig(), softmax=softmax).backward()
+        assert net.towers.id_embedding.weight.grad is None
+        assert net.towers.adapters["text"].weight.grad is None
+        assert net.towers.adapters["image"].weight.grad is not None
+
+
+class _Shown(SampledSoftmax):
+    """Keeps the candidates of the last step."""
+
+    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepTokens:
+        self.last = super().tokens(model, item_ids, targets)
+        return self.last
+
+
+def test_the_expected_sum_over_the_sample_is_the_sum_over_the_catalogue() -> None:
+    """Targets of the rest of the batch are drawn by their share; each candidate counts 1 / its probability."""
+    net = shop.model(shop.default()).train()
+    classes = torch.nonzero(candidate_rows(net)).flatten()
+    torch.manual_seed(0)
+    frequency = torch.zeros(net.towers.n_rows).index_copy_(0, classes, torch.rand(len(classes)))
+    softmax = _Shown(frequency, negatives=2)
+    values = torch.linspace(1, 3, net.towers.n_rows, dtype=torch.float64)
+    estimates, rounds, others = [], 1000, 3
+    for _ in range(rounds):
+        drawn = torch.multinomial(frequency, others, replacement=True)
+        softmax.tokens(net, torch.zeros(1, 1, dtype=torch.int64), drawn)
+        assert softmax.last.candidates is not None
+        rows = softmax.last.rows[softmax.last.candidates]
+        rows = rows[rows > 0]
+        estimates.append((values[rows] / softmax.log_inclusion(net, rows, others).exp()).sum())
+    found = torch.stack(estimates)
+    assert abs(found.mean() - values[classes].sum()) < 3 * found.std() / rounds**0.5
+    assert found.std() > 1  # each draw is far off
+
+
+def test_an_accidental_hit_counts_once() -> None:
+    """One position whose target is also drawn: among two items the loss is that of two items, not of three."""
+    net = shop.model(shop.default(dropout=0.0)).train()
+    batch = TrainingBatch(torch.tensor([[3]]), torch.tensor([[[6]]]))
+    classes = candidate_rows(net)
+    net.untrained = torch.nonzero(~(classes & torch.isin(torch.arange(len(classes)), torch.tensor([6, 7])))).flatten()
+    expected = training_loss(net, batch, TrainConfig()).item()
+    for frequency in (torch.ones(15), torch.eye(15)[6]):  # however popular, and drawn every time
+        softmax = SampledSoftmax(frequency, negatives=2)
+        assert training_loss(net, batch, TrainConfig(), softmax=softmax).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_same_target_twice_in_a_position_is_corrected_once() -> None:
+    net = shop.model(shop.default(dropout=0.0)).train()
+    batch = TrainingBatch(torch.tensor([[3]]), torch.tensor([[[6, 6]]]))
+    train = TrainConfig(next_items=2, next_items_weight=1.0)
+    expected = training_loss(net, batch, train).item()
+    found = training_loss(net, batch, train, softmax=SampledSoftmax(torch.ones(15), 1000)).item()
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_auto_is_exact_and_goes_by_the_size_of_the_table() -> None:
+    frequency = torch.ones(10)
+    kinds = [
+        type(choose_softmax(TrainConfig(softmax=name), rows, 512, frequency))  # type: ignore[arg-type]
+        for name, rows in [("auto", 100_000), ("auto", 1_000_000), ("full", 1_000_000), ("sampled", 10)]
+    ]
+    assert kinds == [FullSoftmax, ChunkedSoftmax, FullSoftmax, SampledSoftmax]
+
+
+def test_half_precision_changes_the_loss_little_and_the_weights_not() -> None:
+    torch.manual_seed(0)
+    net = build_missrec(shop.default(dropout=0.0), shop.catalogue()).train()
+    net.discover_interests(seed=0)
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        for softmax in (FullSoftmax(), ChunkedSoftmax(4), _everything()):
+            train = TrainConfig(precision=precision)  # type: ignore[arg-type]
+            loss = training_loss(net, _batch(net.config), train, softmax=softmax)
+            net.zero_grad()
+            loss.backward()
+            assert loss.dtype == torch.float32
+            assert all(p.grad is None or p.grad.dtype == torch.float32 for p in net.parameters())
+            losses[precision, type(softmax).__name__] = loss.item()
+    full = losses["fp32", "FullSoftmax"]
+    assert list(losses.values()) == pytest.approx([full] * 6, rel=2e-2)
+    assert losses["bf16", "FullSoftmax"] != full

@@ -1,4 +1,4 @@
-"""Commands that make and judge a run: train, evaluate."""
+"""Commands that make and judge a run: pretrain, train, evaluate."""
 
 from __future__ import annotations
 
@@ -12,6 +12,28 @@ from rich.console import Console
 from missrec_t4r import commands
 from missrec_t4r.cli.app import Data, Out, Run, command, pairs
 from missrec_t4r.progress import TerminalProgress
+
+
+@command
+def pretrain(
+    data: Annotated[list[str], typer.Option(help="Data folder, or NAME=FOLDER; one per domain, repeatable.")],
+    out: Out,
+    recipe: Annotated[str, typer.Option(help="Shipped recipe or YAML file.")] = "pretrain",
+    set_: Annotated[list[str], typer.Option("--set", help="Override, such as train.epochs=10; repeatable.")] = [],  # noqa: B006 - typer copies it
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of resuming.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> dict[str, Any]:
+    """Pre-train on several data sets whose modalities come from the same encoders; then `missrec train --from`."""
+    settings = {key: yaml.safe_load(value) for key, value in pairs(set_, "--set").items()}
+    return commands.pretrain(
+        data,
+        out,
+        recipe=recipe,
+        settings=settings,
+        resume=not restart,
+        device=device,
+        progress=TerminalProgress(),
+    )
 
 
 @command

@@ -3,9 +3,10 @@
 >>> from missrec_t4r.commands import train, evaluate  # doctest: +SKIP
 """
 
+from missrec_t4r.commands.batch import score, similar, vectors
 from missrec_t4r.commands.catalogue import adopt
 from missrec_t4r.commands.data import etl, features, generate
-from missrec_t4r.commands.model import evaluate, metrics_table, train
+from missrec_t4r.commands.model import evaluate, metrics_table, pretrain, train
 from missrec_t4r.commands.serve import demo, export, recommend, serve
 
 __all__ = [
@@ -17,7 +18,11 @@ __all__ = [
     "features",
     "generate",
     "metrics_table",
+    "pretrain",
     "recommend",
+    "score",
     "serve",
+    "similar",
     "train",
+    "vectors",
 ]

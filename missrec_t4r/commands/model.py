@@ -1,8 +1,8 @@
-"""What `missrec train` and `evaluate` do."""
+"""What `missrec pretrain`, `train` and `evaluate` do."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,22 @@ def train(
         resolved = Recipe.load(recipe, settings)
         return train_t4r(data, resolved, out, resume=resume, device=device, progress=progress)
     raise ConfigError(f"--trainer {trainer!r}", "native or t4r")
+
+
+def pretrain(
+    data: Sequence[str | Path],
+    out: Path,
+    *,
+    recipe: str = "pretrain",
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = True,
+    device: str = "auto",
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Pre-train on several data folders; see `missrec_t4r.training.pretrain`."""
+    from missrec_t4r.training.pretrain import pretrain as run
+
+    return run(data, out, recipe=recipe, settings=settings, resume=resume, device=device, progress=progress)
 
 
 def evaluate(

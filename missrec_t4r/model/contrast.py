@@ -28,7 +28,10 @@ def alone(rows: Tensor) -> Tensor:
 
 
 def in_batch_loss(logits: Tensor, own: Tensor, everyone: Tensor, first: int = 0) -> Tensor:
-    """Return the mean over b of ``-log softmax(logits[b])[first + b]``; equal items are not each other's negatives.
+    """Return the mean of ``-log softmax(logits[b])[first + b]``; equal items are not each other's negatives.
+
+    The mean is over the global batch, of which this process has its lines only: losses and gradients of all processes
+    are summed.
 
     Parameters
     ----------
@@ -43,7 +46,7 @@ def in_batch_loss(logits: Tensor, own: Tensor, everyone: Tensor, first: int = 0)
     columns = first + torch.arange(len(own), device=own.device)
     equal = own.unsqueeze(1) == everyone
     equal[torch.arange(len(own), device=own.device), columns] = False
-    return F.cross_entropy(logits.masked_fill(equal, -torch.inf), columns)
+    return F.cross_entropy(logits.masked_fill(equal, -torch.inf), columns, reduction="sum") / max(len(everyone), 1)
 
 
 class SequenceItemContrast(nn.Module):

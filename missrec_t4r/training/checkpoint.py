@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -21,8 +22,9 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.side import SideColumn
 from missrec_t4r.errors import CheckpointError
 from missrec_t4r.model.missrec import MISSRec, build_missrec
-from missrec_t4r.schema import CATALOGUE_FOLDER
+from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID
 
+VOCABULARY_FILE = "vocabulary.parquet"
 RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, STATE_FILE = "recipe.json", "run.json", "weights.safetensors", "state.safetensors"
 
 
@@ -38,7 +40,9 @@ class LoadedRun:
     """The data folder that the run was trained on, or the one given to `load_run`."""
 
 
-def save_run(out: Path, model: MISSRec, recipe: Recipe, data: Path, info: Mapping[str, Any]) -> None:
+def save_run(
+    out: Path, model: MISSRec, recipe: Recipe, data: Path, info: Mapping[str, Any], catalogue: Catalogue | None = None
+) -> None:
     """Write a run: weights, resolved recipe, and where it comes from.
 
     Parameters
@@ -51,8 +55,14 @@ def save_run(out: Path, model: MISSRec, recipe: Recipe, data: Path, info: Mappin
         Data folder; stored relative to the run so that both can be moved together.
     info : mapping
         JSON-able facts: seconds, best epoch, validation metrics.
+    catalogue : Catalogue, optional
+        Its ids and encoders are kept with the run, so that another catalogue can be compared with it later, when the
+        data folder has changed (`missrec train --from`, ``--continue``).
     """
     out.mkdir(parents=True, exist_ok=True)
+    if catalogue is not None:
+        info = {**info, "modalities": _encoders(catalogue)}
+        _write_vocabulary(out / VOCABULARY_FILE, catalogue)
     save_tensors(out / WEIGHTS_FILE, model.state_dict())
     write_json(out / RECIPE_FILE, recipe.to_dict())
     where = os.path.relpath(data.resolve(), out.resolve())
@@ -79,6 +89,9 @@ def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
     if not (run / RUN_FILE).is_file():
         raise CheckpointError(f"{run} holds no {RUN_FILE}", "a finished run", "run or resume `missrec train --out`")
     info = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+    if "pretraining" in info:
+        cure = f"train on one of your data sets from it: `missrec train --from {run}`"
+        raise CheckpointError(f"{run} was pre-trained on several domains", "a run of `missrec train`", cure)
     recipe = Recipe.from_dict(json.loads((run / RECIPE_FILE).read_text(encoding="utf-8")))
     folder = Path(data) if data is not None else Path(os.path.normpath(run.resolve() / info["data"]))
     catalogue = Catalogue.load(folder / CATALOGUE_FOLDER)
@@ -145,6 +158,20 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON aside and rename it into place."""
     aside = path.with_name(f".{path.name}.partial")
     aside.write_text(json.dumps(content, indent=2, default=float) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _encoders(catalogue: Catalogue) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"width": modality.width, "fingerprint": modality.fingerprint}
+        for name, modality in catalogue.modalities.items()
+    }
+
+
+def _write_vocabulary(path: Path, catalogue: Catalogue) -> None:
+    """Write the raw ids in row order (from row 3 on) aside and rename them into place."""
+    aside = path.with_name(f".{path.name}.partial")
+    pq.write_table(catalogue.items.select([ITEM_ID]), aside)
     os.replace(aside, path)
 
 

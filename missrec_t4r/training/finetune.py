@@ -181,7 +181,7 @@ class Trainer:
             "seconds": round(self.status["seconds"], 1),
             "device": str(self.device),
         }
-        save_run(self.out, self.model, self.recipe, data, info)
+        save_run(self.out, self.model, self.recipe, data, info, self.catalogue)
         (self.out / STATE_FILE).unlink(missing_ok=True)
         return {"run": str(self.out), **info}
 

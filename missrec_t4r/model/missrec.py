@@ -157,12 +157,17 @@ class MISSRec(nn.Module):
         item_ids : Tensor [batch, seq], int64
             The items each vector has seen (0 for none): they get the learned history bias and call their neighbours.
         """
-        scores: Tensor = self.fusion(session, candidates)  # ours to change in place: nothing else holds it
+        scores = self.add_history(self.fusion(session, candidates), item_ids)
+        return scores.index_fill_(1, self.untrained if self.training else self.excluded, -torch.inf)
+
+    def add_history(self, scores: Tensor, item_ids: Tensor) -> Tensor:
+        """Add to scores [batch, catalogue], in place where it can, what the items of the history say of themselves and
+        of their neighbours."""
         if self.history_bias is not None:
             scores.scatter_add_(1, item_ids, self.history_bias * first_occurrences(item_ids).to(scores.dtype))
         if self.prior is not None and not self.training and self.prior.active:
             scores = scores + self.prior(item_ids)
-        return scores.index_fill_(1, self.untrained if self.training else self.excluded, -torch.inf)
+        return scores
 
     @torch.no_grad()
     def discover_interests(self, seed: int) -> None:

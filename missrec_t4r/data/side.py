@@ -21,10 +21,13 @@ import numpy.typing as npt
 
 from missrec_t4r.data.schema_file import ColumnFacts, read_schema
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.errors import SchemaError
+from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.schema import LIST_SUFFIX, SCHEMA_FILE, SESSION_TRANSFORM_FILE, UNKNOWN_ROW
 
 Kind = Literal["categorical", "continuous", "pretrained"]
+
+SideArrays = dict[str, npt.NDArray[Any]]
+"""By column: codes or numbers [batch, seq], vectors [batch, seq, size]."""
 
 AUTO: Final = "auto"
 """Every list column of the schema that is tagged as an input, except ids and targets; raw times are not tagged so."""
@@ -63,6 +66,40 @@ class SideColumn:
     """Divides numbers; for vectors their root mean square length."""
     values: tuple[str | int, ...] = ()
     """Raw values of the codes from 3 on, as far as the data folder tells them."""
+
+    def encode(self, raw: Sequence[Any]) -> npt.NDArray[Any]:
+        """Return what the model reads for one session's raw values, one per event; None is absent.
+
+        Parameters
+        ----------
+        raw : sequence
+            Categories as the shop names them, numbers, or vectors as sequences of numbers.
+
+        Raises
+        ------
+        DataError
+            A value is of another kind than the column.
+
+        Examples
+        --------
+        >>> SideColumn("event", "categorical", 5, values=("view", "buy")).encode(["buy", None, "gift"]).tolist()
+        [4, 0, 2]
+        """
+        try:
+            if self.kind == "categorical":
+                codes = {value: code for code, value in enumerate(self.values, start=UNKNOWN_ROW + 1)}
+                return np.array([0 if value is None else codes.get(value, UNKNOWN_ROW) for value in raw], np.int64)
+            if self.kind == "continuous":
+                return np.array([np.nan if value is None else float(value) for value in raw], np.float32)
+            empty = np.zeros(self.size, np.float32)
+            vectors = [empty if value is None else np.asarray(value, np.float32) for value in raw]
+            return np.stack(vectors).reshape(len(raw), self.size) if vectors else np.zeros((0, self.size), np.float32)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"side feature {self.name!r} holds {str(list(raw))[:80]} ({error})",
+                f"one {self.kind} value per event, or null",
+                f"vectors have {self.size} numbers" if self.kind == "pretrained" else "",
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -142,6 +179,35 @@ def load_sessions(data: str | Path, split: str, columns: Sequence[SideColumn] = 
         if column.kind == "categorical" and column.values and theirs and theirs != column.values:
             features[column.name] = _recoding(theirs, column.values)[features[column.name]]
     return dataclasses.replace(sessions, features=features)
+
+
+def compact_side(side: Mapping[str, npt.NDArray[Any]], rows: npt.NDArray[np.int64], max_length: int) -> SideArrays:
+    """Do to side features what serving does to rows: known events to the left, the last ``max_length`` of them.
+
+    Parameters
+    ----------
+    side : mapping of str to ndarray [batch, seq] or [batch, seq, size]
+        Aligned with ``rows``.
+    rows : ndarray [batch, seq], int64
+        Catalogue rows; null, unknown and padding are left out.
+
+    Examples
+    --------
+    >>> compact_side({"price": np.array([[7.0, 9.0, 8.0]])}, np.array([[5, 2, 6]]), 50)["price"].tolist()
+    [[7.0, 8.0]]
+    """
+    known = rows > UNKNOWN_ROW
+    counts = known.sum(1, keepdims=True)
+    kept = np.minimum(counts, max_length)
+    steps = np.arange(max(int(kept.max(initial=0)), 1))
+    real = steps < kept
+    place = np.where(real, counts - kept + steps, 0)
+    at = np.take_along_axis(np.argsort(~known, axis=1, kind="stable"), place, 1) if rows.shape[1] else place
+    line = np.arange(len(rows))[:, None]
+    return {
+        name: np.where(real if values.ndim == 2 else real[..., None], values[line, at], values.dtype.type(0))
+        for name, values in side.items()
+    }
 
 
 def fit_side_columns(columns: Sequence[SideColumn], train: Sessions) -> tuple[SideColumn, ...]:

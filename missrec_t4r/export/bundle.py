@@ -2,7 +2,7 @@
 
 ======================== ============================================================================
 manifest.json            SHA-256 sum and size of every other file, format version
-model.json               `MISSRecConfig`, modality names and widths, number of rows
+model.json               `MISSRecConfig`, modality names and widths, side features, number of rows
 weights.safetensors      what was learned
 catalogue.safetensors    modality vectors, presence masks, interest centroids and assignments
 items.parquet            vocabulary in row order, business columns, popularity
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.data.side import SideColumn
 from missrec_t4r.errors import BundleError, MISSRecError
 from missrec_t4r.export.manifest import (
     CATALOGUE_FILE,
@@ -108,7 +109,8 @@ def fill_bundle(folder: Path, *, model: MISSRec, catalogue: Catalogue, data: Pat
     pq.write_table(catalogue.items, folder / ITEMS_FILE)
     widths = {name: modality.width for name, modality in catalogue.modalities.items()}
     described = {"format": FORMAT_VERSION, "config": dataclasses.asdict(model.config), "modalities": widths}
-    _write_json(folder / MODEL_FILE, described | {"rows": catalogue.n_rows})
+    side = [] if model.side is None else [column.to_dict() for column in model.side.columns]
+    _write_json(folder / MODEL_FILE, described | {"rows": catalogue.n_rows, "side_features": side})
     encoders = {
         name: {"width": modality.width, "items": int(modality.present.sum()), "encoder": dict(modality.encoder)}
         for name, modality in catalogue.modalities.items()
@@ -135,7 +137,8 @@ def load_bundle(folder: str | Path) -> LoadedBundle:
         items = load_items(folder)
         catalogue = Catalogue(items, {name: _modality(name, stored, features) for name in described["modalities"]})
         config = Recipe.from_dict({"name": "bundle", "model": described["config"]}).model
-        model = build_missrec(config, catalogue)
+        side = [SideColumn.from_dict(column) for column in described.get("side_features", [])]
+        model = build_missrec(config, catalogue, side)
         interests = {name: tensor for name, tensor in stored.items() if name.startswith(_INTERESTS)}
         model.load_state_dict(weights | interests)
     except BundleError:

@@ -18,6 +18,7 @@ import torch
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.side import compact_side
 from missrec_t4r.errors import ParityError
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.schema import FIRST_ITEM_ROW, NULL_ROW, PADDING_ROW, UNKNOWN_ROW
@@ -183,8 +184,11 @@ def _reference(model: MISSRec, histories: Sessions) -> Iterator[npt.NDArray[np.f
     length = model.config.max_sequence_length
     for start in range(0, len(histories), _STEP):
         chosen = np.arange(start, min(start + _STEP, len(histories)))
-        session = torch.from_numpy(compact(histories.padded(chosen, length), length))
-        scores = model.score(model(session), candidates, session).double().numpy()
+        rows = histories.padded(chosen, length)
+        session = torch.from_numpy(compact(rows, length))
+        side = compact_side(histories.padded_features(chosen, length), rows, length)
+        vectors = model(session, {name: torch.from_numpy(values) for name, values in side.items()})
+        scores = model.score(vectors, candidates, session).double().numpy()
         empty = (session == PADDING_ROW).all(1).tolist()
         yield from (None if nothing else line for line, nothing in zip(scores, empty, strict=True))
 

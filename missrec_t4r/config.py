@@ -89,6 +89,9 @@ class MISSRecConfig:
     n_neighbours: int = 128
     """Co-occurring items per item that the neighbour prior adds to the score when ranking, with a weight that
     validation chooses after training (ours: small shops are won by item-kNN otherwise); 0 switches it off."""
+    n_lookalikes: int = 32
+    """Items of the most similar content per candidate that the look-alike prior adds to the score when ranking, with a
+    weight that validation chooses after training (ours: the adapters forget what raw vectors know); 0 switches it off."""
     temperature: float = 0.07
     """Divides scores before the softmax; > 0 (paper: 0.07)."""
     orthogonality: Orthogonality = "cosine"
@@ -118,6 +121,7 @@ class MISSRecConfig:
             (self.n_encoder_layers < 0 or self.n_decoder_layers < 1, "--n-decoder-layers must be at least 1"),
             (not 0 <= self.dropout < 1, f"--dropout {self.dropout} is outside [0, 1)"),
             (self.n_neighbours < 0, f"--n-neighbours {self.n_neighbours} is negative"),
+            (self.n_lookalikes < 0, f"--n-lookalikes {self.n_lookalikes} is negative"),
             (self.temperature <= 0, f"--temperature {self.temperature} is not positive"),
             (not 0 < self.interest_ratio <= 1, f"--interest-ratio {self.interest_ratio} is outside (0, 1]"),
             (not 0 <= self.modality_dropout < 1, f"--modality-dropout {self.modality_dropout} is outside [0, 1)"),
@@ -154,6 +158,7 @@ class MISSRecConfig:
             "feature_scaling": "none",
             "history_bias": False,
             "n_neighbours": 0,
+            "n_lookalikes": 0,
             "mask_untrained_ids": False,
             "side_features": "none",
             "orthogonality": "faithful",

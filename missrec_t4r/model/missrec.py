@@ -24,6 +24,7 @@ from missrec_t4r.model.decoder import InterestAwareDecoder
 from missrec_t4r.model.encoder import ContextualEncoder
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.interests import InterestTokens, InterestVocabulary
+from missrec_t4r.model.lookalikes import LookAlikes
 from missrec_t4r.model.neighbours import NeighbourPrior
 from missrec_t4r.model.side import SideEncoder, SideFeatures, SideValues
 from missrec_t4r.model.towers import CandidateTokens, ItemTokens, ItemTowers
@@ -53,6 +54,7 @@ class MISSRec(nn.Module):
     towers, interests, encoder, decoder, fusion
         The parts.
     prior : NeighbourPrior, optional
+    lookalikes : LookAlikes, optional
         Added to the score when ranking, never in training.
     in_training : Tensor [row], bool, optional
         Candidates of the training softmax; all by default. An item that is never a target would only learn to lose, and
@@ -74,12 +76,13 @@ class MISSRec(nn.Module):
         prior: NeighbourPrior | None = None,
         in_training: Tensor | None = None,
         side: SideFeatures | None = None,
+        lookalikes: LookAlikes | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.towers, self.interests = towers, interests
         self.encoder, self.decoder, self.fusion = encoder, decoder, fusion
-        self.prior, self.side = prior, side
+        self.prior, self.lookalikes, self.side = prior, lookalikes, side
         start = _INITIAL_HISTORY_BIAS * config.temperature
         self.history_bias = nn.Parameter(torch.tensor(start)) if config.history_bias else None
         masks = towers.masks(dropout=False)
@@ -165,8 +168,9 @@ class MISSRec(nn.Module):
         of their neighbours."""
         if self.history_bias is not None:
             scores.scatter_add_(1, item_ids, self.history_bias * first_occurrences(item_ids).to(scores.dtype))
-        if self.prior is not None and not self.training and self.prior.active:
-            scores = scores + self.prior(item_ids)
+        for prior in (self.prior, self.lookalikes):
+            if prior is not None and not self.training and prior.active:
+                scores = scores + prior(item_ids)
         return scores
 
     @torch.no_grad()
@@ -254,6 +258,7 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue, side: Sequence[Si
         NeighbourPrior(towers.n_rows, min(config.n_neighbours, towers.n_rows)) if config.n_neighbours else None,
         trained if config.mask_untrained_ids else None,
         SideFeatures(SideEncoder(side, config.side_dropout), config.d_model) if side else None,
+        LookAlikes(towers.n_rows, min(config.n_lookalikes, towers.n_rows)) if config.n_lookalikes else None,
     )
     model.apply(_initialise)
     if model.side is not None:

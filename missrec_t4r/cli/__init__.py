@@ -5,6 +5,7 @@ is one paragraph and exit code 2.
 """
 
 from missrec_t4r.cli import (
+    batch,
     catalogue,
     data,
     model,
@@ -12,4 +13,4 @@ from missrec_t4r.cli import (
 )  # each registers its commands, in the order of `missrec --help`
 from missrec_t4r.cli.app import app
 
-__all__ = ["app", "catalogue", "data", "model", "serve"]
+__all__ = ["app", "batch", "catalogue", "data", "model", "serve"]

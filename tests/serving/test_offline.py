@@ -1,0 +1,207 @@
+"""Answers without a server are the server's answers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from missrec_t4r import commands
+from missrec_t4r.errors import ConfigError, DataError
+from missrec_t4r.export.bundle import load_bundle
+from missrec_t4r.export.export import export
+from missrec_t4r.schema import FIRST_ITEM_ROW
+from missrec_t4r.serving.client import MISSRecClient
+from missrec_t4r.serving.local_triton import LocalTriton
+from missrec_t4r.serving.offline import score
+from missrec_t4r.serving.similar import similar
+from missrec_t4r.serving.vectors import vectors
+from missrec_t4r.training.checkpoint import LoadedRun
+from tests.serving import shop
+
+
+def session_file(file: Path, sessions: list[list[str | int | None]], kind: pa.DataType | None = None) -> Path:
+    users = pa.array([f"user-{i}" for i in range(len(sessions))], pa.string())
+    lists = pa.array(sessions, pa.list_(kind or pa.string()))
+    pq.write_table(pa.table({"user_id": users, "items": lists, "city": users}), file, row_group_size=50)
+    return file
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("source", ["bundle", "run"])
+def test_scored_files_hold_the_servers_answers(
+    server: LocalTriton, bundle: Path, run: Path, loaded: LoadedRun, tmp_path: Path, source: str
+) -> None:
+    sessions = shop.raw_sessions(loaded.catalogue, 1100 if source == "bundle" else 60, seed=8)
+    file = session_file(tmp_path / "sessions.parquet", sessions)
+    given = {"bundle": bundle} if source == "bundle" else {"run": run}
+    result = commands.score(file, tmp_path / "out.parquet", **given, top_k=5, exclude_seen=True)
+    with MISSRecClient(server.grpc_url) as client:
+        expected = client.recommend(sessions, 5, exclude_seen=True)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table.column_names == ["user_id", "city", "item_id", "score", "unknown_items", "fallback"]
+    assert table["user_id"].to_pylist() == [f"user-{i}" for i in range(len(sessions))]
+    assert table["item_id"].to_pylist() == [answer.item_ids for answer in expected]
+    assert table["fallback"].to_pylist() == [answer.fallback for answer in expected]
+    assert table["unknown_items"].to_pylist() == [answer.unknown_items for answer in expected]
+    for scores, answer in zip(table["score"].to_pylist(), expected, strict=True):
+        np.testing.assert_allclose(scores, answer.scores, atol=1e-5)
+    assert result["sessions"] == result["rows"] == len(sessions)
+    assert result["fallbacks"] == sum(answer.fallback for answer in expected) > 0
+
+
+def test_the_long_layout_has_a_row_per_item(bundle: Path, loaded: LoadedRun, tmp_path: Path) -> None:
+    sessions = shop.raw_sessions(loaded.catalogue, 70, seed=3)
+    file = session_file(tmp_path / "sessions.parquet", sessions)
+    score(bundle, file, tmp_path / "lists.parquet", top_k=40, exclude_seen=True)
+    score(bundle, file, tmp_path / "long.parquet", top_k=40, exclude_seen=True, layout="long")
+    lists, long = (pq.read_table(tmp_path / f"{name}.parquet").to_pylist() for name in ("lists", "long"))
+    flat = [
+        (row["user_id"], rank, item, value)
+        for row in lists
+        for rank, (item, value) in enumerate(zip(row["item_id"], row["score"], strict=True), start=1)
+    ]
+    assert [(row["user_id"], row["rank"], row["item_id"], row["score"]) for row in long] == flat
+    assert {row["rank"] for row in long} >= {1, 20}
+
+
+def test_integer_catalogues_and_empty_files(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    export(make_run(integers=True), tmp_path / "bundle")
+    known = load_bundle(tmp_path / "bundle").catalogue.ids_of(np.array([3, 4]))
+    file = session_file(tmp_path / "some.parquet", [known, [], None], pa.int32())
+    score(tmp_path / "bundle", file, tmp_path / "out.parquet", top_k=2)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["fallback"].to_pylist() == [False, True, True]
+    assert table.schema.field("item_id").type.value_type == pa.int64()
+    none = session_file(tmp_path / "none.parquet", [], pa.int32())
+    assert score(tmp_path / "bundle", none, tmp_path / "empty.parquet")["rows"] == 0
+    assert pq.read_table(tmp_path / "empty.parquet").schema == table.schema
+    strings = session_file(tmp_path / "strings.parquet", [["a"]])
+    with pytest.raises(DataError, match="holds string; expected: int64"):
+        score(tmp_path / "bundle", strings, tmp_path / "never.parquet")
+    assert not (tmp_path / "never.parquet").exists()
+
+
+def test_what_cannot_be_read_is_refused_in_words(bundle: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"items": ["a,b"]}), tmp_path / "flat.parquet")
+    with pytest.raises(DataError, match="has no list column; expected: a list column 'items'"):
+        score(bundle, tmp_path / "flat.parquet", tmp_path / "out.parquet")
+    with pytest.raises(DataError, match="holds no parquet"):
+        score(bundle, tmp_path / "nothing", tmp_path / "out.parquet")
+    with pytest.raises(ConfigError, match="--layout 'wide'; expected: lists or long"):
+        score(bundle, tmp_path / "flat.parquet", tmp_path / "out.parquet", layout="wide")
+    for given in ({}, {"bundle": bundle, "run": bundle}):
+        with pytest.raises(ConfigError, match="one of the two"):
+            commands.score(tmp_path / "flat.parquet", tmp_path / "out.parquet", **given)
+
+
+def test_a_killed_job_leaves_the_last_complete_result(bundle: Path, loaded: LoadedRun, tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    few = session_file(tmp_path / "few.parquet", shop.raw_sessions(loaded.catalogue, 5))
+    score(bundle, few, out)
+    before = out.read_bytes()
+    many = session_file(tmp_path / "many.parquet", shop.raw_sessions(loaded.catalogue, 200) * 80)
+    code = "import sys; from missrec_t4r.serving.offline import score; score(*sys.argv[1:])"
+    job = subprocess.Popen([sys.executable, "-c", code, str(bundle), str(many), str(out)])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.parquet.*.partial")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    assert list(tmp_path.glob(".out.parquet.*.partial"))
+    assert out.read_bytes() == before
+
+
+@pytest.mark.triton
+def test_similar_items_are_what_the_server_answers_to_the_item_alone(
+    server: LocalTriton, bundle: Path, loaded: LoadedRun, tmp_path: Path
+) -> None:
+    found = similar(bundle, ["ware-3-ü", "ware-9-ü"], top_k=4)["similar"]
+    with MISSRecClient(server.grpc_url) as client:
+        answers = client.recommend([["ware-3-ü"], ["ware-9-ü"]], 4, exclude_seen=True)
+    assert [[entry["item_id"] for entry in found[item]] for item in ("ware-3-ü", "ware-9-ü")] == [
+        answer.item_ids for answer in answers
+    ]
+    assert all(entry["title"].startswith("Ware ") for entries in found.values() for entry in entries)
+    result = similar(bundle, out=tmp_path / "all.parquet", top_k=4)
+    table = pq.read_table(tmp_path / "all.parquet").to_pylist()
+    assert result["items"] == shop.N_ITEMS
+    assert len(table) == 4 * shop.N_ITEMS
+    of_three = [row["similar_item_id"] for row in table if row["item_id"] == "ware-3-ü"]
+    assert of_three == answers[0].item_ids
+    with pytest.raises(DataError, match="unknown items: gone"):
+        similar(bundle, ["gone"])
+    with pytest.raises(ConfigError, match="neither --items nor --out"):
+        similar(bundle)
+
+
+def test_similar_content_is_the_mean_cosine_of_shared_modalities(bundle: Path) -> None:
+    loaded = load_bundle(bundle)
+    with torch.inference_mode():
+        tokens = loaded.model.candidates()
+    vectors_of, mask = tokens.modality.double().numpy(), tokens.mask.numpy()
+    entries = similar(bundle, ["ware-3-ü"], top_k=100, by="content")["similar"]["ware-3-ü"]
+    assert len(entries) == shop.N_ITEMS - 1
+    row = int(loaded.catalogue.rows_of(["ware-3-ü"])[0])
+    expected = {}
+    for other in range(FIRST_ITEM_ROW, loaded.catalogue.n_rows):
+        shared = mask[:, row] & mask[:, other]
+        expected[other] = (vectors_of[shared, row] * vectors_of[shared, other]).sum() / shared.sum()
+    others = loaded.catalogue.rows_of([entry["item_id"] for entry in entries])
+    np.testing.assert_allclose([entry["score"] for entry in entries], [expected[o] for o in others], atol=1e-5)
+    assert [entry["score"] for entry in entries] == sorted((entry["score"] for entry in entries), reverse=True)
+
+
+def test_vectors_in_an_inner_product_index_give_the_served_order(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """With static fusion and nothing added to the score, an index of items.npy answers as the server does."""
+    export(make_run(candidate_fusion="static", history_bias=False, n_neighbours=0), tmp_path / "bundle")
+    catalogue = load_bundle(tmp_path / "bundle").catalogue
+    sessions = shop.raw_sessions(catalogue, 90, seed=2)
+    file = session_file(tmp_path / "sessions.parquet", sessions)
+    result = vectors(tmp_path / "bundle", tmp_path / "vectors", sessions=file)
+    score(tmp_path / "bundle", file, tmp_path / "out.parquet", top_k=6)
+    items, users = (np.load(tmp_path / "vectors" / f"{name}.npy") for name in ("items", "sessions"))
+    ids = np.array(pq.read_table(tmp_path / "vectors" / "items.parquet")["item_id"].to_pylist())
+    rows = pq.read_table(tmp_path / "vectors" / "sessions.parquet").to_pylist()
+    assert (result["items"], result["sessions"], result["width"]) == (shop.N_ITEMS, 90, users.shape[1])
+    answered = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert {row["usable"] for row in rows} == {True, False}
+    for user, row, answer in zip(users, rows, answered, strict=True):
+        assert row["user_id"] == answer["user_id"]
+        assert row["usable"] is not answer["fallback"]
+        if row["usable"]:
+            order = np.argsort(-(items @ user), kind="stable")[:6]
+            assert ids[order].tolist() == answer["item_id"]
+            np.testing.assert_allclose((items @ user)[order], answer["score"], atol=1e-5)
+
+
+def test_vectors_json_holds_what_the_dynamic_score_needs(bundle: Path, tmp_path: Path) -> None:
+    """docs/howto/vectors.md: the score of every item from the exported files alone."""
+    loaded = load_bundle(bundle)
+    sessions = [s for s in shop.raw_sessions(loaded.catalogue, 40, seed=6)]
+    file = session_file(tmp_path / "sessions.parquet", sessions)
+    vectors(bundle, tmp_path / "vectors", sessions=file)
+    told = json.loads((tmp_path / "vectors" / "vectors.json").read_text())
+    tokens = [np.load(tmp_path / "vectors" / f"modality-{name}.npy") for name in told["modalities"]]
+    users = np.load(tmp_path / "vectors" / "sessions.npy")
+    with torch.inference_mode():
+        model = loaded.model
+        expected = model.fusion(torch.from_numpy(users), model.candidates()).numpy()[:, FIRST_ITEM_ROW:]
+    votes = np.stack([users @ token.T for token in tokens])
+    present = np.stack([np.broadcast_to(token.any(1), votes.shape[1:]) for token in tokens])
+    weights = np.exp((told["phi"] or 0.0) * votes) * present
+    fused = (weights * votes).sum(0) / weights.sum(0)
+    ids = np.load(tmp_path / "vectors" / "ids.npy")
+    assert told["item_ids_in_the_score"]
+    fused = np.where(ids.any(1), (users @ ids.T + 2 * fused) / 3, fused)
+    np.testing.assert_allclose(fused, expected, atol=1e-5)

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.side import load_sessions
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.export.bundle import fill_bundle, load_bundle
 from missrec_t4r.export.manifest import MANIFEST_FILE
@@ -91,7 +91,8 @@ def export(
 def _gate(folder: Path, loaded: LoadedRun, sessions: int, progress: Progress) -> dict[str, Any]:
     progress.say("comparing the bundle with the run")
     bundle = load_bundle(folder)
-    histories = sample_histories(Sessions.load(loaded.data / "test"), sessions)
+    side = () if loaded.model.side is None else loaded.model.side.columns
+    histories = sample_histories(load_sessions(loaded.data, "test", side), sessions)
     requests = raw_ids(loaded.catalogue, histories)
     check_rows(bundle.transform, histories, requests)
     workflow = check_workflow(loaded.data, bundle.catalogue, requests)

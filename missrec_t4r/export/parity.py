@@ -115,7 +115,8 @@ def compare_offline(ranker: Ranker, model: MISSRec, histories: Sessions, top_k: 
     """
     indices = np.arange(len(histories))
     length = model.config.max_sequence_length
-    ranking = ranker.rank(histories.padded(indices, length), top_k=top_k)
+    side = histories.padded_features(indices, length)
+    ranking = ranker.rank(histories.padded(indices, length), top_k=top_k, side=side)
     answers = [
         (rows[:n], scores[:n]) for rows, scores, n in zip(ranking.rows, ranking.scores, ranking.n_items, strict=True)
     ]
@@ -145,7 +146,8 @@ def compare_served(
 
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(ask, raw_ids(catalogue, histories)))
-    return compare_answers(model, histories, answers, top_k)
+    items_alone = Sessions(histories.values, histories.offsets)  # what the requests held
+    return compare_answers(model, items_alone, answers, top_k)
 
 
 def compare_answers(model: MISSRec, histories: Sessions, answers: Sequence[Answer], top_k: int) -> Parity:

@@ -221,16 +221,25 @@ def _write(
     counts = np.bincount(_rows(rows_of["train"]), minlength=catalogue.n_rows)[FIRST_ITEM_ROW:]
     catalogues.with_train_count(catalogue, counts).save(folder / CATALOGUE_FOLDER)
     workflow.save(str(folder / "workflow"))
-    _write_request(item_ids, folder, storage, settings["max_sequence_length"])
+    features = _feature_codes(inputs.features, categories)
+    _write_request(item_ids, folder, storage, settings["max_sequence_length"], features)
     clean_worker_cache()  # NVTabular caches vocabularies by path, and this path may be written again
     return _counts(inputs, catalogue, rows_of, counts)
 
 
-def _write_request(item_ids: pa.Array, folder: Path, storage: Path, max_sequence_length: int) -> None:
+def _feature_codes(features: Sequence[str], categories: Mapping[str, pd.Series]) -> dict[str, Any]:
+    """Return how a request's side features are encoded: the values of the codes from 3 on, numbers as they are."""
+    numbers = {name: {"kind": "continuous"} for name in features if name not in categories}
+    return numbers | {name: {"kind": "categorical", "values": v.tolist()} for name, v in categories.items()}
+
+
+def _write_request(
+    item_ids: pa.Array, folder: Path, storage: Path, max_sequence_length: int, features: Mapping[str, Any]
+) -> None:
     request = sessions.build_request_workflow(item_ids, storage / "request", max_sequence_length=max_sequence_length)
     sessions.fit(request, pd.DataFrame({ITEM_ID: [item_ids[:2].to_pylist(), item_ids[:1].to_pylist()]}))
     request.save(str(folder / "request_workflow"))
-    transform = sessions.compile_session_transform(request)
+    transform = sessions.compile_session_transform(request) | {"features": dict(features)}
     if not sessions.request_vocabulary(request).equals(item_ids):
         raise DataError(
             "NVTabular encodes the items in another order than the catalogue", "the order of the item table"

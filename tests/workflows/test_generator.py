@@ -39,7 +39,7 @@ def test_tables_and_pictures(tmp_path: Path) -> None:
     items = pd.read_parquet(tmp_path / "shop" / "items.parquet")
     events = pd.read_parquet(tmp_path / "shop" / "interactions.parquet")
     assert list(items) == ["item_id", "title", "description", "category", "brand", "price", "image"]
-    assert list(events) == ["user_id", "item_id", "timestamp", "event_type"]
+    assert list(events) == ["user_id", "item_id", "timestamp", "event_type", "dwell_seconds", "category"]
     assert (events.user_id.nunique(), len(items), len(events)) == (300, 400, report["events"])
     assert set(events.item_id) <= set(items.item_id)
     assert items.item_id[42] == "P00042"

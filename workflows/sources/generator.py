@@ -10,6 +10,10 @@ related interest: what comes next depends on what came last, so order matters an
 the items appear late, most of them close to the end, and are promoted while new: the last events are about items that
 training has never seen, which only content can find. Times are unix seconds over about a year.
 
+What else an event tells (side features): who buys goes on to the next product, who only looks compares; who stays
+shortly drifts away, and stays longer with the own style; the category is the item's department, also where its text is
+missing. These columns are drawn beside the visits and change none of them.
+
 The same seed gives the same tables and, with one Pillow version, the same pictures. Frozen: models are not tuned on it.
 """
 
@@ -53,6 +57,12 @@ LIKES = 0.85
 """Probability that the user's own style decides."""
 STRAY = 0.08
 """Probability of an event that only popularity explains."""
+STAY, GO_ON, LEAVE, WANDER = range(4)
+"""What a user does after an event: the same product again, the next one, a related interest, any product."""
+KIND_GIVEN_MOVE = ((0.85, 0.12, 0.03), (0.25, 0.20, 0.55), (0.70, 0.10, 0.20), (0.60, 0.20, 0.20))
+"""Probability of view, cart and purchase, by what the user does next."""
+DWELL_GIVEN_MOVE = (90.0, 60.0, 12.0, 30.0)
+"""Median seconds on an item's page, by what the user does next; twice as long with the own style."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,8 @@ class Events:
     item: Ints
     time: Ints
     kind: Ints
+    dwell: Floats
+    """Seconds on the item's page."""
 
 
 def generate_shop(
@@ -110,12 +122,12 @@ def generate_shop(
     rng = np.random.default_rng(seed)
     latent = make_items(items, rng)
     progress.say(f"generating {users:,} users over {items:,} items")
-    events = make_events(latent, users, rng, progress)
+    events = make_events(latent, users, rng, np.random.default_rng([seed, 1]), progress)
     table = _item_table(latent, rng)
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        pq.write_table(_event_table(events), aside / "interactions.parquet")
+        pq.write_table(_event_table(events, latent), aside / "interactions.parquet")
         pq.write_table(table, aside / "items.parquet")
         _draw_all(latent, table, aside, rng, progress)
         aside.chmod(0o755)
@@ -157,15 +169,27 @@ def related_interests(rng: np.random.Generator) -> Floats:
     return drift
 
 
-def make_events(items: Items, users: int, rng: np.random.Generator, progress: Progress = quiet) -> Events:
-    """Let every user walk through the shop; rows are in the order of time."""
+def make_events(
+    items: Items, users: int, rng: np.random.Generator, telling: np.random.Generator, progress: Progress = quiet
+) -> Events:
+    """Let every user walk through the shop; rows are in the order of time.
+
+    Parameters
+    ----------
+    items : Items
+    users : int
+    rng : numpy Generator
+        Draws the visits.
+    telling : numpy Generator
+        Draws what the events tell beside the item.
+    """
     drift = related_interests(rng)
     start = rng.dirichlet(np.full(len(INTERESTS), 3.0))
-    walks = [_walk(items, drift, start, rng) for _ in progress.track(range(users), "visits")]
-    user = np.repeat(np.arange(users), [len(chosen) for chosen, _, _ in walks])
-    item, time, kind = (np.concatenate(parts) for parts in zip(*walks, strict=True))
+    walks = [_walk(items, drift, start, rng, telling) for _ in progress.track(range(users), "visits")]
+    user = np.repeat(np.arange(users), [len(chosen) for chosen, *_ in walks])
+    item, time, kind, dwell = (np.concatenate(parts) for parts in zip(*walks, strict=True))
     order = np.lexsort([user, time])
-    return Events(user[order], item[order], time[order], kind[order])
+    return Events(user[order], item[order], time[order], kind[order], dwell[order])
 
 
 def next_state(interest: int, product: int, drift: Floats, rng: np.random.Generator) -> tuple[int, int]:
@@ -180,12 +204,30 @@ def next_state(interest: int, product: int, drift: Floats, rng: np.random.Genera
     return interest, int(rng.integers(PRODUCTS))
 
 
-def _walk(items: Items, drift: Floats, start: Floats, rng: np.random.Generator) -> tuple[Ints, Ints, Ints]:
+def move_between(before: tuple[int, int], after: tuple[int, int]) -> int:
+    """Name the step from one (interest, product) to the next.
+
+    Examples
+    --------
+    >>> move_between((4, 1), (4, 2)) == GO_ON, move_between((4, 1), (7, 0)) == LEAVE
+    (True, True)
+    """
+    if before == after:
+        return STAY
+    if before[0] != after[0]:
+        return LEAVE
+    return GO_ON if after[1] == before[1] + 1 else WANDER
+
+
+def _walk(
+    items: Items, drift: Floats, start: Floats, rng: np.random.Generator, telling: np.random.Generator
+) -> tuple[Ints, Ints, Ints, Floats]:
     length = int(np.clip(rng.lognormal(math.log(8.5), 0.5), 4, 50))
     times = _visit_times(length, rng)
     likes = int(rng.integers(len(STYLES)))
     interest, product = int(rng.choice(len(start), p=start)), int(rng.integers(PRODUCTS))
     chosen: list[int] = []
+    moves: list[int] = []
     fresh = np.ones(len(items.interest), bool)
     for time in times:
         new = (items.launch > 0) & (time - items.launch < 30 * DAY)
@@ -199,9 +241,14 @@ def _walk(items: Items, drift: Floats, start: Floats, rng: np.random.Generator) 
         item = int(rng.choice(len(weights), p=weights / weights.sum()))
         chosen.append(item)
         fresh[item] = False
+        before = interest, product
         interest, product = next_state(interest, product, drift, rng)
-    kinds = rng.choice(len(EVENT_TYPES), length, p=(0.6, 0.15, 0.25))
-    return np.array(chosen), times, kinds.astype(np.int64)
+        moves.append(move_between(before, (interest, product)))
+    bounds = np.cumsum(np.array(KIND_GIVEN_MOVE)[moves], axis=1)
+    kinds = (rng.random(length)[:, None] > bounds[:, :-1]).sum(1)
+    own = items.style[chosen] == likes
+    dwell = np.array(DWELL_GIVEN_MOVE)[moves] * np.where(own, 2.0, 1.0) * telling.lognormal(0.0, 0.4, length)
+    return np.array(chosen), times, kinds.astype(np.int64), np.round(dwell, 1)
 
 
 def _visit_times(length: int, rng: np.random.Generator) -> Ints:
@@ -210,13 +257,16 @@ def _visit_times(length: int, rng: np.random.Generator) -> Ints:
     return np.sort(last - np.concatenate([[0.0], np.cumsum(gaps)])).astype(np.int64)
 
 
-def _event_table(events: Events) -> pa.Table:
+def _event_table(events: Events, items: Items) -> pa.Table:
+    departments = np.array([interest.department for interest in INTERESTS])
     return pa.table(
         {
             USER_ID: [f"U{user:05d}" for user in events.user],
             ITEM_ID: [_item_id(item) for item in events.item],
             TIMESTAMP: events.time,
             "event_type": np.array(EVENT_TYPES)[events.kind],
+            "dwell_seconds": events.dwell,
+            "category": departments[items.interest[events.item]],
         }
     )
 

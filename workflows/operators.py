@@ -40,6 +40,9 @@ class SessionGroupby(Groupby):
         Joins column and aggregation to the name of the result.
     ascending : bool
         False sorts from late to early; as in the stock operator, ``"first"`` is still the earliest.
+    selected_keys : bool
+        Take the keys from the selected columns. The stock operator takes them from the data set, past all operators
+        before this one: it cannot group by `SessionGap`'s numbers, nor after a filter.
 
     Examples
     --------
@@ -57,13 +60,20 @@ class SessionGroupby(Groupby):
         aggs: str | list[str] | Mapping[str, str | list[str]] = "list",
         name_sep: str = "_",
         ascending: bool = True,
+        selected_keys: bool = False,
     ) -> None:
         super().__init__(groupby_cols, sort_cols, aggs, name_sep, ascending)
+        self.selected_keys = selected_keys
         asked = {str(name) for names in self.conv_aggs.values() for name in names if isinstance(name, str)}
         if unknown := sorted(asked - set(AGGREGATIONS)):
             raise ConfigError(
                 f"aggregation {unknown}", f"any of {AGGREGATIONS}", "use nvtabular.ops.Groupby for others"
             )
+
+    @property
+    def dependencies(self) -> list[str]:
+        """Return the columns that are read from the data set whatever is selected."""
+        return [] if self.selected_keys else self.groupby_cols
 
     def transform(self, col_selector: ColumnSelector, df: Frame) -> Frame:
         """Return one row per key, in the order of the keys."""

@@ -122,12 +122,19 @@ def transform_events(workflow: Workflow, events: pd.DataFrame, partitions: int =
     partitions : int
         More than one bounds the memory of a worker; users are shuffled to partitions by their hash.
     """
-    with _merlin():
-        dataset = Dataset(events) if partitions <= 1 else _shuffled(events, partitions)
-        frame = workflow.transform(dataset).to_ddf().compute(scheduler=_scheduler())
+    frame = transform_dataset(workflow, events, partitions, USER_ID)
     table = frame.to_arrow() if hasattr(frame, "to_arrow") else pa.Table.from_pandas(frame, preserve_index=False)
     table = table.replace_schema_metadata(None).combine_chunks()
     return table.take(pc.sort_indices(table, [(USER_ID, "ascending")])) if partitions > 1 else table
+
+
+def transform_dataset(workflow: Workflow, events: pd.DataFrame, partitions: int, key: str) -> Any:
+    """Return a frame of what a workflow makes of the events, each key's whole in one partition."""
+    with _merlin():
+        dataset = Dataset(events) if partitions <= 1 else _shuffled(events, partitions, key)
+        if not workflow.graph.output_schema:
+            workflow.fit(dataset)
+        return workflow.transform(dataset).to_ddf().compute(scheduler=_scheduler())
 
 
 def session_schema(workflow: Workflow, longest: int) -> Schema:
@@ -195,9 +202,9 @@ def _tags(name: str, categories: Mapping[str, pd.Series]) -> tuple[Tags, ...]:
     return (Tags.CATEGORICAL if name in categories else Tags.CONTINUOUS, Tags.LIST, Tags.SEQUENCE)
 
 
-def _shuffled(events: pd.DataFrame, partitions: int) -> Dataset:
-    """Return partitions that hold users whole, without the empty ones, which Categorify cannot encode."""
-    dataset = Dataset(dd.from_pandas(events, npartitions=partitions, sort=False)).shuffle_by_keys([USER_ID])
+def _shuffled(events: pd.DataFrame, partitions: int, key: str) -> Dataset:
+    """Return partitions that hold keys whole, without the empty ones, which Categorify cannot encode."""
+    dataset = Dataset(dd.from_pandas(events, npartitions=partitions, sort=False)).shuffle_by_keys([key])
     parts = dataset.to_ddf().map_partitions(_with_range_index).persist(scheduler=_scheduler())
     sizes = parts.map_partitions(len).compute(scheduler=_scheduler())
     return Dataset(parts.partitions[[index for index, size in enumerate(sizes) if size]])

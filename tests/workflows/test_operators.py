@@ -18,7 +18,7 @@ from nvtabular.ops.operator import ColumnSelector
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.workflows.operators import SessionGroupby, SessionSlice
 
-FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+MANY = settings(max_examples=130, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 AGGS = {
     "item": ["list", "count", "first", "last"],
     "price": ["list", "first"],
@@ -84,7 +84,7 @@ def _same(ours: pd.DataFrame, stock: pd.DataFrame) -> None:
             assert ours[name].dtype == stock[name].dtype, name
 
 
-@FEW
+@MANY
 @given(events(), st.booleans())
 def test_groupby_equals_stock(frame: pd.DataFrame, ascending: bool) -> None:
     if frame["user"].isna().all():
@@ -95,7 +95,7 @@ def test_groupby_equals_stock(frame: pd.DataFrame, ascending: bool) -> None:
     _same(ours, stock)
 
 
-@FEW
+@MANY
 @given(events())
 def test_groupby_on_two_keys_and_all_columns_equals_stock(frame: pd.DataFrame) -> None:
     frame = frame.drop(columns="note").dropna()
@@ -106,7 +106,7 @@ def test_groupby_on_two_keys_and_all_columns_equals_stock(frame: pd.DataFrame) -
     _same(*(kind(*arguments).transform(selector, frame) for kind in (SessionGroupby, ops.Groupby)))
 
 
-@FEW
+@MANY
 @given(
     st.lists(st.lists(st.integers(-5, 5), max_size=7), min_size=1, max_size=9),
     st.integers(-8, 8),
@@ -123,7 +123,7 @@ def test_slice_equals_stock(lists: list[list[int]], start: int, end: int | None,
     _same(*(op(start, end).transform(selector, frame) for op in (SessionSlice, ops.ListSlice)))
 
 
-@FEW
+@MANY
 @given(st.lists(st.lists(st.integers(-5, 5), max_size=6), min_size=1, max_size=6), st.integers(1, 4), st.booleans())
 def test_padded_slice_equals_stock(lists: list[list[int]], size: int, from_end: bool) -> None:
     frame, selector = pd.DataFrame({"x": pd.Series(lists, dtype=object)}), ColumnSelector(["x"])

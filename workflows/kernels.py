@@ -1,0 +1,94 @@
+"""Arithmetic on events sorted by key and time, shared by the operators and by the fast path, for numpy and cupy.
+
+Times are numbers in seconds (or whatever unit the events have; gaps then are in that unit). ``leads`` is True where
+an event is the first of its key. Weekdays count from Monday = 0; 1970-01-01 was a Thursday.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Array = Any
+"""numpy.ndarray or cupy.ndarray."""
+
+SECONDS_PER_DAY = 86_400
+_THURSDAY = 3
+
+
+def gaps(times: Array, leads: Array, xp: Any = np) -> Array:
+    """Return the time since the previous event of the same key, 0 for the first, [event].
+
+    Examples
+    --------
+    >>> gaps(np.array([5, 9, 2]), np.array([True, False, True])).tolist()
+    [0, 4, 0]
+    """
+    passed = xp.zeros_like(times)
+    passed[1:] = times[1:] - times[:-1]
+    return xp.where(leads, 0, passed)
+
+
+def session_numbers(passed: Array, leads: Array, limit: float, xp: Any = np) -> Array:
+    """Return for each event how many pauses longer than ``limit`` its key has made before it, [event], int64.
+
+    Examples
+    --------
+    >>> session_numbers(np.array([0, 4, 60, 0]), np.array([True, False, False, True]), 30).tolist()
+    [0, 0, 1, 0]
+    """
+    pauses = xp.cumsum((passed > limit) & ~leads)
+    if not len(pauses):
+        return xp.zeros(0, "int64")
+    return (pauses - pauses[leads][xp.cumsum(leads) - 1]).astype("int64")
+
+
+def hours(times: Array, offset: float = 0, xp: Any = np) -> Array:
+    """Return the hour of the day, 0 to 23, of a clock that is ``offset`` seconds ahead of UTC."""
+    return (xp.floor_divide(times + offset, 3600) % 24).astype("int64")
+
+
+def weekdays(times: Array, offset: float = 0, xp: Any = np) -> Array:
+    """Return the day of the week, Monday = 0, of a clock that is ``offset`` seconds ahead of UTC.
+
+    Examples
+    --------
+    >>> weekdays(np.array([0, 4 * 86_400])).tolist()
+    [3, 0]
+    """
+    return ((xp.floor_divide(times + offset, SECONDS_PER_DAY) + _THURSDAY) % 7).astype("int64")
+
+
+def recencies(times: Array, newest: float) -> Array:
+    """Return how many days before ``newest`` an event happened, [event], float32."""
+    return ((newest - times) / SECONDS_PER_DAY).astype("float32")
+
+
+def core(codes: list[Array], counts: Array, least: int) -> Array:
+    """Return which combinations survive when every code of every column must occur ``least`` times, [combination].
+
+    What is too rare is left out until nothing changes; the result does not depend on the order of the columns.
+
+    Parameters
+    ----------
+    codes : list of ndarray [combination], int
+        One array per column, for example users and items.
+    counts : ndarray [combination]
+        How many events a combination stands for.
+    least : int
+        Events that a code needs.
+
+    Examples
+    --------
+    >>> core([np.array([0, 0, 1]), np.array([0, 1, 1])], np.array([2, 1, 1]), 2).tolist()
+    [True, False, False]
+    """
+    alive = np.ones(len(counts), bool)
+    while True:
+        before = int(alive.sum())
+        for column in codes:
+            seen = np.bincount(column[alive], weights=counts[alive], minlength=int(column.max(initial=-1)) + 1)
+            alive &= seen[column] >= least
+        if int(alive.sum()) == before:
+            return alive

@@ -2,6 +2,7 @@
 # make demo DATA=path/to/dataset   the same on real data
 # make test                        lint, types and tests: what CI runs
 # make test-set-a                  the tests on the older pins, those of NVIDIA's Merlin containers
+# make bench-quality DATA=… RECIPE=default SEEDS=3    quality over seeds; SUBSET=FILE, MODALITY="text=FILE image=FILE"
 # make lint | format | clean
 # Settings: PYTHON (python3.11), VENV (.venv), DATA, OUT (work/demo), TESTS (tests), PYTEST_ARGS
 
@@ -11,6 +12,11 @@ VENV_A ?= .venv-a
 DATA ?=
 OUT ?= work/demo
 TESTS ?= tests
+RECIPE ?= default
+SEEDS ?= 3
+SUBSET ?=
+MODALITY ?=
+NAME ?=
 PYTEST_ARGS ?=
 
 # T4R's Trainer unpickles its own checkpoints on resume; Merlin 23.8 knows the classic dask.dataframe only.
@@ -22,7 +28,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-set-a lint types format clean
+.PHONY: help install demo test test-set-a bench-quality lint types format clean
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -56,6 +62,10 @@ demo: $(VENV)/.installed
 test: lint
 	@echo "==> tests"
 	@$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) $(TESTS)
+
+bench-quality: $(VENV)/.installed
+	@$(VENV)/bin/python -m benchmarks.quality.bench --data "$(DATA)" --recipe $(RECIPE) --seeds $(SEEDS) $(if $(SUBSET),--interactions $(SUBSET)) \
+	  $(foreach pair,$(MODALITY),--modality $(pair)) $(if $(NAME),--name $(NAME))
 
 test-set-a: $(VENV_A)/.installed
 	@echo "==> tests on the older pins"

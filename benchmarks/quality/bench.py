@@ -62,7 +62,7 @@ def bench(
         "seeds": seeds,
         **_summary([one["test"][KEPT]["model"] for one in done]),
         EXCLUDED: _summary([one["test"][EXCLUDED]["model"] for one in done]),
-        "valid_ndcg@10": _spread([one["run"]["valid_ndcg@10"] for one in done]),
+        "valid_ndcg@10": spread([one["run"]["valid_ndcg@10"] for one in done]),
         "baselines": {
             protocol: {
                 system: {metric: round(values[metric], 4) for metric in METRICS}
@@ -107,10 +107,10 @@ def _label(recipe: str, settings: dict[str, Any] | None) -> str:
 
 
 def _summary(seeds: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    return {metric: _spread([one[metric] for one in seeds]) for metric in METRICS}
+    return {metric: spread([one[metric] for one in seeds]) for metric in METRICS}
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     """Return mean and sample standard deviation (0 for one value)."""
     std = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": round(statistics.fmean(values), 5), "std": round(std, 5)}
@@ -121,9 +121,9 @@ def pairs(options: Sequence[str]) -> dict[str, str]:
     return dict(option.split("=", 1) for option in options)
 
 
-def arguments() -> argparse.ArgumentParser:
+def arguments(words: str | None = None) -> argparse.ArgumentParser:
     """Return the options that name a data set, shared by the quality benchmarks."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(words or __doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with interactions, items and vectors")
     parser.add_argument("--interactions", default=INTERACTIONS, help="file of the folder")
     parser.add_argument("--modality", action="append", default=[], help="NAME=FILE of the folder; repeatable")

@@ -1,0 +1,106 @@
+"""What is left of a run when a modality is withheld at test time: Recall@10, and its share of the full one.
+
+    python -m benchmarks.quality.missing_modality --run work/bench/…/seed-2020 [--run …]
+
+Vectors are withheld before anything reads them: towers, interests and look-alikes see a catalogue without them. ID
+embeddings and co-occurrence counts stay, where the model has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import report
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.evaluation.full_ranking import PROTOCOLS, quick_metrics
+from missrec_t4r.evaluation.model_scorer import ModelScorer
+from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.schema import FIRST_ITEM_ROW
+from missrec_t4r.training.checkpoint import load_run
+
+_SEED = 2020
+
+
+def withheld(catalogue: Catalogue, hidden: dict[str, np.ndarray[Any, np.dtype[np.bool_]]]) -> Catalogue:
+    """Return the catalogue without some vectors.
+
+    Parameters
+    ----------
+    hidden : dict of str to ndarray [row], bool
+        Per modality, the rows that lose it.
+    """
+    modalities = {
+        name: dataclasses.replace(
+            modality,
+            vectors=np.where(hidden[name][:, None], 0, modality.vectors).astype(modality.vectors.dtype),
+            present=modality.present & ~hidden[name],
+        )
+        for name, modality in catalogue.modalities.items()
+    }
+    return dataclasses.replace(catalogue, modalities=modalities)
+
+
+def without_vectors(model: MISSRec, catalogue: Catalogue) -> MISSRec:
+    """Build the trained model over another catalogue of the same rows; clusters are those of training."""
+    other = build_missrec(model.config, catalogue)
+    trained = model.state_dict()
+    keep = other.state_dict() | trained
+    other.load_state_dict({name: keep[name] for name in other.state_dict()})
+    other.interests.assignment[~other.towers.presence] = 0
+    if other.lookalikes is not None and other.lookalikes.active:
+        vectors = {name: other.towers.vectors.get_buffer(name) for name in other.towers.names}
+        other.lookalikes.fit(vectors, other.towers.presence)
+    return other.eval()
+
+
+def measure(run: Path) -> dict[str, Any]:
+    """Return Recall@10 and NDCG@10 per protocol for every way to withhold, and the share of Recall@10 kept."""
+    loaded = load_run(run)
+    catalogue, sessions = loaded.catalogue, Sessions.load(loaded.data / "test").known()
+    nothing = np.zeros(catalogue.n_rows, bool)
+    names = list(catalogue.modalities)
+    cases = {"nothing": dict.fromkeys(names, nothing)}
+    for name in names:
+        cases[f"all {name}"] = {**cases["nothing"], name: ~nothing}
+    rng = np.random.default_rng(_SEED)
+    several = np.sum([modality.present for modality in catalogue.modalities.values()], 0) > 1
+    half = several & (rng.random(catalogue.n_rows) < 0.5) & (np.arange(catalogue.n_rows) >= FIRST_ITEM_ROW)
+    loser = rng.integers(len(names), size=catalogue.n_rows)
+    cases["a random one of half the items"] = {name: half & (loser == index) for index, name in enumerate(names)}
+    found: dict[str, Any] = {}
+    for case, hidden in cases.items():
+        reduced = withheld(catalogue, hidden)
+        model = without_vectors(loaded.model, reduced)
+        metrics = quick_metrics(ModelScorer.with_popularity(model, reduced), sessions, catalogue.n_rows)
+        found[case] = {
+            protocol: {key: round(float(metrics[protocol][key] or 0), 4) for key in ("recall@10", "ndcg@10")}
+            for protocol in PROTOCOLS
+        }
+    full = found["nothing"]
+    shares = {
+        case: {p: round(values[p]["recall@10"] / max(full[p]["recall@10"], 1e-9), 3) for p in PROTOCOLS}
+        for case, values in found.items()
+        if case != "nothing"
+    }
+    config = loaded.recipe.model
+    kept = ("item_ids", "modality_dropout", "id_dropout", "n_neighbours", "n_lookalikes", "history_bias")
+    return {"model": {key: getattr(config, key) for key in kept}, "withheld": found, "recall_kept": shares}
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--run", type=Path, action="append", required=True, help="folder of missrec train; repeatable")
+    parser.add_argument("--name", default="missing-modality")
+    options = parser.parse_args()
+    report(options.name, {"runs": {str(Path(*run.parts[-2:])): measure(run) for run in options.run}})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,3 +1,3 @@
-"""The workflows are imported first: dask reads its settings when it is imported, and `missrec_t4r.workflows` sets them."""
+"""Import the workflows first: dask reads its settings when it is imported, and `missrec_t4r.workflows` sets them."""
 
 import missrec_t4r.workflows  # noqa: F401 - for its effect

@@ -2,12 +2,13 @@
 
 Text: hashed word and character n-grams, tf-idf, truncated SVD. Image: colour histogram, gradient orientations in a
 grid of cells and a small thumbnail, reduced by PCA. They need no download, run in seconds and are deterministic, but
-know no synonyms and no objects: take CLIP or a sentence encoder where you can (``missrec etl --modality``).
+know no synonyms and no objects: take CLIP or a sentence encoder where you can (`missrec_t4r.workflows.pretrained`).
+What they were fitted to is returned as `Encoded.state`; given back, it encodes new items exactly like the old ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import sklearn
 from PIL import Image
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
-from sklearn.pipeline import make_pipeline, make_union
+from sklearn.pipeline import make_union
 from sklearn.preprocessing import normalize
 
 from missrec_t4r.errors import ModalityError
@@ -26,10 +27,13 @@ from missrec_t4r.progress import Progress, quiet
 
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
+State = Mapping[str, npt.NDArray[Any]]
 
 HASH_WIDTH = 2**15
 SIDE, CELLS, ORIENTATIONS, THUMBNAIL, COLOURS = 64, 4, 8, 8, 4
 """Picture size in pixels, cells per side, gradient directions, thumbnail size, levels per colour channel."""
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no picture."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,23 @@ class Encoded:
         Fingerprint: name, parameters, library version.
     broken : list of int
         Items whose content is there but cannot be read.
+    state : mapping of str to ndarray
+        What was fitted; encodes further items.
+    cached : int
+        Items whose vectors were not worked out but found.
     """
 
     vectors: Floats
     present: Bools
     encoder: dict[str, Any]
     broken: list[int] = field(default_factory=list)
+    state: State = field(default_factory=dict)
+    cached: int = 0
 
 
-def encode_texts(texts: Sequence[str | None], *, width: int = 128, seed: int = 0) -> Encoded:
+def encode_texts(
+    texts: Sequence[str | None], *, width: int = 128, seed: int = 0, state: State | None = None
+) -> Encoded:
     """Encode one text per item.
 
     Parameters
@@ -65,6 +77,8 @@ def encode_texts(texts: Sequence[str | None], *, width: int = 128, seed: int = 0
         Upper bound; fewer texts give narrower vectors.
     seed : int
         Of the randomised decomposition.
+    state : mapping of str to ndarray, optional
+        Of an earlier call: nothing is fitted then, and equal texts get equal vectors.
 
     Raises
     ------
@@ -81,24 +95,48 @@ def encode_texts(texts: Sequence[str | None], *, width: int = 128, seed: int = 0
     characters = HashingVectorizer(
         n_features=HASH_WIDTH, analyzer="char_wb", ngram_range=(3, 5), norm=None, alternate_sign=False
     )
-    hashed = make_union(words, characters).transform([text or "" for text in texts])
+    hashed = make_union(words, characters).transform([text or "" for text in texts]).tocsr()
     present = np.asarray(hashed[:, :HASH_WIDTH].sum(1)).ravel() > 0  # at least one word
-    _refuse_lonely("text", present)
-    width = min(width, int(present.sum()) - 1)
-    reduce = make_pipeline(TfidfTransformer(sublinear_tf=True), TruncatedSVD(width, n_iter=5, random_state=seed))
+    if state is None:
+        _refuse_lonely("text", present)
+        state = _fit_texts(hashed[present], min(width, int(present.sum()) - 1), seed)
     encoder = {
         "name": "classical-text",
         "method": "hashed word 1-2-grams and character 3-5-grams, tf-idf, truncated SVD",
         "stands_in_for": "a pretrained text encoder",
-        "width": width,
+        "width": len(state["components"]),
         "seed": seed,
         "library": f"scikit-learn {sklearn.__version__}",
     }
-    return Encoded(_spread(reduce.fit_transform(hashed[present]), present), present, encoder)
+    return Encoded(_spread(_project_texts(hashed[present], state), present), present, encoder, state=state)
+
+
+def _fit_texts(hashed: Any, width: int, seed: int) -> State:
+    """Fit tf-idf and the decomposition, and keep the columns that occur."""
+    weighted = TfidfTransformer(sublinear_tf=True).fit(hashed)
+    reduced = TruncatedSVD(width, n_iter=5, random_state=seed).fit(weighted.transform(hashed))
+    used = np.unique(hashed.indices)
+    return {
+        "columns": used.astype(np.int32),
+        "idf": weighted.idf_[used].astype(np.float32),
+        "components": np.ascontiguousarray(reduced.components_[:, used], np.float32),
+    }
+
+
+def _project_texts(hashed: Any, state: State) -> npt.NDArray[np.floating[Any]]:
+    """Return tf-idf with the fitted weights times the fitted components, [item, width]; new n-grams count nothing."""
+    known = hashed[:, state["columns"]].astype(np.float64)
+    known.data = (1 + np.log(known.data)) * state["idf"][known.indices]
+    return np.asarray(normalize(known) @ state["components"].T)
 
 
 def encode_images(
-    paths: Sequence[Path | None], *, width: int = 128, seed: int = 0, progress: Progress = quiet
+    paths: Sequence[Path | None],
+    *,
+    width: int = 128,
+    seed: int = 0,
+    state: State | None = None,
+    progress: Progress = quiet,
 ) -> Encoded:
     """Encode one picture per item.
 
@@ -109,6 +147,8 @@ def encode_images(
         listed as broken.
     width : int
         Upper bound; fewer pictures give narrower vectors.
+    state : mapping of str to ndarray, optional
+        Of an earlier call: nothing is fitted then.
 
     Raises
     ------
@@ -124,22 +164,28 @@ def encode_images(
             with Image.open(path) as image:
                 described.append(describe(image))
             present[item] = True
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except UNREADABLE:
             broken.append(item)
-    _refuse_lonely("image", present)
-    table = np.stack(described)
-    width = min(width, len(table) - 1, table.shape[1])
+    if state is None:
+        _refuse_lonely("image", present)
+        state = _fit_images(np.stack(described), width, seed)
     encoder = {
         "name": "classical-image",
         "method": "colour histogram, gradient orientations per cell and thumbnail, PCA",
         "stands_in_for": "a pretrained image encoder",
         "side": SIDE,
-        "width": width,
+        "width": len(state["components"]),
         "seed": seed,
         "library": f"scikit-learn {sklearn.__version__}",
     }
-    vectors = PCA(width, svd_solver="randomized", random_state=seed).fit_transform(table)
-    return Encoded(_spread(vectors, present), present, encoder, broken)
+    table = np.stack(described) if described else np.zeros((0, len(state["mean"])), np.float32)
+    return Encoded(_spread((table - state["mean"]) @ state["components"].T, present), present, encoder, broken, state)
+
+
+def _fit_images(table: Floats, width: int, seed: int) -> State:
+    width = min(width, len(table) - 1, table.shape[1])
+    reduced = PCA(width, svd_solver="randomized", random_state=seed).fit(table)
+    return {"mean": reduced.mean_.astype(np.float32), "components": reduced.components_.astype(np.float32)}
 
 
 def describe(image: Image.Image) -> Floats:
@@ -170,7 +216,8 @@ def _unit(values: Floats) -> Floats:
 
 def _spread(vectors: npt.NDArray[np.floating[Any]], present: Bools) -> Floats:
     full = np.zeros((len(present), vectors.shape[1]), np.float32)
-    full[present] = normalize(vectors)
+    if present.any():
+        full[present] = normalize(vectors)
     return full
 
 

@@ -80,9 +80,38 @@ def features(
     text_columns: Annotated[str, typer.Option(help="Columns of the item table, joined; comma-separated.")] = "",
     image_column: Annotated[str | None, typer.Option(help="Column with the picture's file name.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder that the file names are relative to.")] = None,
+    text_encoder: Annotated[
+        str, typer.Option(help="classical, or a CLIP or sentence model: folder or name.")
+    ] = "classical",
+    image_encoder: Annotated[str, typer.Option(help="classical, or a CLIP model: folder or name.")] = "classical",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    batch_size: Annotated[int, typer.Option(help="Texts or pictures per forward pass.")] = 64,
+    width: Annotated[int, typer.Option(help="Upper bound of the classical encoders' width.")] = 128,
+    whiten: Annotated[bool, typer.Option("--whiten", help="Give every direction the same variance.")] = False,
+    reduce_to: Annotated[int | None, typer.Option(help="Keep so many directions of greatest variance.")] = None,
+    word_drop: Annotated[float, typer.Option(help="Share of words left out in the second text of pre-training.")] = 0.0,
+    like: Annotated[Path | None, typer.Option(help="Data folder whose encoders and fitted state are used.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of cached vectors; by default DATA.features.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be encoded, write nothing.")] = False,
 ) -> dict[str, Any]:
-    """Make modality vectors from texts and pictures with the built-in classical encoders."""
-    columns = [name.strip() for name in text_columns.split(",") if name.strip()]
+    """Make modality vectors from texts and pictures: pretrained encoders, or classical ones without a download."""
     return commands.features(
-        data, text_columns=columns, image_column=image_column, images=images, progress=TerminalProgress()
+        data,
+        text_columns=[name.strip() for name in text_columns.split(",") if name.strip()],
+        image_column=image_column,
+        images=images,
+        text_encoder=text_encoder,
+        image_encoder=image_encoder,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        width=width,
+        whiten=whiten,
+        reduce_to=reduce_to,
+        word_drop=word_drop,
+        like=like,
+        cache=cache,
+        dry_run=dry_run,
+        progress=TerminalProgress(),
     )

@@ -35,14 +35,9 @@ def etl(
 
 
 def features(
-    data: Path,
-    *,
-    text_columns: Sequence[str] = (),
-    image_column: str | None = None,
-    images: Path | None = None,
-    progress: Progress = quiet,
+    data: Path, *, text_columns: Sequence[str] = (), progress: Progress = quiet, **options: Any
 ) -> dict[str, Any]:
-    """Add modality vectors to a data folder's catalogue; see `missrec_t4r.workflows.features`."""
+    """Add modality vectors to a catalogue; every option is documented in `missrec_t4r.workflows.features.features`."""
     from missrec_t4r.workflows.features import features as extract
 
-    return extract(data, text_columns=list(text_columns), image_column=image_column, images=images, progress=progress)
+    return extract(data, text_columns=list(text_columns), progress=progress, **options)

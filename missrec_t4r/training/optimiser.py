@@ -30,7 +30,7 @@ class Optimiser:
     def __init__(
         self, model: nn.Module, train: TrainConfig, by_rows: frozenset[nn.Parameter], device: torch.device
     ) -> None:
-        self.train, self.weights = train, list(model.parameters())
+        self.train, self.weights, self.rate = train, list(model.parameters()), 0.0
         whole = [weight for weight in self.weights if weight not in by_rows]
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(whole, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
@@ -50,6 +50,7 @@ class Optimiser:
 
     def step(self, rate: float) -> None:
         """Sum the gradients over the processes, clip them and move the weights at this learning rate."""
+        self.rate = rate
         distributed.sum_gradients(self.weights)
         for part in self.parts:
             for group in part.param_groups:

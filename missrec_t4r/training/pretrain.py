@@ -25,7 +25,9 @@ from missrec_t4r.model.objectives import orthogonality_loss
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import UNKNOWN_ROW
 from missrec_t4r.training import distributed
+from missrec_t4r.training.arithmetic import autocast, widened
 from missrec_t4r.training.finetune import Trainer
+from missrec_t4r.training.step import Totals
 
 PRETRAINING = "pretraining"
 """Key of `run.json` that marks a pre-training run."""
@@ -77,8 +79,7 @@ def pretrain(
     domains = load_domains(folders)
     if not (domains.splits["train"].lengths >= 2).any():
         raise DataError("no training session has two known items", "sessions to learn from", "check the ETL")
-    device_ = distributed.own_device(device)
-    with distributed.joined(device_):
+    with distributed.joined(distributed.own_device(device)):
         trainer = Pretrainer(resolved, domains, folders, Path(out), device, progress)
         if resume:
             trainer.resume()
@@ -114,7 +115,7 @@ class Pretrainer(Trainer):
         facts = _facts(domains, folders, out)
         splits = domains.splits
         super().__init__(
-            recipe, domains.catalogue, splits["train"], splits["valid"], out, device, progress, lambda _: facts
+            recipe, domains.catalogue, splits["train"], splits["valid"], out, device, progress, lambda *_: facts
         )
         varied = {
             name: torch.from_numpy(modality.variants[WORD_DROP])
@@ -133,10 +134,10 @@ class Pretrainer(Trainer):
         if epoch == 0:
             self.model.discover_interests(self.recipe.train.seed)
 
-    def loss(self, batch: TrainingBatch) -> Tensor:
-        """Return the objective of one batch."""
+    def loss(self, batch: TrainingBatch, totals: Totals | None = None) -> Tensor:
+        """Return the objective of a batch, or of this process's part of it."""
         if self.recipe.pretrain.objective == "full_softmax":
-            return super().loss(batch)
+            return super().loss(batch, totals)
         return contrastive_loss(self.model, batch, self.recipe, self.word_drop)
 
 
@@ -160,15 +161,17 @@ def contrastive_loss(model: MISSRec, batch: TrainingBatch, recipe: Recipe, word_
     wanted = (targets > 0) & model.recommendable[targets]
     positives = targets[wanted]
     everyone = distributed.gather_rows(positives)
-    items = BatchTokens.of(model.towers, item_ids, everyone)
-    encoded = model.encode(item_ids, items=items.take(item_ids), last_only=targets.ndim == 1)
+    view = augmented_view(item_ids, settings, has_word_drop=word_drop is not None)
+    with autocast(recipe.train.precision, item_ids.device):
+        items = BatchTokens.of(model.towers, item_ids, everyone)
+        encoded = _widened(model.encode(item_ids, items=items.take(item_ids), last_only=targets.ndim == 1))
+        other = _widened(_encode_view(model, view, items, word_drop)) if settings.sequence_sequence_weight else None
+    items = items._replace(tokens=items.tokens._replace(modality=widened(items.tokens.modality)))
     first = distributed.rows_before(len(positives), positives.device)
     contrast = SequenceItemContrast(model.fusion, temperature)
     loss = contrast(encoded.vectors[wanted], positives, everyone, items, first)
     regulariser = _orthogonality(model, encoded)
-    if settings.sequence_sequence_weight:
-        view = augmented_view(item_ids, settings, has_word_drop=word_drop is not None)
-        other = _encode_view(model, view, items, word_drop)
+    if other is not None:
         vectors, targets, wanted = _last_positions(item_ids, encoded.vectors, targets, wanted)
         positives = targets[wanted]
         everyone = distributed.gather_rows(positives)
@@ -185,6 +188,10 @@ def _encode_view(model: MISSRec, view: View, items: BatchTokens, word_drop: Word
     if word_drop is not None and view.word_dropped is not None:
         tokens = word_drop(tokens, view.item_ids, view.word_dropped)
     return model.encode(view.item_ids, items=tokens, last_only=True)
+
+
+def _widened(encoded: Encoded) -> Encoded:
+    return encoded._replace(vectors=widened(encoded.vectors), memory=widened(encoded.memory))
 
 
 def _last_positions(item_ids: Tensor, *by_position: Tensor) -> list[Tensor]:

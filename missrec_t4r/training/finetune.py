@@ -159,7 +159,8 @@ class Trainer:
         if settings.compile:
             arithmetic.compile_(self.model)
         distributed.broadcast_([weight.data for weight in self.model.parameters()])
-        torch.manual_seed(settings.seed + self.world.rank)  # from here on every process draws its own dropout
+        if self.world.rank:
+            torch.manual_seed(settings.seed + self.world.rank)  # from here on every process draws its own dropout
         self.softmax = self._softmax()
         self.optimizer = Optimiser(self.model, settings, self._by_rows(), self.device)
         self.average = AveragedWeights(self.model, settings.ema_decay)

@@ -13,6 +13,7 @@ from missrec_t4r.errors import ConfigError
 from missrec_t4r.model.objectives import orthogonality_loss
 from missrec_t4r.training.checkpoint import RUN_FILE, STATE_FILE, load_tensors
 from missrec_t4r.training.pretrain import Pretrainer, contrastive_loss, pretrain
+from missrec_t4r.training.step import Totals
 from tests.equations import reference as ref
 from tests.equations import small_shop as shop
 from tests.pretraining.conftest import SMALL
@@ -85,9 +86,9 @@ def test_a_batch_mixes_domains_and_interests_are_found_once(shops: dict[str, Pat
     domains, seen = load_domains(folders), []
 
     class Watched(Pretrainer):
-        def loss(self, batch: TrainingBatch) -> torch.Tensor:
+        def loss(self, batch: TrainingBatch, totals: Totals | None = None) -> torch.Tensor:
             seen.append(set(domains.domain[batch.item_ids.numpy().ravel()].tolist()))
-            return super().loss(batch)
+            return super().loss(batch, totals)
 
     recipe = Recipe.load("pretrain", SMALL | {"train.epochs": 2})
     trainer = Watched(recipe, domains, folders, tmp_path)
@@ -108,10 +109,10 @@ def test_a_killed_run_ends_as_if_it_had_never_stopped(shops: dict[str, Path], tm
         pass
 
     class Dies(Pretrainer):
-        def _epoch(self) -> dict[str, object]:
-            if self.status["epoch"] == 1:
+        def refresh_interests(self, epoch: int) -> None:
+            if epoch == 1:
                 raise Killed
-            return super()._epoch()
+            super().refresh_interests(epoch)
 
     victim = Dies(Recipe.load("pretrain", settings), load_domains(folders), folders, tmp_path / "killed")
     with pytest.raises(Killed):

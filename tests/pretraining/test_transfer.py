@@ -1,0 +1,177 @@
+"""`missrec train --from`: what is loaded, frozen and started anew, what is refused, and that it helps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from missrec_t4r.config import Recipe
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.errors import CheckpointError, ConfigError, ModalityError
+from missrec_t4r.model.missrec import build_missrec
+from missrec_t4r.training.checkpoint import load_run, load_tensors
+from missrec_t4r.training.transfer import load_pretrained, read_source, train_from
+from tests.pretraining.conftest import IMAGE_WIDTH, SMALL, TEXT_WIDTH, angles, modality, write_shop
+
+ONE_EPOCH = SMALL | {"train.epochs": 1, "model.n_neighbours": 0}
+
+
+def _parts(report: dict) -> dict[str, dict]:
+    return {part["name"]: part for part in report["parts"]}
+
+
+def test_the_published_freeze_trains_adapters_norm_fusion_and_ids(
+    shops: dict[str, Path], pretrained: Path, tmp_path: Path
+) -> None:
+    result = train_from(
+        shops["tools"], tmp_path / "run", pretrained, recipe="pretrain", settings=ONE_EPOCH | {"model.item_ids": True}
+    )
+    before = load_tensors(pretrained / "weights.safetensors")
+    after = load_tensors(tmp_path / "run" / "weights.safetensors")
+    moved = {name for name in after if name in before and not torch.equal(after[name], before[name])}
+    stays = {
+        name for name in before if name.startswith(("encoder.", "decoder.layers.", "decoder.norm.", "decoder.pos"))
+    }
+    assert not moved & stays
+    assert {"towers.adapters.text.weight", "decoder.norm_input.weight", "history_bias"} <= moved
+    parts = _parts(result["start"])
+    assert {name for name, part in parts.items() if part["frozen"]} == {"position embedding", "encoder", "decoder"}
+    assert parts["adapter text"]["status"] == "loaded"
+    assert parts["adapter image"]["status"] == "unexpected"  # this shop has no pictures
+    assert parts["item IDs"]["status"] == "missing"
+    assert parts["interests"]["status"] == "re-initialised"
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert info["start"]["kind"] == "from"
+    assert info["start"]["freeze"] == "encoder_decoder"
+    moved = {name for name in moved if not name.startswith(("interests.", "lookalikes."))} | {
+        "fusion.phi"
+    }  # one modality
+    trained = sum(after[name].numel() for name in moved) + parts["item IDs"]["parameters"]
+    assert info["start"]["trainable_parameters"] == trained
+    assert info["start"]["trainable_share"] == pytest.approx(trained / info["start"]["parameters"], abs=1e-4)
+    assert load_run(tmp_path / "run").recipe.model.item_ids
+
+
+def test_every_weight_that_can_be_taken_over_is(shops: dict[str, Path], pretrained: Path) -> None:
+    """Another name for the same encoder's vectors finds its adapter; scores are then those of the same weights."""
+    catalogue = Catalogue.load(shops["toys"] / "catalogue")
+    config = Recipe.load("pretrain", SMALL).model
+    torch.manual_seed(5)
+    model = build_missrec(config, catalogue)
+    report = load_pretrained(model, catalogue, read_source(pretrained), freeze="none")
+    theirs = load_tensors(pretrained / "weights.safetensors")
+    own = model.state_dict()
+    assert torch.equal(own["towers.adapters.title.weight"], theirs["towers.adapters.text.weight"])
+    same = [name for name in own if not name.startswith(("towers.adapters.title", "interests.", "lookalikes."))]
+    assert [name for name in same if not torch.equal(own[name], theirs[name])] == []
+    assert _parts(report)["adapter title"]["note"] == "from 'text', the same encoder under another name"
+    assert report["trainable_share"] == 1.0
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_pretraining_helps_from_the_first_epoch_on(shops: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
+    """The three shops obey one law that their common encoder shows, so what two of them taught holds in the third."""
+    from missrec_t4r.training.finetune import train
+
+    alone = train(shops["tools"], tmp_path / "alone", recipe="pretrain", settings=ONE_EPOCH)
+    helped = train_from(shops["tools"], tmp_path / "helped", pretrained, recipe="pretrain", settings=ONE_EPOCH)
+    assert helped["valid_ndcg@10"] > alone["valid_ndcg@10"] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "frozen"),
+    [
+        ({"freeze": "none"}, set()),
+        ({"freeze": "all_loaded"}, {"position embedding", "encoder", "decoder", "adapter text"}),
+        ({"take": "adapters"}, set()),
+    ],
+)
+def test_freezing_and_taking_can_be_chosen(
+    shops: dict[str, Path], pretrained: Path, options: dict, frozen: set[str]
+) -> None:
+    catalogue = Catalogue.load(shops["tools"] / "catalogue")
+    model = build_missrec(Recipe.load("pretrain", SMALL).model, catalogue)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = load_pretrained(model, catalogue, read_source(pretrained), **({"freeze": "none"} | options))
+    parts = _parts(report)
+    assert {name for name, part in parts.items() if part["frozen"]} == frozen
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert report["trainable_parameters"] == trainable
+    if options.get("take") == "adapters":
+        assert parts["encoder"]["status"] == "re-initialised"
+        assert torch.equal(model.state_dict()["encoder.norm.weight"], before["encoder.norm.weight"])
+        assert not torch.equal(model.state_dict()["towers.adapters.text.weight"], before["towers.adapters.text.weight"])
+
+
+def test_what_makes_no_sense_is_refused_with_the_cure(shops: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
+    out, tools = tmp_path / "run", shops["tools"]
+    with pytest.raises(CheckpointError, match=r"d_model 32.*d_model 16.*--set model.d_model=16 --set model.n_decoder"):
+        train_from(
+            tools,
+            out,
+            pretrained,
+            recipe="pretrain",
+            settings=SMALL | {"model.d_model": 32, "model.n_decoder_layers": 2},
+        )
+    with pytest.raises(CheckpointError, match="add --set model.feature_scaling=l2"):
+        train_from(tools, out, pretrained, recipe="pretrain", settings=SMALL | {"model.feature_scaling": "none"})
+    with pytest.raises(CheckpointError, match=r"would be frozen without having been loaded.*--freeze none"):
+        train_from(tools, out, pretrained, freeze="encoder_decoder", take="adapters", recipe="pretrain", settings=SMALL)
+    with pytest.raises(ConfigError, match="--freeze everything"):
+        train_from(tools, out, pretrained, freeze="everything", recipe="pretrain", settings=SMALL)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="a finished run"):
+        train_from(tools, out, tmp_path / "nowhere", recipe="pretrain", settings=SMALL)
+    with pytest.raises(CheckpointError, match="missrec train --from"):
+        load_run(pretrained)
+    assert not out.exists()
+
+
+def test_vectors_of_another_or_an_unknown_encoder_are_refused(pretrained: Path, tmp_path: Path) -> None:
+    other = modality(angles(9), TEXT_WIDTH, 9, "other-text@1")
+    write_shop(tmp_path / "other", list("abcdefghi"), {"text": other})
+    with pytest.raises(CheckpointError, match=r"here text \(other-text@1\).*text \(ring-text@1\)"):
+        train_from(tmp_path / "other", tmp_path / "run", pretrained, recipe="pretrain", settings=SMALL)
+    write_shop(tmp_path / "silent", list("abcdefghi"), {"text": modality(angles(9), TEXT_WIDTH, 1, None)})
+    with pytest.raises(ModalityError, match="--fingerprint text="):
+        train_from(tmp_path / "silent", tmp_path / "run", pretrained, recipe="pretrain", settings=SMALL)
+
+
+def test_a_modality_of_another_encoder_beside_a_common_one_starts_anew(pretrained: Path, tmp_path: Path) -> None:
+    modalities = {
+        "text": modality(angles(9), TEXT_WIDTH, 1, "ring-text@1"),
+        "image": modality(angles(9), IMAGE_WIDTH, 4, "other-image@1"),
+    }
+    write_shop(tmp_path / "shop", list("abcdefghi"), modalities)
+    result = train_from(tmp_path / "shop", tmp_path / "run", pretrained, recipe="pretrain", settings=ONE_EPOCH)
+    parts = _parts(result["start"])
+    assert parts["adapter text"]["status"] == "loaded"
+    assert parts["adapter image"]["status"] == "re-initialised"
+    assert parts["adapter image"]["note"] == "no modality of this encoder there"
+
+
+def test_an_interrupted_transfer_is_not_continued_from_another_start(
+    shops: dict[str, Path], pretrained: Path, tmp_path: Path
+) -> None:
+    from missrec_t4r.training import transfer
+    from missrec_t4r.training.finetune import Trainer
+
+    class Killed(Exception):
+        pass
+
+    def dies(self: Trainer, epoch: int) -> None:
+        if epoch == 1:
+            raise Killed
+        self.model.discover_interests(0)
+
+    settings = SMALL | {"train.epochs": 3}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    transfer.train_from(shops["tools"], whole, pretrained, recipe="pretrain", settings=settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "refresh_interests", dies)
+        with pytest.raises(Killed):
+            transfer.train_from(shops["tools"], killed, pretrained, recipe="pretrain", settings=settings)
+    with pytest.raises(ConfigError, match="--restart"):
+        transfer.train_from(shops["tools"], killed, pretrained, freeze="none", recipe="pretrain", settings=settings)
+    transfer.train_from(shops["tools"], killed, pretrained, recipe="pretrain", settings=settings)
+    assert (killed / "run.json").is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +58,8 @@ def _register(group: typer.Typer, function: F) -> F:
         except MISSRecError as error:
             Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False)
             raise typer.Exit(2) from None
-        print(json.dumps(result, default=_plain))
+        if os.environ.get("RANK", "0") == "0":  # under torchrun the first process answers for all
+            print(json.dumps(result, default=_plain))
 
     group.command(name=function.__name__.replace("_", "-"))(run)
     return function

@@ -85,6 +85,12 @@ def verify_bundle(folder: str | Path, only: Iterable[str] | None = None) -> dict
     return content
 
 
+def catalogue_version(manifest: dict[str, Any]) -> str:
+    """Return the name of the catalogue that a bundle holds, 12 hexadecimal digits: same items and vectors, same name."""
+    sums = [manifest["files"][name]["sha256"] for name in (CATALOGUE_FILE, ITEMS_FILE)]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()[:12]
+
+
 def file_digest(file: Path) -> str:
     """Return the SHA-256 sum of a file in hexadecimal, read in pieces of 1 MiB."""
     digest = hashlib.sha256()

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from missrec_t4r.errors import BundleError, MISSRecError, ServingError
-from missrec_t4r.export.manifest import ITEMS_FILE, verify_bundle
+from missrec_t4r.export.manifest import ITEMS_FILE, catalogue_version, verify_bundle
 from missrec_t4r.export.vocabulary import load_session_transform
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, SESSION_TRANSFORM_FILE
+from missrec_t4r.serving.rules import NO_RULES, Rules
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Answer = Arrays | MISSRecError
@@ -71,12 +72,12 @@ class RankerBackend:
     bundle : Path
         Verified whole.
     device : str
-        ``"cpu"`` or ``"cuda:0"``.
+        ``"cpu"`` or ``"cuda:0"``; on a GPU the tokens are kept in 16 bits.
     threads : int
         Threads of one pass; Triton runs several models and requests beside each other, so few are best.
     """
 
-    inputs: Sequence[str] = ("rows", "seen", "top_k", "exclude_seen")
+    inputs: Sequence[str] = ("rows", "seen", "top_k", "exclude_seen", "exclude", "allow", "rules", "reasons")
 
     def __init__(self, bundle: Path, device: str = "cpu", threads: int = 1) -> None:
         import torch  # here, not above: the sessions model starts without it
@@ -86,52 +87,106 @@ class RankerBackend:
 
         torch.set_num_threads(max(threads, 1))
         loaded = load_bundle(bundle)
-        self.ranker, self.transform = Ranker(loaded.model, loaded.catalogue, device=device), loaded.transform
-        self.ranker.rank(np.full((1, loaded.transform.max_sequence_length), FIRST_ITEM_ROW))  # warm before traffic
+        dtype = torch.float32 if device == "cpu" else torch.float16
+        self.ranker, self.transform = (
+            Ranker(loaded.model, loaded.catalogue, device=device, dtype=dtype),
+            loaded.transform,
+        )
+        self.catalogue_version = catalogue_version(verify_bundle(bundle, only=()))
+        self._modalities = np.array([*(name.encode() for name in loaded.catalogue.modalities), b"id"], object)
+        for _ in range(2):  # warm before traffic
+            self.ranker.rank(np.full((1, loaded.transform.max_sequence_length), FIRST_ITEM_ROW))
 
     def answer(self, requests: Sequence[Arrays]) -> list[Answer]:
-        """Return ``item_id``, ``score``, ``n_items``, ``n_unknown`` and ``fallback`` for every request."""
-        answers: list[Answer] = [_problem(request, self.ranker.catalogue.n_rows) or {} for request in requests]
-        good = [index for index, answer in enumerate(answers) if not isinstance(answer, MISSRecError)]
+        """Return the tensors of ``triton_models/README.md`` for every request."""
+        answers: list[Answer] = [{}] * len(requests)
+        good: list[tuple[int, Arrays, list[Rules]]] = []
+        for index, request in enumerate(requests):
+            try:
+                good.append((index, request, self._checked(request)))
+            except MISSRecError as error:
+                answers[index] = error
         if good:
-            for index, answer in zip(good, self._ranked([requests[index] for index in good]), strict=True):
+            ranked = self._ranked([request for _, request, _ in good], [own for _, _, own in good])
+            for (index, _, _), answer in zip(good, ranked, strict=True):
                 answers[index] = answer
         return answers
 
-    def _ranked(self, requests: Sequence[Arrays]) -> list[Arrays]:
+    def _checked(self, request: Arrays) -> list[Rules]:
+        """Return the rules of a request's sessions, or raise what is wrong with the request."""
+        top_k = _per_session(request, "top_k", DEFAULT_TOP_K)
+        if (top_k < 1).any():
+            raise ServingError(f"top_k is {int(top_k.min())}", "at least 1", "ask for one item or more")
+        n_rows = self.ranker.catalogue.n_rows
+        for name in ("rows", "seen"):
+            rows = request[name]
+            if rows.size and (rows.min() < PADDING_ROW or rows.max() >= n_rows):
+                raise ServingError(f"{name} holds values from {rows.min()} to {rows.max()}", f"0 to {n_rows - 1}")
+        if "rules" not in request:
+            return [NO_RULES] * len(request["rows"])
+        rules = [Rules.parse(text) for text in request["rules"].reshape(-1).tolist()]
+        for own in rules:
+            self.ranker.columns.check(own)
+        return rules
+
+    def _ranked(self, requests: Sequence[Arrays], rules: Sequence[list[Rules]]) -> list[Arrays]:
         sizes = [len(request["rows"]) for request in requests]
         wanted = [_per_session(request, "top_k", DEFAULT_TOP_K) for request in requests]
+        rows = _stacked([request["rows"] for request in requests])
         ranking = self.ranker.rank(
-            _stacked([request["rows"] for request in requests]),
+            rows,
             seen=_stacked([request["seen"] for request in requests]),
             top_k=np.concatenate(wanted),
             exclude_seen=np.concatenate([_per_session(request, "exclude_seen", False) for request in requests]),
+            exclude=self._listed(requests, "exclude"),
+            allow=self._listed(requests, "allow"),
+            rules=[own for each in rules for own in each],
         )
+        asked = np.concatenate([_per_session(request, "reasons", False) for request in requests])
+        version = np.array([[self.catalogue_version.encode()]], object)
         answers: list[Arrays] = []
         for start, size, top_k in zip(np.cumsum([0, *sizes]), sizes, wanted, strict=False):
             mine = slice(start, start + size)
-            width = min(int(top_k.max()), ranking.rows.shape[1])
+            best = ranking.rows[mine, : min(int(top_k.max()), ranking.rows.shape[1])]
             answers.append(
                 {
-                    "item_id": self.transform.wire_ids_of(ranking.rows[mine, :width]),
-                    "score": ranking.scores[mine, :width],
+                    "item_id": self.transform.wire_ids_of(best),
+                    "score": ranking.scores[mine, : best.shape[1]],
                     "n_items": ranking.n_items[mine, None],
                     "n_unknown": ranking.n_unknown[mine, None],
                     "fallback": ranking.fallback[mine, None],
+                    "n_passed": ranking.n_passed[mine, None],
+                    "catalogue_version": np.repeat(version, size, axis=0),
+                    **self._reasons(rows[mine], best, asked[mine]),
                 }
             )
         return answers
 
+    def _listed(self, requests: Sequence[Arrays], name: str) -> npt.NDArray[np.int64] | None:
+        """Return the rows of the ids that requests list under ``name``, [batch, any]; 0 is filling."""
+        if not any(name in request for request in requests):
+            return None
+        return _stacked([self._looked_up(request, name) for request in requests])
 
-def _problem(request: Arrays, n_rows: int) -> MISSRecError | None:
-    top_k = _per_session(request, "top_k", DEFAULT_TOP_K)
-    if (top_k < 1).any():
-        return ServingError(f"top_k is {int(top_k.min())}", "at least 1", "ask for one item or more")
-    for name in ("rows", "seen"):
-        rows = request[name]
-        if rows.size and (rows.min() < PADDING_ROW or rows.max() >= n_rows):
-            return ServingError(f"{name} holds values from {rows.min()} to {rows.max()}", f"0 to {n_rows - 1}")
-    return None
+    def _looked_up(self, request: Arrays, name: str) -> npt.NDArray[np.int64]:
+        if name not in request:
+            return np.zeros((len(request["rows"]), 0), np.int64)
+        ids = request[name]
+        return np.where(self.transform.is_missing(ids), PADDING_ROW, self.transform.look_up(ids))
+
+    def _reasons(
+        self, rows: npt.NDArray[np.int64], best: npt.NDArray[np.int64], asked: npt.NDArray[np.bool_]
+    ) -> dict[str, npt.NDArray[Any]]:
+        item, modality = np.zeros_like(best), np.full(best.shape, b"", object)
+        if not asked.any():
+            return {"reason_item": self.transform.wire_ids_of(item), "reason_modality": modality}
+        from missrec_t4r.serving.reasons import reasons
+
+        for line in np.flatnonzero(asked):
+            given = best[line][best[line] > PADDING_ROW]
+            item[line, : len(given)], leading = reasons(self.ranker, rows[line : line + 1], given)
+            modality[line, : len(given)] = self._modalities[leading] if item[line].any() else b""
+        return {"reason_item": self.transform.wire_ids_of(item), "reason_modality": modality}
 
 
 def _per_session(request: Arrays, name: str, default: int | bool) -> npt.NDArray[Any]:
@@ -139,6 +194,8 @@ def _per_session(request: Arrays, name: str, default: int | bool) -> npt.NDArray
 
 
 def _stacked(matrices: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    if len(matrices) == 1:
+        return matrices[0]
     width = max(matrix.shape[1] for matrix in matrices)
     padded = [
         np.pad(matrix, ((0, 0), (0, width - matrix.shape[1])), constant_values=PADDING_ROW) for matrix in matrices

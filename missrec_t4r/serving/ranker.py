@@ -6,7 +6,9 @@ the most popular items, and the answer says so. Ranking order: score descending,
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +16,23 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.side import SideArrays, compact_side
 from missrec_t4r.errors import DataError
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.model.retrieval import top_items
+from missrec_t4r.model.quantised import QuantisedTable, quantise
+from missrec_t4r.model.retrieval import Found, Query, scan_bounds, search
+from missrec_t4r.model.score_table import build_score_table
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
+from missrec_t4r.serving.rules import NO_RULES, ItemColumns, Rules, capped
 
 Rows = npt.NDArray[np.int64]
 
 _SCORES_IN_MEMORY = 1 << 25
 """Score matrices of one step hold at most this many numbers (128 MiB of float32): large catalogues, smaller steps."""
+_TOKENS_IN_MEMORY = 1 << 26
+"""Token tables of at most this many numbers (256 MiB) are kept for the sessions' items; larger ones are not."""
+CERTIFIED_FROM = 50_000
+"""Rows from which the certified search in 8 bits replaces the scan; smaller catalogues are scanned in less time."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,9 @@ class Ranking:
     """[batch]: null and unknown rows that were dropped from the session."""
     fallback: npt.NDArray[np.bool_]
     """[batch]: True where no item of the session is known and popularity answered."""
+    n_passed: npt.NDArray[np.int32]
+    """[batch]: items that the filters let through, before the caps; ``n_items`` is the smaller of it and ``top_k``
+    unless caps take some away."""
 
 
 class Ranker:
@@ -54,16 +67,34 @@ class Ranker:
         ``"cpu"`` or ``"cuda:0"``.
     batch_size : int
         Sessions per pass of the model; an upper limit, large catalogues take less.
+    dtype : torch.dtype
+        Of the tokens that are scanned; float16 halves a GPU's memory.
+    certified_from : int
+        Rows from which the certified search is used, on the CPU.
     """
 
-    def __init__(self, model: MISSRec, catalogue: Catalogue, *, device: str = "cpu", batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        model: MISSRec,
+        catalogue: Catalogue,
+        *,
+        device: str = "cpu",
+        batch_size: int = 64,
+        dtype: torch.dtype = torch.float32,
+        certified_from: int = CERTIFIED_FROM,
+    ) -> None:
         self.model, self.catalogue = model.eval().to(device), catalogue
         self.device = torch.device(device)
         self.batch_size = max(1, min(batch_size, _SCORES_IN_MEMORY // catalogue.n_rows))
         self.max_sequence_length = model.config.max_sequence_length
+        self.columns = ItemColumns(catalogue.items)
         with torch.inference_mode():
-            self._candidates = self.model.candidates()
+            tokens = self.model.towers.catalogue()
+            self.table = build_score_table(model.fusion, model.towers.candidates(tokens)).to(self.device, dtype)
+            self._tokens = tokens if tokens.modality.numel() <= _TOKENS_IN_MEMORY else None
             self._popularity = self._popular(catalogue)
+        certified = self.device.type == "cpu" and catalogue.n_rows >= certified_from
+        self.quantised: QuantisedTable | None = quantise(self.table) if certified else None
 
     @torch.inference_mode()
     def rank(
@@ -74,6 +105,9 @@ class Ranker:
         exclude_seen: bool | npt.ArrayLike = False,
         seen: Rows | None = None,
         exclude: Rows | None = None,
+        allow: Rows | None = None,
+        rules: Sequence[Rules] | None = None,
+        side: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> Ranking:
         """Answer a batch of sessions.
 
@@ -89,52 +123,116 @@ class Ranker:
             What "seen" means; ``rows`` by default (give the uncut session where ``rows`` is cut).
         exclude : ndarray [batch, any], int64, optional
             Further rows that must not be recommended, 0 for none.
+        allow : ndarray [batch, any], int64, optional
+            The only rows that may be recommended, 0 for none; a line of zeros allows everything.
+        rules : sequence of Rules, one per session, optional
+            Filters and caps over the catalogue's columns.
+        side : mapping of str to ndarray [batch, seq] or [batch, seq, size], optional
+            Side features of the sessions, aligned with ``rows``; what is missing counts as absent.
 
         Raises
         ------
         DataError
             A row outside the catalogue, or ``top_k`` below 1.
+        ServingError
+            Rules ask for a column that the catalogue does not have, or for values of another type.
         """
         batch = len(rows)
         wanted = np.minimum(np.broadcast_to(np.asarray(top_k, np.int64).reshape(-1), batch), self.catalogue.n_items)
         hidden = np.broadcast_to(np.asarray(exclude_seen, bool).reshape(-1), batch)
         banned = np.where(hidden[:, None], rows if seen is None else seen, PADDING_ROW)
         banned = banned if exclude is None else np.concatenate([banned, exclude], axis=1)
-        self._check(wanted, rows, banned)
+        self._check(wanted, rows, banned, *(() if allow is None else (allow,)))
         known = compact(rows, self.max_sequence_length)
-        width = int(wanted.max(initial=1))
-        steps = [slice(start, start + self.batch_size) for start in range(0, batch, self.batch_size)]
-        parts = [self._best(known[step], banned[step], width) for step in steps]
-        scores = np.concatenate([np.empty((0, width), np.float32)] + [part[0] for part in parts])
-        items = np.concatenate([np.empty((0, width), np.int64)] + [part[1] for part in parts])
-        given = np.isfinite(scores) & (np.arange(width) < wanted[:, None])
+        aligned = compact_side(side or {}, rows, self.max_sequence_length)
+        given: list[Found] = []
+        passed: list[int] = []
+        for start in range(0, batch, self.batch_size):
+            step = slice(start, start + self.batch_size)
+            own = [NO_RULES] * len(known[step]) if rules is None else list(rules[step])
+            own_side = {name: values[step] for name, values in aligned.items()}
+            query = self.query(known[step], own_side)
+            self._restrict(query.allowed, banned[step], None if allow is None else allow[step], own)
+            passed += query.allowed.sum(1).tolist()
+            given += self._best(query, wanted[step], own)
+        return self._ranking(rows, known, wanted, given, passed)
+
+    def encode(self, known: Rows, side: Mapping[str, npt.NDArray[Any]] | None = None) -> Tensor:
+        """Return the session vectors [batch, dim] of compacted rows [batch, seq]; zero for an empty session."""
+        session = torch.from_numpy(known).to(self.device)
+        given = {name: torch.from_numpy(values).to(self.device) for name, values in (side or {}).items()}
+        vectors = self.model.encode(session, catalogue=self._tokens, last_only=True, side=given).vectors
+        return vectors * (session > PADDING_ROW).any(1, keepdim=True)
+
+    def query(self, known: Rows, side: SideArrays) -> Query:
+        """Return what compacted rows [batch, seq] and their side features ask of the catalogue, without any rule."""
+        width = max(int((known > PADDING_ROW).sum(1).max(initial=0)), 1)
+        known, side = known[:, :width], {name: values[:, :width] for name, values in side.items()}
+        session = torch.from_numpy(known).to(self.device)
+        empty = ~(session > PADDING_ROW).any(1, keepdim=True)
+        added = self.model.add_history(torch.zeros(len(known), self.table.n_rows, device=self.device), session)
+        if empty.any():
+            added = torch.where(empty, self._popularity, added)
+        return Query(self.encode(known, side), added, self.model.recommendable.repeat(len(known), 1))
+
+    def _restrict(self, allowed: Tensor, banned: Rows, allow: Rows | None, rules: Sequence[Rules]) -> None:
+        """Take from ``allowed`` [batch, row], in place, what a batch's lists and filters rule out."""
+        allowed.scatter_(1, torch.from_numpy(banned).to(self.device), False)
+        if allow is not None and (allow > PADDING_ROW).any():
+            only = torch.from_numpy(allow).to(self.device)
+            listed = torch.zeros_like(allowed).scatter_(1, only, True)
+            allowed &= listed | ~(only > PADDING_ROW).any(1, keepdim=True)
+        for line, own in enumerate(rules):
+            if own.where:
+                allowed[line] &= torch.from_numpy(self.columns.passing(own.where)).to(self.device)
+
+    def _best(self, query: Query, wanted: npt.NDArray[np.int64], rules: Sequence[Rules]) -> list[Found]:
+        if not len(wanted):
+            return []
+        if self.quantised is None:
+            bounds = scan_bounds(self.table, query)
+        else:
+            bounds = self.quantised.bounds(self.table, query, torch.get_num_threads())
+        found = search(self.table, query, bounds, int(wanted.max()))
+        for line, own in enumerate(rules):
+            if own.at_most:
+                one = Query(*(part[line : line + 1] for part in query))
+                found[line] = self._capped(one, bounds[line : line + 1], int(wanted[line]), own)
+        return found
+
+    def _capped(self, query: Query, bounds: Tensor, k: int, rules: Rules) -> Found:
+        """Return the k best items that keep to the caps, looking as far down as that takes."""
+        caps = [(self.columns.groups(column), cap) for column, cap in rules.at_most]
+        width = 4 * k
+        while True:
+            (found,) = search(self.table, query, bounds, width)
+            places = capped(found.rows.tolist(), caps, k)
+            if len(places) == k or len(found.rows) < width:
+                return Found(found.scores[places], found.rows[places], found.scored)
+            width *= 4
+
+    def _ranking(
+        self, rows: Rows, known: Rows, wanted: npt.NDArray[np.int64], given: Sequence[Found], passed: Sequence[int]
+    ) -> Ranking:
+        counts = np.minimum([len(found.rows) for found in given], wanted).astype(np.int32)
+        shape = len(rows), int(wanted.max(initial=1))
+        items, scores = np.full(shape, PADDING_ROW, np.int64), np.zeros(shape, np.float32)
+        for line, (found, count) in enumerate(zip(given, counts.tolist(), strict=True)):
+            items[line, :count] = found.rows[:count].cpu().numpy()
+            scores[line, :count] = found.scores[:count].cpu().numpy()
         return Ranking(
-            np.where(given, items, PADDING_ROW),
-            np.where(given, scores, np.float32(0)),
-            given.sum(1).astype(np.int32),
+            items,
+            scores,
+            counts,
             ((rows > PADDING_ROW) & (rows <= UNKNOWN_ROW)).sum(1).astype(np.int32),
             ~(known > PADDING_ROW).any(1),
+            np.array(passed, np.int32),
         )
-
-    def _best(self, known: Rows, banned: Rows, width: int) -> tuple[npt.NDArray[np.float32], Rows]:
-        known = known[:, : max(int((known > PADDING_ROW).sum(1).max(initial=0)), 1)]
-        session = torch.from_numpy(known).to(self.device)
-        empty = ~(session > PADDING_ROW).any(1)
-        scores = self._popularity.expand(len(known), -1)
-        if not bool(empty.all()):
-            scores = torch.where(empty[:, None], scores, self._score(session))
-        excluded = torch.from_numpy(banned).to(self.device)
-        scores = scores.scatter(1, excluded, -torch.inf)  # rows 0 to 2 are never recommended, so padding does no harm
-        best, items = top_items(scores, width)
-        return best.cpu().numpy(), items.cpu().numpy()
-
-    def _score(self, session: Tensor) -> Tensor:
-        return self.model.score(self.model(session), self._candidates, session).float()
 
     def _popular(self, catalogue: Catalogue) -> Tensor:
         counts = torch.from_numpy(catalogue.train_count).to(self.device, torch.float64)
         popularity = (counts / counts.max().clamp_min(1)).float()
-        popularity[:FIRST_ITEM_ROW] = -torch.inf
+        popularity[:FIRST_ITEM_ROW] = 0
         return popularity
 
     def _check(self, wanted: npt.NDArray[np.int64], *rows: Rows) -> None:

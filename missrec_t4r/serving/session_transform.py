@@ -154,6 +154,11 @@ class SessionTransform:
         places = np.minimum(np.searchsorted(self._sorted, ids), self.n_items - 1)
         return np.where(self._sorted[places] == ids, self._order[places] + FIRST_ITEM_ROW, UNKNOWN_ROW)
 
+    def is_missing(self, wire_ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Return where an id is the stand-in for a missing one, same shape."""
+        filling: Any = NULL_STRING if self.settings.id_type == "string" else NULL_INTEGER
+        return np.asarray(wire_ids == filling, bool)
+
     def padded(self, wire_ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> tuple[Rows, Rows]:
         """Transform a request: sessions padded to one width, and how many leading ids of each are real.
 

@@ -40,7 +40,14 @@ def catalogue(*, integers: bool = False) -> Catalogue:
     ids = pa.array(item_ids(integers))
     counts = pa.array([(N_ITEMS - i) // 3 for i in range(N_ITEMS)], pa.int64())
     titles = pa.array([f"Ware {i}" for i in range(N_ITEMS)])
-    return Catalogue(pa.table({"item_id": ids, "train_count": counts, "title": titles}), modalities)
+    columns = {
+        "brand": pa.array([None if i == 4 else f"brand {i % 4}" for i in range(N_ITEMS)]),
+        "price": pa.array([None if i == 7 else 10.0 + i for i in range(N_ITEMS)]),
+        "in_stock": pa.array([i % 5 != 0 for i in range(N_ITEMS)]),
+        "stars": pa.array([i % 6 for i in range(N_ITEMS)]),
+        "market": pa.array([["DE", "FR"] if i % 2 else ["FR"] if i % 4 else [] for i in range(N_ITEMS)]),
+    }
+    return Catalogue(pa.table({"item_id": ids, "train_count": counts, "title": titles} | columns), modalities)
 
 
 def model_for(shop: Catalogue, **settings: object) -> MISSRec:

@@ -1,0 +1,162 @@
+"""Upper bounds of all scores from one byte per number: principal directions in 8 bits, and how wrong they can be.
+
+A token y is kept as ``mean + V z`` with z in 8 bits, and with the length of what that leaves out. For a session s the
+true ``s.y`` then lies within ``|s_V| |z error| + |s - s_V| |rest|`` of the estimate (Cauchy-Schwarz), plus what
+arithmetic in 16 bits rounds. `retrieval.search` turns such bounds into the exact answer (design: the certified search).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from missrec_t4r.model.retrieval import Query
+from missrec_t4r.model.score_table import ScoreTable, fuse_two
+
+_SAMPLE = 20_000
+"""Tokens that the principal directions are computed from."""
+_KEPT = 0.985
+"""Share of the tokens' variance that the principal directions hold at least."""
+_MULTIPLE = 32
+"""The number of directions is a multiple of this: what the processor multiplies at a time."""
+_CHUNK = 1 << 15
+"""Rows per step: their estimates stay in the processor's cache."""
+_STEEPNESS = 1.4479
+"""Two votes that are wrong by at most e fuse to a score wrong by at most this times e, whatever phi: the largest value
+of ``1 + 2 x w (1 - w)`` with ``w = 1 / (1 + exp(-x))``."""
+_HALF_PRECISION = 2.0**-8
+"""Relative error of a number rounded to bfloat16, with room."""
+_SUMMING = 3e-5
+"""Error of the sums inside one estimate."""
+
+
+@dataclass(frozen=True)
+class QuantisedTable:
+    """Tokens of a `ScoreTable` in 8 bits; see `quantise`."""
+
+    codes: Tensor
+    """[token, direction], int8."""
+    scale: Tensor
+    """[token], bfloat16: a token's step."""
+    rest: Tensor
+    """[row], float32: largest length of what the directions leave out of the row's tokens."""
+    error: Tensor
+    """[]: largest length of the error of the 8 bits."""
+    length: Tensor
+    """[]: largest length of a token in 8 bits."""
+    mean: Tensor
+    """[dim]."""
+    directions: Tensor
+    """[dim, direction]: orthonormal, padded with zeros."""
+
+    def save(self, file: Path, table: ScoreTable) -> None:
+        """Write both tables to one file that `load` maps into memory, shared by all processes that read it."""
+        own = {f"quantised.{name}": getattr(self, name).contiguous() for name in _FIELDS}
+        save_file(own | {f"table.{name}": getattr(table, name).contiguous() for name in _TABLE_FIELDS}, file)
+
+    @staticmethod
+    def load(file: Path) -> tuple[QuantisedTable, ScoreTable]:
+        """Map a file of `save`; only what is read takes memory."""
+        stored = load_file(file)
+        own = QuantisedTable(**{name: stored[f"quantised.{name}"] for name in _FIELDS})
+        return own, ScoreTable(**{name: stored[f"table.{name}"] for name in _TABLE_FIELDS})
+
+    def bounds(self, table: ScoreTable, query: Query, threads: int = 1) -> Tensor:
+        """Return upper bounds of all scores, [batch, row]; -inf where not allowed.
+
+        Parameters
+        ----------
+        table : ScoreTable
+            The one this was made from, for its places and phi; its tokens are not read.
+        query : Query
+        threads : int
+            Chunks worked on at the same time.
+        """
+        along = query.vectors @ self.directions
+        rough = along.to(torch.bfloat16)
+        beyond = (query.vectors.square().sum(1) - along.square().sum(1)).clamp_min(0).sqrt() + 1e-4
+        slack = (along - rough.float()).norm(dim=1) * self.length + along.norm(dim=1) * self.error + _SUMMING
+        upper = torch.empty_like(query.added)
+        starts = range(0, table.n_rows, _CHUNK)
+
+        def work(start: int) -> None:
+            rows = slice(start, min(start + _CHUNK, table.n_rows))
+            self._bound_chunk(table, rough, rows, slack, beyond, upper[:, rows])
+
+        if threads > 1 and len(starts) > 1:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(work, starts))
+        else:
+            for start in starts:
+                work(start)
+        upper += (query.vectors @ self.mean)[:, None]
+        return upper.add_(query.added).masked_fill_(~query.allowed, -torch.inf)
+
+    def _bound_chunk(
+        self, table: ScoreTable, rough: Tensor, rows: slice, slack: Tensor, beyond: Tensor, upper: Tensor
+    ) -> None:
+        first = self._estimates(rough, rows)
+        largest = first.abs().amax(1)
+        ends = torch.searchsorted(table.several, torch.tensor([rows.start, rows.stop])).tolist()
+        several = table.several[slice(*ends)]
+        if len(several) and len(table.place) == 2:
+            second = self._estimates(rough, slice(table.n_rows + ends[0], table.n_rows + ends[1]))
+            largest = torch.maximum(largest, second.abs().amax(1))
+            whole = len(several) == rows.stop - rows.start
+            own = first if whole else first[:, several - rows.start]
+            fused = fuse_two(own, second, table.phi[several])
+            first = fused if whole else first.index_copy_(1, several - rows.start, fused)
+        elif len(several):
+            for level in table.place[1:, several]:  # a mix of votes is at most the largest of them
+                more = torch.full_like(first[:, : len(several)], -torch.inf)
+                has = level >= 0
+                more[:, has] = self._estimates(rough, level[has])
+                largest = torch.maximum(largest, more[:, has].abs().amax(1)) if bool(has.any()) else largest
+                first.index_copy_(1, several - rows.start, torch.maximum(first[:, several - rows.start], more))
+        off = _STEEPNESS * (slack + _HALF_PRECISION * largest)
+        torch.addcmul(first, (_STEEPNESS * beyond)[:, None], self.rest[rows][None], out=upper)
+        upper += off[:, None]
+
+    def _estimates(self, rough: Tensor, tokens: slice | Tensor) -> Tensor:
+        return torch._weight_int8pack_mm(rough, self.codes[tokens], self.scale[tokens]).float()
+
+
+_FIELDS = ("codes", "scale", "rest", "error", "length", "mean", "directions")
+_TABLE_FIELDS = ("tokens", "place", "modality", "several", "phi")
+
+
+@torch.inference_mode()
+def quantise(table: ScoreTable) -> QuantisedTable:
+    """Compress a score table; the tokens themselves stay with it for the exact scores."""
+    tokens = table.tokens
+    usable = torch.nonzero(tokens.square().sum(1) > 0).flatten()
+    step = max(len(usable) // _SAMPLE, 1)
+    sample = tokens[usable[::step]].float()
+    mean = sample.mean(0) if len(sample) else torch.zeros(tokens.shape[1])
+    values, vectors = torch.linalg.eigh((sample - mean).T @ (sample - mean) / max(len(sample), 1))
+    share = values.flip(0).clamp_min(0).cumsum(0) / values.clamp_min(0).sum().clamp_min(1e-12)
+    needed = int((share < _KEPT).sum()) + 1
+    width = -(-needed // _MULTIPLE) * _MULTIPLE
+    directions = torch.zeros(tokens.shape[1], width)
+    directions[:, : min(width, tokens.shape[1])] = vectors.flip(1)[:, :width]
+    codes = torch.empty(len(tokens), width, dtype=torch.int8)
+    scale, rest = torch.empty(len(tokens), dtype=torch.bfloat16), torch.empty(len(tokens))
+    error = length = torch.zeros(())
+    for start in range(0, len(tokens), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        centred = tokens[part].float() - mean
+        along = centred @ directions
+        steps = (along.abs().amax(1).clamp_min(1e-12) / 127).to(torch.bfloat16)
+        whole = (along / steps.float()[:, None]).round_().clamp_(-127, 127)
+        codes[part], scale[part] = whole.to(torch.int8), steps
+        kept = whole * steps.float()[:, None]
+        error = torch.maximum(error, (along - kept).norm(dim=1).amax())
+        length = torch.maximum(length, kept.norm(dim=1).amax())
+        rest[part] = (centred - along @ directions.T).norm(dim=1)
+    row_rest = rest[table.place.clamp_min(0)].masked_fill(table.place < 0, 0).amax(0)
+    return QuantisedTable(codes, scale, row_rest + 1e-5, error + 1e-5, length + 1e-5, mean, directions)

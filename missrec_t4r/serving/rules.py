@@ -1,0 +1,248 @@
+"""Business rules of a request: filters over the catalogue's columns and caps per attribute, checked before they act.
+
+On the wire a session's rules are one JSON object::
+
+    {"where": {"in_stock": true, "category": ["lamp", "desk"], "price": {"min": 5, "max": 20}}, "at_most": {"brand": 2}}
+
+Filters act before the top-k, so that k items are answered whenever k items pass.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from missrec_t4r.errors import ServingError
+from missrec_t4r.schema import FIRST_ITEM_ROW
+
+Mask = npt.NDArray[np.bool_]
+Scalar = str | int | float | bool
+
+MOST_CHARACTERS = 1 << 16
+"""Longer rules are refused."""
+_MASKS_IN_MEMORY = 1 << 26
+"""Bytes of filters that are kept, because shops ask for the same few again and again."""
+_EXAMPLE = '{"where": {"in_stock": true}, "at_most": {"brand": 2}}'
+
+
+@dataclass(frozen=True)
+class Span:
+    """Numbers from ``low`` to ``high``, both included."""
+
+    low: float
+    high: float
+
+
+Condition = frozenset[Scalar] | Span
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What one session's answer has to keep to."""
+
+    where: tuple[tuple[str, Condition], ...] = ()
+    """Column and what its value must be: one of a set, or within a span. All of them must hold."""
+    at_most: tuple[tuple[str, int], ...] = ()
+    """Column and how many items of the answer may share a value of it."""
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> Rules:
+        """Read the wire's JSON; empty text is no rule.
+
+        Raises
+        ------
+        ServingError
+            It is no JSON object of this form; the offending part is named.
+        """
+        if len(text) > MOST_CHARACTERS:
+            raise ServingError(f"rules of {len(text)} characters", f"at most {MOST_CHARACTERS}")
+        if not text.strip():
+            return cls()
+        try:
+            content = json.loads(text if isinstance(text, str) else text.decode("utf-8"), parse_constant=_refused)
+        except (ValueError, RecursionError) as error:
+            raise ServingError(f"rules are no JSON ({error})", _EXAMPLE) from error
+        return cls.of(content)
+
+    @classmethod
+    def of(cls, content: Any) -> Rules:
+        """Check rules given as a mapping, as `parse` does."""
+        if not isinstance(content, dict) or set(content) - {"where", "at_most"}:
+            found = sorted(content) if isinstance(content, dict) else type(content).__name__
+            raise ServingError(f"rules hold {found}", f"an object with where and at_most, such as {_EXAMPLE}")
+        where, at_most = content.get("where", {}), content.get("at_most", {})
+        if not isinstance(where, dict) or not isinstance(at_most, dict):
+            raise ServingError("where or at_most is no object", f"column names and values, such as {_EXAMPLE}")
+        for column, cap in at_most.items():
+            if type(cap) is not int or cap < 1:
+                raise ServingError(f"at_most {column!r} is {cap!r}", "a whole number of at least 1")
+        conditions = tuple((column, _condition(column, value)) for column, value in sorted(where.items()))
+        return cls(conditions, tuple(sorted(at_most.items())))
+
+
+NO_RULES = Rules()
+
+
+class ItemColumns:
+    """The catalogue's columns as rules ask for them.
+
+    Parameters
+    ----------
+    items : pyarrow.Table
+        One line per item in row order, starting with row 3.
+    """
+
+    def __init__(self, items: pa.Table) -> None:
+        self._items = items
+        self._masks: OrderedDict[tuple[str, str], Mask] = OrderedDict()
+        self._groups: dict[str, npt.NDArray[np.int64]] = {}
+
+    def check(self, rules: Rules) -> None:
+        """Raise a `ServingError` if the catalogue cannot answer these rules; what is worked out for that is kept."""
+        if rules.where:
+            self.passing(rules.where)
+        for column, _ in rules.at_most:
+            self.groups(column)
+
+    def passing(self, where: Sequence[tuple[str, Condition]]) -> Mask:
+        """Return which rows fulfil all conditions, [row]; the reserved rows and missing values never do.
+
+        Raises
+        ------
+        ServingError
+            A column does not exist or holds something else than the condition asks for.
+        """
+        passed = np.ones(self._items.num_rows + FIRST_ITEM_ROW, bool)
+        for column, condition in where:
+            key = column, repr(sorted(condition, key=repr) if isinstance(condition, frozenset) else condition)
+            if key not in self._masks:
+                self._masks[key] = self._mask(column, condition)
+                if sum(mask.nbytes for mask in self._masks.values()) > _MASKS_IN_MEMORY and len(self._masks) > 1:
+                    self._masks.popitem(last=False)
+            self._masks.move_to_end(key)
+            passed &= self._masks[key]
+        return passed
+
+    def groups(self, column: str) -> npt.NDArray[np.int64]:
+        """Return a number per row that items with the same value of ``column`` share, [row]; -1 for a missing value."""
+        if column not in self._groups:
+            values = self._column(column)
+            if _is_list(values.type):
+                raise ServingError(f"column {column!r} holds lists", "one value per item", "cap by another column")
+            codes = values.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
+            self._groups[column] = np.concatenate([np.full(FIRST_ITEM_ROW, -1), codes.astype(np.int64)])
+        return self._groups[column]
+
+    def _column(self, name: str) -> pa.Array:
+        if name not in self._items.column_names:
+            known = ", ".join(self._items.column_names)
+            raise ServingError(f"the catalogue has no column {name!r}", f"one of {known}", "see the bundle's items")
+        column = self._items[name].combine_chunks()
+        values = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+        return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+
+    def _mask(self, name: str, condition: Condition) -> Mask:
+        import pyarrow.compute as pc  # a tenth of a second, which only requests with filters need
+
+        values, mask = self._column(name), np.zeros(self._items.num_rows + FIRST_ITEM_ROW, bool)
+        owner = np.arange(len(values))
+        if _is_list(values.type):
+            owner = pc.list_parent_indices(values).to_numpy()
+            values = pc.list_flatten(values)
+        if isinstance(condition, Span):
+            if not _is_number(values.type):
+                raise ServingError(f"column {name!r} holds {values.type}", "numbers, for min and max")
+            numbers = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+            met = (numbers >= condition.low) & (numbers <= condition.high)
+        else:
+            wanted = _typed(name, condition, values.type)
+            met = pc.is_in(values, value_set=wanted, skip_nulls=True).to_numpy(zero_copy_only=False)
+        mask[owner[met] + FIRST_ITEM_ROW] = True
+        return mask
+
+
+def capped(rows: Sequence[int], caps: Sequence[tuple[npt.NDArray[np.int64], int]], k: int) -> list[int]:
+    """Return the places of the first k items that keep to all caps, in order.
+
+    Parameters
+    ----------
+    rows : sequence of int
+        Best first.
+    caps : sequence of (groups [row], int)
+        A missing value (-1) is in nobody's group.
+
+    Examples
+    --------
+    >>> capped([5, 3, 4, 6], [(np.array([-1, -1, -1, 0, 0, 0, 1]), 2)], 3)
+    [0, 1, 3]
+    """
+    taken: list[dict[int, int]] = [{} for _ in caps]
+    kept: list[int] = []
+    for place, row in enumerate(rows):
+        values = [int(groups[row]) for groups, _ in caps]
+        if any(count.get(value, 0) >= cap for count, value, (_, cap) in zip(taken, values, caps, strict=True)):
+            continue
+        kept.append(place)
+        for count, value in zip(taken, values, strict=True):
+            if value >= 0:
+                count[value] = count.get(value, 0) + 1
+        if len(kept) == k:
+            break
+    return kept
+
+
+def _condition(column: str, value: Any) -> Condition:
+    if isinstance(value, dict):
+        low, high = value.get("min", -math.inf), value.get("max", math.inf)
+        numbers = all(isinstance(bound, (int, float)) and not isinstance(bound, bool) for bound in (low, high))
+        if not value or set(value) - {"min", "max"} or not numbers or not low <= high:
+            raise ServingError(f"where {column!r} is {value!r}", "min, max or both, numbers, min not above max")
+        try:
+            return Span(float(low), float(high))
+        except OverflowError as error:
+            raise ServingError(f"where {column!r} has a bound that is too large", "64-bit numbers") from error
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(one, (str, bool, int, float)) for one in values):
+        raise ServingError(f"where {column!r} is {value!r}", "a value, a list of values, or an object of min and max")
+    return frozenset(values)
+
+
+def _refused(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _typed(name: str, wanted: frozenset[Scalar], kind: pa.DataType) -> pa.Array:
+    numbers = _is_number(kind) and all(isinstance(value, (int, float)) and type(value) is not bool for value in wanted)
+    booleans = pa.types.is_boolean(kind) and all(isinstance(value, bool) for value in wanted)
+    strings = _is_string(kind) and all(isinstance(value, str) for value in wanted)
+    if not (numbers or booleans or strings):
+        raise ServingError(
+            f"where {name!r} asks for {sorted(map(repr, wanted))}", f"values of the column's type, {kind}"
+        )
+    values: list[Any] = list(wanted)
+    if pa.types.is_integer(kind):
+        values = [int(value) for value in values if isinstance(value, int) or value.is_integer()]
+    try:
+        return pa.array(values, kind)
+    except (pa.ArrowInvalid, OverflowError, UnicodeError) as error:
+        raise ServingError(f"where {name!r} asks for what {kind} cannot hold ({error})", "other values") from error
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

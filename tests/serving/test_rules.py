@@ -1,0 +1,209 @@
+"""Business rules: what is refused, what passes, and that k items are answered whenever k pass."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from missrec_t4r.errors import ServingError
+from missrec_t4r.serving.backend import RankerBackend
+from missrec_t4r.serving.client import MISSRecClient
+from missrec_t4r.serving.doors import in_words
+from missrec_t4r.serving.local_triton import LocalTriton
+from missrec_t4r.serving.ranker import Ranker
+from missrec_t4r.serving.reasons import reasons
+from missrec_t4r.serving.rules import ItemColumns, Rules, capped
+from missrec_t4r.training.checkpoint import LoadedRun
+from tests.serving import shop
+
+SESSION = np.array([[5, 9, 4]])
+ITEMS = range(shop.N_ITEMS)
+"""Index in the item table; its row is three more."""
+PASSING = {
+    '{"in_stock": true}': lambda i: i % 5 != 0,
+    '{"in_stock": [true, false]}': lambda i: True,
+    '{"brand": "brand 1"}': lambda i: i % 4 == 1,
+    '{"brand": ["brand 1", "brand 0", "nobody"]}': lambda i: i % 4 in (0, 1) and i != 4,
+    '{"price": {"min": 12, "max": 20.5}}': lambda i: 12 <= 10 + i <= 20.5 and i != 7,
+    '{"price": {"max": 17}}': lambda i: i < 7,
+    '{"stars": [1, 2.0, 2.5]}': lambda i: i % 6 in (1, 2),
+    '{"market": "DE"}': lambda i: i % 2 == 1,
+    '{"market": ["DE", "FR"]}': lambda i: i % 4 != 0,
+    '{"in_stock": true, "market": "DE", "stars": {"min": 3}}': lambda i: i % 5 != 0 and i % 2 == 1 and i % 6 >= 3,
+    '{"title": "Ware 3"}': lambda i: i == 3,
+}
+
+
+@pytest.fixture(scope="module")
+def ranker(loaded: LoadedRun) -> Ranker:
+    return Ranker(loaded.model, loaded.catalogue)
+
+
+@pytest.mark.parametrize("where", PASSING)
+def test_filters_let_through_what_they_say_and_every_passing_item_is_answered(ranker: Ranker, where: str) -> None:
+    expected = {i + 3 for i in ITEMS if PASSING[where](i)}
+    ranking = ranker.rank(SESSION, top_k=100, rules=[Rules.parse(f'{{"where": {where}}}')])
+    assert set(ranking.rows[0, : ranking.n_items[0]].tolist()) == expected
+    assert ranking.n_passed.tolist() == [len(expected)]
+    free = [row for row in ranker.rank(SESSION, top_k=100).rows[0].tolist() if row in expected]
+    assert ranking.rows[0, : len(expected)].tolist() == free  # the order is that of the unfiltered ranking
+    few = ranker.rank(SESSION, top_k=3, rules=[Rules.parse(f'{{"where": {where}}}')])
+    assert few.rows[0, : few.n_items[0]].tolist() == free[:3]
+
+
+def test_every_session_of_a_batch_has_its_own_rules(ranker: Ranker) -> None:
+    rules = [Rules.parse(f'{{"where": {where}}}') for where in PASSING]
+    together = ranker.rank(np.repeat(SESSION, len(rules), axis=0), top_k=4, rules=rules)
+    for line, own in enumerate(rules):
+        alone = ranker.rank(SESSION, top_k=4, rules=[own])
+        assert together.rows[line, : alone.n_items[0]].tolist() == alone.rows[0, : alone.n_items[0]].tolist()
+        assert together.n_passed[line] == alone.n_passed[0]
+
+
+def test_allowed_excluded_and_filtered_items_meet(ranker: Ranker) -> None:
+    allow = np.array([[7, 8, 9, 10, 2], [0, 0, 0, 0, 0], [2, 0, 0, 0, 0]])
+    ranking = ranker.rank(
+        np.repeat(SESSION, 3, axis=0), top_k=100, allow=allow, exclude=np.array([[8], [8], [0]]), exclude_seen=True
+    )
+    assert set(ranking.rows[0, :2].tolist()) == {7, 10}
+    assert ranking.n_passed.tolist() == [2, shop.N_ITEMS - 4, 0]  # a list of unknown ids alone allows nothing
+    assert ranking.n_items.tolist() == [2, shop.N_ITEMS - 4, 0]
+
+
+def test_caps_skip_the_third_of_a_brand_and_fill_up_from_below(ranker: Ranker) -> None:
+    rules = Rules.parse('{"where": {"in_stock": true}, "at_most": {"brand": 2}}')
+    ranking = ranker.rank(SESSION, top_k=8, rules=[rules])
+    groups = ranker.columns.groups("brand")
+    expected: list[int] = []
+    for row in ranker.rank(SESSION, top_k=100, rules=[Rules(rules.where)]).rows[0].tolist():
+        if row and (groups[row] < 0 or sum(groups[row] == groups[kept] for kept in expected) < 2):
+            expected.append(row)
+    assert ranking.rows[0].tolist() == expected[:8]
+    assert len(expected) == 9  # four brands twice and one item without a brand
+    everything = ranker.rank(SESSION, top_k=100, rules=[rules])
+    assert everything.rows[0, : everything.n_items[0]].tolist() == expected
+    assert everything.n_passed.tolist() == [24]
+
+
+@given(
+    st.lists(st.integers(-1, 3), min_size=1, max_size=30),
+    st.lists(st.integers(-1, 2), min_size=30, max_size=30),
+    st.integers(1, 3),
+    st.integers(1, 12),
+)
+@settings(max_examples=100, deadline=None)
+def test_caps_keep_the_best_that_keep_to_them(brand: list[int], colour: list[int], cap: int, k: int) -> None:
+    groups = [(np.array(brand), cap), (np.array(colour), 2)]
+    kept = capped(range(len(brand)), groups, k)
+    for values, most in groups:
+        chosen = [int(values[place]) for place in kept if values[place] >= 0]
+        assert max((chosen.count(value) for value in chosen), default=0) <= most
+    for place in range(kept[-1] if len(kept) == k else len(brand)):
+        if place not in kept:  # a skipped item was over a cap when its turn came
+            before = [one for one in kept if one < place]
+            assert any(
+                values[place] >= 0 and sum(values[one] == values[place] for one in before) == most
+                for values, most in groups
+            )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "rules are no JSON"),
+        (b"\xff\xfe", "rules are no JSON"),
+        ("[" * 10_000, "rules are no JSON"),
+        ("[]", "rules hold list"),
+        ('{"wher": {}}', "wher"),
+        ('{"where": []}', "no object"),
+        ('{"where": {"price": {"min": NaN}}}', "NaN is no JSON"),
+        ('{"where": {"price": {"low": 3}}}', "min, max or both"),
+        ('{"where": {"price": {"min": 3, "max": 2}}}', "min not above max"),
+        ('{"where": {"price": {"max": 1' + "0" * 400 + "}}}", "too large"),
+        ('{"where": {"price": null}}', "a value, a list of values"),
+        ('{"where": {"brand": []}}', "a value, a list of values"),
+        ('{"where": {"brand": [["x"]]}}', "a value, a list of values"),
+        ('{"at_most": {"brand": 0}}', "at least 1"),
+        ('{"at_most": {"brand": true}}', "at least 1"),
+        ('{"where": {"colour": "red"}}', "no column 'colour'"),
+        ('{"where": {"in_stock": 1}}', "values of the column's type, bool"),
+        ('{"where": {"price": "cheap"}}', "values of the column's type, double"),
+        ('{"where": {"brand": {"min": 1}}}', "numbers, for min and max"),
+        ('{"where": {"brand": "\\ud800"}}', "cannot hold"),
+        ('{"where": {"stars": 9999999999999999999}}', "cannot hold"),
+        ('{"at_most": {"market": 2}}', "one value per item"),
+        (" " * 70_000, "at most 65536"),
+    ],
+)
+def test_bad_rules_are_refused_in_words(ranker: Ranker, text: str, words: str) -> None:
+    with pytest.raises(ServingError, match=words):
+        ranker.columns.check(Rules.parse(text))
+
+
+def test_filters_are_kept_only_as_far_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("missrec_t4r.serving.rules._MASKS_IN_MEMORY", 20)
+    columns = ItemColumns(pa.table({"item_id": ["a", "b", "c"], "n": [1, 2, 3]}))
+    for value in (1, 2, 3, 1):
+        mask = columns.passing(Rules.of({"where": {"n": value}}).where)
+        assert np.flatnonzero(mask).tolist() == [value + 2]
+    assert len(columns._masks) == 3
+
+
+def test_reasons_name_the_item_without_which_the_score_is_lowest(ranker: Ranker, loaded: LoadedRun) -> None:
+    given = ranker.rank(SESSION, top_k=5).rows[0]
+    items, modalities = reasons(ranker, SESSION, given)
+    with torch.inference_mode():
+        scores = {}
+        for own in (5, 9, 4):
+            rest = torch.tensor([[row for row in (5, 9, 4) if row != own]])
+            scores[own] = loaded.model.score(loaded.model(rest), loaded.model.candidates(), rest)[0, given].numpy()
+        vector, tokens = loaded.model(torch.from_numpy(SESSION)), loaded.model.candidates()
+        logits = loaded.model.fusion.phi * torch.einsum("d,mnd->mn", vector[0], tokens.modality[:, given])
+    assert items.tolist() == [min(scores, key=lambda own: scores[own][i]) for i in range(5)]
+    assert modalities.tolist() == logits.masked_fill(~tokens.mask[:, given], -torch.inf).argmax(0).tolist()
+    alone, _ = reasons(ranker, np.array([[7]]), given)
+    assert set(alone.tolist()) == {7}
+    assert reasons(ranker, np.array([[2, 0]]), given)[0].tolist() == [0] * 5
+
+
+@pytest.mark.triton
+def test_rules_on_the_wire(server: LocalTriton, bundle: object, loaded: LoadedRun, ranker: Ranker) -> None:
+    catalogue = loaded.catalogue
+    raw = [item.encode() for item in catalogue.ids_of(np.array([5, 9, 4]))]
+    base = {"item_ids": np.array([raw, raw], object), "length": np.array([[3], [3]], np.int32)}
+    base["top_k"] = np.array([[6], [6]], np.int32)
+    text = json.dumps({"where": {"in_stock": True, "price": {"max": 30}}, "at_most": {"brand": 2}})
+    banned = catalogue.ids_of(np.array([11]))[0].encode()
+    extra = {
+        "rules": np.array([[text.encode()], [b""]], object),
+        "exclude": np.array([[banned, b""], [b"nobody", b""]], object),
+        "reasons": np.array([[True], [False]]),
+    }
+    names = ("item_id", "n_items", "n_passed", "catalogue_version", "reason_item", "reason_modality")
+    with MISSRecClient(server.grpc_url) as client, in_words(client.url, "missrec", 10):
+        answer = client._door.infer("missrec", base | extra, names)
+        bad = extra | {"rules": np.array([[b'{"where": {"colour": "red"}}'], [b""]], object)}
+        with pytest.raises(ServingError, match="no column 'colour'"), in_words(client.url, "missrec", 10):
+            client._door.infer("missrec", base | bad, names)
+        only = client._door.infer("missrec", base | {"allow": np.array([[raw[0]], [b""]], object)}, names)
+    expected = ranker.rank(
+        np.repeat(SESSION, 2, axis=0), top_k=6, rules=[Rules.parse(text), Rules()], exclude=np.array([[11], [0]])
+    )
+    for line in range(2):
+        rows = expected.rows[line, : expected.n_items[line]]
+        served = [item.decode() for item in answer["item_id"][line, : answer["n_items"][line, 0]]]
+        assert served == catalogue.ids_of(rows)
+    assert answer["n_passed"][:, 0].tolist() == expected.n_passed.tolist()
+    items, modalities = reasons(ranker, SESSION, expected.rows[0])
+    assert [item.decode() for item in answer["reason_item"][0]] == catalogue.ids_of(items)
+    names_of = [*catalogue.modalities, "id"]
+    assert [one.decode() for one in answer["reason_modality"][0]] == [names_of[index] for index in modalities]
+    assert set(answer["reason_item"][1].tolist()) == set(answer["reason_modality"][1].tolist()) == {b""}
+    assert only["n_items"].tolist() == [[1], [6]]
+    assert answer["catalogue_version"][0, 0].decode() == RankerBackend(bundle).catalogue_version  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ _NEVER: Final = frozenset({"item_id", "user_id", "session_id", "target"})
 _OWNERS: Final = frozenset({"item", "user", "session"})
 """Merlin writes ITEM_ID as the two tags ``id`` and ``item``."""
 _LISTS: Final = frozenset({"list", "sequence"})
-_SKEWED: Final = 1.0
+_SKEWED: Final = 0.5
 """Skewness from which a column of numbers without negatives is tried in the logarithm."""
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ from transformers4rec.config.trainer import T4RecTrainingArguments
 
 from missrec_t4r.config import Recipe, TrainConfig
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.side import SideColumn, fit_side_columns, load_sessions, side_columns
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import CATALOGUE_FOLDER, SCHEMA_FILE
 from missrec_t4r.t4r.block import InterestRefresh
 from missrec_t4r.t4r.build import build_model, missrec_block, to_core
-from missrec_t4r.t4r.columns import item_column
+from missrec_t4r.t4r.columns import item_column, side_name
 from missrec_t4r.t4r.loader import PrefixLoader
 from missrec_t4r.training.calibrate import fit_prior
 from missrec_t4r.training.checkpoint import RUN_FILE, save_run
@@ -54,8 +54,8 @@ def train_t4r(
 ) -> dict[str, Any]:
     """Train a recipe through ``tr.Trainer`` and write a run folder.
 
-    Examples are prefixes, whatever the recipe's attention. The model reads item ids alone: a run must be served from
-    what a request holds.
+    Examples are prefixes, whatever the recipe's attention. Side features are those of `missrec train`, measured on the
+    same sessions.
 
     Parameters
     ----------
@@ -83,21 +83,23 @@ def train_t4r(
     started = time.perf_counter()
     data, out = Path(data), Path(out)
     catalogue = Catalogue.load(data / CATALOGUE_FOLDER)
-    schema = _item_schema(data, catalogue)
+    chosen = side_columns(data, recipe.model.side_features, recipe.model.side_width)
+    splits = {name: load_sessions(data, name, chosen).known() for name in ("train", "valid")}
+    side = fit_side_columns(chosen, splits["train"])
+    schema = _read_schema(data, catalogue, side)
     ignored = _ignored(recipe.train)
     if ignored:
         progress.say(f"the T4R trainer has no {', '.join(ignored)}: trained without")
     checkpoints = _checkpoint_folder(out, recipe, resume)
     arguments = _arguments(recipe, checkpoints, catalogue, device)
     torch.manual_seed(recipe.train.seed)
-    model = build_model(recipe, schema, catalogue)
+    model = build_model(recipe, schema, catalogue, side=side)
     trainer = _trainer(model, arguments, recipe, schema, data, out / LOG_FILE, progress)
     last = get_last_checkpoint(str(checkpoints)) if resume else None
     with _full_checkpoints():
         trainer.train(resume_from_checkpoint=last)
     best = trainer.state.best_metric
     core = to_core(model)
-    splits = {name: Sessions.load(data / name).known() for name in ("train", "valid")}
     info = {
         "trainer": "t4r",
         "best_epoch": _best_epoch(trainer) - 1,
@@ -113,11 +115,14 @@ def train_t4r(
     return {"run": str(out), **info}
 
 
-def _item_schema(data: Path, catalogue: Catalogue) -> Any:
+def _read_schema(data: Path, catalogue: Catalogue, side: Sequence[SideColumn]) -> Any:
+    """Return the schema of the item column and the side features."""
     if not (data / SCHEMA_FILE).is_file():
         raise DataError(f"{data} holds no {SCHEMA_FILE}", "a folder written by missrec etl", "run `missrec etl` first")
     schema = TensorflowMetadata.from_proto_text_file(str(data)).to_merlin_schema()
-    return schema.select_by_name([item_column(schema, catalogue.n_rows).name])
+    wanted = {column.name for column in side}
+    others = [name for name in schema.column_names if side_name(name) in wanted]
+    return schema.select_by_name([item_column(schema, catalogue.n_rows).name, *others])
 
 
 def _ignored(train: TrainConfig) -> list[str]:

@@ -218,6 +218,7 @@ def test_train_t4r_writes_a_run_that_our_evaluation_loads(data: Path, tmp_path: 
     assert json.dumps(info)
     assert capsys.readouterr().out == ""
     loaded = load_run(tmp_path / "run")
+    assert [column.name for column in loaded.model.side.columns] == ["category", "price"]
     own = quick_metrics(
         ModelScorer.with_popularity(loaded.model, loaded.catalogue), Sessions.load(data / "valid"), shop.N_ROWS
     )

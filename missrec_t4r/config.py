@@ -298,14 +298,11 @@ class Recipe:
         content = yaml.safe_load(text) or {}
         if not isinstance(content, dict):
             raise ConfigError(f"recipe {name} holds {type(content).__name__}", "a mapping with model: and train:")
-        for key, value in (overrides or {}).items():
-            part, _, setting = key.partition(".")
-            if not setting:
-                raise ConfigError(
-                    f"setting {key!r}", "model.NAME, train.NAME or pretrain.NAME", f"try model.{key} or train.{key}"
-                )
-            content.setdefault(part, {})[setting] = value
-        return cls.from_dict({"name": name} | content)
+        return cls.from_dict(_overridden({"name": name} | content, overrides or {}))
+
+    def changed(self, overrides: Mapping[str, Any]) -> Recipe:
+        """Return the recipe with other settings, named as in `load`."""
+        return Recipe.from_dict(_overridden(self.to_dict(), overrides))
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Recipe:
@@ -342,6 +339,16 @@ def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
         raise ConfigError(f"recipe {str(name_or_path)!r} is unknown", f"one of {known}, or a path to a .yaml file")
     file = importlib.resources.files("missrec_t4r.recipes") / f"{name_or_path}.yaml"
     return file.read_text(encoding="utf-8"), str(name_or_path)
+
+
+def _overridden(content: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in overrides.items():
+        part, _, setting = key.partition(".")
+        if not setting:
+            names = "model.NAME, train.NAME or pretrain.NAME"
+            raise ConfigError(f"setting {key!r}", names, f"try model.{key} or train.{key}")
+        content.setdefault(part, {})[setting] = value
+    return content
 
 
 def _refuse_unknown(content: Mapping[str, Any], settings: type[Any], where: str) -> None:

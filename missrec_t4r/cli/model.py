@@ -40,13 +40,23 @@ def pretrain(
 def train(
     data: Data,
     out: Out,
-    recipe: Annotated[str, typer.Option(help="Shipped recipe or YAML file.")] = "default",
+    recipe: Annotated[
+        str | None, typer.Option(help="Shipped recipe or YAML file; default, or that of the run to continue.")
+    ] = None,
     set_: Annotated[list[str], typer.Option("--set", help="Override, such as model.d_model=128; repeatable.")] = [],  # noqa: B006 - typer copies it
     trainer: Annotated[str, typer.Option(help="native: ours. t4r: Transformers4Rec's Trainer.")] = "native",
+    from_: Annotated[Path | None, typer.Option("--from", help="Start from this run of `missrec pretrain`.")] = None,
+    freeze: Annotated[
+        str | None, typer.Option(help="encoder_decoder (default of --from), none, or all_loaded: adapters too.")
+    ] = None,
+    take: Annotated[str, typer.Option(help="What --from loads: all, or adapters alone.")] = "all",
+    continue_: Annotated[
+        Path | None, typer.Option("--continue", help="Start from yesterday's run on this shop; items may have changed.")
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of resuming.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> dict[str, Any]:
-    """Train the model; an interrupted run is continued."""
+    """Train the model, anew or from another run; an interrupted run is resumed."""
     settings = {key: yaml.safe_load(value) for key, value in pairs(set_, "--set").items()}
     return commands.train(
         data,
@@ -54,6 +64,10 @@ def train(
         recipe=recipe,
         settings=settings,
         trainer=trainer,
+        source=from_,
+        freeze=freeze,
+        take=take,
+        yesterday=continue_,
         resume=not restart,
         device=device,
         progress=TerminalProgress(),

@@ -10,7 +10,8 @@ from missrec_t4r.cli import (
     data,
     model,
     serve,
+    sources,
 )  # each registers its commands, in the order of `missrec --help`
 from missrec_t4r.cli.app import app
 
-__all__ = ["app", "batch", "catalogue", "data", "model", "serve"]
+__all__ = ["app", "batch", "catalogue", "data", "model", "serve", "sources"]

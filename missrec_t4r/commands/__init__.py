@@ -8,6 +8,7 @@ from missrec_t4r.commands.catalogue import adopt
 from missrec_t4r.commands.data import etl, features, generate
 from missrec_t4r.commands.model import evaluate, metrics_table, pretrain, train
 from missrec_t4r.commands.serve import demo, export, recommend, serve
+from missrec_t4r.commands.sources import import_amazon, import_movielens
 
 __all__ = [
     "adopt",
@@ -17,6 +18,8 @@ __all__ = [
     "export",
     "features",
     "generate",
+    "import_amazon",
+    "import_movielens",
     "metrics_table",
     "pretrain",
     "recommend",

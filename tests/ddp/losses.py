@@ -1,0 +1,95 @@
+"""Losses and gradients of one global batch, by as many processes as there are; a test starts it with torchrun."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from missrec_t4r.config import MISSRecConfig, TrainConfig
+from missrec_t4r.data.batches import TrainingBatch, collate, training_batches
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.model.chunked import ChunkedSoftmax
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.model.sampled import SampledSoftmax
+from missrec_t4r.model.softmax import FullSoftmax, Softmax
+from missrec_t4r.training import distributed
+from missrec_t4r.training.checkpoint import save_tensors
+from missrec_t4r.training.step import batch_totals, training_loss
+from tests.equations import small_shop as shop
+
+TRAIN = TrainConfig(batch_size=1000, next_items=2)
+OURS = {"orthogonality_weight": 0.1, "dropout": 0.0}
+CASES: dict[str, tuple[MISSRecConfig, Softmax]] = {
+    "full": (shop.default(**OURS), FullSoftmax()),
+    "prefixes, a number per item": (
+        shop.ours_masked(candidate_fusion="dynamic_instance", orthogonality="cosine", **OURS),
+        FullSoftmax(),
+    ),
+    "chunked": (shop.default(**OURS), ChunkedSoftmax(5)),
+    "sampled, all drawn": (shop.default(**OURS), SampledSoftmax(torch.ones(15), 1000)),
+}
+
+
+def whole_batch(config: MISSRecConfig) -> TrainingBatch:
+    """All sessions of the shop and their targets."""
+    sessions = [shop.rows([*session, target]) for session, target in zip(shop.SESSIONS, shop.TARGETS, strict=True)]
+    data = Sessions.from_lists(sessions)
+    [(examples, _)] = training_batches(data, config, TRAIN, np.random.default_rng(0))
+    return collate(data, examples, 2, all_positions=config.attention == "causal", backwards=False)
+
+
+def fine_tuning(name: str) -> tuple[MISSRec, Tensor]:
+    """Return the model and this process's part of the loss."""
+    config, softmax = CASES[name]
+    model, batch, (rank, size, _) = shop.model(config).train(), whole_batch(config), distributed.world()
+    totals = batch_totals(model, batch)
+    return model, training_loss(model, batch.part(rank, size), TRAIN, totals=totals, softmax=softmax)
+
+
+def contrast() -> tuple[MISSRec, Tensor]:
+    """Return a loss against positives that are gathered with their gradients: four sessions here, two there."""
+    model = shop.model(shop.default(**OURS))
+    rank, size, _ = distributed.world()
+    bounds = [0, 4, 6] if size == 2 else [0, 6]
+    own = slice(bounds[rank], bounds[rank + 1])
+    vectors = model(shop.batch()[own])
+    positives = model.towers(shop.targets()[own]).modality[0]
+    everyone = distributed.gather_rows(positives)
+    labels = distributed.rows_before(len(positives)) + torch.arange(len(positives))
+    return model, torch.nn.functional.cross_entropy(vectors @ everyone.T, labels, reduction="sum") / len(everyone)
+
+
+def results() -> dict[str, Tensor]:
+    """Return losses and gradients of all cases, summed over the processes."""
+    found = {}
+    for name in [*CASES, "contrast"]:
+        model, loss = contrast() if name == "contrast" else fine_tuning(name)
+        loss.backward()
+        distributed.sum_gradients(model.parameters())
+        found[f"{name}/loss"] = distributed.sum_(loss.detach())
+        for weight, value in model.named_parameters():
+            gradient = torch.zeros_like(value) if value.grad is None else value.grad.to_dense()
+            found[f"{name}/{weight}"] = gradient
+    return found
+
+
+def collectives() -> dict[str, Tensor]:
+    """Return what the small tools say in this process."""
+    rank = distributed.world().rank
+    weights = [torch.full((2,), float(rank))]
+    distributed.broadcast_(weights)
+    return {
+        "share": torch.tensor(distributed.share([rank + 7])),
+        "collect": torch.tensor(distributed.collect(rank * 10)),
+        "broadcast": weights[0],
+    }
+
+
+if __name__ == "__main__":
+    with distributed.joined(torch.device("cpu")) as world:
+        answer = results() | collectives()
+        save_tensors(Path(sys.argv[1]) / f"{world.rank}.safetensors", answer)

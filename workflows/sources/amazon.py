@@ -3,8 +3,8 @@
 2018: ``reviewerID``, ``asin``, ``unixReviewTime``, ``overall``; metadata by ``asin``. 2023: ``user_id``,
 ``parent_asin``, ``timestamp`` in milliseconds, ``rating``; metadata by ``parent_asin``. Defaults follow the published
 benchmarks. 2018 (UniSRec, MISSRec): items need a title, copies of a review are dropped, later reviews of the same
-item stay, 5-core. 2023 (its authors' ``5core/last_out``): the earliest review of a user on an item, 5-core, titled or not.
-The text of an item is its title, categories and brand.
+item stay, 5-core. 2023 (its authors' ``5core/last_out``): the earliest review of a user on an item, 5-core, titled or
+not. The text of an item is its title, categories and brand.
 """
 
 from __future__ import annotations

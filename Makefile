@@ -3,6 +3,7 @@
 # make test                        lint, types and tests: what CI runs
 # make test-set-a                  the tests on the older pins, those of NVIDIA's Merlin containers
 # make bench-quality DATA=… RECIPE=default SEEDS=3    quality over seeds; SUBSET=FILE, MODALITY="text=FILE image=FILE"
+# make bench-train [DATA=…] [RELEASE=…]   training speed beside the authors' release and T4R's XLNet (10 minutes)
 # make lint | format | clean
 # Settings: PYTHON (python3.11), VENV (.venv), DATA, OUT (work/demo), TESTS (tests), PYTEST_ARGS
 
@@ -28,7 +29,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-set-a bench-quality lint types format clean
+.PHONY: help install demo test test-set-a bench-quality bench-train lint types format clean
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -70,6 +71,9 @@ bench-quality: $(VENV)/.installed
 test-set-a: $(VENV_A)/.installed
 	@echo "==> tests on the older pins"
 	@$(VENV_A)/bin/python -m pytest -q $(PYTEST_ARGS) $(TESTS)
+
+bench-train: $(VENV)/.installed
+	@$(VENV)/bin/python -m benchmarks.speed.train $(if $(DATA),--data "$(DATA)") $(if $(RELEASE),--release "$(RELEASE)")
 
 lint: $(VENV)/.installed types
 	@echo "==> lint"

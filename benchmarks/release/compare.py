@@ -53,7 +53,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     options.add_argument("--release", type=Path, required=True, help="checkout of gimpong/MM23-MISSRec")
     options.add_argument("--data", type=Path, help="data folder; a generated shop of the same size without")
-    options.add_argument("--batch", type=int, default=512)
+    options.add_argument("--batch", type=int, default=128, help="prefixes")
     chosen = options.parse_args()
     catalogue, train, _ = parity_data.load(chosen.data)
     found = {

@@ -84,6 +84,7 @@ class QuantisedTable:
         upper = torch.empty_like(query.added)
         starts = range(0, table.n_rows, _CHUNK)
 
+        @torch.inference_mode()
         def work(start: int) -> None:
             rows = slice(start, min(start + _CHUNK, table.n_rows))
             self._bound_chunk(table, rough, rows, slack, beyond, upper[:, rows])

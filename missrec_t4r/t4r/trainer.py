@@ -40,7 +40,17 @@ LOG_FILE = "log.jsonl"
 NDCG = "eval_/next-item/ndcg_at_10"
 """T4R's name for validation NDCG@10 of a task called ``next-item``."""
 
-_UNSUPPORTED = ("next_items", "ema_decay", "validation_sessions")
+_UNSUPPORTED = (
+    "next_items",
+    "ema_decay",
+    "validation_sessions",
+    "softmax",
+    "accumulate",
+    "precision",
+    "compile",
+    "checkpoint_minutes",
+    "tensorboard",
+)
 
 
 def train_t4r(
@@ -161,8 +171,8 @@ def _arguments(recipe: Recipe, folder: Path, catalogue: Catalogue, device: str) 
         num_train_epochs=train.epochs,
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
-        max_grad_norm=0.0,  # as published: no clipping
-        lr_scheduler_type="constant_with_warmup",
+        max_grad_norm=train.clip_norm,  # 0, as published: no clipping
+        lr_scheduler_type="cosine" if train.schedule == "cosine" else "constant_with_warmup",
         warmup_steps=train.warmup_steps,
         seed=train.seed,
         evaluation_strategy="epoch",

@@ -26,6 +26,7 @@ from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID
+from missrec_t4r.training import distributed
 from missrec_t4r.training.checkpoint import VOCABULARY_FILE
 from missrec_t4r.training.finetune import Prepare, train
 from missrec_t4r.training.start_report import StartReport, lines
@@ -197,12 +198,14 @@ def earlier_rows(catalogue: Catalogue, earlier: pa.Array, run: Path) -> Tensor:
 
 
 def _prepare(source: Source, freeze: Freeze, out: Path, progress: Progress) -> Prepare:
+    said = progress if distributed.launched().rank == 0 else quiet  # under torchrun the first process speaks
+
     def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
         report, items = load_continued(model, catalogue, source, freeze=freeze)
         counts = ", ".join(f"{count:,} {name}" for name, count in items.items())
-        progress.say(f"continuing {source.run}: items {counts}")
+        said.say(f"continuing {source.run}: items {counts}")
         for line in lines(report):
-            progress.say(line)
+            said.say(line)
         return start_facts("continue", source, out, report, freeze=freeze, items=items)
 
     return prepare

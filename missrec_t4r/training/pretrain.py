@@ -125,9 +125,11 @@ class Pretrainer(Trainer):
         scaling = recipe.model.feature_scaling
         self.word_drop = WordDrop(self.model.towers, varied, scaling).to(self.device) if varied else None
         for line in domains.describe():
-            progress.say(line)
+            self.progress.say(line)
         if self.word_drop is None and recipe.pretrain.sequence_sequence_weight:
-            progress.say("no domain has texts with words left out (`missrec features`): every view leaves items out")
+            self.progress.say(
+                "no domain has texts with words left out (`missrec features`): every view leaves items out"
+            )
 
     def refresh_interests(self, epoch: int) -> None:
         """Cluster the union's tokens at the start of the schedule, and never again."""

@@ -22,6 +22,7 @@ from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import CATALOGUE_FOLDER
+from missrec_t4r.training import distributed
 from missrec_t4r.training.checkpoint import RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, load_tensors
 from missrec_t4r.training.finetune import Prepare, train
 from missrec_t4r.training.start_report import StartReport, lines
@@ -202,11 +203,13 @@ def start_facts(kind: str, source: Source, out: Path, report: Mapping[str, Any],
 
 
 def _prepare(source: Source, freeze: Freeze, take: Take, out: Path, progress: Progress) -> Prepare:
+    said = progress if distributed.launched().rank == 0 else quiet  # under torchrun the first process speaks
+
     def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
         report = load_pretrained(model, catalogue, source, freeze=freeze, take=take)
-        progress.say(f"starting from {source.run}, freezing {freeze}")
+        said.say(f"starting from {source.run}, freezing {freeze}")
         for line in lines(report):
-            progress.say(line)
+            said.say(line)
         return start_facts("from", source, out, report, freeze=freeze, take=take)
 
     return prepare

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from missrec_t4r.config import MISSRecConfig, TrainConfig
+from missrec_t4r.config import MISSRecConfig, Recipe, TrainConfig
 from missrec_t4r.data.batches import TrainingBatch, collate, training_batches
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.chunked import ChunkedSoftmax
@@ -18,6 +18,7 @@ from missrec_t4r.model.sampled import SampledSoftmax
 from missrec_t4r.model.softmax import FullSoftmax, Softmax
 from missrec_t4r.training import distributed
 from missrec_t4r.training.checkpoint import save_tensors
+from missrec_t4r.training.pretrain import contrastive_loss
 from missrec_t4r.training.step import batch_totals, training_loss
 from tests.equations import small_shop as shop
 
@@ -63,11 +64,21 @@ def contrast() -> tuple[MISSRec, Tensor]:
     return model, torch.nn.functional.cross_entropy(vectors @ everyone.T, labels, reduction="sum") / len(everyone)
 
 
+def pretraining() -> tuple[MISSRec, Tensor]:
+    """Return this process's part of the pre-training loss; its views leave nothing out, since those would be drawn."""
+    config = shop.default(**OURS, item_ids=False, history_bias=False)
+    views = {"sequence_sequence_weight": 0.5, "item_drop_probability": 0.0}
+    recipe = Recipe.from_dict({"model": vars(config), "pretrain": views})
+    model, (rank, size, _) = shop.model(config).train(), distributed.world()
+    return model, contrastive_loss(model, whole_batch(config).part(rank, size), recipe)
+
+
 def results() -> dict[str, Tensor]:
     """Return losses and gradients of all cases, summed over the processes."""
     found = {}
-    for name in [*CASES, "contrast"]:
-        model, loss = contrast() if name == "contrast" else fine_tuning(name)
+    for name in [*CASES, "contrast", "pretraining"]:
+        others = {"contrast": contrast, "pretraining": pretraining}
+        model, loss = others[name]() if name in others else fine_tuning(name)
         loss.backward()
         distributed.sum_gradients(model.parameters())
         found[f"{name}/loss"] = distributed.sum_(loss.detach())

@@ -34,7 +34,7 @@ def _torchrun(*arguments: str) -> str:
 def test_losses_and_gradients_are_those_of_one_process(tmp_path: Path) -> None:
     _torchrun("-m", "tests.ddp.losses", str(tmp_path))
     expected = losses.results()
-    assert sum(name.endswith("/loss") for name in expected) == 5
+    assert sum(name.endswith("/loss") for name in expected) == 6
     for rank in range(2):
         found = load_tensors(tmp_path / f"{rank}.safetensors")
         assert found["share"].tolist() == [7]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class SideColumn:
         """
         try:
             if self.kind == "categorical":
-                codes = {value: code for code, value in enumerate(self.values, start=UNKNOWN_ROW + 1)}
+                codes = self._codes
                 return np.array([0 if value is None else codes.get(value, UNKNOWN_ROW) for value in raw], np.int64)
             if self.kind == "continuous":
                 return np.array([np.nan if value is None else float(value) for value in raw], np.float32)
@@ -100,6 +101,10 @@ class SideColumn:
                 f"one {self.kind} value per event, or null",
                 f"vectors have {self.size} numbers" if self.kind == "pretrained" else "",
             ) from error
+
+    @functools.cached_property
+    def _codes(self) -> dict[str | int, int]:
+        return {value: code for code, value in enumerate(self.values, start=UNKNOWN_ROW + 1)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -255,7 +260,7 @@ def _kind(facts: ColumnFacts) -> Kind | None:
 
 def _recoding(theirs: Sequence[str | int], ours: Sequence[str | int]) -> npt.NDArray[np.int32]:
     """Return the table from their codes to ours."""
-    code = {value: index for index, value in enumerate(ours, start=UNKNOWN_ROW + 1)}
+    code = SideColumn("", "categorical", values=tuple(ours))._codes
     return np.array([*range(UNKNOWN_ROW + 1), *(code.get(value, UNKNOWN_ROW) for value in theirs)], np.int32)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from missrec_t4r.serving.async_doors import open_async_door
 from missrec_t4r.serving.doors import in_words
 from missrec_t4r.serving.retries import Retries
+from missrec_t4r.serving.side import SideOfSession
 from missrec_t4r.serving.wire import (
     OUTPUTS,
     Description,
@@ -75,11 +76,16 @@ class AsyncMISSRecClient:
         return await asyncio.shield(self._described)
 
     async def recommend(
-        self, sessions: Sequence[Session], top_k: int = 10, *, exclude_seen: bool = False
+        self,
+        sessions: Sequence[Session],
+        top_k: int = 10,
+        *,
+        exclude_seen: bool = False,
+        side: Sequence[SideOfSession | None] | None = None,
     ) -> list[Recommendation]:
         """Recommend items for every session; parameters, answers and errors are those of `MISSRecClient.recommend`."""
         check_call(sessions, top_k)
-        requests = requests_of(sessions, top_k, await self.description(), exclude_seen=exclude_seen)
+        requests = requests_of(sessions, top_k, await self.description(), exclude_seen=exclude_seen, side=side)
         parts = await asyncio.gather(*(self.ask(request) for request in requests))
         return [answer for outputs in parts for answer in recommendations_of(outputs)]
 

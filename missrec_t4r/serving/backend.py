@@ -15,11 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from missrec_t4r.data.side import SideArrays
 from missrec_t4r.errors import BundleError, MISSRecError, ServingError
 from missrec_t4r.export.manifest import ITEMS_FILE, catalogue_version, verify_bundle
 from missrec_t4r.export.vocabulary import load_session_transform
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, SESSION_TRANSFORM_FILE
 from missrec_t4r.serving.rules import NO_RULES, Rules
+from missrec_t4r.serving.side import SideReader
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Answer = Arrays | MISSRecError
@@ -77,7 +79,7 @@ class RankerBackend:
         Threads of one pass; Triton runs several models and requests beside each other, so few are best.
     """
 
-    inputs: Sequence[str] = ("rows", "seen", "top_k", "exclude_seen", "exclude", "allow", "rules", "reasons")
+    inputs: Sequence[str] = ("rows", "seen", "top_k", "exclude_seen", "exclude", "allow", "rules", "reasons", "side")
 
     def __init__(self, bundle: Path, device: str = "cpu", threads: int = 1) -> None:
         import torch  # here, not above: the sessions model starts without it
@@ -92,6 +94,7 @@ class RankerBackend:
             Ranker(loaded.model, loaded.catalogue, device=device, dtype=dtype),
             loaded.transform,
         )
+        self.side = SideReader(() if loaded.model.side is None else loaded.model.side.columns)
         self.catalogue_version = catalogue_version(verify_bundle(bundle, only=()))
         self._modalities = np.array([*(name.encode() for name in loaded.catalogue.modalities), b"id"], object)
         for _ in range(2):  # warm before traffic
@@ -100,15 +103,15 @@ class RankerBackend:
     def answer(self, requests: Sequence[Arrays]) -> list[Answer]:
         """Return the tensors of ``triton_models/README.md`` for every request."""
         answers: list[Answer] = [{}] * len(requests)
-        good: list[tuple[int, Arrays, list[Rules]]] = []
+        good: list[tuple[int, Arrays, list[Rules], list[SideArrays]]] = []
         for index, request in enumerate(requests):
             try:
-                good.append((index, request, self._checked(request)))
+                good.append((index, request, self._checked(request), self._side_of(request)))
             except MISSRecError as error:
                 answers[index] = error
         if good:
-            ranked = self._ranked([request for _, request, _ in good], [own for _, _, own in good])
-            for (index, _, _), answer in zip(good, ranked, strict=True):
+            _, accepted, rules, side = zip(*good, strict=True)
+            for (index, *_), answer in zip(good, self._ranked(accepted, rules, side), strict=True):
                 answers[index] = answer
         return answers
 
@@ -129,12 +132,23 @@ class RankerBackend:
             self.ranker.columns.check(own)
         return rules
 
-    def _ranked(self, requests: Sequence[Arrays], rules: Sequence[list[Rules]]) -> list[Arrays]:
+    def _side_of(self, request: Arrays) -> list[SideArrays]:
+        """Return the side features of a request's sessions, whole as their ids are."""
+        if "side" not in request:
+            return [{}] * len(request["rows"])
+        lengths = (request["seen"] > PADDING_ROW).sum(1).tolist()
+        return [self.side.read(text, n) for text, n in zip(request["side"].reshape(-1).tolist(), lengths, strict=True)]
+
+    def _ranked(
+        self, requests: Sequence[Arrays], rules: Sequence[list[Rules]], side: Sequence[list[SideArrays]]
+    ) -> list[Arrays]:
         sizes = [len(request["rows"]) for request in requests]
         wanted = [_per_session(request, "top_k", DEFAULT_TOP_K) for request in requests]
         rows = _stacked([request["rows"] for request in requests])
+        told = self.side.stacked([own for each in side for own in each], rows)
         ranking = self.ranker.rank(
             rows,
+            side=told,
             seen=_stacked([request["seen"] for request in requests]),
             top_k=np.concatenate(wanted),
             exclude_seen=np.concatenate([_per_session(request, "exclude_seen", False) for request in requests]),
@@ -157,7 +171,7 @@ class RankerBackend:
                     "fallback": ranking.fallback[mine, None],
                     "n_passed": ranking.n_passed[mine, None],
                     "catalogue_version": np.repeat(version, size, axis=0),
-                    **self._reasons(rows[mine], best, asked[mine]),
+                    **self._reasons(rows[mine], best, asked[mine], {name: part[mine] for name, part in told.items()}),
                 }
             )
         return answers
@@ -175,7 +189,7 @@ class RankerBackend:
         return np.where(self.transform.is_missing(ids), PADDING_ROW, self.transform.look_up(ids))
 
     def _reasons(
-        self, rows: npt.NDArray[np.int64], best: npt.NDArray[np.int64], asked: npt.NDArray[np.bool_]
+        self, rows: npt.NDArray[np.int64], best: npt.NDArray[np.int64], asked: npt.NDArray[np.bool_], side: SideArrays
     ) -> dict[str, npt.NDArray[Any]]:
         item, modality = np.zeros_like(best), np.full(best.shape, b"", object)
         if not asked.any():
@@ -184,7 +198,8 @@ class RankerBackend:
 
         for line in np.flatnonzero(asked):
             given = best[line][best[line] > PADDING_ROW]
-            item[line, : len(given)], leading = reasons(self.ranker, rows[line : line + 1], given)
+            own = {name: part[line : line + 1] for name, part in side.items()}
+            item[line, : len(given)], leading = reasons(self.ranker, rows[line : line + 1], given, own)
             modality[line, : len(given)] = self._modalities[leading] if item[line].any() else b""
         return {"reason_item": self.transform.wire_ids_of(item), "reason_modality": modality}
 

@@ -17,6 +17,7 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.schema import ITEM_ID
 from missrec_t4r.serving.doors import Door, in_words, open_door
 from missrec_t4r.serving.retries import Retries
+from missrec_t4r.serving.side import SideOfSession
 from missrec_t4r.serving.wire import (
     OUTPUTS,
     Description,
@@ -112,7 +113,12 @@ class MISSRecClient:
         return self.description.max_batch_size
 
     def recommend(
-        self, sessions: Sequence[Session], top_k: int = 10, *, exclude_seen: bool = False
+        self,
+        sessions: Sequence[Session],
+        top_k: int = 10,
+        *,
+        exclude_seen: bool = False,
+        side: Sequence[SideOfSession | None] | None = None,
     ) -> list[Recommendation]:
         """Recommend items for every session.
 
@@ -124,6 +130,8 @@ class MISSRecClient:
             Items wanted per session.
         exclude_seen : bool
             Leave out the items of the session itself.
+        side : sequence of mappings or None, optional
+            Side features of every session: raw values by column, one per item id, None where it is not known.
 
         Returns
         -------
@@ -141,7 +149,7 @@ class MISSRecClient:
         """
         check_call(sessions, top_k)
         answers: list[Recommendation] = []
-        for request in requests_of(sessions, top_k, self.description, exclude_seen=exclude_seen):
+        for request in requests_of(sessions, top_k, self.description, exclude_seen=exclude_seen, side=side):
             answers += recommendations_of(self.ask(request))
         return answers
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from missrec_t4r.errors import DataError, ServingError
 from missrec_t4r.serving.session_transform import RawId, encode_ids
+from missrec_t4r.serving.side import SideOfSession, write_side
 
 OUTPUTS = ("item_id", "score", "n_items", "n_unknown", "fallback")
 
@@ -78,24 +79,35 @@ def check_call(sessions: Sequence[Session], top_k: int) -> None:
 
 
 def requests_of(
-    sessions: Sequence[Session], top_k: int, described: Description, *, exclude_seen: bool = False
+    sessions: Sequence[Session],
+    top_k: int,
+    described: Description,
+    *,
+    exclude_seen: bool = False,
+    side: Sequence[SideOfSession | None] | None = None,
 ) -> Iterator[dict[str, npt.NDArray[Any]]]:
     """Yield the requests that a call makes: ids encoded, sessions padded, split by the largest batch.
 
     Raises
     ------
     DataError
-        An id is of the wrong type; the session is named.
+        An id is of the wrong type; the session is named. Or side features for another number of sessions.
     """
+    told = None if side is None else [write_side(own) for own in side]
+    if told is not None and len(told) != len(sessions):
+        raise DataError(f"side features of {len(told)} sessions for {len(sessions)}", "one mapping or None per session")
     encoded = [_encoded(index, session, described.id_type) for index, session in enumerate(sessions)]
     for start in range(0, len(encoded), described.max_batch_size):
         item_ids, length = pad_sessions(encoded[start : start + described.max_batch_size], described.id_type)
-        yield {
+        request: dict[str, npt.NDArray[Any]] = {
             "item_ids": item_ids,
             "length": length,
             "top_k": np.full_like(length, top_k),
             "exclude_seen": np.full(length.shape, exclude_seen),
         }
+        if told is not None and any(told):
+            request["side"] = np.array(told[start : start + described.max_batch_size], object)[:, None]
+        yield request
 
 
 def pad_sessions(sessions: Sequence[npt.NDArray[Any]], id_type: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:

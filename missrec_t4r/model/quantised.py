@@ -7,8 +7,10 @@ arithmetic in 16 bits rounds. `retrieval.search` turns such bounds into the exac
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from missrec_t4r.model.retrieval import Query
-from missrec_t4r.model.score_table import ScoreTable, fuse_two
+from missrec_t4r.model.score_table import ScoreTable, fuse, fuse_two
 
 _SAMPLE = 20_000
 """Tokens that the principal directions are computed from."""
@@ -26,11 +28,10 @@ _MULTIPLE = 32
 """The number of directions is a multiple of this: what the processor multiplies at a time."""
 _CHUNK = 1 << 15
 """Rows per step: their estimates stay in the processor's cache."""
-_STEEPNESS = 1.4479
-"""Two votes that are wrong by at most e fuse to a score wrong by at most this times e, whatever phi: the largest value
-of ``1 + 2 x w (1 - w)`` with ``w = 1 / (1 + exp(-x))``."""
 _HALF_PRECISION = 2.0**-8
 """Relative error of a number rounded to bfloat16, with room."""
+_CANCELLED = 2e-6
+"""Error of a difference of two squared lengths of at most 2."""
 _SUMMING = 3e-5
 """Error of the sums inside one estimate."""
 
@@ -103,28 +104,51 @@ class QuantisedTable:
     ) -> None:
         first = self._estimates(rough, rows)
         largest = first.abs().amax(1)
-        ends = torch.searchsorted(table.several, torch.tensor([rows.start, rows.stop])).tolist()
-        several = table.several[slice(*ends)]
-        if len(several) and len(table.place) == 2:
-            second = self._estimates(rough, slice(table.n_rows + ends[0], table.n_rows + ends[1]))
-            largest = torch.maximum(largest, second.abs().amax(1))
-            whole = len(several) == rows.stop - rows.start
-            own = first if whole else first[:, several - rows.start]
-            fused = fuse_two(own, second, table.phi[several])
-            first = fused if whole else first.index_copy_(1, several - rows.start, fused)
-        elif len(several):
-            for level in table.place[1:, several]:  # a mix of votes is at most the largest of them
-                more = torch.full_like(first[:, : len(several)], -torch.inf)
-                has = level >= 0
-                more[:, has] = self._estimates(rough, level[has])
-                largest = torch.maximum(largest, more[:, has].abs().amax(1)) if bool(has.any()) else largest
-                first.index_copy_(1, several - rows.start, torch.maximum(first[:, several - rows.start], more))
-        off = _STEEPNESS * (slack + _HALF_PRECISION * largest)
-        torch.addcmul(first, (_STEEPNESS * beyond)[:, None], self.rest[rows][None], out=upper)
+        whole = self._further(table, rough, rows, first, largest)
+        steep = steepness(len(table.place))
+        off = steep * (slack + _HALF_PRECISION * largest)
+        torch.addcmul(whole, (steep * beyond)[:, None], self.rest[rows][None], out=upper)
         upper += off[:, None]
+
+    def _further(self, table: ScoreTable, rough: Tensor, rows: slice, first: Tensor, largest: Tensor) -> Tensor:
+        """Return the fused estimates of a chunk, given those of the rows' first tokens; raises ``largest`` in place."""
+        start, end = torch.searchsorted(table.several, torch.tensor([rows.start, rows.stop])).tolist()
+        if start == end:
+            return first
+        several, phi = table.several[start:end], table.phi[table.several[start:end]]
+        second = self._estimates(rough, slice(table.n_rows + start, table.n_rows + end))
+        torch.maximum(largest, second.abs().amax(1), out=largest)
+        everywhere = end - start == rows.stop - rows.start
+        own = first if everywhere else first[:, several - rows.start]
+        if len(table.place) == 2:
+            fused = fuse_two(own, second, phi)
+        else:
+            places = table.place[:, several]
+            votes = [own, second, *(torch.zeros_like(own) for _ in places[2:])]
+            for level, at in zip(votes[2:], places[2:], strict=True):
+                has = torch.nonzero(at >= 0).flatten()
+                if len(has):  # the tokens of one level stand together, in the order of their rows
+                    level[:, has] = self._estimates(rough, slice(int(at[has[0]]), int(at[has[-1]]) + 1))
+                    torch.maximum(largest, level.abs().amax(1), out=largest)
+            fused = fuse(torch.stack(votes, 1), places >= 0, phi)
+        return fused if everywhere else first.index_copy_(1, several - rows.start, fused)
 
     def _estimates(self, rough: Tensor, tokens: slice | Tensor) -> Tensor:
         return torch._weight_int8pack_mm(rough, self.codes[tokens], self.scale[tokens]).float()
+
+
+@cache
+def steepness(n_tokens: int) -> float:
+    """Return by how much at most the fused score errs where no vote errs by more than 1, whatever phi is.
+
+    The slope of ``sum_m softmax(phi v)_m v_m`` in direction d is at most ``|d| (1 + sum_m w_m |x_m - mean|)`` with
+    x = phi v. Split the tokens at the mean, p the weight above it: the sum is ``2 p (1 - p)`` times the distance of the two sides'
+    means, and that is at most ``log(p / (1 - p)) + log(n - 1)``, because each side's mean is the logarithm of its mass
+    less its entropy. The largest value over p is taken on a fine grid, with room (ours).
+    """
+    p = torch.linspace(1e-6, 1 - 1e-6, 200_001, dtype=torch.float64)
+    apart = torch.logit(p) + math.log(max(n_tokens - 1, 1))
+    return 1.0 + float((2 * p * (1 - p) * apart).max()) + 1e-4 if n_tokens > 1 else 1.0
 
 
 _FIELDS = ("codes", "scale", "rest", "error", "length", "mean", "directions")
@@ -158,6 +182,6 @@ def quantise(table: ScoreTable) -> QuantisedTable:
         kept = whole * steps.float()[:, None]
         error = torch.maximum(error, (along - kept).norm(dim=1).amax())
         length = torch.maximum(length, kept.norm(dim=1).amax())
-        rest[part] = (centred - along @ directions.T).norm(dim=1)
+        rest[part] = (centred.square().sum(1) - along.square().sum(1)).clamp_min(0).add(_CANCELLED).sqrt()
     row_rest = rest[table.place.clamp_min(0)].masked_fill(table.place < 0, 0).amax(0)
     return QuantisedTable(codes, scale, row_rest + 1e-5, error + 1e-5, length + 1e-5, mean, directions)

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from missrec_t4r.model import retrieval
 from missrec_t4r.model.fusion import CandidateFusion
-from missrec_t4r.model.quantised import _STEEPNESS, QuantisedTable, quantise
+from missrec_t4r.model.quantised import QuantisedTable, quantise, steepness
 from missrec_t4r.model.retrieval import Found, Query, scan_bounds, search, top_items
-from missrec_t4r.model.score_table import ScoreTable, build_score_table
+from missrec_t4r.model.score_table import ScoreTable, build_score_table, fuse
 from missrec_t4r.model.towers import CandidateTokens
 from missrec_t4r.serving.ranker import Ranker
 from missrec_t4r.training.checkpoint import LoadedRun
@@ -119,10 +119,24 @@ def test_no_score_exceeds_its_bound(shape: tuple[int, int, int, bool, int], phi:
             assert bool((bounds >= scores).all())
 
 
-def test_the_steepness_of_two_fused_votes() -> None:
-    x = torch.linspace(-60, 60, 2_000_001, dtype=torch.float64)
+@given(
+    st.lists(st.floats(-40, 40), min_size=2, max_size=5),
+    st.floats(-30, 30),
+    st.lists(st.floats(-1, 1), min_size=5, max_size=5),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_fused_score_errs_by_no_more_than_its_steepness(votes: list[float], phi: float, off: list[float]) -> None:
+    v = torch.tensor(votes, dtype=torch.float64)[:, None, None]
+    d = 1e-4 * torch.tensor(off[: len(votes)], dtype=torch.float64)[:, None, None]
+    present, sharp = torch.ones_like(v, dtype=torch.bool), torch.tensor(phi, dtype=torch.float64)
+    moved = (fuse(v + d, present, sharp) - fuse(v, present, sharp)).abs()
+    assert float(moved) <= steepness(len(votes)) * float(d.abs().max()) + 1e-12
+
+
+def test_the_steepness_of_two_votes_is_that_of_a_sigmoid() -> None:
+    x = torch.linspace(0, 30, 1_000_001, dtype=torch.float64)
     w = torch.sigmoid(x)
-    assert 1 + float((2 * x.abs() * w * (1 - w)).max()) <= _STEEPNESS
+    assert abs(1 + float((2 * x * w * (1 - w)).max()) - steepness(2)) < 2e-4
 
 
 def test_chunks_and_threads_change_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:

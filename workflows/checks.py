@@ -18,8 +18,13 @@ import pyarrow.compute as pc
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
-_YEAR_2100 = 4_102_444_800
+_YEAR_1973, _YEAR_2100 = 94_694_400, 4_102_444_800
+MANY_EVENTS = 10_000
+"""More events of one user than people make: reported, and cut by --max-events."""
 KEYS = (USER_ID, ITEM_ID, TIMESTAMP)
+
+
+_LONG = f"users with over {MANY_EVENTS:,} events are kept; are they programs? --max-events cuts their sessions"
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,10 @@ def normal_ids(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     """
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        if bad := not_utf8(column):
+            raise SchemaError(
+                f"{bad} ids in column {name!r} are no UTF-8 text", "UTF-8", "convert the export, for example with iconv"
+            )
         texts = column.cast(pa.string())
         return pc.if_else(pc.equal(texts, ""), None, texts)  # an empty id is no id
     if pa.types.is_integer(kind):
@@ -71,6 +80,36 @@ def normal_ids(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
         except pa.ArrowInvalid as error:
             raise SchemaError(f"column {name!r} holds fractions ({error})", "string or integer ids") from error
     raise SchemaError(f"column {name!r} is of type {kind}", "string or integer ids", "convert the column")
+
+
+def not_utf8(column: pa.ChunkedArray) -> int:
+    """Return how many texts are not UTF-8; parquet does not check what was written into it."""
+    try:
+        column.validate(full=True)
+    except (pa.ArrowInvalid, UnicodeDecodeError):
+        return sum(_decoded(value)[1] for value in _as_bytes(column))
+    return 0
+
+
+def repaired_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the column with U+FFFD in the place of bytes that are not UTF-8."""
+    return pa.chunked_array([pa.array([_decoded(value)[0] for value in _as_bytes(column)], pa.string())])
+
+
+def _as_bytes(column: pa.ChunkedArray) -> list[bytes | None]:
+    wide = pa.types.is_large_string(column.type)
+    kind = pa.large_binary() if wide else pa.binary()
+    raw = (chunk if pa.types.is_binary(chunk.type) else chunk.view(kind) for chunk in column.chunks)
+    return [value for chunk in raw for value in chunk.to_pylist()]
+
+
+def _decoded(value: bytes | None) -> tuple[str | None, bool]:
+    if value is None:
+        return None, False
+    try:
+        return value.decode(), False
+    except UnicodeDecodeError:
+        return value.decode(errors="replace"), True
 
 
 def text_to_integers(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
@@ -88,16 +127,21 @@ def text_to_integers(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
 def normal_time(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     """Return times as numbers that sort: dates become unix seconds, numbers stay as they are.
 
+    Dates in text become unix seconds too: ISO 8601 with or without a zone (UTC where there is none), beside numbers in
+    seconds, milliseconds, micro- or nanoseconds, told by their size. What is none of these is null.
+
     Raises
     ------
     SchemaError
-        The column is neither a number nor a date.
+        The column holds neither numbers nor dates.
     """
     kind = column.type
     if pa.types.is_integer(kind):
         return column.cast(pa.int64())
     if pa.types.is_floating(kind):
         return pc.if_else(pc.is_finite(column), column, None).cast(pa.float64())
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return _times_of_text(column, name)
     if pa.types.is_date(kind):
         column = column.cast(pa.timestamp("s"))
     elif not pa.types.is_timestamp(kind):
@@ -106,6 +150,49 @@ def normal_time(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     seconds = pc.divide(micros.cast(pa.float64()), 1e6)
     whole = pc.all(pc.equal(pc.floor(seconds), seconds)).as_py()
     return seconds if whole is False else seconds.cast(pa.int64())
+
+
+def _times_of_text(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    texts = column.to_pandas().astype("string").str.strip()
+    numbers = pd.to_numeric(texts, errors="coerce").astype("float64")
+    size = numbers.abs()
+    units = np.select([size > 1e17, size > 1e14, size > 1e11], [1e9, 1e6, 1e3], 1.0)
+    dates = pd.to_datetime(texts.where(numbers.isna()), utc=True, format="ISO8601", errors="coerce")
+    seconds = (dates - pd.Timestamp(0, tz="UTC")) // pd.Timedelta(microseconds=1) / 1e6
+    times = (numbers / units).fillna(seconds)
+    times = times.where(np.isfinite(times))
+    if times.isna().all() and texts.notna().any():
+        raise SchemaError(
+            f"column {name!r} is of type {column.type} and holds texts such as {texts.dropna().iloc[0]!r}",
+            "unix seconds or a date",
+            "convert the column to unix seconds or ISO 8601",
+        )
+    known = pa.array(times, pa.float64(), from_pandas=True)
+    whole = pc.all(pc.equal(pc.floor(known), known)).as_py()
+    return pa.chunked_array([known if whole is False else known.cast(pa.int64())])
+
+
+def refuse_mixed_units(seconds: int, larger: int) -> None:
+    """Refuse a numeric time column that is in seconds here and in milliseconds there: sessions would be out of order.
+
+    Parameters
+    ----------
+    seconds : int
+        Times from 1973 to 2100 if they are unix seconds.
+    larger : int
+        Times after 2100 if they are: milliseconds, most likely.
+
+    Raises
+    ------
+    DataError
+        There are both.
+    """
+    if seconds and larger:
+        raise DataError(
+            f"{larger} of {seconds + larger} times are milliseconds or the like, the others are seconds",
+            "one unit in the whole time column",
+            "divide the larger ones by 1000; a text column may mix units and dates, a numeric one may not",
+        )
 
 
 def event_features(table: pa.Table, drop_columns: Sequence[str], findings: Findings) -> list[str]:
@@ -155,6 +242,8 @@ def clean_events(table: pa.Table, features: Sequence[str], findings: Findings, d
     done = "are left out" if drop_duplicates else "are kept; --drop-duplicates leaves them out"
     findings.add("duplicate_events", int(doubled.sum()), f"repeated (user, item, time) {done}")
     _note_times(events, findings)
+    per_user = events[USER_ID].value_counts(sort=False)
+    findings.add("very_long_users", int((per_user > MANY_EVENTS).sum()), _LONG)
     return events[~doubled].reset_index(drop=True) if drop_duplicates else events
 
 
@@ -165,6 +254,7 @@ def _note_times(events: pd.DataFrame, findings: Findings) -> None:
     ordered, owner = time.to_numpy()[order], users[order]
     backwards = (np.diff(ordered) < 0) & (np.diff(owner) == 0)
     findings.add("time_backwards", int(backwards.sum()), "events of a user not in the order of time were sorted")
+    refuse_mixed_units(int(time.between(_YEAR_1973, _YEAR_2100).sum()), int((time > _YEAR_2100).sum()))
     findings.add("time_negative", int((time < 0).sum()), "times before 1970 are kept; check the unit")
     late = int((time > _YEAR_2100).sum())
     findings.add("time_out_of_range", late, "times after the year 2100 are kept; are they milliseconds?")

@@ -28,7 +28,11 @@ def _refused(tmp_path: Path, kind: type[MISSRecError], words: str, *files: Path,
     ("options", "kind", "words"),
     [
         ({"user_column": "user"}, SchemaError, r"a column 'user'.*--user-column user_id"),
-        ({"time_column": "event_type"}, SchemaError, "'timestamp' is of type string; expected: unix seconds or a date"),
+        (
+            {"time_column": "event_type"},
+            SchemaError,
+            "'timestamp' is of type string .*'view'; expected: unix seconds or a date",
+        ),
         ({"item_column": "dwell"}, SchemaError, "'item_id' holds fractions"),
         ({"user_column": "item_id"}, ConfigError, "three different columns"),
         ({"drop_columns": ["dwel"]}, SchemaError, r"no event column 'dwel' to drop; expected: one of \['dwell'\]"),

@@ -1,7 +1,8 @@
-"""Parquet and csv files as Arrow tables, with errors that name the file, the column and the option.
+"""Parquet, csv and JSON-lines files as Arrow tables, with errors that name the file, the column and the option.
 
-Accepts one file, several, glob patterns, or a folder; csv may be compressed. Identifiers in csv files are read as
-text, so that "00123" keeps its zeros.
+Accepts one file, several, glob patterns (``**`` too), or a folder; csv and JSON lines may be compressed. Identifiers in
+csv and JSON are read as text, so that "00123" keeps its zeros and ids of mixed types become one; files that disagree
+about an id's type are brought to text. Texts of the item table that are not UTF-8 are repaired, ids are refused.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.workflows.checks import not_utf8, repaired_text
+from missrec_t4r.workflows.sources.json_lines import JSON_LINES, read_all
 
 Paths = Path | str | Sequence[Path | str]
 
 _PARQUET = (".parquet", ".pq")
 _CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+_KNOWN = _PARQUET + _CSV + JSON_LINES
 
 
 def read_table(paths: Paths, what: str, *, text_columns: Sequence[str] = ()) -> pa.Table:
@@ -44,6 +48,7 @@ def read_table(paths: Paths, what: str, *, text_columns: Sequence[str] = ()) -> 
     """
     files = expand(paths, what)
     tables = [_read_file(file, what, text_columns) for file in files]
+    tables = _one_type(tables, text_columns)
     for file, table in zip(files, tables, strict=True):
         if set(table.column_names) != set(tables[0].column_names):
             odd = sorted(set(table.column_names) ^ set(tables[0].column_names))
@@ -58,7 +63,7 @@ def read_table(paths: Paths, what: str, *, text_columns: Sequence[str] = ()) -> 
         raise DataError(
             f"the {what} table {files[0]} has no rows", "at least one row", "check the export it comes from"
         )
-    return _plain_strings(table)
+    return _plain_strings(table, text_columns)
 
 
 def expand(paths: Paths, what: str) -> list[Path]:
@@ -69,11 +74,13 @@ def expand(paths: Paths, what: str) -> list[Path]:
         if path.is_file():
             found = [path]
         elif path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.name.endswith(_PARQUET + _CSV))
+            found = sorted(file for file in path.iterdir() if file.name.endswith(_KNOWN))
         else:
-            found = sorted(Path(match) for match in glob.glob(str(path)))
+            found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         if not found:
-            raise DataError(f"no {what} file at {path}", "a parquet or csv file", "check the path or the pattern")
+            raise DataError(
+                f"no {what} file at {path}", "a parquet, csv or json-lines file", "check the path or the pattern"
+            )
         files += found
     if not files:
         raise DataError(f"no {what} file was named", "at least one path")
@@ -100,6 +107,10 @@ def require_column(table: pa.Table, name: str, what: str, option: str) -> pa.Chu
 
 
 def _read_file(file: Path, what: str, text_columns: Sequence[str]) -> pa.Table:
+    if file.name.endswith(_KNOWN) and not file.stat().st_size:
+        raise DataError(f"{file} has no bytes", f"{what} with at least one row", "write or copy the file again")
+    if file.name.endswith(JSON_LINES):
+        return read_all(file, text_columns)
     try:
         if file.name.endswith(_PARQUET):
             return pq.ParquetFile(file).read()
@@ -110,18 +121,36 @@ def _read_file(file: Path, what: str, text_columns: Sequence[str]) -> pa.Table:
             )
             return pacsv.read_csv(file, parse_options=parse, convert_options=convert)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"{file} cannot be read ({error})", f"{what} as parquet or csv", "write the file again"
-        ) from error
-    raise DataError(f"{file} is of an unknown kind", f"a file ending in one of {_PARQUET + _CSV}", "convert it")
+        utf8 = "invalid UTF8" in str(error)
+        cure = "convert it to UTF-8, for example with iconv" if utf8 else "write or copy the file again"
+        raise DataError(f"{file} cannot be read ({error})", f"{what} as whole parquet or csv", cure) from error
+    raise DataError(f"{file} is of an unknown kind", f"a file ending in one of {_KNOWN}", "convert it")
 
 
-def _plain_strings(table: pa.Table) -> pa.Table:
+def _one_type(tables: list[pa.Table], id_columns: Sequence[str]) -> list[pa.Table]:
+    """Bring an id column to text where one file has integers and another one texts."""
+    for name in id_columns:
+        kinds = {table[name].type for table in tables if name in table.column_names}
+        if len(kinds) > 1 and any(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds):
+            whole = [table for table in tables if name in table.column_names]
+            if all(not pa.types.is_floating(table[name].type) for table in whole):
+                tables = [
+                    table.set_column(table.column_names.index(name), name, table[name].cast(pa.string()))
+                    if name in table.column_names
+                    else table
+                    for table in tables
+                ]
+    return tables
+
+
+def _plain_strings(table: pa.Table, ids: Sequence[str]) -> pa.Table:
     """Decode dictionaries and widen strings to one type, so that later code meets one kind of text."""
     columns = []
-    for column in table.columns:
+    for name, column in zip(table.column_names, table.columns, strict=True):
         kind = column.type
         if pa.types.is_dictionary(kind):
             column, kind = column.cast(kind.value_type), kind.value_type
+        if pa.types.is_binary(kind) or (name not in ids and pa.types.is_string(kind) and not_utf8(column)):
+            column, kind = repaired_text(column), pa.string()  # csv with other bytes comes as binary
         columns.append(column.cast(pa.string()) if pa.types.is_large_string(kind) else column)
     return pa.table(columns, names=table.column_names).combine_chunks()

@@ -1,0 +1,177 @@
+"""Files as they come: mixed types, units and zones, bytes that are no text, cut short, full and read-only disks."""
+
+import gzip
+import json
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.workflows import checks
+from missrec_t4r.workflows.etl import etl
+from missrec_t4r.workflows.features import features
+from missrec_t4r.workflows.folders import file_aside, written_aside
+from missrec_t4r.workflows.sources.table import read_table
+from tests.workflows.tables import EVENTS, ITEMS, items_of, write
+
+
+def _lines(file: Path, rows: list[dict[str, object]]) -> Path:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    file.write_bytes(gzip.compress(text.encode()) if file.suffix == ".gz" else text.encode())
+    return file
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "events.json.gz", "events.csv.gz", "events.csv"])
+def test_every_kind_of_file_gives_the_same_sessions(name: str, tmp_path: Path) -> None:
+    parquet, items = write(tmp_path / "raw")
+    if "json" in name:
+        events = _lines(tmp_path / name, EVENTS.to_dict("records"))
+    else:
+        EVENTS.to_csv(events := tmp_path / name, index=False)
+    etl(parquet, items, tmp_path / "expected")
+    etl(str(tmp_path / "**" / name), items, tmp_path / "data")
+    assert items_of(tmp_path / "data", "test") == items_of(tmp_path / "expected", "test")
+    assert events.is_file()
+
+
+def test_ids_of_mixed_types_become_texts(tmp_path: Path) -> None:
+    """Numbers in one file and texts in another one, and both within one file of JSON lines."""
+    rows = [{"user_id": user, "item_id": 7, "timestamp": 1} for user in (5, "x5", None)]
+    assert read_table(_lines(tmp_path / "mixed.jsonl", rows), "events", text_columns=["user_id"])[
+        "user_id"
+    ].to_pylist() == ["5", "x5", None]
+    for name, users in (("a", [5, 6]), ("b", ["x", "5"])):
+        pd.DataFrame({"user_id": users}).to_parquet(tmp_path / f"{name}.parquet")
+    table = read_table(str(tmp_path / "*.parquet"), "events", text_columns=["user_id"])
+    assert table["user_id"].to_pylist() == ["5", "6", "x", "5"]
+
+
+def test_times_in_text_may_mix_units_dates_and_zones() -> None:
+    moments = [
+        "1577836800",
+        "1577836800000",
+        "1577836800000000",
+        "2020-01-01",
+        "2020-01-01T00:00:00",
+        "2020-01-01T00:00:00Z",
+        "2020-01-01 02:00:00+02:00",
+        "2019-12-31T19:00:00-05:00",
+    ]
+    same = checks.normal_time(pa.chunked_array([moments]), "timestamp")
+    assert same.to_pylist() == [1_577_836_800] * len(moments)
+    odd = checks.normal_time(pa.chunked_array([["2020-01-01T00:00:00.250Z", "soon", None]]), "timestamp")
+    assert odd.to_pylist() == [1_577_836_800.25, None, None]
+    with pytest.raises(SchemaError, match="holds texts such as 'soon'; expected: unix seconds or a date"):
+        checks.normal_time(pa.chunked_array([["soon", "later"]]), "timestamp")
+    zoned = pd.Series(pd.to_datetime(["2020-01-01 02:00"]).tz_localize("Europe/Helsinki"))
+    assert checks.normal_time(pa.chunked_array([pa.array(zoned)]), "timestamp").to_pylist() == [1_577_836_800]
+
+
+def test_numbers_in_two_units_are_refused(tmp_path: Path) -> None:
+    times = 1_600_000_000 + EVENTS["timestamp"]
+    times[3] *= 1000
+    with pytest.raises(DataError, match=r"1 of 9 times are milliseconds.*divide the larger ones by 1000"):
+        etl(*write(tmp_path / "raw", EVENTS.assign(timestamp=times)), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_what_is_odd_about_events_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "MANY_EVENTS", 30)
+    crawler = pd.DataFrame({"user_id": "bot", "item_id": ["lamp", "desk"] * 20, "timestamp": range(40)})
+    odd = pd.DataFrame(
+        {"user_id": [None, "ann", "", "ann"], "item_id": ["lamp", None, "lamp", "rug"], "timestamp": [1, 2, 3, None]}
+    )
+    events = pd.concat([EVENTS[["user_id", "item_id", "timestamp"]], EVENTS[:2], crawler, odd], ignore_index=True)
+    report = etl(*write(tmp_path / "raw", events), tmp_path / "data", max_events=5)
+    counted = {finding["check"]: finding["count"] for finding in report["findings"]}
+    assert counted == {
+        "null_user_id": 2,
+        "null_item_id": 1,
+        "null_timestamp": 1,
+        "duplicate_events": 2,
+        "time_backwards": 2,
+        "very_long_users": 1,
+    } | {name: count for name, count in counted.items() if name == "null_feature"}
+    assert len(items_of(tmp_path / "data", "test")["bot"]) == 5
+
+
+def _with_bytes(file: Path, table: pd.DataFrame, column: str, value: bytes) -> Path:
+    """Write a parquet file with a text that is no UTF-8 in its first row, as careless writers do."""
+    texts = [value, *(None if pd.isna(text) else str(text).encode() for text in table[column][1:])]
+    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    broken = pa.array(texts, pa.binary()).view(pa.string())
+    pq.write_table(arrow.set_column(arrow.column_names.index(column), column, broken), file)
+    return file
+
+
+def test_text_that_is_not_utf8_is_repaired_and_such_ids_are_refused(tmp_path: Path) -> None:
+    events, items = write(tmp_path / "raw")
+    _with_bytes(items, ITEMS, "title", b"caf\xe9 lamp")
+    etl(events, items, tmp_path / "data")
+    assert features(tmp_path / "data", text_columns=["title"])["modalities"]["text"]["items"] == 3
+    titles = pq.read_table(tmp_path / "data" / "catalogue" / "items.parquet")["title"].to_pylist()
+    assert titles[0] == "caf\ufffd lamp"
+    with pytest.raises(SchemaError, match="1 ids in column 'item_id' are no UTF-8 text.*iconv"):
+        etl(events, _with_bytes(tmp_path / "ids.parquet", ITEMS, "item_id", b"\xff"), tmp_path / "data")
+    (tmp_path / "items.csv").write_bytes(b"item_id,title\nlamp,caf\xe9\n")
+    assert read_table(tmp_path / "items.csv", "items")["title"].to_pylist() == ["caf\ufffd"]
+    (tmp_path / "items.csv").write_bytes(b"item_id,title\ncaf\xe9,lamp\n")
+    with pytest.raises(DataError, match="items.csv cannot be read .*iconv"):
+        etl(events, tmp_path / "items.csv", tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["events.parquet", "events.csv.gz", "events.json.gz"])
+def test_empty_and_truncated_files_are_named(name: str, tmp_path: Path) -> None:
+    events, items = write(tmp_path / "raw")
+    many = pd.concat([EVENTS.assign(user_id=EVENTS["user_id"] + str(copy)) for copy in range(300)])
+    if name == "events.csv.gz":
+        many.to_csv(events := tmp_path / name, index=False)
+    elif name == "events.json.gz":
+        events = _lines(tmp_path / name, many.to_dict("records"))
+    events.write_bytes(events.read_bytes()[: events.stat().st_size * 2 // 3])
+    with pytest.raises(DataError, match=rf"{name} (cannot be read|ends in the middle)"):
+        etl(events, items, tmp_path / "data")
+    events.write_bytes(b"")
+    with pytest.raises(DataError, match=f"{name} has no bytes"):
+        etl(events, items, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file may grow beyond 400 bytes, as on a full disk: writes fail with EFBIG."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def _files(folder: Path) -> list[tuple[str, float]]:
+    return sorted((str(file), file.stat().st_mtime) for file in folder.rglob("*") if file.is_file())
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    files = write(tmp_path / "raw")
+    etl(*files, tmp_path / "out" / "data")
+    before = _files(tmp_path / "out")
+    request.getfixturevalue("small_disk")
+    with pytest.raises(DataError, match="the disk ran full while .*data was written"):
+        etl(*files, tmp_path / "out" / "data")
+    with pytest.raises(DataError, match="the disk ran full"):
+        features(tmp_path / "out" / "data", text_columns=["title"])
+    with pytest.raises(DataError, match="the disk ran full"), file_aside(tmp_path / "out" / "one") as file:
+        file.write_bytes(b"x" * 5_000)
+    assert _files(tmp_path / "out") == before
+
+
+def test_a_read_only_place_is_named(tmp_path: Path) -> None:
+    place = Path("/sys/missrec")  # read-only for root, too
+    with pytest.raises(DataError, match="/sys/missrec cannot be written .*choose another --out"):
+        etl(*write(tmp_path / "raw"), place)
+    with pytest.raises(DataError, match="cannot be written"), written_aside(place, "x.json"):
+        pass

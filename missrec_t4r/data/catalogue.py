@@ -28,6 +28,9 @@ from missrec_t4r.errors import DataError, ModalityError
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, NULL_ROW, ROW, TRAIN_COUNT, UNKNOWN_ROW
 
 FORMAT_VERSION = 1
+_MAPPED_BYTES = 1 << 29
+"""Vector files from this size on are mapped: the system reads and drops their pages as it likes."""
+_ROWS_AT_ONCE = 1 << 16
 
 Rows = npt.NDArray[np.int64]
 
@@ -221,7 +224,8 @@ def _save_modality(folder: Path, name: str, modality: Modality) -> dict[str, Any
 
 def _load_modality(folder: Path, name: str, present: npt.NDArray[np.bool_], described: Mapping[str, Any]) -> Modality:
     def read(file: str) -> npt.NDArray[np.float32]:
-        return np.load(folder / file, allow_pickle=False).astype(np.float32, copy=False)
+        large = (folder / file).stat().st_size > _MAPPED_BYTES
+        return np.load(folder / file, "c" if large else None, allow_pickle=False).astype(np.float32, copy=False)
 
     variants = {variant: read(f"{name}.{variant}.npy") for variant in described.get("variants", ())}
     state = load_file(_state(folder, name)) if _state(folder, name).is_file() else {}
@@ -246,11 +250,13 @@ def _check_modality(name: str, modality: Modality, n_rows: int) -> None:
                 f"finite numbers of shape {modality.vectors.shape}",
                 "make the modality again with `missrec features`",
             )
-    if not np.isfinite(modality.vectors).all():
-        row = int(np.flatnonzero(~np.isfinite(modality.vectors).all(1))[0])
-        raise ModalityError(
-            f"modality {name!r} holds NaN or infinity in row {row}", "finite numbers", "repair the file"
-        )
+    for start in range(0, n_rows, _ROWS_AT_ONCE):
+        finite = np.isfinite(modality.vectors[start : start + _ROWS_AT_ONCE]).all(1)
+        if not finite.all():
+            row = start + int(np.flatnonzero(~finite)[0])
+            raise ModalityError(
+                f"modality {name!r} holds NaN or infinity in row {row}", "finite numbers", "repair the file"
+            )
     if modality.present.shape != (n_rows,) or modality.present[:FIRST_ITEM_ROW].any():
         raise ModalityError(
             f"the presence mask of modality {name!r} does not fit", f"{n_rows} flags, three of them off"

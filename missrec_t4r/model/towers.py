@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from missrec_t4r.config import FeatureScaling, MissingModality, SingleModality
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW
 
+_LARGE = 1 << 27
+"""Numbers in a table (512 MiB) from which it keeps its place, mapped from a file perhaps, and is scaled row by row."""
+
 
 class ItemTokens(NamedTuple):
     """Tokens of some items, or of the whole catalogue; ``...`` stands for the shape of the rows."""
@@ -114,8 +117,9 @@ class ItemTowers(nn.Module):
         self.modality_dropout, self.id_dropout = modality_dropout, id_dropout
         self.vectors = nn.Module()
         for name, table in vectors.items():
-            scaled = F.normalize(table, dim=-1) if feature_scaling == "l2" else table
-            self.vectors.register_buffer(name, scaled, persistent=False)
+            at_once = feature_scaling == "l2" and table.numel() < _LARGE
+            self.vectors.register_buffer(name, F.normalize(table, dim=-1) if at_once else table, persistent=False)
+        self.unscaled = {name for name in vectors if feature_scaling == "l2" and vectors[name].numel() >= _LARGE}
         self.adapters = nn.ModuleDict({name: nn.Linear(table.shape[1], d_model) for name, table in vectors.items()})
         self.register_buffer("presence", presence, persistent=False)
         self.register_buffer("trained_ids", torch.zeros(0) if trained_ids is None else trained_ids, persistent=False)
@@ -131,7 +135,7 @@ class ItemTowers(nn.Module):
 
         ``masks`` are this training step's; without them nothing is dropped.
         """
-        stacked = torch.stack([self.adapters[name](self.vectors.get_buffer(name)[rows]) for name in self.names])
+        stacked = torch.stack([self.adapters[name](self.features(name, rows)) for name in self.names])
         present = self.presence[:, rows]
         if self.missing_modality == "masked":
             stacked = stacked * present.unsqueeze(-1)
@@ -141,6 +145,12 @@ class ItemTowers(nn.Module):
             return ItemTokens(stacked, masks.mask[:, rows], masks.attended[:, rows], ids, id_mask)
         id_mask = None if self.id_embedding is None else self.trained_ids[rows]
         return ItemTokens(stacked, self._counted(present, rows), present, ids, id_mask)
+
+    def features(self, name: str, rows: Tensor | None = None) -> Tensor:
+        """Return a modality's frozen vectors [row, width] as they enter the adapter, or those of ``rows``."""
+        table = self.vectors.get_buffer(name)
+        taken = table if rows is None else table[rows]
+        return F.normalize(taken, dim=-1) if name in self.unscaled else taken
 
     def masks(self, *, dropout: bool) -> TokenMasks:
         """Return which tokens of the catalogue count; with ``dropout`` modalities and IDs are dropped at random."""
@@ -180,12 +190,12 @@ class ItemTowers(nn.Module):
 
     def _adapted(self, index: int, name: str) -> Tensor:
         """Return the tokens [row, dim] of one modality; where missing ones count for nothing, they cost nothing."""
-        table, adapter = self.vectors.get_buffer(name), self.adapters[name]
+        adapter = self.adapters[name]
         if self.missing_modality != "masked" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            tokens: Tensor = adapter(table)
+            tokens: Tensor = adapter(self.features(name))
             return tokens if self.missing_modality != "masked" else tokens * self.presence[index].unsqueeze(-1)
         rows = torch.nonzero(self.presence[index]).flatten()
-        present = adapter(table[rows])
+        present = adapter(self.features(name, rows))
         return present.new_zeros(self.n_rows, present.shape[1]).index_copy_(0, rows, present)
 
     def _counted(self, present: Tensor, rows: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Softmaxes for large catalogues: chunks give the full loss and its gradients, samples an unbiased estimate."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from missrec_t4r.config import MISSRecConfig, TrainConfig
 from missrec_t4r.data.batches import TrainingBatch, collate, training_batches
+from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model import build_missrec
 from missrec_t4r.model.chunked import ChunkedSoftmax
@@ -163,3 +165,27 @@ def test_half_precision_changes_the_loss_little_and_the_weights_not() -> None:
     full = losses["fp32", "FullSoftmax"]
     assert list(losses.values()) == pytest.approx([full] * 6, rel=2e-2)
     assert losses["bf16", "FullSoftmax"] != full
+
+
+def test_large_tables_keep_their_place_and_are_scaled_where_rows_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = shop.model(shop.default())
+    monkeypatch.setattr("missrec_t4r.model.towers._LARGE", 1)
+    catalogue = shop.catalogue()
+    torch.manual_seed(0)
+    large = build_missrec(shop.default(), catalogue)
+    table = large.towers.vectors.get_buffer("text")
+    assert table.data_ptr() == catalogue.modalities["text"].vectors.ctypes.data
+    large = shop.model(shop.default())
+    for rows in (torch.arange(15), torch.tensor([[3, 4]])):
+        torch.testing.assert_close(large.towers(rows), small.towers(rows), rtol=0, atol=1e-6)  # fp32 against fp64
+    torch.testing.assert_close(large.towers.catalogue(), small.towers.catalogue(), rtol=0, atol=1e-6)
+
+
+def test_large_vector_files_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("missrec_t4r.data.catalogue._MAPPED_BYTES", 1)
+    catalogue = shop.catalogue()
+    catalogue.save(tmp_path / "catalogue")
+    mapped = Catalogue.load(tmp_path / "catalogue")
+    assert isinstance(mapped.modalities["text"].vectors, np.memmap)
+    assert np.array_equal(mapped.modalities["text"].vectors, catalogue.modalities["text"].vectors)
+    assert build_missrec(shop.default(), mapped).towers.n_rows == catalogue.n_rows

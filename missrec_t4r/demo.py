@@ -21,8 +21,9 @@ from rich.table import Table
 
 from missrec_t4r import commands
 from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.side import load_sessions
 from missrec_t4r.errors import DataError
-from missrec_t4r.export.parity import compare_served, raw_ids, sample_histories
+from missrec_t4r.export.parity import compare_served, raw_ids, raw_side, sample_histories
 from missrec_t4r.progress import Progress, TerminalProgress
 from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID
 from missrec_t4r.serving.client import MISSRecClient, read_titles
@@ -189,7 +190,8 @@ def _step(name: str, what: str, console: Console, seconds: dict[str, float]) -> 
 
 def _serve(run: LoadedRun, repository: Path, log_file: Path, progress: Progress) -> dict[str, Any]:
     """Start Triton, compare its answers with the run's model, and ask three questions."""
-    histories = sample_histories(Sessions.load(run.data / "test"), _COMPARED_SESSIONS)
+    side = () if run.model.side is None else run.model.side.columns
+    histories = sample_histories(load_sessions(run.data, "test", side), _COMPARED_SESSIONS)
     with (
         LocalTriton(repository, log_file=log_file, progress=progress) as server,
         MISSRecClient(server.grpc_url) as client,
@@ -199,7 +201,7 @@ def _serve(run: LoadedRun, repository: Path, log_file: Path, progress: Progress)
         parity.require("Triton's answers")
         questions = _questions(histories)
         sessions = raw_ids(run.catalogue, questions)
-        answers = client.recommend(sessions, _TOP_K, exclude_seen=True)
+        answers = client.recommend(sessions, _TOP_K, exclude_seen=True, side=raw_side(run.model, questions))
         about = _ask(server.http_url, "")
         ranker = _ask(server.http_url, "/models/missrec_ranker/stats")["model_stats"][0]
     titles = read_titles(run.data / CATALOGUE_FOLDER)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from missrec_t4r.data.schema_file import ColumnFacts, read_schema
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError, SchemaError
-from missrec_t4r.schema import LIST_SUFFIX, SCHEMA_FILE, SESSION_TRANSFORM_FILE, UNKNOWN_ROW
+from missrec_t4r.schema import LIST_SUFFIX, NULL_ROW, PADDING_ROW, SCHEMA_FILE, SESSION_TRANSFORM_FILE, UNKNOWN_ROW
 
 Kind = Literal["categorical", "continuous", "pretrained"]
 
@@ -74,7 +75,8 @@ class SideColumn:
         Parameters
         ----------
         raw : sequence
-            Categories as the shop names them, numbers, or vectors as sequences of numbers.
+            Categories as the shop names them (codes, where the data folder does not tell the names), numbers, or
+            vectors as sequences of numbers.
 
         Raises
         ------
@@ -89,7 +91,10 @@ class SideColumn:
         try:
             if self.kind == "categorical":
                 codes = self._codes
-                return np.array([0 if value is None else codes.get(value, UNKNOWN_ROW) for value in raw], np.int64)
+                known = [value if not codes else codes.get(value, UNKNOWN_ROW) for value in raw if value is not None]
+                encoded = np.zeros(len(raw), np.int64)
+                encoded[[value is not None for value in raw]] = np.array(known, np.int64)
+                return encoded
             if self.kind == "continuous":
                 return np.array([np.nan if value is None else float(value) for value in raw], np.float32)
             empty = np.zeros(self.size, np.float32)
@@ -101,6 +106,28 @@ class SideColumn:
                 f"one {self.kind} value per event, or null",
                 f"vectors have {self.size} numbers" if self.kind == "pretrained" else "",
             ) from error
+
+    def decode(self, values: npt.NDArray[Any]) -> list[Any]:
+        """Return raw values that `encode` turns into these: what a shop would send for a session of the data.
+
+        Examples
+        --------
+        >>> SideColumn("event", "categorical", 5, values=("view", "buy")).decode(np.array([4, 0, 3]))
+        ['buy', None, 'view']
+        """
+        if self.kind == "categorical":
+            raw = dict(enumerate(self.values, start=UNKNOWN_ROW + 1)) | {UNKNOWN_ROW: self._unheard}
+            return [None if code == 0 else raw[int(code)] if self.values else int(code) for code in values]
+        if self.kind == "continuous":
+            return [float(value) if np.isfinite(value) else None for value in values]
+        return [vector.tolist() if vector.any() else None for vector in values]
+
+    @functools.cached_property
+    def _unheard(self) -> str | int:
+        """A value that is not in the vocabulary."""
+        texts = isinstance(next(iter(self.values), ""), str)
+        tries: Iterator[str | int] = (f"?{number}" if texts else -1 - number for number in itertools.count())
+        return next(value for value in tries if value not in self._codes)
 
     @functools.cached_property
     def _codes(self) -> dict[str | int, int]:
@@ -183,6 +210,8 @@ def load_sessions(data: str | Path, split: str, columns: Sequence[SideColumn] = 
         theirs = codes.get(column.name, ())
         if column.kind == "categorical" and column.values and theirs and theirs != column.values:
             features[column.name] = _recoding(theirs, column.values)[features[column.name]]
+        if column.values and (features[column.name] == NULL_ROW).any():  # Categorify's null: nothing is known
+            features[column.name] = np.where(features[column.name] == NULL_ROW, PADDING_ROW, features[column.name])
     return dataclasses.replace(sessions, features=features)
 
 

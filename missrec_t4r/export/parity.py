@@ -25,6 +25,7 @@ from missrec_t4r.schema import FIRST_ITEM_ROW, NULL_ROW, PADDING_ROW, UNKNOWN_RO
 from missrec_t4r.serving.client import MISSRecClient
 from missrec_t4r.serving.ranker import Ranker, compact
 from missrec_t4r.serving.session_transform import RawId, SessionTransform
+from missrec_t4r.serving.side import SideOfSession
 
 TOLERANCE = 1e-5
 """Largest accepted difference of a score; scores closer than this are a tie."""
@@ -81,6 +82,18 @@ def raw_ids(catalogue: Catalogue, histories: Sessions) -> list[list[RawId]]:
     unknown = _unknown_id(catalogue)
     known = {int(row): raw for row, raw in _pairs(catalogue, histories)}
     return [[known.get(int(row), None if row == NULL_ROW else unknown) for row in session] for session in histories]
+
+
+def raw_side(model: MISSRec, histories: Sessions) -> list[SideOfSession]:
+    """Return the sessions' side features as a shop would send them; empty for a model without any."""
+    columns = (
+        () if model.side is None else [column for column in model.side.columns if column.name in histories.features]
+    )
+    bounds = zip(histories.offsets[:-1].tolist(), histories.offsets[1:].tolist(), strict=True)
+    return [
+        {column.name: column.decode(histories.features[column.name][start:end]) for column in columns}
+        for start, end in bounds
+    ]
 
 
 def check_rows(transform: SessionTransform, histories: Sessions, sessions: Sequence[Sequence[RawId]]) -> None:
@@ -140,14 +153,13 @@ def compare_served(
         Requests under way at the same time.
     """
 
-    def ask(session: list[RawId]) -> Answer:
-        answer = client.recommend([session], top_k)[0]
+    def ask(session: list[RawId], side: SideOfSession) -> Answer:
+        answer = client.recommend([session], top_k, side=[side])[0]
         return catalogue.rows_of(answer.item_ids), np.asarray(answer.scores, np.float32)
 
     with ThreadPoolExecutor(clients) as pool:
-        answers = list(pool.map(ask, raw_ids(catalogue, histories)))
-    items_alone = Sessions(histories.values, histories.offsets)  # what the requests held
-    return compare_answers(model, items_alone, answers, top_k)
+        answers = list(pool.map(ask, raw_ids(catalogue, histories), raw_side(model, histories)))
+    return compare_answers(model, histories, answers, top_k)
 
 
 def compare_answers(model: MISSRec, histories: Sessions, answers: Sequence[Answer], top_k: int) -> Parity:

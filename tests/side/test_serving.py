@@ -1,0 +1,147 @@
+"""Side features from a run through the bundle to a real Triton: served as trained, with them and without."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from missrec_t4r.config import MISSRecConfig, Recipe
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.side import SideColumn, load_sessions
+from missrec_t4r.errors import DataError, ServingError
+from missrec_t4r.export.bundle import load_bundle
+from missrec_t4r.export.export import export
+from missrec_t4r.export.parity import compare_served, raw_ids, raw_side, sample_histories
+from missrec_t4r.model.missrec import build_missrec
+from missrec_t4r.serving.client import MISSRecClient
+from missrec_t4r.serving.ranker import Ranker
+from missrec_t4r.serving.side import SideReader
+from missrec_t4r.training.checkpoint import LoadedRun, load_run, save_run
+from tests.serving.conftest import serving
+from tests.side import shop
+
+EVENT_TYPES = ["view", "cart", "buy"]
+COLUMNS = (
+    SideColumn("event_type", "categorical", 6, 8, values=tuple(EVENT_TYPES)),
+    SideColumn("dwell", "continuous", 1, 8, log=True, mean=2.0, std=1.5),
+    SideColumn("scene", "pretrained", shop.WIDTH, 8, std=2.0),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
+    """A run whose weights are large enough for every part to matter."""
+    folder = tmp_path_factory.mktemp("side")
+    data = shop.write(folder / "data", sizes=(4, 4, 60))
+    transform = {
+        "format": 1,
+        "item_id": {"column": "item_id", "type": "string", "null_row": 1, "unknown_row": 2, "first_row": 3},
+        "max_sequence_length": 5,
+        "features": {"event_type": {"kind": "categorical", "values": EVENT_TYPES}},
+    }
+    (data / "session_transform.json").write_text(json.dumps(transform))
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "n_head": 2, "d_feedforward": 8, "max_sequence_length": 5, "n_neighbours": 0}
+    recipe = Recipe(name="tiny", model=MISSRecConfig(**sizes))  # type: ignore[arg-type]  # sizes are numbers
+    model = build_missrec(recipe.model, shop.catalogue(), COLUMNS).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.discover_interests(seed=1)
+    save_run(folder / "run", model, recipe, data, {})
+    return load_run(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def histories(run: LoadedRun) -> Sessions:
+    return sample_histories(load_sessions(run.data, "test", run.model.side.columns), 60)
+
+
+@pytest.fixture(scope="module")
+def exported(run: LoadedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    report = export(run.data.parent / "run", folder / "bundle", triton=folder / "repository")
+    assert report["parity"]["equal"]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(exported: Path) -> Iterator[MISSRecClient]:
+    for server in serving(exported / "repository"):
+        with MISSRecClient(server.grpc_url) as opened:
+            yield opened
+
+
+def test_the_bundle_carries_columns_and_weights(run: LoadedRun, exported: Path) -> None:
+    loaded = load_bundle(exported / "bundle")
+    assert loaded.model.side.columns == COLUMNS
+    own, theirs = run.model.state_dict(), loaded.model.state_dict()
+    assert [name for name in own if not torch.equal(own[name], theirs[name])] == []
+
+
+@pytest.mark.triton
+def test_a_real_triton_ranks_with_side_features(client: MISSRecClient, run: LoadedRun, histories: Sessions) -> None:
+    parity = compare_served(client, run.model, run.catalogue, histories)
+    assert parity.equal, parity
+    sessions, side = raw_ids(run.catalogue, histories), raw_side(run.model, histories)
+    assert set(side[0]) == {"event_type", "dwell", "scene"}
+    mixed = [own if index % 2 else None for index, own in enumerate(side)]
+    answers = client.recommend(sessions, 5, side=mixed)
+    with_side, without = client.recommend(sessions, 5, side=side), client.recommend(sessions, 5)
+    for index, answer in enumerate(answers):
+        expected = (with_side if index % 2 else without)[index]
+        np.testing.assert_allclose(answer.scores, expected.scores, atol=1e-5)
+    changed = [one.scores != other.scores for one, other in zip(with_side, without, strict=True) if one.scores]
+    assert sum(changed) > 50
+
+
+@pytest.mark.triton
+def test_requests_without_side_features_are_the_models_own_answers(
+    client: MISSRecClient, run: LoadedRun, histories: Sessions
+) -> None:
+    items_alone = Sessions(histories.values, histories.offsets)
+    assert compare_served(client, run.model, run.catalogue, items_alone).equal
+
+
+@pytest.mark.triton
+def test_a_wrong_request_is_refused_in_words(client: MISSRecClient) -> None:
+    for side, words in (
+        ({"colour": ["red", "red"]}, "side feature 'colour'; expected: event_type, dwell, scene"),
+        ({"dwell": [1.0]}, "'dwell' with 1 values for 2 item ids"),
+        ({"dwell": [1.0, "long"]}, "one continuous value per event"),
+        ({"scene": [[1.0, 2.0], None]}, "vectors have 4 numbers"),
+    ):
+        with pytest.raises(ServingError, match=words):
+            client.recommend([["i1", "i2"]], side=[side])
+    with pytest.raises(DataError, match="side features of 2 sessions for 1"):
+        client.recommend([["i1"]], side=[None, None])
+    assert client.recommend([["i1", "i2"]], 3, side=[{"dwell": [None, 4.0], "event_type": ["gift", None]}])[0].item_ids
+
+
+def test_reader_and_ranker_align_with_the_last_rows(exported: Path) -> None:
+    loaded = load_bundle(exported / "bundle")
+    reader, ranker = SideReader(loaded.model.side.columns), Ranker(loaded.model, loaded.catalogue)
+    told = reader.read(b'{"dwell": [9, 8, 7, 6, 5, 4, 3]}', 7)
+    rows = np.array([[5, 2, 7, 8, 9]])  # the last five of seven ids, one of them unknown
+    stacked = reader.stacked([told], rows)
+    assert stacked["dwell"].tolist() == [[7, 6, 5, 4, 3]]
+    direct = ranker.rank(np.array([[5, 7, 8, 9]]), side={"dwell": np.array([[7, 5, 4, 3]], np.float32)})
+    assert ranker.rank(rows, side=stacked).scores.tolist() == direct.scores.tolist()
+
+
+def test_what_is_decoded_is_encoded_again() -> None:
+    values = {
+        "event_type": np.array([3, 5, 0, 2]),
+        "dwell": np.array([1.5, np.nan, 0.1, 7.0], np.float32),
+        "scene": np.array([[1, 0, 0.1, 2], [0, 0, 0, 0], [3, 4, 5, 6], [1, 1, 1, 1]], np.float32),
+    }
+    for column in COLUMNS:
+        through_json = json.loads(json.dumps(column.decode(values[column.name])))
+        np.testing.assert_array_equal(column.encode(through_json), values[column.name])
+    codes = SideColumn("adopted", "categorical", 9)
+    assert codes.encode(codes.decode(np.array([4, 0, 8]))).tolist() == [4, 0, 8]

@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 
 from missrec_t4r import commands
-from missrec_t4r.cli.app import Out, Run, command
+from missrec_t4r.cli.app import Out, Run, command, listed
 from missrec_t4r.progress import TerminalProgress
+from missrec_t4r.serving.wire import parsed_rules
 
 
 @command
@@ -49,11 +50,27 @@ def recommend(
     protocol: Annotated[str, typer.Option(help="grpc or http.")] = "grpc",
     top_k: Annotated[int, typer.Option(help="How many recommendations.")] = 10,
     exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave out the session's own items.")] = False,
+    exclude: Annotated[str | None, typer.Option(help="Ids never to recommend, comma-separated.")] = None,
+    allow: Annotated[str | None, typer.Option(help="The only ids to recommend, comma-separated.")] = None,
+    rules: Annotated[
+        str | None, typer.Option(help='JSON: {"where": {"in_stock": true}, "at_most": {"brand": 2}}.')
+    ] = None,
+    reasons: Annotated[bool, typer.Option("--reasons", help="Say which item and modality weighed most.")] = False,
     catalogue: Annotated[Path | None, typer.Option(help="Bundle or catalogue folder, to show titles.")] = None,
 ) -> dict[str, Any]:
     """Ask a running server for recommendations."""
-    session = [item.strip() for item in items.split(",") if item.strip()]
-    answer = commands.recommend(url, session, top_k, protocol=protocol, exclude_seen=exclude_seen, catalogue=catalogue)
+    answer = commands.recommend(
+        url,
+        listed(items) or [],
+        top_k,
+        protocol=protocol,
+        exclude_seen=exclude_seen,
+        exclude=listed(exclude),
+        allow=listed(allow),
+        rules=parsed_rules(rules),
+        reasons=reasons,
+        catalogue=catalogue,
+    )
     if answer["unknown_items"] or answer["fallback"]:
         note = "; these are the most popular items" if answer["fallback"] else ""
         Console(stderr=True).print(f"warning: {answer['unknown_items']} of the ids are unknown{note}", style="yellow")

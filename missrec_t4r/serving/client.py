@@ -5,7 +5,7 @@ It asks the server once for the type of the ids and the largest batch, then pads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -19,11 +19,11 @@ from missrec_t4r.serving.doors import Door, in_words, open_door
 from missrec_t4r.serving.retries import Retries
 from missrec_t4r.serving.side import SideOfSession
 from missrec_t4r.serving.wire import (
-    OUTPUTS,
     Description,
     Recommendation,
     Session,
     check_call,
+    outputs_for,
     recommendations_of,
     requests_of,
     typed_id,
@@ -158,7 +158,7 @@ class MISSRecClient:
 
         def once() -> dict[str, Any]:
             with in_words(self.url, self.model, self.timeout):
-                return self._door.infer(self.model, request, OUTPUTS)
+                return self._door.infer(self.model, request, outputs_for(request))
 
         return self.retries.call(once, self.timeout)
 
@@ -170,6 +170,10 @@ def recommend(
     *,
     protocol: str = "grpc",
     exclude_seen: bool = False,
+    exclude: Sequence[str | int] | None = None,
+    allow: Sequence[str | int] | None = None,
+    rules: Mapping[str, Any] | None = None,
+    reasons: bool = False,
     catalogue: str | Path | None = None,
     timeout: float = 10.0,
 ) -> dict[str, Any]:
@@ -184,6 +188,11 @@ def recommend(
     top_k : int
     protocol : {"grpc", "http"}
     exclude_seen : bool
+    exclude, allow : sequence of str or int, optional
+        As ``items``.
+    rules : mapping, optional
+    reasons : bool
+        As in `MISSRecClient.recommend`.
     catalogue : path, optional
         A bundle, catalogue folder or parquet file with ``item_id`` and ``title``: titles are added.
     timeout : float
@@ -191,17 +200,36 @@ def recommend(
     Returns
     -------
     dict
-        ``recommendations`` (``item_id``, ``score`` and ``title``), ``unknown_items``, ``fallback``.
+        ``recommendations`` (``item_id``, ``score``, ``title``, with reasons ``because_of`` and ``modality``),
+        ``unknown_items``, ``fallback``, ``n_passed``, ``catalogue_version``.
     """
     titles = {} if catalogue is None else read_titles(Path(catalogue))
     with MISSRecClient(url, protocol, timeout=timeout) as client:
-        session = [typed_id(item, client.id_type) for item in items]
-        answer = client.recommend([session], top_k, exclude_seen=exclude_seen)[0]
+
+        def typed(ids: Sequence[str | int] | None) -> list[str | int] | None:
+            return None if ids is None else [typed_id(item, client.id_type) for item in ids]
+
+        answer = client.recommend(
+            [typed(items) or []],
+            top_k,
+            exclude_seen=exclude_seen,
+            exclude=typed(exclude),
+            allow=typed(allow),
+            rules=rules,
+            reasons=reasons,
+        )[0]
+    why = [{"because_of": reason.item_id, "modality": reason.modality} for reason in answer.reasons]
     found = [
-        {"item_id": item_id, "score": score} | ({"title": titles[item_id]} if item_id in titles else {})
-        for item_id, score in zip(answer.item_ids, answer.scores, strict=True)
+        {"item_id": item_id, "score": score} | ({"title": titles[item_id]} if item_id in titles else {}) | reason
+        for item_id, score, reason in zip(answer.item_ids, answer.scores, why or [{}] * len(answer.scores), strict=True)
     ]
-    return {"recommendations": found, "unknown_items": answer.unknown_items, "fallback": answer.fallback}
+    return {
+        "recommendations": found,
+        "unknown_items": answer.unknown_items,
+        "fallback": answer.fallback,
+        "n_passed": answer.n_passed,
+        "catalogue_version": answer.catalogue_version,
+    }
 
 
 def read_titles(place: Path) -> dict[str | int, str]:

@@ -7,40 +7,32 @@ so that a failed run leaves nothing and a finished one is whole; running again g
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from merlin.io.worker import clean_worker_cache
 
-from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.errors import ConfigError, SchemaError
 from missrec_t4r.progress import Progress, quiet
-from missrec_t4r.schema import (
-    CATALOGUE_FOLDER,
-    FIRST_ITEM_ROW,
-    ITEM_ID,
-    ITEM_LIST,
-    LIST_SUFFIX,
-    SESSION_TRANSFORM_FILE,
-    SPLITS,
-    TIMESTAMP,
-    USER_ID,
-)
+from missrec_t4r.schema import ITEM_ID, ITEM_LIST, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
 from missrec_t4r.workflows import catalogue as catalogues
-from missrec_t4r.workflows import checks, sessions, splits
+from missrec_t4r.workflows import checks, outputs, scale, sessions, splits
+from missrec_t4r.workflows.derived import CLOCK, Derived, parse_seconds, parse_time_features, parse_weights
+from missrec_t4r.workflows.dry_run import is_large, planned
+from missrec_t4r.workflows.engine import engine as running
 from missrec_t4r.workflows.folders import written_aside
 from missrec_t4r.workflows.inputs import Inputs, prepare, read_tables
-from missrec_t4r.workflows.sources.table import Paths
+from missrec_t4r.workflows.outputs import REPORT_FILE
+from missrec_t4r.workflows.sources.table import Paths, expand
 
 Split = Literal["leave_one_out", "time"]
-REPORT_FILE = "etl.json"
 _EVENTS_PER_PARTITION = 5_000_000
 _SESSIONS_PER_FILE = 250_000
 
@@ -67,7 +59,15 @@ def etl(
     fingerprint: Mapping[str, str] | None = None,
     max_sequence_length: int = 50,
     max_events: int | None = None,
+    session_gap: str | float | None = None,
+    event_weights: str | Mapping[str, float] | None = None,
+    event_type_column: str = "event_type",
+    time_features: str | Sequence[str] | None = None,
+    engine: Literal["auto", "memory", "disk"] = "auto",
+    dask_scheduler: str = "threads",
+    workers: int | None = None,
     partitions: int | None = None,
+    dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Build a data folder.
@@ -109,8 +109,25 @@ def etl(
         How many last items a request keeps.
     max_events : int, optional
         Cut sessions to their last events; by default they stay whole.
+    session_gap : str or float, optional
+        A pause that ends a session (``30m``, seconds): then a row is a session, with ``session_id`` beside the user.
+    event_weights : str or mapping, optional
+        ``view=1,purchase=3``: the list column ``weight``; types of weight 0 are left out, others weigh 1.
+    event_type_column : str
+        Where the event type stands.
+    time_features : str or sequence of str, optional
+        ``gap``, ``hour``, ``weekday``, ``recency``, or ``all``: list columns of that name, see `event_operators.py`.
+    engine : {"auto", "memory", "disk"}
+        ``memory``: NVTabular transforms everything at once; rows in the order of users. ``disk``: the fast path in
+        bounded memory (`scale.py`); rows in the order of the users' hash. ``auto``: the latter for large parquet.
+    dask_scheduler : str
+        Where the fast path works: ``threads``, ``processes``, or ``tcp://host:port``.
+    workers : int, optional
+        Threads or processes; by default one per core.
     partitions : int, optional
-        Dask partitions; by default one per five million events.
+        How many pieces; chosen by size if not given. The rows do not depend on it.
+    dry_run : bool
+        Check settings and columns, say what would be read and written, and write nothing.
 
     Returns
     -------
@@ -125,21 +142,15 @@ def etl(
     started = time.perf_counter()
     out, findings, files = Path(out), checks.Findings(), dict(modality or {})
     _check_settings(split, valid_from, test_from, max_sequence_length, max_events)
-    names = {user_column: USER_ID, item_column: ITEM_ID, time_column: TIMESTAMP}
-    progress.say("reading the tables")
-    catalogues.check_fingerprints(fingerprint or {}, files)
-    tables = read_tables(interactions, items, names, catalogue_item_column or item_column, findings)
-    inputs = prepare(
-        *tables,
-        catalogues.read_modalities(files, tables[1].num_rows),
-        findings,
-        drop_columns=drop_columns,
-        drop_duplicates=drop_duplicates,
-        unknown_items=unknown_items,
-        k_core=k_core,
-        min_item_count=min_item_count,
+    if engine not in ("auto", "memory", "disk"):
+        raise ConfigError(f"engine {engine!r}", "auto, memory or disk", "choose one with --engine")
+    derive = Derived(
+        parse_weights(event_weights),
+        event_type_column,
+        session_gap=parse_seconds(session_gap, "--session-gap"),
+        time_features=parse_time_features(time_features),
     )
-    progress.say(f"{len(inputs.events):,} events on {inputs.items.num_rows:,} items; grouping them into sessions")
+    catalogues.check_fingerprints(fingerprint or {}, files)
     settings = {
         "split": split,
         "valid_from": valid_from,
@@ -151,19 +162,112 @@ def etl(
         "max_sequence_length": max_sequence_length,
         "max_events": max_events,
         "columns": {USER_ID: user_column, ITEM_ID: item_column, TIMESTAMP: time_column},
-        "event_features": list(inputs.features),
+        "drop_columns": list(drop_columns),
+        "categorical_columns": list(categorical_columns),
         "fingerprints": dict(fingerprint or {}),
+        "session_gap": derive.session_gap,
+        "event_weights": dict(derive.weights),
+        "event_type_column": event_type_column,
+        "time_features": list(derive.time_features),
     }
-    with written_aside(out, REPORT_FILE) as folder, tempfile.TemporaryDirectory() as storage:
-        counts = _write(inputs, folder, Path(storage), settings, files, categorical_columns, partitions, progress)
-        report = counts | {"findings": findings.to_list(), "settings": settings, "format": 1}
-        report["seconds"] = round(time.perf_counter() - started, 3)
-        (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    names = {user_column: USER_ID, item_column: ITEM_ID, time_column: TIMESTAMP}
+    if len(names) < 3:
+        raise ConfigError(f"columns {list(names)} for user, item and time", "three different columns")
+    events = expand(interactions, "interactions")
+    on_disk = engine == "disk" or (engine == "auto" and is_large(events))
+    task = _Task(events, Path(items), catalogue_item_column or item_column, names, settings, files, derive, findings)
+    if dry_run:
+        return planned(task.files, names, items, out, on_disk=on_disk, settings=settings)
+    if on_disk:
+        counts = _on_disk(task, out, partitions, dask_scheduler, workers, progress, started)
+    else:
+        counts = _in_memory(task, out, partitions, progress, started)
     for finding in findings.found:
         progress.say(f"{finding.check}: {finding.count:,} ({finding.message})")
     rows = ", ".join(f"{count:,} {name}" for name, count in counts["sessions"].items())
-    progress.say(f"{out}: {rows} sessions in {report['seconds']:.1f} s")
-    return {"data": str(out), **report}
+    progress.say(f"{out}: {rows} sessions in {counts['seconds']:.1f} s")
+    return {"data": str(out), **counts}
+
+
+@dataclass
+class _Task:
+    """What both paths have to know."""
+
+    files: list[Path]
+    items: Path
+    catalogue_item: str
+    names: dict[str, str]
+    settings: dict[str, Any]
+    modality_files: dict[str, Path]
+    derive: Derived
+    findings: checks.Findings
+
+    def report(self, counts: dict[str, Any], folder: Path, started: float) -> dict[str, Any]:
+        """Write etl.json and return its content."""
+        report = counts | {"findings": self.findings.to_list(), "settings": self.settings, "format": 1}
+        report["seconds"] = round(time.perf_counter() - started, 3)
+        (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        return report
+
+
+def _on_disk(
+    task: _Task,
+    out: Path,
+    partitions: int | None,
+    scheduler: str,
+    workers: int | None,
+    progress: Progress,
+    started: float,
+) -> dict[str, Any]:
+    settings, names = task.settings, task.names
+    copies = out.with_name(f".{out.name}-copies")
+    with scale.working_folder(out) as (work, finish), running(scheduler, workers) as machines:
+        user, item, _ = names
+        files = scale.as_parquet(task.files, copies, [user, item])
+        table, vectors = scale.read_catalogue(
+            task.items, task.catalogue_item, files, item, task.modality_files, task.findings
+        )
+        job = scale.Job(
+            files,
+            table,
+            vectors,
+            names,
+            settings,
+            task.modality_files,
+            task.derive,
+            task.findings,
+            settings["drop_columns"],
+            settings["categorical_columns"],
+            partitions,
+        )
+        folder, counts = scale.build(job, work, machines, progress)
+        report = task.report(counts, folder, started)
+        finish(folder)
+    shutil.rmtree(copies, ignore_errors=True)
+    return report
+
+
+def _in_memory(task: _Task, out: Path, partitions: int | None, progress: Progress, started: float) -> dict[str, Any]:
+    settings = task.settings
+    progress.say("reading the tables")
+    tables = read_tables(task.files, task.items, task.names, task.catalogue_item, task.findings)
+    inputs = prepare(
+        *tables,
+        catalogues.read_modalities(task.modality_files, tables[1].num_rows),
+        task.findings,
+        drop_columns=settings["drop_columns"],
+        drop_duplicates=settings["drop_duplicates"],
+        unknown_items=settings["unknown_items"],
+        k_core=settings["k_core"],
+        min_item_count=settings["min_item_count"],
+    )
+    settings["event_features"] = list(inputs.features)
+    task.derive.check(inputs.features, [name for name in inputs.features if inputs.events[name].dtype == object])
+    settings["newest"] = float(inputs.events[TIMESTAMP].max())
+    task.derive = replace(task.derive, newest=settings["newest"])
+    progress.say(f"{len(inputs.events):,} events on {inputs.items.num_rows:,} items; grouping them into sessions")
+    with written_aside(out, REPORT_FILE) as folder, tempfile.TemporaryDirectory() as storage:
+        return task.report(_write(inputs, task, folder, Path(storage), partitions, progress), folder, started)
 
 
 def _check_settings(
@@ -182,79 +286,52 @@ def _check_settings(
 
 
 def _write(
-    inputs: Inputs,
-    folder: Path,
-    storage: Path,
-    settings: dict[str, Any],
-    files: Mapping[str, Path],
-    categorical_columns: Sequence[str],
-    partitions: int | None,
-    progress: Progress,
+    inputs: Inputs, task: _Task, folder: Path, storage: Path, partitions: int | None, progress: Progress
 ) -> dict[str, Any]:
     """Write the whole data folder and return the counts."""
-    if missing := [name for name in categorical_columns if name not in inputs.features]:
+    settings = task.settings
+    if missing := [name for name in settings["categorical_columns"] if name not in inputs.features]:
         raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {list(inputs.features)}")
-    catalogue = catalogues.build_catalogue(inputs.items, inputs.vectors, files, settings["fingerprints"])
+    catalogue = catalogues.build_catalogue(inputs.items, inputs.vectors, task.modality_files, settings["fingerprints"])
     item_ids = catalogue.items[ITEM_ID].combine_chunks()
-    categories = checks.category_values(inputs.events, inputs.features, categorical_columns)
+    categories = checks.category_values(inputs.events, inputs.features, settings["categorical_columns"])
     workflow = sessions.build_session_workflow(
         item_ids,
         storage / "sessions",
         categories=categories,
         numbers=[name for name in inputs.features if name not in categories],
         max_events=settings["max_events"],
+        derive=task.derive,
     )
     sessions.fit(workflow, inputs.events)
     partitions = partitions or 1 + len(inputs.events) // _EVENTS_PER_PARTITION
     table = sessions.transform_events(workflow, inputs.events, partitions)
-    offsets, lengths = _lengths(table, settings)
+    offsets, lengths = _lengths(table, settings, inputs.events[TIMESTAMP].to_numpy())
 
-    schema = sessions.session_schema(workflow, int(np.diff(offsets).max()))
-    sessions.write_schema(schema, folder)
     rows_of = {name: splits.take_prefixes(table, offsets, lengths[name]) for name in SPLITS}
+    outputs.write_workflow(workflow, int(np.diff(offsets).max()), folder)
     for name in progress.track(SPLITS, "writing the splits"):
-        (folder / name).mkdir()
         for part, start in enumerate(range(0, rows_of[name].num_rows, _SESSIONS_PER_FILE)):
             pq.write_table(rows_of[name].slice(start, _SESSIONS_PER_FILE), folder / name / f"part_{part}.parquet")
-        sessions.write_schema(schema, folder / name)
 
-    counts = np.bincount(_rows(rows_of["train"]), minlength=catalogue.n_rows)[FIRST_ITEM_ROW:]
-    catalogues.with_train_count(catalogue, counts).save(folder / CATALOGUE_FOLDER)
-    workflow.save(str(folder / "workflow"))
-    features = _feature_codes(inputs.features, categories)
-    _write_request(item_ids, folder, storage, settings["max_sequence_length"], features)
-    clean_worker_cache()  # NVTabular caches vocabularies by path, and this path may be written again
-    return _counts(inputs, catalogue, rows_of, counts)
-
-
-def _feature_codes(features: Sequence[str], categories: Mapping[str, pd.Series]) -> dict[str, Any]:
-    """Return how a request's side features are encoded: the values of the codes from 3 on, numbers as they are."""
-    numbers = {name: {"kind": "continuous"} for name in features if name not in categories}
-    return numbers | {name: {"kind": "categorical", "values": v.tolist()} for name, v in categories.items()}
+    counts = np.bincount(_rows(rows_of["train"]), minlength=catalogue.n_rows)
+    outputs.write_catalogue(catalogue, counts, folder)
+    clock = {name: values for name, values in CLOCK.items() if name in task.derive.time_features}
+    features = outputs.feature_codes([*inputs.features, *task.derive.columns], categories | clock)
+    outputs.write_request(item_ids, folder, storage, settings["max_sequence_length"], features)
+    users = int(inputs.events[USER_ID].nunique())
+    rows = {name: table.num_rows for name, table in rows_of.items()}
+    return outputs.counted(catalogue, counts, len(inputs.events), users, rows)
 
 
-def _write_request(
-    item_ids: pa.Array, folder: Path, storage: Path, max_sequence_length: int, features: Mapping[str, Any]
-) -> None:
-    request = sessions.build_request_workflow(item_ids, storage / "request", max_sequence_length=max_sequence_length)
-    sessions.fit(request, pd.DataFrame({ITEM_ID: [item_ids[:2].to_pylist(), item_ids[:1].to_pylist()]}))
-    request.save(str(folder / "request_workflow"))
-    transform = sessions.compile_session_transform(request) | {"features": dict(features)}
-    if not sessions.request_vocabulary(request).equals(item_ids):
-        raise DataError(
-            "NVTabular encodes the items in another order than the catalogue", "the order of the item table"
-        )
-    (folder / SESSION_TRANSFORM_FILE).write_text(json.dumps(transform, indent=2) + "\n", encoding="utf-8")
-
-
-def _lengths(table: pa.Table, settings: dict[str, Any]) -> tuple[splits.Ints, splits.Lengths]:
+def _lengths(table: pa.Table, settings: dict[str, Any], all_times: Any) -> tuple[splits.Ints, splits.Lengths]:
     offsets = np.asarray(table[ITEM_LIST].combine_chunks().offsets, np.int64)
     if settings["split"] == "leave_one_out":
         lengths = splits.leave_one_out(offsets)
     else:
         times = table[TIMESTAMP + LIST_SUFFIX].combine_chunks().flatten().to_numpy()
         if settings["valid_from"] is None:
-            settings["valid_from"], settings["test_from"] = splits.default_boundaries(times)
+            settings["valid_from"], settings["test_from"] = splits.default_boundaries(all_times)
         lengths = splits.time_split(offsets, times, settings["valid_from"], settings["test_from"])
     splits.check_lengths(lengths)
     return offsets, lengths
@@ -262,14 +339,3 @@ def _lengths(table: pa.Table, settings: dict[str, Any]) -> tuple[splits.Ints, sp
 
 def _rows(sessions_table: pa.Table) -> Any:
     return sessions_table[ITEM_LIST].combine_chunks().flatten().to_numpy()
-
-
-def _counts(inputs: Inputs, catalogue: Catalogue, rows_of: Mapping[str, pa.Table], train_count: Any) -> dict[str, Any]:
-    return {
-        "events": len(inputs.events),
-        "users": int(inputs.events[USER_ID].nunique()),
-        "items": catalogue.n_items,
-        "cold_items": int((train_count == 0).sum()),
-        "sessions": {name: table.num_rows for name, table in rows_of.items()},
-        "modalities": {name: int(modality.present.sum()) for name, modality in catalogue.modalities.items()},
-    }

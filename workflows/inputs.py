@@ -68,6 +68,17 @@ def read_tables(
     events = events.drop_columns(clashing) if clashing else events
     events = events.rename_columns([names.get(name, name) for name in events.column_names])
 
+    return _normal_types(events, read_items(items, catalogue_item, findings))
+
+
+def read_items(items: Path, catalogue_item: str, findings: checks.Findings) -> pa.Table:
+    """Return the item table, its id under our name and as it was written.
+
+    Raises
+    ------
+    DataError, SchemaError
+        It cannot be read, or has no such column.
+    """
     table = read_table(items, "items", text_columns=[catalogue_item, ITEM_ID])
     if catalogue_item not in table.column_names and ITEM_ID in table.column_names:
         catalogue_item = ITEM_ID
@@ -75,8 +86,7 @@ def read_tables(
     if catalogue_item != ITEM_ID and ITEM_ID in table.column_names:
         findings.add("column_name_taken", 1, f"item column {ITEM_ID!r} is left out: {catalogue_item!r} takes its name")
         table = table.drop_columns([ITEM_ID])
-    table = table.rename_columns([ITEM_ID if name == catalogue_item else name for name in table.column_names])
-    return _normal_types(events, table)
+    return table.rename_columns([ITEM_ID if name == catalogue_item else name for name in table.column_names])
 
 
 def _normal_types(events: pa.Table, items: pa.Table) -> tuple[pa.Table, pa.Table]:

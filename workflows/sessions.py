@@ -39,6 +39,8 @@ from missrec_t4r.schema import (
     UNKNOWN_ROW,
     USER_ID,
 )
+from missrec_t4r.workflows.derived import CLOCK, SESSION_ID, Derived
+from missrec_t4r.workflows.event_operators import EventWeights, SessionGap, TimeFeatures
 from missrec_t4r.workflows.operators import SessionGroupby, SessionSlice
 
 TRANSFORM_FORMAT = 1
@@ -57,6 +59,7 @@ def build_session_workflow(
     categories: Mapping[str, pd.Series] | None = None,
     numbers: Sequence[str] = (),
     max_events: int | None = None,
+    derive: Derived | None = None,
 ) -> Workflow:
     """Return the workflow from events to sessions, not yet fitted.
 
@@ -72,12 +75,17 @@ def build_session_workflow(
         Event columns to keep as numbers.
     max_events : int, optional
         Keep the last so many events of a session; by default all.
+    derive : Derived, optional
+        Weights, sessions by inactivity and time features.
 
     Returns
     -------
     nvtabular.Workflow
-        Columns ``user_id``, ``item_id-list``, ``timestamp-list`` and ``<column>-list``, one row per user.
+        Columns ``user_id``, ``item_id-list``, ``timestamp-list`` and ``<column>-list``, one row per user; with
+        ``session_id`` after ``user_id`` and one row per session if sessions end by inactivity.
     """
+    if derive is not None and derive.anything:
+        return _derived_workflow(item_ids, storage, dict(categories or {}), list(numbers), max_events, derive)
     categories = categories or {}
     vocabularies = {ITEM_ID: as_series(item_ids), **categories}
     encoded = list(vocabularies) >> ops.Categorify(vocabs=vocabularies, out_path=str(storage))
@@ -86,12 +94,49 @@ def build_session_workflow(
         groupby_cols=[USER_ID], sort_cols=[TIMESTAMP], aggs={name: ["list"] for name in listed}, name_sep="-"
     )
     output = sessions[USER_ID] >> ops.AddMetadata(tags=[Tags.USER_ID, Tags.USER])
+    return Workflow(_with_lists(output, sessions, listed, categories, max_events))
+
+
+def _derived_workflow(
+    item_ids: pa.Array | Sequence[str | int],
+    storage: Path,
+    categories: dict[str, pd.Series],
+    numbers: list[str],
+    max_events: int | None,
+    derive: Derived,
+) -> Workflow:
+    """Return the workflow whose events pass the operators of `event_operators.py` first."""
+    events: Any = [USER_ID, ITEM_ID, TIMESTAMP, *categories, *numbers]
+    if derive.weights:
+        events = events >> EventWeights(derive.weight_column, derive.weights, derive.other_weight)
+    if derive.session_gap:
+        events = events >> SessionGap(USER_ID, TIMESTAMP, derive.session_gap, SESSION_ID)
+    if derive.time_features:
+        events = events >> TimeFeatures(USER_ID, TIMESTAMP, derive.time_features, derive.newest)
+    listed = [ITEM_ID, TIMESTAMP, *categories, *numbers, *derive.columns]
+    categories |= {name: values for name, values in CLOCK.items() if name in derive.time_features}
+    vocabularies = {ITEM_ID: as_series(item_ids), **categories}
+    keys = [USER_ID, *([SESSION_ID] if derive.session_gap else [])]
+    encoded = events[list(vocabularies)] >> ops.Categorify(vocabs=vocabularies, out_path=str(storage))
+    rest = events[[*keys, *(name for name in listed if name not in vocabularies)]]
+    sessions = rest + encoded >> SessionGroupby(
+        keys, [TIMESTAMP], {name: ["list"] for name in listed}, name_sep="-", selected_keys=True
+    )
+    output = sessions[USER_ID] >> ops.AddMetadata(tags=[Tags.USER_ID, Tags.USER])
+    if derive.session_gap:
+        output = output + (sessions[SESSION_ID] >> ops.AddMetadata(tags=[Tags.SESSION_ID, Tags.SESSION]))
+    return Workflow(_with_lists(output, sessions, listed, categories, max_events))
+
+
+def _with_lists(
+    output: Any, sessions: Any, listed: Sequence[str], categories: Mapping[str, pd.Series], max_events: int | None
+) -> Any:
     for name in listed:
         column = sessions[name + LIST_SUFFIX]
         if max_events is not None:
             column = column >> SessionSlice(-max_events)
         output = output + (column >> ops.AddMetadata(tags=list(_tags(name, categories))))
-    return Workflow(output)
+    return output
 
 
 def build_request_workflow(
@@ -125,7 +170,8 @@ def transform_events(workflow: Workflow, events: pd.DataFrame, partitions: int =
     frame = transform_dataset(workflow, events, partitions, USER_ID)
     table = frame.to_arrow() if hasattr(frame, "to_arrow") else pa.Table.from_pandas(frame, preserve_index=False)
     table = table.replace_schema_metadata(None).combine_chunks()
-    return table.take(pc.sort_indices(table, [(USER_ID, "ascending")])) if partitions > 1 else table
+    keys = [(name, "ascending") for name in (USER_ID, SESSION_ID) if name in table.column_names]
+    return table.take(pc.sort_indices(table, keys)) if partitions > 1 else table
 
 
 def transform_dataset(workflow: Workflow, events: pd.DataFrame, partitions: int, key: str) -> Any:

@@ -84,7 +84,10 @@ def test_request_transform_is_compiled_from_the_workflow(data: Path) -> None:
             "first_row": 3,
         },
         "max_sequence_length": 2,
-        "features": {},
+        "features": {
+            "dwell": {"kind": "continuous"},
+            "event_type": {"kind": "categorical", "values": ["view", "cart"]},
+        },
     }
 
 

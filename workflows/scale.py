@@ -1,0 +1,469 @@
+"""The fast path of ``missrec etl``: files -> shards -> partitions -> data folder, in bounded memory.
+
+    write_shard  per chunk of the input: ids encoded, events to the partition of their user's hash
+    merge        what the chunks found: unknown items in input order, categories by frequency, types, findings
+    gather       per partition: users whole, time-ordered        divide  sessions, splits, parquet
+
+Every task leaves a file that says "finished" in the working folder, a hidden folder beside the output. A run that was
+killed continues there if input and settings are the same; the output appears by one rename. What it makes equals what
+the fitted NVTabular workflow makes of the same events (`tests/workflows/test_scale.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.progress import Progress
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
+from missrec_t4r.workflows import catalogue as catalogues
+from missrec_t4r.workflows import checks, kernels, outputs, partitions, sessions, splits
+from missrec_t4r.workflows.derived import CLOCK, Derived
+from missrec_t4r.workflows.engine import Engine
+from missrec_t4r.workflows.folders import disk_in_words, file_aside
+from missrec_t4r.workflows.inputs import read_items
+from missrec_t4r.workflows.merging import by_frequency, common_values, note_gathered, note_shards, number_type, summed
+from missrec_t4r.workflows.shards import (
+    ITEMS_FILE,
+    PLAN_FILE,
+    Codes,
+    Plan,
+    cut_chunks,
+    plain,
+    write_json,
+    write_shard,
+)
+from missrec_t4r.workflows.sources.table import read_table
+
+EVENTS_PER_PARTITION = 500_000
+_SAMPLE = 1000
+
+
+@dataclass
+class Job:
+    """One run: what to read, how, and what is known of it so far.
+
+    Parameters
+    ----------
+    files : sequence of Path
+        Parquet files of events.
+    items : pyarrow.Table
+        Item table with ids in their normal type; vectors : modality vectors, rows as in it.
+    names : mapping of str to str
+        Raw to our name of user, item and time.
+    settings : dict
+        As they go into the report.
+    """
+
+    files: Sequence[Path]
+    items: pa.Table
+    vectors: catalogues.Vectors
+    names: Mapping[str, str]
+    settings: dict[str, Any]
+    modality_files: Mapping[str, Path]
+    derive: Derived
+    findings: checks.Findings
+    drop_columns: Sequence[str] = ()
+    categorical_columns: Sequence[str] = ()
+    partitions: int | None = None
+    old: dict[str, Any] = field(default_factory=dict)
+    """For an update: folder, types, categories and boundaries of the version before."""
+
+
+def build(job: Job, top: Path, engine: Engine, progress: Progress) -> tuple[Path, dict[str, Any]]:
+    """Write everything of a data folder into a folder in ``top``; return it and the counts."""
+    plan = make_plan(job)
+    work = prepare_folder(top, plan, job)
+    shards = engine.run(write_shard, _each(work, len(plan.chunks)), progress, "reading events")
+    if not sum(shard["rows"] for shard in shards):
+        raise DataError("no event has user, item and time", "at least one complete row", "check the three columns")
+    merged = merge(job, plan, shards, work, engine, progress)
+    write_json(work / partitions.MERGED_FILE, merged)
+    numbers = touched(work, plan) if job.old else list(range(plan.partitions))
+    tasks = [(str(work), number) for number in numbers]
+    note_gathered(job.findings, engine.run(partitions.gather, tasks, progress, "grouping sessions"), merged)
+    if merged["split"] == "time" and merged["valid_from"] is None:
+        merged["valid_from"], merged["test_from"] = _boundaries(work, plan.partitions)
+        job.settings |= {name: merged[name] for name in ("valid_from", "test_from")}
+    write_json(work / partitions.DIVIDE_FILE, merged)
+    engine.run(partitions.divide, tasks, progress, "writing the splits")
+    return work / "out", _finish(job, plan, merged, work)
+
+
+@contextmanager
+def working_folder(out: Path) -> Iterator[tuple[Path, Callable[[Path], None]]]:
+    """Yield the working folder of ``out``, and what puts a finished folder of it into place.
+
+    What was finished before a kill is found again; an error that needs another input or setting clears it.
+
+    Raises
+    ------
+    DataError
+        ``out`` is neither new, nor empty, nor a data folder; or the disk is full or read-only.
+    """
+    if out.exists() and not (out.is_dir() and ((out / outputs.REPORT_FILE).is_file() or not any(out.iterdir()))):
+        raise DataError(f"{out} exists and is no data folder", "a new or an older data folder", "choose another --out")
+    work, old = out.with_name(f".{out.name}-work"), out.with_name(f".{out.name}-old")
+    if old.exists() and not out.exists():
+        old.rename(out)  # killed between the two renames below
+    try:
+        with disk_in_words(out):
+
+            def finish(folder: Path) -> None:
+                shutil.rmtree(old, ignore_errors=True)
+                if out.exists():
+                    out.rename(old)
+                folder.rename(out)
+
+            yield work, finish
+    except Exception:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def as_parquet(files: Sequence[Path], folder: Path, text_columns: Sequence[str]) -> list[Path]:
+    """Return the files, those of other kinds copied to parquet in ``folder`` (one in memory at a time)."""
+    found = []
+    for number, file in enumerate(files):
+        copy = file
+        if not file.name.endswith((".parquet", ".pq")):
+            stamp = file.stat()
+            copy = folder / f"{number:05}-{stamp.st_size}-{stamp.st_mtime_ns}.parquet"
+            if not copy.is_file():
+                with file_aside(copy) as aside:
+                    pq.write_table(read_table(file, "interactions", text_columns=text_columns), aside)
+        found.append(copy)
+    return found
+
+
+def make_plan(job: Job) -> Plan:
+    """Read the files' schemas and decide on chunks, partitions and columns.
+
+    Raises
+    ------
+    SchemaError, DataError
+        The files lack columns, differ, or are no parquet.
+    """
+    schema = unified_schema(job.files, job.names)
+    empty = pa.table([plain(pa.chunked_array([], kind)) for kind in schema.types], names=schema.names)
+    renamed = [job.names.get(name, name) for name in schema.names]
+    clashing = [name for name in schema.names if name in job.names.values() and name not in job.names]
+    job.findings.add(
+        "column_name_taken", len(clashing), f"columns {clashing} are left out: other columns take their names"
+    )
+    kept = [index for index, name in enumerate(schema.names) if name not in clashing]
+    empty = empty.rename_columns([f"{name}.{i}" if i not in kept else name for i, name in enumerate(renamed)]).select(
+        kept
+    )
+    features = checks.event_features(empty, job.drop_columns, job.findings)
+    texts = [name for name in features if pa.types.is_string(empty[name].type)]
+    job.derive.check(features, texts)
+    if missing := [name for name in job.categorical_columns if name not in features]:
+        raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {features}")
+    kinds = {name: "category" if name in texts or name in job.categorical_columns else "number" for name in features}
+    chunks = cut_chunks(job.files)
+    rows = sum(chunk.rows for chunk in chunks)
+    count = job.partitions or max(1, -(-rows // EVENTS_PER_PARTITION))
+    time = empty[TIMESTAMP].type
+    numeric = pa.types.is_integer(time) or pa.types.is_floating(time)
+    job.settings["event_features"] = features
+    return Plan(chunks, min(count, 65_535), dict(job.names), kinds, not numeric)
+
+
+def unified_schema(files: Sequence[Path], names: Mapping[str, str]) -> pa.Schema:
+    """Return the common schema of parquet files, or say which file differs or lacks a column."""
+    schemas = []
+    for file in files:
+        try:
+            schemas.append(pq.read_schema(file).remove_metadata())
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{file} cannot be read ({error})", "interactions as parquet", "write the file again"
+            ) from error
+        if set(schemas[-1].names) != set(schemas[0].names):
+            odd = sorted(set(schemas[-1].names) ^ set(schemas[0].names))
+            raise SchemaError(
+                f"{file} and {files[0]} differ in columns {odd}", "interactions files with the same columns"
+            )
+    for raw, option in zip(names, ("--user-column", "--item-column", "--time-column"), strict=True):
+        if raw not in schemas[0].names:
+            raise SchemaError(
+                f"the interactions table has columns {schemas[0].names}",
+                f"a column {raw!r}",
+                f"name yours with {option}",
+            )
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise SchemaError(f"the interactions files disagree on a type ({error})", "one type per column") from error
+
+
+def prepare_folder(top: Path, plan: Plan, job: Job) -> Path:
+    """Return the folder of this job in the working folder: that of a killed run, or a new one; others go."""
+    known = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in map(Path, job.files)]
+    ids = pd.util.hash_array(job.items[ITEM_ID].to_pandas().to_numpy())
+    told = json.dumps(
+        [known, plan.partitions, plan.names, plan.features, job.settings, job.old.get("version")], default=str
+    )
+    work = top / hashlib.sha256(told.encode() + ids.tobytes()).hexdigest()[:16]
+    for other in top.glob("*"):
+        if other != work:
+            shutil.rmtree(other)
+    if not (work / PLAN_FILE).is_file():
+        for name in (
+            "shards",
+            "survey",
+            "keep",
+            "done",
+            partitions.STATE_FOLDER,
+            *(f"out/{split}" for split in SPLITS),
+        ):
+            (work / name).mkdir(parents=True, exist_ok=True)
+        pq.write_table(job.items.select([ITEM_ID]), work / ITEMS_FILE)
+        plan.save(work)
+    return work
+
+
+def merge(
+    job: Job, plan: Plan, shards: Sequence[dict[str, Any]], work: Path, engine: Engine, progress: Progress
+) -> dict[str, Any]:
+    """Bring together what the chunks found, filter, and fix rows, codes and types for all partitions."""
+    unknown = Codes(job.items[ITEM_ID].type)
+    n_rows = FIRST_ITEM_ROW + job.items.num_rows
+    maps: list[dict[str, list[int]]] = [
+        {ITEM_ID: (unknown.of(pa.array(shard["unknown"], unknown.values.type)) + n_rows).tolist()} for shard in shards
+    ]
+    append = job.settings["unknown_items"] == "append"
+    note_shards(job.findings, plan, shards, len(unknown.values), append)
+    whole = all(shard["whole"] for shard in shards) and job.old.get("time") != "double"
+    time = (
+        "int64"
+        if plan.time_is_date and whole
+        else "double"
+        if plan.time_is_date
+        else number_type(shards, plan, TIMESTAMP, work)
+    )
+    numbers = {name: number_type(shards, plan, name, work) for name, kind in plan.features.items() if kind == "number"}
+    merged: dict[str, Any] = {
+        "maps": maps,
+        "rows": n_rows + (len(unknown.values) if append else 0),
+        "types": {TIMESTAMP: time, **numbers},
+        "drop_duplicates": job.settings["drop_duplicates"],
+        "filtered": False,
+        "old": job.old.get("folder"),
+        "split": job.settings["split"],
+        "valid_from": job.settings["valid_from"],
+        "test_from": job.settings["test_from"],
+        "max_events": job.settings["max_events"],
+        "session_gap": job.derive.session_gap,
+        "time_features": list(job.derive.time_features),
+        "newest": job.derive.newest or max(shard["newest"] for shard in shards if shard["newest"] is not None),
+        "weights": None,
+    }
+    job.settings["newest"] = merged["newest"]
+    categories = {name: common_values(shards, name) for name, kind in plan.features.items() if kind == "category"}
+    for name, (_, _, codes) in categories.items():
+        for chunk, values in zip(maps, codes, strict=True):
+            chunk[name] = values
+    if append:
+        job.items, job.vectors = with_items(job.items, job.vectors, unknown.values)
+    rare = max(job.settings["k_core"], job.settings["min_item_count"]) > 0
+    dropped = not append and len(unknown.values) > 0
+    if rare or dropped or job.settings["drop_duplicates"]:
+        write_json(work / partitions.SURVEY_FILE, merged)
+        _filter(job, plan, merged, work, engine, progress)
+        counts = engine.run(partitions.count_codes, _each(work, plan.partitions), progress, "counting categories")
+        categories = {
+            name: (values, summed([c[name] for c in counts], len(values)), codes)
+            for name, (values, _, codes) in categories.items()
+        }
+        merged["filtered"] = True
+    merged["categories"] = {}
+    for name, (values, count, _) in categories.items():
+        ordered, places = by_frequency(values, count, job.old.get("categories", {}).get(name))
+        merged["categories"][name] = ordered
+        for chunk in maps:
+            chunk[name] = [int(places[code]) for code in chunk[name]]
+    if job.derive.weights:
+        kinds = merged["categories"][job.derive.weight_column]
+        by_code = [job.derive.other_weight] * FIRST_ITEM_ROW
+        by_code += [job.derive.weights.get(str(kind), job.derive.other_weight) for kind in kinds]
+        merged["weights"] = {"column": job.derive.weight_column, "by_code": by_code}
+    return merged
+
+
+def with_items(items: pa.Table, vectors: catalogues.Vectors, added: pa.Array) -> tuple[pa.Table, catalogues.Vectors]:
+    """Append items of which only the id is known; they have no modality."""
+    items = pa.concat_tables([items, pa.table({ITEM_ID: added})], promote_options="default")
+    blank = {name: np.zeros((len(added), array.shape[1]), np.float32) for name, array in vectors.items()}
+    return items, {name: np.concatenate([array, blank[name]]) for name, array in vectors.items()}
+
+
+def touched(work: Path, plan: Plan) -> list[int]:
+    """Return the partitions that the shards have events for."""
+    sizes = np.zeros(plan.partitions, np.int64)
+    for file in sorted((work / "shards").glob("*.arrow")):
+        with pa.memory_map(str(file)) as source:
+            reader = pa.ipc.open_file(source)
+            for at in range(reader.num_record_batches):
+                sizes[at % plan.partitions] += reader.get_batch(at).num_rows
+    return [int(number) for number in np.flatnonzero(sizes)]
+
+
+def _filter(job: Job, plan: Plan, merged: dict[str, Any], work: Path, engine: Engine, progress: Progress) -> None:
+    """Decide which events, users and items stay, and write it down for every partition."""
+    numbers = list(range(plan.partitions))
+    surveyed = engine.run(partitions.survey, [(str(work), n) for n in numbers], progress, "looking for what is rare")
+    note_gathered(job.findings, surveyed, merged)
+    loaded = [np.load(partitions.place(work, "survey", n, "npz")) for n in numbers]
+    alive = np.concatenate([part["alive"] for part in loaded])
+    items = np.concatenate([part["items"] for part in loaded])
+    sizes = [len(part["alive"]) for part in loaded]
+    least, once = job.settings["k_core"], job.settings["min_item_count"]
+    if not alive.any():
+        raise DataError("no event is on an item of the item table", "matching ids", "check both id columns")
+    if once > 0:
+        alive &= np.bincount(items[alive], minlength=int(items.max()) + 1)[items] >= once
+    if least > 0:
+        first, users = 0, []
+        for part in loaded:
+            users.append(part["users"].astype(np.int64) + first)
+            first += int(part["users"].max(initial=-1)) + 1
+        at = np.flatnonzero(alive)
+        alive[at] = kernels.core([np.concatenate(users)[at], items[at]], np.ones(len(at), np.int64), least)
+    if not alive.any():
+        raise DataError(
+            f"k_core={least} with min_item_count={once} leaves no event", "at least one", "lower the numbers"
+        )
+    for number, mask in zip(numbers, np.split(alive, np.cumsum(sizes)[:-1]), strict=True):
+        np.save(partitions.place(work, "keep", number, "npy"), mask)
+    if max(least, once) > 0:
+        stays = np.zeros(FIRST_ITEM_ROW + job.items.num_rows, bool)
+        stays[items[alive]] = True
+        rows = np.full(max(len(stays), int(items.max()) + 1), -1, np.int64)
+        rows[np.flatnonzero(stays)] = FIRST_ITEM_ROW + np.arange(int(stays.sum()))
+        np.save(partitions.place(work, "keep", None, "npy"), rows)
+        keep = np.flatnonzero(stays[FIRST_ITEM_ROW:])
+        job.items = job.items.take(pa.array(keep))
+        job.vectors = {name: array[keep] for name, array in job.vectors.items()}
+
+
+def _finish(job: Job, plan: Plan, merged: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Write what is common to all partitions: catalogue, workflows, schema."""
+    out = work / "out"
+    done = [json.loads(partitions.place(work, "done", n, "json").read_text()) for n in range(plan.partitions)]
+    known = [json.loads(partitions.place(work, "state", n, "json").read_text()) for n in range(plan.partitions)]
+    rows = {name: sum(part["sessions"][name] for part in done) for name in SPLITS}
+    splits.check_lengths({name: np.array([rows[name]]) for name in SPLITS})
+    catalogue: Catalogue = catalogues.build_catalogue(
+        job.items, job.vectors, job.modality_files, job.settings["fingerprints"]
+    )
+    counts = np.zeros(catalogue.n_rows, np.int64)
+    for number in range(plan.partitions):
+        part = np.load(partitions.place(work, "state", number, "npy"))
+        counts[: len(part)] += part
+    item_ids = catalogue.items[ITEM_ID].combine_chunks()
+    categories = {name: pd.Series(values) for name, values in merged["categories"].items()}
+    with tempfile.TemporaryDirectory() as storage:
+        workflow = sessions.build_session_workflow(
+            item_ids,
+            Path(storage) / "sessions",
+            categories=categories,
+            numbers=[name for name, kind in plan.features.items() if kind == "number"],
+            max_events=merged["max_events"],
+            derive=Derived(**{**vars(job.derive), "newest": merged["newest"]}),
+        )
+        sessions.fit(workflow, sample(work, plan, merged, item_ids, categories))
+        outputs.write_workflow(workflow, max(part["longest"] for part in done), out)
+        clock = {name: values for name, values in CLOCK.items() if name in merged["time_features"]}
+        outputs.write_request(
+            item_ids,
+            out,
+            Path(storage),
+            job.settings["max_sequence_length"],
+            outputs.feature_codes([*plan.features, *job.derive.columns], categories | clock),
+        )
+    outputs.write_catalogue(catalogue, counts, out)
+    shutil.move(work / partitions.STATE_FOLDER, out / partitions.STATE_FOLDER)
+    kept = {name: merged[name] for name in ("types", "categories", "valid_from", "test_from", "newest")}
+    write_json(out / partitions.STATE_FOLDER / "state.json", kept | {"partitions": plan.partitions, "parts": done})
+    events, users = (sum(part[name] for part in known) for name in ("events", "users"))
+    return outputs.counted(catalogue, counts, events, users, rows)
+
+
+def sample(
+    work: Path, plan: Plan, merged: Mapping[str, Any], item_ids: pa.Array, categories: Mapping[str, pd.Series]
+) -> pd.DataFrame:
+    """Return some events as the workflow meets them: raw ids and values, types as in the whole."""
+    for number in range(plan.partitions):
+        with pa.memory_map(str(work / "state" / f"{number:05}.arrow")) as source:
+            table = pa.ipc.open_file(source).read_all().slice(0, _SAMPLE)
+        if table.num_rows:
+            break
+    lists = {
+        name.removesuffix(LIST_SUFFIX): table[name].combine_chunks() for name in table.column_names if name != USER_ID
+    }
+    sizes = lists[ITEM_ID].value_lengths().to_numpy()
+    columns: dict[str, Any] = {USER_ID: np.repeat(table[USER_ID].to_pandas().to_numpy(), sizes)}
+    for name, column in lists.items():
+        values = column.flatten().to_numpy()
+        if name == ITEM_ID:
+            columns[name] = item_ids.take(pa.array(values - FIRST_ITEM_ROW)).to_pandas().to_numpy()
+        elif name in categories:
+            columns[name] = categories[name].to_numpy()[values - FIRST_ITEM_ROW]
+        else:
+            columns[name] = values
+    return pd.DataFrame(columns)
+
+
+def _each(work: Path, count: int) -> list[tuple[str, int]]:
+    return [(str(work), index) for index in range(count)]
+
+
+def _boundaries(work: Path, count: int) -> tuple[float, float]:
+    times = []
+    for number in range(count):
+        with pa.memory_map(str(work / "state" / f"{number:05}.arrow")) as source:
+            column = pa.ipc.open_file(source).read_all()[TIMESTAMP + LIST_SUFFIX].combine_chunks()
+            times.append(column.flatten().to_numpy().copy())
+    return splits.default_boundaries(np.concatenate(times))
+
+
+def read_catalogue(
+    items: Path,
+    catalogue_item: str,
+    files: Sequence[Path],
+    item_column: str,
+    modality_files: Mapping[str, Path],
+    findings: checks.Findings,
+) -> tuple[pa.Table, catalogues.Vectors]:
+    """Return the item table and its vectors, one line per id; ids of the type that the events have."""
+    table = read_items(items, catalogue_item, findings)
+    ids = checks.normal_ids(table[ITEM_ID], ITEM_ID)
+    kind = (
+        plain(pa.chunked_array([], pq.read_schema(files[0]).field(item_column).type)).type
+        if item_column in pq.read_schema(files[0]).names
+        else ids.type
+    )
+    if pa.types.is_string(ids.type) and not pa.types.is_string(kind):
+        ids = checks.text_to_integers(ids) or ids
+    table = table.set_column(table.column_names.index(ITEM_ID), ITEM_ID, ids)
+    vectors = catalogues.read_modalities(modality_files, table.num_rows)
+    table, vectors = catalogues.unique_items(table, vectors, findings)
+    return table.combine_chunks(), vectors

@@ -1,15 +1,17 @@
 """The transformer layers of both stacks: post-norm, GELU, boolean masks that are True where a key may be seen.
 
-torch's own layers are not used because a decoder layer here must answer for chosen positions only, and because a row
-without any visible key (a session whose items have no interest) has to give zeros instead of NaN.
+torch's own layers are not used because a decoder layer here must answer for chosen positions only, because a row
+without any visible key (a session whose items have no interest) has to give zeros instead of NaN, and because keys and
+values need not be projected where few queries ask for many of them.
 """
 
 from __future__ import annotations
 
-import math
-
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from missrec_t4r.model.dropout import Dropout, dropout
 
 
 class MultiHeadAttention(nn.Module):
@@ -40,37 +42,57 @@ class MultiHeadAttention(nn.Module):
         mask : Tensor, bool, broadcastable to [batch, query, key]
             True where the key may be seen; a query that sees none gets the output projection's bias.
         """
+        n_queries, n_keys, width = queries.shape[1], keys.shape[1], queries.shape[2]
+        if n_queries * (width + self.n_head * n_keys) < n_keys * width:
+            return self._few_queries(queries, keys, mask)
+        if queries is keys:
+            return self.attend(*self.project(queries).chunk(3, -1), mask)
+        return self.attend(self.query(queries), *_project(keys, self.key, self.value).chunk(2, -1), mask)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return queries, keys and values for self-attention side by side, [.., 3 * dim]."""
+        return _project(x, self.query, self.key, self.value)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Return [batch, query, dim] from projected queries, keys and values [batch, .., dim]."""
         blind = ~mask.any(-1, keepdim=True)
-        if queries.shape[1] == 1 and not self.training:
-            return self.output(self._one_query(queries, keys, mask | blind).masked_fill(blind, 0.0))
-        attended = F.scaled_dot_product_attention(
-            self._heads(self.query(queries)),
-            self._heads(self.key(keys)),
-            self._heads(self.value(keys)),
-            attn_mask=(mask | blind).unsqueeze(1),
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        merged = attended.transpose(1, 2).flatten(2).masked_fill(blind, 0.0)
-        return self.output(merged)
+        query, key, value = self._heads(query), self._heads(key), self._heads(value)
+        visible = (mask | blind).unsqueeze(1)
+        if self.training and self.dropout:
+            scores = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)
+            attended = dropout(scores.masked_fill(~visible, -torch.inf).softmax(-1), self.dropout) @ value
+        else:
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+        return self.output(attended.transpose(1, 2).flatten(2).masked_fill(blind, 0.0))
 
-    def _one_query(self, queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-        """Return [batch, 1, dim] before the output projection, projecting the query in place of the keys and values.
-
-        ``q . (K x) = (K^T q) . x`` and ``sum_i a_i V x_i = V sum_i a_i x_i``: the same up to rounding, and a session of
-        20 tokens costs a tenth. The key's bias is the same for all keys, which a softmax does not see.
+    def _few_queries(self, queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        """Attend without projecting the keys: the key projection moves over to the few queries, the value projection
+        behind the weighted sum. By associativity the same result, at the cost of the queries' projections alone.
         """
-        key, value = (
-            part.weight.unflatten(0, (self.n_head, -1)) for part in (self.key, self.value)
-        )  # [head, own, dim]
-        query = self.query(queries).unflatten(-1, (self.n_head, -1)).squeeze(1).transpose(0, 1)  # [head, batch, own]
-        asked = (query @ key).transpose(0, 1)
-        logits = asked @ keys.transpose(1, 2) / query.shape[-1] ** 0.5
-        weights = logits.masked_fill(~mask, -math.inf).softmax(-1)
-        gathered = (weights @ keys).transpose(0, 1) @ value.transpose(1, 2)  # [head, batch, own]
-        return gathered.transpose(0, 1).flatten(1).add(self.value.bias).unsqueeze(1)
+        heads, (batch, n_queries, width) = self.n_head, queries.shape
+        blind = ~mask.any(-1, keepdim=True)
+        query = self.query(queries).view(-1, heads, width // heads) * (width // heads) ** -0.5
+        towards = torch.bmm(query.transpose(0, 1), self.key.weight.view(heads, -1, width))  # [head, batch * query, dim]
+        towards = towards.view(heads, batch, n_queries, width).transpose(0, 1).reshape(batch, -1, width)
+        constant = (query * self.key.bias.view(heads, -1)).sum(-1).view(batch, n_queries, heads, 1).transpose(1, 2)
+        scores = torch.bmm(towards, keys.transpose(1, 2)).view(batch, heads, n_queries, -1) + constant
+        weights = scores.masked_fill(~(mask | blind).unsqueeze(1), -torch.inf).softmax(-1)
+        if self.training:
+            weights = dropout(weights, self.dropout)
+        mixed = torch.bmm(weights.flatten(1, 2), keys).view(batch, heads, n_queries, width)
+        mixed = mixed.transpose(0, 1).reshape(heads, -1, width)
+        value = torch.bmm(mixed, self.value.weight.view(heads, -1, width).transpose(1, 2))  # [head, batch * query, ..]
+        value = value.view(heads, batch, n_queries, -1).permute(1, 2, 0, 3)
+        value = value + weights.sum(-1).transpose(1, 2).unsqueeze(-1) * self.value.bias.view(heads, -1)
+        return self.output(value.flatten(2).masked_fill(blind, 0.0))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
+
+def _project(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """Apply several linear layers to the same input as one product, results side by side."""
+    return F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
 
 
 class FeedForward(nn.Sequential):
@@ -78,7 +100,7 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, d_model: int, d_feedforward: int, dropout: float) -> None:
         super().__init__(
-            nn.Linear(d_model, d_feedforward), nn.GELU(), nn.Dropout(dropout), nn.Linear(d_feedforward, d_model)
+            nn.Linear(d_model, d_feedforward), nn.GELU(), Dropout(dropout), nn.Linear(d_feedforward, d_model)
         )
 
 
@@ -90,11 +112,22 @@ class EncoderLayer(nn.Module):
         self.self_attention = MultiHeadAttention(d_model, n_head, dropout)
         self.feedforward = FeedForward(d_model, d_feedforward, dropout)
         self.norm_attention, self.norm_feedforward = nn.LayerNorm(d_model, eps), nn.LayerNorm(d_model, eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Return [batch, token, dim]; ``mask`` as in `MultiHeadAttention`."""
-        x = self.norm_attention(x + self.dropout(self.self_attention(x, x, mask)))
+    def forward(self, x: Tensor, mask: Tensor, projected: Tensor | None = None) -> Tensor:
+        """Return [batch, token, dim].
+
+        Parameters
+        ----------
+        x : Tensor [batch, token, dim]
+        mask : Tensor, bool
+            As in `MultiHeadAttention`.
+        projected : Tensor [batch, token, 3 * dim], optional
+            What `MultiHeadAttention.project` makes of ``x``, where it is at hand.
+        """
+        attention = self.self_attention
+        mixed = attention(x, x, mask) if projected is None else attention.attend(*projected.chunk(3, -1), mask)
+        x = self.norm_attention(x + self.dropout(mixed))
         hidden: Tensor = self.norm_feedforward(x + self.dropout(self.feedforward(x)))
         return hidden
 
@@ -109,7 +142,7 @@ class DecoderLayer(nn.Module):
         self.feedforward = FeedForward(d_model, d_feedforward, dropout)
         self.norm_self, self.norm_cross = nn.LayerNorm(d_model, eps), nn.LayerNorm(d_model, eps)
         self.norm_feedforward = nn.LayerNorm(d_model, eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, queries: Tensor, tokens: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
         """Return [batch, query, dim].

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from missrec_t4r.config import Attention, ContextualReadout, SequenceFusion
 from missrec_t4r.model.attention import DecoderLayer
+from missrec_t4r.model.dropout import Dropout
 from missrec_t4r.model.interests import InterestTokens
 from missrec_t4r.model.towers import ItemTokens
 
@@ -46,7 +47,7 @@ class InterestAwareDecoder(nn.Module):
         self.contextual_readout = contextual_readout
         self.positions = nn.Embedding(max_sequence_length, d_model)
         self.norm_input = nn.LayerNorm(d_model, eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layers = nn.ModuleList(DecoderLayer(d_model, n_head, d_feedforward, dropout, eps) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model, eps)
 

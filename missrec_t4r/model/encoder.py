@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from missrec_t4r.config import Attention
-from missrec_t4r.model.attention import EncoderLayer
+from missrec_t4r.model.attention import EncoderLayer, MultiHeadAttention
 from missrec_t4r.model.interests import InterestTokens
 
 
@@ -41,7 +44,20 @@ class ContextualEncoder(nn.Module):
         memory, mask = interests.tokens, interests.mask.unsqueeze(1)
         if self.attention == "causal":
             mask = mask & (interests.position.unsqueeze(1) <= interests.position.unsqueeze(2))
+        projected = self._first_projection(interests)
         for layer in self.layers:
-            memory = layer(memory, mask)
+            memory = layer(memory, mask, projected)
+            projected = None
         normed: Tensor = self.norm(memory)
         return normed
+
+    def _first_projection(self, interests: InterestTokens) -> Tensor | None:
+        """Project each centroid once where the batch names more interests than there are; None where it does not.
+
+        The first layer's inputs are rows of one small table and carry neither position nor dropout.
+        """
+        rows, centroids = interests.rows, interests.centroids
+        if rows is None or centroids is None or not len(self.layers) or rows.numel() <= len(centroids):
+            return None
+        attention = cast(MultiHeadAttention, self.layers[0].get_submodule("self_attention"))
+        return F.embedding(rows, attention.project(centroids))

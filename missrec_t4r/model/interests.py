@@ -28,6 +28,10 @@ class InterestTokens(NamedTuple):
     """[batch, interest], bool."""
     position: Tensor
     """[batch, interest], int64: index of the item that showed the interest first."""
+    rows: Tensor | None = None
+    """[batch, interest], int64: whose centroids the tokens are, 0 for none."""
+    centroids: Tensor | None = None
+    """[interest + 1, dim]: where the tokens come from, ``tokens = centroids[rows]``."""
 
 
 class InterestVocabulary(nn.Module):
@@ -120,4 +124,4 @@ class InterestVocabulary(nn.Module):
             place, back, mask = place[:, :width], back[:, :width], mask[:, :width]
         chosen = ordered.gather(1, back) * mask
         position = torch.div(place, n_modalities, rounding_mode="floor").masked_fill(~mask, 0)
-        return InterestTokens(self.centroids[chosen], mask, position)
+        return InterestTokens(self.centroids[chosen], mask, position, chosen, self.centroids)

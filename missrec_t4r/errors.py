@@ -1,8 +1,13 @@
 """Every error that we raise on purpose, worded in three parts: what was found, what was expected, what to do.
 
-`MISSRecError` is the only class that the command line catches: it prints the words and exits with code 2.
-Anything else is a bug of ours and keeps its traceback.
+`MISSRecError` is the only class that the command line catches: it prints the words and exits with its code, which is 2
+or, where a gate refuses data that could be used, 3. Anything else is a bug of ours and keeps its traceback.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class MISSRecError(Exception):
@@ -23,17 +28,29 @@ class MISSRecError(Exception):
     modality 'image' has 3 rows; expected: the item table has 4. re-run the image encoder.
     """
 
+    exit_code = 2
+
     def __init__(self, found: str, expected: str = "", cure: str = "") -> None:
         self.found, self.expected, self.cure = found, expected, cure
         words = found + (f"; expected: {expected}" if expected else "") + "."
         super().__init__(f"{words} {cure}." if cure else words)
 
-    def __reduce__(self) -> tuple[type["MISSRecError"], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type[MISSRecError], tuple[str, str, str]]:
         return type(self), (self.found, self.expected, self.cure)  # survives a process boundary with its parts
 
 
 class DataError(MISSRecError):
     """An interaction or item table cannot be used as it is."""
+
+
+class GateError(MISSRecError):
+    """Data are usable, but not as the gate wants them; ``result`` is what the command would have answered."""
+
+    exit_code = 3
+
+    def __init__(self, found: str, expected: str = "", cure: str = "", result: Mapping[str, Any] | None = None) -> None:
+        super().__init__(found, expected, cure)
+        self.result = dict(result or {})
 
 
 class SchemaError(MISSRecError):

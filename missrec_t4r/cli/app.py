@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from missrec_t4r.errors import ConfigError, MISSRecError
+from missrec_t4r.errors import ConfigError, GateError, MISSRecError
 
 app = typer.Typer(
     help="Multi-modal sequential recommendation for NVIDIA Merlin: ETL, training, evaluation, Triton.",
@@ -57,7 +57,9 @@ def _register(group: typer.Typer, function: F) -> F:
             result = _with_extras_named(function, *args, **kwargs)
         except MISSRecError as error:
             Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False)
-            raise typer.Exit(2) from None
+            if isinstance(error, GateError) and error.result:
+                print(json.dumps(error.result, default=_plain))
+            raise typer.Exit(error.exit_code) from None
         if os.environ.get("RANK", "0") == "0":  # under torchrun the first process answers for all
             print(json.dumps(result, default=_plain))
 
@@ -92,3 +94,8 @@ def pairs(options: list[str], name: str) -> dict[str, str]:
         if "=" not in option:
             raise ConfigError(f"{name} {option!r}", f"{name} NAME=VALUE")
     return found
+
+
+def listed(text: str | None) -> list[str] | None:
+    """Return a comma-separated option as a list, None where it is not given."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]

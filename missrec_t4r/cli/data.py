@@ -1,4 +1,4 @@
-"""Commands that make a data folder: generate, etl, features."""
+"""Commands that make and judge a data folder: generate, etl, features, report."""
 
 from __future__ import annotations
 
@@ -115,3 +115,14 @@ def features(
         dry_run=dry_run,
         progress=TerminalProgress(),
     )
+
+
+@command
+def report(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder of the report; the one in it is the last run's.")],
+    gate: Annotated[Path | None, typer.Option(help="YAML of bounds; a broken one ends with exit code 3.")] = None,
+    previous: Annotated[Path | None, typer.Option(help="report.json of the last run, if it lies elsewhere.")] = None,
+) -> dict[str, Any]:
+    """Describe a data folder (JSON, HTML page with plots), compare it with the last run, judge it by a gate."""
+    return commands.report(data, out, gate=gate, previous=previous, progress=TerminalProgress())

@@ -5,7 +5,7 @@
 
 from missrec_t4r.commands.batch import score, similar, vectors
 from missrec_t4r.commands.catalogue import adopt
-from missrec_t4r.commands.data import etl, features, generate
+from missrec_t4r.commands.data import etl, features, generate, report
 from missrec_t4r.commands.model import evaluate, metrics_table, pretrain, train
 from missrec_t4r.commands.serve import demo, export, recommend, serve
 from missrec_t4r.commands.sources import import_amazon, import_movielens
@@ -23,6 +23,7 @@ __all__ = [
     "metrics_table",
     "pretrain",
     "recommend",
+    "report",
     "score",
     "serve",
     "similar",

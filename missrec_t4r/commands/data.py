@@ -1,4 +1,4 @@
-"""What `missrec generate`, `etl` and `features` do."""
+"""What `missrec generate`, `etl`, `features` and `report` do."""
 
 from __future__ import annotations
 
@@ -41,3 +41,10 @@ def features(
     from missrec_t4r.workflows.features import features as extract
 
     return extract(data, text_columns=list(text_columns), progress=progress, **options)
+
+
+def report(data: Path, out: Path, *, progress: Progress = quiet, **options: Any) -> dict[str, Any]:
+    """Write a data report and judge it by a gate; options as in `missrec_t4r.workflows.report.report`."""
+    from missrec_t4r.workflows.report import report as write
+
+    return write(data, out, progress=progress, **options)

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from missrec_t4r import commands
-from missrec_t4r.cli.app import command
+from missrec_t4r.cli.app import command, listed
 from missrec_t4r.progress import TerminalProgress
+from missrec_t4r.serving.wire import json_option
 
 Bundle = Annotated[Path | None, typer.Option(help="Bundle written by `missrec export`.")]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="Run folder, in place of a bundle.")]
@@ -25,6 +26,10 @@ def score(
     run: RunFolder = None,
     top_k: Annotated[int, typer.Option(help="Recommendations per session.")] = 10,
     exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave out the session's own items.")] = False,
+    exclude: Annotated[str | None, typer.Option(help="Ids never to recommend, comma-separated.")] = None,
+    rules: Annotated[
+        str | None, typer.Option(help='JSON: {"where": {"in_stock": true}, "at_most": {"brand": 2}}.')
+    ] = None,
     items_column: ItemsColumn = "items",
     layout: Annotated[str, typer.Option(help="lists: a row per session. long: a row per item.")] = "lists",
     threads: Threads = 1,
@@ -37,6 +42,8 @@ def score(
         run=run,
         top_k=top_k,
         exclude_seen=exclude_seen,
+        exclude=listed(exclude),
+        rules=json_option(rules, "--rules"),
         items_column=items_column,
         layout=layout,
         threads=threads,
@@ -55,9 +62,8 @@ def similar(
     threads: Threads = 1,
 ) -> dict[str, Any]:
     """Find the items that are similar to an item."""
-    chosen = None if items is None else [item.strip() for item in items.split(",") if item.strip()]
     return commands.similar(
-        chosen, bundle=bundle, run=run, out=out, top_k=top_k, by=by, threads=threads, progress=TerminalProgress()
+        listed(items), bundle=bundle, run=run, out=out, top_k=top_k, by=by, threads=threads, progress=TerminalProgress()
     )
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from missrec_t4r import commands
 from missrec_t4r.cli.app import Out, Run, command, listed
 from missrec_t4r.progress import TerminalProgress
-from missrec_t4r.serving.wire import parsed_rules
+from missrec_t4r.serving.wire import json_option
 
 
 @command
@@ -56,6 +56,9 @@ def recommend(
         str | None, typer.Option(help='JSON: {"where": {"in_stock": true}, "at_most": {"brand": 2}}.')
     ] = None,
     reasons: Annotated[bool, typer.Option("--reasons", help="Say which item and modality weighed most.")] = False,
+    side: Annotated[
+        str | None, typer.Option(help='Side features as JSON: {"event_type": ["view", "cart"]}, a value per item.')
+    ] = None,
     catalogue: Annotated[Path | None, typer.Option(help="Bundle or catalogue folder, to show titles.")] = None,
 ) -> dict[str, Any]:
     """Ask a running server for recommendations."""
@@ -67,8 +70,9 @@ def recommend(
         exclude_seen=exclude_seen,
         exclude=listed(exclude),
         allow=listed(allow),
-        rules=parsed_rules(rules),
+        rules=json_option(rules, "--rules"),
         reasons=reasons,
+        side=json_option(side, "--side"),
         catalogue=catalogue,
     )
     if answer["unknown_items"] or answer["fallback"]:

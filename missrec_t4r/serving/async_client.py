@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -12,11 +12,12 @@ from missrec_t4r.serving.doors import in_words
 from missrec_t4r.serving.retries import Retries
 from missrec_t4r.serving.side import SideOfSession
 from missrec_t4r.serving.wire import (
-    OUTPUTS,
     Description,
     Recommendation,
     Session,
+    Wishes,
     check_call,
+    outputs_for,
     recommendations_of,
     requests_of,
 )
@@ -81,11 +82,18 @@ class AsyncMISSRecClient:
         top_k: int = 10,
         *,
         exclude_seen: bool = False,
+        exclude: Session | Sequence[Session] | None = None,
+        allow: Session | Sequence[Session] | None = None,
+        rules: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        reasons: bool = False,
         side: Sequence[SideOfSession | None] | None = None,
     ) -> list[Recommendation]:
         """Recommend items for every session; parameters, answers and errors are those of `MISSRecClient.recommend`."""
         check_call(sessions, top_k)
-        requests = requests_of(sessions, top_k, await self.description(), exclude_seen=exclude_seen, side=side)
+        wishes = Wishes(
+            exclude_seen=exclude_seen, exclude=exclude, allow=allow, rules=rules, reasons=reasons, side=side
+        )
+        requests = requests_of(sessions, top_k, await self.description(), wishes)
         parts = await asyncio.gather(*(self.ask(request) for request in requests))
         return [answer for outputs in parts for answer in recommendations_of(outputs)]
 
@@ -94,7 +102,7 @@ class AsyncMISSRecClient:
 
         async def once() -> dict[str, Any]:
             with in_words(self.url, self.model, self.timeout):
-                return await self._door.infer(self.model, request, OUTPUTS)
+                return await self._door.infer(self.model, request, outputs_for(request))
 
         return await self.retries.acall(once, self.timeout)
 

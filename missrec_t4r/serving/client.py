@@ -22,6 +22,7 @@ from missrec_t4r.serving.wire import (
     Description,
     Recommendation,
     Session,
+    Wishes,
     check_call,
     outputs_for,
     recommendations_of,
@@ -118,6 +119,10 @@ class MISSRecClient:
         top_k: int = 10,
         *,
         exclude_seen: bool = False,
+        exclude: Session | Sequence[Session] | None = None,
+        allow: Session | Sequence[Session] | None = None,
+        rules: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        reasons: bool = False,
         side: Sequence[SideOfSession | None] | None = None,
     ) -> list[Recommendation]:
         """Recommend items for every session.
@@ -130,6 +135,13 @@ class MISSRecClient:
             Items wanted per session.
         exclude_seen : bool
             Leave out the items of the session itself.
+        exclude, allow : sequence of ids, or a sequence of such per session, optional
+            What must not be recommended; the only items that may be.
+        rules : mapping, or a sequence of mappings per session, optional
+            ``{"where": {"in_stock": True, "price": {"max": 20}}, "at_most": {"brand": 2}}``: filters over the
+            catalogue's columns, and how many answered items may share a value.
+        reasons : bool
+            Also say which item of the session and which modality weighed most.
         side : sequence of mappings or None, optional
             Side features of every session: raw values by column, one per item id, None where it is not known.
 
@@ -149,7 +161,10 @@ class MISSRecClient:
         """
         check_call(sessions, top_k)
         answers: list[Recommendation] = []
-        for request in requests_of(sessions, top_k, self.description, exclude_seen=exclude_seen, side=side):
+        wishes = Wishes(
+            exclude_seen=exclude_seen, exclude=exclude, allow=allow, rules=rules, reasons=reasons, side=side
+        )
+        for request in requests_of(sessions, top_k, self.description, wishes):
             answers += recommendations_of(self.ask(request))
         return answers
 
@@ -174,6 +189,7 @@ def recommend(
     allow: Sequence[str | int] | None = None,
     rules: Mapping[str, Any] | None = None,
     reasons: bool = False,
+    side: SideOfSession | None = None,
     catalogue: str | Path | None = None,
     timeout: float = 10.0,
 ) -> dict[str, Any]:
@@ -193,6 +209,8 @@ def recommend(
     rules : mapping, optional
     reasons : bool
         As in `MISSRecClient.recommend`.
+    side : mapping, optional
+        Side features of the session: values by column, one per item.
     catalogue : path, optional
         A bundle, catalogue folder or parquet file with ``item_id`` and ``title``: titles are added.
     timeout : float
@@ -217,6 +235,7 @@ def recommend(
             allow=typed(allow),
             rules=rules,
             reasons=reasons,
+            side=None if side is None else [side],
         )[0]
     why = [{"because_of": reason.item_id, "modality": reason.modality} for reason in answer.reasons]
     found = [

@@ -7,7 +7,7 @@ same rules, same order of ties. Memory follows the batch, never the file.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import ITEM_ID
 from missrec_t4r.serving.client import MISSRecClient
 from missrec_t4r.serving.session_files import SessionFiles, TableWriter, replacing
-from missrec_t4r.serving.wire import Recommendation
+from missrec_t4r.serving.wire import Recommendation, typed_id
 
 _SESSIONS_AT_A_TIME = 1024
 LAYOUTS = ("lists", "long")
@@ -32,6 +32,8 @@ def score(
     *,
     top_k: int = 10,
     exclude_seen: bool = False,
+    exclude: Sequence[str | int] | None = None,
+    rules: Mapping[str, Any] | None = None,
     items_column: str = "items",
     layout: str = "lists",
     threads: int = 1,
@@ -48,6 +50,10 @@ def score(
         The parquet file to write; it appears when it is complete.
     top_k : int
     exclude_seen : bool
+    exclude : sequence of str or int, optional
+        Ids that must not be recommended to anybody; text is turned into integers where the catalogue's ids are.
+    rules : mapping, optional
+        Filters and caps for all sessions, as in `MISSRecClient.recommend`.
     items_column : str
         List column of raw item ids, oldest first.
     layout : {"lists", "long"}
@@ -71,12 +77,13 @@ def score(
     started = time.monotonic()
     with MISSRecClient.of_bundle(bundle, threads=threads) as client:
         files = SessionFiles(sessions, items_column, client.id_type)
+        banned = None if exclude is None else [typed_id(item, client.id_type) for item in exclude]
         counts = {"sessions": 0, "fallbacks": 0, "with_unknown_items": 0}
         total = -(-files.rows // _SESSIONS_AT_A_TIME)
         with replacing(out) as aside, TableWriter(aside) as writer:
             batches = files.batches(_SESSIONS_AT_A_TIME)
             for carried, asked in progress.track(batches, f"scoring {files.rows} sessions", total):
-                answers = client.recommend(asked, top_k, exclude_seen=exclude_seen)
+                answers = client.recommend(asked, top_k, exclude_seen=exclude_seen, exclude=banned, rules=rules)
                 writer.write(_table(carried, answers, client.id_type, layout))
                 counts["sessions"] += len(answers)
                 counts["fallbacks"] += sum(answer.fallback for answer in answers)

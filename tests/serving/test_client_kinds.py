@@ -170,3 +170,60 @@ def test_pauses_grow_and_stay_within_their_bounds() -> None:
     for wrong in ({"attempts": 0}, {"first_wait": -1.0}, {"jitter": 1.5}):
         with pytest.raises(ConfigError):
             Retries(**wrong)
+
+
+@pytest.mark.triton
+def test_rules_reasons_and_the_version_travel_with_every_kind_of_client(server: LocalTriton, bundle: Path) -> None:
+    sessions = [["ware-3-ü", "ware-9-ü"], ["ware-4-ü"], []]
+    wishes: dict[str, object] = {
+        "exclude": [["ware-1-ü", "ware-2-ü"], [], ["ware-0-ü"]],
+        "allow": [f"ware-{i}-ü" for i in range(20)],
+        "rules": {"where": {"train_count": {"min": 1}}},
+        "reasons": True,
+    }
+
+    async def ask(protocol: str, url: str) -> list[object]:
+        async with AsyncMISSRecClient(url, protocol) as client:
+            return await client.recommend(sessions, 30, **wishes)
+
+    with MISSRecClient(server.grpc_url) as client, MISSRecClient.of_bundle(bundle) as offline:
+        answers = client.recommend(sessions, 30, **wishes)
+        free = client.recommend(sessions, 30)
+        kinds = [offline.recommend(sessions, 30, **wishes)]
+    with MISSRecClient(server.http_url, "http") as client:
+        kinds.append(client.recommend(sessions, 30, **wishes))
+    kinds += [asyncio.run(ask("grpc", server.grpc_url)), asyncio.run(ask("http", server.http_url))]
+    for other in kinds:
+        for answer, expected in zip(other, answers, strict=True):
+            assert (answer.item_ids, answer.reasons, answer.n_passed) == (
+                expected.item_ids,
+                expected.reasons,
+                expected.n_passed,
+            )
+            assert answer.catalogue_version == expected.catalogue_version
+    first, _, empty = answers
+    assert not set(first.item_ids) & {"ware-1-ü", "ware-2-ü"}
+    assert set(first.item_ids) < {f"ware-{i}-ü" for i in range(20)}
+    assert len(first.item_ids) == first.n_passed == len(first.reasons) < len(free[0].item_ids)
+    assert {reason.item_id for reason in first.reasons} <= set(sessions[0])
+    assert {reason.modality for reason in first.reasons} <= {"text", "image", "id"}
+    assert empty.fallback
+    assert free[0].reasons == []
+    assert len(first.catalogue_version) == 12
+
+
+@pytest.mark.parametrize(
+    ("wishes", "words"),
+    [
+        ({"exclude": "ware-1-ü"}, "exclude is no list of item ids"),
+        ({"exclude": [["a"], ["b"]]}, "exclude holds 2 lists for 1 sessions"),
+        ({"allow": [3]}, "allow: item id 3 is of type int"),
+        ({"rules": [{}, {}]}, "2 rules for 1 sessions"),
+        ({"rules": {"where": {"price": {"max": float("nan")}}}}, "rules cannot be sent"),
+    ],
+)
+def test_wishes_that_are_none_are_refused_before_anything_is_sent(
+    bundle: Path, wishes: dict[str, object], words: str
+) -> None:
+    with MISSRecClient.of_bundle(bundle) as client, pytest.raises(DataError, match=words):
+        client.recommend([["ware-3-ü"]], **wishes)

@@ -1,7 +1,7 @@
 """A hash of user ids that never changes: it decides in which partition a user is, now and in later updates.
 
-Whole words of eight bytes are mixed at a time (the finaliser of SplitMix64), for all ids at once. Integers are one word;
-texts are their UTF-8 bytes, the last word filled with zeros, and their length.
+Whole words of eight bytes are mixed at a time (the finaliser of SplitMix64), for all ids at once; integers are one
+word, texts are their UTF-8 bytes, the last word filled with zeros, and their length.
 """
 
 from __future__ import annotations

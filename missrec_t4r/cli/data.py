@@ -45,7 +45,15 @@ def etl(
     fingerprint: Annotated[list[str], typer.Option(help="NAME=TEXT: the encoder of those vectors; repeatable.")] = [],  # noqa: B006 - typer copies it
     max_sequence_length: Annotated[int, typer.Option(help="Items of a request that count.")] = 50,
     max_events: Annotated[int | None, typer.Option(help="Cut sessions to their last events.")] = None,
-    partitions: Annotated[int | None, typer.Option(help="Dask partitions; chosen by size if not given.")] = None,
+    session_gap: Annotated[str | None, typer.Option(help="Pause that ends a session, such as 30m.")] = None,
+    event_weights: Annotated[str | None, typer.Option(help="TYPE=WEIGHT,… such as view=1,purchase=3.")] = None,
+    event_type_column: Annotated[str, typer.Option(help="Column of the event type.")] = "event_type",
+    time_features: Annotated[str | None, typer.Option(help="all, or some of gap,hour,weekday,recency.")] = None,
+    engine: Annotated[str, typer.Option(help="memory, disk (bounded memory), or auto: by size.")] = "auto",
+    dask_scheduler: Annotated[str, typer.Option(help="threads, processes, or tcp://host:port.")] = "threads",
+    workers: Annotated[int | None, typer.Option(help="Threads or processes; by default one per core.")] = None,
+    partitions: Annotated[int | None, typer.Option(help="How many pieces; chosen by size if not given.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and written.")] = False,
 ) -> dict[str, Any]:
     """Turn raw interactions and an item table into sessions, schema and catalogue (NVTabular)."""
     return commands.etl(
@@ -69,7 +77,15 @@ def etl(
         modality={name: Path(file) for name, file in pairs(modality, "--modality").items()},
         fingerprint=pairs(fingerprint, "--fingerprint"),
         max_sequence_length=max_sequence_length,
+        session_gap=session_gap,
+        event_weights=event_weights,
+        event_type_column=event_type_column,
+        time_features=time_features,
+        engine=engine,
+        dask_scheduler=dask_scheduler,
+        workers=workers,
         partitions=partitions,
+        dry_run=dry_run,
         progress=TerminalProgress(),
     )
 

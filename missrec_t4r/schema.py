@@ -23,6 +23,9 @@ ROW: Final = "row"
 TRAIN_COUNT: Final = "train_count"
 """Column of the catalogue's item table: how often the item occurs in the training split."""
 
+RETIRED: Final = "retired"
+"""Column of the catalogue's item table: True for an item that is not recommended any more but may stand in sessions."""
+
 LIST_SUFFIX: Final = "-list"
 """NVTabular's Groupby joins column and aggregation with "-", and Transformers4Rec's tutorials use these names."""
 ITEM_LIST: Final = ITEM_ID + LIST_SUFFIX

@@ -1,4 +1,4 @@
-"""Commands of the group missrec catalogue: adopt."""
+"""Commands of the group missrec catalogue: adopt, update, rollback."""
 
 from __future__ import annotations
 
@@ -54,3 +54,26 @@ def adopt(
         max_sequence_length=max_sequence_length,
         progress=TerminalProgress(),
     )
+
+
+_Bundle = Annotated[Path, typer.Option(help="A bundle of missrec export.")]
+
+
+@command_of(group)
+def update(
+    bundle: _Bundle,
+    items: Annotated[Path, typer.Option(help="Parquet: item_id, any columns, and retired true or false.")],
+    modality: Annotated[list[str], typer.Option(help="NAME=FILE.npy, one line per item; repeatable.")] = [],  # noqa: B006 - typer copies it
+    data: Annotated[
+        Path | None, typer.Option(help="Data folder, whose encoders shall read the items' texts and pictures.")
+    ] = None,
+) -> dict[str, Any]:
+    """Add, change and retire items without training; the version before is kept beside the bundle."""
+    vectors = {name: Path(file) for name, file in pairs(modality, "--modality").items()}
+    return commands.catalogue_update(bundle, items, modality=vectors, data=data, progress=TerminalProgress())
+
+
+@command_of(group)
+def rollback(bundle: _Bundle) -> dict[str, Any]:
+    """Go back to the catalogue before the last update; a second rollback undoes the first."""
+    return commands.catalogue_rollback(bundle)

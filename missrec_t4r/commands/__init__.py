@@ -4,7 +4,7 @@
 """
 
 from missrec_t4r.commands.batch import score, similar, vectors
-from missrec_t4r.commands.catalogue import adopt
+from missrec_t4r.commands.catalogue import adopt, catalogue_rollback, catalogue_update
 from missrec_t4r.commands.data import etl, features, generate, report
 from missrec_t4r.commands.model import evaluate, metrics_table, pretrain, train
 from missrec_t4r.commands.serve import demo, export, recommend, serve
@@ -12,6 +12,8 @@ from missrec_t4r.commands.sources import import_amazon, import_movielens
 
 __all__ = [
     "adopt",
+    "catalogue_rollback",
+    "catalogue_update",
     "demo",
     "etl",
     "evaluate",

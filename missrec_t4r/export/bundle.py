@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.side import SideColumn
 from missrec_t4r.errors import BundleError, MISSRecError
+from missrec_t4r.export.grown import load_weights, mark_rows
 from missrec_t4r.export.manifest import (
     CATALOGUE_FILE,
     FEATURES_FILE,
@@ -105,17 +107,13 @@ def fill_bundle(folder: Path, *, model: MISSRec, catalogue: Catalogue, data: Pat
     save_file(
         {name: tensor for name, tensor in state.items() if not name.startswith(_INTERESTS)}, folder / WEIGHTS_FILE
     )
-    save_file(_catalogue_tensors(state, catalogue), folder / CATALOGUE_FILE)
+    write_catalogue(state, catalogue, folder / CATALOGUE_FILE)
     pq.write_table(catalogue.items, folder / ITEMS_FILE)
     widths = {name: modality.width for name, modality in catalogue.modalities.items()}
     described = {"format": FORMAT_VERSION, "config": dataclasses.asdict(model.config), "modalities": widths}
     side = [] if model.side is None else [column.to_dict() for column in model.side.columns]
     _write_json(folder / MODEL_FILE, described | {"rows": catalogue.n_rows, "side_features": side})
-    encoders = {
-        name: {"width": modality.width, "items": int(modality.present.sum()), "encoder": dict(modality.encoder)}
-        for name, modality in catalogue.modalities.items()
-    }
-    _write_json(folder / FEATURES_FILE, {"format": FORMAT_VERSION, "modalities": encoders})
+    write_features(folder, catalogue)
     load_session_transform(folder, catalogue.items)  # refuses ids that a request could not carry
     return write_manifest(folder)
 
@@ -140,7 +138,8 @@ def load_bundle(folder: str | Path) -> LoadedBundle:
         side = [SideColumn.from_dict(column) for column in described.get("side_features", [])]
         model = build_missrec(config, catalogue, side)
         interests = {name: tensor for name, tensor in stored.items() if name.startswith(_INTERESTS)}
-        model.load_state_dict(weights | interests)
+        load_weights(model, weights, interests)
+        mark_rows(model, catalogue, described["rows"])
     except BundleError:
         raise
     except (MISSRecError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -164,12 +163,22 @@ def _write_transform(folder: Path, data: Path, max_sequence_length: int) -> None
     _write_json(folder / SESSION_TRANSFORM_FILE, content | {"max_sequence_length": max_sequence_length})
 
 
-def _catalogue_tensors(state: dict[str, Tensor], catalogue: Catalogue) -> dict[str, Tensor]:
-    tensors = {name: tensor for name, tensor in state.items() if name.startswith(_INTERESTS)}
+def write_catalogue(interests: Mapping[str, Tensor], catalogue: Catalogue, file: Path) -> None:
+    """Write what belongs to a catalogue version: the model's buffers of interests, vectors and presence masks."""
+    tensors = {name: tensor for name, tensor in interests.items() if name.startswith(_INTERESTS)}
     for name, modality in catalogue.modalities.items():
         tensors[f"modality.{name}.vectors"] = torch.from_numpy(np.ascontiguousarray(modality.vectors))
         tensors[f"modality.{name}.present"] = torch.from_numpy(modality.present.copy())  # masks may be one array
-    return tensors
+    save_file(tensors, file)
+
+
+def write_features(folder: Path, catalogue: Catalogue) -> None:
+    """Write whose vectors a bundle holds."""
+    encoders = {
+        name: {"width": modality.width, "items": int(modality.present.sum()), "encoder": dict(modality.encoder)}
+        for name, modality in catalogue.modalities.items()
+    }
+    _write_json(folder / FEATURES_FILE, {"format": FORMAT_VERSION, "modalities": encoders})
 
 
 def _modality(name: str, stored: dict[str, Tensor], features: dict[str, Any]) -> Modality:

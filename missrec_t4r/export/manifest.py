@@ -86,7 +86,7 @@ def verify_bundle(folder: str | Path, only: Iterable[str] | None = None) -> dict
 
 
 def catalogue_version(manifest: dict[str, Any]) -> str:
-    """Return the name of the catalogue that a bundle holds, 12 hexadecimal digits: same items and vectors, same name."""
+    """Return the name of the catalogue that a bundle holds, 12 hexadecimal digits; same content, same name."""
     sums = [manifest["files"][name]["sha256"] for name in (CATALOGUE_FILE, ITEMS_FILE)]
     return hashlib.sha256("".join(sums).encode()).hexdigest()[:12]
 

@@ -1,0 +1,225 @@
+"""Catalogue updates: new, changed and retired items without training; everything else keeps its score to the bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from missrec_t4r.cli import app
+from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
+from missrec_t4r.export import update as updates
+from missrec_t4r.export.bundle import LoadedBundle, load_bundle, write_bundle
+from missrec_t4r.export.manifest import catalogue_version, verify_bundle
+from missrec_t4r.export.update import previous_of, rollback_catalogue, update_catalogue
+from missrec_t4r.serving.ranker import Ranker
+from tests.serving import shop
+
+NAN = float("nan")
+CHANGED, RETIRED, NO_IMAGE = "ware-3-ü", "ware-9-ü", "neu-2"
+ITEMS = pa.table(
+    {
+        "item_id": ["neu-1", CHANGED, NO_IMAGE, RETIRED],
+        "title": ["Neu 1", "Ware 3, neu", "Neu 2", "Ware 9"],
+        "price": pa.array([1, 2, None, 4], pa.int64()),
+        "retired": [False, False, None, True],
+    }
+)
+
+
+def vectors() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(8)
+    text, image = rng.normal(size=(4, 12)).astype(np.float32), rng.normal(size=(4, 6)).astype(np.float32)
+    text[3], image[2:] = NAN, NAN
+    return {"text": text, "image": image}
+
+
+@pytest.fixture
+def before(bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def after(before: Path) -> LoadedBundle:
+    update_catalogue(before, ITEMS, modalities=vectors())
+    return load_bundle(before)
+
+
+def scores_of(loaded: LoadedBundle, rows: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        sessions = torch.from_numpy(rows)
+        return loaded.model.score(loaded.model(sessions), loaded.model.candidates(), sessions).numpy()
+
+
+def test_known_items_keep_their_rows_and_untouched_ones_their_scores(before: Path, after: LoadedBundle) -> None:
+    old = load_bundle(previous_of(before))
+    n = old.catalogue.n_rows
+    assert after.catalogue.items["item_id"].to_pylist()[: n - 3] == old.catalogue.items["item_id"].to_pylist()
+    assert after.catalogue.items["item_id"].to_pylist()[n - 3 :] == ["neu-1", NO_IMAGE]
+    touched = old.catalogue.rows_of([CHANGED, RETIRED])
+    rest = np.setdiff1d(np.arange(3, n), touched)
+    sessions = np.random.default_rng(0).choice(rest, (50, 6))
+    np.testing.assert_allclose(
+        scores_of(after, sessions)[:, rest], scores_of(old, sessions)[:, rest], atol=1e-6, rtol=0
+    )
+    with torch.inference_mode():
+        exact = [
+            Ranker(one.model, one.catalogue).rank(sessions, top_k=5, allow=np.tile(rest, (50, 1)))
+            for one in (old, after)
+        ]
+    assert exact[0].rows.tolist() == exact[1].rows.tolist()
+    assert exact[0].scores.tolist() == exact[1].scores.tolist()
+
+
+def test_a_new_item_is_scored_by_its_modalities_alone_and_has_the_nearest_interests(after: LoadedBundle) -> None:
+    (row,) = after.catalogue.rows_of(["neu-1"])
+    sessions = np.array([[5, 9, 4]])
+    with torch.inference_mode():
+        model, candidates = after.model, after.model.candidates()
+        votes = torch.einsum("d,md->m", model(torch.from_numpy(sessions))[0], candidates.modality[:, row])
+        expected = float((torch.softmax(model.fusion.phi * votes, 0) * votes).sum())
+        tokens = model.towers.catalogue().modality[:, row]
+        nearest = torch.cdist(tokens, model.interests.centroids[1:]).argmin(1) + 1
+    assert abs(scores_of(after, sessions)[0, row] - expected) < 1e-6
+    assert model.interests.assignment[:, row].tolist() == nearest.tolist()
+    assert len(model.interests.centroids) < model.interests.size(0.5, model.towers.masks(dropout=False).mask) + 1
+    (text_only,) = after.catalogue.rows_of([NO_IMAGE])
+    assert int(model.interests.assignment[1, text_only]) == 0
+    assert model.recommendable[text_only]
+    assert not bool(model.towers.trained_ids[[row, text_only]].any())
+    assert model(torch.tensor([[row, text_only]])).isfinite().all()  # new items may stand in a session
+
+
+def test_a_changed_item_has_new_vectors_columns_and_interests(before: Path, after: LoadedBundle) -> None:
+    old = load_bundle(previous_of(before))
+    (row,) = old.catalogue.rows_of([CHANGED])
+    np.testing.assert_array_equal(after.catalogue.modalities["text"].vectors[row], vectors()["text"][1])
+    line = after.catalogue.items.slice(row - 3, 1).to_pylist()[0]
+    in_stock = old.catalogue.items["in_stock"][row - 3].as_py()
+    assert (line["title"], line["price"], line["in_stock"]) == ("Ware 3, neu", 2.0, in_stock)
+    assert line["train_count"] == old.catalogue.items["train_count"][row - 3].as_py()
+    assert after.catalogue.items["train_count"].to_pylist()[-2:] == [0, 0]
+    assert after.catalogue.items["brand"].to_pylist()[-2:] == [None, None]
+
+
+def test_a_retired_item_is_not_recommended_but_known_in_a_session_until_it_comes_back(
+    before: Path, after: LoadedBundle
+) -> None:
+    (row,) = after.catalogue.rows_of([RETIRED])
+    ranking = Ranker(after.model, after.catalogue).rank(np.array([[row, 5], [2, 0]]), top_k=100)
+    assert row not in ranking.rows
+    assert ranking.n_unknown.tolist() == [0, 1]
+    np.testing.assert_array_equal(  # no vector was given: it keeps its own
+        after.catalogue.modalities["text"].vectors[row],
+        load_bundle(previous_of(before)).catalogue.modalities["text"].vectors[row],
+    )
+    update_catalogue(before, pa.table({"item_id": [RETIRED], "retired": [False]}))
+    back = load_bundle(before)
+    assert row in Ranker(back.model, back.catalogue).rank(np.array([[5]]), top_k=100).rows
+    assert "neu-1" in back.catalogue.items["item_id"].to_pylist()
+
+
+def test_rollback_exchanges_the_versions_and_a_second_one_undoes_it(before: Path) -> None:
+    first = catalogue_version(verify_bundle(before))
+    done = update_catalogue(before, ITEMS, modalities=vectors())
+    assert (done["previous"], done["added"], done["changed"], done["retired"]) == (first, 2, 2, 1)
+    assert done["largest_difference"] <= 1e-6
+    assert done["catalogue_version"] == catalogue_version(verify_bundle(before)) != first
+    assert rollback_catalogue(before)["catalogue_version"] == first == catalogue_version(verify_bundle(before))
+    assert rollback_catalogue(before)["catalogue_version"] == done["catalogue_version"]
+    assert sorted(entry.name for entry in before.parent.iterdir()) == ["bundle", "bundle.previous"]
+
+
+def test_a_bundle_without_a_version_before_cannot_be_rolled_back(before: Path) -> None:
+    with pytest.raises(BundleError, match="no version before"):
+        rollback_catalogue(before)
+
+
+def test_an_update_that_would_move_scores_does_not_appear(before: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, version = updates.load_bundle, catalogue_version(verify_bundle(before))
+
+    def disturbed(folder: Path) -> LoadedBundle:
+        loaded = real(folder)
+        if folder != before:
+            with torch.no_grad():
+                loaded.model.decoder.norm.weight.mul_(1.001).add_(1e-4)
+        return loaded
+
+    monkeypatch.setattr(updates, "load_bundle", disturbed)
+    with pytest.raises(ParityError, match="would change their scores"):
+        update_catalogue(before, ITEMS, modalities=vectors())
+    assert catalogue_version(verify_bundle(before)) == version
+    assert [entry.name for entry in before.parent.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize(
+    ("items", "given", "error", "words"),
+    [
+        ({"name": ["a"]}, {}, DataError, "item_id"),
+        ({"item_id": pa.array([], pa.string())}, {}, DataError, "0 lines"),
+        ({"item_id": ["a", "a"]}, {}, DataError, "repeated"),
+        ({"item_id": ["a", None]}, {}, DataError, "missing or repeated"),
+        ({"item_id": ["a"], "price": ["dear"]}, {}, DataError, "column 'price'"),
+        ({"item_id": ["a"]}, {"sound": np.zeros((1, 3))}, ModalityError, "modality 'sound'"),
+        ({"item_id": ["a"]}, {"text": np.zeros((2, 12))}, ModalityError, r"\(2, 12\)"),
+        ({"item_id": ["a"]}, {"text": np.zeros((1, 12), np.int64)}, ModalityError, "int64"),
+        ({"item_id": ["a"]}, {"text": np.array([[NAN, *range(11)]])}, ModalityError, "line 0"),
+        ({"item_id": [""]}, {"text": np.ones((1, 12))}, BundleError, "the empty string"),
+    ],
+)
+def test_items_and_vectors_that_do_not_fit_are_refused(
+    before: Path, items: dict[str, object], given: dict[str, np.ndarray], error: type[Exception], words: str
+) -> None:
+    version = catalogue_version(verify_bundle(before))
+    with pytest.raises(error, match=words):
+        update_catalogue(before, pa.table(items), modalities=given)
+    assert catalogue_version(verify_bundle(before)) == version
+
+
+def test_files_are_read_and_a_damaged_one_is_named(before: Path, tmp_path: Path) -> None:
+    pq.write_table(ITEMS, tmp_path / "new.parquet")
+    np.save(tmp_path / "text.npy", vectors()["text"])
+    done = update_catalogue(before, tmp_path / "new.parquet", modalities={"text": tmp_path / "text.npy"})
+    assert done["added"] == 2
+    (tmp_path / "new.parquet").write_text("no parquet")
+    with pytest.raises(DataError, match=r"new\.parquet cannot be read"):
+        update_catalogue(before, tmp_path / "new.parquet")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"candidate_fusion": "dynamic_instance", "sequence_fusion": "contextual", "attention": "bidirectional"},
+        {"missing_modality": "zero_row", "mask_untrained_ids": False},
+        {"item_ids": False, "candidate_fusion": "static"},
+    ],
+)
+def test_every_configuration_can_grow(tmp_path: Path, settings: dict[str, object]) -> None:
+    own = shop.catalogue()
+    model = shop.model_for(own, **settings)
+    data = shop.data_folder(tmp_path / "data", own)
+    write_bundle(tmp_path / "bundle", model=model, catalogue=own, data=data)
+    done = update_catalogue(tmp_path / "bundle", ITEMS, modalities=vectors())
+    assert done["largest_difference"] <= 1e-6
+    grown = load_bundle(tmp_path / "bundle")
+    ranking = Ranker(grown.model, grown.catalogue).rank(np.array([[5, 33]]), top_k=100)
+    assert {33, 34} <= set(ranking.rows[0].tolist())
+
+
+def test_the_commands_update_and_roll_back(before: Path, tmp_path: Path) -> None:
+    pq.write_table(ITEMS, tmp_path / "new.parquet")
+    np.save(tmp_path / "text.npy", vectors()["text"])
+    options = ["--bundle", str(before), "--items", str(tmp_path / "new.parquet")]
+    run = CliRunner().invoke(app, ["catalogue", "update", *options, "--modality", f"text={tmp_path / 'text.npy'}"])
+    assert run.exit_code == 0, run.output
+    done = json.loads(run.stdout.splitlines()[-1])
+    assert done["added"] == 2
+    run = CliRunner().invoke(app, ["catalogue", "rollback", "--bundle", str(before)])
+    assert json.loads(run.stdout.splitlines()[-1])["catalogue_version"] == done["previous"]

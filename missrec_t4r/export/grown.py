@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.errors import BundleError
+from missrec_t4r.errors import DataError
 from missrec_t4r.model.interests import InterestVocabulary
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.schema import FIRST_ITEM_ROW, RETIRED
@@ -40,7 +40,7 @@ def load_weights(model: MISSRec, weights: Mapping[str, Tensor], interests: Mappi
     if centroids.shape != vocabulary.centroids.shape:
         vocabulary.centroids = torch.zeros_like(centroids)
     if assignment.shape != vocabulary.assignment.shape or centroids.shape[1] != model.config.d_model:
-        raise BundleError(f"interests of {tuple(assignment.shape)} tokens", f"{tuple(vocabulary.assignment.shape)}")
+        raise DataError(f"interests of {tuple(assignment.shape)} tokens", f"{tuple(vocabulary.assignment.shape)}")
     model.load_state_dict(continued | dict(interests))
 
 

@@ -56,7 +56,8 @@ def test_modalities_may_share_their_presence_mask(loaded: LoadedRun, tmp_path: P
 def test_the_manifest_lists_every_file_and_nothing_is_code(bundle: Path) -> None:
     assert {file.name for file in bundle.iterdir()} == {MANIFEST_FILE, *BUNDLE_FILES}
     assert set(verify_bundle(bundle)["files"]) == set(BUNDLE_FILES)
-    assert not [file for file in bundle.iterdir() if file.read_bytes()[:1] == b"\x80" or file.suffix in {".pkl", ".pt"}]
+    pickles = {bytes([0x80, protocol]) for protocol in range(2, 6)}
+    assert not [file for file in bundle.iterdir() if file.read_bytes()[:2] in pickles or file.suffix in {".pkl", ".pt"}]
 
 
 def test_the_request_is_cut_to_what_the_model_takes(run: Path, loaded: LoadedRun, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 WIDTH, HEIGHT = 640, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 10, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 30, 10, 48
 _TICKS = 4
 
 
@@ -31,9 +31,9 @@ def bars(labels: Sequence[str], values: Sequence[float], *, x_title: str, y_titl
             f'<rect class="bar" x="{x + step * 0.08:.1f}" y="{y:.1f}" width="{max(step * 0.84, 0.5):.1f}" '
             f'height="{height:.1f}"><title>{escape(label)}: {number(value)}</title></rect>'
         )
-    every = math.ceil(max((len(label) for label in labels), default=1) * 7 / step) if labels else 1
+    every = math.ceil(max((len(label) for label in labels), default=1) * 9 / step) if labels else 1
     shapes += [
-        _text(_LEFT + (index + 0.5) * step, HEIGHT - _BOTTOM + 14, label, "middle")
+        _text(_LEFT + (index + 0.5) * step, HEIGHT - _BOTTOM + 18, label, "middle")
         for index, label in enumerate(labels)
         if index % every == 0
     ]
@@ -51,7 +51,7 @@ def log_line(xs: Sequence[float], ys: Sequence[float], *, x_title: str, y_title:
         for x, y in zip(xs, ys, strict=True)
     )
     below = [
-        _text(_LEFT + (WIDTH - _LEFT - _RIGHT) * power / x_top, HEIGHT - _BOTTOM + 14, number(10.0**power), "middle")
+        _text(_LEFT + (WIDTH - _LEFT - _RIGHT) * power / x_top, HEIGHT - _BOTTOM + 18, number(10.0**power), "middle")
         for power in range(int(x_top) + 1)
     ]
     marks = [
@@ -89,7 +89,7 @@ def _frame(inside: str, marks: Sequence[tuple[float, str]], x_title: str, y_titl
         for y, text in marks
     )
     middle = _TOP + (HEIGHT - _TOP - _BOTTOM) / 2
-    titles = _text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 8, x_title, "middle", "title") + (
+    titles = _text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 6, x_title, "middle", "title") + (
         f'<text class="title" text-anchor="middle" transform="translate(14 {middle:.0f}) rotate(-90)">'
         f"{escape(y_title)}</text>"
     )

@@ -13,10 +13,10 @@ _STYLE = """
 --ground:#fff;--card:#f8f9fb}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ef;--soft:#9aa4b2;--line:#2e3643;--bar:#6ea8e8;--bad:#ff8a7a;
 --good:#5fd39a;--ground:#12161d;--card:#1a202a}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--ground);margin:2rem auto;max-width:76rem;
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--ground);margin:2rem auto;max-width:78rem;
 padding:0 1rem}
 h1{font-size:1.5rem;margin:0}h2{font-size:1.05rem;margin:0 0 .5rem}p{margin:.2rem 0 1rem;color:var(--soft)}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(24rem,1fr));gap:1rem;margin:1rem 0}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(34rem,100%),1fr));gap:1rem;margin:1rem 0}
 section{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:1rem;min-width:0;overflow-x:auto}
 .numbers{display:flex;flex-wrap:wrap;gap:1rem 2.2rem;margin:1rem 0}.numbers div{min-width:6rem}
 .numbers b{display:block;font-size:1.35rem;font-weight:600}.numbers span{color:var(--soft)}

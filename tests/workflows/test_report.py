@@ -1,0 +1,163 @@
+"""The data report: numbers worked out by hand, a page that loads nothing, drift, and the gate's exit code."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from missrec_t4r.cli import app
+from missrec_t4r.errors import ConfigError, DataError, GateError
+from missrec_t4r.workflows.charts import bars, log_line
+from missrec_t4r.workflows.etl import etl
+from missrec_t4r.workflows.report import judge, report
+from tests.workflows.tables import EVENTS, ITEMS, save_vectors, write
+
+DAY = 86_400
+START = 1_600_000_000 // DAY * DAY
+# Days on which the nine events fall; ann has four events, ben three, cem two.
+DAYS = [0, 3, 0, 0, 1, 0, 3, 3, 0]
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    when = START + np.array(DAYS) * DAY + EVENTS["timestamp"]
+    events = pd.concat([EVENTS.assign(timestamp=when)] + [EVENTS[:1].assign(timestamp=when[0])], ignore_index=True)
+    vectors = save_vectors(tmp_path / "text.npy", [[1.0, 0], [0, 1], [0, 0], [1, 1]])
+    etl(*write(tmp_path / "raw", events), tmp_path / "data", modality={"text": vectors}, drop_duplicates=True)
+    return tmp_path
+
+
+def test_measures(shop: Path) -> None:
+    said = report(shop / "data", shop / "out", now=START + 4 * DAY)["measures"]
+    items = {"lamp": 3, "desk": 2, "sofa": 3, "vase": 1}
+    expected = {
+        "events": 9,
+        "users": 3,
+        "items": 4,
+        "items_without_events": 0,
+        "session_length_mean": 3.0,
+        "session_length_median": 3.0,
+        "session_length_max": 4,
+        "share_short_sessions": 1 / 3,
+        "share_top_1_percent_items": 3 / 9,
+        "popularity_gini": (-3 * 1 - 2 + 3 + 3 * 3) / (4 * 9),
+        "share_repeated_items": 1 / 9,  # ann's second sofa
+        "coverage.text": 3 / 4,
+        "coverage_of_events.text": (9 - items["sofa"]) / 9,
+        "days": 4,
+        "days_without_events": 1,
+        "newest_age_days": 1 - 50 / DAY,
+        "share_future": 0.0,
+        "last_day_vs_median": 3 / 2,  # 5, 1, 0, 3 events
+        "share.duplicate_events": 1 / 9,
+    }
+    assert {name: said[name] for name in expected} == pytest.approx(expected, abs=1e-3)
+    later = report(shop / "data", shop / "old", now=START + DAY)["measures"]
+    assert later["share_future"] == pytest.approx(3 / 9, abs=1e-6)
+
+
+def test_positions_are_no_clock(tmp_path: Path) -> None:
+    etl(*write(tmp_path / "raw"), tmp_path / "data")
+    said = report(tmp_path / "data", tmp_path / "out")
+    assert "days" not in said["measures"]
+    assert "positions or absent" in Path(said["page"]).read_text()
+
+
+class _Page(HTMLParser):
+    """Collects tags and attributes, and complains about tags that are not closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [f"{tag} {name}" for name, _ in attrs]
+        if tag not in ("meta", "line", "rect", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("line", "rect", "polyline"):
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_loads_nothing(shop: Path) -> None:
+    etl(*write(shop / "raw2", EVENTS, ITEMS.assign(item_id=["<b>lamp", "desk", "sofa", "vase"])), shop / "<i>data")
+    text = Path(report(shop / "<i>data", shop / "out")["page"]).read_text()
+    parsed = _Page()
+    parsed.feed(text)
+    assert parsed.open == []
+    loading = {"src", "href", "srcset", "data", "action", "poster"}
+    assert not [name for name in parsed.attributes if name.split()[1] in loading]
+    assert not re.search(r"url\(|@import|https?:|<script", text)
+    assert "<i>data" not in text
+    assert "&lt;i&gt;data" in text
+    charts = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text)]
+    assert len(charts) == 2  # no days: these times are positions
+
+
+def test_charts_draw_to_scale() -> None:
+    chart = ElementTree.fromstring(bars(["a", "b & c"], [10, 5], x_title="x", y_title="y"))
+    heights = [float(bar.attrib["height"]) for bar in chart.iter("rect")]
+    assert heights[0] == pytest.approx(2 * heights[1], abs=0.1)
+    assert [title.text for title in chart.iter("title")] == ["a: 10", "b & c: 5"]
+    line = next(ElementTree.fromstring(log_line([1, 10, 100], [100, 10, 1], x_title="x", y_title="y")).iter("polyline"))
+    points = np.array([point.split(",") for point in line.attrib["points"].split()], float)
+    np.testing.assert_allclose(points[1], (points[0] + points[2]) / 2, atol=0.1)  # straight on both logarithms
+
+
+def test_a_broken_gate_ends_with_code_3_and_is_no_basis_of_comparison(shop: Path) -> None:
+    gate = shop / "gate.yaml"
+    gate.write_text("events: {min: 5}\nshare.duplicate_events: {max: 0.05}\ndrift.popularity: {max: 0.5}\n")
+    command = ["report", "--data", str(shop / "data"), "--out", str(shop / "out"), "--gate", str(gate)]
+    ran = CliRunner().invoke(app, command)
+    assert ran.exit_code == 3
+    said = json.loads(ran.stdout.splitlines()[-1])
+    assert said["passed"] is False
+    assert [line["passed"] for line in said["gate"]] == [True, False, True]
+    assert "share.duplicate_events is 0.111111, bounds {'max': 0.05}" in " ".join(ran.output.split())
+    assert sorted(file.name for file in (shop / "out").iterdir()) == ["refused.html", "refused.json"]
+
+    gate.write_text("share.duplicate_events: {max: 0.2}\nshare.null_item_id: {max: 0}\n")
+    assert CliRunner().invoke(app, command).exit_code == 0
+    gate.write_text("drift.events: {min: -0.1, max: 0.1}\n")
+    fewer = EVENTS[EVENTS["user_id"] != "cem"]
+    etl(*write(shop / "raw", fewer.assign(timestamp=START)), shop / "data")
+    with pytest.raises(GateError, match=r"drift.events is -0.222222") as refused:
+        report(shop / "data", shop / "out", gate=gate)
+    measures = refused.value.result["measures"]
+    # lamp 3/9 -> 2/7, desk 2/9 -> 2/7, sofa 3/9 -> 3/7, vase 1/9 -> 0
+    moved = (abs(3 / 9 - 2 / 7) + abs(2 / 9 - 2 / 7) + abs(3 / 9 - 3 / 7) + 1 / 9) / 2
+    assert measures["drift.popularity"] == pytest.approx(moved, abs=1e-5)
+    assert measures["drift.session_lengths"] == pytest.approx(
+        1 / 3, abs=1e-5
+    )  # of three sessions the short one is gone
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("event: {min: 1}", r"bounds 'event', which is not measured .* one of \['events'\]"),
+        ("events: 5", "says 5 about events"),
+        ("events: {least: 5}", "says {'least': 5} about events"),
+        ("- events", "about the file"),
+        ("events: {min: 1", "cannot be read"),
+    ],
+)
+def test_a_wrong_gate_is_named(content: str, words: str, shop: Path) -> None:
+    (shop / "gate.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=words):
+        report(shop / "data", shop / "out", gate=shop / "gate.yaml")
+    with pytest.raises(DataError, match="holds no etl.json"):
+        report(shop / "raw", shop / "out")
+
+
+def test_drift_may_be_required() -> None:
+    assert judge({}, {"drift.popularity": {"max": 1}})[0]["passed"]
+    assert not judge({}, {"drift.popularity": {"max": 1, "required": True}})[0]["passed"]

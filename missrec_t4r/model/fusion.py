@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from missrec_t4r.config import CandidateFusionName
 from missrec_t4r.model.towers import CandidateTokens
 
+_FEW = 0.75
+"""Share of the catalogue with two modalities below which only those items are corrected."""
+
 
 class CandidateFusion(nn.Module):
     """Score candidates with a mix of modalities that the session itself chooses.
@@ -55,18 +58,43 @@ class CandidateFusion(nn.Module):
         scores = session @ self.static_table(candidates).T
         if self.phi is None:
             return scores
-        several = torch.nonzero(candidates.mask.sum(0) > 1).flatten()
+        counts = candidates.mask.sum(0)
+        if len(candidates.modality) == 2:
+            return self._add_pairs(scores, session, candidates, counts == 2)
+        several = torch.nonzero(counts > 1).flatten()
         return scores.index_add_(1, several, self._correction(session, candidates, several)) if len(several) else scores
 
     def static_table(self, candidates: CandidateTokens) -> Tensor:
         """Return one row per candidate [catalogue, dim] whose inner product with the session is the static score."""
-        weight = candidates.mask.unsqueeze(-1).to(candidates.modality.dtype)
-        mean = (candidates.modality * weight).sum(0) / weight.sum(0).clamp_min(1)
-        if candidates.ids is None or candidates.id_mask is None:
-            return mean
-        has_modality = candidates.mask.any(0).unsqueeze(-1)
-        either = torch.where(has_modality, (candidates.ids + 2 * mean) / 3, candidates.ids)
-        return torch.where(candidates.id_mask.unsqueeze(-1), either, mean)
+        dtype, counts = candidates.modality.dtype, candidates.mask.sum(0)
+        share = torch.ones_like(counts, dtype=dtype)
+        table = torch.zeros_like(candidates.modality[0])
+        if candidates.ids is not None and candidates.id_mask is not None:
+            both = candidates.id_mask & (counts > 0)
+            table = candidates.ids * torch.where(both, share / 3, candidates.id_mask.to(dtype)).unsqueeze(-1)
+            share = torch.where(both, share * 2 / 3, share)
+        share = share / counts.clamp_min(1)
+        for tokens, present in zip(candidates.modality, candidates.mask, strict=True):
+            table = torch.addcmul(table, tokens, (share * present).unsqueeze(-1))
+        return table
+
+    def _add_pairs(self, scores: Tensor, session: Tensor, candidates: CandidateTokens, both: Tensor) -> Tensor:
+        """Add what the dynamic weights add to the mean of two votes a and b: ``(a - b) / 2 * tanh(phi (a - b) / 2)``.
+
+        With two modalities the softmax is a logistic function of the difference of the votes, which is one product.
+        """
+        assert self.phi is not None
+        first, second = candidates.modality
+        share = both.to(scores.dtype)
+        if candidates.id_mask is not None:
+            share = torch.where(candidates.id_mask, share * 2 / 3, share)
+        rows = torch.nonzero(both).flatten()
+        few = len(rows) < _FEW * len(both)  # then gathering costs less than the columns that it saves
+        gap = first[rows] - second[rows] if few else (first - second) * both.unsqueeze(-1)
+        phi = self.phi[rows] if few and self.name == "dynamic_instance" else self.phi
+        apart = session @ gap.T
+        correction = apart * torch.tanh(apart * (phi / 2)) * ((share[rows] if few else share) / 2)
+        return scores.index_add_(1, rows, correction) if few else scores.add_(correction)
 
     def _correction(self, session: Tensor, candidates: CandidateTokens, several: Tensor) -> Tensor:
         """Return what the dynamic weights add to the mean, [batch, item], for the items with several modalities.

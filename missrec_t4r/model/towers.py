@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from missrec_t4r.config import FeatureScaling, MissingModality, SingleModality
+from missrec_t4r.model.unit import unit
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW
 
 _LARGE = 1 << 27
@@ -184,9 +185,9 @@ class ItemTowers(nn.Module):
             mask, id_mask = mask | padding, None if id_mask is None else id_mask | padding
         if self.summed and tokens.ids is not None and id_mask is not None:
             total = tokens.modality * mask.unsqueeze(-1) + tokens.ids * id_mask.unsqueeze(-1)
-            return CandidateTokens(F.normalize(total, dim=-1), mask | id_mask, None, None)
-        ids = None if tokens.ids is None else F.normalize(tokens.ids, dim=-1)
-        return CandidateTokens(F.normalize(tokens.modality, dim=-1), mask, ids, id_mask)
+            return CandidateTokens(unit(total), mask | id_mask, None, None)
+        ids = None if tokens.ids is None else unit(tokens.ids)
+        return CandidateTokens(unit(tokens.modality), mask, ids, id_mask)
 
     def _adapted(self, index: int, name: str) -> Tensor:
         """Return the tokens [row, dim] of one modality; where missing ones count for nothing, they cost nothing."""

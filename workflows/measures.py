@@ -61,9 +61,10 @@ class Everything:
     def times(self) -> npt.NDArray[np.float64] | None:
         """Unix seconds per event, None where the data have positions or no times."""
         times = self.sessions.features.get(TIMESTAMP)
-        if times is None or not len(times) or float(np.median(times)) < _FIRST_CLOCK:
+        if times is None or not len(times):
             return None
-        return np.asarray(times, np.float64)
+        seconds = np.asarray(times, np.float64)
+        return seconds if float(np.median(seconds)) >= _FIRST_CLOCK else None
 
 
 def measure(data: Everything, now: float) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -114,13 +114,14 @@ def read_gate(file: Path) -> dict[str, dict[str, Any]]:
         bounds = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"the gate {file} cannot be read ({error})", "a YAML file", "check --gate") from error
-    for name, bound in bounds.items() if isinstance(bounds, dict) else [("the file", None)]:
+    named: dict[str, Any] = bounds if isinstance(bounds, dict) else {"the file": bounds}
+    for name, bound in named.items():
         sound = isinstance(bound, dict) and bound and set(bound) <= {"min", "max", "required"}
         if not sound or not all(isinstance(bound[key], int | float) for key in bound):
             raise ConfigError(
                 f"the gate {file} says {bound!r} about {name}", "measure: {min: number, max: number}", "correct it"
             )
-    return dict(bounds)
+    return named
 
 
 def judge(measures: Mapping[str, Any], bounds: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -129,7 +129,8 @@ def _ml_1m(read: Read) -> tuple[pd.DataFrame, pd.DataFrame]:
     lines = read("ratings.dat").replace(b"::", b"\t")
     events = pd.read_csv(BytesIO(lines), sep="\t", names=_EVENTS, dtype={USER_ID: str, ITEM_ID: str})
     films = [line.split("::") for line in read("movies.dat").decode("latin-1").splitlines() if line]
-    return events, _films(*([film[part] for film in films] for part in (0, 1)), [film[2].split("|") for film in films])
+    genres = [film[2].split("|") if film[2] else [] for film in films]
+    return events, _films([film[0] for film in films], [film[1] for film in films], genres)
 
 
 def _csv(read: Read) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 24
-"""Entries of one block of distances: 64 MiB in float32."""
+from missrec_t4r.model.nearest import COMPARED_AT_MOST, chunks, nearest_in_groups, nearest_of_all
+
 _PLUS_PLUS_LIMIT = 1 << 25
 """Up to this many distances (points x clusters) k-means++ chooses the start; beyond it a uniform sample does."""
 _NEIGHBOURS = 5
 """k of the density-peaks estimate, the default of the authors' function."""
+_GROUP_PASSES = 3
+"""Passes that group the centroids of very large vocabularies."""
 
 
 def kmeans(
@@ -68,12 +70,12 @@ def density_peaks(points: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
         return kmeans(points, n_clusters, seed=0)
     k = min(_NEIGHBOURS, len(points))
     scale = points.shape[1] ** -0.5
-    chunks = _chunks(len(points), len(points))
-    nearest = torch.cat([(_distances(points[c], points) * scale).topk(k, largest=False).values for c in chunks])
+    pieces = chunks(len(points), len(points))
+    nearest = torch.cat([(_distances(points[c], points) * scale).topk(k, largest=False).values for c in pieces])
     density = torch.exp(-(nearest**2).mean(1))
     rank = torch.empty_like(density, dtype=torch.int64)
     rank[density.argsort(descending=True, stable=True)] = torch.arange(len(points), device=points.device)
-    gap = torch.cat([_gap_to_denser(_distances(points[c], points) * scale, rank[c], rank) for c in chunks])
+    gap = torch.cat([_gap_to_denser(_distances(points[c], points) * scale, rank[c], rank) for c in pieces])
     centres = (density * gap).topk(n_clusters).indices
     labels, _ = _assign(points, points[centres])
     labels[centres] = torch.arange(n_clusters, device=points.device)
@@ -141,21 +143,11 @@ def _means(points: Tensor, labels: Tensor, fallback: Tensor) -> Tensor:
 
 
 def _assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nearest centroid of every point and the squared distance to it."""
-    half_norms = centroids.square().sum(1) / 2
-    labels = torch.empty(len(points), dtype=torch.int64, device=points.device)
-    distance = torch.empty(len(points), dtype=points.dtype, device=points.device)
-    for chunk in _chunks(len(points), len(centroids)):
-        best = (points[chunk] @ centroids.T - half_norms).max(1)
-        labels[chunk] = best.indices
-        distance[chunk] = (points[chunk].square().sum(1) - 2 * best.values).clamp_min(0)
-    return labels, distance
+    """Return the nearest centroid of every point and the squared distance to it; a near one for very many of both."""
+    if len(points) * len(centroids) <= COMPARED_AT_MOST:
+        return nearest_of_all(points, centroids)
+    return nearest_in_groups(points, centroids, lambda rows, n: kmeans(rows, n, seed=0, passes=_GROUP_PASSES))
 
 
 def _distances(left: Tensor, right: Tensor) -> Tensor:
     return torch.cdist(left, right)
-
-
-def _chunks(n_rows: int, n_columns: int) -> list[slice]:
-    step = max(_CHUNK_ELEMENTS // max(n_columns, 1), 1)
-    return [slice(begin, begin + step) for begin in range(0, n_rows, step)]

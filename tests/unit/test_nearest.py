@@ -1,0 +1,57 @@
+"""Nearest centroids in groups: exact with all groups, near with some, and what k-means makes of it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from missrec_t4r.model.clustering import kmeans
+from missrec_t4r.model.nearest import nearest_in_groups, nearest_of_all
+
+
+def _cluster(points: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
+    return kmeans(points, n_clusters, seed=0, passes=2)
+
+
+def _shop(n_points: int, n_kinds: int) -> Tensor:
+    """Points around kinds of items, as tokens of products lie."""
+    draw = torch.Generator().manual_seed(0)
+    kinds = torch.randn(n_kinds, 12, generator=draw)
+    return kinds[torch.randint(n_kinds, (n_points,), generator=draw)] + 0.3 * torch.randn(n_points, 12, generator=draw)
+
+
+def test_with_all_groups_nothing_is_missed() -> None:
+    points = _shop(400, 30)
+    centroids = points[:50]
+    expected = torch.cdist(points, centroids).min(1)
+    for labels, distance in (
+        nearest_of_all(points, centroids),
+        nearest_in_groups(points, centroids, _cluster, probed=1000),
+    ):
+        assert torch.equal(labels, expected.indices)
+        torch.testing.assert_close(distance, expected.values.square(), rtol=1e-4, atol=1e-4)
+
+
+def test_with_some_groups_most_are_found_and_the_distance_is_that_of_the_found_one() -> None:
+    points = _shop(3000, 60)
+    centroids = points[:400]
+    exact, _ = nearest_of_all(points, centroids)
+    labels, distance = nearest_in_groups(points, centroids, _cluster, probed=5)
+    assert (labels == exact).float().mean() > 0.97
+    torch.testing.assert_close(distance, (points - centroids[labels]).square().sum(1), rtol=1e-3, atol=1e-3)
+    one, _ = nearest_in_groups(points, centroids, _cluster, probed=1)
+    assert (one == exact).float().mean() < 0.97  # it is a search, after all
+
+
+def test_large_vocabularies_are_clustered_nearly_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = _shop(2000, 40)
+
+    def spread() -> tuple[float, Tensor]:
+        centroids, labels = kmeans(points, 200, seed=1)
+        assert labels.bincount(minlength=200).min() > 0
+        return float((points - centroids[labels]).square().sum()), labels
+
+    exact, _ = spread()
+    monkeypatch.setattr("missrec_t4r.model.clustering.COMPARED_AT_MOST", 100_000)
+    near, labels = spread()
+    assert near < 1.03 * exact
+    assert torch.equal(labels, spread()[1])

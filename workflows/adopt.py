@@ -6,6 +6,7 @@ files are read (``categories/unique.<column>.parquet``), never the workflow's pi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from merlin.schema import Schema, Tags
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
@@ -25,6 +27,7 @@ from missrec_t4r.schema import (
     FIRST_ITEM_ROW,
     ITEM_ID,
     ITEM_LIST,
+    LIST_SUFFIX,
     SESSION_TRANSFORM_FILE,
     SPLITS,
 )
@@ -32,6 +35,7 @@ from missrec_t4r.workflows import adopted_sessions, checks, sessions, splits
 from missrec_t4r.workflows import catalogue as catalogues
 from missrec_t4r.workflows.folders import written_aside
 from missrec_t4r.workflows.sources.table import Paths, read_table, require_column
+from missrec_t4r.workflows.storage import save_workflow
 
 REPORT_FILE = "etl.json"
 
@@ -109,7 +113,8 @@ def adopt(
         trained = rows_of["train"][ITEM_LIST].combine_chunks().flatten().to_numpy()
         counts = np.bincount(trained, minlength=catalogue.n_rows)[FIRST_ITEM_ROW:]
         catalogues.with_train_count(catalogue, counts).save(folder / CATALOGUE_FOLDER)
-        _write_request(catalogue, folder, Path(storage), max_sequence_length)
+        codes = _feature_codes(Path(workflow), described)
+        _write_request(catalogue, folder, Path(storage), max_sequence_length, codes)
         report = {
             "adopted": {"workflow": Path(workflow).name, "column": vocabulary_column, "items": len(ids)},
             "items": catalogue.n_items,
@@ -200,11 +205,24 @@ def _split(table: pa.Table) -> dict[str, pa.Table]:
     return {name: splits.take_prefixes(table, offsets, lengths[name]) for name in SPLITS}
 
 
-def _write_request(catalogue: Catalogue, folder: Path, storage: Path, max_sequence_length: int) -> None:
+def _feature_codes(workflow: Path, schema: Schema) -> dict[str, Any]:
+    """Return the raw values of the other encoded list columns, where the workflow's folder has their vocabularies."""
+    found: dict[str, Any] = {}
+    for column in schema.select_by_tag(Tags.CATEGORICAL).column_names:
+        name = column.removesuffix(LIST_SUFFIX)
+        if column != ITEM_LIST and (workflow / "categories" / f"unique.{name}.parquet").is_file():
+            with contextlib.suppress(SchemaError):  # of an older NVTabular: its codes are used as they are
+                found[name] = {"kind": "categorical", "values": read_vocabulary(workflow, name).to_pylist()}
+    return found
+
+
+def _write_request(
+    catalogue: Catalogue, folder: Path, storage: Path, max_sequence_length: int, features: Mapping[str, Any]
+) -> None:
     """Write the request transform for the catalogue's own vocabulary."""
     ids = catalogue.items[ITEM_ID].combine_chunks()
     request = sessions.build_request_workflow(ids, storage / "request", max_sequence_length=max_sequence_length)
     sessions.fit(request, pd.DataFrame({ITEM_ID: [ids[:2].to_pylist(), ids[:1].to_pylist()]}))
-    request.save(str(folder / "request_workflow"))
-    transform = sessions.compile_session_transform(request)
+    save_workflow(request, folder / "request_workflow")
+    transform = sessions.compile_session_transform(request) | {"features": dict(features)}
     (folder / SESSION_TRANSFORM_FILE).write_text(json.dumps(transform, indent=2) + "\n", encoding="utf-8")

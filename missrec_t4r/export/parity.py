@@ -154,7 +154,7 @@ def compare_served(
     """
 
     def ask(session: list[RawId], side: SideOfSession) -> Answer:
-        answer = client.recommend([session], top_k, side=[side])[0]
+        answer = client.recommend([session], top_k, side=[side] if side else None)[0]
         return catalogue.rows_of(answer.item_ids), np.asarray(answer.scores, np.float32)
 
     with ThreadPoolExecutor(clients) as pool:

@@ -20,6 +20,7 @@ import missrec_t4r.t4r as mr
 from missrec_t4r.cli import app
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.side import side_columns
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.t4r.columns import as_core_schema
 from missrec_t4r.workflows.adopt import adopt
@@ -107,6 +108,12 @@ def test_every_row_means_what_the_workflow_says(tutorial: Path, items: tuple[Pat
         if len(set(log[line["session_id"]])) > 1
     )
     assert catalogue.n_items == len(rows_of) + 2
+    side = {column.name: column for column in side_columns(tmp_path / "data", "auto", 8)}
+    assert {name: column.kind for name, column in side.items()} == {"category": "categorical", "age_days": "continuous"}
+    line = next(line for line in processed if len(set(log[line["session_id"]])) > 1)
+    assert side["category"].decode(line["category-list"]) == [
+        item % 7 + 1 for item in catalogue.ids_of(line["item_id-list"])
+    ]
     assert catalogue.ids_of([catalogue.n_rows - 2, catalogue.n_rows - 1]) == [5, 6]  # new: behind the last row
     text = catalogue.modalities["text"]
     raw = np.array(catalogue.ids_of(range(3, catalogue.n_rows)), float)

@@ -18,7 +18,11 @@ import pyarrow.compute as pc
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
-_YEAR_1973, _YEAR_2100 = 94_694_400, 4_102_444_800
+_YEAR_2100 = 4_102_444_800
+SECONDS = (94_694_400, _YEAR_2100)
+"""From 1973 to 2100 as unix seconds."""
+MILLISECONDS = 631_152_000_000
+"""1990 in milliseconds; as seconds it lies beyond the year 9999."""
 MANY_EVENTS = 10_000
 """More events of one user than people make: reported, and cut by --max-events."""
 KEYS = (USER_ID, ITEM_ID, TIMESTAMP)
@@ -178,9 +182,9 @@ def refuse_mixed_units(seconds: int, larger: int) -> None:
     Parameters
     ----------
     seconds : int
-        Times from 1973 to 2100 if they are unix seconds.
+        How many times are from 1973 to 2100 as unix seconds (`SECONDS`).
     larger : int
-        Times after 2100 if they are: milliseconds, most likely.
+        How many can only be milliseconds or finer (`MILLISECONDS`).
 
     Raises
     ------
@@ -254,7 +258,7 @@ def _note_times(events: pd.DataFrame, findings: Findings) -> None:
     ordered, owner = time.to_numpy()[order], users[order]
     backwards = (np.diff(ordered) < 0) & (np.diff(owner) == 0)
     findings.add("time_backwards", int(backwards.sum()), "events of a user not in the order of time were sorted")
-    refuse_mixed_units(int(time.between(_YEAR_1973, _YEAR_2100).sum()), int((time > _YEAR_2100).sum()))
+    refuse_mixed_units(int(time.between(*SECONDS).sum()), int((time >= MILLISECONDS).sum()))
     findings.add("time_negative", int((time < 0).sum()), "times before 1970 are kept; check the unit")
     late = int((time > _YEAR_2100).sum())
     findings.add("time_out_of_range", late, "times after the year 2100 are kept; are they milliseconds?")

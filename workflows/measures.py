@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError
-from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, SPLITS, TIMESTAMP
+from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
+from missrec_t4r.workflows.derived import SESSION_ID
 
 Ints = npt.NDArray[np.int64]
 
@@ -36,6 +38,7 @@ class Everything:
     """Check -> count, as the ETL wrote them."""
     raw_events: int
     """Events that the ETL kept."""
+    users: int
 
     @classmethod
     def load(cls, data: Path) -> Everything:
@@ -50,12 +53,11 @@ class Everything:
         if not report.is_file():
             raise DataError(f"{data} holds no etl.json", "a data folder", "write one with `missrec etl`")
         written = json.loads(report.read_text(encoding="utf-8"))
-        parts = [_load(data / split) for split in SPLITS if (data / split).is_dir()]
+        parts = [_load(data / split) for split in SPLITS if any((data / split).glob("*.parquet"))]
         findings = {finding["check"]: int(finding["count"]) for finding in written.get("findings", [])}
-        whole = _longest(parts)
-        return cls(
-            whole, Catalogue.load(data / CATALOGUE_FOLDER), findings, int(written.get("events", len(whole.values)))
-        )
+        whole = _longest([sessions for sessions, _ in parts], [keys for _, keys in parts])
+        events, users = int(written.get("events", len(whole.values))), int(written.get("users", len(whole)))
+        return cls(whole, Catalogue.load(data / CATALOGUE_FOLDER), findings, events, users)
 
     @property
     def times(self) -> npt.NDArray[np.float64] | None:
@@ -81,7 +83,8 @@ def measure(data: Everything, now: float) -> tuple[dict[str, Any], dict[str, Any
     top = np.sort(counts)[::-1]
     measures: dict[str, Any] = {
         "events": events,
-        "users": len(sessions),
+        "sessions": len(sessions),
+        "users": data.users,
         "items": catalogue.n_items,
         "items_without_events": int((counts == 0).sum()),
         "session_length_mean": round(float(lengths.mean()), 4),
@@ -155,17 +158,22 @@ def _clock(times: npt.NDArray[np.float64], sessions: Sessions, now: float) -> tu
     return measured, days
 
 
-def _load(folder: Path) -> Sessions:
-    names = pq.read_schema(next(iter(sorted(folder.glob("*.parquet"))))).names
-    return Sessions.load(folder, [TIMESTAMP] if f"{TIMESTAMP}-list" in names else [])
+def _load(folder: Path) -> tuple[Sessions, list[Any]]:
+    """Return a split's sessions, and whose they are: the user, with the session's number where a user has several."""
+    files = sorted(folder.glob("*.parquet"))
+    names = pq.read_schema(files[0]).names
+    owners = [name for name in (USER_ID, SESSION_ID) if name in names]
+    table = pa.concat_tables([pq.read_table(file, columns=owners) for file in files])
+    keys = list(zip(*(table[name].to_pylist() for name in owners), strict=True))
+    sessions = Sessions.load(folder, [TIMESTAMP] if TIMESTAMP + LIST_SUFFIX in names else [])
+    return sessions, keys or list(range(len(sessions)))
 
 
-def _longest(parts: list[Sessions]) -> Sessions:
-    """Return every user's longest session; parts are prefixes of one another."""
+def _longest(parts: list[Sessions], owners: list[list[Any]]) -> Sessions:
+    """Return every owner's longest session; parts are prefixes of one another."""
     best: dict[Any, tuple[int, int, int]] = {}
     for index, part in enumerate(parts):
-        users = part.users.to_pylist() if part.users is not None else range(len(part))
-        for row, (user, length) in enumerate(zip(users, part.lengths.tolist(), strict=True)):
+        for row, (user, length) in enumerate(zip(owners[index], part.lengths.tolist(), strict=True)):
             if user not in best or length > best[user][0]:
                 best[user] = (length, index, row)
     taken = []

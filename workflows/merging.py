@@ -65,6 +65,7 @@ def note_shards(
     add, total = findings.add, sum(shard["rows"] for shard in shards)
     for name in (USER_ID, ITEM_ID, TIMESTAMP):
         add(f"null_{name}", sum(shard["nulls"].get(name, 0) for shard in shards), f"events without {name} are left out")
+    checks.refuse_mixed_units(sum(shard["seconds"] for shard in shards), sum(shard["finer"] for shard in shards))
     add("time_negative", sum(shard["negative"] for shard in shards), "times before 1970 are kept; check the unit")
     late = sum(shard["late"] for shard in shards)
     add("time_out_of_range", late, "times after the year 2100 are kept; are they milliseconds?")

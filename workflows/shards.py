@@ -150,7 +150,16 @@ class _ShardReader:
         self.unknown = Codes(ids.type)
         self.categories: dict[str, Codes] = {}
         self.counts: dict[str, np.ndarray[Any, Any]] = {}
-        self.found: dict[str, Any] = {"rows": 0, "whole": True, "negative": 0, "late": 0, "strange": 0, "newest": None}
+        self.found: dict[str, Any] = {
+            "rows": 0,
+            "whole": True,
+            "negative": 0,
+            "late": 0,
+            "seconds": 0,
+            "finer": 0,
+            "strange": 0,
+            "newest": None,
+        }
         self.nulls: dict[str, int] = {}
 
     def encode(self, table: pa.Table) -> tuple[pa.Table, list[int]]:
@@ -160,6 +169,8 @@ class _ShardReader:
         self.found["rows"] += table.num_rows
         self.found["negative"] += int(pc.sum(pc.less(times, 0)).as_py() or 0)
         self.found["late"] += int(pc.sum(pc.greater(times, _YEAR_2100)).as_py() or 0)
+        self.found["seconds"] += int(pc.sum(pc.and_(*_within(times, checks.SECONDS))).as_py() or 0)
+        self.found["finer"] += int(pc.sum(pc.greater_equal(times, checks.MILLISECONDS)).as_py() or 0)
         if table.num_rows:
             newest = pc.max(times).as_py()
             self.found["newest"] = newest if self.found["newest"] is None else max(newest, self.found["newest"])
@@ -233,6 +244,10 @@ class _ShardReader:
             for name, codes in self.categories.items()
         }
         return self.found | {"nulls": self.nulls, "unknown": self.unknown.values.to_pylist(), "categories": categories}
+
+
+def _within(times: Any, bounds: tuple[int, int]) -> tuple[Any, Any]:
+    return pc.greater_equal(times, bounds[0]), pc.less_equal(times, bounds[1])
 
 
 def shard_file(work: Path, index: int) -> Path:

@@ -5,6 +5,7 @@ import json
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import pyarrow as pa
@@ -72,11 +73,12 @@ def test_times_in_text_may_mix_units_dates_and_zones() -> None:
     assert checks.normal_time(pa.chunked_array([pa.array(zoned)]), "timestamp").to_pylist() == [1_577_836_800]
 
 
-def test_numbers_in_two_units_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["memory", "disk"])
+def test_numbers_in_two_units_are_refused(engine: Literal["memory", "disk"], tmp_path: Path) -> None:
     times = 1_600_000_000 + EVENTS["timestamp"]
     times[3] *= 1000
     with pytest.raises(DataError, match=r"1 of 9 times are milliseconds.*divide the larger ones by 1000"):
-        etl(*write(tmp_path / "raw", EVENTS.assign(timestamp=times)), tmp_path / "data")
+        etl(*write(tmp_path / "raw", EVENTS.assign(timestamp=times)), tmp_path / "data", engine=engine)
     assert not (tmp_path / "data").exists()
 
 

@@ -69,6 +69,14 @@ def test_positions_are_no_clock(tmp_path: Path) -> None:
     assert "positions or absent" in Path(said["page"]).read_text()
 
 
+def test_several_sessions_of_a_user_all_count(tmp_path: Path) -> None:
+    twice = pd.concat([EVENTS, EVENTS.assign(timestamp=EVENTS["timestamp"] + 10_000)], ignore_index=True)
+    etl(*write(tmp_path / "raw", twice), tmp_path / "data", session_gap="1h")
+    measures = report(tmp_path / "data", tmp_path / "out")["measures"]
+    assert (measures["events"], measures["users"], measures["sessions"]) == (18, 3, 6)
+    assert measures["share_repeated_items"] == pytest.approx(2 / 18, abs=1e-6)
+
+
 class _Page(HTMLParser):
     """Collects tags and attributes, and complains about tags that are not closed."""
 

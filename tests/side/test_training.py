@@ -21,7 +21,15 @@ from missrec_t4r.training.checkpoint import load_run
 from missrec_t4r.training.finetune import train as fit
 from tests.side import shop
 
-SMALL = {"d_model": 32, "d_feedforward": 32, "n_head": 2, "dropout": 0.0, "n_neighbours": 0, "temperature": 0.1}
+SMALL = {
+    "d_model": 32,
+    "d_feedforward": 32,
+    "n_head": 2,
+    "dropout": 0.0,
+    "n_neighbours": 0,
+    "temperature": 0.1,
+    "side_dropout": 0.1,
+}
 
 
 def small(**model: Any) -> Recipe:

@@ -9,9 +9,10 @@ from missrec_t4r.cli import (
     catalogue,
     data,
     model,
+    operate,
     serve,
     sources,
 )  # each registers its commands, in the order of `missrec --help`
 from missrec_t4r.cli.app import app
 
-__all__ = ["app", "batch", "catalogue", "data", "model", "serve", "sources"]
+__all__ = ["app", "batch", "catalogue", "data", "model", "operate", "serve", "sources"]

@@ -7,6 +7,7 @@ from missrec_t4r.commands.batch import score, similar, vectors
 from missrec_t4r.commands.catalogue import adopt, catalogue_rollback, catalogue_update
 from missrec_t4r.commands.data import etl, features, generate, report
 from missrec_t4r.commands.model import evaluate, metrics_table, pretrain, train
+from missrec_t4r.commands.operate import deploy, rollback, shadow
 from missrec_t4r.commands.serve import demo, export, recommend, serve
 from missrec_t4r.commands.sources import import_amazon, import_movielens
 
@@ -15,6 +16,7 @@ __all__ = [
     "catalogue_rollback",
     "catalogue_update",
     "demo",
+    "deploy",
     "etl",
     "evaluate",
     "export",
@@ -26,8 +28,10 @@ __all__ = [
     "pretrain",
     "recommend",
     "report",
+    "rollback",
     "score",
     "serve",
+    "shadow",
     "similar",
     "train",
     "vectors",

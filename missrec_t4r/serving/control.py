@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,26 @@ def restrictions(key: str) -> list[str]:
 def is_deployment(repository: Path) -> bool:
     """Return whether a model repository is one that `missrec deploy` keeps."""
     return (repository / DEPLOYMENT_FILE).is_file()
+
+
+def current_version(repository: str | Path) -> int | None:
+    """Return the version that a deployment folder's door leads to, None before the first one."""
+    file = Path(repository) / "missrec" / "config.pbtxt"
+    found = (
+        re.search(r"model_name: \"missrec_\w+_v(\d+)\"", file.read_text(encoding="utf-8")) if file.is_file() else None
+    )
+    return int(found[1]) if found else None
+
+
+def start_arguments(repository: Path) -> list[str]:
+    """Return the arguments of ``tritonserver`` that load a deployment folder's door and the version behind it.
+
+    Strict readiness is off: with it, one candidate that fails to load would make a server unready that answers as
+    before. Whether a deployment is ready is asked of its door: ``/v2/models/missrec/ready``.
+    """
+    doors = ("missrec", f"missrec_v{current_version(repository)}")
+    loaded = [f"--load-model={door}" for door in doors]
+    return ["--model-control-mode=explicit", "--strict-readiness=false", *loaded]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 
 from missrec_t4r.errors import ServingError
 from missrec_t4r.progress import Progress, quiet
-from missrec_t4r.serving.control import Control, is_deployment, restrictions
+from missrec_t4r.serving.control import Control, is_deployment, restrictions, start_arguments
 from missrec_t4r.serving.embedded import EmbeddedTriton, reason_in
 from missrec_t4r.serving.loopback import LOOPBACK, answers_ready, choose_ports, name_of
 from missrec_t4r.serving.watchdog import start_watchdog
@@ -173,7 +173,7 @@ class LocalTriton:
             "--exit-timeout-secs=5",
             f"--id={self._name}",
             *restrictions(self._key),
-            *(["--model-control-mode=explicit", "--load-model=missrec"] if is_deployment(self.repository) else []),
+            *(start_arguments(self.repository) if is_deployment(self.repository) else []),
         ]
         for door, port in self.ports.items():
             command += [f"--{door}-address={LOOPBACK}", f"--{door}-port={port}"]
@@ -202,7 +202,8 @@ class LocalTriton:
 
     def _until_ready(self, deadline: float) -> Iterator[int]:
         attempt = 0
-        while not (answers_ready(self.ports["http"]) and name_of(self.ports["http"]) == self._name):
+        port, door = self.ports["http"], "missrec" if is_deployment(self.repository) else None
+        while not (answers_ready(port, door) and name_of(port) == self._name):
             self.check_alive()
             if time.monotonic() > deadline:
                 raise ServingError(

@@ -47,9 +47,9 @@ def _bind(door: str, port: int) -> socket.socket:
     return held
 
 
-def answers_ready(http_port: int) -> bool:
-    """Return whether the server on this loopback port says that all its models are ready."""
-    return _get(http_port, "/v2/health/ready") is not None
+def answers_ready(http_port: int, model: str | None = None) -> bool:
+    """Return whether the server on this loopback port says that a model, or all of them, are ready."""
+    return _get(http_port, f"/v2/models/{model}/ready" if model else "/v2/health/ready") is not None
 
 
 def name_of(http_port: int) -> str | None:

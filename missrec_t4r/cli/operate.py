@@ -1,0 +1,67 @@
+"""Commands that exchange what a running server answers with: deploy, rollback, shadow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from missrec_t4r import commands
+from missrec_t4r.cli.app import command
+from missrec_t4r.progress import TerminalProgress
+
+Repository = Annotated[Path, typer.Option(help="Deployment folder, which `missrec serve --repository` serves.")]
+
+
+@command
+def deploy(
+    repository: Repository,
+    bundle: Annotated[Path | None, typer.Option(help="Bundle that becomes a new version.")] = None,
+    version: Annotated[int | None, typer.Option(help="A version that is there already, in place of a bundle.")] = None,
+    no_switch: Annotated[bool, typer.Option("--no-switch", help="Load and check it; it does not answer yet.")] = False,
+    keep: Annotated[int, typer.Option(help="Versions kept on disk.")] = 3,
+    max_batch_size: Annotated[int, typer.Option(help="Sessions per pass and per request.")] = 64,
+    threads: Annotated[int, typer.Option(help="Threads of the ranker.")] = 1,
+) -> dict[str, Any]:
+    """Let a new model or catalogue answer, without a restart and without a failed request."""
+    return commands.deploy(
+        repository,
+        bundle=bundle,
+        version=version,
+        switch=not no_switch,
+        keep=keep,
+        max_batch_size=max_batch_size,
+        threads=threads,
+        progress=TerminalProgress(),
+    )
+
+
+@command
+def rollback(
+    repository: Repository,
+    version: Annotated[int | None, typer.Option(help="By default the newest below the current one.")] = None,
+) -> dict[str, Any]:
+    """Let an earlier version answer again."""
+    return commands.rollback(repository, version=version, progress=TerminalProgress())
+
+
+@command
+def shadow(
+    candidate: Annotated[str, typer.Option(help="Model to ask in the shadow, such as missrec_v4.")],
+    url: Annotated[str, typer.Option(help="HTTP address of the server that answers.")] = "localhost:8000",
+    candidate_url: Annotated[str | None, typer.Option(help="Another server's HTTP address, if it is there.")] = None,
+    share: Annotated[float, typer.Option(help="Share of the requests, 0 to 1.")] = 0.1,
+    port: Annotated[int, typer.Option(help="Where clients send their requests meanwhile; 0 takes a free port.")] = 8010,
+    seconds: Annotated[float | None, typer.Option(help="When to end; Ctrl-C otherwise.")] = None,
+) -> dict[str, Any]:
+    """Mirror a share of the traffic to a candidate; report overlap@k, score and latency differences."""
+    return commands.shadow(
+        url,
+        candidate,
+        candidate_url=candidate_url,
+        share=share,
+        port=port,
+        seconds=seconds,
+        progress=TerminalProgress(),
+    )

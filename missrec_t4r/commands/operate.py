@@ -1,0 +1,27 @@
+"""What `missrec deploy`, `rollback` and `shadow` do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def deploy(repository: Path, **options: Any) -> dict[str, Any]:
+    """Bring a bundle behind the door; options as in `missrec_t4r.serving.deploy.deploy`."""
+    from missrec_t4r.serving.deploy import deploy as run
+
+    return run(repository, **options)
+
+
+def rollback(repository: Path, **options: Any) -> dict[str, Any]:
+    """Let an earlier version answer again; options as in `missrec_t4r.serving.deploy.rollback`."""
+    from missrec_t4r.serving.deploy import rollback as run
+
+    return run(repository, **options)
+
+
+def shadow(url: str, candidate: str, **options: Any) -> dict[str, Any]:
+    """Mirror a share of the traffic to a candidate; options as in `missrec_t4r.serving.shadow.shadow`."""
+    from missrec_t4r.serving.shadow import shadow as run
+
+    return run(url, candidate, **options)

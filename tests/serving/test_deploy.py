@@ -1,0 +1,261 @@
+"""Models exchanged behind a running server: no failed request, no mixed answer, and nothing torn by kill -9."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from missrec_t4r.errors import BundleError, ConfigError, ServingError
+from missrec_t4r.export.export import export
+from missrec_t4r.export.manifest import verify_bundle
+from missrec_t4r.serving.client import MISSRecClient
+from missrec_t4r.serving.control import SERVER_FILE, Control, current_version
+from missrec_t4r.serving.deploy import bundle_of, deploy, rollback, versions_of
+from missrec_t4r.serving.local_triton import LocalTriton
+from missrec_t4r.serving.loopback import answers_ready
+from missrec_t4r.serving.shadow import ShadowDoor
+from tests.serving.conftest import serving
+
+SESSION = ["ware-3-ü", "ware-9-ü"]
+DEPLOY = "import sys; from missrec_t4r.serving.deploy import deploy; deploy(sys.argv[1], bundle=sys.argv[2])"
+
+
+@pytest.fixture(scope="module")
+def other_bundle(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that answers other than the first one, and notices nothing of it."""
+    folder = tmp_path_factory.mktemp("other") / "bundle"
+    export(make_run(n_encoder_layers=2), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(bundle: Path, other_bundle: Path) -> tuple[list[float], list[float]]:
+    """What the two models say to SESSION."""
+    scores = []
+    for one in (bundle, other_bundle):
+        with MISSRecClient.of_bundle(one) as client:
+            scores.append([round(score, 4) for score in client.recommend([SESSION], 5)[0].scores])
+    assert scores[0] != scores[1]
+    return scores[0], scores[1]
+
+
+def asked(server: LocalTriton, model: str = "missrec") -> list[float]:
+    with MISSRecClient(server.grpc_url, model=model) as client:
+        return [round(score, 4) for score in client.recommend([SESSION], 5)[0].scores]
+
+
+@pytest.fixture(scope="module")
+def live(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("live") / "models"
+    assert deploy(folder, bundle=bundle)["live"] is False
+    return folder
+
+
+@pytest.fixture(scope="module")
+def running(live: Path) -> Iterator[LocalTriton]:
+    yield from serving(live)
+
+
+@pytest.mark.triton
+def test_models_change_under_load_without_a_failed_or_mixed_answer(
+    running: LocalTriton, live: Path, other_bundle: Path, bundle: Path, answers: tuple[list[float], list[float]]
+) -> None:
+    seen: list[tuple[float, ...]] = []
+    failures: list[Exception] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        with MISSRecClient(running.grpc_url) as client:
+            while not stop.is_set():
+                try:
+                    time.sleep(0.01)  # a visit, not an attack: the machine also has a model to load
+                    answer = client.recommend([SESSION] * 3, 5)
+                    seen.extend(tuple(round(score, 4) for score in one.scores) for one in answer)
+                except Exception as error:  # noqa: BLE001 - every one counts
+                    failures.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    first, second = answers
+    try:
+        assert asked(running) == first
+        result = deploy(live, bundle=other_bundle)
+        assert (result["version"], result["previous"], result["live"]) == (2, 1, True)
+        assert result["warmup_sessions"] > 30
+        assert asked(running) == second
+        assert asked(running, "missrec_v1") == first  # still loaded, to go back to
+        back = rollback(live)
+        assert (back["version"], back["previous"]) == (1, 2)
+        assert back["seconds"] < result["seconds"] + 5
+        assert asked(running) == first
+        assert deploy(live, version=2)["version"] == 2
+        assert asked(running) == second
+        deploy(live, bundle=bundle)
+        assert asked(running) == first
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    assert set(seen) == {tuple(first), tuple(second)}
+    assert versions_of(live) == [1, 2, 3]
+    assert set(running.control.ready()) >= {"missrec", "missrec_v3", "missrec_v2"}
+    assert "missrec_ranker_v1" not in running.control.ready()  # two versions stay loaded, no more
+
+
+@pytest.mark.triton
+def test_a_version_can_be_loaded_and_asked_before_it_answers(
+    running: LocalTriton, live: Path, other_bundle: Path, answers: tuple[list[float], list[float]]
+) -> None:
+    before = asked(running)
+    result = deploy(live, bundle=other_bundle, switch=False)
+    assert result["answers"] is False
+    door = f"missrec_v{result['version']}"
+    with ShadowDoor(running.http_url, door, share=0.5, seed=3) as shadow, MISSRecClient(shadow.url, "http") as client:
+        mirrored = [client.recommend([SESSION, [], ["ware-1-ü"]], 6) for _ in range(20)]
+        with MISSRecClient(running.grpc_url) as direct:
+            assert mirrored[0] == direct.recommend([SESSION, [], ["ware-1-ü"]], 6)
+    report = shadow.comparison.report()
+    assert 0 < report["mirrored_sessions"] < 60
+    assert report["failed"] == report["dropped"] == 0
+    assert 0 < report["overlap_at_k"] < 1  # the fallback is the same, the models are not
+    assert report["mean_abs_score_difference"] > 0
+    assert report["candidate_ms"]["p50"] > 0
+    with ShadowDoor(running.http_url, "gone", share=1) as shadow, MISSRecClient(shadow.url, "http") as client:
+        assert client.recommend([SESSION], 6)[0] == mirrored[0][0]
+    assert shadow.comparison.report()["failed"] == 1
+    assert asked(running) == before
+    assert asked(running, f"missrec_v{result['version']}") == answers[1]
+    assert current_version(live) != result["version"]
+    deploy(live, version=result["version"], keep=2)
+    assert asked(running) == answers[1]
+    assert len(versions_of(live)) == 2
+
+
+@pytest.mark.triton
+def test_a_version_that_cannot_be_loaded_changes_nothing(
+    running: LocalTriton, live: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, version = asked(running), current_version(live)
+    with monkeypatch.context() as alone:
+        alone.setattr(Control, "find", lambda folder: None)  # files alone: the server is not told yet
+        staged = deploy(live, bundle=bundle, switch=False)["version"]
+    (live / f"missrec_ranker_v{staged}" / "1" / "model.py").write_text("raise RuntimeError('broken on purpose')\n")
+    with pytest.raises(ServingError, match="broken on purpose"):
+        deploy(live, version=staged)
+    assert asked(running) == before
+    assert current_version(live) == version
+    assert answers_ready(running.ports["http"], "missrec")
+    shutil.rmtree(live / f"missrec_v{staged}")
+
+
+@pytest.mark.triton
+def test_the_key_of_a_served_folder_is_the_owners(running: LocalTriton, live: Path) -> None:
+    assert (live / SERVER_FILE).stat().st_mode & 0o777 == 0o600
+    found = Control.find(live)
+    assert found == running.control
+
+
+@pytest.mark.triton
+def test_killed_deploys_leave_a_complete_version_that_a_restarted_server_serves(
+    bundle: Path, other_bundle: Path, tmp_path: Path, answers: tuple[list[float], list[float]]
+) -> None:
+    folder = tmp_path / "models"
+    deploy(folder, bundle=bundle)
+    known = {tuple(one) for one in answers}
+    for server in serving(folder):
+        for killed in ("deploy", "server"):
+            job = subprocess.Popen(
+                [sys.executable, "-c", DEPLOY, str(folder), str(other_bundle)], stderr=subprocess.PIPE
+            )
+            time.sleep(2.5 + 2 * random.random())
+            if killed == "deploy":
+                job.send_signal(signal.SIGKILL)
+                job.wait()
+                assert tuple(asked(server)) in known
+            else:
+                os.killpg(server.pid, signal.SIGKILL)
+                job.communicate()
+            version = current_version(folder)
+            assert version is not None
+            verify_bundle(bundle_of(folder, version))
+    assert Control.find(folder) is None
+    for server in serving(folder):
+        assert tuple(asked(server)) in known
+        assert Control.find(folder) == server.control
+    deploy(folder, bundle=other_bundle)
+    assert not list(folder.parent.glob(f".{folder.name}-deploy-*"))
+    assert not (folder / SERVER_FILE).exists()
+
+
+def killed_at(moment: int, folder: Path, chosen: Path) -> None:
+    """Deploy, and die by kill -9 instead of the rename of this number."""
+    done = [0]
+
+    def dying(original: Callable[..., None]) -> Callable[..., None]:
+        def rename(*paths: object, **more: object) -> None:
+            done[0] += 1
+            if done[0] > moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(*paths, **more)
+
+        return rename
+
+    os.rename, os.replace = dying(os.rename), dying(os.replace)
+    deploy(folder, bundle=chosen)
+    os._exit(0)
+
+
+def test_kill_at_every_moment_of_writing_leaves_the_old_or_the_new_version(
+    bundle: Path, other_bundle: Path, tmp_path: Path
+) -> None:
+    """Without a server a deploy is files alone: killed at every one of its renames, in one process, by a fork."""
+    folder = tmp_path / "models"
+    deploy(folder, bundle=bundle)
+    for moment in range(12):
+        child = os.fork()
+        if child == 0:
+            killed_at(moment, folder, other_bundle)
+        os.waitpid(child, 0)
+        version = current_version(folder)
+        assert version in versions_of(folder)
+        verify_bundle(bundle_of(folder, version))
+        door = (folder / "missrec" / "config.pbtxt").read_text()
+        assert (folder / "missrec" / str(version)).is_dir()
+        assert all(
+            (folder / f"missrec_{part}_v{version}" / "1" / "model.py").is_file() for part in ("sessions", "ranker")
+        )
+        assert door.count(f"_v{version}") == 2
+    assert current_version(folder) > 1
+    deploy(folder, bundle=bundle)
+    assert not list(folder.parent.glob(f".{folder.name}-deploy-*"))
+
+
+def test_what_is_no_deployment_is_left_alone(exported: Path, bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is no deployment folder"):
+        deploy(exported / "repository", bundle=bundle)
+    with pytest.raises(ConfigError, match="neither --bundle nor --version"):
+        deploy(tmp_path / "models")
+    with pytest.raises(ConfigError, match="--keep 1"):
+        deploy(tmp_path / "models", bundle=bundle, keep=1)
+    deploy(tmp_path / "models", bundle=bundle)
+    with pytest.raises(ServingError, match="has no version before 1"):
+        rollback(tmp_path / "models")
+    with pytest.raises(ServingError, match="has no version 9; expected: one of 1"):
+        deploy(tmp_path / "models", version=9)
+    damaged = Path(shutil.copytree(bundle, tmp_path / "damaged"))
+    (damaged / "weights.safetensors").write_bytes(b"no weights")
+    with pytest.raises(BundleError, match=r"weights\.safetensors has 10 bytes"):
+        deploy(tmp_path / "models", bundle=damaged)
+    assert versions_of(tmp_path / "models") == [1]

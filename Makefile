@@ -3,6 +3,7 @@
 # make test                        lint, types and tests: what CI runs
 # make test-set-a                  the tests on the older pins, those of NVIDIA's Merlin containers
 # make bench-quality DATA=… RECIPE=default SEEDS=3    quality over seeds; SUBSET=FILE, MODALITY="text=FILE image=FILE"
+# make bench-serving [BUNDLE=…]   served latency, throughput, start, memory, exact top-50 of 1M items (20 minutes)
 # make bench-train [DATA=…] [RELEASE=…]   training speed beside the authors' release and T4R's XLNet (10 minutes)
 # make lint | format | clean
 # Settings: PYTHON (python3.11), VENV (.venv), DATA, OUT (work/demo), TESTS (tests), PYTEST_ARGS
@@ -29,7 +30,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-set-a bench-quality bench-train lint types format clean
+.PHONY: help install demo test test-set-a bench-quality bench-serving bench-train lint types format clean
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -74,6 +75,10 @@ test-set-a: $(VENV_A)/.installed
 
 bench-train: $(VENV)/.installed
 	@$(VENV)/bin/python -m benchmarks.speed.train $(if $(DATA),--data "$(DATA)") $(if $(RELEASE),--release "$(RELEASE)")
+
+bench-serving: $(VENV)/.installed
+	@$(VENV)/bin/pip install -q -r requirements/bench.txt
+	@$(VENV)/bin/python -m benchmarks.speed.serving --hnsw $(if $(BUNDLE),--bundle "$(BUNDLE)") $(if $(THREADS),--threads $(THREADS))
 
 lint: $(VENV)/.installed types
 	@echo "==> lint"

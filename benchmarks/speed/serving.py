@@ -1,0 +1,240 @@
+"""Latency, throughput, start and memory of the served ensemble beside Triton's floor and three Merlin configurations.
+
+    make bench-serving                       an untrained model of d = 300 on 4,385 items, everything in one run
+    make bench-serving BUNDLE=bundle/        a trained one; its tokens also make the large catalogues
+
+One machine, one Triton, one after the other: ours, an empty Python model (what any Python model costs), and the classic
+Merlin Systems ensemble with T4R's XLNet in three configurations. Requests come from this process over gRPC.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from benchmarks.measure import report
+from benchmarks.speed.serving_shop import bundle_of
+from missrec_t4r.export.manifest import ITEMS_FILE
+from missrec_t4r.export.repository import write_repository
+from missrec_t4r.export.vocabulary import load_session_transform
+from missrec_t4r.serving.doors import open_door
+from missrec_t4r.serving.local_triton import LocalTriton
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+OUTPUTS = ("item_id", "score", "n_items", "n_unknown", "fallback")
+_LENGTH, _TOP_K = 10, 10
+_CLIENTS = 16
+_FLOOR_CONFIG = """name: "floor" backend: "python" max_batch_size: 64
+input [ { name: "x" data_type: TYPE_FP32 dims: [ 10 ] } ] output [ { name: "y" data_type: TYPE_FP32 dims: [ 10 ] } ]
+dynamic_batching { } instance_group [ { count: 1 kind: KIND_CPU } ]
+"""
+_FLOOR_MODEL = """import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        tensors = [pb_utils.get_input_tensor_by_name(request, "x").as_numpy() for request in requests]
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("y", tensor)]) for tensor in tensors]
+"""
+
+
+@contextlib.contextmanager
+def asked(url: str, model: str, outputs: Sequence[str]) -> Iterator[Callable[[Arrays], Any]]:
+    """Give a function that sends one request."""
+    door = open_door(url, "grpc", 60.0)
+    try:
+        yield lambda arrays: door.infer(model, arrays, outputs)
+    finally:
+        door.close()
+
+
+def latency(ask: Callable[[Arrays], Any], requests: Sequence[Arrays], seconds: float) -> dict[str, float]:
+    """Ask one request after the other, and return p50 and p99 in milliseconds."""
+    for request in requests[:10]:
+        ask(request)
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or len(times) < 20:
+        started = time.perf_counter()
+        ask(requests[len(times) % len(requests)])
+        times.append(1e3 * (time.perf_counter() - started))
+    return {"p50": round(float(np.median(times)), 3), "p99": round(float(np.percentile(times, 99)), 3)}
+
+
+def throughput(url: str, model: str, outputs: Sequence[str], requests: Sequence[Arrays], seconds: float) -> float:
+    """Return the sessions per second that sixteen clients get who each wait for every answer."""
+    counts, until = [0] * _CLIENTS, time.perf_counter() + seconds
+
+    def client(number: int) -> None:
+        with asked(url, model, outputs) as ask:
+            while time.perf_counter() < until:
+                ask(requests[(number + counts[number]) % len(requests)])
+                counts[number] += 1
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(_CLIENTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return round(sum(counts) / seconds, 1)
+
+
+def ours(bundle: Path, work: Path, seconds: float, threads: int) -> dict[str, Any]:
+    """Measure our ensemble: latency, throughput, start and memory."""
+    ids = [str(one).encode() for one in pq.read_table(bundle / ITEMS_FILE, columns=["item_id"])["item_id"].to_pylist()]
+    rng = np.random.default_rng(0)
+
+    def request(batch: int) -> Arrays:
+        chosen = np.array(ids, object)[rng.integers(0, len(ids), (batch, _LENGTH))]
+        return {"item_ids": chosen, "length": np.full((batch, 1), _LENGTH, np.int32)}
+
+    write_repository(bundle, work / "ours", threads=threads)
+    started = time.perf_counter()
+    with LocalTriton(work / "ours") as server:
+        result: dict[str, Any] = {"cold_start_s": round(time.perf_counter() - started, 2)}
+        with asked(server.grpc_url, "missrec", OUTPUTS) as ask:
+            batches = {"1": [request(1) for _ in range(50)], "64": [request(64) for _ in range(10)]}
+            times = {size: latency(ask, requests, seconds) for size, requests in batches.items()}
+        result["p50_ms"] = {size: one["p50"] for size, one in times.items()}
+        result["p99_ms"] = {size: one["p99"] for size, one in times.items()}
+        result["throughput"] = throughput(server.grpc_url, "missrec", OUTPUTS, batches["1"], seconds)
+        result["peak_mib"] = round(_group_peak(server.pid))
+    return result
+
+
+def floor(work: Path, seconds: float) -> float:
+    """Return the p50 of a model that does nothing."""
+    folder = work / "floor" / "floor"
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(_FLOOR_CONFIG)
+    (folder / "1" / "model.py").write_text(_FLOOR_MODEL)
+    with LocalTriton(work / "floor") as server, asked(server.grpc_url, "floor", ("y",)) as ask:
+        return latency(ask, [{"x": np.zeros((1, 10), np.float32)}], seconds)["p50"]
+
+
+def merlin(work: Path, n_items: int, seconds: float) -> dict[str, Any]:
+    """Measure three configurations of the classic ensemble."""
+    os.environ.setdefault("DASK_DATAFRAME__QUERY_PLANNING", "False")  # before Merlin is imported
+    from benchmarks.speed.merlin_peer import CONFIGURATIONS, OUTPUTS, build, request
+
+    rng = np.random.default_rng(0)
+    found: dict[str, Any] = {}
+    for name, repository in build(work / "peers", n_items, top_k=_TOP_K).items():
+        sizes = {"1": 1, "64": 64}
+        requests = {
+            size: [request([rng.integers(1, n_items + 1, _LENGTH).tolist() for _ in range(n)]) for _ in range(10)]
+            for size, n in sizes.items()
+        }
+        started = time.perf_counter()
+        with LocalTriton(repository) as server:
+            ready = round(time.perf_counter() - started, 2)
+            with asked(server.grpc_url, CONFIGURATIONS[name], OUTPUTS) as ask:
+                times = {size: latency(ask, requests[size], seconds)["p50"] for size in sizes}
+            rate = throughput(server.grpc_url, CONFIGURATIONS[name], OUTPUTS, requests["1"], seconds)
+        found[name] = {"p50_ms": times, "throughput": rate, "cold_start_s": ready}
+    return found
+
+
+def transform_ms(bundle: Path, seconds: float) -> float:
+    """Return the p50 of transforming one session of twenty ids."""
+    transform = load_session_transform(bundle)
+    session = transform.wire_ids[:20][None]
+    length = np.array([[20]], np.int32)
+    return latency(lambda _: transform.padded(session, length), [{}], seconds)["p50"]
+
+
+def nvtabular_ms(work: Path, seconds: float) -> float:
+    """Return the p50 of the same by NVTabular's executor, on a frame that is there already."""
+    import pandas as pd
+    from merlin.dag.executors import LocalExecutor
+
+    from benchmarks.speed.merlin_peer import _workflow
+
+    workflow = _workflow(work / "workflow", 4000)
+    frame = pd.DataFrame({"item_id": [list(range(1, 21))]})
+    executor = LocalExecutor()
+    return latency(lambda _: executor.transform(frame, [workflow.output_node]), [{}], seconds)["p50"]
+
+
+def top_k(rows: Sequence[int], bundle: Path | None, threads: int, *, with_hnsw: bool) -> list[dict[str, Any]]:
+    """Search large catalogues, each kind of tokens in a process of its own."""
+    reports = []
+    for n in rows:
+        for extra in ([], ["--isotropic"]):
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.speed.topk",
+                "--rows",
+                str(n),
+                "--threads",
+                str(threads),
+                *extra,
+            ]
+            command += ["--bundle", str(bundle)] if bundle else []
+            command += ["--hnsw"] if with_hnsw and not extra else []
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            reports.append(json.loads(done.stdout.splitlines()[-1]))
+    return reports
+
+
+def _group_peak(pid: int) -> float:
+    """Return the sum of the peaks of a server's processes, in MiB; pages they share count in each."""
+    total = 0.0
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(entry.name)) == pid:
+                lines = (entry / "status").read_text().splitlines()
+                total += sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
+        except (OSError, ProcessLookupError):
+            continue
+    return total
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write the result, and end with its JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, help="of a trained run; an untrained shop by default")
+    parser.add_argument("--items", type=int, default=4385, help="items of the untrained shop and of the peers")
+    parser.add_argument("--seconds", type=float, default=8.0, help="per measurement")
+    parser.add_argument("--threads", type=int, default=1, help="of the ranker")
+    parser.add_argument("--rows", type=int, nargs="*", default=[100_000, 1_000_000], help="sizes for the top-50")
+    parser.add_argument("--hnsw", action="store_true", help="HNSW beside the top-50: needs faiss-cpu")
+    parser.add_argument("--without-merlin", action="store_true")
+    chosen = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        bundle = chosen.bundle or bundle_of(work / "bundle", chosen.items)
+        found = ours(bundle, work, chosen.seconds, chosen.threads) | {"floor_p50_ms": floor(work, chosen.seconds)}
+        found["transform_ms"] = transform_ms(bundle, min(chosen.seconds, 2.0))
+        if not chosen.without_merlin:
+            peers = merlin(work, chosen.items, chosen.seconds)
+            fastest = min(peers.values(), key=lambda one: one["p50_ms"]["1"])
+            found |= {"merlin_p50_ms": fastest["p50_ms"], "merlin": peers}
+            found["merlin_throughput"] = max(one["throughput"] for one in peers.values())
+            found["times_faster"] = round(fastest["p50_ms"]["1"] / found["p50_ms"]["1"], 2)
+            found["times_throughput"] = round(found["throughput"] / found["merlin_throughput"], 2)
+            found["nvtabular_transform_ms"] = nvtabular_ms(work, min(chosen.seconds, 4.0))
+        large = top_k(chosen.rows, chosen.bundle, 2, with_hnsw=chosen.hnsw)
+        found["topk_ms"] = {str(one["rows"]): one["ms"] for one in large if one["tokens"] == "real"}
+        report("serving", found | {"topk": large, "threads": chosen.threads, "trained": chosen.bundle is not None})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

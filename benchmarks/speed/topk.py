@@ -1,0 +1,165 @@
+"""Exact top-50 of large catalogues: the certified search from a mapped file, the scan and HNSW beside it, and memory.
+
+    python -m benchmarks.speed.topk --rows 100000 --bundle bundle/        tokens of real items, moved (large_tokens)
+    python -m benchmarks.speed.topk --rows 1000000 --bundle bundle/ --isotropic --hnsw
+
+The tables are written to a file and read back by fresh processes that map it, as instances of a server would: their
+peak memory is that of serving. Without ``--bundle`` real tokens are replaced by those of an untrained model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.measure import peak_mib
+from benchmarks.speed.large_tokens import enlarged, isotropic, sessions_near, table_of
+from benchmarks.speed.serving_shop import bundle_of
+from missrec_t4r.export.bundle import load_bundle
+from missrec_t4r.model.quantised import QuantisedTable, quantise
+from missrec_t4r.model.retrieval import Query, scan_bounds, search
+from missrec_t4r.model.towers import CandidateTokens
+
+K = 50
+PHI = 2.0
+_SESSIONS, _ROUNDS = 20, 3
+
+
+def measure(file: Path, sessions: Path, threads: int, scan: bool) -> dict[str, Any]:
+    """Search a mapped file and return milliseconds (p50), items scored exactly, and the process's peak memory."""
+    torch.set_num_threads(threads)
+    vectors = torch.from_numpy(np.load(sessions))
+    result: dict[str, Any] = {}
+    with torch.inference_mode():
+        quantised, table = QuantisedTable.load(file)
+        added, allowed = torch.zeros(1, table.n_rows), torch.ones(1, table.n_rows, dtype=torch.bool)
+        queries = [Query(one[None], added, allowed) for one in vectors]
+        times, scored, found = [], [], []
+        for round_ in range(_ROUNDS + 1):  # the first one reads the file
+            for query in queries:
+                started = time.perf_counter()
+                (best,) = search(table, query, quantised.bounds(table, query, threads), K)
+                if round_:
+                    times.append(time.perf_counter() - started)
+                    scored.append(best.scored)
+                    found.append(best)
+        result |= {"ms": round(1e3 * float(np.median(times)), 2), "scored": int(np.median(scored))}
+        result["peak_mib"] = round(peak_mib())
+        result["directions"] = int(quantised.codes.shape[1])
+        if scan:
+            times, equal = [], True
+            for query, best in zip(queries[:5], found[:5], strict=True):
+                started = time.perf_counter()
+                (exact,) = search(table, query, scan_bounds(table, query), K)
+                times.append(time.perf_counter() - started)
+                equal &= torch.equal(exact.rows, best.rows) and torch.equal(exact.scores, best.scores)
+            result |= {"scan_ms": round(1e3 * float(np.median(times)), 2), "equal_to_scan": equal}
+    return result
+
+
+def hnsw(candidates: CandidateTokens, vectors: Tensor, exact: Sequence[Tensor], threads: int) -> dict[str, Any]:
+    """Index the mean of the modalities with faiss' HNSW; its neighbours, scored by us, against the exact answer."""
+    import faiss
+
+    faiss.omp_set_num_threads(threads)
+    mean = candidates.modality.mean(0).numpy()
+    index = faiss.IndexHNSWFlat(mean.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = 80
+    started = time.perf_counter()
+    index.add(mean)
+    build = time.perf_counter() - started
+    result: dict[str, Any] = {"build_s": round(build, 1)}
+    for width in (64, 256, 1024):
+        index.hnsw.efSearch = width
+        times, recalls = [], []
+        for vector, wanted in zip(vectors.numpy(), exact, strict=True):
+            started = time.perf_counter()
+            _, near = index.search(vector[None], min(4 * K, width))
+            times.append(time.perf_counter() - started)
+            votes = torch.einsum("d,mnd->mn", torch.from_numpy(vector), candidates.modality[:, near[0]])
+            fused = (torch.softmax(PHI * votes, 0) * votes).sum(0)
+            best = near[0][fused.topk(K).indices.numpy()]
+            recalls.append(len(set(best.tolist()) & set(wanted.tolist())) / K)
+        result[f"ef_{width}"] = {
+            "ms": round(1e3 * float(np.median(times)), 2),
+            "recall": round(float(np.mean(recalls)), 4),
+        }
+    return result
+
+
+def run(
+    rows: int, bundle: Path | None, *, threads: int = 2, directionless: bool = False, with_hnsw: bool = False
+) -> dict[str, Any]:
+    """Build a catalogue of ``rows``, search it in a process of its own, and say what was found."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        if directionless:
+            candidates = isotropic(2, rows, 300)
+        else:
+            real = load_bundle(bundle or bundle_of(work / "bundle", 2000)).model
+            with torch.inference_mode():
+                candidates = enlarged(real.candidates(), rows)
+        vectors = sessions_near(candidates, _SESSIONS)
+        np.save(work / "sessions.npy", vectors.numpy())
+        started = time.perf_counter()
+        with torch.inference_mode():
+            table = table_of(candidates, PHI)
+            quantised = quantise(table)
+            quantised.save(work / "tables.safetensors", table)
+        built = round(time.perf_counter() - started, 1)
+        exact = []
+        if with_hnsw:
+            added, allowed = torch.zeros(1, rows), torch.ones(1, rows, dtype=torch.bool)
+            with torch.inference_mode():
+                for one in vectors:
+                    query = Query(one[None], added, allowed)
+                    exact.append(search(table, query, quantised.bounds(table, query, threads), K)[0].rows)
+        del table, quantised
+        command = [sys.executable, "-m", "benchmarks.speed.topk", "--threads", str(threads), "--measure", str(work)]
+        reports = []
+        for scan in (False, True):  # the scan reads everything: memory is measured without it
+            done = subprocess.run([*command, *(["--scan"] if scan else [])], capture_output=True, text=True, check=True)
+            reports.append(json.loads(done.stdout.splitlines()[-1]))
+        kept = {name: reports[1][name] for name in ("scan_ms", "equal_to_scan")}
+        near = {"hnsw": hnsw(candidates, vectors, exact, threads)} if with_hnsw else {}
+        return (
+            {"rows": rows, "tokens": "isotropic" if directionless else "real", "build_s": built}
+            | reports[0]
+            | kept
+            | near
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--isotropic", action="store_true")
+    parser.add_argument("--hnsw", action="store_true", help="needs faiss-cpu (requirements/bench.txt)")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--scan", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if chosen.measure:
+        tables, sessions = chosen.measure / "tables.safetensors", chosen.measure / "sessions.npy"
+        print(json.dumps(measure(tables, sessions, chosen.threads, chosen.scan)))
+    else:
+        options = {"threads": chosen.threads, "directionless": chosen.isotropic, "with_hnsw": chosen.hnsw}
+        print(json.dumps(run(chosen.rows, chosen.bundle, **options)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

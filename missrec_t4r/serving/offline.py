@@ -6,6 +6,7 @@ same rules, same order of ties. Memory follows the batch, never the file.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from missrec_t4r.errors import ConfigError
+from missrec_t4r.export.manifest import MODEL_FILE
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import ITEM_ID
 from missrec_t4r.serving.client import MISSRecClient
@@ -45,7 +47,8 @@ def score(
     ----------
     bundle : path
     sessions : path
-        Parquet, one row per session; see `SessionFiles`. Columns that are no lists (user ids) travel along.
+        Parquet, one row per session; see `SessionFiles`. Columns that are no lists (user ids) travel along; list
+        columns named like the model's side features are sent with the items.
     out : path
         The parquet file to write; it appears when it is complete.
     top_k : int
@@ -76,14 +79,16 @@ def score(
         raise ConfigError(f"--layout {layout!r}", " or ".join(LAYOUTS))
     started = time.monotonic()
     with MISSRecClient.of_bundle(bundle, threads=threads) as client:
-        files = SessionFiles(sessions, items_column, client.id_type)
+        files = SessionFiles(sessions, items_column, client.id_type, side_names(bundle))
         banned = None if exclude is None else [typed_id(item, client.id_type) for item in exclude]
         counts = {"sessions": 0, "fallbacks": 0, "with_unknown_items": 0}
         total = -(-files.rows // _SESSIONS_AT_A_TIME)
         with replacing(out) as aside, TableWriter(aside) as writer:
             batches = files.batches(_SESSIONS_AT_A_TIME)
-            for carried, asked in progress.track(batches, f"scoring {files.rows} sessions", total):
-                answers = client.recommend(asked, top_k, exclude_seen=exclude_seen, exclude=banned, rules=rules)
+            for carried, asked, side in progress.track(batches, f"scoring {files.rows} sessions", total):
+                answers = client.recommend(
+                    asked, top_k, exclude_seen=exclude_seen, exclude=banned, rules=rules, side=side
+                )
                 writer.write(_table(carried, answers, client.id_type, layout))
                 counts["sessions"] += len(answers)
                 counts["fallbacks"] += sum(answer.fallback for answer in answers)
@@ -92,6 +97,12 @@ def score(
                 writer.write(_table(files.schema.empty_table().select(files.carried), [], client.id_type, layout))
             rows = writer.rows
     return {"out": str(Path(out)), "rows": rows, **counts, "seconds": round(time.monotonic() - started, 2)}
+
+
+def side_names(bundle: str | Path) -> list[str]:
+    """Return the side features that a bundle's model was trained with."""
+    described = json.loads((Path(bundle) / MODEL_FILE).read_bytes())
+    return [str(column["name"]) for column in described.get("side_features", [])]
 
 
 def _table(carried: pa.Table, answers: Sequence[Recommendation], id_type: str, layout: str) -> pa.Table:

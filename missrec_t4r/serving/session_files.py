@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from missrec_t4r.errors import DataError
+from missrec_t4r.schema import LIST_SUFFIX
 from missrec_t4r.serving.session_transform import RawId
+from missrec_t4r.serving.side import SideOfSession
 
 _ROW_GROUP = 1 << 13
 """Rows that are gathered before a row group is written."""
+
+
+class SessionBatch(NamedTuple):
+    """Some rows of the file."""
+
+    carried: pa.Table
+    """The columns that are handed through."""
+    sessions: list[list[RawId]]
+    side: list[SideOfSession] | None
+    """Side features per session; None if the file has none of the model's."""
 
 
 class SessionFiles:
@@ -29,6 +41,8 @@ class SessionFiles:
         The list column.
     id_type : {"string", "int64"}
         Type of the catalogue's ids; the column must hold it.
+    side : sequence of str
+        The model's side features; list columns of these names (or with ``-list``) hold one raw value per item id.
 
     Raises
     ------
@@ -36,7 +50,7 @@ class SessionFiles:
         No parquet there, no such column, or ids of another type.
     """
 
-    def __init__(self, place: str | Path, items_column: str, id_type: str) -> None:
+    def __init__(self, place: str | Path, items_column: str, id_type: str, side: Sequence[str] = ()) -> None:
         place = Path(place)
         self.files = sorted(place.glob("*.parquet")) if place.is_dir() else [place]
         if not self.files or not self.files[0].is_file():
@@ -44,6 +58,9 @@ class SessionFiles:
         self.items_column = items_column
         self.schema = pq.read_schema(self.files[0])
         self._check(id_type)
+        lists = {field.name for field in self.schema if _is_list(field.type)} - {items_column}
+        named = {name: name if name in lists else name + LIST_SUFFIX for name in side}
+        self.side_columns = {name: column for name, column in named.items() if column in lists}
 
     @property
     def rows(self) -> int:
@@ -55,14 +72,23 @@ class SessionFiles:
         """Columns that are handed through: all that are no lists."""
         return [field.name for field in self.schema if not _is_list(field.type)]
 
-    def batches(self, size: int) -> Iterator[tuple[pa.Table, list[list[RawId]]]]:
-        """Yield the carried columns and the sessions of at most ``size`` rows; a missing list is an empty session."""
+    def batches(self, size: int) -> Iterator[SessionBatch]:
+        """Yield at most ``size`` rows at a time; a missing list is an empty session, or an absent side feature."""
         for file in self.files:
-            columns = [*self.carried, self.items_column]
+            columns = [*self.carried, self.items_column, *self.side_columns.values()]
             for batch in pq.ParquetFile(file).iter_batches(size, columns=columns):
                 table = pa.Table.from_batches([batch])
                 sessions = [session or [] for session in table[self.items_column].to_pylist()]
-                yield table.select(self.carried), sessions
+                yield SessionBatch(table.select(self.carried), sessions, self._side(table))
+
+    def _side(self, table: pa.Table) -> list[SideOfSession] | None:
+        if not self.side_columns:
+            return None
+        lists = {name: table[column].to_pylist() for name, column in self.side_columns.items()}
+        return [
+            {name: values[line] for name, values in lists.items() if values[line] is not None}
+            for line in range(table.num_rows)
+        ]
 
     def _check(self, id_type: str) -> None:
         names = [field.name for field in self.schema if _is_list(field.type)]

@@ -68,7 +68,11 @@ class SideReader:
             raise ServingError(f"side features that are no JSON ({error})", "one object per session") from error
         if not isinstance(content, dict):
             raise ServingError(f"side features of type {type(content).__name__}", "one JSON object per session")
-        for name, values in content.items():
+        return self.encode(content, n_events)
+
+    def encode(self, side: SideOfSession, n_events: int) -> SideArrays:
+        """Return what `read` returns, of values that are parsed already; errors are the same."""
+        for name, values in side.items():
             if name not in self.columns:
                 known = ", ".join(self.columns) or "none: this model was trained without side features"
                 raise ServingError(f"side feature {name!r}", known)
@@ -79,7 +83,7 @@ class SideReader:
                     "one value per item id",
                     "send null where a value is not known",
                 )
-        return {name: self.columns[name].encode(values) for name, values in content.items()}
+        return {name: self.columns[name].encode(values) for name, values in side.items()}
 
     def stacked(self, sessions: Sequence[SideArrays], rows: npt.NDArray[np.int64]) -> SideArrays:
         """Return the side features of a batch, aligned with its rows; absent where a session has none.

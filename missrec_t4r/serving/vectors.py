@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from missrec_t4r.data.side import SideArrays, compact_side
 from missrec_t4r.export.bundle import LoadedBundle, load_bundle
 from missrec_t4r.export.manifest import WEIGHTS_FILE, verify_bundle
 from missrec_t4r.export.staging import staged
@@ -32,6 +33,7 @@ from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, PADDING_ROW
 from missrec_t4r.serving.ranker import compact
 from missrec_t4r.serving.session_files import SessionFiles
+from missrec_t4r.serving.side import SideReader
 
 LANDMARK = "vectors.json"
 _SESSIONS_AT_A_TIME = 256
@@ -70,7 +72,7 @@ def vectors(
     torch.set_num_threads(max(threads, 1))
     loaded = load_bundle(bundle)
     weights = str(verify_bundle(bundle, only=())["files"][WEIGHTS_FILE]["sha256"])
-    files = None if sessions is None else SessionFiles(sessions, items_column, loaded.catalogue.id_type)
+    files = None if sessions is None else _session_files(sessions, items_column, loaded)
     with staged(Path(out), LANDMARK) as folder:
         described = _write_items(folder, loaded) | {"weights_sha256": weights}
         n_sessions = 0 if files is None else _write_sessions(folder, loaded, files, progress)
@@ -85,7 +87,9 @@ def vectors(
 
 
 @torch.inference_mode()
-def session_vectors(model: MISSRec, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def session_vectors(
+    model: MISSRec, rows: npt.NDArray[np.int64], side: SideArrays | None = None
+) -> npt.NDArray[np.float32]:
     """Return the vector of every session [session, dim]; zero where no item is known.
 
     Parameters
@@ -93,12 +97,15 @@ def session_vectors(model: MISSRec, rows: npt.NDArray[np.int64]) -> npt.NDArray[
     model : MISSRec
     rows : ndarray [session, seq], int64
         Catalogue rows, 0-padded on the right.
+    side : mapping of str to ndarray [session, seq] or [session, seq, size], optional
+        Side features, aligned with ``rows``.
     """
     known = torch.from_numpy(compact(rows, model.config.max_sequence_length))
+    aligned = compact_side(side or {}, rows, model.config.max_sequence_length)
     usable = (known > PADDING_ROW).any(1)
     found = torch.zeros(len(rows), model.config.d_model)
     if bool(usable.any()):
-        found[usable] = model(known[usable])
+        found[usable] = model(known[usable], {name: torch.from_numpy(part)[usable] for name, part in aligned.items()})
     return found.numpy()
 
 
@@ -130,15 +137,22 @@ def _write_items(folder: Path, loaded: LoadedBundle) -> dict[str, Any]:
     }
 
 
+def _session_files(sessions: str | Path, items_column: str, loaded: LoadedBundle) -> SessionFiles:
+    side = () if loaded.model.side is None else loaded.model.side.columns
+    return SessionFiles(sessions, items_column, loaded.catalogue.id_type, [column.name for column in side])
+
+
 def _write_sessions(folder: Path, loaded: LoadedBundle, files: SessionFiles, progress: Progress) -> int:
     parts: list[npt.NDArray[np.float32]] = []
     tables: list[pa.Table] = []
     total = -(-files.rows // _SESSIONS_AT_A_TIME)
-    for carried, sessions in progress.track(files.batches(_SESSIONS_AT_A_TIME), "encoding sessions", total):
+    reader = SideReader(() if loaded.model.side is None else loaded.model.side.columns)
+    for carried, sessions, told in progress.track(files.batches(_SESSIONS_AT_A_TIME), "encoding sessions", total):
         rows = loaded.transform(*sessions)
         width = max(1, *(len(row) for row in rows))
         padded = np.stack([np.pad(row, (0, width - len(row)), constant_values=PADDING_ROW) for row in rows])
-        parts.append(session_vectors(loaded.model, padded))
+        encoded = [reader.encode(own, len(ids)) for own, ids in zip(told or [], sessions, strict=bool(told))]
+        parts.append(session_vectors(loaded.model, padded, reader.stacked(encoded, padded)))
         tables.append(carried.append_column("usable", pa.array(parts[-1].any(1))))
     found = np.concatenate([np.empty((0, loaded.model.config.d_model), np.float32), *parts])
     np.save(folder / "sessions.npy", found)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -19,8 +21,10 @@ from missrec_t4r.export.export import export
 from missrec_t4r.export.parity import compare_served, raw_ids, raw_side, sample_histories
 from missrec_t4r.model.missrec import build_missrec
 from missrec_t4r.serving.client import MISSRecClient
+from missrec_t4r.serving.offline import score
 from missrec_t4r.serving.ranker import Ranker
 from missrec_t4r.serving.side import SideReader
+from missrec_t4r.serving.vectors import vectors
 from missrec_t4r.training.checkpoint import LoadedRun, load_run, save_run
 from tests.serving.conftest import serving
 from tests.side import shop
@@ -145,3 +149,25 @@ def test_what_is_decoded_is_encoded_again() -> None:
         np.testing.assert_array_equal(column.encode(through_json), values[column.name])
     codes = SideColumn("adopted", "categorical", 9)
     assert codes.encode(codes.decode(np.array([4, 0, 8]))).tolist() == [4, 0, 8]
+
+
+def test_a_file_of_sessions_may_carry_them(exported: Path, run: LoadedRun, histories: Sessions, tmp_path: Path) -> None:
+    sessions, side = raw_ids(run.catalogue, histories), raw_side(run.model, histories)
+    columns = {f"{name}-list": [own[name] for own in side] for name in ("dwell", "scene")}
+    columns["event_type"] = [own["event_type"] if line else None for line, own in enumerate(side)]
+    pq.write_table(pa.table({"items": sessions, "user": range(len(side)), **columns}), tmp_path / "sessions.parquet")
+    score(exported / "bundle", tmp_path / "sessions.parquet", tmp_path / "scored.parquet", top_k=4)
+    scored = pq.read_table(tmp_path / "scored.parquet")
+    side[0] = {name: values for name, values in side[0].items() if name != "event_type"}
+    with MISSRecClient.of_bundle(exported / "bundle") as local:
+        answers = local.recommend(sessions, 4, side=side)
+    for got, answer in zip(scored["score"].to_pylist(), answers, strict=True):
+        np.testing.assert_allclose(got, answer.scores, atol=1e-6)
+
+    vectors(exported / "bundle", tmp_path / "vectors", sessions=tmp_path / "sessions.parquet")
+    given = histories.padded_features(range(len(histories)), 5)
+    given["event_type"][0] = 0
+    rows = torch.from_numpy(histories.padded(range(len(histories)), 5))
+    with torch.no_grad():
+        own = run.model(rows, {name: torch.from_numpy(values) for name, values in given.items()}).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "vectors" / "sessions.npy"), own, atol=1e-6)

@@ -50,7 +50,7 @@ def test_the_schema_check_sees_mistakes(right: str, wrong: str, tmp_path: Path) 
 
 def test_services_and_their_order() -> None:
     services = _compose()["services"]
-    assert set(services) == {*PIPELINE, "triton", "triton-gpu", "smoke"}
+    assert set(services) == {*PIPELINE, "nightly", "triton", "triton-gpu", "smoke"}
     for earlier, later in zip(PIPELINE, PIPELINE[1:], strict=False):
         assert services[later]["depends_on"] == {earlier: {"condition": "service_completed_successfully"}}
     assert services["smoke"]["depends_on"] == {"triton": {"condition": "service_healthy"}}
@@ -64,7 +64,7 @@ def test_only_the_steps_that_use_a_gpu_reserve_one() -> None:
         return [capability for device in devices for capability in device["capabilities"]]
 
     reserving = {name for name, service in _compose()["services"].items() if capabilities(service) == ["gpu"]}
-    assert reserving == {"etl", "train", "triton-gpu"}
+    assert reserving == {"etl", "nightly", "train", "triton-gpu"}
 
 
 def test_the_two_triton_variants_differ_in_torch_and_device_only() -> None:

@@ -116,7 +116,9 @@ def load_domains(folders: Mapping[str, Path]) -> Domains:
         }
     )
     splits = {
-        split: _joined({name: Sessions.load(folder / split).known() for name, folder in folders.items()}, starts)
+        split: _joined(
+            {name: Sessions.load(folder / split, features=[]).known() for name, folder in folders.items()}, starts
+        )
         for split in ("train", "valid")
     }
     owner = np.repeat(np.arange(len(catalogues)), [shop.n_items for shop in catalogues.values()])

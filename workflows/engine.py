@@ -69,7 +69,7 @@ class Cluster:
         from distributed import as_completed
 
         futures = [self.client.submit(task, *given, pure=False, retries=_RETRIES) for given in arguments]
-        for _ in progress.track(as_completed(futures), description, len(futures)):
+        for _ in progress.track(as_completed(futures, loop=self.client.loop), description, len(futures)):
             continue
         answers: list[Any] = self.client.gather(futures)
         return answers

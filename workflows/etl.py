@@ -67,6 +67,7 @@ def etl(
     dask_scheduler: str = "threads",
     workers: int | None = None,
     partitions: int | None = None,
+    save_nvtabular_workflow: bool = False,
     dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
@@ -126,6 +127,8 @@ def etl(
         Threads or processes; by default one per core.
     partitions : int, optional
         How many pieces; chosen by size if not given. The rows do not depend on it.
+    save_nvtabular_workflow : bool
+        Also write ``nvtabular_workflow/`` as ``Workflow.save`` does: a pickle, which runs code when it is loaded.
     dry_run : bool
         Check settings and columns, say what would be read and written, and write nothing.
 
@@ -169,6 +172,7 @@ def etl(
         "event_weights": dict(derive.weights),
         "event_type_column": event_type_column,
         "time_features": list(derive.time_features),
+        "save_nvtabular_workflow": save_nvtabular_workflow,
     }
     names = {user_column: USER_ID, item_column: ITEM_ID, time_column: TIMESTAMP}
     if len(names) < 3:
@@ -309,7 +313,7 @@ def _write(
     offsets, lengths = _lengths(table, settings, inputs.events[TIMESTAMP].to_numpy())
 
     rows_of = {name: splits.take_prefixes(table, offsets, lengths[name]) for name in SPLITS}
-    outputs.write_workflow(workflow, int(np.diff(offsets).max()), folder)
+    outputs.write_workflow(workflow, int(np.diff(offsets).max()), folder, pickled=settings["save_nvtabular_workflow"])
     for name in progress.track(SPLITS, "writing the splits"):
         for part, start in enumerate(range(0, rows_of[name].num_rows, _SESSIONS_PER_FILE)):
             pq.write_table(rows_of[name].slice(start, _SESSIONS_PER_FILE), folder / name / f"part_{part}.parquet")

@@ -18,19 +18,23 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, SESSION_TRANSFORM_FILE, SPLITS
 from missrec_t4r.workflows import catalogue as catalogues
 from missrec_t4r.workflows import sessions
+from missrec_t4r.workflows.storage import save_workflow
 
 REPORT_FILE = "etl.json"
 WORKFLOW_FOLDER = "workflow"
 REQUEST_FOLDER = "request_workflow"
+NVTABULAR_FOLDER = "nvtabular_workflow"
 
 
-def write_workflow(workflow: Workflow, longest: int, folder: Path) -> None:
-    """Write schema.pbtxt beside every split, and the fitted workflow."""
+def write_workflow(workflow: Workflow, longest: int, folder: Path, *, pickled: bool = False) -> None:
+    """Write schema.pbtxt beside every split, and the fitted workflow; ``pickled`` adds NVTabular's own format."""
     schema = sessions.session_schema(workflow, longest)
     for place in (folder, *(folder / name for name in SPLITS)):
         place.mkdir(exist_ok=True)
         sessions.write_schema(schema, place)
-    workflow.save(str(folder / WORKFLOW_FOLDER))
+    save_workflow(workflow, folder / WORKFLOW_FOLDER)
+    if pickled:
+        workflow.save(str(folder / NVTABULAR_FOLDER))
     clean_worker_cache()  # NVTabular caches vocabularies by path, and this path may be written again
 
 
@@ -51,7 +55,7 @@ def write_request(
     """
     request = sessions.build_request_workflow(item_ids, storage / "request", max_sequence_length=max_sequence_length)
     sessions.fit(request, pd.DataFrame({ITEM_ID: [item_ids[:2].to_pylist(), item_ids[:1].to_pylist()]}))
-    request.save(str(folder / REQUEST_FOLDER))
+    save_workflow(request, folder / REQUEST_FOLDER)
     transform = sessions.compile_session_transform(request) | {"features": dict(features)}
     if not sessions.request_vocabulary(request).equals(item_ids):
         raise DataError(

@@ -12,9 +12,9 @@ from pathlib import Path
 import dask
 import pandas as pd
 from merlin.io import Dataset
-from nvtabular import Workflow
 
 from missrec_t4r.schema import ITEM_ID
+from missrec_t4r.workflows.storage import load_workflow
 
 
 def request_rows(workflow: Path, sessions: Sequence[Sequence[str | int | None]]) -> list[list[int]]:
@@ -29,5 +29,5 @@ def request_rows(workflow: Path, sessions: Sequence[Sequence[str | int | None]])
     """
     frame = pd.DataFrame({ITEM_ID: pd.Series([list(session) for session in sessions], dtype=object)})
     with dask.config.set({"dataframe.convert-string": False}):  # True turns list columns into text
-        transformed = Workflow.load(str(workflow)).transform(Dataset(frame)).to_ddf().compute(scheduler="synchronous")
+        transformed = load_workflow(workflow).transform(Dataset(frame)).to_ddf().compute(scheduler="synchronous")
     return [[int(row) for row in rows] for rows in transformed[ITEM_ID]]

@@ -390,7 +390,8 @@ def _finish(job: Job, plan: Plan, merged: dict[str, Any], work: Path) -> dict[st
             derive=Derived(**{**vars(job.derive), "newest": merged["newest"]}),
         )
         sessions.fit(workflow, sample(work, plan, merged, item_ids, categories))
-        outputs.write_workflow(workflow, max(part["longest"] for part in done), out)
+        longest = max(part["longest"] for part in done)
+        outputs.write_workflow(workflow, longest, out, pickled=job.settings["save_nvtabular_workflow"])
         clock = {name: values for name, values in CLOCK.items() if name in merged["time_features"]}
         outputs.write_request(
             item_ids,

@@ -53,6 +53,9 @@ def etl(
     dask_scheduler: Annotated[str, typer.Option(help="threads, processes, or tcp://host:port.")] = "threads",
     workers: Annotated[int | None, typer.Option(help="Threads or processes; by default one per core.")] = None,
     partitions: Annotated[int | None, typer.Option(help="How many pieces; chosen by size if not given.")] = None,
+    save_nvtabular_workflow: Annotated[
+        bool, typer.Option("--save-nvtabular-workflow", help="Also NVTabular's own format, a pickle.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and written.")] = False,
 ) -> dict[str, Any]:
     """Turn raw interactions and an item table into sessions, schema and catalogue (NVTabular)."""
@@ -85,6 +88,7 @@ def etl(
         dask_scheduler=dask_scheduler,
         workers=workers,
         partitions=partitions,
+        save_nvtabular_workflow=save_nvtabular_workflow,
         dry_run=dry_run,
         progress=TerminalProgress(),
     )

@@ -19,6 +19,7 @@ from missrec_t4r.serving.session_transform import SessionTransform
 from missrec_t4r.workflows import sessions
 from missrec_t4r.workflows.etl import etl
 from missrec_t4r.workflows.request import request_rows
+from missrec_t4r.workflows.storage import load_workflow
 from tests.workflows.tables import write
 
 
@@ -40,7 +41,7 @@ def test_session_workflow_transforms_an_unseen_file(data: Path, tmp_path: Path) 
         columns=["user_id", "item_id", "timestamp", "event_type", "dwell"],
     )
     unseen.to_parquet(tmp_path / "unseen.parquet", index=False)
-    workflow = Workflow.load(str(data / "workflow"))
+    workflow = load_workflow(data / "workflow")
     transformed = workflow.transform(Dataset(str(tmp_path / "unseen.parquet"))).to_ddf().compute()
     got = [
         {name: list(v) if isinstance(v, np.ndarray) else v for name, v in row.items()} for row in _lines(transformed)

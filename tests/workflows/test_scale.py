@@ -1,0 +1,317 @@
+"""The fast path: equal to the fitted NVTabular workflow and to the path in memory, in any pieces, even when killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from missrec_t4r.cli import app
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.workflows import shards
+from missrec_t4r.workflows.etl import etl
+from missrec_t4r.workflows.sessions import transform_dataset
+from missrec_t4r.workflows.storage import load_workflow
+from missrec_t4r.workflows.user_hash import hash_ids, partition_of
+from tests.workflows.tables import EVENTS, ITEMS, items_of, write
+
+SOME = settings(
+    max_examples=5,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+)
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"drop_duplicates": True, "unknown_items": "drop", "categorical_columns": ["aisle"]},
+    {"k_core": 2, "max_events": 3},
+    {"min_item_count": 2, "split": "time"},
+    {"session_gap": "20s", "event_weights": "cart=3,gift=0", "time_features": "all"},
+    {"split": "time", "time_features": "gap,hour", "drop_duplicates": True},
+]
+
+
+def shop(seed: int, size: int = 400) -> pd.DataFrame:
+    """Random events with ties, repeats, nulls, text, whole and broken numbers, and an item that no table knows."""
+    chance = np.random.default_rng(seed)
+    frame = pd.DataFrame(
+        {
+            "user_id": chance.choice([f"user {n}" for n in range(40)], size),
+            "item_id": chance.choice([*ITEMS.item_id, "rug", "mat"], size, p=[0.3, 0.3, 0.2, 0.1, 0.06, 0.04]),
+            "timestamp": chance.integers(0, 300, size),
+            "event_type": chance.choice(["view", "cart", "gift", None], size, p=[0.6, 0.2, 0.1, 0.1]),
+            "aisle": chance.integers(0, 5, size),
+            "dwell": np.where(chance.random(size) < 0.1, np.nan, chance.random(size)),
+            "note": chance.integers(0, 3, size).astype(float),
+        }
+    )
+    if seed % 3 == 0:
+        frame["timestamp"] = pd.to_datetime(frame["timestamp"] * 1000 + (seed % 2) * 500, unit="ms")
+    if seed % 2:
+        frame.loc[::37, "user_id"] = None
+        frame.loc[::41, "item_id"] = None
+    return frame
+
+
+def table(data: Path, split: str) -> pa.Table:
+    """Return a split in the order of its files, which is the order of the rows."""
+    return pa.concat_tables([pq.read_table(file) for file in sorted((data / split).glob("*.parquet"))])
+
+
+def ordered(data: Path, split: str) -> pa.Table:
+    """Return a split in the order of users."""
+    rows = table(data, split)
+    keys = [(name, "ascending") for name in ("user_id", "session_id") if name in rows.column_names]
+    return rows.sort_by(keys)
+
+
+def same_folder(one: Path, other: Path) -> None:
+    for split in ("train", "valid", "test"):
+        first, second = ordered(one, split), ordered(other, split)
+        assert first.column_names == second.column_names
+        for name in first.column_names:
+            assert first[name].to_pylist() == second[name].to_pylist(), (split, name)
+            assert first[name].type.equals(second[name].type), (split, name)
+    assert (one / "schema.pbtxt").read_text() == (other / "schema.pbtxt").read_text()
+    assert (one / "session_transform.json").read_text() == (other / "session_transform.json").read_text()
+    catalogues = [Catalogue.load(folder / "catalogue") for folder in (one, other)]
+    assert catalogues[0].items.equals(catalogues[1].items)
+    for name, modality in catalogues[0].modalities.items():
+        np.testing.assert_array_equal(modality.vectors, catalogues[1].modalities[name].vectors)
+
+
+@pytest.mark.parametrize("number", range(len(OPTIONS)))
+def test_disk_equals_memory(tmp_path: Path, number: int) -> None:
+    text = tmp_path / "text.npy"
+    np.save(text, np.arange(8, dtype=np.float32).reshape(4, 2))
+    files = write(tmp_path / "raw", shop(number))
+    options = OPTIONS[number] | {"modality": {"text": text}}
+    memory = etl(*files, tmp_path / "memory", engine="memory", **options)
+    disk = etl(*files, tmp_path / "disk", engine="disk", partitions=3, workers=1, **options)
+    same_folder(tmp_path / "memory", tmp_path / "disk")
+    for name in set(memory) - {"data", "seconds", "findings", "settings"}:
+        assert memory[name] == disk[name], name
+    found = [
+        {f["check"]: f["count"] for f in report["findings"] if f["check"] != "null_feature"}
+        for report in (memory, disk)
+    ]
+    assert found[0] == found[1]
+    for name in set(memory["settings"]) - {"newest"}:
+        assert memory["settings"][name] == disk["settings"][name], name
+
+
+@SOME
+@given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from(OPTIONS[2:]))
+def test_fitted_workflow_gives_the_rows_of_the_fast_path(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, partitions: int, options: dict[str, Any]
+) -> None:
+    folder = tmp_path_factory.mktemp("shop")
+    events = shop(2 * seed, 60).assign(event_type="view", dwell=1.5)
+    events["timestamp"] = np.arange(60) * 7 % 100
+    events["user_id"] = events["user_id"].str[-1]  # ten users, so that some sessions are long enough to be split
+    options = {name: value for name, value in options.items() if name not in ("k_core", "min_item_count", "split")}
+    etl(*write(folder, events), folder / "disk", engine="disk", partitions=partitions, workers=1, **options)
+    rows = table(folder / "disk", "train").to_pylist() + table(folder / "disk", "test").to_pylist()
+    longest: dict[Any, dict[str, Any]] = {}
+    for row in rows:  # with leave-one-out, the longest row of a session is the whole of it
+        key = (row["user_id"], row.get("session_id", 0))
+        if key not in longest or len(row["item_id-list"]) > len(longest[key]["item_id-list"]):
+            longest[key] = row
+    events = events.drop_duplicates(["user_id", "item_id", "timestamp"]) if options.get("drop_duplicates") else events
+    frame = transform_dataset(load_workflow(folder / "disk" / "workflow"), events.reset_index(drop=True), 1, "user_id")
+    got = {
+        (row["user_id"], row.get("session_id", 0)): {
+            name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()
+        }
+        for row in frame.to_dict("records")
+    }
+    assert got == longest
+
+
+@pytest.mark.parametrize("scheduler", ["threads", "processes"])
+def test_pieces_and_workers_change_nothing(tmp_path: Path, scheduler: str) -> None:
+    files = write(tmp_path, shop(5, 900))
+    events, items = files
+    frame = pq.read_table(events)
+    pq.write_table(frame, events, row_group_size=100)
+    etl(events, items, tmp_path / "one", engine="disk", partitions=1, workers=1, split="time")
+    count = 2 if scheduler == "threads" else 1
+    arguments = {"engine": "disk", "partitions": 7, "split": "time", "dask_scheduler": scheduler, "workers": count}
+    etl(events, items, tmp_path / "many", **arguments)
+    for split in ("train", "valid", "test"):
+        assert table(tmp_path / "one", split).equals(table(tmp_path / "many", split))  # the order, too
+    assert len(list((tmp_path / "many" / "train").glob("*.parquet"))) == 7
+
+
+def test_no_user_is_in_two_partitions() -> None:
+    ids = pa.array([f"user {n}" for n in range(5000)])
+    hashes = hash_ids(ids)
+    assert len(np.unique(hashes)) == 5000
+    np.testing.assert_array_equal(hash_ids(ids.slice(7, 100)), hashes[7:107])
+    assert np.bincount(partition_of(hashes, 10)).min() > 400
+    assert hash_ids(pa.array(["ann", "", "a user with a long name"])).tolist() == [
+        11352257264734794409,
+        16294208416658607535,
+        12035079834129655826,
+    ]  # pinned: folders that exist are updated by it
+    assert hash_ids(pa.array([7], pa.int64())).tolist() == [7191089600892374487]
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from missrec_t4r.workflows import {module}
+from missrec_t4r.workflows.etl import etl
+
+task, seen = {module}.{task}, Path(sys.argv[3])
+
+def slow(work, index):
+    if index == 2:
+        seen.touch()
+        time.sleep(60)
+    return task(work, index)
+
+{target} = slow
+etl(sys.argv[1], sys.argv[2], sys.argv[4], engine="disk", partitions=4, workers=1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "task", "target"),
+    [
+        ("partitions", "divide", "partitions.divide"),
+    ],
+)
+def test_a_killed_run_continues_from_what_was_finished(tmp_path: Path, module: str, task: str, target: str) -> None:
+    events, items = write(tmp_path, shop(2, 900))
+    pq.write_table(pq.read_table(events), events, row_group_size=300)
+    shards_small = "from missrec_t4r.workflows import shards; shards._BATCH = 400\n"
+    code = shards_small + KILLED.format(module=module, task=task, target=target)
+    arguments = [str(events), str(items), str(tmp_path / "seen"), str(tmp_path / "data")]
+    run = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *arguments])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "seen").exists() and time.monotonic() < deadline:
+        assert run.poll() is None, "the run ended before it was killed"
+        time.sleep(0.05)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    assert not (tmp_path / "data").exists()
+    (work,) = (tmp_path / ".data-work").iterdir()
+    folder = {"write_shard": "shards", "divide": "done"}[task]
+    finished = {file: file.stat().st_mtime_ns for file in sorted((work / folder).glob("*.json"))}
+    assert finished
+    again = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", shards_small + CONTINUED, *arguments, folder],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(again.stdout.splitlines()[-1]) == [True] * len(finished)
+    etl(events, items, tmp_path / "whole", engine="disk", partitions=4, workers=1)
+    for split in ("train", "valid", "test"):
+        assert table(tmp_path / "data", split).equals(table(tmp_path / "whole", split))
+    assert not (tmp_path / ".data-work").exists()
+
+
+CONTINUED = """
+import json, sys
+from pathlib import Path
+from missrec_t4r.workflows import scale
+from missrec_t4r.workflows.etl import etl
+
+folder = Path(sys.argv[4])
+before = {}
+for file in folder.with_name(".data-work").glob(f"*/{sys.argv[5]}/*.json"):
+    before[file.parent.name + file.name] = file.stat().st_mtime_ns
+finish = scale._finish
+
+def look(job, plan, merged, work):
+    now = {file.parent.name + file.name: file.stat().st_mtime_ns for file in work.glob(f"{sys.argv[5]}/*.json")}
+    print(json.dumps([now[name] == before[name] for name in before]))
+    return finish(job, plan, merged, work)
+
+scale._finish = look
+etl(sys.argv[1], sys.argv[2], sys.argv[4], engine="disk", partitions=4, workers=1)
+"""
+
+
+def test_bad_settings_and_places_are_said_before_work_begins(tmp_path: Path) -> None:
+    files = write(tmp_path)
+    for options, words in (
+        ({"engine": "fast"}, "engine 'fast'.*auto, memory or disk"),
+        ({"dask_scheduler": "yarn", "engine": "disk"}, "--dask-scheduler 'yarn'.*tcp://"),
+        ({"session_gap": "soon"}, "--session-gap 'soon'.*30m"),
+        ({"event_weights": "view=x"}, "--event-weights 'view=x'"),
+        ({"time_features": "day"}, r"--time-features \['day'\]"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            etl(*files, tmp_path / "data", **options)
+    for engine in ("memory", "disk"):
+        with pytest.raises(SchemaError, match="no text column 'kind'.*--event-type-column"):
+            etl(*files, tmp_path / "data", engine=engine, event_weights="a=1", event_type_column="kind")
+        taken = write(tmp_path / engine, EVENTS.assign(gap=1))
+        with pytest.raises(SchemaError, match=r"have columns \['gap'\] already"):
+            etl(*taken, tmp_path / "data", engine=engine, time_features="gap")
+        with pytest.raises(DataError, match="nobody's is no data folder|exists and is no data folder"):
+            etl(*files, tmp_path / engine, engine=engine)
+    assert not list(tmp_path.glob(".*"))
+    with pytest.raises(DataError, match="no Dask scheduler answers at tcp://127.0.0.1:9"):
+        etl(*files, tmp_path / "data", engine="disk", dask_scheduler="tcp://127.0.0.1:9")
+
+
+def test_csv_on_the_fast_path_keeps_zeros(tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text("user_id,item_id,timestamp\n1,007,1\n1,07,2\n1,7,3\n")
+    (tmp_path / "items.csv").write_text("item_id,title\n7,seven\n07,oh seven\n007,bond\n")
+    etl(tmp_path / "events.csv", tmp_path / "items.csv", tmp_path / "data", engine="disk", workers=1)
+    assert items_of(tmp_path / "data", "test") == {"1": [5, 4, 3]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "events.csv", "items.csv"]
+
+
+def test_the_command_has_the_options_and_a_dry_run_changes_nothing(tmp_path: Path) -> None:
+    events, items = write(tmp_path)
+    arguments = ["etl", "--interactions", str(events), "--items", str(items), "--out", str(tmp_path / "data")]
+    options = ["--session-gap", "10s", "--event-weights", "cart=3", "--time-features", "hour", "--engine", "disk"]
+    planned = CliRunner().invoke(app, [*arguments, *options, "--dry-run"])
+    plan = json.loads(planned.stdout.splitlines()[-1])
+    assert (plan["engine"], plan["events"], plan["items"], plan["would_replace"]) == ("disk", 9, 4, False)
+    assert not (tmp_path / "data").exists()
+    done = CliRunner().invoke(app, [*arguments, *options, "--workers", "1"])
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert (done.exit_code, report["events"]) == (0, 9)
+    names = table(tmp_path / "data", "train").column_names
+    assert names[:2] == ["user_id", "session_id"]
+    assert names[-2:] == ["weight-list", "hour-list"]
+    refused = CliRunner().invoke(app, [*arguments, "--user-column", "who", "--dry-run"])
+    assert refused.exit_code == 2
+
+
+def test_large_parquet_takes_the_fast_path_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("missrec_t4r.workflows.dry_run.LARGE", 5)
+    etl(*write(tmp_path), tmp_path / "data", workers=1)
+    assert (tmp_path / "data" / "state").is_dir()
+
+
+def test_chunks_follow_the_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_BATCH", 8)
+    pq.write_table(pa.table({"x": range(10)}), tmp_path / "a.parquet", row_group_size=2)
+    assert [(chunk.row_groups, chunk.rows) for chunk in shards.cut_chunks([tmp_path / "a.parquet"])] == [
+        ([0, 1], 4),
+        ([2, 3], 4),
+        ([4], 2),
+    ]

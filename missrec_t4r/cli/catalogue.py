@@ -56,24 +56,32 @@ def adopt(
     )
 
 
-_Bundle = Annotated[Path, typer.Option(help="A bundle of missrec export.")]
+_Bundle = Annotated[Path | None, typer.Option(help="A bundle of missrec export.")]
+_Deployment = Annotated[Path | None, typer.Option(help="Folder of missrec deploy; its server answers with the change.")]
 
 
 @command_of(group)
 def update(
-    bundle: _Bundle,
     items: Annotated[Path, typer.Option(help="Parquet: item_id, any columns, and retired true or false.")],
+    bundle: _Bundle = None,
+    repository: _Deployment = None,
     modality: Annotated[list[str], typer.Option(help="NAME=FILE.npy, one line per item; repeatable.")] = [],  # noqa: B006 - typer copies it
     data: Annotated[
         Path | None, typer.Option(help="Data folder, whose encoders shall read the items' texts and pictures.")
     ] = None,
 ) -> dict[str, Any]:
-    """Add, change and retire items without training; the version before is kept beside the bundle."""
-    vectors = {name: Path(file) for name, file in pairs(modality, "--modality").items()}
-    return commands.catalogue_update(bundle, items, modality=vectors, data=data, progress=TerminalProgress())
+    """Add, change and retire items without training or restart; the version before is kept."""
+    return commands.catalogue_update(
+        items,
+        bundle=bundle,
+        repository=repository,
+        modality={name: Path(file) for name, file in pairs(modality, "--modality").items()},
+        data=data,
+        progress=TerminalProgress(),
+    )
 
 
 @command_of(group)
-def rollback(bundle: _Bundle) -> dict[str, Any]:
-    """Go back to the catalogue before the last update; a second rollback undoes the first."""
-    return commands.catalogue_rollback(bundle)
+def rollback(bundle: _Bundle = None, repository: _Deployment = None) -> dict[str, Any]:
+    """Go back to the catalogue before the last update."""
+    return commands.catalogue_rollback(bundle=bundle, repository=repository)

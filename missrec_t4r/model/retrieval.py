@@ -15,7 +15,7 @@ from torch import Tensor
 
 from missrec_t4r.model.score_table import SCAN_ERROR, ScoreTable
 
-_SPARE = 8
+SPARE = 8
 """Items scored exactly beyond those asked for, so that most searches need no second round."""
 _BLOCK = 256
 """Items whose best bound stands for them when the first threshold is looked for."""
@@ -109,7 +109,7 @@ def search(table: ScoreTable, query: Query, bounds: Tensor, k: int) -> list[Foun
     """
     if bounds.shape[1] > _TOGETHER:
         return [_widening(table, query, bounds[line], line, k) for line in range(len(bounds))]
-    best = bounds.topk(min(k + _SPARE, bounds.shape[1]), dim=1)
+    best = bounds.topk(min(k + SPARE, bounds.shape[1]), dim=1)
     rows = best.indices.sort(dim=1).values
     scores = _scores(table.exact, query, rows).masked_fill(~query.allowed.gather(1, rows), -torch.inf)
     scores, order = scores.sort(dim=1, descending=True, stable=True)

@@ -8,7 +8,7 @@ malformed request never fails its neighbours. The wire format is documented in `
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -218,7 +218,11 @@ def _stacked(matrices: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]
     return np.concatenate(padded)
 
 
-def execute(backend: Backend, requests: Sequence[Any], pb_utils: Any) -> list[Any]:
+Observer = Callable[[Sequence[Arrays], Sequence[Answer]], None]
+"""Sees every batch of requests and its answers, after they were worked out: metrics."""
+
+
+def execute(backend: Backend, requests: Sequence[Any], pb_utils: Any, observe: Observer | None = None) -> list[Any]:
     """Answer Triton's requests.
 
     Parameters
@@ -228,13 +232,17 @@ def execute(backend: Backend, requests: Sequence[Any], pb_utils: Any) -> list[An
         What the dynamic batcher gathered.
     pb_utils : module
         Triton's ``triton_python_backend_utils``, which exists inside the server only.
+    observe : callable, optional
 
     Returns
     -------
     list of pb_utils.InferenceResponse
         One per request, in order.
     """
-    answers = backend.answer([_arrays(backend, request, pb_utils) for request in requests])
+    asked = [_arrays(backend, request, pb_utils) for request in requests]
+    answers = backend.answer(asked)
+    if observe is not None:
+        observe(asked, answers)
     return [_response(answer, pb_utils) for answer in answers]
 
 

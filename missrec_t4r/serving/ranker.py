@@ -20,7 +20,7 @@ from missrec_t4r.data.side import SideArrays, compact_side
 from missrec_t4r.errors import DataError
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.model.quantised import QuantisedTable, quantise
-from missrec_t4r.model.retrieval import Found, Query, scan_bounds, search
+from missrec_t4r.model.retrieval import SPARE, Found, Query, scan_bounds, search
 from missrec_t4r.model.score_table import build_score_table
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
 from missrec_t4r.serving.rules import NO_RULES, ItemColumns, Rules, capped
@@ -95,6 +95,8 @@ class Ranker:
             self._popularity = self._popular(catalogue)
         certified = self.device.type == "cpu" and catalogue.n_rows >= certified_from
         self.quantised: QuantisedTable | None = quantise(self.table) if certified else None
+        self.widenings = 0
+        """Sessions whose search had to look beyond its first candidates to be certain."""
 
     @torch.inference_mode()
     def rank(
@@ -194,6 +196,7 @@ class Ranker:
         else:
             bounds = self.quantised.bounds(self.table, query, torch.get_num_threads())
         found = search(self.table, query, bounds, int(wanted.max()))
+        self.widenings += sum(one.scored > int(wanted.max()) + SPARE for one in found)
         for line, own in enumerate(rules):
             if own.at_most:
                 one = Query(*(part[line : line + 1] for part in query))

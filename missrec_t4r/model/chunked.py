@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.model.softmax import Questions, StepTokens, candidate_rows, row_tokens, score_rows
@@ -66,7 +66,7 @@ class _Walk:
         by_row = [model.towers.id_embedding.weight] if model.towers.id_embedding is not None else []
         if model.fusion.name == "dynamic_instance" and model.fusion.phi is not None:
             by_row.append(model.fusion.phi)
-        shared: list[nn.Parameter] = list(model.towers.adapters.parameters())
+        shared: list[Tensor] = list(model.towers.adapters.parameters())
         if model.fusion.name == "dynamic_shared" and model.fusion.phi is not None:
             shared.append(model.fusion.phi)
         if model.history_bias is not None:
@@ -75,7 +75,7 @@ class _Walk:
         self.shared = [weight for weight in shared if weight.requires_grad]
 
     @property
-    def weights(self) -> list[nn.Parameter]:
+    def weights(self) -> list[Tensor]:
         """What learns from the candidates: weights for all of them, then tables with a row for each."""
         return [*self.shared, *self.by_row]
 

@@ -67,4 +67,4 @@ def _writer(folder: Path, step: int) -> Any:
     except ImportError as error:
         cure = "pip install 'missrec-t4r[tensorboard]', or --set train.tensorboard=false"
         raise ConfigError("train.tensorboard is on and TensorBoard is not installed", "the package", cure) from error
-    return SummaryWriter(str(folder), purge_step=step or None)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=step or None)

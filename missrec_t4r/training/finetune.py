@@ -314,7 +314,7 @@ class Trainer:
         at_once = settings.batch_size // (settings.accumulate * self.world.size)
         return choose_softmax(settings, n_rows, at_once, frequency)
 
-    def _by_rows(self) -> frozenset[torch.nn.Parameter]:
+    def _by_rows(self) -> frozenset[Tensor]:
         table = self.model.towers.id_embedding
         sparse = table is not None and isinstance(self.softmax, SampledSoftmax) and table.weight.requires_grad
         return frozenset({table.weight}) if table is not None and sparse else frozenset()

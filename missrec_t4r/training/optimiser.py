@@ -22,14 +22,12 @@ class Optimiser:
     ----------
     model : nn.Module
     train : TrainConfig
-    by_rows : set of nn.Parameter
+    by_rows : set of Tensor
         Tables whose gradients are sparse.
     device : torch.device
     """
 
-    def __init__(
-        self, model: nn.Module, train: TrainConfig, by_rows: frozenset[nn.Parameter], device: torch.device
-    ) -> None:
+    def __init__(self, model: nn.Module, train: TrainConfig, by_rows: frozenset[Tensor], device: torch.device) -> None:
         self.train, self.weights, self.rate = train, list(model.parameters()), 0.0
         whole = [weight for weight in self.weights if weight not in by_rows]
         self.parts: list[torch.optim.Optimizer] = [

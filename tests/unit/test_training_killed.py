@@ -9,10 +9,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
+from missrec_t4r.config import Recipe
+from missrec_t4r.data.batches import TrainingBatch
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.errors import ConfigError
 from missrec_t4r.training.checkpoint import RUN_FILE, STATE_FILE, load_metadata, load_tensors
-from missrec_t4r.training.finetune import train
+from missrec_t4r.training.finetune import Trainer, train
+from missrec_t4r.training.step import Totals
 
 SETTINGS = {
     "model.d_model": 16,
@@ -28,6 +36,9 @@ SETTINGS = {
     "train.warmup_steps": 5,
     "train.schedule": "cosine",
 }
+
+
+STEPWISE = {"train.epochs": 2, "train.batch_size": 16, "train.checkpoint_minutes": 1e-9}
 
 
 def _curve(run: Path) -> list[tuple[Any, ...]]:
@@ -72,3 +83,45 @@ def test_killed_in_mid_epoch_and_started_again_a_run_ends_as_if_nothing_had_happ
     whole, killed = (load_tensors(tmp_path / name / "weights.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train.softmax": "sampled", "train.negatives": 4, "train.clip_norm": 1.0},
+        {"train.softmax": "chunked", "train.chunk_size": 4, "train.accumulate": 2, "train.precision": "bf16"},
+    ],
+    ids=["sampled", "chunked"],
+)
+def test_every_kind_of_step_goes_on_within_its_epoch(data: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    recipe = Recipe.load("tiny", SETTINGS | settings | STEPWISE)
+    train(data, tmp_path / "whole", recipe=recipe, device="cpu")
+    sessions = [Sessions.load(data / split).known() for split in ("train", "valid")]
+
+    class Killed(Exception):
+        pass
+
+    class Dies(Trainer):
+        def loss(self, batch: TrainingBatch, totals: Totals | None = None) -> Tensor:
+            if self.status["done"] == 7:
+                raise Killed
+            return super().loss(batch, totals)
+
+    with pytest.raises(Killed):
+        Dies(recipe, Catalogue.load(data / "catalogue"), *sessions, tmp_path / "killed", "cpu").run(data)
+    assert _place(tmp_path / "killed") == (0, 7)
+    torch.manual_seed(123)
+    train(data, tmp_path / "killed", recipe=recipe, device="cpu")
+    assert _curve(tmp_path / "killed") == _curve(tmp_path / "whole")
+    whole, killed = (load_tensors(tmp_path / name / "weights.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_how_often_a_state_is_saved_may_change_in_an_interrupted_run(data: Path, tmp_path: Path) -> None:
+    sessions = [Sessions.load(data / split).known() for split in ("train", "valid")]
+    catalogue, out = Catalogue.load(data / "catalogue"), tmp_path / "run"
+    out.mkdir()
+    Trainer(Recipe.load("tiny", SETTINGS), catalogue, *sessions, out, "cpu").save_checkpoint()
+    Trainer(Recipe.load("tiny", SETTINGS | {"train.checkpoint_minutes": 1.0}), catalogue, *sessions, out).resume()
+    with pytest.raises(ConfigError, match="number of processes"):
+        Trainer(Recipe.load("tiny", SETTINGS | {"train.accumulate": 2}), catalogue, *sessions, out).resume()

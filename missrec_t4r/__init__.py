@@ -25,6 +25,7 @@ _HOME = {
     "Sessions": "data.sessions",
     "MISSRecConfig": "config",
     "TrainConfig": "config",
+    "PretrainConfig": "config",
     "Recipe": "config",
     "MISSRecError": "errors",
     "MISSRec": "model.missrec",

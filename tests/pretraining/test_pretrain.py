@@ -130,6 +130,18 @@ def test_the_full_softmax_over_the_union_is_an_objective_too(shops: dict[str, Pa
     assert _losses(tmp_path / "run")[-1] < _losses(tmp_path / "run")[0]
 
 
+def test_the_published_setting_can_be_pretrained(shops: dict[str, Path], tmp_path: Path) -> None:
+    """Prefixes, bidirectional attention, zero rows for missing modalities, the authors' regulariser."""
+    published = {"model.item_ids": False, "model.interest_ratio": 0.02, "train.epochs": 2}
+    folders = [shops["books"], shops["toys"]]
+    result = pretrain(folders, tmp_path / "run", recipe="paper", settings=SMALL | published)
+    assert result["epochs"] == 2
+    assert _losses(tmp_path / "run")[1] < _losses(tmp_path / "run")[0]
+    recipe = Recipe.from_dict(json.loads((tmp_path / "run" / "recipe.json").read_text()))
+    assert (recipe.model.attention, recipe.model.missing_modality) == ("bidirectional", "zero_row")
+    assert recipe.pretrain == Recipe.load("pretrain").pretrain  # the defaults are the published ones
+
+
 def test_settings_that_cannot_transfer_are_refused_at_once(shops: dict[str, Path], tmp_path: Path) -> None:
     settings = {"model.item_ids": True, "model.candidate_fusion": "dynamic_instance", "train.next_items": 2}
     with pytest.raises(ConfigError, match=r"model.item_ids.*dynamic|model.item_ids.*candidate_fusion.*next_items"):

@@ -11,7 +11,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import CheckpointError, ConfigError, ModalityError
 from missrec_t4r.model.missrec import build_missrec
 from missrec_t4r.training.checkpoint import load_run, load_tensors
-from missrec_t4r.training.transfer import load_pretrained, read_source, train_from
+from missrec_t4r.training.transfer import load_pretrained, read_source, require_same, train_from
 from tests.pretraining.conftest import IMAGE_WIDTH, SMALL, TEXT_WIDTH, angles, modality, write_shop
 
 ONE_EPOCH = SMALL | {"train.epochs": 1, "model.n_neighbours": 0}
@@ -102,6 +102,10 @@ def test_freezing_and_taking_can_be_chosen(
         assert parts["encoder"]["status"] == "re-initialised"
         assert torch.equal(model.state_dict()["encoder.norm.weight"], before["encoder.norm.weight"])
         assert not torch.equal(model.state_dict()["towers.adapters.text.weight"], before["towers.adapters.text.weight"])
+
+
+def test_what_the_recipe_pretrain_makes_fits_the_recipe_default(tmp_path: Path) -> None:
+    require_same(Recipe.load("default").model, Recipe.load("pretrain").model, tmp_path)
 
 
 def test_what_makes_no_sense_is_refused_with_the_cure(shops: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """How a run is computed: parts of a batch, precision, schedule, clipping, compilation, curves."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from missrec_t4r.config import Recipe, TrainConfig
@@ -178,3 +181,20 @@ def test_a_compiled_model_trains_the_same(data: Path, tmp_path: Path) -> None:
     found, ours = _weights_after(_trainer(data, tmp_path, train__compile=True))
     assert found == pytest.approx(losses, rel=1e-3)
     assert ours.keys() == weights.keys()
+
+
+def test_the_settings_of_the_howto_exist(repository: Path) -> None:
+    text = (repository / "docs" / "howto" / "train.md").read_text(encoding="utf-8")
+    settings = re.findall(r"`((?:train|model)\.\w+)=([\w.]+)`", text)
+    assert len(settings) >= 10
+    for name, value in settings:
+        Recipe.load("default", {name: yaml.safe_load(value)})
+    named = set(re.findall(r"`train\.(\w+)", text))
+    assert named <= {field.name for field in dataclasses.fields(TrainConfig)}
+    assert (repository / "benchmarks" / "speed" / "large_catalogue.py").is_file()
+
+
+def test_contradictions_are_refused() -> None:
+    for wrong in ({"accumulate": 0}, {"negatives": 0}, {"chunk_size": 0}, {"clip_norm": -1.0}, {"precision": "int8"}):
+        with pytest.raises(ConfigError):
+            TrainConfig(**wrong)  # type: ignore[arg-type]

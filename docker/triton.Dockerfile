@@ -14,5 +14,9 @@ COPY . /opt/missrec-t4r
 RUN python3 -m pip install --no-cache-dir "numpy<2" /opt/missrec-t4r \
  && python3 -c "import numpy, missrec_t4r.serving.backend, missrec_t4r.serving.ranker; assert numpy.__version__ < '2'"
 
+COPY --chmod=755 docker/entrypoint.sh /usr/local/bin/missrec-entrypoint
+
 EXPOSE 8000 8001 8002
+USER 1000:1000
+ENTRYPOINT ["missrec-entrypoint"]
 CMD ["tritonserver", "--model-repository=/output/models", "--disable-auto-complete-config"]

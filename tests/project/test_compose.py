@@ -16,6 +16,7 @@ from tests.project.packages import ROOT
 
 FILE = ROOT / "docker-compose.yml"
 PIPELINE = ["etl", "features", "train", "export"]
+MONITORING = ["prometheus", "grafana"]
 SMALL = {"RECIPE": "tiny", "TRAIN_OPTIONS": "--set train.epochs=1 --device cpu"}
 
 
@@ -50,7 +51,7 @@ def test_the_schema_check_sees_mistakes(right: str, wrong: str, tmp_path: Path) 
 
 def test_services_and_their_order() -> None:
     services = _compose()["services"]
-    assert set(services) == {*PIPELINE, "nightly", "triton", "triton-gpu", "smoke"}
+    assert set(services) == {*PIPELINE, "nightly", "triton", "triton-gpu", "smoke", *MONITORING}
     for earlier, later in zip(PIPELINE, PIPELINE[1:], strict=False):
         assert services[later]["depends_on"] == {earlier: {"condition": "service_completed_successfully"}}
     assert services["smoke"]["depends_on"] == {"triton": {"condition": "service_healthy"}}
@@ -79,6 +80,8 @@ def test_the_two_triton_variants_differ_in_torch_and_device_only() -> None:
 
 def test_builds_name_files_and_arguments_that_exist() -> None:
     for name, service in _compose()["services"].items():
+        if name in MONITORING:
+            continue
         dockerfile = (ROOT / service["build"]["dockerfile"]).read_text()
         assert set(service["build"].get("args", {})) <= set(re.findall(r"^ARG (\w+)", dockerfile, re.MULTILINE)), name
     command = re.search(r"^CMD (\[.*\])$", (ROOT / "docker" / "triton.Dockerfile").read_text(), re.MULTILINE)
@@ -88,8 +91,45 @@ def test_builds_name_files_and_arguments_that_exist() -> None:
 
 def test_the_build_context_holds_the_package_and_nothing_else() -> None:
     kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    assert sorted(kept) == ["LICENSE", "README.md", "missrec_t4r", "pyproject.toml", "triton_models", "workflows"]
+    packaged = ["LICENSE", "README.md", "missrec_t4r", "pyproject.toml", "triton_models", "workflows"]
+    assert sorted(kept) == sorted([*packaged, "docker/entrypoint.sh"])
     assert all((ROOT / name).exists() for name in kept)
+
+
+def test_the_server_is_closed_by_default() -> None:
+    services = _compose()["services"]
+    for name in ("triton", "triton-gpu"):
+        service = services[name]
+        assert service["user"] == "1000:1000"
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert all(volume.endswith(":ro") for volume in service["volumes"])
+    assert all(port.startswith("127.0.0.1:") for name in MONITORING for port in services[name]["ports"])
+    dockerfile = (ROOT / "docker" / "triton.Dockerfile").read_text()
+    assert "\nUSER 1000:1000\n" in dockerfile
+
+
+def test_the_entrypoint_closes_model_control_with_a_key_that_nobody_has(tmp_path: Path) -> None:
+    server = tmp_path / "tritonserver"
+    server.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    server.chmod(0o755)
+
+    def started(*command: str, **environment: str) -> list[str]:
+        path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+        script = ROOT / "docker" / "entrypoint.sh"
+        done = subprocess.run([script, *command], env=path | environment, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    first, second = (started("tritonserver", "--a=b") for _ in range(2))
+    assert first[0] == "--a=b"
+    for words in (first, second):
+        for word, door in zip(words[1:], ("http-restricted-api", "grpc-restricted-protocol"), strict=True):
+            closed = "model-repository,shared-memory,trace,logging"
+            assert re.fullmatch(rf"--{door}={closed}:missrec-control=[0-9a-f]{{32}}", word)
+    assert first != second
+    assert started("tritonserver", CONTROL_KEY="ours")[0].endswith("missrec-control=ours")
+    assert started("echo", "as", "it", "is") == ["as it is"]
 
 
 class _Local:

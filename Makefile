@@ -4,6 +4,7 @@
 # make test-set-a                  the tests on the older pins, those of NVIDIA's Merlin containers
 # make bench-quality DATA=… RECIPE=default SEEDS=3    quality over seeds; SUBSET=FILE, MODALITY="text=FILE image=FILE"
 # make bench-serving [BUNDLE=…]   served latency, throughput, start, memory, exact top-50 of 1M items (20 minutes)
+# make bench-etl ROWS=1000000   ETL beside stock NVTabular operators, pandas and polars; STOCK_ROWS=200000 caps the stock run
 # make bench-train [DATA=…] [RELEASE=…]   training speed beside the authors' release and T4R's XLNet (10 minutes)
 # make lint | format | clean
 # Settings: PYTHON (python3.11), VENV (.venv), DATA, OUT (work/demo), TESTS (tests), PYTEST_ARGS
@@ -30,7 +31,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-set-a bench-quality bench-serving bench-train lint types format clean
+.PHONY: help install demo test test-set-a bench-etl bench-quality bench-serving bench-train lint types format clean
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -72,6 +73,10 @@ bench-quality: $(VENV)/.installed
 test-set-a: $(VENV_A)/.installed
 	@echo "==> tests on the older pins"
 	@$(VENV_A)/bin/python -m pytest -q $(PYTEST_ARGS) $(TESTS)
+
+bench-etl: $(VENV)/.installed
+	@$(VENV)/bin/python -m pip install -q -r requirements/bench.txt
+	@$(VENV)/bin/python -m benchmarks.speed.etl --rows $(or $(ROWS),1000000) --stock-rows $(or $(STOCK_ROWS),200000)
 
 bench-train: $(VENV)/.installed
 	@$(VENV)/bin/python -m benchmarks.speed.train $(if $(DATA),--data "$(DATA)") $(if $(RELEASE),--release "$(RELEASE)")

@@ -1,0 +1,233 @@
+"""ETL speed: our fast path beside NVTabular's stock operators, plain pandas and polars, each in a process of its own.
+
+    python -m benchmarks.speed.etl --rows 1000000        (make bench-etl ROWS=1000000)
+
+All ways read the same parquet and write the same sessions (items and event types encoded, time-ordered, one row per
+user), which is checked on a small table before anything is timed. Ours writes more: the three splits, catalogue,
+workflows and what an update needs. Stock operators are timed on at most ``--stock-rows``; their rate falls with size,
+so the ratio is a lower bound. Interpreter start and imports are not counted for any of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.measure import peak_mib, report
+
+CHECK_ROWS = 20_000
+KINDS = np.array(["view", "cart", "purchase"])
+LISTS = ("item_id", "timestamp", "event_type", "rating")
+
+
+def generate(
+    rows: int, folder: Path, *, seed: int = 0, users_per_row: float = 0.125, first_time: int = 1_600_000_000
+) -> None:
+    """Write events and items: a user per eight events, popularity by a power law, a million rows per row group."""
+    chance = np.random.default_rng(seed)
+    users, items = max(int(rows * users_per_row), 50), max(rows // 50, 200)
+    share = 1 / np.arange(1, items + 1) ** 0.8
+    bounds = np.cumsum(share) / share.sum()
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = None
+    for start in range(0, rows, 1_000_000):
+        size = min(1_000_000, rows - start)
+        table = pa.table(
+            {
+                "user_id": chance.integers(0, users, size),
+                "item_id": np.searchsorted(bounds, chance.random(size)).clip(max=items - 1) * 7 + 13,
+                "timestamp": chance.integers(first_time, first_time + 50_000_000, size),
+                "event_type": KINDS[np.searchsorted([0.7, 0.9], chance.random(size))],
+                "rating": chance.integers(1, 6, size).astype(np.float32),
+            }
+        )
+        writer = writer or pq.ParquetWriter(folder / "events.parquet", table.schema)
+        writer.write_table(table)
+    writer.close()
+    pq.write_table(pa.table({"item_id": np.arange(items) * 7 + 13}), folder / "items.parquet")
+
+
+def ours(folder: Path, out: Path) -> None:
+    from missrec_t4r.workflows.etl import etl
+
+    etl(folder / "events.parquet", folder / "items.parquet", out, engine="disk")
+
+
+def stock(folder: Path, out: Path) -> None:
+    import pandas as pd
+    from merlin.io import Dataset
+    from nvtabular import Workflow, ops
+
+    items = pd.read_parquet(folder / "items.parquet")["item_id"]
+    vocabularies = {"item_id": items, "event_type": pd.Series(KINDS)}
+    encoded = ["item_id", "event_type"] >> ops.Categorify(vocabs=vocabularies, out_path=str(out / "build"))
+    grouped = ["user_id", "timestamp", "rating"] + encoded >> ops.Groupby(
+        ["user_id"], ["timestamp"], {name: ["list"] for name in LISTS}, name_sep="-"
+    )
+    workflow = Workflow(grouped)
+    dataset = Dataset(str(folder / "events.parquet"), engine="parquet", part_size="8GB")
+    workflow.fit(dataset)
+    workflow.transform(dataset).to_parquet(str(out / "sessions"), output_files=1)
+
+
+def pandas(folder: Path, out: Path) -> None:
+    import pandas as pd
+
+    items = pd.Index(pd.read_parquet(folder / "items.parquet")["item_id"])
+    events = pd.read_parquet(folder / "events.parquet")
+    events["item_id"] = items.get_indexer(events["item_id"]) + 3
+    events["event_type"] = pd.Index(KINDS).get_indexer(events["event_type"]) + 3
+    events = events.sort_values(["user_id", "timestamp"], kind="stable")
+    sessions = events.groupby("user_id", sort=False)[list(LISTS)].agg(list).reset_index()
+    (out / "sessions").mkdir(parents=True)
+    sessions.to_parquet(out / "sessions" / "part_0.parquet", index=False)
+
+
+def polars(folder: Path, out: Path) -> None:
+    import polars as pl
+
+    rows = pl.read_parquet(folder / "items.parquet").with_row_index("row", offset=3)
+    kinds = pl.DataFrame({"event_type": KINDS.tolist(), "kind": [3, 4, 5]})
+    events = pl.scan_parquet(folder / "events.parquet").with_row_index("place")
+    sessions = (
+        events.join(rows.lazy(), on="item_id", how="left")
+        .join(kinds.lazy(), on="event_type", how="left")
+        .sort("user_id", "timestamp", "place")
+        .group_by("user_id", maintain_order=True)
+        .agg(pl.col("row").alias("item_id"), "timestamp", pl.col("kind").alias("event_type"), "rating")
+        .collect()
+    )
+    (out / "sessions").mkdir(parents=True)
+    sessions.write_parquet(out / "sessions" / "part_0.parquet")
+
+
+WAYS: dict[str, Callable[[Path, Path], None]] = {"ours": ours, "stock": stock, "pandas": pandas, "polars": polars}
+
+
+def sessions_of(way: str, out: Path) -> dict[str, list[Any]]:
+    """Return what a way wrote, in the order of users."""
+    if way == "ours":  # leave-one-out: the test row is the whole session; users too short for one are in train
+        parts = [pq.read_table(file) for split in ("test", "train") for file in sorted((out / split).glob("*.parquet"))]
+        table = pa.concat_tables(parts)
+        lengths = table["item_id-list"].combine_chunks().value_lengths().to_numpy()
+        users = table["user_id"].to_numpy()
+        order = np.lexsort((-lengths, users))
+        first = order[np.concatenate([[True], users[order][1:] != users[order][:-1]])]
+        table = table.take(pa.array(first))
+    else:
+        table = pa.concat_tables([pq.read_table(file) for file in sorted((out / "sessions").glob("*.parquet"))])
+        table = table.sort_by("user_id")
+    names = {name.removesuffix("-list"): name for name in table.column_names}
+    return {name: table[names[name]].to_pylist() for name in ("user_id", *LISTS)}
+
+
+def check(folder: Path) -> list[str]:
+    """Let all ways do a small table and require the same sessions of them; return who took part."""
+    present = [way for way in WAYS if way != "polars" or importlib.util.find_spec("polars")]
+    generate(CHECK_ROWS, folder / "check")
+    expected = None
+    for way in present:
+        timed(way, folder / "check", folder / f"check-{way}")
+        found = sessions_of(way, folder / f"check-{way}")
+        kinds = _kinds_in_order(folder / f"check-{way}") if way == "ours" else [3, 4, 5]
+        found["event_type"] = [[kinds[code - 3] for code in row] for row in found["event_type"]]
+        expected = expected or found
+        for name, column in expected.items():
+            if found[name] != column:
+                raise SystemExit(f"{way} and ours write different sessions: column {name}")
+    return present
+
+
+def _kinds_in_order(out: Path) -> list[int]:
+    """Return the common code of each of our codes: ours follow the frequency."""
+    transform = json.loads((out / "session_transform.json").read_text(encoding="utf-8"))
+    return [3 + KINDS.tolist().index(kind) for kind in transform["features"]["event_type"]["values"]]
+
+
+def timed(way: str, folder: Path, out: Path) -> dict[str, float]:
+    """Run one way in a fresh process; return its seconds and peak memory."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.speed.etl",
+        "--way",
+        way,
+        "--folder",
+        str(folder),
+        "--out",
+        str(out),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(f"{way} failed:\n{run.stderr[-3000:]}")
+    found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def run_way(way: str, folder: Path, out: Path) -> None:
+    """Do the job in this process and print what it took."""
+    for module in {"ours": ["missrec_t4r.workflows.etl"], "stock": ["missrec_t4r.workflows", "nvtabular"]}.get(
+        way, [way]
+    ):
+        importlib.import_module(module)
+    started = time.perf_counter()
+    WAYS[way](folder, out)
+    print(json.dumps({"seconds": time.perf_counter() - started, "peak_mib": peak_mib()}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--stock-rows", type=int, default=200_000, help="time the stock operators on at most so many")
+    parser.add_argument("--ways", default=",".join(WAYS), help="which of them, comma-separated")
+    parser.add_argument("--repeat", type=int, default=1, help="the best of so many runs")
+    parser.add_argument("--way", choices=WAYS)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    if given.way:
+        run_way(given.way, given.folder, given.out)
+        return
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        ways = [way for way in check(folder) if way in given.ways.split(",")]
+        generate(given.rows, folder / "events")
+        stock_rows = min(given.rows, given.stock_rows)
+        generate(stock_rows, folder / "stock")
+        took: dict[str, dict[str, float]] = {}
+        for way in ways:
+            data = folder / ("stock" if way == "stock" else "events")
+            runs = [timed(way, data, folder / f"{way}-{number}") for number in range(given.repeat)]
+            took[way] = min(runs, key=lambda run: run["seconds"])
+            print(f"{way}: {took[way]['seconds']:.1f} s, {took[way]['peak_mib']:.0f} MiB", file=sys.stderr)
+    rates = {way: (stock_rows if way == "stock" else given.rows) / found["seconds"] for way, found in took.items()}
+    payload: dict[str, Any] = {
+        "rows": given.rows,
+        "rows_per_s": round(rates["ours"]),
+        **{f"{way}_rows_per_s": round(rate) for way, rate in rates.items() if way != "ours"},
+        "peak_mib": round(took["ours"]["peak_mib"]),
+        **{f"{way}_peak_mib": round(found["peak_mib"]) for way, found in took.items() if way != "ours"},
+        "seconds": {way: round(found["seconds"], 2) for way, found in took.items()},
+        "stock_rows": stock_rows if "stock" in took else 0,
+        "ratio_to": {way: round(rates["ours"] / rate, 2) for way, rate in rates.items() if way != "ours"},
+        "checked_rows": CHECK_ROWS,
+    }
+    report(f"etl-{given.rows}", payload)
+
+
+if __name__ == "__main__":
+    main()

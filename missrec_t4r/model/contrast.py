@@ -130,7 +130,7 @@ class BatchTokens(NamedTuple):
 
     def take(self, item_ids: Tensor) -> ItemTokens:
         """Return the tokens of catalogue rows of any shape; all of them must be among ``rows``."""
-        return self.tokens.take(torch.searchsorted(self.rows, item_ids))
+        return self.tokens.take(torch.searchsorted(self.rows, item_ids.contiguous()))
 
     def candidates(self, items: Tensor) -> CandidateTokens:
         """Return unit-length tokens of ``items`` [candidate]."""

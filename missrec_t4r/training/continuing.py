@@ -146,6 +146,7 @@ def load_continued(
     else:
         report.fresh("interests", "density peaks know no warm start", "interests.")
     report.fresh("neighbour prior", "counted after training", "prior.")
+    report.fresh("look-alike prior", "found after training", "lookalikes.")
     frozen = FROZEN[freeze]
     report.freeze((*frozen, *(f"adapter {name}" for name in matched)) if freeze == "all_loaded" else frozen)
     return report.finish(), items

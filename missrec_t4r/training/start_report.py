@@ -151,8 +151,8 @@ class StartReport:
 def lines(report: Mapping[str, Any]) -> list[str]:
     """Return a report as text, one line per part."""
     shown = [
-        f"  {part['name']:<22} {part['status']:<15} {'frozen' if part['frozen'] else '':<7} "
-        f"{part['parameters']:>12,}  {part['note']}".rstrip()
+        f"  {part['name']:<19}{part['status']:<15}{'frozen' if part['frozen'] else '':<7}"
+        f"{part['parameters']:>11,}  {part['note']}".rstrip()
         for part in report["parts"]
     ]
     share = f"{report['trainable_parameters']:,} of {report['parameters']:,} parameters train"
@@ -172,6 +172,10 @@ def _owner(name: str) -> str:
     if name.startswith("towers.adapters."):
         return f"adapter {name.split('.')[2]}"
     first = name.partition(".")[0]
-    return {"towers": "item IDs", "prior": "neighbour prior", "side": "side features"}.get(
-        first, first.replace("_", " ")
-    )
+    names = {
+        "towers": "item IDs",
+        "prior": "neighbour prior",
+        "lookalikes": "look-alike prior",
+        "side": "side features",
+    }
+    return names.get(first, first.replace("_", " "))

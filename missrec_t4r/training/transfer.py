@@ -171,6 +171,7 @@ def load_pretrained(
     report.fresh("interests", "discovered in this catalogue", "interests.")
     report.fresh("side features", "of this data's events", "side.")
     report.fresh("neighbour prior", "counted after training", "prior.")
+    report.fresh("look-alike prior", "found after training", "lookalikes.")
     frozen = FROZEN[freeze]
     if freeze == "all_loaded":
         frozen = (*frozen, *(f"adapter {name}" for name in matched))

@@ -203,6 +203,27 @@ def test_categories_of_events_grow_at_the_end(tmp_path: Path) -> None:
     assert _grown(SideColumn("price", "continuous"), tmp_path) == SideColumn("price", "continuous")
 
 
+def test_side_features_keep_their_tables_and_new_categories_start_at_random(yesterday: Path) -> None:
+    import dataclasses
+
+    from missrec_t4r.data.side import SideColumn
+    from missrec_t4r.training.transfer import Source
+
+    catalogue, source = Catalogue.load(yesterday / "monday" / "catalogue"), read_source(yesterday / "run")
+    then = [SideColumn("event", "categorical", 5, 4, values=("view", "buy")), SideColumn("price", "continuous", 1, 4)]
+    weights = build_missrec(source.recipe.model, catalogue, then).state_dict()
+    now = [dataclasses.replace(then[0], size=6, values=("view", "buy", "gift")), then[1]]
+    model = build_missrec(source.recipe.model, catalogue, now)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report, _ = load_continued(model, catalogue, Source(source.run, source.recipe, source.info, weights))
+    [table] = [name for name, tensor in weights.items() if name.startswith("side.") and tuple(tensor.shape) == (5, 4)]
+    after = model.state_dict()
+    assert torch.equal(after[table][:5], weights[table])
+    assert torch.equal(after[table][5], before[table][5])
+    assert torch.equal(after["side.projection.weight"], weights["side.projection.weight"])
+    assert {part["name"]: part["status"] for part in report["parts"]}["side features"] == "loaded"
+
+
 def test_the_commands_know_which_options_go_together(yesterday: Path, tmp_path: Path) -> None:
     from missrec_t4r import commands
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from missrec_t4r.errors import ConfigError, DataError, MISSRecError, ModalityError, SchemaError
-from missrec_t4r.workflows import etl as module
+from missrec_t4r.workflows import outputs
 from missrec_t4r.workflows.etl import etl
 from missrec_t4r.workflows.features import features
 from missrec_t4r.workflows.sources.generator import generate_shop
@@ -104,7 +104,7 @@ def test_a_failure_half_way_leaves_the_old_folder(tmp_path: Path, monkeypatch: p
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_write_request", interrupt)
+    monkeypatch.setattr(outputs, "write_request", interrupt)
     with pytest.raises(KeyboardInterrupt):
         etl(*files, tmp_path / "out" / "data", max_events=3)
     assert sorted(path.relative_to(tmp_path) for path in (tmp_path / "out").rglob("*")) == before

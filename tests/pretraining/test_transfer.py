@@ -104,6 +104,17 @@ def test_freezing_and_taking_can_be_chosen(
         assert not torch.equal(model.state_dict()["towers.adapters.text.weight"], before["towers.adapters.text.weight"])
 
 
+def test_an_ordinary_run_of_another_shop_is_a_start_too(shops: dict[str, Path], tmp_path: Path) -> None:
+    from missrec_t4r.training.finetune import train
+
+    settings = ONE_EPOCH | {"model.item_ids": True}
+    train(shops["books"], tmp_path / "books", recipe="pretrain", settings=settings)
+    result = train_from(shops["tools"], tmp_path / "tools", tmp_path / "books", recipe="pretrain", settings=settings)
+    parts = _parts(result["start"])
+    assert parts["adapter text"]["status"] == "loaded"
+    assert (parts["item IDs"]["status"], parts["item IDs"]["note"]) == ("re-initialised", "of this catalogue's items")
+
+
 def test_what_the_recipe_pretrain_makes_fits_the_recipe_default(tmp_path: Path) -> None:
     require_same(Recipe.load("default").model, Recipe.load("pretrain").model, tmp_path)
 

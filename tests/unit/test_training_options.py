@@ -135,10 +135,10 @@ def test_fp16_is_refused_on_a_cpu(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("softmax", ["chunked", "sampled"])
 def test_large_softmaxes_train(data: Path, tmp_path: Path, softmax: str) -> None:
     """Twelve items, three of them drawn: the estimate is rough and still learns the order of the items."""
-    settings = SMALL | {"train.softmax": softmax, "train.negatives": 3, "train.chunk_size": 4, "train.epochs": 30}
+    settings = SMALL | {"train.softmax": softmax, "train.negatives": 3, "train.chunk_size": 4, "train.epochs": 15}
     more = {"train.learning_rate": 1e-2, "train.ema_decay": 0.5, "train.patience": 99}
     result = train(data, tmp_path / "run", recipe="tiny", settings=settings | more)
-    assert result["valid_ndcg@10"] > 0.7
+    assert result["valid_ndcg@10"] > 0.6  # popularity: about .38 of twelve items
 
 
 def test_curves_drop_what_comes_again(tmp_path: Path) -> None:

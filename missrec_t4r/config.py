@@ -90,8 +90,8 @@ class MISSRecConfig:
     """Co-occurring items per item that the neighbour prior adds to the score when ranking, with a weight that
     validation chooses after training (ours: small shops are won by item-kNN otherwise); 0 switches it off."""
     n_lookalikes: int = 32
-    """Items of the most similar content per candidate that the look-alike prior adds to the score when ranking, with a
-    weight that validation chooses after training (ours: the adapters forget what raw vectors know); 0 switches it off."""
+    """Items of the most similar content per candidate that the look-alike prior adds to the score when ranking, its
+    weight chosen on validation after training (ours: the adapters forget what raw vectors know); 0 switches it off."""
     temperature: float = 0.07
     """Divides scores before the softmax; > 0 (paper: 0.07)."""
     orthogonality: Orthogonality = "cosine"
@@ -256,6 +256,10 @@ class PretrainConfig:
     """Probability that a view lacks an item; the first always stays (paper: 0.2)."""
     word_drop_probability: float = 0.2
     """Probability that an item of a view is read with words left out of its text (paper: 0.2)."""
+
+    refresh_interests: bool = False
+    """False: interests are found once, under the first adapters, as published. True: as in fine-tuning, every
+    ``train.refresh_interests_every`` epochs (ours: the encoder then learns on centroids like those it will meet)."""
 
     def __post_init__(self) -> None:
         _check_types(self)

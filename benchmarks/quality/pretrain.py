@@ -45,6 +45,7 @@ ALONE: dict[str, Any] = {"model.n_neighbours": 0, "model.n_lookalikes": 0, "trai
 PRETRAININGS: dict[str, dict[str, Any]] = {
     "contrastive": {},
     "short": {"train.epochs": 5},
+    "refreshed": {"pretrain.refresh_interests": True},
     "softmax": {"pretrain.objective": "full_softmax", "train.softmax": "sampled", "train.negatives": 2048},
 }
 
@@ -64,6 +65,8 @@ VARIANTS: dict[str, Variant] = {
     "full": Variant("contrastive"),
     "adapters": Variant("contrastive", take="adapters"),
     "short": Variant("short"),
+    "refreshed": Variant("refreshed"),
+    "refreshed_frozen": Variant("refreshed", "encoder_decoder"),
     "softmax": Variant("softmax"),
     "softmax_frozen": Variant("softmax", "encoder_decoder"),
     "scratch_inductive": Variant(settings={"model.item_ids": False}),

@@ -132,9 +132,9 @@ class Pretrainer(Trainer):
             )
 
     def refresh_interests(self, epoch: int) -> None:
-        """Cluster the union's tokens at the start of the schedule, and never again."""
-        if epoch == 0:
-            self.model.discover_interests(self.recipe.train.seed)
+        """Cluster the union's tokens at the start of the schedule, and never again unless the recipe says so."""
+        if epoch == 0 or self.recipe.pretrain.refresh_interests:
+            super().refresh_interests(epoch)
 
     def loss(self, batch: TrainingBatch, totals: Totals | None = None) -> Tensor:
         """Return the objective of a batch, or of this process's part of it."""

@@ -81,7 +81,10 @@ def test_a_run_learns_and_says_where_its_modalities_come_from(pretrained: Path) 
     assert not any("id_embedding" in name for name in weights)
 
 
-def test_a_batch_mixes_domains_and_interests_are_found_once(shops: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("refresh", [False, True])
+def test_a_batch_mixes_domains_and_interests_are_found_once_or_again(
+    shops: dict[str, Path], tmp_path: Path, refresh: bool
+) -> None:
     folders = {name: shops[name] for name in ("books", "toys")}
     domains, seen = load_domains(folders), []
 
@@ -90,14 +93,14 @@ def test_a_batch_mixes_domains_and_interests_are_found_once(shops: dict[str, Pat
             seen.append(set(domains.domain[batch.item_ids.numpy().ravel()].tolist()))
             return super().loss(batch, totals)
 
-    recipe = Recipe.load("pretrain", SMALL | {"train.epochs": 2})
+    recipe = Recipe.load("pretrain", SMALL | {"train.epochs": 2, "pretrain.refresh_interests": refresh})
     trainer = Watched(recipe, domains, folders, tmp_path)
     centroids = []
     for _ in range(2):
         trainer._epoch()
         centroids.append(trainer.model.interests.centroids.clone())
     assert sum({0, 1} <= domains_of_batch for domains_of_batch in seen) > len(seen) / 2
-    assert torch.equal(*centroids)
+    assert torch.equal(*centroids) is not refresh
 
 
 def test_a_killed_run_ends_as_if_it_had_never_stopped(shops: dict[str, Path], tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def _load(folder: Path) -> tuple[Sessions, list[Any]]:
     names = pq.read_schema(files[0]).names
     owners = [name for name in (USER_ID, SESSION_ID) if name in names]
     table = pa.concat_tables([pq.read_table(file, columns=owners) for file in files])
-    keys = list(zip(*(table[name].to_pylist() for name in owners), strict=True))
+    keys: list[Any] = list(zip(*(table[name].to_pylist() for name in owners), strict=True))
     sessions = Sessions.load(folder, [TIMESTAMP] if TIMESTAMP + LIST_SUFFIX in names else [])
     return sessions, keys or list(range(len(sessions)))
 

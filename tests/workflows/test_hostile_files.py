@@ -3,6 +3,9 @@
 import gzip
 import json
 import resource
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -177,3 +180,26 @@ def test_a_read_only_place_is_named(tmp_path: Path) -> None:
         etl(*write(tmp_path / "raw"), place)
     with pytest.raises(DataError, match="cannot be written"), written_aside(place, "x.json"):
         pass
+
+
+def test_what_a_killed_run_left_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
+    """Killed between its two renames: the old folder is back. Killed before: its unfinished folder is gone."""
+    out = tmp_path / "data"
+    with written_aside(out, "mark.json") as folder:
+        (folder / "mark.json").write_text("1")
+    script = (
+        "import os, signal, sys; from pathlib import Path; from missrec_t4r.workflows.folders import written_aside\n"
+        "with written_aside(Path(sys.argv[1]), 'mark.json') as folder:\n"
+        "    (folder / 'mark.json').write_text('2')\n"
+        "    if sys.argv[2] == 'late': Path(sys.argv[1]).rename(str(folder) + '-old')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    for when, left in (("early", 2), ("late", 2)):
+        ran = subprocess.run([sys.executable, "-c", script, str(out), when], check=False)
+        assert ran.returncode == -signal.SIGKILL
+        assert len(list(tmp_path.iterdir())) == left
+        assert out.exists() == (when == "early")
+    with pytest.raises(ValueError, match="stop"), written_aside(out, "mark.json"):
+        raise ValueError("stop")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert (out / "mark.json").read_text() == "1"

@@ -44,3 +44,24 @@ def test_the_commands_of_the_howto(repository: Path, tmp_path: Path, monkeypatch
 def _settings(run: Path) -> set[str]:
     recipe = json.loads((run / "recipe.json").read_text())
     return {name for part in ("model", "train", "pretrain") for name in recipe[part]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pretrain", "--data", "nowhere", "--out", "o"], "missrec etl"),
+        (["pretrain", "--data", "x/a", "--data", "y/a", "--out", "o"], "two domains are called 'a'"),
+        (["pretrain", "--data", "a", "--out", "o", "--set", "pretrain.objectiv=x"], "did you mean 'objective'"),
+        (["train", "--data", "a", "--out", "o", "--from", "nowhere"], "a finished run"),
+        (["train", "--data", "a", "--out", "o", "--continue", "nowhere"], "a finished run"),
+        (["train", "--data", "a", "--out", "o", "--freeze", "none"], "--from RUN"),
+    ],
+)
+def test_bad_input_is_answered_with_a_paragraph_and_code_2(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2, done.output
+    assert words in " ".join(done.output.split())
+    assert list(tmp_path.iterdir()) == []

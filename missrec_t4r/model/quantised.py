@@ -142,9 +142,9 @@ def steepness(n_tokens: int) -> float:
     """Return by how much at most the fused score errs where no vote errs by more than 1, whatever phi is.
 
     The slope of ``sum_m softmax(phi v)_m v_m`` in direction d is at most ``|d| (1 + sum_m w_m |x_m - mean|)`` with
-    x = phi v. Split the tokens at the mean, p the weight above it: the sum is ``2 p (1 - p)`` times the distance of the two sides'
-    means, and that is at most ``log(p / (1 - p)) + log(n - 1)``, because each side's mean is the logarithm of its mass
-    less its entropy. The largest value over p is taken on a fine grid, with room (ours).
+    x = phi v. Split the tokens at the mean, p the weight above it: the sum is ``2 p (1 - p)`` times the distance of
+    the two sides' means, and that is at most ``log(p / (1 - p)) + log(n - 1)``, because each side's mean is the
+    logarithm of its mass less its entropy. The largest value over p is taken on a fine grid, with room (ours).
     """
     p = torch.linspace(1e-6, 1 - 1e-6, 200_001, dtype=torch.float64)
     apart = torch.logit(p) + math.log(max(n_tokens - 1, 1))

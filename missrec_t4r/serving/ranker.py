@@ -24,6 +24,7 @@ from missrec_t4r.model.retrieval import SPARE, Found, Query, scan_bounds, search
 from missrec_t4r.model.score_table import build_score_table
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
 from missrec_t4r.serving.rules import NO_RULES, ItemColumns, Rules, capped
+from missrec_t4r.serving.traced import SessionEncoder, recorded
 
 Rows = npt.NDArray[np.int64]
 
@@ -93,6 +94,7 @@ class Ranker:
             self.table = build_score_table(model.fusion, model.towers.candidates(tokens)).to(self.device, dtype)
             self._tokens = tokens if tokens.modality.numel() <= _TOKENS_IN_MEMORY else None
             self._popularity = self._popular(catalogue)
+        self._encode = recorded(SessionEncoder(self.model, self._tokens))
         certified = self.device.type == "cpu" and catalogue.n_rows >= certified_from
         self.quantised: QuantisedTable | None = quantise(self.table) if certified else None
         self.widenings = 0
@@ -162,7 +164,9 @@ class Ranker:
     def encode(self, known: Rows, side: Mapping[str, npt.NDArray[Any]] | None = None) -> Tensor:
         """Return the session vectors [batch, dim] of compacted rows [batch, seq]; zero for an empty session."""
         session = torch.from_numpy(known).to(self.device)
-        given = {name: torch.from_numpy(values).to(self.device) for name, values in (side or {}).items()}
+        if not side:
+            return self._encode(session)
+        given = {name: torch.from_numpy(values).to(self.device) for name, values in side.items()}
         vectors = self.model.encode(session, catalogue=self._tokens, last_only=True, side=given).vectors
         return vectors * (session > PADDING_ROW).any(1, keepdim=True)
 

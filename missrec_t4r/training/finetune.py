@@ -29,7 +29,7 @@ from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, quick_metrics
 from missrec_t4r.evaluation.model_scorer import ModelScorer
 from missrec_t4r.model.missrec import MISSRec, build_missrec
 from missrec_t4r.model.sampled import SampledSoftmax
-from missrec_t4r.model.softmax import Softmax
+from missrec_t4r.model.softmax import FullSoftmax, Softmax
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.training import arithmetic, distributed
@@ -185,6 +185,8 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / RUN_FILE).unlink(missing_ok=True)
         self.curves = self._curves() if first else None
+        if not isinstance(self.softmax, FullSoftmax):
+            self.progress.say(f"{type(self.softmax).__name__} over {self.catalogue.n_items:,} items (train.softmax)")
         while not self._finished():
             line = self._epoch()
             if self.curves is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Optimiser:
         ]
         if by_rows:
             self.parts.append(torch.optim.SparseAdam(list(by_rows), lr=train.learning_rate))
-        self.scaler = torch.cuda.amp.GradScaler() if train.precision == "fp16" and device.type == "cuda" else None
+        self.scaler = _scaler() if train.precision == "fp16" and device.type == "cuda" else None
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -92,6 +93,11 @@ class Optimiser:
         if self.scaler is not None:
             named = {name.removeprefix("scaler."): t.item() for name, t in tensors.items() if name.startswith("scaler")}
             self.scaler.load_state_dict(named)
+
+
+def _scaler() -> Any:
+    """Return the scaler of losses; torch moved it in 2.3."""
+    return getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)()
 
 
 def _clip(weights: list[nn.Parameter], limit: float) -> None:

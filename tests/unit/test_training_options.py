@@ -132,6 +132,32 @@ def test_fp16_is_refused_on_a_cpu(data: Path, tmp_path: Path) -> None:
         _trainer(data, tmp_path, train__precision="fp16")
 
 
+def test_loss_scaling_leaves_the_step_as_it_is_and_skips_an_infinite_one() -> None:
+    """On a GPU fp16 needs it; its arithmetic is the same on a CPU, where torch has a scaler to try it with."""
+    weights = []
+    for scaled in (False, True):
+        table, dense = torch.nn.Embedding(5, 2), torch.nn.Linear(2, 1, bias=False)
+        torch.nn.init.constant_(table.weight, 0.5)
+        torch.nn.init.constant_(dense.weight, 0.5)
+        model = torch.nn.ModuleDict({"table": table, "dense": dense})
+        optimiser = Optimiser(model, TrainConfig(clip_norm=0.1), frozenset({table.weight}), torch.device("cpu"))
+        optimiser.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
+        for factor in (1.0, float("inf"), 2.0) if scaled else (1.0, 2.0):
+            optimiser.zero_grad()
+            rows = torch.nn.functional.embedding(torch.tensor([1, 3]), table.weight, sparse=True)
+            optimiser.backward(dense(rows).sum() * factor)
+            optimiser.step(0.1)
+        weights.append(torch.cat([table.weight.detach().flatten(), dense.weight.detach().flatten()]))
+    torch.testing.assert_close(weights[1], weights[0])
+    assert optimiser.scaler is not None
+    assert optimiser.scaler.get_scale() == 512.0
+    resumed = Optimiser(model, TrainConfig(), frozenset({table.weight}), torch.device("cpu"))
+    resumed.scaler = torch.amp.GradScaler("cpu")
+    resumed.load(optimiser.state())
+    assert resumed.scaler.get_scale() == 512.0
+    assert resumed.state().keys() == optimiser.state().keys()
+
+
 @pytest.mark.parametrize("softmax", ["chunked", "sampled"])
 def test_large_softmaxes_train(data: Path, tmp_path: Path, softmax: str) -> None:
     """Twelve items, three of them drawn: the estimate is rough and still learns the order of the items."""

@@ -1,4 +1,4 @@
-"""Commands that exchange what a running server answers with: deploy, rollback, shadow."""
+"""Commands around a running server: deploy, rollback, shadow, playground."""
 
 from __future__ import annotations
 
@@ -64,4 +64,18 @@ def shadow(
         port=port,
         seconds=seconds,
         progress=TerminalProgress(),
+    )
+
+
+@command
+def playground(
+    bundle: Annotated[Path, typer.Option(help="Bundle of the served model, for titles and attributes.")],
+    url: Annotated[str, typer.Option(help="gRPC address of the server.")] = "localhost:8001",
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures.")] = None,
+    image_column: Annotated[str, typer.Option(help="Column with a picture's file name.")] = "image",
+    port: Annotated[int, typer.Option(help="Of the page; 0 takes a free one.")] = 8020,
+) -> dict[str, Any]:
+    """Open a page where clicks on items change recommendations, scores and reasons."""
+    return commands.playground(
+        url, bundle, images=images, image_column=image_column, port=port, progress=TerminalProgress()
     )

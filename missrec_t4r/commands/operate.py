@@ -1,4 +1,4 @@
-"""What `missrec deploy`, `rollback` and `shadow` do."""
+"""What `missrec deploy`, `rollback`, `shadow` and `playground` do."""
 
 from __future__ import annotations
 
@@ -25,3 +25,10 @@ def shadow(url: str, candidate: str, **options: Any) -> dict[str, Any]:
     from missrec_t4r.serving.shadow import shadow as run
 
     return run(url, candidate, **options)
+
+
+def playground(url: str, bundle: Path, **options: Any) -> dict[str, Any]:
+    """Serve a page to try a server out; options as in `missrec_t4r.serving.playground.playground`."""
+    from missrec_t4r.serving.playground import playground as run
+
+    return run(url, bundle, **options)

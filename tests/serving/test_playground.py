@@ -1,0 +1,203 @@
+"""The playground, clicked by a real browser where one is installed, and asked over HTTP everywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import http.client
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from missrec_t4r.errors import DataError
+from missrec_t4r.serving.client import MISSRecClient
+from missrec_t4r.serving.local_triton import LocalTriton
+from missrec_t4r.serving.playground import Playground, Shop
+
+pytestmark = pytest.mark.triton
+WRONG_RULES = b'{"items": [], "rules": {"x": 1}}'
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def pictured(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The shop with pictures of some items, one of which points out of the folder."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("playground")
+    (folder / "images").mkdir()
+    items = pq.read_table(bundle / "items.parquet")
+    names: list[str | None] = [f"{place}.png" if place % 2 else None for place in range(items.num_rows)]
+    names[4], names[6] = "../secret.png", "gone.png"
+    Image.new("RGB", (8, 8), "red").save(folder / "secret.png")
+    for place, name in enumerate(names):
+        if name == f"{place}.png":
+            Image.new("RGB", (96, 96), f"hsl({place * 12}, 60%, 55%)").save(folder / "images" / name)
+    kinds = pa.array([("lamp", "desk", "rug")[place % 3] for place in range(items.num_rows)])
+    items = items.append_column("image", pa.array(names)).append_column("kind", kinds)
+    pq.write_table(items, folder / "items.parquet")
+    return folder, folder / "images"
+
+
+@pytest.fixture(scope="module")
+def page(server: LocalTriton, pictured: tuple[Path, Path]) -> Iterator[Playground]:
+    with MISSRecClient(server.grpc_url) as client, Playground(client, Shop(*pictured)) as running:
+        yield running
+
+
+def ask(page: Playground, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    connection = http.client.HTTPConnection(page.url.removeprefix("http://"), timeout=10)
+    content = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("GET" if body is None else "POST", path, content, headers)
+    answer = connection.getresponse()
+    found = answer.status, dict(answer.getheaders()), answer.read()
+    connection.close()
+    return found
+
+
+def test_the_page_gets_the_servers_answers_with_titles_pictures_and_reasons(page: Playground) -> None:
+    status, _, body = ask(page, "/api/recommend", {"items": ["ware-3-ü"], "top_k": 4, "exclude_seen": True})
+    answer = json.loads(body)
+    expected = page.client.recommend([["ware-3-ü"]], 4, exclude_seen=True, reasons=True)[0]
+    assert status == 200
+    assert [line["item"]["id"] for line in answer["recommendations"]] == expected.item_ids
+    assert [line["because_of"] for line in answer["recommendations"]] == ["ware-3-ü"] * 4
+    assert all(line["item"]["title"].startswith("Ware ") for line in answer["recommendations"])
+    assert answer["catalogue_version"] == expected.catalogue_version
+
+
+def test_search_pages_and_facets(page: Playground) -> None:
+    found = json.loads(ask(page, "/api/items?search=ware%2012")[2])
+    assert {item["title"] for item in found["items"]} >= {"Ware 12"}
+    assert all("12" in f"{item['title']} {item['id']}" for item in found["items"])
+    assert json.loads(ask(page, "/api/items?offset=29")[2])["items"][0]["id"] in page.shop.ids
+    facets = json.loads(ask(page, "/api/shop")[2])["facets"]
+    assert facets["kind"] == ["desk", "lamp", "rug"]
+    assert not {"image", "title", "item_id", "train_count"} & set(facets)
+
+
+def test_pictures_are_served_from_their_folder_alone(page: Playground) -> None:
+    status, headers, body = ask(page, "/picture/1")
+    assert (status, headers["Content-Type"], body[:4]) == (200, "image/png", b"\x89PNG")
+    for path in ("/picture/4", "/picture/6", "/picture/0", "/picture/-1", "/picture/999", "/../items.parquet", "/x"):
+        assert ask(page, path)[0] == 404
+    assert ask(page, "/picture/x")[0] == 400
+
+
+def test_strange_requests_get_an_error_each_and_the_page_stays_up(page: Playground) -> None:
+    for body in (
+        b"{",
+        b"[]",
+        b'{"items": 3}',
+        b"{}",
+        b'{"items": [], "top_k": "x"}',
+        b'{"items": [], "rules": {"x": 1}}',
+    ):
+        status, _, answer = ask(page, "/api/recommend", body)
+        assert status == 400
+        assert json.loads(answer)["error"]
+    assert ask(page, "/api/recommend", b"x", **{"Content-Length": "9999999"})[0] == 413
+    assert ask(page, "/", Host="evil.example")[0] == 403
+    status, headers, body = ask(page, "/")
+    assert status == 200
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert b"src=" not in body.replace(b"image.src", b"")  # nothing is fetched from anywhere
+    assert b"innerHTML" not in body
+
+
+def test_no_folder_no_pictures(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no pictures"):
+        Shop(bundle, tmp_path)
+    assert Shop(bundle).describe(0)["picture"] is None
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+def test_clicks_change_the_recommendations_in_a_browser(page: Playground, tmp_path: Path) -> None:
+    with headless(page.url, tmp_path) as port:
+        seen = asyncio.run(clicked(port, Path(os.environ.get("MISSREC_SCREENSHOTS", str(tmp_path)))))
+    assert len(seen["popular"]) == 10
+    assert seen["first"] != seen["popular"]
+    assert seen["second"] != seen["first"]
+    assert seen["chips"] == 2
+    assert "because of Ware" in seen["why"]
+    brands = dict(zip(page.shop.ids, page.shop.items["brand"].to_pylist(), strict=True))
+    assert {brands[item] for item in seen["branded"]} == {page.shop.facets["brand"][0]}
+    assert seen["filtered"] == []
+    assert "the catalogue has no column 'kind'" in seen["note"]  # this server's does not; the page says what it says
+
+
+class headless:  # noqa: N801 - reads as what it is
+    """A browser on a page, with its remote control on a free port."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        options = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--window-size=1360,980",
+            "--remote-debugging-port=0",
+        ]
+        self._profile = folder / "profile"
+        self._command = [str(BROWSER), *options, "--no-proxy-server", f"--user-data-dir={self._profile}", url]
+
+    def __enter__(self) -> int:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        file, deadline = self._profile / "DevToolsActivePort", time.monotonic() + 30
+        while not file.is_file() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.3)
+        return int(file.read_text().splitlines()[0])
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+async def clicked(port: int, shots: Path) -> dict[str, Any]:
+    import aiohttp
+
+    async with aiohttp.ClientSession() as web:
+        async with web.get(f"http://127.0.0.1:{port}/json") as pages:
+            target = next(one for one in await pages.json() if one["type"] == "page")
+        async with web.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as wire:
+
+            async def call(method: str, **params: Any) -> dict[str, Any]:
+                await wire.send_json({"id": 1, "method": method, "params": params})
+                while (answer := await wire.receive_json()).get("id") != 1:
+                    pass
+                return answer["result"]
+
+            async def value(code: str) -> Any:
+                return (await call("Runtime.evaluate", expression=code, returnByValue=True))["result"].get("value")
+
+            async def answered(number: int) -> list[str]:
+                for _ in range(150):
+                    if int(await value("document.body.dataset.ready || 0") or 0) >= number:
+                        break
+                    await asyncio.sleep(0.1)
+                return await value("[...document.querySelectorAll('#answer li')].map(line => line.dataset.id)")
+
+            seen: dict[str, Any] = {"popular": await answered(1)}
+            await value("document.querySelectorAll('#items .item')[3].click()")
+            seen["first"] = await answered(2)
+            await value("document.querySelectorAll('#answer li')[2].click()")
+            seen["second"] = await answered(3)
+            seen["chips"] = await value("document.querySelectorAll('.chip').length")
+            seen["why"] = await value("document.querySelector('#answer .why').textContent")
+            shot = await call("Page.captureScreenshot", format="png")
+            (shots / "playground.png").write_bytes(base64.b64decode(shot["data"]))
+            await value("$('column').value = 'brand'; $('column').onchange()")
+            seen["branded"] = await answered(4)
+            await value("$('column').value = 'kind'; $('column').onchange()")
+            seen["filtered"] = await answered(5)
+            seen["note"] = await value("document.getElementById('note').textContent")
+            return seen

@@ -129,8 +129,18 @@ def load_strictly(model: torch.nn.Module, weights: Mapping[str, Tensor], source:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file aside and rename it into place."""
     aside = path.with_name(f".{path.name}.partial")
-    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, aside, dict(metadata or {}))
+    seen: set[int] = set()
+    save_file({name: _apart(tensor, seen) for name, tensor in tensors.items()}, aside, dict(metadata or {}))
     os.replace(aside, path)
+
+
+def _apart(tensor: Tensor, seen: set[int]) -> Tensor:
+    """Return the tensor in memory of its own, as the format wants it: a copy only where it shares its memory."""
+    tensor = tensor.detach().contiguous()
+    storage = tensor.untyped_storage()
+    shared = storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size()
+    seen.add(storage.data_ptr())
+    return tensor.clone() if shared else tensor
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

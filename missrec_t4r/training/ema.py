@@ -40,13 +40,15 @@ class AveragedWeights:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Let the model carry the averaged weights inside the block."""
+        if not self.weights:
+            yield
+            return
         raw = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
         self._copy(self.weights)
         try:
             yield
         finally:
-            if self.weights:
-                self._copy(raw)
+            self._copy(raw)
 
     @torch.no_grad()
     def _copy(self, weights: dict[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.training.arithmetic import compiling
+from missrec_t4r.training.checkpoint import load_tensors, save_tensors
 from missrec_t4r.training.curves import Curves
 from missrec_t4r.training.finetune import Trainer, train
 from missrec_t4r.training.optimiser import Optimiser
@@ -224,3 +225,11 @@ def test_contradictions_are_refused() -> None:
     for wrong in ({"accumulate": 0}, {"negatives": 0}, {"chunk_size": 0}, {"clip_norm": -1.0}, {"precision": "int8"}):
         with pytest.raises(ConfigError):
             TrainConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_tensors_that_share_memory_are_saved_whole(tmp_path: Path) -> None:
+    table = torch.arange(12.0).view(3, 4)
+    tensors = {"table": table, "again": table, "row": table[1], "turned": table.T, "empty": torch.zeros(0)}
+    save_tensors(tmp_path / "x.safetensors", tensors | {"none": torch.zeros(0)})
+    found = load_tensors(tmp_path / "x.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

@@ -89,6 +89,7 @@ def compare(options: argparse.Namespace) -> None:
             "paper_over_release_unpadded": _ratio(of("paper"), of("release_unpadded")),
             "default_over_release": _ratio(of("default"), of("release")),
             "default_over_t4r_xlnet": _ratio(of("default"), of("t4r_xlnet")),
+            "per_cpu_second": {name: of(name, "prefixes_per_cpu_s") for name in names},
             "users_per_s": of("default", "users_per_s"),
             "paper_users_per_s": of("paper", "users_per_s"),
             "release_users_per_s": of("release", "users_per_s"),

@@ -46,8 +46,10 @@ class MultiHeadAttention(nn.Module):
         if n_queries * (width + self.n_head * n_keys) < n_keys * width:
             return self._few_queries(queries, keys, mask)
         if queries is keys:
-            return self.attend(*self.project(queries).chunk(3, -1), mask)
-        return self.attend(self.query(queries), *_project(keys, self.key, self.value).chunk(2, -1), mask)
+            query, key, value = self.project(queries).chunk(3, -1)
+        else:
+            query, (key, value) = self.query(queries), _project(keys, self.key, self.value).chunk(2, -1)
+        return self.attend(query, key, value, mask)
 
     def project(self, x: Tensor) -> Tensor:
         """Return queries, keys and values for self-attention side by side, [.., 3 * dim]."""
@@ -125,9 +127,10 @@ class EncoderLayer(nn.Module):
         projected : Tensor [batch, token, 3 * dim], optional
             What `MultiHeadAttention.project` makes of ``x``, where it is at hand.
         """
-        attention = self.self_attention
-        mixed = attention(x, x, mask) if projected is None else attention.attend(*projected.chunk(3, -1), mask)
-        x = self.norm_attention(x + self.dropout(mixed))
+        if projected is None:
+            projected = self.self_attention.project(x)
+        query, key, value = projected.chunk(3, -1)
+        x = self.norm_attention(x + self.dropout(self.self_attention.attend(query, key, value, mask)))
         hidden: Tensor = self.norm_feedforward(x + self.dropout(self.feedforward(x)))
         return hidden
 

@@ -7,6 +7,7 @@ first event (or left out, on request) and have no modality.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -189,6 +190,21 @@ def with_train_count(
     columns = {ITEM_ID: catalogue.items[ITEM_ID], TRAIN_COUNT: pa.array(np.asarray(counts, np.int64))}
     table = pa.table(columns | {name: catalogue.items[name] for name in others})
     return Catalogue(table, catalogue.modalities if modalities is None else modalities)
+
+
+def grown_catalogue(old: Catalogue, items: pa.Table, vectors: Vectors) -> Catalogue:
+    """Return the old catalogue with further items; encoders, their state and variants stay."""
+    more = items.num_rows - old.n_items
+    modalities = {}
+    for name, modality in old.modalities.items():
+        full = np.concatenate([np.zeros((FIRST_ITEM_ROW, modality.width), np.float32), vectors[name]])
+        present = full.any(1)
+        present[: old.n_rows] |= modality.present
+        pad = ((0, more), (0, 0))
+        variants = {variant: np.pad(array, pad) for variant, array in modality.variants.items()}
+        modalities[name] = replace(modality, vectors=full, present=present, variants=variants)
+    table = items.append_column(TRAIN_COUNT, pa.array(np.zeros(items.num_rows, np.int64)))
+    return Catalogue(table.select([ITEM_ID, TRAIN_COUNT, *[n for n in items.column_names if n != ITEM_ID]]), modalities)
 
 
 def _zeros(items: pa.Table) -> pa.Array:

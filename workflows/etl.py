@@ -23,7 +23,7 @@ from missrec_t4r.errors import ConfigError, SchemaError
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import ITEM_ID, ITEM_LIST, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
 from missrec_t4r.workflows import catalogue as catalogues
-from missrec_t4r.workflows import checks, outputs, scale, sessions, splits
+from missrec_t4r.workflows import checks, outputs, places, scale, sessions, splits
 from missrec_t4r.workflows.derived import CLOCK, Derived, parse_seconds, parse_time_features, parse_weights
 from missrec_t4r.workflows.dry_run import is_large, planned
 from missrec_t4r.workflows.engine import engine as running
@@ -225,10 +225,10 @@ def _on_disk(
 ) -> dict[str, Any]:
     settings, names = task.settings, task.names
     copies = out.with_name(f".{out.name}-copies")
-    with scale.working_folder(out) as (work, finish), running(scheduler, workers) as machines:
+    with places.working_folder(out) as (work, finish), running(scheduler, workers) as machines:
         user, item, _ = names
-        files = scale.as_parquet(task.files, copies, [user, item])
-        table, vectors = scale.read_catalogue(
+        files = places.as_parquet(task.files, copies, [user, item])
+        table, vectors = places.read_catalogue(
             task.items, task.catalogue_item, files, item, task.modality_files, task.findings
         )
         job = scale.Job(

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from missrec_t4r.errors import SchemaError
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
 from missrec_t4r.workflows import kernels, splits
 from missrec_t4r.workflows.derived import SESSION_ID
@@ -48,9 +49,15 @@ def events_of(work: str, partition: int, name: str = MERGED_FILE) -> pa.Table:
     """Return a partition's events in the order of the input, with common codes and types."""
     plan, merged = load_plan(work), load_merged(work, name)
     table = read_shards(work, partition, merged["maps"], [USER_ID, ITEM_ID, TIMESTAMP, *plan.features])
-    return pa.table(
-        {name: table[name].cast(merged["types"].get(name, table[name].type)) for name in table.column_names}
-    )
+    columns = {}
+    for column in table.column_names:
+        kind = merged["types"].get(column, str(table[column].type))
+        try:
+            columns[column] = table[column].cast(kind)
+        except pa.ArrowInvalid as error:
+            words = f"column {column!r} does not fit the folder ({error})"
+            raise SchemaError(words, f"{kind} as before", "run missrec etl on all events") from error
+    return pa.table(columns)
 
 
 def survey(work: str, partition: int) -> dict[str, int]:
@@ -109,7 +116,14 @@ def gather(work: str, partition: int) -> dict[str, Any]:
     order, codes = order_of(users, times)
     if not merged["filtered"]:
         repeated = repeats(codes, times, items, order)
-        found = {"repeated": len(repeated), "strange": 0, "backwards": backwards(codes, times)}
+        strange = items >= merged["rows"]
+        found = {"repeated": len(repeated), "strange": int(strange.sum()), "backwards": backwards(codes, times)}
+        if strange.any() or (merged["drop_duplicates"] and len(repeated)):  # of an update; else `survey` saw to it
+            stay = ~strange
+            stay[repeated[~strange[repeated]] if merged["drop_duplicates"] else repeated[:0]] = False
+            table = table.filter(pa.array(stay))
+            users, items, times = users.filter(pa.array(stay)), items[stay], times[stay]
+            order, codes = order_of(users, times)
     counts = np.bincount(codes)
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
     first = np.zeros(len(counts), np.int64)

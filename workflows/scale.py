@@ -15,8 +15,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,8 @@ from missrec_t4r.workflows import catalogue as catalogues
 from missrec_t4r.workflows import checks, kernels, outputs, partitions, sessions, splits
 from missrec_t4r.workflows.derived import CLOCK, Derived
 from missrec_t4r.workflows.engine import Engine
-from missrec_t4r.workflows.folders import disk_in_words, file_aside
-from missrec_t4r.workflows.inputs import read_items
 from missrec_t4r.workflows.merging import by_frequency, common_values, note_gathered, note_shards, number_type, summed
+from missrec_t4r.workflows.places import link, unified_schema
 from missrec_t4r.workflows.shards import (
     ITEMS_FILE,
     PLAN_FILE,
@@ -47,7 +45,6 @@ from missrec_t4r.workflows.shards import (
     write_json,
     write_shard,
 )
-from missrec_t4r.workflows.sources.table import read_table
 
 EVENTS_PER_PARTITION = 500_000
 _SAMPLE = 1000
@@ -82,6 +79,8 @@ class Job:
     partitions: int | None = None
     old: dict[str, Any] = field(default_factory=dict)
     """For an update: folder, types, categories and boundaries of the version before."""
+    catalogue: Catalogue | None = None
+    """For an update: the catalogue that grows."""
 
 
 def build(job: Job, top: Path, engine: Engine, progress: Progress) -> tuple[Path, dict[str, Any]]:
@@ -89,7 +88,7 @@ def build(job: Job, top: Path, engine: Engine, progress: Progress) -> tuple[Path
     plan = make_plan(job)
     work = prepare_folder(top, plan, job)
     shards = engine.run(write_shard, _each(work, len(plan.chunks)), progress, "reading events")
-    if not sum(shard["rows"] for shard in shards):
+    if not job.old and not sum(shard["rows"] for shard in shards):
         raise DataError("no event has user, item and time", "at least one complete row", "check the three columns")
     merged = merge(job, plan, shards, work, engine, progress)
     write_json(work / partitions.MERGED_FILE, merged)
@@ -101,55 +100,9 @@ def build(job: Job, top: Path, engine: Engine, progress: Progress) -> tuple[Path
         job.settings |= {name: merged[name] for name in ("valid_from", "test_from")}
     write_json(work / partitions.DIVIDE_FILE, merged)
     engine.run(partitions.divide, tasks, progress, "writing the splits")
-    return work / "out", _finish(job, plan, merged, work)
-
-
-@contextmanager
-def working_folder(out: Path) -> Iterator[tuple[Path, Callable[[Path], None]]]:
-    """Yield the working folder of ``out``, and what puts a finished folder of it into place.
-
-    What was finished before a kill is found again; an error that needs another input or setting clears it.
-
-    Raises
-    ------
-    DataError
-        ``out`` is neither new, nor empty, nor a data folder; or the disk is full or read-only.
-    """
-    if out.exists() and not (out.is_dir() and ((out / outputs.REPORT_FILE).is_file() or not any(out.iterdir()))):
-        raise DataError(f"{out} exists and is no data folder", "a new or an older data folder", "choose another --out")
-    work, old = out.with_name(f".{out.name}-work"), out.with_name(f".{out.name}-old")
-    if old.exists() and not out.exists():
-        old.rename(out)  # killed between the two renames below
-    try:
-        with disk_in_words(out):
-
-            def finish(folder: Path) -> None:
-                shutil.rmtree(old, ignore_errors=True)
-                if out.exists():
-                    out.rename(old)
-                folder.rename(out)
-
-            yield work, finish
-    except Exception:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def as_parquet(files: Sequence[Path], folder: Path, text_columns: Sequence[str]) -> list[Path]:
-    """Return the files, those of other kinds copied to parquet in ``folder`` (one in memory at a time)."""
-    found = []
-    for number, file in enumerate(files):
-        copy = file
-        if not file.name.endswith((".parquet", ".pq")):
-            stamp = file.stat()
-            copy = folder / f"{number:05}-{stamp.st_size}-{stamp.st_mtime_ns}.parquet"
-            if not copy.is_file():
-                with file_aside(copy) as aside:
-                    pq.write_table(read_table(file, "interactions", text_columns=text_columns), aside)
-        found.append(copy)
-    return found
+    if job.old:
+        _take_over(job, work, sorted(set(range(plan.partitions)) - set(numbers)))
+    return work / "out", _finish(job, plan, merged, work) | ({"touched": numbers} if job.old else {})
 
 
 def make_plan(job: Job) -> Plan:
@@ -182,36 +135,11 @@ def make_plan(job: Job) -> Plan:
     count = job.partitions or max(1, -(-rows // EVENTS_PER_PARTITION))
     time = empty[TIMESTAMP].type
     numeric = pa.types.is_integer(time) or pa.types.is_floating(time)
+    if job.old and features != job.settings["event_features"]:
+        known = job.settings["event_features"]
+        raise SchemaError(f"the new events have columns {features}", f"{known} as before", "see --drop-column")
     job.settings["event_features"] = features
     return Plan(chunks, min(count, 65_535), dict(job.names), kinds, not numeric)
-
-
-def unified_schema(files: Sequence[Path], names: Mapping[str, str]) -> pa.Schema:
-    """Return the common schema of parquet files, or say which file differs or lacks a column."""
-    schemas = []
-    for file in files:
-        try:
-            schemas.append(pq.read_schema(file).remove_metadata())
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{file} cannot be read ({error})", "interactions as parquet", "write the file again"
-            ) from error
-        if set(schemas[-1].names) != set(schemas[0].names):
-            odd = sorted(set(schemas[-1].names) ^ set(schemas[0].names))
-            raise SchemaError(
-                f"{file} and {files[0]} differ in columns {odd}", "interactions files with the same columns"
-            )
-    for raw, option in zip(names, ("--user-column", "--item-column", "--time-column"), strict=True):
-        if raw not in schemas[0].names:
-            raise SchemaError(
-                f"the interactions table has columns {schemas[0].names}",
-                f"a column {raw!r}",
-                f"name yours with {option}",
-            )
-    try:
-        return pa.unify_schemas(schemas, promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise SchemaError(f"the interactions files disagree on a type ({error})", "one type per column") from error
 
 
 def prepare_folder(top: Path, plan: Plan, job: Job) -> Path:
@@ -273,19 +201,21 @@ def merge(
         "max_events": job.settings["max_events"],
         "session_gap": job.derive.session_gap,
         "time_features": list(job.derive.time_features),
-        "newest": job.derive.newest or max(shard["newest"] for shard in shards if shard["newest"] is not None),
+        "newest": job.settings["newest"] if job.old else max(s["newest"] for s in shards if s["newest"] is not None),
         "weights": None,
     }
     job.settings["newest"] = merged["newest"]
+    if job.old:
+        merged["types"] = job.old["types"]
     categories = {name: common_values(shards, name) for name, kind in plan.features.items() if kind == "category"}
     for name, (_, _, codes) in categories.items():
         for chunk, values in zip(maps, codes, strict=True):
             chunk[name] = values
-    if append:
+    if append and len(unknown.values):
         job.items, job.vectors = with_items(job.items, job.vectors, unknown.values)
     rare = max(job.settings["k_core"], job.settings["min_item_count"]) > 0
     dropped = not append and len(unknown.values) > 0
-    if rare or dropped or job.settings["drop_duplicates"]:
+    if not job.old and (rare or dropped or job.settings["drop_duplicates"]):
         write_json(work / partitions.SURVEY_FILE, merged)
         _filter(job, plan, merged, work, engine, progress)
         counts = engine.run(partitions.count_codes, _each(work, plan.partitions), progress, "counting categories")
@@ -364,6 +294,22 @@ def _filter(job: Job, plan: Plan, merged: dict[str, Any], work: Path, engine: En
         job.vectors = {name: array[keep] for name, array in job.vectors.items()}
 
 
+def _take_over(job: Job, work: Path, numbers: Sequence[int]) -> None:
+    """Link what an update did not touch into the new version."""
+    old = Path(job.old["folder"])
+    for number in numbers:
+        for ending in ("arrow", "json", "npy"):
+            file = partitions.place(old, partitions.STATE_FOLDER, number, ending)
+            place = partitions.place(work, partitions.STATE_FOLDER, number, ending)
+            if file.is_file() and not place.exists():
+                link(file, place)
+        for split in SPLITS:
+            file = old / split / f"part_{number:05}.parquet"
+            if file.is_file() and not (work / "out" / split / file.name).exists():
+                link(file, work / "out" / split / file.name)
+        write_json(partitions.place(work, "done", number, "json"), job.old["parts"][number])
+
+
 def _finish(job: Job, plan: Plan, merged: dict[str, Any], work: Path) -> dict[str, Any]:
     """Write what is common to all partitions: catalogue, workflows, schema."""
     out = work / "out"
@@ -371,9 +317,10 @@ def _finish(job: Job, plan: Plan, merged: dict[str, Any], work: Path) -> dict[st
     known = [json.loads(partitions.place(work, "state", n, "json").read_text()) for n in range(plan.partitions)]
     rows = {name: sum(part["sessions"][name] for part in done) for name in SPLITS}
     splits.check_lengths({name: np.array([rows[name]]) for name in SPLITS})
-    catalogue: Catalogue = catalogues.build_catalogue(
-        job.items, job.vectors, job.modality_files, job.settings["fingerprints"]
-    )
+    if job.catalogue is None:
+        catalogue = catalogues.build_catalogue(job.items, job.vectors, job.modality_files, job.settings["fingerprints"])
+    else:
+        catalogue = catalogues.grown_catalogue(job.catalogue, job.items, job.vectors)
     counts = np.zeros(catalogue.n_rows, np.int64)
     for number in range(plan.partitions):
         part = np.load(partitions.place(work, "state", number, "npy"))
@@ -444,27 +391,3 @@ def _boundaries(work: Path, count: int) -> tuple[float, float]:
             column = pa.ipc.open_file(source).read_all()[TIMESTAMP + LIST_SUFFIX].combine_chunks()
             times.append(column.flatten().to_numpy().copy())
     return splits.default_boundaries(np.concatenate(times))
-
-
-def read_catalogue(
-    items: Path,
-    catalogue_item: str,
-    files: Sequence[Path],
-    item_column: str,
-    modality_files: Mapping[str, Path],
-    findings: checks.Findings,
-) -> tuple[pa.Table, catalogues.Vectors]:
-    """Return the item table and its vectors, one line per id; ids of the type that the events have."""
-    table = read_items(items, catalogue_item, findings)
-    ids = checks.normal_ids(table[ITEM_ID], ITEM_ID)
-    kind = (
-        plain(pa.chunked_array([], pq.read_schema(files[0]).field(item_column).type)).type
-        if item_column in pq.read_schema(files[0]).names
-        else ids.type
-    )
-    if pa.types.is_string(ids.type) and not pa.types.is_string(kind):
-        ids = checks.text_to_integers(ids) or ids
-    table = table.set_column(table.column_names.index(ITEM_ID), ITEM_ID, ids)
-    vectors = catalogues.read_modalities(modality_files, table.num_rows)
-    table, vectors = catalogues.unique_items(table, vectors, findings)
-    return table.combine_chunks(), vectors

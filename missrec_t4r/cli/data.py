@@ -26,8 +26,9 @@ def generate(
 @command
 def etl(
     interactions: Annotated[list[str], typer.Option(help="Parquet or csv: file, folder or pattern; repeatable.")],
-    items: Annotated[Path, typer.Option(help="Item table, parquet or csv.")],
     out: Out,
+    items: Annotated[Path | None, typer.Option(help="Item table, parquet or csv; optional with --update.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Add new events and items to the folder.")] = False,
     user_column: Annotated[str, typer.Option(help="Name of the user or session id.")] = "user_id",
     item_column: Annotated[str, typer.Option(help="Name of the item id.")] = "item_id",
     time_column: Annotated[str, typer.Option(help="Name of the time: unix seconds or dates.")] = "timestamp",
@@ -63,6 +64,7 @@ def etl(
         interactions,
         items,
         out,
+        update=update,
         user_column=user_column,
         item_column=item_column,
         time_column=time_column,

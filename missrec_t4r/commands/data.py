@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from missrec_t4r.errors import ConfigError
 from missrec_t4r.progress import Progress, quiet
 
 
@@ -20,18 +22,49 @@ def generate(
 
 def etl(
     interactions: str | Path | Sequence[str | Path],
-    items: Path,
+    items: Path | None,
     out: Path,
     *,
     split: Literal["leave_one_out", "time"] = "leave_one_out",
     modality: Mapping[str, Path] | None = None,
+    update: bool = False,
     progress: Progress = quiet,
     **options: Any,
 ) -> dict[str, Any]:
-    """Build a data folder; every option is documented in `missrec_t4r.workflows.etl.etl`."""
+    """Build a data folder, or add to one (``update``).
+
+    Every option is documented in `missrec_t4r.workflows.etl.etl` and `missrec_t4r.workflows.update.update`.
+
+    Raises
+    ------
+    ConfigError
+        There is no item table, or an update is given settings, which are those of the first run.
+    """
     from missrec_t4r.workflows.etl import etl as build
 
+    if update:
+        from missrec_t4r.workflows.update import update as add
+
+        known = inspect.signature(build).parameters
+        allowed = ("dask_scheduler", "workers", "dry_run")
+        others = {"split": split, **options}
+        if changed := [
+            name
+            for name, value in others.items()
+            if name not in allowed and _plain(value) != _plain(known[name].default)
+        ]:
+            cure = "leave them out, or run missrec etl on all events"
+            raise ConfigError(f"--update with {', '.join(sorted(changed))}", "the settings of the first run", cure)
+        machine = {name: options[name] for name in allowed if name in options}
+        return add(interactions, out, items=items, modality=modality, progress=progress, **machine)
+    if items is None:
+        raise ConfigError("no item table", "--items items.parquet", "only --update goes without")
     return build(interactions, items, out, split=split, modality=modality, progress=progress, **options)
+
+
+def _plain(value: Any) -> Any:
+    """Return empty mappings and sequences as None, so that a default equals what the command line makes of it."""
+    return (tuple(value) if isinstance(value, list | tuple | dict) else value) or None
 
 
 def features(

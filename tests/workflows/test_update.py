@@ -1,0 +1,222 @@
+"""Updates: equal to a full run on all events, only what is touched is written, and the old version survives a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from missrec_t4r.cli import app
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.workflows.etl import etl
+from missrec_t4r.workflows.storage import load_workflow
+from missrec_t4r.workflows.update import update
+from tests.workflows.tables import ITEMS, write
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"drop_duplicates": True, "max_events": 3},
+    {"unknown_items": "drop", "split": "time"},
+    {"session_gap": "20s", "event_weights": "cart=3,gift=0", "time_features": "gap,hour"},
+]
+SOME = settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+)
+NEW_ITEMS = pd.DataFrame(
+    {"item_id": ["desk", "rug", "lute"], "title": ["old desk", "a rug", "a lute"], "price": [1.0, 30.0, 7.0]}
+)
+
+
+def shop(
+    seed: int, size: int, users: int = 8, items: tuple[str, ...] = ("lamp", "desk", "sofa", "rug")
+) -> pd.DataFrame:
+    chance = np.random.default_rng(seed)
+    return pd.DataFrame(
+        {
+            "user_id": chance.choice([f"user {n}" for n in range(users)], size),
+            "item_id": chance.choice(items, size),
+            "timestamp": chance.integers(0, 300, size),
+            "event_type": chance.choice(["view", "cart", "gift"], size, p=[0.7, 0.2, 0.1]),
+            "dwell": chance.random(size).astype("float32"),
+        }
+    )
+
+
+def rows(data: Path, split: str) -> dict[Any, dict[str, Any]]:
+    """Return the rows by user and session, items as raw ids and categories as raw values: numbers of rows aside."""
+    catalogue = Catalogue.load(data / "catalogue")
+    features = json.loads((data / "session_transform.json").read_text())["features"]
+    found = {}
+    for file in sorted((data / split).glob("*.parquet")):
+        for row in pq.read_table(file).to_pylist():
+            row["item_id-list"] = catalogue.ids_of(row["item_id-list"])
+            for name, described in features.items():
+                if described["kind"] == "categorical":
+                    row[f"{name}-list"] = [described["values"][code - 3] for code in row[f"{name}-list"]]
+            found[row["user_id"], row.get("session_id", 0)] = row
+    return found
+
+
+@SOME
+@given(st.integers(0, 1000), st.sampled_from(OPTIONS), st.integers(1, 5))
+def test_an_update_equals_a_full_run_on_all_events(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, options: dict[str, Any], partitions: int
+) -> None:
+    folder = tmp_path_factory.mktemp("shop")
+    first, second = shop(seed, 120), shop(seed + 1, 30, 10, ("lamp", "rug", "mat", "lute"))
+    write(folder / "old", first)
+    write(folder / "new", second, NEW_ITEMS)
+    text = folder / "text.npy"
+    np.save(text, np.arange(1, 9, dtype=np.float32).reshape(4, 2))
+    common = options | {"engine": "disk", "workers": 1, "partitions": partitions}
+    etl(folder / "old/events.parquet", folder / "old/items.parquet", folder / "data", modality={"text": text}, **common)
+    before = Catalogue.load(folder / "data" / "catalogue")
+    boundaries = json.loads((folder / "data" / "etl.json").read_text())["settings"]
+    update(folder / "new/events.parquet", folder / "data", items=folder / "new/items.parquet", workers=1)
+    after = Catalogue.load(folder / "data" / "catalogue")
+    assert after.ids_of(range(3, before.n_rows)) == before.ids_of(range(3, before.n_rows))  # rows never move
+    np.testing.assert_array_equal(after.modalities["text"].vectors[: before.n_rows], before.modalities["text"].vectors)
+
+    all_items = pd.concat([ITEMS, NEW_ITEMS]).drop_duplicates("item_id")
+    _, items = write(folder / "all", second, all_items)
+    if options.get("split") == "time":
+        common |= {name: boundaries[name] for name in ("valid_from", "test_from")}
+    files = [folder / "old/events.parquet", folder / "new/events.parquet"]
+    etl(files, items, folder / "full", **common)
+    for split in ("train", "valid", "test"):
+        assert rows(folder / "data", split) == rows(folder / "full", split), split
+    full = Catalogue.load(folder / "full" / "catalogue")
+    counts = [
+        {item["item_id"]: (item["train_count"], item["title"], item["price"]) for item in catalogue.items.to_pylist()}
+        for catalogue in (after, full)
+    ]
+    assert counts[0] == counts[1]
+    reports = [json.loads((folder / name / "etl.json").read_text()) for name in ("data", "full")]
+    for name in ("events", "users", "items", "cold_items", "sessions"):
+        assert reports[0][name] == reports[1][name], name
+    assert (folder / "data" / "train" / "schema.pbtxt").read_text() == (folder / "data" / "schema.pbtxt").read_text()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write(tmp_path / "old", shop(3, 400, 60))
+    etl(
+        tmp_path / "old/events.parquet",
+        tmp_path / "old/items.parquet",
+        tmp_path / "data",
+        engine="disk",
+        partitions=8,
+        workers=1,
+    )
+    return tmp_path / "data"
+
+
+def _day(folder: Path, users: int = 1) -> Path:
+    frame = shop(3, 4).assign(user_id=[f"user {n % users}" for n in range(4)], timestamp=[301, 302, 303, 304])
+    folder.mkdir(exist_ok=True)
+    frame.to_parquet(folder / "day.parquet", index=False)
+    return folder / "day.parquet"
+
+
+def test_untouched_partitions_are_the_same_files(data: Path, tmp_path: Path) -> None:
+    (data / "notes.txt").write_text("of the team")
+    before = {file.relative_to(data): file.stat().st_ino for file in data.rglob("*.parquet") if "part_" in file.name}
+    told = update(_day(tmp_path / "day"), data, workers=1)
+    after = {file.relative_to(data): file.stat().st_ino for file in data.rglob("*.parquet") if "part_" in file.name}
+    written = {int(name.stem[5:]) for name in after if after[name] != before.get(name)}
+    assert len(told["added"]["partitions"]) == 1
+    assert written == set(told["added"]["partitions"])
+    assert (told["version"], told["added"]["events_added"], told["events"]) == (2, 4, 404)
+    assert (data / "notes.txt").read_text() == "of the team"
+    versions = json.loads((data / "versions.json").read_text())
+    assert [change["version"] for change in versions["changes"]] == [2]
+    workflow = load_workflow(data / "workflow")
+    assert workflow.output_schema["item_id-list"].int_domain.max == Catalogue.load(data / "catalogue").n_rows - 1
+
+
+def test_the_same_file_twice_changes_nothing(data: Path, tmp_path: Path) -> None:
+    day = _day(tmp_path / "day")
+    update(day, data, workers=1)
+    report = (data / "etl.json").read_bytes()
+    again = update(day, data, workers=1)
+    assert (again["updated"], again["version"]) == (False, 2)
+    assert (data / "etl.json").read_bytes() == report
+    assert update(_day(tmp_path / "more", 3), data, workers=1)["version"] == 3
+
+
+def test_a_killed_update_leaves_the_old_version_and_continues(data: Path, tmp_path: Path) -> None:
+    day = _day(tmp_path / "day", 4)
+    code = """
+import sys, time
+from pathlib import Path
+from missrec_t4r.workflows import scale
+from missrec_t4r.workflows.update import update
+
+def slow(*_):
+    Path(sys.argv[3]).touch()
+    time.sleep(60)
+
+scale._finish = slow
+update(sys.argv[1], Path(sys.argv[2]), workers=1)
+"""
+    before = {file.relative_to(data): file.read_bytes() for file in data.rglob("*") if file.is_file()}
+    run = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(day), str(data), str(tmp_path / "seen")])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "seen").exists() and time.monotonic() < deadline:
+        assert run.poll() is None, "the run ended before it was killed"
+        time.sleep(0.05)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    assert {file.relative_to(data): file.read_bytes() for file in data.rglob("*") if file.is_file()} == before
+    assert update(day, data, workers=1)["events"] == 404
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_what_cannot_be_updated_is_said(data: Path, tmp_path: Path) -> None:
+    day = _day(tmp_path / "day")
+    etl(*write(tmp_path), tmp_path / "memory", engine="memory")
+    with pytest.raises(DataError, match="memory keeps no state to update from.*--engine disk"):
+        update(day, tmp_path / "memory")
+    etl(*write(tmp_path), tmp_path / "core", engine="disk", k_core=1, workers=1)
+    with pytest.raises(ConfigError, match="filtered by k-core"):
+        update(day, tmp_path / "core")
+    shop(1, 5).drop(columns="dwell").to_parquet(tmp_path / "less.parquet", index=False)
+    with pytest.raises(SchemaError, match=r"columns \['event_type'\].*\['event_type', 'dwell'\] as before"):
+        update(tmp_path / "less.parquet", data, workers=1)
+    before = (data / "etl.json").read_bytes()
+    shop(1, 5).assign(timestamp=[1.5] * 5).to_parquet(tmp_path / "broken.parquet", index=False)
+    with pytest.raises(SchemaError, match="'timestamp' does not fit.*int64"):
+        update(tmp_path / "broken.parquet", data, workers=1)
+    assert (data / "etl.json").read_bytes() == before
+
+
+def test_the_command_updates(data: Path, tmp_path: Path) -> None:
+    arguments = ["etl", "--update", "--interactions", str(_day(tmp_path / "day")), "--out", str(data)]
+    planned = CliRunner().invoke(app, [*arguments, "--dry-run"])
+    assert json.loads(planned.stdout.splitlines()[-1])["updated"] is False
+    refused = CliRunner().invoke(app, [*arguments, "--k-core", "5"])
+    assert refused.exit_code == 2
+    done = CliRunner().invoke(app, [*arguments, "--workers", "1"])
+    assert json.loads(done.stdout.splitlines()[-1])["version"] == 2
+    lonely = CliRunner().invoke(
+        app, ["etl", "--interactions", str(_day(tmp_path / "day")), "--out", str(tmp_path / "x")]
+    )
+    assert lonely.exit_code == 2

@@ -1,0 +1,130 @@
+"""Around the fast path: its working folder and the rename at the end, its input as parquet, its item table."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.schema import ITEM_ID
+from missrec_t4r.workflows import catalogue as catalogues
+from missrec_t4r.workflows import checks
+from missrec_t4r.workflows.folders import disk_in_words, file_aside
+from missrec_t4r.workflows.inputs import read_items
+from missrec_t4r.workflows.outputs import REPORT_FILE
+from missrec_t4r.workflows.shards import plain
+from missrec_t4r.workflows.sources.table import read_table
+
+
+@contextmanager
+def working_folder(out: Path) -> Iterator[tuple[Path, Callable[[Path], None]]]:
+    """Yield the working folder of ``out``, and what puts a finished folder of it into place.
+
+    What was finished before a kill is found again; an error that needs another input or setting clears it.
+
+    Raises
+    ------
+    DataError
+        ``out`` is neither new, nor empty, nor a data folder; or the disk is full or read-only.
+    """
+    if out.exists() and not (out.is_dir() and ((out / REPORT_FILE).is_file() or not any(out.iterdir()))):
+        raise DataError(f"{out} exists and is no data folder", "a new or an older data folder", "choose another --out")
+    work, old = out.with_name(f".{out.name}-work"), out.with_name(f".{out.name}-old")
+    if old.exists() and not out.exists():
+        old.rename(out)  # killed between the two renames below
+    try:
+        with disk_in_words(out):
+
+            def finish(folder: Path) -> None:
+                shutil.rmtree(old, ignore_errors=True)
+                if out.exists():
+                    out.rename(old)
+                folder.rename(out)
+
+            yield work, finish
+    except Exception:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def as_parquet(files: Sequence[Path], folder: Path, text_columns: Sequence[str]) -> list[Path]:
+    """Return the files, those of other kinds copied to parquet in ``folder`` (one in memory at a time)."""
+    found = []
+    for number, file in enumerate(files):
+        copy = file
+        if not file.name.endswith((".parquet", ".pq")):
+            stamp = file.stat()
+            copy = folder / f"{number:05}-{stamp.st_size}-{stamp.st_mtime_ns}.parquet"
+            if not copy.is_file():
+                with file_aside(copy) as aside:
+                    pq.write_table(read_table(file, "interactions", text_columns=text_columns), aside)
+        found.append(copy)
+    return found
+
+
+def unified_schema(files: Sequence[Path], names: Mapping[str, str]) -> pa.Schema:
+    """Return the common schema of parquet files, or say which file differs or lacks a column."""
+    schemas = []
+    for file in files:
+        try:
+            schemas.append(pq.read_schema(file).remove_metadata())
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{file} cannot be read ({error})", "interactions as parquet", "write the file again"
+            ) from error
+        if set(schemas[-1].names) != set(schemas[0].names):
+            odd = sorted(set(schemas[-1].names) ^ set(schemas[0].names))
+            raise SchemaError(
+                f"{file} and {files[0]} differ in columns {odd}", "interactions files with the same columns"
+            )
+    for raw, option in zip(names, ("--user-column", "--item-column", "--time-column"), strict=True):
+        if raw not in schemas[0].names:
+            raise SchemaError(
+                f"the interactions table has columns {schemas[0].names}",
+                f"a column {raw!r}",
+                f"name yours with {option}",
+            )
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise SchemaError(f"the interactions files disagree on a type ({error})", "one type per column") from error
+
+
+def read_catalogue(
+    items: Path,
+    catalogue_item: str,
+    files: Sequence[Path],
+    item_column: str,
+    modality_files: Mapping[str, Path],
+    findings: checks.Findings,
+) -> tuple[pa.Table, catalogues.Vectors]:
+    """Return the item table and its vectors, one line per id; ids of the type that the events have."""
+    table = read_items(items, catalogue_item, findings)
+    ids = checks.normal_ids(table[ITEM_ID], ITEM_ID)
+    kind = (
+        plain(pa.chunked_array([], pq.read_schema(files[0]).field(item_column).type)).type
+        if item_column in pq.read_schema(files[0]).names
+        else ids.type
+    )
+    if pa.types.is_string(ids.type) and not pa.types.is_string(kind):
+        ids = checks.text_to_integers(ids) or ids
+    table = table.set_column(table.column_names.index(ITEM_ID), ITEM_ID, ids)
+    vectors = catalogues.read_modalities(modality_files, table.num_rows)
+    table, vectors = catalogues.unique_items(table, vectors, findings)
+    return table.combine_chunks(), vectors
+
+
+def link(file: Path, place: Path) -> None:
+    """Hard-link a file, or copy it where that cannot be."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copy2(file, place)

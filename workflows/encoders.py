@@ -53,7 +53,7 @@ class Encoded:
     state : mapping of str to ndarray
         What was fitted; encodes further items.
     cached : int
-        Items whose vectors were not worked out but found.
+        Distinct contents whose vectors were not worked out but found.
     """
 
     vectors: Floats

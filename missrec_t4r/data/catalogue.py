@@ -218,6 +218,7 @@ def _save_modality(folder: Path, name: str, modality: Modality) -> dict[str, Any
         np.save(folder / f"{name}.{variant}.npy", vectors)
     if modality.state:
         save_file({key: np.ascontiguousarray(value) for key, value in modality.state.items()}, _state(folder, name))
+        _state(folder, name).chmod(0o644)  # safetensors lets only its writer read; a server runs as somebody else
     described = {"width": modality.width, "items": int(modality.present.sum()), "encoder": dict(modality.encoder)}
     return described | ({"variants": list(modality.variants)} if modality.variants else {})
 

@@ -89,6 +89,8 @@ def test_fingerprint_variants_and_state_come_back(data: Path, tmp_path: Path) ->
     assert back.modalities["text"].fingerprint == "sha256:1"
     np.testing.assert_array_equal(back.modalities["text"].variants["word_drop"], -text.vectors)
     np.testing.assert_array_equal(back.modalities["text"].state["mean"], np.arange(8))
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "c").iterdir()}
+    assert modes == {0o644}  # others may read
     np.save(tmp_path / "c" / "text.word_drop.npy", text.vectors[:-1])
     with pytest.raises(ModalityError, match="variant 'word_drop' of modality 'text'"):
         Catalogue.load(tmp_path / "c")

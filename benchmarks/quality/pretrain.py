@@ -56,6 +56,7 @@ class Variant(NamedTuple):
     pretraining: str | None = None
     freeze: str = "none"
     take: str = "all"
+    ids: str = "random"
     settings: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
 
@@ -64,6 +65,8 @@ VARIANTS: dict[str, Variant] = {
     "frozen": Variant("contrastive", "encoder_decoder"),
     "full": Variant("contrastive"),
     "adapters": Variant("contrastive", take="adapters"),
+    "tokens": Variant("contrastive", ids="tokens"),
+    "tokens_frozen": Variant("contrastive", "encoder_decoder", ids="tokens"),
     "short": Variant("short"),
     "refreshed": Variant("refreshed"),
     "refreshed_frozen": Variant("refreshed", "encoder_decoder"),
@@ -135,7 +138,8 @@ def training(
     chosen = {**ALONE, **settings, **variant.settings, "train.seed": seed, "train.max_minutes": minutes}
     start: dict[str, Any] = {}
     if variant.pretraining is not None:
-        start = {"source": out / "pre" / variant.pretraining, "freeze": variant.freeze, "take": variant.take}
+        start = {"source": out / "pre" / variant.pretraining, "freeze": variant.freeze}
+        start |= {"take": variant.take, "ids": variant.ids}
     trained = commands.train(data, run, settings=chosen, progress=progress, **start)
     ranked = commands.evaluate(run, baselines=False, progress=progress)["protocols"]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]

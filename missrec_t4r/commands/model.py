@@ -23,6 +23,7 @@ def train(
     source: Path | None = None,
     freeze: str | None = None,
     take: str = "all",
+    ids: str = "random",
     yesterday: Path | None = None,
     resume: bool = True,
     device: str = "auto",
@@ -46,12 +47,13 @@ def train(
         raise ConfigError("both --from and --continue", "one run to start from")
     if (source or yesterday) and trainer == "t4r":
         raise ConfigError("--from or --continue with --trainer t4r", "the native trainer", "leave --trainer out")
-    if not source and (take != "all" or (freeze and not yesterday)):
-        raise ConfigError("--freeze or --take without a run to start from", "--from RUN")
+    if not source and (take != "all" or ids != "random" or (freeze and not yesterday)):
+        raise ConfigError("--freeze, --take or --ids without a run to start from", "--from RUN")
     if source:
         from missrec_t4r.training.transfer import train_from
 
-        return train_from(data, out, source, freeze=freeze, take=take, recipe=recipe or "default", **common)  # type: ignore[arg-type]  # it checks the words
+        words: dict[str, Any] = {"freeze": freeze, "take": take, "ids": ids}  # which it checks
+        return train_from(data, out, source, recipe=recipe or "default", **words, **common)
     if yesterday:
         from missrec_t4r.training.continuing import train_on
 

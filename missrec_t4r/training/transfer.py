@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from missrec_t4r.config import MISSRecConfig, Recipe
 from missrec_t4r.data.catalogue import Catalogue
@@ -29,6 +31,7 @@ from missrec_t4r.training.start_report import StartReport, lines
 
 Freeze = Literal["none", "encoder_decoder", "all_loaded"]
 Take = Literal["all", "adapters"]
+Ids = Literal["random", "tokens"]
 
 POSITIONS, NORM, ENCODER, DECODER = "position embedding", "input LayerNorm", "encoder", "decoder"
 FROZEN = {"none": (), "encoder_decoder": (POSITIONS, ENCODER, DECODER), "all_loaded": (POSITIONS, ENCODER, DECODER)}
@@ -83,6 +86,7 @@ def train_from(
     *,
     freeze: Freeze | None = None,
     take: Take = "all",
+    ids: Ids = "random",
     recipe: str | Path | Recipe = "default",
     settings: Mapping[str, Any] | None = None,
     resume: bool = True,
@@ -102,6 +106,9 @@ def train_from(
         ``take="adapters"``, where nothing of them was loaded.
     take : {"all", "adapters"}
         What is loaded; ``adapters`` starts the rest anew.
+    ids : {"random", "tokens"}
+        How ID embeddings start: at random, as published, or where the loaded adapters put the item (ours: a random ID
+        has a third of the score, and drowns what was learned until it is trained).
 
     Returns
     -------
@@ -116,20 +123,27 @@ def train_from(
         An unknown choice, or a freeze that makes no sense.
     """
     freeze = freeze or ("encoder_decoder" if take == "all" else "none")
-    if freeze not in get_args(Freeze) or take not in get_args(Take):
-        raise ConfigError(f"--freeze {freeze} --take {take}", f"one of {get_args(Freeze)}, one of {get_args(Take)}")
+    for option, value, known in (("freeze", freeze, Freeze), ("take", take, Take), ("ids", ids, Ids)):
+        if value not in get_args(known):
+            raise ConfigError(f"--{option} {value}", f"one of {', '.join(get_args(known))}")
     read = read_source(source)
     resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
     if take == "all":
         require_same(resolved.model, read.recipe.model, read.run)
     elif resolved.model.d_model != read.recipe.model.d_model:
         require_same(resolved.model, read.recipe.model, read.run, ("d_model",))
-    prepare = _prepare(read, freeze, take, Path(out), progress)
+    prepare = _prepare(read, freeze, take, ids, Path(out), progress)
     return train(data, out, recipe=resolved, resume=resume, device=device, progress=progress, prepare=prepare)
 
 
 def load_pretrained(
-    model: MISSRec, catalogue: Catalogue, source: Source, *, freeze: Freeze = "encoder_decoder", take: Take = "all"
+    model: MISSRec,
+    catalogue: Catalogue,
+    source: Source,
+    *,
+    freeze: Freeze = "encoder_decoder",
+    take: Take = "all",
+    ids: Ids = "random",
 ) -> dict[str, Any]:
     """Load a source's weights into a model and freeze parts.
 
@@ -167,7 +181,10 @@ def load_pretrained(
         else:
             report.fresh(name, "only adapters were asked for", *prefixes)
     _load_fusion(report, take)
-    report.fresh("item IDs", "of this catalogue's items", "towers.id_embedding.")
+    why = "of this catalogue's items" if ids == "random" else "start as the items' tokens"
+    report.fresh("item IDs", why, "towers.id_embedding.")
+    if ids == "tokens":
+        _ids_from_tokens(model)
     report.fresh("interests", "discovered in this catalogue", "interests.")
     report.fresh("side features", "of this data's events", "side.")
     report.fresh("neighbour prior", "counted after training", "prior.")
@@ -203,17 +220,32 @@ def start_facts(kind: str, source: Source, out: Path, report: Mapping[str, Any],
     return {"start": {"kind": kind, "run": where, **more, **report}}
 
 
-def _prepare(source: Source, freeze: Freeze, take: Take, out: Path, progress: Progress) -> Prepare:
+def _prepare(source: Source, freeze: Freeze, take: Take, ids: Ids, out: Path, progress: Progress) -> Prepare:
     said = progress if distributed.launched().rank == 0 else quiet  # under torchrun the first process speaks
 
     def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
-        report = load_pretrained(model, catalogue, source, freeze=freeze, take=take)
+        report = load_pretrained(model, catalogue, source, freeze=freeze, take=take, ids=ids)
         said.say(f"starting from {source.run}, freezing {freeze}")
         for line in lines(report):
             said.say(line)
-        return start_facts("from", source, out, report, freeze=freeze, take=take)
+        return start_facts("from", source, out, report, freeze=freeze, take=take, ids=ids)
 
     return prepare
+
+
+@torch.no_grad()
+def _ids_from_tokens(model: MISSRec) -> None:
+    """Point every ID embedding along the sum of the item's unit tokens, as long as a random one would be."""
+    table = model.towers.id_embedding
+    if table is None:
+        return
+    was_training = model.training
+    tokens = model.eval().towers.catalogue()
+    model.train(was_training)
+    total = (F.normalize(tokens.modality, dim=-1) * tokens.mask.unsqueeze(-1)).sum(0)
+    has_tokens = tokens.mask.any(0)
+    length = table.weight.norm(dim=-1, keepdim=True).mean()
+    table.weight[has_tokens] = F.normalize(total, dim=-1)[has_tokens] * length
 
 
 def _common_modalities(catalogue: Catalogue, source: Source) -> dict[str, str]:

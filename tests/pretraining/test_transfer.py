@@ -119,6 +119,20 @@ def test_what_the_recipe_pretrain_makes_fits_the_recipe_default(tmp_path: Path) 
     require_same(Recipe.load("default").model, Recipe.load("pretrain").model, tmp_path)
 
 
+def test_ids_can_start_as_content(shops: dict[str, Path], pretrained: Path) -> None:
+    """Then the first scores are those of the modalities, which random IDs would drown."""
+    catalogue = Catalogue.load(shops["tools"] / "catalogue")
+    config = Recipe.load("pretrain", SMALL | {"model.item_ids": True}).model
+    model = build_missrec(config, catalogue)
+    initial = model.towers.id_embedding.weight.detach().norm(dim=-1).mean()
+    report = load_pretrained(model.train(), catalogue, read_source(pretrained), ids="tokens")
+    assert model.training
+    candidates = model.eval().candidates()
+    torch.testing.assert_close(candidates.ids[3:], candidates.modality[0, 3:])  # one modality: the same direction
+    assert model.towers.id_embedding.weight[5].norm().item() == pytest.approx(initial.item())
+    assert _parts(report)["item IDs"]["note"] == "start as the items' tokens"
+
+
 def test_what_makes_no_sense_is_refused_with_the_cure(shops: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
     out, tools = tmp_path / "run", shops["tools"]
     with pytest.raises(CheckpointError, match=r"d_model 32.*d_model 16.*--set model.d_model=16 --set model.n_decoder"):
@@ -133,7 +147,7 @@ def test_what_makes_no_sense_is_refused_with_the_cure(shops: dict[str, Path], pr
         train_from(tools, out, pretrained, recipe="pretrain", settings=SMALL | {"model.feature_scaling": "none"})
     with pytest.raises(CheckpointError, match=r"would be frozen without having been loaded.*--freeze none"):
         train_from(tools, out, pretrained, freeze="encoder_decoder", take="adapters", recipe="pretrain", settings=SMALL)
-    with pytest.raises(ConfigError, match="--freeze everything"):
+    with pytest.raises(ConfigError, match="--freeze everything.*encoder_decoder"):
         train_from(tools, out, pretrained, freeze="everything", recipe="pretrain", settings=SMALL)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="a finished run"):
         train_from(tools, out, tmp_path / "nowhere", recipe="pretrain", settings=SMALL)

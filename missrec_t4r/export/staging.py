@@ -37,6 +37,8 @@ def staged(target: Path, landmark: str) -> Iterator[Path]:
     aside.chmod(0o755)
     try:
         yield aside
+        for path in aside.rglob("*"):
+            path.chmod(path.stat().st_mode | 0o444)  # safetensors lets only its writer read; a server is somebody else
         _swap(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -41,8 +41,8 @@ def catalogue() -> Catalogue:
     return Catalogue(items, {"text": Modality(vectors * present[:, None], present)})
 
 
-def sessions(n: int, seed: int, signal: str) -> dict[str, list[list[object]]]:
-    """Return columns of sessions; only ``signal`` (one of the three side features) tells the next item."""
+def sessions(n: int, seed: int) -> dict[str, list[list[object]]]:
+    """Return columns of sessions; only the event type tells the next item, dwell time and scene are noise."""
     rng = np.random.default_rng(seed)
     scenes = np.eye(WIDTH, dtype=np.float32)[:3] * 2
     table: dict[str, list[list[object]]] = {name: [] for name in ("item_id", "event_type", "dwell", "scene")}
@@ -52,18 +52,17 @@ def sessions(n: int, seed: int, signal: str) -> dict[str, list[list[object]]]:
         items = [int(rng.integers(N_ITEMS))]
         for code in codes[:-1]:
             items.append((items[-1] + STEPS[int(code)]) % N_ITEMS)
-        told = {name: codes if name == signal else others for name in ("event_type", "dwell", "scene")}
         table["item_id"].append([item + 3 for item in items])
-        table["event_type"].append(told["event_type"].tolist())
-        table["dwell"].append((10.0 ** (told["dwell"] - 3)).tolist())
-        table["scene"].append([scenes[code - 3].tolist() for code in told["scene"]])
+        table["event_type"].append(codes.tolist())
+        table["dwell"].append((10.0 ** (others - 3)).tolist())
+        table["scene"].append([scenes[code - 3].tolist() for code in others])
     return table
 
 
-def write(folder: Path, signal: str = "event_type", sizes: tuple[int, int, int] = (160, 40, 40)) -> Path:
+def write(folder: Path, sizes: tuple[int, int, int] = (160, 40, 40)) -> Path:
     """Write a data folder, schema and all."""
     for seed, (split, size) in enumerate(zip(("train", "valid", "test"), sizes, strict=True)):
-        columns = sessions(size, seed, signal)
+        columns = sessions(size, seed)
         lists = {f"{name}-list": pa.array(rows) for name, rows in columns.items()}
         times = pa.array([list(range(len(rows))) for rows in columns["item_id"]])
         (folder / split).mkdir(parents=True)

@@ -13,7 +13,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.data.side import SideColumn, compact_side, fit_side_columns
 from missrec_t4r.errors import SchemaError
 from missrec_t4r.model.missrec import MISSRec, build_missrec
-from missrec_t4r.model.side import SideEncoder
+from missrec_t4r.model.side import SideEncoder, SideFeatures
 from tests.side import shop
 
 COLUMNS = (
@@ -122,6 +122,27 @@ def test_dropout_of_side_features_trains_their_absence() -> None:
     assert abs(lost.float().mean(0) - 0.75).max() < 0.08  # half with all others, and half of the rest alone
     assert 0.5 < lost.all(1).float().mean() < 0.7  # .5 + .5 * .125
     assert torch.equal(encoder.eval()(many, items)[:1], encoder(VALUES, ITEMS))
+
+
+@pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.kind)
+def test_each_kind_tells_its_values_apart(column: SideColumn) -> None:
+    rng = torch.Generator().manual_seed(4)
+    classes = torch.randint(0, 3, (64, 1), generator=rng)
+    values = {
+        "event": classes + 3,
+        "dwell": torch.tensor([1.0, 7.0, 40.0])[classes],
+        "scene": torch.eye(3)[classes] + 0.1 * torch.rand(64, 1, 3, generator=rng),
+    }
+    torch.manual_seed(0)
+    side = SideFeatures(SideEncoder([column]), 3)
+    optimizer = torch.optim.Adam(side.parameters(), lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(side(values, classes).flatten(0, 1), classes.flatten())
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    assert (side(values, classes).argmax(-1) == classes).all()
 
 
 def test_statistics_come_from_training() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,8 @@ def found(run: Path) -> float:
     return float(ranked["seen_kept"]["ndcg@10"] or 0.0)
 
 
-@pytest.mark.parametrize("signal", ["event_type", "dwell", "scene"])
-def test_each_kind_of_side_feature_tells_the_next_item(tmp_path: Path, signal: str) -> None:
-    data = shop.write(tmp_path / "data", signal)
+def test_a_side_feature_tells_the_next_item(tmp_path: Path) -> None:
+    data = shop.write(tmp_path / "data")
     info = fit(data, tmp_path / "run", recipe=small(), device="cpu")
     assert info["valid_ndcg@10"] > 0.8
     assert found(tmp_path / "run") > 0.8
@@ -62,7 +62,10 @@ def test_each_kind_of_side_feature_tells_the_next_item(tmp_path: Path, signal: s
 
 def test_without_them_the_next_item_is_a_guess(tmp_path: Path) -> None:
     data = shop.write(tmp_path / "data")
-    fit(data, tmp_path / "run", recipe=small(side_features="none"), device="cpu")
+    recipe = dataclasses.replace(
+        small(side_features="none"), train=TrainConfig(batch_size=128, epochs=5, learning_rate=1e-2)
+    )
+    fit(data, tmp_path / "run", recipe=recipe, device="cpu")
     guess = 0.5 * (1 + 1 / np.log2(3))  # knows the three places an item leads to, not which: about (1+.63+.5)/3 = .71
     assert found(tmp_path / "run") < guess
     assert load_run(tmp_path / "run").model.side is None

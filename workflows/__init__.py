@@ -8,3 +8,7 @@ import os
 # Merlin 23.8 uses the legacy dask.dataframe; dask decides at its first import.
 os.environ.setdefault("DASK_DATAFRAME__QUERY_PLANNING", "False")
 os.environ.setdefault("DASK_DATAFRAME__CONVERT_STRING", "False")  # True turns list columns into text
+
+from missrec_t4r.workflows import cudf_shim  # noqa: E402 - after the environment, before any import of Merlin
+
+cudf_shim.apply()

@@ -25,6 +25,8 @@ MILLISECONDS = 631_152_000_000
 """1990 in milliseconds; as seconds it lies beyond the year 9999."""
 MANY_EVENTS = 10_000
 """More events of one user than people make: reported, and cut by --max-events."""
+_ISO = {"format": "ISO8601"} if pd.__version__ >= "2" else {}
+"""pandas 1.5 reads every date by itself; later ones would take the first one's form for all."""
 KEYS = (USER_ID, ITEM_ID, TIMESTAMP)
 
 
@@ -161,7 +163,7 @@ def _times_of_text(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     numbers = pd.to_numeric(texts, errors="coerce").astype("float64")
     size = numbers.abs()
     units = np.select([size > 1e17, size > 1e14, size > 1e11], [1e9, 1e6, 1e3], 1.0)
-    dates = pd.to_datetime(texts.where(numbers.isna()), utc=True, format="ISO8601", errors="coerce")
+    dates = pd.to_datetime(texts.where(numbers.isna()), utc=True, errors="coerce", **_ISO)
     seconds = (dates - pd.Timestamp(0, tz="UTC")) // pd.Timedelta(microseconds=1) / 1e6
     times = (numbers / units).fillna(seconds)
     times = times.where(np.isfinite(times))

@@ -117,7 +117,7 @@ def read_catalogue(
     if pa.types.is_string(ids.type) and not pa.types.is_string(kind):
         ids = checks.text_to_integers(ids) or ids
     table = table.set_column(table.column_names.index(ITEM_ID), ITEM_ID, ids)
-    vectors = catalogues.read_modalities(modality_files, table.num_rows)
+    vectors: catalogues.Vectors = catalogues.read_modalities(modality_files, table.num_rows)
     table, vectors = catalogues.unique_items(table, vectors, findings)
     return table.combine_chunks(), vectors
 

@@ -190,7 +190,7 @@ def _operator(described: dict[str, Any], folder: Path) -> Any:
             f"one of {', '.join(sorted(ALLOWED))}",
             "load only workflows that missrec wrote",
         )
-    operator = kind.__new__(kind)
+    operator: Any = object.__new__(kind)
     for name, value in described["state"].items():
         if name.startswith("__") or callable(getattr(kind, name, None)):
             raise DataError(

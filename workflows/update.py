@@ -83,19 +83,19 @@ def update(
     new = [file for file in events if digests[str(file)] not in applied]
     table = None if items is None else read_items(items, settings["columns"][ITEM_ID], checks.Findings())
     if dry_run or not (new or table is not None):
-        names = [str(file) for file in new]
+        told = [str(file) for file in new]
         return {
             "data": str(out),
             "updated": False,
             "dry_run": dry_run,
             "version": versions["version"],
-            "new_files": names,
+            "new_files": told,
         }
     findings = checks.Findings()
     old = Catalogue.load(out / CATALOGUE_FOLDER)
     grown_items, vectors, added = _with_lines(old, table, dict(modality or {}), findings)
     columns = settings["columns"]
-    names = {columns[name]: name for name in (USER_ID, ITEM_ID, TIMESTAMP)}
+    names = {str(columns[name]): name for name in (USER_ID, ITEM_ID, TIMESTAMP)}
     copies = out.with_name(f".{out.name}-copies")
     with places.working_folder(out) as (work, finish), running(dask_scheduler, workers) as machines:
         job = scale.Job(
@@ -128,14 +128,14 @@ def update(
         }
         versions = {"version": version, "changes": [*versions["changes"], change]}
         (folder / VERSIONS_FILE).write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")
-        told = counts | {"findings": findings.to_list(), "settings": settings, "format": 1, "version": version}
-        told["seconds"] = round(time.perf_counter() - started, 3)
-        (folder / REPORT_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        final = counts | {"findings": findings.to_list(), "settings": settings, "format": 1, "version": version}
+        final["seconds"] = round(time.perf_counter() - started, 3)
+        (folder / REPORT_FILE).write_text(json.dumps(final, indent=2) + "\n", encoding="utf-8")
         link_rest(out, folder)
         finish(folder)
     shutil.rmtree(copies, ignore_errors=True)
     progress.say(f"{out}: version {version}, {change['events_added']:,} events and {len(ids):,} items more")
-    return {"data": str(out), "updated": True, "added": {**change, "items_added": len(ids)}, **told}
+    return {"data": str(out), "updated": True, "added": {**change, "items_added": len(ids)}, **final}
 
 
 def link_rest(old: Path, new: Path) -> None:
@@ -199,7 +199,7 @@ def _with_lines(
     if ids.type != known[ITEM_ID].type:
         raise SchemaError(f"item ids are {ids.type} in the item table", f"{known[ITEM_ID].type} as in the catalogue")
     table = table.set_column(table.column_names.index(ITEM_ID), ITEM_ID, ids)
-    given = catalogues.read_modalities(files, table.num_rows)
+    given: catalogues.Vectors = catalogues.read_modalities(files, table.num_rows)
     for name, array in given.items():
         if name not in vectors or vectors[name].shape[1] != array.shape[1]:
             widths = {known_name: part.shape[1] for known_name, part in vectors.items()}

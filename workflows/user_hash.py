@@ -33,7 +33,9 @@ def hash_ids(ids: pa.Array) -> Hashes:
     bounds = np.frombuffer(offsets, np.int64, len(texts) + 1, texts.offset * _WORD)
     content = bytes(data) if data is not None else b""
     padded = np.frombuffer(content + bytes(_WORD), np.uint8)
-    words = np.ndarray(len(content) + 1, "<u8", padded, strides=(1,))  # the eight bytes from any position on
+    words: npt.NDArray[np.uint64] = np.ndarray(
+        len(content) + 1, "<u8", padded, strides=(1,)
+    )  # the eight bytes from any position on
     lengths = np.diff(bounds)
     hashes = _mixed(lengths.astype(np.uint64) + _START)
     for at in range(0, int(lengths.max(initial=0)), _WORD):

@@ -31,6 +31,7 @@ OUTSIDE = {
     "transformers": {"t4r", "workflows"},
     "pandas": {"workflows", "t4r"},
     "dask": {"workflows", "t4r"},
+    "distributed": {"workflows"},
     "cudf": {"workflows"},
     "sklearn": {"workflows"},
     "PIL": {"workflows"},

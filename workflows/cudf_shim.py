@@ -1,0 +1,58 @@
+"""Two names that merlin-core 23.8 imports and RAPIDS 24.12 no longer has; put back where cuDF is installed.
+
+``cudf.core.column.build_categorical_column`` (Merlin reads hive-partitioned remote parquet with it) and
+``dask_cudf.from_dask_dataframe``. Names that are there are left alone, and without cuDF nothing is imported.
+Written from the two libraries' sources, not proven: no GPU has run it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+
+def apply() -> list[str]:
+    """Put back what is missing; return the names that were."""
+    if importlib.util.find_spec("cudf") is None:
+        return []
+    added = []
+    columns = importlib.import_module("cudf.core.column")
+    if not hasattr(columns, "build_categorical_column"):
+        columns.build_categorical_column = build_categorical_column  # type: ignore[attr-defined]  # that is the shim
+        added.append("cudf.core.column.build_categorical_column")
+    if importlib.util.find_spec("dask_cudf") is not None:
+        dask_cudf = importlib.import_module("dask_cudf")
+        if not hasattr(dask_cudf, "from_dask_dataframe"):
+            dask_cudf.from_dask_dataframe = from_dask_dataframe  # type: ignore[attr-defined]  # that is the shim
+            added.append("dask_cudf.from_dask_dataframe")
+    return added
+
+
+def build_categorical_column(
+    categories: Any,
+    codes: Any,
+    mask: Any = None,
+    size: int | None = None,
+    offset: int = 0,
+    null_count: int | None = None,
+    ordered: bool = False,
+) -> Any:
+    """Return a cuDF categorical column of codes, as cuDF up to 24.10 did."""
+    from cudf import CategoricalDtype
+    from cudf.core.column import CategoricalColumn
+
+    return CategoricalColumn(
+        data=None,
+        size=size,
+        dtype=CategoricalDtype(categories=categories, ordered=ordered),
+        mask=mask,
+        offset=offset,
+        null_count=null_count,
+        children=(codes,),
+    )
+
+
+def from_dask_dataframe(frame: Any) -> Any:
+    """Return a dask dataframe of pandas parts as one of cuDF parts."""
+    return frame.to_backend("cudf")

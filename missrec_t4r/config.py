@@ -257,6 +257,8 @@ class PretrainConfig:
     word_drop_probability: float = 0.2
     """Probability that an item of a view is read with words left out of its text (paper: 0.2)."""
 
+    popularity_correction: bool = False
+    """Take each candidate's log frequency off its logit: popular items are negatives more often (ours; logQ)."""
     refresh_interests: bool = False
     """False: interests are found once, under the first adapters, as published. True: as in fine-tuning, every
     ``train.refresh_interests_every`` epochs (ours: the encoder then learns on centroids like those it will meet)."""

@@ -30,10 +30,11 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, quick_metrics
 from missrec_t4r.evaluation.model_scorer import ModelScorer
-from missrec_t4r.model.missrec import build_missrec
+from missrec_t4r.model.missrec import MISSRec, build_missrec
 from missrec_t4r.progress import Progress, TerminalProgress
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
-from missrec_t4r.training.transfer import load_pretrained, read_source
+from missrec_t4r.training.finetune import train
+from missrec_t4r.training.transfer import ids_from_tokens, load_pretrained, read_source
 
 ENCODER = "all-MiniLM-L6-v2"
 SOURCES = ("amazon_instruments_mql", "amazon14_beauty", "ml100k_posters")
@@ -45,6 +46,7 @@ ALONE: dict[str, Any] = {"model.n_neighbours": 0, "model.n_lookalikes": 0, "trai
 PRETRAININGS: dict[str, dict[str, Any]] = {
     "contrastive": {},
     "short": {"train.epochs": 5},
+    "corrected": {"pretrain.popularity_correction": True},
     "refreshed": {"pretrain.refresh_interests": True},
     "softmax": {"pretrain.objective": "full_softmax", "train.softmax": "sampled", "train.negatives": 2048},
 }
@@ -67,6 +69,8 @@ VARIANTS: dict[str, Variant] = {
     "adapters": Variant("contrastive", take="adapters"),
     "tokens": Variant("contrastive", ids="tokens"),
     "tokens_frozen": Variant("contrastive", "encoder_decoder", ids="tokens"),
+    "scratch_tokens": Variant(ids="tokens"),
+    "corrected": Variant("corrected", ids="tokens"),
     "short": Variant("short"),
     "refreshed": Variant("refreshed"),
     "refreshed_frozen": Variant("refreshed", "encoder_decoder"),
@@ -137,10 +141,13 @@ def training(
         return stored
     chosen = {**ALONE, **settings, **variant.settings, "train.seed": seed, "train.max_minutes": minutes}
     start: dict[str, Any] = {}
-    if variant.pretraining is not None:
-        start = {"source": out / "pre" / variant.pretraining, "freeze": variant.freeze}
-        start |= {"take": variant.take, "ids": variant.ids}
-    trained = commands.train(data, run, settings=chosen, progress=progress, **start)
+    if variant.pretraining is None and variant.ids == "tokens":
+        trained = train(data, run, settings=chosen, progress=progress, prepare=_tokens_without_pretraining)
+    else:
+        if variant.pretraining is not None:
+            start = {"source": out / "pre" / variant.pretraining, "freeze": variant.freeze}
+            start |= {"take": variant.take, "ids": variant.ids}
+        trained = commands.train(data, run, settings=chosen, progress=progress, **start)
     ranked = commands.evaluate(run, baselines=False, progress=progress)["protocols"]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     one = {
@@ -154,6 +161,12 @@ def training(
     }
     finished.write_text(json.dumps(one, default=float), encoding="utf-8")
     return one
+
+
+def _tokens_without_pretraining(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
+    """Start IDs as the tokens of untrained adapters: how much of a gain is that start's, and not pre-training's."""
+    ids_from_tokens(model)
+    return {"start": {"kind": "ids from tokens", "trainable_share": 1.0, "items": catalogue.n_items}}
 
 
 @torch.no_grad()

@@ -63,7 +63,15 @@ class SequenceItemContrast(nn.Module):
         super().__init__()
         self.fusion, self.temperature = fusion, temperature
 
-    def forward(self, sessions: Tensor, positives: Tensor, everyone: Tensor, items: BatchTokens, first: int) -> Tensor:
+    def forward(
+        self,
+        sessions: Tensor,
+        positives: Tensor,
+        everyone: Tensor,
+        items: BatchTokens,
+        first: int,
+        log_frequency: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss of this rank's sessions.
 
         Parameters
@@ -78,8 +86,13 @@ class SequenceItemContrast(nn.Module):
             Tokens of, at least, the positives of all ranks.
         first : int
             Number of sessions on lower ranks.
+        log_frequency : Tensor [row], optional
+            Taken off the logits: an item that is often a positive is as often a negative of others, and would learn to
+            lose (ours; Yi et al., RecSys 2019).
         """
         logits = self.fusion(sessions, items.candidates(everyone)) / self.temperature
+        if log_frequency is not None:
+            logits = logits - log_frequency[everyone]
         return in_batch_loss(logits, positives, everyone, first)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,8 +27,8 @@ from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import UNKNOWN_ROW
 from missrec_t4r.training import distributed
 from missrec_t4r.training.arithmetic import autocast, widened
-from missrec_t4r.training.finetune import Trainer
 from missrec_t4r.training.step import Totals
+from missrec_t4r.training.trainer import Trainer
 
 PRETRAINING = "pretraining"
 """Key of `run.json` that marks a pre-training run."""
@@ -124,6 +125,11 @@ class Pretrainer(Trainer):
         }
         scaling = recipe.model.feature_scaling
         self.word_drop = WordDrop(self.model.towers, varied, scaling).to(self.device) if varied else None
+        self.log_frequency: Tensor | None = None
+        if recipe.pretrain.popularity_correction:
+            later = np.delete(splits["train"].values, splits["train"].offsets[:-1][splits["train"].lengths > 0])
+            counts = torch.from_numpy(np.bincount(later, minlength=domains.catalogue.n_rows)).to(self.device)
+            self.log_frequency = torch.log(counts.clamp_min(1) / counts.sum())
         for line in domains.describe():
             self.progress.say(line)
         if self.word_drop is None and recipe.pretrain.sequence_sequence_weight:
@@ -140,10 +146,16 @@ class Pretrainer(Trainer):
         """Return the objective of a batch, or of this process's part of it."""
         if self.recipe.pretrain.objective == "full_softmax":
             return super().loss(batch, totals)
-        return contrastive_loss(self.model, batch, self.recipe, self.word_drop)
+        return contrastive_loss(self.model, batch, self.recipe, self.word_drop, self.log_frequency)
 
 
-def contrastive_loss(model: MISSRec, batch: TrainingBatch, recipe: Recipe, word_drop: WordDrop | None = None) -> Tensor:
+def contrastive_loss(
+    model: MISSRec,
+    batch: TrainingBatch,
+    recipe: Recipe,
+    word_drop: WordDrop | None = None,
+    log_frequency: Tensor | None = None,
+) -> Tensor:
     """Return sequence-item contrast + lambda * sequence-sequence contrast + gamma * orthogonality of both views.
 
     Parameters
@@ -157,6 +169,8 @@ def contrastive_loss(model: MISSRec, batch: TrainingBatch, recipe: Recipe, word_
         Temperature, weights, and the views' probabilities.
     word_drop : WordDrop, optional
         Where the catalogue has texts with words left out.
+    log_frequency : Tensor [row], optional
+        For the correction of popularity.
     """
     settings, temperature = recipe.pretrain, recipe.model.temperature
     item_ids, targets = batch.item_ids, batch.targets[..., 0]
@@ -171,7 +185,7 @@ def contrastive_loss(model: MISSRec, batch: TrainingBatch, recipe: Recipe, word_
     items = items._replace(tokens=items.tokens._replace(modality=widened(items.tokens.modality)))
     first = distributed.rows_before(len(positives), positives.device)
     contrast = SequenceItemContrast(model.fusion, temperature)
-    loss = contrast(encoded.vectors[wanted], positives, everyone, items, first)
+    loss = contrast(encoded.vectors[wanted], positives, everyone, items, first, log_frequency)
     regulariser = _orthogonality(model, encoded)
     if other is not None:
         vectors, targets, wanted = _last_positions(item_ids, encoded.vectors, targets, wanted)

@@ -26,8 +26,9 @@ from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.training import distributed
 from missrec_t4r.training.checkpoint import RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, load_tensors
-from missrec_t4r.training.finetune import Prepare, train
+from missrec_t4r.training.finetune import train
 from missrec_t4r.training.start_report import StartReport, lines
+from missrec_t4r.training.trainer import Prepare
 
 Freeze = Literal["none", "encoder_decoder", "all_loaded"]
 Take = Literal["all", "adapters"]
@@ -184,7 +185,7 @@ def load_pretrained(
     why = "of this catalogue's items" if ids == "random" else "start as the items' tokens"
     report.fresh("item IDs", why, "towers.id_embedding.")
     if ids == "tokens":
-        _ids_from_tokens(model)
+        ids_from_tokens(model)
     report.fresh("interests", "discovered in this catalogue", "interests.")
     report.fresh("side features", "of this data's events", "side.")
     report.fresh("neighbour prior", "counted after training", "prior.")
@@ -234,7 +235,7 @@ def _prepare(source: Source, freeze: Freeze, take: Take, ids: Ids, out: Path, pr
 
 
 @torch.no_grad()
-def _ids_from_tokens(model: MISSRec) -> None:
+def ids_from_tokens(model: MISSRec) -> None:
     """Point every ID embedding along the sum of the item's unit tokens, as long as a random one would be."""
     table = model.towers.id_embedding
     if table is None:

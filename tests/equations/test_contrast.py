@@ -28,6 +28,15 @@ def test_sequence_item_contrast(fusion: str) -> None:
     assert found.item() == pytest.approx(ref.sequence_item_contrast(scores, POSITIVES, 0.07), abs=1e-10)
 
 
+def test_the_correction_takes_log_frequencies_off_the_logits() -> None:
+    model = shop.model(shop.default(candidate_fusion="static", item_ids=False, history_bias=False))
+    positives, sessions = torch.tensor(POSITIVES), _unit(len(POSITIVES), model.config.d_model)
+    items, frequency = BatchTokens.of(model.towers, positives), torch.from_numpy(RNG.uniform(0.01, 0.2, 15))
+    found = SequenceItemContrast(model.fusion, 0.07)(sessions, positives, positives, items, 0, frequency.log())
+    scores = model.fusion(sessions, model.candidates()).detach().numpy() - 0.07 * np.log(frequency.numpy())
+    assert found.item() == pytest.approx(ref.sequence_item_contrast(scores, POSITIVES, 0.07), abs=1e-10)
+
+
 def test_sequence_sequence_contrast() -> None:
     sessions, views, positives = _unit(6, 5), _unit(6, 5), torch.tensor(POSITIVES)
     found = SequenceSequenceContrast(0.07)(sessions, views, positives, positives, 0)

@@ -145,6 +145,12 @@ def test_the_published_setting_can_be_pretrained(shops: dict[str, Path], tmp_pat
     assert recipe.pretrain == Recipe.load("pretrain").pretrain  # the defaults are the published ones
 
 
+def test_popularity_can_be_corrected(shops: dict[str, Path], tmp_path: Path) -> None:
+    settings = SMALL | {"train.epochs": 6, "pretrain.popularity_correction": True}
+    pretrain([shops["books"], shops["toys"]], tmp_path / "run", settings=settings)
+    assert _losses(tmp_path / "run")[-1] < _losses(tmp_path / "run")[0]
+
+
 def test_settings_that_cannot_transfer_are_refused_at_once(shops: dict[str, Path], tmp_path: Path) -> None:
     settings = {"model.item_ids": True, "model.candidate_fusion": "dynamic_instance", "train.next_items": 2}
     with pytest.raises(ConfigError, match=r"model.item_ids.*dynamic|model.item_ids.*candidate_fusion.*next_items"):

@@ -1,4 +1,4 @@
-"""Commands around a running server: deploy, rollback, shadow, playground."""
+"""Commands around a running server: deploy, rollback, shadow, playground; and bundle verify."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from missrec_t4r import commands
-from missrec_t4r.cli.app import command
+from missrec_t4r.cli.app import app, command, command_of
 from missrec_t4r.progress import TerminalProgress
 
 Repository = Annotated[Path, typer.Option(help="Deployment folder, which `missrec serve --repository` serves.")]
@@ -79,3 +79,13 @@ def playground(
     return commands.playground(
         url, bundle, images=images, image_column=image_column, port=port, progress=TerminalProgress()
     )
+
+
+bundles = typer.Typer(help="Look into a bundle.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bundles, name="bundle")
+
+
+@command_of(bundles)
+def verify(bundle: Annotated[Path, typer.Option(help="Bundle written by `missrec export`.")]) -> dict[str, Any]:
+    """Refuse a damaged, truncated, oversized or manipulated bundle, with the file and the reason."""
+    return commands.verify(bundle)

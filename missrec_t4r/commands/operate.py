@@ -1,4 +1,4 @@
-"""What `missrec deploy`, `rollback`, `shadow` and `playground` do."""
+"""What `missrec deploy`, `rollback`, `shadow`, `playground` and `bundle verify` do."""
 
 from __future__ import annotations
 
@@ -32,3 +32,20 @@ def playground(url: str, bundle: Path, **options: Any) -> dict[str, Any]:
     from missrec_t4r.serving.playground import playground as run
 
     return run(url, bundle, **options)
+
+
+def verify(bundle: Path) -> dict[str, Any]:
+    """Check a bundle as a server does before it answers: every byte, what each file holds, and that the parts fit."""
+    from missrec_t4r.export.bundle import load_bundle
+    from missrec_t4r.export.manifest import catalogue_version, verify_bundle
+
+    manifest = verify_bundle(bundle)
+    loaded = load_bundle(bundle)
+    return {
+        "bundle": str(bundle),
+        "files": len(manifest["files"]),
+        "bytes": sum(file["bytes"] for file in manifest["files"].values()),
+        "items": loaded.catalogue.n_items,
+        "modalities": list(loaded.catalogue.modalities),
+        "catalogue_version": catalogue_version(manifest),
+    }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from missrec_t4r.errors import BundleError
+from missrec_t4r.export.contents import check_contents
 from missrec_t4r.schema import SCHEMA_FILE, SESSION_TRANSFORM_FILE
 
 FORMAT_VERSION = 1
@@ -72,7 +73,8 @@ def verify_bundle(folder: str | Path, only: Iterable[str] | None = None) -> dict
     Raises
     ------
     BundleError
-        Names the first file that is damaged, missing or not listed, or the unknown format.
+        Names the first file that is damaged, missing, not listed, or holds something else than data, or the unknown
+        format.
     """
     folder = Path(folder)
     content = _read_manifest(folder)
@@ -82,6 +84,8 @@ def verify_bundle(folder: str | Path, only: Iterable[str] | None = None) -> dict
     hashed = set(BUNDLE_FILES if only is None else only)
     for name in BUNDLE_FILES:
         _verify_file(folder / name, content["files"][name], hashed=name in hashed)
+        if name in hashed:
+            check_contents(folder / name)
     return content
 
 
@@ -111,6 +115,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST_FILE
     if not file.is_file():
         raise BundleError(f"{folder} holds no {MANIFEST_FILE}", "a bundle folder", "write one with `missrec export`")
+    check_contents(file)
     written = file.read_bytes()
     try:
         content = json.loads(written)

@@ -27,6 +27,8 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 Answer = Arrays | MISSRecError
 
 DEFAULT_TOP_K = 10
+LONGEST_SESSION = 1 << 16
+"""Ids per session of one request; longer ones are an attack or a mistake, and are refused before they cost anything."""
 
 
 class Backend(Protocol):
@@ -59,6 +61,9 @@ class SessionsBackend:
         return [self._one(request) for request in requests]
 
     def _one(self, request: Arrays) -> Answer:
+        if request["item_ids"].shape[1] > LONGEST_SESSION:
+            found = f"a session of {request['item_ids'].shape[1]} ids"
+            return ServingError(found, f"at most {LONGEST_SESSION}", "send the most recent ones")
         try:
             rows, seen = self.transform.padded(request["item_ids"], request["length"])
         except MISSRecError as error:

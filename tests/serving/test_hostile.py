@@ -1,0 +1,22 @@
+"""Hostile requests: an error in words each, the server stays up, the next good request is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.reliability.hostile import Attack
+from missrec_t4r.serving.local_triton import LocalTriton
+
+
+@pytest.mark.triton
+def test_hostile_requests_get_words_and_harm_nobody(server: LocalTriton, bundle: Path) -> None:
+    attack = Attack(server, bundle)
+    try:
+        result = attack.run(140)
+    finally:
+        attack.close()
+    assert result["wrong"] == [], "\n".join(result["wrong"])
+    assert result["kinds"] > 55
+    assert result["good_requests_between"] == 8

@@ -23,7 +23,7 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.schema import FIRST_ITEM_ROW
-from missrec_t4r.training.finetune import Trainer
+from missrec_t4r.training.trainer import Trainer
 
 KINDS, WIDTH, EVENTS = 100, 32, 9
 CASES: dict[str, dict[str, Any]] = {

@@ -28,8 +28,9 @@ from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID
 from missrec_t4r.training import distributed
 from missrec_t4r.training.checkpoint import VOCABULARY_FILE
-from missrec_t4r.training.finetune import Prepare, train
+from missrec_t4r.training.finetune import train
 from missrec_t4r.training.start_report import StartReport, lines
+from missrec_t4r.training.trainer import Prepare
 from missrec_t4r.training.transfer import (
     DECODER,
     ENCODER,

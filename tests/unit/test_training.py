@@ -11,7 +11,8 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import CheckpointError, ConfigError, DataError
 from missrec_t4r.training.checkpoint import RUN_FILE, STATE_FILE, load_run, load_tensors
-from missrec_t4r.training.finetune import Trainer, train
+from missrec_t4r.training.finetune import train
+from missrec_t4r.training.trainer import Trainer
 
 SMALL = {
     "model.d_model": 16,

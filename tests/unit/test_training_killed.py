@@ -19,8 +19,9 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.training.checkpoint import RUN_FILE, STATE_FILE, load_metadata, load_tensors
-from missrec_t4r.training.finetune import Trainer, train
+from missrec_t4r.training.finetune import train
 from missrec_t4r.training.step import Totals
+from missrec_t4r.training.trainer import Trainer
 
 SETTINGS = {
     "model.d_model": 16,

@@ -19,9 +19,10 @@ from missrec_t4r.errors import ConfigError
 from missrec_t4r.training.arithmetic import compiling
 from missrec_t4r.training.checkpoint import load_tensors, save_tensors
 from missrec_t4r.training.curves import Curves
-from missrec_t4r.training.finetune import Trainer, train
+from missrec_t4r.training.finetune import train
 from missrec_t4r.training.optimiser import Optimiser
 from missrec_t4r.training.schedule import learning_rate
+from missrec_t4r.training.trainer import Trainer
 
 SMALL = {
     "model.d_model": 16,

@@ -21,6 +21,10 @@ _LARGE = 1 << 27
 """Numbers in a table (512 MiB) from which it keeps its place, mapped from a file perhaps, and is scaled row by row."""
 
 
+_MANY = 256
+"""Session items from which on it is worth to compute those that occur more than once only once."""
+
+
 class ItemTokens(NamedTuple):
     """Tokens of some items, or of the whole catalogue; ``...`` stands for the shape of the rows."""
 
@@ -136,6 +140,9 @@ class ItemTowers(nn.Module):
 
         ``masks`` are this training step's; without them nothing is dropped.
         """
+        if rows.ndim > 1 and rows.numel() >= _MANY and not torch.is_grad_enabled() and not torch.jit.is_tracing():
+            different, place = rows.unique(return_inverse=True)  # sessions of a batch share items
+            return self(different, masks).take(place)
         stacked = torch.stack([self.adapters[name](self.features(name, rows)) for name in self.names])
         present = self.presence[:, rows]
         if self.missing_modality == "masked":

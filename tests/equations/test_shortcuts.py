@@ -13,6 +13,7 @@ from missrec_t4r.model.interests import InterestVocabulary
 from missrec_t4r.model.towers import CandidateTokens
 from missrec_t4r.model.unit import unit
 from tests.equations import reference as ref
+from tests.equations import small_shop as shop
 from tests.equations import translate
 
 DIM, HEADS = 8, 2
@@ -152,3 +153,13 @@ def test_dropout_is_drawn_from_torchs_seed_and_rests_in_evaluation() -> None:
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert layer.eval()(x) is x
+
+
+def test_items_that_sessions_share_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    towers, rows = shop.model(shop.default()).towers, shop.batch(padding=2)
+    with torch.no_grad():
+        expected = towers(rows)
+        monkeypatch.setattr("missrec_t4r.model.towers._MANY", 1)
+        found = towers(rows)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)

@@ -68,9 +68,7 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
         return gradient.scatter_add_(1, targets, -scaled), None, None
 
 
-def orthogonality_loss(
-    memory: Tensor, mask: Tensor, kind: Orthogonality, *, sessions: Tensor | None = None
-) -> Tensor:
+def orthogonality_loss(memory: Tensor, mask: Tensor, kind: Orthogonality, *, sessions: Tensor | None = None) -> Tensor:
     """Return the regulariser that asks a session's interests to differ.
 
     Parameters

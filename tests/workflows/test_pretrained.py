@@ -24,6 +24,7 @@ from missrec_t4r.workflows.encoding import EncoderSettings, encode_contents
 from missrec_t4r.workflows.etl import etl
 from missrec_t4r.workflows.features import encode_items, features
 from missrec_t4r.workflows.pretrained import PretrainedImage, PretrainedText
+from missrec_t4r.workflows.update import update
 from missrec_t4r.workflows.vector_cache import VectorCache
 from tests.workflows.tables import EVENTS, write
 
@@ -148,6 +149,29 @@ def test_two_shops_share_a_space_if_one_takes_the_others_state(shop: Path) -> No
     assert like["fingerprint"] == first
     other = Catalogue.load(shop / "other" / "catalogue").modalities["text"].vectors
     np.testing.assert_allclose(other[4], _stored(shop, "text")[4], atol=1e-6)
+
+
+@pytest.mark.parametrize("encoder", ["classical", "clip"])
+def test_a_folder_that_grew_encodes_its_new_items_like_its_old_ones(encoder: str, tmp_path: Path, clip: Path) -> None:
+    name = str(clip) if encoder == "clip" else encoder
+    events, items = write(tmp_path / "raw", EVENTS, ITEMS)
+    etl(events, items, tmp_path / "data", engine="disk", workers=1)
+    features(tmp_path / "data", text_columns=["title"], text_encoder=name, whiten=True, word_drop=0.2)
+    before = Catalogue.load(tmp_path / "data" / "catalogue").modalities["text"]
+    more = pd.DataFrame({"item_id": ["couch"], "title": ["an old red couch"], "picture": [None]})
+    day = pd.DataFrame(
+        {"user_id": ["ann"], "item_id": ["couch"], "timestamp": [99], "event_type": "view", "dwell": 1.0}
+    )
+    update(
+        *write(tmp_path / "day", day, more)[:1], tmp_path / "data", items=tmp_path / "day" / "items.parquet", workers=1
+    )
+    grown = Catalogue.load(tmp_path / "data" / "catalogue").modalities["text"]
+    assert (grown.fingerprint, grown.present[-1]) == (before.fingerprint, False)
+    features(tmp_path / "data", text_columns=["title"], text_encoder=name, like=tmp_path / "data", word_drop=0.2)
+    after = Catalogue.load(tmp_path / "data" / "catalogue").modalities["text"]
+    assert (after.fingerprint, after.present[-1]) == (before.fingerprint, True)
+    np.testing.assert_allclose(after.vectors[:-1], before.vectors, atol=1e-6)
+    np.testing.assert_allclose(after.variants["word_drop"][:-1], before.variants["word_drop"], atol=1e-6)
 
 
 def test_whitened_vectors_have_equal_variance_in_all_directions() -> None:

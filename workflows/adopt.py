@@ -1,4 +1,4 @@
-"""``missrec catalogue adopt``: a catalogue on the rows of an existing NVTabular workflow, beside the sessions it wrote.
+"""``missrec catalogue adopt``: a catalogue on the rows of an existing NVTabular workflow, beside its sessions.
 
 Nothing is encoded anew: row r of the catalogue is the item that the workflow's Categorify calls r. Only the vocabulary
 files are read (``categories/unique.<column>.parquet``), never the workflow's pickle.

@@ -1,4 +1,4 @@
-"""``missrec features``: add text and image vectors to a catalogue, and encode new items later exactly as the old ones.
+"""``missrec features``: text and image vectors for a catalogue, and later for new items exactly as for the old.
 
 Encoders are classical ones that need no download, or pretrained ones (CLIP, sentence models). Vectors of pretrained
 ones are cached by content beside the data folder, so that a killed or repeated run encodes only what is new.

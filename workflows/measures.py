@@ -1,4 +1,4 @@
-"""What a data report measures on a data folder: events by day, lengths, popularity, coverage, oddities of the clock."""
+"""What a data report measures: events by day, lengths, popularity, coverage, oddities of the clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pretrained encoders through Hugging Face transformers: CLIP for texts and pictures, any sentence model for texts.
+"""Pretrained encoders through Hugging Face transformers: CLIP for both, any sentence model for texts.
 
 A model is a folder (``config.json``, weights, tokenizer or preprocessor) or a name that the local Hugging Face cache
 holds; nothing is downloaded. A sentence model is read through ``AutoModel``; its token vectors are averaged over the

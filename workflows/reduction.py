@@ -1,4 +1,4 @@
-"""Whitening and reduction of modality vectors: one fitted affine map, kept so that new items go through the same one.
+"""Whitening and reduction of vectors: one fitted affine map, kept so that new items take the same one.
 
 Whitening gives every direction the same variance (Su et al. 2021, arXiv:2103.15316): x -> (x - mean) U S^-1/2, with the
 covariance U S U'. Reduction keeps the directions of greatest variance. Both end in unit length.

@@ -1,4 +1,4 @@
-"""What imported data sets have in common: cleaning as benchmarks do, leave-one-out, two parquet files for the ETL."""
+"""What imported data sets share: cleaning as benchmarks do, leave-one-out, two parquet files for the ETL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chunked softmax: the exact loss with the catalogue in pieces, neither [batch, catalogue] nor all tokens in memory.
+"""Chunked softmax: the exact loss with the catalogue in pieces, no table of all scores or all tokens.
 
 The logarithm of the softmax's denominator is summed up piece by piece (Milakov and Gimelshein, arXiv:1805.02867), and
 the backward pass computes every piece a second time instead of remembering it: twice the towers and one third more

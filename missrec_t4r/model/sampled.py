@@ -1,4 +1,4 @@
-"""Sampled softmax: a step compares with the batch's targets and some random items instead of the catalogue (ours).
+"""Sampled softmax: a step compares with its targets and some random items instead of the catalogue (ours).
 
 For millions of items, where even one pass over the catalogue per step is too much. Towers, IDs and scores are computed
 for the sampled items and the batch's own alone. With the inclusion probability ``pi[j]`` of an item,

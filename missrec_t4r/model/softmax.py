@@ -1,4 +1,4 @@
-"""The softmax of a training step over the whole catalogue at once, and what its cheaper relatives share with it.
+"""The softmax of a training step over the whole catalogue, and what its cheaper relatives share with it.
 
 A softmax says twice what a step needs: first the tokens of the sessions' items, then, when these have become vectors,
 the loss against the candidates. `chunked.py` gives the same loss with less memory, `sampled.py` an estimate of it.

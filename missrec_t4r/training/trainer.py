@@ -1,4 +1,4 @@
-"""State of one training run: epochs, parts of batches, averaged weights, early stopping, what is saved and resumed.
+"""State of one training run: epochs, parts of batches, averaged weights, early stopping, saved states.
 
 A run depends on nothing but its last saved state, and that is on disk every few minutes: killed at any moment and
 started again it goes on within the epoch and ends as if it had never stopped. Under torchrun every process does a part
@@ -35,6 +35,7 @@ from missrec_t4r.training.calibrate import fit_prior
 from missrec_t4r.training.checkpoint import RUN_FILE, STATE_FILE, load_strictly, save_run
 from missrec_t4r.training.curves import LOG_FILE, TENSORBOARD_FOLDER, Curves
 from missrec_t4r.training.ema import AveragedWeights
+from missrec_t4r.training.id_start import ids_from_tokens
 from missrec_t4r.training.optimiser import Optimiser
 from missrec_t4r.training.schedule import learning_rate
 from missrec_t4r.training.state import load_state, random_state, save_state, set_random_state
@@ -88,6 +89,8 @@ class Trainer:
         self.rng = np.random.default_rng(settings.seed)
         torch.manual_seed(settings.seed)
         self.model = build_missrec(recipe.model, catalogue, side)
+        if settings.id_start == "tokens":
+            ids_from_tokens(self.model)
         self.facts = prepare(self.model, catalogue) if prepare else {}
         self.model.to(self.device)
         if settings.compile:

@@ -61,11 +61,18 @@ class ContextualEncoder(nn.Module):
         The first layer's inputs are rows of one table and carry neither position nor dropout.
         """
         rows, centroids = interests.rows, interests.centroids
+        if rows is not None and interests.projections is not None:
+            return F.embedding(rows, interests.projections)
         if rows is None or centroids is None or not len(self.layers) or rows.numel() < _MANY:
             return None
         if not torch.compiler.is_compiling():
             named = torch.zeros(len(centroids), dtype=torch.bool, device=rows.device)
             named[rows] = True
             centroids, rows = centroids[named], (named.cumsum(0) - 1)[rows]
+        return F.embedding(rows, self.project(centroids))
+
+    def project(self, centroids: Tensor) -> Tensor:
+        """Return the first layer's query, key and value of centroids, side by side; there must be a layer."""
         attention = cast(MultiHeadAttention, self.layers[0].get_submodule("self_attention"))
-        return F.embedding(rows, attention.project(centroids))
+        projected: Tensor = attention.project(centroids)
+        return projected

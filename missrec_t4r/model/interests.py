@@ -32,6 +32,8 @@ class InterestTokens(NamedTuple):
     """[batch, interest], int64: whose centroids the tokens are, 0 for none."""
     centroids: Tensor | None = None
     """[interest + 1, dim]: where the tokens come from, ``tokens = centroids[rows]``."""
+    projections: Tensor | None = None
+    """[interest + 1, 3 * dim]: the encoder's first projections of all centroids, where a catalogue version has them."""
 
 
 class InterestVocabulary(nn.Module):

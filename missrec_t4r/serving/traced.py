@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.model.towers import ItemTokens
-from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW
+from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -22,6 +23,8 @@ _RECORDED = (2, 7)
 _CHECKED = ((1, 1), (1, 2), (1, 9), (3, 1), (5, 12))
 """Batch and length of the session that is recorded, and of those that a recording is checked on."""
 _TOLERANCE = 1e-5
+_PROJECTIONS_IN_MEMORY = 1 << 26
+"""Projections of interests of at most this many numbers (256 MiB) are kept."""
 
 
 class SessionEncoder(nn.Module):
@@ -37,19 +40,36 @@ class SessionEncoder(nn.Module):
     def __init__(self, model: MISSRec, tokens: ItemTokens | None) -> None:
         super().__init__()
         self.model = model
+        known = model.side is None and len(model.encoder.layers) > 0
+        known &= 3 * model.interests.centroids.numel() <= _PROJECTIONS_IN_MEMORY
+        self.projections = model.encoder.project(model.interests.centroids).detach() if known else None
         self.tokens = (
             None if tokens is None else ItemTokens(*(part if part is None else part.detach() for part in tokens))
         )
 
     def forward(self, session: Tensor) -> Tensor:
         """Return the vectors of sessions padded with 0 on the right."""
-        vectors = self.model.encode(session, catalogue=self.tokens, last_only=True).vectors
+        if self.projections is None:
+            vectors = self.model.encode(session, catalogue=self.tokens, last_only=True).vectors
+        else:
+            vectors = self._encode(session, self.projections)
         return vectors * (session > PADDING_ROW).any(1, keepdim=True)
+
+    def _encode(self, session: Tensor, projections: Tensor) -> Tensor:
+        """Return what `MISSRec.encode` does, the interests' projections looked up."""
+        model = self.model
+        items = model.towers(session) if self.tokens is None else self.tokens.take(session)
+        interests = model.interests(session)
+        memory = model.encoder(interests._replace(projections=projections))
+        hidden = model.decoder(items, session > UNKNOWN_ROW, memory, interests, last_only=True)
+        return F.normalize(hidden.squeeze(1), dim=-1)
 
 
 @torch.inference_mode()
 def recorded(encoder: SessionEncoder) -> Encode:
     """Return a recording of the encoder, or the encoder itself where a recording would answer otherwise."""
+    plain = SessionEncoder(encoder.model, encoder.tokens)
+    plain.projections = None
     shapes = [_session(encoder.model, *shape) for shape in (_RECORDED, *_CHECKED)]
     try:
         with warnings.catch_warnings():
@@ -57,7 +77,7 @@ def recorded(encoder: SessionEncoder) -> Encode:
             traced = torch.jit.trace(encoder.eval(), (shapes[0],), check_trace=False, strict=False)
             replayed = torch.jit.freeze(traced)
         with torch.jit.optimized_execution(False):
-            equal = all(torch.allclose(replayed(one), encoder(one), atol=_TOLERANCE, rtol=0) for one in shapes)
+            equal = all(torch.allclose(replayed(one), plain(one), atol=_TOLERANCE, rtol=0) for one in shapes)
     except RuntimeError:
         return encoder
     if not equal:

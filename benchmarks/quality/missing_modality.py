@@ -48,7 +48,7 @@ def withheld(catalogue: Catalogue, hidden: dict[str, np.ndarray[Any, np.dtype[np
 
 def without_vectors(model: MISSRec, catalogue: Catalogue) -> MISSRec:
     """Build the trained model over another catalogue of the same rows; clusters are those of training."""
-    other = build_missrec(model.config, catalogue)
+    other = build_missrec(model.config, catalogue, () if model.side is None else model.side.columns)
     trained = model.state_dict()
     keep = other.state_dict() | trained
     other.load_state_dict({name: keep[name] for name in other.state_dict()})

@@ -30,6 +30,7 @@ Initialisation = Literal["normal", "release"]
 InterestAlgorithm = Literal["kmeans", "dpc_knn"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "cosine"]
+IdStart = Literal["random", "tokens"]
 SoftmaxName = Literal["auto", "full", "chunked", "sampled"]
 PretrainObjective = Literal["contrastive", "full_softmax"]
 
@@ -191,6 +192,8 @@ class TrainConfig:
     """How many following items are targets of a position; 1 is the published objective."""
     next_items_weight: float = 0.3
     """Weight of the targets after the first; the first has 1."""
+    id_start: IdStart = "random"
+    """How ID embeddings start: ``random``, as published, or as the item's ``tokens`` (ours; random ones drown them)."""
     reverse_probability: float = 0.0
     """Probability that a training session is read backwards (ours, an augmentation)."""
     ema_decay: float = 0.0

@@ -30,11 +30,10 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, quick_metrics
 from missrec_t4r.evaluation.model_scorer import ModelScorer
-from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.missrec import build_missrec
 from missrec_t4r.progress import Progress, TerminalProgress
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
-from missrec_t4r.training.finetune import train
-from missrec_t4r.training.transfer import ids_from_tokens, load_pretrained, read_source
+from missrec_t4r.training.transfer import load_pretrained, read_source
 
 ENCODER = "all-MiniLM-L6-v2"
 SOURCES = ("amazon_instruments_mql", "amazon14_beauty", "ml100k_posters")
@@ -140,14 +139,11 @@ def training(
         stored: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
         return stored
     chosen = {**ALONE, **settings, **variant.settings, "train.seed": seed, "train.max_minutes": minutes}
+    chosen["train.id_start"] = variant.ids
     start: dict[str, Any] = {}
-    if variant.pretraining is None and variant.ids == "tokens":
-        trained = train(data, run, settings=chosen, progress=progress, prepare=_tokens_without_pretraining)
-    else:
-        if variant.pretraining is not None:
-            start = {"source": out / "pre" / variant.pretraining, "freeze": variant.freeze}
-            start |= {"take": variant.take, "ids": variant.ids}
-        trained = commands.train(data, run, settings=chosen, progress=progress, **start)
+    if variant.pretraining is not None:
+        start = {"source": out / "pre" / variant.pretraining, "freeze": variant.freeze, "take": variant.take}
+    trained = commands.train(data, run, settings=chosen, progress=progress, **start)
     ranked = commands.evaluate(run, baselines=False, progress=progress)["protocols"]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     one = {
@@ -161,12 +157,6 @@ def training(
     }
     finished.write_text(json.dumps(one, default=float), encoding="utf-8")
     return one
-
-
-def _tokens_without_pretraining(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
-    """Start IDs as the tokens of untrained adapters: how much of a gain is that start's, and not pre-training's."""
-    ids_from_tokens(model)
-    return {"start": {"kind": "ids from tokens", "trainable_share": 1.0, "items": catalogue.n_items}}
 
 
 @torch.no_grad()

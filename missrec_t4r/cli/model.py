@@ -50,9 +50,6 @@ def train(
         str | None, typer.Option(help="encoder_decoder (default of --from), none, or all_loaded: adapters too.")
     ] = None,
     take: Annotated[str, typer.Option(help="What --from loads: all, or adapters alone.")] = "all",
-    ids: Annotated[
-        str, typer.Option(help="How --from starts IDs: random (published) or tokens, as content.")
-    ] = "random",
     continue_: Annotated[
         Path | None, typer.Option("--continue", help="Start from yesterday's run on this shop; items may have changed.")
     ] = None,
@@ -70,7 +67,6 @@ def train(
         source=from_,
         freeze=freeze,
         take=take,
-        ids=ids,
         yesterday=continue_,
         resume=not restart,
         device=device,

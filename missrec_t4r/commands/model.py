@@ -23,7 +23,6 @@ def train(
     source: Path | None = None,
     freeze: str | None = None,
     take: str = "all",
-    ids: str = "random",
     yesterday: Path | None = None,
     resume: bool = True,
     device: str = "auto",
@@ -47,12 +46,12 @@ def train(
         raise ConfigError("both --from and --continue", "one run to start from")
     if (source or yesterday) and trainer == "t4r":
         raise ConfigError("--from or --continue with --trainer t4r", "the native trainer", "leave --trainer out")
-    if not source and (take != "all" or ids != "random" or (freeze and not yesterday)):
-        raise ConfigError("--freeze, --take or --ids without a run to start from", "--from RUN")
+    if not source and (take != "all" or (freeze and not yesterday)):
+        raise ConfigError("--freeze or --take without a run to start from", "--from RUN")
     if source:
         from missrec_t4r.training.transfer import train_from
 
-        words: dict[str, Any] = {"freeze": freeze, "take": take, "ids": ids}  # which it checks
+        words: dict[str, Any] = {"freeze": freeze, "take": take}  # which it checks
         return train_from(data, out, source, recipe=recipe or "default", **words, **common)
     if yesterday:
         from missrec_t4r.training.continuing import train_on

@@ -42,6 +42,7 @@ NDCG = "eval_/next-item/ndcg_at_10"
 
 _UNSUPPORTED = (
     "next_items",
+    "id_start",
     "ema_decay",
     "validation_sessions",
     "softmax",

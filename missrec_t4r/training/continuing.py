@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from missrec_t4r.config import Recipe
+from missrec_t4r.config import IdStart, Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.domains import match_modalities
 from missrec_t4r.data.side import SideColumn, encoded_values
@@ -29,6 +29,7 @@ from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID
 from missrec_t4r.training import distributed
 from missrec_t4r.training.checkpoint import VOCABULARY_FILE
 from missrec_t4r.training.finetune import train
+from missrec_t4r.training.id_start import ids_from_tokens
 from missrec_t4r.training.start_report import StartReport, lines
 from missrec_t4r.training.trainer import Prepare
 from missrec_t4r.training.transfer import (
@@ -93,14 +94,19 @@ def train_on(
     resolved = _recipe(recipe, settings, source)
     require_same(resolved.model, source.recipe.model, source.run)
     side = [_grown(SideColumn.from_dict(column), Path(data)) for column in source.info.get("side_features", [])]
-    prepare = _prepare(source, freeze, Path(out), progress)
+    prepare = _prepare(source, freeze, resolved.train.id_start, Path(out), progress)
     return train(
         data, out, recipe=resolved, resume=resume, device=device, progress=progress, prepare=prepare, side=side
     )
 
 
 def load_continued(
-    model: MISSRec, catalogue: Catalogue, source: Source, *, freeze: Freeze = "none"
+    model: MISSRec,
+    catalogue: Catalogue,
+    source: Source,
+    *,
+    freeze: Freeze = "none",
+    id_start: IdStart = "random",
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Load an earlier run's weights into a model over a grown catalogue.
 
@@ -132,6 +138,8 @@ def load_continued(
     report.copy(NORM, "decoder.norm_input.")
     report.copy(ENCODER, "encoder.")
     report.copy(DECODER, "decoder.layers.", "decoder.norm.")
+    if id_start == "tokens":
+        ids_from_tokens(model)
     kept = int((old_rows[FIRST_ITEM_ROW:] >= 0).sum())
     items = {"kept": kept, "new": catalogue.n_items - kept, "retired": len(earlier) - kept}
     _carry_rows(report, "item IDs", "towers.id_embedding.weight", old_rows, f"{kept:,} rows by raw id, the rest new")
@@ -199,11 +207,11 @@ def earlier_rows(catalogue: Catalogue, earlier: pa.Array, run: Path) -> Tensor:
     return torch.from_numpy(np.concatenate([np.arange(FIRST_ITEM_ROW), rows]))
 
 
-def _prepare(source: Source, freeze: Freeze, out: Path, progress: Progress) -> Prepare:
+def _prepare(source: Source, freeze: Freeze, id_start: IdStart, out: Path, progress: Progress) -> Prepare:
     said = progress if distributed.launched().rank == 0 else quiet  # under torchrun the first process speaks
 
     def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
-        report, items = load_continued(model, catalogue, source, freeze=freeze)
+        report, items = load_continued(model, catalogue, source, freeze=freeze, id_start=id_start)
         counts = ", ".join(f"{count:,} {name}" for name, count in items.items())
         said.say(f"continuing {source.run}: items {counts}")
         for line in lines(report):

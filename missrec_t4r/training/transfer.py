@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from missrec_t4r.config import MISSRecConfig, Recipe
+from missrec_t4r.config import IdStart, MISSRecConfig, Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.domains import match_modalities, require_fingerprints
 from missrec_t4r.errors import CheckpointError, ConfigError
@@ -27,12 +25,12 @@ from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.training import distributed
 from missrec_t4r.training.checkpoint import RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, load_tensors
 from missrec_t4r.training.finetune import train
+from missrec_t4r.training.id_start import ids_from_tokens
 from missrec_t4r.training.start_report import StartReport, lines
 from missrec_t4r.training.trainer import Prepare
 
 Freeze = Literal["none", "encoder_decoder", "all_loaded"]
 Take = Literal["all", "adapters"]
-Ids = Literal["random", "tokens"]
 
 POSITIONS, NORM, ENCODER, DECODER = "position embedding", "input LayerNorm", "encoder", "decoder"
 FROZEN = {"none": (), "encoder_decoder": (POSITIONS, ENCODER, DECODER), "all_loaded": (POSITIONS, ENCODER, DECODER)}
@@ -87,7 +85,6 @@ def train_from(
     *,
     freeze: Freeze | None = None,
     take: Take = "all",
-    ids: Ids = "random",
     recipe: str | Path | Recipe = "default",
     settings: Mapping[str, Any] | None = None,
     resume: bool = True,
@@ -107,9 +104,6 @@ def train_from(
         ``take="adapters"``, where nothing of them was loaded.
     take : {"all", "adapters"}
         What is loaded; ``adapters`` starts the rest anew.
-    ids : {"random", "tokens"}
-        How ID embeddings start: at random, as published, or where the loaded adapters put the item (ours: a random ID
-        has a third of the score, and drowns what was learned until it is trained).
 
     Returns
     -------
@@ -124,7 +118,7 @@ def train_from(
         An unknown choice, or a freeze that makes no sense.
     """
     freeze = freeze or ("encoder_decoder" if take == "all" else "none")
-    for option, value, known in (("freeze", freeze, Freeze), ("take", take, Take), ("ids", ids, Ids)):
+    for option, value, known in (("freeze", freeze, Freeze), ("take", take, Take)):
         if value not in get_args(known):
             raise ConfigError(f"--{option} {value}", f"one of {', '.join(get_args(known))}")
     read = read_source(source)
@@ -133,7 +127,7 @@ def train_from(
         require_same(resolved.model, read.recipe.model, read.run)
     elif resolved.model.d_model != read.recipe.model.d_model:
         require_same(resolved.model, read.recipe.model, read.run, ("d_model",))
-    prepare = _prepare(read, freeze, take, ids, Path(out), progress)
+    prepare = _prepare(read, freeze, take, resolved.train.id_start, Path(out), progress)
     return train(data, out, recipe=resolved, resume=resume, device=device, progress=progress, prepare=prepare)
 
 
@@ -144,7 +138,7 @@ def load_pretrained(
     *,
     freeze: Freeze = "encoder_decoder",
     take: Take = "all",
-    ids: Ids = "random",
+    id_start: IdStart = "random",
 ) -> dict[str, Any]:
     """Load a source's weights into a model and freeze parts.
 
@@ -182,9 +176,9 @@ def load_pretrained(
         else:
             report.fresh(name, "only adapters were asked for", *prefixes)
     _load_fusion(report, take)
-    why = "of this catalogue's items" if ids == "random" else "start as the items' tokens"
+    why = "of this catalogue's items" if id_start == "random" else "start as the items' tokens"
     report.fresh("item IDs", why, "towers.id_embedding.")
-    if ids == "tokens":
+    if id_start == "tokens":
         ids_from_tokens(model)
     report.fresh("interests", "discovered in this catalogue", "interests.")
     report.fresh("side features", "of this data's events", "side.")
@@ -221,32 +215,17 @@ def start_facts(kind: str, source: Source, out: Path, report: Mapping[str, Any],
     return {"start": {"kind": kind, "run": where, **more, **report}}
 
 
-def _prepare(source: Source, freeze: Freeze, take: Take, ids: Ids, out: Path, progress: Progress) -> Prepare:
+def _prepare(source: Source, freeze: Freeze, take: Take, id_start: IdStart, out: Path, progress: Progress) -> Prepare:
     said = progress if distributed.launched().rank == 0 else quiet  # under torchrun the first process speaks
 
     def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
-        report = load_pretrained(model, catalogue, source, freeze=freeze, take=take, ids=ids)
+        report = load_pretrained(model, catalogue, source, freeze=freeze, take=take, id_start=id_start)
         said.say(f"starting from {source.run}, freezing {freeze}")
         for line in lines(report):
             said.say(line)
-        return start_facts("from", source, out, report, freeze=freeze, take=take, ids=ids)
+        return start_facts("from", source, out, report, freeze=freeze, take=take)
 
     return prepare
-
-
-@torch.no_grad()
-def ids_from_tokens(model: MISSRec) -> None:
-    """Point every ID embedding along the sum of the item's unit tokens, as long as a random one would be."""
-    table = model.towers.id_embedding
-    if table is None:
-        return
-    was_training = model.training
-    tokens = model.eval().towers.catalogue()
-    model.train(was_training)
-    total = (F.normalize(tokens.modality, dim=-1) * tokens.mask.unsqueeze(-1)).sum(0)
-    has_tokens = tokens.mask.any(0)
-    length = table.weight.norm(dim=-1, keepdim=True).mean()
-    table.weight[has_tokens] = F.normalize(total, dim=-1)[has_tokens] * length
 
 
 def _common_modalities(catalogue: Catalogue, source: Source) -> dict[str, str]:

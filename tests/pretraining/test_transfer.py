@@ -8,6 +8,7 @@ import torch
 
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import CheckpointError, ConfigError, ModalityError
 from missrec_t4r.model.missrec import build_missrec
 from missrec_t4r.training.checkpoint import load_run, load_tensors
@@ -125,12 +126,24 @@ def test_ids_can_start_as_content(shops: dict[str, Path], pretrained: Path) -> N
     config = Recipe.load("pretrain", SMALL | {"model.item_ids": True}).model
     model = build_missrec(config, catalogue)
     initial = model.towers.id_embedding.weight.detach().norm(dim=-1).mean()
-    report = load_pretrained(model.train(), catalogue, read_source(pretrained), ids="tokens")
+    report = load_pretrained(model.train(), catalogue, read_source(pretrained), id_start="tokens")
     assert model.training
     candidates = model.eval().candidates()
     torch.testing.assert_close(candidates.ids[3:], candidates.modality[0, 3:])  # one modality: the same direction
     assert model.towers.id_embedding.weight[5].norm().item() == pytest.approx(initial.item())
     assert _parts(report)["item IDs"]["note"] == "start as the items' tokens"
+
+
+def test_ids_can_start_as_content_without_another_run(shops: dict[str, Path], tmp_path: Path) -> None:
+    from missrec_t4r.training.trainer import Trainer
+
+    catalogue = Catalogue.load(shops["toys"] / "catalogue")
+    sessions = Sessions.load(shops["toys"] / "train"), Sessions.load(shops["toys"] / "valid")
+    settings = SMALL | {"model.item_ids": True, "train.id_start": "tokens"}
+    model = Trainer(Recipe.load("pretrain", settings), catalogue, *sessions, tmp_path).model.eval()
+    candidates = model.candidates()
+    both = torch.nn.functional.normalize(candidates.modality.sum(0), dim=-1)
+    torch.testing.assert_close(candidates.ids[3:], both[3:])
 
 
 def test_what_makes_no_sense_is_refused_with_the_cure(shops: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
@@ -183,7 +196,7 @@ def test_an_interrupted_transfer_is_not_continued_from_another_start(
     shops: dict[str, Path], pretrained: Path, tmp_path: Path
 ) -> None:
     from missrec_t4r.training import transfer
-    from missrec_t4r.training.finetune import Trainer
+    from missrec_t4r.training.trainer import Trainer
 
     class Killed(Exception):
         pass

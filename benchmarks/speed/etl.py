@@ -5,7 +5,8 @@
 All ways read the same parquet and write the same sessions (items and event types encoded, time-ordered, one row per
 user), which is checked on a small table before anything is timed. Ours writes more: the three splits, catalogue,
 workflows and what an update needs. Stock operators are timed on at most ``--stock-rows``; their rate falls with size,
-so the ratio is a lower bound. Interpreter start and imports are not counted for any of them.
+so the ratio is a lower bound. At the end a day of 1 % new
+events by users drawn from all is added to our folder. Interpreter start and imports are not counted for any of them.
 """
 
 from __future__ import annotations
@@ -32,12 +33,22 @@ KINDS = np.array(["view", "cart", "purchase"])
 LISTS = ("item_id", "timestamp", "event_type", "rating")
 
 
+def population(rows: int) -> tuple[int, int]:
+    """Return how many users and items so many events have: a user per eight events, an item per fifty."""
+    return max(rows // 8, 50), max(rows // 50, 200)
+
+
 def generate(
-    rows: int, folder: Path, *, seed: int = 0, users_per_row: float = 0.125, first_time: int = 1_600_000_000
+    rows: int,
+    folder: Path,
+    *,
+    seed: int = 0,
+    drawn_from: tuple[int, int] | None = None,
+    first_time: int = 1_600_000_000,
 ) -> None:
-    """Write events and items: a user per eight events, popularity by a power law, a million rows per row group."""
+    """Write events and items: users drawn evenly, items by a power law, a million rows per row group."""
     chance = np.random.default_rng(seed)
-    users, items = max(int(rows * users_per_row), 50), max(rows // 50, 200)
+    users, items = drawn_from or population(rows)
     share = 1 / np.arange(1, items + 1) ** 0.8
     bounds = np.cumsum(share) / share.sum()
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +124,13 @@ def polars(folder: Path, out: Path) -> None:
     sessions.write_parquet(out / "sessions" / "part_0.parquet")
 
 
+def day(folder: Path, out: Path) -> None:
+    """Add a day of 1 % new events, by users drawn from all, to a folder that is there already (``out`` / "data")."""
+    from missrec_t4r.workflows.update import update
+
+    update(folder / "events.parquet", out / "data")
+
+
 WAYS: dict[str, Callable[[Path, Path], None]] = {"ours": ours, "stock": stock, "pandas": pandas, "polars": polars}
 
 
@@ -180,12 +198,14 @@ def timed(way: str, folder: Path, out: Path) -> dict[str, float]:
 
 def run_way(way: str, folder: Path, out: Path) -> None:
     """Do the job in this process and print what it took."""
-    for module in {"ours": ["missrec_t4r.workflows.etl"], "stock": ["missrec_t4r.workflows", "nvtabular"]}.get(
-        way, [way]
-    ):
+    for module in {
+        "ours": ["missrec_t4r.workflows.etl"],
+        "day": ["missrec_t4r.workflows.update"],
+        "stock": ["missrec_t4r.workflows", "nvtabular"],
+    }.get(way, [way]):
         importlib.import_module(module)
     started = time.perf_counter()
-    WAYS[way](folder, out)
+    {**WAYS, "day": day}[way](folder, out)
     print(json.dumps({"seconds": time.perf_counter() - started, "peak_mib": peak_mib()}))
 
 
@@ -195,7 +215,7 @@ def main() -> None:
     parser.add_argument("--stock-rows", type=int, default=200_000, help="time the stock operators on at most so many")
     parser.add_argument("--ways", default=",".join(WAYS), help="which of them, comma-separated")
     parser.add_argument("--repeat", type=int, default=1, help="the best of so many runs")
-    parser.add_argument("--way", choices=WAYS)
+    parser.add_argument("--way", choices=[*WAYS, "day"])
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -205,6 +225,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         ways = [way for way in check(folder) if way in given.ways.split(",")]
+        if "ours" not in ways:
+            parser.error("--ways must name ours, which the others are compared with")
         generate(given.rows, folder / "events")
         stock_rows = min(given.rows, given.stock_rows)
         generate(stock_rows, folder / "stock")
@@ -214,6 +236,11 @@ def main() -> None:
             runs = [timed(way, data, folder / f"{way}-{number}") for number in range(given.repeat)]
             took[way] = min(runs, key=lambda run: run["seconds"])
             print(f"{way}: {took[way]['seconds']:.1f} s, {took[way]['peak_mib']:.0f} MiB", file=sys.stderr)
+        (folder / "day").mkdir()
+        (folder / "ours-0").rename(folder / "day" / "data")
+        generate(given.rows // 100, folder / "new", seed=1, drawn_from=population(given.rows), first_time=1_650_000_000)
+        update = timed("day", folder / "new", folder / "day")
+        print(f"day: {update['seconds']:.1f} s", file=sys.stderr)
     rates = {way: (stock_rows if way == "stock" else given.rows) / found["seconds"] for way, found in took.items()}
     payload: dict[str, Any] = {
         "rows": given.rows,
@@ -222,6 +249,8 @@ def main() -> None:
         "peak_mib": round(took["ours"]["peak_mib"]),
         **{f"{way}_peak_mib": round(found["peak_mib"]) for way, found in took.items() if way != "ours"},
         "seconds": {way: round(found["seconds"], 2) for way, found in took.items()},
+        "day_seconds": round(update["seconds"], 2),
+        "day_share_of_full_run": round(update["seconds"] / took["ours"]["seconds"], 3),
         "stock_rows": stock_rows if "stock" in took else 0,
         "ratio_to": {way: round(rates["ours"] / rate, 2) for way, rate in rates.items() if way != "ours"},
         "checked_rows": CHECK_ROWS,

@@ -86,7 +86,7 @@ def test_an_interest_is_placed_where_it_is_first_seen() -> None:
     vocabulary = InterestVocabulary(n_interests=3, n_modalities=2, n_rows=6, d_model=1)
     vocabulary.assignment[:, 3:] = torch.tensor([[2, 3, 1], [2, 1, 0]])  # rows 3, 4, 5 in two modalities
     vocabulary.centroids[1:, 0] = torch.tensor([1.0, 2.0, 3.0])
-    tokens, mask, position, chosen, centroids = vocabulary(torch.tensor([[5, 3, 4, 0], [4, 4, 5, 3]]))
+    tokens, mask, position, chosen, centroids, *_ = vocabulary(torch.tensor([[5, 3, 4, 0], [4, 4, 5, 3]]))
     assert torch.equal(centroids[chosen], tokens)
     assert tokens[..., 0].tolist() == [[1, 2, 3], [3, 1, 2]]
     assert position.tolist() == [[0, 1, 2], [0, 0, 3]]

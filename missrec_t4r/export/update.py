@@ -281,7 +281,7 @@ def _check(old: LoadedBundle, new: LoadedBundle, rows: npt.NDArray[np.int64]) ->
     ]
     largest = float(torch.nan_to_num(scores[0] - scores[1], nan=0.0).abs().max())
     ids = [bundle.transform.look_up(old.transform.wire_ids) for bundle in (old, new)]
-    if largest > TOLERANCE or not np.array_equal(*ids):
+    if largest > TOLERANCE or not np.array_equal(ids[0], ids[1]):
         raise ParityError(
             f"items that were not touched would change their scores by {largest:.2g}", f"at most {TOLERANCE}",
             "the bundle stays as it is; export it again with the installed version",

@@ -43,9 +43,7 @@ class SessionEncoder(nn.Module):
         known = model.side is None and len(model.encoder.layers) > 0
         known &= 3 * model.interests.centroids.numel() <= _PROJECTIONS_IN_MEMORY
         self.projections = model.encoder.project(model.interests.centroids).detach() if known else None
-        self.tokens = (
-            None if tokens is None else ItemTokens(*(part if part is None else part.detach() for part in tokens))
-        )
+        self.tokens = None if tokens is None else _constant(tokens)
 
     def forward(self, session: Tensor) -> Tensor:
         """Return the vectors of sessions padded with 0 on the right."""
@@ -89,6 +87,11 @@ def recorded(encoder: SessionEncoder) -> Encode:
             return vectors
 
     return replay
+
+
+def _constant(tokens: ItemTokens) -> ItemTokens:
+    ids = None if tokens.ids is None else tokens.ids.detach()
+    return tokens._replace(modality=tokens.modality.detach(), ids=ids)
 
 
 def _session(model: MISSRec, batch: int, length: int) -> Tensor:

@@ -34,6 +34,8 @@ _HOME = {
     "load_bundle": "export.bundle",
     "LocalTriton": "serving.local_triton",
     "MISSRecClient": "serving.client",
+    "AsyncMISSRecClient": "serving.async_client",
+    "Retries": "serving.retries",
     "Recommendation": "serving.client",
     "Ranker": "serving.ranker",
     "PrefixMasking": "t4r",

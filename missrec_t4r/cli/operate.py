@@ -1,4 +1,4 @@
-"""Commands around a running server: deploy, rollback, shadow, playground; and bundle verify."""
+"""Commands around a running server: deploy, rollback, shadow, playground; bundle verify and merlin."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from missrec_t4r import commands
-from missrec_t4r.cli.app import app, command, command_of
+from missrec_t4r.cli.app import Data, app, command, command_of
 from missrec_t4r.progress import TerminalProgress
 
 Repository = Annotated[Path, typer.Option(help="Deployment folder, which `missrec serve --repository` serves.")]
@@ -89,3 +89,14 @@ app.add_typer(bundles, name="bundle")
 def verify(bundle: Annotated[Path, typer.Option(help="Bundle written by `missrec export`.")]) -> dict[str, Any]:
     """Refuse a damaged, truncated, oversized or manipulated bundle, with the file and the reason."""
     return commands.verify(bundle)
+
+
+@command_of(bundles)
+def merlin(
+    bundle: Annotated[Path, typer.Option(help="Bundle written by `missrec export`.")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Model repository to write.")],
+    top_k: Annotated[int, typer.Option(help="Items per session.")] = 10,
+) -> dict[str, Any]:
+    """Write a classic Merlin Systems ensemble of it: pickles, integer ids, for teams that run such."""
+    return commands.merlin(bundle, data, out, top_k=top_k)

@@ -1,4 +1,4 @@
-"""What `missrec deploy`, `rollback`, `shadow`, `playground` and `bundle verify` do."""
+"""What `missrec deploy`, `rollback`, `shadow`, `playground`, `bundle verify` and `bundle merlin` do."""
 
 from __future__ import annotations
 
@@ -49,3 +49,11 @@ def verify(bundle: Path) -> dict[str, Any]:
         "modalities": list(loaded.catalogue.modalities),
         "catalogue_version": catalogue_version(manifest),
     }
+
+
+def merlin(bundle: Path, data: Path, out: Path, *, top_k: int = 10) -> dict[str, Any]:
+    """Write a classic Merlin Systems ensemble; see `missrec_t4r.export.merlin_systems`."""
+    from missrec_t4r.export.merlin_systems import export_merlin
+    from missrec_t4r.workflows.storage import load_workflow
+
+    return export_merlin(bundle, load_workflow(data / "request_workflow"), out, top_k=top_k)

@@ -177,9 +177,9 @@ class Playground:
             reasons=True,
         )
         elapsed = (time.perf_counter() - started) * 1e3
+        ids: list[Any] = list(answer.item_ids)
         lines: list[dict[str, Any]] = [
-            {"item": self.shop.of_id(item), "score": score}
-            for item, score in zip(answer.item_ids, answer.scores, strict=True)
+            {"item": self.shop.of_id(item), "score": score} for item, score in zip(ids, answer.scores, strict=True)
         ]
         for line, reason in zip(lines, answer.reasons, strict=False):
             line |= {"because_of": reason.item_id, "modality": reason.modality}

@@ -27,7 +27,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, rank_catalogue
 from missrec_t4r.evaluation.model_scorer import ModelScorer
 from missrec_t4r.model.clustering import kmeans
-from missrec_t4r.training.finetune import Trainer
+from missrec_t4r.training.trainer import Trainer
 
 Result = dict[str, Any]
 EPOCHS = 2

@@ -1,4 +1,4 @@
-"""A model on a catalogue that has grown since its training: known rows keep what they learned, new ones have none.
+"""A model on a catalogue that has grown since its training: known rows keep what they learned.
 
 New items are scored by their modalities alone, whatever the configuration says of untrained IDs; retired items cannot
 be recommended but stay what they were inside a session.

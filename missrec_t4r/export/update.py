@@ -1,4 +1,4 @@
-"""`missrec catalogue update`: items added, changed and retired in a bundle, without training; rows stay what they are.
+"""`missrec catalogue update`: items added, changed and retired in a bundle, without training.
 
 The weights stay. Known items keep their rows, new ones are appended; a new or changed token belongs to the nearest of
 the frozen interests. The new version must give every session of untouched items the scores it had, to 1e-6, or it does

@@ -1,4 +1,4 @@
-"""Upper bounds of all scores from one byte per number: principal directions in 8 bits, and how wrong they can be.
+"""Upper bounds of all scores from one byte per number: principal directions in 8 bits and their error.
 
 A token y is kept as ``mean + V z`` with z in 8 bits, and with the length of what that leaves out. For a session s the
 true ``s.y`` then lies within ``|s_V| |z error| + |s - s_V| |rest|`` of the estimate (Cauchy-Schwarz), plus what
@@ -20,6 +20,8 @@ from torch import Tensor
 from missrec_t4r.model.retrieval import Query
 from missrec_t4r.model.score_table import ScoreTable, fuse, fuse_two
 
+AVAILABLE = hasattr(torch, "_weight_int8pack_mm")
+"""Whether this torch multiplies by 8-bit matrices as they are stored; without it the scan answers."""
 _SAMPLE = 20_000
 """Tokens that the principal directions are computed from."""
 _KEPT = 0.985

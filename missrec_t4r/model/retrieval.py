@@ -1,4 +1,4 @@
-"""Exact top-k with a fixed order: score descending, ties by ascending row; from upper bounds, with a certificate.
+"""Exact top-k in a fixed order, ties by ascending row, from upper bounds and with a certificate.
 
 A first pass bounds every item's score from above (the chunked scan within rounding, `quantised` more loosely for a
 fraction of the bytes). The best bounds are scored exactly; an item that was not is out once its bound lies below the

@@ -1,4 +1,4 @@
-"""The catalogue's tokens packed for ranking: one matrix product per request, and an exact score of any few items.
+"""The catalogue's tokens packed for ranking: one product per request, exact scores of any few items.
 
 With a trained ID embedding e the score ``(s.e + 2 fused)/3`` equals the fused score of the tokens ``y = (e + 2x)/3``
 under 1.5 phi, because the softmax does not see what all modalities of an item share (specification 6). So every item is

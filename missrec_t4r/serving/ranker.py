@@ -19,7 +19,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.side import SideArrays, compact_side
 from missrec_t4r.errors import DataError
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.model.quantised import QuantisedTable, quantise
+from missrec_t4r.model.quantised import AVAILABLE, QuantisedTable, quantise
 from missrec_t4r.model.retrieval import SPARE, Found, Query, scan_bounds, search
 from missrec_t4r.model.score_table import build_score_table
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
@@ -95,7 +95,7 @@ class Ranker:
             self._tokens = tokens if tokens.modality.numel() <= _TOKENS_IN_MEMORY else None
             self._popularity = self._popular(catalogue)
         self._encode = recorded(SessionEncoder(self.model, self._tokens))
-        certified = self.device.type == "cpu" and catalogue.n_rows >= certified_from
+        certified = self.device.type == "cpu" and catalogue.n_rows >= certified_from and AVAILABLE
         self.quantised: QuantisedTable | None = quantise(self.table) if certified else None
         self.widenings = 0
         """Sessions whose search had to look beyond its first candidates to be certain."""

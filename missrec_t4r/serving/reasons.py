@@ -1,4 +1,4 @@
-"""Why an item was recommended: the item of the session that weighed most, found by leaving out one after the other."""
+"""Why an item was recommended: the session's item that weighed most, and the modality."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Business rules of a request: filters over the catalogue's columns and caps per attribute, checked before they act.
+"""Business rules of a request: filters over the catalogue's columns and caps per attribute, strictly checked.
 
 On the wire a session's rules are one JSON object::
 

@@ -1,4 +1,4 @@
-"""The session encoder recorded once and replayed without Python: the same operations, about half the time per request.
+"""The session encoder recorded at start and replayed without Python, if it answers as the model does.
 
 A recording is kept only if it answers as the model does on sessions of several shapes; otherwise the model itself
 answers. Nothing is stored: every start records anew, from verified weights.

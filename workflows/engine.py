@@ -116,7 +116,7 @@ def _connected(address: str) -> Iterator[Any]:
     from distributed import Client
 
     try:
-        client = Client(address, set_as_default=False, timeout="10s")
+        client = Client(address, set_as_default=False, timeout="5s")
     except (OSError, ValueError) as error:
         raise DataError(
             f"no Dask scheduler answers at {address} ({error})",

@@ -23,7 +23,9 @@ from typer.testing import CliRunner
 from missrec_t4r.cli import app
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.progress import quiet
 from missrec_t4r.workflows import shards
+from missrec_t4r.workflows.engine import engine
 from missrec_t4r.workflows.etl import etl
 from missrec_t4r.workflows.sessions import transform_dataset
 from missrec_t4r.workflows.storage import load_workflow
@@ -159,6 +161,23 @@ def test_pieces_and_workers_change_nothing(tmp_path: Path, scheduler: str) -> No
     assert len(list((tmp_path / "many" / "train").glob("*.parquet"))) == 7
 
 
+def test_a_killed_worker_does_not_lose_the_run(tmp_path: Path) -> None:
+    def dies_once(place: str, number: int) -> int:
+        import os
+        import signal
+        from pathlib import Path
+
+        if number == 1 and not (Path(place) / "died").exists():
+            (Path(place) / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number * number
+
+    with engine("processes", 1) as machines:
+        answers = machines.run(dies_once, [(str(tmp_path), number) for number in range(3)], quiet, "")
+    assert answers == [0, 1, 4]
+    assert (tmp_path / "died").exists()
+
+
 def test_no_user_is_in_two_partitions() -> None:
     ids = pa.array([f"user {n}" for n in range(5000)])
     hashes = hash_ids(ids)
@@ -262,14 +281,14 @@ def test_bad_settings_and_places_are_said_before_work_begins(tmp_path: Path) -> 
     ):
         with pytest.raises(ConfigError, match=words):
             etl(*files, tmp_path / "data", **options)
-    for engine in ("memory", "disk"):
+    for kind in ("memory", "disk"):
         with pytest.raises(SchemaError, match="no text column 'kind'.*--event-type-column"):
-            etl(*files, tmp_path / "data", engine=engine, event_weights="a=1", event_type_column="kind")
-        taken = write(tmp_path / engine, EVENTS.assign(gap=1))
+            etl(*files, tmp_path / "data", engine=kind, event_weights="a=1", event_type_column="kind")
+        taken = write(tmp_path / kind, EVENTS.assign(gap=1))
         with pytest.raises(SchemaError, match=r"have columns \['gap'\] already"):
-            etl(*taken, tmp_path / "data", engine=engine, time_features="gap")
+            etl(*taken, tmp_path / "data", engine=kind, time_features="gap")
         with pytest.raises(DataError, match="nobody's is no data folder|exists and is no data folder"):
-            etl(*files, tmp_path / engine, engine=engine)
+            etl(*files, tmp_path / kind, engine=kind)
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(DataError, match="no Dask scheduler answers at tcp://127.0.0.1:9"):
         etl(*files, tmp_path / "data", engine="disk", dask_scheduler="tcp://127.0.0.1:9")

@@ -11,7 +11,7 @@ FOLDERS = {
     "triton_models": "missrec_t4r/triton_models",
 }
 """Top-level folder -> where it lies in the wheel."""
-SHIPPED = {".py", ".yaml", ".pbtxt", ".typed", ".md"}
+SHIPPED = {".py", ".yaml", ".pbtxt", ".typed", ".md", ".html"}
 
 
 def shipped_files() -> dict[str, Path]:

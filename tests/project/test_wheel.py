@@ -11,7 +11,7 @@ import pytest
 
 from tests.project.packages import ROOT, modules, shipped_files
 
-WITHOUT_MERLIN = ("missrec_t4r.workflows", "missrec_t4r.t4r")
+WITHOUT_MERLIN = ("missrec_t4r.workflows", "missrec_t4r.t4r", "missrec_t4r.export.merlin_systems")
 """The two packages that may need more than the base dependencies."""
 
 BARE = """

@@ -12,7 +12,7 @@ import pytest
 from tests.project.packages import ROOT, modules, shipped_files
 
 WITHOUT_MERLIN = ("missrec_t4r.workflows", "missrec_t4r.t4r", "missrec_t4r.export.merlin_systems")
-"""The two packages that may need more than the base dependencies."""
+"""The packages, and the one module, that may need more than the base dependencies."""
 
 BARE = """
 import importlib, importlib.metadata as metadata, json, re, sys

@@ -63,7 +63,7 @@ class LookAlikes(nn.Module):
         self.register_buffer("pointers", torch.zeros(n_rows + 1, dtype=torch.int64), persistent=False)
         self.register_buffer("candidates", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("strengths", torch.zeros(0), persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module.index())
+        self.register_load_state_dict_post_hook(lambda module, _: module.index())  # type: ignore[no-untyped-call]  # torch has no types here
 
     @torch.no_grad()
     def fit(self, vectors: Mapping[str, Tensor], presence: Tensor) -> None:

@@ -165,7 +165,8 @@ class MISSRec(nn.Module):
 
     def add_history(self, scores: Tensor, item_ids: Tensor) -> Tensor:
         """Add to scores [batch, catalogue], in place where it can, what the items of the history say of themselves and
-        of their neighbours."""
+        of their neighbours.
+        """
         if self.history_bias is not None:
             scores.scatter_add_(1, item_ids, self.history_bias * first_occurrences(item_ids).to(scores.dtype))
         for prior in (self.prior, self.lookalikes):

@@ -199,7 +199,9 @@ def test_a_module_between_inputs_and_block_has_no_core() -> None:
 
 def recipe(**train: Any) -> Recipe:
     settings = {"batch_size": 64, "epochs": 3, "learning_rate": 0.01, "seed": 7}
-    return Recipe(name="small", model=shop.config(n_neighbours=0, n_lookalikes=0), train=TrainConfig(**(settings | train)))
+    return Recipe(
+        name="small", model=shop.config(n_neighbours=0, n_lookalikes=0), train=TrainConfig(**(settings | train))
+    )
 
 
 def test_train_t4r_writes_a_run_that_our_evaluation_loads(data: Path, tmp_path: Path, capsys: Any) -> None:

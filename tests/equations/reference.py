@@ -22,7 +22,6 @@ FIRST_ITEM = 3
 """Rows 0 (padding), 1 (null) and 2 (unknown) are no items."""
 
 
-# ---------------------------------------------------------------- building blocks
 class Linear(NamedTuple):
     """y = W x + b."""
 
@@ -125,7 +124,6 @@ def unit(x: Array) -> Array:
     return np.asarray(x / np.where(norm == 0.0, 1.0, norm))
 
 
-# ---------------------------------------------------------------- item towers (E1, E2)
 class Items(NamedTuple):
     """All items of the catalogue as the model sees them."""
 
@@ -155,7 +153,6 @@ def item_tokens(
     return Items(np.stack(tokens), np.stack(masks), np.stack(present), ids, id_trained)
 
 
-# ---------------------------------------------------------------- interests (E3, E4)
 def kmeans_step(points: Array, centroids: Array) -> tuple[Ints, Array]:
     """Return the nearest centroid of every point, and the mean of every cluster (an empty one keeps its place)."""
     nearest = np.array([int(np.argmin(((centroids - point) ** 2).sum(-1))) for point in points])
@@ -202,7 +199,6 @@ def session_interests(session: Sequence[int], assignment: Ints) -> dict[int, int
     return first_seen
 
 
-# ---------------------------------------------------------------- session encoder (E5 - E10)
 class Encoder(NamedTuple):
     """Contextual encoder: Transformer over interest tokens, no positions, final LayerNorm."""
 
@@ -308,7 +304,6 @@ class Model(NamedTuple):
         return kept
 
 
-# ---------------------------------------------------------------- candidate fusion (E11)
 def fused_scores(session: Array, items: Items, phi: Array | float | None, *, padding: bool = False) -> Array:
     """Return s's score for every row, before the temperature; -inf where nothing can be scored.
 
@@ -345,7 +340,6 @@ def with_history_bias(scores: Array, history: Sequence[int], bias: float) -> Arr
     return np.where(seen, scores + bias, scores)
 
 
-# ---------------------------------------------------------------- objectives (E13 - E17)
 def cross_entropy(scores: Array, targets: Sequence[int], temperature: float) -> float:
     """Mean of -log softmax(scores / tau)[target] over the batch; scores [batch, row]."""
     rows = [-math.log(softmax(s / temperature)[target]) for s, target in zip(scores, targets, strict=True)]

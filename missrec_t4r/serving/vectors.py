@@ -134,6 +134,7 @@ def _write_items(folder: Path, loaded: LoadedBundle) -> dict[str, Any]:
         "item_ids_in_the_score": candidates.ids is not None,
         "history_bias": None if model.history_bias is None else float(model.history_bias),
         "neighbour_prior": bool(model.prior is not None and model.prior.active),
+        "look_alike_prior": bool(model.lookalikes is not None and model.lookalikes.active),
     }
 
 

@@ -10,8 +10,8 @@ from missrec_t4r.cli.app import app
 __all__ = ["app", "batch", "catalogue", "data", "model", "operate", "serve", "sources"]
 
 _ORDER = (
-    "demo generate etl features report pretrain train evaluate export serve recommend playground deploy rollback shadow "
-    "score similar vectors"
+    "demo generate etl features report pretrain train evaluate export serve recommend playground deploy rollback "
+    "shadow score similar vectors"
 ).split()
 """The order of `missrec --help`: that of the work."""
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -147,30 +148,35 @@ def test_empty_and_truncated_files_are_named(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """No file may grow beyond 400 bytes, as on a full disk: writes fail with EFBIG."""
+    """No file may grow beyond 400 bytes, as on a full disk: writes fail with EFBIG.
+
+    Over before the test ends: pytest's own log may be a file, too.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def _files(folder: Path) -> list[tuple[str, float]]:
     return sorted((str(file), file.stat().st_mtime) for file in folder.rglob("*") if file.is_file())
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     files = write(tmp_path / "raw")
     etl(*files, tmp_path / "out" / "data")
     before = _files(tmp_path / "out")
-    request.getfixturevalue("small_disk")
-    with pytest.raises(DataError, match="the disk ran full while .*data was written"):
-        etl(*files, tmp_path / "out" / "data")
-    with pytest.raises(DataError, match="the disk ran full"):
-        features(tmp_path / "out" / "data", text_columns=["title"])
-    with pytest.raises(DataError, match="the disk ran full"), file_aside(tmp_path / "out" / "one") as file:
-        file.write_bytes(b"x" * 5_000)
+    with small_disk():
+        with pytest.raises(DataError, match="the disk ran full while .*data was written"):
+            etl(*files, tmp_path / "out" / "data")
+        with pytest.raises(DataError, match="the disk ran full"):
+            features(tmp_path / "out" / "data", text_columns=["title"])
+        with pytest.raises(DataError, match="the disk ran full"), file_aside(tmp_path / "out" / "one") as file:
+            file.write_bytes(b"x" * 5_000)
     assert _files(tmp_path / "out") == before
 
 

@@ -99,11 +99,15 @@ def _one(data: Path, run: Path, recipe: str, settings: dict[str, Any], progress:
 
 
 def _label(recipe: str, settings: dict[str, Any] | None) -> str:
-    words = [
-        Path(recipe).stem,
-        *(f"{key.partition('.')[2]}={value}" for key, value in sorted((settings or {}).items())),
-    ]
-    return ",".join(words)
+    """Return a name for files and folders: the recipe and what was changed.
+
+    Examples
+    --------
+    >>> _label("default", {"model.history_bias": False})
+    'default-history_bias-false'
+    """
+    changes = [f"{key.partition('.')[2]}-{value}".lower() for key, value in sorted((settings or {}).items())]
+    return "-".join([Path(recipe).stem, *changes])
 
 
 def _summary(seeds: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:

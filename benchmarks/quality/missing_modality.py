@@ -50,6 +50,7 @@ def without_vectors(model: MISSRec, catalogue: Catalogue) -> MISSRec:
     """Build the trained model over another catalogue of the same rows; clusters are those of training."""
     other = build_missrec(model.config, catalogue, () if model.side is None else model.side.columns)
     trained = model.state_dict()
+    other.interests.centroids = model.interests.centroids.clone()  # as many as were found in training
     keep = other.state_dict() | trained
     other.load_state_dict({name: keep[name] for name in other.state_dict()})
     other.interests.assignment[~other.towers.presence] = 0

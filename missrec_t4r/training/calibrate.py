@@ -29,9 +29,9 @@ Counting = tuple[int, bool]
 
 _DECAYS = (0.5, 0.7, 0.9)
 _POWERS = (0.1, 0.3, 0.5, 0.7)
-_LOGITS_PER_COUNT = (0.0, 0.2, 0.4, 0.8, 1.5, 2.5)
+_LOGITS_PER_COUNT = (0.0, 0.2, 0.4, 0.8, 1.5, 2.5, 4.0)
 """Weights on the grid: what one co-occurrence of two average items adds to a logit."""
-_LOGITS_PER_LOOKALIKE = (0.0, 0.35, 0.7, 1.0, 1.4, 2.0, 2.8)
+_LOGITS_PER_LOOKALIKE = (0.0, 0.35, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 """Weights on the grid: what the nearest look-alike of an average item adds to a logit."""
 _FOLLOWERS = 5
 """Window of the second way to count: items that come within so many events after another."""

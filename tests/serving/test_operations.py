@@ -61,7 +61,8 @@ def test_refused_requests_and_loaded_models_are_structured_log_lines(server: Loc
     with MISSRecClient(server.grpc_url) as client, pytest.raises(ServingError):
         client.recommend([["ware-4-ü"]], rules={"where": {"weight": 3}})
     text = server.log_file.read_text(errors="replace")
-    found = [json.loads(line) for line in re.findall(r"(\{\"event\".*\})", text.replace('\\"', '"'))]
+    written = re.findall(r'"(\{\\"event\\".*\})"', text)  # Triton quotes a message, and escapes what is in it
+    found = [json.loads(json.loads(f'"{line}"')) for line in written]
     loaded = [line for line in found if line["event"] == "loaded"]
     rejected = [line for line in found if line["event"] == "rejected"]
     assert loaded[0]["missrec_catalogue_items"] == 30

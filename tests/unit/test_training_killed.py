@@ -51,7 +51,7 @@ def _place(run: Path) -> tuple[int, int]:
     """Epoch and steps of the state on disk."""
     try:
         status = json.loads(load_metadata(run / STATE_FILE)["facts"])["status"]
-    except (OSError, KeyError):
+    except (OSError, KeyError, RuntimeError):  # RuntimeError: replaced by the next state while it was mapped
         return 0, 0
     return status["epoch"], status["done"]
 

@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from merlin.core.dispatch import HAS_GPU
 from merlin.io import Dataset
 from nvtabular import Workflow, ops
 from nvtabular.ops.operator import ColumnSelector
 
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.workflows.operators import SessionGroupby, SessionSlice
+from tests.workflows.frame_kinds import FRAMES, to_cudf
 
 MANY = settings(max_examples=130, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 AGGS = {
@@ -25,22 +25,6 @@ AGGS = {
     "note": ["list", "count"],
     "time": ["list", "last"],
 }
-
-
-def _cudf(frame: pd.DataFrame) -> Any:
-    import cudf
-
-    return cudf.from_pandas(frame)
-
-
-FRAMES = [
-    pytest.param(lambda frame: frame, id="pandas"),
-    pytest.param(
-        _cudf,
-        id="cudf",
-        marks=pytest.mark.skipif(not HAS_GPU, reason="needs cuDF and a CUDA device: written, not proven"),
-    ),
-]
 
 
 @st.composite
@@ -138,7 +122,9 @@ def test_ties_keep_the_order_of_the_input(kind: Any) -> None:
         {"user": chance.integers(0, 3, 600), "time": chance.integers(0, 2, 600), "item": np.arange(600)}
     )
     grouped = SessionGroupby("user", "time", {"item": "list"}).transform(ColumnSelector(list(frame)), kind(frame))
-    for user, row in enumerate(grouped["item_list"].to_arrow().to_pylist() if kind is _cudf else grouped["item_list"]):
+    for user, row in enumerate(
+        grouped["item_list"].to_arrow().to_pylist() if kind is to_cudf else grouped["item_list"]
+    ):
         mine = frame[frame.user == user]
         assert list(row) == [*mine[mine.time == 0].item, *mine[mine.time == 1].item]
 
@@ -148,7 +134,7 @@ def test_group_and_slice_on_every_kind_of_frame(kind: Any) -> None:
     frame = kind(pd.DataFrame({"user": ["b", "a", "b", "b"], "time": [3, 1, 1, 2], "item": [30, 40, 10, 20]}))
     grouped = SessionGroupby("user", "time", {"item": ["list", "count"]}).transform(ColumnSelector(list(frame)), frame)
     last = SessionSlice(-2).transform(ColumnSelector(["item_list"]), grouped)["item_list"]
-    rows = last.to_arrow().to_pylist() if kind is _cudf else [list(row) for row in last]
+    rows = last.to_arrow().to_pylist() if kind is to_cudf else [list(row) for row in last]
     assert rows == [[40], [20, 30]]
     assert grouped["item_count"].to_numpy().tolist() == [1, 3]
 

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from merlin.core.dispatch import HAS_GPU
 from merlin.io import Dataset
 from merlin.schema import Tags
 from nvtabular import Workflow, ops
@@ -20,6 +19,7 @@ from missrec_t4r.errors import ConfigError
 from missrec_t4r.workflows.event_operators import TIME_FEATURES, EventWeights, KCore, SessionGap, TimeFeatures
 from missrec_t4r.workflows.operators import SessionGroupby, SessionSlice
 from missrec_t4r.workflows.sessions import transform_dataset
+from tests.workflows.frame_kinds import FRAMES
 
 MANY = settings(
     max_examples=100,
@@ -30,22 +30,6 @@ MANY = settings(
 )
 SOME = settings(MANY, max_examples=8)
 COLUMNS = ColumnSelector(["user", "time", "item", "type"])
-
-
-def _cudf(frame: pd.DataFrame) -> Any:
-    import cudf
-
-    return cudf.from_pandas(frame)
-
-
-FRAMES = [
-    pytest.param(lambda frame: frame, id="pandas"),
-    pytest.param(
-        _cudf,
-        id="cudf",
-        marks=pytest.mark.skipif(not HAS_GPU, reason="needs cuDF and a CUDA device: written, not proven"),
-    ),
-]
 
 
 @st.composite

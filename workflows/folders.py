@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import errno
-import os
-import platform
-import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from missrec_t4r.aside import replacing
 from missrec_t4r.errors import DataError
 
-_HOST = re.sub(r"[^a-z0-9]", "", platform.node().lower())[:20] or "host"
-"""In the names of unfinished folders: process numbers mean something on one machine, or in one container, only."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 _FULL_WORDS = ("no space left", "file too large", "disk quota", "requested and")  # the last is numpy's, without errno
@@ -39,48 +34,22 @@ def written_aside(out: Path, landmark: str, kind: str = "data folder") -> Iterat
     DataError
         ``out`` is neither new, nor empty, nor ours; or the disk is full or read-only.
     """
-    if out.exists() and not (out.is_dir() and ((out / landmark).is_file() or not any(out.iterdir()))):
-        raise DataError(f"{out} exists and is no {kind}", f"a new or an older {kind}", "choose another --out")
+    refuse_foreign(out, landmark, kind)
+    with disk_in_words(out), replacing(out) as folder:
+        yield folder
+
+
+def refuse_foreign(out: Path, landmark: str, kind: str = "data folder") -> None:
+    """Raise where ``out`` is neither new, nor empty, nor ours: nothing of the user's is ever replaced.
+
+    Raises
+    ------
+    DataError
+        It is so; or this user may not look into it.
+    """
     with disk_in_words(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _recover(out)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-{_HOST}-{os.getpid()}-", dir=out.parent))
-        old = folder.with_name(folder.name + "-old")
-        try:
-            yield folder
-            folder.chmod(0o755)
-            if out.exists():
-                out.rename(old)
-            folder.rename(out)
-        except BaseException:
-            if old.exists():
-                old.rename(out)
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _recover(out: Path) -> None:
-    """Clean up after runs that were killed on this machine: drop what they had begun, restore what they had moved."""
-    ours = re.compile(rf"\.{re.escape(out.name)}-{re.escape(_HOST)}-(\d+)-[a-z0-9_]+(-old)?")
-    left = [(path, found) for path in out.parent.iterdir() if (found := ours.fullmatch(path.name))]
-    for path, found in left:
-        if _alive(int(found[1])):
-            continue
-        if found[2] and not out.exists():
-            path.rename(out)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        if out.exists() and not (out.is_dir() and ((out / landmark).is_file() or not any(out.iterdir()))):
+            raise DataError(f"{out} exists and is no {kind}", f"a new or an older {kind}", "choose another --out")
 
 
 @contextmanager

@@ -9,8 +9,6 @@ same items, such as `text.word_drop.npy`) and `<modality>.state.safetensors` (wh
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
+from missrec_t4r.aside import replacing, unchanged_while_read
 from missrec_t4r.errors import DataError, ModalityError
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, NULL_ROW, ROW, TRAIN_COUNT, UNKNOWN_ROW
 
@@ -155,7 +154,7 @@ class Catalogue:
 
     @classmethod
     def load(cls, folder: str | Path) -> Catalogue:
-        """Read a catalogue folder.
+        """Read a catalogue folder; one that is replaced meanwhile is read again, so that files of two never mix.
 
         Raises
         ------
@@ -164,7 +163,10 @@ class Catalogue:
         ModalityError
             A modality file's shape does not fit the items, or it holds NaN.
         """
-        folder = Path(folder)
+        return unchanged_while_read(Path(folder), cls._read)
+
+    @classmethod
+    def _read(cls, folder: Path) -> Catalogue:
         meta_file = folder / "catalogue.json"
         if not meta_file.is_file():
             raise DataError(f"{folder} holds no catalogue.json", "a catalogue folder", "write one with `missrec etl`")
@@ -183,21 +185,9 @@ class Catalogue:
         return cls(items.drop_columns([ROW]) if ROW in items.column_names else items, modalities)
 
     def save(self, folder: str | Path) -> None:
-        """Write the folder aside, then rename it into place; an older catalogue is replaced whole."""
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        old = aside.with_name(aside.name + "-old")
-        try:
+        """Write the folder aside, then put it in place in one step; an older catalogue is replaced whole."""
+        with replacing(Path(folder)) as aside:
             self._write(aside)
-            aside.chmod(0o755)
-            if folder.exists():
-                folder.rename(old)  # a kill between the two renames leaves the old catalogue whole, under this name
-            aside.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
 
     def _write(self, folder: Path) -> None:
         rows = pa.array(np.arange(FIRST_ITEM_ROW, self.n_rows))

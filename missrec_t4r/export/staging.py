@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from missrec_t4r.aside import replacing
 from missrec_t4r.errors import BundleError
 
 
@@ -32,27 +31,7 @@ def staged(target: Path, landmark: str) -> Iterator[Path]:
         raise BundleError(
             f"{target} exists and holds no {landmark}", "a new folder, or one we wrote", "choose another --out"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    aside.chmod(0o755)
-    try:
+    with replacing(target) as aside:
         yield aside
         for path in aside.rglob("*"):
             path.chmod(path.stat().st_mode | 0o444)  # safetensors lets only its writer read; a server is somebody else
-        _swap(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _swap(aside: Path, target: Path) -> None:
-    if not target.exists():
-        aside.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    target.rename(old)  # an empty folder may be renamed over
-    try:
-        aside.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -7,8 +7,6 @@ not appear. The version before stays beside the bundle, for `missrec catalogue r
 
 from __future__ import annotations
 
-import ctypes
-import os
 import shutil
 import tempfile
 import time
@@ -22,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from missrec_t4r.aside import exchange
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
 from missrec_t4r.export.bundle import LoadedBundle, load_bundle, write_catalogue, write_features
@@ -52,7 +51,6 @@ Vectors = npt.NDArray[np.float32]
 TOLERANCE = 1e-6
 """Largest difference of an untouched item's score in an untouched session."""
 _CHECKED_SESSIONS = 64
-_EXCHANGE = 2  # RENAME_EXCHANGE of Linux
 _KEPT_FILES = (MODEL_FILE, WEIGHTS_FILE, SESSION_TRANSFORM_FILE, SCHEMA_FILE)
 
 
@@ -136,7 +134,7 @@ def rollback_catalogue(bundle: str | Path) -> dict[str, Any]:
     if not previous.is_dir():
         raise BundleError(f"{folder} has no version before", f"{previous.name} beside it", "nothing was changed")
     before, after = (catalogue_version(verify_bundle(one)) for one in (folder, previous))
-    _exchange(previous, folder)
+    exchange(previous, folder)
     return {"bundle": str(folder), "catalogue_version": after, "previous": before}
 
 
@@ -297,19 +295,8 @@ def _retired(catalogue: Catalogue) -> npt.NDArray[np.bool_]:
 
 def _swap(aside: Path, folder: Path) -> None:
     """Put the new version in place in one step; the old one becomes the version before."""
-    _exchange(aside, folder)
+    exchange(aside, folder)
     previous = previous_of(folder)
     if previous.exists():
         shutil.rmtree(previous)
     aside.rename(previous)
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Exchange two folders' names; atomically where the system can (Linux)."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None and renameat2(-100, os.fsencode(one), -100, os.fsencode(other), _EXCHANGE) == 0:
-        return
-    middle = Path(tempfile.mkdtemp(prefix=f".{other.name}-old-", dir=other.parent))
-    other.rename(middle)
-    one.rename(other)
-    middle.rename(one)

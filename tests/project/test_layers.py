@@ -4,7 +4,7 @@ import pytest
 
 from tests.project.packages import ROOT, imports, modules
 
-WORDS = {"errors", "schema", "config", "progress"}
+WORDS = {"errors", "schema", "config", "progress", "aside"}
 """Imported by all; of ours they import one another only."""
 MAY_IMPORT = {
     **{name: WORDS for name in WORDS},

@@ -19,9 +19,8 @@ The same seed gives the same tables and, with one Pillow version, the same pictu
 
 from __future__ import annotations
 
+import json
 import math
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from missrec_t4r.errors import ConfigError, DataError
+from missrec_t4r.aside import replacing
+from missrec_t4r.errors import ConfigError
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
+from missrec_t4r.workflows.folders import disk_in_words, refuse_foreign
 from missrec_t4r.workflows.sources.shop_pictures import draw
 from missrec_t4r.workflows.sources.shop_words import BRANDS, EVENT_TYPES, FILLERS, INTERESTS, STYLES
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
+SHOP_FILE = "shop.json"
 PRODUCTS = 4
 """Products per interest."""
 END = 1_735_689_600
@@ -118,27 +120,13 @@ def generate_shop(
     if users < 1 or items < 100:
         raise ConfigError(f"{users} users and {items} items", "at least 1 user and 100 items", "raise the numbers")
     out = Path(out)
-    _refuse_foreign(out)
+    refuse_foreign(out, SHOP_FILE, "generated shop")
     rng = np.random.default_rng(seed)
     latent = make_items(items, rng)
     progress.say(f"generating {users:,} users over {items:,} items")
     events = make_events(latent, users, rng, np.random.default_rng([seed, 1]), progress)
     table = _item_table(latent, rng)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        pq.write_table(_event_table(events, latent), aside / "interactions.parquet")
-        pq.write_table(table, aside / "items.parquet")
-        _draw_all(latent, table, aside, rng, progress)
-        aside.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        aside.rename(out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return {
-        "data": str(out),
+    shop = {
         "seed": seed,
         "users": users,
         "items": items,
@@ -147,6 +135,12 @@ def generate_shop(
         "without_image": table["image"].null_count,
         "late_items": int((latent.launch > 0).sum()),
     }
+    with disk_in_words(out), replacing(out) as aside:
+        pq.write_table(_event_table(events, latent), aside / "interactions.parquet")
+        pq.write_table(table, aside / "items.parquet")
+        _draw_all(latent, table, aside, rng, progress)
+        (aside / SHOP_FILE).write_text(json.dumps(shop, indent=2) + "\n", encoding="utf-8")
+    return {"data": str(out), **shop}
 
 
 def make_items(n_items: int, rng: np.random.Generator) -> Items:
@@ -319,9 +313,3 @@ def _draw_all(items: Items, table: pa.Table, folder: Path, rng: np.random.Genera
 
 def _item_id(item: int) -> str:
     return f"P{item:05d}"
-
-
-def _refuse_foreign(out: Path) -> None:
-    if not out.exists() or (out.is_dir() and ((out / "interactions.parquet").is_file() or not any(out.iterdir()))):
-        return
-    raise DataError(f"{out} exists and holds something else", "a new folder or an older shop", "choose another --out")

@@ -1,0 +1,139 @@
+"""Folders written aside that take another's place in one step, and what killed writers of them left behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+_HOST = re.sub(r"[^a-z0-9]", "", platform.node().lower())[:20] or "host"
+"""In the names of unfinished folders: process numbers mean something on one machine, or in one container, only."""
+T = TypeVar("T")
+_ATTEMPTS = 20
+_PAUSE = 0.01
+"""Seconds: between the two renames of a file system that cannot exchange names there may be no folder."""
+_OLD = "-old"
+_EXCHANGE = 2  # RENAME_EXCHANGE of Linux
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``out`` that takes its place if all goes well and vanishes if not.
+
+    What killed writers left beside ``out`` is cleaned up first: only those of this machine that run no more.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    recover(out)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-{_HOST}-{os.getpid()}-", dir=out.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        take_place(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def take_place(folder: Path, out: Path) -> None:
+    """Let ``folder`` be ``out`` in one step; what stood there goes.
+
+    Whoever opens ``out`` meanwhile finds the old or the new one, never none, and so does who comes after a kill. On a
+    file system that cannot exchange names (some network disks) there is a moment between two renames; `recover` then
+    brings the old one back.
+    """
+    if not out.exists():
+        folder.rename(out)
+        return
+    exchange(folder, out)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Exchange the names of two folders; in one step where the system can (Linux, on most file systems).
+
+    Raises
+    ------
+    OSError
+        A name cannot be written; both are as they were.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None and renameat2(-100, os.fsencode(one), -100, os.fsencode(other), _EXCHANGE) == 0:
+        return
+    middle = one.with_name(one.name + _OLD)
+    other.rename(middle)
+    try:
+        one.rename(other)
+    except BaseException:
+        middle.rename(other)
+        raise
+    middle.rename(one)
+
+
+def unchanged_while_read(folder: Path, read: Callable[[Path], T]) -> T:
+    """Return what ``read`` makes of a folder of which it saw one version only; it is asked again where that changed.
+
+    Errors of ``read`` pass unless the folder was replaced meanwhile: a file that is gone may be the old version's.
+    """
+    for _ in range(_ATTEMPTS):
+        with _held(folder) as still_there:
+            try:
+                answer = read(folder)
+            except Exception:
+                time.sleep(_PAUSE)
+                if still_there():
+                    raise
+                continue
+            if still_there():
+                return answer
+    return read(folder)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Yield what tells whether the folder is still the same one; held open, so that its number is not given away."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield lambda: not folder.exists()
+        return
+    try:
+        yield lambda: _is(folder, handle)
+    finally:
+        os.close(handle)
+
+
+def _is(folder: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), folder.stat())
+    except FileNotFoundError:
+        return False
+
+
+def recover(out: Path) -> None:
+    """Clean up after writers killed on this machine: drop what they had begun, restore what they had moved."""
+    ours = re.compile(rf"\.{re.escape(out.name)}-{re.escape(_HOST)}-(\d+)-[a-z0-9_]+({_OLD})?")
+    left = [(path, found) for path in out.parent.iterdir() if (found := ours.fullmatch(path.name))]
+    for path, found in left:
+        if _alive(int(found[1])):
+            continue
+        if found[2] and not out.exists():
+            path.rename(out)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,113 @@
+"""A folder that is replaced, and a catalogue in it, is always there and of one version, even when writers die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from missrec_t4r import aside
+from missrec_t4r.data.catalogue import Catalogue, Modality
+
+WRITER = """
+import sys
+from pathlib import Path
+from tests.unit.test_aside import made
+
+print("ready", flush=True)
+number = 0
+while True:
+    number += 1
+    made(number).save(sys.argv[1])
+"""
+
+
+def made(number: int) -> Catalogue:
+    """A catalogue whose files all tell the same number."""
+    vectors = np.full((5, 2), number, np.float32)
+    vectors[:3] = 0
+    items = pa.table({"item_id": [f"{number}", f"{number} too"], "train_count": [number, number]})
+    return Catalogue(items, {"text": Modality(vectors, np.array([False] * 3 + [True] * 2), {"number": number})})
+
+
+def number_of(catalogue: Catalogue) -> int:
+    """Return the number, after looking that it is the same in every file."""
+    modality = catalogue.modalities["text"]
+    told = {int(catalogue.train_count[3]), int(modality.vectors[3, 0]), int(modality.encoder["number"])}
+    assert catalogue.ids_of([3]) == [str(min(told))]
+    assert len(told) == 1
+    return told.pop()
+
+
+def test_readers_never_find_none_nor_two_halves_while_writers_are_killed(tmp_path: Path, repository: Path) -> None:
+    folder = tmp_path / "catalogue"
+    made(0).save(folder)
+    for versions in (2, 8):  # a writer each, killed wherever it is
+        seen: set[int] = set()
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(folder)], cwd=repository, stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        deadline = time.monotonic() + 30
+        while len(seen) < versions and time.monotonic() < deadline:
+            for _ in range(50):
+                (folder / "catalogue.json").stat()  # raises in the moment in which there is no folder
+            seen.add(number_of(Catalogue.load(folder)))
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        number_of(Catalogue.load(folder))
+        assert len(seen) >= versions, "the writer did not replace what was read"
+    made(9).save(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["catalogue"]
+    assert number_of(Catalogue.load(folder)) == 9
+
+
+def test_without_exchange_two_renames_do_it_and_a_failing_one_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OldSystem:
+        """A C library that has no renameat2."""
+
+    monkeypatch.setattr(aside.ctypes, "CDLL", lambda *_, **__: OldSystem())
+    folder = tmp_path / "catalogue"
+    for number in (1, 2):
+        made(number).save(folder)
+    assert number_of(Catalogue.load(folder)) == 2
+    with pytest.raises(FileNotFoundError):
+        aside.exchange(tmp_path / "none", folder)
+    assert number_of(Catalogue.load(folder)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["catalogue"]
+
+
+def test_what_fails_half_way_changes_nothing(tmp_path: Path) -> None:
+    made(1).save(tmp_path / "catalogue")
+    with pytest.raises(IsADirectoryError), aside.replacing(tmp_path / "catalogue") as folder:
+        folder.write_text("a folder is no file")
+    assert number_of(Catalogue.load(tmp_path / "catalogue")) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["catalogue"]
+
+
+def test_a_reader_whose_folder_is_replaced_reads_again(tmp_path: Path) -> None:
+    made(1).save(tmp_path / "catalogue")
+    numbers = iter([2, 3])
+
+    def read(folder: Path) -> int:
+        found = number_of(Catalogue.load(folder))
+        if (number := next(numbers, None)) is not None:
+            made(number).save(folder)
+            if number == 2:
+                raise FileNotFoundError("a file of the old version")
+        return found
+
+    assert aside.unchanged_while_read(tmp_path / "catalogue", read) == 3
+    with pytest.raises(ValueError, match="of its own"):
+        aside.unchanged_while_read(tmp_path / "catalogue", lambda _: int("of its own"))

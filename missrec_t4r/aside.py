@@ -66,7 +66,7 @@ def exchange(one: Path, other: Path) -> None:
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None and renameat2(-100, os.fsencode(one), -100, os.fsencode(other), _EXCHANGE) == 0:
         return
-    middle = one.with_name(one.name + _OLD)
+    middle = other.with_name(f".{other.name}-{_HOST}-{os.getpid()}-between{_OLD}")
     other.rename(middle)
     try:
         one.rename(other)

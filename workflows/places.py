@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from missrec_t4r.aside import recover, take_place
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.schema import ITEM_ID
 from missrec_t4r.workflows import catalogue as catalogues
@@ -35,24 +36,20 @@ def working_folder(out: Path) -> Iterator[tuple[Path, Callable[[Path], None]]]:
     """
     if out.exists() and not (out.is_dir() and ((out / REPORT_FILE).is_file() or not any(out.iterdir()))):
         raise DataError(f"{out} exists and is no data folder", "a new or an older data folder", "choose another --out")
-    work, old = out.with_name(f".{out.name}-work"), out.with_name(f".{out.name}-old")
-    if old.exists() and not out.exists():
-        old.rename(out)  # killed between the two renames below
+    work = out.with_name(f".{out.name}-work")
     try:
         with disk_in_words(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            recover(out)
 
             def finish(folder: Path) -> None:
-                shutil.rmtree(old, ignore_errors=True)
-                if out.exists():
-                    out.rename(old)
-                folder.rename(out)
+                take_place(folder, out)
 
             yield work, finish
     except Exception:
         shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def as_parquet(files: Sequence[Path], folder: Path, text_columns: Sequence[str]) -> list[Path]:

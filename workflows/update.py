@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from missrec_t4r.aside import recover
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError, ModalityError, SchemaError
 from missrec_t4r.progress import Progress, quiet
@@ -150,9 +151,7 @@ def link_rest(old: Path, new: Path) -> None:
 
 
 def _known(out: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    old = out.with_name(f".{out.name}-old")
-    if old.exists() and not out.exists():
-        old.rename(out)  # a run was killed between its two renames
+    recover(out)
     state_file = out / STATE_FOLDER / "state.json"
     if not state_file.is_file():
         raise DataError(

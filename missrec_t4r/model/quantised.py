@@ -11,10 +11,9 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from missrec_t4r.model.retrieval import Query
@@ -22,14 +21,16 @@ from missrec_t4r.model.score_table import ScoreTable, fuse, fuse_two
 
 AVAILABLE = hasattr(torch, "_weight_int8pack_mm")
 """Whether this torch multiplies by 8-bit matrices as they are stored; without it the scan answers."""
-_SAMPLE = 20_000
+SAMPLE = 20_000
 """Tokens that the principal directions are computed from."""
 _KEPT = 0.985
 """Share of the tokens' variance that the principal directions hold at least."""
 _MULTIPLE = 32
 """The number of directions is a multiple of this: what the processor multiplies at a time."""
-_CHUNK = 1 << 15
+CHUNK = 1 << 15
 """Rows per step: their estimates stay in the processor's cache."""
+ROOM = 1e-5
+"""Added to every largest length, for the rounding of lengths themselves."""
 _HALF_PRECISION = 2.0**-8
 """Relative error of a number rounded to bfloat16, with room."""
 _CANCELLED = 2e-6
@@ -57,18 +58,6 @@ class QuantisedTable:
     directions: Tensor
     """[dim, direction]: orthonormal, padded with zeros."""
 
-    def save(self, file: Path, table: ScoreTable) -> None:
-        """Write both tables to one file that `load` maps into memory, shared by all processes that read it."""
-        own = {f"quantised.{name}": getattr(self, name).contiguous() for name in _FIELDS}
-        save_file(own | {f"table.{name}": getattr(table, name).contiguous() for name in _TABLE_FIELDS}, file)
-
-    @staticmethod
-    def load(file: Path) -> tuple[QuantisedTable, ScoreTable]:
-        """Map a file of `save`; only what is read takes memory."""
-        stored = load_file(file)
-        own = QuantisedTable(**{name: stored[f"quantised.{name}"] for name in _FIELDS})
-        return own, ScoreTable(**{name: stored[f"table.{name}"] for name in _TABLE_FIELDS})
-
     def bounds(self, table: ScoreTable, query: Query, threads: int = 1) -> Tensor:
         """Return upper bounds of all scores, [batch, row]; -inf where not allowed.
 
@@ -85,11 +74,11 @@ class QuantisedTable:
         beyond = (query.vectors.square().sum(1) - along.square().sum(1)).clamp_min(0).sqrt() + 1e-4
         slack = (along - rough.float()).norm(dim=1) * self.length + along.norm(dim=1) * self.error + _SUMMING
         upper = torch.empty_like(query.added)
-        starts = range(0, table.n_rows, _CHUNK)
+        starts = range(0, table.n_rows, CHUNK)
 
         @torch.inference_mode()
         def work(start: int) -> None:
-            rows = slice(start, min(start + _CHUNK, table.n_rows))
+            rows = slice(start, min(start + CHUNK, table.n_rows))
             self._bound_chunk(table, rough, rows, slack, beyond, upper[:, rows])
 
         if threads > 1 and len(starts) > 1:
@@ -153,37 +142,58 @@ def steepness(n_tokens: int) -> float:
     return 1.0 + float((2 * p * (1 - p) * apart).max()) + 1e-4 if n_tokens > 1 else 1.0
 
 
-_FIELDS = ("codes", "scale", "rest", "error", "length", "mean", "directions")
-_TABLE_FIELDS = ("tokens", "place", "modality", "several", "phi")
+class Codes(NamedTuple):
+    """Some tokens, compressed."""
+
+    codes: Tensor
+    """[token, direction], int8."""
+    scale: Tensor
+    """[token], bfloat16."""
+    rest: Tensor
+    """[token]: length of what the directions leave out."""
+    error: Tensor
+    """[]: largest length of the error of the 8 bits."""
+    length: Tensor
+    """[]: largest length of a token in 8 bits."""
+
+
+def principal(sample: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean [dim] of a sample of tokens [token, dim] and the directions [dim, direction] that hold it."""
+    sample = sample[sample.square().sum(1) > 0].float()
+    mean = sample.mean(0) if len(sample) else torch.zeros(sample.shape[1])
+    values, vectors = torch.linalg.eigh((sample - mean).T @ (sample - mean) / max(len(sample), 1))
+    share = values.flip(0).clamp_min(0).cumsum(0) / values.clamp_min(0).sum().clamp_min(1e-12)
+    needed = int((share < _KEPT).sum()) + 1
+    width = -(-needed // _MULTIPLE) * _MULTIPLE
+    directions = torch.zeros(len(mean), width)
+    directions[:, : min(width, len(mean))] = vectors.flip(1)[:, :width]
+    return mean, directions
+
+
+def compress(tokens: Tensor, mean: Tensor, directions: Tensor) -> Codes:
+    """Return tokens [token, dim] in 8 bits."""
+    centred = tokens.float() - mean
+    along = centred @ directions
+    steps = (along.abs().amax(1).clamp_min(1e-12) / 127).to(torch.bfloat16)
+    whole = (along / steps.float()[:, None]).round_().clamp_(-127, 127)
+    kept = whole * steps.float()[:, None]
+    rest = (centred.square().sum(1) - along.square().sum(1)).clamp_min(0).add(_CANCELLED).sqrt()
+    error, length = (along - kept).norm(dim=1).amax(), kept.norm(dim=1).amax()
+    return Codes(whole.to(torch.int8), steps, rest, error, length)
+
+
+def rest_of_rows(rest: Tensor, place: Tensor) -> Tensor:
+    """Return [row] the largest ``rest`` [token] of the tokens of every row, with room."""
+    return rest[place.clamp_min(0)].masked_fill(place < 0, 0).amax(0) + ROOM
 
 
 @torch.inference_mode()
 def quantise(table: ScoreTable) -> QuantisedTable:
     """Compress a score table; the tokens themselves stay with it for the exact scores."""
     tokens = table.tokens
-    usable = torch.nonzero(tokens.square().sum(1) > 0).flatten()
-    step = max(len(usable) // _SAMPLE, 1)
-    sample = tokens[usable[::step]].float()
-    mean = sample.mean(0) if len(sample) else torch.zeros(tokens.shape[1])
-    values, vectors = torch.linalg.eigh((sample - mean).T @ (sample - mean) / max(len(sample), 1))
-    share = values.flip(0).clamp_min(0).cumsum(0) / values.clamp_min(0).sum().clamp_min(1e-12)
-    needed = int((share < _KEPT).sum()) + 1
-    width = -(-needed // _MULTIPLE) * _MULTIPLE
-    directions = torch.zeros(tokens.shape[1], width)
-    directions[:, : min(width, tokens.shape[1])] = vectors.flip(1)[:, :width]
-    codes = torch.empty(len(tokens), width, dtype=torch.int8)
-    scale, rest = torch.empty(len(tokens), dtype=torch.bfloat16), torch.empty(len(tokens))
-    error = length = torch.zeros(())
-    for start in range(0, len(tokens), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        centred = tokens[part].float() - mean
-        along = centred @ directions
-        steps = (along.abs().amax(1).clamp_min(1e-12) / 127).to(torch.bfloat16)
-        whole = (along / steps.float()[:, None]).round_().clamp_(-127, 127)
-        codes[part], scale[part] = whole.to(torch.int8), steps
-        kept = whole * steps.float()[:, None]
-        error = torch.maximum(error, (along - kept).norm(dim=1).amax())
-        length = torch.maximum(length, kept.norm(dim=1).amax())
-        rest[part] = (centred.square().sum(1) - along.square().sum(1)).clamp_min(0).add(_CANCELLED).sqrt()
-    row_rest = rest[table.place.clamp_min(0)].masked_fill(table.place < 0, 0).amax(0)
-    return QuantisedTable(codes, scale, row_rest + 1e-5, error + 1e-5, length + 1e-5, mean, directions)
+    mean, directions = principal(tokens[:: max(len(tokens) // SAMPLE, 1)])
+    parts = [compress(part, mean, directions) for part in tokens.split(CHUNK)]
+    codes, scale, rest = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale", "rest"))
+    error, length = (torch.stack([getattr(part, name) for part in parts]).amax() for name in ("error", "length"))
+    rest = rest_of_rows(rest, table.place)
+    return QuantisedTable(codes, scale, rest, error + ROOM, length + ROOM, mean, directions)

@@ -123,7 +123,7 @@ def fuse_two(first: Tensor, second: Tensor, phi: Tensor) -> Tensor:
     return torch.addcmul(first, apart, torch.sigmoid(phi * apart))
 
 
-def build_score_table(fusion: CandidateFusion, candidates: CandidateTokens) -> ScoreTable:
+def build_score_table(fusion: CandidateFusion, candidates: CandidateTokens, rows: Tensor | None = None) -> ScoreTable:
     """Pack a catalogue's unit-length tokens.
 
     Parameters
@@ -132,9 +132,12 @@ def build_score_table(fusion: CandidateFusion, candidates: CandidateTokens) -> S
         Its phi; a static fusion needs one token per row, the mean.
     candidates : CandidateTokens
         Of `MISSRec.candidates`, in evaluation mode.
+    rows : Tensor [row], int64, optional
+        Whose tokens they are, where they are not the whole catalogue's.
     """
-    phi = torch.zeros(()) if fusion.phi is None else fusion.phi.detach()
-    phi = phi.float().reshape(-1).expand(candidates.mask.shape[1]).clone()
+    phi = (torch.zeros(()) if fusion.phi is None else fusion.phi.detach()).float().reshape(-1)
+    phi = phi[rows] if rows is not None and len(phi) > 1 else phi
+    phi = phi.expand(candidates.mask.shape[1]).clone()
     has_id = candidates.id_mask if candidates.id_mask is not None else torch.zeros_like(candidates.mask[0])
     if fusion.phi is None:
         return _packed(fusion.static_table(candidates)[None], (candidates.mask.any(0) | has_id)[None], phi)

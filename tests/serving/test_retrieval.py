@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from torch.nn import functional as F
 
 from missrec_t4r.model import retrieval
 from missrec_t4r.model.fusion import CandidateFusion
-from missrec_t4r.model.quantised import QuantisedTable, quantise, steepness
+from missrec_t4r.model.quantised import quantise, steepness
 from missrec_t4r.model.retrieval import Found, Query, scan_bounds, search, top_items
 from missrec_t4r.model.score_table import ScoreTable, build_score_table, fuse
+from missrec_t4r.model.search_tables import SearchTables, write_tables
 from missrec_t4r.model.towers import CandidateTokens
 from missrec_t4r.serving.ranker import Ranker
 from missrec_t4r.training.checkpoint import LoadedRun
@@ -145,18 +147,33 @@ def test_chunks_and_threads_change_no_bound(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.inference_mode():
         table_in_bytes = quantise(table)
         whole = table_in_bytes.bounds(table, query)
-        monkeypatch.setattr("missrec_t4r.model.quantised._CHUNK", 17)
+        monkeypatch.setattr("missrec_t4r.model.quantised.CHUNK", 17)
         for threads in (1, 2):
             torch.testing.assert_close(table_in_bytes.bounds(table, query, threads), whole, atol=4e-3, rtol=0)
 
 
-def test_a_mapped_table_answers_as_the_one_in_memory(tmp_path: Path) -> None:
-    candidates = catalogue(6, 120, 2, True, 5)
-    table, query = build_score_table(fusion_of("dynamic_shared", 2.0, 120), candidates), query_of(6, candidates, 3, 1.0)
+@pytest.mark.parametrize(("n_modalities", "name"), [(1, "static"), (2, "dynamic_shared"), (3, "dynamic_instance")])
+def test_tables_written_in_parts_and_mapped_answer_as_those_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_modalities: int, name: str
+) -> None:
+    monkeypatch.setattr("missrec_t4r.model.search_tables.CHUNK", 50)  # the last part overlaps the one before
+    monkeypatch.setattr("missrec_t4r.model.search_tables.SAMPLE", 40)
+    candidates, fusion = catalogue(6, 120, n_modalities, True, 5), fusion_of(name, 2.0, 120)
+    query = query_of(6, candidates, 3, 1.0)
+
+    def part(rows: torch.Tensor) -> ScoreTable:
+        ids, id_mask = (None if one is None else one[rows] for one in candidates[2:])
+        own = CandidateTokens(candidates.modality[:, rows], candidates.mask[:, rows], ids, id_mask)
+        return build_score_table(fusion, own, rows)
+
     with torch.inference_mode():
-        quantise(table).save(tmp_path / "tables.safetensors", table)
-        mapped, rows = QuantisedTable.load(tmp_path / "tables.safetensors")
-        found = search(rows, query, mapped.bounds(rows, query), 9)
+        table = build_score_table(fusion, candidates)
+        write_tables(tmp_path / "tables.safetensors", replace(table, tokens=table.tokens[:, :0]), part)
+        mapped = SearchTables.load(tmp_path / "tables.safetensors")
+        mapped.check(120, DIM)
+        for field in ("tokens", "place", "modality", "several", "phi"):
+            assert torch.equal(getattr(mapped.table, field), getattr(table, field)), field
+        found = search(mapped.table, query, mapped.quantised.bounds(mapped.table, query), 9)
         assert same(found, everything(table, query, 9))
 
 

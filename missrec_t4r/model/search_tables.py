@@ -1,0 +1,157 @@
+"""What a large catalogue is searched with, built once in bounded memory and mapped from a file by every server.
+
+Made with the bundle, not at every start: instances share the pages, and a server of a million items starts in the time
+that reading its checksums takes. A token depends on nothing but its row and the weights, so that the file of an update
+holds the numbers that the file before held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from missrec_t4r.errors import BundleError
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.model.quantised import (
+    CHUNK,
+    ROOM,
+    SAMPLE,
+    QuantisedTable,
+    compress,
+    principal,
+    rest_of_rows,
+)
+from missrec_t4r.model.score_table import ScoreTable, build_score_table
+from missrec_t4r.model.tensor_file import TensorFile, look_here_and_there
+from missrec_t4r.model.towers import ItemTokens
+from missrec_t4r.progress import Progress, quiet
+
+_TABLE = ("tokens", "place", "modality", "several", "phi")
+_QUANTISED = ("codes", "scale", "rest", "error", "length", "mean", "directions")
+
+
+class SearchTables(NamedTuple):
+    """Both passes of the certified search."""
+
+    table: ScoreTable
+    quantised: QuantisedTable
+
+    @staticmethod
+    def load(file: Path) -> SearchTables:
+        """Map a file of `write_search_tables`; only what is read takes memory, and processes share it."""
+        stored = load_file(file)
+        table = ScoreTable(**{name: stored[f"table.{name}"] for name in _TABLE})
+        look_here_and_there([table.tokens])
+        return SearchTables(table, QuantisedTable(**{name: stored[f"quantised.{name}"] for name in _QUANTISED}))
+
+    def check(self, n_rows: int, dim: int) -> None:
+        """Raise `BundleError` if the tables are not of a catalogue of ``n_rows`` and a model of width ``dim``."""
+        table, quantised = self
+        n_tokens = len(table.tokens)
+        shapes = [
+            (table.tokens, (n_tokens, dim)),
+            (table.place, (len(table.place), n_rows)),
+            (table.modality, tuple(table.place.shape)),
+            (table.phi, (n_rows,)),
+            (quantised.codes, (n_tokens, quantised.codes.shape[-1])),
+            (quantised.scale, (n_tokens,)),
+            (quantised.rest, (n_rows,)),
+            (quantised.mean, (dim,)),
+            (quantised.directions, (dim, quantised.codes.shape[-1])),
+            (quantised.error, ()),
+            (quantised.length, ()),
+        ]
+        fits = all(tuple(tensor.shape) == shape for tensor, shape in shapes)
+        fits = fits and not _outside(table.place, n_tokens) and not _outside(table.several, n_rows)
+        if not fits:
+            found = f"search tables of {n_tokens} tokens of width {table.tokens.shape[-1]}"
+            raise BundleError(found, f"those of {n_rows} rows of width {dim}", "export the bundle again")
+
+
+Part = Callable[[Tensor], ScoreTable]
+"""Gives the table of some rows [row], ascending, as if they were a catalogue of their own."""
+
+
+def write_search_tables(model: MISSRec, file: Path, progress: Progress = quiet) -> None:
+    """Work out a model's tables, some rows at a time, and write them to a file.
+
+    Parameters
+    ----------
+    model : MISSRec
+        In evaluation mode, on the CPU.
+    file : Path
+        Replaced.
+    progress : Progress
+    """
+    fusion, towers = model.fusion, model.towers
+    mask, attended, id_mask = towers.masks(dropout=False)
+    ids = None if id_mask is None else torch.zeros(len(id_mask), 0)
+    hollow = ItemTokens(torch.zeros(*mask.shape, 0), mask, attended, ids, id_mask)
+    frame = build_score_table(fusion, towers.candidates(hollow))
+    write_tables(
+        file, frame, lambda rows: build_score_table(fusion, towers.candidates(towers(rows), rows), rows), progress
+    )
+
+
+@torch.inference_mode()
+def write_tables(file: Path, frame: ScoreTable, part: Part, progress: Progress = quiet) -> None:
+    """Write the tables of a catalogue that is given in parts.
+
+    Parameters
+    ----------
+    file : Path
+        Replaced.
+    frame : ScoreTable
+        The whole catalogue's, with tokens of width 0: everything but the tokens.
+    part : callable
+        Gives the table of some rows.
+    progress : Progress
+    """
+    n_rows, n_tokens = frame.n_rows, len(frame.tokens)
+    sample = part(torch.arange(0, n_rows, max(n_rows // SAMPLE, 1))).tokens
+    mean, directions = principal(sample)
+    known = {f"table.{name}": getattr(frame, name) for name in _TABLE if name != "tokens"}
+    known |= {"quantised.mean": mean, "quantised.directions": directions}
+    worked_out = {
+        "table.tokens": (torch.float32, (n_tokens, len(mean))),
+        "quantised.codes": (torch.int8, (n_tokens, directions.shape[1])),
+        "quantised.scale": (torch.bfloat16, (n_tokens,)),
+        "quantised.rest": (torch.float32, (n_rows,)),
+        "quantised.error": (torch.float32, ()),
+        "quantised.length": (torch.float32, ()),
+    }
+    rest, error, length = torch.empty(n_tokens), torch.zeros(()), torch.zeros(())
+    with TensorFile(file, {name: (one.dtype, tuple(one.shape)) for name, one in known.items()} | worked_out) as out:
+        for name, tensor in known.items():
+            out.write(name, tensor)
+        for first, tokens in progress.track(_in_order(frame, part), f"search tables of {n_rows} rows"):
+            own = compress(tokens, mean, directions)
+            out.write("table.tokens", tokens, first)
+            out.write("quantised.codes", own.codes, first)
+            out.write("quantised.scale", own.scale, first)
+            rest[first : first + len(tokens)] = own.rest
+            error, length = torch.maximum(error, own.error), torch.maximum(length, own.length)
+        out.write("quantised.rest", rest_of_rows(rest, frame.place))
+        out.write("quantised.error", error + ROOM)
+        out.write("quantised.length", length + ROOM)
+
+
+def _in_order(frame: ScoreTable, part: Part) -> Iterator[tuple[int, Tensor]]:
+    """Yield where tokens stand in the whole table, and the tokens; every one once or, to the bit, twice."""
+    last = max(frame.n_rows - CHUNK, 0)
+    for start in [*range(0, last, CHUNK), last]:  # whole chunks, the last one overlapping: products of one shape
+        rows = torch.arange(start, min(start + CHUNK, frame.n_rows))
+        own = part(rows)
+        for level, at in enumerate(own.place):
+            has = torch.nonzero(at >= 0).flatten()
+            if len(has):
+                yield int(frame.place[level, rows[has[0]]]), own.tokens[at[has]]
+
+
+def _outside(places: Tensor, end: int) -> bool:
+    return bool(len(places)) and places.numel() > 0 and not (int(places.min()) >= -1 and int(places.max()) < end)

@@ -1,0 +1,103 @@
+"""Tensors larger than memory in one safetensors file: written piece by piece, and mapped when they are read.
+
+Processes that map the same file share its pages, and the system may drop those that nobody reads. What is looked up
+here and there is mapped in small pages: a single row would otherwise bring two megabytes with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_NAMES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
+_ALIGNED = 64
+_MADV_RANDOM, _MADV_NOHUGEPAGE = 1, 15
+
+Shape = tuple[torch.dtype, tuple[int, ...]]
+
+
+class TensorFile:
+    """A safetensors file whose tensors are written in any order, a few rows at a time.
+
+    Parameters
+    ----------
+    file : Path
+        Written from the start; complete when the ``with`` block has written every row.
+    shapes : mapping of str to (torch.dtype, tuple of int)
+        Every tensor of the file. Wide types come first in it, so that each is aligned.
+    """
+
+    def __init__(self, file: Path, shapes: Mapping[str, Shape]) -> None:
+        self._file, self._shapes = file, shapes
+        self._starts: dict[str, int] = {}
+        described, at = {}, 0
+        for name, (dtype, shape) in sorted(shapes.items(), key=lambda one: -one[1][0].itemsize):
+            size = dtype.itemsize * math.prod(shape)
+            described[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+            self._starts[name], at = at, at + size
+        header = json.dumps(described).encode()
+        header += b" " * (-(len(header) + 8) % _ALIGNED)
+        self._header, self._size = len(header).to_bytes(8, "little") + header, at
+
+    def __enter__(self) -> TensorFile:
+        self._descriptor = os.open(self._file, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
+        os.truncate(self._descriptor, len(self._header) + self._size)
+        _write(self._descriptor, memoryview(self._header), 0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        os.close(self._descriptor)
+
+    def write(self, name: str, part: Tensor, row: int = 0) -> None:
+        """Write some rows of a tensor, from ``row`` on; a scalar is written whole."""
+        dtype, shape = self._shapes[name]
+        if part.dtype != dtype or part.shape[1:] != shape[1:] or (shape and row + len(part) > shape[0]):
+            raise ValueError(f"{name}: {part.dtype} {tuple(part.shape)} at {row} does not fit {dtype} {shape}")
+        place = len(self._header) + self._starts[name] + row * dtype.itemsize * math.prod(shape[1:])
+        raw = part.contiguous().reshape(-1).view(torch.uint8)
+        _write(self._descriptor, memoryview(raw.numpy()), place)
+
+
+def look_here_and_there(tensors: Iterable[Tensor]) -> None:
+    """Tell the system that rows of mapped tensors are read at random; harmless where it does not know how."""
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    page = os.sysconf("SC_PAGE_SIZE")
+    for tensor in tensors:
+        start = -(-tensor.data_ptr() // page) * page
+        length = (tensor.data_ptr() + tensor.nbytes - start) // page * page
+        if madvise is not None and length > 0:
+            for advice in (_MADV_RANDOM, _MADV_NOHUGEPAGE):
+                madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
+
+
+def not_finite(file: Path, names: Iterable[str]) -> tuple[str, int] | None:
+    """Return the first float32 tensor and row of a safetensors file that holds NaN or infinity, read in pieces."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        for name in names:
+            n_rows, width = header[name]["shape"]
+            stream.seek(8 + length + header[name]["data_offsets"][0])
+            at_once = max((1 << 22) // max(width, 1), 1)
+            for row in range(0, n_rows, at_once):
+                rows = min(at_once, n_rows - row)
+                part = np.frombuffer(stream.read(4 * rows * width), np.float32).reshape(rows, width)
+                finite = np.isfinite(part).all(1)
+                if not finite.all():
+                    return name, row + int(np.argmin(finite))
+    return None
+
+
+def _write(descriptor: int, content: memoryview, place: int) -> None:
+    while content:
+        written = os.pwrite(descriptor, content, place)
+        content, place = content[written:], place + written

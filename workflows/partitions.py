@@ -14,23 +14,26 @@ import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from missrec_t4r.data.split_rows import inside, one_array
+from missrec_t4r.data.user_hash import Hashes, hash_ids
 from missrec_t4r.errors import SchemaError
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
 from missrec_t4r.workflows import kernels, splits
 from missrec_t4r.workflows.derived import SESSION_ID
-from missrec_t4r.workflows.shards import load_plan, one_array, one_batch, read_shards, write_json
-from missrec_t4r.workflows.user_hash import hash_ids
+from missrec_t4r.workflows.shards import load_plan, one_batch, read_shards, write_json
 
 MERGED_FILE, DIVIDE_FILE = "merged.json", "divide.json"
 SURVEY_FILE = "survey.json"
 STATE_FOLDER = "state"
+USER_HASH = "user_hash"
+"""Column of the state: ascending, so that a few users are found without reading the others."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -49,9 +52,20 @@ def events_of(work: str, partition: int, name: str = MERGED_FILE) -> pa.Table:
     """Return a partition's events in the order of the input, with common codes and types."""
     plan, merged = load_plan(work), load_merged(work, name)
     table = read_shards(work, partition, merged["maps"], [USER_ID, ITEM_ID, TIMESTAMP, *plan.features])
+    return with_types(table, merged["types"])
+
+
+def with_types(table: pa.Table, types: Mapping[str, str]) -> pa.Table:
+    """Return events in the types that all partitions have.
+
+    Raises
+    ------
+    SchemaError
+        New events of an update do not fit.
+    """
     columns = {}
     for column in table.column_names:
-        kind = merged["types"].get(column, str(table[column].type))
+        kind = types.get(column, str(table[column].type))
         try:
             columns[column] = table[column].cast(kind)
         except pa.ArrowInvalid as error:
@@ -70,7 +84,7 @@ def survey(work: str, partition: int) -> dict[str, int]:
     file = place(work, "survey", partition, "npz")
     table = events_of(work, partition, SURVEY_FILE)
     users, items, times = _arrays(table)
-    order, codes = order_of(users, times)
+    order, codes, *_ = order_of(users, times)
     alive, repeated = np.ones(len(items), bool), repeats(codes, times, items, order)
     if merged["drop_duplicates"]:
         alive[repeated] = False
@@ -98,7 +112,7 @@ def gather(work: str, partition: int) -> dict[str, Any]:
     dict
         Numbers of events and users, repeats, users' clocks going backwards.
     """
-    folder, merged = Path(work) / STATE_FOLDER, load_merged(work)
+    merged = load_merged(work)
     done = place(work, STATE_FOLDER, partition, "json")
     if done.is_file():
         answer: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
@@ -113,36 +127,56 @@ def gather(work: str, partition: int) -> dict[str, Any]:
             items = np.load(new_rows)[items]
     if merged["old"]:
         table, users, items, times = _joined(Path(merged["old"]) / STATE_FOLDER / f"{partition:05}.arrow", table, items)
-    order, codes = order_of(users, times)
+    known = order_of(users, times)
     if not merged["filtered"]:
-        repeated = repeats(codes, times, items, order)
+        repeated = repeats(known.codes, times, items, known.order)
         strange = items >= merged["rows"]
-        found = {"repeated": len(repeated), "strange": int(strange.sum()), "backwards": backwards(codes, times)}
+        found = {"repeated": len(repeated), "strange": int(strange.sum()), "backwards": backwards(known.codes, times)}
         if strange.any() or (merged["drop_duplicates"] and len(repeated)):  # of an update; else `survey` saw to it
             stay = ~strange
             stay[repeated[~strange[repeated]] if merged["drop_duplicates"] else repeated[:0]] = False
             table = table.filter(pa.array(stay))
             users, items, times = users.filter(pa.array(stay)), items[stay], times[stay]
-            order, codes = order_of(users, times)
-    counts = np.bincount(codes)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
-    first = np.zeros(len(counts), np.int64)
-    first[codes[::-1]] = np.arange(len(codes))[::-1]
-    columns = {USER_ID: users.take(pa.array(first))}
-    position = pa.array(order)
-    listed = {ITEM_ID: pa.array(items, pa.int32())} | {
-        name: one_array(table[name]) for name in table.column_names if name not in (USER_ID, ITEM_ID)
-    }
-    for name, values in listed.items():
-        columns[name + LIST_SUFFIX] = pa.ListArray.from_arrays(offsets, values.take(position))
-    aside = folder / f"{partition:05}.{os.getpid()}.part"
-    sessions = pa.table(columns)
-    with pa.ipc.new_file(str(aside), sessions.schema) as writer:
-        writer.write_batch(one_batch(sessions))
-    aside.replace(folder / f"{partition:05}.arrow")
-    found |= {"events": len(items), "users": len(counts)}
+            known = order_of(users, times)
+    write_state(as_lists(known, values_of(table, items)), Path(work) / STATE_FOLDER, partition)
+    found |= {"events": len(items), "users": len(known.users)}
     write_json(done, found)
     return found
+
+
+def values_of(table: pa.Table, items: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+    """Return the columns of events as a state keeps them."""
+    others = [name for name in table.column_names if name not in (USER_ID, ITEM_ID)]
+    return {ITEM_ID: items.astype(np.int32)} | {name: table[name].to_numpy() for name in others}
+
+
+def as_lists(known: Ordered, values: Mapping[str, npt.NDArray[Any]]) -> pa.Table:
+    """Return what is known of users, a row each: id, hash, lists of their events (``values``, not yet in order)."""
+    counts = np.bincount(known.codes, minlength=len(known.users))
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+    columns = {USER_ID: known.users, USER_HASH: pa.array(known.hashes, pa.uint64())}
+    for name, column in values.items():
+        columns[name + LIST_SUFFIX] = pa.ListArray.from_arrays(offsets, pa.array(column[known.order]))
+    return pa.table(columns)
+
+
+def write_state(known: pa.Table, folder: Path, partition: int) -> None:
+    """Write what is known of a partition's users: uncompressed, so that it is read where it lies."""
+    aside = folder / f"{partition:05}.{os.getpid()}.part"
+    write_arrow(known, aside)
+    aside.replace(folder / f"{partition:05}.arrow")
+
+
+def write_arrow(table: pa.Table, file: Path) -> None:
+    """Write a table as one uncompressed record batch."""
+    with pa.ipc.new_file(str(file), table.schema) as writer:
+        writer.write_batch(one_batch(table))
+
+
+def read_arrow(file: Path) -> pa.Table:
+    """Return a table of `write_arrow` where it lies on disk: what is not looked at is not read."""
+    with pa.memory_map(str(file)) as source:
+        return pa.ipc.open_file(source).read_all()
 
 
 def divide(work: str, partition: int) -> dict[str, Any]:
@@ -158,31 +192,37 @@ def divide(work: str, partition: int) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
         return answer
     merged = load_merged(work, DIVIDE_FILE)
-    sessions = sessions_of(Path(work) / STATE_FOLDER / f"{partition:05}.arrow", merged)
-    offsets = np.asarray(one_array(sessions[ITEM_ID + LIST_SUFFIX]).offsets, np.int64)
-    if merged["split"] == "leave_one_out":
-        lengths = splits.leave_one_out(offsets)
-    else:
-        times = one_array(sessions[TIMESTAMP + LIST_SUFFIX]).values.to_numpy()
-        lengths = splits.time_split(offsets, times, merged["valid_from"], merged["test_from"])
+    sessions = sessions_of(read_arrow(Path(work) / STATE_FOLDER / f"{partition:05}.arrow"), merged)
+    offsets, lengths = prefixes(sessions, merged)
     found: dict[str, Any] = {"sessions": {}, "longest": int(np.diff(offsets).max(initial=0))}
     for name in SPLITS:
         rows = splits.take_prefixes(sessions, offsets, lengths[name])
         found["sessions"][name] = rows.num_rows
         if rows.num_rows:
             write_rows(rows, Path(work) / "out" / name / f"part_{partition:05}.parquet")
-        if name == "train":
-            counts = np.bincount(one_array(rows[ITEM_ID + LIST_SUFFIX]).values.to_numpy(), minlength=FIRST_ITEM_ROW)
-            np.save(place(work, STATE_FOLDER, partition, "npy"), counts)
+    np.save(place(work, STATE_FOLDER, partition, "npy"), trained(sessions, offsets, lengths["train"]))
     write_json(done, found)
     return found
 
 
-def sessions_of(file: Path, merged: Mapping[str, Any]) -> pa.Table:
+def prefixes(sessions: pa.Table, merged: Mapping[str, Any]) -> tuple[Ints, splits.Lengths]:
+    """Return where the sessions' events begin, [session + 1], and how many of each are in every split, [session]."""
+    offsets = np.asarray(one_array(sessions[ITEM_ID + LIST_SUFFIX]).offsets, np.int64)
+    if merged["split"] == "leave_one_out":
+        return offsets, splits.leave_one_out(offsets)
+    times = one_array(sessions[TIMESTAMP + LIST_SUFFIX]).values.to_numpy()
+    return offsets, splits.time_split(offsets, times, merged["valid_from"], merged["test_from"])
+
+
+def trained(sessions: pa.Table, offsets: Ints, lengths: Ints) -> Ints:
+    """Return how often each item is in the training prefixes, [row of the catalogue]; shorter where the last are 0."""
+    items = one_array(sessions[ITEM_ID + LIST_SUFFIX]).values.to_numpy()
+    return np.bincount(items[inside(offsets, lengths)], minlength=FIRST_ITEM_ROW)
+
+
+def sessions_of(known: pa.Table, merged: Mapping[str, Any]) -> pa.Table:
     """Make sessions of what is known of the users: weights, pauses, time features, the last events."""
-    with pa.memory_map(str(file)) as source:
-        known = pa.ipc.open_file(source).read_all()
-    lists = {name: one_array(known[name]) for name in known.column_names if name != USER_ID}
+    lists = lists_of(known)
     sizes = np.diff(np.asarray(lists[ITEM_ID + LIST_SUFFIX].offsets, np.int64))
     owner = np.repeat(np.arange(len(sizes)), sizes)
     values = {name.removesuffix(LIST_SUFFIX): column.values.to_numpy() for name, column in lists.items()}
@@ -219,23 +259,41 @@ def sessions_of(file: Path, merged: Mapping[str, Any]) -> pa.Table:
     return pa.table(columns)
 
 
+def lists_of(known: pa.Table) -> dict[str, pa.ListArray]:
+    """Return the list columns of a state."""
+    return {name: one_array(known[name]) for name in known.column_names if name.endswith(LIST_SUFFIX)}
+
+
 def write_rows(rows: pa.Table, file: Path) -> None:
     """Write session rows; items repeat too little for a dictionary to pay."""
     pq.write_table(rows, file, use_dictionary=False, write_statistics=False)
 
 
-def order_of(users: pa.Array, times: npt.NDArray[Any]) -> tuple[Ints, Ints]:
-    """Return the order by user (hash) and time, ties as they came, and the users' numbers in the order of their hash.
+class Ordered(NamedTuple):
+    """Events by user and time."""
+
+    order: Ints
+    """[event]: by user (hash) and time, ties as they came."""
+    codes: Ints
+    """[event]: number of the event's user."""
+    users: pa.Array
+    """[user]: ids in the order of their hash."""
+    hashes: Hashes
+
+
+def order_of(users: pa.Array, times: npt.NDArray[Any]) -> Ordered:
+    """Return the order of events by user and time.
 
     Number, time and position are packed into one integer where they fit, because one plain sort is several times
     faster than sorting by columns.
     """
     coded = users.dictionary_encode()
-    ranks = np.empty(len(coded.dictionary), np.int64)
-    ranks[np.argsort(hash_ids(coded.dictionary), kind="stable")] = np.arange(len(ranks))
+    hashes = hash_ids(coded.dictionary)
+    by_hash = np.argsort(hashes, kind="stable")
+    ranks = np.empty(len(by_hash), np.int64)
+    ranks[by_hash] = np.arange(len(ranks))
     codes = ranks[coded.indices.to_numpy()]
-    order = packed_order(codes, times)
-    return order, codes
+    return Ordered(packed_order(codes, times), codes, coded.dictionary.take(pa.array(by_hash)), hashes[by_hash])
 
 
 def packed_order(codes: Ints, times: npt.NDArray[Any]) -> Ints:
@@ -288,9 +346,8 @@ def _joined(file: Path, table: pa.Table, items: npt.NDArray[Any]) -> tuple[pa.Ta
     """Return the old events of a partition, as they were kept, followed by the new ones."""
     table = table.set_column(table.column_names.index(ITEM_ID), ITEM_ID, pa.array(items, pa.int32()))
     if file.is_file():
-        with pa.memory_map(str(file)) as source:
-            known = pa.ipc.open_file(source).read_all()
-        lists = {name: one_array(known[name]) for name in known.column_names if name != USER_ID}
+        known = read_arrow(file)
+        lists = lists_of(known)
         sizes = np.diff(np.asarray(lists[ITEM_ID + LIST_SUFFIX].offsets))
         old = {USER_ID: one_array(known[USER_ID]).take(pa.array(np.repeat(np.arange(len(sizes)), sizes)))}
         old |= {name.removesuffix(LIST_SUFFIX): column.values for name, column in lists.items()}

@@ -360,13 +360,10 @@ def sample(
 ) -> pd.DataFrame:
     """Return some events as the workflow meets them: raw ids and values, types as in the whole."""
     for number in range(plan.partitions):
-        with pa.memory_map(str(work / "state" / f"{number:05}.arrow")) as source:
-            table = pa.ipc.open_file(source).read_all().slice(0, _SAMPLE)
+        table = partitions.read_arrow(work / partitions.STATE_FOLDER / f"{number:05}.arrow").slice(0, _SAMPLE)
         if table.num_rows:
             break
-    lists = {
-        name.removesuffix(LIST_SUFFIX): table[name].combine_chunks() for name in table.column_names if name != USER_ID
-    }
+    lists = {name.removesuffix(LIST_SUFFIX): column for name, column in partitions.lists_of(table).items()}
     sizes = lists[ITEM_ID].value_lengths().to_numpy()
     columns: dict[str, Any] = {USER_ID: np.repeat(table[USER_ID].to_pandas().to_numpy(), sizes)}
     for name, column in lists.items():
@@ -387,7 +384,6 @@ def _each(work: Path, count: int) -> list[tuple[str, int]]:
 def _boundaries(work: Path, count: int) -> tuple[float, float]:
     times = []
     for number in range(count):
-        with pa.memory_map(str(work / "state" / f"{number:05}.arrow")) as source:
-            column = pa.ipc.open_file(source).read_all()[TIMESTAMP + LIST_SUFFIX].combine_chunks()
-            times.append(column.flatten().to_numpy().copy())
+        known = partitions.read_arrow(work / partitions.STATE_FOLDER / f"{number:05}.arrow")
+        times.append(partitions.lists_of(known)[TIMESTAMP + LIST_SUFFIX].values.to_numpy().copy())
     return splits.default_boundaries(np.concatenate(times))

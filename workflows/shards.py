@@ -20,10 +20,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from missrec_t4r.data.split_rows import one_array
+from missrec_t4r.data.user_hash import hash_ids, partition_of
 from missrec_t4r.errors import SchemaError
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, USER_ID
 from missrec_t4r.workflows import checks
-from missrec_t4r.workflows.user_hash import hash_ids, partition_of
 
 PLAN_FILE = "plan.json"
 ITEMS_FILE = "items.parquet"
@@ -126,7 +127,7 @@ def write_shard(work: str, index: int) -> dict[str, Any]:
     plan = load_plan(work)
     chunk = plan.chunks[index]
     writer, aside = None, done.with_suffix(f".{os.getpid()}-{id(done)}.tmp")
-    reader = _ShardReader(plan, load_ids(work))
+    reader = ShardReader(plan, load_ids(work))
     columns = [*plan.names, *plan.features]
     batches = pq.ParquetFile(chunk.file).iter_batches(_BATCH, chunk.row_groups, columns)
     for batch in batches:
@@ -142,7 +143,7 @@ def write_shard(work: str, index: int) -> dict[str, Any]:
     return found
 
 
-class _ShardReader:
+class ShardReader:
     """Encodes the batches of one chunk."""
 
     def __init__(self, plan: Plan, ids: pa.Array) -> None:
@@ -273,19 +274,23 @@ def read_shards(
         with pa.memory_map(str(file)) as source:
             reader = pa.ipc.open_file(source)
             batches = [reader.get_batch(at) for at in range(partition, reader.num_record_batches, plan.partitions)]
-        table = pa.Table.from_batches(batches).select(columns)
-        for name, values in known.items():
-            if name in columns:
-                codes = table[name].to_numpy()
-                if name != ITEM_ID:
-                    common = values[codes]
-                elif not len(values):
-                    continue
-                else:
-                    common = np.where(codes < 0, values[np.maximum(-1 - codes, 0)], codes)
-                table = table.set_column(table.column_names.index(name), name, pa.array(common.astype(np.int32)))
-        tables.append(table)
+        tables.append(with_codes(pa.Table.from_batches(batches).select(columns), known))
     return pa.concat_tables(tables, promote_options="permissive")
+
+
+def with_codes(table: pa.Table, known: Mapping[str, np.ndarray[Any, Any]]) -> pa.Table:
+    """Return a chunk's events with the rows of its unknown items and the common codes of its categories."""
+    for name, values in known.items():
+        if name in table.column_names:
+            codes = table[name].to_numpy()
+            if name != ITEM_ID:
+                common = values[codes]
+            elif not len(values):
+                continue
+            else:
+                common = np.where(codes < 0, values[np.maximum(-1 - codes, 0)], codes)
+            table = table.set_column(table.column_names.index(name), name, pa.array(common.astype(np.int32)))
+    return table
 
 
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -299,12 +304,6 @@ def write_json(file: Path, content: Any) -> None:
     aside = file.with_suffix(f".{os.getpid()}-{id(content)}.part")
     aside.write_text(json.dumps(content), encoding="utf-8")
     aside.replace(file)
-
-
-def one_array(column: pa.ChunkedArray) -> pa.Array:
-    """Return a column as one array."""
-    combined = column.combine_chunks()
-    return pa.concat_arrays(combined.chunks) if isinstance(combined, pa.ChunkedArray) else combined
 
 
 def one_batch(table: pa.Table) -> pa.RecordBatch:

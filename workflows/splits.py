@@ -18,10 +18,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
+from missrec_t4r.data.split_rows import take_prefixes
 from missrec_t4r.errors import ConfigError, DataError
-from missrec_t4r.schema import LIST_SUFFIX
+
+__all__ = ["check_lengths", "default_boundaries", "leave_one_out", "take_prefixes", "time_split"]
 
 Ints = npt.NDArray[np.int64]
 Lengths = Mapping[str, Ints]
@@ -77,24 +78,6 @@ def default_boundaries(times: npt.NDArray[np.generic]) -> tuple[float, float]:
     return first, second
 
 
-def take_prefixes(sessions: pa.Table, offsets: Ints, lengths: Ints) -> pa.Table:
-    """Cut all list columns to prefixes and leave out the sessions of length 0."""
-    sizes = np.diff(offsets)
-    step = np.arange(offsets[-1] - offsets[0]) - np.repeat(offsets[:-1] - offsets[0], sizes)
-    keep = step < np.repeat(lengths, sizes)
-    chosen = lengths > 0
-    cut = pa.array(np.concatenate([[0], np.cumsum(lengths[chosen])]), pa.int32())
-    columns = {}
-    for name in sessions.column_names:
-        column = sessions[name].combine_chunks()
-        column = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
-        if name.endswith(LIST_SUFFIX):
-            columns[name] = pa.ListArray.from_arrays(cut, _kept(column.flatten(), keep))
-        else:
-            columns[name] = column.filter(pa.array(chosen))
-    return pa.table(columns)
-
-
 def check_lengths(lengths: Lengths) -> None:
     """Refuse a split that leaves nothing to train on or to evaluate.
 
@@ -111,13 +94,6 @@ def check_lengths(lengths: Lengths) -> None:
                 "test": "longer sessions are needed, or another --split",
             }[name]
             raise DataError(f"the {name} split has no session", "at least one", cure)
-
-
-def _kept(values: pa.Array, keep: npt.NDArray[np.bool_]) -> pa.Array:
-    primitive = pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
-    if primitive and not values.null_count:  # numpy compresses numbers faster than Arrow
-        return pa.array(values.to_numpy()[keep], values.type)
-    return values.filter(pa.array(keep))
 
 
 def _before(offsets: Ints, times: npt.NDArray[np.generic], boundary: float) -> Ints:

@@ -29,7 +29,7 @@ from missrec_t4r.workflows.engine import engine
 from missrec_t4r.workflows.etl import etl
 from missrec_t4r.workflows.sessions import transform_dataset
 from missrec_t4r.workflows.storage import load_workflow
-from missrec_t4r.workflows.user_hash import hash_ids, partition_of
+from missrec_t4r.data.user_hash import hash_ids, partition_of
 from tests.workflows.tables import EVENTS, ITEMS, items_of, write
 
 SOME = settings(

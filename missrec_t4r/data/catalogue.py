@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,8 @@ class Catalogue:
         One line per item in row order, starting with row 3: `item_id`, `train_count`, then business columns.
     modalities : mapping of str to Modality
         Any number of modalities by name.
+    checked : bool
+        Whether somebody has looked for NaN in the vectors: looking reads every number of them.
 
     Examples
     --------
@@ -100,8 +102,9 @@ class Catalogue:
 
     items: pa.Table
     modalities: Mapping[str, Modality]
+    checked: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, checked: bool) -> None:
         for name in (ITEM_ID, TRAIN_COUNT):
             if name not in self.items.column_names:
                 raise DataError(
@@ -109,6 +112,8 @@ class Catalogue:
                 )
         for name, modality in self.modalities.items():
             _check_modality(name, modality, self.n_rows)
+            if not checked:
+                _check_numbers(name, modality)
 
     @property
     def n_items(self) -> int:
@@ -241,14 +246,17 @@ def _check_modality(name: str, modality: Modality, n_rows: int) -> None:
                 f"finite numbers of shape {modality.vectors.shape}",
                 "make the modality again with `missrec features`",
             )
-    for start in range(0, n_rows, _ROWS_AT_ONCE):
+    if modality.present.shape != (n_rows,) or modality.present[:FIRST_ITEM_ROW].any():
+        raise ModalityError(
+            f"the presence mask of modality {name!r} does not fit", f"{n_rows} flags, three of them off"
+        )
+
+
+def _check_numbers(name: str, modality: Modality) -> None:
+    for start in range(0, len(modality.vectors), _ROWS_AT_ONCE):
         finite = np.isfinite(modality.vectors[start : start + _ROWS_AT_ONCE]).all(1)
         if not finite.all():
             row = start + int(np.flatnonzero(~finite)[0])
             raise ModalityError(
                 f"modality {name!r} holds NaN or infinity in row {row}", "finite numbers", "repair the file"
             )
-    if modality.present.shape != (n_rows,) or modality.present[:FIRST_ITEM_ROW].any():
-        raise ModalityError(
-            f"the presence mask of modality {name!r} does not fit", f"{n_rows} flags, three of them off"
-        )

@@ -9,9 +9,10 @@ items.parquet            vocabulary in row order, business columns, popularity
 features.json            fingerprint of every modality's encoder
 session_transform.json   the request transform
 schema.pbtxt             Merlin schema of a session
+search.safetensors       large catalogues only: the search tables, mapped by servers
 ======================== ============================================================================
 
-A catalogue update exchanges the last five and keeps the weights.
+A catalogue update exchanges items, vectors and search tables, and keeps the weights.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.side import SideColumn
 from missrec_t4r.errors import BundleError, MISSRecError
-from missrec_t4r.export.grown import load_weights, mark_rows
+from missrec_t4r.export.grown import Uninitialised, load_weights, mark_rows
 from missrec_t4r.export.manifest import (
     CATALOGUE_FILE,
     FEATURES_FILE,
@@ -43,6 +44,7 @@ from missrec_t4r.export.manifest import (
     ITEMS_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
+    SEARCH_FILE,
     WEIGHTS_FILE,
     verify_bundle,
     write_manifest,
@@ -50,9 +52,14 @@ from missrec_t4r.export.manifest import (
 from missrec_t4r.export.staging import staged
 from missrec_t4r.export.vocabulary import load_items, load_session_transform
 from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.search_tables import SearchTables, write_search_tables
+from missrec_t4r.model.tensor_file import look_here_and_there, not_finite
+from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import SCHEMA_FILE, SESSION_TRANSFORM_FILE
 from missrec_t4r.serving.session_transform import SessionTransform, TransformSettings
 
+SEARCH_FROM = 50_000
+"""Rows from which a bundle holds search tables; smaller ones are worked out in milliseconds when a server starts."""
 _INTERESTS = "interests."
 """Prefix of the model's buffers that belong to a catalogue version, not to the weights."""
 
@@ -65,6 +72,8 @@ class LoadedBundle:
     """In evaluation mode, on the CPU."""
     catalogue: Catalogue
     transform: SessionTransform
+    tables: SearchTables | None = None
+    """Of a large catalogue, mapped; a small one's are worked out by the ranker."""
 
 
 def write_bundle(out: str | Path, *, model: MISSRec, catalogue: Catalogue, data: str | Path) -> dict[str, Any]:
@@ -94,7 +103,9 @@ def write_bundle(out: str | Path, *, model: MISSRec, catalogue: Catalogue, data:
         return fill_bundle(folder, model=model, catalogue=catalogue, data=Path(data))
 
 
-def fill_bundle(folder: Path, *, model: MISSRec, catalogue: Catalogue, data: Path) -> dict[str, Any]:
+def fill_bundle(
+    folder: Path, *, model: MISSRec, catalogue: Catalogue, data: Path, progress: Progress = quiet
+) -> dict[str, Any]:
     """Write the bundle's files into an empty folder; `write_bundle` and `export` put it in place."""
     for name in (SESSION_TRANSFORM_FILE, SCHEMA_FILE):
         if not (data / name).is_file():
@@ -115,6 +126,8 @@ def fill_bundle(folder: Path, *, model: MISSRec, catalogue: Catalogue, data: Pat
     _write_json(folder / MODEL_FILE, described | {"rows": catalogue.n_rows, "side_features": side})
     write_features(folder, catalogue)
     load_session_transform(folder, catalogue.items)  # refuses ids that a request could not carry
+    if catalogue.n_rows >= SEARCH_FROM:
+        write_search_tables(model.eval(), folder / SEARCH_FILE, progress)
     return write_manifest(folder)
 
 
@@ -127,19 +140,25 @@ def load_bundle(folder: str | Path) -> LoadedBundle:
         The bundle is damaged, or its parts do not fit each other.
     """
     folder = Path(folder)
-    verify_bundle(folder)
+    listed = verify_bundle(folder)["files"]
     try:
         described = json.loads((folder / MODEL_FILE).read_bytes())
         features = json.loads((folder / FEATURES_FILE).read_bytes())["modalities"]
         stored, weights = load_file(folder / CATALOGUE_FILE), load_file(folder / WEIGHTS_FILE)
         items = load_items(folder)
-        catalogue = Catalogue(items, {name: _modality(name, stored, features) for name in described["modalities"]})
+        _refuse_nan(folder / CATALOGUE_FILE, described["modalities"])
+        modalities = {name: _modality(name, stored, features) for name in described["modalities"]}
+        catalogue = Catalogue(items, modalities, checked=True)
         config = Recipe.from_dict({"name": "bundle", "model": described["config"]}).model
         side = [SideColumn.from_dict(column) for column in described.get("side_features", [])]
-        model = build_missrec(config, catalogue, side)
+        with Uninitialised():
+            model = build_missrec(config, catalogue, side)
         interests = {name: tensor for name, tensor in stored.items() if name.startswith(_INTERESTS)}
         load_weights(model, weights, interests)
         mark_rows(model, catalogue, described["rows"])
+        tables = SearchTables.load(folder / SEARCH_FILE) if SEARCH_FILE in listed else None
+        if tables is not None:
+            tables.check(catalogue.n_rows, config.d_model)
     except BundleError:
         raise
     except (MISSRecError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -148,7 +167,7 @@ def load_bundle(folder: str | Path) -> LoadedBundle:
             "a bundle of one export",
             "export it again with the installed version",
         ) from error
-    return LoadedBundle(model.eval(), catalogue, load_session_transform(folder, items))
+    return LoadedBundle(model.eval(), catalogue, load_session_transform(folder, items), tables)
 
 
 def _write_transform(folder: Path, data: Path, max_sequence_length: int) -> None:
@@ -183,7 +202,15 @@ def write_features(folder: Path, catalogue: Catalogue) -> None:
 
 def _modality(name: str, stored: dict[str, Tensor], features: dict[str, Any]) -> Modality:
     vectors, present = stored[f"modality.{name}.vectors"], stored[f"modality.{name}.present"]
+    look_here_and_there([vectors])
     return Modality(vectors.numpy(), present.numpy(), features[name]["encoder"])
+
+
+def _refuse_nan(file: Path, modalities: Iterable[str]) -> None:
+    """Look through the vectors by reading them: through the mapping, every page of them would become ours."""
+    found = not_finite(file, [f"modality.{name}.vectors" for name in modalities])
+    if found is not None:
+        raise BundleError(f"{file} holds NaN or infinity in {found[0]}, row {found[1]}", "finite numbers")
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

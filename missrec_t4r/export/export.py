@@ -72,7 +72,9 @@ def export(
     with ExitStack() as stack:
         aside = stack.enter_context(staged(bundle_folder, MANIFEST_FILE))
         progress.say(f"writing the bundle of {run}")
-        manifest = fill_bundle(aside, model=loaded.model, catalogue=loaded.catalogue, data=loaded.data)
+        manifest = fill_bundle(
+            aside, model=loaded.model, catalogue=loaded.catalogue, data=loaded.data, progress=progress
+        )
         parity = _gate(aside, loaded, sessions, progress)
         if repository is not None:
             fill_repository(stack.enter_context(staged(repository, LANDMARK)), aside)
@@ -96,7 +98,7 @@ def _gate(folder: Path, loaded: LoadedRun, sessions: int, progress: Progress) ->
     requests = raw_ids(loaded.catalogue, histories)
     check_rows(bundle.transform, histories, requests)
     workflow = check_workflow(loaded.data, bundle.catalogue, requests)
-    ranker = Ranker(bundle.model, bundle.catalogue)
+    ranker = Ranker(bundle.model, bundle.catalogue, tables=bundle.tables)
     parity = compare_offline(ranker, loaded.model, histories).require("the exported bundle")
     return dataclasses.asdict(parity) | {"equal": parity.equal, "nvtabular": workflow}
 

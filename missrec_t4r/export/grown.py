@@ -7,18 +7,33 @@ be recommended but stay what they were inside a session.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import DataError
 from missrec_t4r.model.interests import InterestVocabulary
 from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.model.tensor_file import look_here_and_there
 from missrec_t4r.schema import FIRST_ITEM_ROW, RETIRED
 
+_LARGE = 1 << 24
+"""Numbers in a tensor (64 MiB) from which it is not copied."""
 _PER_ROW = ("towers.id_embedding.", "fusion.phi", "prior.", "lookalikes.")
 """Weights with a line per catalogue row: they end where training ended."""
+
+
+class Uninitialised(TorchFunctionMode):
+    """A model that is built within gets no random numbers: weights are about to be loaded."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        """Let initialisers of `torch.nn.init` return the tensor as it is."""
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def load_weights(model: MISSRec, weights: Mapping[str, Tensor], interests: Mapping[str, Tensor]) -> None:
@@ -29,7 +44,8 @@ def load_weights(model: MISSRec, weights: Mapping[str, Tensor], interests: Mappi
     model : MISSRec
         Built for the whole catalogue.
     weights : mapping of str to Tensor
-        Of the training; what is learned per row is continued with zeros.
+        Of the training; what is learned per row is continued with zeros. Large tensors become the model's own, mapped
+        from their file as they may be; small ones are copied.
     interests : mapping of str to Tensor
         Centroids and assignment of this catalogue version: the centroids' number is the training's.
     """
@@ -41,7 +57,9 @@ def load_weights(model: MISSRec, weights: Mapping[str, Tensor], interests: Mappi
         vocabulary.centroids = torch.zeros_like(centroids)
     if assignment.shape != vocabulary.assignment.shape or centroids.shape[1] != model.config.d_model:
         raise DataError(f"interests of {tuple(assignment.shape)} tokens", f"{tuple(vocabulary.assignment.shape)}")
-    model.load_state_dict(continued | dict(interests))
+    given = {name: own if own.numel() >= _LARGE else own.clone() for name, own in (continued | dict(interests)).items()}
+    look_here_and_there(own for own in given.values() if own.numel() >= _LARGE)
+    model.load_state_dict(given, assign=True)
 
 
 def mark_rows(model: MISSRec, catalogue: Catalogue, n_trained: int) -> None:

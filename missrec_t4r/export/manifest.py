@@ -16,7 +16,8 @@ from missrec_t4r.errors import BundleError
 from missrec_t4r.export.contents import check_contents
 from missrec_t4r.schema import SCHEMA_FILE, SESSION_TRANSFORM_FILE
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest; a bundle has the oldest that can say what it holds."""
 
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.json"
@@ -24,6 +25,7 @@ WEIGHTS_FILE = "weights.safetensors"
 CATALOGUE_FILE = "catalogue.safetensors"
 ITEMS_FILE = "items.parquet"
 FEATURES_FILE = "features.json"
+SEARCH_FILE = "search.safetensors"
 
 BUNDLE_FILES = (
     MODEL_FILE,
@@ -34,7 +36,9 @@ BUNDLE_FILES = (
     SESSION_TRANSFORM_FILE,
     SCHEMA_FILE,
 )
-"""Everything in a bundle beside the manifest."""
+"""What every bundle holds beside the manifest."""
+FILES_OF_FORMAT = {1: BUNDLE_FILES, FORMAT_VERSION: (*BUNDLE_FILES, SEARCH_FILE)}
+"""Format -> files: a large catalogue brings its search tables along."""
 
 _AGAIN = "export the bundle again, or copy it again from where it was written"
 
@@ -47,10 +51,12 @@ def write_manifest(folder: Path) -> dict[str, Any]:
     dict
         The manifest's content.
     """
+    version = FORMAT_VERSION if (folder / SEARCH_FILE).is_file() else 1
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)} for name in BUNDLE_FILES
+        name: {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
+        for name in FILES_OF_FORMAT[version]
     }
-    content: dict[str, Any] = {"format": FORMAT_VERSION, "files": files}
+    content: dict[str, Any] = {"format": version, "files": files}
     (folder / MANIFEST_FILE).write_bytes(_sealed(content))
     return content
 
@@ -79,10 +85,10 @@ def verify_bundle(folder: str | Path, only: Iterable[str] | None = None) -> dict
     folder = Path(folder)
     content = _read_manifest(folder)
     present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
-    for name in sorted(present - {MANIFEST_FILE, *BUNDLE_FILES}):
+    for name in sorted(present - {MANIFEST_FILE, *content["files"]}):
         raise BundleError(f"{folder / name} is not part of a bundle", f"{MANIFEST_FILE} and what it lists", _AGAIN)
-    hashed = set(BUNDLE_FILES if only is None else only)
-    for name in BUNDLE_FILES:
+    hashed = set(content["files"] if only is None else only)
+    for name in FILES_OF_FORMAT[content["format"]]:
         _verify_file(folder / name, content["files"][name], hashed=name in hashed)
         if name in hashed:
             check_contents(folder / name)
@@ -124,9 +130,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{file} is damaged ({error})", "the manifest as it was written", _AGAIN) from error
     if type(version) is int and version > FORMAT_VERSION:
-        raise BundleError(f"{file} has format {version}", f"format {FORMAT_VERSION}", "use the version that wrote it")
-    if version != FORMAT_VERSION or written != _sealed(unsealed) or names != set(BUNDLE_FILES):
-        raise BundleError(f"{file} is damaged or of an unknown format", f"format {FORMAT_VERSION}, unchanged", _AGAIN)
+        raise BundleError(
+            f"{file} has format {version}", f"format {FORMAT_VERSION} at most", "use the version that wrote it"
+        )
+    known = FILES_OF_FORMAT.get(version) if type(version) is int else None
+    if known is None or written != _sealed(unsealed) or names != set(known):
+        raise BundleError(
+            f"{file} is damaged or of an unknown format", f"format 1 to {FORMAT_VERSION}, unchanged", _AGAIN
+        )
     return unsealed
 
 

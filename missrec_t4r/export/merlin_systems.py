@@ -20,7 +20,7 @@ from merlin.table import TensorTable
 
 from missrec_t4r.errors import BundleError, ConfigError
 from missrec_t4r.export.bundle import load_bundle
-from missrec_t4r.export.manifest import BUNDLE_FILES, MANIFEST_FILE, verify_bundle
+from missrec_t4r.export.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.export.staging import staged
 from missrec_t4r.schema import ITEM_ID, PADDING_ROW
 
@@ -54,7 +54,7 @@ class PredictMISSRec(BaseOperator):  # type: ignore[misc]  # Merlin ships no typ
         """Copy the bundle beside the graph."""
         target = Path(str(artifact_path)) / _ARTEFACT
         target.mkdir(parents=True)
-        for name in (MANIFEST_FILE, *BUNDLE_FILES):
+        for name in (MANIFEST_FILE, *verify_bundle(self.bundle, only=())["files"]):
             shutil.copyfile(Path(self.bundle) / name, target / name)
 
     def load_artifacts(self, artifact_path: str | None = None) -> None:
@@ -64,7 +64,7 @@ class PredictMISSRec(BaseOperator):  # type: ignore[misc]  # Merlin ships no typ
         from missrec_t4r.serving.ranker import Ranker
 
         loaded = load_bundle(Path(artifact_path) / _ARTEFACT)
-        self.ranker, self.transform_ids = Ranker(loaded.model, loaded.catalogue), loaded.transform
+        self.ranker, self.transform_ids = Ranker(loaded.model, loaded.catalogue, tables=loaded.tables), loaded.transform
 
     def compute_input_schema(self, root: Schema, parents: Schema, deps: Schema, selector: Any) -> Schema:  # noqa: ARG002
         """Return what the workflow gives."""

@@ -17,7 +17,7 @@ import string
 from pathlib import Path
 
 from missrec_t4r.errors import BundleError, ConfigError
-from missrec_t4r.export.manifest import BUNDLE_FILES, MANIFEST_FILE, verify_bundle
+from missrec_t4r.export.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.export.staging import staged
 from missrec_t4r.export.vocabulary import load_session_transform
 
@@ -60,7 +60,7 @@ def fill_repository(folder: Path, bundle: Path, *, max_batch_size: int = 64, thr
     """Write the repository's files into an empty folder; `write_repository` and `export` put it in place."""
     if max_batch_size < 1 or threads < 1:
         raise ConfigError(f"max_batch_size {max_batch_size}, threads {threads}", "at least 1 each")
-    verify_bundle(bundle)
+    manifest = verify_bundle(bundle)
     id_type = load_session_transform(bundle).settings.id_type
     values = {
         "item_id_type": "TYPE_STRING" if id_type == "string" else "TYPE_INT64",
@@ -75,7 +75,7 @@ def fill_repository(folder: Path, bundle: Path, *, max_batch_size: int = 64, thr
             (folder / model / "1" / "model.py").write_text(code, encoding="utf-8")
     target = folder / BUNDLE_IN_REPOSITORY
     target.mkdir()
-    for name in (MANIFEST_FILE, *BUNDLE_FILES):
+    for name in (MANIFEST_FILE, *manifest["files"]):
         shutil.copyfile(bundle / name, target / name)
 
 

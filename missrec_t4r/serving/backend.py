@@ -96,7 +96,7 @@ class RankerBackend:
         loaded = load_bundle(bundle)
         dtype = torch.float32 if device == "cpu" else torch.float16
         self.ranker, self.transform = (
-            Ranker(loaded.model, loaded.catalogue, device=device, dtype=dtype),
+            Ranker(loaded.model, loaded.catalogue, device=device, dtype=dtype, tables=loaded.tables),
             loaded.transform,
         )
         self.side = SideReader(() if loaded.model.side is None else loaded.model.side.columns)

@@ -22,6 +22,7 @@ from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.model.quantised import AVAILABLE, QuantisedTable, quantise
 from missrec_t4r.model.retrieval import SPARE, Found, Query, scan_bounds, search
 from missrec_t4r.model.score_table import build_score_table
+from missrec_t4r.model.search_tables import SearchTables
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
 from missrec_t4r.serving.rules import NO_RULES, ItemColumns, Rules, capped
 from missrec_t4r.serving.traced import SessionEncoder, recorded
@@ -72,6 +73,8 @@ class Ranker:
         Of the tokens that are scanned; float16 halves a GPU's memory.
     certified_from : int
         Rows from which the certified search is used, on the CPU.
+    tables : SearchTables, optional
+        Of the same model and catalogue, mapped from a bundle; worked out here without them.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Ranker:
         batch_size: int = 64,
         dtype: torch.dtype = torch.float32,
         certified_from: int = CERTIFIED_FROM,
+        tables: SearchTables | None = None,
     ) -> None:
         self.model, self.catalogue = model.eval().to(device), catalogue
         self.device = torch.device(device)
@@ -90,13 +94,17 @@ class Ranker:
         self.max_sequence_length = model.config.max_sequence_length
         self.columns = ItemColumns(catalogue.items)
         with torch.inference_mode():
-            tokens = self.model.towers.catalogue()
-            self.table = build_score_table(model.fusion, model.towers.candidates(tokens)).to(self.device, dtype)
-            self._tokens = tokens if tokens.modality.numel() <= _TOKENS_IN_MEMORY else None
+            small = len(model.towers.names) * catalogue.n_rows * model.config.d_model <= _TOKENS_IN_MEMORY
+            tokens = self.model.towers.catalogue() if small or tables is None else None
+            table = build_score_table(model.fusion, model.towers.candidates(tokens)) if tables is None else tables.table
+            self.table = table.to(self.device, dtype)
+            self._tokens = tokens if small else None
             self._popularity = self._popular(catalogue)
         self._encode = recorded(SessionEncoder(self.model, self._tokens))
         certified = self.device.type == "cpu" and catalogue.n_rows >= certified_from and AVAILABLE
-        self.quantised: QuantisedTable | None = quantise(self.table) if certified else None
+        self.quantised: QuantisedTable | None = None
+        if certified:
+            self.quantised = quantise(self.table) if tables is None else tables.quantised
         self.widenings = 0
         """Sessions whose search had to look beyond its first candidates to be certain."""
 

@@ -109,8 +109,8 @@ def test_partial_verification_still_sees_sizes_and_its_own_files(copy: Path) -> 
 
 
 def test_a_newer_format_says_so(copy: Path) -> None:
-    (copy / MANIFEST_FILE).write_text(json.dumps({"format": 2, "files": {}}))
-    with pytest.raises(BundleError, match="format 2; expected: format 1. use the version that wrote it"):
+    (copy / MANIFEST_FILE).write_text(json.dumps({"format": 3, "files": {}}))
+    with pytest.raises(BundleError, match="format 3; expected: format 2 at most. use the version that wrote it"):
         verify_bundle(copy)
 
 

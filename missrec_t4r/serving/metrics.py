@@ -7,7 +7,9 @@ it holds over any span of time. docs/howto/operate.md lists them with the questi
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ GAUGES = {
     "missrec_catalogue_written_seconds": "Unix time at which this catalogue was written into the model repository",
     "missrec_loaded_seconds": "Unix time at which this model was loaded",
 }
+GATHERED = 0.05
+"""Seconds for which counts are gathered before Triton is told: six calls into it take longer than a small model."""
 COVERAGE = "missrec_modality_coverage"
 """Share of the catalogue's items that have a modality; labelled by it."""
 
@@ -71,6 +75,9 @@ class RankerMetrics:
             self._families.append(metric)
             metric.set(share)
         self._widened = 0
+        self._waiting: dict[str, float] = defaultdict(float)
+        self._lock, self._news = threading.Lock(), threading.Event()
+        threading.Thread(target=self._tell_for_ever, name="metrics", daemon=True).start()
         self._log.log_info(json.dumps({"event": "loaded", **self._labels, **facts, "coverage": dict(coverage)}))
 
     def observe(self, requests: Sequence[Arrays], answers: Sequence[Answer], widenings: int, n_items: int) -> None:
@@ -93,9 +100,25 @@ class RankerMetrics:
             else:
                 _count(counts, request, answer, n_items)
         counts["missrec_widenings_total"], self._widened = widenings - self._widened, widenings
-        for name, value in counts.items():
+        with self._lock:
+            for name, value in counts.items():
+                self._waiting[name] += value
+        self._news.set()
+
+    def tell(self) -> None:
+        """Hand what was counted to Triton now."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, defaultdict(float)
+        for name, value in waiting.items():
             if value:
                 self._counters[name].increment(value)
+
+    def _tell_for_ever(self) -> None:
+        while True:
+            self._news.wait()
+            time.sleep(GATHERED)  # outside the requests' time, and once for all that come meanwhile
+            self._news.clear()
+            self.tell()
 
     def _metric(self, pb_utils: Any, name: str, words: str, kind: str) -> Any:
         metric = self._family(pb_utils, name, words, kind).Metric(labels=self._labels)

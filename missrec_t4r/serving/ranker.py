@@ -24,6 +24,7 @@ from missrec_t4r.model.retrieval import SPARE, Found, Query, scan_bounds, search
 from missrec_t4r.model.score_table import build_score_table
 from missrec_t4r.model.search_tables import SearchTables
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
+from missrec_t4r.serving.folded import folded
 from missrec_t4r.serving.rules import NO_RULES, ItemColumns, Rules, capped
 from missrec_t4r.serving.traced import SessionEncoder, recorded
 
@@ -100,7 +101,8 @@ class Ranker:
             self.table = table.to(self.device, dtype)
             self._tokens = tokens if small else None
             self._popularity = self._popular(catalogue)
-        self._encode = recorded(SessionEncoder(self.model, self._tokens))
+        self._folded = folded(self.model, self._tokens)
+        self._encode = recorded(SessionEncoder(self.model, self._tokens)) if self._folded is None else None
         certified = self.device.type == "cpu" and catalogue.n_rows >= certified_from and AVAILABLE
         self.quantised: QuantisedTable | None = None
         if certified:
@@ -156,7 +158,7 @@ class Ranker:
         banned = banned if exclude is None else np.concatenate([banned, exclude], axis=1)
         self._check(wanted, rows, banned, *(() if allow is None else (allow,)))
         known = compact(rows, self.max_sequence_length)
-        aligned = compact_side(side or {}, rows, self.max_sequence_length)
+        aligned = compact_side(side, rows, self.max_sequence_length) if side else {}
         given: list[Found] = []
         passed: list[int] = []
         for start in range(0, batch, self.batch_size):
@@ -171,8 +173,10 @@ class Ranker:
 
     def encode(self, known: Rows, side: Mapping[str, npt.NDArray[Any]] | None = None) -> Tensor:
         """Return the session vectors [batch, dim] of compacted rows [batch, seq]; zero for an empty session."""
+        if not side and self._folded is not None:
+            return self._folded(known)
         session = torch.from_numpy(known).to(self.device)
-        if not side:
+        if not side and self._encode is not None:
             return self._encode(session)
         given = {name: torch.from_numpy(values).to(self.device) for name, values in side.items()}
         vectors = self.model.encode(session, catalogue=self._tokens, last_only=True, side=given).vectors
@@ -233,8 +237,8 @@ class Ranker:
         shape = len(rows), int(wanted.max(initial=1))
         items, scores = np.full(shape, PADDING_ROW, np.int64), np.zeros(shape, np.float32)
         for line, (found, count) in enumerate(zip(given, counts.tolist(), strict=True)):
-            items[line, :count] = found.rows[:count].cpu().numpy()
-            scores[line, :count] = found.scores[:count].cpu().numpy()
+            items[line, :count] = found.rows[:count].numpy(force=True)
+            scores[line, :count] = found.scores[:count].numpy(force=True)
         return Ranking(
             items,
             scores,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import urllib.request
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import yaml
 from missrec_t4r.errors import ServingError
 from missrec_t4r.serving.client import MISSRecClient
 from missrec_t4r.serving.local_triton import LocalTriton
-from missrec_t4r.serving.metrics import COUNTERS, COVERAGE, GAUGES
+from missrec_t4r.serving.metrics import COUNTERS, COVERAGE, GATHERED, GAUGES
 from tests.project.packages import ROOT
 
 pytestmark = pytest.mark.triton
@@ -21,6 +22,7 @@ DASHBOARD = ROOT / "docker" / "grafana" / "dashboards" / "missrec.json"
 
 
 def page(server: LocalTriton) -> dict[str, float]:
+    time.sleep(4 * GATHERED)  # what was counted until now has been told by then
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(server.metrics_url) as answer:
         text = answer.read().decode()
     return {name: float(value) for name, value in re.findall(r"^(\w+(?:\{[^}]*\})?) (\S+)$", text, re.MULTILINE)}

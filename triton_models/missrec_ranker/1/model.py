@@ -1,5 +1,6 @@
 """Triton's view of the ranker; the work is in `missrec_t4r.serving.backend`, where it is tested."""
 
+import gc
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -16,6 +17,8 @@ class TritonPythonModel:
         bundle = bundle_folder(args)
         self.backend = RankerBackend(bundle, device_of(args), threads=int(parameter(args, "threads")))
         self.observe = ranker_observer(pb_utils, args, self.backend, bundle)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: the collector need not walk through it between two requests
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer the requests that Triton has batched in one pass of the model."""

@@ -74,6 +74,7 @@ VARIANTS: dict[str, Variant] = {
     "refreshed": Variant("refreshed"),
     "refreshed_frozen": Variant("refreshed", "encoder_decoder"),
     "softmax": Variant("softmax"),
+    "softmax_tokens": Variant("softmax", ids="tokens"),
     "softmax_frozen": Variant("softmax", "encoder_decoder"),
     "scratch_inductive": Variant(settings={"model.item_ids": False}),
     "full_inductive": Variant("contrastive", settings={"model.item_ids": False}),

@@ -5,7 +5,8 @@
 
 The shop's event type, dwell time and category tell what comes next (`workflows/sources/generator.py`). ``without
 in requests`` is the model trained with all of them and asked without any, as by a client that sends item ids alone.
-Test split, whole catalogue, seen items kept; one shop, so that the spread is that of training.
+Test split (``--split valid`` where a setting is to be chosen), whole catalogue, seen items kept; one shop, so that the
+spread is that of training.
 """
 
 from __future__ import annotations
@@ -35,24 +36,28 @@ _WITHOUT, _WITH, _ASKED_WITHOUT = "without", "with", "with, without in requests"
 _SHOWN = (f"{SEEN_KEPT}.ndcg@10", f"{SEEN_KEPT}.recall@10", f"{SEEN_EXCLUDED}.ndcg@10")
 
 
-def make_data(folder: Path, users: int, items: int, progress: TerminalProgress) -> Path:
+def make_data(folder: Path, users: int, items: int, seed: int, progress: TerminalProgress) -> Path:
     """Generate the shop and run the main job's ETL and features on it."""
     shop, data = folder / "shop", folder / "data"
-    commands.generate(shop, users=users, items=items, progress=progress)
+    commands.generate(shop, users=users, items=items, seed=seed, progress=progress)
     commands.etl([shop / "interactions.parquet"], shop / "items.parquet", data, progress=progress)
     commands.features(data, text_columns=["title", "description"], image_column="image", images=shop, progress=progress)
     return data
 
 
-def measure(data: Path, run: Path, recipe: Recipe, progress: TerminalProgress) -> dict[str, dict[str, float]]:
-    """Train once and rank the test sessions, with the side features and, where there are any, without them."""
+def measure(
+    data: Path, run: Path, recipe: Recipe, split: str, progress: TerminalProgress
+) -> dict[str, dict[str, float]]:
+    """Train once and rank a split's sessions, with the side features and, where there are any, without them."""
     if not (run / "run.json").is_file():
         train(data, run, recipe=recipe, progress=progress)
     loaded = load_run(run)
     columns = () if loaded.model.side is None else loaded.model.side.columns
-    test = load_sessions(data, "test", columns)
+    asked_with = load_sessions(data, split, columns)
     scorer = ModelScorer.with_popularity(loaded.model, loaded.catalogue)
-    asked = {_WITH: test, _ASKED_WITHOUT: dataclasses.replace(test, features={})} if columns else {_WITHOUT: test}
+    asked = {_WITHOUT: asked_with}
+    if columns:
+        asked = {_WITH: asked_with, _ASKED_WITHOUT: dataclasses.replace(asked_with, features={})}
     found = {}
     for name, sessions in asked.items():
         ranked = quick_metrics(scorer, sessions, loaded.catalogue.n_rows)
@@ -63,7 +68,13 @@ def measure(data: Path, run: Path, recipe: Recipe, progress: TerminalProgress) -
 
 
 def compare(
-    data: Path, runs: Path, recipe: Recipe, choices: Mapping[str, str], seeds: Sequence[int], progress: TerminalProgress
+    data: Path,
+    runs: Path,
+    recipe: Recipe,
+    choices: Mapping[str, str],
+    seeds: Sequence[int],
+    split: str,
+    progress: TerminalProgress,
 ) -> dict[str, dict[str, list[float]]]:
     """Return every system's metrics, one value per seed."""
     results: dict[str, dict[str, list[float]]] = {}
@@ -75,7 +86,7 @@ def compare(
                 train=dataclasses.replace(recipe.train, seed=seed),
             )
             run = runs / f"{name.replace(' ', '-')}-{seed}"
-            for system, metrics in measure(data, run, chosen, progress).items():
+            for system, metrics in measure(data, run, chosen, split, progress).items():
                 label = name if system == _WITH or setting == "none" else system
                 if label == _ASKED_WITHOUT and name != _WITH:
                     continue
@@ -94,6 +105,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--each", action="store_true", help="also each feature alone")
     parser.add_argument("--work", type=Path, help="keep shop and runs here, and go on where an earlier call stopped")
+    parser.add_argument("--split", choices=("valid", "test"), default="test", help="ranked: valid to choose settings")
+    parser.add_argument("--shop-seed", type=int, default=7)
+    parser.add_argument("--name", default="side-features", help="of the result")
     options = parser.parse_args()
     settings = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in options.settings)}
     recipe, progress = Recipe.load(options.recipe, settings), TerminalProgress(Console(stderr=True))
@@ -101,7 +115,7 @@ def main() -> None:
         work = options.work or Path(temporary)
         data = work / "data"
         if not (work / "runs").is_dir():
-            make_data(work, options.users, options.items, progress)
+            make_data(work, options.users, options.items, options.shop_seed, progress)
             (work / "runs").mkdir()
         names = [column.name for column in side_columns(data, "auto", 1)]
         choices = {
@@ -110,8 +124,8 @@ def main() -> None:
             **({f"only {name}": name for name in names} if options.each else {}),
         }
         seeds = [recipe.train.seed + index for index in range(options.seeds)]
-        results = compare(data, work / "runs", recipe, choices, seeds, progress)
-    report("side-features", payload(results, options, names, seeds))
+        results = compare(data, work / "runs", recipe, choices, seeds, options.split, progress)
+    report(options.name, payload(results, options, names, seeds))
 
 
 def payload(
@@ -131,7 +145,8 @@ def payload(
     }
     ndcg = {system: table[system][_SHOWN[0]]["mean"] for system in (_WITHOUT, _WITH)}
     return {
-        "data": f"generated shop, {options.users} users, {options.items} items",
+        "data": f"generated shop, {options.users} users, {options.items} items, seed {options.shop_seed}",
+        "split": options.split,
         "recipe": options.recipe,
         "settings": options.settings,
         "side_features": list(names),

@@ -19,14 +19,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.release.compare import interaction
-from benchmarks.release.loading import release_model, release_rows
+from benchmarks.release.loading import discover_release_interests, release_model, release_rows
 from missrec_t4r.config import MISSRecConfig, Recipe, TrainConfig
 from missrec_t4r.data.batches import TrainingBatch, collate, iterate, training_batches
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, rank_catalogue
 from missrec_t4r.evaluation.model_scorer import ModelScorer
-from missrec_t4r.model.clustering import kmeans
 from missrec_t4r.training.trainer import Trainer
 
 Result = dict[str, Any]
@@ -106,7 +105,7 @@ def release(padded: bool) -> Callable[[Catalogue, Sessions, Sessions, Path | Non
         batches = list(_release_batches(train, config, padded))
         count = RELEASE_BATCHES["padded" if padded else "unpadded"]
         clock = Clock()
-        _discover(model)
+        discover_release_interests(model, seed=0)
         clock.stop(sum(len(batch.item_ids) for batch in batches) / sum(len(b.item_ids) for b in batches[1 : count + 1]))
         model.train()
         prefixes = 0
@@ -203,20 +202,6 @@ def _release_batches(train: Sessions, config: MISSRecConfig, padded: bool) -> It
         cuts = range(0, len(order), settings.batch_size)
         plan = [(type(whole)(*(part[order[c : c + settings.batch_size]] for part in whole)), False) for c in cuts]
     yield from iterate(train, plan, dataclasses.replace(config), settings)
-
-
-@torch.no_grad()
-def _discover(model: Any) -> None:
-    """The release's interest discovery, its CUDA k-means replaced by ours from a random start, five passes."""
-    tokens = torch.cat(
-        [model.text_adaptor(model.plm_embedding.weight[1:]), model.img_adaptor(model.img_embedding.weight[1:])]
-    )
-    clusters = len(model.interest_embeddings) - 1
-    start = tokens[torch.randperm(len(tokens))[:clusters]]
-    centroids, labels = kmeans(tokens, clusters, seed=0, start=start)
-    model.interest_embeddings[1:] = centroids
-    half = len(tokens) // 2
-    model.plm_interest_lookup_table[1:], model.img_interest_lookup_table[1:] = labels[:half] + 1, labels[half:] + 1
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from missrec_t4r.schema import (
 )
 from missrec_t4r.workflows import adopted_sessions, checks, sessions, splits
 from missrec_t4r.workflows import catalogue as catalogues
-from missrec_t4r.workflows.folders import written_aside
+from missrec_t4r.workflows.folders import refuse_foreign, written_aside
 from missrec_t4r.workflows.sources.table import Paths, read_table, require_column
 from missrec_t4r.workflows.storage import save_workflow
 
@@ -54,6 +54,7 @@ def adopt(
     fingerprint: Mapping[str, str] | None = None,
     new_items: Literal["append", "drop"] = "append",
     max_sequence_length: int = 50,
+    dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Build a data folder on the rows of an existing workflow; `train`, `evaluate` and `export` take it as it is.
@@ -80,6 +81,8 @@ def adopt(
         What becomes of items that the workflow never saw: rows after the last one, as cold items, or nothing.
     max_sequence_length : int
         How many last items a request keeps.
+    dry_run : bool
+        Read and check everything, count, write nothing.
 
     Returns
     -------
@@ -102,28 +105,31 @@ def adopt(
     known = len(ids) + FIRST_ITEM_ROW
     reader = adopted_sessions.Reader(known, schema, findings)
     rows_of = _split(reader.read(sessions_files)) if not split_files else reader.read_splits(split_files)
+    longest = max(int(np.diff(part[ITEM_LIST].combine_chunks().offsets).max()) for part in rows_of.values())
+    described = reader.schema_of_sessions(catalogue.n_rows, longest)
+    trained = rows_of["train"][ITEM_LIST].combine_chunks().flatten().to_numpy()
+    counts = np.bincount(trained, minlength=catalogue.n_rows)[FIRST_ITEM_ROW:]
+    report = {
+        "adopted": {"workflow": Path(workflow).name, "column": vocabulary_column, "items": len(ids)},
+        "items": catalogue.n_items,
+        "cold_items": int((counts == 0).sum()),
+        "sessions": {name: part.num_rows for name, part in rows_of.items()},
+        "modalities": {name: int(part.present.sum()) for name, part in catalogue.modalities.items()},
+        "findings": findings.to_list(),
+        "format": 1,
+    }
+    if dry_run:
+        refuse_foreign(out, REPORT_FILE)
+        return {"dry_run": True, "data": str(out), **report, "would_write": [str(out)], "would_replace": out.exists()}
     with written_aside(out, REPORT_FILE) as folder, tempfile.TemporaryDirectory() as storage:
-        longest = max(int(np.diff(part[ITEM_LIST].combine_chunks().offsets).max()) for part in rows_of.values())
-        described = reader.schema_of_sessions(catalogue.n_rows, longest)
         sessions.write_schema(described, folder)
         for name, part in rows_of.items():
             (folder / name).mkdir()
             pq.write_table(part, folder / name / "part_0.parquet")
             sessions.write_schema(described, folder / name)
-        trained = rows_of["train"][ITEM_LIST].combine_chunks().flatten().to_numpy()
-        counts = np.bincount(trained, minlength=catalogue.n_rows)[FIRST_ITEM_ROW:]
         catalogues.with_train_count(catalogue, counts).save(folder / CATALOGUE_FOLDER)
         codes = _feature_codes(Path(workflow), described)
         _write_request(catalogue, folder, Path(storage), max_sequence_length, codes)
-        report = {
-            "adopted": {"workflow": Path(workflow).name, "column": vocabulary_column, "items": len(ids)},
-            "items": catalogue.n_items,
-            "cold_items": int((counts == 0).sum()),
-            "sessions": {name: part.num_rows for name, part in rows_of.items()},
-            "modalities": {name: int(part.present.sum()) for name, part in catalogue.modalities.items()},
-            "findings": findings.to_list(),
-            "format": 1,
-        }
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for finding in findings.found:
         progress.say(f"{finding.check}: {finding.count:,} ({finding.message})")

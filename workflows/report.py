@@ -16,13 +16,14 @@ from typing import Any
 
 import yaml
 
+from missrec_t4r.data.digest import digest_of
 from missrec_t4r.errors import ConfigError, GateError
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.workflows.folders import file_aside
 from missrec_t4r.workflows.measures import Everything, measure
 from missrec_t4r.workflows.report_page import page
 
-REPORT_FILE, PAGE_FILE = "report.json", "report.html"
+REPORT_FILE, PREVIOUS_FILE = "report.json", "previous.json"
 _RELATIVE = ("events", "users", "items", "session_length_mean")
 _DRIFT = ("drift.popularity", "drift.session_lengths", "drift.new_popular", *(f"drift.{name}" for name in _RELATIVE))
 
@@ -34,6 +35,7 @@ def report(
     previous: Path | None = None,
     gate: Path | None = None,
     now: float | None = None,
+    dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Write report.json and report.html about a data folder.
@@ -43,7 +45,8 @@ def report(
     data : Path
         Data folder written by `etl` or `adopt`.
     out : Path
-        Folder of the report. A report that is there already is the last run, which drift is measured against.
+        Folder of the report. A report that is there already is the last run, which drift is measured against; one of
+        the same data is this run's own, repeated, and what that one was compared with is the last run again.
     previous : Path, optional
         report.json of the last run, if it lies elsewhere.
     gate : Path, optional
@@ -51,6 +54,8 @@ def report(
         first run, where there is nothing to compare with, unless ``required: true`` stands beside it.
     now : float, optional
         Unix seconds that the newest event's age is counted from; by default the clock's.
+    dry_run : bool
+        Measure and judge, write nothing.
 
     Returns
     -------
@@ -68,7 +73,11 @@ def report(
     bounds = read_gate(gate) if gate is not None else {}
     progress.say(f"reading {data}")
     measures, shown = measure(Everything.load(data), time.time() if now is None else now)
-    last = _last(previous if previous is not None else out / REPORT_FILE, required=previous is not None)
+    made_from = digest_of(data)
+    here = None if previous is not None else _last(out / REPORT_FILE, required=False)
+    repeated = here is not None and here.get("made_from") == made_from
+    before = out / (PREVIOUS_FILE if repeated else REPORT_FILE) if previous is None else previous
+    last = _last(before, required=previous is not None)
     if last is not None:
         measures |= drift(measures, shown, last)
     judged = judge(measures, bounds)
@@ -76,6 +85,7 @@ def report(
     written = {
         "format": 1,
         "data": str(data),
+        "made_from": made_from,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "previous": None if last is None else last["made"],
         "measures": measures,
@@ -84,12 +94,20 @@ def report(
         "shown": shown,
     }
     name = "refused" if failed else "report"  # a refused run must not become what the next one is compared with
-    with file_aside(out / f"{name}.html") as file:
-        file.write_text(page(written), encoding="utf-8")
-    with file_aside(out / f"{name}.json") as file:
-        file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    if not dry_run:
+        if not failed and here is not None and not repeated:
+            with file_aside(out / PREVIOUS_FILE) as file:
+                file.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
+        if not failed:
+            for stale in (out / "refused.html", out / "refused.json"):
+                stale.unlink(missing_ok=True)
+        with file_aside(out / f"{name}.html") as file:
+            file.write_text(page(written), encoding="utf-8")
+        with file_aside(out / f"{name}.json") as file:
+            file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     answer = {key: written[key] for key in ("data", "previous", "measures", "gate", "passed")}
     answer |= {"report": str(out / f"{name}.json"), "page": str(out / f"{name}.html")}
+    answer |= {"dry_run": True} if dry_run else {}
     progress.say(f"{out / f'{name}.html'}: {measures['events']:,} events, {len(judged)} bounds, {len(failed)} broken")
     if failed:
         words = "; ".join(f"{line['measure']} is {line['value']}, bounds {line['bounds']}" for line in failed)

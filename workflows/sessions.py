@@ -183,10 +183,10 @@ def transform_dataset(workflow: Workflow, events: pd.DataFrame, partitions: int,
         return workflow.transform(dataset).to_ddf().compute(scheduler=_scheduler())
 
 
-def session_schema(workflow: Workflow, longest: int) -> Schema:
+def session_schema(output_schema: Schema, longest: int) -> Schema:
     """Return the Merlin schema of a session row: tags, item domain, ragged lists; without build-time paths."""
     columns = []
-    for column in workflow.output_schema:
+    for column in output_schema:
         dims = ((0, None), (0, longest)) if column.is_list else None
         kept = {name: column.properties[name] for name in ("domain", "embedding_sizes") if name in column.properties}
         columns.append(ColumnSchema(column.name, dtype=column.dtype, tags=column.tags, properties=kept, dims=dims))
@@ -195,7 +195,10 @@ def session_schema(workflow: Workflow, longest: int) -> Schema:
 
 def write_schema(schema: Schema, folder: Path) -> None:
     """Write schema.pbtxt, which Transformers4Rec and the Merlin loader read."""
-    TensorflowMetadata.from_merlin_schema(schema).to_proto_text_file(str(folder), SCHEMA_FILE)
+    written = TensorflowMetadata.from_merlin_schema(schema)
+    for feature in written.proto_schema.feature:
+        feature.annotation.tag.sort()  # tags are a set: equal runs shall write equal files
+    written.to_proto_text_file(str(folder), SCHEMA_FILE)
 
 
 def compile_session_transform(workflow: Workflow) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def _plain(value: Any) -> Any:
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 Data = Annotated[Path, typer.Option(help="Data folder written by `missrec etl`.")]
 Run = Annotated[Path, typer.Option(help="Run folder written by `missrec train`.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
 
 
 def pairs(options: list[str], name: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from missrec_t4r import commands
-from missrec_t4r.cli.app import Out, app, command_of, pairs
+from missrec_t4r.cli.app import DryRun, Out, app, command_of, pairs
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.progress import TerminalProgress
 
@@ -34,6 +34,7 @@ def adopt(
     fingerprint: Annotated[list[str], typer.Option(help="NAME=TEXT: the encoder of those vectors; repeatable.")] = [],  # noqa: B006 - typer copies it
     new_items: Annotated[str, typer.Option(help="Items that the workflow never saw: append or drop.")] = "append",
     max_sequence_length: Annotated[int, typer.Option(help="Items of a request that count.")] = 50,
+    dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Build a data folder on the rows of an existing NVTabular workflow and its session parquet."""
     if new_items not in ("append", "drop"):
@@ -52,6 +53,7 @@ def adopt(
         fingerprint=pairs(fingerprint, "--fingerprint"),
         new_items=new_items,
         max_sequence_length=max_sequence_length,
+        dry_run=dry_run,
         progress=TerminalProgress(),
     )
 
@@ -69,6 +71,7 @@ def update(
     data: Annotated[
         Path | None, typer.Option(help="Data folder, whose encoders shall read the items' texts and pictures.")
     ] = None,
+    dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Add, change and retire items without training or restart; the version before is kept."""
     return commands.catalogue_update(
@@ -77,6 +80,7 @@ def update(
         repository=repository,
         modality={name: Path(file) for name, file in pairs(modality, "--modality").items()},
         data=data,
+        dry_run=dry_run,
         progress=TerminalProgress(),
     )
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from missrec_t4r import commands
-from missrec_t4r.cli.app import Data, Out, command, pairs
+from missrec_t4r.cli.app import Data, DryRun, Out, command, pairs
 from missrec_t4r.progress import TerminalProgress
 
 
@@ -25,10 +25,12 @@ def generate(
 
 @command
 def etl(
-    interactions: Annotated[list[str], typer.Option(help="Parquet or csv: file, folder or pattern; repeatable.")],
     out: Out,
+    interactions: Annotated[list[str], typer.Option(help="Parquet or csv: file, folder or pattern; repeatable.")] = [],  # noqa: B006 - typer copies it
     items: Annotated[Path | None, typer.Option(help="Item table, parquet or csv; optional with --update.")] = None,
     update: Annotated[bool, typer.Option("--update", help="Add new events and items to the folder.")] = False,
+    delta: Annotated[bool, typer.Option("--delta", help="Beside the plain files, which --compact renews.")] = False,
+    compact: Annotated[bool, typer.Option("--compact", help="Bring what --delta wrote into the plain files.")] = False,
     user_column: Annotated[str, typer.Option(help="Name of the user or session id.")] = "user_id",
     item_column: Annotated[str, typer.Option(help="Name of the item id.")] = "item_id",
     time_column: Annotated[str, typer.Option(help="Name of the time: unix seconds or dates.")] = "timestamp",
@@ -57,7 +59,7 @@ def etl(
     save_nvtabular_workflow: Annotated[
         bool, typer.Option("--save-nvtabular-workflow", help="Also NVTabular's own format, a pickle.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and written.")] = False,
+    dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Turn raw interactions and an item table into sessions, schema and catalogue (NVTabular)."""
     return commands.etl(
@@ -65,6 +67,8 @@ def etl(
         items,
         out,
         update=update,
+        delta=delta,
+        compact=compact,
         user_column=user_column,
         item_column=item_column,
         time_column=time_column,
@@ -115,7 +119,7 @@ def features(
     word_drop: Annotated[float, typer.Option(help="Share of words left out in the second text of pre-training.")] = 0.0,
     like: Annotated[Path | None, typer.Option(help="Data folder whose encoders and fitted state are used.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of cached vectors; by default DATA.features.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be encoded, write nothing.")] = False,
+    dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Make modality vectors from texts and pictures: pretrained encoders, or classical ones without a download."""
     return commands.features(
@@ -145,6 +149,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder of the report; the one in it is the last run's.")],
     gate: Annotated[Path | None, typer.Option(help="YAML of bounds; a broken one ends with exit code 3.")] = None,
     previous: Annotated[Path | None, typer.Option(help="report.json of the last run, if it lies elsewhere.")] = None,
+    dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Describe a data folder (JSON, HTML page with plots), compare it with the last run, judge it by a gate."""
-    return commands.report(data, out, gate=gate, previous=previous, progress=TerminalProgress())
+    return commands.report(data, out, gate=gate, previous=previous, dry_run=dry_run, progress=TerminalProgress())

@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from missrec_t4r import commands
-from missrec_t4r.cli.app import Data, Out, Run, command, pairs
+from missrec_t4r.cli.app import Data, DryRun, Out, Run, command, pairs
 from missrec_t4r.progress import TerminalProgress
 
 
@@ -20,8 +20,9 @@ def pretrain(
     out: Out,
     recipe: Annotated[str, typer.Option(help="Shipped recipe or YAML file.")] = "pretrain",
     set_: Annotated[list[str], typer.Option("--set", help="Override, such as train.epochs=10; repeatable.")] = [],  # noqa: B006 - typer copies it
-    restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of resuming.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Train anew: no resuming, no finding.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Pre-train on several data sets whose modalities come from the same encoders; then `missrec train --from`."""
     settings = {key: yaml.safe_load(value) for key, value in pairs(set_, "--set").items()}
@@ -32,6 +33,8 @@ def pretrain(
         settings=settings,
         resume=not restart,
         device=device,
+        reuse=True,
+        dry_run=dry_run,
         progress=TerminalProgress(),
     )
 
@@ -53,10 +56,11 @@ def train(
     continue_: Annotated[
         Path | None, typer.Option("--continue", help="Start from yesterday's run on this shop; items may have changed.")
     ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of resuming.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Train anew: no resuming, no finding.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dry_run: DryRun = False,
 ) -> dict[str, Any]:
-    """Train the model, anew or from another run; an interrupted run is resumed."""
+    """Train the model, anew or from another run; an interrupted run is resumed, a finished one is found."""
     settings = {key: yaml.safe_load(value) for key, value in pairs(set_, "--set").items()}
     return commands.train(
         data,
@@ -70,6 +74,8 @@ def train(
         yesterday=continue_,
         resume=not restart,
         device=device,
+        reuse=True,
+        dry_run=dry_run,
         progress=TerminalProgress(),
     )
 
@@ -80,9 +86,12 @@ def evaluate(
     split: Annotated[str, typer.Option(help="test or valid.")] = "test",
     data: Annotated[Path | None, typer.Option(help="Data folder, if it was moved since training.")] = None,
     baselines: Annotated[bool, typer.Option(help="Rank popularity, item-kNN and content-kNN beside it.")] = True,
+    dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Rank the whole catalogue for every session, in both protocols, beside the baselines."""
     console = Console(stderr=True)
-    result = commands.evaluate(run, split=split, data=data, baselines=baselines, progress=TerminalProgress(console))
-    console.print(commands.metrics_table(result))
+    options: dict[str, Any] = {"split": split, "data": data, "baselines": baselines, "dry_run": dry_run}
+    result = commands.evaluate(run, **options, progress=TerminalProgress(console))
+    if not dry_run:
+        console.print(commands.metrics_table(result))
     return result

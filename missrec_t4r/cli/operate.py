@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from missrec_t4r import commands
-from missrec_t4r.cli.app import Data, app, command, command_of
+from missrec_t4r.cli.app import Data, DryRun, app, command, command_of
 from missrec_t4r.progress import TerminalProgress
 
 Repository = Annotated[Path, typer.Option(help="Deployment folder, which `missrec serve --repository` serves.")]
@@ -23,6 +23,7 @@ def deploy(
     keep: Annotated[int, typer.Option(help="Versions kept on disk.")] = 3,
     max_batch_size: Annotated[int, typer.Option(help="Sessions per pass and per request.")] = 64,
     threads: Annotated[int, typer.Option(help="Threads of the ranker.")] = 1,
+    dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Let a new model or catalogue answer, without a restart and without a failed request."""
     return commands.deploy(
@@ -33,6 +34,7 @@ def deploy(
         keep=keep,
         max_batch_size=max_batch_size,
         threads=threads,
+        dry_run=dry_run,
         progress=TerminalProgress(),
     )
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from missrec_t4r import commands
-from missrec_t4r.cli.app import Out, Run, command, listed
+from missrec_t4r.cli.app import DryRun, Out, Run, command, listed
 from missrec_t4r.progress import TerminalProgress
 from missrec_t4r.serving.wire import json_option
 
@@ -19,9 +19,10 @@ def export(
     run: Run,
     out: Out,
     triton: Annotated[Path | None, typer.Option(help="Also write a Triton model repository here.")] = None,
+    dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Write the serving bundle; refused if its answers differ from the run's."""
-    return commands.export(run, out, triton=triton, progress=TerminalProgress())
+    return commands.export(run, out, triton=triton, dry_run=dry_run, progress=TerminalProgress())
 
 
 @command

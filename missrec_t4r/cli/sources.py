@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from missrec_t4r import commands
-from missrec_t4r.cli.app import Out, app, command_of
+from missrec_t4r.cli.app import DryRun, Out, app, command_of
 from missrec_t4r.progress import TerminalProgress
 
 group = typer.Typer(
@@ -39,9 +39,10 @@ def amazon_2018(
     min_rating: _MinRating = 0.0,
     keep_repeats: _Repeats = None,
     keep_untitled: _Untitled = None,
+    dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Import a category of the Amazon reviews of 2018, as the published benchmarks prepare it."""
-    return _amazon("2018", reviews, metadata, out, k_core, min_rating, keep_repeats, keep_untitled)
+    return _amazon("2018", reviews, metadata, out, k_core, min_rating, keep_repeats, keep_untitled, dry_run)
 
 
 @command_of(group)
@@ -53,9 +54,10 @@ def amazon_2023(
     min_rating: _MinRating = 0.0,
     keep_repeats: _Repeats = None,
     keep_untitled: _Untitled = None,
+    dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Import a category of the Amazon reviews of 2023; items are the parent products."""
-    return _amazon("2023", reviews, metadata, out, k_core, min_rating, keep_repeats, keep_untitled)
+    return _amazon("2023", reviews, metadata, out, k_core, min_rating, keep_repeats, keep_untitled, dry_run)
 
 
 @command_of(group)
@@ -65,11 +67,11 @@ def movielens(
     k_core: _KCore = 0,
     min_item_count: Annotated[int, typer.Option(help="Drop films with fewer ratings, once; 0 is off.")] = 0,
     min_rating: _MinRating = 0.0,
+    dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Import a MovieLens archive as GroupLens ships it."""
-    return commands.import_movielens(
-        archive, out, k_core=k_core, min_item_count=min_item_count, min_rating=min_rating, progress=TerminalProgress()
-    )
+    options: dict[str, Any] = {"k_core": k_core, "min_item_count": min_item_count, "min_rating": min_rating}
+    return commands.import_movielens(archive, out, **options, dry_run=dry_run, progress=TerminalProgress())
 
 
 def _amazon(
@@ -81,6 +83,7 @@ def _amazon(
     min_rating: float,
     keep_repeats: bool | None,
     keep_untitled: bool | None,
+    dry_run: bool,
 ) -> dict[str, Any]:
     return commands.import_amazon(
         edition,
@@ -91,5 +94,6 @@ def _amazon(
         min_rating=min_rating,
         keep_repeats=keep_repeats,
         keep_untitled=keep_untitled,
+        dry_run=dry_run,
         progress=TerminalProgress(),
     )

@@ -28,6 +28,7 @@ def catalogue_update(
     repository: Path | None = None,
     modality: Mapping[str, Path] | None = None,
     data: Path | None = None,
+    dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Add, change and retire items of a bundle, of what a deployment folder serves, or of both.
@@ -45,6 +46,8 @@ def catalogue_update(
         Vectors of the items, ``.npy``.
     data : path, optional
         Data folder, whose encoders read the items' texts and pictures.
+    dry_run : bool
+        Make and check the new version, say what would change, change nothing.
     progress : Progress
 
     Returns
@@ -65,11 +68,11 @@ def catalogue_update(
             vectors.setdefault(name, np.where(encoded.present[:, None], encoded.vectors, np.float32("nan")))
     with tempfile.TemporaryDirectory() as folder:
         changed = bundle or _served_bundle(Path(folder), repository)
-        result = update_catalogue(changed, table, modalities=vectors, progress=progress)
+        result = update_catalogue(changed, table, modalities=vectors, dry_run=dry_run, progress=progress)
         if repository is not None:
             from missrec_t4r.serving.deploy import deploy
 
-            result["deployed"] = deploy(repository, bundle=changed, progress=progress)
+            result["deployed"] = deploy(repository, bundle=changed, dry_run=dry_run, progress=progress)
     return result if bundle else result | {"bundle": None}
 
 

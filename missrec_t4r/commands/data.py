@@ -28,38 +28,53 @@ def etl(
     split: Literal["leave_one_out", "time"] = "leave_one_out",
     modality: Mapping[str, Path] | None = None,
     update: bool = False,
+    delta: bool = False,
+    compact: bool = False,
     progress: Progress = quiet,
     **options: Any,
 ) -> dict[str, Any]:
-    """Build a data folder, or add to one (``update``).
+    """Build a data folder, add to one (``update``, ``delta``), or write its splits anew (``compact``).
 
-    Every option is documented in `missrec_t4r.workflows.etl.etl` and `missrec_t4r.workflows.update.update`.
+    Every option is documented in `missrec_t4r.workflows.etl.etl`, `missrec_t4r.workflows.update.update` and
+    `missrec_t4r.workflows.compaction.compact`.
 
     Raises
     ------
     ConfigError
-        There is no item table, or an update is given settings, which are those of the first run.
+        There is no item table or no event, or an update is given settings, which are those of the first run.
     """
     from missrec_t4r.workflows.etl import etl as build
 
-    if update:
-        from missrec_t4r.workflows.update import update as add
+    if update or compact:
+        machine = _of_this_machine({"split": split, **options}, "--update" if update else "--compact")
+        if update and not compact:
+            from missrec_t4r.workflows.update import update as add
 
-        known = inspect.signature(build).parameters
-        allowed = ("dask_scheduler", "workers", "dry_run")
-        others = {"split": split, **options}
-        if changed := [
-            name
-            for name, value in others.items()
-            if name not in allowed and _plain(value) != _plain(known[name].default)
-        ]:
-            cure = "leave them out, or run missrec etl on all events"
-            raise ConfigError(f"--update with {', '.join(sorted(changed))}", "the settings of the first run", cure)
-        machine = {name: options[name] for name in allowed if name in options}
-        return add(interactions, out, items=items, modality=modality, progress=progress, **machine)
+            return add(interactions, out, items=items, modality=modality, delta=delta, progress=progress, **machine)
+        if update or interactions or items or modality:
+            found, cure = "--compact with new events or items", "run missrec etl --update first, then --compact"
+            raise ConfigError(found, "a data folder alone", cure)
+        from missrec_t4r.workflows.compaction import compact as bring_together
+
+        return bring_together(out, progress=progress, **machine)
+    if delta:
+        raise ConfigError("--delta without --update", "both", "add --update")
     if items is None:
         raise ConfigError("no item table", "--items items.parquet", "only --update goes without")
     return build(interactions, items, out, split=split, modality=modality, progress=progress, **options)
+
+
+def _of_this_machine(options: Mapping[str, Any], option: str) -> dict[str, Any]:
+    """Return the options that an update takes; refuse those that are the first run's to choose."""
+    from missrec_t4r.workflows.etl import etl as build
+
+    known, allowed = inspect.signature(build).parameters, ("dask_scheduler", "workers", "dry_run")
+    if changed := [
+        name for name, value in options.items() if name not in allowed and _plain(value) != _plain(known[name].default)
+    ]:
+        cure = "leave them out, or run missrec etl on all events"
+        raise ConfigError(f"{option} with {', '.join(sorted(changed))}", "the settings of the first run", cure)
+    return {name: options[name] for name in allowed if name in options}
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,20 +27,22 @@ def train(
     yesterday: Path | None = None,
     resume: bool = True,
     device: str = "auto",
+    reuse: bool = False,
+    dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Train with our loop (``native``) or with Transformers4Rec's Trainer (``t4r``).
 
     ``source`` starts from a pre-trained run (`missrec_t4r.training.transfer`), ``yesterday`` from a run on an earlier
     catalogue of the same shop (`missrec_t4r.training.continuing`). ``recipe`` is ``default`` or, with ``yesterday``,
-    that run's.
+    that run's. ``reuse`` returns the finished run in ``out`` if it was made of the same data, settings and code
+    (`missrec_t4r.training.finished`), with ``"found": True``. ``dry_run`` checks everything and writes nothing.
 
     Raises
     ------
     ConfigError
         An unknown trainer, or options that contradict each other.
     """
-    common: dict[str, Any] = {"settings": settings, "resume": resume, "device": device, "progress": progress}
     if trainer not in ("native", "t4r"):
         raise ConfigError(f"--trainer {trainer!r}", "native or t4r")
     if source and yesterday:
@@ -48,24 +51,74 @@ def train(
         raise ConfigError("--from or --continue with --trainer t4r", "the native trainer", "leave --trainer out")
     if not source and (take != "all" or (freeze and not yesterday)):
         raise ConfigError("--freeze or --take without a run to start from", "--from RUN")
+    start = {"recipe": recipe, "settings": settings, "trainer": trainer, "freeze": freeze, "take": take}
+    made_from = _identity([data], {**start, "device": device}, source or yesterday) if reuse else None
+    if made_from and resume and (found := _found(out, made_from, dry_run, progress)):
+        return found
+    run = _starting(data, out, source, yesterday, **start)
+    answer = run(resume=resume, device=device, progress=progress, dry_run=dry_run)
+    if made_from and not dry_run:
+        _remember(out, made_from, answer)
+    return answer
+
+
+def _starting(
+    data: Path,
+    out: Path,
+    source: Path | None,
+    yesterday: Path | None,
+    *,
+    recipe: str | None,
+    settings: Mapping[str, Any] | None,
+    trainer: str,
+    freeze: str | None,
+    take: str,
+) -> Callable[..., dict[str, Any]]:
+    """Return the function that trains so; it lacks ``resume``, ``device``, ``progress`` and ``dry_run``."""
     if source:
         from missrec_t4r.training.transfer import train_from
 
         words: dict[str, Any] = {"freeze": freeze, "take": take}  # which it checks
-        return train_from(data, out, source, recipe=recipe or "default", **words, **common)
+        return partial(train_from, data, out, source, recipe=recipe or "default", settings=settings, **words)
     if yesterday:
         from missrec_t4r.training.continuing import train_on
 
-        return train_on(data, out, yesterday, freeze=freeze or "none", recipe=recipe, **common)  # type: ignore[arg-type]  # it checks the words
+        kept: Any = freeze or "none"  # it checks the word
+        return partial(train_on, data, out, yesterday, freeze=kept, recipe=recipe, settings=settings)
     if trainer == "native":
         from missrec_t4r.training.finetune import train as native
 
-        return native(data, out, recipe=recipe or "default", **common)
+        return partial(native, data, out, recipe=recipe or "default", settings=settings)
     from missrec_t4r.config import Recipe
     from missrec_t4r.t4r import train_t4r
 
-    resolved = Recipe.load(recipe or "default", settings)
-    return train_t4r(data, resolved, out, resume=resume, device=device, progress=progress)
+    return partial(train_t4r, data, Recipe.load(recipe or "default", settings), out)
+
+
+def _identity(data: Sequence[Path], settings: Mapping[str, Any], source: Path | None) -> str:
+    from missrec_t4r.training.finished import identity
+
+    recipe = settings.get("recipe")
+    written = Path(recipe).read_text(encoding="utf-8") if recipe and Path(recipe).is_file() else None
+    return identity([Path(folder) for folder in data], {**settings, "written": written}, source)
+
+
+def _found(out: Path, made_from: str, dry_run: bool, progress: Progress) -> dict[str, Any] | None:
+    from missrec_t4r.training.finished import recall
+
+    answer = recall(Path(out), made_from)
+    if answer is None:
+        return None
+    progress.say(f"{out} is finished, of the same data and settings; --restart trains it anew")
+    return {**answer, "found": True} | ({"dry_run": True} if dry_run else {})
+
+
+def _remember(out: Path, made_from: str, answer: Mapping[str, Any]) -> None:
+    from missrec_t4r.training import distributed
+    from missrec_t4r.training.finished import remember
+
+    if distributed.launched().rank == 0:
+        remember(Path(out), made_from, answer)
 
 
 def pretrain(
@@ -76,12 +129,23 @@ def pretrain(
     settings: Mapping[str, Any] | None = None,
     resume: bool = True,
     device: str = "auto",
+    reuse: bool = False,
+    dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Pre-train on several data folders; see `missrec_t4r.training.pretrain`."""
+    """Pre-train on several data folders; see `missrec_t4r.training.pretrain`. ``reuse`` as in `train`."""
+    from missrec_t4r.data.domains import named_folders
     from missrec_t4r.training.pretrain import pretrain as run
 
-    return run(data, out, recipe=recipe, settings=settings, resume=resume, device=device, progress=progress)
+    start: dict[str, Any] = {"recipe": recipe, "settings": settings}
+    folders = named_folders(data)
+    made_from = _identity(list(folders.values()), {**start, "domains": list(folders), "device": device}, None)
+    if reuse and resume and (found := _found(out, made_from, dry_run, progress)):
+        return found
+    answer = run(data, out, **start, resume=resume, device=device, progress=progress, dry_run=dry_run)
+    if reuse and not dry_run:
+        _remember(out, made_from, answer)
+    return answer
 
 
 def evaluate(
@@ -91,12 +155,13 @@ def evaluate(
     data: Path | None = None,
     baselines: bool = True,
     out: Path | None = None,
+    dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Rank the whole catalogue; see `missrec_t4r.evaluation.evaluate`."""
     from missrec_t4r.evaluation.evaluate import evaluate as rank
 
-    return rank(run, split=split, data=data, baselines=baselines, out=out, progress=progress)
+    return rank(run, split=split, data=data, baselines=baselines, out=out, progress=progress, dry_run=dry_run)
 
 
 def metrics_table(result: Mapping[str, Any]) -> RenderableType:

@@ -9,11 +9,13 @@ from typing import Any
 from missrec_t4r.progress import Progress, quiet
 
 
-def export(run: Path, out: Path, *, triton: Path | None = None, progress: Progress = quiet) -> dict[str, Any]:
+def export(
+    run: Path, out: Path, *, triton: Path | None = None, dry_run: bool = False, progress: Progress = quiet
+) -> dict[str, Any]:
     """Write the serving bundle; see `missrec_t4r.export.export`."""
     from missrec_t4r.export.export import export as write
 
-    return write(run, out, triton=triton, progress=progress)
+    return write(run, out, triton=triton, dry_run=dry_run, progress=progress)
 
 
 def serve(repository: Path, **options: Any) -> dict[str, Any]:

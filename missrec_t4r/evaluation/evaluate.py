@@ -43,6 +43,7 @@ def evaluate(
     baselines: bool = True,
     out: Path | None = None,
     progress: Progress = quiet,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a trained run on the whole catalogue and write the report.
 
@@ -58,6 +59,8 @@ def evaluate(
         Also tune and rank popularity, item-kNN and content-kNN.
     out : Path, optional
         The JSON file; ``RUN/metrics_<split>.json`` by default.
+    dry_run : bool
+        Load the run and the sessions, say what would be ranked, write nothing.
 
     Returns
     -------
@@ -79,6 +82,18 @@ def evaluate(
     started = time.perf_counter()
     loaded = load_run(run, data)
     sessions = load_sessions(loaded.data, split, loaded.model.side.columns if loaded.model.side else ())
+    file = out or run / f"metrics_{split}.json"
+    if dry_run:
+        return {
+            "dry_run": True,
+            "split": split,
+            "data": str(loaded.data),
+            "n_users": len(sessions),
+            "n_items": loaded.catalogue.n_items,
+            "baselines": baselines,
+            "would_write": [str(file)],
+            "would_replace": file.exists(),
+        }
     systems: dict[str, System] = {MODEL: ModelScorer.with_popularity(loaded.model, loaded.catalogue)}
     settings: dict[str, Any] = {}
     if baselines:
@@ -92,7 +107,7 @@ def evaluate(
         "baseline_settings": settings,
         "seconds": {"baselines": round(tuned - started, 2), "ranking": round(time.perf_counter() - tuned, 2)},
     }
-    write_report(report, out or run / f"metrics_{split}.json")
+    write_report(report, file)
     return report
 
 

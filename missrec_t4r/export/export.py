@@ -7,6 +7,7 @@ appear under their names.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,7 @@ from missrec_t4r.export.bundle import fill_bundle, load_bundle
 from missrec_t4r.export.manifest import MANIFEST_FILE
 from missrec_t4r.export.parity import check_rows, compare_offline, raw_ids, sample_histories
 from missrec_t4r.export.repository import LANDMARK, fill_repository
-from missrec_t4r.export.staging import staged
+from missrec_t4r.export.staging import refuse_foreign, staged
 from missrec_t4r.export.workflow_parity import check_workflow
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.serving.ranker import Ranker
@@ -32,6 +33,7 @@ def export(
     triton: str | Path | None = None,
     sessions: int = 256,
     data: str | Path | None = None,
+    dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Export a run.
@@ -48,6 +50,8 @@ def export(
         Test sessions that offline and exported answers are compared on.
     data : path, optional
         Data folder, if it was moved since training.
+    dry_run : bool
+        Write and compare in a temporary folder, which goes; nothing appears under the names.
     progress : Progress
 
     Returns
@@ -69,18 +73,26 @@ def export(
     if sessions < 1:
         raise ConfigError(f"--sessions {sessions}", "at least 1")
     loaded = load_run(run, data)
+    targets = [(bundle_folder, MANIFEST_FILE)] + ([(repository, LANDMARK)] if repository is not None else [])
+    for target, landmark in targets:
+        refuse_foreign(target, landmark)
+    would_replace = any(target.exists() for target, _ in targets)
     with ExitStack() as stack:
-        aside = stack.enter_context(staged(bundle_folder, MANIFEST_FILE))
+        if dry_run:
+            elsewhere = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            targets = [(elsewhere / landmark, landmark) for _, landmark in targets]
+        aside, *others = [stack.enter_context(staged(target, landmark)) for target, landmark in targets]
         progress.say(f"writing the bundle of {run}")
         manifest = fill_bundle(
             aside, model=loaded.model, catalogue=loaded.catalogue, data=loaded.data, progress=progress
         )
         parity = _gate(aside, loaded, sessions, progress)
-        if repository is not None:
-            fill_repository(stack.enter_context(staged(repository, LANDMARK)), aside)
+        for other in others:
+            fill_repository(other, aside)
     size = sum(file["bytes"] for file in manifest["files"].values())
     progress.say(f"bundle {bundle_folder} ({size / 2**20:.1f} MiB) equals its run on {parity['sessions']} sessions")
-    return {
+    told = {"dry_run": True, "would_replace": would_replace} if dry_run else {}
+    return told | {
         "bundle": str(bundle_folder),
         "repository": None if repository is None else str(repository),
         "bytes": size,

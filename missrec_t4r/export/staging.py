@@ -27,11 +27,16 @@ def staged(target: Path, landmark: str) -> Iterator[Path]:
         ``target`` exists and is neither empty nor ours: nothing of the user's is ever deleted.
     """
     target = target.absolute()
-    if target.exists() and not (target.is_dir() and ((target / landmark).is_file() or not any(target.iterdir()))):
-        raise BundleError(
-            f"{target} exists and holds no {landmark}", "a new folder, or one we wrote", "choose another --out"
-        )
+    refuse_foreign(target, landmark)
     with replacing(target) as aside:
         yield aside
         for path in aside.rglob("*"):
             path.chmod(path.stat().st_mode | 0o444)  # safetensors lets only its writer read; a server is somebody else
+
+
+def refuse_foreign(target: Path, landmark: str) -> None:
+    """Raise where ``target`` is neither new, nor empty, nor ours: nothing of the user's is ever deleted."""
+    if target.exists() and not (target.is_dir() and ((target / landmark).is_file() or not any(target.iterdir()))):
+        raise BundleError(
+            f"{target} exists and holds no {landmark}", "a new folder, or one we wrote", "choose another --out"
+        )

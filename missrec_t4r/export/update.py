@@ -59,6 +59,7 @@ def update_catalogue(
     items: str | Path | pa.Table,
     *,
     modalities: Mapping[str, Path | Vectors] | None = None,
+    dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Replace a bundle by one with another catalogue, atomically.
@@ -73,6 +74,8 @@ def update_catalogue(
     modalities : mapping of str to path or ndarray [line, width], optional
         Vectors of the table's lines, one ``.npy`` per modality; a line of NaN gives none: a new item then lacks the
         modality, a known one keeps its vector.
+    dry_run : bool
+        Make and check the new version, then discard it.
     progress : Progress
 
     Returns
@@ -104,12 +107,14 @@ def update_catalogue(
         new = load_bundle(aside)
         largest = _check(old, new, rows)
         after = catalogue_version(verify_bundle(aside, only=()))
-        _swap(aside, folder)
+        if after != before and not dry_run:  # the same change again would push the version before out of reach
+            _swap(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     added = int((rows >= old.catalogue.n_rows).sum())
-    return {
+    return ({"dry_run": True} if dry_run else {}) | {
         "bundle": str(folder),
+        "updated": after != before and not dry_run,
         "catalogue_version": after,
         "previous": before,
         "items": grown.n_items,

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from missrec_t4r.errors import BundleError, ConfigError, ServingError
-from missrec_t4r.export.manifest import verify_bundle
+from missrec_t4r.export.manifest import MANIFEST_FILE, file_digest, verify_bundle
 from missrec_t4r.export.repository import ENSEMBLE, MODELS, fill_repository
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.serving.control import DEPLOYMENT_FILE, Control, current_version, is_deployment
@@ -49,6 +49,7 @@ def deploy(
     keep: int = 3,
     max_batch_size: int = 64,
     threads: int = 1,
+    dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Bring a bundle behind the door of a deployment folder; the folder is made if there is none.
@@ -67,6 +68,8 @@ def deploy(
         Versions kept on disk, the one that answers among them.
     max_batch_size, threads : int
         As in `missrec export`.
+    dry_run : bool
+        Verify the bundle and say which version it would be, change nothing.
     progress : Progress
 
     Returns
@@ -87,13 +90,15 @@ def deploy(
         raise ConfigError("both --bundle and --version" if bundle else "neither --bundle nor --version", "one of them")
     if keep < LOADED:
         raise ConfigError(f"--keep {keep}", f"at least {LOADED}: the version that answers and the one to go back to")
+    if dry_run:
+        return _planned(Path(repository).absolute(), bundle, version, switch)
     started, folder = time.monotonic(), _folder(repository)
     with _locked(folder):
         _sweep(folder)
         before = current_version(folder)
         if bundle is not None:
             progress.say(f"verifying {bundle}")
-            version = _add(folder, Path(bundle), max_batch_size, threads)
+            version = _add(folder, Path(bundle), max_batch_size, threads, before if switch else None)
         assert version is not None
         _require(folder, version)
         warmed = _turn(folder, version, switch=switch, progress=progress)
@@ -151,6 +156,21 @@ def bundle_of(repository: str | Path, version: int) -> Path:
     return Path(repository) / f"{_PARTS[-1]}_v{version}" / "1" / "bundle"
 
 
+def _planned(folder: Path, bundle: str | Path | None, version: int | None, switch: bool) -> dict[str, Any]:
+    """Return what `deploy` would do, after the checks that need no change."""
+    _refuse_foreign(folder)
+    there = versions_of(folder)
+    if version is not None:
+        _require(folder, version)
+    elif bundle is not None:
+        verify_bundle(bundle)
+        version = max(there, default=0) + 1
+    live = folder.is_dir() and Control.find(folder) is not None
+    before = current_version(folder) if folder.is_dir() else None
+    told = {"repository": str(folder), "version": version, "previous": before, "answers": switch, "live": live}
+    return {"dry_run": True, **told, "versions": there}
+
+
 def _turn(folder: Path, version: int, *, switch: bool, progress: Progress) -> dict[str, Any]:
     control = Control.find(folder)
     if control is None:
@@ -178,7 +198,7 @@ def _turn(folder: Path, version: int, *, switch: bool, progress: Progress) -> di
             control.load(ENSEMBLE)
         raise
     loaded = {int(name[1]) for model in control.ready() if (name := re.fullmatch(rf"{ENSEMBLE}_v(\d+)", model))}
-    for number in sorted(loaded - {version, before}):
+    for number in sorted(loaded - {version, before}) if version != before else ():
         _unload(control, number)
     progress.say(
         f"version {version} answers; version {before} stays loaded" if before else f"version {version} answers"
@@ -191,8 +211,11 @@ def _unload(control: Control, version: int) -> None:
         control.unload(f"{model}_v{version}")
 
 
-def _add(folder: Path, bundle: Path, max_batch_size: int, threads: int) -> int:
-    """Write a version's models aside and rename them into place; its own door, last, makes it complete."""
+def _add(folder: Path, bundle: Path, max_batch_size: int, threads: int, before: int | None) -> int:
+    """Write a version's models aside and rename them into place; its own door, last, makes it complete.
+
+    Where it would be the very version that answers, that one is returned: a deploy that is repeated adds none.
+    """
     verify_bundle(bundle)
     version = max(versions_of(folder), default=0) + 1
     aside = Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
@@ -201,11 +224,24 @@ def _add(folder: Path, bundle: Path, max_batch_size: int, threads: int) -> int:
         for model in MODELS:
             config = aside / model / _CONFIG
             config.write_text(_versioned(config.read_text(encoding="utf-8"), model, version), encoding="utf-8")
+        if before is not None and _same(aside, version, folder, before):
+            return before
         for model in (*_PARTS, ENSEMBLE):
             (aside / model).rename(folder / f"{model}_v{version}")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return version
+
+
+def _same(aside: Path, version: int, folder: Path, before: int) -> bool:
+    """Whether the models aside are those of an earlier version: bundle and configuration, its number apart."""
+    configs = [
+        ((aside / model / _CONFIG).read_text(), (folder / f"{model}_v{before}" / _CONFIG).read_text())
+        for model in MODELS
+    ]
+    bundles = aside / _PARTS[-1] / "1" / "bundle", bundle_of(folder, before)
+    sums = [file_digest(one / MANIFEST_FILE) for one in bundles]
+    return sums[0] == sums[1] and all(new == old.replace(f"_v{before}", f"_v{version}") for new, old in configs)
 
 
 def _versioned(config: str, model: str, version: int) -> str:
@@ -235,15 +271,19 @@ def _replace(file: Path, content: bytes) -> None:
 
 def _folder(repository: str | Path) -> Path:
     folder = Path(repository).absolute()
+    _refuse_foreign(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DEPLOYMENT_FILE).write_text(json.dumps({"format": 1}) + "\n", encoding="utf-8")
+    return folder
+
+
+def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and not is_deployment(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise BundleError(
             f"{folder} exists and is no deployment folder",
             "a new folder, or one of `missrec deploy`",
             "choose another --repository; `missrec export --triton` writes single versions that cannot be swapped",
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / DEPLOYMENT_FILE).write_text(json.dumps({"format": 1}) + "\n", encoding="utf-8")
-    return folder
 
 
 @contextmanager

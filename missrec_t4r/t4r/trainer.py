@@ -62,6 +62,7 @@ def train_t4r(
     resume: bool = True,
     device: str = "auto",
     progress: Progress = quiet,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Train a recipe through ``tr.Trainer`` and write a run folder.
 
@@ -80,6 +81,8 @@ def train_t4r(
         Continue from the last checkpoint in ``out``; False starts over.
     device : str
         ``"auto"`` takes a GPU if there is one; ``"cpu"`` does not.
+    dry_run : bool
+        Read and check the data, say what would be trained, write nothing.
 
     Returns
     -------
@@ -101,6 +104,20 @@ def train_t4r(
     ignored = _ignored(recipe.train)
     if ignored:
         progress.say(f"the T4R trainer has no {', '.join(ignored)}: trained without")
+    if dry_run:
+        return {
+            "dry_run": True,
+            "trainer": "t4r",
+            "data": str(data),
+            "run": str(out),
+            "items": catalogue.n_items,
+            "side_features": [column.name for column in side],
+            "sessions": {name: len(part) for name, part in splits.items()},
+            "epochs_at_most": recipe.train.epochs,
+            "without": ignored,
+            "resumes": resume and (out / CHECKPOINT_FOLDER).is_dir(),
+            "would_replace": (out / RUN_FILE).is_file(),
+        }
     checkpoints = _checkpoint_folder(out, recipe, resume)
     arguments = _arguments(recipe, checkpoints, catalogue, device)
     torch.manual_seed(recipe.train.seed)
@@ -147,8 +164,6 @@ def _checkpoint_folder(out: Path, recipe: Recipe, resume: bool) -> Path:
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
         (out / LOG_FILE).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (out / RUN_FILE).unlink(missing_ok=True)
     owner = folder / "recipe.json"
     text = json.dumps(recipe.to_dict(), sort_keys=True)
     if owner.is_file() and owner.read_text(encoding="utf-8") != text:
@@ -157,6 +172,8 @@ def _checkpoint_folder(out: Path, recipe: Recipe, resume: bool) -> Path:
             "the same recipe",
             "give another --out, or --restart to discard it",
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    (out / RUN_FILE).unlink(missing_ok=True)
     owner.write_text(text, encoding="utf-8")
     return folder
 

@@ -59,12 +59,13 @@ def train_on(
     resume: bool = True,
     device: str = "auto",
     progress: Progress = quiet,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Train on, on today's data folder, from a finished run on an earlier one of the same shop.
 
     Parameters
     ----------
-    data, out, settings, resume, device, progress
+    data, out, settings, resume, device, progress, dry_run
         As in `missrec_t4r.training.finetune.train`.
     yesterday : path
         Run folder; another one than ``out``.
@@ -95,9 +96,8 @@ def train_on(
     require_same(resolved.model, source.recipe.model, source.run)
     side = [_grown(SideColumn.from_dict(column), Path(data)) for column in source.info.get("side_features", [])]
     prepare = _prepare(source, freeze, resolved.train.id_start, Path(out), progress)
-    return train(
-        data, out, recipe=resolved, resume=resume, device=device, progress=progress, prepare=prepare, side=side
-    )
+    common: dict[str, Any] = {"resume": resume, "device": device, "progress": progress, "dry_run": dry_run}
+    return train(data, out, recipe=resolved, prepare=prepare, side=side, **common)
 
 
 def load_continued(

@@ -14,6 +14,7 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.training import distributed
+from missrec_t4r.training.dry_run import planned
 from missrec_t4r.training.trainer import Prepare, Trainer
 
 
@@ -28,6 +29,7 @@ def train(
     progress: Progress = quiet,
     prepare: Prepare | None = None,
     side: Sequence[SideColumn] | None = None,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Train MISSRec on a data folder and write a run folder.
 
@@ -49,6 +51,8 @@ def train(
         As in `Trainer`: loads an earlier run's weights and freezes parts (`missrec_t4r.training.transfer`).
     side : sequence of SideColumn, optional
         Side features as an earlier run measured them; by default chosen and measured here.
+    dry_run : bool
+        Read and check everything, say what would be trained, write nothing.
 
     Returns
     -------
@@ -74,6 +78,8 @@ def train(
         progress.say(f"side features: {', '.join(column.name for column in side)}")
     with distributed.joined(distributed.own_device(device)):
         trainer = Trainer(resolved, catalogue, splits["train"], splits["valid"], out, device, progress, prepare, side)
+        if dry_run:
+            return planned(trainer, data, resume=resume)
         if resume:
             trainer.resume()
         else:

@@ -27,6 +27,7 @@ from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import UNKNOWN_ROW
 from missrec_t4r.training import distributed
 from missrec_t4r.training.arithmetic import autocast, widened
+from missrec_t4r.training.dry_run import planned
 from missrec_t4r.training.step import Totals
 from missrec_t4r.training.trainer import Trainer
 
@@ -43,6 +44,7 @@ def pretrain(
     resume: bool = True,
     device: str = "auto",
     progress: Progress = quiet,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Pre-train on several data folders and write a run folder for ``missrec train --from``.
 
@@ -59,6 +61,8 @@ def pretrain(
         False starts over.
     device : str
         ``"auto"`` takes a GPU if there is one.
+    dry_run : bool
+        As in `missrec_t4r.training.finetune.train`.
 
     Returns
     -------
@@ -82,6 +86,8 @@ def pretrain(
         raise DataError("no training session has two known items", "sessions to learn from", "check the ETL")
     with distributed.joined(distributed.own_device(device)):
         trainer = Pretrainer(resolved, domains, folders, Path(out), device, progress)
+        if dry_run:
+            return planned(trainer, next(iter(folders.values())), resume=resume)
         if resume:
             trainer.resume()
         else:

@@ -90,12 +90,13 @@ def train_from(
     resume: bool = True,
     device: str = "auto",
     progress: Progress = quiet,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune on a data folder from a pre-trained run.
 
     Parameters
     ----------
-    data, out, recipe, settings, resume, device, progress
+    data, out, recipe, settings, resume, device, progress, dry_run
         As in `missrec_t4r.training.finetune.train`.
     source : path
         Run folder of ``missrec pretrain``, or of ``missrec train`` on another shop.
@@ -128,7 +129,8 @@ def train_from(
     elif resolved.model.d_model != read.recipe.model.d_model:
         require_same(resolved.model, read.recipe.model, read.run, ("d_model",))
     prepare = _prepare(read, freeze, take, resolved.train.id_start, Path(out), progress)
-    return train(data, out, recipe=resolved, resume=resume, device=device, progress=progress, prepare=prepare)
+    common: dict[str, Any] = {"resume": resume, "device": device, "progress": progress, "dry_run": dry_run}
+    return train(data, out, recipe=resolved, prepare=prepare, **common)
 
 
 def load_pretrained(

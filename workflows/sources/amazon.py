@@ -87,6 +87,7 @@ def import_amazon(
     min_rating: float = 0.0,
     keep_repeats: bool | None = None,
     keep_untitled: bool | None = None,
+    dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Turn reviews and metadata into ``interactions.parquet`` and ``items.parquet`` for `missrec etl`.
@@ -106,6 +107,8 @@ def import_amazon(
         Keep a user's later reviews of the same item; by default as the edition's benchmark does.
     keep_untitled : bool, optional
         Keep items without a title in the metadata; by default as the edition's benchmark does.
+    dry_run : bool
+        Read and count everything, write nothing.
 
     Returns
     -------
@@ -138,7 +141,7 @@ def import_amazon(
         "keep_repeats": keep_repeats,
         "keep_untitled": keep_untitled,
     }
-    return write_dataset(out, events, items, findings, source | settings)
+    return write_dataset(out, events, items, findings, source | settings, dry_run=dry_run)
 
 
 def _events(file: Path, layout: Layout, findings: Findings) -> pd.DataFrame:

@@ -34,6 +34,7 @@ def import_movielens(
     k_core: int = 0,
     min_item_count: int = 0,
     min_rating: float = 0.0,
+    dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Turn a MovieLens zip, or the unpacked folder, into ``interactions.parquet`` and ``items.parquet``.
@@ -50,6 +51,8 @@ def import_movielens(
         Leave out films with fewer ratings, once; 5 gives the published ml-1m set of 3,416 films.
     min_rating : float
         Leave out ratings with fewer stars.
+    dry_run : bool
+        Read and count everything, write nothing.
 
     Returns
     -------
@@ -79,7 +82,7 @@ def import_movielens(
     events = clean_events(events, findings, k_core=k_core, keep_repeats=True)
     source = {"name": "movielens", "layout": edition, "archive": Path(archive).name}
     settings = {"k_core": k_core, "min_item_count": min_item_count, "min_rating": min_rating}
-    return write_dataset(out, events, items, findings, source | settings)
+    return write_dataset(out, events, items, findings, source | settings, dry_run=dry_run)
 
 
 def _open(archive: Path) -> tuple[str, Read]:

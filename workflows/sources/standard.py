@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from missrec_t4r.errors import DataError
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 from missrec_t4r.workflows.checks import Findings
-from missrec_t4r.workflows.folders import written_aside
+from missrec_t4r.workflows.folders import refuse_foreign, written_aside
 
 REPORT_FILE = "import.json"
 SPLIT = "split"
@@ -72,11 +72,17 @@ def leave_one_out(events: pd.DataFrame) -> pd.Series:
 
 
 def write_dataset(
-    out: Path, events: pd.DataFrame, items: pd.DataFrame, findings: Findings, source: dict[str, Any]
+    out: Path,
+    events: pd.DataFrame,
+    items: pd.DataFrame,
+    findings: Findings,
+    source: dict[str, Any],
+    *,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Write ``interactions.parquet``, ``items.parquet`` and ``import.json``; the folder appears whole or not at all.
 
-    Items keep their order; those without an event are left out, those without a line get one.
+    Items keep their order; those without an event are left out, those without a line get one. ``dry_run`` counts only.
 
     Returns
     -------
@@ -99,6 +105,11 @@ def write_dataset(
         "with_text": int(items["text"].notna().sum()) if "text" in items else 0,
         "findings": findings.to_list(),
     }
+    if dry_run:
+        out = Path(out)
+        refuse_foreign(out, REPORT_FILE, "import")
+        would_write = [str(out / name) for name in ("interactions.parquet", "items.parquet", REPORT_FILE)]
+        return {"dry_run": True, "out": str(out), **report, "would_write": would_write, "would_replace": out.exists()}
     with written_aside(Path(out), REPORT_FILE, "import") as folder:
         for name, frame in (("interactions", events), ("items", items)):
             pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), folder / f"{name}.parquet")

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.split_rows import read_rows, row_files
 from missrec_t4r.errors import DataError
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
 from missrec_t4r.workflows.derived import SESSION_ID
@@ -160,10 +160,9 @@ def _clock(times: npt.NDArray[np.float64], sessions: Sessions, now: float) -> tu
 
 def _load(folder: Path) -> tuple[Sessions, list[Any]]:
     """Return a split's sessions, and whose they are: the user, with the session's number where a user has several."""
-    files = sorted(folder.glob("*.parquet"))
-    names = pq.read_schema(files[0]).names
+    names = pq.read_schema(row_files(folder)[0]).names
     owners = [name for name in (USER_ID, SESSION_ID) if name in names]
-    table = pa.concat_tables([pq.read_table(file, columns=owners) for file in files])
+    table = read_rows(folder, owners)
     keys: list[Any] = list(zip(*(table[name].to_pylist() for name in owners), strict=True))
     sessions = Sessions.load(folder, [TIMESTAMP] if TIMESTAMP + LIST_SUFFIX in names else [])
     return sessions, keys or list(range(len(sessions)))

@@ -28,7 +28,7 @@ NVTABULAR_FOLDER = "nvtabular_workflow"
 
 def write_workflow(workflow: Workflow, longest: int, folder: Path, *, pickled: bool = False) -> None:
     """Write schema.pbtxt beside every split, and the fitted workflow; ``pickled`` adds NVTabular's own format."""
-    schema = sessions.session_schema(workflow, longest)
+    schema = sessions.session_schema(workflow.output_schema, longest)
     for place in (folder, *(folder / name for name in SPLITS)):
         place.mkdir(exist_ok=True)
         sessions.write_schema(schema, place)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from missrec_t4r.data.split_rows import inside, one_array
@@ -32,6 +33,7 @@ from missrec_t4r.workflows.shards import load_plan, one_batch, read_shards, writ
 MERGED_FILE, DIVIDE_FILE = "merged.json", "divide.json"
 SURVEY_FILE = "survey.json"
 STATE_FOLDER = "state"
+STATE_FILE = "state.json"
 USER_HASH = "user_hash"
 """Column of the state: ascending, so that a few users are found without reading the others."""
 
@@ -187,8 +189,8 @@ def divide(work: str, partition: int) -> dict[str, Any]:
     dict
         Rows per split, the longest session.
     """
-    done = place(work, "done", partition, "json")
-    if done.is_file():
+    done, counts = place(work, "done", partition, "json"), place(work, STATE_FOLDER, partition, "npy")
+    if done.is_file() and counts.is_file():
         answer: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
         return answer
     merged = load_merged(work, DIVIDE_FILE)
@@ -200,7 +202,7 @@ def divide(work: str, partition: int) -> dict[str, Any]:
         found["sessions"][name] = rows.num_rows
         if rows.num_rows:
             write_rows(rows, Path(work) / "out" / name / f"part_{partition:05}.parquet")
-    np.save(place(work, STATE_FOLDER, partition, "npy"), trained(sessions, offsets, lengths["train"]))
+    np.save(counts, trained(sessions, offsets, lengths["train"]))
     write_json(done, found)
     return found
 
@@ -264,6 +266,11 @@ def lists_of(known: pa.Table) -> dict[str, pa.ListArray]:
     return {name: one_array(known[name]) for name in known.column_names if name.endswith(LIST_SUFFIX)}
 
 
+def n_events(known: pa.Table) -> int:
+    """Return the number of events of a state."""
+    return int(pc.sum(pc.list_value_length(known[ITEM_ID + LIST_SUFFIX])).as_py() or 0)
+
+
 def write_rows(rows: pa.Table, file: Path) -> None:
     """Write session rows; items repeat too little for a dictionary to pay."""
     pq.write_table(rows, file, use_dictionary=False, write_statistics=False)
@@ -296,8 +303,8 @@ def order_of(users: pa.Array, times: npt.NDArray[Any]) -> Ordered:
     return Ordered(packed_order(codes, times), codes, coded.dictionary.take(pa.array(by_hash)), hashes[by_hash])
 
 
-def packed_order(codes: Ints, times: npt.NDArray[Any]) -> Ints:
-    """Return the stable order by code, then time, [event].
+def packed_order(codes: Ints, times: npt.NDArray[Any], *, nearly: bool = False) -> Ints:
+    """Return the stable order by code, then time, [event]; ``nearly`` says that it is a few runs in order already.
 
     Examples
     --------
@@ -309,8 +316,10 @@ def packed_order(codes: Ints, times: npt.NDArray[Any]) -> Ints:
         return np.zeros(0, np.int64)
     if times.dtype.kind == "i":
         earliest, latest = int(times.min()), int(times.max())
-        place, span = size.bit_length(), (latest - earliest).bit_length()
-        if place + span + int(codes.max()).bit_length() <= 63:
+        place, span, wide = size.bit_length(), (latest - earliest).bit_length(), int(codes.max()).bit_length()
+        if nearly and span + wide <= 63:
+            return np.argsort((codes << span) | (times - earliest), kind="stable")  # merges the runs
+        if place + span + wide <= 63:
             packed = (((codes << span) | (times - earliest)) << place) | np.arange(size)
             packed.sort()
             return packed & ((1 << place) - 1)

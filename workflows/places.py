@@ -52,6 +52,14 @@ def working_folder(out: Path) -> Iterator[tuple[Path, Callable[[Path], None]]]:
     shutil.rmtree(work, ignore_errors=True)
 
 
+def one_of(top: Path, name: str) -> Path:
+    """Return the folder of this name in the working folder; those of other jobs go."""
+    for other in top.glob("*"):
+        if other.name != name:
+            shutil.rmtree(other)
+    return top / name
+
+
 def as_parquet(files: Sequence[Path], folder: Path, text_columns: Sequence[str]) -> list[Path]:
     """Return the files, those of other kinds copied to parquet in ``folder`` (one in memory at a time)."""
     found = []

@@ -34,7 +34,7 @@ from missrec_t4r.workflows import checks, kernels, outputs, partitions, sessions
 from missrec_t4r.workflows.derived import CLOCK, Derived
 from missrec_t4r.workflows.engine import Engine
 from missrec_t4r.workflows.merging import by_frequency, common_values, note_gathered, note_shards, number_type, summed
-from missrec_t4r.workflows.places import link, unified_schema
+from missrec_t4r.workflows.places import link, one_of, unified_schema
 from missrec_t4r.workflows.shards import (
     ITEMS_FILE,
     PLAN_FILE,
@@ -102,7 +102,7 @@ def build(job: Job, top: Path, engine: Engine, progress: Progress) -> tuple[Path
     engine.run(partitions.divide, tasks, progress, "writing the splits")
     if job.old:
         _take_over(job, work, sorted(set(range(plan.partitions)) - set(numbers)))
-    return work / "out", _finish(job, plan, merged, work) | ({"touched": numbers} if job.old else {})
+    return work / "out", _finish(job, plan, merged, work) | ({"touched": {"partitions": numbers}} if job.old else {})
 
 
 def make_plan(job: Job) -> Plan:
@@ -149,10 +149,7 @@ def prepare_folder(top: Path, plan: Plan, job: Job) -> Path:
     told = json.dumps(
         [known, plan.partitions, plan.names, plan.features, job.settings, job.old.get("version")], default=str
     )
-    work = top / hashlib.sha256(told.encode() + ids.tobytes()).hexdigest()[:16]
-    for other in top.glob("*"):
-        if other != work:
-            shutil.rmtree(other)
+    work = one_of(top, hashlib.sha256(told.encode() + ids.tobytes()).hexdigest()[:16])
     if not (work / PLAN_FILE).is_file():
         for name in (
             "shards",
@@ -179,19 +176,10 @@ def merge(
     ]
     append = job.settings["unknown_items"] == "append"
     note_shards(job.findings, plan, shards, len(unknown.values), append)
-    whole = all(shard["whole"] for shard in shards) and job.old.get("time") != "double"
-    time = (
-        "int64"
-        if plan.time_is_date and whole
-        else "double"
-        if plan.time_is_date
-        else number_type(shards, plan, TIMESTAMP, work)
-    )
-    numbers = {name: number_type(shards, plan, name, work) for name, kind in plan.features.items() if kind == "number"}
     merged: dict[str, Any] = {
         "maps": maps,
         "rows": n_rows + (len(unknown.values) if append else 0),
-        "types": {TIMESTAMP: time, **numbers},
+        "types": job.old["types"] if job.old else _types(plan, shards, work),
         "drop_duplicates": job.settings["drop_duplicates"],
         "filtered": False,
         "old": job.old.get("folder"),
@@ -199,14 +187,10 @@ def merge(
         "valid_from": job.settings["valid_from"],
         "test_from": job.settings["test_from"],
         "max_events": job.settings["max_events"],
-        "session_gap": job.derive.session_gap,
-        "time_features": list(job.derive.time_features),
+        **derived(job.derive),
         "newest": job.settings["newest"] if job.old else max(s["newest"] for s in shards if s["newest"] is not None),
-        "weights": None,
     }
     job.settings["newest"] = merged["newest"]
-    if job.old:
-        merged["types"] = job.old["types"]
     categories = {name: common_values(shards, name) for name, kind in plan.features.items() if kind == "category"}
     for name, (_, _, codes) in categories.items():
         for chunk, values in zip(maps, codes, strict=True):
@@ -230,12 +214,31 @@ def merge(
         merged["categories"][name] = ordered
         for chunk in maps:
             chunk[name] = [int(places[code]) for code in chunk[name]]
-    if job.derive.weights:
-        kinds = merged["categories"][job.derive.weight_column]
-        by_code = [job.derive.other_weight] * FIRST_ITEM_ROW
-        by_code += [job.derive.weights.get(str(kind), job.derive.other_weight) for kind in kinds]
-        merged["weights"] = {"column": job.derive.weight_column, "by_code": by_code}
-    return merged
+    return merged | derived(job.derive, merged["categories"])
+
+
+def derived(derive: Derived, categories: Mapping[str, Sequence[Any]] | None = None) -> dict[str, Any]:
+    """Return what the tasks have to know of what is derived; weights by code once the categories are known."""
+    told: dict[str, Any] = {
+        "session_gap": derive.session_gap,
+        "time_features": list(derive.time_features),
+        "weights": None,
+    }
+    if derive.weights and categories is not None:
+        by_code = [derive.other_weight] * FIRST_ITEM_ROW
+        by_code += [derive.weights.get(str(kind), derive.other_weight) for kind in categories[derive.weight_column]]
+        told["weights"] = {"column": derive.weight_column, "by_code": by_code}
+    return told
+
+
+def _types(plan: Plan, shards: Sequence[dict[str, Any]], work: Path) -> dict[str, str]:
+    """Return the types of time and numbers: as narrow as all chunks allow."""
+    if plan.time_is_date:
+        time = "int64" if all(shard["whole"] for shard in shards) else "double"
+    else:
+        time = number_type(shards, plan, TIMESTAMP, work)
+    numbers = {name: number_type(shards, plan, name, work) for name, kind in plan.features.items() if kind == "number"}
+    return {TIMESTAMP: time, **numbers}
 
 
 def with_items(items: pa.Table, vectors: catalogues.Vectors, added: pa.Array) -> tuple[pa.Table, catalogues.Vectors]:
@@ -348,9 +351,12 @@ def _finish(job: Job, plan: Plan, merged: dict[str, Any], work: Path) -> dict[st
             outputs.feature_codes([*plan.features, *job.derive.columns], categories | clock),
         )
     outputs.write_catalogue(catalogue, counts, out)
-    shutil.move(work / partitions.STATE_FOLDER, out / partitions.STATE_FOLDER)
+    shutil.rmtree(out / partitions.STATE_FOLDER, ignore_errors=True)  # of a run that was killed after this line
+    (work / partitions.STATE_FOLDER).rename(out / partitions.STATE_FOLDER)
     kept = {name: merged[name] for name in ("types", "categories", "valid_from", "test_from", "newest")}
-    write_json(out / partitions.STATE_FOLDER / "state.json", kept | {"partitions": plan.partitions, "parts": done})
+    write_json(
+        out / partitions.STATE_FOLDER / partitions.STATE_FILE, kept | {"partitions": plan.partitions, "parts": done}
+    )
     events, users = (sum(part[name] for part in known) for name in ("events", "users"))
     return outputs.counted(catalogue, counts, events, users, rows)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -128,10 +128,8 @@ def write_shard(work: str, index: int) -> dict[str, Any]:
     chunk = plan.chunks[index]
     writer, aside = None, done.with_suffix(f".{os.getpid()}-{id(done)}.tmp")
     reader = ShardReader(plan, load_ids(work))
-    columns = [*plan.names, *plan.features]
-    batches = pq.ParquetFile(chunk.file).iter_batches(_BATCH, chunk.row_groups, columns)
-    for batch in batches:
-        shard, bounds = reader.encode(pa.Table.from_batches([batch]))
+    for batch in batches_of(plan, chunk):
+        shard, bounds = reader.encode(batch)
         writer = writer or pa.ipc.new_file(str(aside), shard.schema)
         for start, end in zip(bounds[:-1], bounds[1:], strict=True):
             writer.write_batch(one_batch(shard.slice(start, end - start)))
@@ -143,8 +141,15 @@ def write_shard(work: str, index: int) -> dict[str, Any]:
     return found
 
 
+def batches_of(plan: Plan, chunk: Chunk) -> Iterator[pa.Table]:
+    """Yield the events of a chunk, as many at a time as fit in memory with all that is made of them."""
+    columns = [*plan.names, *plan.features]
+    for batch in pq.ParquetFile(chunk.file).iter_batches(_BATCH, chunk.row_groups, columns):
+        yield pa.Table.from_batches([batch])
+
+
 class ShardReader:
-    """Encodes the batches of one chunk."""
+    """Encodes events, batch by batch, and remembers what it finds."""
 
     def __init__(self, plan: Plan, ids: pa.Array) -> None:
         self.plan, self.ids = plan, ids

@@ -68,8 +68,19 @@ def save_workflow(workflow: Workflow, folder: Path) -> None:
     files: dict[str, str] = {}
     described = [_describe(node, number, folder, files) for node in nodes]
     graph = {"format": FORMAT, "nodes": described, "files": files}
+    write_graph(graph, folder)
+
+
+def write_graph(graph: dict[str, Any], folder: Path) -> None:
+    """Write the graph of a stored workflow with its seal; the files that it names are there already."""
     text = json.dumps(graph | {"sha256": _seal(graph)}, indent=1)
     (folder / GRAPH_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def output_schema(folder: Path) -> Schema:
+    """Return the schema of what a stored workflow makes."""
+    described = json.loads((folder / GRAPH_FILE).read_text(encoding="utf-8"))["nodes"][-1]["output_schema"]
+    return _schema(described) or Schema()
 
 
 def load_workflow(folder: Path | str) -> Workflow:
@@ -81,7 +92,7 @@ def load_workflow(folder: Path | str) -> Workflow:
         The folder holds no stored workflow, a file was changed, or an operator is not on the allow-list.
     """
     folder = Path(folder)
-    graph = _read_graph(folder)
+    graph = read_graph(folder)
     nodes: list[Node] = []
     for described in graph["nodes"]:
         node = Node()
@@ -103,7 +114,14 @@ def is_stored(folder: Path) -> bool:
     return (folder / GRAPH_FILE).is_file()
 
 
-def _read_graph(folder: Path) -> dict[str, Any]:
+def read_graph(folder: Path) -> dict[str, Any]:
+    """Return the graph of a stored workflow, its files checked.
+
+    Raises
+    ------
+    DataError
+        The folder holds no stored workflow, or a file was changed.
+    """
     try:
         graph: dict[str, Any] = json.loads((folder / GRAPH_FILE).read_text(encoding="utf-8"))
         seal = graph.pop("sha256")
@@ -116,7 +134,7 @@ def _read_graph(folder: Path) -> dict[str, Any]:
     changed = [] if seal == _seal(graph) else [GRAPH_FILE]
     for name, digest in graph["files"].items():
         file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file() or _digest(file) != digest:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file() or digest_of(file) != digest:
             changed.append(name)
     if changed:
         raise DataError(
@@ -178,7 +196,7 @@ def _keep(file: Path, folder: Path, files: dict[str, str]) -> str:
         if source.is_file():
             if not copy.exists() or not copy.samefile(source):
                 shutil.copyfile(source, copy)
-            files[f"categories/{source.name}"] = _digest(copy)
+            files[f"categories/{source.name}"] = digest_of(copy)
     return f"categories/{file.name}"
 
 
@@ -222,7 +240,7 @@ def _as_data(value: Any, owner: str, folder: Path, files: dict[str, str]) -> Any
     if isinstance(value, pd.Series):
         name = f"{owner}.{len(files)}.parquet"
         pq.write_table(pa.table({"value": pa.Array.from_pandas(value)}), folder / name)
-        files[name] = _digest(folder / name)
+        files[name] = digest_of(folder / name)
         return {"series": name}
     if isinstance(value, list | tuple):
         return {"tuple" if isinstance(value, tuple) else "list": [again(inner) for inner in value]}
@@ -277,5 +295,6 @@ def _seal(graph: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(file: Path) -> str:
+def digest_of(file: Path) -> str:
+    """Return the SHA-256 of a file."""
     return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,40 +1,42 @@
-"""``missrec etl --update``: only the new events and items are read, and only the partitions they belong to written.
+"""``missrec etl --update``: only the new events and items are read, and only what they concern is written.
 
 Rows of the vocabulary never move: new items, and new values of categories, come after the old ones. Sessions are
 extended from what the folder keeps of its users (``state/``). Settings, types, time boundaries and the day that
 recency counts from stay those of the first run, so the result is that of a full run on all events, row numbers aside.
 The new version is put together beside the old one, untouched files as hard links, and takes its place by one rename.
-``versions.json`` says what each version added.
+``versions.json`` says what each version added. By default the partitions of the users concerned are written anew;
+with ``delta`` only these users are, beside the plain files (`delta.py`), until `compact` brings both together.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from missrec_t4r.aside import recover
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.errors import ConfigError, DataError, ModalityError, SchemaError
+from missrec_t4r.data.split_rows import delta_files
 from missrec_t4r.progress import Progress, quiet
-from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, TRAIN_COUNT, USER_ID
-from missrec_t4r.workflows import catalogue as catalogues
+from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, USER_ID
 from missrec_t4r.workflows import checks, places, scale
-from missrec_t4r.workflows.derived import Derived
+from missrec_t4r.workflows import delta as nights
+from missrec_t4r.workflows.compaction import compact, is_due
 from missrec_t4r.workflows.engine import engine as running
 from missrec_t4r.workflows.inputs import read_items
-from missrec_t4r.workflows.outputs import REPORT_FILE
-from missrec_t4r.workflows.partitions import STATE_FOLDER
+from missrec_t4r.workflows.new_items import with_lines
+from missrec_t4r.workflows.outputs import NVTABULAR_FOLDER, REPORT_FILE, REQUEST_FOLDER, WORKFLOW_FOLDER
 from missrec_t4r.workflows.sources.table import Paths, expand
+from missrec_t4r.workflows.versions import VERSIONS_FILE, derived_of, known, link_rest, new_files, plain_version
 
-VERSIONS_FILE = "versions.json"
+DELTA_ROWS = 5_000_000
+"""Events of a night that are added as a delta at most: it is held in memory, with the sessions of its users."""
+_WORKFLOWS = (WORKFLOW_FOLDER, REQUEST_FOLDER, NVTABULAR_FOLDER)
 
 
 def update(
@@ -43,6 +45,7 @@ def update(
     *,
     items: Path | None = None,
     modality: Mapping[str, Path] | None = None,
+    delta: bool = False,
     dask_scheduler: str = "threads",
     workers: int | None = None,
     dry_run: bool = False,
@@ -53,13 +56,18 @@ def update(
     Parameters
     ----------
     interactions : path, pattern, folder, or a sequence of them
-        New events only, columns as in the first run. A file that was added before is left out.
+        New events only, columns as in the first run; may be empty with ``items``. A file that was added before is
+        left out.
     out : Path
         Data folder of ``missrec etl --engine disk``.
     items : Path, optional
         Item table; lines of items that had one already are left out.
     modality : mapping of str to Path
         Vectors whose rows follow ``items``; new items without them lack the modality (`missrec features` adds it).
+    delta : bool
+        Write the users of the new events only, as one file beside the splits, which all of missrec reads with them;
+        the parquet files of the splits stay those of an older version. `compact` follows by itself when it is due. A
+        night with too many events for memory is added the other way.
     dask_scheduler, workers
         As in `missrec_t4r.workflows.etl.etl`.
     dry_run : bool
@@ -68,7 +76,8 @@ def update(
     Returns
     -------
     dict
-        As `etl`, with ``version`` and ``added``; ``"updated": False`` if there was nothing new.
+        As `etl`, with ``version``, ``plain_version`` (of the parquet files) and ``added``; ``"updated": False`` if
+        there was nothing new.
 
     Raises
     ------
@@ -76,166 +85,103 @@ def update(
         The folder cannot be updated, or the new events do not fit it. The old version stays as it is.
     """
     started, out = time.perf_counter(), Path(out)
-    report, state, versions = _known(out)
+    report, state, versions = known(out)
+    paths = [interactions] if isinstance(interactions, str | Path) else list(interactions)
+    new = new_files(expand(paths, "interactions") if paths or items is None else [], versions)
     settings = dict(report["settings"])
-    events = expand(interactions, "interactions")
-    digests = {str(file): _digest(file) for file in events}
-    applied = {digest for change in versions["changes"] for digest in change.get("files", [])}
-    new = [file for file in events if digests[str(file)] not in applied]
     table = None if items is None else read_items(items, settings["columns"][ITEM_ID], checks.Findings())
     if dry_run or not (new or table is not None):
-        told = [str(file) for file in new]
-        return {
-            "data": str(out),
-            "updated": False,
-            "dry_run": dry_run,
-            "version": versions["version"],
-            "new_files": told,
-        }
-    findings = checks.Findings()
-    old = Catalogue.load(out / CATALOGUE_FOLDER)
-    grown_items, vectors, added = _with_lines(old, table, dict(modality or {}), findings)
-    columns = settings["columns"]
-    names = {str(columns[name]): name for name in (USER_ID, ITEM_ID, TIMESTAMP)}
-    copies = out.with_name(f".{out.name}-copies")
-    with places.working_folder(out) as (work, finish), running(dask_scheduler, workers) as machines:
-        job = scale.Job(
-            places.as_parquet(new, copies, [columns[USER_ID], columns[ITEM_ID]]),
-            grown_items,
-            vectors,
-            names,
-            settings,
-            {},
-            _derived(settings),
-            findings,
-            settings["drop_columns"],
-            settings["categorical_columns"],
-            state["partitions"],
-            old={"folder": str(out.absolute()), "version": versions["version"], "new_items": added, **state},
-            catalogue=old,
-        )
-        folder, counts = scale.build(job, work, machines, progress)
+        told = {"dry_run": dry_run, "version": versions["version"], "new_files": [str(file) for file in new]}
+        return {"data": str(out), "updated": False, **told}
+    copies, columns = out.with_name(f".{out.name}-copies"), settings["columns"]
+    files = places.as_parquet(list(new), copies, [columns[USER_ID], columns[ITEM_ID]])
+    beside = not files or (delta and _rows(files) <= DELTA_ROWS)
+    if not beside and delta_files(out):
+        compact(out, dask_scheduler=dask_scheduler, workers=workers, progress=progress)
+        report, state, versions = known(out)
+    with places.working_folder(out) as (work, finish):
+        job = _job(files, out, settings, table, dict(modality or {}), state | {"version": versions["version"]})
         version = versions["version"] + 1
-        ids = job.items[ITEM_ID].slice(old.n_items).to_pylist()
-        first = FIRST_ITEM_ROW + old.n_items
-        change = {
-            "version": version,
-            "events_added": counts["events"] - report["events"],
-            "users_added": counts["users"] - report["users"],
-            "items_added": ids,
-            "rows_added": [first, first + len(ids)],
-            "partitions": counts.pop("touched"),
-            "files": sorted(digests[str(file)] for file in new),
-        }
-        versions = {"version": version, "changes": [*versions["changes"], change]}
-        (folder / VERSIONS_FILE).write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")
-        final = counts | {"findings": findings.to_list(), "settings": settings, "format": 1, "version": version}
+        if beside:
+            folder = _emptied(work / f"delta-{version}")
+            counts = nights.add(job, out, folder, report, version)
+            plain = plain_version(versions) if delta_files(folder) or delta_files(out) else version
+        else:
+            with running(dask_scheduler, workers) as machines:
+                folder, counts = scale.build(job, work, machines, progress)
+            plain = version
+        change = _change(job, counts, report, version, sorted(new.values()))
+        told = {"version": version, "plain_version": plain, "changes": [*versions["changes"], change]}
+        (folder / VERSIONS_FILE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        final = counts | {"findings": job.findings.to_list(), "settings": settings, "format": 1, "version": version}
         final["seconds"] = round(time.perf_counter() - started, 3)
         (folder / REPORT_FILE).write_text(json.dumps(final, indent=2) + "\n", encoding="utf-8")
-        link_rest(out, folder)
+        link_rest(out, folder, {CATALOGUE_FOLDER, *(() if beside else _WORKFLOWS)})
         finish(folder)
     shutil.rmtree(copies, ignore_errors=True)
+    ids = change["items_added"]
     progress.say(f"{out}: version {version}, {change['events_added']:,} events and {len(ids):,} items more")
-    return {"data": str(out), "updated": True, "added": {**change, "items_added": len(ids)}, **final}
+    if plain < version and is_due(out, counts["events"]):
+        plain = compact(out, dask_scheduler=dask_scheduler, workers=workers, progress=progress)["plain_version"]
+    added = {**change, "items_added": len(ids)}
+    return {"data": str(out), "updated": True, "added": added, **final, "plain_version": plain}
 
 
-def link_rest(old: Path, new: Path) -> None:
-    """Hard-link (or copy, where a disk has no links) every file of the old version that the new one lacks."""
-    for file in sorted(old.rglob("*")):
-        place = new / file.relative_to(old)
-        rewritten = {CATALOGUE_FOLDER, "workflow", "request_workflow", "nvtabular_workflow"}
-        if file.is_dir() or place.exists() or file.relative_to(old).parts[0] in rewritten:
-            continue
-        place.parent.mkdir(parents=True, exist_ok=True)
-        places.link(file, place)
-
-
-def _known(out: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    recover(out)
-    state_file = out / STATE_FOLDER / "state.json"
-    if not state_file.is_file():
-        raise DataError(
-            f"{out} keeps no state to update from",
-            "a data folder of the fast path",
-            "run missrec etl --engine disk once",
-        )
-    report = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
-    settings = report["settings"]
-    if settings["k_core"] or settings["min_item_count"]:
-        raise ConfigError(
-            "the folder was filtered by k-core or item count, which new events change for old ones",
-            "a folder without these filters",
-            "run missrec etl on all events",
-        )
-    file = out / VERSIONS_FILE
-    versions = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"version": 1, "changes": []}
-    return report, json.loads(state_file.read_text(encoding="utf-8")), versions
-
-
-def _derived(settings: Mapping[str, Any]) -> Derived:
-    return Derived(
-        settings["event_weights"],
-        settings["event_type_column"],
-        session_gap=settings["session_gap"],
-        time_features=settings["time_features"],
-        newest=settings["newest"],
+def _job(
+    files: Sequence[Path],
+    out: Path,
+    settings: dict[str, Any],
+    table: pa.Table | None,
+    vectors: Mapping[str, Path],
+    old: Mapping[str, Any],
+) -> scale.Job:
+    """Return what an update has to do, items with the new lines of the item table."""
+    findings, catalogue = checks.Findings(), Catalogue.load(out / CATALOGUE_FOLDER)
+    items, grown, added = with_lines(catalogue, table, vectors, findings)
+    columns = settings["columns"]
+    return scale.Job(
+        files,
+        items,
+        grown,
+        {str(columns[name]): name for name in (USER_ID, ITEM_ID, TIMESTAMP)},
+        settings,
+        {},
+        derived_of(settings),
+        findings,
+        settings["drop_columns"],
+        settings["categorical_columns"],
+        old["partitions"],
+        old={"folder": str(out.absolute()), "new_lines": added, **old},
+        catalogue=catalogue,
     )
 
 
-def _with_lines(
-    old: Catalogue, table: pa.Table | None, files: Mapping[str, Path], findings: checks.Findings
-) -> tuple[pa.Table, catalogues.Vectors, int]:
-    """Return the old items followed by the new lines of the item table, their vectors, and how many are new."""
-    known = old.items.drop_columns([TRAIN_COUNT])
-    vectors = {name: modality.vectors[FIRST_ITEM_ROW:] for name, modality in old.modalities.items()}
-    if table is None:
-        if files:
-            raise ConfigError("vectors are given without an item table", "both or none", "add --items")
-        return known, vectors, 0
-    ids = checks.normal_ids(table[ITEM_ID], ITEM_ID)
-    if pa.types.is_string(ids.type) and old.id_type == "int64":
-        ids = checks.text_to_integers(ids) or ids
-    if ids.type != known[ITEM_ID].type:
-        raise SchemaError(f"item ids are {ids.type} in the item table", f"{known[ITEM_ID].type} as in the catalogue")
-    table = table.set_column(table.column_names.index(ITEM_ID), ITEM_ID, ids)
-    given: catalogues.Vectors = catalogues.read_modalities(files, table.num_rows)
-    for name, array in given.items():
-        if name not in vectors or vectors[name].shape[1] != array.shape[1]:
-            widths = {known_name: part.shape[1] for known_name, part in vectors.items()}
-            raise ModalityError(f"modality {name!r} of width {array.shape[1]}", f"one of the catalogue's: {widths}")
-    table, given = catalogues.unique_items(table, given, findings)
-    rows = old.rows_of(table[ITEM_ID].combine_chunks())
-    shared = [name for name in table.column_names if name in known.column_names]
+def _change(
+    job: scale.Job, counts: dict[str, Any], report: Mapping[str, Any], version: int, digests: Sequence[str]
+) -> dict[str, Any]:
+    """Return the entry of a version in the list of changes; the counts lose what only it tells."""
+    ids = job.items[ITEM_ID].slice(job.catalogue.n_items).to_pylist() if job.catalogue else []
+    first = FIRST_ITEM_ROW + (job.catalogue.n_items if job.catalogue else 0)
+    return {
+        "version": version,
+        "events_added": counts["events"] - report["events"],
+        "users_added": counts["users"] - report["users"],
+        "items_added": ids,
+        "rows_added": [first, first + len(ids)],
+        **counts.pop("touched"),
+        "files": list(digests),
+    }
+
+
+def _rows(files: Sequence[Path]) -> int:
+    """Return the number of events; a file that cannot be read is for its reader to report."""
     try:
-        both = pa.concat_tables([known, table.select(shared)], promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise SchemaError(f"the item table differs in a type ({error})", "types as in the catalogue") from error
-    new = np.flatnonzero(rows < FIRST_ITEM_ROW)
-    order = np.arange(old.n_items)
-    told = np.flatnonzero((rows >= FIRST_ITEM_ROW) & _empty(known)[np.maximum(rows - FIRST_ITEM_ROW, 0)])
-    order[rows[told] - FIRST_ITEM_ROW] = old.n_items + told  # only events knew these items; now they have a line
-    order = np.concatenate([order, old.n_items + new])
-    blank = {name: np.zeros((table.num_rows, array.shape[1]), np.float32) for name, array in vectors.items()}
-    grown = {name: np.concatenate([array, given.get(name, blank[name])])[order] for name, array in vectors.items()}
-    return both.take(pa.array(order)), grown, len(new)
+        return sum(int(pq.read_metadata(file).num_rows) for file in files)
+    except (pa.ArrowInvalid, OSError):
+        return 0
 
 
-def _empty(items: pa.Table) -> np.ndarray[Any, Any]:
-    """Return which items nothing is known of but their id, [item]."""
-    empty = np.ones(items.num_rows, bool)
-    for name in items.column_names:
-        if name != ITEM_ID:
-            empty &= items[name].is_null().to_numpy()
-    return empty
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _read(stream)
-
-
-def _read(stream: Any) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+def _emptied(folder: Path) -> Path:
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder

@@ -27,6 +27,7 @@ from missrec_t4r.errors import DataError, ModalityError
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, NULL_ROW, ROW, TRAIN_COUNT, UNKNOWN_ROW
 
 FORMAT_VERSION = 1
+ITEMS_FILE = "items.parquet"
 _MAPPED_BYTES = 1 << 29
 """Vector files from this size on are mapped: the system reads and drops their pages as it likes."""
 _ROWS_AT_ONCE = 1 << 16
@@ -180,7 +181,7 @@ class Catalogue:
             raise DataError(
                 f"catalogue format {meta.get('format')!r}", f"format {FORMAT_VERSION}", "re-run missrec etl"
             )
-        items = pq.read_table(folder / "items.parquet")
+        items = pq.read_table(folder / ITEMS_FILE)
         names = list(meta["modalities"])
         presence = np.load(folder / "presence.npy", allow_pickle=False)
         modalities = {
@@ -194,9 +195,14 @@ class Catalogue:
         with replacing(Path(folder)) as aside:
             self._write(aside)
 
-    def _write(self, folder: Path) -> None:
+    def write_items(self, folder: Path) -> None:
+        """Write only the file that holds the counts, for a folder whose other files are those of an older version."""
         rows = pa.array(np.arange(FIRST_ITEM_ROW, self.n_rows))
-        pq.write_table(self.items.append_column(ROW, rows), folder / "items.parquet")
+        pq.write_table(self.items.append_column(ROW, rows), folder / ITEMS_FILE)
+
+    def _write(self, folder: Path) -> None:
+        self.write_items(folder)
+        rows = pa.array(np.arange(FIRST_ITEM_ROW, self.n_rows))
         pq.write_table(pa.table({ROW: rows, ITEM_ID: self.items[ITEM_ID]}), folder / "vocabulary.parquet")
         present = [modality.present for modality in self.modalities.values()]
         presence = np.stack(present, 1) if present else np.zeros((self.n_rows, 0), bool)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from missrec_t4r.data.split_rows import one_array, read_rows, row_files
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.schema import ITEM_LIST, LIST_SUFFIX, NULL_ROW, PADDING_ROW, UNKNOWN_ROW, USER_ID
 
@@ -69,7 +70,7 @@ class Sessions:
 
     @classmethod
     def load(cls, folder: str | Path, features: Sequence[str] | None = None) -> Sessions:
-        """Read the parquet files of one split (files in name order).
+        """Read one split (files in name order), with the nights that stand beside it (`split_rows`).
 
         Parameters
         ----------
@@ -84,7 +85,7 @@ class Sessions:
         SchemaError
             The files lack the item list or a feature, or a feature's lists are not as long as the items'.
         """
-        files = sorted(Path(folder).glob("*.parquet"))
+        files = row_files(folder)
         if not files:
             raise DataError(f"no parquet file in {folder}", "a split written by missrec etl", "run `missrec etl` first")
         there = pq.read_schema(files[0]).names
@@ -100,10 +101,10 @@ class Sessions:
                 "use data of the same ETL settings, or train with --set model.side_features=none",
             )
         names = [ITEM_LIST, *columns.values(), *([USER_ID] if USER_ID in there else [])]
-        table = pa.concat_tables([pq.read_table(file, columns=names) for file in files])
+        table = read_rows(folder, names)
         values, offsets = flat_lists(table[ITEM_LIST], NULL_ROW)
         read = {name: _aligned(table[column], offsets, name) for name, column in columns.items()}
-        users = _combine(table[USER_ID]) if USER_ID in there else None
+        users = one_array(table[USER_ID]) if USER_ID in there else None
         return cls(np.asarray(values, np.int64), offsets, read, users)
 
     def split_last(self) -> tuple[Sessions, Ints]:
@@ -184,7 +185,7 @@ def flat_lists(column: pa.ChunkedArray, null: int = PADDING_ROW) -> tuple[npt.ND
     SchemaError
         The column holds no lists, or vectors of different widths.
     """
-    array = _combine(column)
+    array = one_array(column)
     if not hasattr(array.type, "value_type"):
         cure = "group the events into sessions with `missrec etl`"
         raise SchemaError(f"a column of type {array.type}", "lists, one row per session", cure)
@@ -214,8 +215,3 @@ def _aligned(column: pa.ChunkedArray, offsets: Ints, name: str) -> npt.NDArray[A
     narrow = {"i": np.int32, "u": np.int32, "f": np.float32}.get(values.dtype.kind)
     fits = narrow is np.float32 or (narrow is np.int32 and (not len(values) or abs(values).max() < 2**31))
     return values.astype(narrow) if narrow and fits else values
-
-
-def _combine(column: pa.ChunkedArray) -> pa.Array:
-    combined = column.combine_chunks()
-    return pa.concat_arrays(combined.chunks) if isinstance(combined, pa.ChunkedArray) else combined

@@ -87,13 +87,16 @@ def inside(offsets: Ints, lengths: Ints) -> npt.NDArray[np.bool_]:
 
 
 def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """Return a column as one array."""
+    """Return a column as one array, without a copy if it is one."""
+    if isinstance(column, pa.ChunkedArray) and column.num_chunks == 1:
+        return column.chunk(0)
     combined = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     return pa.concat_arrays(combined.chunks) if isinstance(combined, pa.ChunkedArray) else combined
 
 
 def _plain(folder: Path, columns: list[str]) -> pa.Table:
-    return pa.concat_tables([pq.read_table(file, columns=columns) for file in row_files(folder)])
+    tables = [pq.read_table(file, columns=columns) for file in row_files(folder)]
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def _merged(data: Path, split: str, columns: list[str]) -> pa.Table:
@@ -112,7 +115,7 @@ def _merged(data: Path, split: str, columns: list[str]) -> pa.Table:
     plain = _plain(data / split, names)
     kept = plain.filter(pa.array(~_among(plain[USER_ID], newer)))
     rows = pa.concat_tables([kept, *(part.cast(plain.schema) for part in reversed(parts))])
-    order = np.argsort(hash_ids(one_array(rows[USER_ID])), kind="stable")
+    order = np.argsort(hash_ids(one_array(rows[USER_ID])), kind="stable")  # merges runs that are in order
     return rows.select(columns).take(pa.array(order))
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from merlin.schema import Schema, Tags
 
 from missrec_t4r.data.sessions import Sessions, flat_lists
+from missrec_t4r.data.split_rows import read_rows, row_files
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.schema import NULL_ROW, UNKNOWN_ROW
 from missrec_t4r.t4r.columns import as_core_schema, is_list, side_schema
@@ -61,23 +62,26 @@ def _read_table(paths_or_dataset: Any, names: Sequence[str]) -> pa.Table:
             frame = paths_or_dataset.to_ddf()[list(names)].compute()
         return pa.Table.from_pandas(frame, preserve_index=False)
     given = [paths_or_dataset] if isinstance(paths_or_dataset, (str, Path)) else list(paths_or_dataset)
-    files = [file for path in given for file in _files(Path(path))]
-    if not files:
+    places = [place for path in given for place in _places(Path(path))]
+    if not places:
         raise DataError(
             f"no parquet file in {', '.join(map(str, given))}", "session parquet", "run `missrec etl` first"
         )
     tables = []
-    for file in files:
-        missing = set(names) - set(pq.read_schema(file).names)
-        if missing:
-            raise SchemaError(f"{file} lacks {sorted(missing)}", "every column that the schema names", "re-run the ETL")
-        tables.append(pq.read_table(file, columns=list(names)))
+    for place in places:
+        for file in row_files(place) if place.is_dir() else [place]:
+            if missing := set(names) - set(pq.read_schema(file).names):
+                words = f"{file} lacks {sorted(missing)}"
+                raise SchemaError(words, "every column that the schema names", "re-run the ETL")
+        read = read_rows if place.is_dir() else pq.read_table
+        tables.append(read(place, columns=list(names)))
     return pa.concat_tables(tables, promote_options="permissive")
 
 
-def _files(path: Path) -> list[Path]:
+def _places(path: Path) -> list[Path]:
+    """Return a folder of session parquet itself (nights may stand beside it), or the files that are meant."""
     if path.is_dir():
-        return sorted(path.glob("*.parquet"))
+        return [path] if row_files(path) else []
     if any(sign in str(path) for sign in "*?["):
         return sorted(map(Path, glob.glob(str(path))))
     if not path.is_file():

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -25,54 +24,8 @@ from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.workflows.etl import etl
 from missrec_t4r.workflows.storage import load_workflow
 from missrec_t4r.workflows.update import update
+from tests.workflows.nights import NEW_ITEMS, OPTIONS, SOME, raw_rows, shop
 from tests.workflows.tables import ITEMS, write
-
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"drop_duplicates": True, "max_events": 3},
-    {"unknown_items": "drop", "split": "time"},
-    {"session_gap": "20s", "event_weights": "cart=3,gift=0", "time_features": "gap,hour"},
-]
-SOME = settings(
-    max_examples=8,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-    derandomize=True,
-    phases=[Phase.explicit, Phase.generate],
-)
-NEW_ITEMS = pd.DataFrame(
-    {"item_id": ["desk", "rug", "lute"], "title": ["old desk", "a rug", "a lute"], "price": [1.0, 30.0, 7.0]}
-)
-
-
-def shop(
-    seed: int, size: int, users: int = 8, items: tuple[str, ...] = ("lamp", "desk", "sofa", "rug")
-) -> pd.DataFrame:
-    chance = np.random.default_rng(seed)
-    return pd.DataFrame(
-        {
-            "user_id": chance.choice([f"user {n}" for n in range(users)], size),
-            "item_id": chance.choice(items, size),
-            "timestamp": chance.integers(0, 300, size),
-            "event_type": chance.choice(["view", "cart", "gift"], size, p=[0.7, 0.2, 0.1]),
-            "dwell": chance.random(size).astype("float32"),
-        }
-    )
-
-
-def rows(data: Path, split: str) -> dict[Any, dict[str, Any]]:
-    """Return the rows by user and session, items as raw ids and categories as raw values: numbers of rows aside."""
-    catalogue = Catalogue.load(data / "catalogue")
-    features = json.loads((data / "session_transform.json").read_text())["features"]
-    found = {}
-    for file in sorted((data / split).glob("*.parquet")):
-        for row in pq.read_table(file).to_pylist():
-            row["item_id-list"] = catalogue.ids_of(row["item_id-list"])
-            for name, described in features.items():
-                if described["kind"] == "categorical":
-                    row[f"{name}-list"] = [described["values"][code - 3] for code in row[f"{name}-list"]]
-            found[row["user_id"], row.get("session_id", 0)] = row
-    return found
 
 
 @SOME
@@ -102,7 +55,7 @@ def test_an_update_equals_a_full_run_on_all_events(
     files = [folder / "old/events.parquet", folder / "new/events.parquet"]
     etl(files, items, folder / "full", **common)
     for split in ("train", "valid", "test"):
-        assert rows(folder / "data", split) == rows(folder / "full", split), split
+        assert raw_rows(folder / "data", split) == raw_rows(folder / "full", split), split
     full = Catalogue.load(folder / "full" / "catalogue")
     counts = [
         {item["item_id"]: (item["train_count"], item["title"], item["price"]) for item in catalogue.items.to_pylist()}

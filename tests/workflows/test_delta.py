@@ -1,0 +1,318 @@
+"""Nights as deltas: what readers see equals plain updates and a full run, compacted or not, and survives kills."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from missrec_t4r.cli import app
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.split_rows import delta_files
+from missrec_t4r.data.user_hash import hash_ids
+from missrec_t4r.schema import SPLITS
+from missrec_t4r.workflows import compaction
+from missrec_t4r.workflows import update as updates
+from missrec_t4r.workflows.compaction import compact
+from missrec_t4r.workflows.etl import etl
+from missrec_t4r.workflows.known_users import known_users, rows_of
+from missrec_t4r.workflows.update import update
+from tests.workflows.nights import NEW_ITEMS, OPTIONS, SOME, content, counted, night, raw_rows, same, shop
+from tests.workflows.tables import ITEMS, write
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_compaction_by_itself() -> Iterator[None]:
+    """Tiny shops would be compacted every night."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compaction, "SHARE_AT_MOST", 100.0)
+        yield
+
+
+def first_run(folder: Path, seed: int, **options: Any) -> Path:
+    write(folder / "old", shop(seed, 120))
+    np.save(folder / "text.npy", np.arange(1, 9, dtype=np.float32).reshape(4, 2))
+    arguments = {"engine": "disk", "workers": 1, "partitions": 3, **options}
+    etl(
+        folder / "old/events.parquet",
+        folder / "old/items.parquet",
+        folder / "data",
+        modality={"text": folder / "text.npy"},
+        **arguments,
+    )
+    return folder / "data"
+
+
+@hypothesis_settings(SOME, max_examples=4)
+@given(st.integers(0, 1000), st.sampled_from(OPTIONS), st.lists(st.booleans(), min_size=3, max_size=3))
+def test_nights_in_a_row_equal_a_full_run(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, options: dict[str, Any], tidy: list[bool]
+) -> None:
+    folder = tmp_path_factory.mktemp("shop")
+    data = first_run(folder, seed, **options)
+    boundaries = json.loads((data / "etl.json").read_text())["settings"]
+    nights = [night(folder, number, seed) for number in range(3)]
+    for number, file in enumerate(nights):
+        update(file, data, delta=True)
+        if tidy[number]:
+            compact(data, workers=1)
+    if options.get("split") == "time":
+        options = options | {name: boundaries[name] for name in ("valid_from", "test_from")}
+    files = [folder / "old/events.parquet", *nights]
+    etl(files, folder / "old/items.parquet", folder / "full", engine="disk", workers=1, partitions=2, **options)
+    for split in SPLITS:
+        assert raw_rows(data, split) == raw_rows(folder / "full", split), split
+    mine, full = counted(data), counted(folder / "full")
+    assert mine | {"modalities": full["modalities"]} == full
+    before = content(data)
+    compact(data, workers=1)
+    assert not (data / "deltas").exists()
+    assert not (data / "state" / "deltas").exists()
+    same(before, content(data))
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_deltas_equal_plain_updates_to_the_byte(tmp_path: Path, number: int) -> None:
+    data = first_run(tmp_path, 5, **OPTIONS[number], save_nvtabular_workflow=True)
+    shutil.copytree(data, tmp_path / "plain")
+    new_items = write(tmp_path / "new", shop(1, 3), NEW_ITEMS)[1]
+    for step in (1, 2):
+        file = night(tmp_path, step, 40)
+        more = {"items": new_items} if step == 1 else {}
+        told = update(file, data, delta=True, **more)
+        plain = update(file, tmp_path / "plain", workers=1, **more)
+        same(content(data), content(tmp_path / "plain"))
+        assert (told["version"], told["plain_version"]) == (step + 1, 1)
+        assert plain["plain_version"] == step + 1
+        assert told["added"]["items_added"] == plain["added"]["items_added"]
+        assert told["added"]["events_added"] == plain["added"]["events_added"]
+    for folder in ("workflow", "request_workflow"):
+        for file in (data / folder / "categories").iterdir():
+            assert file.read_bytes() == (tmp_path / "plain" / folder / "categories" / file.name).read_bytes()
+    assert json.loads((data / "nvtabular_workflow" / "metadata.json").read_text())
+    compact(data, workers=1)
+    for split in SPLITS:
+        files = sorted((data / split).glob("*.parquet"))
+        assert [file.name for file in files] == [f.name for f in sorted((tmp_path / "plain" / split).glob("*.parquet"))]
+        assert all(pq.read_table(f).equals(pq.read_table(tmp_path / "plain" / split / f.name)) for f in files)
+    file = night(tmp_path, 3, 41)
+    update(file, data, workers=1)
+    update(file, tmp_path / "plain", workers=1)
+    same(content(data), content(tmp_path / "plain"))
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two nights beside it; tests take copies."""
+    folder = tmp_path_factory.mktemp("kept")
+    data = first_run(folder, 11)
+    for number in range(2):
+        update(night(folder, number, 11), data, delta=True)
+    return data
+
+
+@pytest.fixture
+def data(kept: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(kept, tmp_path / "data"))
+
+
+def test_plain_parquet_stays_the_version_before(kept: Path, data: Path, tmp_path: Path) -> None:
+    versions = json.loads((data / "versions.json").read_text())
+    assert (versions["version"], versions["plain_version"]) == (3, 1)
+    fresh = first_run(tmp_path / "again", 11)
+    for split in SPLITS:
+        for file in (fresh / split).glob("*.parquet"):
+            assert (data / split / file.name).read_bytes() == file.read_bytes()
+    first = (kept.parent / "old/events.parquet", *sorted(kept.parent.glob("night-*.parquet")))
+    events = pd.concat([pd.read_parquet(file) for file in first])
+    assert len(Sessions.load(data / "train")) == events.user_id.nunique() > len(Sessions.load(fresh / "train"))
+
+
+def test_every_reader_sees_the_nights(data: Path) -> None:
+    from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
+
+    from missrec_t4r.t4r.reading import read_sessions
+    from missrec_t4r.workflows.measures import Everything, measure
+
+    schema = TensorflowMetadata.from_proto_text_file(str(data), "schema.pbtxt").to_merlin_schema()
+
+    def seen() -> list[Any]:
+        loaded = [Sessions.load(data / split) for split in SPLITS]
+        loaded += [read_sessions(str(data / split), schema) for split in SPLITS]
+        arrays = [[part.values, part.offsets, *part.features.values()] for part in loaded]
+        return [*arrays, measure(Everything.load(data), 1e9)[0]]
+
+    with_nights = seen()
+    assert compact(data, workers=1)["deltas"] == 2
+    for one, other in zip(with_nights[:-1], seen()[:-1], strict=True):
+        assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(one, other, strict=True))
+    assert with_nights[-1] == seen()[-1]
+    assert compact(data, workers=1)["compacted"] is False
+
+
+def test_training_and_evaluation_do_not_know_whether_nights_are_compacted(data: Path, tmp_path: Path) -> None:
+    from missrec_t4r.commands import evaluate, train
+
+    def trained(name: str) -> Any:
+        train(data, tmp_path / name, recipe="tiny", settings={"train.epochs": 1}, device="cpu")
+        found = evaluate(tmp_path / name, data=data)
+        return {part: found[part] for part in set(found) - {"run", "seconds", "data"}}
+
+    one = trained("with-nights")
+    compact(data, workers=1)
+    assert trained("compacted") == one
+
+
+def test_the_same_night_twice_changes_nothing(data: Path, kept: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in data.rglob("*") if file.is_file()}
+    again = update([kept.parent / "night-1.parquet", kept.parent / "night-0.parquet"], data, delta=True)
+    assert (again["updated"], again["version"]) == (False, 3)
+    assert {file: file.stat().st_mtime_ns for file in data.rglob("*") if file.is_file()} == before
+
+
+class Killed(BaseException):
+    """As a kill: nobody catches it and nothing is tidied up."""
+
+
+def _dies(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *, after: bool = False) -> None:
+    original: Callable[..., Any] = getattr(module, name)
+
+    def die(*given: Any, **named: Any) -> Any:
+        if after:
+            original(*given, **named)
+        raise Killed
+
+    monkeypatch.setattr(module, name, die)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("step", ["partitions.write_arrow", "grow", "_write_catalogue", "link_rest", "take_place"])
+def test_a_night_killed_anywhere_is_there_or_not(data: Path, tmp_path: Path, step: str, late: bool) -> None:
+    from missrec_t4r.workflows import delta, partitions, places
+
+    old, file = content(data), night(tmp_path, 2, 11)
+    modules = {"partitions.write_arrow": partitions, "link_rest": updates, "take_place": places}
+    with pytest.MonkeyPatch.context() as patched:
+        _dies(patched, modules.get(step, delta), step.split(".")[-1], after=late)
+        with pytest.raises(Killed):
+            update(file, data, delta=True)
+    done = step == "take_place" and late
+    if not done:
+        same(content(data), old)
+    assert update(file, data, delta=True)["updated"] is not done
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".data-work"][: int(done)]
+    assert content(data)["counted"]["events"] == 210
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("step", ["absorb", "divide", "write_json", "link_rest", "take_place"])
+def test_a_compaction_killed_anywhere_changes_nothing(data: Path, step: str, late: bool) -> None:
+    from missrec_t4r.workflows import partitions, places
+
+    old = content(data)
+    with pytest.MonkeyPatch.context() as patched:
+        _dies(patched, {"divide": partitions, "take_place": places}.get(step, compaction), step, after=late)
+        with pytest.raises(Killed):
+            compact(data, workers=1)
+    same(content(data), old)
+    assert compact(data, workers=1)["compacted"] is not (step == "take_place" and late)
+    assert not delta_files(data)
+    same(content(data), old)
+
+
+def test_a_real_kill_between_night_and_compaction(data: Path, tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from pathlib import Path
+from missrec_t4r.workflows import compaction
+from missrec_t4r.workflows.update import update
+
+compaction.DELTAS_AT_MOST = 2
+compaction.partitions.divide = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+update(sys.argv[1], Path(sys.argv[2]), delta=True, workers=1)
+"""
+    file = night(tmp_path, 2, 11)
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(file), str(data)])
+    assert run.returncode == -signal.SIGKILL
+    assert len(delta_files(data)) == 3
+    seen = content(data)
+    compact(data, workers=1)
+    same(content(data), seen)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_compaction_follows_by_itself(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compaction, "DELTAS_AT_MOST", 2)
+    told = update(night(tmp_path, 2, 11), data, delta=True, workers=1)
+    assert (told["version"], told["plain_version"], delta_files(data)) == (4, 4, [])
+    monkeypatch.setattr(compaction, "SHARE_AT_MOST", 0.01)
+    assert update(night(tmp_path, 3, 11), data, delta=True, workers=1)["plain_version"] == 5
+
+
+def test_a_night_too_large_for_memory_is_added_the_other_way(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(updates, "DELTA_ROWS", 10)
+    told = update(night(tmp_path, 2, 11), data, delta=True, workers=1)
+    assert (told["version"], told["plain_version"], delta_files(data)) == (4, 4, [])
+    assert told["events"] == 210
+
+
+def test_items_alone_can_be_added(data: Path, tmp_path: Path) -> None:
+    before = content(data)
+    _, items = write(tmp_path / "new", shop(1, 3), pd.concat([ITEMS, NEW_ITEMS]).drop_duplicates("item_id"))
+    told = update([], data, items=items)
+    after = content(data)
+    assert (told["version"], told["added"]["events_added"], told["added"]["items_added"]) == (4, 0, 1)
+    assert after["rows"]["train"].equals(before["rows"]["train"])
+    assert [row["item_id"] for row in after["items"].to_pylist()][-1] == "lute"
+    compact(data, workers=1)
+    assert update([], data, items=items)["updated"] is True
+    assert json.loads((data / "versions.json").read_text())["plain_version"] == 5  # nothing stands beside the files
+    titles = {row["item_id"]: row["title"] for row in after["items"].to_pylist()}
+    assert (titles["rug"], titles["desk"]) == ("a rug", "a desk")  # only events knew the rug; the desk had a line
+
+
+def test_users_are_found_without_reading_the_others(data: Path) -> None:
+    users = pa.array(["user 3", "nobody", "user 1"])
+    hashes = hash_ids(users)
+    order = np.argsort(hashes)
+    found = known_users(data, 3, users.take(pa.array(order)), hashes[order])
+    whole = raw_rows(data, "test")
+    for number, size in zip(found.numbers, found.sizes, strict=True):
+        user = users[int(order[number])].as_py()
+        assert size == len(whole[user, 0]["item_id-list"])
+    assert len(found.numbers) == 2
+    twins = pa.table({"user_id": ["a", "b", "c"], "user_hash": pa.array([5, 5, 9], pa.uint64())})
+    asked = pa.array(["b", "x", "c", "a"])
+    assert rows_of(twins, asked, np.array([5, 5, 9, 5], np.uint64)).tolist() == [1, -1, 2, 0]
+
+
+def test_the_command_adds_nights_and_compacts(data: Path, tmp_path: Path) -> None:
+    def said(*arguments: str) -> Any:
+        run = CliRunner().invoke(app, ["etl", "--out", str(data), *arguments])
+        return json.loads(run.stdout.splitlines()[-1]) if run.exit_code == 0 else run.exit_code
+
+    file = str(night(tmp_path, 2, 11))
+    assert said("--update", "--delta", "--interactions", file)["plain_version"] == 1
+    planned = said("--compact", "--dry-run")
+    assert (planned["deltas"], planned["compacted"]) == (3, False)
+    assert said("--compact", "--workers", "1")["plain_version"] == 4
+    assert said("--delta", "--interactions", file) == 2
+    assert said("--compact", "--interactions", file) == 2
+    assert said("--compact", "--k-core", "2") == 2

@@ -3,6 +3,7 @@
 #   GPU variant:  --build-arg TORCH_INDEX_URL=         (PyPI's torch, which carries CUDA)
 ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:24.10-py3
 FROM ${TRITON_IMAGE}
+ENV OMP_WAIT_POLICY=passive
 
 ARG TORCH_VERSION=2.13.0
 ARG TORCH_INDEX_URL=

@@ -16,7 +16,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from benchmarks.measure import report
+from benchmarks.speed.load import answers_per_second, message
 from benchmarks.speed.serving_shop import bundle_of
 from missrec_t4r.export.manifest import ITEMS_FILE
 from missrec_t4r.export.repository import write_repository
@@ -80,20 +80,7 @@ def latency(ask: Callable[[Arrays], Any], requests: Sequence[Arrays], seconds: f
 
 def throughput(url: str, model: str, outputs: Sequence[str], requests: Sequence[Arrays], seconds: float) -> float:
     """Return the sessions per second that sixteen clients get who each wait for every answer."""
-    counts, until = [0] * _CLIENTS, time.perf_counter() + seconds
-
-    def client(number: int) -> None:
-        with asked(url, model, outputs) as ask:
-            while time.perf_counter() < until:
-                ask(requests[(number + counts[number]) % len(requests)])
-                counts[number] += 1
-
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(_CLIENTS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return round(sum(counts) / seconds, 1)
+    return answers_per_second(url, [message(model, one, outputs) for one in requests], _CLIENTS, seconds)
 
 
 def ours(bundle: Path, work: Path, seconds: float, threads: int) -> dict[str, Any]:

@@ -23,6 +23,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+# Read when torch loads, which commands do later. By default threads spin while they wait for each other, and where
+# another process needs their core, training took six times as long and more (docs/experiments.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # Upstream says these at every start, whatever a user does; anything else still shows.
 for _words in (
     "The legacy Dask DataFrame implementation",

@@ -71,16 +71,23 @@ class EmbeddedTriton:
         return target.parent
 
     def environment(self) -> dict[str, str]:
-        """Return the server's environment: this Python first on PATH, its library and the wheel's own to be found."""
+        """Return the server's environment: this Python first on PATH, its library and the wheel's own to be found.
+
+        Threads of a ranker sleep while they wait for each other; spinning, they take the core from clients and server.
+        """
         libraries = [
             str(sysconfig.get_config_var("LIBDIR") or ""),
             str(self.server.parent.parent / "nvidia_pytriton.libs"),
         ]
         inherited = os.environ.get("LD_LIBRARY_PATH", "")
-        return os.environ | {
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-            "LD_LIBRARY_PATH": os.pathsep.join(part for part in [*libraries, inherited] if part),
-        }
+        return (
+            {"OMP_WAIT_POLICY": "passive"}
+            | os.environ
+            | {
+                "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+                "LD_LIBRARY_PATH": os.pathsep.join(part for part in [*libraries, inherited] if part),
+            }
+        )
 
 
 def check_libc(name: str, version: str) -> None:

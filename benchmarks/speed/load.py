@@ -1,0 +1,75 @@
+"""Clients that cost as little as possible: requests are serialised beforehand, answers are not parsed.
+
+On a small machine clients and server share the cores, and tritonclient's own work per request is as large as a small
+model's. What is compared is servers, so all of them get these clients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+from tritonclient.grpc import service_pb2
+from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
+
+from missrec_t4r.serving.doors import channel_arguments
+
+_METHOD = "/inference.GRPCInferenceService/ModelInfer"
+_WARM = 32
+
+
+def message(model: str, arrays: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> bytes:
+    """Return one request as it goes over the wire."""
+    request = service_pb2.ModelInferRequest(model_name=model)
+    for name, array in arrays.items():
+        request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
+        strings = array.dtype == np.object_
+        request.raw_input_contents.append(serialize_byte_tensor(array).item() if strings else array.tobytes())
+    for name in outputs:
+        request.outputs.add(name=name)
+    serialised: bytes = request.SerializeToString()
+    return serialised
+
+
+def answers_per_second(url: str, messages: Sequence[bytes], clients: int, seconds: float) -> float:
+    """Return how many requests per second are answered to ``clients`` who each wait for every answer.
+
+    Raises
+    ------
+    RuntimeError
+        A request was refused, or nobody answered.
+    """
+    counts, failures = [0] * clients, list[Exception]()
+    start = threading.Barrier(clients + 1)
+
+    def client(number: int) -> None:
+        with grpc.insecure_channel(url, options=channel_arguments(url)) as channel:
+            ask = channel.unary_unary(_METHOD)
+            try:
+                for turn in range(_WARM // clients):
+                    ask(messages[(number + turn) % len(messages)], timeout=60)
+                start.wait()
+                until = time.perf_counter() + seconds
+                while time.perf_counter() < until:
+                    ask(messages[(number + counts[number]) % len(messages)], timeout=60)
+                    counts[number] += 1
+            except (grpc.RpcError, threading.BrokenBarrierError) as error:
+                failures.append(error)
+                start.abort()
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    with contextlib.suppress(threading.BrokenBarrierError):  # a client failed, and says so below
+        start.wait()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise RuntimeError(f"{len(failures)} of {clients} clients failed: {failures[0]}")
+    return round(sum(counts) / seconds, 1)

@@ -17,6 +17,10 @@ from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.progress import Progress
 
 _RETRIES = 3
+_ANSWER = 20
+"""Seconds within which a scheduler must answer."""
+_PATIENCE = 30
+"""Seconds without a worker before a run gives up; a scheduler may be restarting them."""
 
 
 class Engine(Protocol):
@@ -65,14 +69,67 @@ class Cluster:
     def run(
         self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], progress: Progress, description: str
     ) -> list[Any]:
-        """Submit all; the scheduler repeats what a dead worker had."""
-        from distributed import as_completed
+        """Submit all; the scheduler repeats what a dead worker had.
 
+        Raises
+        ------
+        DataError
+            No worker is left, one piece of work killed several, or workers lack the files or this package.
+        """
         futures = [self.client.submit(task, *given, pure=False, retries=_RETRIES) for given in arguments]
-        for _ in progress.track(as_completed(futures, loop=self.client.loop), description, len(futures)):
+        for _ in progress.track(self._as_they_come(futures), description, len(futures)):
             continue
-        answers: list[Any] = self.client.gather(futures)
+        with _cluster_in_words():
+            answers: list[Any] = self.client.gather(futures)
         return answers
+
+    def _as_they_come(self, futures: Sequence[Any]) -> Iterator[Any]:
+        from distributed import TimeoutError as Late
+        from distributed import wait
+
+        left = set(futures)
+        while left:
+            try:
+                with self.client.as_current():
+                    done, left = wait(left, timeout=_PATIENCE, return_when="FIRST_COMPLETED")
+            except Late:
+                if not self.client.nthreads():
+                    raise _alone(f"no worker was left for {_PATIENCE} seconds") from None
+                continue
+            yield from done
+
+
+def _alone(found: str) -> DataError:
+    return DataError(
+        f"{found} at the Dask scheduler",
+        "at least one worker",
+        "start some with `dask worker`, then run the same command again: it continues",
+    )
+
+
+@contextmanager
+def _cluster_in_words() -> Iterator[None]:
+    """Say what a failure in a worker means."""
+    from distributed import KilledWorker
+
+    try:
+        yield
+    except KilledWorker as error:
+        raise DataError(
+            f"workers died over and over on one piece of work ({error})",
+            "workers with memory for a partition",
+            "give them more, or more --partitions; then the same command continues",
+        ) from error
+    except FileNotFoundError as error:
+        raise DataError(
+            f"a worker does not find {error.filename}",
+            "workers that see input and output under the same paths as this machine",
+            "mount the same folder there, or use --dask-scheduler processes",
+        ) from error
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"a worker lacks the package {error.name}", "the same installation as here", "install it on the workers"
+        ) from error
 
 
 @contextmanager
@@ -91,7 +148,7 @@ def engine(where: str = "threads", workers: int | None = None) -> Iterator[Engin
     ConfigError
         Neither a name nor an address.
     DataError
-        The scheduler does not answer.
+        The scheduler does not answer, or has no worker.
     """
     count = workers or len(os.sched_getaffinity(0))
     if where == "threads":
@@ -106,9 +163,19 @@ def engine(where: str = "threads", workers: int | None = None) -> Iterator[Engin
             yield Cluster(client)
     elif "://" in where:
         with _connected(where) as client:
+            _require_workers(client)
             yield Cluster(client)
     else:
         raise ConfigError(f"--dask-scheduler {where!r}", "threads, processes or tcp://host:port")
+
+
+def _require_workers(client: Any) -> None:
+    from distributed import TimeoutError as Late
+
+    try:
+        client.wait_for_workers(1, timeout=_PATIENCE)
+    except Late:
+        raise _alone(f"no worker came within {_PATIENCE} seconds") from None
 
 
 @contextmanager
@@ -116,7 +183,7 @@ def _connected(address: str) -> Iterator[Any]:
     from distributed import Client
 
     try:
-        client = Client(address, set_as_default=False, timeout="5s")
+        client = Client(address, set_as_default=False, timeout=_ANSWER)
     except (OSError, ValueError) as error:
         raise DataError(
             f"no Dask scheduler answers at {address} ({error})",

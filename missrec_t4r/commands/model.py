@@ -51,7 +51,7 @@ def train(
         raise ConfigError("--from or --continue with --trainer t4r", "the native trainer", "leave --trainer out")
     if not source and (take != "all" or (freeze and not yesterday)):
         raise ConfigError("--freeze or --take without a run to start from", "--from RUN")
-    start = {"recipe": recipe, "settings": settings, "trainer": trainer, "freeze": freeze, "take": take}
+    start: dict[str, Any] = {"recipe": recipe, "settings": settings, "trainer": trainer, "freeze": freeze, "take": take}
     made_from = _identity([data], {**start, "device": device}, source or yesterday) if reuse else None
     if made_from and resume and (found := _found(out, made_from, dry_run, progress)):
         return found

@@ -270,7 +270,8 @@ etl(sys.argv[1], sys.argv[2], sys.argv[4], engine="disk", partitions=4, workers=
 """
 
 
-def test_bad_settings_and_places_are_said_before_work_begins(tmp_path: Path) -> None:
+def test_bad_settings_and_places_are_said_before_work_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("missrec_t4r.workflows.engine._ANSWER", 1)
     files = write(tmp_path)
     for options, words in (
         ({"engine": "fast"}, "engine 'fast'.*auto, memory or disk"),

@@ -46,13 +46,13 @@ def known_users(data: Path, partitions: int, users: pa.Array, hashes: Hashes) ->
     users, hashes : array [user], ndarray [user]
         Users without repeats, in the order of their hash.
     """
-    left, found = np.arange(len(users)), []
+    open_, found = np.ones(len(users), bool), []
     for part, begin, end in _parts(data, partitions, hashes):
-        asked = left[np.searchsorted(left, begin) : np.searchsorted(left, end)]
+        asked = begin + np.flatnonzero(open_[begin:end])
         rows = rows_of(part, users.take(pa.array(asked)), hashes[asked])
         there = rows >= 0
         found.append(_taken(part, asked[there], rows[there]))
-        left = np.setdiff1d(left, asked[there], assume_unique=True)
+        open_[asked[there]] = False
     names = found[0].values if found else {}
     return Known(
         np.concatenate([np.zeros(0, np.int64), *(part.numbers for part in found)]),

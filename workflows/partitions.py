@@ -147,8 +147,8 @@ def gather(work: str, partition: int) -> dict[str, Any]:
 
 
 def values_of(table: pa.Table, items: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-    """Return the columns of events as a state keeps them."""
-    others = [name for name in table.column_names if name not in (USER_ID, ITEM_ID)]
+    """Return the columns of events as a state keeps them: items, times, the others in the order of the input."""
+    others = [TIMESTAMP, *(name for name in table.column_names if name not in (USER_ID, ITEM_ID, TIMESTAMP))]
     return {ITEM_ID: items.astype(np.int32)} | {name: table[name].to_numpy() for name in others}
 
 
@@ -225,6 +225,8 @@ def trained(sessions: pa.Table, offsets: Ints, lengths: Ints) -> Ints:
 def sessions_of(known: pa.Table, merged: Mapping[str, Any]) -> pa.Table:
     """Make sessions of what is known of the users: weights, pauses, time features, the last events."""
     lists = lists_of(known)
+    if not any(merged[name] for name in ("weights", "session_gap", "time_features", "max_events")):
+        return pa.table({USER_ID: known[USER_ID], **{name: _widened(column) for name, column in lists.items()}})
     sizes = np.diff(np.asarray(lists[ITEM_ID + LIST_SUFFIX].offsets, np.int64))
     owner = np.repeat(np.arange(len(sizes)), sizes)
     values = {name.removesuffix(LIST_SUFFIX): column.values.to_numpy() for name, column in lists.items()}
@@ -255,10 +257,17 @@ def sessions_of(known: pa.Table, merged: Mapping[str, Any]) -> pa.Table:
         values = {name: column[keep] for name, column in values.items()}
         offsets = np.concatenate([[0], np.cumsum(np.minimum(np.diff(offsets), longest))])
     bounds = pa.array(offsets, pa.int32())
-    for name in [ITEM_ID, TIMESTAMP, *(name for name in values if name not in (ITEM_ID, TIMESTAMP))]:
+    for name in values:
         kind = np.int64 if values[name].dtype.kind in "iu" else values[name].dtype
         columns[name + LIST_SUFFIX] = pa.ListArray.from_arrays(bounds, pa.array(values[name].astype(kind, copy=False)))
     return pa.table(columns)
+
+
+def _widened(column: pa.ListArray) -> pa.ListArray:
+    """Return lists with integers as the splits have them."""
+    values = column.values
+    wide = values.cast(pa.int64()) if pa.types.is_integer(values.type) else values
+    return pa.ListArray.from_arrays(column.offsets, wide)
 
 
 def lists_of(known: pa.Table) -> dict[str, pa.ListArray]:

@@ -5,8 +5,9 @@
 All ways read the same parquet and write the same sessions (items and event types encoded, time-ordered, one row per
 user), which is checked on a small table before anything is timed. Ours writes more: the three splits, catalogue,
 workflows and what an update needs. Stock operators are timed on at most ``--stock-rows``; their rate falls with size,
-so the ratio is a lower bound. At the end a day of 1 % new
-events by users drawn from all is added to our folder. Interpreter start and imports are not counted for any of them.
+so the ratio is a lower bound. At the end ``--nights`` days of 1 % new events each are added to our folder (``--update
+--delta``): users drawn from all and 1 % new ones, who also see 1 % new items; then ``--compact`` makes plain parquet of
+it, and the training split is read before and after. Interpreter start and imports are not counted for any of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -125,13 +129,36 @@ def polars(folder: Path, out: Path) -> None:
 
 
 def day(folder: Path, out: Path) -> None:
-    """Add a day of 1 % new events, by users drawn from all, to a folder that is there already (``out`` / "data")."""
+    """Add a day of new events to a folder that is there already (``out`` / "data"), beside its plain files."""
+    from missrec_t4r.workflows.update import update
+
+    update(folder / "events.parquet", out / "data", delta=True)
+
+
+def plain_day(folder: Path, out: Path) -> None:
+    """Add a day of new events so that the plain files hold it."""
     from missrec_t4r.workflows.update import update
 
     update(folder / "events.parquet", out / "data")
 
 
+def compact(folder: Path, out: Path) -> None:
+    """Bring the days into the plain files."""
+    from missrec_t4r.workflows.compaction import compact as bring_together
+
+    bring_together(out / "data")
+
+
+def read(folder: Path, out: Path) -> None:
+    """Read the training split as trainers do."""
+    from missrec_t4r.data.sessions import Sessions
+
+    Sessions.load(out / "data" / "train")
+
+
 WAYS: dict[str, Callable[[Path, Path], None]] = {"ours": ours, "stock": stock, "pandas": pandas, "polars": polars}
+LATER: dict[str, Callable[[Path, Path], None]] = {"day": day, "plain_day": plain_day, "compact": compact, "read": read}
+"""What is done with our folder afterwards."""
 
 
 def sessions_of(way: str, out: Path) -> dict[str, list[Any]]:
@@ -200,13 +227,42 @@ def run_way(way: str, folder: Path, out: Path) -> None:
     """Do the job in this process and print what it took."""
     for module in {
         "ours": ["missrec_t4r.workflows.etl"],
-        "day": ["missrec_t4r.workflows.update"],
         "stock": ["missrec_t4r.workflows", "nvtabular"],
+        **dict.fromkeys(LATER, ["missrec_t4r.workflows.update", "missrec_t4r.data.sessions"]),
     }.get(way, [way]):
         importlib.import_module(module)
-    started = time.perf_counter()
-    {**WAYS, "day": day}[way](folder, out)
-    print(json.dumps({"seconds": time.perf_counter() - started, "peak_mib": peak_mib()}))
+    started, worked = time.perf_counter(), time.process_time()
+    {**WAYS, **LATER}[way](folder, out)
+    took = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - worked}
+    print(json.dumps({**took, "peak_mib": peak_mib()}))
+
+
+def nights(folder: Path, rows: int, count: int) -> dict[str, Any]:
+    """Add days to our folder (``folder / "later" / "data"``) and compact it; return what it took."""
+    users, items = population(rows)
+    later = folder / "later"
+    took: dict[str, list[dict[str, float]]] = {name: [] for name in (*LATER, "read_compacted")}
+    for number in range(1, count + 1):
+        known = (users + users * number // 100, items + items * number // 100)
+        first = 1_650_000_000 + 86_400 * number
+        generate(rows // 100, folder / f"new-{number}", seed=number, drawn_from=known, first_time=first)
+        if number == 1:
+            shutil.copytree(later / "data", folder / "plain" / "data", copy_function=os.link)
+            took["plain_day"].append(timed("plain_day", folder / "new-1", folder / "plain"))
+            shutil.rmtree(folder / "plain")
+        took["day"].append(timed("day", folder / f"new-{number}", later))
+    took["read"].append(timed("read", later, later))
+    took["compact"].append(timed("compact", later, later))
+    took["read_compacted"].append(timed("read", later, later))
+    for name, runs in took.items():
+        print(f"{name}: {', '.join(format(run['seconds'], '.2f') for run in runs)} s", file=sys.stderr)
+    return {
+        "day_seconds": round(statistics.median(run["seconds"] for run in took["day"]), 3),
+        "day_cpu_seconds": round(statistics.median(run["cpu_seconds"] for run in took["day"]), 3),
+        "day_seconds_each": [round(run["seconds"], 3) for run in took["day"]],
+        "day_peak_mib": round(max(run["peak_mib"] for run in took["day"])),
+        **{f"{name}_seconds": round(took[name][0]["seconds"], 2) for name in took if name != "day"},
+    }
 
 
 def main() -> None:
@@ -215,7 +271,8 @@ def main() -> None:
     parser.add_argument("--stock-rows", type=int, default=200_000, help="time the stock operators on at most so many")
     parser.add_argument("--ways", default=",".join(WAYS), help="which of them, comma-separated")
     parser.add_argument("--repeat", type=int, default=1, help="the best of so many runs")
-    parser.add_argument("--way", choices=[*WAYS, "day"])
+    parser.add_argument("--nights", type=int, default=5, help="so many days of 1 %% are added one after the other")
+    parser.add_argument("--way", choices=[*WAYS, *LATER])
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -236,11 +293,9 @@ def main() -> None:
             runs = [timed(way, data, folder / f"{way}-{number}") for number in range(given.repeat)]
             took[way] = min(runs, key=lambda run: run["seconds"])
             print(f"{way}: {took[way]['seconds']:.1f} s, {took[way]['peak_mib']:.0f} MiB", file=sys.stderr)
-        (folder / "day").mkdir()
-        (folder / "ours-0").rename(folder / "day" / "data")
-        generate(given.rows // 100, folder / "new", seed=1, drawn_from=population(given.rows), first_time=1_650_000_000)
-        update = timed("day", folder / "new", folder / "day")
-        print(f"day: {update['seconds']:.1f} s", file=sys.stderr)
+        (folder / "later").mkdir()
+        (folder / "ours-0").rename(folder / "later" / "data")
+        later = nights(folder, given.rows, given.nights)
     rates = {way: (stock_rows if way == "stock" else given.rows) / found["seconds"] for way, found in took.items()}
     payload: dict[str, Any] = {
         "rows": given.rows,
@@ -249,8 +304,10 @@ def main() -> None:
         "peak_mib": round(took["ours"]["peak_mib"]),
         **{f"{way}_peak_mib": round(found["peak_mib"]) for way, found in took.items() if way != "ours"},
         "seconds": {way: round(found["seconds"], 2) for way, found in took.items()},
-        "day_seconds": round(update["seconds"], 2),
-        "day_share_of_full_run": round(update["seconds"] / took["ours"]["seconds"], 3),
+        "cpu_seconds": {way: round(found["cpu_seconds"], 2) for way, found in took.items()},
+        **later,
+        "day_share_of_full_run": round(later["day_seconds"] / took["ours"]["seconds"], 3),
+        "day_share_of_full_run_cpu": round(later["day_cpu_seconds"] / took["ours"]["cpu_seconds"], 3),
         "stock_rows": stock_rows if "stock" in took else 0,
         "ratio_to": {way: round(rates["ours"] / rate, 2) for way, rate in rates.items() if way != "ours"},
         "checked_rows": CHECK_ROWS,

@@ -198,7 +198,8 @@ class Catalogue:
     def write_items(self, folder: Path) -> None:
         """Write only the file that holds the counts, for a folder whose other files are those of an older version."""
         rows = pa.array(np.arange(FIRST_ITEM_ROW, self.n_rows))
-        pq.write_table(self.items.append_column(ROW, rows), folder / ITEMS_FILE)
+        repeating = [name for name in self.items.column_names if name not in (ITEM_ID, TRAIN_COUNT)]
+        pq.write_table(self.items.append_column(ROW, rows), folder / ITEMS_FILE, use_dictionary=repeating)
 
     def _write(self, folder: Path) -> None:
         self.write_items(folder)

@@ -21,7 +21,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from missrec_t4r.config import Recipe
@@ -53,7 +53,7 @@ from missrec_t4r.export.staging import staged
 from missrec_t4r.export.vocabulary import load_items, load_session_transform
 from missrec_t4r.model.missrec import MISSRec, build_missrec
 from missrec_t4r.model.search_tables import SearchTables, write_search_tables
-from missrec_t4r.model.tensor_file import look_here_and_there, not_finite
+from missrec_t4r.model.tensor_file import look_here_and_there, not_finite, write_tensors
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import SCHEMA_FILE, SESSION_TRANSFORM_FILE
 from missrec_t4r.serving.session_transform import SessionTransform, TransformSettings
@@ -114,11 +114,8 @@ def fill_bundle(
             )
     shutil.copyfile(data / SCHEMA_FILE, folder / SCHEMA_FILE)
     _write_transform(folder, data, model.config.max_sequence_length)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(
-        {name: tensor for name, tensor in state.items() if not name.startswith(_INTERESTS)}, folder / WEIGHTS_FILE
-    )
-    write_catalogue(state, catalogue, folder / CATALOGUE_FILE)
+    write_weights(model, folder / WEIGHTS_FILE)
+    write_catalogue(model.state_dict(), catalogue, folder / CATALOGUE_FILE)
     pq.write_table(catalogue.items, folder / ITEMS_FILE)
     widths = {name: modality.width for name, modality in catalogue.modalities.items()}
     described = {"format": FORMAT_VERSION, "config": dataclasses.asdict(model.config), "modalities": widths}
@@ -182,13 +179,28 @@ def _write_transform(folder: Path, data: Path, max_sequence_length: int) -> None
     _write_json(folder / SESSION_TRANSFORM_FILE, content | {"max_sequence_length": max_sequence_length})
 
 
+def write_weights(model: MISSRec, file: Path) -> None:
+    """Write what was learned."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    write_tensors(file, {name: tensor for name, tensor in state.items() if not name.startswith(_INTERESTS)})
+
+
+def with_search_tables(folder: Path, loaded: LoadedBundle, progress: Progress = quiet) -> LoadedBundle:
+    """Add search tables, and per-row weights as long as the catalogue, to a bundle that `load_bundle` has read."""
+    write_weights(loaded.model, folder / f".{WEIGHTS_FILE}")
+    (folder / f".{WEIGHTS_FILE}").replace(folder / WEIGHTS_FILE)  # the file before stays mapped by the model
+    write_search_tables(loaded.model, folder / SEARCH_FILE, progress)
+    write_manifest(folder)
+    return replace(loaded, tables=SearchTables.load(folder / SEARCH_FILE))
+
+
 def write_catalogue(interests: Mapping[str, Tensor], catalogue: Catalogue, file: Path) -> None:
     """Write what belongs to a catalogue version: the model's buffers of interests, vectors and presence masks."""
     tensors = {name: tensor for name, tensor in interests.items() if name.startswith(_INTERESTS)}
     for name, modality in catalogue.modalities.items():
         tensors[f"modality.{name}.vectors"] = torch.from_numpy(np.ascontiguousarray(modality.vectors))
         tensors[f"modality.{name}.present"] = torch.from_numpy(modality.present.copy())  # masks may be one array
-    save_file(tensors, file)
+    write_tensors(file, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
 
 
 def write_features(folder: Path, catalogue: Catalogue) -> None:

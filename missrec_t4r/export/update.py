@@ -23,7 +23,14 @@ import torch
 from missrec_t4r.aside import exchange
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
-from missrec_t4r.export.bundle import LoadedBundle, load_bundle, write_catalogue, write_features
+from missrec_t4r.export.bundle import (
+    SEARCH_FROM,
+    LoadedBundle,
+    load_bundle,
+    with_search_tables,
+    write_catalogue,
+    write_features,
+)
 from missrec_t4r.export.grown import nearest_interests
 from missrec_t4r.export.manifest import (
     CATALOGUE_FILE,
@@ -51,6 +58,8 @@ Vectors = npt.NDArray[np.float32]
 TOLERANCE = 1e-6
 """Largest difference of an untouched item's score in an untouched session."""
 _CHECKED_SESSIONS = 64
+_MANY = 1 << 25
+"""Numbers that are kept in memory: a vector table (128 MiB), or the scores of the sessions that are checked."""
 _KEPT_FILES = (MODEL_FILE, WEIGHTS_FILE, SESSION_TRANSFORM_FILE, SCHEMA_FILE)
 
 
@@ -97,14 +106,16 @@ def update_catalogue(
     rows = _rows(old.catalogue, table)
     given = {name: _vectors(name, part, old.catalogue, table.num_rows) for name, part in (modalities or {}).items()}
     progress.say(f"writing the catalogue with {table.num_rows} new, changed or retired items")
-    grown = _grown(old.catalogue, table, rows, given)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         aside.chmod(0o755)
+        grown = _grown(old.catalogue, table, rows, given, aside)
         for name in _KEPT_FILES:
             shutil.copyfile(folder / name, aside / name)
         _write(aside, old, grown, rows, given)
         new = load_bundle(aside)
+        if grown.n_rows >= SEARCH_FROM:
+            new = with_search_tables(aside, new, progress)
         largest = _check(old, new, rows)
         after = catalogue_version(verify_bundle(aside, only=()))
         if after != before and not dry_run:  # the same change again would push the version before out of reach
@@ -188,7 +199,7 @@ def _vectors(name: str, part: Path | Vectors, catalogue: Catalogue, n_lines: int
 
 
 def _grown(
-    catalogue: Catalogue, table: pa.Table, rows: npt.NDArray[np.int64], given: Mapping[str, Vectors]
+    catalogue: Catalogue, table: pa.Table, rows: npt.NDArray[np.int64], given: Mapping[str, Vectors], folder: Path
 ) -> Catalogue:
     n_rows = max(int(rows.max()) + 1, catalogue.n_rows)
     places, n_items = rows - FIRST_ITEM_ROW, n_rows - FIRST_ITEM_ROW
@@ -201,14 +212,22 @@ def _grown(
         columns[name] = _column(name, catalogue, table, source, places)
     modalities = {}
     for name, modality in catalogue.modalities.items():
-        vectors = np.zeros((n_rows, modality.width), np.float32)
+        vectors = _zeros((n_rows, modality.width), folder)
         present = np.zeros(n_rows, bool)
         vectors[: catalogue.n_rows], present[: catalogue.n_rows] = modality.vectors, modality.present
         if name in given:
             told = ~np.isnan(given[name]).any(1)
             vectors[rows[told]], present[rows[told]] = given[name][told], True
         modalities[name] = Modality(vectors, present, modality.encoder)
-    return Catalogue(pa.table(columns), modalities)
+    return Catalogue(pa.table(columns), modalities, checked=True)
+
+
+def _zeros(shape: tuple[int, int], folder: Path) -> Vectors:
+    """Return zeros, in a nameless file of ``folder`` where they are many: its pages need not stay in memory."""
+    if shape[0] * shape[1] < _MANY:
+        return np.zeros(shape, np.float32)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, np.float32, "w+", shape=shape)
 
 
 def _column(
@@ -277,11 +296,9 @@ def _check(old: LoadedBundle, new: LoadedBundle, rows: npt.NDArray[np.int64]) ->
         return 0.0
     rng = np.random.default_rng(0)
     length = min(old.model.config.max_sequence_length, 10)
-    sessions = torch.from_numpy(rng.choice(pool, (_CHECKED_SESSIONS, length)))
-    scores = [
-        bundle.model.score(bundle.model(sessions), bundle.model.candidates(), sessions)[:, pool]
-        for bundle in (old, new)
-    ]
+    n_sessions = min(_CHECKED_SESSIONS, max(_MANY // new.catalogue.n_rows, 1))
+    sessions = torch.from_numpy(rng.choice(pool, (n_sessions, length)))
+    scores = [_scores(bundle, sessions)[:, pool] for bundle in (old, new)]
     largest = float(torch.nan_to_num(scores[0] - scores[1], nan=0.0).abs().max())
     ids = [bundle.transform.look_up(old.transform.wire_ids) for bundle in (old, new)]
     if largest > TOLERANCE or not np.array_equal(ids[0], ids[1]):
@@ -290,6 +307,14 @@ def _check(old: LoadedBundle, new: LoadedBundle, rows: npt.NDArray[np.int64]) ->
             "the bundle stays as it is; export it again with the installed version",
         )  # fmt: skip
     return largest
+
+
+def _scores(bundle: LoadedBundle, sessions: torch.Tensor) -> torch.Tensor:
+    model, vectors = bundle.model, bundle.model(sessions)
+    if bundle.tables is None:
+        return model.score(vectors, model.candidates(), sessions)
+    scores = model.add_history(bundle.tables.table.scan(vectors), sessions)
+    return scores.index_fill_(1, model.excluded, -torch.inf)
 
 
 def _retired(catalogue: Catalogue) -> npt.NDArray[np.bool_]:

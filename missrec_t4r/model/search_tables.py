@@ -27,7 +27,7 @@ from missrec_t4r.model.quantised import (
     rest_of_rows,
 )
 from missrec_t4r.model.score_table import ScoreTable, build_score_table
-from missrec_t4r.model.tensor_file import TensorFile, look_here_and_there
+from missrec_t4r.model.tensor_file import ALIGNED, TensorFile, look_here_and_there
 from missrec_t4r.model.towers import ItemTokens
 from missrec_t4r.progress import Progress, quiet
 
@@ -44,7 +44,7 @@ class SearchTables(NamedTuple):
     @staticmethod
     def load(file: Path) -> SearchTables:
         """Map a file of `write_search_tables`; only what is read takes memory, and processes share it."""
-        stored = load_file(file)
+        stored = {name: _aligned(tensor) for name, tensor in load_file(file).items()}
         table = ScoreTable(**{name: stored[f"table.{name}"] for name in _TABLE})
         look_here_and_there([table.tokens])
         return SearchTables(table, QuantisedTable(**{name: stored[f"quantised.{name}"] for name in _QUANTISED}))
@@ -151,6 +151,11 @@ def _in_order(frame: ScoreTable, part: Part) -> Iterator[tuple[int, Tensor]]:
             has = torch.nonzero(at >= 0).flatten()
             if len(has):
                 yield int(frame.place[level, rows[has[0]]]), own.tokens[at[has]]
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor where vector instructions may read it: in place if the file was written by `TensorFile`."""
+    return tensor.clone() if tensor.data_ptr() % ALIGNED else tensor
 
 
 def _outside(places: Tensor, end: int) -> bool:

@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_NAMES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
-_ALIGNED = 64
+_NAMES = {torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.bool: "BOOL"}
+_NAMES |= {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+ALIGNED = 64
+"""What vector instructions read at once."""
 _MADV_RANDOM, _MADV_NOHUGEPAGE = 1, 15
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
@@ -33,19 +35,25 @@ class TensorFile:
     file : Path
         Written from the start; complete when the ``with`` block has written every row.
     shapes : mapping of str to (torch.dtype, tuple of int)
-        Every tensor of the file. Wide types come first in it, so that each is aligned.
+        Every tensor of the file, in its order.
+    aligned : int
+        Bytes that every tensor's place is a multiple of, which the format leaves to the writer: torch's 8-bit products
+        end the process at odd addresses. ``filling.*`` lie between.
     """
 
-    def __init__(self, file: Path, shapes: Mapping[str, Shape]) -> None:
+    def __init__(self, file: Path, shapes: Mapping[str, Shape], aligned: int = ALIGNED) -> None:
         self._file, self._shapes = file, shapes
         self._starts: dict[str, int] = {}
         described, at = {}, 0
-        for name, (dtype, shape) in sorted(shapes.items(), key=lambda one: -one[1][0].itemsize):
+        for name, (dtype, shape) in shapes.items():
             size = dtype.itemsize * math.prod(shape)
             described[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
             self._starts[name], at = at, at + size
+            if rest := -at % aligned:
+                filling = {"dtype": "I8", "shape": [rest], "data_offsets": [at, at + rest]}
+                described[f"filling.{name}"], at = filling, at + rest
         header = json.dumps(described).encode()
-        header += b" " * (-(len(header) + 8) % _ALIGNED)
+        header += b" " * (-(len(header) + 8) % ALIGNED)
         self._header, self._size = len(header).to_bytes(8, "little") + header, at
 
     def __enter__(self) -> TensorFile:
@@ -65,6 +73,14 @@ class TensorFile:
         place = len(self._header) + self._starts[name] + row * dtype.itemsize * math.prod(shape[1:])
         raw = part.contiguous().reshape(-1).view(torch.uint8)
         _write(self._descriptor, memoryview(raw.numpy()), place)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors that may be mapped themselves, without a second copy of them in memory."""
+    ordered = sorted(tensors.items(), key=lambda one: -one[1].itemsize)  # so that each stands at a multiple of its own
+    with TensorFile(file, {name: (one.dtype, tuple(one.shape)) for name, one in ordered}, aligned=1) as out:
+        for name, tensor in tensors.items():
+            out.write(name, tensor)
 
 
 def look_here_and_there(tensors: Iterable[Tensor]) -> None:

@@ -23,6 +23,7 @@ def deploy(
     keep: Annotated[int, typer.Option(help="Versions kept on disk.")] = 3,
     max_batch_size: Annotated[int, typer.Option(help="Sessions per pass and per request.")] = 64,
     threads: Annotated[int, typer.Option(help="Threads of the ranker.")] = 1,
+    instances: Annotated[int, typer.Option(help="Processes of the ranker; they share a large catalogue.")] = 1,
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Let a new model or catalogue answer, without a restart and without a failed request."""
@@ -34,6 +35,7 @@ def deploy(
         keep=keep,
         max_batch_size=max_batch_size,
         threads=threads,
+        instances=instances,
         dry_run=dry_run,
         progress=TerminalProgress(),
     )

@@ -27,7 +27,9 @@ BUNDLE_IN_REPOSITORY = "missrec_ranker/1/bundle"
 LANDMARK = "missrec_ranker/config.pbtxt"
 
 
-def write_repository(bundle: str | Path, out: str | Path, *, max_batch_size: int = 64, threads: int = 1) -> list[str]:
+def write_repository(
+    bundle: str | Path, out: str | Path, *, max_batch_size: int = 64, threads: int = 1, instances: int = 1
+) -> list[str]:
     """Write a model repository aside and rename it into place; an older one is replaced whole.
 
     Parameters
@@ -40,6 +42,8 @@ def write_repository(bundle: str | Path, out: str | Path, *, max_batch_size: int
         Sessions that Triton's dynamic batcher puts into one pass, and the most one request may hold.
     threads : int
         Threads of the ranker's torch.
+    instances : int
+        Processes of the ranker that answer at the same time; of a large catalogue they share the pages.
 
     Returns
     -------
@@ -52,20 +56,24 @@ def write_repository(bundle: str | Path, out: str | Path, *, max_batch_size: int
         The bundle is damaged, or ``out`` is in use by something else.
     """
     with staged(Path(out), LANDMARK) as folder:
-        fill_repository(folder, Path(bundle), max_batch_size=max_batch_size, threads=threads)
+        fill_repository(folder, Path(bundle), max_batch_size=max_batch_size, threads=threads, instances=instances)
         return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
 
-def fill_repository(folder: Path, bundle: Path, *, max_batch_size: int = 64, threads: int = 1) -> None:
+def fill_repository(
+    folder: Path, bundle: Path, *, max_batch_size: int = 64, threads: int = 1, instances: int = 1
+) -> None:
     """Write the repository's files into an empty folder; `write_repository` and `export` put it in place."""
-    if max_batch_size < 1 or threads < 1:
-        raise ConfigError(f"max_batch_size {max_batch_size}, threads {threads}", "at least 1 each")
+    if min(max_batch_size, threads, instances) < 1:
+        found = f"max_batch_size {max_batch_size}, threads {threads}, instances {instances}"
+        raise ConfigError(found, "at least 1 each")
     manifest = verify_bundle(bundle)
     id_type = load_session_transform(bundle).settings.id_type
     values = {
         "item_id_type": "TYPE_STRING" if id_type == "string" else "TYPE_INT64",
         "max_batch_size": str(max_batch_size),
         "threads": str(threads),
+        "instances": str(instances),
     }
     for model in MODELS:
         (folder / model / "1").mkdir(parents=True)

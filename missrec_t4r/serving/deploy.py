@@ -49,6 +49,7 @@ def deploy(
     keep: int = 3,
     max_batch_size: int = 64,
     threads: int = 1,
+    instances: int = 1,
     dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
@@ -66,8 +67,8 @@ def deploy(
         False loads and asks the version, and leaves the door as it is: for `missrec shadow`.
     keep : int
         Versions kept on disk, the one that answers among them.
-    max_batch_size, threads : int
-        As in `missrec export`.
+    max_batch_size, threads, instances : int
+        As in `write_repository`.
     dry_run : bool
         Verify the bundle and say which version it would be, change nothing.
     progress : Progress
@@ -98,7 +99,8 @@ def deploy(
         before = current_version(folder)
         if bundle is not None:
             progress.say(f"verifying {bundle}")
-            version = _add(folder, Path(bundle), max_batch_size, threads, before if switch else None)
+            sizes = {"max_batch_size": max_batch_size, "threads": threads, "instances": instances}
+            version = _add(folder, Path(bundle), before if switch else None, sizes)
         assert version is not None
         _require(folder, version)
         warmed = _turn(folder, version, switch=switch, progress=progress)
@@ -211,7 +213,7 @@ def _unload(control: Control, version: int) -> None:
         control.unload(f"{model}_v{version}")
 
 
-def _add(folder: Path, bundle: Path, max_batch_size: int, threads: int, before: int | None) -> int:
+def _add(folder: Path, bundle: Path, before: int | None, sizes: dict[str, int]) -> int:
     """Write a version's models aside and rename them into place; its own door, last, makes it complete.
 
     Where it would be the very version that answers, that one is returned: a deploy that is repeated adds none.
@@ -220,7 +222,7 @@ def _add(folder: Path, bundle: Path, max_batch_size: int, threads: int, before: 
     version = max(versions_of(folder), default=0) + 1
     aside = Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
     try:
-        fill_repository(aside, bundle, max_batch_size=max_batch_size, threads=threads)
+        fill_repository(aside, bundle, **sizes)
         for model in MODELS:
             config = aside / model / _CONFIG
             config.write_text(_versioned(config.read_text(encoding="utf-8"), model, version), encoding="utf-8")

@@ -153,13 +153,13 @@ def test_the_repository_is_typed_by_the_catalogue(
     make_run: Callable[..., Path], tmp_path: Path, integers: bool, id_type: str
 ) -> None:
     export(make_run(integers=integers), tmp_path / "bundle")
-    files = write_repository(tmp_path / "bundle", tmp_path / "repository", max_batch_size=16, threads=2)
+    files = write_repository(tmp_path / "bundle", tmp_path / "repository", max_batch_size=16, threads=2, instances=3)
     assert "missrec_sessions/1/model.py" in files
     assert (tmp_path / "repository" / "missrec" / "1").is_dir()  # Triton wants a version, even of an ensemble
     for model in MODELS:
         text = (tmp_path / "repository" / model / "config.pbtxt").read_text()
         template = (TEMPLATES / model / "config.pbtxt").read_text()
-        for name, value in {"item_id_type": id_type, "max_batch_size": "16", "threads": "2"}.items():
+        for name, value in {"item_id_type": id_type, "max_batch_size": "16", "threads": "2", "instances": "3"}.items():
             template = template.replace(f"${{{name}}}", value)
         assert text == template
         assert "$" not in text

@@ -83,8 +83,9 @@ def fill_repository(
             (folder / model / "1" / "model.py").write_text(code, encoding="utf-8")
     target = folder / BUNDLE_IN_REPOSITORY
     target.mkdir()
-    for name in (MANIFEST_FILE, *manifest["files"]):
+    for name in manifest["files"]:
         shutil.copyfile(bundle / name, target / name)
+    shutil.copy2(bundle / MANIFEST_FILE, target / MANIFEST_FILE)  # with its time: the age of the catalogue, in metrics
 
 
 def filled(template: str, values: dict[str, str]) -> str:

@@ -31,6 +31,8 @@ def score(
         str | None, typer.Option(help='JSON: {"where": {"in_stock": true}, "at_most": {"brand": 2}}.')
     ] = None,
     items_column: ItemsColumn = "items",
+    rules_column: Annotated[str | None, typer.Option(help="Text column: rules of the session, as JSON.")] = None,
+    exclude_column: Annotated[str | None, typer.Option(help="List column: ids not for this session.")] = None,
     layout: Annotated[str, typer.Option(help="lists: a row per session. long: a row per item.")] = "lists",
     threads: Threads = 1,
 ) -> dict[str, Any]:
@@ -45,6 +47,8 @@ def score(
         exclude=listed(exclude),
         rules=json_option(rules, "--rules"),
         items_column=items_column,
+        rules_column=rules_column,
+        exclude_column=exclude_column,
         layout=layout,
         threads=threads,
         progress=TerminalProgress(),

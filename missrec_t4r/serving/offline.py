@@ -21,6 +21,7 @@ from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import ITEM_ID
 from missrec_t4r.serving.client import MISSRecClient
 from missrec_t4r.serving.session_files import SessionFiles, TableWriter, replacing
+from missrec_t4r.serving.session_transform import RawId
 from missrec_t4r.serving.wire import Recommendation, typed_id
 
 _SESSIONS_AT_A_TIME = 1024
@@ -37,6 +38,8 @@ def score(
     exclude: Sequence[str | int] | None = None,
     rules: Mapping[str, Any] | None = None,
     items_column: str = "items",
+    rules_column: str | None = None,
+    exclude_column: str | None = None,
     layout: str = "lists",
     threads: int = 1,
     progress: Progress = quiet,
@@ -59,6 +62,11 @@ def score(
         Filters and caps for all sessions, as in `MISSRecClient.recommend`.
     items_column : str
         List column of raw item ids, oldest first.
+    rules_column : str, optional
+        Text column with a JSON object of rules per session, beside ``rules``: where both speak of a column, the
+        session's count.
+    exclude_column : str, optional
+        List column of ids that must not be recommended to the session, beside ``exclude``.
     layout : {"lists", "long"}
         One row per session with lists of items and scores, or one row per recommended item with its rank from 1.
     threads : int
@@ -79,17 +87,22 @@ def score(
         raise ConfigError(f"--layout {layout!r}", " or ".join(LAYOUTS))
     started = time.monotonic()
     with MISSRecClient.of_bundle(bundle, threads=threads) as client:
-        files = SessionFiles(sessions, items_column, client.id_type, side_names(bundle))
-        banned = None if exclude is None else [typed_id(item, client.id_type) for item in exclude]
+        files = SessionFiles(sessions, items_column, client.id_type, side_names(bundle), rules_column, exclude_column)
+        banned = [typed_id(item, client.id_type) for item in exclude or []]
         counts = {"sessions": 0, "fallbacks": 0, "with_unknown_items": 0}
         total = -(-files.rows // _SESSIONS_AT_A_TIME)
         with replacing(out) as aside, TableWriter(aside) as writer:
             batches = files.batches(_SESSIONS_AT_A_TIME)
-            for carried, asked, side in progress.track(batches, f"scoring {files.rows} sessions", total):
+            for batch in progress.track(batches, f"scoring {files.rows} sessions", total):
                 answers = client.recommend(
-                    asked, top_k, exclude_seen=exclude_seen, exclude=banned, rules=rules, side=side
+                    batch.sessions,
+                    top_k,
+                    exclude_seen=exclude_seen,
+                    exclude=_exclusions(banned, batch.exclude),
+                    rules=rules if batch.rules is None else [_both(rules or {}, own) for own in batch.rules],
+                    side=batch.side,
                 )
-                writer.write(_table(carried, answers, client.id_type, layout))
+                writer.write(_table(batch.carried, answers, client.id_type, layout))
                 counts["sessions"] += len(answers)
                 counts["fallbacks"] += sum(answer.fallback for answer in answers)
                 counts["with_unknown_items"] += sum(answer.unknown_items > 0 for answer in answers)
@@ -97,6 +110,21 @@ def score(
                 writer.write(_table(files.schema.empty_table().select(files.carried), [], client.id_type, layout))
             rows = writer.rows
     return {"out": str(Path(out)), "rows": rows, **counts, "seconds": round(time.monotonic() - started, 2)}
+
+
+def _exclusions(everywhere: list[RawId], own: list[list[RawId]] | None) -> list[RawId] | list[list[RawId]] | None:
+    if own is None:
+        return everywhere or None
+    return [[*everywhere, *ids] for ids in own]
+
+
+def _both(everywhere: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rules with the session's own over those of all; what is no mapping is left for the ranker to refuse."""
+    joined = {**everywhere, **own}
+    for part in everywhere.keys() & own.keys():
+        if isinstance(everywhere[part], Mapping) and isinstance(own[part], Mapping):
+            joined[part] = {**everywhere[part], **own[part]}
+    return joined
 
 
 def side_names(bundle: str | Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,10 @@ class SessionBatch(NamedTuple):
     sessions: list[list[RawId]]
     side: list[SideOfSession] | None
     """Side features per session; None if the file has none of the model's."""
+    rules: list[dict[str, Any]] | None = None
+    """Rules per session, if a column holds them."""
+    exclude: list[list[RawId]] | None = None
+    """Ids per session that must not be recommended, if a column holds them."""
 
 
 class SessionFiles:
@@ -43,6 +48,10 @@ class SessionFiles:
         Type of the catalogue's ids; the column must hold it.
     side : sequence of str
         The model's side features; list columns of these names (or with ``-list``) hold one raw value per item id.
+    rules_column : str, optional
+        Text column with a JSON object of rules per session; empty or missing is no rule.
+    exclude_column : str, optional
+        List column of ids that must not be recommended to the session.
 
     Raises
     ------
@@ -50,14 +59,27 @@ class SessionFiles:
         No parquet there, no such column, or ids of another type.
     """
 
-    def __init__(self, place: str | Path, items_column: str, id_type: str, side: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        place: str | Path,
+        items_column: str,
+        id_type: str,
+        side: Sequence[str] = (),
+        rules_column: str | None = None,
+        exclude_column: str | None = None,
+    ) -> None:
         place = Path(place)
         self.files = sorted(place.glob("*.parquet")) if place.is_dir() else [place]
         if not self.files or not self.files[0].is_file():
             raise DataError(f"{place} holds no parquet", "a parquet file, or a folder of them", "check --sessions")
         self.items_column = items_column
         self.schema = pq.read_schema(self.files[0])
-        self._check(id_type)
+        self.rules_column, self.exclude_column = rules_column, exclude_column
+        self._check_ids(items_column, id_type, "name it with --items-column")
+        if exclude_column is not None:
+            self._check_ids(exclude_column, id_type, "check --exclude-column")
+        if rules_column is not None:
+            self._check_rules(rules_column)
         lists = {field.name for field in self.schema if _is_list(field.type)} - {items_column}
         named = {name: name if name in lists else name + LIST_SUFFIX for name in side}
         self.side_columns = {name: column for name, column in named.items() if column in lists}
@@ -74,12 +96,18 @@ class SessionFiles:
 
     def batches(self, size: int) -> Iterator[SessionBatch]:
         """Yield at most ``size`` rows at a time; a missing list is an empty session, or an absent side feature."""
+        read = [*self.carried, self.items_column, *self.side_columns.values()]
+        columns = [*read, *([self.exclude_column] if self.exclude_column else [])]
+        first = 0
         for file in self.files:
-            columns = [*self.carried, self.items_column, *self.side_columns.values()]
             for batch in pq.ParquetFile(file).iter_batches(size, columns=columns):
                 table = pa.Table.from_batches([batch])
                 sessions = [session or [] for session in table[self.items_column].to_pylist()]
-                yield SessionBatch(table.select(self.carried), sessions, self._side(table))
+                rules = None if self.rules_column is None else self._rules(table[self.rules_column], first)
+                banned = None if self.exclude_column is None else table[self.exclude_column].to_pylist()
+                exclude = None if banned is None else [own or [] for own in banned]
+                yield SessionBatch(table.select(self.carried), sessions, self._side(table), rules, exclude)
+                first += len(sessions)
 
     def _side(self, table: pa.Table) -> list[SideOfSession] | None:
         if not self.side_columns:
@@ -90,22 +118,43 @@ class SessionFiles:
             for line in range(table.num_rows)
         ]
 
-    def _check(self, id_type: str) -> None:
+    def _rules(self, column: pa.ChunkedArray, first: int) -> list[dict[str, Any]]:
+        """Return what the texts of a batch say, whose first session is number ``first``."""
+        parsed = []
+        for line, text in enumerate(column.to_pylist(), start=first):
+            try:
+                own = json.loads(text) if text else {}
+            except ValueError as error:
+                own = error
+            if not isinstance(own, dict):
+                raise DataError(
+                    f"{self.rules_column!r} of session {line} is {text!r}"[:300], "a JSON object, or nothing"
+                )
+            parsed.append(own)
+        return parsed
+
+    def _check_rules(self, column: str) -> None:
+        field = self.schema.field(column) if column in self.schema.names else None
+        if field is None or not (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
+            found = "no column" if field is None else f"{field.type} in column"
+            raise DataError(f"{self.files[0]} has {found} {column!r}", "text, a JSON object of rules per session")
+
+    def _check_ids(self, column: str, id_type: str, cure: str) -> None:
         names = [field.name for field in self.schema if _is_list(field.type)]
-        if self.items_column not in names:
+        if column not in names:
             found = f"list columns {', '.join(names)}" if names else "no list column"
             raise DataError(
                 f"{self.files[0]} has {found}",
-                f"a list column {self.items_column!r} of raw item ids, oldest first",
-                "name it with --items-column",
+                f"a list column {column!r} of raw item ids",
+                cure,
             )
-        ids = self.schema.field(self.items_column).type.value_type
+        ids = self.schema.field(column).type.value_type
         fits = (
             pa.types.is_integer(ids) if id_type == "int64" else pa.types.is_string(ids) or pa.types.is_large_string(ids)
         )
         if not fits and not pa.types.is_null(ids):
             raise DataError(
-                f"column {self.items_column!r} of {self.files[0]} holds {ids}",
+                f"column {column!r} of {self.files[0]} holds {ids}",
                 f"{id_type}, the type of this catalogue's ids",
                 "write the ids exactly as the item table has them",
             )

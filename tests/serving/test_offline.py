@@ -75,6 +75,38 @@ def test_the_long_layout_has_a_row_per_item(bundle: Path, loaded: LoadedRun, tmp
     assert {row["rank"] for row in long} >= {1, 20}
 
 
+def test_rules_and_exclusions_of_each_session_come_from_columns(
+    bundle: Path, loaded: LoadedRun, tmp_path: Path
+) -> None:
+    sessions = shop.raw_sessions(loaded.catalogue, 30, seed=5)
+    ids = loaded.catalogue.items["item_id"].to_pylist()
+    texts = ['{"where": {"item_id": ' + json.dumps(ids[:5]) + "}}", "", None] * 10
+    banned = [ids[:1], [], None] * 10
+    file = session_file(tmp_path / "sessions.parquet", sessions)
+    table = pq.read_table(file).append_column("rules", pa.array(texts, pa.string()))
+    pq.write_table(table.append_column("not", pa.array(banned, pa.list_(pa.string()))), file)
+    everywhere = {"where": {"train_count": {"min": 1}}}
+    options = {"top_k": 9, "rules": everywhere, "exclude": [ids[1]]}
+    score(bundle, file, tmp_path / "out.parquet", rules_column="rules", exclude_column="not", **options)
+    own = {"where": {"train_count": {"min": 1}, "item_id": ids[:5]}}
+    with MISSRecClient.of_bundle(bundle) as client:
+        expected = client.recommend(
+            sessions,
+            9,
+            rules=[own if text else everywhere for text in texts],
+            exclude=[[ids[1], *(one or [])] for one in banned],
+        )
+    answers = pq.read_table(tmp_path / "out.parquet")["item_id"].to_pylist()
+    assert answers == [answer.item_ids for answer in expected]
+    assert all(set(answer) <= set(ids[2:5]) for answer in answers[::3])
+    pq.write_table(pq.read_table(file).set_column(3, "rules", pa.array([*texts[:29], "[1]"])), file)
+    with pytest.raises(DataError, match=r"'rules' of session 29 is '\[1\]'; expected: a JSON object"):
+        score(bundle, file, tmp_path / "bad.parquet", rules_column="rules")
+    with pytest.raises(DataError, match="no column 'rule'; expected: text"):
+        score(bundle, file, tmp_path / "bad.parquet", rules_column="rule")
+    assert not (tmp_path / "bad.parquet").exists()
+
+
 def test_integer_catalogues_and_empty_files(make_run: Callable[..., Path], tmp_path: Path) -> None:
     export(make_run(integers=True), tmp_path / "bundle")
     known = load_bundle(tmp_path / "bundle").catalogue.ids_of(np.array([3, 4]))

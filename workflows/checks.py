@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,7 @@ _ISO = {"format": "ISO8601"} if pd.__version__ >= "2" else {}
 KEYS = (USER_ID, ITEM_ID, TIMESTAMP)
 
 
-_LONG = f"users with over {MANY_EVENTS:,} events are kept; are they programs? --max-events cuts their sessions"
+VERY_LONG = f"users with over {MANY_EVENTS:,} events are kept; are they programs? --max-events cuts their sessions"
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,12 @@ def normal_ids(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
             )
         texts = column.cast(pa.string())
         return pc.if_else(pc.equal(texts, ""), None, texts)  # an empty id is no id
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return normal_ids(
+            pa.chunked_array([chunk.cast(pa.binary()).view(pa.string()) for chunk in column.chunks], pa.string()), name
+        )
     if pa.types.is_integer(kind):
-        return column.cast(pa.int64())
+        return as_int64(column, name)
     if pa.types.is_floating(kind):  # integers with nulls become floats in pandas
         values = pc.if_else(pc.is_finite(column), column, None)
         try:
@@ -88,13 +93,42 @@ def normal_ids(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     raise SchemaError(f"column {name!r} is of type {kind}", "string or integer ids", "convert the column")
 
 
+def as_int64(column: Any, name: str) -> Any:
+    """Return an Arrow column of integers as int64.
+
+    Raises
+    ------
+    SchemaError
+        One is too large.
+    """
+    try:
+        return column.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise SchemaError(
+            f"column {name!r} holds integers beyond 64 bits with a sign ({error})", "smaller ones, or text"
+        ) from error
+
+
 def not_utf8(column: pa.ChunkedArray) -> int:
     """Return how many texts are not UTF-8; parquet does not check what was written into it."""
     try:
         column.validate(full=True)
+        clean = not pa.types.is_binary(column.type)
     except (pa.ArrowInvalid, UnicodeDecodeError):
-        return sum(_decoded(value)[1] for value in _as_bytes(column))
-    return 0
+        clean = False
+    return 0 if clean else sum(_decoded(value)[1] for value in _as_bytes(column))
+
+
+def readable(values: pa.Array) -> tuple[list[Any], list[int]]:
+    """Return distinct values with texts repaired that are not UTF-8, and the places of these."""
+    if not pa.types.is_string(values.type):
+        return values.to_pylist(), []
+    try:
+        values.validate(full=True)
+    except (pa.ArrowInvalid, UnicodeDecodeError):
+        found = [_decoded(value) for value in _as_bytes(pa.chunked_array([values]))]
+        return [text for text, _ in found], [place for place, (_, broken) in enumerate(found) if broken]
+    return values.to_pylist(), []
 
 
 def repaired_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -201,6 +235,29 @@ def refuse_mixed_units(seconds: int, larger: int) -> None:
         )
 
 
+def refuse_milliseconds(newest: float, wanted: str) -> None:
+    """Refuse times in milliseconds where something counts in seconds.
+
+    Parameters
+    ----------
+    newest : float
+        The newest time.
+    wanted : str
+        What counts in seconds, empty if nothing does.
+
+    Raises
+    ------
+    DataError
+        It can only be milliseconds or finer.
+    """
+    if wanted and newest >= MILLISECONDS:
+        raise DataError(
+            f"the newest time is {newest:.0f}, which is milliseconds or finer, and {wanted} counts in seconds",
+            "unix seconds or dates",
+            "divide the times by 1000, or write them as dates",
+        )
+
+
 def event_features(table: pa.Table, drop_columns: Sequence[str], findings: Findings) -> list[str]:
     """Return the event columns that become list features.
 
@@ -227,6 +284,17 @@ def event_features(table: pa.Table, drop_columns: Sequence[str], findings: Findi
     return kept
 
 
+def note_nulls(findings: Findings, name: str, count: int, *, text: bool) -> None:
+    """Note what an event column lacks."""
+    became = "nulls became an empty text" if text else "nulls and infinities became 0"
+    findings.add("null_feature", count, f"event column {name!r}: {became}")
+
+
+def note_repaired(findings: Findings, name: str, count: int) -> None:
+    """Note texts that were not UTF-8 and were repaired."""
+    findings.add("not_utf8", count, f"texts of column {name!r} were no UTF-8: U+FFFD stands for what was not")
+
+
 def clean_events(table: pa.Table, features: Sequence[str], findings: Findings, drop_duplicates: bool) -> pd.DataFrame:
     """Return the usable events in input order and note what is odd.
 
@@ -249,7 +317,7 @@ def clean_events(table: pa.Table, features: Sequence[str], findings: Findings, d
     findings.add("duplicate_events", int(doubled.sum()), f"repeated (user, item, time) {done}")
     _note_times(events, findings)
     per_user = events[USER_ID].value_counts(sort=False)
-    findings.add("very_long_users", int((per_user > MANY_EVENTS).sum()), _LONG)
+    findings.add("very_long_users", int((per_user > MANY_EVENTS).sum()), VERY_LONG)
     return events[~doubled].reset_index(drop=True) if drop_duplicates else events
 
 
@@ -271,13 +339,17 @@ def fill_features(events: pd.DataFrame, features: Sequence[str], findings: Findi
     columns = {}
     for name in features:
         column = events[name]
+        if column.dtype.kind == "f":
+            column = column.where(np.isfinite(column))
         nulls = int(column.isna().sum())
         text = column.dtype == object and not column.dropna().isin([True, False]).all()
-        findings.add("null_feature", nulls, f"event column {name!r}: nulls became {'an empty text' if text else '0'}")
+        note_nulls(findings, name, nulls, text=text)
         if text:
             columns[name] = column.fillna("").astype(object)
         else:
             filled = column.astype("float64").fillna(0.0) if nulls else column
+            if filled.dtype.kind == "u":
+                filled = as_int64(pa.chunked_array([pa.array(filled)]), name).to_pandas()
             columns[name] = filled.astype("float32" if filled.dtype.kind == "f" else "int64")
     return events.assign(**columns)
 

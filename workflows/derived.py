@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from missrec_t4r.errors import ConfigError, SchemaError
+from missrec_t4r.workflows.checks import refuse_milliseconds
 from missrec_t4r.workflows.event_operators import TIME_FEATURES
 
 SESSION_ID = "session_id"
@@ -58,6 +59,17 @@ class Derived:
     def columns(self) -> list[str]:
         """Return the new event columns."""
         return [*([WEIGHT] if self.weights else []), *self.time_features]
+
+    def check_clock(self, newest: float) -> None:
+        """Refuse times that are no seconds where sessions or time features are made of them.
+
+        Raises
+        ------
+        DataError
+            The newest time can only be milliseconds or finer.
+        """
+        options = {"--session-gap": self.session_gap, "--time-features": self.time_features}
+        refuse_milliseconds(newest, " and ".join(name for name, given in options.items() if given))
 
     def check(self, features: Sequence[str], texts: Sequence[str]) -> None:
         """Refuse names that clash and event types that are not there.

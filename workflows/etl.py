@@ -224,10 +224,9 @@ def _on_disk(
     started: float,
 ) -> dict[str, Any]:
     settings, names = task.settings, task.names
-    copies = out.with_name(f".{out.name}-copies")
     with places.working_folder(out) as (work, finish), running(scheduler, workers) as machines:
         user, item, _ = names
-        files = places.as_parquet(task.files, copies, [user, item])
+        files = places.as_parquet(task.files, places.copies_of(out), [user, item], task.findings)
         table, vectors = places.read_catalogue(
             task.items, task.catalogue_item, files, item, task.modality_files, task.findings
         )
@@ -247,7 +246,7 @@ def _on_disk(
         folder, counts = scale.build(job, work, machines, progress)
         report = task.report(counts, folder, started)
         finish(folder)
-    shutil.rmtree(copies, ignore_errors=True)
+    shutil.rmtree(places.copies_of(out), ignore_errors=True)
     return report
 
 
@@ -268,6 +267,7 @@ def _in_memory(task: _Task, out: Path, partitions: int | None, progress: Progres
     settings["event_features"] = list(inputs.features)
     task.derive.check(inputs.features, [name for name in inputs.features if inputs.events[name].dtype == object])
     settings["newest"] = float(inputs.events[TIMESTAMP].max())
+    task.derive.check_clock(settings["newest"])
     task.derive = replace(task.derive, newest=settings["newest"])
     progress.say(f"{len(inputs.events):,} events on {inputs.items.num_rows:,} items; grouping them into sessions")
     with written_aside(out, REPORT_FILE) as folder, tempfile.TemporaryDirectory() as storage:

@@ -60,7 +60,7 @@ def read_tables(
     if len(names) < 3:
         raise ConfigError(f"columns {list(names)} for user, item and time", "three different columns")
     item_raw, user_raw = _raw_name(names, ITEM_ID), _raw_name(names, USER_ID)
-    events = read_table(interactions, "interactions", text_columns=[user_raw, item_raw])
+    events = read_table(interactions, "interactions", text_columns=[user_raw, item_raw], findings=findings)
     for raw, option in zip(names, ("--user-column", "--item-column", "--time-column"), strict=True):
         require_column(events, raw, "interactions", option)
     clashing = [name for name in events.column_names if name in names.values() and name not in names]
@@ -79,7 +79,7 @@ def read_items(items: Path, catalogue_item: str, findings: checks.Findings) -> p
     DataError, SchemaError
         It cannot be read, or has no such column.
     """
-    table = read_table(items, "items", text_columns=[catalogue_item, ITEM_ID])
+    table = read_table(items, "items", text_columns=[catalogue_item, ITEM_ID], findings=findings)
     if catalogue_item not in table.column_names and ITEM_ID in table.column_names:
         catalogue_item = ITEM_ID
     require_column(table, catalogue_item, "items", "--catalogue-item-column")

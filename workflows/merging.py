@@ -78,11 +78,8 @@ def note_shards(
         add("orphan_events", strange, f"events on {unknown} items without a line are left out")
     for name, kind in plan.features.items():
         nulls = sum(shard["nulls"].get(name, 0) for shard in shards)
-        add(
-            "null_feature",
-            nulls,
-            f"event column {name!r}: nulls became {'an empty text' if kind == 'category' else '0'}",
-        )
+        checks.note_nulls(findings, name, nulls, text=kind == "category")
+        checks.note_repaired(findings, name, sum(shard["repaired"].get(name, 0) for shard in shards))
 
 
 def note_gathered(findings: checks.Findings, gathered: Sequence[dict[str, Any]], merged: Mapping[str, Any]) -> None:
@@ -90,5 +87,6 @@ def note_gathered(findings: checks.Findings, gathered: Sequence[dict[str, Any]],
     done = "are left out" if merged["drop_duplicates"] else "are kept; --drop-duplicates leaves them out"
     repeated = sum(part.get("repeated", 0) for part in gathered)
     findings.add("duplicate_events", repeated, f"repeated (user, item, time) {done}")
+    findings.add("very_long_users", sum(part.get("very_long", 0) for part in gathered), checks.VERY_LONG)
     backwards = sum(part.get("backwards", 0) for part in gathered)
     findings.add("time_backwards", backwards, "events of a user not in the order of time were sorted")

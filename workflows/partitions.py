@@ -26,7 +26,7 @@ from missrec_t4r.data.split_rows import inside, one_array
 from missrec_t4r.data.user_hash import Hashes, hash_ids
 from missrec_t4r.errors import SchemaError
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
-from missrec_t4r.workflows import kernels, splits
+from missrec_t4r.workflows import checks, kernels, splits
 from missrec_t4r.workflows.derived import SESSION_ID
 from missrec_t4r.workflows.shards import load_plan, one_batch, read_shards, write_json
 
@@ -95,7 +95,13 @@ def survey(work: str, partition: int) -> dict[str, int]:
     with file.with_suffix(".part").open("wb") as aside:
         np.savez(aside, users=codes.astype(np.int32), items=items, alive=alive)
     file.with_suffix(".part").replace(file)
-    return {"repeated": len(repeated), "strange": int(strange.sum()), "backwards": backwards(codes, times)}
+    told = {"repeated": len(repeated), "strange": int(strange.sum()), "backwards": backwards(codes, times)}
+    return told | {"very_long": very_long(codes)}
+
+
+def very_long(codes: npt.NDArray[Any]) -> int:
+    """Return how many users have more events than people make."""
+    return int((np.bincount(codes) > checks.MANY_EVENTS).sum())
 
 
 def count_codes(work: str, partition: int) -> dict[str, list[int]]:
@@ -134,6 +140,7 @@ def gather(work: str, partition: int) -> dict[str, Any]:
         repeated = repeats(known.codes, times, items, known.order)
         strange = items >= merged["rows"]
         found = {"repeated": len(repeated), "strange": int(strange.sum()), "backwards": backwards(known.codes, times)}
+        found["very_long"] = very_long(known.codes)
         if strange.any() or (merged["drop_duplicates"] and len(repeated)):  # of an update; else `survey` saw to it
             stay = ~strange
             stay[repeated[~strange[repeated]] if merged["drop_duplicates"] else repeated[:0]] = False

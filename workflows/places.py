@@ -36,7 +36,7 @@ def working_folder(out: Path) -> Iterator[tuple[Path, Callable[[Path], None]]]:
     """
     if out.exists() and not (out.is_dir() and ((out / REPORT_FILE).is_file() or not any(out.iterdir()))):
         raise DataError(f"{out} exists and is no data folder", "a new or an older data folder", "choose another --out")
-    work = out.with_name(f".{out.name}-work")
+    work, copies = out.with_name(f".{out.name}-work"), copies_of(out)
     try:
         with disk_in_words(out):
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -47,9 +47,15 @@ def working_folder(out: Path) -> Iterator[tuple[Path, Callable[[Path], None]]]:
 
             yield work, finish
     except Exception:
-        shutil.rmtree(work, ignore_errors=True)
+        for folder in (work, copies):
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(work, ignore_errors=True)
+
+
+def copies_of(out: Path) -> Path:
+    """Return where input lies that had to be copied to parquet; it goes with the working folder."""
+    return out.with_name(f".{out.name}-copies")
 
 
 def one_of(top: Path, name: str) -> Path:
@@ -60,31 +66,78 @@ def one_of(top: Path, name: str) -> Path:
     return top / name
 
 
-def as_parquet(files: Sequence[Path], folder: Path, text_columns: Sequence[str]) -> list[Path]:
-    """Return the files, those of other kinds copied to parquet in ``folder`` (one in memory at a time)."""
-    found = []
-    for number, file in enumerate(files):
-        copy = file
-        if not file.name.endswith((".parquet", ".pq")):
-            stamp = file.stat()
-            copy = folder / f"{number:05}-{stamp.st_size}-{stamp.st_mtime_ns}.parquet"
-            if not copy.is_file():
-                with file_aside(copy) as aside:
-                    pq.write_table(read_table(file, "interactions", text_columns=text_columns), aside)
-        found.append(copy)
-    return found
+def as_parquet(
+    files: Sequence[Path], folder: Path, text_columns: Sequence[str], findings: checks.Findings | None = None
+) -> list[Path]:
+    """Return the files, copied to parquet in ``folder`` where they are of another kind (one in memory at a time).
+
+    Parquet is copied, too, where its ids are integers and those of another file are texts: ids become texts then.
+
+    Raises
+    ------
+    DataError
+        A file cannot be read.
+    """
+    kinds = {file: _id_kinds(file, text_columns) for file in files if file.name.endswith((".parquet", ".pq"))}
+    given = [*kinds.values(), *({name: True for name in text_columns} for _ in range(len(files) > len(kinds)))]
+    mixed = {name for name in text_columns if len({known[name] for known in given if name in known}) > 1}
+    try:
+        return [
+            _copied(file, folder / f"{number:05}", kinds, mixed, text_columns, findings)
+            for number, file in enumerate(files)
+        ]
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _copied(
+    file: Path,
+    place: Path,
+    kinds: Mapping[Path, Mapping[str, bool]],
+    mixed: set[str],
+    text_columns: Sequence[str],
+    findings: checks.Findings | None,
+) -> Path:
+    """Return a file, or its copy as parquet with texts in the ``mixed`` columns."""
+    as_text = [name for name in mixed if not kinds.get(file, {}).get(name, True)]
+    if file in kinds and not as_text:
+        return file
+    stamp = file.stat()
+    copy = place.with_name(f"{place.name}-{stamp.st_size}-{stamp.st_mtime_ns}.parquet")
+    if not copy.is_file():
+        table = read_table(file, "interactions", text_columns=text_columns, findings=findings)
+        for name in as_text:
+            ids = checks.normal_ids(table[name], name).cast(pa.string())
+            table = table.set_column(table.column_names.index(name), name, ids)
+        with file_aside(copy) as aside:
+            pq.write_table(table, aside)
+    return copy
+
+
+def _id_kinds(file: Path, columns: Sequence[str]) -> dict[str, bool]:
+    """Return which of the id columns of a parquet file hold texts, after looking that it is one."""
+    schema = _schema_of(file)
+    kinds = {
+        name: plain(pa.chunked_array([], schema.field(name).type)).type for name in columns if name in schema.names
+    }
+    return {name: pa.types.is_string(kind) or pa.types.is_binary(kind) for name, kind in kinds.items()}
+
+
+def _schema_of(file: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(file).remove_metadata()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"{file} cannot be read ({error})", "interactions as whole parquet", "write or copy the file again"
+        ) from error
 
 
 def unified_schema(files: Sequence[Path], names: Mapping[str, str]) -> pa.Schema:
     """Return the common schema of parquet files, or say which file differs or lacks a column."""
     schemas = []
     for file in files:
-        try:
-            schemas.append(pq.read_schema(file).remove_metadata())
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{file} cannot be read ({error})", "interactions as parquet", "write the file again"
-            ) from error
+        schemas.append(_schema_of(file))
         if set(schemas[-1].names) != set(schemas[0].names):
             odd = sorted(set(schemas[-1].names) ^ set(schemas[0].names))
             raise SchemaError(

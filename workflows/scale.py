@@ -191,6 +191,7 @@ def merge(
         "newest": job.settings["newest"] if job.old else max(s["newest"] for s in shards if s["newest"] is not None),
     }
     job.settings["newest"] = merged["newest"]
+    job.derive.check_clock(merged["newest"])
     categories = {name: common_values(shards, name) for name, kind in plan.features.items() if kind == "category"}
     for name, (_, _, codes) in categories.items():
         for chunk, values in zip(maps, codes, strict=True):

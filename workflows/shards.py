@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from missrec_t4r.data.split_rows import one_array
 from missrec_t4r.data.user_hash import hash_ids, partition_of
-from missrec_t4r.errors import SchemaError
+from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, USER_ID
 from missrec_t4r.workflows import checks
 
@@ -144,7 +144,18 @@ def write_shard(work: str, index: int) -> dict[str, Any]:
 def batches_of(plan: Plan, chunk: Chunk) -> Iterator[pa.Table]:
     """Yield the events of a chunk, as many at a time as fit in memory with all that is made of them."""
     columns = [*plan.names, *plan.features]
-    for batch in pq.ParquetFile(chunk.file).iter_batches(_BATCH, chunk.row_groups, columns):
+    batches = pq.ParquetFile(chunk.file).iter_batches(_BATCH, chunk.row_groups, columns)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{chunk.file} cannot be read ({error})",
+                "interactions as whole parquet",
+                "write or copy the file again",
+            ) from error
+        if batch is None:
+            return
         yield pa.Table.from_batches([batch])
 
 
@@ -228,12 +239,12 @@ class ShardReader:
 
     def _feature(self, name: str, kind: str, column: pa.Array) -> pa.Array:
         if pa.types.is_floating(column.type):
-            column = pc.if_else(pc.is_nan(column), None, column)
+            column = pc.if_else(pc.is_finite(column), column, None)
         if column.null_count:
             self.nulls[name] = self.nulls.get(name, 0) + column.null_count
         if kind == "number":
             whole = pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)
-            return column.cast(pa.int64() if whole else pa.float32()).fill_null(0)
+            return (checks.as_int64(column, name) if whole else column.cast(pa.float32())).fill_null(0)
         text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
         plain = column.cast(pa.string() if text else pa.int64()).fill_null("" if text else 0)
         known = self.categories.setdefault(name, Codes(plain.type))
@@ -245,11 +256,18 @@ class ShardReader:
 
     def report(self) -> dict[str, Any]:
         """Return what was found, ready for JSON."""
-        categories = {
-            name: {"values": codes.values.to_pylist(), "counts": self.counts[name].tolist()}
-            for name, codes in self.categories.items()
+        categories, repaired = {}, {}
+        for name, codes in self.categories.items():
+            values, broken = checks.readable(codes.values)
+            categories[name] = {"values": values, "counts": self.counts[name].tolist()}
+            if broken:
+                repaired[name] = int(self.counts[name][broken].sum())
+        return self.found | {
+            "nulls": self.nulls,
+            "unknown": self.unknown.values.to_pylist(),
+            "categories": categories,
+            "repaired": repaired,
         }
-        return self.found | {"nulls": self.nulls, "unknown": self.unknown.values.to_pylist(), "categories": categories}
 
 
 def _within(times: Any, bounds: tuple[int, int]) -> tuple[Any, Any]:

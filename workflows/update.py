@@ -93,24 +93,25 @@ def update(
     if dry_run or not (new or table is not None):
         told = {"dry_run": dry_run, "version": versions["version"], "new_files": [str(file) for file in new]}
         return {"data": str(out), "updated": False, **told}
-    copies, columns = out.with_name(f".{out.name}-copies"), settings["columns"]
+    copies, columns = places.copies_of(out), settings["columns"]
     files = places.as_parquet(list(new), copies, [columns[USER_ID], columns[ITEM_ID]])
     beside = not files or (delta and _rows(files) <= DELTA_ROWS)
     if not beside and delta_files(out):
         compact(out, dask_scheduler=dask_scheduler, workers=workers, progress=progress)
         report, state, versions = known(out)
     with places.working_folder(out) as (work, finish):
-        job = _job(files, out, settings, table, dict(modality or {}), state | {"version": versions["version"]})
+        catalogue, old = Catalogue.load(out / CATALOGUE_FOLDER), {"folder": str(out.absolute()), **state}
+        job = _job(files, catalogue, settings, table, dict(modality or {}), old | {"version": versions["version"]})
         version = versions["version"] + 1
         if beside:
             folder = _emptied(work / f"delta-{version}")
-            counts = nights.add(job, out, folder, report, version)
+            counts = nights.add(job, catalogue, out, folder, report, version)
             plain = plain_version(versions) if delta_files(folder) or delta_files(out) else version
         else:
             with running(dask_scheduler, workers) as machines:
                 folder, counts = scale.build(job, work, machines, progress)
             plain = version
-        change = _change(job, counts, report, version, sorted(new.values()))
+        change = _change(job, catalogue, counts, report, version, sorted(new.values()))
         told = {"version": version, "plain_version": plain, "changes": [*versions["changes"], change]}
         (folder / VERSIONS_FILE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         final = counts | {"findings": job.findings.to_list(), "settings": settings, "format": 1, "version": version}
@@ -129,14 +130,14 @@ def update(
 
 def _job(
     files: Sequence[Path],
-    out: Path,
+    catalogue: Catalogue,
     settings: dict[str, Any],
     table: pa.Table | None,
     vectors: Mapping[str, Path],
     old: Mapping[str, Any],
 ) -> scale.Job:
     """Return what an update has to do, items with the new lines of the item table."""
-    findings, catalogue = checks.Findings(), Catalogue.load(out / CATALOGUE_FOLDER)
+    findings = checks.Findings()
     items, grown, added = with_lines(catalogue, table, vectors, findings)
     columns = settings["columns"]
     return scale.Job(
@@ -151,17 +152,21 @@ def _job(
         settings["drop_columns"],
         settings["categorical_columns"],
         old["partitions"],
-        old={"folder": str(out.absolute()), "new_lines": added, **old},
+        old={**old, "new_lines": added},
         catalogue=catalogue,
     )
 
 
 def _change(
-    job: scale.Job, counts: dict[str, Any], report: Mapping[str, Any], version: int, digests: Sequence[str]
+    job: scale.Job,
+    catalogue: Catalogue,
+    counts: dict[str, Any],
+    report: Mapping[str, Any],
+    version: int,
+    digests: Sequence[str],
 ) -> dict[str, Any]:
     """Return the entry of a version in the list of changes; the counts lose what only it tells."""
-    ids = job.items[ITEM_ID].slice(job.catalogue.n_items).to_pylist() if job.catalogue else []
-    first = FIRST_ITEM_ROW + (job.catalogue.n_items if job.catalogue else 0)
+    ids, first = job.items[ITEM_ID].slice(catalogue.n_items).to_pylist(), FIRST_ITEM_ROW + catalogue.n_items
     return {
         "version": version,
         "events_added": counts["events"] - report["events"],

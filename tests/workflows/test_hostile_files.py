@@ -6,17 +6,18 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.errors import DataError, MISSRecError, SchemaError
 from missrec_t4r.workflows import checks
 from missrec_t4r.workflows.etl import etl
 from missrec_t4r.workflows.features import features
@@ -209,3 +210,124 @@ def test_what_a_killed_run_left_is_cleaned_up_by_the_next(tmp_path: Path) -> Non
         raise ValueError("stop")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert (out / "mark.json").read_text() == "1"
+
+
+def _csv(file: Path, table: pd.DataFrame, encoding: str = "utf-8", **options: Any) -> Path:
+    file.write_bytes(table.to_csv(index=False, **options).encode(encoding))
+    return file
+
+
+def _damaged(file: Path) -> Path:
+    content = bytearray(file.read_bytes())
+    content[40:160] = bytes(byte ^ 0xFF for byte in content[40:160])
+    file.write_bytes(content)
+    return file
+
+
+def _mixed(folder: Path) -> Path:
+    """Two files of events: ids that are integers in one and texts in the other."""
+    EVENTS[:4].to_parquet(folder / "ids_1.parquet")
+    EVENTS[4:].assign(user_id=7).to_parquet(folder / "ids_2.parquet")
+    return folder / "ids_?.parquet"
+
+
+def _odd(folder: Path, name: str) -> Path:
+    """Return one of the files that shops send."""
+    folder.mkdir()
+    file = folder / "events.parquet"
+    changes: dict[str, dict[str, Any]] = {
+        "infinite feature": {"dwell": [float("inf"), *EVENTS["dwell"][1:]]},
+        "integers too large": {"dwell": np.full(len(EVENTS), 2**63 + 5, np.uint64)},
+        "ids too large": {"user_id": np.full(len(EVENTS), 2**63 + 5, np.uint64)},
+        "ids as bytes": {"user_id": EVENTS["user_id"].str.encode("utf-8")},
+        "one user with very many events": {"user_id": "bot"},
+        "lists and records": {"vector": [[1.0, 2.0]] * len(EVENTS), "dwell": [{"seconds": 1}] * len(EVENTS)},
+        "milliseconds": {"timestamp": 10**12 + EVENTS["timestamp"]},
+    }
+    EVENTS.assign(**changes.get(name, {})).to_parquet(file, index=False)
+    made: dict[str, Callable[[], object]] = {
+        "no bytes": lambda: file.write_bytes(b""),
+        "a page in its place": lambda: file.write_bytes(b"<html>please log in</html>"),
+        "cut short": lambda: file.write_bytes(file.read_bytes()[:-700]),
+        "damaged inside": lambda: _damaged(file),
+        "text that is not UTF-8": lambda: _with_bytes(file, EVENTS, "event_type", b"caf\xe9"),
+        "ids that are not UTF-8": lambda: _with_bytes(file, EVENTS, "user_id", b"caf\xe9"),
+        "ids of two types in two files": lambda: _mixed(folder),
+        "semicolons": lambda: _csv(folder / "events.csv", EVENTS, sep=";"),
+        "a byte order mark": lambda: _csv(folder / "events.csv", EVENTS, "utf-8-sig"),
+        "UTF-16": lambda: _csv(folder / "events.csv", EVENTS, "utf-16"),
+        "latin-1 text": lambda: _csv(folder / "events.csv", EVENTS.assign(event_type="caf\xe9"), "latin-1"),
+        "a line too short": lambda: (folder / "events.csv").write_text(EVENTS.to_csv(index=False) + "ann,sofa\n"),
+    }
+    answer = made.get(name, lambda: None)()
+    csv = folder / "events.csv"
+    return answer if isinstance(answer, Path) else csv if csv.exists() else file
+
+
+REFUSED = {
+    "no bytes": "events.parquet (has no bytes|cannot be read)",
+    "a page in its place": "events.parquet cannot be read .*magic bytes",
+    "cut short": "events.parquet cannot be read",
+    "damaged inside": "events.parquet cannot be read",
+    "ids that are not UTF-8": "1 ids in column 'user_id' are no UTF-8 text.*iconv",
+    "integers too large": "'dwell' holds integers beyond 64 bits",
+    "ids too large": "'user_id' holds integers beyond 64 bits",
+    "UTF-16": "events.csv cannot be read",
+    "a line too short": "events.csv cannot be read .*Expected 6 columns, got 2",
+}
+COUNTED = {
+    "text that is not UTF-8": {"not_utf8": 1},
+    "latin-1 text": {"not_utf8": 9},
+    "infinite feature": {"null_feature": 1},
+    "one user with very many events": {"very_long_users": 1, "duplicate_events": 1},
+    "lists and records": {"event_column_left_out": 1},
+    "milliseconds": {"time_out_of_range": 9},
+    "ids as bytes": {},
+    "ids of two types in two files": {},
+    "semicolons": {},
+    "a byte order mark": {},
+}
+
+
+@pytest.mark.parametrize("engine", ["memory", "disk"])
+@pytest.mark.parametrize("name", [*REFUSED, *COUNTED])
+def test_both_engines_say_the_same_about_odd_files(
+    name: str, engine: Literal["memory", "disk"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused with the file or the column, nothing left; or taken, and what was done about it is counted."""
+    monkeypatch.setattr(checks, "MANY_EVENTS", 8)
+    _, items = write(tmp_path / "raw")
+    events = _odd(tmp_path / "odd", name)
+    out = tmp_path / "out" / "data"
+    if name in REFUSED:
+        with pytest.raises(MISSRecError, match=REFUSED[name]):
+            etl(events, items, out, engine=engine, workers=1)
+        assert not list(out.parent.glob("*"))
+        return
+    report = etl(events, items, out, engine=engine, workers=1)
+    assert report["events"] == len(EVENTS)
+    counted = {finding["check"]: finding["count"] for finding in report["findings"]}
+    assert {check: counted.get(check) for check in COUNTED[name]} == COUNTED[name]
+    assert not set(counted) - set(COUNTED[name]) - {"time_backwards", "orphan_items"}
+    assert [path.name for path in out.parent.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize("engine", ["memory", "disk"])
+def test_milliseconds_are_refused_where_seconds_are_counted(engine: Literal["memory", "disk"], tmp_path: Path) -> None:
+    _, items = write(tmp_path / "raw")
+    events = _odd(tmp_path / "odd", "milliseconds")
+    with pytest.raises(DataError, match="which is milliseconds or finer, and --session-gap counts in seconds"):
+        etl(events, items, tmp_path / "data", engine=engine, workers=1, session_gap="30m")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_full_disk_on_the_fast_path_leaves_what_was_there(tmp_path: Path) -> None:
+    files = write(tmp_path / "raw")
+    EVENTS.to_csv(csv := tmp_path / "raw" / "events.csv", index=False)
+    etl(*files, tmp_path / "out" / "data", engine="disk", workers=1)
+    before = _files(tmp_path / "out")
+    with small_disk():
+        for events in (files[0], csv):
+            with pytest.raises(DataError, match="the disk ran full while .*data was written"):
+                etl(events, files[1], tmp_path / "out" / "data", engine="disk", workers=1)
+    assert _files(tmp_path / "out") == before

@@ -17,7 +17,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from missrec_t4r.errors import DataError, SchemaError
-from missrec_t4r.workflows.checks import not_utf8, repaired_text
+from missrec_t4r.workflows.checks import Findings, not_utf8, note_repaired, repaired_text
 from missrec_t4r.workflows.sources.json_lines import JSON_LINES, read_all
 
 Paths = Path | str | Sequence[Path | str]
@@ -27,7 +27,9 @@ _CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _KNOWN = _PARQUET + _CSV + JSON_LINES
 
 
-def read_table(paths: Paths, what: str, *, text_columns: Sequence[str] = ()) -> pa.Table:
+def read_table(
+    paths: Paths, what: str, *, text_columns: Sequence[str] = (), findings: Findings | None = None
+) -> pa.Table:
     """Read one table from one or many files.
 
     Parameters
@@ -38,6 +40,8 @@ def read_table(paths: Paths, what: str, *, text_columns: Sequence[str] = ()) -> 
         How messages call the table ("interactions").
     text_columns : sequence of str
         Columns that stay text when a csv file is read.
+    findings : Findings, optional
+        Gains texts that were repaired.
 
     Raises
     ------
@@ -63,7 +67,7 @@ def read_table(paths: Paths, what: str, *, text_columns: Sequence[str] = ()) -> 
         raise DataError(
             f"the {what} table {files[0]} has no rows", "at least one row", "check the export it comes from"
         )
-    return _plain_strings(table, text_columns)
+    return _plain_strings(table, text_columns, findings or Findings())
 
 
 def expand(paths: Paths, what: str) -> list[Path]:
@@ -115,7 +119,7 @@ def _read_file(file: Path, what: str, text_columns: Sequence[str]) -> pa.Table:
         if file.name.endswith(_PARQUET):
             return pq.ParquetFile(file).read()
         if file.name.endswith(_CSV):
-            parse = pacsv.ParseOptions(delimiter="\t" if ".tsv" in file.name else ",", newlines_in_values=True)
+            parse = pacsv.ParseOptions(delimiter=_delimiter(file), newlines_in_values=True)
             convert = pacsv.ConvertOptions(
                 column_types=dict.fromkeys(text_columns, pa.string()), strings_can_be_null=True, null_values=[""]
             )
@@ -125,6 +129,15 @@ def _read_file(file: Path, what: str, text_columns: Sequence[str]) -> pa.Table:
         cure = "convert it to UTF-8, for example with iconv" if utf8 else "write or copy the file again"
         raise DataError(f"{file} cannot be read ({error})", f"{what} as whole parquet or csv", cure) from error
     raise DataError(f"{file} is of an unknown kind", f"a file ending in one of {_KNOWN}", "convert it")
+
+
+def _delimiter(file: Path) -> str:
+    """Return what parts the columns of a csv file: a comma, or what its first line has where that has none."""
+    if ".tsv" in file.name:
+        return "\t"
+    with pa.input_stream(str(file), compression="detect") as stream:
+        first = stream.read(1 << 16).partition(b"\n")[0]
+    return next((sign for sign in ",;\t|" if sign.encode() in first), ",")
 
 
 def _one_type(tables: list[pa.Table], id_columns: Sequence[str]) -> list[pa.Table]:
@@ -143,14 +156,16 @@ def _one_type(tables: list[pa.Table], id_columns: Sequence[str]) -> list[pa.Tabl
     return tables
 
 
-def _plain_strings(table: pa.Table, ids: Sequence[str]) -> pa.Table:
+def _plain_strings(table: pa.Table, ids: Sequence[str], findings: Findings) -> pa.Table:
     """Decode dictionaries and widen strings to one type, so that later code meets one kind of text."""
     columns = []
     for name, column in zip(table.column_names, table.columns, strict=True):
         kind = column.type
         if pa.types.is_dictionary(kind):
             column, kind = column.cast(kind.value_type), kind.value_type
-        if pa.types.is_binary(kind) or (name not in ids and pa.types.is_string(kind) and not_utf8(column)):
-            column, kind = repaired_text(column), pa.string()  # csv with other bytes comes as binary
+        text = pa.types.is_binary(kind) or pa.types.is_string(kind)  # csv with other bytes comes as binary
+        if text and name not in ids and ((bad := not_utf8(column)) or pa.types.is_binary(kind)):
+            note_repaired(findings, name, bad)
+            column, kind = repaired_text(column), pa.string()
         columns.append(column.cast(pa.string()) if pa.types.is_large_string(kind) else column)
     return pa.table(columns, names=table.column_names).combine_chunks()

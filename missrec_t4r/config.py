@@ -266,6 +266,10 @@ class PretrainConfig:
     """False: interests are found once, under the first adapters, as published. True: as in fine-tuning, every
     ``train.refresh_interests_every`` epochs (ours: the encoder then learns on centroids like those it will meet)."""
 
+    keep_adapters: bool = False
+    """True: the adapters stay the random projections that they start as, which keep what raw vectors know; encoder and
+    decoder alone learn, and are transferred with them (ours: trained adapters forget what other shops do not need)."""
+
     def __post_init__(self) -> None:
         _check_types(self)
         shares = ("item_drop_share", "item_drop_probability", "word_drop_probability")

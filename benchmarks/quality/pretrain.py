@@ -42,12 +42,14 @@ LEAST_EVENTS = 5
 METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
 ALONE: dict[str, Any] = {"model.n_neighbours": 0, "model.n_lookalikes": 0, "train.max_minutes": 0}
 """The model without its priors: what is compared is what training learned."""
+_SOFTMAX = {"pretrain.objective": "full_softmax", "train.softmax": "sampled", "train.negatives": 2048}
 PRETRAININGS: dict[str, dict[str, Any]] = {
     "contrastive": {},
     "short": {"train.epochs": 5},
     "corrected": {"pretrain.popularity_correction": True},
     "refreshed": {"pretrain.refresh_interests": True},
-    "softmax": {"pretrain.objective": "full_softmax", "train.softmax": "sampled", "train.negatives": 2048},
+    "softmax": _SOFTMAX,
+    "kept": {**_SOFTMAX, "pretrain.keep_adapters": True},
 }
 
 
@@ -75,6 +77,7 @@ VARIANTS: dict[str, Variant] = {
     "refreshed_frozen": Variant("refreshed", "encoder_decoder"),
     "softmax": Variant("softmax"),
     "softmax_tokens": Variant("softmax", ids="tokens"),
+    "kept_tokens": Variant("kept", ids="tokens"),
     "softmax_frozen": Variant("softmax", "encoder_decoder"),
     "scratch_inductive": Variant(settings={"model.item_ids": False}),
     "full_inductive": Variant("contrastive", settings={"model.item_ids": False}),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.batches import TrainingBatch
+from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.domains import WORD_DROP, Domains, load_domains, named_folders
 from missrec_t4r.data.views import View, augmented_view
 from missrec_t4r.errors import ConfigError, DataError
@@ -119,11 +120,13 @@ class Pretrainer(Trainer):
         device: str = "auto",
         progress: Progress = quiet,
     ) -> None:
-        facts = _facts(domains, folders, out)
-        splits = domains.splits
-        super().__init__(
-            recipe, domains.catalogue, splits["train"], splits["valid"], out, device, progress, lambda *_: facts
-        )
+        facts, splits = _facts(domains, folders, out), domains.splits
+
+        def prepare(model: MISSRec, _: Catalogue) -> dict[str, Any]:
+            model.towers.adapters.requires_grad_(not recipe.pretrain.keep_adapters)
+            return facts
+
+        super().__init__(recipe, domains.catalogue, splits["train"], splits["valid"], out, device, progress, prepare)
         varied = {
             name: torch.from_numpy(modality.variants[WORD_DROP])
             for name, modality in domains.catalogue.modalities.items()

@@ -151,6 +151,17 @@ def test_popularity_can_be_corrected(shops: dict[str, Path], tmp_path: Path) -> 
     assert _losses(tmp_path / "run")[-1] < _losses(tmp_path / "run")[0]
 
 
+def test_adapters_can_stay_as_they_start(shops: dict[str, Path], tmp_path: Path) -> None:
+    """Whatever the epochs: the same adapters, while the decoder learns."""
+    for epochs in (1, 3):
+        settings = SMALL | {"train.epochs": epochs, "pretrain.keep_adapters": True}
+        pretrain([shops["books"], shops["toys"]], tmp_path / str(epochs), settings=settings)
+    short, long = (load_tensors(tmp_path / str(epochs) / "weights.safetensors") for epochs in (1, 3))
+    assert torch.equal(short["towers.adapters.text.weight"], long["towers.adapters.text.weight"])
+    name = next(name for name in short if name.startswith("decoder.layers") and name.endswith("weight"))
+    assert not torch.equal(short[name], long[name])
+
+
 def test_settings_that_cannot_transfer_are_refused_at_once(shops: dict[str, Path], tmp_path: Path) -> None:
     settings = {"model.item_ids": True, "model.candidate_fusion": "dynamic_instance", "train.next_items": 2}
     with pytest.raises(ConfigError, match=r"model.item_ids.*dynamic|model.item_ids.*candidate_fusion.*next_items"):

@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,11 @@ def absorb(work: str, partition: int) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
         return answer
     told = partitions.load_merged(work, DIVIDE_FILE)
-    data, newest = Path(told["old"]), None
-    for file in reversed(state_deltas(data)):
-        newest = _with_older(newest, _slice(read_arrow(file), partition, told["partitions"]))
+    data = Path(told["old"])
+    parts = [_slice(read_arrow(file), partition, told["partitions"]) for file in reversed(state_deltas(data))]
     plain = data / STATE_FOLDER / f"{partition:05}.arrow"
-    newest = _with_older(newest, read_arrow(plain)) if plain.is_file() else newest
+    parts += [_with_hashes(read_arrow(plain))] if plain.is_file() else []
+    newest = reduce(_with_older, parts)
     order = np.argsort(newest[USER_HASH].to_numpy(), kind="stable")
     newest = newest.take(pa.array(order))
     partitions.write_state(newest, Path(work) / STATE_FOLDER, partition)
@@ -149,12 +150,14 @@ def _slice(state: pa.Table, partition: int, count: int) -> pa.Table:
     return state.slice(int(begin), int(end - begin))
 
 
-def _with_older(newest: pa.Table | None, older: pa.Table) -> pa.Table:
+def _with_hashes(state: pa.Table) -> pa.Table:
+    """Return a state with the hashes of its users, which older folders do not keep."""
+    known = USER_HASH in state.column_names
+    return state if known else state.add_column(1, USER_HASH, pa.array(hashes_of(state), pa.uint64()))
+
+
+def _with_older(newest: pa.Table, older: pa.Table) -> pa.Table:
     """Return the rows of an older state whose users the newer does not know, followed by the newer ones."""
-    if USER_HASH not in older.column_names:
-        older = older.add_column(1, USER_HASH, pa.array(hashes_of(older), pa.uint64()))
-    if newest is None:
-        return older
     newest = newest.take(pa.array(np.argsort(newest[USER_HASH].to_numpy(), kind="stable")))
     stays = rows_of(newest, one_array(older[USER_ID]), older[USER_HASH].to_numpy()) < 0
     return pa.concat_tables([older.filter(pa.array(stays)), newest.select(older.column_names).cast(older.schema)])

@@ -76,13 +76,17 @@ class Divided:
         return cls(sessions, rows, trained, int(np.diff(offsets).max(initial=0)))
 
 
-def add(job: scale.Job, data: Path, folder: Path, report: Mapping[str, Any], version: int) -> dict[str, Any]:
+def add(
+    job: scale.Job, old: Catalogue, data: Path, folder: Path, report: Mapping[str, Any], version: int
+) -> dict[str, Any]:
     """Write what a night adds to a data folder into ``folder``; what is not there afterwards is the old version's.
 
     Parameters
     ----------
     job : scale.Job
         An update; its items and vectors hold the new lines of the item table already.
+    old : Catalogue
+        As it is.
     data : Path
         The folder as it is.
     report : mapping
@@ -102,14 +106,14 @@ def add(job: scale.Job, data: Path, folder: Path, report: Mapping[str, Any], ver
     longest, ids = max(change.longest, longest_of(job.old)), one_array(job.items[ITEM_ID])
     known = job.old["categories"]
     grown = {name: pd.Series(values) for name, values in categories.items() if len(values) > len(known[name])}
-    if len(ids) > job.catalogue.n_items:
+    if len(ids) > old.n_items:
         grown[ITEM_ID] = ids.to_pandas()
     if grown or longest > longest_of(job.old):
         grow(data, folder, grown, longest)
     kept = {name: job.old[name] for name in ("types", "valid_from", "test_from", "newest", "partitions", "parts")}
     (folder / partitions.STATE_FOLDER).mkdir(exist_ok=True)
     write_json(folder / partitions.STATE_FOLDER / STATE_FILE, kept | {"categories": categories, "longest": longest})
-    catalogue = _write_catalogue(job, data, folder, change.trained)
+    catalogue = _write_catalogue(job, old, data, folder, change.trained)
     sessions = {split: report["sessions"][split] + more for split, more in change.sessions.items()}
     events_now, users_now = report["events"] + change.events, report["users"] + change.users
     counts = outputs.counted(catalogue, catalogue.train_count, events_now, users_now, sessions)
@@ -197,14 +201,14 @@ def _as_state(users: pa.Array, old: Known, schema: pa.Schema) -> pa.Table:
     columns = {USER_ID: users.take(pa.array(old.numbers))}
     for field in schema:
         if field.name.endswith(LIST_SUFFIX):
-            values = old.values.get(field.name.removesuffix(LIST_SUFFIX), [])
+            values = old.values.get(field.name.removesuffix(LIST_SUFFIX), np.zeros(0, np.int64))
             columns[field.name] = pa.ListArray.from_arrays(offsets, pa.array(values, field.type.value_type))
     return pa.table(columns)
 
 
-def _write_catalogue(job: scale.Job, data: Path, folder: Path, trained: Ints) -> Catalogue:
+def _write_catalogue(job: scale.Job, old: Catalogue, data: Path, folder: Path, trained: Ints) -> Catalogue:
     """Write the catalogue with its new counts and items; without new items all other files are links."""
-    old, place = job.catalogue, folder / CATALOGUE_FOLDER
+    place = folder / CATALOGUE_FOLDER
     same = not job.old["new_lines"] and job.items.num_rows == old.n_items
     catalogue = old if same else catalogues.grown_catalogue(old, job.items, job.vectors)
     counts = np.zeros(catalogue.n_rows, np.int64)

@@ -8,6 +8,7 @@ with vocabulary files that NVTabular itself writes. `tests/workflows/test_delta.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -24,6 +25,9 @@ from missrec_t4r.workflows import sessions, storage
 from missrec_t4r.workflows.outputs import NVTABULAR_FOLDER, REQUEST_FOLDER, WORKFLOW_FOLDER
 from missrec_t4r.workflows.places import link
 
+_SIZES = ("cardinality", "dimension")
+_SECOND_DIMENSION = r"(number_value: )[\d.]+((?:\s*\}){6}\s*fields \{\s*key: \"dtype_item_size\")"
+
 
 def grow(old: Path, new: Path, vocabularies: Mapping[str, pd.Series], longest: int) -> None:
     """Write the workflows, schemas and request transform of a data folder with longer vocabularies.
@@ -37,12 +41,16 @@ def grow(old: Path, new: Path, vocabularies: Mapping[str, pd.Series], longest: i
     longest : int
         Events of the longest session.
     """
+    sizes = {name: FIRST_ITEM_ROW + len(values) for name, values in vocabularies.items()}
     with tempfile.TemporaryDirectory() as place:
         files = _written(vocabularies, Path(place)) if vocabularies else {}
         for name in (WORKFLOW_FOLDER, REQUEST_FOLDER):
-            _grow_workflow(old / name, new / name, files, {name: len(v) for name, v in vocabularies.items()})
-    schema = sessions.session_schema(storage.output_schema(new / WORKFLOW_FOLDER), longest)
-    sessions.write_schema(schema, new)
+            _grow_workflow(old / name, new / name, files, sizes)
+    text = resized_schema((old / SCHEMA_FILE).read_text(encoding="utf-8"), sizes, longest)
+    if text is None:
+        sessions.write_schema(sessions.session_schema(storage.output_schema(new / WORKFLOW_FOLDER), longest), new)
+    else:
+        (new / SCHEMA_FILE).write_text(text, encoding="utf-8")
     for split in SPLITS:
         (new / split).mkdir(exist_ok=True)
         shutil.copyfile(new / SCHEMA_FILE, new / split / SCHEMA_FILE)
@@ -66,7 +74,7 @@ def _written(vocabularies: Mapping[str, pd.Series], folder: Path) -> dict[str, P
     return {f"categories/{file.name}": file for file in found}
 
 
-def _grow_workflow(old: Path, new: Path, files: Mapping[str, Path], sizes: Mapping[str, int]) -> None:
+def _grow_workflow(old: Path, new: Path, files: Mapping[str, Path], rows: Mapping[str, int]) -> None:
     """Write one stored workflow with other vocabulary files and the sizes that follow from them."""
     graph = storage.read_graph(old)
     (new / "categories").mkdir(parents=True, exist_ok=True)
@@ -76,7 +84,7 @@ def _grow_workflow(old: Path, new: Path, files: Mapping[str, Path], sizes: Mappi
             graph["files"][name] = storage.digest_of(new / name)
         else:
             link(old / name, new / name)
-    _resize(graph["nodes"], {name: FIRST_ITEM_ROW + size for name, size in sizes.items()})
+    _resize(graph["nodes"], rows)
     storage.write_graph(graph, new)
 
 
@@ -90,6 +98,35 @@ def _resize(content: Any, rows: Mapping[str, int]) -> None:
         if isinstance(domain, dict) and domain.get("name") in rows:
             count = rows[domain["name"]]
             domain["max"] = count - 1
-            content["embedding_sizes"] = dict(zip(("cardinality", "dimension"), _emb_sz_rule(count), strict=True))
+            content["embedding_sizes"] = dict(zip(_SIZES, _emb_sz_rule(count), strict=True))
         for inner in content.values():
             _resize(inner, rows)
+
+
+def resized_schema(text: str, rows: Mapping[str, int], longest: int) -> str | None:
+    """Return schema.pbtxt with other sizes, or None where it does not look as expected.
+
+    Merlin's reader and writer of this format take longer to start than a night takes otherwise.
+
+    Parameters
+    ----------
+    rows : mapping of str to int
+        Domain -> number of its codes; longest : int
+        Events of the longest session.
+    """
+    features = text.split("\nfeature {")
+    for index, feature in enumerate(features):
+        changes: list[tuple[str, Any]] = []
+        if "\n  value_count {" in feature:
+            changes += [(r"(\n  value_count \{\n    max: )\d+()", longest), (_SECOND_DIMENSION, float(longest))]
+        found = re.search(r'\n  int_domain \{\n    name: "(.*)"\n', feature)
+        if found and found[1] in rows:
+            changes.append((r"(\n  int_domain \{\n    name: .*\n    max: )\d+()", rows[found[1]] - 1))
+            numbers = zip(_SIZES, _emb_sz_rule(rows[found[1]]), strict=True)
+            changes += [(rf'(key: "{name}"\s+value \{{\s+number_value: )[\d.]+()', float(n)) for name, n in numbers]
+        for pattern, number in changes:
+            feature, count = re.subn(pattern, rf"\g<1>{number}\g<2>", feature)
+            if count != 1:
+                return None
+        features[index] = feature
+    return "\nfeature {".join(features)

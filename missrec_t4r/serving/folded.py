@@ -137,8 +137,10 @@ class FoldedEncoder:
     @torch.inference_mode()
     def __call__(self, known: npt.NDArray[np.int64]) -> Tensor:
         """Return [batch, dim] for rows [batch, seq] padded with 0 on the right; zero for a session without items."""
-        lengths = (known > PADDING_ROW).sum(1)
         batch, n = known.shape
+        if not batch:
+            return self._items.new_zeros(0, self._items.shape[1])
+        lengths = (known > PADDING_ROW).sum(1)
         device = self._items.device
         session = torch.from_numpy(known).to(device)
         x = self._norm_input(F.embedding(session, self._items) + self._positions[:n])

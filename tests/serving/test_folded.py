@@ -26,6 +26,7 @@ def test_it_equals_the_model_on_every_shape(settings: dict[str, object]) -> None
     encoder = folded(model, model.towers.catalogue())
     assert encoder is not None
     rng = np.random.default_rng(0)
+    assert encoder(np.zeros((0, 3), np.int64)).shape == (0, model.config.d_model)
     for batch in (1, 2, 9):
         for length in range(1, shop.MAX_LENGTH + 1):
             rows = rng.integers(3, shop.N_ITEMS + 3, (batch, length))

@@ -103,6 +103,8 @@ class Ranker:
             self._popularity = self._popular(catalogue)
         self._folded = folded(self.model, self._tokens)
         self._encode = recorded(SessionEncoder(self.model, self._tokens)) if self._folded is None else None
+        if self._folded is not None:
+            self._tokens = None  # it has what it needs of them
         certified = self.device.type == "cpu" and catalogue.n_rows >= certified_from and AVAILABLE
         self.quantised: QuantisedTable | None = None
         if certified:

@@ -280,7 +280,9 @@ def event_features(table: pa.Table, drop_columns: Sequence[str], findings: Findi
         if plain or pa.types.is_string(kind):
             kept.append(name)
         else:
-            findings.add("event_column_left_out", 1, f"event column {name!r} of type {kind} is neither number nor text")
+            vectors = "; vectors per event come with sessions of your own (missrec catalogue adopt, tag EMBEDDING)"
+            words = f"event column {name!r} of type {kind} is neither number nor text and is left out"
+            findings.add("event_column_left_out", 1, words + (vectors if pa.types.is_nested(kind) else ""))
     return kept
 
 

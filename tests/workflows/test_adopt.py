@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import nvtabular as nvt
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from merlin.io import Dataset
@@ -20,7 +21,7 @@ import missrec_t4r.t4r as mr
 from missrec_t4r.cli import app
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.data.side import side_columns
+from missrec_t4r.data.side import fit_side_columns, load_sessions, side_columns
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.t4r.columns import as_core_schema
 from missrec_t4r.workflows.adopt import adopt
@@ -195,3 +196,28 @@ def test_the_command(tutorial: Path, tmp_path: Path) -> None:
     assert ran.exit_code == 0, ran.output
     said = json.loads(ran.stdout.splitlines()[-1])
     assert said["adopted"]["items"] == said["items"] == _log()["item_id"].nunique()
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_vectors_per_event_come_along_and_are_a_side_feature(tutorial: Path, tmp_path: Path, fixed: bool) -> None:
+    """A list of vectors beside the items, tagged EMBEDDING: padding and unknown items go with their vectors."""
+    sessions = pq.read_table(tutorial / "processed" / "part_0.parquet")
+    items = sessions["item_id-list"].combine_chunks()
+    flat = np.asarray(items.flatten())
+    vectors = np.stack([flat, flat * 2, -flat], 1).astype(np.float32)
+    values = pa.array(vectors.ravel())
+    ends = pa.array(np.arange(0, 3 * len(flat) + 1, 3, dtype=np.int32))
+    inner = pa.FixedSizeListArray.from_arrays(values, 3) if fixed else pa.ListArray.from_arrays(ends, values)
+    scenes = pa.ListArray.from_arrays(pa.array(items.offsets.to_numpy() - items.offsets[0].as_py()), inner)
+    (tmp_path / "processed").mkdir()
+    pq.write_table(sessions.append_column("scene-list", scenes), tmp_path / "processed" / "part_0.parquet")
+    schema = (tutorial / "processed" / "schema.pbtxt").read_text()
+    scene = 'feature { name: "scene-list" type: FLOAT annotation { tag: "embedding" tag: "list" } }'
+    (tmp_path / "processed" / "schema.pbtxt").write_text(f"{schema}\n{scene}\n")
+    adopt(tutorial / "workflow", tmp_path / "data", sessions_files=tmp_path / "processed")
+    (column,) = side_columns(tmp_path / "data", "scene", 8)
+    train = load_sessions(tmp_path / "data", "train", [column])
+    assert column.kind == "pretrained"
+    np.testing.assert_array_equal(train.features["scene"][:, 1], 2 * train.values)
+    (measured,) = fit_side_columns([column], train)
+    assert (measured.size, measured.std > 1) == (3, True)

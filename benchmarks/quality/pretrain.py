@@ -257,7 +257,8 @@ def main() -> None:
             training(names[0], int(names[1]), data, options.out, options.minutes, settings, progress)
         else:
             share = "" if options.share == 1.0 else f"-{options.share:g}"
-            report(f"pretrain{share}", summary(data, options.out, size))
+            width = "" if options.d_model == Recipe.load("default").model.d_model else f"-d{options.d_model}"
+            report(f"pretrain{share}{width}", summary(data, options.out, size))
 
 
 if __name__ == "__main__":

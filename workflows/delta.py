@@ -28,7 +28,7 @@ from missrec_t4r.workflows.engine import Threads
 from missrec_t4r.workflows.growing import grow
 from missrec_t4r.workflows.known_users import Known, known_users
 from missrec_t4r.workflows.merging import note_gathered
-from missrec_t4r.workflows.partitions import STATE_FILE, USER_HASH, Ordered
+from missrec_t4r.workflows.partitions import STATE_FILE, Ordered
 from missrec_t4r.workflows.places import link
 from missrec_t4r.workflows.shards import ShardReader, batches_of, with_codes, write_json
 
@@ -67,7 +67,7 @@ class Divided:
     @classmethod
     def of(cls, state: pa.Table, merged: Mapping[str, Any]) -> Divided:
         """Divide what is known of users."""
-        sessions = partitions.sessions_of(state, merged)
+        sessions = partitions.sessions_of(state, merged) if partitions.derives(merged) else state
         offsets, lengths = partitions.prefixes(sessions, merged)
         rows = {split: int((lengths[split] > 0).sum()) for split in SPLITS}
         trained = partitions.trained(sessions, offsets, lengths["train"])
@@ -160,11 +160,10 @@ def _add_events(
     files = [top / DELTA_FOLDER / f"{version:05}.arrow" for top in (folder, folder / partitions.STATE_FOLDER)]
     for file in files:
         file.parent.mkdir(parents=True)
-    if job.derive.anything or merged["max_events"]:
-        partitions.write_arrow(now.sessions, files[0])
+    partitions.write_arrow(now.sessions, files[0])
+    if partitions.derives(merged):
         partitions.write_arrow(state, files[1])
     else:  # a session is all that is known of a user
-        partitions.write_arrow(now.sessions.append_column(USER_HASH, state[USER_HASH]), files[0])
         link(files[0], files[1])
     trained = np.zeros(max(len(now.trained), len(before.trained)), np.int64)
     trained[: len(now.trained)] += now.trained

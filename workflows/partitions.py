@@ -232,7 +232,7 @@ def trained(sessions: pa.Table, offsets: Ints, lengths: Ints) -> Ints:
 def sessions_of(known: pa.Table, merged: Mapping[str, Any]) -> pa.Table:
     """Make sessions of what is known of the users: weights, pauses, time features, the last events."""
     lists = lists_of(known)
-    if not any(merged[name] for name in ("weights", "session_gap", "time_features", "max_events")):
+    if not derives(merged):
         return pa.table({USER_ID: known[USER_ID], **{name: _widened(column) for name, column in lists.items()}})
     sizes = np.diff(np.asarray(lists[ITEM_ID + LIST_SUFFIX].offsets, np.int64))
     owner = np.repeat(np.arange(len(sizes)), sizes)
@@ -268,6 +268,11 @@ def sessions_of(known: pa.Table, merged: Mapping[str, Any]) -> pa.Table:
         kind = np.int64 if values[name].dtype.kind in "iu" else values[name].dtype
         columns[name + LIST_SUFFIX] = pa.ListArray.from_arrays(bounds, pa.array(values[name].astype(kind, copy=False)))
     return pa.table(columns)
+
+
+def derives(merged: Mapping[str, Any]) -> bool:
+    """Whether sessions differ from what is known of their users."""
+    return any(merged[name] for name in ("weights", "session_gap", "time_features", "max_events"))
 
 
 def _widened(column: pa.ListArray) -> pa.ListArray:

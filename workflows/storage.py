@@ -73,8 +73,10 @@ def save_workflow(workflow: Workflow, folder: Path) -> None:
 
 def write_graph(graph: dict[str, Any], folder: Path) -> None:
     """Write the graph of a stored workflow with its seal; the files that it names are there already."""
-    text = json.dumps(graph | {"sha256": _seal(graph)}, indent=1)
-    (folder / GRAPH_FILE).write_text(text + "\n", encoding="utf-8")
+    nodes = ",\n  ".join(json.dumps(node) for node in graph["nodes"])
+    rest = {name: value for name, value in graph.items() if name != "nodes"} | {"sha256": _seal(graph)}
+    told = "".join(f',\n "{name}": {json.dumps(value)}' for name, value in rest.items())
+    (folder / GRAPH_FILE).write_text(f'{{"nodes": [\n  {nodes}\n ]{told}\n}}\n', encoding="utf-8")
 
 
 def output_schema(folder: Path) -> Schema:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,16 @@ def link_rest(old: Path, new: Path, rewritten: Collection[str]) -> None:
     rewritten : collection of str
         Folders of which nothing is taken over.
     """
-    for file in sorted(old.rglob("*")):
-        place, inside = new / file.relative_to(old), file.relative_to(old).as_posix()
-        if file.is_dir() or place.exists() or any(inside.startswith(f"{folder}/") for folder in rewritten):
+    for top, _, names in os.walk(old):
+        inside = os.path.relpath(top, old)
+        if any(f"{inside}/".startswith(f"{folder}/") for folder in rewritten):
             continue
-        place.parent.mkdir(parents=True, exist_ok=True)
-        places.link(file, place)
+        place = new / inside
+        place.mkdir(parents=True, exist_ok=True)
+        there = set(os.listdir(place))
+        for name in names:
+            if name not in there:
+                places.link(Path(top, name), place / name)
 
 
 def new_files(events: Sequence[Path], versions: Mapping[str, Any]) -> dict[Path, str]:

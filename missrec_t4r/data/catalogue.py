@@ -204,7 +204,8 @@ class Catalogue:
     def _write(self, folder: Path) -> None:
         self.write_items(folder)
         rows = pa.array(np.arange(FIRST_ITEM_ROW, self.n_rows))
-        pq.write_table(pa.table({ROW: rows, ITEM_ID: self.items[ITEM_ID]}), folder / "vocabulary.parquet")
+        vocabulary = pa.table({ROW: rows, ITEM_ID: self.items[ITEM_ID]})
+        pq.write_table(vocabulary, folder / "vocabulary.parquet", use_dictionary=False)
         present = [modality.present for modality in self.modalities.values()]
         presence = np.stack(present, 1) if present else np.zeros((self.n_rows, 0), bool)
         np.save(folder / "presence.npy", presence)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from merlin.io import Dataset
 from nvtabular import Workflow, ops
@@ -16,9 +16,11 @@ from nvtabular.ops.operator import ColumnSelector
 
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.workflows.operators import SessionGroupby, SessionSlice
+from missrec_t4r.workflows.sessions import transform_dataset
 from tests.workflows.frame_kinds import FRAMES, to_cudf
 
 MANY = settings(max_examples=130, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+TORN = settings(MANY, max_examples=12, phases=[Phase.explicit, Phase.generate])
 AGGS = {
     "item": ["list", "count", "first", "last"],
     "price": ["list", "first"],
@@ -113,6 +115,29 @@ def test_padded_slice_equals_stock(lists: list[list[int]], size: int, from_end: 
     frame, selector = pd.DataFrame({"x": pd.Series(lists, dtype=object)}), ColumnSelector(["x"])
     start = -size if from_end else size
     _same(*(op(start, pad=True, pad_value=9).transform(selector, frame) for op in (SessionSlice, ops.ListSlice)))
+
+
+@TORN
+@given(events(), st.integers(1, 5), st.integers(1, 4))
+def test_workflows_on_shuffled_partitions_equal_stock(frame: pd.DataFrame, parts: int, size: int) -> None:
+    """The whole way of a data set: torn into partitions, `shuffle_by_keys`, grouped, cut; values, order and schema."""
+    frame = frame.drop(columns="note").dropna()
+    if frame.empty:
+        return
+
+    def made(groupby: type, cut: type) -> tuple[pd.DataFrame, Any]:
+        aggs = {"item": ["list", "count"], "price": ["list"], "time": ["first", "last"], "position": ["list"]}
+        grouped = list(frame) >> groupby(["user"], ["time", "position"], aggs, "-")
+        lists = grouped["item-list", "price-list", "position-list"] >> cut(-size)
+        workflow = Workflow(grouped["user", "item-count", "time-first", "time-last"] + lists)
+        return transform_dataset(workflow, frame, parts, "user"), workflow.output_schema
+
+    (ours, our_schema), (stock, their_schema) = made(SessionGroupby, SessionSlice), made(ops.Groupby, ops.ListSlice)
+    _same(ours.reset_index(drop=True), stock.reset_index(drop=True))  # the order, too
+    assert sorted(ours["user"]) == sorted(frame["user"].unique())  # nobody is torn
+    assert set(our_schema.column_names) == set(their_schema.column_names)
+    for name in their_schema.column_names:
+        assert (our_schema[name].dtype, our_schema[name].tags) == (their_schema[name].dtype, their_schema[name].tags)
 
 
 @pytest.mark.parametrize("kind", FRAMES)

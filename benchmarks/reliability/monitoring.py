@@ -1,4 +1,4 @@
-"""Prometheus with the configuration of Compose against a real server: targets, rules, every expression of the dashboard.
+"""Prometheus with Compose's configuration against a real server: targets, rules, every expression of the dashboard.
 
     apt-get install prometheus
     python -m benchmarks.reliability.monitoring --bundle work/demo/bundle

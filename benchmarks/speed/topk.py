@@ -23,16 +23,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import peak_mib
-from benchmarks.speed.large_tokens import enlarged, isotropic, sessions_near, table_of
+from benchmarks.measure import peak_mib, reset_peak
+from benchmarks.speed.large_tokens import enlarged, isotropic, sessions_near
 from benchmarks.speed.serving_shop import bundle_of
 from missrec_t4r.export.bundle import load_bundle
-from missrec_t4r.model.quantised import QuantisedTable, quantise
+from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.retrieval import Query, scan_bounds, search
+from missrec_t4r.model.score_table import ScoreTable, build_score_table
+from missrec_t4r.model.search_tables import SearchTables, write_tables
 from missrec_t4r.model.towers import CandidateTokens
 
 K = 50
 PHI = 2.0
+LINKS, CONSTRUCTION = 16, 40
+"""Of HNSW: small enough to build a million items in minutes on one core."""
 _SESSIONS, _ROUNDS = 20, 3
 
 
@@ -42,7 +46,7 @@ def measure(file: Path, sessions: Path, threads: int, scan: bool) -> dict[str, A
     vectors = torch.from_numpy(np.load(sessions))
     result: dict[str, Any] = {}
     with torch.inference_mode():
-        quantised, table = QuantisedTable.load(file)
+        table, quantised = SearchTables.load(file)
         added, allowed = torch.zeros(1, table.n_rows), torch.ones(1, table.n_rows, dtype=torch.bool)
         queries = [Query(one[None], added, allowed) for one in vectors]
         times, scored, found = [], [], []
@@ -56,6 +60,7 @@ def measure(file: Path, sessions: Path, threads: int, scan: bool) -> dict[str, A
                     found.append(best)
         result |= {"ms": round(1e3 * float(np.median(times)), 2), "scored": int(np.median(scored))}
         result["peak_mib"] = round(peak_mib())
+        result["anonymous_mib"] = _anonymous_mib()
         result["directions"] = int(quantised.codes.shape[1])
         if scan:
             times, equal = [], True
@@ -68,18 +73,41 @@ def measure(file: Path, sessions: Path, threads: int, scan: bool) -> dict[str, A
     return result
 
 
+def _anonymous_mib() -> int:
+    """Return what this process could not give back: memory that is no page of a file."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("Pss_Anon:"))
+
+
+def write(candidates: CandidateTokens, file: Path) -> None:
+    """Write the search tables of given tokens under dynamic fusion."""
+    fusion = CandidateFusion("dynamic_shared", candidates.mask.shape[1])
+    assert fusion.phi is not None
+    with torch.inference_mode():
+        fusion.phi.fill_(PHI)
+        hollow = candidates._replace(modality=candidates.modality[..., :0])
+
+        def part(rows: Tensor) -> ScoreTable:
+            own = candidates._replace(modality=candidates.modality[:, rows], mask=candidates.mask[:, rows])
+            return build_score_table(fusion, own, rows)
+
+        write_tables(file, build_score_table(fusion, hollow), part)
+
+
 def hnsw(candidates: CandidateTokens, vectors: Tensor, exact: Sequence[Tensor], threads: int) -> dict[str, Any]:
     """Index the mean of the modalities with faiss' HNSW; its neighbours, scored by us, against the exact answer."""
     import faiss
 
     faiss.omp_set_num_threads(threads)
     mean = candidates.modality.mean(0).numpy()
-    index = faiss.IndexHNSWFlat(mean.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
-    index.hnsw.efConstruction = 80
-    started = time.perf_counter()
+    before = reset_peak()
+    index = faiss.IndexHNSWFlat(mean.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = CONSTRUCTION
+    started, busy = time.perf_counter(), time.process_time()
     index.add(mean)
-    build = time.perf_counter() - started
-    result: dict[str, Any] = {"build_s": round(build, 1)}
+    build, busy = time.perf_counter() - started, time.process_time() - busy
+    result: dict[str, Any] = {"links": LINKS, "ef_construction": CONSTRUCTION, "build_s": round(build, 1)}
+    result |= {"build_cpu_s": round(busy, 1), "index_mib": round(peak_mib() - before)}
     for width in (64, 256, 1024):
         index.hnsw.efSearch = width
         times, recalls = [], []
@@ -113,19 +141,16 @@ def run(
         vectors = sessions_near(candidates, _SESSIONS)
         np.save(work / "sessions.npy", vectors.numpy())
         started = time.perf_counter()
-        with torch.inference_mode():
-            table = table_of(candidates, PHI)
-            quantised = quantise(table)
-            quantised.save(work / "tables.safetensors", table)
+        write(candidates, work / "tables.safetensors")
         built = round(time.perf_counter() - started, 1)
         exact = []
         if with_hnsw:
+            table, quantised = SearchTables.load(work / "tables.safetensors")
             added, allowed = torch.zeros(1, rows), torch.ones(1, rows, dtype=torch.bool)
             with torch.inference_mode():
                 for one in vectors:
                     query = Query(one[None], added, allowed)
                     exact.append(search(table, query, quantised.bounds(table, query, threads), K)[0].rows)
-        del table, quantised
         command = [sys.executable, "-m", "benchmarks.speed.topk", "--threads", str(threads), "--measure", str(work)]
         reports = []
         for scan in (False, True):  # the scan reads everything: memory is measured without it

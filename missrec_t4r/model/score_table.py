@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.model.fusion import CandidateFusion
+from missrec_t4r.model.tensor_file import StoredRows
 from missrec_t4r.model.towers import CandidateTokens
 
 SCAN_ERROR = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """By how much `ScoreTable.scan` may differ from `ScoreTable.exact`, by the type of the tokens."""
+
+_FEW = 4096
+"""Tokens that are read one by one from a file; more are read through the mapping."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class ScoreTable:
     """[item], int64: rows with two tokens or more, ascending; their second tokens follow the first ones in order."""
     phi: Tensor
     """[row]: sharpness of the softmax over a row's votes."""
+    stored: StoredRows | None = None
+    """Gives ``tokens`` row by row where they are mapped from a file."""
 
     @property
     def n_rows(self) -> int:
@@ -94,11 +100,14 @@ class ScoreTable:
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> ScoreTable:
         """Return the table on a device, its tokens of another type."""
         moved = {name: getattr(self, name).to(device) for name in ("place", "modality", "several", "phi")}
-        return replace(self, tokens=self.tokens.to(device, dtype), **moved)
+        tokens = self.tokens.to(device, dtype)
+        return replace(self, tokens=tokens, stored=self.stored if tokens is self.tokens else None, **moved)
 
     def _votes(self, session: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         places = self.place[:, rows]
-        tokens = self.tokens[places.clamp_min(0)].to(dtype)
+        few = self.stored is not None and places.numel() <= _FEW
+        at = places.clamp_min(0)
+        tokens = (self.stored.take(at) if few and self.stored is not None else self.tokens[at]).to(dtype)
         return (tokens * session[:, None]).sum(-1), places >= 0
 
 

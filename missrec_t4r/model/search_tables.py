@@ -27,7 +27,7 @@ from missrec_t4r.model.quantised import (
     rest_of_rows,
 )
 from missrec_t4r.model.score_table import ScoreTable, build_score_table
-from missrec_t4r.model.tensor_file import ALIGNED, TensorFile, look_here_and_there
+from missrec_t4r.model.tensor_file import ALIGNED, StoredRows, TensorFile, let_go, look_here_and_there
 from missrec_t4r.model.towers import ItemTokens
 from missrec_t4r.progress import Progress, quiet
 
@@ -45,7 +45,8 @@ class SearchTables(NamedTuple):
     def load(file: Path) -> SearchTables:
         """Map a file of `write_search_tables`; only what is read takes memory, and processes share it."""
         stored = {name: _aligned(tensor) for name, tensor in load_file(file).items()}
-        table = ScoreTable(**{name: stored[f"table.{name}"] for name in _TABLE})
+        rows = StoredRows(file, "table.tokens")
+        table = ScoreTable(**{name: stored[f"table.{name}"] for name in _TABLE}, stored=rows)
         look_here_and_there([table.tokens])
         return SearchTables(table, QuantisedTable(**{name: stored[f"quantised.{name}"] for name in _QUANTISED}))
 
@@ -91,11 +92,17 @@ def write_search_tables(model: MISSRec, file: Path, progress: Progress = quiet) 
     fusion, towers = model.fusion, model.towers
     mask, attended, id_mask = towers.masks(dropout=False)
     ids = None if id_mask is None else torch.zeros(len(id_mask), 0)
-    hollow = ItemTokens(torch.zeros(*mask.shape, 0), mask, attended, ids, id_mask)
-    frame = build_score_table(fusion, towers.candidates(hollow))
-    write_tables(
-        file, frame, lambda rows: build_score_table(fusion, towers.candidates(towers(rows), rows), rows), progress
-    )
+    read = [*towers.vectors.buffers(), *(() if towers.id_embedding is None else [towers.id_embedding.weight])]
+
+    def part(rows: Tensor) -> ScoreTable:
+        table = build_score_table(fusion, towers.candidates(towers(rows), rows), rows)
+        let_go(read)  # else mapped vectors would all end up in this process
+        return table
+
+    with torch.inference_mode():
+        hollow = ItemTokens(torch.zeros(*mask.shape, 0), mask, attended, ids, id_mask)
+        frame = build_score_table(fusion, towers.candidates(hollow))
+    write_tables(file, frame, part, progress)
 
 
 @torch.inference_mode()

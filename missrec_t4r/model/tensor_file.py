@@ -22,7 +22,7 @@ _NAMES = {torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.bool: 
 _NAMES |= {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 ALIGNED = 64
 """What vector instructions read at once."""
-_MADV_RANDOM, _MADV_NOHUGEPAGE = 1, 15
+_MADV_RANDOM, _MADV_DONTNEED, _MADV_NOHUGEPAGE = 1, 4, 15
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
@@ -85,14 +85,97 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def look_here_and_there(tensors: Iterable[Tensor]) -> None:
     """Tell the system that rows of mapped tensors are read at random; harmless where it does not know how."""
+    for tensor in tensors:
+        for advice in (_MADV_RANDOM, _MADV_NOHUGEPAGE):
+            _advise(tensor, advice)
+
+
+class StoredRows:
+    """Rows of a tensor read from its file, for look-ups of a few: mapping one would bring all of its neighbours.
+
+    Parameters
+    ----------
+    file : Path
+        A safetensors file.
+    name : str
+        A matrix of float32 in it.
+    """
+
+    def __init__(self, file: Path, name: str) -> None:
+        self._stream = file.open("rb")
+        length = int.from_bytes(self._stream.read(8), "little")
+        entry = json.loads(self._stream.read(length))[name]
+        self._start, self.width = 8 + length + entry["data_offsets"][0], int(entry["shape"][1])
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Return ``rows`` (any shape) of the matrix, [..., width]."""
+        wanted, size = rows.flatten().tolist(), 4 * self.width
+        taken = torch.empty(len(wanted), self.width)
+        target, descriptor = memoryview(taken.view(torch.uint8).flatten().numpy()), self._stream.fileno()
+        for line, row in enumerate(wanted):
+            os.preadv(descriptor, [target[line * size : (line + 1) * size]], self._start + row * size)
+        return taken.view(*rows.shape, self.width)
+
+
+class Lent:
+    """Tensors mapped from files whose pages go back after some look-ups; those that are not mapped are left alone.
+
+    Parameters
+    ----------
+    tensors : iterable of Tensor
+    every : int
+        Look-ups after which they go back.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], every: int) -> None:
+        self._tensors, self._every, self._used = _mapped(tensors), every, 0
+
+    def used(self, times: int) -> None:
+        """Say that so many look-ups were made."""
+        self._used += times
+        if self._tensors and self._used >= self._every:
+            self._used = 0
+            for tensor in self._tensors:
+                _advise(tensor, _MADV_DONTNEED)
+
+
+def let_go(tensors: Iterable[Tensor]) -> None:
+    """Give back the pages of tensors that are mapped from a file and unchanged; they are read again when needed."""
+    for tensor in _mapped(tensors):
+        _advise(tensor, _MADV_DONTNEED)
+
+
+def _mapped(tensors: Iterable[Tensor]) -> list[Tensor]:
+    try:
+        regions = _unchanged_regions()
+    except OSError:  # no /proc: nothing is given back
+        return []
+    spans = [(one, one.data_ptr(), one.data_ptr() + one.nbytes) for one in tensors]
+    return [one for one, start, end in spans if any(first <= start and end <= last for first, last in regions)]
+
+
+def _unchanged_regions() -> list[tuple[int, int]]:
+    """Return where files are mapped of which no page was written to: what is given back there is not lost."""
+    regions: list[tuple[int, int]] = []
+    mapped = (0, 0)
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            first, last = (int(one, 16) for one in words[0].split("-"))
+            mapped = (first, last) if words[4] != "0" else (0, 0)
+        elif words[0] == "Anonymous:" and words[1] == "0" and mapped != (0, 0):
+            joins = regions and regions[-1][1] == mapped[0]  # advice cuts a mapping into several
+            regions.append((regions.pop()[0] if joins else mapped[0], mapped[1]))
+    return regions
+
+
+def _advise(tensor: Tensor, advice: int) -> None:
     madvise = getattr(ctypes.CDLL(None), "madvise", None)
     page = os.sysconf("SC_PAGE_SIZE")
-    for tensor in tensors:
-        start = -(-tensor.data_ptr() // page) * page
-        length = (tensor.data_ptr() + tensor.nbytes - start) // page * page
-        if madvise is not None and length > 0:
-            for advice in (_MADV_RANDOM, _MADV_NOHUGEPAGE):
-                madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
+    start = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.nbytes - start) // page * page
+    if madvise is not None and length > 0:
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
 
 
 def not_finite(file: Path, names: Iterable[str]) -> tuple[str, int] | None:

@@ -23,6 +23,7 @@ from missrec_t4r.model.quantised import AVAILABLE, QuantisedTable, quantise
 from missrec_t4r.model.retrieval import SPARE, Found, Query, scan_bounds, search
 from missrec_t4r.model.score_table import build_score_table
 from missrec_t4r.model.search_tables import SearchTables
+from missrec_t4r.model.tensor_file import Lent
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
 from missrec_t4r.serving.folded import folded
 from missrec_t4r.serving.rules import NO_RULES, ItemColumns, Rules, capped
@@ -34,6 +35,8 @@ _SCORES_IN_MEMORY = 1 << 25
 """Score matrices of one step hold at most this many numbers (128 MiB of float32): large catalogues, smaller steps."""
 _TOKENS_IN_MEMORY = 1 << 26
 """Token tables of at most this many numbers (256 MiB) are kept for the sessions' items; larger ones are not."""
+_LENT_FOR = 8
+"""Sessions after which mapped pages go back: the system hands out up to 2 MiB around every row that is read."""
 CERTIFIED_FROM = 50_000
 """Rows from which the certified search in 8 bits replaces the scan; smaller catalogues are scanned in less time."""
 
@@ -109,6 +112,7 @@ class Ranker:
         self.quantised: QuantisedTable | None = None
         if certified:
             self.quantised = quantise(self.table) if tables is None else tables.quantised
+        self._lent = Lent(self._mapped() if tables is not None else (), _LENT_FOR)
         self.widenings = 0
         """Sessions whose search had to look beyond its first candidates to be certain."""
 
@@ -171,6 +175,7 @@ class Ranker:
             self._restrict(query.allowed, banned[step], None if allow is None else allow[step], own)
             passed += query.allowed.sum(1).tolist()
             given += self._best(query, wanted[step], own)
+        self._lent.used(batch)
         return self._ranking(rows, known, wanted, given, passed)
 
     def encode(self, known: Rows, side: Mapping[str, npt.NDArray[Any]] | None = None) -> Tensor:
@@ -249,6 +254,11 @@ class Ranker:
             ~(known > PADDING_ROW).any(1),
             np.array(passed, np.int32),
         )
+
+    def _mapped(self) -> list[Tensor]:
+        """Return what look-ups read here and there of a large catalogue."""
+        weights = [one for one in self.model.state_dict().values() if len(one.shape) and len(one) == self.table.n_rows]
+        return [self.table.tokens, *self.model.towers.vectors.buffers(), *weights]
 
     def _popular(self, catalogue: Catalogue) -> Tensor:
         counts = torch.from_numpy(catalogue.train_count).to(self.device, torch.float64)

@@ -16,6 +16,7 @@ from missrec_t4r.export.bundle import load_bundle, write_bundle
 from missrec_t4r.export.manifest import BUNDLE_FILES, SEARCH_FILE, verify_bundle, write_manifest
 from missrec_t4r.export.repository import BUNDLE_IN_REPOSITORY, write_repository
 from missrec_t4r.export.update import previous_of, rollback_catalogue, update_catalogue
+from missrec_t4r.model.tensor_file import Lent, StoredRows, let_go, look_here_and_there, write_tensors
 from missrec_t4r.serving.ranker import Ranker
 from missrec_t4r.training.checkpoint import LoadedRun
 
@@ -110,3 +111,31 @@ def test_sealed_nan_in_the_vectors_is_refused(large: Path, tmp_path: Path) -> No
     write_manifest(copy)
     with pytest.raises(BundleError, match=r"NaN or infinity in modality\.text\.vectors, row 7"):
         load_bundle(copy)
+
+
+def test_few_rows_are_read_and_many_are_mapped_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = torch.randn(3000, 1024)
+    write_tensors(tmp_path / "rows.safetensors", {"rows": table, "other": torch.arange(5)})
+    rows = torch.tensor([[7, 0], [2999, 7]])
+    assert torch.equal(StoredRows(tmp_path / "rows.safetensors", "rows").take(rows), table[rows])
+    assert StoredRows(tmp_path / "rows.safetensors", "rows").take(rows[:0]).shape == (0, 2, 1024)
+    mapped, own = load_file(tmp_path / "rows.safetensors")["rows"], table.clone()
+    look_here_and_there([mapped])
+
+    def resident() -> int:
+        lines = Path("/proc/self/smaps").read_text().split("rows.safetensors")[1:]
+        return sum(int(one.split("Rss:")[1].split()[0]) for one in lines)
+
+    before = resident()
+    assert torch.equal(mapped, table)
+    assert resident() - before > 10_000
+    lent = Lent([mapped, own], every=3)
+    lent.used(2)
+    assert resident() - before > 10_000
+    lent.used(1)
+    assert resident() - before < 1_000
+    assert torch.equal(mapped, table)
+    assert torch.equal(own, table)  # what is no file is left alone
+    mapped[0, 0] += 1
+    let_go([mapped])
+    assert mapped[0, 0] == table[0, 0] + 1  # as is what was written to

@@ -20,4 +20,4 @@ COPY --chmod=755 docker/entrypoint.sh /usr/local/bin/missrec-entrypoint
 EXPOSE 8000 8001 8002
 USER 1000:1000
 ENTRYPOINT ["missrec-entrypoint"]
-CMD ["tritonserver", "--model-repository=/output/models", "--disable-auto-complete-config"]
+CMD ["tritonserver", "--model-repository=/output/models", "--disable-auto-complete-config", "--backend-config=python,shm-default-byte-size=16777216"]

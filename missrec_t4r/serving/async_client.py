@@ -93,9 +93,10 @@ class AsyncMISSRecClient:
         wishes = Wishes(
             exclude_seen=exclude_seen, exclude=exclude, allow=allow, rules=rules, reasons=reasons, side=side
         )
-        requests = requests_of(sessions, top_k, await self.description(), wishes)
+        requests = list(requests_of(sessions, top_k, await self.description(), wishes))
         parts = await asyncio.gather(*(self.ask(request) for request in requests))
-        return [answer for outputs in parts for answer in recommendations_of(outputs)]
+        counts = [len(request["length"]) for request in requests]
+        return [answer for n, outputs in zip(counts, parts, strict=True) for answer in recommendations_of(outputs, n)]
 
     async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send one request as it is, tensors by name, and return the answer's tensors."""

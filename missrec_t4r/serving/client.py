@@ -165,7 +165,7 @@ class MISSRecClient:
             exclude_seen=exclude_seen, exclude=exclude, allow=allow, rules=rules, reasons=reasons, side=side
         )
         for request in requests_of(sessions, top_k, self.description, wishes):
-            answers += recommendations_of(self.ask(request))
+            answers += recommendations_of(self.ask(request), len(request["length"]))
         return answers
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:

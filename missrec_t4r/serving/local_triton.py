@@ -31,6 +31,9 @@ from missrec_t4r.serving.watchdog import start_watchdog
 _POLL_SECONDS = 0.05
 _CHECK_SECONDS = 0.5
 _STOP_SECONDS = 15.0
+SHARED_BYTES = 16 << 20
+"""Shared memory that a model starts with. Triton's 1 MiB has to grow under the first requests, and growing while
+another model loads has ended the server (docs/reliability.md)."""
 _STARTS = 4
 """Between choosing a free port and Triton's binding it, another process may take it: then others are chosen."""
 _PORT_TAKEN = ("already in use", "failed to start", "unavailable for")
@@ -170,6 +173,7 @@ class LocalTriton:
             f"--model-repository={self.repository}",
             f"--backend-directory={triton.backends(folder)}",
             "--disable-auto-complete-config",  # our configurations are complete; without it every model starts twice
+            f"--backend-config=python,shm-default-byte-size={SHARED_BYTES}",
             "--exit-timeout-secs=5",
             f"--id={self._name}",
             *restrictions(self._key),

@@ -188,8 +188,17 @@ def outputs_for(request: Mapping[str, Any]) -> tuple[str, ...]:
     return OUTPUTS + REASON_OUTPUTS if "reasons" in request else OUTPUTS
 
 
-def recommendations_of(outputs: Mapping[str, npt.NDArray[Any]]) -> list[Recommendation]:
-    """Return one answer per session of a request."""
+def recommendations_of(outputs: Mapping[str, npt.NDArray[Any]], asked: int) -> list[Recommendation]:
+    """Return one answer per session of a request.
+
+    Raises
+    ------
+    ServingError
+        The server answered another number of sessions than ``asked``: the answer is somebody else's.
+    """
+    if len(outputs["n_items"]) != asked:
+        found = f"answers to {len(outputs['n_items'])} sessions"
+        raise ServingError(found, f"{asked}, as asked", "the server is about to fail: ask again")
     return [_recommendation(outputs, index) for index in range(len(outputs["n_items"]))]
 
 

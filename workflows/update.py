@@ -90,9 +90,12 @@ def update(
     new = new_files(expand(paths, "interactions") if paths or items is None else [], versions)
     settings = dict(report["settings"])
     table = None if items is None else read_items(items, settings["columns"][ITEM_ID], checks.Findings())
-    if dry_run or not (new or table is not None):
+    if dry_run or not new:
+        catalogue = Catalogue.load(out / CATALOGUE_FOLDER)
+        *_, lines = with_lines(catalogue, table, dict(modality or {}), checks.Findings())
         told = {"dry_run": dry_run, "version": versions["version"], "new_files": [str(file) for file in new]}
-        return {"data": str(out), "updated": False, **told}
+        if dry_run or not lines:
+            return {"data": str(out), "updated": False, **told, "new_lines": lines}
     copies, columns = places.copies_of(out), settings["columns"]
     files = places.as_parquet(list(new), copies, [columns[USER_ID], columns[ITEM_ID]])
     beside = not files or (delta and _rows(files) <= DELTA_ROWS)

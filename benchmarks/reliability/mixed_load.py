@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.reliability.hostile import _resident
+from missrec_t4r.errors import MISSRecError, UnavailableError
 from missrec_t4r.export.update import update_catalogue
 from missrec_t4r.export.vocabulary import load_items, vocabulary_of
 from missrec_t4r.schema import ITEM_ID
@@ -106,10 +107,16 @@ def run(bundle: Path, work: Path, *, seconds: float, clients: int, pause: float)
         deadline = time.monotonic() + seconds
         try:
             while time.monotonic() < deadline:
-                if changes % 3 == 2:
-                    rollback(live)
-                else:
-                    deploy(live, bundle=second if changes % 3 == 0 else first)
+                try:
+                    if changes % 3 == 2:
+                        rollback(live)
+                    else:
+                        deploy(live, bundle=second if changes % 3 == 0 else first)
+                    server.check_alive()
+                except MISSRecError as error:
+                    load.problems.append(f"change {changes}: {error}"[:300])
+                    if isinstance(error, UnavailableError):  # the server has ended
+                        break
                 changes += 1
                 memory.append(_resident(server.pid))
                 time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
@@ -126,7 +133,7 @@ def run(bundle: Path, work: Path, *, seconds: float, clients: int, pause: float)
         "problems": len(load.problems),
         "first_problems": load.problems[:10],
         "ms": {f"p{q}": round(float(np.percentile(load.milliseconds, q)), 2) for q in (50, 95, 99, 99.9)},
-        "resident_mib": {"first": memory[0], "last": memory[-1], "max": max(memory)},
+        "resident_mib": {"first": memory[0], "last": memory[-1], "max": max(memory)} if memory else {},
     }
 
 

@@ -53,10 +53,11 @@ def rollback(
 @command
 def shadow(
     candidate: Annotated[str, typer.Option(help="Model to ask in the shadow, such as missrec_v4.")],
-    url: Annotated[str, typer.Option(help="HTTP address of the server that answers.")] = "localhost:8000",
-    candidate_url: Annotated[str | None, typer.Option(help="Another server's HTTP address, if it is there.")] = None,
+    url: Annotated[str | None, typer.Option(help="Server that answers; by default on this machine.")] = None,
+    candidate_url: Annotated[str | None, typer.Option(help="Another server's address, if it is there.")] = None,
     share: Annotated[float, typer.Option(help="Share of the requests, 0 to 1.")] = 0.1,
     port: Annotated[int, typer.Option(help="Where clients send their requests meanwhile; 0 takes a free port.")] = 8010,
+    protocol: Annotated[str, typer.Option(help="http or grpc: what clients speak.")] = "http",
     seconds: Annotated[float | None, typer.Option(help="When to end; Ctrl-C otherwise.")] = None,
 ) -> dict[str, Any]:
     """Mirror a share of the traffic to a candidate; report overlap@k, score and latency differences."""
@@ -66,6 +67,7 @@ def shadow(
         candidate_url=candidate_url,
         share=share,
         port=port,
+        protocol=protocol,
         seconds=seconds,
         progress=TerminalProgress(),
     )

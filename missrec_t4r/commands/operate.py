@@ -20,7 +20,7 @@ def rollback(repository: Path, **options: Any) -> dict[str, Any]:
     return run(repository, **options)
 
 
-def shadow(url: str, candidate: str, **options: Any) -> dict[str, Any]:
+def shadow(url: str | None, candidate: str, **options: Any) -> dict[str, Any]:
     """Mirror a share of the traffic to a candidate; options as in `missrec_t4r.serving.shadow.shadow`."""
     from missrec_t4r.serving.shadow import shadow as run
 

@@ -2,81 +2,32 @@
 
 An HTTP door in front of the server hands every request through unchanged and, after the client has its answer, sends a
 share of the recommendation requests to the candidate: another model of the same server (`missrec deploy --no-switch`
-loads one) or another server. The candidate can neither delay nor fail a client: its queue is bounded, and what does not
-fit is dropped and counted.
+loads one) or another server (`mirror`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
-import queue
-import random
 import signal
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from missrec_t4r.errors import ConfigError, ServingError
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.serving.doors import checked_address
 from missrec_t4r.serving.loopback import LOOPBACK
+from missrec_t4r.serving.mirror import COMPARED, TIMEOUT, Comparison, Mirror, Mirrored, Tensors
 
-_QUEUE = 256
-_TIMEOUT = 30.0
+PORTS = {"http": 8000, "grpc": 8001}
+"""Of a server, by protocol."""
 _HOP = ("connection", "keep-alive", "transfer-encoding", "host", "content-length", "accept-encoding")
 _LENGTH = "Inference-Header-Content-Length"
 
 Answer = tuple[int, dict[str, str], bytes]
 """Status, headers and body."""
-
-
-@dataclass
-class Comparison:
-    """What the mirrored requests showed, so far."""
-
-    overlap: list[float] = field(default_factory=list)
-    """Per session: the share of the items that both answers hold."""
-    same_first: list[bool] = field(default_factory=list)
-    """Per session: whether the best item is the same."""
-    score_differences: list[float] = field(default_factory=list)
-    """Per session: mean absolute difference of the scores of the items that both hold."""
-    current_ms: list[float] = field(default_factory=list)
-    candidate_ms: list[float] = field(default_factory=list)
-    failed: int = 0
-    """Mirrored requests that the candidate refused or did not answer."""
-    dropped: int = 0
-    """Requests that were not mirrored because the candidate fell behind."""
-
-    def add(self, current: dict[str, Any], candidate: dict[str, Any]) -> None:
-        """Compare two answers to one request, session by session."""
-        for ours, theirs in zip(_lists(current), _lists(candidate), strict=True):
-            shared = ours.keys() & theirs.keys()
-            longest = max(len(ours), len(theirs))
-            self.overlap.append(len(shared) / longest if longest else 1.0)
-            self.same_first.append(next(iter(ours), None) == next(iter(theirs), None))
-            if shared:
-                self.score_differences.append(sum(abs(ours[item] - theirs[item]) for item in shared) / len(shared))
-
-    def report(self) -> dict[str, Any]:
-        """Return the figures as one mapping."""
-        return {
-            "mirrored_sessions": len(self.overlap),
-            "overlap_at_k": _mean(self.overlap),
-            "same_first_item": _mean(self.same_first),
-            "mean_abs_score_difference": _mean(self.score_differences),
-            "max_abs_score_difference": round(max(self.score_differences, default=0.0), 6),
-            "current_ms": _percentiles(self.current_ms),
-            "candidate_ms": _percentiles(self.candidate_ms),
-            "failed": self.failed,
-            "dropped": self.dropped,
-        }
 
 
 class ShadowDoor:
@@ -111,16 +62,17 @@ class ShadowDoor:
         model: str = "missrec",
         seed: int | None = None,
     ) -> None:
-        if not 0 <= share <= 1:
-            raise ConfigError(f"--share {share}", "0 to 1")
+        self._mirror = Mirror(share, seed)
         self.address = checked_address(url, "http")
         self._shadow = checked_address(candidate_url or url, "http"), f"/v2/models/{candidate}/infer"
         self._mirrored = f"/v2/models/{model}/infer"
-        self._share, self._chance = share, random.Random(seed)
-        self._queue: queue.Queue[tuple[dict[str, str], bytes, Answer, float] | None] = queue.Queue(_QUEUE)
-        self.comparison = Comparison()
         self._server = self._listen(port)
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._server.serve_forever, self._work)]
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    @property
+    def comparison(self) -> Comparison:
+        """What was seen so far."""
+        return self._mirror.comparison
 
     @property
     def url(self) -> str:
@@ -128,40 +80,29 @@ class ShadowDoor:
         return f"{LOOPBACK}:{self._server.server_address[1]}"
 
     def __enter__(self) -> ShadowDoor:
-        for thread in self._threads:
-            thread.start()
+        self._mirror.__enter__()
+        self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._server.shutdown()
         self._server.server_close()
-        self._queue.put(None)
-        self._threads[1].join(_TIMEOUT)
+        self._mirror.__exit__()
 
     def passed_on(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
         """Ask the server, answer, and remember a share of the requests for the candidate."""
         started = time.perf_counter()
         answer = _ask(self.address, method, path, headers, body)
         elapsed = (time.perf_counter() - started) * 1e3
-        if path == self._mirrored and answer[0] == 200 and self._chance.random() < self._share:
-            try:
-                self._queue.put_nowait((headers, body, answer, elapsed))
-            except queue.Full:
-                self.comparison.dropped += 1
+        if path == self._mirrored and answer[0] == 200:
+            self._mirror.offer(Mirrored(lambda: _tensors(answer), lambda: self._candidate(headers, body), elapsed))
         return answer
 
-    def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
-            headers, body, current, elapsed = job
-            started = time.perf_counter()
-            answer = _ask(self._shadow[0], "POST", self._shadow[1], headers, body)
-            took = (time.perf_counter() - started) * 1e3
-            if answer[0] != 200:
-                self.comparison.failed += 1
-                continue
-            self.comparison.add(_tensors(current), _tensors(answer))
-            self.comparison.current_ms.append(elapsed)
-            self.comparison.candidate_ms.append(took)
+    def _candidate(self, headers: dict[str, str], body: bytes) -> Tensors:
+        answer = _ask(self._shadow[0], "POST", self._shadow[1], headers, body)
+        if answer[0] != 200:
+            raise ServingError(f"the candidate answered {answer[0]}")
+        return _tensors(answer)
 
     def _listen(self, port: int) -> ThreadingHTTPServer:
         door = self
@@ -195,12 +136,13 @@ class ShadowDoor:
 
 
 def shadow(
-    url: str,
+    url: str | None,
     candidate: str,
     *,
     candidate_url: str | None = None,
     share: float = 0.1,
     port: int = 8010,
+    protocol: str = "http",
     seconds: float | None = None,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
@@ -209,7 +151,9 @@ def shadow(
     Parameters
     ----------
     url, candidate, candidate_url, share, port
-        As in `ShadowDoor`.
+        As in `ShadowDoor`; without ``url`` the protocol's port on this machine.
+    protocol : {"http", "grpc"}
+        Of the clients, of the server and of the candidate.
     seconds : float, optional
         When to end.
     progress : Progress
@@ -219,10 +163,17 @@ def shadow(
     dict
         As of `Comparison.report`.
     """
+    if protocol not in PORTS:
+        raise ConfigError(f"--protocol {protocol!r}", " or ".join(PORTS))
+    from missrec_t4r.serving.shadow_grpc import GrpcShadowDoor
+
+    kind = ShadowDoor if protocol == "http" else GrpcShadowDoor
+    url = url or f"localhost:{PORTS[protocol]}"
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with ShadowDoor(url, candidate, candidate_url=candidate_url, share=share, port=port) as door:
-            progress.say(f"send HTTP traffic to {door.url} in place of {url}; {share:.0%} of it also asks {candidate}")
+        with kind(url, candidate, candidate_url=candidate_url, share=share, port=port) as door:
+            words = f"send {protocol} traffic to {door.url} in place of {url}; {share:.0%} of it also asks {candidate}"
+            progress.say(words)
             with contextlib.suppress(KeyboardInterrupt):
                 deadline = None if seconds is None else time.monotonic() + seconds
                 while deadline is None or time.monotonic() < deadline:
@@ -233,7 +184,7 @@ def shadow(
 
 
 def _ask(address: str, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
-    connection = http.client.HTTPConnection(address, timeout=_TIMEOUT)
+    connection = http.client.HTTPConnection(address, timeout=TIMEOUT)
     try:
         connection.request(method, path, body or None, headers)
         response = connection.getresponse()
@@ -245,28 +196,9 @@ def _ask(address: str, method: str, path: str, headers: dict[str, str], body: by
         connection.close()
 
 
-def _tensors(answer: Answer) -> dict[str, npt.NDArray[Any]]:
+def _tensors(answer: Answer) -> Tensors:
     from tritonclient.http import InferResult
 
     length = {name.lower(): value for name, value in answer[1].items()}.get(_LENGTH.lower())
     result = InferResult.from_response_body(answer[2], header_length=None if length is None else int(length))
-    return {name: result.as_numpy(name) for name in ("item_id", "score", "n_items")}
-
-
-def _lists(answer: dict[str, Any]) -> list[dict[Any, float]]:
-    return [
-        {_text(item): float(score) for item, score in zip(items[:n], scores[:n], strict=True)}
-        for items, scores, n in zip(answer["item_id"], answer["score"], answer["n_items"][:, 0], strict=True)
-    ]
-
-
-def _text(item: Any) -> Any:
-    return item.decode() if isinstance(item, bytes) else item
-
-
-def _mean(values: Sequence[float]) -> float:
-    return round(float(np.mean(values)), 6) if values else 0.0
-
-
-def _percentiles(values: list[float]) -> dict[str, float]:
-    return {f"p{q}": round(float(np.percentile(values, q)), 2) for q in (50, 95, 99)} if values else {}
+    return {name: result.as_numpy(name) for name in COMPARED}

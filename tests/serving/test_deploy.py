@@ -24,6 +24,7 @@ from missrec_t4r.serving.deploy import bundle_of, deploy, rollback, versions_of
 from missrec_t4r.serving.local_triton import LocalTriton
 from missrec_t4r.serving.loopback import answers_ready
 from missrec_t4r.serving.shadow import ShadowDoor
+from missrec_t4r.serving.shadow_grpc import GrpcShadowDoor
 from tests.serving.conftest import serving
 
 SESSION = ["ware-3-ü", "ware-9-ü"]
@@ -136,6 +137,15 @@ def test_a_version_can_be_loaded_and_asked_before_it_answers(
     with ShadowDoor(running.http_url, "gone", share=1) as shadow, MISSRecClient(shadow.url, "http") as client:
         assert client.recommend([SESSION], 6)[0].item_ids == mirrored[0][0].item_ids
     assert shadow.comparison.report()["failed"] == 1
+    with GrpcShadowDoor(running.grpc_url, door, share=1) as shadow, MISSRecClient(shadow.url) as client:
+        through = [client.recommend([SESSION, [], ["ware-1-ü"]], 6) for _ in range(5)]
+        with MISSRecClient(shadow.url, model="gone") as stranger, pytest.raises(ServingError, match="gone"):
+            stranger.recommend([SESSION], 6)
+    assert [[one.item_ids for one in answer] for answer in through] == [[one.item_ids for one in expected]] * 5
+    over_grpc = shadow.comparison.report()
+    assert (over_grpc["mirrored_sessions"], over_grpc["failed"]) == (15, 0)
+    assert over_grpc["overlap_at_k"] == pytest.approx(report["overlap_at_k"])
+    assert over_grpc["mean_abs_score_difference"] == pytest.approx(report["mean_abs_score_difference"], abs=1e-5)
     assert asked(running) == before
     assert asked(running, f"missrec_v{result['version']}") == answers[1]
     assert current_version(live) != result["version"]

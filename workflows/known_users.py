@@ -5,7 +5,7 @@ The newest state of a user counts: that of the youngest delta, else that of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,9 @@ from missrec_t4r.data.split_rows import DELTA_FOLDER, one_array
 from missrec_t4r.data.user_hash import Hashes, hash_ids, partition_of
 from missrec_t4r.schema import LIST_SUFFIX, USER_ID
 from missrec_t4r.workflows.partitions import STATE_FOLDER, USER_HASH, Ints, lists_of, read_arrow
+
+_THREADS = 4
+"""They wait for the disk, and numpy and Arrow let go of the interpreter."""
 
 
 class Known(NamedTuple):
@@ -46,13 +49,18 @@ def known_users(data: Path, partitions: int, users: pa.Array, hashes: Hashes) ->
     users, hashes : array [user], ndarray [user]
         Users without repeats, in the order of their hash.
     """
-    open_, found = np.ones(len(users), bool), []
-    for part, begin, end in _parts(data, partitions, hashes):
+    open_ = np.ones(len(users), bool)
+
+    def look(part: pa.Table, begin: int, end: int) -> Known:
         asked = begin + np.flatnonzero(open_[begin:end])
         rows = rows_of(part, users.take(pa.array(asked)), hashes[asked])
         there = rows >= 0
-        found.append(_taken(part, asked[there], rows[there]))
         open_[asked[there]] = False
+        return _taken(part, asked[there], rows[there])
+
+    found = [look(read_arrow(file), 0, len(users)) for file in reversed(state_deltas(data))]
+    with ThreadPoolExecutor(_THREADS) as threads:  # no user is in two partitions
+        found += threads.map(lambda where: look(read_arrow(where[0]), *where[1:]), _files(data, partitions, hashes))
     names = found[0].values if found else {}
     return Known(
         np.concatenate([np.zeros(0, np.int64), *(part.numbers for part in found)]),
@@ -81,16 +89,13 @@ def hashes_of(part: pa.Table) -> Hashes:
     return part[USER_HASH].to_numpy() if USER_HASH in part.column_names else hash_ids(one_array(part[USER_ID]))
 
 
-def _parts(data: Path, partitions: int, hashes: Hashes) -> Iterator[tuple[pa.Table, int, int]]:
-    """Yield every state that may know the users, newest first, and which of them to ask it for."""
-    for file in reversed(state_deltas(data)):
-        yield read_arrow(file), 0, len(hashes)
+def _files(data: Path, partitions: int, hashes: Hashes) -> list[tuple[Path, int, int]]:
+    """Return the states of the partitions that may know the users, and which of them to ask each for."""
     numbers = partition_of(hashes, partitions)
-    for number in np.unique(numbers):
-        file = data / STATE_FOLDER / f"{number:05}.arrow"
-        if file.is_file():
-            begin, end = np.searchsorted(numbers, [number, number + 1])
-            yield read_arrow(file), int(begin), int(end)
+    bounds = np.searchsorted(numbers, np.arange(partitions + 1))
+    files = [data / STATE_FOLDER / f"{number:05}.arrow" for number in range(partitions)]
+    asked = zip(files, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+    return [(file, begin, end) for file, begin, end in asked if begin < end and file.is_file()]
 
 
 def _taken(part: pa.Table, numbers: Ints, rows: Ints) -> Known:

@@ -282,7 +282,9 @@ def test_items_alone_can_be_added(data: Path, tmp_path: Path) -> None:
     assert after["rows"]["train"].equals(before["rows"]["train"])
     assert [row["item_id"] for row in after["items"].to_pylist()][-1] == "lute"
     compact(data, workers=1)
-    assert update([], data, items=items)["updated"] is True
+    assert update([], data, items=items)["updated"] is False  # they are in
+    _, more = write(tmp_path / "more", shop(1, 3), NEW_ITEMS[:1].assign(item_id="oboe"))
+    assert update([], data, items=more)["updated"] is True
     assert json.loads((data / "versions.json").read_text())["plain_version"] == 5  # nothing stands beside the files
     titles = {row["item_id"]: row["title"] for row in after["items"].to_pylist()}
     assert (titles["rug"], titles["desk"]) == ("a rug", "a desk")  # only events knew the rug; the desk had a line

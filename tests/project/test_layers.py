@@ -36,6 +36,7 @@ OUTSIDE = {
     "sklearn": {"workflows"},
     "PIL": {"workflows"},
     "tritonclient": {"serving"},
+    "grpc": {"serving"},  # comes with tritonclient
     "pytriton": {"serving"},
     "scipy": set(),
 }

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,8 @@ from missrec_t4r.workflows import checks
 from missrec_t4r.workflows.etl import etl
 from missrec_t4r.workflows.features import features
 from missrec_t4r.workflows.folders import file_aside, written_aside
+from missrec_t4r.workflows.report import report
+from missrec_t4r.workflows.sources.generator import generate_shop
 from missrec_t4r.workflows.sources.table import read_table
 from tests.workflows.tables import EVENTS, ITEMS, items_of, write
 
@@ -187,6 +191,54 @@ def test_a_read_only_place_is_named(tmp_path: Path) -> None:
         etl(*write(tmp_path / "raw"), place)
     with pytest.raises(DataError, match="cannot be written"), written_aside(place, "x.json"):
         pass
+
+
+@pytest.fixture
+def locked() -> Iterator[Path]:
+    """A folder that this process may read and not write: it is not its owner, root or not."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+        for place in folder.rglob("*"):
+            if place.is_dir():
+                place.chmod(0o755)
+
+
+@contextmanager
+def nobody(folder: Path) -> Iterator[None]:
+    """Work as a user who owns nothing here; without root's rights, take those of the owner away."""
+    for place in (folder, *folder.rglob("*")):
+        place.chmod(0o555 if place.is_dir() else 0o444)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def test_a_folder_of_somebody_else_is_named_and_stays_as_it_is(locked: Path) -> None:
+    files = write(locked / "raw")
+    etl(*files, locked / "data", engine="disk", workers=1)
+    report(locked / "data", locked / "report")
+    before = _files(locked)
+    attempts: list[Callable[[], object]] = [
+        lambda: etl(*files, locked / "data", workers=1),
+        lambda: etl(*files, locked / "data", engine="disk", workers=1),
+        lambda: etl(*files, locked / "data" / "inside", engine="disk", workers=1),
+        lambda: features(locked / "data", text_columns=["title"]),
+        lambda: report(locked / "data", locked / "report"),
+        lambda: generate_shop(locked / "shop", users=5, items=100),
+    ]
+    with nobody(locked):
+        for attempt in attempts:
+            with pytest.raises(DataError, match="cannot be written .*Permission denied"):
+                attempt()
+    assert _files(locked) == before
 
 
 def test_what_a_killed_run_left_is_cleaned_up_by_the_next(tmp_path: Path) -> None:

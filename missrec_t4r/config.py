@@ -93,6 +93,9 @@ class MISSRecConfig:
     n_lookalikes: int = 32
     """Items of the most similar content per candidate that the look-alike prior adds to the score when ranking, its
     weight chosen on validation after training (ours: the adapters forget what raw vectors know); 0 switches it off."""
+    newcomer_exposure: float = 1.0
+    """Places among the first ten that items without any event get, each relative to what an item with events is worth
+    by its targets; costs the other items as many places (ours). Validation finds the level; 0 leaves new items last."""
     temperature: float = 0.07
     """Divides scores before the softmax; > 0 (paper: 0.07)."""
     orthogonality: Orthogonality = "cosine"
@@ -124,6 +127,7 @@ class MISSRecConfig:
             (not 0 <= self.dropout < 1, f"--dropout {self.dropout} is outside [0, 1)"),
             (self.n_neighbours < 0, f"--n-neighbours {self.n_neighbours} is negative"),
             (self.n_lookalikes < 0, f"--n-lookalikes {self.n_lookalikes} is negative"),
+            (self.newcomer_exposure < 0, f"--newcomer-exposure {self.newcomer_exposure} is negative"),
             (self.temperature <= 0, f"--temperature {self.temperature} is not positive"),
             (not 0 < self.interest_ratio <= 1, f"--interest-ratio {self.interest_ratio} is outside (0, 1]"),
             (not 0 <= self.modality_dropout < 1, f"--modality-dropout {self.modality_dropout} is outside [0, 1)"),
@@ -161,6 +165,7 @@ class MISSRecConfig:
             "history_bias": False,
             "n_neighbours": 0,
             "n_lookalikes": 0,
+            "newcomer_exposure": 0.0,
             "mask_untrained_ids": False,
             "side_features": "none",
             "orthogonality": "faithful",

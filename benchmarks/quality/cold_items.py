@@ -3,7 +3,8 @@
     python -m benchmarks.quality.cold_items --data path/to/ml1m_posters --recipe long --share 0.1
 
 All events of the held-out items are removed, except where they are a customer's last one: those are the targets. The
-model is compared with popularity, item-kNN and content-kNN on the same vectors; the whole catalogue is ranked.
+model is compared with popularity, item-kNN and content-kNN on the same vectors, and with itself without what it lends
+to items without events (`model/newcomers.py`); the whole catalogue is ranked. What the others pay stands beside it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,18 @@ import yaml
 from benchmarks.measure import report
 from benchmarks.quality.bench import FIRST_SEED, arguments, pairs
 from missrec_t4r import commands
+from missrec_t4r.data.side import load_sessions
 from missrec_t4r.demo import find_inputs
+from missrec_t4r.evaluation.evaluate import System, evaluate_sessions, fitted_baselines
+from missrec_t4r.evaluation.full_ranking import PROTOCOLS
+from missrec_t4r.evaluation.model_scorer import ModelScorer
+from missrec_t4r.model.newcomers import NewcomerSettings
 from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.schema import FIRST_ITEM_ROW
+from missrec_t4r.training.checkpoint import RUN_FILE, load_run
 
+BOOTSTRAPS = 3
+"""Seeds of the intervals; the ranking is the same."""
 _METRICS = ("recall@10", "ndcg@10")
 
 
@@ -60,22 +70,48 @@ def measure(
     if not (run / "run.json").is_file():
         commands.etl([out / "interactions.parquet"], inputs.items, folder, modality=inputs.modality, progress=progress)
         commands.train(folder, run, recipe=recipe, settings={**settings, "train.seed": seed}, progress=progress)
-    report_file = run / "metrics_test.json"
-    if not report_file.is_file():
-        commands.evaluate(run, progress=progress)
-    cold = json.loads(report_file.read_text(encoding="utf-8"))["slices"]["cold"]
-    protocols = {name: values for name, values in cold.items() if name != "n"}
-    return {
-        **facts,
-        "n": cold["n"],
-        "cold": {
-            protocol: {
-                system: {key: round(values[key] or 0.0, 4) for key in _METRICS}
-                | {"interval": values["interval"]["recall@10"]}
-                for system, values in systems.items()
+    return {**facts, **compare(run, progress)}
+
+
+def compare(run: Path, progress: Progress) -> dict[str, Any]:
+    """Rank the test split with a run, with and without its newcomers, and with the tuned baselines."""
+    loaded, without = load_run(run), load_run(run).model
+    assert without.prior is not None
+    assert without.prior.newcomers is not None
+    without.prior.newcomers.choose(NewcomerSettings(0.0, 0.0, 0.0, 0.0))
+    side = () if loaded.model.side is None else loaded.model.side.columns
+    sessions = load_sessions(loaded.data, "test", side)
+    targets = sessions.split_last()[1]
+    cold = (targets >= FIRST_ITEM_ROW) & (loaded.catalogue.train_count[targets] == 0)
+    ours: dict[str, System] = {
+        "model": ModelScorer.with_popularity(loaded.model, loaded.catalogue),
+        "without_newcomers": ModelScorer.with_popularity(without, loaded.catalogue),
+    }
+    rivals, tuned = fitted_baselines(loaded.data, loaded.catalogue, progress=progress)
+    parts = {"cold": cold, "others": ~cold, "all": np.ones_like(cold)}
+    found: dict[str, Any] = {
+        "n": int(cold.sum()),
+        "newcomers": json.loads((run / RUN_FILE).read_text())["prior"].get("newcomers"),
+    }
+    for name, flags in parts.items():
+        systems = ours | rivals if name == "cold" else ours
+        reports = [
+            evaluate_sessions(systems, sessions.take(np.flatnonzero(flags)), loaded.catalogue, seed=seed, ks=(10,))
+            for seed in range(BOOTSTRAPS if name == "cold" else 1)
+        ]
+        found[name] = {protocol: _lines(reports[0]["protocols"][protocol]) for protocol in PROTOCOLS}
+        if name == "cold":
+            found["ahead_of_content_knn"] = {
+                protocol: [report["differences"][protocol]["content_knn"]["recall@10"] for report in reports]
+                for protocol in PROTOCOLS
             }
-            for protocol, systems in protocols.items()
-        },
+    return found | {"baseline_settings": tuned}
+
+
+def _lines(systems: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {key: round(values[key] or 0.0, 4) for key in _METRICS} | {"interval": values["interval"]["recall@10"]}
+        for name, values in systems.items()
     }
 
 

@@ -19,6 +19,7 @@ from missrec_t4r.model.interests import InterestVocabulary
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.model.tensor_file import look_here_and_there
 from missrec_t4r.schema import FIRST_ITEM_ROW, RETIRED
+from missrec_t4r.training.checkpoint import since_then
 
 _LARGE = 1 << 24
 """Numbers in a tensor (64 MiB) from which it is not copied."""
@@ -50,6 +51,7 @@ def load_weights(model: MISSRec, weights: Mapping[str, Tensor], interests: Mappi
         Centroids and assignment of this catalogue version: the centroids' number is the training's.
     """
     known = model.state_dict()
+    weights = since_then(known, weights) | dict(weights)
     continued = {name: _continued(name, tensor, known) for name, tensor in weights.items()}
     centroids, assignment = interests["interests.centroids"], interests["interests.assignment"]
     vocabulary = model.interests

@@ -42,6 +42,7 @@ from missrec_t4r.export.manifest import (
     write_manifest,
 )
 from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.model.newcomers import without_events
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import (
     FIRST_ITEM_ROW,
@@ -291,6 +292,8 @@ def _check(old: LoadedBundle, new: LoadedBundle, rows: npt.NDArray[np.int64]) ->
     untouched = np.ones(old.catalogue.n_rows, bool)
     untouched[:FIRST_ITEM_ROW] = False
     untouched[rows[rows < old.catalogue.n_rows]] = False
+    if old.model.prior is not None:  # items without events lean on others' content, which may have changed
+        untouched &= ~without_events(old.model.prior.frequency).numpy()
     pool = np.flatnonzero(untouched)
     if not len(pool):
         return 0.0

@@ -26,6 +26,7 @@ from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.interests import InterestTokens, InterestVocabulary
 from missrec_t4r.model.lookalikes import LookAlikes
 from missrec_t4r.model.neighbours import NeighbourPrior
+from missrec_t4r.model.newcomers import Newcomers, without_events
 from missrec_t4r.model.side import SideEncoder, SideFeatures, SideValues
 from missrec_t4r.model.towers import CandidateTokens, ItemTokens, ItemTowers
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
@@ -93,6 +94,7 @@ class MISSRec(nn.Module):
         hidden = ~usable if in_training is None else ~(usable & in_training)
         hidden[PADDING_ROW] = not config.padding_candidate
         self.register_buffer("untrained", torch.nonzero(hidden).flatten(), persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, _: module.find_newcomers())  # type: ignore[no-untyped-call]  # torch has no types here
 
     def forward(self, item_ids: Tensor, side: SideValues | None = None) -> Tensor:
         """Return the session vectors [batch, dim], unit length.
@@ -169,10 +171,24 @@ class MISSRec(nn.Module):
         """
         if self.history_bias is not None:
             scores.scatter_add_(1, item_ids, self.history_bias * first_occurrences(item_ids).to(scores.dtype))
-        for prior in (self.prior, self.lookalikes):
-            if prior is not None and not self.training and prior.active:
-                scores = scores + prior(item_ids)
+        if self.training:
+            return scores
+        neighbours = self.prior(item_ids) if self.prior is not None and self.prior.active else None
+        if neighbours is not None:
+            scores = scores + neighbours
+        if self.lookalikes is not None and self.lookalikes.active:
+            scores = scores + self.lookalikes(item_ids)
+        newcomers = None if self.prior is None else self.prior.newcomers
+        if newcomers is not None and newcomers.active:
+            lent = torch.zeros_like(scores) if neighbours is None else neighbours
+            scores = scores.index_add(1, newcomers.rows, newcomers(item_ids, lent, self.towers).to(scores.dtype))
         return scores
+
+    def find_newcomers(self) -> None:
+        """Find the items without events and whom they resemble; after the priors were weighed and after loading."""
+        if self.prior is not None and self.prior.newcomers is not None:
+            new, settings = without_events(self.prior.frequency), self.prior.newcomers.settings
+            self.prior.newcomers.find(self.towers, new & settings.any(), ~new)
 
     @torch.no_grad()
     def discover_interests(self, seed: int) -> None:
@@ -234,6 +250,7 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue, side: Sequence[Si
         config.id_dropout,
     )
     layer = (config.d_model, config.n_head, config.d_feedforward, config.dropout, config.layer_norm_eps)
+    newcomers = Newcomers([part.width for part in catalogue.modalities.values()]) if config.newcomer_exposure else None
     n_interests = InterestVocabulary.size(config.interest_ratio, towers.masks(dropout=False).mask)
     model = MISSRec(
         config,
@@ -256,7 +273,9 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue, side: Sequence[Si
             config.contextual_readout,
         ),
         CandidateFusion(config.candidate_fusion, towers.n_rows),
-        NeighbourPrior(towers.n_rows, min(config.n_neighbours, towers.n_rows)) if config.n_neighbours else None,
+        NeighbourPrior(towers.n_rows, min(config.n_neighbours, towers.n_rows), newcomers)
+        if config.n_neighbours
+        else None,
         trained if config.mask_untrained_ids else None,
         SideFeatures(SideEncoder(side, config.side_dropout), config.d_model) if side else None,
         LookAlikes(towers.n_rows, min(config.n_lookalikes, towers.n_rows)) if config.n_lookalikes else None,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.model.newcomers import Newcomers
 from missrec_t4r.schema import UNKNOWN_ROW
 
 _PAIRS_PER_CHUNK = 1 << 24
@@ -45,6 +46,8 @@ class NeighbourPrior(nn.Module):
         Rows of the catalogue.
     n_neighbours : int
         Strongest co-occurring items kept per item.
+    newcomers : Newcomers, optional
+        Lends the prior to the items without events; `MISSRec.add_history` asks it.
     """
 
     neighbours: Tensor
@@ -53,8 +56,9 @@ class NeighbourPrior(nn.Module):
     frequency: Tensor
     settings: Tensor
 
-    def __init__(self, n_rows: int, n_neighbours: int) -> None:
+    def __init__(self, n_rows: int, n_neighbours: int, newcomers: Newcomers | None = None) -> None:
         super().__init__()
+        self.newcomers = newcomers
         self.register_buffer("neighbours", torch.zeros(n_rows, n_neighbours, dtype=torch.int32))
         self.register_buffer("counts", torch.zeros(n_rows, n_neighbours))
         self.register_buffer("strengths", torch.zeros(n_rows, n_neighbours))

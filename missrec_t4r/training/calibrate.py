@@ -22,8 +22,10 @@ from missrec_t4r.evaluation.model_scorer import ModelScorer
 from missrec_t4r.model.lookalikes import LookAlikes, LookAlikeSettings
 from missrec_t4r.model.missrec import MISSRec, first_occurrences
 from missrec_t4r.model.neighbours import NeighbourPrior, PriorSettings
+from missrec_t4r.model.newcomers import NewcomerSettings
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import UNKNOWN_ROW
+from missrec_t4r.training.newcomers import fit_newcomers
 
 Counting = tuple[int, bool]
 
@@ -72,6 +74,8 @@ def fit_prior(
     histories, targets = valid.take(chosen).split_last()
     rated = _Rated(model, ModelScorer.with_popularity(model, catalogue), histories.known(), targets, progress)
     prior, lookalikes = model.prior, model.lookalikes
+    if prior is not None and prior.newcomers is not None:
+        prior.newcomers.choose(NewcomerSettings(0.0, 0.0, 0.0, 0.0))
     for part, off in ((prior, _NO_NEIGHBOURS), (lookalikes, _NO_LOOKALIKES)):
         if part is not None:
             part.choose(off)  # type: ignore[arg-type]  # each its own settings
@@ -87,6 +91,8 @@ def fit_prior(
             again = _fit_neighbours(model, prior, train, rated, [(found["window"], found["directed"])])
             found = {**again, "without": found["without"]}
         found["lookalikes"] = lookalikes.chosen._asdict()
+    if prior is not None and prior.newcomers is not None:
+        found["newcomers"] = fit_newcomers(model, catalogue, valid, seed=seed, progress=progress)
     return found
 
 

@@ -24,6 +24,7 @@ from missrec_t4r.errors import CheckpointError
 from missrec_t4r.model.missrec import MISSRec, build_missrec
 from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID
 
+ADDED_LATER = ("prior.newcomers.",)
 VOCABULARY_FILE = "vocabulary.parquet"
 RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, STATE_FILE = "recipe.json", "run.json", "weights.safetensors", "state.safetensors"
 
@@ -110,6 +111,7 @@ def load_strictly(model: torch.nn.Module, weights: Mapping[str, Tensor], source:
         Missing, unexpected or differently shaped tensors.
     """
     own = model.state_dict()
+    weights = since_then(own, weights) | dict(weights)
     gaps = [f"missing {name}" for name in own if name not in weights]
     gaps += [f"unexpected {name}" for name in weights if name not in own]
     gaps += [
@@ -124,6 +126,11 @@ def load_strictly(model: torch.nn.Module, weights: Mapping[str, Tensor], source:
             f"{source}: " + "; ".join(gaps[:8]) + more, "the weights of this model and catalogue", cure
         )
     model.load_state_dict(dict(weights))
+
+
+def since_then(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the model's tensors that weights of an earlier version lack; as built they change no score."""
+    return {name: own[name] for name in own if name.startswith(ADDED_LATER) and name not in weights}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

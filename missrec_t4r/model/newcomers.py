@@ -1,0 +1,207 @@
+"""Newcomers: what ranking gives an item that training never saw, from its look-alikes and from its content (ours).
+
+The neighbour prior lifts every item with events above those without. A newcomer borrows it from the items that it
+resembles, and gets a level that validation chose on items treated as new: the places among the first ten that such
+items deserve. Trained items keep their scores to the bit. What it was worth: docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from missrec_t4r.model.lookalikes import mean_similarity
+from missrec_t4r.model.towers import ItemTowers
+from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
+
+_N_ALIKE = 32
+_SHARPNESS = 5.0
+"""Length of a newcomer's list and inverse temperature of its softmax, as in `LookAlikes` (docs/experiments.md)."""
+_DECAY = 0.7
+"""Weight of an item relative to the one after it in the session's mean content."""
+_TENTH = 10
+_MOST_NEWCOMERS = 1 << 14
+_MOST_LENDERS = 50_000
+_CHUNK_BYTES = 1 << 26
+
+
+class NewcomerSettings(NamedTuple):
+    """What validation chooses."""
+
+    neighbours: float
+    """Factor of the borrowed neighbour prior."""
+    content: float
+    """Score units per cosine between the session's mean content and the newcomer's."""
+    bar: float
+    """Share of a session's tenth neighbour prior that is added: where much was bought together, others reach higher."""
+    level: float
+    """Added to every newcomer, in score units."""
+
+
+class Borrowed(NamedTuple):
+    """What sessions say of the newcomers, before any weight."""
+
+    neighbours: Tensor
+    """[batch, newcomer]: mean neighbour prior of a newcomer's look-alikes."""
+    content: Tensor
+    """[batch, newcomer]: cosine with the session's mean content."""
+    bar: Tensor
+    """[batch, 1]: the tenth neighbour prior of the session."""
+
+
+class Newcomers(nn.Module):
+    """Score of the items without events, on top of what the model and the look-alike prior say of them.
+
+    ``newcomer(s, j) = neighbours * sum_k a[j,k] prior(s, k) + content * cos(q(s), g[j]) + bar * tenth(s) + level``
+
+    ``a[j,k]`` is the softmax over the 32 trained items k that resemble j most, of 5 times their similarity (E19);
+    ``g`` are vectors around the mean of the trained items, ``q(s) = sum_i .7**age(i) unit(g[i])`` over the session;
+    the cosine is the mean over the modalities that validation chose and session and item have; ``tenth`` is the tenth
+    largest prior of the session.
+
+    Parameters
+    ----------
+    widths : sequence of int
+        Widths of the modalities, in the towers' order.
+    """
+
+    settings: Tensor
+    modalities: Tensor
+    rows: Tensor
+    alike: Tensor
+    likeness: Tensor
+    scales: Tensor
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        self.widths = widths
+        self.register_buffer("settings", torch.zeros(4))
+        self.register_buffer("modalities", torch.ones(len(widths)))
+        self.register_buffer("rows", torch.zeros(0, dtype=torch.int64), persistent=False)
+        self.register_buffer("alike", torch.zeros(0, 1, dtype=torch.int64), persistent=False)
+        self.register_buffer("likeness", torch.zeros(0, 1), persistent=False)
+        self.register_buffer("scales", torch.zeros(len(widths), 0), persistent=False)
+        for index, width in enumerate(widths):
+            self.register_buffer(f"centre{index}", torch.zeros(width), persistent=False)
+            self.register_buffer(f"content{index}", torch.zeros(0, width), persistent=False)
+
+    @torch.no_grad()
+    def find(self, towers: ItemTowers, newcomers: Tensor, lenders: Tensor) -> None:
+        """Find the look-alikes of the newcomers among the lenders, under the chosen modalities.
+
+        Parameters
+        ----------
+        towers : ItemTowers
+            They own vectors and presence masks.
+        newcomers, lenders : Tensor [row], bool
+            At most 50,000 lenders are compared, those of the lowest rows; beyond 16,384 newcomers the rule is off:
+            nothing is said of any.
+        """
+        chosen = torch.nonzero(self.modalities).flatten().tolist()
+        here = towers.presence[chosen].any(0)
+        rows = torch.nonzero(newcomers & here).flatten()
+        others = torch.nonzero(lenders & here).flatten()[:_MOST_LENDERS]
+        if not len(others) or len(rows) > _MOST_NEWCOMERS:
+            rows = rows[:0]
+        self.rows = rows
+        self.scales = towers.presence.new_zeros(towers.presence.shape, dtype=self.settings.dtype)
+        self.alike, self.likeness = rows.new_zeros(0, 1), self.settings.new_zeros(0, 1)
+        for index in range(len(self.widths)):
+            setattr(self, f"content{index}", self.settings.new_zeros(0, self.widths[index]))
+        if len(rows):
+            self._centre(towers, chosen, others)
+            self._compare(towers, chosen, others)
+
+    def _centre(self, towers: ItemTowers, chosen: list[int], others: Tensor) -> None:
+        for index in chosen:
+            table, present = towers.vectors.get_buffer(towers.names[index]), towers.presence[index]
+            centre = table[others[present[others]]].mean(0)
+            lengths = torch.cat([(part - centre).norm(dim=1) for part in table.split(1 << 16)])
+            self.scales[index] = torch.where(present & (lengths > 0), 1 / lengths.clamp_min(1e-12), 0.0)
+            setattr(self, f"centre{index}", centre)
+            setattr(self, f"content{index}", self._unit(towers, index, self.rows))
+
+    def _unit(self, towers: ItemTowers, index: int, rows: Tensor) -> Tensor:
+        """Return the vectors [item, width] of a modality around the centre, of unit length; zero where missing."""
+        table = towers.vectors.get_buffer(towers.names[index])
+        return (table[rows] - self.get_buffer(f"centre{index}")) * self.scales[index, rows].unsqueeze(1)
+
+    def _compare(self, towers: ItemTowers, chosen: list[int], others: Tensor) -> None:
+        theirs = [self._unit(towers, index, others) for index in chosen]
+        presence = towers.presence[chosen]
+        alike, likeness = [], []
+        places = torch.arange(len(self.rows), device=others.device)
+        for part in places.split(max(1, _CHUNK_BYTES // (4 * len(others)))):
+            both = [
+                torch.cat([self.get_buffer(f"content{index}")[part], own])
+                for index, own in zip(chosen, theirs, strict=True)
+            ]
+            here = torch.cat([presence[:, self.rows[part]], presence[:, others]], dim=1)
+            near = torch.arange(len(part), here.shape[1], device=others.device)
+            similarity = mean_similarity(both, here, torch.arange(len(part), device=others.device), near)
+            nearest, at = similarity.topk(min(_N_ALIKE, len(others)), dim=1)
+            alike.append(others[at])
+            likeness.append(torch.softmax(_SHARPNESS * nearest, dim=1).nan_to_num(0.0))  # NaN: nothing is comparable
+        self.alike, self.likeness = torch.cat(alike), torch.cat(likeness).to(self.settings.dtype)
+
+    @torch.no_grad()
+    def choose(self, settings: NewcomerSettings) -> None:
+        """Use these settings from now on."""
+        self.settings.copy_(torch.tensor(settings))
+
+    @property
+    def chosen(self) -> NewcomerSettings:
+        """The settings in use."""
+        return NewcomerSettings(*self.settings.tolist())
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a newcomer of which something is said."""
+        return len(self.rows) > 0 and bool(self.settings.any())
+
+    def forward(self, item_ids: Tensor, prior: Tensor, towers: ItemTowers) -> Tensor:
+        """Return what is added to the newcomers' scores [batch, newcomer], in the order of ``rows``.
+
+        Parameters
+        ----------
+        item_ids : Tensor [batch, seq], int64
+        prior : Tensor [batch, catalogue]
+            The neighbour prior of the same sessions.
+        towers : ItemTowers
+        """
+        neighbours, content, bar = self.borrowed(item_ids, prior, towers)
+        weights = self.settings
+        return weights[0] * neighbours + weights[1] * content + (weights[2] * bar + weights[3])
+
+    def borrowed(self, item_ids: Tensor, prior: Tensor, towers: ItemTowers) -> Borrowed:
+        """Return the parts without their weights."""
+        real = item_ids > UNKNOWN_ROW
+        faded = _DECAY ** (real.sum(1, keepdim=True) - real.cumsum(1)) * real
+        total = prior.new_zeros(len(item_ids), len(self.rows))
+        shared = torch.zeros_like(total)
+        for index, name in enumerate(towers.names):
+            if not self.modalities[index]:
+                continue
+            weights = (faded * self.scales[index][item_ids]).to(prior.dtype)
+            table, centre = towers.vectors.get_buffer(name), self.get_buffer(f"centre{index}")
+            mean = F.embedding_bag(item_ids, table, per_sample_weights=weights, mode="sum")
+            query = F.normalize(mean - weights.sum(1, keepdim=True) * centre, dim=-1)
+            total.addmm_(query, self.get_buffer(f"content{index}").T)
+            shared += (weights > 0).any(1, keepdim=True) & towers.presence[index, self.rows]
+        bar = prior.topk(min(_TENTH, prior.shape[1]), dim=1).values[:, -1:]
+        return Borrowed(self.lent(prior), total / shared.clamp_min(1), bar)
+
+    def lent(self, scores: Tensor) -> Tensor:
+        """Return the mean [batch, newcomer] of scores [batch, catalogue] over each newcomer's look-alikes."""
+        table = scores.T.contiguous()
+        return F.embedding_bag(self.alike, table, per_sample_weights=self.likeness.to(table.dtype), mode="sum").T
+
+
+def without_events(frequency: Tensor) -> Tensor:
+    """Return [row], bool: True for items without an event in training; nowhere before anything was counted."""
+    none = frequency == 0
+    none[:FIRST_ITEM_ROW] = False
+    return none & frequency.any()

@@ -1,0 +1,107 @@
+"""What items without events borrow (E20), against a reference in plain Python, and what it may not do."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.model.neighbours import PriorSettings
+from missrec_t4r.model.newcomers import NewcomerSettings
+from missrec_t4r.training.checkpoint import load_strictly, load_tensors, save_tensors
+from tests.equations import small_shop as shop
+from tests.equations.reference import FIRST_ITEM, Array
+
+TRAINING = [shop.rows([*session, target]) for session, target in zip(shop.SESSIONS, shop.TARGETS, strict=True)]
+PLATE = shop.row("plate")
+SETTINGS = NewcomerSettings(neighbours=0.7, content=0.4, bar=0.5, level=0.25)
+
+
+def net(modalities: tuple[float, float] = (1.0, 1.0), settings: NewcomerSettings = SETTINGS) -> MISSRec:
+    model = shop.model(shop.default(n_neighbours=6, n_lookalikes=0)).double().eval()
+    assert model.prior is not None
+    assert model.prior.newcomers is not None
+    model.prior.fit(Sessions.from_lists(TRAINING), 50)
+    model.prior.choose(PriorSettings(0.5, 0.8, 0.3))
+    model.prior.newcomers.modalities.copy_(torch.tensor(modalities))
+    model.prior.newcomers.choose(settings)
+    model.find_newcomers()
+    return model
+
+
+def added(model: MISSRec, sessions: torch.Tensor) -> Array:
+    return model.add_history(torch.zeros(len(sessions), model.towers.n_rows).double(), sessions).detach().numpy()
+
+
+def reference(session: list[int], prior: Array, modalities: tuple[float, float]) -> float:
+    content = shop.catalogue().modalities
+    trained = sorted({row for line in TRAINING for row in line})
+    names = [name for name, chosen in zip(content, modalities, strict=True) if chosen]
+    unit = {}
+    for name in names:
+        vectors, here = content[name].vectors.astype(np.float64), content[name].present
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        around = vectors - vectors[[row for row in trained if here[row]]].mean(0)
+        unit[name] = (around / np.linalg.norm(around, axis=1, keepdims=True)) * here[:, None]
+
+    def alike(row: int) -> float | None:
+        shared = [name for name in names if content[name].present[[row, PLATE]].all()]
+        return float(np.mean([unit[name][row] @ unit[name][PLATE] for name in shared])) if shared else None
+
+    near = {row: alike(row) for row in trained}
+    weights = {row: np.exp(5 * value) for row, value in near.items() if value is not None}
+    lent = sum(weight * prior[row] for row, weight in weights.items()) / sum(weights.values())
+    cosines = []
+    for name in names:
+        mean = sum(0.7**age * unit[name][row] for age, row in enumerate(reversed(session)))
+        if np.any(mean):
+            cosines.append(mean @ unit[name][PLATE] / np.linalg.norm(mean))
+    cosine = float(np.mean(cosines)) if cosines else 0.0
+    tenth = np.sort(prior)[::-1][9]
+    return float(SETTINGS.neighbours * lent + SETTINGS.content * cosine + SETTINGS.bar * tenth + SETTINGS.level)
+
+
+@pytest.mark.parametrize("modalities", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
+def test_newcomers(modalities: tuple[float, float]) -> None:
+    sessions, model = shop.batch(padding=1), net(modalities)
+    assert model.prior is not None
+    found = added(model, sessions)[:, PLATE]
+    prior = model.prior(sessions).detach().numpy()
+    expected = [
+        reference(shop.rows(session), line, modalities) for session, line in zip(shop.SESSIONS, prior, strict=True)
+    ]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    assert len(set(np.round(found, 6))) > 3
+
+
+def test_trained_items_keep_their_scores_to_the_bit() -> None:
+    sessions = shop.batch()
+    with_rule, without = added(net(), sessions), added(net(settings=NewcomerSettings(0, 0, 0, 0)), sessions)
+    others = np.arange(FIRST_ITEM, len(with_rule[0])) != PLATE
+    assert np.array_equal(with_rule[:, FIRST_ITEM:][:, others], without[:, FIRST_ITEM:][:, others])
+    assert (with_rule[:, PLATE] != without[:, PLATE]).all()
+    assert not without[:, PLATE].any()
+
+
+def test_a_catalogue_without_newcomers_is_left_alone() -> None:
+    model = net()
+    assert model.prior is not None
+    assert model.prior.newcomers is not None
+    model.prior.fit(Sessions.from_lists([*TRAINING, shop.rows(["plate", "mug"])]), 50)
+    model.find_newcomers()
+    assert not model.prior.newcomers.active
+
+
+def test_lists_are_found_again_after_loading_and_earlier_weights_load(tmp_path: Path) -> None:
+    model, sessions = net(), shop.batch()
+    save_tensors(tmp_path / "weights", model.state_dict())
+    weights = load_tensors(tmp_path / "weights")
+    again = shop.model(shop.default(n_neighbours=6, n_lookalikes=0)).double().eval()
+    load_strictly(again, weights, "here")
+    assert np.array_equal(added(again, sessions), added(model, sessions))
+    earlier = {name: tensor for name, tensor in weights.items() if "newcomers" not in name}
+    fresh = shop.model(shop.default(n_neighbours=6, n_lookalikes=0)).double().eval()
+    load_strictly(fresh, earlier, "an earlier version's")
+    assert not added(fresh, sessions)[:, PLATE].any()

@@ -1,0 +1,83 @@
+"""What newcomers are worth is chosen on trained items that are treated as new."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from missrec_t4r.config import MISSRecConfig
+from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.evaluation.full_ranking import rank_catalogue
+from missrec_t4r.evaluation.model_scorer import ModelScorer
+from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.training.calibrate import fit_prior
+from missrec_t4r.training.newcomers import _exposure, _level
+
+N_KINDS, PER_KIND, NEW = 8, 30, 16
+N_ITEMS = N_KINDS * PER_KIND
+
+
+def kind_of(rows: np.ndarray) -> np.ndarray:
+    return (rows - 3) % N_KINDS
+
+
+def shop() -> tuple[Catalogue, Sessions, Sessions, Sessions]:
+    """Customers stay with one kind of item, which the vectors show; the last rows are only bought at the end."""
+    rng = np.random.default_rng(0)
+    rows = np.arange(N_ITEMS + 3)
+    vectors = rng.normal(size=(N_KINDS, 16))[kind_of(rows)] + 0.3 * rng.normal(size=(len(rows), 16))
+    vectors[:3] = 0
+    lists = []
+    for _ in range(900):
+        own = rows[3:][kind_of(rows[3:]) == rng.integers(N_KINDS)]
+        lists.append([int(one) for one in rng.choice(own[own < N_ITEMS + 3 - NEW], 6, replace=False)])
+    train, valid = Sessions.from_lists([line[:5] for line in lists]), Sessions.from_lists(lists)
+    new = rows[-NEW:]
+    test = Sessions.from_lists([[*line[:5], rng.choice(new[kind_of(new) == kind_of(line[0])])] for line in lists[:400]])
+    counts = np.bincount(train.values, minlength=len(rows))
+    items = pa.table({"item_id": [f"P{i}" for i in range(N_ITEMS)], "train_count": counts[3:]})
+    modality = Modality(vectors.astype(np.float32), rows >= 3, {"name": "made"})
+    return Catalogue(items, {"text": modality}), train, valid, test
+
+
+def fitted(exposure: float) -> tuple[MISSRec, Catalogue, Sessions]:
+    torch.manual_seed(0)
+    catalogue, train, valid, test = shop()
+    config = MISSRecConfig(d_model=16, n_head=2, item_ids=False, newcomer_exposure=exposure)
+    model = build_missrec(config, catalogue)
+    model.discover_interests(0)
+    found = fit_prior(model.eval(), catalogue, train, valid)
+    assert ("newcomers" in found) == (exposure > 0)
+    return model, catalogue, test
+
+
+@pytest.mark.parametrize("exposure", [0.0, 1.0])
+def test_newcomers_are_found_where_their_look_alikes_are_bought(exposure: float) -> None:
+    model, catalogue, test = fitted(exposure)
+    histories, targets = test.split_last()
+    ranked = rank_catalogue(ModelScorer.with_popularity(model, catalogue), histories, targets, catalogue.n_rows)
+    recall = float((ranked.ranks["seen_excluded"] <= 10).mean())
+    assert recall < 0.1 if exposure == 0 else recall > 0.25, recall
+
+
+def test_the_level_gives_the_places_that_were_asked_for() -> None:
+    torch.manual_seed(0)
+    best, top = (
+        torch.randn(500, 10).sort(1, descending=True).values,
+        torch.randn(500, 10).sort(1, descending=True).values,
+    )
+    for share in (0.02, 0.1, 0.5):
+        assert _exposure(best, top + _level(best, top, share)) == pytest.approx(share, abs=2e-3)
+
+
+def test_too_few_targets_choose_nothing(data: Path) -> None:
+    catalogue = Catalogue.load(data / "catalogue")
+    train, valid = Sessions.load(data / "train"), Sessions.load(data / "valid")
+    model = build_missrec(MISSRecConfig(d_model=16, n_head=2), catalogue).eval()
+    assert fit_prior(model, catalogue, train, valid)["newcomers"] == {}
+    assert model.prior is not None
+    assert model.prior.newcomers is not None
+    assert not model.prior.newcomers.settings.any()

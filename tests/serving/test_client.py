@@ -10,7 +10,7 @@ import pytest
 from missrec_t4r.errors import DataError, ServingError
 from missrec_t4r.serving.client import MISSRecClient, read_titles
 from missrec_t4r.serving.loopback import choose_ports
-from missrec_t4r.serving.wire import pad_sessions
+from missrec_t4r.serving.wire import pad_sessions, recommendations_of
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -65,3 +65,8 @@ def test_titles_come_from_a_bundle_or_a_parquet_file(bundle: Path, tmp_path: Pat
     assert set(titles.values()) == {f"Ware {i}" for i in range(30)}
     with pytest.raises(DataError, match="does not exist"):
         read_titles(tmp_path / "none.parquet")
+
+
+def test_an_answer_to_another_number_of_sessions_is_refused() -> None:
+    with pytest.raises(ServingError, match="answers to 3 sessions; expected: 2, as asked"):
+        recommendations_of({"n_items": np.zeros((3, 1), np.int32)}, 2)

@@ -1,8 +1,9 @@
-"""Folders written aside that take another's place in one step, and what killed writers of them left behind."""
+"""Folders written aside that take another's place in one step, what killed writers left, and full disks in words."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import re
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from missrec_t4r.errors import DataError
+
 _HOST = re.sub(r"[^a-z0-9]", "", platform.node().lower())[:20] or "host"
 """In the names of unfinished folders: process numbers mean something on one machine, or in one container, only."""
 T = TypeVar("T")
@@ -22,6 +25,9 @@ _PAUSE = 0.01
 """Seconds: between the two renames of a file system that cannot exchange names there may be no folder."""
 _OLD = "-old"
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+_FULL_WORDS = re.compile(r"no space left|file too large|disk quota|\d+ requested and \d+ written")  # the last: numpy
 
 
 @contextmanager
@@ -137,3 +143,38 @@ def _alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+@contextmanager
+def disk_in_words(out: Path | str) -> Iterator[None]:
+    """Say what a full disk, a quota, a file-size limit or a read-only place mean for ``out``.
+
+    Raises
+    ------
+    DataError
+        One of them was met; what stood at ``out`` before still does.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_forbidden(error):
+            raise DataError(
+                f"{out} cannot be written ({error})", "a folder that this user may write", "choose another --out"
+            ) from error
+        if is_full(error):
+            raise DataError(
+                f"the disk ran full while {out} was written ({error})",
+                "room for the whole output",
+                "free some space or choose another disk; nothing was changed",
+            ) from error
+        raise
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, a quota or a file-size limit was met, whichever library raised it."""
+    return getattr(error, "errno", None) in _FULL or bool(_FULL_WORDS.search(str(error).lower()))
+
+
+def is_forbidden(error: BaseException) -> bool:
+    """Whether an error says that this user may not write or read there."""
+    return isinstance(error, OSError) and error.errno in _FORBIDDEN

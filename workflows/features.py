@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from missrec_t4r.aside import disk_in_words
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import ConfigError, ModalityError
 from missrec_t4r.progress import Progress, quiet
@@ -22,7 +23,6 @@ from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID
 from missrec_t4r.workflows.contents import image_paths, item_texts, word_dropped
 from missrec_t4r.workflows.encoders import Encoded, Floats
 from missrec_t4r.workflows.encoding import CLASSICAL, EncoderSettings, encode_contents, to_encode
-from missrec_t4r.workflows.folders import disk_in_words
 
 WORD_DROP = "word_drop"
 _LISTED = 50

@@ -1,19 +1,14 @@
-"""Folders and files that appear whole or not at all, and a full or read-only disk in words."""
+"""Folders and files that appear whole or not at all."""
 
 from __future__ import annotations
 
-import errno
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from missrec_t4r.aside import replacing
+from missrec_t4r.aside import disk_in_words, replacing
 from missrec_t4r.errors import DataError
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
-_FULL_WORDS = ("no space left", "file too large", "disk quota", "requested and")  # the last is numpy's, without errno
 
 
 @contextmanager
@@ -67,29 +62,3 @@ def file_aside(file: Path) -> Iterator[Path]:
             aside = Path(folder) / file.name
             yield aside
             aside.replace(file)
-
-
-@contextmanager
-def disk_in_words(out: Path) -> Iterator[None]:
-    """Say what a full disk, a quota, a file-size limit or a read-only place mean for ``out``.
-
-    Raises
-    ------
-    DataError
-        One of them was met; what stood at ``out`` before still does.
-    """
-    try:
-        yield
-    except Exception as error:
-        number, words = getattr(error, "errno", None), str(error).lower()
-        if number in _FORBIDDEN and isinstance(error, OSError):
-            raise DataError(
-                f"{out} cannot be written ({error})", "a folder that this user may write", "choose another --out"
-            ) from error
-        if number in _FULL or any(known in words for known in _FULL_WORDS):
-            raise DataError(
-                f"the disk ran full while {out} was written ({error})",
-                "room for the whole output",
-                "free some space or choose another disk; nothing was changed",
-            ) from error
-        raise

@@ -11,12 +11,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from missrec_t4r.aside import recover, take_place
+from missrec_t4r.aside import disk_in_words, recover, take_place
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.schema import ITEM_ID
 from missrec_t4r.workflows import catalogue as catalogues
 from missrec_t4r.workflows import checks
-from missrec_t4r.workflows.folders import disk_in_words, file_aside
+from missrec_t4r.workflows.folders import file_aside
 from missrec_t4r.workflows.inputs import read_items
 from missrec_t4r.workflows.outputs import REPORT_FILE
 from missrec_t4r.workflows.shards import plain

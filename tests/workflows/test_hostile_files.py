@@ -18,7 +18,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from missrec_t4r.cli import app
 from missrec_t4r.errors import DataError, MISSRecError, SchemaError
 from missrec_t4r.workflows import checks
 from missrec_t4r.workflows.etl import etl
@@ -27,7 +29,7 @@ from missrec_t4r.workflows.folders import file_aside, written_aside
 from missrec_t4r.workflows.report import report
 from missrec_t4r.workflows.sources.generator import generate_shop
 from missrec_t4r.workflows.sources.table import read_table
-from tests.workflows.tables import EVENTS, ITEMS, items_of, write
+from tests.workflows.tables import EVENTS, ITEMS, items_of, save_vectors, write
 
 
 def _lines(file: Path, rows: list[dict[str, object]]) -> Path:
@@ -191,6 +193,18 @@ def test_a_read_only_place_is_named(tmp_path: Path) -> None:
         etl(*write(tmp_path / "raw"), place)
     with pytest.raises(DataError, match="cannot be written"), written_aside(place, "x.json"):
         pass
+
+
+def test_every_command_says_that_the_disk_is_full(tmp_path: Path) -> None:
+    """Training writes with safetensors, which has errors of its own."""
+    vectors = save_vectors(tmp_path / "v.npy", np.eye(4))
+    etl(*write(tmp_path / "raw"), tmp_path / "data", modality={"text": vectors})
+    words = ["train", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--recipe", "tiny"]
+    with small_disk():
+        ran = CliRunner().invoke(app, [*words, "--set", "train.epochs=1", "--device", "cpu"])
+    assert (ran.exit_code, ran.stdout) == (2, "")
+    assert "DataError: the disk ran full" in ran.stderr
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 @pytest.fixture

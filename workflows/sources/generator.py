@@ -30,11 +30,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from missrec_t4r.aside import replacing
+from missrec_t4r.aside import disk_in_words, replacing
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
-from missrec_t4r.workflows.folders import disk_in_words, refuse_foreign
+from missrec_t4r.workflows.folders import refuse_foreign
 from missrec_t4r.workflows.sources.shop_pictures import draw
 from missrec_t4r.workflows.sources.shop_words import BRANDS, EVENT_TYPES, FILLERS, INTERESTS, STYLES
 

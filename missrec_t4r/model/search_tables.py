@@ -136,7 +136,8 @@ def write_tables(file: Path, frame: ScoreTable, part: Part, progress: Progress =
     with TensorFile(file, {name: (one.dtype, tuple(one.shape)) for name, one in known.items()} | worked_out) as out:
         for name, tensor in known.items():
             out.write(name, tensor)
-        for first, tokens in progress.track(_in_order(frame, part), f"search tables of {n_rows} rows"):
+        total = -(-n_rows // CHUNK) * len(frame.place)
+        for first, tokens in progress.track(_in_order(frame, part), f"search tables of {n_rows} rows", total):
             own = compress(tokens, mean, directions)
             out.write("table.tokens", tokens, first)
             out.write("quantised.codes", own.codes, first)

@@ -33,8 +33,8 @@ from missrec_t4r.workflows.versions import VERSIONS_FILE, derived_of, known, lin
 
 DELTAS_AT_MOST = 14
 """Nights after which compaction follows by itself."""
-SHARE_AT_MOST = 0.5
-"""Events in the deltas, as a share of all events, from which on it does; readers read that much more."""
+SHARE_AT_MOST = 1.0
+"""Events in the deltas, as a share of all events, from which on it does; readers read that much more, seconds of it."""
 
 
 def is_due(data: Path, events: int) -> bool:

@@ -26,7 +26,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.data.split_rows import delta_files
 from missrec_t4r.data.user_hash import hash_ids
 from missrec_t4r.schema import SPLITS
-from missrec_t4r.workflows import compaction
+from missrec_t4r.workflows import compaction, partitions
 from missrec_t4r.workflows import update as updates
 from missrec_t4r.workflows.compaction import compact
 from missrec_t4r.workflows.etl import etl
@@ -203,7 +203,7 @@ def _dies(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *, after: boo
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("step", ["partitions.write_arrow", "grow", "_write_catalogue", "link_rest", "take_place"])
 def test_a_night_killed_anywhere_is_there_or_not(data: Path, tmp_path: Path, step: str, late: bool) -> None:
-    from missrec_t4r.workflows import delta, partitions, places
+    from missrec_t4r.workflows import delta, places
 
     old, file = content(data), night(tmp_path, 2, 11)
     modules = {"partitions.write_arrow": partitions, "link_rest": updates, "take_place": places}
@@ -222,7 +222,7 @@ def test_a_night_killed_anywhere_is_there_or_not(data: Path, tmp_path: Path, ste
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("step", ["absorb", "divide", "write_json", "link_rest", "take_place"])
 def test_a_compaction_killed_anywhere_changes_nothing(data: Path, step: str, late: bool) -> None:
-    from missrec_t4r.workflows import partitions, places
+    from missrec_t4r.workflows import places
 
     old = content(data)
     with pytest.MonkeyPatch.context() as patched:
@@ -239,7 +239,7 @@ def test_a_real_kill_between_night_and_compaction(data: Path, tmp_path: Path) ->
     code = """
 import os, signal, sys
 from pathlib import Path
-from missrec_t4r.workflows import compaction
+from missrec_t4r.workflows import compaction, partitions
 from missrec_t4r.workflows.update import update
 
 compaction.DELTAS_AT_MOST = 2
@@ -303,6 +303,21 @@ def test_users_are_found_without_reading_the_others(data: Path) -> None:
     twins = pa.table({"user_id": ["a", "b", "c"], "user_hash": pa.array([5, 5, 9], pa.uint64())})
     asked = pa.array(["b", "x", "c", "a"])
     assert rows_of(twins, asked, np.array([5, 5, 9, 5], np.uint64)).tolist() == [1, -1, 2, 0]
+
+
+def test_a_folder_of_before_there_were_hashes_takes_nights(tmp_path: Path) -> None:
+    data = first_run(tmp_path, 11)
+    for file in (data / "state").glob("*.arrow"):
+        table = partitions.read_arrow(file).drop_columns(["user_hash"])
+        file.unlink()
+        partitions.write_arrow(table, file)
+    update(night(tmp_path, 0, 11), data, delta=True)
+    before = content(data)
+    fresh = first_run(tmp_path / "fresh", 11)
+    update(tmp_path / "night-0.parquet", fresh, delta=True)
+    same(before, content(fresh))
+    compact(data, workers=1)
+    same(before, content(data))
 
 
 def test_the_command_adds_nights_and_compacts(data: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def _same(folder: Path, vocabulary: list[Any], length: int, requests: list[list[
 
 
 MANY = settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],

@@ -78,6 +78,8 @@ class Newcomers(nn.Module):
     def __init__(self, widths: list[int]) -> None:
         super().__init__()
         self.widths = widths
+        self._used: list[int] = list(range(len(widths)))
+        self._weights = NewcomerSettings(0.0, 0.0, 0.0, 0.0)  # as numbers: a request shall not read tensors one by one
         self.register_buffer("settings", torch.zeros(4))
         self.register_buffer("modalities", torch.ones(len(widths)))
         self.register_buffer("rows", torch.zeros(0, dtype=torch.int64), persistent=False)
@@ -101,6 +103,7 @@ class Newcomers(nn.Module):
             nothing is said of any.
         """
         chosen = torch.nonzero(self.modalities).flatten().tolist()
+        self._used, self._weights = chosen, self.chosen
         here = towers.presence[chosen].any(0)
         rows = torch.nonzero(newcomers & here).flatten()
         others = torch.nonzero(lenders & here).flatten()[:_MOST_LENDERS]
@@ -151,6 +154,7 @@ class Newcomers(nn.Module):
     def choose(self, settings: NewcomerSettings) -> None:
         """Use these settings from now on."""
         self.settings.copy_(torch.tensor(settings))
+        self._weights = self.chosen
 
     @property
     def chosen(self) -> NewcomerSettings:
@@ -160,7 +164,7 @@ class Newcomers(nn.Module):
     @property
     def active(self) -> bool:
         """Whether there is a newcomer of which something is said."""
-        return len(self.rows) > 0 and bool(self.settings.any())
+        return len(self.rows) > 0 and any(self._weights)
 
     def forward(self, item_ids: Tensor, prior: Tensor, towers: ItemTowers) -> Tensor:
         """Return what is added to the newcomers' scores [batch, newcomer], in the order of ``rows``.
@@ -172,32 +176,43 @@ class Newcomers(nn.Module):
             The neighbour prior of the same sessions.
         towers : ItemTowers
         """
-        neighbours, content, bar = self.borrowed(item_ids, prior, towers)
-        weights = self.settings
-        return weights[0] * neighbours + weights[1] * content + (weights[2] * bar + weights[3])
+        neighbours, content, bar, level = self._weights
+        added = neighbours * self.lent(prior) + level
+        if bar:
+            added.add_(_tenth(prior), alpha=bar)
+        if content:
+            added.add_(self.likeness_to(item_ids, towers), alpha=content)
+        return added
 
     def borrowed(self, item_ids: Tensor, prior: Tensor, towers: ItemTowers) -> Borrowed:
         """Return the parts without their weights."""
+        return Borrowed(self.lent(prior), self.likeness_to(item_ids, towers), _tenth(prior))
+
+    def likeness_to(self, item_ids: Tensor, towers: ItemTowers) -> Tensor:
+        """Return the cosines [batch, newcomer] with the mean content of sessions ``item_ids`` [batch, seq]."""
         real = item_ids > UNKNOWN_ROW
         faded = _DECAY ** (real.sum(1, keepdim=True) - real.cumsum(1)) * real
-        total = prior.new_zeros(len(item_ids), len(self.rows))
-        shared = torch.zeros_like(total)
-        for index, name in enumerate(towers.names):
-            if not self.modalities[index]:
-                continue
-            weights = (faded * self.scales[index][item_ids]).to(prior.dtype)
-            table, centre = towers.vectors.get_buffer(name), self.get_buffer(f"centre{index}")
+        found, shared = [], []
+        for index in self._used:
+            content, centre = self.get_buffer(f"content{index}"), self.get_buffer(f"centre{index}")
+            weights = (faded * self.scales[index][item_ids]).to(content.dtype)
+            table = towers.vectors.get_buffer(towers.names[index])
             mean = F.embedding_bag(item_ids, table, per_sample_weights=weights, mode="sum")
             query = F.normalize(mean - weights.sum(1, keepdim=True) * centre, dim=-1)
-            total.addmm_(query, self.get_buffer(f"content{index}").T)
-            shared += (weights > 0).any(1, keepdim=True) & towers.presence[index, self.rows]
-        bar = prior.topk(min(_TENTH, prior.shape[1]), dim=1).values[:, -1:]
-        return Borrowed(self.lent(prior), total / shared.clamp_min(1), bar)
+            found.append(query @ content.T)
+            shared.append((weights > 0).any(1, keepdim=True) & towers.presence[index, self.rows])
+        if len(found) == 1:
+            return found[0]
+        return torch.stack(found).sum(0) / torch.stack(shared).sum(0).clamp_min(1)
 
     def lent(self, scores: Tensor) -> Tensor:
         """Return the mean [batch, newcomer] of scores [batch, catalogue] over each newcomer's look-alikes."""
         table = scores.T.contiguous()
         return F.embedding_bag(self.alike, table, per_sample_weights=self.likeness.to(table.dtype), mode="sum").T
+
+
+def _tenth(prior: Tensor) -> Tensor:
+    return prior.topk(min(_TENTH, prior.shape[1]), dim=1).values[:, -1:]
 
 
 def without_events(frequency: Tensor) -> Tensor:

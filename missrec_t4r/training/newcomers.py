@@ -28,11 +28,16 @@ from missrec_t4r.model.newcomers import Newcomers, NewcomerSettings
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
 
+Choice = tuple[float, ...]
+"""Modalities by which look-alikes are found: 1 or 0 for each."""
+
 _SHARE = 0.1
 _MOST_HIDDEN = 2000
 _FEWEST_TARGETS = 20
 """Hidden targets below which nothing is chosen: newcomers stay where the model puts them."""
 _PLACES = 10
+_DRAWS = 2
+"""How often a tenth is hidden; the points of the grid are compared by their means."""
 _MOST_SESSIONS = 3000
 _MOST_TARGETS = 1000
 """Sessions drawn at random, and further ones whose target is hidden, which a tenth of the first would be too few of."""
@@ -98,31 +103,41 @@ def fit_newcomers(
     assert prior.newcomers is not None
     newcomers, names = prior.newcomers, model.towers.names
     newcomers.choose(NewcomerSettings(0.0, 0.0, 0.0, 0.0))
-    hidden = _hide(model, prior, seed)
-    shown, targets, drawn = _sample(valid, hidden.cpu().numpy(), seed)
-    trials = _trials(model, prior, hidden)
-    asked = hidden.cpu()[targets]
-    if int(asked.sum()) < _FEWEST_TARGETS or not trials:
+    draws = [_draw(model, prior, catalogue, valid, seed + number, progress) for number in range(_DRAWS)]
+    choices = [choice for choice in draws[0] if all(choice in draw for draw in draws)]
+    asked = sum(int((parts.place >= 0).sum()) for draw in draws for parts in list(draw.values())[:1])
+    if asked < _FEWEST_TARGETS or not choices:
         model.find_newcomers()
         return {}
-    share = float(asked[drawn].float().mean()) * model.config.newcomer_exposure
-    measured = _measure(model, prior, trials, catalogue, shown, targets, drawn, hidden, progress)
     found = [
-        (outcome, settings, trial)
-        for trial, parts in zip(trials, measured, strict=True)
-        for settings, outcome in _tried(parts, share)
+        (outcome, settings, choice)
+        for choice in choices
+        for settings, outcome in _tried([draw[choice] for draw in draws], model.config.newcomer_exposure)
     ]
     best = max(outcome.hidden for outcome, *_ in found)
-    enough = best - _SLACK * math.sqrt(best * (1 - best) / int(asked.sum()))
-    outcome, settings, trial = max(
+    enough = best - _SLACK * math.sqrt(best * (1 - best) / asked)
+    outcome, settings, choice = max(
         (one for one in found if one[0].hidden >= enough), key=lambda one: (one[0].others, one[0].hidden)
     )
     newcomers.choose(settings)
-    newcomers.modalities.copy_(trial.modalities)
+    newcomers.modalities.copy_(torch.tensor(choice))
     model.find_newcomers()
-    chosen = [name for name, used in zip(names, trial.modalities.tolist(), strict=True) if used]
+    chosen = [name for name, used in zip(names, choice, strict=True) if used]
     measures = {"recall@10": outcome.hidden, "others_ndcg@10": outcome.others, "exposure": outcome.exposure}
     return {**newcomers.chosen._asdict(), "modalities": chosen, "valid": measures}
+
+
+def _draw(
+    model: MISSRec, prior: NeighbourPrior, catalogue: Catalogue, valid: Sessions, seed: int, progress: Progress
+) -> dict[Choice, _Parts]:
+    """Hide a tenth of the items and return, by choice of modalities, what the grid needs."""
+    hidden = _hide(model, prior, seed)
+    shown, targets, drawn = _sample(valid, hidden.cpu().numpy(), seed)
+    trials = _trials(model, prior, hidden) if hidden.any() and len(shown) else []
+    if not trials:
+        return {}
+    measured = _measure(model, prior, trials, catalogue, shown, targets, drawn, hidden, progress)
+    return {tuple(trial.modalities.tolist()): parts for trial, parts in zip(trials, measured, strict=True)}
 
 
 def _sample(valid: Sessions, hidden: npt.NDArray[np.bool_], seed: int) -> tuple[Sessions, Tensor, Tensor]:
@@ -139,7 +154,7 @@ def _sample(valid: Sessions, hidden: npt.NDArray[np.bool_], seed: int) -> tuple[
 
 
 def _hide(model: MISSRec, prior: NeighbourPrior, seed: int) -> Tensor:
-    """Return [row], bool: the trained items, with all kinds of content that the catalogue has, that count as new."""
+    """Return [row], bool: the trained items with content that count as new."""
     trained = (prior.frequency > 0) & model.recommendable & model.towers.presence.any(0)
     trained[:FIRST_ITEM_ROW] = False
     rows = torch.nonzero(trained).flatten().cpu().numpy()
@@ -203,18 +218,29 @@ def _measure(
     return [_Parts(*(torch.cat(tensors) for tensors in zip(*done, strict=True))) for done in chunks]
 
 
-def _tried(parts: _Parts, share: float) -> Iterator[tuple[NewcomerSettings, _Outcome]]:
-    """Yield every point of the grid, at the level where hidden items take their share of the places."""
-    unit = float((parts.best[:, 0] - parts.best[:, -1]).nan_to_num(posinf=0.0).mean())
-    bought = bool(parts.neighbours.any())
-    for factor, content in product(_NEIGHBOURS if bought else (0.0,), _CONTENT):
-        scores = parts.own + factor * parts.neighbours + content * unit * parts.content
-        top = scores.topk(min(_PLACES, scores.shape[1]), dim=1).values
-        for share_of_bar in _BARS if bought else (0.0,):
-            bar = share_of_bar * parts.bar
-            level = _level(parts.best[parts.drawn], (top + bar)[parts.drawn], share)
-            settings = NewcomerSettings(factor, content * unit, share_of_bar, level)
-            yield settings, _outcome(parts, scores + bar + level, top + bar + level)
+def _tried(draws: list[_Parts], exposure: float) -> Iterator[tuple[NewcomerSettings, _Outcome]]:
+    """Yield every point of the grid, at the mean of the levels where hidden items take their share of the places."""
+    unit = sum(float((parts.best[:, 0] - parts.best[:, -1]).nan_to_num(posinf=0.0).mean()) for parts in draws)
+    bought = any(bool(parts.neighbours.any()) for parts in draws)
+    for factor, cosine in product(_NEIGHBOURS if bought else (0.0,), _CONTENT):
+        content = cosine * unit / len(draws)
+        lent = [parts.own + factor * parts.neighbours + content * parts.content for parts in draws]
+        tops = [scores.topk(min(_PLACES, scores.shape[1]), dim=1).values for scores in lent]
+        for bar in _BARS if bought else (0.0,):
+            tried = [
+                _placed(parts, scores + bar * parts.bar, top + bar * parts.bar, exposure)
+                for parts, scores, top in zip(draws, lent, tops, strict=True)
+            ]
+            level = sum(level for level, _ in tried) / len(tried)
+            means = (sum(values) / len(tried) for values in zip(*(outcome for _, outcome in tried), strict=True))
+            yield NewcomerSettings(factor, content, bar, level), _Outcome(*means)
+
+
+def _placed(parts: _Parts, scores: Tensor, top: Tensor, exposure: float) -> tuple[float, _Outcome]:
+    """Return the level that gives hidden items ``exposure`` times their share of the targets, and what comes of it."""
+    share = exposure * float((parts.place[parts.drawn] >= 0).float().mean())
+    level = _level(parts.best[parts.drawn], top[parts.drawn], share)
+    return level, _outcome(parts, scores + level, top + level)
 
 
 def _level(best: Tensor, top: Tensor, share: float) -> float:
@@ -239,5 +265,5 @@ def _outcome(parts: _Parts, scores: Tensor, top: Tensor) -> _Outcome:
     target = parts.target[other, None]
     passed = (parts.best[other] > target).sum(1) + (top[other] > target).sum(1)
     gains = torch.where(passed < _PLACES, 1 / torch.log2(passed.double() + 2), 0.0)
-    recall = float((above < _PLACES).double().mean())
-    return _Outcome(recall, float(gains.mean()), _exposure(parts.best[parts.drawn], top[parts.drawn]))
+    recall = float((above < _PLACES).double().mean().nan_to_num(0.0))
+    return _Outcome(recall, float(gains.mean().nan_to_num(0.0)), _exposure(parts.best[parts.drawn], top[parts.drawn]))

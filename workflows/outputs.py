@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from nvtabular import Workflow
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import DataError
-from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, SESSION_TRANSFORM_FILE, SPLITS
+from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, SCHEMA_FILE, SESSION_TRANSFORM_FILE, SPLITS
 from missrec_t4r.workflows import catalogue as catalogues
 from missrec_t4r.workflows import sessions
 from missrec_t4r.workflows.storage import save_workflow
@@ -29,9 +30,11 @@ NVTABULAR_FOLDER = "nvtabular_workflow"
 def write_workflow(workflow: Workflow, longest: int, folder: Path, *, pickled: bool = False) -> None:
     """Write schema.pbtxt beside every split, and the fitted workflow; ``pickled`` adds NVTabular's own format."""
     schema = sessions.session_schema(workflow.output_schema, longest)
-    for place in (folder, *(folder / name for name in SPLITS)):
-        place.mkdir(exist_ok=True)
-        sessions.write_schema(schema, place)
+    folder.mkdir(exist_ok=True)
+    sessions.write_schema(schema, folder)
+    for name in SPLITS:
+        (folder / name).mkdir(exist_ok=True)
+        shutil.copyfile(folder / SCHEMA_FILE, folder / name / SCHEMA_FILE)
     save_workflow(workflow, folder / WORKFLOW_FOLDER)
     if pickled:
         workflow.save(str(folder / NVTABULAR_FOLDER))

@@ -21,9 +21,11 @@ def deploy(
     version: Annotated[int | None, typer.Option(help="A version that is there already, in place of a bundle.")] = None,
     no_switch: Annotated[bool, typer.Option("--no-switch", help="Load and check it; it does not answer yet.")] = False,
     keep: Annotated[int, typer.Option(help="Versions kept on disk.")] = 3,
-    max_batch_size: Annotated[int, typer.Option(help="Sessions per pass and per request.")] = 64,
-    threads: Annotated[int, typer.Option(help="Threads of the ranker.")] = 1,
-    instances: Annotated[int, typer.Option(help="Processes of the ranker; they share a large catalogue.")] = 1,
+    max_batch_size: Annotated[int | None, typer.Option(help="Sessions per pass and request; at first 64.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the ranker; at first 1, later as they are.")] = None,
+    instances: Annotated[
+        int | None, typer.Option(help="Processes of the ranker; at first 1.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Let a new model or catalogue answer, without a restart and without a failed request."""

@@ -47,9 +47,9 @@ def deploy(
     version: int | None = None,
     switch: bool = True,
     keep: int = 3,
-    max_batch_size: int = 64,
-    threads: int = 1,
-    instances: int = 1,
+    max_batch_size: int | None = None,
+    threads: int | None = None,
+    instances: int | None = None,
     dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
@@ -67,8 +67,9 @@ def deploy(
         False loads and asks the version, and leaves the door as it is: for `missrec shadow`.
     keep : int
         Versions kept on disk, the one that answers among them.
-    max_batch_size, threads, instances : int
-        As in `write_repository`.
+    max_batch_size, threads, instances : int, optional
+        As in `write_repository`; by default those of the version that answers, so that an update of the catalogue
+        changes nothing else.
     dry_run : bool
         Verify the bundle and say which version it would be, change nothing.
     progress : Progress
@@ -99,7 +100,8 @@ def deploy(
         before = current_version(folder)
         if bundle is not None:
             progress.say(f"verifying {bundle}")
-            sizes = {"max_batch_size": max_batch_size, "threads": threads, "instances": instances}
+            told = {"max_batch_size": max_batch_size, "threads": threads, "instances": instances}
+            sizes = _sizes(folder, before) | {name: n for name, n in told.items() if n is not None}
             version = _add(folder, Path(bundle), before if switch else None, sizes)
         assert version is not None
         _require(folder, version)
@@ -233,6 +235,20 @@ def _add(folder: Path, bundle: Path, before: int | None, sizes: dict[str, int]) 
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return version
+
+
+def _sizes(folder: Path, version: int | None) -> dict[str, int]:
+    """Return what a version's ranker was written with; nothing where there is no version."""
+    if version is None:
+        return {}
+    config = (folder / f"{_PARTS[-1]}_v{version}" / _CONFIG).read_text(encoding="utf-8")
+    written = {
+        "max_batch_size": r"max_batch_size: (\d+)",
+        "threads": r'key: "threads" value: { string_value: "(\d+)"',
+        "instances": r"instance_group \[ { count: (\d+)",
+    }
+    found = {name: re.search(pattern, config) for name, pattern in written.items()}
+    return {name: int(match[1]) for name, match in found.items() if match}
 
 
 def _same(aside: Path, version: int, folder: Path, before: int) -> bool:

@@ -270,3 +270,14 @@ def test_what_is_no_deployment_is_left_alone(exported: Path, bundle: Path, tmp_p
     with pytest.raises(BundleError, match=r"weights\.safetensors has 10 bytes"):
         deploy(tmp_path / "models", bundle=damaged)
     assert versions_of(tmp_path / "models") == [1]
+
+
+def test_a_deploy_keeps_the_sizes_of_the_version_that_answers(bundle: Path, other_bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sized"
+    deploy(folder, bundle=bundle, instances=2, threads=3, max_batch_size=32)
+    deploy(folder, bundle=other_bundle)
+    deploy(folder, bundle=bundle, instances=1)
+    configs = [(folder / f"missrec_ranker_v{version}" / "config.pbtxt").read_text() for version in (1, 2, 3)]
+    assert ["count: 2" in text for text in configs] == [True, True, False]
+    assert all('"threads" value: { string_value: "3" }' in text for text in configs)
+    assert all("max_batch_size: 32" in text for text in configs)

@@ -1,4 +1,4 @@
-"""missrec etl --compact: the nights of --delta go into the parquet files of the splits, and plain parquet is all again
+"""missrec etl --compact: the nights of --delta go into the splits' parquet files, and plain parquet is all again.
 
 Partition by partition, the state of the users whom the deltas know takes the place of the older one, and the splits are
 written anew. Counts, catalogue and workflows are up to date already, so they are linked.

@@ -1,4 +1,4 @@
-"""missrec etl --update --delta: a night's users beside the plain splits, read instead of their older rows
+"""missrec etl --update --delta: a night's users beside the plain splits, read instead of their older rows.
 
 What it costs follows the night: its events are encoded, the users whom they concern are looked up in the state by
 their hash, and their whole sessions become one more file, ``deltas/00002.arrow`` (`missrec_t4r.data.split_rows` reads

@@ -1,4 +1,4 @@
-"""Fitted workflows whose vocabularies got longer: the new values stand after the old ones, nothing else changes
+"""Fitted workflows with longer vocabularies: the new values stand after the old ones, nothing else changes.
 
 An update that appends items could fit the workflows anew, which takes longer than its events do. Nothing is learned
 from data here but vocabularies, so the stored graph is taken as it is, with other sizes of the columns' domains and

@@ -1,4 +1,4 @@
-"""What a data folder keeps of some users, read where it lies: a search by hash, and nothing of the other users
+"""What a data folder keeps of some users, read where it lies: a search by hash, nothing of the other users.
 
 The newest state of a user counts: that of the youngest delta, else that of the user's partition.
 """

@@ -1,4 +1,4 @@
-"""The item table of an update: new lines after the old items, and lines for items that only events knew so far"""
+"""The item table of an update: new lines after the old items, and lines for items that only events knew."""
 
 from __future__ import annotations
 

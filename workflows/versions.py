@@ -1,4 +1,4 @@
-"""Versions of a data folder: what each added, which of them the parquet files hold, and what a new one takes over"""
+"""Versions of a data folder: what each added, which one the parquet files hold, what a new one takes over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of a split: its parquet files and, where nights stand beside them as deltas, the newest row of every user
+"""Rows of a split: its parquet files and, where nights stand beside them, the newest row of every user.
 
 A data folder may hold ``deltas/00002.arrow``, …: whole sessions of the users of a night, oldest first, and how long
 their prefix in every split is (columns ``train``, ``valid``, ``test``; 0: no row). They take the place of all older

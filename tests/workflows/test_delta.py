@@ -273,6 +273,20 @@ def test_a_night_too_large_for_memory_is_added_the_other_way(
     assert told["events"] == 210
 
 
+def test_a_schema_that_looks_otherwise_is_written_by_merlin(data: Path, tmp_path: Path) -> None:
+    from missrec_t4r.workflows import growing
+
+    file, twin = night(tmp_path, 2, 11), Path(shutil.copytree(data, tmp_path / "twin"))
+    text = (data / "schema.pbtxt").read_text()
+    assert growing.resized_schema(text.replace("dtype_item_size", "width"), {"item_id": 9}, 9) is None
+    update(file, data, delta=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(growing, "resized_schema", lambda *_: None)
+        update(file, twin, delta=True)
+    assert (data / "schema.pbtxt").read_text() != text
+    same(content(data), content(twin))
+
+
 def test_items_alone_can_be_added(data: Path, tmp_path: Path) -> None:
     before = content(data)
     _, items = write(tmp_path / "new", shop(1, 3), pd.concat([ITEMS, NEW_ITEMS]).drop_duplicates("item_id"))

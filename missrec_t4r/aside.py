@@ -1,4 +1,4 @@
-"""Folders written aside that take another's place in one step, what killed writers left, and full disks in words."""
+"""Folders written aside that take another's place in one step, what killed writers left, full disks in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What identifies the content of a data folder: equal input through the same ETL gives an equal digest at any time."""
+"""What identifies the content of a data folder: equal input through the same ETL, an equal digest at any time."""
 
 from __future__ import annotations
 

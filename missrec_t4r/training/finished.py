@@ -1,4 +1,4 @@
-"""Whether a run is finished already: the same data, settings, starting run and code give the same run, so it is found.
+"""Whether a run is finished already: the same data, settings, start and code give the same run, which is found.
 
 A scheduler that repeats a night after a failure behind the training does not train again. What identifies a run is the
 content of the data folder, not its times: an ETL that is repeated writes the same sessions.

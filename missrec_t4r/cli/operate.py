@@ -23,9 +23,7 @@ def deploy(
     keep: Annotated[int, typer.Option(help="Versions kept on disk.")] = 3,
     max_batch_size: Annotated[int | None, typer.Option(help="Sessions per pass and request; at first 64.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the ranker; at first 1, later as they are.")] = None,
-    instances: Annotated[
-        int | None, typer.Option(help="Processes of the ranker; at first 1.")
-    ] = None,
+    instances: Annotated[int | None, typer.Option(help="Processes of the ranker; at first 1.")] = None,
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Let a new model or catalogue answer, without a restart and without a failed request."""

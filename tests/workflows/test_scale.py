@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from missrec_t4r.cli import app
 from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.user_hash import hash_ids, partition_of
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.progress import quiet
 from missrec_t4r.workflows import shards
@@ -29,7 +30,6 @@ from missrec_t4r.workflows.engine import engine
 from missrec_t4r.workflows.etl import etl
 from missrec_t4r.workflows.sessions import transform_dataset
 from missrec_t4r.workflows.storage import load_workflow
-from missrec_t4r.data.user_hash import hash_ids, partition_of
 from tests.workflows.tables import EVENTS, ITEMS, items_of, write
 
 SOME = settings(

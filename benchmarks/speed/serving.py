@@ -26,6 +26,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from benchmarks.measure import report
+from benchmarks.speed.large_server import run as serve_large
 from benchmarks.speed.load import answers_per_second, message
 from benchmarks.speed.serving_shop import bundle_of
 from missrec_t4r.export.manifest import ITEMS_FILE
@@ -217,6 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, nargs="*", default=[100_000, 1_000_000], help="sizes for the top-50")
     parser.add_argument("--hnsw", action="store_true", help="HNSW beside the top-50: needs faiss-cpu")
     parser.add_argument("--without-merlin", action="store_true")
+    parser.add_argument(
+        "--large", type=Path, help="of large_bundle: served by two instances, start and memory reported"
+    )
     chosen = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -229,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lean = merlin(work, chosen.items, chosen.seconds, 0)
             found["ids_alone"] = _beside(found, lean) | {"merlin": lean}
             found["nvtabular_transform_ms"] = nvtabular_ms(work, min(chosen.seconds, 4.0))
+        if chosen.large:
+            found["large_server"] = serve_large(chosen.large, instances=2, threads=1, clients=4)
         large = top_k(chosen.rows, chosen.bundle, 2, with_hnsw=chosen.hnsw)
         found["topk_ms"] = {str(one["rows"]): one["ms"] for one in large if one["tokens"] == "real"}
         report("serving", found | {"topk": large, "threads": chosen.threads, "trained": chosen.bundle is not None})

@@ -72,7 +72,7 @@ class TensorFile:
             raise ValueError(f"{name}: {part.dtype} {tuple(part.shape)} at {row} does not fit {dtype} {shape}")
         place = len(self._header) + self._starts[name] + row * dtype.itemsize * math.prod(shape[1:])
         raw = part.contiguous().reshape(-1).view(torch.uint8)
-        _write(self._descriptor, memoryview(raw.numpy()), place)
+        _write(self._descriptor, raw.numpy().data, place)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -111,7 +111,7 @@ class StoredRows:
         """Return ``rows`` (any shape) of the matrix, [..., width]."""
         wanted, size = rows.flatten().tolist(), 4 * self.width
         taken = torch.empty(len(wanted), self.width)
-        target, descriptor = memoryview(taken.view(torch.uint8).flatten().numpy()), self._stream.fileno()
+        target, descriptor = taken.view(torch.uint8).flatten().numpy().data, self._stream.fileno()
         for line, row in enumerate(wanted):
             os.preadv(descriptor, [target[line * size : (line + 1) * size]], self._start + row * size)
         return taken.view(*rows.shape, self.width)

@@ -88,7 +88,7 @@ def score(
     started = time.monotonic()
     with MISSRecClient.of_bundle(bundle, threads=threads) as client:
         files = SessionFiles(sessions, items_column, client.id_type, side_names(bundle), rules_column, exclude_column)
-        banned = [typed_id(item, client.id_type) for item in exclude or []]
+        banned: list[RawId] = [typed_id(item, client.id_type) for item in exclude or []]
         counts = {"sessions": 0, "fallbacks": 0, "with_unknown_items": 0}
         total = -(-files.rows // _SESSIONS_AT_A_TIME)
         with replacing(out) as aside, TableWriter(aside) as writer:

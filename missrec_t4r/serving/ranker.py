@@ -185,7 +185,7 @@ class Ranker:
         session = torch.from_numpy(known).to(self.device)
         if not side and self._encode is not None:
             return self._encode(session)
-        given = {name: torch.from_numpy(values).to(self.device) for name, values in side.items()}
+        given = {name: torch.from_numpy(values).to(self.device) for name, values in (side or {}).items()}
         vectors = self.model.encode(session, catalogue=self._tokens, last_only=True, side=given).vectors
         return vectors * (session > PADDING_ROW).any(1, keepdim=True)
 

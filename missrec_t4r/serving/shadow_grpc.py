@@ -102,7 +102,7 @@ class GrpcShadowDoor:
             raise ServingError(f"the candidate answered {error.code()}: {error.details()}") from error
 
 
-class _Through(grpc.GenericRpcHandler):
+class _Through(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no types
     """Hands every call to the server; bytes in, bytes out."""
 
     def __init__(self, door: GrpcShadowDoor) -> None:

@@ -148,13 +148,14 @@ def _write_sessions(folder: Path, loaded: LoadedBundle, files: SessionFiles, pro
     tables: list[pa.Table] = []
     total = -(-files.rows // _SESSIONS_AT_A_TIME)
     reader = SideReader(() if loaded.model.side is None else loaded.model.side.columns)
-    for carried, sessions, told in progress.track(files.batches(_SESSIONS_AT_A_TIME), "encoding sessions", total):
+    for batch in progress.track(files.batches(_SESSIONS_AT_A_TIME), "encoding sessions", total):
+        sessions, told = batch.sessions, batch.side
         rows = loaded.transform(*sessions)
         width = max(1, *(len(row) for row in rows))
         padded = np.stack([np.pad(row, (0, width - len(row)), constant_values=PADDING_ROW) for row in rows])
         encoded = [reader.encode(own, len(ids)) for own, ids in zip(told or [], sessions, strict=bool(told))]
         parts.append(session_vectors(loaded.model, padded, reader.stacked(encoded, padded)))
-        tables.append(carried.append_column("usable", pa.array(parts[-1].any(1))))
+        tables.append(batch.carried.append_column("usable", pa.array(parts[-1].any(1))))
     found = np.concatenate([np.empty((0, loaded.model.config.d_model), np.float32), *parts])
     np.save(folder / "sessions.npy", found)
     empty = files.schema.empty_table().select(files.carried).append_column("usable", pa.array([], pa.bool_()))

@@ -1,6 +1,6 @@
 """Mixed load on one server: clients, models deployed and rolled back meanwhile, every answer compared with offline.
 
-    python -m benchmarks.reliability.mixed_load --bundle work/demo/bundle --seconds 600
+    python -m benchmarks.reliability.mixed_load --bundle work/demo/shop/bundle --seconds 600
 
 Two versions take turns behind the door: the bundle, and the same model with another catalogue version, in which some
 items are retired. An answer must be, in ids outside ties and in scores within 1e-5, the offline answer of the catalogue

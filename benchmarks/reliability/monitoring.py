@@ -1,7 +1,7 @@
 """Prometheus with Compose's configuration against a real server: targets, rules, every expression of the dashboard.
 
     apt-get install prometheus
-    python -m benchmarks.reliability.monitoring --bundle work/demo/bundle
+    python -m benchmarks.reliability.monitoring --bundle work/demo/shop/bundle
 
 Only two words of the configuration are replaced: the server's address and the place of the rules. Under load every
 expression of the Grafana dashboard must return finite numbers and every rule must be evaluated; when the server stops,

@@ -1,6 +1,6 @@
 """A bundle of any size made from a trained one, in bounded memory: what a server of a million items is measured with.
 
-    python -m benchmarks.speed.large_bundle --bundle work/demo/bundle --items 1000000 --out work/large
+    python -m benchmarks.speed.large_bundle --bundle work/demo/shop/bundle --items 1000000 --out work/large
 
 Every item is a real one moved by a share of the difference of two more, in every modality and in its ID (as in
 `large_tokens`); two modalities, IDs, dynamic fusion, so two tokens per item; neighbours are those of the real item.

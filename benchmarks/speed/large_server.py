@@ -1,6 +1,6 @@
 """A real server of a large catalogue: start, latency, memory of several instances that share its pages, and equality.
 
-    python -m benchmarks.speed.large_bundle --bundle work/demo/bundle --items 1000000 --out work/large
+    python -m benchmarks.speed.large_bundle --bundle work/demo/shop/bundle --items 1000000 --out work/large
     python -m benchmarks.speed.large_server --bundle work/large --instances 2
 
 Memory is what the ranker's processes hold: PSS counts a shared page once over all of them, `private` is what one of

@@ -7,7 +7,7 @@ modality-X.npy    [item, dim] float32: unit-length tokens of modality X, zero wh
 ids.npy           [item, dim] float32: unit-length ID embeddings, zero where untrained; only if the model has them
 sessions.parquet  the sessions' own columns and ``usable``, in the order of the vectors; only with sessions
 sessions.npy      [session, dim] float32, unit length; zero for a session without any known item
-vectors.json      width, fusion, phi, history bias, whether a neighbour prior is added: docs/howto/vectors.md
+vectors.json      width, fusion, phi, history bias, which priors are added: docs/howto/vectors.md
 ================= ==================================================================================================
 """
 
@@ -135,6 +135,7 @@ def _write_items(folder: Path, loaded: LoadedBundle) -> dict[str, Any]:
         "history_bias": None if model.history_bias is None else float(model.history_bias),
         "neighbour_prior": bool(model.prior is not None and model.prior.active),
         "look_alike_prior": bool(model.lookalikes is not None and model.lookalikes.active),
+        "newcomers_borrow": bool(model.prior is not None and model.prior.newcomers and model.prior.newcomers.active),
     }
 
 

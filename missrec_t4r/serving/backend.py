@@ -162,14 +162,14 @@ class RankerBackend:
             rules=[own for each in rules for own in each],
         )
         asked = np.concatenate([_per_session(request, "reasons", False) for request in requests])
-        version = np.array([[self.catalogue_version.encode()]], object)
+        ids, version = self.transform.wire_ids_of(ranking.rows), np.array([[self.catalogue_version.encode()]], object)
         answers: list[Arrays] = []
         for start, size, top_k in zip(np.cumsum([0, *sizes]), sizes, wanted, strict=False):
             mine = slice(start, start + size)
             best = ranking.rows[mine, : min(int(top_k.max()), ranking.rows.shape[1])]
             answers.append(
                 {
-                    "item_id": self.transform.wire_ids_of(best),
+                    "item_id": ids[mine, : best.shape[1]],
                     "score": ranking.scores[mine, : best.shape[1]],
                     "n_items": ranking.n_items[mine, None],
                     "n_unknown": ranking.n_unknown[mine, None],
@@ -196,9 +196,13 @@ class RankerBackend:
     def _reasons(
         self, rows: npt.NDArray[np.int64], best: npt.NDArray[np.int64], asked: npt.NDArray[np.bool_], side: SideArrays
     ) -> dict[str, npt.NDArray[Any]]:
+        if not asked.any():  # nobody reads them, and writing empty strings into tensors takes time
+            nothing = (len(best), 0)
+            return {
+                "reason_item": np.empty(nothing, self.transform.wire_ids.dtype),
+                "reason_modality": np.empty(nothing, object),
+            }
         item, modality = np.zeros_like(best), np.full(best.shape, b"", object)
-        if not asked.any():
-            return {"reason_item": self.transform.wire_ids_of(item), "reason_modality": modality}
         from missrec_t4r.serving.reasons import reasons
 
         for line in np.flatnonzero(asked):
@@ -216,11 +220,12 @@ def _per_session(request: Arrays, name: str, default: int | bool) -> npt.NDArray
 def _stacked(matrices: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
     if len(matrices) == 1:
         return matrices[0]
-    width = max(matrix.shape[1] for matrix in matrices)
-    padded = [
-        np.pad(matrix, ((0, 0), (0, width - matrix.shape[1])), constant_values=PADDING_ROW) for matrix in matrices
-    ]
-    return np.concatenate(padded)
+    stacked = np.full((sum(map(len, matrices)), max(matrix.shape[1] for matrix in matrices)), PADDING_ROW, np.int64)
+    start = 0
+    for matrix in matrices:
+        stacked[start : start + len(matrix), : matrix.shape[1]] = matrix
+        start += len(matrix)
+    return stacked
 
 
 Observer = Callable[[Sequence[Arrays], Sequence[Answer]], None]

@@ -187,14 +187,11 @@ class FoldedEncoder:
         self, known: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return distinct interests [batch, interest], the item that showed each first, and their number [batch]."""
-        n_modalities = self._assignment.shape[1]
-        firsts: list[dict[int, int]] = []
-        for line in self._assignment[known].reshape(len(known), -1).tolist():
-            first: dict[int, int] = {}
-            for place, interest in enumerate(line):
-                if interest and interest not in first:
-                    first[interest] = place // n_modalities
-            firsts.append(first)
+        shown = self._assignment[known].reshape(len(known), -1)[:, ::-1].tolist()
+        ages = [place // self._assignment.shape[1] for place in reversed(range(len(shown[0])))]
+        firsts = [dict(zip(line, ages, strict=True)) for line in shown]  # newest first, so that the oldest stays
+        for first in firsts:
+            first.pop(0, None)
         counts = np.array([len(first) for first in firsts])
         width = max(int(counts.max()), 1)
         chosen, position = np.zeros((len(known), width), np.int64), np.zeros((len(known), width), np.int64)

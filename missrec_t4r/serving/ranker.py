@@ -243,9 +243,15 @@ class Ranker:
         counts = np.minimum([len(found.rows) for found in given], wanted).astype(np.int32)
         shape = len(rows), int(wanted.max(initial=1))
         items, scores = np.full(shape, PADDING_ROW, np.int64), np.zeros(shape, np.float32)
-        for line, (found, count) in enumerate(zip(given, counts.tolist(), strict=True)):
-            items[line, :count] = found.rows[:count].numpy(force=True)
-            scores[line, :count] = found.scores[:count].numpy(force=True)
+        if len({len(found.rows) for found in given}) == 1:
+            width = min(len(given[0].rows), shape[1])
+            real = np.arange(width) < counts[:, None]
+            items[:, :width] = torch.stack([found.rows[:width] for found in given]).numpy(force=True) * real
+            scores[:, :width] = torch.stack([found.scores[:width] for found in given]).numpy(force=True) * real
+        else:
+            for line, (found, count) in enumerate(zip(given, counts.tolist(), strict=True)):
+                items[line, :count] = found.rows[:count].numpy(force=True)
+                scores[line, :count] = found.scores[:count].numpy(force=True)
         return Ranking(
             items,
             scores,

@@ -93,9 +93,9 @@ class MISSRecConfig:
     n_lookalikes: int = 32
     """Items of the most similar content per candidate that the look-alike prior adds to the score when ranking, its
     weight chosen on validation after training (ours: the adapters forget what raw vectors know); 0 switches it off."""
-    newcomer_exposure: float = 1.0
-    """Places among the first ten that items without any event get, each relative to what an item with events is worth
-    by its targets; costs the other items as many places (ours). Validation finds the level; 0 leaves new items last."""
+    newcomer_exposure: float = 0.0
+    """Places among the first ten that items without any event get, relative to what items with events are worth by
+    their targets; others lose them (ours). Validation finds the level; 0 leaves new items last (docs/howto/train.md)."""
     temperature: float = 0.07
     """Divides scores before the softmax; > 0 (paper: 0.07)."""
     orthogonality: Orthogonality = "cosine"

@@ -123,7 +123,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.1, help="of the items to hold out")
     parser.add_argument("--label", default="cold")
     options = parser.parse_args()
-    settings = {key: yaml.safe_load(value) for key, value in pairs(options.settings).items()}
+    settings = {"model.newcomer_exposure": 1.0}
+    settings |= {key: yaml.safe_load(value) for key, value in pairs(options.settings).items()}
     name = options.name or options.data.resolve().name
     where = options.out / name / options.label
     found = measure(options.data, where, options.recipe, settings, options.share, FIRST_SEED, TerminalProgress())

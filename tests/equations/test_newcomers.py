@@ -20,7 +20,7 @@ SETTINGS = NewcomerSettings(neighbours=0.7, content=0.4, bar=0.5, level=0.25)
 
 
 def net(modalities: tuple[float, float] = (1.0, 1.0), settings: NewcomerSettings = SETTINGS) -> MISSRec:
-    model = shop.model(shop.default(n_neighbours=6, n_lookalikes=0)).double().eval()
+    model = shop.model(shop.default(n_neighbours=6, n_lookalikes=0, newcomer_exposure=1.0)).double().eval()
     assert model.prior is not None
     assert model.prior.newcomers is not None
     model.prior.fit(Sessions.from_lists(TRAINING), 50)
@@ -98,10 +98,10 @@ def test_lists_are_found_again_after_loading_and_earlier_weights_load(tmp_path: 
     model, sessions = net(), shop.batch()
     save_tensors(tmp_path / "weights", model.state_dict())
     weights = load_tensors(tmp_path / "weights")
-    again = shop.model(shop.default(n_neighbours=6, n_lookalikes=0)).double().eval()
+    again = shop.model(shop.default(n_neighbours=6, n_lookalikes=0, newcomer_exposure=1.0)).double().eval()
     load_strictly(again, weights, "here")
     assert np.array_equal(added(again, sessions), added(model, sessions))
     earlier = {name: tensor for name, tensor in weights.items() if "newcomers" not in name}
-    fresh = shop.model(shop.default(n_neighbours=6, n_lookalikes=0)).double().eval()
+    fresh = shop.model(shop.default(n_neighbours=6, n_lookalikes=0, newcomer_exposure=1.0)).double().eval()
     load_strictly(fresh, earlier, "an earlier version's")
     assert not added(fresh, sessions)[:, PLATE].any()

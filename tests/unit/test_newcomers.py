@@ -76,7 +76,7 @@ def test_the_level_gives_the_places_that_were_asked_for() -> None:
 def test_too_few_targets_choose_nothing(data: Path) -> None:
     catalogue = Catalogue.load(data / "catalogue")
     train, valid = Sessions.load(data / "train"), Sessions.load(data / "valid")
-    model = build_missrec(MISSRecConfig(d_model=16, n_head=2), catalogue).eval()
+    model = build_missrec(MISSRecConfig(d_model=16, n_head=2, newcomer_exposure=1.0), catalogue).eval()
     assert fit_prior(model, catalogue, train, valid)["newcomers"] == {}
     assert model.prior is not None
     assert model.prior.newcomers is not None

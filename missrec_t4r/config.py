@@ -95,7 +95,7 @@ class MISSRecConfig:
     weight chosen on validation after training (ours: the adapters forget what raw vectors know); 0 switches it off."""
     newcomer_exposure: float = 0.0
     """Places among the first ten that items without any event get, relative to what items with events are worth by
-    their targets; others lose them (ours). Validation finds the level; 0 leaves new items last (docs/howto/train.md)."""
+    their targets; others lose them (ours). Validation finds the level; 0: new items are last (docs/howto/train.md)."""
     temperature: float = 0.07
     """Divides scores before the softmax; > 0 (paper: 0.07)."""
     orthogonality: Orthogonality = "cosine"

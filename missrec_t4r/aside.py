@@ -20,7 +20,8 @@ from missrec_t4r.errors import DataError
 _HOST = re.sub(r"[^a-z0-9]", "", platform.node().lower())[:20] or "host"
 """In the names of unfinished folders: process numbers mean something on one machine, or in one container, only."""
 T = TypeVar("T")
-_ATTEMPTS = 20
+_PATIENCE = 30.0
+"""Seconds for which a folder that changes while it is read is read again."""
 _PAUSE = 0.01
 """Seconds: between the two renames of a file system that cannot exchange names there may be no folder."""
 _OLD = "-old"
@@ -86,8 +87,14 @@ def unchanged_while_read(folder: Path, read: Callable[[Path], T]) -> T:
     """Return what ``read`` makes of a folder of which it saw one version only; it is asked again where that changed.
 
     Errors of ``read`` pass unless the folder was replaced meanwhile: a file that is gone may be the old version's.
+
+    Raises
+    ------
+    DataError
+        The folder was replaced during every attempt of half a minute.
     """
-    for _ in range(_ATTEMPTS):
+    patience = time.monotonic() + _PATIENCE
+    while time.monotonic() < patience:
         with _held(folder) as still_there:
             try:
                 answer = read(folder)
@@ -98,7 +105,11 @@ def unchanged_while_read(folder: Path, read: Callable[[Path], T]) -> T:
                 continue
             if still_there():
                 return answer
-    return read(folder)
+    raise DataError(
+        f"{folder} was replaced whenever it was read, for {_PATIENCE:g} s",
+        "a folder that rests for as long as reading it takes",
+        "let its writer pause, or read a copy",
+    )
 
 
 @contextmanager

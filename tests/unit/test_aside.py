@@ -15,6 +15,7 @@ import pytest
 
 from missrec_t4r import aside
 from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.errors import DataError
 
 WRITER = """
 import sys
@@ -69,6 +70,14 @@ def test_readers_never_find_none_nor_two_halves_while_writers_are_killed(tmp_pat
     made(9).save(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["catalogue"]
     assert number_of(Catalogue.load(folder)) == 9
+
+
+def test_a_folder_that_never_rests_is_refused_and_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, number = tmp_path / "catalogue", iter(range(10**6))
+    made(0).save(folder)
+    monkeypatch.setattr(aside, "_PATIENCE", 0.2)
+    with pytest.raises(DataError, match="was replaced whenever it was read"):
+        aside.unchanged_while_read(folder, lambda _: made(next(number)).save(folder))
 
 
 def test_without_exchange_two_renames_do_it_and_a_failing_one_is_undone(

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from missrec_t4r.data.digest import file_digest
 from missrec_t4r.errors import BundleError
 from missrec_t4r.export.contents import check_contents
 from missrec_t4r.schema import SCHEMA_FILE, SESSION_TRANSFORM_FILE
@@ -99,15 +100,6 @@ def catalogue_version(manifest: dict[str, Any]) -> str:
     """Return the name of the catalogue that a bundle holds, 12 hexadecimal digits; same content, same name."""
     sums = [manifest["files"][name]["sha256"] for name in (CATALOGUE_FILE, ITEMS_FILE)]
     return hashlib.sha256("".join(sums).encode()).hexdigest()[:12]
-
-
-def file_digest(file: Path) -> str:
-    """Return the SHA-256 sum of a file in hexadecimal, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _sealed(content: dict[str, Any]) -> bytes:

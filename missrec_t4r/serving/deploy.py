@@ -27,8 +27,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from missrec_t4r.data.digest import file_digest
 from missrec_t4r.errors import BundleError, ConfigError, ServingError
-from missrec_t4r.export.manifest import MANIFEST_FILE, file_digest, verify_bundle
+from missrec_t4r.export.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.export.repository import ENSEMBLE, MODELS, fill_repository
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.serving.control import DEPLOYMENT_FILE, Control, current_version, is_deployment

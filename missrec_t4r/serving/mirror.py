@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from missrec_t4r.errors import ConfigError, ServingError
+from missrec_t4r.serving.loopback import LOOPBACK
 
 COMPARED = ("item_id", "score", "n_items")
 """Outputs that are compared."""
@@ -148,3 +149,29 @@ def _mean(values: Sequence[float]) -> float:
 
 def _percentiles(values: list[float]) -> dict[str, float]:
     return {f"p{q}": round(float(np.percentile(values, q)), 2) for q in (50, 95, 99)} if values else {}
+
+
+class MirroringDoor:
+    """What the doors of both protocols have in common: a mirror behind them, and an address for clients.
+
+    Parameters
+    ----------
+    share, seed
+        As in `Mirror`.
+    """
+
+    _port: int
+    """Of the loopback interface; a door sets it once it listens."""
+
+    def __init__(self, share: float, seed: int | None) -> None:
+        self._mirror = Mirror(share, seed)
+
+    @property
+    def comparison(self) -> Comparison:
+        """What was seen so far."""
+        return self._mirror.comparison
+
+    @property
+    def url(self) -> str:
+        """The address that clients use in place of the server's."""
+        return f"{LOOPBACK}:{self._port}"

@@ -19,7 +19,7 @@ from missrec_t4r.errors import ConfigError, ServingError
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.serving.doors import checked_address
 from missrec_t4r.serving.loopback import LOOPBACK
-from missrec_t4r.serving.mirror import COMPARED, TIMEOUT, Comparison, Mirror, Mirrored, Tensors
+from missrec_t4r.serving.mirror import COMPARED, TIMEOUT, Mirrored, MirroringDoor, Tensors
 
 PORTS = {"http": 8000, "grpc": 8001}
 """Of a server, by protocol."""
@@ -30,7 +30,7 @@ Answer = tuple[int, dict[str, str], bytes]
 """Status, headers and body."""
 
 
-class ShadowDoor:
+class ShadowDoor(MirroringDoor):
     """The HTTP door; serves while the ``with`` block runs.
 
     Parameters
@@ -62,22 +62,13 @@ class ShadowDoor:
         model: str = "missrec",
         seed: int | None = None,
     ) -> None:
-        self._mirror = Mirror(share, seed)
+        super().__init__(share, seed)
         self.address = checked_address(url, "http")
         self._shadow = checked_address(candidate_url or url, "http"), f"/v2/models/{candidate}/infer"
         self._mirrored = f"/v2/models/{model}/infer"
         self._server = self._listen(port)
+        self._port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-
-    @property
-    def comparison(self) -> Comparison:
-        """What was seen so far."""
-        return self._mirror.comparison
-
-    @property
-    def url(self) -> str:
-        """The address that clients use in place of the server's."""
-        return f"{LOOPBACK}:{self._server.server_address[1]}"
 
     def __enter__(self) -> ShadowDoor:
         self._mirror.__enter__()

@@ -17,7 +17,7 @@ from tritonclient.grpc import InferResult, service_pb2
 from missrec_t4r.errors import ServingError
 from missrec_t4r.serving.doors import checked_address
 from missrec_t4r.serving.loopback import LOOPBACK
-from missrec_t4r.serving.mirror import COMPARED, TIMEOUT, Comparison, Mirror, Mirrored, Tensors
+from missrec_t4r.serving.mirror import COMPARED, TIMEOUT, Mirrored, MirroringDoor, Tensors
 
 _INFER = "/inference.GRPCInferenceService/ModelInfer"
 _STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -26,7 +26,7 @@ _CALLS = 64
 """Calls under way at the same time."""
 
 
-class GrpcShadowDoor:
+class GrpcShadowDoor(MirroringDoor):
     """The gRPC door; serves while the ``with`` block runs.
 
     Parameters
@@ -52,7 +52,7 @@ class GrpcShadowDoor:
         model: str = "missrec",
         seed: int | None = None,
     ) -> None:
-        self._mirror = Mirror(share, seed)
+        super().__init__(share, seed)
         self._model, self._candidate = model, candidate
         self.channel, self._shadow = (
             grpc.insecure_channel(checked_address(one, "grpc"), options=_OPTIONS) for one in (url, candidate_url or url)
@@ -64,16 +64,6 @@ class GrpcShadowDoor:
         except RuntimeError as error:
             found = f"port {port} cannot be used ({error})"
             raise ServingError(found, "a free port", "choose another --port") from error
-
-    @property
-    def comparison(self) -> Comparison:
-        """What was seen so far."""
-        return self._mirror.comparison
-
-    @property
-    def url(self) -> str:
-        """The address that clients use in place of the server's."""
-        return f"{LOOPBACK}:{self._port}"
 
     def __enter__(self) -> GrpcShadowDoor:
         self._mirror.__enter__()

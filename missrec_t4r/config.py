@@ -28,7 +28,7 @@ ContextualReadout = Literal["mean", "first"]
 SingleModality = Literal["fused", "summed"]
 Initialisation = Literal["normal", "release"]
 InterestAlgorithm = Literal["kmeans", "dpc_knn"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "cosine"]
 IdStart = Literal["random", "tokens"]
 SoftmaxName = Literal["auto", "full", "chunked", "sampled"]
@@ -220,7 +220,8 @@ class TrainConfig:
     accumulate: int = 1
     """Parts in which a step's batch is worked through, for little memory; the step is that of the whole batch."""
     precision: Precision = "fp32"
-    """Of the towers, encoder and decoder; weights, scores and softmax stay in fp32. ``fp16`` needs a GPU."""
+    """Of matrix products; weights, softmax and optimiser stay in fp32. ``auto`` is bf16 where the device has
+    instructions for it, on CPUs too; ``fp16`` needs a GPU."""
     compile: bool = False
     """Compile encoder and decoder with ``torch.compile``; needs a C++ compiler, pays off in long runs."""
     schedule: Schedule = "constant"
@@ -237,10 +238,7 @@ class TrainConfig:
         wrong = [
             (self.learning_rate <= 0, f"--learning-rate {self.learning_rate} is not positive"),
             (min(self.batch_size, self.epochs, self.patience, self.next_items) < 1, "a count is below 1"),
-            (
-                min(self.accumulate, self.negatives, self.chunk_size) < 1,
-                "accumulate, negatives or chunk_size is below 1",
-            ),
+            (min(self.accumulate, self.negatives, self.chunk_size) < 1, "accumulate, negatives or chunk_size below 1"),
             (min(self.clip_norm, self.checkpoint_minutes) < 0, "clip_norm or checkpoint_minutes is negative"),
             (not 0 <= self.reverse_probability <= 1, "--reverse-probability is outside [0, 1]"),
             (not 0 <= self.ema_decay < 1, f"--ema-decay {self.ema_decay} is outside [0, 1)"),

@@ -1,44 +1,71 @@
 """Items that training never saw: a share of them is held out entirely and only asked for at the end.
 
-    python -m benchmarks.quality.cold_items --data path/to/ml1m_posters --recipe long --share 0.1
+    python -m benchmarks.quality.cold_items --data path/to/ml1m_posters --recipe long --share 0.1 --draws 1 2 3 \
+        --set model.item_ids=false --exposure 1 2
 
 All events of the held-out items are removed, except where they are a customer's last one: those are the targets. The
 model is compared with popularity, item-kNN and content-kNN on the same vectors, and with itself without what it lends
 to items without events (`model/newcomers.py`); the whole catalogue is ranked. What the others pay stands beside it.
+
+How hard a tenth is depends on which items it holds, so several are drawn that share no item, each with its own ETL and
+training. What new items get of the places (``model.newcomer_exposure``) is set after training, so that several levels
+cost one training. A customer's last item is held out in one of them at most: their targets are pooled, and an
+interval draws customers. Finished trainings are kept in ``--out``.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
 from benchmarks.measure import report
-from benchmarks.quality.bench import FIRST_SEED, arguments, pairs
+from benchmarks.quality.bench import EXCLUDED, FIRST_SEED, KEPT, arguments, pairs
+from benchmarks.quality.paired import paired
 from missrec_t4r import commands
 from missrec_t4r.data.side import load_sessions
 from missrec_t4r.demo import find_inputs
-from missrec_t4r.evaluation.evaluate import System, evaluate_sessions, fitted_baselines
-from missrec_t4r.evaluation.full_ranking import PROTOCOLS
+from missrec_t4r.evaluation.evaluate import System, fitted_baselines
+from missrec_t4r.evaluation.full_ranking import rank_catalogue
+from missrec_t4r.evaluation.metrics import metric_names, metric_values
 from missrec_t4r.evaluation.model_scorer import ModelScorer
+from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.model.newcomers import NewcomerSettings
 from missrec_t4r.progress import Progress, TerminalProgress
 from missrec_t4r.schema import FIRST_ITEM_ROW
 from missrec_t4r.training.checkpoint import RUN_FILE, load_run
+from missrec_t4r.training.newcomers import fit_newcomers
 
-BOOTSTRAPS = 3
-"""Seeds of the intervals; the ranking is the same."""
+WITHOUT, RIVAL = "without_newcomers", "content_knn"
+_KS = (10,)
 _METRICS = ("recall@10", "ndcg@10")
 
 
-def hold_out(interactions: Path, out: Path, share: float, seed: int, min_count: int) -> dict[str, int]:
+class Draw(NamedTuple):
+    """A held-out share of the items and where every system put the targets."""
+
+    facts: dict[str, Any]
+    cold: npt.NDArray[np.bool_]
+    """[session]: True where the target is held out."""
+    ranks: dict[str, dict[str, npt.NDArray[np.int64]]]
+    """System to protocol to ranks [session]."""
+
+
+def hold_out(interactions: Path, out: Path, share: float, number: int, min_count: int) -> dict[str, int]:
     """Write the interactions without the events of held-out items, other than a customer's last one.
+
+    Parameters
+    ----------
+    number : int
+        Which share of the items, from 0; two numbers have no item in common.
 
     Returns
     -------
@@ -49,8 +76,8 @@ def hold_out(interactions: Path, out: Path, share: float, seed: int, min_count: 
     users, items = (pc.dictionary_encode(table[name]).combine_chunks() for name in ("user_id", "item_id"))
     user, item = users.indices.to_numpy(), items.indices.to_numpy()
     counts = np.bincount(item)
-    rng = np.random.default_rng(seed)
-    held = (rng.random(len(counts)) < share) & (counts >= min_count)
+    drawn = np.random.default_rng(FIRST_SEED).random(len(counts)) // share
+    held = (drawn == number) & (counts >= min_count)
     order = np.lexsort((np.arange(len(user)), table["timestamp"].to_numpy(), user))
     last = np.zeros(len(user), bool)
     last[order[np.append(np.diff(user[order]) != 0, True)]] = True
@@ -61,58 +88,114 @@ def hold_out(interactions: Path, out: Path, share: float, seed: int, min_count: 
 
 
 def measure(
-    data: Path, out: Path, recipe: str, settings: dict[str, Any], share: float, seed: int, progress: Progress
-) -> dict[str, Any]:
-    """Hold out, train, and rank for the customers whose last event is a held-out item."""
+    data: Path,
+    out: Path,
+    recipe: str,
+    settings: dict[str, Any],
+    share: float,
+    number: int,
+    exposures: Sequence[float],
+    progress: Progress,
+) -> Draw:
+    """Hold out, train and rank, or find that this was done."""
     inputs = find_inputs(data)
-    facts = hold_out(inputs.interactions, out / "interactions.parquet", share, seed, max(inputs.min_item_count, 1))
+    facts: dict[str, Any] = dict(
+        hold_out(inputs.interactions, out / "interactions.parquet", share, number, max(inputs.min_item_count, 1))
+    )
     folder, run = out / "data", out / "run"
-    if not (run / "run.json").is_file():
+    if not (run / RUN_FILE).is_file():
         commands.etl([out / "interactions.parquet"], inputs.items, folder, modality=inputs.modality, progress=progress)
-        commands.train(folder, run, recipe=recipe, settings={**settings, "train.seed": seed}, progress=progress)
-    return {**facts, **compare(run, progress)}
+        commands.train(folder, run, recipe=recipe, settings={**settings, "train.seed": FIRST_SEED}, progress=progress)
+    return ranked(run, exposures, facts, progress)
 
 
-def compare(run: Path, progress: Progress) -> dict[str, Any]:
-    """Rank the test split with a run, with and without its newcomers, and with the tuned baselines."""
-    loaded, without = load_run(run), load_run(run).model
-    assert without.prior is not None
-    assert without.prior.newcomers is not None
-    without.prior.newcomers.choose(NewcomerSettings(0.0, 0.0, 0.0, 0.0))
+def ranked(run: Path, exposures: Sequence[float], facts: dict[str, Any], progress: Progress) -> Draw:
+    """Rank the test split with a run, at each exposure and without newcomers, and with the tuned baselines."""
+    loaded = load_run(run)
+    models = {name_of(exposure): exposed(run, exposure, progress) for exposure in exposures}
+    assert loaded.model.prior is not None
+    assert loaded.model.prior.newcomers is not None
+    loaded.model.prior.newcomers.choose(NewcomerSettings(0.0, 0.0, 0.0, 0.0))
+    models[WITHOUT] = loaded.model, {}
     side = () if loaded.model.side is None else loaded.model.side.columns
-    sessions = load_sessions(loaded.data, "test", side)
-    targets = sessions.split_last()[1]
+    histories, targets = load_sessions(loaded.data, "test", side).split_last()
     cold = (targets >= FIRST_ITEM_ROW) & (loaded.catalogue.train_count[targets] == 0)
-    ours: dict[str, System] = {
-        "model": ModelScorer.with_popularity(loaded.model, loaded.catalogue),
-        "without_newcomers": ModelScorer.with_popularity(without, loaded.catalogue),
-    }
     rivals, tuned = fitted_baselines(loaded.data, loaded.catalogue, progress=progress)
-    parts = {"cold": cold, "others": ~cold, "all": np.ones_like(cold)}
-    found: dict[str, Any] = {
-        "n": int(cold.sum()),
-        "newcomers": json.loads((run / RUN_FILE).read_text())["prior"].get("newcomers"),
+    systems: dict[str, System] = {
+        **{name: ModelScorer.with_popularity(model, loaded.catalogue) for name, (model, _) in models.items()},
+        **rivals,
     }
-    for name, flags in parts.items():
-        systems = ours | rivals if name == "cold" else ours
-        reports = [
-            evaluate_sessions(systems, sessions.take(np.flatnonzero(flags)), loaded.catalogue, seed=seed, ks=(10,))
-            for seed in range(BOOTSTRAPS if name == "cold" else 1)
-        ]
-        found[name] = {protocol: _lines(reports[0]["protocols"][protocol]) for protocol in PROTOCOLS}
-        if name == "cold":
-            found["ahead_of_content_knn"] = {
-                protocol: [report["differences"][protocol]["content_knn"]["recall@10"] for report in reports]
-                for protocol in PROTOCOLS
-            }
-    return found | {"baseline_settings": tuned}
+    ranks = {
+        name: {
+            protocol: rank_catalogue(
+                system if callable(system) else system[protocol],
+                histories,
+                targets,
+                loaded.catalogue.n_rows,
+                protocols=(protocol,),
+                description=f"ranking {name}",
+                progress=progress,
+            ).ranks[protocol]
+            for protocol in (KEPT, EXCLUDED)
+        }
+        for name, system in systems.items()
+    }
+    chosen = {name: found for name, (_, found) in models.items() if found}
+    return Draw({**facts, "n": int(cold.sum()), "newcomers": chosen, "baseline_settings": tuned}, cold, ranks)
 
 
-def _lines(systems: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: {key: round(values[key] or 0.0, 4) for key in _METRICS} | {"interval": values["interval"]["recall@10"]}
-        for name, values in systems.items()
+def exposed(run: Path, exposure: float, progress: Progress) -> tuple[MISSRec, dict[str, Any]]:
+    """Return a run's model with what newcomers get of the places, and what was chosen for it on validation."""
+    loaded = load_run(run)
+    model = loaded.model
+    model.config = dataclasses.replace(model.config, newcomer_exposure=exposure)
+    columns = () if model.side is None else model.side.columns
+    valid = load_sessions(loaded.data, "valid", columns).known()
+    return model, fit_newcomers(model, loaded.catalogue, valid, progress=progress)
+
+
+def name_of(exposure: float) -> str:
+    """Return the name of the model at an exposure.
+
+    Examples
+    --------
+    >>> name_of(1.0)
+    'exposure_1'
+    """
+    return f"exposure_{exposure:g}"
+
+
+def pooled(draws: list[Draw]) -> dict[str, Any]:
+    """Return every system's metrics on the held-out and on the other targets, and how far the model is ahead."""
+    found: dict[str, Any] = {"n": sum(int(draw.cold.sum()) for draw in draws)}
+    ours = [name for name in draws[0].ranks if name.startswith("exposure_")]
+    for part in ("cold", "others", "all"):
+        names = draws[0].ranks if part == "cold" else (*ours, WITHOUT)
+        found[part] = {
+            protocol: {name: _means(_values(draws, name, protocol, part)) for name in names}
+            for protocol in (KEPT, EXCLUDED)
+        }
+    at = metric_names(_KS).index("recall@10")
+    found["ahead_of_content_knn"] = {
+        protocol: {
+            name: paired(*(_values(draws, one, protocol, "cold")[None, :, at] for one in (name, RIVAL)))
+            for name in ours
+        }
+        for protocol in (KEPT, EXCLUDED)
     }
+    return found
+
+
+def _values(draws: list[Draw], name: str, protocol: str, part: str) -> npt.NDArray[np.float64]:
+    """Return the metrics [target, metric] of the chosen part of all draws."""
+    chosen = [{"cold": draw.cold, "others": ~draw.cold}.get(part, np.ones_like(draw.cold)) for draw in draws]
+    return np.concatenate(
+        [metric_values(draw.ranks[name][protocol][flags], _KS) for draw, flags in zip(draws, chosen, strict=True)]
+    )
+
+
+def _means(values: npt.NDArray[np.float64]) -> dict[str, float]:
+    return {name: round(float(values[:, metric_names(_KS).index(name)].mean()), 4) for name in _METRICS}
 
 
 def main() -> None:
@@ -121,14 +204,39 @@ def main() -> None:
     parser.add_argument("--recipe", default="default")
     parser.add_argument("--set", dest="settings", action="append", default=[], help="such as model.item_ids=false")
     parser.add_argument("--share", type=float, default=0.1, help="of the items to hold out")
+    parser.add_argument("--draws", type=int, nargs="+", default=[0], help="which tenths, from 0; of other items each")
+    parser.add_argument("--exposure", type=float, nargs="+", default=[1.0], help="see model.newcomer_exposure")
     parser.add_argument("--label", default="cold")
     options = parser.parse_args()
-    settings = {"model.newcomer_exposure": 1.0}
+    settings = {"model.newcomer_exposure": options.exposure[0]}
     settings |= {key: yaml.safe_load(value) for key, value in pairs(options.settings).items()}
     name = options.name or options.data.resolve().name
-    where = options.out / name / options.label
-    found = measure(options.data, where, options.recipe, settings, options.share, FIRST_SEED, TerminalProgress())
-    report(f"{options.label}-{name}", {"data": name, "recipe": options.recipe, "settings": settings, **found})
+    draws = [
+        measure(
+            options.data,
+            options.out / name / f"{options.label}-{number}",
+            options.recipe,
+            settings,
+            options.share,
+            number,
+            options.exposure,
+            TerminalProgress(),
+        )
+        for number in options.draws
+    ]
+    report(
+        f"{options.label}-{name}",
+        {
+            "data": name,
+            "recipe": options.recipe,
+            "settings": settings,
+            **pooled(draws),
+            "draws": [
+                {"draw": number, **draw.facts, **pooled([draw])}
+                for number, draw in zip(options.draws, draws, strict=True)
+            ],
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, rank_catalogue
 from missrec_t4r.evaluation.model_scorer import ModelScorer
+from missrec_t4r.training import arithmetic
 from missrec_t4r.training.trainer import Trainer
 
 Result = dict[str, Any]
@@ -62,11 +63,11 @@ class Clock:
         return {"prefixes_per_s": prefixes / self.wall, "prefixes_per_cpu_s": prefixes / self.cpu}
 
 
-def ours(recipe: str) -> Callable[[Catalogue, Sessions, Sessions, Path | None], Result]:
+def ours(recipe: str, **settings: Any) -> Callable[[Catalogue, Sessions, Sessions, Path | None], Result]:
     """Return the measurement of a shipped recipe: epochs of `missrec train`, validation left out."""
 
     def measure(catalogue: Catalogue, train: Sessions, test: Sessions, _: Path | None) -> Result:
-        resolved = Recipe.load(recipe)
+        resolved = Recipe.load(recipe, {f"train.{name}": value for name, value in settings.items()})
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(resolved, catalogue, train, test.take(np.arange(8)), Path(folder), device="cpu")
             trainer._epoch()
@@ -84,7 +85,8 @@ def ours(recipe: str) -> Callable[[Catalogue, Sessions, Sessions, Path | None], 
             scorer, histories.take(by_length), targets[by_length], catalogue.n_rows, protocols=[SEEN_KEPT], top_k=50
         )
         users = len(histories) / (time.perf_counter() - started)
-        return found | {"flops_per_prefix": flops, "users_per_s": users}
+        precision = arithmetic.resolved(resolved.train.precision, trainer.device)
+        return found | {"flops_per_prefix": flops, "users_per_s": users, "precision": precision}
 
     return measure
 
@@ -168,6 +170,7 @@ def t4r_xlnet(catalogue: Catalogue, train: Sessions, _test: Sessions, _path: Pat
 CONTESTANTS: dict[str, Callable[[Catalogue, Sessions, Sessions, Path | None], Result]] = {
     "paper": ours("paper"),
     "default": ours("default"),
+    "default_fp32": ours("default", precision="fp32"),
     "release": release(padded=True),
     "release_unpadded": release(padded=False),
     "t4r_xlnet": t4r_xlnet,

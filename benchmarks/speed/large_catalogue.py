@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace, softmax: str, folder: Path) -> dict[str
     model = _model(options, folder).train()
     train = TrainConfig(softmax=softmax, negatives=options.negatives, chunk_size=options.chunk_size)  # type: ignore[arg-type]
     batch, n_rows = _batch(options), options.items + FIRST_ITEM_ROW
-    chosen = choose_softmax(train, n_rows, options.sessions * options.length, torch.ones(n_rows))
+    chosen = choose_softmax(train, n_rows, options.sessions * options.length, torch.ones(n_rows), torch.device("cpu"))
     table = model.towers.id_embedding
     assert table is not None
     by_rows = frozenset({table.weight}) if isinstance(chosen, SampledSoftmax) else frozenset()

@@ -24,7 +24,7 @@ import torch
 from benchmarks.measure import gemm_rate, peak_mib, report
 
 NEED_RELEASE = ("release", "release_unpadded")
-NAMES = ("paper", "default", *NEED_RELEASE, "t4r_xlnet")
+NAMES = ("paper", "default", "default_fp32", *NEED_RELEASE, "t4r_xlnet")
 
 
 def main() -> None:
@@ -50,9 +50,11 @@ def measure(name: str, data: Path | None, release: Path | None) -> dict[str, Any
     from benchmarks import parity_data
     from benchmarks.speed.contestants import CONTESTANTS
 
-    rate = gemm_rate()
+    before = {dtype: gemm_rate(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     found = CONTESTANTS[name](*parity_data.load(data), release)
-    found |= {"peak_mib": peak_mib(), "gemm_gflops": (rate + gemm_rate()) / 2, "threads": torch.get_num_threads()}
+    dtype = torch.bfloat16 if found.get("precision") == "bf16" else torch.float32
+    rate = (before[dtype] + gemm_rate(dtype=dtype)) / 2
+    found |= {"peak_mib": peak_mib(), "gemm_gflops": rate, "threads": torch.get_num_threads()}
     if "flops_per_prefix" in found:
         found["gemm_share"] = found["flops_per_prefix"] * found["prefixes_per_s"] / 1e9 / found["gemm_gflops"]
     return found
@@ -88,6 +90,7 @@ def compare(options: argparse.Namespace) -> None:
             "paper_over_release": _ratio(of("paper"), of("release")),
             "paper_over_release_unpadded": _ratio(of("paper"), of("release_unpadded")),
             "default_over_release": _ratio(of("default"), of("release")),
+            "default_fp32_over_release": _ratio(of("default_fp32"), of("release")),
             "default_over_t4r_xlnet": _ratio(of("default"), of("t4r_xlnet")),
             "per_cpu_second": {name: of(name, "prefixes_per_cpu_s") for name in names},
             "users_per_s": of("default", "users_per_s"),

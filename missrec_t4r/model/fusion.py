@@ -55,7 +55,7 @@ class CandidateFusion(nn.Module):
         Tensor [batch, catalogue]
             Cosine scores in [-1, 1]; 0 for a row with neither modality nor trained ID.
         """
-        scores = session @ self.static_table(candidates).T
+        scores = (session @ self.static_table(candidates).T).to(session.dtype)  # autocast gives half precision
         if self.phi is None:
             return scores
         counts = candidates.mask.sum(0)
@@ -92,7 +92,7 @@ class CandidateFusion(nn.Module):
         few = len(rows) < _FEW * len(both)  # then gathering costs less than the columns that it saves
         gap = first[rows] - second[rows] if few else (first - second) * both.unsqueeze(-1)
         phi = self.phi[rows] if few and self.name == "dynamic_instance" else self.phi
-        apart = session @ gap.T
+        apart = (session @ gap.T).to(session.dtype)
         correction = apart * torch.tanh(apart * (phi / 2)) * ((share[rows] if few else share) / 2)
         return scores.index_add_(1, rows, correction) if few else scores.add_(correction)
 
@@ -105,7 +105,9 @@ class CandidateFusion(nn.Module):
         phi = self.phi if self.name == "dynamic_shared" else self.phi[several]
         total = numerator = denominator = torch.zeros((), device=session.device, dtype=session.dtype)
         for tokens, present in zip(candidates.modality, candidates.mask, strict=True):
-            vote = session @ tokens[several].T  # in [-1, 1]: exp needs no running maximum while phi is below 80
+            vote = (session @ tokens[several].T).to(
+                session.dtype
+            )  # in [-1, 1]: exp needs no running maximum while phi is below 80
             weight, counts = torch.exp(phi * vote), present[several].to(vote.dtype)
             if not bool(present[several].all()):
                 weight = weight * counts

@@ -18,8 +18,9 @@ from missrec_t4r.model.towers import ItemTowers
 from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
 
 _N_ALIKE = 32
-_SHARPNESS = 5.0
-"""Length of a newcomer's list and inverse temperature of its softmax, as in `LookAlikes` (docs/experiments.md)."""
+"""Length of a newcomer's list, as in `LookAlikes`."""
+_SHARPNESS = 10.0
+"""Inverse temperature of the list's softmax (docs/experiments.md)."""
 _DECAY = 0.7
 """Weight of an item relative to the one after it in the session's mean content."""
 _TENTH = 10
@@ -57,10 +58,11 @@ class Newcomers(nn.Module):
 
     ``newcomer(s, j) = neighbours * sum_k a[j,k] prior(s, k) + content * cos(q(s), g[j]) + bar * tenth(s) + level``
 
-    ``a[j,k]`` is the softmax over the 32 trained items k that resemble j most, of 5 times their similarity (E19);
-    ``g`` are vectors around the mean of the trained items, ``q(s) = sum_i .7**age(i) unit(g[i])`` over the session;
-    the cosine is the mean over the modalities that validation chose and session and item have; ``tenth`` is the tenth
-    largest prior of the session.
+    ``a[j,k]`` is the softmax over the 32 trained items k that resemble j most, of 10 times their similarity: the mean
+    of the cosines of raw vectors (E19) and of the tokens that the adapters make of them, which know what sells
+    together; ``g`` are vectors around the mean of the trained items, ``q(s) = sum_i .7**age(i) unit(g[i])`` over the
+    session; the cosine is the mean over the modalities that validation chose and session and item have; ``tenth`` is
+    the tenth largest prior of the session.
 
     Parameters
     ----------
@@ -91,7 +93,7 @@ class Newcomers(nn.Module):
             self.register_buffer(f"content{index}", torch.zeros(0, width), persistent=False)
 
     @torch.no_grad()
-    def find(self, towers: ItemTowers, newcomers: Tensor, lenders: Tensor) -> None:
+    def find(self, towers: ItemTowers, newcomers: Tensor, lenders: Tensor, *, by_tokens: bool = True) -> None:
         """Find the look-alikes of the newcomers among the lenders, under the chosen modalities.
 
         Parameters
@@ -101,6 +103,8 @@ class Newcomers(nn.Module):
         newcomers, lenders : Tensor [row], bool
             At most 50,000 lenders are compared, those of the lowest rows; beyond 16,384 newcomers the rule is off:
             nothing is said of any.
+        by_tokens : bool
+            False compares raw vectors alone: for items that the adapters learned, whose tokens know too much.
         """
         chosen = torch.nonzero(self.modalities).flatten().tolist()
         self._used, self._weights = chosen, self.chosen
@@ -116,7 +120,7 @@ class Newcomers(nn.Module):
             setattr(self, f"content{index}", self.settings.new_zeros(0, self.widths[index]))
         if len(rows):
             self._centre(towers, chosen, others)
-            self._compare(towers, chosen, others)
+            self._compare(towers, chosen, others, by_tokens)
 
     def _centre(self, towers: ItemTowers, chosen: list[int], others: Tensor) -> None:
         for index in chosen:
@@ -132,16 +136,14 @@ class Newcomers(nn.Module):
         table = towers.vectors.get_buffer(towers.names[index])
         return (table[rows] - self.get_buffer(f"centre{index}")) * self.scales[index, rows].unsqueeze(1)
 
-    def _compare(self, towers: ItemTowers, chosen: list[int], others: Tensor) -> None:
-        theirs = [self._unit(towers, index, others) for index in chosen]
-        presence = towers.presence[chosen]
+    def _compare(self, towers: ItemTowers, chosen: list[int], others: Tensor, by_tokens: bool) -> None:
+        theirs = self._compared(towers, chosen, others, by_tokens)
+        presence = torch.cat([towers.presence[chosen]] * (len(theirs) // len(chosen)))
         alike, likeness = [], []
         places = torch.arange(len(self.rows), device=others.device)
         for part in places.split(max(1, _CHUNK_BYTES // (4 * len(others)))):
-            both = [
-                torch.cat([self.get_buffer(f"content{index}")[part], own])
-                for index, own in zip(chosen, theirs, strict=True)
-            ]
+            own = self._compared(towers, chosen, self.rows[part], by_tokens)
+            both = [torch.cat(pair) for pair in zip(own, theirs, strict=True)]
             here = torch.cat([presence[:, self.rows[part]], presence[:, others]], dim=1)
             near = torch.arange(len(part), here.shape[1], device=others.device)
             similarity = mean_similarity(both, here, torch.arange(len(part), device=others.device), near)
@@ -149,6 +151,11 @@ class Newcomers(nn.Module):
             alike.append(others[at])
             likeness.append(torch.softmax(_SHARPNESS * nearest, dim=1).nan_to_num(0.0))  # NaN: nothing is comparable
         self.alike, self.likeness = torch.cat(alike), torch.cat(likeness).to(self.settings.dtype)
+
+    def _compared(self, towers: ItemTowers, chosen: list[int], rows: Tensor, by_tokens: bool) -> list[Tensor]:
+        """Return unit vectors [item, width], zero where missing: raw of each chosen modality, then their tokens."""
+        raw = [self._unit(towers, index, rows) for index in chosen]
+        return raw + ([towers.unit_tokens(index, rows) for index in chosen] if by_tokens else [])
 
     @torch.no_grad()
     def choose(self, settings: NewcomerSettings) -> None:

@@ -59,7 +59,16 @@ class Softmax(Protocol):
 
 
 class FullSoftmax:
-    """All candidates at once: the fastest way while a table [position, catalogue] fits into memory."""
+    """All candidates at once: the fastest way while a table [position, catalogue] fits into memory.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        In which vectors meet candidates; scores and softmax are in fp32 whatever it is.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
 
     def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepTokens:  # noqa: ARG002 - all rows
         """Compute the tokens of the whole catalogue."""
@@ -70,7 +79,10 @@ class FullSoftmax:
     def loss(self, model: MISSRec, tokens: StepTokens, questions: Questions) -> Tensor:
         """Return the loss; the scores' storage becomes that of the softmax."""
         vectors, history, targets, weights, counts = questions
-        logits = model.score(vectors, model.towers.candidates(tokens.pool), history).div_(model.config.temperature)
+        half = self.dtype is not torch.float32
+        with torch.autocast(vectors.device.type, dtype=self.dtype if half else torch.bfloat16, enabled=half):
+            logits = model.score(vectors, model.towers.candidates(tokens.pool), history)
+        logits = logits.div_(model.config.temperature)
         return next_item_loss(logits, targets, weights, counts=counts, overwrite=True)
 
 

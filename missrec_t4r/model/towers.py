@@ -160,6 +160,11 @@ class ItemTowers(nn.Module):
         taken = table if rows is None else table[rows]
         return F.normalize(taken, dim=-1) if name in self.unscaled else taken
 
+    def unit_tokens(self, index: int, rows: Tensor) -> Tensor:
+        """Return the unit tokens [item, dim] of the modality at ``index``; zero where it is missing."""
+        name = self.names[index]
+        return unit(self.adapters[name](self.features(name, rows))) * self.presence[index, rows].unsqueeze(1)
+
     def masks(self, *, dropout: bool) -> TokenMasks:
         """Return which tokens of the catalogue count; with ``dropout`` modalities and IDs are dropped at random."""
         rows = torch.arange(self.n_rows, device=self.presence.device)

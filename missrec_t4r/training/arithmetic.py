@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,35 @@ from missrec_t4r.config import Precision, TrainConfig
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.model.missrec import MISSRec
 
+_AMPERE = (8, 0)
+"""Compute capability from which GPUs have products in bf16."""
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolved(precision: Precision, device: torch.device) -> Precision:
+    """Return what ``auto`` means on a device: bf16 where it has instructions for it, fp32 elsewhere.
+
+    Without them torch computes bf16 by way of fp32, which is slower than fp32. A CPU that torch says nothing about
+    (before 2.8, or another architecture) is one without.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= _AMPERE else "fp32"
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+def product_type(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the type in which matrix products are computed."""
+    return _TYPES.get(resolved(precision, device), torch.float32)
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """Return the context in which matrix products run in ``precision``; weights stay in fp32."""
-    enabled = precision != "fp32"
-    return torch.autocast(device.type, dtype=_TYPES.get(precision, torch.bfloat16), enabled=enabled)
+    dtype = product_type(precision, device)
+    enabled = dtype is not torch.float32
+    return torch.autocast(device.type, dtype=dtype if enabled else torch.bfloat16, enabled=enabled)
 
 
 def widened(tensor: Tensor) -> Tensor:

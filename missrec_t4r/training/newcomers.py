@@ -3,7 +3,8 @@
 A tenth of the trained items is hidden: out of the histories, without own counts, and with the mean fused score of their
 look-alikes in place of their own, since the model learned them as targets. The level gives them the share of the first
 ten places that they have among the targets; of the weights that find hidden targets about as often as the best, those
-are taken that cost the other targets least.
+are taken that cost the other targets least. Where there are real newcomers, the level is then set anew on them: they
+take the share of the places that as many trained items would be worth, and not what the stand-in scores make of it.
 """
 
 from __future__ import annotations
@@ -122,6 +123,9 @@ def fit_newcomers(
     newcomers.choose(settings)
     newcomers.modalities.copy_(torch.tensor(choice))
     model.find_newcomers()
+    if len(newcomers.rows):
+        share = model.config.newcomer_exposure * _worth(draws, len(newcomers.rows))
+        newcomers.choose(_levelled(model, newcomers, catalogue, valid, share, seed, progress))
     chosen = [name for name, used in zip(names, choice, strict=True) if used]
     measures = {"recall@10": outcome.hidden, "others_ndcg@10": outcome.others, "exposure": outcome.exposure}
     return {**newcomers.chosen._asdict(), "modalities": chosen, "valid": measures}
@@ -172,7 +176,7 @@ def _trials(model: MISSRec, prior: NeighbourPrior, hidden: Tensor) -> list[Newco
     for modalities in choices:
         trial = Newcomers(widths).to(hidden.device)
         trial.modalities.copy_(modalities)
-        trial.find(model.towers, hidden, (prior.frequency > 0) & ~hidden)
+        trial.find(model.towers, hidden, (prior.frequency > 0) & ~hidden, by_tokens=False)
         trials += [trial] if len(trial.rows) == int(hidden.sum()) else []
     return trials
 
@@ -243,10 +247,45 @@ def _placed(parts: _Parts, scores: Tensor, top: Tensor, exposure: float) -> tupl
     return level, _outcome(parts, scores + level, top + level)
 
 
+def _worth(draws: list[dict[Choice, _Parts]], count: int) -> float:
+    """Return the share of the targets that ``count`` further items would have if asked for like hidden ones."""
+    parts = [next(iter(draw.values())) for draw in draws]
+    asked = sum(float((part.place[part.drawn] >= 0).float().mean()) / part.own.shape[1] for part in parts) / len(parts)
+    return count * asked / (1 + count * asked)
+
+
+@torch.no_grad()
+def _levelled(
+    model: MISSRec,
+    newcomers: Newcomers,
+    catalogue: Catalogue,
+    valid: Sessions,
+    share: float,
+    seed: int,
+    progress: Progress,
+) -> NewcomerSettings:
+    """Return the settings with the level that gives the real newcomers ``share`` of the first ten places."""
+    scorer = ModelScorer.with_popularity(model, catalogue)
+    histories = valid.split_last()[0].known()
+    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(histories.lengths > 0))[:_MOST_SESSIONS]
+    shown = histories.take(drawn[np.argsort(histories.lengths[drawn], kind="stable")])
+    best, top, step = [], [], chunk_size(catalogue.n_rows)
+    for start in progress.track(range(0, len(shown), step), "levelling newcomers"):
+        chunk = slice_sessions(shown, start, start + step)
+        scores = exclude_seen(scorer(chunk), chunk)
+        theirs = scores[:, newcomers.rows]
+        top.append(theirs.topk(min(_PLACES, theirs.shape[1]), dim=1).values.cpu())
+        best.append(scores.index_fill_(1, newcomers.rows, -torch.inf).topk(_PLACES, dim=1).values.cpu())
+    settings = newcomers.chosen
+    return settings._replace(level=settings.level + _level(torch.cat(best), torch.cat(top), share))
+
+
 def _level(best: Tensor, top: Tensor, share: float) -> float:
     """Return, by halving, what is added to the hidden items so that they take ``share`` of the first ten places."""
-    finite = best[torch.isfinite(best)]
-    low, high = float(finite.min() - top.max()) - 1, float(finite.max() - top.min()) + 1
+    finite, theirs = best[torch.isfinite(best)], top[torch.isfinite(top)]
+    if not len(finite) or not len(theirs):
+        return 0.0
+    low, high = float(finite.min() - theirs.max()) - 1, float(finite.max() - theirs.min()) + 1
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (low, middle) if _exposure(best, top + middle) > share else (middle, high)

@@ -14,7 +14,7 @@ from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.model.objectives import orthogonality_loss
 from missrec_t4r.model.sampled import SampledSoftmax
 from missrec_t4r.model.softmax import FullSoftmax, Questions, Softmax, candidate_rows
-from missrec_t4r.training.arithmetic import autocast, widened
+from missrec_t4r.training.arithmetic import autocast, product_type, widened
 
 _LARGEST_TABLE = 1 << 26
 """Scores [position, catalogue] up to which ``softmax: auto`` keeps them all: 256 MiB, of which a step holds several."""
@@ -39,7 +39,7 @@ def training_loss(
 ) -> Tensor:
     """Return the fine-tuning objective: softmax cross-entropy over the catalogue plus the weighted regulariser.
 
-    Specification 7. ``train.precision`` holds for towers, encoder and decoder; scores and softmax are in fp32.
+    Specification 7. ``train.precision`` holds for towers, encoder and decoder; that of the scores is the softmax's own.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def training_loss(
     softmax : Softmax, optional
         Over the full table by default.
     """
-    softmax = FullSoftmax() if softmax is None else softmax
+    softmax = FullSoftmax(product_type(train.precision, batch.item_ids.device)) if softmax is None else softmax
     all_positions = batch.targets.ndim == 3
     with autocast(train.precision, batch.item_ids.device):
         tokens = softmax.tokens(model, batch.item_ids, batch.targets)
@@ -84,7 +84,7 @@ def batch_totals(model: MISSRec, batch: TrainingBatch) -> Totals:
     return Totals(real.flatten(0, -2).sum(0), (lowest < interest.amax(1)).sum())
 
 
-def choose_softmax(train: TrainConfig, n_rows: int, positions: int, frequency: Tensor) -> Softmax:
+def choose_softmax(train: TrainConfig, n_rows: int, positions: int, frequency: Tensor, device: torch.device) -> Softmax:
     """Return the softmax that the settings ask for.
 
     Parameters
@@ -96,9 +96,11 @@ def choose_softmax(train: TrainConfig, n_rows: int, positions: int, frequency: T
         Trained positions that are worked through at once.
     frequency : Tensor [row]
         How often a row is a target in training.
+    device : torch.device
+        Where it is computed: what precision ``auto`` means depends on it.
     """
     if train.softmax == "sampled":
         return SampledSoftmax(frequency, train.negatives)
     if train.softmax == "chunked" or (train.softmax == "auto" and positions * n_rows > _LARGEST_TABLE):
         return ChunkedSoftmax(train.chunk_size)
-    return FullSoftmax()
+    return FullSoftmax(product_type(train.precision, device))

@@ -148,6 +148,7 @@ class Trainer:
             **self.facts,
             "seconds": round(self.status["seconds"], 1),
             "device": str(self.device),
+            "precision": arithmetic.resolved(self.recipe.train.precision, self.device),
         }
         save_run(self.out, self.model, self.recipe, data, info, self.catalogue)
         (self.out / STATE_FILE).unlink(missing_ok=True)
@@ -251,7 +252,7 @@ class Trainer:
         later = np.delete(self.sessions.values, self.sessions.offsets[:-1][self.sessions.lengths > 0])
         frequency = torch.from_numpy(np.bincount(later, minlength=n_rows)).to(self.device)
         at_once = settings.batch_size // (settings.accumulate * self.world.size)
-        return choose_softmax(settings, n_rows, at_once, frequency)
+        return choose_softmax(settings, n_rows, at_once, frequency, self.device)
 
     def _by_rows(self) -> frozenset[Tensor]:
         table = self.model.towers.id_embedding

@@ -35,23 +35,27 @@ def added(model: MISSRec, sessions: torch.Tensor) -> Array:
     return model.add_history(torch.zeros(len(sessions), model.towers.n_rows).double(), sessions).detach().numpy()
 
 
-def reference(session: list[int], prior: Array, modalities: tuple[float, float]) -> float:
+def reference(model: MISSRec, session: list[int], prior: Array, modalities: tuple[float, float]) -> float:
     content = shop.catalogue().modalities
     trained = sorted({row for line in TRAINING for row in line})
     names = [name for name, chosen in zip(content, modalities, strict=True) if chosen]
-    unit = {}
+    unit, tokens = {}, {}
     for name in names:
         vectors, here = content[name].vectors.astype(np.float64), content[name].present
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         around = vectors - vectors[[row for row in trained if here[row]]].mean(0)
+        weight, bias = (parameter.detach().numpy() for parameter in model.towers.adapters[name].parameters())
+        tokens[name] = vectors @ weight.T + bias
+        tokens[name] /= np.linalg.norm(tokens[name], axis=1, keepdims=True)
         unit[name] = (around / np.linalg.norm(around, axis=1, keepdims=True)) * here[:, None]
 
     def alike(row: int) -> float | None:
         shared = [name for name in names if content[name].present[[row, PLATE]].all()]
-        return float(np.mean([unit[name][row] @ unit[name][PLATE] for name in shared])) if shared else None
+        cosines = [of[name][row] @ of[name][PLATE] for of in (unit, tokens) for name in shared]
+        return float(np.mean(cosines)) if shared else None
 
     near = {row: alike(row) for row in trained}
-    weights = {row: np.exp(5 * value) for row, value in near.items() if value is not None}
+    weights = {row: np.exp(10 * value) for row, value in near.items() if value is not None}
     lent = sum(weight * prior[row] for row, weight in weights.items()) / sum(weights.values())
     cosines = []
     for name in names:
@@ -70,7 +74,8 @@ def test_newcomers(modalities: tuple[float, float]) -> None:
     found = added(model, sessions)[:, PLATE]
     prior = model.prior(sessions).detach().numpy()
     expected = [
-        reference(shop.rows(session), line, modalities) for session, line in zip(shop.SESSIONS, prior, strict=True)
+        reference(model, shop.rows(session), line, modalities)
+        for session, line in zip(shop.SESSIONS, prior, strict=True)
     ]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
     assert len(set(np.round(found, 6))) > 3

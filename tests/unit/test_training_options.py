@@ -16,7 +16,7 @@ from missrec_t4r.data.batches import TrainingBatch
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.training.arithmetic import compiling
+from missrec_t4r.training.arithmetic import compiling, resolved
 from missrec_t4r.training.checkpoint import load_tensors, save_tensors
 from missrec_t4r.training.curves import Curves
 from missrec_t4r.training.finetune import train
@@ -127,6 +127,23 @@ def test_bf16_trains_nearly_the_same(data: Path, tmp_path: Path) -> None:
     assert found == pytest.approx(losses, rel=0.02)
     assert found != losses
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("has", "meant"), [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({}, "fp32")]
+)
+def test_auto_is_what_the_processor_is_fast_at(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: dict[str, bool], meant: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    found = [_weights_after(_trainer(data, tmp_path / name, train__precision=name)) for name in ("auto", meant)]
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][name], weight) for name, weight in found[1][1].items())
+
+
+def test_auto_before_torch_says_what_a_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert resolved("auto", torch.device("cpu")) == "fp32"
 
 
 def test_fp16_is_refused_on_a_cpu(data: Path, tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from missrec_t4r.model.chunked import ChunkedSoftmax
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.model.sampled import SampledSoftmax
 from missrec_t4r.model.softmax import FullSoftmax, Softmax, StepTokens, candidate_rows
+from missrec_t4r.training.arithmetic import product_type
 from missrec_t4r.training.step import choose_softmax, training_loss
 from tests.equations import small_shop as shop
 from tests.properties.shops import CONFIGS
 
+CPU = torch.device("cpu")
 EXAMPLES = [shop.rows([*session, target]) for session, target in zip(shop.SESSIONS, shop.TARGETS, strict=True)]
 PARTLY_DROPPED = {"modality_dropout": 0.5, "id_dropout": 0.5}
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -142,7 +144,7 @@ def test_the_same_target_twice_in_a_position_is_corrected_once() -> None:
 def test_auto_is_exact_and_goes_by_the_size_of_the_table() -> None:
     frequency = torch.ones(10)
     kinds = [
-        type(choose_softmax(TrainConfig(softmax=name), rows, 512, frequency))  # type: ignore[arg-type]
+        type(choose_softmax(TrainConfig(softmax=name), rows, 512, frequency, CPU))  # type: ignore[arg-type]
         for name, rows in [("auto", 100_000), ("auto", 1_000_000), ("full", 1_000_000), ("sampled", 10)]
     ]
     assert kinds == [FullSoftmax, ChunkedSoftmax, FullSoftmax, SampledSoftmax]
@@ -154,8 +156,8 @@ def test_half_precision_changes_the_loss_little_and_the_weights_not() -> None:
     net.discover_interests(seed=0)
     losses = {}
     for precision in ("fp32", "bf16"):
-        for softmax in (FullSoftmax(), ChunkedSoftmax(4), _everything()):
-            train = TrainConfig(precision=precision)  # type: ignore[arg-type]
+        train = TrainConfig(precision=precision)  # type: ignore[arg-type]
+        for softmax in (FullSoftmax(product_type(train.precision, CPU)), ChunkedSoftmax(4), _everything()):
             loss = training_loss(net, _batch(net.config), train, softmax=softmax)
             net.zero_grad()
             loss.backward()

@@ -34,6 +34,7 @@ from missrec_t4r.t4r.columns import item_column, side_name
 from missrec_t4r.t4r.loader import PrefixLoader
 from missrec_t4r.training.calibrate import fit_prior
 from missrec_t4r.training.checkpoint import RUN_FILE, save_run
+from missrec_t4r.training.id_start import ids_from_tokens
 
 CHECKPOINT_FOLDER = "checkpoint"
 LOG_FILE = "log.jsonl"
@@ -42,7 +43,6 @@ NDCG = "eval_/next-item/ndcg_at_10"
 
 _UNSUPPORTED = (
     "next_items",
-    "id_start",
     "ema_decay",
     "validation_sessions",
     "softmax",
@@ -122,6 +122,8 @@ def train_t4r(
     arguments = _arguments(recipe, checkpoints, catalogue, device)
     torch.manual_seed(recipe.train.seed)
     model = build_model(recipe, schema, catalogue, side=side)
+    if recipe.train.id_start == "tokens":
+        ids_from_tokens(missrec_block(model).core)
     trainer = _trainer(model, arguments, recipe, schema, data, out / LOG_FILE, progress)
     last = get_last_checkpoint(str(checkpoints)) if resume else None
     with _full_checkpoints():

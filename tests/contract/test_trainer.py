@@ -204,6 +204,17 @@ def recipe(**train: Any) -> Recipe:
     )
 
 
+def test_train_t4r_starts_the_ids_as_the_recipe_says(data: Path, tmp_path: Path) -> None:
+    for start in ("tokens", "random"):
+        info = train_t4r(data, recipe(id_start=start, learning_rate=1e-9), tmp_path / start, device="cpu")
+        assert not info["without"]
+        tokens = load_run(tmp_path / start).model.towers.catalogue()
+        assert tokens.ids is not None
+        total = (torch.nn.functional.normalize(tokens.modality, dim=-1) * tokens.mask.unsqueeze(-1)).sum(0)
+        alike = torch.cosine_similarity(total, tokens.ids)[tokens.mask.any(0)]
+        assert bool((alike > 0.99).all()) == (start == "tokens")
+
+
 def test_train_t4r_writes_a_run_that_our_evaluation_loads(data: Path, tmp_path: Path, capsys: Any) -> None:
     said: list[str] = []
 

@@ -26,8 +26,10 @@ PYTEST_ARGS ?=
 export TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD := 1
 export DASK_DATAFRAME__QUERY_PLANNING := False
 export TOKENIZERS_PARALLELISM := false
-# torch's threads sleep while they wait for each other: spinning, they fight for a core that another process needs.
+# torch's threads sleep while they wait for each other, GNU's after some 20 microseconds: spinning, they fight for a core
+# that another process needs.
 export OMP_WAIT_POLICY := passive
+export GOMP_SPINCOUNT := 2000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 

@@ -24,9 +24,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-# Read when torch loads, which commands do later. By default threads spin while they wait for each other, and where
-# another process needs their core, training took six times as long and more (docs/experiments.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Read when torch loads, which commands do later. By default threads spin for milliseconds while they wait for each
+# other, and where another process needs their core, training took six times as long and more. GNU's library spins for
+# some 20 microseconds, as long as many waits, before it sleeps: half as fast again on idle cores (docs/experiments.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 # Upstream says these at every start, whatever a user does; anything else still shows.
 for _words in (

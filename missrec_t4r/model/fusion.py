@@ -105,9 +105,8 @@ class CandidateFusion(nn.Module):
         phi = self.phi if self.name == "dynamic_shared" else self.phi[several]
         total = numerator = denominator = torch.zeros((), device=session.device, dtype=session.dtype)
         for tokens, present in zip(candidates.modality, candidates.mask, strict=True):
-            vote = (session @ tokens[several].T).to(
-                session.dtype
-            )  # in [-1, 1]: exp needs no running maximum while phi is below 80
+            vote = (session @ tokens[several].T).to(session.dtype)
+            # votes are in [-1, 1]: exp needs no running maximum while phi is below 80
             weight, counts = torch.exp(phi * vote), present[several].to(vote.dtype)
             if not bool(present[several].all()):
                 weight = weight * counts

@@ -22,7 +22,7 @@ def resolved(precision: Precision, device: torch.device) -> Precision:
     """Return what ``auto`` means on a device: bf16 where it has instructions for it, fp32 elsewhere.
 
     Without them torch computes bf16 by way of fp32, which is slower than fp32. A CPU that torch says nothing about
-    (before 2.8, or another architecture) is one without.
+    (an older torch, another architecture) is one without.
     """
     if precision != "auto":
         return precision

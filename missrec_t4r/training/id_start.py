@@ -11,6 +11,9 @@ from torch.nn import functional as F
 
 from missrec_t4r.model.missrec import MISSRec
 
+_ROWS = 1 << 16
+"""Rows of the catalogue at a time: the tokens of millions of items do not fit at once."""
+
 
 @torch.no_grad()
 def ids_from_tokens(model: MISSRec) -> None:
@@ -21,10 +24,9 @@ def ids_from_tokens(model: MISSRec) -> None:
     table = model.towers.id_embedding
     if table is None:
         return
-    was_training = model.training
-    tokens = model.eval().towers.catalogue()
-    model.train(was_training)
-    total = (F.normalize(tokens.modality, dim=-1) * tokens.mask.unsqueeze(-1)).sum(0)
-    has_tokens = tokens.mask.any(0)
     length = table.weight.norm(dim=-1, keepdim=True).mean()
-    table.weight[has_tokens] = F.normalize(total, dim=-1)[has_tokens] * length
+    for rows in torch.arange(model.towers.n_rows, device=table.weight.device).split(_ROWS):
+        tokens = model.towers(rows)
+        total = (F.normalize(tokens.modality, dim=-1) * tokens.mask.unsqueeze(-1)).sum(0)
+        here = tokens.mask.any(0)
+        table.weight[rows[here]] = F.normalize(total[here], dim=-1) * length

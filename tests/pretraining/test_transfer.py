@@ -134,9 +134,13 @@ def test_ids_can_start_as_content(shops: dict[str, Path], pretrained: Path) -> N
     assert _parts(report)["item IDs"]["note"] == "start as the items' tokens"
 
 
-def test_ids_can_start_as_content_without_another_run(shops: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows_at_once", [7, 1 << 16])
+def test_ids_can_start_as_content_without_another_run(
+    shops: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_at_once: int
+) -> None:
     from missrec_t4r.training.trainer import Trainer
 
+    monkeypatch.setattr("missrec_t4r.training.id_start._ROWS", rows_at_once)
     catalogue = Catalogue.load(shops["toys"] / "catalogue")
     sessions = Sessions.load(shops["toys"] / "train"), Sessions.load(shops["toys"] / "valid")
     settings = SMALL | {"model.item_ids": True, "train.id_start": "tokens"}

@@ -122,8 +122,10 @@ def train_t4r(
     arguments = _arguments(recipe, checkpoints, catalogue, device)
     torch.manual_seed(recipe.train.seed)
     model = build_model(recipe, schema, catalogue, side=side)
+    core = missrec_block(model).core
+    assert core is not None
     if recipe.train.id_start == "tokens":
-        ids_from_tokens(missrec_block(model).core)
+        ids_from_tokens(core)
     trainer = _trainer(model, arguments, recipe, schema, data, out / LOG_FILE, progress)
     last = get_last_checkpoint(str(checkpoints)) if resume else None
     with _full_checkpoints():

@@ -41,7 +41,7 @@ class AsyncMISSRecClient:
     Examples
     --------
     >>> async with AsyncMISSRecClient("localhost:8001") as client:                               # doctest: +SKIP
-    ...     answers = await client.recommend([["B00TNNWMXI", "B00IBZE2EQ"]], top_k=3)
+    ...     answers = await client.recommend([["P00042", "P00007"]], top_k=3)
     """
 
     def __init__(

@@ -52,7 +52,7 @@ class MISSRecClient:
     Examples
     --------
     >>> with MISSRecClient("localhost:8001") as client:                                          # doctest: +SKIP
-    ...     client.recommend([["B00TNNWMXI", "B00IBZE2EQ"]], top_k=3)[0].item_ids
+    ...     client.recommend([["P00042", "P00007"]], top_k=3)[0].item_ids
     """
 
     def __init__(

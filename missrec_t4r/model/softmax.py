@@ -79,8 +79,7 @@ class FullSoftmax:
     def loss(self, model: MISSRec, tokens: StepTokens, questions: Questions) -> Tensor:
         """Return the loss; the scores' storage becomes that of the softmax."""
         vectors, history, targets, weights, counts = questions
-        half = self.dtype is not torch.float32
-        with torch.autocast(vectors.device.type, dtype=self.dtype if half else torch.bfloat16, enabled=half):
+        with torch.autocast(vectors.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
             logits = model.score(vectors, model.towers.candidates(tokens.pool), history)
         logits = logits.div_(model.config.temperature)
         return next_item_loss(logits, targets, weights, counts=counts, overwrite=True)

@@ -40,8 +40,7 @@ def product_type(precision: Precision, device: torch.device) -> torch.dtype:
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """Return the context in which matrix products run in ``precision``; weights stay in fp32."""
     dtype = product_type(precision, device)
-    enabled = dtype is not torch.float32
-    return torch.autocast(device.type, dtype=dtype if enabled else torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
 
 
 def widened(tensor: Tensor) -> Tensor:

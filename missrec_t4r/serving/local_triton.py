@@ -25,7 +25,7 @@ from missrec_t4r.errors import ServingError
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.serving.control import Control, is_deployment, restrictions, start_arguments
 from missrec_t4r.serving.embedded import EmbeddedTriton, reason_in
-from missrec_t4r.serving.loopback import LOOPBACK, answers_ready, choose_ports, name_of
+from missrec_t4r.serving.loopback import LOOPBACK, answers_ready, choose_ports, name_of, shows_metrics
 from missrec_t4r.serving.watchdog import start_watchdog
 
 _POLL_SECONDS = 0.05
@@ -207,7 +207,10 @@ class LocalTriton:
     def _until_ready(self, deadline: float) -> Iterator[int]:
         attempt = 0
         port, door = self.ports["http"], "missrec" if is_deployment(self.repository) else None
-        while not (answers_ready(port, door) and name_of(port) == self._name):
+        metrics = None if "--allow-metrics=false" in self._arguments else self.ports["metrics"]
+        while not (
+            answers_ready(port, door) and name_of(port) == self._name and (metrics is None or shows_metrics(metrics))
+        ):
             self.check_alive()
             if time.monotonic() > deadline:
                 raise ServingError(

@@ -52,6 +52,11 @@ def answers_ready(http_port: int, model: str | None = None) -> bool:
     return _get(http_port, f"/v2/models/{model}/ready" if model else "/v2/health/ready") is not None
 
 
+def shows_metrics(metrics_port: int) -> bool:
+    """Return whether the page of metrics is there: Triton opens it last, after it has said that it is ready."""
+    return _get(metrics_port, "/metrics") is not None
+
+
 def name_of(http_port: int) -> str | None:
     """Return the name of the server on this loopback port: whether it is the one that was started."""
     try:

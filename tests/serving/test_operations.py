@@ -6,7 +6,9 @@ import json
 import re
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,10 +24,29 @@ DASHBOARD = ROOT / "docker" / "grafana" / "dashboards" / "missrec.json"
 
 
 def page(server: LocalTriton) -> dict[str, float]:
-    time.sleep(4 * GATHERED)  # what was counted until now has been told by then
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(server.metrics_url) as answer:
         text = answer.read().decode()
     return {name: float(value) for name, value in re.findall(r"^(\w+(?:\{[^}]*\})?) (\S+)$", text, re.MULTILINE)}
+
+
+def settled(server: LocalTriton, changed: str = "", since: float = 0.0) -> dict[str, float]:
+    """The page once ``changed`` has passed ``since`` and our counters stand still: they are told after the answer."""
+    told: list[dict[str, float]] = [{}]
+
+    def still() -> bool:
+        told.append(page(server))
+        ours = [{name: total(one, name) for name in COUNTERS} for one in told[-2:]]
+        return ours[0] == ours[1] and (not changed or total(told[-1], changed) > since)
+
+    eventually(still, every=4 * GATHERED)
+    return told[-1]
+
+
+def eventually(check: Callable[[], bool], seconds: float = 30.0, every: float = 0.05) -> None:
+    """Wait until ``check`` holds: what a server tells beside its answers comes when the machine has time for it."""
+    until = time.monotonic() + seconds
+    while not check() and time.monotonic() < until:
+        time.sleep(every)
 
 
 def total(metrics: dict[str, float], name: str) -> float:
@@ -33,14 +54,14 @@ def total(metrics: dict[str, float], name: str) -> float:
 
 
 def test_every_metric_counts_what_it_says(server: LocalTriton) -> None:
-    before = page(server)
+    before = settled(server)
     with MISSRecClient(server.grpc_url) as client:
         client.recommend([["ware-3-ü", "gone"], []], 4)
         client.recommend([["ware-4-ü"]], 50, exclude=["ware-5-ü"], rules={"where": {"train_count": {"min": 1}}})
         with pytest.raises(ServingError, match="no column 'colour'"):
             client.recommend([["ware-4-ü"]], rules={"where": {"colour": "red"}})
         passed = client.recommend([["ware-4-ü"]], 50, exclude=["ware-5-ü"])[0].n_passed
-    after = page(server)
+    after = settled(server, "missrec_passed_total", total(before, "missrec_passed_total") + 2 * 30 + passed)
     grown = {name: total(after, name) - total(before, name) for name in COUNTERS}
     assert grown["missrec_sessions_total"] == 4
     assert grown["missrec_items_asked_total"] == 4
@@ -59,16 +80,18 @@ def test_every_metric_counts_what_it_says(server: LocalTriton) -> None:
     assert all('modality="' in key and 'catalogue="' in key for key in coverage)
 
 
+def logged(server: LocalTriton, event: str) -> list[dict[str, Any]]:
+    text = server.log_file.read_text(errors="replace")
+    written = re.findall(r'"(\{\\"event\\".*\})"', text)  # Triton quotes a message, and escapes what is in it
+    return [line for line in (json.loads(json.loads(f'"{found}"')) for found in written) if line["event"] == event]
+
+
 def test_refused_requests_and_loaded_models_are_structured_log_lines(server: LocalTriton) -> None:
     with MISSRecClient(server.grpc_url) as client, pytest.raises(ServingError):
         client.recommend([["ware-4-ü"]], rules={"where": {"weight": 3}})
-    text = server.log_file.read_text(errors="replace")
-    written = re.findall(r'"(\{\\"event\\".*\})"', text)  # Triton quotes a message, and escapes what is in it
-    found = [json.loads(json.loads(f'"{line}"')) for line in written]
-    loaded = [line for line in found if line["event"] == "loaded"]
-    rejected = [line for line in found if line["event"] == "rejected"]
-    assert loaded[0]["missrec_catalogue_items"] == 30
-    assert any("'weight'" in line["reason"] for line in rejected)
+    assert logged(server, "loaded")[0]["missrec_catalogue_items"] == 30
+    eventually(lambda: any("'weight'" in line["reason"] for line in logged(server, "rejected")))
+    assert any("'weight'" in line["reason"] for line in logged(server, "rejected"))
 
 
 def asked_for(expression: str) -> set[str]:
@@ -79,7 +102,7 @@ def asked_for(expression: str) -> set[str]:
 def test_dashboard_and_alerts_ask_for_metrics_that_the_server_has(server: LocalTriton) -> None:
     with MISSRecClient(server.grpc_url) as client:
         client.recommend([["ware-3-ü"]])
-    known = {key.partition("{")[0] for key in page(server)}
+    known = {key.partition("{")[0] for key in settled(server)}
     dashboard = json.loads(DASHBOARD.read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     alerts = yaml.safe_load((ROOT / "docker" / "prometheus" / "alerts.yml").read_text())

@@ -7,7 +7,8 @@ counted and written to etl.json: rows with nulls are left out, everything else s
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +30,8 @@ MANY_EVENTS = 10_000
 _ISO = {"format": "ISO8601"} if pd.__version__ >= "2" else {}
 """pandas 1.5 reads every date by itself; later ones would take the first one's form for all."""
 KEYS = (USER_ID, ITEM_ID, TIMESTAMP)
-
+_ROW_INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+|")
+"""What pandas calls a row index without a name in parquet, in csv that was read again, and in csv."""
 
 VERY_LONG = f"users with over {MANY_EVENTS:,} events are kept; are they programs? --max-events cuts their sessions"
 
@@ -268,7 +270,7 @@ def event_features(table: pa.Table, drop_columns: Sequence[str], findings: Findi
     """
     others = [name for name in table.column_names if name not in KEYS]
     for name in drop_columns:
-        if name not in table.column_names and name != "split":
+        if name not in table.column_names and name != "split" and not row_indexes([name]):
             near = difflib.get_close_matches(name, others, 1)
             raise SchemaError(f"there is no event column {name!r} to drop", f"one of {near or others}")
     kept = []
@@ -284,6 +286,16 @@ def event_features(table: pa.Table, drop_columns: Sequence[str], findings: Findi
             words = f"event column {name!r} of type {kind} is neither number nor text and is left out"
             findings.add("event_column_left_out", 1, words + (vectors if pa.types.is_nested(kind) else ""))
     return kept
+
+
+def row_indexes(names: Iterable[str], wanted: Iterable[str] = ()) -> list[str]:
+    """Return the columns that number lines, left there by pandas and not asked for: they say nothing of an event."""
+    return [name for name in names if _ROW_INDEX.fullmatch(name) and name not in wanted]
+
+
+def note_row_indexes(findings: Findings, found: Sequence[str]) -> None:
+    """Note columns that only number lines."""
+    findings.add("row_index", len(found), f"columns {found} are a row index of pandas and are left out")
 
 
 def note_nulls(findings: Findings, name: str, count: int, *, text: bool) -> None:

@@ -60,7 +60,8 @@ def read_tables(
     if len(names) < 3:
         raise ConfigError(f"columns {list(names)} for user, item and time", "three different columns")
     item_raw, user_raw = _raw_name(names, ITEM_ID), _raw_name(names, USER_ID)
-    events = read_table(interactions, "interactions", text_columns=[user_raw, item_raw], findings=findings)
+    ids = [user_raw, item_raw]
+    events = read_table(interactions, "interactions", text_columns=ids, needed=names, findings=findings)
     for raw, option in zip(names, ("--user-column", "--item-column", "--time-column"), strict=True):
         require_column(events, raw, "interactions", option)
     clashing = [name for name in events.column_names if name in names.values() and name not in names]

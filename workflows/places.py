@@ -133,11 +133,14 @@ def _schema_of(file: Path) -> pa.Schema:
         ) from error
 
 
-def unified_schema(files: Sequence[Path], names: Mapping[str, str]) -> pa.Schema:
+def unified_schema(files: Sequence[Path], names: Mapping[str, str], findings: checks.Findings) -> pa.Schema:
     """Return the common schema of parquet files, or say which file differs or lacks a column."""
     schemas = []
-    for file in files:
-        schemas.append(_schema_of(file))
+    whole = [_schema_of(file) for file in files]
+    unwanted = checks.row_indexes(sorted({name for schema in whole for name in schema.names}), names)
+    checks.note_row_indexes(findings, unwanted)
+    for file, found in zip(files, whole, strict=True):
+        schemas.append(pa.schema([field for field in found if field.name not in unwanted]))
         if set(schemas[-1].names) != set(schemas[0].names):
             odd = sorted(set(schemas[-1].names) ^ set(schemas[0].names))
             raise SchemaError(

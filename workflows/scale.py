@@ -113,7 +113,7 @@ def make_plan(job: Job) -> Plan:
     SchemaError, DataError
         The files lack columns, differ, or are no parquet.
     """
-    schema = unified_schema(job.files, job.names)
+    schema = unified_schema(job.files, job.names, job.findings)
     empty = pa.table([plain(pa.chunked_array([], kind)) for kind in schema.types], names=schema.names)
     renamed = [job.names.get(name, name) for name in schema.names]
     clashing = [name for name in schema.names if name in job.names.values() and name not in job.names]

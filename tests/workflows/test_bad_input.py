@@ -136,3 +136,31 @@ def test_features_names_what_is_missing(tmp_path: Path) -> None:
 def test_a_shop_needs_enough_items(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least 1 user and 100 items"):
         generate_shop(tmp_path / "shop", items=10)
+
+
+@pytest.mark.parametrize("engine", ["memory", "disk"])
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_the_row_index_that_pandas_left_in_a_file_is_no_feature(tmp_path: Path, engine: str, kind: str) -> None:
+    interactions, items = write(tmp_path / "raw")
+    events = EVENTS.sort_values("timestamp", kind="stable")
+    assert not events.index.equals(EVENTS.index)
+    if kind == "parquet":
+        events.to_parquet(interactions)
+        ITEMS.iloc[::-1].to_parquet(items)
+    else:
+        interactions = interactions.with_suffix(".csv")
+        events.to_csv(interactions)
+    found = etl(interactions, items, tmp_path / "data", engine=engine)  # type: ignore[arg-type]  # from the parameters
+    assert "row_index" in {finding["check"] for finding in found["findings"]}
+    columns = pd.concat(map(pd.read_parquet, (tmp_path / "data" / "train").glob("*.parquet"))).columns
+    assert {"event_type-list", "dwell-list"} <= set(columns)
+    assert not [name for name in columns if name.startswith(("__", "-", "Unnamed"))]
+    assert "__index_level_0__" not in pd.read_parquet(tmp_path / "data" / "catalogue" / "items.parquet").columns
+
+
+@pytest.mark.parametrize("engine", ["memory", "disk"])
+def test_a_row_index_that_is_asked_for_is_read(tmp_path: Path, engine: str) -> None:
+    interactions, items = write(tmp_path / "raw")
+    EVENTS.set_index(pd.Index(EVENTS.timestamp.to_numpy())).drop(columns="timestamp").to_parquet(interactions)
+    options = {"engine": engine, "time_column": "__index_level_0__"}
+    assert etl(interactions, items, tmp_path / "data", **options)["events"] == len(EVENTS)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +17,14 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from missrec_t4r.errors import DataError, SchemaError
-from missrec_t4r.workflows.checks import Findings, not_utf8, note_repaired, repaired_text
+from missrec_t4r.workflows.checks import (
+    Findings,
+    not_utf8,
+    note_repaired,
+    note_row_indexes,
+    repaired_text,
+    row_indexes,
+)
 from missrec_t4r.workflows.sources.json_lines import JSON_LINES, read_all
 
 Paths = Path | str | Sequence[Path | str]
@@ -28,7 +35,12 @@ _KNOWN = _PARQUET + _CSV + JSON_LINES
 
 
 def read_table(
-    paths: Paths, what: str, *, text_columns: Sequence[str] = (), findings: Findings | None = None
+    paths: Paths,
+    what: str,
+    *,
+    text_columns: Sequence[str] = (),
+    needed: Iterable[str] = (),
+    findings: Findings | None = None,
 ) -> pa.Table:
     """Read one table from one or many files.
 
@@ -40,8 +52,10 @@ def read_table(
         How messages call the table ("interactions").
     text_columns : sequence of str
         Columns that stay text when a csv file is read.
+    needed : iterable of str
+        Columns that are kept whatever they are called; ``text_columns`` are.
     findings : Findings, optional
-        Gains texts that were repaired.
+        Gains texts that were repaired, and row indexes that were left out.
 
     Raises
     ------
@@ -50,8 +64,11 @@ def read_table(
     SchemaError
         The files do not have the same columns.
     """
-    files = expand(paths, what)
+    files, findings = expand(paths, what), findings or Findings()
     tables = [_read_file(file, what, text_columns) for file in files]
+    unwanted = row_indexes(sorted({name for table in tables for name in table.column_names}), [*text_columns, *needed])
+    note_row_indexes(findings, unwanted)
+    tables = [table.drop_columns([name for name in unwanted if name in table.column_names]) for table in tables]
     tables = _one_type(tables, text_columns)
     for file, table in zip(files, tables, strict=True):
         if set(table.column_names) != set(tables[0].column_names):
@@ -67,7 +84,7 @@ def read_table(
         raise DataError(
             f"the {what} table {files[0]} has no rows", "at least one row", "check the export it comes from"
         )
-    return _plain_strings(table, text_columns, findings or Findings())
+    return _plain_strings(table, text_columns, findings)
 
 
 def expand(paths: Paths, what: str) -> list[Path]:

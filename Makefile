@@ -6,6 +6,7 @@
 # make bench-serving [BUNDLE=…]   served latency, throughput, start, memory, exact top-50 of 1M items (20 minutes)
 # make bench-etl ROWS=1000000   ETL beside stock NVTabular operators, pandas and polars; STOCK_ROWS=200000 caps the stock run
 # make bench-train [DATA=…] [RELEASE=…]   training speed beside the authors' release and T4R's XLNet (10 minutes)
+# make docs   writes docs/reference.md from the code
 # make lint | format | clean
 # Settings: PYTHON (python3.11), VENV (.venv), DATA, OUT (work/demo), TESTS (tests), PYTEST_ARGS
 
@@ -35,7 +36,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-set-a bench-etl bench-quality bench-serving bench-train lint types format clean
+.PHONY: help install demo test test-set-a bench-etl bench-quality bench-serving bench-train docs lint types format clean
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -69,6 +70,9 @@ demo: $(VENV)/.installed
 test: lint
 	@echo "==> tests"
 	@$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) $(TESTS)
+
+docs: $(VENV)/.installed
+	@$(VENV)/bin/python docs/reference.py
 
 bench-quality: $(VENV)/.installed
 	@$(VENV)/bin/python -m benchmarks.quality.bench --data "$(DATA)" --recipe $(RECIPE) --seeds $(SEEDS) $(if $(SUBSET),--interactions $(SUBSET)) \

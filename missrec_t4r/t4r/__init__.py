@@ -6,6 +6,7 @@ Importing this registers the masking ``prefix`` and the loader ``missrec`` in T4
 from missrec_t4r.t4r import environment as _environment  # noqa: F401  # before anything imports dask
 from missrec_t4r.t4r.block import InterestRefresh, MISSRecBlock
 from missrec_t4r.t4r.build import build_model, from_core, to_core
+from missrec_t4r.t4r.columns import load_schema
 from missrec_t4r.t4r.inputs import MultiModalSequenceFeatures
 from missrec_t4r.t4r.loader import PrefixLoader
 from missrec_t4r.t4r.masking import PrefixMasking
@@ -21,6 +22,7 @@ __all__ = [
     "PrefixMasking",
     "build_model",
     "from_core",
+    "load_schema",
     "to_core",
     "train_t4r",
 ]

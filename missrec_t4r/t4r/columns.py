@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from google.protobuf.text_format import ParseError
 from merlin.schema import ColumnSchema, Schema, Tags
 from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 
 from missrec_t4r.data.side import SideColumn
-from missrec_t4r.errors import SchemaError
-from missrec_t4r.schema import LIST_SUFFIX
+from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.schema import LIST_SUFFIX, SCHEMA_FILE
 
 SIDE_TAGS = (Tags.CATEGORICAL, Tags.CONTINUOUS, Tags.EMBEDDING)
 """T4R's own inputs read columns with one of these tags; so do ours."""
+
+
+def load_schema(path: str | Path) -> Schema:
+    """Read a Merlin schema.
+
+    Parameters
+    ----------
+    path : str or Path
+        ``schema.pbtxt``, or the folder that holds it: a data folder of ``missrec etl``, or one of its splits.
+
+    Raises
+    ------
+    DataError
+        There is no such file, or it is no schema.
+    """
+    file = Path(path) / SCHEMA_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise DataError(f"there is no schema {file}", "schema.pbtxt, or a folder that holds it", "run `missrec etl`")
+    try:
+        return TensorflowMetadata.from_proto_text_file(str(file.parent), file.name).to_merlin_schema()
+    except ParseError as error:
+        raise DataError(f"{file} is no Merlin schema ({error})", "a schema as protobuf text") from error
 
 
 def as_core_schema(schema: Any) -> Schema:

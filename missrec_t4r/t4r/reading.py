@@ -61,6 +61,12 @@ def _read_table(paths_or_dataset: Any, names: Sequence[str]) -> pa.Table:
         with dask.config.set({"dataframe.convert-string": False}):  # dask would turn the lists into text
             frame = paths_or_dataset.to_ddf()[list(names)].compute()
         return pa.Table.from_pandas(frame, preserve_index=False)
+    if paths_or_dataset is None:
+        raise DataError(
+            "the Trainer has no sessions to read",
+            "parquet files or a folder",
+            "pass train_dataset_or_path, and eval_dataset_or_path to evaluate",
+        )
     given = [paths_or_dataset] if isinstance(paths_or_dataset, (str, Path)) else list(paths_or_dataset)
     places = [place for path in given for place in _places(Path(path))]
     if not places:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import transformers4rec.torch as tr
-from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers4rec.config.trainer import T4RecTrainingArguments
@@ -25,12 +24,12 @@ from transformers4rec.config.trainer import T4RecTrainingArguments
 from missrec_t4r.config import Recipe, TrainConfig
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.side import SideColumn, fit_side_columns, load_sessions, side_columns
-from missrec_t4r.errors import ConfigError, DataError
+from missrec_t4r.errors import ConfigError
 from missrec_t4r.progress import Progress, quiet
-from missrec_t4r.schema import CATALOGUE_FOLDER, SCHEMA_FILE
+from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.t4r.block import InterestRefresh
 from missrec_t4r.t4r.build import build_model, missrec_block, to_core
-from missrec_t4r.t4r.columns import item_column, side_name
+from missrec_t4r.t4r.columns import item_column, load_schema, side_name
 from missrec_t4r.t4r.loader import PrefixLoader
 from missrec_t4r.training.calibrate import fit_prior
 from missrec_t4r.training.checkpoint import RUN_FILE, save_run
@@ -149,9 +148,7 @@ def train_t4r(
 
 def _read_schema(data: Path, catalogue: Catalogue, side: Sequence[SideColumn]) -> Any:
     """Return the schema of the item column and the side features."""
-    if not (data / SCHEMA_FILE).is_file():
-        raise DataError(f"{data} holds no {SCHEMA_FILE}", "a folder written by missrec etl", "run `missrec etl` first")
-    schema = TensorflowMetadata.from_proto_text_file(str(data)).to_merlin_schema()
+    schema = load_schema(data)
     wanted = {column.name for column in side}
     others = [name for name in schema.column_names if side_name(name) in wanted]
     return schema.select_by_name([item_column(schema, catalogue.n_rows).name, *others])

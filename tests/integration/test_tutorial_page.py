@@ -1,0 +1,141 @@
+"""docs/tutorial.md from the first command to the last, as a newcomer types it; then the README's script on its data."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.serving.loopback import choose_ports
+
+pytestmark = pytest.mark.triton
+BLOCK = re.compile(r"^```(bash|bash background|python file=(\S+))\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+class Newcomer:
+    """Does what the page says, and remembers what every command answered."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ports = folder, choose_ports({"http": 0, "grpc": 0, "metrics": 0})
+        self.answers: list[tuple[str, str]] = []
+        self.server: subprocess.Popen[bytes] | None = None
+
+    def follow(self, page: str) -> None:
+        for kind, file, text in BLOCK.findall(page):
+            if file:
+                (self.folder / file).write_text(text.replace("localhost:8001", self.url), encoding="utf-8")
+            for line in [] if file else text.splitlines():
+                if "background" in kind:
+                    self.serve(line)
+                else:
+                    self.run(line)
+
+    @property
+    def url(self) -> str:
+        return f"127.0.0.1:{self.ports['grpc']}"
+
+    def run(self, line: str) -> None:
+        command = self.command(line)
+        if "recommend" in command:
+            command += ["--url", self.url]
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (line, done.stderr)
+        self.answers.append((line, done.stdout))
+
+    def serve(self, line: str) -> None:
+        ports = [f"--{door}-port={port}" for door, port in self.ports.items()]
+        log = self.folder / "serve.log"
+        with log.open("wb") as told:
+            self.server = subprocess.Popen(
+                [*self.command(line), *ports], cwd=self.folder, stdout=told, stderr=subprocess.STDOUT
+            )
+        until = time.monotonic() + 120
+        while "Triton is ready" not in log.read_text() and time.monotonic() < until and self.server.poll() is None:
+            time.sleep(0.1)
+        assert "Triton is ready" in log.read_text(), log.read_text()
+
+    def command(self, line: str) -> list[str]:
+        first, *rest = shlex.split(line)
+        return [sys.executable, *{"missrec": ["-m", "missrec_t4r"], "python": []}[first], *rest]
+
+    def answered(self, beginning: str) -> list[dict[str, Any]]:
+        found = [out for line, out in self.answers if line.startswith(beginning)]
+        return [json.loads(out.splitlines()[-1]) for out in found]
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[Newcomer]:
+    someone = Newcomer(tmp_path_factory.mktemp("tutorial"))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        someone.follow((repository / "docs" / "tutorial.md").read_text(encoding="utf-8"))
+        yield someone
+    finally:
+        if someone.server is not None:
+            someone.server.send_signal(signal.SIGINT)
+            someone.server.wait(60)
+
+
+def test_every_block_of_commands_was_run(newcomer: Newcomer, repository: Path) -> None:
+    page = (repository / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^(?:missrec|python) .*", page, re.MULTILINE)
+    assert len(newcomer.answers) + 1 == len(commands) > 20  # the server's is the one
+
+
+def test_the_model_is_worth_its_training(newcomer: Newcomer) -> None:
+    (found,) = newcomer.answered("missrec evaluate")
+    kept = found["protocols"]["seen_kept"]
+    assert kept["model"]["ndcg@10"] > max(kept[name]["ndcg@10"] for name in ("popularity", "content_knn"))
+
+
+def test_the_server_recommends_filters_and_explains(newcomer: Newcomer) -> None:
+    reasoned, ruled, allowed = (found["recommendations"] for found in newcomer.answered("missrec recommend"))
+    assert len(reasoned) == 3
+    assert all(item["because_of"] in {"P00042", "P00007"} and item["title"] for item in reasoned)
+    items = Catalogue.load(newcomer.folder / "data" / "catalogue").items.to_pandas().set_index("item_id")
+    chosen = items.loc[[item["item_id"] for item in ruled]]
+    assert chosen.price.max() <= 30
+    assert chosen.brand.is_unique
+    assert {item["item_id"] for item in allowed} == {"NEW-1", "P00042"}
+
+
+def test_a_session_of_unknown_items_says_that_it_falls_back(newcomer: Newcomer) -> None:
+    (told,) = (out for line, out in newcomer.answers if line == "python ask.py")
+    known, unknown = told.splitlines()
+    assert known.endswith("] 0 False")
+    assert unknown.endswith("] 1 True")
+
+
+def test_the_next_day_is_in_the_data_and_the_new_model_answers(newcomer: Newcomer) -> None:
+    _, update = newcomer.answered("missrec etl")
+    assert update["added"]["events_added"] > 0
+    assert update["added"]["items_added"] == 1
+    first, tonight, again = ((found["version"], found["live"]) for found in newcomer.answered("missrec deploy"))
+    assert (first, tonight, again) == ((1, False), (3, True), (3, True))
+    assert [found["version"] for found in newcomer.answered("missrec rollback")] == [2]
+
+
+def test_the_readmes_transformers4rec_script_runs_in_a_plain_shell(newcomer: Newcomer, repository: Path) -> None:
+    readme = (repository / "README.md").read_text(encoding="utf-8").partition("## In a Transformers4Rec script")[2]
+    (script,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    for is_, becomes in (("work/", ""), ("d_model=300", "d_model=16"), ("num_train_epochs=3", "max_steps=2")):
+        assert is_ in script
+        script = script.replace(is_, becomes)
+    (newcomer.folder / "script.py").write_text(script, encoding="utf-8")
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("DASK", "TORCH", "TOKENIZERS"))}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=newcomer.folder, env=plain, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ndcg_at_10" in done.stdout

@@ -183,6 +183,8 @@ class TrainConfig:
     """Decoupled weight decay (paper: none)."""
     batch_size: int = 512
     """Trained positions per optimiser step, as published for prefixes; sessions are packed up to this number."""
+    group_by_length: bool = True
+    """Batches of sessions of similar length (ours: little padding). False: of random ones, as published, and slower."""
     epochs: int = 60
     """Upper limit of passes over the training sessions."""
     patience: int = 5
@@ -210,8 +212,8 @@ class TrainConfig:
     refresh_interests_every: int = 1
     """Epochs between two interest discoveries (paper: 1)."""
     softmax: SoftmaxName = "auto"
-    """``full``: one score per position and item in memory. ``chunked``: the same loss and gradients, the catalogue in
-    pieces. ``sampled``: an estimate from the batch's targets and ``negatives`` random items, for millions of items.
+    """``full``: one score per position and item. ``chunked``: the same loss and gradients, the catalogue in pieces.
+    ``sampled``: an estimate from the batch's targets and ``negatives`` random items, for millions of items.
     ``auto``: exact, chunked where a full table of scores would pass 256 MiB."""
     negatives: int = 8192
     """Random items per step that ``sampled`` compares with, beside the batch's targets."""

@@ -47,6 +47,7 @@ from missrec_t4r.evaluation.full_ranking import PROTOCOLS, SEEN_KEPT, quick_metr
 from missrec_t4r.evaluation.metrics import Ranks, metric_names, metric_values
 from missrec_t4r.evaluation.model_scorer import ModelScorer
 from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.objectives import orthogonality_loss
 from missrec_t4r.progress import Progress, TerminalProgress
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
 from missrec_t4r.training.checkpoint import load_run
@@ -251,29 +252,13 @@ def watched_memory(theirs: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
 def padded_regulariser(memories: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the release's regulariser of a batch whose sets of interests are all padded to its largest set.
 
-    It is the square of a sum over real and empty places. Empty places of a session differ by their dropout alone, so
-    the sum over those that are not there is replaced by its expectation from those that are: without dropout the value
-    is the release's, with dropout its mean is.
-
     Parameters
     ----------
     memories : list of (Tensor [part, place, dim], Tensor [part, place], bool)
         The encoder's output for each part of the batch, with `EMPTY` empty places or more, and which places are real.
     """
     places = max(mask.shape[1] - EMPTY for _, mask in memories)
-    total = torch.zeros(())
-    for memory, mask in memories:
-        real = mask.sum(1, keepdim=True).float()
-        here, missing = mask.shape[1] - real, places - real
-        whole = memory.sum(1)
-        inside = (memory * mask.unsqueeze(-1)).sum(1)
-        empty = whole - inside
-        squares = (memory * ~mask.unsqueeze(-1)).square().sum(1)
-        between = (empty.square() - squares) / (here * (here - 1))
-        square = inside.square() + 2 * missing * inside * empty / here
-        square = square + missing * squares / here + missing * (missing - 1) * between
-        total = total + ((real / places) ** 2 * square).sum() / memory.shape[-1]
-    return total
+    return torch.stack([orthogonality_loss(*memory, "faithful", places=places) for memory in memories]).sum()
 
 
 def main() -> None:

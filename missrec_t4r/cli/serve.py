@@ -60,7 +60,7 @@ def recommend(
     side: Annotated[
         str | None, typer.Option(help='Side features as JSON: {"event_type": ["view", "cart"]}, a value per item.')
     ] = None,
-    catalogue: Annotated[Path | None, typer.Option(help="Bundle or catalogue folder, to show titles.")] = None,
+    catalogue: Annotated[Path | None, typer.Option(help="Bundle, catalogue or deployment, to show titles.")] = None,
 ) -> dict[str, Any]:
     """Ask a running server for recommendations."""
     answer = commands.recommend(

@@ -122,6 +122,8 @@ def training_batches(
 ) -> list[tuple[Examples, bool]]:
     """Plan one epoch: batches of about ``train.batch_size`` trained positions each, in random order.
 
+    With ``train.group_by_length`` a batch's sessions are of similar length, otherwise they are drawn at random.
+
     Returns
     -------
     list of (Examples, bool)
@@ -131,7 +133,7 @@ def training_batches(
     choose = window_examples if all_positions else prefix_examples
     examples = choose(sessions, model.max_sequence_length, train.windows_per_session, rng)
     cost = examples.lengths if all_positions else np.ones_like(examples.begin)
-    batches = _bucketed(examples.lengths, cost, train.batch_size, rng)
+    batches = _grouped(examples.lengths, cost, train, rng)
     backwards = rng.random(len(batches)) < train.reverse_probability
     return [
         (Examples(*(part[chosen] for part in examples)), bool(b)) for chosen, b in zip(batches, backwards, strict=True)
@@ -178,13 +180,13 @@ def iterate(
         yield collate(sessions, examples, train.next_items, all_positions=all_positions, backwards=backwards)
 
 
-def _bucketed(lengths: Ints, cost: Ints, budget: int, rng: np.random.Generator) -> list[Ints]:
-    """Group examples of similar length so that a group's cost stays near ``budget``."""
+def _grouped(lengths: Ints, cost: Ints, train: TrainConfig, rng: np.random.Generator) -> list[Ints]:
+    """Group the examples so that a group's cost stays near the batch size."""
     order = rng.permutation(len(lengths))
-    spent = np.cumsum(cost[order])
-    pool = (spent - 1) // (budget * _POOL_BATCHES)
-    order = order[np.lexsort((lengths[order], pool))]
-    group = (np.cumsum(cost[order]) - 1) // budget
+    if train.group_by_length:
+        pool = (np.cumsum(cost[order]) - 1) // (train.batch_size * _POOL_BATCHES)
+        order = order[np.lexsort((lengths[order], pool))]
+    group = (np.cumsum(cost[order]) - 1) // train.batch_size
     cuts = np.flatnonzero(np.diff(group)) + 1
     batches = np.split(order, cuts) if len(order) else []
     return [batches[index] for index in rng.permutation(len(batches))]

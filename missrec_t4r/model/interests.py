@@ -101,17 +101,18 @@ class InterestVocabulary(nn.Module):
         self.assignment.zero_()
         self.assignment[catalogue.mask] = labels + 1
 
-    def forward(self, rows: Tensor) -> InterestTokens:
+    def forward(self, rows: Tensor, empty: int = 0) -> InterestTokens:
         """Return each session's distinct interests.
 
         Parameters
         ----------
         rows : Tensor [batch, seq], int64
             Session items; rows without interests (padding among them) contribute none.
+        empty : int
+            Places by which every set is made longer than the largest needs.
         """
         interest = self.assignment[:, rows].permute(1, 2, 0).flatten(1)  # [batch, seq * modality], oldest item first
-        if self.padded_length is not None:
-            interest = F.pad(interest, (0, 1))
+        interest = F.pad(interest, (0, empty or int(self.padded_length is not None)))
         n_modalities, n_tokens = len(self.assignment), interest.shape[1]
         ordered, order = interest.sort(dim=1, stable=True)
         first = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True) & (ordered > 0)
@@ -120,9 +121,9 @@ class InterestVocabulary(nn.Module):
         mask = place < n_tokens
         if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             count = mask.sum(1)
-            if self.padded_length is not None:
+            if self.padded_length is not None and not empty:
                 count = count + ((rows > PADDING_ROW).sum(1) < self.padded_length)
-            width = max(int(count.max()) if len(mask) else 0, 1)
+            width = max(int(count.max()) if len(mask) else 0, 1) + empty
             place, back, mask = place[:, :width], back[:, :width], mask[:, :width]
         chosen = ordered.gather(1, back) * mask
         position = torch.div(place, n_modalities, rounding_mode="floor").masked_fill(~mask, 0)

@@ -120,6 +120,7 @@ class MISSRec(nn.Module):
         last_only: bool = False,
         side: SideValues | Tensor | None = None,
         items: ItemTokens | None = None,
+        empty_places: int = 0,
     ) -> Encoded:
         """Encode sessions and return all that the objectives need.
 
@@ -134,13 +135,15 @@ class MISSRec(nn.Module):
             Side features by column, or embedded already (the T4R door does it among its inputs).
         items : ItemTokens of shape [batch, seq], optional
             The sessions' own tokens, where they differ from the catalogue's (word drop in pre-training).
+        empty_places : int
+            Places by which every set of interests is longer than the largest needs (``places`` of the regulariser).
         """
         if self.side is not None and not isinstance(side, Tensor):
             side = self.side(side or {}, item_ids)
         item_mask = item_ids > UNKNOWN_ROW
         if items is None:
             items = self.towers(item_ids) if catalogue is None else catalogue.take(item_ids)
-        interests = self.interests(item_ids)
+        interests = self.interests(item_ids, empty_places)
         memory = self.encoder(interests)
         added = side if isinstance(side, Tensor) else None
         hidden = self.decoder(items, item_mask, memory, interests, last_only=last_only, side=added)

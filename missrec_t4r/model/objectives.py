@@ -68,7 +68,14 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
         return gradient.scatter_add_(1, targets, -scaled), None, None
 
 
-def orthogonality_loss(memory: Tensor, mask: Tensor, kind: Orthogonality, *, sessions: Tensor | None = None) -> Tensor:
+def orthogonality_loss(
+    memory: Tensor,
+    mask: Tensor,
+    kind: Orthogonality,
+    *,
+    sessions: Tensor | None = None,
+    places: int | None = None,
+) -> Tensor:
     """Return the regulariser that asks a session's interests to differ.
 
     Parameters
@@ -83,11 +90,17 @@ def orthogonality_loss(memory: Tensor, mask: Tensor, kind: Orthogonality, *, ses
         our losses.
     sessions : Tensor, optional
         Number of sessions with two interests to average over, where these are a part of a larger batch.
+    places : int, optional
+        ``faithful`` as if every set were padded to so many places; every set must have two empty ones or more. Empty
+        places of a session differ by their dropout alone, so the sum over those that were not encoded is replaced by
+        its expectation from those that were: without dropout the value is that of the padded sets, with dropout its
+        mean is (ours: the padding would cost more than all else that is encoded).
     """
     weight = mask.unsqueeze(-1).to(memory.dtype)
     if kind == "faithful":
-        weighted_sum = memory.sum(1) * weight.mean(1)
-        return weighted_sum.square().sum() / memory.shape[-1]
+        square = memory.sum(1).square() if places is None else _expected_square(memory, weight, places)
+        share = weight.sum(1) / (mask.shape[1] if places is None else places)
+        return (share.square() * square).sum() / memory.shape[-1]
     unit = F.normalize(memory, dim=-1) * weight
     cosine = unit @ unit.transpose(1, 2)
     count = mask.sum(1).to(memory.dtype)
@@ -96,3 +109,14 @@ def orthogonality_loss(memory: Tensor, mask: Tensor, kind: Orthogonality, *, ses
     has_pairs = pairs > 0
     per_session = torch.where(has_pairs, off_diagonal / pairs.clamp_min(1), 0.0)
     return per_session.sum() / (has_pairs.sum() if sessions is None else sessions).clamp_min(1)
+
+
+def _expected_square(memory: Tensor, weight: Tensor, places: int) -> Tensor:
+    """Return the mean square [batch, dim] of the sum over a set's real places and as many empty ones as are missing."""
+    real = weight.sum(1)
+    here, missing = memory.shape[1] - real, places - real
+    inside, empty = (memory * weight).sum(1), memory * (1 - weight)
+    total, squares = empty.sum(1), empty.square().sum(1)
+    between = (total.square() - squares) / (here * (here - 1))
+    square = inside.square() + 2 * missing * inside * total / here
+    return square + missing * squares / here + missing * (missing - 1) * between

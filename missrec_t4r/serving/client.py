@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from missrec_t4r.errors import DataError
 from missrec_t4r.schema import ITEM_ID
+from missrec_t4r.serving.control import bundle_of, current_version, is_deployment
 from missrec_t4r.serving.doors import Door, in_words, open_door
 from missrec_t4r.serving.retries import Retries
 from missrec_t4r.serving.side import SideOfSession
@@ -252,7 +253,11 @@ def recommend(
 
 
 def read_titles(place: Path) -> dict[str | int, str]:
-    """Return the titles of a bundle, a catalogue folder or a parquet file; none if it has no column ``title``."""
+    """Return the titles of a bundle, a catalogue folder, a parquet file, or of the version that a deployment answers
+    with; none if there is no column ``title``.
+    """
+    if is_deployment(place) and (version := current_version(place)) is not None:
+        place = bundle_of(place, version)
     file = place / "items.parquet" if place.is_dir() else place
     if not file.is_file():
         raise DataError(

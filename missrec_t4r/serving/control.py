@@ -46,6 +46,11 @@ def current_version(repository: str | Path) -> int | None:
     return int(found[1]) if found else None
 
 
+def bundle_of(repository: str | Path, version: int) -> Path:
+    """Return where a deployment folder keeps the bundle of a version."""
+    return Path(repository) / f"missrec_ranker_v{version}" / "1" / "bundle"
+
+
 def start_arguments(repository: Path) -> list[str]:
     """Return the arguments of ``tritonserver`` that load a deployment folder's door and the version behind it.
 

@@ -32,7 +32,7 @@ from missrec_t4r.errors import BundleError, ConfigError, ServingError
 from missrec_t4r.export.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.export.repository import ENSEMBLE, MODELS, fill_repository
 from missrec_t4r.progress import Progress, quiet
-from missrec_t4r.serving.control import DEPLOYMENT_FILE, Control, current_version, is_deployment
+from missrec_t4r.serving.control import DEPLOYMENT_FILE, Control, bundle_of, current_version, is_deployment
 from missrec_t4r.serving.warmup import warm_up
 
 _PARTS = tuple(model for model in MODELS if model != ENSEMBLE)
@@ -154,11 +154,6 @@ def versions_of(repository: str | Path) -> list[int]:
     names = (re.fullmatch(rf"{ENSEMBLE}_v(\d+)", entry.name) for entry in Path(repository).glob(f"{ENSEMBLE}_v*"))
     found = (int(name[1]) for name in names if name)
     return sorted(n for n in found if (Path(repository) / f"{ENSEMBLE}_v{n}" / _CONFIG).is_file())
-
-
-def bundle_of(repository: str | Path, version: int) -> Path:
-    """Return the bundle that lies within a version."""
-    return Path(repository) / f"{_PARTS[-1]}_v{version}" / "1" / "bundle"
 
 
 def _planned(folder: Path, bundle: str | Path | None, version: int | None, switch: bool) -> dict[str, Any]:

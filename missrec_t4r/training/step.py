@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from missrec_t4r.config import TrainConfig
-from missrec_t4r.data.batches import TrainingBatch
+from missrec_t4r.data.batches import TrainingBatch, iterate, training_batches
+from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.chunked import ChunkedSoftmax
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.model.objectives import orthogonality_loss
@@ -18,6 +21,11 @@ from missrec_t4r.training.arithmetic import autocast, product_type, widened
 
 _LARGEST_TABLE = 1 << 26
 """Scores [position, catalogue] up to which ``softmax: auto`` keeps them all: 256 MiB, of which a step holds several."""
+
+_EMPTY_PLACES = 2
+"""Empty places of every set of interests that are encoded for the ``faithful`` regulariser."""
+_RANDOM_BATCHES = 4
+"""Random batches whose largest sets of interests are averaged."""
 
 
 class Totals(NamedTuple):
@@ -36,6 +44,7 @@ def training_loss(
     *,
     totals: Totals | None = None,
     softmax: Softmax | None = None,
+    places: int | None = None,
 ) -> Tensor:
     """Return the fine-tuning objective: softmax cross-entropy over the catalogue plus the weighted regulariser.
 
@@ -54,12 +63,20 @@ def training_loss(
         regulariser is a sum already.
     softmax : Softmax, optional
         Over the full table by default.
+    places : int, optional
+        To which the ``faithful`` regulariser shall pad the sets of interests (`places_of_random_batches`).
     """
     softmax = FullSoftmax(product_type(train.precision, batch.item_ids.device)) if softmax is None else softmax
     all_positions = batch.targets.ndim == 3
     with autocast(train.precision, batch.item_ids.device):
         tokens = softmax.tokens(model, batch.item_ids, batch.targets)
-        encoded = model.encode(batch.item_ids, items=tokens.items, last_only=not all_positions, side=batch.side)
+        encoded = model.encode(
+            batch.item_ids,
+            items=tokens.items,
+            last_only=not all_positions,
+            side=batch.side,
+            empty_places=0 if places is None else _EMPTY_PLACES,
+        )
     tokens = tokens._replace(pool=tokens.pool._replace(modality=widened(tokens.pool.modality)))
     vectors, history, targets = widened(encoded.vectors), batch.item_ids, batch.targets
     if all_positions:
@@ -71,8 +88,10 @@ def training_loss(
     weights[0] = 1.0
     counts, sessions = (None, None) if totals is None else totals
     loss = softmax.loss(model, tokens, Questions(vectors, history, targets, weights, counts))
-    memory, kind = widened(encoded.memory), model.config.orthogonality
-    regulariser = orthogonality_loss(memory, encoded.interests.mask, kind, sessions=sessions)
+    memory, mask = widened(encoded.memory), encoded.interests.mask
+    if places is not None:
+        places = max(places, mask.shape[1] - _EMPTY_PLACES)
+    regulariser = orthogonality_loss(memory, mask, model.config.orthogonality, sessions=sessions, places=places)
     return loss + model.config.orthogonality_weight * regulariser
 
 
@@ -82,6 +101,32 @@ def batch_totals(model: MISSRec, batch: TrainingBatch) -> Totals:
     interest = model.interests.assignment[:, batch.item_ids].transpose(0, 1).flatten(1)
     lowest = interest.masked_fill(interest == 0, len(model.interests.centroids)).amin(1)
     return Totals(real.flatten(0, -2).sum(0), (lowest < interest.amax(1)).sum())
+
+
+def places_of_random_batches(model: MISSRec, sessions: Sessions, train: TrainConfig, epoch: int) -> int | None:
+    """Return to how many places the ``faithful`` regulariser pads where batches are of similar length, None otherwise.
+
+    The published batches are of random prefixes, and every set of interests is padded to the largest of its batch:
+    about the same number of places for all sessions. Batches of similar length would make it another regulariser.
+
+    Parameters
+    ----------
+    model : MISSRec
+        With interests.
+    sessions : Sessions
+        Training sessions.
+    train : TrainConfig
+    epoch : int
+        Other random batches in every epoch.
+    """
+    if model.config.orthogonality != "faithful" or not train.group_by_length:
+        return None
+    rng = np.random.default_rng([train.seed, epoch])
+    plan = training_batches(sessions, model.config, replace(train, group_by_length=False), rng)[:_RANDOM_BATCHES]
+    batches = iterate(sessions, plan, model.config, train)
+    device = model.interests.assignment.device
+    widths = [model.interests(batch.item_ids.to(device)).mask.shape[1] for batch in batches]
+    return round(sum(widths) / max(len(widths), 1))
 
 
 def choose_softmax(train: TrainConfig, n_rows: int, positions: int, frequency: Tensor, device: torch.device) -> Softmax:

@@ -39,7 +39,7 @@ from missrec_t4r.training.id_start import ids_from_tokens
 from missrec_t4r.training.optimiser import Optimiser
 from missrec_t4r.training.schedule import learning_rate
 from missrec_t4r.training.state import load_state, random_state, save_state, set_random_state
-from missrec_t4r.training.step import Totals, batch_totals, choose_softmax, training_loss
+from missrec_t4r.training.step import Totals, batch_totals, choose_softmax, places_of_random_batches, training_loss
 
 Prepare = Callable[[MISSRec, Catalogue], dict[str, Any]]
 _HARMLESS = ("checkpoint_minutes", "tensorboard")
@@ -99,6 +99,7 @@ class Trainer:
         if self.world.rank:
             torch.manual_seed(settings.seed + self.world.rank)  # from here on every process draws its own dropout
         self.softmax = self._softmax()
+        self.places: int | None = None
         self.optimizer = Optimiser(self.model, settings, self._by_rows(), self.device)
         self.average = AveragedWeights(self.model, settings.ema_decay)
         self.best: dict[str, Tensor] = {}
@@ -166,6 +167,7 @@ class Trainer:
         if not status["done"]:
             self.refresh_interests(epoch)
             distributed.broadcast_([self.model.interests.centroids, self.model.interests.assignment])
+        self.places = places_of_random_batches(self.model, self.sessions, self.recipe.train, epoch)
         plan = self._plan()
         self.model.train()
         batches = iterate(self.sessions, plan[status["done"] :], self.recipe.model, self.recipe.train)
@@ -228,7 +230,9 @@ class Trainer:
 
         The losses of all parts, in all processes, add up to that of the whole batch.
         """
-        return training_loss(self.model, batch, self.recipe.train, totals=totals, softmax=self.softmax)
+        return training_loss(
+            self.model, batch, self.recipe.train, totals=totals, softmax=self.softmax, places=self.places
+        )
 
     def _step(self, batch: TrainingBatch, share: float) -> Tensor:
         """Take a step on the whole batch, ``share`` of training being done; return this process's part of the loss."""

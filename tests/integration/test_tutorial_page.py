@@ -108,6 +108,7 @@ def test_the_server_recommends_filters_and_explains(newcomer: Newcomer) -> None:
     assert chosen.price.max() <= 30
     assert chosen.brand.is_unique
     assert {item["item_id"] for item in allowed} == {"NEW-1", "P00042"}
+    assert all(item["title"] for item in allowed)  # of the catalogue that answers, which has the new item
 
 
 def test_a_session_of_unknown_items_says_that_it_falls_back(newcomer: Newcomer) -> None:

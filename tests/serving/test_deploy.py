@@ -19,8 +19,8 @@ from missrec_t4r.errors import BundleError, ConfigError, ServingError
 from missrec_t4r.export.export import export
 from missrec_t4r.export.manifest import verify_bundle
 from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.control import SERVER_FILE, Control, current_version
-from missrec_t4r.serving.deploy import bundle_of, deploy, rollback, versions_of
+from missrec_t4r.serving.control import SERVER_FILE, Control, bundle_of, current_version
+from missrec_t4r.serving.deploy import deploy, rollback, versions_of
 from missrec_t4r.serving.local_triton import LocalTriton
 from missrec_t4r.serving.loopback import answers_ready
 from missrec_t4r.serving.shadow import ShadowDoor

@@ -17,7 +17,8 @@ from missrec_t4r.cli import app
 from missrec_t4r.export.manifest import catalogue_version, verify_bundle
 from missrec_t4r.serving.backend import RankerBackend, SessionsBackend
 from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.deploy import bundle_of, deploy
+from missrec_t4r.serving.control import bundle_of
+from missrec_t4r.serving.deploy import deploy
 from missrec_t4r.serving.doors import open_door
 from missrec_t4r.serving.local_triton import LocalTriton
 from tests.serving.conftest import serving

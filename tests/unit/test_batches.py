@@ -51,3 +51,18 @@ def test_an_epoch_trains_every_transition_once_with_little_padding(attention: st
     expected = [pair for session in sessions for pair in zip(session[:-1].tolist(), session[1:].tolist(), strict=True)]
     assert sorted(seen) == sorted(expected)
     assert padding / cells < 0.15
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_batches_are_of_random_sessions_on_request(attention: str) -> None:
+    rng = np.random.default_rng(0)
+    sessions = Sessions.from_lists([rng.integers(3, 50, rng.integers(2, 30)) for _ in range(400)])
+    model = MISSRecConfig(attention=attention, max_sequence_length=10)
+    shortest, seen = {}, {}
+    for grouped in (True, False):
+        settings = TrainConfig(batch_size=64, group_by_length=grouped)
+        batches = list(iterate(sessions, training_batches(sessions, model, settings, rng), model, settings))
+        shortest[grouped] = np.mean([float((batch.item_ids > 0).sum(1).min()) for batch in batches])
+        seen[grouped] = sum(int((batch.targets[..., 0] > 0).sum()) for batch in batches)
+    assert seen[True] == seen[False] == sum(len(session) - 1 for session in sessions)
+    assert shortest[False] < 3 < shortest[True]

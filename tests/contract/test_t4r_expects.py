@@ -16,8 +16,15 @@ from transformers4rec.torch.ranking_metric import MeanReciprocalRankAt, NDCGAt, 
 from transformers4rec.torch.utils.data_utils import dataloader_registry
 
 from missrec_t4r.config import Recipe
-from missrec_t4r.errors import ConfigError, SchemaError
-from missrec_t4r.t4r import MISSRecBlock, MISSRecNextItemTask, MultiModalSequenceFeatures, PrefixMasking, build_model
+from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.t4r import (
+    MISSRecBlock,
+    MISSRecNextItemTask,
+    MultiModalSequenceFeatures,
+    PrefixMasking,
+    build_model,
+    load_schema,
+)
 from missrec_t4r.t4r.loader import PrefixLoader
 from tests.contract import shop
 
@@ -268,3 +275,18 @@ def test_t4rs_older_schema_class_works(tmp_path: Path) -> None:
     inputs = MultiModalSequenceFeatures.from_schema(old, catalogue=shop.catalogue())
     assert inputs.item_id == "item_id-list_trim"
     assert inputs.schema.column_names == ["item_id-list_trim", "age_days-list_trim"]
+
+
+def test_a_schema_is_read_from_a_folder_or_a_file(data: Path, tmp_path: Path) -> None:
+    assert load_schema(data) == load_schema(data / "schema.pbtxt")
+    assert load_schema(data).column_names == shop.schema().column_names
+    with pytest.raises(DataError, match="there is no schema .*schema.pbtxt.*missrec etl"):
+        load_schema(tmp_path)
+    (tmp_path / "schema.pbtxt").write_text("feature { name: 7 ", encoding="utf-8")
+    with pytest.raises(DataError, match="is no Merlin schema"):
+        load_schema(tmp_path)
+
+
+def test_a_trainer_without_sessions_says_what_to_pass() -> None:
+    with pytest.raises(DataError, match="eval_dataset_or_path"):
+        PrefixLoader.from_schema(shop.schema(), None, batch_size=4, max_sequence_length=8)

@@ -83,8 +83,8 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iter
         yield someone
     finally:
         if someone.server is not None:
-            someone.server.send_signal(signal.SIGINT)
-            someone.server.wait(60)
+            someone.server.send_signal(signal.SIGTERM)
+            assert someone.server.wait(60) == 0
 
 
 def test_every_block_of_commands_was_run(newcomer: Newcomer, repository: Path) -> None:

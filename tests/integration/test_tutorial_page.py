@@ -84,7 +84,10 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iter
     finally:
         if someone.server is not None:
             someone.server.send_signal(signal.SIGTERM)
-            assert someone.server.wait(60) == 0
+            try:
+                assert someone.server.wait(60) == 0
+            finally:
+                someone.server.kill()  # of no effect on one that has ended
 
 
 def test_every_block_of_commands_was_run(newcomer: Newcomer, repository: Path) -> None:

@@ -106,7 +106,7 @@ def _copied(
     stamp = file.stat()
     copy = place.with_name(f"{place.name}-{stamp.st_size}-{stamp.st_mtime_ns}.parquet")
     if not copy.is_file():
-        table = read_table(file, "interactions", text_columns=text_columns, findings=findings)
+        table = read_table(file, "interactions", text_columns=text_columns, needed=None, findings=findings)
         for name in as_text:
             ids = checks.normal_ids(table[name], name).cast(pa.string())
             table = table.set_column(table.column_names.index(name), name, ids)

@@ -112,7 +112,8 @@ class InterestVocabulary(nn.Module):
             Places by which every set is made longer than the largest needs.
         """
         interest = self.assignment[:, rows].permute(1, 2, 0).flatten(1)  # [batch, seq * modality], oldest item first
-        interest = F.pad(interest, (0, empty or int(self.padded_length is not None)))
+        if empty or self.padded_length is not None:
+            interest = F.pad(interest, (0, max(empty, 1)))
         n_modalities, n_tokens = len(self.assignment), interest.shape[1]
         ordered, order = interest.sort(dim=1, stable=True)
         first = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True) & (ordered > 0)

@@ -164,3 +164,13 @@ def test_a_row_index_that_is_asked_for_is_read(tmp_path: Path, engine: str) -> N
     EVENTS.set_index(pd.Index(EVENTS.timestamp.to_numpy())).drop(columns="timestamp").to_parquet(interactions)
     options = {"engine": engine, "time_column": "__index_level_0__"}
     assert etl(interactions, items, tmp_path / "data", **options)["events"] == len(EVENTS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ["memory", "disk"])
+def test_a_row_index_of_a_csv_file_that_is_asked_for_is_read(tmp_path: Path, engine: str) -> None:
+    _, items = write(tmp_path / "raw")
+    EVENTS.rename(columns={"timestamp": "Unnamed: 0"}).to_csv(tmp_path / "events.csv")
+    options = {"engine": engine, "time_column": "Unnamed: 0"}
+    found = etl(tmp_path / "events.csv", items, tmp_path / "data", **options)  # type: ignore[arg-type]
+    assert found["events"] == len(EVENTS)
+    assert [finding["count"] for finding in found["findings"] if finding["check"] == "row_index"] == [1]

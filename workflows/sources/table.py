@@ -39,7 +39,7 @@ def read_table(
     what: str,
     *,
     text_columns: Sequence[str] = (),
-    needed: Iterable[str] = (),
+    needed: Iterable[str] | None = (),
     findings: Findings | None = None,
 ) -> pa.Table:
     """Read one table from one or many files.
@@ -52,8 +52,8 @@ def read_table(
         How messages call the table ("interactions").
     text_columns : sequence of str
         Columns that stay text when a csv file is read.
-    needed : iterable of str
-        Columns that are kept whatever they are called; ``text_columns`` are.
+    needed : iterable of str, optional
+        Columns that are kept even if they look like a row index of pandas, as ``text_columns`` are; None keeps all.
     findings : Findings, optional
         Gains texts that were repaired, and row indexes that were left out.
 
@@ -66,9 +66,11 @@ def read_table(
     """
     files, findings = expand(paths, what), findings or Findings()
     tables = [_read_file(file, what, text_columns) for file in files]
-    unwanted = row_indexes(sorted({name for table in tables for name in table.column_names}), [*text_columns, *needed])
-    note_row_indexes(findings, unwanted)
-    tables = [table.drop_columns([name for name in unwanted if name in table.column_names]) for table in tables]
+    if needed is not None:
+        names = sorted({name for table in tables for name in table.column_names})
+        unwanted = row_indexes(names, [*text_columns, *needed])
+        note_row_indexes(findings, unwanted)
+        tables = [table.drop_columns([name for name in unwanted if name in table.column_names]) for table in tables]
     tables = _one_type(tables, text_columns)
     for file, table in zip(files, tables, strict=True):
         if set(table.column_names) != set(tables[0].column_names):

@@ -2,7 +2,7 @@
 
 A list column is a pair of values and offsets: row i holds ``values[offsets[i]:offsets[i + 1]]``. cuDF stores it so;
 for pandas (an object per row) it is taken apart and rebuilt here, through Arrow where the values are numbers.
-The cuDF half follows NVTabular's own cuDF code and is written, not proven: no GPU was at hand.
+The cuDF half follows NVTabular's own cuDF code; README.md, Limits, says what a GPU has run of it.
 """
 
 from __future__ import annotations
@@ -115,11 +115,11 @@ class CudfFrames:
         """Read the two child columns, as NVTabular's ListSlice does."""
         import cudf
 
-        return ListColumn(cudf.Series(column._column.elements), column._column.offsets.values)
+        return ListColumn(cudf.Series._from_column(column._column.elements), column._column.offsets.values)
 
     def build(self, column: ListColumn) -> Series:
         """Join the child columns with Merlin's own builder."""
         import cudf
         from merlin.core.dispatch import build_cudf_list_column
 
-        return cudf.Series(build_cudf_list_column(column.values, column.offsets.astype("int32")))
+        return cudf.Series._from_column(build_cudf_list_column(column.values, column.offsets.astype("int32")))

@@ -86,8 +86,8 @@ class NeighbourPrior(nn.Module):
         self.neighbours.zero_()
         self.counts.zero_()
         at = torch.from_numpy(rows[keep]), torch.from_numpy(rank[keep])
-        self.neighbours[at] = torch.from_numpy(others[keep]).int()
-        self.counts[at] = torch.from_numpy(counts[keep]).to(self.counts.dtype)
+        self.neighbours[at] = torch.from_numpy(others[keep]).to(self.neighbours)
+        self.counts[at] = torch.from_numpy(counts[keep]).to(self.counts)
         self.frequency.copy_(torch.from_numpy(np.bincount(sessions.values, minlength=len(self.frequency))))
         self.choose(self.chosen)
 

@@ -60,3 +60,12 @@ def test_the_prior_ranks_and_never_trains() -> None:
     change = net.score(session, net.candidates(), item_ids) - plain
     np.testing.assert_allclose(change[:, 3:].detach().numpy(), np.stack(expected)[:, 3:], rtol=0, atol=1e-6)
     assert torch.equal(net.train().score(session, candidates, item_ids), trained)
+
+
+@pytest.mark.gpu
+def test_a_prior_on_a_gpu_is_fitted_as_on_the_cpu() -> None:
+    here, there = NeighbourPrior(N_ROWS, 3), NeighbourPrior(N_ROWS, 3).cuda()
+    for prior in (here, there):
+        prior.fit(Sessions.from_lists(TRAINING), 50)
+    for name, buffer in here.named_buffers():
+        assert torch.equal(buffer, there.get_buffer(name).cpu()), name

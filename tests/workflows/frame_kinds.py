@@ -20,6 +20,6 @@ FRAMES = [
     pytest.param(
         to_cudf,
         id="cudf",
-        marks=pytest.mark.skipif(not HAS_GPU, reason="needs cuDF and a CUDA device: written, not proven"),
+        marks=pytest.mark.skipif(not HAS_GPU, reason="needs cuDF and a CUDA device"),
     ),
 ]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 from merlin.core.dispatch import HAS_GPU
 
 from missrec_t4r.workflows import cudf_shim
+from missrec_t4r.workflows.frames import CudfFrames
 
 
 def _installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, ModuleType]:
@@ -32,13 +35,57 @@ def test_without_cudf_nothing_is_touched() -> None:
 
 def test_missing_names_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     made = _installed(monkeypatch, "cudf", "cudf.core", "cudf.core.column", "dask_cudf")
+    monkeypatch.setenv("NUMBA_CUDA_USE_NVIDIA_BINDING", "1")  # and forgotten afterwards
     assert cudf_shim.apply() == ["cudf.core.column.build_categorical_column", "dask_cudf.from_dask_dataframe"]
     assert made["cudf.core.column"].build_categorical_column is cudf_shim.build_categorical_column
     assert cudf_shim.apply() == []
 
 
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_numba_uses_nvidias_binding_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch, chosen: str | None) -> None:
+    monkeypatch.setenv("NUMBA_CUDA_USE_NVIDIA_BINDING", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("NUMBA_CUDA_USE_NVIDIA_BINDING")
+    _installed(monkeypatch, "cudf", "cudf.core", "cudf.core.column")
+    cudf_shim.apply()
+    assert os.environ["NUMBA_CUDA_USE_NVIDIA_BINDING"] == (chosen or "1")
+
+
+class _Column:
+    """A list column of cuDF: two child columns."""
+
+    def __init__(self, elements: object, offsets: object) -> None:
+        self.elements, self.offsets = elements, offsets
+
+
+class _Series:
+    """As in RAPIDS 24.12, which refuses a column in the constructor."""
+
+    def __init__(self, data: object) -> None:
+        assert not isinstance(data, _Column), "Use cudf.Series._from_column"
+
+    @classmethod
+    def _from_column(cls, column: object) -> _Series:
+        series = cls(None)
+        series._column = column  # type: ignore[attr-defined]
+        return series
+
+
+def test_list_columns_are_taken_apart_and_built_without_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _installed(monkeypatch, "cudf")
+    made["cudf"].Series = _Series
+    monkeypatch.setattr("merlin.core.dispatch.build_cudf_list_column", lambda values, offsets: _Column(values, offsets))
+    inner, offsets = _Column(None, None), SimpleNamespace(values=np.array([0, 2, 3]))
+    parts = CudfFrames().take_apart(_Series._from_column(_Column(inner, offsets)))
+    assert parts.values._column is inner
+    built = CudfFrames().build(parts)._column
+    assert built.elements is parts.values
+    assert built.offsets.dtype == np.int32
+
+
 def test_names_that_are_there_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     made = _installed(monkeypatch, "cudf", "cudf.core", "cudf.core.column")
+    monkeypatch.setenv("NUMBA_CUDA_USE_NVIDIA_BINDING", "1")
     own = object()
     made["cudf.core.column"].build_categorical_column = own
     assert cudf_shim.apply() == []
@@ -46,7 +93,7 @@ def test_names_that_are_there_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_GPU, reason="needs cuDF and a CUDA device: written, not proven")
+@pytest.mark.skipif(not HAS_GPU, reason="needs cuDF and a CUDA device")
 def test_merlin_imports_on_rapids() -> None:
     import cudf
 

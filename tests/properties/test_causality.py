@@ -32,13 +32,13 @@ def test_later_items_change_no_earlier_position(name: str, both: list[tuple[int,
 
 
 @causal
-def test_later_items_change_no_earlier_position_bitwise(name: str) -> None:
+def test_the_last_item_changes_its_own_position_and_no_earlier_one(name: str) -> None:
     one, other = pad([shop.rows(["lamp", "desk", "mug", "rug"])]), pad([shop.rows(["lamp", "desk", "mug", "pan"])])
     net = model(name)
     with torch.no_grad():
         first, second = net.encode_positions(one), net.encode_positions(other)
-    assert torch.equal(first[:, :3], second[:, :3])
-    assert not torch.equal(first[:, 3], second[:, 3])
+    close(first[:, :3], second[:, :3], 1e-12)  # not to the bit: the sessions differ in their number of interests
+    assert (first[:, 3] - second[:, 3]).abs().max() > 1e-3
 
 
 @causal

@@ -91,10 +91,11 @@ def test_a_cold_item_is_scored_by_its_modalities_alone() -> None:
     before = scores(net, shop.batch())
     with torch.no_grad():
         net.towers.id_embedding.weight[shop.row("plate")] = 5.0
-    assert torch.equal(scores(net, shop.batch()), before)
+    close(scores(net, shop.batch()), before, 1e-12)
+    row = shop.row("pan")
     with torch.no_grad():
-        net.towers.id_embedding.weight[shop.row("pan")] = 5.0
-    assert not torch.equal(scores(net, shop.batch()), before)
+        net.towers.id_embedding.weight[row] = 5.0
+    assert (scores(net, shop.batch()) - before)[:, row].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("config", [shop.default(), shop.paper()], ids=["masked", "zero row"])

@@ -59,7 +59,9 @@ def _place(run: Path) -> tuple[int, int]:
 def _start(data: Path, run: Path) -> subprocess.Popen[bytes]:
     options = [f"--set={name}={value}" for name, value in (SETTINGS | {"train.checkpoint_minutes": "0.000001"}).items()]
     command = [sys.executable, "-m", "missrec_t4r", "train", "--data", str(data), "--out", str(run), "--recipe", "tiny"]
-    return subprocess.Popen([*command, *options, "--device=cpu"], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [*command, *options, "--device=cpu"], env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    )
 
 
 def test_killed_in_mid_epoch_and_started_again_a_run_ends_as_if_nothing_had_happened(

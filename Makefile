@@ -23,8 +23,7 @@ MODALITY ?=
 NAME ?=
 PYTEST_ARGS ?=
 
-# T4R's Trainer unpickles its own checkpoints on resume; Merlin 23.8 knows the classic dask.dataframe only.
-export TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD := 1
+# Merlin 23.8 knows the classic dask.dataframe only.
 export DASK_DATAFRAME__QUERY_PLANNING := False
 export TOKENIZERS_PARALLELISM := false
 # torch's threads sleep while they wait for each other, GNU's after some 20 microseconds: spinning, they fight for a core

@@ -9,6 +9,6 @@ RUN python3 -m pip list --format=freeze | grep -E '^(numpy|pandas|pyarrow|torch|
 COPY . /opt/missrec-t4r
 RUN python3 -m pip install --no-cache-dir --no-deps /opt/missrec-t4r && missrec --help > /dev/null
 
-ENV TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000
+ENV TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000
 WORKDIR /output
 CMD ["missrec", "--help"]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 # Read by the libraries when they are imported, hence before any test module: the same values as in the Makefile.
 os.environ.setdefault("DASK_DATAFRAME__QUERY_PLANNING", "False")
-os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

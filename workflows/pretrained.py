@@ -3,15 +3,17 @@
 A model is a folder (``config.json``, weights, tokenizer or preprocessor) or a name that the local Hugging Face cache
 holds; nothing is downloaded. A sentence model is read through ``AutoModel``; its token vectors are averaged over the
 real tokens (Reimers and Gurevych, Sentence-BERT, section 3: mean pooling), or its first token is taken where the
-folder's ``1_Pooling/config.json`` says so. Vectors are unit length.
+folder's ``1_Pooling/config.json`` says so. Vectors are unit length. Nothing in the folder is executed: of a
+``pytorch_model.bin`` tensors are read and nothing else, whatever the environment asks of torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from missrec_t4r.workflows.encoders import Floats
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CLIP = ("clip", "clip_text_model", "clip_vision_model")
 _LONGEST = 512
+_TENSORS_ALONE, _ANY_PICKLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 class PretrainedText:
@@ -58,9 +61,10 @@ class PretrainedText:
         self.device, self.precision = _device(device, precision), precision
         config = _config(source, "text_config")
         self.clip = config.model_type in _CLIP
-        model = _load(CLIPTextModelWithProjection if self.clip else AutoModel, source, config=config)
+        kind = CLIPTextModelWithProjection if self.clip else AutoModel
+        model = _load(kind, source, config=config, trust_remote_code=False)
         self.model = model.to(self.device).eval()
-        self.tokenizer = _load(AutoTokenizer, source)
+        self.tokenizer = _load(AutoTokenizer, source, trust_remote_code=False)
         self.pooling = "projection" if self.clip else _pooling(source)
         self.max_length = _max_length(source, self.tokenizer, self.model.config)
         self.identity = {
@@ -157,7 +161,7 @@ def _config(source: str, tower: str) -> Any:
     """Return the model's settings; of CLIP those of one tower, as wide as the shared space."""
     from transformers import AutoConfig
 
-    whole = _load(AutoConfig, source)
+    whole = _load(AutoConfig, source, trust_remote_code=False)
     config = getattr(whole, tower, whole)
     if config is not whole:
         config.projection_dim = whole.projection_dim
@@ -171,8 +175,15 @@ def _load(kind: Any, source: str, **options: Any) -> Any:
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # one tower of CLIP is loaded, and the other one's weights would be listed
     try:
-        return kind.from_pretrained(source, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        with _tensors_alone():
+            return kind.from_pretrained(source, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        if _is_refused(error):
+            raise ModalityError(
+                f"the encoder {source!r} has a file that could run code when it is read",
+                "model.safetensors, or a pytorch_model.bin that holds tensors alone",
+                "convert the model to safetensors where you trust it",
+            ) from error
         raise ModalityError(
             f"the encoder {source!r} cannot be loaded ({' '.join(str(error).split())[:200]})",
             "a folder with config.json, weights, tokenizer or preprocessor, or a name in the local Hugging Face cache",
@@ -180,6 +191,44 @@ def _load(kind: Any, source: str, **options: Any) -> Any:
         ) from error
     finally:
         logging.set_verbosity(level)
+
+
+class _Unread:
+    """Stands where transformers has the module pickle."""
+
+    @staticmethod
+    def load(*_: Any) -> None:
+        """Refuse."""
+        raise _PickleError("a pickle is not read here")
+
+
+class _PickleError(ValueError):
+    pass
+
+
+@contextmanager
+def _tensors_alone() -> Iterator[None]:
+    """Let torch read tensors alone, whatever the environment says; the one tokenizer that unpickles reads nothing."""
+    from transformers.models.transfo_xl import tokenization_transfo_xl as unpickling
+
+    before = {name: os.environ.pop(name, None) for name in (_TENSORS_ALONE, _ANY_PICKLE)}
+    os.environ[_TENSORS_ALONE] = "1"
+    module, unpickling.pickle = unpickling.pickle, _Unread
+    try:
+        yield
+    finally:
+        unpickling.pickle = module
+        del os.environ[_TENSORS_ALONE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Return whether torch or we refused a pickle; transformers raises errors of its own on top."""
+    while error is not None:
+        if isinstance(error, _PickleError) or type(error).__name__ == "UnpicklingError":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _pooling(source: str) -> str:

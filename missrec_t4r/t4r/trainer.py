@@ -127,7 +127,7 @@ def train_t4r(
         ids_from_tokens(core)
     trainer = _trainer(model, arguments, recipe, schema, data, out / LOG_FILE, progress)
     last = get_last_checkpoint(str(checkpoints)) if resume else None
-    with _full_checkpoints():
+    with contextlib.nullcontext() if last is None else _full_checkpoints():
         trainer.train(resume_from_checkpoint=last)
     best = trainer.state.best_metric
     core = to_core(model)

@@ -3,11 +3,15 @@
 import importlib.util
 import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pandas as pd
@@ -213,6 +217,50 @@ def test_what_cannot_work_is_said_in_words(shop: Path, clip: Path) -> None:
         features(shop / "data", text_columns=["title"], word_drop=1.5)
     bf16 = PretrainedText(str(clip), precision="bf16").encode(["an old oak desk"])
     np.testing.assert_allclose(bf16, PretrainedText(str(clip)).encode(["an old oak desk"]), atol=0.03)
+
+
+class _Crafted:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("variable", [None, "1"])
+@pytest.mark.parametrize("file", ["weights", "old weights", "vocabulary", "code"])
+def test_nothing_in_an_encoders_folder_is_executed(
+    file: str, variable: str | None, shop: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", raising=False)
+    if variable:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", variable)
+    folder, marker = Path(shutil.copytree(clip, tmp_path / "encoder")), tmp_path / "executed"
+    words = "has a file that could run code when it is read; expected: model.safetensors"
+    if "weights" in file:
+        (folder / "pytorch_model.bin").unlink()
+        content = {"logit_scale": _Crafted(marker)}
+        torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=file == "weights")
+    elif file == "vocabulary":
+        module = "transformers.models.transfo_xl.tokenization_transfo_xl"
+        monkeypatch.setattr(f"{module}.requires_backends", lambda *_: None)  # as if sacremoses were installed
+        monkeypatch.setattr(f"{module}.sm", MagicMock(), raising=False)
+        settings = {"tokenizer_class": "TransfoXLTokenizer", "pretrained_vocab_file": str(folder / "words")}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        for name in ("words", "vocab.pkl"):
+            (folder / name).write_bytes(pickle.dumps(_Crafted(marker)))
+    else:
+        words = "cannot be loaded"
+        content = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+        (folder / "config.json").write_text(json.dumps(content))
+        (folder / "own.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n")
+    with pytest.raises(ModalityError, match=words):
+        features(shop / "data", text_columns=["title"], text_encoder=str(folder))
+    assert not marker.exists()
+    assert os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == variable
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 def test_an_unfinished_shard_is_not_read(tmp_path: Path) -> None:

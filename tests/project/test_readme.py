@@ -11,22 +11,6 @@ def readme(repository: Path) -> str:
     return (repository / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_shipped_module_has_its_clause_in_the_tree(repository: Path, readme: str) -> None:
-    folder, listed = "", set()
-    for line in readme.partition("<!-- tree -->")[2].partition("<!-- /tree -->")[0].splitlines():
-        if match := re.match(r"^([\w/]+)/(\s|$)", line):
-            folder = match[1]
-        elif match := re.match(r"^  (\w+\.py)\s+(\w.{15,})$", line):
-            listed.add(f"{folder}/{match[1]}")
-    shipped = {
-        file.relative_to(repository).as_posix()
-        for root in ("missrec_t4r", "workflows")
-        for file in (repository / root).rglob("*.py")
-        if file.name != "__init__.py"
-    }
-    assert listed == shipped
-
-
 def test_every_link_of_the_readme_leads_somewhere(repository: Path, readme: str) -> None:
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", readme) if not target.startswith("http")]
     assert targets

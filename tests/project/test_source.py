@@ -10,12 +10,6 @@ import pytest
 from tests.project.packages import ROOT, imports, modules, shipped_files
 
 UNPICKLING = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-LONGEST = 400
-
-
-def _python_files() -> list[Path]:
-    folders = ("missrec_t4r", "workflows", "triton_models", "tests", "benchmarks", "requirements")
-    return [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def _shipped_python() -> list[Path]:
@@ -63,12 +57,6 @@ def test_shipped_code_is_python_3_10() -> None:
     """The images of Merlin and Triton carry it; the tests run on 3.11."""
     for file in _shipped_python():
         assert ast.parse(file.read_text(encoding="utf-8"), feature_version=(3, 10)), file
-
-
-def test_no_python_file_is_long() -> None:
-    lengths = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8").count("\n") for file in _python_files()}
-    assert len(lengths) > 80
-    assert {file: lines for file, lines in lengths.items() if lines > LONGEST} == {}
 
 
 def test_examples_in_docstrings_run() -> None:

@@ -22,7 +22,7 @@ def test_the_howto(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     blocks = dict(re.findall(r"^```(bash|python)\n(.*?)^```", text, re.S | re.M))
     monkeypatch.chdir(tmp_path)
     commands = blocks["bash"].splitlines()
-    assert len(commands) == 7
+    assert commands
     for command in commands:
         done = CliRunner().invoke(app, shlex.split(command)[1:])
         assert done.exit_code == 0, (command, done.output)

@@ -93,6 +93,8 @@ def kinds(good: Tensors, chance: random.Random) -> Iterator[Hostile]:
         yield but(f"rules: {words}", rules=np.array([[text]], object))
     yield but("rules: none", ANSWER, rules=np.array([[b" "]], object))
     yield but("side features of nothing", side=np.array([[b'{"mood": [NaN]}']], object))
+    yield but("side features nested without end", side=np.array([[b"[" * 30_000]], object))
+    yield but("side features of 400 digits", side=np.array([[b'{"dwell": [1' + b"0" * 400 + b"]}"]], object))
     yield but("side features that are no JSON", side=np.array([[b"\xff{"]], object))
     yield but("a tensor that nobody knows", password=int32([1]))
     yield Hostile("no ids", ERROR, {"length": int32([1])})

@@ -100,7 +100,7 @@ class SideColumn:
             empty = np.zeros(self.size, np.float32)
             vectors = [empty if value is None else np.asarray(value, np.float32) for value in raw]
             return np.stack(vectors).reshape(len(raw), self.size) if vectors else np.zeros((0, self.size), np.float32)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"side feature {self.name!r} holds {str(list(raw))[:80]} ({error})",
                 f"one {self.kind} value per event, or null",

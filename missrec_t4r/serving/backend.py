@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,8 @@ from missrec_t4r.serving.side import SideReader
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Answer = Arrays | MISSRecError
+Asked = TypeVar("Asked")
+Answered = TypeVar("Answered")
 
 DEFAULT_TOP_K = 10
 LONGEST_SESSION = 1 << 16
@@ -58,17 +60,29 @@ class SessionsBackend:
 
     def answer(self, requests: Sequence[Arrays]) -> list[Answer]:
         """Return ``rows`` and ``seen`` for ``item_ids`` [batch, width] and ``length`` [batch, 1]."""
-        return [self._one(request) for request in requests]
+        return [_or_error(self._one, request) for request in requests]
 
-    def _one(self, request: Arrays) -> Answer:
-        if request["item_ids"].shape[1] > LONGEST_SESSION:
-            found = f"a session of {request['item_ids'].shape[1]} ids"
-            return ServingError(found, f"at most {LONGEST_SESSION}", "send the most recent ones")
-        try:
-            rows, seen = self.transform.padded(request["item_ids"], request["length"])
-        except MISSRecError as error:
-            return error
+    def _one(self, request: Arrays) -> Arrays:
+        width = request["item_ids"].shape[1]
+        if width > LONGEST_SESSION:
+            raise ServingError(f"a session of {width} ids", f"at most {LONGEST_SESSION}", "send the most recent ones")
+        ids = _matrix(request, "item_ids", len(request["length"]), self.transform.wire_ids.dtype.kind)
+        rows, seen = self.transform.padded(ids, _per_session(request, "length", len(ids), 0))
         return {"rows": rows, "seen": seen}
+
+
+class _Question(NamedTuple):
+    """One request of the ranker, read and checked; every part has an entry per session."""
+
+    rows: npt.NDArray[np.int64]
+    seen: npt.NDArray[np.int64]
+    top_k: npt.NDArray[np.int64]
+    exclude_seen: npt.NDArray[np.bool_]
+    reasons: npt.NDArray[np.bool_]
+    exclude: npt.NDArray[np.int64]
+    allow: npt.NDArray[np.int64]
+    rules: list[Rules]
+    side: list[SideArrays]
 
 
 class RankerBackend:
@@ -107,66 +121,67 @@ class RankerBackend:
 
     def answer(self, requests: Sequence[Arrays]) -> list[Answer]:
         """Return the tensors of ``triton_models/README.md`` for every request."""
-        answers: list[Answer] = [{}] * len(requests)
-        good: list[tuple[int, Arrays, list[Rules], list[SideArrays]]] = []
-        for index, request in enumerate(requests):
-            try:
-                good.append((index, request, self._checked(request), self._side_of(request)))
-            except MISSRecError as error:
-                answers[index] = error
-        if good:
-            _, accepted, rules, side = zip(*good, strict=True)
-            for (index, *_), answer in zip(good, self._ranked(accepted, rules, side), strict=True):
-                answers[index] = answer
-        return answers
+        read = [_or_error(self._read, request) for request in requests]
+        good = [question for question in read if not isinstance(question, MISSRecError)]
+        ranked: list[Answer] = []
+        try:
+            ranked += self._ranked(good) if good else []
+        except Exception:  # the fault of one of them, and nobody else shall bear it
+            ranked += [_or_error(lambda question: self._ranked([question])[0], question) for question in good]
+        rest = iter(ranked)
+        return [question if isinstance(question, MISSRecError) else next(rest) for question in read]
 
-    def _checked(self, request: Arrays) -> list[Rules]:
-        """Return the rules of a request's sessions, or raise what is wrong with the request."""
-        top_k = _per_session(request, "top_k", DEFAULT_TOP_K)
+    def _read(self, request: Arrays) -> _Question:
+        """Return a request's parts, or raise what is wrong with it."""
+        rows = _matrix(request, "rows", len(request["rows"]))
+        n, n_rows = len(rows), self.ranker.catalogue.n_rows
+        seen = _matrix(request, "seen", n)
+        top_k = _per_session(request, "top_k", n, DEFAULT_TOP_K)
         if (top_k < 1).any():
             raise ServingError(f"top_k is {int(top_k.min())}", "at least 1", "ask for one item or more")
-        n_rows = self.ranker.catalogue.n_rows
-        for name in ("rows", "seen"):
-            rows = request[name]
-            if rows.size and (rows.min() < PADDING_ROW or rows.max() >= n_rows):
-                raise ServingError(f"{name} holds values from {rows.min()} to {rows.max()}", f"0 to {n_rows - 1}")
-        if "rules" not in request:
-            return [NO_RULES] * len(request["rows"])
-        rules = [Rules.parse(text) for text in request["rules"].reshape(-1).tolist()]
+        for name, part in (("rows", rows), ("seen", seen)):
+            if part.size and (part.min() < PADDING_ROW or part.max() >= n_rows):
+                raise ServingError(f"{name} holds values from {part.min()} to {part.max()}", f"0 to {n_rows - 1}")
+        rules = [Rules.parse(text) for text in _texts(request, "rules", n)] if "rules" in request else [NO_RULES] * n
         for own in rules:
             self.ranker.columns.check(own)
-        return rules
+        side: list[SideArrays] = [{}] * n
+        if "side" in request:  # as long as the whole session, as its ids are
+            lengths = (seen > PADDING_ROW).sum(1).tolist()
+            side = [self.side.read(text, length) for text, length in zip(_texts(request, "side", n), lengths)]
+        return _Question(
+            rows,
+            seen,
+            top_k,
+            _per_session(request, "exclude_seen", n, False),
+            _per_session(request, "reasons", n, False),
+            self._looked_up(request, "exclude", n),
+            self._looked_up(request, "allow", n),
+            rules,
+            side,
+        )
 
-    def _side_of(self, request: Arrays) -> list[SideArrays]:
-        """Return the side features of a request's sessions, whole as their ids are."""
-        if "side" not in request:
-            return [{}] * len(request["rows"])
-        lengths = (request["seen"] > PADDING_ROW).sum(1).tolist()
-        return [self.side.read(text, n) for text, n in zip(request["side"].reshape(-1).tolist(), lengths, strict=True)]
-
-    def _ranked(
-        self, requests: Sequence[Arrays], rules: Sequence[list[Rules]], side: Sequence[list[SideArrays]]
-    ) -> list[Arrays]:
-        sizes = [len(request["rows"]) for request in requests]
-        wanted = [_per_session(request, "top_k", DEFAULT_TOP_K) for request in requests]
-        rows = _stacked([request["rows"] for request in requests])
-        told = self.side.stacked([own for each in side for own in each], rows)
+    def _ranked(self, questions: Sequence[_Question]) -> list[Arrays]:
+        sizes = [len(question.rows) for question in questions]
+        rows = _stacked([question.rows for question in questions])
+        told = self.side.stacked([own for question in questions for own in question.side], rows)
+        exclude = _stacked([question.exclude for question in questions])
+        allow = _stacked([question.allow for question in questions])
         ranking = self.ranker.rank(
             rows,
             side=told,
-            seen=_stacked([request["seen"] for request in requests]),
-            top_k=np.concatenate(wanted),
-            exclude_seen=np.concatenate([_per_session(request, "exclude_seen", False) for request in requests]),
-            exclude=self._listed(requests, "exclude"),
-            allow=self._listed(requests, "allow"),
-            rules=[own for each in rules for own in each],
+            seen=_stacked([question.seen for question in questions]),
+            top_k=np.concatenate([question.top_k for question in questions]),
+            exclude_seen=np.concatenate([question.exclude_seen for question in questions]),
+            exclude=exclude if exclude.shape[1] else None,
+            allow=allow if allow.shape[1] else None,
+            rules=[own for question in questions for own in question.rules],
         )
-        asked = np.concatenate([_per_session(request, "reasons", False) for request in requests])
         ids, version = self.transform.wire_ids_of(ranking.rows), np.array([[self.catalogue_version.encode()]], object)
         answers: list[Arrays] = []
-        for start, size, top_k in zip(np.cumsum([0, *sizes]), sizes, wanted, strict=False):
+        for start, size, question in zip(np.cumsum([0, *sizes]), sizes, questions, strict=False):
             mine = slice(start, start + size)
-            best = ranking.rows[mine, : min(int(top_k.max()), ranking.rows.shape[1])]
+            best = ranking.rows[mine, : min(int(question.top_k.max()), ranking.rows.shape[1])]
             answers.append(
                 {
                     "item_id": ids[mine, : best.shape[1]],
@@ -176,21 +191,18 @@ class RankerBackend:
                     "fallback": ranking.fallback[mine, None],
                     "n_passed": ranking.n_passed[mine, None],
                     "catalogue_version": np.repeat(version, size, axis=0),
-                    **self._reasons(rows[mine], best, asked[mine], {name: part[mine] for name, part in told.items()}),
+                    **self._reasons(
+                        rows[mine], best, question.reasons, {name: part[mine] for name, part in told.items()}
+                    ),
                 }
             )
         return answers
 
-    def _listed(self, requests: Sequence[Arrays], name: str) -> npt.NDArray[np.int64] | None:
-        """Return the rows of the ids that requests list under ``name``, [batch, any]; 0 is filling."""
-        if not any(name in request for request in requests):
-            return None
-        return _stacked([self._looked_up(request, name) for request in requests])
-
-    def _looked_up(self, request: Arrays, name: str) -> npt.NDArray[np.int64]:
+    def _looked_up(self, request: Arrays, name: str, n: int) -> npt.NDArray[np.int64]:
+        """Return the rows of the ids that a request lists under ``name``, [batch, any]; 0 is filling."""
         if name not in request:
-            return np.zeros((len(request["rows"]), 0), np.int64)
-        ids = request[name]
+            return np.zeros((n, 0), np.int64)
+        ids = _matrix(request, name, n, self.transform.wire_ids.dtype.kind)
         return np.where(self.transform.is_missing(ids), PADDING_ROW, self.transform.look_up(ids))
 
     def _reasons(
@@ -213,8 +225,46 @@ class RankerBackend:
         return {"reason_item": self.transform.wire_ids_of(item), "reason_modality": modality}
 
 
-def _per_session(request: Arrays, name: str, default: int | bool) -> npt.NDArray[Any]:
-    return request[name].reshape(-1) if name in request else np.full(len(request["rows"]), default)
+def _or_error(work: Callable[[Asked], Answered], asked: Asked) -> Answered | MISSRecError:
+    """Return what ``work`` makes of one request; whatever it raises is that request's answer and nobody else's."""
+    try:
+        return work(asked)
+    except MISSRecError as error:
+        return error
+    except Exception as error:
+        found = f"a request that cannot be answered ({type(error).__name__}: {str(error)[:200]})"
+        refused = ServingError(found, "the tensors of triton_models/README.md", "ask with a client of this package")
+        refused.__cause__ = error
+        return refused
+
+
+def _matrix(request: Arrays, name: str, n: int, kind: str = "i") -> npt.NDArray[Any]:
+    part = request[name]
+    if part.ndim != 2 or len(part) != n or part.dtype.kind != kind:
+        raise _unfit(name, part, n)
+    return part
+
+
+def _per_session(request: Arrays, name: str, n: int, default: int | bool) -> npt.NDArray[Any]:
+    if name not in request:
+        return np.full(n, default)
+    part = request[name]
+    if part.size != n or part.dtype.kind != ("b" if isinstance(default, bool) else "i"):
+        raise _unfit(name, part, n)
+    return part.reshape(-1)
+
+
+def _texts(request: Arrays, name: str, n: int) -> list[bytes]:
+    texts: list[bytes] = request[name].reshape(-1).tolist()
+    if len(texts) != n or not all(isinstance(text, (bytes, str)) for text in texts):
+        raise _unfit(name, request[name], n)
+    return texts
+
+
+def _unfit(name: str, part: npt.NDArray[Any], n: int) -> ServingError:
+    return ServingError(
+        f"{name} holds {part.dtype} of shape {list(part.shape)} for {n} sessions", "see triton_models/README.md"
+    )
 
 
 def _stacked(matrices: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
@@ -249,10 +299,12 @@ def execute(backend: Backend, requests: Sequence[Any], pb_utils: Any, observe: O
     list of pb_utils.InferenceResponse
         One per request, in order.
     """
-    asked = [_arrays(backend, request, pb_utils) for request in requests]
-    answers = backend.answer(asked)
+    read = [_or_error(lambda request: _arrays(backend, request, pb_utils), request) for request in requests]
+    asked = [request for request in read if not isinstance(request, MISSRecError)]
+    answered = iter(backend.answer(asked))
+    answers = [request if isinstance(request, MISSRecError) else next(answered) for request in read]
     if observe is not None:
-        observe(asked, answers)
+        observe([{} if isinstance(request, MISSRecError) else request for request in read], answers)
     return [_response(answer, pb_utils) for answer in answers]
 
 
@@ -263,7 +315,8 @@ def _arrays(backend: Backend, request: Any, pb_utils: Any) -> Arrays:
 
 def _response(answer: Answer, pb_utils: Any) -> Any:
     if isinstance(answer, MISSRecError):
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer)))
+        words = str(answer).encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no text for Triton
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(words))
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in answer.items()])
 
 

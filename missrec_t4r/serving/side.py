@@ -64,11 +64,14 @@ class SideReader:
             return {}
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ServingError(f"side features that are no JSON ({error})", "one object per session") from error
         if not isinstance(content, dict):
             raise ServingError(f"side features of type {type(content).__name__}", "one JSON object per session")
-        return self.encode(content, n_events)
+        try:
+            return self.encode(content, n_events)
+        except (ValueError, RecursionError, OverflowError) as error:
+            raise ServingError(f"side features that cannot be read ({error})", "numbers, texts or vectors") from error
 
     def encode(self, side: SideOfSession, n_events: int) -> SideArrays:
         """Return what `read` returns, of values that are parsed already; errors are the same."""

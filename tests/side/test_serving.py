@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +16,12 @@ import torch
 from missrec_t4r.config import MISSRecConfig, Recipe
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.data.side import SideColumn, load_sessions
-from missrec_t4r.errors import DataError, ServingError
+from missrec_t4r.errors import DataError, MISSRecError, ServingError
 from missrec_t4r.export.bundle import load_bundle
 from missrec_t4r.export.export import export
 from missrec_t4r.export.parity import compare_served, raw_ids, raw_side, sample_histories
 from missrec_t4r.model.missrec import build_missrec
+from missrec_t4r.serving.backend import RankerBackend, SessionsBackend, execute
 from missrec_t4r.serving.client import MISSRecClient
 from missrec_t4r.serving.offline import score
 from missrec_t4r.serving.ranker import Ranker
@@ -136,6 +138,153 @@ def test_reader_and_ranker_align_with_the_last_rows(exported: Path) -> None:
     assert stacked["dwell"].tolist() == [[7, 6, 5, 4, 3]]
     direct = ranker.rank(np.array([[5, 7, 8, 9]]), side={"dwell": np.array([[7, 5, 4, 3]], np.float32)})
     assert ranker.rank(rows, side=stacked).scores.tolist() == direct.scores.tolist()
+
+
+def _one(**changed: object) -> dict[str, np.ndarray]:
+    """A request of two items for the ranker."""
+    rows = np.array([[5, 9]])
+    return {"rows": rows, "seen": rows, "top_k": np.array([[4]], np.int32)} | changed  # type: ignore[operator]
+
+
+def _text(content: bytes) -> np.ndarray:
+    return np.array([[content]], object)
+
+
+HOSTILE = {
+    "30,000 brackets": _one(side=_text(b"[" * 30_000)),
+    "30,000 brackets in a column": _one(side=_text(b'{"dwell": ' + b"[" * 30_000)),
+    "900 lists in each other": _one(side=_text(b'{"dwell": [' + b"[" * 900 + b"]" * 900 + b", 1]}")),
+    "400 digits": _one(side=_text(b'{"dwell": [1' + b"0" * 400 + b", 1]}")),
+    "400 digits in a vector": _one(side=_text(b'{"scene": [[1' + b"0" * 400 + b", 1, 1, 1], null]}")),
+    "5,000 digits": _one(side=_text(b'{"dwell": [1' + b"0" * 5000 + b", 1]}")),
+    "an object for a number": _one(side=_text(b'{"dwell": [{}, 1]}')),
+    "a list for a category": _one(side=_text(b'{"event_type": [["buy"], "buy"]}')),
+    "ragged vectors": _one(side=_text(b'{"scene": [[1, 2], [1, 2, 3, 4]]}')),
+    "side of numbers": _one(side=np.array([[3]])),
+    "side of another batch": _one(side=np.array([[b""], [b""]], object)),
+    "rules of 400 digits": _one(rules=_text(b'{"where": {"train_count": {"max": 1' + b"0" * 400 + b"}}}")),
+    "rules of 30,000 brackets": _one(rules=_text(b"[" * 30_000)),
+    "rules of infinity": _one(rules=_text(b'{"where": {"train_count": Infinity}}')),
+    "rules of numbers": _one(rules=np.array([[3]])),
+    "no rows": {"seen": np.array([[5]])},
+    "rows of numbers and nothing else": _one(rows=np.array([5, 9])),
+    "ragged rows": _one(rows=np.array([[[5], [9, 3]]], object)),
+    "rows of floats": _one(rows=np.array([[5.0, np.nan]])),
+    "rows beyond the catalogue": _one(rows=np.array([[2**62]])),
+    "seen of another batch": _one(seen=np.array([[5], [9]])),
+    "seen of texts": _one(seen=np.array([[b"i1"]], object)),
+    "top_k of NaN": _one(top_k=np.array([[np.nan]])),
+    "top_k of another batch": _one(top_k=np.array([[1], [2]])),
+    "exclude_seen of texts": _one(exclude_seen=np.array([[b"yes"]], object)),
+    "excludes of numbers": _one(exclude=np.array([[3.5]])),
+    "excludes of lists": _one(exclude=np.array([[[], {}]], object)[:, :1]),
+    "allow of another batch": _one(allow=np.array([[b"i1"], [b"i2"]], object)),
+    "no session": _one(
+        rows=np.zeros((0, 2), np.int64), seen=np.zeros((0, 2), np.int64), top_k=np.zeros((0, 1), np.int32)
+    ),
+}
+
+
+def test_no_hostile_request_fails_its_neighbours(exported: Path) -> None:
+    ranker = RankerBackend(exported / "bundle")
+    good = [
+        _one(side=_text(b'{"dwell": [3, null], "event_type": ["buy", "view"]}')),
+        _one(rules=_text(b'{"where": {"train_count": {"min": 1}}}'), reasons=np.array([[True]])),
+        _one(exclude=np.array([[b"i7", b""]], object), top_k=np.array([[9]])),
+        _one(),
+    ]
+    alone = [ranker.answer([request])[0] for request in good]
+    requests = [part for index, bad in enumerate(HOSTILE.values()) for part in (bad, good[index % len(good)])]
+    for batch in (requests, requests[::-1]):
+        answers = ranker.answer(batch)
+        for request, answer in zip(batch, answers, strict=True):
+            at = next((index for index, one in enumerate(good) if one is request), None)
+            if at is None:
+                kind = next(name for name, one in HOSTILE.items() if one is request)
+                assert isinstance(answer, MISSRecError), kind
+                assert str(answer).endswith("."), kind
+                continue
+            expected = alone[at]
+            assert not isinstance(answer, MISSRecError)
+            assert not isinstance(expected, MISSRecError)
+            assert answer["item_id"].tolist() == expected["item_id"].tolist()
+            assert answer["reason_item"].tolist() == expected["reason_item"].tolist()
+            np.testing.assert_allclose(answer["score"], expected["score"], atol=1e-5)
+
+
+def test_numbers_that_are_none_count_as_absent_and_harm_nobody(exported: Path) -> None:
+    ranker = RankerBackend(exported / "bundle")
+    absent = [b'{"dwell": [null, 4]}', b'{"dwell": [NaN, 4]}', b'{"dwell": [Infinity, 4]}', b'{"dwell": [1e999, 4]}']
+    answers = ranker.answer([_one(side=_text(text)) for text in absent])
+    for answer in answers:
+        assert not isinstance(answer, MISSRecError)
+        assert answer["item_id"].tolist() == answers[0]["item_id"].tolist()  # type: ignore[index]  an answer
+
+
+def test_what_only_shows_when_ranking_is_one_requests_error(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranker = RankerBackend(exported / "bundle")
+    rank = ranker.ranker.rank
+
+    def fails(rows: np.ndarray, **options: object) -> object:
+        if (rows == 7).any():
+            raise RuntimeError("out of memory")
+        return rank(rows, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ranker.ranker, "rank", fails)
+    first, second, third = ranker.answer([_one(), _one(rows=np.array([[7]])), _one()])
+    assert "RuntimeError: out of memory" in str(second)
+    assert first["item_id"].tolist() == third["item_id"].tolist()  # type: ignore[index]  answers, not errors
+
+
+class _Tensor:
+    """As Triton's, whose bytes may be damaged."""
+
+    def __init__(self, array: np.ndarray | None) -> None:
+        self.array = array
+
+    def as_numpy(self) -> np.ndarray:
+        if self.array is None:
+            raise RuntimeError("damaged tensor")
+        return self.array
+
+
+def test_a_damaged_tensor_is_one_requests_error(exported: Path) -> None:
+    triton = SimpleNamespace(
+        get_input_tensor_by_name=lambda request, name: _Tensor(request[name]) if name in request else None,
+        InferenceResponse=lambda outputs=None, error=None: (dict(outputs or ()), error),
+        TritonError=str,
+        Tensor=lambda name, array: (name, array),
+    )
+    requests = [_one(), _one() | {"rows": None}, _one(side=_text(b'{"\\ud800": [1]}')), _one()]
+    seen: list[int] = []
+    ranker = RankerBackend(exported / "bundle")
+    first, damaged, odd, last = execute(
+        ranker, requests, triton, lambda asked, told: seen.extend(map(len, (asked, told)))
+    )
+    assert first[0]["item_id"].tolist() == last[0]["item_id"].tolist()
+    assert "RuntimeError: damaged tensor" in damaged[1]
+    assert "side feature" in odd[1]
+    assert seen == [4, 4]
+
+
+def test_no_hostile_session_fails_its_neighbours(exported: Path) -> None:
+    sessions = SessionsBackend(exported / "bundle")
+    ids = np.array([[b"i2", b"i6"]], object)
+    good = {"item_ids": ids, "length": np.array([[2]])}
+    bad = [
+        {"item_ids": ids},
+        {"length": np.array([[2]])},
+        good | {"item_ids": ids[0]},
+        good | {"item_ids": np.array([[1.5, np.nan]])},
+        good | {"item_ids": np.array([[[], {}]], object)[..., None][:, :, 0]},
+        good | {"length": np.array([[np.nan]])},
+        good | {"length": np.array([[2], [2]])},
+        good | {"length": np.array([[b"2"]], object)},
+        good | {"length": np.array([[2**62]])},
+    ]
+    answers = sessions.answer([request for one in bad for request in (one, good)])
+    assert all(isinstance(answer, MISSRecError) for answer in answers[::2])
+    assert all(answer["rows"].tolist() == [[5, 9]] for answer in answers[1::2])  # type: ignore[index]  answers
 
 
 def test_what_is_decoded_is_encoded_again() -> None:

@@ -2,6 +2,7 @@
 # make demo DATA=path/to/dataset   the same on real data
 # make test                        lint, types and tests: what CI runs
 # make test-set-a                  the tests on the older pins, those of NVIDIA's Merlin containers
+# make test-cpus                   the tests that compare floats, with the kernels of other processors (30 minutes)
 # make bench-quality DATA=… RECIPE=default SEEDS=3    quality over seeds; SUBSET=FILE, MODALITY="text=FILE image=FILE"
 # make bench-serving [BUNDLE=…]   served latency, throughput, start, memory, exact top-50 of 1M items (20 minutes)
 # make bench-etl ROWS=1000000   ETL beside stock NVTabular operators, pandas and polars; STOCK_ROWS=200000 caps the stock run
@@ -35,7 +36,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-set-a bench-etl bench-quality bench-serving bench-train docs lint types format clean
+.PHONY: help install demo test test-set-a test-cpus bench-etl bench-quality bench-serving bench-train docs lint types format clean
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -80,6 +81,9 @@ bench-quality: $(VENV)/.installed
 test-set-a: $(VENV_A)/.installed
 	@echo "==> tests on the older pins"
 	@$(VENV_A)/bin/python -m pytest -q $(PYTEST_ARGS) $(TESTS)
+
+test-cpus: $(VENV)/.installed
+	@$(VENV)/bin/python -m benchmarks.cpus
 
 bench-etl: $(VENV)/.installed
 	@$(VENV)/bin/python -m pip install -q -r requirements/bench.txt

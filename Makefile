@@ -101,12 +101,9 @@ lint: $(VENV)/.installed types
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/ruff format --check . || { echo "these are not formatted; run: make format" >&2; exit 1; }
 
-# mypy does not see workflows/ and triton_models/ under their installed names, so it gets a folder of links that has them there.
 types: $(VENV)/.installed
 	@echo "==> types"
-	@rm -rf build/types && mkdir -p build/types/missrec_t4r
-	@ln -s "$(CURDIR)"/missrec_t4r/* "$(CURDIR)"/workflows "$(CURDIR)"/triton_models build/types/missrec_t4r/
-	@cd build/types && "$(abspath $(VENV))"/bin/mypy --config-file "$(CURDIR)"/pyproject.toml -p missrec_t4r
+	@$(VENV)/bin/mypy -p missrec_t4r
 
 format: $(VENV)/.installed
 	@$(VENV)/bin/ruff check --quiet --fix .

@@ -13,7 +13,7 @@ RUN python3 -m pip install --no-cache-dir ${TORCH_INDEX_URL:+--index-url "${TORC
 
 COPY . /opt/missrec-t4r
 RUN python3 -m pip install --no-cache-dir "numpy<2" /opt/missrec-t4r \
- && python3 -c "import numpy, missrec_t4r.serving.backend, missrec_t4r.serving.ranker; assert numpy.__version__ < '2'"
+ && python3 -c "import numpy, missrec_t4r.serving.triton.backend, missrec_t4r.retrieval.ranker; assert numpy.__version__ < '2'"
 
 COPY --chmod=755 docker/entrypoint.sh /usr/local/bin/missrec-entrypoint
 

@@ -31,18 +31,18 @@ from benchmarks.measure import report
 from benchmarks.quality.bench import EXCLUDED, FIRST_SEED, KEPT, arguments, pairs
 from benchmarks.quality.paired import paired
 from missrec_t4r import commands
-from missrec_t4r.data.side import load_sessions
-from missrec_t4r.demo import find_inputs
-from missrec_t4r.evaluation.evaluate import System, fitted_baselines
+from missrec_t4r.cli.demo import find_inputs
+from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.evaluation.full_ranking import rank_catalogue
 from missrec_t4r.evaluation.metrics import metric_names, metric_values
-from missrec_t4r.evaluation.model_scorer import ModelScorer
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.model.newcomers import NewcomerSettings
 from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.ranking.scorer import ModelScorer
+from missrec_t4r.ranking.terms.cold_start import ColdStartSettings
+from missrec_t4r.ranking.tune_cold_start import fit_cold_start
+from missrec_t4r.runs.evaluate import System, fitted_baselines
+from missrec_t4r.runs.run_folder import RUN_FILE, load_run
 from missrec_t4r.schema import FIRST_ITEM_ROW
-from missrec_t4r.training.checkpoint import RUN_FILE, load_run
-from missrec_t4r.training.newcomers import fit_newcomers
 
 WITHOUT, RIVAL = "without_newcomers", "content_knn"
 _KS = (10,)
@@ -113,12 +113,12 @@ def ranked(run: Path, exposures: Sequence[float], facts: dict[str, Any], progres
     """Rank the test split with a run, at each exposure and without newcomers, and with the tuned baselines."""
     loaded = load_run(run)
     models = {name_of(exposure): exposed(run, exposure, progress) for exposure in exposures}
-    assert loaded.model.prior is not None
-    assert loaded.model.prior.newcomers is not None
-    loaded.model.prior.newcomers.choose(NewcomerSettings(0.0, 0.0, 0.0, 0.0))
+    assert loaded.model.item_knn is not None
+    assert loaded.model.item_knn.cold_start is not None
+    loaded.model.item_knn.cold_start.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
     models[WITHOUT] = loaded.model, {}
-    side = () if loaded.model.side is None else loaded.model.side.columns
-    histories, targets = load_sessions(loaded.data, "test", side).split_last()
+    event_features = () if loaded.model.event_features is None else loaded.model.event_features.columns
+    histories, targets = load_sessions(loaded.data, "test", event_features).split_last()
     cold = (targets >= FIRST_ITEM_ROW) & (loaded.catalogue.train_count[targets] == 0)
     rivals, tuned = fitted_baselines(loaded.data, loaded.catalogue, progress=progress)
     systems: dict[str, System] = {
@@ -149,9 +149,9 @@ def exposed(run: Path, exposure: float, progress: Progress) -> tuple[MISSRec, di
     loaded = load_run(run)
     model = loaded.model
     model.config = dataclasses.replace(model.config, newcomer_exposure=exposure)
-    columns = () if model.side is None else model.side.columns
+    columns = () if model.event_features is None else model.event_features.columns
     valid = load_sessions(loaded.data, "valid", columns).known()
-    return model, fit_newcomers(model, loaded.catalogue, valid, progress=progress)
+    return model, fit_cold_start(model, loaded.catalogue, valid, progress=progress)
 
 
 def name_of(exposure: float) -> str:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from missrec_t4r import commands
-from missrec_t4r.demo import find_inputs
+from missrec_t4r.cli.demo import find_inputs
 from missrec_t4r.errors import DataError
 from missrec_t4r.progress import Progress, quiet
 

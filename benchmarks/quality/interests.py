@@ -20,15 +20,15 @@ from benchmarks.measure import report
 from benchmarks.quality.bench import FIRST_SEED, spread
 from benchmarks.quality.paired import Values, paired
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.data.side import load_sessions
+from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS, rank_catalogue
 from missrec_t4r.evaluation.metrics import metric_names, metric_values
-from missrec_t4r.evaluation.model_scorer import ModelScorer
 from missrec_t4r.evaluation.slices import slices
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import Progress, TerminalProgress
-from missrec_t4r.training.checkpoint import load_run
-from missrec_t4r.training.finetune import train
+from missrec_t4r.ranking.scorer import ModelScorer
+from missrec_t4r.runs.run_folder import load_run
+from missrec_t4r.training.fit import train
 
 SHOWN = ("ndcg@10", "recall@10")
 WITH, WITHOUT = "with", "without"
@@ -56,8 +56,8 @@ def ranked(run: Path, *, alone: bool) -> tuple[dict[str, Values], dict[str, Any]
     loaded = load_run(run)
     model, catalogue = loaded.model, loaded.catalogue
     if alone:
-        model.prior = model.lookalikes = None
-    columns = () if model.side is None else model.side.columns
+        model.item_knn = model.content_knn = None
+    columns = () if model.event_features is None else model.event_features.columns
     histories, targets = load_sessions(loaded.data, "test", columns).known().split_last()
     scorer = ModelScorer.with_popularity(model, catalogue)
     ranks = rank_catalogue(scorer, histories, targets, catalogue.n_rows).ranks

@@ -19,10 +19,10 @@ from benchmarks.measure import report
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS, quick_metrics
-from missrec_t4r.evaluation.model_scorer import ModelScorer
 from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.ranking.scorer import ModelScorer
+from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.schema import FIRST_ITEM_ROW
-from missrec_t4r.training.checkpoint import load_run
 
 _SEED = 2020
 
@@ -48,15 +48,15 @@ def withheld(catalogue: Catalogue, hidden: dict[str, np.ndarray[Any, np.dtype[np
 
 def without_vectors(model: MISSRec, catalogue: Catalogue) -> MISSRec:
     """Build the trained model over another catalogue of the same rows; clusters are those of training."""
-    other = build_missrec(model.config, catalogue, () if model.side is None else model.side.columns)
+    other = build_missrec(model.config, catalogue, () if model.event_features is None else model.event_features.columns)
     trained = model.state_dict()
     other.interests.centroids = model.interests.centroids.clone()  # as many as were found in training
     keep = other.state_dict() | trained
     other.load_state_dict({name: keep[name] for name in other.state_dict()})
-    other.interests.assignment[~other.towers.presence] = 0
-    if other.lookalikes is not None and other.lookalikes.active:
-        vectors = {name: other.towers.vectors.get_buffer(name) for name in other.towers.names}
-        other.lookalikes.fit(vectors, other.towers.presence)
+    other.interests.assignment[~other.item_encoder.presence] = 0
+    if other.content_knn is not None and other.content_knn.active:
+        vectors = {name: other.item_encoder.vectors.get_buffer(name) for name in other.item_encoder.names}
+        other.content_knn.fit(vectors, other.item_encoder.presence)
     return other.eval()
 
 

@@ -29,11 +29,11 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, quick_metrics
-from missrec_t4r.evaluation.model_scorer import ModelScorer
 from missrec_t4r.model.missrec import build_missrec
 from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
-from missrec_t4r.training.transfer import load_pretrained, read_source
+from missrec_t4r.training.warm_start.transfer import load_pretrained, read_source
 
 ENCODER = "all-MiniLM-L6-v2"
 SOURCES = ("amazon_instruments_mql", "amazon14_beauty", "ml100k_posters")

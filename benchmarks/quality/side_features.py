@@ -3,7 +3,8 @@
     python -m benchmarks.quality.side_features --users 3000 --items 1200 --recipe default --seeds 3
     python -m benchmarks.quality.side_features --users 400 --items 200 --recipe tiny --set train.epochs=8 --each
 
-The shop's event type, dwell time and category tell what comes next (`workflows/sources/generator.py`). ``without
+The shop's event type, dwell time and category tell what comes next
+(`missrec_t4r/etl/sources/synthetic/shop.py`). ``without
 in requests`` is the model trained with all of them and asked without any, as by a client that sends item ids alone.
 Test split (``--split valid`` where a setting is to be chosen), whole catalogue, seen items kept; one shop, so that the
 spread is that of training.
@@ -25,12 +26,12 @@ from rich.console import Console
 from benchmarks.measure import report
 from missrec_t4r import commands
 from missrec_t4r.config import Recipe
-from missrec_t4r.data.side import load_sessions, side_columns
+from missrec_t4r.data.event_features import event_columns, load_sessions
 from missrec_t4r.evaluation.full_ranking import SEEN_EXCLUDED, SEEN_KEPT, quick_metrics
-from missrec_t4r.evaluation.model_scorer import ModelScorer
 from missrec_t4r.progress import TerminalProgress
-from missrec_t4r.training.checkpoint import load_run
-from missrec_t4r.training.finetune import train
+from missrec_t4r.ranking.scorer import ModelScorer
+from missrec_t4r.runs.run_folder import load_run
+from missrec_t4r.training.fit import train
 
 _WITHOUT, _WITH, _ASKED_WITHOUT = "without", "with", "with, without in requests"
 _SHOWN = (f"{SEEN_KEPT}.ndcg@10", f"{SEEN_KEPT}.recall@10", f"{SEEN_EXCLUDED}.ndcg@10")
@@ -52,7 +53,7 @@ def measure(
     if not (run / "run.json").is_file():
         train(data, run, recipe=recipe, progress=progress)
     loaded = load_run(run)
-    columns = () if loaded.model.side is None else loaded.model.side.columns
+    columns = () if loaded.model.event_features is None else loaded.model.event_features.columns
     asked_with = load_sessions(data, split, columns)
     scorer = ModelScorer.with_popularity(loaded.model, loaded.catalogue)
     asked = {_WITHOUT: asked_with}
@@ -117,7 +118,7 @@ def main() -> None:
         if not (work / "runs").is_dir():
             make_data(work, options.users, options.items, options.shop_seed, progress)
             (work / "runs").mkdir()
-        names = [column.name for column in side_columns(data, "auto", 1)]
+        names = [column.name for column in event_columns(data, "auto", 1)]
         choices = {
             _WITHOUT: "none",
             _WITH: "auto",

@@ -29,7 +29,7 @@ from benchmarks.release.loading import (
     weight_pairs,
 )
 from missrec_t4r.config import MISSRecConfig, TrainConfig
-from missrec_t4r.data.batches import TrainingBatch, collate, prefix_examples
+from missrec_t4r.data.batching import TrainingBatch, collate, prefix_examples
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.missrec import MISSRec, build_missrec
@@ -153,7 +153,7 @@ def _gradients(ours: MISSRec, theirs: Any) -> dict[str, Any]:
 
 def _parts(name: str, left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The padding's ID starts at zero, where normalising it gives gradients of 1e12: it is compared by itself."""
-    if name == "towers.id_embedding.weight":
+    if name == "item_encoder.id_embedding.weight":
         return [(left[:1], right[:1]), (left[1:], right[1:])] if bool(right[0].any()) else [(left[1:], right[1:])]
     return [(left, right)]
 

@@ -124,7 +124,7 @@ def copy_interests(ours: MISSRec, theirs: Any) -> None:
     """Give the release our interests, so that both look the same ones up."""
     tables = {"text": "plm_interest_lookup_table", "image": "img_interest_lookup_table"}
     theirs.interest_embeddings.copy_(ours.interests.centroids)
-    for index, name in enumerate(ours.towers.names):
+    for index, name in enumerate(ours.item_encoder.names):
         getattr(theirs, tables[name])[1:] = ours.interests.assignment[index, FIRST_ITEM_ROW:]
 
 
@@ -133,7 +133,7 @@ def take_interests(theirs: Any, ours: MISSRec) -> None:
     """Give ours the release's interests: the other way round."""
     tables = {"text": "plm_interest_lookup_table", "image": "img_interest_lookup_table"}
     ours.interests.centroids = theirs.interest_embeddings.clone()
-    for index, name in enumerate(ours.towers.names):
+    for index, name in enumerate(ours.item_encoder.names):
         ours.interests.assignment[index, FIRST_ITEM_ROW:] = getattr(theirs, tables[name])[1:]
 
 
@@ -183,11 +183,11 @@ def weight_pairs(ours: MISSRec, theirs: Any) -> dict[str, tuple[nn.Parameter, nn
         pair(f"{name}.output", part.get_submodule("output"), other.get_submodule("out_proj"))
 
     adapters = {"text": "text_adaptor", "image": "img_adaptor"}
-    for name in ours.towers.names:
-        pair(f"towers.adapters.{name}", ours.towers.adapters[name], getattr(theirs, adapters[name]))
-    if ours.towers.id_embedding is not None:
-        pair("towers.id_embedding", ours.towers.id_embedding, theirs.item_embedding)
-    if ours.fusion.phi is not None and len(ours.towers.names) > 1:
+    for name in ours.item_encoder.names:
+        pair(f"item_encoder.adapters.{name}", ours.item_encoder.adapters[name], getattr(theirs, adapters[name]))
+    if ours.item_encoder.id_embedding is not None:
+        pair("item_encoder.id_embedding", ours.item_encoder.id_embedding, theirs.item_embedding)
+    if ours.fusion.phi is not None and len(ours.item_encoder.names) > 1:
         found["fusion.phi"] = (ours.fusion.phi, theirs.fusion_factor, slice(None))
     pair("decoder.positions", ours.decoder.positions, theirs.position_embedding)
     pair("decoder.norm_input", ours.decoder.norm_input, theirs.LayerNorm)
@@ -211,7 +211,7 @@ def weight_pairs(ours: MISSRec, theirs: Any) -> dict[str, tuple[nn.Parameter, nn
 
 def shared_part(name: str, ours: Tensor) -> Tensor:
     """Return the rows of ours that the release has: without the null and unknown rows of tables over the catalogue."""
-    over_catalogue = name == "towers.id_embedding.weight" or (name == "fusion.phi" and len(ours) > 1)
+    over_catalogue = name == "item_encoder.id_embedding.weight" or (name == "fusion.phi" and len(ours) > 1)
     return torch.cat([ours[: PADDING_ROW + 1], ours[FIRST_ITEM_ROW:]]) if over_catalogue else ours
 
 

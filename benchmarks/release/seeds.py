@@ -40,17 +40,17 @@ from benchmarks.release.loading import (
     take_interests,
 )
 from missrec_t4r.config import MISSRecConfig, TrainConfig
-from missrec_t4r.data.batches import Examples, TrainingBatch, collate, prefix_examples
+from missrec_t4r.data.batching import Examples, TrainingBatch, collate, prefix_examples
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS, SEEN_KEPT, quick_metrics, rank_catalogue
 from missrec_t4r.evaluation.metrics import Ranks, metric_names, metric_values
-from missrec_t4r.evaluation.model_scorer import ModelScorer
+from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import MISSRec, build_missrec
-from missrec_t4r.model.objectives import orthogonality_loss
 from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.ranking.scorer import ModelScorer
+from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
-from missrec_t4r.training.checkpoint import load_run
 
 KS = (10, 50)
 CHECKED = 64

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from missrec_t4r.errors import ServingError
-from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.doors import Door, in_words, open_door
-from missrec_t4r.serving.local_triton import LocalTriton
-from missrec_t4r.serving.warmup import differences, sample_sessions
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.client.transports import Transport, open_transport, translate_errors
+from missrec_t4r.serving.deploy.warmup import differences, sample_sessions
+from missrec_t4r.serving.triton.local_server import LocalTriton
 
 Tensors = dict[str, Any]
 ERROR, ANSWER = "error", "answer"
@@ -92,10 +92,10 @@ def kinds(good: Tensors, chance: random.Random) -> Iterator[Hostile]:
     for words, text in RULES.items():
         yield but(f"rules: {words}", rules=np.array([[text]], object))
     yield but("rules: none", ANSWER, rules=np.array([[b" "]], object))
-    yield but("side features of nothing", side=np.array([[b'{"mood": [NaN]}']], object))
-    yield but("side features nested without end", side=np.array([[b"[" * 30_000]], object))
-    yield but("side features of 400 digits", side=np.array([[b'{"dwell": [1' + b"0" * 400 + b"]}"]], object))
-    yield but("side features that are no JSON", side=np.array([[b"\xff{"]], object))
+    yield but("side features of nothing", event_features=np.array([[b'{"mood": [NaN]}']], object))
+    yield but("side features nested without end", event_features=np.array([[b"[" * 30_000]], object))
+    yield but("side features of 400 digits", event_features=np.array([[b'{"dwell": [1' + b"0" * 400 + b"]}"]], object))
+    yield but("side features that are no JSON", event_features=np.array([[b"\xff{"]], object))
     yield but("a tensor that nobody knows", password=int32([1]))
     yield Hostile("no ids", ERROR, {"length": int32([1])})
     yield Hostile("no length", ERROR, {"item_ids": ids})
@@ -160,9 +160,9 @@ class Attack:
 
     def __init__(self, server: LocalTriton, bundle: Path, seed: int = 0) -> None:
         self.server, self.chance = server, random.Random(seed)
-        self.doors: dict[str, Door] = {
-            "grpc": open_door(server.grpc_url, "grpc", 60),
-            "http": open_door(server.http_url, "http", 60),
+        self.doors: dict[str, Transport] = {
+            "grpc": open_transport(server.grpc_url, "grpc", 60),
+            "http": open_transport(server.http_url, "http", 60),
         }
         self.client = MISSRecClient(server.grpc_url, timeout=60)
         self.sessions = sample_sessions(bundle, 8)
@@ -204,7 +204,7 @@ class Attack:
         self.sent[hostile.kind] += 1
         name = self.chance.choice(("grpc", "http"))
         try:
-            with in_words(name, hostile.model, 60):
+            with translate_errors(name, hostile.model, 60):
                 answer = self.doors[name].infer(hostile.model, hostile.tensors, hostile.outputs)
         except ServingError as error:
             if hostile.expected == ANSWER:
@@ -243,7 +243,7 @@ class Attack:
 
 
 def _requests(client: MISSRecClient, sessions: Any) -> Any:
-    from missrec_t4r.serving.wire import requests_of
+    from missrec_t4r.serving.client.protocol import requests_of
 
     return requests_of(sessions, 10, client.description)
 

@@ -24,15 +24,15 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.reliability.hostile import _resident
+from missrec_t4r.bundle.item_table import load_items, vocabulary_of
+from missrec_t4r.bundle.update_catalogue import update_catalogue
 from missrec_t4r.errors import MISSRecError, UnavailableError
-from missrec_t4r.export.update import update_catalogue
-from missrec_t4r.export.vocabulary import load_items, vocabulary_of
 from missrec_t4r.schema import ITEM_ID
-from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.deploy import deploy, rollback
-from missrec_t4r.serving.local_triton import LocalTriton
-from missrec_t4r.serving.warmup import differences, sample_sessions
-from missrec_t4r.serving.wire import Recommendation
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.client.protocol import Recommendation
+from missrec_t4r.serving.deploy.blue_green import deploy, rollback
+from missrec_t4r.serving.deploy.warmup import differences, sample_sessions
+from missrec_t4r.serving.triton.local_server import LocalTriton
 
 _TOP_K = 10
 

@@ -25,11 +25,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.deploy import deploy
-from missrec_t4r.serving.local_triton import LocalTriton
-from missrec_t4r.serving.loopback import LOOPBACK, choose_ports
-from missrec_t4r.serving.warmup import sample_sessions
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.deploy.blue_green import deploy
+from missrec_t4r.serving.deploy.warmup import sample_sessions
+from missrec_t4r.serving.triton.local_server import LocalTriton
+from missrec_t4r.serving.triton.ports import LOOPBACK, choose_ports
 
 DOCKER = Path(__file__).parents[2] / "docker"
 _WAIT = 30.0

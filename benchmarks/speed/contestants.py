@@ -21,12 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.release.compare import interaction
 from benchmarks.release.loading import discover_release_interests, release_model, release_rows
 from missrec_t4r.config import MISSRecConfig, Recipe, TrainConfig
-from missrec_t4r.data.batches import TrainingBatch, collate, iterate, training_batches
+from missrec_t4r.data.batching import TrainingBatch, collate, iterate, training_batches
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, rank_catalogue
-from missrec_t4r.evaluation.model_scorer import ModelScorer
-from missrec_t4r.training import arithmetic
+from missrec_t4r.ranking.scorer import ModelScorer
+from missrec_t4r.training import precision as arithmetic
 from missrec_t4r.training.trainer import Trainer
 
 Result = dict[str, Any]

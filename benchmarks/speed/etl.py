@@ -75,7 +75,7 @@ def generate(
 
 
 def ours(folder: Path, out: Path) -> None:
-    from missrec_t4r.workflows.etl import etl
+    from missrec_t4r.etl.pipeline import etl
 
     etl(folder / "events.parquet", folder / "items.parquet", out, engine="disk")
 
@@ -130,21 +130,21 @@ def polars(folder: Path, out: Path) -> None:
 
 def day(folder: Path, out: Path) -> None:
     """Add a day of new events to a folder that is there already (``out`` / "data"), beside its plain files."""
-    from missrec_t4r.workflows.update import update
+    from missrec_t4r.etl.engine.append import update
 
     update(folder / "events.parquet", out / "data", delta=True)
 
 
 def plain_day(folder: Path, out: Path) -> None:
     """Add a day of new events so that the plain files hold it."""
-    from missrec_t4r.workflows.update import update
+    from missrec_t4r.etl.engine.append import update
 
     update(folder / "events.parquet", out / "data")
 
 
 def compact(folder: Path, out: Path) -> None:
     """Bring the days into the plain files."""
-    from missrec_t4r.workflows.compaction import compact as bring_together
+    from missrec_t4r.etl.engine.compact import compact as bring_together
 
     bring_together(out / "data")
 
@@ -226,9 +226,9 @@ def timed(way: str, folder: Path, out: Path) -> dict[str, float]:
 def run_way(way: str, folder: Path, out: Path) -> None:
     """Do the job in this process and print what it took."""
     for module in {
-        "ours": ["missrec_t4r.workflows.etl"],
-        "stock": ["missrec_t4r.workflows", "nvtabular"],
-        **dict.fromkeys(LATER, ["missrec_t4r.workflows.update", "missrec_t4r.data.sessions"]),
+        "ours": ["missrec_t4r.etl.pipeline"],
+        "stock": ["missrec_t4r.etl", "nvtabular"],
+        **dict.fromkeys(LATER, ["missrec_t4r.etl.engine.append", "missrec_t4r.data.sessions"]),
     }.get(way, [way]):
         importlib.import_module(module)
     started, worked = time.perf_counter(), time.process_time()

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import gemm_rate, peak_mib, report, reset_peak
-from missrec_t4r.model.clustering import kmeans
-from missrec_t4r.model.nearest import COMPARED_AT_MOST, PROBED_GROUPS, nearest_in_groups, nearest_of_all
+from missrec_t4r.model.clustering import COMPARED_AT_MOST, PROBED_GROUPS, kmeans, nearest_in_groups, nearest_of_all
 
 _ROWS_AT_ONCE = 1 << 16
 _SEED = 2020

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from benchmarks.measure import peak_mib, reset_peak
 from benchmarks.speed.large_tokens import MOVED, NOISE
-from missrec_t4r.export.bundle import LoadedBundle, load_bundle
-from missrec_t4r.export.manifest import (
+from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle
+from missrec_t4r.bundle.manifest import (
     CATALOGUE_FILE,
     FEATURES_FILE,
     ITEMS_FILE,
@@ -37,8 +37,8 @@ from missrec_t4r.export.manifest import (
     WEIGHTS_FILE,
     write_manifest,
 )
-from missrec_t4r.model.search_tables import write_search_tables
-from missrec_t4r.model.tensor_file import TensorFile
+from missrec_t4r.io.tensor_file import TensorFile
+from missrec_t4r.retrieval.index_file import write_index
 from missrec_t4r.schema import FIRST_ITEM_ROW, SCHEMA_FILE, SESSION_TRANSFORM_FILE
 
 PHI = 2.0
@@ -52,8 +52,8 @@ def enlarge(bundle: Path, out: Path, n_items: int, *, isotropic: bool = False, s
     real, n_rows = load_bundle(bundle), n_items + FIRST_ITEM_ROW
     out.mkdir(parents=True)
     draw = torch.Generator().manual_seed(seed)
-    towers = real.model.towers
-    whole = torch.nonzero(towers.presence.all(0) & towers.trained_ids).flatten()
+    item_encoder = real.model.item_encoder
+    whole = torch.nonzero(item_encoder.presence.all(0) & item_encoder.trained_ids).flatten()
     sources = whole[torch.randint(len(whole), (3, n_rows), generator=draw)]
     _write_catalogue(real, out, sources, draw, isotropic)
     _write_weights(real, out, sources, draw)
@@ -66,7 +66,7 @@ def enlarge(bundle: Path, out: Path, n_items: int, *, isotropic: bool = False, s
     write_manifest(out)
     model = load_bundle(out).model
     before, started = reset_peak(), time.perf_counter()
-    write_search_tables(model, out / SEARCH_FILE)
+    write_index(model, out / SEARCH_FILE)
     took = {"build_s": round(time.perf_counter() - started, 1), "build_peak_mib": round(peak_mib())}
     write_manifest(out)
     return took | {"before_mib": round(before)}
@@ -102,13 +102,13 @@ def _write_catalogue(real: LoadedBundle, out: Path, sources: Tensor, draw: torch
 def _write_weights(real: LoadedBundle, out: Path, sources: Tensor, draw: torch.Generator) -> None:
     kept = {}
     for name, tensor in real.model.state_dict().items():
-        if name.startswith(("interests.", "lookalikes.", "fusion.")):
+        if name.startswith(("interests.", "content_knn.", "fusion.")):
             continue
-        if name == "towers.id_embedding.weight":
+        if name == "item_encoder.id_embedding.weight":
             length = tensor.norm(dim=1).mean()
             parts = sources.split(_CHUNK, dim=1)
             tensor = torch.cat([_moved(F.normalize(tensor, dim=-1), part, draw) * length for part in parts])
-        elif name.startswith("prior.") and len(tensor) == real.catalogue.n_rows:
+        elif name.startswith("item_knn.") and len(tensor) == real.catalogue.n_rows:
             tensor = (tensor[:, :NEIGHBOURS] if tensor.dim() == 2 else tensor)[sources[0]]
         kept[name] = tensor.contiguous()
     save_file(kept | {"fusion.phi": torch.tensor([PHI])}, out / WEIGHTS_FILE)

@@ -25,12 +25,12 @@ import torch
 
 from benchmarks.measure import gemm_rate, peak_mib, report, reset_peak
 from missrec_t4r.config import MISSRecConfig, TrainConfig
-from missrec_t4r.data.batches import TrainingBatch
+from missrec_t4r.data.batching import TrainingBatch
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.model.missrec import MISSRec, build_missrec
-from missrec_t4r.model.sampled import SampledSoftmax
 from missrec_t4r.schema import FIRST_ITEM_ROW
-from missrec_t4r.training.optimiser import Optimiser
+from missrec_t4r.training.loss.sampled import SampledSoftmax
+from missrec_t4r.training.optim import Optimiser
 from missrec_t4r.training.step import choose_softmax, training_loss
 
 MODALITIES = ("text", "image")
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace, softmax: str, folder: Path) -> dict[str
     train = TrainConfig(softmax=softmax, negatives=options.negatives, chunk_size=options.chunk_size)  # type: ignore[arg-type]
     batch, n_rows = _batch(options), options.items + FIRST_ITEM_ROW
     chosen = choose_softmax(train, n_rows, options.sessions * options.length, torch.ones(n_rows), torch.device("cpu"))
-    table = model.towers.id_embedding
+    table = model.item_encoder.id_embedding
     assert table is not None
     by_rows = frozenset({table.weight}) if isinstance(chosen, SampledSoftmax) else frozenset()
     optimiser = Optimiser(model, train, by_rows, torch.device("cpu"))

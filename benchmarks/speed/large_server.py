@@ -25,12 +25,12 @@ import numpy as np
 import torch
 
 from benchmarks.measure import report
-from missrec_t4r.export.bundle import load_bundle
-from missrec_t4r.export.repository import write_repository
-from missrec_t4r.model.retrieval import scan_bounds, search
-from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.local_triton import LocalTriton
-from missrec_t4r.serving.ranker import Ranker
+from missrec_t4r.bundle.bundle import load_bundle
+from missrec_t4r.retrieval.ranker import Ranker
+from missrec_t4r.retrieval.topk import scan_bounds, search
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.triton.local_server import LocalTriton
+from missrec_t4r.serving.triton.repository import write_repository
 
 K = 50
 _SESSIONS, _LENGTH, _COMPARED = 200, 10, 10
@@ -89,7 +89,7 @@ def run(bundle: Path, *, instances: int, threads: int, clients: int) -> dict[str
 
 def load_ids(bundle: Path) -> list[Any]:
     """Return the raw ids of a bundle's items."""
-    from missrec_t4r.export.vocabulary import load_items, vocabulary_of
+    from missrec_t4r.bundle.item_table import load_items, vocabulary_of
 
     ids: list[Any] = vocabulary_of(load_items(bundle)).to_pylist()
     return ids

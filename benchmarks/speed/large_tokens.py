@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from missrec_t4r.model.fusion import CandidateFusion
-from missrec_t4r.model.score_table import ScoreTable, build_score_table
-from missrec_t4r.model.towers import CandidateTokens
+from missrec_t4r.model.item_encoder import CandidateEmbeddings
+from missrec_t4r.retrieval.packed_scores import PackedItems, pack_items
 
 MOVED = 0.5
 """Share of another items' difference that is added."""
@@ -22,12 +22,12 @@ NOISE = 0.02
 _CHUNK = 1 << 16
 
 
-def enlarged(real: CandidateTokens, n_rows: int, seed: int = 0) -> CandidateTokens:
+def enlarged(real: CandidateEmbeddings, n_rows: int, seed: int = 0) -> CandidateEmbeddings:
     """Return a catalogue of ``n_rows`` made from the real one's items that have every modality.
 
     Parameters
     ----------
-    real : CandidateTokens
+    real : CandidateEmbeddings
         Unit-length tokens of a trained model.
     n_rows : int
     seed : int
@@ -43,10 +43,10 @@ def enlarged(real: CandidateTokens, n_rows: int, seed: int = 0) -> CandidateToke
             noise = torch.randn(size, dim, generator=draw) * (NOISE / dim**0.5)
             moved = source[one] + MOVED * (source[plus] - source[minus]) + noise
             tokens[modality, start : start + size] = F.normalize(moved, dim=-1)
-    return CandidateTokens(tokens, torch.ones(len(tokens), n_rows, dtype=torch.bool), None, None)
+    return CandidateEmbeddings(tokens, torch.ones(len(tokens), n_rows, dtype=torch.bool), None, None)
 
 
-def isotropic(n_modalities: int, n_rows: int, dim: int, seed: int = 0) -> CandidateTokens:
+def isotropic(n_modalities: int, n_rows: int, dim: int, seed: int = 0) -> CandidateEmbeddings:
     """Return tokens in random directions."""
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.empty(n_modalities, n_rows, dim)
@@ -55,19 +55,19 @@ def isotropic(n_modalities: int, n_rows: int, dim: int, seed: int = 0) -> Candid
             part[start : start + _CHUNK] = F.normalize(
                 torch.randn(len(part[start : start + _CHUNK]), dim, generator=draw)
             )
-    return CandidateTokens(tokens, torch.ones(n_modalities, n_rows, dtype=torch.bool), None, None)
+    return CandidateEmbeddings(tokens, torch.ones(n_modalities, n_rows, dtype=torch.bool), None, None)
 
 
-def table_of(candidates: CandidateTokens, phi: float) -> ScoreTable:
+def table_of(candidates: CandidateEmbeddings, phi: float) -> PackedItems:
     """Return the score table under dynamic fusion with this phi."""
     fusion = CandidateFusion("dynamic_shared", candidates.mask.shape[1])
     with torch.no_grad():
         assert fusion.phi is not None
         fusion.phi.fill_(phi)
-        return build_score_table(fusion, candidates)
+        return pack_items(fusion, candidates)
 
 
-def sessions_near(candidates: CandidateTokens, n: int, seed: int = 1) -> Tensor:
+def sessions_near(candidates: CandidateEmbeddings, n: int, seed: int = 1) -> Tensor:
     """Return session vectors [n, dim]: between the tokens of a few items that resemble one another, as sessions are."""
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randint(candidates.mask.shape[1], (n,), generator=draw)

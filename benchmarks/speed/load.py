@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
-from missrec_t4r.serving.doors import channel_arguments
+from missrec_t4r.serving.client.transports import channel_arguments
 
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 _WARM = 32

@@ -29,11 +29,11 @@ from benchmarks.measure import report
 from benchmarks.speed.large_server import run as serve_large
 from benchmarks.speed.load import answers_per_second, message
 from benchmarks.speed.serving_shop import bundle_of
-from missrec_t4r.export.manifest import ITEMS_FILE
-from missrec_t4r.export.repository import write_repository
-from missrec_t4r.export.vocabulary import load_session_transform
-from missrec_t4r.serving.doors import open_door
-from missrec_t4r.serving.local_triton import LocalTriton
+from missrec_t4r.bundle.item_table import load_session_transform
+from missrec_t4r.bundle.manifest import ITEMS_FILE
+from missrec_t4r.serving.client.transports import open_transport
+from missrec_t4r.serving.triton.local_server import LocalTriton
+from missrec_t4r.serving.triton.repository import write_repository
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -59,7 +59,7 @@ class TritonPythonModel:
 @contextlib.contextmanager
 def asked(url: str, model: str, outputs: Sequence[str]) -> Iterator[Callable[[Arrays], Any]]:
     """Give a function that sends one request."""
-    door = open_door(url, "grpc", 60.0)
+    door = open_transport(url, "grpc", 60.0)
     try:
         yield lambda arrays: door.infer(model, arrays, outputs)
     finally:

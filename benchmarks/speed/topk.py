@@ -26,12 +26,12 @@ from torch import Tensor
 from benchmarks.measure import peak_mib, reset_peak
 from benchmarks.speed.large_tokens import enlarged, isotropic, sessions_near
 from benchmarks.speed.serving_shop import bundle_of
-from missrec_t4r.export.bundle import load_bundle
+from missrec_t4r.bundle.bundle import load_bundle
 from missrec_t4r.model.fusion import CandidateFusion
-from missrec_t4r.model.retrieval import Query, scan_bounds, search
-from missrec_t4r.model.score_table import ScoreTable, build_score_table
-from missrec_t4r.model.search_tables import SearchTables, write_tables
-from missrec_t4r.model.towers import CandidateTokens
+from missrec_t4r.model.item_encoder import CandidateEmbeddings
+from missrec_t4r.retrieval.index_file import RetrievalIndex, write_tables
+from missrec_t4r.retrieval.packed_scores import PackedItems, pack_items
+from missrec_t4r.retrieval.topk import Query, scan_bounds, search
 
 K = 50
 PHI = 2.0
@@ -46,7 +46,7 @@ def measure(file: Path, sessions: Path, threads: int, scan: bool) -> dict[str, A
     vectors = torch.from_numpy(np.load(sessions))
     result: dict[str, Any] = {}
     with torch.inference_mode():
-        table, quantised = SearchTables.load(file)
+        table, quantised = RetrievalIndex.load(file)
         added, allowed = torch.zeros(1, table.n_rows), torch.ones(1, table.n_rows, dtype=torch.bool)
         queries = [Query(one[None], added, allowed) for one in vectors]
         times, scored, found = [], [], []
@@ -79,7 +79,7 @@ def _anonymous_mib() -> int:
     return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("Pss_Anon:"))
 
 
-def write(candidates: CandidateTokens, file: Path) -> None:
+def write(candidates: CandidateEmbeddings, file: Path) -> None:
     """Write the search tables of given tokens under dynamic fusion."""
     fusion = CandidateFusion("dynamic_shared", candidates.mask.shape[1])
     assert fusion.phi is not None
@@ -87,14 +87,14 @@ def write(candidates: CandidateTokens, file: Path) -> None:
         fusion.phi.fill_(PHI)
         hollow = candidates._replace(modality=candidates.modality[..., :0])
 
-        def part(rows: Tensor) -> ScoreTable:
+        def part(rows: Tensor) -> PackedItems:
             own = candidates._replace(modality=candidates.modality[:, rows], mask=candidates.mask[:, rows])
-            return build_score_table(fusion, own, rows)
+            return pack_items(fusion, own, rows)
 
-        write_tables(file, build_score_table(fusion, hollow), part)
+        write_tables(file, pack_items(fusion, hollow), part)
 
 
-def hnsw(candidates: CandidateTokens, vectors: Tensor, exact: Sequence[Tensor], threads: int) -> dict[str, Any]:
+def hnsw(candidates: CandidateEmbeddings, vectors: Tensor, exact: Sequence[Tensor], threads: int) -> dict[str, Any]:
     """Index the mean of the modalities with faiss' HNSW; its neighbours, scored by us, against the exact answer."""
     import faiss
 
@@ -145,7 +145,7 @@ def run(
         built = round(time.perf_counter() - started, 1)
         exact = []
         if with_hnsw:
-            table, quantised = SearchTables.load(work / "tables.safetensors")
+            table, quantised = RetrievalIndex.load(work / "tables.safetensors")
             added, allowed = torch.zeros(1, rows), torch.ones(1, rows, dtype=torch.bool)
             with torch.inference_mode():
                 for one in vectors:

@@ -13,8 +13,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from missrec_t4r.aside import is_forbidden, is_full
 from missrec_t4r.errors import ConfigError, DataError, GateError, MISSRecError
+from missrec_t4r.io.atomic import is_disk_full, is_permission_denied
 
 app = typer.Typer(
     help="Multi-modal sequential recommendation for NVIDIA Merlin: ETL, training, evaluation, Triton.",
@@ -62,7 +62,7 @@ def _register(group: typer.Typer, function: F) -> F:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            result = _with_disk_in_words(function, *args, **kwargs)
+            result = _translate_disk_errors(function, *args, **kwargs)
         except MISSRecError as error:
             Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False)
             if isinstance(error, GateError) and error.result:
@@ -75,17 +75,17 @@ def _register(group: typer.Typer, function: F) -> F:
     return function
 
 
-def _with_disk_in_words(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _translate_disk_errors(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Say in words what every command may meet: a full disk, and places that are another user's."""
     try:
         return _with_extras_named(function, *args, **kwargs)
     except MISSRecError:
         raise
     except Exception as error:
-        if is_full(error):
+        if is_disk_full(error):
             cure = "free some space or choose another disk, then run the same command again"
             raise DataError(f"the disk ran full ({error})", "room for the whole output", cure) from error
-        if is_forbidden(error):
+        if is_permission_denied(error):
             raise DataError(f"this user may not do that ({error})", "files that this user may use") from error
         raise
 

@@ -10,7 +10,7 @@ import typer
 from missrec_t4r import commands
 from missrec_t4r.cli.app import command, listed
 from missrec_t4r.progress import TerminalProgress
-from missrec_t4r.serving.wire import json_option
+from missrec_t4r.serving.client.protocol import json_option
 
 Bundle = Annotated[Path | None, typer.Option(help="Bundle written by `missrec export`.")]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="Run folder, in place of a bundle.")]

@@ -71,7 +71,7 @@ def train(
         source=from_,
         freeze=freeze,
         take=take,
-        yesterday=continue_,
+        earlier_run=continue_,
         resume=not restart,
         device=device,
         reuse=True,

@@ -11,7 +11,7 @@ from rich.console import Console
 from missrec_t4r import commands
 from missrec_t4r.cli.app import DryRun, Out, Run, command, listed
 from missrec_t4r.progress import TerminalProgress
-from missrec_t4r.serving.wire import json_option
+from missrec_t4r.serving.client.protocol import json_option
 
 
 @command

@@ -12,9 +12,9 @@ from missrec_t4r.progress import Progress, quiet
 def score(
     sessions: Path, out: Path, *, bundle: Path | None = None, run: Path | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Write recommendations for a file of sessions; options as in `missrec_t4r.serving.offline.score`."""
-    from missrec_t4r.export.transient import bundle_or_run
-    from missrec_t4r.serving.offline import score as write
+    """Write recommendations for a file of sessions; options as in `missrec_t4r.serving.batch.score.score`."""
+    from missrec_t4r.bundle.from_run import bundle_or_run
+    from missrec_t4r.serving.batch.score import score as write
 
     with bundle_or_run(bundle, run, progress=options.get("progress", quiet)) as folder:
         return write(folder, sessions, out, **options)
@@ -23,9 +23,9 @@ def score(
 def similar(
     items: Sequence[str | int] | None = None, *, bundle: Path | None = None, run: Path | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Return or write items similar to items; options as in `missrec_t4r.serving.similar.similar`."""
-    from missrec_t4r.export.transient import bundle_or_run
-    from missrec_t4r.serving.similar import similar as find
+    """Return or write items similar to items; options as in `missrec_t4r.serving.batch.similar.similar`."""
+    from missrec_t4r.bundle.from_run import bundle_or_run
+    from missrec_t4r.serving.batch.similar import similar as find
 
     with bundle_or_run(bundle, run, progress=options.get("progress", quiet)) as folder:
         return find(folder, items, **options)
@@ -34,9 +34,9 @@ def similar(
 def vectors(
     out: Path, *, bundle: Path | None = None, run: Path | None = None, progress: Progress = quiet, **options: Any
 ) -> dict[str, Any]:
-    """Write item and session vectors; options as in `missrec_t4r.serving.vectors.vectors`."""
-    from missrec_t4r.export.transient import bundle_or_run
-    from missrec_t4r.serving.vectors import vectors as write
+    """Write item and session vectors; options as in `missrec_t4r.serving.batch.export_vectors.vectors`."""
+    from missrec_t4r.bundle.from_run import bundle_or_run
+    from missrec_t4r.serving.batch.export_vectors import vectors as write
 
     with bundle_or_run(bundle, run, progress=progress) as folder:
         return write(folder, out, progress=progress, **options)

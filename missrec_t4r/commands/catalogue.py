@@ -15,8 +15,8 @@ from missrec_t4r.progress import Progress, quiet
 
 
 def adopt(workflow: Path, out: Path, *, progress: Progress = quiet, **options: Any) -> dict[str, Any]:
-    """Build a data folder on another workflow's rows; options as in `missrec_t4r.workflows.adopt.adopt`."""
-    from missrec_t4r.workflows.adopt import adopt as build
+    """Build a data folder on another workflow's rows; options as in `missrec_t4r.etl.nvt.adopt.adopt`."""
+    from missrec_t4r.etl.nvt.adopt import adopt as build
 
     return build(workflow, out, progress=progress, **options)
 
@@ -36,7 +36,7 @@ def catalogue_update(
     Parameters
     ----------
     items : path
-        Parquet; see `missrec_t4r.export.update.update_catalogue`.
+        Parquet; see `missrec_t4r.bundle.update_catalogue.update_catalogue`.
     bundle : path, optional
         Replaced by the new version; the version before is kept beside it.
     repository : path, optional
@@ -55,14 +55,14 @@ def catalogue_update(
     dict
         What changed, and under ``deployed`` what `missrec deploy` says.
     """
-    from missrec_t4r.export.update import read_items, update_catalogue
+    from missrec_t4r.bundle.update_catalogue import read_items, update_catalogue
 
     if bundle is None and repository is None:
         raise ConfigError("neither --bundle nor --repository", "one of them, or both")
     table = read_items(items)
     vectors: dict[str, Any] = dict(modality or {})
     if data is not None:
-        from missrec_t4r.workflows.features import encode_items
+        from missrec_t4r.etl.features.pipeline import encode_items
 
         for name, encoded in encode_items(data, table, progress=progress).items():
             vectors.setdefault(name, np.where(encoded.present[:, None], encoded.vectors, np.float32("nan")))
@@ -70,7 +70,7 @@ def catalogue_update(
         changed = bundle or _served_bundle(Path(folder), repository)
         result = update_catalogue(changed, table, modalities=vectors, dry_run=dry_run, progress=progress)
         if repository is not None:
-            from missrec_t4r.serving.deploy import deploy
+            from missrec_t4r.serving.deploy.blue_green import deploy
 
             result["deployed"] = deploy(repository, bundle=changed, dry_run=dry_run, progress=progress)
     return result if bundle else result | {"bundle": None}
@@ -78,13 +78,13 @@ def catalogue_update(
 
 def catalogue_rollback(*, bundle: Path | None = None, repository: Path | None = None) -> dict[str, Any]:
     """Go back to the catalogue before the last update, in a bundle, in what a deployment folder serves, or in both."""
-    from missrec_t4r.export.update import rollback_catalogue
+    from missrec_t4r.bundle.update_catalogue import rollback_catalogue
 
     if bundle is None and repository is None:
         raise ConfigError("neither --bundle nor --repository", "one of them, or both")
     result = rollback_catalogue(bundle) if bundle else {}
     if repository is not None:
-        from missrec_t4r.serving.deploy import rollback
+        from missrec_t4r.serving.deploy.blue_green import rollback
 
         result["deployed"] = rollback(repository)
     return result
@@ -92,7 +92,7 @@ def catalogue_rollback(*, bundle: Path | None = None, repository: Path | None = 
 
 def _served_bundle(folder: Path, repository: Path | None) -> Path:
     """Return a copy of the bundle that answers."""
-    from missrec_t4r.serving.control import bundle_of, current_version
+    from missrec_t4r.serving.deploy.model_control import bundle_of, current_version
 
     assert repository is not None
     version = current_version(repository)

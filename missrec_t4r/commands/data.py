@@ -14,8 +14,8 @@ from missrec_t4r.progress import Progress, quiet
 def generate(
     out: Path, *, seed: int = 7, users: int = 3000, items: int = 1200, progress: Progress = quiet
 ) -> dict[str, Any]:
-    """Generate a shop; see `missrec_t4r.workflows.sources.generator`."""
-    from missrec_t4r.workflows.sources.generator import generate_shop
+    """Generate a shop; see `missrec_t4r.etl.sources.synthetic.shop`."""
+    from missrec_t4r.etl.sources.synthetic.shop import generate_shop
 
     return generate_shop(out, seed=seed, users=users, items=items, progress=progress)
 
@@ -35,26 +35,26 @@ def etl(
 ) -> dict[str, Any]:
     """Build a data folder, add to one (``update``, ``delta``), or write its splits anew (``compact``).
 
-    Every option is documented in `missrec_t4r.workflows.etl.etl`, `missrec_t4r.workflows.update.update` and
-    `missrec_t4r.workflows.compaction.compact`.
+    Every option is documented in `missrec_t4r.etl.pipeline.etl`, `missrec_t4r.etl.engine.append.update` and
+    `missrec_t4r.etl.engine.compact.compact`.
 
     Raises
     ------
     ConfigError
         There is no item table or no event, or an update is given settings, which are those of the first run.
     """
-    from missrec_t4r.workflows.etl import etl as build
+    from missrec_t4r.etl.pipeline import etl as build
 
     if update or compact:
         machine = _of_this_machine({"split": split, **options}, "--update" if update else "--compact")
         if update and not compact:
-            from missrec_t4r.workflows.update import update as add
+            from missrec_t4r.etl.engine.append import update as add
 
             return add(interactions, out, items=items, modality=modality, delta=delta, progress=progress, **machine)
         if update or interactions or items or modality:
             found, cure = "--compact with new events or items", "run missrec etl --update first, then --compact"
             raise ConfigError(found, "a data folder alone", cure)
-        from missrec_t4r.workflows.compaction import compact as bring_together
+        from missrec_t4r.etl.engine.compact import compact as bring_together
 
         return bring_together(out, progress=progress, **machine)
     if delta:
@@ -66,7 +66,7 @@ def etl(
 
 def _of_this_machine(options: Mapping[str, Any], option: str) -> dict[str, Any]:
     """Return the options that an update takes; refuse those that are the first run's to choose."""
-    from missrec_t4r.workflows.etl import etl as build
+    from missrec_t4r.etl.pipeline import etl as build
 
     known, allowed = inspect.signature(build).parameters, ("dask_scheduler", "workers", "dry_run")
     if changed := [
@@ -85,14 +85,14 @@ def _plain(value: Any) -> Any:
 def features(
     data: Path, *, text_columns: Sequence[str] = (), progress: Progress = quiet, **options: Any
 ) -> dict[str, Any]:
-    """Add modality vectors to a catalogue; every option is documented in `missrec_t4r.workflows.features.features`."""
-    from missrec_t4r.workflows.features import features as extract
+    """Add modality vectors to a catalogue; options as in `missrec_t4r.etl.features.pipeline.features`."""
+    from missrec_t4r.etl.features.pipeline import features as extract
 
     return extract(data, text_columns=list(text_columns), progress=progress, **options)
 
 
 def report(data: Path, out: Path, *, progress: Progress = quiet, **options: Any) -> dict[str, Any]:
-    """Write a data report and judge it by a gate; options as in `missrec_t4r.workflows.report.report`."""
-    from missrec_t4r.workflows.report import report as write
+    """Write a data report and judge it by a gate; options as in `missrec_t4r.etl.quality.report.report`."""
+    from missrec_t4r.etl.quality.report import report as write
 
     return write(data, out, progress=progress, **options)

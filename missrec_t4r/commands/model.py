@@ -24,7 +24,7 @@ def train(
     source: Path | None = None,
     freeze: str | None = None,
     take: str = "all",
-    yesterday: Path | None = None,
+    earlier_run: Path | None = None,
     resume: bool = True,
     device: str = "auto",
     reuse: bool = False,
@@ -33,10 +33,10 @@ def train(
 ) -> dict[str, Any]:
     """Train with our loop (``native``) or with Transformers4Rec's Trainer (``t4r``).
 
-    ``source`` starts from a pre-trained run (`missrec_t4r.training.transfer`), ``yesterday`` from a run on an earlier
-    catalogue of the same shop (`missrec_t4r.training.continuing`). ``recipe`` is ``default`` or, with ``yesterday``,
-    that run's. ``reuse`` returns the finished run in ``out`` if it was made of the same data, settings and code
-    (`missrec_t4r.training.finished`), with ``"found": True``. ``dry_run`` checks everything and writes nothing.
+    ``source`` starts from a pre-trained run (`missrec_t4r.training.warm_start.transfer`), ``earlier_run`` from a run
+    on an earlier catalogue of the same shop (`missrec_t4r.training.warm_start.nightly`). ``recipe`` is ``default`` or,
+    with ``earlier_run``, that run's. ``reuse`` returns the finished run in ``out`` if it was made of the same data, settings and code
+    (`missrec_t4r.runs.run_cache`), with ``"found": True``. ``dry_run`` checks everything and writes nothing.
 
     Raises
     ------
@@ -45,17 +45,17 @@ def train(
     """
     if trainer not in ("native", "t4r"):
         raise ConfigError(f"--trainer {trainer!r}", "native or t4r")
-    if source and yesterday:
+    if source and earlier_run:
         raise ConfigError("both --from and --continue", "one run to start from")
-    if (source or yesterday) and trainer == "t4r":
+    if (source or earlier_run) and trainer == "t4r":
         raise ConfigError("--from or --continue with --trainer t4r", "the native trainer", "leave --trainer out")
-    if not source and (take != "all" or (freeze and not yesterday)):
+    if not source and (take != "all" or (freeze and not earlier_run)):
         raise ConfigError("--freeze or --take without a run to start from", "--from RUN")
     start: dict[str, Any] = {"recipe": recipe, "settings": settings, "trainer": trainer, "freeze": freeze, "take": take}
-    made_from = _identity([data], {**start, "device": device}, source or yesterday) if reuse else None
+    made_from = _identity([data], {**start, "device": device}, source or earlier_run) if reuse else None
     if made_from and resume and (found := _found(out, made_from, dry_run, progress)):
         return found
-    run = _starting(data, out, source, yesterday, **start)
+    run = _starting(data, out, source, earlier_run, **start)
     answer = run(resume=resume, device=device, progress=progress, dry_run=dry_run)
     if made_from and not dry_run:
         _remember(out, made_from, answer)
@@ -66,7 +66,7 @@ def _starting(
     data: Path,
     out: Path,
     source: Path | None,
-    yesterday: Path | None,
+    earlier_run: Path | None,
     *,
     recipe: str | None,
     settings: Mapping[str, Any] | None,
@@ -76,17 +76,17 @@ def _starting(
 ) -> Callable[..., dict[str, Any]]:
     """Return the function that trains so; it lacks ``resume``, ``device``, ``progress`` and ``dry_run``."""
     if source:
-        from missrec_t4r.training.transfer import train_from
+        from missrec_t4r.training.warm_start.transfer import train_from
 
         words: dict[str, Any] = {"freeze": freeze, "take": take}  # which it checks
         return partial(train_from, data, out, source, recipe=recipe or "default", settings=settings, **words)
-    if yesterday:
-        from missrec_t4r.training.continuing import train_on
+    if earlier_run:
+        from missrec_t4r.training.warm_start.nightly import continue_training
 
         kept: Any = freeze or "none"  # it checks the word
-        return partial(train_on, data, out, yesterday, freeze=kept, recipe=recipe, settings=settings)
+        return partial(continue_training, data, out, earlier_run, freeze=kept, recipe=recipe, settings=settings)
     if trainer == "native":
-        from missrec_t4r.training.finetune import train as native
+        from missrec_t4r.training.fit import train as native
 
         return partial(native, data, out, recipe=recipe or "default", settings=settings)
     from missrec_t4r.config import Recipe
@@ -96,7 +96,7 @@ def _starting(
 
 
 def _identity(data: Sequence[Path], settings: Mapping[str, Any], source: Path | None) -> str:
-    from missrec_t4r.training.finished import identity
+    from missrec_t4r.runs.run_cache import identity
 
     recipe = settings.get("recipe")
     written = Path(recipe).read_text(encoding="utf-8") if recipe and Path(recipe).is_file() else None
@@ -104,7 +104,7 @@ def _identity(data: Sequence[Path], settings: Mapping[str, Any], source: Path | 
 
 
 def _found(out: Path, made_from: str, dry_run: bool, progress: Progress) -> dict[str, Any] | None:
-    from missrec_t4r.training.finished import recall
+    from missrec_t4r.runs.run_cache import recall
 
     answer = recall(Path(out), made_from)
     if answer is None:
@@ -114,8 +114,8 @@ def _found(out: Path, made_from: str, dry_run: bool, progress: Progress) -> dict
 
 
 def _remember(out: Path, made_from: str, answer: Mapping[str, Any]) -> None:
+    from missrec_t4r.runs.run_cache import remember
     from missrec_t4r.training import distributed
-    from missrec_t4r.training.finished import remember
 
     if distributed.launched().rank == 0:
         remember(Path(out), made_from, answer)
@@ -134,7 +134,7 @@ def pretrain(
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Pre-train on several data folders; see `missrec_t4r.training.pretrain`. ``reuse`` as in `train`."""
-    from missrec_t4r.data.domains import named_folders
+    from missrec_t4r.data.union import named_folders
     from missrec_t4r.training.pretrain import pretrain as run
 
     start: dict[str, Any] = {"recipe": recipe, "settings": settings}
@@ -158,8 +158,8 @@ def evaluate(
     dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Rank the whole catalogue; see `missrec_t4r.evaluation.evaluate`."""
-    from missrec_t4r.evaluation.evaluate import evaluate as rank
+    """Rank the whole catalogue; see `missrec_t4r.runs.evaluate`."""
+    from missrec_t4r.runs.evaluate import evaluate as rank
 
     return rank(run, split=split, data=data, baselines=baselines, out=out, progress=progress, dry_run=dry_run)
 

@@ -19,21 +19,21 @@ def export(
 
 
 def serve(repository: Path, **options: Any) -> dict[str, Any]:
-    """Serve until interrupted; options as in `missrec_t4r.serving.local_triton.serve`."""
-    from missrec_t4r.serving.local_triton import serve as run
+    """Serve until interrupted; options as in `missrec_t4r.serving.triton.local_server.serve`."""
+    from missrec_t4r.serving.triton.local_server import serve as run
 
     return run(repository, **options)
 
 
 def recommend(url: str, items: Sequence[str | int], top_k: int = 10, **options: Any) -> dict[str, Any]:
-    """Ask a running server; options as in `missrec_t4r.serving.client.recommend`."""
-    from missrec_t4r.serving.client import recommend as ask
+    """Ask a running server; options as in `missrec_t4r.serving.client.client.recommend`."""
+    from missrec_t4r.serving.client.client import recommend as ask
 
     return ask(url, items, top_k, **options)
 
 
 def demo(data: Path | None, out: Path, **options: Any) -> dict[str, Any]:
-    """Run the whole job; options as in `missrec_t4r.demo.demo`."""
-    from missrec_t4r.demo import demo as run
+    """Run the whole job; options as in `missrec_t4r.cli.demo.demo`."""
+    from missrec_t4r.cli.demo import demo as run
 
     return run(data, out, **options)

@@ -22,8 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
-from missrec_t4r.aside import replacing, unchanged_while_read
 from missrec_t4r.errors import DataError, ModalityError
+from missrec_t4r.io.atomic import read_consistently, replace_dir
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, NULL_ROW, ROW, TRAIN_COUNT, UNKNOWN_ROW
 
 FORMAT_VERSION = 1
@@ -169,7 +169,7 @@ class Catalogue:
         ModalityError
             A modality file's shape does not fit the items, or it holds NaN.
         """
-        return unchanged_while_read(Path(folder), cls._read)
+        return read_consistently(Path(folder), cls._read)
 
     @classmethod
     def _read(cls, folder: Path) -> Catalogue:
@@ -192,7 +192,7 @@ class Catalogue:
 
     def save(self, folder: str | Path) -> None:
         """Write the folder aside, then put it in place in one step; an older catalogue is replaced whole."""
-        with replacing(Path(folder)) as aside:
+        with replace_dir(Path(folder)) as aside:
             self._write(aside)
 
     def write_items(self, folder: Path) -> None:

@@ -13,17 +13,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from missrec_t4r.data.side import load_sessions
-from missrec_t4r.errors import ConfigError
-from missrec_t4r.export.bundle import fill_bundle, load_bundle
-from missrec_t4r.export.manifest import MANIFEST_FILE
+from missrec_t4r.bundle.bundle import fill_bundle, load_bundle
+from missrec_t4r.bundle.manifest import MANIFEST_FILE
+from missrec_t4r.data.event_features import load_sessions
+from missrec_t4r.errors import BundleError, ConfigError
 from missrec_t4r.export.parity import check_rows, compare_offline, raw_ids, sample_histories
-from missrec_t4r.export.repository import LANDMARK, fill_repository
-from missrec_t4r.export.staging import refuse_foreign, staged
 from missrec_t4r.export.workflow_parity import check_workflow
+from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
 from missrec_t4r.progress import Progress, quiet
-from missrec_t4r.serving.ranker import Ranker
-from missrec_t4r.training.checkpoint import LoadedRun, load_run
+from missrec_t4r.retrieval.ranker import Ranker
+from missrec_t4r.runs.run_folder import LoadedRun, load_run
+from missrec_t4r.serving.triton.repository import MARKER, fill_repository
 
 
 def export(
@@ -73,15 +73,17 @@ def export(
     if sessions < 1:
         raise ConfigError(f"--sessions {sessions}", "at least 1")
     loaded = load_run(run, data)
-    targets = [(bundle_folder, MANIFEST_FILE)] + ([(repository, LANDMARK)] if repository is not None else [])
-    for target, landmark in targets:
-        refuse_foreign(target, landmark)
+    targets = [(bundle_folder, MANIFEST_FILE)] + ([(repository, MARKER)] if repository is not None else [])
+    for target, marker in targets:
+        refuse_unmanaged(target, marker)
     would_replace = any(target.exists() for target, _ in targets)
     with ExitStack() as stack:
         if dry_run:
             elsewhere = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            targets = [(elsewhere / landmark, landmark) for _, landmark in targets]
-        aside, *others = [stack.enter_context(staged(target, landmark)) for target, landmark in targets]
+            targets = [(elsewhere / marker, marker) for _, marker in targets]
+        aside, *others = [
+            stack.enter_context(atomic_write_dir(target, marker, "bundle", BundleError)) for target, marker in targets
+        ]
         progress.say(f"writing the bundle of {run}")
         manifest = fill_bundle(
             aside, model=loaded.model, catalogue=loaded.catalogue, data=loaded.data, progress=progress
@@ -105,8 +107,8 @@ def export(
 def _gate(folder: Path, loaded: LoadedRun, sessions: int, progress: Progress) -> dict[str, Any]:
     progress.say("comparing the bundle with the run")
     bundle = load_bundle(folder)
-    side = () if loaded.model.side is None else loaded.model.side.columns
-    histories = sample_histories(load_sessions(loaded.data, "test", side), sessions)
+    event_features = () if loaded.model.event_features is None else loaded.model.event_features.columns
+    histories = sample_histories(load_sessions(loaded.data, "test", event_features), sessions)
     requests = raw_ids(loaded.catalogue, histories)
     check_rows(bundle.transform, histories, requests)
     workflow = check_workflow(loaded.data, bundle.catalogue, requests)

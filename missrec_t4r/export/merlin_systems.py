@@ -18,10 +18,10 @@ from merlin.systems.dag import Ensemble
 from merlin.systems.dag.ops.workflow import TransformWorkflow
 from merlin.table import TensorTable
 
+from missrec_t4r.bundle.bundle import load_bundle
+from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.errors import BundleError, ConfigError
-from missrec_t4r.export.bundle import load_bundle
-from missrec_t4r.export.manifest import MANIFEST_FILE, verify_bundle
-from missrec_t4r.export.staging import staged
+from missrec_t4r.io.atomic import atomic_write_dir
 from missrec_t4r.schema import ITEM_ID, PADDING_ROW
 
 EXECUTOR = "executor_model"
@@ -61,7 +61,7 @@ class PredictMISSRec(BaseOperator):  # type: ignore[misc]  # Merlin ships no typ
         """Verify and load the bundle; the graph's constructor asks once with an empty path."""
         if not artifact_path:
             return
-        from missrec_t4r.serving.ranker import Ranker
+        from missrec_t4r.retrieval.ranker import Ranker
 
         loaded = load_bundle(Path(artifact_path) / _ARTEFACT)
         self.ranker, self.transform_ids = Ranker(loaded.model, loaded.catalogue, tables=loaded.tables), loaded.transform
@@ -125,7 +125,7 @@ def export_merlin(bundle: str | Path, workflow: Any, out: str | Path, *, top_k: 
         )
     if top_k < 1 or top_k > transform.n_items:
         raise BundleError(f"top_k {top_k} of a catalogue of {transform.n_items} items", "1 to that many")
-    with staged(Path(out), f"{EXECUTOR}/config.pbtxt") as folder:
+    with atomic_write_dir(Path(out), f"{EXECUTOR}/config.pbtxt", "Merlin ensemble", BundleError) as folder:
         graph = [ITEM_ID] >> TransformWorkflow(workflow) >> PredictMISSRec(bundle, top_k)
         Ensemble(graph, workflow.input_schema).export(str(folder))
     return {"repository": str(out), "model": EXECUTOR, "top_k": top_k}

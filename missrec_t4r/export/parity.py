@@ -16,16 +16,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from missrec_t4r.bundle.id_encoder import RawId, SessionTransform
 from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.event_features import compact_event_features
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.data.side import compact_side
 from missrec_t4r.errors import ParityError
 from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.retrieval.ranker import Ranker, compact
 from missrec_t4r.schema import FIRST_ITEM_ROW, NULL_ROW, PADDING_ROW, UNKNOWN_ROW
-from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.ranker import Ranker, compact
-from missrec_t4r.serving.session_transform import RawId, SessionTransform
-from missrec_t4r.serving.side import SideOfSession
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.event_features import SessionEventFeatures
 
 TOLERANCE = 1e-5
 """Largest accepted difference of a score; scores closer than this are a tie."""
@@ -84,10 +84,12 @@ def raw_ids(catalogue: Catalogue, histories: Sessions) -> list[list[RawId]]:
     return [[known.get(int(row), None if row == NULL_ROW else unknown) for row in session] for session in histories]
 
 
-def raw_side(model: MISSRec, histories: Sessions) -> list[SideOfSession]:
+def raw_event_features(model: MISSRec, histories: Sessions) -> list[SessionEventFeatures]:
     """Return the sessions' side features as a shop would send them; empty for a model without any."""
     columns = (
-        () if model.side is None else [column for column in model.side.columns if column.name in histories.features]
+        ()
+        if model.event_features is None
+        else [column for column in model.event_features.columns if column.name in histories.features]
     )
     bounds = zip(histories.offsets[:-1].tolist(), histories.offsets[1:].tolist(), strict=True)
     return [
@@ -128,8 +130,8 @@ def compare_offline(ranker: Ranker, model: MISSRec, histories: Sessions, top_k: 
     """
     indices = np.arange(len(histories))
     length = model.config.max_sequence_length
-    side = histories.padded_features(indices, length)
-    ranking = ranker.rank(histories.padded(indices, length), top_k=top_k, side=side)
+    event_features = histories.padded_features(indices, length)
+    ranking = ranker.rank(histories.padded(indices, length), top_k=top_k, event_features=event_features)
     answers = [
         (rows[:n], scores[:n]) for rows, scores, n in zip(ranking.rows, ranking.scores, ranking.n_items, strict=True)
     ]
@@ -153,12 +155,12 @@ def compare_served(
         Requests under way at the same time.
     """
 
-    def ask(session: list[RawId], side: SideOfSession) -> Answer:
-        answer = client.recommend([session], top_k, side=[side] if side else None)[0]
+    def ask(session: list[RawId], event_features: SessionEventFeatures) -> Answer:
+        answer = client.recommend([session], top_k, side=[event_features] if event_features else None)[0]
         return catalogue.rows_of(answer.item_ids), np.asarray(answer.scores, np.float32)
 
     with ThreadPoolExecutor(clients) as pool:
-        answers = list(pool.map(ask, raw_ids(catalogue, histories), raw_side(model, histories)))
+        answers = list(pool.map(ask, raw_ids(catalogue, histories), raw_event_features(model, histories)))
     return compare_answers(model, histories, answers, top_k)
 
 
@@ -200,8 +202,8 @@ def _reference(model: MISSRec, histories: Sessions) -> Iterator[npt.NDArray[np.f
         chosen = np.arange(start, min(start + _STEP, len(histories)))
         rows = histories.padded(chosen, length)
         session = torch.from_numpy(compact(rows, length))
-        side = compact_side(histories.padded_features(chosen, length), rows, length)
-        vectors = model(session, {name: torch.from_numpy(values) for name, values in side.items()})
+        event_features = compact_event_features(histories.padded_features(chosen, length), rows, length)
+        vectors = model(session, {name: torch.from_numpy(values) for name, values in event_features.items()})
         scores = model.score(vectors, candidates, session).double().numpy()
         empty = (session == PADDING_ROW).all(1).tolist()
         yield from (None if nothing else line for line, nothing in zip(scores, empty, strict=True))

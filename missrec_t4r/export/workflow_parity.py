@@ -1,6 +1,6 @@
 """Proof that requests are transformed at serving time as the fitted NVTabular workflow transforms them.
 
-NVTabular is needed for the proof only, and reached through `missrec_t4r.workflows`; without it the proof is skipped
+NVTabular is needed for the proof only, and reached through `missrec_t4r.etl`; without it the proof is skipped
 and the export says so.
 """
 
@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from missrec_t4r.bundle.id_encoder import RawId, SessionTransform
+from missrec_t4r.bundle.item_table import vocabulary_of
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ParityError
-from missrec_t4r.export.vocabulary import vocabulary_of
 from missrec_t4r.schema import SESSION_TRANSFORM_FILE
-from missrec_t4r.serving.session_transform import RawId, SessionTransform
 
 REQUEST_WORKFLOW = "request_workflow"
 
@@ -66,7 +66,7 @@ def check_workflow(data: Path, catalogue: Catalogue, sessions: Sequence[Sequence
 def _nvtabular_rows(folder: Path, sessions: Sequence[Sequence[RawId]]) -> list[list[int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Merlin's remarks on its own dependencies
-        from missrec_t4r.workflows.request import request_rows
+        from missrec_t4r.etl.nvt.serialization import request_rows
 
         return request_rows(folder, sessions)
 

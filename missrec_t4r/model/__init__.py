@@ -1,21 +1,21 @@
 """MISSRec in pure torch: item towers, interests, encoder, decoder, fusion, objectives."""
 
+from missrec_t4r.model.contextual_encoder import ContextualEncoder
 from missrec_t4r.model.decoder import InterestAwareDecoder
-from missrec_t4r.model.encoder import ContextualEncoder
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.interests import InterestTokens, InterestVocabulary
+from missrec_t4r.model.item_encoder import CandidateEmbeddings, ItemEmbeddings, ItemEncoder
 from missrec_t4r.model.missrec import MISSRec, build_missrec
-from missrec_t4r.model.towers import CandidateTokens, ItemTokens, ItemTowers
 
 __all__ = [
     "CandidateFusion",
-    "CandidateTokens",
+    "CandidateEmbeddings",
     "ContextualEncoder",
     "InterestAwareDecoder",
     "InterestTokens",
     "InterestVocabulary",
-    "ItemTokens",
-    "ItemTowers",
+    "ItemEmbeddings",
+    "ItemEncoder",
     "MISSRec",
     "build_missrec",
 ]

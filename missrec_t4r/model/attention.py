@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from missrec_t4r.model.dropout import Dropout, dropout
+from missrec_t4r.model.ops.dropout import Dropout, dropout
 
 
 class MultiHeadAttention(nn.Module):

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from missrec_t4r.config import Attention, ContextualReadout, SequenceFusion
 from missrec_t4r.model.attention import DecoderLayer
-from missrec_t4r.model.dropout import Dropout
 from missrec_t4r.model.interests import InterestTokens
-from missrec_t4r.model.towers import ItemTokens
+from missrec_t4r.model.item_encoder import ItemEmbeddings
+from missrec_t4r.model.ops.dropout import Dropout
 
 
 class InterestAwareDecoder(nn.Module):
@@ -53,19 +53,19 @@ class InterestAwareDecoder(nn.Module):
 
     def forward(
         self,
-        items: ItemTokens,
+        items: ItemEmbeddings,
         item_mask: Tensor,
         memory: Tensor,
         interests: InterestTokens,
         *,
         last_only: bool = False,
-        side: Tensor | None = None,
+        event_features: Tensor | None = None,
     ) -> Tensor:
         """Return one vector per position, or only the one that represents the session.
 
         Parameters
         ----------
-        items : ItemTokens of shape [batch, seq]
+        items : ItemEmbeddings of shape [batch, seq]
             Tokens of the session's items.
         item_mask : Tensor [batch, seq], bool
             True for real items, which stand at the left.
@@ -75,7 +75,7 @@ class InterestAwareDecoder(nn.Module):
             Mask and positions of the memory.
         last_only : bool
             Compute the last layer for the last real item alone: the same result with a fraction of the work.
-        side : Tensor [batch, seq, dim], optional
+        event_features : Tensor [batch, seq, dim], optional
             Embedded side features, added to every token of the item.
 
         Returns
@@ -83,7 +83,7 @@ class InterestAwareDecoder(nn.Module):
         Tensor [batch, seq, dim], or [batch, 1, dim] with ``last_only``
             Not normalised.
         """
-        x, key_mask, time = self._embed(items, item_mask, side)
+        x, key_mask, time = self._embed(items, item_mask, event_features)
         mask = key_mask.unsqueeze(1)
         memory_mask = interests.mask.unsqueeze(1)
         if self.attention == "causal":
@@ -104,14 +104,16 @@ class InterestAwareDecoder(nn.Module):
             return hidden[:, : hidden.shape[1] // len(items.modality)]
         return _mean_over_modalities(hidden, weights, len(items.modality))
 
-    def _embed(self, items: ItemTokens, item_mask: Tensor, side: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _embed(
+        self, items: ItemEmbeddings, item_mask: Tensor, event_features: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens [batch, token, dim], their mask [batch, token] and their positions [token]."""
         steps = torch.arange(item_mask.shape[1], device=item_mask.device)
         common = self.positions(steps)
         if items.ids is not None and items.id_mask is not None:
             common = common + items.ids * items.id_mask.unsqueeze(-1)
-        if side is not None:
-            common = common + side
+        if event_features is not None:
+            common = common + event_features
         if self.sequence_fusion == "add":
             tokens = (items.modality * items.mask.unsqueeze(-1)).sum(0) + common
             return self.dropout(self.norm_input(tokens)), item_mask, steps
@@ -126,7 +128,7 @@ class InterestAwareDecoder(nn.Module):
         return last + torch.arange(0, n_tokens, item_mask.shape[1], device=item_mask.device)
 
 
-def _with_id_only(items: ItemTokens) -> Tensor:
+def _with_id_only(items: ItemEmbeddings) -> Tensor:
     """Return the keys [modality, batch, seq]; an item with an ID and no modality keeps one place for it."""
     if items.id_mask is None:
         return items.attended

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from missrec_t4r.config import CandidateFusionName
-from missrec_t4r.model.towers import CandidateTokens
+from missrec_t4r.model.item_encoder import CandidateEmbeddings
 
 _FEW = 0.75
 """Share of the catalogue with two modalities below which only those items are corrected."""
@@ -40,14 +40,14 @@ class CandidateFusion(nn.Module):
         if name != "static":
             self.phi = nn.Parameter(torch.zeros(1 if name == "dynamic_shared" else n_rows))
 
-    def forward(self, session: Tensor, candidates: CandidateTokens) -> Tensor:
+    def forward(self, session: Tensor, candidates: CandidateEmbeddings) -> Tensor:
         """Return one score per session and candidate, before the temperature.
 
         Parameters
         ----------
         session : Tensor [batch, dim]
             Unit-length session vectors.
-        candidates : CandidateTokens
+        candidates : CandidateEmbeddings
             Unit-length tokens of the catalogue.
 
         Returns
@@ -64,7 +64,7 @@ class CandidateFusion(nn.Module):
         several = torch.nonzero(counts > 1).flatten()
         return scores.index_add_(1, several, self._correction(session, candidates, several)) if len(several) else scores
 
-    def static_table(self, candidates: CandidateTokens) -> Tensor:
+    def static_table(self, candidates: CandidateEmbeddings) -> Tensor:
         """Return one row per candidate [catalogue, dim] whose inner product with the session is the static score."""
         dtype, counts = candidates.modality.dtype, candidates.mask.sum(0)
         share = torch.ones_like(counts, dtype=dtype)
@@ -78,7 +78,7 @@ class CandidateFusion(nn.Module):
             table = torch.addcmul(table, tokens, (share * present).unsqueeze(-1))
         return table
 
-    def _add_pairs(self, scores: Tensor, session: Tensor, candidates: CandidateTokens, both: Tensor) -> Tensor:
+    def _add_pairs(self, scores: Tensor, session: Tensor, candidates: CandidateEmbeddings, both: Tensor) -> Tensor:
         """Add what the dynamic weights add to the mean of two votes a and b: ``(a - b) / 2 * tanh(phi (a - b) / 2)``.
 
         With two modalities the softmax is a logistic function of the difference of the votes, which is one product.
@@ -96,7 +96,7 @@ class CandidateFusion(nn.Module):
         correction = apart * torch.tanh(apart * (phi / 2)) * ((share[rows] if few else share) / 2)
         return scores.index_add_(1, rows, correction) if few else scores.add_(correction)
 
-    def _correction(self, session: Tensor, candidates: CandidateTokens, several: Tensor) -> Tensor:
+    def _correction(self, session: Tensor, candidates: CandidateEmbeddings, several: Tensor) -> Tensor:
         """Return what the dynamic weights add to the mean, [batch, item], for the items with several modalities.
 
         With one modality its weight is 1 and nothing is to be added, so shops with sparse pictures pay for few items.

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from missrec_t4r.config import InterestAlgorithm
 from missrec_t4r.model.clustering import density_peaks, kmeans
-from missrec_t4r.model.towers import ItemTokens
+from missrec_t4r.model.item_encoder import ItemEmbeddings
 from missrec_t4r.schema import PADDING_ROW
 
 
@@ -80,12 +80,12 @@ class InterestVocabulary(nn.Module):
         return bool(self.assignment.any())
 
     @torch.no_grad()
-    def discover(self, catalogue: ItemTokens, seed: int) -> None:
+    def discover(self, catalogue: ItemEmbeddings, seed: int) -> None:
         """Cluster the catalogue's tokens; k-means starts from the current centroids when there are some.
 
         Parameters
         ----------
-        catalogue : ItemTokens of shape [row]
+        catalogue : ItemEmbeddings of shape [row]
             Tokens of all rows in evaluation mode; only those under the mask are clustered.
         seed : int
             Same seed and tokens, same interests.

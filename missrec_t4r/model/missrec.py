@@ -17,18 +17,18 @@ from torch.nn import functional as F
 
 from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.data.side import SideColumn
+from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import DataError
 from missrec_t4r.model.attention import MultiHeadAttention
+from missrec_t4r.model.contextual_encoder import ContextualEncoder
 from missrec_t4r.model.decoder import InterestAwareDecoder
-from missrec_t4r.model.encoder import ContextualEncoder
+from missrec_t4r.model.event_features import EventFeatureEncoder, EventFeatures, EventValues
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.interests import InterestTokens, InterestVocabulary
-from missrec_t4r.model.lookalikes import LookAlikes
-from missrec_t4r.model.neighbours import NeighbourPrior
-from missrec_t4r.model.newcomers import Newcomers, without_events
-from missrec_t4r.model.side import SideEncoder, SideFeatures, SideValues
-from missrec_t4r.model.towers import CandidateTokens, ItemTokens, ItemTowers
+from missrec_t4r.model.item_encoder import CandidateEmbeddings, ItemEmbeddings, ItemEncoder
+from missrec_t4r.ranking.terms.cold_start import ColdStartTerm, cold_item_mask
+from missrec_t4r.ranking.terms.content_knn import ContentKNNTerm
+from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
 
 _INITIAL_HISTORY_BIAS = -3.0
@@ -54,8 +54,8 @@ class MISSRec(nn.Module):
         What the parts were built from.
     towers, interests, encoder, decoder, fusion
         The parts.
-    prior : NeighbourPrior, optional
-    lookalikes : LookAlikes, optional
+    prior : ItemKNNTerm, optional
+    lookalikes : ContentKNNTerm, optional
         Added to the score when ranking, never in training.
     in_training : Tensor [row], bool, optional
         Candidates of the training softmax; all by default. An item that is never a target would only learn to lose, and
@@ -69,24 +69,24 @@ class MISSRec(nn.Module):
     def __init__(
         self,
         config: MISSRecConfig,
-        towers: ItemTowers,
+        item_encoder: ItemEncoder,
         interests: InterestVocabulary,
         encoder: ContextualEncoder,
         decoder: InterestAwareDecoder,
         fusion: CandidateFusion,
-        prior: NeighbourPrior | None = None,
+        prior: ItemKNNTerm | None = None,
         in_training: Tensor | None = None,
-        side: SideFeatures | None = None,
-        lookalikes: LookAlikes | None = None,
+        event_features: EventFeatures | None = None,
+        lookalikes: ContentKNNTerm | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.towers, self.interests = towers, interests
+        self.item_encoder, self.interests = item_encoder, interests
         self.encoder, self.decoder, self.fusion = encoder, decoder, fusion
-        self.prior, self.lookalikes, self.side = prior, lookalikes, side
+        self.item_knn, self.content_knn, self.event_features = prior, lookalikes, event_features
         start = _INITIAL_HISTORY_BIAS * config.temperature
         self.history_bias = nn.Parameter(torch.tensor(start)) if config.history_bias else None
-        masks = towers.masks(dropout=False)
+        masks = item_encoder.masks(dropout=False)
         usable = masks.mask.any(0) if masks.id_mask is None else masks.mask.any(0) | masks.id_mask
         usable[:FIRST_ITEM_ROW] = False
         self.register_buffer("recommendable", usable, persistent=False)
@@ -94,32 +94,32 @@ class MISSRec(nn.Module):
         hidden = ~usable if in_training is None else ~(usable & in_training)
         hidden[PADDING_ROW] = not config.padding_candidate
         self.register_buffer("untrained", torch.nonzero(hidden).flatten(), persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module.find_newcomers())  # type: ignore[no-untyped-call]  # torch has no types here
+        self.register_load_state_dict_post_hook(lambda module, _: module.find_cold_items())  # type: ignore[no-untyped-call]  # torch has no types here
 
-    def forward(self, item_ids: Tensor, side: SideValues | None = None) -> Tensor:
+    def forward(self, item_ids: Tensor, event_features: EventValues | None = None) -> Tensor:
         """Return the session vectors [batch, dim], unit length.
 
         Parameters
         ----------
         item_ids : Tensor [batch, seq], int64
             Catalogue rows, padded with 0 on the right; at most ``max_sequence_length`` of them.
-        side : mapping of str to Tensor [batch, seq] or [batch, seq, size], optional
+        event_features : mapping of str to Tensor [batch, seq] or [batch, seq, size], optional
             Side features by column; what is missing counts as absent.
         """
-        return self.encode(item_ids, last_only=True, side=side).vectors
+        return self.encode(item_ids, last_only=True, event_features=event_features).vectors
 
-    def encode_positions(self, item_ids: Tensor, side: SideValues | None = None) -> Tensor:
+    def encode_positions(self, item_ids: Tensor, event_features: EventValues | None = None) -> Tensor:
         """Return unit vectors [batch, seq, dim]; with causal attention position t saw only items up to t."""
-        return self.encode(item_ids, side=side).vectors
+        return self.encode(item_ids, event_features=event_features).vectors
 
     def encode(
         self,
         item_ids: Tensor,
         *,
-        catalogue: ItemTokens | None = None,
+        catalogue: ItemEmbeddings | None = None,
         last_only: bool = False,
-        side: SideValues | Tensor | None = None,
-        items: ItemTokens | None = None,
+        event_features: EventValues | Tensor | None = None,
+        items: ItemEmbeddings | None = None,
         empty_places: int = 0,
     ) -> Encoded:
         """Encode sessions and return all that the objectives need.
@@ -127,41 +127,41 @@ class MISSRec(nn.Module):
         Parameters
         ----------
         item_ids : Tensor [batch, seq], int64
-        catalogue : ItemTokens of shape [row], optional
+        catalogue : ItemEmbeddings of shape [row], optional
             This step's catalogue tokens; without them only the session's items are computed.
         last_only : bool
             Only the vector of the last real item.
-        side : mapping of str to Tensor, or Tensor [batch, seq, dim], optional
+        event_features : mapping of str to Tensor, or Tensor [batch, seq, dim], optional
             Side features by column, or embedded already (the T4R door does it among its inputs).
-        items : ItemTokens of shape [batch, seq], optional
+        items : ItemEmbeddings of shape [batch, seq], optional
             The sessions' own tokens, where they differ from the catalogue's (word drop in pre-training).
         empty_places : int
             Places by which every set of interests is longer than the largest needs (``places`` of the regulariser).
         """
-        if self.side is not None and not isinstance(side, Tensor):
-            side = self.side(side or {}, item_ids)
+        if self.event_features is not None and not isinstance(event_features, Tensor):
+            event_features = self.event_features(event_features or {}, item_ids)
         item_mask = item_ids > UNKNOWN_ROW
         if items is None:
-            items = self.towers(item_ids) if catalogue is None else catalogue.take(item_ids)
+            items = self.item_encoder(item_ids) if catalogue is None else catalogue.take(item_ids)
         interests = self.interests(item_ids, empty_places)
         memory = self.encoder(interests)
-        added = side if isinstance(side, Tensor) else None
-        hidden = self.decoder(items, item_mask, memory, interests, last_only=last_only, side=added)
+        added = event_features if isinstance(event_features, Tensor) else None
+        hidden = self.decoder(items, item_mask, memory, interests, last_only=last_only, event_features=added)
         vectors = F.normalize(hidden.squeeze(1) if last_only else hidden, dim=-1)
         return Encoded(vectors, memory, interests)
 
-    def candidates(self) -> CandidateTokens:
+    def candidates(self) -> CandidateEmbeddings:
         """Return the catalogue's unit-length tokens; call once per step, or once per catalogue version."""
-        return self.towers.candidates()
+        return self.item_encoder.candidates()
 
-    def score(self, session: Tensor, candidates: CandidateTokens, item_ids: Tensor) -> Tensor:
+    def score(self, session: Tensor, candidates: CandidateEmbeddings, item_ids: Tensor) -> Tensor:
         """Return scores [batch, catalogue] before the temperature, -inf where a row cannot be recommended.
 
         Parameters
         ----------
         session : Tensor [batch, dim]
             Unit-length session vectors.
-        candidates : CandidateTokens
+        candidates : CandidateEmbeddings
         item_ids : Tensor [batch, seq], int64
             The items each vector has seen (0 for none): they get the learned history bias and call their neighbours.
         """
@@ -176,29 +176,29 @@ class MISSRec(nn.Module):
             scores.scatter_add_(1, item_ids, self.history_bias * first_occurrences(item_ids).to(scores.dtype))
         if self.training:
             return scores
-        neighbours = self.prior(item_ids) if self.prior is not None and self.prior.active else None
+        neighbours = self.item_knn(item_ids) if self.item_knn is not None and self.item_knn.active else None
         if neighbours is not None:
             scores = scores + neighbours
-        if self.lookalikes is not None and self.lookalikes.active:
-            scores = scores + self.lookalikes(item_ids)
-        newcomers = None if self.prior is None else self.prior.newcomers
+        if self.content_knn is not None and self.content_knn.active:
+            scores = scores + self.content_knn(item_ids)
+        newcomers = None if self.item_knn is None else self.item_knn.cold_start
         if newcomers is not None and newcomers.active:
             lent = torch.zeros_like(scores) if neighbours is None else neighbours
-            scores = scores.index_add(1, newcomers.rows, newcomers(item_ids, lent, self.towers).to(scores.dtype))
+            scores = scores.index_add(1, newcomers.rows, newcomers(item_ids, lent, self.item_encoder).to(scores.dtype))
         return scores
 
-    def find_newcomers(self) -> None:
+    def find_cold_items(self) -> None:
         """Find the items without events and whom they resemble; after the priors were weighed and after loading."""
-        if self.prior is not None and self.prior.newcomers is not None:
-            new, settings = without_events(self.prior.frequency), self.prior.newcomers.settings
-            self.prior.newcomers.find(self.towers, new & settings.any(), ~new)
+        if self.item_knn is not None and self.item_knn.cold_start is not None:
+            new, settings = cold_item_mask(self.item_knn.frequency), self.item_knn.cold_start.settings
+            self.item_knn.cold_start.find(self.item_encoder, new & settings.any(), ~new)
 
     @torch.no_grad()
     def discover_interests(self, seed: int) -> None:
         """Cluster the catalogue's tokens under the current adapters."""
         was_training = self.training
         self.eval()
-        self.interests.discover(self.towers.catalogue(), seed)
+        self.interests.discover(self.item_encoder.catalogue(), seed)
         self.train(was_training)
 
 
@@ -215,7 +215,7 @@ def first_occurrences(item_ids: Tensor) -> Tensor:
     return torch.empty_like(first).scatter_(1, order, first)
 
 
-def build_missrec(config: MISSRecConfig, catalogue: Catalogue, side: Sequence[SideColumn] = ()) -> MISSRec:
+def build_missrec(config: MISSRecConfig, catalogue: Catalogue, event_features: Sequence[EventColumn] = ()) -> MISSRec:
     """Build the model for a catalogue, initialised as ``config.initialisation`` says: normal(0, 0.02), biases 0.
 
     With `zero_row` the adapters keep torch's initialisation, as in the authors' release: a missing modality's token
@@ -225,8 +225,8 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue, side: Sequence[Si
     ----------
     config : MISSRecConfig
     catalogue : Catalogue
-    side : sequence of SideColumn
-        The measured side features (`missrec_t4r.data.side.fit_side_columns`); none by default.
+    event_features : sequence of EventColumn
+        The measured side features (`missrec_t4r.data.event_features.fit_event_columns`); none by default.
 
     Raises
     ------
@@ -240,7 +240,7 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue, side: Sequence[Si
     trained = torch.from_numpy(catalogue.train_count > 0)
     if not config.mask_untrained_ids:
         trained = torch.arange(catalogue.n_rows) >= FIRST_ITEM_ROW
-    towers = ItemTowers(
+    item_encoder = ItemEncoder(
         {name: torch.from_numpy(modality.vectors) for name, modality in catalogue.modalities.items()},
         torch.from_numpy(np.stack([modality.present for modality in catalogue.modalities.values()])),
         trained if config.item_ids else None,
@@ -253,15 +253,17 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue, side: Sequence[Si
         config.id_dropout,
     )
     layer = (config.d_model, config.n_head, config.d_feedforward, config.dropout, config.layer_norm_eps)
-    newcomers = Newcomers([part.width for part in catalogue.modalities.values()]) if config.newcomer_exposure else None
-    n_interests = InterestVocabulary.size(config.interest_ratio, towers.masks(dropout=False).mask)
+    newcomers = (
+        ColdStartTerm([part.width for part in catalogue.modalities.values()]) if config.newcomer_exposure else None
+    )
+    n_interests = InterestVocabulary.size(config.interest_ratio, item_encoder.masks(dropout=False).mask)
     model = MISSRec(
         config,
-        towers,
+        item_encoder,
         InterestVocabulary(
             n_interests,
-            len(towers.names),
-            towers.n_rows,
+            len(item_encoder.names),
+            item_encoder.n_rows,
             config.d_model,
             config.interest_algorithm,
             config.max_sequence_length if config.orthogonality == "faithful" else None,
@@ -275,20 +277,24 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue, side: Sequence[Si
             config.sequence_fusion,
             config.contextual_readout,
         ),
-        CandidateFusion(config.candidate_fusion, towers.n_rows),
-        NeighbourPrior(towers.n_rows, min(config.n_neighbours, towers.n_rows), newcomers)
+        CandidateFusion(config.candidate_fusion, item_encoder.n_rows),
+        ItemKNNTerm(item_encoder.n_rows, min(config.n_neighbours, item_encoder.n_rows), newcomers)
         if config.n_neighbours
         else None,
         trained if config.mask_untrained_ids else None,
-        SideFeatures(SideEncoder(side, config.side_dropout), config.d_model) if side else None,
-        LookAlikes(towers.n_rows, min(config.n_lookalikes, towers.n_rows)) if config.n_lookalikes else None,
+        EventFeatures(EventFeatureEncoder(event_features, config.side_dropout), config.d_model)
+        if event_features
+        else None,
+        ContentKNNTerm(item_encoder.n_rows, min(config.n_lookalikes, item_encoder.n_rows))
+        if config.n_lookalikes
+        else None,
     )
     model.apply(_initialise)
-    if model.side is not None:
-        model.side.reset_parameters()
+    if model.event_features is not None:
+        model.event_features.reset_parameters()
     if config.missing_modality == "zero_row":
-        for name in towers.names:
-            cast(nn.Linear, towers.adapters[name]).reset_parameters()
+        for name in item_encoder.names:
+            cast(nn.Linear, item_encoder.adapters[name]).reset_parameters()
     if config.initialisation == "release":
         _initialise_as_released(model)
     return model
@@ -309,5 +315,5 @@ def _initialise_as_released(model: MISSRec) -> None:
             bound = math.sqrt(6 / (4 * module.query.in_features))  # Xavier of the three projections as one matrix
             for projection in (module.query, module.key, module.value):
                 nn.init.uniform_(projection.weight, -bound, bound)
-    for name in model.towers.names:
-        cast(nn.Linear, model.towers.adapters[name]).reset_parameters()
+    for name in model.item_encoder.names:
+        cast(nn.Linear, model.item_encoder.adapters[name]).reset_parameters()

@@ -126,16 +126,18 @@ class MISSRecBlock(BlockBase):
                 "a Head with a MISSRecNextItemTask, which joins inputs, block and task",
                 "write tr.Head(body, [MISSRecNextItemTask()], inputs=inputs)",
             )
-        sessions, towers = self.state.sessions, self.core.towers
-        projection = self.side_projection if self.core.side is None else self.core.side.projection
-        side = None if projection is None else projection(sessions.take(inputs))
+        sessions, item_encoder = self.state.sessions, self.core.item_encoder
+        projection = self.side_projection if self.core.event_features is None else self.core.event_features.projection
+        event_features = None if projection is None else projection(sessions.take(inputs))
         if sessions.learning and self.training:
             self._refresh_by_steps(self.core)
-            catalogue = towers.catalogue()
-            encoded = self.core.encode(sessions.item_ids, catalogue=catalogue, last_only=True, side=side)
-            self.state.put(encoded, towers.candidates(catalogue))
+            catalogue = item_encoder.catalogue()
+            encoded = self.core.encode(
+                sessions.item_ids, catalogue=catalogue, last_only=True, event_features=event_features
+            )
+            self.state.put(encoded, item_encoder.candidates(catalogue))
         else:
-            encoded = self.core.encode(sessions.item_ids, last_only=True, side=side)
+            encoded = self.core.encode(sessions.item_ids, last_only=True, event_features=event_features)
             self.state.put(encoded)
         return encoded.vectors.unsqueeze(1).expand(-1, inputs.shape[1], -1)
 

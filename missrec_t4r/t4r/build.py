@@ -9,7 +9,7 @@ import transformers4rec.torch as tr
 
 from missrec_t4r.config import MISSRecConfig, Recipe
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.data.side import SideColumn
+from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.t4r.block import MISSRecBlock
@@ -51,7 +51,7 @@ def build_model(
     *,
     masking: str | PrefixMasking = "prefix",
     top_k: int | None = None,
-    side: Sequence[SideColumn] | None = None,
+    event_features: Sequence[EventColumn] | None = None,
 ) -> tr.Model:
     """Build the T4R model of a recipe: the same object as inputs, block, task and Head written by hand.
 
@@ -66,10 +66,10 @@ def build_model(
         As in `MultiModalSequenceFeatures.from_schema`.
     top_k : int, optional
         Rows returned at inference; None returns all scores.
-    side : sequence of SideColumn, optional
+    event_features : sequence of EventColumn, optional
         Measured side features; by default those of the schema, as it stands.
     """
-    model = _assemble(recipe.model, recipe.train.seed, schema, catalogue, masking, side=side)
+    model = _assemble(recipe.model, recipe.train.seed, schema, catalogue, masking, event_features=event_features)
     model.top_k = top_k
     return model
 
@@ -116,13 +116,13 @@ def from_core(core: MISSRec, schema: Any, catalogue: Catalogue, *, top_k: int | 
     catalogue : Catalogue
         The one that the core was built for.
     """
-    if core.towers.n_rows != catalogue.n_rows:
+    if core.item_encoder.n_rows != catalogue.n_rows:
         raise ConfigError(
-            f"a model of {core.towers.n_rows} rows and a catalogue of {catalogue.n_rows}", "the same catalogue"
+            f"a model of {core.item_encoder.n_rows} rows and a catalogue of {catalogue.n_rows}", "the same catalogue"
         )
     core_schema = as_core_schema(schema)
-    side = () if core.side is None else core.side.columns
-    model = _assemble(core.config, 0, core_schema, catalogue, "prefix", core, side)
+    event_features = () if core.event_features is None else core.event_features.columns
+    model = _assemble(core.config, 0, core_schema, catalogue, "prefix", core, event_features)
     model.top_k = top_k
     return model
 
@@ -134,18 +134,18 @@ def _assemble(
     catalogue: Catalogue,
     masking: str | PrefixMasking,
     core: MISSRec | None = None,
-    side: Sequence[SideColumn] | None = None,
+    event_features: Sequence[EventColumn] | None = None,
 ) -> tr.Model:
     inputs = MultiModalSequenceFeatures.from_schema(
         schema,
         catalogue=catalogue,
         masking=masking,
         embedding_dim_default=config.side_width,
-        side=side,
+        event_features=event_features,
         **_chosen(config, _OF_INPUTS),
     )
-    if core is not None and core.side is not None:
-        inputs.side = core.side.encoder
+    if core is not None and core.event_features is not None:
+        inputs.event_features = core.event_features.encoder
     task = MISSRecNextItemTask(**_chosen(config, _OF_TASK))
     block = MISSRecBlock(**_chosen(config, _OF_BLOCK), seed=seed, config=config)
     block.core = core

@@ -9,11 +9,11 @@ from google.protobuf.text_format import ParseError  # type: ignore[import-untype
 from merlin.schema import ColumnSchema, Schema, Tags
 from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 
-from missrec_t4r.data.side import SideColumn
+from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.schema import LIST_SUFFIX, SCHEMA_FILE
 
-SIDE_TAGS = (Tags.CATEGORICAL, Tags.CONTINUOUS, Tags.EMBEDDING)
+EVENT_FEATURE_TAGS = (Tags.CATEGORICAL, Tags.CONTINUOUS, Tags.EMBEDDING)
 """T4R's own inputs read columns with one of these tags; so do ours."""
 
 
@@ -86,21 +86,21 @@ def item_column(schema: Schema, n_rows: int) -> ColumnSchema:
     return column
 
 
-def side_schema(schema: Schema, item: str) -> Schema:
+def event_feature_schema(schema: Schema, item: str) -> Schema:
     """Return the other list columns that T4R's inputs would read: categorical, continuous and embedding columns."""
     names = [
         column.name
         for column in schema
         if column.name != item
         and is_list(column)
-        and set(SIDE_TAGS) & set(column.tags)
+        and set(EVENT_FEATURE_TAGS) & set(column.tags)
         and Tags.TARGET not in column.tags
     ]
     return schema.select_by_name(names)
 
 
-def side_columns(schema: Schema, width: int, number_width: int) -> tuple[SideColumn, ...]:
-    """Return the columns of `side_schema` as the model's side features, numbers as the workflow left them.
+def event_columns(schema: Schema, width: int, number_width: int) -> tuple[EventColumn, ...]:
+    """Return the columns of `event_feature_schema` as the model's side features, numbers as the workflow left them.
 
     Parameters
     ----------
@@ -114,16 +114,16 @@ def side_columns(schema: Schema, width: int, number_width: int) -> tuple[SideCol
     SchemaError
         A category without a domain, or vectors of unknown width.
     """
-    return tuple(_side_column(column, width, number_width) for column in schema)
+    return tuple(_event_column(column, width, number_width) for column in schema)
 
 
-def side_name(column: str) -> str:
+def event_feature_name(column: str) -> str:
     """Return the name by which the core knows a column."""
     return column.removesuffix(LIST_SUFFIX)
 
 
-def _side_column(column: ColumnSchema, width: int, number_width: int) -> SideColumn:
-    name = side_name(column.name)
+def _event_column(column: ColumnSchema, width: int, number_width: int) -> EventColumn:
+    name = event_feature_name(column.name)
     if Tags.CATEGORICAL in column.tags:
         domain = column.int_domain
         if domain is None or domain.max is None:
@@ -132,9 +132,9 @@ def _side_column(column: ColumnSchema, width: int, number_width: int) -> SideCol
                 "the number of its codes",
                 "encode it with Categorify, or give the domain in the schema",
             )
-        return SideColumn(name, "categorical", int(domain.max) + 1, width)
+        return EventColumn(name, "categorical", int(domain.max) + 1, width)
     if Tags.CONTINUOUS in column.tags:
-        return SideColumn(name, "continuous", 1, number_width)
+        return EventColumn(name, "continuous", 1, number_width)
     dims = column.shape.dims
     if dims is None or len(dims) != 3 or dims[-1].max is None:
         raise SchemaError(
@@ -142,4 +142,4 @@ def _side_column(column: ColumnSchema, width: int, number_width: int) -> SideCol
             "lists of vectors of one width",
             "give the width in the schema, dims=(None, None, WIDTH)",
         )
-    return SideColumn(name, "pretrained", int(dims[-1].max), width)
+    return EventColumn(name, "pretrained", int(dims[-1].max), width)

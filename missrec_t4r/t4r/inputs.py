@@ -17,11 +17,11 @@ from transformers4rec.torch.masking import masking_registry
 
 from missrec_t4r.config import FeatureScaling, MissingModality, MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.data.side import SideColumn
+from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import ConfigError, SchemaError
-from missrec_t4r.model.side import SideEncoder
+from missrec_t4r.model.event_features import EventFeatureEncoder
 from missrec_t4r.schema import UNKNOWN_ROW
-from missrec_t4r.t4r.columns import as_core_schema, item_column, side_columns, side_name, side_schema
+from missrec_t4r.t4r.columns import as_core_schema, event_columns, event_feature_name, event_feature_schema, item_column
 from missrec_t4r.t4r.loader import PREFIX_ROWS
 from missrec_t4r.t4r.masking import PrefixMasking
 from missrec_t4r.t4r.state import StepState, VisibleSessions
@@ -56,7 +56,7 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         Name of the item column.
     masking : PrefixMasking
         Hides the target and what comes after it.
-    side : SideEncoder or None
+    event_features : EventFeatureEncoder or None
         Makes one vector per event of the other columns; the core's own part.
     catalogue : Catalogue or None
         Kept until a `Head` joins these inputs with a block; None when the block brings a finished model.
@@ -69,13 +69,13 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         schema: Schema,
         item_id: str,
         masking: PrefixMasking,
-        side: SideEncoder | None,
+        event_features: EventFeatureEncoder | None,
         catalogue: Catalogue | None,
         settings: dict[str, Any],
     ) -> None:
         super().__init__(categorical_module=CatalogueItems(item_id), masking=masking, schema=schema)
-        self.side = side
-        self.side_names = {name: side_name(name) for name in schema.column_names if name != item_id}
+        self.event_features = event_features
+        self.event_feature_names = {name: event_feature_name(name) for name in schema.column_names if name != item_id}
         self.catalogue = catalogue
         self.settings = settings
         self.state = StepState()
@@ -101,7 +101,7 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         embedding_dim_default: int = _DEFAULT.side_width,
         continuous_projection: int | Sequence[int] | None = None,
         side_dropout: float = _DEFAULT.side_dropout,
-        side: Sequence[SideColumn] | None = None,
+        event_features: Sequence[EventColumn] | None = None,
     ) -> MultiModalSequenceFeatures:
         """Read the columns from the schema, as T4R's inputs do.
 
@@ -122,8 +122,9 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
             Numbers that a category or a vector becomes, as in T4R's ``from_schema``.
         continuous_projection : int or sequence of int, optional
             Numbers that a number becomes (T4R's last layer); by default as many as a category does.
-        side : sequence of SideColumn, optional
-            The side features with what was measured of them (`missrec_t4r.data.side.fit_side_columns`), in place of
+        event_features : sequence of EventColumn, optional
+            The side features with what was measured of them (`missrec_t4r.data.event_features.fit_event_columns`), in
+            place of
             what the schema tells: it has no statistics, so numbers enter as the workflow left them.
 
         Raises
@@ -146,13 +147,15 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         }
         core_schema = as_core_schema(schema)
         item = item_column(core_schema, catalogue.n_rows).name
-        rest = side_schema(core_schema, item)
-        if side is None:
+        rest = event_feature_schema(core_schema, item)
+        if event_features is None:
             projected = continuous_projection or embedding_dim_default
-            side = side_columns(rest, embedding_dim_default, projected if isinstance(projected, int) else projected[-1])
+            event_features = event_columns(
+                rest, embedding_dim_default, projected if isinstance(projected, int) else projected[-1]
+            )
         else:
-            rest = _named(rest, side)
-        encoder = SideEncoder(side, side_dropout) if side else None
+            rest = _named(rest, event_features)
+        encoder = EventFeatureEncoder(event_features, side_dropout) if event_features else None
         read = core_schema.select_by_name([item, *rest.column_names])
         return cls(read, item, _parse_masking(masking), encoder, catalogue, settings)
 
@@ -181,10 +184,14 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         self.categorical_module.item_seq = columns[item]
         columns = {name: self.masking.blank(values, visible) for name, values in columns.items()}
         self.state.show(self._window(columns[item], visible, training))
-        if self.side is None:
+        if self.event_features is None:
             return torch.zeros(*visible.shape, 1, device=visible.device)
-        values = {self.side_names[name]: values for name, values in columns.items() if name in self.side_names}
-        embedded: Tensor = self.side(values, columns[item])
+        values = {
+            self.event_feature_names[name]: values
+            for name, values in columns.items()
+            if name in self.event_feature_names
+        }
+        embedded: Tensor = self.event_features(values, columns[item])
         return embedded
 
     def _window(self, item_ids: Tensor, visible: Tensor, learning: bool) -> VisibleSessions:
@@ -196,7 +203,7 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
 
     def output_size(self, input_size: Any = None) -> torch.Size:  # noqa: ARG002  # T4R passes its own idea of it
         """Return [-1, max_sequence_length, width of the side features]: three dimensions, as T4R's heads demand."""
-        width = 1 if self.side is None else self.side.width
+        width = 1 if self.event_features is None else self.event_features.width
         return torch.Size([-1, self.settings["max_sequence_length"], width])
 
 
@@ -211,16 +218,16 @@ def _parse_masking(masking: str | PrefixMasking) -> PrefixMasking:
     return chosen
 
 
-def _named(schema: Schema, side: Sequence[SideColumn]) -> Schema:
+def _named(schema: Schema, event_features: Sequence[EventColumn]) -> Schema:
     """Return the schema's columns of these side features, in their order."""
-    by_name = {side_name(name): name for name in schema.column_names}
-    if missing := [column.name for column in side if column.name not in by_name]:
+    by_name = {event_feature_name(name): name for name in schema.column_names}
+    if missing := [column.name for column in event_features if column.name not in by_name]:
         raise SchemaError(
             f"a schema without the side features {', '.join(missing)}",
             "list columns tagged CATEGORICAL, CONTINUOUS or EMBEDDING",
             "use the schema of the data that the model was trained on",
         )
-    return schema.select_by_name([by_name[column.name] for column in side])
+    return schema.select_by_name([by_name[column.name] for column in event_features])
 
 
 def _left_align(inputs: dict[str, Tensor], item: str) -> dict[str, Tensor]:

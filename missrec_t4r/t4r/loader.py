@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers4rec.torch.utils.data_utils import T4RecDataLoader, dataloader_registry
 
 from missrec_t4r.config import MISSRecConfig, TrainConfig
-from missrec_t4r.data.batches import Examples, training_batches
+from missrec_t4r.data.batching import Examples, training_batches
 from missrec_t4r.data.sessions import Sessions, gather
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.t4r.columns import as_core_schema

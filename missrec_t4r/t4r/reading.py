@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from merlin.schema import Schema, Tags
 
+from missrec_t4r.data.session_files import read_rows, row_files
 from missrec_t4r.data.sessions import Sessions, flat_lists
-from missrec_t4r.data.split_rows import read_rows, row_files
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.schema import NULL_ROW, UNKNOWN_ROW
-from missrec_t4r.t4r.columns import as_core_schema, is_list, side_schema
+from missrec_t4r.t4r.columns import as_core_schema, event_feature_schema, is_list
 
 
 def read_sessions(paths_or_dataset: Any, schema: Any) -> Sessions:
@@ -34,11 +34,11 @@ def read_sessions(paths_or_dataset: Any, schema: Any) -> Sessions:
         return paths_or_dataset
     core_schema = as_core_schema(schema)
     item = item_name(core_schema)
-    side = side_schema(core_schema, item).column_names
-    table = _read_table(paths_or_dataset, [item, *side])
+    event_features = event_feature_schema(core_schema, item).column_names
+    table = _read_table(paths_or_dataset, [item, *event_features])
     values, offsets = flat_lists(table[item], NULL_ROW)
     features = {}
-    for name in side:
+    for name in event_features:
         feature, at = flat_lists(table[name])
         if not np.array_equal(at, offsets):
             raise SchemaError(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.errors import ConfigError
+from missrec_t4r.model.item_encoder import CandidateEmbeddings
 from missrec_t4r.model.missrec import Encoded, MISSRec
-from missrec_t4r.model.towers import CandidateTokens
 
 
 class VisibleSessions(NamedTuple):
@@ -37,8 +37,8 @@ class StepState:
     def __init__(self) -> None:
         self._sessions: VisibleSessions | None = None
         self._encoded: Encoded | None = None
-        self._of_step: CandidateTokens | None = None
-        self._of_weights: CandidateTokens | None = None
+        self._of_step: CandidateEmbeddings | None = None
+        self._of_weights: CandidateEmbeddings | None = None
         self._version: tuple[tuple[int, int], ...] = ()
 
     def __reduce__(self) -> tuple[type[StepState], tuple[()]]:
@@ -66,17 +66,17 @@ class StepState:
         """Start a step: the inputs say what is visible."""
         self._sessions, self._encoded, self._of_step = sessions, None, None
 
-    def put(self, encoded: Encoded, candidates: CandidateTokens | None = None) -> None:
+    def put(self, encoded: Encoded, candidates: CandidateEmbeddings | None = None) -> None:
         """Hand on what the block encoded and, in training, the catalogue as this step's dropout left it."""
         self._encoded, self._of_step = encoded, candidates
 
-    def candidates(self, core: MISSRec) -> CandidateTokens:
+    def candidates(self, core: MISSRec) -> CandidateEmbeddings:
         """Return the catalogue's tokens: this training step's, or those of the weights, computed once per version."""
         if self._of_step is not None:
             return self._of_step
         if torch.is_grad_enabled() or torch.jit.is_tracing():
             return core.candidates()
-        version = tuple((weight.data_ptr(), weight._version) for weight in core.towers.parameters())
+        version = tuple((weight.data_ptr(), weight._version) for weight in core.item_encoder.parameters())
         if self._of_weights is None or version != self._version:
             self._of_weights, self._version = core.candidates(), version
         return self._of_weights

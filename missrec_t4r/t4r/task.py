@@ -20,10 +20,10 @@ from transformers4rec.torch.ranking_metric import RankingMetric
 
 from missrec_t4r.config import CandidateFusionName, MISSRecConfig, Orthogonality
 from missrec_t4r.errors import ConfigError
+from missrec_t4r.model.event_features import EventFeatures
+from missrec_t4r.model.losses import next_item_loss, orthogonality_loss
 from missrec_t4r.model.missrec import MISSRec, build_missrec
-from missrec_t4r.model.objectives import next_item_loss, orthogonality_loss
-from missrec_t4r.model.retrieval import top_items
-from missrec_t4r.model.side import SideFeatures
+from missrec_t4r.retrieval.topk import top_items
 from missrec_t4r.t4r.block import MISSRecBlock
 from missrec_t4r.t4r.inputs import MultiModalSequenceFeatures
 
@@ -101,15 +101,15 @@ class MISSRecNextItemTask(NextItemPredictionTask):
             raise ConfigError(
                 "a body that already serves a task with other settings", "equal settings in all tasks of a body"
             )
-        between = 0 if inputs.side is None else _width_between(body, block)
-        if inputs.side is not None and not between and core.side is None:
-            core.side = SideFeatures(inputs.side, config.d_model)
-            nn.init.normal_(core.side.projection.weight, std=0.02)
+        between = 0 if inputs.event_features is None else _width_between(body, block)
+        if inputs.event_features is not None and not between and core.event_features is None:
+            core.event_features = EventFeatures(inputs.event_features, config.d_model)
+            nn.init.normal_(core.event_features.projection.weight, std=0.02)
         block.connect(core, inputs.state, between)
         inputs.catalogue = None  # the towers hold the vectors now
         self._block = (block,)
         self.embeddings, self.masking = inputs.categorical_module, inputs.masking
-        self.padding_idx, self.target_dim = inputs.masking.padding_idx, core.towers.n_rows
+        self.padding_idx, self.target_dim = inputs.masking.padding_idx, core.item_encoder.n_rows
         PredictionTask.build(self, body, input_size, inputs=inputs, device=device)
 
     @property

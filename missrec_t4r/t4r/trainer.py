@@ -23,17 +23,17 @@ from transformers4rec.config.trainer import T4RecTrainingArguments
 
 from missrec_t4r.config import Recipe, TrainConfig
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.data.side import SideColumn, fit_side_columns, load_sessions, side_columns
+from missrec_t4r.data.event_features import EventColumn, event_columns, fit_event_columns, load_sessions
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.ranking.tune import fit_terms
+from missrec_t4r.runs.run_folder import RUN_FILE, save_run
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.t4r.block import InterestRefresh
 from missrec_t4r.t4r.build import build_model, missrec_block, to_core
-from missrec_t4r.t4r.columns import item_column, load_schema, side_name
+from missrec_t4r.t4r.columns import event_feature_name, item_column, load_schema
 from missrec_t4r.t4r.loader import PrefixLoader
-from missrec_t4r.training.calibrate import fit_prior
-from missrec_t4r.training.checkpoint import RUN_FILE, save_run
-from missrec_t4r.training.id_start import ids_from_tokens
+from missrec_t4r.training.warm_start.id_init import ids_from_content
 
 CHECKPOINT_FOLDER = "checkpoint"
 LOG_FILE = "log.jsonl"
@@ -96,10 +96,10 @@ def train_t4r(
     started = time.perf_counter()
     data, out = Path(data), Path(out)
     catalogue = Catalogue.load(data / CATALOGUE_FOLDER)
-    chosen = side_columns(data, recipe.model.side_features, recipe.model.side_width)
+    chosen = event_columns(data, recipe.model.side_features, recipe.model.side_width)
     splits = {name: load_sessions(data, name, chosen).known() for name in ("train", "valid")}
-    side = fit_side_columns(chosen, splits["train"])
-    schema = _read_schema(data, catalogue, side)
+    event_features = fit_event_columns(chosen, splits["train"])
+    schema = _read_schema(data, catalogue, event_features)
     ignored = _ignored(recipe.train)
     if ignored:
         progress.say(f"the T4R trainer has no {', '.join(ignored)}: trained without")
@@ -110,7 +110,7 @@ def train_t4r(
             "data": str(data),
             "run": str(out),
             "items": catalogue.n_items,
-            "side_features": [column.name for column in side],
+            "side_features": [column.name for column in event_features],
             "sessions": {name: len(part) for name, part in splits.items()},
             "epochs_at_most": recipe.train.epochs,
             "without": ignored,
@@ -120,11 +120,11 @@ def train_t4r(
     checkpoints = _checkpoint_folder(out, recipe, resume)
     arguments = _arguments(recipe, checkpoints, catalogue, device)
     torch.manual_seed(recipe.train.seed)
-    model = build_model(recipe, schema, catalogue, side=side)
+    model = build_model(recipe, schema, catalogue, event_features=event_features)
     core = missrec_block(model).core
     assert core is not None
     if recipe.train.id_start == "tokens":
-        ids_from_tokens(core)
+        ids_from_content(core)
     trainer = _trainer(model, arguments, recipe, schema, data, out / LOG_FILE, progress)
     last = get_last_checkpoint(str(checkpoints)) if resume else None
     with contextlib.nullcontext() if last is None else _full_checkpoints():
@@ -136,7 +136,7 @@ def train_t4r(
         "best_epoch": _best_epoch(trainer) - 1,
         "epochs": round(trainer.state.epoch or 0),
         "valid_ndcg@10": best,
-        "prior": fit_prior(core, catalogue, splits["train"], splits["valid"], progress=progress),
+        "prior": fit_terms(core, catalogue, splits["train"], splits["valid"], progress=progress),
         "without": ignored,
         "seconds": round(time.perf_counter() - started, 1),
         "device": str(arguments.device),
@@ -146,11 +146,11 @@ def train_t4r(
     return {"run": str(out), **info}
 
 
-def _read_schema(data: Path, catalogue: Catalogue, side: Sequence[SideColumn]) -> Any:
+def _read_schema(data: Path, catalogue: Catalogue, event_features: Sequence[EventColumn]) -> Any:
     """Return the schema of the item column and the side features."""
     schema = load_schema(data)
-    wanted = {column.name for column in side}
-    others = [name for name in schema.column_names if side_name(name) in wanted]
+    wanted = {column.name for column in event_features}
+    others = [name for name in schema.column_names if event_feature_name(name) in wanted]
     return schema.select_by_name([item_column(schema, catalogue.n_rows).name, *others])
 
 

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.config import Recipe
-from missrec_t4r.data.batches import TrainingBatch
+from missrec_t4r.data.augmentation import View, augmented_view
+from missrec_t4r.data.batching import TrainingBatch
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.data.domains import WORD_DROP, Domains, load_domains, named_folders
-from missrec_t4r.data.views import View, augmented_view
+from missrec_t4r.data.union import WORD_DROP, Domains, load_domains, named_folders
 from missrec_t4r.errors import ConfigError, DataError
-from missrec_t4r.model.contrast import BatchTokens, SequenceItemContrast, SequenceSequenceContrast, WordDrop
+from missrec_t4r.model.contrastive import BatchEmbeddings, SequenceItemContrast, SequenceSequenceContrast, WordDrop
+from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import Encoded, MISSRec
-from missrec_t4r.model.objectives import orthogonality_loss
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import UNKNOWN_ROW
 from missrec_t4r.training import distributed
-from missrec_t4r.training.arithmetic import autocast, widened
-from missrec_t4r.training.dry_run import planned
+from missrec_t4r.training.fit import planned
+from missrec_t4r.training.precision import autocast, widened
 from missrec_t4r.training.step import Totals
 from missrec_t4r.training.trainer import Trainer
 
@@ -63,12 +63,12 @@ def pretrain(
     device : str
         ``"auto"`` takes a GPU if there is one.
     dry_run : bool
-        As in `missrec_t4r.training.finetune.train`.
+        As in `missrec_t4r.training.fit.train`.
 
     Returns
     -------
     dict
-        As `missrec_t4r.training.finetune.train`, with the domains and where each modality comes from.
+        As `missrec_t4r.training.fit.train`, with the domains and where each modality comes from.
 
     Raises
     ------
@@ -123,7 +123,7 @@ class Pretrainer(Trainer):
         facts, splits = _facts(domains, folders, out), domains.splits
 
         def prepare(model: MISSRec, _: Catalogue) -> dict[str, Any]:
-            model.towers.adapters.requires_grad_(not recipe.pretrain.keep_adapters)
+            model.item_encoder.adapters.requires_grad_(not recipe.pretrain.keep_adapters)
             return facts
 
         super().__init__(recipe, domains.catalogue, splits["train"], splits["valid"], out, device, progress, prepare)
@@ -133,7 +133,7 @@ class Pretrainer(Trainer):
             if WORD_DROP in modality.variants
         }
         scaling = recipe.model.feature_scaling
-        self.word_drop = WordDrop(self.model.towers, varied, scaling).to(self.device) if varied else None
+        self.word_drop = WordDrop(self.model.item_encoder, varied, scaling).to(self.device) if varied else None
         self.log_frequency: Tensor | None = None
         if recipe.pretrain.popularity_correction:
             later = np.delete(splits["train"].values, splits["train"].offsets[:-1][splits["train"].lengths > 0])
@@ -188,7 +188,7 @@ def contrastive_loss(
     everyone = distributed.gather_rows(positives)
     view = augmented_view(item_ids, settings, has_word_drop=word_drop is not None)
     with autocast(recipe.train.precision, item_ids.device):
-        items = BatchTokens.of(model.towers, item_ids, everyone)
+        items = BatchEmbeddings.of(model.item_encoder, item_ids, everyone)
         encoded = _widened(model.encode(item_ids, items=items.take(item_ids), last_only=targets.ndim == 1))
         other = _widened(_encode_view(model, view, items, word_drop)) if settings.sequence_sequence_weight else None
     items = items._replace(tokens=items.tokens._replace(modality=widened(items.tokens.modality)))
@@ -208,7 +208,7 @@ def contrastive_loss(
     return loss + model.config.orthogonality_weight * regulariser
 
 
-def _encode_view(model: MISSRec, view: View, items: BatchTokens, word_drop: WordDrop | None) -> Encoded:
+def _encode_view(model: MISSRec, view: View, items: BatchEmbeddings, word_drop: WordDrop | None) -> Encoded:
     tokens = items.take(view.item_ids)
     if word_drop is not None and view.word_dropped is not None:
         tokens = word_drop(tokens, view.item_ids, view.word_dropped)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.config import TrainConfig
-from missrec_t4r.data.batches import TrainingBatch, iterate, training_batches
+from missrec_t4r.data.batching import TrainingBatch, iterate, training_batches
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.model.chunked import ChunkedSoftmax
+from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.model.objectives import orthogonality_loss
-from missrec_t4r.model.sampled import SampledSoftmax
-from missrec_t4r.model.softmax import FullSoftmax, Questions, Softmax, candidate_rows
-from missrec_t4r.training.arithmetic import autocast, product_type, widened
+from missrec_t4r.training.loss.chunked import ChunkedSoftmax
+from missrec_t4r.training.loss.full import FullSoftmax, Questions, Softmax, candidate_rows
+from missrec_t4r.training.loss.sampled import SampledSoftmax
+from missrec_t4r.training.precision import autocast, product_type, widened
 
 _LARGEST_TABLE = 1 << 26
 """Scores [position, catalogue] up to which ``softmax: auto`` keeps them all: 256 MiB, of which a step holds several."""
@@ -74,7 +74,7 @@ def training_loss(
             batch.item_ids,
             items=tokens.items,
             last_only=not all_positions,
-            side=batch.side,
+            event_features=batch.event_features,
             empty_places=0 if places is None else _EMPTY_PLACES,
         )
     tokens = tokens._replace(pool=tokens.pool._replace(modality=widened(tokens.pool.modality)))

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,32 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.config import Recipe
-from missrec_t4r.data.batches import Examples, TrainingBatch, iterate, training_batches
+from missrec_t4r.data.batching import Examples, TrainingBatch, iterate, training_batches
 from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.data.side import SideColumn
+from missrec_t4r.errors import ConfigError
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, quick_metrics
-from missrec_t4r.evaluation.model_scorer import ModelScorer
 from missrec_t4r.model.missrec import MISSRec, build_missrec
-from missrec_t4r.model.sampled import SampledSoftmax
-from missrec_t4r.model.softmax import FullSoftmax, Softmax
 from missrec_t4r.progress import Progress, quiet
-from missrec_t4r.training import arithmetic, distributed
-from missrec_t4r.training.calibrate import fit_prior
-from missrec_t4r.training.checkpoint import RUN_FILE, STATE_FILE, load_strictly, save_run
-from missrec_t4r.training.curves import LOG_FILE, TENSORBOARD_FOLDER, Curves
-from missrec_t4r.training.ema import AveragedWeights
-from missrec_t4r.training.id_start import ids_from_tokens
-from missrec_t4r.training.optimiser import Optimiser
-from missrec_t4r.training.schedule import learning_rate
-from missrec_t4r.training.state import load_state, random_state, save_state, set_random_state
+from missrec_t4r.ranking.scorer import ModelScorer
+from missrec_t4r.ranking.tune import fit_terms
+from missrec_t4r.runs.run_folder import (
+    RUN_FILE,
+    STATE_FILE,
+    load_metadata,
+    load_strictly,
+    load_tensors,
+    save_run,
+    save_tensors,
+)
+from missrec_t4r.training import distributed
+from missrec_t4r.training import precision as arithmetic
+from missrec_t4r.training.loss.full import FullSoftmax, Softmax
+from missrec_t4r.training.loss.sampled import SampledSoftmax
+from missrec_t4r.training.optim import AveragedWeights, Optimiser, learning_rate
 from missrec_t4r.training.step import Totals, batch_totals, choose_softmax, places_of_random_batches, training_loss
+from missrec_t4r.training.warm_start.id_init import ids_from_content
 
 Prepare = Callable[[MISSRec, Catalogue], dict[str, Any]]
 _HARMLESS = ("checkpoint_minutes", "tensorboard")
@@ -47,7 +53,7 @@ _HARMLESS = ("checkpoint_minutes", "tensorboard")
 
 
 class Trainer:
-    """State of one training run; `missrec_t4r.training.finetune.train` is the way in.
+    """State of one training run; `missrec_t4r.training.fit.train` is the way in.
 
     Parameters
     ----------
@@ -64,7 +70,7 @@ class Trainer:
     prepare : function, optional
         Receives the fresh model and the catalogue before the optimiser is made: loads an earlier run's weights, freezes
         parts. What it returns goes into `run.json` and tells interrupted runs apart.
-    side : sequence of SideColumn
+    event_features : sequence of EventColumn
         The measured side features, which the sessions carry.
     """
 
@@ -78,7 +84,7 @@ class Trainer:
         device: str = "auto",
         progress: Progress = quiet,
         prepare: Prepare | None = None,
-        side: Sequence[SideColumn] = (),
+        event_features: Sequence[EventColumn] = (),
     ) -> None:
         self.recipe, self.catalogue, self.sessions = recipe, catalogue, sessions
         self.world = distributed.world()
@@ -88,9 +94,9 @@ class Trainer:
         arithmetic.check(settings, self.device)
         self.rng = np.random.default_rng(settings.seed)
         torch.manual_seed(settings.seed)
-        self.model = build_missrec(recipe.model, catalogue, side)
+        self.model = build_missrec(recipe.model, catalogue, event_features)
         if settings.id_start == "tokens":
-            ids_from_tokens(self.model)
+            ids_from_content(self.model)
         self.facts = prepare(self.model, catalogue) if prepare else {}
         self.model.to(self.device)
         if settings.compile:
@@ -140,7 +146,7 @@ class Trainer:
 
     def _finish(self, data: Path) -> dict[str, Any]:
         load_strictly(self.model, self.best, "the best epoch")
-        prior = fit_prior(self.model, self.catalogue, self.sessions, self.all_valid, progress=self.progress)
+        prior = fit_terms(self.model, self.catalogue, self.sessions, self.all_valid, progress=self.progress)
         info = {
             "best_epoch": self.status["best_epoch"],
             "epochs": self.status["epoch"],
@@ -259,7 +265,7 @@ class Trainer:
         return choose_softmax(settings, n_rows, at_once, frequency, self.device)
 
     def _by_rows(self) -> frozenset[Tensor]:
-        table = self.model.towers.id_embedding
+        table = self.model.item_encoder.id_embedding
         sparse = table is not None and isinstance(self.softmax, SampledSoftmax) and table.weight.requires_grad
         return frozenset({table.weight}) if table is not None and sparse else frozenset()
 
@@ -332,3 +338,128 @@ class Trainer:
         facts = [recipe, self.catalogue.n_rows, len(self.sessions.values), len(self.all_valid)]
         facts += [self.world.size] if self.world.size > 1 else []
         return json.dumps([*facts, self.facts] if self.facts else facts, sort_keys=True, default=str)
+
+
+# A run's curves: a JSON line per epoch, and TensorBoard's event files on request
+
+LOG_FILE, TENSORBOARD_FOLDER = "log.jsonl", "tensorboard"
+
+
+class Curves:
+    """Where the numbers of a training run go.
+
+    Parameters
+    ----------
+    out : Path
+        Run folder.
+    epoch, step : int
+        Where the run goes on. What an interrupted process wrote from there on is dropped, since it comes again.
+    tensorboard : bool
+        Also write every step's loss and learning rate, and every epoch's line, for TensorBoard.
+
+    Raises
+    ------
+    ConfigError
+        TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, out: Path, epoch: int = 0, step: int = 0, *, tensorboard: bool = False) -> None:
+        self.file = out / LOG_FILE
+        if self.file.is_file():
+            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < epoch]
+            if kept != lines:
+                self.file.write_text("".join(kept), encoding="utf-8")
+        self.writer = _writer(out / TENSORBOARD_FOLDER, step) if tensorboard else None
+
+    def step(self, number: int, values: Mapping[str, float]) -> None:
+        """Note a step's numbers for TensorBoard."""
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(f"step/{name}", value, number)
+
+    def epoch(self, line: Mapping[str, Any], step: int) -> None:
+        """Append an epoch's line."""
+        with self.file.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(dict(line)) + "\n")
+        if self.writer is not None:
+            for name, value in line.items():
+                if name != "epoch" and isinstance(value, (int, float)):
+                    self.writer.add_scalar(f"epoch/{name}", value, step)
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Finish the event file."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _writer(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        cure = "pip install 'missrec-t4r[tensorboard]', or --set train.tensorboard=false"
+        raise ConfigError("train.tensorboard is on and TensorBoard is not installed", "the package", cure) from error
+    return SummaryWriter(str(folder), purge_step=step or None)
+
+
+# State of an interrupted run in one file: tensors by part, facts as JSON, written aside and renamed
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+
+def save_state(file: Path, parts: Parts, facts: Mapping[str, Any], fingerprint: str) -> None:
+    """Write the state.
+
+    Parameters
+    ----------
+    file : Path
+    parts : mapping of str to mapping of str to Tensor
+        Weights, averages, moments, random states: each under its own names.
+    facts : mapping
+        What JSON can hold.
+    fingerprint : str
+        Of settings and data; `load_state` refuses another one.
+    """
+    tensors = {f"{part}/{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+    save_tensors(file, tensors, {"facts": json.dumps(facts), "fingerprint": fingerprint})
+
+
+def load_state(file: Path, fingerprint: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Read the parts and the facts of a state.
+
+    Raises
+    ------
+    ConfigError
+        It belongs to another recipe or data set.
+    CheckpointError
+        The file is damaged.
+    """
+    tensors, metadata = load_tensors(file), load_metadata(file)
+    if metadata.get("fingerprint") != fingerprint:
+        raise ConfigError(
+            f"{file.parent} holds an interrupted run with other settings or data",
+            "the same recipe, data and number of processes",
+            "give another --out, or --restart to discard it",
+        )
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        parts.setdefault(part, {})[name] = tensor
+    facts: dict[str, Any] = json.loads(metadata["facts"])
+    return parts, facts
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Return the state of torch's random numbers, those of the GPU in use among them."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go on with the random numbers of a saved state."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -35,7 +35,7 @@ def catalogue() -> Catalogue:
     return Catalogue(items, {"text": Modality(text, has_text), "image": Modality(image, has_image)})
 
 
-def schema(side: bool = True, maximum: int = N_ROWS - 1) -> Schema:
+def schema(event_features: bool = True, maximum: int = N_ROWS - 1) -> Schema:
     """Return the schema of a session row."""
     count = {"value_count": {"min": 0, "max": 20}}
     item = ColumnSchema(
@@ -62,7 +62,7 @@ def schema(side: bool = True, maximum: int = N_ROWS - 1) -> Schema:
         tags=[Tags.CONTINUOUS, Tags.LIST],
         properties=count,
     )
-    return Schema([item, category, price] if side else [item])
+    return Schema([item, category, price] if event_features else [item])
 
 
 def sessions(n: int, seed: int, longest: int = 9) -> list[list[int]]:

@@ -142,7 +142,7 @@ def test_null_and_unknown_items_are_dropped_with_their_side_features(data: Path,
 
 
 def test_rows_without_a_target_take_no_part_and_an_empty_batch_has_no_loss() -> None:
-    model = by_hand(shop.schema(side=False)).train()
+    model = by_hand(shop.schema(event_features=False)).train()
     one = {"item_id-list": torch.tensor([[30, 0, 0], [31, 32, 33]])}
     assert model(dict(one), training=True)["labels"].shape == (1,)
     output = model({"item_id-list": torch.tensor([[30], [31]])}, training=True)
@@ -165,7 +165,7 @@ def test_a_schema_that_does_not_fit_is_refused(schema: Any, words: str) -> None:
 
 
 def test_a_schema_with_two_or_scalar_item_columns_is_refused() -> None:
-    item = shop.schema(side=False)["item_id-list"]
+    item = shop.schema(event_features=False)["item_id-list"]
     two = shop.schema() + Schema([item.with_name("other-list")])
     with pytest.raises(SchemaError, match="2 columns tagged ITEM_ID"):
         MultiModalSequenceFeatures.from_schema(two, catalogue=shop.catalogue())
@@ -211,7 +211,7 @@ def test_side_features_reach_the_scores_and_gradients_reach_every_parameter(
 
 def test_embedding_columns_are_side_features_too_and_are_hidden_with_their_item() -> None:
     style = ColumnSchema("style-list", dtype="float32", tags=[Tags.EMBEDDING, Tags.LIST], dims=(None, (0, 20), 4))
-    model = by_hand(shop.schema(side=False) + Schema([style])).eval()
+    model = by_hand(shop.schema(event_features=False) + Schema([style])).eval()
     batch = {"item_id-list": torch.tensor([[4, 6, 7, 8]]), "style-list": torch.rand(1, 4, 4)}
     vectors = model.heads[0].body(dict(batch), testing=True)
     for at, seen in ((3, False), (2, True)):

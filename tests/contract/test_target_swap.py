@@ -82,11 +82,11 @@ def test_all_prefixes_of_our_loader_predict_the_item_that_followed(data: Path, l
 
 def test_inference_hides_nothing(data: Path, loader: Callable[..., Any]) -> None:
     torch.manual_seed(0)
-    model = build_model(Recipe(model=shop.config()), shop.schema(side=False), shop.catalogue()).eval()
+    model = build_model(Recipe(model=shop.config()), shop.schema(event_features=False), shop.catalogue()).eval()
     core = to_core(model)
     core.discover_interests(0)
     batch, _ = next(
-        iter(loader("merlin", data / "test", shop.schema(side=False), batch_size=8, shuffle=False, width=9))
+        iter(loader("merlin", data / "test", shop.schema(event_features=False), batch_size=8, shuffle=False, width=9))
     )
     item_ids = batch["item_id-list"]
     rows = [row[row > 0][-shop.MAX_LENGTH :] for row in item_ids]

@@ -19,7 +19,8 @@ from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.evaluation.full_ranking import quick_metrics
-from missrec_t4r.evaluation.model_scorer import ModelScorer
+from missrec_t4r.ranking.scorer import ModelScorer
+from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.t4r import (
     InterestRefresh,
     MISSRecBlock,
@@ -31,11 +32,10 @@ from missrec_t4r.t4r import (
     train_t4r,
 )
 from missrec_t4r.t4r.trainer import NDCG
-from missrec_t4r.training.checkpoint import load_run
 from missrec_t4r.training.step import training_loss
 from tests.contract import shop
 
-ITEMS = shop.schema(side=False)
+ITEMS = shop.schema(event_features=False)
 
 
 def a_model(**changes: Any) -> tr.Model:
@@ -130,7 +130,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(
 def test_core_and_t4r_model_share_weights_scores_and_loss(
     data: Path, loader: Callable[..., Any], changes: dict[str, Any]
 ) -> None:
-    from missrec_t4r.data.batches import TrainingBatch
+    from missrec_t4r.data.batching import TrainingBatch
 
     model = a_model(dropout=0.0, **changes)
     core = to_core(model)
@@ -156,33 +156,33 @@ def test_core_and_t4r_model_share_weights_scores_and_loss(
 
 
 def test_core_and_t4r_model_share_side_features(data: Path, loader: Callable[..., Any]) -> None:
-    from missrec_t4r.data.batches import TrainingBatch
+    from missrec_t4r.data.batching import TrainingBatch
 
     torch.manual_seed(0)
     recipe = Recipe(model=shop.config(dropout=0.0, side_dropout=0.0))
     model = build_model(recipe, shop.schema(), shop.catalogue())
     core = to_core(model)
     core.discover_interests(0)
-    assert [column.name for column in core.side.columns] == ["category", "price"]
+    assert [column.name for column in core.event_features.columns] == ["category", "price"]
     batch, _ = next(iter(loader("missrec", data / "train", shop.schema(), batch_size=24, shuffle=True)))
     model.heads[0].body[1].refresh_steps = 0
     loss = model.train()(dict(batch), training=True)["loss"]
     sessions = model.heads[0].body[1].state.sessions
     labels = model.heads[0].body[0].masking.masked_targets.amax(1, keepdim=True)
-    side = {
+    event_features = {
         name: batch[f"{name}-list"].gather(1, sessions.window) * (sessions.item_ids > 0)
         for name in ("category", "price")
     }
-    native = training_loss(core, TrainingBatch(sessions.item_ids, labels, side), TrainConfig(batch_size=24))
+    native = training_loss(core, TrainingBatch(sessions.item_ids, labels, event_features), TrainConfig(batch_size=24))
     torch.testing.assert_close(native, loss, rtol=1e-6, atol=1e-6)
 
     model.eval()
     outside = from_core(core, shop.schema(), shop.catalogue()).eval()
     item_ids = batch["item_id-list"][:, : shop.MAX_LENGTH]
-    side = {name: batch[f"{name}-list"][:, : shop.MAX_LENGTH] for name in ("category", "price")}
-    columns = {"item_id-list": item_ids, **{f"{name}-list": values for name, values in side.items()}}
+    event_features = {name: batch[f"{name}-list"][:, : shop.MAX_LENGTH] for name in ("category", "price")}
+    columns = {"item_id-list": item_ids, **{f"{name}-list": values for name, values in event_features.items()}}
     with torch.no_grad():
-        scores = core.score(core(item_ids, side), core.candidates(), item_ids)
+        scores = core.score(core(item_ids, event_features), core.candidates(), item_ids)
         assert torch.equal(model(dict(columns)), scores)
         assert torch.equal(outside(dict(columns)), scores)
         without = core.score(core(item_ids), core.candidates(), item_ids)
@@ -209,7 +209,7 @@ def test_train_t4r_starts_the_ids_as_the_recipe_says(data: Path, tmp_path: Path)
     for start in ("tokens", "random"):
         info = train_t4r(data, recipe(id_start=start, learning_rate=1e-9), tmp_path / start, device="cpu")
         assert not info["without"]
-        tokens = load_run(tmp_path / start).model.towers.catalogue()
+        tokens = load_run(tmp_path / start).model.item_encoder.catalogue()
         assert tokens.ids is not None
         total = (torch.nn.functional.normalize(tokens.modality, dim=-1) * tokens.mask.unsqueeze(-1)).sum(0)
         alike = torch.cosine_similarity(total, tokens.ids)[tokens.mask.any(0)]
@@ -232,7 +232,7 @@ def test_train_t4r_writes_a_run_that_our_evaluation_loads(data: Path, tmp_path: 
     assert json.dumps(info)
     assert capsys.readouterr().out == ""
     loaded = load_run(tmp_path / "run")
-    assert [column.name for column in loaded.model.side.columns] == ["category", "price"]
+    assert [column.name for column in loaded.model.event_features.columns] == ["category", "price"]
     own = quick_metrics(
         ModelScorer.with_popularity(loaded.model, loaded.catalogue), Sessions.load(data / "valid"), shop.N_ROWS
     )

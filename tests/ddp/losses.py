@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.config import MISSRecConfig, Recipe, TrainConfig
-from missrec_t4r.data.batches import TrainingBatch, collate, training_batches
+from missrec_t4r.data.batching import TrainingBatch, collate, training_batches
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.model.chunked import ChunkedSoftmax
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.model.sampled import SampledSoftmax
-from missrec_t4r.model.softmax import FullSoftmax, Softmax
+from missrec_t4r.runs.run_folder import save_tensors
 from missrec_t4r.training import distributed
-from missrec_t4r.training.checkpoint import save_tensors
+from missrec_t4r.training.loss.chunked import ChunkedSoftmax
+from missrec_t4r.training.loss.full import FullSoftmax, Softmax
+from missrec_t4r.training.loss.sampled import SampledSoftmax
 from missrec_t4r.training.pretrain import contrastive_loss
 from missrec_t4r.training.step import batch_totals, training_loss
 from tests.equations import small_shop as shop
@@ -58,7 +58,7 @@ def contrast() -> tuple[MISSRec, Tensor]:
     bounds = [0, 4, 6] if size == 2 else [0, 6]
     own = slice(bounds[rank], bounds[rank + 1])
     vectors = model(shop.batch()[own])
-    positives = model.towers(shop.targets()[own]).modality[0]
+    positives = model.item_encoder(shop.targets()[own]).modality[0]
     everyone = distributed.gather_rows(positives)
     labels = distributed.rows_before(len(positives)) + torch.arange(len(positives))
     return model, torch.nn.functional.cross_entropy(vectors @ everyone.T, labels, reduction="sum") / len(everyone)

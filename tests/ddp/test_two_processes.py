@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from missrec_t4r.config import TrainConfig
-from missrec_t4r.data.batches import TrainingBatch
+from missrec_t4r.data.batching import TrainingBatch
+from missrec_t4r.runs.run_folder import load_run, load_tensors
 from missrec_t4r.training import distributed
-from missrec_t4r.training.checkpoint import load_run, load_tensors
-from missrec_t4r.training.finetune import train
+from missrec_t4r.training.fit import train
 from missrec_t4r.training.step import batch_totals, training_loss
 from tests.ddp import losses
 from tests.equations import small_shop as shop
@@ -57,7 +57,7 @@ def test_parts_of_one_process_add_up_to_the_same(tmp_path: Path) -> None:
 def test_a_process_without_sessions_adds_nothing() -> None:
     batch = TrainingBatch(torch.tensor([[3, 4]]), torch.tensor([[[5], [6]]]), {"price": torch.ones(1, 2)})
     empty = batch.part(1, 2)
-    assert empty.side["price"].tolist() == [[0, 0]]
+    assert empty.event_features["price"].tolist() == [[0, 0]]
     model = shop.model(shop.default(orthogonality_weight=0.1)).train()
     loss = training_loss(model, empty, TrainConfig(), totals=batch_totals(model, batch))
     loss.backward()

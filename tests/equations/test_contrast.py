@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from missrec_t4r.model.contrast import BatchTokens, SequenceItemContrast, SequenceSequenceContrast, in_batch_loss
+from missrec_t4r.model.contrastive import BatchEmbeddings, SequenceItemContrast, SequenceSequenceContrast, in_batch_loss
 from tests.equations import reference as ref
 from tests.equations import small_shop as shop
 
@@ -22,7 +22,7 @@ def _unit(rows: int, width: int) -> torch.Tensor:
 def test_sequence_item_contrast(fusion: str) -> None:
     model = shop.model(shop.default(candidate_fusion=fusion, item_ids=False, history_bias=False))
     positives, sessions = torch.tensor(POSITIVES), _unit(len(POSITIVES), model.config.d_model)
-    items = BatchTokens.of(model.towers, positives, torch.tensor([[4, 6]]))
+    items = BatchEmbeddings.of(model.item_encoder, positives, torch.tensor([[4, 6]]))
     found = SequenceItemContrast(model.fusion, 0.07)(sessions, positives, positives, items, 0)
     scores = model.fusion(sessions, model.candidates()).detach().numpy()  # equal to the reference: test_fusion.py
     assert found.item() == pytest.approx(ref.sequence_item_contrast(scores, POSITIVES, 0.07), abs=1e-10)
@@ -31,7 +31,7 @@ def test_sequence_item_contrast(fusion: str) -> None:
 def test_the_correction_takes_log_frequencies_off_the_logits() -> None:
     model = shop.model(shop.default(candidate_fusion="static", item_ids=False, history_bias=False))
     positives, sessions = torch.tensor(POSITIVES), _unit(len(POSITIVES), model.config.d_model)
-    items, frequency = BatchTokens.of(model.towers, positives), torch.from_numpy(RNG.uniform(0.01, 0.2, 15))
+    items, frequency = BatchEmbeddings.of(model.item_encoder, positives), torch.from_numpy(RNG.uniform(0.01, 0.2, 15))
     found = SequenceItemContrast(model.fusion, 0.07)(sessions, positives, positives, items, 0, frequency.log())
     scores = model.fusion(sessions, model.candidates()).detach().numpy() - 0.07 * np.log(frequency.numpy())
     assert found.item() == pytest.approx(ref.sequence_item_contrast(scores, POSITIVES, 0.07), abs=1e-10)
@@ -64,8 +64,8 @@ def test_the_losses_of_two_ranks_are_those_of_their_joint_batch() -> None:
 def test_batch_tokens_are_those_of_the_catalogue() -> None:
     model = shop.model(shop.default(item_ids=False))
     rows = torch.tensor([[5, 3, 0], [9, 9, 14]])
-    items = BatchTokens.of(model.towers, rows)
+    items = BatchEmbeddings.of(model.item_encoder, rows)
     assert items.rows.tolist() == [0, 3, 5, 9, 14]
-    taken, whole = items.take(rows), model.towers.catalogue().take(rows)
+    taken, whole = items.take(rows), model.item_encoder.catalogue().take(rows)
     torch.testing.assert_close(taken.modality, whole.modality)
     assert torch.equal(taken.mask, whole.mask)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from missrec_t4r.config import MISSRecConfig
+from missrec_t4r.model.losses import next_item_loss, orthogonality_loss
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.model.objectives import next_item_loss, orthogonality_loss
 from tests.equations import reference as ref
 from tests.equations import small_shop as shop
 from tests.equations import translate
@@ -75,7 +75,7 @@ def test_scores_of_the_whole_catalogue(setting: tuple[MISSRecConfig, float]) -> 
 def test_loss(setting: tuple[MISSRecConfig, float]) -> None:
     config, tolerance = setting
     model = shop.model(config)
-    encoded = model.encode(shop.batch(), catalogue=model.towers.catalogue(), last_only=True)
+    encoded = model.encode(shop.batch(), catalogue=model.item_encoder.catalogue(), last_only=True)
     logits = model.score(encoded.vectors, model.candidates(), shop.batch()) / config.temperature
     expected = ref.cross_entropy(_expected_scores(model), shop.rows(shop.TARGETS), config.temperature)
     assert next_item_loss(logits, shop.targets()).item() == pytest.approx(expected, abs=tolerance / config.temperature)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from missrec_t4r.model.fusion import CandidateFusion
-from missrec_t4r.model.towers import CandidateTokens
+from missrec_t4r.model.item_encoder import CandidateEmbeddings
 from tests.equations import reference as ref
 from tests.equations import small_shop as shop
 from tests.equations import translate
@@ -20,17 +20,17 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(ref.unit(np.random.default_rng(seed).normal(size=shape)))
 
 
-def tokens(*, ids: bool, n_modalities: int = 2) -> CandidateTokens:
+def tokens(*, ids: bool, n_modalities: int = 2) -> CandidateEmbeddings:
     """Row 4 lacks the last modality, row 5 the first, row 6 all of them; rows 4 and 7 have no trained ID."""
     mask = torch.ones(n_modalities, ROWS, dtype=torch.bool)
     mask[-1, 4] = mask[0, 5] = mask[:, 6] = False
     mask[:, :3] = False
     trained = torch.tensor([False, False, False, True, False, True, True, False])
     modality = unit(n_modalities, ROWS, DIM, seed=1)
-    return CandidateTokens(modality, mask, unit(ROWS, DIM, seed=2) if ids else None, trained if ids else None)
+    return CandidateEmbeddings(modality, mask, unit(ROWS, DIM, seed=2) if ids else None, trained if ids else None)
 
 
-def as_items(candidates: CandidateTokens) -> ref.Items:
+def as_items(candidates: CandidateEmbeddings) -> ref.Items:
     mask = candidates.mask.numpy()
     trained = np.zeros(ROWS, bool) if candidates.id_mask is None else candidates.id_mask.numpy()
     ids = None if candidates.ids is None else candidates.ids.numpy()
@@ -70,7 +70,7 @@ def test_by_hand() -> None:
     modality = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]], dtype=torch.float64)
     ids = torch.tensor([[0.5, math.sqrt(0.75)]], dtype=torch.float64)
     session = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    candidates = CandidateTokens(modality, torch.ones(2, 1, dtype=torch.bool), ids, torch.tensor([True]))
+    candidates = CandidateEmbeddings(modality, torch.ones(2, 1, dtype=torch.bool), ids, torch.tensor([True]))
     fusion = CandidateFusion("dynamic_shared", 1).double()
     assert fusion.phi is not None
     fusion.phi.data[:] = math.log(3)  # weights 3 : 1, fused .75

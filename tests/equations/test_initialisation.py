@@ -34,7 +34,7 @@ def test_projections_of_queries_keys_and_values(initialisation: str) -> None:
 
 def test_everything_else_is_normal() -> None:
     model = built(initialisation="release")
-    adapters = set(model.towers.adapters.modules())
+    adapters = set(model.item_encoder.adapters.modules())
     projections = {p for m in model.modules() if isinstance(m, MultiHeadAttention) for p in (m.query, m.key, m.value)}
     others = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in adapters | projections]
     assert len(others) == 7  # three output projections, two feed-forward blocks
@@ -44,6 +44,6 @@ def test_everything_else_is_normal() -> None:
 
 def test_a_missing_modality_and_the_padding_have_a_direction() -> None:
     model = built()
-    assert all(adapter.bias.any() for adapter in model.towers.adapters.values())
-    assert model.towers.id_embedding is not None
-    assert model.towers.id_embedding.weight.any(1).all()
+    assert all(adapter.bias.any() for adapter in model.item_encoder.adapters.values())
+    assert model.item_encoder.id_embedding is not None
+    assert model.item_encoder.id_embedding.weight.any(1).all()

@@ -50,7 +50,7 @@ def test_number_of_interests() -> None:
 @pytest.mark.parametrize("config", [shop.paper, shop.default])
 def test_a_centroid_is_the_mean_of_its_tokens(config: type, algorithm: str) -> None:
     model = shop.model(config(interest_algorithm=algorithm))
-    tokens, vocabulary = model.towers.catalogue(), model.interests
+    tokens, vocabulary = model.item_encoder.catalogue(), model.interests
     assert not vocabulary.assignment[~tokens.mask].any()
     assert (vocabulary.assignment[tokens.mask] > 0).all()
     for interest in range(1, len(vocabulary.centroids)):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from missrec_t4r.model.attention import DecoderLayer, EncoderLayer, MultiHeadAttention
-from missrec_t4r.model.encoder import ContextualEncoder
+from missrec_t4r.model.contextual_encoder import ContextualEncoder
 from missrec_t4r.model.interests import InterestTokens
 from tests.equations import reference as ref
 from tests.equations import translate

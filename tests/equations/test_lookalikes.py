@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from missrec_t4r.model.lookalikes import LookAlikes, LookAlikeSettings
+from missrec_t4r.ranking.terms.content_knn import ContentKNNSettings, ContentKNNTerm
 from tests.equations.reference import FIRST_ITEM, Array
 
 N_ROWS = FIRST_ITEM + 9
-SETTINGS = LookAlikeSettings(weight=0.5, decay=0.8)
+SETTINGS = ContentKNNSettings(weight=0.5, decay=0.8)
 SESSIONS = [[4, 7, 4, 9], [11, 3], [6]]
 
 
@@ -23,8 +23,8 @@ def catalogue(seed: int = 0) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     return {name: table * presence[m].unsqueeze(1) for m, (name, table) in enumerate(tables.items())}, presence
 
 
-def fitted(n_alike: int) -> LookAlikes:
-    lookalikes = LookAlikes(N_ROWS, n_alike).double()
+def fitted(n_alike: int) -> ContentKNNTerm:
+    lookalikes = ContentKNNTerm(N_ROWS, n_alike).double()
     vectors, presence = catalogue()
     lookalikes.fit({name: table.double() for name, table in vectors.items()}, presence)
     lookalikes.choose(SETTINGS)
@@ -65,7 +65,7 @@ def test_lookalikes(n_alike: int) -> None:
 
 
 def test_the_lists_are_found_again_after_loading() -> None:
-    first, second = fitted(3), LookAlikes(N_ROWS, 3).double()
+    first, second = fitted(3), ContentKNNTerm(N_ROWS, 3).double()
     second.load_state_dict(first.state_dict())
     item_ids = torch.tensor(SESSIONS[:1])
     assert torch.equal(first(item_ids), second(item_ids))
@@ -73,7 +73,7 @@ def test_the_lists_are_found_again_after_loading() -> None:
 
 def test_a_new_item_leaves_all_other_scores_alone() -> None:
     old = fitted(3)
-    larger = LookAlikes(N_ROWS + 1, 3).double()
+    larger = ContentKNNTerm(N_ROWS + 1, 3).double()
     larger.alike[:N_ROWS], larger.likeness[:N_ROWS] = old.alike, old.likeness
     larger.alike[N_ROWS, 0], larger.likeness[N_ROWS, 0] = 7, 1.0
     larger.index()

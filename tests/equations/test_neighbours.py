@@ -5,19 +5,19 @@ import pytest
 import torch
 
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.model.neighbours import NeighbourPrior, PriorSettings
+from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings, ItemKNNTerm
 from tests.equations import small_shop as shop
 from tests.equations.reference import FIRST_ITEM
 from tests.equations.reference_prior import neighbour_prior
 
 TRAINING = [shop.rows([*session, target]) for session, target in zip(shop.SESSIONS, shop.TARGETS, strict=True)]
 N_ROWS = FIRST_ITEM + len(shop.ITEMS)
-SETTINGS = PriorSettings(weight=0.5, decay=0.8, power=0.3)
+SETTINGS = ItemKNNSettings(weight=0.5, decay=0.8, power=0.3)
 """Powers of the decay are taken in single precision, hence 1e-6 below."""
 
 
-def fitted(n_neighbours: int, window: int, *, directed: bool = False) -> NeighbourPrior:
-    prior = NeighbourPrior(N_ROWS, n_neighbours).double()
+def fitted(n_neighbours: int, window: int, *, directed: bool = False) -> ItemKNNTerm:
+    prior = ItemKNNTerm(N_ROWS, n_neighbours).double()
     prior.fit(Sessions.from_lists(TRAINING), window, directed=directed)
     return prior
 
@@ -39,7 +39,7 @@ def test_prior_by_hand() -> None:
     # mug kettle teapot mug pan: one pair; kettle kettle teapot: two pairs; together C = 3
     [kettle, teapot] = shop.rows(["kettle", "teapot"])
     fit = fitted(20, 2)
-    fit.choose(PriorSettings(weight=1.0, decay=1.0, power=0.5))
+    fit.choose(ItemKNNSettings(weight=1.0, decay=1.0, power=0.5))
     prior = fit(torch.tensor([[kettle]]))[0]
     # kettle occurs 4 times, teapot 2 times
     assert prior[teapot].item() == pytest.approx(3 / ((4 + 5) * (2 + 5)) ** 0.5)
@@ -47,15 +47,15 @@ def test_prior_by_hand() -> None:
 
 def test_the_prior_ranks_and_never_trains() -> None:
     net = shop.model(shop.default(n_neighbours=4))
-    assert net.prior is not None
-    net.prior.fit(Sessions.from_lists(TRAINING), 50)
+    assert net.item_knn is not None
+    net.item_knn.fit(Sessions.from_lists(TRAINING), 50)
     session, item_ids = net(shop.batch()).detach(), shop.batch()
     plain = net.score(session, net.candidates(), item_ids)
     candidates = net.candidates()
     trained = net.train().score(session, candidates, item_ids)
     net.eval()
-    net.prior.choose(SETTINGS)
-    parts = {"window": 50, "directed": False, "n_neighbours": 4, **net.prior.chosen._asdict()}
+    net.item_knn.choose(SETTINGS)
+    parts = {"window": 50, "directed": False, "n_neighbours": 4, **net.item_knn.chosen._asdict()}
     expected = [neighbour_prior(shop.rows(session), TRAINING, N_ROWS, **parts) for session in shop.SESSIONS]
     change = net.score(session, net.candidates(), item_ids) - plain
     np.testing.assert_allclose(change[:, 3:].detach().numpy(), np.stack(expected)[:, 3:], rtol=0, atol=1e-6)
@@ -64,7 +64,7 @@ def test_the_prior_ranks_and_never_trains() -> None:
 
 @pytest.mark.gpu
 def test_a_prior_on_a_gpu_is_fitted_as_on_the_cpu() -> None:
-    here, there = NeighbourPrior(N_ROWS, 3), NeighbourPrior(N_ROWS, 3).cuda()
+    here, there = ItemKNNTerm(N_ROWS, 3), ItemKNNTerm(N_ROWS, 3).cuda()
     for prior in (here, there):
         prior.fit(Sessions.from_lists(TRAINING), 50)
     for name, buffer in here.named_buffers():

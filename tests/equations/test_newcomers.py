@@ -8,31 +8,31 @@ import torch
 
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.model.neighbours import PriorSettings
-from missrec_t4r.model.newcomers import NewcomerSettings
-from missrec_t4r.training.checkpoint import load_strictly, load_tensors, save_tensors
+from missrec_t4r.ranking.terms.cold_start import ColdStartSettings
+from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings
+from missrec_t4r.runs.run_folder import load_strictly, load_tensors, save_tensors
 from tests.equations import small_shop as shop
 from tests.equations.reference import FIRST_ITEM, Array
 
 TRAINING = [shop.rows([*session, target]) for session, target in zip(shop.SESSIONS, shop.TARGETS, strict=True)]
 PLATE = shop.row("plate")
-SETTINGS = NewcomerSettings(neighbours=0.7, content=0.4, bar=0.5, level=0.25)
+SETTINGS = ColdStartSettings(neighbours=0.7, content=0.4, bar=0.5, level=0.25)
 
 
-def net(modalities: tuple[float, float] = (1.0, 1.0), settings: NewcomerSettings = SETTINGS) -> MISSRec:
+def net(modalities: tuple[float, float] = (1.0, 1.0), settings: ColdStartSettings = SETTINGS) -> MISSRec:
     model = shop.model(shop.default(n_neighbours=6, n_lookalikes=0, newcomer_exposure=1.0)).double().eval()
-    assert model.prior is not None
-    assert model.prior.newcomers is not None
-    model.prior.fit(Sessions.from_lists(TRAINING), 50)
-    model.prior.choose(PriorSettings(0.5, 0.8, 0.3))
-    model.prior.newcomers.modalities.copy_(torch.tensor(modalities))
-    model.prior.newcomers.choose(settings)
-    model.find_newcomers()
+    assert model.item_knn is not None
+    assert model.item_knn.cold_start is not None
+    model.item_knn.fit(Sessions.from_lists(TRAINING), 50)
+    model.item_knn.choose(ItemKNNSettings(0.5, 0.8, 0.3))
+    model.item_knn.cold_start.modalities.copy_(torch.tensor(modalities))
+    model.item_knn.cold_start.choose(settings)
+    model.find_cold_items()
     return model
 
 
 def added(model: MISSRec, sessions: torch.Tensor) -> Array:
-    return model.add_history(torch.zeros(len(sessions), model.towers.n_rows).double(), sessions).detach().numpy()
+    return model.add_history(torch.zeros(len(sessions), model.item_encoder.n_rows).double(), sessions).detach().numpy()
 
 
 def reference(model: MISSRec, session: list[int], prior: Array, modalities: tuple[float, float]) -> float:
@@ -44,7 +44,7 @@ def reference(model: MISSRec, session: list[int], prior: Array, modalities: tupl
         vectors, here = content[name].vectors.astype(np.float64), content[name].present
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         around = vectors - vectors[[row for row in trained if here[row]]].mean(0)
-        weight, bias = (parameter.detach().numpy() for parameter in model.towers.adapters[name].parameters())
+        weight, bias = (parameter.detach().numpy() for parameter in model.item_encoder.adapters[name].parameters())
         tokens[name] = vectors @ weight.T + bias
         tokens[name] /= np.linalg.norm(tokens[name], axis=1, keepdims=True)
         unit[name] = (around / np.linalg.norm(around, axis=1, keepdims=True)) * here[:, None]
@@ -70,9 +70,9 @@ def reference(model: MISSRec, session: list[int], prior: Array, modalities: tupl
 @pytest.mark.parametrize("modalities", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
 def test_newcomers(modalities: tuple[float, float]) -> None:
     sessions, model = shop.batch(padding=1), net(modalities)
-    assert model.prior is not None
+    assert model.item_knn is not None
     found = added(model, sessions)[:, PLATE]
-    prior = model.prior(sessions).detach().numpy()
+    prior = model.item_knn(sessions).detach().numpy()
     expected = [
         reference(model, shop.rows(session), line, modalities)
         for session, line in zip(shop.SESSIONS, prior, strict=True)
@@ -83,7 +83,7 @@ def test_newcomers(modalities: tuple[float, float]) -> None:
 
 def test_trained_items_keep_their_scores_to_the_bit() -> None:
     sessions = shop.batch()
-    with_rule, without = added(net(), sessions), added(net(settings=NewcomerSettings(0, 0, 0, 0)), sessions)
+    with_rule, without = added(net(), sessions), added(net(settings=ColdStartSettings(0, 0, 0, 0)), sessions)
     others = np.arange(FIRST_ITEM, len(with_rule[0])) != PLATE
     assert np.array_equal(with_rule[:, FIRST_ITEM:][:, others], without[:, FIRST_ITEM:][:, others])
     assert (with_rule[:, PLATE] != without[:, PLATE]).all()
@@ -92,11 +92,11 @@ def test_trained_items_keep_their_scores_to_the_bit() -> None:
 
 def test_a_catalogue_without_newcomers_is_left_alone() -> None:
     model = net()
-    assert model.prior is not None
-    assert model.prior.newcomers is not None
-    model.prior.fit(Sessions.from_lists([*TRAINING, shop.rows(["plate", "mug"])]), 50)
-    model.find_newcomers()
-    assert not model.prior.newcomers.active
+    assert model.item_knn is not None
+    assert model.item_knn.cold_start is not None
+    model.item_knn.fit(Sessions.from_lists([*TRAINING, shop.rows(["plate", "mug"])]), 50)
+    model.find_cold_items()
+    assert not model.item_knn.cold_start.active
 
 
 def test_lists_are_found_again_after_loading_and_earlier_weights_load(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_lists_are_found_again_after_loading_and_earlier_weights_load(tmp_path: 
     again = shop.model(shop.default(n_neighbours=6, n_lookalikes=0, newcomer_exposure=1.0)).double().eval()
     load_strictly(again, weights, "here")
     assert np.array_equal(added(again, sessions), added(model, sessions))
-    earlier = {name: tensor for name, tensor in weights.items() if "newcomers" not in name}
+    earlier = {name: tensor for name, tensor in weights.items() if "cold_start" not in name}
     fresh = shop.model(shop.default(n_neighbours=6, n_lookalikes=0, newcomer_exposure=1.0)).double().eval()
     load_strictly(fresh, earlier, "an earlier version's")
     assert not added(fresh, sessions)[:, PLATE].any()

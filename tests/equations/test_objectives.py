@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from missrec_t4r.model.objectives import next_item_loss, orthogonality_loss
+from missrec_t4r.model.losses import next_item_loss, orthogonality_loss
 from tests.equations import reference as ref
 
 RNG = np.random.default_rng(11)

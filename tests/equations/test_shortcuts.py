@@ -6,12 +6,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from missrec_t4r.model.attention import MultiHeadAttention
-from missrec_t4r.model.dropout import Dropout, dropout
-from missrec_t4r.model.encoder import ContextualEncoder
+from missrec_t4r.model.contextual_encoder import ContextualEncoder
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.interests import InterestVocabulary
-from missrec_t4r.model.towers import CandidateTokens
-from missrec_t4r.model.unit import unit
+from missrec_t4r.model.item_encoder import CandidateEmbeddings
+from missrec_t4r.model.ops.dropout import Dropout, dropout
+from missrec_t4r.model.ops.normalize import unit
 from tests.equations import reference as ref
 from tests.equations import small_shop as shop
 from tests.equations import translate
@@ -69,7 +69,7 @@ def test_both_ways_of_attention_are_taken(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_centroids_projected_once_are_those_projected_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("missrec_t4r.model.encoder._MANY", 1)
+    monkeypatch.setattr("missrec_t4r.model.contextual_encoder._MANY", 1)
     vocabulary = InterestVocabulary(n_interests=4, n_modalities=2, n_rows=9, d_model=DIM).double()
     vocabulary.assignment[:, 3:] = torch.randint(1, 5, (2, 6), generator=torch.Generator().manual_seed(1))
     vocabulary.centroids[1:] = torch.randn(4, DIM, dtype=torch.float64)
@@ -99,7 +99,7 @@ def test_two_modalities_by_the_difference_of_their_votes(name: str, n_single: in
     ids = torch.from_numpy(ref.unit(torch.randn(n, DIM, dtype=torch.float64).numpy()))
     tokens = torch.from_numpy(modality).requires_grad_()
     session = F.normalize(torch.randn(5, DIM, dtype=torch.float64), dim=-1).requires_grad_()
-    candidates = CandidateTokens(tokens, mask, ids.requires_grad_(), torch.arange(n) % 3 > 0)
+    candidates = CandidateEmbeddings(tokens, mask, ids.requires_grad_(), torch.arange(n) % 3 > 0)
     fusion = CandidateFusion(name, n).double()  # type: ignore[arg-type]
     assert fusion.phi is not None
     fusion.phi.data = torch.linspace(-5, 5, len(fusion.phi), dtype=torch.float64)
@@ -156,10 +156,10 @@ def test_dropout_is_drawn_from_torchs_seed_and_rests_in_evaluation() -> None:
 
 
 def test_items_that_sessions_share_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    towers, rows = shop.model(shop.default()).towers, shop.batch(padding=2)
+    item_encoder, rows = shop.model(shop.default()).item_encoder, shop.batch(padding=2)
     with torch.no_grad():
-        expected = towers(rows)
-        monkeypatch.setattr("missrec_t4r.model.towers._MANY", 1)
-        found = towers(rows)
+        expected = item_encoder(rows)
+        monkeypatch.setattr("missrec_t4r.model.item_encoder._MANY", 1)
+        found = item_encoder(rows)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)

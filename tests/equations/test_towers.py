@@ -16,7 +16,7 @@ every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.k
 @every_config
 def test_tokens_of_the_catalogue(config: MISSRecConfig) -> None:
     model = shop.model(config)
-    found, expected = model.towers.catalogue(), translate.items(model, shop.catalogue())
+    found, expected = model.item_encoder.catalogue(), translate.items(model, shop.catalogue())
     counted = found.mask.numpy()
     np.testing.assert_array_equal(counted, expected.counts)
     np.testing.assert_array_equal(found.attended.numpy()[:, ref.FIRST_ITEM :], expected.present[:, ref.FIRST_ITEM :])
@@ -29,9 +29,9 @@ def test_tokens_of_the_catalogue(config: MISSRecConfig) -> None:
 
 @every_config
 def test_tokens_of_some_rows_are_those_of_the_catalogue(config: MISSRecConfig) -> None:
-    towers = shop.model(config).towers
+    item_encoder = shop.model(config).item_encoder
     rows = shop.batch(padding=1)
-    for direct, gathered in zip(towers(rows), towers.catalogue().take(rows), strict=True):
+    for direct, gathered in zip(item_encoder(rows), item_encoder.catalogue().take(rows), strict=True):
         assert (direct is None) == (gathered is None)
         if direct is not None:
             torch.testing.assert_close(direct, gathered, rtol=0, atol=1e-12)
@@ -39,21 +39,21 @@ def test_tokens_of_some_rows_are_those_of_the_catalogue(config: MISSRecConfig) -
 
 def test_published_token_of_a_missing_modality_is_the_bias() -> None:
     model = shop.model(shop.paper())
-    tokens = model.towers(torch.tensor([shop.row("voucher")]))
-    image = model.towers.names.index("image")
+    tokens = model.item_encoder(torch.tensor([shop.row("voucher")]))
+    image = model.item_encoder.names.index("image")
     assert tokens.mask[image].all()
-    torch.testing.assert_close(tokens.modality[image, 0], model.towers.adapters["image"].bias, rtol=0, atol=0)
+    torch.testing.assert_close(tokens.modality[image, 0], model.item_encoder.adapters["image"].bias, rtol=0, atol=0)
 
 
 def test_our_token_of_a_missing_modality_does_not_count() -> None:
     model = shop.model(shop.default())
-    tokens = model.towers(torch.tensor([shop.row("voucher"), shop.row("rug"), shop.row("lamp")]))
+    tokens = model.item_encoder(torch.tensor([shop.row("voucher"), shop.row("rug"), shop.row("lamp")]))
     assert tokens.mask.tolist() == [[True, False, True], [False, True, True]]  # text, image
 
 
 @pytest.mark.parametrize("name", ["text", "image"])
 def test_scaled_vectors_have_unit_length(name: str) -> None:
-    vectors = shop.model(shop.default()).towers.vectors.get_buffer(name)
+    vectors = shop.model(shop.default()).item_encoder.vectors.get_buffer(name)
     expected = ref.unit(shop.catalogue().modalities[name].vectors.astype(np.float64))
     np.testing.assert_allclose(vectors.numpy(), expected, rtol=0, atol=1e-7)
 

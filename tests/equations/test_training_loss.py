@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from missrec_t4r.config import TrainConfig
-from missrec_t4r.data.batches import collate, training_batches
+from missrec_t4r.data.batching import collate, training_batches
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.training.step import training_loss
 from tests.equations import reference as ref

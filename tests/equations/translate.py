@@ -8,8 +8,8 @@ from torch import nn
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.model import attention as code
+from missrec_t4r.model.contextual_encoder import ContextualEncoder
 from missrec_t4r.model.decoder import InterestAwareDecoder
-from missrec_t4r.model.encoder import ContextualEncoder
 from missrec_t4r.model.missrec import MISSRec
 from tests.equations import reference as ref
 
@@ -78,9 +78,9 @@ def items(model: MISSRec, shop: Catalogue) -> ref.Items:
     """Compute the reference's item tokens from the catalogue itself, not from the model's copy of it."""
     rows = np.arange(shop.n_rows)
     trained = shop.train_count > 0 if model.config.mask_untrained_ids else rows >= ref.FIRST_ITEM
-    embedding = model.towers.id_embedding
+    embedding = model.item_encoder.id_embedding
     return ref.item_tokens(
-        [linear(model.towers.adapters[name]) for name in shop.modalities],
+        [linear(model.item_encoder.adapters[name]) for name in shop.modalities],
         [modality.vectors.astype(np.float64) for modality in shop.modalities.values()],
         [modality.present for modality in shop.modalities.values()],
         None if embedding is None else array(embedding.weight),

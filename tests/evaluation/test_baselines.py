@@ -11,10 +11,11 @@ from torch import Tensor
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation import baselines, tuning
-from missrec_t4r.evaluation.baselines import ContentKNN, CoOccurrence, ItemKNN, Popularity
 from missrec_t4r.evaluation.full_ranking import SEEN_EXCLUDED, SEEN_KEPT, quick_metrics
-from missrec_t4r.evaluation.tuning import sample_sessions, tune, tuned_content_knn, tuned_item_knn
+from missrec_t4r.ranking import baselines
+from missrec_t4r.ranking import tune_baselines as tuning
+from missrec_t4r.ranking.baselines import ContentKNN, CoOccurrence, ItemKNN, Popularity
+from missrec_t4r.ranking.tune_baselines import sample_sessions, tune, tuned_content_knn, tuned_item_knn
 
 HISTORIES = [[3, 4], [5, 3, 5], [6], [], [8, 7, 4, 3]]
 

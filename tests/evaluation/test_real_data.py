@@ -12,10 +12,10 @@ import pytest
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation.baselines import Popularity
-from missrec_t4r.evaluation.evaluate import evaluate_sessions
 from missrec_t4r.evaluation.full_ranking import SEEN_EXCLUDED, SEEN_KEPT
-from missrec_t4r.evaluation.tuning import tuned_item_knn
+from missrec_t4r.ranking.baselines import Popularity
+from missrec_t4r.ranking.tune_baselines import tuned_item_knn
+from missrec_t4r.runs.evaluate import evaluate_sessions
 
 FULL, SUBSET = "interactions.parquet", "interactions_mm_subset.parquet"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from missrec_t4r.cli.demo import demo, find_inputs
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.demo import demo, find_inputs
 from missrec_t4r.errors import DataError
 
 pytestmark = pytest.mark.triton

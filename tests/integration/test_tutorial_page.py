@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.serving.loopback import choose_ports
+from missrec_t4r.serving.triton.ports import choose_ports
 
 pytestmark = pytest.mark.triton
 BLOCK = re.compile(r"^```(bash|bash background|python file=(\S+))\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -11,10 +11,10 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.model.missrec import build_missrec
-from missrec_t4r.training.checkpoint import VOCABULARY_FILE, load_run, load_tensors
-from missrec_t4r.training.continuing import load_continued, train_on
-from missrec_t4r.training.finetune import train
-from missrec_t4r.training.transfer import read_source
+from missrec_t4r.runs.run_folder import VOCABULARY_FILE, load_run, load_tensors
+from missrec_t4r.training.fit import train
+from missrec_t4r.training.warm_start.nightly import continue_training, load_continued
+from missrec_t4r.training.warm_start.transfer import read_source
 from tests.pretraining.conftest import IMAGE_WIDTH, SMALL, TEXT_WIDTH, angles, modality, write_shop
 
 TODAY = [11, 4, 0, 12, 9, 2, 3, 8, 10, 13, 7, 1, 5]  # place 6 is retired, 12 and 13 are new, and all rows moved
@@ -45,19 +45,19 @@ def _row(catalogue: Catalogue, place: int) -> int:
     return int(catalogue.rows_of([f"P{place}"])[0])
 
 
-def test_known_items_keep_their_ids_and_new_ones_start_anew(yesterday: Path) -> None:
-    catalogue, source = Catalogue.load(yesterday / "tuesday" / "catalogue"), read_source(yesterday / "run")
+def test_known_items_keep_their_ids_and_new_ones_start_anew(earlier_run: Path) -> None:
+    catalogue, source = Catalogue.load(earlier_run / "tuesday" / "catalogue"), read_source(earlier_run / "run")
     torch.manual_seed(3)
     model = build_missrec(source.recipe.model, catalogue)
-    initial = model.towers.id_embedding.weight.detach().clone()
+    initial = model.item_encoder.id_embedding.weight.detach().clone()
     report, items = load_continued(model, catalogue, source)
     assert items == {"kept": 11, "new": 2, "retired": 1}
-    monday = Catalogue.load(yesterday / "monday" / "catalogue")
+    monday = Catalogue.load(earlier_run / "monday" / "catalogue")
     for place in range(14):
         if place == 6:
             continue
-        row, own = _row(catalogue, place), model.towers.id_embedding.weight[_row(catalogue, place)]
-        kept = source.weights["towers.id_embedding.weight"][_row(monday, place)] if place < 12 else initial[row]
+        row, own = _row(catalogue, place), model.item_encoder.id_embedding.weight[_row(catalogue, place)]
+        kept = source.weights["item_encoder.id_embedding.weight"][_row(monday, place)] if place < 12 else initial[row]
         assert torch.equal(own, kept), place
         phi = source.weights["fusion.phi"][_row(monday, place)] if place < 12 else torch.zeros(())
         assert torch.equal(model.fusion.phi[row], phi)
@@ -67,9 +67,9 @@ def test_known_items_keep_their_ids_and_new_ones_start_anew(yesterday: Path) -> 
     assert report["trainable_share"] == 1.0
 
 
-def test_known_tokens_keep_their_interests_and_new_ones_join_the_nearest(yesterday: Path) -> None:
-    catalogue, source = Catalogue.load(yesterday / "tuesday" / "catalogue"), read_source(yesterday / "run")
-    monday = Catalogue.load(yesterday / "monday" / "catalogue")
+def test_known_tokens_keep_their_interests_and_new_ones_join_the_nearest(earlier_run: Path) -> None:
+    catalogue, source = Catalogue.load(earlier_run / "tuesday" / "catalogue"), read_source(earlier_run / "run")
+    monday = Catalogue.load(earlier_run / "monday" / "catalogue")
     config = source.recipe.changed({"model.interest_ratio": 0.02}).model
     model = build_missrec(config, catalogue)
     load_continued(model, catalogue, source)
@@ -78,7 +78,7 @@ def test_known_tokens_keep_their_interests_and_new_ones_join_the_nearest(yesterd
     assert torch.equal(model.interests.centroids, centroids)
     for place in (0, 5, 11):
         assert model.interests.assignment[0, _row(catalogue, place)] == before[0, _row(monday, place)]
-    tokens = model.eval().towers.catalogue().modality[0]
+    tokens = model.eval().item_encoder.catalogue().modality[0]
     for place in (12, 13):
         row = _row(catalogue, place)
         nearest = (centroids[1:] - tokens[row]).square().sum(1).argmin() + 1
@@ -86,8 +86,8 @@ def test_known_tokens_keep_their_interests_and_new_ones_join_the_nearest(yesterd
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.9])
-def test_interests_can_become_more_or_fewer(yesterday: Path, ratio: float) -> None:
-    catalogue, source = Catalogue.load(yesterday / "tuesday" / "catalogue"), read_source(yesterday / "run")
+def test_interests_can_become_more_or_fewer(earlier_run: Path, ratio: float) -> None:
+    catalogue, source = Catalogue.load(earlier_run / "tuesday" / "catalogue"), read_source(earlier_run / "run")
     model = build_missrec(source.recipe.changed({"model.interest_ratio": ratio}).model, catalogue)
     load_continued(model, catalogue, source)
     places = model.interests.assignment[0, 3:]
@@ -97,10 +97,10 @@ def test_interests_can_become_more_or_fewer(yesterday: Path, ratio: float) -> No
     assert model.interests.assignment[0, 3:].min() >= 1
 
 
-def test_moved_rows_alone_change_no_score(yesterday: Path) -> None:
+def test_moved_rows_alone_change_no_score(earlier_run: Path) -> None:
     """The same items in another order: every session scores every item as before."""
-    catalogue, source = Catalogue.load(yesterday / "shuffled" / "catalogue"), read_source(yesterday / "run")
-    monday = load_run(yesterday / "run", yesterday / "monday")
+    catalogue, source = Catalogue.load(earlier_run / "shuffled" / "catalogue"), read_source(earlier_run / "run")
+    monday = load_run(earlier_run / "run", earlier_run / "monday")
     model = build_missrec(source.recipe.model, catalogue)
     load_continued(model, catalogue, source)
     model.eval()
@@ -115,45 +115,49 @@ def test_moved_rows_alone_change_no_score(yesterday: Path) -> None:
         )
 
 
-def test_the_nightly_run_trains_on_and_can_be_continued_itself(yesterday: Path, tmp_path: Path) -> None:
+def test_the_nightly_run_trains_on_and_can_be_continued_itself(earlier_run: Path, tmp_path: Path) -> None:
     settings = {"train.epochs": 1}
-    result = train_on(yesterday / "tuesday", tmp_path / "tuesday", yesterday / "run", settings=settings)
+    result = continue_training(earlier_run / "tuesday", tmp_path / "tuesday", earlier_run / "run", settings=settings)
     assert result["start"]["kind"] == "continue"
     assert result["start"]["items"] == {"kept": 11, "new": 2, "retired": 1}
-    assert load_run(tmp_path / "tuesday").recipe.model == read_source(yesterday / "run").recipe.model
+    assert load_run(tmp_path / "tuesday").recipe.model == read_source(earlier_run / "run").recipe.model
     fresh = train(
-        yesterday / "tuesday", tmp_path / "fresh", recipe=read_source(yesterday / "run").recipe.changed(settings)
+        earlier_run / "tuesday", tmp_path / "fresh", recipe=read_source(earlier_run / "run").recipe.changed(settings)
     )
     assert result["valid_ndcg@10"] > fresh["valid_ndcg@10"]
-    again = train_on(
-        yesterday / "monday", tmp_path / "wednesday", tmp_path / "tuesday", settings=settings, freeze="encoder_decoder"
+    again = continue_training(
+        earlier_run / "monday",
+        tmp_path / "wednesday",
+        tmp_path / "tuesday",
+        settings=settings,
+        freeze="encoder_decoder",
     )
     assert again["start"]["items"] == {"kept": 11, "new": 1, "retired": 2}
     before, after = (load_tensors(tmp_path / name / "weights.safetensors") for name in ("tuesday", "wednesday"))
     assert torch.equal(before["encoder.norm.weight"], after["encoder.norm.weight"])
 
 
-def test_the_vocabulary_travels_with_the_run(yesterday: Path, tmp_path: Path) -> None:
+def test_the_vocabulary_travels_with_the_run(earlier_run: Path, tmp_path: Path) -> None:
     """The nightly ETL overwrites the data folder: what row was which item must not depend on it."""
     import shutil
 
-    shutil.copytree(yesterday / "run", tmp_path / "run")
+    shutil.copytree(earlier_run / "run", tmp_path / "run")
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"data": "gone"}))
-    catalogue = Catalogue.load(yesterday / "tuesday" / "catalogue")
+    catalogue = Catalogue.load(earlier_run / "tuesday" / "catalogue")
     source = read_source(tmp_path / "run")
     assert load_continued(build_missrec(source.recipe.model, catalogue), catalogue, source)[1]["kept"] == 11
     (tmp_path / "run" / VOCABULARY_FILE).unlink()  # as an older run
-    (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"data": str(yesterday / "tuesday")}))
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"data": str(earlier_run / "tuesday")}))
     with pytest.raises(CheckpointError, match="does not hold its item ids.*16 rows by now"):
         load_continued(build_missrec(source.recipe.model, catalogue), catalogue, read_source(tmp_path / "run"))
 
 
-def test_a_new_modality_gets_an_adapter_and_a_gone_one_is_named(yesterday: Path, tmp_path: Path) -> None:
+def test_a_new_modality_gets_an_adapter_and_a_gone_one_is_named(earlier_run: Path, tmp_path: Path) -> None:
     places = list(range(12))
     image = modality(angles(12), IMAGE_WIDTH, 2, "ring-image@1")
     write_shop(tmp_path / "more", [f"P{i}" for i in places], {"image": image, "text": _text(places)})
-    source = read_source(yesterday / "run")
+    source = read_source(earlier_run / "run")
     catalogue = Catalogue.load(tmp_path / "more" / "catalogue")
     report, _ = load_continued(build_missrec(source.recipe.model, catalogue), catalogue, source)
     parts = {part["name"]: part for part in report["parts"]}
@@ -166,57 +170,59 @@ def test_a_new_modality_gets_an_adapter_and_a_gone_one_is_named(yesterday: Path,
 
 
 def test_what_makes_no_sense_is_refused(
-    yesterday: Path, shops: dict[str, Path], pretrained: Path, tmp_path: Path
+    earlier_run: Path, shops: dict[str, Path], pretrained: Path, tmp_path: Path
 ) -> None:
-    out, run = tmp_path / "out", yesterday / "run"
+    out, run = tmp_path / "out", earlier_run / "run"
     with pytest.raises(CheckpointError, match="--from"):
-        train_on(yesterday / "tuesday", out, pretrained)
+        continue_training(earlier_run / "tuesday", out, pretrained)
     with pytest.raises(CheckpointError, match="ids are int64 here and string"):
-        train_on(shops["toys"], out, run)
+        continue_training(shops["toys"], out, run)
     with pytest.raises(CheckpointError, match="no item of this catalogue"):
-        train_on(shops["tools"], out, run)
+        continue_training(shops["tools"], out, run)
     with pytest.raises(CheckpointError, match="--set model.n_head=2"):
-        train_on(yesterday / "tuesday", out, run, settings={"model.n_head": 4})
+        continue_training(earlier_run / "tuesday", out, run, settings={"model.n_head": 4})
     with pytest.raises(ConfigError, match="a new folder"):
-        train_on(yesterday / "tuesday", run, run)
+        continue_training(earlier_run / "tuesday", run, run)
     write_shop(tmp_path / "other", [f"P{i}" for i in range(12)], {"text": _text(list(range(12)), "ring-text@2")})
     with pytest.raises(CheckpointError, match=r"another encoder.*ring-text@2.*missrec features --like"):
-        train_on(tmp_path / "other", out, run)
+        continue_training(tmp_path / "other", out, run)
     assert not out.exists()
 
 
-def test_an_unstated_encoder_is_taken_to_be_the_same_and_the_report_says_so(yesterday: Path, tmp_path: Path) -> None:
+def test_an_unstated_encoder_is_taken_to_be_the_same_and_the_report_says_so(earlier_run: Path, tmp_path: Path) -> None:
     write_shop(tmp_path / "silent", [f"P{i}" for i in range(12)], {"text": _text(list(range(12)), None)})
-    source, catalogue = read_source(yesterday / "run"), Catalogue.load(tmp_path / "silent" / "catalogue")
+    source, catalogue = read_source(earlier_run / "run"), Catalogue.load(tmp_path / "silent" / "catalogue")
     report, _ = load_continued(build_missrec(source.recipe.model, catalogue), catalogue, source)
     assert report["parts"][0]["note"] == "its encoder is not stated: taken to be the same"
 
 
 def test_categories_of_events_grow_at_the_end(tmp_path: Path) -> None:
-    from missrec_t4r.data.side import SideColumn
-    from missrec_t4r.training.continuing import _grown
+    from missrec_t4r.data.event_features import EventColumn
+    from missrec_t4r.training.warm_start.nightly import _grown
 
     (tmp_path / "session_transform.json").write_text(json.dumps({"features": {"event": {"values": ["gift", "view"]}}}))
-    column = SideColumn("event", "categorical", 5, values=("view", "buy"))
+    column = EventColumn("event", "categorical", 5, values=("view", "buy"))
     assert _grown(column, tmp_path).values == ("view", "buy", "gift")
     assert _grown(column, tmp_path).size == 6
-    assert _grown(SideColumn("price", "continuous"), tmp_path) == SideColumn("price", "continuous")
+    assert _grown(EventColumn("price", "continuous"), tmp_path) == EventColumn("price", "continuous")
 
 
-def test_side_features_keep_their_tables_and_new_categories_start_at_random(yesterday: Path) -> None:
+def test_side_features_keep_their_tables_and_new_categories_start_at_random(earlier_run: Path) -> None:
     import dataclasses
 
-    from missrec_t4r.data.side import SideColumn
-    from missrec_t4r.training.transfer import Source
+    from missrec_t4r.data.event_features import EventColumn
+    from missrec_t4r.training.warm_start.transfer import Source
 
-    catalogue, source = Catalogue.load(yesterday / "monday" / "catalogue"), read_source(yesterday / "run")
-    then = [SideColumn("event", "categorical", 5, 4, values=("view", "buy")), SideColumn("price", "continuous", 1, 4)]
+    catalogue, source = Catalogue.load(earlier_run / "monday" / "catalogue"), read_source(earlier_run / "run")
+    then = [EventColumn("event", "categorical", 5, 4, values=("view", "buy")), EventColumn("price", "continuous", 1, 4)]
     weights = build_missrec(source.recipe.model, catalogue, then).state_dict()
     now = [dataclasses.replace(then[0], size=6, values=("view", "buy", "gift")), then[1]]
     model = build_missrec(source.recipe.model, catalogue, now)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     report, _ = load_continued(model, catalogue, Source(source.run, source.recipe, source.info, weights))
-    [table] = [name for name, tensor in weights.items() if name.startswith("side.") and tuple(tensor.shape) == (5, 4)]
+    [table] = [
+        name for name, tensor in weights.items() if name.startswith("event_features.") and tuple(tensor.shape) == (5, 4)
+    ]
     after = model.state_dict()
     assert torch.equal(after[table][:5], weights[table])
     assert torch.equal(after[table][5], before[table][5])
@@ -224,10 +230,10 @@ def test_side_features_keep_their_tables_and_new_categories_start_at_random(yest
     assert {part["name"]: part["status"] for part in report["parts"]}["side features"] == "loaded"
 
 
-def test_the_commands_know_which_options_go_together(yesterday: Path, tmp_path: Path) -> None:
+def test_the_commands_know_which_options_go_together(earlier_run: Path, tmp_path: Path) -> None:
     from missrec_t4r import commands
 
-    data, run = yesterday / "tuesday", yesterday / "run"
+    data, run = earlier_run / "tuesday", earlier_run / "run"
     for options, words in [
         ({"source": run, "yesterday": run}, "both --from and --continue"),
         ({"source": run, "trainer": "t4r"}, "native"),
@@ -236,6 +242,6 @@ def test_the_commands_know_which_options_go_together(yesterday: Path, tmp_path: 
     ]:
         with pytest.raises(ConfigError, match=words):
             commands.train(data, tmp_path / "out", **options)
-    result = commands.train(data, tmp_path / "out", yesterday=run, settings={"train.epochs": 1})
+    result = commands.train(data, tmp_path / "out", earlier_run=run, settings={"train.epochs": 1})
     assert result["start"]["freeze"] == "none"
     assert Recipe.from_dict(json.loads((tmp_path / "out" / "recipe.json").read_text())).train.epochs == 1

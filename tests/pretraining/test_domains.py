@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.data.domains import load_domains, match_modalities, named_folders
 from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.union import load_domains, match_modalities, named_folders
 from missrec_t4r.errors import ConfigError, DataError, ModalityError
 from tests.pretraining.conftest import TEXT_WIDTH, angles, modality, write_shop
 

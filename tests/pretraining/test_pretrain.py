@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from missrec_t4r.config import Recipe
-from missrec_t4r.data.batches import TrainingBatch
-from missrec_t4r.data.domains import load_domains
+from missrec_t4r.data.batching import TrainingBatch
+from missrec_t4r.data.union import load_domains
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.model.objectives import orthogonality_loss
-from missrec_t4r.training.checkpoint import RUN_FILE, STATE_FILE, load_tensors
+from missrec_t4r.model.losses import orthogonality_loss
+from missrec_t4r.runs.run_folder import RUN_FILE, STATE_FILE, load_tensors
 from missrec_t4r.training.pretrain import Pretrainer, contrastive_loss, pretrain
 from missrec_t4r.training.step import Totals
 from tests.equations import reference as ref
@@ -77,7 +77,7 @@ def test_a_run_learns_and_says_where_its_modalities_come_from(pretrained: Path) 
     assert info["modalities"]["text"] == {"width": 8, "fingerprint": "ring-text@1"}
     assert info["valid_ndcg@10"] > 0.5
     weights = load_tensors(pretrained / "weights.safetensors")
-    assert "towers.adapters.image.weight" in weights
+    assert "item_encoder.adapters.image.weight" in weights
     assert not any("id_embedding" in name for name in weights)
 
 
@@ -157,7 +157,7 @@ def test_adapters_can_stay_as_they_start(shops: dict[str, Path], tmp_path: Path)
         settings = SMALL | {"train.epochs": epochs, "pretrain.keep_adapters": True}
         pretrain([shops["books"], shops["toys"]], tmp_path / str(epochs), settings=settings)
     short, long = (load_tensors(tmp_path / str(epochs) / "weights.safetensors") for epochs in (1, 3))
-    assert torch.equal(short["towers.adapters.text.weight"], long["towers.adapters.text.weight"])
+    assert torch.equal(short["item_encoder.adapters.text.weight"], long["item_encoder.adapters.text.weight"])
     name = next(name for name in short if name.startswith("decoder.layers") and name.endswith("weight"))
     assert not torch.equal(short[name], long[name])
 

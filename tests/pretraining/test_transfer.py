@@ -11,8 +11,8 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import CheckpointError, ConfigError, ModalityError
 from missrec_t4r.model.missrec import build_missrec
-from missrec_t4r.training.checkpoint import load_run, load_tensors
-from missrec_t4r.training.transfer import load_pretrained, read_source, require_same, train_from
+from missrec_t4r.runs.run_folder import load_run, load_tensors
+from missrec_t4r.training.warm_start.transfer import load_pretrained, read_source, require_same, train_from
 from tests.pretraining.conftest import IMAGE_WIDTH, SMALL, TEXT_WIDTH, angles, modality, write_shop
 
 ONE_EPOCH = SMALL | {"train.epochs": 1, "model.n_neighbours": 0}
@@ -35,7 +35,7 @@ def test_the_published_freeze_trains_adapters_norm_fusion_and_ids(
         name for name in before if name.startswith(("encoder.", "decoder.layers.", "decoder.norm.", "decoder.pos"))
     }
     assert not moved & stays
-    assert {"towers.adapters.text.weight", "decoder.norm_input.weight", "history_bias"} <= moved
+    assert {"item_encoder.adapters.text.weight", "decoder.norm_input.weight", "history_bias"} <= moved
     parts = _parts(result["start"])
     assert {name for name, part in parts.items() if part["frozen"]} == {"position embedding", "encoder", "decoder"}
     assert parts["adapter text"]["status"] == "loaded"
@@ -45,7 +45,7 @@ def test_the_published_freeze_trains_adapters_norm_fusion_and_ids(
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert info["start"]["kind"] == "from"
     assert info["start"]["freeze"] == "encoder_decoder"
-    moved = {name for name in moved if not name.startswith(("interests.", "lookalikes."))} | {
+    moved = {name for name in moved if not name.startswith(("interests.", "content_knn."))} | {
         "fusion.phi"
     }  # one modality
     trained = sum(after[name].numel() for name in moved) + parts["item IDs"]["parameters"]
@@ -63,8 +63,8 @@ def test_every_weight_that_can_be_taken_over_is(shops: dict[str, Path], pretrain
     report = load_pretrained(model, catalogue, read_source(pretrained), freeze="none")
     theirs = load_tensors(pretrained / "weights.safetensors")
     own = model.state_dict()
-    assert torch.equal(own["towers.adapters.title.weight"], theirs["towers.adapters.text.weight"])
-    same = [name for name in own if not name.startswith(("towers.adapters.title", "interests.", "lookalikes."))]
+    assert torch.equal(own["item_encoder.adapters.title.weight"], theirs["item_encoder.adapters.text.weight"])
+    same = [name for name in own if not name.startswith(("item_encoder.adapters.title", "interests.", "content_knn."))]
     assert [name for name in same if not torch.equal(own[name], theirs[name])] == []
     assert _parts(report)["adapter title"]["note"] == "from 'text', the same encoder under another name"
     assert report["trainable_share"] == 1.0
@@ -73,7 +73,7 @@ def test_every_weight_that_can_be_taken_over_is(shops: dict[str, Path], pretrain
 
 def test_pretraining_helps_from_the_first_epoch_on(shops: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
     """The three shops obey one law that their common encoder shows, so what two of them taught holds in the third."""
-    from missrec_t4r.training.finetune import train
+    from missrec_t4r.training.fit import train
 
     alone = train(shops["tools"], tmp_path / "alone", recipe="pretrain", settings=ONE_EPOCH)
     helped = train_from(shops["tools"], tmp_path / "helped", pretrained, recipe="pretrain", settings=ONE_EPOCH)
@@ -102,11 +102,13 @@ def test_freezing_and_taking_can_be_chosen(
     if options.get("take") == "adapters":
         assert parts["encoder"]["status"] == "re-initialised"
         assert torch.equal(model.state_dict()["encoder.norm.weight"], before["encoder.norm.weight"])
-        assert not torch.equal(model.state_dict()["towers.adapters.text.weight"], before["towers.adapters.text.weight"])
+        assert not torch.equal(
+            model.state_dict()["item_encoder.adapters.text.weight"], before["item_encoder.adapters.text.weight"]
+        )
 
 
 def test_an_ordinary_run_of_another_shop_is_a_start_too(shops: dict[str, Path], tmp_path: Path) -> None:
-    from missrec_t4r.training.finetune import train
+    from missrec_t4r.training.fit import train
 
     settings = ONE_EPOCH | {"model.item_ids": True}
     train(shops["books"], tmp_path / "books", recipe="pretrain", settings=settings)
@@ -125,12 +127,12 @@ def test_ids_can_start_as_content(shops: dict[str, Path], pretrained: Path) -> N
     catalogue = Catalogue.load(shops["tools"] / "catalogue")
     config = Recipe.load("pretrain", SMALL | {"model.item_ids": True}).model
     model = build_missrec(config, catalogue)
-    initial = model.towers.id_embedding.weight.detach().norm(dim=-1).mean()
+    initial = model.item_encoder.id_embedding.weight.detach().norm(dim=-1).mean()
     report = load_pretrained(model.train(), catalogue, read_source(pretrained), id_start="tokens")
     assert model.training
     candidates = model.eval().candidates()
     torch.testing.assert_close(candidates.ids[3:], candidates.modality[0, 3:])  # one modality: the same direction
-    assert model.towers.id_embedding.weight[5].norm().item() == pytest.approx(initial.item())
+    assert model.item_encoder.id_embedding.weight[5].norm().item() == pytest.approx(initial.item())
     assert _parts(report)["item IDs"]["note"] == "start as the items' tokens"
 
 
@@ -140,7 +142,7 @@ def test_ids_can_start_as_content_without_another_run(
 ) -> None:
     from missrec_t4r.training.trainer import Trainer
 
-    monkeypatch.setattr("missrec_t4r.training.id_start._ROWS", rows_at_once)
+    monkeypatch.setattr("missrec_t4r.training.warm_start.id_init._ROWS", rows_at_once)
     catalogue = Catalogue.load(shops["toys"] / "catalogue")
     sessions = Sessions.load(shops["toys"] / "train"), Sessions.load(shops["toys"] / "valid")
     settings = SMALL | {"model.item_ids": True, "train.id_start": "tokens"}
@@ -199,8 +201,8 @@ def test_a_modality_of_another_encoder_beside_a_common_one_starts_anew(pretraine
 def test_an_interrupted_transfer_is_not_continued_from_another_start(
     shops: dict[str, Path], pretrained: Path, tmp_path: Path
 ) -> None:
-    from missrec_t4r.training import transfer
     from missrec_t4r.training.trainer import Trainer
+    from missrec_t4r.training.warm_start import transfer
 
     class Killed(Exception):
         pass

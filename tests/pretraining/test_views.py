@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from missrec_t4r.config import PretrainConfig
-from missrec_t4r.data.views import augmented_view, drawn_positions, drop_items
-from missrec_t4r.model.contrast import BatchTokens, WordDrop
+from missrec_t4r.data.augmentation import augmented_view, drawn_positions, drop_items
+from missrec_t4r.model.contrastive import BatchEmbeddings, WordDrop
 from tests.equations import small_shop as shop
 
 SESSIONS = torch.tensor([[5, 7, 9, 5, 8], [4, 6, 0, 0, 0], [3, 0, 0, 0, 0]])
@@ -47,11 +47,13 @@ def test_views_drop_items_or_words_in_the_share_that_is_set() -> None:
 def test_word_drop_exchanges_the_text_at_the_drawn_positions_alone() -> None:
     model = shop.model(shop.default(item_ids=False))
     item_ids = shop.batch([["lamp", "rug", "mug"]])  # the rug has no text
-    items = BatchTokens.of(model.towers, item_ids).take(item_ids)
-    other = model.towers.vectors.get_buffer("text") * 0.5
-    exchanged = WordDrop(model.towers, {"text": other}, "none")(items, item_ids, torch.tensor([[True, True, False]]))
-    text = model.towers.names.index("text")
-    expected = model.towers.adapters["text"](other[item_ids[0, 0]])
+    items = BatchEmbeddings.of(model.item_encoder, item_ids).take(item_ids)
+    other = model.item_encoder.vectors.get_buffer("text") * 0.5
+    exchanged = WordDrop(model.item_encoder, {"text": other}, "none")(
+        items, item_ids, torch.tensor([[True, True, False]])
+    )
+    text = model.item_encoder.names.index("text")
+    expected = model.item_encoder.adapters["text"](other[item_ids[0, 0]])
     torch.testing.assert_close(exchanged.modality[text, 0, 0], expected)
     untouched = torch.ones_like(items.modality, dtype=torch.bool)
     untouched[text, 0, 0] = False

@@ -7,7 +7,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
     "missrec_t4r": "missrec_t4r",
-    "workflows": "missrec_t4r/workflows",
     "triton_models": "missrec_t4r/triton_models",
 }
 """Top-level folder -> where it lies in the wheel."""

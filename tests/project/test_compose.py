@@ -158,7 +158,7 @@ class _Local:
 @pytest.mark.triton
 def test_every_service_runs_as_a_local_process(tmp_path: Path) -> None:
     pytest.importorskip("nvtabular", reason="the first step is NVTabular's")
-    from missrec_t4r.serving.local_triton import LocalTriton
+    from missrec_t4r.serving.triton.local_server import LocalTriton
 
     local = _Local(tmp_path)
     shop = [sys.executable, "-m", "missrec_t4r", "generate", "--users", "120", "--items", "100", "--out"]

@@ -86,7 +86,7 @@ def test_merlin_is_imported_behind_its_two_doors_only() -> None:
 
 
 def test_nobody_imports_the_top_level_folders_by_their_bare_names() -> None:
-    """``workflows`` and ``missrec_t4r.workflows`` would be two modules with two sets of classes."""
+    """``workflows`` and ``missrec_t4r.etl`` would be two modules with two sets of classes."""
     files = [*modules().values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     wrong = [
         f"{file.relative_to(ROOT)} imports {name}"

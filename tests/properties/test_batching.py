@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from missrec_t4r.model.objectives import orthogonality_loss
+from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.schema import FIRST_ITEM_ROW
 from tests.properties.shops import CONFIGS, MAX_LENGTH, batches, close, model, pad, quick, scores
 
@@ -51,7 +51,7 @@ def test_the_last_position_alone_equals_the_last_of_all_positions(name: str, cho
 def test_catalogue_tokens_of_the_step_equal_the_sessions_own(name: str, chosen: list[list[int]]) -> None:
     net = model(name)
     with torch.no_grad():
-        close(net.encode(pad(chosen), catalogue=net.towers.catalogue(), last_only=True).vectors, net(pad(chosen)))
+        close(net.encode(pad(chosen), catalogue=net.item_encoder.catalogue(), last_only=True).vectors, net(pad(chosen)))
 
 
 @every_config

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from missrec_t4r.config import TrainConfig
-from missrec_t4r.data.batches import collate, training_batches
+from missrec_t4r.data.batching import collate, training_batches
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.training.step import training_loss

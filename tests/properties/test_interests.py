@@ -24,7 +24,7 @@ def test_the_order_of_interest_tokens_does_not_matter(name: str, chosen: list[li
     order.shuffle(places)  # type: ignore[attr-defined]
     shuffled = InterestTokens(*(part[:, places] for part in interests[:4]), interests.centroids)
     with torch.no_grad():
-        items, item_mask = net.towers(item_ids), item_ids > 2
+        items, item_mask = net.item_encoder(item_ids), item_ids > 2
         found, expected = (net.decoder(items, item_mask, net.encoder(i), i) for i in (shuffled, interests))
     for vectors, right, session in zip(found, expected, chosen, strict=True):
         close(vectors[: len(session)], right[: len(session)])

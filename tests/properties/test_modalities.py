@@ -25,7 +25,7 @@ def rebuilt(net: MISSRec, catalogue: Catalogue) -> MISSRec:
     """Return a model over another catalogue with the weights and interests that both share."""
     other = shop.model(net.config, catalogue)
     state = {key: value for key, value in net.state_dict().items() if key in other.state_dict()}
-    kept = [list(net.towers.names).index(name) for name in other.towers.names]
+    kept = [list(net.item_encoder.names).index(name) for name in other.item_encoder.names]
     state["interests.assignment"] = net.interests.assignment[kept]
     other.load_state_dict(state, strict=False)
     return other
@@ -68,7 +68,8 @@ def test_an_item_without_any_modality_has_its_id_or_is_not_recommended(item_ids:
     if item_ids:
         with torch.no_grad():
             by_id = (
-                net(pad([[shop.row("mug")]])) @ torch.nn.functional.normalize(net.towers.id_embedding.weight, dim=-1).T
+                net(pad([[shop.row("mug")]]))
+                @ torch.nn.functional.normalize(net.item_encoder.id_embedding.weight, dim=-1).T
             )
         close(found[shop.row("lamp")], by_id[0, shop.row("lamp")])
 
@@ -87,25 +88,25 @@ def test_an_item_without_any_modality_still_speaks_for_its_session_by_its_id(seq
 
 def test_a_cold_item_is_scored_by_its_modalities_alone() -> None:
     net = shop.model(shop.default())
-    assert net.towers.id_embedding is not None
+    assert net.item_encoder.id_embedding is not None
     before = scores(net, shop.batch())
     with torch.no_grad():
-        net.towers.id_embedding.weight[shop.row("plate")] = 5.0
+        net.item_encoder.id_embedding.weight[shop.row("plate")] = 5.0
     close(scores(net, shop.batch()), before, 1e-12)
     row = shop.row("pan")
     with torch.no_grad():
-        net.towers.id_embedding.weight[row] = 5.0
+        net.item_encoder.id_embedding.weight[row] = 5.0
     assert (scores(net, shop.batch()) - before)[:, row].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("config", [shop.default(), shop.paper()], ids=["masked", "zero row"])
 def test_dropout_hides_one_modality_of_some_items_and_never_the_last(config: MISSRecConfig) -> None:
-    towers = shop.model(dataclasses.replace(config, modality_dropout=0.5, id_dropout=0.5)).towers
-    whole, losses = towers.catalogue(), torch.zeros(towers.n_rows)
+    item_encoder = shop.model(dataclasses.replace(config, modality_dropout=0.5, id_dropout=0.5)).item_encoder
+    whole, losses = item_encoder.catalogue(), torch.zeros(item_encoder.n_rows)
     torch.manual_seed(0)
-    towers.train()
+    item_encoder.train()
     for _ in range(200):
-        step = towers.catalogue()
+        step = item_encoder.catalogue()
         assert not (step.mask & ~whole.mask).any(), "nothing appears that the item lacks"
         assert torch.equal(step.mask.any(0), whole.mask.any(0)), "nothing loses its last modality"
         assert not (step.attended & ~step.mask).any()
@@ -117,9 +118,9 @@ def test_dropout_hides_one_modality_of_some_items_and_never_the_last(config: MIS
 
 def test_id_dropout_spares_items_that_have_nothing_else() -> None:
     nothing = shop.catalogue(without={"text": ["lamp"], "image": ["lamp"]})
-    towers = shop.model(shop.default(id_dropout=0.5), nothing).towers
+    item_encoder = shop.model(shop.default(id_dropout=0.5), nothing).item_encoder
     torch.manual_seed(0)
-    kept = torch.stack([towers.train().catalogue().id_mask for _ in range(200)]).double().mean(0)  # type: ignore[misc]
+    kept = torch.stack([item_encoder.train().catalogue().id_mask for _ in range(200)]).double().mean(0)  # type: ignore[misc]
     assert kept[shop.row("lamp")] == 1.0
     assert kept[shop.row("plate")] == 0.0, "the cold item never had one"
     assert abs(float(kept[shop.row("mug")]) - 0.5) < 0.15

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from missrec_t4r.config import MISSRecConfig, TrainConfig
-from missrec_t4r.data.batches import TrainingBatch, collate, training_batches
+from missrec_t4r.data.batching import TrainingBatch, collate, training_batches
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.missrec import MISSRec, build_missrec
 from missrec_t4r.training.step import training_loss
@@ -67,8 +67,8 @@ def test_every_used_row_of_the_tables_learns(config: MISSRecConfig) -> None:
     positions = net.decoder.positions.weight.grad
     assert positions is not None
     assert (positions.abs().amax(1) > 0).all()
-    if net.towers.id_embedding is not None:
-        learned = net.towers.id_embedding.weight.grad.abs().amax(1) > 0  # type: ignore[union-attr]
+    if net.item_encoder.id_embedding is not None:
+        learned = net.item_encoder.id_embedding.weight.grad.abs().amax(1) > 0  # type: ignore[union-attr]
         cold = {"plate"} if config.mask_untrained_ids else set()
         expected = [False] * 3 + [item not in cold for item in shop.ITEMS]
         assert learned.tolist() == expected

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from missrec_t4r.config import Recipe, shipped_recipes
-from missrec_t4r.data.batches import iterate, training_batches
+from missrec_t4r.data.batching import iterate, training_batches
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model import build_missrec

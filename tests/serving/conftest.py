@@ -10,8 +10,8 @@ import torch
 
 from missrec_t4r.errors import ServingError
 from missrec_t4r.export.export import export
-from missrec_t4r.serving.local_triton import LocalTriton
-from missrec_t4r.training.checkpoint import LoadedRun, load_run, save_run
+from missrec_t4r.runs.run_folder import LoadedRun, load_run, save_run
+from missrec_t4r.serving.triton.local_server import LocalTriton
 from tests.serving import shop
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from missrec_t4r.bundle.bundle import load_bundle, write_bundle
+from missrec_t4r.bundle.manifest import BUNDLE_FILES, MANIFEST_FILE, verify_bundle, write_manifest
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import BundleError
-from missrec_t4r.export.bundle import load_bundle, write_bundle
-from missrec_t4r.export.manifest import BUNDLE_FILES, MANIFEST_FILE, verify_bundle, write_manifest
-from missrec_t4r.training.checkpoint import LoadedRun
+from missrec_t4r.runs.run_folder import LoadedRun
 from tests.serving import shop
 
 
@@ -166,7 +166,7 @@ import sys
 found = []
 sys.addaudithook(lambda event, args: found.append(args) if event.startswith("pickle.") else None)
 import numpy as np
-from missrec_t4r.serving.backend import RankerBackend, SessionsBackend
+from missrec_t4r.serving.triton.backend import RankerBackend, SessionsBackend
 import pathlib
 folder = pathlib.Path(sys.argv[1])
 sessions = SessionsBackend(folder)

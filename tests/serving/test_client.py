@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from missrec_t4r.errors import DataError, ServingError
-from missrec_t4r.serving.client import MISSRecClient, read_titles
-from missrec_t4r.serving.loopback import choose_ports
-from missrec_t4r.serving.wire import pad_sessions, recommendations_of
+from missrec_t4r.serving.client.client import MISSRecClient, read_titles
+from missrec_t4r.serving.client.protocol import pad_sessions, recommendations_of
+from missrec_t4r.serving.triton.ports import choose_ports
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

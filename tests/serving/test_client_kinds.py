@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from missrec_t4r.errors import ConfigError, DataError, ServingError, UnavailableError
-from missrec_t4r.serving.async_client import AsyncMISSRecClient
-from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.local_triton import LocalTriton
-from missrec_t4r.serving.loopback import choose_ports
-from missrec_t4r.serving.retries import Retries
-from missrec_t4r.training.checkpoint import LoadedRun
+from missrec_t4r.runs.run_folder import LoadedRun
+from missrec_t4r.serving.client.aio import AsyncMISSRecClient
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.client.retry import Retries
+from missrec_t4r.serving.triton.local_server import LocalTriton
+from missrec_t4r.serving.triton.ports import choose_ports
 from tests.serving import shop
 
 

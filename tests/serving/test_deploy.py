@@ -15,20 +15,20 @@ from pathlib import Path
 
 import pytest
 
+from missrec_t4r.bundle.manifest import verify_bundle
 from missrec_t4r.errors import BundleError, ConfigError, ServingError
 from missrec_t4r.export.export import export
-from missrec_t4r.export.manifest import verify_bundle
-from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.control import SERVER_FILE, Control, bundle_of, current_version
-from missrec_t4r.serving.deploy import deploy, rollback, versions_of
-from missrec_t4r.serving.local_triton import LocalTriton
-from missrec_t4r.serving.loopback import answers_ready
-from missrec_t4r.serving.shadow import ShadowDoor
-from missrec_t4r.serving.shadow_grpc import GrpcShadowDoor
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.deploy.blue_green import deploy, rollback, versions_of
+from missrec_t4r.serving.deploy.model_control import SERVER_FILE, Control, bundle_of, current_version
+from missrec_t4r.serving.shadow.grpc_proxy import GrpcShadowProxy
+from missrec_t4r.serving.shadow.http_proxy import HttpShadowProxy
+from missrec_t4r.serving.triton.local_server import LocalTriton
+from missrec_t4r.serving.triton.ports import answers_ready
 from tests.serving.conftest import serving
 
 SESSION = ["ware-3-ü", "ware-9-ü"]
-DEPLOY = "import sys; from missrec_t4r.serving.deploy import deploy; deploy(sys.argv[1], bundle=sys.argv[2])"
+DEPLOY = "import sys; from missrec_t4r.serving.deploy.blue_green import deploy; deploy(sys.argv[1], bundle=sys.argv[2])"
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,10 @@ def test_a_version_can_be_loaded_and_asked_before_it_answers(
     result = deploy(live, bundle=other_bundle, switch=False)
     assert result["answers"] is False
     door = f"missrec_v{result['version']}"
-    with ShadowDoor(running.http_url, door, share=0.5, seed=3) as shadow, MISSRecClient(shadow.url, "http") as client:
+    with (
+        HttpShadowProxy(running.http_url, door, share=0.5, seed=3) as shadow,
+        MISSRecClient(shadow.url, "http") as client,
+    ):
         mirrored = [client.recommend([SESSION, [], ["ware-1-ü"]], 6) for _ in range(20)]
         with MISSRecClient(running.grpc_url) as direct:
             expected = direct.recommend([SESSION, [], ["ware-1-ü"]], 6)
@@ -134,10 +137,10 @@ def test_a_version_can_be_loaded_and_asked_before_it_answers(
     assert 0 < report["overlap_at_k"] < 1  # the fallback is the same, the models are not
     assert report["mean_abs_score_difference"] > 0
     assert report["candidate_ms"]["p50"] > 0
-    with ShadowDoor(running.http_url, "gone", share=1) as shadow, MISSRecClient(shadow.url, "http") as client:
+    with HttpShadowProxy(running.http_url, "gone", share=1) as shadow, MISSRecClient(shadow.url, "http") as client:
         assert client.recommend([SESSION], 6)[0].item_ids == mirrored[0][0].item_ids
     assert shadow.comparison.report()["failed"] == 1
-    with GrpcShadowDoor(running.grpc_url, door, share=1) as shadow, MISSRecClient(shadow.url) as client:
+    with GrpcShadowProxy(running.grpc_url, door, share=1) as shadow, MISSRecClient(shadow.url) as client:
         through = [client.recommend([SESSION, [], ["ware-1-ü"]], 6) for _ in range(5)]
         with MISSRecClient(shadow.url, model="gone") as stranger, pytest.raises(ServingError, match="gone"):
             stranger.recommend([SESSION], 6)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from missrec_t4r.errors import ServingError
-from missrec_t4r.serving.embedded import EmbeddedTriton, check_libc, check_numpy, find_stub, reason_in
-from missrec_t4r.serving.local_triton import LocalTriton
-from missrec_t4r.serving.loopback import choose_ports
+from missrec_t4r.serving.triton.environment import EmbeddedTriton, check_libc, check_numpy, find_stub, reason_in
+from missrec_t4r.serving.triton.local_server import LocalTriton
+from missrec_t4r.serving.triton.ports import choose_ports
 
 
 @pytest.mark.parametrize(("name", "version"), [("glibc", "2.31"), ("glibc", "2.34"), ("", ""), ("libc", "0.1")])
@@ -51,7 +51,7 @@ def test_a_missing_server_is_named_with_the_command_that_installs_it(
     exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("missrec_t4r.serving.embedded.check_libc", lambda *version: None)
+    monkeypatch.setattr("missrec_t4r.serving.triton.environment.check_libc", lambda *version: None)
     with pytest.raises(ServingError, match=r"pip install 'missrec-t4r\[triton\]'"):
         LocalTriton(exported / "repository").__enter__()
 

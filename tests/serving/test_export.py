@@ -11,18 +11,24 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle
+from missrec_t4r.bundle.manifest import verify_bundle
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import BundleError, ConfigError, DataError, ParityError
 from missrec_t4r.export import export as export_module
-from missrec_t4r.export.bundle import LoadedBundle, load_bundle
 from missrec_t4r.export.export import export
-from missrec_t4r.export.manifest import verify_bundle
 from missrec_t4r.export.parity import Answer, check_rows, compare_answers, raw_ids, sample_histories
-from missrec_t4r.export.repository import BUNDLE_IN_REPOSITORY, MODELS, fill_repository, filled, write_repository
+from missrec_t4r.retrieval.ranker import Ranker
+from missrec_t4r.runs.run_folder import LoadedRun
 from missrec_t4r.schema import ITEM_LIST, USER_ID
-from missrec_t4r.serving.backend import RankerBackend, SessionsBackend, bundle_folder, device_of, parameter
-from missrec_t4r.serving.ranker import Ranker
-from missrec_t4r.training.checkpoint import LoadedRun
+from missrec_t4r.serving.triton.backend import RankerBackend, SessionsBackend, bundle_folder, device_of, parameter
+from missrec_t4r.serving.triton.repository import (
+    BUNDLE_IN_REPOSITORY,
+    MODELS,
+    fill_repository,
+    filled,
+    write_repository,
+)
 from tests.serving import shop
 
 TEMPLATES = Path(__file__).parents[2] / "triton_models"
@@ -50,7 +56,7 @@ def test_other_models_export_too(make_run: Callable[..., Path], tmp_path: Path, 
     assert export(make_run(**settings), tmp_path / "bundle", sessions=40)["parity"]["equal"]
 
 
-@pytest.mark.parametrize("part", ["towers.adapters.text.weight", "history_bias", "interests.centroids"])
+@pytest.mark.parametrize("part", ["item_encoder.adapters.text.weight", "history_bias", "interests.centroids"])
 def test_an_export_that_answers_differently_is_refused_and_leaves_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
@@ -133,7 +139,7 @@ def test_overlapping_targets_are_refused(run: Path, tmp_path: Path) -> None:
 def test_a_foreign_target_stops_the_export_and_stays(run: Path, tmp_path: Path) -> None:
     (tmp_path / "repository").mkdir()
     (tmp_path / "repository" / "notes.txt").write_text("mine")
-    with pytest.raises(BundleError, match="exists and holds no"):
+    with pytest.raises(BundleError, match="is no bundle: it holds no"):
         export(run, tmp_path / "bundle", triton=tmp_path / "repository")
     assert [str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*")] == ["repository", "repository/notes.txt"]
 

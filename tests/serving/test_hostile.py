@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reliability.hostile import Attack
-from missrec_t4r.serving.local_triton import LocalTriton
+from missrec_t4r.serving.triton.local_server import LocalTriton
 
 
 @pytest.mark.triton

@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from missrec_t4r.bundle.manifest import BUNDLE_FILES, write_manifest
 from missrec_t4r.cli import app
 from missrec_t4r.errors import BundleError
-from missrec_t4r.export.manifest import BUNDLE_FILES, write_manifest
-from missrec_t4r.export.repository import write_repository
-from missrec_t4r.serving.client import MISSRecClient
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.triton.repository import write_repository
 from tests.serving.conftest import serving
 
 WEIGHTS, ITEMS = "weights.safetensors", "items.parquet"

@@ -11,23 +11,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from missrec_t4r.bundle.bundle import load_bundle, write_bundle
+from missrec_t4r.bundle.manifest import BUNDLE_FILES, SEARCH_FILE, verify_bundle, write_manifest
+from missrec_t4r.bundle.update_catalogue import previous_of, rollback_catalogue, update_catalogue
 from missrec_t4r.errors import BundleError
-from missrec_t4r.export.bundle import load_bundle, write_bundle
-from missrec_t4r.export.manifest import BUNDLE_FILES, SEARCH_FILE, verify_bundle, write_manifest
-from missrec_t4r.export.repository import BUNDLE_IN_REPOSITORY, write_repository
-from missrec_t4r.export.update import previous_of, rollback_catalogue, update_catalogue
-from missrec_t4r.model.tensor_file import Lent, StoredRows, let_go, look_here_and_there, write_tensors
-from missrec_t4r.serving.ranker import Ranker
-from missrec_t4r.training.checkpoint import LoadedRun
+from missrec_t4r.io.tensor_file import Lent, StoredRows, let_go, look_here_and_there, write_tensors
+from missrec_t4r.retrieval.ranker import Ranker
+from missrec_t4r.runs.run_folder import LoadedRun
+from missrec_t4r.serving.triton.repository import BUNDLE_IN_REPOSITORY, write_repository
 
 
 @pytest.fixture
 def large(loaded: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in ("bundle", "update"):
         monkeypatch.setattr(f"missrec_t4r.export.{module}.SEARCH_FROM", 10)
-    monkeypatch.setattr("missrec_t4r.export.update._MANY", 64)  # vectors in a nameless file
-    monkeypatch.setattr("missrec_t4r.export.grown._LARGE", 64)  # weights as they are mapped
-    monkeypatch.setattr("missrec_t4r.model.search_tables.CHUNK", 12)
+    monkeypatch.setattr("missrec_t4r.bundle.update_catalogue._MANY", 64)  # vectors in a nameless file
+    monkeypatch.setattr("missrec_t4r.bundle.extend._LARGE", 64)  # weights as they are mapped
+    monkeypatch.setattr("missrec_t4r.retrieval.index_file.CHUNK", 12)
     write_bundle(tmp_path / "bundle", model=loaded.model, catalogue=loaded.catalogue, data=loaded.data)
     return tmp_path / "bundle"
 

@@ -14,11 +14,11 @@ import pytest
 import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
-from missrec_t4r.serving import local_triton
-from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.control import CLOSED, HEADER
-from missrec_t4r.serving.local_triton import LocalTriton
-from missrec_t4r.serving.loopback import choose_ports
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.deploy.model_control import CLOSED, HEADER
+from missrec_t4r.serving.triton import local_server as local_triton
+from missrec_t4r.serving.triton.local_server import LocalTriton
+from missrec_t4r.serving.triton.ports import choose_ports
 
 pytestmark = pytest.mark.triton
 
@@ -38,7 +38,7 @@ def processes_of(group: int) -> list[str]:
 def test_no_server_outlives_an_owner_that_is_killed(exported: Path, server: LocalTriton) -> None:
     code = """
 import sys, threading, time
-from missrec_t4r.serving.local_triton import LocalTriton
+from missrec_t4r.serving.triton.local_server import LocalTriton
 def start():
     server = LocalTriton(sys.argv[1]).__enter__()
     print(server.pid, server._folder, flush=True)

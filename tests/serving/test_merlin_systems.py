@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from missrec_t4r.bundle.bundle import load_bundle
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.export.bundle import load_bundle
 from missrec_t4r.export.export import export
-from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.doors import open_door
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.client.transports import open_transport
 from tests.serving import shop
 from tests.serving.conftest import serving
 
@@ -24,8 +24,8 @@ def test_the_classic_ensemble_answers_as_the_native_one(make_run: Callable[..., 
     import pandas as pd
     import pyarrow as pa
 
+    from missrec_t4r.etl.nvt.workflows import build_request_workflow, fit
     from missrec_t4r.export.merlin_systems import EXECUTOR, export_merlin
-    from missrec_t4r.workflows.sessions import build_request_workflow, fit
 
     export(make_run(integers=True), tmp_path / "bundle")
     catalogue = load_bundle(tmp_path / "bundle").catalogue
@@ -43,7 +43,7 @@ def test_the_classic_ensemble_answers_as_the_native_one(make_run: Callable[..., 
         "item_id__offsets": np.cumsum([0, *map(len, sessions)]).astype(np.int32),
     }
     for server in serving(tmp_path / "classic"):
-        door = open_door(server.grpc_url, "grpc", 60)
+        door = open_transport(server.grpc_url, "grpc", 60)
         answer = door.infer(EXECUTOR, tensors, ("item_id", "score"))
         door.close()
     assert answer["item_id"].tolist() == [one.item_ids for one in expected]

@@ -17,16 +17,16 @@ import pytest
 import torch
 
 from missrec_t4r import commands
+from missrec_t4r.bundle.bundle import load_bundle
 from missrec_t4r.errors import ConfigError, DataError
-from missrec_t4r.export.bundle import load_bundle
 from missrec_t4r.export.export import export
+from missrec_t4r.runs.run_folder import LoadedRun
 from missrec_t4r.schema import FIRST_ITEM_ROW
-from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.local_triton import LocalTriton
-from missrec_t4r.serving.offline import score
-from missrec_t4r.serving.similar import similar
-from missrec_t4r.serving.vectors import vectors
-from missrec_t4r.training.checkpoint import LoadedRun
+from missrec_t4r.serving.batch.export_vectors import vectors
+from missrec_t4r.serving.batch.score import score
+from missrec_t4r.serving.batch.similar import similar
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.triton.local_server import LocalTriton
 from tests.serving import shop
 
 
@@ -143,7 +143,7 @@ def test_a_killed_job_leaves_the_last_complete_result(bundle: Path, loaded: Load
     score(bundle, few, out)
     before = out.read_bytes()
     many = session_file(tmp_path / "many.parquet", shop.raw_sessions(loaded.catalogue, 200) * 80)
-    code = "import sys; from missrec_t4r.serving.offline import score; score(*sys.argv[1:])"
+    code = "import sys; from missrec_t4r.serving.batch.score import score; score(*sys.argv[1:])"
     job = subprocess.Popen([sys.executable, "-c", code, str(bundle), str(many), str(out)])
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.parquet.*.partial")) and time.monotonic() < deadline:

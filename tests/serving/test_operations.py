@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from missrec_t4r.errors import ServingError
-from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.local_triton import LocalTriton
-from missrec_t4r.serving.metrics import COUNTERS, COVERAGE, GATHERED, GAUGES
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.triton.local_server import LocalTriton
+from missrec_t4r.serving.triton.metrics import COUNTERS, COVERAGE, GATHERED, GAUGES
 from tests.project.packages import ROOT
 
 pytestmark = pytest.mark.triton

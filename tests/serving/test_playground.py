@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from missrec_t4r.errors import DataError
-from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.local_triton import LocalTriton
-from missrec_t4r.serving.playground import Playground, Shop
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.playground.app import Playground, Shop
+from missrec_t4r.serving.triton.local_server import LocalTriton
 
 pytestmark = pytest.mark.triton
 WRONG_RULES = b'{"items": [], "rules": {"x": 1}}'

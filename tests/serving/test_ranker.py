@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from missrec_t4r.errors import DataError
-from missrec_t4r.model.retrieval import top_items
-from missrec_t4r.serving.ranker import Ranker, compact
-from missrec_t4r.training.checkpoint import LoadedRun
+from missrec_t4r.retrieval.ranker import Ranker, compact
+from missrec_t4r.retrieval.topk import top_items
+from missrec_t4r.runs.run_folder import LoadedRun
 from tests.serving import shop
 
 
@@ -131,5 +131,5 @@ def test_the_last_known_items_of_a_long_session_count(ranker: Ranker) -> None:
 
 
 def test_a_step_is_smaller_for_a_large_catalogue(loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("missrec_t4r.serving.ranker._SCORES_IN_MEMORY", 5 * loaded.catalogue.n_rows)
+    monkeypatch.setattr("missrec_t4r.retrieval.ranker._SCORES_IN_MEMORY", 5 * loaded.catalogue.n_rows)
     assert Ranker(loaded.model, loaded.catalogue, batch_size=64).batch_size == 5

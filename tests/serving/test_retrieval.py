@@ -11,21 +11,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from missrec_t4r.model import retrieval
 from missrec_t4r.model.fusion import CandidateFusion
-from missrec_t4r.model.quantised import quantise, steepness
-from missrec_t4r.model.retrieval import Found, Query, scan_bounds, search, top_items
-from missrec_t4r.model.score_table import ScoreTable, build_score_table, fuse
-from missrec_t4r.model.search_tables import SearchTables, write_tables
-from missrec_t4r.model.towers import CandidateTokens
-from missrec_t4r.serving.ranker import Ranker
-from missrec_t4r.training.checkpoint import LoadedRun
+from missrec_t4r.model.item_encoder import CandidateEmbeddings
+from missrec_t4r.retrieval import topk as retrieval
+from missrec_t4r.retrieval.index_file import RetrievalIndex, write_tables
+from missrec_t4r.retrieval.int8_bounds import quantise, steepness
+from missrec_t4r.retrieval.packed_scores import PackedItems, fuse, pack_items
+from missrec_t4r.retrieval.ranker import Ranker
+from missrec_t4r.retrieval.topk import Found, Query, scan_bounds, search, top_items
+from missrec_t4r.runs.run_folder import LoadedRun
 from tests.serving import shop
 
 DIM = 40
 
 
-def catalogue(seed: int, n_rows: int, n_modalities: int, with_ids: bool, rank: int) -> CandidateTokens:
+def catalogue(seed: int, n_rows: int, n_modalities: int, with_ids: bool, rank: int) -> CandidateEmbeddings:
     """Tokens near a few directions; some rows repeat others to the bit, some lack modalities, some lack everything."""
     draw = torch.Generator().manual_seed(seed)
     base = torch.randn(n_rows, rank, generator=draw) @ torch.randn(rank, DIM, generator=draw)
@@ -39,7 +39,7 @@ def catalogue(seed: int, n_rows: int, n_modalities: int, with_ids: bool, rank: i
         part[:, : len(copies)] = part[:, copies]
     ids[: len(copies)], id_mask[: len(copies)] = ids[copies], id_mask[copies]
     tokens = tokens * mask.unsqueeze(-1)
-    return CandidateTokens(tokens, mask, ids if with_ids else None, id_mask if with_ids else None)
+    return CandidateEmbeddings(tokens, mask, ids if with_ids else None, id_mask if with_ids else None)
 
 
 def fusion_of(name: str, phi: float, n_rows: int) -> CandidateFusion:
@@ -52,7 +52,7 @@ def fusion_of(name: str, phi: float, n_rows: int) -> CandidateFusion:
     return fusion
 
 
-def query_of(seed: int, candidates: CandidateTokens, batch: int, share: float) -> Query:
+def query_of(seed: int, candidates: CandidateEmbeddings, batch: int, share: float) -> Query:
     draw = torch.Generator().manual_seed(seed + 1)
     n_rows = candidates.mask.shape[1]
     usable = candidates.mask.any(0) if candidates.id_mask is None else candidates.mask.any(0) | candidates.id_mask
@@ -64,7 +64,7 @@ def query_of(seed: int, candidates: CandidateTokens, batch: int, share: float) -
     return Query(vectors, added, usable & (torch.rand(batch, n_rows, generator=draw) < share))
 
 
-def everything(table: ScoreTable, query: Query, k: int) -> list[tuple[list[float], list[int]]]:
+def everything(table: PackedItems, query: Query, k: int) -> list[tuple[list[float], list[int]]]:
     rows = torch.arange(table.n_rows).expand(len(query.vectors), -1)
     scores = (table.exact(query.vectors, rows) + query.added).float().masked_fill(~query.allowed, -torch.inf)
     best, found = top_items(scores, k)
@@ -101,7 +101,7 @@ def test_the_certified_search_equals_scoring_everything(
     candidates = catalogue(*shape)
     fusion, query = fusion_of(name, phi, shape[1]), query_of(shape[0], candidates, 4, share)
     with torch.inference_mode():
-        table = build_score_table(fusion, candidates)
+        table = pack_items(fusion, candidates)
         torch.testing.assert_close(table.scan(query.vectors), fusion(query.vectors, candidates), atol=2e-6, rtol=0)
         expected = everything(table, query, k)
         for bounds in (scan_bounds(table, query), quantise(table).bounds(table, query)):
@@ -114,7 +114,7 @@ def test_no_score_exceeds_its_bound(shape: tuple[int, int, int, bool, int], phi:
     candidates = catalogue(*shape)
     query = query_of(shape[0], candidates, 4, 1.0)
     with torch.inference_mode():
-        table = build_score_table(fusion_of("dynamic_shared", phi, shape[1]), candidates)
+        table = pack_items(fusion_of("dynamic_shared", phi, shape[1]), candidates)
         rows = torch.arange(table.n_rows).expand(4, -1)
         scores = (table.exact(query.vectors, rows) + query.added).masked_fill(~query.allowed, -torch.inf)
         for bounds in (scan_bounds(table, query), quantise(table).bounds(table, query)):
@@ -143,11 +143,11 @@ def test_the_steepness_of_two_votes_is_that_of_a_sigmoid() -> None:
 
 def test_chunks_and_threads_change_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     candidates = catalogue(5, 150, 2, True, 5)
-    table, query = build_score_table(fusion_of("dynamic_shared", 2.0, 150), candidates), query_of(5, candidates, 3, 1.0)
+    table, query = pack_items(fusion_of("dynamic_shared", 2.0, 150), candidates), query_of(5, candidates, 3, 1.0)
     with torch.inference_mode():
         table_in_bytes = quantise(table)
         whole = table_in_bytes.bounds(table, query)
-        monkeypatch.setattr("missrec_t4r.model.quantised.CHUNK", 17)
+        monkeypatch.setattr("missrec_t4r.retrieval.int8_bounds.CHUNK", 17)
         for threads in (1, 2):
             torch.testing.assert_close(table_in_bytes.bounds(table, query, threads), whole, atol=4e-3, rtol=0)
 
@@ -156,20 +156,20 @@ def test_chunks_and_threads_change_no_bound(monkeypatch: pytest.MonkeyPatch) -> 
 def test_tables_written_in_parts_and_mapped_answer_as_those_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_modalities: int, name: str
 ) -> None:
-    monkeypatch.setattr("missrec_t4r.model.search_tables.CHUNK", 50)  # the last part overlaps the one before
-    monkeypatch.setattr("missrec_t4r.model.search_tables.SAMPLE", 40)
+    monkeypatch.setattr("missrec_t4r.retrieval.index_file.CHUNK", 50)  # the last part overlaps the one before
+    monkeypatch.setattr("missrec_t4r.retrieval.index_file.SAMPLE", 40)
     candidates, fusion = catalogue(6, 120, n_modalities, True, 5), fusion_of(name, 2.0, 120)
     query = query_of(6, candidates, 3, 1.0)
 
-    def part(rows: torch.Tensor) -> ScoreTable:
+    def part(rows: torch.Tensor) -> PackedItems:
         ids, id_mask = (None if one is None else one[rows] for one in candidates[2:])
-        own = CandidateTokens(candidates.modality[:, rows], candidates.mask[:, rows], ids, id_mask)
-        return build_score_table(fusion, own, rows)
+        own = CandidateEmbeddings(candidates.modality[:, rows], candidates.mask[:, rows], ids, id_mask)
+        return pack_items(fusion, own, rows)
 
     with torch.inference_mode():
-        table = build_score_table(fusion, candidates)
+        table = pack_items(fusion, candidates)
         write_tables(tmp_path / "tables.safetensors", replace(table, tokens=table.tokens[:, :0]), part)
-        mapped = SearchTables.load(tmp_path / "tables.safetensors")
+        mapped = RetrievalIndex.load(tmp_path / "tables.safetensors")
         mapped.check(120, DIM)
         for field in ("tokens", "place", "modality", "several", "phi"):
             assert torch.equal(getattr(mapped.table, field), getattr(table, field)), field
@@ -182,10 +182,12 @@ def test_an_items_score_depends_neither_on_its_place_nor_on_its_batch() -> None:
     moved = torch.randperm(90, generator=torch.Generator().manual_seed(1))
     fusion, query = fusion_of("dynamic_shared", 2.0, 90), query_of(7, candidates, 8, 1.0)
     with torch.inference_mode():
-        one = build_score_table(fusion, candidates)
-        other = build_score_table(
+        one = pack_items(fusion, candidates)
+        other = pack_items(
             fusion,
-            CandidateTokens(*(part[:, moved] for part in candidates[:2]), *(part[moved] for part in candidates[2:])),  # type: ignore[index]
+            CandidateEmbeddings(
+                *(part[:, moved] for part in candidates[:2]), *(part[moved] for part in candidates[2:])
+            ),  # type: ignore[index]
         )
         rows = torch.arange(90).expand(8, -1)
         whole = one.exact(query.vectors, rows).float()
@@ -213,7 +215,7 @@ def test_tokens_in_16_bits_as_on_a_gpu_are_searched_exactly() -> None:
     candidates = catalogue(9, 150, 2, True, 5)
     query = query_of(9, candidates, 6, 1.0)
     with torch.inference_mode():
-        whole = build_score_table(fusion_of("dynamic_shared", 2.0, 150), candidates)
+        whole = pack_items(fusion_of("dynamic_shared", 2.0, 150), candidates)
         half = whole.to(torch.device("cpu"), torch.float16)
         assert same(search(half, query, scan_bounds(half, query), 12), everything(half, query, 12))
         rows = torch.arange(150).expand(6, -1)

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from missrec_t4r.errors import ServingError
-from missrec_t4r.serving.backend import RankerBackend
-from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.doors import in_words
-from missrec_t4r.serving.local_triton import LocalTriton
-from missrec_t4r.serving.ranker import Ranker
-from missrec_t4r.serving.reasons import reasons
-from missrec_t4r.serving.rules import ItemColumns, Rules, capped
-from missrec_t4r.training.checkpoint import LoadedRun
+from missrec_t4r.retrieval.explain import reasons
+from missrec_t4r.retrieval.filters import ItemColumns, Rules, capped
+from missrec_t4r.retrieval.ranker import Ranker
+from missrec_t4r.runs.run_folder import LoadedRun
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.client.transports import translate_errors
+from missrec_t4r.serving.triton.backend import RankerBackend
+from missrec_t4r.serving.triton.local_server import LocalTriton
 from tests.serving import shop
 
 SESSION = np.array([[5, 9, 4]])
@@ -147,7 +147,7 @@ def test_bad_rules_are_refused_in_words(ranker: Ranker, text: str, words: str) -
 
 
 def test_filters_are_kept_only_as_far_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("missrec_t4r.serving.rules._MASKS_IN_MEMORY", 20)
+    monkeypatch.setattr("missrec_t4r.retrieval.filters._MASKS_IN_MEMORY", 20)
     columns = ItemColumns(pa.table({"item_id": ["a", "b", "c"], "n": [1, 2, 3]}))
     for value in (1, 2, 3, 1):
         mask = columns.passing(Rules.of({"where": {"n": value}}).where)
@@ -186,10 +186,10 @@ def test_rules_on_the_wire(server: LocalTriton, bundle: object, loaded: LoadedRu
         "reasons": np.array([[True], [False]]),
     }
     names = ("item_id", "n_items", "n_passed", "catalogue_version", "reason_item", "reason_modality")
-    with MISSRecClient(server.grpc_url) as client, in_words(client.url, "missrec", 10):
+    with MISSRecClient(server.grpc_url) as client, translate_errors(client.url, "missrec", 10):
         answer = client._door.infer("missrec", base | extra, names)
         bad = extra | {"rules": np.array([[b'{"where": {"colour": "red"}}'], [b""]], object)}
-        with pytest.raises(ServingError, match="no column 'colour'"), in_words(client.url, "missrec", 10):
+        with pytest.raises(ServingError, match="no column 'colour'"), translate_errors(client.url, "missrec", 10):
             client._door.infer("missrec", base | bad, names)
         only = client._door.infer("missrec", base | {"allow": np.array([[raw[0]], [b""]], object)}, names)
     expected = ranker.rank(

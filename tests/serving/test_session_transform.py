@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from missrec_t4r.bundle.id_encoder import NULL_INTEGER, SessionTransform, TransformSettings, encode_ids
 from missrec_t4r.errors import BundleError, DataError
 from missrec_t4r.export.workflow_parity import check_workflow, hostile_variants
-from missrec_t4r.serving.session_transform import NULL_INTEGER, SessionTransform, TransformSettings, encode_ids
 from tests.serving import shop
 
 STRINGS = SessionTransform(TransformSettings("string", 3), ["lamp", "desk", "ünïcode"])
@@ -103,8 +103,8 @@ def test_every_row_equals_the_fitted_nvtabular_workflow(tmp_path: Path, integers
     pytest.importorskip("nvtabular", reason="the proof needs NVTabular (extra merlin)")
     import pandas as pd
 
-    from missrec_t4r.workflows import sessions
-    from missrec_t4r.workflows.storage import save_workflow
+    from missrec_t4r.etl.nvt import workflows as sessions
+    from missrec_t4r.etl.nvt.serialization import save_workflow
 
     catalogue = shop.catalogue(integers=integers)
     ids = catalogue.items["item_id"].combine_chunks()

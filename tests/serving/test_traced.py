@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from missrec_t4r.serving.ranker import Ranker
-from missrec_t4r.serving.traced import SessionEncoder, recorded
+from missrec_t4r.retrieval.ranker import Ranker
+from missrec_t4r.retrieval.traced_encoder import SessionEncoder, recorded
 from tests.serving import shop
 
 
@@ -22,7 +22,7 @@ from tests.serving import shop
 )
 def test_a_recording_equals_the_model_on_every_shape(settings: dict[str, object]) -> None:
     model = shop.model_for(shop.catalogue(), **settings)
-    encoder = SessionEncoder(model, model.towers.catalogue())
+    encoder = SessionEncoder(model, model.item_encoder.catalogue())
     replay = recorded(encoder)
     assert replay is not encoder
     rng = np.random.default_rng(0)

@@ -20,17 +20,17 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 
+from missrec_t4r.bundle.bundle import load_bundle
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError, ServingError
-from missrec_t4r.export.bundle import load_bundle
 from missrec_t4r.export.export import export
 from missrec_t4r.export.parity import compare_served
-from missrec_t4r.serving.client import MISSRecClient, recommend
-from missrec_t4r.serving.doors import in_words
-from missrec_t4r.serving.local_triton import LocalTriton
-from missrec_t4r.serving.loopback import answers_ready
-from missrec_t4r.serving.ranker import Ranker, Ranking
-from missrec_t4r.training.checkpoint import LoadedRun
+from missrec_t4r.retrieval.ranker import Ranker, Ranking
+from missrec_t4r.runs.run_folder import LoadedRun
+from missrec_t4r.serving.client.client import MISSRecClient, recommend
+from missrec_t4r.serving.client.transports import translate_errors
+from missrec_t4r.serving.triton.local_server import LocalTriton
+from missrec_t4r.serving.triton.ports import answers_ready
 from tests.serving import shop
 from tests.serving.conftest import serving
 
@@ -147,7 +147,7 @@ def test_a_malformed_request_is_refused_and_the_next_one_answered(
     with MISSRecClient(server.grpc_url) as client:
         good = {"item_ids": np.array([[b"ware-3-\xc3\xbc"]], object), "length": np.array([[1]], np.int32)}
         expected = client.recommend([["ware-3-ü"]])
-        with pytest.raises(ServingError, match=words), in_words(client.url, "missrec", 10):
+        with pytest.raises(ServingError, match=words), translate_errors(client.url, "missrec", 10):
             client._door.infer("missrec", good | inputs, ("item_id",))
         assert client.recommend([["ware-3-ü"]]) == expected
 
@@ -235,7 +235,7 @@ def test_serve_stops_cleanly_on_sigterm(exported: Path, server: LocalTriton) -> 
     code = """
 import json, sys
 from missrec_t4r.progress import TerminalProgress
-from missrec_t4r.serving.local_triton import serve
+from missrec_t4r.serving.triton.local_server import serve
 print(json.dumps(serve(sys.argv[1], http_port=0, grpc_port=0, metrics_port=0, progress=TerminalProgress())))
 """
     process = subprocess.Popen(

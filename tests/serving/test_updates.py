@@ -13,13 +13,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from missrec_t4r.bundle import update_catalogue as updates
+from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle, write_bundle
+from missrec_t4r.bundle.manifest import catalogue_version, verify_bundle
+from missrec_t4r.bundle.update_catalogue import previous_of, rollback_catalogue, update_catalogue
 from missrec_t4r.cli import app
 from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
-from missrec_t4r.export import update as updates
-from missrec_t4r.export.bundle import LoadedBundle, load_bundle, write_bundle
-from missrec_t4r.export.manifest import catalogue_version, verify_bundle
-from missrec_t4r.export.update import previous_of, rollback_catalogue, update_catalogue
-from missrec_t4r.serving.ranker import Ranker
+from missrec_t4r.retrieval.ranker import Ranker
 from tests.serving import shop
 
 NAN = float("nan")
@@ -85,15 +85,15 @@ def test_a_new_item_is_scored_by_its_modalities_alone_and_has_the_nearest_intere
         model, candidates = after.model, after.model.candidates()
         votes = torch.einsum("d,md->m", model(torch.from_numpy(sessions))[0], candidates.modality[:, row])
         expected = float((torch.softmax(model.fusion.phi * votes, 0) * votes).sum())
-        tokens = model.towers.catalogue().modality[:, row]
+        tokens = model.item_encoder.catalogue().modality[:, row]
         nearest = torch.cdist(tokens, model.interests.centroids[1:]).argmin(1) + 1
     assert abs(scores_of(after, sessions)[0, row] - expected) < 1e-6
     assert model.interests.assignment[:, row].tolist() == nearest.tolist()
-    assert len(model.interests.centroids) < model.interests.size(0.5, model.towers.masks(dropout=False).mask) + 1
+    assert len(model.interests.centroids) < model.interests.size(0.5, model.item_encoder.masks(dropout=False).mask) + 1
     (text_only,) = after.catalogue.rows_of([NO_IMAGE])
     assert int(model.interests.assignment[1, text_only]) == 0
     assert model.recommendable[text_only]
-    assert not bool(model.towers.trained_ids[[row, text_only]].any())
+    assert not bool(model.item_encoder.trained_ids[[row, text_only]].any())
     assert model(torch.tensor([[row, text_only]])).isfinite().all()  # new items may stand in a session
 
 

@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from missrec_t4r.bundle.manifest import catalogue_version, verify_bundle
 from missrec_t4r.cli import app
-from missrec_t4r.export.manifest import catalogue_version, verify_bundle
-from missrec_t4r.serving.backend import RankerBackend, SessionsBackend
-from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.control import bundle_of
-from missrec_t4r.serving.deploy import deploy
-from missrec_t4r.serving.doors import open_door
-from missrec_t4r.serving.local_triton import LocalTriton
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.client.transports import open_transport
+from missrec_t4r.serving.deploy.blue_green import deploy
+from missrec_t4r.serving.deploy.model_control import bundle_of
+from missrec_t4r.serving.triton.backend import RankerBackend, SessionsBackend
+from missrec_t4r.serving.triton.local_server import LocalTriton
 from tests.serving.conftest import serving
 from tests.serving.test_updates import ITEMS, NO_IMAGE, RETIRED, vectors
 
@@ -72,7 +72,7 @@ def test_the_catalogue_changes_under_load(running: LocalTriton, live: Path, tmp_
     stop = threading.Event()
 
     def ask() -> None:
-        door = open_door(running.grpc_url, "grpc", 30.0)
+        door = open_transport(running.grpc_url, "grpc", 30.0)
         while not stop.is_set():
             time.sleep(0.01)
             try:

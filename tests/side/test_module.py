@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from missrec_t4r.config import MISSRecConfig
+from missrec_t4r.data.event_features import EventColumn, compact_event_features, fit_event_columns
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.data.side import SideColumn, compact_side, fit_side_columns
 from missrec_t4r.errors import SchemaError
+from missrec_t4r.model.event_features import EventFeatureEncoder, EventFeatures
 from missrec_t4r.model.missrec import MISSRec, build_missrec
-from missrec_t4r.model.side import SideEncoder, SideFeatures
 from tests.side import shop
 
 COLUMNS = (
-    SideColumn("event", "categorical", 6, 8),
-    SideColumn("dwell", "continuous", 1, 8, log=True, mean=2.0, std=1.5),
-    SideColumn("scene", "pretrained", 3, 8, std=2.0),
+    EventColumn("event", "categorical", 6, 8),
+    EventColumn("dwell", "continuous", 1, 8, log=True, mean=2.0, std=1.5),
+    EventColumn("scene", "pretrained", 3, 8, std=2.0),
 )
 ITEMS = torch.tensor([[3, 4, 5, 0]])
 VALUES = {
@@ -38,7 +38,7 @@ def model(**changes: object) -> MISSRec:
 
 
 def test_a_missing_column_is_a_column_of_missing_values() -> None:
-    encoder = SideEncoder(COLUMNS).eval()
+    encoder = EventFeatureEncoder(COLUMNS).eval()
     with torch.no_grad():
         for absent in encoder.absent:
             absent.normal_()
@@ -56,7 +56,7 @@ def test_a_missing_column_is_a_column_of_missing_values() -> None:
 
 
 def test_missing_values_leave_finite_gradients() -> None:
-    encoder = SideEncoder(COLUMNS)
+    encoder = EventFeatureEncoder(COLUMNS)
     holes = {
         "dwell": torch.tensor([[torch.nan, 1.0, torch.inf, -3.0]]),
         "scene": VALUES["scene"] * torch.tensor([0.0, 1.0, torch.nan, 1.0])[:, None],
@@ -67,14 +67,14 @@ def test_missing_values_leave_finite_gradients() -> None:
 
 
 def test_a_code_that_training_never_had_is_the_unknown_one() -> None:
-    encoder = SideEncoder(COLUMNS[:1]).eval()
+    encoder = EventFeatureEncoder(COLUMNS[:1]).eval()
     codes = torch.tensor([[2, 6, 999, -4]])
     vectors = encoder({"event": codes}, ITEMS)[0]
     assert all(torch.equal(vector, vectors[0]) for vector in vectors)
 
 
 def test_numbers_are_standardised_and_cannot_be_too_large() -> None:
-    encoder = SideEncoder(COLUMNS[1:2]).eval()
+    encoder = EventFeatureEncoder(COLUMNS[1:2]).eval()
     typical = float(np.expm1(2.0))  # the mean in the logarithm: the middle bin
     middle = encoder({"dwell": torch.full((1, 4), typical)}, ITEMS)[0, 0]
     weights = torch.softmax(-torch.arange(-5.0, 6.0).square(), 0)
@@ -84,7 +84,7 @@ def test_numbers_are_standardised_and_cannot_be_too_large() -> None:
 
 
 def test_wrong_shapes_and_types_are_refused() -> None:
-    encoder = SideEncoder(COLUMNS)
+    encoder = EventFeatureEncoder(COLUMNS)
     with pytest.raises(SchemaError, match="'event' comes as torch.float32 .* expected: codes of shape"):
         encoder({"event": torch.ones(1, 4)}, ITEMS)
     with pytest.raises(SchemaError, match=r"'scene' comes as .* of shape \[1, 4, 2\]"):
@@ -105,13 +105,13 @@ def test_a_position_sees_the_side_features_up_to_its_own(attention: str) -> None
 def test_padding_and_neighbours_in_the_batch_change_nothing() -> None:
     built = model()
     wide = torch.cat([ITEMS, torch.tensor([[9, 0, 0, 0]])])
-    side = {name: torch.cat([values, values.flip(1)]) for name, values in VALUES.items()}
+    event_features = {name: torch.cat([values, values.flip(1)]) for name, values in VALUES.items()}
     alone = built(ITEMS[:, :3], {name: values[:, :3] for name, values in VALUES.items()})
-    torch.testing.assert_close(built(wide, side)[:1], alone)
+    torch.testing.assert_close(built(wide, event_features)[:1], alone)
 
 
 def test_dropout_of_side_features_trains_their_absence() -> None:
-    encoder = SideEncoder(COLUMNS, dropout=0.5).train()
+    encoder = EventFeatureEncoder(COLUMNS, dropout=0.5).train()
     torch.manual_seed(0)
     items = ITEMS.expand(400, -1)
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_dropout_of_side_features_trains_their_absence() -> None:
 
 
 @pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.kind)
-def test_each_kind_tells_its_values_apart(column: SideColumn) -> None:
+def test_each_kind_tells_its_values_apart(column: EventColumn) -> None:
     rng = torch.Generator().manual_seed(4)
     classes = torch.randint(0, 3, (64, 1), generator=rng)
     values = {
@@ -134,15 +134,15 @@ def test_each_kind_tells_its_values_apart(column: SideColumn) -> None:
         "scene": torch.eye(3)[classes] + 0.1 * torch.rand(64, 1, 3, generator=rng),
     }
     torch.manual_seed(0)
-    side = SideFeatures(SideEncoder([column]), 3)
-    optimizer = torch.optim.Adam(side.parameters(), lr=0.05)
+    event_features = EventFeatures(EventFeatureEncoder([column]), 3)
+    optimizer = torch.optim.Adam(event_features.parameters(), lr=0.05)
     for _ in range(60):
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(side(values, classes).flatten(0, 1), classes.flatten())
+        loss = torch.nn.functional.cross_entropy(event_features(values, classes).flatten(0, 1), classes.flatten())
         loss.backward()
         optimizer.step()
     assert loss < 0.05
-    assert (side(values, classes).argmax(-1) == classes).all()
+    assert (event_features(values, classes).argmax(-1) == classes).all()
 
 
 def test_statistics_come_from_training() -> None:
@@ -152,7 +152,7 @@ def test_statistics_come_from_training() -> None:
         "scene": np.array([[3, 4, 0], [0, 0, 0], [0, 0, 5], [6, 8, 0]], np.float32),
     }
     raw = tuple(dataclasses.replace(column, size=0, log=False, mean=0.0, std=1.0) for column in COLUMNS)
-    event, dwell, scene = fit_side_columns(raw, Sessions(np.arange(3, 7), np.array([0, 2, 4]), values))
+    event, dwell, scene = fit_event_columns(raw, Sessions(np.arange(3, 7), np.array([0, 2, 4]), values))
     assert event.size == 6
     logs = np.log1p(values["dwell"])
     assert (dwell.log, dwell.mean, dwell.std) == (True, pytest.approx(logs.mean()), pytest.approx(logs.std()))
@@ -162,7 +162,7 @@ def test_statistics_come_from_training() -> None:
 
 def test_serving_moves_side_features_with_their_items() -> None:
     rows = np.array([[3, 2, 4, 0, 5], [1, 0, 0, 0, 0]])
-    side = {"event": np.array([[1, 2, 3, 4, 5], [6, 7, 8, 9, 9]]), "scene": np.arange(10.0).reshape(2, 5, 1)}
-    moved = compact_side(side, rows, 2)
+    event_features = {"event": np.array([[1, 2, 3, 4, 5], [6, 7, 8, 9, 9]]), "scene": np.arange(10.0).reshape(2, 5, 1)}
+    moved = compact_event_features(event_features, rows, 2)
     assert moved["event"].tolist() == [[3, 5], [0, 0]]
     assert moved["scene"][..., 0].tolist() == [[2.0, 4.0], [0.0, 0.0]]

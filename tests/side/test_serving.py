@@ -13,29 +13,29 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from missrec_t4r.bundle.bundle import load_bundle
 from missrec_t4r.config import MISSRecConfig, Recipe
+from missrec_t4r.data.event_features import EventColumn, load_sessions
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.data.side import SideColumn, load_sessions
 from missrec_t4r.errors import DataError, MISSRecError, ServingError
-from missrec_t4r.export.bundle import load_bundle
 from missrec_t4r.export.export import export
-from missrec_t4r.export.parity import compare_served, raw_ids, raw_side, sample_histories
+from missrec_t4r.export.parity import compare_served, raw_event_features, raw_ids, sample_histories
 from missrec_t4r.model.missrec import build_missrec
-from missrec_t4r.serving.backend import RankerBackend, SessionsBackend, execute
-from missrec_t4r.serving.client import MISSRecClient
-from missrec_t4r.serving.offline import score
-from missrec_t4r.serving.ranker import Ranker
-from missrec_t4r.serving.side import SideReader
-from missrec_t4r.serving.vectors import vectors
-from missrec_t4r.training.checkpoint import LoadedRun, load_run, save_run
+from missrec_t4r.retrieval.ranker import Ranker
+from missrec_t4r.runs.run_folder import LoadedRun, load_run, save_run
+from missrec_t4r.serving.batch.export_vectors import vectors
+from missrec_t4r.serving.batch.score import score
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.event_features import EventFeatureReader
+from missrec_t4r.serving.triton.backend import RankerBackend, SessionsBackend, execute
 from tests.serving.conftest import serving
 from tests.side import shop
 
 EVENT_TYPES = ["view", "cart", "buy"]
 COLUMNS = (
-    SideColumn("event_type", "categorical", 6, 8, values=tuple(EVENT_TYPES)),
-    SideColumn("dwell", "continuous", 1, 8, log=True, mean=2.0, std=1.5),
-    SideColumn("scene", "pretrained", shop.WIDTH, 8, std=2.0),
+    EventColumn("event_type", "categorical", 6, 8, values=tuple(EVENT_TYPES)),
+    EventColumn("dwell", "continuous", 1, 8, log=True, mean=2.0, std=1.5),
+    EventColumn("scene", "pretrained", shop.WIDTH, 8, std=2.0),
 )
 
 
@@ -65,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
 
 @pytest.fixture(scope="module")
 def histories(run: LoadedRun) -> Sessions:
-    return sample_histories(load_sessions(run.data, "test", run.model.side.columns), 60)
+    return sample_histories(load_sessions(run.data, "test", run.model.event_features.columns), 60)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def client(exported: Path) -> Iterator[MISSRecClient]:
 
 def test_the_bundle_carries_columns_and_weights(run: LoadedRun, exported: Path) -> None:
     loaded = load_bundle(exported / "bundle")
-    assert loaded.model.side.columns == COLUMNS
+    assert loaded.model.event_features.columns == COLUMNS
     own, theirs = run.model.state_dict(), loaded.model.state_dict()
     assert [name for name in own if not torch.equal(own[name], theirs[name])] == []
 
@@ -94,11 +94,11 @@ def test_the_bundle_carries_columns_and_weights(run: LoadedRun, exported: Path) 
 def test_a_real_triton_ranks_with_side_features(client: MISSRecClient, run: LoadedRun, histories: Sessions) -> None:
     parity = compare_served(client, run.model, run.catalogue, histories)
     assert parity.equal, parity
-    sessions, side = raw_ids(run.catalogue, histories), raw_side(run.model, histories)
-    assert set(side[0]) == {"event_type", "dwell", "scene"}
-    mixed = [own if index % 2 else None for index, own in enumerate(side)]
+    sessions, event_features = raw_ids(run.catalogue, histories), raw_event_features(run.model, histories)
+    assert set(event_features[0]) == {"event_type", "dwell", "scene"}
+    mixed = [own if index % 2 else None for index, own in enumerate(event_features)]
     answers = client.recommend(sessions, 5, side=mixed)
-    with_side, without = client.recommend(sessions, 5, side=side), client.recommend(sessions, 5)
+    with_side, without = client.recommend(sessions, 5, side=event_features), client.recommend(sessions, 5)
     for index, answer in enumerate(answers):
         expected = (with_side if index % 2 else without)[index]
         np.testing.assert_allclose(answer.scores, expected.scores, atol=1e-5)
@@ -116,14 +116,14 @@ def test_requests_without_side_features_are_the_models_own_answers(
 
 @pytest.mark.triton
 def test_a_wrong_request_is_refused_in_words(client: MISSRecClient) -> None:
-    for side, words in (
+    for event_features, words in (
         ({"colour": ["red", "red"]}, "side feature 'colour'; expected: event_type, dwell, scene"),
         ({"dwell": [1.0]}, "'dwell' with 1 values for 2 item ids"),
         ({"dwell": [1.0, "long"]}, "one continuous value per event"),
         ({"scene": [[1.0, 2.0], None]}, "vectors have 4 numbers"),
     ):
         with pytest.raises(ServingError, match=words):
-            client.recommend([["i1", "i2"]], side=[side])
+            client.recommend([["i1", "i2"]], side=[event_features])
     with pytest.raises(DataError, match="side features of 2 sessions for 1"):
         client.recommend([["i1"]], side=[None, None])
     assert client.recommend([["i1", "i2"]], 3, side=[{"dwell": [None, 4.0], "event_type": ["gift", None]}])[0].item_ids
@@ -131,13 +131,13 @@ def test_a_wrong_request_is_refused_in_words(client: MISSRecClient) -> None:
 
 def test_reader_and_ranker_align_with_the_last_rows(exported: Path) -> None:
     loaded = load_bundle(exported / "bundle")
-    reader, ranker = SideReader(loaded.model.side.columns), Ranker(loaded.model, loaded.catalogue)
+    reader, ranker = EventFeatureReader(loaded.model.event_features.columns), Ranker(loaded.model, loaded.catalogue)
     told = reader.read(b'{"dwell": [9, 8, 7, 6, 5, 4, 3]}', 7)
     rows = np.array([[5, 2, 7, 8, 9]])  # the last five of seven ids, one of them unknown
     stacked = reader.stacked([told], rows)
     assert stacked["dwell"].tolist() == [[7, 6, 5, 4, 3]]
-    direct = ranker.rank(np.array([[5, 7, 8, 9]]), side={"dwell": np.array([[7, 5, 4, 3]], np.float32)})
-    assert ranker.rank(rows, side=stacked).scores.tolist() == direct.scores.tolist()
+    direct = ranker.rank(np.array([[5, 7, 8, 9]]), event_features={"dwell": np.array([[7, 5, 4, 3]], np.float32)})
+    assert ranker.rank(rows, event_features=stacked).scores.tolist() == direct.scores.tolist()
 
 
 def _one(**changed: object) -> dict[str, np.ndarray]:
@@ -151,17 +151,17 @@ def _text(content: bytes) -> np.ndarray:
 
 
 HOSTILE = {
-    "30,000 brackets": _one(side=_text(b"[" * 30_000)),
-    "30,000 brackets in a column": _one(side=_text(b'{"dwell": ' + b"[" * 30_000)),
-    "900 lists in each other": _one(side=_text(b'{"dwell": [' + b"[" * 900 + b"]" * 900 + b", 1]}")),
-    "400 digits": _one(side=_text(b'{"dwell": [1' + b"0" * 400 + b", 1]}")),
-    "400 digits in a vector": _one(side=_text(b'{"scene": [[1' + b"0" * 400 + b", 1, 1, 1], null]}")),
-    "5,000 digits": _one(side=_text(b'{"dwell": [1' + b"0" * 5000 + b", 1]}")),
-    "an object for a number": _one(side=_text(b'{"dwell": [{}, 1]}')),
-    "a list for a category": _one(side=_text(b'{"event_type": [["buy"], "buy"]}')),
-    "ragged vectors": _one(side=_text(b'{"scene": [[1, 2], [1, 2, 3, 4]]}')),
-    "side of numbers": _one(side=np.array([[3]])),
-    "side of another batch": _one(side=np.array([[b""], [b""]], object)),
+    "30,000 brackets": _one(event_features=_text(b"[" * 30_000)),
+    "30,000 brackets in a column": _one(event_features=_text(b'{"dwell": ' + b"[" * 30_000)),
+    "900 lists in each other": _one(event_features=_text(b'{"dwell": [' + b"[" * 900 + b"]" * 900 + b", 1]}")),
+    "400 digits": _one(event_features=_text(b'{"dwell": [1' + b"0" * 400 + b", 1]}")),
+    "400 digits in a vector": _one(event_features=_text(b'{"scene": [[1' + b"0" * 400 + b", 1, 1, 1], null]}")),
+    "5,000 digits": _one(event_features=_text(b'{"dwell": [1' + b"0" * 5000 + b", 1]}")),
+    "an object for a number": _one(event_features=_text(b'{"dwell": [{}, 1]}')),
+    "a list for a category": _one(event_features=_text(b'{"event_type": [["buy"], "buy"]}')),
+    "ragged vectors": _one(event_features=_text(b'{"scene": [[1, 2], [1, 2, 3, 4]]}')),
+    "side of numbers": _one(event_features=np.array([[3]])),
+    "side of another batch": _one(event_features=np.array([[b""], [b""]], object)),
     "rules of 400 digits": _one(rules=_text(b'{"where": {"train_count": {"max": 1' + b"0" * 400 + b"}}}")),
     "rules of 30,000 brackets": _one(rules=_text(b"[" * 30_000)),
     "rules of infinity": _one(rules=_text(b'{"where": {"train_count": Infinity}}')),
@@ -188,7 +188,7 @@ HOSTILE = {
 def test_no_hostile_request_fails_its_neighbours(exported: Path) -> None:
     ranker = RankerBackend(exported / "bundle")
     good = [
-        _one(side=_text(b'{"dwell": [3, null], "event_type": ["buy", "view"]}')),
+        _one(event_features=_text(b'{"dwell": [3, null], "event_type": ["buy", "view"]}')),
         _one(rules=_text(b'{"where": {"train_count": {"min": 1}}}'), reasons=np.array([[True]])),
         _one(exclude=np.array([[b"i7", b""]], object), top_k=np.array([[9]])),
         _one(),
@@ -215,7 +215,7 @@ def test_no_hostile_request_fails_its_neighbours(exported: Path) -> None:
 def test_numbers_that_are_none_count_as_absent_and_harm_nobody(exported: Path) -> None:
     ranker = RankerBackend(exported / "bundle")
     absent = [b'{"dwell": [null, 4]}', b'{"dwell": [NaN, 4]}', b'{"dwell": [Infinity, 4]}', b'{"dwell": [1e999, 4]}']
-    answers = ranker.answer([_one(side=_text(text)) for text in absent])
+    answers = ranker.answer([_one(event_features=_text(text)) for text in absent])
     for answer in answers:
         assert not isinstance(answer, MISSRecError)
         assert answer["item_id"].tolist() == answers[0]["item_id"].tolist()  # type: ignore[index]  an answer
@@ -255,7 +255,7 @@ def test_a_damaged_tensor_is_one_requests_error(exported: Path) -> None:
         TritonError=str,
         Tensor=lambda name, array: (name, array),
     )
-    requests = [_one(), _one() | {"rows": None}, _one(side=_text(b'{"\\ud800": [1]}')), _one()]
+    requests = [_one(), _one() | {"rows": None}, _one(event_features=_text(b'{"\\ud800": [1]}')), _one()]
     seen: list[int] = []
     ranker = RankerBackend(exported / "bundle")
     first, damaged, odd, last = execute(
@@ -296,20 +296,22 @@ def test_what_is_decoded_is_encoded_again() -> None:
     for column in COLUMNS:
         through_json = json.loads(json.dumps(column.decode(values[column.name])))
         np.testing.assert_array_equal(column.encode(through_json), values[column.name])
-    codes = SideColumn("adopted", "categorical", 9)
+    codes = EventColumn("adopted", "categorical", 9)
     assert codes.encode(codes.decode(np.array([4, 0, 8]))).tolist() == [4, 0, 8]
 
 
 def test_a_file_of_sessions_may_carry_them(exported: Path, run: LoadedRun, histories: Sessions, tmp_path: Path) -> None:
-    sessions, side = raw_ids(run.catalogue, histories), raw_side(run.model, histories)
-    columns = {f"{name}-list": [own[name] for own in side] for name in ("dwell", "scene")}
-    columns["event_type"] = [own["event_type"] if line else None for line, own in enumerate(side)]
-    pq.write_table(pa.table({"items": sessions, "user": range(len(side)), **columns}), tmp_path / "sessions.parquet")
+    sessions, event_features = raw_ids(run.catalogue, histories), raw_event_features(run.model, histories)
+    columns = {f"{name}-list": [own[name] for own in event_features] for name in ("dwell", "scene")}
+    columns["event_type"] = [own["event_type"] if line else None for line, own in enumerate(event_features)]
+    pq.write_table(
+        pa.table({"items": sessions, "user": range(len(event_features)), **columns}), tmp_path / "sessions.parquet"
+    )
     score(exported / "bundle", tmp_path / "sessions.parquet", tmp_path / "scored.parquet", top_k=4)
     scored = pq.read_table(tmp_path / "scored.parquet")
-    side[0] = {name: values for name, values in side[0].items() if name != "event_type"}
+    event_features[0] = {name: values for name, values in event_features[0].items() if name != "event_type"}
     with MISSRecClient.of_bundle(exported / "bundle") as local:
-        answers = local.recommend(sessions, 4, side=side)
+        answers = local.recommend(sessions, 4, side=event_features)
     for got, answer in zip(scored["score"].to_pylist(), answers, strict=True):
         np.testing.assert_allclose(got, answer.scores, atol=1e-6)
 

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from missrec_t4r.data.batches import collate, prefix_examples, window_examples
-from missrec_t4r.data.schema_file import parse_text_message, read_schema
+from missrec_t4r.data.batching import collate, prefix_examples, window_examples
+from missrec_t4r.data.event_features import EventColumn, event_columns, load_sessions
+from missrec_t4r.data.schema_pbtxt import parse_text_message, read_schema
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.data.side import SideColumn, load_sessions, side_columns
 from missrec_t4r.errors import SchemaError
 from tests.side import shop
 
@@ -35,10 +35,10 @@ def test_batches_keep_every_value_beside_its_item(all_positions: bool, backwards
     choose = window_examples if all_positions else prefix_examples
     examples = choose(sessions, 4, 0, np.random.default_rng(0))
     batch = collate(sessions, examples, 2, all_positions=all_positions, backwards=backwards)
-    assert torch.equal(batch.side["ten"], batch.item_ids * 10)
-    assert torch.equal(batch.side["pair"][..., 1], batch.item_ids * 100.0)
+    assert torch.equal(batch.event_features["ten"], batch.item_ids * 10)
+    assert torch.equal(batch.event_features["pair"][..., 1], batch.item_ids * 100.0)
     hidden = set(batch.targets.flatten().tolist()) - {0}
-    for row, targets in zip(batch.side["ten"].tolist(), batch.targets.tolist(), strict=True):
+    for row, targets in zip(batch.event_features["ten"].tolist(), batch.targets.tolist(), strict=True):
         if not all_positions:  # a prefix holds no value of what it shall predict
             assert not {10 * target for target in targets if target} & set(row)
     assert hidden
@@ -87,14 +87,14 @@ def test_parquet_with_holes(tmp_path: Path) -> None:
 
 def test_the_schema_names_the_side_features(tmp_path: Path) -> None:
     data = shop.write(tmp_path / "data", sizes=(5, 5, 5))
-    found = side_columns(data, "auto", 16)
+    found = event_columns(data, "auto", 16)
     assert [(column.name, column.kind, column.size, column.width) for column in found] == [
         ("event_type", "categorical", 6, 16),
         ("dwell", "continuous", 1, 16),
         ("scene", "pretrained", 0, 16),
     ]
-    assert side_columns(data, "none", 16) == ()
-    assert side_columns(tmp_path, "auto", 16) == (), "no schema, no side features"
+    assert event_columns(data, "none", 16) == ()
+    assert event_columns(tmp_path, "auto", 16) == (), "no schema, no side features"
 
 
 def test_merlins_own_schema_file_is_read_as_merlin_reads_it(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_merlins_own_schema_file_is_read_as_merlin_reads_it(tmp_path: Path) -> N
     facts = {column.name: column for column in read_schema(tmp_path / "schema.pbtxt")}
     assert list(facts) == schema.column_names
     assert facts['odd "name" {\\-list'].highest == 41
-    assert [column.name for column in side_columns(tmp_path, "auto", 8)] == ['odd "name" {\\', "price"]
+    assert [column.name for column in event_columns(tmp_path, "auto", 8)] == ['odd "name" {\\', "price"]
 
 
 def test_text_messages_of_other_writers() -> None:
@@ -145,6 +145,6 @@ def test_categories_that_another_run_numbered_otherwise_are_translated(tmp_path:
     )
     features = {"event": {"kind": "categorical", "values": ["gift", "buy", "view"]}}
     (tmp_path / "session_transform.json").write_text(json.dumps({"features": features}))
-    model_column = SideColumn("event", "categorical", 5, values=("view", "buy"))
+    model_column = EventColumn("event", "categorical", 5, values=("view", "buy"))
     read = load_sessions(tmp_path, "test", [model_column])
     assert read.features["event"].tolist() == [2, 4, 3, 2]  # gift is unknown to the model

@@ -14,12 +14,12 @@ import torch
 
 from missrec_t4r.commands import evaluate, train
 from missrec_t4r.config import MISSRecConfig, Recipe, TrainConfig
-from missrec_t4r.data.side import load_sessions
+from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.errors import SchemaError
 from missrec_t4r.evaluation.full_ranking import quick_metrics
-from missrec_t4r.evaluation.model_scorer import ModelScorer
-from missrec_t4r.training.checkpoint import load_run
-from missrec_t4r.training.finetune import train as fit
+from missrec_t4r.ranking.scorer import ModelScorer
+from missrec_t4r.runs.run_folder import load_run
+from missrec_t4r.training.fit import train as fit
 from tests.side import shop
 
 SMALL = {
@@ -40,7 +40,7 @@ def small(**model: Any) -> Recipe:
 
 def found(run: Path) -> float:
     loaded = load_run(run)
-    columns = () if loaded.model.side is None else loaded.model.side.columns
+    columns = () if loaded.model.event_features is None else loaded.model.event_features.columns
     test = load_sessions(loaded.data, "test", columns)
     ranked = quick_metrics(ModelScorer.with_popularity(loaded.model, loaded.catalogue), test, loaded.catalogue.n_rows)
     return float(ranked["seen_kept"]["ndcg@10"] or 0.0)
@@ -68,7 +68,7 @@ def test_without_them_the_next_item_is_a_guess(tmp_path: Path) -> None:
     fit(data, tmp_path / "run", recipe=recipe, device="cpu")
     guess = 0.5 * (1 + 1 / np.log2(3))  # knows the three places an item leads to, not which: about (1+.63+.5)/3 = .71
     assert found(tmp_path / "run") < guess
-    assert load_run(tmp_path / "run").model.side is None
+    assert load_run(tmp_path / "run").model.event_features is None
 
 
 def test_the_choice_of_columns(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_the_choice_of_columns(tmp_path: Path) -> None:
     tiny = {"train.epochs": 1, "model.d_model": 16, "model.n_head": 2, "model.n_neighbours": 0}
     train(data, tmp_path / "run", recipe="tiny", settings=tiny | {"model.side_features": "dwell, event_type-list"})
     model = load_run(tmp_path / "run").model
-    assert [column.name for column in model.side.columns] == ["dwell", "event_type"]
+    assert [column.name for column in model.event_features.columns] == ["dwell", "event_type"]
     with pytest.raises(SchemaError, match=r"'dwel' is no input column .*; expected: dwell"):
         train(data, tmp_path / "other", recipe="tiny", settings={"model.side_features": "dwel"})
     with pytest.raises(SchemaError, match="'timestamp' is no input column"):
@@ -93,7 +93,7 @@ def test_a_run_on_data_that_lacks_a_column_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from missrec_t4r.training import finetune
+    from missrec_t4r.training import fit as finetune
 
     data = shop.write(tmp_path / "data", sizes=(60, 20, 20))
     settings = TrainConfig(batch_size=64, epochs=3, patience=3)

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from missrec_t4r import aside
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import DataError
+from missrec_t4r.io import atomic as aside
 
 WRITER = """
 import sys
@@ -77,7 +77,7 @@ def test_a_folder_that_never_rests_is_refused_and_never_mixed(tmp_path: Path, mo
     made(0).save(folder)
     monkeypatch.setattr(aside, "_PATIENCE", 0.2)
     with pytest.raises(DataError, match="was replaced whenever it was read"):
-        aside.unchanged_while_read(folder, lambda _: made(next(number)).save(folder))
+        aside.read_consistently(folder, lambda _: made(next(number)).save(folder))
 
 
 def test_without_exchange_two_renames_do_it_and_a_failing_one_is_undone(
@@ -99,7 +99,7 @@ def test_without_exchange_two_renames_do_it_and_a_failing_one_is_undone(
 
 def test_what_fails_half_way_changes_nothing(tmp_path: Path) -> None:
     made(1).save(tmp_path / "catalogue")
-    with pytest.raises(IsADirectoryError), aside.replacing(tmp_path / "catalogue") as folder:
+    with pytest.raises(IsADirectoryError), aside.replace_dir(tmp_path / "catalogue") as folder:
         folder.write_text("a folder is no file")
     assert number_of(Catalogue.load(tmp_path / "catalogue")) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["catalogue"]
@@ -117,6 +117,6 @@ def test_a_reader_whose_folder_is_replaced_reads_again(tmp_path: Path) -> None:
                 raise FileNotFoundError("a file of the old version")
         return found
 
-    assert aside.unchanged_while_read(tmp_path / "catalogue", read) == 3
+    assert aside.read_consistently(tmp_path / "catalogue", read) == 3
     with pytest.raises(ValueError, match="of its own"):
-        aside.unchanged_while_read(tmp_path / "catalogue", lambda _: int("of its own"))
+        aside.read_consistently(tmp_path / "catalogue", lambda _: int("of its own"))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from missrec_t4r.config import MISSRecConfig, TrainConfig
-from missrec_t4r.data.batches import collate, iterate, prefix_examples, training_batches, window_examples
+from missrec_t4r.data.batching import collate, iterate, prefix_examples, training_batches, window_examples
 from missrec_t4r.data.sessions import Sessions
 
 SESSIONS = Sessions.from_lists([[3, 4, 5, 6, 7], [8, 9], [10]])

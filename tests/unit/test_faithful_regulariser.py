@@ -8,9 +8,9 @@ from torch import Tensor
 
 from benchmarks.release.seeds import EMPTY, padded_regulariser
 from missrec_t4r.config import TrainConfig
-from missrec_t4r.data.batches import TrainingBatch
+from missrec_t4r.data.batching import TrainingBatch
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.model.objectives import orthogonality_loss
+from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.training.step import places_of_random_batches, training_loss
 from tests.equations import small_shop as shop
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from missrec_t4r.model.clustering import kmeans
-from missrec_t4r.model.nearest import nearest_in_groups, nearest_of_all
+from missrec_t4r.model.clustering import kmeans, nearest_in_groups, nearest_of_all
 
 
 def _cluster(points: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:

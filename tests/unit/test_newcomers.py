@@ -11,10 +11,10 @@ from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import rank_catalogue
-from missrec_t4r.evaluation.model_scorer import ModelScorer
 from missrec_t4r.model.missrec import MISSRec, build_missrec
-from missrec_t4r.training.calibrate import fit_prior
-from missrec_t4r.training.newcomers import _exposure, _level
+from missrec_t4r.ranking.scorer import ModelScorer
+from missrec_t4r.ranking.tune import fit_terms
+from missrec_t4r.ranking.tune_cold_start import _exposure, _level
 
 N_KINDS, PER_KIND, NEW = 8, 30, 16
 N_ITEMS = N_KINDS * PER_KIND
@@ -49,7 +49,7 @@ def fitted(exposure: float) -> tuple[MISSRec, Catalogue, Sessions]:
     config = MISSRecConfig(d_model=16, n_head=2, item_ids=False, newcomer_exposure=exposure)
     model = build_missrec(config, catalogue)
     model.discover_interests(0)
-    found = fit_prior(model.eval(), catalogue, train, valid)
+    found = fit_terms(model.eval(), catalogue, train, valid)
     assert ("newcomers" in found) == (exposure > 0)
     return model, catalogue, test
 
@@ -77,7 +77,7 @@ def test_too_few_targets_choose_nothing(data: Path) -> None:
     catalogue = Catalogue.load(data / "catalogue")
     train, valid = Sessions.load(data / "train"), Sessions.load(data / "valid")
     model = build_missrec(MISSRecConfig(d_model=16, n_head=2, newcomer_exposure=1.0), catalogue).eval()
-    assert fit_prior(model, catalogue, train, valid)["newcomers"] == {}
-    assert model.prior is not None
-    assert model.prior.newcomers is not None
-    assert not model.prior.newcomers.settings.any()
+    assert fit_terms(model, catalogue, train, valid)["newcomers"] == {}
+    assert model.item_knn is not None
+    assert model.item_knn.cold_start is not None
+    assert not model.item_knn.cold_start.settings.any()

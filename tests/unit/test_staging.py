@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from missrec_t4r.export.staging import staged
+from missrec_t4r.io.atomic import atomic_write_dir
 
 
 def test_everybody_may_read_what_was_staged(tmp_path: Path) -> None:
-    with staged(tmp_path / "bundle", "manifest.json") as folder:
+    with atomic_write_dir(tmp_path / "bundle", "manifest.json") as folder:
         (folder / "inner").mkdir()
         save_file({"weight": torch.ones(1)}, folder / "inner" / "model.safetensors")
         (folder / "run.sh").touch(0o700)

@@ -10,8 +10,8 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import CheckpointError, ConfigError, DataError
-from missrec_t4r.training.checkpoint import RUN_FILE, STATE_FILE, load_run, load_tensors
-from missrec_t4r.training.finetune import train
+from missrec_t4r.runs.run_folder import RUN_FILE, STATE_FILE, load_run, load_tensors
+from missrec_t4r.training.fit import train
 from missrec_t4r.training.trainer import Trainer
 
 SMALL = {
@@ -117,16 +117,16 @@ def test_sessions_of_another_catalogue_are_refused(data: Path, tmp_path: Path) -
 
 
 def test_the_prior_is_weighed_on_validation_and_zero_weight_changes_nothing(data: Path, tmp_path: Path) -> None:
-    from missrec_t4r.model.neighbours import PriorSettings
+    from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings
 
     result = train(data, tmp_path / "run", recipe="tiny", settings=SMALL | {"train.epochs": 1})
     assert result["prior"]["valid_ndcg@10"] >= result["prior"]["without"]
     model = load_run(tmp_path / "run").model
-    assert model.prior is not None
-    assert model.prior.active  # one epoch has learned little; what follows what is known from counting
+    assert model.item_knn is not None
+    assert model.item_knn.active  # one epoch has learned little; what follows what is known from counting
     session = torch.tensor([[3, 4, 5]])
     with_prior = model.score(model(session), model.candidates(), session)
-    model.prior.choose(PriorSettings(0.0, 1.0, 0.0))
+    model.item_knn.choose(ItemKNNSettings(0.0, 1.0, 0.0))
     without = model.score(model(session), model.candidates(), session)
     assert with_prior[0, 6] > without[0, 6]  # item 6 follows item 5 in every session
 

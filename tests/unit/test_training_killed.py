@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.config import Recipe
-from missrec_t4r.data.batches import TrainingBatch
+from missrec_t4r.data.batching import TrainingBatch
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.training.checkpoint import RUN_FILE, STATE_FILE, load_metadata, load_tensors
-from missrec_t4r.training.finetune import train
+from missrec_t4r.runs.run_folder import RUN_FILE, STATE_FILE, load_metadata, load_tensors
+from missrec_t4r.training.fit import train
 from missrec_t4r.training.step import Totals
 from missrec_t4r.training.trainer import Trainer
 

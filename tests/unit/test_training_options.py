@@ -12,17 +12,15 @@ import yaml
 from torch import Tensor
 
 from missrec_t4r.config import Recipe, TrainConfig
-from missrec_t4r.data.batches import TrainingBatch
+from missrec_t4r.data.batching import TrainingBatch
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.training.arithmetic import compiling, resolved
-from missrec_t4r.training.checkpoint import load_tensors, save_tensors
-from missrec_t4r.training.curves import Curves
-from missrec_t4r.training.finetune import train
-from missrec_t4r.training.optimiser import Optimiser
-from missrec_t4r.training.schedule import learning_rate
-from missrec_t4r.training.trainer import Trainer
+from missrec_t4r.runs.run_folder import load_tensors, save_tensors
+from missrec_t4r.training.fit import train
+from missrec_t4r.training.optim import Optimiser, learning_rate
+from missrec_t4r.training.precision import compiling, resolved
+from missrec_t4r.training.trainer import Curves, Trainer
 
 SMALL = {
     "model.d_model": 16,

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.config import MISSRecConfig, TrainConfig
-from missrec_t4r.data.batches import TrainingBatch, collate, training_batches
+from missrec_t4r.data.batching import TrainingBatch, collate, training_batches
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model import build_missrec
-from missrec_t4r.model.chunked import ChunkedSoftmax
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.model.sampled import SampledSoftmax
-from missrec_t4r.model.softmax import FullSoftmax, Softmax, StepTokens, candidate_rows
-from missrec_t4r.training.arithmetic import product_type
+from missrec_t4r.training.loss.chunked import ChunkedSoftmax
+from missrec_t4r.training.loss.full import FullSoftmax, Softmax, StepEmbeddings, candidate_rows
+from missrec_t4r.training.loss.sampled import SampledSoftmax
+from missrec_t4r.training.precision import product_type
 from missrec_t4r.training.step import choose_softmax, training_loss
 from tests.equations import small_shop as shop
 from tests.properties.shops import CONFIGS
@@ -70,8 +70,8 @@ def test_only_the_needed_rows_of_the_id_table_get_a_gradient() -> None:
     softmax = SampledSoftmax(torch.ones(len(shop.ITEMS) + 3), negatives=2)
     batch = TrainingBatch(torch.tensor([[3, 4]]), torch.tensor([[[4], [5]]]))
     training_loss(net, batch, TrainConfig(), softmax=softmax).backward()
-    assert net.towers.id_embedding is not None
-    gradient = net.towers.id_embedding.weight.grad
+    assert net.item_encoder.id_embedding is not None
+    gradient = net.item_encoder.id_embedding.weight.grad
     assert gradient is not None
     assert gradient.is_sparse
     rows = set(gradient.coalesce().indices()[0].tolist())
@@ -81,20 +81,20 @@ def test_only_the_needed_rows_of_the_id_table_get_a_gradient() -> None:
 
 def test_frozen_weights_stay_without_gradient() -> None:
     net = _dropping(shop.default())
-    assert net.towers.id_embedding is not None
-    net.towers.id_embedding.weight.requires_grad_(False)
-    net.towers.adapters["text"].requires_grad_(False)
+    assert net.item_encoder.id_embedding is not None
+    net.item_encoder.id_embedding.weight.requires_grad_(False)
+    net.item_encoder.adapters["text"].requires_grad_(False)
     for softmax in (ChunkedSoftmax(4), SampledSoftmax(torch.ones(15), 3)):
         training_loss(net.train(), _batch(net.config), TrainConfig(), softmax=softmax).backward()
-        assert net.towers.id_embedding.weight.grad is None
-        assert net.towers.adapters["text"].weight.grad is None
-        assert net.towers.adapters["image"].weight.grad is not None
+        assert net.item_encoder.id_embedding.weight.grad is None
+        assert net.item_encoder.adapters["text"].weight.grad is None
+        assert net.item_encoder.adapters["image"].weight.grad is not None
 
 
 class _Shown(SampledSoftmax):
     """Keeps the candidates of the last step."""
 
-    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepTokens:
+    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:
         self.last = super().tokens(model, item_ids, targets)
         return self.last
 
@@ -104,9 +104,9 @@ def test_the_expected_sum_over_the_sample_is_the_sum_over_the_catalogue() -> Non
     net = shop.model(shop.default()).train()
     classes = torch.nonzero(candidate_rows(net)).flatten()
     torch.manual_seed(0)
-    frequency = torch.zeros(net.towers.n_rows).index_copy_(0, classes, torch.rand(len(classes)))
+    frequency = torch.zeros(net.item_encoder.n_rows).index_copy_(0, classes, torch.rand(len(classes)))
     softmax = _Shown(frequency, negatives=2)
-    values = torch.linspace(1, 3, net.towers.n_rows, dtype=torch.float64)
+    values = torch.linspace(1, 3, net.item_encoder.n_rows, dtype=torch.float64)
     estimates, rounds, others = [], 1000, 3
     for _ in range(rounds):
         drawn = torch.multinomial(frequency, others, replacement=True)
@@ -171,16 +171,18 @@ def test_half_precision_changes_the_loss_little_and_the_weights_not() -> None:
 
 def test_large_tables_keep_their_place_and_are_scaled_where_rows_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     small = shop.model(shop.default())
-    monkeypatch.setattr("missrec_t4r.model.towers._LARGE", 1)
+    monkeypatch.setattr("missrec_t4r.model.item_encoder._LARGE", 1)
     catalogue = shop.catalogue()
     torch.manual_seed(0)
     large = build_missrec(shop.default(), catalogue)
-    table = large.towers.vectors.get_buffer("text")
+    table = large.item_encoder.vectors.get_buffer("text")
     assert table.data_ptr() == catalogue.modalities["text"].vectors.ctypes.data
     large = shop.model(shop.default())
     for rows in (torch.arange(15), torch.tensor([[3, 4]])):
-        torch.testing.assert_close(large.towers(rows), small.towers(rows), rtol=0, atol=1e-6)  # fp32 against fp64
-    torch.testing.assert_close(large.towers.catalogue(), small.towers.catalogue(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            large.item_encoder(rows), small.item_encoder(rows), rtol=0, atol=1e-6
+        )  # fp32 against fp64
+    torch.testing.assert_close(large.item_encoder.catalogue(), small.item_encoder.catalogue(), rtol=0, atol=1e-6)
 
 
 def test_large_vector_files_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,4 +192,4 @@ def test_large_vector_files_are_mapped(tmp_path: Path, monkeypatch: pytest.Monke
     mapped = Catalogue.load(tmp_path / "catalogue")
     assert isinstance(mapped.modalities["text"].vectors, np.memmap)
     assert np.array_equal(mapped.modalities["text"].vectors, catalogue.modalities["text"].vectors)
-    assert build_missrec(shop.default(), mapped).towers.n_rows == catalogue.n_rows
+    assert build_missrec(shop.default(), mapped).item_encoder.n_rows == catalogue.n_rows

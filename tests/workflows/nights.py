@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from hypothesis import HealthCheck, Phase, settings
 
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.data.split_rows import read_rows
+from missrec_t4r.data.session_files import read_rows
 from missrec_t4r.schema import SPLITS
 
 OPTIONS: list[dict[str, Any]] = [

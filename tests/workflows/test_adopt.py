@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 import missrec_t4r.t4r as mr
 from missrec_t4r.cli import app
 from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.event_features import event_columns, fit_event_columns, load_sessions
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.data.side import fit_side_columns, load_sessions, side_columns
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.etl.nvt.adopt import adopt
 from missrec_t4r.t4r.columns import as_core_schema
-from missrec_t4r.workflows.adopt import adopt
 from tests.workflows.tables import save_vectors
 
 DAYS = 4
@@ -109,10 +109,13 @@ def test_every_row_means_what_the_workflow_says(tutorial: Path, items: tuple[Pat
         if len(set(log[line["session_id"]])) > 1
     )
     assert catalogue.n_items == len(rows_of) + 2
-    side = {column.name: column for column in side_columns(tmp_path / "data", "auto", 8)}
-    assert {name: column.kind for name, column in side.items()} == {"category": "categorical", "age_days": "continuous"}
+    event_features = {column.name: column for column in event_columns(tmp_path / "data", "auto", 8)}
+    assert {name: column.kind for name, column in event_features.items()} == {
+        "category": "categorical",
+        "age_days": "continuous",
+    }
     line = next(line for line in processed if len(set(log[line["session_id"]])) > 1)
-    assert side["category"].decode(line["category-list"]) == [
+    assert event_features["category"].decode(line["category-list"]) == [
         item % 7 + 1 for item in catalogue.ids_of(line["item_id-list"])
     ]
     assert catalogue.ids_of([catalogue.n_rows - 2, catalogue.n_rows - 1]) == [5, 6]  # new: behind the last row
@@ -215,9 +218,9 @@ def test_vectors_per_event_come_along_and_are_a_side_feature(tutorial: Path, tmp
     scene = 'feature { name: "scene-list" type: FLOAT annotation { tag: "embedding" tag: "list" } }'
     (tmp_path / "processed" / "schema.pbtxt").write_text(f"{schema}\n{scene}\n")
     adopt(tutorial / "workflow", tmp_path / "data", sessions_files=tmp_path / "processed")
-    (column,) = side_columns(tmp_path / "data", "scene", 8)
+    (column,) = event_columns(tmp_path / "data", "scene", 8)
     train = load_sessions(tmp_path / "data", "train", [column])
     assert column.kind == "pretrained"
     np.testing.assert_array_equal(train.features["scene"][:, 1], 2 * train.values)
-    (measured,) = fit_side_columns([column], train)
+    (measured,) = fit_event_columns([column], train)
     assert (measured.size, measured.std > 1) == (3, True)

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 from missrec_t4r.errors import ConfigError, DataError, MISSRecError, ModalityError, SchemaError
-from missrec_t4r.workflows import outputs
-from missrec_t4r.workflows.etl import etl
-from missrec_t4r.workflows.features import features
-from missrec_t4r.workflows.sources.generator import generate_shop
+from missrec_t4r.etl import outputs
+from missrec_t4r.etl.features.pipeline import features
+from missrec_t4r.etl.pipeline import etl
+from missrec_t4r.etl.sources.synthetic.shop import generate_shop
 from tests.workflows.tables import EVENTS, ITEMS, save_vectors, write
 
 

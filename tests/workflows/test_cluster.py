@@ -25,17 +25,17 @@ from typer.testing import CliRunner
 
 from missrec_t4r.cli import app
 from missrec_t4r.errors import DataError
+from missrec_t4r.etl.engine import executor as engines
+from missrec_t4r.etl.engine import shuffle as shards
+from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.progress import quiet
-from missrec_t4r.workflows import engine as engines
-from missrec_t4r.workflows import shards
-from missrec_t4r.workflows.etl import etl
 from tests.workflows.tables import ITEMS, write
 
 SLOWLY = """
 import os, time
 from pathlib import Path
 from typing import Any
-from missrec_t4r.workflows import partitions, shards
+from missrec_t4r.etl import partitions, shards
 
 for module, name in ((shards, "write_shard"), (partitions, "gather"), (partitions, "divide")):
     def slow(work, index, task=getattr(module, name)):

@@ -22,16 +22,17 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from missrec_t4r.cli import app
+from missrec_t4r.data.session_files import delta_files
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.data.split_rows import delta_files
 from missrec_t4r.data.user_hash import hash_ids
+from missrec_t4r.etl.engine import append as updates
+from missrec_t4r.etl.engine import compact as compaction
+from missrec_t4r.etl.engine import sessionize as partitions
+from missrec_t4r.etl.engine.append import update
+from missrec_t4r.etl.engine.compact import compact
+from missrec_t4r.etl.engine.user_state import load_user_state, rows_of
+from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.schema import SPLITS
-from missrec_t4r.workflows import compaction, partitions
-from missrec_t4r.workflows import update as updates
-from missrec_t4r.workflows.compaction import compact
-from missrec_t4r.workflows.etl import etl
-from missrec_t4r.workflows.known_users import known_users, rows_of
-from missrec_t4r.workflows.update import update
 from tests.workflows.nights import NEW_ITEMS, OPTIONS, SOME, content, counted, night, raw_rows, same, shop
 from tests.workflows.tables import ITEMS, write
 
@@ -146,8 +147,8 @@ def test_plain_parquet_stays_the_version_before(kept: Path, data: Path, tmp_path
 def test_every_reader_sees_the_nights(data: Path) -> None:
     from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 
+    from missrec_t4r.etl.quality.statistics import Everything, measure
     from missrec_t4r.t4r.reading import read_sessions
-    from missrec_t4r.workflows.measures import Everything, measure
 
     schema = TensorflowMetadata.from_proto_text_file(str(data), "schema.pbtxt").to_merlin_schema()
 
@@ -201,17 +202,18 @@ def _dies(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *, after: boo
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("step", ["partitions.write_arrow", "grow", "_write_catalogue", "link_rest", "take_place"])
+@pytest.mark.parametrize("step", ["partitions.write_arrow", "grow", "_write_catalogue", "link_rest", "move_into_place"])
 def test_a_night_killed_anywhere_is_there_or_not(data: Path, tmp_path: Path, step: str, late: bool) -> None:
-    from missrec_t4r.workflows import delta, places
+    from missrec_t4r.etl.engine import delta
+    from missrec_t4r.etl.engine import workdir as places
 
     old, file = content(data), night(tmp_path, 2, 11)
-    modules = {"partitions.write_arrow": partitions, "link_rest": updates, "take_place": places}
+    modules = {"partitions.write_arrow": partitions, "link_rest": updates, "move_into_place": places}
     with pytest.MonkeyPatch.context() as patched:
         _dies(patched, modules.get(step, delta), step.split(".")[-1], after=late)
         with pytest.raises(Killed):
             update(file, data, delta=True)
-    done = step == "take_place" and late
+    done = step == "move_into_place" and late
     if not done:
         same(content(data), old)
     assert update(file, data, delta=True)["updated"] is not done
@@ -220,17 +222,17 @@ def test_a_night_killed_anywhere_is_there_or_not(data: Path, tmp_path: Path, ste
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("step", ["absorb", "divide", "write_json", "link_rest", "take_place"])
+@pytest.mark.parametrize("step", ["absorb", "divide", "write_json", "link_rest", "move_into_place"])
 def test_a_compaction_killed_anywhere_changes_nothing(data: Path, step: str, late: bool) -> None:
-    from missrec_t4r.workflows import places
+    from missrec_t4r.etl.engine import workdir as places
 
     old = content(data)
     with pytest.MonkeyPatch.context() as patched:
-        _dies(patched, {"divide": partitions, "take_place": places}.get(step, compaction), step, after=late)
+        _dies(patched, {"divide": partitions, "move_into_place": places}.get(step, compaction), step, after=late)
         with pytest.raises(Killed):
             compact(data, workers=1)
     same(content(data), old)
-    assert compact(data, workers=1)["compacted"] is not (step == "take_place" and late)
+    assert compact(data, workers=1)["compacted"] is not (step == "move_into_place" and late)
     assert not delta_files(data)
     same(content(data), old)
 
@@ -239,8 +241,8 @@ def test_a_real_kill_between_night_and_compaction(data: Path, tmp_path: Path) ->
     code = """
 import os, signal, sys
 from pathlib import Path
-from missrec_t4r.workflows import compaction, partitions
-from missrec_t4r.workflows.update import update
+from missrec_t4r.etl import compaction, partitions
+from missrec_t4r.etl.engine.append import update
 
 compaction.DELTAS_AT_MOST = 2
 compaction.partitions.divide = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -274,7 +276,7 @@ def test_a_night_too_large_for_memory_is_added_the_other_way(
 
 
 def test_a_schema_that_looks_otherwise_is_written_by_merlin(data: Path, tmp_path: Path) -> None:
-    from missrec_t4r.workflows import growing
+    from missrec_t4r.etl.nvt import extend_vocabulary as growing
 
     file, twin = night(tmp_path, 2, 11), Path(shutil.copytree(data, tmp_path / "twin"))
     text = (data / "schema.pbtxt").read_text()
@@ -308,7 +310,7 @@ def test_users_are_found_without_reading_the_others(data: Path) -> None:
     users = pa.array(["user 3", "nobody", "user 1"])
     hashes = hash_ids(users)
     order = np.argsort(hashes)
-    found = known_users(data, 3, users.take(pa.array(order)), hashes[order])
+    found = load_user_state(data, 3, users.take(pa.array(order)), hashes[order])
     whole = raw_rows(data, "test")
     for number, size in zip(found.numbers, found.sizes, strict=True):
         user = users[int(order[number])].as_py()

@@ -11,7 +11,7 @@ from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.workflows.etl import etl
+from missrec_t4r.etl.pipeline import etl
 from tests.workflows.tables import EVENTS, ITEMS, items_of, rows, save_vectors, write
 
 

@@ -11,11 +11,11 @@ from PIL import Image
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.workflows.encoders import encode_images, encode_texts, join_texts
-from missrec_t4r.workflows.etl import etl
-from missrec_t4r.workflows.features import features
-from missrec_t4r.workflows.sources.shop_pictures import draw
-from missrec_t4r.workflows.sources.shop_words import STYLES
+from missrec_t4r.etl.features.pipeline import features
+from missrec_t4r.etl.features.sklearn_encoders import encode_images, encode_texts, join_texts
+from missrec_t4r.etl.pipeline import etl
+from missrec_t4r.etl.sources.synthetic.shop_images import draw
+from missrec_t4r.etl.sources.synthetic.shop_text import STYLES
 from tests.workflows.tables import EVENTS, save_vectors, write
 
 ITEMS = pd.DataFrame(

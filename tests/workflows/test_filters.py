@@ -8,7 +8,7 @@ import pytest
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import DataError
-from missrec_t4r.workflows.etl import etl
+from missrec_t4r.etl.pipeline import etl
 from tests.workflows.tables import items_of, save_vectors, write
 
 ITEMS = pd.DataFrame({"item_id": ["a", "b", "c", "d", "e"]})

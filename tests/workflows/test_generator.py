@@ -11,10 +11,10 @@ import pytest
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation.baselines import ContentKNN, CoOccurrence, ItemKNN, Popularity
-from missrec_t4r.workflows.etl import etl
-from missrec_t4r.workflows.features import features
-from missrec_t4r.workflows.sources.generator import END, generate_shop
+from missrec_t4r.etl.features.pipeline import features
+from missrec_t4r.etl.pipeline import etl
+from missrec_t4r.etl.sources.synthetic.shop import END, generate_shop
+from missrec_t4r.ranking.baselines import ContentKNN, CoOccurrence, ItemKNN, Popularity
 
 SMALL = {"users": 80, "items": 120}
 

@@ -22,13 +22,13 @@ from typer.testing import CliRunner
 
 from missrec_t4r.cli import app
 from missrec_t4r.errors import DataError, MISSRecError, SchemaError
-from missrec_t4r.workflows import checks
-from missrec_t4r.workflows.etl import etl
-from missrec_t4r.workflows.features import features
-from missrec_t4r.workflows.folders import file_aside, written_aside
-from missrec_t4r.workflows.report import report
-from missrec_t4r.workflows.sources.generator import generate_shop
-from missrec_t4r.workflows.sources.table import read_table
+from missrec_t4r.etl.features.pipeline import features
+from missrec_t4r.etl.pipeline import etl
+from missrec_t4r.etl.quality import checks
+from missrec_t4r.etl.quality.report import report
+from missrec_t4r.etl.sources.synthetic.shop import generate_shop
+from missrec_t4r.etl.sources.table import read_table
+from missrec_t4r.io.atomic import atomic_write_dir, atomic_write_file
 from tests.workflows.tables import EVENTS, ITEMS, items_of, save_vectors, write
 
 
@@ -182,7 +182,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
             etl(*files, tmp_path / "out" / "data")
         with pytest.raises(DataError, match="the disk ran full"):
             features(tmp_path / "out" / "data", text_columns=["title"])
-        with pytest.raises(DataError, match="the disk ran full"), file_aside(tmp_path / "out" / "one") as file:
+        with pytest.raises(DataError, match="the disk ran full"), atomic_write_file(tmp_path / "out" / "one") as file:
             file.write_bytes(b"x" * 5_000)
     assert _files(tmp_path / "out") == before
 
@@ -191,7 +191,7 @@ def test_a_read_only_place_is_named(tmp_path: Path) -> None:
     place = Path("/sys/missrec")  # read-only for root, too
     with pytest.raises(DataError, match="/sys/missrec cannot be written .*choose another --out"):
         etl(*write(tmp_path / "raw"), place)
-    with pytest.raises(DataError, match="cannot be written"), written_aside(place, "x.json"):
+    with pytest.raises(DataError, match="cannot be written"), atomic_write_dir(place, "x.json"):
         pass
 
 
@@ -258,11 +258,11 @@ def test_a_folder_of_somebody_else_is_named_and_stays_as_it_is(locked: Path) -> 
 def test_what_a_killed_run_left_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
     """Killed between its two renames: the old folder is back. Killed before: its unfinished folder is gone."""
     out = tmp_path / "data"
-    with written_aside(out, "mark.json") as folder:
+    with atomic_write_dir(out, "mark.json") as folder:
         (folder / "mark.json").write_text("1")
     script = (
-        "import os, signal, sys; from pathlib import Path; from missrec_t4r.workflows.folders import written_aside\n"
-        "with written_aside(Path(sys.argv[1]), 'mark.json') as folder:\n"
+        "import os, signal, sys; from pathlib import Path; from missrec_t4r.io.atomic import atomic_write_dir\n"
+        "with atomic_write_dir(Path(sys.argv[1]), 'mark.json') as folder:\n"
         "    (folder / 'mark.json').write_text('2')\n"
         "    if sys.argv[2] == 'late': Path(sys.argv[1]).rename(str(folder) + '-old')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -272,7 +272,7 @@ def test_what_a_killed_run_left_is_cleaned_up_by_the_next(tmp_path: Path) -> Non
         assert ran.returncode == -signal.SIGKILL
         assert len(list(tmp_path.iterdir())) == left
         assert out.exists() == (when == "early")
-    with pytest.raises(ValueError, match="stop"), written_aside(out, "mark.json"):
+    with pytest.raises(ValueError, match="stop"), atomic_write_dir(out, "mark.json"):
         raise ValueError("stop")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert (out / "mark.json").read_text() == "1"

@@ -15,8 +15,8 @@ from nvtabular import Workflow, ops
 from nvtabular.ops.operator import ColumnSelector
 
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.workflows.operators import SessionGroupby, SessionSlice
-from missrec_t4r.workflows.sessions import transform_dataset
+from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
+from missrec_t4r.etl.nvt.workflows import transform_dataset
 from tests.workflows.frame_kinds import FRAMES, to_cudf
 
 MANY = settings(max_examples=130, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)

@@ -16,9 +16,9 @@ from nvtabular import Workflow, ops
 from nvtabular.ops.operator import ColumnSelector
 
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.workflows.event_operators import TIME_FEATURES, EventWeights, KCore, SessionGap, TimeFeatures
-from missrec_t4r.workflows.operators import SessionGroupby, SessionSlice
-from missrec_t4r.workflows.sessions import transform_dataset
+from missrec_t4r.etl.nvt.event_ops import TIME_FEATURES, EventWeights, KCore, SessionGap, TimeFeatures
+from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
+from missrec_t4r.etl.nvt.workflows import transform_dataset
 from tests.workflows.frame_kinds import FRAMES
 
 MANY = settings(

@@ -23,14 +23,13 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, ModalityError
-from missrec_t4r.workflows.contents import word_dropped
-from missrec_t4r.workflows.encoding import EncoderSettings, encode_contents
-from missrec_t4r.workflows.etl import etl
-from missrec_t4r.workflows.features import encode_items, features
-from missrec_t4r.workflows.pretrained import PretrainedImage, PretrainedText
-from missrec_t4r.workflows.reduction import fit_reduction, reduced
-from missrec_t4r.workflows.update import update
-from missrec_t4r.workflows.vector_cache import VectorCache
+from missrec_t4r.etl.engine.append import update
+from missrec_t4r.etl.features.cache import VectorCache
+from missrec_t4r.etl.features.encode import EncoderSettings, encode_contents
+from missrec_t4r.etl.features.hf_encoders import PretrainedImage, PretrainedText
+from missrec_t4r.etl.features.pipeline import encode_items, features, word_dropped
+from missrec_t4r.etl.features.whitening import fit_reduction, reduced
+from missrec_t4r.etl.pipeline import etl
 from tests.workflows.tables import EVENTS, write
 
 COLOURS = {"lamp": "red", "desk": "green", "sofa": "blue", "vase": "white"}

@@ -7,7 +7,7 @@ import pandas as pd
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.workflows.etl import etl
+from missrec_t4r.etl.pipeline import etl
 
 
 def test_time_split_of_movielens(shared_data: Path, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from missrec_t4r.cli import app
 from missrec_t4r.errors import ConfigError, DataError, GateError
-from missrec_t4r.workflows.charts import bars, log_line
-from missrec_t4r.workflows.etl import etl
-from missrec_t4r.workflows.report import judge, report
+from missrec_t4r.etl.pipeline import etl
+from missrec_t4r.etl.quality.html import bars, log_line
+from missrec_t4r.etl.quality.report import judge, report
 from tests.workflows.tables import EVENTS, ITEMS, save_vectors, write
 
 DAY = 86_400

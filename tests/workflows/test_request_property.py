@@ -14,11 +14,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from merlin.io.worker import clean_worker_cache
 
+from missrec_t4r.bundle.id_encoder import RawId, SessionTransform
+from missrec_t4r.etl.nvt import workflows as sessions
+from missrec_t4r.etl.nvt.serialization import request_rows, save_workflow
 from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
-from missrec_t4r.serving.session_transform import RawId, SessionTransform
-from missrec_t4r.workflows import sessions
-from missrec_t4r.workflows.request import request_rows
-from missrec_t4r.workflows.storage import save_workflow
 
 ODD_TEXTS = [
     "0",

@@ -24,12 +24,12 @@ from missrec_t4r.cli import app
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.user_hash import hash_ids, partition_of
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.etl.engine import shuffle as shards
+from missrec_t4r.etl.engine.executor import engine
+from missrec_t4r.etl.nvt.serialization import load_workflow
+from missrec_t4r.etl.nvt.workflows import transform_dataset
+from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.progress import quiet
-from missrec_t4r.workflows import shards
-from missrec_t4r.workflows.engine import engine
-from missrec_t4r.workflows.etl import etl
-from missrec_t4r.workflows.sessions import transform_dataset
-from missrec_t4r.workflows.storage import load_workflow
 from tests.workflows.tables import EVENTS, ITEMS, items_of, write
 
 SOME = settings(
@@ -195,8 +195,8 @@ def test_no_user_is_in_two_partitions() -> None:
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from missrec_t4r.workflows import {module}
-from missrec_t4r.workflows.etl import etl
+from missrec_t4r.etl import {module}
+from missrec_t4r.etl.pipeline import etl
 
 task, seen = {module}.{task}, Path(sys.argv[3])
 
@@ -220,7 +220,7 @@ etl(sys.argv[1], sys.argv[2], sys.argv[4], engine="disk", partitions=4, workers=
 def test_a_killed_run_continues_from_what_was_finished(tmp_path: Path, module: str, task: str, target: str) -> None:
     events, items = write(tmp_path, shop(2, 900))
     pq.write_table(pq.read_table(events), events, row_group_size=300)
-    shards_small = "from missrec_t4r.workflows import shards; shards._BATCH = 400\n"
+    shards_small = "from missrec_t4r.etl import shards; shards._BATCH = 400\n"
     code = shards_small + KILLED.format(module=module, task=task, target=target)
     arguments = [str(events), str(items), str(tmp_path / "seen"), str(tmp_path / "data")]
     run = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *arguments])
@@ -251,8 +251,8 @@ def test_a_killed_run_continues_from_what_was_finished(tmp_path: Path, module: s
 CONTINUED = """
 import json, sys
 from pathlib import Path
-from missrec_t4r.workflows import scale
-from missrec_t4r.workflows.etl import etl
+from missrec_t4r.etl import scale
+from missrec_t4r.etl.pipeline import etl
 
 folder = Path(sys.argv[4])
 before = {}
@@ -271,7 +271,7 @@ etl(sys.argv[1], sys.argv[2], sys.argv[4], engine="disk", partitions=4, workers=
 
 
 def test_bad_settings_and_places_are_said_before_work_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("missrec_t4r.workflows.engine._ANSWER", 1)
+    monkeypatch.setattr("missrec_t4r.etl.engine.executor._ANSWER", 1)
     files = write(tmp_path)
     for options, words in (
         ({"engine": "fast"}, "engine 'fast'.*auto, memory or disk"),
@@ -322,7 +322,7 @@ def test_the_command_has_the_options_and_a_dry_run_changes_nothing(tmp_path: Pat
 
 
 def test_large_parquet_takes_the_fast_path_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("missrec_t4r.workflows.dry_run.LARGE", 5)
+    monkeypatch.setattr("missrec_t4r.etl.pipeline.LARGE", 5)
     etl(*write(tmp_path), tmp_path / "data", workers=1)
     assert (tmp_path / "data" / "state").is_dir()
 

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from missrec_t4r.cli import app
 from missrec_t4r.errors import DataError
-from missrec_t4r.workflows.etl import etl
-from missrec_t4r.workflows.sources.amazon import import_amazon
-from missrec_t4r.workflows.sources.movielens import import_movielens
+from missrec_t4r.etl.pipeline import etl
+from missrec_t4r.etl.sources.amazon import import_amazon
+from missrec_t4r.etl.sources.movielens import import_movielens
 from tests.workflows.tables import items_of
 
 

@@ -16,11 +16,11 @@ from merlin.io import Dataset
 from nvtabular import Workflow, ops
 
 from missrec_t4r.errors import DataError
-from missrec_t4r.workflows.derived import Derived
-from missrec_t4r.workflows.etl import etl
-from missrec_t4r.workflows.event_operators import KCore
-from missrec_t4r.workflows.sessions import build_session_workflow, fit, transform_dataset
-from missrec_t4r.workflows.storage import load_workflow, save_workflow
+from missrec_t4r.etl.event_settings import EventSettings
+from missrec_t4r.etl.nvt.event_ops import KCore
+from missrec_t4r.etl.nvt.serialization import load_workflow, save_workflow
+from missrec_t4r.etl.nvt.workflows import build_session_workflow, fit, transform_dataset
+from missrec_t4r.etl.pipeline import etl
 from tests.workflows.tables import EVENTS, write
 
 SOME = settings(
@@ -60,7 +60,9 @@ def test_a_session_workflow_transforms_as_before(
         categories={"event_type": pd.Series(["view", "buy"])},
         numbers=["dwell"],
         max_events=longest,
-        derive=Derived({"buy": 2.0}, session_gap=20, time_features=["gap", "hour", "recency"]) if derived else None,
+        derive=EventSettings({"buy": 2.0}, session_gap=20, time_features=["gap", "hour", "recency"])
+        if derived
+        else None,
     )
     fit(workflow, events)
     save_workflow(workflow, folder / "stored")
@@ -76,7 +78,9 @@ def test_a_session_workflow_transforms_as_before(
         categories={"event_type": pd.Series(["view", "buy"])},
         numbers=["dwell"],
         max_events=longest,
-        derive=Derived({"buy": 2.0}, session_gap=20, time_features=["gap", "hour", "recency"]) if derived else None,
+        derive=EventSettings({"buy": 2.0}, session_gap=20, time_features=["gap", "hour", "recency"])
+        if derived
+        else None,
     )
     expected, got = (transform_dataset(made, events, 1, "user_id") for made in (fit(fresh, events), loaded))
     assert _lines(got) == _lines(expected)
@@ -145,7 +149,7 @@ def test_changed_files_are_refused(stored: Path) -> None:
     ],
 )
 def test_strange_operators_are_refused_even_with_a_right_seal(stored: Path, change: Any, words: str) -> None:
-    from missrec_t4r.workflows.storage import _seal
+    from missrec_t4r.etl.nvt.serialization import _seal
 
     graph = json.loads((stored / "workflow.json").read_text())
     del graph["sha256"]

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from missrec_t4r.cli import app
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
-from missrec_t4r.workflows.etl import etl
-from missrec_t4r.workflows.storage import load_workflow
-from missrec_t4r.workflows.update import update
+from missrec_t4r.etl.engine.append import update
+from missrec_t4r.etl.nvt.serialization import load_workflow
+from missrec_t4r.etl.pipeline import etl
 from tests.workflows.nights import NEW_ITEMS, OPTIONS, SOME, raw_rows, shop
 from tests.workflows.tables import ITEMS, write
 
@@ -123,8 +123,8 @@ def test_a_killed_update_leaves_the_old_version_and_continues(data: Path, tmp_pa
     code = """
 import sys, time
 from pathlib import Path
-from missrec_t4r.workflows import scale
-from missrec_t4r.workflows.update import update
+from missrec_t4r.etl import scale
+from missrec_t4r.etl.engine.append import update
 
 def slow(*_):
     Path(sys.argv[3]).touch()

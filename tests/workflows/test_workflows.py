@@ -13,13 +13,12 @@ import pytest
 from merlin.io import Dataset
 from nvtabular import Workflow, ops
 
+from missrec_t4r.bundle.id_encoder import SessionTransform
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import DataError
-from missrec_t4r.serving.session_transform import SessionTransform
-from missrec_t4r.workflows import sessions
-from missrec_t4r.workflows.etl import etl
-from missrec_t4r.workflows.request import request_rows
-from missrec_t4r.workflows.storage import load_workflow
+from missrec_t4r.etl.nvt import workflows as sessions
+from missrec_t4r.etl.nvt.serialization import load_workflow, request_rows
+from missrec_t4r.etl.pipeline import etl
 from tests.workflows.tables import write
 
 

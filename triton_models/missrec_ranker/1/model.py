@@ -1,12 +1,12 @@
-"""Triton's view of the ranker; the work is in `missrec_t4r.serving.backend`, where it is tested."""
+"""Triton's view of the ranker; the work is in `missrec_t4r.serving.triton.backend`, where it is tested."""
 
 import gc
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from missrec_t4r.serving.backend import RankerBackend, bundle_folder, device_of, execute, parameter
-from missrec_t4r.serving.metrics import ranker_observer
+from missrec_t4r.serving.triton.backend import RankerBackend, bundle_folder, device_of, execute, parameter
+from missrec_t4r.serving.triton.metrics import ranker_observer
 
 
 class TritonPythonModel:

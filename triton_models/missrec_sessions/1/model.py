@@ -1,10 +1,10 @@
-"""Triton's view of the session transform; the work is in `missrec_t4r.serving.backend`, where it is tested."""
+"""Triton's view of the session transform; the work is in `missrec_t4r.serving.triton.backend`, where it is tested."""
 
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from missrec_t4r.serving.backend import SessionsBackend, bundle_folder, execute
+from missrec_t4r.serving.triton.backend import SessionsBackend, bundle_folder, execute
 
 
 class TritonPythonModel:

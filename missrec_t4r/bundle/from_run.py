@@ -1,0 +1,48 @@
+"""A bundle for as long as it is needed: the given one, or a run's, written aside and removed afterwards."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from missrec_t4r.errors import ConfigError
+from missrec_t4r.bundle.bundle import fill_bundle
+from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.runs.run_folder import load_run
+
+
+@contextmanager
+def bundle_or_run(
+    bundle: str | Path | None, run: str | Path | None, data: str | Path | None = None, progress: Progress = quiet
+) -> Iterator[Path]:
+    """Give the folder of a bundle.
+
+    Parameters
+    ----------
+    bundle : path, optional
+        Used as it is.
+    run : path, optional
+        Folder of `missrec train`: what `missrec export` would write of it.
+    data : path, optional
+        The run's data folder, if it was moved since training.
+    progress : Progress
+
+    Raises
+    ------
+    ConfigError
+        Both or neither are given.
+    """
+    if (bundle is None) == (run is None):
+        given = "neither --bundle nor --run" if bundle is None else "both --bundle and --run"
+        raise ConfigError(given, "one of the two", "a bundle comes from `missrec export`, a run from `missrec train`")
+    if bundle is not None:
+        yield Path(bundle)
+        return
+    assert run is not None
+    loaded = load_run(run, data)
+    with tempfile.TemporaryDirectory(prefix="missrec-bundle-") as folder:
+        progress.say(f"reading the run {run}")
+        fill_bundle(Path(folder), model=loaded.model, catalogue=loaded.catalogue, data=loaded.data)
+        yield Path(folder)

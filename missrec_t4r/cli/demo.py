@@ -1,0 +1,264 @@
+"""The main job in one go: raw tables -> ETL -> features -> training -> evaluation -> export -> a real Triton.
+
+`demo` is what ``make demo`` runs: on the generated shop, or on a folder with `interactions.parquet`, `items.parquet`
+and modality vectors `<modality>_<encoder>.npy` whose rows follow the item table.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from missrec_t4r import commands
+from missrec_t4r.bundle.id_encoder import RawId
+from missrec_t4r.data.event_features import load_sessions
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.errors import DataError
+from missrec_t4r.export.parity import compare_served, raw_event_features, raw_ids, sample_histories
+from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.runs.run_folder import LoadedRun, load_run
+from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID
+from missrec_t4r.serving.client.client import MISSRecClient, read_titles
+from missrec_t4r.serving.triton.local_server import LocalTriton
+
+_LONG_SESSIONS = 40
+"""Mean events per training session from which the recipe for long histories is taken."""
+_SHOP_EPOCHS = 22
+"""On the generated shop, so that the whole job stays within a few minutes."""
+_COMPARED_SESSIONS = 256
+_CLIENTS = 16
+"""Requests under way at a time, so that Triton's dynamic batching has something to merge."""
+_TOP_K = 10
+_SHOWN = 5
+_RATING_FLOOR = 5
+"""On a folder of real data, items with fewer events are left out, as in the published benchmarks (5-core)."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the ETL starts from."""
+
+    name: str
+    interactions: Path
+    items: Path
+    modality: Mapping[str, Path] = field(default_factory=dict)
+    """Precomputed vectors."""
+    text_columns: Sequence[str] = ()
+    image_column: str | None = None
+    min_item_count: int = 0
+
+
+def demo(
+    data: Path | None = None,
+    out: Path = Path("work/demo"),
+    *,
+    recipe: str | None = None,
+    users: int = 3000,
+    items: int = 1200,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run the whole job and return its summary.
+
+    Parameters
+    ----------
+    data : Path, optional
+        Folder of real data; the generated shop if not given.
+    out : Path
+        Everything is written here: ``shop/ data/ run/ bundle/ model_repository/``.
+    recipe : str, optional
+        By default ``long`` for long histories, else ``default``.
+    users, items : int
+        Size of the generated shop.
+    console : rich.console.Console, optional
+        Standard error by default.
+
+    Returns
+    -------
+    dict
+        ``data``, ``recall@10``, ``ndcg@10`` and ``baselines`` with seen items kept (the published protocol), the same
+        under ``seen_excluded``, ``triton_version``, ``served_equals_offline``, ``max_abs_diff``, ``recommendations``,
+        ``seconds`` per step.
+
+    Raises
+    ------
+    ParityError
+        Triton's answers differ from the model's.
+    """
+    console = console or Console(stderr=True)
+    progress = TerminalProgress(console)
+    seconds: dict[str, float] = {}
+    out = out / (data.resolve().name if data else "shop")
+    inputs = find_inputs(data) if data else _generated(out / "raw", users, items, progress, seconds)
+    folder, run = out / "data", out / "run"
+    with _step("etl", "raw tables to sessions and catalogue", console, seconds):
+        report = commands.etl(
+            [inputs.interactions],
+            inputs.items,
+            folder,
+            modality=inputs.modality,
+            min_item_count=inputs.min_item_count,
+            progress=progress,
+        )
+    if inputs.text_columns or inputs.image_column:
+        with _step("features", "texts and pictures to vectors", console, seconds):
+            commands.features(
+                folder,
+                text_columns=inputs.text_columns,
+                image_column=inputs.image_column,
+                images=inputs.items.parent,
+                progress=progress,
+            )
+    chosen = recipe or _recipe_for(folder)
+    with _step("train", f"recipe {chosen}", console, seconds):
+        shorter = None if data or recipe else {"train.epochs": _SHOP_EPOCHS}
+        commands.train(folder, run, recipe=chosen, settings=shorter, progress=progress)
+    with _step("evaluate", "the whole catalogue ranked for every test session", console, seconds):
+        metrics = commands.evaluate(run, progress=progress)
+    console.print(commands.metrics_table(metrics))
+    with _step("export", "bundle and Triton model repository", console, seconds):
+        commands.export(run, out / "bundle", triton=out / "model_repository", progress=progress)
+    with _step("serve", f"embedded Triton answers {_COMPARED_SESSIONS} sessions", console, seconds):
+        served = _serve(load_run(run), out / "model_repository", out / "triton.log", progress)
+    _show(served["recommendations"], console)
+    summary = {"data": inputs.name, **_headline(metrics), **served, "recipe": chosen, "etl": report["seconds"]}
+    return summary | {"seconds": {name: round(value, 1) for name, value in seconds.items()}}
+
+
+def find_inputs(folder: Path) -> Inputs:
+    """Describe a folder of real data.
+
+    Of a modality's files (``text_clip.npy``, ``text_minilm.npy``) the one that covers most items is taken.
+
+    Raises
+    ------
+    DataError
+        The folder lacks a table, or has no modality file.
+    """
+    interactions, items = folder / "interactions.parquet", folder / "items.parquet"
+    for file in (interactions, items):
+        if not file.is_file():
+            cure = "for other names use `missrec etl --interactions … --items …`"
+            raise DataError(f"{file} does not exist", "interactions.parquet and items.parquet", cure)
+    covered: dict[str, tuple[float, Path]] = {}
+    for file in sorted(folder.glob("*_*.npy")):
+        vectors = np.load(file, mmap_mode="r", allow_pickle=False)
+        if vectors.ndim == 2 and np.issubdtype(vectors.dtype, np.floating):
+            coverage = float((np.abs(vectors).sum(1) > 0).mean())
+            covered[file.stem.partition("_")[0]] = max(
+                covered.get(file.stem.partition("_")[0], (-1.0, file)), (coverage, file)
+            )
+    if not covered:
+        raise DataError(f"{folder} has no modality vectors", "files such as text_minilm.npy, rows as in items.parquet")
+    modality = {name: file for name, (_, file) in sorted(covered.items(), reverse=True)}
+    return Inputs(folder.resolve().name, interactions, items, modality, min_item_count=_RATING_FLOOR)
+
+
+def _generated(folder: Path, users: int, items: int, progress: TerminalProgress, seconds: dict[str, float]) -> Inputs:
+    with _step("generate", "a shop with texts and pictures", progress.console, seconds):
+        commands.generate(folder, users=users, items=items, progress=progress)
+    return Inputs(
+        "generated shop",
+        folder / "interactions.parquet",
+        folder / "items.parquet",
+        text_columns=("title", "description"),
+        image_column="image",
+    )
+
+
+def _recipe_for(data: Path) -> str:
+    return "long" if Sessions.load(data / "train").lengths.mean() >= _LONG_SESSIONS else "default"
+
+
+@contextmanager
+def _step(name: str, what: str, console: Console, seconds: dict[str, float]) -> Iterator[None]:
+    console.rule(f"[bold]{name}[/bold]  {what}", align="left")
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+    console.print(f"{name}: {seconds[name]:.1f} s", style="green", highlight=False)
+
+
+def _serve(run: LoadedRun, repository: Path, log_file: Path, progress: Progress) -> dict[str, Any]:
+    """Start Triton, compare its answers with the run's model, and ask three questions."""
+    event_features = () if run.model.event_features is None else run.model.event_features.columns
+    histories = sample_histories(load_sessions(run.data, "test", event_features), _COMPARED_SESSIONS)
+    with (
+        LocalTriton(repository, log_file=log_file, progress=progress) as server,
+        MISSRecClient(server.grpc_url) as client,
+    ):
+        progress.say(f"asking for {len(histories)} sessions, {_CLIENTS} requests at a time")
+        parity = compare_served(client, run.model, run.catalogue, histories, _TOP_K, _CLIENTS)
+        parity.require("Triton's answers")
+        questions = _questions(histories)
+        sessions = raw_ids(run.catalogue, questions)
+        answers = client.recommend(sessions, _TOP_K, exclude_seen=True, side=raw_event_features(run.model, questions))
+        about = _ask(server.http_url, "")
+        ranker = _ask(server.http_url, "/models/missrec_ranker/stats")["model_stats"][0]
+    titles = read_titles(run.data / CATALOGUE_FOLDER)
+    return {
+        "triton_version": about["version"],
+        "served_equals_offline": parity.equal,
+        "max_abs_diff": parity.max_abs_diff,
+        "sessions_compared": parity.sessions,
+        "requests_per_execution": round(ranker["inference_count"] / max(ranker["execution_count"], 1), 2),
+        "recommendations": [
+            {
+                "session": [_named(item, titles) for item in session[-_SHOWN:]],
+                "answers": _shown(answer.item_ids, answer.scores, titles),
+            }
+            for session, answer in zip(sessions, answers, strict=True)
+        ],
+    }
+
+
+def _questions(histories: Sessions) -> Sessions:
+    """Return three sessions, of several items where there are such."""
+    telling = np.flatnonzero(histories.lengths >= 3)[:3]
+    return histories.take(telling if len(telling) else np.arange(min(3, len(histories))))
+
+
+def _ask(http_url: str, path: str) -> Any:
+    with urllib.request.urlopen(f"http://{http_url}/v2{path}", timeout=10) as answer:
+        return json.load(answer)
+
+
+def _shown(items: Sequence[RawId], scores: Sequence[float], titles: Mapping[str | int, str]) -> list[dict[str, Any]]:
+    best = zip(items[:_SHOWN], scores[:_SHOWN], strict=True)
+    return [_named(item, titles) | {"score": round(score, 4)} for item, score in best]
+
+
+def _named(item: RawId, titles: Mapping[str | int, str]) -> dict[str, Any]:
+    return {ITEM_ID: item, "title": "" if item is None else titles.get(item, "")}
+
+
+def _headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    def pick(protocol: str) -> dict[str, Any]:
+        systems = metrics["protocols"][protocol]
+        short = {
+            name: {key: round(values[key], 4) for key in ("recall@10", "ndcg@10")} for name, values in systems.items()
+        }
+        return {**short.pop("model"), "baselines": short}
+
+    return {**pick("seen_kept"), "seen_excluded": pick("seen_excluded")}
+
+
+def _show(recommendations: Sequence[Mapping[str, Any]], console: Console) -> None:
+    for number, query in enumerate(recommendations, 1):
+        table = Table(title=f"query {number}: " + ", ".join(str(item[ITEM_ID]) for item in query["session"]))
+        table.add_column("recommended")
+        table.add_column("title", overflow="ellipsis", no_wrap=True, max_width=80)
+        table.add_column("score", justify="right")
+        for answer in query["answers"]:
+            table.add_row(str(answer[ITEM_ID]), answer["title"], f"{answer['score']:.4f}")
+        console.print("because of: " + "; ".join(item["title"][:60] for item in query["session"]), highlight=False)
+        console.print(table)

@@ -1,0 +1,1 @@
+"""Modality vectors: texts and images of the items through frozen encoders."""

@@ -1,0 +1,269 @@
+"""Pretrained encoders through Hugging Face transformers: CLIP for both, any sentence model for texts.
+
+A model is a folder (``config.json``, weights, tokenizer or preprocessor) or a name that the local Hugging Face cache
+holds; nothing is downloaded. A sentence model is read through ``AutoModel``; its token vectors are averaged over the
+real tokens (Reimers and Gurevych, Sentence-BERT, section 3: mean pooling), or its first token is taken where the
+folder's ``1_Pooling/config.json`` says so. Vectors are unit length. Nothing in the folder is executed: of a
+``pytorch_model.bin`` tensors are read and nothing else, whatever the environment asks of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.functional import normalize
+
+from missrec_t4r.errors import ConfigError, ModalityError
+from missrec_t4r.etl.features.sklearn_encoders import Floats
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CLIP = ("clip", "clip_text_model", "clip_vision_model")
+_LONGEST = 512
+_TENSORS_ALONE, _ANY_PICKLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+class PretrainedText:
+    """A text encoder: CLIP's text tower or a sentence model.
+
+    Parameters
+    ----------
+    source : str
+        Folder, or a name in the local Hugging Face cache.
+    device : str
+        ``auto``, ``cpu``, ``cuda`` or another of torch's.
+    precision : {"fp32", "bf16", "fp16"}
+        Of the matrix products; vectors are float32.
+
+    Raises
+    ------
+    ModalityError
+        The model cannot be loaded.
+    ConfigError
+        The device is not there, or cannot compute in this precision.
+    """
+
+    name = "transformers-text"
+
+    def __init__(self, source: str, *, device: str = "auto", precision: str = "fp32") -> None:
+        from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection
+
+        self.device, self.precision = _device(device, precision), precision
+        config = _config(source, "text_config")
+        self.clip = config.model_type in _CLIP
+        kind = CLIPTextModelWithProjection if self.clip else AutoModel
+        model = _load(kind, source, config=config, trust_remote_code=False)
+        self.model = model.to(self.device).eval()
+        self.tokenizer = _load(AutoTokenizer, source, trust_remote_code=False)
+        self.pooling = "projection" if self.clip else _pooling(source)
+        self.max_length = _max_length(source, self.tokenizer, self.model.config)
+        self.identity = {
+            "name": self.name,
+            "architecture": config.model_type,
+            "weights": weights_hash(self.model),
+            "vocabulary": _vocabulary_hash(self.tokenizer),
+            "lower_case": bool(getattr(self.tokenizer, "do_lower_case", False)),
+            "pooling": self.pooling,
+            "max_length": self.max_length,
+        }
+
+    def encode(self, texts: Sequence[str]) -> Floats:
+        """Return one vector per text, [text, width]."""
+        tokens = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        ).to(self.device)
+        with torch.inference_mode(), _autocast(self.device, self.precision):
+            output = self.model(**tokens)
+            if self.clip:
+                vectors = output.text_embeds
+            elif self.pooling == "first_token":
+                vectors = output.last_hidden_state[:, 0]
+            else:
+                vectors = mean_of_tokens(output.last_hidden_state.float(), tokens["attention_mask"])
+        return _unit(vectors)
+
+
+class PretrainedImage:
+    """CLIP's image tower; parameters and errors as in `PretrainedText`."""
+
+    name = "transformers-image"
+
+    def __init__(self, source: str, *, device: str = "auto", precision: str = "fp32") -> None:
+        from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+        self.device, self.precision = _device(device, precision), precision
+        config = _config(source, "vision_config")
+        if config.model_type not in _CLIP:
+            raise ModalityError(
+                f"{source} is a {config.model_type} model", "a CLIP model", "name one with --image-encoder"
+            )
+        self.model = _load(CLIPVisionModelWithProjection, source, config=config).to(self.device).eval()
+        self.processor = _load(CLIPImageProcessor, source)
+        prepared = {key: value for key, value in self.processor.to_dict().items() if not key.endswith("_type")}
+        self.identity = {
+            "name": self.name,
+            "architecture": config.model_type,
+            "weights": weights_hash(self.model),
+            "preprocessing": json.loads(json.dumps(prepared, default=str)),
+        }
+
+    def encode(self, pictures: Sequence[Image.Image]) -> Floats:
+        """Return one vector per RGB picture, [picture, width]."""
+        pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(self.device)
+        with torch.inference_mode(), _autocast(self.device, self.precision):
+            vectors = self.model(pixel_values=pixels).image_embeds
+        return _unit(vectors)
+
+
+def mean_of_tokens(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean over the real tokens.
+
+    Parameters
+    ----------
+    tokens : Tensor [batch, seq, dim]
+    mask : Tensor [batch, seq]
+        1 where a token is real.
+
+    Examples
+    --------
+    >>> mean_of_tokens(torch.tensor([[[2.0], [4.0], [9.0]]]), torch.tensor([[1, 1, 0]])).tolist()
+    [[3.0]]
+    """
+    real = mask.unsqueeze(-1).to(tokens.dtype)
+    return (tokens * real).sum(1) / real.sum(1).clamp_min(1)
+
+
+def weights_hash(model: Module) -> str:
+    """Return the SHA-256 of all parameters by name; file format and storage order do not matter."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _vocabulary_hash(tokenizer: Any) -> str:
+    entries = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def _config(source: str, tower: str) -> Any:
+    """Return the model's settings; of CLIP those of one tower, as wide as the shared space."""
+    from transformers import AutoConfig
+
+    whole = _load(AutoConfig, source, trust_remote_code=False)
+    config = getattr(whole, tower, whole)
+    if config is not whole:
+        config.projection_dim = whole.projection_dim
+    return config
+
+
+def _load(kind: Any, source: str, **options: Any) -> Any:
+    """Load a part of a model from a folder or the local cache, and say what to do if it is not there."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # one tower of CLIP is loaded, and the other one's weights would be listed
+    try:
+        with _tensors_alone():
+            return kind.from_pretrained(source, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        if _is_refused(error):
+            raise ModalityError(
+                f"the encoder {source!r} has a file that could run code when it is read",
+                "model.safetensors, or a pytorch_model.bin that holds tensors alone",
+                "convert the model to safetensors where you trust it",
+            ) from error
+        raise ModalityError(
+            f"the encoder {source!r} cannot be loaded ({' '.join(str(error).split())[:200]})",
+            "a folder with config.json, weights, tokenizer or preprocessor, or a name in the local Hugging Face cache",
+            "nothing is downloaded here: fetch the model once with huggingface-cli download, then name its folder",
+        ) from error
+    finally:
+        logging.set_verbosity(level)
+
+
+class _Unread:
+    """Stands where transformers has the module pickle."""
+
+    @staticmethod
+    def load(*_: Any) -> None:
+        """Refuse."""
+        raise _PickleError("a pickle is not read here")
+
+
+class _PickleError(ValueError):
+    pass
+
+
+@contextmanager
+def _tensors_alone() -> Iterator[None]:
+    """Let torch read tensors alone, whatever the environment says; the one tokenizer that unpickles reads nothing."""
+    from transformers.models.transfo_xl import tokenization_transfo_xl as unpickling
+
+    before = {name: os.environ.pop(name, None) for name in (_TENSORS_ALONE, _ANY_PICKLE)}
+    os.environ[_TENSORS_ALONE] = "1"
+    module, unpickling.pickle = unpickling.pickle, _Unread
+    try:
+        yield
+    finally:
+        unpickling.pickle = module
+        del os.environ[_TENSORS_ALONE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Return whether torch or we refused a pickle; transformers raises errors of its own on top."""
+    while error is not None:
+        if isinstance(error, _PickleError) or type(error).__name__ == "UnpicklingError":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _pooling(source: str) -> str:
+    file = Path(source) / "1_Pooling" / "config.json"
+    first = file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_cls_token")
+    return "first_token" if first else "mean"
+
+
+def _max_length(source: str, tokenizer: Any, config: Any) -> int:
+    file = Path(source) / "sentence_bert_config.json"
+    stated = json.loads(file.read_text(encoding="utf-8")).get("max_seq_length") if file.is_file() else None
+    positions = getattr(config, "max_position_embeddings", _LONGEST)
+    return int(min(stated or _LONGEST, tokenizer.model_max_length, positions))
+
+
+def _device(device: str, precision: str) -> torch.device:
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision {precision!r}", f"one of {list(PRECISIONS)}", "choose one with --precision")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r}", "auto, cpu or cuda", "choose one with --device") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r}, and no CUDA device is there", "cpu", "leave --device out")
+    if chosen.type == "cpu" and precision == "fp16":
+        raise ConfigError("precision fp16 on a CPU", "bf16 or fp32", "choose one with --precision")
+    return chosen
+
+
+def _autocast(device: torch.device, precision: str) -> Any:
+    kind = PRECISIONS[precision]
+    return nullcontext() if kind is None else torch.autocast(device.type, kind)
+
+
+def _unit(vectors: Tensor) -> Floats:
+    return np.asarray(normalize(vectors.float(), dim=-1).cpu().numpy(), np.float32)

@@ -1,0 +1,332 @@
+"""``missrec features``: text and image vectors for a catalogue, and later for new items exactly as for the old.
+
+Encoders are classical ones that need no download, or pretrained ones (CLIP, sentence models). Vectors of pretrained
+ones are cached by content beside the data folder, so that a killed or repeated run encodes only what is new.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.errors import ConfigError, DataError, ModalityError
+from missrec_t4r.etl.features.cache import content_key
+from missrec_t4r.etl.features.encode import CLASSICAL, EncoderSettings, encode_contents, to_encode
+from missrec_t4r.etl.features.sklearn_encoders import Encoded, Floats, join_texts
+from missrec_t4r.etl.sources.table import require_column
+from missrec_t4r.io.atomic import translate_disk_errors
+from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID
+
+WORD_DROP = "word_drop"
+_LISTED = 50
+_KIND_OF = {"classical-text": "text", "transformers-text": "text"} | {
+    "classical-image": "image",
+    "transformers-image": "image",
+}
+"""Name of an encoder -> what it reads; vectors of other names (``precomputed``) cannot be made here."""
+
+
+def features(
+    data: Path,
+    *,
+    text_columns: Sequence[str] = (),
+    image_column: str | None = None,
+    images: Path | None = None,
+    text_encoder: str = CLASSICAL,
+    image_encoder: str = CLASSICAL,
+    device: str = "auto",
+    precision: str = "fp32",
+    batch_size: int = 64,
+    width: int = 128,
+    whiten: bool = False,
+    reduce_to: int | None = None,
+    word_drop: float = 0.0,
+    like: Path | None = None,
+    cache: Path | None = None,
+    dry_run: bool = False,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Encode texts and images of a data folder's catalogue; modalities of the same name are replaced.
+
+    Parameters
+    ----------
+    data : Path
+        Data folder written by `etl`.
+    text_columns : sequence of str
+        Columns of the item table, joined to one text per item.
+    image_column : str, optional
+        Column with the path of the picture, relative to ``images``.
+    images : Path, optional
+        Folder of pictures. Without ``image_column`` a picture is found by its name, ``<item_id>.png`` or the like.
+    text_encoder, image_encoder : str
+        ``classical``, the folder of a Hugging Face model, or its name in the local cache. Texts: CLIP or any sentence
+        model; pictures: CLIP.
+    device, precision, batch_size
+        Of pretrained encoders; see `EncoderSettings`.
+    width : int
+        Upper bound of the classical encoders' width.
+    whiten, reduce_to
+        See `missrec_t4r.etl.features.whitening`.
+    word_drop : float
+        Share of words to leave out in a second vector per text, for augmentation in pre-training; 0 makes none. It is
+        stored as `Modality.variants` of this name. The authors' value is 0.15.
+    like : Path, optional
+        Data folder or catalogue whose encoders and fitted state are used instead: vectors of both can be mixed.
+    cache : Path, optional
+        Folder of cached vectors; by default ``<data>.features`` beside the data folder.
+    dry_run : bool
+        Report what would be encoded, write nothing.
+
+    Returns
+    -------
+    dict
+        Per modality: items that have it, missing and broken ones, width; and the seconds.
+
+    Raises
+    ------
+    ConfigError
+        Neither text nor images were asked for, or settings contradict each other.
+    DataError, SchemaError, ModalityError
+        No catalogue, no such column, folder or encoder, or nothing to encode.
+    """
+    started = time.perf_counter()
+    data = Path(data)
+    if not text_columns and image_column is None and images is None:
+        raise ConfigError("neither texts nor images were named", "--text-columns, --image-column or --images")
+    if not 0 <= word_drop < 1 or (word_drop and not text_columns):
+        raise ConfigError(f"--word-drop {word_drop}", "a share from 0 to below 1, with --text-columns")
+    folder = data / CATALOGUE_FOLDER
+    catalogue = Catalogue.load(folder)
+    settings = EncoderSettings(
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        cache=cache if cache is not None else data.absolute().with_name(data.absolute().name + ".features"),
+        width=width,
+        whiten=whiten,
+        reduce_to=reduce_to,
+    )
+    asked: dict[str, tuple[list[Any], EncoderSettings, dict[str, Any]]] = {}
+    if text_columns:
+        chosen = replace(settings, encoder=text_encoder)
+        asked["text"] = item_texts(catalogue.items, text_columns), chosen, {"columns": list(text_columns)}
+    if image_column is not None or images is not None:
+        chosen = replace(settings, encoder=image_encoder)
+        where = {"column": image_column, "images": None if images is None else str(images)}
+        asked["image"] = image_paths(catalogue.items, image_column, images), chosen, where
+    if dry_run:
+        plan = {name: to_encode(name, contents, chosen) for name, (contents, chosen, _) in asked.items()}
+        return {"data": str(data), "dry_run": True, "modalities": plan}
+    if any(chosen.encoder == CLASSICAL for _, chosen, _ in asked.values()) and like is None:
+        progress.say("classical encoders stand in for pretrained ones (hashed n-grams, colour and gradient histograms)")
+    stored = _stored(like)
+    added, report, ids = {}, {}, catalogue.items[ITEM_ID].to_pylist()
+    for name, (contents, chosen, source) in asked.items():
+        encoded, dropped = _encode(name, contents, chosen, stored.get(name), word_drop, progress)
+        recorded = {**encoded.encoder, **source} | ({WORD_DROP: word_drop} if dropped else {})
+        added[name] = _modality(encoded, recorded, {WORD_DROP: dropped.vectors} if dropped else {})
+        report[name] = part = _describe(encoded, ids)
+        progress.say(f"{name}: {part['items']:,} items, width {part['width']}; {part['missing']} lack it")
+    replaced = sorted(set(added) & set(catalogue.modalities))
+    with translate_disk_errors(folder):
+        replace(catalogue, modalities={**catalogue.modalities, **added}).save(folder)
+    return {
+        "data": str(data),
+        "encoder": " and ".join(sorted({part["encoder"]["model"] for part in report.values()})),
+        "modalities": report,
+        "replaced": replaced,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def encode_items(
+    catalogue: Path,
+    items: pa.Table,
+    *,
+    images: Path | None = None,
+    models: Mapping[str, str] | None = None,
+    device: str = "auto",
+    batch_size: int = 64,
+    cache: Path | None = None,
+    progress: Progress = quiet,
+) -> dict[str, Encoded]:
+    """Encode new items with the encoders and the fitted state that a catalogue records: equal contents, equal vectors.
+
+    Parameters
+    ----------
+    catalogue : Path
+        Catalogue folder, or the data folder around it.
+    items : pyarrow.Table
+        New items, with the columns that the catalogue's encoders read.
+    images : Path, optional
+        Folder of pictures, if it is not the one recorded.
+    models : mapping of str to str, optional
+        Modality -> folder of its pretrained encoder, if it was moved; its weights must be the same.
+    device, batch_size, cache
+        See `EncoderSettings`.
+
+    Returns
+    -------
+    dict of str to Encoded
+        ``vectors`` [item, width], ``present`` and ``broken`` per modality; without the modalities whose vectors came
+        from a file (``--modality``): only their owner can encode more of them.
+
+    Raises
+    ------
+    ModalityError
+        An encoder is not there, or has other weights than the one recorded.
+    SchemaError
+        The items lack a column that an encoder reads.
+    """
+    result = {}
+    for name, modality in _stored(catalogue).items():
+        recorded = modality.encoder
+        kind = _KIND_OF[recorded["name"]]
+        if kind == "text":
+            contents: list[Any] = item_texts(items, recorded["columns"])
+        else:
+            base = images if images is not None else recorded.get("images")
+            contents = image_paths(items, recorded.get("column"), None if base is None else Path(base))
+        settings = EncoderSettings(
+            encoder=(models or {}).get(name, recorded["model"]), device=device, batch_size=batch_size, cache=cache
+        )
+        if not any(content is not None for content in contents):
+            empty = np.zeros((items.num_rows, modality.width), np.float32)
+            result[name] = Encoded(empty, np.zeros(items.num_rows, bool), dict(recorded))
+            continue
+        result[name] = _encode(kind, contents, settings, modality, 0.0, progress)[0]
+    return result
+
+
+def _stored(folder: Path | None) -> dict[str, Modality]:
+    """Return the modalities of a catalogue or data folder that can be encoded here."""
+    if folder is None:
+        return {}
+    inside = Path(folder) / CATALOGUE_FOLDER
+    modalities = Catalogue.load(inside if inside.is_dir() else folder).modalities
+    return {name: part for name, part in modalities.items() if part.encoder.get("name") in _KIND_OF}
+
+
+def _encode(
+    kind: str,
+    contents: Sequence[Any],
+    settings: EncoderSettings,
+    stored: Modality | None,
+    word_drop: float,
+    progress: Progress,
+) -> tuple[Encoded, Encoded | None]:
+    """Return the vectors and, if asked for, those of the texts with words left out."""
+    state = None
+    if stored is not None:
+        recorded = stored.encoder
+        if settings.encoder == CLASSICAL:
+            settings = replace(settings, encoder=recorded["model"])
+        settings = replace(
+            settings, precision=recorded.get("precision", "fp32"), whiten=bool(recorded.get("whiten", False))
+        )
+        state = stored.state
+        if settings.encoder == CLASSICAL and not state:
+            raise ModalityError(
+                f"the catalogue does not hold what its {kind} encoder was fitted to",
+                "a catalogue whose vectors were made by this version",
+                "run `missrec features` on it once more",
+            )
+    encoded = encode_contents(kind, contents, settings, state, progress)
+    if stored is not None and encoded.encoder["fingerprint"] != stored.fingerprint:
+        raise ModalityError(
+            f"the {kind} encoder {settings.encoder} is not the one that the catalogue records",
+            f"fingerprint {stored.fingerprint}",
+            "name the folder with the same weights, or encode the whole catalogue again with `missrec features`",
+        )
+    if not word_drop or kind != "text":
+        return encoded, None
+    dropped = [None if text is None else word_dropped(text, word_drop) for text in contents]
+    variant = encode_contents(kind, dropped, settings, encoded.state, progress)
+    whole = encoded.present & ~variant.present  # nothing readable was left
+    vectors = np.where(whole[:, None], encoded.vectors, variant.vectors)
+    return encoded, replace(variant, vectors=vectors, present=encoded.present)
+
+
+def _modality(encoded: Encoded, recorded: dict[str, Any], variants: Mapping[str, Floats]) -> Modality:
+    def from_row_3(vectors: Floats) -> Floats:
+        return np.concatenate([np.zeros((FIRST_ITEM_ROW, vectors.shape[1]), np.float32), vectors])
+
+    present = np.concatenate([np.zeros(FIRST_ITEM_ROW, bool), encoded.present])
+    other = {name: from_row_3(vectors) for name, vectors in variants.items()}
+    return Modality(from_row_3(encoded.vectors), present, recorded, other, encoded.state)
+
+
+def _describe(encoded: Encoded, ids: list[Any]) -> dict[str, Any]:
+    missing = [ids[item] for item in np.flatnonzero(~encoded.present)]
+    return {
+        "items": int(encoded.present.sum()),
+        "width": int(encoded.vectors.shape[1]),
+        "missing": len(missing),
+        "missing_items": missing[:_LISTED],
+        "broken": len(encoded.broken),
+        "broken_items": [ids[item] for item in encoded.broken[:_LISTED]],
+        "cached": encoded.cached,
+        "encoder": encoded.encoder,
+    }
+
+
+# What encoders read of an item: its text, joined from columns, and the path of its picture
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+
+
+def item_texts(items: pa.Table, columns: Sequence[str]) -> list[str | None]:
+    """Return one text per item, None where all columns are empty.
+
+    Raises
+    ------
+    SchemaError
+        The table lacks a column.
+    """
+    return join_texts([require_column(items, name, "items", "--text-columns").to_pylist() for name in columns])
+
+
+def image_paths(items: pa.Table, column: str | None, images: Path | None) -> list[Path | None]:
+    """Return one path per item, None where there is none; by item id where no column names the file.
+
+    Raises
+    ------
+    DataError
+        There is no such folder.
+    SchemaError
+        The table lacks the column.
+    """
+    if images is not None and not Path(images).is_dir():
+        raise DataError(f"there is no folder {images}", "a folder of pictures", "check --images")
+    base = Path(images) if images is not None else Path()
+    if column is not None:
+        named = require_column(items, column, "items", "--image-column").to_pylist()
+        return [base / str(name) if name else None for name in named]
+    files = {file.stem: file for file in sorted(base.iterdir(), reverse=True) if file.suffix.lower() in _SUFFIXES}
+    return [files.get(str(item)) for item in items[ITEM_ID].to_pylist()]
+
+
+def word_dropped(text: str, share: float) -> str:
+    """Leave out each word with probability ``share``, one at least stays; the same text gives the same result.
+
+    UniSRec, section 2.2.2: word drop for the second view of an item's text.
+
+    Examples
+    --------
+    >>> word_dropped("a red oak desk", 0.0)
+    'a red oak desk'
+    >>> word_dropped("desk", 0.99)
+    'desk'
+    """
+    words = text.split()
+    draw = np.random.default_rng(int.from_bytes(content_key(text.encode()), "little")).random(len(words))
+    kept = [word for word, chance in zip(words, draw, strict=True) if chance >= share]
+    return " ".join(kept or words[int(draw.argmax()) :][:1])

@@ -1,0 +1,239 @@
+"""Classical stand-ins for pretrained encoders: texts and images -> unit-length vectors with scikit-learn alone.
+
+Text: hashed word and character n-grams, tf-idf, truncated SVD. Image: colour histogram, gradient orientations in a
+grid of cells and a small thumbnail, reduced by PCA. They need no download, run in seconds and are deterministic, but
+know no synonyms and no objects: take CLIP or a sentence encoder where you can (`missrec_t4r.etl.features.hf_encoders`).
+What they were fitted to is returned as `Encoded.state`; given back, it encodes new items exactly like the old ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import sklearn
+from PIL import Image
+from sklearn.decomposition import PCA, TruncatedSVD
+from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+from sklearn.pipeline import make_union
+from sklearn.preprocessing import normalize
+
+from missrec_t4r.errors import ModalityError
+from missrec_t4r.progress import Progress, quiet
+
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+State = Mapping[str, npt.NDArray[Any]]
+
+HASH_WIDTH = 2**15
+SIDE, CELLS, ORIENTATIONS, THUMBNAIL, COLOURS = 64, 4, 8, 8, 4
+"""Picture size in pixels, cells per side, gradient directions, thumbnail size, levels per colour channel."""
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no picture."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Vectors of one modality.
+
+    Parameters
+    ----------
+    vectors : ndarray [item, width], float32
+        Unit length; zero where the item lacks the modality.
+    present : ndarray [item], bool
+        True where the item has the modality.
+    encoder : dict
+        Fingerprint: name, parameters, library version.
+    broken : list of int
+        Items whose content is there but cannot be read.
+    state : mapping of str to ndarray
+        What was fitted; encodes further items.
+    cached : int
+        Distinct contents whose vectors were not worked out but found.
+    """
+
+    vectors: Floats
+    present: Bools
+    encoder: dict[str, Any]
+    broken: list[int] = field(default_factory=list)
+    state: State = field(default_factory=dict)
+    cached: int = 0
+
+
+def encode_texts(
+    texts: Sequence[str | None], *, width: int = 128, seed: int = 0, state: State | None = None
+) -> Encoded:
+    """Encode one text per item.
+
+    Parameters
+    ----------
+    texts : sequence of str or None
+        None and texts without a word mean that the item lacks the modality.
+    width : int
+        Upper bound; fewer texts give narrower vectors.
+    seed : int
+        Of the randomised decomposition.
+    state : mapping of str to ndarray, optional
+        Of an earlier call: nothing is fitted then, and equal texts get equal vectors.
+
+    Raises
+    ------
+    ModalityError
+        Fewer than two items have a text.
+
+    Examples
+    --------
+    >>> encoded = encode_texts(["red tent", "blue tent", None, "wok"])
+    >>> encoded.vectors.shape, encoded.present.tolist()
+    ((4, 2), [True, True, False, True])
+    """
+    words = HashingVectorizer(n_features=HASH_WIDTH, ngram_range=(1, 2), norm=None, alternate_sign=False)
+    characters = HashingVectorizer(
+        n_features=HASH_WIDTH, analyzer="char_wb", ngram_range=(3, 5), norm=None, alternate_sign=False
+    )
+    hashed = make_union(words, characters).transform([text or "" for text in texts]).tocsr()
+    present = np.asarray(hashed[:, :HASH_WIDTH].sum(1)).ravel() > 0  # at least one word
+    if state is None:
+        _refuse_lonely("text", present)
+        state = _fit_texts(hashed[present], min(width, int(present.sum()) - 1), seed)
+    encoder = {
+        "name": "classical-text",
+        "method": "hashed word 1-2-grams and character 3-5-grams, tf-idf, truncated SVD",
+        "stands_in_for": "a pretrained text encoder",
+        "width": len(state["components"]),
+        "seed": seed,
+        "library": f"scikit-learn {sklearn.__version__}",
+    }
+    return Encoded(_spread(_project_texts(hashed[present], state), present), present, encoder, state=state)
+
+
+def _fit_texts(hashed: Any, width: int, seed: int) -> State:
+    """Fit tf-idf and the decomposition, and keep the columns that occur."""
+    weighted = TfidfTransformer(sublinear_tf=True).fit(hashed)
+    reduced = TruncatedSVD(width, n_iter=5, random_state=seed).fit(weighted.transform(hashed))
+    used = np.unique(hashed.indices)
+    return {
+        "columns": used.astype(np.int32),
+        "idf": weighted.idf_[used].astype(np.float32),
+        "components": np.ascontiguousarray(reduced.components_[:, used], np.float32),
+    }
+
+
+def _project_texts(hashed: Any, state: State) -> npt.NDArray[np.floating[Any]]:
+    """Return tf-idf with the fitted weights times the fitted components, [item, width]; new n-grams count nothing."""
+    known = hashed[:, state["columns"]].astype(np.float64)
+    known.data = (1 + np.log(known.data)) * state["idf"][known.indices]
+    return np.asarray(normalize(known) @ state["components"].T)
+
+
+def encode_images(
+    paths: Sequence[Path | None],
+    *,
+    width: int = 128,
+    seed: int = 0,
+    state: State | None = None,
+    progress: Progress = quiet,
+) -> Encoded:
+    """Encode one picture per item.
+
+    Parameters
+    ----------
+    paths : sequence of Path or None
+        None and files that are not there mean that the item lacks the modality; so do unreadable files, which are
+        listed as broken.
+    width : int
+        Upper bound; fewer pictures give narrower vectors.
+    state : mapping of str to ndarray, optional
+        Of an earlier call: nothing is fitted then.
+
+    Raises
+    ------
+    ModalityError
+        Fewer than two pictures can be read.
+    """
+    described: list[Floats] = []
+    present, broken = np.zeros(len(paths), bool), []
+    for item, path in enumerate(progress.track(paths, "images")):
+        if path is None or not path.is_file():
+            continue
+        try:
+            with Image.open(path) as image:
+                described.append(describe(image))
+            present[item] = True
+        except UNREADABLE:
+            broken.append(item)
+    if state is None:
+        _refuse_lonely("image", present)
+        state = _fit_images(np.stack(described), width, seed)
+    encoder = {
+        "name": "classical-image",
+        "method": "colour histogram, gradient orientations per cell and thumbnail, PCA",
+        "stands_in_for": "a pretrained image encoder",
+        "side": SIDE,
+        "width": len(state["components"]),
+        "seed": seed,
+        "library": f"scikit-learn {sklearn.__version__}",
+    }
+    table = np.stack(described) if described else np.zeros((0, len(state["mean"])), np.float32)
+    return Encoded(_spread((table - state["mean"]) @ state["components"].T, present), present, encoder, broken, state)
+
+
+def _fit_images(table: Floats, width: int, seed: int) -> State:
+    width = min(width, len(table) - 1, table.shape[1])
+    reduced = PCA(width, svd_solver="randomized", random_state=seed).fit(table)
+    return {"mean": reduced.mean_.astype(np.float32), "components": reduced.components_.astype(np.float32)}
+
+
+def describe(image: Image.Image) -> Floats:
+    """Return colours, gradients and thumbnail of a picture, each of unit length, one after the other."""
+    pixels = np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32) / 255
+    thumbnail = pixels.reshape(THUMBNAIL, SIDE // THUMBNAIL, THUMBNAIL, SIDE // THUMBNAIL, 3).mean((1, 3)) - 0.5
+    return np.concatenate([_unit(part.ravel()) for part in (_colours(pixels), _gradients(pixels), thumbnail)])
+
+
+def _colours(pixels: Floats) -> Floats:
+    level = np.minimum((pixels * COLOURS).astype(np.int64), COLOURS - 1)
+    bins = (level[..., 0] * COLOURS + level[..., 1]) * COLOURS + level[..., 2]
+    return np.sqrt(np.bincount(bins.ravel(), minlength=COLOURS**3)).astype(np.float32)
+
+
+def _gradients(pixels: Floats) -> Floats:
+    down, right = np.gradient(pixels.mean(2))
+    direction = np.minimum((np.arctan2(down, right) % np.pi / np.pi * ORIENTATIONS).astype(int), ORIENTATIONS - 1)
+    cell = np.arange(SIDE) * CELLS // SIDE
+    bins = (cell[:, None] * CELLS + cell) * ORIENTATIONS + direction
+    return np.bincount(bins.ravel(), np.hypot(down, right).ravel(), CELLS**2 * ORIENTATIONS).astype(np.float32)
+
+
+def _unit(values: Floats) -> Floats:
+    length = float(np.linalg.norm(values))
+    return values / length if length > 0 else values
+
+
+def _spread(vectors: npt.NDArray[np.floating[Any]], present: Bools) -> Floats:
+    full = np.zeros((len(present), vectors.shape[1]), np.float32)
+    if present.any():
+        full[present] = normalize(vectors)
+    return full
+
+
+def _refuse_lonely(name: str, present: Bools) -> None:
+    if present.sum() < 2:
+        raise ModalityError(
+            f"{int(present.sum())} of {len(present)} items have a usable {name}",
+            "at least two",
+            f"check the {name} columns and paths, or leave the modality out",
+        )
+
+
+def join_texts(columns: Iterable[Sequence[Any]]) -> list[str | None]:
+    """Join the texts of several columns item by item; None where all are empty."""
+    lines = (
+        ". ".join(str(value).strip() for value in row if value and str(value).strip())
+        for row in zip(*columns, strict=True)
+    )
+    return [line or None for line in lines]

@@ -1,0 +1,146 @@
+"""Raw tables -> clean events and the items they are about: names, types, checks, filters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+
+from missrec_t4r.errors import ConfigError
+from missrec_t4r.etl import item_table as catalogues
+from missrec_t4r.etl.quality import checks
+from missrec_t4r.etl.sources.table import Paths, read_table, require_column
+from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Cleaned events and the items they are about.
+
+    Parameters
+    ----------
+    events : DataFrame
+        ``user_id``, ``item_id``, ``timestamp`` and the feature columns, in input order.
+    items : pyarrow.Table
+        In the order of the catalogue, from row 3 on.
+    vectors : mapping of str to ndarray [item, width]
+        Modality vectors, rows as in ``items``.
+    features : tuple of str
+        Event columns that become list features.
+    """
+
+    events: pd.DataFrame
+    items: pa.Table
+    vectors: catalogues.Vectors
+    features: tuple[str, ...]
+
+
+def read_tables(
+    interactions: Paths, items: Path, names: Mapping[str, str], catalogue_item: str, findings: checks.Findings
+) -> tuple[pa.Table, pa.Table]:
+    """Return both tables with our column names, ids and times in their normal types.
+
+    Parameters
+    ----------
+    names : mapping of str to str
+        Raw to our name of user, item and time.
+    catalogue_item : str
+        Raw name of the id in the item table.
+
+    Raises
+    ------
+    ConfigError
+        One column was named twice.
+    DataError, SchemaError
+        A table cannot be read, or lacks a column, or has it in another type.
+    """
+    if len(names) < 3:
+        raise ConfigError(f"columns {list(names)} for user, item and time", "three different columns")
+    item_raw, user_raw = _raw_name(names, ITEM_ID), _raw_name(names, USER_ID)
+    ids = [user_raw, item_raw]
+    events = read_table(interactions, "interactions", text_columns=ids, needed=names, findings=findings)
+    for raw, option in zip(names, ("--user-column", "--item-column", "--time-column"), strict=True):
+        require_column(events, raw, "interactions", option)
+    clashing = [name for name in events.column_names if name in names.values() and name not in names]
+    findings.add("column_name_taken", len(clashing), f"columns {clashing} are left out: other columns take their names")
+    events = events.drop_columns(clashing) if clashing else events
+    events = events.rename_columns([names.get(name, name) for name in events.column_names])
+
+    return _normal_types(events, read_items(items, catalogue_item, findings))
+
+
+def read_items(items: Path, catalogue_item: str, findings: checks.Findings) -> pa.Table:
+    """Return the item table, its id under our name and as it was written.
+
+    Raises
+    ------
+    DataError, SchemaError
+        It cannot be read, or has no such column.
+    """
+    table = read_table(items, "items", text_columns=[catalogue_item, ITEM_ID], findings=findings)
+    if catalogue_item not in table.column_names and ITEM_ID in table.column_names:
+        catalogue_item = ITEM_ID
+    require_column(table, catalogue_item, "items", "--catalogue-item-column")
+    if catalogue_item != ITEM_ID and ITEM_ID in table.column_names:
+        findings.add("column_name_taken", 1, f"item column {ITEM_ID!r} is left out: {catalogue_item!r} takes its name")
+        table = table.drop_columns([ITEM_ID])
+    return table.rename_columns([ITEM_ID if name == catalogue_item else name for name in table.column_names])
+
+
+def _normal_types(events: pa.Table, items: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Bring ids and times to their types; text ids become integers only if the other table has integers."""
+    event_ids, item_ids = checks.normal_ids(events[ITEM_ID], ITEM_ID), checks.normal_ids(items[ITEM_ID], ITEM_ID)
+    if event_ids.type != item_ids.type:
+        as_numbers = [checks.text_to_integers(ids) for ids in (event_ids, item_ids)]
+        event_ids = event_ids if as_numbers[0] is None else as_numbers[0]
+        item_ids = item_ids if as_numbers[1] is None else as_numbers[1]
+    new = {
+        USER_ID: checks.normal_ids(events[USER_ID], USER_ID),
+        ITEM_ID: event_ids,
+        TIMESTAMP: checks.normal_time(events[TIMESTAMP], TIMESTAMP),
+    }
+    columns = {name: new.get(name, events[name]) for name in events.column_names}
+    item_columns = {name: item_ids if name == ITEM_ID else items[name] for name in items.column_names}
+    return pa.table(columns), pa.table(item_columns)
+
+
+def prepare(
+    events_table: pa.Table,
+    item_table: pa.Table,
+    vectors: catalogues.Vectors,
+    findings: checks.Findings,
+    *,
+    drop_columns: Sequence[str],
+    drop_duplicates: bool,
+    unknown_items: catalogues.UnknownItems,
+    k_core: int,
+    min_item_count: int,
+) -> Inputs:
+    """Clean the events, match them with the items, and leave out what is too rare.
+
+    Parameters
+    ----------
+    events_table, item_table : pyarrow.Table
+        From `read_tables`.
+    vectors : mapping of str to ndarray [line, width]
+        Modality vectors, rows as in ``item_table``.
+    findings : Findings
+        Gains what is odd about the data.
+    drop_columns, drop_duplicates, unknown_items, k_core, min_item_count
+        As in `missrec_t4r.etl.pipeline.etl`.
+    """
+    features = checks.event_features(events_table, drop_columns, findings)
+    events = checks.clean_events(events_table, features, findings, drop_duplicates)
+    items, vectors = catalogues.unique_items(item_table, vectors, findings)
+    events, items, vectors = catalogues.match_events(events, items, vectors, unknown_items, findings)
+    events, items, vectors = catalogues.filter_items(
+        events, items, vectors, k_core=k_core, min_item_count=min_item_count, user_column=USER_ID
+    )
+    return Inputs(checks.fill_features(events, features, findings), items, vectors, tuple(features))
+
+
+def _raw_name(names: Mapping[str, str], ours: str) -> str:
+    return next(raw for raw, name in names.items() if name == ours)

@@ -1,0 +1,1 @@
+"""NVTabular: our operators, the session and request workflows, their storage, and the adoption of existing ones."""

@@ -1,0 +1,237 @@
+"""``missrec catalogue adopt``: a catalogue on the rows of an existing NVTabular workflow, beside its sessions.
+
+Nothing is encoded anew: row r of the catalogue is the item that the workflow's Categorify calls r. Only the vocabulary
+files are read (``categories/unique.<column>.parquet``), never the workflow's pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from merlin.schema import Schema, Tags
+
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.etl import item_table as catalogues
+from missrec_t4r.etl import splits
+from missrec_t4r.etl.nvt import adopt_sessions as adopted_sessions
+from missrec_t4r.etl.nvt import workflows as sessions
+from missrec_t4r.etl.nvt.serialization import save_workflow
+from missrec_t4r.etl.quality import checks
+from missrec_t4r.etl.sources.table import Paths, read_table, require_column
+from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
+from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.schema import (
+    CATALOGUE_FOLDER,
+    FIRST_ITEM_ROW,
+    ITEM_ID,
+    ITEM_LIST,
+    LIST_SUFFIX,
+    SESSION_TRANSFORM_FILE,
+    SPLITS,
+)
+
+REPORT_FILE = "etl.json"
+
+
+def adopt(
+    workflow: Path,
+    out: Path,
+    *,
+    sessions_files: Paths = (),
+    split_files: Mapping[str, Paths] | None = None,
+    items: Path | None = None,
+    item_column: str = ITEM_ID,
+    vocabulary_column: str = ITEM_ID,
+    schema: Path | None = None,
+    modality: Mapping[str, Path] | None = None,
+    fingerprint: Mapping[str, str] | None = None,
+    new_items: Literal["append", "drop"] = "append",
+    max_sequence_length: int = 50,
+    dry_run: bool = False,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Build a data folder on the rows of an existing workflow; `train`, `evaluate` and `export` take it as it is.
+
+    Parameters
+    ----------
+    workflow : Path
+        Folder of ``Workflow.save``, or a vocabulary file ``unique.<column>.parquet``.
+    out : Path
+        Data folder; an older one is replaced whole.
+    sessions_files : path, pattern, folder, or a sequence of them
+        Session parquet that the workflow wrote, one row per session; split leave-one-out.
+    split_files : mapping of str to the same, optional
+        Instead: ``train``, ``valid`` and ``test`` as they are; the last item of a valid or test row is the target.
+    items : Path, optional
+        Raw item table (parquet, csv, json lines) with texts, prices and so on; joined by raw id.
+    item_column, vocabulary_column : str
+        Name of the raw id in the item table, and of the column that the workflow encoded.
+    schema : Path, optional
+        schema.pbtxt of the sessions; by default the one beside them or above them.
+    modality, fingerprint : mapping of str
+        As in `missrec_t4r.etl.pipeline.etl`: vectors whose rows follow the item table.
+    new_items : {"append", "drop"}
+        What becomes of items that the workflow never saw: rows after the last one, as cold items, or nothing.
+    max_sequence_length : int
+        How many last items a request keeps.
+    dry_run : bool
+        Read and check everything, count, write nothing.
+
+    Returns
+    -------
+    dict
+        Counts and findings; also written to etl.json.
+
+    Raises
+    ------
+    SchemaError, DataError, ModalityError, ConfigError
+        The vocabulary does not start at row 3, does not fit the sessions, or an input is unusable. Nothing is left.
+    """
+    out, findings, files = Path(out), checks.Findings(), dict(modality or {})
+    catalogues.check_fingerprints(fingerprint or {}, files)
+    if not (sessions_files or split_files) or (files and items is None):
+        raise ConfigError("no sessions, or vectors without an item table", "--sessions or --train, --valid and --test")
+    ids = read_vocabulary(Path(workflow), vocabulary_column)
+    progress.say(f"{len(ids):,} items in the workflow's vocabulary")
+    table, vectors = _items_in_rows(ids, items, item_column, files, new_items, findings)
+    catalogue = catalogues.build_catalogue(table, vectors, files, fingerprint)
+    known = len(ids) + FIRST_ITEM_ROW
+    reader = adopted_sessions.Reader(known, schema, findings)
+    rows_of = _split(reader.read(sessions_files)) if not split_files else reader.read_splits(split_files)
+    longest = max(int(np.diff(part[ITEM_LIST].combine_chunks().offsets).max()) for part in rows_of.values())
+    described = reader.schema_of_sessions(catalogue.n_rows, longest)
+    trained = rows_of["train"][ITEM_LIST].combine_chunks().flatten().to_numpy()
+    counts = np.bincount(trained, minlength=catalogue.n_rows)[FIRST_ITEM_ROW:]
+    report = {
+        "adopted": {"workflow": Path(workflow).name, "column": vocabulary_column, "items": len(ids)},
+        "items": catalogue.n_items,
+        "cold_items": int((counts == 0).sum()),
+        "sessions": {name: part.num_rows for name, part in rows_of.items()},
+        "modalities": {name: int(part.present.sum()) for name, part in catalogue.modalities.items()},
+        "findings": findings.to_list(),
+        "format": 1,
+    }
+    if dry_run:
+        refuse_unmanaged(out, REPORT_FILE)
+        return {"dry_run": True, "data": str(out), **report, "would_write": [str(out)], "would_replace": out.exists()}
+    with atomic_write_dir(out, REPORT_FILE) as folder, tempfile.TemporaryDirectory() as storage:
+        sessions.write_schema(described, folder)
+        for name, part in rows_of.items():
+            (folder / name).mkdir()
+            pq.write_table(part, folder / name / "part_0.parquet")
+            sessions.write_schema(described, folder / name)
+        catalogues.with_train_count(catalogue, counts).save(folder / CATALOGUE_FOLDER)
+        codes = _feature_codes(Path(workflow), described)
+        _write_request(catalogue, folder, Path(storage), max_sequence_length, codes)
+        (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    for finding in findings.found:
+        progress.say(f"{finding.check}: {finding.count:,} ({finding.message})")
+    return {"data": str(out), **report}
+
+
+def read_vocabulary(workflow: Path, column: str) -> pa.Array:
+    """Return the raw ids of a Categorify vocabulary, from row 3 on.
+
+    Raises
+    ------
+    DataError
+        No such file, or it cannot be read.
+    SchemaError
+        It starts at another row (older NVTabular, hash buckets), or holds nulls or doubled ids.
+    """
+    file = workflow if workflow.is_file() else workflow / "categories" / f"unique.{column}.parquet"
+    if not file.is_file():
+        there = sorted(path.name for path in workflow.rglob("unique.*.parquet")) if workflow.is_dir() else []
+        raise DataError(
+            f"there is no vocabulary {file}; found: {there or 'none'}",
+            "categories/unique.<column>.parquet as Workflow.save writes it",
+            "name the column with --vocabulary-column, or the file itself with --workflow",
+        )
+    table = read_table(file, "vocabulary")
+    name = column if column in table.column_names else table.column_names[0]
+    index = (pq.read_schema(file).pandas_metadata or {}).get("index_columns") or [{}]
+    start = index[0].get("start") if isinstance(index[0], dict) else None
+    if start != FIRST_ITEM_ROW:
+        raise SchemaError(
+            f"the vocabulary {file.name} starts at row {start}",
+            f"row {FIRST_ITEM_ROW}, after padding, null and unknown, as NVTabular 23.8 counts without num_buckets",
+            "fit the workflow again with NVTabular 23.8, or run `missrec etl` on the raw events",
+        )
+    ids = checks.normal_ids(table[name], name).combine_chunks()
+    if ids.null_count or len(ids.unique()) != len(ids):
+        raise SchemaError(f"the vocabulary {file.name} holds nulls or an id twice", "one id per row")
+    return ids
+
+
+def _items_in_rows(
+    ids: pa.Array,
+    items: Path | None,
+    item_column: str,
+    files: Mapping[str, Path],
+    new_items: str,
+    findings: checks.Findings,
+) -> tuple[pa.Table, catalogues.Vectors]:
+    """Return the item table and the vectors in the order of the vocabulary, new items behind it."""
+    if items is None:
+        return pa.table({ITEM_ID: ids}), {}
+    table = read_table(items, "items", text_columns=[item_column])
+    require_column(table, item_column, "items", "--item-column")
+    vectors: catalogues.Vectors = catalogues.read_modalities(files, table.num_rows)
+    table = table.rename_columns([ITEM_ID if name == item_column else name for name in table.column_names])
+    raw = checks.normal_ids(table[ITEM_ID], ITEM_ID)
+    if raw.type != ids.type:
+        raw = checks.text_to_integers(raw) if pa.types.is_integer(ids.type) else raw.cast(pa.string())
+    if raw is None:
+        raise SchemaError(f"item ids are {ids.type} in the workflow and texts in the item table", "the same ids")
+    table = table.set_column(table.column_names.index(ITEM_ID), ITEM_ID, raw)
+    table, vectors = catalogues.unique_items(table, vectors, findings)
+    line_of = pd.Index(table[ITEM_ID].to_pandas()).get_indexer(pd.Index(ids.to_pandas()))
+    fresh = np.setdiff1d(np.arange(table.num_rows), line_of)
+    findings.add("items_without_line", int((line_of < 0).sum()), "items of the workflow that the item table lacks")
+    findings.add("new_items", len(fresh), f"items that the workflow never saw: {new_items}")
+    lines = np.concatenate([line_of, fresh]) if new_items == "append" else line_of
+    all_ids = pa.concat_arrays([ids, table[ITEM_ID].combine_chunks().take(pa.array(fresh))])[: len(lines)]
+    at = pa.array(lines, mask=lines < 0)
+    others = {name: table[name].take(at) for name in table.column_names if name != ITEM_ID}
+    taken = {name: np.where((lines >= 0)[:, None], values[lines], np.float32(0)) for name, values in vectors.items()}
+    return pa.table({ITEM_ID: all_ids, **others}), taken
+
+
+def _split(table: pa.Table) -> dict[str, pa.Table]:
+    offsets = np.asarray(table[ITEM_LIST].combine_chunks().offsets, np.int64)
+    lengths = splits.leave_one_out(offsets)
+    splits.check_lengths(lengths)
+    return {name: splits.take_prefixes(table, offsets, lengths[name]) for name in SPLITS}
+
+
+def _feature_codes(workflow: Path, schema: Schema) -> dict[str, Any]:
+    """Return the raw values of the other encoded list columns, where the workflow's folder has their vocabularies."""
+    found: dict[str, Any] = {}
+    for column in schema.select_by_tag(Tags.CATEGORICAL).column_names:
+        name = column.removesuffix(LIST_SUFFIX)
+        if column != ITEM_LIST and (workflow / "categories" / f"unique.{name}.parquet").is_file():
+            with contextlib.suppress(SchemaError):  # of an older NVTabular: its codes are used as they are
+                found[name] = {"kind": "categorical", "values": read_vocabulary(workflow, name).to_pylist()}
+    return found
+
+
+def _write_request(
+    catalogue: Catalogue, folder: Path, storage: Path, max_sequence_length: int, features: Mapping[str, Any]
+) -> None:
+    """Write the request transform for the catalogue's own vocabulary."""
+    ids = catalogue.items[ITEM_ID].combine_chunks()
+    request = sessions.build_request_workflow(ids, storage / "request", max_sequence_length=max_sequence_length)
+    sessions.fit(request, pd.DataFrame({ITEM_ID: [ids[:2].to_pylist(), ids[:1].to_pylist()]}))
+    save_workflow(request, folder / "request_workflow")
+    transform = sessions.compile_session_transform(request) | {"features": dict(features)}
+    (folder / SESSION_TRANSFORM_FILE).write_text(json.dumps(transform, indent=2) + "\n", encoding="utf-8")

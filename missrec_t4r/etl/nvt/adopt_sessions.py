@@ -1,0 +1,179 @@
+"""Session parquet of another workflow, brought to our column names and checked against its vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from merlin.schema import ColumnSchema, Schema, Tags
+from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
+
+from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.etl.quality import checks
+from missrec_t4r.etl.sources.table import Paths, expand, read_table
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_LIST, LIST_SUFFIX, SCHEMA_FILE, SPLITS, USER_ID
+
+_ABOVE = 3
+"""How many folders above the sessions a schema.pbtxt is looked for."""
+
+
+class Reader:
+    """Reads session parquet under one schema.
+
+    Parameters
+    ----------
+    rows : int
+        Rows of the vocabulary, the three reserved ones included.
+    schema : Path or None
+        schema.pbtxt, or None to look beside and above the sessions.
+    findings : Findings
+        Gains what was left out.
+    """
+
+    def __init__(self, rows: int, schema: Path | None, findings: checks.Findings) -> None:
+        self.rows, self.schema_file, self.findings = rows, schema, findings
+        self._columns: dict[str, str] = {}
+        self._schema: Schema | None = None
+
+    def read(self, paths: Paths) -> pa.Table:
+        """Return the sessions as ``user_id``, ``item_id-list`` and further ``-list`` columns.
+
+        Raises
+        ------
+        SchemaError
+            No or several item columns, or no schema.
+        DataError
+            The sessions have rows beyond the vocabulary, or none at all.
+        """
+        files = [file for file in expand(paths, "sessions") if not file.name.startswith("_")]
+        table = read_table(files, "sessions")
+        if self._schema is None:
+            self._schema = _read_schema(self.schema_file or _beside(files[0]))
+            self._columns = self._names(table)
+        kept = {ours: _lists(table[raw]) for raw, ours in self._columns.items() if raw in table.column_names}
+        items = kept.get(ITEM_LIST)
+        if items is None:
+            raise SchemaError(f"{files[0]} has columns {table.column_names}", "the item column of the schema")
+        return self._known(self._aligned(kept, items), items, table, files[0])
+
+    def read_splits(self, paths: Mapping[str, Paths]) -> dict[str, pa.Table]:
+        """Return train, valid and test as they are."""
+        if missing := [name for name in SPLITS if name not in paths]:
+            raise DataError(f"no sessions for {missing}", "train, valid and test", "name them, or --sessions alone")
+        return {name: self.read(paths[name]) for name in SPLITS}
+
+    def schema_of_sessions(self, rows: int, longest: int) -> Schema:
+        """Return the Merlin schema of what was read: names ours, tags as they were, domain as the catalogue."""
+        assert self._schema is not None, "read first"
+        columns = []
+        for raw, ours in self._columns.items():
+            column = self._schema[raw]
+            kept = {key: column.properties[key] for key in ("domain", "embedding_sizes") if key in column.properties}
+            tags = set(column.tags) | ({Tags.LIST, Tags.SEQUENCE} if ours.endswith(LIST_SUFFIX) else set())
+            if ours == ITEM_LIST:
+                kept["domain"] = {"min": 0, "max": rows - 1, "name": "item_id"}
+                tags |= {Tags.ITEM_ID, Tags.ITEM, Tags.CATEGORICAL}
+            dims = ((0, None), (0, longest)) if ours.endswith(LIST_SUFFIX) else None
+            columns.append(ColumnSchema(ours, dtype=column.dtype, tags=list(tags), properties=kept, dims=dims))
+        return Schema(columns)
+
+    def _names(self, table: pa.Table) -> dict[str, str]:
+        """Raw -> our name of the session, of the items and of the features that stand beside them."""
+        assert self._schema is not None
+        lists = [name for name in table.column_names if _is_list(table[name].type)]
+        tagged = [n for n in self._schema.select_by_tag(Tags.ITEM_ID).column_names if n in lists]
+        if len(tagged) != 1:
+            raise SchemaError(
+                f"list columns tagged ITEM_ID: {tagged}",
+                "exactly one",
+                "tag the item column in schema.pbtxt (TagAsItemID), or name the right file with --schema",
+            )
+        domain = self._schema[tagged[0]].int_domain
+        if domain is not None and domain.max and int(domain.max) + 1 not in (self.rows, self.rows + 1):
+            raise DataError(
+                f"the sessions' schema counts {int(domain.max) + 1} rows and the vocabulary {self.rows}",
+                "sessions and vocabulary of the same fit",
+                "name the workflow that wrote these sessions",
+            )
+        names = {tagged[0]: ITEM_LIST}
+        users = [n for tag in (Tags.USER_ID, Tags.SESSION_ID) for n in self._schema.select_by_tag(tag).column_names]
+        users += [name for name in table.column_names if name in (USER_ID, "session_id")]
+        if users and users[0] not in lists:
+            names = {users[0]: USER_ID, **names}
+        for name in lists:
+            if name not in names and name in self._schema.column_names:
+                names[name] = name if name.endswith(LIST_SUFFIX) else name + LIST_SUFFIX
+        return names
+
+    def _aligned(self, kept: dict[str, Any], items: pa.ListArray) -> dict[str, Any]:
+        """Leave out list columns that do not stand beside the items value for value."""
+        odd = [
+            name
+            for name, column in kept.items()
+            if name.endswith(LIST_SUFFIX) and not column.offsets.equals(items.offsets)
+        ]
+        self.findings.add("list_column_left_out", len(odd), f"columns {odd} have lists of other lengths than the items")
+        self._columns = {raw: ours for raw, ours in self._columns.items() if ours not in odd}
+        return {name: column for name, column in kept.items() if name not in odd}
+
+    def _known(self, kept: dict[str, Any], items: pa.ListArray, table: pa.Table, file: Path) -> pa.Table:
+        """Leave out padding, null and unknown events, and sessions without any other."""
+        values = np.asarray(items.values.fill_null(1), np.int64)
+        if len(values) and (values.max() >= self.rows or values.min() < 0):
+            raise DataError(
+                f"{file} has item rows from {values.min()} to {values.max()}, the vocabulary ends at {self.rows - 1}",
+                "sessions and vocabulary of the same fit",
+                "name the workflow that wrote these sessions",
+            )
+        real = values >= FIRST_ITEM_ROW
+        unknown = int(((values > 0) & ~real).sum())
+        self.findings.add("unknown_events", unknown, "events on null or unknown items are left out")
+        offsets = np.concatenate([[0], np.cumsum(real)])[np.asarray(items.offsets)]
+        some = np.diff(offsets) > 0
+        self.findings.add("empty_sessions", int((~some).sum()), "sessions without a known item are left out")
+        cut = pa.array(np.concatenate([offsets[:-1][some], offsets[-1:]]).astype(np.int32))
+        where, chosen = pa.array(real), pa.array(some)
+        if USER_ID not in kept:
+            kept = {USER_ID: pa.array(np.arange(table.num_rows)), **kept}
+        columns = {
+            name: pa.ListArray.from_arrays(cut, column.values.filter(where))
+            if name.endswith(LIST_SUFFIX)
+            else column.filter(chosen)
+            for name, column in kept.items()
+        }
+        if not some.any():
+            raise DataError(f"no session of {file} has a known item", "sessions of rows from 3 on")
+        return pa.table(columns)
+
+
+def _read_schema(file: Path) -> Schema:
+    try:
+        return TensorflowMetadata.from_proto_text_file(str(file.parent), file.name).to_merlin_schema()
+    except Exception as error:  # protobuf's own errors have no common base
+        raise SchemaError(f"{file} cannot be read ({error})", "a schema.pbtxt", "name it with --schema") from error
+
+
+def _beside(file: Path) -> Path:
+    for folder in list(file.absolute().parents)[:_ABOVE]:
+        if (folder / SCHEMA_FILE).is_file():
+            return folder / SCHEMA_FILE
+    raise SchemaError(f"no {SCHEMA_FILE} beside {file}", "the schema of the sessions", "name it with --schema")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _lists(column: pa.ChunkedArray) -> Any:
+    """Return a column in one piece; lists with offsets from 0 on and without null rows."""
+    array = column.combine_chunks()
+    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+    if not _is_list(array.type):
+        return array
+    lengths = np.asarray(pc.fill_null(pc.list_value_length(array), 0), np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), array.flatten())

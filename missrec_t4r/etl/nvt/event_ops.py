@@ -1,0 +1,288 @@
+"""Operators on events before they are grouped: sessions by inactivity, k-core, weights of event types, time features.
+
+All are NVTabular operators with the stock schema contract: selected columns pass, new ones are added with their type
+and tags, events keep their order. `SessionGap` and `TimeFeatures` look at a user's other events, so, like the stock
+``DifferenceLag``, they need users whole in a partition (``Dataset.shuffle_by_keys``); unlike it they need no sorting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import dask
+import numpy as np
+import pandas as pd
+from merlin.schema import ColumnSchema, Schema, Tags
+from nvtabular.ops import Operator
+from nvtabular.ops.operator import ColumnSelector
+from nvtabular.ops.stat_operator import StatOperator
+
+from missrec_t4r.errors import ConfigError
+from missrec_t4r.etl.nvt import kernels
+from missrec_t4r.etl.nvt.dataframe import Adapter, Array, Frame, adapter_of
+
+TIME_FEATURES = ("gap", "hour", "weekday", "recency")
+
+
+class AddsColumns(Operator):
+    """Base of operators that pass the selected columns on and add some of their own.
+
+    What they read must be among the selected columns: Merlin takes dependencies from the data set, past any filter.
+    """
+
+    def sources(self) -> list[str]:
+        """Return what the new columns are made of."""
+        return []
+
+    def added(self) -> dict[str, ColumnSchema]:
+        """Return the new columns."""
+        return {}
+
+    def column_mapping(self, col_selector: ColumnSelector) -> dict[str, list[str]]:
+        """Return what each output column is made of."""
+        kept = {name: [name] for name in col_selector.names}
+        return kept | {name: self.sources() for name in self.added()}
+
+    def compute_column_schema(self, col_name: str, input_schema: Schema) -> ColumnSchema:
+        """Return the schema of a new column, or that of the column that passes."""
+        added = self.added()
+        return added[col_name] if col_name in added else super().compute_column_schema(col_name, input_schema)
+
+
+class SessionGap(AddsColumns):
+    """Number the sessions of a user: a pause longer than ``gap`` starts the next one.
+
+    Parameters
+    ----------
+    key : str
+        Column of the user.
+    time : str
+        Column of the time.
+    gap : float
+        Longest pause within a session, in the unit of the time column (seconds).
+    name : str
+        New column, int64, from 0 on for every user.
+
+    Examples
+    --------
+    >>> events = pd.DataFrame({"user": [1, 1, 1, 2], "time": [0, 50, 10, 0]})
+    >>> SessionGap("user", "time", 30).transform(ColumnSelector(["user", "time"]), events)["session_id"].tolist()
+    [0, 1, 0, 0]
+    """
+
+    def __init__(self, key: str, time: str, gap: float, name: str = "session_id") -> None:
+        if not gap > 0:
+            raise ConfigError(f"a session gap of {gap}", "a positive time, for example 30m")
+        super().__init__()
+        self.key, self.time, self.gap, self.name = key, time, gap, name
+
+    def sources(self) -> list[str]:
+        """Return what the new columns are made of."""
+        return [self.key, self.time]
+
+    def added(self) -> dict[str, ColumnSchema]:
+        """Return the session number's column."""
+        return {self.name: ColumnSchema(self.name, dtype="int64", tags=[Tags.SESSION_ID, Tags.SESSION])}
+
+    def transform(self, col_selector: ColumnSelector, df: Frame) -> Frame:
+        """Return the events with their session numbers."""
+        adapter = adapter_of(df)
+        order, leads, times = _by_time(df, self.key, self.time, adapter)
+        numbers = kernels.session_numbers(kernels.gaps(times, leads, adapter.xp), leads, self.gap, adapter.xp)
+        return _with(df, col_selector, {self.name: _unsorted(numbers, order, adapter)})
+
+
+class TimeFeatures(AddsColumns):
+    """Add what the time of an event says: ``gap``, ``hour``, ``weekday``, ``recency``.
+
+    None of them knows a later event of the user, so that a prefix of a session has the features it had at the time.
+
+    Parameters
+    ----------
+    key, time : str
+        Columns of the user and of the time in unix seconds.
+    features : sequence of str
+        ``gap``: seconds since the user's previous event, 0 for the first, float32. ``hour``: 0 to 23, int64.
+        ``weekday``: Monday = 0, int64. ``recency``: days before ``newest``, float32.
+    newest : float
+        What recency counts from; the newest event of the data when the workflow is built, and fixed from then on.
+    clock : float
+        Seconds that the shop's clock is ahead of UTC.
+
+    Examples
+    --------
+    >>> events = pd.DataFrame({"user": [1, 1], "time": [7200, 3600]})
+    >>> timed = TimeFeatures("user", "time", ["gap", "hour"])
+    >>> timed.transform(ColumnSelector(["user", "time"]), events).to_dict("list")
+    {'user': [1, 1], 'time': [7200, 3600], 'gap': [3600.0, 0.0], 'hour': [2, 1]}
+    """
+
+    def __init__(
+        self,
+        key: str,
+        time: str,
+        features: Sequence[str] = TIME_FEATURES,
+        newest: float = 0.0,
+        clock: float = 0.0,
+    ) -> None:
+        if unknown := [name for name in features if name not in TIME_FEATURES]:
+            raise ConfigError(f"time features {unknown}", f"some of {', '.join(TIME_FEATURES)}")
+        super().__init__()
+        self.key, self.time, self.features = key, time, list(features)
+        self.newest, self.clock = newest, clock
+
+    def sources(self) -> list[str]:
+        """Return what the new columns are made of."""
+        return [self.key, self.time]
+
+    def added(self) -> dict[str, ColumnSchema]:
+        """Return the columns of the chosen features."""
+        whole = {"hour", "weekday"}
+        return {
+            name: ColumnSchema(
+                name,
+                dtype="int64" if name in whole else "float32",
+                tags=[Tags.CATEGORICAL if name in whole else Tags.CONTINUOUS],
+            )
+            for name in self.features
+        }
+
+    def transform(self, col_selector: ColumnSelector, df: Frame) -> Frame:
+        """Return the events with their time features."""
+        adapter = adapter_of(df)
+        times = df[self.time].values
+        made: dict[str, Array] = {}
+        for name in self.features:
+            if name == "gap":
+                order, leads, ordered = _by_time(df, self.key, self.time, adapter)
+                passed = kernels.gaps(ordered, leads, adapter.xp)
+                made[name] = _unsorted(passed.astype("float32"), order, adapter)
+            elif name == "recency":
+                made[name] = kernels.recencies(times, self.newest)
+            else:
+                reader = kernels.hours if name == "hour" else kernels.weekdays
+                made[name] = reader(times, self.clock, adapter.xp)
+        return _with(df, col_selector, made)
+
+
+class EventWeights(AddsColumns):
+    """Give every event the weight of its type, and leave out the types of weight 0.
+
+    Parameters
+    ----------
+    column : str
+        Column of the event type.
+    weights : mapping of str or int to float
+        ``{"view": 1, "purchase": 3}``.
+    other : float
+        Weight of types that are not named and of events without one.
+    name : str
+        New column, float32.
+
+    Examples
+    --------
+    >>> events = pd.DataFrame({"item": [1, 2, 3], "type": ["view", "return", "buy"]})
+    >>> weigh = EventWeights("type", {"buy": 3, "return": 0})
+    >>> weigh.transform(ColumnSelector(["item", "type"]), events).to_dict("list")
+    {'item': [1, 3], 'type': ['view', 'buy'], 'weight': [1.0, 3.0]}
+    """
+
+    def __init__(self, column: str, weights: Mapping[Any, float], other: float = 1.0, name: str = "weight") -> None:
+        if wrong := {kind: weight for kind, weight in {**weights, "other": other}.items() if not 0 <= weight < np.inf}:
+            raise ConfigError(f"event weights {wrong}", "finite numbers of at least 0")
+        super().__init__()
+        self.column, self.weights, self.other, self.name = column, dict(weights), other, name
+
+    def sources(self) -> list[str]:
+        """Return what the new columns are made of."""
+        return [self.column]
+
+    def added(self) -> dict[str, ColumnSchema]:
+        """Return the weight's column."""
+        return {self.name: ColumnSchema(self.name, dtype="float32", tags=[Tags.CONTINUOUS])}
+
+    def transform(self, col_selector: ColumnSelector, df: Frame) -> Frame:
+        """Return the events that weigh something, with their weights."""
+        weights = df[self.column].map(self.weights).astype("float32").fillna(self.other)
+        result = _with(df, col_selector, {self.name: weights.values})
+        return result[result[self.name] > 0].reset_index(drop=True)
+
+
+class KCore(StatOperator):
+    """Leave out users and items with fewer than ``least`` events, until every one left has as many.
+
+    What survives is decided over all partitions when the workflow is fitted; events of users and items that were not
+    there then are left out.
+
+    Parameters
+    ----------
+    columns : sequence of str
+        For example ``["user_id", "item_id"]``, among the selected ones; an event without one of them is left out.
+    least : int
+        Events that each needs.
+    """
+
+    def __init__(self, columns: Sequence[str], least: int) -> None:
+        if least < 1:
+            raise ConfigError(f"a k-core of {least}", "at least 1")
+        super().__init__()
+        self.columns, self.least = list(columns), least
+        self.survivors: dict[str, pd.Series] = {}
+
+    def fit(self, col_selector: ColumnSelector, ddf: Any) -> Any:  # noqa: ARG002 - the stock signature
+        """Count the combinations in every partition."""
+        parts = [dask.delayed(_combinations)(part, self.columns) for part in ddf[self.columns].to_delayed()]
+        return dask.delayed(_survivors)(parts, self.columns, self.least)
+
+    def fit_finalize(self, dask_stats: dict[str, pd.Series]) -> None:
+        """Keep what survived."""
+        self.survivors = dask_stats
+
+    def clear(self) -> None:
+        """Forget what survived."""
+        self.survivors = {}
+
+    def transform(self, col_selector: ColumnSelector, df: Frame) -> Frame:
+        """Return the selected columns of the events that survive."""
+        keep = df[self.columns[0]].isin(self.survivors[self.columns[0]])
+        for name in self.columns[1:]:
+            keep &= df[name].isin(self.survivors[name])
+        return df[keep][col_selector.names].reset_index(drop=True)
+
+
+def _by_time(frame: Frame, key: str, time: str, adapter: Adapter) -> tuple[Array, Array, Array]:
+    """Return the sorting permutation, where a key begins, and the times in that order, each [event]."""
+    order = adapter.order(frame, [key, time], [True, True])
+    ordered = frame[key].take(order).reset_index(drop=True)
+    leads = adapter.xp.ones(len(frame), bool)
+    if len(frame):
+        same = ordered.iloc[1:].reset_index(drop=True) == ordered.iloc[:-1].reset_index(drop=True)
+        leads[1:] = ~adapter.xp.asarray(same.fillna(False).values).astype(bool)
+    return order, leads, frame[time].values[order]
+
+
+def _unsorted(values: Array, order: Array, adapter: Adapter) -> Array:
+    back = adapter.xp.empty_like(values)
+    back[order] = values
+    return back
+
+
+def _with(frame: Frame, selector: ColumnSelector, added: Mapping[str, Array]) -> Frame:
+    result = frame[selector.names].copy(deep=False)
+    for name, values in added.items():
+        result[name] = values
+    return result
+
+
+def _combinations(part: Frame, columns: list[str]) -> pd.DataFrame:
+    counted = part.dropna(subset=columns).groupby(columns).size().reset_index()
+    counted.columns = [*columns, "events"]
+    return counted.to_pandas() if hasattr(counted, "to_pandas") else counted
+
+
+def _survivors(parts: Sequence[pd.DataFrame], columns: list[str], least: int) -> dict[str, pd.Series]:
+    counted = pd.concat(parts, ignore_index=True)
+    codes = [pd.factorize(counted[name])[0] for name in columns]
+    alive = kernels.core(codes, counted["events"].to_numpy(), least)
+    return {name: counted[name][alive].drop_duplicates().reset_index(drop=True) for name in columns}

@@ -1,0 +1,275 @@
+"""Raw events -> encoded, time-ordered sessions as NVTabular workflows, and the request transform that serving compiles.
+
+``build_session_workflow``   events -> sessions (offline): Categorify >> SessionGroupby (>> SessionSlice)
+``build_request_workflow``   list column of raw ids -> rows (what a request goes through): Categorify >> SessionSlice
+
+Categorify gets the catalogue's vocabulary (``vocabs=``), so row 3 + i is item i of the catalogue and never the i-th
+most frequent. NVTabular groups within a partition, so `transform_events` shuffles by user first.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dask
+import dask.dataframe as dd
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from merlin.core.utils import global_dask_client
+from merlin.dag import Graph
+from merlin.io import Dataset
+from merlin.schema import ColumnSchema, Schema, Tags
+from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
+from nvtabular import Workflow, ops
+
+from missrec_t4r.errors import DataError
+from missrec_t4r.etl.event_settings import CLOCK, SESSION_ID, EventSettings
+from missrec_t4r.etl.nvt.event_ops import EventWeights, SessionGap, TimeFeatures
+from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
+from missrec_t4r.schema import (
+    FIRST_ITEM_ROW,
+    ITEM_ID,
+    LIST_SUFFIX,
+    NULL_ROW,
+    SCHEMA_FILE,
+    TIMESTAMP,
+    UNKNOWN_ROW,
+    USER_ID,
+)
+
+TRANSFORM_FORMAT = 1
+_DASK = {
+    "dataframe.shuffle.method": "tasks",  # keeps the input order of ties, unlike "disk"
+    "dataframe.convert-string": False,  # would turn list columns into text
+}
+_SAMPLE = 1000  # the vocabularies are given, so fitting only has to see the types
+_ITEM_TAGS = (Tags.ITEM_ID, Tags.ITEM, Tags.CATEGORICAL, Tags.LIST, Tags.SEQUENCE)
+
+
+def build_session_workflow(
+    item_ids: pa.Array | Sequence[str | int],
+    storage: Path,
+    *,
+    categories: Mapping[str, pd.Series] | None = None,
+    numbers: Sequence[str] = (),
+    max_events: int | None = None,
+    derive: EventSettings | None = None,
+) -> Workflow:
+    """Return the workflow from events to sessions, not yet fitted.
+
+    Parameters
+    ----------
+    item_ids : array of str or int
+        Raw ids in catalogue order; the first one becomes row 3.
+    storage : Path
+        Folder for the vocabulary files until ``Workflow.save`` copies them.
+    categories : mapping of str to Series
+        Event columns to encode, with their distinct values in the order of their codes (from 3 on).
+    numbers : sequence of str
+        Event columns to keep as numbers.
+    max_events : int, optional
+        Keep the last so many events of a session; by default all.
+    derive : EventSettings, optional
+        Weights, sessions by inactivity and time features.
+
+    Returns
+    -------
+    nvtabular.Workflow
+        Columns ``user_id``, ``item_id-list``, ``timestamp-list`` and ``<column>-list``, one row per user; with
+        ``session_id`` after ``user_id`` and one row per session if sessions end by inactivity.
+    """
+    if derive is not None and derive.anything:
+        return _derived_workflow(item_ids, storage, dict(categories or {}), list(numbers), max_events, derive)
+    categories = categories or {}
+    vocabularies = {ITEM_ID: as_series(item_ids), **categories}
+    encoded = list(vocabularies) >> ops.Categorify(vocabs=vocabularies, out_path=str(storage))
+    listed = [ITEM_ID, TIMESTAMP, *categories, *numbers]
+    sessions = [USER_ID, TIMESTAMP, *numbers] + encoded >> SessionGroupby(
+        groupby_cols=[USER_ID], sort_cols=[TIMESTAMP], aggs={name: ["list"] for name in listed}, name_sep="-"
+    )
+    output = sessions[USER_ID] >> ops.AddMetadata(tags=[Tags.USER_ID, Tags.USER])
+    return Workflow(_with_lists(output, sessions, listed, categories, max_events))
+
+
+def _derived_workflow(
+    item_ids: pa.Array | Sequence[str | int],
+    storage: Path,
+    categories: dict[str, pd.Series],
+    numbers: list[str],
+    max_events: int | None,
+    derive: EventSettings,
+) -> Workflow:
+    """Return the workflow whose events pass the operators of `event_operators.py` first."""
+    events: Any = [USER_ID, ITEM_ID, TIMESTAMP, *categories, *numbers]
+    if derive.weights:
+        events = events >> EventWeights(derive.weight_column, derive.weights, derive.other_weight)
+    if derive.session_gap:
+        events = events >> SessionGap(USER_ID, TIMESTAMP, derive.session_gap, SESSION_ID)
+    if derive.time_features:
+        events = events >> TimeFeatures(USER_ID, TIMESTAMP, derive.time_features, derive.newest)
+    listed = [ITEM_ID, TIMESTAMP, *categories, *numbers, *derive.columns]
+    categories |= {name: values for name, values in CLOCK.items() if name in derive.time_features}
+    vocabularies = {ITEM_ID: as_series(item_ids), **categories}
+    keys = [USER_ID, *([SESSION_ID] if derive.session_gap else [])]
+    encoded = events[list(vocabularies)] >> ops.Categorify(vocabs=vocabularies, out_path=str(storage))
+    rest = events[[*keys, *(name for name in listed if name not in vocabularies)]]
+    sessions = rest + encoded >> SessionGroupby(
+        keys, [TIMESTAMP], {name: ["list"] for name in listed}, name_sep="-", selected_keys=True
+    )
+    output = sessions[USER_ID] >> ops.AddMetadata(tags=[Tags.USER_ID, Tags.USER])
+    if derive.session_gap:
+        output = output + (sessions[SESSION_ID] >> ops.AddMetadata(tags=[Tags.SESSION_ID, Tags.SESSION]))
+    return Workflow(_with_lists(output, sessions, listed, categories, max_events))
+
+
+def _with_lists(
+    output: Any, sessions: Any, listed: Sequence[str], categories: Mapping[str, pd.Series], max_events: int | None
+) -> Any:
+    for name in listed:
+        column = sessions[name + LIST_SUFFIX]
+        if max_events is not None:
+            column = column >> SessionSlice(-max_events)
+        output = output + (column >> ops.AddMetadata(tags=list(_tags(name, categories))))
+    return output
+
+
+def build_request_workflow(
+    item_ids: pa.Array | Sequence[str | int], storage: Path, *, max_sequence_length: int = 50
+) -> Workflow:
+    """Return the workflow of a request: the list column ``item_id`` of raw ids -> rows, the last ones only.
+
+    The column keeps its name, so that a request can go in again as a row of training data.
+    """
+    encoded = [ITEM_ID] >> ops.Categorify(vocabs={ITEM_ID: as_series(item_ids)}, out_path=str(storage))
+    last = encoded >> SessionSlice(-max_sequence_length)
+    return Workflow(last >> ops.AddMetadata(tags=list(_ITEM_TAGS)))
+
+
+def fit(workflow: Workflow, frame: pd.DataFrame) -> Workflow:
+    """Fit on the first rows: no statistic is taken from data, only the types are."""
+    with _merlin():
+        return workflow.fit(Dataset(frame.head(_SAMPLE).reset_index(drop=True)))
+
+
+def transform_events(workflow: Workflow, events: pd.DataFrame, partitions: int = 1) -> pa.Table:
+    """Return the sessions of all users, sorted by user, whatever the number of partitions.
+
+    Parameters
+    ----------
+    events : DataFrame
+        ``user_id``, ``item_id``, ``timestamp`` and the event columns of the workflow.
+    partitions : int
+        More than one bounds the memory of a worker; users are shuffled to partitions by their hash.
+    """
+    frame = transform_dataset(workflow, events, partitions, USER_ID)
+    table = frame.to_arrow() if hasattr(frame, "to_arrow") else pa.Table.from_pandas(frame, preserve_index=False)
+    table = table.replace_schema_metadata(None).combine_chunks()
+    keys = [(name, "ascending") for name in (USER_ID, SESSION_ID) if name in table.column_names]
+    return table.take(pc.sort_indices(table, keys)) if partitions > 1 else table
+
+
+def transform_dataset(workflow: Workflow, events: pd.DataFrame, partitions: int, key: str) -> Any:
+    """Return a frame of what a workflow makes of the events, each key's whole in one partition."""
+    with _merlin():
+        dataset = Dataset(events) if partitions <= 1 else _shuffled(events, partitions, key)
+        if not workflow.graph.output_schema:
+            workflow.fit(dataset)
+        return workflow.transform(dataset).to_ddf().compute(scheduler=_scheduler())
+
+
+def session_schema(output_schema: Schema, longest: int) -> Schema:
+    """Return the Merlin schema of a session row: tags, item domain, ragged lists; without build-time paths."""
+    columns = []
+    for column in output_schema:
+        dims = ((0, None), (0, longest)) if column.is_list else None
+        kept = {name: column.properties[name] for name in ("domain", "embedding_sizes") if name in column.properties}
+        columns.append(ColumnSchema(column.name, dtype=column.dtype, tags=column.tags, properties=kept, dims=dims))
+    return Schema(columns)
+
+
+def write_schema(schema: Schema, folder: Path) -> None:
+    """Write schema.pbtxt, which Transformers4Rec and the Merlin loader read."""
+    written = TensorflowMetadata.from_merlin_schema(schema)
+    for feature in written.proto_schema.feature:
+        feature.annotation.tag.sort()  # tags are a set: equal runs shall write equal files
+    written.to_proto_text_file(str(folder), SCHEMA_FILE)
+
+
+def compile_session_transform(workflow: Workflow) -> dict[str, Any]:
+    """Return what a fitted request workflow does, as plain data for serving without NVTabular.
+
+    Read off the operators themselves: the vocabulary file of Categorify gives the type and the number of items, the
+    slice gives the length. The vocabulary is the catalogue's, so it is not repeated.
+
+    Raises
+    ------
+    DataError
+        The workflow is not of the form that `build_request_workflow` makes.
+    """
+    encoders = Graph.get_nodes_by_op_type([workflow.output_node], ops.Categorify)
+    slices = Graph.get_nodes_by_op_type([workflow.output_node], SessionSlice)
+    if len(encoders) != 1 or len(slices) != 1:
+        raise DataError("the request workflow has other operators", "one Categorify and one SessionSlice")
+    vocabulary = request_vocabulary(workflow)
+    return {
+        "format": TRANSFORM_FORMAT,
+        "item_id": {
+            "column": ITEM_ID,
+            "type": "int64" if pa.types.is_integer(vocabulary.type) else "string",
+            "items": len(vocabulary),
+            "null_row": NULL_ROW,
+            "unknown_row": UNKNOWN_ROW,
+            "first_row": FIRST_ITEM_ROW,
+        },
+        "max_sequence_length": -slices.pop().op.start,
+        "features": {},
+    }
+
+
+def request_vocabulary(workflow: Workflow) -> pa.Array:
+    """Return the raw ids of a workflow in the order of their rows, from row 3 on."""
+    (encoder,) = Graph.get_nodes_by_op_type([workflow.output_node], ops.Categorify)
+    return pq.read_table(encoder.op.categories[ITEM_ID])[ITEM_ID].combine_chunks()
+
+
+def as_series(values: pa.Array | Sequence[str | int]) -> pd.Series:
+    """Return a vocabulary as Categorify wants it."""
+    return values.to_pandas() if isinstance(values, pa.Array | pa.ChunkedArray) else pd.Series(values)
+
+
+def _tags(name: str, categories: Mapping[str, pd.Series]) -> tuple[Tags, ...]:
+    if name == ITEM_ID:
+        return _ITEM_TAGS
+    if name == TIMESTAMP:
+        return (Tags.TIME, Tags.LIST, Tags.SEQUENCE)  # not CONTINUOUS: raw seconds are no input of a model
+    return (Tags.CATEGORICAL if name in categories else Tags.CONTINUOUS, Tags.LIST, Tags.SEQUENCE)
+
+
+def _shuffled(events: pd.DataFrame, partitions: int, key: str) -> Dataset:
+    """Return partitions that hold keys whole, without the empty ones, which Categorify cannot encode."""
+    dataset = Dataset(dd.from_pandas(events, npartitions=partitions, sort=False)).shuffle_by_keys([key])
+    parts = dataset.to_ddf().map_partitions(_with_range_index).persist(scheduler=_scheduler())
+    sizes = parts.map_partitions(len).compute(scheduler=_scheduler())
+    return Dataset(parts.partitions[[index for index, size in enumerate(sizes) if size]])
+
+
+@contextmanager
+def _merlin() -> Iterator[None]:
+    """Dask as Merlin needs it, and without the notice that every data set on CPU prints."""
+    with dask.config.set(_DASK), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing an NVTabular Dataset in CPU mode")
+        yield
+
+
+def _with_range_index(frame: Any) -> Any:
+    return frame.reset_index(drop=True)  # Categorify addresses null rows by their index label
+
+
+def _scheduler() -> str | None:
+    return None if global_dask_client() else "synchronous"

@@ -1,0 +1,232 @@
+"""Amazon reviews of 2018 and 2023 in their original layout: gzip JSON lines of reviews, and of metadata.
+
+2018: ``reviewerID``, ``asin``, ``unixReviewTime``, ``overall``; metadata by ``asin``. 2023: ``user_id``,
+``parent_asin``, ``timestamp`` in milliseconds, ``rating``; metadata by ``parent_asin``. Defaults follow the published
+benchmarks. 2018 (UniSRec, MISSRec): items need a title, copies of a review are dropped, later reviews of the same
+item stay, 5-core. 2023 (its authors' ``5core/last_out``): the earliest review of a user on an item, 5-core, titled or
+not. The text of an item is its title, categories and brand.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from missrec_t4r.errors import DataError
+from missrec_t4r.etl.quality.checks import Findings
+from missrec_t4r.etl.sources.json_lines import read_columns, records
+from missrec_t4r.etl.sources.standard import clean_events, write_dataset
+from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
+
+_TAG = re.compile(r"<[^>]{1,200}>")
+_PRICE = re.compile(r"\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of the fields of one edition."""
+
+    user: str
+    item: str
+    time: str
+    rating: str
+    per_second: int
+    """Units of the time field per second."""
+    brand: str
+    categories: str
+    pictures: tuple[str, ...]
+    keep_repeats: bool
+    """Whether the published benchmark keeps a user's later reviews of one item."""
+    keep_untitled: bool
+    """Whether it keeps items without a title."""
+
+
+LAYOUTS = {
+    "2018": Layout(
+        "reviewerID",
+        "asin",
+        "unixReviewTime",
+        "overall",
+        1,
+        "brand",
+        "category",
+        ("imageURLHighRes", "imageURL"),
+        keep_repeats=True,
+        keep_untitled=False,
+    ),
+    "2023": Layout(
+        "user_id",
+        "parent_asin",
+        "timestamp",
+        "rating",
+        1000,
+        "store",
+        "categories",
+        ("images",),
+        keep_repeats=False,
+        keep_untitled=True,
+    ),
+}
+
+
+def import_amazon(
+    edition: str,
+    reviews: Path,
+    metadata: Path,
+    out: Path,
+    *,
+    k_core: int = 5,
+    min_rating: float = 0.0,
+    keep_repeats: bool | None = None,
+    keep_untitled: bool | None = None,
+    dry_run: bool = False,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Turn reviews and metadata into ``interactions.parquet`` and ``items.parquet`` for `missrec etl`.
+
+    Parameters
+    ----------
+    edition : {"2018", "2023"}
+    reviews, metadata : Path
+        JSON lines, plain or gzip.
+    out : Path
+        Folder; an older import is replaced whole.
+    k_core : int
+        Leave out users and items with fewer events until none is left; 0 is off.
+    min_rating : float
+        Leave out reviews with fewer stars.
+    keep_repeats : bool, optional
+        Keep a user's later reviews of the same item; by default as the edition's benchmark does.
+    keep_untitled : bool, optional
+        Keep items without a title in the metadata; by default as the edition's benchmark does.
+    dry_run : bool
+        Read and count everything, write nothing.
+
+    Returns
+    -------
+    dict
+        Users, items, events, splits and findings; also written to import.json.
+
+    Raises
+    ------
+    DataError
+        A file is missing, damaged or of another layout, or nothing is left.
+    """
+    layout, findings = LAYOUTS[edition], Findings()
+    keep_repeats = layout.keep_repeats if keep_repeats is None else keep_repeats
+    keep_untitled = layout.keep_untitled if keep_untitled is None else keep_untitled
+    progress.say("reading the metadata")
+    items = _items(metadata, layout, findings, progress)
+    progress.say(f"{len(items):,} items; reading the reviews")
+    events = _events(reviews, layout, findings)
+    if min_rating > 0:
+        events = events[events["rating"] >= min_rating]
+    if not keep_untitled:
+        titled = events[ITEM_ID].isin(items[ITEM_ID][items["title"].notna()])
+        findings.add("untitled_items", int((~titled).sum()), "events on items without a title are left out")
+        events = events[titled]
+    events = clean_events(events, findings, k_core=k_core, keep_repeats=keep_repeats)
+    source = {"name": f"amazon-{edition}", "reviews": Path(reviews).name, "metadata": Path(metadata).name}
+    settings = {
+        "k_core": k_core,
+        "min_rating": min_rating,
+        "keep_repeats": keep_repeats,
+        "keep_untitled": keep_untitled,
+    }
+    return write_dataset(out, events, items, findings, source | settings, dry_run=dry_run)
+
+
+def _events(file: Path, layout: Layout, findings: Findings) -> pd.DataFrame:
+    kinds = {layout.user: pa.string(), layout.item: pa.string(), layout.time: pa.int64(), layout.rating: pa.float64()}
+    table = read_columns(Path(file), pa.schema(list(kinds.items())), findings)
+    for name in (layout.user, layout.item, layout.time):
+        if table[name].null_count == table.num_rows:
+            raise DataError(
+                f"no line of {file} has a field {name!r}", "reviews of this edition", "try the other amazon edition"
+            )
+    names = {layout.user: USER_ID, layout.item: ITEM_ID, layout.time: TIMESTAMP, layout.rating: "rating"}
+    events = table.rename_columns([names[name] for name in table.column_names]).to_pandas()
+    if layout.per_second != 1:
+        events[TIMESTAMP] = events[TIMESTAMP] / layout.per_second  # ties by the second would lose the order
+    return events
+
+
+def _items(file: Path, layout: Layout, findings: Findings, progress: Progress) -> pd.DataFrame:
+    lines = progress.track(records(Path(file), findings), "metadata")
+    rows = [_item(record, layout) for record in lines if record.get(layout.item)]
+    if not rows:
+        raise DataError(
+            f"no line of {file} has a field {layout.item!r}", "metadata of this edition", "try the other edition"
+        )
+    items = pd.DataFrame(rows)
+    doubled = items.duplicated(ITEM_ID)
+    findings.add("duplicate_items", int(doubled.sum()), "of several lines with one id the first is kept")
+    return items[~doubled].reset_index(drop=True)
+
+
+def _item(record: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    title, brand = _clean(record.get("title")), _clean(record.get(layout.brand))
+    categories = [text for entry in _list(record.get(layout.categories)) if (text := _clean(entry))]
+    if title and "getTime" in title:
+        title = None  # a page's script in the place of the title: a known fault of the 2018 edition
+    text = ". ".join(part for part in (title, ", ".join(categories), brand) if part)
+    return {
+        ITEM_ID: str(record[layout.item]),
+        "title": title,
+        "text": text or None,
+        "description": " ".join(part for entry in _list(record.get("description")) if (part := _clean(entry))) or None,
+        "brand": brand,
+        "categories": ", ".join(categories) or None,
+        "price": price(record.get("price")),
+        "image_url": _picture(record, layout),
+    }
+
+
+def price(value: Any) -> float | None:
+    """Return the (lower) price, None where there is none.
+
+    Examples
+    --------
+    >>> price("$1,299.50"), price("$5.00 - $9.00"), price(12.5), price("from script{")
+    (1299.5, 5.0, 12.5, None)
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    text = str(value or "").strip()
+    found = _PRICE.search(text) if len(text) < 30 else None
+    return float(found.group().replace(",", "")) if found else None
+
+
+def _picture(record: Mapping[str, Any], layout: Layout) -> str | None:
+    """Return the address of the main picture, the largest there is."""
+    for name in layout.pictures:
+        pictures = _list(record.get(name))
+        mains = [entry for entry in pictures if isinstance(entry, Mapping) and entry.get("variant") == "MAIN"]
+        for entry in [*mains, *pictures]:
+            sizes = (
+                [entry.get(size) for size in ("hi_res", "large", "thumb")] if isinstance(entry, Mapping) else [entry]
+            )
+            for address in sizes:
+                if isinstance(address, str) and address:
+                    return address
+    return None
+
+
+def _clean(value: Any) -> str | None:
+    """Return a text without entities, tags and line breaks."""
+    text = " ".join(_TAG.sub(" ", html.unescape(str(value))).split()) if value else ""
+    return text or None
+
+
+def _list(value: Any) -> Iterable[Any]:
+    if value is None or value == "":
+        return []
+    return value if isinstance(value, list) else [value]

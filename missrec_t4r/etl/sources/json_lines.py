@@ -1,0 +1,163 @@
+"""JSON lines, plain or gzip, as Arrow columns: fast where every line is sound, line by line where some are not.
+
+Broken lines are counted and left out up to a share; a file that ends in the middle is refused. Numbers in a text column
+become their text, so that ids of mixed types become one.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.json as pajson
+
+from missrec_t4r.errors import DataError
+from missrec_t4r.etl.quality.checks import Findings
+
+JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json", ".json.gz")
+_BLOCK = 16 * 2**20
+
+
+def read_columns(file: Path, schema: pa.Schema, findings: Findings, max_broken: float = 0.01) -> pa.Table:
+    """Return the fields that the schema names; others are skipped, absent ones are null.
+
+    Parameters
+    ----------
+    schema : pyarrow.Schema
+        Names and types.
+    findings : Findings
+        Gains broken lines and values of another type.
+    max_broken : float
+        Share of broken lines that is tolerated.
+
+    Raises
+    ------
+    DataError
+        No such file, an empty or a truncated one, or more broken lines than tolerated.
+    """
+    check_not_empty(file)
+    options = pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    try:
+        with pa.input_stream(str(file), compression="detect") as stream:
+            return pajson.read_json(stream, pajson.ReadOptions(block_size=_BLOCK), options).select(schema.names)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, KeyError):
+        pass  # the slow way finds out what is wrong
+    counted: dict[str, int] = {}
+    rows: dict[str, list[Any]] = {name: [] for name in schema.names}
+    for record in records(file, findings, max_broken):
+        for field in schema:
+            rows[field.name].append(_value(record.get(field.name), field, counted))
+    for name, count in counted.items():
+        findings.add(
+            "wrong_type", count, f"{file.name}: values of {name!r} that are no {schema.field(name).type}: null"
+        )
+    return pa.table({field.name: pa.array(rows[field.name], field.type) for field in schema})
+
+
+def read_all(file: Path, text_columns: Sequence[str] = ()) -> pa.Table:
+    """Return all fields; those of ``text_columns`` as text whatever their types."""
+    check_not_empty(file)
+    schema = pa.schema([(name, pa.string()) for name in text_columns])
+    try:
+        with pa.input_stream(str(file), compression="detect") as stream:
+            return pajson.read_json(
+                stream, pajson.ReadOptions(block_size=_BLOCK), pajson.ParseOptions(explicit_schema=schema)
+            )
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError):
+        rows = list(records(file, Findings(), 0.0))
+    names = dict.fromkeys(name for row in rows for name in row)
+    try:
+        columns = {
+            name: pa.array([_text(row.get(name)) for row in rows], pa.string())
+            if name in text_columns
+            else pa.array([row.get(name) for row in rows])
+            for name in names
+        }
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(
+            f"a field of {file} has values of several types ({error})", "one type per field", "repair the export"
+        ) from error
+    return pa.table(columns)
+
+
+def records(file: Path, findings: Findings, max_broken: float = 0.01) -> Iterator[Mapping[str, Any]]:
+    """Yield the objects, one per line; broken lines are counted.
+
+    Raises
+    ------
+    DataError
+        The file is empty, truncated, or has more broken lines than tolerated.
+    """
+    check_not_empty(file)
+    lines = broken = 0
+    last = ""
+    try:
+        with _open(file) as stream:
+            for line in stream:
+                if not line.strip():
+                    continue
+                lines += 1
+                try:
+                    value = json.loads(line)
+                except ValueError:
+                    value = None
+                if isinstance(value, dict):
+                    yield value
+                else:
+                    broken, last = broken + 1, line.strip()[:80]
+    except (EOFError, zlib.error, OSError) as error:
+        raise DataError(
+            f"{file} ends in the middle or is damaged after line {lines} ({error})",
+            "a whole file",
+            "copy or download it again and compare its size",
+        ) from error
+    if broken > max_broken * lines:
+        raise DataError(
+            f"{broken} of {lines} lines of {file} are no JSON objects, such as {last!r}",
+            f"at most {max_broken:.0%}",
+            "check the file; it must hold one JSON object per line",
+        )
+    findings.add("broken_lines", broken, f"lines of {file.name} that are no JSON objects are left out")
+
+
+def check_not_empty(file: Path) -> None:
+    """Refuse an absent file and one without a byte.
+
+    Raises
+    ------
+    DataError
+        It is so.
+    """
+    if not file.is_file():
+        raise DataError(f"there is no file {file}", "an existing file", "check the path")
+    if not file.stat().st_size:
+        raise DataError(f"{file} has no bytes", "at least one row", "write or download the file again")
+
+
+def _open(file: Path) -> IO[str]:
+    with file.open("rb") as start:
+        zipped = start.read(2) == b"\x1f\x8b"
+    if zipped:
+        return gzip.open(file, "rt", encoding="utf-8", errors="replace")
+    return file.open(encoding="utf-8", errors="replace")
+
+
+def _value(value: Any, field: pa.Field, counted: dict[str, int]) -> Any:
+    if value is None:
+        return None
+    if pa.types.is_string(field.type):
+        return _text(value)
+    try:
+        return int(value) if pa.types.is_integer(field.type) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        counted[field.name] = counted.get(field.name, 0) + 1
+        return None
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value)

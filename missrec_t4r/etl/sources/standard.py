@@ -1,0 +1,117 @@
+"""What imported data sets share: cleaning as benchmarks do, leave-one-out, two parquet files for the ETL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from missrec_t4r.errors import DataError
+from missrec_t4r.etl.quality.checks import Findings
+from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
+from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
+
+REPORT_FILE = "import.json"
+SPLIT = "split"
+
+
+def clean_events(events: pd.DataFrame, findings: Findings, *, k_core: int, keep_repeats: bool = False) -> pd.DataFrame:
+    """Return the events in the order of user and time: complete ones, first visits, frequent users and items.
+
+    Parameters
+    ----------
+    events : DataFrame
+        ``user_id``, ``item_id``, ``timestamp`` and further columns. Ties of time keep the order of the file.
+    k_core : int
+        Leave out users and items with fewer events until none is left; 0 is off.
+    keep_repeats : bool
+        Keep a user's later events on an item; copies of one event (user, item and time) are dropped even so.
+
+    Raises
+    ------
+    DataError
+        No event is left.
+    """
+    complete = events[[USER_ID, ITEM_ID, TIMESTAMP]].notna().all(axis=1)
+    findings.add("incomplete_events", int((~complete).sum()), "events without user, item or time are left out")
+    events = events[complete].sort_values([USER_ID, TIMESTAMP], kind="stable")
+    copies = events.duplicated([USER_ID, ITEM_ID, TIMESTAMP])
+    findings.add("duplicate_events", int(copies.sum()), "copies of one event are left out")
+    events = events[~copies]
+    if not keep_repeats:
+        repeated = events.duplicated([USER_ID, ITEM_ID])
+        findings.add("repeated_events", int(repeated.sum()), "later events of a user on the same item are left out")
+        events = events[~repeated]
+    before = -1
+    while k_core > 1 and before != len(events):
+        before = len(events)
+        for column in (USER_ID, ITEM_ID):
+            events = events[events.groupby(column)[column].transform("size") >= k_core]
+    if events.empty:
+        raise DataError(f"the {k_core}-core of the data is empty", "at least one event", "lower --k-core")
+    return events.reset_index(drop=True)
+
+
+def leave_one_out(events: pd.DataFrame) -> pd.Series:
+    """Return train, valid or test per event: a user's last is test, the one before valid; below three all is train.
+
+    Examples
+    --------
+    >>> leave_one_out(pd.DataFrame({"user_id": [1, 1, 1, 2]})).tolist()
+    ['train', 'valid', 'test', 'train']
+    """
+    users = events.groupby(USER_ID, sort=False)[USER_ID]
+    behind, size = users.cumcount(ascending=False), users.transform("size")
+    split = np.select([(size >= 3) & (behind == 0), (size >= 3) & (behind == 1)], ["test", "valid"], "train")
+    return pd.Series(split, index=events.index)
+
+
+def write_dataset(
+    out: Path,
+    events: pd.DataFrame,
+    items: pd.DataFrame,
+    findings: Findings,
+    source: dict[str, Any],
+    *,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Write ``interactions.parquet``, ``items.parquet`` and ``import.json``; the folder appears whole or not at all.
+
+    Items keep their order; those without an event are left out, those without a line get one. ``dry_run`` counts only.
+
+    Returns
+    -------
+    dict
+        Counts, findings and the source.
+    """
+    used = events[ITEM_ID].drop_duplicates()
+    absent = used[~used.isin(items[ITEM_ID])]
+    findings.add("items_without_metadata", len(absent), "items of events without metadata got a line of their own")
+    items = items[items[ITEM_ID].isin(used)].drop_duplicates(ITEM_ID)
+    if len(absent):
+        items = pd.concat([items, pd.DataFrame({ITEM_ID: absent})], ignore_index=True)
+    events = events.assign(**{SPLIT: leave_one_out(events)})
+    report = {
+        "source": source,
+        "users": int(events[USER_ID].nunique()),
+        "items": len(items),
+        "events": len(events),
+        "splits": {name: int(count) for name, count in events[SPLIT].value_counts().sort_index().items()},
+        "with_text": int(items["text"].notna().sum()) if "text" in items else 0,
+        "findings": findings.to_list(),
+    }
+    if dry_run:
+        out = Path(out)
+        refuse_unmanaged(out, REPORT_FILE, "import")
+        would_write = [str(out / name) for name in ("interactions.parquet", "items.parquet", REPORT_FILE)]
+        return {"dry_run": True, "out": str(out), **report, "would_write": would_write, "would_replace": out.exists()}
+    with atomic_write_dir(Path(out), REPORT_FILE, "import") as folder:
+        for name, frame in (("interactions", events), ("items", items)):
+            pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), folder / f"{name}.parquet")
+        (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return {"out": str(out), **report}

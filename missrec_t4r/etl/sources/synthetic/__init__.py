@@ -1,0 +1,1 @@
+"""The generated shop: interactions, texts and images without any download."""

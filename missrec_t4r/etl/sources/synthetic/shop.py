@@ -1,0 +1,314 @@
+"""A generated shop whose content matters: latent interests in the words, styles in the pictures, order in the visits.
+
+How it works. An item belongs to one of 24 interests, is one of the four products of that interest (tent, sleeping bag,
+camp stove, lantern) and has one of six styles; popularity is long-tailed. Title and description are made of the
+interest's words and the product's name, the picture shows the style's colours and pattern; style is never written, and
+the picture never tells the interest, so both modalities are needed. Some items lack text, others the image.
+
+A user likes one style and follows an interest from product to product (a tent, then a sleeping bag), then drifts to a
+related interest: what comes next depends on what came last, so order matters and popularity does not get far. Part of
+the items appear late, most of them close to the end, and are promoted while new: the last events are about items that
+training has never seen, which only content can find. Times are unix seconds over about a year.
+
+What else an event tells (side features): who buys goes on to the next product, who only looks compares; who stays
+shortly drifts away, and stays longer with the own style; the category is the item's department, also where its text is
+missing. These columns are drawn beside the visits and change none of them.
+
+The same seed gives the same tables and, with one Pillow version, the same pictures. Frozen: models are not tuned on it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from missrec_t4r.errors import ConfigError
+from missrec_t4r.etl.sources.synthetic.shop_images import draw
+from missrec_t4r.etl.sources.synthetic.shop_text import BRANDS, EVENT_TYPES, FILLERS, INTERESTS, STYLES
+from missrec_t4r.io.atomic import refuse_unmanaged, replace_dir, translate_disk_errors
+from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+SHOP_FILE = "shop.json"
+PRODUCTS = 4
+"""Products per interest."""
+END = 1_735_689_600
+"""1 January 2025: nothing happens later."""
+DAY = 86_400
+
+LATE_SHARE, LATE_DAYS = 0.4, 120
+"""Share of the items that appear in the last so many days, ever more of them towards the end."""
+PROMOTION = 5.0
+"""How much more often an item is met in its first thirty days."""
+WITHOUT_TEXT, WITHOUT_IMAGE = 0.06, 0.15
+COMPARE, FOLLOW, DRIFT = 0.18, 0.48, 0.24
+"""Probability of the same product again, of the next one, of a related interest; else any product of this one."""
+LIKES = 0.85
+"""Probability that the user's own style decides."""
+STRAY = 0.08
+"""Probability of an event that only popularity explains."""
+STAY, GO_ON, LEAVE, WANDER = range(4)
+"""What a user does after an event: the same product again, the next one, a related interest, any product."""
+KIND_GIVEN_MOVE = ((0.85, 0.12, 0.03), (0.25, 0.20, 0.55), (0.70, 0.10, 0.20), (0.60, 0.20, 0.20))
+"""Probability of view, cart and purchase, by what the user does next."""
+DWELL_GIVEN_MOVE = (90.0, 60.0, 12.0, 30.0)
+"""Median seconds on an item's page, by what the user does next; twice as long with the own style."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """The latent side of the catalogue, one entry per item."""
+
+    interest: Ints
+    product: Ints
+    style: Ints
+    popularity: Floats
+    launch: Floats
+    """Unix seconds."""
+
+
+@dataclass(frozen=True)
+class Events:
+    """All interactions in the order of time."""
+
+    user: Ints
+    item: Ints
+    time: Ints
+    kind: Ints
+    dwell: Floats
+    """Seconds on the item's page."""
+
+
+def generate_shop(
+    out: Path, *, seed: int = 7, users: int = 3000, items: int = 1200, progress: Progress = quiet
+) -> dict[str, Any]:
+    """Write ``interactions.parquet``, ``items.parquet`` and ``images/*.png``.
+
+    Parameters
+    ----------
+    out : Path
+        New or empty folder, or an older shop, which is replaced whole.
+    seed : int
+        Everything follows from it.
+    users, items : int
+        About ten events per user; at least 100 items, so that every interest has its products.
+
+    Returns
+    -------
+    dict
+        Counts of what was written.
+
+    Raises
+    ------
+    ConfigError
+        Too few users or items.
+    DataError
+        The folder holds something else.
+    """
+    if users < 1 or items < 100:
+        raise ConfigError(f"{users} users and {items} items", "at least 1 user and 100 items", "raise the numbers")
+    out = Path(out)
+    refuse_unmanaged(out, SHOP_FILE, "generated shop")
+    rng = np.random.default_rng(seed)
+    latent = make_items(items, rng)
+    progress.say(f"generating {users:,} users over {items:,} items")
+    events = make_events(latent, users, rng, np.random.default_rng([seed, 1]), progress)
+    table = _item_table(latent, rng)
+    shop = {
+        "seed": seed,
+        "users": users,
+        "items": items,
+        "events": len(events.item),
+        "without_text": table["title"].null_count,
+        "without_image": table["image"].null_count,
+        "late_items": int((latent.launch > 0).sum()),
+    }
+    with translate_disk_errors(out), replace_dir(out) as aside:
+        pq.write_table(_event_table(events, latent), aside / "interactions.parquet")
+        pq.write_table(table, aside / "items.parquet")
+        _draw_all(latent, table, aside, rng, progress)
+        (aside / SHOP_FILE).write_text(json.dumps(shop, indent=2) + "\n", encoding="utf-8")
+    return {"data": str(out), **shop}
+
+
+def make_items(n_items: int, rng: np.random.Generator) -> Items:
+    """Draw the latent catalogue; every (interest, product) pair exists, styles are drawn freely."""
+    pairs = np.arange(n_items) % (len(INTERESTS) * PRODUCTS)
+    rng.shuffle(pairs)
+    ranks = rng.permutation(n_items) + 1.0
+    late = rng.random(n_items) < LATE_SHARE
+    launch = np.where(late, END - LATE_DAYS * DAY * rng.random(n_items) ** 2 - DAY, 0.0)
+    return Items(pairs // PRODUCTS, pairs % PRODUCTS, rng.integers(0, len(STYLES), n_items), ranks**-0.45, launch)
+
+
+def related_interests(rng: np.random.Generator) -> Floats:
+    """Return where a user drifts to from each interest: three related ones, [interest, interest]."""
+    n = len(INTERESTS)
+    drift = np.zeros((n, n))
+    for interest in range(n):
+        others = rng.permutation(np.delete(np.arange(n), interest))[:3]
+        drift[interest, others] = (0.65, 0.25, 0.10)
+    return drift
+
+
+def make_events(
+    items: Items, users: int, rng: np.random.Generator, telling: np.random.Generator, progress: Progress = quiet
+) -> Events:
+    """Let every user walk through the shop; rows are in the order of time.
+
+    Parameters
+    ----------
+    items : Items
+    users : int
+    rng : numpy Generator
+        Draws the visits.
+    telling : numpy Generator
+        Draws what the events tell beside the item.
+    """
+    drift = related_interests(rng)
+    start = rng.dirichlet(np.full(len(INTERESTS), 3.0))
+    walks = [_walk(items, drift, start, rng, telling) for _ in progress.track(range(users), "visits")]
+    user = np.repeat(np.arange(users), [len(chosen) for chosen, *_ in walks])
+    item, time, kind, dwell = (np.concatenate(parts) for parts in zip(*walks, strict=True))
+    order = np.lexsort([user, time])
+    return Events(user[order], item[order], time[order], kind[order], dwell[order])
+
+
+def next_state(interest: int, product: int, drift: Floats, rng: np.random.Generator) -> tuple[int, int]:
+    """Return the next interest and product; after the last product comes a related interest."""
+    chance = rng.random()
+    if chance < COMPARE:
+        return interest, product
+    if chance < COMPARE + FOLLOW and product + 1 < PRODUCTS:
+        return interest, product + 1
+    if chance < COMPARE + FOLLOW + DRIFT:
+        return int(rng.choice(len(drift), p=drift[interest])), 0
+    return interest, int(rng.integers(PRODUCTS))
+
+
+def move_between(before: tuple[int, int], after: tuple[int, int]) -> int:
+    """Name the step from one (interest, product) to the next.
+
+    Examples
+    --------
+    >>> move_between((4, 1), (4, 2)) == GO_ON, move_between((4, 1), (7, 0)) == LEAVE
+    (True, True)
+    """
+    if before == after:
+        return STAY
+    if before[0] != after[0]:
+        return LEAVE
+    return GO_ON if after[1] == before[1] + 1 else WANDER
+
+
+def _walk(
+    items: Items, drift: Floats, start: Floats, rng: np.random.Generator, telling: np.random.Generator
+) -> tuple[Ints, Ints, Ints, Floats]:
+    length = int(np.clip(rng.lognormal(math.log(8.5), 0.5), 4, 50))
+    times = _visit_times(length, rng)
+    likes = int(rng.integers(len(STYLES)))
+    interest, product = int(rng.choice(len(start), p=start)), int(rng.integers(PRODUCTS))
+    chosen: list[int] = []
+    moves: list[int] = []
+    fresh = np.ones(len(items.interest), bool)
+    for time in times:
+        new = (items.launch > 0) & (time - items.launch < 30 * DAY)
+        weights = items.popularity * fresh * (items.launch <= time) * np.where(new, PROMOTION, 1.0)
+        if rng.random() >= STRAY:
+            weights = weights * ((items.interest == interest) & (items.product == product))
+            if rng.random() < LIKES:
+                weights = weights * np.where(items.style == likes, 1.0, 0.02)
+        if weights.sum() == 0:
+            weights = items.popularity * fresh * (items.launch <= time)
+        item = int(rng.choice(len(weights), p=weights / weights.sum()))
+        chosen.append(item)
+        fresh[item] = False
+        before = interest, product
+        interest, product = next_state(interest, product, drift, rng)
+        moves.append(move_between(before, (interest, product)))
+    bounds = np.cumsum(np.array(KIND_GIVEN_MOVE)[moves], axis=1)
+    kinds = (rng.random(length)[:, None] > bounds[:, :-1]).sum(1)
+    own = items.style[chosen] == likes
+    dwell = np.array(DWELL_GIVEN_MOVE)[moves] * np.where(own, 2.0, 1.0) * telling.lognormal(0.0, 0.4, length)
+    return np.array(chosen), times, kinds.astype(np.int64), np.round(dwell, 1)
+
+
+def _visit_times(length: int, rng: np.random.Generator) -> Ints:
+    last = END - min(rng.exponential(25 * DAY), 200 * DAY)
+    gaps = rng.lognormal(math.log(4 * DAY), 1.0, length - 1)
+    return np.sort(last - np.concatenate([[0.0], np.cumsum(gaps)])).astype(np.int64)
+
+
+def _event_table(events: Events, items: Items) -> pa.Table:
+    departments = np.array([interest.department for interest in INTERESTS])
+    return pa.table(
+        {
+            USER_ID: [f"U{user:05d}" for user in events.user],
+            ITEM_ID: [_item_id(item) for item in events.item],
+            TIMESTAMP: events.time,
+            "event_type": np.array(EVENT_TYPES)[events.kind],
+            "dwell_seconds": events.dwell,
+            "category": departments[items.interest[events.item]],
+        }
+    )
+
+
+def _item_table(items: Items, rng: np.random.Generator) -> pa.Table:
+    n_items = len(items.interest)
+    lacks = rng.random(n_items)
+    no_text, no_image = lacks < WITHOUT_TEXT, lacks > 1 - WITHOUT_IMAGE
+    titles, descriptions, departments, brands, prices = [], [], [], [], []
+    for interest_index, product in zip(items.interest, items.product, strict=True):
+        interest = INTERESTS[interest_index]
+        brands.append(BRANDS[(interest_index + int(rng.integers(4))) % len(BRANDS)])
+        titles.append(_title(interest.words, interest.products[product], brands[-1], rng))
+        descriptions.append(_description(interest.words, interest.products[product], rng))
+        departments.append(interest.department)
+        prices.append(round(float(rng.lognormal(math.log(20 * (PRODUCTS + 1 - product)), 0.4)), 2))
+    ids = [_item_id(item) for item in range(n_items)]
+    return pa.table(
+        {
+            ITEM_ID: ids,
+            "title": pa.array(titles, mask=no_text),
+            "description": pa.array(descriptions, mask=no_text),
+            "category": departments,
+            "brand": brands,
+            "price": prices,
+            "image": pa.array([f"images/{name}.png" for name in ids], mask=no_image),
+        }
+    )
+
+
+def _title(words: tuple[str, ...], product: str, brand: str, rng: np.random.Generator) -> str:
+    first, second = rng.choice(words, 2, replace=False)
+    return f"{brand} {first.capitalize()} {second.capitalize()} {product.title()}"
+
+
+def _description(words: tuple[str, ...], product: str, rng: np.random.Generator) -> str:
+    told = [*rng.choice(words, 4, replace=False), *rng.choice(FILLERS, 6, replace=False)]
+    rng.shuffle(told)
+    return f"{product.capitalize()}: {' '.join(told[:5])}. {' '.join(told[5:]).capitalize()}."
+
+
+def _draw_all(items: Items, table: pa.Table, folder: Path, rng: np.random.Generator, progress: Progress) -> None:
+    (folder / "images").mkdir()
+    paths = table["image"].to_pylist()
+    for item in progress.track(range(len(paths)), "pictures"):
+        picture_rng = np.random.default_rng(rng.integers(2**63))
+        if paths[item] is not None:
+            draw(STYLES[items.style[item]], picture_rng).save(folder / paths[item])
+
+
+def _item_id(item: int) -> str:
+    return f"P{item:05d}"

@@ -1,0 +1,190 @@
+"""Parquet, csv and JSON-lines files as Arrow tables, with errors that name the file, the column and the option.
+
+Accepts one file, several, glob patterns (``**`` too), or a folder; csv and JSON lines may be compressed. Identifiers in
+csv and JSON are read as text, so that "00123" keeps its zeros and ids of mixed types become one; files that disagree
+about an id's type are brought to text. Texts of the item table that are not UTF-8 are repaired, ids are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.etl.quality.checks import (
+    Findings,
+    not_utf8,
+    note_repaired,
+    note_row_indexes,
+    repaired_text,
+    row_indexes,
+)
+from missrec_t4r.etl.sources.json_lines import JSON_LINES, read_all
+
+Paths = Path | str | Sequence[Path | str]
+
+_PARQUET = (".parquet", ".pq")
+_CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+_KNOWN = _PARQUET + _CSV + JSON_LINES
+
+
+def read_table(
+    paths: Paths,
+    what: str,
+    *,
+    text_columns: Sequence[str] = (),
+    needed: Iterable[str] | None = (),
+    findings: Findings | None = None,
+) -> pa.Table:
+    """Read one table from one or many files.
+
+    Parameters
+    ----------
+    paths : path, pattern, folder, or a sequence of them
+        Files are read in the given order, those of a pattern or folder in name order.
+    what : str
+        How messages call the table ("interactions").
+    text_columns : sequence of str
+        Columns that stay text when a csv file is read.
+    needed : iterable of str, optional
+        Columns that are kept even if they look like a row index of pandas, as ``text_columns`` are; None keeps all.
+    findings : Findings, optional
+        Gains texts that were repaired, and row indexes that were left out.
+
+    Raises
+    ------
+    DataError
+        A file is missing, unreadable or of an unknown kind, or there is no row.
+    SchemaError
+        The files do not have the same columns.
+    """
+    files, findings = expand(paths, what), findings or Findings()
+    tables = [_read_file(file, what, text_columns) for file in files]
+    if needed is not None:
+        names = sorted({name for table in tables for name in table.column_names})
+        unwanted = row_indexes(names, [*text_columns, *needed])
+        note_row_indexes(findings, unwanted)
+        tables = [table.drop_columns([name for name in unwanted if name in table.column_names]) for table in tables]
+    tables = _one_type(tables, text_columns)
+    for file, table in zip(files, tables, strict=True):
+        if set(table.column_names) != set(tables[0].column_names):
+            odd = sorted(set(table.column_names) ^ set(tables[0].column_names))
+            raise SchemaError(f"{file} and {files[0]} differ in columns {odd}", f"{what} files with the same columns")
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise SchemaError(
+            f"the {what} files disagree on a type ({error})", "one type per column in all files"
+        ) from error
+    if not table.num_rows:
+        raise DataError(
+            f"the {what} table {files[0]} has no rows", "at least one row", "check the export it comes from"
+        )
+    return _plain_strings(table, text_columns, findings)
+
+
+def expand(paths: Paths, what: str) -> list[Path]:
+    """Return the files behind paths, patterns and folders."""
+    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    files: list[Path] = []
+    for path in map(Path, given):
+        if path.is_file():
+            found = [path]
+        elif path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.name.endswith(_KNOWN))
+        else:
+            found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        if not found:
+            raise DataError(
+                f"no {what} file at {path}", "a parquet, csv or json-lines file", "check the path or the pattern"
+            )
+        files += found
+    if not files:
+        raise DataError(f"no {what} file was named", "at least one path")
+    return files
+
+
+def require_column(table: pa.Table, name: str, what: str, option: str) -> pa.ChunkedArray:
+    """Return a column, or say which columns there are and which option names another one.
+
+    Raises
+    ------
+    SchemaError
+        The table lacks the column.
+    """
+    if name in table.column_names:
+        return table[name]
+    near = difflib.get_close_matches(name, table.column_names, 1)
+    hint = f", for example {option} {near[0]}" if near else ""
+    raise SchemaError(
+        f"the {what} table has columns {table.column_names}",
+        f"a column {name!r}",
+        f"name yours with {option}{hint}",
+    )
+
+
+def _read_file(file: Path, what: str, text_columns: Sequence[str]) -> pa.Table:
+    if file.name.endswith(_KNOWN) and not file.stat().st_size:
+        raise DataError(f"{file} has no bytes", f"{what} with at least one row", "write or copy the file again")
+    if file.name.endswith(JSON_LINES):
+        return read_all(file, text_columns)
+    try:
+        if file.name.endswith(_PARQUET):
+            return pq.ParquetFile(file).read()
+        if file.name.endswith(_CSV):
+            parse = pacsv.ParseOptions(delimiter=_delimiter(file), newlines_in_values=True)
+            convert = pacsv.ConvertOptions(
+                column_types=dict.fromkeys(text_columns, pa.string()), strings_can_be_null=True, null_values=[""]
+            )
+            return pacsv.read_csv(file, parse_options=parse, convert_options=convert)
+    except (pa.ArrowInvalid, OSError) as error:
+        utf8 = "invalid UTF8" in str(error)
+        cure = "convert it to UTF-8, for example with iconv" if utf8 else "write or copy the file again"
+        raise DataError(f"{file} cannot be read ({error})", f"{what} as whole parquet or csv", cure) from error
+    raise DataError(f"{file} is of an unknown kind", f"a file ending in one of {_KNOWN}", "convert it")
+
+
+def _delimiter(file: Path) -> str:
+    """Return what parts the columns of a csv file: a comma, or what its first line has where that has none."""
+    if ".tsv" in file.name:
+        return "\t"
+    with pa.input_stream(str(file), compression="detect") as stream:
+        first = stream.read(1 << 16).partition(b"\n")[0]
+    return next((sign for sign in ",;\t|" if sign.encode() in first), ",")
+
+
+def _one_type(tables: list[pa.Table], id_columns: Sequence[str]) -> list[pa.Table]:
+    """Bring an id column to text where one file has integers and another one texts."""
+    for name in id_columns:
+        kinds = {table[name].type for table in tables if name in table.column_names}
+        if len(kinds) > 1 and any(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds):
+            whole = [table for table in tables if name in table.column_names]
+            if all(not pa.types.is_floating(table[name].type) for table in whole):
+                tables = [
+                    table.set_column(table.column_names.index(name), name, table[name].cast(pa.string()))
+                    if name in table.column_names
+                    else table
+                    for table in tables
+                ]
+    return tables
+
+
+def _plain_strings(table: pa.Table, ids: Sequence[str], findings: Findings) -> pa.Table:
+    """Decode dictionaries and widen strings to one type, so that later code meets one kind of text."""
+    columns = []
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        kind = column.type
+        if pa.types.is_dictionary(kind):
+            column, kind = column.cast(kind.value_type), kind.value_type
+        text = pa.types.is_binary(kind) or pa.types.is_string(kind)  # csv with other bytes comes as binary
+        if text and name not in ids and ((bad := not_utf8(column)) or pa.types.is_binary(kind)):
+            note_repaired(findings, name, bad)
+            column, kind = repaired_text(column), pa.string()
+        columns.append(column.cast(pa.string()) if pa.types.is_large_string(kind) else column)
+    return pa.table(columns, names=table.column_names).combine_chunks()

@@ -1,0 +1,1 @@
+"""Atomic writes, content hashes and the memory-mapped tensor file."""

@@ -1,0 +1,194 @@
+"""Pre-training's contrasts: sessions against the positives of the batch, and against augmented views (specification 7).
+
+Only the items of a batch get tokens, so a step's cost does not grow with the union of the domains. Under DDP each rank
+scores its own sessions against the positives of all ranks: their rows are gathered and their tokens computed at hand,
+since every rank has the same adapters; view vectors are gathered with their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from missrec_t4r.config import FeatureScaling
+from missrec_t4r.model.fusion import CandidateFusion
+from missrec_t4r.model.item_encoder import CandidateEmbeddings, ItemEmbeddings, ItemEncoder
+
+Gather = Callable[[Tensor], Tensor]
+"""Rows of all ranks in the order of ranks, [batch, ...] -> [global batch, ...], with gradients."""
+
+
+def alone(rows: Tensor) -> Tensor:
+    """Return the rows as they are: the gather of a single process."""
+    return rows
+
+
+def in_batch_loss(logits: Tensor, own: Tensor, everyone: Tensor, first: int = 0) -> Tensor:
+    """Return the mean of ``-log softmax(logits[b])[first + b]``; equal items are not each other's negatives.
+
+    The mean is over the global batch, of which this process has its lines only: losses and gradients of all processes
+    are summed.
+
+    Parameters
+    ----------
+    logits : Tensor [batch, global batch]
+    own : Tensor [batch], int64
+        Positive item of every line.
+    everyone : Tensor [global batch], int64
+        Positive item of every column; ``everyone[first + b] == own[b]``.
+    first : int
+        Column of the first line: the sessions of lower ranks stand before it.
+    """
+    columns = first + torch.arange(len(own), device=own.device)
+    equal = own.unsqueeze(1) == everyone
+    equal[torch.arange(len(own), device=own.device), columns] = False
+    return F.cross_entropy(logits.masked_fill(equal, -torch.inf), columns, reduction="sum") / max(len(everyone), 1)
+
+
+class SequenceItemContrast(nn.Module):
+    """Each session against every positive item of the batch, by the fused score (E16).
+
+    Parameters
+    ----------
+    fusion : CandidateFusion
+        ``static`` or ``dynamic_shared``: a number per item would not transfer.
+    temperature : float
+    """
+
+    def __init__(self, fusion: CandidateFusion, temperature: float) -> None:
+        super().__init__()
+        self.fusion, self.temperature = fusion, temperature
+
+    def forward(
+        self,
+        sessions: Tensor,
+        positives: Tensor,
+        everyone: Tensor,
+        items: BatchEmbeddings,
+        first: int,
+        log_frequency: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of this rank's sessions.
+
+        Parameters
+        ----------
+        sessions : Tensor [batch, dim]
+            Unit length.
+        positives : Tensor [batch], int64
+            Their next items, catalogue rows that can be recommended.
+        everyone : Tensor [global batch], int64
+            The positives of all ranks.
+        items : BatchEmbeddings
+            Tokens of, at least, the positives of all ranks.
+        first : int
+            Number of sessions on lower ranks.
+        log_frequency : Tensor [row], optional
+            Taken off the logits: an item that is often a positive is as often a negative of others, and would learn to
+            lose (ours; Yi et al., RecSys 2019).
+        """
+        logits = self.fusion(sessions, items.candidates(everyone)) / self.temperature
+        if log_frequency is not None:
+            logits = logits - log_frequency[everyone]
+        return in_batch_loss(logits, positives, everyone, first)
+
+
+class SequenceSequenceContrast(nn.Module):
+    """Each session against the augmented views of all sessions of the batch (E17).
+
+    Parameters
+    ----------
+    temperature : float
+    gather : Gather
+    """
+
+    def __init__(self, temperature: float, gather: Gather = alone) -> None:
+        super().__init__()
+        self.temperature, self.gather = temperature, gather
+
+    def forward(self, sessions: Tensor, views: Tensor, positives: Tensor, everyone: Tensor, first: int) -> Tensor:
+        """Return the loss of this rank's sessions.
+
+        Parameters
+        ----------
+        sessions, views : Tensor [batch, dim]
+            Unit length; line b of both is the same session.
+        positives : Tensor [batch], int64
+            Next item of each session: sessions with the same one are not each other's negatives.
+        everyone : Tensor [global batch], int64
+            The positives of all ranks.
+        first : int
+            Number of sessions on lower ranks.
+        """
+        logits = sessions @ self.gather(views).T / self.temperature
+        return in_batch_loss(logits, positives, everyone, first)
+
+
+class BatchEmbeddings(NamedTuple):
+    """Tokens of the distinct items of one batch."""
+
+    rows: Tensor
+    """[item], int64, ascending."""
+    tokens: ItemEmbeddings
+    """Of shape [item]."""
+
+    @classmethod
+    def of(cls, item_encoder: ItemEncoder, *items: Tensor) -> BatchEmbeddings:
+        """Compute the tokens of all rows that occur, once each; in training mode with this step's modality dropout."""
+        rows = torch.cat([part.flatten() for part in items]).unique()
+        return cls(rows, item_encoder(rows, item_encoder.masks(dropout=item_encoder.training)))
+
+    def take(self, item_ids: Tensor) -> ItemEmbeddings:
+        """Return the tokens of catalogue rows of any shape; all of them must be among ``rows``."""
+        return self.tokens.take(torch.searchsorted(self.rows, item_ids.contiguous()))
+
+    def candidates(self, items: Tensor) -> CandidateEmbeddings:
+        """Return unit-length tokens of ``items`` [candidate]."""
+        taken = self.take(items)
+        ids = None if taken.ids is None else F.normalize(taken.ids, dim=-1)
+        return CandidateEmbeddings(F.normalize(taken.modality, dim=-1), taken.mask, ids, taken.id_mask)
+
+
+class WordDrop(nn.Module):
+    """Item tokens read from texts with words left out, in place of the catalogue's.
+
+    Parameters
+    ----------
+    item_encoder : ItemEncoder
+        Whose adapters read the other vectors too.
+    variants : mapping of str to Tensor [row, width]
+        Modality -> vectors of its items' texts with words left out; may be empty.
+    feature_scaling : {"l2", "none"}
+        As the towers have it.
+    """
+
+    def __init__(
+        self, item_encoder: ItemEncoder, variants: Mapping[str, Tensor], feature_scaling: FeatureScaling
+    ) -> None:
+        super().__init__()
+        self.adapters, self.names = item_encoder.adapters, item_encoder.names
+        self.tables = nn.Module()
+        for name, table in variants.items():
+            scaled = F.normalize(table, dim=-1) if feature_scaling == "l2" else table
+            self.tables.register_buffer(name, scaled, persistent=False)
+        self.varied = tuple(variants)
+
+    def forward(self, items: ItemEmbeddings, item_ids: Tensor, drawn: Tensor) -> ItemEmbeddings:
+        """Return the tokens with the text of the drawn positions exchanged.
+
+        Parameters
+        ----------
+        items : ItemEmbeddings of shape [batch, seq]
+        item_ids : Tensor [batch, seq], int64
+            Catalogue rows.
+        drawn : Tensor [batch, seq], bool
+        """
+        modality = items.modality.clone()
+        for name in self.varied:
+            index = self.names.index(name)
+            there = drawn & items.mask[index]
+            modality[index, there] = self.adapters[name](self.tables.get_buffer(name)[item_ids[there]])
+        return items._replace(modality=modality)

@@ -1,0 +1,1 @@
+"""Drop-in replacements for torch functions where a CPU profits."""

@@ -1,0 +1,1 @@
+"""What is added to the network's score when ranking, how its weights are tuned, and the baselines."""

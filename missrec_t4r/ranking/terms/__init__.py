@@ -1,0 +1,1 @@
+"""Score terms: item-kNN, content-kNN and cold start."""

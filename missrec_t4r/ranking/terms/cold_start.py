@@ -1,0 +1,229 @@
+"""ColdStartTerm: what ranking gives an item that training never saw, from its look-alikes and from its content (ours).
+
+The neighbour prior lifts every item with events above those without. A newcomer borrows it from the items that it
+resembles, and gets a level that validation chose on items treated as new: the places among the first ten that such
+items deserve. Trained items keep their scores to the bit. What it was worth: docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from missrec_t4r.model.item_encoder import ItemEncoder
+from missrec_t4r.ranking.terms.content_knn import mean_similarity
+from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
+
+_N_ALIKE = 32
+"""Length of a newcomer's list, as in `ContentKNNTerm`."""
+_SHARPNESS = 10.0
+"""Inverse temperature of the list's softmax (docs/experiments.md)."""
+_DECAY = 0.7
+"""Weight of an item relative to the one after it in the session's mean content."""
+_TENTH = 10
+_MOST_NEWCOMERS = 1 << 14
+_MOST_LENDERS = 50_000
+_CHUNK_BYTES = 1 << 26
+
+
+class ColdStartSettings(NamedTuple):
+    """What validation chooses."""
+
+    neighbours: float
+    """Factor of the borrowed neighbour prior."""
+    content: float
+    """Score units per cosine between the session's mean content and the newcomer's."""
+    bar: float
+    """Share of a session's tenth neighbour prior that is added: where much was bought together, others reach higher."""
+    level: float
+    """Added to every newcomer, in score units."""
+
+
+class Borrowed(NamedTuple):
+    """What sessions say of the newcomers, before any weight."""
+
+    neighbours: Tensor
+    """[batch, newcomer]: mean neighbour prior of a newcomer's look-alikes."""
+    content: Tensor
+    """[batch, newcomer]: cosine with the session's mean content."""
+    bar: Tensor
+    """[batch, 1]: the tenth neighbour prior of the session."""
+
+
+class ColdStartTerm(nn.Module):
+    """Score of the items without events, on top of what the model and the look-alike prior say of them.
+
+    ``newcomer(s, j) = neighbours * sum_k a[j,k] prior(s, k) + content * cos(q(s), g[j]) + bar * tenth(s) + level``
+
+    ``a[j,k]`` is the softmax over the 32 trained items k that resemble j most, of 10 times their similarity: the mean
+    of the cosines of raw vectors (E19) and of the tokens that the adapters make of them, which know what sells
+    together; ``g`` are vectors around the mean of the trained items, ``q(s) = sum_i .7**age(i) unit(g[i])`` over the
+    session; the cosine is the mean over the modalities that validation chose and session and item have; ``tenth`` is
+    the tenth largest prior of the session.
+
+    Parameters
+    ----------
+    widths : sequence of int
+        Widths of the modalities, in the towers' order.
+    """
+
+    settings: Tensor
+    modalities: Tensor
+    rows: Tensor
+    alike: Tensor
+    likeness: Tensor
+    scales: Tensor
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        self.widths = widths
+        self._used: list[int] = list(range(len(widths)))
+        self._weights = ColdStartSettings(0.0, 0.0, 0.0, 0.0)  # as numbers: a request shall not read tensors one by one
+        self.register_buffer("settings", torch.zeros(4))
+        self.register_buffer("modalities", torch.ones(len(widths)))
+        self.register_buffer("rows", torch.zeros(0, dtype=torch.int64), persistent=False)
+        self.register_buffer("alike", torch.zeros(0, 1, dtype=torch.int64), persistent=False)
+        self.register_buffer("likeness", torch.zeros(0, 1), persistent=False)
+        self.register_buffer("scales", torch.zeros(len(widths), 0), persistent=False)
+        for index, width in enumerate(widths):
+            self.register_buffer(f"centre{index}", torch.zeros(width), persistent=False)
+            self.register_buffer(f"content{index}", torch.zeros(0, width), persistent=False)
+
+    @torch.no_grad()
+    def find(self, item_encoder: ItemEncoder, newcomers: Tensor, lenders: Tensor, *, by_tokens: bool = True) -> None:
+        """Find the look-alikes of the newcomers among the lenders, under the chosen modalities.
+
+        Parameters
+        ----------
+        item_encoder : ItemEncoder
+            They own vectors and presence masks.
+        newcomers, lenders : Tensor [row], bool
+            At most 50,000 lenders are compared, those of the lowest rows; beyond 16,384 newcomers the rule is off:
+            nothing is said of any.
+        by_tokens : bool
+            False compares raw vectors alone: for items that the adapters learned, whose tokens know too much.
+        """
+        chosen = torch.nonzero(self.modalities).flatten().tolist()
+        self._used, self._weights = chosen, self.chosen
+        here = item_encoder.presence[chosen].any(0)
+        rows = torch.nonzero(newcomers & here).flatten()
+        others = torch.nonzero(lenders & here).flatten()[:_MOST_LENDERS]
+        if not len(others) or len(rows) > _MOST_NEWCOMERS:
+            rows = rows[:0]
+        self.rows = rows
+        self.scales = item_encoder.presence.new_zeros(item_encoder.presence.shape, dtype=self.settings.dtype)
+        self.alike, self.likeness = rows.new_zeros(0, 1), self.settings.new_zeros(0, 1)
+        for index in range(len(self.widths)):
+            setattr(self, f"content{index}", self.settings.new_zeros(0, self.widths[index]))
+        if len(rows):
+            self._centre(item_encoder, chosen, others)
+            self._compare(item_encoder, chosen, others, by_tokens)
+
+    def _centre(self, item_encoder: ItemEncoder, chosen: list[int], others: Tensor) -> None:
+        for index in chosen:
+            table, present = item_encoder.vectors.get_buffer(item_encoder.names[index]), item_encoder.presence[index]
+            centre = table[others[present[others]]].mean(0)
+            lengths = torch.cat([(part - centre).norm(dim=1) for part in table.split(1 << 16)])
+            self.scales[index] = torch.where(present & (lengths > 0), 1 / lengths.clamp_min(1e-12), 0.0)
+            setattr(self, f"centre{index}", centre)
+            setattr(self, f"content{index}", self._unit(item_encoder, index, self.rows))
+
+    def _unit(self, item_encoder: ItemEncoder, index: int, rows: Tensor) -> Tensor:
+        """Return the vectors [item, width] of a modality around the centre, of unit length; zero where missing."""
+        table = item_encoder.vectors.get_buffer(item_encoder.names[index])
+        return (table[rows] - self.get_buffer(f"centre{index}")) * self.scales[index, rows].unsqueeze(1)
+
+    def _compare(self, item_encoder: ItemEncoder, chosen: list[int], others: Tensor, by_tokens: bool) -> None:
+        theirs = self._compared(item_encoder, chosen, others, by_tokens)
+        presence = torch.cat([item_encoder.presence[chosen]] * (len(theirs) // len(chosen)))
+        alike, likeness = [], []
+        places = torch.arange(len(self.rows), device=others.device)
+        for part in places.split(max(1, _CHUNK_BYTES // (4 * len(others)))):
+            own = self._compared(item_encoder, chosen, self.rows[part], by_tokens)
+            both = [torch.cat(pair) for pair in zip(own, theirs, strict=True)]
+            here = torch.cat([presence[:, self.rows[part]], presence[:, others]], dim=1)
+            near = torch.arange(len(part), here.shape[1], device=others.device)
+            similarity = mean_similarity(both, here, torch.arange(len(part), device=others.device), near)
+            nearest, at = similarity.topk(min(_N_ALIKE, len(others)), dim=1)
+            alike.append(others[at])
+            likeness.append(torch.softmax(_SHARPNESS * nearest, dim=1).nan_to_num(0.0))  # NaN: nothing is comparable
+        self.alike, self.likeness = torch.cat(alike), torch.cat(likeness).to(self.settings.dtype)
+
+    def _compared(self, item_encoder: ItemEncoder, chosen: list[int], rows: Tensor, by_tokens: bool) -> list[Tensor]:
+        """Return unit vectors [item, width], zero where missing: raw of each chosen modality, then their tokens."""
+        raw = [self._unit(item_encoder, index, rows) for index in chosen]
+        return raw + ([item_encoder.unit_embeddings(index, rows) for index in chosen] if by_tokens else [])
+
+    @torch.no_grad()
+    def choose(self, settings: ColdStartSettings) -> None:
+        """Use these settings from now on."""
+        self.settings.copy_(torch.tensor(settings))
+        self._weights = self.chosen
+
+    @property
+    def chosen(self) -> ColdStartSettings:
+        """The settings in use."""
+        return ColdStartSettings(*self.settings.tolist())
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a newcomer of which something is said."""
+        return len(self.rows) > 0 and any(self._weights)
+
+    def forward(self, item_ids: Tensor, prior: Tensor, item_encoder: ItemEncoder) -> Tensor:
+        """Return what is added to the newcomers' scores [batch, newcomer], in the order of ``rows``.
+
+        Parameters
+        ----------
+        item_ids : Tensor [batch, seq], int64
+        prior : Tensor [batch, catalogue]
+            The neighbour prior of the same sessions.
+        item_encoder : ItemEncoder
+        """
+        neighbours, content, bar, level = self._weights
+        added = neighbours * self.lent(prior) + level
+        if bar:
+            added.add_(_tenth(prior), alpha=bar)
+        if content:
+            added.add_(self.likeness_to(item_ids, item_encoder), alpha=content)
+        return added
+
+    def borrowed(self, item_ids: Tensor, prior: Tensor, item_encoder: ItemEncoder) -> Borrowed:
+        """Return the parts without their weights."""
+        return Borrowed(self.lent(prior), self.likeness_to(item_ids, item_encoder), _tenth(prior))
+
+    def likeness_to(self, item_ids: Tensor, item_encoder: ItemEncoder) -> Tensor:
+        """Return the cosines [batch, newcomer] with the mean content of sessions ``item_ids`` [batch, seq]."""
+        real = item_ids > UNKNOWN_ROW
+        faded = _DECAY ** (real.sum(1, keepdim=True) - real.cumsum(1)) * real
+        found, shared = [], []
+        for index in self._used:
+            content, centre = self.get_buffer(f"content{index}"), self.get_buffer(f"centre{index}")
+            weights = (faded * self.scales[index][item_ids]).to(content.dtype)
+            table = item_encoder.vectors.get_buffer(item_encoder.names[index])
+            mean = F.embedding_bag(item_ids, table, per_sample_weights=weights, mode="sum")
+            query = F.normalize(mean - weights.sum(1, keepdim=True) * centre, dim=-1)
+            found.append(query @ content.T)
+            shared.append((weights > 0).any(1, keepdim=True) & item_encoder.presence[index, self.rows])
+        if len(found) == 1:
+            return found[0]
+        return torch.stack(found).sum(0) / torch.stack(shared).sum(0).clamp_min(1)
+
+    def lent(self, scores: Tensor) -> Tensor:
+        """Return the mean [batch, newcomer] of scores [batch, catalogue] over each newcomer's look-alikes."""
+        table = scores.T.contiguous()
+        return F.embedding_bag(self.alike, table, per_sample_weights=self.likeness.to(table.dtype), mode="sum").T
+
+
+def _tenth(prior: Tensor) -> Tensor:
+    return prior.topk(min(_TENTH, prior.shape[1]), dim=1).values[:, -1:]
+
+
+def cold_item_mask(frequency: Tensor) -> Tensor:
+    """Return [row], bool: True for items without an event in training; nowhere before anything was counted."""
+    none = frequency == 0
+    none[:FIRST_ITEM_ROW] = False
+    return none & frequency.any()

@@ -1,0 +1,151 @@
+"""Look-alike prior: candidates whose raw content resembles the session's items, added to the score when ranking (ours).
+
+Every candidate keeps a short list of the items it resembles most. The list is the candidate's own: a new item brings
+its list along and changes nobody else's, so that a catalogue update leaves all other scores as they were. What it was
+worth: docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
+
+_SHARPNESS = 5.0
+"""Inverse temperature of the softmax over a candidate's list; 5 and 10 rank alike (docs/experiments.md)."""
+_CHUNK_BYTES = 1 << 26
+
+
+class ContentKNNSettings(NamedTuple):
+    """What validation chooses."""
+
+    weight: float
+    """Factor of the prior in score units; 0 switches it off."""
+    decay: float
+    """Weight of an item relative to the one after it in the session."""
+
+
+class ContentKNNTerm(nn.Module):
+    """Sum of content resemblances between the session's items and a candidate.
+
+    ``lookalikes(s, j) = weight * sum over items i of s of decay**age(i) * a[j,i]``
+
+    ``a[j,i]`` is the softmax, over the most similar items i of j, of ``5 * mean over shared modalities of
+    cos(f[j,m] - mean f[m], f[i,m] - mean f[m])``.
+
+    Centring makes modalities comparable: raw cosines of CLIP images are near 0.7 for any two products.
+
+    Parameters
+    ----------
+    n_rows : int
+        Rows of the catalogue.
+    n_alike : int
+        Length of a candidate's list.
+    """
+
+    alike: Tensor
+    likeness: Tensor
+    settings: Tensor
+    pointers: Tensor
+    candidates: Tensor
+    strengths: Tensor
+
+    def __init__(self, n_rows: int, n_alike: int) -> None:
+        super().__init__()
+        self.register_buffer("alike", torch.zeros(n_rows, n_alike, dtype=torch.int32))
+        self.register_buffer("likeness", torch.zeros(n_rows, n_alike))
+        self.register_buffer("settings", torch.tensor([0.0, 1.0]))
+        self.register_buffer("pointers", torch.zeros(n_rows + 1, dtype=torch.int64), persistent=False)
+        self.register_buffer("candidates", torch.zeros(0, dtype=torch.int64), persistent=False)
+        self.register_buffer("strengths", torch.zeros(0), persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, _: module.index())  # type: ignore[no-untyped-call]  # torch has no types here
+
+    @torch.no_grad()
+    def fit(self, vectors: Mapping[str, Tensor], presence: Tensor) -> None:
+        """Find every item's look-alikes; the work grows with the square of the catalogue.
+
+        Parameters
+        ----------
+        vectors : mapping of str to Tensor [row, width]
+            Frozen modality vectors.
+        presence : Tensor [modality, row], bool
+            True where the item has the modality; in the order of ``vectors``.
+        """
+        self.alike.zero_()
+        self.likeness.zero_()
+        centred = [_centred(table, present) for table, present in zip(vectors.values(), presence, strict=True)]
+        items = presence.any(0)
+        items[:FIRST_ITEM_ROW] = False
+        rows = torch.nonzero(items).flatten()
+        n_alike = min(self.alike.shape[1], len(rows) - 1)
+        if n_alike < 1:
+            self.index()
+            return
+        for chunk in rows.split(max(1, _CHUNK_BYTES // (4 * len(rows)))):
+            similarity = mean_similarity(centred, presence, chunk, rows)
+            similarity[chunk.unsqueeze(1) == rows] = -torch.inf
+            nearest, at = similarity.topk(n_alike, dim=1)
+            self.alike[chunk, :n_alike] = rows[at].int()
+            weights = torch.softmax(_SHARPNESS * nearest, dim=1).nan_to_num(0.0)  # NaN: nothing is comparable
+            self.likeness[chunk, :n_alike] = weights.to(self.likeness.dtype)
+        self.index()
+
+    @torch.no_grad()
+    def choose(self, settings: ContentKNNSettings) -> None:
+        """Use these settings from now on."""
+        self.settings.copy_(torch.tensor(settings))
+
+    @property
+    def active(self) -> bool:
+        """Whether the prior counts."""
+        return bool(self.settings[0] != 0)
+
+    @property
+    def chosen(self) -> ContentKNNSettings:
+        """The settings in use."""
+        return ContentKNNSettings(*self.settings.tolist())
+
+    def index(self) -> None:
+        """Turn the candidates' lists round: for every item, whose list it is in; after `fit` and after loading."""
+        listed = self.likeness > 0
+        owners = torch.nonzero(listed)[:, 0]
+        item, order = self.alike[listed].long().sort(stable=True)
+        counts = torch.bincount(item, minlength=len(self.alike))
+        self.pointers = F.pad(counts.cumsum(0), (1, 0))
+        self.candidates, self.strengths = owners[order], self.likeness[listed][order]
+
+    def forward(self, item_ids: Tensor) -> Tensor:
+        """Return the prior [batch, catalogue] for sessions ``item_ids`` [batch, seq]."""
+        real = item_ids > UNKNOWN_ROW
+        age = real.sum(1, keepdim=True) - real.cumsum(1)
+        faded = (self.settings[0] * self.settings[1] ** age * real).flatten()
+        start, stop = self.pointers[item_ids.flatten()], self.pointers[item_ids.flatten() + 1]
+        lengths = stop - start
+        place = torch.repeat_interleave(torch.arange(len(lengths), device=item_ids.device), lengths)
+        edge = torch.arange(len(place), device=item_ids.device) + (start - lengths.cumsum(0) + lengths)[place]
+        prior = faded.new_zeros(len(item_ids) * len(self.alike))
+        session = torch.div(place, item_ids.shape[1], rounding_mode="floor")
+        prior.index_add_(0, session * len(self.alike) + self.candidates[edge], faded[place] * self.strengths[edge])
+        return prior.view(len(item_ids), -1)
+
+
+def mean_similarity(centred: list[Tensor], presence: Tensor, rows: Tensor, others: Tensor) -> Tensor:
+    """Return [row, other]: mean cosine over the modalities that both items have, -inf where there is none."""
+    total = centred[0].new_zeros(len(rows), len(others))
+    shared = torch.zeros_like(total)
+    for vectors, present in zip(centred, presence, strict=True):
+        total.addmm_(vectors[rows], vectors[others].T)
+        shared += present[rows].unsqueeze(1) & present[others]
+    return torch.where(shared > 0, total / shared.clamp_min(1), -torch.inf)
+
+
+def _centred(table: Tensor, present: Tensor) -> Tensor:
+    """Return unit vectors around the mean of the items that have the modality; zero where it is missing."""
+    here = present.unsqueeze(1).to(table.dtype)
+    centre = (table * here).sum(0) / here.sum().clamp_min(1)
+    return F.normalize((table - centre) * here, dim=-1)

@@ -1,0 +1,289 @@
+"""The session encoder in few steps: everything that does not depend on the session is worked out when serving starts.
+
+The same numbers as `MISSRec.encode` up to rounding, checked on sessions of several shapes before it is used. What it
+leaves out: an item's modalities and ID are summed once per catalogue version; interests are looked up with their first
+projections; a session's distinct interests are found on the host; the key bias, which a softmax does not see, is
+dropped, and the value bias goes into the output's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from missrec_t4r.model.attention import DecoderLayer, EncoderLayer, MultiHeadAttention
+from missrec_t4r.model.item_encoder import ItemEmbeddings
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW
+
+_CHECKED = ((1, 1), (1, 2), (1, 9), (3, 1), (5, 12))
+"""Batch and length of the sessions on which the result is compared with the model's."""
+_TOLERANCE = 1e-5
+_PROJECTIONS_IN_MEMORY = 1 << 26
+"""Projections of interests of at most this many numbers (256 MiB) are kept."""
+
+
+class _Norm(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class _FeedForward(NamedTuple):
+    up: Tensor
+    up_bias: Tensor
+    down: Tensor
+    down_bias: Tensor
+    norm: _Norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return norm(x + feedforward(x)) of tokens [token, dim]."""
+        return self.norm(x + torch.addmm(self.down_bias, F.gelu(torch.addmm(self.up_bias, x, self.up)), self.down))
+
+
+class _LastQuery(NamedTuple):
+    """Attention of one query per session: it is projected, keys and values are not (as in `MultiHeadAttention`)."""
+
+    query: Tensor
+    query_bias: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    output_bias: Tensor
+    blind: Tensor
+    norm: _Norm
+
+    def __call__(self, x: Tensor, keys: Tensor, hidden: Tensor | None, blind: Tensor | None) -> Tensor:
+        """Return norm(x + attention) [batch, dim] for x [batch, dim] and keys [batch, key, dim].
+
+        ``hidden`` [batch, 1, key] is True where a key may not be seen; ``blind`` [batch] where none may.
+        """
+        heads, (batch, width) = len(self.key), x.shape
+        query = torch.addmm(self.query_bias, x, self.query).view(batch, heads, -1).transpose(0, 1)
+        towards = torch.bmm(query, self.key).transpose(0, 1)
+        scores = torch.bmm(towards, keys.transpose(1, 2))
+        if hidden is not None:
+            scores = scores.masked_fill_(hidden, -torch.inf)
+        mixed = torch.bmm(scores.softmax(-1), keys).transpose(0, 1)
+        value = torch.bmm(mixed, self.value).transpose(0, 1).reshape(batch, width)
+        attended = torch.addmm(self.output_bias, value, self.output)
+        if blind is not None:
+            attended = torch.where(blind.unsqueeze(1), self.blind, attended)
+        return self.norm(x + attended)
+
+
+class _EncoderLayer(NamedTuple):
+    project: Tensor
+    project_bias: Tensor
+    output: Tensor
+    output_bias: Tensor
+    n_head: int
+    norm: _Norm
+    feedforward: _FeedForward
+
+    def __call__(self, x: Tensor, projected: Tensor, mask: Tensor | None, real: Tensor | None) -> Tensor:
+        """Return new tokens for the real ones, x [token, dim].
+
+        ``projected`` [batch, token, 3 * dim] holds all, the filling too; ``mask`` [batch, 1, query, key] is True where
+        a key may be seen; ``real`` [token] is where the real ones stand among all, None where all are.
+        """
+        batch, n_tokens, _ = projected.shape
+        parts = projected.view(batch, n_tokens, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], attn_mask=mask)
+        attended = attended.transpose(1, 2).reshape(-1, x.shape[1])
+        attended = attended if real is None else attended[real]
+        return self.feedforward(self.norm(x + torch.addmm(self.output_bias, attended, self.output)))
+
+
+class FusedEncoder:
+    """Compacted rows to unit session vectors.
+
+    Parameters
+    ----------
+    model : MISSRec
+        One for which `can_be_fused` holds.
+    tokens : ItemEmbeddings of shape [row]
+        The catalogue's tokens in evaluation mode.
+    """
+
+    def __init__(self, model: MISSRec, tokens: ItemEmbeddings) -> None:
+        decoder, interests = model.decoder, model.interests
+        self._causal = model.encoder.attention == "causal"
+        common: Tensor | float = 0.0
+        if tokens.ids is not None and tokens.id_mask is not None:
+            common = tokens.ids * tokens.id_mask.unsqueeze(-1)
+        self._items = (tokens.modality * tokens.mask.unsqueeze(-1)).sum(0) + common
+        self._positions = decoder.positions.weight.detach().clone()
+        self._assignment = interests.assignment.T.cpu().numpy().copy()
+        self._centroids = interests.centroids.detach().clone()
+        self._projections = model.encoder.project(interests.centroids).detach()
+        self._encoder = [_encoder_layer(cast(EncoderLayer, layer)) for layer in model.encoder.layers]
+        self._encoder_norm, self._norm_input, self._norm = map(
+            _norm, (model.encoder.norm, decoder.norm_input, decoder.norm)
+        )
+        last = cast(DecoderLayer, decoder.layers[0])
+        self._self = _last_query(last.self_attention, last.norm_self)
+        self._cross = _last_query(last.cross_attention, last.norm_cross)
+        self._feedforward = _feedforward(last.feedforward, last.norm_feedforward)
+
+    @torch.inference_mode()
+    def __call__(self, known: npt.NDArray[np.int64]) -> Tensor:
+        """Return [batch, dim] for rows [batch, seq] padded with 0 on the right; zero for a session without items."""
+        batch, n = known.shape
+        if not batch:
+            return self._items.new_zeros(0, self._items.shape[1])
+        lengths = (known > PADDING_ROW).sum(1)
+        device = self._items.device
+        session = torch.from_numpy(known).to(device)
+        x = self._norm_input(F.embedding(session, self._items) + self._positions[:n])
+        at = torch.from_numpy(np.maximum(lengths - 1, 0)).to(device)
+        query = x[0, n - 1 : n] if batch == 1 and lengths[0] == n else x[torch.arange(batch, device=device), at]
+        ragged, empty = int(lengths.min()) < n, lengths == 0
+        hidden = torch.from_numpy(_hidden(lengths, n)).to(device) if ragged else None
+        query = self._self(query, x, hidden, None)
+        memory, unseen, blind = self._memory(known)
+        query = self._feedforward(self._cross(query, memory, unseen, blind))
+        vectors = F.normalize(self._norm(query), dim=-1)
+        return vectors * torch.from_numpy(~empty).to(device).unsqueeze(1) if empty.any() else vectors
+
+    def _memory(self, known: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the encoder's output [batch, interest, dim], where it may not be seen, and who sees none of it."""
+        chosen, position, counts = self._interests(known)
+        batch, width = chosen.shape
+        mask = np.arange(width) < counts[:, None]
+        visible: npt.NDArray[np.bool_] | None = None
+        if self._causal:
+            visible = position[:, None, :] <= position[:, :, None]
+            visible = (visible & mask[:, None, :]) | ~mask[:, :, None]  # what is no token may see anything: no NaN
+        elif int(counts.min()) < width:
+            visible = mask[:, None, :] | ~mask[:, :, None]
+        device = self._centroids.device
+        rows, full = torch.from_numpy(chosen).to(device), int(counts.min()) == width
+        seen = None if visible is None else torch.from_numpy(visible).to(device).unsqueeze(1)
+        real = None if full else torch.from_numpy(np.flatnonzero(mask)).to(device)
+        flat = rows.view(-1) if real is None else rows.view(-1)[real]
+        memory, projected = F.embedding(flat, self._centroids), F.embedding(rows, self._projections)
+        for number, layer in enumerate(self._encoder):
+            if number:
+                flat = torch.addmm(layer.project_bias, memory, layer.project)
+                projected = _spread(flat, real, batch * width).view(batch, width, -1)
+            memory = layer(memory, projected, seen, real)
+        memory = _spread(self._encoder_norm(memory), real, batch * width).view(batch, width, -1)
+        if full:
+            return memory, None, None
+        blind = counts == 0
+        hidden = torch.from_numpy(_hidden(counts, width)).to(device)
+        return memory, hidden, torch.from_numpy(blind).to(device) if blind.any() else None
+
+    def _interests(
+        self, known: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return distinct interests [batch, interest], the item that showed each first, and their number [batch]."""
+        shown = self._assignment[known].reshape(len(known), -1)[:, ::-1].tolist()
+        ages = [place // self._assignment.shape[1] for place in reversed(range(len(shown[0])))]
+        firsts = [dict(zip(line, ages, strict=True)) for line in shown]  # newest first, so that the oldest stays
+        for first in firsts:
+            first.pop(0, None)
+        counts = np.array([len(first) for first in firsts])
+        width = max(int(counts.max()), 1)
+        chosen, position = np.zeros((len(known), width), np.int64), np.zeros((len(known), width), np.int64)
+        for line, first in enumerate(firsts):
+            chosen[line, : len(first)], position[line, : len(first)] = list(first), list(first.values())
+        return chosen, position, counts
+
+
+def folded(model: MISSRec, tokens: ItemEmbeddings | None) -> FusedEncoder | None:
+    """Return a folded encoder, or None where the model has parts that it does not know or answers otherwise."""
+    if tokens is None or not can_be_fused(model):
+        return None
+    encoder = FusedEncoder(model, tokens)
+    return encoder if all(_equal(model, tokens, encoder, *shape) for shape in _CHECKED) else None
+
+
+def can_be_fused(model: MISSRec) -> bool:
+    """Return whether the model is one of those that `FusedEncoder` knows: the default recipe is."""
+    return (
+        model.event_features is None
+        and model.decoder.sequence_fusion == "add"
+        and len(model.decoder.layers) == 1
+        and len(model.encoder.layers) > 0
+        and 3 * model.interests.centroids.numel() <= _PROJECTIONS_IN_MEMORY
+    )
+
+
+@torch.inference_mode()
+def _equal(model: MISSRec, tokens: ItemEmbeddings, encoder: FusedEncoder, batch: int, length: int) -> bool:
+    length = min(length, model.config.max_sequence_length)
+    n_items = model.item_encoder.n_rows - FIRST_ITEM_ROW
+    rows = np.arange(batch * length).reshape(batch, length) * 7 % n_items + FIRST_ITEM_ROW
+    for line in range(1, batch):
+        rows[line, max(length - line, 0) :] = PADDING_ROW
+    session = torch.from_numpy(rows).to(tokens.modality.device)
+    expected = model.encode(session, catalogue=tokens, last_only=True).vectors
+    expected = expected * (session > PADDING_ROW).any(1, keepdim=True)
+    return torch.allclose(encoder(rows), expected, atol=_TOLERANCE, rtol=0)
+
+
+def _hidden(lengths: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.bool_]:
+    """Return [batch, 1, width], True behind the end of a line; a line without any content hides nothing (no NaN)."""
+    return (np.arange(width) >= np.where(lengths == 0, width, lengths)[:, None])[:, None]
+
+
+def _spread(tokens: Tensor, real: Tensor | None, total: int) -> Tensor:
+    """Return [total, dim] with the tokens at their places and zeros between them."""
+    return tokens if real is None else tokens.new_zeros(total, tokens.shape[1]).index_copy_(0, real, tokens)
+
+
+def _linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    linear = cast(nn.Linear, layer)
+    return linear.weight.detach().T.contiguous(), linear.bias.detach().clone()
+
+
+def _norm(layer: nn.Module) -> _Norm:
+    norm = cast(nn.LayerNorm, layer)
+    return _Norm(norm.weight.detach().clone(), norm.bias.detach().clone(), norm.eps)
+
+
+def _feedforward(block: nn.Module, norm: nn.Module) -> _FeedForward:
+    layers = [layer for layer in block.children() if isinstance(layer, nn.Linear)]
+    return _FeedForward(*_linear(layers[0]), *_linear(layers[1]), _norm(norm))
+
+
+def _encoder_layer(layer: EncoderLayer) -> _EncoderLayer:
+    attention = layer.self_attention
+    parts = [_linear(part) for part in (attention.query, attention.key, attention.value)]
+    return _EncoderLayer(
+        torch.cat([weight for weight, _ in parts], 1),
+        torch.cat([bias for _, bias in parts]),
+        *_linear(attention.output),
+        attention.n_head,
+        _norm(layer.norm_attention),
+        _feedforward(layer.feedforward, layer.norm_feedforward),
+    )
+
+
+def _last_query(attention: MultiHeadAttention, norm: nn.Module) -> _LastQuery:
+    heads = attention.n_head
+    query, query_bias = _linear(attention.query)
+    width = len(query)
+    scale = (width // heads) ** -0.5
+    output, output_bias = _linear(attention.output)
+    value_bias = attention.value.bias.detach()
+    return _LastQuery(
+        query * scale,
+        query_bias * scale,
+        attention.key.weight.detach().view(heads, -1, width).clone(),
+        attention.value.weight.detach().view(heads, -1, width).transpose(1, 2).contiguous(),
+        output,
+        torch.addmv(output_bias, output.T, value_bias),
+        output_bias,
+        _norm(norm),
+    )

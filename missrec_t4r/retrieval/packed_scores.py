@@ -1,0 +1,183 @@
+"""The catalogue's tokens packed for ranking: one product per request, exact scores of any few items.
+
+With a trained ID embedding e the score ``(s.e + 2 fused)/3`` equals the fused score of the tokens ``y = (e + 2x)/3``
+under 1.5 phi, because the softmax does not see what all modalities of an item share (specification 6). So every item is
+a handful of tokens and one number phi, worked out once per catalogue version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from missrec_t4r.io.tensor_file import StoredRows
+from missrec_t4r.model.fusion import CandidateFusion
+from missrec_t4r.model.item_encoder import CandidateEmbeddings
+
+SCAN_ERROR = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""By how much `PackedItems.scan` may differ from `PackedItems.exact`, by the type of the tokens."""
+
+_FEW = 4096
+"""Tokens that are read one by one from a file; more are read through the mapping."""
+
+
+@dataclass(frozen=True)
+class PackedItems:
+    """Tokens of a catalogue version; see `pack_items`."""
+
+    tokens: Tensor
+    """[token, dim]: the first token of every row, in the order of the rows, then the further ones."""
+    place: Tensor
+    """[modality, row], int64: where the tokens of a row stand in ``tokens``, -1 from its last one on."""
+    modality: Tensor
+    """[modality, row], int64: which modality a token is of; -1 for a row that has only an ID."""
+    several: Tensor
+    """[item], int64: rows with two tokens or more, ascending; their second tokens follow the first ones in order."""
+    phi: Tensor
+    """[row]: sharpness of the softmax over a row's votes."""
+    stored: StoredRows | None = None
+    """Gives ``tokens`` row by row where they are mapped from a file."""
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the catalogue."""
+        return int(self.place.shape[1])
+
+    def scan(self, session: Tensor) -> Tensor:
+        """Return the scores of all rows.
+
+        Parameters
+        ----------
+        session : Tensor [batch, dim], float32
+            Unit-length session vectors.
+
+        Returns
+        -------
+        Tensor [batch, row], float32
+            Up to rounding those of `CandidateFusion`; meaningless for rows that cannot be recommended.
+        """
+        votes = (session.to(self.tokens.dtype) @ self.tokens.T).float()
+        scores = votes[:, : self.n_rows]
+        if not len(self.several):
+            return scores
+        second = votes[:, self.n_rows : self.n_rows + len(self.several)]
+        if len(self.place) == 2:
+            fused = fuse_two(scores[:, self.several], second, self.phi[self.several])
+        else:
+            places = self.place[:, self.several]
+            fused = fuse(votes[:, places.clamp_min(0)], places >= 0, self.phi[self.several])
+        return scores.index_copy(1, self.several, fused)
+
+    def exact(self, session: Tensor, rows: Tensor) -> Tensor:
+        """Return the scores of some rows, the same for a row whatever it is asked together with.
+
+        Parameters
+        ----------
+        session : Tensor [batch, dim], float32
+        rows : Tensor [batch, item], int64
+
+        Returns
+        -------
+        Tensor [batch, item], float64
+            Summed in 64 bits: equal tokens have equal scores after rounding to 32 bits, wherever they stand.
+        """
+        votes, present = self._votes(session.double(), rows, torch.float64)
+        return fuse(votes, present, self.phi[rows].double())
+
+    def quick(self, session: Tensor, rows: Tensor) -> Tensor:
+        """Return what `exact` does in the tokens' precision, [batch, item]."""
+        votes, present = self._votes(session.float(), rows, torch.float32)
+        return fuse(votes, present, self.phi[rows])
+
+    def leading(self, session: Tensor, rows: Tensor) -> Tensor:
+        """Return the modality that weighs most in the scores of ``rows``, [batch, item]; -1 where only an ID speaks."""
+        votes, present = self._votes(session.double(), rows, torch.float64)
+        logits = (self.phi[rows] * votes).masked_fill(~present, -torch.inf)
+        return self.modality[:, rows].gather(0, logits.argmax(0, keepdim=True))[0]
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> PackedItems:
+        """Return the table on a device, its tokens of another type."""
+        moved = {name: getattr(self, name).to(device) for name in ("place", "modality", "several", "phi")}
+        tokens = self.tokens.to(device, dtype)
+        return replace(self, tokens=tokens, stored=self.stored if tokens is self.tokens else None, **moved)
+
+    def _votes(self, session: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        places = self.place[:, rows]
+        few = self.stored is not None and places.numel() <= _FEW
+        at = places.clamp_min(0)
+        tokens = (self.stored.take(at) if few and self.stored is not None else self.tokens[at]).to(dtype)
+        return (tokens * session[:, None]).sum(-1), places >= 0
+
+
+def fuse(votes: Tensor, present: Tensor, phi: Tensor) -> Tensor:
+    """Return ``sum_m softmax(phi v)_m v_m`` over the present of the tokens; 0 where there is none.
+
+    Parameters
+    ----------
+    votes : Tensor, [modality, batch, item] or [batch, modality, item]
+    present : Tensor, bool, [modality, batch, item] or [modality, item]
+    phi : Tensor, broadcastable to [batch, item]
+    """
+    axis = 0 if present.dim() == votes.dim() else 1
+    logits = (phi * votes).masked_fill(~present, -torch.inf)
+    weights = torch.softmax(logits, axis).masked_fill(~present, 0.0)
+    return (weights * votes).sum(axis)
+
+
+def fuse_two(first: Tensor, second: Tensor, phi: Tensor) -> Tensor:
+    """Return what `fuse` does for two tokens: the softmax of two votes is a sigmoid of their difference."""
+    apart = second - first
+    return torch.addcmul(first, apart, torch.sigmoid(phi * apart))
+
+
+def pack_items(fusion: CandidateFusion, candidates: CandidateEmbeddings, rows: Tensor | None = None) -> PackedItems:
+    """Pack a catalogue's unit-length tokens.
+
+    Parameters
+    ----------
+    fusion : CandidateFusion
+        Its phi; a static fusion needs one token per row, the mean.
+    candidates : CandidateEmbeddings
+        Of `MISSRec.candidates`, in evaluation mode.
+    rows : Tensor [row], int64, optional
+        Whose tokens they are, where they are not the whole catalogue's.
+    """
+    phi = (torch.zeros(()) if fusion.phi is None else fusion.phi.detach()).float().reshape(-1)
+    phi = phi[rows] if rows is not None and len(phi) > 1 else phi
+    phi = phi.expand(candidates.mask.shape[1]).clone()
+    has_id = candidates.id_mask if candidates.id_mask is not None else torch.zeros_like(candidates.mask[0])
+    if fusion.phi is None:
+        return _packed(fusion.static_table(candidates)[None], (candidates.mask.any(0) | has_id)[None], phi)
+    tokens, mask = candidates.modality, candidates.mask
+    if candidates.ids is not None:
+        with_ids = (candidates.ids + 2 * tokens) / 3
+        tokens = torch.where((has_id & mask).unsqueeze(-1), with_ids, tokens)
+        alone = has_id & ~mask.any(0)
+        tokens[0] = torch.where(alone.unsqueeze(-1), candidates.ids, tokens[0])
+        table = _packed(tokens, torch.cat([mask[:1] | alone, mask[1:]]), phi * torch.where(has_id, 1.5, 1.0))
+        return replace(table, modality=table.modality.masked_fill(alone, -1))
+    return _packed(tokens, mask, phi)
+
+
+def _packed(tokens: Tensor, mask: Tensor, phi: Tensor) -> PackedItems:
+    n_rows = mask.shape[1]
+    modality = torch.sort((~mask).int(), dim=0, stable=True).indices  # present ones first, in their order
+    depth = mask.sum(0)
+    place = torch.full_like(modality, -1)
+    place[0] = torch.arange(n_rows, device=mask.device)
+    packed, taken = [tokens[modality[0], place[0]] * mask.any(0).unsqueeze(-1)], n_rows
+    for level in range(1, len(mask)):
+        rows = torch.nonzero(depth > level).flatten()
+        packed.append(tokens[modality[level, rows], rows])
+        place[level, rows] = torch.arange(taken, taken + len(rows), device=mask.device)
+        taken += len(rows)
+    levels = max(int(depth.max()) if n_rows else 1, 1)
+    return PackedItems(
+        torch.cat(packed).contiguous(),
+        place[:levels],
+        modality[:levels],
+        torch.nonzero(depth > 1).flatten(),
+        phi,
+    )

@@ -1,0 +1,312 @@
+"""The ranker: batches of catalogue rows in, the best items per session out. The same code offline and in Triton.
+
+Null and unknown rows are dropped and counted. A session without any known item cannot be encoded: it is answered with
+the most popular items, and the answer says so. Ranking order: score descending, ties by ascending row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.event_features import EventArrays, compact_event_features
+from missrec_t4r.errors import DataError
+from missrec_t4r.io.tensor_file import Lent
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.retrieval.filters import NO_RULES, ItemColumns, Rules, capped
+from missrec_t4r.retrieval.fused_encoder import folded
+from missrec_t4r.retrieval.index_file import RetrievalIndex
+from missrec_t4r.retrieval.int8_bounds import AVAILABLE, Int8Bounds, quantise
+from missrec_t4r.retrieval.packed_scores import pack_items
+from missrec_t4r.retrieval.topk import SPARE, Found, Query, scan_bounds, search
+from missrec_t4r.retrieval.traced_encoder import SessionEncoder, recorded
+from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
+
+Rows = npt.NDArray[np.int64]
+
+_SCORES_IN_MEMORY = 1 << 25
+"""Score matrices of one step hold at most this many numbers (128 MiB of float32): large catalogues, smaller steps."""
+_TOKENS_IN_MEMORY = 1 << 26
+"""Token tables of at most this many numbers (256 MiB) are kept for the sessions' items; larger ones are not."""
+_LENT_FOR = 8
+"""Sessions after which mapped pages go back: the system hands out up to 2 MiB around every row that is read."""
+CERTIFIED_FROM = 50_000
+"""Rows from which the certified search in 8 bits replaces the scan; smaller catalogues are scanned in less time."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Answers to a batch of sessions."""
+
+    rows: Rows
+    """[batch, top_k]: catalogue rows, best first; 0 from ``n_items`` on."""
+    scores: npt.NDArray[np.float32]
+    """[batch, top_k]: before the temperature; for a fallback the item's popularity in [0, 1]; 0 from ``n_items`` on."""
+    n_items: npt.NDArray[np.int32]
+    """[batch]: items returned, less than asked for when fewer can be recommended."""
+    n_unknown: npt.NDArray[np.int32]
+    """[batch]: null and unknown rows that were dropped from the session."""
+    fallback: npt.NDArray[np.bool_]
+    """[batch]: True where no item of the session is known and popularity answered."""
+    n_passed: npt.NDArray[np.int32]
+    """[batch]: items that the filters let through, before the caps; ``n_items`` is the smaller of it and ``top_k``
+    unless caps take some away."""
+
+
+class Ranker:
+    """Exact top-k over the whole catalogue.
+
+    Parameters
+    ----------
+    model : MISSRec
+        Set to evaluation mode and moved to the device.
+    catalogue : Catalogue
+        The catalogue it was built for; its ``train_count`` is the popularity.
+    device : str
+        ``"cpu"`` or ``"cuda:0"``.
+    batch_size : int
+        Sessions per pass of the model; an upper limit, large catalogues take less.
+    dtype : torch.dtype
+        Of the tokens that are scanned; float16 halves a GPU's memory.
+    certified_from : int
+        Rows from which the certified search is used, on the CPU.
+    tables : RetrievalIndex, optional
+        Of the same model and catalogue, mapped from a bundle; worked out here without them.
+    """
+
+    def __init__(
+        self,
+        model: MISSRec,
+        catalogue: Catalogue,
+        *,
+        device: str = "cpu",
+        batch_size: int = 64,
+        dtype: torch.dtype = torch.float32,
+        certified_from: int = CERTIFIED_FROM,
+        tables: RetrievalIndex | None = None,
+    ) -> None:
+        self.model, self.catalogue = model.eval().to(device), catalogue
+        self.device = torch.device(device)
+        self.batch_size = max(1, min(batch_size, _SCORES_IN_MEMORY // catalogue.n_rows))
+        self.max_sequence_length = model.config.max_sequence_length
+        self.columns = ItemColumns(catalogue.items)
+        with torch.inference_mode():
+            small = len(model.item_encoder.names) * catalogue.n_rows * model.config.d_model <= _TOKENS_IN_MEMORY
+            tokens = self.model.item_encoder.catalogue() if small or tables is None else None
+            table = pack_items(model.fusion, model.item_encoder.candidates(tokens)) if tables is None else tables.table
+            self.table = table.to(self.device, dtype)
+            self._tokens = tokens if small else None
+            self._popularity = self._popular(catalogue)
+        self._folded = folded(self.model, self._tokens)
+        self._encode = recorded(SessionEncoder(self.model, self._tokens)) if self._folded is None else None
+        if self._folded is not None:
+            self._tokens = None  # it has what it needs of them
+        certified = self.device.type == "cpu" and catalogue.n_rows >= certified_from and AVAILABLE
+        self.quantised: Int8Bounds | None = None
+        if certified:
+            self.quantised = quantise(self.table) if tables is None else tables.quantised
+        self._lent = Lent(self._mapped() if tables is not None else (), _LENT_FOR)
+        self.widenings = 0
+        """Sessions whose search had to look beyond its first candidates to be certain."""
+
+    @torch.inference_mode()
+    def rank(
+        self,
+        rows: Rows,
+        *,
+        top_k: int | npt.ArrayLike = 10,
+        exclude_seen: bool | npt.ArrayLike = False,
+        seen: Rows | None = None,
+        exclude: Rows | None = None,
+        allow: Rows | None = None,
+        rules: Sequence[Rules] | None = None,
+        event_features: Mapping[str, npt.NDArray[Any]] | None = None,
+    ) -> Ranking:
+        """Answer a batch of sessions.
+
+        Parameters
+        ----------
+        rows : ndarray [batch, seq], int64
+            Catalogue rows in the order of time, 0 for padding; the last ``max_sequence_length`` known ones count.
+        top_k : int or array [batch]
+            Items wanted per session, at least 1; answers are as wide as the largest.
+        exclude_seen : bool or array [batch]
+            Whether a session's own items are left out.
+        seen : ndarray [batch, any], int64, optional
+            What "seen" means; ``rows`` by default (give the uncut session where ``rows`` is cut).
+        exclude : ndarray [batch, any], int64, optional
+            Further rows that must not be recommended, 0 for none.
+        allow : ndarray [batch, any], int64, optional
+            The only rows that may be recommended, 0 for none; a line of zeros allows everything.
+        rules : sequence of Rules, one per session, optional
+            Filters and caps over the catalogue's columns.
+        event_features : mapping of str to ndarray [batch, seq] or [batch, seq, size], optional
+            Side features of the sessions, aligned with ``rows``; what is missing counts as absent.
+
+        Raises
+        ------
+        DataError
+            A row outside the catalogue, or ``top_k`` below 1.
+        ServingError
+            Rules ask for a column that the catalogue does not have, or for values of another type.
+        """
+        batch = len(rows)
+        wanted = np.minimum(np.broadcast_to(np.asarray(top_k, np.int64).reshape(-1), batch), self.catalogue.n_items)
+        hidden = np.broadcast_to(np.asarray(exclude_seen, bool).reshape(-1), batch)
+        banned = np.where(hidden[:, None], rows if seen is None else seen, PADDING_ROW)
+        banned = banned if exclude is None else np.concatenate([banned, exclude], axis=1)
+        self._check(wanted, rows, banned, *(() if allow is None else (allow,)))
+        known = compact(rows, self.max_sequence_length)
+        aligned = compact_event_features(event_features, rows, self.max_sequence_length) if event_features else {}
+        given: list[Found] = []
+        passed: list[int] = []
+        for start in range(0, batch, self.batch_size):
+            step = slice(start, start + self.batch_size)
+            own = [NO_RULES] * len(known[step]) if rules is None else list(rules[step])
+            own_side = {name: values[step] for name, values in aligned.items()}
+            query = self.query(known[step], own_side)
+            self._restrict(query.allowed, banned[step], None if allow is None else allow[step], own)
+            passed += query.allowed.sum(1).tolist()
+            given += self._best(query, wanted[step], own)
+        self._lent.used(batch)
+        return self._ranking(rows, known, wanted, given, passed)
+
+    def encode(self, known: Rows, event_features: Mapping[str, npt.NDArray[Any]] | None = None) -> Tensor:
+        """Return the session vectors [batch, dim] of compacted rows [batch, seq]; zero for an empty session."""
+        if not event_features and self._folded is not None:
+            return self._folded(known)
+        session = torch.from_numpy(known).to(self.device)
+        if not event_features and self._encode is not None:
+            return self._encode(session)
+        given = {name: torch.from_numpy(values).to(self.device) for name, values in (event_features or {}).items()}
+        vectors = self.model.encode(session, catalogue=self._tokens, last_only=True, event_features=given).vectors
+        return vectors * (session > PADDING_ROW).any(1, keepdim=True)
+
+    def query(self, known: Rows, event_features: EventArrays) -> Query:
+        """Return what compacted rows [batch, seq] and their side features ask of the catalogue, without any rule."""
+        width = max(int((known > PADDING_ROW).sum(1).max(initial=0)), 1)
+        known, event_features = known[:, :width], {name: values[:, :width] for name, values in event_features.items()}
+        session = torch.from_numpy(known).to(self.device)
+        empty = ~(session > PADDING_ROW).any(1, keepdim=True)
+        added = self.model.add_history(torch.zeros(len(known), self.table.n_rows, device=self.device), session)
+        if empty.any():
+            added = torch.where(empty, self._popularity, added)
+        return Query(self.encode(known, event_features), added, self.model.recommendable.repeat(len(known), 1))
+
+    def _restrict(self, allowed: Tensor, banned: Rows, allow: Rows | None, rules: Sequence[Rules]) -> None:
+        """Take from ``allowed`` [batch, row], in place, what a batch's lists and filters rule out."""
+        allowed.scatter_(1, torch.from_numpy(banned).to(self.device), False)
+        if allow is not None and (allow > PADDING_ROW).any():
+            only = torch.from_numpy(allow).to(self.device)
+            listed = torch.zeros_like(allowed).scatter_(1, only, True)
+            allowed &= listed | ~(only > PADDING_ROW).any(1, keepdim=True)
+        for line, own in enumerate(rules):
+            if own.where:
+                allowed[line] &= torch.from_numpy(self.columns.passing(own.where)).to(self.device)
+
+    def _best(self, query: Query, wanted: npt.NDArray[np.int64], rules: Sequence[Rules]) -> list[Found]:
+        if not len(wanted):
+            return []
+        if self.quantised is None:
+            bounds = scan_bounds(self.table, query)
+        else:
+            bounds = self.quantised.bounds(self.table, query, torch.get_num_threads())
+        found = search(self.table, query, bounds, int(wanted.max()))
+        self.widenings += sum(one.scored > int(wanted.max()) + SPARE for one in found)
+        for line, own in enumerate(rules):
+            if own.at_most:
+                one = Query(*(part[line : line + 1] for part in query))
+                found[line] = self._capped(one, bounds[line : line + 1], int(wanted[line]), own)
+        return found
+
+    def _capped(self, query: Query, bounds: Tensor, k: int, rules: Rules) -> Found:
+        """Return the k best items that keep to the caps, looking as far down as that takes."""
+        caps = [(self.columns.groups(column), cap) for column, cap in rules.at_most]
+        width = 4 * k
+        while True:
+            (found,) = search(self.table, query, bounds, width)
+            places = capped(found.rows.tolist(), caps, k)
+            if len(places) == k or len(found.rows) < width:
+                return Found(found.scores[places], found.rows[places], found.scored)
+            width *= 4
+
+    def _ranking(
+        self, rows: Rows, known: Rows, wanted: npt.NDArray[np.int64], given: Sequence[Found], passed: Sequence[int]
+    ) -> Ranking:
+        counts = np.minimum([len(found.rows) for found in given], wanted).astype(np.int32)
+        shape = len(rows), int(wanted.max(initial=1))
+        items, scores = np.full(shape, PADDING_ROW, np.int64), np.zeros(shape, np.float32)
+        if len({len(found.rows) for found in given}) == 1:
+            width = min(len(given[0].rows), shape[1])
+            real = np.arange(width) < counts[:, None]
+            items[:, :width] = torch.stack([found.rows[:width] for found in given]).numpy(force=True) * real
+            scores[:, :width] = torch.stack([found.scores[:width] for found in given]).numpy(force=True) * real
+        else:
+            for line, (found, count) in enumerate(zip(given, counts.tolist(), strict=True)):
+                items[line, :count] = found.rows[:count].numpy(force=True)
+                scores[line, :count] = found.scores[:count].numpy(force=True)
+        return Ranking(
+            items,
+            scores,
+            counts,
+            ((rows > PADDING_ROW) & (rows <= UNKNOWN_ROW)).sum(1).astype(np.int32),
+            ~(known > PADDING_ROW).any(1),
+            np.array(passed, np.int32),
+        )
+
+    def _mapped(self) -> list[Tensor]:
+        """Return what look-ups read here and there of a large catalogue."""
+        weights = [one for one in self.model.state_dict().values() if len(one.shape) and len(one) == self.table.n_rows]
+        return [self.table.tokens, *self.model.item_encoder.vectors.buffers(), *weights]
+
+    def _popular(self, catalogue: Catalogue) -> Tensor:
+        counts = torch.from_numpy(catalogue.train_count).to(self.device, torch.float64)
+        popularity = (counts / counts.max().clamp_min(1)).float()
+        popularity[:FIRST_ITEM_ROW] = 0
+        return popularity
+
+    def _check(self, wanted: npt.NDArray[np.int64], *rows: Rows) -> None:
+        if (wanted < 1).any():
+            raise DataError(f"top_k is {int(wanted.min())}", "at least 1", "ask for one item or more")
+        for matrix in rows:
+            if matrix.size and (matrix.min() < 0 or matrix.max() >= self.catalogue.n_rows):
+                raise DataError(
+                    f"a row between {int(matrix.min())} and {int(matrix.max())}",
+                    f"rows of this catalogue, 0 to {self.catalogue.n_rows - 1}",
+                    "transform the session with the session transform of the same bundle",
+                )
+
+
+def compact(rows: Rows, max_length: int) -> Rows:
+    """Move the known rows of every session to the left, in order, and keep the last ``max_length`` of them.
+
+    Parameters
+    ----------
+    rows : ndarray [batch, seq], int64
+
+    Returns
+    -------
+    ndarray [batch, at most max_length], int64
+        0-padded on the right, at least one column wide.
+
+    Examples
+    --------
+    >>> compact(np.array([[3, 2, 0, 4], [1, 0, 0, 0]]), 50).tolist()
+    [[3, 4], [0, 0]]
+    """
+    known = rows > UNKNOWN_ROW
+    counts = known.sum(1)
+    kept = np.minimum(counts, max_length)
+    width = max(int(kept.max(initial=0)), 1)
+    compacted = np.full((len(rows), width), PADDING_ROW, np.int64)
+    place = np.cumsum(known, axis=1) - 1 - (counts - kept)[:, None]
+    taken = known & (place >= 0)
+    compacted[np.nonzero(taken)[0], place[taken]] = rows[taken]
+    return compacted

@@ -1,0 +1,165 @@
+"""Exact top-k in a fixed order, ties by ascending row, from upper bounds and with a certificate.
+
+A first pass bounds every item's score from above (the chunked scan within rounding, `quantised` more loosely for a
+fraction of the bytes). The best bounds are scored exactly; an item that was not is out once its bound lies below the
+k-th exact score, and as long as one does not the search widens. The answer is that of scoring everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from missrec_t4r.retrieval.packed_scores import SCAN_ERROR, PackedItems
+
+SPARE = 8
+"""Items scored exactly beyond those asked for, so that most searches need no second round."""
+_BLOCK = 256
+"""Items whose best bound stands for them when the first threshold is looked for."""
+_TOGETHER = 1 << 15
+"""Up to so many rows the sessions of a batch are searched together; beyond, one after the other."""
+_ROUND = 4096
+"""Items scored at a time when the search has to widen."""
+_FEW = 256
+"""More items than these are scored in 32 bits first."""
+_ROUNDING = 8e-6
+"""By how much scores in 32 and in 64 bits may differ."""
+
+
+class Found(NamedTuple):
+    """The best of one session."""
+
+    scores: Tensor
+    """[k], float32: descending."""
+    rows: Tensor
+    """[k], int64: equal scores in ascending order."""
+    scored: int
+    """Items that were scored exactly."""
+
+
+class Query(NamedTuple):
+    """What a batch of sessions asks of a catalogue."""
+
+    vectors: Tensor
+    """[batch, dim]: unit length; zero for a session that only ``added`` shall answer."""
+    added: Tensor
+    """[batch, row]: what is added to the fused scores: history, neighbours, popularity."""
+    allowed: Tensor
+    """[batch, row], bool: False for what must not be answered."""
+
+
+def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k best columns of every line.
+
+    `torch.topk` leaves the order of equal scores, and which of them make the cut, to chance; two servers with the same
+    bundle would answer differently.
+
+    Parameters
+    ----------
+    scores : Tensor [batch, catalogue]
+        No NaN; -inf marks what cannot be recommended and comes last.
+    k : int
+        At most ``catalogue`` columns are returned.
+
+    Returns
+    -------
+    scores : Tensor [batch, k]
+        Descending.
+    rows : Tensor [batch, k], int64
+        Their columns; equal scores in ascending order.
+
+    Examples
+    --------
+    >>> top_items(torch.tensor([[0.5, 0.9, 0.5, 0.5]]), 3)[1].tolist()
+    [[1, 0, 2]]
+    """
+    k = min(k, scores.shape[1])
+    if k < 1:
+        return scores[:, :0], torch.zeros(len(scores), 0, dtype=torch.int64, device=scores.device)
+    rows = scores.topk(k, dim=1).indices.sort(dim=1).values  # ascending rows first, so that a stable sort keeps them
+    best, order = scores.gather(1, rows).sort(dim=1, descending=True, stable=True)
+    rows = rows.gather(1, order)
+    crowded = (scores >= best[:, -1:]).sum(1) > k  # more items share the last place than fit: take the lowest rows
+    if bool(crowded.any()):
+        whole, columns = scores[crowded].sort(dim=1, descending=True, stable=True)
+        best[crowded], rows[crowded] = whole[:, :k], columns[:, :k]
+    return best, rows
+
+
+def scan_bounds(table: PackedItems, query: Query) -> Tensor:
+    """Return upper bounds [batch, row] that exceed the scores by rounding alone; -inf where not allowed."""
+    scores = table.scan(query.vectors).add_(query.added)
+    return scores.add_(SCAN_ERROR[table.tokens.dtype]).masked_fill_(~query.allowed, -torch.inf)
+
+
+def search(table: PackedItems, query: Query, bounds: Tensor, k: int) -> list[Found]:
+    """Return every session's k best allowed items, fewer where fewer are allowed.
+
+    Parameters
+    ----------
+    table : PackedItems
+    query : Query
+    bounds : Tensor [batch, row]
+        No score may exceed its bound; -inf where not allowed.
+    k : int
+        At least 1.
+    """
+    if bounds.shape[1] > _TOGETHER:
+        return [_widening(table, query, bounds[line], line, k) for line in range(len(bounds))]
+    best = bounds.topk(min(k + SPARE, bounds.shape[1]), dim=1)
+    rows = best.indices.sort(dim=1).values
+    scores = _scores(table.exact, query, rows).masked_fill(~query.allowed.gather(1, rows), -torch.inf)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    k, rows, worst = min(k, rows.shape[1]), rows.gather(1, order), best.values[:, -1]
+    certain = (worst < scores[:, k - 1]) | (worst == -torch.inf) | (rows.shape[1] == bounds.shape[1])
+    counts, sure = torch.isfinite(scores[:, :k]).sum(1).tolist(), certain.tolist()
+    return [
+        Found(scores[line, :n], rows[line, :n], rows.shape[1])
+        if sure[line]
+        else _widening(table, query, bounds[line], line, k)
+        for line, n in enumerate(counts)
+    ]
+
+
+def _widening(table: PackedItems, query: Query, bounds: Tensor, line: int, k: int) -> Found:
+    """Score exactly whatever may be among the best, in rounds from the highest bounds down."""
+    one = Query(*(part[line : line + 1] for part in query))
+    scores, rows, scored = bounds[:0], torch.empty(0, dtype=torch.int64, device=bounds.device), 0
+    threshold, done, reached = _first_threshold(bounds, k), torch.inf, -torch.inf
+    while True:
+        fresh = torch.nonzero((bounds >= threshold) & (bounds < done) & (bounds > -torch.inf)).flatten()
+        fresh_scores, fresh = _contenders(table, one, fresh, k, reached)
+        rows, order = torch.cat([rows, fresh]).sort()
+        scores, best = torch.cat([scores, fresh_scores])[order].sort(descending=True, stable=True)
+        scores, rows, scored = scores[:k], rows[best[:k]], scored + len(fresh)
+        reached = float(scores[-1]) if len(scores) == k else -torch.inf
+        done = threshold
+        left = bounds[(bounds < done) & (bounds >= reached) & (bounds > -torch.inf)]
+        if not len(left):
+            return Found(scores, rows, scored)
+        threshold = reached if len(left) <= _ROUND else float(left.topk(_ROUND).values[-1])
+
+
+def _first_threshold(bounds: Tensor, k: int) -> float:
+    """Return a value that at least k bounds reach (-inf where fewer are finite), cheaply."""
+    n_blocks = len(bounds) // _BLOCK
+    if k > n_blocks:
+        return float(bounds.topk(min(k, len(bounds))).values[-1])
+    peaks = bounds[: n_blocks * _BLOCK].view(n_blocks, _BLOCK).amax(1)
+    return float(peaks.topk(k).values[-1])
+
+
+def _contenders(table: PackedItems, one: Query, rows: Tensor, k: int, reached: float) -> tuple[Tensor, Tensor]:
+    """Return exact scores of ``rows`` and the rows, less those that a score in 32 bits already rules out."""
+    if len(rows) > _FEW:
+        quick = torch.cat([_scores(table.quick, one, part[None])[0] for part in rows.split(_ROUND)])
+        floor = max(reached, float(quick.topk(k).values[-1]) if k < len(quick) else -torch.inf)
+        rows = rows[quick >= floor - _ROUNDING]
+    return _scores(table.exact, one, rows[None])[0], rows
+
+
+def _scores(method: Callable[[Tensor, Tensor], Tensor], query: Query, rows: Tensor) -> Tensor:
+    return (method(query.vectors, rows) + query.added.gather(1, rows)).float()

@@ -1,0 +1,104 @@
+"""The session encoder recorded at start and replayed without Python, if it answers as the model does.
+
+A recording is kept only if it answers as the model does on sessions of several shapes; otherwise the model itself
+answers. Nothing is stored: every start records anew, from verified weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from missrec_t4r.model.item_encoder import ItemEmbeddings
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
+
+Encode = Callable[[Tensor], Tensor]
+
+_RECORDED = (2, 7)
+_CHECKED = ((1, 1), (1, 2), (1, 9), (3, 1), (5, 12))
+"""Batch and length of the session that is recorded, and of those that a recording is checked on."""
+_TOLERANCE = 1e-5
+_PROJECTIONS_IN_MEMORY = 1 << 26
+"""Projections of interests of at most this many numbers (256 MiB) are kept."""
+
+
+class SessionEncoder(nn.Module):
+    """Rows [batch, seq] to unit session vectors [batch, dim]; zero for a session without any item.
+
+    Parameters
+    ----------
+    model : MISSRec
+    tokens : ItemEmbeddings of shape [row], optional
+        The catalogue's tokens; without them those of the session's items are worked out.
+    """
+
+    def __init__(self, model: MISSRec, tokens: ItemEmbeddings | None) -> None:
+        super().__init__()
+        self.model = model
+        known = model.event_features is None and len(model.encoder.layers) > 0
+        known &= 3 * model.interests.centroids.numel() <= _PROJECTIONS_IN_MEMORY
+        self.projections = model.encoder.project(model.interests.centroids).detach() if known else None
+        self.tokens = None if tokens is None else _constant(tokens)
+
+    def forward(self, session: Tensor) -> Tensor:
+        """Return the vectors of sessions padded with 0 on the right."""
+        if self.projections is None:
+            vectors = self.model.encode(session, catalogue=self.tokens, last_only=True).vectors
+        else:
+            vectors = self._encode(session, self.projections)
+        return vectors * (session > PADDING_ROW).any(1, keepdim=True)
+
+    def _encode(self, session: Tensor, projections: Tensor) -> Tensor:
+        """Return what `MISSRec.encode` does, the interests' projections looked up."""
+        model = self.model
+        items = model.item_encoder(session) if self.tokens is None else self.tokens.take(session)
+        interests = model.interests(session)
+        memory = model.encoder(interests._replace(projections=projections))
+        hidden = model.decoder(items, session > UNKNOWN_ROW, memory, interests, last_only=True)
+        return F.normalize(hidden.squeeze(1), dim=-1)
+
+
+@torch.inference_mode()
+def recorded(encoder: SessionEncoder) -> Encode:
+    """Return a recording of the encoder, or the encoder itself where a recording would answer otherwise."""
+    plain = SessionEncoder(encoder.model, encoder.tokens)
+    plain.projections = None
+    shapes = [_session(encoder.model, *shape) for shape in (_RECORDED, *_CHECKED)]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # shapes that a recording fixes are what the check below finds out
+            traced = torch.jit.trace(encoder.eval(), (shapes[0],), check_trace=False, strict=False)
+            replayed = torch.jit.freeze(traced)
+        with torch.jit.optimized_execution(False):
+            equal = all(torch.allclose(replayed(one), plain(one), atol=_TOLERANCE, rtol=0) for one in shapes)
+    except RuntimeError:
+        return encoder
+    if not equal:
+        return encoder
+
+    def replay(session: Tensor) -> Tensor:
+        with torch.jit.optimized_execution(False):  # optimising anew for every shape takes longer than it saves
+            vectors: Tensor = replayed(session)
+            return vectors
+
+    return replay
+
+
+def _constant(tokens: ItemEmbeddings) -> ItemEmbeddings:
+    ids = None if tokens.ids is None else tokens.ids.detach()
+    return tokens._replace(modality=tokens.modality.detach(), ids=ids)
+
+
+def _session(model: MISSRec, batch: int, length: int) -> Tensor:
+    """Return sessions of different lengths, the first one whole; items repeat."""
+    length = min(length, model.config.max_sequence_length)
+    n_items = model.item_encoder.n_rows - FIRST_ITEM_ROW
+    rows = torch.arange(batch * length).view(batch, length) * 7 % n_items + FIRST_ITEM_ROW
+    for line in range(1, batch):
+        rows[line, max(length - line, 0) :] = PADDING_ROW
+    return rows.to(model.item_encoder.presence.device)

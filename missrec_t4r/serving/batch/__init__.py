@@ -1,0 +1,1 @@
+"""Offline jobs with the served model: scoring, similar items, vector export."""

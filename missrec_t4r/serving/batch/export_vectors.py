@@ -1,0 +1,167 @@
+"""`missrec vectors`: item and session vectors for another index, with what is needed to get the served scores of them.
+
+================= ==================================================================================================
+items.parquet     ``item_id`` and ``recommendable`` in the order of the vectors
+items.npy         [item, dim] float32: inner product with a session vector = the static score of the item
+modality-X.npy    [item, dim] float32: unit-length tokens of modality X, zero where the item lacks it
+ids.npy           [item, dim] float32: unit-length ID embeddings, zero where untrained; only if the model has them
+sessions.parquet  the sessions' own columns and ``usable``, in the order of the vectors; only with sessions
+sessions.npy      [session, dim] float32, unit length; zero for a session without any known item
+vectors.json      width, fusion, phi, history bias, which priors are added: docs/howto/vectors.md
+================= ==================================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle
+from missrec_t4r.bundle.manifest import WEIGHTS_FILE, verify_bundle
+from missrec_t4r.data.event_features import EventArrays, compact_event_features
+from missrec_t4r.errors import BundleError
+from missrec_t4r.io.atomic import atomic_write_dir
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.retrieval.ranker import compact
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, PADDING_ROW
+from missrec_t4r.serving.batch.parquet_io import SessionFiles
+from missrec_t4r.serving.event_features import EventFeatureReader
+
+MARKER = "vectors.json"
+_SESSIONS_AT_A_TIME = 256
+
+
+def vectors(
+    bundle: str | Path,
+    out: str | Path,
+    *,
+    sessions: str | Path | None = None,
+    items_column: str = "items",
+    threads: int = 1,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Write the vectors of all items and, if asked for, of sessions.
+
+    Parameters
+    ----------
+    bundle : path
+    out : path
+        The folder; an older one of this command is replaced whole.
+    sessions : path, optional
+        Parquet, one row per session, as `missrec score` takes it.
+    items_column : str
+        List column of raw item ids, oldest first.
+    threads : int
+        Threads of torch.
+    progress : Progress
+
+    Returns
+    -------
+    dict
+        Folder, items, sessions, width, seconds.
+    """
+    started = time.monotonic()
+    torch.set_num_threads(max(threads, 1))
+    loaded = load_bundle(bundle)
+    weights = str(verify_bundle(bundle, only=())["files"][WEIGHTS_FILE]["sha256"])
+    files = None if sessions is None else _session_files(sessions, items_column, loaded)
+    with atomic_write_dir(Path(out), MARKER, "folder of vectors", BundleError) as folder:
+        described = _write_items(folder, loaded) | {"weights_sha256": weights}
+        n_sessions = 0 if files is None else _write_sessions(folder, loaded, files, progress)
+        (folder / MARKER).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    return {
+        "out": str(out),
+        "items": loaded.catalogue.n_items,
+        "sessions": n_sessions,
+        "width": described["width"],
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+@torch.inference_mode()
+def session_vectors(
+    model: MISSRec, rows: npt.NDArray[np.int64], event_features: EventArrays | None = None
+) -> npt.NDArray[np.float32]:
+    """Return the vector of every session [session, dim]; zero where no item is known.
+
+    Parameters
+    ----------
+    model : MISSRec
+    rows : ndarray [session, seq], int64
+        Catalogue rows, 0-padded on the right.
+    event_features : mapping of str to ndarray [session, seq] or [session, seq, size], optional
+        Side features, aligned with ``rows``.
+    """
+    known = torch.from_numpy(compact(rows, model.config.max_sequence_length))
+    aligned = compact_event_features(event_features or {}, rows, model.config.max_sequence_length)
+    usable = (known > PADDING_ROW).any(1)
+    found = torch.zeros(len(rows), model.config.d_model)
+    if bool(usable.any()):
+        found[usable] = model(known[usable], {name: torch.from_numpy(part)[usable] for name, part in aligned.items()})
+    return found.numpy()
+
+
+@torch.inference_mode()
+def _write_items(folder: Path, loaded: LoadedBundle) -> dict[str, Any]:
+    model, catalogue = loaded.model, loaded.catalogue
+    candidates = model.candidates()
+    items = slice(FIRST_ITEM_ROW, catalogue.n_rows)
+    np.save(folder / "items.npy", model.fusion.static_table(candidates)[items].numpy())
+    names = list(catalogue.modalities)
+    for name, tokens, present in zip(names, candidates.modality, candidates.mask, strict=True):
+        np.save(folder / f"modality-{name}.npy", (tokens * present[:, None])[items].numpy())
+    if candidates.ids is not None and candidates.id_mask is not None:
+        np.save(folder / "ids.npy", (candidates.ids * candidates.id_mask[:, None])[items].numpy())
+    recommendable = pa.array(model.recommendable[items].numpy())
+    pq.write_table(
+        pa.table({ITEM_ID: catalogue.items[ITEM_ID], "recommendable": recommendable}), folder / "items.parquet"
+    )
+    phi = None if model.fusion.phi is None else model.fusion.phi.flatten()
+    return {
+        "format": 1,
+        "width": model.config.d_model,
+        "modalities": names,
+        "fusion": model.fusion.name,
+        "phi": phi.tolist() if phi is not None and len(phi) == 1 else None,
+        "item_ids_in_the_score": candidates.ids is not None,
+        "history_bias": None if model.history_bias is None else float(model.history_bias),
+        "neighbour_prior": bool(model.item_knn is not None and model.item_knn.active),
+        "look_alike_prior": bool(model.content_knn is not None and model.content_knn.active),
+        "newcomers_borrow": bool(
+            model.item_knn is not None and model.item_knn.cold_start and model.item_knn.cold_start.active
+        ),
+    }
+
+
+def _session_files(sessions: str | Path, items_column: str, loaded: LoadedBundle) -> SessionFiles:
+    event_features = () if loaded.model.event_features is None else loaded.model.event_features.columns
+    return SessionFiles(sessions, items_column, loaded.catalogue.id_type, [column.name for column in event_features])
+
+
+def _write_sessions(folder: Path, loaded: LoadedBundle, files: SessionFiles, progress: Progress) -> int:
+    parts: list[npt.NDArray[np.float32]] = []
+    tables: list[pa.Table] = []
+    total = -(-files.rows // _SESSIONS_AT_A_TIME)
+    reader = EventFeatureReader(() if loaded.model.event_features is None else loaded.model.event_features.columns)
+    for batch in progress.track(files.batches(_SESSIONS_AT_A_TIME), "encoding sessions", total):
+        sessions, told = batch.sessions, batch.event_features
+        rows = loaded.transform(*sessions)
+        width = max(1, *(len(row) for row in rows))
+        padded = np.stack([np.pad(row, (0, width - len(row)), constant_values=PADDING_ROW) for row in rows])
+        encoded = [reader.encode(own, len(ids)) for own, ids in zip(told or [], sessions, strict=bool(told))]
+        parts.append(session_vectors(loaded.model, padded, reader.stacked(encoded, padded)))
+        tables.append(batch.carried.append_column("usable", pa.array(parts[-1].any(1))))
+    found = np.concatenate([np.empty((0, loaded.model.config.d_model), np.float32), *parts])
+    np.save(folder / "sessions.npy", found)
+    empty = files.schema.empty_table().select(files.carried).append_column("usable", pa.array([], pa.bool_()))
+    pq.write_table(pa.concat_tables([empty, *tables]), folder / "sessions.parquet")
+    return len(found)

@@ -1,0 +1,218 @@
+"""Sessions in parquet, a batch at a time, and results that appear under their name only when they are complete."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from missrec_t4r.bundle.id_encoder import RawId
+from missrec_t4r.errors import DataError
+from missrec_t4r.schema import LIST_SUFFIX
+from missrec_t4r.serving.event_features import SessionEventFeatures
+
+_ROW_GROUP = 1 << 13
+"""Rows that are gathered before a row group is written."""
+
+
+class SessionBatch(NamedTuple):
+    """Some rows of the file."""
+
+    carried: pa.Table
+    """The columns that are handed through."""
+    sessions: list[list[RawId]]
+    event_features: list[SessionEventFeatures] | None
+    """Side features per session; None if the file has none of the model's."""
+    rules: list[dict[str, Any]] | None = None
+    """Rules per session, if a column holds them."""
+    exclude: list[list[RawId]] | None = None
+    """Ids per session that must not be recommended, if a column holds them."""
+
+
+class SessionFiles:
+    """One row per session: a list column of raw item ids, oldest first, beside columns that are handed through.
+
+    Parameters
+    ----------
+    place : path
+        A parquet file, or a folder of them (read in the order of their names).
+    items_column : str
+        The list column.
+    id_type : {"string", "int64"}
+        Type of the catalogue's ids; the column must hold it.
+    event_features : sequence of str
+        The model's side features; list columns of these names (or with ``-list``) hold one raw value per item id.
+    rules_column : str, optional
+        Text column with a JSON object of rules per session; empty or missing is no rule.
+    exclude_column : str, optional
+        List column of ids that must not be recommended to the session.
+
+    Raises
+    ------
+    DataError
+        No parquet there, no such column, or ids of another type.
+    """
+
+    def __init__(
+        self,
+        place: str | Path,
+        items_column: str,
+        id_type: str,
+        event_features: Sequence[str] = (),
+        rules_column: str | None = None,
+        exclude_column: str | None = None,
+    ) -> None:
+        place = Path(place)
+        self.files = sorted(place.glob("*.parquet")) if place.is_dir() else [place]
+        if not self.files or not self.files[0].is_file():
+            raise DataError(f"{place} holds no parquet", "a parquet file, or a folder of them", "check --sessions")
+        self.items_column = items_column
+        self.schema = pq.read_schema(self.files[0])
+        self.rules_column, self.exclude_column = rules_column, exclude_column
+        self._check_ids(items_column, id_type, "name it with --items-column")
+        if exclude_column is not None:
+            self._check_ids(exclude_column, id_type, "check --exclude-column")
+        if rules_column is not None:
+            self._check_rules(rules_column)
+        lists = {field.name for field in self.schema if _is_list(field.type)} - {items_column}
+        named = {name: name if name in lists else name + LIST_SUFFIX for name in event_features}
+        self.event_columns = {name: column for name, column in named.items() if column in lists}
+
+    @property
+    def rows(self) -> int:
+        """Sessions in all files."""
+        return sum(pq.ParquetFile(file).metadata.num_rows for file in self.files)
+
+    @property
+    def carried(self) -> list[str]:
+        """Columns that are handed through: all that are no lists."""
+        return [field.name for field in self.schema if not _is_list(field.type)]
+
+    def batches(self, size: int) -> Iterator[SessionBatch]:
+        """Yield at most ``size`` rows at a time; a missing list is an empty session, or an absent side feature."""
+        read = [*self.carried, self.items_column, *self.event_columns.values()]
+        columns = [*read, *([self.exclude_column] if self.exclude_column else [])]
+        first = 0
+        for file in self.files:
+            for batch in pq.ParquetFile(file).iter_batches(size, columns=columns):
+                table = pa.Table.from_batches([batch])
+                sessions = [session or [] for session in table[self.items_column].to_pylist()]
+                rules = None if self.rules_column is None else self._rules(table[self.rules_column], first)
+                banned = None if self.exclude_column is None else table[self.exclude_column].to_pylist()
+                exclude = None if banned is None else [own or [] for own in banned]
+                yield SessionBatch(table.select(self.carried), sessions, self._side(table), rules, exclude)
+                first += len(sessions)
+
+    def _side(self, table: pa.Table) -> list[SessionEventFeatures] | None:
+        if not self.event_columns:
+            return None
+        lists = {name: table[column].to_pylist() for name, column in self.event_columns.items()}
+        return [
+            {name: values[line] for name, values in lists.items() if values[line] is not None}
+            for line in range(table.num_rows)
+        ]
+
+    def _rules(self, column: pa.ChunkedArray, first: int) -> list[dict[str, Any]]:
+        """Return what the texts of a batch say, whose first session is number ``first``."""
+        parsed = []
+        for line, text in enumerate(column.to_pylist(), start=first):
+            try:
+                own = json.loads(text) if text else {}
+            except ValueError as error:
+                own = error
+            if not isinstance(own, dict):
+                raise DataError(
+                    f"{self.rules_column!r} of session {line} is {text!r}"[:300], "a JSON object, or nothing"
+                )
+            parsed.append(own)
+        return parsed
+
+    def _check_rules(self, column: str) -> None:
+        field = self.schema.field(column) if column in self.schema.names else None
+        if field is None or not (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
+            found = "no column" if field is None else f"{field.type} in column"
+            raise DataError(f"{self.files[0]} has {found} {column!r}", "text, a JSON object of rules per session")
+
+    def _check_ids(self, column: str, id_type: str, cure: str) -> None:
+        names = [field.name for field in self.schema if _is_list(field.type)]
+        if column not in names:
+            found = f"list columns {', '.join(names)}" if names else "no list column"
+            raise DataError(
+                f"{self.files[0]} has {found}",
+                f"a list column {column!r} of raw item ids",
+                cure,
+            )
+        ids = self.schema.field(column).type.value_type
+        fits = (
+            pa.types.is_integer(ids) if id_type == "int64" else pa.types.is_string(ids) or pa.types.is_large_string(ids)
+        )
+        if not fits and not pa.types.is_null(ids):
+            raise DataError(
+                f"column {column!r} of {self.files[0]} holds {ids}",
+                f"{id_type}, the type of this catalogue's ids",
+                "write the ids exactly as the item table has them",
+            )
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+@contextmanager
+def replace_dir(file: str | Path) -> Iterator[Path]:
+    """Give a path beside ``file`` that takes its name when the block ends well, and is removed otherwise."""
+    file = Path(file).absolute()
+    if file.is_dir():
+        raise DataError(f"{file} is a folder", "the name of a file to write", "choose another --out")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        yield aside
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+class TableWriter:
+    """Writes tables of one schema to one parquet file, in row groups of a useful size; the schema is the first one's.
+
+    Parameters
+    ----------
+    file : Path
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._writer: pq.ParquetWriter | None = None
+        self._waiting: list[pa.Table] = []
+        self.rows = 0
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None:
+            self._flush()
+        if self._writer is not None:
+            self._writer.close()
+
+    def write(self, table: pa.Table) -> None:
+        """Append rows."""
+        self._waiting.append(table)
+        self.rows += table.num_rows
+        if sum(part.num_rows for part in self._waiting) >= _ROW_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._file, self._waiting[0].schema, compression="zstd")
+        self._writer.write_table(pa.concat_tables(part.cast(self._writer.schema) for part in self._waiting))
+        self._waiting = []

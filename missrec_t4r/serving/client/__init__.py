@@ -1,0 +1,1 @@
+"""The typed clients, synchronous and asynchronous, and their transports."""

@@ -1,0 +1,273 @@
+"""The typed client: sessions of raw item ids in, recommendations out, over gRPC or HTTP, or without a server.
+
+It asks the server once for the type of the ids and the largest batch, then pads, splits and reassembles requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from missrec_t4r.errors import DataError
+from missrec_t4r.schema import ITEM_ID
+from missrec_t4r.serving.client.protocol import (
+    Description,
+    Recommendation,
+    RequestOptions,
+    Session,
+    check_call,
+    outputs_for,
+    recommendations_of,
+    requests_of,
+    typed_id,
+)
+from missrec_t4r.serving.client.retry import Retries
+from missrec_t4r.serving.client.transports import Transport, open_transport, translate_errors
+from missrec_t4r.serving.deploy.model_control import bundle_of, current_version, is_deployment
+from missrec_t4r.serving.event_features import SessionEventFeatures
+
+
+class MISSRecClient:
+    """Connection to a Triton server with our model repository.
+
+    Parameters
+    ----------
+    url : str
+        ``host:port``; Triton's defaults are 8001 for gRPC and 8000 for HTTP.
+    protocol : {"grpc", "http"}
+        A gRPC client may be shared by threads; make one HTTP client per thread.
+    timeout : float
+        Seconds per request.
+    model : str
+        Name of the ensemble.
+    retries : Retries
+        How often to ask a server that is not there; ``Retries(attempts=1)`` never asks again.
+    door : Transport, optional
+        Used in place of a connection of its own.
+
+    Examples
+    --------
+    >>> with MISSRecClient("localhost:8001") as client:                                          # doctest: +SKIP
+    ...     client.recommend([["P00042", "P00007"]], top_k=3)[0].item_ids
+    """
+
+    def __init__(
+        self,
+        url: str,
+        protocol: str = "grpc",
+        *,
+        timeout: float = 10.0,
+        model: str = "missrec",
+        retries: Retries | None = None,
+        door: Transport | None = None,
+    ) -> None:
+        self.url, self.model, self.timeout = url, model, timeout
+        self.retries = Retries() if retries is None else retries
+        self._door = open_transport(url, protocol, timeout) if door is None else door
+
+    @classmethod
+    def of_bundle(cls, bundle: str | Path, *, threads: int = 1) -> MISSRecClient:
+        """Return a client that needs no server: the server's models run in this process, on a verified bundle.
+
+        Parameters
+        ----------
+        bundle : path
+        threads : int
+            Threads of torch.
+        """
+        from missrec_t4r.serving.client.in_process import (
+            InProcessTransport,  # torch, which a client of a server does without
+        )
+
+        return cls(str(bundle), door=InProcessTransport(Path(bundle), threads=threads), retries=Retries(attempts=1))
+
+    def __enter__(self) -> MISSRecClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._door.close()
+
+    @cached_property
+    def description(self) -> Description:
+        """What the server says of the model, asked once."""
+
+        def ask() -> tuple[dict[str, str], int]:
+            with translate_errors(self.url, self.model, self.timeout):
+                return self._door.describe(self.model)
+
+        return Description.of(*self.retries.call(ask, self.timeout), f"model {self.model!r} at {self.url}")
+
+    @property
+    def id_type(self) -> str:
+        """``"string"`` or ``"int64"``: the type of the served catalogue's ids."""
+        return self.description.id_type
+
+    @property
+    def max_batch_size(self) -> int:
+        """Sessions that one request may hold; larger calls are split."""
+        return self.description.max_batch_size
+
+    def recommend(
+        self,
+        sessions: Sequence[Session],
+        top_k: int = 10,
+        *,
+        exclude_seen: bool = False,
+        exclude: Session | Sequence[Session] | None = None,
+        allow: Session | Sequence[Session] | None = None,
+        rules: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        reasons: bool = False,
+        side: Sequence[SessionEventFeatures | None] | None = None,
+    ) -> list[Recommendation]:
+        """Recommend items for every session.
+
+        Parameters
+        ----------
+        sessions : sequence of sequences of str, int or None
+            Raw ids in the order of time, of the catalogue's type; None is an event without id.
+        top_k : int
+            Items wanted per session.
+        exclude_seen : bool
+            Leave out the items of the session itself.
+        exclude, allow : sequence of ids, or a sequence of such per session, optional
+            What must not be recommended; the only items that may be.
+        rules : mapping, or a sequence of mappings per session, optional
+            ``{"where": {"in_stock": True, "price": {"max": 20}}, "at_most": {"brand": 2}}``: filters over the
+            catalogue's columns, and how many answered items may share a value.
+        reasons : bool
+            Also say which item of the session and which modality weighed most.
+        side : sequence of mappings or None, optional
+            Side features of every session: raw values by column, one per item id, None where it is not known.
+
+        Returns
+        -------
+        list of Recommendation
+            In the order of the sessions.
+
+        Raises
+        ------
+        DataError
+            An id is of the wrong type; the session is named.
+        UnavailableError
+            The server cannot be reached, or is not ready, in any attempt.
+        ServingError
+            The server is too slow, has no such model, or refuses the request.
+        """
+        check_call(sessions, top_k)
+        answers: list[Recommendation] = []
+        wishes = RequestOptions(
+            exclude_seen=exclude_seen, exclude=exclude, allow=allow, rules=rules, reasons=reasons, side=side
+        )
+        for request in requests_of(sessions, top_k, self.description, wishes):
+            answers += recommendations_of(self.ask(request), len(request["length"]))
+        return answers
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send one request as it is, tensors by name, and return the answer's tensors."""
+
+        def once() -> dict[str, Any]:
+            with translate_errors(self.url, self.model, self.timeout):
+                return self._door.infer(self.model, request, outputs_for(request))
+
+        return self.retries.call(once, self.timeout)
+
+
+def recommend(
+    url: str,
+    items: Sequence[str | int],
+    top_k: int = 10,
+    *,
+    protocol: str = "grpc",
+    exclude_seen: bool = False,
+    exclude: Sequence[str | int] | None = None,
+    allow: Sequence[str | int] | None = None,
+    rules: Mapping[str, Any] | None = None,
+    reasons: bool = False,
+    side: SessionEventFeatures | None = None,
+    catalogue: str | Path | None = None,
+    timeout: float = 10.0,
+) -> dict[str, Any]:
+    """Ask a server for one session: what the command ``missrec recommend`` does.
+
+    Parameters
+    ----------
+    url : str
+        ``host:port``.
+    items : sequence of str or int
+        Raw ids; text is turned into integers where the catalogue's ids are integers.
+    top_k : int
+    protocol : {"grpc", "http"}
+    exclude_seen : bool
+    exclude, allow : sequence of str or int, optional
+        As ``items``.
+    rules : mapping, optional
+    reasons : bool
+        As in `MISSRecClient.recommend`.
+    side : mapping, optional
+        Side features of the session: values by column, one per item.
+    catalogue : path, optional
+        A bundle, catalogue folder or parquet file with ``item_id`` and ``title``: titles are added.
+    timeout : float
+
+    Returns
+    -------
+    dict
+        ``recommendations`` (``item_id``, ``score``, ``title``, with reasons ``because_of`` and ``modality``),
+        ``unknown_items``, ``fallback``, ``n_passed``, ``catalogue_version``.
+    """
+    titles = {} if catalogue is None else read_titles(Path(catalogue))
+    with MISSRecClient(url, protocol, timeout=timeout) as client:
+
+        def typed(ids: Sequence[str | int] | None) -> list[str | int] | None:
+            return None if ids is None else [typed_id(item, client.id_type) for item in ids]
+
+        answer = client.recommend(
+            [typed(items) or []],
+            top_k,
+            exclude_seen=exclude_seen,
+            exclude=typed(exclude),
+            allow=typed(allow),
+            rules=rules,
+            reasons=reasons,
+            side=None if side is None else [side],
+        )[0]
+    why = [{"because_of": reason.item_id, "modality": reason.modality} for reason in answer.reasons]
+    found = [
+        {"item_id": item_id, "score": score} | ({"title": titles[item_id]} if item_id in titles else {}) | reason
+        for item_id, score, reason in zip(answer.item_ids, answer.scores, why or [{}] * len(answer.scores), strict=True)
+    ]
+    return {
+        "recommendations": found,
+        "unknown_items": answer.unknown_items,
+        "fallback": answer.fallback,
+        "n_passed": answer.n_passed,
+        "catalogue_version": answer.catalogue_version,
+    }
+
+
+def read_titles(place: Path) -> dict[str | int, str]:
+    """Return the titles of a bundle, a catalogue folder, a parquet file, or of the version that a deployment answers
+    with; none if there is no column ``title``.
+    """
+    if is_deployment(place) and (version := current_version(place)) is not None:
+        place = bundle_of(place, version)
+    file = place / "items.parquet" if place.is_dir() else place
+    if not file.is_file():
+        raise DataError(
+            f"{file} does not exist", "an item table", "pass a bundle, a catalogue folder or a parquet file"
+        )
+    names = pq.read_schema(file).names
+    if not {ITEM_ID, "title"} <= set(names):
+        return {}
+    table = pq.read_table(file, columns=[ITEM_ID, "title"])
+    pairs = zip(table[ITEM_ID].to_pylist(), table["title"].to_pylist(), strict=True)
+    return {item_id: str(title) for item_id, title in pairs if title is not None}

@@ -1,0 +1,1 @@
+"""Blue/green deployment on a running Triton, with smoke test and rollback."""

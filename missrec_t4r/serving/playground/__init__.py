@@ -1,0 +1,1 @@
+"""A demo page beside a running server."""

@@ -1,0 +1,1 @@
+"""Shadow traffic: a proxy that mirrors requests to a candidate server and compares the answers."""

@@ -1,0 +1,1 @@
+"""Triton: the Python backends, their metrics, the model repository and the embedded server."""

@@ -1,0 +1,330 @@
+"""A real Triton Inference Server on this machine, for the demo, for tests and for trying things out.
+
+The server listens on the loopback interface only and its noise goes to a log file; when it fails, the reason in that
+log becomes the error message. It never outlives the process that started it, not even when that is killed. What only
+an operator may do (loading models, shared memory, tracing) needs a key that is drawn at every start (`control`).
+Production uses Triton's own image (docker-compose.yml).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from missrec_t4r.errors import ServingError
+from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.serving.deploy.model_control import Control, is_deployment, restrictions, start_arguments
+from missrec_t4r.serving.triton.environment import EmbeddedTriton, reason_in
+from missrec_t4r.serving.triton.ports import LOOPBACK, answers_ready, choose_ports, name_of, shows_metrics
+
+_POLL_SECONDS = 0.05
+_CHECK_SECONDS = 0.5
+_STOP_SECONDS = 15.0
+SHARED_BYTES = 16 << 20
+"""Shared memory that a model starts with. Triton's 1 MiB has to grow under the first requests, and growing while
+another model loads has ended the server (docs/reliability.md)."""
+_STARTS = 4
+"""Between choosing a free port and Triton's binding it, another process may take it: then others are chosen."""
+_PORT_TAKEN = ("already in use", "failed to start", "unavailable for")
+"""Words of Triton's log when it could not bind a port."""
+
+
+class LocalTriton:
+    """Serve a model repository while the ``with`` block runs.
+
+    Parameters
+    ----------
+    repository : path
+        A model repository, as `missrec export --triton` writes it.
+    http_port, grpc_port, metrics_port : int
+        0 takes a free port.
+    log_file : path, optional
+        Where Triton's log goes; a temporary file by default.
+    timeout : float
+        Seconds until all models must be ready.
+    arguments : sequence of str
+        Further arguments of ``tritonserver``.
+    progress : Progress
+
+    Examples
+    --------
+    >>> with LocalTriton("model_repository") as server:                                          # doctest: +SKIP
+    ...     client = MISSRecClient(server.grpc_url)
+    """
+
+    def __init__(
+        self,
+        repository: str | Path,
+        *,
+        http_port: int = 0,
+        grpc_port: int = 0,
+        metrics_port: int = 0,
+        log_file: str | Path | None = None,
+        timeout: float = 120.0,
+        arguments: tuple[str, ...] = (),
+        progress: Progress = quiet,
+    ) -> None:
+        self.repository = Path(repository).absolute()
+        self._wanted = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+        self.ports: dict[str, int] = {}
+        self._log_file = None if log_file is None else Path(log_file).absolute()
+        self._timeout, self._arguments, self._progress = timeout, arguments, progress
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None
+        self._name = self._key = ""
+
+    @property
+    def control(self) -> Control:
+        """What an operator needs to load and unload models in this server."""
+        return Control(self.http_url, self._key, self.pid)
+
+    @property
+    def http_url(self) -> str:
+        """Host and port of the HTTP endpoint."""
+        return f"{LOOPBACK}:{self.ports['http']}"
+
+    @property
+    def grpc_url(self) -> str:
+        """Host and port of the gRPC endpoint."""
+        return f"{LOOPBACK}:{self.ports['grpc']}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Address of the Prometheus metrics."""
+        return f"http://{LOOPBACK}:{self.ports['metrics']}/metrics"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the running server, which is also its process group."""
+        if self._process is None:
+            raise ServingError("the server is not running", "", "enter the `with` block first")
+        return self._process.pid
+
+    @property
+    def log_file(self) -> Path:
+        """Triton's log."""
+        return self._log_file or (self._folder or Path(tempfile.gettempdir())) / "triton.log"
+
+    def __enter__(self) -> LocalTriton:
+        if not any(self.repository.glob("*/config.pbtxt")):
+            raise ServingError(
+                f"{self.repository} is no model repository",
+                "a folder with one sub-folder and config.pbtxt per model",
+                "write one with `missrec export --triton`",
+            )
+        triton = EmbeddedTriton.find()
+        for attempt in range(1, _STARTS + 1):
+            self.ports = choose_ports(self._wanted)
+            self._folder = Path(tempfile.mkdtemp(prefix="missrec-triton-"))
+            try:
+                self._start(triton, self._folder)
+                self._wait()
+            except ServingError as error:
+                self.stop()
+                if attempt == _STARTS or not self._lost_a_port(str(error)):
+                    raise
+            except BaseException:
+                self.stop()
+                raise
+            else:
+                break
+        if is_deployment(self.repository):
+            self.control.write(self.repository)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop the server and its models, and remove temporary files; harmless when nothing runs."""
+        if self._process is not None:
+            if self._key and is_deployment(self.repository):
+                Control.forget(self.repository, self._process.pid)
+            _end_group(self._process)
+            self._process = None
+        if self._watchdog is not None:
+            self._watchdog.communicate(b"done\n")
+            self._watchdog = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def check_alive(self) -> None:
+        """Raise a `ServingError` with the reason if the server has ended."""
+        if self._process is not None and (code := self._process.poll()) is not None:
+            raise ServingError(f"Triton ended with code {code}: {self._reason()}", "a running server", self._cure())
+
+    def _start(self, triton: EmbeddedTriton, folder: Path) -> None:
+        self._name, self._key = f"missrec-{secrets.token_hex(8)}", secrets.token_hex(16)
+        command: list[str] = [
+            str(triton.binary),
+            f"--model-repository={self.repository}",
+            f"--backend-directory={triton.backends(folder)}",
+            "--disable-auto-complete-config",  # our configurations are complete; without it every model starts twice
+            f"--backend-config=python,shm-default-byte-size={SHARED_BYTES}",
+            "--exit-timeout-secs=5",
+            f"--id={self._name}",
+            *restrictions(self._key),
+            *(start_arguments(self.repository) if is_deployment(self.repository) else []),
+        ]
+        for door, port in self.ports.items():
+            command += [f"--{door}-address={LOOPBACK}", f"--{door}-port={port}"]
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*command, *self._arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=triton.environment(),
+                start_new_session=True,
+            )
+        self._watchdog = start_watchdog(self._process.pid, folder)
+
+    def _lost_a_port(self, reason: str) -> bool:
+        return 0 in self._wanted.values() and any(words in reason for words in _PORT_TAKEN)
+
+    def _wait(self) -> None:
+        started = time.monotonic()
+        for _ in self._progress.track(self._until_ready(started + self._timeout), "starting Triton"):
+            time.sleep(_POLL_SECONDS)
+        self._progress.say(
+            f"Triton is ready after {time.monotonic() - started:.1f} s: gRPC {self.grpc_url}, HTTP {self.http_url}"
+        )
+
+    def _until_ready(self, deadline: float) -> Iterator[int]:
+        attempt = 0
+        port, door = self.ports["http"], "missrec" if is_deployment(self.repository) else None
+        metrics = None if "--allow-metrics=false" in self._arguments else self.ports["metrics"]
+        while not (
+            answers_ready(port, door) and name_of(port) == self._name and (metrics is None or shows_metrics(metrics))
+        ):
+            self.check_alive()
+            if time.monotonic() > deadline:
+                raise ServingError(
+                    f"Triton is not ready after {self._timeout:.0f} s; its log ends: {self._reason()}",
+                    "all models loaded",
+                    f"raise the timeout, or {self._cure()}",
+                )
+            attempt += 1
+            yield attempt
+
+    def _cure(self) -> str:
+        return f"see {self._log_file}" if self._log_file else "start it with a log file to see Triton's whole log"
+
+    def _reason(self) -> str:
+        return reason_in(self.log_file.read_text(encoding="utf-8", errors="replace"))
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # stubs that outlived the server
+        process.wait()
+
+
+def serve(
+    repository: str | Path,
+    *,
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    metrics_port: int = 8002,
+    log_file: str | Path | None = None,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Serve until Ctrl-C or SIGTERM.
+
+    Parameters
+    ----------
+    repository : path
+    http_port, grpc_port, metrics_port : int
+        0 takes a free port.
+    log_file : path, optional
+        Keeps Triton's log.
+    progress : Progress
+
+    Returns
+    -------
+    dict
+        Repository, ports and the seconds served.
+
+    Raises
+    ------
+    ServingError
+        The server cannot start, or ends by itself.
+    """
+    server = LocalTriton(
+        repository,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        log_file=log_file,
+        progress=progress,
+    )
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops as Ctrl-C does
+    started = time.monotonic()
+    try:
+        with contextlib.suppress(KeyboardInterrupt), server:
+            progress.say(f"serving {server.repository}; the log is {server.log_file}; Ctrl-C stops")
+            while True:
+                server.check_alive()
+                time.sleep(_CHECK_SECONDS)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return {
+        "repository": str(server.repository),
+        "ports": server.ports,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+# A watchdog that ends a server whose owner was killed: a shell that waits for the end of a pipe, nothing more
+
+_SCRIPT = """
+read -r word
+[ "$word" = done ] && exit 0
+kill -TERM -"$1" 2>/dev/null
+for _ in 1 2 3 4 5 6 7 8 9 10; do kill -0 -"$1" 2>/dev/null || break; sleep 1; done
+kill -KILL -"$1" 2>/dev/null
+rm -rf -- "$2"
+"""
+
+
+def start_watchdog(group: int, folder: Path) -> subprocess.Popen[bytes]:
+    r"""Watch over a process group.
+
+    Parameters
+    ----------
+    group : int
+        Process group to stop when this process is gone.
+    folder : Path
+        Removed then.
+
+    Returns
+    -------
+    Popen
+        ``communicate(b"done\n")`` ends it when there is nothing left to watch.
+    """
+    return subprocess.Popen(
+        ["/bin/sh", "-c", _SCRIPT, "missrec-watchdog", str(group), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # a signal to the owner's whole group must not reach it
+    )

@@ -1,0 +1,156 @@
+"""Fine-tuning on one data set: the data are read and checked, then the trainer takes over (specification 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from missrec_t4r.config import Recipe
+from missrec_t4r.data.batching import training_batches
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.event_features import EventColumn, event_columns, fit_event_columns, load_sessions
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.errors import DataError
+from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, STATE_FILE, VOCABULARY_FILE, WEIGHTS_FILE
+from missrec_t4r.schema import CATALOGUE_FOLDER
+from missrec_t4r.training import distributed
+from missrec_t4r.training.trainer import Prepare, Trainer
+
+if TYPE_CHECKING:
+    from missrec_t4r.training.trainer import Trainer
+
+
+def train(
+    data: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Path | Recipe = "default",
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = True,
+    device: str = "auto",
+    progress: Progress = quiet,
+    prepare: Prepare | None = None,
+    event_features: Sequence[EventColumn] | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Train MISSRec on a data folder and write a run folder.
+
+    Parameters
+    ----------
+    data : path
+        Folder written by ``missrec etl``.
+    out : path
+        Run folder. An interrupted run with the same recipe is continued.
+    recipe : str, path or Recipe
+        Shipped name, YAML file, or the settings themselves.
+    settings : mapping, optional
+        Overrides such as ``{"train.epochs": 3}``.
+    resume : bool
+        False starts over.
+    device : str
+        ``"auto"`` takes a GPU if there is one; under torchrun each process its own.
+    prepare : function, optional
+        As in `Trainer`: loads an earlier run's weights and freezes parts (`missrec_t4r.training.warm_start.transfer`).
+    event_features : sequence of EventColumn, optional
+        Side features as an earlier run measured them; by default chosen and measured here.
+    dry_run : bool
+        Read and check everything, say what would be trained, write nothing.
+
+    Returns
+    -------
+    dict
+        Validation metrics, best epoch, seconds, trained positions per second, and the prior's settings.
+
+    Raises
+    ------
+    DataError, ConfigError, CheckpointError
+        Unusable data, contradictory settings, or a checkpoint of another recipe or data set.
+    """
+    data, out = Path(data), Path(out)
+    resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
+    catalogue = Catalogue.load(data / CATALOGUE_FOLDER)
+    measured = event_features is not None
+    event_features = (
+        event_columns(data, resolved.model.side_features, resolved.model.side_width)
+        if event_features is None
+        else event_features
+    )
+    splits = {name: load_sessions(data, name, event_features).known() for name in ("train", "valid")}
+    if not (splits["train"].lengths >= 2).any():
+        raise DataError(f"no training session in {data} has two known items", "sessions to learn from", "check the ETL")
+    _check_rows(splits, catalogue)
+    event_features = event_features if measured else fit_event_columns(event_features, splits["train"])
+    if event_features and distributed.launched().rank == 0:
+        progress.say(f"side features: {', '.join(column.name for column in event_features)}")
+    with distributed.joined(distributed.own_device(device)):
+        trainer = Trainer(
+            resolved, catalogue, splits["train"], splits["valid"], out, device, progress, prepare, event_features
+        )
+        if dry_run:
+            return planned(trainer, data, resume=resume)
+        if resume:
+            trainer.resume()
+        else:
+            trainer.start_over()
+        return trainer.run(data)
+
+
+def _check_rows(splits: Mapping[str, Sessions], catalogue: Catalogue) -> None:
+    for name, sessions in splits.items():
+        highest = int(sessions.values.max(initial=0))
+        if highest >= catalogue.n_rows:
+            raise DataError(
+                f"split {name!r} holds row {highest}",
+                f"rows below {catalogue.n_rows}",
+                "the catalogue is another one's; re-run the ETL",
+            )
+
+
+# What a training run would do: what it reads, how large it is, whether it resumes; nothing is written
+
+
+def planned(trainer: Trainer, data: Path, *, resume: bool) -> dict[str, Any]:
+    """Return what a trainer that is ready to start would do.
+
+    Parameters
+    ----------
+    trainer : Trainer
+        Its model is built and, with ``--from`` or ``--continue``, loaded: what does not fit was said by then.
+    data : Path
+        The data folder; of several, the first.
+    resume : bool
+        Whether an interrupted run in the folder would be continued.
+
+    Raises
+    ------
+    CheckpointError, ConfigError
+        The interrupted run belongs to another recipe or other data.
+    """
+    recipe = trainer.recipe
+    if resumes := resume and (trainer.out / STATE_FILE).is_file():
+        trainer.resume()
+    steps = training_batches(trainer.sessions, recipe.model, recipe.train, np.random.default_rng(recipe.train.seed))
+    return {
+        "dry_run": True,
+        "data": str(data),
+        "run": str(trainer.out),
+        "items": trainer.catalogue.n_items,
+        "modalities": list(trainer.catalogue.modalities),
+        "side_features": []
+        if trainer.model.event_features is None
+        else [c.name for c in trainer.model.event_features.columns],
+        "sessions": {"train": len(trainer.sessions), "valid": len(trainer.all_valid)},
+        "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "device": str(trainer.device),
+        "epochs_at_most": recipe.train.epochs,
+        "minutes_at_most": recipe.train.max_minutes or None,
+        "steps_per_epoch": len(steps),
+        "resumes": {"epoch": trainer.status["epoch"], "steps_done": trainer.status["done"]} if resumes else None,
+        **trainer.facts,
+        "would_write": [str(trainer.out / name) for name in (WEIGHTS_FILE, RECIPE_FILE, RUN_FILE, VOCABULARY_FILE)],
+        "would_replace": (trainer.out / RUN_FILE).is_file(),
+    }

@@ -1,0 +1,1 @@
+"""The next-item softmax: full, chunked and sampled."""

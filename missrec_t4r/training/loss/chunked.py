@@ -1,0 +1,137 @@
+"""Chunked softmax: the exact loss with the catalogue in pieces, no table of all scores or all tokens.
+
+The logarithm of the softmax's denominator is summed up piece by piece (Milakov and Gimelshein, arXiv:1805.02867), and
+the backward pass computes every piece a second time instead of remembering it: twice the towers and one third more
+products, for a memory of [batch, piece].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from missrec_t4r.model.item_encoder import ItemMasks
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.training.loss.full import Questions, StepEmbeddings, candidate_rows, row_embeddings, score_rows
+
+
+class ChunkedSoftmax:
+    """The loss and the gradients of `FullSoftmax`, up to rounding.
+
+    Parameters
+    ----------
+    chunk_size : int
+        Catalogue rows that are scored at once.
+    """
+
+    def __init__(self, chunk_size: int) -> None:
+        self.chunk_size = chunk_size
+
+    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:  # noqa: ARG002 - come in chunks
+        """Compute the tokens of the sessions' items only."""
+        masks = model.item_encoder.masks(dropout=model.training)
+        rows, place = torch.unique(item_ids, return_inverse=True)
+        pool = row_embeddings(model, rows, masks)
+        return StepEmbeddings(pool.take(place), pool, rows, masks)
+
+    def loss(self, model: MISSRec, tokens: StepEmbeddings, questions: Questions) -> Tensor:
+        """Return the loss over all candidates."""
+        assert tokens.masks is not None
+        targets = questions.targets
+        real = (targets > 0) & candidate_rows(model)[targets]
+        counts = real.sum(0) if questions.counts is None else questions.counts
+        share = real / counts.clamp_min(1).to(questions.vectors.dtype) * questions.weights
+        walk = _Walk(model, tokens.masks, questions.history, targets, self.chunk_size)
+        loss: Tensor = _ChunkedCrossEntropy.apply(walk, share, questions.vectors, *walk.weights)  # type: ignore[no-untyped-call]
+        return loss
+
+
+class _Chunk(NamedTuple):
+    rows: Tensor
+    """[chunk]: a stretch of the catalogue."""
+    inside: Tensor
+    """[position, target], bool: True where the target is in it."""
+    column: Tensor
+    """[position, target]: its column there; 0 outside."""
+
+
+class _Walk:
+    """One step's way through the catalogue, walked once forward and once backward."""
+
+    def __init__(self, model: MISSRec, masks: ItemMasks, history: Tensor, targets: Tensor, size: int) -> None:
+        self.model, self.masks, self.history, self.targets, self.size = model, masks, history, targets, size
+        by_row = [model.item_encoder.id_embedding.weight] if model.item_encoder.id_embedding is not None else []
+        if model.fusion.name == "dynamic_instance" and model.fusion.phi is not None:
+            by_row.append(model.fusion.phi)
+        shared: list[Tensor] = list(model.item_encoder.adapters.parameters())
+        if model.fusion.name == "dynamic_shared" and model.fusion.phi is not None:
+            shared.append(model.fusion.phi)
+        if model.history_bias is not None:
+            shared.append(model.history_bias)
+        self.by_row = [weight for weight in by_row if weight.requires_grad]
+        self.shared = [weight for weight in shared if weight.requires_grad]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What learns from the candidates: weights for all of them, then tables with a row for each."""
+        return [*self.shared, *self.by_row]
+
+    def chunks(self) -> Iterator[_Chunk]:
+        n_rows = self.model.item_encoder.n_rows
+        for begin in range(0, n_rows, self.size):
+            rows = torch.arange(begin, min(begin + self.size, n_rows), device=self.targets.device)
+            inside = (self.targets >= begin) & (self.targets < begin + len(rows))
+            yield _Chunk(rows, inside, (self.targets - begin).masked_fill(~inside, 0))
+
+    def logits(self, vectors: Tensor, rows: Tensor, slices: list[Tensor]) -> Tensor:
+        """Return [position, chunk]; ``slices`` are the rows' parts of the tables that learn."""
+        own = dict(zip([id(table) for table in self.by_row], slices))
+        tokens = row_embeddings(self.model, rows, self.masks)
+        table, phi = self.model.item_encoder.id_embedding, self.model.fusion.phi
+        if table is not None and id(table.weight) in own:
+            tokens = tokens._replace(ids=own[id(table.weight)])
+        scores = score_rows(self.model, vectors, tokens, rows, self.history, own.get(id(phi)))
+        return scores.div_(self.model.config.temperature)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum over p, k of ``share[p,k] * (logsumexp(logits[p]) - logits[p, targets[p,k]])``, the logits in chunks."""
+
+    @staticmethod
+    def forward(ctx: Any, walk: _Walk, share: Tensor, vectors: Tensor, *_: Tensor) -> Tensor:
+        total = vectors.new_full((len(vectors),), -torch.inf)
+        wanted = vectors.new_zeros(share.shape)
+        for rows, inside, column in walk.chunks():
+            logits = walk.logits(vectors, rows, [table[rows] for table in walk.by_row])
+            wanted = torch.where(inside, logits.gather(1, column), wanted)
+            total = torch.logaddexp(total, logits.logsumexp(1))
+        ctx.walk = walk
+        ctx.save_for_backward(share, vectors, total)
+        return ((total.unsqueeze(1) - wanted).masked_fill(share == 0, 0.0) * share).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        share, vectors, total = ctx.saved_tensors
+        walk: _Walk = ctx.walk
+        share = share * gradients[0]
+        vectors = vectors.detach().requires_grad_()
+        sums = [torch.zeros_like(weight) for weight in (vectors, *walk.shared)]
+        tables = [torch.zeros_like(table) for table in walk.by_row]
+        for rows, inside, column in walk.chunks():
+            slices = [table.detach()[rows].requires_grad_() for table in walk.by_row]
+            with torch.enable_grad():
+                logits = walk.logits(vectors, rows, slices)
+            upstream = torch.exp(logits.detach() - total.unsqueeze(1)) * share.sum(1, keepdim=True)
+            upstream.scatter_add_(1, column, -share * inside)
+            inputs = [vectors, *walk.shared, *slices]
+            found = torch.autograd.grad(logits, inputs, upstream, allow_unused=True)
+            for whole, part in zip(sums, found):
+                if part is not None:
+                    whole += part
+            for table, part in zip(tables, found[len(sums) :]):
+                if part is not None:
+                    table[rows] = part
+        return (None, None, *sums, *tables)

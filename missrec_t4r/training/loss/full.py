@@ -1,0 +1,136 @@
+"""The softmax of a training step over the whole catalogue, and what its cheaper relatives share with it.
+
+A softmax says twice what a step needs: first the tokens of the sessions' items, then, when these have become vectors,
+the loss against the candidates. `chunked.py` gives the same loss with less memory, `sampled.py` an estimate of it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from missrec_t4r.model.item_encoder import ItemEmbeddings, ItemMasks
+from missrec_t4r.model.losses import next_item_loss
+from missrec_t4r.model.missrec import MISSRec, first_occurrences
+
+
+class Questions(NamedTuple):
+    """The trained positions of a batch: what follows a session, and what was it?"""
+
+    vectors: Tensor
+    """[position, dim]: unit-length session vectors."""
+    history: Tensor
+    """[position, seq], int64: rows that the vector has seen, 0 for none."""
+    targets: Tensor
+    """[position, target], int64: rows; 0 where there is none."""
+    weights: Tensor
+    """[target]: weight of each target column."""
+    counts: Tensor | None
+    """[target]: real targets of the whole batch, where the positions are a part of it."""
+
+
+class StepEmbeddings(NamedTuple):
+    """Tokens that a step has computed before it encodes the sessions."""
+
+    items: ItemEmbeddings
+    """Of shape [batch, seq]: the sessions' items."""
+    pool: ItemEmbeddings
+    """Of shape [item]: those from which ``items`` were gathered."""
+    rows: Tensor
+    """[item], int64: whose tokens the pool holds, ascending."""
+    masks: ItemMasks | None = None
+    """Of this step's dropout, where the pool is not the whole catalogue."""
+    candidates: Tensor | None = None
+    """[candidate], int64: places in the pool, ascending, where not all rows are candidates."""
+
+
+class Softmax(Protocol):
+    """How a step's positions are compared with the catalogue."""
+
+    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:
+        """Compute what the sessions [batch, seq] and the loss need; draws this step's dropout."""
+
+    def loss(self, model: MISSRec, tokens: StepEmbeddings, questions: Questions) -> Tensor:
+        """Return the next-item loss, as `next_item_loss` defines it."""
+
+
+class FullSoftmax:
+    """All candidates at once: the fastest way while a table [position, catalogue] fits into memory.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        In which vectors meet candidates; scores and softmax are in fp32 whatever it is.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+
+    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:  # noqa: ARG002 - all rows
+        """Compute the tokens of the whole catalogue."""
+        catalogue = model.item_encoder.catalogue()
+        rows = torch.arange(model.item_encoder.n_rows, device=item_ids.device)
+        return StepEmbeddings(catalogue.take(item_ids), catalogue, rows)
+
+    def loss(self, model: MISSRec, tokens: StepEmbeddings, questions: Questions) -> Tensor:
+        """Return the loss; the scores' storage becomes that of the softmax."""
+        vectors, history, targets, weights, counts = questions
+        with torch.autocast(vectors.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+            logits = model.score(vectors, model.item_encoder.candidates(tokens.pool), history)
+        logits = logits.div_(model.config.temperature)
+        return next_item_loss(logits, targets, weights, counts=counts, overwrite=True)
+
+
+def row_embeddings(model: MISSRec, rows: Tensor, masks: ItemMasks) -> ItemEmbeddings:
+    """Return the tokens of ``rows`` [item] under a step's masks; the gradient of the IDs is sparse, of these rows."""
+    tokens, table = model.item_encoder(rows, masks), model.item_encoder.id_embedding
+    return tokens if table is None else tokens._replace(ids=F.embedding(rows, table.weight, sparse=True))
+
+
+def candidate_rows(model: MISSRec) -> Tensor:
+    """Return [row], bool: True where a row is a class of the training softmax."""
+    return torch.ones(model.item_encoder.n_rows, dtype=torch.bool, device=model.untrained.device).index_fill_(
+        0, model.untrained, value=False
+    )
+
+
+def score_rows(
+    model: MISSRec, vectors: Tensor, tokens: ItemEmbeddings, rows: Tensor, history: Tensor, phi: Tensor | None = None
+) -> Tensor:
+    """Return the training scores of some candidates, -inf for those that are no class of the training softmax.
+
+    Parameters
+    ----------
+    model : MISSRec
+    vectors : Tensor [position, dim]
+    tokens : ItemEmbeddings of shape [item]
+        The candidates' tokens.
+    rows : Tensor [item], int64
+        Whose they are, ascending.
+    history : Tensor [position, seq], int64
+        Rows that get the history bias.
+    phi : Tensor, optional
+        In place of the fusion's own, where that has one number per row: those of ``rows``.
+
+    Returns
+    -------
+    Tensor [position, item]
+        Before the temperature; the columns of `MISSRec.score` in training mode.
+    """
+    candidates = model.item_encoder.candidates(tokens, rows)
+    fusion = model.fusion
+    if fusion.name == "dynamic_instance":
+        assert fusion.phi is not None
+        own = fusion.phi[rows] if phi is None else phi
+        scores: Tensor = functional_call(fusion, {"phi": own}, (vectors, candidates))
+    else:
+        scores = fusion(vectors, candidates)
+    if model.history_bias is not None:
+        at = torch.searchsorted(rows, history).clamp_max(len(rows) - 1)
+        seen = first_occurrences(history) & (rows[at] == history)
+        scores.scatter_add_(1, at, model.history_bias * seen.to(scores.dtype))
+    return scores.masked_fill_(~candidate_rows(model)[rows], -torch.inf)

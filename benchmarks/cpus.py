@@ -91,7 +91,17 @@ def run_suites(suites: Sequence[str], kernels: Sequence[str | None], threads: in
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={file}", *suites]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={file}",
+            *suites,
+        ]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if not file.is_file():
             raise SystemExit(f"pytest wrote no results:\n{done.stdout}{done.stderr}")

@@ -91,18 +91,8 @@ def run_suites(suites: Sequence[str], kernels: Sequence[str | None], threads: in
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tests.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={file}",
-            *suites,
-        ]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-pno:cacheprovider", f"--junitxml={file}"]
+        done = subprocess.run([*pytest, *suites], cwd=ROOT, env=environment, capture_output=True, text=True)
         if not file.is_file():
             raise SystemExit(f"pytest wrote no results:\n{done.stdout}{done.stderr}")
         cases = list(ElementTree.parse(file).iter("testcase"))

@@ -151,17 +151,17 @@ def _text(content: bytes) -> np.ndarray:
 
 
 HOSTILE = {
-    "30,000 brackets": _one(event_features=_text(b"[" * 30_000)),
-    "30,000 brackets in a column": _one(event_features=_text(b'{"dwell": ' + b"[" * 30_000)),
-    "900 lists in each other": _one(event_features=_text(b'{"dwell": [' + b"[" * 900 + b"]" * 900 + b", 1]}")),
-    "400 digits": _one(event_features=_text(b'{"dwell": [1' + b"0" * 400 + b", 1]}")),
-    "400 digits in a vector": _one(event_features=_text(b'{"scene": [[1' + b"0" * 400 + b", 1, 1, 1], null]}")),
-    "5,000 digits": _one(event_features=_text(b'{"dwell": [1' + b"0" * 5000 + b", 1]}")),
-    "an object for a number": _one(event_features=_text(b'{"dwell": [{}, 1]}')),
-    "a list for a category": _one(event_features=_text(b'{"event_type": [["buy"], "buy"]}')),
-    "ragged vectors": _one(event_features=_text(b'{"scene": [[1, 2], [1, 2, 3, 4]]}')),
-    "side of numbers": _one(event_features=np.array([[3]])),
-    "side of another batch": _one(event_features=np.array([[b""], [b""]], object)),
+    "30,000 brackets": _one(side=_text(b"[" * 30_000)),
+    "30,000 brackets in a column": _one(side=_text(b'{"dwell": ' + b"[" * 30_000)),
+    "900 lists in each other": _one(side=_text(b'{"dwell": [' + b"[" * 900 + b"]" * 900 + b", 1]}")),
+    "400 digits": _one(side=_text(b'{"dwell": [1' + b"0" * 400 + b", 1]}")),
+    "400 digits in a vector": _one(side=_text(b'{"scene": [[1' + b"0" * 400 + b", 1, 1, 1], null]}")),
+    "5,000 digits": _one(side=_text(b'{"dwell": [1' + b"0" * 5000 + b", 1]}")),
+    "an object for a number": _one(side=_text(b'{"dwell": [{}, 1]}')),
+    "a list for a category": _one(side=_text(b'{"event_type": [["buy"], "buy"]}')),
+    "ragged vectors": _one(side=_text(b'{"scene": [[1, 2], [1, 2, 3, 4]]}')),
+    "side of numbers": _one(side=np.array([[3]])),
+    "side of another batch": _one(side=np.array([[b""], [b""]], object)),
     "rules of 400 digits": _one(rules=_text(b'{"where": {"train_count": {"max": 1' + b"0" * 400 + b"}}}")),
     "rules of 30,000 brackets": _one(rules=_text(b"[" * 30_000)),
     "rules of infinity": _one(rules=_text(b'{"where": {"train_count": Infinity}}')),
@@ -188,7 +188,7 @@ HOSTILE = {
 def test_no_hostile_request_fails_its_neighbours(exported: Path) -> None:
     ranker = RankerBackend(exported / "bundle")
     good = [
-        _one(event_features=_text(b'{"dwell": [3, null], "event_type": ["buy", "view"]}')),
+        _one(side=_text(b'{"dwell": [3, null], "event_type": ["buy", "view"]}')),
         _one(rules=_text(b'{"where": {"train_count": {"min": 1}}}'), reasons=np.array([[True]])),
         _one(exclude=np.array([[b"i7", b""]], object), top_k=np.array([[9]])),
         _one(),
@@ -215,7 +215,7 @@ def test_no_hostile_request_fails_its_neighbours(exported: Path) -> None:
 def test_numbers_that_are_none_count_as_absent_and_harm_nobody(exported: Path) -> None:
     ranker = RankerBackend(exported / "bundle")
     absent = [b'{"dwell": [null, 4]}', b'{"dwell": [NaN, 4]}', b'{"dwell": [Infinity, 4]}', b'{"dwell": [1e999, 4]}']
-    answers = ranker.answer([_one(event_features=_text(text)) for text in absent])
+    answers = ranker.answer([_one(side=_text(text)) for text in absent])
     for answer in answers:
         assert not isinstance(answer, MISSRecError)
         assert answer["item_id"].tolist() == answers[0]["item_id"].tolist()  # type: ignore[index]  an answer
@@ -255,7 +255,7 @@ def test_a_damaged_tensor_is_one_requests_error(exported: Path) -> None:
         TritonError=str,
         Tensor=lambda name, array: (name, array),
     )
-    requests = [_one(), _one() | {"rows": None}, _one(event_features=_text(b'{"\\ud800": [1]}')), _one()]
+    requests = [_one(), _one() | {"rows": None}, _one(side=_text(b'{"\\ud800": [1]}')), _one()]
     seen: list[int] = []
     ranker = RankerBackend(exported / "bundle")
     first, damaged, odd, last = execute(

@@ -35,7 +35,7 @@ SLOWLY = """
 import os, time
 from pathlib import Path
 from typing import Any
-from missrec_t4r.etl import partitions, shards
+from missrec_t4r.etl.engine import sessionize as partitions, shuffle as shards
 
 for module, name in ((shards, "write_shard"), (partitions, "gather"), (partitions, "divide")):
     def slow(work, index, task=getattr(module, name)):

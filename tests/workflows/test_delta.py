@@ -241,7 +241,7 @@ def test_a_real_kill_between_night_and_compaction(data: Path, tmp_path: Path) ->
     code = """
 import os, signal, sys
 from pathlib import Path
-from missrec_t4r.etl import compaction, partitions
+from missrec_t4r.etl.engine import compact as compaction, sessionize as partitions
 from missrec_t4r.etl.engine.append import update
 
 compaction.DELTAS_AT_MOST = 2

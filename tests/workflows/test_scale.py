@@ -195,7 +195,7 @@ def test_no_user_is_in_two_partitions() -> None:
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from missrec_t4r.etl import {module}
+from missrec_t4r.etl.engine import {module}
 from missrec_t4r.etl.pipeline import etl
 
 task, seen = {module}.{task}, Path(sys.argv[3])
@@ -214,13 +214,13 @@ etl(sys.argv[1], sys.argv[2], sys.argv[4], engine="disk", partitions=4, workers=
 @pytest.mark.parametrize(
     ("module", "task", "target"),
     [
-        ("partitions", "divide", "partitions.divide"),
+        ("sessionize", "divide", "sessionize.divide"),
     ],
 )
 def test_a_killed_run_continues_from_what_was_finished(tmp_path: Path, module: str, task: str, target: str) -> None:
     events, items = write(tmp_path, shop(2, 900))
     pq.write_table(pq.read_table(events), events, row_group_size=300)
-    shards_small = "from missrec_t4r.etl import shards; shards._BATCH = 400\n"
+    shards_small = "from missrec_t4r.etl.engine import shuffle; shuffle._BATCH = 400\n"
     code = shards_small + KILLED.format(module=module, task=task, target=target)
     arguments = [str(events), str(items), str(tmp_path / "seen"), str(tmp_path / "data")]
     run = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *arguments])
@@ -251,7 +251,7 @@ def test_a_killed_run_continues_from_what_was_finished(tmp_path: Path, module: s
 CONTINUED = """
 import json, sys
 from pathlib import Path
-from missrec_t4r.etl import scale
+from missrec_t4r.etl.engine import build as scale
 from missrec_t4r.etl.pipeline import etl
 
 folder = Path(sys.argv[4])

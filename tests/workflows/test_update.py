@@ -123,7 +123,7 @@ def test_a_killed_update_leaves_the_old_version_and_continues(data: Path, tmp_pa
     code = """
 import sys, time
 from pathlib import Path
-from missrec_t4r.etl import scale
+from missrec_t4r.etl.engine import build as scale
 from missrec_t4r.etl.engine.append import update
 
 def slow(*_):

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from missrec_t4r.runs.run_folder import versions, write_json
+from missrec_t4r.io.json_files import write_json
+from missrec_t4r.runs.run_folder import versions
 
 __all__ = ["gemm_rate", "gpu_peak_mib", "hardware", "peak_mib", "report", "reset_peak", "versions", "write_result"]
 

@@ -32,11 +32,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from missrec_t4r.config import Recipe
-from missrec_t4r.data.catalogue import Catalogue, Modality
-from missrec_t4r.data.event_features import EventColumn
-from missrec_t4r.errors import BundleError, MISSRecError
 from missrec_t4r.bundle.extend import Uninitialised, load_weights, mark_rows
+from missrec_t4r.bundle.id_encoder import SessionTransform, TransformSettings
+from missrec_t4r.bundle.item_table import load_items, load_session_transform
 from missrec_t4r.bundle.manifest import (
     CATALOGUE_FILE,
     FEATURES_FILE,
@@ -49,14 +47,17 @@ from missrec_t4r.bundle.manifest import (
     verify_bundle,
     write_manifest,
 )
+from missrec_t4r.config import Recipe
+from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.data.event_features import EventColumn
+from missrec_t4r.errors import BundleError, MISSRecError
 from missrec_t4r.io.atomic import atomic_write_dir
-from missrec_t4r.bundle.item_table import load_items, load_session_transform
+from missrec_t4r.io.json_files import write_json
+from missrec_t4r.io.tensor_file import advise_random_access, find_non_finite, write_tensors
 from missrec_t4r.model.missrec import MISSRec, build_missrec
-from missrec_t4r.retrieval.index_file import RetrievalIndex, write_index
-from missrec_t4r.io.tensor_file import look_here_and_there, not_finite, write_tensors
 from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.retrieval.index_file import RetrievalIndex, write_index
 from missrec_t4r.schema import SCHEMA_FILE, SESSION_TRANSFORM_FILE
-from missrec_t4r.bundle.id_encoder import SessionTransform, TransformSettings
 
 SEARCH_FROM = 50_000
 """Rows from which a bundle holds search tables; smaller ones are worked out in milliseconds when a server starts."""
@@ -119,8 +120,10 @@ def fill_bundle(
     pq.write_table(catalogue.items, folder / ITEMS_FILE)
     widths = {name: modality.width for name, modality in catalogue.modalities.items()}
     described = {"format": FORMAT_VERSION, "config": dataclasses.asdict(model.config), "modalities": widths}
-    event_features = [] if model.event_features is None else [column.to_dict() for column in model.event_features.columns]
-    _write_json(folder / MODEL_FILE, described | {"rows": catalogue.n_rows, "side_features": event_features})
+    event_features = (
+        [] if model.event_features is None else [column.to_dict() for column in model.event_features.columns]
+    )
+    write_json(folder / MODEL_FILE, described | {"rows": catalogue.n_rows, "side_features": event_features})
     write_features(folder, catalogue)
     load_session_transform(folder, catalogue.items)  # refuses ids that a request could not carry
     if catalogue.n_rows >= SEARCH_FROM:
@@ -176,7 +179,7 @@ def _write_transform(folder: Path, data: Path, max_sequence_length: int) -> None
         raise BundleError(
             f"{data / SESSION_TRANSFORM_FILE} is no JSON ({error})", "", "re-run `missrec etl`"
         ) from error
-    _write_json(folder / SESSION_TRANSFORM_FILE, content | {"max_sequence_length": max_sequence_length})
+    write_json(folder / SESSION_TRANSFORM_FILE, content | {"max_sequence_length": max_sequence_length})
 
 
 def write_weights(model: MISSRec, file: Path) -> None:
@@ -209,21 +212,17 @@ def write_features(folder: Path, catalogue: Catalogue) -> None:
         name: {"width": modality.width, "items": int(modality.present.sum()), "encoder": dict(modality.encoder)}
         for name, modality in catalogue.modalities.items()
     }
-    _write_json(folder / FEATURES_FILE, {"format": FORMAT_VERSION, "modalities": encoders})
+    write_json(folder / FEATURES_FILE, {"format": FORMAT_VERSION, "modalities": encoders})
 
 
 def _modality(name: str, stored: dict[str, Tensor], features: dict[str, Any]) -> Modality:
     vectors, present = stored[f"modality.{name}.vectors"], stored[f"modality.{name}.present"]
-    look_here_and_there([vectors])
+    advise_random_access([vectors])
     return Modality(vectors.numpy(), present.numpy(), features[name]["encoder"])
 
 
 def _refuse_nan(file: Path, modalities: Iterable[str]) -> None:
     """Look through the vectors by reading them: through the mapping, every page of them would become ours."""
-    found = not_finite(file, [f"modality.{name}.vectors" for name in modalities])
+    found = find_non_finite(file, [f"modality.{name}.vectors" for name in modalities])
     if found is not None:
         raise BundleError(f"{file} holds NaN or infinity in {found[0]}, row {found[1]}", "finite numbers")
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")  # modalities keep their order

@@ -15,11 +15,11 @@ from torch.overrides import TorchFunctionMode
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import DataError
+from missrec_t4r.io.tensor_file import advise_random_access
 from missrec_t4r.model.interests import InterestVocabulary
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.io.tensor_file import look_here_and_there
+from missrec_t4r.runs.run_folder import added_later
 from missrec_t4r.schema import FIRST_ITEM_ROW, RETIRED
-from missrec_t4r.runs.run_folder import since_then
 
 _LARGE = 1 << 24
 """Numbers in a tensor (64 MiB) from which it is not copied."""
@@ -51,7 +51,7 @@ def load_weights(model: MISSRec, weights: Mapping[str, Tensor], interests: Mappi
         Centroids and assignment of this catalogue version: the centroids' number is the training's.
     """
     known = model.state_dict()
-    weights = since_then(known, weights) | dict(weights)
+    weights = added_later(known, weights) | dict(weights)
     continued = {name: _continued(name, tensor, known) for name, tensor in weights.items()}
     centroids, assignment = interests["interests.centroids"], interests["interests.assignment"]
     vocabulary = model.interests
@@ -60,7 +60,7 @@ def load_weights(model: MISSRec, weights: Mapping[str, Tensor], interests: Mappi
     if assignment.shape != vocabulary.assignment.shape or centroids.shape[1] != model.config.d_model:
         raise DataError(f"interests of {tuple(assignment.shape)} tokens", f"{tuple(vocabulary.assignment.shape)}")
     given = {name: own if own.numel() >= _LARGE else own.clone() for name, own in (continued | dict(interests)).items()}
-    look_here_and_there(own for own in given.values() if own.numel() >= _LARGE)
+    advise_random_access(own for own in given.values() if own.numel() >= _LARGE)
     model.load_state_dict(given, assign=True)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from missrec_t4r.errors import ConfigError
 from missrec_t4r.bundle.bundle import fill_bundle
+from missrec_t4r.errors import ConfigError
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.runs.run_folder import load_run
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from missrec_t4r.errors import BundleError
-from missrec_t4r.bundle.manifest import ITEMS_FILE
-from missrec_t4r.schema import ITEM_ID, SESSION_TRANSFORM_FILE
 from missrec_t4r.bundle.id_encoder import SessionTransform
+from missrec_t4r.bundle.manifest import ITEMS_FILE
+from missrec_t4r.errors import BundleError
+from missrec_t4r.schema import ITEM_ID, SESSION_TRANSFORM_FILE
 
 
 def load_items(folder: Path) -> pa.Table:

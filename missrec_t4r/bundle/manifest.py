@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from missrec_t4r.io.hashing import file_digest
-from missrec_t4r.errors import BundleError
 from missrec_t4r.bundle.validate import check_contents
+from missrec_t4r.errors import BundleError
+from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.schema import SCHEMA_FILE, SESSION_TRANSFORM_FILE
 
 FORMAT_VERSION = 2

@@ -20,9 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from missrec_t4r.io.atomic import exchange
-from missrec_t4r.data.catalogue import Catalogue, Modality
-from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
 from missrec_t4r.bundle.bundle import (
     SEARCH_FROM,
     LoadedBundle,
@@ -41,9 +38,12 @@ from missrec_t4r.bundle.manifest import (
     verify_bundle,
     write_manifest,
 )
+from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
+from missrec_t4r.io.atomic import exchange
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.ranking.terms.cold_start import cold_item_mask
 from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.ranking.terms.cold_start import cold_item_mask
 from missrec_t4r.schema import (
     FIRST_ITEM_ROW,
     ITEM_ID,

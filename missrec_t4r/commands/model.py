@@ -96,17 +96,17 @@ def _starting(
 
 
 def _identity(data: Sequence[Path], settings: Mapping[str, Any], source: Path | None) -> str:
-    from missrec_t4r.runs.run_cache import identity
+    from missrec_t4r.runs.run_cache import run_key
 
     recipe = settings.get("recipe")
     written = Path(recipe).read_text(encoding="utf-8") if recipe and Path(recipe).is_file() else None
-    return identity([Path(folder) for folder in data], {**settings, "written": written}, source)
+    return run_key([Path(folder) for folder in data], {**settings, "written": written}, source)
 
 
 def _found(out: Path, made_from: str, dry_run: bool, progress: Progress) -> dict[str, Any] | None:
-    from missrec_t4r.runs.run_cache import recall
+    from missrec_t4r.runs.run_cache import lookup
 
-    answer = recall(Path(out), made_from)
+    answer = lookup(Path(out), made_from)
     if answer is None:
         return None
     progress.say(f"{out} is finished, of the same data and settings; --restart trains it anew")
@@ -114,11 +114,11 @@ def _found(out: Path, made_from: str, dry_run: bool, progress: Progress) -> dict
 
 
 def _remember(out: Path, made_from: str, answer: Mapping[str, Any]) -> None:
-    from missrec_t4r.runs.run_cache import remember
+    from missrec_t4r.runs.run_cache import store
     from missrec_t4r.training import distributed
 
     if distributed.launched().rank == 0:
-        remember(Path(out), made_from, answer)
+        store(Path(out), made_from, answer)
 
 
 def pretrain(

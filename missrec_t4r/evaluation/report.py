@@ -1,10 +1,7 @@
-"""What an evaluation says: one JSON-able mapping, and tables of it for people."""
+"""Evaluation report: a JSON file, and tables of it for the terminal."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from missrec_t4r.evaluation.full_ranking import SEEN_EXCLUDED, SEEN_KEPT
+from missrec_t4r.io.json_files import write_json
 
 PROTOCOL_TITLES: Final = {
     SEEN_KEPT: "seen items kept (as published)",
@@ -31,55 +29,45 @@ def table(report: Mapping[str, Any]) -> Group:
 
 
 def metrics_table(report: Mapping[str, Any], protocol: str) -> Table:
-    """Return systems x metrics with half their 95 % intervals, and coverage@10, for one protocol.
+    """Return a table of systems x metrics with half the width of their 95 % intervals, and coverage@10.
 
     Parameters
     ----------
     report : mapping
-        As `evaluate` returns it.
+        Return value of `missrec_t4r.runs.evaluate.evaluate`.
     protocol : {"seen_kept", "seen_excluded"}
     """
     systems: Mapping[str, Any] = report["protocols"][protocol]
     shown = [metric for metric in TABLE_COLUMNS if metric in next(iter(systems.values()))]
-    drawn = _table(f"{report['split']}, {report['n_users']:,} users, {PROTOCOL_TITLES[protocol]}", "system", shown)
-    drawn.add_column("coverage@10", justify="right", no_wrap=True)
+    result = _table(f"{report['split']}, {report['n_users']:,} users, {PROTOCOL_TITLES[protocol]}", "system", shown)
+    result.add_column("coverage@10", justify="right", no_wrap=True)
     for name, measured in systems.items():
         cells = [_with_interval(measured, metric) for metric in shown]
-        drawn.add_row(name, *cells, _number(report["coverage"][protocol][name].get("coverage@10"), 3))
-    return drawn
+        result.add_row(name, *cells, _number(report["coverage"][protocol][name].get("coverage@10"), 3))
+    return result
 
 
 def slices_table(report: Mapping[str, Any], protocol: str, metric: str = "ndcg@10") -> Table:
-    """Return slices x systems of one metric, each with the number of sessions behind it."""
+    """Return a table of slices x systems for one metric, with the number of sessions in each slice."""
     systems = list(report["protocols"][protocol])
-    drawn = _table(f"{metric} by slice, {PROTOCOL_TITLES[protocol]}", "slice", ["n", *systems])
+    result = _table(f"{metric} by slice, {PROTOCOL_TITLES[protocol]}", "slice", ["n", *systems])
     for name, part in report["slices"].items():
         values = [_number(part[protocol][system].get(metric)) for system in systems]
-        drawn.add_row(name, f"{part['n']:,}", *values)
-    return drawn
+        result.add_row(name, f"{part['n']:,}", *values)
+    return result
 
 
 def write_report(report: Mapping[str, Any], file: Path) -> None:
-    """Write the JSON aside, then rename it into place."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(report, stream, indent=2, allow_nan=False)
-            stream.write("\n")
-        Path(aside).chmod(0o644)
-        Path(aside).replace(file)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    """Write the report as JSON, atomically."""
+    write_json(file, report, allow_nan=False)
 
 
 def _table(title: str, first: str, columns: Sequence[str]) -> Table:
-    drawn = Table(title=title, title_justify="left")
-    drawn.add_column(first, no_wrap=True)
+    result = Table(title=title, title_justify="left")
+    result.add_column(first, no_wrap=True)
     for column in columns:
-        drawn.add_column(column, justify="right", no_wrap=True)
-    return drawn
+        result.add_column(column, justify="right", no_wrap=True)
+    return result
 
 
 def _with_interval(measured: Mapping[str, Any], metric: str) -> str:

@@ -1,1 +1,1 @@
-"""Atomic writes, content hashes and the memory-mapped tensor file."""
+"""Atomic writes, JSON files, content hashes and memory-mapped tensor files."""

@@ -18,28 +18,29 @@ from typing import TypeVar
 from missrec_t4r.errors import DataError, MISSRecError
 
 _HOST = re.sub(r"[^a-z0-9]", "", platform.node().lower())[:20] or "host"
-"""In the names of unfinished folders: process numbers mean something on one machine, or in one container, only."""
+"""Part of every temporary name: process ids are unique within one machine or container only."""
 T = TypeVar("T")
-_PATIENCE = 30.0
-"""Seconds for which a folder that changes while it is read is read again."""
-_PAUSE = 0.01
-"""Seconds: between the two renames of a file system that cannot exchange names there may be no folder."""
+_RETRY_SECONDS = 30.0
+"""How long a folder that is replaced while it is read is read again, in seconds."""
+_RETRY_PAUSE = 0.01
+"""Pause before the next try, in seconds: a file system that cannot exchange names has no folder between two renames."""
 _OLD = "-old"
-_EXCHANGE = 2  # RENAME_EXCHANGE of Linux
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
-_FULL_WORDS = re.compile(r"no space left|file too large|disk quota|\d+ requested and \d+ written")  # the last: numpy
+_RENAME_EXCHANGE = 2  # flag of Linux's renameat2
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
+# Messages of libraries that set no errno; the last one is NumPy's
+_DISK_FULL_MESSAGES = re.compile(r"no space left|file too large|disk quota|\d+ requested and \d+ written")
 
 
 @contextmanager
 def replace_dir(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``out`` that takes its place if all goes well and vanishes if not.
+    """Yield an empty temporary folder beside ``out`` that replaces it if the block succeeds and is deleted if not.
 
-    What killed writers left beside ``out`` is cleaned up first: only those of this machine that run no more.
+    Temporary folders of killed processes of this machine are removed first; those of running processes are left alone.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     recover(out)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-{_HOST}-{os.getpid()}-", dir=out.parent))
+    folder = Path(tempfile.mkdtemp(prefix=_temporary_prefix(out), dir=out.parent))
     try:
         yield folder
         folder.chmod(0o755)
@@ -49,11 +50,11 @@ def replace_dir(out: Path) -> Iterator[Path]:
 
 
 def move_into_place(folder: Path, out: Path) -> None:
-    """Let ``folder`` be ``out`` in one step; what stood there goes.
+    """Rename ``folder`` to ``out`` in one step and delete the folder that ``out`` was before.
 
-    Whoever opens ``out`` meanwhile finds the old or the new one, never none, and so does who comes after a kill. On a
-    file system that cannot exchange names (some network disks) there is a moment between two renames; `recover` then
-    brings the old one back.
+    A process that opens ``out`` meanwhile reads the old or the new folder; there is never none, also after a kill. On a
+    file system that cannot exchange names (some network disks) there is a moment between two renames without a folder;
+    `recover` then restores the old one.
     """
     if not out.exists():
         folder.rename(out)
@@ -68,12 +69,13 @@ def exchange(one: Path, other: Path) -> None:
     Raises
     ------
     OSError
-        A name cannot be written; both are as they were.
+        A name cannot be written; both folders keep their names.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None and renameat2(-100, os.fsencode(one), -100, os.fsencode(other), _EXCHANGE) == 0:
+    at_cwd = -100  # AT_FDCWD: paths are relative to the working directory
+    if renameat2 is not None and renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return
-    middle = other.with_name(f".{other.name}-{_HOST}-{os.getpid()}-between{_OLD}")
+    middle = other.with_name(f"{_temporary_prefix(other)}between{_OLD}")
     other.rename(middle)
     try:
         one.rename(other)
@@ -84,69 +86,76 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def read_consistently(folder: Path, read: Callable[[Path], T]) -> T:
-    """Return what ``read`` makes of a folder of which it saw one version only; it is asked again where that changed.
+    """Return the result of ``read`` on one version of a folder; repeat the call if the folder was replaced meanwhile.
 
-    Errors of ``read`` pass unless the folder was replaced meanwhile: a file that is gone may be the old version's.
+    Errors of ``read`` are raised unless the folder was replaced during the call: a missing file may be of the old one.
 
     Raises
     ------
     DataError
-        The folder was replaced during every attempt of half a minute.
+        The folder was replaced during every try of half a minute.
     """
-    patience = time.monotonic() + _PATIENCE
-    while time.monotonic() < patience:
-        with _held(folder) as still_there:
+    deadline = time.monotonic() + _RETRY_SECONDS
+    while time.monotonic() < deadline:
+        with _watch(folder) as is_unchanged:
             try:
-                answer = read(folder)
+                result = read(folder)
             except Exception:
-                time.sleep(_PAUSE)
-                if still_there():
+                time.sleep(_RETRY_PAUSE)
+                if is_unchanged():
                     raise
                 continue
-            if still_there():
-                return answer
+            if is_unchanged():
+                return result
     raise DataError(
-        f"{folder} was replaced whenever it was read, for {_PATIENCE:g} s",
-        "a folder that rests for as long as reading it takes",
-        "let its writer pause, or read a copy",
+        f"{folder} was replaced whenever it was read, for {_RETRY_SECONDS:g} s",
+        "a folder that stays unchanged while it is read",
+        "pause the process that writes it, or read a copy",
     )
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[Callable[[], bool]]:
-    """Yield what tells whether the folder is still the same one; held open, so that its number is not given away."""
+def _watch(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns whether ``folder`` is still the same folder.
+
+    The folder is kept open meanwhile, so that the system does not give its inode number to a new one.
+    """
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
         yield lambda: not folder.exists()
         return
     try:
-        yield lambda: _is(folder, handle)
+        yield lambda: _is_same(folder, descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
-def _is(folder: Path, handle: int) -> bool:
+def _is_same(folder: Path, descriptor: int) -> bool:
     try:
-        return os.path.samestat(os.fstat(handle), folder.stat())
+        return os.path.samestat(os.fstat(descriptor), folder.stat())
     except FileNotFoundError:
         return False
 
 
 def recover(out: Path) -> None:
-    """Clean up after writers killed on this machine: drop what they had begun, restore what they had moved."""
-    ours = re.compile(rf"\.{re.escape(out.name)}-{re.escape(_HOST)}-(\d+)-[a-z0-9_]+({_OLD})?")
-    left = [(path, found) for path in out.parent.iterdir() if (found := ours.fullmatch(path.name))]
-    for path, found in left:
-        if _alive(int(found[1])):
+    """Remove the temporary folders of killed processes of this machine; restore ``out`` if one had moved it away."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}-{re.escape(_HOST)}-(\d+)-[a-z0-9_]+({_OLD})?")
+    temporary = [(path, match) for path in out.parent.iterdir() if (match := pattern.fullmatch(path.name))]
+    for path, match in temporary:
+        if _is_running(int(match[1])):
             continue
-        if found[2] and not out.exists():
+        if match[2] and not out.exists():
             path.rename(out)
         else:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
+def _temporary_prefix(out: Path) -> str:
+    return f".{out.name}-{_HOST}-{os.getpid()}-"
+
+
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -158,12 +167,12 @@ def _alive(process: int) -> bool:
 
 @contextmanager
 def translate_disk_errors(out: Path | str) -> Iterator[None]:
-    """Say what a full disk, a quota, a file-size limit or a read-only place mean for ``out``.
+    """Raise `DataError` for a full disk, an exceeded quota or file-size limit, or a read-only ``out``.
 
     Raises
     ------
     DataError
-        One of them was met; what stood at ``out`` before still does.
+        The content of ``out`` is what it was before the block.
     """
     try:
         yield
@@ -182,29 +191,30 @@ def translate_disk_errors(out: Path | str) -> Iterator[None]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that a disk, a quota or a file-size limit was met, whichever library raised it."""
-    return getattr(error, "errno", None) in _FULL or bool(_FULL_WORDS.search(str(error).lower()))
+    """Return whether an error means a full disk, a quota or a file-size limit, whichever library raised it."""
+    return getattr(error, "errno", None) in _DISK_FULL or bool(_DISK_FULL_MESSAGES.search(str(error).lower()))
 
 
 def is_permission_denied(error: BaseException) -> bool:
-    """Whether an error says that this user may not write or read there."""
-    return isinstance(error, OSError) and error.errno in _FORBIDDEN
+    """Return whether an error means that this user may not read or write the path."""
+    return isinstance(error, OSError) and error.errno in _DENIED
 
 
 @contextmanager
 def atomic_write_dir(
     out: Path, marker: str, kind: str = "data folder", error: type[MISSRecError] = DataError
 ) -> Iterator[Path]:
-    """Yield a temporary folder beside ``out`` that replaces it if the block succeeds and vanishes if not.
+    """Yield a temporary folder beside ``out`` that replaces it if the block succeeds and is deleted if not.
 
-    Every file becomes readable for all users: safetensors lets only its writer read, and a server is somebody else.
+    Every file becomes readable for all users: safetensors files are readable by their writer only, and a server runs as
+    another user.
 
     Parameters
     ----------
     out : Path
         Replaced whole if it exists.
     marker : str
-        A file by which an existing ``out`` is known as one that we wrote.
+        Marker file: an existing ``out`` that holds it was written by missrec and may be replaced.
     kind : str
         Name of the folder in messages.
     error : type of MISSRecError
@@ -213,7 +223,8 @@ def atomic_write_dir(
     Raises
     ------
     MISSRecError
-        ``out`` is neither new, nor empty, nor ours (``error``); or the disk is full or read-only (`DataError`).
+        ``out`` is neither new, nor empty, nor written by missrec (``error``); or the disk is full or read-only
+        (`DataError`).
     """
     out = out.absolute()
     refuse_unmanaged(out, marker, kind, error)
@@ -224,7 +235,7 @@ def atomic_write_dir(
 
 
 def refuse_unmanaged(out: Path, marker: str, kind: str = "data folder", error: type[MISSRecError] = DataError) -> None:
-    """Raise ``error`` where ``out`` is neither new, nor empty, nor ours: nothing of the user's is ever replaced."""
+    """Raise ``error`` if ``out`` is neither new, nor empty, nor written by missrec (it holds no ``marker``)."""
     with translate_disk_errors(out):
         if out.exists() and not (out.is_dir() and ((out / marker).is_file() or not any(out.iterdir()))):
             found = f"{out} exists and is no {kind}: it holds no {marker}"
@@ -233,7 +244,7 @@ def refuse_unmanaged(out: Path, marker: str, kind: str = "data folder", error: t
 
 @contextmanager
 def atomic_write_file(file: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``file`` whose content replaces it if the block succeeds.
+    """Yield a temporary path beside ``file``, of the same name, that replaces it if the block succeeds.
 
     Raises
     ------
@@ -242,7 +253,8 @@ def atomic_write_file(file: Path) -> Iterator[Path]:
     """
     with translate_disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as folder:
+        recover(file)
+        with tempfile.TemporaryDirectory(prefix=_temporary_prefix(file), dir=file.parent) as folder:
             temporary = Path(folder) / file.name
             yield temporary
             temporary.replace(file)

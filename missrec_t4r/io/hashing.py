@@ -1,4 +1,4 @@
-"""What identifies the content of a data folder: equal input through the same ETL, an equal digest at any time."""
+"""Content hashes: of a file, and of a data folder independent of when it was written."""
 
 from __future__ import annotations
 
@@ -7,35 +7,36 @@ import json
 from pathlib import Path
 
 _REPORT = "etl.json"
-_TIMED = {"seconds"}
-"""What the ETL's report says that differs from run to run."""
-_LEFT_OUT = {"state", "versions.json", "workflow", "request_workflow", "nvtabular_workflow"}
-"""What no reader of sessions and catalogue looks at."""
+_TIMINGS = {"seconds"}
+"""Fields of the ETL's report that differ from run to run."""
+_IGNORED = {"state", "versions.json", "workflow", "request_workflow", "nvtabular_workflow"}
+"""Files and folders that no reader of sessions and catalogue opens."""
 
 
-def digest_of(data: Path) -> str:
-    """Return what identifies sessions, catalogue and the ETL's report, 64 hexadecimal digits.
+def data_digest(data: Path) -> str:
+    """Return the SHA-256 of a data folder's sessions, catalogue and ETL report (without timings), in hexadecimal.
 
-    Reads every byte: about a second per gigabyte.
+    Equal inputs through the same ETL give equal digests. Reads every byte: about a second per gigabyte.
     """
     digest = hashlib.sha256()
     for file in sorted(path for path in data.rglob("*") if path.is_file()):
-        place = file.relative_to(data)
-        if place.parts[0] in _LEFT_OUT or place.parts[0].startswith("."):
+        name = file.relative_to(data)
+        if name.parts[0] in _IGNORED or name.parts[0].startswith("."):
             continue
-        digest.update(f"{place}\n{_told(file) if str(place) == _REPORT else file_digest(file)}\n".encode())
+        content = _without_timings(file) if str(name) == _REPORT else file_digest(file)
+        digest.update(f"{name}\n{content}\n".encode())
     return digest.hexdigest()
 
 
 def file_digest(file: Path) -> str:
-    """Return the SHA-256 sum of a file in hexadecimal, read in pieces of 1 MiB."""
+    """Return the SHA-256 of a file in hexadecimal, read in chunks of 1 MiB."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
-def _told(report: Path) -> str:
-    told = json.loads(report.read_text(encoding="utf-8"))
-    return json.dumps({name: told[name] for name in sorted(set(told) - _TIMED)}, sort_keys=True)
+def _without_timings(report: Path) -> str:
+    content = json.loads(report.read_text(encoding="utf-8"))
+    return json.dumps({name: content[name] for name in sorted(set(content) - _TIMINGS)}, sort_keys=True)

@@ -1,7 +1,7 @@
-"""Tensors larger than memory in one safetensors file: written piece by piece, and mapped when they are read.
+"""Safetensors files larger than memory: written a few rows at a time, read memory-mapped or row by row.
 
-Processes that map the same file share its pages, and the system may drop those that nobody reads. What is looked up
-here and there is mapped in small pages: a single row would otherwise bring two megabytes with it.
+Processes that map the same file share its pages, and the system may drop pages that are not read. Tensors that are read
+at random rows are mapped in small pages: with transparent huge pages one row would load two megabytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 _NAMES = {torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.bool: "BOOL"}
 _NAMES |= {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 ALIGNED = 64
-"""What vector instructions read at once."""
+"""Alignment of tensors in bytes: the width of a vector register."""
 _MADV_RANDOM, _MADV_DONTNEED, _MADV_NOHUGEPAGE = 1, 4, 15
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
@@ -37,24 +37,24 @@ class TensorFile:
     shapes : mapping of str to (torch.dtype, tuple of int)
         Every tensor of the file, in its order.
     aligned : int
-        Bytes that every tensor's place is a multiple of, which the format leaves to the writer: torch's 8-bit products
-        end the process at odd addresses. ``filling.*`` lie between.
+        Every tensor starts at a multiple of so many bytes, with tensors ``filling.*`` as padding. The format leaves
+        alignment to the writer; torch's 8-bit matrix products crash at odd addresses.
     """
 
     def __init__(self, file: Path, shapes: Mapping[str, Shape], aligned: int = ALIGNED) -> None:
         self._file, self._shapes = file, shapes
         self._starts: dict[str, int] = {}
-        described, at = {}, 0
+        entries, offset = {}, 0
         for name, (dtype, shape) in shapes.items():
             size = dtype.itemsize * math.prod(shape)
-            described[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
-            self._starts[name], at = at, at + size
-            if rest := -at % aligned:
-                filling = {"dtype": "I8", "shape": [rest], "data_offsets": [at, at + rest]}
-                described[f"filling.{name}"], at = filling, at + rest
-        header = json.dumps(described).encode()
+            entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            self._starts[name], offset = offset, offset + size
+            if rest := -offset % aligned:
+                filling = {"dtype": "I8", "shape": [rest], "data_offsets": [offset, offset + rest]}
+                entries[f"filling.{name}"], offset = filling, offset + rest
+        header = json.dumps(entries).encode()
         header += b" " * (-(len(header) + 8) % ALIGNED)
-        self._header, self._size = len(header).to_bytes(8, "little") + header, at
+        self._header, self._size = len(header).to_bytes(8, "little") + header, offset
 
     def __enter__(self) -> TensorFile:
         self._descriptor = os.open(self._file, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
@@ -70,28 +70,28 @@ class TensorFile:
         dtype, shape = self._shapes[name]
         if part.dtype != dtype or part.shape[1:] != shape[1:] or (shape and row + len(part) > shape[0]):
             raise ValueError(f"{name}: {part.dtype} {tuple(part.shape)} at {row} does not fit {dtype} {shape}")
-        place = len(self._header) + self._starts[name] + row * dtype.itemsize * math.prod(shape[1:])
+        offset = len(self._header) + self._starts[name] + row * dtype.itemsize * math.prod(shape[1:])
         raw = part.contiguous().reshape(-1).view(torch.uint8)
-        _write(self._descriptor, raw.numpy().data, place)
+        _write(self._descriptor, raw.numpy().data, offset)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors that may be mapped themselves, without a second copy of them in memory."""
-    ordered = sorted(tensors.items(), key=lambda one: -one[1].itemsize)  # so that each stands at a multiple of its own
-    with TensorFile(file, {name: (one.dtype, tuple(one.shape)) for name, one in ordered}, aligned=1) as out:
+    """Write tensors, memory-mapped ones among them, without a copy in memory."""
+    ordered = sorted(tensors.items(), key=lambda entry: -entry[1].itemsize)  # aligns each to its own item size
+    with TensorFile(file, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered}, aligned=1) as out:
         for name, tensor in tensors.items():
             out.write(name, tensor)
 
 
-def look_here_and_there(tensors: Iterable[Tensor]) -> None:
-    """Tell the system that rows of mapped tensors are read at random; harmless where it does not know how."""
+def advise_random_access(tensors: Iterable[Tensor]) -> None:
+    """Advise the system (``madvise``) that rows of mapped tensors are read at random; no effect where unsupported."""
     for tensor in tensors:
         for advice in (_MADV_RANDOM, _MADV_NOHUGEPAGE):
             _advise(tensor, advice)
 
 
 class StoredRows:
-    """Rows of a tensor read from its file, for look-ups of a few: mapping one would bring all of its neighbours.
+    """Rows of a tensor read from its file, for look-ups of a few rows: a mapped page holds many rows besides.
 
     Parameters
     ----------
@@ -109,62 +109,63 @@ class StoredRows:
 
     def take(self, rows: Tensor) -> Tensor:
         """Return ``rows`` (any shape) of the matrix, [..., width]."""
-        wanted, size = rows.flatten().tolist(), 4 * self.width
-        taken = torch.empty(len(wanted), self.width)
-        target, descriptor = taken.view(torch.uint8).flatten().numpy().data, self._stream.fileno()
-        for line, row in enumerate(wanted):
-            os.preadv(descriptor, [target[line * size : (line + 1) * size]], self._start + row * size)
-        return taken.view(*rows.shape, self.width)
+        indices, size = rows.flatten().tolist(), 4 * self.width  # bytes of a float32 row
+        values = torch.empty(len(indices), self.width)
+        buffer, descriptor = values.view(torch.uint8).flatten().numpy().data, self._stream.fileno()
+        for index, row in enumerate(indices):
+            os.preadv(descriptor, [buffer[index * size : (index + 1) * size]], self._start + row * size)
+        return values.view(*rows.shape, self.width)
 
 
-class Lent:
-    """Tensors mapped from files whose pages go back after some look-ups; those that are not mapped are left alone.
+class PeriodicPageRelease:
+    """Releases the pages of file-mapped tensors after every so many look-ups, so that memory does not grow with use.
 
     Parameters
     ----------
     tensors : iterable of Tensor
+        Those that are not mapped from a file, or were written to, are ignored.
     every : int
-        Look-ups after which they go back.
+        Look-ups between two releases.
     """
 
     def __init__(self, tensors: Iterable[Tensor], every: int) -> None:
-        self._tensors, self._every, self._used = _mapped(tensors), every, 0
+        self._tensors, self._every, self._lookups = _unchanged_mapped(tensors), every, 0
 
-    def used(self, times: int) -> None:
-        """Say that so many look-ups were made."""
-        self._used += times
-        if self._tensors and self._used >= self._every:
-            self._used = 0
+    def count(self, lookups: int) -> None:
+        """Count look-ups; release the pages when enough were made."""
+        self._lookups += lookups
+        if self._tensors and self._lookups >= self._every:
+            self._lookups = 0
             for tensor in self._tensors:
                 _advise(tensor, _MADV_DONTNEED)
 
 
-def let_go(tensors: Iterable[Tensor]) -> None:
-    """Give back the pages of tensors that are mapped from a file and unchanged; they are read again when needed."""
-    for tensor in _mapped(tensors):
+def release_pages(tensors: Iterable[Tensor]) -> None:
+    """Release the pages of tensors that are mapped from a file and unchanged; the next access reads them again."""
+    for tensor in _unchanged_mapped(tensors):
         _advise(tensor, _MADV_DONTNEED)
 
 
-def _mapped(tensors: Iterable[Tensor]) -> list[Tensor]:
+def _unchanged_mapped(tensors: Iterable[Tensor]) -> list[Tensor]:
     try:
         regions = _unchanged_regions()
-    except OSError:  # no /proc: nothing is given back
+    except OSError:  # no /proc on this system: no page is released
         return []
-    spans = [(one, one.data_ptr(), one.data_ptr() + one.nbytes) for one in tensors]
-    return [one for one, start, end in spans if any(first <= start and end <= last for first, last in regions)]
+    spans = [(tensor, tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors]
+    return [tensor for tensor, start, end in spans if any(first <= start and end <= last for first, last in regions)]
 
 
 def _unchanged_regions() -> list[tuple[int, int]]:
-    """Return where files are mapped of which no page was written to: what is given back there is not lost."""
+    """Return the address ranges of file mappings without a written page: releasing those loses nothing."""
     regions: list[tuple[int, int]] = []
     mapped = (0, 0)
     for line in Path("/proc/self/smaps").read_text().splitlines():
         words = line.split()
-        if not words[0].endswith(":"):
-            first, last = (int(one, 16) for one in words[0].split("-"))
-            mapped = (first, last) if words[4] != "0" else (0, 0)
+        if not words[0].endswith(":"):  # the header of a mapping: address range, flags, offset, device, inode, path
+            first, last = (int(address, 16) for address in words[0].split("-"))
+            mapped = (first, last) if words[4] != "0" else (0, 0)  # inode 0: not a file
         elif words[0] == "Anonymous:" and words[1] == "0" and mapped != (0, 0):
-            joins = regions and regions[-1][1] == mapped[0]  # advice cuts a mapping into several
+            joins = regions and regions[-1][1] == mapped[0]  # madvise splits a mapping into several
             regions.append((regions.pop()[0] if joins else mapped[0], mapped[1]))
     return regions
 
@@ -178,17 +179,20 @@ def _advise(tensor: Tensor, advice: int) -> None:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
 
 
-def not_finite(file: Path, names: Iterable[str]) -> tuple[str, int] | None:
-    """Return the first float32 tensor and row of a safetensors file that holds NaN or infinity, read in pieces."""
+def find_non_finite(file: Path, names: Iterable[str]) -> tuple[str, int] | None:
+    """Return the name and row of the first NaN or infinity in float32 tensors of a safetensors file, None if finite.
+
+    The file is read in chunks of a few megabytes, not mapped.
+    """
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
         for name in names:
             n_rows, width = header[name]["shape"]
             stream.seek(8 + length + header[name]["data_offsets"][0])
-            at_once = max((1 << 22) // max(width, 1), 1)
-            for row in range(0, n_rows, at_once):
-                rows = min(at_once, n_rows - row)
+            chunk_rows = max((1 << 22) // max(width, 1), 1)
+            for row in range(0, n_rows, chunk_rows):
+                rows = min(chunk_rows, n_rows - row)
                 part = np.frombuffer(stream.read(4 * rows * width), np.float32).reshape(rows, width)
                 finite = np.isfinite(part).all(1)
                 if not finite.all():
@@ -196,7 +200,7 @@ def not_finite(file: Path, names: Iterable[str]) -> tuple[str, int] | None:
     return None
 
 
-def _write(descriptor: int, content: memoryview, place: int) -> None:
-    while content:
-        written = os.pwrite(descriptor, content, place)
-        content, place = content[written:], place + written
+def _write(descriptor: int, content: memoryview, offset: int) -> None:
+    while content:  # a large write may be done in parts
+        written = os.pwrite(descriptor, content, offset)
+        content, offset = content[written:], offset + written

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from missrec_t4r.errors import BundleError
-from missrec_t4r.io.tensor_file import ALIGNED, StoredRows, TensorFile, let_go, look_here_and_there
+from missrec_t4r.io.tensor_file import ALIGNED, StoredRows, TensorFile, advise_random_access, release_pages
 from missrec_t4r.model.item_encoder import ItemEmbeddings
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import Progress, quiet
@@ -47,7 +47,7 @@ class RetrievalIndex(NamedTuple):
         stored = {name: _aligned(tensor) for name, tensor in load_file(file).items()}
         rows = StoredRows(file, "table.tokens")
         table = PackedItems(**{name: stored[f"table.{name}"] for name in _TABLE}, stored=rows)
-        look_here_and_there([table.tokens])
+        advise_random_access([table.tokens])
         return RetrievalIndex(table, Int8Bounds(**{name: stored[f"quantised.{name}"] for name in _QUANTISED}))
 
     def check(self, n_rows: int, dim: int) -> None:
@@ -99,7 +99,7 @@ def write_index(model: MISSRec, file: Path, progress: Progress = quiet) -> None:
 
     def part(rows: Tensor) -> PackedItems:
         table = pack_items(fusion, item_encoder.candidates(item_encoder(rows), rows), rows)
-        let_go(read)  # else mapped vectors would all end up in this process
+        release_pages(read)  # else mapped vectors would all end up in this process
         return table
 
     with torch.inference_mode():

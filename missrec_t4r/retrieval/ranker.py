@@ -18,7 +18,7 @@ from torch import Tensor
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventArrays, compact_event_features
 from missrec_t4r.errors import DataError
-from missrec_t4r.io.tensor_file import Lent
+from missrec_t4r.io.tensor_file import PeriodicPageRelease
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.retrieval.filters import NO_RULES, ItemColumns, Rules, capped
 from missrec_t4r.retrieval.fused_encoder import folded
@@ -35,7 +35,7 @@ _SCORES_IN_MEMORY = 1 << 25
 """Score matrices of one step hold at most this many numbers (128 MiB of float32): large catalogues, smaller steps."""
 _TOKENS_IN_MEMORY = 1 << 26
 """Token tables of at most this many numbers (256 MiB) are kept for the sessions' items; larger ones are not."""
-_LENT_FOR = 8
+_RELEASE_EVERY = 8
 """Sessions after which mapped pages go back: the system hands out up to 2 MiB around every row that is read."""
 CERTIFIED_FROM = 50_000
 """Rows from which the certified search in 8 bits replaces the scan; smaller catalogues are scanned in less time."""
@@ -112,7 +112,7 @@ class Ranker:
         self.quantised: Int8Bounds | None = None
         if certified:
             self.quantised = quantise(self.table) if tables is None else tables.quantised
-        self._lent = Lent(self._mapped() if tables is not None else (), _LENT_FOR)
+        self._page_release = PeriodicPageRelease(self._mapped() if tables is not None else (), _RELEASE_EVERY)
         self.widenings = 0
         """Sessions whose search had to look beyond its first candidates to be certain."""
 
@@ -175,7 +175,7 @@ class Ranker:
             self._restrict(query.allowed, banned[step], None if allow is None else allow[step], own)
             passed += query.allowed.sum(1).tolist()
             given += self._best(query, wanted[step], own)
-        self._lent.used(batch)
+        self._page_release.count(batch)
         return self._ranking(rows, known, wanted, given, passed)
 
     def encode(self, known: Rows, event_features: Mapping[str, npt.NDArray[Any]] | None = None) -> Tensor:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.data.sessions import Ints, Sessions
 from missrec_t4r.data.event_features import load_sessions
+from missrec_t4r.data.sessions import Ints, Sessions
 from missrec_t4r.errors import ConfigError, DataError
-from missrec_t4r.ranking.baselines import Popularity
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS, Ranking, Scorer, rank_catalogue, targets_in_history
 from missrec_t4r.evaluation.metrics import (
     KS,
@@ -24,8 +23,9 @@ from missrec_t4r.evaluation.metrics import (
 )
 from missrec_t4r.evaluation.report import write_report
 from missrec_t4r.evaluation.slices import slices
-from missrec_t4r.ranking.tune_baselines import tuned_content_knn, tuned_item_knn
 from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.ranking.baselines import Popularity
+from missrec_t4r.ranking.tune_baselines import tuned_content_knn, tuned_item_knn
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
 
 MODEL: Final = "model"
@@ -81,7 +81,8 @@ def evaluate(
         raise ConfigError(f"--split {split}", f"one of {', '.join(EVALUATED_SPLITS)}")
     started = time.perf_counter()
     loaded = load_run(run, data)
-    sessions = load_sessions(loaded.data, split, loaded.model.event_features.columns if loaded.model.event_features else ())
+    event_features = loaded.model.event_features
+    sessions = load_sessions(loaded.data, split, event_features.columns if event_features else ())
     file = out or run / f"metrics_{split}.json"
     if dry_run:
         return {

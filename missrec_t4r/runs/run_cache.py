@@ -1,7 +1,7 @@
-"""Whether a run is finished already: the same data, settings, start and code give the same run, which is found.
+"""Run cache: a run is reused if data, settings, warm-start source and code are the same.
 
-A scheduler that repeats a night after a failure behind the training does not train again. What identifies a run is the
-content of the data folder, not its times: an ETL that is repeated writes the same sessions.
+A scheduler that repeats a job after a failure behind the training does not train again. The key hashes the content of
+the data folders, not their times: an ETL that is repeated writes the same sessions.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from missrec_t4r.io.hashing import digest_of, file_digest
-from missrec_t4r.runs.run_folder import RUN_FILE, WEIGHTS_FILE, versions, write_json
+from missrec_t4r.io.hashing import data_digest, file_digest
+from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.runs.run_folder import RUN_FILE, WEIGHTS_FILE, versions
 
 FINISHED_FILE = "finished.json"
-_CODE = ("data", "model", "training", "t4r", "evaluation")
+_CODE = ("config", "data", "evaluation", "model", "ranking", "t4r", "training")
+"""Subpackages and modules whose source is part of the key: a number may depend on them."""
 
 
-def identity(data: Sequence[Path], settings: Mapping[str, Any], source: Path | None = None) -> str:
-    """Return what identifies a run, 64 hexadecimal digits.
+def run_key(data: Sequence[Path], settings: Mapping[str, Any], source: Path | None = None) -> str:
+    """Return the key of a run: SHA-256 of its inputs and of the code, 64 hexadecimal digits.
 
     Parameters
     ----------
@@ -29,32 +31,33 @@ def identity(data: Sequence[Path], settings: Mapping[str, Any], source: Path | N
     settings : mapping
         Everything else that a number may depend on.
     source : Path, optional
-        The run that training starts from.
+        Run folder of a warm start.
     """
     digest = hashlib.sha256(json.dumps([settings, versions()], sort_keys=True, default=str).encode())
     package = Path(__file__).parents[1]
-    for file in sorted(file for name in _CODE for file in (package / name).rglob("*.py")):
+    code = [file for name in _CODE for file in ((package / f"{name}.py"), *(package / name).rglob("*.py"))]
+    for file in sorted(file for file in code if file.is_file()):
         digest.update(file_digest(file).encode())
     for folder in data:
-        digest.update(digest_of(folder).encode())
+        digest.update(data_digest(folder).encode())
     for name in (RUN_FILE, WEIGHTS_FILE) if source is not None else ():
         if source is not None and (source / name).is_file():
             digest.update(file_digest(source / name).encode())
     return digest.hexdigest()
 
 
-def recall(out: Path, made_from: str) -> dict[str, Any] | None:
-    """Return the answer of the finished run in ``out`` if it is the one that ``made_from`` identifies."""
+def lookup(out: Path, key: str) -> dict[str, Any] | None:
+    """Return the stored result of the finished run in ``out`` if its key is the same, else None."""
     try:
-        known = json.loads((out / FINISHED_FILE).read_text(encoding="utf-8"))
-        same = known["made_from"] == made_from and known["run"] == file_digest(out / RUN_FILE)
+        entry = read_json(out / FINISHED_FILE)
+        is_same = entry["made_from"] == key and entry["run"] == file_digest(out / RUN_FILE)
     except (OSError, ValueError, KeyError):
         return None
-    return dict(known["answer"]) if same and (out / WEIGHTS_FILE).is_file() else None
+    return dict(entry["answer"]) if is_same and (out / WEIGHTS_FILE).is_file() else None
 
 
-def remember(out: Path, made_from: str, answer: Mapping[str, Any]) -> None:
-    """Write down what the run in ``out`` was made from and what its command answered."""
+def store(out: Path, key: str, result: Mapping[str, Any]) -> None:
+    """Store the key and the command's result beside the finished run in ``out``."""
     if (out / RUN_FILE).is_file():
-        known = {"made_from": made_from, "run": file_digest(out / RUN_FILE), "answer": dict(answer)}
-        write_json(out / FINISHED_FILE, known)
+        entry = {"made_from": key, "run": file_digest(out / RUN_FILE), "answer": dict(result)}
+        write_json(out / FINISHED_FILE, entry)

@@ -1,8 +1,11 @@
-"""Runs and checkpoints: safetensors and JSON, written aside and renamed, loaded strictly with every gap explained."""
+"""Run folders: weights and training state in safetensors, recipe and facts in JSON; written atomically, read strictly.
+
+`run.json` is written last: a folder with it is a finished run. Weights are loaded only if every tensor of the model is
+there in its shape; an error lists what is missing, unexpected or of another shape.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -21,10 +24,13 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import CheckpointError
+from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.model.missrec import MISSRec, build_missrec
 from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID
 
 ADDED_LATER = ("item_knn.cold_start.",)
+"""Prefixes of tensors that runs of earlier versions lack."""
 VOCABULARY_FILE = "vocabulary.parquet"
 RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, STATE_FILE = "recipe.json", "run.json", "weights.safetensors", "state.safetensors"
 
@@ -49,7 +55,7 @@ def save_run(
     Parameters
     ----------
     out : Path
-        Run folder; created, files replaced one by one by rename, `run.json` last.
+        Run folder; created. Its files are replaced one by one, atomically, `run.json` last.
     model : MISSRec
     recipe : Recipe
     data : Path
@@ -57,17 +63,18 @@ def save_run(
     info : mapping
         JSON-able facts: seconds, best epoch, validation metrics.
     catalogue : Catalogue, optional
-        Its ids and encoders are kept with the run, so that another catalogue can be compared with it later, when the
-        data folder has changed (`missrec train --from`, ``--continue``).
+        Its raw ids and its encoders' fingerprints are stored with the run: warm starts match another catalogue's items
+        and modalities with them, when the data folder has changed meanwhile.
     """
     out.mkdir(parents=True, exist_ok=True)
     if catalogue is not None:
-        info = {**info, "modalities": _encoders(catalogue)}
+        info = {**info, "modalities": _fingerprints(catalogue)}
         _write_vocabulary(out / VOCABULARY_FILE, catalogue)
     save_tensors(out / WEIGHTS_FILE, model.state_dict())
     write_json(out / RECIPE_FILE, recipe.to_dict())
     where = os.path.relpath(data.resolve(), out.resolve())
-    event_features = [] if model.event_features is None else [column.to_dict() for column in model.event_features.columns]
+    columns = () if model.event_features is None else model.event_features.columns
+    event_features = [column.to_dict() for column in columns]
     write_json(out / RUN_FILE, {"data": where, "versions": versions(), "side_features": event_features, **info})
 
 
@@ -84,16 +91,16 @@ def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
     Raises
     ------
     CheckpointError
-        The run is unfinished, or its weights do not fit the catalogue; every gap is listed.
+        The run is unfinished, or its weights do not fit the catalogue; the message lists every difference.
     """
     run = Path(run)
     if not (run / RUN_FILE).is_file():
         raise CheckpointError(f"{run} holds no {RUN_FILE}", "a finished run", "run or resume `missrec train --out`")
-    info = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+    info = read_json(run / RUN_FILE)
     if "pretraining" in info:
         cure = f"train on one of your data sets from it: `missrec train --from {run}`"
         raise CheckpointError(f"{run} was pre-trained on several domains", "a run of `missrec train`", cure)
-    recipe = Recipe.from_dict(json.loads((run / RECIPE_FILE).read_text(encoding="utf-8")))
+    recipe = Recipe.from_dict(read_json(run / RECIPE_FILE))
     folder = Path(data) if data is not None else Path(os.path.normpath(run.resolve() / info["data"]))
     catalogue = Catalogue.load(folder / CATALOGUE_FOLDER)
     event_features = [EventColumn.from_dict(column) for column in info.get("side_features", [])]
@@ -103,7 +110,7 @@ def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
 
 
 def load_strictly(model: torch.nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into a model, refusing any difference and naming each.
+    """Copy weights into a model; any difference in names or shapes is an error that lists them.
 
     Raises
     ------
@@ -111,38 +118,43 @@ def load_strictly(model: torch.nn.Module, weights: Mapping[str, Tensor], source:
         Missing, unexpected or differently shaped tensors.
     """
     own = model.state_dict()
-    weights = since_then(own, weights) | dict(weights)
-    gaps = [f"missing {name}" for name in own if name not in weights]
-    gaps += [f"unexpected {name}" for name in weights if name not in own]
-    gaps += [
+    weights = added_later(own, weights) | dict(weights)
+    problems = [f"missing {name}" for name in own if name not in weights]
+    problems += [f"unexpected {name}" for name in weights if name not in own]
+    problems += [
         f"{name} has shape {list(weights[name].shape)} instead of {list(own[name].shape)}"
         for name in own
         if name in weights and weights[name].shape != own[name].shape
     ]
-    if gaps:
-        more = f" and {len(gaps) - 8} more" if len(gaps) > 8 else ""
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         cure = "use the data folder and recipe of this run, or train again"
         raise CheckpointError(
-            f"{source}: " + "; ".join(gaps[:8]) + more, "the weights of this model and catalogue", cure
+            f"{source}: " + "; ".join(problems[:8]) + more, "the weights of this model and catalogue", cure
         )
     model.load_state_dict(dict(weights))
 
 
-def since_then(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the model's tensors that weights of an earlier version lack; as built they change no score."""
+def added_later(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the model's tensors that weights of an earlier version lack; their initial values change no score."""
     return {name: own[name] for name in own if name.startswith(ADDED_LATER) and name not in weights}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file aside and rename it into place."""
-    aside = path.with_name(f".{path.name}.partial")
+    """Write a safetensors file atomically.
+
+    Raises
+    ------
+    DataError
+        The disk is full or read-only.
+    """
     seen: set[int] = set()
-    save_file({name: _apart(tensor, seen) for name, tensor in tensors.items()}, aside, dict(metadata or {}))
-    os.replace(aside, path)
+    with atomic_write_file(path) as temporary:
+        save_file({name: _unshared(tensor, seen) for name, tensor in tensors.items()}, temporary, dict(metadata or {}))
 
 
-def _apart(tensor: Tensor, seen: set[int]) -> Tensor:
-    """Return the tensor in memory of its own, as the format wants it: a copy only where it shares its memory."""
+def _unshared(tensor: Tensor, seen: set[int]) -> Tensor:
+    """Return the tensor contiguous in its own storage, as safetensors requires; copied only if it shares one."""
     tensor = tensor.detach().contiguous()
     storage = tensor.untyped_storage()
     shared = storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size()
@@ -166,19 +178,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_metadata(path: Path) -> dict[str, str]:
-    """Read the text that `save_tensors` stored beside the tensors."""
+    """Return the metadata that `save_tensors` stored with the tensors."""
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON aside and rename it into place."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(content, indent=2, default=float) + "\n", encoding="utf-8")
-    os.replace(aside, path)
-
-
-def _encoders(catalogue: Catalogue) -> dict[str, dict[str, Any]]:
+def _fingerprints(catalogue: Catalogue) -> dict[str, dict[str, Any]]:
     return {
         name: {"width": modality.width, "fingerprint": modality.fingerprint}
         for name, modality in catalogue.modalities.items()
@@ -186,18 +191,17 @@ def _encoders(catalogue: Catalogue) -> dict[str, dict[str, Any]]:
 
 
 def _write_vocabulary(path: Path, catalogue: Catalogue) -> None:
-    """Write the raw ids in row order (from row 3 on) aside and rename them into place."""
-    aside = path.with_name(f".{path.name}.partial")
-    pq.write_table(catalogue.items.select([ITEM_ID]), aside)
-    os.replace(aside, path)
+    """Write the raw ids in row order, from row 3 on."""
+    with atomic_write_file(path) as temporary:
+        pq.write_table(catalogue.items.select([ITEM_ID]), temporary)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    found = {"python": platform.python_version()}
+    """Return the installed versions of Python and of the packages that a result depends on."""
+    installed = {"python": platform.python_version()}
     for package in ("missrec-t4r", "torch", "numpy", "transformers4rec", "nvtabular"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed

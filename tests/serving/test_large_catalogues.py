@@ -15,7 +15,13 @@ from missrec_t4r.bundle.bundle import load_bundle, write_bundle
 from missrec_t4r.bundle.manifest import BUNDLE_FILES, SEARCH_FILE, verify_bundle, write_manifest
 from missrec_t4r.bundle.update_catalogue import previous_of, rollback_catalogue, update_catalogue
 from missrec_t4r.errors import BundleError
-from missrec_t4r.io.tensor_file import Lent, StoredRows, let_go, look_here_and_there, write_tensors
+from missrec_t4r.io.tensor_file import (
+    PeriodicPageRelease,
+    StoredRows,
+    advise_random_access,
+    release_pages,
+    write_tensors,
+)
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.run_folder import LoadedRun
 from missrec_t4r.serving.triton.repository import BUNDLE_IN_REPOSITORY, write_repository
@@ -120,7 +126,7 @@ def test_few_rows_are_read_and_many_are_mapped_and_given_back(tmp_path: Path, mo
     assert torch.equal(StoredRows(tmp_path / "rows.safetensors", "rows").take(rows), table[rows])
     assert StoredRows(tmp_path / "rows.safetensors", "rows").take(rows[:0]).shape == (0, 2, 1024)
     mapped, own = load_file(tmp_path / "rows.safetensors")["rows"], table.clone()
-    look_here_and_there([mapped])
+    advise_random_access([mapped])
 
     def resident() -> int:
         lines = Path("/proc/self/smaps").read_text().split("rows.safetensors")[1:]
@@ -129,13 +135,13 @@ def test_few_rows_are_read_and_many_are_mapped_and_given_back(tmp_path: Path, mo
     before = resident()
     assert torch.equal(mapped, table)
     assert resident() - before > 10_000
-    lent = Lent([mapped, own], every=3)
-    lent.used(2)
+    release = PeriodicPageRelease([mapped, own], every=3)
+    release.count(2)
     assert resident() - before > 10_000
-    lent.used(1)
+    release.count(1)
     assert resident() - before < 1_000
     assert torch.equal(mapped, table)
     assert torch.equal(own, table)  # what is no file is left alone
     mapped[0, 0] += 1
-    let_go([mapped])
+    release_pages([mapped])
     assert mapped[0, 0] == table[0, 0] + 1  # as is what was written to

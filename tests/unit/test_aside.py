@@ -75,7 +75,7 @@ def test_readers_never_find_none_nor_two_halves_while_writers_are_killed(tmp_pat
 def test_a_folder_that_never_rests_is_refused_and_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, number = tmp_path / "catalogue", iter(range(10**6))
     made(0).save(folder)
-    monkeypatch.setattr(aside, "_PATIENCE", 0.2)
+    monkeypatch.setattr(aside, "_RETRY_SECONDS", 0.2)
     with pytest.raises(DataError, match="was replaced whenever it was read"):
         aside.read_consistently(folder, lambda _: made(next(number)).save(folder))
 

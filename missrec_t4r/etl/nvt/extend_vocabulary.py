@@ -24,6 +24,7 @@ from missrec_t4r.etl.engine.workdir import link
 from missrec_t4r.etl.nvt import serialization as storage
 from missrec_t4r.etl.nvt import workflows as sessions
 from missrec_t4r.etl.outputs import NVTABULAR_FOLDER, REQUEST_FOLDER, WORKFLOW_FOLDER
+from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, SCHEMA_FILE, SESSION_TRANSFORM_FILE, SPLITS
 
 _SIZES = ("cardinality", "dimension")
@@ -82,7 +83,7 @@ def _grow_workflow(old: Path, new: Path, files: Mapping[str, Path], rows: Mappin
     for name in graph["files"]:
         if name in files:
             shutil.copyfile(files[name], new / name)
-            graph["files"][name] = storage.digest_of(new / name)
+            graph["files"][name] = file_digest(new / name)
         else:
             link(old / name, new / name)
     _resize(graph["nodes"], rows)

@@ -33,6 +33,7 @@ from nvtabular import Workflow, ops
 from missrec_t4r.errors import DataError
 from missrec_t4r.etl.nvt import event_ops as event_operators
 from missrec_t4r.etl.nvt import session_ops as operators
+from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.schema import ITEM_ID
 
 FORMAT = 1
@@ -140,7 +141,7 @@ def read_graph(folder: Path) -> dict[str, Any]:
     changed = [] if seal == _seal(graph) else [GRAPH_FILE]
     for name, digest in graph["files"].items():
         file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file() or digest_of(file) != digest:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file() or file_digest(file) != digest:
             changed.append(name)
     if changed:
         raise DataError(
@@ -202,7 +203,7 @@ def _keep(file: Path, folder: Path, files: dict[str, str]) -> str:
         if source.is_file():
             if not copy.exists() or not copy.samefile(source):
                 shutil.copyfile(source, copy)
-            files[f"categories/{source.name}"] = digest_of(copy)
+            files[f"categories/{source.name}"] = file_digest(copy)
     return f"categories/{file.name}"
 
 
@@ -246,7 +247,7 @@ def _as_data(value: Any, owner: str, folder: Path, files: dict[str, str]) -> Any
     if isinstance(value, pd.Series):
         name = f"{owner}.{len(files)}.parquet"
         pq.write_table(pa.table({"value": pa.Array.from_pandas(value)}), folder / name)
-        files[name] = digest_of(folder / name)
+        files[name] = file_digest(folder / name)
         return {"series": name}
     if isinstance(value, list | tuple):
         return {"tuple" if isinstance(value, tuple) else "list": [again(inner) for inner in value]}
@@ -299,11 +300,6 @@ def _schema(columns: list[dict[str, Any]] | None) -> Schema | None:
 
 def _seal(graph: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()
-
-
-def digest_of(file: Path) -> str:
-    """Return the SHA-256 of a file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 # The fitted request workflow at work: raw ids in, rows out, as NVTabular itself computes them

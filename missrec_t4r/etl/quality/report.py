@@ -20,7 +20,8 @@ from missrec_t4r.errors import ConfigError, GateError
 from missrec_t4r.etl.quality.html import page
 from missrec_t4r.etl.quality.statistics import Everything, measure
 from missrec_t4r.io.atomic import atomic_write_file
-from missrec_t4r.io.hashing import digest_of
+from missrec_t4r.io.hashing import data_digest
+from missrec_t4r.io.json_files import write_json
 from missrec_t4r.progress import Progress, quiet
 
 REPORT_FILE, PREVIOUS_FILE = "report.json", "previous.json"
@@ -73,7 +74,7 @@ def report(
     bounds = read_gate(gate) if gate is not None else {}
     progress.say(f"reading {data}")
     measures, shown = measure(Everything.load(data), time.time() if now is None else now)
-    made_from = digest_of(data)
+    made_from = data_digest(data)
     here = None if previous is not None else _last(out / REPORT_FILE, required=False)
     repeated = here is not None and here.get("made_from") == made_from
     before = out / (PREVIOUS_FILE if repeated else REPORT_FILE) if previous is None else previous
@@ -96,15 +97,13 @@ def report(
     name = "refused" if failed else "report"  # a refused run must not become what the next one is compared with
     if not dry_run:
         if not failed and here is not None and not repeated:
-            with atomic_write_file(out / PREVIOUS_FILE) as file:
-                file.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
+            write_json(out / PREVIOUS_FILE, here)
         if not failed:
             for stale in (out / "refused.html", out / "refused.json"):
                 stale.unlink(missing_ok=True)
         with atomic_write_file(out / f"{name}.html") as file:
             file.write_text(page(written), encoding="utf-8")
-        with atomic_write_file(out / f"{name}.json") as file:
-            file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        write_json(out / f"{name}.json", written)
     answer = {key: written[key] for key in ("data", "previous", "measures", "gate", "passed")}
     answer |= {"report": str(out / f"{name}.json"), "page": str(out / f"{name}.html")}
     answer |= {"dry_run": True} if dry_run else {}

@@ -1,0 +1,50 @@
+"""JSON files: written atomically, NumPy and torch scalars as plain numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from missrec_t4r.io.atomic import atomic_write_file
+
+
+def to_plain(value: Any) -> Any:
+    """Return a NumPy or torch scalar as a Python number and any other object as its text.
+
+    The ``default`` of ``json.dumps`` for everything that JSON cannot hold, such as paths.
+
+    Examples
+    --------
+    >>> json.dumps({"folder": Path("data")}, default=to_plain)
+    '{"folder": "data"}'
+    """
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def write_json(file: Path, content: Any, *, indent: int | None = 2, allow_nan: bool = True) -> None:
+    """Write a JSON file atomically: readers find the old file or the new one, whole.
+
+    Parameters
+    ----------
+    file : Path
+        Replaced if it exists; its folder is created.
+    content : JSON-able value
+    indent : int or None
+        Spaces per level; None writes one line.
+    allow_nan : bool
+        False raises ``ValueError`` for NaN and infinity, which are no JSON.
+
+    Raises
+    ------
+    DataError
+        The disk is full or read-only.
+    """
+    text = json.dumps(content, indent=indent, allow_nan=allow_nan, default=to_plain)
+    with atomic_write_file(file) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(file: Path) -> Any:
+    """Return the content of a JSON file."""
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -92,7 +92,7 @@ def catalogue_rollback(*, bundle: Path | None = None, repository: Path | None = 
 
 def _served_bundle(folder: Path, repository: Path | None) -> Path:
     """Return a copy of the bundle that answers."""
-    from missrec_t4r.serving.deploy.model_control import bundle_of, current_version
+    from missrec_t4r.serving.triton.model_control import bundle_of, current_version
 
     assert repository is not None
     version = current_version(repository)

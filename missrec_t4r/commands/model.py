@@ -35,8 +35,9 @@ def train(
 
     ``source`` starts from a pre-trained run (`missrec_t4r.training.warm_start.transfer`), ``earlier_run`` from a run
     on an earlier catalogue of the same shop (`missrec_t4r.training.warm_start.nightly`). ``recipe`` is ``default`` or,
-    with ``earlier_run``, that run's. ``reuse`` returns the finished run in ``out`` if it was made of the same data, settings and
-    code (`missrec_t4r.runs.run_cache`), with ``"found": True``. ``dry_run`` checks everything and writes nothing.
+    with ``earlier_run``, that run's. ``reuse`` returns the finished run in ``out`` if it was made of the same data,
+    settings and code (`missrec_t4r.runs.run_cache`), with ``"found": True``. ``dry_run`` checks everything and writes
+    nothing.
 
     Raises
     ------

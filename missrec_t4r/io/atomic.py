@@ -258,3 +258,11 @@ def atomic_write_file(file: Path) -> Iterator[Path]:
             temporary = Path(folder) / file.name
             yield temporary
             temporary.replace(file)
+
+
+def link_or_copy(file: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where that cannot be."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copy2(file, target)

@@ -91,7 +91,7 @@ def test_builds_name_files_and_arguments_that_exist() -> None:
 
 def test_the_build_context_holds_the_package_and_nothing_else() -> None:
     kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    packaged = ["LICENSE", "README.md", "missrec_t4r", "pyproject.toml", "triton_models", "workflows"]
+    packaged = ["LICENSE", "README.md", "missrec_t4r", "pyproject.toml", "setup.py", "triton_models"]
     assert sorted(kept) == sorted([*packaged, "docker/entrypoint.sh"])
     assert all((ROOT / name).exists() for name in kept)
 

@@ -20,10 +20,10 @@ from missrec_t4r.errors import BundleError, ConfigError, ServingError
 from missrec_t4r.export.export import export
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.deploy.blue_green import deploy, rollback, versions_of
-from missrec_t4r.serving.deploy.model_control import SERVER_FILE, Control, bundle_of, current_version
 from missrec_t4r.serving.shadow.grpc_proxy import GrpcShadowProxy
 from missrec_t4r.serving.shadow.http_proxy import HttpShadowProxy
 from missrec_t4r.serving.triton.local_server import LocalTriton
+from missrec_t4r.serving.triton.model_control import SERVER_FILE, Control, bundle_of, current_version
 from missrec_t4r.serving.triton.ports import answers_ready
 from tests.serving.conftest import serving
 

@@ -15,9 +15,9 @@ import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
 from missrec_t4r.serving.client.client import MISSRecClient
-from missrec_t4r.serving.deploy.model_control import CLOSED, HEADER
 from missrec_t4r.serving.triton import local_server as local_triton
 from missrec_t4r.serving.triton.local_server import LocalTriton
+from missrec_t4r.serving.triton.model_control import CLOSED, HEADER
 from missrec_t4r.serving.triton.ports import choose_ports
 
 pytestmark = pytest.mark.triton

@@ -18,9 +18,9 @@ from missrec_t4r.cli import app
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.transports import open_transport
 from missrec_t4r.serving.deploy.blue_green import deploy
-from missrec_t4r.serving.deploy.model_control import bundle_of
 from missrec_t4r.serving.triton.backend import RankerBackend, SessionsBackend
 from missrec_t4r.serving.triton.local_server import LocalTriton
+from missrec_t4r.serving.triton.model_control import bundle_of
 from tests.serving.conftest import serving
 from tests.serving.test_updates import ITEMS, NO_IMAGE, RETIRED, vectors
 

@@ -41,11 +41,12 @@ from missrec_t4r.etl.engine.shuffle import (
     write_json,
     write_shard,
 )
-from missrec_t4r.etl.engine.workdir import link, one_of, unified_schema
+from missrec_t4r.etl.engine.workdir import one_of, unified_schema
 from missrec_t4r.etl.event_settings import CLOCK, EventSettings
 from missrec_t4r.etl.nvt import kernels
 from missrec_t4r.etl.nvt import workflows as sessions
 from missrec_t4r.etl.quality import checks
+from missrec_t4r.io.atomic import link_or_copy
 from missrec_t4r.progress import Progress
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, SPLITS, TIMESTAMP, UNKNOWN_ROW, USER_ID
 
@@ -309,11 +310,11 @@ def _take_over(job: Job, work: Path, numbers: Sequence[int]) -> None:
             file = partitions.place(old, partitions.STATE_FOLDER, number, ending)
             place = partitions.place(work, partitions.STATE_FOLDER, number, ending)
             if file.is_file() and not place.exists():
-                link(file, place)
+                link_or_copy(file, place)
         for split in SPLITS:
             file = old / split / f"part_{number:05}.parquet"
             if file.is_file() and not (work / "out" / split / file.name).exists():
-                link(file, work / "out" / split / file.name)
+                link_or_copy(file, work / "out" / split / file.name)
         write_json(partitions.place(work, "done", number, "json"), job.old["parts"][number])
 
 

@@ -30,8 +30,8 @@ from missrec_t4r.etl.engine.executor import Threads
 from missrec_t4r.etl.engine.sessionize import STATE_FILE, Ordered
 from missrec_t4r.etl.engine.shuffle import ShardReader, batches_of, with_codes, write_json
 from missrec_t4r.etl.engine.user_state import Known, load_user_state
-from missrec_t4r.etl.engine.workdir import link
 from missrec_t4r.etl.nvt.extend_vocabulary import grow
+from missrec_t4r.io.atomic import link_or_copy
 from missrec_t4r.progress import quiet
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
 
@@ -167,7 +167,7 @@ def _add_events(
     if partitions.derives(merged):
         partitions.write_arrow(state, files[1])
     else:  # a session is all that is known of a user
-        link(files[0], files[1])
+        link_or_copy(files[0], files[1])
     trained = np.zeros(max(len(now.trained), len(before.trained)), np.int64)
     trained[: len(now.trained)] += now.trained
     trained[: len(before.trained)] -= before.trained
@@ -223,6 +223,6 @@ def _write_catalogue(job: scale.Job, old: Catalogue, data: Path, folder: Path, t
     place.mkdir()
     for file in (data / CATALOGUE_FOLDER).iterdir():
         if file.name != ITEMS_FILE:
-            link(file, place / file.name)
+            link_or_copy(file, place / file.name)
     catalogue.write_items(place)
     return catalogue

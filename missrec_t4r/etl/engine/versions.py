@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from missrec_t4r.errors import ConfigError, DataError
-from missrec_t4r.etl.engine import workdir as places
 from missrec_t4r.etl.engine.sessionize import STATE_FILE, STATE_FOLDER
 from missrec_t4r.etl.event_settings import EventSettings
 from missrec_t4r.etl.outputs import REPORT_FILE
-from missrec_t4r.io.atomic import recover
+from missrec_t4r.io.atomic import link_or_copy, recover
 
 VERSIONS_FILE = "versions.json"
 
@@ -81,7 +80,7 @@ def link_rest(old: Path, new: Path, rewritten: Collection[str]) -> None:
         there = set(os.listdir(place))
         for name in names:
             if name not in there:
-                places.link(Path(top, name), place / name)
+                link_or_copy(Path(top, name), place / name)
 
 
 def new_files(events: Sequence[Path], versions: Mapping[str, Any]) -> dict[Path, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -180,11 +179,3 @@ def read_catalogue(
     vectors: catalogues.Vectors = catalogues.read_modalities(modality_files, table.num_rows)
     table, vectors = catalogues.unique_items(table, vectors, findings)
     return table.combine_chunks(), vectors
-
-
-def link(file: Path, place: Path) -> None:
-    """Hard-link a file, or copy it where that cannot be."""
-    try:
-        os.link(file, place)
-    except OSError:
-        shutil.copy2(file, place)

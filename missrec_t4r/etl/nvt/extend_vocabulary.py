@@ -20,10 +20,10 @@ from merlin.io.worker import clean_worker_cache
 from nvtabular import ops
 from nvtabular.ops.categorify import _emb_sz_rule
 
-from missrec_t4r.etl.engine.workdir import link
 from missrec_t4r.etl.nvt import serialization as storage
 from missrec_t4r.etl.nvt import workflows as sessions
 from missrec_t4r.etl.outputs import NVTABULAR_FOLDER, REQUEST_FOLDER, WORKFLOW_FOLDER
+from missrec_t4r.io.atomic import link_or_copy
 from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, SCHEMA_FILE, SESSION_TRANSFORM_FILE, SPLITS
 
@@ -85,7 +85,7 @@ def _grow_workflow(old: Path, new: Path, files: Mapping[str, Path], rows: Mappin
             shutil.copyfile(files[name], new / name)
             graph["files"][name] = file_digest(new / name)
         else:
-            link(old / name, new / name)
+            link_or_copy(old / name, new / name)
     _resize(graph["nodes"], rows)
     storage.write_graph(graph, new)
 

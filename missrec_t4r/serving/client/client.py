@@ -28,8 +28,8 @@ from missrec_t4r.serving.client.protocol import (
 )
 from missrec_t4r.serving.client.retry import Retries
 from missrec_t4r.serving.client.transports import Transport, open_transport, translate_errors
-from missrec_t4r.serving.deploy.model_control import bundle_of, current_version, is_deployment
 from missrec_t4r.serving.event_features import SessionEventFeatures
+from missrec_t4r.serving.triton.model_control import bundle_of, current_version, is_deployment
 
 
 class MISSRecClient:

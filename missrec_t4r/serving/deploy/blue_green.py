@@ -31,8 +31,8 @@ from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.errors import BundleError, ConfigError, ServingError
 from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.progress import Progress, quiet
-from missrec_t4r.serving.deploy.model_control import DEPLOYMENT_FILE, Control, bundle_of, current_version, is_deployment
 from missrec_t4r.serving.deploy.warmup import warm_up
+from missrec_t4r.serving.triton.model_control import DEPLOYMENT_FILE, Control, bundle_of, current_version, is_deployment
 from missrec_t4r.serving.triton.repository import ENSEMBLE, MODELS, fill_repository
 
 _PARTS = tuple(model for model in MODELS if model != ENSEMBLE)

@@ -23,8 +23,8 @@ from typing import Any
 
 from missrec_t4r.errors import ServingError
 from missrec_t4r.progress import Progress, quiet
-from missrec_t4r.serving.deploy.model_control import Control, is_deployment, restrictions, start_arguments
 from missrec_t4r.serving.triton.environment import EmbeddedTriton, reason_in
+from missrec_t4r.serving.triton.model_control import Control, is_deployment, restrictions, start_arguments
 from missrec_t4r.serving.triton.ports import LOOPBACK, answers_ready, choose_ports, name_of, shows_metrics
 
 _POLL_SECONDS = 0.05

@@ -1,0 +1,1 @@
+"""The serving bundle: its files, their validation, and catalogue updates. Below serving and export."""

@@ -1,6 +1,7 @@
 # make demo                        generated shop -> recommendations from a real Triton, on CPU
 # make demo DATA=path/to/dataset   the same on real data
 # make test                        lint, types and tests: what CI runs
+# make test-fast                   the tests of model, ranking, training and evaluation, for the inner loop (a minute)
 # make test-set-a                  the tests on the older pins, those of NVIDIA's Merlin containers
 # make test-cpus                   the tests that compare floats, with the kernels of other processors (30 minutes)
 # make bench-quality DATA=… RECIPE=default SEEDS=3    quality over seeds; SUBSET=FILE, MODALITY="text=FILE image=FILE"
@@ -9,7 +10,7 @@
 # make bench-train [DATA=…] [RELEASE=…]   training speed beside the authors' release and T4R's XLNet (10 minutes)
 # make docs   writes docs/reference.md from the code
 # make lint | format | clean
-# Settings: PYTHON (python3.11), VENV (.venv), DATA, OUT (work/demo), TESTS (tests), PYTEST_ARGS
+# Settings: PYTHON (python3.11), VENV (.venv), DATA, OUT (work/demo), TESTS (tests), JOBS (one per core, at most 8), PYTEST_ARGS
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -23,6 +24,9 @@ SUBSET ?=
 MODALITY ?=
 NAME ?=
 PYTEST_ARGS ?=
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+PYTEST = python -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+FAST = tests/unit tests/equations tests/properties tests/evaluation tests/recipes
 
 # Merlin 23.8 knows the classic dask.dataframe only.
 export DASK_DATAFRAME__QUERY_PLANNING := False
@@ -36,7 +40,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-set-a test-cpus bench-etl bench-quality bench-serving bench-train docs lint types format clean
+.PHONY: help install demo test test-fast test-set-a test-cpus bench-etl bench-quality bench-serving bench-train docs lint types format clean
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -69,7 +73,10 @@ demo: $(VENV)/.installed
 
 test: lint
 	@echo "==> tests"
-	@$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) $(TESTS)
+	@$(VENV)/bin/$(PYTEST) $(TESTS)
+
+test-fast: $(VENV)/.installed
+	@$(VENV)/bin/$(PYTEST) -m "not triton and not ddp and not slow" $(FAST)
 
 docs: $(VENV)/.installed
 	@$(VENV)/bin/python docs/reference.py
@@ -80,7 +87,7 @@ bench-quality: $(VENV)/.installed
 
 test-set-a: $(VENV_A)/.installed
 	@echo "==> tests on the older pins"
-	@$(VENV_A)/bin/python -m pytest -q $(PYTEST_ARGS) $(TESTS)
+	@$(VENV_A)/bin/$(PYTEST) $(TESTS)
 
 test-cpus: $(VENV)/.installed
 	@$(VENV)/bin/python -m benchmarks.cpus

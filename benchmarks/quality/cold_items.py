@@ -8,7 +8,7 @@ model is compared with popularity, item-kNN and content-kNN on the same vectors,
 to items without events (`model/newcomers.py`); the whole catalogue is ranked. What the others pay stands beside it.
 
 How hard a tenth is depends on which items it holds, so several are drawn that share no item, each with its own ETL and
-training. What new items get of the places (``model.newcomer_exposure``) is set after training, so that several levels
+training. What new items get of the places (``model.cold_start_exposure``) is set after training, so that several levels
 cost one training. A customer's last item is held out in one of them at most: their targets are pooled, and an
 interval draws customers. Finished trainings are kept in ``--out``.
 """
@@ -148,7 +148,7 @@ def exposed(run: Path, exposure: float, progress: Progress) -> tuple[MISSRec, di
     """Return a run's model with what newcomers get of the places, and what was chosen for it on validation."""
     loaded = load_run(run)
     model = loaded.model
-    model.config = dataclasses.replace(model.config, newcomer_exposure=exposure)
+    model.config = dataclasses.replace(model.config, cold_start_exposure=exposure)
     columns = () if model.event_features is None else model.event_features.columns
     valid = load_sessions(loaded.data, "valid", columns).known()
     return model, fit_cold_start(model, loaded.catalogue, valid, progress=progress)
@@ -205,10 +205,10 @@ def main() -> None:
     parser.add_argument("--set", dest="settings", action="append", default=[], help="such as model.item_ids=false")
     parser.add_argument("--share", type=float, default=0.1, help="of the items to hold out")
     parser.add_argument("--draws", type=int, nargs="+", default=[0], help="which tenths, from 0; of other items each")
-    parser.add_argument("--exposure", type=float, nargs="+", default=[1.0], help="see model.newcomer_exposure")
+    parser.add_argument("--exposure", type=float, nargs="+", default=[1.0], help="see model.cold_start_exposure")
     parser.add_argument("--label", default="cold")
     options = parser.parse_args()
-    settings = {"model.newcomer_exposure": options.exposure[0]}
+    settings = {"model.cold_start_exposure": options.exposure[0]}
     settings |= {key: yaml.safe_load(value) for key, value in pairs(options.settings).items()}
     name = options.name or options.data.resolve().name
     draws = [

@@ -90,7 +90,7 @@ def measure(run: Path) -> dict[str, Any]:
         if case != "nothing"
     }
     config = loaded.recipe.model
-    kept = ("item_ids", "modality_dropout", "id_dropout", "n_neighbours", "n_lookalikes", "history_bias")
+    kept = ("item_ids", "modality_dropout", "id_dropout", "n_neighbours", "n_similar_items", "history_bias")
     return {"model": {key: getattr(config, key) for key in kept}, "withheld": found, "recall_kept": shares}
 
 

@@ -40,7 +40,7 @@ SOURCES = ("amazon_instruments_mql", "amazon14_beauty", "ml100k_posters")
 TARGET = "amazon_scientific"
 LEAST_EVENTS = 5
 METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
-ALONE: dict[str, Any] = {"model.n_neighbours": 0, "model.n_lookalikes": 0, "train.max_minutes": 0}
+ALONE: dict[str, Any] = {"model.n_neighbours": 0, "model.n_similar_items": 0, "train.max_minutes": 0}
 """The model without its priors: what is compared is what training learned."""
 _SOFTMAX = {"pretrain.objective": "full_softmax", "train.softmax": "sampled", "train.negatives": 2048}
 PRETRAININGS: dict[str, dict[str, Any]] = {
@@ -68,16 +68,16 @@ VARIANTS: dict[str, Variant] = {
     "frozen": Variant("contrastive", "encoder_decoder"),
     "full": Variant("contrastive"),
     "adapters": Variant("contrastive", take="adapters"),
-    "tokens": Variant("contrastive", ids="tokens"),
-    "tokens_frozen": Variant("contrastive", "encoder_decoder", ids="tokens"),
-    "scratch_tokens": Variant(ids="tokens"),
-    "corrected": Variant("corrected", ids="tokens"),
+    "tokens": Variant("contrastive", ids="content"),
+    "tokens_frozen": Variant("contrastive", "encoder_decoder", ids="content"),
+    "scratch_tokens": Variant(ids="content"),
+    "corrected": Variant("corrected", ids="content"),
     "short": Variant("short"),
     "refreshed": Variant("refreshed"),
     "refreshed_frozen": Variant("refreshed", "encoder_decoder"),
     "softmax": Variant("softmax"),
-    "softmax_tokens": Variant("softmax", ids="tokens"),
-    "kept_tokens": Variant("kept", ids="tokens"),
+    "softmax_tokens": Variant("softmax", ids="content"),
+    "kept_tokens": Variant("kept", ids="content"),
     "softmax_frozen": Variant("softmax", "encoder_decoder"),
     "scratch_inductive": Variant(settings={"model.item_ids": False}),
     "full_inductive": Variant("contrastive", settings={"model.item_ids": False}),
@@ -143,7 +143,7 @@ def training(
         stored: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
         return stored
     chosen = {**ALONE, **settings, **variant.settings, "train.seed": seed, "train.max_minutes": minutes}
-    chosen["train.id_start"] = variant.ids
+    chosen["train.id_init"] = variant.ids
     start: dict[str, Any] = {}
     if variant.pretraining is not None:
         start = {"source": out / "pre" / variant.pretraining, "freeze": variant.freeze, "take": variant.take}

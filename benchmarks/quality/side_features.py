@@ -83,7 +83,7 @@ def compare(
         for seed in seeds:
             chosen = dataclasses.replace(
                 recipe,
-                model=dataclasses.replace(recipe.model, side_features=setting),
+                model=dataclasses.replace(recipe.model, event_features=setting),
                 train=dataclasses.replace(recipe.train, seed=seed),
             )
             run = runs / f"{name.replace(' ', '-')}-{seed}"

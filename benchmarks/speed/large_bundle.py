@@ -59,7 +59,7 @@ def enlarge(bundle: Path, out: Path, n_items: int, *, isotropic: bool = False, s
     _write_weights(real, out, sources, draw)
     _write_items(real, out, sources[0, FIRST_ITEM_ROW:].numpy())
     described = json.loads((bundle / MODEL_FILE).read_text()) | {"rows": n_rows}
-    described["config"] |= {"candidate_fusion": "dynamic_shared", "n_neighbours": NEIGHBOURS, "n_lookalikes": 0}
+    described["config"] |= {"candidate_fusion": "dynamic_shared", "n_neighbours": NEIGHBOURS, "n_similar_items": 0}
     (out / MODEL_FILE).write_text(json.dumps(described))
     for name in (FEATURES_FILE, SESSION_TRANSFORM_FILE, SCHEMA_FILE):
         shutil.copyfile(bundle / name, out / name)

@@ -118,7 +118,7 @@ def _model(options: argparse.Namespace, folder: Path) -> MISSRec:
         d_model=options.d_model,
         interest_ratio=options.interest_ratio,
         n_neighbours=0,
-        n_lookalikes=0,
+        n_similar_items=0,
         modality_dropout=0.2,
         id_dropout=0.1,
     )

@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 SETTINGS = {
     "model.n_neighbours": 0,
-    "model.n_lookalikes": 0,
+    "model.n_similar_items": 0,
     "model.temperature": 0.12,
     "train.learning_rate": 3e-3,
     "train.batch_size": 512,

@@ -149,7 +149,7 @@ def load_bundle(folder: str | Path) -> LoadedBundle:
         _refuse_nan(folder / CATALOGUE_FILE, described["modalities"])
         modalities = {name: _modality(name, stored, features) for name in described["modalities"]}
         catalogue = Catalogue(items, modalities, checked=True)
-        config = Recipe.from_dict({"name": "bundle", "model": described["config"]}).model
+        config = Recipe.from_stored({"name": "bundle", "model": described["config"]}).model
         event_features = [EventColumn.from_dict(column) for column in described.get("side_features", [])]
         with Uninitialised():
             model = build_missrec(config, catalogue, event_features)

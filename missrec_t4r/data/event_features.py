@@ -266,7 +266,7 @@ def _fitted(column: EventColumn, values: npt.NDArray[Any]) -> EventColumn:
         raise SchemaError(
             f"side feature {column.name!r} holds {values.dtype} of shape {list(values.shape)}",
             f"what its tag says: a {column.kind} column",
-            "correct the tag in the workflow, or leave the column out with --set model.side_features=…",
+            "correct the tag in the workflow, or leave the column out with --set model.event_features=…",
         )
     if column.kind == "categorical":
         return dataclasses.replace(column, size=column.size or max(int(values.max(initial=0)), UNKNOWN_ROW) + 1)

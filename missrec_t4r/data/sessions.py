@@ -98,7 +98,7 @@ class Sessions:
             raise SchemaError(
                 f"{folder} has no column {', '.join(missing)}",
                 "every side feature that the model was trained with",
-                "use data of the same ETL settings, or train with --set model.side_features=none",
+                "use data of the same ETL settings, or train with --set model.event_features=none",
             )
         names = [ITEM_LIST, *columns.values(), *([USER_ID] if USER_ID in there else [])]
         table = read_rows(folder, names)

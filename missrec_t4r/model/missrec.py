@@ -254,7 +254,7 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue, event_features: S
     )
     layer = (config.d_model, config.n_head, config.d_feedforward, config.dropout, config.layer_norm_eps)
     newcomers = (
-        ColdStartTerm([part.width for part in catalogue.modalities.values()]) if config.newcomer_exposure else None
+        ColdStartTerm([part.width for part in catalogue.modalities.values()]) if config.cold_start_exposure else None
     )
     n_interests = InterestVocabulary.size(config.interest_ratio, item_encoder.masks(dropout=False).mask)
     model = MISSRec(
@@ -282,11 +282,11 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue, event_features: S
         if config.n_neighbours
         else None,
         trained if config.mask_untrained_ids else None,
-        EventFeatures(EventFeatureEncoder(event_features, config.side_dropout), config.d_model)
+        EventFeatures(EventFeatureEncoder(event_features, config.event_feature_dropout), config.d_model)
         if event_features
         else None,
-        ContentKNNTerm(item_encoder.n_rows, min(config.n_lookalikes, item_encoder.n_rows))
-        if config.n_lookalikes
+        ContentKNNTerm(item_encoder.n_rows, min(config.n_similar_items, item_encoder.n_rows))
+        if config.n_similar_items
         else None,
     )
     model.apply(_initialise)

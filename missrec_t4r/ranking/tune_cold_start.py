@@ -113,7 +113,7 @@ def fit_cold_start(
     found = [
         (outcome, settings, choice)
         for choice in choices
-        for settings, outcome in _tried([draw[choice] for draw in draws], model.config.newcomer_exposure)
+        for settings, outcome in _tried([draw[choice] for draw in draws], model.config.cold_start_exposure)
     ]
     best = max(outcome.hidden for outcome, *_ in found)
     enough = best - _SLACK * math.sqrt(best * (1 - best) / asked)
@@ -124,7 +124,7 @@ def fit_cold_start(
     newcomers.modalities.copy_(torch.tensor(choice))
     model.find_cold_items()
     if len(newcomers.rows):
-        share = model.config.newcomer_exposure * _worth(draws, len(newcomers.rows))
+        share = model.config.cold_start_exposure * _worth(draws, len(newcomers.rows))
         newcomers.choose(_levelled(model, newcomers, catalogue, valid, share, seed, progress))
     chosen = [name for name, used in zip(names, choice, strict=True) if used]
     measures = {"recall@10": outcome.hidden, "others_ndcg@10": outcome.others, "exposure": outcome.exposure}

@@ -100,7 +100,7 @@ def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
     if "pretraining" in info:
         cure = f"train on one of your data sets from it: `missrec train --from {run}`"
         raise CheckpointError(f"{run} was pre-trained on several domains", "a run of `missrec train`", cure)
-    recipe = Recipe.from_dict(read_json(run / RECIPE_FILE))
+    recipe = Recipe.from_stored(read_json(run / RECIPE_FILE))
     folder = Path(data) if data is not None else Path(os.path.normpath(run.resolve() / info["data"]))
     catalogue = Catalogue.load(folder / CATALOGUE_FOLDER)
     event_features = [EventColumn.from_dict(column) for column in info.get("side_features", [])]

@@ -26,7 +26,7 @@ _OF_INPUTS = (
     "modality_dropout",
     "id_dropout",
     "mask_untrained_ids",
-    "side_dropout",
+    "event_feature_dropout",
 )
 _OF_BLOCK = (
     "d_model",
@@ -140,7 +140,7 @@ def _assemble(
         schema,
         catalogue=catalogue,
         masking=masking,
-        embedding_dim_default=config.side_width,
+        embedding_dim_default=config.event_feature_width,
         event_features=event_features,
         **_chosen(config, _OF_INPUTS),
     )

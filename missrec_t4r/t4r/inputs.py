@@ -98,9 +98,9 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         modality_dropout: float = _DEFAULT.modality_dropout,
         id_dropout: float = _DEFAULT.id_dropout,
         mask_untrained_ids: bool = _DEFAULT.mask_untrained_ids,
-        embedding_dim_default: int = _DEFAULT.side_width,
+        embedding_dim_default: int = _DEFAULT.event_feature_width,
         continuous_projection: int | Sequence[int] | None = None,
-        side_dropout: float = _DEFAULT.side_dropout,
+        event_feature_dropout: float = _DEFAULT.event_feature_dropout,
         event_features: Sequence[EventColumn] | None = None,
     ) -> MultiModalSequenceFeatures:
         """Read the columns from the schema, as T4R's inputs do.
@@ -116,7 +116,9 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
             Items that the model sees, the most recent ones.
         masking : str or PrefixMasking
             A masking that hides targets before the look-up: ``"prefix"``.
-        item_ids, missing_modality, feature_scaling, modality_dropout, id_dropout, mask_untrained_ids, side_dropout
+        item_ids, missing_modality, feature_scaling, modality_dropout, id_dropout, mask_untrained_ids
+            As in `MISSRecConfig`.
+        event_feature_dropout : float
             As in `MISSRecConfig`.
         embedding_dim_default : int
             Numbers that a category or a vector becomes, as in T4R's ``from_schema``.
@@ -142,8 +144,8 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
             "modality_dropout": modality_dropout,
             "id_dropout": id_dropout,
             "mask_untrained_ids": mask_untrained_ids,
-            "side_width": embedding_dim_default,
-            "side_dropout": side_dropout,
+            "event_feature_width": embedding_dim_default,
+            "event_feature_dropout": event_feature_dropout,
         }
         core_schema = as_core_schema(schema)
         item = item_column(core_schema, catalogue.n_rows).name
@@ -155,7 +157,7 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
             )
         else:
             rest = _named(rest, event_features)
-        encoder = EventFeatureEncoder(event_features, side_dropout) if event_features else None
+        encoder = EventFeatureEncoder(event_features, event_feature_dropout) if event_features else None
         read = core_schema.select_by_name([item, *rest.column_names])
         return cls(read, item, _parse_masking(masking), encoder, catalogue, settings)
 

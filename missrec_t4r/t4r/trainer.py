@@ -96,7 +96,7 @@ def train_t4r(
     started = time.perf_counter()
     data, out = Path(data), Path(out)
     catalogue = Catalogue.load(data / CATALOGUE_FOLDER)
-    chosen = event_columns(data, recipe.model.side_features, recipe.model.side_width)
+    chosen = event_columns(data, recipe.model.event_features, recipe.model.event_feature_width)
     splits = {name: load_sessions(data, name, chosen).known() for name in ("train", "valid")}
     event_features = fit_event_columns(chosen, splits["train"])
     schema = _read_schema(data, catalogue, event_features)
@@ -123,7 +123,7 @@ def train_t4r(
     model = build_model(recipe, schema, catalogue, event_features=event_features)
     core = missrec_block(model).core
     assert core is not None
-    if recipe.train.id_start == "tokens":
+    if recipe.train.id_init == "content":
         ids_from_content(core)
     trainer = _trainer(model, arguments, recipe, schema, data, out / LOG_FILE, progress)
     last = get_last_checkpoint(str(checkpoints)) if resume else None

@@ -75,7 +75,7 @@ def train(
     catalogue = Catalogue.load(data / CATALOGUE_FOLDER)
     measured = event_features is not None
     event_features = (
-        event_columns(data, resolved.model.side_features, resolved.model.side_width)
+        event_columns(data, resolved.model.event_features, resolved.model.event_feature_width)
         if event_features is None
         else event_features
     )

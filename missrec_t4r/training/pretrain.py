@@ -239,7 +239,7 @@ def _check_settings(recipe: Recipe) -> None:
     wrong = [
         (recipe.model.item_ids, "model.item_ids is on, and IDs of one catalogue mean nothing in another"),
         (recipe.model.candidate_fusion == "dynamic_instance", "model.candidate_fusion has one number per item"),
-        (recipe.model.side_features not in ("none", "auto"), "model.side_features belong to one domain"),
+        (recipe.model.event_features not in ("none", "auto"), "model.event_features belong to one domain"),
         (contrastive and recipe.train.next_items > 1, "train.next_items is above 1 with a contrastive objective"),
         (contrastive and recipe.train.accumulate > 1, "train.accumulate would make the batch's negatives fewer"),
     ]

@@ -95,7 +95,7 @@ class Trainer:
         self.rng = np.random.default_rng(settings.seed)
         torch.manual_seed(settings.seed)
         self.model = build_missrec(recipe.model, catalogue, event_features)
-        if settings.id_start == "tokens":
+        if settings.id_init == "content":
             ids_from_content(self.model)
         self.facts = prepare(self.model, catalogue) if prepare else {}
         self.model.to(self.device)

@@ -159,7 +159,7 @@ def test_core_and_t4r_model_share_side_features(data: Path, loader: Callable[...
     from missrec_t4r.data.batching import TrainingBatch
 
     torch.manual_seed(0)
-    recipe = Recipe(model=shop.config(dropout=0.0, side_dropout=0.0))
+    recipe = Recipe(model=shop.config(dropout=0.0, event_feature_dropout=0.0))
     model = build_model(recipe, shop.schema(), shop.catalogue())
     core = to_core(model)
     core.discover_interests(0)
@@ -201,19 +201,19 @@ def test_a_module_between_inputs_and_block_has_no_core() -> None:
 def recipe(**train: Any) -> Recipe:
     settings = {"batch_size": 64, "epochs": 3, "learning_rate": 0.01, "seed": 7}
     return Recipe(
-        name="small", model=shop.config(n_neighbours=0, n_lookalikes=0), train=TrainConfig(**(settings | train))
+        name="small", model=shop.config(n_neighbours=0, n_similar_items=0), train=TrainConfig(**(settings | train))
     )
 
 
 def test_train_t4r_starts_the_ids_as_the_recipe_says(data: Path, tmp_path: Path) -> None:
-    for start in ("tokens", "random"):
-        info = train_t4r(data, recipe(id_start=start, learning_rate=1e-9), tmp_path / start, device="cpu")
+    for start in ("content", "random"):
+        info = train_t4r(data, recipe(id_init=start, learning_rate=1e-9), tmp_path / start, device="cpu")
         assert not info["without"]
         tokens = load_run(tmp_path / start).model.item_encoder.catalogue()
         assert tokens.ids is not None
         total = (torch.nn.functional.normalize(tokens.modality, dim=-1) * tokens.mask.unsqueeze(-1)).sum(0)
         alike = torch.cosine_similarity(total, tokens.ids)[tokens.mask.any(0)]
-        assert bool((alike > 0.99).all()) == (start == "tokens")
+        assert bool((alike > 0.99).all()) == (start == "content")
 
 
 def test_train_t4r_writes_a_run_that_our_evaluation_loads(data: Path, tmp_path: Path, capsys: Any) -> None:

@@ -20,7 +20,7 @@ SETTINGS = ColdStartSettings(neighbours=0.7, content=0.4, bar=0.5, level=0.25)
 
 
 def net(modalities: tuple[float, float] = (1.0, 1.0), settings: ColdStartSettings = SETTINGS) -> MISSRec:
-    model = shop.model(shop.default(n_neighbours=6, n_lookalikes=0, newcomer_exposure=1.0)).double().eval()
+    model = shop.model(shop.default(n_neighbours=6, n_similar_items=0, cold_start_exposure=1.0)).double().eval()
     assert model.item_knn is not None
     assert model.item_knn.cold_start is not None
     model.item_knn.fit(Sessions.from_lists(TRAINING), 50)
@@ -103,10 +103,10 @@ def test_lists_are_found_again_after_loading_and_earlier_weights_load(tmp_path: 
     model, sessions = net(), shop.batch()
     save_tensors(tmp_path / "weights", model.state_dict())
     weights = load_tensors(tmp_path / "weights")
-    again = shop.model(shop.default(n_neighbours=6, n_lookalikes=0, newcomer_exposure=1.0)).double().eval()
+    again = shop.model(shop.default(n_neighbours=6, n_similar_items=0, cold_start_exposure=1.0)).double().eval()
     load_strictly(again, weights, "here")
     assert np.array_equal(added(again, sessions), added(model, sessions))
     earlier = {name: tensor for name, tensor in weights.items() if "cold_start" not in name}
-    fresh = shop.model(shop.default(n_neighbours=6, n_lookalikes=0, newcomer_exposure=1.0)).double().eval()
+    fresh = shop.model(shop.default(n_neighbours=6, n_similar_items=0, cold_start_exposure=1.0)).double().eval()
     load_strictly(fresh, earlier, "an earlier version's")
     assert not added(fresh, sessions)[:, PLATE].any()

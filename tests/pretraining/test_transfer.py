@@ -128,7 +128,7 @@ def test_ids_can_start_as_content(shops: dict[str, Path], pretrained: Path) -> N
     config = Recipe.load("pretrain", SMALL | {"model.item_ids": True}).model
     model = build_missrec(config, catalogue)
     initial = model.item_encoder.id_embedding.weight.detach().norm(dim=-1).mean()
-    report = load_pretrained(model.train(), catalogue, read_source(pretrained), id_start="tokens")
+    report = load_pretrained(model.train(), catalogue, read_source(pretrained), id_init="content")
     assert model.training
     candidates = model.eval().candidates()
     torch.testing.assert_close(candidates.ids[3:], candidates.modality[0, 3:])  # one modality: the same direction
@@ -145,7 +145,7 @@ def test_ids_can_start_as_content_without_another_run(
     monkeypatch.setattr("missrec_t4r.training.warm_start.id_init._ROWS", rows_at_once)
     catalogue = Catalogue.load(shops["toys"] / "catalogue")
     sessions = Sessions.load(shops["toys"] / "train"), Sessions.load(shops["toys"] / "valid")
-    settings = SMALL | {"model.item_ids": True, "train.id_start": "tokens"}
+    settings = SMALL | {"model.item_ids": True, "train.id_init": "content"}
     model = Trainer(Recipe.load("pretrain", settings), catalogue, *sessions, tmp_path).model.eval()
     candidates = model.candidates()
     both = torch.nn.functional.normalize(candidates.modality.sum(0), dim=-1)

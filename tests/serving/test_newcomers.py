@@ -23,7 +23,7 @@ from tests.serving import shop
 
 @pytest.fixture
 def grown(make_run: Callable[..., Path], tmp_path: Path) -> LoadedBundle:
-    loaded = load_run(make_run(n_neighbours=8, newcomer_exposure=1.0))
+    loaded = load_run(make_run(n_neighbours=8, cold_start_exposure=1.0))
     model, rng = loaded.model, np.random.default_rng(2)
     assert model.item_knn is not None
     assert model.item_knn.cold_start is not None

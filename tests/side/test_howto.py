@@ -42,4 +42,4 @@ def test_the_howto(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     exec(blocks["python"], names)
     assert set(names["columns"]) == set(found)
     settings = set(re.findall(r"^\| `model\.(\w+)`", text, re.M))
-    assert settings == {name for name in vars(MISSRecConfig()) if name.startswith("side_")}
+    assert settings == {name for name in vars(MISSRecConfig()) if name.startswith("event_feature")}

@@ -29,7 +29,7 @@ SMALL = {
     "dropout": 0.0,
     "n_neighbours": 0,
     "temperature": 0.1,
-    "side_dropout": 0.1,
+    "event_feature_dropout": 0.1,
 }
 
 
@@ -63,7 +63,7 @@ def test_a_side_feature_tells_the_next_item(tmp_path: Path) -> None:
 def test_without_them_the_next_item_is_a_guess(tmp_path: Path) -> None:
     data = shop.write(tmp_path / "data")
     recipe = dataclasses.replace(
-        small(side_features="none"), train=TrainConfig(batch_size=128, epochs=5, learning_rate=1e-2)
+        small(event_features="none"), train=TrainConfig(batch_size=128, epochs=5, learning_rate=1e-2)
     )
     fit(data, tmp_path / "run", recipe=recipe, device="cpu")
     guess = 0.5 * (1 + 1 / np.log2(3))  # knows the three places an item leads to, not which: about (1+.63+.5)/3 = .71
@@ -74,18 +74,18 @@ def test_without_them_the_next_item_is_a_guess(tmp_path: Path) -> None:
 def test_the_choice_of_columns(tmp_path: Path) -> None:
     data = shop.write(tmp_path / "data", sizes=(30, 10, 10))
     tiny = {"train.epochs": 1, "model.d_model": 16, "model.n_head": 2, "model.n_neighbours": 0}
-    train(data, tmp_path / "run", recipe="tiny", settings=tiny | {"model.side_features": "dwell, event_type-list"})
+    train(data, tmp_path / "run", recipe="tiny", settings=tiny | {"model.event_features": "dwell, event_type-list"})
     model = load_run(tmp_path / "run").model
     assert [column.name for column in model.event_features.columns] == ["dwell", "event_type"]
     with pytest.raises(SchemaError, match=r"'dwel' is no input column .*; expected: dwell"):
-        train(data, tmp_path / "other", recipe="tiny", settings={"model.side_features": "dwel"})
+        train(data, tmp_path / "other", recipe="tiny", settings={"model.event_features": "dwel"})
     with pytest.raises(SchemaError, match="'timestamp' is no input column"):
-        train(data, tmp_path / "other", recipe="tiny", settings={"model.side_features": "timestamp"})
+        train(data, tmp_path / "other", recipe="tiny", settings={"model.event_features": "timestamp"})
 
 
 def test_a_run_on_data_that_lacks_a_column_is_refused(tmp_path: Path) -> None:
     data = shop.write(tmp_path / "data", sizes=(30, 10, 10))
-    train(data, tmp_path / "run", recipe="tiny", settings={"train.epochs": 1, "model.side_features": "dwell"})
+    train(data, tmp_path / "run", recipe="tiny", settings={"train.epochs": 1, "model.event_features": "dwell"})
     file = data / "test" / "part_0.parquet"
     pq.write_table(pq.read_table(file).drop_columns(["dwell-list"]), file)
     with pytest.raises(SchemaError, match="has no column dwell; expected: every side feature"):

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from missrec_t4r.config import IdStart, Recipe
+from missrec_t4r.config import IdInit, Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn, encoded_values
 from missrec_t4r.data.union import match_modalities
@@ -97,7 +97,7 @@ def continue_training(
     event_features = [
         _grown(EventColumn.from_dict(column), Path(data)) for column in source.info.get("side_features", [])
     ]
-    prepare = _prepare(source, freeze, resolved.train.id_start, Path(out), progress)
+    prepare = _prepare(source, freeze, resolved.train.id_init, Path(out), progress)
     common: dict[str, Any] = {"resume": resume, "device": device, "progress": progress, "dry_run": dry_run}
     return train(data, out, recipe=resolved, prepare=prepare, event_features=event_features, **common)
 
@@ -108,7 +108,7 @@ def load_continued(
     source: Source,
     *,
     freeze: Freeze = "none",
-    id_start: IdStart = "random",
+    id_init: IdInit = "random",
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Load an earlier run's weights into a model over a grown catalogue.
 
@@ -140,7 +140,7 @@ def load_continued(
     report.copy(NORM, "decoder.norm_input.")
     report.copy(ENCODER, "encoder.")
     report.copy(DECODER, "decoder.layers.", "decoder.norm.")
-    if id_start == "tokens":
+    if id_init == "content":
         ids_from_content(model)
     kept = int((old_rows[FIRST_ITEM_ROW:] >= 0).sum())
     items = {"kept": kept, "new": catalogue.n_items - kept, "retired": len(earlier) - kept}
@@ -211,11 +211,11 @@ def earlier_rows(catalogue: Catalogue, earlier: pa.Array, run: Path) -> Tensor:
     return torch.from_numpy(np.concatenate([np.arange(FIRST_ITEM_ROW), rows]))
 
 
-def _prepare(source: Source, freeze: Freeze, id_start: IdStart, out: Path, progress: Progress) -> Prepare:
+def _prepare(source: Source, freeze: Freeze, id_init: IdInit, out: Path, progress: Progress) -> Prepare:
     said = progress if distributed.launched().rank == 0 else quiet  # under torchrun the first process speaks
 
     def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
-        report, items = load_continued(model, catalogue, source, freeze=freeze, id_start=id_start)
+        report, items = load_continued(model, catalogue, source, freeze=freeze, id_init=id_init)
         counts = ", ".join(f"{count:,} {name}" for name, count in items.items())
         said.say(f"continuing {source.run}: items {counts}")
         for line in lines(report):

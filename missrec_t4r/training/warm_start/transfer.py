@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from missrec_t4r.config import IdStart, MISSRecConfig, Recipe
+from missrec_t4r.config import IdInit, MISSRecConfig, Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.union import match_modalities, require_fingerprints
 from missrec_t4r.errors import CheckpointError, ConfigError
@@ -68,7 +68,7 @@ def read_source(run: str | Path) -> Source:
     if not (run / RUN_FILE).is_file():
         raise CheckpointError(f"{run} holds no {RUN_FILE}", "a finished run of missrec pretrain or train")
     info = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
-    recipe = Recipe.from_dict(json.loads((run / RECIPE_FILE).read_text(encoding="utf-8")))
+    recipe = Recipe.from_stored(json.loads((run / RECIPE_FILE).read_text(encoding="utf-8")))
     if "modalities" not in info:
         catalogue = Catalogue.load(Path(os.path.normpath(run.resolve() / info["data"])) / CATALOGUE_FOLDER)
         info["modalities"] = {
@@ -128,7 +128,7 @@ def train_from(
         require_same(resolved.model, read.recipe.model, read.run)
     elif resolved.model.d_model != read.recipe.model.d_model:
         require_same(resolved.model, read.recipe.model, read.run, ("d_model",))
-    prepare = _prepare(read, freeze, take, resolved.train.id_start, Path(out), progress)
+    prepare = _prepare(read, freeze, take, resolved.train.id_init, Path(out), progress)
     common: dict[str, Any] = {"resume": resume, "device": device, "progress": progress, "dry_run": dry_run}
     return train(data, out, recipe=resolved, prepare=prepare, **common)
 
@@ -140,7 +140,7 @@ def load_pretrained(
     *,
     freeze: Freeze = "encoder_decoder",
     take: Take = "all",
-    id_start: IdStart = "random",
+    id_init: IdInit = "random",
 ) -> dict[str, Any]:
     """Load a source's weights into a model and freeze parts.
 
@@ -178,9 +178,9 @@ def load_pretrained(
         else:
             report.fresh(name, "only adapters were asked for", *prefixes)
     _load_fusion(report, take)
-    why = "of this catalogue's items" if id_start == "random" else "start as the items' tokens"
+    why = "of this catalogue's items" if id_init == "random" else "start as the items' tokens"
     report.fresh("item IDs", why, "item_encoder.id_embedding.")
-    if id_start == "tokens":
+    if id_init == "content":
         ids_from_content(model)
     report.fresh("interests", "discovered in this catalogue", "interests.")
     report.fresh("side features", "of this data's events", "event_features.")
@@ -217,11 +217,11 @@ def start_facts(kind: str, source: Source, out: Path, report: Mapping[str, Any],
     return {"start": {"kind": kind, "run": where, **more, **report}}
 
 
-def _prepare(source: Source, freeze: Freeze, take: Take, id_start: IdStart, out: Path, progress: Progress) -> Prepare:
+def _prepare(source: Source, freeze: Freeze, take: Take, id_init: IdInit, out: Path, progress: Progress) -> Prepare:
     said = progress if distributed.launched().rank == 0 else quiet  # under torchrun the first process speaks
 
     def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
-        report = load_pretrained(model, catalogue, source, freeze=freeze, take=take, id_start=id_start)
+        report = load_pretrained(model, catalogue, source, freeze=freeze, take=take, id_init=id_init)
         said.say(f"starting from {source.run}, freezing {freeze}")
         for line in lines(report):
             said.say(line)

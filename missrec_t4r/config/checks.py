@@ -1,0 +1,61 @@
+"""Checks of settings: known names, right types, no contradictions; all errors of a section are reported together."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from missrec_t4r.errors import ConfigError
+
+
+def field_names(config: type[Any]) -> list[str]:
+    """Return the names of a dataclass's settings."""
+    return [field.name for field in dataclasses.fields(config)]
+
+
+def refuse_unknown(given: Iterable[str], known: Sequence[str], where: str) -> None:
+    """Refuse a name that is no setting, and suggest the nearest known one.
+
+    Raises
+    ------
+    ConfigError
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            cure = f"did you mean {near[0]!r}" if near else ""
+            raise ConfigError(f"unknown setting {where}.{name}", f"one of {', '.join(known)}", cure)
+
+
+def type_errors(config: type[Any], values: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the types of these settings, one sentence each."""
+    hints = get_type_hints(config)
+    return [error for name, value in values.items() if (error := _type_error(name, value, hints[name]))]
+
+
+def check_types(settings: Any) -> None:
+    """Refuse settings of wrong types.
+
+    Raises
+    ------
+    ConfigError
+    """
+    refuse(type_errors(type(settings), vars(settings)))
+
+
+def refuse(errors: list[str]) -> None:
+    """Raise one `ConfigError` that lists all errors; return if there are none."""
+    if errors:
+        raise ConfigError("; ".join(errors), "", "correct the recipe or the --set options")
+
+
+def _type_error(name: str, value: Any, hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        return "" if value in choices else f"{name} is {value!r}, one of {', '.join(map(repr, choices))} is expected"
+    if hint is float:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return "" if is_number else f"{name} is {value!r}, a number is expected"
+    return "" if type(value) is hint else f"{name} is {value!r}, {hint.__name__} is expected"

@@ -1,0 +1,158 @@
+"""Settings of the model: architecture, score terms, and what training does to its inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from missrec_t4r.config.checks import check_types, refuse
+
+SequenceFusion = Literal["add", "contextual"]
+CandidateFusionName = Literal["static", "dynamic_shared", "dynamic_instance"]
+Attention = Literal["bidirectional", "causal"]
+MissingModality = Literal["masked", "zero_row"]
+Orthogonality = Literal["cosine", "faithful"]
+FeatureScaling = Literal["l2", "none"]
+ContextualReadout = Literal["mean", "first"]
+SingleModality = Literal["fused", "summed"]
+Initialisation = Literal["normal", "release"]
+InterestAlgorithm = Literal["kmeans", "dpc_knn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MISSRecConfig:
+    """Architecture of the model and the terms of its score.
+
+    The defaults are those of the recipe ``default``; `MISSRecConfig.paper` is the published method (arXiv:2308.11175).
+    "(ours)" marks what the paper does not have.
+    """
+
+    d_model: int = 300
+    """Width of the embeddings and of the session vector."""
+    n_head: int = 4
+    """Attention heads; divides ``d_model``."""
+    d_feedforward: int = 256
+    """Width of the feed-forward layers (paper: 256)."""
+    n_encoder_layers: int = 1
+    """Layers of the contextual encoder."""
+    n_decoder_layers: int = 1
+    """Layers of the interest-aware decoder."""
+    dropout: float = 0.5
+    """Dropout of hidden states and of attention weights (paper: 0.5)."""
+    layer_norm_eps: float = 1e-12
+    """Added to the variance in every LayerNorm (paper: 1e-12)."""
+    max_sequence_length: int = 50
+    """Items of a session that the model reads, the most recent ones (paper: 50)."""
+    attention: Attention = "causal"
+    """``bidirectional``: one example is one prefix, as published. ``causal``: every position of a session is trained
+    in one pass, several times faster; exact without interest tokens and with one decoder layer (docs/equations.md)."""
+    sequence_fusion: SequenceFusion = "add"
+    """``add``: the sum of an item's modality embeddings enters the decoder. ``contextual``: every modality of an item
+    is a position of its own."""
+    contextual_readout: ContextualReadout = "mean"
+    """Which output is the session vector under ``contextual`` fusion: the ``mean`` over the last item's modalities
+    (ours), or that of the ``first`` modality, as in the authors' release."""
+    candidate_fusion: CandidateFusionName = "dynamic_shared"
+    """Weights of a candidate's modality scores: ``static`` means equal weights; ``dynamic_shared`` and
+    ``dynamic_instance`` compute them per session and candidate, as published (paper, dynamic candidate fusion)."""
+    single_modality: SingleModality = "fused"
+    """With one modality and IDs. ``fused``: both are scored separately and the modality counts twice, as with several
+    modalities (ours). ``summed``: the score is the cosine with the sum of both, as in the authors' release."""
+    item_ids: bool = True
+    """True: transductive, items also have a learned ID embedding. False: inductive, any item with a modality vector can
+    be scored."""
+    interest_ratio: float = 0.5
+    """Interest clusters per modality embedding of the catalogue (paper: 0.5 fine-tuning, 0.02 pre-training)."""
+    interest_algorithm: InterestAlgorithm = "kmeans"
+    """``kmeans``: mini-batch k-means, as in the published logs. ``dpc_knn``: density peaks, small catalogues only."""
+    missing_modality: MissingModality = "masked"
+    """``masked``: a missing modality is excluded from attention, clustering and scores. ``zero_row``: as published, its
+    embedding is the adapter's bias."""
+    padding_candidate: bool = False
+    """True: the padding row, embedded as the adapters' biases, is one more class of the training softmax, as in the
+    authors' release; it is never recommended. Needs ``missing_modality: zero_row``."""
+    initialisation: Initialisation = "normal"
+    """``normal``: normal(0, 0.02), biases 0. ``release``: that of the authors' code, which leaves the projections of
+    queries, keys and values Xavier-uniform and the adapters at torch's default."""
+    feature_scaling: FeatureScaling = "l2"
+    """``l2``: modality vectors are scaled to unit length before the adapters, so that encoders of any scale train alike
+    (ours). ``none``: as published."""
+    history_bias: bool = True
+    """Learn one number that is added to the score of items already in the session (ours: 1 % of targets repeat)."""
+    n_neighbours: int = 128
+    """Co-occurring items per item in the item-kNN term, which is added to the score at ranking time with a blend weight
+    tuned on validation (ours: item-kNN alone is the strongest method on small data sets); 0 removes the term."""
+    n_similar_items: int = 32
+    """Most similar items by content per candidate in the content-kNN term, which is added to the score at ranking time
+    with a blend weight tuned on validation (ours: the adapters lose part of the raw vectors' information); 0 removes
+    the term."""
+    cold_start_exposure: float = 0.0
+    """Target share of the top 10 for cold-start items, those without training events, relative to their share of
+    validation targets; warm items lose it (ours). The cold-start bias is calibrated on validation. 0 ranks cold items
+    below all warm ones (docs/howto/train.md)."""
+    temperature: float = 0.07
+    """Divides scores before the softmax; > 0 (paper: 0.07)."""
+    orthogonality: Orthogonality = "cosine"
+    """``cosine``: mean squared cosine between different interest tokens of a session (ours). ``faithful``: the authors'
+    regulariser, which depends on padding."""
+    orthogonality_weight: float = 1e-4
+    """Weight of the regulariser (paper: 1e-4)."""
+    modality_dropout: float = 0.0
+    """Probability that a training item loses one of its modalities, never its last one (ours)."""
+    mask_untrained_ids: bool = True
+    """Score an item that does not occur in training by its modalities alone (ours); False also uses its untrained ID
+    embedding, as published."""
+    id_dropout: float = 0.0
+    """Probability that a training item is used without its ID embedding (ours: prepares for new items)."""
+    event_features: str = "auto"
+    """Event columns that are added to the item embeddings: ``auto`` for every input column of the schema, ``none``, or
+    names separated by commas (ours; the paper has none)."""
+    event_feature_width: int = 32
+    """Width of each event feature's embedding before it is projected to ``d_model``."""
+    event_feature_dropout: float = 0.3
+    """Probability that a training session loses all its event features, and again each single one: requests may come
+    without them (docs/experiments.md: between 0.1 and 0.3 validation shows no difference)."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        wrong = [
+            (self.d_model % self.n_head != 0, f"--d-model {self.d_model} is no multiple of --n-head {self.n_head}"),
+            (min(self.d_model, self.n_head, self.d_feedforward, self.max_sequence_length) < 1, "a size is below 1"),
+            (self.n_encoder_layers < 0 or self.n_decoder_layers < 1, "--n-decoder-layers must be at least 1"),
+            (not 0 <= self.dropout < 1, f"--dropout {self.dropout} is outside [0, 1)"),
+            (self.n_neighbours < 0, f"--n-neighbours {self.n_neighbours} is negative"),
+            (self.n_similar_items < 0, f"--n-similar-items {self.n_similar_items} is negative"),
+            (self.cold_start_exposure < 0, f"--cold-start-exposure {self.cold_start_exposure} is negative"),
+            (self.temperature <= 0, f"--temperature {self.temperature} is not positive"),
+            (not 0 < self.interest_ratio <= 1, f"--interest-ratio {self.interest_ratio} is outside (0, 1]"),
+            (not 0 <= self.modality_dropout < 1, f"--modality-dropout {self.modality_dropout} is outside [0, 1)"),
+            (not 0 <= self.id_dropout < 1, f"--id-dropout {self.id_dropout} is outside [0, 1)"),
+            (self.event_feature_width < 1, f"--event-feature-width {self.event_feature_width} is below 1"),
+            (
+                not 0 <= self.event_feature_dropout < 1,
+                f"--event-feature-dropout {self.event_feature_dropout} is outside [0, 1)",
+            ),
+            (
+                self.attention == "causal" and self.sequence_fusion == "contextual",
+                "--sequence-fusion contextual needs --attention bidirectional",
+            ),
+            (
+                self.padding_candidate and self.missing_modality == "masked",
+                "--padding-candidate needs --missing-modality zero_row",
+            ),
+        ]
+        refuse([error for is_wrong, error in wrong if is_wrong])
+
+    @classmethod
+    def paper(cls, **changes: Any) -> MISSRecConfig:
+        """Return the published configuration: the model of the recipe ``paper``, with ``changes`` if any.
+
+        Examples
+        --------
+        >>> MISSRecConfig.paper().attention
+        'bidirectional'
+        """
+        from missrec_t4r.config.recipe import Recipe
+
+        return dataclasses.replace(Recipe.load("paper").model, **changes)

@@ -1,7 +1,9 @@
-"""Training batches: every position of a session at once, or one prefix per example; bucketed by length.
+"""Training batches: windows with a target at every position, or one prefix per example; grouped by length.
 
-Sessions average seven items, so padding all of them to fifty would make 85 % of a batch padding. Batches are cut from
-a shuffled pool that is sorted by length: a few per cent of padding, and the order still changes with every epoch.
+With causal attention every position of a window is trained at once; with bidirectional attention one example is one
+prefix. Sessions average seven items, so padding all of them to fifty would make 85 % of a batch padding. Batches are
+therefore cut from shuffled pools of examples that are sorted by length: a few per cent of padding, and the order still
+changes with every epoch.
 """
 
 from __future__ import annotations
@@ -21,53 +23,58 @@ from missrec_t4r.data.sessions import Sessions, gather
 Ints = npt.NDArray[np.int64]
 
 _POOL_BATCHES = 32
-"""Batches that are cut from one sorted pool."""
+"""Batches per pool: examples are sorted by length within a pool only, so that epochs differ."""
 
 
 class TrainingBatch(NamedTuple):
-    """One optimiser step's sessions."""
+    """The sessions of one optimiser step."""
 
     item_ids: Tensor
     """[batch, seq], int64, 0-padded on the right."""
     targets: Tensor
     """[batch, seq, target] for all positions, [batch, target] for prefixes; 0 where there is no target."""
     event_features: Mapping[str, Tensor] = MappingProxyType({})
-    """Side features by column, [batch, seq] or [batch, seq, width], aligned with ``item_ids``; never of a target."""
+    """Event features by column, [batch, seq] or [batch, seq, width], aligned with ``item_ids``; never of a target."""
 
     def to(self, device: torch.device | str) -> TrainingBatch:
         """Return the batch on a device."""
         return TrainingBatch(
-            self.item_ids.to(device), self.targets.to(device), _each(self.event_features, lambda x: x.to(device))
+            self.item_ids.to(device), self.targets.to(device), _map(self.event_features, lambda x: x.to(device))
         )
 
-    def part(self, number: int, parts: int) -> TrainingBatch:
-        """Return every ``parts``-th session from ``number`` on; a line of padding where there are not so many."""
-        if number >= len(self.item_ids):
-            return TrainingBatch(_blank(self.item_ids), _blank(self.targets), _each(self.event_features, _blank))
+    def part(self, index: int, parts: int) -> TrainingBatch:
+        """Return every ``parts``-th session from ``index`` on; one row of padding if there are fewer sessions."""
+        if index >= len(self.item_ids):
+            return TrainingBatch(
+                _padding_row(self.item_ids), _padding_row(self.targets), _map(self.event_features, _padding_row)
+            )
         return TrainingBatch(
-            self.item_ids[number::parts],
-            self.targets[number::parts],
-            _each(self.event_features, lambda x: x[number::parts]),
+            self.item_ids[index::parts],
+            self.targets[index::parts],
+            _map(self.event_features, lambda values: values[index::parts]),
         )
 
 
-def _each(event_features: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    return {name: change(values) for name, values in event_features.items()}
+def _map(event_features: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    return {name: function(values) for name, values in event_features.items()}
 
 
-def _blank(values: Tensor) -> Tensor:
+def _padding_row(values: Tensor) -> Tensor:
     return torch.zeros_like(values[:1])
 
 
 class Examples(NamedTuple):
-    """Where each example lies in the sessions' values: inputs ``[begin, end)``, targets from ``end`` or within."""
+    """Examples as index ranges into `Sessions.values`; each field is [example], int64.
+
+    The inputs are ``[begin, end)``. A prefix has its first target at ``end``, a position of a window at the next event.
+    """
 
     begin: Ints
     end: Ints
     start: Ints
-    """Where the example's session begins."""
+    """First event of the example's session."""
     limit: Ints
-    """Where it ends: no target lies at or after it."""
+    """End of the session, exclusive: no target lies at or after it."""
 
     @property
     def lengths(self) -> Ints:
@@ -76,47 +83,45 @@ class Examples(NamedTuple):
 
 
 def window_examples(sessions: Sessions, max_length: int, per_session: int, rng: np.random.Generator) -> Examples:
-    """Cut sessions into windows whose positions are all trained, each against the item after it.
+    """Cut sessions into windows; every position of a window is trained against the item after it.
 
     Parameters
     ----------
     sessions : Sessions
     max_length : int
-        Input items of a window.
+        Input items of a window, at most.
     per_session : int
         Random windows per session; 0 covers every position once, from the end of the session backwards.
     rng : numpy Generator
         Draws the windows.
     """
-    begins, ends = sessions.offsets[:-1], sessions.offsets[1:]
-    usable = ends - begins >= 2
-    begins, ends = begins[usable], ends[usable]
+    starts, limits = sessions.offsets[:-1], sessions.offsets[1:]
+    has_target = limits - starts >= 2  # one item has no next item
+    starts, limits = starts[has_target], limits[has_target]
     if per_session:
-        begins, ends = np.repeat(begins, per_session), np.repeat(ends, per_session)
-        latest = np.maximum(ends - 1 - max_length, begins)
-        start = begins + (rng.random(len(begins)) * (latest - begins + 1)).astype(np.int64)
-        return Examples(start, np.minimum(start + max_length, ends - 1), begins, ends)
-    pieces = -(-(ends - 1 - begins) // max_length)
-    owner = np.repeat(np.arange(len(begins)), pieces)
-    index = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    stop = ends[owner] - 1 - index * max_length
-    return Examples(np.maximum(stop - max_length, begins[owner]), stop, begins[owner], ends[owner])
+        starts, limits = np.repeat(starts, per_session), np.repeat(limits, per_session)
+        latest = np.maximum(limits - 1 - max_length, starts)  # the last item is a target only, hence - 1
+        begin = starts + (rng.random(len(starts)) * (latest - starts + 1)).astype(np.int64)
+        return Examples(begin, np.minimum(begin + max_length, limits - 1), starts, limits)
+    n_windows = -(-(limits - 1 - starts) // max_length)  # rounded up
+    session = np.repeat(np.arange(len(starts)), n_windows)  # [example]
+    index = np.arange(len(session)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)  # 0, 1, … per session
+    end = limits[session] - 1 - index * max_length
+    return Examples(np.maximum(end - max_length, starts[session]), end, starts[session], limits[session])
 
 
 def prefix_examples(sessions: Sessions, max_length: int, per_session: int, rng: np.random.Generator) -> Examples:
-    """Return one example per prefix; a session of n items gives n - 1 (specification 5), or a sample of them."""
-    offsets = sessions.offsets
-    owner = np.repeat(np.arange(len(sessions)), np.maximum(sessions.lengths - 1, 0))
-    within = np.arange(len(owner)) - np.repeat(
-        np.cumsum(np.maximum(sessions.lengths - 1, 0)), np.maximum(sessions.lengths - 1, 0)
-    )
-    end = offsets[owner + 1] + within  # within is negative: counts from the session's end
-    if per_session and len(owner):
-        rank = np.lexsort((rng.random(len(owner)), owner))
-        first = np.searchsorted(owner, owner)
-        keep = np.sort(rank[np.arange(len(owner)) - first < per_session])
-        owner, end = owner[keep], end[keep]
-    return Examples(np.maximum(end - max_length, offsets[owner]), end, offsets[owner], offsets[owner + 1])
+    """Return one example per prefix: n - 1 of a session of n items, as the paper trains, or ``per_session`` of them."""
+    offsets, n_prefixes = sessions.offsets, np.maximum(sessions.lengths - 1, 0)
+    session = np.repeat(np.arange(len(sessions)), n_prefixes)  # [example]
+    from_end = np.arange(len(session)) - np.repeat(np.cumsum(n_prefixes), n_prefixes)  # -(n - 1), …, -1 per session
+    end = offsets[session + 1] + from_end
+    if per_session and len(session):
+        shuffled = np.lexsort((rng.random(len(session)), session))  # examples by session, at random within each
+        first = np.searchsorted(session, session)
+        keep = np.sort(shuffled[np.arange(len(session)) - first < per_session])
+        session, end = session[keep], end[keep]
+    return Examples(np.maximum(end - max_length, offsets[session]), end, offsets[session], offsets[session + 1])
 
 
 def training_batches(
@@ -129,46 +134,60 @@ def training_batches(
     Returns
     -------
     list of (Examples, bool)
-        The batch's examples, and whether they are read backwards.
+        The examples of each batch, and whether its sessions are reversed (``train.reverse_probability``).
     """
     all_positions = model.attention == "causal"
-    choose = window_examples if all_positions else prefix_examples
-    examples = choose(sessions, model.max_sequence_length, train.windows_per_session, rng)
-    cost = examples.lengths if all_positions else np.ones_like(examples.begin)
-    batches = _grouped(examples.lengths, cost, train, rng)
+    make_examples = window_examples if all_positions else prefix_examples
+    examples = make_examples(sessions, model.max_sequence_length, train.windows_per_session, rng)
+    positions = examples.lengths if all_positions else np.ones_like(examples.begin)  # trained positions per example
+    batches = _grouped(examples.lengths, positions, train, rng)
     backwards = rng.random(len(batches)) < train.reverse_probability
     return [
-        (Examples(*(part[chosen] for part in examples)), bool(b)) for chosen, b in zip(batches, backwards, strict=True)
+        (Examples(*(field[indices] for field in examples)), bool(reverse))
+        for indices, reverse in zip(batches, backwards, strict=True)
     ]
 
 
 def collate(
     sessions: Sessions, examples: Examples, n_targets: int, *, all_positions: bool, backwards: bool
 ) -> TrainingBatch:
-    """Gather a batch's items and targets; ``backwards`` takes them from the session read in reverse."""
+    """Gather a batch's items, event features and targets from the sessions' flat arrays.
+
+    Parameters
+    ----------
+    sessions : Sessions
+    examples : Examples
+        Of one batch.
+    n_targets : int
+        Next items per position or prefix, ``train.next_items``.
+    all_positions : bool
+        Windows (`window_examples`) instead of prefixes.
+    backwards : bool
+        Read the sessions in reverse, so that the target is the item before.
+    """
     if backwards and not all_positions:
         examples = _mirrored(examples)
-    width = int(examples.lengths.max())
-    steps = np.arange(width)
-    real = steps < examples.lengths[:, None]
-    first, last = examples.begin[:, None], examples.end[:, None]
-    earliest = first if all_positions else examples.start[:, None]
-    at = np.where(real, last - steps if backwards else first + steps, 0)
-    item_ids = np.where(real, sessions.values[at], 0)
-    event_features = {name: torch.from_numpy(gather(values, at, real)) for name, values in sessions.features.items()}
-    if not all_positions:
-        at, real = (examples.begin + 1 if backwards else examples.end - 1)[:, None], real[:, :1]
+    steps = np.arange(int(examples.lengths.max()))  # [seq]
+    mask = steps < examples.lengths[:, None]  # [batch, seq], True at real items
+    begin, end = examples.begin[:, None], examples.end[:, None]
+    # Reversed inputs are (begin, end] from the right: the item at ``begin`` is the last target
+    index = np.where(mask, end - steps if backwards else begin + steps, 0)  # [batch, seq], into sessions.values
+    item_ids = np.where(mask, sessions.values[index], 0)  # [batch, seq]
+    event_features = {name: torch.from_numpy(gather(values, index, mask)) for name, values in sessions.features.items()}
+    earliest = begin if all_positions else examples.start[:, None]
+    if not all_positions:  # a prefix has targets after its last item only
+        index, mask = (examples.begin + 1 if backwards else examples.end - 1)[:, None], mask[:, :1]  # [batch, 1]
     ahead = np.arange(1, n_targets + 1) * (-1 if backwards else 1)
-    there = at[..., None] + ahead
-    inside = real[..., None] & (there >= earliest[..., None]) & (there < examples.limit[:, None, None])
-    targets = np.where(inside, sessions.values[np.where(inside, there, 0)], 0)
+    target_index = index[..., None] + ahead  # [batch, seq or 1, target]
+    inside = mask[..., None] & (target_index >= earliest[..., None]) & (target_index < examples.limit[:, None, None])
+    targets = np.where(inside, sessions.values[np.where(inside, target_index, 0)], 0)
     if not all_positions:
-        targets = targets[:, 0]
+        targets = targets[:, 0]  # [batch, target]
     return TrainingBatch(torch.from_numpy(item_ids), torch.from_numpy(targets), event_features)
 
 
 def _mirrored(examples: Examples) -> Examples:
-    """Return where the reversed sessions' prefixes lie: items ``(begin, end]`` from the right, target ``begin``."""
+    """Return the prefixes of the reversed sessions: inputs ``(begin, end]`` read from the right, target ``begin``."""
     target = examples.start + examples.limit - 1 - examples.end
     return Examples(target, target + examples.lengths, examples.start, examples.limit)
 
@@ -182,13 +201,13 @@ def iterate(
         yield collate(sessions, examples, train.next_items, all_positions=all_positions, backwards=backwards)
 
 
-def _grouped(lengths: Ints, cost: Ints, train: TrainConfig, rng: np.random.Generator) -> list[Ints]:
-    """Group the examples so that a group's cost stays near the batch size."""
+def _grouped(lengths: Ints, positions: Ints, train: TrainConfig, rng: np.random.Generator) -> list[Ints]:
+    """Return the examples' indices in batches of about ``train.batch_size`` trained positions, in random order."""
     order = rng.permutation(len(lengths))
     if train.group_by_length:
-        pool = (np.cumsum(cost[order]) - 1) // (train.batch_size * _POOL_BATCHES)
-        order = order[np.lexsort((lengths[order], pool))]
-    group = (np.cumsum(cost[order]) - 1) // train.batch_size
-    cuts = np.flatnonzero(np.diff(group)) + 1
-    batches = np.split(order, cuts) if len(order) else []
+        pool = (np.cumsum(positions[order]) - 1) // (train.batch_size * _POOL_BATCHES)
+        order = order[np.lexsort((lengths[order], pool))]  # by length within each pool
+    batch = (np.cumsum(positions[order]) - 1) // train.batch_size  # batch number of every example, ascending
+    boundaries = np.flatnonzero(np.diff(batch)) + 1
+    batches = np.split(order, boundaries) if len(order) else []
     return [batches[index] for index in rng.permutation(len(batches))]

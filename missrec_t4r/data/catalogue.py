@@ -1,14 +1,13 @@
-"""The catalogue: raw item ids in fixed rows, modality vectors, presence masks and business columns.
+"""The catalogue: item ids in fixed rows, modality vectors, presence masks and business columns.
 
-A folder of plain files (`catalogue.json`, `vocabulary.parquet`, `items.parquet`, `<modality>.npy`, `presence.npy`)
-that ETL writes and everything else reads. Rows are NVTabular's: 0 padding, 1 null, 2 unknown, items from 3 on; the
-catalogue owns them and they never move. Beside a modality may stand `<modality>.<variant>.npy` (other vectors of the
-same items, such as `text.word_drop.npy`) and `<modality>.state.safetensors` (what its encoder was fitted to).
+A folder of plain files (`catalogue.json`, `vocabulary.parquet`, `items.parquet`, `<modality>.npy`, `presence.npy`),
+written by the ETL and read by everything else. Rows are numbered as in NVTabular: 0 padding, 1 null, 2 unknown, items
+from 3 on; the row of an item never changes. Optional files of a modality: `<modality>.<variant>.npy` (other vectors of
+the same items, such as `text.word_drop.npy`) and `<modality>.state.safetensors` (fitted state of its encoder).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
@@ -24,13 +23,14 @@ from safetensors.numpy import load_file, save_file
 
 from missrec_t4r.errors import DataError, ModalityError
 from missrec_t4r.io.atomic import read_consistently, replace_dir
+from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, NULL_ROW, ROW, TRAIN_COUNT, UNKNOWN_ROW
 
 FORMAT_VERSION = 1
 ITEMS_FILE = "items.parquet"
 _MAPPED_BYTES = 1 << 29
-"""Vector files from this size on are mapped: the system reads and drops their pages as it likes."""
-_ROWS_AT_ONCE = 1 << 16
+"""Size in bytes from which vector files are memory-mapped instead of read."""
+_CHUNK_ROWS = 1 << 16
 
 Rows = npt.NDArray[np.int64]
 
@@ -46,12 +46,12 @@ class Modality:
     present : ndarray [row], bool
         True where the item has the modality.
     encoder : mapping
-        Who made the vectors: ``name``, ``fingerprint``, and what else is needed to encode further items.
+        Description of the encoder: ``name``, ``fingerprint``, and all that is needed to encode new items.
     variants : mapping of str to ndarray [row, width], float32
         Other vectors of the same items by the same encoder, such as ``word_drop``: texts with some words left out, for
-        augmentation in pre-training. They are no modalities of their own: nobody ranks with them.
+        augmentation in pre-training. Variants are never ranked with.
     state : mapping of str to ndarray
-        What the encoder was fitted to (decomposition, whitening), so that new items are encoded like the old ones.
+        Fitted state of the encoder (decomposition, whitening), so that new items are encoded like the old ones.
     """
 
     vectors: npt.NDArray[np.float32]
@@ -62,15 +62,15 @@ class Modality:
 
     @property
     def fingerprint(self) -> str | None:
-        """What identifies the vectors' space, or None where nobody said it (vectors from a file, without a statement).
+        """Identifier of the vector space, or None if it was not stated (vectors from a file without ``--fingerprint``).
 
-        Equal strings say: equal weights, preprocessing and fitted state, so vectors of two catalogues may be mixed and
-        a model of one reads the other. None equals nothing, not even another None. It stands in catalogue.json as
-        ``modalities.<name>.encoder.fingerprint``: ``sha256:...`` where `missrec features` worked it out, any text where
-        it was stated (``missrec etl --modality text=text.npy --fingerprint text=minilm-l6-v2``).
+        Equal fingerprints mean equal weights, preprocessing and fitted state: vectors of two catalogues may be mixed,
+        and a model trained on one reads the other. None equals nothing, not even another None. Stored in catalogue.json
+        as ``modalities.<name>.encoder.fingerprint``: ``sha256:...`` if `missrec features` computed it, any text if it
+        was stated (``missrec etl --modality text=text.npy --fingerprint text=minilm-l6-v2``).
         """
-        stated = self.encoder.get("fingerprint")
-        return str(stated) if stated else None
+        fingerprint = self.encoder.get("fingerprint")
+        return str(fingerprint) if fingerprint else None
 
     @property
     def width(self) -> int:
@@ -85,11 +85,11 @@ class Catalogue:
     Parameters
     ----------
     items : pyarrow.Table
-        One line per item in row order, starting with row 3: `item_id`, `train_count`, then business columns.
+        One record per item in row order, starting with row 3: `item_id`, `train_count`, then business columns.
     modalities : mapping of str to Modality
         Any number of modalities by name.
     checked : bool
-        Whether somebody has looked for NaN in the vectors: looking reads every number of them.
+        Whether the vectors are known to be finite; False checks every number.
 
     Examples
     --------
@@ -128,14 +128,14 @@ class Catalogue:
 
     @cached_property
     def train_count(self) -> npt.NDArray[np.int64]:
-        """Interactions per row in the training split, [row]; popularity. 0 marks a cold item."""
+        """Interactions per row in the training split, [row]: the popularity; 0 for cold items."""
         counts = np.zeros(self.n_rows, np.int64)
         counts[FIRST_ITEM_ROW:] = self.items[TRAIN_COUNT].to_numpy()
         return counts
 
     @property
     def id_type(self) -> str:
-        """``"string"`` or ``"int64"``: the type of raw ids in requests and answers."""
+        """``"string"`` or ``"int64"``: the type of raw ids in requests and responses."""
         return "int64" if pa.types.is_integer(self.items[ITEM_ID].type) else "string"
 
     @cached_property
@@ -144,23 +144,23 @@ class Catalogue:
         return column.cast(pa.int64() if self.id_type == "int64" else pa.string())
 
     def rows_of(self, item_ids: Sequence[str | int | None] | pa.Array) -> Rows:
-        """Return the row of every raw id, as Categorify does: unknown ids are row 2, missing ids row 1."""
+        """Return the row of every raw id, as NVTabular's Categorify: 2 for unknown ids, 1 for missing ids."""
         ids = item_ids if isinstance(item_ids, pa.Array) else pa.array(item_ids)
         if ids.type != self._index.type:
             ids = ids.cast(self._index.type)
-        found = pc.index_in(ids, value_set=self._index)
-        rows = pc.add(found.cast(pa.int64()), FIRST_ITEM_ROW).fill_null(UNKNOWN_ROW)
+        index = pc.index_in(ids, value_set=self._index)
+        rows = pc.add(index.cast(pa.int64()), FIRST_ITEM_ROW).fill_null(UNKNOWN_ROW)
         return np.asarray(pc.if_else(pc.is_null(ids), NULL_ROW, rows).to_numpy(zero_copy_only=False), np.int64)
 
     def ids_of(self, rows: npt.ArrayLike) -> list[str | int]:
         """Return the raw ids of item rows (>= 3), in the given order."""
         positions = np.asarray(rows, np.int64) - FIRST_ITEM_ROW
-        taken: list[str | int] = self._index.take(pa.array(positions)).to_pylist()
-        return taken
+        ids: list[str | int] = self._index.take(pa.array(positions)).to_pylist()
+        return ids
 
     @classmethod
     def load(cls, folder: str | Path) -> Catalogue:
-        """Read a catalogue folder; one that is replaced meanwhile is read again, so that files of two never mix.
+        """Read a catalogue folder; if it is replaced meanwhile it is read again, so that versions never mix.
 
         Raises
         ------
@@ -176,7 +176,7 @@ class Catalogue:
         meta_file = folder / "catalogue.json"
         if not meta_file.is_file():
             raise DataError(f"{folder} holds no catalogue.json", "a catalogue folder", "write one with `missrec etl`")
-        meta = json.loads(meta_file.read_text(encoding="utf-8"))
+        meta = read_json(meta_file)
         if meta.get("format") != FORMAT_VERSION:
             raise DataError(
                 f"catalogue format {meta.get('format')!r}", f"format {FORMAT_VERSION}", "re-run missrec etl"
@@ -191,15 +191,15 @@ class Catalogue:
         return cls(items.drop_columns([ROW]) if ROW in items.column_names else items, modalities)
 
     def save(self, folder: str | Path) -> None:
-        """Write the folder aside, then put it in place in one step; an older catalogue is replaced whole."""
-        with replace_dir(Path(folder)) as aside:
-            self._write(aside)
+        """Write the catalogue folder atomically; an older catalogue is replaced whole."""
+        with replace_dir(Path(folder)) as temporary:
+            self._write(temporary)
 
     def write_items(self, folder: Path) -> None:
-        """Write only the file that holds the counts, for a folder whose other files are those of an older version."""
+        """Write the item table alone (counts change with every increment), beside files of an older version."""
         rows = pa.array(np.arange(FIRST_ITEM_ROW, self.n_rows))
-        repeating = [name for name in self.items.column_names if name not in (ITEM_ID, TRAIN_COUNT)]
-        pq.write_table(self.items.append_column(ROW, rows), folder / ITEMS_FILE, use_dictionary=repeating)
+        business = [name for name in self.items.column_names if name not in (ITEM_ID, TRAIN_COUNT)]
+        pq.write_table(self.items.append_column(ROW, rows), folder / ITEMS_FILE, use_dictionary=business)
 
     def _write(self, folder: Path) -> None:
         self.write_items(folder)
@@ -209,9 +209,9 @@ class Catalogue:
         present = [modality.present for modality in self.modalities.values()]
         presence = np.stack(present, 1) if present else np.zeros((self.n_rows, 0), bool)
         np.save(folder / "presence.npy", presence)
-        described = {name: _save_modality(folder, name, modality) for name, modality in self.modalities.items()}
-        meta = {"format": FORMAT_VERSION, "rows": self.n_rows, "id_type": self.id_type, "modalities": described}
-        (folder / "catalogue.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        modalities = {name: _save_modality(folder, name, modality) for name, modality in self.modalities.items()}
+        meta = {"format": FORMAT_VERSION, "rows": self.n_rows, "id_type": self.id_type, "modalities": modalities}
+        write_json(folder / "catalogue.json", meta)
 
 
 def _save_modality(folder: Path, name: str, modality: Modality) -> dict[str, Any]:
@@ -220,23 +220,27 @@ def _save_modality(folder: Path, name: str, modality: Modality) -> dict[str, Any
     for variant, vectors in modality.variants.items():
         np.save(folder / f"{name}.{variant}.npy", vectors)
     if modality.state:
-        save_file({key: np.ascontiguousarray(value) for key, value in modality.state.items()}, _state(folder, name))
-        _state(folder, name).chmod(0o644)  # safetensors lets only its writer read; a server runs as somebody else
-    described = {"width": modality.width, "items": int(modality.present.sum()), "encoder": dict(modality.encoder)}
-    return described | ({"variants": list(modality.variants)} if modality.variants else {})
+        save_file(
+            {key: np.ascontiguousarray(value) for key, value in modality.state.items()}, _state_file(folder, name)
+        )
+        _state_file(folder, name).chmod(
+            0o644
+        )  # safetensors files are readable by their writer only; a server runs as another user
+    entry = {"width": modality.width, "items": int(modality.present.sum()), "encoder": dict(modality.encoder)}
+    return entry | ({"variants": list(modality.variants)} if modality.variants else {})
 
 
-def _load_modality(folder: Path, name: str, present: npt.NDArray[np.bool_], described: Mapping[str, Any]) -> Modality:
+def _load_modality(folder: Path, name: str, present: npt.NDArray[np.bool_], entry: Mapping[str, Any]) -> Modality:
     def read(file: str) -> npt.NDArray[np.float32]:
         large = (folder / file).stat().st_size > _MAPPED_BYTES
         return np.load(folder / file, "c" if large else None, allow_pickle=False).astype(np.float32, copy=False)
 
-    variants = {variant: read(f"{name}.{variant}.npy") for variant in described.get("variants", ())}
-    state = load_file(_state(folder, name)) if _state(folder, name).is_file() else {}
-    return Modality(read(f"{name}.npy"), present, described.get("encoder", {}), variants, state)
+    variants = {variant: read(f"{name}.{variant}.npy") for variant in entry.get("variants", ())}
+    state = load_file(_state_file(folder, name)) if _state_file(folder, name).is_file() else {}
+    return Modality(read(f"{name}.npy"), present, entry.get("encoder", {}), variants, state)
 
 
-def _state(folder: Path, name: str) -> Path:
+def _state_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.state.safetensors"
 
 
@@ -252,7 +256,7 @@ def _check_modality(name: str, modality: Modality, n_rows: int) -> None:
             raise ModalityError(
                 f"variant {variant!r} of modality {name!r} has shape {vectors.shape}, or holds NaN",
                 f"finite numbers of shape {modality.vectors.shape}",
-                "make the modality again with `missrec features`",
+                "extract the modality again with `missrec features`",
             )
     if modality.present.shape != (n_rows,) or modality.present[:FIRST_ITEM_ROW].any():
         raise ModalityError(
@@ -261,8 +265,8 @@ def _check_modality(name: str, modality: Modality, n_rows: int) -> None:
 
 
 def _check_numbers(name: str, modality: Modality) -> None:
-    for start in range(0, len(modality.vectors), _ROWS_AT_ONCE):
-        finite = np.isfinite(modality.vectors[start : start + _ROWS_AT_ONCE]).all(1)
+    for start in range(0, len(modality.vectors), _CHUNK_ROWS):
+        finite = np.isfinite(modality.vectors[start : start + _CHUNK_ROWS]).all(1)
         if not finite.all():
             row = start + int(np.flatnonzero(~finite)[0])
             raise ModalityError(

@@ -1,9 +1,9 @@
-"""Side features: which event columns beside the item enter the model, of what kind, in what scale, by what codes.
+"""Event features: columns of an event beside its item that enter the model, with their kind, scale and codes.
 
 A column is ``categorical`` (NVTabular's codes: 0 padding, 1 null, 2 unknown, values from 3 on), ``continuous`` (a
-number, standardised by the training split, after log(1 + x) where that takes away a long tail) or ``pretrained`` (a
-vector per event). What is chosen and measured here travels with the run and the bundle, so that serving scales and
-encodes as training did.
+number, standardised by the training split, after log(1 + x) if that makes it less skewed) or ``pretrained`` (a vector
+per event). The fitted columns are stored in the run and the bundle, so that serving scales and encodes as training did.
+In requests the field is called ``side``, in recipes the setting ``model.event_features``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from missrec_t4r.data.schema_pbtxt import ColumnFacts, read_schema
+from missrec_t4r.data.schema_pbtxt import SchemaColumn, read_schema
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.schema import LIST_SUFFIX, NULL_ROW, PADDING_ROW, SCHEMA_FILE, SESSION_TRANSFORM_FILE, UNKNOWN_ROW
@@ -32,9 +32,9 @@ EventArrays = dict[str, npt.NDArray[Any]]
 """By column: codes or numbers [batch, seq], vectors [batch, seq, size]."""
 
 AUTO: Final = "auto"
-"""Every list column of the schema that is tagged as an input, except ids and targets; raw times are not tagged so."""
+"""Setting: every list column that the schema tags as an input, except ids and targets; raw times have no such tag."""
 NONE: Final = "none"
-"""No side feature."""
+"""Setting: no event features."""
 
 _KIND_OF_TAG: Final[Mapping[str, Kind]] = {
     "categorical": "categorical",
@@ -43,40 +43,40 @@ _KIND_OF_TAG: Final[Mapping[str, Kind]] = {
 }
 _NEVER: Final = frozenset({"item_id", "user_id", "session_id", "target"})
 _OWNERS: Final = frozenset({"item", "user", "session"})
-"""Merlin writes ITEM_ID as the two tags ``id`` and ``item``."""
+"""Merlin stores the tag ITEM_ID as the two tags ``id`` and ``item``."""
 _LISTS: Final = frozenset({"list", "sequence"})
 _SKEWED: Final = 0.5
-"""Skewness from which a column of numbers without negatives is tried in the logarithm."""
+"""Skewness above which log(1 + x) is considered for a column without negative numbers."""
 
 
 @dataclass(frozen=True)
 class EventColumn:
-    """One side feature, complete with what training measured of it."""
+    """One event feature with the statistics and codes that training fitted."""
 
     name: str
     """Without the ``-list`` suffix."""
     kind: Kind
     size: int = 1
-    """Codes of a category (0 until `fit_event_columns` has seen them), numbers in a vector, else 1."""
+    """Number of codes of a categorical column (0 before `fit_event_columns`), width of a vector, else 1."""
     width: int = 32
-    """Numbers that the model makes of it."""
+    """Width of its embedding in the model."""
     log: bool = False
-    """Whether log(1 + x) is taken before the scaling."""
+    """Whether log(1 + x) is applied before standardising."""
     mean: float = 0.0
-    """Subtracted from numbers."""
+    """Mean of the numbers in training, subtracted."""
     std: float = 1.0
-    """Divides numbers; for vectors their root mean square length."""
+    """Standard deviation of the numbers in training, or root mean square length of the vectors; divides."""
     values: tuple[str | int, ...] = ()
-    """Raw values of the codes from 3 on, as far as the data folder tells them."""
+    """Raw values of the codes from 3 on; empty if the data folder does not hold them."""
 
     def encode(self, raw: Sequence[Any]) -> npt.NDArray[Any]:
-        """Return what the model reads for one session's raw values, one per event; None is absent.
+        """Encode one session's raw values, one per event, as the model reads them; None marks a missing value.
 
         Parameters
         ----------
         raw : sequence
-            Categories as the shop names them (codes, where the data folder does not tell the names), numbers, or
-            vectors as sequences of numbers.
+            Categories by their raw names (codes, if the data folder does not hold the names), numbers, or vectors as
+            sequences of numbers.
 
         Raises
         ------
@@ -91,9 +91,9 @@ class EventColumn:
         try:
             if self.kind == "categorical":
                 codes = self._codes
-                known = [value if not codes else codes.get(value, UNKNOWN_ROW) for value in raw if value is not None]
+                present = [value if not codes else codes.get(value, UNKNOWN_ROW) for value in raw if value is not None]
                 encoded = np.zeros(len(raw), np.int64)
-                encoded[[value is not None for value in raw]] = np.array(known, np.int64)
+                encoded[[value is not None for value in raw]] = np.array(present, np.int64)
                 return encoded
             if self.kind == "continuous":
                 return np.array([np.nan if value is None else float(value) for value in raw], np.float32)
@@ -102,13 +102,13 @@ class EventColumn:
             return np.stack(vectors).reshape(len(raw), self.size) if vectors else np.zeros((0, self.size), np.float32)
         except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
-                f"side feature {self.name!r} holds {str(list(raw))[:80]} ({error})",
+                f"event feature {self.name!r} holds {str(list(raw))[:80]} ({error})",
                 f"one {self.kind} value per event, or null",
                 f"vectors have {self.size} numbers" if self.kind == "pretrained" else "",
             ) from error
 
     def decode(self, values: npt.NDArray[Any]) -> list[Any]:
-        """Return raw values that `encode` turns into these: what a shop would send for a session of the data.
+        """Return raw values that `encode` maps to these, as a request would hold them.
 
         Examples
         --------
@@ -116,77 +116,77 @@ class EventColumn:
         ['buy', None, 'view']
         """
         if self.kind == "categorical":
-            raw = dict(enumerate(self.values, start=UNKNOWN_ROW + 1)) | {UNKNOWN_ROW: self._unheard}
+            raw = dict(enumerate(self.values, start=UNKNOWN_ROW + 1)) | {UNKNOWN_ROW: self._unknown_value}
             return [None if code == 0 else raw[int(code)] if self.values else int(code) for code in values]
         if self.kind == "continuous":
             return [float(value) if np.isfinite(value) else None for value in values]
         return [vector.tolist() if vector.any() else None for vector in values]
 
     @functools.cached_property
-    def _unheard(self) -> str | int:
+    def _unknown_value(self) -> str | int:
         """A value that is not in the vocabulary."""
         texts = isinstance(next(iter(self.values), ""), str)
-        tries: Iterator[str | int] = (f"?{number}" if texts else -1 - number for number in itertools.count())
-        return next(value for value in tries if value not in self._codes)
+        candidates: Iterator[str | int] = (f"?{number}" if texts else -1 - number for number in itertools.count())
+        return next(value for value in candidates if value not in self._codes)
 
     @functools.cached_property
     def _codes(self) -> dict[str | int, int]:
         return {value: code for code, value in enumerate(self.values, start=UNKNOWN_ROW + 1)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
+        """Return the column as JSON-able values."""
         return dataclasses.asdict(self) | {"values": list(self.values)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> EventColumn:
-        """Read what `to_dict` wrote."""
+        """Return the column of `to_dict`'s values."""
         return cls(**{**content, "values": tuple(content.get("values", ()))})
 
 
 def event_columns(data: str | Path, setting: str, width: int) -> tuple[EventColumn, ...]:
-    """Choose the side features of a data folder, not yet measured.
+    """Choose the event features of a data folder; `fit_event_columns` then fits them.
 
     Parameters
     ----------
     data : path
-        Data folder; its ``schema.pbtxt`` names columns, tags and domains. Without the file ``auto`` finds nothing.
+        Data folder; its ``schema.pbtxt`` holds columns, tags and domains. Without the file ``auto`` chooses none.
     setting : str
         ``"auto"``, ``"none"``, or names separated by commas, with or without ``-list``.
     width : int
-        Numbers that the model makes of each.
+        Width of each column's embedding.
 
     Raises
     ------
     SchemaError
-        A named column is not in the schema, or is none that a model can read.
+        A named column is not in the schema, or is not an input column.
     """
     file = Path(data) / SCHEMA_FILE
     if setting == NONE or (setting == AUTO and not file.is_file()):
         return ()
-    codes, found = encoded_values(data), {}
-    for facts in read_schema(file):
-        name = facts.name.removesuffix(LIST_SUFFIX)
-        if (kind := _kind(facts)) is not None:
-            size = 0 if kind != "categorical" or facts.highest is None else facts.highest + 1
-            found[name] = EventColumn(
+    codes, available = encoded_values(data), {}
+    for column in read_schema(file):
+        name = column.name.removesuffix(LIST_SUFFIX)
+        if (kind := _kind(column)) is not None:
+            size = 0 if kind != "categorical" or column.highest is None else column.highest + 1
+            available[name] = EventColumn(
                 name, kind, 1 if kind == "continuous" else size, width, values=codes.get(name, ())
             )
     if setting == AUTO:
-        return tuple(found.values())
-    wanted = [name.strip().removesuffix(LIST_SUFFIX) for name in setting.split(",") if name.strip()]
-    for name in wanted:
-        if name not in found:
-            near = difflib.get_close_matches(name, found, 1) or sorted(found)
+        return tuple(available.values())
+    names = [name.strip().removesuffix(LIST_SUFFIX) for name in setting.split(",") if name.strip()]
+    for name in names:
+        if name not in available:
+            near = difflib.get_close_matches(name, available, 1) or sorted(available)
             raise SchemaError(
-                f"side feature {name!r} is no input column of {file}",
+                f"event feature {name!r} is no input column of {file}",
                 f"{', '.join(near) if near else 'no such column: the schema has none'}",
                 "list columns tagged CATEGORICAL, CONTINUOUS or EMBEDDING can be used; ids, times and targets cannot",
             )
-    return tuple(found[name] for name in dict.fromkeys(wanted))
+    return tuple(available[name] for name in dict.fromkeys(names))
 
 
 def encoded_values(data: str | Path) -> dict[str, tuple[str | int, ...]]:
-    """Return the raw values of the event categories that the ETL wrote beside the sessions, by column."""
+    """Return the raw values of categorical event features that the ETL stored, by column."""
     file = Path(data) / SESSION_TRANSFORM_FILE
     if not file.is_file():
         return {}
@@ -195,10 +195,10 @@ def encoded_values(data: str | Path) -> dict[str, tuple[str | int, ...]]:
 
 
 def load_sessions(data: str | Path, split: str, columns: Sequence[EventColumn] = ()) -> Sessions:
-    """Read a split with the side features that a model uses, in that model's codes.
+    """Read a split with the event features of a model, in that model's codes.
 
-    Another ETL run may have numbered the categories otherwise; where the raw values are known they decide, and a value
-    that the model has never seen becomes its unknown code.
+    Another ETL run may have numbered the categories differently: where the raw values are stored, codes are translated
+    by value, and a value that the model has not seen becomes its unknown code.
 
     Raises
     ------
@@ -209,10 +209,10 @@ def load_sessions(data: str | Path, split: str, columns: Sequence[EventColumn] =
     codes = encoded_values(data)
     features = dict(sessions.features)
     for column in columns:
-        theirs = codes.get(column.name, ())
-        if column.kind == "categorical" and column.values and theirs and theirs != column.values:
-            features[column.name] = _recoding(theirs, column.values)[features[column.name]]
-        if column.values and (features[column.name] == NULL_ROW).any():  # Categorify's null: nothing is known
+        data_values = codes.get(column.name, ())
+        if column.kind == "categorical" and column.values and data_values and data_values != column.values:
+            features[column.name] = _code_table(data_values, column)[features[column.name]]
+        if column.values and (features[column.name] == NULL_ROW).any():  # NVTabular's null: a missing value
             features[column.name] = np.where(features[column.name] == NULL_ROW, PADDING_ROW, features[column.name])
     return dataclasses.replace(sessions, features=features)
 
@@ -220,7 +220,7 @@ def load_sessions(data: str | Path, split: str, columns: Sequence[EventColumn] =
 def compact_event_features(
     event_features: Mapping[str, npt.NDArray[Any]], rows: npt.NDArray[np.int64], max_length: int
 ) -> EventArrays:
-    """Do to side features what serving does to rows: known events to the left, the last ``max_length`` of them.
+    """Return the event features of the last ``max_length`` known items, left-aligned, as serving aligns the rows.
 
     Parameters
     ----------
@@ -236,25 +236,26 @@ def compact_event_features(
     """
     known = rows > UNKNOWN_ROW
     counts = known.sum(1, keepdims=True)
-    kept = np.minimum(counts, max_length)
-    steps = np.arange(max(int(kept.max(initial=0)), 1))
-    real = steps < kept
-    place = np.where(real, counts - kept + steps, 0)
-    at = np.take_along_axis(np.argsort(~known, axis=1, kind="stable"), place, 1) if rows.shape[1] else place
-    line = np.arange(len(rows))[:, None]
+    lengths = np.minimum(counts, max_length)  # [batch, 1]
+    steps = np.arange(max(int(lengths.max(initial=0)), 1))
+    mask = steps < lengths  # [batch, new seq]
+    order = np.argsort(~known, axis=1, kind="stable")  # positions of known items first, in their order
+    position = np.where(mask, counts - lengths + steps, 0)  # [batch, new seq], into ``order``
+    index = np.take_along_axis(order, position, 1) if rows.shape[1] else position
+    batch = np.arange(len(rows))[:, None]
     return {
-        name: np.where(real if values.ndim == 2 else real[..., None], values[line, at], values.dtype.type(0))
+        name: np.where(mask if values.ndim == 2 else mask[..., None], values[batch, index], values.dtype.type(0))
         for name, values in event_features.items()
     }
 
 
 def fit_event_columns(columns: Sequence[EventColumn], train: Sessions) -> tuple[EventColumn, ...]:
-    """Measure the columns on the training sessions: mean and deviation of numbers, length of vectors, missing sizes.
+    """Fit the columns to the training sessions: mean and standard deviation of numbers, length of vectors, sizes.
 
     Raises
     ------
     SchemaError
-        A column holds something else than its tag says.
+        A column's values do not fit its tag.
     """
     return tuple(_fitted(column, np.asarray(train.features[column.name])) for column in columns)
 
@@ -264,37 +265,38 @@ def _fitted(column: EventColumn, values: npt.NDArray[Any]) -> EventColumn:
         column.kind == "categorical" and values.dtype.kind != "i"
     ):
         raise SchemaError(
-            f"side feature {column.name!r} holds {values.dtype} of shape {list(values.shape)}",
-            f"what its tag says: a {column.kind} column",
+            f"event feature {column.name!r} holds {values.dtype} of shape {list(values.shape)}",
+            f"a {column.kind} column, as its tag says",
             "correct the tag in the workflow, or leave the column out with --set model.event_features=…",
         )
     if column.kind == "categorical":
         return dataclasses.replace(column, size=column.size or max(int(values.max(initial=0)), UNKNOWN_ROW) + 1)
     if column.kind == "pretrained":
         lengths = np.linalg.norm(values, axis=1)
-        real = lengths[(lengths > 0) & np.isfinite(lengths)]
-        return dataclasses.replace(column, size=values.shape[1], std=_positive(np.sqrt(np.mean(real**2, dtype=float))))
+        present = lengths[(lengths > 0) & np.isfinite(lengths)]  # a missing vector is zero
+        rms = np.sqrt(np.mean(present**2, dtype=float))
+        return dataclasses.replace(column, size=values.shape[1], std=_positive_or_one(rms))
     numbers = values[np.isfinite(values)].astype(np.float64)
     log = bool(
         numbers.min(initial=0) >= 0 and _skewness(numbers) > max(_SKEWED, abs(_skewness(np.log1p(abs(numbers)))))
     )
     scaled = np.log1p(numbers) if log else numbers
     mean = float(scaled.mean()) if len(scaled) else 0.0
-    return dataclasses.replace(column, log=log, mean=mean, std=_positive(scaled.std() if len(scaled) else 1.0))
+    return dataclasses.replace(column, log=log, mean=mean, std=_positive_or_one(scaled.std() if len(scaled) else 1.0))
 
 
-def _kind(facts: ColumnFacts) -> Kind | None:
-    if facts.tags & _NEVER or ("id" in facts.tags and facts.tags & _OWNERS):
+def _kind(column: SchemaColumn) -> Kind | None:
+    if column.tags & _NEVER or ("id" in column.tags and column.tags & _OWNERS):
         return None
-    if not (facts.tags & _LISTS or facts.name.endswith(LIST_SUFFIX)):
+    if not (column.tags & _LISTS or column.name.endswith(LIST_SUFFIX)):
         return None
-    return next((kind for tag, kind in _KIND_OF_TAG.items() if tag in facts.tags), None)
+    return next((kind for tag, kind in _KIND_OF_TAG.items() if tag in column.tags), None)
 
 
-def _recoding(theirs: Sequence[str | int], ours: Sequence[str | int]) -> npt.NDArray[np.int32]:
-    """Return the table from their codes to ours."""
-    code = EventColumn("", "categorical", values=tuple(ours))._codes
-    return np.array([*range(UNKNOWN_ROW + 1), *(code.get(value, UNKNOWN_ROW) for value in theirs)], np.int32)
+def _code_table(data_values: Sequence[str | int], column: EventColumn) -> npt.NDArray[np.int32]:
+    """Return a table from the data folder's codes to those of the column, [code]."""
+    codes = (column._codes.get(value, UNKNOWN_ROW) for value in data_values)
+    return np.array([*range(UNKNOWN_ROW + 1), *codes], np.int32)
 
 
 def _skewness(values: npt.NDArray[np.float64]) -> float:
@@ -303,5 +305,5 @@ def _skewness(values: npt.NDArray[np.float64]) -> float:
     return float((((values - values.mean()) / values.std()) ** 3).mean())
 
 
-def _positive(value: Any) -> float:
+def _positive_or_one(value: Any) -> float:
     return float(value) if np.isfinite(value) and value > 1e-8 else 1.0

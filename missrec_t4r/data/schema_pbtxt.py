@@ -1,7 +1,7 @@
-"""Merlin's schema.pbtxt read without Merlin: what a training machine with torch alone must know of the columns.
+"""Reader of Merlin's schema.pbtxt without Merlin, for training machines that have torch alone.
 
-The file is protobuf's text form of TensorFlow Metadata's ``Schema``; of each feature its name, its integer domain and
-its tags are taken, everything else is skipped.
+The file is TensorFlow Metadata's ``Schema`` in protobuf's text format. Each feature's name, integer domain and tags are
+read; everything else is skipped.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _OPEN, _CLOSE = "{<", "}>"
 
 
 @dataclass(frozen=True)
-class ColumnFacts:
-    """One feature of the schema."""
+class SchemaColumn:
+    """Name, tags and integer domain of one feature of the schema."""
 
     name: str
     tags: frozenset[str]
     """Lower-case names of Merlin's tags."""
     highest: int | None
-    """Upper end of the integer domain; None without one."""
+    """Largest value of the integer domain; None without a domain."""
 
 
-def read_schema(file: str | Path) -> list[ColumnFacts]:
+def read_schema(file: str | Path) -> list[SchemaColumn]:
     """Return the features of a ``schema.pbtxt``, in file order.
 
     Raises
@@ -40,13 +40,13 @@ def read_schema(file: str | Path) -> list[ColumnFacts]:
     """
     try:
         message = parse_text_message(Path(file).read_text(encoding="utf-8"))
-        return [_facts(feature) for feature in message.get("feature", [])]
+        return [_column(feature) for feature in message.get("feature", [])]
     except (OSError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise SchemaError(f"{file} cannot be read ({error})", "Merlin's schema.pbtxt", "re-run the ETL") from error
 
 
 def parse_text_message(text: str) -> dict[str, list[Any]]:
-    """Return protobuf text as a mapping of field name to its values, messages as mappings themselves.
+    """Return protobuf text as a mapping of field name to the list of its values; nested messages are mappings too.
 
     Examples
     --------
@@ -84,8 +84,8 @@ def _scalar(token: str) -> Any:
         return token
 
 
-def _facts(feature: Mapping[str, list[Any]]) -> ColumnFacts:
+def _column(feature: Mapping[str, list[Any]]) -> SchemaColumn:
     tags = [str(tag).lower() for note in feature.get("annotation", []) for tag in note.get("tag", [])]
     domains = feature.get("int_domain", [])
     highest = domains[0].get("max", [None])[0] if domains else None
-    return ColumnFacts(str(feature["name"][0]), frozenset(tags), highest)
+    return SchemaColumn(str(feature["name"][0]), frozenset(tags), highest)

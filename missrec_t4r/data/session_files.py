@@ -1,9 +1,9 @@
-"""Rows of a split: its parquet files and, where nights stand beside them, the newest row of every user.
+"""Read the rows of a split; delta files, if any, are merged on read and the latest row per user wins.
 
-A data folder may hold ``deltas/00002.arrow``, …: whole sessions of the users of a night, oldest first, and how long
-their prefix in every split is (columns ``train``, ``valid``, ``test``; 0: no row). They take the place of all older
-rows of these users. The parquet files alone are the folder as it was before those nights, complete in themselves; the
-rows read here are those that the parquet files have after ``missrec etl --compact``, in the same order.
+A data folder may hold delta files ``deltas/00002.arrow``, …, one per increment: the whole sessions of the users with
+new events, and the length of their prefix in every split (columns ``train``, ``valid``, ``test``; 0: no row). They
+override all older rows of these users. The parquet files alone are the folder before those increments. The rows read
+here are those that the parquet files hold after compaction (``missrec etl --compact``), in the same order.
 """
 
 from __future__ import annotations
@@ -26,109 +26,109 @@ Ints = npt.NDArray[np.int64]
 
 
 def delta_files(data: Path) -> list[Path]:
-    """Return the deltas of a data folder, oldest first."""
+    """Return the delta files of a data folder, oldest first."""
     return sorted((data / DELTA_FOLDER).glob("*.arrow"))
 
 
 def row_files(folder: str | Path) -> list[Path]:
-    """Return the parquet files of a split in the order of their names; those that deltas replace rows of included."""
+    """Return the parquet files of a split in the order of their names, without its delta files."""
     return sorted(Path(folder).glob("*.parquet"))
 
 
 def read_rows(folder: str | Path, columns: Sequence[str]) -> pa.Table:
-    """Return columns of a split's rows, newest rows of all users, in the order of the users' hash.
+    """Return columns of a split: the latest row of every user, in the order of the user hash.
 
     Parameters
     ----------
     folder : path
-        A folder of session parquet; ``train``, ``valid`` and ``test`` of a data folder may have deltas beside them.
+        A folder of session parquet; beside ``train``, ``valid`` and ``test`` of a data folder there may be deltas.
     columns : sequence of str
-        They must be there, in every file.
+        Every file must have them.
     """
     folder = Path(folder)
     if folder.name not in SPLITS or not delta_files(folder.parent):
-        return _plain(folder, list(columns))
+        return _read_parquet(folder, list(columns))
     return read_consistently(folder.parent, lambda data: _merged(data, folder.name, list(columns)))
 
 
 def take_prefixes(sessions: pa.Table, offsets: Ints, lengths: Ints) -> pa.Table:
-    """Cut all list columns to prefixes and leave out the sessions of length 0.
+    """Truncate all list columns to prefixes and drop the sessions of length 0.
 
     Parameters
     ----------
     sessions : pyarrow.Table
         One row per session; list columns end in ``-list``.
     offsets, lengths : ndarray [session + 1], ndarray [session]
-        Where the sessions' values lie in every list column, and how many of each to keep.
+        Offsets of the sessions in every list column, and the length of each prefix.
     """
-    keep, chosen = inside(offsets, lengths), lengths > 0
-    cut = pa.array(np.concatenate([[0], np.cumsum(lengths[chosen])]), pa.int32())
+    keep, not_empty = prefix_mask(offsets, lengths), lengths > 0
+    new_offsets = pa.array(np.concatenate([[0], np.cumsum(lengths[not_empty])]), pa.int32())
     columns = {}
     for name in sessions.column_names:
         column = one_array(sessions[name])
         if name.endswith(LIST_SUFFIX):
-            columns[name] = pa.ListArray.from_arrays(cut, _kept(column.flatten(), keep))
+            columns[name] = pa.ListArray.from_arrays(new_offsets, _filter(column.flatten(), keep))
         else:
-            columns[name] = column.filter(pa.array(chosen))
+            columns[name] = column.filter(pa.array(not_empty))
     return pa.table(columns)
 
 
-def inside(offsets: Ints, lengths: Ints) -> npt.NDArray[np.bool_]:
-    """Return which events belong to the prefixes of their sessions, [event].
+def prefix_mask(offsets: Ints, lengths: Ints) -> npt.NDArray[np.bool_]:
+    """Return a mask [event], True for the events in the prefix of their session.
 
     Examples
     --------
-    >>> inside(np.array([0, 2, 5]), np.array([1, 2])).tolist()
+    >>> prefix_mask(np.array([0, 2, 5]), np.array([1, 2])).tolist()
     [True, False, True, True, False]
     """
     sizes = np.diff(offsets)
-    step = np.arange(offsets[-1] - offsets[0]) - np.repeat(offsets[:-1] - offsets[0], sizes)
+    step = np.arange(offsets[-1] - offsets[0]) - np.repeat(offsets[:-1] - offsets[0], sizes)  # [event], 0 at the first
     return np.asarray(step < np.repeat(lengths, sizes))
 
 
 def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """Return a column as one array, without a copy if it is one."""
+    """Return a column as one array; a single chunk is not copied."""
     if isinstance(column, pa.ChunkedArray) and column.num_chunks == 1:
         return column.chunk(0)
     combined = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     return pa.concat_arrays(combined.chunks) if isinstance(combined, pa.ChunkedArray) else combined
 
 
-def _plain(folder: Path, columns: list[str]) -> pa.Table:
+def _read_parquet(folder: Path, columns: list[str]) -> pa.Table:
     tables = [pq.read_table(file, columns=columns) for file in row_files(folder)]
     return pa.concat_tables(tables, promote_options="permissive")
 
 
 def _merged(data: Path, split: str, columns: list[str]) -> pa.Table:
-    """Return the rows of parquet files and deltas; of every user those of the newest file that knows them."""
+    """Return the rows of the parquet and delta files; every user's row is that of the newest file that has the user."""
     names = [*dict.fromkeys([USER_ID, *columns])]
-    newer: list[pa.Array] = []
+    overridden: list[pa.Array] = []  # users of the newer files
     parts: list[pa.Table] = []
     for file in reversed(delta_files(data)):
         with pa.memory_map(str(file)) as source:
             table = pa.ipc.open_file(source).read_all()
         offsets = np.asarray(next(one_array(table[n]) for n in table.column_names if n.endswith(LIST_SUFFIX)).offsets)
         lengths = table[split].to_numpy().astype(np.int64)
-        lengths[_among(table[USER_ID], newer)] = 0
+        lengths[_is_in(table[USER_ID], overridden)] = 0
         parts.append(take_prefixes(table.select(names), offsets.astype(np.int64), lengths))
-        newer.append(one_array(table[USER_ID]))
-    plain = _plain(data / split, names)
-    kept = plain.filter(pa.array(~_among(plain[USER_ID], newer)))
-    rows = pa.concat_tables([kept, *(part.cast(plain.schema) for part in reversed(parts))])
-    order = np.argsort(hash_ids(one_array(rows[USER_ID])), kind="stable")  # merges runs that are in order
+        overridden.append(one_array(table[USER_ID]))
+    base = _read_parquet(data / split, names)
+    unchanged = base.filter(pa.array(~_is_in(base[USER_ID], overridden)))
+    rows = pa.concat_tables([unchanged, *(part.cast(base.schema) for part in reversed(parts))])
+    order = np.argsort(hash_ids(one_array(rows[USER_ID])), kind="stable")  # fast: merges sorted runs
     return rows.select(columns).take(pa.array(order))
 
 
-def _among(users: pa.ChunkedArray, others: Sequence[pa.Array]) -> npt.NDArray[np.bool_]:
-    """Return which users are among others, [row]."""
+def _is_in(users: pa.ChunkedArray, others: Sequence[pa.Array]) -> npt.NDArray[np.bool_]:
+    """Return a mask [row], True for users that are in ``others``."""
     if not others:
         return np.zeros(len(users), bool)
-    found = pc.is_in(one_array(users), value_set=pa.concat_arrays(others))
-    return np.asarray(found.to_numpy(zero_copy_only=False), bool)
+    mask = pc.is_in(one_array(users), value_set=pa.concat_arrays(others))
+    return np.asarray(mask.to_numpy(zero_copy_only=False), bool)
 
 
-def _kept(values: pa.Array, keep: npt.NDArray[np.bool_]) -> pa.Array:
+def _filter(values: pa.Array, keep: npt.NDArray[np.bool_]) -> pa.Array:
     primitive = pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
-    if primitive and not values.null_count:  # numpy compresses numbers faster than Arrow
+    if primitive and not values.null_count:  # NumPy filters numbers faster than Arrow
         return pa.array(values.to_numpy()[keep], values.type)
     return values.filter(pa.array(keep))

@@ -1,4 +1,4 @@
-"""Session data sets in memory: one array of values and one of offsets, no Python object per session."""
+"""Session data sets in memory as flat arrays: values of all sessions and offsets, no Python object per session."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Sessions:
     offsets : ndarray [session + 1], int64
         Session i is ``values[offsets[i]:offsets[i + 1]]``.
     features : mapping of str to ndarray [event], or [event, width] for vectors
-        Other list columns, by their name without the ``-list`` suffix, aligned with ``values``.
+        Event features: other list columns by their name without the ``-list`` suffix, aligned with ``values``.
     users : pyarrow.Array or None
-        Raw user id of every session.
+        Raw user id of every session, [session].
     """
 
     values: Ints
@@ -57,7 +57,7 @@ class Sessions:
 
     @classmethod
     def from_lists(cls, sessions: Sequence[npt.ArrayLike]) -> Sessions:
-        """Pack a list of row lists.
+        """Return sessions from a list of lists of catalogue rows.
 
         Examples
         --------
@@ -70,7 +70,7 @@ class Sessions:
 
     @classmethod
     def load(cls, folder: str | Path, features: Sequence[str] | None = None) -> Sessions:
-        """Read one split (files in name order), with the nights that stand beside it (`split_rows`).
+        """Read one split, its delta files merged on read (`missrec_t4r.data.session_files`).
 
         Parameters
         ----------
@@ -88,54 +88,55 @@ class Sessions:
         files = row_files(folder)
         if not files:
             raise DataError(f"no parquet file in {folder}", "a split written by missrec etl", "run `missrec etl` first")
-        there = pq.read_schema(files[0]).names
-        if ITEM_LIST not in there:
-            raise SchemaError(f"{folder} has columns {there}", f"a list column {ITEM_LIST!r}")
+        available = pq.read_schema(files[0]).names
+        if ITEM_LIST not in available:
+            raise SchemaError(f"{folder} has columns {available}", f"a list column {ITEM_LIST!r}")
         if features is None:
-            features = [n.removesuffix(LIST_SUFFIX) for n in there if n.endswith(LIST_SUFFIX) and n != ITEM_LIST]
-        columns = {name: name if name in there else name + LIST_SUFFIX for name in features}
-        if missing := [name for name, column in columns.items() if column not in there]:
+            features = [n.removesuffix(LIST_SUFFIX) for n in available if n.endswith(LIST_SUFFIX) and n != ITEM_LIST]
+        columns = {name: name if name in available else name + LIST_SUFFIX for name in features}
+        if missing := [name for name, column in columns.items() if column not in available]:
             raise SchemaError(
                 f"{folder} has no column {', '.join(missing)}",
-                "every side feature that the model was trained with",
+                "every event feature that the model was trained with",
                 "use data of the same ETL settings, or train with --set model.event_features=none",
             )
-        names = [ITEM_LIST, *columns.values(), *([USER_ID] if USER_ID in there else [])]
+        names = [ITEM_LIST, *columns.values(), *([USER_ID] if USER_ID in available else [])]
         table = read_rows(folder, names)
         values, offsets = flat_lists(table[ITEM_LIST], NULL_ROW)
-        read = {name: _aligned(table[column], offsets, name) for name, column in columns.items()}
-        users = one_array(table[USER_ID]) if USER_ID in there else None
-        return cls(np.asarray(values, np.int64), offsets, read, users)
+        arrays = {name: _aligned(table[column], offsets, name) for name, column in columns.items()}
+        users = one_array(table[USER_ID]) if USER_ID in available else None
+        return cls(np.asarray(values, np.int64), offsets, arrays, users)
 
     def split_last(self) -> tuple[Sessions, Ints]:
-        """Return the histories without their last item, and the last items (evaluation rows are history + target)."""
+        """Return histories and targets: every session without its last item, and the last items, [session]."""
         if (self.lengths < 1).any():
             raise DataError("an evaluation session is empty", "a history and a target", "re-run missrec etl")
         keep = np.ones(len(self.values), bool)
         keep[self.offsets[1:] - 1] = False
         histories = Sessions(
             self.values[keep],
-            self.offsets - np.arange(len(self.offsets)),
+            self.offsets - np.arange(len(self.offsets)),  # one event fewer per session before
             {name: feature[keep] for name, feature in self.features.items()},
             self.users,
         )
         return histories, self.values[self.offsets[1:] - 1]
 
     def known(self) -> Sessions:
-        """Return the sessions without null and unknown rows."""
+        """Return the sessions without events of null and unknown items."""
         keep = self.values > UNKNOWN_ROW
-        kept = np.concatenate([[0], np.cumsum(keep)])
+        n_kept = np.concatenate([[0], np.cumsum(keep)])  # [event + 1], kept events before each event
         features = {name: feature[keep] for name, feature in self.features.items()}
-        return Sessions(self.values[keep], kept[self.offsets], features, self.users)
+        return Sessions(self.values[keep], n_kept[self.offsets], features, self.users)
 
     def take(self, indices: npt.ArrayLike) -> Sessions:
-        """Return the chosen sessions, whole."""
-        chosen = np.asarray(indices, np.int64)
-        lengths = self.lengths[chosen]
+        """Return the sessions at ``indices``, in that order."""
+        sessions = np.asarray(indices, np.int64)
+        lengths = self.lengths[sessions]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        at = np.arange(offsets[-1]) + np.repeat(self.offsets[chosen] - offsets[:-1], lengths)
-        users = self.users.take(pa.array(chosen)) if self.users is not None else None
-        return Sessions(self.values[at], offsets, {name: part[at] for name, part in self.features.items()}, users)
+        event = np.arange(offsets[-1]) + np.repeat(self.offsets[sessions] - offsets[:-1], lengths)  # [new event]
+        users = self.users.take(pa.array(sessions)) if self.users is not None else None
+        features = {name: feature[event] for name, feature in self.features.items()}
+        return Sessions(self.values[event], offsets, features, users)
 
     def slice(self, start: int, stop: int) -> Sessions:
         """Return sessions ``start`` to ``stop`` as views, without users."""
@@ -145,39 +146,45 @@ class Sessions:
         return Sessions(self.values[part], offsets - offsets[0], features)
 
     def padded(self, indices: npt.ArrayLike, max_length: int) -> Ints:
-        """Return the last ``max_length`` items of the chosen sessions, [batch, seq], 0-padded on the right."""
-        at, real = self._window(indices, max_length)
-        return np.where(real, self.values[at], PADDING_ROW) if len(self.values) else np.zeros(at.shape, np.int64)
+        """Return the last ``max_length`` items of the sessions at ``indices``, [batch, seq], 0-padded on the right."""
+        event, mask = self._window(indices, max_length)
+        return np.where(mask, self.values[event], PADDING_ROW) if len(self.values) else np.zeros(event.shape, np.int64)
 
     def padded_features(self, indices: npt.ArrayLike, max_length: int) -> dict[str, npt.NDArray[Any]]:
-        """Return the features that belong to `padded`, [batch, seq] or [batch, seq, width] each; 0 beyond the end."""
+        """Return the event features of `padded`'s items, [batch, seq] or [batch, seq, width] each; 0 at padding."""
         if not self.features:
             return {}
-        at, real = self._window(indices, max_length)
-        return {name: gather(feature, at, real) for name, feature in self.features.items()}
+        event, mask = self._window(indices, max_length)
+        return {name: gather(feature, event, mask) for name, feature in self.features.items()}
 
     def _window(self, indices: npt.ArrayLike, max_length: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
-        """Return where the last events of the chosen sessions lie and which of them are real, both [batch, seq]."""
-        chosen = np.asarray(indices, np.int64)
-        ends = self.offsets[chosen + 1]
-        lengths = np.minimum(ends - self.offsets[chosen], max_length)
+        """Return the indices of the sessions' last events and the mask of real ones, both [batch, seq]."""
+        sessions = np.asarray(indices, np.int64)
+        ends = self.offsets[sessions + 1]
+        lengths = np.minimum(ends - self.offsets[sessions], max_length)
         steps = np.arange(max(int(lengths.max(initial=0)), 1))
-        real = steps < lengths[:, None]
-        return np.where(real, (ends - lengths)[:, None] + steps, 0), real
+        mask = steps < lengths[:, None]  # [batch, seq]
+        return np.where(mask, (ends - lengths)[:, None] + steps, 0), mask
 
 
-def gather(values: npt.NDArray[Any], at: Ints, real: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
-    """Return ``values[at]`` where real and zeros elsewhere; ``values`` may have a width and may be empty."""
+def gather(values: npt.NDArray[Any], index: Ints, mask: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+    """Return ``values[index]`` where the mask is True and zeros elsewhere.
+
+    Parameters
+    ----------
+    values : ndarray [event] or [event, width]
+        May be empty.
+    index, mask : ndarray [batch, seq]
+    """
     if not len(values):
-        return np.zeros((*at.shape, *values.shape[1:]), values.dtype)
-    shown = real if values.ndim == 1 else real[..., None]
-    return np.where(shown, values[at], values.dtype.type(0))
+        return np.zeros((*index.shape, *values.shape[1:]), values.dtype)
+    return np.where(mask if values.ndim == 1 else mask[..., None], values[index], values.dtype.type(0))
 
 
 def flat_lists(column: pa.ChunkedArray, null: int = PADDING_ROW) -> tuple[npt.NDArray[Any], Ints]:
     """Return a list column's elements, [event] or [event, width], and its offsets [row + 1].
 
-    A missing list is an empty one, a missing integer becomes ``null``, a missing fraction NaN, a missing vector zeros;
+    A missing list becomes an empty one, a missing integer ``null``, a missing float NaN, a missing vector zeros;
     booleans become integers.
 
     Raises
@@ -208,9 +215,9 @@ def flat_lists(column: pa.ChunkedArray, null: int = PADDING_ROW) -> tuple[npt.ND
 
 
 def _aligned(column: pa.ChunkedArray, offsets: Ints, name: str) -> npt.NDArray[Any]:
-    """Return a feature's values in half the memory, refused where they do not stand beside the items."""
-    values, own = flat_lists(column)
-    if not np.array_equal(own, offsets):
+    """Return a feature's values, 64-bit numbers as 32-bit; an error if its lists differ in length from the items'."""
+    values, feature_offsets = flat_lists(column)
+    if not np.array_equal(feature_offsets, offsets):
         raise SchemaError(f"column {name!r} has lists of other lengths than the items", "one value per event")
     narrow = {"i": np.int32, "u": np.int32, "f": np.float32}.get(values.dtype.kind)
     fits = narrow is np.float32 or (narrow is np.int32 and (not len(values) or abs(values).max() < 2**31))

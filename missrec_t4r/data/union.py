@@ -1,7 +1,8 @@
-"""Several data folders as one: a union catalogue of `domain-item` ids, modalities matched by encoder fingerprint.
+"""Union of several data folders (domains) for pre-training: one catalogue, modalities matched by encoder fingerprint.
 
-Two modalities are one if the same encoder made both: equal fingerprints, whatever their names. Equal names or widths
-say nothing, since two encoders of one width fill different spaces. A domain may lack a modality (specification 8).
+Item ids become ``domain-item``. Two modalities are merged if they have equal fingerprints, whatever their names: equal
+names or widths are no evidence, since two encoders of one width fill different vector spaces. A domain may lack a
+modality.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ class Domains:
     catalogue : Catalogue
         Items of all domains, one domain after the other, with ids ``domain-item``.
     splits : mapping of str to Sessions
-        ``train`` and ``valid`` sessions of all domains on the union's rows; known items only, no side features.
+        ``train`` and ``valid`` sessions of all domains on the union's rows; known items only, no event features.
     domain : ndarray [row], int64
         Index of each row's domain in ``names``; -1 in the reserved rows.
     names : tuple of str
     sources : mapping of str to mapping
-        Modality of the union -> domain -> the modality's name there.
+        Modality of the union -> domain -> the modality's name in that domain.
     """
 
     catalogue: Catalogue
@@ -47,23 +48,23 @@ class Domains:
     sources: Mapping[str, Mapping[str, str]]
 
     def describe(self) -> list[str]:
-        """Return one line per modality: where it comes from, and why equal names were kept apart."""
+        """Return one line of text per modality: its sources, and modalities of equal name that were not merged."""
         lines = []
         for name, by_domain in self.sources.items():
             modality = self.catalogue.modalities[name]
-            made = f"{name} (width {modality.width}, encoder {_short(modality.fingerprint)})"
-            lacking = [domain for domain in self.names if domain not in by_domain]
+            title = f"{name} (width {modality.width}, encoder {_short(modality.fingerprint)})"
+            without = [domain for domain in self.names if domain not in by_domain]
             parts = ", ".join(f"{domain}.{own}" for domain, own in by_domain.items())
-            line = f"modality {made}: {parts}" + (f"; not in {', '.join(lacking)}" if lacking else "")
-            apart = [own for own in by_domain.values() if own != name and own in self.sources]
-            if apart:
-                line += f"; kept apart from {apart[0]}, which another encoder made"
+            line = f"modality {title}: {parts}" + (f"; not in {', '.join(without)}" if without else "")
+            other = [own for own in by_domain.values() if own != name and own in self.sources]
+            if other:
+                line += f"; not merged with {other[0]}, which comes from another encoder"
             lines.append(line)
         return lines
 
 
 def named_folders(entries: Iterable[str | Path]) -> dict[str, Path]:
-    """Return domain -> data folder; an entry is a folder, named by its last part, or ``NAME=FOLDER``.
+    """Return domain -> data folder; an entry is a folder, whose last part names the domain, or ``NAME=FOLDER``.
 
     Raises
     ------
@@ -75,15 +76,15 @@ def named_folders(entries: Iterable[str | Path]) -> dict[str, Path]:
     >>> named_folders(["work/beauty", "films=work/ml/data"])
     {'beauty': PosixPath('work/beauty'), 'films': PosixPath('work/ml/data')}
     """
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for entry in entries:
         name, is_named, folder = str(entry).partition("=")
         path = Path(folder if is_named else name)
         name = name if is_named else path.resolve().name
-        if name in found:
+        if name in folders:
             raise ConfigError(f"two domains are called {name!r}", "a name for each", f"--data {name}2={path}")
-        found[name] = path
-    return found
+        folders[name] = path
+    return folders
 
 
 def load_domains(folders: Mapping[str, Path]) -> Domains:
@@ -97,33 +98,35 @@ def load_domains(folders: Mapping[str, Path]) -> Domains:
     Raises
     ------
     ModalityError
-        A modality does not say which encoder made it, or one fingerprint is claimed by two widths.
+        A modality has no fingerprint, or one fingerprint has vectors of two widths.
     DataError
-        A folder is missing or incomplete, or no modality is there at all.
+        A folder is missing or incomplete, or no domain has a modality.
     """
     catalogues = {name: Catalogue.load(folder / CATALOGUE_FOLDER) for name, folder in folders.items()}
     sizes = np.array([0, *(catalogue.n_items for catalogue in catalogues.values())])
     starts = dict(zip(catalogues, np.cumsum(sizes).tolist(), strict=False))
-    sources = _matched(catalogues)
+    sources = _match_domains(catalogues)
     if not sources:
         raise DataError("no domain has a modality", "modality vectors in each", "run `missrec features` or --modality")
     items = pa.table(
         {
             ITEM_ID: [
-                f"{name}-{item}" for name, shop in catalogues.items() for item in shop.items[ITEM_ID].to_pylist()
+                f"{name}-{item}"
+                for name, catalogue in catalogues.items()
+                for item in catalogue.items[ITEM_ID].to_pylist()
             ],
-            TRAIN_COUNT: np.concatenate([shop.train_count[FIRST_ITEM_ROW:] for shop in catalogues.values()]),
+            TRAIN_COUNT: np.concatenate([catalogue.train_count[FIRST_ITEM_ROW:] for catalogue in catalogues.values()]),
         }
     )
     splits = {
-        split: _joined(
+        split: _concatenate(
             {name: Sessions.load(folder / split, features=[]).known() for name, folder in folders.items()}, starts
         )
         for split in ("train", "valid")
     }
-    owner = np.repeat(np.arange(len(catalogues)), [shop.n_items for shop in catalogues.values()])
+    owner = np.repeat(np.arange(len(catalogues)), [catalogue.n_items for catalogue in catalogues.values()])
     return Domains(
-        Catalogue(items, {name: _united(by_domain, catalogues) for name, by_domain in sources.items()}),
+        Catalogue(items, {name: _stack_modality(by_domain, catalogues) for name, by_domain in sources.items()}),
         splits,
         np.concatenate([np.full(FIRST_ITEM_ROW, -1), owner]),
         tuple(catalogues),
@@ -132,50 +135,50 @@ def load_domains(folders: Mapping[str, Path]) -> Domains:
 
 
 def match_modalities(wanted: Mapping[str, str | None], known: Mapping[str, str | None]) -> dict[str, str]:
-    """Return, for the modalities that the same encoder made, wanted name -> known name.
+    """Match modalities by fingerprint; return wanted name -> known name for those of the same encoder.
 
     Parameters
     ----------
     wanted, known : mapping of str to str or None
-        Name -> fingerprint. None equals nothing. Where several share a fingerprint (title and description by one
-        encoder) equal names go first, then their order.
+        Name -> fingerprint. None equals nothing. If several share a fingerprint (title and description by one
+        encoder), equal names are matched first, the rest in order.
 
     Examples
     --------
     >>> match_modalities({"title": "minilm", "image": "clip-b"}, {"text": "minilm", "image": "clip-l"})
     {'title': 'text'}
     """
-    found: dict[str, str] = {}
+    matched: dict[str, str] = {}
     for same_name in (True, False):
         for name, fingerprint in wanted.items():
-            if fingerprint is None or name in found:
+            if fingerprint is None or name in matched:
                 continue
-            free = [other for other, made in known.items() if made == fingerprint and other not in found.values()]
+            free = [other for other, theirs in known.items() if theirs == fingerprint and other not in matched.values()]
             if same_name:
                 free = [other for other in free if other == name]
             if free:
-                found[name] = free[0]
-    return {name: found[name] for name in wanted if name in found}
+                matched[name] = free[0]
+    return {name: matched[name] for name in wanted if name in matched}
 
 
 def require_fingerprints(modalities: Mapping[str, Modality], where: str) -> None:
-    """Refuse vectors that do not say which encoder made them.
+    """Raise an error for modality vectors without a fingerprint of their encoder.
 
     Raises
     ------
     ModalityError
-        Names them all.
+        Lists them all.
     """
-    silent = [name for name, modality in modalities.items() if modality.fingerprint is None]
-    if silent:
+    unnamed = [name for name, modality in modalities.items() if modality.fingerprint is None]
+    if unnamed:
         raise ModalityError(
-            f"{where} does not say which encoder made {', '.join(map(repr, silent))}",
+            f"{where} does not say which encoder made {', '.join(map(repr, unnamed))}",
             "a fingerprint, since equal names and widths do not make two encoders one",
-            f"state it with `missrec etl --modality {silent[0]}=… --fingerprint {silent[0]}=ENCODER@REVISION`",
+            f"state it with `missrec etl --modality {unnamed[0]}=… --fingerprint {unnamed[0]}=ENCODER@REVISION`",
         )
 
 
-def _matched(catalogues: Mapping[str, Catalogue]) -> dict[str, dict[str, str]]:
+def _match_domains(catalogues: Mapping[str, Catalogue]) -> dict[str, dict[str, str]]:
     """Return the union's modalities: name -> domain -> own name."""
     sources: dict[str, dict[str, str]] = {}
     fingerprints: dict[str, str | None] = {}
@@ -198,30 +201,30 @@ def _matched(catalogues: Mapping[str, Catalogue]) -> dict[str, dict[str, str]]:
 
 
 def _free_name(name: str, domain: str, taken: Mapping[str, object]) -> str:
-    """Return the modality's own name, or one with its domain where another encoder's vectors are called the same."""
+    """Return the modality's own name, with the domain appended if vectors of another encoder have that name."""
     clean = "".join(letter if letter.isalnum() else "_" for letter in domain)
     candidates = [name, f"{name}_{clean}", *(f"{name}_{clean}_{number}" for number in range(2, len(taken) + 3))]
     return next(candidate for candidate in candidates if candidate not in taken)
 
 
-def _united(by_domain: Mapping[str, str], catalogues: Mapping[str, Catalogue]) -> Modality:
-    """Stack one modality over all domains; a domain without it gives rows of zeros, one without the variant its own."""
+def _stack_modality(by_domain: Mapping[str, str], catalogues: Mapping[str, Catalogue]) -> Modality:
+    """Stack one modality over all domains: zeros where a domain lacks it, plain vectors where it lacks the variant."""
     parts = {domain: catalogues[domain].modalities[name] for domain, name in by_domain.items()}
     first = next(iter(parts.values()))
     blank = np.zeros((FIRST_ITEM_ROW, first.width), np.float32)
 
     def stack(variant: str | None) -> npt.NDArray[np.float32]:
         tables = [
-            np.zeros((shop.n_items, first.width), np.float32)
+            np.zeros((catalogue.n_items, first.width), np.float32)
             if domain not in parts
             else (parts[domain].variants.get(variant or "", parts[domain].vectors))[FIRST_ITEM_ROW:]
-            for domain, shop in catalogues.items()
+            for domain, catalogue in catalogues.items()
         ]
         return np.concatenate([blank, *tables])
 
     present = [
-        parts[domain].present[FIRST_ITEM_ROW:] if domain in parts else np.zeros(shop.n_items, bool)
-        for domain, shop in catalogues.items()
+        parts[domain].present[FIRST_ITEM_ROW:] if domain in parts else np.zeros(catalogue.n_items, bool)
+        for domain, catalogue in catalogues.items()
     ]
     varied = any(WORD_DROP in part.variants for part in parts.values())
     return Modality(
@@ -232,8 +235,8 @@ def _united(by_domain: Mapping[str, str], catalogues: Mapping[str, Catalogue]) -
     )
 
 
-def _joined(splits: Mapping[str, Sessions], starts: Mapping[str, int]) -> Sessions:
-    """Concatenate sessions, each domain's rows shifted to where its items stand in the union."""
+def _concatenate(splits: Mapping[str, Sessions], starts: Mapping[str, int]) -> Sessions:
+    """Concatenate the domains' sessions, each with its rows shifted by the domain's first row in the union."""
     shifted = [np.where(part.values > UNKNOWN_ROW, part.values + starts[name], 0) for name, part in splits.items()]
     lengths: Sequence[npt.NDArray[np.int64]] = [part.lengths for part in splits.values()]
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)

@@ -1,7 +1,8 @@
-"""A hash of user ids that never changes: it decides in which partition a user is, now and in later updates.
+"""Stable 64-bit hash of user ids: assigns users to partitions, in the first build and in all later updates.
 
-Whole words of eight bytes are mixed at a time (the finaliser of SplitMix64), for all ids at once; integers are one
-word, texts are their UTF-8 bytes, the last word filled with zeros, and their length.
+Must never change: data folders are partitioned and ordered by it. Vectorised over ids; words of eight bytes are mixed
+by the finaliser of SplitMix64. An integer is one word; a text is its UTF-8 bytes, zero-padded to whole words, and its
+length.
 """
 
 from __future__ import annotations
@@ -33,23 +34,20 @@ def hash_ids(ids: pa.Array) -> Hashes:
     bounds = np.frombuffer(offsets, np.int64, len(texts) + 1, texts.offset * _WORD)
     content = bytes(data) if data is not None else b""
     padded = np.frombuffer(content + bytes(_WORD), np.uint8)
-    words: npt.NDArray[np.uint64] = np.ndarray(
-        len(content) + 1, "<u8", padded, strides=(1,)
-    )  # the eight bytes from any position on
+    # Overlapping view: words[i] is the eight bytes from byte i on
+    words: npt.NDArray[np.uint64] = np.ndarray(len(content) + 1, "<u8", padded, strides=(1,))
     lengths = np.diff(bounds)
     hashes = _mixed(lengths.astype(np.uint64) + _START)
-    for at in range(0, int(lengths.max(initial=0)), _WORD):
-        longer = np.flatnonzero(lengths > at)
-        left = np.minimum(lengths[longer] - at, _WORD).astype(np.uint64)
-        word = words[bounds[:-1][longer] + at] & (
-            np.uint64(0xFFFFFFFFFFFFFFFF) >> (np.uint64(64) - left * np.uint64(8))
-        )
-        hashes[longer] = _mixed(hashes[longer] ^ word)
+    for start in range(0, int(lengths.max(initial=0)), _WORD):
+        longer = np.flatnonzero(lengths > start)  # ids that have bytes in this word
+        n_bytes = np.minimum(lengths[longer] - start, _WORD).astype(np.uint64)
+        mask = np.uint64(0xFFFFFFFFFFFFFFFF) >> (np.uint64(64) - n_bytes * np.uint64(8))  # drops bytes of the next id
+        hashes[longer] = _mixed(hashes[longer] ^ (words[bounds[:-1][longer] + start] & mask))
     return hashes
 
 
 def partition_of(hashes: Hashes, partitions: int) -> npt.NDArray[np.uint16]:
-    """Return the partition of every hash: equal ranges, so that the order by hash goes through them one by one."""
+    """Return the partition of every hash, [id]; partitions are equal ranges, so the order by hash is by partition."""
     return ((hashes >> np.uint64(32)) * np.uint64(partitions) >> np.uint64(32)).astype(np.uint16)
 
 

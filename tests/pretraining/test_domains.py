@@ -51,7 +51,7 @@ def test_equal_names_and_widths_of_two_encoders_stay_two_modalities(shops: dict[
     write_shop(tmp_path / "art-shop", list("abcde"), {"text": other})
     domains = load_domains({"books": shops["books"], "art-shop": tmp_path / "art-shop"})
     assert domains.sources == {"text": {"books": "text"}, "text_art_shop": {"art-shop": "text"}}
-    assert any("kept apart from text, which another encoder made" in line for line in domains.describe())
+    assert any("not merged with text, which comes from another encoder" in line for line in domains.describe())
 
 
 def test_an_unstated_encoder_is_refused_with_the_way_to_state_it(tmp_path: Path) -> None:

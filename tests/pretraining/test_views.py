@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from missrec_t4r.config import PretrainConfig
-from missrec_t4r.data.augmentation import augmented_view, drawn_positions, drop_items
+from missrec_t4r.data.augmentation import augmented_view, drop_items, random_positions
 from missrec_t4r.model.contrastive import BatchEmbeddings, WordDrop
 from tests.equations import small_shop as shop
 
@@ -28,7 +28,7 @@ def test_items_are_dropped_as_often_as_said() -> None:
     sessions = torch.full((4000, 11), 7)
     dropped = 11 - (drop_items(sessions, 0.2) > 0).sum(1)
     assert dropped.float().mean().item() == pytest.approx(0.2 * 10, abs=0.06)
-    drawn = drawn_positions(SESSIONS.repeat(4000, 1), 0.2)
+    drawn = random_positions(SESSIONS.repeat(4000, 1), 0.2)
     assert drawn[:, 0].float().mean().item() == pytest.approx(0.2, abs=0.02)
     assert not drawn[SESSIONS.repeat(4000, 1) == 0].any()
 
@@ -44,7 +44,7 @@ def test_views_drop_items_or_words_in_the_share_that_is_set() -> None:
     assert all(view.word_dropped is None for view in without)
 
 
-def test_word_drop_exchanges_the_text_at_the_drawn_positions_alone() -> None:
+def test_word_drop_exchanges_the_text_at_the_random_positions_alone() -> None:
     model = shop.model(shop.default(item_ids=False))
     item_ids = shop.batch([["lamp", "rug", "mug"]])  # the rug has no text
     items = BatchEmbeddings.of(model.item_encoder, item_ids).take(item_ids)

@@ -88,7 +88,7 @@ def test_a_run_on_data_that_lacks_a_column_is_refused(tmp_path: Path) -> None:
     train(data, tmp_path / "run", recipe="tiny", settings={"train.epochs": 1, "model.event_features": "dwell"})
     file = data / "test" / "part_0.parquet"
     pq.write_table(pq.read_table(file).drop_columns(["dwell-list"]), file)
-    with pytest.raises(SchemaError, match="has no column dwell; expected: every side feature"):
+    with pytest.raises(SchemaError, match="has no column dwell; expected: every event feature"):
         evaluate(tmp_path / "run", baselines=False)
 
 

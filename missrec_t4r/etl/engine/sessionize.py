@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from missrec_t4r.data.session_files import inside, one_array
+from missrec_t4r.data.session_files import one_array, prefix_mask
 from missrec_t4r.data.user_hash import Hashes, hash_ids
 from missrec_t4r.errors import SchemaError
 from missrec_t4r.etl import splits
@@ -228,7 +228,7 @@ def prefixes(sessions: pa.Table, merged: Mapping[str, Any]) -> tuple[Ints, split
 def trained(sessions: pa.Table, offsets: Ints, lengths: Ints) -> Ints:
     """Return how often each item is in the training prefixes, [row of the catalogue]; shorter where the last are 0."""
     items = one_array(sessions[ITEM_ID + LIST_SUFFIX]).values.to_numpy()
-    return np.bincount(items[inside(offsets, lengths)], minlength=FIRST_ITEM_ROW)
+    return np.bincount(items[prefix_mask(offsets, lengths)], minlength=FIRST_ITEM_ROW)
 
 
 def sessions_of(known: pa.Table, merged: Mapping[str, Any]) -> pa.Table:

@@ -16,18 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import typer
-
 import missrec_t4r
-from missrec_t4r.cli import app
+from missrec_t4r.cli.app import COMMON, loaded
 from missrec_t4r.config import MISSRecConfig, PretrainConfig, Recipe, TrainConfig, shipped_recipes
 
 PAGE = Path(__file__).with_suffix(".md")
 SETTINGS = {"model": MISSRecConfig, "train": TrainConfig, "pretrain": PretrainConfig}
 _HEAD = """# Reference
 
-Made from the code by `make docs`. Every command is one typed Python function of the same name in `missrec_t4r.commands`
-(`missrec catalogue update` is `catalogue_update`), with an option as a keyword: `--top-k 5` is `top_k=5`.
+Made from the code by `make docs`. Every command is one typed Python function in `missrec_t4r.commands`, and every
+option a keyword of it: `missrec evaluate --run work/run` is `commands.evaluate(run="work/run")`.
 
 [Commands](#commands) · [Settings of recipes](#settings-of-recipes) · [Python](#python)
 """
@@ -45,22 +43,19 @@ def reference() -> str:
 
 
 def _commands() -> Iterator[str]:
-    yield "## Commands\n"
-    for name, command in _leaves(typer.main.get_command(app), "missrec"):
-        yield f"### `{name}`\n\n{_plain(command.help or '')}\n\n| option | meaning | default |\n|---|---|---|"
-        for option in command.params:
-            if "--help" not in option.opts:
+    yield "## Commands\n\nEvery command also has:\n"
+    yield from (f"* `{'`, `'.join(flags)}`: {text}" for _, flags, text in COMMON)
+    yield ""
+    common = {flags[0] for _, flags, _ in COMMON} | {"--help"}
+    for command, shown in loaded():
+        name = f"`missrec {command.name}`"
+        yield f"### {name}\n\n{_plain(shown.help or '')}\n\nPython: `commands.{command.function}`\n"
+        yield "| option | in Python | meaning | default |\n|---|---|---|---|"
+        for option in shown.params:
+            if not common & set(option.opts):
                 names = " / ".join([*option.opts, *option.secondary_opts])
-                yield f"| `{names}` | {_cell(getattr(option, 'help', None) or '')} | {_default(option)} |"
+                yield f"| `{names}` | `{option.name}` | {_cell(option.help or '')} | {_default(option)} |"
         yield ""
-
-
-def _leaves(command: Any, name: str) -> Iterator[tuple[str, Any]]:
-    children = getattr(command, "commands", {})
-    if not children:
-        yield name, command
-    for child in children.values():
-        yield from _leaves(child, f"{name} {child.name}")
 
 
 def _default(option: Any) -> str:

@@ -1,28 +1,33 @@
-"""The application: how a command is registered, how it answers and how it fails; options that commands share."""
+"""The commands of ``missrec``: which function each one calls, how its result is printed and how it fails.
+
+A command's module is imported when the command is used: ``missrec --help`` reads the one-line descriptions from the
+sources, so that it needs neither torch nor NVTabular.
+"""
 
 from __future__ import annotations
 
-import functools
+import ast
+import inspect
 import json
 import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
+import missrec_t4r
+from missrec_t4r import commands
+from missrec_t4r.cli.answer import summary
+from missrec_t4r.cli.options import Option, options_of, plain
 from missrec_t4r.errors import ConfigError, DataError, GateError, MISSRecError
 from missrec_t4r.io.atomic import is_disk_full, is_permission_denied
-
-app = typer.Typer(
-    help="Multi-modal sequential recommendation for NVIDIA Merlin: ETL, training, evaluation, Triton.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+from missrec_t4r.progress import TerminalProgress
 
 # Read when torch loads, which commands do later. By default threads spin for milliseconds while they wait for each
 # other, and where another process needs their core, training took six times as long and more. GNU's library spins for
@@ -31,7 +36,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-# Upstream says these at every start, whatever a user does; anything else still shows.
+# Merlin and dask emit these at every start, whatever a user does; any other warning is shown.
 for _words in (
     "The legacy Dask DataFrame implementation",
     "Tensorflow dtype mappings did not load",
@@ -39,8 +44,101 @@ for _words in (
 ):
     warnings.filterwarnings("ignore", message=_words)
 
-F = TypeVar("F", bound=Callable[..., Any])
 
+@dataclass(frozen=True)
+class Command:
+    """One command."""
+
+    name: str
+    """As typed, with its group: ``catalogue update``."""
+    function: str
+    """Name in `missrec_t4r.commands`."""
+    options: Mapping[str, Option] = field(default_factory=dict)
+    """Parameters whose option is not spelled like the parameter."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments that the command gives itself; they are no options."""
+    about: str = ""
+    """One line, where the docstring's first line is not that of this command."""
+
+    def help(self) -> str:
+        """Return the first paragraph of the function's docstring, read from the source."""
+        module, _, name = commands.HOME[self.function].partition(":")
+        file = Path(missrec_t4r.__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name == name and not self.about:
+                return plain((ast.get_docstring(node) or "").partition("\n\n")[0])
+        return self.about
+
+
+_TRAIN = {
+    "settings": Option(("--set",), yaml=True),
+    "resume": Option(("--restart",)),
+    "recipe": Option(text=True),
+}
+_REPEATS = {
+    "keep_repeats": Option(("--keep-repeats/--first-only",)),
+    "keep_untitled": Option(("--keep-untitled/--titled-only",)),
+}
+_IDS = {name: Option(comma=True) for name in ("items", "exclude", "allow")}
+
+COMMANDS = (  # in the order of the work
+    Command("demo", "demo"),
+    Command("generate", "generate"),
+    Command(
+        "etl",
+        "etl",
+        {
+            "interactions": Option(required=False),
+            "drop_columns": Option(("--drop-column",)),
+            "categorical_columns": Option(("--categorical-column",)),
+        },
+    ),
+    Command("features", "features", {"text_columns": Option(comma=True)}),
+    Command("report", "report"),
+    Command("pretrain", "pretrain", _TRAIN, {"reuse": True}),
+    Command(
+        "train",
+        "train",
+        {**_TRAIN, "start_from": Option(("--from",)), "warm_start": Option(("--warm-start", "--continue"))},
+        {"reuse": True},
+    ),
+    Command("evaluate", "evaluate"),
+    Command("export", "export"),
+    Command("serve", "serve"),
+    Command("recommend", "recommend", _IDS),
+    Command("playground", "playground"),
+    Command("deploy", "deploy", {"switch": Option(("--no-switch",))}),
+    Command("rollback", "rollback"),
+    Command("shadow", "shadow"),
+    Command("score", "score", _IDS),
+    Command("similar", "similar", _IDS),
+    Command("vectors", "vectors"),
+    Command(
+        "import amazon-2018",
+        "import_amazon",
+        _REPEATS,
+        {"edition": "2018"},
+        "Import a category of the Amazon reviews of 2018, prepared as the published benchmarks do.",
+    ),
+    Command(
+        "import amazon-2023",
+        "import_amazon",
+        _REPEATS,
+        {"edition": "2023"},
+        "Import a category of the Amazon reviews of 2023; items are the parent products.",
+    ),
+    Command("import movielens", "import_movielens"),
+    Command("catalogue adopt", "adopt"),
+    Command("catalogue update", "catalogue_update"),
+    Command("catalogue rollback", "catalogue_rollback"),
+    Command("bundle verify", "verify"),
+    Command("bundle merlin", "merlin"),
+)
+_GROUPS = {
+    "import": "Convert public data sets to interactions.parquet and items.parquet for missrec etl.",
+    "catalogue": "Build a catalogue on an existing NVTabular workflow; change the catalogue that is served.",
+    "bundle": "Verify or convert a serving bundle.",
+}
 _EXTRA = {
     **dict.fromkeys(("nvtabular", "merlin", "transformers4rec", "transformers", "pandas", "dask"), "merlin"),
     **dict.fromkeys(("sklearn", "PIL"), "features"),
@@ -48,39 +146,133 @@ _EXTRA = {
 """Package that the base installation lacks -> extra that brings it."""
 
 
-def command(function: F) -> F:
-    """Register a command that prints its result as JSON and its curable errors as a paragraph."""
-    return command_of(app)(function)
+COMMON = (
+    ("json", ("--json",), "End with one line of JSON, as when the output is piped."),
+    ("verbose", ("--verbose", "-v"), "Log in detail."),
+    ("quiet", ("--quiet", "-q"), "Log warnings only, and draw no progress bars."),
+)
+"""Options of every command: name, flags, help text."""
+_COMMON_PARAMETERS = [
+    inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, typer.Option(*flags, help=text)]
+    )
+    for name, flags, text in COMMON
+]
 
 
-def command_of(group: typer.Typer) -> Callable[[F], F]:
-    """Return what registers a command in a group, such as ``missrec catalogue``."""
-    return functools.partial(_register, group)
+class _Commands(TyperGroup):
+    """Commands that are imported when they are used."""
+
+    prefix = ""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of this group's commands, and of the groups in it."""
+        names = [command.name.removeprefix(self.prefix) for command in COMMANDS if command.name.startswith(self.prefix)]
+        return [name for name in names if " " not in name] + super().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import a command and return it with its options."""
+        for command in COMMANDS:
+            if command.name == self.prefix + cmd_name:
+                return _load(command)
+        return super().get_command(ctx, cmd_name)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write one line per command without importing any."""
+        about = {command.name: command.help() for command in COMMANDS} | _GROUPS
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, about[self.prefix + name]) for name in self.list_commands(ctx)])
 
 
-def _register(group: typer.Typer, function: F) -> F:
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            result = _translate_disk_errors(function, *args, **kwargs)
-        except MISSRecError as error:
-            Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False)
-            if isinstance(error, GateError) and error.result:
-                print(json.dumps(error.result, default=_plain))
-            raise typer.Exit(error.exit_code) from None
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"missrec {missrec_t4r.__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Multi-modal sequential recommendation for NVIDIA Merlin: ETL, training, evaluation, Triton.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _name, _about in _GROUPS.items():
+    _kind = type(f"_{_name.title()}", (_Commands,), {"prefix": f"{_name} "})
+    app.add_typer(typer.Typer(cls=_kind, help=_about, no_args_is_help=True, rich_markup_mode=None), name=_name)
+
+
+@app.callback()
+def _main(
+    version: Annotated[  # noqa: ARG001 - its callback answers
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def loaded() -> Iterator[tuple[Command, Any]]:
+    """Yield every command with its click command, all imported."""
+    for command in COMMANDS:
+        yield command, _load(command)
+
+
+def _load(command: Command) -> Any:
+    """Return the click command of a function: its parameters as options, its docstring as help."""
+    function = _or_exit(lambda: getattr(commands, command.function))
+    options = options_of(function, command.options, command.fixed)
+
+    def run(**given: Any) -> None:
+        as_json, verbose, quiet = (given.pop(name) for name in ("json", "verbose", "quiet"))
+
+        def call() -> Any:
+            arguments = {option.name: option.convert(given[option.name]) for option in options}
+            return function(**arguments, **command.fixed, **extra)
+
+        extra = {"progress": TerminalProgress()} if "progress" in inspect.signature(function).parameters else {}
+        result = _or_exit(call)
         if os.environ.get("RANK", "0") == "0":  # under torchrun the first process answers for all
-            print(json.dumps(result, default=_plain))
+            _answer(command, result, as_json)
 
-    group.command(name=function.__name__.replace("_", "-"))(run)
-    return function
+    parameters = [option.parameter for option in options] + _COMMON_PARAMETERS
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    single.command(command.name.rpartition(" ")[2], help=command.help())(run)
+    return typer.main.get_command(single)
 
 
-def _translate_disk_errors(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Say in words what every command may meet: a full disk, and places that are another user's."""
+def _answer(command: Command, result: Any, as_json: bool) -> None:
+    if as_json or not sys.stdout.isatty():
+        print(json.dumps(result, default=_plain))
+    else:
+        Console().print(summary(command.name, result))
+
+
+def _or_exit(call: Callable[[], Any]) -> Any:
+    """Return a call's result; print an error that the user can cure as a paragraph and exit with its code."""
     try:
-        return _with_extras_named(function, *args, **kwargs)
+        return _with_cures(call)
+    except MISSRecError as error:
+        Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False)
+        if isinstance(error, GateError) and error.result:
+            print(json.dumps(error.result, default=_plain))
+        raise typer.Exit(error.exit_code) from None
+
+
+def _with_cures(call: Callable[[], Any]) -> Any:
+    """Translate what every command may meet: a full disk, missing permissions, an extra that is not installed."""
+    try:
+        return call()
     except MISSRecError:
         raise
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA:
+            raise
+        cure = f"pip install 'missrec-t4r[{_EXTRA[package]}]'"
+        raise ConfigError(f"the package {package} is not installed", "it, for this command", cure) from error
     except Exception as error:
         if is_disk_full(error):
             cure = "free some space or choose another disk, then run the same command again"
@@ -90,36 +282,5 @@ def _translate_disk_errors(function: Callable[..., Any], *args: Any, **kwargs: A
         raise
 
 
-def _with_extras_named(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    try:
-        return function(*args, **kwargs)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _EXTRA:
-            raise
-        cure = f"pip install 'missrec-t4r[{_EXTRA[package]}]'"
-        raise ConfigError(f"the package {package} is not installed", "it, for this command", cure) from error
-
-
 def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
-
-
-Out = Annotated[Path, typer.Option(help="Folder to write.")]
-Data = Annotated[Path, typer.Option(help="Data folder written by `missrec etl`.")]
-Run = Annotated[Path, typer.Option(help="Run folder written by `missrec train`.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
-
-
-def pairs(options: list[str], name: str) -> dict[str, str]:
-    """Return the NAME=VALUE options as a mapping."""
-    found = dict(option.partition("=")[::2] for option in options)
-    for option in options:
-        if "=" not in option:
-            raise ConfigError(f"{name} {option!r}", f"{name} NAME=VALUE")
-    return found
-
-
-def listed(text: str | None) -> list[str] | None:
-    """Return a comma-separated option as a list, None where it is not given."""
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]

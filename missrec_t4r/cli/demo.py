@@ -59,28 +59,27 @@ class Inputs:
 
 
 def demo(
-    data: Path | None = None,
-    out: Path = Path("work/demo"),
+    data: str | Path | None = None,
+    out: str | Path = "work/demo",
     *,
-    recipe: str | None = None,
+    recipe: str | Path | None = None,
     users: int = 3000,
     items: int = 1200,
-    console: Console | None = None,
 ) -> dict[str, Any]:
-    """Run the whole job and return its summary.
+    """Run the whole job: raw tables, ETL, features, training, evaluation, export, and a real Triton server.
 
     Parameters
     ----------
-    data : Path, optional
-        Folder of real data; the generated shop if not given.
-    out : Path
-        Everything is written here: ``shop/ data/ run/ bundle/ model_repository/``.
-    recipe : str, optional
-        By default ``long`` for long histories, else ``default``.
-    users, items : int
-        Size of the generated shop.
-    console : rich.console.Console, optional
-        Standard error by default.
+    data : path, optional
+        Folder with interactions.parquet, items.parquet and *.npy vectors; by default a generated shop.
+    out : path
+        Folder to write: shop/ data/ run/ bundle/ model_repository/.
+    recipe : str or path, optional
+        Shipped recipe or YAML file; by default long for long sessions, else default.
+    users : int
+        Number of users of the generated shop.
+    items : int
+        Number of items of the generated shop.
 
     Returns
     -------
@@ -94,10 +93,10 @@ def demo(
     ParityError
         Triton's answers differ from the model's.
     """
-    console = console or Console(stderr=True)
+    data, console = None if data is None else Path(data), Console(stderr=True)
     progress = TerminalProgress(console)
     seconds: dict[str, float] = {}
-    out = out / (data.resolve().name if data else "shop")
+    out = Path(out) / (data.resolve().name if data else "shop")
     inputs = find_inputs(data) if data else _generated(out / "raw", users, items, progress, seconds)
     folder, run = out / "data", out / "run"
     with _step("etl", "raw tables to sessions and catalogue", console, seconds):

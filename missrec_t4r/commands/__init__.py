@@ -1,41 +1,56 @@
-"""The functions behind the command line, under the same names; each imports what it needs when it is called.
+"""The functions that the command line calls, under one roof; each is imported when it is first used.
 
->>> from missrec_t4r.commands import train, evaluate  # doctest: +SKIP
+>>> from missrec_t4r import commands
+>>> commands.train.__module__
+'missrec_t4r.commands.training'
 """
 
-from missrec_t4r.commands.batch import score, similar, vectors
-from missrec_t4r.commands.catalogue import adopt, catalogue_rollback, catalogue_update
-from missrec_t4r.commands.data import etl, features, generate, report
-from missrec_t4r.commands.model import evaluate, metrics_table, pretrain, train
-from missrec_t4r.commands.operate import deploy, merlin, playground, rollback, shadow, verify
-from missrec_t4r.commands.serve import demo, export, recommend, serve
-from missrec_t4r.commands.sources import import_amazon, import_movielens
+from __future__ import annotations
 
-__all__ = [
-    "adopt",
-    "catalogue_rollback",
-    "catalogue_update",
-    "demo",
-    "deploy",
-    "etl",
-    "evaluate",
-    "export",
-    "features",
-    "generate",
-    "import_amazon",
-    "import_movielens",
-    "merlin",
-    "metrics_table",
-    "playground",
-    "pretrain",
-    "recommend",
-    "report",
-    "rollback",
-    "score",
-    "serve",
-    "shadow",
-    "similar",
-    "train",
-    "vectors",
-    "verify",
-]
+from importlib import import_module
+from typing import Any
+
+HOME = {
+    "adopt": "etl.nvt.adopt:adopt",
+    "catalogue_rollback": "commands.bundles:catalogue_rollback",
+    "catalogue_update": "commands.bundles:catalogue_update",
+    "demo": "cli.demo:demo",
+    "deploy": "serving.deploy.blue_green:deploy",
+    "etl": "etl.pipeline:etl",
+    "evaluate": "runs.evaluate:evaluate",
+    "export": "export.export:export",
+    "features": "etl.features.pipeline:features",
+    "generate": "etl.sources.synthetic.shop:generate_shop",
+    "import_amazon": "etl.sources.amazon:import_amazon",
+    "import_movielens": "etl.sources.movielens:import_movielens",
+    "merlin": "commands.bundles:merlin",
+    "metrics_table": "evaluation.report:table",
+    "playground": "serving.playground.app:playground",
+    "pretrain": "commands.training:pretrain",
+    "recommend": "serving.client.client:recommend",
+    "report": "etl.quality.report:report",
+    "rollback": "serving.deploy.blue_green:rollback",
+    "score": "serving.batch.score:score",
+    "serve": "serving.triton.local_server:serve",
+    "shadow": "serving.shadow.http_proxy:shadow",
+    "similar": "serving.batch.similar:similar",
+    "train": "commands.training:train",
+    "vectors": "serving.batch.export_vectors:vectors",
+    "verify": "commands.bundles:verify",
+}
+"""Name here -> module below `missrec_t4r` and name there."""
+
+__all__ = sorted(HOME)  # noqa: PLE0605 - resolved by __getattr__
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; commands: {', '.join(sorted(HOME))}")
+    module, _, function = HOME[name].partition(":")
+    value = getattr(import_module(f"missrec_t4r.{module}"), function)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(HOME)

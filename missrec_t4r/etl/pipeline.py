@@ -6,6 +6,7 @@ so that a failed run leaves nothing and a finished one is whole; running again g
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import tempfile
@@ -52,9 +53,12 @@ _SESSIONS_PER_FILE = 250_000
 
 def etl(
     interactions: Paths,
-    items: Path,
-    out: Path,
+    items: str | Path | None,
+    out: str | Path,
     *,
+    update: bool = False,
+    delta: bool = False,
+    compact: bool = False,
     user_column: str = USER_ID,
     item_column: str = ITEM_ID,
     time_column: str = TIMESTAMP,
@@ -68,7 +72,7 @@ def etl(
     split: Split = "leave_one_out",
     valid_from: float | None = None,
     test_from: float | None = None,
-    modality: Mapping[str, Path] | None = None,
+    modality: Mapping[str, str | Path] | None = None,
     fingerprint: Mapping[str, str] | None = None,
     max_sequence_length: int = 50,
     max_events: int | None = None,
@@ -84,66 +88,78 @@ def etl(
     dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Build a data folder.
+    """Build a data folder of sessions, schema and catalogue from raw tables (NVTabular), or add events to one.
 
     Parameters
     ----------
     interactions : path, pattern, folder, or a sequence of them
-        Parquet or csv, one event per row.
-    items : Path
-        Parquet or csv, one item per row; its order becomes the order of the catalogue.
-    out : Path
-        Data folder; an older one is replaced whole.
-    user_column, item_column, time_column : str
-        Names in the interactions. Ids are strings or integers, times unix seconds or dates.
+        Events, one per row: a parquet or csv file, a folder or a pattern; repeatable.
+    items : path, optional
+        Item table, parquet or csv, one item per row, in the order that the catalogue gets; optional with --update.
+    out : path
+        Data folder to write; an older one is replaced as a whole.
+    update : bool
+        Add new events and items to the data folder.
+    delta : bool
+        With --update: write the sessions of affected users to a delta file; the splits' parquet files stay.
+    compact : bool
+        Rewrite the splits' parquet files with all delta files applied.
+    user_column : str
+        Column of the user or session id (string or integer) in the events.
+    item_column : str
+        Column of the item id (string or integer) in the events.
+    time_column : str
+        Column of the event's time: unix seconds or dates.
     catalogue_item_column : str, optional
-        Name of the id in the item table; by default ``item_column``, or ``item_id`` where that is absent.
+        Column of the id in the item table; by default --item-column, or item_id where that is absent.
     drop_columns : sequence of str
-        Event columns that must not become features; by default ``split``, which would tell the answer.
+        Event column that must not become a feature; by default split, which would leak the target.
     categorical_columns : sequence of str
-        Integer event columns that are categories. Text columns always are.
+        Integer event column to treat as a category; text columns always are.
     k_core : int
-        Leave out users and items with fewer events until none is left; 0 is off.
+        Drop users and items with fewer events, repeatedly until none is left; 0 is off.
     min_item_count : int
-        Leave out items with fewer events, once; 0 is off.
+        Drop items with fewer events, once; 0 is off.
     unknown_items : {"append", "drop"}
-        What becomes of items that only events know.
+        Treatment of items that occur in events but not in the item table.
     drop_duplicates : bool
-        Leave out repeated (user, item, time).
+        Drop repeated events of the same user, item and time.
     split : {"leave_one_out", "time"}
-        See `splits.py`.
-    valid_from, test_from : float, optional
-        Boundaries of the time split, in the unit of the time column (unix seconds for dates).
-    modality : mapping of str to Path
-        ``{"text": "text.npy"}``: vectors whose rows follow the item table; an all-zero row says "missing".
+        leave_one_out: the last item of a session is its test target, the one before its validation target. time: by
+        --valid-from and --test-from.
+    valid_from : float, optional
+        Time split: start of validation, in the unit of the time column (unix seconds for dates).
+    test_from : float, optional
+        Time split: start of the test period, in the same unit.
+    modality : mapping of str to path
+        Precomputed vectors as NAME=FILE.npy, rows as in the item table; an all-zero row means "missing"; repeatable.
     fingerprint : mapping of str to str
-        ``{"text": "minilm-l6-v2"}``: whose vectors those files hold, in words of your own. Pre-training over several
-        data sets joins modalities of equal fingerprint (`Modality.fingerprint`).
+        Name of the encoder of those vectors as NAME=TEXT; pre-training joins data sets with equal names; repeatable.
     max_sequence_length : int
-        How many last items a request keeps.
+        Number of most recent items of a request that the model sees.
     max_events : int, optional
         Cut sessions to their last events; by default they stay whole.
     session_gap : str or float, optional
-        A pause that ends a session (``30m``, seconds): then a row is a session, with ``session_id`` beside the user.
+        Inactivity that ends a session, such as 30m (or seconds); one row per session, with a session_id.
     event_weights : str or mapping, optional
-        ``view=1,purchase=3``: the list column ``weight``; types of weight 0 are left out, others weigh 1.
+        TYPE=WEIGHT,... such as view=1,purchase=3, stored as the list column weight; types of weight 0 are dropped.
     event_type_column : str
-        Where the event type stands.
+        Column of the event type.
     time_features : str or sequence of str, optional
-        ``gap``, ``hour``, ``weekday``, ``recency``, or ``all``: list columns of that name, see `event_operators.py`.
+        all, or some of gap,hour,weekday,recency: list columns derived from event times.
     engine : {"auto", "memory", "disk"}
-        ``memory``: NVTabular transforms everything at once; rows in the order of users. ``disk``: the fast path in
-        bounded memory (`scale.py`); rows in the order of the users' hash. ``auto``: the latter for large parquet.
+        memory: NVTabular transforms everything at once. disk: out-of-core, in bounded memory. auto: disk for large
+        parquet.
     dask_scheduler : str
-        Where the fast path works: ``threads``, ``processes``, or ``tcp://host:port``.
+        Where the out-of-core engine runs: threads, processes, or tcp://host:port.
     workers : int, optional
-        Threads or processes; by default one per core.
+        Threads or processes of the out-of-core engine; by default one per core.
     partitions : int, optional
-        How many pieces; chosen by size if not given. The rows do not depend on it.
+        Number of partitions; by default chosen by size. The resulting rows do not depend on it.
     save_nvtabular_workflow : bool
-        Also write ``nvtabular_workflow/`` as ``Workflow.save`` does: a pickle, which runs code when it is loaded.
+        Also write NVTabular's own workflow format, a pickle, which runs code when it is loaded.
     dry_run : bool
-        Check settings and columns, say what would be read and written, and write nothing.
+        Check settings and columns and print what would be read and written; write nothing.
 
     Returns
     -------
@@ -155,8 +171,16 @@ def etl(
     DataError, SchemaError, ModalityError, ConfigError
         The input cannot give a right result. Nothing is left behind.
     """
-    started = time.perf_counter()
-    out, findings, files = Path(out), checks.Findings(), dict(modality or {})
+    options = dict(locals())  # as they were given: an update accepts few of them
+    started, out, findings = time.perf_counter(), Path(out), checks.Findings()
+    files = {name: Path(file) for name, file in (modality or {}).items()}
+    if update or compact:
+        return _change(interactions, None if items is None else Path(items), out, files, options)
+    if delta:
+        raise ConfigError("--delta without --update", "both", "add --update")
+    if items is None:
+        raise ConfigError("no item table", "--items items.parquet", "only --update goes without")
+    items = Path(items)
     _check_settings(split, valid_from, test_from, max_sequence_length, max_events)
     if engine not in ("auto", "memory", "disk"):
         raise ConfigError(f"engine {engine!r}", "auto, memory or disk", "choose one with --engine")
@@ -192,7 +216,7 @@ def etl(
         raise ConfigError(f"columns {list(names)} for user, item and time", "three different columns")
     events = expand(interactions, "interactions")
     on_disk = engine == "disk" or (engine == "auto" and is_large(events))
-    task = _Task(events, Path(items), catalogue_item_column or item_column, names, settings, files, derive, findings)
+    task = _Task(events, items, catalogue_item_column or item_column, names, settings, files, derive, findings)
     if dry_run:
         return planned(task.files, names, items, out, on_disk=on_disk, settings=settings)
     if on_disk:
@@ -204,6 +228,48 @@ def etl(
     rows = ", ".join(f"{count:,} {name}" for name, count in counts["sessions"].items())
     progress.say(f"{out}: {rows} sessions in {counts['seconds']:.1f} s")
     return {"data": str(out), **counts}
+
+
+def _change(
+    interactions: Paths, items: Path | None, out: Path, modality: Mapping[str, Path], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Add to a data folder (--update), or rewrite its splits with all deltas applied (--compact)."""
+    machine = _machine_options(options)
+    if options["update"] and not options["compact"]:
+        from missrec_t4r.etl.engine.append import update
+
+        return update(interactions, out, items=items, modality=modality, delta=options["delta"], **machine)
+    if options["update"] or interactions or items or modality:
+        found, cure = "--compact with new events or items", "run missrec etl --update first, then --compact"
+        raise ConfigError(found, "a data folder alone", cure)
+    from missrec_t4r.etl.engine.compact import compact
+
+    return compact(out, **machine)
+
+
+_MACHINE_OPTIONS = ("dask_scheduler", "workers", "dry_run", "progress")
+"""What an update may choose; everything else is as in the first run of the folder."""
+_OWN_OPTIONS = ("interactions", "items", "out", "modality", "update", "delta", "compact")
+
+
+def _machine_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that an update accepts; refuse those that were chosen in the first run."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(etl).parameters.items()}
+    changed = [
+        name
+        for name, value in options.items()
+        if name not in (*_MACHINE_OPTIONS, *_OWN_OPTIONS) and _comparable(value) != _comparable(defaults[name])
+    ]
+    if changed:
+        option = "--update" if options["update"] else "--compact"
+        cure = "leave them out, or run missrec etl on all events"
+        raise ConfigError(f"{option} with {', '.join(sorted(changed))}", "the settings of the first run", cure)
+    return {name: options[name] for name in _MACHINE_OPTIONS}
+
+
+def _comparable(value: Any) -> Any:
+    """Return empty mappings and sequences as None, and others as tuples, so that a list equals a default tuple."""
+    return (tuple(value) if isinstance(value, list | tuple | dict) else value) or None
 
 
 @dataclass

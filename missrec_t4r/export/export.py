@@ -36,23 +36,22 @@ def export(
     dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Export a run.
+    """Write the serving bundle of a run, after a check that its answers equal the run's.
 
     Parameters
     ----------
     run : path
-        Folder of `missrec train`.
+        Run folder written by `missrec train`.
     out : path
-        The bundle; an older bundle there is replaced whole.
+        Bundle to write; an older bundle there is replaced as a whole.
     triton : path, optional
-        The model repository; an older one there is replaced whole.
+        Triton model repository to write as well; an older one there is replaced as a whole.
     sessions : int
-        Test sessions that offline and exported answers are compared on.
+        Number of test sessions on which the answers of run and bundle are compared.
     data : path, optional
         Data folder, if it was moved since training.
     dry_run : bool
-        Write and compare in a temporary folder, which goes; nothing appears under the names.
-    progress : Progress
+        Write and compare in a temporary folder only.
 
     Returns
     -------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import load_sessions
@@ -36,31 +36,31 @@ System = Scorer | Mapping[str, Scorer]
 
 
 def evaluate(
-    run: Path,
+    run: str | Path,
     *,
-    split: str = "test",
-    data: Path | None = None,
+    split: Literal["test", "valid"] = "test",
+    data: str | Path | None = None,
     baselines: bool = True,
-    out: Path | None = None,
-    progress: Progress = quiet,
+    out: str | Path | None = None,
     dry_run: bool = False,
+    progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Evaluate a trained run on the whole catalogue and write the report.
+    """Rank the whole catalogue for every session, with seen items kept and excluded, beside the baselines.
 
     Parameters
     ----------
-    run : Path
-        Folder that `missrec train` wrote.
+    run : path
+        Run folder written by `missrec train`.
     split : {"test", "valid"}
-        Rows of history and target. Tuned baselines are optimistic on ``valid``: they were chosen there.
-    data : Path, optional
-        The data folder; the one of the run by default.
+        Sessions to evaluate. The baselines are tuned on valid, so their figures there are optimistic.
+    data : path, optional
+        Data folder, if it was moved since training.
     baselines : bool
         Also tune and rank popularity, item-kNN and content-kNN.
-    out : Path, optional
-        The JSON file; ``RUN/metrics_<split>.json`` by default.
+    out : path, optional
+        JSON file to write; by default metrics_<split>.json in the run folder.
     dry_run : bool
-        Load the run and the sessions, say what would be ranked, write nothing.
+        Load the run and the sessions and print what would be ranked; write nothing.
 
     Returns
     -------
@@ -83,7 +83,7 @@ def evaluate(
     loaded = load_run(run, data)
     event_features = loaded.model.event_features
     sessions = load_sessions(loaded.data, split, event_features.columns if event_features else ())
-    file = out or run / f"metrics_{split}.json"
+    file = Path(out or Path(run) / f"metrics_{split}.json")
     if dry_run:
         return {
             "dry_run": True,
@@ -109,7 +109,7 @@ def evaluate(
         "seconds": {"baselines": round(tuned - started, 2), "ranking": round(time.perf_counter() - tuned, 2)},
     }
     write_report(report, file)
-    return report
+    return report | {"file": str(file)}
 
 
 def fitted_baselines(

@@ -235,13 +235,13 @@ def test_the_commands_know_which_options_go_together(earlier_run: Path, tmp_path
 
     data, run = earlier_run / "tuesday", earlier_run / "run"
     for options, words in [
-        ({"source": run, "yesterday": run}, "both --from and --continue"),
-        ({"source": run, "trainer": "t4r"}, "native"),
+        ({"start_from": run, "warm_start": run}, "both --from and --warm-start"),
+        ({"start_from": run, "trainer": "t4r"}, "native"),
         ({"freeze": "none"}, "--from RUN"),
         ({"trainer": "keras"}, "native or t4r"),
     ]:
         with pytest.raises(ConfigError, match=words):
             commands.train(data, tmp_path / "out", **options)
-    result = commands.train(data, tmp_path / "out", earlier_run=run, settings={"train.epochs": 1})
+    result = commands.train(data, tmp_path / "out", warm_start=run, settings={"train.epochs": 1})
     assert result["start"]["freeze"] == "none"
     assert Recipe.from_dict(json.loads((tmp_path / "out" / "recipe.json").read_text())).train.epochs == 1

@@ -63,8 +63,8 @@ def test_scored_files_hold_the_servers_answers(
 def test_the_long_layout_has_a_row_per_item(bundle: Path, loaded: LoadedRun, tmp_path: Path) -> None:
     sessions = shop.raw_sessions(loaded.catalogue, 70, seed=3)
     file = session_file(tmp_path / "sessions.parquet", sessions)
-    score(bundle, file, tmp_path / "lists.parquet", top_k=40, exclude_seen=True)
-    score(bundle, file, tmp_path / "long.parquet", top_k=40, exclude_seen=True, layout="long")
+    score(file, tmp_path / "lists.parquet", bundle=bundle, top_k=40, exclude_seen=True)
+    score(file, tmp_path / "long.parquet", bundle=bundle, top_k=40, exclude_seen=True, layout="long")
     lists, long = (pq.read_table(tmp_path / f"{name}.parquet").to_pylist() for name in ("lists", "long"))
     flat = [
         (row["user_id"], rank, item, value)
@@ -87,7 +87,7 @@ def test_rules_and_exclusions_of_each_session_come_from_columns(
     pq.write_table(table.append_column("not", pa.array(banned, pa.list_(pa.string()))), file)
     everywhere = {"where": {"train_count": {"min": 1}}}
     options = {"top_k": 9, "rules": everywhere, "exclude": [ids[1]]}
-    score(bundle, file, tmp_path / "out.parquet", rules_column="rules", exclude_column="not", **options)
+    score(file, tmp_path / "out.parquet", bundle=bundle, rules_column="rules", exclude_column="not", **options)
     own = {"where": {"train_count": {"min": 1}, "item_id": ids[:5]}}
     with MISSRecClient.of_bundle(bundle) as client:
         expected = client.recommend(
@@ -101,9 +101,9 @@ def test_rules_and_exclusions_of_each_session_come_from_columns(
     assert all(set(answer) <= set(ids[2:5]) for answer in answers[::3])
     pq.write_table(pq.read_table(file).set_column(3, "rules", pa.array([*texts[:29], "[1]"])), file)
     with pytest.raises(DataError, match=r"'rules' of session 29 is '\[1\]'; expected: a JSON object"):
-        score(bundle, file, tmp_path / "bad.parquet", rules_column="rules")
+        score(file, tmp_path / "bad.parquet", bundle=bundle, rules_column="rules")
     with pytest.raises(DataError, match="no column 'rule'; expected: text"):
-        score(bundle, file, tmp_path / "bad.parquet", rules_column="rule")
+        score(file, tmp_path / "bad.parquet", bundle=bundle, rules_column="rule")
     assert not (tmp_path / "bad.parquet").exists()
 
 
@@ -111,27 +111,27 @@ def test_integer_catalogues_and_empty_files(make_run: Callable[..., Path], tmp_p
     export(make_run(integers=True), tmp_path / "bundle")
     known = load_bundle(tmp_path / "bundle").catalogue.ids_of(np.array([3, 4]))
     file = session_file(tmp_path / "some.parquet", [known, [], None], pa.int32())
-    score(tmp_path / "bundle", file, tmp_path / "out.parquet", top_k=2)
+    score(file, tmp_path / "out.parquet", bundle=tmp_path / "bundle", top_k=2)
     table = pq.read_table(tmp_path / "out.parquet")
     assert table["fallback"].to_pylist() == [False, True, True]
     assert table.schema.field("item_id").type.value_type == pa.int64()
     none = session_file(tmp_path / "none.parquet", [], pa.int32())
-    assert score(tmp_path / "bundle", none, tmp_path / "empty.parquet")["rows"] == 0
+    assert score(none, tmp_path / "empty.parquet", bundle=tmp_path / "bundle")["rows"] == 0
     assert pq.read_table(tmp_path / "empty.parquet").schema == table.schema
     strings = session_file(tmp_path / "strings.parquet", [["a"]])
     with pytest.raises(DataError, match="holds string; expected: int64"):
-        score(tmp_path / "bundle", strings, tmp_path / "never.parquet")
+        score(strings, tmp_path / "never.parquet", bundle=tmp_path / "bundle")
     assert not (tmp_path / "never.parquet").exists()
 
 
 def test_what_cannot_be_read_is_refused_in_words(bundle: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"items": ["a,b"]}), tmp_path / "flat.parquet")
     with pytest.raises(DataError, match="has no list column; expected: a list column 'items'"):
-        score(bundle, tmp_path / "flat.parquet", tmp_path / "out.parquet")
+        score(tmp_path / "flat.parquet", tmp_path / "out.parquet", bundle=bundle)
     with pytest.raises(DataError, match="holds no parquet"):
-        score(bundle, tmp_path / "nothing", tmp_path / "out.parquet")
+        score(tmp_path / "nothing", tmp_path / "out.parquet", bundle=bundle)
     with pytest.raises(ConfigError, match="--layout 'wide'; expected: lists or long"):
-        score(bundle, tmp_path / "flat.parquet", tmp_path / "out.parquet", layout="wide")
+        score(tmp_path / "flat.parquet", tmp_path / "out.parquet", bundle=bundle, layout="wide")
     for given in ({}, {"bundle": bundle, "run": bundle}):
         with pytest.raises(ConfigError, match="one of the two"):
             commands.score(tmp_path / "flat.parquet", tmp_path / "out.parquet", **given)
@@ -140,10 +140,10 @@ def test_what_cannot_be_read_is_refused_in_words(bundle: Path, tmp_path: Path) -
 def test_a_killed_job_leaves_the_last_complete_result(bundle: Path, loaded: LoadedRun, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     few = session_file(tmp_path / "few.parquet", shop.raw_sessions(loaded.catalogue, 5))
-    score(bundle, few, out)
+    score(few, out, bundle=bundle)
     before = out.read_bytes()
     many = session_file(tmp_path / "many.parquet", shop.raw_sessions(loaded.catalogue, 200) * 80)
-    code = "import sys; from missrec_t4r.serving.batch.score import score; score(*sys.argv[1:])"
+    code = "import sys; from missrec_t4r.serving.batch.score import score; score(*sys.argv[2:], bundle=sys.argv[1])"
     job = subprocess.Popen([sys.executable, "-c", code, str(bundle), str(many), str(out)])
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.parquet.*.partial")) and time.monotonic() < deadline:
@@ -158,23 +158,23 @@ def test_a_killed_job_leaves_the_last_complete_result(bundle: Path, loaded: Load
 def test_similar_items_are_what_the_server_answers_to_the_item_alone(
     server: LocalTriton, bundle: Path, loaded: LoadedRun, tmp_path: Path
 ) -> None:
-    found = similar(bundle, ["ware-3-ü", "ware-9-ü"], top_k=4)["similar"]
+    found = similar(["ware-3-ü", "ware-9-ü"], bundle=bundle, top_k=4)["similar"]
     with MISSRecClient(server.grpc_url) as client:
         answers = client.recommend([["ware-3-ü"], ["ware-9-ü"]], 4, exclude_seen=True)
     assert [[entry["item_id"] for entry in found[item]] for item in ("ware-3-ü", "ware-9-ü")] == [
         answer.item_ids for answer in answers
     ]
     assert all(entry["title"].startswith("Ware ") for entries in found.values() for entry in entries)
-    result = similar(bundle, out=tmp_path / "all.parquet", top_k=4)
+    result = similar(bundle=bundle, out=tmp_path / "all.parquet", top_k=4)
     table = pq.read_table(tmp_path / "all.parquet").to_pylist()
     assert result["items"] == shop.N_ITEMS
     assert len(table) == 4 * shop.N_ITEMS
     of_three = [row["similar_item_id"] for row in table if row["item_id"] == "ware-3-ü"]
     assert of_three == answers[0].item_ids
     with pytest.raises(DataError, match="unknown items: gone"):
-        similar(bundle, ["gone"])
+        similar(["gone"], bundle=bundle)
     with pytest.raises(ConfigError, match="neither --items nor --out"):
-        similar(bundle)
+        similar(bundle=bundle)
 
 
 def test_similar_content_is_the_mean_cosine_of_shared_modalities(bundle: Path) -> None:
@@ -182,7 +182,7 @@ def test_similar_content_is_the_mean_cosine_of_shared_modalities(bundle: Path) -
     with torch.inference_mode():
         tokens = loaded.model.candidates()
     vectors_of, mask = tokens.modality.double().numpy(), tokens.mask.numpy()
-    entries = similar(bundle, ["ware-3-ü"], top_k=100, by="content")["similar"]["ware-3-ü"]
+    entries = similar(["ware-3-ü"], bundle=bundle, top_k=100, by="content")["similar"]["ware-3-ü"]
     assert len(entries) == shop.N_ITEMS - 1
     row = int(loaded.catalogue.rows_of(["ware-3-ü"])[0])
     expected = {}
@@ -200,8 +200,8 @@ def test_vectors_in_an_inner_product_index_give_the_served_order(make_run: Calla
     catalogue = load_bundle(tmp_path / "bundle").catalogue
     sessions = shop.raw_sessions(catalogue, 90, seed=2)
     file = session_file(tmp_path / "sessions.parquet", sessions)
-    result = vectors(tmp_path / "bundle", tmp_path / "vectors", sessions=file)
-    score(tmp_path / "bundle", file, tmp_path / "out.parquet", top_k=6)
+    result = vectors(tmp_path / "vectors", bundle=tmp_path / "bundle", sessions=file)
+    score(file, tmp_path / "out.parquet", bundle=tmp_path / "bundle", top_k=6)
     items, users = (np.load(tmp_path / "vectors" / f"{name}.npy") for name in ("items", "sessions"))
     ids = np.array(pq.read_table(tmp_path / "vectors" / "items.parquet")["item_id"].to_pylist())
     rows = pq.read_table(tmp_path / "vectors" / "sessions.parquet").to_pylist()
@@ -222,7 +222,7 @@ def test_vectors_json_holds_what_the_dynamic_score_needs(bundle: Path, tmp_path:
     loaded = load_bundle(bundle)
     sessions = [s for s in shop.raw_sessions(loaded.catalogue, 40, seed=6)]
     file = session_file(tmp_path / "sessions.parquet", sessions)
-    vectors(bundle, tmp_path / "vectors", sessions=file)
+    vectors(tmp_path / "vectors", bundle=bundle, sessions=file)
     told = json.loads((tmp_path / "vectors" / "vectors.json").read_text())
     tokens = [np.load(tmp_path / "vectors" / f"modality-{name}.npy") for name in told["modalities"]]
     users = np.load(tmp_path / "vectors" / "sessions.npy")

@@ -174,7 +174,7 @@ def test_top_k_below_one_is_refused(client: MISSRecClient) -> None:
 
 
 def test_the_command_lines_answer_has_titles(server: LocalTriton, bundle: Path) -> None:
-    answer = recommend(server.http_url, ["ware-3-ü", "gone"], 2, protocol="http", catalogue=bundle)
+    answer = recommend(["ware-3-ü", "gone"], url=server.http_url, protocol="http", top_k=2, catalogue=bundle)
     assert answer["unknown_items"] == 1
     assert not answer["fallback"]
     assert len(answer["recommendations"]) == 2
@@ -214,9 +214,9 @@ def test_integer_ids_in_and_out_from_a_moved_repository(make_run: Callable[..., 
                 )
                 with pytest.raises(DataError, match="expected: integers"):
                     client.recommend([["12"]])
-        assert recommend(server.grpc_url, [str(ids[0][0])], 1)["unknown_items"] == 0
+        assert recommend([str(ids[0][0])], url=server.grpc_url, top_k=1)["unknown_items"] == 0
         with pytest.raises(DataError, match="item id 'x'; expected: an integer"):
-            recommend(server.grpc_url, ["x"])
+            recommend(["x"], url=server.grpc_url)
 
 
 def test_a_damaged_bundle_keeps_the_server_from_starting(exported: Path, tmp_path: Path, server: LocalTriton) -> None:

@@ -307,7 +307,7 @@ def test_a_file_of_sessions_may_carry_them(exported: Path, run: LoadedRun, histo
     pq.write_table(
         pa.table({"items": sessions, "user": range(len(event_features)), **columns}), tmp_path / "sessions.parquet"
     )
-    score(exported / "bundle", tmp_path / "sessions.parquet", tmp_path / "scored.parquet", top_k=4)
+    score(tmp_path / "sessions.parquet", tmp_path / "scored.parquet", bundle=exported / "bundle", top_k=4)
     scored = pq.read_table(tmp_path / "scored.parquet")
     event_features[0] = {name: values for name, values in event_features[0].items() if name != "event_type"}
     with MISSRecClient.of_bundle(exported / "bundle") as local:
@@ -315,7 +315,7 @@ def test_a_file_of_sessions_may_carry_them(exported: Path, run: LoadedRun, histo
     for got, answer in zip(scored["score"].to_pylist(), answers, strict=True):
         np.testing.assert_allclose(got, answer.scores, atol=1e-6)
 
-    vectors(exported / "bundle", tmp_path / "vectors", sessions=tmp_path / "sessions.parquet")
+    vectors(tmp_path / "vectors", bundle=exported / "bundle", sessions=tmp_path / "sessions.parquet")
     given = histories.padded_features(range(len(histories)), 5)
     given["event_type"][0] = 0
     rows = torch.from_numpy(histories.padded(range(len(histories)), 5))

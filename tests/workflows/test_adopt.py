@@ -92,7 +92,7 @@ def test_every_row_means_what_the_workflow_says(tutorial: Path, items: tuple[Pat
     report = adopt(
         tutorial / "workflow",
         tmp_path / "data",
-        sessions_files=tutorial / "processed",
+        sessions=tutorial / "processed",
         items=items[0],
         item_column="sku",
         modality={"text": items[1]},
@@ -143,7 +143,7 @@ def test_a_t4r_script_takes_the_catalogue_and_keeps_its_own_files(
     adopt(
         tutorial / "workflow",
         tmp_path / "data",
-        split_files={name: tutorial / "days" / "2" / f"{name}.parquet" for name in ("train", "valid", "test")},
+        **{name: tutorial / "days" / "2" / f"{name}.parquet" for name in ("train", "valid", "test")},
         items=items[0],
         item_column="sku",
         modality={"text": items[1]},
@@ -178,7 +178,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused(change, kind, words, tutorial
     ids.index = pd.RangeIndex(ids.index[0], ids.index[-1] + 1)
     ids.to_parquet(tmp_path / "unique.item_id.parquet")
     with pytest.raises(kind, match=words):
-        adopt(tmp_path / "unique.item_id.parquet", tmp_path / "data", sessions_files=tutorial / "processed")
+        adopt(tmp_path / "unique.item_id.parquet", tmp_path / "data", sessions=tutorial / "processed")
     assert not (tmp_path / "data").exists()
 
 
@@ -186,11 +186,11 @@ def test_what_is_missing_is_named(tutorial: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--sessions or --train"):
         adopt(tutorial / "workflow", tmp_path / "data")
     with pytest.raises(DataError, match=r"unique.item.parquet; found: .*unique.item_id.parquet.*--vocabulary-column"):
-        adopt(tutorial / "workflow", tmp_path / "data", sessions_files="x", vocabulary_column="item")
+        adopt(tutorial / "workflow", tmp_path / "data", sessions="x", vocabulary_column="item")
     lonely = tmp_path / "sessions.parquet"
     lonely.write_bytes((tutorial / "processed" / "part_0.parquet").read_bytes())
     with pytest.raises(SchemaError, match=r"no schema.pbtxt beside .*--schema"):
-        adopt(tutorial / "workflow", tmp_path / "data", sessions_files=lonely)
+        adopt(tutorial / "workflow", tmp_path / "data", sessions=lonely)
 
 
 def test_the_command(tutorial: Path, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_vectors_per_event_come_along_and_are_a_side_feature(tutorial: Path, tmp
     schema = (tutorial / "processed" / "schema.pbtxt").read_text()
     scene = 'feature { name: "scene-list" type: FLOAT annotation { tag: "embedding" tag: "list" } }'
     (tmp_path / "processed" / "schema.pbtxt").write_text(f"{schema}\n{scene}\n")
-    adopt(tutorial / "workflow", tmp_path / "data", sessions_files=tmp_path / "processed")
+    adopt(tutorial / "workflow", tmp_path / "data", sessions=tmp_path / "processed")
     (column,) = event_columns(tmp_path / "data", "scene", 8)
     train = load_sessions(tmp_path / "data", "train", [column])
     assert column.kind == "pretrained"

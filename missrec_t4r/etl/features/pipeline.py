@@ -35,11 +35,11 @@ _KIND_OF = {"classical-text": "text", "transformers-text": "text"} | {
 
 
 def features(
-    data: Path,
+    data: str | Path,
     *,
     text_columns: Sequence[str] = (),
     image_column: str | None = None,
-    images: Path | None = None,
+    images: str | Path | None = None,
     text_encoder: str = CLASSICAL,
     image_encoder: str = CLASSICAL,
     device: str = "auto",
@@ -49,41 +49,48 @@ def features(
     whiten: bool = False,
     reduce_to: int | None = None,
     word_drop: float = 0.0,
-    like: Path | None = None,
-    cache: Path | None = None,
+    like: str | Path | None = None,
+    cache: str | Path | None = None,
     dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Encode texts and images of a data folder's catalogue; modalities of the same name are replaced.
+    """Compute modality vectors from texts and images, with pretrained or with classical encoders (no download).
 
     Parameters
     ----------
-    data : Path
-        Data folder written by `etl`.
+    data : path
+        Data folder written by `missrec etl`.
     text_columns : sequence of str
-        Columns of the item table, joined to one text per item.
+        Columns of the item table, joined to one text per item; comma-separated.
     image_column : str, optional
-        Column with the path of the picture, relative to ``images``.
-    images : Path, optional
-        Folder of pictures. Without ``image_column`` a picture is found by its name, ``<item_id>.png`` or the like.
-    text_encoder, image_encoder : str
-        ``classical``, the folder of a Hugging Face model, or its name in the local cache. Texts: CLIP or any sentence
-        model; pictures: CLIP.
-    device, precision, batch_size
-        Of pretrained encoders; see `EncoderSettings`.
+        Column with the path of the item's image, relative to --images.
+    images : path, optional
+        Folder of images. Without --image-column an image is found by its name, <item_id>.png or the like.
+    text_encoder : str
+        classical, or a CLIP or sentence model: folder, or name in the local Hugging Face cache.
+    image_encoder : str
+        classical, or a CLIP model: folder, or name in the local Hugging Face cache.
+    device : str
+        Device of pretrained encoders: auto (a GPU if there is one), cpu or cuda.
+    precision : str
+        Precision of pretrained encoders: fp32, bf16 or fp16.
+    batch_size : int
+        Texts or images per forward pass of a pretrained encoder.
     width : int
-        Upper bound of the classical encoders' width.
-    whiten, reduce_to
-        See `missrec_t4r.etl.features.whitening`.
+        Upper bound of the classical encoders' vector width.
+    whiten : bool
+        Whiten the vectors: the same variance in every direction.
+    reduce_to : int, optional
+        Keep this many principal components.
     word_drop : float
-        Share of words to leave out in a second vector per text, for augmentation in pre-training; 0 makes none. It is
-        stored as `Modality.variants` of this name. The authors' value is 0.15.
-    like : Path, optional
-        Data folder or catalogue whose encoders and fitted state are used instead: vectors of both can be mixed.
-    cache : Path, optional
-        Folder of cached vectors; by default ``<data>.features`` beside the data folder.
+        Share of words dropped in a second vector per text, for augmentation in pre-training; 0 makes none, the
+        paper's value is 0.15.
+    like : path, optional
+        Data folder or catalogue whose encoders and fitted state are used, so that vectors of both can be compared.
+    cache : path, optional
+        Folder of cached vectors; by default DATA.features beside the data folder.
     dry_run : bool
-        Report what would be encoded, write nothing.
+        Print what would be encoded; write nothing.
 
     Returns
     -------
@@ -98,7 +105,7 @@ def features(
         No catalogue, no such column, folder or encoder, or nothing to encode.
     """
     started = time.perf_counter()
-    data = Path(data)
+    data, images, like, cache = Path(data), _path(images), _path(like), _path(cache)
     if not text_columns and image_column is None and images is None:
         raise ConfigError("neither texts nor images were named", "--text-columns, --image-column or --images")
     if not 0 <= word_drop < 1 or (word_drop and not text_columns):
@@ -204,6 +211,10 @@ def encode_items(
             continue
         result[name] = _encode(kind, contents, settings, modality, 0.0, progress)[0]
     return result
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 def _stored(folder: Path | None) -> dict[str, Modality]:

@@ -24,7 +24,7 @@ from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl import item_table as catalogues
 from missrec_t4r.etl import splits
 from missrec_t4r.etl.nvt import adopt_sessions as adopted_sessions
-from missrec_t4r.etl.nvt import workflows as sessions
+from missrec_t4r.etl.nvt import workflows
 from missrec_t4r.etl.nvt.serialization import save_workflow
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, read_table, require_column
@@ -44,48 +44,58 @@ REPORT_FILE = "etl.json"
 
 
 def adopt(
-    workflow: Path,
-    out: Path,
+    workflow: str | Path,
+    out: str | Path,
     *,
-    sessions_files: Paths = (),
-    split_files: Mapping[str, Paths] | None = None,
-    items: Path | None = None,
+    sessions: Paths = (),
+    train: Paths = (),
+    valid: Paths = (),
+    test: Paths = (),
+    items: str | Path | None = None,
     item_column: str = ITEM_ID,
     vocabulary_column: str = ITEM_ID,
-    schema: Path | None = None,
-    modality: Mapping[str, Path] | None = None,
+    schema: str | Path | None = None,
+    modality: Mapping[str, str | Path] | None = None,
     fingerprint: Mapping[str, str] | None = None,
     new_items: Literal["append", "drop"] = "append",
     max_sequence_length: int = 50,
     dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Build a data folder on the rows of an existing workflow; `train`, `evaluate` and `export` take it as it is.
+    """Build a data folder on the item ids of an existing NVTabular workflow and its session parquet.
 
     Parameters
     ----------
-    workflow : Path
-        Folder of ``Workflow.save``, or a vocabulary file ``unique.<column>.parquet``.
-    out : Path
-        Data folder; an older one is replaced whole.
-    sessions_files : path, pattern, folder, or a sequence of them
-        Session parquet that the workflow wrote, one row per session; split leave-one-out.
-    split_files : mapping of str to the same, optional
-        Instead: ``train``, ``valid`` and ``test`` as they are; the last item of a valid or test row is the target.
-    items : Path, optional
-        Raw item table (parquet, csv, json lines) with texts, prices and so on; joined by raw id.
-    item_column, vocabulary_column : str
-        Name of the raw id in the item table, and of the column that the workflow encoded.
-    schema : Path, optional
-        schema.pbtxt of the sessions; by default the one beside them or above them.
-    modality, fingerprint : mapping of str
-        As in `missrec_t4r.etl.pipeline.etl`: vectors whose rows follow the item table.
+    workflow : path
+        Folder of an NVTabular Workflow.save, or its vocabulary file unique.<column>.parquet.
+    out : path
+        Data folder to write; an older one is replaced as a whole.
+    sessions : path, pattern, folder, or a sequence of them
+        Session parquet of that workflow, one row per session, split leave-one-out here; repeatable.
+    train : the same
+        In place of --sessions: training sessions as they are split already; repeatable.
+    valid : the same
+        Validation sessions: the last item of a row is the target; repeatable.
+    test : the same
+        Test sessions: the last item of a row is the target; repeatable.
+    items : path, optional
+        Item table (parquet, csv or json lines) with texts, prices and so on, joined by raw id.
+    item_column : str
+        Column of the raw id in the item table.
+    vocabulary_column : str
+        Column that the workflow encoded.
+    schema : path, optional
+        schema.pbtxt of the sessions; by default the one beside or above them.
+    modality : mapping of str to path
+        Precomputed vectors as NAME=FILE.npy, rows as in the item table; repeatable.
+    fingerprint : mapping of str to str
+        Name of the encoder of those vectors as NAME=TEXT; repeatable.
     new_items : {"append", "drop"}
-        What becomes of items that the workflow never saw: rows after the last one, as cold items, or nothing.
+        Treatment of items that the workflow does not know: append them as cold items, or drop them.
     max_sequence_length : int
-        How many last items a request keeps.
+        Number of most recent items of a request that the model sees.
     dry_run : bool
-        Read and check everything, count, write nothing.
+        Read, check and count everything; write nothing.
 
     Returns
     -------
@@ -97,17 +107,23 @@ def adopt(
     SchemaError, DataError, ModalityError, ConfigError
         The vocabulary does not start at row 3, does not fit the sessions, or an input is unusable. Nothing is left.
     """
-    out, findings, files = Path(out), checks.Findings(), dict(modality or {})
+    out, findings, schema = Path(out), checks.Findings(), None if schema is None else Path(schema)
+    files = {name: Path(file) for name, file in (modality or {}).items()}
+    split_files = {name: part for name, part in zip(SPLITS, (train, valid, test), strict=True) if part}
+    if new_items not in ("append", "drop"):
+        raise ConfigError(f"--new-items {new_items!r}", "append or drop")
     catalogues.check_fingerprints(fingerprint or {}, files)
-    if not (sessions_files or split_files) or (files and items is None):
+    if not (sessions or split_files) or (files and items is None):
         raise ConfigError("no sessions, or vectors without an item table", "--sessions or --train, --valid and --test")
     ids = read_vocabulary(Path(workflow), vocabulary_column)
     progress.say(f"{len(ids):,} items in the workflow's vocabulary")
-    table, vectors = _items_in_rows(ids, items, item_column, files, new_items, findings)
+    table, vectors = _items_in_rows(
+        ids, None if items is None else Path(items), item_column, files, new_items, findings
+    )
     catalogue = catalogues.build_catalogue(table, vectors, files, fingerprint)
     known = len(ids) + FIRST_ITEM_ROW
     reader = adopted_sessions.Reader(known, schema, findings)
-    rows_of = _split(reader.read(sessions_files)) if not split_files else reader.read_splits(split_files)
+    rows_of = _split(reader.read(sessions)) if not split_files else reader.read_splits(split_files)
     longest = max(int(np.diff(part[ITEM_LIST].combine_chunks().offsets).max()) for part in rows_of.values())
     described = reader.schema_of_sessions(catalogue.n_rows, longest)
     trained = rows_of["train"][ITEM_LIST].combine_chunks().flatten().to_numpy()
@@ -125,11 +141,11 @@ def adopt(
         refuse_unmanaged(out, REPORT_FILE)
         return {"dry_run": True, "data": str(out), **report, "would_write": [str(out)], "would_replace": out.exists()}
     with atomic_write_dir(out, REPORT_FILE) as folder, tempfile.TemporaryDirectory() as storage:
-        sessions.write_schema(described, folder)
+        workflows.write_schema(described, folder)
         for name, part in rows_of.items():
             (folder / name).mkdir()
             pq.write_table(part, folder / name / "part_0.parquet")
-            sessions.write_schema(described, folder / name)
+            workflows.write_schema(described, folder / name)
         catalogues.with_train_count(catalogue, counts).save(folder / CATALOGUE_FOLDER)
         codes = _feature_codes(Path(workflow), described)
         _write_request(catalogue, folder, Path(storage), max_sequence_length, codes)
@@ -230,8 +246,8 @@ def _write_request(
 ) -> None:
     """Write the request transform for the catalogue's own vocabulary."""
     ids = catalogue.items[ITEM_ID].combine_chunks()
-    request = sessions.build_request_workflow(ids, storage / "request", max_sequence_length=max_sequence_length)
-    sessions.fit(request, pd.DataFrame({ITEM_ID: [ids[:2].to_pylist(), ids[:1].to_pylist()]}))
+    request = workflows.build_request_workflow(ids, storage / "request", max_sequence_length=max_sequence_length)
+    workflows.fit(request, pd.DataFrame({ITEM_ID: [ids[:2].to_pylist(), ids[:1].to_pylist()]}))
     save_workflow(request, folder / "request_workflow")
-    transform = sessions.compile_session_transform(request) | {"features": dict(features)}
+    transform = workflows.compile_session_transform(request) | {"features": dict(features)}
     (folder / SESSION_TRANSFORM_FILE).write_text(json.dumps(transform, indent=2) + "\n", encoding="utf-8")

@@ -30,33 +30,33 @@ _DRIFT = ("drift.popularity", "drift.session_lengths", "drift.new_popular", *(f"
 
 
 def report(
-    data: Path,
-    out: Path,
+    data: str | Path,
+    out: str | Path,
     *,
-    previous: Path | None = None,
-    gate: Path | None = None,
+    previous: str | Path | None = None,
+    gate: str | Path | None = None,
     now: float | None = None,
     dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Write report.json and report.html about a data folder.
+    """Report on a data folder (JSON and HTML), measure drift since the last report, and apply a quality gate.
 
     Parameters
     ----------
-    data : Path
-        Data folder written by `etl` or `adopt`.
-    out : Path
-        Folder of the report. A report that is there already is the last run, which drift is measured against; one of
-        the same data is this run's own, repeated, and what that one was compared with is the last run again.
-    previous : Path, optional
-        report.json of the last run, if it lies elsewhere.
-    gate : Path, optional
-        YAML: ``measure: {min: …, max: …}``. `share.<check>` is 0 where the ETL found nothing; drift passes on the
-        first run, where there is nothing to compare with, unless ``required: true`` stands beside it.
+    data : path
+        Data folder written by `missrec etl` or `missrec catalogue adopt`.
+    out : path
+        Folder of the report. The report already in it is the last run that drift is measured against; if it is of
+        the same data, this run repeats it and is compared with what that one was compared with.
+    previous : path, optional
+        report.json of the last run, if it is elsewhere.
+    gate : path, optional
+        Quality gate: YAML of bounds (measure: {min: ..., max: ...}); a violation ends with exit code 3. Drift passes
+        on the first run unless the bound has required: true.
     now : float, optional
-        Unix seconds that the newest event's age is counted from; by default the clock's.
+        Unix time from which the newest event's age is counted; by default the current time.
     dry_run : bool
-        Measure and judge, write nothing.
+        Measure and apply the gate; write nothing.
 
     Returns
     -------
@@ -71,7 +71,8 @@ def report(
         No data folder, or a gate that cannot be read or names an unknown measure.
     """
     data, out = Path(data), Path(out)
-    bounds = read_gate(gate) if gate is not None else {}
+    previous = None if previous is None else Path(previous)
+    bounds = read_gate(Path(gate)) if gate is not None else {}
     progress.say(f"reading {data}")
     measures, shown = measure(Everything.load(data), time.time() if now is None else now)
     made_from = data_digest(data)

@@ -79,9 +79,9 @@ LAYOUTS = {
 
 def import_amazon(
     edition: str,
-    reviews: Path,
-    metadata: Path,
-    out: Path,
+    reviews: str | Path,
+    metadata: str | Path,
+    out: str | Path,
     *,
     k_core: int = 5,
     min_rating: float = 0.0,
@@ -95,20 +95,23 @@ def import_amazon(
     Parameters
     ----------
     edition : {"2018", "2023"}
-    reviews, metadata : Path
-        JSON lines, plain or gzip.
-    out : Path
-        Folder; an older import is replaced whole.
+        Edition of the data set.
+    reviews : path
+        Reviews of a category: JSON lines, plain or gzip.
+    metadata : path
+        Item metadata of the same category: JSON lines, plain or gzip.
+    out : path
+        Folder to write; an older import is replaced as a whole.
     k_core : int
-        Leave out users and items with fewer events until none is left; 0 is off.
+        Drop users and items with fewer events, repeatedly until none is left; 0 is off.
     min_rating : float
-        Leave out reviews with fewer stars.
+        Drop reviews with fewer stars.
     keep_repeats : bool, optional
-        Keep a user's later reviews of the same item; by default as the edition's benchmark does.
+        Keep or drop a user's later reviews of the same item; by default as the edition's benchmark does.
     keep_untitled : bool, optional
-        Keep items without a title in the metadata; by default as the edition's benchmark does.
+        Keep or drop items without a title in the metadata; by default as the edition's benchmark does.
     dry_run : bool
-        Read and count everything, write nothing.
+        Read and count everything; write nothing.
 
     Returns
     -------
@@ -141,10 +144,10 @@ def import_amazon(
         "keep_repeats": keep_repeats,
         "keep_untitled": keep_untitled,
     }
-    return write_dataset(out, events, items, findings, source | settings, dry_run=dry_run)
+    return write_dataset(Path(out), events, items, findings, source | settings, dry_run=dry_run)
 
 
-def _events(file: Path, layout: Layout, findings: Findings) -> pd.DataFrame:
+def _events(file: str | Path, layout: Layout, findings: Findings) -> pd.DataFrame:
     kinds = {layout.user: pa.string(), layout.item: pa.string(), layout.time: pa.int64(), layout.rating: pa.float64()}
     table = read_columns(Path(file), pa.schema(list(kinds.items())), findings)
     for name in (layout.user, layout.item, layout.time):
@@ -159,7 +162,7 @@ def _events(file: Path, layout: Layout, findings: Findings) -> pd.DataFrame:
     return events
 
 
-def _items(file: Path, layout: Layout, findings: Findings, progress: Progress) -> pd.DataFrame:
+def _items(file: str | Path, layout: Layout, findings: Findings, progress: Progress) -> pd.DataFrame:
     lines = progress.track(records(Path(file), findings), "metadata")
     rows = [_item(record, layout) for record in lines if record.get(layout.item)]
     if not rows:

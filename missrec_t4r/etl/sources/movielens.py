@@ -28,8 +28,8 @@ Read = Callable[[str], bytes]
 
 
 def import_movielens(
-    archive: Path,
-    out: Path,
+    archive: str | Path,
+    out: str | Path,
     *,
     k_core: int = 0,
     min_item_count: int = 0,
@@ -37,22 +37,22 @@ def import_movielens(
     dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Turn a MovieLens zip, or the unpacked folder, into ``interactions.parquet`` and ``items.parquet``.
+    """Convert a MovieLens archive to ``interactions.parquet`` and ``items.parquet``.
 
     Parameters
     ----------
-    archive : Path
-        ``ml-1m.zip`` and the like, as GroupLens ships it, or its unpacked folder.
-    out : Path
-        Folder; an older import is replaced whole.
+    archive : path
+        ml-100k.zip, ml-1m.zip, ml-25m.zip or the like, as GroupLens publishes it, or its unpacked folder.
+    out : path
+        Folder to write; an older import is replaced as a whole.
     k_core : int
-        Leave out users and items with fewer ratings until none is left; 0 is off.
+        Drop users and items with fewer ratings, repeatedly until none is left; 0 is off.
     min_item_count : int
-        Leave out films with fewer ratings, once; 5 gives the published ml-1m set of 3,416 films.
+        Drop films with fewer ratings, once; 5 gives the published ml-1m set of 3,416 films; 0 is off.
     min_rating : float
-        Leave out ratings with fewer stars.
+        Drop ratings with fewer stars.
     dry_run : bool
-        Read and count everything, write nothing.
+        Read and count everything; write nothing.
 
     Returns
     -------
@@ -82,7 +82,7 @@ def import_movielens(
     events = clean_events(events, findings, k_core=k_core, keep_repeats=True)
     source = {"name": "movielens", "layout": edition, "archive": Path(archive).name}
     settings = {"k_core": k_core, "min_item_count": min_item_count, "min_rating": min_rating}
-    return write_dataset(out, events, items, findings, source | settings, dry_run=dry_run)
+    return write_dataset(Path(out), events, items, findings, source | settings, dry_run=dry_run)
 
 
 def _open(archive: Path) -> tuple[str, Read]:

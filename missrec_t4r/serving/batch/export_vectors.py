@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import torch
 
 from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle
+from missrec_t4r.bundle.from_run import bundle_or_run
 from missrec_t4r.bundle.manifest import WEIGHTS_FILE, verify_bundle
 from missrec_t4r.data.event_features import EventArrays, compact_event_features
 from missrec_t4r.errors import BundleError
@@ -41,28 +42,31 @@ _SESSIONS_AT_A_TIME = 256
 
 
 def vectors(
-    bundle: str | Path,
     out: str | Path,
     *,
+    bundle: str | Path | None = None,
+    run: str | Path | None = None,
     sessions: str | Path | None = None,
     items_column: str = "items",
     threads: int = 1,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Write the vectors of all items and, if asked for, of sessions.
+    """Write item vectors and session vectors, for another retrieval index.
 
     Parameters
     ----------
-    bundle : path
     out : path
-        The folder; an older one of this command is replaced whole.
+        Folder to write; an older one of this command is replaced as a whole.
+    bundle : path, optional
+        Bundle written by `missrec export`.
+    run : path, optional
+        Run folder written by `missrec train`, in place of a bundle.
     sessions : path, optional
-        Parquet, one row per session, as `missrec score` takes it.
+        Parquet of sessions, one per row, whose vectors are written too.
     items_column : str
         List column of raw item ids, oldest first.
     threads : int
-        Threads of torch.
-    progress : Progress
+        Number of torch threads.
 
     Returns
     -------
@@ -71,8 +75,9 @@ def vectors(
     """
     started = time.monotonic()
     torch.set_num_threads(max(threads, 1))
-    loaded = load_bundle(bundle)
-    weights = str(verify_bundle(bundle, only=())["files"][WEIGHTS_FILE]["sha256"])
+    with bundle_or_run(bundle, run, progress=progress) as source:
+        loaded = load_bundle(source)
+        weights = str(verify_bundle(source, only=())["files"][WEIGHTS_FILE]["sha256"])
     files = None if sessions is None else _session_files(sessions, items_column, loaded)
     with atomic_write_dir(Path(out), MARKER, "folder of vectors", BundleError) as folder:
         described = _write_items(folder, loaded) | {"weights_sha256": weights}

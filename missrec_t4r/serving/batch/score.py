@@ -11,11 +11,12 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from missrec_t4r.bundle.from_run import bundle_or_run
 from missrec_t4r.bundle.id_encoder import RawId
 from missrec_t4r.bundle.manifest import MODEL_FILE
 from missrec_t4r.errors import ConfigError
@@ -30,10 +31,11 @@ LAYOUTS = ("lists", "long")
 
 
 def score(
-    bundle: str | Path,
     sessions: str | Path,
     out: str | Path,
     *,
+    bundle: str | Path | None = None,
+    run: str | Path | None = None,
     top_k: int = 10,
     exclude_seen: bool = False,
     exclude: Sequence[str | int] | None = None,
@@ -41,38 +43,41 @@ def score(
     items_column: str = "items",
     rules_column: str | None = None,
     exclude_column: str | None = None,
-    layout: str = "lists",
+    layout: Literal["lists", "long"] = "lists",
     threads: int = 1,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Write the recommendations for every session of a parquet file.
+    """Write recommendations for every session of a file: the answers of the server, without a server.
 
     Parameters
     ----------
-    bundle : path
     sessions : path
-        Parquet, one row per session; see `SessionFiles`. Columns that are no lists (user ids) travel along; list
-        columns named like the model's side features are sent with the items.
+        Parquet file or folder, one row per session. Other columns (such as user ids) are copied to the output; list
+        columns named like the model's event features are used with the items.
     out : path
-        The parquet file to write; it appears when it is complete.
+        Parquet file to write.
+    bundle : path, optional
+        Bundle written by `missrec export`.
+    run : path, optional
+        Run folder written by `missrec train`, in place of a bundle.
     top_k : int
+        Recommendations per session.
     exclude_seen : bool
+        Exclude the session's own items.
     exclude : sequence of str or int, optional
-        Ids that must not be recommended to anybody; text is turned into integers where the catalogue's ids are.
+        Item ids never to recommend; comma-separated.
     rules : mapping, optional
-        Filters and caps for all sessions, as in `MISSRecClient.recommend`.
+        Filters and diversity caps for all sessions: {"where": {"in_stock": true}, "at_most": {"brand": 2}}.
     items_column : str
         List column of raw item ids, oldest first.
     rules_column : str, optional
-        Text column with a JSON object of rules per session, beside ``rules``: where both speak of a column, the
-        session's count.
+        Text column with rules per session, as JSON; for a column in both, the session's rule applies.
     exclude_column : str, optional
-        List column of ids that must not be recommended to the session, beside ``exclude``.
+        List column of item ids that are not recommended to the session.
     layout : {"lists", "long"}
-        One row per session with lists of items and scores, or one row per recommended item with its rank from 1.
+        lists: one row per session. long: one row per recommended item, with its rank from 1.
     threads : int
-        Threads of torch.
-    progress : Progress
+        Number of torch threads.
 
     Returns
     -------
@@ -87,9 +92,12 @@ def score(
     if layout not in LAYOUTS:
         raise ConfigError(f"--layout {layout!r}", " or ".join(LAYOUTS))
     started = time.monotonic()
-    with MISSRecClient.of_bundle(bundle, threads=threads) as client:
+    with (
+        bundle_or_run(bundle, run, progress=progress) as folder,
+        MISSRecClient.of_bundle(folder, threads=threads) as client,
+    ):
         files = SessionFiles(
-            sessions, items_column, client.id_type, event_feature_names(bundle), rules_column, exclude_column
+            sessions, items_column, client.id_type, event_feature_names(folder), rules_column, exclude_column
         )
         banned: list[RawId] = [typed_id(item, client.id_type) for item in exclude or []]
         counts = {"sessions": 0, "fallbacks": 0, "with_unknown_items": 0}

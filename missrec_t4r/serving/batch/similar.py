@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle
+from missrec_t4r.bundle.from_run import bundle_or_run
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.retrieval.topk import top_items
@@ -35,29 +36,34 @@ Similar = tuple[RawItem, list[RawItem], list[float]]
 
 
 def similar(
-    bundle: str | Path,
     items: Sequence[str | int] | None = None,
     *,
-    top_k: int = 10,
-    by: str = "session",
     out: str | Path | None = None,
+    bundle: str | Path | None = None,
+    run: str | Path | None = None,
+    top_k: int = 10,
+    by: Literal["session", "content"] = "session",
     threads: int = 1,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Return the items similar to some items, or write those of the whole catalogue.
+    """Find the items that are most similar to an item, by sessions or by content.
 
     Parameters
     ----------
-    bundle : path
     items : sequence of str or int, optional
-        Raw ids; all items of the catalogue without it, which needs ``out``.
-    top_k : int
-    by : {"session", "content"}
+        Item ids, comma-separated; all items of the catalogue without it, which needs --out.
     out : path, optional
-        A parquet file with ``item_id``, ``rank``, ``similar_item_id`` and ``score``; it appears when it is complete.
+        Parquet file to write, with item_id, rank, similar_item_id and score.
+    bundle : path, optional
+        Bundle written by `missrec export`.
+    run : path, optional
+        Run folder written by `missrec train`, in place of a bundle.
+    top_k : int
+        Similar items per item.
+    by : {"session", "content"}
+        session: what is recommended to a session of that item alone. content: cosine similarity of modality vectors.
     threads : int
-        Threads of torch.
-    progress : Progress
+        Number of torch threads.
 
     Returns
     -------
@@ -77,16 +83,31 @@ def similar(
         raise ConfigError("neither --items nor --out", "ids to look up, or a file for the whole catalogue")
     started = time.monotonic()
     torch.set_num_threads(max(threads, 1))
-    loaded = load_bundle(bundle)
+    with bundle_or_run(bundle, run, progress=progress) as folder:
+        result = _found(folder, items, out, top_k, by, threads, progress)
+    return result if out is None else result | {"seconds": round(time.monotonic() - started, 2)}
+
+
+def _found(
+    folder: Path,
+    items: Sequence[str | int] | None,
+    out: str | Path | None,
+    top_k: int,
+    by: str,
+    threads: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return or write the similar items of a bundle."""
+    loaded = load_bundle(folder)
     ids = (
         loaded.catalogue.ids_of(np.arange(FIRST_ITEM_ROW, loaded.catalogue.n_rows))
         if items is None
         else _known(items, loaded)
     )
-    found = _by_content(loaded, ids, top_k) if by == "content" else _by_session(bundle, ids, top_k, threads)
+    found = _by_content(loaded, ids, top_k) if by == "content" else _by_session(folder, ids, top_k, threads)
     followed = progress.track(found, f"items similar to {len(ids)} items", len(ids))
     if out is None:
-        titles = read_titles(Path(bundle))
+        titles = read_titles(folder)
         return {
             "by": by,
             "similar": {str(item): _readable(others, scores, titles) for item, others, scores in followed},
@@ -96,8 +117,7 @@ def similar(
         for item, others, scores in followed:
             writer.write(_table(item, others, scores, kind))
         rows = writer.rows
-    seconds = round(time.monotonic() - started, 2)
-    return {"by": by, "out": str(out), "items": len(ids), "rows": rows, "seconds": seconds}
+    return {"by": by, "out": str(out), "items": len(ids), "rows": rows}
 
 
 def content_similarity(loaded: LoadedBundle, rows: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ It asks the server once for the type of the ids and the largest batch, then pads
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
@@ -30,6 +31,8 @@ from missrec_t4r.serving.client.retry import Retries
 from missrec_t4r.serving.client.transports import Transport, open_transport, translate_errors
 from missrec_t4r.serving.event_features import SessionEventFeatures
 from missrec_t4r.serving.triton.model_control import bundle_of, current_version, is_deployment
+
+log = logging.getLogger(__name__)
 
 
 class MISSRecClient:
@@ -182,11 +185,11 @@ class MISSRecClient:
 
 
 def recommend(
-    url: str,
     items: Sequence[str | int],
-    top_k: int = 10,
     *,
-    protocol: str = "grpc",
+    url: str = "localhost:8001",
+    protocol: Literal["grpc", "http"] = "grpc",
+    top_k: int = 10,
     exclude_seen: bool = False,
     exclude: Sequence[str | int] | None = None,
     allow: Sequence[str | int] | None = None,
@@ -196,27 +199,34 @@ def recommend(
     catalogue: str | Path | None = None,
     timeout: float = 10.0,
 ) -> dict[str, Any]:
-    """Ask a server for one session: what the command ``missrec recommend`` does.
+    """Request recommendations for one session from a running server.
 
     Parameters
     ----------
-    url : str
-        ``host:port``.
     items : sequence of str or int
-        Raw ids; text is turned into integers where the catalogue's ids are integers.
-    top_k : int
+        Item ids of the session, oldest first; comma-separated.
+    url : str
+        Address of the server, host:port.
     protocol : {"grpc", "http"}
+        Protocol of the request.
+    top_k : int
+        Number of recommendations.
     exclude_seen : bool
-    exclude, allow : sequence of str or int, optional
-        As ``items``.
+        Exclude the session's own items.
+    exclude : sequence of str or int, optional
+        Item ids never to recommend; comma-separated.
+    allow : sequence of str or int, optional
+        The only item ids that may be recommended; comma-separated.
     rules : mapping, optional
+        Filters and diversity caps: {"where": {"in_stock": true}, "at_most": {"brand": 2}}.
     reasons : bool
-        As in `MISSRecClient.recommend`.
+        Explain every recommendation: the session's item and the modality that contributed most.
     side : mapping, optional
-        Side features of the session: values by column, one per item.
+        Event features of the session, one value per item: {"event_type": ["view", "cart"]}.
     catalogue : path, optional
-        A bundle, catalogue folder or parquet file with ``item_id`` and ``title``: titles are added.
+        Bundle, catalogue or deployment folder with item titles, which are added to the answer.
     timeout : float
+        Seconds to wait for the answer.
 
     Returns
     -------
@@ -245,6 +255,9 @@ def recommend(
         {"item_id": item_id, "score": score} | ({"title": titles[item_id]} if item_id in titles else {}) | reason
         for item_id, score, reason in zip(answer.item_ids, answer.scores, why or [{}] * len(answer.scores), strict=True)
     ]
+    if answer.unknown_items or answer.fallback:
+        note = "; these are the most popular items" if answer.fallback else ""
+        log.warning("%d of the ids are unknown%s", answer.unknown_items, note)
     return {
         "recommendations": found,
         "unknown_items": answer.unknown_items,

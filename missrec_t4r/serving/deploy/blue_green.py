@@ -54,26 +54,29 @@ def deploy(
     dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Bring a bundle behind the door of a deployment folder; the folder is made if there is none.
+    """Serve a new model or catalogue in place of the current one, without restart and without failed requests.
 
     Parameters
     ----------
     repository : path
-        The deployment folder. A server that serves it on this machine is told; without one only files change.
+        Deployment folder, which is created if it does not exist. A server of this folder on this machine loads the
+        version; without one only files change.
     bundle : path, optional
-        Becomes a new version. Without it, ``version`` names one that is there already.
+        Bundle that becomes a new version.
     version : int, optional
-        A version of an earlier ``switch=False``.
+        An existing version to switch to, in place of a bundle.
     switch : bool
-        False loads and asks the version, and leaves the door as it is: for `missrec shadow`.
+        Switch the traffic to the version; --no-switch only loads and checks it, for `missrec shadow`.
     keep : int
-        Versions kept on disk, the one that answers among them.
-    max_batch_size, threads, instances : int, optional
-        As in `write_repository`; by default those of the version that answers, so that an update of the catalogue
-        changes nothing else.
+        Versions kept on disk, including the one that is served.
+    max_batch_size : int, optional
+        Sessions per forward pass and per request; by default as the served version, at first 64.
+    threads : int, optional
+        Torch threads of the ranker; by default as the served version, at first 1.
+    instances : int, optional
+        Processes of the ranker; by default as the served version, at first 1.
     dry_run : bool
-        Verify the bundle and say which version it would be, change nothing.
-    progress : Progress
+        Verify the bundle and print which version it would become; change nothing.
 
     Returns
     -------
@@ -120,14 +123,14 @@ def deploy(
 
 
 def rollback(repository: str | Path, *, version: int | None = None, progress: Progress = quiet) -> dict[str, Any]:
-    """Let an earlier version answer again.
+    """Serve an earlier version again.
 
     Parameters
     ----------
     repository : path
+        Deployment folder of `missrec deploy`.
     version : int, optional
-        By default the newest one below the current.
-    progress : Progress
+        Version to serve; by default the newest below the current one.
 
     Returns
     -------

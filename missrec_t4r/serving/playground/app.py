@@ -206,28 +206,28 @@ class Playground:
 
 
 def playground(
-    url: str,
     bundle: str | Path,
     *,
+    url: str = "localhost:8001",
     images: str | Path | None = None,
     image_column: str = "image",
     port: int = 8020,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Serve the page until Ctrl-C.
+    """Serve a demo page on which clicks on items change recommendations, scores and explanations, until Ctrl-C.
 
     Parameters
     ----------
+    bundle : path
+        Bundle of the served model, for titles and attributes.
     url : str
         gRPC address of the server.
-    bundle : path
-        For titles and attributes.
     images : path, optional
-        Folder of the pictures.
+        Folder of the item images.
     image_column : str
+        Column with the file name of the item's image.
     port : int
-        0 takes a free one.
-    progress : Progress
+        Port of the page; 0 takes a free one.
 
     Returns
     -------

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 
 from missrec_t4r.errors import ConfigError, ServingError
 from missrec_t4r.progress import Progress, quiet
@@ -127,27 +127,34 @@ class HttpShadowProxy(MirroringProxy):
 
 
 def shadow(
-    url: str | None,
     candidate: str,
     *,
+    url: str | None = None,
     candidate_url: str | None = None,
     share: float = 0.1,
     port: int = 8010,
-    protocol: str = "http",
+    protocol: Literal["http", "grpc"] = "http",
     seconds: float | None = None,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Mirror traffic until Ctrl-C or SIGTERM, or for some seconds.
+    """Mirror a share of the traffic to a candidate model and compare its answers: overlap@k, scores, latency.
 
     Parameters
     ----------
-    url, candidate, candidate_url, share, port
-        As in `HttpShadowProxy`; without ``url`` the protocol's port on this machine.
+    candidate : str
+        Model that answers the mirrored requests, such as missrec_v4.
+    url : str, optional
+        Address of the server that answers the clients; by default the protocol's port on this machine.
+    candidate_url : str, optional
+        Address of the candidate's server, if it is another one.
+    share : float
+        Share of the requests that is mirrored, from 0 to 1.
+    port : int
+        Port of the proxy, to which clients send their requests meanwhile; 0 takes a free one.
     protocol : {"http", "grpc"}
-        Of the clients, of the server and of the candidate.
+        Protocol of clients, server and candidate.
     seconds : float, optional
-        When to end.
-    progress : Progress
+        When to end; by default at Ctrl-C or SIGTERM.
 
     Returns
     -------

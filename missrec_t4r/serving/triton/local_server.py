@@ -248,16 +248,20 @@ def serve(
     log_file: str | Path | None = None,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Serve until Ctrl-C or SIGTERM.
+    """Run the embedded Triton Inference Server until Ctrl-C or SIGTERM.
 
     Parameters
     ----------
     repository : path
-    http_port, grpc_port, metrics_port : int
-        0 takes a free port.
+        Model repository written by `missrec export --triton`, or a deployment folder of `missrec deploy`.
+    http_port : int
+        HTTP port; 0 takes a free one.
+    grpc_port : int
+        gRPC port; 0 takes a free one.
+    metrics_port : int
+        Port of the Prometheus metrics; 0 takes a free one.
     log_file : path, optional
-        Keeps Triton's log.
-    progress : Progress
+        File for Triton's log.
 
     Returns
     -------

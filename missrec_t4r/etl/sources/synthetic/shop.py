@@ -91,18 +91,20 @@ class Events:
 
 
 def generate_shop(
-    out: Path, *, seed: int = 7, users: int = 3000, items: int = 1200, progress: Progress = quiet
+    out: str | Path, *, seed: int = 7, users: int = 3000, items: int = 1200, progress: Progress = quiet
 ) -> dict[str, Any]:
-    """Write ``interactions.parquet``, ``items.parquet`` and ``images/*.png``.
+    """Generate a synthetic shop: interactions.parquet, items.parquet with texts, and images/*.png.
 
     Parameters
     ----------
-    out : Path
-        New or empty folder, or an older shop, which is replaced whole.
+    out : path
+        Folder to write: new, empty, or an older generated shop, which is replaced as a whole.
     seed : int
-        Everything follows from it.
-    users, items : int
-        About ten events per user; at least 100 items, so that every interest has its products.
+        Random seed; the same seed gives the same shop.
+    users : int
+        Number of users, with about ten events each.
+    items : int
+        Number of items, at least 100.
 
     Returns
     -------

@@ -1,0 +1,165 @@
+"""Commands on a bundle that combine ETL, bundle and deployment: change its catalogue, verify it, convert it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from missrec_t4r.errors import ConfigError
+from missrec_t4r.progress import Progress, quiet
+
+
+def catalogue_update(
+    items: str | Path,
+    *,
+    bundle: str | Path | None = None,
+    repository: str | Path | None = None,
+    modality: Mapping[str, str | Path] | None = None,
+    data: str | Path | None = None,
+    dry_run: bool = False,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Add, change and retire items of a bundle or a deployment, without training or restart.
+
+    Parameters
+    ----------
+    items : path
+        Parquet with item_id, any other columns, and optionally retired (true or false).
+    bundle : path, optional
+        Bundle to replace by its new version; the previous version is kept beside it.
+    repository : path, optional
+        Deployment folder of `missrec deploy`: its server switches to the new version while requests run. Without
+        --bundle, the bundle that is served now is changed.
+    modality : mapping of str to path, optional
+        Vectors of the items, one row per item, as NAME=FILE.npy; repeatable.
+    data : path, optional
+        Data folder whose encoders compute the vectors from the items' texts and images.
+    dry_run : bool
+        Make and check the new version and print what would change; change nothing.
+
+    Returns
+    -------
+    dict
+        What changed, and under ``deployed`` the result of `missrec deploy`.
+    """
+    from missrec_t4r.bundle.update_catalogue import read_items, update_catalogue
+
+    if bundle is None and repository is None:
+        raise ConfigError("neither --bundle nor --repository", "one of them, or both")
+    table = read_items(Path(items))
+    vectors: dict[str, Any] = {name: Path(file) for name, file in (modality or {}).items()}
+    if data is not None:
+        from missrec_t4r.etl.features.pipeline import encode_items
+
+        for name, encoded in encode_items(Path(data), table, progress=progress).items():
+            vectors.setdefault(name, np.where(encoded.present[:, None], encoded.vectors, np.float32("nan")))
+    with tempfile.TemporaryDirectory() as folder:
+        changed = bundle or _served_bundle(Path(folder), repository)
+        result = update_catalogue(changed, table, modalities=vectors, dry_run=dry_run, progress=progress)
+        if repository is not None:
+            from missrec_t4r.serving.deploy.blue_green import deploy
+
+            result["deployed"] = deploy(repository, bundle=changed, dry_run=dry_run, progress=progress)
+    return result if bundle else result | {"bundle": None}
+
+
+def catalogue_rollback(*, bundle: str | Path | None = None, repository: str | Path | None = None) -> dict[str, Any]:
+    """Go back to the catalogue before the last update, in a bundle, a deployment, or both.
+
+    Parameters
+    ----------
+    bundle : path, optional
+        Bundle that `missrec catalogue update` changed.
+    repository : path, optional
+        Deployment folder of `missrec deploy`, whose server goes back too.
+
+    Returns
+    -------
+    dict
+        The catalogue's version, and under ``deployed`` the result of `missrec rollback`.
+    """
+    from missrec_t4r.bundle.update_catalogue import rollback_catalogue
+
+    if bundle is None and repository is None:
+        raise ConfigError("neither --bundle nor --repository", "one of them, or both")
+    result = rollback_catalogue(bundle) if bundle else {}
+    if repository is not None:
+        from missrec_t4r.serving.deploy.blue_green import rollback
+
+        result["deployed"] = rollback(repository)
+    return result
+
+
+def _served_bundle(folder: Path, repository: str | Path | None) -> Path:
+    """Return a copy of the bundle that is served."""
+    from missrec_t4r.serving.triton.model_control import bundle_of, current_version
+
+    assert repository is not None
+    repository = Path(repository)
+    version = current_version(repository)
+    if version is None:
+        raise ConfigError(f"{repository} serves nothing yet", "a folder of `missrec deploy`", "deploy a bundle first")
+    return Path(shutil.copytree(bundle_of(repository, version), folder / "bundle"))
+
+
+def verify(bundle: str | Path) -> dict[str, Any]:
+    """Check a bundle as the server does before it loads it: checksums, content of every file, and consistency.
+
+    Parameters
+    ----------
+    bundle : path
+        Bundle written by `missrec export`.
+
+    Returns
+    -------
+    dict
+        Files, bytes, items, modalities and the catalogue's version.
+
+    Raises
+    ------
+    BundleError
+        The bundle is damaged, truncated, oversized or manipulated; with the file and the reason.
+    """
+    from missrec_t4r.bundle.bundle import load_bundle
+    from missrec_t4r.bundle.manifest import catalogue_version, verify_bundle
+
+    manifest = verify_bundle(bundle)
+    loaded = load_bundle(bundle)
+    return {
+        "bundle": str(bundle),
+        "files": len(manifest["files"]),
+        "bytes": sum(file["bytes"] for file in manifest["files"].values()),
+        "items": loaded.catalogue.n_items,
+        "modalities": list(loaded.catalogue.modalities),
+        "catalogue_version": catalogue_version(manifest),
+    }
+
+
+def merlin(bundle: str | Path, data: str | Path, out: str | Path, *, top_k: int = 10) -> dict[str, Any]:
+    """Write a bundle as a classic Merlin Systems ensemble (pickles, integer ids), for teams that run such.
+
+    Parameters
+    ----------
+    bundle : path
+        Bundle written by `missrec export`.
+    data : path
+        Data folder written by `missrec etl`; its request workflow is part of the ensemble.
+    out : path
+        Triton model repository to write.
+    top_k : int
+        Recommendations per session.
+
+    Returns
+    -------
+    dict
+        As `missrec_t4r.export.merlin_systems.export_merlin`.
+    """
+    from missrec_t4r.etl.nvt.serialization import load_workflow
+    from missrec_t4r.export.merlin_systems import export_merlin
+
+    return export_merlin(bundle, load_workflow(Path(data) / "request_workflow"), out, top_k=top_k)

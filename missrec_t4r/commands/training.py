@@ -1,0 +1,193 @@
+"""``missrec train`` and ``pretrain``: the choice of trainer and start, and the lookup of finished runs.
+
+| options | function |
+|---|---|
+| none | `missrec_t4r.training.fit.train` |
+| ``start_from`` | `missrec_t4r.training.warm_start.transfer.train_from` |
+| ``warm_start`` | `missrec_t4r.training.warm_start.nightly.continue_training` |
+| ``trainer="t4r"`` | `missrec_t4r.t4r.trainer.train_t4r` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from missrec_t4r.config import Recipe
+from missrec_t4r.errors import ConfigError
+from missrec_t4r.progress import Progress, quiet
+
+
+def train(
+    data: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    trainer: Literal["native", "t4r"] = "native",
+    start_from: str | Path | None = None,
+    freeze: Literal["none", "encoder_decoder", "all_loaded"] | None = None,
+    take: Literal["all", "adapters"] = "all",
+    warm_start: str | Path | None = None,
+    resume: bool = True,
+    device: str = "auto",
+    reuse: bool = False,
+    dry_run: bool = False,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Train a model, or fine-tune one from another run; resume an interrupted run, return a finished one.
+
+    Parameters
+    ----------
+    data : path
+        Data folder written by `missrec etl`.
+    out : path
+        Run folder to write.
+    recipe : str or path, optional
+        Shipped recipe or YAML file; by default `default` or, with --warm-start, that run's recipe.
+    settings : mapping, optional
+        Setting that overrides the recipe, such as model.d_model=128; repeatable.
+    trainer : {"native", "t4r"}
+        native: the training loop of this package. t4r: the Trainer of Transformers4Rec.
+    start_from : path, optional
+        Fine-tune from this run of `missrec pretrain`, or of `missrec train` on another data set.
+    freeze : {"none", "encoder_decoder", "all_loaded"}, optional
+        Loaded weights that are not trained: encoder_decoder (default of --from), none (default of --warm-start), or
+        all_loaded, which includes the adapters.
+    take : {"all", "adapters"}
+        Weights that --from loads: all, or the modality adapters only.
+    warm_start : path, optional
+        Start from an earlier run on the same data set; items may have been added or removed since.
+    resume : bool
+        Resume an interrupted run and return a finished one; --restart trains from the start.
+    device : str
+        auto (a GPU if there is one), cpu or cuda.
+    reuse : bool
+        Return the finished run in ``out``, with ``"found": True``, if it was made from the same data, settings and
+        code (`missrec_t4r.runs.run_cache`).
+    dry_run : bool
+        Check everything and print what would be done; write nothing.
+
+    Returns
+    -------
+    dict
+        As `missrec_t4r.training.fit.train`.
+
+    Raises
+    ------
+    ConfigError
+        An unknown trainer, or options that contradict each other.
+    """
+    if trainer not in ("native", "t4r"):
+        raise ConfigError(f"--trainer {trainer!r}", "native or t4r")
+    if start_from and warm_start:
+        raise ConfigError("both --from and --warm-start", "one run to start from")
+    if (start_from or warm_start) and trainer == "t4r":
+        raise ConfigError("--from or --warm-start with --trainer t4r", "the native trainer", "leave --trainer out")
+    if not start_from and (take != "all" or (freeze and not warm_start)):
+        raise ConfigError("--freeze or --take without a run to start from", "--from RUN")
+    name: str | Path = recipe or "default"
+    run: Callable[..., dict[str, Any]]
+    if start_from:
+        from missrec_t4r.training.warm_start.transfer import train_from
+
+        run = partial(train_from, data, out, start_from, freeze=freeze, take=take, recipe=name, settings=settings)
+    elif warm_start:
+        from missrec_t4r.training.warm_start.nightly import continue_training
+
+        frozen = freeze or "none"
+        run = partial(continue_training, data, out, warm_start, freeze=frozen, recipe=recipe, settings=settings)
+    elif trainer == "native":
+        from missrec_t4r.training.fit import train as native
+
+        run = partial(native, data, out, recipe=name, settings=settings)
+    else:
+        from missrec_t4r.t4r import train_t4r
+
+        run = partial(train_t4r, data, Recipe.load(name, settings), out)
+    run = partial(run, resume=resume, device=device, progress=progress, dry_run=dry_run)
+    if not reuse:
+        return run()
+    made_from = {"recipe": recipe, "settings": settings, "trainer": trainer, "freeze": freeze, "take": take}
+    key = _key([data], {**made_from, "device": device}, start_from or warm_start)
+    return _cached(run, Path(out), key, resume, dry_run, progress)
+
+
+def pretrain(
+    data: Sequence[str | Path],
+    out: str | Path,
+    *,
+    recipe: str | Path = "pretrain",
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = True,
+    device: str = "auto",
+    reuse: bool = False,
+    dry_run: bool = False,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Pre-train on several data sets whose modality vectors come from the same encoders; then `missrec train --from`.
+
+    Parameters
+    ----------
+    data : sequence of path or ``NAME=PATH``
+        Data folder of one domain, or NAME=FOLDER; repeatable.
+    out : path
+        Run folder to write.
+    recipe : str or path
+        Shipped recipe or YAML file.
+    settings : mapping, optional
+        Setting that overrides the recipe, such as train.epochs=10; repeatable.
+    resume : bool
+        Resume an interrupted run and return a finished one; --restart trains from the start.
+    device : str
+        auto (a GPU if there is one), cpu or cuda.
+    reuse : bool
+        As in `train`.
+    dry_run : bool
+        Check everything and print what would be done; write nothing.
+
+    Returns
+    -------
+    dict
+        As `missrec_t4r.training.pretrain.pretrain`.
+    """
+    from missrec_t4r.data.union import named_folders
+    from missrec_t4r.training.pretrain import pretrain as train_on_domains
+
+    start: dict[str, Any] = {"recipe": recipe, "settings": settings}
+    run = partial(
+        train_on_domains, data, out, **start, resume=resume, device=device, progress=progress, dry_run=dry_run
+    )
+    if not reuse:
+        return run()
+    folders = named_folders(data)
+    key = _key(list(folders.values()), {**start, "domains": list(folders), "device": device}, None)
+    return _cached(run, Path(out), key, resume, dry_run, progress)
+
+
+def _key(data: Sequence[str | Path], settings: Mapping[str, Any], source: str | Path | None) -> str:
+    from missrec_t4r.runs.run_cache import run_key
+
+    recipe = settings.get("recipe")
+    written = Path(recipe).read_text(encoding="utf-8") if recipe and Path(recipe).is_file() else None
+    recorded = {**settings, "written": written, "recipe": None if recipe is None else str(recipe)}
+    return run_key([Path(folder) for folder in data], recorded, None if source is None else Path(source))
+
+
+def _cached(
+    run: Callable[[], dict[str, Any]], out: Path, key: str, resume: bool, dry_run: bool, progress: Progress
+) -> dict[str, Any]:
+    """Return the result of the finished run in ``out``, if it has this key; else run, and store the result."""
+    from missrec_t4r.runs.run_cache import lookup, store
+    from missrec_t4r.training import distributed
+
+    result = lookup(out, key) if resume else None
+    if result is not None:
+        progress.say(f"{out} is finished, of the same data and settings; --restart trains it anew")
+        return {**result, "found": True} | ({"dry_run": True} if dry_run else {})
+    result = run()
+    if not dry_run and distributed.launched().rank == 0:
+        store(out, key, result)
+    return result

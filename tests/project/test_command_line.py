@@ -1,0 +1,118 @@
+"""The command line: its options come from the functions, nothing that a user could type is lost, and help is cheap."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import missrec_t4r
+from missrec_t4r import commands
+from missrec_t4r.cli.answer import summary
+from missrec_t4r.cli.app import COMMANDS, app, loaded
+from missrec_t4r.cli.options import parameter_help
+
+BEFORE = json.loads(Path(__file__).with_name("options_before_the_redesign.json").read_text(encoding="utf-8"))
+"""Command -> option -> default or REQUIRED, as they were before options were read from signatures."""
+
+
+@pytest.fixture(scope="module")
+def options() -> dict[str, list[Any]]:
+    pytest.importorskip("nvtabular", reason="the ETL's functions need the extra merlin")
+    return {command.name: [*click_command.params] for command, click_command in loaded()}
+
+
+def test_every_option_of_before_is_still_there_with_its_default(options: dict[str, list[Any]]) -> None:
+    assert len(BEFORE) == 26
+    lost = []
+    for command, before in BEFORE.items():
+        now = {flag: option for option in options[command] for flag in [*option.opts, *option.secondary_opts]}
+        for flags, default in before.items():
+            for flag in flags.split(" / "):
+                option = now.get(flag)
+                same = option is not None and _default(option) == (None if default == [] or default == "" else default)
+                if not same:
+                    lost.append((command, flag, default, option and _default(option)))
+    assert lost == []
+
+
+def _default(option: Any) -> Any:
+    if option.required:
+        return "REQUIRED"
+    if option.default is None or option.default in ((), [], ""):
+        return None
+    return (
+        list(option.default)
+        if isinstance(option.default, tuple)
+        else json.loads(json.dumps(option.default, default=str))
+    )
+
+
+def test_every_command_and_option_says_what_it_does(options: dict[str, list[Any]]) -> None:
+    assert [command.name for command in COMMANDS if len(command.help()) < 20] == []
+    silent = [
+        (command, option.opts[0])
+        for command, known in options.items()
+        for option in known
+        if "--help" not in option.opts and len(option.help or "") < 9
+    ]
+    assert silent == []
+
+
+def test_a_command_is_the_python_function_of_its_name() -> None:
+    from missrec_t4r.runs.evaluate import evaluate
+
+    assert commands.evaluate is evaluate
+    assert {command.function for command in COMMANDS} <= set(dir(commands))
+    with pytest.raises(AttributeError, match="commands: adopt"):
+        commands.nothing  # noqa: B018
+
+
+def test_help_and_version_import_neither_torch_nor_merlin() -> None:
+    code = (
+        "import sys\nfrom missrec_t4r.cli import app\n"
+        "try:\n    app(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'nvtabular', 'numpy', 'pandas'} & set(sys.modules)))"
+    )
+    for arguments, words in (("--help", "Rank the whole catalogue"), ("--version", missrec_t4r.__version__)):
+        done = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, check=True)
+        assert words in done.stdout
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_of_a_group_lists_its_commands() -> None:
+    shown = CliRunner().invoke(app, ["catalogue", "--help"]).output
+    assert all(name in shown for name in ("adopt", "update", "rollback"))
+
+
+def test_an_option_is_documented_where_it_is_declared() -> None:
+    text = "Head.\n\nParameters\n----------\na, b : int, optional\n    One `line`,\n  two.\n\nReturns\n-------\nint"
+    assert parameter_help(text) == {"a": "One line, two.", "b": "One line, two."}
+
+
+def test_a_piped_command_ends_with_json_and_a_terminal_with_a_summary(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["generate", "--out", str(tmp_path / "shop"), "--users", "5", "--items", "100"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])
+    lines = _drawn(summary("generate", result))
+    assert any("users" in line and "5" in line for line in lines)
+
+
+def test_a_summary_shows_recommendations_as_a_table() -> None:
+    answer = {"recommendations": [{"item_id": "a", "score": 0.25, "title": "Lamp"}], "fallback": False}
+    lines = _drawn(summary("recommend", answer))
+    assert any("Lamp" in line and "0.25" in line for line in lines)
+    assert any("fallback" in line and "no" in line for line in lines)
+
+
+def _drawn(content: Any) -> list[str]:
+    from io import StringIO
+
+    from rich.console import Console
+
+    console = Console(file=StringIO(), width=100)
+    console.print(content)
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]  # a StringIO

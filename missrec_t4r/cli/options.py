@@ -38,7 +38,7 @@ class Option:
     """How a parameter is spelled on the command line where its name and type do not say it."""
 
     flags: tuple[str, ...] = ()
-    """Names in place of ``--parameter-name``, older ones last; the flag of a boolean whose default is True negates it."""
+    """Names in place of ``--parameter-name``, older ones last; a boolean whose default is True is negated."""
     comma: bool = False
     """A sequence is one comma-separated value."""
     yaml: bool = False

@@ -25,7 +25,7 @@ def _text(places: list[int], fingerprint: str | None = "ring-text@1") -> object:
 
 
 @pytest.fixture(scope="module")
-def yesterday(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def earlier_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nightly")
     write_shop(folder / "monday", [f"P{place}" for place in range(12)], {"text": _text(list(range(12)))})
     settings = SMALL | {"train.epochs": 8, "train.learning_rate": 5e-3, "model.candidate_fusion": "dynamic_instance"}

@@ -25,7 +25,7 @@ import numpy as np
 from missrec_t4r.errors import ServingError
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.transports import Transport, open_transport, translate_errors
-from missrec_t4r.serving.deploy.warmup import differences, sample_sessions
+from missrec_t4r.serving.deploy.smoke_test import differences, sample_sessions
 from missrec_t4r.serving.triton.local_server import LocalTriton
 
 Tensors = dict[str, Any]

@@ -31,7 +31,7 @@ from missrec_t4r.schema import ITEM_ID
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.protocol import Recommendation
 from missrec_t4r.serving.deploy.blue_green import deploy, rollback
-from missrec_t4r.serving.deploy.warmup import differences, sample_sessions
+from missrec_t4r.serving.deploy.smoke_test import differences, sample_sessions
 from missrec_t4r.serving.triton.local_server import LocalTriton
 
 _TOP_K = 10

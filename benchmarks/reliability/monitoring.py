@@ -27,7 +27,7 @@ from typing import Any
 
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.deploy.blue_green import deploy
-from missrec_t4r.serving.deploy.warmup import sample_sessions
+from missrec_t4r.serving.deploy.smoke_test import sample_sessions
 from missrec_t4r.serving.triton.local_server import LocalTriton
 from missrec_t4r.serving.triton.ports import LOOPBACK, choose_ports
 

@@ -74,7 +74,7 @@ def export(
     loaded = load_run(run, data)
     targets = [(bundle_folder, MANIFEST_FILE)] + ([(repository, MARKER)] if repository is not None else [])
     for target, marker in targets:
-        refuse_unmanaged(target, marker)
+        refuse_unmanaged(target, marker, "bundle" if marker == MANIFEST_FILE else "model repository", BundleError)
     would_replace = any(target.exists() for target, _ in targets)
     with ExitStack() as stack:
         if dry_run:

@@ -1,9 +1,10 @@
-"""Side features on the wire: one JSON object per session, values as the shop knows them, encoded as training did.
+"""Event features of requests: one JSON object per session with raw values, encoded as in training.
 
     {"event_type": ["view", null, "purchase"], "dwell_seconds": [3.5, 0, 40]}
 
-The lists are as long as the session's item ids, oldest first; null says that a value is not known. A session without
-the object, a column that is left out and a null all count as absent, for which the model has a learned vector.
+The request field is called ``side``. The lists are as long as the session's item ids, oldest first; null is an unknown
+value. A session without the object, a missing column and a null all count as absent, for which the model has a learned
+vector.
 """
 
 from __future__ import annotations
@@ -23,40 +24,47 @@ SessionEventFeatures = Mapping[str, Sequence[Any]]
 
 
 def write_event_features(event_features: SessionEventFeatures | None) -> bytes:
-    """Return what a request carries for one session; nothing for a session without side features.
+    """Encode one session's event features as JSON; empty for a session without any.
 
     Raises
     ------
     DataError
-        The values are no numbers, texts or lists of them.
+        The values are not numbers, texts or lists of them.
     """
     try:
         return json.dumps(dict(event_features)).encode() if event_features else b""
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"side features that JSON cannot carry ({error})", "lists of texts, numbers or None by column"
+            f"event features that JSON cannot represent ({error})", "lists of texts, numbers or None by column"
         ) from error
 
 
 class EventFeatureReader:
-    """Reads the side features of requests for one model.
+    """Decode the event features of requests for one model.
 
     Parameters
     ----------
     columns : sequence of EventColumn
-        What the model was trained with; empty for a model without side features.
+        Columns that the model was trained with; empty for a model without event features.
     """
 
     def __init__(self, columns: Sequence[EventColumn]) -> None:
         self.columns = {column.name: column for column in columns}
 
     def read(self, text: bytes, n_events: int) -> EventArrays:
-        """Return one session's codes, numbers and vectors, [event] or [event, size] by column.
+        """Return one session's codes, numbers and vectors by column, [seq] or [seq, size].
+
+        Parameters
+        ----------
+        text : bytes
+            JSON object; empty is no event feature.
+        n_events : int
+            Item ids of the session.
 
         Raises
         ------
         ServingError
-            No JSON object, a column that the model does not have, or a list that is not as long as the session.
+            No JSON object, a column that the model does not have, or a list of another length than the session.
         DataError
             Values of another kind than the column's.
         """
@@ -65,31 +73,31 @@ class EventFeatureReader:
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ServingError(f"side features that are no JSON ({error})", "one object per session") from error
+            raise ServingError(f"event features that are no JSON ({error})", "one object per session") from error
         if not isinstance(content, dict):
-            raise ServingError(f"side features of type {type(content).__name__}", "one JSON object per session")
+            raise ServingError(f"event features of type {type(content).__name__}", "one JSON object per session")
         try:
             return self.encode(content, n_events)
         except (ValueError, RecursionError, OverflowError) as error:
-            raise ServingError(f"side features that cannot be read ({error})", "numbers, texts or vectors") from error
+            raise ServingError(f"event features that cannot be read ({error})", "numbers, texts or vectors") from error
 
     def encode(self, event_features: SessionEventFeatures, n_events: int) -> EventArrays:
-        """Return what `read` returns, of values that are parsed already; errors are the same."""
+        """Encode parsed values as `read` does, with the same errors."""
         for name, values in event_features.items():
             if name not in self.columns:
-                known = ", ".join(self.columns) or "none: this model was trained without side features"
-                raise ServingError(f"side feature {name!r}", known)
+                expected = ", ".join(self.columns) or "none: this model was trained without event features"
+                raise ServingError(f"event feature {name!r}", expected)
             if not isinstance(values, list) or len(values) != n_events:
                 found = f"{len(values)} values" if isinstance(values, list) else type(values).__name__
                 raise ServingError(
-                    f"side feature {name!r} with {found} for {n_events} item ids",
+                    f"event feature {name!r} with {found} for {n_events} item ids",
                     "one value per item id",
-                    "send null where a value is not known",
+                    "send null where a value is unknown",
                 )
         return {name: self.columns[name].encode(values) for name, values in event_features.items()}
 
     def stacked(self, sessions: Sequence[EventArrays], rows: npt.NDArray[np.int64]) -> EventArrays:
-        """Return the side features of a batch, aligned with its rows; absent where a session has none.
+        """Return the event features of a batch by column, [batch, seq] or [batch, seq, size], aligned with its rows.
 
         Parameters
         ----------
@@ -98,13 +106,12 @@ class EventFeatureReader:
         rows : ndarray [batch, seq], int64
             The last rows of each session, 0-padded on the right.
         """
-        kept = (rows > 0).sum(1)
+        lengths = (rows > 0).sum(1)  # [batch]
         arrays: EventArrays = {}
         for name in {name for session in sessions for name in session}:
-            column = self.columns[name]
-            nothing = column.encode([None])
-            arrays[name] = np.repeat(nothing[None], rows.size, 0).reshape(*rows.shape, *nothing.shape[1:])
-            for line, session in enumerate(sessions):
-                if name in session and kept[line]:
-                    arrays[name][line, : kept[line]] = session[name][-kept[line] :]
+            absent = self.columns[name].encode([None])  # [1] or [1, size]: padding, and sessions without the column
+            arrays[name] = np.repeat(absent[None], rows.size, 0).reshape(*rows.shape, *absent.shape[1:])
+            for index, session in enumerate(sessions):
+                if name in session and lengths[index]:
+                    arrays[name][index, : lengths[index]] = session[name][-lengths[index] :]  # rows are the last ids
         return arrays

@@ -172,7 +172,7 @@ folder = pathlib.Path(sys.argv[1])
 sessions = SessionsBackend(folder)
 assert "torch" not in sys.modules, "the sessions model starts without torch"
 found.clear()  # what importing libraries does is theirs
-answer = RankerBackend(folder).answer(sessions.answer([
+answer = RankerBackend(folder).infer(sessions.infer([
     {"item_ids": np.array([["ware-1-ü".encode(), b"x"]], object), "length": np.array([[2]], np.int32)}]))[0]
 assert answer["n_unknown"].tolist() == [[1]], answer
 heavy = {"nvtabular", "merlin", "transformers4rec", "transformers", "dask"} & set(sys.modules)

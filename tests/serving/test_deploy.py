@@ -19,12 +19,14 @@ from missrec_t4r.bundle.manifest import verify_bundle
 from missrec_t4r.errors import BundleError, ConfigError, ServingError
 from missrec_t4r.export.export import export
 from missrec_t4r.serving.client.client import MISSRecClient
-from missrec_t4r.serving.deploy.blue_green import deploy, rollback, versions_of
+from missrec_t4r.serving.deploy.blue_green import deploy, rollback
 from missrec_t4r.serving.shadow.grpc_proxy import GrpcShadowProxy
 from missrec_t4r.serving.shadow.http_proxy import HttpShadowProxy
+from missrec_t4r.serving.triton.deployment import bundle_of, current_version, versions_of
 from missrec_t4r.serving.triton.local_server import LocalTriton
-from missrec_t4r.serving.triton.model_control import SERVER_FILE, Control, bundle_of, current_version
-from missrec_t4r.serving.triton.ports import answers_ready
+from missrec_t4r.serving.triton.model_config import read_config
+from missrec_t4r.serving.triton.model_control import SERVER_FILE, Control
+from missrec_t4r.serving.triton.ports import is_ready
 from tests.serving.conftest import serving
 
 SESSION = ["ware-3-ü", "ware-9-ü"]
@@ -170,7 +172,7 @@ def test_a_version_that_cannot_be_loaded_changes_nothing(
         deploy(live, version=staged)
     assert asked(running) == before
     assert current_version(live) == version
-    assert answers_ready(running.ports["http"], "missrec")
+    assert is_ready(running.ports["http"], "missrec")
     shutil.rmtree(live / f"missrec_v{staged}")
 
 
@@ -280,7 +282,7 @@ def test_a_deploy_keeps_the_sizes_of_the_version_that_answers(bundle: Path, othe
     deploy(folder, bundle=bundle, instances=2, threads=3, max_batch_size=32)
     deploy(folder, bundle=other_bundle)
     deploy(folder, bundle=bundle, instances=1)
-    configs = [(folder / f"missrec_ranker_v{version}" / "config.pbtxt").read_text() for version in (1, 2, 3)]
-    assert ["count: 2" in text for text in configs] == [True, True, False]
-    assert all('"threads" value: { string_value: "3" }' in text for text in configs)
-    assert all("max_batch_size: 32" in text for text in configs)
+    configs = [read_config(folder / f"missrec_ranker_v{version}") for version in (1, 2, 3)]
+    assert [config.instance_group[0].count for config in configs] == [2, 2, 1]
+    assert {config.parameters["threads"].string_value for config in configs} == {"3"}
+    assert {config.max_batch_size for config in configs} == {32}

@@ -26,7 +26,7 @@ from missrec_t4r.serving.triton.repository import (
     BUNDLE_IN_REPOSITORY,
     MODELS,
     fill_repository,
-    filled,
+    fill_template,
     write_repository,
 )
 from tests.serving import shop
@@ -206,8 +206,8 @@ def test_the_two_models_in_a_row_answer_as_the_ranker(bundle: Path, loaded: Load
         {"item_ids": back.transform.to_wire(session or [None])[None], "length": np.array([[len(session)]], np.int32)}
         for session in raw
     ]
-    asked = [dict(answer) | {"top_k": np.array([[3]], np.int32)} for answer in SessionsBackend(bundle).answer(requests)]
-    answers = RankerBackend(bundle).answer(asked)
+    asked = [dict(answer) | {"top_k": np.array([[3]], np.int32)} for answer in SessionsBackend(bundle).infer(requests)]
+    answers = RankerBackend(bundle).infer(asked)
     expected = Ranker(back.model, back.catalogue).rank(shop.padded(back.transform(*raw)), top_k=3)
     for index, answer in enumerate(answers):
         assert not isinstance(answer, Exception)
@@ -218,7 +218,7 @@ def test_the_two_models_in_a_row_answer_as_the_ranker(bundle: Path, loaded: Load
 
 def test_one_wrong_request_does_not_fail_its_neighbours(bundle: Path) -> None:
     good = {"rows": np.array([[3, 4]]), "seen": np.array([[3, 4]])}
-    ranked = RankerBackend(bundle).answer(
+    ranked = RankerBackend(bundle).infer(
         [
             good,
             good | {"top_k": np.array([[0]])},
@@ -233,7 +233,7 @@ def test_one_wrong_request_does_not_fail_its_neighbours(bundle: Path) -> None:
     assert ranked[0]["item_id"].tolist() == ranked[4]["item_id"].tolist()  # type: ignore[index]  answers, not errors
     lengths = [np.array([[1]]), np.array([[9]]), np.array([[2]])]
     wire = np.array([[b"ware-1-\xc3\xbc", b"x"]], object)
-    mapped = SessionsBackend(bundle).answer([{"item_ids": wire, "length": length} for length in lengths])
+    mapped = SessionsBackend(bundle).infer([{"item_ids": wire, "length": length} for length in lengths])
     assert [isinstance(answer, DataError) for answer in mapped] == [False, True, False]
 
 
@@ -267,5 +267,5 @@ def test_a_missing_parameter_is_named() -> None:
 
 @pytest.mark.parametrize("template", ["count: ${instances}", "price: $"])
 def test_a_template_that_asks_for_more_is_refused(template: str) -> None:
-    with pytest.raises(BundleError, match="a template asks for"):
-        filled(template, {"threads": "1"})
+    with pytest.raises(BundleError, match="a template has the placeholder"):
+        fill_template(template, {"threads": "1"})

@@ -16,7 +16,7 @@ import yaml
 from missrec_t4r.errors import ServingError
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.triton.local_server import LocalTriton
-from missrec_t4r.serving.triton.metrics import COUNTERS, COVERAGE, GATHERED, GAUGES
+from missrec_t4r.serving.triton.metrics import COUNTERS, COVERAGE, FLUSH_SECONDS, GAUGES
 from tests.project.packages import ROOT
 
 pytestmark = pytest.mark.triton
@@ -38,7 +38,7 @@ def settled(server: LocalTriton, changed: str = "", since: float = 0.0) -> dict[
         ours = [{name: total(one, name) for name in COUNTERS} for one in told[-2:]]
         return ours[0] == ours[1] and (not changed or total(told[-1], changed) > since)
 
-    eventually(still, every=4 * GATHERED)
+    eventually(still, every=4 * FLUSH_SECONDS)
     return told[-1]
 
 

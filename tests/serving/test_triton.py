@@ -30,7 +30,7 @@ from missrec_t4r.runs.run_folder import LoadedRun
 from missrec_t4r.serving.client.client import MISSRecClient, recommend
 from missrec_t4r.serving.client.transports import translate_errors
 from missrec_t4r.serving.triton.local_server import LocalTriton
-from missrec_t4r.serving.triton.ports import answers_ready
+from missrec_t4r.serving.triton.ports import is_ready
 from tests.serving import shop
 from tests.serving.conftest import serving
 
@@ -228,7 +228,7 @@ def test_a_damaged_bundle_keeps_the_server_from_starting(exported: Path, tmp_pat
     broken = LocalTriton(copy, log_file=tmp_path / "triton.log")
     with pytest.raises(ServingError, match=r"BundleError: \S+weights\.safetensors is damaged"):
         broken.__enter__()
-    assert not answers_ready(broken.ports["http"])
+    assert not is_ready(broken.ports["http"])
 
 
 def test_serve_stops_cleanly_on_sigterm(exported: Path, server: LocalTriton) -> None:
@@ -254,15 +254,15 @@ print(json.dumps(serve(sys.argv[1], http_port=0, grpc_port=0, metrics_port=0, pr
     url = re.search(r"HTTP (127\.0\.0\.1:\d+)", said)
     assert url, said + process.stderr.read()
     port = int(url[1].rpartition(":")[2])
-    assert answers_ready(port)
+    assert is_ready(port)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     assert json.loads(out)["ports"]["http"] == port
     deadline = time.monotonic() + 5
-    while answers_ready(port) and time.monotonic() < deadline:
+    while is_ready(port) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not answers_ready(port)
+    assert not is_ready(port)
 
 
 def test_threads_may_share_a_grpc_client(server: LocalTriton, bundle: Path, loaded: LoadedRun) -> None:

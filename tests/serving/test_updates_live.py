@@ -19,6 +19,7 @@ from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.transports import open_transport
 from missrec_t4r.serving.deploy.blue_green import deploy
 from missrec_t4r.serving.triton.backend import RankerBackend, SessionsBackend
+from missrec_t4r.serving.triton.deployment import bundle_of
 from missrec_t4r.serving.triton.local_server import LocalTriton
 from missrec_t4r.serving.triton.model_control import bundle_of
 from tests.serving.conftest import serving
@@ -49,8 +50,8 @@ def running(live: Path) -> Iterator[LocalTriton]:
 
 def expected(bundle: Path) -> dict[str, np.ndarray]:
     """What a bundle answers to REQUEST without any server."""
-    (rows,) = SessionsBackend(bundle).answer([REQUEST])
-    (answer,) = RankerBackend(bundle).answer([{**REQUEST, **rows}])
+    (rows,) = SessionsBackend(bundle).infer([REQUEST])
+    (answer,) = RankerBackend(bundle).infer([{**REQUEST, **rows}])
     return {name: answer[name] for name in OUTPUTS}
 
 

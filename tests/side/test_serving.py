@@ -117,14 +117,14 @@ def test_requests_without_side_features_are_the_models_own_answers(
 @pytest.mark.triton
 def test_a_wrong_request_is_refused_in_words(client: MISSRecClient) -> None:
     for event_features, words in (
-        ({"colour": ["red", "red"]}, "side feature 'colour'; expected: event_type, dwell, scene"),
+        ({"colour": ["red", "red"]}, "event feature 'colour'; expected: event_type, dwell, scene"),
         ({"dwell": [1.0]}, "'dwell' with 1 values for 2 item ids"),
         ({"dwell": [1.0, "long"]}, "one continuous value per event"),
         ({"scene": [[1.0, 2.0], None]}, "vectors have 4 numbers"),
     ):
         with pytest.raises(ServingError, match=words):
             client.recommend([["i1", "i2"]], side=[event_features])
-    with pytest.raises(DataError, match="side features of 2 sessions for 1"):
+    with pytest.raises(DataError, match="event features of 2 sessions for 1"):
         client.recommend([["i1"]], side=[None, None])
     assert client.recommend([["i1", "i2"]], 3, side=[{"dwell": [None, 4.0], "event_type": ["gift", None]}])[0].item_ids
 
@@ -193,10 +193,10 @@ def test_no_hostile_request_fails_its_neighbours(exported: Path) -> None:
         _one(exclude=np.array([[b"i7", b""]], object), top_k=np.array([[9]])),
         _one(),
     ]
-    alone = [ranker.answer([request])[0] for request in good]
+    alone = [ranker.infer([request])[0] for request in good]
     requests = [part for index, bad in enumerate(HOSTILE.values()) for part in (bad, good[index % len(good)])]
     for batch in (requests, requests[::-1]):
-        answers = ranker.answer(batch)
+        answers = ranker.infer(batch)
         for request, answer in zip(batch, answers, strict=True):
             at = next((index for index, one in enumerate(good) if one is request), None)
             if at is None:
@@ -215,7 +215,7 @@ def test_no_hostile_request_fails_its_neighbours(exported: Path) -> None:
 def test_numbers_that_are_none_count_as_absent_and_harm_nobody(exported: Path) -> None:
     ranker = RankerBackend(exported / "bundle")
     absent = [b'{"dwell": [null, 4]}', b'{"dwell": [NaN, 4]}', b'{"dwell": [Infinity, 4]}', b'{"dwell": [1e999, 4]}']
-    answers = ranker.answer([_one(side=_text(text)) for text in absent])
+    answers = ranker.infer([_one(side=_text(text)) for text in absent])
     for answer in answers:
         assert not isinstance(answer, MISSRecError)
         assert answer["item_id"].tolist() == answers[0]["item_id"].tolist()  # type: ignore[index]  an answer
@@ -231,7 +231,7 @@ def test_what_only_shows_when_ranking_is_one_requests_error(exported: Path, monk
         return rank(rows, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ranker.ranker, "rank", fails)
-    first, second, third = ranker.answer([_one(), _one(rows=np.array([[7]])), _one()])
+    first, second, third = ranker.infer([_one(), _one(rows=np.array([[7]])), _one()])
     assert "RuntimeError: out of memory" in str(second)
     assert first["item_id"].tolist() == third["item_id"].tolist()  # type: ignore[index]  answers, not errors
 
@@ -263,7 +263,7 @@ def test_a_damaged_tensor_is_one_requests_error(exported: Path) -> None:
     )
     assert first[0]["item_id"].tolist() == last[0]["item_id"].tolist()
     assert "RuntimeError: damaged tensor" in damaged[1]
-    assert "side feature" in odd[1]
+    assert "event feature" in odd[1]
     assert seen == [4, 4]
 
 
@@ -282,7 +282,7 @@ def test_no_hostile_session_fails_its_neighbours(exported: Path) -> None:
         good | {"length": np.array([[b"2"]], object)},
         good | {"length": np.array([[2**62]])},
     ]
-    answers = sessions.answer([request for one in bad for request in (one, good)])
+    answers = sessions.infer([request for one in bad for request in (one, good)])
     assert all(isinstance(answer, MISSRecError) for answer in answers[::2])
     assert all(answer["rows"].tolist() == [[5, 9]] for answer in answers[1::2])  # type: ignore[index]  answers
 

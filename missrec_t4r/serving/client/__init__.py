@@ -1,1 +1,1 @@
-"""The typed clients, synchronous and asynchronous, and their transports."""
+"""Typed clients, synchronous and asynchronous, and their transports: gRPC, HTTP, or a bundle in this process."""

@@ -1,4 +1,4 @@
-"""The client for asyncio: the same requests and answers, any number of them under way at a time."""
+"""Asyncio client: the requests and results of `MISSRecClient`, any number of them concurrently."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from missrec_t4r.serving.client.protocol import (
     requests_of,
 )
 from missrec_t4r.serving.client.retry import Retries
-from missrec_t4r.serving.client.transports import translate_errors
+from missrec_t4r.serving.client.transports import ModelFacts, translate_errors
 from missrec_t4r.serving.event_features import SessionEventFeatures
 
 
@@ -34,14 +34,14 @@ class AsyncMISSRecClient:
     timeout : float
         Seconds per request.
     model : str
-        Name of the ensemble.
+        Name of the served ensemble.
     retries : Retries, optional
-        As in `MISSRecClient`.
+        As for `MISSRecClient`.
 
     Examples
     --------
     >>> async with AsyncMISSRecClient("localhost:8001") as client:                               # doctest: +SKIP
-    ...     answers = await client.recommend([["P00042", "P00007"]], top_k=3)
+    ...     recommendations = await client.recommend([["P00042", "P00007"]], top_k=3)
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class AsyncMISSRecClient:
     ) -> None:
         self.url, self.model, self.timeout = url, model, timeout
         self.retries = Retries() if retries is None else retries
-        self._door = open_async_transport(url, protocol, timeout)
-        self._described: asyncio.Task[Description] | None = None
+        self._transport = open_async_transport(url, protocol, timeout)
+        self._description: asyncio.Task[Description] | None = None
 
     async def __aenter__(self) -> AsyncMISSRecClient:
         return self
@@ -68,13 +68,13 @@ class AsyncMISSRecClient:
 
     async def close(self) -> None:
         """Close the connection."""
-        await self._door.close()
+        await self._transport.close()
 
     async def description(self) -> Description:
-        """Return what the server says of the model; asked once, and again only if that failed."""
-        if self._described is None or (self._described.done() and self._described.exception() is not None):
-            self._described = asyncio.ensure_future(self._describe())
-        return await asyncio.shield(self._described)
+        """Return the id type, batch size and inputs of the served model; requested once, again only if that failed."""
+        if self._description is None or (self._description.done() and self._description.exception() is not None):
+            self._description = asyncio.ensure_future(self._describe())
+        return await asyncio.shield(self._description)
 
     async def recommend(
         self,
@@ -88,28 +88,32 @@ class AsyncMISSRecClient:
         reasons: bool = False,
         side: Sequence[SessionEventFeatures | None] | None = None,
     ) -> list[Recommendation]:
-        """Recommend items for every session; parameters, answers and errors are those of `MISSRecClient.recommend`."""
+        """Recommend items for every session; parameters, result and errors are those of `MISSRecClient.recommend`."""
         check_call(sessions, top_k)
-        wishes = RequestOptions(
+        options = RequestOptions(
             exclude_seen=exclude_seen, exclude=exclude, allow=allow, rules=rules, reasons=reasons, side=side
         )
-        requests = list(requests_of(sessions, top_k, await self.description(), wishes))
-        parts = await asyncio.gather(*(self.ask(request) for request in requests))
-        counts = [len(request["length"]) for request in requests]
-        return [answer for n, outputs in zip(counts, parts, strict=True) for answer in recommendations_of(outputs, n)]
+        requests = list(requests_of(sessions, top_k, await self.description(), options))
+        outputs = await asyncio.gather(*(self.infer(request) for request in requests))
+        return [
+            recommendation
+            for request, tensors in zip(requests, outputs, strict=True)
+            for recommendation in recommendations_of(tensors, len(request["length"]))
+        ]
 
-    async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send one request as it is, tensors by name, and return the answer's tensors."""
+    async def infer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send one request, tensors by name, and return the response's tensors."""
 
-        async def once() -> dict[str, Any]:
+        async def send() -> dict[str, Any]:
             with translate_errors(self.url, self.model, self.timeout):
-                return await self._door.infer(self.model, request, outputs_for(request))
+                return await self._transport.infer(self.model, request, outputs_for(request))
 
-        return await self.retries.acall(once, self.timeout)
+        return await self.retries.acall(send, self.timeout)
 
     async def _describe(self) -> Description:
-        async def once() -> tuple[dict[str, str], int]:
+        async def send() -> ModelFacts:
             with translate_errors(self.url, self.model, self.timeout):
-                return await self._door.describe(self.model)
+                return await self._transport.describe(self.model)
 
-        return Description.of(*await self.retries.acall(once, self.timeout), f"model {self.model!r} at {self.url}")
+        facts = await self.retries.acall(send, self.timeout)
+        return Description.of(*facts, f"model {self.model!r} at {self.url}")

@@ -1,6 +1,7 @@
-"""The typed client: sessions of raw item ids in, recommendations out, over gRPC or HTTP, or without a server.
+"""Typed client: sessions of raw item ids in, recommendations out, over gRPC or HTTP, or without a server.
 
-It asks the server once for the type of the ids and the largest batch, then pads, splits and reassembles requests.
+It requests the type of the ids and the largest batch once, then pads sessions, splits them into requests and joins the
+responses.
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ from missrec_t4r.serving.client.protocol import (
     typed_id,
 )
 from missrec_t4r.serving.client.retry import Retries
-from missrec_t4r.serving.client.transports import Transport, open_transport, translate_errors
+from missrec_t4r.serving.client.transports import ModelFacts, Transport, open_transport, translate_errors
 from missrec_t4r.serving.event_features import SessionEventFeatures
-from missrec_t4r.serving.triton.model_control import bundle_of, current_version, is_deployment
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +43,15 @@ class MISSRecClient:
     url : str
         ``host:port``; Triton's defaults are 8001 for gRPC and 8000 for HTTP.
     protocol : {"grpc", "http"}
-        A gRPC client may be shared by threads; make one HTTP client per thread.
+        Threads may share a gRPC client; make one HTTP client per thread.
     timeout : float
         Seconds per request.
     model : str
-        Name of the ensemble.
-    retries : Retries
-        How often to ask a server that is not there; ``Retries(attempts=1)`` never asks again.
-    door : Transport, optional
-        Used in place of a connection of its own.
+        Name of the served ensemble.
+    retries : Retries, optional
+        Attempts while the server is unavailable; ``Retries(attempts=1)`` never retries.
+    transport : Transport, optional
+        Used in place of a new connection to ``url``.
 
     Examples
     --------
@@ -67,27 +67,27 @@ class MISSRecClient:
         timeout: float = 10.0,
         model: str = "missrec",
         retries: Retries | None = None,
-        door: Transport | None = None,
+        transport: Transport | None = None,
     ) -> None:
         self.url, self.model, self.timeout = url, model, timeout
         self.retries = Retries() if retries is None else retries
-        self._door = open_transport(url, protocol, timeout) if door is None else door
+        self._transport = open_transport(url, protocol, timeout) if transport is None else transport
 
     @classmethod
     def of_bundle(cls, bundle: str | Path, *, threads: int = 1) -> MISSRecClient:
-        """Return a client that needs no server: the server's models run in this process, on a verified bundle.
+        """Return a client without a server: the served models run in this process, on a verified bundle.
 
         Parameters
         ----------
         bundle : path
+            Written by `missrec export`.
         threads : int
             Threads of torch.
         """
-        from missrec_t4r.serving.client.in_process import (
-            InProcessTransport,  # torch, which a client of a server does without
-        )
+        from missrec_t4r.serving.client.in_process import InProcessTransport  # here: clients of a server need no torch
 
-        return cls(str(bundle), door=InProcessTransport(Path(bundle), threads=threads), retries=Retries(attempts=1))
+        transport = InProcessTransport(Path(bundle), threads=threads)
+        return cls(str(bundle), transport=transport, retries=Retries(attempts=1))
 
     def __enter__(self) -> MISSRecClient:
         return self
@@ -97,26 +97,26 @@ class MISSRecClient:
 
     def close(self) -> None:
         """Close the connection."""
-        self._door.close()
+        self._transport.close()
 
     @cached_property
     def description(self) -> Description:
-        """What the server says of the model, asked once."""
+        """Id type, batch size and inputs of the served model; requested once."""
 
-        def ask() -> tuple[dict[str, str], int]:
+        def send() -> ModelFacts:
             with translate_errors(self.url, self.model, self.timeout):
-                return self._door.describe(self.model)
+                return self._transport.describe(self.model)
 
-        return Description.of(*self.retries.call(ask, self.timeout), f"model {self.model!r} at {self.url}")
+        return Description.of(*self.retries.call(send, self.timeout), f"model {self.model!r} at {self.url}")
 
     @property
     def id_type(self) -> str:
-        """``"string"`` or ``"int64"``: the type of the served catalogue's ids."""
+        """Type of the served catalogue's ids: ``"string"`` or ``"int64"``."""
         return self.description.id_type
 
     @property
     def max_batch_size(self) -> int:
-        """Sessions that one request may hold; larger calls are split."""
+        """Most sessions of one request; larger calls are split."""
         return self.description.max_batch_size
 
     def recommend(
@@ -136,20 +136,22 @@ class MISSRecClient:
         Parameters
         ----------
         sessions : sequence of sequences of str, int or None
-            Raw ids in the order of time, of the catalogue's type; None is an event without id.
+            Raw ids in time order, of the catalogue's type; None is an event without id.
         top_k : int
-            Items wanted per session.
+            Items per session.
         exclude_seen : bool
-            Leave out the items of the session itself.
-        exclude, allow : sequence of ids, or a sequence of such per session, optional
-            What must not be recommended; the only items that may be.
-        rules : mapping, or a sequence of mappings per session, optional
-            ``{"where": {"in_stock": True, "price": {"max": 20}}, "at_most": {"brand": 2}}``: filters over the
-            catalogue's columns, and how many answered items may share a value.
+            Exclude the items of the session itself.
+        exclude : sequence of ids, or one such sequence per session, optional
+            Items that must not be recommended.
+        allow : sequence of ids, or one such sequence per session, optional
+            The only items that may be recommended.
+        rules : mapping, or one mapping per session, optional
+            Filters over the catalogue's columns, and diversity caps: how many recommended items may share a value,
+            ``{"where": {"in_stock": True, "price": {"max": 20}}, "at_most": {"brand": 2}}``.
         reasons : bool
-            Also say which item of the session and which modality weighed most.
+            Explain every recommendation: the session's item and the modality that contributed most.
         side : sequence of mappings or None, optional
-            Side features of every session: raw values by column, one per item id, None where it is not known.
+            Event features of every session: raw values by column, one per item id, None where it is unknown.
 
         Returns
         -------
@@ -161,27 +163,27 @@ class MISSRecClient:
         DataError
             An id is of the wrong type; the session is named.
         UnavailableError
-            The server cannot be reached, or is not ready, in any attempt.
+            The server could not be reached, or was not ready, in any attempt.
         ServingError
             The server is too slow, has no such model, or refuses the request.
         """
         check_call(sessions, top_k)
-        answers: list[Recommendation] = []
-        wishes = RequestOptions(
+        options = RequestOptions(
             exclude_seen=exclude_seen, exclude=exclude, allow=allow, rules=rules, reasons=reasons, side=side
         )
-        for request in requests_of(sessions, top_k, self.description, wishes):
-            answers += recommendations_of(self.ask(request), len(request["length"]))
-        return answers
+        recommendations: list[Recommendation] = []
+        for request in requests_of(sessions, top_k, self.description, options):
+            recommendations += recommendations_of(self.infer(request), len(request["length"]))
+        return recommendations
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send one request as it is, tensors by name, and return the answer's tensors."""
+    def infer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send one request, tensors by name, and return the response's tensors."""
 
-        def once() -> dict[str, Any]:
+        def send() -> dict[str, Any]:
             with translate_errors(self.url, self.model, self.timeout):
-                return self._door.infer(self.model, request, outputs_for(request))
+                return self._transport.infer(self.model, request, outputs_for(request))
 
-        return self.retries.call(once, self.timeout)
+        return self.retries.call(send, self.timeout)
 
 
 def recommend(
@@ -267,13 +269,24 @@ def recommend(
     }
 
 
-def read_titles(place: Path) -> dict[str | int, str]:
-    """Return the titles of a bundle, a catalogue folder, a parquet file, or of the version that a deployment answers
-    with; none if there is no column ``title``.
+def read_titles(source: Path) -> dict[str | int, str]:
+    """Return the titles by item id; empty if there is no column ``title``.
+
+    Parameters
+    ----------
+    source : Path
+        A bundle, a catalogue folder, a parquet file, or a deployment folder: the titles of its current version.
+
+    Raises
+    ------
+    DataError
+        There is no item table.
     """
-    if is_deployment(place) and (version := current_version(place)) is not None:
-        place = bundle_of(place, version)
-    file = place / "items.parquet" if place.is_dir() else place
+    from missrec_t4r.serving.triton.deployment import bundle_of, current_version, is_deployment  # here: needs gRPC
+
+    if is_deployment(source) and (version := current_version(source)) is not None:
+        source = bundle_of(source, version)
+    file = source / "items.parquet" if source.is_dir() else source
     if not file.is_file():
         raise DataError(
             f"{file} does not exist", "an item table", "pass a bundle, a catalogue folder or a parquet file"

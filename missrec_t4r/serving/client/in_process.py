@@ -1,4 +1,4 @@
-"""A door without a server: the two models of the repository in this process: offline answers are online ones."""
+"""In-process transport: runs the two served models locally, so batch scoring equals online serving."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy.typing as npt
 
 from missrec_t4r.errors import MISSRecError
-from missrec_t4r.serving.client.transports import Arrays
+from missrec_t4r.serving.client.transports import Arrays, ModelFacts
 from missrec_t4r.serving.triton.backend import Backend, RankerBackend, SessionsBackend
 
 _BATCH = 64
@@ -17,13 +17,14 @@ _BATCH = 64
 
 
 class InProcessTransport:
-    """What Triton does with the ensemble's steps: each gets the tensors that it names and adds its answer.
+    """The ensemble's two steps as Triton runs them: each gets its named inputs and adds its outputs.
 
     Parameters
     ----------
     bundle : Path
-        Verified whole.
+        All its files are verified.
     device : str
+        ``"cpu"`` or ``"cuda:0"``.
     threads : int
         Threads of torch.
     """
@@ -33,27 +34,27 @@ class InProcessTransport:
         self.ranker = RankerBackend(bundle, device, threads)
         self._steps: tuple[Backend, ...] = (self.sessions, self.ranker)
 
-    def describe(self, model: str) -> tuple[dict[str, str], int]:  # noqa: ARG002 - a bundle is one model
-        """Return the data type of the inputs, and the sessions that one pass takes."""
-        ids = "BYTES" if self.sessions.transform.settings.id_type == "string" else "INT64"
+    def describe(self, model: str) -> ModelFacts:  # noqa: ARG002 - a bundle is one model
+        """Return the data type of the inputs, and the largest batch of one pass."""
+        id_type = "BYTES" if self.sessions.transform.settings.id_type == "string" else "INT64"
         names = {name for step in self._steps for name in step.inputs}
-        return dict.fromkeys(sorted(names), "") | {"item_ids": ids}, _BATCH
+        return dict.fromkeys(sorted(names), "") | {"item_ids": id_type}, _BATCH
 
     def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:  # noqa: ARG002
-        """Ask both steps.
+        """Run both steps on one request.
 
         Raises
         ------
         MISSRecError
-            The request is refused, in the words that a server would use.
+            The request is refused, with the message of a server.
         """
         tensors = dict(inputs)
         for step in self._steps:
-            (answer,) = step.answer([{name: tensors[name] for name in step.inputs if name in tensors}])
-            if isinstance(answer, MISSRecError):
-                raise answer
-            tensors.update(answer)
+            (response,) = step.infer([{name: tensors[name] for name in step.inputs if name in tensors}])
+            if isinstance(response, MISSRecError):
+                raise response
+            tensors.update(response)
         return {name: tensors[name] for name in outputs if name in tensors}
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: there is no connection."""

@@ -1,4 +1,4 @@
-"""Typed requests and answers and the tensors that carry them; the same for every client, whichever way it asks."""
+"""Typed requests and recommendations, and their encoding as tensors; shared by all clients and transports."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ Session = Sequence[RawId]
 
 
 class Reason(NamedTuple):
-    """Why an item is recommended."""
+    """Explanation of one recommended item."""
 
     item_id: str | int | None
-    """The session's item without which it would score lowest; None for a fallback."""
+    """Item of the session whose removal would lower the score most; None for a fallback."""
     modality: str
-    """The modality that weighs most in its score; ``id`` where only its ID embedding speaks."""
+    """Modality with the largest weight in the score; ``id`` for an item that has an ID embedding only."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The answer to one session."""
+    """Recommended items of one session."""
 
     item_ids: list[str] | list[int]
-    """Raw ids, best first; fewer than asked for when fewer can be recommended."""
+    """Raw ids, best first; fewer than ``top_k`` when fewer can be recommended."""
     scores: list[float]
     """One per item: the model's score before the temperature, or popularity in [0, 1] for a fallback."""
     unknown_items: int
-    """Ids of the session's last ``max_sequence_length`` that were missing or unknown, and so were ignored."""
+    """Ids of the session's last ``max_sequence_length`` that are missing or unknown; the model ignores them."""
     fallback: bool
-    """True when no id was known: these are the most popular items."""
+    """True when no id is known: these are the most popular items."""
     n_passed: int = 0
-    """Items that the rules let through before the caps: how many could have been recommended."""
+    """Items that pass the filters, before the diversity caps."""
     catalogue_version: str = ""
-    """Which catalogue answered; the same for the same items and vectors."""
+    """Version of the served catalogue; equal for equal items and vectors."""
     reasons: list[Reason] = field(default_factory=list)
-    """One per item, if they were asked for."""
+    """One explanation per item, if the request has ``reasons``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions:
-    """What a request asks for beside the number of items; the rules are those of ``triton_models/README.md``.
+    """Options of a request beside the number of items; ``triton_models/README.md`` defines the business rules.
 
     Examples
     --------
@@ -61,21 +61,21 @@ class RequestOptions:
     """
 
     exclude_seen: bool = False
-    """Leave out the items of the session itself."""
+    """Exclude the items of the session itself."""
     exclude: Session | Sequence[Session] | None = None
     """Ids that must not be recommended: one list for all sessions, or a list per session."""
     allow: Session | Sequence[Session] | None = None
     """The only ids that may be recommended, in the same form; an empty list allows everything."""
     rules: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
-    """Filters over the catalogue's columns and caps: one mapping for all sessions, or one per session."""
+    """Filters over the catalogue's columns and diversity caps: one mapping for all sessions, or one per session."""
     reasons: bool = False
-    """Also say why; costs the server one pass of the model per different item of the session."""
+    """Explain every recommendation; costs the server one forward pass per distinct item of the session."""
     side: Sequence[SessionEventFeatures | None] | None = None
-    """Side features of every session: raw values by column, one per item id, None where it is not known."""
+    """Event features of every session: raw values by column, one per item id, None where it is unknown."""
 
     @property
     def given(self) -> list[str]:
-        """Names of the rules that are set."""
+        """Names of the restrictions and event features that are set."""
         return [name for name in ("exclude", "allow", "rules", "side") if getattr(self, name) is not None]
 
 
@@ -84,85 +84,97 @@ NO_OPTIONS = RequestOptions()
 
 @dataclass(frozen=True)
 class Description:
-    """What a client has to know of the served model."""
+    """Properties of the served model that a client needs."""
 
     id_type: str
-    """``"string"`` or ``"int64"``: the type of the catalogue's ids."""
+    """Type of the catalogue's ids: ``"string"`` or ``"int64"``."""
     max_batch_size: int
-    """Sessions that one request may hold; larger calls are split."""
+    """Most sessions of one request; larger calls are split."""
     inputs: frozenset[str]
-    """Names of the tensors that a request may carry."""
+    """Names of the tensors that a request may have."""
 
     @classmethod
     def of(cls, types: Mapping[str, str], batch_size: int, where: str) -> Description:
-        """Read the model's metadata.
+        """Return the description of a model with these input types.
+
+        Parameters
+        ----------
+        types : mapping of str to str
+            Triton's data type of every input.
+        batch_size : int
+            Most sessions of one request.
+        where : str
+            Name and address of the model, for the error.
 
         Raises
         ------
         ServingError
-            It is no model of ours.
+            The model is no MISSRec ensemble.
         """
-        known = {"BYTES": "string", "INT64": "int64"}
-        if types.get("item_ids") not in known:
+        id_types = {"BYTES": "string", "INT64": "int64"}
+        if types.get("item_ids") not in id_types:
             raise ServingError(
                 f"{where} has inputs {dict(types)}",
                 "an input item_ids of strings or 64-bit integers",
                 "serve a repository of `missrec export --triton`",
             )
-        return cls(known[types["item_ids"]], max(batch_size, 1), frozenset(types))
+        return cls(id_types[types["item_ids"]], max(batch_size, 1), frozenset(types))
 
 
 def check_call(sessions: Sequence[Session], top_k: int) -> None:
-    """Refuse what no server could answer, before one is asked.
+    """Check a call's arguments before anything is sent.
 
     Raises
     ------
     DataError
         A session is a string, not a list of ids.
     ServingError
-        ``top_k`` is below one or no 32-bit number.
+        ``top_k`` is below one or exceeds 32 bits.
     """
     if isinstance(sessions, str) or any(isinstance(session, str) for session in sessions):
         raise DataError("a session given as one string", "a list of item ids per session", "wrap the ids in a list")
     if not 1 <= top_k <= np.iinfo(np.int32).max:
-        raise ServingError(f"top_k is {top_k}", "at least 1", "ask for one item or more")
+        raise ServingError(f"top_k is {top_k}", "at least 1", "request one item or more")
 
 
 def requests_of(
-    sessions: Sequence[Session], top_k: int, described: Description, wishes: RequestOptions = NO_OPTIONS
+    sessions: Sequence[Session], top_k: int, description: Description, options: RequestOptions = NO_OPTIONS
 ) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    """Yield the requests that a call makes: ids encoded, sessions padded, split by the largest batch.
+    """Yield the requests of a call: ids encoded, sessions padded, split by the largest batch.
 
     Raises
     ------
     DataError
-        An id is of the wrong type; the session is named. Or as many lists are needed as there are sessions.
+        An id is of the wrong type; the session is named. Or a per-session option has another number of entries.
     """
-    encoded = [_encoded(f"session {index}", session, described.id_type) for index, session in enumerate(sessions)]
-    listed = {
-        name: _per_session(name, getattr(wishes, name), len(sessions), described.id_type)
+    id_type = description.id_type
+    encoded = [_encoded(f"session {index}", session, id_type) for index, session in enumerate(sessions)]
+    id_lists = {
+        name: _per_session(name, getattr(options, name), len(sessions), id_type)
         for name in ("exclude", "allow")
-        if getattr(wishes, name) is not None
+        if getattr(options, name) is not None
     }
-    rules = None if wishes.rules is None else _rules(wishes.rules, len(sessions))
-    told = None if wishes.side is None else [write_event_features(own) for own in wishes.side]
-    if told is not None and len(told) != len(sessions):
-        raise DataError(f"side features of {len(told)} sessions for {len(sessions)}", "one mapping or None per session")
-    for start in range(0, len(encoded), described.max_batch_size):
-        mine = slice(start, start + described.max_batch_size)
-        item_ids, length = pad_sessions(encoded[mine], described.id_type)
+    rules = None if options.rules is None else _rules(options.rules, len(sessions))
+    side = None if options.side is None else [write_event_features(features) for features in options.side]
+    if side is not None and len(side) != len(sessions):
+        raise DataError(
+            f"event features of {len(side)} sessions for {len(sessions)}", "one mapping or None per session"
+        )
+    for start in range(0, len(encoded), description.max_batch_size):
+        batch = slice(start, start + description.max_batch_size)
+        item_ids, length = pad_sessions(encoded[batch], id_type)
         request: dict[str, npt.NDArray[Any]] = {
             "item_ids": item_ids,
             "length": length,
             "top_k": np.full_like(length, top_k),
-            "exclude_seen": np.full(length.shape, wishes.exclude_seen),
+            "exclude_seen": np.full(length.shape, options.exclude_seen),
         }
-        request |= {name: _filled_up(lists[mine], described.id_type) for name, lists in listed.items()}
+        request |= {name: _padded(lists[batch], id_type) for name, lists in id_lists.items()}
         if rules is not None:
-            request["rules"] = np.array(rules[mine], object)[:, None]
-        if told is not None and any(told):
-            request["side"] = np.array(told[mine], object)[:, None]
-        if wishes.reasons:
+            request["rules"] = np.array(rules[batch], object)[:, None]
+        if side is not None and any(side):
+            request["side"] = np.array(side[batch], object)[:, None]
+        if options.reasons:
             request["reasons"] = np.full(length.shape, True)
         yield request
 
@@ -178,37 +190,37 @@ def pad_sessions(sessions: Sequence[npt.NDArray[Any]], id_type: str) -> tuple[np
     length = np.array([[len(session)] for session in sessions], np.int32)
     shape = (len(sessions), max(int(length.max(initial=0)), 1))
     item_ids: npt.NDArray[Any] = np.full(shape, b"", object) if id_type == "string" else np.zeros(shape, np.int64)
-    for line, session in zip(item_ids, sessions, strict=True):
-        line[: len(session)] = session
+    for row, session in zip(item_ids, sessions, strict=True):
+        row[: len(session)] = session
     return item_ids, length
 
 
 def outputs_for(request: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the tensors that answer a request."""
+    """Return the names of the response's tensors."""
     return OUTPUTS + REASON_OUTPUTS if "reasons" in request else OUTPUTS
 
 
-def recommendations_of(outputs: Mapping[str, npt.NDArray[Any]], asked: int) -> list[Recommendation]:
-    """Return one answer per session of a request.
+def recommendations_of(outputs: Mapping[str, npt.NDArray[Any]], n_sessions: int) -> list[Recommendation]:
+    """Return one recommendation per session of a request.
 
     Raises
     ------
     ServingError
-        The server answered another number of sessions than ``asked``: the answer is somebody else's.
+        The response has another number of sessions than the request: it belongs to another request.
     """
-    if len(outputs["n_items"]) != asked:
+    if len(outputs["n_items"]) != n_sessions:
         found = f"answers to {len(outputs['n_items'])} sessions"
-        raise ServingError(found, f"{asked}, as asked", "the server is about to fail: ask again")
+        raise ServingError(found, f"{n_sessions}, as requested", "the server is about to fail: send the request again")
     return [_recommendation(outputs, index) for index in range(len(outputs["n_items"]))]
 
 
 def typed_id(item: str | int, id_type: str) -> str | int:
-    """Return an id that came as text, from a command line or a page, as the catalogue's type.
+    """Convert an id given as text, on a command line or a page, to the catalogue's type.
 
     Raises
     ------
     DataError
-        The catalogue's ids are integers and this is none.
+        The catalogue's ids are integers and this is not one.
     """
     if id_type == "string":
         return str(item)
@@ -219,7 +231,7 @@ def typed_id(item: str | int, id_type: str) -> str | int:
 
 
 def json_option(text: str | None, option: str) -> dict[str, Any] | None:
-    """Return an object that came as JSON, from a command line; the server checks what it says.
+    """Parse the JSON object of a command line option; the server validates its content.
 
     Raises
     ------
@@ -254,14 +266,14 @@ def _per_session(name: str, given: Any, n_sessions: int, id_type: str) -> list[n
     return [_encoded(f"{name} {index}", ids, id_type) for index, ids in enumerate(given)]
 
 
-def _filled_up(lists: Sequence[npt.NDArray[Any]], id_type: str) -> npt.NDArray[Any]:
-    """Return lists of ids as one tensor [batch, width], filled up with the missing id, which matches nothing."""
+def _padded(lists: Sequence[npt.NDArray[Any]], id_type: str) -> npt.NDArray[Any]:
+    """Return lists of ids as one tensor [batch, width], padded with the missing id, which matches no item."""
     shape = (len(lists), max(1, *(len(ids) for ids in lists)))
     missing = encode_ids([None], id_type)[0]
-    filled: npt.NDArray[Any] = np.full(shape, missing, object if id_type == "string" else np.int64)
-    for line, ids in zip(filled, lists, strict=True):
-        line[: len(ids)] = ids
-    return filled
+    padded: npt.NDArray[Any] = np.full(shape, missing, object if id_type == "string" else np.int64)
+    for row, ids in zip(padded, lists, strict=True):
+        row[: len(ids)] = ids
+    return padded
 
 
 def _rules(rules: Any, n_sessions: int) -> list[bytes]:

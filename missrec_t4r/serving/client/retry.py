@@ -1,8 +1,8 @@
-"""When a client asks again: only what failed before it was answered, with growing pauses, never beyond its timeout.
+"""Retries of requests that failed before they were answered: exponential back-off with jitter, within the timeout.
 
-Recommending changes nothing on the server, so asking twice is always safe; what is not worth asking twice is a refusal
-(the second answer would be the same) and a timeout (a slow server gets slower by being asked more). What is left is
-`UnavailableError`: no connection, a connection that broke, a server that is starting or whose queue is full.
+Recommending changes nothing on the server, so a retry is always safe. Not retried are a refusal (the second response
+would be the same) and a timeout (retries make a slow server slower). What remains is `UnavailableError`: no connection,
+a connection that broke, a server that is starting or whose queue is full.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Retries:
-    """How often and after which pauses to ask again.
+    """Number of attempts and the pauses between them.
 
     Examples
     --------
@@ -30,13 +30,13 @@ class Retries:
     """
 
     attempts: int = 3
-    """Requests at most, the first one included; 1 never asks again."""
+    """Most requests, including the first one; 1 disables retries."""
     first_wait: float = 0.05
     """Seconds before the second request; every further pause is twice as long."""
     longest_wait: float = 2.0
-    """Seconds; no pause is longer."""
+    """Longest pause in seconds."""
     jitter: float = 0.5
-    """Share of every pause that is drawn at random, 0 to 1, so that clients do not come back all at once."""
+    """Random share of every pause, 0 to 1, so that clients do not retry all at once."""
 
     def __post_init__(self) -> None:
         if self.attempts < 1 or self.first_wait < 0 or self.longest_wait < 0 or not 0 <= self.jitter <= 1:
@@ -48,38 +48,39 @@ class Retries:
             wait = min(self.first_wait * 2**attempt, self.longest_wait)
             yield wait * (1 - self.jitter * random.random())
 
-    def call(self, ask: Callable[[], T], timeout: float) -> T:
-        """Ask, and ask again while the server is not there; the last error is raised.
+    def call(self, send: Callable[[], T], timeout: float) -> T:
+        """Return the result of ``send``, retried while the server is unavailable.
 
         Parameters
         ----------
-        ask : callable
+        send : callable
+            Sends the request once.
         timeout : float
-            Seconds; no pause begins that would end after them.
+            Seconds; no pause begins that would end later.
 
         Raises
         ------
         UnavailableError
-            The server was not there in any attempt.
+            Of the last attempt.
         """
         deadline = time.monotonic() + timeout
         for wait in self.waits():
             try:
-                return ask()
+                return send()
             except UnavailableError:
                 if time.monotonic() + wait > deadline:
                     raise
             time.sleep(wait)
-        return ask()
+        return send()
 
-    async def acall(self, ask: Callable[[], Awaitable[T]], timeout: float) -> T:
-        """Do what `call` does, without blocking the event loop."""
+    async def acall(self, send: Callable[[], Awaitable[T]], timeout: float) -> T:
+        """Return the result of ``send`` as `call` does, without blocking the event loop."""
         deadline = time.monotonic() + timeout
         for wait in self.waits():
             try:
-                return await ask()
+                return await send()
             except UnavailableError:
                 if time.monotonic() + wait > deadline:
                     raise
             await asyncio.sleep(wait)
-        return await ask()
+        return await send()

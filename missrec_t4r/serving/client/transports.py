@@ -1,4 +1,4 @@
-"""The two protocols of Triton behind one small interface: named arrays in, named arrays out, errors in our words."""
+"""Triton's two protocols behind one small interface: named arrays in, named arrays out, errors as `ServingError`."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from missrec_t4r.errors import ServingError, UnavailableError
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+ModelFacts = tuple[dict[str, str], int]
+"""Data type of every input by name, and the largest batch of one request."""
 
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _NO_LIMIT = int(np.iinfo(np.int32).max)
 _RECONNECT_MS = {"initial": 50, "min": 50, "max": 2000}
-"""Pauses of the gRPC channel before it connects again: ours are short, so a channel must not sleep through them."""
-_FOR_NOW = ("not ready", "no available versions", "maximum queue size")
-"""Words of Triton's answers while a model is being loaded, or has more requests than it can queue."""
+"""Pauses before a gRPC channel reconnects: those of the retries are short, and must not end while a channel sleeps."""
+_NOT_READY = ("not ready", "no available versions", "maximum queue size")
+"""Fragments of Triton's messages while a model is loading, or when its request queue is full: worth a retry."""
 
 
 class Transport(Protocol):
     """One connection to a server."""
 
-    def describe(self, model: str) -> tuple[dict[str, str], int]:
-        """Return the data type of every input, and the largest batch that one request may hold."""
+    def describe(self, model: str) -> ModelFacts:
+        """Return the data type of every input, and the largest batch of one request."""
 
     def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-        """Ask the model."""
+        """Send one inference request and return the named outputs."""
 
     def close(self) -> None:
         """Close the connection."""
 
 
 class GrpcTransport:
-    """gRPC; may be shared by threads."""
+    """gRPC; threads may share it."""
 
     def __init__(self, url: str, timeout: float) -> None:
         import tritonclient.grpc as grpc
@@ -45,16 +47,15 @@ class GrpcTransport:
         self._library, self._timeout = grpc, timeout
         self._client = grpc.InferenceServerClient(url, channel_args=channel_arguments(url))
 
-    def describe(self, model: str) -> tuple[dict[str, str], int]:
-        """Return the data type of every input, and the largest batch that one request may hold."""
+    def describe(self, model: str) -> ModelFacts:
+        """Return the data type of every input, and the largest batch of one request."""
         metadata = self._client.get_model_metadata(model, client_timeout=self._timeout)
-        config = self._client.get_model_config(model, client_timeout=self._timeout).config
-        return {tensor.name: tensor.datatype for tensor in metadata.inputs}, int(config.max_batch_size)
+        return grpc_facts(metadata, self._client.get_model_config(model, client_timeout=self._timeout))
 
     def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-        """Ask the model."""
-        result = self._client.infer(model, tensors(self._library, inputs), client_timeout=self._timeout)
-        return {name: result.as_numpy(name) for name in outputs}
+        """Send one inference request and return the named outputs."""
+        tensors = input_tensors(self._library, inputs)
+        return output_arrays(self._client.infer(model, tensors, client_timeout=self._timeout), outputs)
 
     def close(self) -> None:
         """Close the connection."""
@@ -70,17 +71,13 @@ class HttpTransport:
         self._library = http
         self._client = http.InferenceServerClient(url, connection_timeout=timeout, network_timeout=timeout)
 
-    def describe(self, model: str) -> tuple[dict[str, str], int]:
-        """Return the data type of every input, and the largest batch that one request may hold."""
-        metadata, config = self._client.get_model_metadata(model), self._client.get_model_config(model)
-        return {tensor["name"]: tensor["datatype"] for tensor in metadata["inputs"]}, int(
-            config.get("max_batch_size", 0)
-        )
+    def describe(self, model: str) -> ModelFacts:
+        """Return the data type of every input, and the largest batch of one request."""
+        return http_facts(self._client.get_model_metadata(model), self._client.get_model_config(model))
 
     def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-        """Ask the model."""
-        result = self._client.infer(model, tensors(self._library, inputs))
-        return {name: result.as_numpy(name) for name in outputs}
+        """Send one inference request and return the named outputs."""
+        return output_arrays(self._client.infer(model, input_tensors(self._library, inputs)), outputs)
 
     def close(self) -> None:
         """Close the connection."""
@@ -88,16 +85,15 @@ class HttpTransport:
 
 
 def open_transport(url: str, protocol: str, timeout: float) -> Transport:
-    """Connect lazily: an unreachable server is noticed at the first request.
+    """Return a transport that connects at the first request.
 
     Raises
     ------
     ServingError
         Unknown protocol, or an address that is not ``host:port``.
     """
-    doors: dict[str, type[GrpcTransport] | type[HttpTransport]] = {"grpc": GrpcTransport, "http": HttpTransport}
     address = checked_address(url, protocol)
-    return doors[protocol](address, timeout)
+    return GrpcTransport(address, timeout) if protocol == "grpc" else HttpTransport(address, timeout)
 
 
 def checked_address(url: str, protocol: str) -> str:
@@ -122,21 +118,47 @@ def checked_address(url: str, protocol: str) -> str:
 
 
 def channel_arguments(url: str) -> list[tuple[str, int]]:
-    """Return the settings of a gRPC channel: no size limit, no proxy to this machine itself, quick to reconnect."""
+    """Return the gRPC channel's options: no size limit, no proxy to the loopback interface, quick reconnects."""
     limits = [("grpc.max_send_message_length", _NO_LIMIT), ("grpc.max_receive_message_length", _NO_LIMIT)]
     local = url.rpartition(":")[0] in _LOOPBACK_HOSTS
     proxy = [("grpc.enable_http_proxy", 0)] if local else []
     return limits + proxy + [(f"grpc.{name}_reconnect_backoff_ms", ms) for name, ms in _RECONNECT_MS.items()]
 
 
+def grpc_facts(metadata: Any, config: Any) -> ModelFacts:
+    """Return input types and largest batch from gRPC's model metadata and configuration."""
+    return {tensor.name: tensor.datatype for tensor in metadata.inputs}, int(config.config.max_batch_size)
+
+
+def http_facts(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> ModelFacts:
+    """Return input types and largest batch from HTTP's model metadata and configuration."""
+    types = {tensor["name"]: tensor["datatype"] for tensor in metadata["inputs"]}
+    return types, int(config.get("max_batch_size", 0))
+
+
+def input_tensors(library: Any, inputs: Arrays) -> list[Any]:
+    """Return arrays as the input tensors of ``tritonclient.grpc`` or ``tritonclient.http``."""
+    tensors = []
+    for name, array in inputs.items():
+        tensor = library.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+        tensor.set_data_from_numpy(array)
+        tensors.append(tensor)
+    return tensors
+
+
+def output_arrays(result: Any, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    """Return the named outputs of an inference result; those that the response lacks are left out."""
+    return {name: array for name in outputs if (array := result.as_numpy(name)) is not None}
+
+
 @contextmanager
 def translate_errors(url: str, model: str, timeout: float) -> Iterator[None]:
-    """Turn what the client libraries raise into a `ServingError` that says what to do.
+    """Turn exceptions of the client libraries into `ServingError` with a remedy.
 
     Raises
     ------
     UnavailableError
-        Nobody answered, or not yet: worth asking again.
+        No response, or the model is not ready yet: worth a retry.
     ServingError
         Anything else: too slow, no such model, or the request is refused.
     """
@@ -153,8 +175,8 @@ def translate_errors(url: str, model: str, timeout: float) -> Iterator[None]:
 def _refusal(url: str, model: str, timeout: float, status: str, message: str) -> ServingError:
     if "DEADLINE_EXCEEDED" in status:
         return _too_slow(url, timeout)
-    if any(words in message for words in ("unknown model", "not found", *_FOR_NOW)):
-        kind = UnavailableError if any(words in message for words in _FOR_NOW) else ServingError
+    if any(fragment in message for fragment in ("unknown model", "not found", *_NOT_READY)):
+        kind = UnavailableError if any(fragment in message for fragment in _NOT_READY) else ServingError
         return kind(
             f"model {model!r} is not ready on {url} ({message})",
             "a server with a repository of `missrec export --triton`",
@@ -177,13 +199,3 @@ def _too_slow(url: str, timeout: float) -> ServingError:
     return ServingError(
         f"no answer from {url} within {timeout:g} s", "an answer in time", "raise the timeout or the server's size"
     )
-
-
-def tensors(library: Any, inputs: Arrays) -> list[Any]:
-    """Return arrays as the input tensors of one of Triton's client libraries."""
-    made = []
-    for name, array in inputs.items():
-        tensor = library.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
-        tensor.set_data_from_numpy(array)
-        made.append(tensor)
-    return made

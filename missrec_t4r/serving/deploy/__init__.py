@@ -1,1 +1,1 @@
-"""Blue/green deployment on a running Triton, with smoke test and rollback."""
+"""Blue/green deployment on a running Triton: smoke test, traffic switch, rollback."""

@@ -1,16 +1,18 @@
-"""`missrec deploy` and `rollback`: another model behind the same door, while requests run. Nothing is ever polled.
+"""Blue/green deployment: switch the traffic of a running Triton to another model or catalogue, and back.
 
-A deployment folder is a model repository that keeps several complete versions::
+A deployment folder is a model repository that keeps several complete versions (`serving.triton.deployment` has its
+layout). Clients send their requests to one name, the entry model ``missrec``; its configuration names the version that
+serves them.
 
-    deployment.json      marks the folder
-    missrec/             the door; its config.pbtxt names the version that answers, and is replaced by one rename
-    missrec_v3/          the same door to version 3 alone: for its warm-up, for shadow traffic, for a comparison
-    missrec_sessions_v3/ missrec_ranker_v3/                                          version 3; the bundle lies within
+1. The bundle is verified; the version's models are written to a temporary folder and renamed into the deployment
+   folder.
+2. Triton loads the version under its own name, ``missrec_v3``, and the smoke test compares it with its bundle.
+3. The entry model's configuration is replaced by one rename, and Triton reloads the entry model: the traffic switch.
+   Requests in flight finish on the version they started on. Nothing is polled.
+4. The previous version stays loaded, so that a rollback is one reload of the entry model; older ones are unloaded.
 
-A version is verified, written aside, renamed into place, loaded, and asked before the door turns: its answers must be
-those of its bundle. Whatever is killed, and whenever: the door's configuration is the old one or the new one, both of
-complete versions, and that is what a restarted server loads. The version before stays loaded, so going back is one
-reload of the door.
+If the process or the server is killed at any time, the entry model's configuration names the old or the new version,
+both complete, and a restarted server loads that one.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -27,18 +28,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.errors import BundleError, ConfigError, ServingError
+from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.progress import Progress, quiet
-from missrec_t4r.serving.deploy.warmup import warm_up
-from missrec_t4r.serving.triton.model_control import DEPLOYMENT_FILE, Control, bundle_of, current_version, is_deployment
-from missrec_t4r.serving.triton.repository import ENSEMBLE, MODELS, fill_repository
+from missrec_t4r.serving.deploy.smoke_test import smoke_test
+from missrec_t4r.serving.triton.deployment import (
+    DEPLOYMENT_FILE,
+    bundle_of,
+    current_version,
+    ensemble_of,
+    is_deployment,
+    version_of,
+    versions_of,
+)
+from missrec_t4r.serving.triton.model_config import CONFIG_FILE, config_text, read_config, write_config
+from missrec_t4r.serving.triton.model_control import Control
+from missrec_t4r.serving.triton.repository import BUNDLE_IN_REPOSITORY, ENSEMBLE, MODELS, fill_repository
 
 _PARTS = tuple(model for model in MODELS if model != ENSEMBLE)
-_CONFIG = "config.pbtxt"
+_RANKER = BUNDLE_IN_REPOSITORY.partition("/")[0]
 LOADED = 2
-"""Versions that stay loaded: the one that answers, and the one to go back to."""
+"""Versions that stay loaded: the current one and the previous one."""
 
 
 def deploy(
@@ -97,27 +111,27 @@ def deploy(
     if keep < LOADED:
         raise ConfigError(f"--keep {keep}", f"at least {LOADED}: the version that answers and the one to go back to")
     if dry_run:
-        return _planned(Path(repository).absolute(), bundle, version, switch)
-    started, folder = time.monotonic(), _folder(repository)
-    with _locked(folder):
-        _sweep(folder)
-        before = current_version(folder)
+        return _plan(Path(repository).absolute(), bundle, version, switch)
+    started, folder = time.monotonic(), _open_folder(repository)
+    with _lock(folder):
+        _remove_incomplete(folder)
+        previous = current_version(folder)
         if bundle is not None:
             progress.say(f"verifying {bundle}")
-            told = {"max_batch_size": max_batch_size, "threads": threads, "instances": instances}
-            sizes = _sizes(folder, before) | {name: n for name, n in told.items() if n is not None}
-            version = _add(folder, Path(bundle), before if switch else None, sizes)
+            given = {"max_batch_size": max_batch_size, "threads": threads, "instances": instances}
+            sizes = _sizes(folder, previous) | {name: n for name, n in given.items() if n is not None}
+            version = _add_version(folder, Path(bundle), previous if switch else None, sizes)
         assert version is not None
-        _require(folder, version)
-        warmed = _turn(folder, version, switch=switch, progress=progress)
+        _require_version(folder, version)
+        result = _activate(folder, version, switch=switch, progress=progress)
         if switch:
-            _forget(folder, {version, before}, keep)
+            _remove_old(folder, {version, previous}, keep)
     return {
         "repository": str(folder),
         "version": version,
-        "previous": before,
+        "previous": previous,
         "answers": switch,
-        **warmed,
+        **result,
         "seconds": round(time.monotonic() - started, 2),
     }
 
@@ -143,70 +157,74 @@ def rollback(repository: str | Path, *, version: int | None = None, progress: Pr
         There is no such version.
     """
     folder = Path(repository).absolute()
-    before = current_version(folder)
-    earlier = [number for number in versions_of(folder) if before is not None and number < before]
+    current, versions = current_version(folder), versions_of(folder)
+    earlier = [number for number in versions if current is not None and number < current]
     if version is None and not earlier:
         raise ServingError(
-            f"{folder} has no version before {before}", "an earlier version to go back to", "deploy one with --bundle"
+            f"{folder} has no version before {current}", "an earlier version to go back to", "deploy one with --bundle"
         )
-    return deploy(folder, version=version or earlier[-1], progress=progress, keep=max(LOADED, len(versions_of(folder))))
+    return deploy(folder, version=version or earlier[-1], progress=progress, keep=max(LOADED, len(versions)))
 
 
-def versions_of(repository: str | Path) -> list[int]:
-    """Return the complete versions of a deployment folder, oldest first."""
-    names = (re.fullmatch(rf"{ENSEMBLE}_v(\d+)", entry.name) for entry in Path(repository).glob(f"{ENSEMBLE}_v*"))
-    found = (int(name[1]) for name in names if name)
-    return sorted(n for n in found if (Path(repository) / f"{ENSEMBLE}_v{n}" / _CONFIG).is_file())
-
-
-def _planned(folder: Path, bundle: str | Path | None, version: int | None, switch: bool) -> dict[str, Any]:
-    """Return what `deploy` would do, after the checks that need no change."""
-    _refuse_unmanaged(folder)
-    there = versions_of(folder)
+def _plan(folder: Path, bundle: str | Path | None, version: int | None, switch: bool) -> dict[str, Any]:
+    """Return the result of a dry run: all checks that change nothing."""
+    _refuse_other_folders(folder)
+    versions = versions_of(folder)
     if version is not None:
-        _require(folder, version)
+        _require_version(folder, version)
     elif bundle is not None:
         verify_bundle(bundle)
-        version = max(there, default=0) + 1
+        version = max(versions, default=0) + 1
     live = folder.is_dir() and Control.find(folder) is not None
-    before = current_version(folder) if folder.is_dir() else None
-    told = {"repository": str(folder), "version": version, "previous": before, "answers": switch, "live": live}
-    return {"dry_run": True, **told, "versions": there}
+    previous = current_version(folder) if folder.is_dir() else None
+    return {
+        "dry_run": True,
+        "repository": str(folder),
+        "version": version,
+        "previous": previous,
+        "answers": switch,
+        "live": live,
+        "versions": versions,
+    }
 
 
-def _turn(folder: Path, version: int, *, switch: bool, progress: Progress) -> dict[str, Any]:
+def _activate(folder: Path, version: int, *, switch: bool, progress: Progress) -> dict[str, Any]:
+    """Load a version, run the smoke test, and switch the traffic to it; without a server only switch the files."""
     control = Control.find(folder)
     if control is None:
         if switch:
-            _write_door(folder, version)
+            _write_entry_model(folder, version)
         return {"live": False}
-    door = f"{ENSEMBLE}_v{version}"
     progress.say(f"loading version {version}")
     try:
-        control.load(door)
-        warmed = warm_up(control.http_url, door, bundle_of(folder, version))
+        control.load(ensemble_of(version))
+        result = smoke_test(control.http_url, ensemble_of(version), bundle_of(folder, version))
     except ServingError:
         _unload(control, version)
         raise
     if not switch:
-        return {"live": True, **warmed}
-    before = current_version(folder)
-    old = (folder / ENSEMBLE / _CONFIG).read_bytes() if before is not None else None
-    _write_door(folder, version)
+        return {"live": True, **result}
+    previous = current_version(folder)
+    _switch_traffic(folder, control, version, previous)
+    loaded = {number for model in control.ready() if (number := version_of(model)) is not None}
+    for number in sorted(loaded - {version, previous}) if version != previous else ():
+        _unload(control, number)
+    progress.say(
+        f"version {version} answers; version {previous} stays loaded" if previous else f"version {version} answers"
+    )
+    return {"live": True, **result}
+
+
+def _switch_traffic(folder: Path, control: Control, version: int, previous: int | None) -> None:
+    """Let the entry model serve ``version``; if Triton refuses it, restore the previous configuration."""
+    _write_entry_model(folder, version)
     try:
         control.load(ENSEMBLE)
     except ServingError:
-        if old is not None:
-            _replace(folder / ENSEMBLE / _CONFIG, old)
+        if previous is not None:
+            _write_entry_model(folder, previous)
             control.load(ENSEMBLE)
         raise
-    loaded = {int(name[1]) for model in control.ready() if (name := re.fullmatch(rf"{ENSEMBLE}_v(\d+)", model))}
-    for number in sorted(loaded - {version, before}) if version != before else ():
-        _unload(control, number)
-    progress.say(
-        f"version {version} answers; version {before} stays loaded" if before else f"version {version} answers"
-    )
-    return {"live": True, **warmed}
 
 
 def _unload(control: Control, version: int) -> None:
@@ -214,87 +232,84 @@ def _unload(control: Control, version: int) -> None:
         control.unload(f"{model}_v{version}")
 
 
-def _add(folder: Path, bundle: Path, before: int | None, sizes: dict[str, int]) -> int:
-    """Write a version's models aside and rename them into place; its own door, last, makes it complete.
+def _add_version(folder: Path, bundle: Path, current: int | None, sizes: dict[str, int]) -> int:
+    """Write the models of a new version and return its number.
 
-    Where it would be the very version that answers, that one is returned: a deploy that is repeated adds none.
+    Returns ``current`` and writes nothing if that version has the same bundle and settings: repeating a deploy adds
+    none.
     """
     verify_bundle(bundle)
     version = max(versions_of(folder), default=0) + 1
-    aside = Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
-    try:
-        fill_repository(aside, bundle, **sizes)
-        for model in MODELS:
-            config = aside / model / _CONFIG
-            config.write_text(_versioned(config.read_text(encoding="utf-8"), model, version), encoding="utf-8")
-        if before is not None and _same(aside, version, folder, before):
-            return before
-        for model in (*_PARTS, ENSEMBLE):
-            (aside / model).rename(folder / f"{model}_v{version}")
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        prefix=_temporary_prefix(folder), dir=folder.parent, ignore_cleanup_errors=True
+    ) as name:
+        temporary = Path(name)
+        fill_repository(temporary, bundle, **sizes)
+        configs = {model: read_config(temporary / model) for model in MODELS}
+        if current is not None and _is_version(folder, current, configs, temporary / BUNDLE_IN_REPOSITORY):
+            return current
+        for model in (*_PARTS, ENSEMBLE):  # the ensemble last: its folder makes the version complete
+            write_config(temporary / model, _with_version(configs[model], version))
+            (temporary / model).rename(folder / f"{model}_v{version}")
     return version
 
 
-def _sizes(folder: Path, version: int | None) -> dict[str, int]:
-    """Return what a version's ranker was written with; nothing where there is no version."""
-    if version is None:
-        return {}
-    config = (folder / f"{_PARTS[-1]}_v{version}" / _CONFIG).read_text(encoding="utf-8")
-    written = {
-        "max_batch_size": r"max_batch_size: (\d+)",
-        "threads": r'key: "threads" value: { string_value: "(\d+)"',
-        "instances": r"instance_group \[ { count: (\d+)",
-    }
-    found = {name: re.search(pattern, config) for name, pattern in written.items()}
-    return {name: int(match[1]) for name, match in found.items() if match}
-
-
-def _same(aside: Path, version: int, folder: Path, before: int) -> bool:
-    """Whether the models aside are those of an earlier version: bundle and configuration, its number apart."""
-    configs = [
-        ((aside / model / _CONFIG).read_text(), (folder / f"{model}_v{before}" / _CONFIG).read_text())
-        for model in MODELS
-    ]
-    bundles = aside / _PARTS[-1] / "1" / "bundle", bundle_of(folder, before)
-    sums = [file_digest(one / MANIFEST_FILE) for one in bundles]
-    return sums[0] == sums[1] and all(new == old.replace(f"_v{before}", f"_v{version}") for new, old in configs)
-
-
-def _versioned(config: str, model: str, version: int) -> str:
-    named = re.sub(rf"\b({'|'.join(_PARTS)})\b", rf"\1_v{version}", config)
-    return named.replace(f'name: "{ENSEMBLE}"', f'name: "{ENSEMBLE}_v{version}"', 1) if model == ENSEMBLE else named
-
-
-def _write_door(folder: Path, version: int) -> None:
-    """Let the door lead to a version: one rename, after everything that it names is there."""
-    text = (folder / f"{ENSEMBLE}_v{version}" / _CONFIG).read_text(encoding="utf-8")
-    text = text.replace(f'name: "{ENSEMBLE}_v{version}"', f'name: "{ENSEMBLE}"', 1)
-    (folder / ENSEMBLE / str(version)).mkdir(parents=True, exist_ok=True)
-    _replace(
-        folder / ENSEMBLE / _CONFIG,
-        f"{text}version_policy {{ specific {{ versions: [ {version} ] }} }}\n".encode(),
+def _is_version(folder: Path, version: int, configs: dict[str, ModelConfig], bundle: Path) -> bool:
+    """Return whether a version was written from this bundle with these configurations."""
+    manifests = (one / MANIFEST_FILE for one in (bundle, bundle_of(folder, version)))
+    return len({file_digest(file) for file in manifests}) == 1 and all(
+        _with_version(config, version) == read_config(folder / f"{model}_v{version}")
+        for model, config in configs.items()
     )
 
 
-def _replace(file: Path, content: bytes) -> None:
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    with aside.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, file)
+def _sizes(folder: Path, version: int | None) -> dict[str, int]:
+    """Return the settings that a version's ranker was written with; empty without a version."""
+    if version is None:
+        return {}
+    config = read_config(folder / f"{_RANKER}_v{version}")
+    return {
+        "max_batch_size": config.max_batch_size,
+        "threads": int(config.parameters["threads"].string_value),
+        "instances": config.instance_group[0].count,
+    }
 
 
-def _folder(repository: str | Path) -> Path:
+def _with_version(config: ModelConfig, version: int) -> ModelConfig:
+    """Return a model's configuration for one version: its name, ensemble steps and bundle path get ``_vN``."""
+    versioned, suffix = ModelConfig(), f"_v{version}"
+    versioned.CopyFrom(config)
+    versioned.name += suffix
+    for step in versioned.ensemble_scheduling.step:
+        step.model_name += suffix
+    if "bundle" in versioned.parameters:
+        path = versioned.parameters["bundle"]  # "1/bundle", or "../missrec_ranker/1/bundle"
+        path.string_value = path.string_value.replace(f"{_RANKER}/", f"{_RANKER}{suffix}/")
+    return versioned
+
+
+def _write_entry_model(folder: Path, version: int) -> None:
+    """Point the entry model to a version: one atomic file write, after all files of the version exist."""
+    config = read_config(folder / ensemble_of(version))
+    config.name = ENSEMBLE
+    config.version_policy.specific.versions.append(version)  # another version number: Triton reloads the entry model
+    (folder / ENSEMBLE / str(version)).mkdir(parents=True, exist_ok=True)
+    with atomic_write_file(folder / ENSEMBLE / CONFIG_FILE) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(config_text(config))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _open_folder(repository: str | Path) -> Path:
+    """Return the deployment folder, made if there is none."""
     folder = Path(repository).absolute()
-    _refuse_unmanaged(folder)
+    _refuse_other_folders(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DEPLOYMENT_FILE).write_text(json.dumps({"format": 1}) + "\n", encoding="utf-8")
     return folder
 
 
-def _refuse_unmanaged(folder: Path) -> None:
+def _refuse_other_folders(folder: Path) -> None:
     if folder.exists() and not is_deployment(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise BundleError(
             f"{folder} exists and is no deployment folder",
@@ -304,8 +319,8 @@ def _refuse_unmanaged(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One deploy at a time; the lock is the kernel's and ends with its owner, however that ends."""
+def _lock(folder: Path) -> Iterator[None]:
+    """Allow one deploy at a time; the kernel releases the lock when its process ends, in whatever way."""
     with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -316,31 +331,33 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _prefix(folder: Path) -> str:
+def _temporary_prefix(folder: Path) -> str:
     return f".{folder.name}-deploy-"
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what a killed deploy left: folders aside, and models without the door that makes them a version."""
-    for left in folder.parent.glob(f"{_prefix(folder)}*"):
-        shutil.rmtree(left, ignore_errors=True)
+def _remove_incomplete(folder: Path) -> None:
+    """Remove what a killed deploy left: temporary folders, and models whose ensemble was not written any more."""
+    for temporary in folder.parent.glob(f"{_temporary_prefix(folder)}*"):
+        shutil.rmtree(temporary, ignore_errors=True)
     complete = set(versions_of(folder))
     for part in _PARTS:
-        for entry in folder.glob(f"{part}_v*"):
-            if int(entry.name.rpartition("_v")[2]) not in complete:
-                shutil.rmtree(entry)
+        for model in folder.glob(f"{part}_v*"):
+            if int(model.name.rpartition("_v")[2]) not in complete:
+                shutil.rmtree(model)
 
 
-def _require(folder: Path, version: int) -> None:
-    if version not in versions_of(folder):
-        known = ", ".join(map(str, versions_of(folder))) or "none"
+def _require_version(folder: Path, version: int) -> None:
+    versions = versions_of(folder)
+    if version not in versions:
+        known = ", ".join(map(str, versions)) or "none"
         raise ServingError(f"{folder} has no version {version}", f"one of {known}", "deploy one with --bundle")
     verify_bundle(bundle_of(folder, version))
 
 
-def _forget(folder: Path, used: set[int | None], keep: int) -> None:
+def _remove_old(folder: Path, used: set[int | None], keep: int) -> None:
+    """Remove the oldest versions until ``keep`` are left; those in use stay."""
     unused = [number for number in versions_of(folder) if number not in used]
     for number in unused[: max(0, len(unused) + len(used - {None}) - keep)]:
-        for model in (ENSEMBLE, *_PARTS):  # the door first: without it the rest is no version
+        for model in (ENSEMBLE, *_PARTS):  # the ensemble first: without it the rest is no version
             shutil.rmtree(folder / f"{model}_v{number}", ignore_errors=True)
         shutil.rmtree(folder / ENSEMBLE / str(number), ignore_errors=True)

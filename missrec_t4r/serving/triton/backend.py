@@ -1,8 +1,8 @@
-"""What the two Triton models do, free of Triton's types, so that it runs and is tested without a server.
+"""Request handling of the two Triton models, independent of Triton's types, so that it is tested without a server.
 
-Triton hands a Python model all requests that its dynamic batcher has gathered. `execute` turns each into a mapping of
-arrays, lets a backend answer all of them in one pass, and gives a request that cannot be answered its own error: one
-malformed request never fails its neighbours. The wire format is documented in ``triton_models/README.md``.
+Triton hands a Python model all requests that its dynamic batcher has collected. `execute` turns each into a mapping of
+arrays, runs a backend on all of them in one pass, and gives an invalid request its own error: one malformed request
+never fails the others of its batch. The wire format is documented in ``triton_models/README.md``.
 """
 
 from __future__ import annotations
@@ -24,23 +24,28 @@ from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, SESSION_TRANSFORM_FI
 from missrec_t4r.serving.event_features import EventFeatureReader
 
 Arrays = Mapping[str, npt.NDArray[Any]]
-Answer = Arrays | MISSRecError
-Asked = TypeVar("Asked")
-Answered = TypeVar("Answered")
+"""Tensors of a request or a response by name."""
+Response = Arrays | MISSRecError
+"""Tensors of a response, or the error of its request."""
+Rows = npt.NDArray[np.int64]
+RequestT = TypeVar("RequestT")
+ResultT = TypeVar("ResultT")
 
 DEFAULT_TOP_K = 10
 LONGEST_SESSION = 1 << 16
 """Ids per session of one request; longer ones are an attack or a mistake, and are refused before they cost anything."""
+_LONGEST_ERROR = 200
+"""Characters of an unexpected exception's message that a client gets."""
 
 
 class Backend(Protocol):
-    """One of our Triton models."""
+    """One of the two Triton models."""
 
     inputs: Sequence[str]
-    """Names of the request tensors; one that a request leaves out is absent from its mapping."""
+    """Names of the request tensors; optional ones may be absent from a request's mapping."""
 
-    def answer(self, requests: Sequence[Arrays]) -> list[Answer]:
-        """Answer every request, or say what is wrong with it."""
+    def infer(self, requests: Sequence[Arrays]) -> list[Response]:
+        """Return one response per request: tensors, or the error of that request."""
 
 
 class SessionsBackend:
@@ -58,11 +63,11 @@ class SessionsBackend:
         verify_bundle(bundle, only=(SESSION_TRANSFORM_FILE, ITEMS_FILE))
         self.transform = load_session_transform(bundle)
 
-    def answer(self, requests: Sequence[Arrays]) -> list[Answer]:
+    def infer(self, requests: Sequence[Arrays]) -> list[Response]:
         """Return ``rows`` and ``seen`` for ``item_ids`` [batch, width] and ``length`` [batch, 1]."""
-        return [_or_error(self._one, request) for request in requests]
+        return [_result_or_error(self._infer_one, request) for request in requests]
 
-    def _one(self, request: Arrays) -> Arrays:
+    def _infer_one(self, request: Arrays) -> Arrays:
         width = request["item_ids"].shape[1]
         if width > LONGEST_SESSION:
             raise ServingError(f"a session of {width} ids", f"at most {LONGEST_SESSION}", "send the most recent ones")
@@ -71,18 +76,23 @@ class SessionsBackend:
         return {"rows": rows, "seen": seen}
 
 
-class _Question(NamedTuple):
-    """One request of the ranker, read and checked; every part has an entry per session."""
+class _RankRequest(NamedTuple):
+    """One validated request of the ranker; every field has one entry per session."""
 
-    rows: npt.NDArray[np.int64]
-    seen: npt.NDArray[np.int64]
+    rows: Rows
+    """[batch, seq]"""
+    seen: Rows
+    """[batch, width]"""
     top_k: npt.NDArray[np.int64]
     exclude_seen: npt.NDArray[np.bool_]
     reasons: npt.NDArray[np.bool_]
-    exclude: npt.NDArray[np.int64]
-    allow: npt.NDArray[np.int64]
+    exclude: Rows
+    """[batch, any], 0-padded"""
+    allow: Rows
+    """[batch, any], 0-padded"""
     rules: list[Rules]
     event_features: list[EventArrays]
+    """Of whole sessions, before they are cut to the rows."""
 
 
 class RankerBackend:
@@ -91,11 +101,11 @@ class RankerBackend:
     Parameters
     ----------
     bundle : Path
-        Verified whole.
+        All its files are verified.
     device : str
-        ``"cpu"`` or ``"cuda:0"``; on a GPU the tokens are kept in 16 bits.
+        ``"cpu"`` or ``"cuda:0"``; on a GPU the item embeddings are kept in 16 bits.
     threads : int
-        Threads of one pass; Triton runs several models and requests beside each other, so few are best.
+        Threads of one pass; Triton runs several models and requests concurrently, so few are best.
     """
 
     inputs: Sequence[str] = ("rows", "seen", "top_k", "exclude_seen", "exclude", "allow", "rules", "reasons", "side")
@@ -109,84 +119,87 @@ class RankerBackend:
         torch.set_num_threads(max(threads, 1))
         loaded = load_bundle(bundle)
         dtype = torch.float32 if device == "cpu" else torch.float16
-        self.ranker, self.transform = (
-            Ranker(loaded.model, loaded.catalogue, device=device, dtype=dtype, tables=loaded.tables),
-            loaded.transform,
-        )
-        self.event_features = EventFeatureReader(
-            () if loaded.model.event_features is None else loaded.model.event_features.columns
-        )
+        self.ranker = Ranker(loaded.model, loaded.catalogue, device=device, dtype=dtype, tables=loaded.tables)
+        self.transform = loaded.transform
+        event_features = loaded.model.event_features
+        self.event_features = EventFeatureReader(() if event_features is None else event_features.columns)
         self.catalogue_version = catalogue_version(verify_bundle(bundle, only=()))
         self._modalities = np.array([*(name.encode() for name in loaded.catalogue.modalities), b"id"], object)
-        for _ in range(2):  # warm before traffic
+        for _ in range(2):  # kernels are chosen and memory is allocated before the first request
             self.ranker.rank(np.full((1, loaded.transform.max_sequence_length), FIRST_ITEM_ROW))
 
-    def answer(self, requests: Sequence[Arrays]) -> list[Answer]:
+    def infer(self, requests: Sequence[Arrays]) -> list[Response]:
         """Return the tensors of ``triton_models/README.md`` for every request."""
-        read = [_or_error(self._read, request) for request in requests]
-        good = [question for question in read if not isinstance(question, MISSRecError)]
-        ranked: list[Answer] = []
+        parsed = [_result_or_error(self._parse, request) for request in requests]
+        valid = [request for request in parsed if not isinstance(request, MISSRecError)]
+        ranked: list[Response] = []
         try:
-            ranked += self._ranked(good) if good else []
-        except Exception:  # the fault of one of them, and nobody else shall bear it
-            ranked += [_or_error(lambda question: self._ranked([question])[0], question) for question in good]
-        rest = iter(ranked)
-        return [question if isinstance(question, MISSRecError) else next(rest) for question in read]
+            ranked += self._rank(valid) if valid else []
+        except Exception:  # one request causes it: rank them one by one, so that only this one gets the error
+            ranked += [_result_or_error(lambda request: self._rank([request])[0], request) for request in valid]
+        responses = iter(ranked)
+        return [request if isinstance(request, MISSRecError) else next(responses) for request in parsed]
 
-    def _read(self, request: Arrays) -> _Question:
-        """Return a request's parts, or raise what is wrong with it."""
+    def _parse(self, request: Arrays) -> _RankRequest:
+        """Return the validated fields of a request, or raise its error."""
         rows = _matrix(request, "rows", len(request["rows"]))
-        n, n_rows = len(rows), self.ranker.catalogue.n_rows
-        seen = _matrix(request, "seen", n)
-        top_k = _per_session(request, "top_k", n, DEFAULT_TOP_K)
+        n_sessions, n_rows = len(rows), self.ranker.catalogue.n_rows
+        seen = _matrix(request, "seen", n_sessions)
+        top_k = _per_session(request, "top_k", n_sessions, DEFAULT_TOP_K)
         if (top_k < 1).any():
-            raise ServingError(f"top_k is {int(top_k.min())}", "at least 1", "ask for one item or more")
-        for name, part in (("rows", rows), ("seen", seen)):
-            if part.size and (part.min() < PADDING_ROW or part.max() >= n_rows):
-                raise ServingError(f"{name} holds values from {part.min()} to {part.max()}", f"0 to {n_rows - 1}")
-        rules = [Rules.parse(text) for text in _texts(request, "rules", n)] if "rules" in request else [NO_RULES] * n
-        for own in rules:
-            self.ranker.columns.check(own)
-        event_features: list[EventArrays] = [{}] * n
-        if "side" in request:  # as long as the whole session, as its ids are
+            raise ServingError(f"top_k is {int(top_k.min())}", "at least 1", "request one item or more")
+        for name, matrix in (("rows", rows), ("seen", seen)):
+            if matrix.size and (matrix.min() < PADDING_ROW or matrix.max() >= n_rows):
+                raise ServingError(f"{name} holds values from {matrix.min()} to {matrix.max()}", f"0 to {n_rows - 1}")
+        rules = [NO_RULES] * n_sessions
+        if "rules" in request:
+            rules = [Rules.parse(text) for text in _texts(request, "rules", n_sessions)]
+        for session_rules in rules:
+            self.ranker.columns.check(session_rules)
+        event_features: list[EventArrays] = [{}] * n_sessions
+        if "side" in request:  # one value per id of the whole session, not only of its last rows
             lengths = (seen > PADDING_ROW).sum(1).tolist()
-            event_features = [
-                self.event_features.read(text, length) for text, length in zip(_texts(request, "side", n), lengths)
-            ]
-        return _Question(
+            texts = _texts(request, "side", n_sessions)
+            event_features = [self.event_features.read(text, length) for text, length in zip(texts, lengths)]
+        return _RankRequest(
             rows,
             seen,
             top_k,
-            _per_session(request, "exclude_seen", n, False),
-            _per_session(request, "reasons", n, False),
-            self._looked_up(request, "exclude", n),
-            self._looked_up(request, "allow", n),
+            _per_session(request, "exclude_seen", n_sessions, False),
+            _per_session(request, "reasons", n_sessions, False),
+            self._listed_rows(request, "exclude", n_sessions),
+            self._listed_rows(request, "allow", n_sessions),
             rules,
             event_features,
         )
 
-    def _ranked(self, questions: Sequence[_Question]) -> list[Arrays]:
-        sizes = [len(question.rows) for question in questions]
-        rows = _stacked([question.rows for question in questions])
-        told = self.event_features.stacked([own for question in questions for own in question.event_features], rows)
-        exclude = _stacked([question.exclude for question in questions])
-        allow = _stacked([question.allow for question in questions])
+    def _rank(self, requests: Sequence[_RankRequest]) -> list[Arrays]:
+        """Rank the sessions of all requests as one batch and split the result by request."""
+        sizes = [len(request.rows) for request in requests]
+        rows = _concatenate([request.rows for request in requests])  # [batch, seq], batch over all requests
+        per_session = [features for request in requests for features in request.event_features]
+        event_features = self.event_features.stacked(per_session, rows)
+        exclude = _concatenate([request.exclude for request in requests])
+        allow = _concatenate([request.allow for request in requests])
         ranking = self.ranker.rank(
             rows,
-            event_features=told,
-            seen=_stacked([question.seen for question in questions]),
-            top_k=np.concatenate([question.top_k for question in questions]),
-            exclude_seen=np.concatenate([question.exclude_seen for question in questions]),
+            event_features=event_features,
+            seen=_concatenate([request.seen for request in requests]),
+            top_k=np.concatenate([request.top_k for request in requests]),
+            exclude_seen=np.concatenate([request.exclude_seen for request in requests]),
             exclude=exclude if exclude.shape[1] else None,
             allow=allow if allow.shape[1] else None,
-            rules=[own for question in questions for own in question.rules],
+            rules=[rules for request in requests for rules in request.rules],
         )
-        ids, version = self.transform.wire_ids_of(ranking.rows), np.array([[self.catalogue_version.encode()]], object)
-        answers: list[Arrays] = []
-        for start, size, question in zip(np.cumsum([0, *sizes]), sizes, questions, strict=False):
+        ids = self.transform.wire_ids_of(ranking.rows)  # [batch, largest k of the batch]
+        version = np.array([[self.catalogue_version.encode()]], object)
+        responses: list[Arrays] = []
+        for start, size, request in zip(np.cumsum([0, *sizes]), sizes, requests, strict=False):
             mine = slice(start, start + size)
-            best = ranking.rows[mine, : min(int(question.top_k.max()), ranking.rows.shape[1])]
-            answers.append(
+            # A request gets its own largest k, not that of the requests it was batched with
+            best = ranking.rows[mine, : min(int(request.top_k.max()), ranking.rows.shape[1])]
+            own_features = {name: values[mine] for name, values in event_features.items()}
+            responses.append(
                 {
                     "item_id": ids[mine, : best.shape[1]],
                     "score": ranking.scores[mine, : best.shape[1]],
@@ -195,87 +208,85 @@ class RankerBackend:
                     "fallback": ranking.fallback[mine, None],
                     "n_passed": ranking.n_passed[mine, None],
                     "catalogue_version": np.repeat(version, size, axis=0),
-                    **self._reasons(
-                        rows[mine], best, question.reasons, {name: part[mine] for name, part in told.items()}
-                    ),
+                    **self._explain(rows[mine], best, request.reasons, own_features),
                 }
             )
-        return answers
+        return responses
 
-    def _looked_up(self, request: Arrays, name: str, n: int) -> npt.NDArray[np.int64]:
-        """Return the rows of the ids that a request lists under ``name``, [batch, any]; 0 is filling."""
+    def _listed_rows(self, request: Arrays, name: str, n_sessions: int) -> Rows:
+        """Return the rows of the ids that a request lists under ``name``, [batch, any], 0-padded."""
         if name not in request:
-            return np.zeros((n, 0), np.int64)
-        ids = _matrix(request, name, n, self.transform.wire_ids.dtype.kind)
+            return np.zeros((n_sessions, 0), np.int64)
+        ids = _matrix(request, name, n_sessions, self.transform.wire_ids.dtype.kind)
         return np.where(self.transform.is_missing(ids), PADDING_ROW, self.transform.look_up(ids))
 
-    def _reasons(
-        self,
-        rows: npt.NDArray[np.int64],
-        best: npt.NDArray[np.int64],
-        asked: npt.NDArray[np.bool_],
-        event_features: EventArrays,
+    def _explain(
+        self, rows: Rows, best: Rows, requested: npt.NDArray[np.bool_], event_features: EventArrays
     ) -> dict[str, npt.NDArray[Any]]:
-        if not asked.any():  # nobody reads them, and writing empty strings into tensors takes time
-            nothing = (len(best), 0)
+        """Return the explanations of the recommended items ``best`` [batch, k] of those sessions that request them."""
+        if not requested.any():  # width 0: writing unused empty strings into tensors takes time
+            no_items = (len(best), 0)
             return {
-                "reason_item": np.empty(nothing, self.transform.wire_ids.dtype),
-                "reason_modality": np.empty(nothing, object),
+                "reason_item": np.empty(no_items, self.transform.wire_ids.dtype),
+                "reason_modality": np.empty(no_items, object),
             }
-        item, modality = np.zeros_like(best), np.full(best.shape, b"", object)
         from missrec_t4r.retrieval.explain import reasons
 
-        for line in np.flatnonzero(asked):
-            given = best[line][best[line] > PADDING_ROW]
-            own = {name: part[line : line + 1] for name, part in event_features.items()}
-            item[line, : len(given)], leading = reasons(self.ranker, rows[line : line + 1], given, own)
-            modality[line, : len(given)] = self._modalities[leading] if item[line].any() else b""
+        item, modality = np.zeros_like(best), np.full(best.shape, b"", object)  # [batch, k]
+        for index in np.flatnonzero(requested):
+            items = best[index][best[index] > PADDING_ROW]
+            features = {name: values[index : index + 1] for name, values in event_features.items()}
+            item[index, : len(items)], leading = reasons(self.ranker, rows[index : index + 1], items, features)
+            # Without a leading session item these are fallback items, which no modality explains
+            modality[index, : len(items)] = self._modalities[leading] if item[index].any() else b""
         return {"reason_item": self.transform.wire_ids_of(item), "reason_modality": modality}
 
 
-def _or_error(work: Callable[[Asked], Answered], asked: Asked) -> Answered | MISSRecError:
-    """Return what ``work`` makes of one request; whatever it raises is that request's answer and nobody else's."""
+def _result_or_error(function: Callable[[RequestT], ResultT], request: RequestT) -> ResultT | MISSRecError:
+    """Return ``function(request)``; any exception becomes the error of this request alone."""
     try:
-        return work(asked)
+        return function(request)
     except MISSRecError as error:
         return error
     except Exception as error:
-        found = f"a request that cannot be answered ({type(error).__name__}: {str(error)[:200]})"
-        refused = ServingError(found, "the tensors of triton_models/README.md", "ask with a client of this package")
-        refused.__cause__ = error
-        return refused
+        found = f"a request that cannot be processed ({type(error).__name__}: {str(error)[:_LONGEST_ERROR]})"
+        refusal = ServingError(found, "the tensors of triton_models/README.md", "send it with a client of this package")
+        refusal.__cause__ = error
+        return refusal
 
 
-def _matrix(request: Arrays, name: str, n: int, kind: str = "i") -> npt.NDArray[Any]:
-    part = request[name]
-    if part.ndim != 2 or len(part) != n or part.dtype.kind != kind:
-        raise _unfit(name, part, n)
-    return part
+def _matrix(request: Arrays, name: str, n_sessions: int, kind: str = "i") -> npt.NDArray[Any]:
+    tensor = request[name]
+    if tensor.ndim != 2 or len(tensor) != n_sessions or tensor.dtype.kind != kind:
+        raise _wrong_tensor(name, tensor, n_sessions)
+    return tensor
 
 
-def _per_session(request: Arrays, name: str, n: int, default: int | bool) -> npt.NDArray[Any]:
+def _per_session(request: Arrays, name: str, n_sessions: int, default: int | bool) -> npt.NDArray[Any]:
     if name not in request:
-        return np.full(n, default)
-    part = request[name]
-    if part.size != n or part.dtype.kind != ("b" if isinstance(default, bool) else "i"):
-        raise _unfit(name, part, n)
-    return part.reshape(-1)
+        return np.full(n_sessions, default)
+    tensor = request[name]
+    if tensor.size != n_sessions or tensor.dtype.kind != ("b" if isinstance(default, bool) else "i"):
+        raise _wrong_tensor(name, tensor, n_sessions)
+    return tensor.reshape(-1)
 
 
-def _texts(request: Arrays, name: str, n: int) -> list[bytes]:
+def _texts(request: Arrays, name: str, n_sessions: int) -> list[bytes]:
     texts: list[bytes] = request[name].reshape(-1).tolist()
-    if len(texts) != n or not all(isinstance(text, (bytes, str)) for text in texts):
-        raise _unfit(name, request[name], n)
+    if len(texts) != n_sessions or not all(isinstance(text, (bytes, str)) for text in texts):
+        raise _wrong_tensor(name, request[name], n_sessions)
     return texts
 
 
-def _unfit(name: str, part: npt.NDArray[Any], n: int) -> ServingError:
+def _wrong_tensor(name: str, tensor: npt.NDArray[Any], n_sessions: int) -> ServingError:
     return ServingError(
-        f"{name} holds {part.dtype} of shape {list(part.shape)} for {n} sessions", "see triton_models/README.md"
+        f"{name} holds {tensor.dtype} of shape {list(tensor.shape)} for {n_sessions} sessions",
+        "see triton_models/README.md",
     )
 
 
-def _stacked(matrices: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+def _concatenate(matrices: Sequence[Rows]) -> Rows:
+    """Stack [batch, width] matrices of different width along the batch, 0-padded on the right."""
     if len(matrices) == 1:
         return matrices[0]
     stacked = np.full((sum(map(len, matrices)), max(matrix.shape[1] for matrix in matrices)), PADDING_ROW, np.int64)
@@ -286,18 +297,18 @@ def _stacked(matrices: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]
     return stacked
 
 
-Observer = Callable[[Sequence[Arrays], Sequence[Answer]], None]
-"""Sees every batch of requests and its answers, after they were worked out: metrics."""
+Observer = Callable[[Sequence[Arrays], Sequence[Response]], None]
+"""Callback for metrics: gets every batch of requests with its responses."""
 
 
 def execute(backend: Backend, requests: Sequence[Any], pb_utils: Any, observe: Observer | None = None) -> list[Any]:
-    """Answer Triton's requests.
+    """Run a backend on Triton's requests.
 
     Parameters
     ----------
     backend : Backend
     requests : sequence of pb_utils.InferenceRequest
-        What the dynamic batcher gathered.
+        What the dynamic batcher collected.
     pb_utils : module
         Triton's ``triton_python_backend_utils``, which exists inside the server only.
     observe : callable, optional
@@ -307,13 +318,12 @@ def execute(backend: Backend, requests: Sequence[Any], pb_utils: Any, observe: O
     list of pb_utils.InferenceResponse
         One per request, in order.
     """
-    read = [_or_error(lambda request: _arrays(backend, request, pb_utils), request) for request in requests]
-    asked = [request for request in read if not isinstance(request, MISSRecError)]
-    answered = iter(backend.answer(asked))
-    answers = [request if isinstance(request, MISSRecError) else next(answered) for request in read]
+    tensors = [_result_or_error(lambda request: _arrays(backend, request, pb_utils), request) for request in requests]
+    results = iter(backend.infer([arrays for arrays in tensors if not isinstance(arrays, MISSRecError)]))
+    responses = [arrays if isinstance(arrays, MISSRecError) else next(results) for arrays in tensors]
     if observe is not None:
-        observe([{} if isinstance(request, MISSRecError) else request for request in read], answers)
-    return [_response(answer, pb_utils) for answer in answers]
+        observe([{} if isinstance(arrays, MISSRecError) else arrays for arrays in tensors], responses)
+    return [_triton_response(response, pb_utils) for response in responses]
 
 
 def _arrays(backend: Backend, request: Any, pb_utils: Any) -> Arrays:
@@ -321,11 +331,11 @@ def _arrays(backend: Backend, request: Any, pb_utils: Any) -> Arrays:
     return {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
 
 
-def _response(answer: Answer, pb_utils: Any) -> Any:
-    if isinstance(answer, MISSRecError):
-        words = str(answer).encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no text for Triton
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(words))
-    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in answer.items()])
+def _triton_response(response: Response, pb_utils: Any) -> Any:
+    if isinstance(response, MISSRecError):
+        message = str(response).encode("utf-8", "backslashreplace").decode()  # Triton refuses lone surrogates
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in response.items()])
 
 
 def parameter(args: Mapping[str, str], name: str) -> str:
@@ -343,7 +353,7 @@ def bundle_folder(args: Mapping[str, str]) -> Path:
 
 
 def device_of(args: Mapping[str, str]) -> str:
-    """Return torch's name of the device that Triton gave this instance."""
+    """Return torch's name of the device that Triton assigned to this instance."""
     import torch
 
     on_gpu = args["model_instance_kind"] == "GPU" and torch.cuda.is_available()

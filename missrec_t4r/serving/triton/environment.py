@@ -1,8 +1,8 @@
-"""What the embedded Triton needs from this machine: checked before anything is started, each refusal in words.
+"""Requirements of the embedded Triton server on this machine, checked before anything is started.
 
-`nvidia-pytriton` carries a real ``tritonserver`` with the Python backend and one *stub* per Python version, the
-process in which a model's Python runs. Its traps: the stub must lie in the backend's folder, it ignores
-``PYTHONPATH`` (our package must be installed), it needs a shared libpython, and numpy 2 silently corrupts tensors.
+`nvidia-pytriton` contains a real ``tritonserver`` with the Python backend and one *stub* per Python version, the
+process that runs a Python model. Its pitfalls: the stub must lie in the backend's folder, it ignores ``PYTHONPATH``
+(this package must be installed), it needs a shared libpython, and numpy 2 silently corrupts tensors.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ import numpy as np
 
 from missrec_t4r.errors import ServingError
 
-_NEEDED_GLIBC = (2, 35)
+_OLDEST_GLIBC = (2, 35)
 _STUB = "triton_python_backend_stub"
 _CONTAINER = "or serve with Triton's container image: docker compose up"
 
 
 @dataclass(frozen=True)
 class EmbeddedTriton:
-    """Where the server of the installed `nvidia-pytriton` lies."""
+    """Location of the server in the installed `nvidia-pytriton`."""
 
     server: Path
     """Folder ``pytriton/tritonserver``."""
     stub: Path
-    """The stub for the running Python."""
+    """Stub executable for the running Python version."""
 
     @classmethod
     def find(cls) -> EmbeddedTriton:
-        """Locate the server and check that this machine can run it.
+        """Locate the server and check the requirements.
 
         Raises
         ------
         ServingError
-            `nvidia-pytriton` is missing, or Python, numpy, libpython or the C library do not suit it.
+            `nvidia-pytriton` is missing, or Python, numpy, libpython or the C library are unsuitable.
         """
         check_libc(*platform.libc_ver())
         check_numpy(np.__version__)
@@ -59,11 +59,11 @@ class EmbeddedTriton:
 
     @property
     def binary(self) -> Path:
-        """The server's executable."""
+        """Executable of the server."""
         return self.server / "bin" / "tritonserver"
 
     def backends(self, folder: Path) -> Path:
-        """Assemble the backend folder: the Python backend with the stub beside it."""
+        """Assemble a backend folder, the Python backend with the stub beside it, and return its path."""
         target = folder / "backends" / "python"
         shutil.copytree(self.server / "backends" / "python", target, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copyfile(self.stub, target / _STUB)
@@ -71,9 +71,10 @@ class EmbeddedTriton:
         return target.parent
 
     def environment(self) -> dict[str, str]:
-        """Return the server's environment: this Python first on PATH, its library and the wheel's own to be found.
+        """Return the server's environment variables: this Python first on PATH, the library path with both libraries.
 
-        Threads of a ranker sleep while they wait for each other; spinning, they take the core from clients and server.
+        ``OMP_WAIT_POLICY=passive``: threads of a ranker sleep while they wait for each other; spinning threads would
+        take the core from clients and server.
         """
         libraries = [
             str(sysconfig.get_config_var("LIBDIR") or ""),
@@ -91,9 +92,15 @@ class EmbeddedTriton:
 
 
 def check_libc(name: str, version: str) -> None:
-    """Refuse a machine whose C library the server was not built for."""
+    """Refuse a C library that is older than the one the server was built for, or another one.
+
+    Raises
+    ------
+    ServingError
+        It is not glibc 2.35 or newer.
+    """
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if name != "glibc" or numbers < _NEEDED_GLIBC:
+    if name != "glibc" or numbers < _OLDEST_GLIBC:
         found = f"C library {name} {version}".strip() if name else "no GNU C library"
         raise ServingError(
             f"{found} on {platform.system()}",
@@ -103,7 +110,13 @@ def check_libc(name: str, version: str) -> None:
 
 
 def check_numpy(version: str) -> None:
-    """Refuse numpy 2: the Python backend then reads zeros and writes empty tensors without any error."""
+    """Refuse numpy 2: with it the Python backend reads zeros and writes empty tensors without any error.
+
+    Raises
+    ------
+    ServingError
+        The version is 2 or newer.
+    """
     if int(version.split(".")[0]) >= 2:
         raise ServingError(f"numpy {version}", "numpy below 2 for the embedded server", "pip install 'numpy<2'")
 
@@ -114,17 +127,16 @@ def find_stub(server: Path, python: tuple[int, int]) -> Path:
     Raises
     ------
     ServingError
-        The wheel has no stub for it, or this Python comes without a shared library.
+        The package has no stub for it, or this Python was built without a shared library.
     """
     version = "{}.{}".format(*python)
-    stub = server / "python_backend_stubs" / version / _STUB
+    stubs = server / "python_backend_stubs"
+    stub = stubs / version / _STUB
     if not stub.is_file():
-        found = sorted(
-            (entry.name for entry in (server / "python_backend_stubs").glob("3.*")), key=lambda v: int(v[2:])
-        )
+        supported = sorted((entry.name for entry in stubs.glob("3.*")), key=lambda name: int(name[2:]))
         raise ServingError(
             f"Python {version} has no stub in the installed nvidia-pytriton",
-            f"one of Python {', '.join(found) or 'none found'}",
+            f"one of Python {', '.join(supported) or 'none found'}",
             f"make the environment with another Python, {_CONTAINER}",
         )
     library = str(sysconfig.get_config_var("INSTSONAME") or "")
@@ -138,9 +150,9 @@ def find_stub(server: Path, python: tuple[int, int]) -> Path:
 
 
 def _loadable(library: str) -> bool:
-    for place in (Path(str(sysconfig.get_config_var("LIBDIR"))) / library, Path(library)):
+    for path in (Path(str(sysconfig.get_config_var("LIBDIR"))) / library, Path(library)):
         try:
-            ctypes.CDLL(str(place))
+            ctypes.CDLL(str(path))
         except OSError:
             continue
         return True
@@ -148,16 +160,16 @@ def _loadable(library: str) -> bool:
 
 
 def reason_in(log: str) -> str:
-    r"""Return what a Triton log says went wrong, in one paragraph: our own error's words, else its last lines.
+    r"""Extract the reason of a failure from a Triton log: the last exception of a model, else its last error lines.
 
     Examples
     --------
     >>> reason_in("I0101 pinned\nUNAVAILABLE: Internal: BundleError: items.parquet is missing\n\nAt:\n  model.py(9)")
     'BundleError: items.parquet is missing'
     """
-    ours = re.findall(r"Internal: ((?:\w+\.)*\w*(?:Error|Exception): .+)", log)
-    if ours:
-        return str(ours[-1]).strip()
+    exceptions = re.findall(r"Internal: ((?:\w+\.)*\w*(?:Error|Exception): .+)", log)
+    if exceptions:
+        return str(exceptions[-1]).strip()
     errors = re.findall(r"^E\d{4} \S+ \d+ \S+\] \"?(.+?)\"?$", log, flags=re.MULTILINE)
     lines = errors or [line for line in log.splitlines() if line.strip()]
     return " | ".join(line.strip() for line in lines[-3:]) or "the log is empty"

@@ -1,9 +1,9 @@
-"""A real Triton Inference Server on this machine, for the demo, for tests and for trying things out.
+"""A real Triton Inference Server on this machine, for the demo, for tests and for experiments.
 
-The server listens on the loopback interface only and its noise goes to a log file; when it fails, the reason in that
-log becomes the error message. It never outlives the process that started it, not even when that is killed. What only
-an operator may do (loading models, shared memory, tracing) needs a key that is drawn at every start (`control`).
-Production uses Triton's own image (docker-compose.yml).
+The server listens on the loopback interface only and writes its output to a log file; when it fails, the reason in that
+log becomes the error message. It never outlives the process that started it, even if that process is killed: a watchdog
+stops it. Loading models, shared memory and tracing need a key that is random per start (`model_control`). Production
+uses Triton's own image (docker-compose.yml).
 """
 
 from __future__ import annotations
@@ -23,33 +23,35 @@ from typing import Any
 
 from missrec_t4r.errors import ServingError
 from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.serving.triton.deployment import is_deployment, start_arguments
 from missrec_t4r.serving.triton.environment import EmbeddedTriton, reason_in
-from missrec_t4r.serving.triton.model_control import Control, is_deployment, restrictions, start_arguments
-from missrec_t4r.serving.triton.ports import LOOPBACK, answers_ready, choose_ports, name_of, shows_metrics
+from missrec_t4r.serving.triton.model_control import Control, restrictions
+from missrec_t4r.serving.triton.ports import LOOPBACK, choose_ports, has_metrics, is_ready, server_name
+from missrec_t4r.serving.triton.repository import ENSEMBLE
 
 _POLL_SECONDS = 0.05
 _CHECK_SECONDS = 0.5
 _STOP_SECONDS = 15.0
 SHARED_BYTES = 16 << 20
-"""Shared memory that a model starts with. Triton's 1 MiB has to grow under the first requests, and growing while
-another model loads has ended the server (docs/reliability.md)."""
-_STARTS = 4
-"""Between choosing a free port and Triton's binding it, another process may take it: then others are chosen."""
+"""Initial shared memory of a model. Triton's default of 1 MiB has to grow under the first requests, and growing while
+another model loads has crashed the server (docs/reliability.md)."""
+_ATTEMPTS = 4
+"""Another process may take a free port after it was chosen and before Triton binds it: then others are chosen."""
 _PORT_TAKEN = ("already in use", "failed to start", "unavailable for")
-"""Words of Triton's log when it could not bind a port."""
+"""Fragments of Triton's log messages when it could not bind a port."""
 
 
 class LocalTriton:
-    """Serve a model repository while the ``with`` block runs.
+    """Context manager: serve a model repository while the ``with`` block runs.
 
     Parameters
     ----------
     repository : path
         A model repository, as `missrec export --triton` writes it.
     http_port, grpc_port, metrics_port : int
-        0 takes a free port.
+        0 chooses a free port.
     log_file : path, optional
-        Where Triton's log goes; a temporary file by default.
+        File of Triton's log; a temporary one by default.
     timeout : float
         Seconds until all models must be ready.
     arguments : sequence of str
@@ -75,7 +77,7 @@ class LocalTriton:
         progress: Progress = quiet,
     ) -> None:
         self.repository = Path(repository).absolute()
-        self._wanted = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+        self._requested_ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self.ports: dict[str, int] = {}
         self._log_file = None if log_file is None else Path(log_file).absolute()
         self._timeout, self._arguments, self._progress = timeout, arguments, progress
@@ -86,7 +88,7 @@ class LocalTriton:
 
     @property
     def control(self) -> Control:
-        """What an operator needs to load and unload models in this server."""
+        """Admin client that loads and unloads models in this server."""
         return Control(self.http_url, self._key, self.pid)
 
     @property
@@ -101,7 +103,7 @@ class LocalTriton:
 
     @property
     def metrics_url(self) -> str:
-        """Address of the Prometheus metrics."""
+        """URL of the Prometheus metrics."""
         return f"http://{LOOPBACK}:{self.ports['metrics']}/metrics"
 
     @property
@@ -124,15 +126,15 @@ class LocalTriton:
                 "write one with `missrec export --triton`",
             )
         triton = EmbeddedTriton.find()
-        for attempt in range(1, _STARTS + 1):
-            self.ports = choose_ports(self._wanted)
+        for attempt in range(1, _ATTEMPTS + 1):
+            self.ports = choose_ports(self._requested_ports)
             self._folder = Path(tempfile.mkdtemp(prefix="missrec-triton-"))
             try:
                 self._start(triton, self._folder)
                 self._wait()
             except ServingError as error:
                 self.stop()
-                if attempt == _STARTS or not self._lost_a_port(str(error)):
+                if attempt == _ATTEMPTS or not self._lost_a_port(str(error)):
                     raise
             except BaseException:
                 self.stop()
@@ -147,11 +149,11 @@ class LocalTriton:
         self.stop()
 
     def stop(self) -> None:
-        """Stop the server and its models, and remove temporary files; harmless when nothing runs."""
+        """Stop the server and its models, and remove temporary files; does nothing when no server runs."""
         if self._process is not None:
             if self._key and is_deployment(self.repository):
-                Control.forget(self.repository, self._process.pid)
-            _end_group(self._process)
+                Control.remove(self.repository, self._process.pid)
+            _stop_group(self._process)
             self._process = None
         if self._watchdog is not None:
             self._watchdog.communicate(b"done\n")
@@ -161,7 +163,7 @@ class LocalTriton:
             self._folder = None
 
     def check_alive(self) -> None:
-        """Raise a `ServingError` with the reason if the server has ended."""
+        """Raise `ServingError` with the reason if the server has ended."""
         if self._process is not None and (code := self._process.poll()) is not None:
             raise ServingError(f"Triton ended with code {code}: {self._reason()}", "a running server", self._cure())
 
@@ -171,15 +173,15 @@ class LocalTriton:
             str(triton.binary),
             f"--model-repository={self.repository}",
             f"--backend-directory={triton.backends(folder)}",
-            "--disable-auto-complete-config",  # our configurations are complete; without it every model starts twice
+            "--disable-auto-complete-config",  # the configurations are complete; without it every model starts twice
             f"--backend-config=python,shm-default-byte-size={SHARED_BYTES}",
             "--exit-timeout-secs=5",
             f"--id={self._name}",
             *restrictions(self._key),
             *(start_arguments(self.repository) if is_deployment(self.repository) else []),
         ]
-        for door, port in self.ports.items():
-            command += [f"--{door}-address={LOOPBACK}", f"--{door}-port={port}"]
+        for endpoint, port in self.ports.items():
+            command += [f"--{endpoint}-address={LOOPBACK}", f"--{endpoint}-port={port}"]
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
@@ -193,7 +195,7 @@ class LocalTriton:
         self._watchdog = start_watchdog(self._process.pid, folder)
 
     def _lost_a_port(self, reason: str) -> bool:
-        return 0 in self._wanted.values() and any(words in reason for words in _PORT_TAKEN)
+        return 0 in self._requested_ports.values() and any(message in reason for message in _PORT_TAKEN)
 
     def _wait(self) -> None:
         started = time.monotonic()
@@ -205,10 +207,12 @@ class LocalTriton:
 
     def _until_ready(self, deadline: float) -> Iterator[int]:
         attempt = 0
-        port, door = self.ports["http"], "missrec" if is_deployment(self.repository) else None
+        port, model = self.ports["http"], ENSEMBLE if is_deployment(self.repository) else None
         metrics = None if "--allow-metrics=false" in self._arguments else self.ports["metrics"]
         while not (
-            answers_ready(port, door) and name_of(port) == self._name and (metrics is None or shows_metrics(metrics))
+            is_ready(port, model)
+            and server_name(port) == self._name  # not the server of another process that took the port
+            and (metrics is None or has_metrics(metrics))
         ):
             self.check_alive()
             if time.monotonic() > deadline:
@@ -227,7 +231,7 @@ class LocalTriton:
         return reason_in(self.log_file.read_text(encoding="utf-8", errors="replace"))
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
+def _stop_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     try:
@@ -298,9 +302,9 @@ def serve(
     }
 
 
-# A watchdog that ends a server whose owner was killed: a shell that waits for the end of a pipe, nothing more
-
-_SCRIPT = """
+# Parent-death watchdog: a shell that waits for the end of a pipe, which the system closes when the parent dies.
+# It stops the server's process group and removes the temporary folder.
+_WATCHDOG = """
 read -r word
 [ "$word" = done ] && exit 0
 kill -TERM -"$1" 2>/dev/null
@@ -311,24 +315,24 @@ rm -rf -- "$2"
 
 
 def start_watchdog(group: int, folder: Path) -> subprocess.Popen[bytes]:
-    r"""Watch over a process group.
+    r"""Start a process that stops a process group when this process dies.
 
     Parameters
     ----------
     group : int
-        Process group to stop when this process is gone.
+        Process group to stop.
     folder : Path
-        Removed then.
+        Temporary folder to remove with it.
 
     Returns
     -------
     Popen
-        ``communicate(b"done\n")`` ends it when there is nothing left to watch.
+        ``communicate(b"done\n")`` ends the watchdog without stopping anything.
     """
     return subprocess.Popen(
-        ["/bin/sh", "-c", _SCRIPT, "missrec-watchdog", str(group), str(folder)],
+        ["/bin/sh", "-c", _WATCHDOG, "missrec-watchdog", str(group), str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # a signal to the owner's whole group must not reach it
+        start_new_session=True,  # a signal to the parent's whole group must not reach the watchdog
     )

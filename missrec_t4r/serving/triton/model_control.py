@@ -1,65 +1,39 @@
-"""The operator's way into a server whose model control is closed to clients: a key that is drawn at every start.
+"""Admin client for Triton's model control, authorised by a random key per server start.
 
-Triton checks the key as a header of the closed parts of its API (HTTP and gRPC). Beside a deployment folder it is kept
-in `.server.json`, which only the owner of the folder may read; clients never need it.
+Loading models, shared memory, tracing and log settings are closed to clients: Triton serves these parts of its API
+(HTTP and gRPC) only to requests that carry the key as a header. Beside a deployment folder the key is kept in
+``.server.json``, which only the owner of the folder may read; clients never need it.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tritonclient.utils import InferenceServerException
+
 from missrec_t4r.errors import ServingError, UnavailableError
+from missrec_t4r.io.atomic import atomic_write_file
 
 CLOSED = ("model-repository", "shared-memory", "trace", "logging")
-"""Parts of Triton's API that clients have no use for: loading code, naming memory of the machine, writing files."""
+"""Parts of Triton's API that clients do not need: loading code, naming memory of the machine, writing files."""
 HEADER = "missrec-control"
 SERVER_FILE = ".server.json"
-DEPLOYMENT_FILE = "deployment.json"
-"""Marks a folder of versioned models, as `missrec deploy` writes it."""
 
+_CONNECT_SECONDS = 10.0
 _LOAD_SECONDS = 600.0
+"""Loading a model of a million items takes minutes: Triton reads and verifies the whole bundle."""
 
 
 def restrictions(key: str) -> list[str]:
-    """Return the arguments of ``tritonserver`` that close these parts."""
+    """Return the ``tritonserver`` arguments that require the key for the closed parts."""
     closed = ",".join(CLOSED)
-    return [f"--{door}={closed}:{HEADER}={key}" for door in ("http-restricted-api", "grpc-restricted-protocol")]
-
-
-def is_deployment(repository: Path) -> bool:
-    """Return whether a model repository is one that `missrec deploy` keeps."""
-    return (repository / DEPLOYMENT_FILE).is_file()
-
-
-def current_version(repository: str | Path) -> int | None:
-    """Return the version that a deployment folder's door leads to, None before the first one."""
-    file = Path(repository) / "missrec" / "config.pbtxt"
-    found = (
-        re.search(r"model_name: \"missrec_\w+_v(\d+)\"", file.read_text(encoding="utf-8")) if file.is_file() else None
-    )
-    return int(found[1]) if found else None
-
-
-def bundle_of(repository: str | Path, version: int) -> Path:
-    """Return where a deployment folder keeps the bundle of a version."""
-    return Path(repository) / f"missrec_ranker_v{version}" / "1" / "bundle"
-
-
-def start_arguments(repository: Path) -> list[str]:
-    """Return the arguments of ``tritonserver`` that load a deployment folder's door and the version behind it.
-
-    Strict readiness is off: with it, one candidate that fails to load would make a server unready that answers as
-    before. Whether a deployment is ready is asked of its door: ``/v2/models/missrec/ready``.
-    """
-    doors = ("missrec", f"missrec_v{current_version(repository)}")
-    loaded = [f"--load-model={door}" for door in doors]
-    return ["--model-control-mode=explicit", "--strict-readiness=false", *loaded]
+    return [f"--{api}={closed}:{HEADER}={key}" for api in ("http-restricted-api", "grpc-restricted-protocol")]
 
 
 @dataclass(frozen=True)
@@ -67,16 +41,17 @@ class Control:
     """Explicit model control of one running server."""
 
     http_url: str
+    """Host and port of its HTTP endpoint."""
     key: str
     pid: int
+    """Process id of the server."""
 
     def write(self, repository: Path) -> None:
-        """Leave the key beside the models, readable by the owner alone."""
-        aside = repository / f"{SERVER_FILE}.{os.getpid()}"
-        aside.unlink(missing_ok=True)
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file)
-        os.replace(aside, repository / SERVER_FILE)
+        """Write the key beside the models, readable by the owner alone."""
+        with atomic_write_file(repository / SERVER_FILE) as temporary:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # never readable for others
+            with open(descriptor, "w", encoding="utf-8") as file:
+                json.dump(asdict(self), file)
 
     @classmethod
     def find(cls, repository: Path) -> Control | None:
@@ -92,11 +67,11 @@ class Control:
                 "the user who runs the server",
                 "run this command as that user",
             ) from error
-        return control if control.answers() else None
+        return control if control.is_accepted() else None
 
     @staticmethod
-    def forget(repository: Path, pid: int) -> None:
-        """Remove what `write` left, if it is about this process."""
+    def remove(repository: Path, pid: int) -> None:
+        """Remove the file of `write` if it names this process."""
         file = repository / SERVER_FILE
         try:
             if json.loads(file.read_text(encoding="utf-8")).get("pid") == pid:
@@ -104,43 +79,52 @@ class Control:
         except (OSError, ValueError, AttributeError):
             return
 
-    def answers(self) -> bool:
-        """Return whether the server is alive and takes the key."""
+    def is_accepted(self) -> bool:
+        """Return whether the server is alive and accepts the key."""
         try:
-            self._post("/v2/repository/index")
+            self.ready()
         except ServingError:
             return False
         return True
 
     def load(self, model: str) -> None:
-        """Load a model, or load it again, with everything that it consists of; returns when it is ready.
+        """Load or reload a model with everything it consists of; returns when it is ready.
 
         Raises
         ------
         ServingError
-            It cannot be loaded; what was served before still is.
+            It cannot be loaded; the server goes on serving what it had.
         """
-        self._post(f"/v2/repository/models/{model}/load")
+        with self._client(f"loading {model}") as client:
+            client.load_model(model, headers=self._headers)
 
     def unload(self, model: str) -> None:
-        """Unload a model and what only it consists of; requests under way are answered first."""
-        self._post(f"/v2/repository/models/{model}/unload", {"parameters": {"unload_dependents": True}})
+        """Unload a model and what only it consists of; requests in flight are answered first."""
+        with self._client(f"unloading {model}") as client:
+            client.unload_model(model, headers=self._headers, unload_dependents=True)
 
     def ready(self) -> dict[str, str]:
-        """Return the version of every model that is ready."""
-        index = self._post("/v2/repository/index")
+        """Return the version of every model that is ready, by name."""
+        with self._client("listing the models") as client:
+            index = client.get_model_repository_index(headers=self._headers)
         return {entry["name"]: entry.get("version", "") for entry in index if entry.get("state") == "READY"}
 
-    def _post(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        connection = http.client.HTTPConnection(self.http_url, timeout=_LOAD_SECONDS)
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {HEADER: self.key}
+
+    @contextmanager
+    def _client(self, action: str) -> Iterator[Any]:
+        import tritonclient.http as http
+
+        client = http.InferenceServerClient(
+            self.http_url, connection_timeout=_CONNECT_SECONDS, network_timeout=_LOAD_SECONDS
+        )
         try:
-            connection.request("POST", path, json.dumps(body or {}), {HEADER: self.key})
-            response = connection.getresponse()
-            text = response.read().decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException) as error:
+            yield client
+        except InferenceServerException as error:
+            raise ServingError(f"the server at {self.http_url} refused {action}: {error}") from error
+        except (OSError, EOFError) as error:
             raise UnavailableError(f"no answer from {self.http_url} ({error})", "a running server") from error
         finally:
-            connection.close()
-        if response.status != 200:
-            raise ServingError(f"the server at {self.http_url} answered {path} with {response.status}: {text.strip()}")
-        return json.loads(text) if text.strip() else {}
+            client.close()

@@ -1,8 +1,8 @@
-"""Writes a Triton model repository from the templates in `triton_models/` and a bundle.
+"""Write a Triton model repository from the templates in `triton_models/` and a bundle.
 
 ::
 
-    missrec/            config.pbtxt  1/                      the ensemble: raw ids in, raw ids and scores out
+    missrec/            config.pbtxt  1/                      entry model, the ensemble: raw ids to raw ids and scores
     missrec_sessions/   config.pbtxt  1/model.py              raw ids to rows
     missrec_ranker/     config.pbtxt  1/model.py  1/bundle/   rows to items; the one copy of the bundle
 
@@ -25,35 +25,36 @@ ENSEMBLE = "missrec"
 MODELS = (ENSEMBLE, "missrec_sessions", "missrec_ranker")
 BUNDLE_IN_REPOSITORY = "missrec_ranker/1/bundle"
 MARKER = "missrec_ranker/config.pbtxt"
+"""Marker file of a model repository written by this module."""
 
 
 def write_repository(
     bundle: str | Path, out: str | Path, *, max_batch_size: int = 64, threads: int = 1, instances: int = 1
 ) -> list[str]:
-    """Write a model repository aside and rename it into place; an older one is replaced whole.
+    """Write a model repository atomically; an older one is replaced as a whole.
 
     Parameters
     ----------
     bundle : path
-        Verified first.
+        Verified before anything is written.
     out : path
-        The repository folder.
+        Folder of the model repository.
     max_batch_size : int
-        Sessions that Triton's dynamic batcher puts into one pass, and the most one request may hold.
+        Most sessions in one request, and in one batch of Triton's dynamic batcher.
     threads : int
-        Threads of the ranker's torch.
+        Torch threads of every ranker process.
     instances : int
-        Processes of the ranker that answer at the same time; of a large catalogue they share the pages.
+        Ranker processes that serve requests in parallel; they share the memory pages of a large catalogue.
 
     Returns
     -------
     list of str
-        The files written, relative to ``out``.
+        Files written, relative to ``out``.
 
     Raises
     ------
     BundleError
-        The bundle is damaged, or ``out`` is in use by something else.
+        The bundle is damaged, or ``out`` was not written by missrec.
     """
     with atomic_write_dir(Path(out), MARKER, "model repository", BundleError) as folder:
         fill_repository(folder, Path(bundle), max_batch_size=max_batch_size, threads=threads, instances=instances)
@@ -77,7 +78,8 @@ def fill_repository(
     }
     for model in MODELS:
         (folder / model / "1").mkdir(parents=True)
-        (folder / model / "config.pbtxt").write_text(filled(_template(model, "config.pbtxt"), values), encoding="utf-8")
+        config = fill_template(_template(model, "config.pbtxt"), values)
+        (folder / model / "config.pbtxt").write_text(config, encoding="utf-8")
         if model != ENSEMBLE:
             code = _template(model, "1", "model.py")
             (folder / model / "1" / "model.py").write_text(code, encoding="utf-8")
@@ -85,21 +87,21 @@ def fill_repository(
     target.mkdir()
     for name in manifest["files"]:
         shutil.copyfile(bundle / name, target / name)
-    shutil.copy2(bundle / MANIFEST_FILE, target / MANIFEST_FILE)  # with its time: the age of the catalogue, in metrics
+    shutil.copy2(bundle / MANIFEST_FILE, target / MANIFEST_FILE)  # keeps its time: the catalogue's age in the metrics
 
 
-def filled(template: str, values: dict[str, str]) -> str:
+def fill_template(template: str, values: dict[str, str]) -> str:
     """Return a template's text with every ``${name}`` replaced.
 
     Raises
     ------
     BundleError
-        The template asks for a value that there is none for.
+        The template has a placeholder without a value.
     """
     try:
         return string.Template(template).substitute(values)
     except (KeyError, ValueError) as error:
-        raise BundleError(f"a template asks for {error}", f"one of {', '.join(values)}") from error
+        raise BundleError(f"a template has the placeholder {error}", f"one of {', '.join(values)}") from error
 
 
 def _template(*parts: str) -> str:

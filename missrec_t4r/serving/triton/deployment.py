@@ -1,0 +1,86 @@
+"""Layout of a deployment folder: a model repository that keeps several complete versions of one model.
+
+::
+
+    deployment.json       marker file: the folder was made by `missrec deploy`
+    .server.json          address and key of the server that serves the folder (`model_control`)
+    missrec/              entry model; its config.pbtxt names the version that receives the traffic
+    missrec_v3/           the same ensemble for version 3 alone: smoke test, shadow traffic, comparisons
+    missrec_sessions_v3/  missrec_ranker_v3/      the models of version 3; the ranker's folder holds the bundle
+
+A version is complete when its ensemble ``missrec_vN`` has a configuration: that folder is written last and removed
+first.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from missrec_t4r.serving.triton.model_config import CONFIG_FILE, read_config
+from missrec_t4r.serving.triton.repository import BUNDLE_IN_REPOSITORY, ENSEMBLE
+
+DEPLOYMENT_FILE = "deployment.json"
+"""Marker file of a deployment folder."""
+_RANKER, _, _BUNDLE = BUNDLE_IN_REPOSITORY.partition("/")
+
+
+def is_deployment(repository: Path) -> bool:
+    """Return whether a model repository is a folder of `missrec deploy`."""
+    return (repository / DEPLOYMENT_FILE).is_file()
+
+
+def ensemble_of(version: int) -> str:
+    """Return the name of the ensemble that serves one version alone.
+
+    Examples
+    --------
+    >>> ensemble_of(3)
+    'missrec_v3'
+    """
+    return f"{ENSEMBLE}_v{version}"
+
+
+def version_of(model: str) -> int | None:
+    """Return the version of an ensemble of one version, None for every other model.
+
+    Examples
+    --------
+    >>> version_of("missrec_v3"), version_of("missrec"), version_of("missrec_ranker_v3")
+    (3, None, None)
+    """
+    match = re.fullmatch(rf"{ENSEMBLE}_v(\d+)", model)
+    return int(match[1]) if match else None
+
+
+def versions_of(repository: str | Path) -> list[int]:
+    """Return the complete versions of a deployment folder, oldest first."""
+    ensembles = [file.parent.name for file in Path(repository).glob(f"{ENSEMBLE}_v*/{CONFIG_FILE}")]
+    return sorted(version for name in ensembles if (version := version_of(name)) is not None)
+
+
+def current_version(repository: str | Path) -> int | None:
+    """Return the version that the entry model serves, None before the first deployment."""
+    entry_model = Path(repository) / ENSEMBLE
+    if not (entry_model / CONFIG_FILE).is_file():
+        return None
+    versions = read_config(entry_model).version_policy.specific.versions
+    return int(versions[0]) if versions else None
+
+
+def bundle_of(repository: str | Path, version: int) -> Path:
+    """Return the path of a version's bundle within a deployment folder."""
+    return Path(repository) / f"{_RANKER}_v{version}" / _BUNDLE
+
+
+def start_arguments(repository: Path) -> list[str]:
+    """Return the ``tritonserver`` arguments that load the entry model and the version behind it.
+
+    Strict readiness is off: with it, a candidate version that fails to load would make the whole server unready
+    although the current version still answers. The readiness of a deployment is that of its entry model:
+    ``/v2/models/missrec/ready``.
+    """
+    version = current_version(repository)
+    models = [ENSEMBLE] if version is None else [ENSEMBLE, ensemble_of(version)]
+    loaded = [f"--load-model={model}" for model in models]
+    return ["--model-control-mode=explicit", "--strict-readiness=false", *loaded]

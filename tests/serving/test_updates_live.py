@@ -21,7 +21,6 @@ from missrec_t4r.serving.deploy.blue_green import deploy
 from missrec_t4r.serving.triton.backend import RankerBackend, SessionsBackend
 from missrec_t4r.serving.triton.deployment import bundle_of
 from missrec_t4r.serving.triton.local_server import LocalTriton
-from missrec_t4r.serving.triton.model_control import bundle_of
 from tests.serving.conftest import serving
 from tests.serving.test_updates import ITEMS, NO_IMAGE, RETIRED, vectors
 

@@ -97,7 +97,7 @@ def catalogue_rollback(*, bundle: str | Path | None = None, repository: str | Pa
 
 def _served_bundle(folder: Path, repository: str | Path | None) -> Path:
     """Return a copy of the bundle that is served."""
-    from missrec_t4r.serving.triton.model_control import bundle_of, current_version
+    from missrec_t4r.serving.triton.deployment import bundle_of, current_version
 
     assert repository is not None
     repository = Path(repository)

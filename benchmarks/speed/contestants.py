@@ -26,7 +26,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, rank_catalogue
 from missrec_t4r.ranking.scorer import ModelScorer
-from missrec_t4r.training import precision as arithmetic
+from missrec_t4r.training.precision import resolve_precision
 from missrec_t4r.training.trainer import Trainer
 
 Result = dict[str, Any]
@@ -85,7 +85,7 @@ def ours(recipe: str, **settings: Any) -> Callable[[Catalogue, Sessions, Session
             scorer, histories.take(by_length), targets[by_length], catalogue.n_rows, protocols=[SEEN_KEPT], top_k=50
         )
         users = len(histories) / (time.perf_counter() - started)
-        precision = arithmetic.resolved(resolved.train.precision, trainer.device)
+        precision = resolve_precision(resolved.train.precision, trainer.device)
         return found | {"flops_per_prefix": flops, "users_per_s": users, "precision": precision}
 
     return measure

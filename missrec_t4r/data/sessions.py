@@ -167,6 +167,12 @@ class Sessions:
         return np.where(mask, (ends - lengths)[:, None] + steps, 0), mask
 
 
+def target_counts(sessions: Sessions, n_rows: int) -> Ints:
+    """Return how often each row is a training target, [row]: every event but the first of a session."""
+    targets = np.delete(sessions.values, sessions.offsets[:-1][sessions.lengths > 0])
+    return np.bincount(targets, minlength=n_rows)
+
+
 def gather(values: npt.NDArray[Any], index: Ints, mask: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
     """Return ``values[index]`` where the mask is True and zeros elsewhere.
 

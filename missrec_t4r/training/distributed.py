@@ -1,9 +1,9 @@
-"""Several processes under torchrun: parts of every batch, summed gradients, rows gathered with their gradients.
+"""Data-parallel training under torchrun: part of every batch per process, summed gradients, gathered rows.
 
-Every process plans the same batches, works through its part of each and adds its gradients to the others' before the
-optimiser steps, so all hold the same weights. A loss is a sum over a process's own rows divided by the counts of the
-whole batch: gradients are summed, never averaged, and equal those of one process that sees the whole batch. Ours in
-place of torch's DistributedDataParallel, which wants a forward for all of it, averages, and knows no unused weights.
+Every process plans the same batches, computes its part of each, and sums its gradients with those of the others before
+the optimiser's step, so all hold the same weights. A loss is a sum over the process's own rows divided by the counts of
+the whole batch: gradients are summed, never averaged, and equal those of one process with the whole batch. Used instead
+of torch's DistributedDataParallel, which averages gradients and must wrap one forward call that uses every weight.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-_PATIENCE = datetime.timedelta(hours=4)
-"""How long a process waits for another: the first ranks the validation sessions while the others wait."""
+_TIMEOUT = datetime.timedelta(hours=4)
+"""How long a process waits for another: the first one ranks the validation sessions while the others wait."""
 
 
 class World(NamedTuple):
-    """One process among those of the run."""
+    """Position of this process in the process group."""
 
     rank: int = 0
-    """0 writes; the others keep silent."""
+    """Rank 0 validates, writes and logs."""
     size: int = 1
     local_rank: int = 0
-    """Number of the process on its machine, and of its GPU."""
+    """Index of the process on its machine, and of its GPU."""
 
 
 def launched() -> World:
-    """Return what torchrun put into the environment; one process without it."""
-    found = [int(os.environ.get(name, default)) for name, default in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010")]
-    return World(*found)
+    """Return the position that torchrun set in the environment; one process without torchrun."""
+    values = [int(os.environ.get(name, default)) for name, default in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010")]
+    return World(*values)
 
 
 def world() -> World:
-    """Return the process group that runs, one process if none does."""
+    """Return this process's position in the initialised process group; one process without a group."""
     if not (dist.is_available() and dist.is_initialized()):
         return World()
     return World(dist.get_rank(), dist.get_world_size(), launched().local_rank)
@@ -49,14 +49,14 @@ def world() -> World:
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[World]:
-    """Join torchrun's other processes for the block: NCCL between GPUs, gloo between CPUs.
+    """Initialise the process group of torchrun for the block: NCCL for GPUs, gloo for CPUs.
 
-    A group that runs already is used and left alone; without torchrun there is one process.
+    An initialised group is used and not destroyed; without torchrun there is one process and no group.
     """
     if launched().size == 1 or dist.is_initialized():
         yield world()
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield world()
     finally:
@@ -64,7 +64,7 @@ def joined(device: torch.device) -> Iterator[World]:
 
 
 def own_device(name: str) -> torch.device:
-    """Return the device of this process: ``"auto"`` takes a GPU if there is one, each process its own."""
+    """Return the device of this process; ``"auto"`` is a GPU if there is one, another one for each process."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and launched().size > 1:
@@ -79,13 +79,13 @@ def gather_rows(rows: Tensor) -> Tensor:
     Parameters
     ----------
     rows : Tensor [own, ...]
-        This process's; their number may differ between processes.
+        Rows of this process; their number may differ between processes.
 
     Returns
     -------
     Tensor [total, ...]
-        Its gradient goes back to the process that each row came from, summed over the processes' losses: whoever uses
-        this must sum gradients over processes (`sum_gradients`), as everything here does.
+        In the backward pass each row's gradient is summed over the processes' losses and returned to its process, so
+        gradients must be summed over processes (`sum_gradients`), not averaged.
     """
     if world().size == 1:
         return rows
@@ -94,14 +94,14 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def rows_before(n_rows: int, device: torch.device | str = "cpu") -> int:
-    """Return where this process's rows begin among the gathered ones."""
+    """Return the index of this process's first row among the gathered rows."""
     return sum(_row_counts(n_rows, device)[: world().rank])
 
 
 def sum_gradients(weights: Iterable[torch.nn.Parameter]) -> None:
-    """Add up every weight's gradient over the processes; a process without one adds zero.
+    """Sum every weight's gradient over the processes; a missing gradient counts as zero.
 
-    Dense gradients travel together, in one message per type. Sparse ones (rows of a large ID table) are gathered.
+    Dense gradients are reduced together, in one message per dtype. Sparse ones (rows of a large ID table) are gathered.
     """
     if world().size == 1:
         return
@@ -122,26 +122,26 @@ def sum_gradients(weights: Iterable[torch.nn.Parameter]) -> None:
 
 
 def sum_(values: Tensor) -> Tensor:
-    """Add up a tensor over the processes, in place."""
+    """Sum a tensor over the processes, in place."""
     if world().size > 1:
         dist.all_reduce(values)
     return values
 
 
 def broadcast_(tensors: Iterable[Tensor]) -> None:
-    """Overwrite the tensors with those of the first process."""
+    """Overwrite the tensors with those of rank 0."""
     if world().size > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
 
 def share(value: T) -> T:
-    """Return the first process's value in every process; any object that pickles."""
+    """Return the value of rank 0 in every process; any object that pickles."""
     if world().size == 1:
         return value
-    box: list[Any] = [value]
-    dist.broadcast_object_list(box, 0)
-    shared: T = box[0]
+    objects: list[Any] = [value]
+    dist.broadcast_object_list(objects, 0)
+    shared: T = objects[0]
     return shared
 
 
@@ -149,9 +149,9 @@ def collect(value: T) -> list[T]:
     """Return the values of all processes in the order of their ranks."""
     if world().size == 1:
         return [value]
-    box: list[Any] = [None] * world().size
-    dist.all_gather_object(box, value)
-    return box
+    objects: list[Any] = [None] * world().size
+    dist.all_gather_object(objects, value)
+    return objects
 
 
 class _GatherRows(torch.autograd.Function):
@@ -177,7 +177,7 @@ def _row_counts(n_rows: int, device: torch.device | str) -> list[int]:
 
 
 def _gathered(rows: Tensor, counts: list[int]) -> list[Tensor]:
-    """Gather rows of different numbers: padded to the largest on the way."""
+    """Gather the rows of every process, which may differ in number; padded to the largest number for the message."""
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
     received = [torch.empty_like(padded) for _ in counts]
@@ -186,7 +186,7 @@ def _gathered(rows: Tensor, counts: list[int]) -> list[Tensor]:
 
 
 def _any_sparse(weights: list[torch.nn.Parameter]) -> list[bool]:
-    """Return which gradients are sparse in any process; one that saw no row has none at all."""
+    """Return which gradients are sparse in any process; a process without a row of the table has no gradient."""
     if not weights:
         return []
     flags = torch.tensor([weight.grad is not None and weight.grad.is_sparse for weight in weights])
@@ -196,9 +196,10 @@ def _any_sparse(weights: list[torch.nn.Parameter]) -> list[bool]:
 
 
 def _summed_rows(weight: torch.nn.Parameter) -> Tensor:
+    """Return a sparse gradient summed over the processes."""
     own = torch.zeros_like(weight, layout=torch.sparse_coo) if weight.grad is None else weight.grad
     own = own.coalesce()
     rows, values = own.indices()[0], own.values()
     counts = _row_counts(len(rows), rows.device)
-    every = torch.cat(_gathered(rows, counts)), torch.cat(_gathered(values, counts))
-    return torch.sparse_coo_tensor(every[0].unsqueeze(0), every[1], weight.shape).coalesce()
+    indices, gradients = torch.cat(_gathered(rows, counts)), torch.cat(_gathered(values, counts))
+    return torch.sparse_coo_tensor(indices.unsqueeze(0), gradients, weight.shape).coalesce()  # adds up equal rows

@@ -1,10 +1,13 @@
-"""Fine-tuning on one data set: the data are read and checked, then the trainer takes over (specification 7)."""
+"""Training (fine-tuning) on one data folder: read and check the data, build the trainer, train or describe the run.
+
+The objective is the softmax cross-entropy of `missrec_t4r.training.step` (arXiv:2308.11175; `docs/equations.md`, E13).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +22,6 @@ from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, STATE_FILE, VOCAB
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.training import distributed
 from missrec_t4r.training.trainer import Prepare, Trainer
-
-if TYPE_CHECKING:
-    from missrec_t4r.training.trainer import Trainer
 
 
 def train(
@@ -44,26 +44,27 @@ def train(
     data : path
         Folder written by ``missrec etl``.
     out : path
-        Run folder. An interrupted run with the same recipe is continued.
+        Run folder to write. An interrupted run with the same recipe is resumed.
     recipe : str, path or Recipe
-        Shipped name, YAML file, or the settings themselves.
+        Name of a shipped recipe, YAML file, or the recipe itself.
     settings : mapping, optional
-        Overrides such as ``{"train.epochs": 3}``.
+        Settings that override the recipe, such as ``{"train.epochs": 3}``.
     resume : bool
-        False starts over.
+        False trains from the start, also if there is a checkpoint.
     device : str
-        ``"auto"`` takes a GPU if there is one; under torchrun each process its own.
+        auto (a GPU if there is one; under torchrun one for each process), cpu or cuda.
     prepare : function, optional
-        As in `Trainer`: loads an earlier run's weights and freezes parts (`missrec_t4r.training.warm_start.transfer`).
+        As in `Trainer`: loads an earlier run's weights and freezes parts (`missrec_t4r.training.warm_start`).
     event_features : sequence of EventColumn, optional
-        Side features as an earlier run measured them; by default chosen and measured here.
+        Event features as an earlier run fitted them; by default chosen by the recipe and fitted to the data.
     dry_run : bool
-        Read and check everything, say what would be trained, write nothing.
+        Read and check everything and return what would be trained; write nothing.
 
     Returns
     -------
     dict
-        Validation metrics, best epoch, seconds, trained positions per second, and the prior's settings.
+        Run folder, best epoch, its validation NDCG@10, what ended training (``stopped_by``), seconds, precision and the
+        settings of the score terms (``prior``).
 
     Raises
     ------
@@ -73,7 +74,7 @@ def train(
     data, out = Path(data), Path(out)
     resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
     catalogue = Catalogue.load(data / CATALOGUE_FOLDER)
-    measured = event_features is not None
+    is_fitted = event_features is not None
     event_features = (
         event_columns(data, resolved.model.event_features, resolved.model.event_feature_width)
         if event_features is None
@@ -83,15 +84,15 @@ def train(
     if not (splits["train"].lengths >= 2).any():
         raise DataError(f"no training session in {data} has two known items", "sessions to learn from", "check the ETL")
     _check_rows(splits, catalogue)
-    event_features = event_features if measured else fit_event_columns(event_features, splits["train"])
+    event_features = event_features if is_fitted else fit_event_columns(event_features, splits["train"])
     if event_features and distributed.launched().rank == 0:
-        progress.say(f"side features: {', '.join(column.name for column in event_features)}")
+        progress.say(f"event features: {', '.join(column.name for column in event_features)}")
     with distributed.joined(distributed.own_device(device)):
         trainer = Trainer(
             resolved, catalogue, splits["train"], splits["valid"], out, device, progress, prepare, event_features
         )
         if dry_run:
-            return planned(trainer, data, resume=resume)
+            return describe_run(trainer, data, resume=resume)
         if resume:
             trainer.resume()
         else:
@@ -100,30 +101,28 @@ def train(
 
 
 def _check_rows(splits: Mapping[str, Sessions], catalogue: Catalogue) -> None:
+    """Raise an error if the sessions hold rows that the catalogue has not."""
     for name, sessions in splits.items():
         highest = int(sessions.values.max(initial=0))
         if highest >= catalogue.n_rows:
             raise DataError(
                 f"split {name!r} holds row {highest}",
                 f"rows below {catalogue.n_rows}",
-                "the catalogue is another one's; re-run the ETL",
+                "sessions and catalogue are of different ETL runs; re-run the ETL",
             )
 
 
-# What a training run would do: what it reads, how large it is, whether it resumes; nothing is written
-
-
-def planned(trainer: Trainer, data: Path, *, resume: bool) -> dict[str, Any]:
-    """Return what a trainer that is ready to start would do.
+def describe_run(trainer: Trainer, data: Path, *, resume: bool) -> dict[str, Any]:
+    """Return the result of a dry run: inputs, sizes, steps per epoch, and whether a checkpoint would be resumed.
 
     Parameters
     ----------
     trainer : Trainer
-        Its model is built and, with ``--from`` or ``--continue``, loaded: what does not fit was said by then.
+        Ready to train; a warm start has loaded its weights already, so that unfit ones have raised their error.
     data : Path
         The data folder; of several, the first.
     resume : bool
-        Whether an interrupted run in the folder would be continued.
+        Whether an interrupted run in the folder would be resumed.
 
     Raises
     ------

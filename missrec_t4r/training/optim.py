@@ -1,4 +1,14 @@
-"""The optimiser of a run: AdamW, loss scaling for fp16, clipping, and Adam by rows for a large table of IDs."""
+"""Optimiser, learning-rate schedule and averaged weights (EMA) of a training run.
+
+AdamW over all weights, gradient clipping, loss scaling for fp16, and torch's SparseAdam for a large ID table under the
+sampled softmax. Not from torch, with the reasons:
+
+* `AveragedWeights` instead of ``swa_utils.AveragedModel``: that one deep-copies the whole module, the catalogue's
+  modality vectors included; here only the parameters are copied.
+* `learning_rate` instead of ``lr_scheduler``: the cosine runs over the share of epochs, and the number of steps differs
+  from epoch to epoch; a function of step and share has no state to save and to restore.
+* `_clip` instead of ``clip_grad_norm_``, which knows no sparse gradients.
+"""
 
 from __future__ import annotations
 
@@ -15,65 +25,65 @@ from missrec_t4r.training import distributed
 
 
 class Optimiser:
-    """AdamW over all weights; those of ``by_rows`` get Adam for the rows that a step touched (torch's SparseAdam).
+    """AdamW over all weights, except tables with sparse gradients, which SparseAdam updates.
 
-    Adam moves every row at every step by its running mean. For a table of a million rows, of which a step touches ten
-    thousand, that is four tables read and three written; by rows, a row rests until its next gradient. This is another
-    optimiser (lazy Adam), without weight decay, and only the sampled softmax uses it.
+    Adam updates every row of a table at every step. For a table of a million rows, of which a step touches ten
+    thousand, that is four tables read and three written; SparseAdam updates the touched rows alone. This is another
+    optimiser (lazy Adam), without weight decay; it is used with the sampled softmax only.
 
     Parameters
     ----------
     model : nn.Module
     train : TrainConfig
-    by_rows : set of Tensor
-        Tables whose gradients are sparse.
+    sparse : set of Tensor
+        Weights whose gradients are sparse.
     device : torch.device
     """
 
-    def __init__(self, model: nn.Module, train: TrainConfig, by_rows: frozenset[Tensor], device: torch.device) -> None:
+    def __init__(self, model: nn.Module, train: TrainConfig, sparse: frozenset[Tensor], device: torch.device) -> None:
         self.train, self.weights, self.rate = train, list(model.parameters()), 0.0
-        whole = [weight for weight in self.weights if weight not in by_rows]
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(whole, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
+        dense = [weight for weight in self.weights if weight not in sparse]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(dense, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
         ]
-        if by_rows:
-            self.parts.append(torch.optim.SparseAdam(list(by_rows), lr=train.learning_rate))
+        if sparse:
+            self.optimizers.append(torch.optim.SparseAdam(list(sparse), lr=train.learning_rate))
         self.scaler = _scaler() if train.precision == "fp16" and device.type == "cuda" else None
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
+        """Set all gradients to None."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradients; under fp16 scaled, so that small ones survive."""
+        """Accumulate the gradients of a loss; under fp16 the loss is scaled against underflow."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def step(self, rate: float) -> None:
-        """Sum the gradients over the processes, clip them and move the weights at this learning rate."""
+        """Sum the gradients over the processes, clip them and update the weights at learning rate ``rate``."""
         self.rate = rate
         distributed.sum_gradients(self.weights)
-        for part in self.parts:
-            for group in part.param_groups:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
                 group["lr"] = rate
             if self.scaler is not None:
-                self.scaler.unscale_(part)
+                self.scaler.unscale_(optimizer)
         if self.train.clip_norm:
             _clip(self.weights, self.train.clip_norm)
-        for part in self.parts:
+        for optimizer in self.optimizers:
             if self.scaler is None:
-                part.step()
+                optimizer.step()
             else:
-                self.scaler.step(part)
+                self.scaler.step(optimizer)
         if self.scaler is not None:
             self.scaler.update()
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that the next step depends on, by name."""
+        """Return moments, step counts and loss scale as named tensors, for safetensors."""
         tensors = {
             f"{number}.{index}.{key}": torch.as_tensor(value)
-            for number, part in enumerate(self.parts)
-            for index, state in part.state_dict()["state"].items()
+            for number, optimizer in enumerate(self.optimizers)
+            for index, state in optimizer.state_dict()["state"].items()
             for key, value in state.items()
         }
         if self.scaler is not None:
@@ -81,29 +91,30 @@ class Optimiser:
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what `state` returned."""
-        states = [part.state_dict() for part in self.parts]
+        """Restore the state that `state` returned."""
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
         for name, tensor in tensors.items():
             number, _, rest = name.partition(".")
             index, _, key = rest.partition(".")
             if number == "scaler":
                 continue
-            lazy = isinstance(self.parts[int(number)], torch.optim.SparseAdam) and key == "step"
-            states[int(number)]["state"].setdefault(int(index), {})[key] = int(tensor) if lazy else tensor
-        for part, state in zip(self.parts, states):
-            part.load_state_dict(state)
+            # SparseAdam counts steps in a Python number, AdamW in a tensor
+            is_number = isinstance(self.optimizers[int(number)], torch.optim.SparseAdam) and key == "step"
+            states[int(number)]["state"].setdefault(int(index), {})[key] = int(tensor) if is_number else tensor
+        for optimizer, state in zip(self.optimizers, states):
+            optimizer.load_state_dict(state)
         if self.scaler is not None:
             named = {name.removeprefix("scaler."): t.item() for name, t in tensors.items() if name.startswith("scaler")}
             self.scaler.load_state_dict(named)
 
 
 def _scaler() -> Any:
-    """Return the scaler of losses; torch moved it in 2.3."""
+    """Return torch's loss scaler, which moved to ``torch.amp`` in 2.3."""
     return getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)()
 
 
 def _clip(weights: list[nn.Parameter], limit: float) -> None:
-    """Scale the gradients down together, so that their norm is at most ``limit``."""
+    """Scale all gradients, sparse ones too, so that their joint norm is at most ``limit``."""
     values = []
     for weight in weights:
         if weight.grad is not None and weight.grad.is_sparse:
@@ -116,17 +127,16 @@ def _clip(weights: list[nn.Parameter], limit: float) -> None:
         value.mul_(factor)
 
 
-# Exponentially averaged weights: what is evaluated and exported, while the raw weights go on training (ours)
-
-
 class AveragedWeights:
-    """Moving average of a model's parameters.
+    """Exponential moving average (EMA) of a model's parameters, which is evaluated and exported; ours.
+
+        average += (1 - min(decay, (1 + step) / (10 + step))) * (weights - average)
 
     Parameters
     ----------
     model : nn.Module
     decay : float
-        Per step; 0 switches averaging off. Early steps use less, ``(1 + step) / (10 + step)``.
+        Decay per step; 0 switches averaging off.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -137,19 +147,19 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the average towards the current weights."""
+        """Update the average with the current weights."""
         if self.decay:
             share = 1 - min(self.decay, (1 + step) / (10 + step))
             current = [weight.detach() for _, weight in self.model.named_parameters()]
             torch._foreach_lerp_(list(self.weights.values()), current, share)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take the averages of a checkpoint, whatever their order there."""
+        """Restore the averages of a checkpoint."""
         self.weights = {name: weights[name].to(own) for name, own in self.weights.items()}
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Let the model carry the averaged weights inside the block."""
+        """Replace the model's weights by the averages inside the block."""
         if not self.weights:
             yield
             return
@@ -167,20 +177,17 @@ class AveragedWeights:
                 weight.copy_(weights[name])
 
 
-# Learning rate of a step: a linear warm-up, then constant as published or down to zero along a cosine
-
-
 def learning_rate(train: TrainConfig, step: int, share: float) -> float:
-    """Return the step's learning rate.
+    """Return the learning rate of a step: linear warm-up, then constant (as published) or a cosine down to zero.
 
     Parameters
     ----------
     train : TrainConfig
     step : int
-        Steps taken, this one included.
+        Number of the step, from 1.
     share : float
-        Share of the ``epochs`` that was trained before the step, in [0, 1]. Early stopping ends a cosine early: give it
-        the number of epochs that the run is meant to last.
+        Share of ``train.epochs`` that was trained before the step, in [0, 1]. Early stopping ends a cosine early, so
+        set ``epochs`` to the number that the run shall last.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Mixed precision and compilation: how a step is computed, not what it computes."""
+"""Mixed precision (AMP) and ``torch.compile`` of a training step."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from missrec_t4r.errors import ConfigError
 from missrec_t4r.model.missrec import MISSRec
 
 _AMPERE = (8, 0)
-"""Compute capability from which GPUs have products in bf16."""
+"""Compute capability from which GPUs multiply matrices in bf16."""
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolved(precision: Precision, device: torch.device) -> Precision:
-    """Return what ``auto`` means on a device: bf16 where it has instructions for it, fp32 elsewhere.
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """Return the precision that ``auto`` stands for on a device: bf16 if it has instructions for it, else fp32.
 
-    Without them torch computes bf16 by way of fp32, which is slower than fp32. A CPU that torch says nothing about
-    (an older torch, another architecture) is one without.
+    Without such instructions torch emulates bf16 in fp32, which is slower than fp32. A CPU whose capabilities torch
+    does not report (an older torch, another architecture) counts as one without.
     """
     if precision != "auto":
         return precision
@@ -32,51 +32,52 @@ def resolved(precision: Precision, device: torch.device) -> Precision:
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
-def product_type(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return the type in which matrix products are computed."""
-    return _TYPES.get(resolved(precision, device), torch.float32)
+def matmul_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the dtype in which matrix products are computed."""
+    return _TYPES.get(resolve_precision(precision, device), torch.float32)
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """Return the context in which matrix products run in ``precision``; weights stay in fp32."""
-    dtype = product_type(precision, device)
+    """Return the autocast context in which matrix products run in ``precision``; weights stay in fp32."""
+    dtype = matmul_dtype(precision, device)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
 
 
-def widened(tensor: Tensor) -> Tensor:
-    """Return a tensor of half precision in fp32, any other as it is."""
+def to_fp32(tensor: Tensor) -> Tensor:
+    """Return a bf16 or fp16 tensor in fp32, any other unchanged (a float64 test stays in float64)."""
     return tensor.float() if tensor.dtype in _TYPES.values() else tensor
 
 
-def check(train: TrainConfig, device: torch.device) -> None:
-    """Refuse arithmetic that the device does not have.
+def check_precision(train: TrainConfig, device: torch.device) -> None:
+    """Raise an error for a precision that the device does not support.
 
     Raises
     ------
     ConfigError
-        Half precision with five bits of exponent on a CPU, whose torch has no scaled gradients for it.
+        fp16 on a CPU: torch has no loss scaling for it there.
     """
     if train.precision == "fp16" and device.type != "cuda":
         raise ConfigError(f"train.precision fp16 on {device.type}", "a GPU", "use bf16, which needs no loss scaling")
 
 
-def compile_(model: MISSRec) -> None:
-    """Compile encoder and decoder in place, for any batch and length; names and weights stay as they are.
+def compile_blocks(model: MISSRec) -> None:
+    """Compile encoder and decoder in place, with dynamic shapes; names and weights do not change.
 
-    The towers' and the softmax's time is one matrix product each, and interests change shape with every batch.
+    Item encoder and softmax are not compiled: each is dominated by one matrix product. Nor are interests, whose shape
+    changes with every batch.
     """
     model.encoder.compile(dynamic=True)
     model.decoder.compile(dynamic=True)
 
 
 @contextlib.contextmanager
-def compiling(active: bool) -> Iterator[None]:
-    """Say in words when compilation fails, which torch notices at the first step.
+def translate_compile_errors(active: bool) -> Iterator[None]:
+    """Raise `ConfigError` if ``torch.compile`` fails, which happens at the first step.
 
     Raises
     ------
     ConfigError
-        torch.compile failed: no C++ compiler, mostly.
+        Mostly for want of a C++ compiler.
     """
     if not active:
         yield
@@ -86,9 +87,9 @@ def compiling(active: bool) -> Iterator[None]:
     try:
         yield
     except (TorchDynamoException, OSError) as error:
-        found = str(error).strip().splitlines() or [type(error).__name__]
+        message = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
-            f"torch.compile failed ({found[0][:200]})",
+            f"torch.compile failed ({message[0][:200]})",
             "a C++ compiler that torch can call",
             "install g++, or train without: --set train.compile=false",
         ) from error

@@ -17,7 +17,7 @@ from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.training.loss.chunked import ChunkedSoftmax
 from missrec_t4r.training.loss.full import FullSoftmax, Questions, Softmax, candidate_rows
 from missrec_t4r.training.loss.sampled import SampledSoftmax
-from missrec_t4r.training.precision import autocast, product_type, widened
+from missrec_t4r.training.precision import autocast, matmul_dtype, to_fp32
 
 _LARGEST_TABLE = 1 << 26
 """Scores [position, catalogue] up to which ``softmax: auto`` keeps them all: 256 MiB, of which a step holds several."""
@@ -66,7 +66,7 @@ def training_loss(
     places : int, optional
         To which the ``faithful`` regulariser shall pad the sets of interests (`places_of_random_batches`).
     """
-    softmax = FullSoftmax(product_type(train.precision, batch.item_ids.device)) if softmax is None else softmax
+    softmax = FullSoftmax(matmul_dtype(train.precision, batch.item_ids.device)) if softmax is None else softmax
     all_positions = batch.targets.ndim == 3
     with autocast(train.precision, batch.item_ids.device):
         tokens = softmax.tokens(model, batch.item_ids, batch.targets)
@@ -77,8 +77,8 @@ def training_loss(
             event_features=batch.event_features,
             empty_places=0 if places is None else _EMPTY_PLACES,
         )
-    tokens = tokens._replace(pool=tokens.pool._replace(modality=widened(tokens.pool.modality)))
-    vectors, history, targets = widened(encoded.vectors), batch.item_ids, batch.targets
+    tokens = tokens._replace(pool=tokens.pool._replace(modality=to_fp32(tokens.pool.modality)))
+    vectors, history, targets = to_fp32(encoded.vectors), batch.item_ids, batch.targets
     if all_positions:
         session, step = torch.nonzero(targets[..., 0], as_tuple=True)
         vectors, targets = vectors[session, step], targets[session, step]
@@ -88,7 +88,7 @@ def training_loss(
     weights[0] = 1.0
     counts, sessions = (None, None) if totals is None else totals
     loss = softmax.loss(model, tokens, Questions(vectors, history, targets, weights, counts))
-    memory, mask = widened(encoded.memory), encoded.interests.mask
+    memory, mask = to_fp32(encoded.memory), encoded.interests.mask
     if places is not None:
         places = max(places, mask.shape[1] - _EMPTY_PLACES)
     regulariser = orthogonality_loss(memory, mask, model.config.orthogonality, sessions=sessions, places=places)
@@ -148,4 +148,4 @@ def choose_softmax(train: TrainConfig, n_rows: int, positions: int, frequency: T
         return SampledSoftmax(frequency, train.negatives)
     if train.softmax == "chunked" or (train.softmax == "auto" and positions * n_rows > _LARGEST_TABLE):
         return ChunkedSoftmax(train.chunk_size)
-    return FullSoftmax(product_type(train.precision, device))
+    return FullSoftmax(matmul_dtype(train.precision, device))

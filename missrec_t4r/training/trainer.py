@@ -1,8 +1,8 @@
-"""State of one training run: epochs, parts of batches, averaged weights, early stopping, saved states.
+"""Training loop: epochs, gradient accumulation, averaged weights, early stopping, log and checkpoints.
 
-A run depends on nothing but its last saved state, and that is on disk every few minutes: killed at any moment and
-started again it goes on within the epoch and ends as if it had never stopped. Under torchrun every process does a part
-of each batch, the first one ranks the validation sessions and writes.
+A checkpoint with everything that the next step depends on is written every few minutes: a run that is killed and
+started again resumes within the epoch and ends with the same weights, bit for bit. Under torchrun every process
+computes a part of each batch; rank 0 ranks the validation sessions and writes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.data.batching import Examples, TrainingBatch, iterate, training_batches
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn
-from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.sessions import Sessions, target_counts
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, quick_metrics
 from missrec_t4r.model.missrec import MISSRec, build_missrec
@@ -40,20 +40,20 @@ from missrec_t4r.runs.run_folder import (
     save_tensors,
 )
 from missrec_t4r.training import distributed
-from missrec_t4r.training import precision as arithmetic
 from missrec_t4r.training.loss.full import FullSoftmax, Softmax
 from missrec_t4r.training.loss.sampled import SampledSoftmax
 from missrec_t4r.training.optim import AveragedWeights, Optimiser, learning_rate
+from missrec_t4r.training.precision import check_precision, compile_blocks, resolve_precision, translate_compile_errors
 from missrec_t4r.training.step import Totals, batch_totals, choose_softmax, places_of_random_batches, training_loss
 from missrec_t4r.training.warm_start.id_init import ids_from_content
 
 Prepare = Callable[[MISSRec, Catalogue], dict[str, Any]]
 _HARMLESS = ("checkpoint_minutes", "tensorboard")
-"""Settings that an interrupted run may change: no number depends on them."""
+"""Settings that may change when an interrupted run is resumed: no number depends on them."""
 
 
 class Trainer:
-    """State of one training run; `missrec_t4r.training.fit.train` is the way in.
+    """Training loop and state of one run; `missrec_t4r.training.fit.train` prepares its arguments.
 
     Parameters
     ----------
@@ -62,16 +62,16 @@ class Trainer:
     sessions : Sessions
         Training sessions.
     valid : Sessions
-        Histories with their target.
+        Validation sessions: histories with their target.
     out : Path
         Run folder.
     device : str
     progress : Progress
     prepare : function, optional
-        Receives the fresh model and the catalogue before the optimiser is made: loads an earlier run's weights, freezes
-        parts. What it returns goes into `run.json` and tells interrupted runs apart.
+        Called with the new model and the catalogue before the optimiser is made, to load an earlier run's weights and
+        to freeze parts. Its result is stored in `run.json` and is part of the checkpoint's fingerprint.
     event_features : sequence of EventColumn
-        The measured side features, which the sessions carry.
+        The fitted event features that the sessions have.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Trainer:
         self.out, self.progress = out, progress if self.world.rank == 0 else quiet
         settings = recipe.train
         self.device = distributed.own_device(device)
-        arithmetic.check(settings, self.device)
+        check_precision(settings, self.device)
         self.rng = np.random.default_rng(settings.seed)
         torch.manual_seed(settings.seed)
         self.model = build_missrec(recipe.model, catalogue, event_features)
@@ -100,74 +100,93 @@ class Trainer:
         self.facts = prepare(self.model, catalogue) if prepare else {}
         self.model.to(self.device)
         if settings.compile:
-            arithmetic.compile_(self.model)
+            compile_blocks(self.model)
         distributed.broadcast_([weight.data for weight in self.model.parameters()])
         if self.world.rank:
             torch.manual_seed(settings.seed + self.world.rank)  # from here on every process draws its own dropout
         self.softmax = self._softmax()
         self.places: int | None = None
-        self.optimizer = Optimiser(self.model, settings, self._by_rows(), self.device)
+        self.optimizer = Optimiser(self.model, settings, self._sparse_weights(), self.device)
         self.average = AveragedWeights(self.model, settings.ema_decay)
         self.best: dict[str, Tensor] = {}
         self.status: dict[str, Any] = {"epoch": 0, "step": 0, "best_epoch": -1, "best": -1.0, "seconds": 0.0}
-        self.status |= {"done": 0, "positions": 0, "spent": 0.0}  # of the epoch that runs: steps, positions, seconds
-        self.total = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.planned = self.rng.bit_generator.state
-        self.saved = time.perf_counter()
+        self.status |= {"done": 0, "positions": 0, "spent": 0.0}  # steps, positions, seconds of the current epoch
+        self.total_loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.plan_state = self.rng.bit_generator.state  # before the current epoch was planned
+        self.saved_at = time.perf_counter()
         self.curves: Curves | None = None
         sample = settings.validation_sessions
-        chosen = (
+        indices = (
             np.random.default_rng(settings.seed).permutation(len(valid))[:sample] if sample else np.arange(len(valid))
         )
-        chosen = chosen[np.argsort(valid.lengths[chosen], kind="stable")]  # equal lengths in a chunk: little padding
-        self.valid, self.all_valid = valid.take(chosen), valid
+        indices = indices[np.argsort(valid.lengths[indices], kind="stable")]  # equal lengths in a chunk: little padding
+        self.valid, self.all_valid = valid.take(indices), valid
 
     def run(self, data: Path) -> dict[str, Any]:
-        """Train to the end, weigh the priors and write the run."""
-        first = self.world.rank == 0
-        if first:
+        """Train to the end, tune the score terms on validation, and write the run.
+
+        Parameters
+        ----------
+        data : Path
+            Data folder, stored in `run.json`.
+
+        Returns
+        -------
+        dict
+            ``run`` and the facts of `run.json`.
+        """
+        is_first = self.world.rank == 0
+        if is_first:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / RUN_FILE).unlink(missing_ok=True)
-        self.curves = self._curves() if first else None
+        self.curves = self._curves() if is_first else None
         if not isinstance(self.softmax, FullSoftmax):
             self.progress.say(f"{type(self.softmax).__name__} over {self.catalogue.n_items:,} items (train.softmax)")
-        while not self._finished():
-            line = self._epoch()
+        while self._stopped_by() is None:
+            record = self._epoch()
             if self.curves is not None:
-                self.curves.epoch(line, self.status["step"])
+                self.curves.epoch(record, self.status["step"])
             self.progress.say(
-                f"epoch {line['epoch']:>3}  loss {line['loss']:.3f}  valid ndcg@10 {line['valid_ndcg@10']:.4f}  "
-                f"recall@10 {line['valid_recall@10']:.4f}  {line['positions_per_s']:,.0f} positions/s"
+                f"epoch {record['epoch']:>3}  loss {record['loss']:.3f}  valid ndcg@10 {record['valid_ndcg@10']:.4f}  "
+                f"recall@10 {record['valid_recall@10']:.4f}  {record['positions_per_s']:,.0f} positions/s"
             )
             self.save_checkpoint()
         if self.curves is not None:
             self.curves.close()
-        return distributed.share(self._finish(data) if first else {})
+        return distributed.share(self._finish(data) if is_first else {})
 
     def _finish(self, data: Path) -> dict[str, Any]:
+        """Load the best epoch's weights, tune the score terms and write the run folder."""
         load_strictly(self.model, self.best, "the best epoch")
-        prior = fit_terms(self.model, self.catalogue, self.sessions, self.all_valid, progress=self.progress)
+        terms = fit_terms(self.model, self.catalogue, self.sessions, self.all_valid, progress=self.progress)
         info = {
             "best_epoch": self.status["best_epoch"],
             "epochs": self.status["epoch"],
             "valid_ndcg@10": self.status["best"],
-            "prior": prior,
+            "stopped_by": self._stopped_by(),
+            "prior": terms,  # the key's name is part of the file format
             **self.facts,
             "seconds": round(self.status["seconds"], 1),
             "device": str(self.device),
-            "precision": arithmetic.resolved(self.recipe.train.precision, self.device),
+            "precision": resolve_precision(self.recipe.train.precision, self.device),
         }
         save_run(self.out, self.model, self.recipe, data, info, self.catalogue)
         (self.out / STATE_FILE).unlink(missing_ok=True)
         return {"run": str(self.out), **info}
 
-    def _finished(self) -> bool:
+    def _stopped_by(self) -> str | None:
+        """Return the setting that ends training now: ``epochs``, ``patience`` or ``max_minutes``; None to go on."""
         settings, status = self.recipe.train, self.status
-        stale = status["epoch"] - 1 - status["best_epoch"]
-        late = settings.max_minutes and status["seconds"] > 60 * settings.max_minutes
-        return status["epoch"] > 0 and bool(status["epoch"] >= settings.epochs or stale >= settings.patience or late)
+        if not status["epoch"]:
+            return None
+        if status["epoch"] >= settings.epochs:
+            return "epochs"
+        if status["epoch"] - 1 - status["best_epoch"] >= settings.patience:
+            return "patience"
+        return "max_minutes" if settings.max_minutes and status["seconds"] > 60 * settings.max_minutes else None
 
     def _epoch(self) -> dict[str, Any]:
+        """Train an epoch, or the rest of an interrupted one, validate, and return its record for the log."""
         status, epoch = self.status, self.status["epoch"]
         started = time.perf_counter() - status["spent"]
         if not status["done"]:
@@ -180,76 +199,79 @@ class Trainer:
         for batch in self.progress.track(batches, f"epoch {epoch}", len(plan) - status["done"]):
             status["positions"] += int((batch.targets[..., 0] > 0).sum())
             loss = self._step(batch.to(self.device), (epoch + status["done"] / len(plan)) / self.recipe.train.epochs)
-            loss, due = self._agreed(loss, self._due())
-            self.total += loss
+            loss, is_due = self._over_processes(loss, self._is_checkpoint_due())
+            self.total_loss += loss
             status["done"] += 1
             if self.curves is not None and self.recipe.train.tensorboard:
                 self.curves.step(status["step"], {"loss": float(loss), "learning_rate": self.optimizer.rate})
-            if due and status["done"] < len(plan):
+            if is_due and status["done"] < len(plan):
                 status["spent"] = time.perf_counter() - started
                 self.save_checkpoint()
-        trained = time.perf_counter() - started
-        found = distributed.share(self._validate() if self.world.rank == 0 else {})
+        train_seconds = time.perf_counter() - started
+        metrics = distributed.share(self._validate() if self.world.rank == 0 else {})
         seconds = time.perf_counter() - started
-        line = {
+        record = {
             "epoch": epoch,
-            "loss": float(self.total) / max(len(plan), 1),
-            "positions_per_s": status["positions"] / trained,
+            "loss": float(self.total_loss) / max(len(plan), 1),
+            "positions_per_s": status["positions"] / train_seconds,
             "seconds": round(seconds, 2),
-            **{f"valid_{name}": value for name, value in found.items()},
+            **{f"valid_{name}": value for name, value in metrics.items()},
         }
-        self.total.zero_()
+        self.total_loss.zero_()
         status.update(epoch=epoch + 1, seconds=status["seconds"] + seconds, done=0, positions=0, spent=0.0)
         self.status = distributed.share(status)
-        return line
+        return record
 
     def _plan(self) -> list[tuple[Examples, bool]]:
-        """Return the epoch's batches; an epoch that was interrupted is planned again as it was."""
-        now = self.rng.bit_generator.state
-        interrupted = self.status["done"] > 0
-        if interrupted:
-            self.rng.bit_generator.state = self.planned
+        """Return the epoch's batches; an interrupted epoch is planned again from the same random state."""
+        state = self.rng.bit_generator.state
+        is_interrupted = self.status["done"] > 0
+        if is_interrupted:
+            self.rng.bit_generator.state = self.plan_state
         else:
-            self.planned = now
+            self.plan_state = state
         plan = training_batches(self.sessions, self.recipe.model, self.recipe.train, self.rng)
-        if interrupted:
-            self.rng.bit_generator.state = now
+        if is_interrupted:
+            self.rng.bit_generator.state = state
         return plan
 
     def _validate(self) -> dict[str, float | None]:
-        """Rank the validation sessions with the averaged weights and keep these where they are the best so far."""
+        """Rank the validation sessions with the averaged weights; store the weights if NDCG@10 is the best so far."""
         with self.average.swapped_in():
             scorer = ModelScorer.with_popularity(self.model, self.catalogue)
-            found = quick_metrics(scorer, self.valid, self.catalogue.n_rows)[SEEN_KEPT]
-            if (found["ndcg@10"] or 0.0) > self.status["best"]:
+            metrics = quick_metrics(scorer, self.valid, self.catalogue.n_rows)[SEEN_KEPT]
+            if (metrics["ndcg@10"] or 0.0) > self.status["best"]:
                 self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
-                self.status.update(best=found["ndcg@10"], best_epoch=self.status["epoch"])
-        return found
+                self.status.update(best=metrics["ndcg@10"], best_epoch=self.status["epoch"])
+        return metrics
 
     def refresh_interests(self, epoch: int) -> None:
-        """Cluster the catalogue's tokens where this epoch is due (pre-training has another rhythm)."""
+        """Discover interests in every ``refresh_interests_every``-th epoch; pre-training has another schedule."""
         if epoch % self.recipe.train.refresh_interests_every == 0:
             self.model.discover_interests(self.recipe.train.seed)
 
     def loss(self, batch: TrainingBatch, totals: Totals | None = None) -> Tensor:
-        """Return the objective of a batch (pre-training has another one), or of a part of one that ``totals`` counts.
+        """Return the fine-tuning loss of a batch, or of a part of it; pre-training overrides this.
 
-        The losses of all parts, in all processes, add up to that of the whole batch.
+        The losses of all parts, in all processes, add up to that of the whole batch, for which ``totals`` are needed.
         """
         return training_loss(
             self.model, batch, self.recipe.train, totals=totals, softmax=self.softmax, places=self.places
         )
 
     def _step(self, batch: TrainingBatch, share: float) -> Tensor:
-        """Take a step on the whole batch, ``share`` of training being done; return this process's part of the loss."""
+        """Take one optimiser step on the whole batch and return this process's part of the loss.
+
+        ``share`` of the training is done before the step (`learning_rate`).
+        """
         settings, world, status = self.recipe.train, self.world, self.status
         status["step"] += 1
         self.optimizer.zero_grad()
         parts = settings.accumulate * world.size
         totals = batch_totals(self.model, batch) if parts > 1 else None
-        total = torch.zeros_like(self.total)
+        total = torch.zeros_like(self.total_loss)
         for number in range(world.rank, parts, world.size):
-            with arithmetic.compiling(settings.compile):
+            with translate_compile_errors(settings.compile):
                 loss = self.loss(batch if parts == 1 else batch.part(number, parts), totals)
                 self.optimizer.backward(loss)
             total += loss.detach()
@@ -259,32 +281,32 @@ class Trainer:
 
     def _softmax(self) -> Softmax:
         settings, n_rows = self.recipe.train, self.catalogue.n_rows
-        later = np.delete(self.sessions.values, self.sessions.offsets[:-1][self.sessions.lengths > 0])
-        frequency = torch.from_numpy(np.bincount(later, minlength=n_rows)).to(self.device)
-        at_once = settings.batch_size // (settings.accumulate * self.world.size)
-        return choose_softmax(settings, n_rows, at_once, frequency, self.device)
+        frequency = torch.from_numpy(target_counts(self.sessions, n_rows)).to(self.device)
+        positions = settings.batch_size // (settings.accumulate * self.world.size)  # per forward pass
+        return choose_softmax(settings, n_rows, positions, frequency, self.device)
 
-    def _by_rows(self) -> frozenset[Tensor]:
+    def _sparse_weights(self) -> frozenset[Tensor]:
+        """Return the ID table if the softmax is sampled: then its gradient has few rows."""
         table = self.model.item_encoder.id_embedding
-        sparse = table is not None and isinstance(self.softmax, SampledSoftmax) and table.weight.requires_grad
-        return frozenset({table.weight}) if table is not None and sparse else frozenset()
+        is_sparse = table is not None and isinstance(self.softmax, SampledSoftmax) and table.weight.requires_grad
+        return frozenset({table.weight}) if table is not None and is_sparse else frozenset()
 
-    def _agreed(self, loss: Tensor, due: bool) -> tuple[Tensor, bool]:
-        """Return the loss summed over the processes, and whether one of them says that a state is due."""
+    def _over_processes(self, loss: Tensor, is_due: bool) -> tuple[Tensor, bool]:
+        """Return the loss summed over the processes, and whether a checkpoint is due in any of them: one message."""
         if self.world.size == 1:
-            return loss, due
-        loss, votes = distributed.sum_(torch.stack([loss, loss.new_tensor(due)]))
-        return loss, bool(votes)
+            return loss, is_due
+        loss, n_due = distributed.sum_(torch.stack([loss, loss.new_tensor(is_due)]))
+        return loss, bool(n_due)
 
-    def _due(self) -> bool:
-        """Whether it is time to save a state; the first process's clock counts."""
+    def _is_checkpoint_due(self) -> bool:
+        """Return whether ``checkpoint_minutes`` have passed by the clock of rank 0."""
         minutes = self.recipe.train.checkpoint_minutes
-        return self.world.rank == 0 and minutes > 0 and time.perf_counter() - self.saved > 60 * minutes
+        return self.world.rank == 0 and minutes > 0 and time.perf_counter() - self.saved_at > 60 * minutes
 
     def save_checkpoint(self) -> None:
-        """Write all that the next step depends on into one file, by rename; all processes call it together."""
+        """Write everything that the next step depends on into one file, atomically; all processes call it together."""
         random = distributed.collect(random_state(self.device))
-        self.saved = time.perf_counter()
+        self.saved_at = time.perf_counter()
         if self.world.rank:
             return
         parts = {
@@ -292,19 +314,19 @@ class Trainer:
             "best": self.best,
             "average": self.average.weights,
             "optimizer": self.optimizer.state(),
-            "progress": {"total": self.total},
+            "progress": {"total": self.total_loss},
             **{f"random{rank}": states for rank, states in enumerate(random)},
         }
-        facts = {"status": self.status, "numpy": self.rng.bit_generator.state, "planned": self.planned}
+        facts = {"status": self.status, "numpy": self.rng.bit_generator.state, "planned": self.plan_state}
         save_state(self.out / STATE_FILE, parts, facts, self._fingerprint())
 
     def resume(self) -> None:
-        """Continue from the run folder's state, if there is one.
+        """Restore the run folder's checkpoint, if there is one.
 
         Raises
         ------
         ConfigError
-            It belongs to another recipe, data set or number of processes.
+            The checkpoint belongs to another recipe, data set or number of processes.
         """
         file = self.out / STATE_FILE
         if not file.is_file():
@@ -315,14 +337,14 @@ class Trainer:
         self.best = parts.get("best", {})
         self.average.load(parts.get("average", {}))
         self.optimizer.load(parts.get("optimizer", {}))
-        self.total.copy_(parts["progress"]["total"])
+        self.total_loss.copy_(parts["progress"]["total"])
         set_random_state(parts[f"random{self.world.rank}"], self.device)
-        self.rng.bit_generator.state, self.planned = facts["numpy"], facts["planned"]
+        self.rng.bit_generator.state, self.plan_state = facts["numpy"], facts["planned"]
         self.status = facts["status"]
-        self.progress.say(f"resuming in epoch {self.status['epoch']}, after {self.status['done']} steps of it")
+        self.progress.say(f"resuming in epoch {self.status['epoch']} after {self.status['done']} of its steps")
 
     def start_over(self) -> None:
-        """Discard an older state and the curves of the run folder."""
+        """Delete the checkpoint, log and TensorBoard files of the run folder."""
         if self.world.rank == 0:
             for name in (STATE_FILE, LOG_FILE):
                 (self.out / name).unlink(missing_ok=True)
@@ -333,6 +355,7 @@ class Trainer:
         return Curves(self.out, status["epoch"], status["step"], tensorboard=settings.tensorboard)
 
     def _fingerprint(self) -> str:
+        """Return recipe, sizes of the data and warm start as text: a checkpoint of another one is not resumed."""
         recipe = dataclasses.asdict(self.recipe)
         recipe["train"] = {name: value for name, value in recipe["train"].items() if name not in _HARMLESS}
         facts = [recipe, self.catalogue.n_rows, len(self.sessions.values), len(self.all_valid)]
@@ -340,56 +363,57 @@ class Trainer:
         return json.dumps([*facts, self.facts] if self.facts else facts, sort_keys=True, default=str)
 
 
-# A run's curves: a JSON line per epoch, and TensorBoard's event files on request
+# Training log: a JSON line per epoch, and TensorBoard's event files if train.tensorboard is on
 
 LOG_FILE, TENSORBOARD_FOLDER = "log.jsonl", "tensorboard"
 
 
 class Curves:
-    """Where the numbers of a training run go.
+    """Writer of a run's training curves: `log.jsonl` and TensorBoard files.
 
     Parameters
     ----------
     out : Path
         Run folder.
     epoch, step : int
-        Where the run goes on. What an interrupted process wrote from there on is dropped, since it comes again.
+        Epoch and step from which the run is resumed. Later records of the interrupted process are removed, since these
+        epochs are trained again.
     tensorboard : bool
-        Also write every step's loss and learning rate, and every epoch's line, for TensorBoard.
+        Also write every step's loss and learning rate, and every epoch's record, for TensorBoard.
 
     Raises
     ------
     ConfigError
-        TensorBoard is asked for and not installed.
+        ``tensorboard`` is on and the package is not installed.
     """
 
     def __init__(self, out: Path, epoch: int = 0, step: int = 0, *, tensorboard: bool = False) -> None:
         self.file = out / LOG_FILE
         if self.file.is_file():
             lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < epoch]
-            if kept != lines:
-                self.file.write_text("".join(kept), encoding="utf-8")
+            earlier = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < epoch]
+            if earlier != lines:
+                self.file.write_text("".join(earlier), encoding="utf-8")
         self.writer = _writer(out / TENSORBOARD_FOLDER, step) if tensorboard else None
 
     def step(self, number: int, values: Mapping[str, float]) -> None:
-        """Note a step's numbers for TensorBoard."""
+        """Write a step's numbers to TensorBoard."""
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(f"step/{name}", value, number)
 
-    def epoch(self, line: Mapping[str, Any], step: int) -> None:
-        """Append an epoch's line."""
+    def epoch(self, record: Mapping[str, Any], step: int) -> None:
+        """Append an epoch's record."""
         with self.file.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(dict(line)) + "\n")
+            log.write(json.dumps(dict(record)) + "\n")
         if self.writer is not None:
-            for name, value in line.items():
+            for name, value in record.items():
                 if name != "epoch" and isinstance(value, (int, float)):
                     self.writer.add_scalar(f"epoch/{name}", value, step)
             self.writer.flush()
 
     def close(self) -> None:
-        """Finish the event file."""
+        """Close the event file."""
         if self.writer is not None:
             self.writer.close()
 
@@ -403,35 +427,35 @@ def _writer(folder: Path, step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=step or None)
 
 
-# State of an interrupted run in one file: tensors by part, facts as JSON, written aside and renamed
+# Checkpoint in one safetensors file: tensors by part, other facts as JSON in its metadata
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 def save_state(file: Path, parts: Parts, facts: Mapping[str, Any], fingerprint: str) -> None:
-    """Write the state.
+    """Write a checkpoint atomically.
 
     Parameters
     ----------
     file : Path
     parts : mapping of str to mapping of str to Tensor
-        Weights, averages, moments, random states: each under its own names.
+        Weights, averages, optimiser moments, random states: named tensors by part.
     facts : mapping
-        What JSON can hold.
+        JSON-able values.
     fingerprint : str
-        Of settings and data; `load_state` refuses another one.
+        Identifies settings and data; `load_state` raises an error for another one.
     """
     tensors = {f"{part}/{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
     save_tensors(file, tensors, {"facts": json.dumps(facts), "fingerprint": fingerprint})
 
 
 def load_state(file: Path, fingerprint: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read the parts and the facts of a state.
+    """Read the parts and the facts of a checkpoint.
 
     Raises
     ------
     ConfigError
-        It belongs to another recipe or data set.
+        The checkpoint belongs to another recipe or data set.
     CheckpointError
         The file is damaged.
     """
@@ -451,7 +475,7 @@ def load_state(file: Path, fingerprint: str) -> tuple[dict[str, dict[str, Tensor
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return the state of torch's random numbers, those of the GPU in use among them."""
+    """Return the state of torch's random generators: the CPU's and, if it is in use, the GPU's."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -459,7 +483,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Go on with the random numbers of a saved state."""
+    """Restore torch's random generators."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

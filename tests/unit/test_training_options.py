@@ -19,7 +19,7 @@ from missrec_t4r.errors import ConfigError
 from missrec_t4r.runs.run_folder import load_tensors, save_tensors
 from missrec_t4r.training.fit import train
 from missrec_t4r.training.optim import Optimiser, learning_rate
-from missrec_t4r.training.precision import compiling, resolved
+from missrec_t4r.training.precision import resolve_precision, translate_compile_errors
 from missrec_t4r.training.trainer import Curves, Trainer
 
 SMALL = {
@@ -141,7 +141,7 @@ def test_auto_is_what_the_processor_is_fast_at(
 
 def test_auto_before_torch_says_what_a_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert resolved("auto", torch.device("cpu")) == "fp32"
+    assert resolve_precision("auto", torch.device("cpu")) == "fp32"
 
 
 def test_fp16_is_refused_on_a_cpu(data: Path, tmp_path: Path) -> None:
@@ -208,9 +208,9 @@ def test_tensorboard_writes_every_step_or_says_what_to_install(data: Path, tmp_p
 
 
 def test_a_failed_compilation_is_explained() -> None:
-    with pytest.raises(ConfigError, match=r"train.compile=false"), compiling(active=True):
+    with pytest.raises(ConfigError, match=r"train.compile=false"), translate_compile_errors(active=True):
         torch.compile(lambda x: x + 1, backend=_broken)(torch.ones(2))
-    with pytest.raises(ValueError, match="other"), compiling(active=True):
+    with pytest.raises(ValueError, match="other"), translate_compile_errors(active=True):
         raise ValueError("other")  # what is no matter of compilation stays what it is
 
 

@@ -17,7 +17,7 @@ from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.training.loss.chunked import ChunkedSoftmax
 from missrec_t4r.training.loss.full import FullSoftmax, Softmax, StepEmbeddings, candidate_rows
 from missrec_t4r.training.loss.sampled import SampledSoftmax
-from missrec_t4r.training.precision import product_type
+from missrec_t4r.training.precision import matmul_dtype
 from missrec_t4r.training.step import choose_softmax, training_loss
 from tests.equations import small_shop as shop
 from tests.properties.shops import CONFIGS
@@ -157,7 +157,7 @@ def test_half_precision_changes_the_loss_little_and_the_weights_not() -> None:
     losses = {}
     for precision in ("fp32", "bf16"):
         train = TrainConfig(precision=precision)  # type: ignore[arg-type]
-        for softmax in (FullSoftmax(product_type(train.precision, CPU)), ChunkedSoftmax(4), _everything()):
+        for softmax in (FullSoftmax(matmul_dtype(train.precision, CPU)), ChunkedSoftmax(4), _everything()):
             loss = training_loss(net, _batch(net.config), train, softmax=softmax)
             net.zero_grad()
             loss.backward()

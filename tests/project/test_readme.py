@@ -26,10 +26,46 @@ def test_the_two_commands_exist(repository: Path, readme: str) -> None:
 
 def test_every_number_of_the_results_table_has_a_file(repository: Path, readme: str) -> None:
     results = readme.partition("<!-- results -->")[2].partition("<!-- /results -->")[0]
-    files = re.findall(r"benchmarks/results/[\w.-]+\.json", results)
-    assert files
-    text = " ".join((repository / file).read_text(encoding="utf-8") for file in files)
-    measured = {f"{float(number):.4f}"[1:] for number in re.findall(r"\b0\.\d+", text)}
+    files = set(_files(results))
+    assert len(files) >= 5
     quoted = set(re.findall(r"(?<= )\.\d{4}\b", results))
     assert len(quoted) >= 12
-    assert quoted <= measured
+    assert _unmeasured(repository, files, quoted) == []
+
+
+def test_every_number_of_a_benchmark_table_has_a_file(repository: Path) -> None:
+    """A row's own file, or the last one above it in the same table where a row says "the same"."""
+    page = (repository / "docs/benchmarks.md").read_text(encoding="utf-8")
+    tables = [part for part in re.split(r"\n(?!\|)", page) if "\n|---" in part]
+    checked = 0
+    for table in tables:
+        files: set[str] = set()
+        for row in [line for line in table.splitlines() if line.startswith("|")][2:]:
+            files = set(_files(row)) or files
+            cells = [cell for cell in row.split("|")[2:-2] if re.fullmatch(r"[\s\d.,+±/to-]+", cell)]
+            quoted = {number for cell in cells for number in re.findall(r"\d*\.\d+|\d{2,}", cell.replace(",", ""))}
+            checked += len(quoted)
+            assert not quoted or files, row
+            assert _unmeasured(repository, files, quoted) == [], row
+    assert checked > 400
+
+
+def test_the_readme_stays_short(readme: str) -> None:
+    assert len(readme.encode()) <= 9_000
+
+
+def _files(text: str) -> list[str]:
+    return re.findall(r"benchmarks/results/[\w.-]+\.json", text)
+
+
+def _unmeasured(repository: Path, files: set[str], quoted: set[str]) -> list[str]:
+    """Return the quoted numbers that are no rounding of a number in the files."""
+    text = " ".join((repository / file).read_text(encoding="utf-8") for file in files)
+    measured = {abs(float(number)) for number in re.findall(r"-?\b\d+\.?\d*(?:e-?\d+)?", text)}
+    shown = {len(number.partition(".")[2]) for number in quoted}
+    rounded = {(digits, f"{value:.{digits}f}") for digits in shown for value in measured}
+    return sorted(
+        number
+        for number in quoted
+        if (len(number.partition(".")[2]), number if number[0] != "." else f"0{number}") not in rounded
+    )

@@ -114,6 +114,7 @@ lint: $(VENV)/.installed types
 types: $(VENV)/.installed
 	@echo "==> types"
 	@$(VENV)/bin/mypy -p missrec_t4r
+	@$(VENV)/bin/mypy workflows/*.py
 
 format: $(VENV)/.installed
 	@$(VENV)/bin/ruff check --quiet --fix .

@@ -21,6 +21,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from missrec_t4r.data.number_steps import Step, apply_steps, as_steps, invert_steps
 from missrec_t4r.data.schema_pbtxt import SchemaColumn, read_schema
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError, SchemaError
@@ -68,6 +69,8 @@ class EventColumn:
     """Standard deviation of the numbers in training, or root mean square length of the vectors; divides."""
     values: tuple[str | int, ...] = ()
     """Raw values of the codes from 3 on; empty if the data folder does not hold them."""
+    steps: tuple[Step, ...] = ()
+    """What the ETL's workflow computes of a raw number, before ``log``, ``mean`` and ``std``."""
 
     def encode(self, raw: Sequence[Any]) -> npt.NDArray[Any]:
         """Encode one session's raw values, one per event, as the model reads them; None marks a missing value.
@@ -96,7 +99,10 @@ class EventColumn:
                 encoded[[value is not None for value in raw]] = np.array(present, np.int64)
                 return encoded
             if self.kind == "continuous":
-                return np.array([np.nan if value is None else float(value) for value in raw], np.float32)
+                floats = [np.nan if value is None else float(value) for value in raw]
+                if not self.steps:
+                    return np.array(floats, np.float32)
+                return apply_steps(self.steps, np.array(floats)).astype(np.float32)
             empty = np.zeros(self.size, np.float32)
             vectors = [empty if value is None else np.asarray(value, np.float32) for value in raw]
             return np.stack(vectors).reshape(len(raw), self.size) if vectors else np.zeros((0, self.size), np.float32)
@@ -119,7 +125,8 @@ class EventColumn:
             raw = dict(enumerate(self.values, start=UNKNOWN_ROW + 1)) | {UNKNOWN_ROW: self._unknown_value}
             return [None if code == 0 else raw[int(code)] if self.values else int(code) for code in values]
         if self.kind == "continuous":
-            return [float(value) if np.isfinite(value) else None for value in values]
+            numbers = invert_steps(self.steps, values.astype(np.float64)) if self.steps else values
+            return [float(value) if np.isfinite(value) else None for value in numbers]
         return [vector.tolist() if vector.any() else None for vector in values]
 
     @functools.cached_property
@@ -135,12 +142,13 @@ class EventColumn:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the column as JSON-able values."""
-        return dataclasses.asdict(self) | {"values": list(self.values)}
+        return dataclasses.asdict(self) | {"values": list(self.values), "steps": [list(step) for step in self.steps]}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> EventColumn:
         """Return the column of `to_dict`'s values."""
-        return cls(**{**content, "values": tuple(content.get("values", ()))})
+        lists = {"values": tuple(content.get("values", ())), "steps": as_steps(content.get("steps", ()))}
+        return cls(**{**content, **lists})
 
 
 def event_columns(data: str | Path, setting: str, width: int) -> tuple[EventColumn, ...]:
@@ -163,13 +171,18 @@ def event_columns(data: str | Path, setting: str, width: int) -> tuple[EventColu
     file = Path(data) / SCHEMA_FILE
     if setting == NONE or (setting == AUTO and not file.is_file()):
         return ()
-    codes, available = encoded_values(data), {}
+    codes, steps, available = encoded_values(data), encoded_steps(data), {}
     for column in read_schema(file):
         name = column.name.removesuffix(LIST_SUFFIX)
         if (kind := _kind(column)) is not None:
             size = 0 if kind != "categorical" or column.highest is None else column.highest + 1
             available[name] = EventColumn(
-                name, kind, 1 if kind == "continuous" else size, width, values=codes.get(name, ())
+                name,
+                kind,
+                1 if kind == "continuous" else size,
+                width,
+                values=codes.get(name, ()),
+                steps=steps.get(name, ()),
             )
     if setting == AUTO:
         return tuple(available.values())
@@ -194,6 +207,15 @@ def encoded_values(data: str | Path) -> dict[str, tuple[str | int, ...]]:
     return {name: tuple(feature.get("values", ())) for name, feature in features.items()}
 
 
+def encoded_steps(data: str | Path) -> dict[str, tuple[Step, ...]]:
+    """Return what the ETL's workflow computes of raw numbers, by column."""
+    file = Path(data) / SESSION_TRANSFORM_FILE
+    if not file.is_file():
+        return {}
+    features = json.loads(file.read_text(encoding="utf-8")).get("features", {})
+    return {name: as_steps(feature.get("steps", ())) for name, feature in features.items()}
+
+
 def load_sessions(data: str | Path, split: str, columns: Sequence[EventColumn] = ()) -> Sessions:
     """Read a split with the event features of a model, in that model's codes.
 
@@ -206,9 +228,12 @@ def load_sessions(data: str | Path, split: str, columns: Sequence[EventColumn] =
         The split lacks a column.
     """
     sessions = Sessions.load(Path(data) / split, [column.name for column in columns])
-    codes = encoded_values(data)
+    codes, steps = encoded_values(data), encoded_steps(data)
     features = dict(sessions.features)
     for column in columns:
+        if column.kind == "continuous" and steps.get(column.name, ()) != column.steps:
+            numbers = invert_steps(steps.get(column.name, ()), features[column.name].astype(np.float64))
+            features[column.name] = apply_steps(column.steps, numbers).astype(np.float32)
         data_values = codes.get(column.name, ())
         if column.kind == "categorical" and column.values and data_values and data_values != column.values:
             features[column.name] = _code_table(data_values, column)[features[column.name]]

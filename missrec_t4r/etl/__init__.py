@@ -1,14 +1,20 @@
-"""NVTabular ETL, installed as ``missrec_t4r.etl``: raw tables in, session parquet + schema.pbtxt + catalogue out.
+"""NVTabular ETL: raw tables in; session parquet, schema.pbtxt and catalogue out.
 
-The only importer of nvtabular and merlin.core. What it hands over are files, so that training and serving need neither.
+The only importer of nvtabular and merlin.core. Its results are files, so training and serving need neither. Import this
+package before Merlin: it sets the environment that Merlin 23.8 needs.
 """
 
 import os
+import warnings
 
 # Merlin 23.8 uses the legacy dask.dataframe; dask decides at its first import.
 os.environ.setdefault("DASK_DATAFRAME__QUERY_PLANNING", "False")
 os.environ.setdefault("DASK_DATAFRAME__CONVERT_STRING", "False")  # True turns list columns into text
 
-from missrec_t4r.etl.nvt import cudf_compat as cudf_shim  # noqa: E402 - after the environment, before any import of Merlin
+# Merlin warns about both at every import, whatever a user does.
+for _message in ("The legacy Dask DataFrame implementation", "Tensorflow dtype mappings did not load"):
+    warnings.filterwarnings("ignore", message=_message)
 
-cudf_shim.apply()
+from missrec_t4r.etl.nvt import cudf_compat  # noqa: E402 - after the environment, before any import of Merlin
+
+cudf_compat.apply()

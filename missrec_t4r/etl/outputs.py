@@ -18,6 +18,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import DataError
 from missrec_t4r.etl import item_table as catalogues
 from missrec_t4r.etl.nvt import workflows as sessions
+from missrec_t4r.etl.nvt.request_transform import compile_session_transform, request_vocabulary
 from missrec_t4r.etl.nvt.serialization import save_workflow
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, SCHEMA_FILE, SESSION_TRANSFORM_FILE, SPLITS
 
@@ -59,8 +60,8 @@ def write_request(
     request = sessions.build_request_workflow(item_ids, storage / "request", max_sequence_length=max_sequence_length)
     sessions.fit(request, pd.DataFrame({ITEM_ID: [item_ids[:2].to_pylist(), item_ids[:1].to_pylist()]}))
     save_workflow(request, folder / REQUEST_FOLDER)
-    transform = sessions.compile_session_transform(request) | {"features": dict(features)}
-    if not sessions.request_vocabulary(request).equals(item_ids):
+    transform = compile_session_transform(request) | {"features": dict(features)}
+    if not request_vocabulary(request).equals(item_ids):
         raise DataError(
             "NVTabular encodes the items in another order than the catalogue", "the order of the item table"
         )

@@ -30,6 +30,7 @@ from missrec_t4r.etl.engine.shuffle import cut_chunks
 from missrec_t4r.etl.event_settings import CLOCK, EventSettings, parse_seconds, parse_time_features, parse_weights
 from missrec_t4r.etl.inputs import Inputs, prepare, read_tables
 from missrec_t4r.etl.nvt import workflows as sessions
+from missrec_t4r.etl.nvt.workflow_file import EventColumns, WorkflowFile, check_fitted, check_lists
 from missrec_t4r.etl.outputs import REPORT_FILE, REQUEST_FOLDER, WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, expand, read_table
@@ -80,6 +81,7 @@ def etl(
     event_weights: str | Mapping[str, float] | None = None,
     event_type_column: str = "event_type",
     time_features: str | Sequence[str] | None = None,
+    workflow: str | Path | None = None,
     engine: Literal["auto", "memory", "disk"] = "auto",
     dask_scheduler: str = "threads",
     workers: int | None = None,
@@ -147,6 +149,9 @@ def etl(
         Column of the event type.
     time_features : str or sequence of str, optional
         all, or some of gap,hour,weekday,recency: list columns derived from event times.
+    workflow : path, optional
+        Python file that defines session_workflow(columns), an NVTabular workflow to use instead of the built-in one, in
+        memory. The file is executed. Start from workflows/session_features.py.
     engine : {"auto", "memory", "disk"}
         memory: NVTabular transforms everything at once. disk: out-of-core, in bounded memory. auto: disk for large
         parquet.
@@ -190,6 +195,7 @@ def etl(
         session_gap=parse_seconds(session_gap, "--session-gap"),
         time_features=parse_time_features(time_features),
     )
+    file = None if workflow is None else _workflow_file(workflow, derive, max_events, engine)
     catalogues.check_fingerprints(fingerprint or {}, files)
     settings = {
         "split": split,
@@ -210,13 +216,15 @@ def etl(
         "event_type_column": event_type_column,
         "time_features": list(derive.time_features),
         "save_nvtabular_workflow": save_nvtabular_workflow,
+        "workflow": None if file is None else {"file": file.file.name, "sha256": file.sha256},
     }
     names = {user_column: USER_ID, item_column: ITEM_ID, time_column: TIMESTAMP}
     if len(names) < 3:
         raise ConfigError(f"columns {list(names)} for user, item and time", "three different columns")
     events = expand(interactions, "interactions")
-    on_disk = engine == "disk" or (engine == "auto" and is_large(events))
-    task = _Task(events, items, catalogue_item_column or item_column, names, settings, files, derive, findings)
+    on_disk = engine == "disk" or (engine == "auto" and file is None and is_large(events))
+    table = catalogue_item_column or item_column
+    task = _Task(events, items, table, names, settings, files, derive, findings, file)
     if dry_run:
         return planned(task.files, names, items, out, on_disk=on_disk, settings=settings)
     if on_disk:
@@ -284,6 +292,7 @@ class _Task:
     modality_files: dict[str, Path]
     derive: EventSettings
     findings: checks.Findings
+    workflow: WorkflowFile | None = None
 
     def report(self, counts: dict[str, Any], folder: Path, started: float) -> dict[str, Any]:
         """Write etl.json and return its content."""
@@ -353,6 +362,35 @@ def _in_memory(task: _Task, out: Path, partitions: int | None, progress: Progres
         return task.report(_write(inputs, task, folder, Path(storage), partitions, progress), folder, started)
 
 
+def _workflow_file(workflow: str | Path, derive: EventSettings, max_events: int | None, engine: str) -> WorkflowFile:
+    """Return the file of ``--workflow``; refuse options that it replaces.
+
+    Raises
+    ------
+    ConfigError, DataError
+        There is no usable file, or the option of another engine or workflow stands beside it.
+    """
+    options = {
+        "--event-weights": derive.weights,
+        "--session-gap": derive.session_gap,
+        "--time-features": derive.time_features,
+        "--max-events": max_events,
+    }
+    if given := [name for name, value in options.items() if value]:
+        raise ConfigError(
+            f"--workflow with {', '.join(given)}",
+            "one or the other: these options change the built-in workflow",
+            "write EventWeights, SessionGap, TimeFeatures or SessionSlice into the file",
+        )
+    if engine == "disk":
+        raise ConfigError(
+            "--workflow with --engine disk",
+            "--engine memory: the out-of-core engine does not run NVTabular operators",
+            "leave --engine out",
+        )
+    return WorkflowFile(workflow)
+
+
 def _check_settings(
     split: str, valid_from: float | None, test_from: float | None, max_sequence_length: int, max_events: int | None
 ) -> None:
@@ -378,17 +416,29 @@ def _write(
     catalogue = catalogues.build_catalogue(inputs.items, inputs.vectors, task.modality_files, settings["fingerprints"])
     item_ids = catalogue.items[ITEM_ID].combine_chunks()
     categories = checks.category_values(inputs.events, inputs.features, settings["categorical_columns"])
-    workflow = sessions.build_session_workflow(
-        item_ids,
-        storage / "sessions",
-        categories=categories,
-        numbers=[name for name in inputs.features if name not in categories],
-        max_events=settings["max_events"],
-        derive=task.derive,
-    )
-    sessions.fit(workflow, inputs.events)
+    numbers = [name for name in inputs.features if name not in categories]
     partitions = partitions or 1 + len(inputs.events) // _EVENTS_PER_PARTITION
+    clock = {name: values for name, values in CLOCK.items() if name in task.derive.time_features}
+    features = outputs.feature_codes([*inputs.features, *task.derive.columns], categories | clock)
+    longest = settings["max_sequence_length"]
+    if task.workflow is None:
+        workflow = sessions.build_session_workflow(
+            item_ids,
+            storage / "sessions",
+            categories=categories,
+            numbers=numbers,
+            max_events=settings["max_events"],
+            derive=task.derive,
+        )
+        sessions.fit(workflow, inputs.events)
+    else:
+        vocabularies = {ITEM_ID: sessions.as_series(item_ids), **categories}
+        columns = EventColumns(vocabularies, numbers, settings["newest"], str(storage / "sessions"))
+        workflow = task.workflow.fit(columns, inputs.events, partitions)
+        features, cut = check_fitted(workflow, item_ids, settings["split"])
+        longest = min(longest, cut or longest)
     table = sessions.transform_events(workflow, inputs.events, partitions)
+    check_lists(table)
     offsets, lengths = _lengths(table, settings, inputs.events[TIMESTAMP].to_numpy())
 
     rows_of = {name: splits.take_prefixes(table, offsets, lengths[name]) for name in SPLITS}
@@ -399,9 +449,7 @@ def _write(
 
     counts = np.bincount(_rows(rows_of["train"]), minlength=catalogue.n_rows)
     outputs.write_catalogue(catalogue, counts, folder)
-    clock = {name: values for name, values in CLOCK.items() if name in task.derive.time_features}
-    features = outputs.feature_codes([*inputs.features, *task.derive.columns], categories | clock)
-    outputs.write_request(item_ids, folder, storage, settings["max_sequence_length"], features)
+    outputs.write_request(item_ids, folder, storage, longest, features)
     users = int(inputs.events[USER_ID].nunique())
     rows = {name: table.num_rows for name, table in rows_of.items()}
     return outputs.counted(catalogue, counts, len(inputs.events), users, rows)

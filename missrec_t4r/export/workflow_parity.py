@@ -66,7 +66,7 @@ def check_workflow(data: Path, catalogue: Catalogue, sessions: Sequence[Sequence
 def _nvtabular_rows(folder: Path, sessions: Sequence[Sequence[RawId]]) -> list[list[int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Merlin's remarks on its own dependencies
-        from missrec_t4r.etl.nvt.serialization import request_rows
+        from missrec_t4r.etl.nvt.request_transform import request_rows
 
         return request_rows(folder, sessions)
 

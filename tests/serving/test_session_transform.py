@@ -104,6 +104,7 @@ def test_every_row_equals_the_fitted_nvtabular_workflow(tmp_path: Path, integers
     import pandas as pd
 
     from missrec_t4r.etl.nvt import workflows as sessions
+    from missrec_t4r.etl.nvt.request_transform import compile_session_transform
     from missrec_t4r.etl.nvt.serialization import save_workflow
 
     catalogue = shop.catalogue(integers=integers)
@@ -111,7 +112,7 @@ def test_every_row_equals_the_fitted_nvtabular_workflow(tmp_path: Path, integers
     workflow = sessions.build_request_workflow(ids, tmp_path / "storage", max_sequence_length=shop.MAX_LENGTH)
     sessions.fit(workflow, pd.DataFrame({"item_id": [ids[:2].to_pylist(), ids[:1].to_pylist()]}))
     save_workflow(workflow, tmp_path / "request_workflow")
-    (tmp_path / "session_transform.json").write_text(json.dumps(sessions.compile_session_transform(workflow)))
+    (tmp_path / "session_transform.json").write_text(json.dumps(compile_session_transform(workflow)))
     assert check_workflow(tmp_path, catalogue, shop.raw_sessions(catalogue, 100)) == "equal on 301 sessions"
 
 

@@ -16,7 +16,8 @@ from merlin.io.worker import clean_worker_cache
 
 from missrec_t4r.bundle.id_encoder import RawId, SessionTransform
 from missrec_t4r.etl.nvt import workflows as sessions
-from missrec_t4r.etl.nvt.serialization import request_rows, save_workflow
+from missrec_t4r.etl.nvt.request_transform import compile_session_transform, request_rows
+from missrec_t4r.etl.nvt.serialization import save_workflow
 from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
 
 ODD_TEXTS = [
@@ -59,7 +60,7 @@ def _same(folder: Path, vocabulary: list[Any], length: int, requests: list[list[
     workflow = sessions.build_request_workflow(ids, folder / "storage", max_sequence_length=length)
     sessions.fit(workflow, pd.DataFrame({"item_id": [vocabulary, vocabulary[:1]]}))
     save_workflow(workflow, folder / "request_workflow")
-    (folder / "transform.json").write_text(json.dumps(sessions.compile_session_transform(workflow)))
+    (folder / "transform.json").write_text(json.dumps(compile_session_transform(workflow)))
     theirs = request_rows(folder / "request_workflow", requests)
     clean_worker_cache()
     ours = SessionTransform.load(folder / "transform.json", ids)

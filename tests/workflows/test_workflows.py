@@ -17,7 +17,8 @@ from missrec_t4r.bundle.id_encoder import SessionTransform
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import DataError
 from missrec_t4r.etl.nvt import workflows as sessions
-from missrec_t4r.etl.nvt.serialization import load_workflow, request_rows
+from missrec_t4r.etl.nvt.request_transform import compile_session_transform, request_rows, request_vocabulary
+from missrec_t4r.etl.nvt.serialization import load_workflow
 from missrec_t4r.etl.pipeline import etl
 from tests.workflows.tables import write
 
@@ -91,7 +92,7 @@ def test_rows_follow_the_given_order_and_not_frequency(tmp_path: Path, ids: list
         [8, 7, 6, 5, 4, 3],
         [3],
     ]
-    assert sessions.request_vocabulary(request).to_pylist() == ids
+    assert request_vocabulary(request).to_pylist() == ids
 
 
 def test_without_a_shuffle_sessions_would_fall_apart(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_only_the_known_form_is_compiled(tmp_path: Path) -> None:
     frame = pd.DataFrame({"item_id": [["a"], ["b"]]})
     workflow = Workflow(["item_id"] >> ops.Categorify(out_path=str(tmp_path)) >> ops.ListSlice(-5)).fit(Dataset(frame))
     with pytest.raises(DataError, match="one Categorify and one SessionSlice"):
-        sessions.compile_session_transform(workflow)
+        compile_session_transform(workflow)
 
 
 def _lines(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from missrec_t4r.etl import item_table as catalogues
 from missrec_t4r.etl import splits
 from missrec_t4r.etl.nvt import adopt_sessions as adopted_sessions
 from missrec_t4r.etl.nvt import workflows
+from missrec_t4r.etl.nvt.request_transform import compile_session_transform
 from missrec_t4r.etl.nvt.serialization import save_workflow
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, read_table, require_column
@@ -249,5 +250,5 @@ def _write_request(
     request = workflows.build_request_workflow(ids, storage / "request", max_sequence_length=max_sequence_length)
     workflows.fit(request, pd.DataFrame({ITEM_ID: [ids[:2].to_pylist(), ids[:1].to_pylist()]}))
     save_workflow(request, folder / "request_workflow")
-    transform = workflows.compile_session_transform(request) | {"features": dict(features)}
+    transform = compile_session_transform(request) | {"features": dict(features)}
     (folder / SESSION_TRANSFORM_FILE).write_text(json.dumps(transform, indent=2) + "\n", encoding="utf-8")

@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import dask
 import merlin.dtypes as md
 import numpy as np
 import pandas as pd
@@ -26,7 +25,6 @@ from merlin.dag.ops.selection import SelectionOp
 from merlin.dag.ops.subset_columns import SubsetColumns
 from merlin.dag.ops.subtraction import SubtractionOp
 from merlin.dag.selector import ColumnSelector
-from merlin.io import Dataset
 from merlin.schema import ColumnSchema, Schema, Tags
 from nvtabular import Workflow, ops
 
@@ -34,7 +32,6 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.etl.nvt import event_ops as event_operators
 from missrec_t4r.etl.nvt import session_ops as operators
 from missrec_t4r.io.hashing import file_digest
-from missrec_t4r.schema import ITEM_ID
 
 FORMAT = 1
 GRAPH_FILE = "workflow.json"
@@ -167,10 +164,27 @@ def _ordered(output: Node) -> Iterator[Node]:
     yield from visit(output)
 
 
+def check_operators(workflow: Workflow, cure: str = _CURE) -> None:
+    """Refuse a workflow with an operator that is not on the allow-list.
+
+    Raises
+    ------
+    DataError
+        Names the operator.
+    """
+    for node in _ordered(workflow.output_node):
+        _check_operator(type(node.op), cure)
+
+
+def _check_operator(kind: type, cure: str) -> None:
+    if ALLOWED.get(kind.__name__) is not kind:
+        name = "LambdaOp" if kind is ops.LambdaOp else kind.__name__  # NVTabular's LambdaOp is Merlin's class UDF
+        raise DataError(f"the workflow has the operator {name}", f"one of {', '.join(sorted(ALLOWED))}", cure)
+
+
 def _describe(node: Node, number: dict[int, int], folder: Path, files: dict[str, str]) -> dict[str, Any]:
     kind = type(node.op)
-    if ALLOWED.get(kind.__name__) is not kind:
-        raise DataError(f"the workflow has the operator {kind.__name__}", f"one of {', '.join(sorted(ALLOWED))}", _CURE)
+    _check_operator(kind, _CURE)
     if node.selector is not None and (node.selector.subgroups or node.selector.tags):
         raise DataError(f"{kind.__name__} selects by tags or groups", "a fitted workflow with plain columns", _CURE)
     state = {
@@ -300,22 +314,3 @@ def _schema(columns: list[dict[str, Any]] | None) -> Schema | None:
 
 def _seal(graph: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()
-
-
-# The fitted request workflow at work: raw ids in, rows out, as NVTabular itself computes them
-
-
-def request_rows(workflow: Path, sessions: Sequence[Sequence[str | int | None]]) -> list[list[int]]:
-    """Return the rows that a saved request workflow gives sessions of raw ids.
-
-    Parameters
-    ----------
-    workflow : Path
-        Folder ``request_workflow`` of a data folder.
-    sessions : sequence of sequences
-        Raw ids, None for an event without one.
-    """
-    frame = pd.DataFrame({ITEM_ID: pd.Series([list(session) for session in sessions], dtype=object)})
-    with dask.config.set({"dataframe.convert-string": False}):  # True turns list columns into text
-        transformed = load_workflow(workflow).transform(Dataset(frame)).to_ddf().compute(scheduler="synchronous")
-    return [[int(row) for row in rows] for rows in transformed[ITEM_ID]]

@@ -20,30 +20,23 @@ import dask.dataframe as dd
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from merlin.core.utils import global_dask_client
-from merlin.dag import Graph
 from merlin.io import Dataset
 from merlin.schema import ColumnSchema, Schema, Tags
 from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 from nvtabular import Workflow, ops
 
-from missrec_t4r.errors import DataError
 from missrec_t4r.etl.event_settings import CLOCK, SESSION_ID, EventSettings
 from missrec_t4r.etl.nvt.event_ops import EventWeights, SessionGap, TimeFeatures
 from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
 from missrec_t4r.schema import (
-    FIRST_ITEM_ROW,
     ITEM_ID,
     LIST_SUFFIX,
-    NULL_ROW,
     SCHEMA_FILE,
     TIMESTAMP,
-    UNKNOWN_ROW,
     USER_ID,
 )
 
-TRANSFORM_FORMAT = 1
 _DASK = {
     "dataframe.shuffle.method": "tasks",  # keeps the input order of ties, unlike "disk"
     "dataframe.convert-string": False,  # would turn list columns into text
@@ -157,6 +150,12 @@ def fit(workflow: Workflow, frame: pd.DataFrame) -> Workflow:
         return workflow.fit(Dataset(frame.head(_SAMPLE).reset_index(drop=True)))
 
 
+def fit_events(workflow: Workflow, events: pd.DataFrame, partitions: int = 1) -> Workflow:
+    """Fit on all events: for workflows that take statistics from data, such as Normalize."""
+    with _merlin():
+        return workflow.fit(Dataset(events) if partitions <= 1 else _shuffled(events, partitions, USER_ID))
+
+
 def transform_events(workflow: Workflow, events: pd.DataFrame, partitions: int = 1) -> pa.Table:
     """Return the sessions of all users, sorted by user, whatever the number of partitions.
 
@@ -199,43 +198,6 @@ def write_schema(schema: Schema, folder: Path) -> None:
     for feature in written.proto_schema.feature:
         feature.annotation.tag.sort()  # tags are a set: equal runs shall write equal files
     written.to_proto_text_file(str(folder), SCHEMA_FILE)
-
-
-def compile_session_transform(workflow: Workflow) -> dict[str, Any]:
-    """Return what a fitted request workflow does, as plain data for serving without NVTabular.
-
-    Read off the operators themselves: the vocabulary file of Categorify gives the type and the number of items, the
-    slice gives the length. The vocabulary is the catalogue's, so it is not repeated.
-
-    Raises
-    ------
-    DataError
-        The workflow is not of the form that `build_request_workflow` makes.
-    """
-    encoders = Graph.get_nodes_by_op_type([workflow.output_node], ops.Categorify)
-    slices = Graph.get_nodes_by_op_type([workflow.output_node], SessionSlice)
-    if len(encoders) != 1 or len(slices) != 1:
-        raise DataError("the request workflow has other operators", "one Categorify and one SessionSlice")
-    vocabulary = request_vocabulary(workflow)
-    return {
-        "format": TRANSFORM_FORMAT,
-        "item_id": {
-            "column": ITEM_ID,
-            "type": "int64" if pa.types.is_integer(vocabulary.type) else "string",
-            "items": len(vocabulary),
-            "null_row": NULL_ROW,
-            "unknown_row": UNKNOWN_ROW,
-            "first_row": FIRST_ITEM_ROW,
-        },
-        "max_sequence_length": -slices.pop().op.start,
-        "features": {},
-    }
-
-
-def request_vocabulary(workflow: Workflow) -> pa.Array:
-    """Return the raw ids of a workflow in the order of their rows, from row 3 on."""
-    (encoder,) = Graph.get_nodes_by_op_type([workflow.output_node], ops.Categorify)
-    return pq.read_table(encoder.op.categories[ITEM_ID])[ITEM_ID].combine_chunks()
 
 
 def as_series(values: pa.Array | Sequence[str | int]) -> pd.Series:

@@ -149,7 +149,7 @@ def test_the_vocabulary_travels_with_the_run(earlier_run: Path, tmp_path: Path) 
     assert load_continued(build_missrec(source.recipe.model, catalogue), catalogue, source)[1]["kept"] == 11
     (tmp_path / "run" / VOCABULARY_FILE).unlink()  # as an older run
     (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"data": str(earlier_run / "tuesday")}))
-    with pytest.raises(CheckpointError, match="does not hold its item ids.*16 rows by now"):
+    with pytest.raises(CheckpointError, match="holds no item ids.*16 rows now"):
         load_continued(build_missrec(source.recipe.model, catalogue), catalogue, read_source(tmp_path / "run"))
 
 
@@ -189,22 +189,24 @@ def test_what_makes_no_sense_is_refused(
     assert not out.exists()
 
 
-def test_an_unstated_encoder_is_taken_to_be_the_same_and_the_report_says_so(earlier_run: Path, tmp_path: Path) -> None:
+def test_an_unstated_encoder_is_assumed_to_be_the_same_and_reported(
+    earlier_run: Path, tmp_path: Path
+) -> None:
     write_shop(tmp_path / "silent", [f"P{i}" for i in range(12)], {"text": _text(list(range(12)), None)})
     source, catalogue = read_source(earlier_run / "run"), Catalogue.load(tmp_path / "silent" / "catalogue")
     report, _ = load_continued(build_missrec(source.recipe.model, catalogue), catalogue, source)
-    assert report["parts"][0]["note"] == "its encoder is not stated: taken to be the same"
+    assert report["parts"][0]["note"] == "its encoder is not stated: assumed to be the same"
 
 
 def test_categories_of_events_grow_at_the_end(tmp_path: Path) -> None:
     from missrec_t4r.data.event_features import EventColumn
-    from missrec_t4r.training.warm_start.nightly import _grown
+    from missrec_t4r.training.warm_start.nightly import _extend_values
 
     (tmp_path / "session_transform.json").write_text(json.dumps({"features": {"event": {"values": ["gift", "view"]}}}))
     column = EventColumn("event", "categorical", 5, values=("view", "buy"))
-    assert _grown(column, tmp_path).values == ("view", "buy", "gift")
-    assert _grown(column, tmp_path).size == 6
-    assert _grown(EventColumn("price", "continuous"), tmp_path) == EventColumn("price", "continuous")
+    assert _extend_values(column, tmp_path).values == ("view", "buy", "gift")
+    assert _extend_values(column, tmp_path).size == 6
+    assert _extend_values(EventColumn("price", "continuous"), tmp_path) == EventColumn("price", "continuous")
 
 
 def test_side_features_keep_their_tables_and_new_categories_start_at_random(earlier_run: Path) -> None:
@@ -226,8 +228,8 @@ def test_side_features_keep_their_tables_and_new_categories_start_at_random(earl
     after = model.state_dict()
     assert torch.equal(after[table][:5], weights[table])
     assert torch.equal(after[table][5], before[table][5])
-    assert torch.equal(after["side.projection.weight"], weights["side.projection.weight"])
-    assert {part["name"]: part["status"] for part in report["parts"]}["side features"] == "loaded"
+    assert torch.equal(after["event_features.projection.weight"], weights["event_features.projection.weight"])
+    assert {part["name"]: part["status"] for part in report["parts"]}["event features"] == "loaded"
 
 
 def test_the_commands_know_which_options_go_together(earlier_run: Path, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_ids_can_start_as_content(shops: dict[str, Path], pretrained: Path) -> N
     candidates = model.eval().candidates()
     torch.testing.assert_close(candidates.ids[3:], candidates.modality[0, 3:])  # one modality: the same direction
     assert model.item_encoder.id_embedding.weight[5].norm().item() == pytest.approx(initial.item())
-    assert _parts(report)["item IDs"]["note"] == "start as the items' tokens"
+    assert _parts(report)["item IDs"]["note"] == "initialised from the items' content"
 
 
 @pytest.mark.parametrize("rows_at_once", [7, 1 << 16])
@@ -142,7 +142,7 @@ def test_ids_can_start_as_content_without_another_run(
 ) -> None:
     from missrec_t4r.training.trainer import Trainer
 
-    monkeypatch.setattr("missrec_t4r.training.warm_start.id_init._ROWS", rows_at_once)
+    monkeypatch.setattr("missrec_t4r.training.warm_start.id_init._CHUNK_ROWS", rows_at_once)
     catalogue = Catalogue.load(shops["toys"] / "catalogue")
     sessions = Sessions.load(shops["toys"] / "train"), Sessions.load(shops["toys"] / "valid")
     settings = SMALL | {"model.item_ids": True, "train.id_init": "content"}

@@ -1,1 +1,1 @@
-"""Training from an earlier run: transfer to another shop, or to a later catalogue of the same one."""
+"""Warm starts: transfer from a pre-trained run, or from an earlier run on the same shop's earlier catalogue."""

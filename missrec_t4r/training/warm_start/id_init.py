@@ -1,7 +1,7 @@
-"""How ID embeddings start: at random, as published, or as the items' own tokens, so that they say nothing at first.
+"""ID initialisation from content: ID embeddings start in the direction of the item's modality embeddings.
 
-A third of a transductive score is the ID's cosine. Random vectors of unit length drown what the modalities know until
-every item was trained often enough; started as tokens, the first scores are those of the modalities.
+A third of a transductive score is the ID's cosine. Random ID embeddings outweigh the content until every item was
+trained often enough; initialised from content, the first scores are those of the modalities.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from torch.nn import functional as F
 
 from missrec_t4r.model.missrec import MISSRec
 
-_ROWS = 1 << 16
-"""Rows of the catalogue at a time: the tokens of millions of items do not fit at once."""
+_CHUNK_ROWS = 1 << 16
+"""Catalogue rows per chunk: the modality embeddings of millions of items do not fit into memory at once."""
 
 
 @torch.no_grad()
 def ids_from_content(model: MISSRec) -> None:
-    """Point every ID embedding along the sum of its item's unit tokens, as long as a random one would be.
+    """Set every ID embedding to the sum of its item's unit modality embeddings, at the mean length of random ones.
 
-    Items without any modality, and models without IDs, are left alone.
+    Items without any modality keep their random embedding; models without IDs are not changed.
     """
     table = model.item_encoder.id_embedding
     if table is None:
         return
     length = table.weight.norm(dim=-1, keepdim=True).mean()
-    for rows in torch.arange(model.item_encoder.n_rows, device=table.weight.device).split(_ROWS):
-        tokens = model.item_encoder(rows)
-        total = (F.normalize(tokens.modality, dim=-1) * tokens.mask.unsqueeze(-1)).sum(0)
-        here = tokens.mask.any(0)
-        table.weight[rows[here]] = F.normalize(total[here], dim=-1) * length
+    for rows in torch.arange(model.item_encoder.n_rows, device=table.weight.device).split(_CHUNK_ROWS):
+        items = model.item_encoder(rows)
+        total = (F.normalize(items.modality, dim=-1) * items.mask.unsqueeze(-1)).sum(0)  # [row, dim]
+        has_content = items.mask.any(0)
+        table.weight[rows[has_content]] = F.normalize(total[has_content], dim=-1) * length

@@ -1,7 +1,8 @@
-"""`missrec train --continue`: tonight's run starts from yesterday's, whatever became of the catalogue's rows meanwhile.
+"""`missrec train --warm-start`: train from an earlier run on the same shop, whose catalogue has changed since.
 
-Items are recognised by raw id, never by row: known ones keep their ID embeddings and interests, new ones start at
-random and at the nearest centroid, retired ones are forgotten. Optimiser and early stopping start anew.
+Items are matched by raw id, never by row. Items of both catalogues keep their ID embeddings and interests; the ID
+embedding of a new item is initialised and its interests are the nearest centroids; removed items are dropped. Optimiser
+and early stopping start from the beginning. The weight-loading report lists the status of every part.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from missrec_t4r.training import distributed
 from missrec_t4r.training.fit import train
 from missrec_t4r.training.trainer import Prepare
 from missrec_t4r.training.warm_start.id_init import ids_from_content
-from missrec_t4r.training.warm_start.report import WeightLoadingReport, lines
+from missrec_t4r.training.warm_start.report import CONTENT_KNN, ITEM_KNN, WeightLoadingReport, report_lines
 from missrec_t4r.training.warm_start.transfer import (
     DECODER,
     ENCODER,
@@ -45,7 +46,8 @@ from missrec_t4r.training.warm_start.transfer import (
     start_facts,
 )
 
-_DISTANCES_AT_ONCE = 1 << 24
+_CHUNK_DISTANCES = 1 << 24
+"""Distances between embeddings and centroids per chunk: 64 MiB."""
 
 
 def continue_training(
@@ -61,32 +63,33 @@ def continue_training(
     progress: Progress = quiet,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Train on, on today's data folder, from a finished run on an earlier one of the same shop.
+    """Train on a data folder, starting from a finished run on an earlier data folder of the same shop.
 
     Parameters
     ----------
     data, out, settings, resume, device, progress, dry_run
         As in `missrec_t4r.training.fit.train`.
-    yesterday : path
-        Run folder; another one than ``out``.
+    earlier_run : path
+        Run folder of the earlier run; not ``out``.
     freeze : {"none", "encoder_decoder", "all_loaded"}
+        Loaded weights that are not trained.
     recipe : str, path or Recipe, optional
-        By default the earlier run's, with ``settings`` on top.
+        By default the earlier run's recipe; ``settings`` override it.
 
     Returns
     -------
     dict
-        As `train`, with the report under ``start``.
+        As `train`, with the weight-loading report under ``start``.
 
     Raises
     ------
     CheckpointError
-        The run does not fit: other sizes, another encoder's vectors, no common item. Every gap is listed.
+        The run does not fit: other sizes, another encoder's vectors, no common item. All differences are listed.
     ConfigError
-        ``out`` is the run itself.
+        ``out`` is the earlier run itself.
     """
     if Path(out).resolve() == Path(earlier_run).resolve():
-        raise ConfigError(f"--out {out} is the run to continue", "a new folder, since the old run is read")
+        raise ConfigError(f"--out {out} is the run to start from", "a new folder, since the old run is read")
     if freeze not in get_args(Freeze):
         raise ConfigError(f"--freeze {freeze}", f"one of {', '.join(get_args(Freeze))}")
     source = read_source(earlier_run)
@@ -95,7 +98,7 @@ def continue_training(
     resolved = _recipe(recipe, settings, source)
     require_same(resolved.model, source.recipe.model, source.run)
     event_features = [
-        _grown(EventColumn.from_dict(column), Path(data)) for column in source.info.get("side_features", [])
+        _extend_values(EventColumn.from_dict(column), Path(data)) for column in source.info.get("side_features", [])
     ]
     prepare = _prepare(source, freeze, resolved.train.id_init, Path(out), progress)
     common: dict[str, Any] = {"resume": resume, "device": device, "progress": progress, "dry_run": dry_run}
@@ -110,14 +113,14 @@ def load_continued(
     freeze: Freeze = "none",
     id_init: IdInit = "random",
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Load an earlier run's weights into a model over a grown catalogue.
+    """Load an earlier run's weights into a model over a changed catalogue.
 
     Returns
     -------
     report : dict
-        As `missrec_t4r.training.warm_start.transfer.load_pretrained`.
+        As `WeightLoadingReport.finish` returns it.
     items : dict
-        ``kept``, ``new`` and ``retired``.
+        Number of items ``kept``, ``new`` and ``retired``.
 
     Raises
     ------
@@ -132,10 +135,10 @@ def load_continued(
         prefix = f"item_encoder.adapters.{name}."
         if name in matched:
             stated = catalogue.modalities[name].fingerprint and source.fingerprints[matched[name]]
-            note = "" if stated else "its encoder is not stated: taken to be the same"
+            note = "" if stated else "its encoder is not stated: assumed to be the same"
             report.copy(f"adapter {name}", prefix, theirs=f"item_encoder.adapters.{matched[name]}.", note=note)
         else:
-            report.fresh(f"adapter {name}", "a new modality", prefix)
+            report.record_initialised(f"adapter {name}", "a new modality", prefix)
     report.copy(POSITIONS, "decoder.positions.")
     report.copy(NORM, "decoder.norm_input.")
     report.copy(ENCODER, "encoder.")
@@ -144,22 +147,22 @@ def load_continued(
         ids_from_content(model)
     kept = int((old_rows[FIRST_ITEM_ROW:] >= 0).sum())
     items = {"kept": kept, "new": catalogue.n_items - kept, "retired": len(earlier) - kept}
-    _carry_rows(
+    _copy_rows(
         report, "item IDs", "item_encoder.id_embedding.weight", old_rows, f"{kept:,} rows by raw id, the rest new"
     )
     if model.config.candidate_fusion == "dynamic_instance":
-        _carry_rows(report, "fusion", "fusion.phi", old_rows, f"{kept:,} items by raw id, the rest new")
+        _copy_rows(report, "fusion", "fusion.phi", old_rows, f"{kept:,} items by raw id, the rest new")
     else:
         report.copy("fusion", "fusion.")
     report.copy("history bias", "history_bias")
-    _carry_side(report)
+    _copy_event_features(report)
     if model.interests.algorithm == "kmeans":
-        _carry_interests(model, source, old_rows, matched)
-        report.filled("interests", "warm start: refined before the first epoch", "interests.")
+        _copy_interests(model, source, old_rows, matched)
+        report.record_loaded("interests", "initial centroids, refined before the first epoch", "interests.")
     else:
-        report.fresh("interests", "density peaks know no warm start", "interests.")
-    report.fresh("neighbour prior", "counted after training", "item_knn.")
-    report.fresh("look-alike prior", "found after training", "content_knn.")
+        report.record_initialised("interests", "density peaks have no warm start", "interests.")
+    report.record_initialised(ITEM_KNN, "fitted after training", "item_knn.")
+    report.record_initialised(CONTENT_KNN, "fitted after training", "content_knn.")
     frozen = FROZEN[freeze]
     report.freeze((*frozen, *(f"adapter {name}" for name in matched)) if freeze == "all_loaded" else frozen)
     return report.finish(), items
@@ -171,7 +174,7 @@ def read_vocabulary(source: Source) -> pa.Array:
     Raises
     ------
     CheckpointError
-        The run is older than its vocabulary file, and its data folder has changed.
+        The run is too old to have a vocabulary file, and its data folder has changed.
     """
     file = source.run / VOCABULARY_FILE
     if file.is_file():
@@ -181,23 +184,23 @@ def read_vocabulary(source: Source) -> pa.Array:
     rows = source.weights["interests.assignment"].shape[1]
     if catalogue.n_rows != rows:
         raise CheckpointError(
-            f"{source.run} does not hold its item ids, and {folder} has {catalogue.n_rows} rows by now",
+            f"{source.run} holds no item ids, and {folder} has {catalogue.n_rows} rows now",
             f"the {rows} rows that it was trained on",
-            "train without --continue once; later runs hold their ids",
+            "train without --warm-start once; later runs hold their ids",
         )
     return catalogue.items[ITEM_ID].combine_chunks()
 
 
 def earlier_rows(catalogue: Catalogue, earlier: pa.Array, run: Path) -> Tensor:
-    """Return the earlier row of every row, -1 for new items; [row], int64.
+    """Return the row in the earlier catalogue of every row, [row], int64; -1 for new items.
 
     Raises
     ------
     CheckpointError
         Ids of another type, or no common item.
     """
-    numbers = pa.types.is_integer(earlier.type)
-    if numbers != (catalogue.id_type == "int64"):
+    is_integer = pa.types.is_integer(earlier.type)
+    if is_integer != (catalogue.id_type == "int64"):
         raise CheckpointError(
             f"item ids are {catalogue.id_type} here and {earlier.type} in {run}", "ids of one type", "convert them"
         )
@@ -206,20 +209,20 @@ def earlier_rows(catalogue: Catalogue, earlier: pa.Array, run: Path) -> Tensor:
     rows = np.where(rows >= FIRST_ITEM_ROW, rows, -1)
     if not (rows >= 0).any():
         raise CheckpointError(
-            f"no item of this catalogue was in that of {run}", "the same shop on another day", "use --from"
+            f"no item of this catalogue is in that of {run}", "an earlier catalogue of the same shop", "use --from"
         )
     return torch.from_numpy(np.concatenate([np.arange(FIRST_ITEM_ROW), rows]))
 
 
 def _prepare(source: Source, freeze: Freeze, id_init: IdInit, out: Path, progress: Progress) -> Prepare:
-    said = progress if distributed.launched().rank == 0 else quiet  # under torchrun the first process speaks
+    log = progress if distributed.launched().rank == 0 else quiet
 
     def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
         report, items = load_continued(model, catalogue, source, freeze=freeze, id_init=id_init)
         counts = ", ".join(f"{count:,} {name}" for name, count in items.items())
-        said.say(f"continuing {source.run}: items {counts}")
-        for line in lines(report):
-            said.say(line)
+        log.say(f"warm start from {source.run}: items {counts}")
+        for line in report_lines(report):
+            log.say(line)
         return start_facts("continue", source, out, report, freeze=freeze, items=items)
 
     return prepare
@@ -234,100 +237,105 @@ def _recipe(recipe: str | Path | Recipe | None, settings: Mapping[str, Any] | No
 
 
 def _same_modalities(catalogue: Catalogue, source: Source) -> dict[str, str]:
-    """Match by fingerprint, then by name where one of the two is silent; one name for two encoders is refused."""
+    """Match modalities by fingerprint, then by name if one side states none; one name for two encoders is an error."""
     own = {name: modality.fingerprint for name, modality in catalogue.modalities.items()}
     matched = match_modalities(own, source.fingerprints)
     for name, modality in catalogue.modalities.items():
         if name in matched or name not in source.fingerprints or name in matched.values():
             continue
-        there, width = source.fingerprints[name], source.info["modalities"][name]["width"]
-        if (own[name] and there) or modality.width != width:
+        theirs, width = source.fingerprints[name], source.info["modalities"][name]["width"]
+        if (own[name] and theirs) or modality.width != width:
             raise CheckpointError(
                 f"modality {name!r} comes from another encoder than in {source.run}: "
                 f"{own[name] or 'not stated'}, width {modality.width}",
-                f"{there or 'not stated'}, width {width}",
-                "encode new items as before (`missrec features --like`), or train without --continue",
+                f"{theirs or 'not stated'}, width {width}",
+                "encode new items as before (`missrec features --like`), or train without --warm-start",
             )
         matched[name] = name
     return matched
 
 
 @torch.no_grad()
-def _carry_rows(report: WeightLoadingReport, part: str, name: str, old_rows: Tensor, note: str) -> None:
+def _copy_rows(report: WeightLoadingReport, part: str, name: str, old_rows: Tensor, note: str) -> None:
+    """Copy the rows of a table for the items of both catalogues."""
     own, theirs = report.model.state_dict().get(name), report.weights.get(name)
     if own is None:
         return
     if theirs is None:
-        report.fresh(part, "the earlier run had none", name)
+        report.record_initialised(part, "the earlier run had none", name)
         return
-    known = old_rows >= 0
-    own[known] = theirs[old_rows[known]].to(own)
-    report.filled(part, note, name)
+    is_kept = old_rows >= 0
+    own[is_kept] = theirs[old_rows[is_kept]].to(own)
+    report.record_loaded(part, note, name)
 
 
 @torch.no_grad()
-def _carry_side(report: WeightLoadingReport) -> None:
-    """Copy the side features' tables; categories that are new have rows at the end, which stay as initialised."""
+def _copy_event_features(report: WeightLoadingReport) -> None:
+    """Copy the event features' tables; new categories have rows at the end, which keep their initial values."""
     own = {name: tensor for name, tensor in report.model.state_dict().items() if name.startswith("event_features.")}
     for name, tensor in own.items():
         theirs = report.weights[name]
         (tensor[: len(theirs)] if tensor.ndim else tensor).copy_(theirs)
     if own:
-        report.filled("side features", "as measured then; new categories start at random", "event_features.")
+        report.record_loaded("event features", "scaled as in the earlier run, new categories random", "event_features.")
 
 
 @torch.no_grad()
-def _carry_interests(model: MISSRec, source: Source, old_rows: Tensor, matched: Mapping[str, str]) -> None:
-    """Put every known token where it was and every new one at its nearest centroid; grow or shrink to this size."""
+def _copy_interests(model: MISSRec, source: Source, old_rows: Tensor, matched: Mapping[str, str]) -> None:
+    """Assign the interests of kept items as before, of new ones to the nearest centroid; add or drop centroids to fit.
+
+    The number of interests follows the size of the catalogue. Additional centroids are the embeddings farthest from
+    all others'; of too many, those with most members stay.
+    """
     was_training = model.training
-    tokens = model.eval().item_encoder.catalogue()
+    items = model.eval().item_encoder.catalogue()  # [modality, row, dim]
     model.train(was_training)
-    centroids, there = source.weights["interests.centroids"][1:], list(source.fingerprints)
-    assigned = torch.zeros_like(model.interests.assignment)
-    known = old_rows >= 0
+    centroids, their_names = source.weights["interests.centroids"][1:], list(source.fingerprints)
+    assignment = torch.zeros_like(model.interests.assignment)  # [modality, row], 0: none
+    is_kept = old_rows >= 0
     for index, name in enumerate(model.item_encoder.names):
         if name in matched:
-            row = source.weights["interests.assignment"][there.index(matched[name])]
-            assigned[index, known] = row[old_rows[known]]
-    assigned *= tokens.mask
-    size = len(model.interests.centroids) - 1
-    if size < len(centroids):
-        centroids, assigned = _largest(centroids, assigned, size)
-    waiting = tokens.mask & (assigned == 0)
-    points = tokens.modality[waiting].float()
+            earlier = source.weights["interests.assignment"][their_names.index(matched[name])]
+            assignment[index, is_kept] = earlier[old_rows[is_kept]]
+    assignment *= items.mask
+    n_interests = len(model.interests.centroids) - 1
+    if n_interests < len(centroids):
+        centroids, assignment = _largest(centroids, assignment, n_interests)
+    is_open = items.mask & (assignment == 0)
+    points = items.modality[is_open].float()  # [embedding, dim]
     distance, nearest = _nearest(points, centroids)
-    if size > len(centroids) and len(points):
-        farthest = distance.argsort(descending=True, stable=True)[: size - len(centroids)]
+    if n_interests > len(centroids) and len(points):
+        farthest = distance.argsort(descending=True, stable=True)[: n_interests - len(centroids)]
         centroids = torch.cat([centroids, points[farthest]])
         distance, nearest = _nearest(points, centroids)
-    assigned[waiting] = nearest + 1
+    assignment[is_open] = nearest + 1
     model.interests.centroids[1 : len(centroids) + 1] = centroids
-    model.interests.assignment.copy_(assigned)
+    model.interests.assignment.copy_(assignment)
 
 
-def _largest(centroids: Tensor, assigned: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Keep the interests with most tokens; tokens of the others wait for a new place."""
-    counts = torch.bincount(assigned.flatten(), minlength=len(centroids) + 1)[1:]
-    kept = counts.argsort(descending=True, stable=True)[:size].sort().values
-    label = assigned.new_zeros(len(centroids) + 1)
-    label[kept + 1] = torch.arange(1, size + 1)
-    return centroids[kept], label[assigned]
+def _largest(centroids: Tensor, assignment: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Keep the ``size`` interests with most members; members of the others become unassigned."""
+    counts = torch.bincount(assignment.flatten(), minlength=len(centroids) + 1)[1:]
+    largest = counts.argsort(descending=True, stable=True)[:size].sort().values
+    new_label = assignment.new_zeros(len(centroids) + 1)
+    new_label[largest + 1] = torch.arange(1, size + 1)
+    return centroids[largest], new_label[assignment]
 
 
 def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distance to the nearest centroid and which it is."""
-    step = max(_DISTANCES_AT_ONCE // max(len(centroids), 1), 1)
-    found = [torch.cdist(part, centroids).min(1) for part in points.split(step)]
-    if not found:
+    """Return each point's distance to the nearest centroid and its index, both [point]."""
+    step = max(_CHUNK_DISTANCES // max(len(centroids), 1), 1)
+    minima = [torch.cdist(chunk, centroids).min(1) for chunk in points.split(step)]
+    if not minima:
         return points.new_zeros(0), torch.zeros(0, dtype=torch.int64)
-    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+    return torch.cat([chunk.values for chunk in minima]), torch.cat([chunk.indices for chunk in minima])
 
 
-def _grown(column: EventColumn, data: Path) -> EventColumn:
-    """Return a side feature as it was measured, with the categories that are new since at the end."""
-    today: Sequence[str | int] = encoded_values(data).get(column.name, ())
+def _extend_values(column: EventColumn, data: Path) -> EventColumn:
+    """Return an event feature as the earlier run fitted it, with new categories appended."""
+    data_values: Sequence[str | int] = encoded_values(data).get(column.name, ())
     if column.kind != "categorical" or not column.values:
         return column
     known = set(column.values)
-    values = (*column.values, *(value for value in today if value not in known))
+    values = (*column.values, *(value for value in data_values if value not in known))
     return dataclasses.replace(column, values=values, size=max(column.size, FIRST_ITEM_ROW + len(values)))

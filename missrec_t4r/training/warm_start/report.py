@@ -1,4 +1,4 @@
-"""What became of each part of a model that starts from another run: loaded, missing, re-initialised, frozen."""
+"""Weight-loading report of a warm start: loaded, missing, re-initialised or frozen, per part of the model."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ from torch import Tensor
 from missrec_t4r.errors import CheckpointError
 from missrec_t4r.model.missrec import MISSRec
 
+ITEM_KNN, CONTENT_KNN = "item-kNN term", "content-kNN term"
 Status = Literal["loaded", "missing", "re-initialised", "unexpected"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the model, or of the run that it starts from."""
+    """One part of the model, or of the source run."""
 
     name: str
     status: Status
-    """``loaded``; ``missing`` in the other run, so initialised; ``re-initialised``, since it cannot mean the same here;
-    ``unexpected``: only the other run has it."""
+    """``loaded``; ``missing`` in the source run, so initialised; ``re-initialised``, since the source's weights belong
+    to its own catalogue; ``unexpected``: only the source run has it."""
     parameters: int
-    """Numbers in it, buffers included."""
+    """Number of parameters and buffer elements."""
     note: str = ""
     frozen: bool = False
 
 
 class WeightLoadingReport:
-    """Copies weights part by part and remembers what became of each; nothing is left unexplained.
+    """Copies weights part by part and records the status of every part of the model.
 
     Parameters
     ----------
     model : MISSRec
-        Freshly built; receives the weights.
+        Newly built; receives the weights.
     weights : mapping of str to Tensor
-        State of the other run's model.
+        State dict of the source run's model.
     source : str
-        Where they come from, for messages.
+        Name of the source in messages.
     """
 
     def __init__(self, model: MISSRec, weights: Mapping[str, Tensor], source: str) -> None:
@@ -46,54 +47,54 @@ class WeightLoadingReport:
         self.parts: list[Part] = []
         self._prefixes: dict[str, tuple[str, ...]] = {}
         self._used: set[str] = set()
-        self._wrong: list[str] = []
+        self._errors: list[str] = []
 
     def copy(self, name: str, *prefixes: str, theirs: str | None = None, note: str = "") -> None:
-        """Copy all tensors under the prefixes; ``theirs`` is the other run's prefix, where it differs."""
+        """Copy all tensors under the prefixes; ``theirs`` is the source run's prefix if it differs."""
         own = _under(self.model.state_dict(), prefixes)
         if not own:
             return
         names = {key: key if theirs is None else theirs + key.removeprefix(prefixes[0]) for key in own}
-        found = {key: self.weights[other] for key, other in names.items() if other in self.weights}
-        self._used |= {names[key] for key in found}
-        if not found:
+        loaded = {key: self.weights[other] for key, other in names.items() if other in self.weights}
+        self._used |= {names[key] for key in loaded}
+        if not loaded:
             self._add(Part(name, "missing", _count(own.values()), note or "initialised"), prefixes)
             return
-        self._wrong += [f"{name}: {key} is missing" for key in own if key not in found]
-        self._wrong += [
-            f"{name}: {key} has shape {list(found[key].shape)} instead of {list(own[key].shape)}"
-            for key in found
-            if found[key].shape != own[key].shape
+        self._errors += [f"{name}: {key} is missing" for key in own if key not in loaded]
+        self._errors += [
+            f"{name}: {key} has shape {list(loaded[key].shape)} instead of {list(own[key].shape)}"
+            for key in loaded
+            if loaded[key].shape != own[key].shape
         ]
-        if not self._wrong:
-            self.model.load_state_dict(found, strict=False)
+        if not self._errors:
+            self.model.load_state_dict(loaded, strict=False)
         self._add(Part(name, "loaded", _count(own.values()), note), prefixes)
 
-    def filled(self, name: str, note: str, *prefixes: str) -> None:
-        """Record a part that the caller has filled from the other run's weights."""
-        self._leave(prefixes)
+    def record_loaded(self, name: str, note: str, *prefixes: str) -> None:
+        """Record a part that the caller has loaded from the source run's weights itself."""
+        self._mark_used(prefixes)
         self._add(Part(name, "loaded", _count(_under(self.model.state_dict(), prefixes).values()), note), prefixes)
 
-    def fresh(self, name: str, why: str, *prefixes: str, theirs: Iterable[str] = ()) -> None:
-        """Record a part that starts anew although the other run may have one."""
+    def record_initialised(self, name: str, why: str, *prefixes: str) -> None:
+        """Record a part that keeps its initial values: re-initialised if the source run has the part, else missing."""
         own = _under(self.model.state_dict(), prefixes)
-        left = self._leave((*prefixes, *theirs))
+        in_source = self._mark_used(prefixes)
         if own:
-            self._add(Part(name, "re-initialised" if left else "missing", _count(own.values()), why), prefixes)
+            self._add(Part(name, "re-initialised" if in_source else "missing", _count(own.values()), why), prefixes)
 
     def freeze(self, names: Iterable[str]) -> None:
-        """Keep these parts as they are while the rest trains.
+        """Exclude these parts from training.
 
         Raises
         ------
         CheckpointError
-            One of them was not loaded: a frozen part of random numbers makes no sense.
+            One of them was not loaded: a frozen part with random weights makes no sense.
         """
         frozen = set(names)
-        random = [part.name for part in self.parts if part.name in frozen and part.status != "loaded"]
-        if random:
+        not_loaded = [part.name for part in self.parts if part.name in frozen and part.status != "loaded"]
+        if not_loaded:
             raise CheckpointError(
-                f"{', '.join(random)} would be frozen without having been loaded from {self.source}",
+                f"{', '.join(not_loaded)} would be frozen without having been loaded from {self.source}",
                 "a run that has these parts",
                 "--freeze none",
             )
@@ -105,30 +106,36 @@ class WeightLoadingReport:
         ]
 
     def finish(self) -> dict[str, Any]:
-        """Refuse wrong shapes, list what only the other run has, and return the report.
+        """Check the shapes, add the parts that only the source run has, and return the report.
+
+        Returns
+        -------
+        dict
+            ``parts`` (name, status, parameters, note, frozen), ``parameters``, ``trainable_parameters``,
+            ``trainable_share``.
 
         Raises
         ------
         CheckpointError
-            Every tensor that does not fit.
+            Tensors that are missing or of another shape; all are listed.
         """
-        if self._wrong:
-            more = f" and {len(self._wrong) - 6} more" if len(self._wrong) > 6 else ""
+        if self._errors:
+            more = f" and {len(self._errors) - 6} more" if len(self._errors) > 6 else ""
             raise CheckpointError(
-                f"{self.source}: " + "; ".join(self._wrong[:6]) + more,
+                f"{self.source}: " + "; ".join(self._errors[:6]) + more,
                 "weights of the same sizes",
                 "train with the sizes of that run (its recipe.json)",
             )
         covered = tuple(prefix for prefixes in self._prefixes.values() for prefix in prefixes)
-        forgotten = [name for name in self.model.state_dict() if not name.startswith(covered)]
-        for name in sorted({name.partition(".")[0] for name in forgotten}):
-            self.fresh(name, "not carried over", f"{name}.", name)
+        remaining = [name for name in self.model.state_dict() if not name.startswith(covered)]
+        for name in sorted({name.partition(".")[0] for name in remaining}):
+            self.record_initialised(name, "not carried over", f"{name}.", name)
         unexpected: dict[str, list[Tensor]] = {}
         for name, tensor in self.weights.items():
             if name not in self._used:
-                unexpected.setdefault(_owner(name), []).append(tensor)
+                unexpected.setdefault(_part_name(name), []).append(tensor)
         for name, tensors in unexpected.items():
-            self.parts.append(Part(name, "unexpected", _count(tensors), "this model has none; left out"))
+            self.parts.append(Part(name, "unexpected", _count(tensors), "this model has no such part; not loaded"))
         trainable = _count(weight for weight in self.model.parameters() if weight.requires_grad)
         total = _count(self.model.parameters())
         return {
@@ -142,21 +149,22 @@ class WeightLoadingReport:
         self.parts.append(part)
         self._prefixes[part.name] = prefixes
 
-    def _leave(self, prefixes: Iterable[str]) -> bool:
-        left = set(_under(self.weights, tuple(prefixes)))
-        self._used |= left
-        return bool(left)
+    def _mark_used(self, prefixes: Iterable[str]) -> bool:
+        """Mark the source's tensors under the prefixes as accounted for; return whether there are any."""
+        names = set(_under(self.weights, tuple(prefixes)))
+        self._used |= names
+        return bool(names)
 
 
-def lines(report: Mapping[str, Any]) -> list[str]:
+def report_lines(report: Mapping[str, Any]) -> list[str]:
     """Return a report as text, one line per part."""
-    shown = [
+    lines = [
         f"  {part['name']:<19}{part['status']:<15}{'frozen' if part['frozen'] else '':<7}"
         f"{part['parameters']:>11,}  {part['note']}".rstrip()
         for part in report["parts"]
     ]
-    share = f"{report['trainable_parameters']:,} of {report['parameters']:,} parameters train"
-    return [*shown, f"  {share} ({100 * report['trainable_share']:.1f} %)"]
+    share = f"{report['trainable_parameters']:,} of {report['parameters']:,} parameters are trained"
+    return [*lines, f"  {share} ({100 * report['trainable_share']:.1f} %)"]
 
 
 def _under(state: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
@@ -167,15 +175,10 @@ def _count(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def _owner(name: str) -> str:
-    """Return the part that a tensor belongs to, as reports call it."""
+def _part_name(name: str) -> str:
+    """Return the name of the part that a tensor belongs to."""
     if name.startswith("item_encoder.adapters."):
         return f"adapter {name.split('.')[2]}"
     first = name.partition(".")[0]
-    names = {
-        "item_encoder": "item IDs",
-        "prior": "neighbour prior",
-        "lookalikes": "look-alike prior",
-        "side": "side features",
-    }
+    names = {"item_encoder": "item IDs", "item_knn": ITEM_KNN, "content_knn": CONTENT_KNN}
     return names.get(first, first.replace("_", " "))

@@ -1,7 +1,8 @@
-"""`missrec train --from`: start from a pre-trained run, freeze what the paper freezes, and say what was done (8).
+"""`missrec train --from`: fine-tune from a pre-trained run, with encoder and decoder frozen as in the paper.
 
-An adapter is taken over where the same encoder made the vectors, by fingerprint. Encoder, decoder, positions and fusion
-fit any catalogue; IDs, interests and what was counted belong to the other one and start anew.
+An adapter is loaded if the same encoder made the vectors of both data sets (equal fingerprints). Encoder, decoder,
+positions and fusion fit any catalogue; ID embeddings, interests and score terms belong to the source's catalogue and
+are re-initialised. The weight-loading report lists the status of every part.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from missrec_t4r.training import distributed
 from missrec_t4r.training.fit import train
 from missrec_t4r.training.trainer import Prepare
 from missrec_t4r.training.warm_start.id_init import ids_from_content
-from missrec_t4r.training.warm_start.report import WeightLoadingReport, lines
+from missrec_t4r.training.warm_start.report import CONTENT_KNN, ITEM_KNN, WeightLoadingReport, report_lines
 
 Freeze = Literal["none", "encoder_decoder", "all_loaded"]
 Take = Literal["all", "adapters"]
 
 POSITIONS, NORM, ENCODER, DECODER = "position embedding", "input LayerNorm", "encoder", "decoder"
 FROZEN = {"none": (), "encoder_decoder": (POSITIONS, ENCODER, DECODER), "all_loaded": (POSITIONS, ENCODER, DECODER)}
-"""Parts that stay as they are; ``all_loaded`` freezes the adapters that were loaded too."""
+"""Parts that are not trained; ``all_loaded`` also freezes the loaded adapters."""
 SIZES = ("d_model", "n_head", "d_feedforward", "n_encoder_layers", "n_decoder_layers", "max_sequence_length")
-MEANINGS = ("attention", "sequence_fusion", "feature_scaling", "missing_modality", "layer_norm_eps")
-"""Settings under which equal weights compute something else: they must agree, as the sizes must."""
+SEMANTICS = ("attention", "sequence_fusion", "feature_scaling", "missing_modality", "layer_norm_eps")
+"""Settings that change what the same weights compute: they must agree, as the sizes must."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A finished run as weights to start from."""
+    """A finished run as the source of a warm start."""
 
     run: Path
     recipe: Recipe
@@ -57,12 +58,14 @@ class Source:
 
 
 def read_source(run: str | Path) -> Source:
-    """Read a run to start from.
+    """Read the source run of a warm start.
 
     Raises
     ------
     CheckpointError
-        It is unfinished, or older than the record of its encoders and its data folder is gone.
+        The run is unfinished.
+    DataError
+        The run is too old to hold its encoders' fingerprints, and its data folder is missing.
     """
     run = Path(run)
     if not (run / RUN_FILE).is_file():
@@ -101,34 +104,34 @@ def train_from(
     source : path
         Run folder of ``missrec pretrain``, or of ``missrec train`` on another shop.
     freeze : {"encoder_decoder", "none", "all_loaded"}, optional
-        ``encoder_decoder``: position embedding, encoder and decoder stay, as published; the default, except with
-        ``take="adapters"``, where nothing of them was loaded.
+        Loaded weights that are not trained. ``encoder_decoder``: position embedding, encoder and decoder, as published;
+        the default, except with ``take="adapters"``, which loads none of them.
     take : {"all", "adapters"}
-        What is loaded; ``adapters`` starts the rest anew.
+        Weights to load: all, or the modality adapters only.
 
     Returns
     -------
     dict
-        As `train`, with the report under ``start``.
+        As `train`, with the weight-loading report under ``start``.
 
     Raises
     ------
     CheckpointError
-        The run does not fit: sizes, meanings of weights, or no modality of a common encoder. Every gap is listed.
+        The run does not fit: other sizes or settings, or no modality of a common encoder. All differences are listed.
     ConfigError
-        An unknown choice, or a freeze that makes no sense.
+        An unknown choice, or parts to freeze that are not loaded.
     """
     freeze = freeze or ("encoder_decoder" if take == "all" else "none")
-    for option, value, known in (("freeze", freeze, Freeze), ("take", take, Take)):
-        if value not in get_args(known):
-            raise ConfigError(f"--{option} {value}", f"one of {', '.join(get_args(known))}")
-    read = read_source(source)
+    for option, value, choices in (("freeze", freeze, Freeze), ("take", take, Take)):
+        if value not in get_args(choices):
+            raise ConfigError(f"--{option} {value}", f"one of {', '.join(get_args(choices))}")
+    source_run = read_source(source)
     resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
     if take == "all":
-        require_same(resolved.model, read.recipe.model, read.run)
-    elif resolved.model.d_model != read.recipe.model.d_model:
-        require_same(resolved.model, read.recipe.model, read.run, ("d_model",))
-    prepare = _prepare(read, freeze, take, resolved.train.id_init, Path(out), progress)
+        require_same(resolved.model, source_run.recipe.model, source_run.run)
+    elif resolved.model.d_model != source_run.recipe.model.d_model:
+        require_same(resolved.model, source_run.recipe.model, source_run.run, ("d_model",))
+    prepare = _prepare(source_run, freeze, take, resolved.train.id_init, Path(out), progress)
     common: dict[str, Any] = {"resume": resume, "device": device, "progress": progress, "dry_run": dry_run}
     return train(data, out, recipe=resolved, prepare=prepare, **common)
 
@@ -142,50 +145,49 @@ def load_pretrained(
     take: Take = "all",
     id_init: IdInit = "random",
 ) -> dict[str, Any]:
-    """Load a source's weights into a model and freeze parts.
+    """Load a source run's weights into a model and freeze parts.
 
     Returns
     -------
     dict
-        ``parts`` (name, status, parameters, note, frozen), ``parameters``, ``trainable_parameters``,
-        ``trainable_share``.
+        The report, as `WeightLoadingReport.finish` returns it.
 
     Raises
     ------
     CheckpointError
-        No modality of a common encoder, weights of other sizes, or a frozen part that was not loaded.
+        No modality of a common encoder, weights of other sizes, or a part to freeze that was not loaded.
     """
     report = WeightLoadingReport(model, source.weights, str(source.run))
     matched = _common_modalities(catalogue, source)
     for name in model.item_encoder.names:
-        prefix, known = f"item_encoder.adapters.{name}.", catalogue.modalities[name].fingerprint
+        prefix, fingerprint = f"item_encoder.adapters.{name}.", catalogue.modalities[name].fingerprint
         if name in matched:
             theirs = matched[name]
             note = "" if theirs == name else f"from {theirs!r}, the same encoder under another name"
             report.copy(f"adapter {name}", prefix, theirs=f"item_encoder.adapters.{theirs}.", note=note)
         else:
-            why = "no modality of this encoder there" if known else "its encoder is not stated"
-            report.fresh(f"adapter {name}", why, prefix)
-    everything = {
+            why = "no modality of this encoder there" if fingerprint else "its encoder is not stated"
+            report.record_initialised(f"adapter {name}", why, prefix)
+    parts = {
         POSITIONS: ("decoder.positions.",),
         NORM: ("decoder.norm_input.",),
         ENCODER: ("encoder.",),
         DECODER: ("decoder.layers.", "decoder.norm."),
     }
-    for name, prefixes in everything.items():
+    for name, prefixes in parts.items():
         if take == "all":
             report.copy(name, *prefixes)
         else:
-            report.fresh(name, "only adapters were asked for", *prefixes)
+            report.record_initialised(name, "only adapters are loaded", *prefixes)
     _load_fusion(report, take)
-    why = "of this catalogue's items" if id_init == "random" else "start as the items' tokens"
-    report.fresh("item IDs", why, "item_encoder.id_embedding.")
+    why = "of this catalogue's items" if id_init == "random" else "initialised from the items' content"
+    report.record_initialised("item IDs", why, "item_encoder.id_embedding.")
     if id_init == "content":
         ids_from_content(model)
-    report.fresh("interests", "discovered in this catalogue", "interests.")
-    report.fresh("side features", "of this data's events", "event_features.")
-    report.fresh("neighbour prior", "counted after training", "item_knn.")
-    report.fresh("look-alike prior", "found after training", "content_knn.")
+    report.record_initialised("interests", "discovered in this catalogue", "interests.")
+    report.record_initialised("event features", "of this data's events", "event_features.")
+    report.record_initialised(ITEM_KNN, "fitted after training", "item_knn.")
+    report.record_initialised(CONTENT_KNN, "fitted after training", "content_knn.")
     frozen = FROZEN[freeze]
     if freeze == "all_loaded":
         frozen = (*frozen, *(f"adapter {name}" for name in matched))
@@ -194,43 +196,44 @@ def load_pretrained(
 
 
 def require_same(
-    wanted: MISSRecConfig, known: MISSRecConfig, run: Path, names: tuple[str, ...] = (*SIZES, *MEANINGS)
+    wanted: MISSRecConfig, known: MISSRecConfig, run: Path, names: tuple[str, ...] = (*SIZES, *SEMANTICS)
 ) -> None:
-    """Refuse settings under which the run's weights would not fit, or would mean something else.
+    """Raise an error for settings under which the run's weights do not fit or compute something else.
 
     Raises
     ------
     CheckpointError
-        Names them all, with the options that make them agree.
+        Lists all differing settings, with the options that make them agree.
     """
     differing = [name for name in names if getattr(wanted, name) != getattr(known, name)]
     if differing:
-        found = ", ".join(f"{name} {getattr(wanted, name)}" for name in differing)
-        there = ", ".join(f"{name} {getattr(known, name)}" for name in differing)
+        ours = ", ".join(f"{name} {getattr(wanted, name)}" for name in differing)
+        theirs = ", ".join(f"{name} {getattr(known, name)}" for name in differing)
         cure = " ".join(f"--set model.{name}={getattr(known, name)}" for name in differing)
-        raise CheckpointError(f"the recipe has {found}", f"{there}, as in {run}", f"add {cure}")
+        raise CheckpointError(f"the recipe has {ours}", f"{theirs}, as in {run}", f"add {cure}")
 
 
 def start_facts(kind: str, source: Source, out: Path, report: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Return what `run.json` keeps about the start, the path relative to the run."""
+    """Return the entry ``start`` of `run.json`: kind, relative path of the source run, weight-loading report."""
     where = os.path.relpath(source.run.resolve(), out.resolve())
     return {"start": {"kind": kind, "run": where, **more, **report}}
 
 
 def _prepare(source: Source, freeze: Freeze, take: Take, id_init: IdInit, out: Path, progress: Progress) -> Prepare:
-    said = progress if distributed.launched().rank == 0 else quiet  # under torchrun the first process speaks
+    log = progress if distributed.launched().rank == 0 else quiet
 
     def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
         report = load_pretrained(model, catalogue, source, freeze=freeze, take=take, id_init=id_init)
-        said.say(f"starting from {source.run}, freezing {freeze}")
-        for line in lines(report):
-            said.say(line)
+        log.say(f"starting from {source.run}, freezing {freeze}")
+        for line in report_lines(report):
+            log.say(line)
         return start_facts("from", source, out, report, freeze=freeze, take=take)
 
     return prepare
 
 
 def _common_modalities(catalogue: Catalogue, source: Source) -> dict[str, str]:
+    """Return modality -> source run's modality of the same encoder; an error if there is none."""
     own = {name: modality.fingerprint for name, modality in catalogue.modalities.items()}
     matched = match_modalities(own, source.fingerprints)
     if not matched:
@@ -256,9 +259,9 @@ def _load_fusion(report: WeightLoadingReport, take: Take) -> None:
         report.copy("fusion", "fusion.")
         report.copy("history bias", "history_bias")
         return
-    why = "one number per item of this catalogue" if per_item else "only adapters were asked for"
-    report.fresh("fusion", why, "fusion.")
-    report.fresh("history bias", "starts anew", "history_bias")
+    why = "one number per item of this catalogue" if per_item else "only adapters are loaded"
+    report.record_initialised("fusion", why, "fusion.")
+    report.record_initialised("history bias", "re-learned", "history_bias")
 
 
 def _listed(fingerprints: Mapping[str, str | None]) -> str:

@@ -1,7 +1,7 @@
-"""Every error that we raise on purpose, worded in three parts: what was found, what was expected, what to do.
+"""Exception classes for errors that a caller can fix; messages have three parts: found, expected, what to do.
 
-`MISSRecError` is the only class that the command line catches: it prints the words and exits with its code, which is 2
-or, where a gate refuses data that could be used, 3. Anything else is a bug of ours and keeps its traceback.
+The command line catches `MISSRecError` alone: it prints the message and exits with ``exit_code``, which is 2 or, if a
+quality gate fails, 3. Any other exception is a bug of the package and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 
 
 class MISSRecError(Exception):
-    """Something that the caller can cure.
+    """An error that the caller can fix.
 
     Parameters
     ----------
     found : str
-        What was met, with the offending value ("modality 'image' has 4,384 rows").
+        What was found, with the offending value ("modality 'image' has 4,384 rows").
     expected : str
         What would have been right ("the catalogue has 4,385 items").
     cure : str
@@ -44,7 +44,7 @@ class DataError(MISSRecError):
 
 
 class GateError(MISSRecError):
-    """Data are usable, but not as the gate wants them; ``result`` is what the command would have answered."""
+    """A quality gate failed; ``result`` is the result that the command would have returned."""
 
     exit_code = 3
 
@@ -58,7 +58,7 @@ class SchemaError(MISSRecError):
 
 
 class ModalityError(MISSRecError):
-    """Modality vectors do not fit the items, the model, or arithmetic (NaN)."""
+    """Modality vectors do not fit the items or the model, or hold NaN or infinity."""
 
 
 class ConfigError(MISSRecError):
@@ -66,7 +66,7 @@ class ConfigError(MISSRecError):
 
 
 class CheckpointError(MISSRecError):
-    """Weights or trainer state do not fit the model."""
+    """Weights or a checkpoint do not fit the model."""
 
 
 class BundleError(MISSRecError):
@@ -74,7 +74,7 @@ class BundleError(MISSRecError):
 
 
 class ParityError(MISSRecError):
-    """Offline and served answers differ, so the export is refused."""
+    """Offline and served results differ, so nothing is exported."""
 
 
 class ServingError(MISSRecError):
@@ -82,4 +82,4 @@ class ServingError(MISSRecError):
 
 
 class UnavailableError(ServingError):
-    """The inference server is not there right now: asking again later is safe, and may help."""
+    """The inference server is temporarily unavailable: retrying is safe and may succeed."""

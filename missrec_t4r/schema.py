@@ -1,4 +1,4 @@
-"""Names, tags and reserved rows shared by all parts: the one place where a column's name is written down.
+"""Column names, file names and reserved rows that all parts share.
 
 Rows follow NVTabular's Categorify: 0 padding, 1 null, 2 unknown, items from 3 on.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Final
 
 PADDING_ROW: Final = 0
-"""Fills short sessions; never an item."""
+"""Pads short sessions; never an item."""
 NULL_ROW: Final = 1
-"""The event had no item id."""
+"""Event without an item id."""
 UNKNOWN_ROW: Final = 2
-"""The item id is not in the vocabulary; the model drops it and the answer counts it."""
+"""Item id that is not in the vocabulary; the model drops it and responses count it."""
 FIRST_ITEM_ROW: Final = 3
 """Row of the first real item."""
 
@@ -21,15 +21,15 @@ ITEM_ID: Final = "item_id"
 TIMESTAMP: Final = "timestamp"
 ROW: Final = "row"
 TRAIN_COUNT: Final = "train_count"
-"""Column of the catalogue's item table: how often the item occurs in the training split."""
+"""Column of the catalogue's item table: interactions with the item in the training split."""
 
 RETIRED: Final = "retired"
-"""Column of the catalogue's item table: True for an item that is not recommended any more but may stand in sessions."""
+"""Column of the catalogue's item table: True for an item that is no longer recommended but may occur in sessions."""
 
 LIST_SUFFIX: Final = "-list"
-"""NVTabular's Groupby joins column and aggregation with "-", and Transformers4Rec's tutorials use these names."""
+"""Suffix of session columns: NVTabular's Groupby joins column and aggregation with "-"."""
 ITEM_LIST: Final = ITEM_ID + LIST_SUFFIX
-"""Session column: rows of the items, in the order of time."""
+"""Session column: rows of the items, in order of time."""
 
 SPLITS: Final = ("train", "valid", "test")
 

@@ -1,1 +1,1 @@
-"""Evaluation: the whole catalogue is ranked, in both protocols, beside popularity, item-kNN and content-kNN."""
+"""Evaluation: full-catalogue ranking under both protocols, metrics with intervals, slices, report."""

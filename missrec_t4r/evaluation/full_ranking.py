@@ -1,16 +1,16 @@
-"""Rank the whole catalogue for many sessions, a chunk at a time: memory follows the chunk, never users x items.
+"""Full-catalogue ranking of each session's target, a chunk of sessions at a time, under two protocols.
 
-One pass gives both protocols:
+* ``seen_kept`` (seen items kept), as in the published tables: every recommendable item is ranked, those of the session
+  included.
+* ``seen_excluded`` (seen items excluded), as shops serve: the session's items are removed before ranking. A target that
+  is in its own session is then a miss.
 
-* ``seen_kept``, as in the published tables: every recommendable item is ranked, also those in the session.
-* ``seen_excluded``, as shops serve: all items of the session are taken out before ranking. A target that is itself
-  in the session can then not be found and counts as a miss.
-
-The order is that of serving: score descending, ties by ascending row. So
+The order is that of serving: descending score, ties by ascending row:
 
     rank = 1 + #(score > target's score) + #(score == target's score and row < target's row)
 
-and a target that is not recommendable (unknown row, or score -inf) is a miss and is counted.
+A target that is not recommendable (unknown row, or score -inf) is a miss and is counted. Memory is bounded by a chunk's
+scores, never users x items.
 """
 
 from __future__ import annotations
@@ -35,36 +35,36 @@ SEEN_EXCLUDED: Final = "seen_excluded"
 PROTOCOLS: Final = (SEEN_KEPT, SEEN_EXCLUDED)
 
 CHUNK_BYTES: Final = 64 * 2**20
-"""Bytes of float32 scores per chunk; with the copy for the second protocol and masks the peak stays below 256 MB."""
-MOST_SESSIONS: Final = 512
-"""Upper limit of sessions per chunk, for the activations of models."""
+"""Bytes of float32 scores per chunk; with the second protocol's copy and masks the peak stays below 256 MB."""
+MAX_SESSIONS: Final = 512
+"""Sessions per chunk at most, which bounds the memory of a model's activations."""
 
 
 class Scorer(Protocol):
     """Anything that scores the whole catalogue for a batch of sessions: a model or a baseline."""
 
     def __call__(self, histories: Sessions) -> Tensor:
-        """Return scores [batch, row]; -inf for rows that cannot be recommended, NaN for none.
+        """Return scores [batch, row], without NaN; -inf for rows that cannot be recommended.
 
         Parameters
         ----------
         histories : Sessions
-            The batch; its sessions hold known items only and may be empty.
+            The batch. Its sessions hold known items only and may be empty.
         """
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """What one system did with the sessions.
+    """Ranks and recommendation lists of one system.
 
     Parameters
     ----------
     ranks : mapping of str to ndarray [session], int64
         Rank of the target per protocol, `MISSED` where it cannot be found.
     recommended : mapping of str to ndarray [session, k]
-        The lists per protocol, catalogue rows, -1 after the last recommendable item; empty unless asked for.
+        Top-k lists of catalogue rows per protocol, -1 after the last recommendable item; empty for ``top_k=0``.
     n_unrecommendable : int
-        Targets that this system can never recommend.
+        Number of targets that the system can never recommend.
     """
 
     ranks: Mapping[str, Ranks]
@@ -72,15 +72,15 @@ class Ranking:
     n_unrecommendable: int
 
 
-def chunk_size(n_rows: int, most: int = MOST_SESSIONS) -> int:
-    """Return how many sessions are scored at once.
+def chunk_size(n_rows: int, at_most: int = MAX_SESSIONS) -> int:
+    """Return the number of sessions per chunk.
 
     Examples
     --------
     >>> chunk_size(4_388), chunk_size(1_000_003)
     (512, 16)
     """
-    return max(1, min(most, CHUNK_BYTES // (4 * n_rows)))
+    return max(1, min(at_most, CHUNK_BYTES // (4 * n_rows)))
 
 
 def rank_catalogue(
@@ -99,22 +99,22 @@ def rank_catalogue(
     Parameters
     ----------
     scorer : Scorer
-        The system.
+        The system to evaluate.
     histories : Sessions
-        What it may see. Null and unknown rows are dropped first.
+        Sessions without their targets. Null and unknown rows are dropped first.
     targets : ndarray [session], int64
         Catalogue row of the item that came next.
     n_rows : int
         Width of a score vector, `Catalogue.n_rows`.
     top_k : int
-        Length of the lists to keep for coverage; 0 keeps none and is faster.
+        Length of the lists to return, for coverage; 0 returns none and is faster.
     protocols : sequence of str
         ``"seen_kept"``, ``"seen_excluded"`` or both.
 
     Raises
     ------
     ModalityError
-        The scorer returned NaN, which no order can place.
+        The scorer returned NaN.
     DataError
         Targets or scores do not fit the catalogue.
     """
@@ -126,12 +126,12 @@ def rank_catalogue(
     unrecommendable = 0
     for start in progress.track(range(0, len(histories), step), description):
         chunk = slice_sessions(histories, start, start + step)
-        scores = _checked(scorer(chunk), len(chunk), n_rows, start)
-        wanted = torch.from_numpy(targets[start : start + step]).to(scores.device)
-        unrecommendable += int(torch.isneginf(scores.gather(1, wanted[:, None])).sum())
+        scores = _checked(scorer(chunk), len(chunk), n_rows, start)  # [batch, row]
+        target = torch.from_numpy(targets[start : start + step]).to(scores.device)  # [batch]
+        unrecommendable += int(torch.isneginf(scores.gather(1, target[:, None])).sum())
         for protocol in protocols:
             ranked = scores if protocol == SEEN_KEPT else exclude_seen(scores, chunk)
-            ranks[protocol].append(target_ranks(ranked, wanted).cpu().numpy())
+            ranks[protocol].append(target_ranks(ranked, target).cpu().numpy())
             if top_k:
                 lists[protocol].append(recommendable_rows(ranked, top_k).cpu().numpy())
     return Ranking(
@@ -144,7 +144,7 @@ def rank_catalogue(
 def quick_metrics(
     scorer: Scorer, sessions: Sessions, n_rows: int, ks: Sequence[int] = (10,)
 ) -> dict[str, dict[str, float | None]]:
-    """Return ``{protocol: {"recall@10": …, "ndcg@10": …, "mrr@10": …}}``: means only, for early stopping.
+    """Return mean metrics ``{protocol: {"recall@10": …, "ndcg@10": …, "mrr@10": …}}``, for early stopping.
 
     Parameters
     ----------
@@ -182,36 +182,37 @@ def exclude_seen(scores: Tensor, histories: Sessions) -> Tensor:
 def targets_in_history(histories: Sessions, targets: Ints) -> npt.NDArray[np.bool_]:
     """Return which targets are in their own history, [session], bool: the misses of ``seen_excluded`` by definition."""
     sessions = np.repeat(np.arange(len(histories)), histories.lengths)
-    repeats = sessions[histories.values == targets[sessions]]
-    return np.bincount(repeats, minlength=len(histories)) > 0
+    with_target = sessions[histories.values == targets[sessions]]
+    return np.bincount(with_target, minlength=len(histories)) > 0
 
 
 def recommendable_rows(scores: Tensor, top_k: int) -> Tensor:
     """Return the best rows [batch, top_k] in ranking order, ties by ascending row, -1 where items run out.
 
-    `torch.topk` breaks ties as it likes, which would make coverage depend on the machine; so it only finds the
-    threshold, and the ties at the threshold are taken from the lowest row on.
+    The order of ties in `torch.topk` is undefined, so that coverage would depend on the machine. Here it only finds the
+    threshold; of the items that are equal to it the lowest rows are taken.
 
     Examples
     --------
     >>> recommendable_rows(torch.tensor([[0.1, 0.7, 0.7, -torch.inf]]), 4).tolist()
     [[1, 2, 0, -1]]
     """
-    threshold = scores.topk(top_k, dim=1).values[:, -1:]
-    above, level = scores > threshold, scores == threshold
-    room = top_k - above.sum(1, keepdim=True)
-    chosen = above | (level & (level.cumsum(1, dtype=torch.int32) <= room))
-    rows = chosen.nonzero()[:, 1].view(len(scores), top_k)
+    threshold = scores.topk(top_k, dim=1).values[:, -1:]  # [batch, 1]
+    above, tied = scores > threshold, scores == threshold
+    n_tied = top_k - above.sum(1, keepdim=True)  # ties to take
+    chosen = above | (tied & (tied.cumsum(1, dtype=torch.int32) <= n_tied))  # top_k True per session
+    rows = chosen.nonzero()[:, 1].view(len(scores), top_k)  # ascending, so a stable sort keeps the order of ties
     values, order = scores.gather(1, rows).sort(dim=1, descending=True, stable=True)
     return rows.gather(1, order).masked_fill(torch.isneginf(values), -1)
 
 
 def slice_sessions(sessions: Sessions, start: int, stop: int) -> Sessions:
-    """Return sessions ``start`` to ``stop`` as views, with their side features."""
+    """Return sessions ``start`` to ``stop`` as views, with their event features."""
     return sessions.slice(start, stop)
 
 
 def _check_targets(histories: Sessions, targets: Ints, n_rows: int) -> None:
+    """Raise an error if targets or histories do not fit each other or the catalogue."""
     if len(targets) != len(histories):
         raise DataError(f"{len(targets)} targets for {len(histories)} sessions", "one target per session")
     for name, rows in (("target", targets), ("history", histories.values)):
@@ -224,12 +225,13 @@ def _check_targets(histories: Sessions, targets: Ints, n_rows: int) -> None:
 
 
 def _checked(scores: Tensor, batch: int, n_rows: int, start: int) -> Tensor:
+    """Return the scores; an error if they are of another shape or hold NaN."""
     if scores.shape != (batch, n_rows):
         raise DataError(f"scores of shape {tuple(scores.shape)}", f"{(batch, n_rows)}: one score per session and row")
-    wrong = torch.isnan(scores).any(1)
-    if wrong.any():
+    has_nan = torch.isnan(scores).any(1)
+    if has_nan.any():
         raise ModalityError(
-            f"the scores of session {start + int(wrong.nonzero()[0])} hold NaN",
+            f"the scores of session {start + int(has_nan.nonzero()[0])} hold NaN",
             "numbers, or -inf for items that cannot be recommended",
             "training diverged or a modality vector is broken: lower train.learning_rate, or re-run missrec features",
         )

@@ -1,11 +1,11 @@
-"""Metrics of a ranking with one relevant item per session, and how sure they are.
+"""Ranking metrics with one relevant item per session, and their bootstrap confidence intervals.
 
-A session's rank says everything: Recall@k (the same as HIT@k with one relevant item) = [rank <= k],
-NDCG@k = [rank <= k] / log2(1 + rank), MRR@k = [rank <= k] / rank. Coverage is the share of the catalogue that
-appears in anybody's list.
+With one relevant item all metrics are functions of its rank: Recall@k (equal to HIT@k) = [rank <= k],
+NDCG@k = [rank <= k] / log2(1 + rank), MRR@k = [rank <= k] / rank. Coverage is the share of the catalogue in at least
+one list.
 
-Intervals come from a bootstrap over users. All sessions of the same rank are alike, so resampling n users is one
-multinomial draw over the ranks that occur: equal in distribution to drawing users, and independent of their number.
+Intervals are from a bootstrap over users. Sessions of equal rank are interchangeable, so resampling n users is one
+multinomial draw over the ranks that occur: the same distribution, at a cost that does not depend on n.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ Ranks = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 MISSED: Final = int(np.iinfo(np.int64).max)
-"""The rank of a target that cannot be found: it is not recommendable, or it was removed with the seen items."""
+"""Rank of a target that is not in the ranking: not recommendable, or excluded with the seen items."""
 KS: Final = (10, 20, 50)
-"""Cut-offs of the report."""
+"""Cut-offs k of the report."""
 CONFIDENCE: Final = 0.95
-"""Share of the resamples inside an interval."""
+"""Confidence level of the intervals."""
 RESAMPLES: Final = 2000
 """Bootstrap resamples."""
 
 
 class Difference(NamedTuple):
-    """Of two systems on the same sessions: first minus second."""
+    """Paired difference of two systems on the same sessions: first minus second."""
 
     difference: float
     low: float
     high: float
     share_better: float
-    """Share of resamples in which the first system is better; 0.5 for equal systems."""
+    """Share of bootstrap resamples in which the first system is better; 0.5 for equal systems."""
 
 
 def metric_names(ks: Sequence[int] = KS) -> list[str]:
@@ -58,7 +58,7 @@ def metric_values(ranks: Ranks, ks: Sequence[int] = KS) -> Floats:
     Parameters
     ----------
     ranks : ndarray [session], int64
-        1 for the best; `MISSED` where the target cannot be found.
+        From 1; `MISSED` for targets that are not in the ranking.
     ks : sequence of int
         Cut-offs.
 
@@ -67,13 +67,13 @@ def metric_values(ranks: Ranks, ks: Sequence[int] = KS) -> Floats:
     ndarray [session, 3 * len(ks)]
         In the order of `metric_names`.
     """
-    places = ranks.astype(np.float64)
-    gains = np.stack([np.ones_like(places), 1 / np.log2(1 + places), 1 / places], axis=1)
-    return np.concatenate([gains * (places <= k)[:, None] for k in ks], axis=1)
+    rank = ranks.astype(np.float64)
+    gains = np.stack([np.ones_like(rank), 1 / np.log2(1 + rank), 1 / rank], axis=1)  # [session, 3]
+    return np.concatenate([gains * (rank <= k)[:, None] for k in ks], axis=1)  # [session, 3 * len(ks)]
 
 
 def metrics(ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float | None]:
-    """Return the mean metrics over sessions; None for each where there is no session.
+    """Return the mean metrics over sessions; None for each metric without a session.
 
     Examples
     --------
@@ -89,7 +89,7 @@ def metrics(ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float | None]:
 def bootstrap_intervals(
     ranks: Ranks, ks: Sequence[int] = KS, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, list[float] | None]:
-    """Return a 95 % interval [low, high] per metric; None for each where there is no session.
+    """Return a 95 % interval [low, high] per metric; None for each metric without a session.
 
     Examples
     --------
@@ -99,8 +99,8 @@ def bootstrap_intervals(
     names = metric_names(ks)
     if not len(ranks):
         return dict.fromkeys(names)
-    kinds, counts = np.unique(_beyond(ranks, ks), return_counts=True)
-    means = _resampled(counts, metric_values(kinds, ks), resamples, seed)
+    unique, counts = np.unique(_truncate(ranks, ks), return_counts=True)
+    means = _resampled_means(counts, metric_values(unique, ks), resamples, seed)
     low, high = _quantiles(means)
     return {name: [float(low[i]), float(high[i])] for i, name in enumerate(names)}
 
@@ -108,7 +108,7 @@ def bootstrap_intervals(
 def paired_differences(
     first: Ranks, second: Ranks, ks: Sequence[int] = KS, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Difference]:
-    """Compare two systems on the same sessions; what both find hard cancels, so this sees more than two intervals.
+    """Compare two systems on the same sessions; sessions hard for both cancel, so this detects smaller differences.
 
     Parameters
     ----------
@@ -127,11 +127,11 @@ def paired_differences(
     """
     if not len(first) or len(first) != len(second):
         raise DataError(f"{len(first)} and {len(second)} ranks to compare", "two systems ranked on the same sessions")
-    pairs = np.stack([_beyond(first, ks), _beyond(second, ks)], axis=1)
-    kinds, counts = np.unique(pairs, axis=0, return_counts=True)
-    values = metric_values(kinds[:, 0], ks) - metric_values(kinds[:, 1], ks)
+    pairs = np.stack([_truncate(first, ks), _truncate(second, ks)], axis=1)  # [session, 2]
+    unique, counts = np.unique(pairs, axis=0, return_counts=True)
+    values = metric_values(unique[:, 0], ks) - metric_values(unique[:, 1], ks)  # [pair, metric]
     mean = counts @ values / counts.sum()
-    means = _resampled(counts, values, resamples, seed)
+    means = _resampled_means(counts, values, resamples, seed)
     low, high = _quantiles(means)
     better = ((means > 0) + 0.5 * (means == 0)).mean(axis=0)
     columns = np.stack([mean, low, high, better], axis=1).tolist()
@@ -144,7 +144,7 @@ def coverage(recommended: npt.NDArray[np.int64], n_items: int) -> float:
     Parameters
     ----------
     recommended : ndarray of catalogue rows, any shape
-        Top-k lists; rows below zero fill lists that are shorter than k.
+        Top-k lists; negative rows pad lists that are shorter than k.
     n_items : int
         Items of the catalogue.
 
@@ -157,19 +157,21 @@ def coverage(recommended: npt.NDArray[np.int64], n_items: int) -> float:
 
 
 def named_differences(differences: dict[str, Difference]) -> dict[str, Any]:
-    """Return plain values for JSON."""
+    """Return the differences as JSON-able values."""
     return {name: difference._asdict() for name, difference in differences.items()}
 
 
-def _beyond(ranks: Ranks, ks: Sequence[int]) -> Ranks:
+def _truncate(ranks: Ranks, ks: Sequence[int]) -> Ranks:
+    """Return the ranks with those beyond the largest cut-off as `MISSED`: their metrics are zero alike."""
     return np.where(ranks <= max(ks), ranks, MISSED)
 
 
-def _resampled(counts: Ranks, values: Floats, resamples: int, seed: int) -> Floats:
+def _resampled_means(counts: Ranks, values: Floats, resamples: int, seed: int) -> Floats:
+    """Return the mean metrics of each bootstrap resample, [resample, metric]."""
     total = int(counts.sum())
-    draws = np.random.default_rng(seed).multinomial(total, counts / total, size=resamples)
-    resampled: Floats = draws @ values / total
-    return resampled
+    draws = np.random.default_rng(seed).multinomial(total, counts / total, size=resamples)  # [resample, rank]
+    means: Floats = draws @ values / total
+    return means
 
 
 def _quantiles(means: Floats) -> tuple[Floats, Floats]:

@@ -1,4 +1,4 @@
-"""Parts of the sessions that an average hides: cold targets, targets that lack a modality, short sessions."""
+"""Slices of the evaluation sessions: cold and rare targets, targets without a modality, short and long sessions."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from missrec_t4r.data.sessions import Ints, Sessions
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
 SHORT_UP_TO: Final = 3
-"""Known items in the history of a short session, at most."""
+"""Maximum of known items in the history of a short session."""
 LONG_FROM: Final = 10
-"""Known items in the history of a long session, at least."""
+"""Minimum of known items in the history of a long session."""
 RARE_BELOW: Final = 5
-"""Training interactions of a rare target, fewer than this; cold ones are among them."""
+"""A rare target has fewer training interactions than this; cold targets are rare too."""
 
 Flags = npt.NDArray[np.bool_]
 
 
 def slices(histories: Sessions, targets: Ints, catalogue: Catalogue) -> dict[str, Flags]:
-    """Return which sessions belong to which slice.
+    """Return the mask of every slice.
 
     Parameters
     ----------
     histories : Sessions
         Lengths count known items only.
     targets : ndarray [session], int64
-        Catalogue rows. Rows that are no item are in ``all`` and in the length slices alone.
+        Catalogue rows. Reserved rows belong to ``all`` and to the length slices only.
 
     Returns
     -------
     dict of str to ndarray [session], bool
         ``all``; ``cold`` (target never trained on), ``rare``, ``without_<modality>`` for each modality (of the
-        target); ``short``, ``medium`` and ``long`` sessions. Slices overlap, the three lengths partition.
+        target); ``short``, ``medium`` and ``long`` sessions. Slices overlap; the three lengths are disjoint.
     """
-    item = targets >= FIRST_ITEM_ROW
-    trained = catalogue.train_count[targets]
+    is_item = targets >= FIRST_ITEM_ROW
+    train_count = catalogue.train_count[targets]
     length = histories.known().lengths
     short, long = length <= SHORT_UP_TO, length >= LONG_FROM
     return {
         "all": np.ones(len(targets), bool),
-        "cold": item & (trained == 0),
-        "rare": item & (trained < RARE_BELOW),
-        **{f"without_{name}": item & ~modality.present[targets] for name, modality in catalogue.modalities.items()},
+        "cold": is_item & (train_count == 0),
+        "rare": is_item & (train_count < RARE_BELOW),
+        **{f"without_{name}": is_item & ~modality.present[targets] for name, modality in catalogue.modalities.items()},
         "short": short,
         "medium": ~short & ~long,
         "long": long,

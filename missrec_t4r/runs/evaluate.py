@@ -1,4 +1,7 @@
-"""`missrec evaluate`: a run beside popularity, item-kNN and content-kNN; both protocols, slices, intervals."""
+"""`missrec evaluate`: rank the catalogue with a run and with tuned popularity, item-kNN and content-kNN baselines.
+
+Both protocols, slices of sessions and targets, bootstrap intervals, and paired differences to every baseline.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ MODEL: Final = "model"
 EVALUATED_SPLITS: Final = ("valid", "test")
 
 System = Scorer | Mapping[str, Scorer]
-"""One scorer, or one per protocol where the settings were tuned per protocol."""
+"""One scorer, or one per protocol if its settings were tuned per protocol."""
 
 
 def evaluate(
@@ -98,15 +101,18 @@ def evaluate(
     systems: dict[str, System] = {MODEL: ModelScorer.with_popularity(loaded.model, loaded.catalogue)}
     settings: dict[str, Any] = {}
     if baselines:
-        rivals, settings = fitted_baselines(loaded.data, loaded.catalogue, progress=progress)
-        systems |= rivals
-    tuned = time.perf_counter()
+        fitted, settings = fitted_baselines(loaded.data, loaded.catalogue, progress=progress)
+        systems |= fitted
+    baselines_done = time.perf_counter()
     report = {
         "split": split,
         "data": str(loaded.data),
         **evaluate_sessions(systems, sessions, loaded.catalogue, progress=progress),
         "baseline_settings": settings,
-        "seconds": {"baselines": round(tuned - started, 2), "ranking": round(time.perf_counter() - tuned, 2)},
+        "seconds": {
+            "baselines": round(baselines_done - started, 2),
+            "ranking": round(time.perf_counter() - baselines_done, 2),
+        },
     }
     write_report(report, file)
     return report | {"file": str(file)}
@@ -148,21 +154,21 @@ def evaluate_sessions(
     seed: int = 0,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Rank the whole catalogue with every system and report; needs no run.
+    """Rank the whole catalogue with every system and return the report; needs no run folder.
 
     Parameters
     ----------
     systems : mapping of str to Scorer, or to ``{protocol: Scorer}``
-        The first one is compared with each of the others, pairwise over users.
+        The first one is compared with each of the others, paired by user.
     sessions : Sessions
-        Evaluation rows, history and target; the target is the last item.
+        Evaluation rows: history and target, which is the last item.
 
     Returns
     -------
     dict
         ``n_users``; ``protocols[protocol][system]`` = metrics and ``interval``; ``slices[name]`` = ``n`` and the same
-        per protocol; ``coverage[protocol][system]``; ``differences[protocol][other]``; ``counts`` of targets that
-        cannot be found.
+        per protocol; ``coverage[protocol][system]``; ``differences[protocol][other]``; ``counts`` of targets that are
+        not in the ranking.
     """
     if not len(sessions):
         raise DataError("the split has no session", "at least one history with a target", "re-run missrec etl")
@@ -171,28 +177,29 @@ def evaluate_sessions(
         name: _rank(system, histories, targets, catalogue, max(ks), f"ranking {name}", progress)
         for name, system in systems.items()
     }
-    parts = slices(histories, targets, catalogue)
-    everything = {
-        protocol: {name: _measured(ranking.ranks[protocol], ks, seed) for name, ranking in rankings.items()}
+    masks = slices(histories, targets, catalogue)
+    overall = {
+        protocol: {name: _with_interval(ranking.ranks[protocol], ks, seed) for name, ranking in rankings.items()}
         for protocol in PROTOCOLS
     }
     return {
         "n_users": len(sessions),
         "n_items": catalogue.n_items,
-        "protocols": everything,
+        "protocols": overall,
         "slices": {
             part: {
-                "n": int(flags.sum()),
+                "n": int(mask.sum()),
                 **{
                     protocol: {
-                        name: _measured(ranking.ranks[protocol][flags], ks, seed) for name, ranking in rankings.items()
+                        name: _with_interval(ranking.ranks[protocol][mask], ks, seed)
+                        for name, ranking in rankings.items()
                     }
                     for protocol in PROTOCOLS
                 },
             }
-            for part, flags in parts.items()
+            for part, mask in masks.items()
         },
-        "coverage": _coverages(rankings, ks, catalogue.n_items),
+        "coverage": _coverage(rankings, ks, catalogue.n_items),
         "differences": _differences(rankings, ks, seed),
         "counts": {
             "targets_in_history": int(targets_in_history(histories, targets).sum()),
@@ -212,6 +219,7 @@ def _rank(
     description: str,
     progress: Progress,
 ) -> Ranking:
+    # One pass per distinct scorer, over the protocols that use it
     per_protocol = dict(system) if isinstance(system, Mapping) else dict.fromkeys(PROTOCOLS, system)
     passes = [
         rank_catalogue(
@@ -227,17 +235,17 @@ def _rank(
         for scorer in {id(scorer): scorer for scorer in per_protocol.values()}.values()
     ]
     return Ranking(
-        {protocol: ranks for done in passes for protocol, ranks in done.ranks.items()},
-        {protocol: rows for done in passes for protocol, rows in done.recommended.items()},
-        max(done.n_unrecommendable for done in passes),
+        {protocol: ranks for result in passes for protocol, ranks in result.ranks.items()},
+        {protocol: rows for result in passes for protocol, rows in result.recommended.items()},
+        max(result.n_unrecommendable for result in passes),
     )
 
 
-def _measured(ranks: Ranks, ks: Sequence[int], seed: int) -> dict[str, Any]:
+def _with_interval(ranks: Ranks, ks: Sequence[int], seed: int) -> dict[str, Any]:
     return {**metrics(ranks, ks), "interval": bootstrap_intervals(ranks, ks, seed=seed)}
 
 
-def _coverages(rankings: Mapping[str, Ranking], ks: Sequence[int], n_items: int) -> dict[str, Any]:
+def _coverage(rankings: Mapping[str, Ranking], ks: Sequence[int], n_items: int) -> dict[str, Any]:
     return {
         protocol: {
             name: {f"coverage@{k}": coverage(ranking.recommended[protocol][:, :k], n_items) for k in ks}

@@ -123,7 +123,7 @@ def test_scores_of_another_catalogue_are_refused() -> None:
 
 
 def test_memory_follows_the_chunk_not_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(full_ranking, "MOST_SESSIONS", 512)
+    monkeypatch.setattr(full_ranking, "MAX_SESSIONS", 512)
     for n_rows in (8, 4_388, 100_003, 5_000_003):
         assert chunk_size(n_rows) >= 1
         assert 4 * n_rows * chunk_size(n_rows) <= max(CHUNK_BYTES, 4 * n_rows)

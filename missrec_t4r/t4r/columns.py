@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.text_format import ParseError  # type: ignore[import-untyped]  # protobuf has no types here
+from google.protobuf.text_format import ParseError
 from merlin.schema import ColumnSchema, Schema, Tags
 from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 

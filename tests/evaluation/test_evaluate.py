@@ -103,7 +103,8 @@ def test_slices_carry_their_numbers(run: Path) -> None:
 
 def test_the_file_is_the_result(run: Path, tmp_path: Path) -> None:
     report = evaluate(run, split="valid")
-    assert json.loads((run / "metrics_valid.json").read_text()) == report
+    file = run / "metrics_valid.json"
+    assert json.loads(file.read_text()) | {"file": str(file)} == report
     elsewhere = tmp_path / "deep" / "result.json"
     evaluate(run, out=elsewhere, baselines=False)
     assert set(json.loads(elsewhere.read_text())["protocols"][SEEN_KEPT]) == {"model"}

@@ -1,18 +1,18 @@
-"""The bundle: everything that serving needs and nothing else, in files that hold data and never code.
+"""The serving bundle: all files that serving needs, as data without code.
 
 ======================== ============================================================================
 manifest.json            SHA-256 sum and size of every other file, format version
-model.json               `MISSRecConfig`, modality names and widths, side features, number of rows
-weights.safetensors      what was learned
+model.json               `MISSRecConfig`, modality names and widths, event features, number of rows
+weights.safetensors      trained parameters
 catalogue.safetensors    modality vectors, presence masks, interest centroids and assignments
 items.parquet            vocabulary in row order, business columns, popularity
 features.json            fingerprint of every modality's encoder
 session_transform.json   the request transform
 schema.pbtxt             Merlin schema of a session
-search.safetensors       large catalogues only: the search tables, mapped by servers
+search.safetensors       large catalogues only: the retrieval index, memory-mapped by servers
 ======================== ============================================================================
 
-A catalogue update exchanges items, vectors and search tables, and keeps the weights.
+A catalogue update replaces items, vectors and retrieval index, and keeps the weights.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from missrec_t4r.retrieval.index_file import RetrievalIndex, write_index
 from missrec_t4r.schema import SCHEMA_FILE, SESSION_TRANSFORM_FILE
 
 SEARCH_FROM = 50_000
-"""Rows from which a bundle holds search tables; smaller ones are worked out in milliseconds when a server starts."""
+"""Rows from which a bundle has a retrieval index; a smaller one is computed in milliseconds when a server starts."""
 _INTERESTS = "interests."
 """Prefix of the model's buffers that belong to a catalogue version, not to the weights."""
 
@@ -74,31 +74,36 @@ class LoadedBundle:
     catalogue: Catalogue
     transform: SessionTransform
     tables: RetrievalIndex | None = None
-    """Of a large catalogue, mapped; a small one's are worked out by the ranker."""
+    """Retrieval index of a large catalogue, memory-mapped; None for a small one, whose ranker computes it."""
+
+    @property
+    def event_columns(self) -> tuple[EventColumn, ...]:
+        """Event features that the model was trained with; empty for a model without any."""
+        return () if self.model.event_features is None else tuple(self.model.event_features.columns)
 
 
 def write_bundle(out: str | Path, *, model: MISSRec, catalogue: Catalogue, data: str | Path) -> dict[str, Any]:
-    """Write a bundle aside and rename it into place; an older bundle is replaced whole.
+    """Write a bundle atomically; an older bundle is replaced as a whole.
 
     Parameters
     ----------
     out : path
-        The bundle folder.
+        Bundle folder.
     model : MISSRec
     catalogue : Catalogue
-        The one the model was built for.
+        The one that the model was built for.
     data : path
-        The data folder: its session transform and schema travel with the bundle.
+        Data folder, whose session transform and schema are copied.
 
     Returns
     -------
     dict
-        The manifest's content.
+        Content of the manifest.
 
     Raises
     ------
     BundleError
-        ``out`` is in use by something else, or the data folder lacks a file.
+        ``out`` was not written by missrec, or the data folder lacks a file.
     """
     with atomic_write_dir(Path(out), MANIFEST_FILE, "bundle", BundleError) as folder:
         return fill_bundle(folder, model=model, catalogue=catalogue, data=Path(data))
@@ -107,7 +112,7 @@ def write_bundle(out: str | Path, *, model: MISSRec, catalogue: Catalogue, data:
 def fill_bundle(
     folder: Path, *, model: MISSRec, catalogue: Catalogue, data: Path, progress: Progress = quiet
 ) -> dict[str, Any]:
-    """Write the bundle's files into an empty folder; `write_bundle` and `export` put it in place."""
+    """Write the bundle's files into an empty folder; `write_bundle` and `export` move it into place."""
     for name in (SESSION_TRANSFORM_FILE, SCHEMA_FILE):
         if not (data / name).is_file():
             raise BundleError(
@@ -119,13 +124,17 @@ def fill_bundle(
     write_catalogue(model.state_dict(), catalogue, folder / CATALOGUE_FILE)
     pq.write_table(catalogue.items, folder / ITEMS_FILE)
     widths = {name: modality.width for name, modality in catalogue.modalities.items()}
-    described = {"format": FORMAT_VERSION, "config": dataclasses.asdict(model.config), "modalities": widths}
-    event_features = (
-        [] if model.event_features is None else [column.to_dict() for column in model.event_features.columns]
-    )
-    write_json(folder / MODEL_FILE, described | {"rows": catalogue.n_rows, "side_features": event_features})
+    columns = () if model.event_features is None else model.event_features.columns
+    content = {
+        "format": FORMAT_VERSION,
+        "config": dataclasses.asdict(model.config),
+        "modalities": widths,
+        "rows": catalogue.n_rows,
+        "side_features": [column.to_dict() for column in columns],
+    }
+    write_json(folder / MODEL_FILE, content)
     write_features(folder, catalogue)
-    load_session_transform(folder, catalogue.items)  # refuses ids that a request could not carry
+    load_session_transform(folder, catalogue.items)  # refuses ids that a request cannot hold
     if catalogue.n_rows >= SEARCH_FROM:
         write_index(model.eval(), folder / SEARCH_FILE, progress)
     return write_manifest(folder)
@@ -137,26 +146,26 @@ def load_bundle(folder: str | Path) -> LoadedBundle:
     Raises
     ------
     BundleError
-        The bundle is damaged, or its parts do not fit each other.
+        The bundle is damaged, or its files belong to different models or catalogues.
     """
     folder = Path(folder)
-    listed = verify_bundle(folder)["files"]
+    files = verify_bundle(folder)["files"]
     try:
-        described = json.loads((folder / MODEL_FILE).read_bytes())
+        content = json.loads((folder / MODEL_FILE).read_bytes())
         features = json.loads((folder / FEATURES_FILE).read_bytes())["modalities"]
         stored, weights = load_file(folder / CATALOGUE_FILE), load_file(folder / WEIGHTS_FILE)
         items = load_items(folder)
-        _refuse_nan(folder / CATALOGUE_FILE, described["modalities"])
-        modalities = {name: _modality(name, stored, features) for name in described["modalities"]}
+        _refuse_nan(folder / CATALOGUE_FILE, content["modalities"])
+        modalities = {name: _modality(name, stored, features) for name in content["modalities"]}
         catalogue = Catalogue(items, modalities, checked=True)
-        config = Recipe.from_stored({"name": "bundle", "model": described["config"]}).model
-        event_features = [EventColumn.from_dict(column) for column in described.get("side_features", [])]
+        config = Recipe.from_stored({"name": "bundle", "model": content["config"]}).model
+        event_features = [EventColumn.from_dict(column) for column in content.get("side_features", [])]
         with Uninitialised():
             model = build_missrec(config, catalogue, event_features)
         interests = {name: tensor for name, tensor in stored.items() if name.startswith(_INTERESTS)}
         load_weights(model, weights, interests)
-        mark_rows(model, catalogue, described["rows"])
-        tables = RetrievalIndex.load(folder / SEARCH_FILE) if SEARCH_FILE in listed else None
+        mark_rows(model, catalogue, content["rows"])
+        tables = RetrievalIndex.load(folder / SEARCH_FILE) if SEARCH_FILE in files else None
         if tables is not None:
             tables.check(catalogue.n_rows, config.d_model)
     except BundleError:
@@ -171,7 +180,7 @@ def load_bundle(folder: str | Path) -> LoadedBundle:
 
 
 def _write_transform(folder: Path, data: Path, max_sequence_length: int) -> None:
-    """Copy the request transform, cut to what the model takes: a recipe may differ from the data folder's default."""
+    """Copy the request transform with the model's session length, which may differ from the data folder's."""
     try:
         content = json.loads((data / SESSION_TRANSFORM_FILE).read_text(encoding="utf-8"))
         TransformSettings.from_dict(content)
@@ -183,31 +192,32 @@ def _write_transform(folder: Path, data: Path, max_sequence_length: int) -> None
 
 
 def write_weights(model: MISSRec, file: Path) -> None:
-    """Write what was learned."""
+    """Write the trained parameters: the model's state without the buffers of a catalogue version."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     write_tensors(file, {name: tensor for name, tensor in state.items() if not name.startswith(_INTERESTS)})
 
 
 def with_index(folder: Path, loaded: LoadedBundle, progress: Progress = quiet) -> LoadedBundle:
-    """Add search tables, and per-row weights as long as the catalogue, to a bundle that `load_bundle` has read."""
-    write_weights(loaded.model, folder / f".{WEIGHTS_FILE}")
-    (folder / f".{WEIGHTS_FILE}").replace(folder / WEIGHTS_FILE)  # the file before stays mapped by the model
+    """Add a retrieval index, and weights extended to all rows, to a bundle that `load_bundle` has read."""
+    temporary = folder / f".{WEIGHTS_FILE}"  # written beside the old file, which the model still has mapped
+    write_weights(loaded.model, temporary)
+    temporary.replace(folder / WEIGHTS_FILE)
     write_index(loaded.model, folder / SEARCH_FILE, progress)
     write_manifest(folder)
     return replace(loaded, tables=RetrievalIndex.load(folder / SEARCH_FILE))
 
 
 def write_catalogue(interests: Mapping[str, Tensor], catalogue: Catalogue, file: Path) -> None:
-    """Write what belongs to a catalogue version: the model's buffers of interests, vectors and presence masks."""
+    """Write the tensors of a catalogue version: the model's interest buffers, modality vectors and presence masks."""
     tensors = {name: tensor for name, tensor in interests.items() if name.startswith(_INTERESTS)}
     for name, modality in catalogue.modalities.items():
         tensors[f"modality.{name}.vectors"] = torch.from_numpy(np.ascontiguousarray(modality.vectors))
-        tensors[f"modality.{name}.present"] = torch.from_numpy(modality.present.copy())  # masks may be one array
+        tensors[f"modality.{name}.present"] = torch.from_numpy(modality.present.copy())  # masks may share memory
     write_tensors(file, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
 
 
 def write_features(folder: Path, catalogue: Catalogue) -> None:
-    """Write whose vectors a bundle holds."""
+    """Write the fingerprint of every modality's encoder."""
     encoders = {
         name: {"width": modality.width, "items": int(modality.present.sum()), "encoder": dict(modality.encoder)}
         for name, modality in catalogue.modalities.items()
@@ -222,7 +232,11 @@ def _modality(name: str, stored: dict[str, Tensor], features: dict[str, Any]) ->
 
 
 def _refuse_nan(file: Path, modalities: Iterable[str]) -> None:
-    """Look through the vectors by reading them: through the mapping, every page of them would become ours."""
-    found = find_non_finite(file, [f"modality.{name}.vectors" for name in modalities])
-    if found is not None:
-        raise BundleError(f"{file} holds NaN or infinity in {found[0]}, row {found[1]}", "finite numbers")
+    """Refuse vectors with NaN or infinity.
+
+    The file is read, not mapped: checked through the mapping, all its pages would count as this process's memory.
+    """
+    position = find_non_finite(file, [f"modality.{name}.vectors" for name in modalities])
+    if position is not None:
+        tensor, row = position
+        raise BundleError(f"{file} holds NaN or infinity in {tensor}, row {row}", "finite numbers")

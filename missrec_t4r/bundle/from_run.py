@@ -1,4 +1,4 @@
-"""A bundle for as long as it is needed: the given one, or a run's, written aside and removed afterwards."""
+"""Context manager: an existing bundle, or a temporary one exported from a run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from missrec_t4r.runs.run_folder import load_run
 def bundle_or_run(
     bundle: str | Path | None, run: str | Path | None, data: str | Path | None = None, progress: Progress = quiet
 ) -> Iterator[Path]:
-    """Give the folder of a bundle.
+    """Yield the folder of a bundle; a temporary one is removed at the end.
 
     Parameters
     ----------
     bundle : path, optional
-        Used as it is.
+        Existing bundle.
     run : path, optional
-        Folder of `missrec train`: what `missrec export` would write of it.
+        Run folder of `missrec train`, which is exported to a temporary bundle.
     data : path, optional
         The run's data folder, if it was moved since training.
     progress : Progress

@@ -1,11 +1,13 @@
-"""Raw item ids to catalogue rows, as the fitted NVTabular workflow does it, in numpy alone.
+"""The compiled request workflow: raw item ids to catalogue rows as the fitted NVTabular workflow does, in numpy alone.
 
-The request workflow is ``Categorify(vocabs=) >> slice to the last max_sequence_length``: every id is looked up first
-(unknown ids become row 2) and the session is cut afterwards, so unknown ids take part in the cut. A missing id inside
-a list is row 2 as well: that is what Categorify does with list columns (row 1 it gives to missing ids of single
-events only, and it refuses missing ids in integer lists altogether). The ranker drops both kinds and counts them.
-Its settings are a small JSON file, its vocabulary is the catalogue's order; nothing is unpickled. One session of
-twenty ids takes microseconds where NVTabular's executor takes tens of milliseconds.
+The NVTabular workflow is ``Categorify(vocabs=) >> slice to the last max_sequence_length``: every id is looked up first
+(unknown ids become row 2) and the session is cut afterwards, so unknown ids count towards its length. A missing id
+inside a list is row 2 as well: that is what Categorify does with list columns (it gives row 1 to missing ids of single
+events only, and refuses missing ids in integer lists altogether). The ranker drops and counts both kinds.
+
+The settings are a small JSON file and the vocabulary is the catalogue's order; nothing is unpickled. A session of
+twenty ids takes microseconds, where NVTabular's executor takes tens of milliseconds. `export.workflow_parity` compares
+the two.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from missrec_t4r.schema import FIRST_ITEM_ROW, NULL_ROW, PADDING_ROW, SESSION_TR
 FORMAT_VERSION = 1
 
 NULL_STRING = b""
-"""Stands for a missing id in a string tensor, which has no null of its own; no item may be called so."""
+"""Missing id in a string tensor, which has no null; no item may have this id."""
 NULL_INTEGER = int(np.iinfo(np.int64).min)
-"""Stands for a missing id in an integer tensor; no item may be called so."""
+"""Missing id in an integer tensor; no item may have this id."""
 
 Rows = npt.NDArray[np.int64]
 RawId = str | int | None
@@ -36,16 +38,16 @@ RawId = str | int | None
 
 @dataclass(frozen=True)
 class TransformSettings:
-    """Content of ``session_transform.json``, checked."""
+    """Validated content of ``session_transform.json``."""
 
     id_type: Literal["string", "int64"]
     """Type of raw ids."""
     max_sequence_length: int
-    """Rows that the model sees, the most recent ones."""
+    """Longest session of the model; older rows are cut."""
 
     @classmethod
     def from_dict(cls, content: Any) -> TransformSettings:
-        """Check what the file says; the reserved rows are fixed by the schema and must agree with it.
+        """Validate the file's content; its reserved rows must be those of the schema.
 
         Raises
         ------
@@ -54,14 +56,14 @@ class TransformSettings:
         """
         try:
             item, length = content["item_id"], content["max_sequence_length"]
-            found = (content["format"], item["null_row"], item["unknown_row"], item["first_row"])
+            reserved = (content["format"], item["null_row"], item["unknown_row"], item["first_row"])
             id_type = item["type"]
         except (KeyError, TypeError) as error:
             raise BundleError(f"{SESSION_TRANSFORM_FILE} lacks the entry {error}", "", "re-run missrec etl") from error
         expected = (FORMAT_VERSION, NULL_ROW, UNKNOWN_ROW, FIRST_ITEM_ROW)
-        if found != expected or id_type not in ("string", "int64") or type(length) is not int or length < 1:
+        if reserved != expected or id_type not in ("string", "int64") or type(length) is not int or length < 1:
             raise BundleError(
-                f"{SESSION_TRANSFORM_FILE} says (format, null, unknown, first row) = {found}, type {id_type!r}, "
+                f"{SESSION_TRANSFORM_FILE} says (format, null, unknown, first row) = {reserved}, type {id_type!r}, "
                 f"max_sequence_length {length!r}",
                 f"{expected}, type 'string' or 'int64', a length of at least 1",
                 "export with the version that wrote the data folder",
@@ -70,7 +72,7 @@ class TransformSettings:
 
 
 class SessionTransform:
-    """The compiled request transform.
+    """Encode sessions of raw ids as catalogue rows.
 
     Parameters
     ----------
@@ -90,12 +92,13 @@ class SessionTransform:
         self.settings = settings
         self.n_items = len(vocabulary)
         ids = vocabulary if isinstance(vocabulary, pa.Array) else pa.array(vocabulary)
+        # wire_ids [item]: raw ids in row order, as request tensors hold them: bytes objects or int64
         if settings.id_type == "string":
             self.wire_ids: npt.NDArray[Any] = np.array(ids.cast(pa.binary()).to_pylist(), object)
             self._row_of = {raw: row for row, raw in enumerate(self.wire_ids, start=FIRST_ITEM_ROW)}
         else:
             self.wire_ids = np.asarray(ids.cast(pa.int64()).to_numpy(zero_copy_only=False), np.int64)
-            self._order = np.argsort(self.wire_ids, kind="stable")
+            self._order = np.argsort(self.wire_ids, kind="stable")  # for binary search
             self._sorted = self.wire_ids[self._order]
         self._check_vocabulary()
 
@@ -116,7 +119,7 @@ class SessionTransform:
 
     @property
     def max_sequence_length(self) -> int:
-        """Rows that the model sees, the most recent ones."""
+        """Longest session of the model; older rows are cut."""
         return self.settings.max_sequence_length
 
     def __call__(self, *sessions: Sequence[RawId]) -> list[Rows]:
@@ -124,7 +127,7 @@ class SessionTransform:
         return [self.look_up(self.to_wire(session))[-self.max_sequence_length :] for session in sessions]
 
     def to_wire(self, ids: Sequence[RawId]) -> npt.NDArray[Any]:
-        """Return ids as a request tensor carries them: bytes or int64, with the agreed stand-in for a missing id.
+        """Return ids as a request tensor holds them: bytes or int64, a missing id as `NULL_STRING` or `NULL_INTEGER`.
 
         Raises
         ------
@@ -151,52 +154,60 @@ class SessionTransform:
             flat = [row_of.get(raw, UNKNOWN_ROW) for raw in wire_ids.flat]
             return np.array(flat, np.int64).reshape(wire_ids.shape)
         ids = np.asarray(wire_ids, np.int64)
-        places = np.minimum(np.searchsorted(self._sorted, ids), self.n_items - 1)
-        return np.where(self._sorted[places] == ids, self._order[places] + FIRST_ITEM_ROW, UNKNOWN_ROW)
+        index = np.minimum(np.searchsorted(self._sorted, ids), self.n_items - 1)  # position in the sorted ids
+        return np.where(self._sorted[index] == ids, self._order[index] + FIRST_ITEM_ROW, UNKNOWN_ROW)
 
     def is_missing(self, wire_ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Return where an id is the stand-in for a missing one, same shape."""
-        filling: Any = NULL_STRING if self.settings.id_type == "string" else NULL_INTEGER
-        return np.asarray(wire_ids == filling, bool)
+        """Return a mask of the same shape, True where an id is missing."""
+        return np.asarray(wire_ids == self._null, bool)
 
     def padded(self, wire_ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> tuple[Rows, Rows]:
-        """Transform a request: sessions padded to one width, and how many leading ids of each are real.
+        """Encode a request's sessions, which are padded to one width.
 
         Parameters
         ----------
         wire_ids : ndarray [batch, width]
-            Bytes or int64; what stands at and after a session's length is ignored.
+            Bytes or int64; values at and after a session's length are ignored.
         lengths : ndarray [batch]
-            Real ids per session.
+            Ids per session, without padding.
 
         Returns
         -------
         rows : ndarray [batch, seq], int64
             Last ``max_sequence_length`` rows of every session, 0-padded on the right; seq is at least 1.
         seen : ndarray [batch, width], int64
-            Rows of the whole sessions, 0-padded on the right: what "already seen" refers to.
+            Rows of the whole sessions, 0-padded on the right, for ``exclude_seen``.
+
+        Raises
+        ------
+        DataError
+            A length is negative or exceeds the width.
         """
         batch, width = wire_ids.shape
         lengths = np.asarray(lengths, np.int64).reshape(batch)
         if batch and (lengths.min() < 0 or lengths.max() > width):
             raise DataError(f"a session length of {int(lengths.min())} to {int(lengths.max())}", f"0 to {width}")
-        real = np.arange(width) < lengths[:, None]
+        mask = np.arange(width) < lengths[:, None]  # [batch, width], True where an id is
         seen = np.full((batch, width), PADDING_ROW, np.int64)
-        seen[real] = self.look_up(wire_ids[real])
-        kept = np.minimum(lengths, self.max_sequence_length)
-        steps = np.arange(max(int(kept.max(initial=0)), 1))
+        seen[mask] = self.look_up(wire_ids[mask])
         if width == 0:
             return np.full((batch, 1), PADDING_ROW, np.int64), seen
-        positions = np.minimum((lengths - kept)[:, None] + steps, width - 1)
-        rows = np.where(steps < kept[:, None], np.take_along_axis(seen, positions, axis=1), PADDING_ROW)
-        return rows, seen
+        # The last max_sequence_length rows of every session, moved to the left: gather from position length - n on
+        n_rows = np.minimum(lengths, self.max_sequence_length)  # [batch]
+        steps = np.arange(max(int(n_rows.max(initial=0)), 1))  # [seq]
+        positions = np.minimum((lengths - n_rows)[:, None] + steps, width - 1)  # [batch, seq], clipped in the padding
+        rows = np.where(steps < n_rows[:, None], np.take_along_axis(seen, positions, axis=1), PADDING_ROW)
+        return rows, seen  # [batch, seq], [batch, width]
 
     def wire_ids_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Return the raw ids of item rows (>= 3), same shape, as an answer carries them; others become filling."""
-        filling: Any = NULL_STRING if self.settings.id_type == "string" else NULL_INTEGER
+        """Return the raw ids of rows as a response holds them, same shape; reserved rows become the missing id."""
         items = np.clip(rows - FIRST_ITEM_ROW, 0, max(self.n_items - 1, 0))
-        chosen = np.where(rows >= FIRST_ITEM_ROW, self.wire_ids[items], filling)
-        return chosen if self.settings.id_type == "string" else chosen.astype(np.int64)
+        ids = np.where(rows >= FIRST_ITEM_ROW, self.wire_ids[items], self._null)
+        return ids if self.settings.id_type == "string" else ids.astype(np.int64)
+
+    @property
+    def _null(self) -> Any:
+        return NULL_STRING if self.settings.id_type == "string" else NULL_INTEGER
 
     def _check_vocabulary(self) -> None:
         strings = self.settings.id_type == "string"
@@ -210,7 +221,7 @@ class SessionTransform:
 
 
 def encode_ids(ids: Sequence[RawId], id_type: str) -> npt.NDArray[Any]:
-    """Return raw ids as a request tensor carries them.
+    """Return raw ids as a request tensor holds them.
 
     Parameters
     ----------
@@ -236,12 +247,12 @@ def encode_ids(ids: Sequence[RawId], id_type: str) -> npt.NDArray[Any]:
         elif id_type == "string" and isinstance(raw, str):
             encoded.append(_utf8(raw))
         elif id_type == "int64" and isinstance(raw, (int, np.integer)) and not isinstance(raw, bool):
-            encoded.append(_fitting(int(raw)))
+            encoded.append(_int64(int(raw)))
         else:
-            wanted = "strings" if id_type == "string" else "integers"
+            expected = "strings" if id_type == "string" else "integers"
             raise DataError(
                 f"item id {raw!r} is of type {type(raw).__name__}",
-                f"{wanted}, the type of this catalogue's ids",
+                f"{expected}, the type of this catalogue's ids",
                 "send the ids exactly as the item table has them",
             )
     return np.array(encoded, object if id_type == "string" else np.int64)
@@ -254,7 +265,7 @@ def _utf8(raw: str) -> bytes:
         raise DataError(f"item id {raw!r} is no valid Unicode", "text that UTF-8 can carry") from error
 
 
-def _fitting(raw: int) -> int:
+def _int64(raw: int) -> int:
     if not NULL_INTEGER < raw <= np.iinfo(np.int64).max:
         raise DataError(f"item id {raw} does not fit", "a signed 64-bit integer above its minimum")
     return raw

@@ -1,4 +1,4 @@
-"""The bundle's item table and session transform; read by the server's first model, which needs no torch."""
+"""Read the bundle's item table and session transform; used by the server's first model, which needs no torch."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def load_session_transform(folder: Path, items: pa.Table | None = None) -> Sessi
 
 
 def vocabulary_of(items: pa.Table) -> pa.Array:
-    """Return the raw ids of an item table in the order of their rows, from row 3 on."""
+    """Return the raw ids of an item table in row order, starting with row 3."""
     column = items[ITEM_ID].combine_chunks()
     return pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column

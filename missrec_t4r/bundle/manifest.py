@@ -1,7 +1,7 @@
 """The manifest of a bundle: SHA-256 and size of every file. Needs neither torch nor the model.
 
-A bundle is refused whole: a flipped byte in any file, the manifest included, a missing file, a file that nobody
-listed, and a format that this version does not know all raise `BundleError` naming the file.
+A bundle is valid only as a whole: a flipped byte in any file (the manifest included), a missing file, a file that is
+not listed, and an unknown format raise `BundleError` with the file's name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.schema import SCHEMA_FILE, SESSION_TRANSFORM_FILE
 
 FORMAT_VERSION = 2
-"""The newest; a bundle has the oldest that can say what it holds."""
+"""Newest format; a bundle is written in the oldest one that has all its files."""
 
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.json"
@@ -37,15 +37,15 @@ BUNDLE_FILES = (
     SESSION_TRANSFORM_FILE,
     SCHEMA_FILE,
 )
-"""What every bundle holds beside the manifest."""
+"""Files of every bundle beside the manifest."""
 FILES_OF_FORMAT = {1: BUNDLE_FILES, FORMAT_VERSION: (*BUNDLE_FILES, SEARCH_FILE)}
-"""Format -> files: a large catalogue brings its search tables along."""
+"""Files by format; format 2 adds the retrieval index of a large catalogue."""
 
-_AGAIN = "export the bundle again, or copy it again from where it was written"
+_REMEDY = "export the bundle again, or copy it again from where it was written"
 
 
 def write_manifest(folder: Path) -> dict[str, Any]:
-    """Describe the files of a bundle; the last file to be written.
+    """Write the manifest, after all other files.
 
     Returns
     -------
@@ -58,36 +58,35 @@ def write_manifest(folder: Path) -> dict[str, Any]:
         for name in FILES_OF_FORMAT[version]
     }
     content: dict[str, Any] = {"format": version, "files": files}
-    (folder / MANIFEST_FILE).write_bytes(_sealed(content))
+    (folder / MANIFEST_FILE).write_bytes(_serialise(content))
     return content
 
 
 def verify_bundle(folder: str | Path, only: Iterable[str] | None = None) -> dict[str, Any]:
-    """Check a bundle byte for byte.
+    """Check every file of a bundle against the manifest.
 
     Parameters
     ----------
     folder : path
         The bundle.
     only : iterable of str, optional
-        Hash these files alone; presence and sizes are checked for all of them.
+        Hash these files alone; presence and sizes of all files are checked.
 
     Returns
     -------
     dict
-        The manifest's content: its SHA-256 sums identify the bundle.
+        Content of the manifest; its SHA-256 sums identify the bundle.
 
     Raises
     ------
     BundleError
-        Names the first file that is damaged, missing, not listed, or holds something else than data, or the unknown
-        format.
+        Names the first file that is damaged, missing, not listed, or no data, or the unknown format.
     """
     folder = Path(folder)
     content = _read_manifest(folder)
     present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
     for name in sorted(present - {MANIFEST_FILE, *content["files"]}):
-        raise BundleError(f"{folder / name} is not part of a bundle", f"{MANIFEST_FILE} and what it lists", _AGAIN)
+        raise BundleError(f"{folder / name} is not part of a bundle", f"{MANIFEST_FILE} and what it lists", _REMEDY)
     hashed = set(content["files"] if only is None else only)
     for name in FILES_OF_FORMAT[content["format"]]:
         _verify_file(folder / name, content["files"][name], hashed=name in hashed)
@@ -97,13 +96,13 @@ def verify_bundle(folder: str | Path, only: Iterable[str] | None = None) -> dict
 
 
 def catalogue_version(manifest: dict[str, Any]) -> str:
-    """Return the name of the catalogue that a bundle holds, 12 hexadecimal digits; same content, same name."""
+    """Return the version of a bundle's catalogue: 12 hexadecimal digits of the SHA-256 of its items and vectors."""
     sums = [manifest["files"][name]["sha256"] for name in (CATALOGUE_FILE, ITEMS_FILE)]
     return hashlib.sha256("".join(sums).encode()).hexdigest()[:12]
 
 
-def _sealed(content: dict[str, Any]) -> bytes:
-    """Return the manifest's only valid spelling: its own SHA-256 sum follows the content."""
+def _serialise(content: dict[str, Any]) -> bytes:
+    """Return the manifest as bytes, with a SHA-256 sum over its own content; no other formatting is valid."""
     text = json.dumps(content, indent=2, sort_keys=True)
     seal = hashlib.sha256(text.encode()).hexdigest()
     return (json.dumps(content | {"seal": seal}, indent=2, sort_keys=True) + "\n").encode()
@@ -120,26 +119,26 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         version, names = content["format"], set(content["files"])
         unsealed = {key: value for key, value in content.items() if key != "seal"}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{file} is damaged ({error})", "the manifest as it was written", _AGAIN) from error
+        raise BundleError(f"{file} is damaged ({error})", "the manifest as it was written", _REMEDY) from error
     if type(version) is int and version > FORMAT_VERSION:
         raise BundleError(
             f"{file} has format {version}", f"format {FORMAT_VERSION} at most", "use the version that wrote it"
         )
     known = FILES_OF_FORMAT.get(version) if type(version) is int else None
-    if known is None or written != _sealed(unsealed) or names != set(known):
+    if known is None or written != _serialise(unsealed) or names != set(known):
         raise BundleError(
-            f"{file} is damaged or of an unknown format", f"format 1 to {FORMAT_VERSION}, unchanged", _AGAIN
+            f"{file} is damaged or of an unknown format", f"format 1 to {FORMAT_VERSION}, unchanged", _REMEDY
         )
     return unsealed
 
 
 def _verify_file(file: Path, listed: dict[str, Any], *, hashed: bool) -> None:
     if not file.is_file():
-        raise BundleError(f"{file} is missing", f"a file of {listed['bytes']} bytes", _AGAIN)
+        raise BundleError(f"{file} is missing", f"a file of {listed['bytes']} bytes", _REMEDY)
     size = file.stat().st_size
     if size != listed["bytes"]:
-        raise BundleError(f"{file} has {size} bytes", f"{listed['bytes']} bytes", _AGAIN)
+        raise BundleError(f"{file} has {size} bytes", f"{listed['bytes']} bytes", _REMEDY)
     if hashed and (digest := file_digest(file)) != listed["sha256"]:
         raise BundleError(
-            f"{file} is damaged: its SHA-256 starts with {digest[:12]}", listed["sha256"][:12] + "…", _AGAIN
+            f"{file} is damaged: its SHA-256 starts with {digest[:12]}", listed["sha256"][:12] + "…", _REMEDY
         )

@@ -1,8 +1,9 @@
-"""`missrec catalogue update`: items added, changed and retired in a bundle, without training.
+"""`missrec catalogue update`: add, change and retire items of a bundle without training.
 
-The weights stay. Known items keep their rows, new ones are appended; a new or changed token belongs to the nearest of
-the frozen interests. The new version must give every session of untouched items the scores it had, to 1e-6, or it does
-not appear. The version before stays beside the bundle, for `missrec catalogue rollback`.
+The weights do not change. Existing items keep their rows, new ones are appended; a new or changed modality embedding is
+assigned to the nearest of the trained interests. For sessions of untouched items the new version must reproduce the
+scores of untouched items within 1e-6, otherwise the update is refused. The previous version stays beside the bundle,
+for `missrec catalogue rollback`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from missrec_t4r.bundle.manifest import (
 )
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
-from missrec_t4r.io.atomic import exchange
+from missrec_t4r.io.atomic import exchange, temporary_dir
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.ranking.terms.cold_start import cold_item_mask
@@ -57,11 +58,11 @@ from missrec_t4r.schema import (
 Vectors = npt.NDArray[np.float32]
 
 TOLERANCE = 1e-6
-"""Largest difference of an untouched item's score in an untouched session."""
+"""Largest accepted difference of an untouched item's score in a session of untouched items."""
 _CHECKED_SESSIONS = 64
-_MANY = 1 << 25
-"""Numbers that are kept in memory: a vector table (128 MiB), or the scores of the sessions that are checked."""
-_KEPT_FILES = (MODEL_FILE, WEIGHTS_FILE, SESSION_TRANSFORM_FILE, SCHEMA_FILE)
+_MOST_IN_MEMORY = 1 << 25
+"""Most numbers kept in memory (128 MiB of float32): of a vector table, or of the scores of the checked sessions."""
+_COPIED_FILES = (MODEL_FILE, WEIGHTS_FILE, SESSION_TRANSFORM_FILE, SCHEMA_FILE)
 
 
 def update_catalogue(
@@ -72,26 +73,27 @@ def update_catalogue(
     dry_run: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Replace a bundle by one with another catalogue, atomically.
+    """Replace a bundle atomically by one with added, changed and retired items.
 
     Parameters
     ----------
     bundle : path
-        Verified first.
+        Verified before anything is written.
     items : path or pyarrow.Table
-        One line per item to add, change or retire: ``item_id`` and any columns. A column that is left out keeps its
-        values; ``retired`` true or false retires an item or brings it back.
-    modalities : mapping of str to path or ndarray [line, width], optional
-        Vectors of the table's lines, one ``.npy`` per modality; a line of NaN gives none: a new item then lacks the
-        modality, a known one keeps its vector.
+        One row per item to add, change or retire: ``item_id`` and any columns. A missing column keeps its values;
+        ``retired`` true or false retires an item or makes it recommendable again.
+    modalities : mapping of str to path or ndarray [row, width], optional
+        Vectors of the table's rows, one ``.npy`` per modality. A row of NaN is no vector: a new item then lacks the
+        modality, an existing one keeps its vector.
     dry_run : bool
-        Make and check the new version, then discard it.
+        Write and check the new version in a temporary folder only.
     progress : Progress
 
     Returns
     -------
     dict
-        The version before and now, items added, changed and retired, and the largest difference found by the check.
+        Previous and new version, numbers of added, changed and retired items, and the largest score difference of the
+        check.
 
     Raises
     ------
@@ -104,47 +106,53 @@ def update_catalogue(
     before = catalogue_version(verify_bundle(folder, only=()))
     old = load_bundle(folder)
     table = items if isinstance(items, pa.Table) else read_items(Path(items))
-    rows = _rows(old.catalogue, table)
+    rows = _rows_of(old.catalogue, table)
     given = {name: _vectors(name, part, old.catalogue, table.num_rows) for name, part in (modalities or {}).items()}
     progress.say(f"writing the catalogue with {table.num_rows} new, changed or retired items")
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        aside.chmod(0o755)
-        grown = _grown(old.catalogue, table, rows, given, aside)
-        for name in _KEPT_FILES:
-            shutil.copyfile(folder / name, aside / name)
-        _write(aside, old, grown, rows, given)
-        new = load_bundle(aside)
-        if grown.n_rows >= SEARCH_FROM:
-            new = with_index(aside, new, progress)
-        largest = _check(old, new, rows)
-        after = catalogue_version(verify_bundle(aside, only=()))
-        if after != before and not dry_run:  # the same change again would push the version before out of reach
-            _swap(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with temporary_dir(folder) as temporary:
+        temporary.chmod(0o755)
+        extended = _extend_catalogue(old.catalogue, table, rows, given, temporary)
+        for name in _COPIED_FILES:
+            shutil.copyfile(folder / name, temporary / name)
+        _write(temporary, old, extended, rows, given)
+        new = load_bundle(temporary)
+        if extended.n_rows >= SEARCH_FROM:
+            new = with_index(temporary, new, progress)
+        largest = _compare_untouched(old, new, rows)
+        after = catalogue_version(verify_bundle(temporary, only=()))
+        if after != before and not dry_run:  # repeating an update must not replace the previous version by the current
+            _swap(temporary, folder)
     added = int((rows >= old.catalogue.n_rows).sum())
     return ({"dry_run": True} if dry_run else {}) | {
         "bundle": str(folder),
         "updated": after != before and not dry_run,
         "catalogue_version": after,
         "previous": before,
-        "items": grown.n_items,
+        "items": extended.n_items,
         "added": added,
         "changed": len(rows) - added,
-        "retired": int(_retired(grown).sum()),
+        "retired": int(_retired(extended).sum()),
         "largest_difference": largest,
         "seconds": round(time.monotonic() - started, 2),
     }
 
 
 def rollback_catalogue(bundle: str | Path) -> dict[str, Any]:
-    """Exchange a bundle and the version before its last update, atomically; a second rollback undoes the first.
+    """Exchange a bundle with its previous version atomically; a second rollback undoes the first.
+
+    Parameters
+    ----------
+    bundle : path
+
+    Returns
+    -------
+    dict
+        ``catalogue_version`` now, and ``previous``.
 
     Raises
     ------
     BundleError
-        There is no version before, or it is damaged.
+        There is no previous version, or it is damaged.
     """
     folder = Path(bundle).absolute()
     previous = previous_of(folder)
@@ -156,7 +164,7 @@ def rollback_catalogue(bundle: str | Path) -> dict[str, Any]:
 
 
 def previous_of(folder: Path) -> Path:
-    """Return where the version before a bundle's last update is kept."""
+    """Return the path of a bundle's previous version."""
     return folder.with_name(f"{folder.name}.previous")
 
 
@@ -168,21 +176,21 @@ def read_items(file: Path) -> pa.Table:
         raise DataError(f"{file} cannot be read ({error})", "a parquet file with a column item_id") from error
 
 
-def _rows(catalogue: Catalogue, table: pa.Table) -> npt.NDArray[np.int64]:
-    """Return the row of every line of the table: the known one, or the next free one."""
+def _rows_of(catalogue: Catalogue, table: pa.Table) -> npt.NDArray[np.int64]:
+    """Return the catalogue row of every row of the table: an existing item's own, a new item's next free one."""
     if ITEM_ID not in table.column_names or not table.num_rows:
         raise DataError(f"items with columns {table.column_names}, {table.num_rows} lines", "item_id, one line or more")
     ids = table[ITEM_ID].combine_chunks()
-    wanted = catalogue.items[ITEM_ID].type
+    id_type = catalogue.items[ITEM_ID].type
     try:
-        ids = ids.cast(wanted)
+        ids = ids.cast(id_type)
     except pa.ArrowInvalid as error:
-        raise DataError(f"item ids of type {ids.type}", f"{wanted}, as in the catalogue") from error
+        raise DataError(f"item ids of type {ids.type}", f"{id_type}, as in the catalogue") from error
     if ids.null_count or len(ids.unique()) != len(ids):
         raise DataError("the new items hold missing or repeated ids", "one line per item")
-    rows = catalogue.rows_of(pa.array(ids.to_pylist(), wanted)).copy()
-    fresh = rows == UNKNOWN_ROW
-    rows[fresh] = catalogue.n_rows + np.arange(fresh.sum())
+    rows = catalogue.rows_of(pa.array(ids.to_pylist(), id_type)).copy()
+    new = rows == UNKNOWN_ROW
+    rows[new] = catalogue.n_rows + np.arange(new.sum())
     return rows
 
 
@@ -199,109 +207,115 @@ def _vectors(name: str, part: Path | Vectors, catalogue: Catalogue, n_lines: int
     return vectors.astype(np.float32)
 
 
-def _grown(
+def _extend_catalogue(
     catalogue: Catalogue, table: pa.Table, rows: npt.NDArray[np.int64], given: Mapping[str, Vectors], folder: Path
 ) -> Catalogue:
+    """Return the catalogue with the table's items and vectors, new items after the existing ones."""
     n_rows = max(int(rows.max()) + 1, catalogue.n_rows)
-    places, n_items = rows - FIRST_ITEM_ROW, n_rows - FIRST_ITEM_ROW
-    source = np.where(np.arange(n_items) < catalogue.n_items, np.arange(n_items), -1)
-    columns = {}
-    for name in [
-        *catalogue.items.column_names,
-        *(one for one in table.column_names if one not in catalogue.items.column_names),
-    ]:
-        columns[name] = _column(name, catalogue, table, source, places)
+    names = [*catalogue.items.column_names, *table.column_names]
+    columns = {name: _column(name, catalogue, table, rows, n_rows) for name in dict.fromkeys(names)}
     modalities = {}
     for name, modality in catalogue.modalities.items():
         vectors = _zeros((n_rows, modality.width), folder)
         present = np.zeros(n_rows, bool)
         vectors[: catalogue.n_rows], present[: catalogue.n_rows] = modality.vectors, modality.present
         if name in given:
-            told = ~np.isnan(given[name]).any(1)
-            vectors[rows[told]], present[rows[told]] = given[name][told], True
+            has_vector = ~np.isnan(given[name]).any(1)
+            vectors[rows[has_vector]], present[rows[has_vector]] = given[name][has_vector], True
         modalities[name] = Modality(vectors, present, modality.encoder)
     return Catalogue(pa.table(columns), modalities, checked=True)
 
 
 def _zeros(shape: tuple[int, int], folder: Path) -> Vectors:
-    """Return zeros, in a nameless file of ``folder`` where they are many: its pages need not stay in memory."""
-    if shape[0] * shape[1] < _MANY:
+    """Return zeros, a large array in an unlinked file of ``folder``, whose pages the system may write back to disk."""
+    if shape[0] * shape[1] < _MOST_IN_MEMORY:
         return np.zeros(shape, np.float32)
     with tempfile.TemporaryFile(dir=folder) as file:
         return np.memmap(file, np.float32, "w+", shape=shape)
 
 
-def _column(
-    name: str, catalogue: Catalogue, table: pa.Table, source: npt.NDArray[np.int64], places: npt.NDArray[np.int64]
-) -> pa.Array:
-    """Return one column of the grown item table: the known values, over them the table's."""
-    known = name in catalogue.items.column_names
-    kind = catalogue.items[name].type if known else table[name].type
-    old = catalogue.items[name].combine_chunks() if known else pa.nulls(catalogue.n_items, kind)
-    old = pa.concat_arrays(old.chunks) if isinstance(old, pa.ChunkedArray) else old
-    if name == TRAIN_COUNT or name not in table.column_names:
-        filling = pa.array([0], kind) if name == TRAIN_COUNT else pa.nulls(1, kind)
-        new, taken = filling, np.where(source < 0, len(old), source)
+def _column(name: str, catalogue: Catalogue, table: pa.Table, rows: npt.NDArray[np.int64], n_rows: int) -> pa.Array:
+    """Return one column of the extended item table: the catalogue's values, replaced where the table has one."""
+    exists = name in catalogue.items.column_names
+    dtype = catalogue.items[name].type if exists else table[name].type
+    old = _contiguous(catalogue.items[name]) if exists else pa.nulls(catalogue.n_items, dtype)
+    # Both are concatenated; source [item] is the position of every item's value in the result
+    source = np.arange(n_rows - FIRST_ITEM_ROW)
+    if name == TRAIN_COUNT or name not in table.column_names:  # popularity is that of the training
+        new = pa.array([0], dtype) if name == TRAIN_COUNT else pa.nulls(1, dtype)  # of every new item
+        source = np.minimum(source, len(old))
     else:
         try:
-            new = table[name].combine_chunks().cast(kind)
+            new = _contiguous(table[name]).cast(dtype)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise DataError(f"column {name!r} of type {table[name].type}", f"{kind}, as in the catalogue") from error
-        new = pa.concat_arrays(new.chunks) if isinstance(new, pa.ChunkedArray) else new
-        taken = source.copy()
-        taken[places] = len(old) + np.arange(len(places))
-    return pa.concat_arrays([old, new]).take(pa.array(taken))
+            raise DataError(f"column {name!r} of type {table[name].type}", f"{dtype}, as in the catalogue") from error
+        source[rows - FIRST_ITEM_ROW] = len(old) + np.arange(len(rows))
+    return pa.concat_arrays([old, new]).take(pa.array(source))
+
+
+def _contiguous(column: pa.ChunkedArray) -> pa.Array:
+    combined = column.combine_chunks()
+    return pa.concat_arrays(combined.chunks) if isinstance(combined, pa.ChunkedArray) else combined
 
 
 def _write(
-    aside: Path, old: LoadedBundle, grown: Catalogue, rows: npt.NDArray[np.int64], given: Mapping[str, Vectors]
+    folder: Path, old: LoadedBundle, extended: Catalogue, rows: npt.NDArray[np.int64], given: Mapping[str, Vectors]
 ) -> None:
+    """Write the files of the extended catalogue, with the interests of new and changed modality embeddings."""
     interests = old.model.interests
-    assignment = torch.zeros(len(grown.modalities), grown.n_rows, dtype=torch.int64)
+    assignment = torch.zeros(len(extended.modalities), extended.n_rows, dtype=torch.int64)  # [modality, catalogue]
     assignment[:, : old.catalogue.n_rows] = interests.assignment
-    tokens, mask = _tokens(old.model, grown, rows)
-    fresh = nearest_interests(interests, tokens, mask)
-    for index, name in enumerate(grown.modalities):
-        told = np.isfinite(given[name]).all(1) if name in given else np.zeros(len(rows), bool)
-        changed = torch.from_numpy(told | (rows >= old.catalogue.n_rows))
-        assignment[index, torch.from_numpy(rows)[changed]] = fresh[index, changed]
+    embeddings, mask = _modality_embeddings(old.model, extended, rows)
+    nearest = nearest_interests(interests, embeddings, mask)  # [modality, row of the table]
+    for index, name in enumerate(extended.modalities):
+        has_vector = np.isfinite(given[name]).all(1) if name in given else np.zeros(len(rows), bool)
+        changed = torch.from_numpy(has_vector | (rows >= old.catalogue.n_rows))
+        assignment[index, torch.from_numpy(rows)[changed]] = nearest[index, changed]
     state = {"interests.centroids": interests.centroids, "interests.assignment": assignment}
-    write_catalogue(state, grown, aside / CATALOGUE_FILE)
-    pq.write_table(grown.items, aside / ITEMS_FILE)
-    write_features(aside, grown)
-    write_manifest(aside)
+    write_catalogue(state, extended, folder / CATALOGUE_FILE)
+    pq.write_table(extended.items, folder / ITEMS_FILE)
+    write_features(folder, extended)
+    write_manifest(folder)
 
 
 @torch.inference_mode()
-def _tokens(model: MISSRec, grown: Catalogue, rows: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens of some rows of the grown catalogue, through the trained adapters, and which of them count."""
-    stacked, present = [], []
-    for name, modality in grown.modalities.items():
+def _modality_embeddings(
+    model: MISSRec, catalogue: Catalogue, rows: npt.NDArray[np.int64]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the modality embeddings of some rows, [modality, row, dim], and the mask of those that count."""
+    embeddings, present = [], []
+    for name, modality in catalogue.modalities.items():
         vectors = torch.from_numpy(modality.vectors[rows])
         if model.config.feature_scaling == "l2":
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        stacked.append(model.item_encoder.adapters[name](vectors))
+        embeddings.append(model.item_encoder.adapters[name](vectors))
         present.append(torch.from_numpy(modality.present[rows]))
     mask = torch.stack(present)
-    return torch.stack(stacked), mask if model.config.missing_modality == "masked" else torch.ones_like(mask)
+    return torch.stack(embeddings), mask if model.config.missing_modality == "masked" else torch.ones_like(mask)
 
 
 @torch.inference_mode()
-def _check(old: LoadedBundle, new: LoadedBundle, rows: npt.NDArray[np.int64]) -> float:
-    """Return the largest difference of untouched items' scores in sessions of untouched items; refuse a visible one."""
+def _compare_untouched(old: LoadedBundle, new: LoadedBundle, rows: npt.NDArray[np.int64]) -> float:
+    """Return the largest score difference of untouched items in random sessions of untouched items.
+
+    Raises
+    ------
+    ParityError
+        It exceeds `TOLERANCE`, or an item has another row.
+    """
     untouched = np.ones(old.catalogue.n_rows, bool)
     untouched[:FIRST_ITEM_ROW] = False
     untouched[rows[rows < old.catalogue.n_rows]] = False
-    if old.model.item_knn is not None:  # items without events lean on others' content, which may have changed
+    if old.model.item_knn is not None:  # cold items are imputed from similar items, whose content may have changed
         untouched &= ~cold_item_mask(old.model.item_knn.frequency).numpy()
     pool = np.flatnonzero(untouched)
     if not len(pool):
         return 0.0
     rng = np.random.default_rng(0)
     length = min(old.model.config.max_sequence_length, 10)
-    n_sessions = min(_CHECKED_SESSIONS, max(_MANY // new.catalogue.n_rows, 1))
+    n_sessions = min(_CHECKED_SESSIONS, max(_MOST_IN_MEMORY // new.catalogue.n_rows, 1))
     sessions = torch.from_numpy(rng.choice(pool, (n_sessions, length)))
-    scores = [_scores(bundle, sessions)[:, pool] for bundle in (old, new)]
+    scores = [_scores(bundle, sessions)[:, pool] for bundle in (old, new)]  # 2 x [session, untouched item]
     largest = float(torch.nan_to_num(scores[0] - scores[1], nan=0.0).abs().max())
     ids = [bundle.transform.look_up(old.transform.wire_ids) for bundle in (old, new)]
     if largest > TOLERANCE or not np.array_equal(ids[0], ids[1]):
@@ -313,6 +327,7 @@ def _check(old: LoadedBundle, new: LoadedBundle, rows: npt.NDArray[np.int64]) ->
 
 
 def _scores(bundle: LoadedBundle, sessions: torch.Tensor) -> torch.Tensor:
+    """Return the scores of the whole catalogue, [session, catalogue]."""
     model, vectors = bundle.model, bundle.model(sessions)
     if bundle.tables is None:
         return model.score(vectors, model.candidates(), sessions)
@@ -326,10 +341,10 @@ def _retired(catalogue: Catalogue) -> npt.NDArray[np.bool_]:
     return np.asarray(catalogue.items[RETIRED].fill_null(False).to_numpy(), bool)
 
 
-def _swap(aside: Path, folder: Path) -> None:
-    """Put the new version in place in one step; the old one becomes the version before."""
-    exchange(aside, folder)
+def _swap(new: Path, folder: Path) -> None:
+    """Exchange the new version with the bundle in one step; the old one becomes the previous version."""
+    exchange(new, folder)
     previous = previous_of(folder)
     if previous.exists():
         shutil.rmtree(previous)
-    aside.rename(previous)
+    new.rename(previous)

@@ -1,8 +1,8 @@
-"""What a bundle's files may hold, whoever wrote their checksums: data of the kind their name says, and never code.
+"""Validate the content of a bundle's files: data of the format that the name says, never code.
 
-Checksums tell damage, not intent: whoever can write a bundle can seal it. So every file is also looked into before any
-library reads it. Nothing is unpickled, nothing is imported by name, no file may be a link or lie elsewhere, and no
-header may claim more than the file holds.
+Checksums detect damage, not manipulation: anybody who can write a bundle can write matching checksums. Therefore every
+file is inspected before a library reads it. Nothing is unpickled, nothing is imported by name, no file may be a link or
+lie outside the bundle, and no header may claim more bytes than the file has.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ import pyarrow.parquet as pq
 from missrec_t4r.errors import BundleError
 
 MOST_TEXT = 16 << 20
-"""Bytes of a JSON or schema file; ours have a few kilobytes."""
+"""Most bytes of a JSON or schema file; exported ones have a few kilobytes."""
 MOST_HEADER = 16 << 20
-"""Bytes of a safetensors header."""
+"""Most bytes of a safetensors header."""
 MOST_TABLE = 16 << 30
-"""Bytes of the item table when unpacked; and it may not unpack to more than a thousand times its size."""
+"""Most bytes of the decompressed item table."""
 _MOST_PACKED = 1000
+"""Largest compression ratio of the item table: a larger one is a decompression bomb."""
 _CODE = {b"\x80\x02": "a pickle", b"\x80\x03": "a pickle", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle"}
 _CODE |= {b"PK\x03\x04": "a zip archive, as torch.save writes", b"\x7fELF": "a program", b"#!": "a script"}
 _CODE |= {b"\x93NUMPY": "a numpy file"}
 
 
 def check_contents(file: Path) -> None:
-    """Refuse a file that holds something else than its name says.
+    """Refuse a file whose content is not of the format that its name says.
 
     Parameters
     ----------
@@ -47,9 +48,9 @@ def check_contents(file: Path) -> None:
         raise BundleError(f"{file} is a link to {file.readlink()}", "a file within the bundle", "copy the bundle again")
     with file.open("rb") as stream:
         start = stream.read(8)
-    for magic, words in _CODE.items():
+    for magic, kind in _CODE.items():
         if start.startswith(magic):
-            raise BundleError(f"{file} is {words}", "data that cannot run", "do not load it; export the bundle again")
+            raise BundleError(f"{file} is {kind}", "data that cannot run", "do not load it; export the bundle again")
     check: dict[str, Callable[[Path], None]] = {
         ".json": _json,
         ".pbtxt": _text,
@@ -97,8 +98,8 @@ def _span(start: Any, end: Any) -> int:
 
 def _table(file: Path) -> None:
     try:
-        described = pq.ParquetFile(file)
-        schema, metadata = described.schema_arrow, described.metadata
+        table = pq.ParquetFile(file)
+        schema, metadata = table.schema_arrow, table.metadata
         unpacked = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     except (OSError, pa.ArrowException, ValueError) as error:
         raise _refused(file, f"is no parquet ({error})", "a parquet file") from error

@@ -34,7 +34,16 @@ _DISK_FULL_MESSAGES = re.compile(r"no space left|file too large|disk quota|\d+ r
 
 @contextmanager
 def replace_dir(out: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``out`` that replaces it if the block succeeds and is deleted if not.
+    """Yield an empty temporary folder beside ``out`` that replaces it if the block succeeds and is deleted if not."""
+    with temporary_dir(out) as folder:
+        yield folder
+        folder.chmod(0o755)
+        move_into_place(folder, out)
+
+
+@contextmanager
+def temporary_dir(out: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside ``out``; what is left of it after the block is deleted.
 
     Temporary folders of killed processes of this machine are removed first; those of running processes are left alone.
     """
@@ -43,8 +52,6 @@ def replace_dir(out: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=_temporary_prefix(out), dir=out.parent))
     try:
         yield folder
-        folder.chmod(0o755)
-        move_into_place(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

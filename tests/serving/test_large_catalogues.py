@@ -31,7 +31,7 @@ from missrec_t4r.serving.triton.repository import BUNDLE_IN_REPOSITORY, write_re
 def large(loaded: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in ("bundle", "update_catalogue"):
         monkeypatch.setattr(f"missrec_t4r.bundle.{module}.SEARCH_FROM", 10)
-    monkeypatch.setattr("missrec_t4r.bundle.update_catalogue._MANY", 64)  # vectors in a nameless file
+    monkeypatch.setattr("missrec_t4r.bundle.update_catalogue._MOST_IN_MEMORY", 64)  # vectors in a nameless file
     monkeypatch.setattr("missrec_t4r.bundle.extend._LARGE", 64)  # weights as they are mapped
     monkeypatch.setattr("missrec_t4r.retrieval.index_file.CHUNK", 12)
     write_bundle(tmp_path / "bundle", model=loaded.model, catalogue=loaded.catalogue, data=loaded.data)

@@ -146,11 +146,11 @@ def test_a_killed_job_leaves_the_last_complete_result(bundle: Path, loaded: Load
     code = "import sys; from missrec_t4r.serving.batch.score import score; score(*sys.argv[2:], bundle=sys.argv[1])"
     job = subprocess.Popen([sys.executable, "-c", code, str(bundle), str(many), str(out)])
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.parquet.*.partial")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".out.parquet-*/out.parquet")) and time.monotonic() < deadline:
         time.sleep(0.01)
     job.send_signal(signal.SIGKILL)
     job.wait()
-    assert list(tmp_path.glob(".out.parquet.*.partial"))
+    assert list(tmp_path.glob(".out.parquet-*/out.parquet"))
     assert out.read_bytes() == before
 
 

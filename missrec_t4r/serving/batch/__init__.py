@@ -1,1 +1,1 @@
-"""Offline jobs with the served model: scoring, similar items, vector export."""
+"""Batch jobs with the served model, without a server: scoring, similar items, vector export."""

@@ -1,13 +1,13 @@
-"""`missrec vectors`: item and session vectors for another index, with what is needed to get the served scores of them.
+"""`missrec vectors`: item and session vectors for another retrieval index, and the settings of the served score.
 
 ================= ==================================================================================================
 items.parquet     ``item_id`` and ``recommendable`` in the order of the vectors
 items.npy         [item, dim] float32: inner product with a session vector = the static score of the item
-modality-X.npy    [item, dim] float32: unit-length tokens of modality X, zero where the item lacks it
+modality-X.npy    [item, dim] float32: unit-length embeddings of modality X, zero where missing
 ids.npy           [item, dim] float32: unit-length ID embeddings, zero where untrained; only if the model has them
 sessions.parquet  the sessions' own columns and ``usable``, in the order of the vectors; only with sessions
 sessions.npy      [session, dim] float32, unit length; zero for a session without any known item
-vectors.json      width, fusion, phi, history bias, which priors are added: docs/howto/vectors.md
+vectors.json      width, fusion, phi, history bias, active score terms: docs/howto/vectors.md
 ================= ==================================================================================================
 """
 
@@ -96,7 +96,7 @@ def vectors(
 def session_vectors(
     model: MISSRec, rows: npt.NDArray[np.int64], event_features: EventArrays | None = None
 ) -> npt.NDArray[np.float32]:
-    """Return the vector of every session [session, dim]; zero where no item is known.
+    """Return the vector of every session; zero where no item is known.
 
     Parameters
     ----------
@@ -104,15 +104,20 @@ def session_vectors(
     rows : ndarray [session, seq], int64
         Catalogue rows, 0-padded on the right.
     event_features : mapping of str to ndarray [session, seq] or [session, seq, size], optional
-        Side features, aligned with ``rows``.
+        Event features, aligned with ``rows``.
+
+    Returns
+    -------
+    ndarray [session, dim]
     """
-    known = torch.from_numpy(compact(rows, model.config.max_sequence_length))
+    item_ids = torch.from_numpy(compact(rows, model.config.max_sequence_length))  # without unknown rows
     aligned = compact_event_features(event_features or {}, rows, model.config.max_sequence_length)
-    usable = (known > PADDING_ROW).any(1)
-    found = torch.zeros(len(rows), model.config.d_model)
+    usable = (item_ids > PADDING_ROW).any(1)  # [session]
+    vectors = torch.zeros(len(rows), model.config.d_model)
     if bool(usable.any()):
-        found[usable] = model(known[usable], {name: torch.from_numpy(part)[usable] for name, part in aligned.items()})
-    return found.numpy()
+        features = {name: torch.from_numpy(values)[usable] for name, values in aligned.items()}
+        vectors[usable] = model(item_ids[usable], features)
+    return vectors.numpy()
 
 
 @torch.inference_mode()
@@ -122,8 +127,8 @@ def _write_items(folder: Path, loaded: LoadedBundle) -> dict[str, Any]:
     items = slice(FIRST_ITEM_ROW, catalogue.n_rows)
     np.save(folder / "items.npy", model.fusion.static_table(candidates)[items].numpy())
     names = list(catalogue.modalities)
-    for name, tokens, present in zip(names, candidates.modality, candidates.mask, strict=True):
-        np.save(folder / f"modality-{name}.npy", (tokens * present[:, None])[items].numpy())
+    for name, embeddings, present in zip(names, candidates.modality, candidates.mask, strict=True):
+        np.save(folder / f"modality-{name}.npy", (embeddings * present[:, None])[items].numpy())
     if candidates.ids is not None and candidates.id_mask is not None:
         np.save(folder / "ids.npy", (candidates.ids * candidates.id_mask[:, None])[items].numpy())
     recommendable = pa.array(model.recommendable[items].numpy())
@@ -148,25 +153,31 @@ def _write_items(folder: Path, loaded: LoadedBundle) -> dict[str, Any]:
 
 
 def _session_files(sessions: str | Path, items_column: str, loaded: LoadedBundle) -> SessionFiles:
-    event_features = () if loaded.model.event_features is None else loaded.model.event_features.columns
-    return SessionFiles(sessions, items_column, loaded.catalogue.id_type, [column.name for column in event_features])
+    return SessionFiles(
+        sessions, items_column, loaded.catalogue.id_type, [column.name for column in loaded.event_columns]
+    )
 
 
 def _write_sessions(folder: Path, loaded: LoadedBundle, files: SessionFiles, progress: Progress) -> int:
-    parts: list[npt.NDArray[np.float32]] = []
-    tables: list[pa.Table] = []
+    parts: list[npt.NDArray[np.float32]] = [np.empty((0, loaded.model.config.d_model), np.float32)]
+    tables: list[pa.Table] = [_with_usable(files.schema.empty_table().select(files.passthrough), parts[0])]
     total = -(-files.rows // _SESSIONS_AT_A_TIME)
-    reader = EventFeatureReader(() if loaded.model.event_features is None else loaded.model.event_features.columns)
+    reader = EventFeatureReader(loaded.event_columns)
     for batch in progress.track(files.batches(_SESSIONS_AT_A_TIME), "encoding sessions", total):
-        sessions, told = batch.sessions, batch.event_features
-        rows = loaded.transform(*sessions)
-        width = max(1, *(len(row) for row in rows))
-        padded = np.stack([np.pad(row, (0, width - len(row)), constant_values=PADDING_ROW) for row in rows])
-        encoded = [reader.encode(own, len(ids)) for own, ids in zip(told or [], sessions, strict=bool(told))]
-        parts.append(session_vectors(loaded.model, padded, reader.stacked(encoded, padded)))
-        tables.append(batch.carried.append_column("usable", pa.array(parts[-1].any(1))))
-    found = np.concatenate([np.empty((0, loaded.model.config.d_model), np.float32), *parts])
-    np.save(folder / "sessions.npy", found)
-    empty = files.schema.empty_table().select(files.carried).append_column("usable", pa.array([], pa.bool_()))
-    pq.write_table(pa.concat_tables([empty, *tables]), folder / "sessions.parquet")
-    return len(found)
+        sessions = loaded.transform(*batch.sessions)
+        width = max(1, *(len(rows) for rows in sessions))
+        padded = np.stack([np.pad(rows, (0, width - len(rows)), constant_values=PADDING_ROW) for rows in sessions])
+        features = [
+            reader.encode(values, len(ids))
+            for values, ids in zip(batch.event_features or [], batch.sessions, strict=bool(batch.event_features))
+        ]
+        parts.append(session_vectors(loaded.model, padded, reader.stacked(features, padded)))
+        tables.append(_with_usable(batch.passthrough, parts[-1]))
+    vectors = np.concatenate(parts)  # [session, dim]
+    np.save(folder / "sessions.npy", vectors)
+    pq.write_table(pa.concat_tables(tables), folder / "sessions.parquet")
+    return len(vectors)
+
+
+def _with_usable(passthrough: pa.Table, vectors: npt.NDArray[np.float32]) -> pa.Table:
+    return passthrough.append_column("usable", pa.array(vectors.any(1), pa.bool_()))

@@ -1,9 +1,8 @@
-"""Sessions in parquet, a batch at a time, and results that appear under their name only when they are complete."""
+"""Read sessions from parquet in batches; write result tables in row groups, atomically."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,64 +13,67 @@ import pyarrow.parquet as pq
 
 from missrec_t4r.bundle.id_encoder import RawId
 from missrec_t4r.errors import DataError
+from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.schema import LIST_SUFFIX
 from missrec_t4r.serving.event_features import SessionEventFeatures
 
 _ROW_GROUP = 1 << 13
-"""Rows that are gathered before a row group is written."""
+"""Rows of a written row group."""
+_LONGEST_FOUND = 300
+"""Characters of a wrong value in an error message."""
 
 
 class SessionBatch(NamedTuple):
-    """Some rows of the file."""
+    """Consecutive rows of the session files."""
 
-    carried: pa.Table
-    """The columns that are handed through."""
+    passthrough: pa.Table
+    """Columns that are copied to the output."""
     sessions: list[list[RawId]]
     event_features: list[SessionEventFeatures] | None
-    """Side features per session; None if the file has none of the model's."""
+    """Event features per session; None if the file has none of the model's."""
     rules: list[dict[str, Any]] | None = None
-    """Rules per session, if a column holds them."""
+    """Business rules per session, None without a rules column."""
     exclude: list[list[RawId]] | None = None
-    """Ids per session that must not be recommended, if a column holds them."""
+    """Ids per session that must not be recommended, None without an exclude column."""
 
 
 class SessionFiles:
-    """One row per session: a list column of raw item ids, oldest first, beside columns that are handed through.
+    """Parquet files with one row per session: a list column of raw item ids, oldest first, and other columns.
 
     Parameters
     ----------
-    place : path
+    path : path
         A parquet file, or a folder of them (read in the order of their names).
     items_column : str
-        The list column.
+        List column of item ids.
     id_type : {"string", "int64"}
-        Type of the catalogue's ids; the column must hold it.
+        Type of the catalogue's ids, which the column must have.
     event_features : sequence of str
-        The model's side features; list columns of these names (or with ``-list``) hold one raw value per item id.
+        The model's event features; list columns of these names (or with ``-list``) have one raw value per item id.
     rules_column : str, optional
-        Text column with a JSON object of rules per session; empty or missing is no rule.
+        Text column with a JSON object of business rules per session; empty or null is no rule.
     exclude_column : str, optional
         List column of ids that must not be recommended to the session.
 
     Raises
     ------
     DataError
-        No parquet there, no such column, or ids of another type.
+        No parquet file, no such column, or ids of another type.
     """
 
     def __init__(
         self,
-        place: str | Path,
+        path: str | Path,
         items_column: str,
         id_type: str,
         event_features: Sequence[str] = (),
         rules_column: str | None = None,
         exclude_column: str | None = None,
     ) -> None:
-        place = Path(place)
-        self.files = sorted(place.glob("*.parquet")) if place.is_dir() else [place]
+        path = Path(path)
+        self.files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         if not self.files or not self.files[0].is_file():
-            raise DataError(f"{place} holds no parquet", "a parquet file, or a folder of them", "check --sessions")
+            raise DataError(f"{path} holds no parquet", "a parquet file, or a folder of them", "check --sessions")
         self.items_column = items_column
         self.schema = pq.read_schema(self.files[0])
         self.rules_column, self.exclude_column = rules_column, exclude_column
@@ -81,8 +83,8 @@ class SessionFiles:
         if rules_column is not None:
             self._check_rules(rules_column)
         lists = {field.name for field in self.schema if _is_list(field.type)} - {items_column}
-        named = {name: name if name in lists else name + LIST_SUFFIX for name in event_features}
-        self.event_columns = {name: column for name, column in named.items() if column in lists}
+        columns = {name: name if name in lists else name + LIST_SUFFIX for name in event_features}
+        self.event_columns = {name: column for name, column in columns.items() if column in lists}
 
     @property
     def rows(self) -> int:
@@ -90,47 +92,49 @@ class SessionFiles:
         return sum(pq.ParquetFile(file).metadata.num_rows for file in self.files)
 
     @property
-    def carried(self) -> list[str]:
-        """Columns that are handed through: all that are no lists."""
+    def passthrough(self) -> list[str]:
+        """Columns that are copied to the output: all that are no lists."""
         return [field.name for field in self.schema if not _is_list(field.type)]
 
     def batches(self, size: int) -> Iterator[SessionBatch]:
-        """Yield at most ``size`` rows at a time; a missing list is an empty session, or an absent side feature."""
-        read = [*self.carried, self.items_column, *self.event_columns.values()]
-        columns = [*read, *([self.exclude_column] if self.exclude_column else [])]
+        """Yield batches of at most ``size`` rows; a null list is an empty session, or an absent event feature."""
+        columns = [*self.passthrough, self.items_column, *self.event_columns.values()]
+        if self.exclude_column:
+            columns.append(self.exclude_column)
         first = 0
         for file in self.files:
             for batch in pq.ParquetFile(file).iter_batches(size, columns=columns):
                 table = pa.Table.from_batches([batch])
                 sessions = [session or [] for session in table[self.items_column].to_pylist()]
                 rules = None if self.rules_column is None else self._rules(table[self.rules_column], first)
-                banned = None if self.exclude_column is None else table[self.exclude_column].to_pylist()
-                exclude = None if banned is None else [own or [] for own in banned]
-                yield SessionBatch(table.select(self.carried), sessions, self._side(table), rules, exclude)
+                exclude = None
+                if self.exclude_column is not None:
+                    exclude = [ids or [] for ids in table[self.exclude_column].to_pylist()]
+                features = self._event_features(table)
+                yield SessionBatch(table.select(self.passthrough), sessions, features, rules, exclude)
                 first += len(sessions)
 
-    def _side(self, table: pa.Table) -> list[SessionEventFeatures] | None:
+    def _event_features(self, table: pa.Table) -> list[SessionEventFeatures] | None:
         if not self.event_columns:
             return None
         lists = {name: table[column].to_pylist() for name, column in self.event_columns.items()}
         return [
-            {name: values[line] for name, values in lists.items() if values[line] is not None}
-            for line in range(table.num_rows)
+            {name: values[row] for name, values in lists.items() if values[row] is not None}
+            for row in range(table.num_rows)
         ]
 
     def _rules(self, column: pa.ChunkedArray, first: int) -> list[dict[str, Any]]:
-        """Return what the texts of a batch say, whose first session is number ``first``."""
+        """Return the parsed rules of a batch whose first session has the number ``first``."""
         parsed = []
-        for line, text in enumerate(column.to_pylist(), start=first):
+        for number, text in enumerate(column.to_pylist(), start=first):
             try:
-                own = json.loads(text) if text else {}
-            except ValueError as error:
-                own = error
-            if not isinstance(own, dict):
-                raise DataError(
-                    f"{self.rules_column!r} of session {line} is {text!r}"[:300], "a JSON object, or nothing"
-                )
-            parsed.append(own)
+                rules = json.loads(text) if text else {}
+            except ValueError:
+                rules = None
+            if not isinstance(rules, dict):
+                found = f"{self.rules_column!r} of session {number} is {text!r}"[:_LONGEST_FOUND]
+                raise DataError(found, "a JSON object, or nothing")
+            parsed.append(rules)
         return parsed
 
     def _check_rules(self, column: str) -> None:
@@ -165,22 +169,23 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 @contextmanager
-def replace_dir(file: str | Path) -> Iterator[Path]:
-    """Give a path beside ``file`` that takes its name when the block ends well, and is removed otherwise."""
+def write_results(file: str | Path) -> Iterator[TableWriter]:
+    """Yield a writer for ``file``, which is replaced atomically when the block succeeds.
+
+    Raises
+    ------
+    DataError
+        ``file`` is a folder, or the disk is full or read-only.
+    """
     file = Path(file).absolute()
-    if file.is_dir():
+    if file.is_dir():  # before hours of scoring, not after
         raise DataError(f"{file} is a folder", "the name of a file to write", "choose another --out")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        yield aside
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
+    with atomic_write_file(file) as temporary, TableWriter(temporary) as writer:
+        yield writer
 
 
 class TableWriter:
-    """Writes tables of one schema to one parquet file, in row groups of a useful size; the schema is the first one's.
+    """Append tables to a parquet file in row groups of equal size; the first table defines the schema.
 
     Parameters
     ----------
@@ -190,7 +195,7 @@ class TableWriter:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._writer: pq.ParquetWriter | None = None
-        self._waiting: list[pa.Table] = []
+        self._buffer: list[pa.Table] = []
         self.rows = 0
 
     def __enter__(self) -> TableWriter:
@@ -204,15 +209,15 @@ class TableWriter:
 
     def write(self, table: pa.Table) -> None:
         """Append rows."""
-        self._waiting.append(table)
+        self._buffer.append(table)
         self.rows += table.num_rows
-        if sum(part.num_rows for part in self._waiting) >= _ROW_GROUP:
+        if sum(part.num_rows for part in self._buffer) >= _ROW_GROUP:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._waiting:
+        if not self._buffer:
             return
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._file, self._waiting[0].schema, compression="zstd")
-        self._writer.write_table(pa.concat_tables(part.cast(self._writer.schema) for part in self._waiting))
-        self._waiting = []
+            self._writer = pq.ParquetWriter(self._file, self._buffer[0].schema, compression="zstd")
+        self._writer.write_table(pa.concat_tables(part.cast(self._writer.schema) for part in self._buffer))
+        self._buffer = []

@@ -1,8 +1,7 @@
-"""`missrec score`: the answers of the server for a file of sessions, without a server. For batch jobs and e-mail.
+"""`missrec score`: recommendations for a file of sessions, without a server, for batch jobs and e-mail.
 
-The two models of the repository run in this process (`InProcessTransport`), so the answers are the served ones: same
-transform,
-same rules, same order of ties. Memory follows the batch, never the file.
+The two served models run in this process (`InProcessTransport`), so the recommendations equal those of a server: same
+ID encoding, same business rules, same order of ties. Memory depends on the batch, not on the file.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from missrec_t4r.bundle.manifest import MODEL_FILE
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import ITEM_ID
-from missrec_t4r.serving.batch.parquet_io import SessionFiles, TableWriter, replace_dir
+from missrec_t4r.serving.batch.parquet_io import SessionFiles, write_results
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.protocol import Recommendation, typed_id
 
@@ -99,58 +98,59 @@ def score(
         files = SessionFiles(
             sessions, items_column, client.id_type, event_feature_names(folder), rules_column, exclude_column
         )
-        banned: list[RawId] = [typed_id(item, client.id_type) for item in exclude or []]
+        excluded: list[RawId] = [typed_id(item, client.id_type) for item in exclude or []]
         counts = {"sessions": 0, "fallbacks": 0, "with_unknown_items": 0}
         total = -(-files.rows // _SESSIONS_AT_A_TIME)
-        with replace_dir(out) as aside, TableWriter(aside) as writer:
+        with write_results(out) as writer:
             batches = files.batches(_SESSIONS_AT_A_TIME)
             for batch in progress.track(batches, f"scoring {files.rows} sessions", total):
-                answers = client.recommend(
+                recommendations = client.recommend(
                     batch.sessions,
                     top_k,
                     exclude_seen=exclude_seen,
-                    exclude=_exclusions(banned, batch.exclude),
-                    rules=rules if batch.rules is None else [_both(rules or {}, own) for own in batch.rules],
+                    exclude=_exclusions(excluded, batch.exclude),
+                    rules=rules if batch.rules is None else [_merge_rules(rules or {}, own) for own in batch.rules],
                     side=batch.event_features,
                 )
-                writer.write(_table(batch.carried, answers, client.id_type, layout))
-                counts["sessions"] += len(answers)
-                counts["fallbacks"] += sum(answer.fallback for answer in answers)
-                counts["with_unknown_items"] += sum(answer.unknown_items > 0 for answer in answers)
-            if not writer.rows:
-                writer.write(_table(files.schema.empty_table().select(files.carried), [], client.id_type, layout))
+                writer.write(_table(batch.passthrough, recommendations, client.id_type, layout))
+                counts["sessions"] += len(recommendations)
+                counts["fallbacks"] += sum(one.fallback for one in recommendations)
+                counts["with_unknown_items"] += sum(one.unknown_items > 0 for one in recommendations)
+            if not writer.rows:  # a file without rows, but with the columns
+                writer.write(_table(files.schema.empty_table().select(files.passthrough), [], client.id_type, layout))
             rows = writer.rows
     return {"out": str(Path(out)), "rows": rows, **counts, "seconds": round(time.monotonic() - started, 2)}
 
 
-def _exclusions(everywhere: list[RawId], own: list[list[RawId]] | None) -> list[RawId] | list[list[RawId]] | None:
-    if own is None:
-        return everywhere or None
-    return [[*everywhere, *ids] for ids in own]
+def _exclusions(for_all: list[RawId], per_session: list[list[RawId]] | None) -> list[RawId] | list[list[RawId]] | None:
+    if per_session is None:
+        return for_all or None
+    return [[*for_all, *ids] for ids in per_session]
 
 
-def _both(everywhere: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rules with the session's own over those of all; what is no mapping is left for the ranker to refuse."""
-    joined = {**everywhere, **own}
-    for part in everywhere.keys() & own.keys():
-        if isinstance(everywhere[part], Mapping) and isinstance(own[part], Mapping):
-            joined[part] = {**everywhere[part], **own[part]}
-    return joined
+def _merge_rules(for_all: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge the rules of all sessions with those of one session, which take precedence; the ranker validates them."""
+    merged = {**for_all, **own}
+    for part in for_all.keys() & own.keys():
+        if isinstance(for_all[part], Mapping) and isinstance(own[part], Mapping):
+            merged[part] = {**for_all[part], **own[part]}
+    return merged
 
 
 def event_feature_names(bundle: str | Path) -> list[str]:
-    """Return the side features that a bundle's model was trained with."""
-    described = json.loads((Path(bundle) / MODEL_FILE).read_bytes())
-    return [str(column["name"]) for column in described.get("side_features", [])]
+    """Return the names of the event features that a bundle's model was trained with."""
+    content = json.loads((Path(bundle) / MODEL_FILE).read_bytes())
+    return [str(column["name"]) for column in content.get("side_features", [])]
 
 
-def _table(carried: pa.Table, answers: Sequence[Recommendation], id_type: str, layout: str) -> pa.Table:
+def _table(passthrough: pa.Table, recommendations: Sequence[Recommendation], id_type: str, layout: str) -> pa.Table:
+    """Return the recommendations of a batch in the requested layout, beside the copied columns."""
     ids = pa.string() if id_type == "string" else pa.int64()
-    offsets = np.concatenate([[0], np.cumsum([len(answer.item_ids) for answer in answers])]).astype(np.int32)
-    item_ids = pa.array([item_id for answer in answers for item_id in answer.item_ids], ids)
-    scores = pa.array([score for answer in answers for score in answer.scores], pa.float32())
-    unknown = pa.array([answer.unknown_items for answer in answers], pa.int32())
-    fallback = pa.array([answer.fallback for answer in answers], pa.bool_())
+    offsets = np.concatenate([[0], np.cumsum([len(one.item_ids) for one in recommendations])]).astype(np.int32)
+    item_ids = pa.array([item_id for one in recommendations for item_id in one.item_ids], ids)
+    scores = pa.array([score for one in recommendations for score in one.scores], pa.float32())
+    unknown = pa.array([one.unknown_items for one in recommendations], pa.int32())
+    fallback = pa.array([one.fallback for one in recommendations], pa.bool_())
     if layout == "lists":
         added: dict[str, pa.Array] = {
             ITEM_ID: pa.ListArray.from_arrays(offsets, item_ids),
@@ -158,15 +158,21 @@ def _table(carried: pa.Table, answers: Sequence[Recommendation], id_type: str, l
             "unknown_items": unknown,
             "fallback": fallback,
         }
-        return _beside(carried, added)
+        return _add_columns(passthrough, added)
     lengths = np.diff(offsets)
-    owner = np.repeat(np.arange(len(answers)), lengths)
-    rank = np.arange(len(owner)) - np.repeat(offsets[:-1], lengths) + 1
-    taken = {"unknown_items": unknown.take(pa.array(owner)), "fallback": fallback.take(pa.array(owner))}
-    added = {"rank": pa.array(rank, pa.int32()), ITEM_ID: item_ids, "score": scores} | taken
-    return _beside(carried.take(pa.array(owner)), added)
+    session = np.repeat(np.arange(len(recommendations)), lengths)  # [recommended item]: index of its session
+    rank = np.arange(len(session)) - np.repeat(offsets[:-1], lengths) + 1
+    added = {
+        "rank": pa.array(rank, pa.int32()),
+        ITEM_ID: item_ids,
+        "score": scores,
+        "unknown_items": unknown.take(pa.array(session)),
+        "fallback": fallback.take(pa.array(session)),
+    }
+    return _add_columns(passthrough.take(pa.array(session)), added)
 
 
-def _beside(carried: pa.Table, added: dict[str, pa.Array]) -> pa.Table:
-    kept = [name for name in carried.column_names if name not in added]
-    return pa.table({name: carried[name] for name in kept} | added)
+def _add_columns(table: pa.Table, added: dict[str, pa.Array]) -> pa.Table:
+    """Append columns; an input column of the same name is replaced."""
+    names = [name for name in table.column_names if name not in added]
+    return pa.table({name: table[name] for name in names} | added)

@@ -1,8 +1,8 @@
-"""`missrec similar`: items for an item, by what a session of that item alone leads to, or by content.
+"""`missrec similar`: items similar to an item, by the recommendations of a session of that item alone, or by content.
 
-``session`` asks the model as the server would be asked, for a session of one item without that item: what comes next.
-``content`` compares modality tokens: the mean cosine of the modalities that both items have, computed exactly over the
-whole catalogue; an item without any shared modality is not similar. It sees no behaviour and serves for substitutes.
+``session``: the recommendations for a session of one item, without that item; what people go on to.
+``content``: the mean cosine of the modality embeddings over the modalities that both items have, exact over the whole
+catalogue; an item without a shared modality is not similar. Independent of interactions; finds substitutes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.retrieval.topk import top_items
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, UNKNOWN_ROW
-from missrec_t4r.serving.batch.parquet_io import TableWriter, replace_dir
+from missrec_t4r.serving.batch.parquet_io import write_results
 from missrec_t4r.serving.client.client import MISSRecClient, read_titles
 from missrec_t4r.serving.client.protocol import typed_id
 
-WAYS = ("session", "content")
+METHODS = ("session", "content")
 _ITEMS_AT_A_TIME = 256
 
 RawItem = str | int
 Similar = tuple[RawItem, list[RawItem], list[float]]
-"""An item, the items most similar to it, best first, and their scores."""
+"""An item, its most similar items, best first, and their scores."""
 
 
 def similar(
@@ -75,8 +75,8 @@ def similar(
     DataError
         An item is not in the catalogue.
     """
-    if by not in WAYS:
-        raise ConfigError(f"--by {by!r}", " or ".join(WAYS))
+    if by not in METHODS:
+        raise ConfigError(f"--by {by!r}", " or ".join(METHODS))
     if top_k < 1:
         raise ConfigError(f"--top-k {top_k}", "at least 1")
     if items is None and out is None:
@@ -84,11 +84,11 @@ def similar(
     started = time.monotonic()
     torch.set_num_threads(max(threads, 1))
     with bundle_or_run(bundle, run, progress=progress) as folder:
-        result = _found(folder, items, out, top_k, by, threads, progress)
+        result = _find(folder, items, out, top_k, by, threads, progress)
     return result if out is None else result | {"seconds": round(time.monotonic() - started, 2)}
 
 
-def _found(
+def _find(
     folder: Path,
     items: Sequence[str | int] | None,
     out: str | Path | None,
@@ -97,44 +97,48 @@ def _found(
     threads: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Return or write the similar items of a bundle."""
+    """Return the similar items, or write them to ``out``."""
     loaded = load_bundle(folder)
     ids = (
         loaded.catalogue.ids_of(np.arange(FIRST_ITEM_ROW, loaded.catalogue.n_rows))
         if items is None
-        else _known(items, loaded)
+        else _require_items(items, loaded)
     )
-    found = _by_content(loaded, ids, top_k) if by == "content" else _by_session(folder, ids, top_k, threads)
-    followed = progress.track(found, f"items similar to {len(ids)} items", len(ids))
+    results = _by_content(loaded, ids, top_k) if by == "content" else _by_session(folder, ids, top_k, threads)
+    results = progress.track(results, f"items similar to {len(ids)} items", len(ids))
     if out is None:
         titles = read_titles(folder)
         return {
             "by": by,
-            "similar": {str(item): _readable(others, scores, titles) for item, others, scores in followed},
+            "similar": {str(item): _with_titles(others, scores, titles) for item, others, scores in results},
         }
-    with replace_dir(out) as aside, TableWriter(aside) as writer:
-        kind = pa.string() if loaded.catalogue.id_type == "string" else pa.int64()
-        for item, others, scores in followed:
-            writer.write(_table(item, others, scores, kind))
+    with write_results(out) as writer:
+        id_type = pa.string() if loaded.catalogue.id_type == "string" else pa.int64()
+        for item, others, scores in results:
+            writer.write(_table(item, others, scores, id_type))
         rows = writer.rows
     return {"by": by, "out": str(out), "items": len(ids), "rows": rows}
 
 
 def content_similarity(loaded: LoadedBundle, rows: Tensor) -> Tensor:
-    """Return the mean cosine over shared modalities, [item, catalogue]; -inf without one, and for the item itself.
+    """Return the mean cosine over shared modalities; -inf without one, and for the item itself.
 
     Parameters
     ----------
     loaded : LoadedBundle
     rows : Tensor [item], int64
         Catalogue rows.
+
+    Returns
+    -------
+    Tensor [item, catalogue]
     """
-    tokens = loaded.model.candidates()
-    total = torch.zeros(len(rows), tokens.mask.shape[1])
+    candidates = loaded.model.candidates()
+    total = torch.zeros(len(rows), candidates.mask.shape[1])  # [item, catalogue]
     shared = torch.zeros_like(total)
-    for vectors, present in zip(tokens.modality, tokens.mask, strict=True):
+    for embeddings, present in zip(candidates.modality, candidates.mask, strict=True):  # one modality at a time
         both = present[rows].float()[:, None] * present.float()
-        total += (vectors[rows] @ vectors.T) * both
+        total += (embeddings[rows] @ embeddings.T) * both  # embeddings have unit length
         shared += both
     scores = torch.where(shared > 0, total / shared.clamp_min(1), -torch.inf)
     scores[:, : UNKNOWN_ROW + 1] = -torch.inf
@@ -142,29 +146,30 @@ def content_similarity(loaded: LoadedBundle, rows: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _content_step(loaded: LoadedBundle, rows: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def _top_by_content(loaded: LoadedBundle, rows: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return top_items(content_similarity(loaded, rows), top_k)
 
 
 def _by_content(loaded: LoadedBundle, ids: Sequence[RawItem], top_k: int) -> Iterator[Similar]:
     rows = torch.from_numpy(loaded.catalogue.rows_of(list(ids)).copy())
     for start in range(0, len(ids), _ITEMS_AT_A_TIME):
-        best, found = _content_step(loaded, rows[start : start + _ITEMS_AT_A_TIME], top_k)
-        for item, scores, others in zip(ids[start : start + _ITEMS_AT_A_TIME], best, found, strict=True):
-            kept = torch.isfinite(scores)
-            yield item, loaded.catalogue.ids_of(others[kept].numpy()), scores[kept].tolist()
+        batch = slice(start, start + _ITEMS_AT_A_TIME)
+        top_scores, top_rows = _top_by_content(loaded, rows[batch], top_k)
+        for item, scores, others in zip(ids[batch], top_scores, top_rows, strict=True):
+            comparable = torch.isfinite(scores)
+            yield item, loaded.catalogue.ids_of(others[comparable].numpy()), scores[comparable].tolist()
 
 
 def _by_session(bundle: str | Path, ids: Sequence[RawItem], top_k: int, threads: int) -> Iterator[Similar]:
     with MISSRecClient.of_bundle(bundle, threads=threads) as client:
         for start in range(0, len(ids), _ITEMS_AT_A_TIME):
-            chosen = ids[start : start + _ITEMS_AT_A_TIME]
-            answers = client.recommend([[item] for item in chosen], top_k, exclude_seen=True)
-            for item, answer in zip(chosen, answers, strict=True):
-                yield item, list(answer.item_ids), answer.scores
+            batch = ids[start : start + _ITEMS_AT_A_TIME]
+            recommendations = client.recommend([[item] for item in batch], top_k, exclude_seen=True)
+            for item, recommendation in zip(batch, recommendations, strict=True):
+                yield item, list(recommendation.item_ids), recommendation.scores
 
 
-def _known(items: Sequence[str | int], loaded: LoadedBundle) -> list[RawItem]:
+def _require_items(items: Sequence[str | int], loaded: LoadedBundle) -> list[RawItem]:
     ids = [typed_id(item, loaded.catalogue.id_type) for item in items]
     unknown = [item for item, row in zip(ids, loaded.catalogue.rows_of(ids), strict=True) if row < FIRST_ITEM_ROW]
     if unknown or not ids:
@@ -174,19 +179,19 @@ def _known(items: Sequence[str | int], loaded: LoadedBundle) -> list[RawItem]:
     return ids
 
 
-def _readable(others: list[RawItem], scores: list[float], titles: dict[RawItem, str]) -> list[dict[str, Any]]:
+def _with_titles(others: list[RawItem], scores: list[float], titles: dict[RawItem, str]) -> list[dict[str, Any]]:
     return [
         {"item_id": item, "score": score} | ({"title": titles[item]} if item in titles else {})
         for item, score in zip(others, scores, strict=True)
     ]
 
 
-def _table(item: RawItem, others: list[RawItem], scores: list[float], kind: pa.DataType) -> pa.Table:
+def _table(item: RawItem, others: list[RawItem], scores: list[float], id_type: pa.DataType) -> pa.Table:
     return pa.table(
         {
-            ITEM_ID: pa.array([item] * len(others), kind),
+            ITEM_ID: pa.array([item] * len(others), id_type),
             "rank": pa.array(range(1, len(others) + 1), pa.int32()),
-            "similar_item_id": pa.array(others, kind),
+            "similar_item_id": pa.array(others, id_type),
             "score": pa.array(scores, pa.float32()),
         }
     )

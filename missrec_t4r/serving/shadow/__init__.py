@@ -1,1 +1,1 @@
-"""Shadow traffic: a proxy that mirrors requests to a candidate server and compares the answers."""
+"""Shadow traffic: proxies that mirror a share of the requests to a candidate model and compare the responses."""

@@ -1,7 +1,7 @@
-"""A share of real requests also asks a candidate, behind the client's back, and both answers are compared.
+"""Mirror a share of real requests to a candidate model and compare its responses with those of the current one.
 
-The candidate can neither delay nor fail a client: requests wait for it in a bounded queue, and what does not fit is
-dropped and counted. The doors that clients use are `shadow` (HTTP) and `shadow_grpc`.
+The candidate can neither delay nor fail a client: mirrored requests wait in a bounded queue, and those that do not fit
+are dropped and counted. Clients connect to `http_proxy` or `grpc_proxy`.
 """
 
 from __future__ import annotations
@@ -21,54 +21,54 @@ from missrec_t4r.errors import ConfigError, ServingError
 from missrec_t4r.serving.triton.ports import LOOPBACK
 
 COMPARED = ("item_id", "score", "n_items")
-"""Outputs that are compared."""
+"""Names of the compared outputs."""
 TIMEOUT = 30.0
-"""Seconds that a candidate may take."""
-_QUEUE = 256
+"""Seconds until a request to the candidate fails."""
+_QUEUE_SIZE = 256
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 
 
-class Mirrored(NamedTuple):
-    """A request that the candidate shall answer too."""
+class MirroredRequest(NamedTuple):
+    """A request that is sent to the candidate as well."""
 
     current: Callable[[], Tensors]
-    """Reads the answer that the client got."""
+    """Decodes the response that the client got."""
     candidate: Callable[[], Tensors]
-    """Asks the candidate; raises a `ServingError` if it refuses or does not answer."""
+    """Sends the request to the candidate; raises `ServingError` if it refuses or does not answer."""
     milliseconds: float
-    """What the client waited."""
+    """Latency of the response that the client got."""
 
 
 @dataclass
 class Comparison:
-    """What the mirrored requests showed, so far."""
+    """Differences between the two models over all mirrored requests so far."""
 
     overlap: list[float] = field(default_factory=list)
-    """Per session: the share of the items that both answers hold."""
+    """Per session: share of the items that both responses contain."""
     same_first: list[bool] = field(default_factory=list)
     """Per session: whether the best item is the same."""
     score_differences: list[float] = field(default_factory=list)
-    """Per session: mean absolute difference of the scores of the items that both hold."""
+    """Per session: mean absolute difference of the scores of the shared items."""
     current_ms: list[float] = field(default_factory=list)
     candidate_ms: list[float] = field(default_factory=list)
     failed: int = 0
     """Mirrored requests that the candidate refused or did not answer."""
     dropped: int = 0
-    """Requests that were not mirrored because the candidate fell behind."""
+    """Requests that were not mirrored because the queue was full."""
 
     def add(self, current: Tensors, candidate: Tensors) -> None:
-        """Compare two answers to one request, session by session."""
-        for ours, theirs in zip(_lists(current), _lists(candidate), strict=True):
-            shared = ours.keys() & theirs.keys()
-            longest = max(len(ours), len(theirs))
+        """Compare two responses to one request, session by session."""
+        for one, other in zip(_scores_by_item(current), _scores_by_item(candidate), strict=True):
+            shared = one.keys() & other.keys()
+            longest = max(len(one), len(other))
             self.overlap.append(len(shared) / longest if longest else 1.0)
-            self.same_first.append(next(iter(ours), None) == next(iter(theirs), None))
+            self.same_first.append(next(iter(one), None) == next(iter(other), None))
             if shared:
-                self.score_differences.append(sum(abs(ours[item] - theirs[item]) for item in shared) / len(shared))
+                self.score_differences.append(sum(abs(one[item] - other[item]) for item in shared) / len(shared))
 
     def report(self) -> dict[str, Any]:
-        """Return the figures as one mapping."""
+        """Return means, maxima and percentiles as one mapping."""
         return {
             "mirrored_sessions": len(self.overlap),
             "overlap_at_k": _mean(self.overlap),
@@ -83,22 +83,22 @@ class Comparison:
 
 
 class Mirror:
-    """Asks the candidate in a thread of its own while the ``with`` block runs.
+    """Send sampled requests to the candidate in a separate thread while the ``with`` block runs.
 
     Parameters
     ----------
     share : float
-        Of the requests, 0 to 1.
+        Share of the requests, 0 to 1.
     seed : int, optional
-        Of the choice of requests.
+        Seed of the sampling.
     """
 
     def __init__(self, share: float, seed: int | None = None) -> None:
         if not 0 <= share <= 1:
             raise ConfigError(f"--share {share}", "0 to 1")
-        self._share, self._chance = share, random.Random(seed)
-        self._queue: queue.Queue[Mirrored | None] = queue.Queue(_QUEUE)
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._share, self._rng = share, random.Random(seed)
+        self._queue: queue.Queue[MirroredRequest | None] = queue.Queue(_QUEUE_SIZE)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self.comparison = Comparison()
 
     def __enter__(self) -> Mirror:
@@ -109,33 +109,34 @@ class Mirror:
         self._queue.put(None)
         self._thread.join(TIMEOUT)
 
-    def offer(self, job: Mirrored) -> None:
-        """Mirror an answered request, if chance wants it."""
-        if self._chance.random() >= self._share:
+    def sample(self, request: MirroredRequest) -> None:
+        """Queue an answered request with the probability ``share``."""
+        if self._rng.random() >= self._share:
             return
         try:
-            self._queue.put_nowait(job)
+            self._queue.put_nowait(request)
         except queue.Full:
             self.comparison.dropped += 1
 
-    def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
+    def _run(self) -> None:
+        while (request := self._queue.get()) is not None:
             started = time.perf_counter()
             try:
-                answer = job.candidate()
+                response = request.candidate()
             except ServingError:
                 self.comparison.failed += 1
                 continue
-            took = (time.perf_counter() - started) * 1e3
-            self.comparison.add(job.current(), answer)
-            self.comparison.current_ms.append(job.milliseconds)
-            self.comparison.candidate_ms.append(took)
+            milliseconds = (time.perf_counter() - started) * 1e3
+            self.comparison.add(request.current(), response)
+            self.comparison.current_ms.append(request.milliseconds)
+            self.comparison.candidate_ms.append(milliseconds)
 
 
-def _lists(answer: Tensors) -> list[dict[Any, float]]:
+def _scores_by_item(response: Tensors) -> list[dict[Any, float]]:
+    """Return the scores by raw item id of every session, best first."""
     return [
         {_text(item): float(score) for item, score in zip(items[:n], scores[:n], strict=True)}
-        for items, scores, n in zip(answer["item_id"], answer["score"], answer["n_items"][:, 0], strict=True)
+        for items, scores, n in zip(response["item_id"], response["score"], response["n_items"][:, 0], strict=True)
     ]
 
 
@@ -152,26 +153,26 @@ def _percentiles(values: list[float]) -> dict[str, float]:
 
 
 class MirroringProxy:
-    """What the doors of both protocols have in common: a mirror behind them, and an address for clients.
+    """Base of the proxies of both protocols: a mirror and an address for clients.
 
     Parameters
     ----------
     share, seed
-        As in `Mirror`.
+        As for `Mirror`.
     """
 
     _port: int
-    """Of the loopback interface; a door sets it once it listens."""
+    """Port of the loopback interface; a subclass sets it when it listens."""
 
     def __init__(self, share: float, seed: int | None) -> None:
         self._mirror = Mirror(share, seed)
 
     @property
     def comparison(self) -> Comparison:
-        """What was seen so far."""
+        """Differences over all mirrored requests so far."""
         return self._mirror.comparison
 
     @property
     def url(self) -> str:
-        """The address that clients use in place of the server's."""
+        """Address that clients use in place of the server's."""
         return f"{LOOPBACK}:{self._port}"

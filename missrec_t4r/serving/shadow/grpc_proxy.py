@@ -1,7 +1,7 @@
-"""The gRPC door of `missrec shadow`: calls go to the server as the bytes they came as, a share to the candidate too.
+"""gRPC proxy of `missrec shadow`: forwards every call unchanged and mirrors a share to the candidate.
 
-Requests for recommendations are read to know whose they are, never changed; streams and all other calls of Triton's
-service pass through untouched, errors with their status and words.
+Inference requests are decoded to read their model's name, never changed; streams and all other calls of Triton's
+service pass through as bytes, errors with their status and message.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from tritonclient.grpc import InferResult, service_pb2
 
 from missrec_t4r.errors import ServingError
 from missrec_t4r.serving.client.transports import checked_address
-from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, Mirrored, MirroringProxy, Tensors
+from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, MirroredRequest, MirroringProxy, Tensors
 from missrec_t4r.serving.triton.ports import LOOPBACK
 
 _INFER = "/inference.GRPCInferenceService/ModelInfer"
 _STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 _OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 _CALLS = 64
-"""Calls under way at the same time."""
+"""Most concurrent calls."""
 
 
 class GrpcShadowProxy(MirroringProxy):
-    """The gRPC door; serves while the ``with`` block runs.
+    """gRPC proxy; runs while the ``with`` block does.
 
     Parameters
     ----------
     url : str
-        gRPC address of the server that answers.
+        gRPC address of the server that answers the clients.
     candidate : str
-        Name of the model that is asked in the shadow.
+        Name of the model that gets the mirrored requests.
     candidate_url : str, optional
-        Its server's gRPC address; the same server by default.
+        gRPC address of the candidate's server; the same server by default.
     share, port, model, seed
-        As in `HttpShadowProxy`.
+        As for `HttpShadowProxy`.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class GrpcShadowProxy(MirroringProxy):
     ) -> None:
         super().__init__(share, seed)
         self._model, self._candidate = model, candidate
-        self.channel, self._shadow = (
+        self.channel, self._candidate_channel = (
             grpc.insecure_channel(checked_address(one, "grpc"), options=_OPTIONS) for one in (url, candidate_url or url)
         )
         self._server = grpc.server(ThreadPoolExecutor(_CALLS), options=[*_OPTIONS, ("grpc.so_reuseport", 0)])
-        self._server.add_generic_rpc_handlers((_Through(self),))
+        self._server.add_generic_rpc_handlers((_ForwardingHandler(self),))
         try:
             self._port = self._server.add_insecure_port(f"{LOOPBACK}:{port}")
         except RuntimeError as error:
@@ -74,29 +74,32 @@ class GrpcShadowProxy(MirroringProxy):
         self._server.stop(grace=1.0).wait()
         self._mirror.__exit__()
         self.channel.close()
-        self._shadow.close()
+        self._candidate_channel.close()
 
-    def answered(self, request: bytes, answer: bytes, milliseconds: float) -> None:
-        """Remember a request for the candidate, if it is one for the mirrored model."""
-        asked = service_pb2.ModelInferRequest.FromString(request)
-        if asked.model_name != self._model:
+    def mirror(self, request: bytes, response: bytes, milliseconds: float) -> None:
+        """Pass an answered request to the mirror if it was sent to the mirrored model."""
+        message = service_pb2.ModelInferRequest.FromString(request)
+        if message.model_name != self._model:
             return
-        asked.model_name = self._candidate
-        job = Mirrored(lambda: _tensors(answer), lambda: self._ask(asked.SerializeToString()), milliseconds)
-        self._mirror.offer(job)
+        message.model_name = self._candidate
+        self._mirror.sample(
+            MirroredRequest(
+                lambda: _tensors(response), lambda: self._infer_candidate(message.SerializeToString()), milliseconds
+            )
+        )
 
-    def _ask(self, request: bytes) -> Tensors:
+    def _infer_candidate(self, request: bytes) -> Tensors:
         try:
-            return _tensors(self._shadow.unary_unary(_INFER)(request, timeout=TIMEOUT))
+            return _tensors(self._candidate_channel.unary_unary(_INFER)(request, timeout=TIMEOUT))
         except grpc.RpcError as error:
             raise ServingError(f"the candidate answered {error.code()}: {error.details()}") from error
 
 
-class _Through(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no types
-    """Hands every call to the server; bytes in, bytes out."""
+class _ForwardingHandler(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no types
+    """Forwards every call to the server; bytes in, bytes out."""
 
-    def __init__(self, door: GrpcShadowProxy) -> None:
-        self._door = door
+    def __init__(self, proxy: GrpcShadowProxy) -> None:
+        self._proxy = proxy
 
     def service(self, details: Any) -> Any:
         """Return the handler of a method."""
@@ -108,28 +111,28 @@ class _Through(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no t
         def call(request: bytes, context: Any) -> bytes:
             started = time.perf_counter()
             try:
-                answer: bytes = self._door.channel.unary_unary(method)(
-                    request, timeout=context.time_remaining(), metadata=_carried(context)
+                response: bytes = self._proxy.channel.unary_unary(method)(
+                    request, timeout=context.time_remaining(), metadata=_metadata(context)
                 )
             except grpc.RpcError as error:
                 context.abort(error.code(), error.details())
             if method == _INFER:
-                self._door.answered(request, answer, (time.perf_counter() - started) * 1e3)
-            return answer
+                self._proxy.mirror(request, response, (time.perf_counter() - started) * 1e3)
+            return response
 
         return call
 
     def _stream(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         try:
-            yield from self._door.channel.stream_stream(_STREAM)(requests, metadata=_carried(context))
+            yield from self._proxy.channel.stream_stream(_STREAM)(requests, metadata=_metadata(context))
         except grpc.RpcError as error:
             context.abort(error.code(), error.details())
 
 
-def _carried(context: Any) -> list[tuple[str, str]]:
+def _metadata(context: Any) -> list[tuple[str, str]]:
     return [(name, value) for name, value in context.invocation_metadata() if name != "user-agent"]
 
 
-def _tensors(answer: bytes) -> Tensors:
-    result = InferResult(service_pb2.ModelInferResponse.FromString(answer))
+def _tensors(response: bytes) -> Tensors:
+    result = InferResult(service_pb2.ModelInferResponse.FromString(response))
     return {name: result.as_numpy(name) for name in COMPARED}

@@ -1,8 +1,8 @@
-"""`missrec shadow`: a share of the real traffic also asks a candidate; clients get the answers they always got.
+"""`missrec shadow`: mirror a share of the traffic to a candidate; the clients' responses do not change.
 
-An HTTP door in front of the server hands every request through unchanged and, after the client has its answer, sends a
-share of the recommendation requests to the candidate: another model of the same server (`missrec deploy --no-switch`
-loads one) or another server (`mirror`).
+An HTTP proxy forwards every request to the server unchanged. After the client has its response, a share of the
+recommendation requests is sent to the candidate too: another model of the same server (`missrec deploy --no-switch`
+loads one), or of another server.
 """
 
 from __future__ import annotations
@@ -12,43 +12,46 @@ import http.client
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
 from missrec_t4r.errors import ConfigError, ServingError
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.serving.client.transports import checked_address
-from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, Mirrored, MirroringProxy, Tensors
+from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, MirroredRequest, MirroringProxy, Tensors
 from missrec_t4r.serving.triton.ports import LOOPBACK
 
 PORTS = {"http": 8000, "grpc": 8001}
-"""Of a server, by protocol."""
-_HOP = ("connection", "keep-alive", "transfer-encoding", "host", "content-length", "accept-encoding")
-_LENGTH = "Inference-Header-Content-Length"
+"""Triton's default port by protocol."""
+_HOP_HEADERS = ("connection", "keep-alive", "transfer-encoding", "host", "content-length", "accept-encoding")
+"""Headers of one connection, which a proxy must not forward."""
+_BINARY_LENGTH = "inference-header-content-length"
+"""Triton's header with the length of the JSON part before the binary tensors."""
 
-Answer = tuple[int, dict[str, str], bytes]
+Response = tuple[int, dict[str, str], bytes]
 """Status, headers and body."""
 
 
 class HttpShadowProxy(MirroringProxy):
-    """The HTTP door; serves while the ``with`` block runs.
+    """HTTP proxy; runs while the ``with`` block does.
 
     Parameters
     ----------
     url : str
-        HTTP address of the server that answers.
+        HTTP address of the server that answers the clients.
     candidate : str
-        Name of the model that is asked in the shadow.
+        Name of the model that gets the mirrored requests.
     candidate_url : str, optional
-        Its server's HTTP address; the same server by default.
+        HTTP address of the candidate's server; the same server by default.
     share : float
-        Of the recommendation requests, 0 to 1.
+        Share of the recommendation requests that is mirrored, 0 to 1.
     port : int
-        Of the loopback interface; 0 takes a free one.
+        Port of the loopback interface; 0 chooses a free one.
     model : str
-        The model whose requests are mirrored.
+        Name of the model whose requests are mirrored.
     seed : int, optional
-        Of the choice of requests.
+        Seed of the sampling.
     """
 
     def __init__(
@@ -64,8 +67,8 @@ class HttpShadowProxy(MirroringProxy):
     ) -> None:
         super().__init__(share, seed)
         self.address = checked_address(url, "http")
-        self._shadow = checked_address(candidate_url or url, "http"), f"/v2/models/{candidate}/infer"
-        self._mirrored = f"/v2/models/{model}/infer"
+        self._candidate_address = checked_address(candidate_url or url, "http")
+        self._candidate_path, self._mirrored_path = (f"/v2/models/{name}/infer" for name in (candidate, model))
         self._server = self._listen(port)
         self._port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -80,43 +83,46 @@ class HttpShadowProxy(MirroringProxy):
         self._server.server_close()
         self._mirror.__exit__()
 
-    def passed_on(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
-        """Ask the server, answer, and remember a share of the requests for the candidate."""
+    def forward(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Response:
+        """Return the server's response, and pass a recommendation request to the mirror."""
         started = time.perf_counter()
-        answer = _ask(self.address, method, path, headers, body)
-        elapsed = (time.perf_counter() - started) * 1e3
-        if path == self._mirrored and answer[0] == 200:
-            self._mirror.offer(Mirrored(lambda: _tensors(answer), lambda: self._candidate(headers, body), elapsed))
-        return answer
+        response = _send(self.address, method, path, headers, body)
+        milliseconds = (time.perf_counter() - started) * 1e3
+        if path == self._mirrored_path and response[0] == 200:
+            self._mirror.sample(
+                MirroredRequest(lambda: _tensors(response), lambda: self._infer_candidate(headers, body), milliseconds)
+            )
+        return response
 
-    def _candidate(self, headers: dict[str, str], body: bytes) -> Tensors:
-        answer = _ask(self._shadow[0], "POST", self._shadow[1], headers, body)
-        if answer[0] != 200:
-            raise ServingError(f"the candidate answered {answer[0]}")
-        return _tensors(answer)
+    def _infer_candidate(self, headers: dict[str, str], body: bytes) -> Tensors:
+        response = _send(self._candidate_address, "POST", self._candidate_path, headers, body)
+        if response[0] != 200:
+            raise ServingError(f"the candidate answered {response[0]}")
+        return _tensors(response)
 
     def _listen(self, port: int) -> ThreadingHTTPServer:
-        door = self
+        proxy = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
 
-            def _hand_through(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
-                status, answered, content = door.passed_on(self.command, self.path, headers, body)
+            def _forward(self) -> None:
+                request_body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                status, headers, body = proxy.forward(
+                    self.command, self.path, _end_to_end(self.headers.items()), request_body
+                )
                 self.send_response(status)
-                for name, value in answered.items():
+                for name, value in headers.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
+                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(content)
+                self.wfile.write(body)
 
-            do_GET = do_POST = _hand_through
+            do_GET = do_POST = _forward
 
-            def log_message(self, *words: Any) -> None:
-                """Say nothing: the server keeps the log."""
+            def log_message(self, *arguments: Any) -> None:
+                """Log nothing: the server logs its requests."""
 
         try:
             return ThreadingHTTPServer((LOOPBACK, port), Handler)
@@ -169,34 +175,39 @@ def shadow(
     url = url or f"localhost:{PORTS[protocol]}"
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with kind(url, candidate, candidate_url=candidate_url, share=share, port=port) as door:
-            words = f"send {protocol} traffic to {door.url} in place of {url}; {share:.0%} of it also asks {candidate}"
-            progress.say(words)
+        with kind(url, candidate, candidate_url=candidate_url, share=share, port=port) as proxy:
+            progress.say(
+                f"send {protocol} traffic to {proxy.url} in place of {url}; {share:.0%} is mirrored to {candidate}"
+            )
             with contextlib.suppress(KeyboardInterrupt):
                 deadline = None if seconds is None else time.monotonic() + seconds
                 while deadline is None or time.monotonic() < deadline:
                     time.sleep(0.2)
     finally:
         signal.signal(signal.SIGTERM, previous)
-    return door.comparison.report()
+    return proxy.comparison.report()
 
 
-def _ask(address: str, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
+def _end_to_end(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+    return {name: value for name, value in headers if name.lower() not in _HOP_HEADERS}
+
+
+def _send(address: str, method: str, path: str, headers: dict[str, str], body: bytes) -> Response:
     connection = http.client.HTTPConnection(address, timeout=TIMEOUT)
     try:
         connection.request(method, path, body or None, headers)
         response = connection.getresponse()
-        kept = {name: value for name, value in response.getheaders() if name.lower() not in _HOP}
-        return response.status, kept, response.read()
+        return response.status, _end_to_end(response.getheaders()), response.read()
     except (OSError, http.client.HTTPException) as error:
         return 502, {"Content-Type": "text/plain"}, f"no answer from {address} ({error})".encode()
     finally:
         connection.close()
 
 
-def _tensors(answer: Answer) -> Tensors:
+def _tensors(response: Response) -> Tensors:
     from tritonclient.http import InferResult
 
-    length = {name.lower(): value for name, value in answer[1].items()}.get(_LENGTH.lower())
-    result = InferResult.from_response_body(answer[2], header_length=None if length is None else int(length))
+    _, headers, body = response
+    length = {name.lower(): value for name, value in headers.items()}.get(_BINARY_LENGTH)
+    result = InferResult.from_response_body(body, header_length=None if length is None else int(length))
     return {name: result.as_numpy(name) for name in COMPARED}

@@ -29,7 +29,7 @@ _HOME = {
     "Recipe": "config",
     "MISSRecError": "errors",
     "MISSRec": "model.missrec",
-    "build_missrec": "model.missrec",
+    "build_missrec": "ranking.hybrid",
     "load_run": "runs.run_folder",
     "load_bundle": "bundle.bundle",
     "LocalTriton": "serving.triton.local_server",

@@ -37,6 +37,7 @@ from missrec_t4r.evaluation.full_ranking import rank_catalogue
 from missrec_t4r.evaluation.metrics import metric_names, metric_values
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.terms.cold_start import ColdStartSettings
 from missrec_t4r.ranking.tune_cold_start import fit_cold_start
@@ -113,9 +114,7 @@ def ranked(run: Path, exposures: Sequence[float], facts: dict[str, Any], progres
     """Rank the test split with a run, at each exposure and without newcomers, and with the tuned baselines."""
     loaded = load_run(run)
     models = {name_of(exposure): exposed(run, exposure, progress) for exposure in exposures}
-    assert loaded.model.item_knn is not None
-    assert loaded.model.item_knn.cold_start is not None
-    loaded.model.item_knn.cold_start.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
+    terms_of(loaded.model).cold_start.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
     models[WITHOUT] = loaded.model, {}
     event_features = () if loaded.model.event_features is None else loaded.model.event_features.columns
     histories, targets = load_sessions(loaded.data, "test", event_features).split_last()

@@ -56,7 +56,8 @@ def ranked(run: Path, *, alone: bool) -> tuple[dict[str, Values], dict[str, Any]
     loaded = load_run(run)
     model, catalogue = loaded.model, loaded.catalogue
     if alone:
-        model.item_knn = model.content_knn = None
+        for name in set(model.terms) - {"history_bias"}:
+            del model.terms[name]
     columns = () if model.event_features is None else model.event_features.columns
     histories, targets = load_sessions(loaded.data, "test", columns).known().split_last()
     scorer = ModelScorer.with_popularity(model, catalogue)

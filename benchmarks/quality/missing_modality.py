@@ -19,7 +19,8 @@ from benchmarks.measure import report
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS, quick_metrics
-from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking.hybrid import build_missrec, terms_of
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.schema import FIRST_ITEM_ROW
@@ -54,9 +55,9 @@ def without_vectors(model: MISSRec, catalogue: Catalogue) -> MISSRec:
     keep = other.state_dict() | trained
     other.load_state_dict({name: keep[name] for name in other.state_dict()})
     other.interests.assignment[~other.item_encoder.presence] = 0
-    if other.content_knn is not None and other.content_knn.active:
+    if terms_of(other).content_knn is not None and terms_of(other).content_knn.active:
         vectors = {name: other.item_encoder.vectors.get_buffer(name) for name in other.item_encoder.names}
-        other.content_knn.fit(vectors, other.item_encoder.presence)
+        terms_of(other).content_knn.fit(vectors, other.item_encoder.presence)
     return other.eval()
 
 

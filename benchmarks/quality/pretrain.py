@@ -29,8 +29,8 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, quick_metrics
-from missrec_t4r.model.missrec import build_missrec
 from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
 from missrec_t4r.training.warm_start.transfer import load_pretrained, read_source

@@ -32,7 +32,8 @@ from missrec_t4r.config import MISSRecConfig, TrainConfig
 from missrec_t4r.data.batching import TrainingBatch, collate, prefix_examples
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.training.step import training_loss
 
 VARIANTS: dict[str, dict[str, Any]] = {

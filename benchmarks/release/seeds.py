@@ -46,8 +46,9 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS, SEEN_KEPT, quick_metrics, rank_catalogue
 from missrec_t4r.evaluation.metrics import Ranks, metric_names, metric_values
 from missrec_t4r.model.losses import orthogonality_loss
-from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW

@@ -102,13 +102,13 @@ def _write_catalogue(real: LoadedBundle, out: Path, sources: Tensor, draw: torch
 def _write_weights(real: LoadedBundle, out: Path, sources: Tensor, draw: torch.Generator) -> None:
     kept = {}
     for name, tensor in real.model.state_dict().items():
-        if name.startswith(("interests.", "content_knn.", "fusion.")):
+        if name.startswith(("interests.", "terms.content_knn.", "fusion.")):
             continue
         if name == "item_encoder.id_embedding.weight":
             length = tensor.norm(dim=1).mean()
             parts = sources.split(_CHUNK, dim=1)
             tensor = torch.cat([_moved(F.normalize(tensor, dim=-1), part, draw) * length for part in parts])
-        elif name.startswith("item_knn.") and len(tensor) == real.catalogue.n_rows:
+        elif name.startswith("terms.item_knn.") and len(tensor) == real.catalogue.n_rows:
             tensor = (tensor[:, :NEIGHBOURS] if tensor.dim() == 2 else tensor)[sources[0]]
         kept[name] = tensor.contiguous()
     save_file(kept | {"fusion.phi": torch.tensor([PHI])}, out / WEIGHTS_FILE)

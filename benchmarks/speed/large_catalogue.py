@@ -27,7 +27,8 @@ from benchmarks.measure import gemm_rate, peak_mib, report, reset_peak
 from missrec_t4r.config import MISSRecConfig, TrainConfig
 from missrec_t4r.data.batching import TrainingBatch
 from missrec_t4r.data.catalogue import Catalogue, Modality
-from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.schema import FIRST_ITEM_ROW
 from missrec_t4r.training.loss.sampled import SampledSoftmax
 from missrec_t4r.training.optim import Optimiser

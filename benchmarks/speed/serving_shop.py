@@ -17,7 +17,7 @@ from missrec_t4r.bundle.bundle import write_bundle
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.model.missrec import build_missrec
+from missrec_t4r.ranking.hybrid import build_missrec, terms_of
 from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings
 from missrec_t4r.schema import FIRST_ITEM_ROW, SCHEMA_FILE, SESSION_TRANSFORM_FILE
 
@@ -67,9 +67,9 @@ def bundle_of(out: Path, n_items: int, *, d_model: int = 300, seed: int = 0) -> 
         interests.centroids[1:] = points[torch.randperm(len(points))[:count]]
         interests.assignment[tokens.mask] = torch.randint(1, count + 1, (len(points),))
         sessions = [rng.zipf(1.3, rng.integers(2, 20)) % n_items + FIRST_ITEM_ROW for _ in range(5 * n_items)]
-        if model.item_knn is not None:
-            model.item_knn.fit(Sessions.from_lists([one.tolist() for one in sessions]), 5)
-            model.item_knn.choose(ItemKNNSettings(0.3, 0.8, 0.5))
+        if terms_of(model).item_knn is not None:
+            terms_of(model).item_knn.fit(Sessions.from_lists([one.tolist() for one in sessions]), 5)
+            terms_of(model).item_knn.choose(ItemKNNSettings(0.3, 0.8, 0.5))
         if model.fusion.phi is not None:
             model.fusion.phi.fill_(2.0)
     data = out.with_name(f"{out.name}-data")

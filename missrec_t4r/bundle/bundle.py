@@ -54,8 +54,10 @@ from missrec_t4r.errors import BundleError, MISSRecError
 from missrec_t4r.io.atomic import atomic_write_dir
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.io.tensor_file import advise_random_access, find_non_finite, write_tensors
-from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.model.weight_names import current_names
 from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.retrieval.index_file import RetrievalIndex, write_index
 from missrec_t4r.schema import SCHEMA_FILE, SESSION_TRANSFORM_FILE
 
@@ -153,7 +155,7 @@ def load_bundle(folder: str | Path) -> LoadedBundle:
     try:
         content = json.loads((folder / MODEL_FILE).read_bytes())
         features = json.loads((folder / FEATURES_FILE).read_bytes())["modalities"]
-        stored, weights = load_file(folder / CATALOGUE_FILE), load_file(folder / WEIGHTS_FILE)
+        stored, weights = load_file(folder / CATALOGUE_FILE), current_names(load_file(folder / WEIGHTS_FILE))
         items = load_items(folder)
         _refuse_nan(folder / CATALOGUE_FILE, content["modalities"])
         modalities = {name: _modality(name, stored, features) for name in content["modalities"]}

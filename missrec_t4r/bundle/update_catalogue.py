@@ -44,6 +44,7 @@ from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityErro
 from missrec_t4r.io.atomic import exchange, temporary_dir
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.terms.cold_start import cold_item_mask
 from missrec_t4r.schema import (
     FIRST_ITEM_ROW,
@@ -306,8 +307,9 @@ def _compare_untouched(old: LoadedBundle, new: LoadedBundle, rows: npt.NDArray[n
     untouched = np.ones(old.catalogue.n_rows, bool)
     untouched[:FIRST_ITEM_ROW] = False
     untouched[rows[rows < old.catalogue.n_rows]] = False
-    if old.model.item_knn is not None:  # cold items are imputed from similar items, whose content may have changed
-        untouched &= ~cold_item_mask(old.model.item_knn.frequency).numpy()
+    item_knn = terms_of(old.model).item_knn
+    if item_knn is not None:  # cold items are imputed from similar items, whose content may have changed
+        untouched &= ~cold_item_mask(item_knn.frequency).numpy()
     pool = np.flatnonzero(untouched)
     if not len(pool):
         return 0.0
@@ -331,7 +333,7 @@ def _scores(bundle: LoadedBundle, sessions: torch.Tensor) -> torch.Tensor:
     model, vectors = bundle.model, bundle.model(sessions)
     if bundle.tables is None:
         return model.score(vectors, model.candidates(), sessions)
-    scores = model.add_history(bundle.tables.table.scan(vectors), sessions)
+    scores = model.terms(bundle.tables.table.scan(vectors), sessions)
     return scores.index_fill_(1, model.excluded, -torch.inf)
 
 

@@ -18,11 +18,13 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import chunk_size, slice_sessions, target_ranks
 from missrec_t4r.evaluation.metrics import MISSED
-from missrec_t4r.model.missrec import MISSRec, first_occurrences
+from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.terms.cold_start import ColdStartSettings
 from missrec_t4r.ranking.terms.content_knn import ContentKNNSettings, ContentKNNTerm
+from missrec_t4r.ranking.terms.history import first_occurrences
 from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings, ItemKNNTerm
 from missrec_t4r.ranking.tune_cold_start import fit_cold_start
 from missrec_t4r.schema import UNKNOWN_ROW
@@ -73,9 +75,10 @@ def fit_terms(
     chosen = chosen[np.argsort(valid.lengths[chosen], kind="stable")]  # equal lengths in a chunk: little padding
     histories, targets = valid.take(chosen).split_last()
     rated = _Rated(model, ModelScorer.with_popularity(model, catalogue), histories.known(), targets, progress)
-    prior, lookalikes = model.item_knn, model.content_knn
-    if prior is not None and prior.cold_start is not None:
-        prior.cold_start.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
+    terms = terms_of(model)
+    prior, lookalikes = terms.item_knn, terms.content_knn
+    if terms.cold_start is not None:
+        terms.cold_start.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
     for part, off in ((prior, _NO_NEIGHBOURS), (lookalikes, _NO_LOOKALIKES)):
         if part is not None:
             part.choose(off)  # type: ignore[arg-type]  # each its own settings
@@ -91,7 +94,7 @@ def fit_terms(
             again = _fit_neighbours(model, prior, train, rated, [(found["window"], found["directed"])])
             found = {**again, "without": found["without"]}
         found["lookalikes"] = lookalikes.chosen._asdict()
-    if prior is not None and prior.cold_start is not None:
+    if terms.cold_start is not None:
         found["newcomers"] = fit_cold_start(model, catalogue, valid, seed=seed, progress=progress)
     return found
 

@@ -24,6 +24,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import chunk_size, exclude_seen, slice_sessions
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.terms.cold_start import ColdStartSettings, ColdStartTerm
 from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
@@ -99,16 +100,15 @@ def fit_cold_start(
         The chosen settings and modalities; on validation the Recall@10 of hidden and the NDCG@10 of other targets, and
         the share of the places. Empty where validation has too few targets to choose by.
     """
-    prior = model.item_knn
-    assert prior is not None
-    assert prior.cold_start is not None
-    newcomers, names = prior.cold_start, model.item_encoder.names
+    newcomers = terms_of(model).cold_start
+    assert newcomers is not None
+    prior, names = newcomers.item_knn, model.item_encoder.names
     newcomers.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
     draws = [_draw(model, prior, catalogue, valid, seed + number, progress) for number in range(_DRAWS)]
     choices = [choice for choice in draws[0] if all(choice in draw for draw in draws)]
     asked = sum(int((parts.place >= 0).sum()) for draw in draws for parts in list(draw.values())[:1])
     if asked < _FEWEST_TARGETS or not choices:
-        model.find_cold_items()
+        newcomers.refresh()
         return {}
     found = [
         (outcome, settings, choice)
@@ -122,7 +122,7 @@ def fit_cold_start(
     )
     newcomers.choose(settings)
     newcomers.modalities.copy_(torch.tensor(choice))
-    model.find_cold_items()
+    newcomers.refresh()
     if len(newcomers.rows):
         share = model.config.cold_start_exposure * _worth(draws, len(newcomers.rows))
         newcomers.choose(_levelled(model, newcomers, catalogue, valid, share, seed, progress))
@@ -170,13 +170,13 @@ def _hide(model: MISSRec, prior: ItemKNNTerm, seed: int) -> Tensor:
 
 def _trials(model: MISSRec, prior: ItemKNNTerm, hidden: Tensor) -> list[ColdStartTerm]:
     """Return the look-alikes of the hidden items by all modalities, and by each that all of them have."""
-    widths = [model.item_encoder.vectors.get_buffer(name).shape[1] for name in model.item_encoder.names]
-    choices = [torch.ones(len(widths)), *(torch.eye(len(widths)) if len(widths) > 1 else ())]
+    n_modalities = len(model.item_encoder.names)
+    choices = [torch.ones(n_modalities), *(torch.eye(n_modalities) if n_modalities > 1 else ())]
     trials = []
     for modalities in choices:
-        trial = ColdStartTerm(widths).to(hidden.device)
+        trial = ColdStartTerm(model.item_encoder, prior).to(hidden.device)
         trial.modalities.copy_(modalities)
-        trial.find(model.item_encoder, hidden, (prior.frequency > 0) & ~hidden, by_tokens=False)
+        trial.find(hidden, (prior.frequency > 0) & ~hidden, by_tokens=False)
         trials += [trial] if len(trial.rows) == int(hidden.sum()) else []
     return trials
 
@@ -194,7 +194,7 @@ def _measure(
     progress: Progress,
 ) -> list[_Parts]:
     """Return for every trial what the grid needs; the model scores the sessions once."""
-    scorer, lookalikes = ModelScorer.with_popularity(model, catalogue), model.content_knn
+    scorer, lookalikes = ModelScorer.with_popularity(model, catalogue), terms_of(model).content_knn
     rows = trials[0].rows
     place = torch.full((len(hidden),), -1).index_copy_(0, rows.cpu(), torch.arange(len(rows)))
     chunks: list[list[_Parts]] = [[] for _ in trials]
@@ -216,7 +216,7 @@ def _measure(
                 place[wanted],
                 drawn[start : start + step],
                 own,
-                *trial.borrowed(item_ids, bought, model.item_encoder),
+                *trial.borrowed(item_ids, bought),
             )
             done.append(_Parts(*(tensor.cpu() for tensor in part)))
     return [_Parts(*(torch.cat(tensors) for tensors in zip(*done, strict=True))) for done in chunks]

@@ -227,7 +227,7 @@ def _equal(model: MISSRec, tokens: ItemEmbeddings, encoder: FusedEncoder, batch:
     for line in range(1, batch):
         rows[line, max(length - line, 0) :] = PADDING_ROW
     session = torch.from_numpy(rows).to(tokens.modality.device)
-    expected = model.encode(session, catalogue=tokens, last_only=True).vectors
+    expected = model.encode(session, items=tokens.take(session), last_only=True).vectors
     expected = expected * (session > PADDING_ROW).any(1, keepdim=True)
     return torch.allclose(encoder(rows), expected, atol=_TOLERANCE, rtol=0)
 

@@ -186,7 +186,8 @@ class Ranker:
         if not event_features and self._encode is not None:
             return self._encode(session)
         given = {name: torch.from_numpy(values).to(self.device) for name, values in (event_features or {}).items()}
-        vectors = self.model.encode(session, catalogue=self._tokens, last_only=True, event_features=given).vectors
+        items = None if self._tokens is None else self._tokens.take(session)
+        vectors = self.model.encode(session, items=items, last_only=True, event_features=given).vectors
         return vectors * (session > PADDING_ROW).any(1, keepdim=True)
 
     def query(self, known: Rows, event_features: EventArrays) -> Query:
@@ -195,7 +196,7 @@ class Ranker:
         known, event_features = known[:, :width], {name: values[:, :width] for name, values in event_features.items()}
         session = torch.from_numpy(known).to(self.device)
         empty = ~(session > PADDING_ROW).any(1, keepdim=True)
-        added = self.model.add_history(torch.zeros(len(known), self.table.n_rows, device=self.device), session)
+        added = self.model.terms(torch.zeros(len(known), self.table.n_rows, device=self.device), session)
         if empty.any():
             added = torch.where(empty, self._popularity, added)
         return Query(self.encode(known, event_features), added, self.model.recommendable.repeat(len(known), 1))

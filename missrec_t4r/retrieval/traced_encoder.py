@@ -48,7 +48,8 @@ class SessionEncoder(nn.Module):
     def forward(self, session: Tensor) -> Tensor:
         """Return the vectors of sessions padded with 0 on the right."""
         if self.projections is None:
-            vectors = self.model.encode(session, catalogue=self.tokens, last_only=True).vectors
+            items = None if self.tokens is None else self.tokens.take(session)
+            vectors = self.model.encode(session, items=items, last_only=True).vectors
         else:
             vectors = self._encode(session, self.projections)
         return vectors * (session > PADDING_ROW).any(1, keepdim=True)

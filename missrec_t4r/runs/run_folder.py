@@ -26,10 +26,12 @@ from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import CheckpointError
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json, write_json
-from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.model.weight_names import current_names
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID
 
-ADDED_LATER = ("item_knn.cold_start.",)
+ADDED_LATER = ("terms.cold_start.",)
 """Prefixes of tensors that runs of earlier versions lack."""
 VOCABULARY_FILE = "vocabulary.parquet"
 RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, STATE_FILE = "recipe.json", "run.json", "weights.safetensors", "state.safetensors"
@@ -163,7 +165,7 @@ def _unshared(tensor: Tensor, seen: set[int]) -> Tensor:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
+    """Read a safetensors file; weights of an earlier version get today's names.
 
     Raises
     ------
@@ -174,7 +176,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})", "a safetensors file", "train again") from error
-    return tensors
+    return current_names(tensors)
 
 
 def load_metadata(path: Path) -> dict[str, str]:

@@ -132,9 +132,8 @@ class MISSRecBlock(BlockBase):
         if sessions.learning and self.training:
             self._refresh_by_steps(self.core)
             catalogue = item_encoder.catalogue()
-            encoded = self.core.encode(
-                sessions.item_ids, catalogue=catalogue, last_only=True, event_features=event_features
-            )
+            items = catalogue.take(sessions.item_ids)
+            encoded = self.core.encode(sessions.item_ids, items=items, last_only=True, event_features=event_features)
             self.state.put(encoded, item_encoder.candidates(catalogue))
         else:
             encoded = self.core.encode(sessions.item_ids, last_only=True, event_features=event_features)

@@ -75,7 +75,7 @@ def training_loss(
             items=tokens.items,
             last_only=not all_positions,
             event_features=batch.event_features,
-            empty_places=0 if places is None else _EMPTY_PLACES,
+            empty_slots=0 if places is None else _EMPTY_PLACES,
         )
     tokens = tokens._replace(pool=tokens.pool._replace(modality=to_fp32(tokens.pool.modality)))
     vectors, history, targets = to_fp32(encoded.vectors), batch.item_ids, batch.targets

@@ -26,8 +26,9 @@ from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.data.sessions import Sessions, target_counts
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, quick_metrics
-from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.runs.run_folder import (

@@ -9,7 +9,8 @@ import torch
 from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
 FURNITURE = ["lamp", "desk", "chair", "sofa", "rug", "shelf"]

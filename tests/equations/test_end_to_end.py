@@ -7,6 +7,7 @@ import torch
 from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.model.losses import next_item_loss, orthogonality_loss
 from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking.hybrid import terms_of
 from tests.equations import reference as ref
 from tests.equations import small_shop as shop
 from tests.equations import translate
@@ -75,7 +76,8 @@ def test_scores_of_the_whole_catalogue(setting: tuple[MISSRecConfig, float]) -> 
 def test_loss(setting: tuple[MISSRecConfig, float]) -> None:
     config, tolerance = setting
     model = shop.model(config)
-    encoded = model.encode(shop.batch(), catalogue=model.item_encoder.catalogue(), last_only=True)
+    items = model.item_encoder.catalogue().take(shop.batch())
+    encoded = model.encode(shop.batch(), items=items, last_only=True)
     logits = model.score(encoded.vectors, model.candidates(), shop.batch()) / config.temperature
     expected = ref.cross_entropy(_expected_scores(model), shop.rows(shop.TARGETS), config.temperature)
     assert next_item_loss(logits, shop.targets()).item() == pytest.approx(expected, abs=tolerance / config.temperature)
@@ -88,7 +90,7 @@ def _expected_scores(model: MISSRec) -> ref.Array:
     scores = []
     for session in shop.SESSIONS:
         score = ref.fused_scores(expected.session_vector(shop.rows(session)), expected.items, phi)
-        bias = 0.0 if model.history_bias is None else float(model.history_bias.detach())
+        bias = 0.0 if terms_of(model).history_bias is None else float(terms_of(model).history_bias.bias.detach())
         scores.append(ref.with_history_bias(score, shop.rows(session), bias))
     return np.stack(scores)
 

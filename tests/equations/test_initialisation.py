@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from missrec_t4r.model.attention import MultiHeadAttention
-from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking.hybrid import build_missrec
 from tests.equations import small_shop as shop
 
 WIDE = {"d_model": 64}

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings, ItemKNNTerm
 from tests.equations import small_shop as shop
 from tests.equations.reference import FIRST_ITEM
@@ -47,15 +48,14 @@ def test_prior_by_hand() -> None:
 
 def test_the_prior_ranks_and_never_trains() -> None:
     net = shop.model(shop.default(n_neighbours=4))
-    assert net.item_knn is not None
-    net.item_knn.fit(Sessions.from_lists(TRAINING), 50)
+    terms_of(net).item_knn.fit(Sessions.from_lists(TRAINING), 50)
     session, item_ids = net(shop.batch()).detach(), shop.batch()
     plain = net.score(session, net.candidates(), item_ids)
     candidates = net.candidates()
     trained = net.train().score(session, candidates, item_ids)
     net.eval()
-    net.item_knn.choose(SETTINGS)
-    parts = {"window": 50, "directed": False, "n_neighbours": 4, **net.item_knn.chosen._asdict()}
+    terms_of(net).item_knn.choose(SETTINGS)
+    parts = {"window": 50, "directed": False, "n_neighbours": 4, **terms_of(net).item_knn.chosen._asdict()}
     expected = [neighbour_prior(shop.rows(session), TRAINING, N_ROWS, **parts) for session in shop.SESSIONS]
     change = net.score(session, net.candidates(), item_ids) - plain
     np.testing.assert_allclose(change[:, 3:].detach().numpy(), np.stack(expected)[:, 3:], rtol=0, atol=1e-6)

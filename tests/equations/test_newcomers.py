@@ -8,6 +8,7 @@ import torch
 
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.terms.cold_start import ColdStartSettings
 from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings
 from missrec_t4r.runs.run_folder import load_strictly, load_tensors, save_tensors
@@ -21,18 +22,16 @@ SETTINGS = ColdStartSettings(neighbours=0.7, content=0.4, bar=0.5, level=0.25)
 
 def net(modalities: tuple[float, float] = (1.0, 1.0), settings: ColdStartSettings = SETTINGS) -> MISSRec:
     model = shop.model(shop.default(n_neighbours=6, n_similar_items=0, cold_start_exposure=1.0)).double().eval()
-    assert model.item_knn is not None
-    assert model.item_knn.cold_start is not None
-    model.item_knn.fit(Sessions.from_lists(TRAINING), 50)
-    model.item_knn.choose(ItemKNNSettings(0.5, 0.8, 0.3))
-    model.item_knn.cold_start.modalities.copy_(torch.tensor(modalities))
-    model.item_knn.cold_start.choose(settings)
-    model.find_cold_items()
+    terms_of(model).item_knn.fit(Sessions.from_lists(TRAINING), 50)
+    terms_of(model).item_knn.choose(ItemKNNSettings(0.5, 0.8, 0.3))
+    terms_of(model).cold_start.modalities.copy_(torch.tensor(modalities))
+    terms_of(model).cold_start.choose(settings)
+    model.terms.refresh()
     return model
 
 
 def added(model: MISSRec, sessions: torch.Tensor) -> Array:
-    return model.add_history(torch.zeros(len(sessions), model.item_encoder.n_rows).double(), sessions).detach().numpy()
+    return model.terms(torch.zeros(len(sessions), model.item_encoder.n_rows).double(), sessions).detach().numpy()
 
 
 def reference(model: MISSRec, session: list[int], prior: Array, modalities: tuple[float, float]) -> float:
@@ -70,9 +69,8 @@ def reference(model: MISSRec, session: list[int], prior: Array, modalities: tupl
 @pytest.mark.parametrize("modalities", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
 def test_newcomers(modalities: tuple[float, float]) -> None:
     sessions, model = shop.batch(padding=1), net(modalities)
-    assert model.item_knn is not None
     found = added(model, sessions)[:, PLATE]
-    prior = model.item_knn(sessions).detach().numpy()
+    prior = terms_of(model).item_knn(sessions).detach().numpy()
     expected = [
         reference(model, shop.rows(session), line, modalities)
         for session, line in zip(shop.SESSIONS, prior, strict=True)
@@ -92,11 +90,9 @@ def test_trained_items_keep_their_scores_to_the_bit() -> None:
 
 def test_a_catalogue_without_newcomers_is_left_alone() -> None:
     model = net()
-    assert model.item_knn is not None
-    assert model.item_knn.cold_start is not None
-    model.item_knn.fit(Sessions.from_lists([*TRAINING, shop.rows(["plate", "mug"])]), 50)
-    model.find_cold_items()
-    assert not model.item_knn.cold_start.active
+    terms_of(model).item_knn.fit(Sessions.from_lists([*TRAINING, shop.rows(["plate", "mug"])]), 50)
+    model.terms.refresh()
+    assert not terms_of(model).cold_start.active
 
 
 def test_lists_are_found_again_after_loading_and_earlier_weights_load(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from missrec_t4r.config import TrainConfig
 from missrec_t4r.data.batching import collate, training_batches
 from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.training.step import training_loss
 from tests.equations import reference as ref
 from tests.equations import small_shop as shop
@@ -33,7 +34,7 @@ def test_training_loss(name: str, backwards: bool, next_items: int) -> None:
     [(examples, _)] = training_batches(data, config, train, np.random.default_rng(0))
     batch = collate(data, examples, next_items, all_positions=config.attention == "causal", backwards=backwards)
     expected, phi = translate.whole(model, shop.catalogue()), translate.phi(model)
-    bias = 0.0 if model.history_bias is None else float(model.history_bias.detach())
+    bias = 0.0 if terms_of(model).history_bias is None else float(terms_of(model).history_bias.bias.detach())
     losses: list[list[float]] = [[] for _ in range(next_items)]
     for session in SESSIONS:
         session = session[::-1] if backwards else session

@@ -20,8 +20,8 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError, MISSRecError
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS, SEEN_EXCLUDED, SEEN_KEPT
 from missrec_t4r.evaluation.report import table, write_report
-from missrec_t4r.model.missrec import build_missrec
 from missrec_t4r.ranking.baselines import Popularity
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.runs.evaluate import evaluate, evaluate_sessions
 from missrec_t4r.runs.run_folder import save_run
 from missrec_t4r.schema import ITEM_LIST

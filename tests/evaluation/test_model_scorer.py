@@ -10,7 +10,8 @@ from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, quick_metrics, rank_catalogue
-from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
 
 

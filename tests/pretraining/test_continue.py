@@ -10,7 +10,7 @@ import torch
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import CheckpointError, ConfigError
-from missrec_t4r.model.missrec import build_missrec
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.runs.run_folder import VOCABULARY_FILE, load_run, load_tensors
 from missrec_t4r.training.fit import train
 from missrec_t4r.training.warm_start.nightly import continue_training, load_continued

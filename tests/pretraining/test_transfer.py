@@ -10,7 +10,7 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import CheckpointError, ConfigError, ModalityError
-from missrec_t4r.model.missrec import build_missrec
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.runs.run_folder import load_run, load_tensors
 from missrec_t4r.training.warm_start.transfer import load_pretrained, read_source, require_same, train_from
 from tests.pretraining.conftest import IMAGE_WIDTH, SMALL, TEXT_WIDTH, angles, modality, write_shop
@@ -35,7 +35,7 @@ def test_the_published_freeze_trains_adapters_norm_fusion_and_ids(
         name for name in before if name.startswith(("encoder.", "decoder.layers.", "decoder.norm.", "decoder.pos"))
     }
     assert not moved & stays
-    assert {"item_encoder.adapters.text.weight", "decoder.norm_input.weight", "history_bias"} <= moved
+    assert {"item_encoder.adapters.text.weight", "decoder.norm_input.weight", "terms.history_bias.bias"} <= moved
     parts = _parts(result["start"])
     assert {name for name, part in parts.items() if part["frozen"]} == {"position embedding", "encoder", "decoder"}
     assert parts["adapter text"]["status"] == "loaded"
@@ -45,7 +45,7 @@ def test_the_published_freeze_trains_adapters_norm_fusion_and_ids(
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert info["start"]["kind"] == "from"
     assert info["start"]["freeze"] == "encoder_decoder"
-    moved = {name for name in moved if not name.startswith(("interests.", "content_knn."))} | {
+    moved = {name for name in moved if not name.startswith(("interests.", "terms.content_knn."))} | {
         "fusion.phi"
     }  # one modality
     trained = sum(after[name].numel() for name in moved) + parts["item IDs"]["parameters"]
@@ -64,7 +64,9 @@ def test_every_weight_that_can_be_taken_over_is(shops: dict[str, Path], pretrain
     theirs = load_tensors(pretrained / "weights.safetensors")
     own = model.state_dict()
     assert torch.equal(own["item_encoder.adapters.title.weight"], theirs["item_encoder.adapters.text.weight"])
-    same = [name for name in own if not name.startswith(("item_encoder.adapters.title", "interests.", "content_knn."))]
+    same = [
+        name for name in own if not name.startswith(("item_encoder.adapters.title", "interests.", "terms.content_knn."))
+    ]
     assert [name for name in same if not torch.equal(own[name], theirs[name])] == []
     assert _parts(report)["adapter title"]["note"] == "from 'text', the same encoder under another name"
     assert report["trainable_share"] == 1.0

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from missrec_t4r.model.losses import orthogonality_loss
+from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.schema import FIRST_ITEM_ROW
 from tests.properties.shops import CONFIGS, MAX_LENGTH, batches, close, model, pad, quick, scores
 
@@ -51,7 +52,10 @@ def test_the_last_position_alone_equals_the_last_of_all_positions(name: str, cho
 def test_catalogue_tokens_of_the_step_equal_the_sessions_own(name: str, chosen: list[list[int]]) -> None:
     net = model(name)
     with torch.no_grad():
-        close(net.encode(pad(chosen), catalogue=net.item_encoder.catalogue(), last_only=True).vectors, net(pad(chosen)))
+        close(
+            net.encode(pad(chosen), items=net.item_encoder.catalogue().take(pad(chosen)), last_only=True).vectors,
+            net(pad(chosen)),
+        )
 
 
 @every_config
@@ -79,12 +83,11 @@ def test_our_regulariser_knows_neither_padding_nor_repetition(chosen: list[list[
 
 def test_history_bias_changes_the_items_of_the_history_and_no_other() -> None:
     net, item_ids = model("default"), pad([[3, 5, 3]])
-    assert net.history_bias is not None
     with torch.no_grad():
         plain = net.fusion(net(item_ids), net.candidates())
     change = (scores(net, item_ids) - plain)[0, FIRST_ITEM_ROW:]
     expected = torch.zeros_like(change)
-    expected[[0, 2]] = net.history_bias.detach()  # once each, however often they occur
+    expected[[0, 2]] = terms_of(net).history_bias.bias.detach()  # once each, however often they occur
     close(change, expected)
 
 

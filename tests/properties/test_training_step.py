@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from missrec_t4r.config import MISSRecConfig, TrainConfig
 from missrec_t4r.data.batching import TrainingBatch, collate, training_batches
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.training.step import training_loss
 from tests.equations import small_shop as shop
 from tests.properties.shops import CONFIGS, scores

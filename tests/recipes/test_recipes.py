@@ -11,7 +11,7 @@ from missrec_t4r.config import Recipe, shipped_recipes
 from missrec_t4r.data.batching import iterate, training_batches
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.model import build_missrec
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.training.step import training_loss
 
 FILES = sorted((Path(__file__).parents[2] / "missrec_t4r" / "recipes").glob("*.yaml"))

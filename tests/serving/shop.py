@@ -12,7 +12,8 @@ import torch
 
 from missrec_t4r.config import MISSRecConfig, Recipe
 from missrec_t4r.data.catalogue import Catalogue, Modality
-from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_LIST, SCHEMA_FILE, SESSION_TRANSFORM_FILE, USER_ID
 
 N_ITEMS = 30

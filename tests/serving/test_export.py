@@ -56,7 +56,9 @@ def test_other_models_export_too(make_run: Callable[..., Path], tmp_path: Path, 
     assert export(make_run(**settings), tmp_path / "bundle", sessions=40)["parity"]["equal"]
 
 
-@pytest.mark.parametrize("part", ["item_encoder.adapters.text.weight", "history_bias", "interests.centroids"])
+@pytest.mark.parametrize(
+    "part", ["item_encoder.adapters.text.weight", "terms.history_bias.bias", "interests.centroids"]
+)
 def test_an_export_that_answers_differently_is_refused_and_leaves_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:

@@ -14,6 +14,7 @@ from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle, write_bundle
 from missrec_t4r.bundle.update_catalogue import update_catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.export.parity import compare_offline
+from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.terms.cold_start import ColdStartSettings
 from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings
 from missrec_t4r.retrieval.ranker import Ranker
@@ -25,13 +26,11 @@ from tests.serving import shop
 def grown(make_run: Callable[..., Path], tmp_path: Path) -> LoadedBundle:
     loaded = load_run(make_run(n_neighbours=8, cold_start_exposure=1.0))
     model, rng = loaded.model, np.random.default_rng(2)
-    assert model.item_knn is not None
-    assert model.item_knn.cold_start is not None
     sessions = Sessions.from_lists([rng.integers(3, loaded.catalogue.n_rows - 2, 6) for _ in range(200)])
-    model.item_knn.fit(sessions, 5)  # the last two rows have no event
-    model.item_knn.choose(ItemKNNSettings(0.1, 0.8, 0.3))
-    model.item_knn.cold_start.choose(ColdStartSettings(1.0, 0.5, 0.5, 0.2))
-    model.find_cold_items()
+    terms_of(model).item_knn.fit(sessions, 5)  # the last two rows have no event
+    terms_of(model).item_knn.choose(ItemKNNSettings(0.1, 0.8, 0.3))
+    terms_of(model).cold_start.choose(ColdStartSettings(1.0, 0.5, 0.5, 0.2))
+    model.terms.refresh()
     write_bundle(tmp_path / "bundle", model=model, catalogue=loaded.catalogue, data=loaded.data)
     text = np.stack([loaded.catalogue.modalities["text"].vectors[5], rng.normal(size=12)]).astype(np.float32)
     items = pa.table({"item_id": ["twin-of-row-5", "other"]})
@@ -41,9 +40,7 @@ def grown(make_run: Callable[..., Path], tmp_path: Path) -> LoadedBundle:
 
 def test_added_items_borrow_and_the_ranker_agrees_with_the_model(grown: LoadedBundle) -> None:
     n = grown.catalogue.n_rows
-    assert grown.model.item_knn is not None
-    assert grown.model.item_knn.cold_start is not None
-    assert grown.model.item_knn.cold_start.rows.tolist() == [n - 4, n - 3, n - 2, n - 1]
+    assert terms_of(grown.model).cold_start.rows.tolist() == [n - 4, n - 3, n - 2, n - 1]
     rng = np.random.default_rng(1)
     histories = Sessions.from_lists([rng.integers(3, n, length) for length in rng.integers(1, 12, 60)])
     ranker = Ranker(grown.model, grown.catalogue)
@@ -54,12 +51,10 @@ def test_added_items_borrow_and_the_ranker_agrees_with_the_model(grown: LoadedBu
 
 def test_a_twin_follows_the_neighbours_of_its_look_alike(grown: LoadedBundle) -> None:
     twin = grown.catalogue.n_rows - 2
-    assert grown.model.item_knn is not None
-    assert grown.model.item_knn.cold_start is not None
-    lent = grown.model.item_knn.cold_start
+    lent = terms_of(grown.model).cold_start
     assert int(lent.alike[2, 0]) == 5  # its nearest
     with torch.inference_mode():
-        history = torch.tensor([[int(grown.model.item_knn.neighbours[5, 0])], [3]])
+        history = torch.tensor([[int(terms_of(grown.model).item_knn.neighbours[5, 0])], [3]])
         without = Ranker(grown.model, grown.catalogue).query(history.numpy(), {}).added[:, twin].clone()
         lent.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
         assert not torch.equal(without, Ranker(grown.model, grown.catalogue).query(history.numpy(), {}).added[:, twin])

@@ -13,7 +13,8 @@ from missrec_t4r.data.event_features import EventColumn, compact_event_features,
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import SchemaError
 from missrec_t4r.model.event_features import EventFeatureEncoder, EventFeatures
-from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking.hybrid import build_missrec
 from tests.side import shop
 
 COLUMNS = (

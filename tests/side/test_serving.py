@@ -20,7 +20,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError, MISSRecError, ServingError
 from missrec_t4r.export.export import export
 from missrec_t4r.export.parity import compare_served, raw_event_features, raw_ids, sample_histories
-from missrec_t4r.model.missrec import build_missrec
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.run_folder import LoadedRun, load_run, save_run
 from missrec_t4r.serving.batch.export_vectors import vectors

@@ -11,7 +11,8 @@ from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import rank_catalogue
-from missrec_t4r.model.missrec import MISSRec, build_missrec
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking.hybrid import build_missrec, terms_of
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.ranking.tune_cold_start import _exposure, _level
@@ -78,6 +79,4 @@ def test_too_few_targets_choose_nothing(data: Path) -> None:
     train, valid = Sessions.load(data / "train"), Sessions.load(data / "valid")
     model = build_missrec(MISSRecConfig(d_model=16, n_head=2, cold_start_exposure=1.0), catalogue).eval()
     assert fit_terms(model, catalogue, train, valid)["newcomers"] == {}
-    assert model.item_knn is not None
-    assert model.item_knn.cold_start is not None
-    assert not model.item_knn.cold_start.settings.any()
+    assert not terms_of(model).cold_start.settings.any()

@@ -117,23 +117,23 @@ def test_sessions_of_another_catalogue_are_refused(data: Path, tmp_path: Path) -
 
 
 def test_the_prior_is_weighed_on_validation_and_zero_weight_changes_nothing(data: Path, tmp_path: Path) -> None:
+    from missrec_t4r.ranking.hybrid import terms_of
     from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings
 
     result = train(data, tmp_path / "run", recipe="tiny", settings=SMALL | {"train.epochs": 1})
     assert result["prior"]["valid_ndcg@10"] >= result["prior"]["without"]
     model = load_run(tmp_path / "run").model
-    assert model.item_knn is not None
-    assert model.item_knn.active  # one epoch has learned little; what follows what is known from counting
+    assert terms_of(model).item_knn.active  # one epoch has learned little; what follows what is known from counting
     session = torch.tensor([[3, 4, 5]])
     with_prior = model.score(model(session), model.candidates(), session)
-    model.item_knn.choose(ItemKNNSettings(0.0, 1.0, 0.0))
+    terms_of(model).item_knn.choose(ItemKNNSettings(0.0, 1.0, 0.0))
     without = model.score(model(session), model.candidates(), session)
     assert with_prior[0, 6] > without[0, 6]  # item 6 follows item 5 in every session
 
 
 def test_items_that_training_never_saw_are_no_candidates_of_its_softmax(data: Path) -> None:
     from missrec_t4r.config import MISSRecConfig
-    from missrec_t4r.model import build_missrec
+    from missrec_t4r.ranking.hybrid import build_missrec
 
     catalogue = Catalogue.load(data / "catalogue")
     counts = catalogue.items["train_count"].to_numpy().copy()

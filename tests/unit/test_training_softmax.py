@@ -12,8 +12,8 @@ from missrec_t4r.config import MISSRecConfig, TrainConfig
 from missrec_t4r.data.batching import TrainingBatch, collate, training_batches
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.model import build_missrec
 from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.training.loss.chunked import ChunkedSoftmax
 from missrec_t4r.training.loss.full import FullSoftmax, Softmax, StepEmbeddings, candidate_rows
 from missrec_t4r.training.loss.sampled import SampledSoftmax

@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from missrec_t4r.model.item_encoder import ItemEncoder
+from missrec_t4r.model.score_terms import ScoreTerm
 from missrec_t4r.ranking.terms.content_knn import mean_similarity
+from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
 from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
 
 _N_ALIKE = 32
@@ -53,7 +55,7 @@ class Borrowed(NamedTuple):
     """[batch, 1]: the tenth neighbour prior of the session."""
 
 
-class ColdStartTerm(nn.Module):
+class ColdStartTerm(ScoreTerm):
     """Score of the items without events, on top of what the model and the look-alike prior say of them.
 
     ``newcomer(s, j) = neighbours * sum_k a[j,k] prior(s, k) + content * cos(q(s), g[j]) + bar * tenth(s) + level``
@@ -66,8 +68,11 @@ class ColdStartTerm(nn.Module):
 
     Parameters
     ----------
-    widths : sequence of int
-        Widths of the modalities, in the towers' order.
+    item_encoder : ItemEncoder
+        Of the network: has the modality vectors and the adapters.
+    item_knn : ItemKNNTerm
+        Has the event counts: an item without any is cold. Both stay the parts of others; no weight of theirs is saved
+        with this term.
     """
 
     settings: Tensor
@@ -77,29 +82,43 @@ class ColdStartTerm(nn.Module):
     likeness: Tensor
     scales: Tensor
 
-    def __init__(self, widths: list[int]) -> None:
+    def __init__(self, item_encoder: ItemEncoder, item_knn: ItemKNNTerm) -> None:
         super().__init__()
-        self.widths = widths
-        self._used: list[int] = list(range(len(widths)))
+        self._sources = (item_encoder, item_knn)  # in a tuple, since torch would register them as parts of this term
+        self.widths = [item_encoder.vectors.get_buffer(name).shape[1] for name in item_encoder.names]
+        self._used: list[int] = list(range(len(self.widths)))
         self._weights = ColdStartSettings(0.0, 0.0, 0.0, 0.0)  # as numbers: a request shall not read tensors one by one
         self.register_buffer("settings", torch.zeros(4))
-        self.register_buffer("modalities", torch.ones(len(widths)))
+        self.register_buffer("modalities", torch.ones(len(self.widths)))
         self.register_buffer("rows", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("alike", torch.zeros(0, 1, dtype=torch.int64), persistent=False)
         self.register_buffer("likeness", torch.zeros(0, 1), persistent=False)
-        self.register_buffer("scales", torch.zeros(len(widths), 0), persistent=False)
-        for index, width in enumerate(widths):
+        self.register_buffer("scales", torch.zeros(len(self.widths), 0), persistent=False)
+        for index, width in enumerate(self.widths):
             self.register_buffer(f"centre{index}", torch.zeros(width), persistent=False)
             self.register_buffer(f"content{index}", torch.zeros(0, width), persistent=False)
 
+    @property
+    def item_encoder(self) -> ItemEncoder:
+        """The network's item encoder."""
+        return self._sources[0]
+
+    @property
+    def item_knn(self) -> ItemKNNTerm:
+        """The term whose result is imputed."""
+        return self._sources[1]
+
+    def refresh(self) -> None:
+        """Find the cold items and the warm items that they resemble; after tuning and after loading weights."""
+        cold = cold_item_mask(self.item_knn.frequency)
+        self.find(cold & self.settings.any(), ~cold)
+
     @torch.no_grad()
-    def find(self, item_encoder: ItemEncoder, newcomers: Tensor, lenders: Tensor, *, by_tokens: bool = True) -> None:
+    def find(self, newcomers: Tensor, lenders: Tensor, *, by_tokens: bool = True) -> None:
         """Find the look-alikes of the newcomers among the lenders, under the chosen modalities.
 
         Parameters
         ----------
-        item_encoder : ItemEncoder
-            They own vectors and presence masks.
         newcomers, lenders : Tensor [row], bool
             At most 50,000 lenders are compared, those of the lowest rows; beyond 16,384 newcomers the rule is off:
             nothing is said of any.
@@ -108,6 +127,7 @@ class ColdStartTerm(nn.Module):
         """
         chosen = torch.nonzero(self.modalities).flatten().tolist()
         self._used, self._weights = chosen, self.chosen
+        item_encoder = self.item_encoder
         here = item_encoder.presence[chosen].any(0)
         rows = torch.nonzero(newcomers & here).flatten()
         others = torch.nonzero(lenders & here).flatten()[:_MOST_LENDERS]
@@ -119,30 +139,31 @@ class ColdStartTerm(nn.Module):
         for index in range(len(self.widths)):
             setattr(self, f"content{index}", self.settings.new_zeros(0, self.widths[index]))
         if len(rows):
-            self._centre(item_encoder, chosen, others)
-            self._compare(item_encoder, chosen, others, by_tokens)
+            self._centre(chosen, others)
+            self._compare(chosen, others, by_tokens)
 
-    def _centre(self, item_encoder: ItemEncoder, chosen: list[int], others: Tensor) -> None:
+    def _centre(self, chosen: list[int], others: Tensor) -> None:
+        item_encoder = self.item_encoder
         for index in chosen:
             table, present = item_encoder.vectors.get_buffer(item_encoder.names[index]), item_encoder.presence[index]
             centre = table[others[present[others]]].mean(0)
             lengths = torch.cat([(part - centre).norm(dim=1) for part in table.split(1 << 16)])
             self.scales[index] = torch.where(present & (lengths > 0), 1 / lengths.clamp_min(1e-12), 0.0)
             setattr(self, f"centre{index}", centre)
-            setattr(self, f"content{index}", self._unit(item_encoder, index, self.rows))
+            setattr(self, f"content{index}", self._unit(index, self.rows))
 
-    def _unit(self, item_encoder: ItemEncoder, index: int, rows: Tensor) -> Tensor:
+    def _unit(self, index: int, rows: Tensor) -> Tensor:
         """Return the vectors [item, width] of a modality around the centre, of unit length; zero where missing."""
-        table = item_encoder.vectors.get_buffer(item_encoder.names[index])
+        table = self.item_encoder.vectors.get_buffer(self.item_encoder.names[index])
         return (table[rows] - self.get_buffer(f"centre{index}")) * self.scales[index, rows].unsqueeze(1)
 
-    def _compare(self, item_encoder: ItemEncoder, chosen: list[int], others: Tensor, by_tokens: bool) -> None:
-        theirs = self._compared(item_encoder, chosen, others, by_tokens)
-        presence = torch.cat([item_encoder.presence[chosen]] * (len(theirs) // len(chosen)))
+    def _compare(self, chosen: list[int], others: Tensor, by_tokens: bool) -> None:
+        theirs = self._compared(chosen, others, by_tokens)
+        presence = torch.cat([self.item_encoder.presence[chosen]] * (len(theirs) // len(chosen)))
         alike, likeness = [], []
         places = torch.arange(len(self.rows), device=others.device)
         for part in places.split(max(1, _CHUNK_BYTES // (4 * len(others)))):
-            own = self._compared(item_encoder, chosen, self.rows[part], by_tokens)
+            own = self._compared(chosen, self.rows[part], by_tokens)
             both = [torch.cat(pair) for pair in zip(own, theirs, strict=True)]
             here = torch.cat([presence[:, self.rows[part]], presence[:, others]], dim=1)
             near = torch.arange(len(part), here.shape[1], device=others.device)
@@ -152,10 +173,10 @@ class ColdStartTerm(nn.Module):
             likeness.append(torch.softmax(_SHARPNESS * nearest, dim=1).nan_to_num(0.0))  # NaN: nothing is comparable
         self.alike, self.likeness = torch.cat(alike), torch.cat(likeness).to(self.settings.dtype)
 
-    def _compared(self, item_encoder: ItemEncoder, chosen: list[int], rows: Tensor, by_tokens: bool) -> list[Tensor]:
+    def _compared(self, chosen: list[int], rows: Tensor, by_tokens: bool) -> list[Tensor]:
         """Return unit vectors [item, width], zero where missing: raw of each chosen modality, then their tokens."""
-        raw = [self._unit(item_encoder, index, rows) for index in chosen]
-        return raw + ([item_encoder.unit_embeddings(index, rows) for index in chosen] if by_tokens else [])
+        raw = [self._unit(index, rows) for index in chosen]
+        return raw + ([self.item_encoder.unit_embeddings(index, rows) for index in chosen] if by_tokens else [])
 
     @torch.no_grad()
     def choose(self, settings: ColdStartSettings) -> None:
@@ -173,7 +194,13 @@ class ColdStartTerm(nn.Module):
         """Whether there is a newcomer of which something is said."""
         return len(self.rows) > 0 and any(self._weights)
 
-    def forward(self, item_ids: Tensor, prior: Tensor, item_encoder: ItemEncoder) -> Tensor:
+    def add_to(self, scores: Tensor, item_ids: Tensor, earlier: dict[str, Tensor]) -> Tensor:
+        """Return scores plus term: the columns of the cold items alone change."""
+        counted = earlier.get("item_knn")
+        counted = torch.zeros_like(scores) if counted is None else counted  # [batch, catalogue]
+        return scores.index_add(1, self.rows, self.imputed(item_ids, counted).to(scores.dtype))
+
+    def imputed(self, item_ids: Tensor, prior: Tensor) -> Tensor:
         """Return what is added to the newcomers' scores [batch, newcomer], in the order of ``rows``.
 
         Parameters
@@ -181,25 +208,24 @@ class ColdStartTerm(nn.Module):
         item_ids : Tensor [batch, seq], int64
         prior : Tensor [batch, catalogue]
             The neighbour prior of the same sessions.
-        item_encoder : ItemEncoder
         """
         neighbours, content, bar, level = self._weights
         added = neighbours * self.lent(prior) + level
         if bar:
             added.add_(_tenth(prior), alpha=bar)
         if content:
-            added.add_(self.likeness_to(item_ids, item_encoder), alpha=content)
+            added.add_(self.likeness_to(item_ids), alpha=content)
         return added
 
-    def borrowed(self, item_ids: Tensor, prior: Tensor, item_encoder: ItemEncoder) -> Borrowed:
+    def borrowed(self, item_ids: Tensor, prior: Tensor) -> Borrowed:
         """Return the parts without their weights."""
-        return Borrowed(self.lent(prior), self.likeness_to(item_ids, item_encoder), _tenth(prior))
+        return Borrowed(self.lent(prior), self.likeness_to(item_ids), _tenth(prior))
 
-    def likeness_to(self, item_ids: Tensor, item_encoder: ItemEncoder) -> Tensor:
+    def likeness_to(self, item_ids: Tensor) -> Tensor:
         """Return the cosines [batch, newcomer] with the mean content of sessions ``item_ids`` [batch, seq]."""
         real = item_ids > UNKNOWN_ROW
         faded = _DECAY ** (real.sum(1, keepdim=True) - real.cumsum(1)) * real
-        found, shared = [], []
+        item_encoder, found, shared = self.item_encoder, [], []
         for index in self._used:
             content, centre = self.get_buffer(f"content{index}"), self.get_buffer(f"centre{index}")
             weights = (faded * self.scales[index][item_ids]).to(content.dtype)

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from missrec_t4r.model.score_terms import ScoreTerm
 from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
 
 _SHARPNESS = 5.0
@@ -30,7 +31,7 @@ class ContentKNNSettings(NamedTuple):
     """Weight of an item relative to the one after it in the session."""
 
 
-class ContentKNNTerm(nn.Module):
+class ContentKNNTerm(ScoreTerm):
     """Sum of content resemblances between the session's items and a candidate.
 
     ``lookalikes(s, j) = weight * sum over items i of s of decay**age(i) * a[j,i]``

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.ranking.terms.cold_start import ColdStartTerm
+from missrec_t4r.model.score_terms import ScoreTerm
 from missrec_t4r.schema import UNKNOWN_ROW
 
 _PAIRS_PER_CHUNK = 1 << 24
@@ -32,7 +32,7 @@ class ItemKNNSettings(NamedTuple):
     """Popularity discount: counts are divided by ``((n_i + 5) (n_j + 5)) ** power``."""
 
 
-class ItemKNNTerm(nn.Module):
+class ItemKNNTerm(ScoreTerm):
     """Sum of co-occurrence strengths between the session's items and a candidate.
 
     ``prior(s, j) = weight * sum over items i of s of decay**age(i) * C'[i,j] / ((n_i + 5) (n_j + 5)) ** power``
@@ -46,8 +46,6 @@ class ItemKNNTerm(nn.Module):
         Rows of the catalogue.
     n_neighbours : int
         Strongest co-occurring items kept per item.
-    newcomers : ColdStartTerm, optional
-        Lends the prior to the items without events; `MISSRec.add_history` asks it.
     """
 
     neighbours: Tensor
@@ -56,9 +54,8 @@ class ItemKNNTerm(nn.Module):
     frequency: Tensor
     settings: Tensor
 
-    def __init__(self, n_rows: int, n_neighbours: int, newcomers: ColdStartTerm | None = None) -> None:
+    def __init__(self, n_rows: int, n_neighbours: int) -> None:
         super().__init__()
-        self.cold_start = newcomers
         self.register_buffer("neighbours", torch.zeros(n_rows, n_neighbours, dtype=torch.int32))
         self.register_buffer("counts", torch.zeros(n_rows, n_neighbours))
         self.register_buffer("strengths", torch.zeros(n_rows, n_neighbours))
@@ -107,6 +104,11 @@ class ItemKNNTerm(nn.Module):
     def chosen(self) -> ItemKNNSettings:
         """The settings in use."""
         return ItemKNNSettings(*self.settings.tolist())
+
+    def add_to(self, scores: Tensor, item_ids: Tensor, earlier: dict[str, Tensor]) -> Tensor:
+        """Return scores plus term; the term itself is kept for the cold-start term."""
+        earlier["item_knn"] = self(item_ids)
+        return scores + earlier["item_knn"]
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Return the prior [batch, catalogue] for sessions ``item_ids`` [batch, seq]."""

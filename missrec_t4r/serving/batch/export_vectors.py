@@ -32,6 +32,7 @@ from missrec_t4r.errors import BundleError
 from missrec_t4r.io.atomic import atomic_write_dir
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.retrieval.ranker import compact
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, PADDING_ROW
 from missrec_t4r.serving.batch.parquet_io import SessionFiles
@@ -136,6 +137,7 @@ def _write_items(folder: Path, loaded: LoadedBundle) -> dict[str, Any]:
         pa.table({ITEM_ID: catalogue.items[ITEM_ID], "recommendable": recommendable}), folder / "items.parquet"
     )
     phi = None if model.fusion.phi is None else model.fusion.phi.flatten()
+    terms = terms_of(model)
     return {
         "format": 1,
         "width": model.config.d_model,
@@ -143,12 +145,10 @@ def _write_items(folder: Path, loaded: LoadedBundle) -> dict[str, Any]:
         "fusion": model.fusion.name,
         "phi": phi.tolist() if phi is not None and len(phi) == 1 else None,
         "item_ids_in_the_score": candidates.ids is not None,
-        "history_bias": None if model.history_bias is None else float(model.history_bias),
-        "neighbour_prior": bool(model.item_knn is not None and model.item_knn.active),
-        "look_alike_prior": bool(model.content_knn is not None and model.content_knn.active),
-        "newcomers_borrow": bool(
-            model.item_knn is not None and model.item_knn.cold_start and model.item_knn.cold_start.active
-        ),
+        "history_bias": None if terms.history_bias is None else float(terms.history_bias.bias),
+        "neighbour_prior": terms.item_knn is not None and terms.item_knn.active,
+        "look_alike_prior": terms.content_knn is not None and terms.content_knn.active,
+        "newcomers_borrow": terms.cold_start is not None and terms.cold_start.active,
     }
 
 

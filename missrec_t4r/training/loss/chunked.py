@@ -69,8 +69,8 @@ class _Walk:
         shared: list[Tensor] = list(model.item_encoder.adapters.parameters())
         if model.fusion.name == "dynamic_shared" and model.fusion.phi is not None:
             shared.append(model.fusion.phi)
-        if model.history_bias is not None:
-            shared.append(model.history_bias)
+        for term in model.terms.in_use(training=True):
+            shared.extend(term.parameters())
         self.by_row = [weight for weight in by_row if weight.requires_grad]
         self.shared = [weight for weight in shared if weight.requires_grad]
 

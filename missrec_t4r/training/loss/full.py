@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from missrec_t4r.model.item_encoder import ItemEmbeddings, ItemMasks
 from missrec_t4r.model.losses import next_item_loss
-from missrec_t4r.model.missrec import MISSRec, first_occurrences
+from missrec_t4r.model.missrec import MISSRec
 
 
 class Questions(NamedTuple):
@@ -129,8 +129,5 @@ def score_rows(
         scores: Tensor = functional_call(fusion, {"phi": own}, (vectors, candidates))
     else:
         scores = fusion(vectors, candidates)
-    if model.history_bias is not None:
-        at = torch.searchsorted(rows, history).clamp_max(len(rows) - 1)
-        seen = first_occurrences(history) & (rows[at] == history)
-        scores.scatter_add_(1, at, model.history_bias * seen.to(scores.dtype))
+    scores = model.terms.add_to_rows(scores, rows, history)
     return scores.masked_fill_(~candidate_rows(model)[rows], -torch.inf)

@@ -154,15 +154,15 @@ def load_continued(
         _copy_rows(report, "fusion", "fusion.phi", old_rows, f"{kept:,} items by raw id, the rest new")
     else:
         report.copy("fusion", "fusion.")
-    report.copy("history bias", "history_bias")
+    report.copy("history bias", "terms.history_bias.")
     _copy_event_features(report)
     if model.interests.algorithm == "kmeans":
         _copy_interests(model, source, old_rows, matched)
         report.record_loaded("interests", "initial centroids, refined before the first epoch", "interests.")
     else:
         report.record_initialised("interests", "density peaks have no warm start", "interests.")
-    report.record_initialised(ITEM_KNN, "fitted after training", "item_knn.")
-    report.record_initialised(CONTENT_KNN, "fitted after training", "content_knn.")
+    report.record_initialised(ITEM_KNN, "fitted after training", "terms.item_knn.", "terms.cold_start.")
+    report.record_initialised(CONTENT_KNN, "fitted after training", "terms.content_knn.")
     frozen = FROZEN[freeze]
     report.freeze((*frozen, *(f"adapter {name}" for name in matched)) if freeze == "all_loaded" else frozen)
     return report.finish(), items

@@ -179,6 +179,6 @@ def _part_name(name: str) -> str:
     """Return the name of the part that a tensor belongs to."""
     if name.startswith("item_encoder.adapters."):
         return f"adapter {name.split('.')[2]}"
-    first = name.partition(".")[0]
+    first = name.removeprefix("terms.").partition(".")[0]
     names = {"item_encoder": "item IDs", "item_knn": ITEM_KNN, "content_knn": CONTENT_KNN}
     return names.get(first, first.replace("_", " "))

@@ -186,8 +186,8 @@ def load_pretrained(
         ids_from_content(model)
     report.record_initialised("interests", "discovered in this catalogue", "interests.")
     report.record_initialised("event features", "of this data's events", "event_features.")
-    report.record_initialised(ITEM_KNN, "fitted after training", "item_knn.")
-    report.record_initialised(CONTENT_KNN, "fitted after training", "content_knn.")
+    report.record_initialised(ITEM_KNN, "fitted after training", "terms.item_knn.", "terms.cold_start.")
+    report.record_initialised(CONTENT_KNN, "fitted after training", "terms.content_knn.")
     frozen = FROZEN[freeze]
     if freeze == "all_loaded":
         frozen = (*frozen, *(f"adapter {name}" for name in matched))
@@ -257,11 +257,11 @@ def _load_fusion(report: WeightLoadingReport, take: Take) -> None:
     per_item = report.model.config.candidate_fusion == "dynamic_instance"
     if take == "all" and not per_item:
         report.copy("fusion", "fusion.")
-        report.copy("history bias", "history_bias")
+        report.copy("history bias", "terms.history_bias.")
         return
     why = "one number per item of this catalogue" if per_item else "only adapters are loaded"
     report.record_initialised("fusion", why, "fusion.")
-    report.record_initialised("history bias", "re-learned", "history_bias")
+    report.record_initialised("history bias", "re-learned", "terms.history_bias.")
 
 
 def _listed(fingerprints: Mapping[str, str | None]) -> str:

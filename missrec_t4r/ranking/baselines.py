@@ -14,7 +14,6 @@ gives the known floors. Counting the validation items as well would be legitimat
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -24,12 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from missrec_t4r.data.catalogue import Catalogue, Modality
-from missrec_t4r.data.sessions import Ints, Sessions
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.ranking.cooccurrence import damping, pairs_within, sessions_with_both
+from missrec_t4r.ranking.similarity import centred, mean_over_shared
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
-SHRINKAGE: Final = 5.0
-"""Added to every count, so that an item seen once does not look certain."""
 DENSE_SHARE: Final = 0.05
 """Above this share of filled cells a dense co-occurrence matrix is faster than a sparse one."""
 DENSE_BYTES: Final = 512 * 2**20
@@ -89,12 +88,17 @@ class CoOccurrence:
         (0.0, 3.0)
         """
         known = sessions.known()
-        owners = np.repeat(np.arange(len(known)), known.lengths)
-        cells = np.unique(owners * n_rows + known.values)
-        counts = torch.from_numpy(np.bincount(cells % n_rows, minlength=n_rows)).float()
-        together = _following(known.values, owners, n_rows, follow_within) if follow_within else _sharing(cells, n_rows)
-        off_diagonal = together.indices()[0] != together.indices()[1]
-        pairs = _sparse(together.indices()[:, off_diagonal], together.values()[off_diagonal], n_rows)
+        together = sessions_with_both(known, n_rows)
+        rows, columns = together.indices()  # [pair]
+        diagonal = rows == columns
+        counts = torch.zeros(n_rows).index_copy_(0, rows[diagonal], together.values()[diagonal])
+        if follow_within:
+            earlier, later, followed = pairs_within(known, follow_within, directed=True)
+            order = np.lexsort((earlier, later))
+            index = torch.from_numpy(np.stack([later[order], earlier[order]]))
+            pairs = _sparse(index, torch.from_numpy(followed[order]).float(), n_rows)
+        else:
+            pairs = _sparse(together.indices()[:, ~diagonal], together.values()[~diagonal], n_rows)
         dense = len(pairs.values()) > DENSE_SHARE * n_rows**2 and 4 * n_rows**2 <= DENSE_BYTES
         return cls(pairs.to_dense() if dense else pairs, counts)
 
@@ -119,13 +123,13 @@ class ItemKNN:
 
     def __call__(self, histories: Sessions) -> Tensor:
         """Return scores [batch, row]; all 0 for an empty session."""
-        damping = (self.seen.counts + SHRINKAGE) ** -self.power
-        weights = recency_weights(histories, len(damping), self.decay).to_dense() * damping
+        discount = damping(self.seen.counts, self.power)  # [row]
+        weights = recency_weights(histories, len(discount), self.decay).to_dense() * discount  # [batch, row]
         if self.seen.pairs.is_sparse:
             scores = torch.sparse.mm(self.seen.pairs, weights.t().contiguous()).t().contiguous()
         else:
             scores = weights @ self.seen.pairs.t()
-        return _only_items(scores * damping)
+        return _only_items(scores * discount)
 
 
 @dataclass(frozen=True)
@@ -154,8 +158,8 @@ class ContentKNN:
         items with an image would win over items without one.
         """
         names = [name for name, modality in catalogue.modalities.items() if modality.present.any()]
-        vectors = {name: _centred(catalogue.modalities[name]) for name in names}
         present = {name: torch.from_numpy(catalogue.modalities[name].present) for name in names}
+        vectors = {name: centred(torch.from_numpy(catalogue.modalities[name].vectors), present[name]) for name in names}
         return cls(vectors, present, decay)
 
     def using(self, modalities: Sequence[str], decay: float) -> ContentKNN:
@@ -168,12 +172,13 @@ class ContentKNN:
         """Return scores [batch, row] in [-1, 1]; -1 where item and history have no modality in common."""
         n_rows = len(next(iter(self.present.values())))
         weights = recency_weights(histories, n_rows, self.decay)
-        total, votes = torch.zeros(len(histories), n_rows), torch.zeros(len(histories), n_rows)
+        cosines, shared = [], []
         for name, vectors in self.vectors.items():
-            query = F.normalize(torch.sparse.mm(weights, vectors), dim=-1)
-            total += query @ vectors.t()
-            votes += query.any(1, keepdim=True) & self.present[name]
-        return _only_items(torch.where(votes > 0, total / votes.clamp_min(1), -1.0))
+            query = F.normalize(torch.sparse.mm(weights, vectors), dim=-1)  # [batch, width]
+            cosines.append(query @ vectors.t())  # [batch, row]
+            shared.append(query.any(1, keepdim=True) & self.present[name])
+        mean, count = mean_over_shared(cosines, shared)
+        return _only_items(torch.where(count > 0, mean, -1.0))
 
 
 def recency_weights(histories: Sessions, n_rows: int, decay: float) -> Tensor:
@@ -192,37 +197,8 @@ def recency_weights(histories: Sessions, n_rows: int, decay: float) -> Tensor:
     return torch.sparse_coo_tensor(index, values, (len(histories), n_rows), check_invariants=False).coalesce()
 
 
-def _sharing(cells: Ints, n_rows: int) -> Tensor:
-    """Sessions that hold both items, from the distinct cells session * n_rows + row."""
-    owners, rows = cells // n_rows, cells % n_rows
-    index = torch.from_numpy(np.stack([owners, rows]))
-    shape = (int(owners.max(initial=0)) + 1, n_rows)
-    holds = torch.sparse_coo_tensor(index, torch.ones(len(cells)), shape, is_coalesced=True, check_invariants=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # torch multiplies COO through CSR
-        return torch.sparse.mm(holds.t(), holds).coalesce()
-
-
-def _following(rows: Ints, owners: Ints, n_rows: int, within: int) -> Tensor:
-    """How often the row's item comes after the column's, by at most ``within`` events of one session."""
-    total = _sparse(torch.empty(2, 0, dtype=torch.int64), torch.empty(0), n_rows)
-    for distance in range(1, within + 1):
-        same = owners[distance:] == owners[:-distance]
-        cells, counts = np.unique(rows[distance:][same] * n_rows + rows[:-distance][same], return_counts=True)
-        index = torch.from_numpy(np.stack([cells // n_rows, cells % n_rows]))
-        total = (total + _sparse(index, torch.from_numpy(counts).float(), n_rows)).coalesce()
-    return total
-
-
 def _sparse(index: Tensor, values: Tensor, n_rows: int) -> Tensor:
     return torch.sparse_coo_tensor(index, values, (n_rows, n_rows), is_coalesced=True, check_invariants=False)
-
-
-def _centred(modality: Modality) -> Tensor:
-    vectors = torch.from_numpy(modality.vectors)
-    present = torch.from_numpy(modality.present)[:, None]
-    centre = (vectors * present).sum(0) / present.sum()
-    return F.normalize((vectors - centre) * present, dim=-1)
 
 
 def _only_items(scores: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from missrec_t4r.model.item_encoder import ItemEncoder
 from missrec_t4r.model.score_terms import ScoreTerm
-from missrec_t4r.ranking.terms.content_knn import mean_similarity
+from missrec_t4r.ranking.similarity import mean_over_shared, mean_similarity
 from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
 from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
 
@@ -234,9 +234,7 @@ class ColdStartTerm(ScoreTerm):
             query = F.normalize(mean - weights.sum(1, keepdim=True) * centre, dim=-1)
             found.append(query @ content.T)
             shared.append((weights > 0).any(1, keepdim=True) & item_encoder.presence[index, self.rows])
-        if len(found) == 1:
-            return found[0]
-        return torch.stack(found).sum(0) / torch.stack(shared).sum(0).clamp_min(1)
+        return found[0] if len(found) == 1 else mean_over_shared(found, shared)[0]
 
     def lent(self, scores: Tensor) -> Tensor:
         """Return the mean [batch, newcomer] of scores [batch, catalogue] over each newcomer's look-alikes."""

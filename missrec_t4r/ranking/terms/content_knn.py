@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from missrec_t4r.model.score_terms import ScoreTerm
+from missrec_t4r.ranking.similarity import centred, mean_similarity
 from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
 
 _SHARPNESS = 5.0
@@ -79,7 +80,7 @@ class ContentKNNTerm(ScoreTerm):
         """
         self.alike.zero_()
         self.likeness.zero_()
-        centred = [_centred(table, present) for table, present in zip(vectors.values(), presence, strict=True)]
+        unit = [centred(table, present) for table, present in zip(vectors.values(), presence, strict=True)]
         items = presence.any(0)
         items[:FIRST_ITEM_ROW] = False
         rows = torch.nonzero(items).flatten()
@@ -88,7 +89,7 @@ class ContentKNNTerm(ScoreTerm):
             self.index()
             return
         for chunk in rows.split(max(1, _CHUNK_BYTES // (4 * len(rows)))):
-            similarity = mean_similarity(centred, presence, chunk, rows)
+            similarity = mean_similarity(unit, presence, chunk, rows)
             similarity[chunk.unsqueeze(1) == rows] = -torch.inf
             nearest, at = similarity.topk(n_alike, dim=1)
             self.alike[chunk, :n_alike] = rows[at].int()
@@ -133,20 +134,3 @@ class ContentKNNTerm(ScoreTerm):
         session = torch.div(place, item_ids.shape[1], rounding_mode="floor")
         prior.index_add_(0, session * len(self.alike) + self.candidates[edge], faded[place] * self.strengths[edge])
         return prior.view(len(item_ids), -1)
-
-
-def mean_similarity(centred: list[Tensor], presence: Tensor, rows: Tensor, others: Tensor) -> Tensor:
-    """Return [row, other]: mean cosine over the modalities that both items have, -inf where there is none."""
-    total = centred[0].new_zeros(len(rows), len(others))
-    shared = torch.zeros_like(total)
-    for vectors, present in zip(centred, presence, strict=True):
-        total.addmm_(vectors[rows], vectors[others].T)
-        shared += present[rows].unsqueeze(1) & present[others]
-    return torch.where(shared > 0, total / shared.clamp_min(1), -torch.inf)
-
-
-def _centred(table: Tensor, present: Tensor) -> Tensor:
-    """Return unit vectors around the mean of the items that have the modality; zero where it is missing."""
-    here = present.unsqueeze(1).to(table.dtype)
-    centre = (table * here).sum(0) / here.sum().clamp_min(1)
-    return F.normalize((table - centre) * here, dim=-1)

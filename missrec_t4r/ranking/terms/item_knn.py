@@ -10,15 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.score_terms import ScoreTerm
+from missrec_t4r.ranking.cooccurrence import SHRINKAGE, pairs_within
 from missrec_t4r.schema import UNKNOWN_ROW
-
-_PAIRS_PER_CHUNK = 1 << 24
 
 
 class ItemKNNSettings(NamedTuple):
@@ -75,7 +73,7 @@ class ItemKNNTerm(ScoreTerm):
         directed : bool
             Count only what comes after the item.
         """
-        rows, others, counts = cooccurrence(sessions, window, directed=directed)
+        rows, others, counts = pairs_within(sessions, window, directed=directed)
         order = np.lexsort((others, -counts, rows))
         rows, others, counts = rows[order], others[order], counts[order]
         rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
@@ -92,7 +90,8 @@ class ItemKNNTerm(ScoreTerm):
     def choose(self, settings: ItemKNNSettings) -> None:
         """Use these settings from now on; what each neighbour adds is worked out here, once."""
         self.settings.copy_(torch.tensor(settings))
-        discount = (self.frequency.unsqueeze(1) + 5) * (self.frequency[self.neighbours.long()] + 5)
+        shrunk = self.frequency + SHRINKAGE  # [row]
+        discount = shrunk.unsqueeze(1) * shrunk[self.neighbours.long()]  # [row, neighbour]
         self.strengths.copy_(settings.weight * self.counts / discount**settings.power)
 
     @property
@@ -120,46 +119,3 @@ class ItemKNNTerm(ScoreTerm):
         inside = torch.zeros_like(prior, dtype=torch.bool).scatter_(1, item_ids, True).gather(1, near)
         others = torch.where(inside, (counts - 1).clamp_min(0) / counts.clamp_min(1), 1.0)
         return prior.scatter_add_(1, near, faded.flatten(1) * others)
-
-
-def cooccurrence(
-    sessions: Sessions, window: int, *, directed: bool = False
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Count ordered pairs of different items at most ``window`` events apart in a session.
-
-    Returns
-    -------
-    rows, others, counts : ndarray [pair]
-        Sorted by ``rows`` and ``others``; symmetric unless ``directed``, where the other item comes later.
-
-    Examples
-    --------
-    >>> [part.tolist() for part in cooccurrence(Sessions.from_lists([[3, 4], [4, 3, 5]]), 1)]
-    [[3, 3, 4, 5], [4, 5, 3, 3], [2, 1, 2, 1]]
-    """
-    values = sessions.values
-    owner = np.repeat(np.arange(len(sessions)), sessions.lengths)
-    n_rows = int(values.max(initial=0)) + 1
-    keys, counts = np.empty(0, np.int64), np.empty(0, np.int64)
-    pending: list[npt.NDArray[np.int64]] = []
-    for distance in range(1, min(window, int(sessions.lengths.max(initial=1)) - 1) + 1):
-        left, right = values[:-distance], values[distance:]
-        pair = (owner[:-distance] == owner[distance:]) & (left != right) & (left > UNKNOWN_ROW) & (right > UNKNOWN_ROW)
-        pending.append(left[pair] * n_rows + right[pair])
-        if sum(map(len, pending)) > _PAIRS_PER_CHUNK:
-            keys, counts, pending = *_merged(keys, counts, pending), []
-    keys, counts = _merged(keys, counts, pending)
-    rows, others = keys // n_rows, keys % n_rows
-    if directed:
-        return rows, others, counts
-    keys, inverse = np.unique(np.concatenate([keys, others * n_rows + rows]), return_inverse=True)
-    counts = np.bincount(inverse, np.concatenate([counts, counts])).astype(np.int64)
-    return keys // n_rows, keys % n_rows, counts
-
-
-def _merged(
-    keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], pending: list[npt.NDArray[np.int64]]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    fresh, fresh_counts = np.unique(np.concatenate([*pending, np.empty(0, np.int64)]), return_counts=True)
-    merged, inverse = np.unique(np.concatenate([keys, fresh]), return_inverse=True)
-    return merged, np.bincount(inverse, np.concatenate([counts, fresh_counts])).astype(np.int64)

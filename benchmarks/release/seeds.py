@@ -259,7 +259,7 @@ def padded_regulariser(memories: list[tuple[Tensor, Tensor]]) -> Tensor:
         The encoder's output for each part of the batch, with `EMPTY` empty places or more, and which places are real.
     """
     places = max(mask.shape[1] - EMPTY for _, mask in memories)
-    return torch.stack([orthogonality_loss(*memory, "faithful", places=places) for memory in memories]).sum()
+    return torch.stack([orthogonality_loss(*memory, "faithful", n_slots=places) for memory in memories]).sum()
 
 
 def main() -> None:

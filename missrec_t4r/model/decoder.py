@@ -1,19 +1,33 @@
-"""Interest-aware decoder: item tokens attend to each other and to the session's interests (specification 5)."""
+"""Interest-aware decoder: item embeddings attend to each other and to the session's interests (E8 to E10)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from missrec_t4r.config import Attention, ContextualReadout, SequenceFusion
+from missrec_t4r.config import Attention, SequenceFusion
 from missrec_t4r.model.attention import DecoderLayer
 from missrec_t4r.model.interests import InterestTokens
 from missrec_t4r.model.item_encoder import ItemEmbeddings
-from missrec_t4r.model.ops.dropout import Dropout
+
+Readout = Callable[[Tensor, Tensor, int], Tensor]
+"""Outputs [batch, modality * seq, dim], their mask [batch, modality * seq], modalities -> [batch, seq, dim]."""
+
+
+class MeanOverModalities:
+    """Average the outputs of an item over the modalities that it has (ours)."""
+
+    def __call__(self, hidden: Tensor, mask: Tensor, n_modalities: int) -> Tensor:
+        """Return [batch, seq, dim] out of [batch, modality * seq, dim]."""
+        hidden = hidden.unflatten(1, (n_modalities, -1))  # [batch, modality, seq, dim]
+        weights = mask.unflatten(1, (n_modalities, -1)).unsqueeze(-1)  # [batch, modality, seq, 1]
+        return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 class InterestAwareDecoder(nn.Module):
-    """Turn the items of a session, in the light of its interests, into vectors that score candidates.
+    """Turn the items of a session and its interests into vectors that score candidates (arXiv:2308.11175).
 
     Parameters
     ----------
@@ -25,8 +39,8 @@ class InterestAwareDecoder(nn.Module):
         ``bidirectional`` is the published model: the session is all past. ``causal``: position t sees items up to t.
     sequence_fusion : {"add", "contextual"}
         ``add``: one token per item, the sum of its modalities. ``contextual``: one token per item and modality.
-    contextual_readout : {"mean", "first"}
-        Under ``contextual`` fusion, the mean over an item's modalities (ours) or its first modality (published).
+    readout : Readout, optional
+        Under ``contextual`` fusion, how an item's outputs become one; the mean over its modalities by default.
     """
 
     def __init__(
@@ -40,14 +54,14 @@ class InterestAwareDecoder(nn.Module):
         max_sequence_length: int,
         attention: Attention = "bidirectional",
         sequence_fusion: SequenceFusion = "add",
-        contextual_readout: ContextualReadout = "mean",
+        readout: Readout | None = None,
     ) -> None:
         super().__init__()
         self.attention, self.sequence_fusion = attention, sequence_fusion
-        self.contextual_readout = contextual_readout
+        self.readout = MeanOverModalities() if readout is None else readout
         self.positions = nn.Embedding(max_sequence_length, d_model)
         self.norm_input = nn.LayerNorm(d_model, eps)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(DecoderLayer(d_model, n_head, d_feedforward, dropout, eps) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model, eps)
 
@@ -66,7 +80,7 @@ class InterestAwareDecoder(nn.Module):
         Parameters
         ----------
         items : ItemEmbeddings of shape [batch, seq]
-            Tokens of the session's items.
+            Embeddings of the session's items.
         item_mask : Tensor [batch, seq], bool
             True for real items, which stand at the left.
         memory : Tensor [batch, interest, dim]
@@ -76,7 +90,7 @@ class InterestAwareDecoder(nn.Module):
         last_only : bool
             Compute the last layer for the last real item alone: the same result with a fraction of the work.
         event_features : Tensor [batch, seq, dim], optional
-            Embedded side features, added to every token of the item.
+            Embedded event features, added to every token of the item.
 
         Returns
         -------
@@ -84,30 +98,26 @@ class InterestAwareDecoder(nn.Module):
             Not normalised.
         """
         x, key_mask, time = self._embed(items, item_mask, event_features)
-        mask = key_mask.unsqueeze(1)
-        memory_mask = interests.mask.unsqueeze(1)
+        mask = key_mask.unsqueeze(1)  # [batch, 1, token]
+        memory_mask = interests.mask.unsqueeze(1)  # [batch, 1, interest]
         if self.attention == "causal":
             mask = mask & (time.unsqueeze(0) <= time.unsqueeze(1))
             memory_mask = memory_mask & (interests.position.unsqueeze(1) <= time.unsqueeze(-1))
         for layer in self.layers[:-1]:
             x = layer(x, x, mask, memory, memory_mask)
         queries, weights = x, key_mask
-        if last_only:
+        if last_only:  # positions meet in keys and values only: the other outputs of the last layer are not needed
             at = self._last_tokens(item_mask, x.shape[1])
             queries, weights = _gather(x, at), key_mask.gather(1, at)
             mask = mask if mask.shape[1] == 1 else _gather(mask.expand(x.shape[0], -1, -1), at)
             memory_mask = memory_mask if memory_mask.shape[1] == 1 else _gather(memory_mask, at)
         hidden = self.norm(self.layers[-1](queries, x, mask, memory, memory_mask))
-        if self.sequence_fusion == "add":
-            return hidden
-        if self.contextual_readout == "first":
-            return hidden[:, : hidden.shape[1] // len(items.modality)]
-        return _mean_over_modalities(hidden, weights, len(items.modality))
+        return hidden if self.sequence_fusion == "add" else self.readout(hidden, weights, len(items.modality))
 
     def _embed(
         self, items: ItemEmbeddings, item_mask: Tensor, event_features: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return tokens [batch, token, dim], their mask [batch, token] and their positions [token]."""
+        """Return tokens [batch, token, dim], their mask [batch, token] and their positions in the session [token]."""
         steps = torch.arange(item_mask.shape[1], device=item_mask.device)
         common = self.positions(steps)
         if items.ids is not None and items.id_mask is not None:
@@ -138,9 +148,3 @@ def _with_id_only(items: ItemEmbeddings) -> Tensor:
 
 def _gather(x: Tensor, at: Tensor) -> Tensor:
     return x.gather(1, at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def _mean_over_modalities(hidden: Tensor, mask: Tensor, n_modalities: int) -> Tensor:
-    """Average [batch, modality * seq, dim] over the modalities that are present at each position."""
-    hidden, weights = hidden.unflatten(1, (n_modalities, -1)), mask.unflatten(1, (n_modalities, -1)).unsqueeze(-1)
-    return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)

@@ -1,4 +1,4 @@
-"""Candidate fusion: how the scores of a candidate's modalities become one (specification 6)."""
+"""Dynamic candidate fusion: how the scores of a candidate's modalities become one (E11; arXiv:2308.11175)."""
 
 from __future__ import annotations
 
@@ -8,22 +8,15 @@ from torch import Tensor, nn
 from missrec_t4r.config import CandidateFusionName
 from missrec_t4r.model.item_encoder import CandidateEmbeddings
 
-_FEW = 0.75
-"""Share of the catalogue with two modalities below which only those items are corrected."""
-
 
 class CandidateFusion(nn.Module):
-    """Score candidates with a mix of modalities that the session itself chooses.
+    """Score candidates with a mix of modalities that depends on the session.
 
-    Each present modality votes with its cosine similarity; a softmax over the votes weighs them, so a session about
-    looks is judged on looks::
+    The weight of a modality is the softmax of its own score, so that a session about looks is scored by looks::
 
-        fused(s, j) = sum_m w_m (s . x[j,m]),   w = softmax over present m of (phi * s . x[j,m])
-        score(s, j) = (s . e_j + 2 fused(s, j)) / 3     where item j has a trained ID embedding e_j
-
-    Computed as the static score, one matrix product, plus a correction for the items that have several modalities.
-
-    Paper: dynamic candidate fusion, arXiv:2308.11175; docs/equations.md.
+        v[m]  = s . x[j,m]                                   cosine of session s and modality m of candidate j
+        fused = sum_m w_m v[m],  w = softmax of phi v[m]     over the modalities that j has
+        score = (s . e_j + 2 fused) / 3                      where candidate j has a trained ID embedding e_j
 
     Parameters
     ----------
@@ -48,71 +41,20 @@ class CandidateFusion(nn.Module):
         session : Tensor [batch, dim]
             Unit-length session vectors.
         candidates : CandidateEmbeddings
-            Unit-length tokens of the catalogue.
+            Unit-length embeddings of the catalogue.
 
         Returns
         -------
         Tensor [batch, catalogue]
             Cosine scores in [-1, 1]; 0 for a row with neither modality nor trained ID.
         """
-        scores = (session @ self.static_table(candidates).T).to(session.dtype)  # autocast gives half precision
-        if self.phi is None:
-            return scores
-        counts = candidates.mask.sum(0)
-        if len(candidates.modality) == 2:
-            return self._add_pairs(scores, session, candidates, counts == 2)
-        several = torch.nonzero(counts > 1).flatten()
-        return scores.index_add_(1, several, self._correction(session, candidates, several)) if len(several) else scores
-
-    def static_table(self, candidates: CandidateEmbeddings) -> Tensor:
-        """Return one row per candidate [catalogue, dim] whose inner product with the session is the static score."""
-        dtype, counts = candidates.modality.dtype, candidates.mask.sum(0)
-        share = torch.ones_like(counts, dtype=dtype)
-        table = torch.zeros_like(candidates.modality[0])
-        if candidates.ids is not None and candidates.id_mask is not None:
-            both = candidates.id_mask & (counts > 0)
-            table = candidates.ids * torch.where(both, share / 3, candidates.id_mask.to(dtype)).unsqueeze(-1)
-            share = torch.where(both, share * 2 / 3, share)
-        share = share / counts.clamp_min(1)
-        for tokens, present in zip(candidates.modality, candidates.mask, strict=True):
-            table = torch.addcmul(table, tokens, (share * present).unsqueeze(-1))
-        return table
-
-    def _add_pairs(self, scores: Tensor, session: Tensor, candidates: CandidateEmbeddings, both: Tensor) -> Tensor:
-        """Add what the dynamic weights add to the mean of two votes a and b: ``(a - b) / 2 * tanh(phi (a - b) / 2)``.
-
-        With two modalities the softmax is a logistic function of the difference of the votes, which is one product.
-        """
-        assert self.phi is not None
-        first, second = candidates.modality
-        share = both.to(scores.dtype)
-        if candidates.id_mask is not None:
-            share = torch.where(candidates.id_mask, share * 2 / 3, share)
-        rows = torch.nonzero(both).flatten()
-        few = len(rows) < _FEW * len(both)  # then gathering costs less than the columns that it saves
-        gap = first[rows] - second[rows] if few else (first - second) * both.unsqueeze(-1)
-        phi = self.phi[rows] if few and self.name == "dynamic_instance" else self.phi
-        apart = (session @ gap.T).to(session.dtype)
-        correction = apart * torch.tanh(apart * (phi / 2)) * ((share[rows] if few else share) / 2)
-        return scores.index_add_(1, rows, correction) if few else scores.add_(correction)
-
-    def _correction(self, session: Tensor, candidates: CandidateEmbeddings, several: Tensor) -> Tensor:
-        """Return what the dynamic weights add to the mean, [batch, item], for the items with several modalities.
-
-        With one modality its weight is 1 and nothing is to be added, so shops with sparse pictures pay for few items.
-        """
-        assert self.phi is not None
-        phi = self.phi if self.name == "dynamic_shared" else self.phi[several]
-        total = numerator = denominator = torch.zeros((), device=session.device, dtype=session.dtype)
-        for tokens, present in zip(candidates.modality, candidates.mask, strict=True):
-            vote = (session @ tokens[several].T).to(session.dtype)
-            # votes are in [-1, 1]: exp needs no running maximum while phi is below 80
-            weight, counts = torch.exp(phi * vote), present[several].to(vote.dtype)
-            if not bool(present[several].all()):
-                weight = weight * counts
-            numerator, denominator = numerator + weight * vote, denominator + weight
-            total = total + vote * counts
-        correction = numerator / denominator - total / candidates.mask[:, several].sum(0)
-        if candidates.id_mask is None:
-            return correction
-        return correction * (1 - candidates.id_mask[several].to(correction.dtype) / 3)
+        present = candidates.mask.unsqueeze(1)  # [modality, 1, catalogue]
+        votes = session @ candidates.modality.transpose(1, 2)  # [modality, batch, catalogue]
+        sharpened = votes * (0.0 if self.phi is None else self.phi)
+        weights = sharpened.masked_fill(~present, torch.finfo(votes.dtype).min).softmax(0) * present
+        fused = (weights * votes).sum(0)  # [batch, catalogue]
+        if candidates.ids is None or candidates.id_mask is None:
+            return fused
+        of_id, has_modality = session @ candidates.ids.T, candidates.mask.any(0)  # [batch, catalogue], [catalogue]
+        both = torch.where(has_modality, (of_id + 2 * fused) / 3, of_id)
+        return torch.where(candidates.id_mask, both, fused)

@@ -1,7 +1,9 @@
-"""Multi-modal interest discovery and the session's set of interest tokens (specification 2 and 3).
+"""Multi-modal interest discovery and the interests of a session (E3, E4; arXiv:2308.11175, interest discovery).
 
-All modality tokens of the catalogue are clustered; a session's interests are the centroids of the clusters its items
-fall into, each once. Centroids are data: no gradient reaches them.
+    z[i,m] = cluster of the modality embedding x[i,m], 1 to K; 0 where item i lacks modality m      before every epoch
+    interests of a session = the set {z[i,m]} over its items and modalities, each once, as centroids c_z
+
+Centroids are data, not parameters: no gradient reaches them.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from torch.nn import functional as F
 from missrec_t4r.config import InterestAlgorithm
 from missrec_t4r.model.clustering import density_peaks, kmeans
 from missrec_t4r.model.item_encoder import ItemEmbeddings
-from missrec_t4r.schema import PADDING_ROW
+from missrec_t4r.model.release import PaddedInterests
 
 
 class InterestTokens(NamedTuple):
-    """The interests of a batch of sessions."""
+    """The distinct interests of a batch of sessions."""
 
     tokens: Tensor
     """[batch, interest, dim]: centroids, in the order in which the session showed them."""
@@ -28,28 +30,36 @@ class InterestTokens(NamedTuple):
     """[batch, interest], bool."""
     position: Tensor
     """[batch, interest], int64: index of the item that showed the interest first."""
-    rows: Tensor | None = None
-    """[batch, interest], int64: whose centroids the tokens are, 0 for none."""
+    ids: Tensor | None = None
+    """[batch, interest], int64: the interests z, 0 for none."""
     centroids: Tensor | None = None
-    """[interest + 1, dim]: where the tokens come from, ``tokens = centroids[rows]``."""
-    projections: Tensor | None = None
-    """[interest + 1, 3 * dim]: the encoder's first projections of all centroids, where a catalogue version has them."""
+    """[interest + 1, dim]: of all interests, ``tokens = centroids[ids]``."""
+
+
+class LargestSet:
+    """Every session takes as many slots as it has interests; a batch has those of its largest set (ours)."""
+
+    spare = 0
+    """Slots beyond one per item and modality."""
+
+    def __call__(self, count: Tensor, item_ids: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the slots that each session takes, [batch], for ``count`` [batch] distinct interests."""
+        return count
 
 
 class InterestVocabulary(nn.Module):
-    """Cluster of every modality token, and centroid of every cluster.
+    """Cluster of every modality embedding of the catalogue, and centroid of every cluster.
 
     Parameters
     ----------
     n_interests : int
         Number of clusters K; interest 0 means none.
     n_modalities, n_rows, d_model : int
-        Shape of the catalogue's tokens.
+        Shape of the catalogue's modality embeddings.
     algorithm : {"kmeans", "dpc_knn"}
         How the catalogue is clustered.
-    padded_length : int, optional
-        Count, as the authors' release does, the empty interest of sessions that it pads to this length: it asks for
-        one more place, which the faithful regulariser sums (docs/equations.md, E14). It is never attended to.
+    slots : LargestSet or PaddedInterests, optional
+        How many slots a session takes; the largest set of the batch decides their number.
     """
 
     centroids: Tensor
@@ -62,16 +72,16 @@ class InterestVocabulary(nn.Module):
         n_rows: int,
         d_model: int,
         algorithm: InterestAlgorithm = "kmeans",
-        padded_length: int | None = None,
+        slots: LargestSet | PaddedInterests | None = None,
     ) -> None:
         super().__init__()
-        self.algorithm, self.padded_length = algorithm, padded_length
+        self.algorithm, self.slots = algorithm, LargestSet() if slots is None else slots
         self.register_buffer("centroids", torch.zeros(n_interests + 1, d_model))
         self.register_buffer("assignment", torch.zeros(n_modalities, n_rows, dtype=torch.int64))
 
     @staticmethod
     def size(ratio: float, mask: Tensor) -> int:
-        """Return K = ceil(ratio * number of modality tokens); ``mask`` [modality, row] marks the tokens."""
+        """Return K = ceil(ratio * number of modality embeddings); ``mask`` [modality, row] marks them."""
         return max(math.ceil(ratio * int(mask.sum())), 1)
 
     @property
@@ -81,16 +91,16 @@ class InterestVocabulary(nn.Module):
 
     @torch.no_grad()
     def discover(self, catalogue: ItemEmbeddings, seed: int) -> None:
-        """Cluster the catalogue's tokens; k-means starts from the current centroids when there are some.
+        """Cluster the catalogue's modality embeddings; k-means starts from the current centroids when there are some.
 
         Parameters
         ----------
         catalogue : ItemEmbeddings of shape [row]
-            Tokens of all rows in evaluation mode; only those under the mask are clustered.
+            Embeddings of all rows in evaluation mode; only those under the mask are clustered.
         seed : int
-            Same seed and tokens, same interests.
+            Same seed and embeddings, same interests.
         """
-        points = catalogue.modality[catalogue.mask].float()
+        points = catalogue.modality[catalogue.mask].float()  # [embedding, dim]
         n_interests = len(self.centroids) - 1
         if self.algorithm == "kmeans":
             start = self.centroids[1:].float() if self.discovered else None
@@ -101,31 +111,32 @@ class InterestVocabulary(nn.Module):
         self.assignment.zero_()
         self.assignment[catalogue.mask] = labels + 1
 
-    def forward(self, rows: Tensor, empty: int = 0) -> InterestTokens:
-        """Return each session's distinct interests.
+    def forward(self, item_ids: Tensor, empty_slots: int = 0) -> InterestTokens:
+        """Return each session's distinct interests, in the order in which the session showed them.
 
         Parameters
         ----------
-        rows : Tensor [batch, seq], int64
+        item_ids : Tensor [batch, seq], int64
             Session items; rows without interests (padding among them) contribute none.
-        empty : int
-            Places by which every set is made longer than the largest needs.
+        empty_slots : int
+            Empty slots of every set beyond those that the largest set needs.
         """
-        interest = self.assignment[:, rows].permute(1, 2, 0).flatten(1)  # [batch, seq * modality], oldest item first
-        if empty or self.padded_length is not None:
-            interest = F.pad(interest, (0, max(empty, 1)))
-        n_modalities, n_tokens = len(self.assignment), interest.shape[1]
-        ordered, order = interest.sort(dim=1, stable=True)
+        n_modalities = len(self.assignment)
+        interest = self.assignment[:, item_ids].permute(1, 2, 0).flatten(1)  # [batch, seq * modality], oldest first
+        if spare := max(self.slots.spare, empty_slots):
+            interest = F.pad(interest, (0, spare))
+        n_tokens = interest.shape[1]
+        ordered, order = interest.sort(dim=1, stable=True)  # equal interests stand together, the earliest mention first
         first = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True) & (ordered > 0)
-        place = torch.where(first, order, n_tokens)  # a stable sort puts the earliest mention of an interest first
-        place, back = place.sort(dim=1)
-        mask = place < n_tokens
-        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-            count = mask.sum(1)
-            if self.padded_length is not None and not empty:
-                count = count + ((rows > PADDING_ROW).sum(1) < self.padded_length)
-            width = max(int(count.max()) if len(mask) else 0, 1) + empty
-            place, back, mask = place[:, :width], back[:, :width], mask[:, :width]
-        chosen = ordered.gather(1, back) * mask
-        position = torch.div(place, n_modalities, rounding_mode="floor").masked_fill(~mask, 0)
-        return InterestTokens(self.centroids[chosen], mask, position, chosen, self.centroids)
+        mention, back = torch.where(first, order, n_tokens).sort(dim=1)  # distinct ones in the order of mention
+        width = self.n_slots(mention < n_tokens, item_ids, empty_slots)
+        mention, back = mention[:, :width], back[:, :width]  # [batch, interest]
+        mask = mention < n_tokens
+        ids = ordered.gather(1, back) * mask
+        position = torch.div(mention, n_modalities, rounding_mode="floor").masked_fill(~mask, 0)
+        return InterestTokens(self.centroids[ids], mask, position, ids, self.centroids)
+
+    def n_slots(self, mask: Tensor, item_ids: Tensor, empty_slots: int) -> int:
+        """Return the number of slots of a batch; ``mask`` [batch, seq * modality] marks the distinct interests."""
+        count = mask.sum(1) if empty_slots else self.slots(mask.sum(1), item_ids)
+        return max(int(count.max()) if len(mask) else 0, 1) + empty_slots

@@ -1,46 +1,38 @@
-"""Item towers: frozen modality vectors of the whole catalogue become tokens of the model's width (specification 1).
+"""Item encoder: frozen modality vectors of the catalogue become embeddings of the model's width (E1, E2).
 
-The catalogue's tokens are computed once per training step (or once per catalogue version in serving) and everything
-else gathers from them: histories, candidates and interests see the same numbers.
+    x[i,m] = A_m f[i,m] + b_m          A_m, b_m: the adapter of modality m;  f[i,m]: frozen vector of item i
+    e_i                                ID embedding, where the model is transductive
+
+The catalogue's embeddings are computed once per training step (or once per catalogue version in serving) and everything
+else gathers from them: histories, candidates and interests get the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from missrec_t4r.config import FeatureScaling, MissingModality, SingleModality
-from missrec_t4r.model.ops.normalize import unit
-from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW
-
-_LARGE = 1 << 27
-"""Numbers in a table (512 MiB) from which it keeps its place, mapped from a file perhaps, and is scaled row by row."""
-
-
-_MANY = 256
-"""Session items from which on it is worth to compute those that occur more than once only once."""
-
 
 class ItemEmbeddings(NamedTuple):
-    """Tokens of some items, or of the whole catalogue; ``...`` stands for the shape of the rows."""
+    """Embeddings of some items, or of the whole catalogue; ``...`` stands for the shape of the rows."""
 
     modality: Tensor
     """[modality, ..., dim]: adapter outputs, not normalised."""
     mask: Tensor
-    """[modality, ...], bool: True where the token counts in sums, votes and clusters."""
+    """[modality, ...], bool: True where the embedding counts in sums, scores and clusters."""
     attended: Tensor
-    """[modality, ...], bool: True where the token is a key of the decoder under ``contextual`` fusion."""
+    """[modality, ...], bool: True where the embedding is a key of the decoder under ``contextual`` fusion."""
     ids: Tensor | None
     """[..., dim]: ID embeddings; None when inductive."""
     id_mask: Tensor | None
     """[...], bool: True where the ID embedding was trained."""
 
     def take(self, rows: Tensor) -> ItemEmbeddings:
-        """Gather the tokens of ``rows`` [batch, seq] out of whole-catalogue tokens."""
+        """Gather the embeddings of ``rows`` [batch, seq] out of those of the whole catalogue."""
         return ItemEmbeddings(
             torch.stack([F.embedding(rows, tokens) for tokens in self.modality]),
             self.mask[:, rows],
@@ -51,7 +43,7 @@ class ItemEmbeddings(NamedTuple):
 
 
 class ItemMasks(NamedTuple):
-    """Which tokens of the whole catalogue count; a training step draws them once, before any token is computed."""
+    """Which embeddings of the catalogue count; a training step draws them once, before any embedding is computed."""
 
     mask: Tensor
     """[modality, row], bool: as in `ItemEmbeddings`."""
@@ -62,7 +54,7 @@ class ItemMasks(NamedTuple):
 
 
 class CandidateEmbeddings(NamedTuple):
-    """Unit-length tokens of the whole catalogue, as candidates are scored."""
+    """Unit-length embeddings of the whole catalogue, as candidates are scored."""
 
     modality: Tensor
     """[modality, catalogue, dim]."""
@@ -72,6 +64,50 @@ class CandidateEmbeddings(NamedTuple):
     """[catalogue, dim]."""
     id_mask: Tensor | None
     """[catalogue], bool."""
+
+
+class MissingRule(Protocol):
+    """What becomes of a modality that an item lacks."""
+
+    masks: bool
+    """Whether its embedding is zero."""
+
+    def counted(self, present: Tensor, rows: Tensor) -> Tensor:
+        """Return which embeddings of ``rows`` [...] count, [modality, ...], given which are present."""
+
+
+class MaskedRows:
+    """A missing modality is never clustered, attended to, summed or scored (ours)."""
+
+    masks = True
+
+    def counted(self, present: Tensor, rows: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the present ones."""
+        return present
+
+
+class CandidateRule(Protocol):
+    """Changes the embeddings by which items are scored, before they are scaled to unit length."""
+
+    def __call__(self, items: ItemEmbeddings, rows: Tensor, *, training: bool) -> ItemEmbeddings:
+        """Return embeddings of the same ``rows`` [item]."""
+
+
+class ItemDropout(NamedTuple):
+    """Probabilities with which a training item loses one of several modalities, or its ID (ours)."""
+
+    modality: float = 0.0
+    ids: float = 0.0
+
+    def __call__(self, masks: ItemMasks) -> ItemMasks:
+        """Return the masks of one training step; an item keeps its last modality, or its ID where it has none."""
+        mask, attended, id_mask = masks
+        if self.modality:
+            mask = _drop_one_modality(mask, self.modality)
+        if self.ids and id_mask is not None:
+            keep = torch.rand(id_mask.shape, device=id_mask.device) >= self.ids
+            id_mask = id_mask & (keep | ~mask.any(0))
+        return ItemMasks(mask, attended & mask, id_mask)
 
 
 class ItemEncoder(nn.Module):
@@ -86,17 +122,15 @@ class ItemEncoder(nn.Module):
     trained_ids : Tensor [row], bool, or None
         Items whose ID embedding is used; None builds no ID embeddings (inductive).
     d_model : int
-        Width of the tokens.
-    missing_modality : {"masked", "zero_row"}
-        ``zero_row`` is the published behaviour: a missing modality's token is the adapter's bias and counts.
-    feature_scaling : {"l2", "none"}
-        ``l2`` scales vectors to unit length first.
-    single_modality : {"fused", "summed"}
-        ``summed`` (published): with one modality, a candidate is the sum of its modality token and its ID.
-    padding_candidate : bool
-        In training the padding row is a candidate too (published).
-    modality_dropout, id_dropout : float
-        Training only; drawn once per call of `catalogue`, so that one step sees one catalogue.
+        Width of the embeddings.
+    scaled_on_read : collection of str
+        Modalities whose vectors are scaled to unit length when they are read: large tables, mapped from a file perhaps.
+    missing : MissingRule, optional
+        `MaskedRows` by default.
+    candidate_rules : sequence of CandidateRule
+        Applied in this order.
+    dropout : ItemDropout
+        Drawn once per call of `catalogue` in training mode, so that one step sees one catalogue.
     """
 
     presence: Tensor
@@ -108,23 +142,19 @@ class ItemEncoder(nn.Module):
         presence: Tensor,
         trained_ids: Tensor | None,
         d_model: int,
-        missing_modality: MissingModality = "masked",
-        feature_scaling: FeatureScaling = "l2",
-        single_modality: SingleModality = "fused",
-        padding_candidate: bool = False,
-        modality_dropout: float = 0.0,
-        id_dropout: float = 0.0,
+        *,
+        scaled_on_read: Collection[str] = (),
+        missing: MissingRule | None = None,
+        candidate_rules: Sequence[CandidateRule] = (),
+        dropout: ItemDropout | None = None,
     ) -> None:
         super().__init__()
-        self.names = list(vectors)
-        self.missing_modality, self.padding_candidate = missing_modality, padding_candidate
-        self.summed = single_modality == "summed" and len(self.names) == 1
-        self.modality_dropout, self.id_dropout = modality_dropout, id_dropout
+        self.names, self.scaled_on_read = list(vectors), frozenset(scaled_on_read)
+        self.missing, self.candidate_rules = MaskedRows() if missing is None else missing, tuple(candidate_rules)
+        self.dropout = ItemDropout() if dropout is None else dropout
         self.vectors = nn.Module()
         for name, table in vectors.items():
-            at_once = feature_scaling == "l2" and table.numel() < _LARGE
-            self.vectors.register_buffer(name, F.normalize(table, dim=-1) if at_once else table, persistent=False)
-        self.unscaled = {name for name in vectors if feature_scaling == "l2" and vectors[name].numel() >= _LARGE}
+            self.vectors.register_buffer(name, table, persistent=False)
         self.adapters = nn.ModuleDict({name: nn.Linear(table.shape[1], d_model) for name, table in vectors.items()})
         self.register_buffer("presence", presence, persistent=False)
         self.register_buffer("trained_ids", torch.zeros(0) if trained_ids is None else trained_ids, persistent=False)
@@ -136,85 +166,68 @@ class ItemEncoder(nn.Module):
         return int(self.presence.shape[1])
 
     def forward(self, rows: Tensor, masks: ItemMasks | None = None) -> ItemEmbeddings:
-        """Return the tokens of ``rows`` (any shape) without computing the rest of the catalogue.
+        """Return the embeddings of ``rows`` (any shape) without computing the rest of the catalogue.
 
         ``masks`` are this training step's; without them nothing is dropped.
         """
-        if rows.ndim > 1 and rows.numel() >= _MANY and not torch.is_grad_enabled() and not torch.jit.is_tracing():
-            different, place = rows.unique(return_inverse=True)  # sessions of a batch share items
-            return self(different, masks).take(place)
-        stacked = torch.stack([self.adapters[name](self.features(name, rows)) for name in self.names])
-        present = self.presence[:, rows]
-        if self.missing_modality == "masked":
-            stacked = stacked * present.unsqueeze(-1)
-        ids = None if self.id_embedding is None else self.id_embedding(rows)
+        embedded = torch.stack([self.adapters[name](self.features(name, rows)) for name in self.names])
+        present = self.presence[:, rows]  # [modality, ...]
+        embedded = embedded * present.unsqueeze(-1) if self.missing.masks else embedded  # [modality, ..., dim]
+        ids = None if self.id_embedding is None else self.id_embedding(rows)  # [..., dim]
         if masks is not None:
             id_mask = None if masks.id_mask is None else masks.id_mask[rows]
-            return ItemEmbeddings(stacked, masks.mask[:, rows], masks.attended[:, rows], ids, id_mask)
+            return ItemEmbeddings(embedded, masks.mask[:, rows], masks.attended[:, rows], ids, id_mask)
         id_mask = None if self.id_embedding is None else self.trained_ids[rows]
-        return ItemEmbeddings(stacked, self._counted(present, rows), present, ids, id_mask)
+        return ItemEmbeddings(embedded, self.missing.counted(present, rows), present, ids, id_mask)
 
     def features(self, name: str, rows: Tensor | None = None) -> Tensor:
         """Return a modality's frozen vectors [row, width] as they enter the adapter, or those of ``rows``."""
         table = self.vectors.get_buffer(name)
         taken = table if rows is None else table[rows]
-        return F.normalize(taken, dim=-1) if name in self.unscaled else taken
+        return F.normalize(taken, dim=-1) if name in self.scaled_on_read else taken
 
     def unit_embeddings(self, index: int, rows: Tensor) -> Tensor:
-        """Return the unit tokens [item, dim] of the modality at ``index``; zero where it is missing."""
+        """Return the unit embeddings [item, dim] of the modality at ``index``; zero where it is missing."""
         name = self.names[index]
-        return unit(self.adapters[name](self.features(name, rows))) * self.presence[index, rows].unsqueeze(1)
+        return self.unit(self.adapters[name](self.features(name, rows))) * self.presence[index, rows].unsqueeze(1)
 
     def masks(self, *, dropout: bool) -> ItemMasks:
-        """Return which tokens of the catalogue count; with ``dropout`` modalities and IDs are dropped at random."""
+        """Return which embeddings of the catalogue count; with ``dropout`` some are dropped at random."""
         rows = torch.arange(self.n_rows, device=self.presence.device)
-        id_mask = None if self.id_embedding is None else self.trained_ids
-        mask = self._counted(self.presence, rows)
-        if dropout and self.modality_dropout:
-            mask = _drop_one_modality(mask, self.modality_dropout)
-        if dropout and self.id_dropout and id_mask is not None:
-            keep = torch.rand(id_mask.shape, device=id_mask.device) >= self.id_dropout
-            id_mask = id_mask & (keep | ~mask.any(0))
-        return ItemMasks(mask, self.presence & mask, id_mask)
+        mask = self.missing.counted(self.presence, rows)
+        masks = ItemMasks(mask, self.presence & mask, None if self.id_embedding is None else self.trained_ids)
+        return self.dropout(masks) if dropout else masks
 
     def catalogue(self) -> ItemEmbeddings:
-        """Return the tokens of all rows; in training mode with this step's modality and ID dropout."""
-        stacked = [self._adapted(index, name) for index, name in enumerate(self.names)]
-        ids = None if self.id_embedding is None else self.id_embedding.weight
+        """Return the embeddings of all rows; in training mode with this step's modality and ID dropout."""
+        embedded = torch.stack([self.embed_modality(index) for index in range(len(self.names))])
         mask, attended, id_mask = self.masks(dropout=self.training)
-        return ItemEmbeddings(torch.stack(stacked), mask, attended, ids, id_mask)
+        return ItemEmbeddings(
+            embedded, mask, attended, None if self.id_embedding is None else self.id_embedding.weight, id_mask
+        )
+
+    def embed_modality(self, index: int) -> Tensor:
+        """Return the embeddings [row, dim] of one modality."""
+        name = self.names[index]
+        embedded = cast(Tensor, self.adapters[name](self.features(name)))
+        return embedded * self.presence[index].unsqueeze(-1) if self.missing.masks else embedded
 
     def candidates(self, catalogue: ItemEmbeddings | None = None, rows: Tensor | None = None) -> CandidateEmbeddings:
-        """Return unit-length tokens of the whole catalogue (once per step, or once per catalogue version).
+        """Return unit-length embeddings of the whole catalogue (once per step, or once per catalogue version).
 
-        ``rows`` [item] says whose tokens are given where they are not the whole catalogue's.
+        ``rows`` [item] are those of ``catalogue`` where it is not the whole catalogue.
         """
-        tokens = self.catalogue() if catalogue is None else catalogue
-        mask, id_mask = tokens.mask, tokens.id_mask
-        if self.training and self.padding_candidate:
-            rows = torch.arange(self.n_rows, device=mask.device) if rows is None else rows
-            padding = rows == PADDING_ROW
-            mask, id_mask = mask | padding, None if id_mask is None else id_mask | padding
-        if self.summed and tokens.ids is not None and id_mask is not None:
-            total = tokens.modality * mask.unsqueeze(-1) + tokens.ids * id_mask.unsqueeze(-1)
-            return CandidateEmbeddings(unit(total), mask | id_mask, None, None)
-        ids = None if tokens.ids is None else unit(tokens.ids)
-        return CandidateEmbeddings(unit(tokens.modality), mask, ids, id_mask)
+        items = self.catalogue() if catalogue is None else catalogue
+        if self.candidate_rules:
+            rows = torch.arange(self.n_rows, device=items.mask.device) if rows is None else rows
+            for rule in self.candidate_rules:
+                items = rule(items, rows, training=self.training)
+        ids = None if items.ids is None else self.unit(items.ids)
+        return CandidateEmbeddings(self.unit(items.modality), items.mask, ids, items.id_mask)
 
-    def _adapted(self, index: int, name: str) -> Tensor:
-        """Return the tokens [row, dim] of one modality; where missing ones count for nothing, they cost nothing."""
-        adapter = self.adapters[name]
-        if self.missing_modality != "masked" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            tokens: Tensor = adapter(self.features(name))
-            return tokens if self.missing_modality != "masked" else tokens * self.presence[index].unsqueeze(-1)
-        rows = torch.nonzero(self.presence[index]).flatten()
-        present = adapter(self.features(name, rows))
-        return present.new_zeros(self.n_rows, present.shape[1]).index_copy_(0, rows, present)
-
-    def _counted(self, present: Tensor, rows: Tensor) -> Tensor:
-        if self.missing_modality == "masked":
-            return present
-        return (rows >= FIRST_ITEM_ROW).expand(present.shape)  # published: the bias of a missing modality counts
+    def unit(self, x: Tensor) -> Tensor:
+        """Scale the last axis to unit length."""
+        return F.normalize(x, dim=-1)
 
 
 def _drop_one_modality(mask: Tensor, probability: float) -> Tensor:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from missrec_t4r.model.attention import DecoderLayer, EncoderLayer, MultiHeadAttention
+from missrec_t4r.model.fast import use_shortcuts
+from missrec_t4r.model.fast.contextual_encoder import FastContextualEncoder
 from missrec_t4r.model.item_encoder import ItemEmbeddings
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW
@@ -124,7 +126,9 @@ class FusedEncoder:
         self._positions = decoder.positions.weight.detach().clone()
         self._assignment = interests.assignment.T.cpu().numpy().copy()
         self._centroids = interests.centroids.detach().clone()
-        self._projections = model.encoder.project(interests.centroids).detach()
+        self._projections = (
+            cast(FastContextualEncoder, use_shortcuts(model.encoder)).project(interests.centroids).detach()
+        )
         self._encoder = [_encoder_layer(cast(EncoderLayer, layer)) for layer in model.encoder.layers]
         self._encoder_norm, self._norm_input, self._norm = map(
             _norm, (model.encoder.norm, decoder.norm_input, decoder.norm)

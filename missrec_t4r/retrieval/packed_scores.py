@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.io.tensor_file import StoredRows
+from missrec_t4r.model.fast.fusion import mean_embeddings
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.item_encoder import CandidateEmbeddings
 
@@ -149,7 +150,7 @@ def pack_items(fusion: CandidateFusion, candidates: CandidateEmbeddings, rows: T
     phi = phi.expand(candidates.mask.shape[1]).clone()
     has_id = candidates.id_mask if candidates.id_mask is not None else torch.zeros_like(candidates.mask[0])
     if fusion.phi is None:
-        return _packed(fusion.static_table(candidates)[None], (candidates.mask.any(0) | has_id)[None], phi)
+        return _packed(mean_embeddings(candidates)[None], (candidates.mask.any(0) | has_id)[None], phi)
     tokens, mask = candidates.modality, candidates.mask
     if candidates.ids is not None:
         with_ids = (candidates.ids + 2 * tokens) / 3

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from missrec_t4r.model.contextual_encoder import ContextualEncoder
+from missrec_t4r.model.fast import use_shortcuts
+from missrec_t4r.model.fast.contextual_encoder import FastContextualEncoder
 from missrec_t4r.model.item_encoder import ItemEmbeddings
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
@@ -40,9 +44,10 @@ class SessionEncoder(nn.Module):
     def __init__(self, model: MISSRec, tokens: ItemEmbeddings | None) -> None:
         super().__init__()
         self.model = model
-        known = model.event_features is None and len(model.encoder.layers) > 0
-        known &= 3 * model.interests.centroids.numel() <= _PROJECTIONS_IN_MEMORY
-        self.projections = model.encoder.project(model.interests.centroids).detach() if known else None
+        self.projections: Tensor | None = None
+        fits = 3 * model.interests.centroids.numel() <= _PROJECTIONS_IN_MEMORY
+        if fits and model.event_features is None and len(model.encoder.layers):
+            self.projections = _fast(model.encoder).project(model.interests.centroids).detach()
         self.tokens = None if tokens is None else _constant(tokens)
 
     def forward(self, session: Tensor) -> Tensor:
@@ -59,7 +64,7 @@ class SessionEncoder(nn.Module):
         model = self.model
         items = model.item_encoder(session) if self.tokens is None else self.tokens.take(session)
         interests = model.interests(session)
-        memory = model.encoder(interests._replace(projections=projections))
+        memory = _fast(model.encoder)(interests, projections)
         hidden = model.decoder(items, session > UNKNOWN_ROW, memory, interests, last_only=True)
         return F.normalize(hidden.squeeze(1), dim=-1)
 
@@ -88,6 +93,11 @@ def recorded(encoder: SessionEncoder) -> Encode:
             return vectors
 
     return replay
+
+
+def _fast(encoder: ContextualEncoder) -> FastContextualEncoder:
+    """Return the encoder with its shortcut; a plain one is turned into it."""
+    return cast(FastContextualEncoder, use_shortcuts(encoder))
 
 
 def _constant(tokens: ItemEmbeddings) -> ItemEmbeddings:

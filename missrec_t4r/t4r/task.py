@@ -21,7 +21,8 @@ from transformers4rec.torch.ranking_metric import RankingMetric
 from missrec_t4r.config import CandidateFusionName, MISSRecConfig, Orthogonality
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.model.event_features import EventFeatures
-from missrec_t4r.model.losses import next_item_loss, orthogonality_loss
+from missrec_t4r.model.fast.cross_entropy import next_item_loss
+from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.retrieval.topk import top_items

@@ -22,8 +22,8 @@ from missrec_t4r.training.precision import autocast, matmul_dtype, to_fp32
 _LARGEST_TABLE = 1 << 26
 """Scores [position, catalogue] up to which ``softmax: auto`` keeps them all: 256 MiB, of which a step holds several."""
 
-_EMPTY_PLACES = 2
-"""Empty places of every set of interests that are encoded for the ``faithful`` regulariser."""
+_EMPTY_SLOTS = 2
+"""Empty slots of every set of interests that are encoded for the ``faithful`` regulariser."""
 _RANDOM_BATCHES = 4
 """Random batches whose largest sets of interests are averaged."""
 
@@ -44,7 +44,7 @@ def training_loss(
     *,
     totals: Totals | None = None,
     softmax: Softmax | None = None,
-    places: int | None = None,
+    n_slots: int | None = None,
 ) -> Tensor:
     """Return the fine-tuning objective: softmax cross-entropy over the catalogue plus the weighted regulariser.
 
@@ -63,8 +63,8 @@ def training_loss(
         regulariser is a sum already.
     softmax : Softmax, optional
         Over the full table by default.
-    places : int, optional
-        To which the ``faithful`` regulariser shall pad the sets of interests (`places_of_random_batches`).
+    n_slots : int, optional
+        To which the ``faithful`` regulariser pads the sets of interests (`slots_of_random_batches`).
     """
     softmax = FullSoftmax(matmul_dtype(train.precision, batch.item_ids.device)) if softmax is None else softmax
     all_positions = batch.targets.ndim == 3
@@ -75,7 +75,7 @@ def training_loss(
             items=tokens.items,
             last_only=not all_positions,
             event_features=batch.event_features,
-            empty_slots=0 if places is None else _EMPTY_PLACES,
+            empty_slots=0 if n_slots is None else _EMPTY_SLOTS,
         )
     tokens = tokens._replace(pool=tokens.pool._replace(modality=to_fp32(tokens.pool.modality)))
     vectors, history, targets = to_fp32(encoded.vectors), batch.item_ids, batch.targets
@@ -89,9 +89,9 @@ def training_loss(
     counts, sessions = (None, None) if totals is None else totals
     loss = softmax.loss(model, tokens, Questions(vectors, history, targets, weights, counts))
     memory, mask = to_fp32(encoded.memory), encoded.interests.mask
-    if places is not None:
-        places = max(places, mask.shape[1] - _EMPTY_PLACES)
-    regulariser = orthogonality_loss(memory, mask, model.config.orthogonality, sessions=sessions, places=places)
+    if n_slots is not None:
+        n_slots = max(n_slots, mask.shape[1] - _EMPTY_SLOTS)
+    regulariser = orthogonality_loss(memory, mask, model.config.orthogonality, sessions=sessions, n_slots=n_slots)
     return loss + model.config.orthogonality_weight * regulariser
 
 
@@ -103,11 +103,11 @@ def batch_totals(model: MISSRec, batch: TrainingBatch) -> Totals:
     return Totals(real.flatten(0, -2).sum(0), (lowest < interest.amax(1)).sum())
 
 
-def places_of_random_batches(model: MISSRec, sessions: Sessions, train: TrainConfig, epoch: int) -> int | None:
-    """Return to how many places the ``faithful`` regulariser pads where batches are of similar length, None otherwise.
+def slots_of_random_batches(model: MISSRec, sessions: Sessions, train: TrainConfig, epoch: int) -> int | None:
+    """Return to how many slots the ``faithful`` regulariser pads where batches are of similar length, None otherwise.
 
     The published batches are of random prefixes, and every set of interests is padded to the largest of its batch:
-    about the same number of places for all sessions. Batches of similar length would make it another regulariser.
+    about the same number of slots for all sessions. Batches of similar length would make it another regulariser.
 
     Parameters
     ----------

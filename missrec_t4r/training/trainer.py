@@ -45,7 +45,7 @@ from missrec_t4r.training.loss.full import FullSoftmax, Softmax
 from missrec_t4r.training.loss.sampled import SampledSoftmax
 from missrec_t4r.training.optim import AveragedWeights, Optimiser, learning_rate
 from missrec_t4r.training.precision import check_precision, compile_blocks, resolve_precision, translate_compile_errors
-from missrec_t4r.training.step import Totals, batch_totals, choose_softmax, places_of_random_batches, training_loss
+from missrec_t4r.training.step import Totals, batch_totals, choose_softmax, slots_of_random_batches, training_loss
 from missrec_t4r.training.warm_start.id_init import ids_from_content
 
 Prepare = Callable[[MISSRec, Catalogue], dict[str, Any]]
@@ -106,7 +106,7 @@ class Trainer:
         if self.world.rank:
             torch.manual_seed(settings.seed + self.world.rank)  # from here on every process draws its own dropout
         self.softmax = self._softmax()
-        self.places: int | None = None
+        self.n_slots: int | None = None
         self.optimizer = Optimiser(self.model, settings, self._sparse_weights(), self.device)
         self.average = AveragedWeights(self.model, settings.ema_decay)
         self.best: dict[str, Tensor] = {}
@@ -193,7 +193,7 @@ class Trainer:
         if not status["done"]:
             self.refresh_interests(epoch)
             distributed.broadcast_([self.model.interests.centroids, self.model.interests.assignment])
-        self.places = places_of_random_batches(self.model, self.sessions, self.recipe.train, epoch)
+        self.n_slots = slots_of_random_batches(self.model, self.sessions, self.recipe.train, epoch)
         plan = self._plan()
         self.model.train()
         batches = iterate(self.sessions, plan[status["done"] :], self.recipe.model, self.recipe.train)
@@ -257,7 +257,7 @@ class Trainer:
         The losses of all parts, in all processes, add up to that of the whole batch, for which ``totals`` are needed.
         """
         return training_loss(
-            self.model, batch, self.recipe.train, totals=totals, softmax=self.softmax, places=self.places
+            self.model, batch, self.recipe.train, totals=totals, softmax=self.softmax, n_slots=self.n_slots
         )
 
     def _step(self, batch: TrainingBatch, share: float) -> Tensor:

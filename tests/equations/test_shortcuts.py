@@ -5,13 +5,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from missrec_t4r.model import losses
 from missrec_t4r.model.attention import MultiHeadAttention
-from missrec_t4r.model.contextual_encoder import ContextualEncoder
-from missrec_t4r.model.fusion import CandidateFusion
+from missrec_t4r.model.build import build_network
+from missrec_t4r.model.fast import SHORTCUTS, cross_entropy, use_shortcuts
+from missrec_t4r.model.fast.attention import FastAttention
+from missrec_t4r.model.fast.contextual_encoder import FastContextualEncoder
+from missrec_t4r.model.fast.dropout import FastDropout, dropout
+from missrec_t4r.model.fast.fusion import FastCandidateFusion
+from missrec_t4r.model.fast.normalize import unit
 from missrec_t4r.model.interests import InterestVocabulary
 from missrec_t4r.model.item_encoder import CandidateEmbeddings
-from missrec_t4r.model.ops.dropout import Dropout, dropout
-from missrec_t4r.model.ops.normalize import unit
 from tests.equations import reference as ref
 from tests.equations import small_shop as shop
 from tests.equations import translate
@@ -39,7 +43,7 @@ def plain_attention(module: MultiHeadAttention, queries: Tensor, keys: Tensor, m
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("n_queries", "n_keys"), [(1, 1), (1, 7), (2, 30), (3, 4), (6, 3)])
 def test_attention_by_either_way(n_queries: int, n_keys: int, training: bool) -> None:
-    module = randomised(MultiHeadAttention(DIM, HEADS, 1e-9)).train(training)  # a dropout that drops nothing
+    module = randomised(FastAttention(DIM, HEADS, 1e-9)).train(training)  # a dropout that drops nothing
     assert isinstance(module, MultiHeadAttention)
     mask = torch.rand(3, n_queries, n_keys) < 0.6
     mask[0, 0] = False
@@ -60,7 +64,7 @@ def test_attention_by_either_way(n_queries: int, n_keys: int, training: bool) ->
 
 
 def test_both_ways_of_attention_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, taken = randomised(MultiHeadAttention(DIM, HEADS, 0.0)), []
+    module, taken = randomised(FastAttention(DIM, HEADS, 0.0)), []
     monkeypatch.setattr(module, "_few_queries", lambda *_: taken.append("few"))
     monkeypatch.setattr(module, "attend", lambda *_: taken.append("many"))
     for n_queries in (1, 6):
@@ -69,15 +73,15 @@ def test_both_ways_of_attention_are_taken(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_centroids_projected_once_are_those_projected_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("missrec_t4r.model.contextual_encoder._MANY", 1)
+    monkeypatch.setattr("missrec_t4r.model.fast.contextual_encoder.MANY", 1)
     vocabulary = InterestVocabulary(n_interests=4, n_modalities=2, n_rows=9, d_model=DIM).double()
     vocabulary.assignment[:, 3:] = torch.randint(1, 5, (2, 6), generator=torch.Generator().manual_seed(1))
     vocabulary.centroids[1:] = torch.randn(4, DIM, dtype=torch.float64)
-    encoder = randomised(ContextualEncoder(2, DIM, HEADS, 12, 0.0, 1e-12))
+    encoder = use_shortcuts(randomised(FastContextualEncoder(2, DIM, HEADS, 12, 0.0, 1e-12)))
     interests = vocabulary(torch.tensor([[3, 4, 5], [6, 7, 0], [8, 0, 0], [3, 8, 7]]))
-    assert interests.rows is not None
-    assert interests.rows.numel() > len(interests.rows.unique()), "no interest is named twice"
-    found, expected = encoder(interests), encoder(interests._replace(rows=None))
+    assert interests.ids is not None
+    assert interests.ids.numel() > len(interests.ids.unique()), "no interest is named twice"
+    found, expected = encoder(interests), encoder(interests._replace(ids=None))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     weights = list(encoder.parameters())
     for left, right in zip(
@@ -100,7 +104,7 @@ def test_two_modalities_by_the_difference_of_their_votes(name: str, n_single: in
     tokens = torch.from_numpy(modality).requires_grad_()
     session = F.normalize(torch.randn(5, DIM, dtype=torch.float64), dim=-1).requires_grad_()
     candidates = CandidateEmbeddings(tokens, mask, ids.requires_grad_(), torch.arange(n) % 3 > 0)
-    fusion = CandidateFusion(name, n).double()  # type: ignore[arg-type]
+    fusion = FastCandidateFusion(name, n).double()  # type: ignore[arg-type]
     assert fusion.phi is not None
     fusion.phi.data = torch.linspace(-5, 5, len(fusion.phi), dtype=torch.float64)
     votes = torch.einsum("bd,mnd->mbn", session, tokens)
@@ -145,7 +149,7 @@ def test_dropout_drops_its_share_independently_and_keeps_the_mean(probability: f
 
 
 def test_dropout_is_drawn_from_torchs_seed_and_rests_in_evaluation() -> None:
-    layer, x = Dropout(0.3), torch.ones(7, 9)
+    layer, x = FastDropout(0.3), torch.ones(7, 9)
     draws = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -159,7 +163,42 @@ def test_items_that_sessions_share_are_computed_once(monkeypatch: pytest.MonkeyP
     item_encoder, rows = shop.model(shop.default()).item_encoder, shop.batch(padding=2)
     with torch.no_grad():
         expected = item_encoder(rows)
-        monkeypatch.setattr("missrec_t4r.model.item_encoder._MANY", 1)
+        monkeypatch.setattr("missrec_t4r.model.fast.item_encoder.MANY", 1)
         found = item_encoder(rows)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+WHOLE = {
+    "default": shop.default(dropout=0.0),
+    "paper": shop.paper(dropout=0.0),
+    "contextual": shop.paper(dropout=0.0, sequence_fusion="contextual", candidate_fusion="dynamic_instance"),
+    "layers": shop.default(dropout=0.0, n_encoder_layers=2, n_decoder_layers=2, item_ids=False),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("many", [1, 10_000])
+def test_a_model_with_shortcuts_is_the_plain_model(name: str, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("missrec_t4r.model.fast.contextual_encoder.MANY", many)
+    monkeypatch.setattr("missrec_t4r.model.fast.item_encoder.MANY", many)
+    fast = shop.model(WHOLE[name])
+    plain = build_network(WHOLE[name], shop.catalogue(), shortcuts=False).double()
+    plain.load_state_dict({name: weight for name, weight in fast.state_dict().items() if not name.startswith("terms.")})
+    switched = [module for module in fast.modules() if type(module) in SHORTCUTS.values()]
+    assert {type(module) for module in switched} == set(SHORTCUTS.values())
+    assert not [module for module in plain.modules() if type(module) in SHORTCUTS.values()]
+    item_ids, targets = shop.batch(padding=2), shop.targets()
+    results = []
+    for model, loss in ((fast, cross_entropy.next_item_loss), (plain, losses.next_item_loss)):
+        model.terms.clear()
+        for training in (False, True):
+            encoded = model.train(training).encode(item_ids, last_only=True)
+            scores = model.score(encoded.vectors, model.candidates(), item_ids)
+            results.append([encoded.vectors, encoded.memory * encoded.interests.mask.unsqueeze(-1), scores])
+        weights = {name: weight for name, weight in model.named_parameters() if ".key.bias" not in name}
+        gradients = torch.autograd.grad(loss(scores / 0.07, targets), list(weights.values()), allow_unused=True)
+        results[-1] += [weight if weight is not None else torch.zeros(()) for weight in gradients]
+    for found, expected in ((results[0], results[2]), (results[1], results[3])):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

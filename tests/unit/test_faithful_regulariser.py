@@ -11,7 +11,7 @@ from missrec_t4r.config import TrainConfig
 from missrec_t4r.data.batching import TrainingBatch
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.losses import orthogonality_loss
-from missrec_t4r.training.step import places_of_random_batches, training_loss
+from missrec_t4r.training.step import slots_of_random_batches, training_loss
 from tests.equations import small_shop as shop
 
 DIM, PLACES = 6, 9
@@ -64,7 +64,7 @@ def step(sessions: list[list[str]], places: int | None) -> tuple[float, dict[str
     net = shop.model(shop.paper(dropout=0.0, orthogonality_weight=1e4)).train()
     net.discover_interests(seed=0)
     batch = TrainingBatch(shop.batch(sessions), shop.targets()[: len(sessions), None])
-    loss = training_loss(net, batch, TrainConfig(), places=places)
+    loss = training_loss(net, batch, TrainConfig(), n_slots=places)
     loss.backward()
     return loss.item(), {name: weight.grad for name, weight in net.named_parameters() if weight.grad is not None}
 
@@ -81,7 +81,7 @@ def test_short_sessions_alone_are_regularised_as_beside_a_long_one() -> None:
     own = net.interests(shop.batch(short))
     alone = orthogonality_loss(net.encoder(own), own.mask, "faithful").item()
     asked = net.interests(shop.batch(short), 2)
-    found = orthogonality_loss(net.encoder(asked), asked.mask, "faithful", places=places).item()
+    found = orthogonality_loss(net.encoder(asked), asked.mask, "faithful", n_slots=places).item()
     assert found == pytest.approx(wanted, rel=1e-5)
     assert alone != pytest.approx(wanted, rel=0.03)
 
@@ -97,7 +97,7 @@ def test_the_places_are_those_of_random_batches() -> None:
     net = shop.model(shop.paper())
     net.discover_interests(seed=0)
     sessions = Sessions.from_lists([shop.rows(session) for session in shop.SESSIONS])
-    found = places_of_random_batches(net, sessions, TrainConfig(batch_size=100), epoch=0)
+    found = slots_of_random_batches(net, sessions, TrainConfig(batch_size=100), epoch=0)
     assert found == net.interests(shop.batch([session[:-1] for session in shop.SESSIONS])).mask.shape[1]
-    assert places_of_random_batches(net, sessions, TrainConfig(group_by_length=False), epoch=0) is None
-    assert places_of_random_batches(shop.model(shop.default()), sessions, TrainConfig(), epoch=0) is None
+    assert slots_of_random_batches(net, sessions, TrainConfig(group_by_length=False), epoch=0) is None
+    assert slots_of_random_batches(shop.model(shop.default()), sessions, TrainConfig(), epoch=0) is None

@@ -171,7 +171,7 @@ def test_half_precision_changes_the_loss_little_and_the_weights_not() -> None:
 
 def test_large_tables_keep_their_place_and_are_scaled_where_rows_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     small = shop.model(shop.default())
-    monkeypatch.setattr("missrec_t4r.model.item_encoder._LARGE", 1)
+    monkeypatch.setattr("missrec_t4r.model.build.LARGE", 1)
     catalogue = shop.catalogue()
     torch.manual_seed(0)
     large = build_missrec(shop.default(), catalogue)

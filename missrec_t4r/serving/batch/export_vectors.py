@@ -30,6 +30,7 @@ from missrec_t4r.bundle.manifest import WEIGHTS_FILE, verify_bundle
 from missrec_t4r.data.event_features import EventArrays, compact_event_features
 from missrec_t4r.errors import BundleError
 from missrec_t4r.io.atomic import atomic_write_dir
+from missrec_t4r.model.fast.fusion import mean_embeddings
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.ranking.hybrid import terms_of
@@ -126,7 +127,7 @@ def _write_items(folder: Path, loaded: LoadedBundle) -> dict[str, Any]:
     model, catalogue = loaded.model, loaded.catalogue
     candidates = model.candidates()
     items = slice(FIRST_ITEM_ROW, catalogue.n_rows)
-    np.save(folder / "items.npy", model.fusion.static_table(candidates)[items].numpy())
+    np.save(folder / "items.npy", mean_embeddings(candidates)[items].numpy())
     names = list(catalogue.modalities)
     for name, embeddings, present in zip(names, candidates.modality, candidates.mask, strict=True):
         np.save(folder / f"modality-{name}.npy", (embeddings * present[:, None])[items].numpy())

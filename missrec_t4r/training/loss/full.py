@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from missrec_t4r.model.fast.cross_entropy import next_item_loss
 from missrec_t4r.model.item_encoder import ItemEmbeddings, ItemMasks
-from missrec_t4r.model.losses import next_item_loss
 from missrec_t4r.model.missrec import MISSRec
 
 

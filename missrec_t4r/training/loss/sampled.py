@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from missrec_t4r.model.losses import next_item_loss
+from missrec_t4r.model.fast.cross_entropy import next_item_loss
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.terms.history import first_occurrences
 from missrec_t4r.training.loss.full import Questions, StepEmbeddings, candidate_rows, row_embeddings, score_rows

@@ -1,7 +1,7 @@
-"""Dropout whose random numbers cost little: on a CPU torch draws them one at a time, which costs more than the layer.
+"""Dropout with cheap random numbers: on a CPU torch draws them one at a time, which takes longer than the layer.
 
-Four decisions come out of one 64-bit draw, sixteen bits each: probabilities are multiples of 1/65536, and the scale is
-that of the probability in use. Other devices and compiled graphs use torch's own.
+One 64-bit draw makes four decisions of sixteen bits: probabilities are multiples of 1/65536, and the scale is that of
+the probability in use. Other devices and compiled graphs use torch's own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def dropout(x: Tensor, probability: float) -> Tensor:
     return x * kept.to(x.dtype).mul_(_LEVELS / (_LEVELS - dropped))
 
 
-class Dropout(nn.Dropout):
+class FastDropout(nn.Dropout):
     """`dropout` in training mode."""
 
     def forward(self, x: Tensor) -> Tensor:

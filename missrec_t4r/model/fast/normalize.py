@@ -1,4 +1,4 @@
-"""Unit length for tables as large as the catalogue: the gradient is written out, in half of autograd's passes."""
+"""Scaling to unit length with a gradient that is written out, in half of autograd's passes over a large table."""
 
 from __future__ import annotations
 

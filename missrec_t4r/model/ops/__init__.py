@@ -1,1 +1,0 @@
-"""Drop-in replacements for torch functions where a CPU profits."""

@@ -1,0 +1,149 @@
+"""What the authors' release (gimpong/MM23-MISSRec) does differently: one part per deviation, chosen by the builder.
+
+==========================  ==============================================  =======================================
+setting                     part                                            instead of
+==========================  ==============================================  =======================================
+missing_modality            `ZeroRows`                                      `item_encoder.MaskedRows`
+padding_candidate           `PaddingCandidate`                              padding is no class of the softmax
+single_modality             `SummedCandidates`                              modality and ID are scored apart
+contextual_readout          `FirstModality`                                 `decoder.MeanOverModalities`
+orthogonality               `PaddedInterests`, `faithful_orthogonality`     `interests.LargestSet`, squared cosines
+initialisation              `release_initialisation`                        normal(0, 0.02), biases 0
+==========================  ==============================================  =======================================
+
+Two more need no part: vectors that enter the adapters as they come (``feature_scaling: none``) and IDs that were never
+trained (``mask_untrained_ids: false``). docs/equations.md says what each is worth.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from missrec_t4r.model.attention import MultiHeadAttention
+from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW
+
+if TYPE_CHECKING:  # the parts below are handed to these modules
+    from missrec_t4r.model.item_encoder import ItemEmbeddings
+    from missrec_t4r.model.missrec import MISSRec
+
+
+class ZeroRows:
+    """A missing modality is a vector of zeros (E2): its embedding is the adapter's bias, and it counts."""
+
+    masks = False
+
+    def counted(self, present: Tensor, rows: Tensor) -> Tensor:
+        """Return [modality, ...], True for every modality of every item ``rows`` [...]."""
+        return (rows >= FIRST_ITEM_ROW).expand(present.shape)
+
+
+class PaddingCandidate:
+    """In training the padding row, its embeddings the adapters' biases, is one more class of the softmax (E13)."""
+
+    def __call__(self, items: ItemEmbeddings, rows: Tensor, *, training: bool) -> ItemEmbeddings:
+        """Return the embeddings with the padding row among those that count."""
+        if not training:
+            return items
+        padding = rows == PADDING_ROW
+        return items._replace(
+            mask=items.mask | padding, id_mask=None if items.id_mask is None else items.id_mask | padding
+        )
+
+
+class SummedCandidates:
+    """With one modality, a candidate is the sum of its modality embedding and its ID embedding (E11)."""
+
+    def __call__(self, items: ItemEmbeddings, rows: Tensor, *, training: bool) -> ItemEmbeddings:  # noqa: ARG002
+        """Return the sums in place of the modality, and no ID."""
+        if items.ids is None or items.id_mask is None or len(items.modality) > 1:
+            return items
+        total = items.modality * items.mask.unsqueeze(-1) + items.ids * items.id_mask.unsqueeze(-1)
+        return items._replace(modality=total, mask=items.mask | items.id_mask, ids=None, id_mask=None)
+
+
+class FirstModality:
+    """Under ``contextual`` fusion the output of an item's first modality represents the session (E10)."""
+
+    def __call__(self, hidden: Tensor, mask: Tensor, n_modalities: int) -> Tensor:  # noqa: ARG002
+        """Return [batch, seq, dim] out of [batch, modality * seq, dim]."""
+        return hidden[:, : hidden.shape[1] // n_modalities]
+
+
+class PaddedInterests:
+    """The padding of a session is one more, empty interest, which nobody attends to; the regulariser counts it (E14).
+
+    Parameters
+    ----------
+    max_sequence_length : int
+        To which the release pads all sessions.
+    """
+
+    spare = 1
+    """Slots beyond one per item and modality."""
+
+    def __init__(self, max_sequence_length: int) -> None:
+        self.max_sequence_length = max_sequence_length
+
+    def __call__(self, count: Tensor, item_ids: Tensor) -> Tensor:
+        """Return the slots that each session takes, [batch], for ``count`` [batch] distinct interests."""
+        return count + ((item_ids > PADDING_ROW).sum(1) < self.max_sequence_length)
+
+
+def faithful_orthogonality(memory: Tensor, mask: Tensor, n_slots: int | None = None) -> Tensor:
+    """Return the published regulariser of the contextual encoder's output (E14).
+
+        r = sum over batch and dim of u u / dim,    u = share of slots that are real * sum of the memory over all slots
+
+    It is not zero for orthogonal interests, and depends on padding and on batch size, alone among our losses.
+
+    Parameters
+    ----------
+    memory : Tensor [batch, interest, dim]
+        Empty slots included.
+    mask : Tensor [batch, interest], bool
+    n_slots : int, optional
+        As if every session had so many slots; every session must have two empty ones or more. Empty slots of a session
+        differ by their dropout alone, so the sum over those that were not encoded is replaced by its expectation from
+        those that were: without dropout the value is that of the padded sets, with dropout its mean is (ours: the
+        padding would cost more than all else that is encoded).
+    """
+    weight = mask.unsqueeze(-1).to(memory.dtype)
+    square = memory.sum(1).square() if n_slots is None else _expected_square(memory, weight, n_slots)  # [batch, dim]
+    share = weight.sum(1) / (mask.shape[1] if n_slots is None else n_slots)  # [batch, 1]
+    return (share.square() * square).sum() / memory.shape[-1]
+
+
+@torch.no_grad()
+def release_initialisation(model: MISSRec) -> None:
+    """Draw anew what the authors' initialisation does not reach: query, key and value projections, and the adapters."""
+    for module in model.modules():
+        if isinstance(module, MultiHeadAttention):
+            bound = math.sqrt(6 / (4 * module.query.in_features))  # Xavier of the three projections as one matrix
+            for projection in (module.query, module.key, module.value):
+                nn.init.uniform_(projection.weight, -bound, bound)
+    reset_adapters(model)
+
+
+def reset_adapters(model: MISSRec) -> None:
+    """Give the adapters torch's initialisation.
+
+    `ZeroRows` needs it: the embedding of a missing modality is the adapter's bias, and a bias of zero has no direction
+    (normalising it sends gradients of 1e12).
+    """
+    for name in model.item_encoder.names:
+        cast(nn.Linear, model.item_encoder.adapters[name]).reset_parameters()
+
+
+def _expected_square(memory: Tensor, weight: Tensor, n_slots: int) -> Tensor:
+    """Return the expected square [batch, dim] of a session's sum over its interests and all its empty slots."""
+    real = weight.sum(1)  # [batch, 1]
+    here, missing = memory.shape[1] - real, n_slots - real
+    inside, empty = (memory * weight).sum(1), memory * (1 - weight)
+    total, squares = empty.sum(1), empty.square().sum(1)
+    between = (total.square() - squares) / (here * (here - 1))
+    square = inside.square() + 2 * missing * inside * total / here
+    return square + missing * squares / here + missing * (missing - 1) * between

@@ -1,4 +1,4 @@
-"""What a model has to beat: popularity, sequential item-kNN and content-kNN, the latter two tuned on validation.
+"""Baselines: popularity, sequential item-kNN and content-kNN, the latter two tuned on validation.
 
     popularity    score(j)    = n_j, the training interactions with item j
     item-kNN      score(s, j) = sum over i in s of decay^age(i) * C_ji / ((n_i + 5) (n_j + 5))^power
@@ -6,7 +6,7 @@
                   q_m(s)      = sum over i in s of decay^age(i) * x_mi
 
 C_ji counts the training sessions (one per user) that hold both items, or how often j followed i within a few events;
-n_i those that hold i; C_ii = 0, because an item does not call for itself (with a diagonal, NDCG@10 of seen-kept falls
+n_i those that hold i; C_ii = 0, because an item is no evidence for itself (with a diagonal, NDCG@10 of seen-kept falls
 from .096 to .058 on the Amazon Scientific subset). x_mi is the modality vector, centred and of unit length. age is 0
 for the last item. All statistics come from the train split, for the test split too, as a model's weights do; that
 gives the known floors. Counting the validation items as well would be legitimate for the test split, and stronger.
@@ -37,7 +37,7 @@ DENSE_BYTES: Final = 512 * 2**20
 
 @dataclass(frozen=True)
 class Popularity:
-    """The same list for everybody: what occurs most in the training split."""
+    """The same list for every session: the items by their number of training events."""
 
     counts: Tensor
     """[row], float32."""
@@ -75,7 +75,7 @@ class CoOccurrence:
         ----------
         follow_within : int
             0: sessions that hold both items, each counted once, in any order and at any distance. Else: how often j
-            comes after i, by at most so many events; better for long sessions, where everything meets everything.
+            comes after i, by at most so many events; better for long sessions, in which all items co-occur.
 
         Examples
         --------
@@ -134,7 +134,7 @@ class ItemKNN:
 
 @dataclass(frozen=True)
 class ContentKNN:
-    """Items that look or read like the history; needs no interaction of the candidate, so it can rank cold items.
+    """Items whose content is similar to the history's; needs no event of the candidate, so that it ranks cold items.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A MISSRec model as a `Scorer`: the catalogue's tokens once, then one batch of sessions at a time."""
+"""A MISSRec model as a `Scorer`: the catalogue's embeddings once, then one batch of sessions at a time."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from missrec_t4r.model.missrec import MISSRec
 class ModelScorer:
     """Score the catalogue with a model's current weights, in evaluation mode and without gradients.
 
-    Make a new one after every training step that should be seen: the catalogue's tokens are computed here, once. The
-    model is left in the mode in which it came.
+    The catalogue's embeddings are computed here, once: make a new scorer after every training step. The model keeps its
+    mode (training or evaluation).
 
     Parameters
     ----------
     model : MISSRec
         On any device; scores are returned on it.
     fallback : Scorer
-        Answers sessions without a known item, as serving does with its popularity list.
+        Scores the sessions without a known item, as serving does with its popularity list.
     """
 
     def __init__(self, model: MISSRec, fallback: Scorer) -> None:
@@ -36,7 +36,7 @@ class ModelScorer:
 
     @classmethod
     def with_popularity(cls, model: MISSRec, catalogue: Catalogue) -> ModelScorer:
-        """Take the fallback of serving, the items by their training count."""
+        """Use the fallback of serving, the items by their training count."""
         from missrec_t4r.ranking.baselines import Popularity
 
         return cls(model, Popularity.fit(catalogue))

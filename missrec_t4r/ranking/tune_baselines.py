@@ -1,7 +1,7 @@
-"""Choose a baseline's settings on the validation split, for each protocol by its own NDCG@10.
+"""Tune a baseline's settings on the validation split, for each protocol by its own NDCG@10.
 
-A baseline that nobody tuned flatters every model; so each grid holds the settings that are best on the data sets we
-know (docstring of `baselines`), and the report names the winner and its validation NDCG@10.
+Comparison with an untuned baseline overstates a model; so each grid holds the settings that are best on the data sets
+that we have measured (docs/experiments.md), and the report has the chosen settings and their validation NDCG@10.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ FOLLOW_WITHIN: Final = (0, 5)
 
 @dataclass(frozen=True)
 class Tuned:
-    """The winner for one protocol."""
+    """The chosen settings for one protocol."""
 
     scorer: Scorer
     settings: Mapping[str, Any]
     criterion: float
-    """Validation NDCG@10 of the winner; optimistic, since it was chosen by it."""
+    """Validation NDCG@10 of the chosen settings; optimistic, since they were chosen by it."""
 
     def describe(self) -> dict[str, Any]:
         """Return plain values for the report."""

@@ -1,10 +1,11 @@
-"""After the priors: what items without events borrow, and their level, chosen on trained items that are treated as new.
+"""Tune the cold-start term on validation, with a tenth of the warm items as pseudo-cold items (E20).
 
-A tenth of the trained items is hidden: out of the histories, without own counts, and with the mean fused score of their
-look-alikes in place of their own, since the model learned them as targets. The level gives them the share of the first
-ten places that they have among the targets; of the weights that find hidden targets about as often as the best, those
-are taken that cost the other targets least. Where there are real newcomers, the level is then set anew on them: they
-take the share of the places that as many trained items would be worth, and not what the stand-in scores make of it.
+The pseudo-cold items are hidden: out of the histories, without counts, and with the mean network score of their most
+similar items in place of their own, since the network learned them as targets. For every point of the grid the bias
+gives them the share of the top-10 exposure that they have among the targets; of the points that find hidden targets
+about as often as the best, the one is taken that costs the other targets least. Where there are real cold items, the
+bias is then calibrated on them: they take the share of the exposure that as many warm items deserve, and not what the
+stand-in scores of the pseudo-cold ones happen to give.
 """
 
 from __future__ import annotations
@@ -31,45 +32,46 @@ from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
 from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
 
 Choice = tuple[float, ...]
-"""Modalities by which look-alikes are found: 1 or 0 for each."""
+"""Modalities by which similar items are found: 1 or 0 for each."""
 
 _SHARE = 0.1
 _MOST_HIDDEN = 2000
 _FEWEST_TARGETS = 20
-"""Hidden targets below which nothing is chosen: newcomers stay where the model puts them."""
-_PLACES = 10
+"""Hidden targets below which nothing is tuned: the term stays off."""
+_TOP = 10
+"""Length of the lists whose exposure is shared out."""
 _DRAWS = 2
-"""How often a tenth is hidden; the points of the grid are compared by their means."""
+"""How often a tenth is drawn and hidden; the points of the grid are compared by their means."""
 _MOST_SESSIONS = 3000
 _MOST_TARGETS = 1000
 """Sessions drawn at random, and further ones whose target is hidden, which a tenth of the first would be too few of."""
 _SLACK = 0.5
-"""Standard errors of the best hidden recall within which a cheaper point is taken."""
+"""Standard errors of the best hidden recall within which a point with less cost is taken."""
 _NEIGHBOURS = (0.0, 0.5, 1.0, 2.0, 4.0)
-"""Factors of the borrowed prior on the grid; 1 is the look-alikes' mean, which lies below their best."""
-_BARS = (0.0, 0.5, 0.75, 1.0)
+"""Factors of the imputed item-kNN term on the grid; 1 is the mean of the similar items, below their best."""
+_THRESHOLDS = (0.0, 0.5, 0.75, 1.0)
 _CONTENT = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
 """Score per cosine on the grid, in units of the mean distance between a session's first and tenth score."""
 
 
 class _Parts(NamedTuple):
-    """What a point of the grid needs of the sessions: other items' best scores, and the hidden items' parts."""
+    """What a point of the grid is computed from: the best scores of other items, and the parts of the hidden items."""
 
     best: Tensor
     """[session, 10]: scores of the best other items that the session does not hold, descending."""
     target: Tensor
     """[session]: score of the target, -inf where it is hidden or seen."""
-    place: Tensor
+    hidden_target: Tensor
     """[session]: which hidden item is the target, -1 where none is."""
     drawn: Tensor
-    """[session], bool: True where the session was drawn at random, so that it counts for places and other targets."""
+    """[session], bool: True where the session was drawn at random, so that it counts for exposure and other targets."""
     own: Tensor
-    """[session, hidden]: what the hidden items score without being lent anything."""
+    """[session, hidden]: scores of the hidden items without the term."""
     neighbours: Tensor
     """[session, hidden]."""
     content: Tensor
     """[session, hidden]."""
-    bar: Tensor
+    threshold: Tensor
     """[session, 1]."""
 
 
@@ -79,73 +81,75 @@ class _Outcome(NamedTuple):
     others: float
     """NDCG@10 on the other targets."""
     exposure: float
-    """Share of the first ten places that hidden items take."""
+    """Share of the top-10 lists that hidden items take."""
 
 
 def fit_cold_start(
     model: MISSRec, catalogue: Catalogue, valid: Sessions, *, seed: int = 0, progress: Progress = quiet
 ) -> dict[str, Any]:
-    """Choose the settings of `ColdStartTerm`; the priors are in place.
+    """Tune the settings of `ColdStartTerm`; item-kNN and content-kNN term are tuned already.
 
     Parameters
     ----------
     model : MISSRec
-        With a neighbour prior that has been fitted.
+        With a fitted item-kNN term.
     valid : Sessions
         Histories with their target.
 
     Returns
     -------
     dict
-        The chosen settings and modalities; on validation the Recall@10 of hidden and the NDCG@10 of other targets, and
-        the share of the places. Empty where validation has too few targets to choose by.
+        The chosen settings (``bar`` is the threshold, ``level`` the bias) and modalities; on validation the Recall@10
+        of hidden and the NDCG@10 of other targets, and the exposure. Empty where validation has too few hidden targets.
     """
-    newcomers = terms_of(model).cold_start
-    assert newcomers is not None
-    prior, names = newcomers.item_knn, model.item_encoder.names
-    newcomers.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
-    draws = [_draw(model, prior, catalogue, valid, seed + number, progress) for number in range(_DRAWS)]
+    term = terms_of(model).cold_start
+    assert term is not None
+    names = model.item_encoder.names
+    term.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
+    draws = [_draw(model, term.item_knn, catalogue, valid, seed + number, progress) for number in range(_DRAWS)]
     choices = [choice for choice in draws[0] if all(choice in draw for draw in draws)]
-    asked = sum(int((parts.place >= 0).sum()) for draw in draws for parts in list(draw.values())[:1])
-    if asked < _FEWEST_TARGETS or not choices:
-        newcomers.refresh()
+    n_hidden_targets = sum(int((parts.hidden_target >= 0).sum()) for draw in draws for parts in list(draw.values())[:1])
+    if n_hidden_targets < _FEWEST_TARGETS or not choices:
+        term.refresh()
         return {}
-    found = [
+    tried = [
         (outcome, settings, choice)
         for choice in choices
-        for settings, outcome in _tried([draw[choice] for draw in draws], model.config.cold_start_exposure)
+        for settings, outcome in _try_grid([draw[choice] for draw in draws], model.config.cold_start_exposure)
     ]
-    best = max(outcome.hidden for outcome, *_ in found)
-    enough = best - _SLACK * math.sqrt(best * (1 - best) / asked)
+    best = max(outcome.hidden for outcome, *_ in tried)
+    enough = best - _SLACK * math.sqrt(best * (1 - best) / n_hidden_targets)
     outcome, settings, choice = max(
-        (one for one in found if one[0].hidden >= enough), key=lambda one: (one[0].others, one[0].hidden)
+        (one for one in tried if one[0].hidden >= enough), key=lambda one: (one[0].others, one[0].hidden)
     )
-    newcomers.choose(settings)
-    newcomers.modalities.copy_(torch.tensor(choice))
-    newcomers.refresh()
-    if len(newcomers.rows):
-        share = model.config.cold_start_exposure * _worth(draws, len(newcomers.rows))
-        newcomers.choose(_levelled(model, newcomers, catalogue, valid, share, seed, progress))
+    term.choose(settings)
+    term.modalities.copy_(torch.tensor(choice))
+    term.refresh()
+    if len(term.rows):
+        share = model.config.cold_start_exposure * _worth(draws, len(term.rows))
+        term.choose(_calibrated(model, term, catalogue, valid, share, seed, progress))
     chosen = [name for name, used in zip(names, choice, strict=True) if used]
     measures = {"recall@10": outcome.hidden, "others_ndcg@10": outcome.others, "exposure": outcome.exposure}
-    return {**newcomers.chosen._asdict(), "modalities": chosen, "valid": measures}
+    neighbours, content, threshold, bias = term.chosen
+    settings_by_name = {"neighbours": neighbours, "content": content, "bar": threshold, "level": bias}
+    return {**settings_by_name, "modalities": chosen, "valid": measures}
 
 
 def _draw(
-    model: MISSRec, prior: ItemKNNTerm, catalogue: Catalogue, valid: Sessions, seed: int, progress: Progress
+    model: MISSRec, item_knn: ItemKNNTerm, catalogue: Catalogue, valid: Sessions, seed: int, progress: Progress
 ) -> dict[Choice, _Parts]:
-    """Hide a tenth of the items and return, by choice of modalities, what the grid needs."""
-    hidden = _hide(model, prior, seed)
+    """Hide a tenth of the items; return, by choice of modalities, what the grid is computed from."""
+    hidden = _hide(model, item_knn, seed)
     shown, targets, drawn = _sample(valid, hidden.cpu().numpy(), seed)
-    trials = _trials(model, prior, hidden) if hidden.any() and len(shown) else []
+    trials = _trials(model, item_knn, hidden) if hidden.any() and len(shown) else []
     if not trials:
         return {}
-    measured = _measure(model, prior, trials, catalogue, shown, targets, drawn, hidden, progress)
+    measured = _measure(model, item_knn, trials, catalogue, shown, targets, drawn, hidden, progress)
     return {tuple(trial.modalities.tolist()): parts for trial, parts in zip(trials, measured, strict=True)}
 
 
 def _sample(valid: Sessions, hidden: npt.NDArray[np.bool_], seed: int) -> tuple[Sessions, Tensor, Tensor]:
-    """Return histories without the hidden items, their targets, and which of them stand for all [session]."""
+    """Return histories without the hidden items, their targets, and which sessions were drawn at random [session]."""
     histories, targets = valid.split_last()
     values = np.where(hidden[histories.values], UNKNOWN_ROW, histories.values)
     shown = Sessions(values, histories.offsets, histories.features).known()
@@ -157,9 +161,9 @@ def _sample(valid: Sessions, hidden: npt.NDArray[np.bool_], seed: int) -> tuple[
     return shown.take(chosen[by_length]), torch.from_numpy(targets[chosen[by_length]]), drawn
 
 
-def _hide(model: MISSRec, prior: ItemKNNTerm, seed: int) -> Tensor:
-    """Return [row], bool: the trained items with content that count as new."""
-    trained = (prior.frequency > 0) & model.recommendable & model.item_encoder.presence.any(0)
+def _hide(model: MISSRec, item_knn: ItemKNNTerm, seed: int) -> Tensor:
+    """Return [row], bool: the warm items with content that are hidden."""
+    trained = (item_knn.frequency > 0) & model.recommendable & model.item_encoder.presence.any(0)
     trained[:FIRST_ITEM_ROW] = False
     rows = torch.nonzero(trained).flatten().cpu().numpy()
     drawn = np.random.default_rng(seed).permutation(rows)[: min(int(_SHARE * len(rows)), _MOST_HIDDEN)]
@@ -168,15 +172,15 @@ def _hide(model: MISSRec, prior: ItemKNNTerm, seed: int) -> Tensor:
     return hidden
 
 
-def _trials(model: MISSRec, prior: ItemKNNTerm, hidden: Tensor) -> list[ColdStartTerm]:
-    """Return the look-alikes of the hidden items by all modalities, and by each that all of them have."""
+def _trials(model: MISSRec, item_knn: ItemKNNTerm, hidden: Tensor) -> list[ColdStartTerm]:
+    """Return terms with the hidden items as cold ones: by all modalities, and by each that all of them have."""
     n_modalities = len(model.item_encoder.names)
     choices = [torch.ones(n_modalities), *(torch.eye(n_modalities) if n_modalities > 1 else ())]
     trials = []
     for modalities in choices:
-        trial = ColdStartTerm(model.item_encoder, prior).to(hidden.device)
+        trial = ColdStartTerm(model.item_encoder, item_knn).to(hidden.device)
         trial.modalities.copy_(modalities)
-        trial.find(hidden, (prior.frequency > 0) & ~hidden, by_tokens=False)
+        trial.find(hidden, (item_knn.frequency > 0) & ~hidden, by_embeddings=False)
         trials += [trial] if len(trial.rows) == int(hidden.sum()) else []
     return trials
 
@@ -184,7 +188,7 @@ def _trials(model: MISSRec, prior: ItemKNNTerm, hidden: Tensor) -> list[ColdStar
 @torch.no_grad()
 def _measure(
     model: MISSRec,
-    prior: ItemKNNTerm,
+    item_knn: ItemKNNTerm,
     trials: list[ColdStartTerm],
     catalogue: Catalogue,
     shown: Sessions,
@@ -193,99 +197,101 @@ def _measure(
     hidden: Tensor,
     progress: Progress,
 ) -> list[_Parts]:
-    """Return for every trial what the grid needs; the model scores the sessions once."""
-    scorer, lookalikes = ModelScorer.with_popularity(model, catalogue), terms_of(model).content_knn
+    """Return for every trial what the grid is computed from; the model scores the sessions once."""
+    scorer, content_knn = ModelScorer.with_popularity(model, catalogue), terms_of(model).content_knn
     rows = trials[0].rows
-    place = torch.full((len(hidden),), -1).index_copy_(0, rows.cpu(), torch.arange(len(rows)))
+    index_of = torch.full((len(hidden),), -1).index_copy_(0, rows.cpu(), torch.arange(len(rows)))
     chunks: list[list[_Parts]] = [[] for _ in trials]
     step = chunk_size(len(hidden))
-    for start in progress.track(range(0, len(shown), step), "weighing newcomers"):
+    for start in progress.track(range(0, len(shown), step), "tuning the cold-start term"):
         chunk, wanted = slice_sessions(shown, start, start + step), targets[start : start + step]
         item_ids = torch.from_numpy(chunk.padded(range(len(chunk)), model.config.max_sequence_length)).to(scorer.device)
         scores = scorer(chunk)
-        similar = lookalikes(item_ids) if lookalikes is not None and lookalikes.active else torch.zeros_like(scores)
-        bought = prior(item_ids) if prior.active else torch.zeros_like(scores)
-        fused = (scores - bought - similar).masked_fill_(torch.isneginf(scores), 0.0)
+        similar = content_knn(item_ids) if content_knn is not None and content_knn.active else torch.zeros_like(scores)
+        counted = item_knn(item_ids) if item_knn.active else torch.zeros_like(scores)
+        network = (scores - counted - similar).masked_fill_(torch.isneginf(scores), 0.0)
         others = exclude_seen(scores.masked_fill(hidden, -torch.inf), chunk)
-        best, target = others.topk(_PLACES, dim=1).values, others.gather(1, wanted[:, None].to(scores.device))[:, 0]
+        best, target = others.topk(_TOP, dim=1).values, others.gather(1, wanted[:, None].to(scores.device))[:, 0]
         for trial, done in zip(trials, chunks, strict=True):
-            own = trial.lent(fused) + similar[:, rows]
+            own = trial.mean_of_similar(network) + similar[:, rows]
             part = _Parts(
                 best,
                 target,
-                place[wanted],
+                index_of[wanted],
                 drawn[start : start + step],
                 own,
-                *trial.borrowed(item_ids, bought),
+                *trial.parts(item_ids, counted),
             )
             done.append(_Parts(*(tensor.cpu() for tensor in part)))
     return [_Parts(*(torch.cat(tensors) for tensors in zip(*done, strict=True))) for done in chunks]
 
 
-def _tried(draws: list[_Parts], exposure: float) -> Iterator[tuple[ColdStartSettings, _Outcome]]:
-    """Yield every point of the grid, at the mean of the levels where hidden items take their share of the places."""
+def _try_grid(draws: list[_Parts], exposure: float) -> Iterator[tuple[ColdStartSettings, _Outcome]]:
+    """Yield every point of the grid, at the mean of the biases with which hidden items take their exposure."""
     unit = sum(float((parts.best[:, 0] - parts.best[:, -1]).nan_to_num(posinf=0.0).mean()) for parts in draws)
-    bought = any(bool(parts.neighbours.any()) for parts in draws)
-    for factor, cosine in product(_NEIGHBOURS if bought else (0.0,), _CONTENT):
+    counted = any(bool(parts.neighbours.any()) for parts in draws)
+    for factor, cosine in product(_NEIGHBOURS if counted else (0.0,), _CONTENT):
         content = cosine * unit / len(draws)
-        lent = [parts.own + factor * parts.neighbours + content * parts.content for parts in draws]
-        tops = [scores.topk(min(_PLACES, scores.shape[1]), dim=1).values for scores in lent]
-        for bar in _BARS if bought else (0.0,):
-            tried = [
-                _placed(parts, scores + bar * parts.bar, top + bar * parts.bar, exposure)
-                for parts, scores, top in zip(draws, lent, tops, strict=True)
+        imputed = [parts.own + factor * parts.neighbours + content * parts.content for parts in draws]
+        tops = [scores.topk(min(_TOP, scores.shape[1]), dim=1).values for scores in imputed]
+        for threshold in _THRESHOLDS if counted else (0.0,):
+            outcomes = [
+                _at_exposure(parts, scores + threshold * parts.threshold, top + threshold * parts.threshold, exposure)
+                for parts, scores, top in zip(draws, imputed, tops, strict=True)
             ]
-            level = sum(level for level, _ in tried) / len(tried)
-            means = (sum(values) / len(tried) for values in zip(*(outcome for _, outcome in tried), strict=True))
-            yield ColdStartSettings(factor, content, bar, level), _Outcome(*means)
+            bias = sum(bias for bias, _ in outcomes) / len(outcomes)
+            means = (sum(values) / len(outcomes) for values in zip(*(outcome for _, outcome in outcomes), strict=True))
+            yield ColdStartSettings(factor, content, threshold, bias), _Outcome(*means)
 
 
-def _placed(parts: _Parts, scores: Tensor, top: Tensor, exposure: float) -> tuple[float, _Outcome]:
-    """Return the level that gives hidden items ``exposure`` times their share of the targets, and what comes of it."""
-    share = exposure * float((parts.place[parts.drawn] >= 0).float().mean())
-    level = _level(parts.best[parts.drawn], top[parts.drawn], share)
-    return level, _outcome(parts, scores + level, top + level)
+def _at_exposure(parts: _Parts, scores: Tensor, top: Tensor, exposure: float) -> tuple[float, _Outcome]:
+    """Return the bias that gives hidden items ``exposure`` times their share of the targets, and the outcome."""
+    share = exposure * float((parts.hidden_target[parts.drawn] >= 0).float().mean())
+    bias = _bias(parts.best[parts.drawn], top[parts.drawn], share)
+    return bias, _outcome(parts, scores + bias, top + bias)
 
 
 def _worth(draws: list[dict[Choice, _Parts]], count: int) -> float:
-    """Return the share of the targets that ``count`` further items would have if asked for like hidden ones."""
+    """Return the share of the targets that ``count`` further items would have if they were as frequent."""
     parts = [next(iter(draw.values())) for draw in draws]
-    asked = sum(float((part.place[part.drawn] >= 0).float().mean()) / part.own.shape[1] for part in parts) / len(parts)
-    return count * asked / (1 + count * asked)
+    per_item = sum(
+        float((part.hidden_target[part.drawn] >= 0).float().mean()) / part.own.shape[1] for part in parts
+    ) / len(parts)
+    return count * per_item / (1 + count * per_item)
 
 
 @torch.no_grad()
-def _levelled(
+def _calibrated(
     model: MISSRec,
-    newcomers: ColdStartTerm,
+    term: ColdStartTerm,
     catalogue: Catalogue,
     valid: Sessions,
     share: float,
     seed: int,
     progress: Progress,
 ) -> ColdStartSettings:
-    """Return the settings with the level that gives the real newcomers ``share`` of the first ten places."""
+    """Return the settings with the bias that gives the real cold items ``share`` of the top-10 exposure."""
     scorer = ModelScorer.with_popularity(model, catalogue)
     histories = valid.split_last()[0].known()
     drawn = np.random.default_rng(seed).permutation(np.flatnonzero(histories.lengths > 0))[:_MOST_SESSIONS]
     shown = histories.take(drawn[np.argsort(histories.lengths[drawn], kind="stable")])
     best, top, step = [], [], chunk_size(catalogue.n_rows)
-    for start in progress.track(range(0, len(shown), step), "levelling newcomers"):
+    for start in progress.track(range(0, len(shown), step), "calibrating the cold-start bias"):
         chunk = slice_sessions(shown, start, start + step)
         scores = exclude_seen(scorer(chunk), chunk)
-        theirs = scores[:, newcomers.rows]
-        top.append(theirs.topk(min(_PLACES, theirs.shape[1]), dim=1).values.cpu())
-        best.append(scores.index_fill_(1, newcomers.rows, -torch.inf).topk(_PLACES, dim=1).values.cpu())
-    settings = newcomers.chosen
-    return settings._replace(level=settings.level + _level(torch.cat(best), torch.cat(top), share))
+        theirs = scores[:, term.rows]
+        top.append(theirs.topk(min(_TOP, theirs.shape[1]), dim=1).values.cpu())
+        best.append(scores.index_fill_(1, term.rows, -torch.inf).topk(_TOP, dim=1).values.cpu())
+    settings = term.chosen
+    return settings._replace(bias=settings.bias + _bias(torch.cat(best), torch.cat(top), share))
 
 
-def _level(best: Tensor, top: Tensor, share: float) -> float:
-    """Return, by halving, what is added to the hidden items so that they take ``share`` of the first ten places."""
+def _bias(best: Tensor, top: Tensor, share: float) -> float:
+    """Return, by bisection, the bias with which the hidden items take ``share`` of the top-10 exposure."""
     finite, theirs = best[torch.isfinite(best)], top[torch.isfinite(top)]
     if not len(finite) or not len(theirs):
         return 0.0
-    low, high = float(finite.min() - theirs.max()) - 1, float(finite.max() - theirs.min()) + 1
+    low, high = float(finite.min() - theirs.max()) - 1, float(finite.max() - theirs.min()) + 1  # nowhere, everywhere
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (low, middle) if _exposure(best, top + middle) > share else (middle, high)
@@ -294,15 +300,15 @@ def _level(best: Tensor, top: Tensor, share: float) -> float:
 
 def _exposure(best: Tensor, top: Tensor) -> float:
     above = (best.unsqueeze(1) > top.unsqueeze(2)).sum(2) + torch.arange(top.shape[1])
-    return float((above < _PLACES).sum()) / (_PLACES * len(best))
+    return float((above < _TOP).sum()) / (_TOP * len(best))
 
 
 def _outcome(parts: _Parts, scores: Tensor, top: Tensor) -> _Outcome:
-    hidden, other = parts.place >= 0, (parts.place < 0) & parts.drawn
-    own = scores[hidden].gather(1, parts.place[hidden, None])
+    hidden, other = parts.hidden_target >= 0, (parts.hidden_target < 0) & parts.drawn
+    own = scores[hidden].gather(1, parts.hidden_target[hidden, None])
     above = (parts.best[hidden] > own).sum(1) + (scores[hidden] > own).sum(1)
     target = parts.target[other, None]
     passed = (parts.best[other] > target).sum(1) + (top[other] > target).sum(1)
-    gains = torch.where(passed < _PLACES, 1 / torch.log2(passed.double() + 2), 0.0)
-    recall = float((above < _PLACES).double().mean().nan_to_num(0.0))
+    gains = torch.where(passed < _TOP, 1 / torch.log2(passed.double() + 2), 0.0)
+    recall = float((above < _TOP).double().mean().nan_to_num(0.0))
     return _Outcome(recall, float(gains.mean().nan_to_num(0.0)), _exposure(parts.best[parts.drawn], top[parts.drawn]))

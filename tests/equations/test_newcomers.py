@@ -17,7 +17,7 @@ from tests.equations.reference import FIRST_ITEM, Array
 
 TRAINING = [shop.rows([*session, target]) for session, target in zip(shop.SESSIONS, shop.TARGETS, strict=True)]
 PLATE = shop.row("plate")
-SETTINGS = ColdStartSettings(neighbours=0.7, content=0.4, bar=0.5, level=0.25)
+SETTINGS = ColdStartSettings(neighbours=0.7, content=0.4, threshold=0.5, bias=0.25)
 
 
 def net(modalities: tuple[float, float] = (1.0, 1.0), settings: ColdStartSettings = SETTINGS) -> MISSRec:
@@ -63,7 +63,7 @@ def reference(model: MISSRec, session: list[int], prior: Array, modalities: tupl
             cosines.append(mean @ unit[name][PLATE] / np.linalg.norm(mean))
     cosine = float(np.mean(cosines)) if cosines else 0.0
     tenth = np.sort(prior)[::-1][9]
-    return float(SETTINGS.neighbours * lent + SETTINGS.content * cosine + SETTINGS.bar * tenth + SETTINGS.level)
+    return float(SETTINGS.neighbours * lent + SETTINGS.content * cosine + SETTINGS.threshold * tenth + SETTINGS.bias)
 
 
 @pytest.mark.parametrize("modalities", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])

@@ -15,7 +15,7 @@ from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec, terms_of
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune import fit_terms
-from missrec_t4r.ranking.tune_cold_start import _exposure, _level
+from missrec_t4r.ranking.tune_cold_start import _bias, _exposure
 
 N_KINDS, PER_KIND, NEW = 8, 30, 16
 N_ITEMS = N_KINDS * PER_KIND
@@ -71,7 +71,7 @@ def test_the_level_gives_the_places_that_were_asked_for() -> None:
         torch.randn(500, 10).sort(1, descending=True).values,
     )
     for share in (0.02, 0.1, 0.5):
-        assert _exposure(best, top + _level(best, top, share)) == pytest.approx(share, abs=2e-3)
+        assert _exposure(best, top + _bias(best, top, share)) == pytest.approx(share, abs=2e-3)
 
 
 def test_too_few_targets_choose_nothing(data: Path) -> None:

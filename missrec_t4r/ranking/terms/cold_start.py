@@ -1,8 +1,9 @@
-"""ColdStartTerm: what ranking gives an item that training never saw, from its look-alikes and from its content (ours).
+"""Cold-start term: what ranking adds to the items without any event in the training split (E20; ours).
 
-The neighbour prior lifts every item with events above those without. A newcomer borrows it from the items that it
-resembles, and gets a level that validation chose on items treated as new: the places among the first ten that such
-items deserve. Trained items keep their scores to the bit. What it was worth: docs/experiments.md.
+The item-kNN term lifts every item with events above those without. A cold item gets the mean item-kNN term of its 32
+most similar warm items, the similarity of its content to the session's, and a bias that is calibrated on validation so
+that cold items take a target share of the top-10 exposure (`missrec_t4r.ranking.tune_cold_start`). Warm items keep
+their scores to the bit. What it is worth: docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
 from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
 
 _N_ALIKE = 32
-"""Length of a newcomer's list, as in `ContentKNNTerm`."""
+"""Warm items per cold item, as in `ContentKNNTerm`."""
 _SHARPNESS = 10.0
-"""Inverse temperature of the list's softmax (docs/experiments.md)."""
+"""Inverse temperature of the softmax over these warm items (docs/experiments.md)."""
 _DECAY = 0.7
 """Weight of an item relative to the one after it in the session's mean content."""
 _TENTH = 10
-_MOST_NEWCOMERS = 1 << 14
-_MOST_LENDERS = 50_000
+_MOST_COLD = 1 << 14
+"""Cold items beyond which the term is off."""
+_MOST_WARM = 50_000
+"""Warm items that are compared."""
 _CHUNK_BYTES = 1 << 26
 
 
@@ -35,36 +38,37 @@ class ColdStartSettings(NamedTuple):
     """What validation chooses."""
 
     neighbours: float
-    """Factor of the borrowed neighbour prior."""
+    """Factor of the imputed item-kNN term."""
     content: float
-    """Score units per cosine between the session's mean content and the newcomer's."""
-    bar: float
-    """Share of a session's tenth neighbour prior that is added: where much was bought together, others reach higher."""
-    level: float
-    """Added to every newcomer, in score units."""
+    """Score units per cosine between the session's mean content and the cold item's."""
+    threshold: float
+    """Share of a session's tenth largest item-kNN term that is added: without it, sessions with many co-occurrences
+    would show no cold item."""
+    bias: float
+    """Added to every cold item, in score units."""
 
 
-class Borrowed(NamedTuple):
-    """What sessions say of the newcomers, before any weight."""
+class Imputed(NamedTuple):
+    """The parts of the term, before any weight."""
 
     neighbours: Tensor
-    """[batch, newcomer]: mean neighbour prior of a newcomer's look-alikes."""
+    """[batch, cold]: mean item-kNN term of a cold item's most similar warm items."""
     content: Tensor
-    """[batch, newcomer]: cosine with the session's mean content."""
-    bar: Tensor
-    """[batch, 1]: the tenth neighbour prior of the session."""
+    """[batch, cold]: cosine with the session's mean content."""
+    threshold: Tensor
+    """[batch, 1]: the tenth largest item-kNN term of the session."""
 
 
 class ColdStartTerm(ScoreTerm):
-    """Score of the items without events, on top of what the model and the look-alike prior say of them.
+    """Score of the cold items, on top of the network's and the content-kNN term's.
 
-    ``newcomer(s, j) = neighbours * sum_k a[j,k] prior(s, k) + content * cos(q(s), g[j]) + bar * tenth(s) + level``
+    ``term(s, j) = neighbours * sum_k a[j,k] knn(s, k) + content * cos(q(s), g[j]) + threshold * tenth(s) + bias``
 
-    ``a[j,k]`` is the softmax over the 32 trained items k that resemble j most, of 10 times their similarity: the mean
-    of the cosines of raw vectors (E19) and of the tokens that the adapters make of them, which know what sells
-    together; ``g`` are vectors around the mean of the trained items, ``q(s) = sum_i .7**age(i) unit(g[i])`` over the
-    session; the cosine is the mean over the modalities that validation chose and session and item have; ``tenth`` is
-    the tenth largest prior of the session.
+    ``knn`` is the item-kNN term (E18); ``a[j,k]`` the softmax over the 32 warm items k most similar to j, of 10 times
+    their similarity: the mean of the cosines of raw vectors (E19) and of modality embeddings, which the adapters have
+    trained on what is bought together; ``g`` are vectors around the mean of the warm items, ``q(s) = sum_i .7**age(i)
+    unit(g[i])`` over the session; the cosine is the mean over the modalities that validation chose and that session and
+    item have; ``tenth`` is the tenth largest ``knn`` of the session.
 
     Parameters
     ----------
@@ -87,7 +91,7 @@ class ColdStartTerm(ScoreTerm):
         self._sources = (item_encoder, item_knn)  # in a tuple, since torch would register them as parts of this term
         self.widths = [item_encoder.vectors.get_buffer(name).shape[1] for name in item_encoder.names]
         self._used: list[int] = list(range(len(self.widths)))
-        self._weights = ColdStartSettings(0.0, 0.0, 0.0, 0.0)  # as numbers: a request shall not read tensors one by one
+        self._weights = ColdStartSettings(0.0, 0.0, 0.0, 0.0)  # numbers: tensors are slow to read one by one
         self.register_buffer("settings", torch.zeros(4))
         self.register_buffer("modalities", torch.ones(len(self.widths)))
         self.register_buffer("rows", torch.zeros(0, dtype=torch.int64), persistent=False)
@@ -114,24 +118,24 @@ class ColdStartTerm(ScoreTerm):
         self.find(cold & self.settings.any(), ~cold)
 
     @torch.no_grad()
-    def find(self, newcomers: Tensor, lenders: Tensor, *, by_tokens: bool = True) -> None:
-        """Find the look-alikes of the newcomers among the lenders, under the chosen modalities.
+    def find(self, cold: Tensor, warm: Tensor, *, by_embeddings: bool = True) -> None:
+        """Find the most similar warm items of every cold item, under the chosen modalities.
 
         Parameters
         ----------
-        newcomers, lenders : Tensor [row], bool
-            At most 50,000 lenders are compared, those of the lowest rows; beyond 16,384 newcomers the rule is off:
-            nothing is said of any.
-        by_tokens : bool
-            False compares raw vectors alone: for items that the adapters learned, whose tokens know too much.
+        cold, warm : Tensor [row], bool
+            At most 50,000 warm items are compared, those of the lowest rows; beyond 16,384 cold items the term is off.
+        by_embeddings : bool
+            False compares raw vectors alone: for warm items that stand for cold ones, since the adapters were trained
+            on their events.
         """
         chosen = torch.nonzero(self.modalities).flatten().tolist()
         self._used, self._weights = chosen, self.chosen
         item_encoder = self.item_encoder
         here = item_encoder.presence[chosen].any(0)
-        rows = torch.nonzero(newcomers & here).flatten()
-        others = torch.nonzero(lenders & here).flatten()[:_MOST_LENDERS]
-        if not len(others) or len(rows) > _MOST_NEWCOMERS:
+        rows = torch.nonzero(cold & here).flatten()
+        others = torch.nonzero(warm & here).flatten()[:_MOST_WARM]
+        if not len(others) or len(rows) > _MOST_COLD:
             rows = rows[:0]
         self.rows = rows
         self.scales = item_encoder.presence.new_zeros(item_encoder.presence.shape, dtype=self.settings.dtype)
@@ -140,7 +144,7 @@ class ColdStartTerm(ScoreTerm):
             setattr(self, f"content{index}", self.settings.new_zeros(0, self.widths[index]))
         if len(rows):
             self._centre(chosen, others)
-            self._compare(chosen, others, by_tokens)
+            self._compare(chosen, others, by_embeddings)
 
     def _centre(self, chosen: list[int], others: Tensor) -> None:
         item_encoder = self.item_encoder
@@ -157,13 +161,13 @@ class ColdStartTerm(ScoreTerm):
         table = self.item_encoder.vectors.get_buffer(self.item_encoder.names[index])
         return (table[rows] - self.get_buffer(f"centre{index}")) * self.scales[index, rows].unsqueeze(1)
 
-    def _compare(self, chosen: list[int], others: Tensor, by_tokens: bool) -> None:
-        theirs = self._compared(chosen, others, by_tokens)
+    def _compare(self, chosen: list[int], others: Tensor, by_embeddings: bool) -> None:
+        theirs = self._compared(chosen, others, by_embeddings)
         presence = torch.cat([self.item_encoder.presence[chosen]] * (len(theirs) // len(chosen)))
         alike, likeness = [], []
         places = torch.arange(len(self.rows), device=others.device)
         for part in places.split(max(1, _CHUNK_BYTES // (4 * len(others)))):
-            own = self._compared(chosen, self.rows[part], by_tokens)
+            own = self._compared(chosen, self.rows[part], by_embeddings)
             both = [torch.cat(pair) for pair in zip(own, theirs, strict=True)]
             here = torch.cat([presence[:, self.rows[part]], presence[:, others]], dim=1)
             near = torch.arange(len(part), here.shape[1], device=others.device)
@@ -173,10 +177,10 @@ class ColdStartTerm(ScoreTerm):
             likeness.append(torch.softmax(_SHARPNESS * nearest, dim=1).nan_to_num(0.0))  # NaN: nothing is comparable
         self.alike, self.likeness = torch.cat(alike), torch.cat(likeness).to(self.settings.dtype)
 
-    def _compared(self, chosen: list[int], rows: Tensor, by_tokens: bool) -> list[Tensor]:
-        """Return unit vectors [item, width], zero where missing: raw of each chosen modality, then their tokens."""
+    def _compared(self, chosen: list[int], rows: Tensor, by_embeddings: bool) -> list[Tensor]:
+        """Return unit vectors [item, width], zero where missing: raw ones of each chosen modality, then embeddings."""
         raw = [self._unit(index, rows) for index in chosen]
-        return raw + ([self.item_encoder.unit_embeddings(index, rows) for index in chosen] if by_tokens else [])
+        return raw + ([self.item_encoder.unit_embeddings(index, rows) for index in chosen] if by_embeddings else [])
 
     @torch.no_grad()
     def choose(self, settings: ColdStartSettings) -> None:
@@ -191,7 +195,7 @@ class ColdStartTerm(ScoreTerm):
 
     @property
     def active(self) -> bool:
-        """Whether there is a newcomer of which something is said."""
+        """Whether there is a cold item and a setting that is not zero."""
         return len(self.rows) > 0 and any(self._weights)
 
     def add_to(self, scores: Tensor, item_ids: Tensor, earlier: dict[str, Tensor]) -> Tensor:
@@ -200,50 +204,50 @@ class ColdStartTerm(ScoreTerm):
         counted = torch.zeros_like(scores) if counted is None else counted  # [batch, catalogue]
         return scores.index_add(1, self.rows, self.imputed(item_ids, counted).to(scores.dtype))
 
-    def imputed(self, item_ids: Tensor, prior: Tensor) -> Tensor:
-        """Return what is added to the newcomers' scores [batch, newcomer], in the order of ``rows``.
+    def imputed(self, item_ids: Tensor, item_knn: Tensor) -> Tensor:
+        """Return what is added to the scores of the cold items, [batch, cold], in the order of ``rows``.
 
         Parameters
         ----------
         item_ids : Tensor [batch, seq], int64
-        prior : Tensor [batch, catalogue]
-            The neighbour prior of the same sessions.
+        item_knn : Tensor [batch, catalogue]
+            The item-kNN term of the same sessions.
         """
-        neighbours, content, bar, level = self._weights
-        added = neighbours * self.lent(prior) + level
-        if bar:
-            added.add_(_tenth(prior), alpha=bar)
+        neighbours, content, threshold, bias = self._weights
+        added = neighbours * self.mean_of_similar(item_knn) + bias
+        if threshold:
+            added.add_(_tenth(item_knn), alpha=threshold)
         if content:
             added.add_(self.likeness_to(item_ids), alpha=content)
         return added
 
-    def borrowed(self, item_ids: Tensor, prior: Tensor) -> Borrowed:
-        """Return the parts without their weights."""
-        return Borrowed(self.lent(prior), self.likeness_to(item_ids), _tenth(prior))
+    def parts(self, item_ids: Tensor, item_knn: Tensor) -> Imputed:
+        """Return the parts of the term without their weights."""
+        return Imputed(self.mean_of_similar(item_knn), self.likeness_to(item_ids), _tenth(item_knn))
 
     def likeness_to(self, item_ids: Tensor) -> Tensor:
-        """Return the cosines [batch, newcomer] with the mean content of sessions ``item_ids`` [batch, seq]."""
+        """Return the cosines [batch, cold] with the mean content of sessions ``item_ids`` [batch, seq]."""
         real = item_ids > UNKNOWN_ROW
-        faded = _DECAY ** (real.sum(1, keepdim=True) - real.cumsum(1)) * real
-        item_encoder, found, shared = self.item_encoder, [], []
+        recency = _DECAY ** (real.sum(1, keepdim=True) - real.cumsum(1)) * real  # [batch, seq]
+        item_encoder, cosines, shared = self.item_encoder, [], []
         for index in self._used:
             content, centre = self.get_buffer(f"content{index}"), self.get_buffer(f"centre{index}")
-            weights = (faded * self.scales[index][item_ids]).to(content.dtype)
+            weights = (recency * self.scales[index][item_ids]).to(content.dtype)
             table = item_encoder.vectors.get_buffer(item_encoder.names[index])
             mean = F.embedding_bag(item_ids, table, per_sample_weights=weights, mode="sum")
             query = F.normalize(mean - weights.sum(1, keepdim=True) * centre, dim=-1)
-            found.append(query @ content.T)
+            cosines.append(query @ content.T)  # [batch, cold]
             shared.append((weights > 0).any(1, keepdim=True) & item_encoder.presence[index, self.rows])
-        return found[0] if len(found) == 1 else mean_over_shared(found, shared)[0]
+        return cosines[0] if len(cosines) == 1 else mean_over_shared(cosines, shared)[0]
 
-    def lent(self, scores: Tensor) -> Tensor:
-        """Return the mean [batch, newcomer] of scores [batch, catalogue] over each newcomer's look-alikes."""
+    def mean_of_similar(self, scores: Tensor) -> Tensor:
+        """Return the mean [batch, cold] of scores [batch, catalogue] over each cold item's most similar warm items."""
         table = scores.T.contiguous()
         return F.embedding_bag(self.alike, table, per_sample_weights=self.likeness.to(table.dtype), mode="sum").T
 
 
-def _tenth(prior: Tensor) -> Tensor:
-    return prior.topk(min(_TENTH, prior.shape[1]), dim=1).values[:, -1:]
+def _tenth(item_knn: Tensor) -> Tensor:
+    return item_knn.topk(min(_TENTH, item_knn.shape[1]), dim=1).values[:, -1:]  # [batch, 1]
 
 
 def cold_item_mask(frequency: Tensor) -> Tensor:

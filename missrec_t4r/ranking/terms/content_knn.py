@@ -1,8 +1,8 @@
-"""Look-alike prior: candidates whose raw content resembles the session's items, added to the score when ranking (ours).
+"""Content-kNN term: similarity of raw content to the session's items, added to the score when ranking (E19; ours).
 
-Every candidate keeps a short list of the items it resembles most. The list is the candidate's own: a new item brings
-its list along and changes nobody else's, so that a catalogue update leaves all other scores as they were. What it was
-worth: docs/experiments.md.
+Every candidate has a list of its most similar items. The list belongs to the candidate: a new item comes with a list of
+its own and changes no other, so that a catalogue update leaves all other scores as they were. What it is worth:
+docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class ContentKNNSettings(NamedTuple):
     """What validation chooses."""
 
     weight: float
-    """Factor of the prior in score units; 0 switches it off."""
+    """Factor of the term in score units; 0 switches it off."""
     decay: float
     """Weight of an item relative to the one after it in the session."""
 
 
 class ContentKNNTerm(ScoreTerm):
-    """Sum of content resemblances between the session's items and a candidate.
+    """Sum of content similarities between the session's items and a candidate.
 
-    ``lookalikes(s, j) = weight * sum over items i of s of decay**age(i) * a[j,i]``
+    ``term(s, j) = weight * sum over items i of s of decay**age(i) * a[j,i]``
 
     ``a[j,i]`` is the softmax, over the most similar items i of j, of ``5 * mean over shared modalities of
     cos(f[j,m] - mean f[m], f[i,m] - mean f[m])``.
@@ -69,7 +69,7 @@ class ContentKNNTerm(ScoreTerm):
 
     @torch.no_grad()
     def fit(self, vectors: Mapping[str, Tensor], presence: Tensor) -> None:
-        """Find every item's look-alikes; the work grows with the square of the catalogue.
+        """Find the most similar items of every item; the work grows with the square of the catalogue.
 
         Parameters
         ----------
@@ -104,7 +104,7 @@ class ContentKNNTerm(ScoreTerm):
 
     @property
     def active(self) -> bool:
-        """Whether the prior counts."""
+        """Whether the weight is not zero."""
         return bool(self.settings[0] != 0)
 
     @property
@@ -113,24 +113,25 @@ class ContentKNNTerm(ScoreTerm):
         return ContentKNNSettings(*self.settings.tolist())
 
     def index(self) -> None:
-        """Turn the candidates' lists round: for every item, whose list it is in; after `fit` and after loading."""
+        """Invert the candidates' lists: for every item, the candidates that list it; after `fit` and after loading."""
         listed = self.likeness > 0
-        owners = torch.nonzero(listed)[:, 0]
+        owners = torch.nonzero(listed)[:, 0]  # [edge]: the candidate of every entry of a list
         item, order = self.alike[listed].long().sort(stable=True)
         counts = torch.bincount(item, minlength=len(self.alike))
         self.pointers = F.pad(counts.cumsum(0), (1, 0))
         self.candidates, self.strengths = owners[order], self.likeness[listed][order]
 
     def forward(self, item_ids: Tensor) -> Tensor:
-        """Return the prior [batch, catalogue] for sessions ``item_ids`` [batch, seq]."""
+        """Return the term [batch, catalogue] for sessions ``item_ids`` [batch, seq]."""
         real = item_ids > UNKNOWN_ROW
-        age = real.sum(1, keepdim=True) - real.cumsum(1)
-        faded = (self.settings[0] * self.settings[1] ** age * real).flatten()
-        start, stop = self.pointers[item_ids.flatten()], self.pointers[item_ids.flatten() + 1]
+        age = real.sum(1, keepdim=True) - real.cumsum(1)  # [batch, seq], 0 for the last item
+        weight = (self.settings[0] * self.settings[1] ** age * real).flatten()  # [event]
+        start, stop = self.pointers[item_ids.flatten()], self.pointers[item_ids.flatten() + 1]  # [event]
         lengths = stop - start
-        place = torch.repeat_interleave(torch.arange(len(lengths), device=item_ids.device), lengths)
-        edge = torch.arange(len(place), device=item_ids.device) + (start - lengths.cumsum(0) + lengths)[place]
-        prior = faded.new_zeros(len(item_ids) * len(self.alike))
-        session = torch.div(place, item_ids.shape[1], rounding_mode="floor")
-        prior.index_add_(0, session * len(self.alike) + self.candidates[edge], faded[place] * self.strengths[edge])
-        return prior.view(len(item_ids), -1)
+        # one edge per event and candidate that lists its item: much fewer than events times catalogue
+        event = torch.repeat_interleave(torch.arange(len(lengths), device=item_ids.device), lengths)  # [edge]
+        edge = torch.arange(len(event), device=item_ids.device) + (start - lengths.cumsum(0) + lengths)[event]
+        term = weight.new_zeros(len(item_ids) * len(self.alike))  # [batch * catalogue]
+        session = torch.div(event, item_ids.shape[1], rounding_mode="floor")
+        term.index_add_(0, session * len(self.alike) + self.candidates[edge], weight[event] * self.strengths[edge])
+        return term.view(len(item_ids), -1)

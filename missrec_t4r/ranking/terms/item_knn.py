@@ -1,8 +1,8 @@
-"""Neighbour prior: what other sessions bought together, added to the score when ranking (ours).
+"""Item-kNN term: co-occurrence with the session's items, added to the score when ranking (E18; ours).
 
-The published model has no collaborative memory beyond its ID embeddings, and on small shops a tuned item-kNN beats its
-NDCG. Training stays as published; after it, co-occurrence counts of the training sessions are added with a weight that
-validation chose. Zero weight gives the published scores. What it was worth: docs/experiments.md.
+The published model has no collaborative memory beyond its ID embeddings, and on small shops a tuned item-kNN has the
+higher NDCG. Training stays as published; after it, co-occurrence counts of the training sessions are added with a
+weight that validation chooses. Zero weight gives the published scores. What it is worth: docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ItemKNNSettings(NamedTuple):
     """What validation chooses."""
 
     weight: float
-    """Factor of the prior in score units; 0 switches it off."""
+    """Factor of the term in score units; 0 switches it off."""
     decay: float
     """Weight of an item relative to the one after it in the session."""
     power: float
@@ -33,10 +33,10 @@ class ItemKNNSettings(NamedTuple):
 class ItemKNNTerm(ScoreTerm):
     """Sum of co-occurrence strengths between the session's items and a candidate.
 
-    ``prior(s, j) = weight * sum over items i of s of decay**age(i) * C'[i,j] / ((n_i + 5) (n_j + 5)) ** power``
+    ``term(s, j) = weight * sum over items i of s of decay**age(i) * C'[i,j] / ((n_i + 5) (n_j + 5)) ** power``
 
-    C' is the count C, less one where j is in the session too: two items of a customer whose past was trained on met at
-    least once, in that very past, which says nothing about the next item (leave-one-session-out).
+    C' is the count C, less one where j is in the session too: two items of a customer whose past is in the training
+    split met at least once, in that very past, which carries no information on the next item (leave-one-session-out).
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class ItemKNNTerm(ScoreTerm):
             Count only what comes after the item.
         """
         rows, others, counts = pairs_within(sessions, window, directed=directed)
-        order = np.lexsort((others, -counts, rows))
+        order = np.lexsort((others, -counts, rows))  # of every item the strongest first
         rows, others, counts = rows[order], others[order], counts[order]
         rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
         keep = rank < self.neighbours.shape[1]
@@ -88,7 +88,7 @@ class ItemKNNTerm(ScoreTerm):
 
     @torch.no_grad()
     def choose(self, settings: ItemKNNSettings) -> None:
-        """Use these settings from now on; what each neighbour adds is worked out here, once."""
+        """Use these settings from now on; what each neighbour adds is computed here, once."""
         self.settings.copy_(torch.tensor(settings))
         shrunk = self.frequency + SHRINKAGE  # [row]
         discount = shrunk.unsqueeze(1) * shrunk[self.neighbours.long()]  # [row, neighbour]
@@ -96,7 +96,7 @@ class ItemKNNTerm(ScoreTerm):
 
     @property
     def active(self) -> bool:
-        """Whether the prior counts."""
+        """Whether the weight is not zero."""
         return bool(self.settings[0] != 0)
 
     @property
@@ -110,12 +110,13 @@ class ItemKNNTerm(ScoreTerm):
         return scores + earlier["item_knn"]
 
     def forward(self, item_ids: Tensor) -> Tensor:
-        """Return the prior [batch, catalogue] for sessions ``item_ids`` [batch, seq]."""
+        """Return the term [batch, catalogue] for sessions ``item_ids`` [batch, seq]."""
         real = item_ids > UNKNOWN_ROW
-        age = real.sum(1, keepdim=True) - real.cumsum(1)
-        faded = (self.settings[1] ** age * real).unsqueeze(-1) * self.strengths[item_ids]
-        near, counts = self.neighbours[item_ids].long().flatten(1), self.counts[item_ids].flatten(1)
-        prior = faded.new_zeros(len(item_ids), len(self.frequency))
-        inside = torch.zeros_like(prior, dtype=torch.bool).scatter_(1, item_ids, True).gather(1, near)
-        others = torch.where(inside, (counts - 1).clamp_min(0) / counts.clamp_min(1), 1.0)
-        return prior.scatter_add_(1, near, faded.flatten(1) * others)
+        age = real.sum(1, keepdim=True) - real.cumsum(1)  # [batch, seq], 0 for the last item
+        added = (self.settings[1] ** age * real).unsqueeze(-1) * self.strengths[item_ids]  # [batch, seq, neighbour]
+        near = self.neighbours[item_ids].long().flatten(1)  # [batch, seq * neighbour]
+        counts = self.counts[item_ids].flatten(1)
+        term = added.new_zeros(len(item_ids), len(self.frequency))  # [batch, catalogue]
+        inside = torch.zeros_like(term, dtype=torch.bool).scatter_(1, item_ids, True).gather(1, near)
+        own_left_out = torch.where(inside, (counts - 1).clamp_min(0) / counts.clamp_min(1), 1.0)  # C' / C
+        return term.scatter_add_(1, near, added.flatten(1) * own_left_out)

@@ -105,7 +105,7 @@ def compare(
     ours.discover_interests(seed=0)
     copy_interests(ours, theirs)
     batch = sample(train, config, size)
-    our_loss = training_loss(ours, batch, TrainConfig())
+    our_loss = training_loss(ours, batch, TrainConfig.paper())
     their_loss = theirs.calculate_loss(interaction(batch, config.max_sequence_length))
     our_loss.backward(), their_loss.backward()
     return {

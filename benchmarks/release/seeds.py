@@ -84,7 +84,7 @@ class ReleaseRun:
     def __init__(self, path: Path, splits: Splits, seed: int) -> None:
         torch.manual_seed(seed)
         self.splits, self.seed, self.rng = splits, seed, np.random.default_rng(seed)
-        self.config, self.settings = MISSRecConfig.paper(), TrainConfig(epochs=100, patience=10)
+        self.config, self.settings = MISSRecConfig.paper(), TrainConfig.paper()
         self.theirs = release_model(path, splits.catalogue, self.config)
         self.ours: MISSRec = build_missrec(self.config, splits.catalogue).eval()
         self.optimiser = torch.optim.Adam(self.theirs.parameters(), lr=self.settings.learning_rate)

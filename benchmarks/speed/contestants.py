@@ -153,7 +153,7 @@ def t4r_xlnet(catalogue: Catalogue, train: Sessions, _test: Sessions, _path: Pat
     )
     model = body.to_torch_model(inputs, tr.NextItemPredictionTask(weight_tying=True)).train()
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    rng, settings = np.random.default_rng(0), TrainConfig()
+    rng, settings = np.random.default_rng(0), TrainConfig.paper()
     clock, positions = Clock(), 0
     for epoch in range(EPOCHS + 1):
         if epoch == 1:
@@ -197,7 +197,7 @@ def _flops_per_prefix(trainer: Trainer) -> float:
 
 
 def _release_batches(train: Sessions, config: MISSRecConfig, padded: bool) -> Iterator[TrainingBatch]:
-    rng, settings = np.random.default_rng(0), TrainConfig()
+    rng, settings = np.random.default_rng(0), TrainConfig.paper()
     plan = training_batches(train, config, settings, rng)
     if padded:  # the release shuffles prefixes and takes them as they come
         whole = type(plan[0][0])(*(np.concatenate([getattr(e, f) for e, _ in plan]) for f in plan[0][0]._fields))

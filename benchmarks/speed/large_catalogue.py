@@ -70,7 +70,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, softmax: str, folder: Path) -> dict[str, Any]:
     """Return seconds per step, by phase, and memory before and during it."""
     model = _model(options, folder).train()
-    train = TrainConfig(softmax=softmax, negatives=options.negatives, chunk_size=options.chunk_size)  # type: ignore[arg-type]
+    train = TrainConfig.paper(softmax=softmax, negatives=options.negatives, chunk_size=options.chunk_size)  # type: ignore[arg-type]
     batch, n_rows = _batch(options), options.items + FIRST_ITEM_ROW
     chosen = choose_softmax(train, n_rows, options.sessions * options.length, torch.ones(n_rows), torch.device("cpu"))
     table = model.item_encoder.id_embedding
@@ -119,6 +119,7 @@ def _model(options: argparse.Namespace, folder: Path) -> MISSRec:
         interest_ratio=options.interest_ratio,
         n_neighbours=0,
         n_similar_items=0,
+        candidate_fusion="dynamic_shared",
         modality_dropout=0.2,
         id_dropout=0.1,
     )

@@ -155,7 +155,7 @@ def _read_schema(data: Path, catalogue: Catalogue, event_features: Sequence[Even
 
 
 def _ignored(train: TrainConfig) -> list[str]:
-    plain = TrainConfig()
+    plain = TrainConfig.paper()
     return [name for name in _UNSUPPORTED if getattr(train, name) != getattr(plain, name)]
 
 

@@ -15,6 +15,7 @@ from missrec_t4r.model.missrec import MISSRec, build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.ranking.tune_cold_start import _exposure, _level
+from tests.settings import EVERY_PART
 
 N_KINDS, PER_KIND, NEW = 8, 30, 16
 N_ITEMS = N_KINDS * PER_KIND
@@ -46,7 +47,7 @@ def shop() -> tuple[Catalogue, Sessions, Sessions, Sessions]:
 def fitted(exposure: float) -> tuple[MISSRec, Catalogue, Sessions]:
     torch.manual_seed(0)
     catalogue, train, valid, test = shop()
-    config = MISSRecConfig(d_model=16, n_head=2, item_ids=False, cold_start_exposure=exposure)
+    config = MISSRecConfig(**EVERY_PART, d_model=16, n_head=2, item_ids=False, cold_start_exposure=exposure)
     model = build_missrec(config, catalogue)
     model.discover_interests(0)
     found = fit_terms(model.eval(), catalogue, train, valid)
@@ -76,7 +77,7 @@ def test_the_level_gives_the_places_that_were_asked_for() -> None:
 def test_too_few_targets_choose_nothing(data: Path) -> None:
     catalogue = Catalogue.load(data / "catalogue")
     train, valid = Sessions.load(data / "train"), Sessions.load(data / "valid")
-    model = build_missrec(MISSRecConfig(d_model=16, n_head=2, cold_start_exposure=1.0), catalogue).eval()
+    model = build_missrec(MISSRecConfig(**EVERY_PART, d_model=16, n_head=2, cold_start_exposure=1.0), catalogue).eval()
     assert fit_terms(model, catalogue, train, valid)["newcomers"] == {}
     assert model.item_knn is not None
     assert model.item_knn.cold_start is not None

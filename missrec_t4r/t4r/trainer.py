@@ -33,7 +33,6 @@ from missrec_t4r.t4r.block import InterestRefresh
 from missrec_t4r.t4r.build import build_model, missrec_block, to_core
 from missrec_t4r.t4r.columns import event_feature_name, item_column, load_schema
 from missrec_t4r.t4r.loader import PrefixLoader
-from missrec_t4r.training.warm_start.id_init import ids_from_content
 
 CHECKPOINT_FOLDER = "checkpoint"
 LOG_FILE = "log.jsonl"
@@ -121,10 +120,6 @@ def train_t4r(
     arguments = _arguments(recipe, checkpoints, catalogue, device)
     torch.manual_seed(recipe.train.seed)
     model = build_model(recipe, schema, catalogue, event_features=event_features)
-    core = missrec_block(model).core
-    assert core is not None
-    if recipe.train.id_init == "content":
-        ids_from_content(core)
     trainer = _trainer(model, arguments, recipe, schema, data, out / LOG_FILE, progress)
     last = get_last_checkpoint(str(checkpoints)) if resume else None
     with contextlib.nullcontext() if last is None else _full_checkpoints():

@@ -35,7 +35,7 @@ def test_ids_start_as_in_the_recipe_default() -> None:
         lambda: build_model(recipe, shop.schema(), shop.catalogue()),
     ):
         torch.manual_seed(0)
-        models.append(to_core(build()))
+        models.append(to_core(build()).eval())
     by_hand, by_recipe = (model.state_dict() for model in models)
     assert [name for name in by_hand if not torch.equal(by_hand[name], by_recipe[name])] == []
     items = models[0].item_encoder.catalogue()

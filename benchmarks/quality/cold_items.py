@@ -36,7 +36,7 @@ from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.evaluation.full_ranking import rank_catalogue
 from missrec_t4r.evaluation.metrics import metric_names, metric_values
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.progress import reporting
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.terms.cold_start import ColdStartSettings
 from missrec_t4r.ranking.tune_cold_start import fit_cold_start
@@ -95,7 +95,6 @@ def measure(
     share: float,
     number: int,
     exposures: Sequence[float],
-    progress: Progress,
 ) -> Draw:
     """Hold out, train and rank, or find that this was done."""
     inputs = find_inputs(data)
@@ -104,15 +103,15 @@ def measure(
     )
     folder, run = out / "data", out / "run"
     if not (run / RUN_FILE).is_file():
-        commands.etl([out / "interactions.parquet"], inputs.items, folder, modality=inputs.modality, progress=progress)
-        commands.train(folder, run, recipe=recipe, settings={**settings, "train.seed": FIRST_SEED}, progress=progress)
-    return ranked(run, exposures, facts, progress)
+        commands.etl([out / "interactions.parquet"], inputs.items, folder, modality=inputs.modality)
+        commands.train(folder, run, recipe=recipe, settings={**settings, "train.seed": FIRST_SEED})
+    return ranked(run, exposures, facts)
 
 
-def ranked(run: Path, exposures: Sequence[float], facts: dict[str, Any], progress: Progress) -> Draw:
+def ranked(run: Path, exposures: Sequence[float], facts: dict[str, Any]) -> Draw:
     """Rank the test split with a run, at each exposure and without newcomers, and with the tuned baselines."""
     loaded = load_run(run)
-    models = {name_of(exposure): exposed(run, exposure, progress) for exposure in exposures}
+    models = {name_of(exposure): exposed(run, exposure) for exposure in exposures}
     assert loaded.model.item_knn is not None
     assert loaded.model.item_knn.cold_start is not None
     loaded.model.item_knn.cold_start.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
@@ -120,7 +119,7 @@ def ranked(run: Path, exposures: Sequence[float], facts: dict[str, Any], progres
     event_features = () if loaded.model.event_features is None else loaded.model.event_features.columns
     histories, targets = load_sessions(loaded.data, "test", event_features).split_last()
     cold = (targets >= FIRST_ITEM_ROW) & (loaded.catalogue.train_count[targets] == 0)
-    rivals, tuned = fitted_baselines(loaded.data, loaded.catalogue, progress=progress)
+    rivals, tuned = fitted_baselines(loaded.data, loaded.catalogue)
     systems: dict[str, System] = {
         **{name: ModelScorer.with_popularity(model, loaded.catalogue) for name, (model, _) in models.items()},
         **rivals,
@@ -134,7 +133,6 @@ def ranked(run: Path, exposures: Sequence[float], facts: dict[str, Any], progres
                 loaded.catalogue.n_rows,
                 protocols=(protocol,),
                 description=f"ranking {name}",
-                progress=progress,
             ).ranks[protocol]
             for protocol in (KEPT, EXCLUDED)
         }
@@ -144,14 +142,14 @@ def ranked(run: Path, exposures: Sequence[float], facts: dict[str, Any], progres
     return Draw({**facts, "n": int(cold.sum()), "newcomers": chosen, "baseline_settings": tuned}, cold, ranks)
 
 
-def exposed(run: Path, exposure: float, progress: Progress) -> tuple[MISSRec, dict[str, Any]]:
+def exposed(run: Path, exposure: float) -> tuple[MISSRec, dict[str, Any]]:
     """Return a run's model with what newcomers get of the places, and what was chosen for it on validation."""
     loaded = load_run(run)
     model = loaded.model
     model.config = dataclasses.replace(model.config, cold_start_exposure=exposure)
     columns = () if model.event_features is None else model.event_features.columns
     valid = load_sessions(loaded.data, "valid", columns).known()
-    return model, fit_cold_start(model, loaded.catalogue, valid, progress=progress)
+    return model, fit_cold_start(model, loaded.catalogue, valid)
 
 
 def name_of(exposure: float) -> str:
@@ -220,7 +218,6 @@ def main() -> None:
             options.share,
             number,
             options.exposure,
-            TerminalProgress(),
         )
         for number in options.draws
     ]
@@ -240,4 +237,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():
+        main()

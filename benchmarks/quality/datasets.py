@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 from missrec_t4r import commands
 from missrec_t4r.cli.demo import find_inputs
 from missrec_t4r.errors import DataError
-from missrec_t4r.progress import Progress, quiet
 
 INTERACTIONS = "interactions.parquet"
 _DONE = "prepared.json"
@@ -24,7 +23,6 @@ def prepare(
     *,
     interactions: str = INTERACTIONS,
     modality: dict[str, str] | None = None,
-    progress: Progress = quiet,
 ) -> Path:
     """Run the ETL on a benchmark folder, or find that it ran with the same settings.
 
@@ -69,7 +67,6 @@ def prepare(
         out,
         modality=files,
         min_item_count=inputs.min_item_count if interactions == INTERACTIONS else 0,
-        progress=progress,
     )
     (out / _DONE).write_text(json.dumps(facts), encoding="utf-8")
     return out

@@ -25,7 +25,7 @@ from missrec_t4r.evaluation.full_ranking import PROTOCOLS, rank_catalogue
 from missrec_t4r.evaluation.metrics import metric_names, metric_values
 from missrec_t4r.evaluation.slices import slices
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.progress import reporting
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.training.fit import train
@@ -84,12 +84,12 @@ def compare(runs: dict[str, list[Path]], *, alone: bool) -> dict[str, Any]:
     return table
 
 
-def train_without(like: Path, out: Path, progress: Progress) -> Path:
+def train_without(like: Path, out: Path) -> Path:
     """Train what a finished run is, without interests, unless it is done."""
     if not (out / "run.json").is_file():
         loaded = load_run(like)
         recipe = dataclasses.replace(loaded.recipe, name=f"{loaded.recipe.name} without interests")
-        train(loaded.data, out, recipe=recipe, progress=progress, prepare=without_interests)
+        train(loaded.data, out, recipe=recipe, prepare=without_interests)
     return out
 
 
@@ -101,9 +101,9 @@ def main() -> None:
     words.add_argument("--out", type=Path, help="where runs without are kept; beside those with by default")
     options = words.parse_args()
     out = options.out or options.runs.with_name(f"{options.runs.name}-without-interests")
-    seeds, progress = range(FIRST_SEED, FIRST_SEED + options.seeds), TerminalProgress()
+    seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
     runs = {WITH: [options.runs / f"seed-{seed}" for seed in seeds]}
-    runs[WITHOUT] = [train_without(run, out / run.name, progress) for run in runs[WITH]]
+    runs[WITHOUT] = [train_without(run, out / run.name) for run in runs[WITH]]
     report(
         "interests",
         {
@@ -117,4 +117,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():
+        main()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,10 +48,12 @@ from missrec_t4r.evaluation.full_ranking import PROTOCOLS, SEEN_KEPT, quick_metr
 from missrec_t4r.evaluation.metrics import Ranks, metric_names, metric_values
 from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import MISSRec, build_missrec
-from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.progress import reporting, track
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
+
+log = logging.getLogger(__name__)
 
 KS = (10, 50)
 CHECKED = 64
@@ -90,7 +93,7 @@ class ReleaseRun:
         self.optimiser = torch.optim.Adam(self.theirs.parameters(), lr=self.settings.learning_rate)
         self.examples = prefix_examples(splits.train, self.config.max_sequence_length, 0, self.rng)
 
-    def train(self, progress: Progress) -> dict[str, Any]:
+    def train(self) -> dict[str, Any]:
         """Train until validation stops improving; the best weights are in ``ours`` then."""
         curve: list[float] = []
         best: dict[str, Tensor] = {}
@@ -100,7 +103,7 @@ class ReleaseRun:
             discover_release_interests(self.theirs, seed=1000 * self.seed + len(curve))
             self.theirs.train()
             batches = self._batches()
-            for batch in progress.track(batches, f"epoch {len(curve)}", len(batches)):
+            for batch in track(batches, f"epoch {len(curve)}", len(batches)):
                 self._step(batch)
             self._take_over()
             if not curve:
@@ -109,7 +112,7 @@ class ReleaseRun:
             curve.append(found["ndcg@10"] or 0.0)
             if curve[-1] == max(curve):
                 best = {name: tensor.clone() for name, tensor in self.ours.state_dict().items()}
-            progress.say(f"seed {self.seed} epoch {len(curve) - 1}: valid ndcg@10 {curve[-1]:.4f}")
+            log.info(f"seed {self.seed} epoch {len(curve) - 1}: valid ndcg@10 {curve[-1]:.4f}")
             if len(curve) == self.settings.epochs:
                 break
         difference = max(difference, self._difference())
@@ -182,12 +185,12 @@ class ReleaseRun:
         return found
 
 
-def release_seed(path: Path, splits: Splits, seed: int, out: Path, progress: Progress) -> dict[str, Any]:
+def release_seed(path: Path, splits: Splits, seed: int, out: Path) -> dict[str, Any]:
     """Train and rank the release with one seed, unless it is done; its ranks are kept beside."""
     finished = out / f"release-{seed}.json"
     if not finished.is_file():
         run = ReleaseRun(path, splits, seed)
-        facts = run.train(progress)
+        facts = run.train()
         ranks = run.ranks()
         out.mkdir(parents=True, exist_ok=True)
         np.savez(out / f"release-{seed}.npz", **ranks)  # type: ignore[arg-type]  # numpy types no keyword arrays
@@ -270,9 +273,9 @@ def main() -> None:
     words.add_argument("--out", type=Path, default=Path("work/bench/release"), help="where finished seeds are kept")
     words.add_argument("--seeds", type=int, default=3)
     options = words.parse_args()
-    splits, progress = Splits.load(options.data), TerminalProgress()
+    splits = Splits.load(options.data)
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
-    theirs = [release_seed(options.release, splits, seed, options.out, progress) for seed in seeds]
+    theirs = [release_seed(options.release, splits, seed, options.out) for seed in seeds]
     ours = [our_seed(options.ours / f"seed-{seed}", splits, seed) for seed in seeds]
     runs = {"paper": ours, "release": theirs}
     report(
@@ -290,4 +293,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():
+        main()

@@ -19,7 +19,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import chunk_size, slice_sessions, target_ranks
 from missrec_t4r.evaluation.metrics import MISSED
 from missrec_t4r.model.missrec import MISSRec, first_occurrences
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.terms.cold_start import ColdStartSettings
 from missrec_t4r.ranking.terms.content_knn import ContentKNNSettings, ContentKNNTerm
@@ -53,7 +53,7 @@ class _Point(NamedTuple):
 
 
 def fit_terms(
-    model: MISSRec, catalogue: Catalogue, train: Sessions, valid: Sessions, *, seed: int = 0, progress: Progress = quiet
+    model: MISSRec, catalogue: Catalogue, train: Sessions, valid: Sessions, *, seed: int = 0
 ) -> dict[str, Any]:
     """Count the training sessions' co-occurrences, find look-alikes, and choose both priors' settings on validation.
 
@@ -72,7 +72,7 @@ def fit_terms(
     chosen = np.sort(np.random.default_rng(seed).permutation(len(valid))[:_MOST_SESSIONS])
     chosen = chosen[np.argsort(valid.lengths[chosen], kind="stable")]  # equal lengths in a chunk: little padding
     histories, targets = valid.take(chosen).split_last()
-    rated = _Rated(model, ModelScorer.with_popularity(model, catalogue), histories.known(), targets, progress)
+    rated = _Rated(model, ModelScorer.with_popularity(model, catalogue), histories.known(), targets)
     prior, lookalikes = model.item_knn, model.content_knn
     if prior is not None and prior.cold_start is not None:
         prior.cold_start.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
@@ -92,7 +92,7 @@ def fit_terms(
             found = {**again, "without": found["without"]}
         found["lookalikes"] = lookalikes.chosen._asdict()
     if prior is not None and prior.cold_start is not None:
-        found["newcomers"] = fit_cold_start(model, catalogue, valid, seed=seed, progress=progress)
+        found["newcomers"] = fit_cold_start(model, catalogue, valid, seed=seed)
     return found
 
 
@@ -151,10 +151,8 @@ class _Rated:
         scorer: ModelScorer,
         histories: Sessions,
         targets: npt.NDArray[np.int64],
-        progress: Progress,
     ) -> None:
         self.model, self.scorer, self.histories, self.targets = model, scorer, histories, targets
-        self.progress = progress
 
     @torch.no_grad()
     def gains(
@@ -167,7 +165,7 @@ class _Rated:
         """Return the mean over both protocols of NDCG@10 for every point of the grid."""
         total = np.zeros(len(grid))
         step = chunk_size(self.scorer.candidates.mask.shape[1])
-        for start in self.progress.track(range(0, len(self.histories), step), "weighing priors"):
+        for start in track(range(0, len(self.histories), step), "weighing priors"):
             chunk = slice_sessions(self.histories, start, start + step)
             targets = torch.from_numpy(self.targets[start : start + step])
             padded = chunk.padded(range(len(chunk)), self.model.config.max_sequence_length)

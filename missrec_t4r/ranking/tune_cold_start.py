@@ -23,7 +23,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import chunk_size, exclude_seen, slice_sessions
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.terms.cold_start import ColdStartSettings, ColdStartTerm
 from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
@@ -81,9 +81,7 @@ class _Outcome(NamedTuple):
     """Share of the first ten places that hidden items take."""
 
 
-def fit_cold_start(
-    model: MISSRec, catalogue: Catalogue, valid: Sessions, *, seed: int = 0, progress: Progress = quiet
-) -> dict[str, Any]:
+def fit_cold_start(model: MISSRec, catalogue: Catalogue, valid: Sessions, *, seed: int = 0) -> dict[str, Any]:
     """Choose the settings of `ColdStartTerm`; the priors are in place.
 
     Parameters
@@ -104,7 +102,7 @@ def fit_cold_start(
     assert prior.cold_start is not None
     newcomers, names = prior.cold_start, model.item_encoder.names
     newcomers.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
-    draws = [_draw(model, prior, catalogue, valid, seed + number, progress) for number in range(_DRAWS)]
+    draws = [_draw(model, prior, catalogue, valid, seed + number) for number in range(_DRAWS)]
     choices = [choice for choice in draws[0] if all(choice in draw for draw in draws)]
     asked = sum(int((parts.place >= 0).sum()) for draw in draws for parts in list(draw.values())[:1])
     if asked < _FEWEST_TARGETS or not choices:
@@ -125,22 +123,20 @@ def fit_cold_start(
     model.find_cold_items()
     if len(newcomers.rows):
         share = model.config.cold_start_exposure * _worth(draws, len(newcomers.rows))
-        newcomers.choose(_levelled(model, newcomers, catalogue, valid, share, seed, progress))
+        newcomers.choose(_levelled(model, newcomers, catalogue, valid, share, seed))
     chosen = [name for name, used in zip(names, choice, strict=True) if used]
     measures = {"recall@10": outcome.hidden, "others_ndcg@10": outcome.others, "exposure": outcome.exposure}
     return {**newcomers.chosen._asdict(), "modalities": chosen, "valid": measures}
 
 
-def _draw(
-    model: MISSRec, prior: ItemKNNTerm, catalogue: Catalogue, valid: Sessions, seed: int, progress: Progress
-) -> dict[Choice, _Parts]:
+def _draw(model: MISSRec, prior: ItemKNNTerm, catalogue: Catalogue, valid: Sessions, seed: int) -> dict[Choice, _Parts]:
     """Hide a tenth of the items and return, by choice of modalities, what the grid needs."""
     hidden = _hide(model, prior, seed)
     shown, targets, drawn = _sample(valid, hidden.cpu().numpy(), seed)
     trials = _trials(model, prior, hidden) if hidden.any() and len(shown) else []
     if not trials:
         return {}
-    measured = _measure(model, prior, trials, catalogue, shown, targets, drawn, hidden, progress)
+    measured = _measure(model, prior, trials, catalogue, shown, targets, drawn, hidden)
     return {tuple(trial.modalities.tolist()): parts for trial, parts in zip(trials, measured, strict=True)}
 
 
@@ -191,7 +187,6 @@ def _measure(
     targets: Tensor,
     drawn: Tensor,
     hidden: Tensor,
-    progress: Progress,
 ) -> list[_Parts]:
     """Return for every trial what the grid needs; the model scores the sessions once."""
     scorer, lookalikes = ModelScorer.with_popularity(model, catalogue), model.content_knn
@@ -199,7 +194,7 @@ def _measure(
     place = torch.full((len(hidden),), -1).index_copy_(0, rows.cpu(), torch.arange(len(rows)))
     chunks: list[list[_Parts]] = [[] for _ in trials]
     step = chunk_size(len(hidden))
-    for start in progress.track(range(0, len(shown), step), "weighing newcomers"):
+    for start in track(range(0, len(shown), step), "weighing newcomers"):
         chunk, wanted = slice_sessions(shown, start, start + step), targets[start : start + step]
         item_ids = torch.from_numpy(chunk.padded(range(len(chunk)), model.config.max_sequence_length)).to(scorer.device)
         scores = scorer(chunk)
@@ -262,7 +257,6 @@ def _levelled(
     valid: Sessions,
     share: float,
     seed: int,
-    progress: Progress,
 ) -> ColdStartSettings:
     """Return the settings with the level that gives the real newcomers ``share`` of the first ten places."""
     scorer = ModelScorer.with_popularity(model, catalogue)
@@ -270,7 +264,7 @@ def _levelled(
     drawn = np.random.default_rng(seed).permutation(np.flatnonzero(histories.lengths > 0))[:_MOST_SESSIONS]
     shown = histories.take(drawn[np.argsort(histories.lengths[drawn], kind="stable")])
     best, top, step = [], [], chunk_size(catalogue.n_rows)
-    for start in progress.track(range(0, len(shown), step), "levelling newcomers"):
+    for start in track(range(0, len(shown), step), "levelling newcomers"):
         chunk = slice_sessions(shown, start, start + step)
         scores = exclude_seen(scorer(chunk), chunk)
         theirs = scores[:, newcomers.rows]

@@ -220,19 +220,13 @@ def test_train_t4r_starts_the_ids_as_the_recipe_says(data: Path, tmp_path: Path)
         assert bool((alike > 0.99).all()) == (start == "content")
 
 
-def test_train_t4r_writes_a_run_that_our_evaluation_loads(data: Path, tmp_path: Path, capsys: Any) -> None:
-    said: list[str] = []
-
-    class Listener:
-        def track(self, iterable: Any, description: str, total: int | None = None) -> Any:
-            return iter(iterable)
-
-        def say(self, message: str) -> None:
-            said.append(message)
-
-    info = train_t4r(data, recipe(ema_decay=0.9), tmp_path / "run", device="cpu", progress=Listener())
+def test_train_t4r_writes_a_run_that_our_evaluation_loads(
+    data: Path, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "missrec_t4r")
+    info = train_t4r(data, recipe(ema_decay=0.9), tmp_path / "run", device="cpu")
     assert info["without"] == ["ema_decay"]
-    assert "the T4R trainer has no ema_decay: trained without" in said
+    assert "the T4R trainer has no ema_decay: trained without" in caplog.messages
     assert json.dumps(info)
     assert capsys.readouterr().out == ""
     loaded = load_run(tmp_path / "run")

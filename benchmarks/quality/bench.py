@@ -1,4 +1,4 @@
-"""One recipe, one data set, several seeds: mean and spread of the test metrics, beside tuned baselines.
+"""Quality of a recipe on a data set over several seeds: mean and spread of the test metrics, and tuned baselines.
 
     make bench-quality DATA=path/to/amazon_scientific RECIPE=default SEEDS=3
     python -m benchmarks.quality.bench --data path/to/amazon_scientific --interactions interactions_mm_subset.parquet \
@@ -98,7 +98,7 @@ def _one(data: Path, run: Path, recipe: str, settings: dict[str, Any]) -> dict[s
 
 
 def _label(recipe: str, settings: dict[str, Any] | None) -> str:
-    """Return a name for files and folders: the recipe and what was changed.
+    """Return a name for files and folders: the recipe and the changed settings.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Variants of a recipe compared on validation alone: what is kept is chosen here, the test split stays closed.
+"""Compare variants of a recipe on the validation split, to choose one; the test split is not read.
 
     python -m benchmarks.quality.choose --data path/to/amazon_scientific --variants benchmarks/quality/variants.yaml
 
@@ -28,7 +28,7 @@ _FACTS = ("valid_ndcg@10", "best_epoch", "epochs", "seconds", "prior")
 def compare(
     data: Path, out: Path, recipe: str, variants: dict[str, dict[str, Any]], seeds: int
 ) -> list[dict[str, Any]]:
-    """Train every variant with every seed and sort by what validation says of the model with its priors.
+    """Train every variant with every seed and sort by the validation metric of the model with its score terms.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Raw benchmark folders as data folders: the same ETL as for users, once per benchmark."""
+"""Build data folders from raw benchmark folders, with the same ETL as for users, once per benchmark."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def prepare(
     interactions: str = INTERACTIONS,
     modality: dict[str, str] | None = None,
 ) -> Path:
-    """Run the ETL on a benchmark folder, or find that it ran with the same settings.
+    """Run the ETL on a benchmark folder unless it ran with the same settings before.
 
     Parameters
     ----------

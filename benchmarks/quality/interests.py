@@ -1,10 +1,11 @@
-"""What the interest encoder is worth, and to whom: a recipe with and without it, over seeds and kinds of sessions.
+"""Ablation of the interest encoder: a recipe with and without interests, over seeds and slices of sessions.
 
     make bench-quality DATA=… RECIPE=default                                        # with interests, first
     python -m benchmarks.quality.interests --runs work/bench/scientific_mm/default --seeds 3
 
-Without: no cluster is ever found, so that every session has an empty set of interests and the decoder reads its items
-alone; all else is trained anew. Test split, whole catalogue; differences are paired over users, seeds averaged.
+Without interests, no cluster is discovered: every session has an empty set of interests, the decoder reads its items
+alone, and the model is trained from the start. Test split, whole catalogue; differences are paired over users and
+averaged over seeds.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ WITH, WITHOUT = "with", "without"
 
 
 def without_interests(model: MISSRec, _catalogue: Catalogue) -> dict[str, Any]:
-    """Keep the vocabulary of interests empty, whoever asks for a discovery."""
+    """Keep the interest vocabulary empty: interest discovery does nothing inside the block."""
     model.interests.discover = lambda *_: None  # type: ignore[method-assign]  # of this model alone
     return {"interests": "none"}
 
@@ -46,7 +47,7 @@ def ranked(run: Path, *, alone: bool) -> tuple[dict[str, Values], dict[str, Any]
     Parameters
     ----------
     alone : bool
-        Leave the priors out: what the network itself learned.
+        Without score terms: the network alone.
 
     Returns
     -------
@@ -85,7 +86,7 @@ def compare(runs: dict[str, list[Path]], *, alone: bool) -> dict[str, Any]:
 
 
 def train_without(like: Path, out: Path) -> Path:
-    """Train what a finished run is, without interests, unless it is done."""
+    """Train with a finished run's recipe, without interests, unless it is done."""
     if not (out / "run.json").is_file():
         loaded = load_run(like)
         recipe = dataclasses.replace(loaded.recipe, name=f"{loaded.recipe.name} without interests")

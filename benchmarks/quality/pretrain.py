@@ -1,4 +1,4 @@
-"""Does pre-training on other shops help? From scratch against transfer, several ways and seeds, with learning curves.
+"""Effect of pre-training on other data sets: training from scratch against transfer, by variant and seed, with curves.
 
     OMP_NUM_THREADS=1 python -m benchmarks.quality.pretrain --shared path/to/data     # everything, resumable, in work/
     python -m benchmarks.quality.pretrain --shared … --step pretrain:contrastive --minutes 30     # one step of it
@@ -54,7 +54,7 @@ PRETRAININGS: dict[str, dict[str, Any]] = {
 
 
 class Variant(NamedTuple):
-    """One way to start."""
+    """One way to initialise training."""
 
     pretraining: str | None = None
     freeze: str = "none"
@@ -86,7 +86,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def prepare(shared: Path, out: Path, share: float) -> Path:
-    """Make the data folders that are not there yet; return the target's."""
+    """Build the missing data folders; return the target's."""
     for name in (*SOURCES, TARGET):
         if not (out / "data" / name / "etl.json").is_file():
             raw = shared / name
@@ -103,7 +103,7 @@ def prepare(shared: Path, out: Path, share: float) -> Path:
 
 
 def _with_fewer_sessions(data: Path, out: Path, share: float) -> Path:
-    """Copy a data folder with a random share of its training sessions: a shop that has just opened."""
+    """Copy a data folder with a random share of its training sessions: a new shop."""
     if out.is_dir():
         return out
     aside = out.with_name(f".{out.name}")
@@ -123,7 +123,7 @@ def _with_fewer_sessions(data: Path, out: Path, share: float) -> Path:
 
 
 def pretraining(name: str, out: Path, minutes: float, settings: dict[str, Any]) -> Path:
-    """Pre-train one way, unless it is done."""
+    """Pre-train one variant, unless it is done."""
     run = out / "pre" / name
     if not (run / "run.json").is_file():
         chosen = {**ALONE, **settings, **PRETRAININGS[name], "train.max_minutes": minutes}
@@ -162,7 +162,7 @@ def training(name: str, seed: int, data: Path, out: Path, minutes: float, settin
 
 @torch.no_grad()
 def before_training(run: Path, data: Path, settings: dict[str, Any]) -> float:
-    """Rank the validation sessions of a shop that the pre-trained model has never seen; no IDs, no training."""
+    """Rank the validation sessions of a data set that the pre-trained model has not seen, without IDs or training."""
     source, catalogue = read_source(run), Catalogue.load(data / CATALOGUE_FOLDER)
     changes = {key: value for key, value in {**ALONE, **settings}.items() if key.startswith("model.")}
     recipe = Recipe.load("default", changes | {"model.item_ids": False})
@@ -176,7 +176,7 @@ def before_training(run: Path, data: Path, settings: dict[str, Any]) -> float:
 
 
 def summary(data: Path, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Collect what is finished: curves, means and spreads, and differences to the same seeds from scratch."""
+    """Collect the finished runs: curves, means and spreads, and differences to the same seeds from scratch."""
     found = {name: _finished(out / data.name / name) for name in VARIANTS}
     rows = {name: _row(name, runs, found) for name, runs in found.items() if runs}
     pre = {}

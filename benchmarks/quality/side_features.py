@@ -1,11 +1,11 @@
-"""What side features bring on the generated shop: the same recipe without them, with all, and with each alone.
+"""Effect of event features on the generated shop: the same recipe without them, with all, and with each alone.
 
     python -m benchmarks.quality.side_features --users 3000 --items 1200 --recipe default --seeds 3
     python -m benchmarks.quality.side_features --users 400 --items 200 --recipe tiny --set train.epochs=8 --each
 
 The shop's event type, dwell time and category tell what comes next
 (`missrec_t4r/etl/sources/synthetic/shop.py`). ``without
-in requests`` is the model trained with all of them and asked without any, as by a client that sends item ids alone.
+in requests`` is the model trained with all of them and ranked without any, as for a client that sends item ids alone.
 Test split (``--split valid`` where a setting is to be chosen), whole catalogue, seen items kept; one shop, so that the
 spread is that of training.
 """
@@ -37,7 +37,7 @@ _SHOWN = (f"{SEEN_KEPT}.ndcg@10", f"{SEEN_KEPT}.recall@10", f"{SEEN_EXCLUDED}.nd
 
 
 def make_data(folder: Path, users: int, items: int, seed: int) -> Path:
-    """Generate the shop and run the main job's ETL and features on it."""
+    """Generate the shop and run ETL and feature extraction on it."""
     shop, data = folder / "shop", folder / "data"
     commands.generate(shop, users=users, items=items, seed=seed)
     commands.etl([shop / "interactions.parquet"], shop / "items.parquet", data)
@@ -46,7 +46,7 @@ def make_data(folder: Path, users: int, items: int, seed: int) -> Path:
 
 
 def measure(data: Path, run: Path, recipe: Recipe, split: str) -> dict[str, dict[str, float]]:
-    """Train once and rank a split's sessions, with the side features and, where there are any, without them."""
+    """Train once and rank a split's sessions, with the event features and, if there are any, without them."""
     if not (run / "run.json").is_file():
         train(data, run, recipe=recipe)
     loaded = load_run(run)

@@ -67,7 +67,7 @@ EMPTY = 2
 
 
 class Splits(NamedTuple):
-    """A data folder as both models read it."""
+    """A data folder in the form that both models read."""
 
     catalogue: Catalogue
     train: Sessions
@@ -82,7 +82,7 @@ class Splits(NamedTuple):
 
 
 class ReleaseRun:
-    """One training of the release's model, and a model of ours that takes its weights over for ranking."""
+    """One training run of the release's model, and a model of ours that gets its weights for ranking."""
 
     def __init__(self, path: Path, splits: Splits, seed: int) -> None:
         torch.manual_seed(seed)
@@ -146,7 +146,7 @@ class ReleaseRun:
             yield Examples(*(values[rows[part == number]] for values in self.examples))
 
     def _step(self, parts: list[Examples]) -> None:
-        """Take a step as the release's ``calculate_loss`` says: sessions part by part, the catalogue once."""
+        """Take a step as in the release's ``calculate_loss``: sessions part by part, the catalogue once."""
         self.optimiser.zero_grad()
         vectors, targets = [], []
         with watched_memory(self.theirs) as memories:
@@ -186,7 +186,7 @@ class ReleaseRun:
 
 
 def release_seed(path: Path, splits: Splits, seed: int, out: Path) -> dict[str, Any]:
-    """Train and rank the release with one seed, unless it is done; its ranks are kept beside."""
+    """Train and rank the release with one seed, unless it is done; its ranks are stored."""
     finished = out / f"release-{seed}.json"
     if not finished.is_file():
         run = ReleaseRun(path, splits, seed)
@@ -234,7 +234,7 @@ def _ranks(scorer: ModelScorer, splits: Splits) -> dict[str, Ranks]:
 
 @contextmanager
 def watched_memory(theirs: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collect what the release's encoder returns and which places are real; every set gets `EMPTY` more places."""
+    """Collect the output of the release's encoder and its mask; sets of interests get `EMPTY` more padding slots."""
     seen: list[tuple[Tensor, Tensor]] = []
     pad = torch.nn.utils.rnn.pad_sequence
 

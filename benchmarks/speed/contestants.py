@@ -1,4 +1,4 @@
-"""Who takes part in the training benchmark, each measured in a process of its own by `benchmarks.speed.train`.
+"""Contestants of the training benchmark; `benchmarks.speed.train` measures each in its own process.
 
 Every contestant trains on the same sessions with the published sizes and batch, and reports trained prefixes per
 second of whole epochs, interest discovery and optimiser included.
@@ -39,7 +39,7 @@ EVALUATED = 1024
 
 
 class Clock:
-    """Wall and processor time of some work; the latter tells little of other programs on a shared machine."""
+    """Wall and processor time of some work; the latter depends less on other programs of a shared machine."""
 
     def __init__(self) -> None:
         self.wall = self.cpu = 0.0
@@ -47,11 +47,11 @@ class Clock:
         self.start()
 
     def start(self) -> None:
-        """Go on."""
+        """Start the clock."""
         self.running, self.since = True, (time.perf_counter(), time.process_time())
 
     def stop(self, parts: float = 1.0) -> None:
-        """Take the time since the start; ``parts``: the work is shared by so many times what is measured."""
+        """Stop the clock; ``parts``: the measured work is repeated in so many parts."""
         self.wall += (time.perf_counter() - self.since[0]) / parts
         self.cpu += (time.process_time() - self.since[1]) / parts
         self.running = False

@@ -1,11 +1,11 @@
-"""One training step on a catalogue too large for a full softmax: time and peak memory, chunked and sampled.
+"""Time and peak memory of a training step on a catalogue too large for the full softmax: chunked and sampled.
 
     python -m benchmarks.speed.large_catalogue                      # a million items: 4 GiB on disk, minutes
     python -m benchmarks.speed.large_catalogue --items 100000       # a tenth
 
-The catalogue is made of random vectors in files, which a step reads as it would a real one's; interests are given, as
-they are between two discoveries (benchmarks.speed.interests measures those). Every softmax runs in a process of its
-own, so that peaks do not mix. A step is towers, encoder, decoder, loss, gradients and the optimiser.
+The catalogue has random vectors in files; interests are given, as between two discoveries (benchmarks.speed.interests
+measures those). Every softmax runs in its own process, so that peaks are separate. A step is item encoder, encoder,
+decoder, loss, gradients and optimiser.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _model(options: argparse.Namespace, folder: Path) -> MISSRec:
 
 
 def _batch(options: argparse.Namespace) -> TrainingBatch:
-    """Return sessions of random items and what follows each of their positions."""
+    """Return sessions of random items and their next items."""
     draw = torch.Generator().manual_seed(0)
     sessions = torch.randint(
         FIRST_ITEM_ROW, options.items, (options.sessions, options.length + 1), generator=draw, dtype=torch.int64

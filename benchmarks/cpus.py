@@ -1,9 +1,9 @@
-"""The tests that compare floats, as they come out on other processors: what kernels torch, oneDNN and MKL may choose.
+"""Run the tests that compare floats with the kernels of other processors (torch, oneDNN and MKL, by instruction set).
 
     python -m benchmarks.cpus [--jobs 2]
 
-Three environment variables hold the libraries' kernels down to an older instruction set. Each is tried alone and some
-together, with one thread and with two. Exit code 1 if a test failed; the table goes to ``benchmarks/results/``.
+Three environment variables limit the libraries' kernels to an older instruction set. Each is set alone and some are
+combined, with one thread and with two. Exit code 1 if a test failed; the table goes to ``benchmarks/results/``.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ THREADS = (1, 2)
 
 
 def has_avx512() -> bool:
-    """Return whether this processor can run what is asked for AVX-512."""
+    """Return whether this processor supports AVX-512."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 

@@ -1,7 +1,7 @@
-"""What every benchmark writes down: hardware, versions, peak memory, the machine's matrix-product rate, the command.
+"""Facts that every benchmark records: hardware, versions, peak memory, matrix-product rate of the machine, command.
 
-Benchmarks run from the checkout's root as modules (``python -m benchmarks.speed.large_catalogue``), so that they find
-this one. A result is one JSON file in ``benchmarks/results/`` and one JSON line on standard output.
+Benchmarks run from the checkout's root as modules (``python -m benchmarks.speed.large_catalogue``), so that they can
+import this one. A result is one JSON file in ``benchmarks/results/`` and one JSON line on standard output.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def hardware() -> dict[str, Any]:
-    """Return what the numbers depend on: processor, cores and threads in use, memory, GPU, load at the start."""
+    """Return the hardware: processor, cores and threads in use, memory, GPU, load at the start."""
     found: dict[str, Any] = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -45,7 +45,7 @@ def hardware() -> dict[str, Any]:
 
 
 def gemm_rate(size: int = 1024, seconds: float = 1.0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
-    """Measure the rate of square matrix products, the yardstick for every share of time that is said to be arithmetic.
+    """Measure the rate of square matrix products, to compute the share of a measured time that is arithmetic.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def gemm_rate(size: int = 1024, seconds: float = 1.0, dtype: torch.dtype = torch
 
 
 def reset_peak() -> float:
-    """Forget the peak so far, where the system can (Linux), and return the memory in use now, in MiB."""
+    """Reset the peak memory, where the system can (Linux), and return the memory in use now, in MiB."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -84,7 +84,7 @@ def reset_peak() -> float:
 
 
 def peak_mib() -> float:
-    """Return the most memory that this process held since its start or the last `reset_peak`, in MiB.
+    """Return the peak memory of this process since its start or the last `reset_peak`, in MiB.
 
     Pages of memory-mapped files that were read count as long as the system keeps them for us.
     """
@@ -96,7 +96,7 @@ def peak_mib() -> float:
 
 
 def gpu_peak_mib() -> float:
-    """Return the most memory that torch held on the GPU since the last `reset_peak`, in MiB; 0 without a GPU."""
+    """Return the peak memory of torch on the GPU since the last `reset_peak`, in MiB; 0 without a GPU."""
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
 
 
@@ -117,7 +117,7 @@ def write_result(name: str, payload: Mapping[str, Any], folder: Path = RESULTS) 
 
 
 def report(name: str, payload: Mapping[str, Any], folder: Path = RESULTS) -> None:
-    """Write the result and end with its JSON line."""
+    """Write the result and print it as one JSON line."""
     path = write_result(name, payload, folder)
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     print(json.dumps({**payload, "result": str(shown)}, default=float))

@@ -1,4 +1,4 @@
-"""The data of the training benchmarks: Amazon Scientific's complete-modality subset, or a generated shop of its size.
+"""Data of the training benchmarks: Amazon Scientific's complete-modality subset, or a generated shop of its size.
 
 A data folder holds ``interactions_mm_subset.parquet`` (user_id, item_id, timestamp, split), ``items.parquet`` and two
 files of vectors whose rows follow the items, ``text_clip.npy`` and ``image_clip.npy``.
@@ -55,7 +55,7 @@ def _read(data: Path) -> tuple[npt.NDArray, npt.NDArray[np.int64], npt.NDArray, 
 
 
 def _generated() -> tuple[npt.NDArray, npt.NDArray[np.int64], npt.NDArray, dict[str, npt.NDArray[np.float32]]]:  # type: ignore[type-arg]
-    """Draw sessions of three to forty events with the subset's mean of 6.7, within topics that the vectors show."""
+    """Draw sessions of three to forty events with the subset's mean of 6.7, within topics, which the vectors encode."""
     rng = np.random.default_rng(0)
     topics = rng.integers(0, 40, N_ITEMS)
     lengths = np.minimum(5 + rng.geometric(1 / 2.75, N_USERS) - 1, 40)

@@ -1,1 +1,1 @@
-"""Quality benchmarks: recipes chosen on validation, the test split scored once per recipe and seed."""
+"""Quality benchmarks: recipes are chosen on validation, the test split is scored once per recipe and seed."""

@@ -1,4 +1,4 @@
-"""One recipe, one data set, several seeds: mean and spread of the test metrics, beside tuned baselines.
+"""Quality of a recipe on a data set over several seeds: mean and spread of the test metrics, and tuned baselines.
 
     make bench-quality DATA=path/to/amazon_scientific RECIPE=default SEEDS=3
     python -m benchmarks.quality.bench --data path/to/amazon_scientific --interactions interactions_mm_subset.parquet \
@@ -22,7 +22,7 @@ from benchmarks.measure import report
 from benchmarks.quality.datasets import INTERACTIONS, prepare
 from missrec_t4r import commands
 from missrec_t4r.config import Recipe
-from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.progress import reporting
 
 METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
 KEPT, EXCLUDED = "seen_kept", "seen_excluded"
@@ -39,7 +39,6 @@ def bench(
     interactions: str = INTERACTIONS,
     modality: dict[str, str] | None = None,
     settings: dict[str, Any] | None = None,
-    progress: Progress,
 ) -> dict[str, Any]:
     """Train and evaluate a recipe with several seeds.
 
@@ -50,11 +49,11 @@ def bench(
         with seen items excluded under ``seen_excluded``; ``valid`` NDCG@10; the baselines' test metrics; every seed.
     """
     name = name or data.resolve().name
-    folder = prepare(data, out / name / "data", interactions=interactions, modality=modality, progress=progress)
+    folder = prepare(data, out / name / "data", interactions=interactions, modality=modality)
     done = []
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         overrides = {**(settings or {}), "train.seed": seed}
-        done.append(_one(folder, out / name / _label(recipe, settings) / f"seed-{seed}", recipe, overrides, progress))
+        done.append(_one(folder, out / name / _label(recipe, settings) / f"seed-{seed}", recipe, overrides))
     return {
         "data": name,
         "recipe": recipe,
@@ -76,13 +75,13 @@ def bench(
     }
 
 
-def _one(data: Path, run: Path, recipe: str, settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _one(data: Path, run: Path, recipe: str, settings: dict[str, Any]) -> dict[str, Any]:
     finished = run / "bench.json"
     if finished.is_file():
         stored: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
         return stored
-    trained = commands.train(data, run, recipe=recipe, settings=settings, progress=progress)
-    found = commands.evaluate(run, progress=progress)
+    trained = commands.train(data, run, recipe=recipe, settings=settings)
+    found = commands.evaluate(run)
     kept = ("best_epoch", "epochs", "valid_ndcg@10", "seconds", "prior")
     one = {
         "run": {"seed": settings["train.seed"], **{key: trained[key] for key in kept if key in trained}},
@@ -99,7 +98,7 @@ def _one(data: Path, run: Path, recipe: str, settings: dict[str, Any], progress:
 
 
 def _label(recipe: str, settings: dict[str, Any] | None) -> str:
-    """Return a name for files and folders: the recipe and what was changed.
+    """Return a name for files and folders: the recipe and the changed settings.
 
     Examples
     --------
@@ -153,10 +152,10 @@ def main() -> None:
         interactions=options.interactions,
         modality=pairs(options.modality) or None,
         settings=settings,
-        progress=TerminalProgress(),
     )
     report(f"quality-{found['data']}-{_label(options.recipe, settings)}", found)
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():
+        main()

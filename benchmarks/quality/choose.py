@@ -1,4 +1,4 @@
-"""Variants of a recipe compared on validation alone: what is kept is chosen here, the test split stays closed.
+"""Compare variants of a recipe on the validation split, to choose one; the test split is not read.
 
     python -m benchmarks.quality.choose --data path/to/amazon_scientific --variants benchmarks/quality/variants.yaml
 
@@ -8,6 +8,7 @@ Ends with one JSON line; finished variants are not trained again.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ from benchmarks.measure import report
 from benchmarks.quality.bench import FIRST_SEED, arguments, pairs, spread
 from benchmarks.quality.datasets import prepare
 from missrec_t4r import commands
-from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.progress import reporting
+
+log = logging.getLogger(__name__)
 
 _FACTS = ("valid_ndcg@10", "best_epoch", "epochs", "seconds", "prior")
 
 
 def compare(
-    data: Path, out: Path, recipe: str, variants: dict[str, dict[str, Any]], seeds: int, progress: Progress
+    data: Path, out: Path, recipe: str, variants: dict[str, dict[str, Any]], seeds: int
 ) -> list[dict[str, Any]]:
-    """Train every variant with every seed and sort by what validation says of the model with its priors.
+    """Train every variant with every seed and sort by the validation metric of the model with its score terms.
 
     Returns
     -------
@@ -36,7 +39,7 @@ def compare(
     rows = []
     for name, settings in variants.items():
         runs = [
-            _one(data, out / name / f"seed-{seed}", recipe, {**settings, "train.seed": seed}, progress)
+            _one(data, out / name / f"seed-{seed}", recipe, {**settings, "train.seed": seed})
             for seed in range(FIRST_SEED, FIRST_SEED + seeds)
         ]
         rows.append(
@@ -49,16 +52,16 @@ def compare(
                 "best_epochs": [run["best_epoch"] for run in runs],
             }
         )
-        progress.say(f"{name}: {rows[-1]['valid_ndcg@10']} with priors {rows[-1]['valid_with_priors']}")
+        log.info(f"{name}: {rows[-1]['valid_ndcg@10']} with priors {rows[-1]['valid_with_priors']}")
     return sorted(rows, key=lambda row: -row["valid_with_priors"]["mean"])
 
 
-def _one(data: Path, run: Path, recipe: str, settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _one(data: Path, run: Path, recipe: str, settings: dict[str, Any]) -> dict[str, Any]:
     finished = run / "chosen.json"
     if finished.is_file():
         stored: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
         return stored
-    trained = commands.train(data, run, recipe=recipe, settings=settings, progress=progress)
+    trained = commands.train(data, run, recipe=recipe, settings=settings)
     facts = {key: trained[key] for key in _FACTS}
     finished.write_text(json.dumps(facts, default=float), encoding="utf-8")
     return facts
@@ -73,7 +76,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args()
     name = options.name or options.data.resolve().name
-    progress = TerminalProgress()
     variants = yaml.safe_load(options.variants.read_text(encoding="utf-8"))
     variants = {key: value or {} for key, value in variants.items() if not options.only or key in options.only}
     folder = prepare(
@@ -81,13 +83,13 @@ def main() -> None:
         options.out / name / "data",
         interactions=options.interactions,
         modality=pairs(options.modality) or None,
-        progress=progress,
     )
     where = options.out / name / f"choose-{options.variants.stem}"
-    rows = compare(folder, where, options.recipe, variants, options.seeds, progress)
+    rows = compare(folder, where, options.recipe, variants, options.seeds)
     result = {"data": name, "recipe": options.recipe, "seeds": options.seeds, "variants": rows}
     report(f"choose-{name}-{options.variants.stem}", result)
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():
+        main()

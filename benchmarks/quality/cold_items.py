@@ -1,16 +1,16 @@
-"""Items that training never saw: a share of them is held out entirely and only asked for at the end.
+"""Cold-start benchmark: a share of the items is held out of training and is only the target of test sessions.
 
     python -m benchmarks.quality.cold_items --data path/to/ml1m_posters --recipe long --share 0.1 --draws 1 2 3 \
         --set model.item_ids=false --exposure 1 2
 
-All events of the held-out items are removed, except where they are a customer's last one: those are the targets. The
-model is compared with popularity, item-kNN and content-kNN on the same vectors, and with itself without what it lends
-to items without events (`model/newcomers.py`); the whole catalogue is ranked. What the others pay stands beside it.
+All events of the held-out items are removed, except a user's last one: those are the targets. The model is compared
+with popularity, item-kNN and content-kNN on the same vectors, and with itself without its cold-start term; the whole
+catalogue is ranked. The effect on all other targets is reported too.
 
-How hard a tenth is depends on which items it holds, so several are drawn that share no item, each with its own ETL and
-training. What new items get of the places (``model.cold_start_exposure``) is set after training, so that several levels
-cost one training. A customer's last item is held out in one of them at most: their targets are pooled, and an
-interval draws customers. Finished trainings are kept in ``--out``.
+The difficulty depends on the held-out items, so several disjoint shares are drawn, each with its own ETL and training.
+The exposure of cold items (``model.cold_start_exposure``) is set after training, so that several levels cost one
+training. A user's last item is held out in at most one share: targets are pooled, and intervals resample users.
+Finished trainings are kept in ``--out``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.evaluation.full_ranking import rank_catalogue
 from missrec_t4r.evaluation.metrics import metric_names, metric_values
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.progress import reporting
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.terms.cold_start import ColdStartSettings
@@ -51,7 +51,7 @@ _METRICS = ("recall@10", "ndcg@10")
 
 
 class Draw(NamedTuple):
-    """A held-out share of the items and where every system put the targets."""
+    """A held-out share of the items and the rank of its targets in every system."""
 
     facts: dict[str, Any]
     cold: npt.NDArray[np.bool_]
@@ -61,12 +61,12 @@ class Draw(NamedTuple):
 
 
 def hold_out(interactions: Path, out: Path, share: float, number: int, min_count: int) -> dict[str, int]:
-    """Write the interactions without the events of held-out items, other than a customer's last one.
+    """Write the interactions without the events of held-out items, other than a user's last one.
 
     Parameters
     ----------
     number : int
-        Which share of the items, from 0; two numbers have no item in common.
+        Index of the share of the items, from 0; two numbers have no item in common.
 
     Returns
     -------
@@ -96,30 +96,29 @@ def measure(
     share: float,
     number: int,
     exposures: Sequence[float],
-    progress: Progress,
 ) -> Draw:
-    """Hold out, train and rank, or find that this was done."""
+    """Hold out, train and rank, unless it is done."""
     inputs = find_inputs(data)
     facts: dict[str, Any] = dict(
         hold_out(inputs.interactions, out / "interactions.parquet", share, number, max(inputs.min_item_count, 1))
     )
     folder, run = out / "data", out / "run"
     if not (run / RUN_FILE).is_file():
-        commands.etl([out / "interactions.parquet"], inputs.items, folder, modality=inputs.modality, progress=progress)
-        commands.train(folder, run, recipe=recipe, settings={**settings, "train.seed": FIRST_SEED}, progress=progress)
-    return ranked(run, exposures, facts, progress)
+        commands.etl([out / "interactions.parquet"], inputs.items, folder, modality=inputs.modality)
+        commands.train(folder, run, recipe=recipe, settings={**settings, "train.seed": FIRST_SEED})
+    return ranked(run, exposures, facts)
 
 
-def ranked(run: Path, exposures: Sequence[float], facts: dict[str, Any], progress: Progress) -> Draw:
-    """Rank the test split with a run, at each exposure and without newcomers, and with the tuned baselines."""
+def ranked(run: Path, exposures: Sequence[float], facts: dict[str, Any]) -> Draw:
+    """Rank the test split with a run, at each exposure and without cold-start term, and with the tuned baselines."""
     loaded = load_run(run)
-    models = {name_of(exposure): exposed(run, exposure, progress) for exposure in exposures}
+    models = {name_of(exposure): exposed(run, exposure) for exposure in exposures}
     terms_of(loaded.model).cold_start.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
     models[WITHOUT] = loaded.model, {}
     event_features = () if loaded.model.event_features is None else loaded.model.event_features.columns
     histories, targets = load_sessions(loaded.data, "test", event_features).split_last()
     cold = (targets >= FIRST_ITEM_ROW) & (loaded.catalogue.train_count[targets] == 0)
-    rivals, tuned = fitted_baselines(loaded.data, loaded.catalogue, progress=progress)
+    rivals, tuned = fitted_baselines(loaded.data, loaded.catalogue)
     systems: dict[str, System] = {
         **{name: ModelScorer.with_popularity(model, loaded.catalogue) for name, (model, _) in models.items()},
         **rivals,
@@ -133,7 +132,6 @@ def ranked(run: Path, exposures: Sequence[float], facts: dict[str, Any], progres
                 loaded.catalogue.n_rows,
                 protocols=(protocol,),
                 description=f"ranking {name}",
-                progress=progress,
             ).ranks[protocol]
             for protocol in (KEPT, EXCLUDED)
         }
@@ -143,14 +141,14 @@ def ranked(run: Path, exposures: Sequence[float], facts: dict[str, Any], progres
     return Draw({**facts, "n": int(cold.sum()), "newcomers": chosen, "baseline_settings": tuned}, cold, ranks)
 
 
-def exposed(run: Path, exposure: float, progress: Progress) -> tuple[MISSRec, dict[str, Any]]:
-    """Return a run's model with what newcomers get of the places, and what was chosen for it on validation."""
+def exposed(run: Path, exposure: float) -> tuple[MISSRec, dict[str, Any]]:
+    """Return a run's model tuned for an exposure of cold items, and the tuned numbers."""
     loaded = load_run(run)
     model = loaded.model
     model.config = dataclasses.replace(model.config, cold_start_exposure=exposure)
     columns = () if model.event_features is None else model.event_features.columns
     valid = load_sessions(loaded.data, "valid", columns).known()
-    return model, fit_cold_start(model, loaded.catalogue, valid, progress=progress)
+    return model, fit_cold_start(model, loaded.catalogue, valid)
 
 
 def name_of(exposure: float) -> str:
@@ -165,7 +163,7 @@ def name_of(exposure: float) -> str:
 
 
 def pooled(draws: list[Draw]) -> dict[str, Any]:
-    """Return every system's metrics on the held-out and on the other targets, and how far the model is ahead."""
+    """Return every system's metrics on the held-out and on the other targets, and the difference to the model."""
     found: dict[str, Any] = {"n": sum(int(draw.cold.sum()) for draw in draws)}
     ours = [name for name in draws[0].ranks if name.startswith("exposure_")]
     for part in ("cold", "others", "all"):
@@ -219,7 +217,6 @@ def main() -> None:
             options.share,
             number,
             options.exposure,
-            TerminalProgress(),
         )
         for number in options.draws
     ]
@@ -239,4 +236,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():
+        main()

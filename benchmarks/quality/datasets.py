@@ -1,4 +1,4 @@
-"""Raw benchmark folders as data folders: the same ETL as for users, once per benchmark."""
+"""Build data folders from raw benchmark folders, with the same ETL as for users, once per benchmark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 from missrec_t4r import commands
 from missrec_t4r.cli.demo import find_inputs
 from missrec_t4r.errors import DataError
-from missrec_t4r.progress import Progress, quiet
 
 INTERACTIONS = "interactions.parquet"
 _DONE = "prepared.json"
@@ -24,9 +23,8 @@ def prepare(
     *,
     interactions: str = INTERACTIONS,
     modality: dict[str, str] | None = None,
-    progress: Progress = quiet,
 ) -> Path:
-    """Run the ETL on a benchmark folder, or find that it ran with the same settings.
+    """Run the ETL on a benchmark folder unless it ran with the same settings before.
 
     Parameters
     ----------
@@ -69,7 +67,6 @@ def prepare(
         out,
         modality=files,
         min_item_count=inputs.min_item_count if interactions == INTERACTIONS else 0,
-        progress=progress,
     )
     (out / _DONE).write_text(json.dumps(facts), encoding="utf-8")
     return out

@@ -1,10 +1,11 @@
-"""What the interest encoder is worth, and to whom: a recipe with and without it, over seeds and kinds of sessions.
+"""Ablation of the interest encoder: a recipe with and without interests, over seeds and slices of sessions.
 
     make bench-quality DATA=… RECIPE=default                                        # with interests, first
     python -m benchmarks.quality.interests --runs work/bench/scientific_mm/default --seeds 3
 
-Without: no cluster is ever found, so that every session has an empty set of interests and the decoder reads its items
-alone; all else is trained anew. Test split, whole catalogue; differences are paired over users, seeds averaged.
+Without interests, no cluster is discovered: every session has an empty set of interests, the decoder reads its items
+alone, and the model is trained from the start. Test split, whole catalogue; differences are paired over users and
+averaged over seeds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from missrec_t4r.evaluation.full_ranking import PROTOCOLS, rank_catalogue
 from missrec_t4r.evaluation.metrics import metric_names, metric_values
 from missrec_t4r.evaluation.slices import slices
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.progress import reporting
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.training.fit import train
@@ -35,7 +36,7 @@ WITH, WITHOUT = "with", "without"
 
 
 def without_interests(model: MISSRec, _catalogue: Catalogue) -> dict[str, Any]:
-    """Keep the vocabulary of interests empty, whoever asks for a discovery."""
+    """Keep the interest vocabulary empty: interest discovery does nothing inside the block."""
     model.interests.discover = lambda *_: None  # type: ignore[method-assign]  # of this model alone
     return {"interests": "none"}
 
@@ -46,7 +47,7 @@ def ranked(run: Path, *, alone: bool) -> tuple[dict[str, Values], dict[str, Any]
     Parameters
     ----------
     alone : bool
-        Leave the priors out: what the network itself learned.
+        Without score terms: the network alone.
 
     Returns
     -------
@@ -85,12 +86,12 @@ def compare(runs: dict[str, list[Path]], *, alone: bool) -> dict[str, Any]:
     return table
 
 
-def train_without(like: Path, out: Path, progress: Progress) -> Path:
-    """Train what a finished run is, without interests, unless it is done."""
+def train_without(like: Path, out: Path) -> Path:
+    """Train with a finished run's recipe, without interests, unless it is done."""
     if not (out / "run.json").is_file():
         loaded = load_run(like)
         recipe = dataclasses.replace(loaded.recipe, name=f"{loaded.recipe.name} without interests")
-        train(loaded.data, out, recipe=recipe, progress=progress, prepare=without_interests)
+        train(loaded.data, out, recipe=recipe, prepare=without_interests)
     return out
 
 
@@ -102,9 +103,9 @@ def main() -> None:
     words.add_argument("--out", type=Path, help="where runs without are kept; beside those with by default")
     options = words.parse_args()
     out = options.out or options.runs.with_name(f"{options.runs.name}-without-interests")
-    seeds, progress = range(FIRST_SEED, FIRST_SEED + options.seeds), TerminalProgress()
+    seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
     runs = {WITH: [options.runs / f"seed-{seed}" for seed in seeds]}
-    runs[WITHOUT] = [train_without(run, out / run.name, progress) for run in runs[WITH]]
+    runs[WITHOUT] = [train_without(run, out / run.name) for run in runs[WITH]]
     report(
         "interests",
         {
@@ -118,4 +119,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():
+        main()

@@ -1,9 +1,9 @@
-"""What is left of a run when a modality is withheld at test time: Recall@10, and its share of the full one.
+"""Recall@10 of a run whose items lack a modality at test time, and its share of the full Recall@10.
 
     python -m benchmarks.quality.missing_modality --run work/bench/…/seed-2020 [--run …]
 
-Vectors are withheld before anything reads them: towers, interests and look-alikes see a catalogue without them. ID
-embeddings and co-occurrence counts stay, where the model has them.
+Vectors are removed from the catalogue, so item encoder, interests and content-kNN have none of them. ID embeddings and
+co-occurrence counts stay, if the model has them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SEED = 2020
 
 
 def withheld(catalogue: Catalogue, hidden: dict[str, np.ndarray[Any, np.dtype[np.bool_]]]) -> Catalogue:
-    """Return the catalogue without some vectors.
+    """Return the catalogue with some vectors removed.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def without_vectors(model: MISSRec, catalogue: Catalogue) -> MISSRec:
 
 
 def measure(run: Path) -> dict[str, Any]:
-    """Return Recall@10 and NDCG@10 per protocol for every way to withhold, and the share of Recall@10 kept."""
+    """Return Recall@10 and NDCG@10 per protocol for every set of removed vectors, and its share of the full one."""
     loaded = load_run(run)
     catalogue, sessions = loaded.catalogue, Sessions.load(loaded.data / "test").known()
     nothing = np.zeros(catalogue.n_rows, bool)

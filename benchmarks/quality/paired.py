@@ -1,4 +1,4 @@
-"""Two systems on the same users over several seeds: mean difference and a bootstrap over users."""
+"""Paired comparison of two systems on the same users over several seeds, with a bootstrap over users."""
 
 from __future__ import annotations
 

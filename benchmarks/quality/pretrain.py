@@ -1,4 +1,4 @@
-"""Does pre-training on other shops help? From scratch against transfer, several ways and seeds, with learning curves.
+"""Effect of pre-training on other data sets: training from scratch against transfer, by variant and seed, with curves.
 
     OMP_NUM_THREADS=1 python -m benchmarks.quality.pretrain --shared path/to/data     # everything, resumable, in work/
     python -m benchmarks.quality.pretrain --shared … --step pretrain:contrastive --minutes 30     # one step of it
@@ -29,7 +29,7 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, quick_metrics
-from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.progress import reporting
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
@@ -54,7 +54,7 @@ PRETRAININGS: dict[str, dict[str, Any]] = {
 
 
 class Variant(NamedTuple):
-    """One way to start."""
+    """One way to initialise training."""
 
     pretraining: str | None = None
     freeze: str = "none"
@@ -85,8 +85,8 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def prepare(shared: Path, out: Path, share: float, progress: Progress) -> Path:
-    """Make the data folders that are not there yet; return the target's."""
+def prepare(shared: Path, out: Path, share: float) -> Path:
+    """Build the missing data folders; return the target's."""
     for name in (*SOURCES, TARGET):
         if not (out / "data" / name / "etl.json").is_file():
             raw = shared / name
@@ -97,14 +97,13 @@ def prepare(shared: Path, out: Path, share: float, progress: Progress) -> Path:
                 modality={"text": raw / "text_minilm.npy"},
                 fingerprint={"text": ENCODER},
                 min_item_count=LEAST_EVENTS,
-                progress=progress,
             )
     whole = out / "data" / TARGET
     return whole if share == 1.0 else _with_fewer_sessions(whole, out / "data" / f"{TARGET}-{share:g}", share)
 
 
 def _with_fewer_sessions(data: Path, out: Path, share: float) -> Path:
-    """Copy a data folder with a random share of its training sessions: a shop that has just opened."""
+    """Copy a data folder with a random share of its training sessions: a new shop."""
     if out.is_dir():
         return out
     aside = out.with_name(f".{out.name}")
@@ -123,19 +122,17 @@ def _with_fewer_sessions(data: Path, out: Path, share: float) -> Path:
     return out
 
 
-def pretraining(name: str, out: Path, minutes: float, settings: dict[str, Any], progress: Progress) -> Path:
-    """Pre-train one way, unless it is done."""
+def pretraining(name: str, out: Path, minutes: float, settings: dict[str, Any]) -> Path:
+    """Pre-train one variant, unless it is done."""
     run = out / "pre" / name
     if not (run / "run.json").is_file():
         chosen = {**ALONE, **settings, **PRETRAININGS[name], "train.max_minutes": minutes}
         folders: list[str | Path] = [out / "data" / source for source in SOURCES]
-        commands.pretrain(folders, run, settings=chosen, progress=progress)
+        commands.pretrain(folders, run, settings=chosen)
     return run
 
 
-def training(
-    name: str, seed: int, data: Path, out: Path, minutes: float, settings: dict[str, Any], progress: Progress
-) -> dict[str, Any]:
+def training(name: str, seed: int, data: Path, out: Path, minutes: float, settings: dict[str, Any]) -> dict[str, Any]:
     """Train and rank one variant with one seed, unless it is done; return its curve and metrics."""
     variant, run = VARIANTS[name], out / data.name / name / f"seed-{seed}"
     finished = run / "bench.json"
@@ -147,8 +144,8 @@ def training(
     start: dict[str, Any] = {}
     if variant.pretraining is not None:
         start = {"source": out / "pre" / variant.pretraining, "freeze": variant.freeze, "take": variant.take}
-    trained = commands.train(data, run, settings=chosen, progress=progress, **start)
-    ranked = commands.evaluate(run, baselines=False, progress=progress)["protocols"]
+    trained = commands.train(data, run, settings=chosen, **start)
+    ranked = commands.evaluate(run, baselines=False)["protocols"]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     one = {
         "seed": seed,
@@ -165,7 +162,7 @@ def training(
 
 @torch.no_grad()
 def before_training(run: Path, data: Path, settings: dict[str, Any]) -> float:
-    """Rank the validation sessions of a shop that the pre-trained model has never seen; no IDs, no training."""
+    """Rank the validation sessions of a data set that the pre-trained model has not seen, without IDs or training."""
     source, catalogue = read_source(run), Catalogue.load(data / CATALOGUE_FOLDER)
     changes = {key: value for key, value in {**ALONE, **settings}.items() if key.startswith("model.")}
     recipe = Recipe.load("default", changes | {"model.item_ids": False})
@@ -179,7 +176,7 @@ def before_training(run: Path, data: Path, settings: dict[str, Any]) -> float:
 
 
 def summary(data: Path, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Collect what is finished: curves, means and spreads, and differences to the same seeds from scratch."""
+    """Collect the finished runs: curves, means and spreads, and differences to the same seeds from scratch."""
     found = {name: _finished(out / data.name / name) for name in VARIANTS}
     rows = {name: _row(name, runs, found) for name, runs in found.items() if runs}
     pre = {}
@@ -237,9 +234,8 @@ def main() -> None:
     words.add_argument("--pre-epochs", type=int, default=20, help="upper limit of pre-training, except `short`")
     words.add_argument("--d-model", type=int, default=300)
     options = words.parse_args()
-    progress = TerminalProgress()
     size = {"model.d_model": options.d_model}
-    data = prepare(options.shared, options.out, options.share, progress)
+    data = prepare(options.shared, options.out, options.share)
     chosen = options.variants.split(",")
     needed = {VARIANTS[name].pretraining for name in chosen} - {None}
     steps = options.step or [
@@ -251,10 +247,10 @@ def main() -> None:
         kind, *names = step.split(":")
         if kind == "pretrain":
             settings = {**size, "train.epochs": options.pre_epochs}
-            pretraining(names[0], options.out, options.minutes, settings, progress)
+            pretraining(names[0], options.out, options.minutes, settings)
         elif kind == "train":
             settings = {**size, "train.epochs": options.epochs}
-            training(names[0], int(names[1]), data, options.out, options.minutes, settings, progress)
+            training(names[0], int(names[1]), data, options.out, options.minutes, settings)
         else:
             share = "" if options.share == 1.0 else f"-{options.share:g}"
             width = "" if options.d_model == Recipe.load("default").model.d_model else f"-d{options.d_model}"
@@ -262,4 +258,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():
+        main()

@@ -1,11 +1,11 @@
-"""What side features bring on the generated shop: the same recipe without them, with all, and with each alone.
+"""Effect of event features on the generated shop: the same recipe without them, with all, and with each alone.
 
     python -m benchmarks.quality.side_features --users 3000 --items 1200 --recipe default --seeds 3
     python -m benchmarks.quality.side_features --users 400 --items 200 --recipe tiny --set train.epochs=8 --each
 
 The shop's event type, dwell time and category tell what comes next
 (`missrec_t4r/etl/sources/synthetic/shop.py`). ``without
-in requests`` is the model trained with all of them and asked without any, as by a client that sends item ids alone.
+in requests`` is the model trained with all of them and ranked without any, as for a client that sends item ids alone.
 Test split (``--split valid`` where a setting is to be chosen), whole catalogue, seen items kept; one shop, so that the
 spread is that of training.
 """
@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
 from benchmarks.measure import report
 from missrec_t4r import commands
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.event_features import event_columns, load_sessions
 from missrec_t4r.evaluation.full_ranking import SEEN_EXCLUDED, SEEN_KEPT, quick_metrics
-from missrec_t4r.progress import TerminalProgress
+from missrec_t4r.progress import reporting
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.training.fit import train
@@ -37,21 +36,19 @@ _WITHOUT, _WITH, _ASKED_WITHOUT = "without", "with", "with, without in requests"
 _SHOWN = (f"{SEEN_KEPT}.ndcg@10", f"{SEEN_KEPT}.recall@10", f"{SEEN_EXCLUDED}.ndcg@10")
 
 
-def make_data(folder: Path, users: int, items: int, seed: int, progress: TerminalProgress) -> Path:
-    """Generate the shop and run the main job's ETL and features on it."""
+def make_data(folder: Path, users: int, items: int, seed: int) -> Path:
+    """Generate the shop and run ETL and feature extraction on it."""
     shop, data = folder / "shop", folder / "data"
-    commands.generate(shop, users=users, items=items, seed=seed, progress=progress)
-    commands.etl([shop / "interactions.parquet"], shop / "items.parquet", data, progress=progress)
-    commands.features(data, text_columns=["title", "description"], image_column="image", images=shop, progress=progress)
+    commands.generate(shop, users=users, items=items, seed=seed)
+    commands.etl([shop / "interactions.parquet"], shop / "items.parquet", data)
+    commands.features(data, text_columns=["title", "description"], image_column="image", images=shop)
     return data
 
 
-def measure(
-    data: Path, run: Path, recipe: Recipe, split: str, progress: TerminalProgress
-) -> dict[str, dict[str, float]]:
-    """Train once and rank a split's sessions, with the side features and, where there are any, without them."""
+def measure(data: Path, run: Path, recipe: Recipe, split: str) -> dict[str, dict[str, float]]:
+    """Train once and rank a split's sessions, with the event features and, if there are any, without them."""
     if not (run / "run.json").is_file():
-        train(data, run, recipe=recipe, progress=progress)
+        train(data, run, recipe=recipe)
     loaded = load_run(run)
     columns = () if loaded.model.event_features is None else loaded.model.event_features.columns
     asked_with = load_sessions(data, split, columns)
@@ -75,7 +72,6 @@ def compare(
     choices: Mapping[str, str],
     seeds: Sequence[int],
     split: str,
-    progress: TerminalProgress,
 ) -> dict[str, dict[str, list[float]]]:
     """Return every system's metrics, one value per seed."""
     results: dict[str, dict[str, list[float]]] = {}
@@ -87,7 +83,7 @@ def compare(
                 train=dataclasses.replace(recipe.train, seed=seed),
             )
             run = runs / f"{name.replace(' ', '-')}-{seed}"
-            for system, metrics in measure(data, run, chosen, split, progress).items():
+            for system, metrics in measure(data, run, chosen, split).items():
                 label = name if system == _WITH or setting == "none" else system
                 if label == _ASKED_WITHOUT and name != _WITH:
                     continue
@@ -111,12 +107,12 @@ def main() -> None:
     parser.add_argument("--name", default="side-features", help="of the result")
     options = parser.parse_args()
     settings = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in options.settings)}
-    recipe, progress = Recipe.load(options.recipe, settings), TerminalProgress(Console(stderr=True))
+    recipe = Recipe.load(options.recipe, settings)
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         data = work / "data"
         if not (work / "runs").is_dir():
-            make_data(work, options.users, options.items, options.shop_seed, progress)
+            make_data(work, options.users, options.items, options.shop_seed)
             (work / "runs").mkdir()
         names = [column.name for column in event_columns(data, "auto", 1)]
         choices = {
@@ -125,7 +121,7 @@ def main() -> None:
             **({f"only {name}": name for name in names} if options.each else {}),
         }
         seeds = [recipe.train.seed + index for index in range(options.seeds)]
-        results = compare(data, work / "runs", recipe, choices, seeds, options.split, progress)
+        results = compare(data, work / "runs", recipe, choices, seeds, options.split)
     report(options.name, payload(results, options, names, seeds))
 
 
@@ -158,4 +154,5 @@ def payload(
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():
+        main()

@@ -1,9 +1,9 @@
-"""Show that our `paper` configuration is the authors' release: the same loss and gradients on the same batch.
+"""Compare the `paper` configuration with the authors' release: loss and gradients of the same batch.
 
     python -m benchmarks.release.compare --release path/to/MM23-MISSRec --data path/to/amazon_scientific
 
 The release's weights are copied into ours, dropout is off, interests are shared. Then the loss of one batch of prefixes
-and every gradient are compared, in double precision (are the formulas the same?) and in single (do we train alike?),
+and every gradient are compared, in double precision (equal formulas) and in single precision (equal training),
 for the published setting and its variants: sequence and candidate fusions, with and without item IDs, one modality.
 """
 
@@ -50,7 +50,7 @@ TOLERANCE = 1e-4
 
 
 def main() -> None:
-    """Compare every variant, write the result, and fail if one is off."""
+    """Compare every variant, write the result, and fail if one differs."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     options.add_argument("--release", type=Path, required=True, help="checkout of gimpong/MM23-MISSRec")
     options.add_argument("--data", type=Path, help="data folder; a generated shop of the same size without")
@@ -83,7 +83,7 @@ def main() -> None:
 def compare(
     path: Path, catalogue: Catalogue, train: Sessions, settings: dict[str, Any], size: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return how far loss and gradients of one batch are apart, relative to their size.
+    """Return the relative differences of loss and gradients of one batch.
 
     Returns
     -------
@@ -106,7 +106,7 @@ def compare(
     ours.discover_interests(seed=0)
     copy_interests(ours, theirs)
     batch = sample(train, config, size)
-    our_loss = training_loss(ours, batch, TrainConfig())
+    our_loss = training_loss(ours, batch, TrainConfig.paper())
     their_loss = theirs.calculate_loss(interaction(batch, config.max_sequence_length))
     our_loss.backward(), their_loss.backward()
     return {
@@ -136,7 +136,7 @@ def interaction(batch: TrainingBatch, width: int) -> dict[str, Tensor]:
 
 
 def _gradients(ours: MISSRec, theirs: Any) -> dict[str, Any]:
-    """Compare all gradients but those that are nothing but rounding: keys' biases cancel in every softmax."""
+    """Compare all gradients but those of the keys' biases, which cancel in the softmax and are rounding errors."""
     worst, where, cosine = 0.0, "", 1.0
     for name, (weight, other, rows) in weight_pairs(ours, theirs).items():
         if name.endswith("key.bias"):
@@ -153,7 +153,7 @@ def _gradients(ours: MISSRec, theirs: Any) -> dict[str, Any]:
 
 
 def _parts(name: str, left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The padding's ID starts at zero, where normalising it gives gradients of 1e12: it is compared by itself."""
+    """The padding's ID is zero, where normalising gives gradients of 1e12: compared separately."""
     if name == "item_encoder.id_embedding.weight":
         return [(left[:1], right[:1]), (left[1:], right[1:])] if bool(right[0].any()) else [(left[1:], right[1:])]
     return [(left, right)]

@@ -1,7 +1,7 @@
 """Import the authors' release from a checkout and build its model over our catalogue; none of its code is here.
 
-Source: the public repository ``gimpong/MM23-MISSRec``. Its model asks its configuration and its data set for a few
-values, which plain objects give; its data loaders, CUDA k-means and logging are not used.
+Source: the public repository ``gimpong/MM23-MISSRec``. Its model reads a few values of its configuration and data
+set, which plain objects provide; its data loaders, CUDA k-means and logging are not used.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def release_rows(rows: Tensor) -> Tensor:
 
 
 def copy_interests(ours: MISSRec, theirs: Any) -> None:
-    """Give the release our interests, so that both look the same ones up."""
+    """Copy our interests into the release's model, so that both use the same ones."""
     tables = {"text": "plm_interest_lookup_table", "image": "img_interest_lookup_table"}
     theirs.interest_embeddings.copy_(ours.interests.centroids)
     for index, name in enumerate(ours.item_encoder.names):
@@ -130,7 +130,7 @@ def copy_interests(ours: MISSRec, theirs: Any) -> None:
 
 @torch.no_grad()
 def take_interests(theirs: Any, ours: MISSRec) -> None:
-    """Give ours the release's interests: the other way round."""
+    """Copy the release's interests into our model."""
     tables = {"text": "plm_interest_lookup_table", "image": "img_interest_lookup_table"}
     ours.interests.centroids = theirs.interest_embeddings.clone()
     for index, name in enumerate(ours.item_encoder.names):
@@ -159,7 +159,7 @@ def discover_release_interests(model: Any, seed: int) -> None:
 
 
 def weight_pairs(ours: MISSRec, theirs: Any) -> dict[str, tuple[nn.Parameter, nn.Parameter, slice | list[int]]]:
-    """Return every trained tensor of ours with the release's that holds the same numbers, and which rows of it.
+    """Return every trained tensor of ours with the release's corresponding tensor and its rows.
 
     Returns
     -------
@@ -228,7 +228,7 @@ def copy_weights(theirs: Any, ours: MISSRec) -> None:
 
 
 def _frozen(table: Tensor) -> nn.Embedding:
-    """Return the release's kind of feature table: a frozen embedding with padding in row 0."""
+    """Return a feature table as the release has it: a frozen embedding with padding in row 0."""
     rows = torch.cat([torch.zeros_like(table[:1]), table[FIRST_ITEM_ROW:]])
     embedding = nn.Embedding(len(rows), rows.shape[1], padding_idx=0)
     embedding.weight.data.copy_(rows)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,11 +48,13 @@ from missrec_t4r.evaluation.full_ranking import PROTOCOLS, SEEN_KEPT, quick_metr
 from missrec_t4r.evaluation.metrics import Ranks, metric_names, metric_values
 from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import Progress, TerminalProgress
+from missrec_t4r.progress import reporting, track
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
+
+log = logging.getLogger(__name__)
 
 KS = (10, 50)
 CHECKED = 64
@@ -65,7 +68,7 @@ EMPTY = 2
 
 
 class Splits(NamedTuple):
-    """A data folder as both models read it."""
+    """A data folder in the form that both models read."""
 
     catalogue: Catalogue
     train: Sessions
@@ -80,18 +83,18 @@ class Splits(NamedTuple):
 
 
 class ReleaseRun:
-    """One training of the release's model, and a model of ours that takes its weights over for ranking."""
+    """One training run of the release's model, and a model of ours that gets its weights for ranking."""
 
     def __init__(self, path: Path, splits: Splits, seed: int) -> None:
         torch.manual_seed(seed)
         self.splits, self.seed, self.rng = splits, seed, np.random.default_rng(seed)
-        self.config, self.settings = MISSRecConfig.paper(), TrainConfig(epochs=100, patience=10)
+        self.config, self.settings = MISSRecConfig.paper(), TrainConfig.paper()
         self.theirs = release_model(path, splits.catalogue, self.config)
         self.ours: MISSRec = build_missrec(self.config, splits.catalogue).eval()
         self.optimiser = torch.optim.Adam(self.theirs.parameters(), lr=self.settings.learning_rate)
         self.examples = prefix_examples(splits.train, self.config.max_sequence_length, 0, self.rng)
 
-    def train(self, progress: Progress) -> dict[str, Any]:
+    def train(self) -> dict[str, Any]:
         """Train until validation stops improving; the best weights are in ``ours`` then."""
         curve: list[float] = []
         best: dict[str, Tensor] = {}
@@ -101,7 +104,7 @@ class ReleaseRun:
             discover_release_interests(self.theirs, seed=1000 * self.seed + len(curve))
             self.theirs.train()
             batches = self._batches()
-            for batch in progress.track(batches, f"epoch {len(curve)}", len(batches)):
+            for batch in track(batches, f"epoch {len(curve)}", len(batches)):
                 self._step(batch)
             self._take_over()
             if not curve:
@@ -110,7 +113,7 @@ class ReleaseRun:
             curve.append(found["ndcg@10"] or 0.0)
             if curve[-1] == max(curve):
                 best = {name: tensor.clone() for name, tensor in self.ours.state_dict().items()}
-            progress.say(f"seed {self.seed} epoch {len(curve) - 1}: valid ndcg@10 {curve[-1]:.4f}")
+            log.info(f"seed {self.seed} epoch {len(curve) - 1}: valid ndcg@10 {curve[-1]:.4f}")
             if len(curve) == self.settings.epochs:
                 break
         difference = max(difference, self._difference())
@@ -144,7 +147,7 @@ class ReleaseRun:
             yield Examples(*(values[rows[part == number]] for values in self.examples))
 
     def _step(self, parts: list[Examples]) -> None:
-        """Take a step as the release's ``calculate_loss`` says: sessions part by part, the catalogue once."""
+        """Take a step as in the release's ``calculate_loss``: sessions part by part, the catalogue once."""
         self.optimiser.zero_grad()
         vectors, targets = [], []
         with watched_memory(self.theirs) as memories:
@@ -183,12 +186,12 @@ class ReleaseRun:
         return found
 
 
-def release_seed(path: Path, splits: Splits, seed: int, out: Path, progress: Progress) -> dict[str, Any]:
-    """Train and rank the release with one seed, unless it is done; its ranks are kept beside."""
+def release_seed(path: Path, splits: Splits, seed: int, out: Path) -> dict[str, Any]:
+    """Train and rank the release with one seed, unless it is done; its ranks are stored."""
     finished = out / f"release-{seed}.json"
     if not finished.is_file():
         run = ReleaseRun(path, splits, seed)
-        facts = run.train(progress)
+        facts = run.train()
         ranks = run.ranks()
         out.mkdir(parents=True, exist_ok=True)
         np.savez(out / f"release-{seed}.npz", **ranks)  # type: ignore[arg-type]  # numpy types no keyword arrays
@@ -232,7 +235,7 @@ def _ranks(scorer: ModelScorer, splits: Splits) -> dict[str, Ranks]:
 
 @contextmanager
 def watched_memory(theirs: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collect what the release's encoder returns and which places are real; every set gets `EMPTY` more places."""
+    """Collect the output of the release's encoder and its mask; sets of interests get `EMPTY` more padding slots."""
     seen: list[tuple[Tensor, Tensor]] = []
     pad = torch.nn.utils.rnn.pad_sequence
 
@@ -271,9 +274,9 @@ def main() -> None:
     words.add_argument("--out", type=Path, default=Path("work/bench/release"), help="where finished seeds are kept")
     words.add_argument("--seeds", type=int, default=3)
     options = words.parse_args()
-    splits, progress = Splits.load(options.data), TerminalProgress()
+    splits = Splits.load(options.data)
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
-    theirs = [release_seed(options.release, splits, seed, options.out, progress) for seed in seeds]
+    theirs = [release_seed(options.release, splits, seed, options.out) for seed in seeds]
     ours = [our_seed(options.ours / f"seed-{seed}", splits, seed) for seed in seeds]
     runs = {"paper": ours, "release": theirs}
     report(
@@ -291,4 +294,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():
+        main()

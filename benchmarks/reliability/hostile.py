@@ -1,9 +1,9 @@
-"""Hostile requests against a real Triton: a clear error each, the server stays up, the next good request is right.
+"""Malformed requests against a real Triton: each gets a clear error, the server stays up, valid requests are answered.
 
     python -m benchmarks.reliability.hostile --bundle work/bundle --repository work/models --requests 10000
 
-Every kind is drawn at random, over gRPC and HTTP, to the ensemble and straight to its parts. A kind says what must come
-back: an error, whose words are checked to be words, or an answer, because odd requests can be right.
+Every kind is drawn at random, over gRPC and HTTP, to the ensemble and straight to its parts. Each kind has an expected
+outcome: an error with a readable message, or a response, since unusual requests can be valid.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ERROR, ANSWER = "error", "answer"
 
 @dataclass(frozen=True)
 class Hostile:
-    """One request and what must come back."""
+    """One request and its expected outcome."""
 
     kind: str
     expected: str
@@ -49,7 +49,7 @@ def int32(*rows: list[int]) -> Any:
 
 
 def kinds(good: Tensors, chance: random.Random) -> Iterator[Hostile]:
-    """Yield one request of every kind; ``good`` is a request for one session that would be answered."""
+    """Yield one request of every kind; ``good`` is a valid request for one session."""
     ids = good["item_ids"]
     strings = ids.dtype == object
     one = ids[:, :1]
@@ -148,7 +148,7 @@ RAW: dict[str, tuple[bytes, dict[str, str]]] = {
 
 
 class Attack:
-    """Sends hostile requests and keeps count.
+    """Sends malformed requests and counts the outcomes.
 
     Parameters
     ----------
@@ -174,7 +174,7 @@ class Attack:
         self.wrong: list[str] = []
 
     def run(self, requests: int, every: int = 20) -> dict[str, Any]:
-        """Send so many requests, with a good one after ``every`` of them, and return what came of it."""
+        """Send so many requests, with a valid one after ``every`` of them, and return the counts."""
         started, done, good = time.monotonic(), 0, 0
         while done < requests:
             round_ = [*kinds(self.good, self.chance), *RAW]
@@ -249,7 +249,7 @@ def _requests(client: MISSRecClient, sessions: Any) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Attack the embedded server and print what came of it as one JSON line."""
+    """Send malformed requests to the embedded server and print the counts as one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--repository", type=Path, required=True)

@@ -1,10 +1,10 @@
-"""Mixed load on one server: clients, models deployed and rolled back meanwhile, every answer compared with offline.
+"""Load test of one server during deployments and rollbacks; every response is compared with the offline result.
 
     python -m benchmarks.reliability.mixed_load --bundle work/demo/shop/bundle --seconds 600
 
-Two versions take turns behind the door: the bundle, and the same model with another catalogue version, in which some
-items are retired. An answer must be, in ids outside ties and in scores within 1e-5, the offline answer of the catalogue
-version that it names. Ends with one JSON line: requests, wrong and failed answers, latency, memory.
+Two versions are deployed in turn: the bundle, and the same model with another catalogue version, in which some
+items are retired. A response must be equal, in ids outside ties and in scores within 1e-5, to the offline result of the
+catalogue version that it names. Ends with one JSON line: requests, wrong and failed responses, latency, memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TOP_K = 10
 
 
 class Load:
-    """Clients that ask without pause and compare what they get.
+    """Clients that send requests without pause and compare the responses.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class Load:
         self.stop = threading.Event()
 
     def client(self, seed: int) -> None:
-        """Ask until the end."""
+        """Send requests until the end."""
         chance = random.Random(seed)
         with MISSRecClient(self.url, timeout=60) as client:
             while not self.stop.is_set():

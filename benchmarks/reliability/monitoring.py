@@ -1,9 +1,9 @@
-"""Prometheus with Compose's configuration against a real server: targets, rules, every expression of the dashboard.
+"""Check Prometheus with Compose's configuration on a real server: targets, rules, all expressions of the dashboard.
 
     apt-get install prometheus
     python -m benchmarks.reliability.monitoring --bundle work/demo/shop/bundle
 
-Only two words of the configuration are replaced: the server's address and the place of the rules. Under load every
+Two values of the configuration are replaced: the server's address and the path of the rules. Under load every
 expression of the Grafana dashboard must return finite numbers and every rule must be evaluated; when the server stops,
 the target must be down and `ServerDown` pending. Ends with one JSON line, and exit code 1 if anything was wrong.
 """
@@ -36,7 +36,7 @@ _WAIT = 30.0
 
 
 def run(bundle: Path, *, seconds: float) -> dict[str, Any]:
-    """Start both, ask, stop the server, and say what was seen."""
+    """Start both, query, stop the server, and return the findings."""
     with tempfile.TemporaryDirectory() as folder:
         work, port = Path(folder), choose_ports({"prometheus": 0})["prometheus"]
         deploy(work / "live", bundle=bundle)
@@ -131,7 +131,7 @@ def _until(true: Callable[[], bool]) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Watch the embedded server and print what was seen as one JSON line."""
+    """Monitor the embedded server and print the findings as one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=45, help="of load: rates need several scrapes, one in 10 s")

@@ -1,4 +1,4 @@
-"""Who takes part in the training benchmark, each measured in a process of its own by `benchmarks.speed.train`.
+"""Contestants of the training benchmark; `benchmarks.speed.train` measures each in its own process.
 
 Every contestant trains on the same sessions with the published sizes and batch, and reports trained prefixes per
 second of whole epochs, interest discovery and optimiser included.
@@ -39,7 +39,7 @@ EVALUATED = 1024
 
 
 class Clock:
-    """Wall and processor time of some work; the latter tells little of other programs on a shared machine."""
+    """Wall and processor time of some work; the latter depends less on other programs of a shared machine."""
 
     def __init__(self) -> None:
         self.wall = self.cpu = 0.0
@@ -47,11 +47,11 @@ class Clock:
         self.start()
 
     def start(self) -> None:
-        """Go on."""
+        """Start the clock."""
         self.running, self.since = True, (time.perf_counter(), time.process_time())
 
     def stop(self, parts: float = 1.0) -> None:
-        """Take the time since the start; ``parts``: the work is shared by so many times what is measured."""
+        """Stop the clock; ``parts``: the measured work is repeated in so many parts."""
         self.wall += (time.perf_counter() - self.since[0]) / parts
         self.cpu += (time.process_time() - self.since[1]) / parts
         self.running = False
@@ -153,7 +153,7 @@ def t4r_xlnet(catalogue: Catalogue, train: Sessions, _test: Sessions, _path: Pat
     )
     model = body.to_torch_model(inputs, tr.NextItemPredictionTask(weight_tying=True)).train()
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    rng, settings = np.random.default_rng(0), TrainConfig()
+    rng, settings = np.random.default_rng(0), TrainConfig.paper()
     clock, positions = Clock(), 0
     for epoch in range(EPOCHS + 1):
         if epoch == 1:
@@ -197,7 +197,7 @@ def _flops_per_prefix(trainer: Trainer) -> float:
 
 
 def _release_batches(train: Sessions, config: MISSRecConfig, padded: bool) -> Iterator[TrainingBatch]:
-    rng, settings = np.random.default_rng(0), TrainConfig()
+    rng, settings = np.random.default_rng(0), TrainConfig.paper()
     plan = training_batches(train, config, settings, rng)
     if padded:  # the release shuffles prefixes and takes them as they come
         whole = type(plan[0][0])(*(np.concatenate([getattr(e, f) for e, _ in plan]) for f in plan[0][0]._fields))

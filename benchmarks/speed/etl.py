@@ -1,13 +1,13 @@
-"""ETL speed: our fast path beside NVTabular's stock operators, plain pandas and polars, each in a process of its own.
+"""ETL speed: the out-of-core engine, NVTabular's stock operators, pandas and polars, each in its own process.
 
     python -m benchmarks.speed.etl --rows 1000000        (make bench-etl ROWS=1000000)
 
-All ways read the same parquet and write the same sessions (items and event types encoded, time-ordered, one row per
+All read the same parquet and write the same sessions (items and event types encoded, time-ordered, one row per
 user), which is checked on a small table before anything is timed. Ours writes more: the three splits, catalogue,
 workflows and what an update needs. Stock operators are timed on at most ``--stock-rows``; their rate falls with size,
-so the ratio is a lower bound. At the end ``--nights`` days of 1 % new events each are added to our folder (``--update
---delta``): users drawn from all and 1 % new ones, who also see 1 % new items; then ``--compact`` makes plain parquet of
-it, and the training split is read before and after. Interpreter start and imports are not counted for any of them.
+so the ratio is a lower bound. At the end ``--nights`` increments of 1 % new events each are added to our folder
+(``--update --delta``), for random users and 1 % new ones with 1 % new items; then ``--compact`` rewrites the parquet
+files, and the training split is read before and after. Interpreter start and imports are not counted for any of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LISTS = ("item_id", "timestamp", "event_type", "rating")
 
 
 def population(rows: int) -> tuple[int, int]:
-    """Return how many users and items so many events have: a user per eight events, an item per fifty."""
+    """Return the number of users and items for a number of events: a user per eight events, an item per fifty."""
     return max(rows // 8, 50), max(rows // 50, 200)
 
 
@@ -129,21 +129,21 @@ def polars(folder: Path, out: Path) -> None:
 
 
 def day(folder: Path, out: Path) -> None:
-    """Add a day of new events to a folder that is there already (``out`` / "data"), beside its plain files."""
+    """Add an increment to an existing data folder (``out`` / "data") as a delta file."""
     from missrec_t4r.etl.engine.append import update
 
     update(folder / "events.parquet", out / "data", delta=True)
 
 
 def plain_day(folder: Path, out: Path) -> None:
-    """Add a day of new events so that the plain files hold it."""
+    """Add an increment to an existing data folder by rewriting its parquet files."""
     from missrec_t4r.etl.engine.append import update
 
     update(folder / "events.parquet", out / "data")
 
 
 def compact(folder: Path, out: Path) -> None:
-    """Bring the days into the plain files."""
+    """Compact the delta files into the parquet files."""
     from missrec_t4r.etl.engine.compact import compact as bring_together
 
     bring_together(out / "data")
@@ -162,7 +162,7 @@ LATER: dict[str, Callable[[Path, Path], None]] = {"day": day, "plain_day": plain
 
 
 def sessions_of(way: str, out: Path) -> dict[str, list[Any]]:
-    """Return what a way wrote, in the order of users."""
+    """Return the sessions that a contestant wrote, in the order of users."""
     if way == "ours":  # leave-one-out: the test row is the whole session; users too short for one are in train
         parts = [pq.read_table(file) for split in ("test", "train") for file in sorted((out / split).glob("*.parquet"))]
         table = pa.concat_tables(parts)
@@ -179,7 +179,7 @@ def sessions_of(way: str, out: Path) -> dict[str, list[Any]]:
 
 
 def check(folder: Path) -> list[str]:
-    """Let all ways do a small table and require the same sessions of them; return who took part."""
+    """Run all contestants on a small table and require equal sessions; return the available ones."""
     present = [way for way in WAYS if way != "polars" or importlib.util.find_spec("polars")]
     generate(CHECK_ROWS, folder / "check")
     expected = None
@@ -202,7 +202,7 @@ def _kinds_in_order(out: Path) -> list[int]:
 
 
 def timed(way: str, folder: Path, out: Path) -> dict[str, float]:
-    """Run one way in a fresh process; return its seconds and peak memory."""
+    """Run one contestant in a new process; return its seconds and peak memory."""
     command = [
         sys.executable,
         "-W",
@@ -224,7 +224,7 @@ def timed(way: str, folder: Path, out: Path) -> dict[str, float]:
 
 
 def run_way(way: str, folder: Path, out: Path) -> None:
-    """Do the job in this process and print what it took."""
+    """Run the contestant in this process and print its seconds and peak memory."""
     for module in {
         "ours": ["missrec_t4r.etl.pipeline"],
         "stock": ["missrec_t4r.etl", "nvtabular"],
@@ -238,7 +238,7 @@ def run_way(way: str, folder: Path, out: Path) -> None:
 
 
 def nights(folder: Path, rows: int, count: int) -> dict[str, Any]:
-    """Add days to our folder (``folder / "later" / "data"``) and compact it; return what it took."""
+    """Add increments to our folder (``folder / "later" / "data"``) and compact it; return seconds and memory."""
     users, items = population(rows)
     later = folder / "later"
     took: dict[str, list[dict[str, float]]] = {name: [] for name in (*LATER, "read_compacted")}
@@ -266,7 +266,7 @@ def nights(folder: Path, rows: int, count: int) -> dict[str, Any]:
 
 
 def _shares(later: dict[str, Any], full: dict[str, float]) -> dict[str, float]:
-    """Return what a day takes of the full run: by the clock, and in processor time, which other work changes less."""
+    """Return an increment's share of the full run in wall time and in processor time, which other work changes less."""
     if not later:
         return {}
     by_clock, worked = later["day_seconds"] / full["seconds"], later["day_cpu_seconds"] / full["cpu_seconds"]

@@ -1,12 +1,12 @@
-"""Interest discovery for large catalogues: time, peak memory, and what the search in groups misses.
+"""Interest discovery for large catalogues: time, peak memory, and error of the grouped nearest-centroid search.
 
-    python -m benchmarks.speed.interests                                       # 1M tokens x 300 into 100k interests
+    python -m benchmarks.speed.interests                                       # 1M embeddings x 300 into 100k interests
     python -m benchmarks.speed.interests --tokens 100000 --clusters 10000      # a tenth of each
     python -m benchmarks.speed.interests --latent 0                            # the hardest: no direction matters
 
-Tokens are made as real ones lie: many kinds of items, each in a few directions that all share, and noise; so a token
-has near neighbours. A first discovery starts from random tokens, the later ones of a run from the centroids before.
-The nearest centroids found are compared with the true ones for some tokens.
+Synthetic embeddings resemble real ones: many kinds of items in a few shared directions, and noise, so that an embedding
+has near neighbours. The first discovery starts from random embeddings, later ones from the previous centroids. For some
+embeddings the result is compared with the true nearest centroids.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SEED = 2020
 
 
 def main() -> None:
-    """Discover, discover again after a small change, and judge the search."""
+    """Discover interests, repeat after a small change, and measure the error of the search."""
     options = _options()
     tokens = make_tokens(options.tokens, options.dim, options.latent, options.kinds)
     held, started, spent = reset_peak(), time.perf_counter(), time.process_time()
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def judged(tokens: Tensor, centroids: Tensor, n_judged: int) -> dict[str, Any]:
-    """Return how the search in groups does for some tokens: true nearest found, distances over the true ones."""
+    """Return recall of the true nearest centroid and relative distance of the grouped search, for some embeddings."""
     some = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:n_judged]]
     started = time.perf_counter()
     exact, distance = nearest_of_all(some, centroids)

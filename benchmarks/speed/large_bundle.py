@@ -1,10 +1,10 @@
-"""A bundle of any size made from a trained one, in bounded memory: what a server of a million items is measured with.
+"""Enlarge a trained bundle to any number of items, in bounded memory, to measure a server of a million items.
 
     python -m benchmarks.speed.large_bundle --bundle work/demo/shop/bundle --items 1000000 --out work/large
 
-Every item is a real one moved by a share of the difference of two more, in every modality and in its ID (as in
-`large_tokens`); two modalities, IDs, dynamic fusion, so two tokens per item; neighbours are those of the real item.
-Look-alikes are left out: finding them takes the square of the catalogue. ``--isotropic`` draws vectors at random.
+Every item is a real one plus a fraction of the difference of two others, in every modality and in its ID (as in
+`large_tokens`); two modalities, IDs, dynamic fusion; co-occurrence neighbours are those of the real item. Content-kNN
+is left out: it takes quadratic time. ``--isotropic`` draws vectors at random.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _CHUNK = 1 << 16
 
 @torch.inference_mode()
 def enlarge(bundle: Path, out: Path, n_items: int, *, isotropic: bool = False, seed: int = 0) -> dict[str, float]:
-    """Write a bundle of ``n_items`` items, and return what building its search tables took."""
+    """Write a bundle of ``n_items`` items, and return the time and memory of building its retrieval index."""
     real, n_rows = load_bundle(bundle), n_items + FIRST_ITEM_ROW
     out.mkdir(parents=True)
     draw = torch.Generator().manual_seed(seed)

@@ -1,11 +1,11 @@
-"""One training step on a catalogue too large for a full softmax: time and peak memory, chunked and sampled.
+"""Time and peak memory of a training step on a catalogue too large for the full softmax: chunked and sampled.
 
     python -m benchmarks.speed.large_catalogue                      # a million items: 4 GiB on disk, minutes
     python -m benchmarks.speed.large_catalogue --items 100000       # a tenth
 
-The catalogue is made of random vectors in files, which a step reads as it would a real one's; interests are given, as
-they are between two discoveries (benchmarks.speed.interests measures those). Every softmax runs in a process of its
-own, so that peaks do not mix. A step is towers, encoder, decoder, loss, gradients and the optimiser.
+The catalogue has random vectors in files; interests are given, as between two discoveries (benchmarks.speed.interests
+measures those). Every softmax runs in its own process, so that peaks are separate. A step is item encoder, encoder,
+decoder, loss, gradients and optimiser.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, softmax: str, folder: Path) -> dict[str, Any]:
     """Return seconds per step, by phase, and memory before and during it."""
     model = _model(options, folder).train()
-    train = TrainConfig(softmax=softmax, negatives=options.negatives, chunk_size=options.chunk_size)  # type: ignore[arg-type]
+    train = TrainConfig.paper(softmax=softmax, negatives=options.negatives, chunk_size=options.chunk_size)  # type: ignore[arg-type]
     batch, n_rows = _batch(options), options.items + FIRST_ITEM_ROW
     chosen = choose_softmax(train, n_rows, options.sessions * options.length, torch.ones(n_rows), torch.device("cpu"))
     table = model.item_encoder.id_embedding
@@ -120,6 +120,7 @@ def _model(options: argparse.Namespace, folder: Path) -> MISSRec:
         interest_ratio=options.interest_ratio,
         n_neighbours=0,
         n_similar_items=0,
+        candidate_fusion="dynamic_shared",
         modality_dropout=0.2,
         id_dropout=0.1,
     )
@@ -134,7 +135,7 @@ def _model(options: argparse.Namespace, folder: Path) -> MISSRec:
 
 
 def _batch(options: argparse.Namespace) -> TrainingBatch:
-    """Return sessions of random items and what follows each of their positions."""
+    """Return sessions of random items and their next items."""
     draw = torch.Generator().manual_seed(0)
     sessions = torch.randint(
         FIRST_ITEM_ROW, options.items, (options.sessions, options.length + 1), generator=draw, dtype=torch.int64

@@ -1,10 +1,10 @@
-"""A real server of a large catalogue: start, latency, memory of several instances that share its pages, and equality.
+"""Serve a large catalogue: start time, latency, memory of several instances with shared pages, equality of results.
 
     python -m benchmarks.speed.large_bundle --bundle work/demo/shop/bundle --items 1000000 --out work/large
     python -m benchmarks.speed.large_server --bundle work/large --instances 2
 
-Memory is what the ranker's processes hold: PSS counts a shared page once over all of them, `private` is what one of
-them alone would give back. Answers are compared with those of scoring everything, ids and order included.
+Memory is that of the ranker's processes: PSS counts a shared page once over all of them, `private` is the memory of one
+process alone. Responses are compared with those of scoring all items, ids and order included.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def memory_of(group: int) -> list[dict[str, int]]:
 
 
 def run(bundle: Path, *, instances: int, threads: int, clients: int) -> dict[str, Any]:
-    """Serve the bundle, ask it, and say what was found."""
+    """Serve the bundle, send requests, and return the measurements."""
     ids = load_ids(bundle)
     rng = np.random.default_rng(0)
     sessions = [[ids[i] for i in rng.integers(0, len(ids), _LENGTH)] for _ in range(_SESSIONS)]
@@ -113,7 +113,7 @@ def _rate(url: str, sessions: Sequence[list[Any]], clients: int, seconds: float 
 
 
 def _equal(bundle: Path, sessions: Sequence[list[Any]], answers: Sequence[Any]) -> bool:
-    """Whether the answers are, in ids and order, those of scoring the whole catalogue."""
+    """Return whether the responses equal those of scoring the whole catalogue, in ids and order."""
     loaded = load_bundle(bundle)
     ranker = Ranker(loaded.model, loaded.catalogue, tables=loaded.tables)
     with torch.inference_mode():

@@ -1,8 +1,8 @@
-"""Catalogues of any size with the geometry of a real one: adapted tokens of real items, moved by differences of others.
+"""Item embeddings of any number with the geometry of real ones: real items plus differences of others.
 
 A new item is a real item plus a fraction of the difference of two more, the same three in every modality, plus a little
-noise: it lies in the directions in which real items differ, and no two are alike. Isotropic tokens stand beside as
-the hardest case: no direction matters more than another.
+noise: it lies in the directions in which real items differ, and no two are equal. Isotropic embeddings are the hardest
+case for the search: no direction matters more than another.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def enlarged(real: CandidateEmbeddings, n_rows: int, seed: int = 0) -> Candidate
 
 
 def isotropic(n_modalities: int, n_rows: int, dim: int, seed: int = 0) -> CandidateEmbeddings:
-    """Return tokens in random directions."""
+    """Return embeddings in random directions."""
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.empty(n_modalities, n_rows, dim)
     for part in tokens:
@@ -59,7 +59,7 @@ def isotropic(n_modalities: int, n_rows: int, dim: int, seed: int = 0) -> Candid
 
 
 def table_of(candidates: CandidateEmbeddings, phi: float) -> PackedItems:
-    """Return the score table under dynamic fusion with this phi."""
+    """Return the packed items under dynamic fusion with this phi."""
     fusion = CandidateFusion("dynamic_shared", candidates.mask.shape[1])
     with torch.no_grad():
         assert fusion.phi is not None
@@ -68,7 +68,7 @@ def table_of(candidates: CandidateEmbeddings, phi: float) -> PackedItems:
 
 
 def sessions_near(candidates: CandidateEmbeddings, n: int, seed: int = 1) -> Tensor:
-    """Return session vectors [n, dim]: between the tokens of a few items that resemble one another, as sessions are."""
+    """Return session vectors [n, dim]: means of a few similar items' embeddings, as real sessions are."""
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randint(candidates.mask.shape[1], (n,), generator=draw)
     own = candidates.modality[:, rows].mean(0)

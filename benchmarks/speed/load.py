@@ -1,7 +1,7 @@
-"""Clients that cost as little as possible: requests are serialised beforehand, answers are not parsed.
+"""Load clients with minimal cost: requests are serialised beforehand, responses are not parsed.
 
 On a small machine clients and server share the cores, and tritonclient's own work per request is as large as a small
-model's. What is compared is servers, so all of them get these clients.
+model's. Servers are compared, so all get the same cheap clients.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WARM = 32
 
 
 def message(model: str, arrays: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> bytes:
-    """Return one request as it goes over the wire."""
+    """Return one serialised request."""
     request = service_pb2.ModelInferRequest(model_name=model)
     for name, array in arrays.items():
         request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
@@ -38,12 +38,12 @@ def message(model: str, arrays: Mapping[str, npt.NDArray[Any]], outputs: Sequenc
 
 
 def answers_per_second(url: str, messages: Sequence[bytes], clients: int, seconds: float) -> float:
-    """Return how many requests per second are answered to ``clients`` who each wait for every answer.
+    """Return responses per second for ``clients`` that each wait for every response.
 
     Raises
     ------
     RuntimeError
-        A request was refused, or nobody answered.
+        A request failed, or no response came.
     """
     counts, failures = [0] * clients, list[Exception]()
     start = threading.Barrier(clients + 1)

@@ -1,4 +1,4 @@
-"""The peer of the serving benchmark: a classic Merlin ensemble (NVTabular, then T4R's XLNet) in three configurations.
+"""Peer of the serving benchmark: a classic Merlin ensemble (NVTabular, then T4R's XLNet) in three configurations.
 
 ``executor``    merlin-systems' own export: one executor model that calls the workflow's Triton model for every request
 ``in_process``  the executor with the workflow inside it: one Triton model, one process, no call in between
@@ -310,7 +310,7 @@ def _write_ensemble(repository: Path, workflow: Any, model: Any, vectors: npt.ND
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Build the repositories, and with ``--check`` ask each of them, served by the embedded Triton."""
+    """Build the repositories, and with ``--check`` send a request to each, served by the embedded Triton."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--items", type=int, default=4000)

@@ -1,7 +1,7 @@
-"""Latency, throughput, start and memory of the served ensemble beside Triton's floor and three Merlin configurations.
+"""Latency, throughput, start and memory of the served ensemble, of an empty model and of three Merlin configurations.
 
     make bench-serving                       an untrained model of d = 300 on 4,385 items, everything in one run
-    make bench-serving BUNDLE=bundle/        a trained one; its tokens also make the large catalogues
+    make bench-serving BUNDLE=bundle/        a trained one; its embeddings also make the large catalogues
 
 One machine, one Triton, one after the other: ours, an empty Python model (what any Python model costs), and the classic
 Merlin Systems ensemble with T4R's XLNet in three configurations. Requests come from this process over gRPC.
@@ -58,7 +58,7 @@ class TritonPythonModel:
 
 @contextlib.contextmanager
 def asked(url: str, model: str, outputs: Sequence[str]) -> Iterator[Callable[[Arrays], Any]]:
-    """Give a function that sends one request."""
+    """Return a function that sends one request."""
     door = open_transport(url, "grpc", 60.0)
     try:
         yield lambda arrays: door.infer(model, arrays, outputs)
@@ -67,7 +67,7 @@ def asked(url: str, model: str, outputs: Sequence[str]) -> Iterator[Callable[[Ar
 
 
 def latency(ask: Callable[[Arrays], Any], requests: Sequence[Arrays], seconds: float) -> dict[str, float]:
-    """Ask one request after the other, and return p50 and p99 in milliseconds."""
+    """Send one request after the other and return p50 and p99 in milliseconds."""
     for request in requests[:10]:
         ask(request)
     times: list[float] = []
@@ -80,7 +80,7 @@ def latency(ask: Callable[[Arrays], Any], requests: Sequence[Arrays], seconds: f
 
 
 def throughput(url: str, model: str, outputs: Sequence[str], requests: Sequence[Arrays], seconds: float) -> float:
-    """Return the sessions per second that sixteen clients get who each wait for every answer."""
+    """Return sessions per second for sixteen clients that each wait for every response."""
     return answers_per_second(url, [message(model, one, outputs) for one in requests], _CLIENTS, seconds)
 
 
@@ -120,7 +120,7 @@ def _beside(own: Mapping[str, Any], peers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def floor(work: Path, seconds: float) -> float:
-    """Return the p50 of a model that does nothing."""
+    """Return the p50 of an empty model: Triton's own latency."""
     folder = work / "floor" / "floor"
     (folder / "1").mkdir(parents=True)
     (folder / "config.pbtxt").write_text(_FLOOR_CONFIG)
@@ -174,7 +174,7 @@ def nvtabular_ms(work: Path, seconds: float) -> float:
 
 
 def top_k(rows: Sequence[int], bundle: Path | None, threads: int, *, with_hnsw: bool) -> list[dict[str, Any]]:
-    """Search large catalogues, each kind of tokens in a process of its own."""
+    """Search large catalogues, each kind of embeddings in its own process."""
     reports = []
     for n in rows:
         for extra in ([], ["--isotropic"]):
@@ -209,7 +209,7 @@ def _group_peak(pid: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write the result, and end with its JSON line."""
+    """Measure, write the result, and print it as one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, help="of a trained run; an untrained shop by default")
     parser.add_argument("--items", type=int, default=4385, help="items of the untrained shop and of the peers")

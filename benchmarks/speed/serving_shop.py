@@ -1,7 +1,6 @@
-"""A shop of any size for the serving benchmark: correlated vectors of two modalities, a prior, columns for filters.
+"""Catalogue of any size for the serving benchmark: correlated vectors of two modalities, item-kNN, filter columns.
 
-Nothing is trained: latency depends on shapes, not on what was learned. Pass a bundle of a trained run to the benchmark
-instead where there is one.
+Nothing is trained: latency depends on shapes, not on weights. Pass the bundle of a trained run instead if there is one.
 """
 
 from __future__ import annotations
@@ -52,10 +51,11 @@ def shop(n_items: int, seed: int = 0) -> Catalogue:
 
 
 def bundle_of(out: Path, n_items: int, *, d_model: int = 300, seed: int = 0) -> Path:
-    """Write a bundle of an untrained model with a prior of random sessions, and return its folder."""
+    """Write a bundle of an untrained model with an item-kNN term of random sessions, and return its folder."""
     catalogue = shop(n_items, seed)
     torch.manual_seed(seed)
-    config = Recipe.from_dict({"name": "bench", "model": {"d_model": d_model}}).model
+    settings = {"d_model": d_model, "candidate_fusion": "dynamic_shared", "interest_ratio": 0.5}
+    config = Recipe.from_dict({"name": "bench", "model": settings}).model
     model = build_missrec(config, catalogue).eval()
     rng = np.random.default_rng(seed)
     with torch.no_grad():

@@ -1,9 +1,9 @@
-"""Full, chunked and sampled softmax on one small shop: what each epoch is worth and costs, over seeds.
+"""Full, chunked and sampled softmax on a small shop: quality and time per epoch, over seeds.
 
     python -m benchmarks.speed.softmaxes            # about two minutes
 
-The shop is a Markov chain over kinds of items, two modalities that show the kind, popularities with a long tail. It is
-small enough for the full softmax, so that the estimate can be judged; what a large one costs: large_catalogue.
+The shop is a Markov chain over kinds of items, with two modalities that encode the kind and long-tailed popularity. It
+is small enough for the full softmax, to compare the estimate with; `large_catalogue` measures the cost at size.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def train(shop: tuple[Catalogue, Sessions, Sessions], settings: dict[str, Any], 
 
 
 def make_shop(n_items: int, n_sessions: int) -> tuple[Catalogue, Sessions, Sessions]:
-    """Return the catalogue, training sessions, and the same with their last event."""
+    """Return the catalogue, training sessions, and validation sessions (with their last event)."""
     draw = np.random.default_rng(0)
     kind, centre, following = (
         draw.integers(KINDS, size=n_items),

@@ -1,10 +1,10 @@
-"""Exact top-50 of large catalogues: the certified search from a mapped file, the scan and HNSW beside it, and memory.
+"""Exact top-50 of large catalogues: int8-bounded search from a mapped file against full scan and HNSW; memory.
 
-    python -m benchmarks.speed.topk --rows 100000 --bundle bundle/        tokens of real items, moved (large_tokens)
+    python -m benchmarks.speed.topk --rows 100000 --bundle bundle/        embeddings as in large_tokens
     python -m benchmarks.speed.topk --rows 1000000 --bundle bundle/ --isotropic --hnsw
 
-The tables are written to a file and read back by fresh processes that map it, as instances of a server would: their
-peak memory is that of serving. Without ``--bundle`` real tokens are replaced by those of an untrained model.
+The index is written to a file and mapped by new processes, as by instances of a server: their peak memory is that of
+serving. Without ``--bundle`` the embeddings are those of an untrained model.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ def measure(file: Path, sessions: Path, threads: int, scan: bool) -> dict[str, A
 
 
 def _anonymous_mib() -> int:
-    """Return what this process could not give back: memory that is no page of a file."""
+    """Return the anonymous memory of this process in MiB: pages that belong to no file."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("Pss_Anon:"))
 
 
 def write(candidates: CandidateEmbeddings, file: Path) -> None:
-    """Write the search tables of given tokens under dynamic fusion."""
+    """Write the retrieval index of given embeddings under dynamic fusion."""
     fusion = CandidateFusion("dynamic_shared", candidates.mask.shape[1])
     assert fusion.phi is not None
     with torch.inference_mode():
@@ -95,7 +95,7 @@ def write(candidates: CandidateEmbeddings, file: Path) -> None:
 
 
 def hnsw(candidates: CandidateEmbeddings, vectors: Tensor, exact: Sequence[Tensor], threads: int) -> dict[str, Any]:
-    """Index the mean of the modalities with faiss' HNSW; its neighbours, scored by us, against the exact answer."""
+    """Index the mean of the modalities with faiss' HNSW; its neighbours, re-scored, against the exact result."""
     import faiss
 
     faiss.omp_set_num_threads(threads)
@@ -129,7 +129,7 @@ def hnsw(candidates: CandidateEmbeddings, vectors: Tensor, exact: Sequence[Tenso
 def run(
     rows: int, bundle: Path | None, *, threads: int = 2, directionless: bool = False, with_hnsw: bool = False
 ) -> dict[str, Any]:
-    """Build a catalogue of ``rows``, search it in a process of its own, and say what was found."""
+    """Build a catalogue of ``rows``, search it in its own process, and return the measurements."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         if directionless:

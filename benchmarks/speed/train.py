@@ -1,9 +1,9 @@
-"""Training speed: ours beside the authors' release and Transformers4Rec's XLNet, in one run, so that ratios count.
+"""Training speed of our recipes, the authors' release and Transformers4Rec's XLNet, in one run for fair ratios.
 
     python -m benchmarks.speed.train --data path/to/amazon_scientific --release path/to/MM23-MISSRec
     make bench-train DATA=path/to/amazon_scientific RELEASE=path/to/MM23-MISSRec
 
-Published sizes (width 300, batches of 512 prefixes, sessions of up to 50). Every contestant runs in a fresh process,
+Published sizes (width 300, batches of 512 prefixes, sessions of up to 50). Every contestant runs in a new process,
 with one thread and with all cores, round after round; a figure is the median over rounds. The headline is that of all
 cores. Without ``--data`` a shop of the same size is generated; without ``--release`` its figures are null.
 """
@@ -61,7 +61,7 @@ def measure(name: str, data: Path | None, release: Path | None) -> dict[str, Any
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Run every contestant, round after round, and write what was found."""
+    """Run every contestant, round after round, and write the result."""
     names = [name for name in options.only if options.release or name not in NEED_RELEASE]
     runs: list[dict[str, Any]] = []
     for number in range(options.rounds):

@@ -56,7 +56,6 @@ from missrec_t4r.io.json_files import write_json
 from missrec_t4r.io.tensor_file import advise_random_access, find_non_finite, write_tensors
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.model.weight_names import current_names
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.retrieval.index_file import RetrievalIndex, write_index
 from missrec_t4r.schema import SCHEMA_FILE, SESSION_TRANSFORM_FILE
@@ -111,9 +110,7 @@ def write_bundle(out: str | Path, *, model: MISSRec, catalogue: Catalogue, data:
         return fill_bundle(folder, model=model, catalogue=catalogue, data=Path(data))
 
 
-def fill_bundle(
-    folder: Path, *, model: MISSRec, catalogue: Catalogue, data: Path, progress: Progress = quiet
-) -> dict[str, Any]:
+def fill_bundle(folder: Path, *, model: MISSRec, catalogue: Catalogue, data: Path) -> dict[str, Any]:
     """Write the bundle's files into an empty folder; `write_bundle` and `export` move it into place."""
     for name in (SESSION_TRANSFORM_FILE, SCHEMA_FILE):
         if not (data / name).is_file():
@@ -138,7 +135,7 @@ def fill_bundle(
     write_features(folder, catalogue)
     load_session_transform(folder, catalogue.items)  # refuses ids that a request cannot hold
     if catalogue.n_rows >= SEARCH_FROM:
-        write_index(model.eval(), folder / SEARCH_FILE, progress)
+        write_index(model.eval(), folder / SEARCH_FILE)
     return write_manifest(folder)
 
 
@@ -199,12 +196,12 @@ def write_weights(model: MISSRec, file: Path) -> None:
     write_tensors(file, {name: tensor for name, tensor in state.items() if not name.startswith(_INTERESTS)})
 
 
-def with_index(folder: Path, loaded: LoadedBundle, progress: Progress = quiet) -> LoadedBundle:
+def with_index(folder: Path, loaded: LoadedBundle) -> LoadedBundle:
     """Add a retrieval index, and weights extended to all rows, to a bundle that `load_bundle` has read."""
     temporary = folder / f".{WEIGHTS_FILE}"  # written beside the old file, which the model still has mapped
     write_weights(loaded.model, temporary)
     temporary.replace(folder / WEIGHTS_FILE)
-    write_index(loaded.model, folder / SEARCH_FILE, progress)
+    write_index(loaded.model, folder / SEARCH_FILE)
     write_manifest(folder)
     return replace(loaded, tables=RetrievalIndex.load(folder / SEARCH_FILE))
 

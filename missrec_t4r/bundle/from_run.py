@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +10,13 @@ from pathlib import Path
 
 from missrec_t4r.bundle.bundle import fill_bundle
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.runs.run_folder import load_run
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
-def bundle_or_run(
-    bundle: str | Path | None, run: str | Path | None, data: str | Path | None = None, progress: Progress = quiet
-) -> Iterator[Path]:
+def bundle_or_run(bundle: str | Path | None, run: str | Path | None, data: str | Path | None = None) -> Iterator[Path]:
     """Yield the folder of a bundle; a temporary one is removed at the end.
 
     Parameters
@@ -27,7 +27,6 @@ def bundle_or_run(
         Run folder of `missrec train`, which is exported to a temporary bundle.
     data : path, optional
         The run's data folder, if it was moved since training.
-    progress : Progress
 
     Raises
     ------
@@ -43,6 +42,6 @@ def bundle_or_run(
     assert run is not None
     loaded = load_run(run, data)
     with tempfile.TemporaryDirectory(prefix="missrec-bundle-") as folder:
-        progress.say(f"reading the run {run}")
+        log.info(f"reading the run {run}")
         fill_bundle(Path(folder), model=loaded.model, catalogue=loaded.catalogue, data=loaded.data)
         yield Path(folder)

@@ -8,6 +8,7 @@ for `missrec catalogue rollback`.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import time
@@ -43,7 +44,6 @@ from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
 from missrec_t4r.io.atomic import exchange, temporary_dir
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.terms.cold_start import cold_item_mask
 from missrec_t4r.schema import (
@@ -55,6 +55,8 @@ from missrec_t4r.schema import (
     TRAIN_COUNT,
     UNKNOWN_ROW,
 )
+
+log = logging.getLogger(__name__)
 
 Vectors = npt.NDArray[np.float32]
 
@@ -72,7 +74,6 @@ def update_catalogue(
     *,
     modalities: Mapping[str, Path | Vectors] | None = None,
     dry_run: bool = False,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Replace a bundle atomically by one with added, changed and retired items.
 
@@ -88,7 +89,6 @@ def update_catalogue(
         modality, an existing one keeps its vector.
     dry_run : bool
         Write and check the new version in a temporary folder only.
-    progress : Progress
 
     Returns
     -------
@@ -109,7 +109,7 @@ def update_catalogue(
     table = items if isinstance(items, pa.Table) else read_items(Path(items))
     rows = _rows_of(old.catalogue, table)
     given = {name: _vectors(name, part, old.catalogue, table.num_rows) for name, part in (modalities or {}).items()}
-    progress.say(f"writing the catalogue with {table.num_rows} new, changed or retired items")
+    log.info(f"writing the catalogue with {table.num_rows} new, changed or retired items")
     with temporary_dir(folder) as temporary:
         temporary.chmod(0o755)
         extended = _extend_catalogue(old.catalogue, table, rows, given, temporary)
@@ -118,7 +118,7 @@ def update_catalogue(
         _write(temporary, old, extended, rows, given)
         new = load_bundle(temporary)
         if extended.n_rows >= SEARCH_FROM:
-            new = with_index(temporary, new, progress)
+            new = with_index(temporary, new)
         largest = _compare_untouched(old, new, rows)
         after = catalogue_version(verify_bundle(temporary, only=()))
         if after != before and not dry_run:  # repeating an update must not replace the previous version by the current

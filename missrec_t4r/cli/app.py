@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import logging
 import os
 import sys
 import warnings
@@ -27,7 +28,7 @@ from missrec_t4r.cli.answer import summary
 from missrec_t4r.cli.options import Option, options_of, plain
 from missrec_t4r.errors import ConfigError, DataError, GateError, MISSRecError
 from missrec_t4r.io.atomic import is_disk_full, is_permission_denied
-from missrec_t4r.progress import TerminalProgress
+from missrec_t4r.progress import reporting
 
 # Read when torch loads, which commands do later. By default threads spin for milliseconds while they wait for each
 # other, and where another process needs their core, training took six times as long and more. GNU's library spins for
@@ -43,6 +44,8 @@ for _words in (
     "Initializing an NVTabular Dataset in CPU mode",
 ):
     warnings.filterwarnings("ignore", message=_words)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -225,14 +228,15 @@ def _load(command: Command) -> Any:
 
     def run(**given: Any) -> None:
         as_json, verbose, quiet = (given.pop(name) for name in ("json", "verbose", "quiet"))
+        first = os.environ.get("RANK", "0") == "0"  # under torchrun the first process answers for all
 
         def call() -> Any:
-            arguments = {option.name: option.convert(given[option.name]) for option in options}
-            return function(**arguments, **command.fixed, **extra)
+            return function(**{option.name: option.convert(given[option.name]) for option in options}, **command.fixed)
 
-        extra = {"progress": TerminalProgress()} if "progress" in inspect.signature(function).parameters else {}
-        result = _or_exit(call)
-        if os.environ.get("RANK", "0") == "0":  # under torchrun the first process answers for all
+        with reporting(verbose=verbose, quiet=quiet or not first):
+            log.debug("missrec %s %s with %s", missrec_t4r.__version__, command.name, given)
+            result = _or_exit(call)
+        if first:
             _answer(command, result, as_json)
 
     parameters = [option.parameter for option in options] + _COMMON_PARAMETERS

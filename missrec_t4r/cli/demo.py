@@ -7,6 +7,7 @@ and modality vectors `<modality>_<encoder>.npy` whose rows follow the item table
 from __future__ import annotations
 
 import json
+import logging
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,11 +26,12 @@ from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError
 from missrec_t4r.export.parity import compare_served, raw_event_features, raw_ids, sample_histories
-from missrec_t4r.progress import Progress, TerminalProgress
 from missrec_t4r.runs.run_folder import LoadedRun, load_run
 from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID
 from missrec_t4r.serving.client.client import MISSRecClient, read_titles
 from missrec_t4r.serving.triton.local_server import LocalTriton
+
+log = logging.getLogger(__name__)
 
 _LONG_SESSIONS = 40
 """Mean events per training session from which the recipe for long histories is taken."""
@@ -94,10 +96,9 @@ def demo(
         Triton's answers differ from the model's.
     """
     data, console = None if data is None else Path(data), Console(stderr=True)
-    progress = TerminalProgress(console)
     seconds: dict[str, float] = {}
     out = Path(out) / (data.resolve().name if data else "shop")
-    inputs = find_inputs(data) if data else _generated(out / "raw", users, items, progress, seconds)
+    inputs = find_inputs(data) if data else _generated(out / "raw", users, items, console, seconds)
     folder, run = out / "data", out / "run"
     with _step("etl", "raw tables to sessions and catalogue", console, seconds):
         report = commands.etl(
@@ -106,7 +107,6 @@ def demo(
             folder,
             modality=inputs.modality,
             min_item_count=inputs.min_item_count,
-            progress=progress,
         )
     if inputs.text_columns or inputs.image_column:
         with _step("features", "texts and pictures to vectors", console, seconds):
@@ -115,19 +115,18 @@ def demo(
                 text_columns=inputs.text_columns,
                 image_column=inputs.image_column,
                 images=inputs.items.parent,
-                progress=progress,
             )
     chosen = recipe or _recipe_for(folder)
     with _step("train", f"recipe {chosen}", console, seconds):
         shorter = None if data or recipe else {"train.epochs": _SHOP_EPOCHS}
-        commands.train(folder, run, recipe=chosen, settings=shorter, progress=progress)
+        commands.train(folder, run, recipe=chosen, settings=shorter)
     with _step("evaluate", "the whole catalogue ranked for every test session", console, seconds):
-        metrics = commands.evaluate(run, progress=progress)
+        metrics = commands.evaluate(run)
     console.print(commands.metrics_table(metrics))
     with _step("export", "bundle and Triton model repository", console, seconds):
-        commands.export(run, out / "bundle", triton=out / "model_repository", progress=progress)
+        commands.export(run, out / "bundle", triton=out / "model_repository")
     with _step("serve", f"embedded Triton answers {_COMPARED_SESSIONS} sessions", console, seconds):
-        served = _serve(load_run(run), out / "model_repository", out / "triton.log", progress)
+        served = _serve(load_run(run), out / "model_repository", out / "triton.log")
     _show(served["recommendations"], console)
     summary = {"data": inputs.name, **_headline(metrics), **served, "recipe": chosen, "etl": report["seconds"]}
     return summary | {"seconds": {name: round(value, 1) for name, value in seconds.items()}}
@@ -162,9 +161,9 @@ def find_inputs(folder: Path) -> Inputs:
     return Inputs(folder.resolve().name, interactions, items, modality, min_item_count=_RATING_FLOOR)
 
 
-def _generated(folder: Path, users: int, items: int, progress: TerminalProgress, seconds: dict[str, float]) -> Inputs:
-    with _step("generate", "a shop with texts and pictures", progress.console, seconds):
-        commands.generate(folder, users=users, items=items, progress=progress)
+def _generated(folder: Path, users: int, items: int, console: Console, seconds: dict[str, float]) -> Inputs:
+    with _step("generate", "a shop with texts and images", console, seconds):
+        commands.generate(folder, users=users, items=items)
     return Inputs(
         "generated shop",
         folder / "interactions.parquet",
@@ -187,15 +186,15 @@ def _step(name: str, what: str, console: Console, seconds: dict[str, float]) -> 
     console.print(f"{name}: {seconds[name]:.1f} s", style="green", highlight=False)
 
 
-def _serve(run: LoadedRun, repository: Path, log_file: Path, progress: Progress) -> dict[str, Any]:
+def _serve(run: LoadedRun, repository: Path, log_file: Path) -> dict[str, Any]:
     """Start Triton, compare its answers with the run's model, and ask three questions."""
     event_features = () if run.model.event_features is None else run.model.event_features.columns
     histories = sample_histories(load_sessions(run.data, "test", event_features), _COMPARED_SESSIONS)
     with (
-        LocalTriton(repository, log_file=log_file, progress=progress) as server,
+        LocalTriton(repository, log_file=log_file) as server,
         MISSRecClient(server.grpc_url) as client,
     ):
-        progress.say(f"asking for {len(histories)} sessions, {_CLIENTS} requests at a time")
+        log.info(f"asking for {len(histories)} sessions, {_CLIENTS} requests at a time")
         parity = compare_served(client, run.model, run.catalogue, histories, _TOP_K, _CLIENTS)
         parity.require("Triton's answers")
         questions = _questions(histories)

@@ -29,9 +29,6 @@ import yaml
 
 from missrec_t4r.errors import ConfigError
 
-PYTHON_ONLY = frozenset({"progress"})
-"""Parameters that no command has."""
-
 
 @dataclass(frozen=True)
 class Option:
@@ -65,7 +62,7 @@ def options_of(
     return [
         _bound(parameter, hints[name], helps.get(name, ""), exceptions.get(name, Option()))
         for name, parameter in inspect.signature(function).parameters.items()
-        if name not in PYTHON_ONLY and name not in left_out
+        if name not in left_out
     ]
 
 

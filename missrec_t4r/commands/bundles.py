@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.progress import Progress, quiet
 
 
 def catalogue_update(
@@ -22,7 +21,6 @@ def catalogue_update(
     modality: Mapping[str, str | Path] | None = None,
     data: str | Path | None = None,
     dry_run: bool = False,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Add, change and retire items of a bundle or a deployment, without training or restart.
 
@@ -56,15 +54,15 @@ def catalogue_update(
     if data is not None:
         from missrec_t4r.etl.features.pipeline import encode_items
 
-        for name, encoded in encode_items(Path(data), table, progress=progress).items():
+        for name, encoded in encode_items(Path(data), table).items():
             vectors.setdefault(name, np.where(encoded.present[:, None], encoded.vectors, np.float32("nan")))
     with tempfile.TemporaryDirectory() as folder:
         changed = bundle or _served_bundle(Path(folder), repository)
-        result = update_catalogue(changed, table, modalities=vectors, dry_run=dry_run, progress=progress)
+        result = update_catalogue(changed, table, modalities=vectors, dry_run=dry_run)
         if repository is not None:
             from missrec_t4r.serving.deploy.blue_green import deploy
 
-            result["deployed"] = deploy(repository, bundle=changed, dry_run=dry_run, progress=progress)
+            result["deployed"] = deploy(repository, bundle=changed, dry_run=dry_run)
     return result if bundle else result | {"bundle": None}
 
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any, Literal
 
 from missrec_t4r.config import Recipe
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.progress import Progress, quiet
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -35,7 +37,6 @@ def train(
     device: str = "auto",
     reuse: bool = False,
     dry_run: bool = False,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Train a model, or fine-tune one from another run; resume an interrupted run, return a finished one.
 
@@ -107,12 +108,12 @@ def train(
         from missrec_t4r.t4r import train_t4r
 
         run = partial(train_t4r, data, Recipe.load(name, settings), out)
-    run = partial(run, resume=resume, device=device, progress=progress, dry_run=dry_run)
+    run = partial(run, resume=resume, device=device, dry_run=dry_run)
     if not reuse:
         return run()
     made_from = {"recipe": recipe, "settings": settings, "trainer": trainer, "freeze": freeze, "take": take}
     key = _key([data], {**made_from, "device": device}, start_from or warm_start)
-    return _cached(run, Path(out), key, resume, dry_run, progress)
+    return _cached(run, Path(out), key, resume, dry_run)
 
 
 def pretrain(
@@ -125,7 +126,6 @@ def pretrain(
     device: str = "auto",
     reuse: bool = False,
     dry_run: bool = False,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Pre-train on several data sets whose modality vectors come from the same encoders; then `missrec train --from`.
 
@@ -157,14 +157,12 @@ def pretrain(
     from missrec_t4r.training.pretrain import pretrain as train_on_domains
 
     start: dict[str, Any] = {"recipe": recipe, "settings": settings}
-    run = partial(
-        train_on_domains, data, out, **start, resume=resume, device=device, progress=progress, dry_run=dry_run
-    )
+    run = partial(train_on_domains, data, out, **start, resume=resume, device=device, dry_run=dry_run)
     if not reuse:
         return run()
     folders = named_folders(data)
     key = _key(list(folders.values()), {**start, "domains": list(folders), "device": device}, None)
-    return _cached(run, Path(out), key, resume, dry_run, progress)
+    return _cached(run, Path(out), key, resume, dry_run)
 
 
 def _key(data: Sequence[str | Path], settings: Mapping[str, Any], source: str | Path | None) -> str:
@@ -176,16 +174,14 @@ def _key(data: Sequence[str | Path], settings: Mapping[str, Any], source: str | 
     return run_key([Path(folder) for folder in data], recorded, None if source is None else Path(source))
 
 
-def _cached(
-    run: Callable[[], dict[str, Any]], out: Path, key: str, resume: bool, dry_run: bool, progress: Progress
-) -> dict[str, Any]:
+def _cached(run: Callable[[], dict[str, Any]], out: Path, key: str, resume: bool, dry_run: bool) -> dict[str, Any]:
     """Return the result of the finished run in ``out``, if it has this key; else run, and store the result."""
     from missrec_t4r.runs.run_cache import lookup, store
     from missrec_t4r.training import distributed
 
     result = lookup(out, key) if resume else None
     if result is not None:
-        progress.say(f"{out} is finished, of the same data and settings; --restart trains it anew")
+        log.info(f"{out} is finished, of the same data and settings; --restart trains it anew")
         return {**result, "found": True} | ({"dry_run": True} if dry_run else {})
     result = run()
     if not dry_run and distributed.launched().rank == 0:

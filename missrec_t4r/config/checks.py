@@ -45,10 +45,10 @@ def check_types(settings: Any) -> None:
     refuse(type_errors(type(settings), vars(settings)))
 
 
-def refuse(errors: list[str]) -> None:
+def refuse(errors: list[str], cure: str = "correct the recipe or the --set options") -> None:
     """Raise one `ConfigError` that lists all errors; return if there are none."""
     if errors:
-        raise ConfigError("; ".join(errors), "", "correct the recipe or the --set options")
+        raise ConfigError("; ".join(errors), "", cure)
 
 
 def _type_error(name: str, value: Any, hint: Any) -> str:

@@ -53,17 +53,19 @@ class MISSRecConfig:
     contextual_readout: ContextualReadout = "mean"
     """Which output is the session vector under ``contextual`` fusion: the ``mean`` over the last item's modalities
     (ours), or that of the ``first`` modality, as in the authors' release."""
-    candidate_fusion: CandidateFusionName = "dynamic_shared"
-    """Weights of a candidate's modality scores: ``static`` means equal weights; ``dynamic_shared`` and
-    ``dynamic_instance`` compute them per session and candidate, as published (paper, dynamic candidate fusion)."""
+    candidate_fusion: CandidateFusionName = "static"
+    """Weights of a candidate's modality scores. ``static``: equal ones (ours: the learned ones stay near equal, for
+    twice the work). ``dynamic_shared`` and ``dynamic_instance``: computed per session and candidate, with one sharpness
+    for all items or one per item (paper: dynamic candidate fusion)."""
     single_modality: SingleModality = "fused"
     """With one modality and IDs. ``fused``: both are scored separately and the modality counts twice, as with several
     modalities (ours). ``summed``: the score is the cosine with the sum of both, as in the authors' release."""
     item_ids: bool = True
     """True: transductive, items also have a learned ID embedding. False: inductive, any item with a modality vector can
     be scored."""
-    interest_ratio: float = 0.5
-    """Interest clusters per modality embedding of the catalogue (paper: 0.5 fine-tuning, 0.02 pre-training)."""
+    interest_ratio: float = 0.02
+    """Interest clusters per modality embedding of the catalogue (paper: 0.5 fine-tuning, 0.02 pre-training; ours: few
+    interests serve as well and cost less)."""
     interest_algorithm: InterestAlgorithm = "kmeans"
     """``kmeans``: mini-batch k-means, as in the published logs. ``dpc_knn``: density peaks, small catalogues only."""
     missing_modality: MissingModality = "masked"
@@ -98,13 +100,15 @@ class MISSRecConfig:
     regulariser, which depends on padding."""
     orthogonality_weight: float = 1e-4
     """Weight of the regulariser (paper: 1e-4)."""
-    modality_dropout: float = 0.0
-    """Probability that a training item loses one of its modalities, never its last one (ours)."""
+    modality_dropout: float = 0.2
+    """Probability that a training item loses one of its modalities, never its last one (ours: keeps recommendations
+    useful for items that lack a modality)."""
     mask_untrained_ids: bool = True
     """Score an item that does not occur in training by its modalities alone (ours); False also uses its untrained ID
     embedding, as published."""
-    id_dropout: float = 0.0
-    """Probability that a training item is used without its ID embedding (ours: prepares for new items)."""
+    id_dropout: float = 0.1
+    """Probability that a training item is used without its ID embedding (ours: keeps recommendations useful for items
+    without history)."""
     event_features: str = "auto"
     """Event columns that are added to the item embeddings: ``auto`` for every input column of the schema, ``none``, or
     names separated by commas (ours; the paper has none)."""

@@ -31,7 +31,7 @@ SECTIONS: Final[Mapping[str, type[Any]]] = {"model": MISSRecConfig, "train": Tra
 """Sections of a recipe and the settings that each of them holds."""
 
 _UNRECORDED = {"train": {"id_init": "random", "precision": "fp32"}}
-"""Settings that the first version did not write to ``recipe.json``, with what it did."""
+"""Settings that the first versions did not write to ``recipe.json``, with the only value that they had."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,10 @@ PretrainObjective = Literal["contrastive", "full_softmax"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Training on one data set; the defaults are those of the recipe ``default``."""
+    """Training on one data set.
+
+    The defaults are those of the recipe ``default``; `TrainConfig.paper` is the published training.
+    """
 
     learning_rate: float = 1e-3
     """Adam's step size (paper: 1e-3)."""
@@ -27,27 +30,27 @@ class TrainConfig:
     """Trained positions per optimiser step, as published for prefixes; sessions are packed up to this number."""
     group_by_length: bool = True
     """Batches of sessions of similar length (ours: little padding). False: of random ones, as published, and slower."""
-    epochs: int = 60
+    epochs: int = 40
     """Maximal number of passes over the training sessions (paper: 100)."""
     patience: int = 5
     """Epochs without a better validation NDCG@10 before training stops (paper: 10)."""
-    max_minutes: float = 0.0
+    max_minutes: float = 12.0
     """Training stops after the epoch in which this many minutes pass, and `run.json` says so in ``stopped_by``; 0 for
     no limit."""
     seed: int = 2020
     """Seed of initialisation, order, dropout and clustering."""
     windows_per_session: int = 0
     """Random windows of ``max_sequence_length`` per session and epoch; 0 trains every position once."""
-    next_items: int = 1
+    next_items: int = 2
     """How many of the following items are targets of a position (paper: 1)."""
     next_items_weight: float = 0.3
     """Weight of the targets after the first; the first has 1."""
-    id_init: IdInit = "random"
+    id_init: IdInit = "content"
     """Initial ID embeddings: ``random``, as published, or from the item's ``content``, the sum of its modality
     embeddings (ours: random ones outweigh the content until every item was trained often)."""
-    reverse_probability: float = 0.0
+    reverse_probability: float = 0.3
     """Probability that a training batch of sessions is read backwards (ours, an augmentation)."""
-    ema_decay: float = 0.0
+    ema_decay: float = 0.98
     """Decay per step of the exponential moving average of the weights, which is evaluated and exported; 0 switches
     averaging off (paper)."""
     warmup_steps: int = 0
@@ -67,9 +70,9 @@ class TrainConfig:
     accumulate: int = 1
     """Parts into which a step's batch is split to save memory; gradients are summed, the step is that of the whole
     batch."""
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
     """Of matrix products; weights, softmax and optimiser stay in fp32. ``auto`` is bf16 where the device has
-    instructions for it, CPUs included; ``fp16`` needs a GPU."""
+    instructions for it, CPUs included, up to 1.8 times as fast; ``fp16`` needs a GPU."""
     compile: bool = False
     """Compile encoder and decoder with ``torch.compile``; needs a C++ compiler, pays off in long runs."""
     schedule: Schedule = "constant"

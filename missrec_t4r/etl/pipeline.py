@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -35,7 +36,7 @@ from missrec_t4r.etl.outputs import REPORT_FILE, REQUEST_FOLDER, WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, expand, read_table
 from missrec_t4r.io.atomic import atomic_write_dir
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 from missrec_t4r.schema import (
     CATALOGUE_FOLDER,
     ITEM_ID,
@@ -46,6 +47,8 @@ from missrec_t4r.schema import (
     TIMESTAMP,
     USER_ID,
 )
+
+log = logging.getLogger(__name__)
 
 Split = Literal["leave_one_out", "time"]
 _EVENTS_PER_PARTITION = 5_000_000
@@ -88,7 +91,6 @@ def etl(
     partitions: int | None = None,
     save_nvtabular_workflow: bool = False,
     dry_run: bool = False,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Build a data folder of sessions, schema and catalogue from raw tables (NVTabular), or add events to one.
 
@@ -228,13 +230,13 @@ def etl(
     if dry_run:
         return planned(task.files, names, items, out, on_disk=on_disk, settings=settings)
     if on_disk:
-        counts = _on_disk(task, out, partitions, dask_scheduler, workers, progress, started)
+        counts = _on_disk(task, out, partitions, dask_scheduler, workers, started)
     else:
-        counts = _in_memory(task, out, partitions, progress, started)
+        counts = _in_memory(task, out, partitions, started)
     for finding in findings.found:
-        progress.say(f"{finding.check}: {finding.count:,} ({finding.message})")
+        log.info(f"{finding.check}: {finding.count:,} ({finding.message})")
     rows = ", ".join(f"{count:,} {name}" for name, count in counts["sessions"].items())
-    progress.say(f"{out}: {rows} sessions in {counts['seconds']:.1f} s")
+    log.info(f"{out}: {rows} sessions in {counts['seconds']:.1f} s")
     return {"data": str(out), **counts}
 
 
@@ -255,7 +257,7 @@ def _change(
     return compact(out, **machine)
 
 
-_MACHINE_OPTIONS = ("dask_scheduler", "workers", "dry_run", "progress")
+_MACHINE_OPTIONS = ("dask_scheduler", "workers", "dry_run")
 """What an update may choose; everything else is as in the first run of the folder."""
 _OWN_OPTIONS = ("interactions", "items", "out", "modality", "update", "delta", "compact")
 
@@ -308,7 +310,6 @@ def _on_disk(
     partitions: int | None,
     scheduler: str,
     workers: int | None,
-    progress: Progress,
     started: float,
 ) -> dict[str, Any]:
     settings, names = task.settings, task.names
@@ -331,16 +332,16 @@ def _on_disk(
             settings["categorical_columns"],
             partitions,
         )
-        folder, counts = scale.build(job, work, machines, progress)
+        folder, counts = scale.build(job, work, machines)
         report = task.report(counts, folder, started)
         finish(folder)
     shutil.rmtree(places.copies_of(out), ignore_errors=True)
     return report
 
 
-def _in_memory(task: _Task, out: Path, partitions: int | None, progress: Progress, started: float) -> dict[str, Any]:
+def _in_memory(task: _Task, out: Path, partitions: int | None, started: float) -> dict[str, Any]:
     settings = task.settings
-    progress.say("reading the tables")
+    log.info("reading the tables")
     tables = read_tables(task.files, task.items, task.names, task.catalogue_item, task.findings)
     inputs = prepare(
         *tables,
@@ -357,9 +358,9 @@ def _in_memory(task: _Task, out: Path, partitions: int | None, progress: Progres
     settings["newest"] = float(inputs.events[TIMESTAMP].max())
     task.derive.check_clock(settings["newest"])
     task.derive = replace(task.derive, newest=settings["newest"])
-    progress.say(f"{len(inputs.events):,} events on {inputs.items.num_rows:,} items; grouping them into sessions")
+    log.info(f"{len(inputs.events):,} events on {inputs.items.num_rows:,} items; grouping them into sessions")
     with atomic_write_dir(out, REPORT_FILE) as folder, tempfile.TemporaryDirectory() as storage:
-        return task.report(_write(inputs, task, folder, Path(storage), partitions, progress), folder, started)
+        return task.report(_write(inputs, task, folder, Path(storage), partitions), folder, started)
 
 
 def _workflow_file(workflow: str | Path, derive: EventSettings, max_events: int | None, engine: str) -> WorkflowFile:
@@ -406,9 +407,7 @@ def _check_settings(
         raise ConfigError("a session length below 1", "max_sequence_length and max_events of at least 1")
 
 
-def _write(
-    inputs: Inputs, task: _Task, folder: Path, storage: Path, partitions: int | None, progress: Progress
-) -> dict[str, Any]:
+def _write(inputs: Inputs, task: _Task, folder: Path, storage: Path, partitions: int | None) -> dict[str, Any]:
     """Write the whole data folder and return the counts."""
     settings = task.settings
     if missing := [name for name in settings["categorical_columns"] if name not in inputs.features]:
@@ -443,7 +442,7 @@ def _write(
 
     rows_of = {name: splits.take_prefixes(table, offsets, lengths[name]) for name in SPLITS}
     outputs.write_workflow(workflow, int(np.diff(offsets).max()), folder, pickled=settings["save_nvtabular_workflow"])
-    for name in progress.track(SPLITS, "writing the splits"):
+    for name in track(SPLITS, "writing the splits"):
         for part, start in enumerate(range(0, rows_of[name].num_rows, _SESSIONS_PER_FILE)):
             pq.write_table(rows_of[name].slice(start, _SESSIONS_PER_FILE), folder / name / f"part_{part}.parquet")
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from missrec_t4r.data.sessions import Ints, Sessions
 from missrec_t4r.errors import DataError, ModalityError
 from missrec_t4r.evaluation.metrics import MISSED, Ranks, metrics
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
 SEEN_KEPT: Final = "seen_kept"
@@ -92,7 +92,6 @@ def rank_catalogue(
     top_k: int = 0,
     protocols: Sequence[str] = PROTOCOLS,
     description: str = "ranking",
-    progress: Progress = quiet,
 ) -> Ranking:
     """Rank every session's target among all items.
 
@@ -124,7 +123,7 @@ def rank_catalogue(
     ranks: dict[str, list[Ranks]] = {protocol: [] for protocol in protocols}
     lists: dict[str, list[Ints]] = {protocol: [] for protocol in protocols}
     unrecommendable = 0
-    for start in progress.track(range(0, len(histories), step), description):
+    for start in track(range(0, len(histories), step), description):
         chunk = slice_sessions(histories, start, start + step)
         scores = _checked(scorer(chunk), len(chunk), n_rows, start)  # [batch, row]
         target = torch.from_numpy(targets[start : start + step]).to(scores.device)  # [batch]

@@ -7,6 +7,7 @@ appear under their names.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import tempfile
 import time
 from contextlib import ExitStack
@@ -20,10 +21,11 @@ from missrec_t4r.errors import BundleError, ConfigError
 from missrec_t4r.export.parity import check_rows, compare_offline, raw_ids, sample_histories
 from missrec_t4r.export.workflow_parity import check_workflow
 from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.run_folder import LoadedRun, load_run
 from missrec_t4r.serving.triton.repository import MARKER, fill_repository
+
+log = logging.getLogger(__name__)
 
 
 def export(
@@ -34,7 +36,6 @@ def export(
     sessions: int = 256,
     data: str | Path | None = None,
     dry_run: bool = False,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Write the serving bundle of a run, after a check that its answers equal the run's.
 
@@ -83,15 +84,13 @@ def export(
         aside, *others = [
             stack.enter_context(atomic_write_dir(target, marker, "bundle", BundleError)) for target, marker in targets
         ]
-        progress.say(f"writing the bundle of {run}")
-        manifest = fill_bundle(
-            aside, model=loaded.model, catalogue=loaded.catalogue, data=loaded.data, progress=progress
-        )
-        parity = _gate(aside, loaded, sessions, progress)
+        log.info(f"writing the bundle of {run}")
+        manifest = fill_bundle(aside, model=loaded.model, catalogue=loaded.catalogue, data=loaded.data)
+        parity = _gate(aside, loaded, sessions)
         for other in others:
             fill_repository(other, aside)
     size = sum(file["bytes"] for file in manifest["files"].values())
-    progress.say(f"bundle {bundle_folder} ({size / 2**20:.1f} MiB) equals its run on {parity['sessions']} sessions")
+    log.info(f"bundle {bundle_folder} ({size / 2**20:.1f} MiB) equals its run on {parity['sessions']} sessions")
     told = {"dry_run": True, "would_replace": would_replace} if dry_run else {}
     return told | {
         "bundle": str(bundle_folder),
@@ -103,8 +102,8 @@ def export(
     }
 
 
-def _gate(folder: Path, loaded: LoadedRun, sessions: int, progress: Progress) -> dict[str, Any]:
-    progress.say("comparing the bundle with the run")
+def _gate(folder: Path, loaded: LoadedRun, sessions: int) -> dict[str, Any]:
+    log.info("comparing the bundle with the run")
     bundle = load_bundle(folder)
     event_features = () if loaded.model.event_features is None else loaded.model.event_features.columns
     histories = sample_histories(load_sessions(loaded.data, "test", event_features), sessions)

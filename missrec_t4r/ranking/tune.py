@@ -20,7 +20,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import chunk_size, slice_sessions, target_ranks
 from missrec_t4r.evaluation.metrics import MISSED
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.terms.cold_start import ColdStartSettings
@@ -57,7 +57,7 @@ class _Point(NamedTuple):
 
 
 def fit_terms(
-    model: MISSRec, catalogue: Catalogue, train: Sessions, valid: Sessions, *, seed: int = 0, progress: Progress = quiet
+    model: MISSRec, catalogue: Catalogue, train: Sessions, valid: Sessions, *, seed: int = 0
 ) -> dict[str, Any]:
     """Count co-occurrences in the training sessions, find similar items, and tune all terms on validation.
 
@@ -76,7 +76,7 @@ def fit_terms(
     chosen = np.sort(np.random.default_rng(seed).permutation(len(valid))[:_MOST_SESSIONS])
     chosen = chosen[np.argsort(valid.lengths[chosen], kind="stable")]  # equal lengths in a chunk: little padding
     histories, targets = valid.take(chosen).split_last()
-    validation = _Validation(model, ModelScorer.with_popularity(model, catalogue), histories.known(), targets, progress)
+    validation = _Validation(model, ModelScorer.with_popularity(model, catalogue), histories.known(), targets)
     terms = terms_of(model)
     item_knn, content_knn = terms.item_knn, terms.content_knn
     if terms.cold_start is not None:
@@ -97,7 +97,7 @@ def fit_terms(
             found = {**again, "without": found["without"]}
         found["lookalikes"] = content_knn.chosen._asdict()
     if terms.cold_start is not None:
-        found["newcomers"] = fit_cold_start(model, catalogue, valid, seed=seed, progress=progress)
+        found["newcomers"] = fit_cold_start(model, catalogue, valid, seed=seed)
     return found
 
 
@@ -156,10 +156,8 @@ class _Validation:
         scorer: ModelScorer,
         histories: Sessions,
         targets: npt.NDArray[np.int64],
-        progress: Progress,
     ) -> None:
         self.model, self.scorer, self.histories, self.targets = model, scorer, histories, targets
-        self.progress = progress
 
     @torch.no_grad()
     def ndcg(
@@ -172,7 +170,7 @@ class _Validation:
         """Return the mean over both protocols of NDCG@10 for every point of the grid."""
         total = np.zeros(len(grid))
         step = chunk_size(self.scorer.candidates.mask.shape[1])
-        for start in self.progress.track(range(0, len(self.histories), step), "tuning score terms"):
+        for start in track(range(0, len(self.histories), step), "tuning score terms"):
             chunk = slice_sessions(self.histories, start, start + step)
             targets = torch.from_numpy(self.targets[start : start + step])
             padded = chunk.padded(range(len(chunk)), self.model.config.max_sequence_length)

@@ -15,7 +15,7 @@ import numpy as np
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS, Scorer, quick_metrics
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 from missrec_t4r.ranking.baselines import ContentKNN, CoOccurrence, ItemKNN
 
 MOST_SESSIONS: Final = 3000
@@ -61,9 +61,7 @@ def tune(trials: Iterable[tuple[Mapping[str, Any], Scorer]], valid: Sessions, n_
     return best
 
 
-def tuned_item_knn(
-    train: Sessions, valid: Sessions, catalogue: Catalogue, *, seed: int = 0, progress: Progress = quiet
-) -> dict[str, Tuned]:
+def tuned_item_knn(train: Sessions, valid: Sessions, catalogue: Catalogue, *, seed: int = 0) -> dict[str, Tuned]:
     """Tune `ItemKNN`: whole sessions or followers, decay, power."""
     sample = sample_sessions(valid, MOST_SESSIONS, seed)
     counted = {within: CoOccurrence.count(train, catalogue.n_rows, within) for within in FOLLOW_WITHIN}
@@ -73,12 +71,10 @@ def tuned_item_knn(
         for decay in DECAYS
         for power in POWERS
     ]
-    return tune(progress.track(grid, "tuning item-kNN"), sample, catalogue.n_rows)
+    return tune(track(grid, "tuning item-kNN"), sample, catalogue.n_rows)
 
 
-def tuned_content_knn(
-    valid: Sessions, catalogue: Catalogue, *, seed: int = 0, progress: Progress = quiet
-) -> dict[str, Tuned] | None:
+def tuned_content_knn(valid: Sessions, catalogue: Catalogue, *, seed: int = 0) -> dict[str, Tuned] | None:
     """Tune `ContentKNN`: all modalities or one of them, decay. None for a catalogue without modality vectors."""
     fitted = ContentKNN.fit(catalogue)
     names = list(fitted.vectors)
@@ -89,7 +85,7 @@ def tuned_content_knn(
         ({"modalities": chosen, "decay": decay}, fitted.using(chosen, decay)) for chosen in choices for decay in DECAYS
     ]
     sample = sample_sessions(valid, MOST_SESSIONS, seed)
-    return tune(progress.track(grid, "tuning content-kNN"), sample, catalogue.n_rows)
+    return tune(track(grid, "tuning content-kNN"), sample, catalogue.n_rows)
 
 
 def sample_sessions(sessions: Sessions, most: int, seed: int) -> Sessions:

@@ -24,7 +24,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import chunk_size, exclude_seen, slice_sessions
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.terms.cold_start import ColdStartSettings, ColdStartTerm
@@ -84,9 +84,7 @@ class _Outcome(NamedTuple):
     """Share of the top-10 lists that hidden items take."""
 
 
-def fit_cold_start(
-    model: MISSRec, catalogue: Catalogue, valid: Sessions, *, seed: int = 0, progress: Progress = quiet
-) -> dict[str, Any]:
+def fit_cold_start(model: MISSRec, catalogue: Catalogue, valid: Sessions, *, seed: int = 0) -> dict[str, Any]:
     """Tune the settings of `ColdStartTerm`; item-kNN and content-kNN term are tuned already.
 
     Parameters
@@ -106,7 +104,7 @@ def fit_cold_start(
     assert term is not None
     names = model.item_encoder.names
     term.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
-    draws = [_draw(model, term.item_knn, catalogue, valid, seed + number, progress) for number in range(_DRAWS)]
+    draws = [_draw(model, term.item_knn, catalogue, valid, seed + number) for number in range(_DRAWS)]
     choices = [choice for choice in draws[0] if all(choice in draw for draw in draws)]
     n_hidden_targets = sum(int((parts.hidden_target >= 0).sum()) for draw in draws for parts in list(draw.values())[:1])
     if n_hidden_targets < _FEWEST_TARGETS or not choices:
@@ -127,7 +125,7 @@ def fit_cold_start(
     term.refresh()
     if len(term.rows):
         share = model.config.cold_start_exposure * _worth(draws, len(term.rows))
-        term.choose(_calibrated(model, term, catalogue, valid, share, seed, progress))
+        term.choose(_calibrated(model, term, catalogue, valid, share, seed))
     chosen = [name for name, used in zip(names, choice, strict=True) if used]
     measures = {"recall@10": outcome.hidden, "others_ndcg@10": outcome.others, "exposure": outcome.exposure}
     neighbours, content, threshold, bias = term.chosen
@@ -136,7 +134,7 @@ def fit_cold_start(
 
 
 def _draw(
-    model: MISSRec, item_knn: ItemKNNTerm, catalogue: Catalogue, valid: Sessions, seed: int, progress: Progress
+    model: MISSRec, item_knn: ItemKNNTerm, catalogue: Catalogue, valid: Sessions, seed: int
 ) -> dict[Choice, _Parts]:
     """Hide a tenth of the items; return, by choice of modalities, what the grid is computed from."""
     hidden = _hide(model, item_knn, seed)
@@ -144,7 +142,7 @@ def _draw(
     trials = _trials(model, item_knn, hidden) if hidden.any() and len(shown) else []
     if not trials:
         return {}
-    measured = _measure(model, item_knn, trials, catalogue, shown, targets, drawn, hidden, progress)
+    measured = _measure(model, item_knn, trials, catalogue, shown, targets, drawn, hidden)
     return {tuple(trial.modalities.tolist()): parts for trial, parts in zip(trials, measured, strict=True)}
 
 
@@ -195,7 +193,6 @@ def _measure(
     targets: Tensor,
     drawn: Tensor,
     hidden: Tensor,
-    progress: Progress,
 ) -> list[_Parts]:
     """Return for every trial what the grid is computed from; the model scores the sessions once."""
     scorer, content_knn = ModelScorer.with_popularity(model, catalogue), terms_of(model).content_knn
@@ -203,7 +200,7 @@ def _measure(
     index_of = torch.full((len(hidden),), -1).index_copy_(0, rows.cpu(), torch.arange(len(rows)))
     chunks: list[list[_Parts]] = [[] for _ in trials]
     step = chunk_size(len(hidden))
-    for start in progress.track(range(0, len(shown), step), "tuning the cold-start term"):
+    for start in track(range(0, len(shown), step), "tuning the cold-start term"):
         chunk, wanted = slice_sessions(shown, start, start + step), targets[start : start + step]
         item_ids = torch.from_numpy(chunk.padded(range(len(chunk)), model.config.max_sequence_length)).to(scorer.device)
         scores = scorer(chunk)
@@ -268,7 +265,6 @@ def _calibrated(
     valid: Sessions,
     share: float,
     seed: int,
-    progress: Progress,
 ) -> ColdStartSettings:
     """Return the settings with the bias that gives the real cold items ``share`` of the top-10 exposure."""
     scorer = ModelScorer.with_popularity(model, catalogue)
@@ -276,7 +272,7 @@ def _calibrated(
     drawn = np.random.default_rng(seed).permutation(np.flatnonzero(histories.lengths > 0))[:_MOST_SESSIONS]
     shown = histories.take(drawn[np.argsort(histories.lengths[drawn], kind="stable")])
     best, top, step = [], [], chunk_size(catalogue.n_rows)
-    for start in progress.track(range(0, len(shown), step), "calibrating the cold-start bias"):
+    for start in track(range(0, len(shown), step), "calibrating the cold-start bias"):
         chunk = slice_sessions(shown, start, start + step)
         scores = exclude_seen(scorer(chunk), chunk)
         theirs = scores[:, term.rows]

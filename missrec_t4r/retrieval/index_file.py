@@ -19,7 +19,7 @@ from missrec_t4r.errors import BundleError
 from missrec_t4r.io.tensor_file import ALIGNED, StoredRows, TensorFile, advise_random_access, release_pages
 from missrec_t4r.model.item_encoder import ItemEmbeddings
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 from missrec_t4r.retrieval.int8_bounds import (
     CHUNK,
     ROOM,
@@ -78,7 +78,7 @@ Part = Callable[[Tensor], PackedItems]
 """Gives the table of some rows [row], ascending, as if they were a catalogue of their own."""
 
 
-def write_index(model: MISSRec, file: Path, progress: Progress = quiet) -> None:
+def write_index(model: MISSRec, file: Path) -> None:
     """Work out a model's tables, some rows at a time, and write them to a file.
 
     Parameters
@@ -87,7 +87,6 @@ def write_index(model: MISSRec, file: Path, progress: Progress = quiet) -> None:
         In evaluation mode, on the CPU.
     file : Path
         Replaced.
-    progress : Progress
     """
     fusion, item_encoder = model.fusion, model.item_encoder
     mask, attended, id_mask = item_encoder.masks(dropout=False)
@@ -105,11 +104,11 @@ def write_index(model: MISSRec, file: Path, progress: Progress = quiet) -> None:
     with torch.inference_mode():
         hollow = ItemEmbeddings(torch.zeros(*mask.shape, 0), mask, attended, ids, id_mask)
         frame = pack_items(fusion, item_encoder.candidates(hollow))
-    write_tables(file, frame, part, progress)
+    write_tables(file, frame, part)
 
 
 @torch.inference_mode()
-def write_tables(file: Path, frame: PackedItems, part: Part, progress: Progress = quiet) -> None:
+def write_tables(file: Path, frame: PackedItems, part: Part) -> None:
     """Write the tables of a catalogue that is given in parts.
 
     Parameters
@@ -120,7 +119,6 @@ def write_tables(file: Path, frame: PackedItems, part: Part, progress: Progress 
         The whole catalogue's, with tokens of width 0: everything but the tokens.
     part : callable
         Gives the table of some rows.
-    progress : Progress
     """
     n_rows, n_tokens = frame.n_rows, len(frame.tokens)
     sample = part(torch.arange(0, n_rows, max(n_rows // SAMPLE, 1))).tokens
@@ -140,7 +138,7 @@ def write_tables(file: Path, frame: PackedItems, part: Part, progress: Progress 
         for name, tensor in known.items():
             out.write(name, tensor)
         total = -(-n_rows // CHUNK) * len(frame.place)
-        for first, tokens in progress.track(_in_order(frame, part), f"search tables of {n_rows} rows", total):
+        for first, tokens in track(_in_order(frame, part), f"search tables of {n_rows} rows", total):
             own = compress(tokens, mean, directions)
             out.write("table.tokens", tokens, first)
             out.write("quantised.codes", own.codes, first)

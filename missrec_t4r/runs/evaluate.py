@@ -26,7 +26,6 @@ from missrec_t4r.evaluation.metrics import (
 )
 from missrec_t4r.evaluation.report import write_report
 from missrec_t4r.evaluation.slices import slices
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.ranking.baselines import Popularity
 from missrec_t4r.ranking.tune_baselines import tuned_content_knn, tuned_item_knn
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
@@ -46,7 +45,6 @@ def evaluate(
     baselines: bool = True,
     out: str | Path | None = None,
     dry_run: bool = False,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Rank the whole catalogue for every session, with seen items kept and excluded, beside the baselines.
 
@@ -101,13 +99,13 @@ def evaluate(
     systems: dict[str, System] = {MODEL: ModelScorer.with_popularity(loaded.model, loaded.catalogue)}
     settings: dict[str, Any] = {}
     if baselines:
-        fitted, settings = fitted_baselines(loaded.data, loaded.catalogue, progress=progress)
+        fitted, settings = fitted_baselines(loaded.data, loaded.catalogue)
         systems |= fitted
     baselines_done = time.perf_counter()
     report = {
         "split": split,
         "data": str(loaded.data),
-        **evaluate_sessions(systems, sessions, loaded.catalogue, progress=progress),
+        **evaluate_sessions(systems, sessions, loaded.catalogue),
         "baseline_settings": settings,
         "seconds": {
             "baselines": round(baselines_done - started, 2),
@@ -119,7 +117,7 @@ def evaluate(
 
 
 def fitted_baselines(
-    data: Path, catalogue: Catalogue | None = None, *, seed: int = 0, progress: Progress = quiet
+    data: Path, catalogue: Catalogue | None = None, *, seed: int = 0
 ) -> tuple[dict[str, System], dict[str, Any]]:
     """Fit popularity, item-kNN and content-kNN on the train split and tune them on the valid split.
 
@@ -133,8 +131,8 @@ def fitted_baselines(
     catalogue = catalogue or Catalogue.load(data / CATALOGUE_FOLDER)
     train, valid = Sessions.load(data / "train", ()), Sessions.load(data / "valid", ())
     tuned = {
-        "item_knn": tuned_item_knn(train, valid, catalogue, seed=seed, progress=progress),
-        "content_knn": tuned_content_knn(valid, catalogue, seed=seed, progress=progress),
+        "item_knn": tuned_item_knn(train, valid, catalogue, seed=seed),
+        "content_knn": tuned_content_knn(valid, catalogue, seed=seed),
     }
     systems: dict[str, System] = {"popularity": Popularity.fit(catalogue)}
     settings: dict[str, Any] = {}
@@ -152,7 +150,6 @@ def evaluate_sessions(
     *,
     ks: Sequence[int] = KS,
     seed: int = 0,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Rank the whole catalogue with every system and return the report; needs no run folder.
 
@@ -174,7 +171,7 @@ def evaluate_sessions(
         raise DataError("the split has no session", "at least one history with a target", "re-run missrec etl")
     histories, targets = sessions.split_last()
     rankings = {
-        name: _rank(system, histories, targets, catalogue, max(ks), f"ranking {name}", progress)
+        name: _rank(system, histories, targets, catalogue, max(ks), f"ranking {name}")
         for name, system in systems.items()
     }
     masks = slices(histories, targets, catalogue)
@@ -217,7 +214,6 @@ def _rank(
     catalogue: Catalogue,
     top_k: int,
     description: str,
-    progress: Progress,
 ) -> Ranking:
     # One pass per distinct scorer, over the protocols that use it
     per_protocol = dict(system) if isinstance(system, Mapping) else dict.fromkeys(PROTOCOLS, system)
@@ -230,7 +226,6 @@ def _rank(
             top_k=top_k,
             protocols=[protocol for protocol in PROTOCOLS if per_protocol[protocol] is scorer],
             description=description,
-            progress=progress,
         )
         for scorer in {id(scorer): scorer for scorer in per_protocol.values()}.values()
     ]

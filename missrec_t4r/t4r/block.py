@@ -1,7 +1,8 @@
-"""MISSRec's body for T4R: interests, contextual encoder and interest-aware decoder, in place of a TransformerBlock.
+"""MISSRec as the body of a T4R model: interests, contextual encoder and interest-aware decoder.
 
-The mathematics is `missrec_t4r.model`; this module calls it with what the inputs left visible, and keeps the interests
-fresh when nobody else does.
+`MISSRecBlock` takes the place of a ``TransformerBlock``. It passes the visible items to the pure-torch model of
+`missrec_t4r.model` and discovers the interests anew every ``refresh_steps`` training steps, since a plain
+``tr.Trainer`` announces no epochs to a body.
 """
 
 from __future__ import annotations
@@ -13,83 +14,63 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers4rec.torch.block.base import BlockBase
 
-from missrec_t4r.config import Attention, InterestAlgorithm, MISSRecConfig, SequenceFusion
+from missrec_t4r.config import IdInit, MISSRecConfig, TrainConfig
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.t4r.settings import PartSettings
 from missrec_t4r.t4r.state import StepState
-
-_DEFAULT = MISSRecConfig()
 
 
 class MISSRecBlock(BlockBase):
-    """Session vectors from the visible items: ``tr.SequentialBlock(inputs, MISSRecBlock(d_model=300, n_head=4))``.
+    """Session vectors of the visible items: ``tr.SequentialBlock(inputs, MISSRecBlock(d_model=300, n_head=4))``.
 
-    Its weights are made when a `Head` joins it with its inputs and a `MISSRecNextItemTask`: only then the catalogue and
-    all settings are known.
+    Its weights are created when a `Head` joins it with its inputs and a `MISSRecNextItemTask`: the catalogue and all
+    settings are known only then.
 
     Parameters
     ----------
-    d_model, n_head, d_feedforward, n_encoder_layers, n_decoder_layers, dropout, layer_norm_eps
-        As in `MISSRecConfig`.
-    attention : {"bidirectional", "causal"}
-        A row is one prefix, so the published bidirectional attention is the default here. ``causal`` restricts what
-        positions see of each other; the last position is trained either way.
-    sequence_fusion, interest_ratio, interest_algorithm
-        As in `MISSRecConfig`.
+    config : MISSRecConfig, optional
+        By default that of the other parts, or of the recipe ``default``.
     refresh_steps : int
-        Training steps between two interest discoveries; 0 leaves it to `InterestRefresh`. A plain ``tr.Trainer`` calls
-        nobody at an epoch's start, so the block counts steps itself, in a buffer that is saved and resumed.
+        Training steps between two interest discoveries, counted in a buffer that is saved and resumed; 0 leaves the
+        discovery to `InterestRefresh`.
     seed : int
         Of the clustering.
-    config : MISSRecConfig
-        Settings that neither these arguments, nor those of the inputs, nor those of the task name.
+    id_init : {"content", "random"}
+        Initial ID embeddings, as in `TrainConfig`.
+    **settings
+        Any setting of `MISSRecConfig`, such as ``d_model``, ``n_head`` or ``attention``; they win over ``config``.
+
+    Raises
+    ------
+    ConfigError
+        An unknown setting (the nearest known one is named), or a wrong value.
     """
 
     step: Tensor
 
     def __init__(
         self,
-        d_model: int = _DEFAULT.d_model,
-        n_head: int = _DEFAULT.n_head,
         *,
-        d_feedforward: int = _DEFAULT.d_feedforward,
-        n_encoder_layers: int = _DEFAULT.n_encoder_layers,
-        n_decoder_layers: int = _DEFAULT.n_decoder_layers,
-        dropout: float = _DEFAULT.dropout,
-        layer_norm_eps: float = _DEFAULT.layer_norm_eps,
-        attention: Attention = "bidirectional",
-        sequence_fusion: SequenceFusion = _DEFAULT.sequence_fusion,
-        interest_ratio: float = _DEFAULT.interest_ratio,
-        interest_algorithm: InterestAlgorithm = _DEFAULT.interest_algorithm,
+        config: MISSRecConfig | None = None,
         refresh_steps: int = 200,
         seed: int = 0,
-        config: MISSRecConfig = _DEFAULT,
+        id_init: IdInit = TrainConfig.id_init,
+        **settings: Any,
     ) -> None:
         super().__init__()
         if refresh_steps < 0:
             raise ConfigError(f"refresh_steps={refresh_steps}", "a number of steps, or 0 for InterestRefresh")
-        self.config = config
-        self.settings: dict[str, Any] = {
-            "d_model": d_model,
-            "n_head": n_head,
-            "d_feedforward": d_feedforward,
-            "n_encoder_layers": n_encoder_layers,
-            "n_decoder_layers": n_decoder_layers,
-            "dropout": dropout,
-            "layer_norm_eps": layer_norm_eps,
-            "attention": attention,
-            "sequence_fusion": sequence_fusion,
-            "interest_ratio": interest_ratio,
-            "interest_algorithm": interest_algorithm,
-        }
+        self.settings = PartSettings("MISSRecBlock", config, settings)
         self.refresh_steps, self.seed = refresh_steps, seed
+        self.id_init: IdInit = id_init
         self.core: MISSRec | None = None
         self.side_projection: nn.Linear | None = None
         self.state = StepState()
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def connect(self, core: MISSRec, state: StepState, between: int = 0) -> None:
-        """Take the model and the inputs' state; `MISSRecNextItemTask.build` calls this.
+        """Set the model and the state shared with the inputs; called by `MISSRecNextItemTask.build`.
 
         Parameters
         ----------
@@ -98,8 +79,8 @@ class MISSRecBlock(BlockBase):
         state : StepState
             Shared with the inputs.
         between : int
-            Width of the side features where another module stands between the inputs and this block; then the core
-            has no part for them, and this block projects them itself.
+            Output width of a module between the inputs and this block, which then projects its output itself, since
+            the core has no part for it; 0 without such a module.
         """
         self.core, self.state = core, state
         if between and self.side_projection is None:
@@ -112,13 +93,13 @@ class MISSRecBlock(BlockBase):
         Parameters
         ----------
         inputs : Tensor [batch, column, width]
-            Side features; the items themselves come through `StepState`.
+            Embedded event features; the items themselves are passed in `StepState`.
 
         Returns
         -------
         Tensor [batch, column, dim]
-            The row's unit-length session vector at every position, so that whichever position a T4R task reads (the
-            last visible one, the first, the mean), it reads the session.
+            The row's unit-length session vector, the same at every position, since T4R's tasks differ in the position
+            that they read (the last visible one, the first, the mean).
         """
         if self.core is None:
             raise ConfigError(
@@ -141,7 +122,7 @@ class MISSRecBlock(BlockBase):
         return encoded.vectors.unsqueeze(1).expand(-1, inputs.shape[1], -1)
 
     def refresh(self, seed: int) -> None:
-        """Discover the interests anew under the current adapters."""
+        """Discover the interests anew, with the current adapters."""
         if self.core is not None:
             self.core.discover_interests(seed)
 
@@ -155,7 +136,7 @@ class MISSRecBlock(BlockBase):
         return self.forward_output_size(input_size or getattr(self, "input_size", None) or [-1, -1])
 
     def forward_output_size(self, input_size: Any) -> torch.Size:
-        """Return the incoming size with this block's width."""
+        """Return the input size with the last dimension ``d_model``."""
         return torch.Size([*input_size[:2], self.settings["d_model"]])
 
 
@@ -177,8 +158,8 @@ class InterestRefresh(TrainerCallback):
         block.refresh_steps = 0
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002  # transformers' signature
-        """Refresh when a whole number of epochs, and the right one, is done."""
-        done = state.epoch or 0.0
-        epoch = round(done)
-        if abs(done - epoch) < 1e-6 and epoch % self.every == 0:
+        """Discover the interests if a multiple of ``every`` epochs is done."""
+        epochs_done = state.epoch or 0.0
+        epoch = round(epochs_done)
+        if abs(epochs_done - epoch) < 1e-6 and epoch % self.every == 0:
             self.block.refresh(self.block.seed + epoch)

@@ -1,4 +1,4 @@
-"""Between a recipe, a T4R model and the pure-torch core: the same weights behind each door."""
+"""Conversions between a recipe, a T4R model and the pure-torch model inside it; weights are shared, never copied."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers4rec.torch as tr
 
-from missrec_t4r.config import MISSRecConfig, Recipe
+from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import ConfigError
@@ -17,31 +17,6 @@ from missrec_t4r.t4r.columns import as_core_schema
 from missrec_t4r.t4r.inputs import MultiModalSequenceFeatures
 from missrec_t4r.t4r.masking import PrefixMasking
 from missrec_t4r.t4r.task import MISSRecNextItemTask
-
-_OF_INPUTS = (
-    "max_sequence_length",
-    "item_ids",
-    "missing_modality",
-    "feature_scaling",
-    "modality_dropout",
-    "id_dropout",
-    "mask_untrained_ids",
-    "event_feature_dropout",
-)
-_OF_BLOCK = (
-    "d_model",
-    "n_head",
-    "d_feedforward",
-    "n_encoder_layers",
-    "n_decoder_layers",
-    "dropout",
-    "layer_norm_eps",
-    "attention",
-    "sequence_fusion",
-    "interest_ratio",
-    "interest_algorithm",
-)
-_OF_TASK = ("temperature", "candidate_fusion", "history_bias", "orthogonality", "orthogonality_weight")
 
 
 def build_model(
@@ -58,18 +33,19 @@ def build_model(
     Parameters
     ----------
     recipe : Recipe
-        Its model settings, and the seed of the clustering.
+        Its model settings, the seed of the clustering and the initial ID embeddings.
     schema : Merlin schema
-        Columns to read; select the side features that the model shall have.
+        Columns to read; the recipe's ``model.event_features`` chooses among the event columns.
     catalogue : Catalogue
     masking : str or PrefixMasking
         As in `MultiModalSequenceFeatures.from_schema`.
     top_k : int, optional
-        Rows returned at inference; None returns all scores.
+        Number of items returned at inference; None returns all scores.
     event_features : sequence of EventColumn, optional
-        Measured side features; by default those of the schema, as it stands.
+        The event features with their statistics, in place of those of the schema.
     """
-    model = _assemble(recipe.model, recipe.train.seed, schema, catalogue, masking, event_features=event_features)
+    block = MISSRecBlock(config=recipe.model, seed=recipe.train.seed, id_init=recipe.train.id_init)
+    model = _assemble(block, schema, catalogue, masking, event_features)
     model.top_k = top_k
     return model
 
@@ -90,7 +66,7 @@ def to_core(model: tr.Model) -> MISSRec:
     Raises
     ------
     ConfigError
-        Another module shapes the side features between inputs and block; the core has no such part.
+        Another module stands between inputs and block; the core has no such part.
     """
     block = missrec_block(model)
     if block.core is None:
@@ -105,14 +81,14 @@ def to_core(model: tr.Model) -> MISSRec:
 
 
 def from_core(core: MISSRec, schema: Any, catalogue: Catalogue, *, top_k: int | None = None) -> tr.Model:
-    """Return a T4R model around a pure-torch one, to go on training it with ``tr.Trainer``; the weights are shared.
+    """Return a T4R model around a pure-torch one, to continue its training with ``tr.Trainer``; weights are shared.
 
     Parameters
     ----------
     core : MISSRec
         For example of ``load_run(run).model``.
     schema : Merlin schema
-        Its item column is read, and the side features that the core has.
+        Its item column is read, and the event features that the core has.
     catalogue : Catalogue
         The one that the core was built for.
     """
@@ -122,35 +98,25 @@ def from_core(core: MISSRec, schema: Any, catalogue: Catalogue, *, top_k: int | 
         )
     core_schema = as_core_schema(schema)
     event_features = () if core.event_features is None else core.event_features.columns
-    model = _assemble(core.config, 0, core_schema, catalogue, "prefix", core, event_features)
+    block = MISSRecBlock(config=core.config)
+    block.core = core
+    model = _assemble(block, core_schema, catalogue, "prefix", event_features)
     model.top_k = top_k
     return model
 
 
 def _assemble(
-    config: MISSRecConfig,
-    seed: int,
+    block: MISSRecBlock,
     schema: Any,
     catalogue: Catalogue,
     masking: str | PrefixMasking,
-    core: MISSRec | None = None,
-    event_features: Sequence[EventColumn] | None = None,
+    event_features: Sequence[EventColumn] | None,
 ) -> tr.Model:
+    config, core = block.settings.config, block.core
     inputs = MultiModalSequenceFeatures.from_schema(
-        schema,
-        catalogue=catalogue,
-        masking=masking,
-        embedding_dim_default=config.event_feature_width,
-        event_features=event_features,
-        **_chosen(config, _OF_INPUTS),
+        schema, catalogue=catalogue, config=config, masking=masking, event_features=event_features
     )
     if core is not None and core.event_features is not None:
         inputs.event_features = core.event_features.encoder
-    task = MISSRecNextItemTask(**_chosen(config, _OF_TASK))
-    block = MISSRecBlock(**_chosen(config, _OF_BLOCK), seed=seed, config=config)
-    block.core = core
+    task = MISSRecNextItemTask(config=config)
     return tr.Model(tr.Head(tr.SequentialBlock(inputs, block), [task], inputs=inputs))
-
-
-def _chosen(config: MISSRecConfig, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in names}

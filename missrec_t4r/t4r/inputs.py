@@ -1,7 +1,8 @@
-"""Multi-modal inputs: hide the target, then hand the visible items to the block that looks them up.
+"""Multi-modal inputs: hide the target, pass the visible items on, embed the event features.
 
-Takes the place of T4R's ``TabularSequenceFeatures``. Items become tokens inside `MISSRecBlock`, out of one pass over
-the catalogue per step; what comes out of here is the embedded side features, which the block adds to those tokens.
+Takes the place of T4R's ``TabularSequenceFeatures``. Items are embedded in `MISSRecBlock`, by one pass over the
+catalogue per step; the output of the inputs is the embedded event features, which the block adds to the item
+embeddings.
 """
 
 from __future__ import annotations
@@ -15,22 +16,21 @@ from torch import Tensor, nn
 from transformers4rec.torch import TabularSequenceFeatures
 from transformers4rec.torch.masking import masking_registry
 
-from missrec_t4r.config import FeatureScaling, MissingModality, MISSRecConfig
+from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.data.event_features import EventColumn
+from missrec_t4r.data.event_features import AUTO, NONE, EventColumn
 from missrec_t4r.errors import ConfigError, SchemaError
 from missrec_t4r.model.event_features import EventFeatureEncoder
-from missrec_t4r.schema import UNKNOWN_ROW
+from missrec_t4r.schema import LIST_SUFFIX, UNKNOWN_ROW
 from missrec_t4r.t4r.columns import as_core_schema, event_columns, event_feature_name, event_feature_schema, item_column
 from missrec_t4r.t4r.loader import PREFIX_ROWS
 from missrec_t4r.t4r.masking import PrefixMasking
+from missrec_t4r.t4r.settings import PartSettings
 from missrec_t4r.t4r.state import StepState, VisibleSessions
-
-_DEFAULT = MISSRecConfig()
 
 
 class CatalogueItems(nn.Module):
-    """What T4R's tasks read of a categorical module: the item column's name and this batch's ids.
+    """Stand-in for T4R's categorical module: the item column's name and the current batch's item ids.
 
     Parameters
     ----------
@@ -51,17 +51,17 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
     Parameters
     ----------
     schema : merlin.schema.Schema
-        Columns that are read: the item column and the side features.
+        Columns that are read: the item column and the event features.
     item_id : str
         Name of the item column.
     masking : PrefixMasking
         Hides the target and what comes after it.
     event_features : EventFeatureEncoder or None
-        Makes one vector per event of the other columns; the core's own part.
+        Embeds the other columns, one vector per event; shared with the core.
     catalogue : Catalogue or None
-        Kept until a `Head` joins these inputs with a block; None when the block brings a finished model.
-    settings : dict
-        The inputs' share of `MISSRecConfig`.
+        Kept until a `Head` joins these inputs with a block; None if the block has a model already.
+    settings : PartSettings
+        The config and the settings that the inputs were given.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         masking: PrefixMasking,
         event_features: EventFeatureEncoder | None,
         catalogue: Catalogue | None,
-        settings: dict[str, Any],
+        settings: PartSettings,
     ) -> None:
         super().__init__(categorical_module=CatalogueItems(item_id), masking=masking, schema=schema)
         self.event_features = event_features
@@ -79,10 +79,9 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         self.catalogue = catalogue
         self.settings = settings
         self.state = StepState()
-        batch = torch.Size([-1, settings["max_sequence_length"]])
-        self.input_size = dict.fromkeys(
-            schema.column_names, batch
-        )  # without it T4R's SequentialBlock has no output size
+        self.max_sequence_length: int = settings["max_sequence_length"]
+        batch = torch.Size([-1, self.max_sequence_length])
+        self.input_size = dict.fromkeys(schema.column_names, batch)  # T4R's SequentialBlock needs it for output sizes
 
     @classmethod
     def from_schema(
@@ -90,18 +89,12 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         schema: Any,
         *,
         catalogue: Catalogue,
-        max_sequence_length: int = _DEFAULT.max_sequence_length,
+        config: MISSRecConfig | None = None,
         masking: str | PrefixMasking = "prefix",
-        item_ids: bool = _DEFAULT.item_ids,
-        missing_modality: MissingModality = _DEFAULT.missing_modality,
-        feature_scaling: FeatureScaling = _DEFAULT.feature_scaling,
-        modality_dropout: float = _DEFAULT.modality_dropout,
-        id_dropout: float = _DEFAULT.id_dropout,
-        mask_untrained_ids: bool = _DEFAULT.mask_untrained_ids,
-        embedding_dim_default: int = _DEFAULT.event_feature_width,
+        embedding_dim_default: int | None = None,
         continuous_projection: int | Sequence[int] | None = None,
-        event_feature_dropout: float = _DEFAULT.event_feature_dropout,
         event_features: Sequence[EventColumn] | None = None,
+        **settings: Any,
     ) -> MultiModalSequenceFeatures:
         """Read the columns from the schema, as T4R's inputs do.
 
@@ -109,60 +102,53 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         ----------
         schema : merlin.schema.Schema or merlin_standard_lib.Schema
             Must have one integer list column tagged ITEM_ID. Every other list column tagged CATEGORICAL, CONTINUOUS or
-            EMBEDDING is a side feature; choose with ``schema.select_by_name``, as for T4R.
+            EMBEDDING is an event feature; choose with ``schema.select_by_name``, as for T4R, or by the config's
+            ``event_features``.
         catalogue : Catalogue
             Its rows are the ids of the item column.
-        max_sequence_length : int
-            Items that the model sees, the most recent ones.
+        config : MISSRecConfig, optional
+            By default that of the other parts, or of the recipe ``default``.
         masking : str or PrefixMasking
             A masking that hides targets before the look-up: ``"prefix"``.
-        item_ids, missing_modality, feature_scaling, modality_dropout, id_dropout, mask_untrained_ids
-            As in `MISSRecConfig`.
-        event_feature_dropout : float
-            As in `MISSRecConfig`.
-        embedding_dim_default : int
-            Numbers that a category or a vector becomes, as in T4R's ``from_schema``.
+        embedding_dim_default : int, optional
+            Embedding width of a category or a vector, as in T4R's ``from_schema``; another name of the setting
+            ``event_feature_width``.
         continuous_projection : int or sequence of int, optional
-            Numbers that a number becomes (T4R's last layer); by default as many as a category does.
+            Embedding width of a number (T4R's last layer); by default that of a category.
         event_features : sequence of EventColumn, optional
-            The side features with what was measured of them (`missrec_t4r.data.event_features.fit_event_columns`), in
-            place of
-            what the schema tells: it has no statistics, so numbers enter as the workflow left them.
+            The event features with their statistics (`missrec_t4r.data.event_features.fit_event_columns`), in place of
+            those of the schema, which has none: its numbers are used as the workflow left them.
+        **settings
+            Any setting of `MISSRecConfig`, such as ``max_sequence_length`` or ``item_ids``; they win over ``config``.
 
         Raises
         ------
         SchemaError
             The schema has no usable item column, or its domain does not fit the catalogue.
         ConfigError
-            The masking shows the target to a body that looks items up itself.
+            An unknown setting, or a masking that leaves the target visible to a body that looks items up itself.
         """
-        settings: dict[str, Any] = {
-            "max_sequence_length": max_sequence_length,
-            "item_ids": item_ids,
-            "missing_modality": missing_modality,
-            "feature_scaling": feature_scaling,
-            "modality_dropout": modality_dropout,
-            "id_dropout": id_dropout,
-            "mask_untrained_ids": mask_untrained_ids,
-            "event_feature_width": embedding_dim_default,
-            "event_feature_dropout": event_feature_dropout,
-        }
+        if embedding_dim_default is not None:
+            settings = {"event_feature_width": embedding_dim_default, **settings}
+        given = PartSettings("MultiModalSequenceFeatures", config, settings)
         core_schema = as_core_schema(schema)
         item = item_column(core_schema, catalogue.n_rows).name
-        rest = event_feature_schema(core_schema, item)
+        columns = event_feature_schema(core_schema, item)
         if event_features is None:
-            projected = continuous_projection or embedding_dim_default
+            columns = _chosen(columns, given["event_features"])
+            width = given["event_feature_width"]
+            number_width = continuous_projection or width
             event_features = event_columns(
-                rest, embedding_dim_default, projected if isinstance(projected, int) else projected[-1]
+                columns, width, number_width if isinstance(number_width, int) else number_width[-1]
             )
         else:
-            rest = _named(rest, event_features)
-        encoder = EventFeatureEncoder(event_features, event_feature_dropout) if event_features else None
-        read = core_schema.select_by_name([item, *rest.column_names])
-        return cls(read, item, _parse_masking(masking), encoder, catalogue, settings)
+            columns = _named(columns, [column.name for column in event_features])
+        encoder = EventFeatureEncoder(event_features, given["event_feature_dropout"]) if event_features else None
+        read = core_schema.select_by_name([item, *columns.column_names])
+        return cls(read, item, _parse_masking(masking), encoder, catalogue, given)
 
     def forward(self, inputs: dict[str, Tensor], training: bool = False, testing: bool = False) -> Tensor:
-        """Hide the target, publish what is visible, and return the side features.
+        """Hide the target, store the visible items in `StepState`, and return the embedded event features.
 
         Parameters
         ----------
@@ -174,8 +160,8 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         Returns
         -------
         Tensor [batch, column, width]
-            Side features of the visible items; one column of zeros where the schema has none. A column that the batch
-            lacks counts as absent.
+            Event features of the visible items; zeros of width 1 if the schema has none. A column that is not in the
+            batch counts as missing values.
         """
         item = self.categorical_module.item_id
         if item not in inputs:
@@ -198,15 +184,15 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
 
     def _window(self, item_ids: Tensor, visible: Tensor, learning: bool) -> VisibleSessions:
         """Keep the last ``max_sequence_length`` visible items of each row."""
-        width = min(self.settings["max_sequence_length"], item_ids.shape[1])
+        width = min(self.max_sequence_length, item_ids.shape[1])
         start = (visible.sum(1, keepdim=True) - width).clamp_min(0)
         window = start + torch.arange(width, device=item_ids.device)
         return VisibleSessions(item_ids.gather(1, window), window, learning)
 
-    def output_size(self, input_size: Any = None) -> torch.Size:  # noqa: ARG002  # T4R passes its own idea of it
-        """Return [-1, max_sequence_length, width of the side features]: three dimensions, as T4R's heads demand."""
+    def output_size(self, input_size: Any = None) -> torch.Size:  # noqa: ARG002  # T4R's signature
+        """Return [-1, max_sequence_length, width of the event features]: T4R's heads need three dimensions."""
         width = 1 if self.event_features is None else self.event_features.width
-        return torch.Size([-1, self.settings["max_sequence_length"], width])
+        return torch.Size([-1, self.max_sequence_length, width])
 
 
 def _parse_masking(masking: str | PrefixMasking) -> PrefixMasking:
@@ -220,22 +206,30 @@ def _parse_masking(masking: str | PrefixMasking) -> PrefixMasking:
     return chosen
 
 
-def _named(schema: Schema, event_features: Sequence[EventColumn]) -> Schema:
-    """Return the schema's columns of these side features, in their order."""
-    by_name = {event_feature_name(name): name for name in schema.column_names}
-    if missing := [column.name for column in event_features if column.name not in by_name]:
+def _chosen(schema: Schema, setting: str) -> Schema:
+    """Return the columns that the setting ``event_features`` chooses."""
+    if setting == AUTO:
+        return schema
+    names = [] if setting == NONE else [name.strip() for name in setting.split(",") if name.strip()]
+    return _named(schema, [name.removesuffix(LIST_SUFFIX) for name in names])
+
+
+def _named(schema: Schema, names: Sequence[str]) -> Schema:
+    """Return the columns of these event features, in this order."""
+    columns = {event_feature_name(column): column for column in schema.column_names}
+    if missing := [name for name in names if name not in columns]:
         raise SchemaError(
-            f"a schema without the side features {', '.join(missing)}",
+            f"a schema without the event features {', '.join(missing)}",
             "list columns tagged CATEGORICAL, CONTINUOUS or EMBEDDING",
             "use the schema of the data that the model was trained on",
         )
-    return schema.select_by_name([by_name[column.name] for column in event_features])
+    return schema.select_by_name([columns[name] for name in names])
 
 
 def _left_align(inputs: dict[str, Tensor], item: str) -> dict[str, Tensor]:
-    """Drop null and unknown items from the rows, with their side features; what stays keeps its order."""
+    """Drop null and unknown items with their event features, and move the rest left in its order."""
     item_ids = inputs[item].long()
-    order = torch.argsort((item_ids <= UNKNOWN_ROW).to(torch.int8), dim=1, stable=True)
+    order = torch.argsort((item_ids <= UNKNOWN_ROW).to(torch.int8), dim=1, stable=True)  # known items first
     aligned = {}
     for name, values in inputs.items():
         if values.dim() >= 2 and values.shape[:2] == item_ids.shape and name != PREFIX_ROWS:

@@ -7,7 +7,6 @@ for that class. Labels come from the masking, never from ``targets``: T4R casts 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers4rec.torch import NextItemPredictionTask
 from transformers4rec.torch.model.base import PredictionTask
 from transformers4rec.torch.ranking_metric import RankingMetric
 
-from missrec_t4r.config import CandidateFusionName, MISSRecConfig, Orthogonality
+from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.model.event_features import EventFeatures
 from missrec_t4r.model.fast.cross_entropy import next_item_loss
@@ -28,8 +27,8 @@ from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.retrieval.topk import top_items
 from missrec_t4r.t4r.block import MISSRecBlock
 from missrec_t4r.t4r.inputs import MultiModalSequenceFeatures
-
-_DEFAULT = MISSRecConfig()
+from missrec_t4r.t4r.settings import PartSettings, merged
+from missrec_t4r.training.warm_start.id_init import ids_from_content
 
 
 class MISSRecNextItemTask(NextItemPredictionTask):
@@ -37,34 +36,33 @@ class MISSRecNextItemTask(NextItemPredictionTask):
 
     Parameters
     ----------
-    temperature, candidate_fusion, history_bias, orthogonality, orthogonality_weight
-        As in `MISSRecConfig`.
+    config : MISSRecConfig, optional
+        By default that of the other parts, or of the recipe ``default``.
     metrics : iterable of torchmetrics.Metric, optional
-        T4R's ranking metrics, by default its own: NDCG, average precision and recall at 10 and 20. They see the
-        target's rank, not a column per item: a cut-off may exceed the catalogue, and a batch may have one row.
+        T4R's ranking metrics, by default its own: NDCG, average precision and recall at 10 and 20. They are computed
+        from the target's rank, not from a column per item: a cut-off may exceed the catalogue, and a batch may have one
+        row.
     task_name : str
-        Under which T4R reports; its own default.
+        Prefix of the metrics' names; T4R's default.
+    **settings
+        Any setting of `MISSRecConfig`, such as ``temperature`` or ``candidate_fusion``; they win over ``config``.
+
+    Raises
+    ------
+    ConfigError
+        An unknown setting (the nearest known one is named), or a wrong value.
     """
 
     def __init__(
         self,
         *,
-        temperature: float = _DEFAULT.temperature,
-        candidate_fusion: CandidateFusionName = _DEFAULT.candidate_fusion,
-        history_bias: bool = _DEFAULT.history_bias,
-        orthogonality: Orthogonality = _DEFAULT.orthogonality,
-        orthogonality_weight: float = _DEFAULT.orthogonality_weight,
+        config: MISSRecConfig | None = None,
         metrics: Iterable[torchmetrics.Metric] | None = None,
         task_name: str = "next-item",
+        **settings: Any,
     ) -> None:
         super().__init__(metrics=_default_metrics() if metrics is None else metrics, task_name=task_name)
-        self.settings: dict[str, Any] = {
-            "temperature": temperature,
-            "candidate_fusion": candidate_fusion,
-            "history_bias": history_bias,
-            "orthogonality": orthogonality,
-            "orthogonality_weight": orthogonality_weight,
-        }
+        self.settings = PartSettings("MISSRecNextItemTask", config, settings)
         self._block: tuple[MISSRecBlock, ...] = ()  # in a tuple: the body owns it, and its weights are saved once
 
     def build(
@@ -76,7 +74,7 @@ class MISSRecNextItemTask(NextItemPredictionTask):
         task_block: Any = None,
         pre: Any = None,
     ) -> None:
-        """Join inputs, block and task into one model; T4R's Head calls this and shows all three.
+        """Join inputs, block and task into one model; called by T4R's Head, which has all three.
 
         Raises
         ------
@@ -97,8 +95,8 @@ class MISSRecNextItemTask(NextItemPredictionTask):
                 "a task block for MISSRecNextItemTask", "none: candidates are scored by the session vector"
             )
         block = blocks[0]
-        config = dataclasses.replace(block.config, **inputs.settings, **block.settings, **self.settings)
-        core = block.core if block.core is not None else _build_core(config, inputs)
+        config = merged([block.settings, inputs.settings, self.settings])
+        core = block.core if block.core is not None else _build_core(config, inputs, block)
         if core.config != config:
             raise ConfigError(
                 "a body that already serves a task with other settings", "equal settings in all tasks of a body"
@@ -108,7 +106,7 @@ class MISSRecNextItemTask(NextItemPredictionTask):
             core.event_features = EventFeatures(inputs.event_features, config.d_model)
             nn.init.normal_(core.event_features.projection.weight, std=0.02)
         block.connect(core, inputs.state, between)
-        inputs.catalogue = None  # the towers hold the vectors now
+        inputs.catalogue = None  # the item encoder holds the vectors now
         self._block = (block,)
         self.embeddings, self.masking = inputs.categorical_module, inputs.masking
         self.padding_idx, self.target_dim = inputs.masking.padding_idx, core.item_encoder.n_rows
@@ -163,7 +161,7 @@ class MISSRecNextItemTask(NextItemPredictionTask):
     def _loss(self, scores: Tensor, target: Tensor) -> Tensor:
         core, encoded = self.core, self._block[0].state.encoded
         regulariser = orthogonality_loss(encoded.memory, encoded.interests.mask, core.config.orthogonality)
-        scored = torch.where(core.recommendable[target], target, 0)  # a target without tokens cannot be learned
+        scored = torch.where(core.recommendable[target], target, 0)  # a target without any embedding cannot be learned
         loss = next_item_loss(scores / core.config.temperature, scored)
         return loss + core.config.orthogonality_weight * regulariser
 
@@ -186,14 +184,17 @@ def _default_metrics() -> list[torchmetrics.Metric]:
     return copy.deepcopy(list(NextItemPredictionTask.DEFAULT_METRICS))  # T4R shares its own between all tasks
 
 
-def _build_core(config: MISSRecConfig, inputs: MultiModalSequenceFeatures) -> MISSRec:
+def _build_core(config: MISSRecConfig, inputs: MultiModalSequenceFeatures, block: MISSRecBlock) -> MISSRec:
     if inputs.catalogue is None:
         raise ConfigError("inputs without a catalogue", "inputs from MultiModalSequenceFeatures.from_schema")
-    return build_missrec(config, inputs.catalogue)
+    core = build_missrec(config, inputs.catalogue)
+    if block.id_init == "content":
+        ids_from_content(core)
+    return core
 
 
 def _width_between(body: nn.Module, block: MISSRecBlock) -> int:
-    """Return the width that a module between inputs and block hands on (an MLPBlock in a T4R recipe), 0 without one."""
+    """Return the output width of a module between inputs and block (an MLPBlock in T4R's recipes), 0 without one."""
     modules = list(body.children())
     before = modules[1 : modules.index(block)] if block in modules else []
     sizes = [size for module in before if (size := getattr(module, "output_size", None)) is not None]
@@ -201,22 +202,22 @@ def _width_between(body: nn.Module, block: MISSRecBlock) -> int:
 
 
 def _update(metric: Any, scores: Tensor, targets: Tensor) -> Tensor:
-    """Feed a metric a batch and return its value there.
+    """Update a metric with a batch and return the batch's value.
 
-    T4R's get the target's rank as [batch, cut + 1] scores: exact for one relevant item, ties by row.
+    T4R's metrics get scores [batch, cut_off + 1] with the target at its rank: exact for one relevant item, ties by row.
     """
     value: Tensor
     if not isinstance(metric, RankingMetric):
         value = metric.forward(scores, targets)
         return value
-    cut = int(max(metric.top_ks))
+    cut_off = int(max(metric.top_ks))
     of_target = scores.gather(1, targets[:, None])
     column = torch.arange(scores.shape[1], device=scores.device)
     ahead = (scores > of_target) | ((scores == of_target) & (column < targets[:, None]))
-    place = torch.where(of_target[:, 0] == -torch.inf, cut, ahead.sum(1).clamp_max(cut))
-    place = torch.cat([place, place.new_full((1,), cut)])  # T4R's recall fails on a batch of one row
-    ladder = torch.arange(cut, -1, -1, device=scores.device, dtype=torch.float32).expand(len(place), -1)
-    metric.update(ladder, place)
+    rank = torch.where(of_target[:, 0] == -torch.inf, cut_off, ahead.sum(1).clamp_max(cut_off))  # [batch]
+    rank = torch.cat([rank, rank.new_full((1,), cut_off)])  # one row more: T4R's recall fails on a batch of one row
+    by_rank = torch.arange(cut_off, -1, -1, device=scores.device, dtype=torch.float32)  # [cut_off + 1]
+    metric.update(by_rank.expand(len(rank), -1), rank)
     metric.metric_mean[-1] = metric.metric_mean[-1][:-1]
     value = metric.metric_mean[-1]
     return value.mean(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -25,7 +26,6 @@ from missrec_t4r.config import Recipe, TrainConfig
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn, event_columns, fit_event_columns, load_sessions
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.runs.run_folder import RUN_FILE, save_run
 from missrec_t4r.schema import CATALOGUE_FOLDER
@@ -33,7 +33,8 @@ from missrec_t4r.t4r.block import InterestRefresh
 from missrec_t4r.t4r.build import build_model, missrec_block, to_core
 from missrec_t4r.t4r.columns import event_feature_name, item_column, load_schema
 from missrec_t4r.t4r.loader import PrefixLoader
-from missrec_t4r.training.warm_start.id_init import ids_from_content
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_FOLDER = "checkpoint"
 LOG_FILE = "log.jsonl"
@@ -60,7 +61,6 @@ def train_t4r(
     *,
     resume: bool = True,
     device: str = "auto",
-    progress: Progress = quiet,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Train a recipe through ``tr.Trainer`` and write a run folder.
@@ -102,7 +102,7 @@ def train_t4r(
     schema = _read_schema(data, catalogue, event_features)
     ignored = _ignored(recipe.train)
     if ignored:
-        progress.say(f"the T4R trainer has no {', '.join(ignored)}: trained without")
+        log.info(f"the T4R trainer has no {', '.join(ignored)}: trained without")
     if dry_run:
         return {
             "dry_run": True,
@@ -121,11 +121,7 @@ def train_t4r(
     arguments = _arguments(recipe, checkpoints, catalogue, device)
     torch.manual_seed(recipe.train.seed)
     model = build_model(recipe, schema, catalogue, event_features=event_features)
-    core = missrec_block(model).core
-    assert core is not None
-    if recipe.train.id_init == "content":
-        ids_from_content(core)
-    trainer = _trainer(model, arguments, recipe, schema, data, out / LOG_FILE, progress)
+    trainer = _trainer(model, arguments, recipe, schema, data, out / LOG_FILE)
     last = get_last_checkpoint(str(checkpoints)) if resume else None
     with contextlib.nullcontext() if last is None else _full_checkpoints():
         trainer.train(resume_from_checkpoint=last)
@@ -136,7 +132,7 @@ def train_t4r(
         "best_epoch": _best_epoch(trainer) - 1,
         "epochs": round(trainer.state.epoch or 0),
         "valid_ndcg@10": best,
-        "prior": fit_terms(core, catalogue, splits["train"], splits["valid"], progress=progress),
+        "prior": fit_terms(core, catalogue, splits["train"], splits["valid"]),
         "without": ignored,
         "seconds": round(time.perf_counter() - started, 1),
         "device": str(arguments.device),
@@ -155,7 +151,7 @@ def _read_schema(data: Path, catalogue: Catalogue, event_features: Sequence[Even
 
 
 def _ignored(train: TrainConfig) -> list[str]:
-    plain = TrainConfig()
+    plain = TrainConfig.paper()
     return [name for name in _UNSUPPORTED if getattr(train, name) != getattr(plain, name)]
 
 
@@ -215,7 +211,6 @@ def _trainer(
     schema: Any,
     data: Path,
     log: Path,
-    progress: Progress,
 ) -> tr.Trainer:
     train = recipe.train
     loaders = {}
@@ -233,7 +228,7 @@ def _trainer(
     callbacks = [
         InterestRefresh(missrec_block(model), train.refresh_interests_every),
         EarlyStoppingCallback(early_stopping_patience=train.patience),
-        _Report(log, progress, train.max_minutes),
+        _Report(log, train.max_minutes),
     ]
     trainer = tr.Trainer(model=model, args=arguments, schema=schema, callbacks=callbacks, compute_metrics=True)
     trainer.remove_callback(PrinterCallback)  # standard output is the command line's
@@ -244,8 +239,8 @@ def _trainer(
 class _Report(TrainerCallback):
     """A line per epoch for the user and the log file, and the time limit."""
 
-    def __init__(self, log: Path, progress: Progress, max_minutes: float) -> None:
-        self.log, self.progress, self.limit = log, progress, 60 * max_minutes
+    def __init__(self, log: Path, max_minutes: float) -> None:
+        self.log, self.limit = log, 60 * max_minutes
         self.started = time.perf_counter()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:  # noqa: ARG002
@@ -257,7 +252,7 @@ class _Report(TrainerCallback):
         line["seconds"] = round(time.perf_counter() - self.started, 1)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self.progress.say(f"epoch {epoch:>3}  loss {loss:.3f}  valid ndcg@10 {metrics[NDCG]:.4f}")
+        log.info(f"epoch {epoch:>3}  loss {loss:.3f}  valid ndcg@10 {metrics[NDCG]:.4f}")
         if self.limit and line["seconds"] > self.limit:
             control.should_training_stop = True
 

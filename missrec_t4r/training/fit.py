@@ -5,6 +5,7 @@ The objective is the softmax cross-entropy of `missrec_t4r.training.step` (arXiv
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn, event_columns, fit_event_columns, load_sessions
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, STATE_FILE, VOCABULARY_FILE, WEIGHTS_FILE
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.training import distributed
 from missrec_t4r.training.trainer import Prepare, Trainer
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -32,7 +34,6 @@ def train(
     settings: Mapping[str, Any] | None = None,
     resume: bool = True,
     device: str = "auto",
-    progress: Progress = quiet,
     prepare: Prepare | None = None,
     event_features: Sequence[EventColumn] | None = None,
     dry_run: bool = False,
@@ -86,11 +87,9 @@ def train(
     _check_rows(splits, catalogue)
     event_features = event_features if is_fitted else fit_event_columns(event_features, splits["train"])
     if event_features and distributed.launched().rank == 0:
-        progress.say(f"event features: {', '.join(column.name for column in event_features)}")
+        log.info(f"event features: {', '.join(column.name for column in event_features)}")
     with distributed.joined(distributed.own_device(device)):
-        trainer = Trainer(
-            resolved, catalogue, splits["train"], splits["valid"], out, device, progress, prepare, event_features
-        )
+        trainer = Trainer(resolved, catalogue, splits["train"], splits["valid"], out, device, prepare, event_features)
         if dry_run:
             return describe_run(trainer, data, resume=resume)
         if resume:

@@ -7,7 +7,7 @@ sampled softmax. Not from torch, with the reasons:
   modality vectors included; here only the parameters are copied.
 * `learning_rate` instead of ``lr_scheduler``: the cosine runs over the share of epochs, and the number of steps differs
   from epoch to epoch; a function of step and share has no state to save and to restore.
-* `_clip` instead of ``clip_grad_norm_``, which knows no sparse gradients.
+* `_clip` instead of ``clip_grad_norm_``, which does not support sparse gradients.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ recipe says otherwise. Epochs, averaged weights, early stopping, checkpoints and
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,13 +27,14 @@ from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.model.contrastive import BatchEmbeddings, SequenceItemContrast, SequenceSequenceContrast, WordDrop
 from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import Encoded, MISSRec
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import UNKNOWN_ROW
 from missrec_t4r.training import distributed
 from missrec_t4r.training.fit import describe_run
 from missrec_t4r.training.precision import autocast, to_fp32
 from missrec_t4r.training.step import Totals
 from missrec_t4r.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 PRETRAINING = "pretraining"
 """Key of `run.json` that only pre-training runs have."""
@@ -46,7 +48,6 @@ def pretrain(
     settings: Mapping[str, Any] | None = None,
     resume: bool = True,
     device: str = "auto",
-    progress: Progress = quiet,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Pre-train on several data folders and write a run folder for ``missrec train --from``.
@@ -89,7 +90,7 @@ def pretrain(
     if not (domains.splits["train"].lengths >= 2).any():
         raise DataError("no training session has two known items", "sessions to learn from", "check the ETL")
     with distributed.joined(distributed.own_device(device)):
-        trainer = Pretrainer(resolved, domains, folders, Path(out), device, progress)
+        trainer = Pretrainer(resolved, domains, folders, Path(out), device)
         if dry_run:
             return describe_run(trainer, next(iter(folders.values())), resume=resume)
         if resume:
@@ -111,7 +112,6 @@ class Pretrainer(Trainer):
     out : Path
         Run folder.
     device : str
-    progress : Progress
     """
 
     def __init__(
@@ -121,7 +121,6 @@ class Pretrainer(Trainer):
         folders: Mapping[str, Path],
         out: Path,
         device: str = "auto",
-        progress: Progress = quiet,
     ) -> None:
         facts, splits = _facts(domains, folders, out), domains.splits
 
@@ -129,7 +128,7 @@ class Pretrainer(Trainer):
             model.item_encoder.adapters.requires_grad_(not recipe.pretrain.keep_adapters)
             return facts
 
-        super().__init__(recipe, domains.catalogue, splits["train"], splits["valid"], out, device, progress, prepare)
+        super().__init__(recipe, domains.catalogue, splits["train"], splits["valid"], out, device, prepare)
         word_drop_vectors = {
             name: torch.from_numpy(modality.variants[WORD_DROP])
             for name, modality in domains.catalogue.modalities.items()
@@ -144,11 +143,9 @@ class Pretrainer(Trainer):
             counts = torch.from_numpy(target_counts(splits["train"], domains.catalogue.n_rows)).to(self.device)
             self.log_frequency = torch.log(counts.clamp_min(1) / counts.sum())
         for line in domains.describe():
-            self.progress.say(line)
+            log.info(line)
         if self.word_drop is None and recipe.pretrain.sequence_sequence_weight:
-            self.progress.say(
-                "no domain has texts with words left out (`missrec features`): every view drops items instead"
-            )
+            log.info("no domain has texts with words left out (`missrec features`): every view drops items instead")
 
     def refresh_interests(self, epoch: int) -> None:
         """Discover interests before the first epoch, and later only with ``pretrain.refresh_interests``."""

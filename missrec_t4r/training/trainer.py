@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from missrec_t4r.data.sessions import Sessions, target_counts
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, quick_metrics
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune import fit_terms
@@ -48,6 +49,8 @@ from missrec_t4r.training.precision import check_precision, compile_blocks, reso
 from missrec_t4r.training.step import Totals, batch_totals, choose_softmax, slots_of_random_batches, training_loss
 from missrec_t4r.training.warm_start.id_init import ids_from_content
 
+log = logging.getLogger(__name__)
+
 Prepare = Callable[[MISSRec, Catalogue], dict[str, Any]]
 _HARMLESS = ("checkpoint_minutes", "tensorboard")
 """Settings that may change when an interrupted run is resumed: no number depends on them."""
@@ -67,7 +70,6 @@ class Trainer:
     out : Path
         Run folder.
     device : str
-    progress : Progress
     prepare : function, optional
         Called with the new model and the catalogue before the optimiser is made, to load an earlier run's weights and
         to freeze parts. Its result is stored in `run.json` and is part of the checkpoint's fingerprint.
@@ -83,13 +85,12 @@ class Trainer:
         valid: Sessions,
         out: Path,
         device: str = "auto",
-        progress: Progress = quiet,
         prepare: Prepare | None = None,
         event_features: Sequence[EventColumn] = (),
     ) -> None:
         self.recipe, self.catalogue, self.sessions = recipe, catalogue, sessions
         self.world = distributed.world()
-        self.out, self.progress = out, progress if self.world.rank == 0 else quiet
+        self.out = out
         settings = recipe.train
         self.device = distributed.own_device(device)
         check_precision(settings, self.device)
@@ -142,12 +143,12 @@ class Trainer:
             (self.out / RUN_FILE).unlink(missing_ok=True)
         self.curves = self._curves() if is_first else None
         if not isinstance(self.softmax, FullSoftmax):
-            self.progress.say(f"{type(self.softmax).__name__} over {self.catalogue.n_items:,} items (train.softmax)")
+            log.info(f"{type(self.softmax).__name__} over {self.catalogue.n_items:,} items (train.softmax)")
         while self._stopped_by() is None:
             record = self._epoch()
             if self.curves is not None:
                 self.curves.epoch(record, self.status["step"])
-            self.progress.say(
+            log.info(
                 f"epoch {record['epoch']:>3}  loss {record['loss']:.3f}  valid ndcg@10 {record['valid_ndcg@10']:.4f}  "
                 f"recall@10 {record['valid_recall@10']:.4f}  {record['positions_per_s']:,.0f} positions/s"
             )
@@ -159,7 +160,7 @@ class Trainer:
     def _finish(self, data: Path) -> dict[str, Any]:
         """Load the best epoch's weights, tune the score terms and write the run folder."""
         load_strictly(self.model, self.best, "the best epoch")
-        terms = fit_terms(self.model, self.catalogue, self.sessions, self.all_valid, progress=self.progress)
+        terms = fit_terms(self.model, self.catalogue, self.sessions, self.all_valid)
         info = {
             "best_epoch": self.status["best_epoch"],
             "epochs": self.status["epoch"],
@@ -197,7 +198,7 @@ class Trainer:
         plan = self._plan()
         self.model.train()
         batches = iterate(self.sessions, plan[status["done"] :], self.recipe.model, self.recipe.train)
-        for batch in self.progress.track(batches, f"epoch {epoch}", len(plan) - status["done"]):
+        for batch in track(batches, f"epoch {epoch}", len(plan) - status["done"]):
             status["positions"] += int((batch.targets[..., 0] > 0).sum())
             loss = self._step(batch.to(self.device), (epoch + status["done"] / len(plan)) / self.recipe.train.epochs)
             loss, is_due = self._over_processes(loss, self._is_checkpoint_due())
@@ -342,7 +343,7 @@ class Trainer:
         set_random_state(parts[f"random{self.world.rank}"], self.device)
         self.rng.bit_generator.state, self.plan_state = facts["numpy"], facts["planned"]
         self.status = facts["status"]
-        self.progress.say(f"resuming in epoch {self.status['epoch']} after {self.status['done']} of its steps")
+        log.info(f"resuming in epoch {self.status['epoch']} after {self.status['done']} of its steps")
 
     def start_over(self) -> None:
         """Delete the checkpoint, log and TensorBoard files of the run folder."""

@@ -12,6 +12,7 @@ from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 
 from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue, Modality
+from tests.settings import EVERY_PART
 
 N_ROWS = 120
 """117 items and the three reserved rows: T4R's Trainer takes the top 100, so fewer would break its own recipe too."""
@@ -95,5 +96,5 @@ def write_sessions(folder: Path, rows: list[list[int]]) -> Path:
 
 def config(**changes: object) -> MISSRecConfig:
     """Return the smallest model of every part."""
-    sizes: dict[str, object] = {"max_sequence_length": MAX_LENGTH, "attention": "bidirectional", **SMALL}
+    sizes: dict[str, object] = {"max_sequence_length": MAX_LENGTH, "attention": "bidirectional", **EVERY_PART, **SMALL}
     return MISSRecConfig(**(sizes | changes))  # type: ignore[arg-type]  # checked by the config itself

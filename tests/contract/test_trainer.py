@@ -140,7 +140,7 @@ def test_core_and_t4r_model_share_weights_scores_and_loss(
     loss = model.train()(dict(batch), training=True)["loss"]
     state = model.heads[0].body[1].state.sessions
     labels = model.heads[0].body[0].masking.masked_targets.amax(1, keepdim=True)
-    settings = TrainConfig(batch_size=24)
+    settings = TrainConfig.paper(batch_size=24)
     native = training_loss(core, TrainingBatch(state.item_ids, labels), settings)
     torch.testing.assert_close(native, loss, rtol=1e-6, atol=1e-6)
 
@@ -173,7 +173,9 @@ def test_core_and_t4r_model_share_side_features(data: Path, loader: Callable[...
         name: batch[f"{name}-list"].gather(1, sessions.window) * (sessions.item_ids > 0)
         for name in ("category", "price")
     }
-    native = training_loss(core, TrainingBatch(sessions.item_ids, labels, event_features), TrainConfig(batch_size=24))
+    native = training_loss(
+        core, TrainingBatch(sessions.item_ids, labels, event_features), TrainConfig.paper(batch_size=24)
+    )
     torch.testing.assert_close(native, loss, rtol=1e-6, atol=1e-6)
 
     model.eval()
@@ -201,7 +203,9 @@ def test_a_module_between_inputs_and_block_has_no_core() -> None:
 def recipe(**train: Any) -> Recipe:
     settings = {"batch_size": 64, "epochs": 3, "learning_rate": 0.01, "seed": 7}
     return Recipe(
-        name="small", model=shop.config(n_neighbours=0, n_similar_items=0), train=TrainConfig(**(settings | train))
+        name="small",
+        model=shop.config(n_neighbours=0, n_similar_items=0),
+        train=TrainConfig.paper(**(settings | train)),
     )
 
 
@@ -216,19 +220,13 @@ def test_train_t4r_starts_the_ids_as_the_recipe_says(data: Path, tmp_path: Path)
         assert bool((alike > 0.99).all()) == (start == "content")
 
 
-def test_train_t4r_writes_a_run_that_our_evaluation_loads(data: Path, tmp_path: Path, capsys: Any) -> None:
-    said: list[str] = []
-
-    class Listener:
-        def track(self, iterable: Any, description: str, total: int | None = None) -> Any:
-            return iter(iterable)
-
-        def say(self, message: str) -> None:
-            said.append(message)
-
-    info = train_t4r(data, recipe(ema_decay=0.9), tmp_path / "run", device="cpu", progress=Listener())
+def test_train_t4r_writes_a_run_that_our_evaluation_loads(
+    data: Path, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "missrec_t4r")
+    info = train_t4r(data, recipe(ema_decay=0.9), tmp_path / "run", device="cpu")
     assert info["without"] == ["ema_decay"]
-    assert "the T4R trainer has no ema_decay: trained without" in said
+    assert "the T4R trainer has no ema_decay: trained without" in caplog.messages
     assert json.dumps(info)
     assert capsys.readouterr().out == ""
     loaded = load_run(tmp_path / "run")

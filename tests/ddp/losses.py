@@ -22,7 +22,7 @@ from missrec_t4r.training.pretrain import contrastive_loss
 from missrec_t4r.training.step import batch_totals, training_loss
 from tests.equations import small_shop as shop
 
-TRAIN = TrainConfig(batch_size=1000, next_items=2)
+TRAIN = TrainConfig.paper(batch_size=1000, next_items=2)
 OURS = {"orthogonality_weight": 0.1, "dropout": 0.0}
 CASES: dict[str, tuple[MISSRecConfig, Softmax]] = {
     "full": (shop.default(**OURS), FullSoftmax()),
@@ -68,7 +68,7 @@ def pretraining() -> tuple[MISSRec, Tensor]:
     """Return this process's part of the pre-training loss; its views leave nothing out, since those would be drawn."""
     config = shop.default(**OURS, item_ids=False, history_bias=False)
     views = {"sequence_sequence_weight": 0.5, "item_drop_probability": 0.0}
-    recipe = Recipe.from_dict({"model": vars(config), "pretrain": views})
+    recipe = Recipe.from_dict({"extends": "paper", "model": vars(config), "pretrain": views})
     model, (rank, size, _) = shop.model(config).train(), distributed.world()
     return model, contrastive_loss(model, whole_batch(config).part(rank, size), recipe)
 

@@ -59,7 +59,7 @@ def test_a_process_without_sessions_adds_nothing() -> None:
     empty = batch.part(1, 2)
     assert empty.event_features["price"].tolist() == [[0, 0]]
     model = shop.model(shop.default(orthogonality_weight=0.1)).train()
-    loss = training_loss(model, empty, TrainConfig(), totals=batch_totals(model, batch))
+    loss = training_loss(model, empty, TrainConfig.paper(), totals=batch_totals(model, batch))
     loss.backward()
     assert float(loss.detach()) == 0
     assert all(weight.grad is None or not weight.grad.any() for weight in model.parameters())

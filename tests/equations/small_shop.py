@@ -12,6 +12,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.schema import FIRST_ITEM_ROW
+from tests.settings import EVERY_PART
 
 FURNITURE = ["lamp", "desk", "chair", "sofa", "rug", "shelf"]
 KITCHEN = ["kettle", "mug", "teapot", "pan", "plate", "voucher"]
@@ -96,5 +97,5 @@ def ours_masked(**changes: object) -> MISSRecConfig:
 
 
 def default(**changes: object) -> MISSRecConfig:
-    """Return our configuration in a readable size."""
-    return MISSRecConfig(**(SMALL | changes))  # type: ignore[arg-type]  # the settings check their own types
+    """Return our architecture in a readable size."""
+    return MISSRecConfig(**(EVERY_PART | SMALL | changes))  # type: ignore[arg-type]  # the settings check their own types

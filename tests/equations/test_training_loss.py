@@ -28,7 +28,7 @@ CONFIGS = {
 )
 def test_training_loss(name: str, backwards: bool, next_items: int) -> None:
     config = CONFIGS[name]
-    model, train = shop.model(config), TrainConfig(batch_size=1000, next_items=next_items, next_items_weight=0.3)
+    model, train = shop.model(config), TrainConfig.paper(batch_size=1000, next_items=next_items, next_items_weight=0.3)
     model.train(name == "paper")  # then the padding row is a class, as in the release
     data = Sessions.from_lists(SESSIONS)
     [(examples, _)] = training_batches(data, config, train, np.random.default_rng(0))
@@ -53,7 +53,7 @@ def test_training_loss(name: str, backwards: bool, next_items: int) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_of_the_step_are_those_of_the_plain_formula(name: str) -> None:
     model, config = shop.model(CONFIGS[name]), CONFIGS[name]
-    data, train = Sessions.from_lists(SESSIONS), TrainConfig(batch_size=1000)
+    data, train = Sessions.from_lists(SESSIONS), TrainConfig.paper(batch_size=1000)
     [(examples, _)] = training_batches(data, config, train, np.random.default_rng(0))
     batch = collate(data, examples, 1, all_positions=config.attention == "causal", backwards=False)
     training_loss(model, batch, train).backward()

@@ -189,9 +189,7 @@ def test_what_makes_no_sense_is_refused(
     assert not out.exists()
 
 
-def test_an_unstated_encoder_is_assumed_to_be_the_same_and_reported(
-    earlier_run: Path, tmp_path: Path
-) -> None:
+def test_an_unstated_encoder_is_assumed_to_be_the_same_and_reported(earlier_run: Path, tmp_path: Path) -> None:
     write_shop(tmp_path / "silent", [f"P{i}" for i in range(12)], {"text": _text(list(range(12)), None)})
     source, catalogue = read_source(earlier_run / "run"), Catalogue.load(tmp_path / "silent" / "catalogue")
     report, _ = load_continued(build_missrec(source.recipe.model, catalogue), catalogue, source)

@@ -30,7 +30,7 @@ def test_the_objective_is_the_sum_of_its_parts(attention: str) -> None:
     """Views without any change: s' is s, so all parts can be recomputed from the session vectors."""
     config = shop.default(attention=attention, item_ids=False, history_bias=False, dropout=0.0, temperature=0.5)
     settings = {"sequence_sequence_weight": 0.2, "item_drop_probability": 0.0}
-    recipe = Recipe.from_dict({"model": vars(config), "pretrain": settings})
+    recipe = Recipe.from_dict({"extends": "paper", "model": vars(config), "pretrain": settings})
     model = shop.model(config)
     item_ids = shop.batch(SESSIONS)
     last = torch.tensor(shop.rows(["shelf", "shelf", "plate"]))
@@ -59,7 +59,9 @@ def test_the_objective_is_the_sum_of_its_parts(attention: str) -> None:
 def test_items_that_cannot_be_recommended_are_no_positives() -> None:
     config = shop.default(item_ids=False, dropout=0.0, attention="bidirectional")
     model = shop.model(config, shop.catalogue({"text": ["rug"], "image": ["rug"]}))
-    recipe = Recipe.from_dict({"model": vars(config), "pretrain": {"sequence_sequence_weight": 0.0}})
+    recipe = Recipe.from_dict(
+        {"extends": "paper", "model": vars(config), "pretrain": {"sequence_sequence_weight": 0.0}}
+    )
     both = TrainingBatch(shop.batch(SESSIONS[:2]), torch.tensor([[shop.row("rug")], [shop.row("mug")]]))
     one = contrastive_loss(model, both, recipe)
     assert torch.isfinite(one)

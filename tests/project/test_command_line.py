@@ -1,6 +1,7 @@
 """The command line: its options come from the functions, nothing that a user could type is lost, and help is cheap."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 import missrec_t4r
-from missrec_t4r import commands
+from missrec_t4r import commands, progress
 from missrec_t4r.cli.answer import summary
 from missrec_t4r.cli.app import COMMANDS, app, loaded
 from missrec_t4r.cli.options import parameter_help
+from missrec_t4r.progress import reporting, track
 
 BEFORE = json.loads(Path(__file__).with_name("options_before_the_redesign.json").read_text(encoding="utf-8"))
 """Command -> option -> default or REQUIRED, as they were before options were read from signatures."""
@@ -106,6 +108,33 @@ def test_a_summary_shows_recommendations_as_a_table() -> None:
     lines = _drawn(summary("recommend", answer))
     assert any("Lamp" in line and "0.25" in line for line in lines)
     assert any("fallback" in line and "no" in line for line in lines)
+
+
+def test_the_library_is_silent_until_progress_is_reported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1.0)
+    log = logging.getLogger("missrec_t4r.anything")
+
+    def work() -> str:
+        log.info("begun")
+        log.warning("odd")
+        log.debug("detail")
+        assert list(track(range(3), "counting")) == [0, 1, 2]
+        return capsys.readouterr().err
+
+    silent = work()
+    assert "begun" not in silent
+    assert "counting" not in silent
+    with reporting():
+        shown = work().splitlines()
+    assert shown[:2] == ["begun", "warning: odd"]
+    assert shown[3].startswith("counting: 1/3 (33 %), ")
+    with reporting(quiet=True):
+        assert work() == "warning: odd\n"
+    with reporting(verbose=True):
+        assert "DEBUG missrec_t4r.anything: detail" in " ".join(work().split())
+    assert "counting" not in work()
 
 
 def _drawn(content: Any) -> list[str]:

@@ -115,7 +115,7 @@ def test_training_examples_hold_every_transition_once_and_no_target_in_sight(
     events = np.split(np.arange(3, 3 + sum(lengths)), np.cumsum(lengths)[:-1])
     data = Sessions.from_lists(list(events))
     config = shop.default(attention=attention, max_sequence_length=5)
-    train = TrainConfig(batch_size=4, next_items=n_targets, reverse_probability=float(backwards))
+    train = TrainConfig.paper(batch_size=4, next_items=n_targets, reverse_probability=float(backwards))
     transitions = []
     for examples, reverse in training_batches(data, config, train, np.random.default_rng(0)):
         all_positions = attention == "causal"
@@ -140,7 +140,7 @@ def test_training_examples_hold_every_transition_once_and_no_target_in_sight(
 def test_the_loss_of_one_pass_is_the_loss_of_its_prefixes() -> None:
     net = shop.model(shop.default(orthogonality_weight=0.0))
     data = Sessions.from_lists([shop.rows(session) for session in shop.SESSIONS if len(session) > 1])
-    train = TrainConfig(batch_size=1000)
+    train = TrainConfig.paper(batch_size=1000)
     losses = []
     for config in (net.config, shop.default(attention="bidirectional")):
         [(examples, _)] = training_batches(data, config, train, np.random.default_rng(0))
@@ -150,7 +150,7 @@ def test_the_loss_of_one_pass_is_the_loss_of_its_prefixes() -> None:
 
 
 def test_exchanging_the_target_changes_no_other_position_s_loss() -> None:
-    net, train = shop.model(shop.default(orthogonality_weight=0.0)), TrainConfig(batch_size=1000)
+    net, train = shop.model(shop.default(orthogonality_weight=0.0)), TrainConfig.paper(batch_size=1000)
 
     def logits_at(session: list[int]) -> torch.Tensor:
         data = Sessions.from_lists([session])

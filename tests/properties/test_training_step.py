@@ -18,7 +18,7 @@ from tests.equations import small_shop as shop
 from tests.properties.shops import CONFIGS, scores
 
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-TRAIN = TrainConfig(batch_size=1000)
+TRAIN = TrainConfig.paper(batch_size=1000)
 
 
 def whole_batch(config: MISSRecConfig) -> TrainingBatch:

@@ -15,6 +15,7 @@ from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_LIST, SCHEMA_FILE, SESSION_TRANSFORM_FILE, USER_ID
+from tests.settings import EVERY_PART
 
 N_ITEMS = 30
 MAX_LENGTH = 8
@@ -55,7 +56,7 @@ def model_for(shop: Catalogue, **settings: object) -> MISSRec:
     """A small model whose every part has something to say: large weights, discovered interests."""
     torch.manual_seed(0)
     sizes = {"d_model": 16, "n_head": 2, "d_feedforward": 8, "max_sequence_length": MAX_LENGTH}
-    config = Recipe.from_dict({"name": "tiny", "model": sizes | settings}).model
+    config = Recipe.from_dict({"name": "tiny", "model": EVERY_PART | sizes | settings}).model
     assert isinstance(config, MISSRecConfig)
     model = build_missrec(config, shop).eval()
     with torch.no_grad():

@@ -234,9 +234,10 @@ def test_a_damaged_bundle_keeps_the_server_from_starting(exported: Path, tmp_pat
 def test_serve_stops_cleanly_on_sigterm(exported: Path, server: LocalTriton) -> None:
     code = """
 import json, sys
-from missrec_t4r.progress import TerminalProgress
+from missrec_t4r.progress import reporting
 from missrec_t4r.serving.triton.local_server import serve
-print(json.dumps(serve(sys.argv[1], http_port=0, grpc_port=0, metrics_port=0, progress=TerminalProgress())))
+with reporting():
+    print(json.dumps(serve(sys.argv[1], http_port=0, grpc_port=0, metrics_port=0)))
 """
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(exported / "repository")],

@@ -15,6 +15,7 @@ from missrec_t4r.errors import SchemaError
 from missrec_t4r.model.event_features import EventFeatureEncoder, EventFeatures
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
+from tests.settings import EVERY_PART
 from tests.side import shop
 
 COLUMNS = (
@@ -33,7 +34,7 @@ VALUES = {
 def model(**changes: object) -> MISSRec:
     torch.manual_seed(3)
     sizes = {"d_model": 16, "n_head": 2, "d_feedforward": 16, "n_neighbours": 0, "max_sequence_length": 6}
-    built = build_missrec(MISSRecConfig(**(sizes | changes)), shop.catalogue(), COLUMNS).eval()  # type: ignore[arg-type]
+    built = build_missrec(MISSRecConfig(**(EVERY_PART | sizes | changes)), shop.catalogue(), COLUMNS).eval()  # type: ignore[arg-type]
     built.discover_interests(0)
     return built
 

@@ -29,6 +29,7 @@ from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.event_features import EventFeatureReader
 from missrec_t4r.serving.triton.backend import RankerBackend, SessionsBackend, execute
 from tests.serving.conftest import serving
+from tests.settings import EVERY_PART
 from tests.side import shop
 
 EVENT_TYPES = ["view", "cart", "buy"]
@@ -53,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
     (data / "session_transform.json").write_text(json.dumps(transform))
     torch.manual_seed(0)
     sizes = {"d_model": 16, "n_head": 2, "d_feedforward": 8, "max_sequence_length": 5, "n_neighbours": 0}
-    recipe = Recipe(name="tiny", model=MISSRecConfig(**sizes))  # type: ignore[arg-type]  # sizes are numbers
+    recipe = Recipe(name="tiny", model=MISSRecConfig(**(EVERY_PART | sizes)))  # type: ignore[arg-type]  # sizes are numbers
     model = build_missrec(recipe.model, shop.catalogue(), COLUMNS).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -20,9 +20,11 @@ from missrec_t4r.evaluation.full_ranking import quick_metrics
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.training.fit import train as fit
+from tests.settings import EVERY_PART
 from tests.side import shop
 
 SMALL = {
+    **EVERY_PART,
     "d_model": 32,
     "d_feedforward": 32,
     "n_head": 2,
@@ -34,7 +36,7 @@ SMALL = {
 
 
 def small(**model: Any) -> Recipe:
-    settings = TrainConfig(batch_size=128, epochs=14, learning_rate=1e-2, patience=14)
+    settings = TrainConfig.paper(batch_size=128, epochs=14, learning_rate=1e-2, patience=14)
     return Recipe(name="small", model=MISSRecConfig(**(SMALL | model)), train=settings)
 
 
@@ -63,7 +65,7 @@ def test_a_side_feature_tells_the_next_item(tmp_path: Path) -> None:
 def test_without_them_the_next_item_is_a_guess(tmp_path: Path) -> None:
     data = shop.write(tmp_path / "data")
     recipe = dataclasses.replace(
-        small(event_features="none"), train=TrainConfig(batch_size=128, epochs=5, learning_rate=1e-2)
+        small(event_features="none"), train=TrainConfig.paper(batch_size=128, epochs=5, learning_rate=1e-2)
     )
     fit(data, tmp_path / "run", recipe=recipe, device="cpu")
     guess = 0.5 * (1 + 1 / np.log2(3))  # knows the three places an item leads to, not which: about (1+.63+.5)/3 = .71
@@ -96,7 +98,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, monkeypatch
     from missrec_t4r.training import fit as finetune
 
     data = shop.write(tmp_path / "data", sizes=(60, 20, 20))
-    settings = TrainConfig(batch_size=64, epochs=3, patience=3)
+    settings = TrainConfig.paper(batch_size=64, epochs=3, patience=3)
     recipe = Recipe(name="small", model=MISSRecConfig(**SMALL), train=settings)
     fit(data, tmp_path / "whole", recipe=recipe, device="cpu")
 

@@ -40,7 +40,7 @@ def test_sampled_prefixes_are_as_many_as_asked_for() -> None:
 def test_an_epoch_trains_every_transition_once_with_little_padding(attention: str) -> None:
     rng = np.random.default_rng(0)
     sessions = Sessions.from_lists([rng.integers(3, 50, rng.integers(2, 30)) for _ in range(400)])
-    model, settings = MISSRecConfig(attention=attention, max_sequence_length=10), TrainConfig(batch_size=64)
+    model, settings = MISSRecConfig(attention=attention, max_sequence_length=10), TrainConfig.paper(batch_size=64)
     padding, cells, seen = 0, 0, []
     for batch in iterate(sessions, training_batches(sessions, model, settings, rng), model, settings):
         real = batch.item_ids > 0
@@ -60,7 +60,7 @@ def test_batches_are_of_random_sessions_on_request(attention: str) -> None:
     model = MISSRecConfig(attention=attention, max_sequence_length=10)
     shortest, seen = {}, {}
     for grouped in (True, False):
-        settings = TrainConfig(batch_size=64, group_by_length=grouped)
+        settings = TrainConfig.paper(batch_size=64, group_by_length=grouped)
         batches = list(iterate(sessions, training_batches(sessions, model, settings, rng), model, settings))
         shortest[grouped] = np.mean([float((batch.item_ids > 0).sum(1).min()) for batch in batches])
         seen[grouped] = sum(int((batch.targets[..., 0] > 0).sum()) for batch in batches)

@@ -64,7 +64,7 @@ def step(sessions: list[list[str]], places: int | None) -> tuple[float, dict[str
     net = shop.model(shop.paper(dropout=0.0, orthogonality_weight=1e4)).train()
     net.discover_interests(seed=0)
     batch = TrainingBatch(shop.batch(sessions), shop.targets()[: len(sessions), None])
-    loss = training_loss(net, batch, TrainConfig(), n_slots=places)
+    loss = training_loss(net, batch, TrainConfig.paper(), n_slots=places)
     loss.backward()
     return loss.item(), {name: weight.grad for name, weight in net.named_parameters() if weight.grad is not None}
 
@@ -97,7 +97,7 @@ def test_the_places_are_those_of_random_batches() -> None:
     net = shop.model(shop.paper())
     net.discover_interests(seed=0)
     sessions = Sessions.from_lists([shop.rows(session) for session in shop.SESSIONS])
-    found = slots_of_random_batches(net, sessions, TrainConfig(batch_size=100), epoch=0)
+    found = slots_of_random_batches(net, sessions, TrainConfig.paper(batch_size=100), epoch=0)
     assert found == net.interests(shop.batch([session[:-1] for session in shop.SESSIONS])).mask.shape[1]
-    assert slots_of_random_batches(net, sessions, TrainConfig(group_by_length=False), epoch=0) is None
-    assert slots_of_random_batches(shop.model(shop.default()), sessions, TrainConfig(), epoch=0) is None
+    assert slots_of_random_batches(net, sessions, TrainConfig.paper(group_by_length=False), epoch=0) is None
+    assert slots_of_random_batches(shop.model(shop.default()), sessions, TrainConfig.paper(), epoch=0) is None

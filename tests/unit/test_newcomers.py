@@ -16,6 +16,7 @@ from missrec_t4r.ranking.hybrid import build_missrec, terms_of
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.ranking.tune_cold_start import _bias, _exposure
+from tests.settings import EVERY_PART
 
 N_KINDS, PER_KIND, NEW = 8, 30, 16
 N_ITEMS = N_KINDS * PER_KIND
@@ -47,7 +48,7 @@ def shop() -> tuple[Catalogue, Sessions, Sessions, Sessions]:
 def fitted(exposure: float) -> tuple[MISSRec, Catalogue, Sessions]:
     torch.manual_seed(0)
     catalogue, train, valid, test = shop()
-    config = MISSRecConfig(d_model=16, n_head=2, item_ids=False, cold_start_exposure=exposure)
+    config = MISSRecConfig(**EVERY_PART, d_model=16, n_head=2, item_ids=False, cold_start_exposure=exposure)
     model = build_missrec(config, catalogue)
     model.discover_interests(0)
     found = fit_terms(model.eval(), catalogue, train, valid)
@@ -77,6 +78,6 @@ def test_the_level_gives_the_places_that_were_asked_for() -> None:
 def test_too_few_targets_choose_nothing(data: Path) -> None:
     catalogue = Catalogue.load(data / "catalogue")
     train, valid = Sessions.load(data / "train"), Sessions.load(data / "valid")
-    model = build_missrec(MISSRecConfig(d_model=16, n_head=2, cold_start_exposure=1.0), catalogue).eval()
+    model = build_missrec(MISSRecConfig(**EVERY_PART, d_model=16, n_head=2, cold_start_exposure=1.0), catalogue).eval()
     assert fit_terms(model, catalogue, train, valid)["newcomers"] == {}
     assert not terms_of(model).cold_start.settings.any()

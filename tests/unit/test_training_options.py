@@ -77,11 +77,11 @@ def test_gradients_of_the_parts_add_up(data: Path, tmp_path: Path) -> None:
 
 
 def test_the_cosine_ends_at_zero_and_moves_the_weights_less_and_less(data: Path, tmp_path: Path) -> None:
-    train_ = TrainConfig(schedule="cosine", warmup_steps=10, learning_rate=0.1)
+    train_ = TrainConfig.paper(schedule="cosine", warmup_steps=10, learning_rate=0.1)
     assert learning_rate(train_, 5, 0.0) == pytest.approx(0.05)
     assert learning_rate(train_, 50, 0.5) == pytest.approx(0.05)
     assert learning_rate(train_, 99, 1.0) == 0.0
-    assert learning_rate(TrainConfig(), 99, 1.0) == TrainConfig().learning_rate
+    assert learning_rate(TrainConfig.paper(), 99, 1.0) == TrainConfig.paper().learning_rate
     rates = []
 
     class Notes(Trainer):
@@ -99,7 +99,7 @@ def test_the_cosine_ends_at_zero_and_moves_the_weights_less_and_less(data: Path,
 def test_clipping_scales_all_gradients_together_dense_and_sparse() -> None:
     model = torch.nn.ModuleDict({"dense": torch.nn.Linear(2, 2, bias=False), "table": torch.nn.Embedding(5, 2)})
     dense, table = model["dense"].weight, model["table"].weight
-    optimiser = Optimiser(model, TrainConfig(clip_norm=1.0), frozenset({table}), torch.device("cpu"))
+    optimiser = Optimiser(model, TrainConfig.paper(clip_norm=1.0), frozenset({table}), torch.device("cpu"))
     dense.grad = torch.tensor([[3.0, 0.0], [0.0, 0.0]])
     pieces = torch.tensor([[1.0, 2.0], [1.0, 2.0]])  # of one row, which is (2, 4)
     table.grad = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), pieces, (5, 2), check_invariants=True)
@@ -157,7 +157,7 @@ def test_loss_scaling_leaves_the_step_as_it_is_and_skips_an_infinite_one() -> No
         torch.nn.init.constant_(table.weight, 0.5)
         torch.nn.init.constant_(dense.weight, 0.5)
         model = torch.nn.ModuleDict({"table": table, "dense": dense})
-        optimiser = Optimiser(model, TrainConfig(clip_norm=0.1), frozenset({table.weight}), torch.device("cpu"))
+        optimiser = Optimiser(model, TrainConfig.paper(clip_norm=0.1), frozenset({table.weight}), torch.device("cpu"))
         optimiser.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
         for factor in (1.0, float("inf"), 2.0) if scaled else (1.0, 2.0):
             optimiser.zero_grad()
@@ -168,7 +168,7 @@ def test_loss_scaling_leaves_the_step_as_it_is_and_skips_an_infinite_one() -> No
     torch.testing.assert_close(weights[1], weights[0])
     assert optimiser.scaler is not None
     assert optimiser.scaler.get_scale() == 512.0
-    resumed = Optimiser(model, TrainConfig(), frozenset({table.weight}), torch.device("cpu"))
+    resumed = Optimiser(model, TrainConfig.paper(), frozenset({table.weight}), torch.device("cpu"))
     resumed.scaler = torch.amp.GradScaler("cpu")
     resumed.load(optimiser.state())
     assert resumed.scaler.get_scale() == 512.0

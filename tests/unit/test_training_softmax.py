@@ -30,7 +30,7 @@ every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.k
 
 def _batch(config: MISSRecConfig, next_items: int = 2) -> TrainingBatch:
     data = Sessions.from_lists(EXAMPLES)
-    [(examples, _)] = training_batches(data, config, TrainConfig(batch_size=1000), np.random.default_rng(0))
+    [(examples, _)] = training_batches(data, config, TrainConfig.paper(batch_size=1000), np.random.default_rng(0))
     return collate(data, examples, next_items, all_positions=config.attention == "causal", backwards=False)
 
 
@@ -39,7 +39,7 @@ def _step(net: MISSRec, softmax: Softmax, **train: object) -> tuple[float, dict[
     net = copy.deepcopy(net).train()
     torch.manual_seed(1)
     batch = _batch(net.config)
-    loss = training_loss(net, batch, TrainConfig(next_items=2, **train), softmax=softmax)  # type: ignore[arg-type]
+    loss = training_loss(net, batch, TrainConfig.paper(next_items=2, **train), softmax=softmax)  # type: ignore[arg-type]
     loss.backward()
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for n, p in net.named_parameters()}
     return loss.item(), gradients
@@ -69,7 +69,7 @@ def test_only_the_needed_rows_of_the_id_table_get_a_gradient() -> None:
     net = shop.model(shop.default()).train()
     softmax = SampledSoftmax(torch.ones(len(shop.ITEMS) + 3), negatives=2)
     batch = TrainingBatch(torch.tensor([[3, 4]]), torch.tensor([[[4], [5]]]))
-    training_loss(net, batch, TrainConfig(), softmax=softmax).backward()
+    training_loss(net, batch, TrainConfig.paper(), softmax=softmax).backward()
     assert net.item_encoder.id_embedding is not None
     gradient = net.item_encoder.id_embedding.weight.grad
     assert gradient is not None
@@ -85,7 +85,7 @@ def test_frozen_weights_stay_without_gradient() -> None:
     net.item_encoder.id_embedding.weight.requires_grad_(False)
     net.item_encoder.adapters["text"].requires_grad_(False)
     for softmax in (ChunkedSoftmax(4), SampledSoftmax(torch.ones(15), 3)):
-        training_loss(net.train(), _batch(net.config), TrainConfig(), softmax=softmax).backward()
+        training_loss(net.train(), _batch(net.config), TrainConfig.paper(), softmax=softmax).backward()
         assert net.item_encoder.id_embedding.weight.grad is None
         assert net.item_encoder.adapters["text"].weight.grad is None
         assert net.item_encoder.adapters["image"].weight.grad is not None
@@ -126,16 +126,18 @@ def test_an_accidental_hit_counts_once() -> None:
     batch = TrainingBatch(torch.tensor([[3]]), torch.tensor([[[6]]]))
     classes = candidate_rows(net)
     net.untrained = torch.nonzero(~(classes & torch.isin(torch.arange(len(classes)), torch.tensor([6, 7])))).flatten()
-    expected = training_loss(net, batch, TrainConfig()).item()
+    expected = training_loss(net, batch, TrainConfig.paper()).item()
     for frequency in (torch.ones(15), torch.eye(15)[6]):  # however popular, and drawn every time
         softmax = SampledSoftmax(frequency, negatives=2)
-        assert training_loss(net, batch, TrainConfig(), softmax=softmax).item() == pytest.approx(expected, abs=1e-12)
+        assert training_loss(net, batch, TrainConfig.paper(), softmax=softmax).item() == pytest.approx(
+            expected, abs=1e-12
+        )
 
 
 def test_the_same_target_twice_in_a_position_is_corrected_once() -> None:
     net = shop.model(shop.default(dropout=0.0)).train()
     batch = TrainingBatch(torch.tensor([[3]]), torch.tensor([[[6, 6]]]))
-    train = TrainConfig(next_items=2, next_items_weight=1.0)
+    train = TrainConfig.paper(next_items=2, next_items_weight=1.0)
     expected = training_loss(net, batch, train).item()
     found = training_loss(net, batch, train, softmax=SampledSoftmax(torch.ones(15), 1000)).item()
     assert found == pytest.approx(expected, abs=1e-12)
@@ -144,7 +146,7 @@ def test_the_same_target_twice_in_a_position_is_corrected_once() -> None:
 def test_auto_is_exact_and_goes_by_the_size_of_the_table() -> None:
     frequency = torch.ones(10)
     kinds = [
-        type(choose_softmax(TrainConfig(softmax=name), rows, 512, frequency, CPU))  # type: ignore[arg-type]
+        type(choose_softmax(TrainConfig.paper(softmax=name), rows, 512, frequency, CPU))  # type: ignore[arg-type]
         for name, rows in [("auto", 100_000), ("auto", 1_000_000), ("full", 1_000_000), ("sampled", 10)]
     ]
     assert kinds == [FullSoftmax, ChunkedSoftmax, FullSoftmax, SampledSoftmax]
@@ -156,7 +158,7 @@ def test_half_precision_changes_the_loss_little_and_the_weights_not() -> None:
     net.discover_interests(seed=0)
     losses = {}
     for precision in ("fp32", "bf16"):
-        train = TrainConfig(precision=precision)  # type: ignore[arg-type]
+        train = TrainConfig.paper(precision=precision)  # type: ignore[arg-type]
         for softmax in (FullSoftmax(matmul_dtype(train.precision, CPU)), ChunkedSoftmax(4), _everything()):
             loss = training_loss(net, _batch(net.config), train, softmax=softmax)
             net.zero_grad()

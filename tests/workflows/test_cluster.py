@@ -28,7 +28,6 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.etl.engine import executor as engines
 from missrec_t4r.etl.engine import shuffle as shards
 from missrec_t4r.etl.pipeline import etl
-from missrec_t4r.progress import quiet
 from tests.workflows.tables import ITEMS, write
 
 SLOWLY = """
@@ -146,9 +145,9 @@ def test_a_cluster_that_cannot_work_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(engines, "_PATIENCE", 60)
     with cluster(tmp_path, 1) as (address, workers), engines.engine(address) as machines:
         with pytest.raises(DataError, match="a worker does not find /nowhere/here"):
-            machines.run(open, [("/nowhere/here",)], quiet, "")
+            machines.run(open, [("/nowhere/here",)], "")
         with pytest.raises(DataError, match="a worker lacks the package"):
-            machines.run(importlib.import_module, [("no_such_package",)], quiet, "")
+            machines.run(importlib.import_module, [("no_such_package",)], "")
         monkeypatch.setattr(engines, "_PATIENCE", 2)
         with pytest.raises(DataError, match="no worker was left for 2 seconds"):
-            machines.run(os.kill, [(next(iter(workers)), signal.SIGKILL)], quiet, "")
+            machines.run(os.kill, [(next(iter(workers)), signal.SIGKILL)], "")

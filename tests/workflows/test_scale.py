@@ -29,7 +29,6 @@ from missrec_t4r.etl.engine.executor import engine
 from missrec_t4r.etl.nvt.serialization import load_workflow
 from missrec_t4r.etl.nvt.workflows import transform_dataset
 from missrec_t4r.etl.pipeline import etl
-from missrec_t4r.progress import quiet
 from tests.workflows.tables import EVENTS, ITEMS, items_of, write
 
 SOME = settings(
@@ -173,7 +172,7 @@ def test_a_killed_worker_does_not_lose_the_run(tmp_path: Path) -> None:
         return number * number
 
     with engine("processes", 1) as machines:
-        answers = machines.run(dies_once, [(str(tmp_path), number) for number in range(3)], quiet, "")
+        answers = machines.run(dies_once, [(str(tmp_path), number) for number in range(3)], "")
     assert answers == [0, 1, 4]
     assert (tmp_path / "died").exists()
 

@@ -11,6 +11,7 @@ with ``delta`` only these users are, beside the plain files (`delta.py`), until 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -33,8 +34,9 @@ from missrec_t4r.etl.item_table import with_lines
 from missrec_t4r.etl.outputs import NVTABULAR_FOLDER, REPORT_FILE, REQUEST_FOLDER, WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, expand
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, USER_ID
+
+log = logging.getLogger(__name__)
 
 DELTA_ROWS = 5_000_000
 """Events of a night that are added as a delta at most: it is held in memory, with the sessions of its users."""
@@ -51,7 +53,6 @@ def update(
     dask_scheduler: str = "threads",
     workers: int | None = None,
     dry_run: bool = False,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Add events and items to a data folder.
 
@@ -102,7 +103,7 @@ def update(
     files = places.as_parquet(list(new), copies, [columns[USER_ID], columns[ITEM_ID]])
     beside = not files or (delta and _rows(files) <= DELTA_ROWS)
     if not beside and delta_files(out):
-        compact(out, dask_scheduler=dask_scheduler, workers=workers, progress=progress)
+        compact(out, dask_scheduler=dask_scheduler, workers=workers)
         report, state, versions = known(out)
     with places.working_folder(out) as (work, finish):
         catalogue, old = Catalogue.load(out / CATALOGUE_FOLDER), {"folder": str(out.absolute()), **state}
@@ -114,7 +115,7 @@ def update(
             plain = plain_version(versions) if delta_files(folder) or delta_files(out) else version
         else:
             with running(dask_scheduler, workers) as machines:
-                folder, counts = scale.build(job, work, machines, progress)
+                folder, counts = scale.build(job, work, machines)
             plain = version
         change = _change(job, catalogue, counts, report, version, sorted(new.values()))
         told = {"version": version, "plain_version": plain, "changes": [*versions["changes"], change]}
@@ -126,9 +127,9 @@ def update(
         finish(folder)
     shutil.rmtree(copies, ignore_errors=True)
     ids = change["items_added"]
-    progress.say(f"{out}: version {version}, {change['events_added']:,} events and {len(ids):,} items more")
+    log.info(f"{out}: version {version}, {change['events_added']:,} events and {len(ids):,} items more")
     if plain < version and is_due(out, counts["events"]):
-        plain = compact(out, dask_scheduler=dask_scheduler, workers=workers, progress=progress)["plain_version"]
+        plain = compact(out, dask_scheduler=dask_scheduler, workers=workers)["plain_version"]
     added = {**change, "items_added": len(ids)}
     return {"data": str(out), "updated": True, "added": added, **final, "plain_version": plain}
 

@@ -47,7 +47,6 @@ from missrec_t4r.etl.nvt import kernels
 from missrec_t4r.etl.nvt import workflows as sessions
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.io.atomic import link_or_copy
-from missrec_t4r.progress import Progress
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, SPLITS, TIMESTAMP, UNKNOWN_ROW, USER_ID
 
 EVENTS_PER_PARTITION = 500_000
@@ -87,23 +86,23 @@ class Job:
     """For an update: the catalogue that grows."""
 
 
-def build(job: Job, top: Path, engine: Engine, progress: Progress) -> tuple[Path, dict[str, Any]]:
+def build(job: Job, top: Path, engine: Engine) -> tuple[Path, dict[str, Any]]:
     """Write everything of a data folder into a folder in ``top``; return it and the counts."""
     plan = make_plan(job)
     work = prepare_folder(top, plan, job)
-    shards = engine.run(write_shard, _each(work, len(plan.chunks)), progress, "reading events")
+    shards = engine.run(write_shard, _each(work, len(plan.chunks)), "reading events")
     if not job.old and not sum(shard["rows"] for shard in shards):
         raise DataError("no event has user, item and time", "at least one complete row", "check the three columns")
-    merged = merge(job, plan, shards, work, engine, progress)
+    merged = merge(job, plan, shards, work, engine)
     write_json(work / partitions.MERGED_FILE, merged)
     numbers = touched(work, plan) if job.old else list(range(plan.partitions))
     tasks = [(str(work), number) for number in numbers]
-    note_gathered(job.findings, engine.run(partitions.gather, tasks, progress, "grouping sessions"), merged)
+    note_gathered(job.findings, engine.run(partitions.gather, tasks, "grouping sessions"), merged)
     if merged["split"] == "time" and merged["valid_from"] is None:
         merged["valid_from"], merged["test_from"] = _boundaries(work, plan.partitions)
         job.settings |= {name: merged[name] for name in ("valid_from", "test_from")}
     write_json(work / partitions.DIVIDE_FILE, merged)
-    engine.run(partitions.divide, tasks, progress, "writing the splits")
+    engine.run(partitions.divide, tasks, "writing the splits")
     if job.old:
         _take_over(job, work, sorted(set(range(plan.partitions)) - set(numbers)))
     return work / "out", _finish(job, plan, merged, work) | ({"touched": {"partitions": numbers}} if job.old else {})
@@ -169,9 +168,7 @@ def prepare_folder(top: Path, plan: Plan, job: Job) -> Path:
     return work
 
 
-def merge(
-    job: Job, plan: Plan, shards: Sequence[dict[str, Any]], work: Path, engine: Engine, progress: Progress
-) -> dict[str, Any]:
+def merge(job: Job, plan: Plan, shards: Sequence[dict[str, Any]], work: Path, engine: Engine) -> dict[str, Any]:
     """Bring together what the chunks found, filter, and fix rows, codes and types for all partitions."""
     unknown = Codes(job.items[ITEM_ID].type)
     n_rows = FIRST_ITEM_ROW + job.items.num_rows
@@ -206,8 +203,8 @@ def merge(
     dropped = not append and len(unknown.values) > 0
     if not job.old and (rare or dropped or job.settings["drop_duplicates"]):
         write_json(work / partitions.SURVEY_FILE, merged)
-        _filter(job, plan, merged, work, engine, progress)
-        counts = engine.run(partitions.count_codes, _each(work, plan.partitions), progress, "counting categories")
+        _filter(job, plan, merged, work, engine)
+        counts = engine.run(partitions.count_codes, _each(work, plan.partitions), "counting categories")
         categories = {
             name: (values, summed([c[name] for c in counts], len(values)), codes)
             for name, (values, _, codes) in categories.items()
@@ -264,10 +261,10 @@ def touched(work: Path, plan: Plan) -> list[int]:
     return [int(number) for number in np.flatnonzero(sizes)]
 
 
-def _filter(job: Job, plan: Plan, merged: dict[str, Any], work: Path, engine: Engine, progress: Progress) -> None:
+def _filter(job: Job, plan: Plan, merged: dict[str, Any], work: Path, engine: Engine) -> None:
     """Decide which events, users and items stay, and write it down for every partition."""
     numbers = list(range(plan.partitions))
-    surveyed = engine.run(partitions.survey, [(str(work), n) for n in numbers], progress, "looking for what is rare")
+    surveyed = engine.run(partitions.survey, [(str(work), n) for n in numbers], "looking for what is rare")
     note_gathered(job.findings, surveyed, merged)
     loaded = [np.load(partitions.place(work, "survey", n, "npz")) for n in numbers]
     alive = np.concatenate([part["alive"] for part in loaded])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Mapping
@@ -29,8 +30,9 @@ from missrec_t4r.etl.engine.shuffle import write_json
 from missrec_t4r.etl.engine.user_state import hashes_of, rows_of, state_deltas
 from missrec_t4r.etl.engine.versions import VERSIONS_FILE, derived_of, known, link_rest, plain_version
 from missrec_t4r.etl.engine.workdir import one_of, working_folder
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import SPLITS, USER_ID
+
+log = logging.getLogger(__name__)
 
 DELTAS_AT_MOST = 14
 """Nights after which compaction follows by itself."""
@@ -53,7 +55,6 @@ def compact(
     dask_scheduler: str = "threads",
     workers: int | None = None,
     dry_run: bool = False,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Write the splits of a data folder anew where deltas stand beside them, so that plain parquet is all again.
 
@@ -80,19 +81,17 @@ def compact(
         how = {name: settings[name] for name in ("split", "valid_from", "test_from", "max_events", "newest")}
         how |= scale.derived(derived_of(settings), state["categories"])
         name = hashlib.sha256(json.dumps([how, state, versions["version"]]).encode()).hexdigest()[:16]
-        folder = _rewrite(out, state, how, one_of(top, name), machines, progress)
+        folder = _rewrite(out, state, how, one_of(top, name), machines)
         told |= {"version": versions["version"], "plain_version": versions["version"]}
         text = json.dumps(versions | {"plain_version": versions["version"]}, indent=1)
         (folder / VERSIONS_FILE).write_text(text + "\n", encoding="utf-8")
         link_rest(out, folder, {DELTA_FOLDER, f"{STATE_FOLDER}/{DELTA_FOLDER}"})
         finish(folder)
-    progress.say(f"{out}: the splits hold version {versions['version']}, as parquet")
+    log.info(f"{out}: the splits hold version {versions['version']}, as parquet")
     return told | {"seconds": round(time.perf_counter() - started, 3)}
 
 
-def _rewrite(
-    data: Path, state: Mapping[str, Any], told: Mapping[str, Any], work: Path, engine: Engine, progress: Progress
-) -> Path:
+def _rewrite(data: Path, state: Mapping[str, Any], told: Mapping[str, Any], work: Path, engine: Engine) -> Path:
     """Write the partitions that deltas concern; return a folder that lacks only what stays the same.
 
     Parameters
@@ -106,8 +105,8 @@ def _rewrite(
     write_json(work / DIVIDE_FILE, {**told, "maps": [], "old": str(data.absolute()), "partitions": state["partitions"]})
     numbers = concerned(data, state["partitions"])
     tasks = [(str(work), number) for number in numbers]
-    engine.run(absorb, tasks, progress, "reading the nights")
-    divided = engine.run(partitions.divide, tasks, progress, "writing the splits")
+    engine.run(absorb, tasks, "reading the nights")
+    divided = engine.run(partitions.divide, tasks, "writing the splits")
     parts = [dict(part) for part in state["parts"]]
     for number, part in zip(numbers, divided, strict=True):
         parts[number] = part

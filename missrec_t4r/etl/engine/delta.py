@@ -32,7 +32,6 @@ from missrec_t4r.etl.engine.shuffle import ShardReader, batches_of, with_codes, 
 from missrec_t4r.etl.engine.user_state import Known, load_user_state
 from missrec_t4r.etl.nvt.extend_vocabulary import grow
 from missrec_t4r.io.atomic import link_or_copy
-from missrec_t4r.progress import quiet
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
 
 Ints = npt.NDArray[np.int64]
@@ -139,7 +138,7 @@ def read_increment(job: scale.Job, folder: Path) -> tuple[pa.Table, dict[str, An
     plan = scale.make_plan(job)
     reader = ShardReader(plan, one_array(job.items[ITEM_ID]))
     tables = [reader.encode(batch)[0] for chunk in plan.chunks for batch in batches_of(plan, chunk)]
-    merged = scale.merge(job, plan, [reader.report()], folder, Threads(1), quiet)
+    merged = scale.merge(job, plan, [reader.report()], folder, Threads(1))
     known = {name: np.asarray(values, np.int32) for name, values in merged["maps"][0].items()}
     events = with_codes(pa.concat_tables(tables, promote_options="permissive"), known)
     return partitions.with_types(events, merged["types"]), merged

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import dask
 
 from missrec_t4r.errors import ConfigError, DataError
-from missrec_t4r.progress import Progress
+from missrec_t4r.progress import track
 
 _RETRIES = 3
 _ANSWER = 20
@@ -30,9 +30,7 @@ class Engine(Protocol):
     def workers(self) -> int:
         """Return how many tasks run at a time."""
 
-    def run(
-        self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], progress: Progress, description: str
-    ) -> list[Any]:
+    def run(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], description: str) -> list[Any]:
         """Return the answers in the order of the arguments."""
 
 
@@ -42,14 +40,12 @@ class Threads:
     def __init__(self, workers: int) -> None:
         self.workers = workers
 
-    def run(
-        self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], progress: Progress, description: str
-    ) -> list[Any]:
+    def run(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], description: str) -> list[Any]:
         """Run a handful at a time, so that the progress shows and little work is lost."""
         answers: list[Any] = []
         step = 2 * self.workers
         groups = [arguments[start : start + step] for start in range(0, len(arguments), step)]
-        for group in progress.track(groups, description):
+        for group in track(groups, description):
             delayed = [dask.delayed(task, pure=False)(*given) for given in group]
             answers += dask.compute(*delayed, scheduler="threads", num_workers=self.workers)
         return answers
@@ -66,9 +62,7 @@ class Cluster:
         """Return the number of threads of all workers."""
         return max(sum(self.client.nthreads().values()), 1)
 
-    def run(
-        self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], progress: Progress, description: str
-    ) -> list[Any]:
+    def run(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], description: str) -> list[Any]:
         """Submit all; the scheduler repeats what a dead worker had.
 
         Raises
@@ -77,7 +71,7 @@ class Cluster:
             No worker is left, one piece of work killed several, or workers lack the files or this package.
         """
         futures = [self.client.submit(task, *given, pure=False, retries=_RETRIES) for given in arguments]
-        for _ in progress.track(self._as_they_come(futures), description, len(futures)):
+        for _ in track(self._as_they_come(futures), description, len(futures)):
             continue
         with _translate_cluster_errors():
             answers: list[Any] = self.client.gather(futures)

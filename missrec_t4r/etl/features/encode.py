@@ -20,7 +20,7 @@ from missrec_t4r.errors import ConfigError, ModalityError
 from missrec_t4r.etl.features.cache import VectorCache, content_key, digest
 from missrec_t4r.etl.features.sklearn_encoders import UNREADABLE, Encoded, Floats, State, encode_images, encode_texts
 from missrec_t4r.etl.features.whitening import MATRIX, MEAN, fit_reduction, reduced
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 
 CLASSICAL = "classical"
 _FLUSH = 256
@@ -61,7 +61,6 @@ def encode_contents(
     contents: Sequence[Any],
     settings: EncoderSettings,
     state: State | None = None,
-    progress: Progress = quiet,
 ) -> Encoded:
     """Encode one modality of all items.
 
@@ -78,7 +77,7 @@ def encode_contents(
     Encoded
         ``encoder`` holds the fingerprint and everything that `encode_contents` needs again.
     """
-    encoded = _plain(kind, contents, settings, state, progress)
+    encoded = _plain(kind, contents, settings, state)
     fitted = dict(encoded.state)
     if state is not None:
         fitted |= {key: value for key, value in state.items() if key in (MEAN, MATRIX)}
@@ -110,16 +109,14 @@ def to_encode(kind: str, contents: Sequence[Any], settings: EncoderSettings) -> 
     return {"items": len(contents), "with_content": present, "distinct": len(keys), "cached": known}
 
 
-def _plain(
-    kind: str, contents: Sequence[Any], settings: EncoderSettings, state: State | None, progress: Progress
-) -> Encoded:
+def _plain(kind: str, contents: Sequence[Any], settings: EncoderSettings, state: State | None) -> Encoded:
     """Encode without whitening and reduction."""
     if settings.encoder != CLASSICAL:
-        return _pretrained(kind, contents, settings, progress)
+        return _pretrained(kind, contents, settings)
     fitted = {key: value for key, value in state.items() if key not in (MEAN, MATRIX)} if state is not None else None
     if kind == "text":
         return encode_texts(contents, width=settings.width, state=fitted)
-    return encode_images(contents, width=settings.width, state=fitted, progress=progress)
+    return encode_images(contents, width=settings.width, state=fitted)
 
 
 def _encoder(kind: str, settings: EncoderSettings) -> Any:
@@ -134,10 +131,10 @@ def _cache(encoder: Any, settings: EncoderSettings) -> VectorCache | None:
     return VectorCache(settings.cache, named) if settings.cache is not None else None
 
 
-def _pretrained(kind: str, contents: Sequence[Any], settings: EncoderSettings, progress: Progress) -> Encoded:
+def _pretrained(kind: str, contents: Sequence[Any], settings: EncoderSettings) -> Encoded:
     encoder = _encoder(kind, settings)
     cache = _cache(encoder, settings)
-    key_of = dict(progress.track(_keyed(kind, contents), f"{kind}: reading", len(contents)))
+    key_of = dict(track(_keyed(kind, contents), f"{kind}: reading", len(contents)))
     item_of = {key: item for item, key in reversed(key_of.items())}  # the first item with this content
     distinct = list(item_of)
     known, missing = cache.get(distinct) if cache is not None else ({}, list(range(len(distinct))))
@@ -145,7 +142,7 @@ def _pretrained(kind: str, contents: Sequence[Any], settings: EncoderSettings, p
     fresh = sorted((item_of[distinct[position]] for position in missing), key=lambda item: _size(contents[item]))
     batches = [fresh[start : start + settings.batch_size] for start in range(0, len(fresh), settings.batch_size)]
     kept: dict[bytes, Floats] = {}
-    for batch in progress.track(batches, f"{kind}: encoding", len(batches)):
+    for batch in track(batches, f"{kind}: encoding", len(batches)):
         readable = [(key_of[item], content) for item in batch if (content := _read(kind, contents[item])) is not None]
         vectors = encoder.encode([content for _, content in readable]) if readable else []
         _refuse_nan(kind, vectors)

@@ -6,6 +6,7 @@ ones are cached by content beside the data folder, so that a killed or repeated 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,8 +23,9 @@ from missrec_t4r.etl.features.encode import CLASSICAL, EncoderSettings, encode_c
 from missrec_t4r.etl.features.sklearn_encoders import Encoded, Floats, join_texts
 from missrec_t4r.etl.sources.table import require_column
 from missrec_t4r.io.atomic import translate_disk_errors
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID
+
+log = logging.getLogger(__name__)
 
 WORD_DROP = "word_drop"
 _LISTED = 50
@@ -52,7 +54,6 @@ def features(
     like: str | Path | None = None,
     cache: str | Path | None = None,
     dry_run: bool = False,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Compute modality vectors from texts and images, with pretrained or with classical encoders (no download).
 
@@ -133,15 +134,15 @@ def features(
         plan = {name: to_encode(name, contents, chosen) for name, (contents, chosen, _) in asked.items()}
         return {"data": str(data), "dry_run": True, "modalities": plan}
     if any(chosen.encoder == CLASSICAL for _, chosen, _ in asked.values()) and like is None:
-        progress.say("classical encoders stand in for pretrained ones (hashed n-grams, colour and gradient histograms)")
+        log.info("classical encoders stand in for pretrained ones (hashed n-grams, colour and gradient histograms)")
     stored = _stored(like)
     added, report, ids = {}, {}, catalogue.items[ITEM_ID].to_pylist()
     for name, (contents, chosen, source) in asked.items():
-        encoded, dropped = _encode(name, contents, chosen, stored.get(name), word_drop, progress)
+        encoded, dropped = _encode(name, contents, chosen, stored.get(name), word_drop)
         recorded = {**encoded.encoder, **source} | ({WORD_DROP: word_drop} if dropped else {})
         added[name] = _modality(encoded, recorded, {WORD_DROP: dropped.vectors} if dropped else {})
         report[name] = part = _describe(encoded, ids)
-        progress.say(f"{name}: {part['items']:,} items, width {part['width']}; {part['missing']} lack it")
+        log.info(f"{name}: {part['items']:,} items, width {part['width']}; {part['missing']} lack it")
     replaced = sorted(set(added) & set(catalogue.modalities))
     with translate_disk_errors(folder):
         replace(catalogue, modalities={**catalogue.modalities, **added}).save(folder)
@@ -163,7 +164,6 @@ def encode_items(
     device: str = "auto",
     batch_size: int = 64,
     cache: Path | None = None,
-    progress: Progress = quiet,
 ) -> dict[str, Encoded]:
     """Encode new items with the encoders and the fitted state that a catalogue records: equal contents, equal vectors.
 
@@ -209,7 +209,7 @@ def encode_items(
             empty = np.zeros((items.num_rows, modality.width), np.float32)
             result[name] = Encoded(empty, np.zeros(items.num_rows, bool), dict(recorded))
             continue
-        result[name] = _encode(kind, contents, settings, modality, 0.0, progress)[0]
+        result[name] = _encode(kind, contents, settings, modality, 0.0)[0]
     return result
 
 
@@ -232,7 +232,6 @@ def _encode(
     settings: EncoderSettings,
     stored: Modality | None,
     word_drop: float,
-    progress: Progress,
 ) -> tuple[Encoded, Encoded | None]:
     """Return the vectors and, if asked for, those of the texts with words left out."""
     state = None
@@ -250,7 +249,7 @@ def _encode(
                 "a catalogue whose vectors were made by this version",
                 "run `missrec features` on it once more",
             )
-    encoded = encode_contents(kind, contents, settings, state, progress)
+    encoded = encode_contents(kind, contents, settings, state)
     if stored is not None and encoded.encoder["fingerprint"] != stored.fingerprint:
         raise ModalityError(
             f"the {kind} encoder {settings.encoder} is not the one that the catalogue records",
@@ -260,7 +259,7 @@ def _encode(
     if not word_drop or kind != "text":
         return encoded, None
     dropped = [None if text is None else word_dropped(text, word_drop) for text in contents]
-    variant = encode_contents(kind, dropped, settings, encoded.state, progress)
+    variant = encode_contents(kind, dropped, settings, encoded.state)
     whole = encoded.present & ~variant.present  # nothing readable was left
     vectors = np.where(whole[:, None], encoded.vectors, variant.vectors)
     return encoded, replace(variant, vectors=vectors, present=encoded.present)

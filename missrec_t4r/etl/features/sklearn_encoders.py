@@ -23,7 +23,7 @@ from sklearn.pipeline import make_union
 from sklearn.preprocessing import normalize
 
 from missrec_t4r.errors import ModalityError
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
@@ -136,7 +136,6 @@ def encode_images(
     width: int = 128,
     seed: int = 0,
     state: State | None = None,
-    progress: Progress = quiet,
 ) -> Encoded:
     """Encode one picture per item.
 
@@ -157,7 +156,7 @@ def encode_images(
     """
     described: list[Floats] = []
     present, broken = np.zeros(len(paths), bool), []
-    for item, path in enumerate(progress.track(paths, "images")):
+    for item, path in enumerate(track(paths, "images")):
         if path is None or not path.is_file():
             continue
         try:

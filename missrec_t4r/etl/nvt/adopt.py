@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,6 @@ from missrec_t4r.etl.nvt.serialization import save_workflow
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, read_table, require_column
 from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import (
     CATALOGUE_FOLDER,
     FIRST_ITEM_ROW,
@@ -40,6 +40,8 @@ from missrec_t4r.schema import (
     SESSION_TRANSFORM_FILE,
     SPLITS,
 )
+
+log = logging.getLogger(__name__)
 
 REPORT_FILE = "etl.json"
 
@@ -61,7 +63,6 @@ def adopt(
     new_items: Literal["append", "drop"] = "append",
     max_sequence_length: int = 50,
     dry_run: bool = False,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Build a data folder on the item ids of an existing NVTabular workflow and its session parquet.
 
@@ -117,7 +118,7 @@ def adopt(
     if not (sessions or split_files) or (files and items is None):
         raise ConfigError("no sessions, or vectors without an item table", "--sessions or --train, --valid and --test")
     ids = read_vocabulary(Path(workflow), vocabulary_column)
-    progress.say(f"{len(ids):,} items in the workflow's vocabulary")
+    log.info(f"{len(ids):,} items in the workflow's vocabulary")
     table, vectors = _items_in_rows(
         ids, None if items is None else Path(items), item_column, files, new_items, findings
     )
@@ -152,7 +153,7 @@ def adopt(
         _write_request(catalogue, folder, Path(storage), max_sequence_length, codes)
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for finding in findings.found:
-        progress.say(f"{finding.check}: {finding.count:,} ({finding.message})")
+        log.info(f"{finding.check}: {finding.count:,} ({finding.message})")
     return {"data": str(out), **report}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -22,7 +23,8 @@ from missrec_t4r.etl.quality.statistics import Everything, measure
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.hashing import data_digest
 from missrec_t4r.io.json_files import write_json
-from missrec_t4r.progress import Progress, quiet
+
+log = logging.getLogger(__name__)
 
 REPORT_FILE, PREVIOUS_FILE = "report.json", "previous.json"
 _RELATIVE = ("events", "users", "items", "session_length_mean")
@@ -37,7 +39,6 @@ def report(
     gate: str | Path | None = None,
     now: float | None = None,
     dry_run: bool = False,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Report on a data folder (JSON and HTML), measure drift since the last report, and apply a quality gate.
 
@@ -73,7 +74,7 @@ def report(
     data, out = Path(data), Path(out)
     previous = None if previous is None else Path(previous)
     bounds = read_gate(Path(gate)) if gate is not None else {}
-    progress.say(f"reading {data}")
+    log.info(f"reading {data}")
     measures, shown = measure(Everything.load(data), time.time() if now is None else now)
     made_from = data_digest(data)
     here = None if previous is not None else _last(out / REPORT_FILE, required=False)
@@ -108,7 +109,7 @@ def report(
     answer = {key: written[key] for key in ("data", "previous", "measures", "gate", "passed")}
     answer |= {"report": str(out / f"{name}.json"), "page": str(out / f"{name}.html")}
     answer |= {"dry_run": True} if dry_run else {}
-    progress.say(f"{out / f'{name}.html'}: {measures['events']:,} events, {len(judged)} bounds, {len(failed)} broken")
+    log.info(f"{out / f'{name}.html'}: {measures['events']:,} events, {len(judged)} bounds, {len(failed)} broken")
     if failed:
         words = "; ".join(f"{line['measure']} is {line['value']}, bounds {line['bounds']}" for line in failed)
         raise GateError(

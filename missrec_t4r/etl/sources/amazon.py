@@ -10,6 +10,7 @@ not. The text of an item is its title, categories and brand.
 from __future__ import annotations
 
 import html
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.etl.sources.json_lines import read_columns, records
 from missrec_t4r.etl.sources.standard import clean_events, write_dataset
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
+
+log = logging.getLogger(__name__)
 
 _TAG = re.compile(r"<[^>]{1,200}>")
 _PRICE = re.compile(r"\d[\d,]*(?:\.\d+)?")
@@ -88,7 +91,6 @@ def import_amazon(
     keep_repeats: bool | None = None,
     keep_untitled: bool | None = None,
     dry_run: bool = False,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Turn reviews and metadata into ``interactions.parquet`` and ``items.parquet`` for `missrec etl`.
 
@@ -126,9 +128,9 @@ def import_amazon(
     layout, findings = LAYOUTS[edition], Findings()
     keep_repeats = layout.keep_repeats if keep_repeats is None else keep_repeats
     keep_untitled = layout.keep_untitled if keep_untitled is None else keep_untitled
-    progress.say("reading the metadata")
-    items = _items(metadata, layout, findings, progress)
-    progress.say(f"{len(items):,} items; reading the reviews")
+    log.info("reading the metadata")
+    items = _items(metadata, layout, findings)
+    log.info(f"{len(items):,} items; reading the reviews")
     events = _events(reviews, layout, findings)
     if min_rating > 0:
         events = events[events["rating"] >= min_rating]
@@ -162,8 +164,8 @@ def _events(file: str | Path, layout: Layout, findings: Findings) -> pd.DataFram
     return events
 
 
-def _items(file: str | Path, layout: Layout, findings: Findings, progress: Progress) -> pd.DataFrame:
-    lines = progress.track(records(Path(file), findings), "metadata")
+def _items(file: str | Path, layout: Layout, findings: Findings) -> pd.DataFrame:
+    lines = track(records(Path(file), findings), "metadata")
     rows = [_item(record, layout) for record in lines if record.get(layout.item)]
     if not rows:
         raise DataError(

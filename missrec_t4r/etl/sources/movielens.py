@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import zipfile
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import pandas as pd
 from missrec_t4r.errors import DataError
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.etl.sources.standard import clean_events, write_dataset
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
+
+log = logging.getLogger(__name__)
 
 _YEAR = re.compile(r"^(.*?)\s*\((\d{4})\)\s*$")
 _EVENTS = [USER_ID, ITEM_ID, "rating", TIMESTAMP]
@@ -35,7 +37,6 @@ def import_movielens(
     min_item_count: int = 0,
     min_rating: float = 0.0,
     dry_run: bool = False,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Convert a MovieLens archive to ``interactions.parquet`` and ``items.parquet``.
 
@@ -66,7 +67,7 @@ def import_movielens(
     """
     findings = Findings()
     edition, read = _open(Path(archive))
-    progress.say(f"reading MovieLens in the layout of {edition}")
+    log.info(f"reading MovieLens in the layout of {edition}")
     try:
         events, items = _LAYOUTS[edition](read)
     except (KeyError, FileNotFoundError, ValueError, zipfile.BadZipFile) as error:

@@ -32,7 +32,7 @@ from missrec_t4r.errors import BundleError
 from missrec_t4r.io.atomic import atomic_write_dir
 from missrec_t4r.model.fast.fusion import mean_embeddings
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.retrieval.ranker import compact
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, PADDING_ROW
@@ -51,7 +51,6 @@ def vectors(
     sessions: str | Path | None = None,
     items_column: str = "items",
     threads: int = 1,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Write item vectors and session vectors, for another retrieval index.
 
@@ -77,13 +76,13 @@ def vectors(
     """
     started = time.monotonic()
     torch.set_num_threads(max(threads, 1))
-    with bundle_or_run(bundle, run, progress=progress) as source:
+    with bundle_or_run(bundle, run) as source:
         loaded = load_bundle(source)
         weights = str(verify_bundle(source, only=())["files"][WEIGHTS_FILE]["sha256"])
     files = None if sessions is None else _session_files(sessions, items_column, loaded)
     with atomic_write_dir(Path(out), MARKER, "folder of vectors", BundleError) as folder:
         described = _write_items(folder, loaded) | {"weights_sha256": weights}
-        n_sessions = 0 if files is None else _write_sessions(folder, loaded, files, progress)
+        n_sessions = 0 if files is None else _write_sessions(folder, loaded, files)
         (folder / MARKER).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return {
         "out": str(out),
@@ -159,12 +158,12 @@ def _session_files(sessions: str | Path, items_column: str, loaded: LoadedBundle
     )
 
 
-def _write_sessions(folder: Path, loaded: LoadedBundle, files: SessionFiles, progress: Progress) -> int:
+def _write_sessions(folder: Path, loaded: LoadedBundle, files: SessionFiles) -> int:
     parts: list[npt.NDArray[np.float32]] = [np.empty((0, loaded.model.config.d_model), np.float32)]
     tables: list[pa.Table] = [_with_usable(files.schema.empty_table().select(files.passthrough), parts[0])]
     total = -(-files.rows // _SESSIONS_AT_A_TIME)
     reader = EventFeatureReader(loaded.event_columns)
-    for batch in progress.track(files.batches(_SESSIONS_AT_A_TIME), "encoding sessions", total):
+    for batch in track(files.batches(_SESSIONS_AT_A_TIME), "encoding sessions", total):
         sessions = loaded.transform(*batch.sessions)
         width = max(1, *(len(rows) for rows in sessions))
         padded = np.stack([np.pad(rows, (0, width - len(rows)), constant_values=PADDING_ROW) for rows in sessions])

@@ -19,7 +19,7 @@ from missrec_t4r.bundle.from_run import bundle_or_run
 from missrec_t4r.bundle.id_encoder import RawId
 from missrec_t4r.bundle.manifest import MODEL_FILE
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 from missrec_t4r.schema import ITEM_ID
 from missrec_t4r.serving.batch.parquet_io import SessionFiles, write_results
 from missrec_t4r.serving.client.client import MISSRecClient
@@ -44,7 +44,6 @@ def score(
     exclude_column: str | None = None,
     layout: Literal["lists", "long"] = "lists",
     threads: int = 1,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Write recommendations for every session of a file: the answers of the server, without a server.
 
@@ -92,7 +91,7 @@ def score(
         raise ConfigError(f"--layout {layout!r}", " or ".join(LAYOUTS))
     started = time.monotonic()
     with (
-        bundle_or_run(bundle, run, progress=progress) as folder,
+        bundle_or_run(bundle, run) as folder,
         MISSRecClient.of_bundle(folder, threads=threads) as client,
     ):
         files = SessionFiles(
@@ -103,7 +102,7 @@ def score(
         total = -(-files.rows // _SESSIONS_AT_A_TIME)
         with write_results(out) as writer:
             batches = files.batches(_SESSIONS_AT_A_TIME)
-            for batch in progress.track(batches, f"scoring {files.rows} sessions", total):
+            for batch in track(batches, f"scoring {files.rows} sessions", total):
                 recommendations = client.recommend(
                     batch.sessions,
                     top_k,

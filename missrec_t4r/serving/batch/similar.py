@@ -20,7 +20,7 @@ from torch import Tensor
 from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle
 from missrec_t4r.bundle.from_run import bundle_or_run
 from missrec_t4r.errors import ConfigError, DataError
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 from missrec_t4r.retrieval.topk import top_items
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, UNKNOWN_ROW
 from missrec_t4r.serving.batch.parquet_io import write_results
@@ -44,7 +44,6 @@ def similar(
     top_k: int = 10,
     by: Literal["session", "content"] = "session",
     threads: int = 1,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Find the items that are most similar to an item, by sessions or by content.
 
@@ -83,8 +82,8 @@ def similar(
         raise ConfigError("neither --items nor --out", "ids to look up, or a file for the whole catalogue")
     started = time.monotonic()
     torch.set_num_threads(max(threads, 1))
-    with bundle_or_run(bundle, run, progress=progress) as folder:
-        result = _find(folder, items, out, top_k, by, threads, progress)
+    with bundle_or_run(bundle, run) as folder:
+        result = _find(folder, items, out, top_k, by, threads)
     return result if out is None else result | {"seconds": round(time.monotonic() - started, 2)}
 
 
@@ -95,7 +94,6 @@ def _find(
     top_k: int,
     by: str,
     threads: int,
-    progress: Progress,
 ) -> dict[str, Any]:
     """Return the similar items, or write them to ``out``."""
     loaded = load_bundle(folder)
@@ -105,7 +103,7 @@ def _find(
         else _require_items(items, loaded)
     )
     results = _by_content(loaded, ids, top_k) if by == "content" else _by_session(folder, ids, top_k, threads)
-    results = progress.track(results, f"items similar to {len(ids)} items", len(ids))
+    results = track(results, f"items similar to {len(ids)} items", len(ids))
     if out is None:
         titles = read_titles(folder)
         return {

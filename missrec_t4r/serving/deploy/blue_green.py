@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -34,7 +35,6 @@ from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.errors import BundleError, ConfigError, ServingError
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.hashing import file_digest
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.serving.deploy.smoke_test import smoke_test
 from missrec_t4r.serving.triton.deployment import (
     DEPLOYMENT_FILE,
@@ -48,6 +48,8 @@ from missrec_t4r.serving.triton.deployment import (
 from missrec_t4r.serving.triton.model_config import CONFIG_FILE, config_text, read_config, write_config
 from missrec_t4r.serving.triton.model_control import Control
 from missrec_t4r.serving.triton.repository import BUNDLE_IN_REPOSITORY, ENSEMBLE, MODELS, fill_repository
+
+log = logging.getLogger(__name__)
 
 _PARTS = tuple(model for model in MODELS if model != ENSEMBLE)
 _RANKER = BUNDLE_IN_REPOSITORY.partition("/")[0]
@@ -66,7 +68,6 @@ def deploy(
     threads: int | None = None,
     instances: int | None = None,
     dry_run: bool = False,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Serve a new model or catalogue in place of the current one, without restart and without failed requests.
 
@@ -117,13 +118,13 @@ def deploy(
         _remove_incomplete(folder)
         previous = current_version(folder)
         if bundle is not None:
-            progress.say(f"verifying {bundle}")
+            log.info(f"verifying {bundle}")
             given = {"max_batch_size": max_batch_size, "threads": threads, "instances": instances}
             sizes = _sizes(folder, previous) | {name: n for name, n in given.items() if n is not None}
             version = _add_version(folder, Path(bundle), previous if switch else None, sizes)
         assert version is not None
         _require_version(folder, version)
-        result = _activate(folder, version, switch=switch, progress=progress)
+        result = _activate(folder, version, switch=switch)
         if switch:
             _remove_old(folder, {version, previous}, keep)
     return {
@@ -136,7 +137,7 @@ def deploy(
     }
 
 
-def rollback(repository: str | Path, *, version: int | None = None, progress: Progress = quiet) -> dict[str, Any]:
+def rollback(repository: str | Path, *, version: int | None = None) -> dict[str, Any]:
     """Serve an earlier version again.
 
     Parameters
@@ -163,7 +164,7 @@ def rollback(repository: str | Path, *, version: int | None = None, progress: Pr
         raise ServingError(
             f"{folder} has no version before {current}", "an earlier version to go back to", "deploy one with --bundle"
         )
-    return deploy(folder, version=version or earlier[-1], progress=progress, keep=max(LOADED, len(versions)))
+    return deploy(folder, version=version or earlier[-1], keep=max(LOADED, len(versions)))
 
 
 def _plan(folder: Path, bundle: str | Path | None, version: int | None, switch: bool) -> dict[str, Any]:
@@ -188,14 +189,14 @@ def _plan(folder: Path, bundle: str | Path | None, version: int | None, switch: 
     }
 
 
-def _activate(folder: Path, version: int, *, switch: bool, progress: Progress) -> dict[str, Any]:
+def _activate(folder: Path, version: int, *, switch: bool) -> dict[str, Any]:
     """Load a version, run the smoke test, and switch the traffic to it; without a server only switch the files."""
     control = Control.find(folder)
     if control is None:
         if switch:
             _write_entry_model(folder, version)
         return {"live": False}
-    progress.say(f"loading version {version}")
+    log.info(f"loading version {version}")
     try:
         control.load(ensemble_of(version))
         result = smoke_test(control.http_url, ensemble_of(version), bundle_of(folder, version))
@@ -209,7 +210,7 @@ def _activate(folder: Path, version: int, *, switch: bool, progress: Progress) -
     loaded = {number for model in control.ready() if (number := version_of(model)) is not None}
     for number in sorted(loaded - {version, previous}) if version != previous else ():
         _unload(control, number)
-    progress.say(
+    log.info(
         f"version {version} answers; version {previous} stays loaded" if previous else f"version {version} answers"
     )
     return {"live": True, **result}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.resources
 import json
+import logging
 import mimetypes
 import threading
 import time
@@ -23,11 +24,12 @@ import pyarrow as pa
 
 from missrec_t4r.bundle.item_table import load_items
 from missrec_t4r.errors import DataError, MISSRecError, ServingError
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.schema import ITEM_ID, TRAIN_COUNT
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.protocol import typed_id
 from missrec_t4r.serving.triton.ports import LOOPBACK
+
+log = logging.getLogger(__name__)
 
 _PAGE_ITEMS = 60
 _LONGEST_BODY = 1 << 20
@@ -212,7 +214,6 @@ def playground(
     images: str | Path | None = None,
     image_column: str = "image",
     port: int = 8020,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Serve a demo page on which clicks on items change recommendations, scores and explanations, until Ctrl-C.
 
@@ -237,7 +238,7 @@ def playground(
     started = time.monotonic()
     shop = Shop(Path(bundle), None if images is None else Path(images), image_column)
     with MISSRecClient(url) as client, Playground(client, shop, port) as page:
-        progress.say(f"open {page.url} ({len(shop.ids)} items of {client.url}, ids are {client.id_type}); Ctrl-C stops")
+        log.info(f"open {page.url} ({len(shop.ids)} items of {client.url}, ids are {client.id_type}); Ctrl-C stops")
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 time.sleep(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import logging
 import signal
 import threading
 import time
@@ -17,10 +18,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
 from missrec_t4r.errors import ConfigError, ServingError
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.serving.client.transports import checked_address
 from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, MirroredRequest, MirroringProxy, Tensors
 from missrec_t4r.serving.triton.ports import LOOPBACK
+
+log = logging.getLogger(__name__)
 
 PORTS = {"http": 8000, "grpc": 8001}
 """Triton's default port by protocol."""
@@ -141,7 +143,6 @@ def shadow(
     port: int = 8010,
     protocol: Literal["http", "grpc"] = "http",
     seconds: float | None = None,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Mirror a share of the traffic to a candidate model and compare its answers: overlap@k, scores, latency.
 
@@ -176,7 +177,7 @@ def shadow(
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with kind(url, candidate, candidate_url=candidate_url, share=share, port=port) as proxy:
-            progress.say(
+            log.info(
                 f"send {protocol} traffic to {proxy.url} in place of {url}; {share:.0%} is mirrored to {candidate}"
             )
             with contextlib.suppress(KeyboardInterrupt):

@@ -9,6 +9,7 @@ uses Triton's own image (docker-compose.yml).
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -22,12 +23,14 @@ from types import TracebackType
 from typing import Any
 
 from missrec_t4r.errors import ServingError
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 from missrec_t4r.serving.triton.deployment import is_deployment, start_arguments
 from missrec_t4r.serving.triton.environment import EmbeddedTriton, reason_in
 from missrec_t4r.serving.triton.model_control import Control, restrictions
 from missrec_t4r.serving.triton.ports import LOOPBACK, choose_ports, has_metrics, is_ready, server_name
 from missrec_t4r.serving.triton.repository import ENSEMBLE
+
+log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
 _CHECK_SECONDS = 0.5
@@ -56,7 +59,6 @@ class LocalTriton:
         Seconds until all models must be ready.
     arguments : sequence of str
         Further arguments of ``tritonserver``.
-    progress : Progress
 
     Examples
     --------
@@ -74,13 +76,12 @@ class LocalTriton:
         log_file: str | Path | None = None,
         timeout: float = 120.0,
         arguments: tuple[str, ...] = (),
-        progress: Progress = quiet,
     ) -> None:
         self.repository = Path(repository).absolute()
         self._requested_ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self.ports: dict[str, int] = {}
         self._log_file = None if log_file is None else Path(log_file).absolute()
-        self._timeout, self._arguments, self._progress = timeout, arguments, progress
+        self._timeout, self._arguments = timeout, arguments
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
@@ -199,9 +200,9 @@ class LocalTriton:
 
     def _wait(self) -> None:
         started = time.monotonic()
-        for _ in self._progress.track(self._until_ready(started + self._timeout), "starting Triton"):
+        for _ in track(self._until_ready(started + self._timeout), "starting Triton"):
             time.sleep(_POLL_SECONDS)
-        self._progress.say(
+        log.info(
             f"Triton is ready after {time.monotonic() - started:.1f} s: gRPC {self.grpc_url}, HTTP {self.http_url}"
         )
 
@@ -250,7 +251,6 @@ def serve(
     grpc_port: int = 8001,
     metrics_port: int = 8002,
     log_file: str | Path | None = None,
-    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Run the embedded Triton Inference Server until Ctrl-C or SIGTERM.
 
@@ -283,13 +283,12 @@ def serve(
         grpc_port=grpc_port,
         metrics_port=metrics_port,
         log_file=log_file,
-        progress=progress,
     )
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops as Ctrl-C does
     started = time.monotonic()
     try:
         with contextlib.suppress(KeyboardInterrupt), server:
-            progress.say(f"serving {server.repository}; the log is {server.log_file}; Ctrl-C stops")
+            log.info(f"serving {server.repository}; the log is {server.log_file}; Ctrl-C stops")
             while True:
                 server.check_alive()
                 time.sleep(_CHECK_SECONDS)

@@ -8,6 +8,7 @@ and early stopping start from the beginning. The weight-loading report lists the
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,10 +26,8 @@ from missrec_t4r.data.event_features import EventColumn, encoded_values
 from missrec_t4r.data.union import match_modalities
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.runs.run_folder import VOCABULARY_FILE
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID
-from missrec_t4r.training import distributed
 from missrec_t4r.training.fit import train
 from missrec_t4r.training.trainer import Prepare
 from missrec_t4r.training.warm_start.id_init import ids_from_content
@@ -46,6 +45,8 @@ from missrec_t4r.training.warm_start.transfer import (
     start_facts,
 )
 
+log = logging.getLogger(__name__)
+
 _CHUNK_DISTANCES = 1 << 24
 """Distances between embeddings and centroids per chunk: 64 MiB."""
 
@@ -60,14 +61,13 @@ def continue_training(
     settings: Mapping[str, Any] | None = None,
     resume: bool = True,
     device: str = "auto",
-    progress: Progress = quiet,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Train on a data folder, starting from a finished run on an earlier data folder of the same shop.
 
     Parameters
     ----------
-    data, out, settings, resume, device, progress, dry_run
+    data, out, settings, resume, device, dry_run
         As in `missrec_t4r.training.fit.train`.
     earlier_run : path
         Run folder of the earlier run; not ``out``.
@@ -100,8 +100,8 @@ def continue_training(
     event_features = [
         _extend_values(EventColumn.from_dict(column), Path(data)) for column in source.info.get("side_features", [])
     ]
-    prepare = _prepare(source, freeze, resolved.train.id_init, Path(out), progress)
-    common: dict[str, Any] = {"resume": resume, "device": device, "progress": progress, "dry_run": dry_run}
+    prepare = _prepare(source, freeze, resolved.train.id_init, Path(out))
+    common: dict[str, Any] = {"resume": resume, "device": device, "dry_run": dry_run}
     return train(data, out, recipe=resolved, prepare=prepare, event_features=event_features, **common)
 
 
@@ -214,15 +214,14 @@ def earlier_rows(catalogue: Catalogue, earlier: pa.Array, run: Path) -> Tensor:
     return torch.from_numpy(np.concatenate([np.arange(FIRST_ITEM_ROW), rows]))
 
 
-def _prepare(source: Source, freeze: Freeze, id_init: IdInit, out: Path, progress: Progress) -> Prepare:
-    log = progress if distributed.launched().rank == 0 else quiet
+def _prepare(source: Source, freeze: Freeze, id_init: IdInit, out: Path) -> Prepare:
 
     def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
         report, items = load_continued(model, catalogue, source, freeze=freeze, id_init=id_init)
         counts = ", ".join(f"{count:,} {name}" for name, count in items.items())
-        log.say(f"warm start from {source.run}: items {counts}")
+        log.info(f"warm start from {source.run}: items {counts}")
         for line in report_lines(report):
-            log.say(line)
+            log.info(line)
         return start_facts("continue", source, out, report, freeze=freeze, items=items)
 
     return prepare

@@ -8,6 +8,7 @@ are re-initialised. The weight-loading report lists the status of every part.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,14 +22,14 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.union import match_modalities, require_fingerprints
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import Progress, quiet
 from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, load_tensors
 from missrec_t4r.schema import CATALOGUE_FOLDER
-from missrec_t4r.training import distributed
 from missrec_t4r.training.fit import train
 from missrec_t4r.training.trainer import Prepare
 from missrec_t4r.training.warm_start.id_init import ids_from_content
 from missrec_t4r.training.warm_start.report import CONTENT_KNN, ITEM_KNN, WeightLoadingReport, report_lines
+
+log = logging.getLogger(__name__)
 
 Freeze = Literal["none", "encoder_decoder", "all_loaded"]
 Take = Literal["all", "adapters"]
@@ -92,14 +93,13 @@ def train_from(
     settings: Mapping[str, Any] | None = None,
     resume: bool = True,
     device: str = "auto",
-    progress: Progress = quiet,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune on a data folder from a pre-trained run.
 
     Parameters
     ----------
-    data, out, recipe, settings, resume, device, progress, dry_run
+    data, out, recipe, settings, resume, device, dry_run
         As in `missrec_t4r.training.fit.train`.
     source : path
         Run folder of ``missrec pretrain``, or of ``missrec train`` on another shop.
@@ -131,8 +131,8 @@ def train_from(
         require_same(resolved.model, source_run.recipe.model, source_run.run)
     elif resolved.model.d_model != source_run.recipe.model.d_model:
         require_same(resolved.model, source_run.recipe.model, source_run.run, ("d_model",))
-    prepare = _prepare(source_run, freeze, take, resolved.train.id_init, Path(out), progress)
-    common: dict[str, Any] = {"resume": resume, "device": device, "progress": progress, "dry_run": dry_run}
+    prepare = _prepare(source_run, freeze, take, resolved.train.id_init, Path(out))
+    common: dict[str, Any] = {"resume": resume, "device": device, "dry_run": dry_run}
     return train(data, out, recipe=resolved, prepare=prepare, **common)
 
 
@@ -219,14 +219,13 @@ def start_facts(kind: str, source: Source, out: Path, report: Mapping[str, Any],
     return {"start": {"kind": kind, "run": where, **more, **report}}
 
 
-def _prepare(source: Source, freeze: Freeze, take: Take, id_init: IdInit, out: Path, progress: Progress) -> Prepare:
-    log = progress if distributed.launched().rank == 0 else quiet
+def _prepare(source: Source, freeze: Freeze, take: Take, id_init: IdInit, out: Path) -> Prepare:
 
     def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
         report = load_pretrained(model, catalogue, source, freeze=freeze, take=take, id_init=id_init)
-        log.say(f"starting from {source.run}, freezing {freeze}")
+        log.info(f"starting from {source.run}, freezing {freeze}")
         for line in report_lines(report):
-            log.say(line)
+            log.info(line)
         return start_facts("from", source, out, report, freeze=freeze, take=take)
 
     return prepare

@@ -20,6 +20,7 @@ The same seed gives the same tables and, with one Pillow version, the same pictu
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,10 @@ from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl.sources.synthetic.shop_images import draw
 from missrec_t4r.etl.sources.synthetic.shop_text import BRANDS, EVENT_TYPES, FILLERS, INTERESTS, STYLES
 from missrec_t4r.io.atomic import refuse_unmanaged, replace_dir, translate_disk_errors
-from missrec_t4r.progress import Progress, quiet
+from missrec_t4r.progress import track
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
+
+log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -90,9 +93,7 @@ class Events:
     """Seconds on the item's page."""
 
 
-def generate_shop(
-    out: str | Path, *, seed: int = 7, users: int = 3000, items: int = 1200, progress: Progress = quiet
-) -> dict[str, Any]:
+def generate_shop(out: str | Path, *, seed: int = 7, users: int = 3000, items: int = 1200) -> dict[str, Any]:
     """Generate a synthetic shop: interactions.parquet, items.parquet with texts, and images/*.png.
 
     Parameters
@@ -124,8 +125,8 @@ def generate_shop(
     refuse_unmanaged(out, SHOP_FILE, "generated shop")
     rng = np.random.default_rng(seed)
     latent = make_items(items, rng)
-    progress.say(f"generating {users:,} users over {items:,} items")
-    events = make_events(latent, users, rng, np.random.default_rng([seed, 1]), progress)
+    log.info(f"generating {users:,} users over {items:,} items")
+    events = make_events(latent, users, rng, np.random.default_rng([seed, 1]))
     table = _item_table(latent, rng)
     shop = {
         "seed": seed,
@@ -139,7 +140,7 @@ def generate_shop(
     with translate_disk_errors(out), replace_dir(out) as aside:
         pq.write_table(_event_table(events, latent), aside / "interactions.parquet")
         pq.write_table(table, aside / "items.parquet")
-        _draw_all(latent, table, aside, rng, progress)
+        _draw_all(latent, table, aside, rng)
         (aside / SHOP_FILE).write_text(json.dumps(shop, indent=2) + "\n", encoding="utf-8")
     return {"data": str(out), **shop}
 
@@ -164,9 +165,7 @@ def related_interests(rng: np.random.Generator) -> Floats:
     return drift
 
 
-def make_events(
-    items: Items, users: int, rng: np.random.Generator, telling: np.random.Generator, progress: Progress = quiet
-) -> Events:
+def make_events(items: Items, users: int, rng: np.random.Generator, telling: np.random.Generator) -> Events:
     """Let every user walk through the shop; rows are in the order of time.
 
     Parameters
@@ -180,7 +179,7 @@ def make_events(
     """
     drift = related_interests(rng)
     start = rng.dirichlet(np.full(len(INTERESTS), 3.0))
-    walks = [_walk(items, drift, start, rng, telling) for _ in progress.track(range(users), "visits")]
+    walks = [_walk(items, drift, start, rng, telling) for _ in track(range(users), "visits")]
     user = np.repeat(np.arange(users), [len(chosen) for chosen, *_ in walks])
     item, time, kind, dwell = (np.concatenate(parts) for parts in zip(*walks, strict=True))
     order = np.lexsort([user, time])
@@ -303,10 +302,10 @@ def _description(words: tuple[str, ...], product: str, rng: np.random.Generator)
     return f"{product.capitalize()}: {' '.join(told[:5])}. {' '.join(told[5:]).capitalize()}."
 
 
-def _draw_all(items: Items, table: pa.Table, folder: Path, rng: np.random.Generator, progress: Progress) -> None:
+def _draw_all(items: Items, table: pa.Table, folder: Path, rng: np.random.Generator) -> None:
     (folder / "images").mkdir()
     paths = table["image"].to_pylist()
-    for item in progress.track(range(len(paths)), "pictures"):
+    for item in track(range(len(paths)), "pictures"):
         picture_rng = np.random.default_rng(rng.integers(2**63))
         if paths[item] is not None:
             draw(STYLES[items.style[item]], picture_rng).save(folder / paths[item])

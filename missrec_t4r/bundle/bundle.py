@@ -54,8 +54,8 @@ from missrec_t4r.errors import BundleError, MISSRecError
 from missrec_t4r.io.atomic import atomic_write_dir
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.io.tensor_file import advise_random_access, find_non_finite, write_tensors
+from missrec_t4r.io.weight_names import current_names
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.model.weight_names import current_names
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.retrieval.index_file import RetrievalIndex, write_index
 from missrec_t4r.schema import SCHEMA_FILE, SESSION_TRANSFORM_FILE

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from missrec_t4r.config import MISSRecConfig
+from missrec_t4r.io.weight_names import rename_weights
 from missrec_t4r.model.contextual_encoder import ContextualEncoder
 from missrec_t4r.model.decoder import InterestAwareDecoder
 from missrec_t4r.model.event_features import EventFeatures, EventValues
@@ -27,7 +28,6 @@ from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.interests import InterestTokens, InterestVocabulary
 from missrec_t4r.model.item_encoder import CandidateEmbeddings, ItemEmbeddings, ItemEncoder
 from missrec_t4r.model.score_terms import ScoreTerms, refresh_terms
-from missrec_t4r.model.weight_names import rename_weights
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
 
 

@@ -26,8 +26,8 @@ from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import CheckpointError
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.io.weight_names import current_names
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.model.weight_names import current_names
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID
 

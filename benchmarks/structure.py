@@ -75,7 +75,7 @@ def measure(root: Path) -> dict[str, Any]:
             "longest_code_lines": lengths[-1],
         },
         "options": len(re.findall(r"^\| `-", reference, re.MULTILINE)),
-        "option_declarations": _declarations(root, trees),
+        "option_declarations": _declarations(trees),
         "settings": len(re.findall(r"^\| `(?:model|train|pretrain|ranking)\.", reference, re.MULTILINE)),
         "tests": _size(root / "tests"),
         "readme_bytes": (root / "README.md").stat().st_size,
@@ -165,15 +165,33 @@ def _reachable(start: str, after: Mapping[str, set[str]]) -> set[str]:
     return seen
 
 
-def _declarations(root: Path, trees: Mapping[str, ast.Module]) -> int:
-    """Return how many parameters the public functions of the command line and of its commands declare."""
-    return sum(
-        len(node.args.args) + len(node.args.kwonlyargs)
+def _declarations(trees: Mapping[str, ast.Module]) -> int:
+    """Return how many parameters declare options.
+
+    Those of the public functions of ``cli/`` and ``commands/``, and of the functions that ``commands.HOME`` names elsewhere.
+    """
+    functions = {
+        f"{name}:{node.name}": node
         for name, tree in trees.items()
-        if name.startswith((f"{PACKAGE}.cli", f"{PACKAGE}.commands"))
         for node in tree.body
-        if isinstance(node, ast.FunctionDef) and (not node.name.startswith("_") or node.decorator_list)
-    )
+        if isinstance(node, ast.FunctionDef)
+    }
+    named = {f"{PACKAGE}.{place}" for place in _home(trees)}
+    groups = tuple(f"{PACKAGE}.{group}{end}" for group in ("cli", "commands") for end in (".", ":"))
+    counted = [
+        node
+        for name, node in functions.items()
+        if name in named
+        or (not named and name.startswith(groups) and (not node.name.startswith("_") or node.decorator_list))
+    ]
+    return sum(len(node.args.args) + len(node.args.kwonlyargs) for node in counted)
+
+
+def _home(trees: Mapping[str, ast.Module]) -> list[str]:
+    for node in trees[f"{PACKAGE}.commands"].body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "HOME":
+            return list(ast.literal_eval(node.value).values())
+    return []
 
 
 def _size(folder: Path) -> dict[str, int]:

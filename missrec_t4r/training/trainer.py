@@ -405,8 +405,8 @@ class Curves:
 
     def epoch(self, record: Mapping[str, Any], step: int) -> None:
         """Append an epoch's record."""
-        with self.file.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(dict(record)) + "\n")
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(dict(record)) + "\n")
         if self.writer is not None:
             for name, value in record.items():
                 if name != "epoch" and isinstance(value, (int, float)):

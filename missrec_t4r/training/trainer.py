@@ -152,6 +152,8 @@ class Trainer:
                 f"recall@10 {record['valid_recall@10']:.4f}  {record['positions_per_s']:,.0f} positions/s"
             )
             self.save_checkpoint()
+        stopped_by = str(self._stopped_by())
+        log.info(f"training ended by train.{stopped_by} = {getattr(self.recipe.train, stopped_by)}")
         if self.curves is not None:
             self.curves.close()
         return distributed.share(self._finish(data) if is_first else {})

@@ -1,7 +1,7 @@
 """Size and structure of one or more checkouts: files, code lines, folders, functions, comments, imports, circles.
 
     git worktree add ../before 10bf1f3
-    python -m benchmarks.structure ../before . --out benchmarks/results/DATE-structure.json
+    python -m benchmarks.structure ../before . --out benchmarks/results/DATE-structure.json --page docs/architecture.md
 
 Read from the sources alone, nothing is imported. The package is ``missrec_t4r/`` and, in checkouts that install it as
 ``missrec_t4r.workflows``, the folder ``workflows/``. A code line holds at least one token that is neither comment nor
@@ -75,7 +75,7 @@ def measure(root: Path) -> dict[str, Any]:
             "longest_code_lines": lengths[-1],
         },
         "options": len(re.findall(r"^\| `-", reference, re.MULTILINE)),
-        "option_declarations": _declarations(root, trees),
+        "option_declarations": _declarations(trees),
         "settings": len(re.findall(r"^\| `(?:model|train|pretrain|ranking)\.", reference, re.MULTILINE)),
         "tests": _size(root / "tests"),
         "readme_bytes": (root / "README.md").stat().st_size,
@@ -149,7 +149,7 @@ def _circles(importers: Mapping[str, set[str]]) -> list[set[str]]:
     groups = {
         frozenset({other for other in seen if package in reached.get(other, ())}) for package, seen in reached.items()
     }
-    return [set(group) for group in groups if len(group) > 1]
+    return sorted((set(group) for group in groups if len(group) > 1), key=sorted)
 
 
 def _package(module: str) -> str:
@@ -165,15 +165,33 @@ def _reachable(start: str, after: Mapping[str, set[str]]) -> set[str]:
     return seen
 
 
-def _declarations(root: Path, trees: Mapping[str, ast.Module]) -> int:
-    """Return how many parameters the public functions of the command line and of its commands declare."""
-    return sum(
-        len(node.args.args) + len(node.args.kwonlyargs)
+def _declarations(trees: Mapping[str, ast.Module]) -> int:
+    """Return how many parameters declare options.
+
+    Those of the public functions of ``cli/`` and ``commands/``, and of the functions that ``commands.HOME`` names.
+    """
+    functions = {
+        f"{name}:{node.name}": node
         for name, tree in trees.items()
-        if name.startswith((f"{PACKAGE}.cli", f"{PACKAGE}.commands"))
         for node in tree.body
-        if isinstance(node, ast.FunctionDef) and (not node.name.startswith("_") or node.decorator_list)
-    )
+        if isinstance(node, ast.FunctionDef)
+    }
+    named = {f"{PACKAGE}.{place}" for place in _home(trees)}
+    groups = tuple(f"{PACKAGE}.{group}{end}" for group in ("cli", "commands") for end in (".", ":"))
+    counted = [
+        node
+        for name, node in functions.items()
+        if name in named
+        or (not named and name.startswith(groups) and (not node.name.startswith("_") or node.decorator_list))
+    ]
+    return sum(len(node.args.args) + len(node.args.kwonlyargs) for node in counted)
+
+
+def _home(trees: Mapping[str, ast.Module]) -> list[str]:
+    for node in trees[f"{PACKAGE}.commands"].body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "HOME":
+            return list(ast.literal_eval(node.value).values())
+    return []
 
 
 def _size(folder: Path) -> dict[str, int]:
@@ -213,7 +231,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def _function_cells(result: Mapping[str, Any]) -> str:
     functions = result["functions"]
-    return " / ".join(str(functions[f"{name}_code_lines"]) for name in ("median", "p95", "longest"))
+    return " / ".join(f"{functions[f'{name}_code_lines']:g}" for name in ("median", "p95", "longest"))
 
 
 def main() -> None:
@@ -221,11 +239,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkouts", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--page", type=Path, help="document whose part between the markers `structure` becomes the table"
+    )
     arguments = parser.parse_args()
     results = [measure(checkout.resolve()) for checkout in arguments.checkouts]
     if arguments.out:
         content = {"benchmark": "structure", "command": "python -m benchmarks.structure", "checkouts": results}
         arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if arguments.page:
+        text = arguments.page.read_text(encoding="utf-8")
+        head, _, rest = text.partition("<!-- structure -->")
+        _, end, tail = rest.partition("<!-- /structure -->")
+        if not end:
+            raise SystemExit(f"{arguments.page} has no part between <!-- structure --> and <!-- /structure -->")
+        arguments.page.write_text(f"{head}<!-- structure -->\n{table(results)}\n{end}{tail}", encoding="utf-8")
     print(table(results))
 
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from missrec_t4r.data.user_hash import hash_ids
+from missrec_t4r.io.arrow_files import one_array, read_arrow
 from missrec_t4r.io.atomic import read_consistently
 from missrec_t4r.schema import LIST_SUFFIX, SPLITS, USER_ID
 
@@ -86,14 +87,6 @@ def prefix_mask(offsets: Ints, lengths: Ints) -> npt.NDArray[np.bool_]:
     return np.asarray(step < np.repeat(lengths, sizes))
 
 
-def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """Return a column as one array; a single chunk is not copied."""
-    if isinstance(column, pa.ChunkedArray) and column.num_chunks == 1:
-        return column.chunk(0)
-    combined = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return pa.concat_arrays(combined.chunks) if isinstance(combined, pa.ChunkedArray) else combined
-
-
 def _read_parquet(folder: Path, columns: list[str]) -> pa.Table:
     tables = [pq.read_table(file, columns=columns) for file in row_files(folder)]
     return pa.concat_tables(tables, promote_options="permissive")
@@ -105,8 +98,7 @@ def _merged(data: Path, split: str, columns: list[str]) -> pa.Table:
     overridden: list[pa.Array] = []  # users of the newer files
     parts: list[pa.Table] = []
     for file in reversed(delta_files(data)):
-        with pa.memory_map(str(file)) as source:
-            table = pa.ipc.open_file(source).read_all()
+        table = read_arrow(file)
         offsets = np.asarray(next(one_array(table[n]) for n in table.column_names if n.endswith(LIST_SUFFIX)).offsets)
         lengths = table[split].to_numpy().astype(np.int64)
         lengths[_is_in(table[USER_ID], overridden)] = 0

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from missrec_t4r.data.session_files import one_array, read_rows, row_files
+from missrec_t4r.data.session_files import read_rows, row_files
 from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.schema import ITEM_LIST, LIST_SUFFIX, NULL_ROW, PADDING_ROW, UNKNOWN_ROW, USER_ID
 
 Ints = npt.NDArray[np.int64]

@@ -1,6 +1,6 @@
-"""What the ETL derives from events on request: weights of event types, sessions by inactivity, time features.
+"""Derived event columns (optional): weights of event types, sessions by inactivity, time features.
 
-One description for the NVTabular workflow and for the fast path, which must make the same rows of it.
+The same settings configure the NVTabular workflow and the out-of-core engine, which must give the same rows.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from missrec_t4r.etl.quality.checks import refuse_milliseconds
 SESSION_ID = "session_id"
 WEIGHT = "weight"
 CLOCK = {"hour": pd.Series(range(24)), "weekday": pd.Series(range(7))}
-"""Vocabularies of the clock's columns: row 3 is midnight, or Monday."""
+"""Vocabularies of the time features that are categories: code 3 is the hour from midnight, or Monday."""
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 @dataclass(frozen=True)
 class EventSettings:
-    """What is derived; nothing by default.
+    """Derived event columns; none by default.
 
     Parameters
     ----------
@@ -34,13 +34,13 @@ class EventSettings:
     weight_column : str
         Column of the event type.
     other_weight : float
-        Weight of the types that are not named.
+        Weight of types that are not named.
     session_gap : float
-        Seconds without an event that end a session; 0 keeps a user's events together.
+        Seconds of inactivity that end a session; 0: one session per user.
     time_features : sequence of str
-        See `event_operators.TimeFeatures`.
+        See `nvt.event_ops.TimeFeatures`.
     newest : float
-        Where recency counts from, unix seconds.
+        Time that recency counts from, unix seconds.
     """
 
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -51,28 +51,28 @@ class EventSettings:
     newest: float = 0.0
 
     @property
-    def anything(self) -> bool:
-        """Whether there is something to derive."""
+    def enabled(self) -> bool:
+        """Whether any column or session is derived."""
         return bool(self.weights or self.session_gap or self.time_features)
 
     @property
     def columns(self) -> list[str]:
-        """Return the new event columns."""
+        """Return the names of the derived event columns."""
         return [*([WEIGHT] if self.weights else []), *self.time_features]
 
     def check_clock(self, newest: float) -> None:
-        """Refuse times that are no seconds where sessions or time features are made of them.
+        """Refuse times that are not in seconds if sessions or time features are computed from them.
 
         Raises
         ------
         DataError
-            The newest time can only be milliseconds or finer.
+            The newest time can only be in milliseconds or a finer unit.
         """
         options = {"--session-gap": self.session_gap, "--time-features": self.time_features}
-        refuse_milliseconds(newest, " and ".join(name for name, given in options.items() if given))
+        refuse_milliseconds(newest, " and ".join(name for name, value in options.items() if value))
 
     def check(self, features: Sequence[str], texts: Sequence[str]) -> None:
-        """Refuse names that clash and event types that are not there.
+        """Refuse derived columns whose name is taken, and weights without a column of event types.
 
         Parameters
         ----------
@@ -82,10 +82,10 @@ class EventSettings:
         Raises
         ------
         SchemaError
-            A new column's name is taken, or the event type's column is missing or no text.
+            A derived column's name is taken, or the event type's column is missing or not text.
         """
-        made = [*self.columns, *([SESSION_ID] if self.session_gap else [])]
-        if taken := [name for name in made if name in features]:
+        derived = [*self.columns, *([SESSION_ID] if self.session_gap else [])]
+        if taken := [name for name in derived if name in features]:
             raise SchemaError(
                 f"the events have columns {taken} already", "names that are free", "leave them out with --drop-column"
             )
@@ -98,7 +98,7 @@ class EventSettings:
 
 
 def parse_seconds(text: str | float | None, option: str) -> float:
-    """Return a duration in seconds: ``30m``, ``1.5h``, ``2d``, ``90``.
+    """Parse a duration in seconds: ``30m``, ``1.5h``, ``2d``, ``90``.
 
     Examples
     --------
@@ -107,14 +107,14 @@ def parse_seconds(text: str | float | None, option: str) -> float:
     """
     if text is None:
         return 0.0
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(text))
-    if not found or float(found[1]) <= 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(text))
+    if not match or float(match[1]) <= 0:
         raise ConfigError(f"{option} {text!r}", "a positive duration such as 30m, 12h, 2d or seconds")
-    return float(found[1]) * _SECONDS[found[2] or "s"]
+    return float(match[1]) * _SECONDS[match[2] or "s"]
 
 
 def parse_weights(text: str | Mapping[str, Any] | None) -> dict[str, float]:
-    """Return event weights: ``view=1,purchase=3``.
+    """Parse event weights such as ``view=1,purchase=3``.
 
     Examples
     --------
@@ -134,7 +134,7 @@ def parse_weights(text: str | Mapping[str, Any] | None) -> dict[str, float]:
 
 
 def parse_time_features(text: str | Sequence[str] | None) -> list[str]:
-    """Return names of time features: ``gap,hour``; ``all`` is every one.
+    """Parse names of time features such as ``gap,hour``; ``all`` is every one.
 
     Examples
     --------

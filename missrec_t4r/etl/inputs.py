@@ -1,4 +1,4 @@
-"""Raw tables -> clean events and the items they are about: names, types, checks, filters."""
+"""In-memory input: raw tables are renamed, typed, checked, matched with the item table and filtered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.etl import item_table as catalogues
+from missrec_t4r.etl.item_table import UnknownItems, Vectors, filter_items, match_events, unique_items
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, read_table, require_column
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
@@ -18,14 +18,14 @@ from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
 @dataclass(frozen=True)
 class Inputs:
-    """Cleaned events and the items they are about.
+    """Clean events and the items of the catalogue.
 
     Parameters
     ----------
     events : DataFrame
         ``user_id``, ``item_id``, ``timestamp`` and the feature columns, in input order.
     items : pyarrow.Table
-        In the order of the catalogue, from row 3 on.
+        In catalogue order: row ``i`` has item index ``3 + i``.
     vectors : mapping of str to ndarray [item, width]
         Modality vectors, rows as in ``items``.
     features : tuple of str
@@ -34,33 +34,38 @@ class Inputs:
 
     events: pd.DataFrame
     items: pa.Table
-    vectors: catalogues.Vectors
+    vectors: Vectors
     features: tuple[str, ...]
 
 
 def read_tables(
     interactions: Paths, items: Path, names: Mapping[str, str], catalogue_item: str, findings: checks.Findings
 ) -> tuple[pa.Table, pa.Table]:
-    """Return both tables with our column names, ids and times in their normal types.
+    """Return interactions and item table with standard column names, ids as int64 or string, times as numbers.
 
     Parameters
     ----------
+    interactions : path, pattern, folder, or a sequence of them
+        Parquet, csv or json lines.
+    items : Path
+        Item table.
     names : mapping of str to str
-        Raw to our name of user, item and time.
+        Input column -> ``user_id``, ``item_id`` or ``timestamp``.
     catalogue_item : str
-        Raw name of the id in the item table.
+        Id column of the item table.
+    findings : Findings
+        Gains the columns that are left out.
 
     Raises
     ------
     ConfigError
-        One column was named twice.
+        Two of user, item and time have the same column.
     DataError, SchemaError
-        A table cannot be read, or lacks a column, or has it in another type.
+        A table cannot be read, lacks a column, or has one of an unsupported type.
     """
     if len(names) < 3:
         raise ConfigError(f"columns {list(names)} for user, item and time", "three different columns")
-    item_raw, user_raw = _raw_name(names, ITEM_ID), _raw_name(names, USER_ID)
-    ids = [user_raw, item_raw]
+    ids = [next(raw for raw, name in names.items() if name == key) for key in (USER_ID, ITEM_ID)]
     events = read_table(interactions, "interactions", text_columns=ids, needed=names, findings=findings)
     for raw, option in zip(names, ("--user-column", "--item-column", "--time-column"), strict=True):
         require_column(events, raw, "interactions", option)
@@ -73,12 +78,12 @@ def read_tables(
 
 
 def read_items(items: Path, catalogue_item: str, findings: checks.Findings) -> pa.Table:
-    """Return the item table, its id under our name and as it was written.
+    """Return the item table with its id column named ``item_id``, ids as they were written.
 
     Raises
     ------
     DataError, SchemaError
-        It cannot be read, or has no such column.
+        It cannot be read, or has no id column.
     """
     table = read_table(items, "items", text_columns=[catalogue_item, ITEM_ID], findings=findings)
     if catalogue_item not in table.column_names and ITEM_ID in table.column_names:
@@ -91,56 +96,52 @@ def read_items(items: Path, catalogue_item: str, findings: checks.Findings) -> p
 
 
 def _normal_types(events: pa.Table, items: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Bring ids and times to their types; text ids become integers only if the other table has integers."""
+    """Convert ids and times; text ids become integers only if the ids of the other table are integers."""
     event_ids, item_ids = checks.normal_ids(events[ITEM_ID], ITEM_ID), checks.normal_ids(items[ITEM_ID], ITEM_ID)
     if event_ids.type != item_ids.type:
-        as_numbers = [checks.text_to_integers(ids) for ids in (event_ids, item_ids)]
-        event_ids = event_ids if as_numbers[0] is None else as_numbers[0]
-        item_ids = item_ids if as_numbers[1] is None else as_numbers[1]
-    new = {
+        event_integers, item_integers = (checks.text_to_integers(ids) for ids in (event_ids, item_ids))
+        event_ids = event_ids if event_integers is None else event_integers
+        item_ids = item_ids if item_integers is None else item_integers
+    converted = {
         USER_ID: checks.normal_ids(events[USER_ID], USER_ID),
         ITEM_ID: event_ids,
         TIMESTAMP: checks.normal_time(events[TIMESTAMP], TIMESTAMP),
     }
-    columns = {name: new.get(name, events[name]) for name in events.column_names}
+    columns = {name: converted.get(name, events[name]) for name in events.column_names}
     item_columns = {name: item_ids if name == ITEM_ID else items[name] for name in items.column_names}
     return pa.table(columns), pa.table(item_columns)
 
 
-def prepare(
+def clean_inputs(
     events_table: pa.Table,
     item_table: pa.Table,
-    vectors: catalogues.Vectors,
+    vectors: Vectors,
     findings: checks.Findings,
     *,
     drop_columns: Sequence[str],
     drop_duplicates: bool,
-    unknown_items: catalogues.UnknownItems,
+    unknown_items: UnknownItems,
     k_core: int,
     min_item_count: int,
 ) -> Inputs:
-    """Clean the events, match them with the items, and leave out what is too rare.
+    """Clean the events, match them with the item table, and filter rare users and items.
 
     Parameters
     ----------
     events_table, item_table : pyarrow.Table
         From `read_tables`.
-    vectors : mapping of str to ndarray [line, width]
+    vectors : mapping of str to ndarray [item, width]
         Modality vectors, rows as in ``item_table``.
     findings : Findings
-        Gains what is odd about the data.
+        Gains the data-quality findings.
     drop_columns, drop_duplicates, unknown_items, k_core, min_item_count
         As in `missrec_t4r.etl.pipeline.etl`.
     """
     features = checks.event_features(events_table, drop_columns, findings)
     events = checks.clean_events(events_table, features, findings, drop_duplicates)
-    items, vectors = catalogues.unique_items(item_table, vectors, findings)
-    events, items, vectors = catalogues.match_events(events, items, vectors, unknown_items, findings)
-    events, items, vectors = catalogues.filter_items(
+    items, vectors = unique_items(item_table, vectors, findings)
+    events, items, vectors = match_events(events, items, vectors, unknown_items, findings)
+    events, items, vectors = filter_items(
         events, items, vectors, k_core=k_core, min_item_count=min_item_count, user_column=USER_ID
     )
     return Inputs(checks.fill_features(events, features, findings), items, vectors, tuple(features))
-
-
-def _raw_name(names: Mapping[str, str], ours: str) -> str:
-    return next(raw for raw, name in names.items() if name == ours)

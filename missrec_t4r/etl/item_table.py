@@ -1,7 +1,8 @@
-"""Raw item table -> Catalogue: vocabulary in the order of the table, presence masks, popularity; item filters.
+"""Item table -> catalogue: vocabulary in the order of the table, modality vectors, popularity; item filters.
 
-Item i of the table gets row 3 + i and keeps it. Items that only events know are appended in the order of their
-first event (or left out, on request) and have no modality.
+Item i of the table gets item index 3 + i and keeps it. Items that occur only in events are appended in the order of
+their first event (or their events are dropped) and have no modality. An incremental update appends new rows of the item
+table after the old items, and completes old items that were known from events only.
 """
 
 from __future__ import annotations
@@ -9,37 +10,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
+from missrec_t4r.arrays import Bools, Floats
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import ConfigError, DataError, ModalityError, SchemaError
-from missrec_t4r.etl import item_table as catalogues
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ROW, TRAIN_COUNT
 
 UnknownItems = Literal["append", "drop"]
-Vectors = Mapping[str, npt.NDArray[np.float32]]
-"""Modality vectors as files have them: one row per line of the raw item table."""
+Vectors = Mapping[str, Floats]
+"""Modality -> vectors, [item, width], rows as in the item table."""
 
 
-def read_modalities(files: Mapping[str, Path], n_lines: int) -> dict[str, npt.NDArray[np.float32]]:
-    """Read ``name=file.npy`` vectors whose rows follow the item table.
+# Reading
+
+
+def read_modalities(files: Mapping[str, Path], n_items: int) -> dict[str, Floats]:
+    """Read modality vectors from .npy files whose rows follow the item table.
 
     Raises
     ------
     ModalityError
         A file is missing or unreadable, has the wrong number of rows, or holds NaN or infinity.
     """
-    return {name: _read_vectors(name, Path(file), n_lines) for name, file in files.items()}
+    return {name: _read_vectors(name, Path(file), n_items) for name, file in files.items()}
 
 
-def _read_vectors(name: str, file: Path, n_lines: int) -> npt.NDArray[np.float32]:
+def _read_vectors(name: str, file: Path, n_items: int) -> Floats:
     if not name.isidentifier() or name == "presence":
         raise ModalityError(f"a modality is called {name!r}", "letters, digits and _, and not 'presence'")
     try:
@@ -50,47 +54,67 @@ def _read_vectors(name: str, file: Path, n_lines: int) -> npt.NDArray[np.float32
             "a .npy file of numbers",
             "check the path given with --modality",
         ) from error
-    if vectors.ndim != 2 or vectors.shape[0] != n_lines:
+    if vectors.ndim != 2 or vectors.shape[0] != n_items:
         raise ModalityError(
             f"modality {name!r} has shape {vectors.shape} in {file}",
-            f"{n_lines} rows, one per line of the item table",
+            f"{n_items} rows, one per row of the item table",
             "extract the vectors again for this item table",
         )
     if vectors.dtype.kind not in "fiu":
         raise ModalityError(f"modality {name!r} holds {vectors.dtype}", "numbers", "save the vectors as float32")
     vectors = vectors.astype(np.float32)
     if not (finite := np.isfinite(vectors).all(1)).all():
-        line = int(np.flatnonzero(~finite)[0])
+        row = int(np.flatnonzero(~finite)[0])
         raise ModalityError(
-            f"modality {name!r} holds NaN or infinity in row {line} of {file}",
+            f"modality {name!r} holds NaN or infinity in row {row} of {file}",
             "finite numbers",
-            "repair the row, or set it to zero to say that the item lacks the modality",
+            "repair the row, or set it to zero if the item lacks the modality",
         )
     return vectors
 
 
+def check_fingerprints(fingerprints: Mapping[str, str], files: Mapping[str, Path]) -> None:
+    """Refuse empty fingerprints, and fingerprints of modalities without vectors.
+
+    Raises
+    ------
+    ConfigError
+        There is one.
+    """
+    for name, text in fingerprints.items():
+        if name not in files or not text.strip():
+            raise ConfigError(
+                f"--fingerprint {name}={text}",
+                f"NAME=TEXT with a name among {sorted(files)}",
+                "give the vectors with --modality, and the name of their encoder",
+            )
+
+
+# Rows of the item table
+
+
 def unique_items(items: pa.Table, vectors: Vectors, findings: Findings) -> tuple[pa.Table, Vectors]:
-    """Leave out lines without id and later lines of the same id, in the table and in the vectors.
+    """Leave out rows without id and repeated ids, in the table and in the vectors; the first row of an id is kept.
 
     Raises
     ------
     DataError
-        No line has an id.
+        No row has an id.
     """
     ids = items[ITEM_ID].to_pandas()
-    null, doubled = ids.isna(), ids.duplicated()
-    findings.add("null_items", int(null.sum()), "lines of the item table without an id are left out")
-    findings.add("duplicate_items", int((doubled & ~null).sum()), "of several lines with one id the first is kept")
-    keep = np.flatnonzero(~null & ~doubled)
-    if not len(keep):
-        raise DataError("no line of the item table has an id", "at least one item", "check --item-column")
-    return _take_items(items, vectors, keep)
+    null, repeated = ids.isna(), ids.duplicated()
+    findings.add("null_items", int(null.sum()), "rows of the item table without an id are left out")
+    findings.add("duplicate_items", int((repeated & ~null).sum()), "of several rows with the same id the first is kept")
+    kept = np.flatnonzero(~null & ~repeated)
+    if not len(kept):
+        raise DataError("no row of the item table has an id", "at least one item", "check --item-column")
+    return take_items(items, vectors, kept)
 
 
 def match_events(
     events: pd.DataFrame, items: pa.Table, vectors: Vectors, unknown: UnknownItems, findings: Findings
 ) -> tuple[pd.DataFrame, pa.Table, Vectors]:
-    """Bring events and item table together: items that only events know are appended or dropped.
+    """Match events with the item table: items that occur only in events are appended, or their events are dropped.
 
     Raises
     ------
@@ -99,36 +123,61 @@ def match_events(
     DataError
         No event is left.
     """
-    in_table, in_events = items[ITEM_ID].type, pa.array(events[ITEM_ID]).type
-    if in_table != in_events:
+    table_type, event_type = items[ITEM_ID].type, pa.array(events[ITEM_ID]).type
+    if table_type != event_type:
         raise SchemaError(
-            f"item ids are {in_events} in the interactions and {in_table} in the item table",
+            f"item ids are {event_type} in the interactions and {table_type} in the item table",
             "the same type in both",
             "convert one of them",
         )
-    known = events[ITEM_ID].isin(items[ITEM_ID].to_pandas())
-    orphans = events[ITEM_ID][~known].drop_duplicates()
-    if unknown == "drop":
-        findings.add(
-            "orphan_events", int((~known).sum()), f"events on {len(orphans)} items without a line are left out"
-        )
-        events = events[known].reset_index(drop=True)
-        if events.empty:
-            raise DataError("no event is on an item of the item table", "matching ids", "check both id columns")
-        return events, items, vectors
-    findings.add("orphan_items", len(orphans), f"items that only events know ({int((~known).sum())}) were appended")
-    if len(orphans) == events[ITEM_ID].nunique():
-        findings.add("no_item_matches", len(orphans), "no event is on an item of the item table; are the ids the same?")
-    added = pa.table({ITEM_ID: pa.array(orphans, in_table)})
-    items = pa.concat_tables([items, added], promote_options="default")
-    blank = {name: np.zeros((len(orphans), array.shape[1]), np.float32) for name, array in vectors.items()}
-    return events, items, {name: np.concatenate([array, blank[name]]) for name, array in vectors.items()}
+    in_table = events[ITEM_ID].isin(items[ITEM_ID].to_pandas())
+    unknown_ids = events[ITEM_ID][~in_table].drop_duplicates()
+    append = unknown == "append"
+    add_unknown_item_findings(findings, len(unknown_ids), int((~in_table).sum()), len(events), append=append)
+    if append:
+        return events, *append_items(items, vectors, pa.array(unknown_ids, table_type))
+    events = events[in_table].reset_index(drop=True)
+    if events.empty:
+        raise DataError("no event is on an item of the item table", "matching ids", "check both id columns")
+    return events, items, vectors
+
+
+def add_unknown_item_findings(
+    findings: Findings, n_unknown: int, unknown_events: int, events: int, *, append: bool
+) -> None:
+    """Add the findings of items that occur only in events.
+
+    Parameters
+    ----------
+    n_unknown, unknown_events, events : int
+        Number of such items, of events on them, and of all events.
+    append : bool
+        Whether they are appended to the catalogue; otherwise their events are left out.
+    """
+    if not append:
+        findings.add("orphan_events", unknown_events, f"events on {n_unknown} items without a row are left out")
+        return
+    findings.add("orphan_items", n_unknown, f"items that occur only in events ({unknown_events}) were appended")
+    if unknown_events == events:
+        findings.add("no_item_matches", n_unknown, "no event is on an item of the item table; are the ids the same?")
+
+
+def append_items(items: pa.Table, vectors: Vectors, ids: pa.Array) -> tuple[pa.Table, Vectors]:
+    """Append items of which only the id is known; they have no modality."""
+    items = pa.concat_tables([items, pa.table({ITEM_ID: ids})], promote_options="default")
+    blank = {name: np.zeros((len(ids), array.shape[1]), np.float32) for name, array in vectors.items()}
+    return items, {name: np.concatenate([array, blank[name]]) for name, array in vectors.items()}
+
+
+def take_items(items: pa.Table, vectors: Vectors, rows: npt.NDArray[np.intp]) -> tuple[pa.Table, Vectors]:
+    """Return some rows of the item table and of its vectors."""
+    return items.take(pa.array(rows)), {name: array[rows] for name, array in vectors.items()}
 
 
 def filter_items(
     events: pd.DataFrame, items: pa.Table, vectors: Vectors, *, k_core: int, min_item_count: int, user_column: str
 ) -> tuple[pd.DataFrame, pa.Table, Vectors]:
-    """Leave out rare items (once) and rare users and items (until nothing changes), in events and catalogue.
+    """Leave out rare items once, then rare users and items until nothing changes, in events and item table.
 
     Raises
     ------
@@ -138,142 +187,162 @@ def filter_items(
     if max(k_core, min_item_count) <= 0:
         return events, items, vectors
     if min_item_count > 0:
-        events = _frequent(events, ITEM_ID, min_item_count)
+        events = _keep_frequent(events, ITEM_ID, min_item_count)
     before = -1
     while k_core > 0 and before != len(events):
         before = len(events)
-        events = _frequent(_frequent(events, user_column, k_core), ITEM_ID, k_core)
+        events = _keep_frequent(_keep_frequent(events, user_column, k_core), ITEM_ID, k_core)
     if events.empty:
         raise DataError(
             f"k_core={k_core} with min_item_count={min_item_count} leaves no event", "at least one", "lower the numbers"
         )
-    keep = np.flatnonzero(items[ITEM_ID].to_pandas().isin(events[ITEM_ID]).to_numpy())
-    return (events.reset_index(drop=True), *_take_items(items, vectors, keep))
+    kept = np.flatnonzero(items[ITEM_ID].to_pandas().isin(events[ITEM_ID]).to_numpy())
+    return (events.reset_index(drop=True), *take_items(items, vectors, kept))
 
 
-def check_fingerprints(fingerprints: Mapping[str, str], files: Mapping[str, Path]) -> None:
-    """Refuse a fingerprint of a modality that was not given, and an empty one.
+def _keep_frequent(events: pd.DataFrame, column: str, minimum: int) -> pd.DataFrame:
+    return events[events.groupby(column)[column].transform("size") >= minimum]
 
-    Raises
-    ------
-    ConfigError
-        Either is so.
-    """
-    for name, stated in fingerprints.items():
-        if name not in files or not stated.strip():
-            raise ConfigError(
-                f"--fingerprint {name}={stated}",
-                f"NAME=TEXT with a name among {sorted(files)}",
-                "give the vectors with --modality and say whose they are",
-            )
+
+# Catalogue
 
 
 def build_catalogue(
     items: pa.Table, vectors: Vectors, files: Mapping[str, Path], fingerprints: Mapping[str, str] | None = None
 ) -> Catalogue:
-    """Return the catalogue with zero popularity; all-zero vectors mean that the item lacks the modality."""
+    """Return the catalogue, popularity still 0; items with an all-zero vector lack the modality.
+
+    Parameters
+    ----------
+    items, vectors : pyarrow.Table, mapping of str to ndarray [item, width]
+        Item table and modality vectors.
+    files : mapping of str to Path
+        Where the vectors come from, noted in the catalogue.
+    fingerprints : mapping of str to str, optional
+        Names of their encoders.
+    """
     reserved = [name for name in (ROW, TRAIN_COUNT) if name in items.column_names]
     items = items.drop_columns(reserved) if reserved else items
     modalities = {}
     for name, array in vectors.items():
-        full = np.concatenate([np.zeros((FIRST_ITEM_ROW, array.shape[1]), np.float32), array])
+        padded = np.concatenate([np.zeros((FIRST_ITEM_ROW, array.shape[1]), np.float32), array])  # [item index, width]
         encoder = {"name": "precomputed", "file": Path(files[name]).name}
         if fingerprints and name in fingerprints:
             encoder["fingerprint"] = fingerprints[name]
-        modalities[name] = Modality(full, full.any(1), encoder)
+        modalities[name] = Modality(padded, padded.any(1), encoder)
     return with_train_count(Catalogue(items.append_column(TRAIN_COUNT, _zeros(items)), {}), _zeros(items), modalities)
 
 
 def with_train_count(
     catalogue: Catalogue, counts: npt.ArrayLike, modalities: Mapping[str, Modality] | None = None
 ) -> Catalogue:
-    """Return the catalogue with another popularity, item_id and train_count leading."""
+    """Return the catalogue with training counts per item, [item], and the columns item_id and train_count first."""
     others = [name for name in catalogue.items.column_names if name not in (ITEM_ID, TRAIN_COUNT)]
     columns = {ITEM_ID: catalogue.items[ITEM_ID], TRAIN_COUNT: pa.array(np.asarray(counts, np.int64))}
     table = pa.table(columns | {name: catalogue.items[name] for name in others})
     return Catalogue(table, catalogue.modalities if modalities is None else modalities)
 
 
-def extended_catalogue(old: Catalogue, items: pa.Table, vectors: Vectors) -> Catalogue:
-    """Return the old catalogue with further items; encoders, their state and variants stay."""
-    more = items.num_rows - old.n_items
-    modalities = {}
-    for name, modality in old.modalities.items():
-        full = np.concatenate([np.zeros((FIRST_ITEM_ROW, modality.width), np.float32), vectors[name]])
-        present = full.any(1)
-        present[: old.n_rows] |= modality.present
-        pad = ((0, more), (0, 0))
-        variants = {variant: np.pad(array, pad) for variant, array in modality.variants.items()}
-        modalities[name] = replace(modality, vectors=full, present=present, variants=variants)
-    table = items.append_column(TRAIN_COUNT, pa.array(np.zeros(items.num_rows, np.int64)))
-    return Catalogue(table.select([ITEM_ID, TRAIN_COUNT, *[n for n in items.column_names if n != ITEM_ID]]), modalities)
-
-
 def _zeros(items: pa.Table) -> pa.Array:
     return pa.array(np.zeros(items.num_rows, np.int64))
 
 
-def _frequent(events: pd.DataFrame, column: str, least: int) -> pd.DataFrame:
-    return events[events.groupby(column)[column].transform("size") >= least]
+# Incremental update
 
 
-def _take_items(items: pa.Table, vectors: Vectors, keep: npt.NDArray[np.intp]) -> tuple[pa.Table, Vectors]:
-    return items.take(pa.array(keep)), {name: array[keep] for name, array in vectors.items()}
+def merge_new_items(
+    old: Catalogue, table: pa.Table | None, files: Mapping[str, Path], findings: Findings
+) -> tuple[pa.Table, Vectors, int]:
+    """Return the old items followed by the new rows of an item table, their vectors, and the number of rows used.
 
+    A row of an old item is used if only the item's id was known so far, and ignored otherwise.
 
-# The item table of an update: new lines after the old items, and lines for items that only events knew
-
-
-def with_lines(
-    old: Catalogue, table: pa.Table | None, files: Mapping[str, Path], findings: checks.Findings
-) -> tuple[pa.Table, catalogues.Vectors, int]:
-    """Return the old items followed by the new lines of the item table, their vectors, and how many lines count.
+    Parameters
+    ----------
+    old : Catalogue
+        Of the data folder.
+    table : pyarrow.Table, optional
+        Item table of an incremental update.
+    files : mapping of str to Path
+        Modality vectors whose rows follow ``table``.
+    findings : Findings
+        Gains the data-quality findings of ``table``.
 
     Raises
     ------
     ConfigError, SchemaError, ModalityError
         The table or its vectors do not fit the catalogue.
     """
-    known = old.items.drop_columns([TRAIN_COUNT])
+    old_items = old.items.drop_columns([TRAIN_COUNT])
     vectors = {name: modality.vectors[FIRST_ITEM_ROW:] for name, modality in old.modalities.items()}
     if table is None:
         if files:
             raise ConfigError("vectors are given without an item table", "both or none", "add --items")
-        return known, vectors, 0
+        return old_items, vectors, 0
     ids = checks.normal_ids(table[ITEM_ID], ITEM_ID)
     if pa.types.is_string(ids.type) and old.id_type == "int64":
         ids = checks.text_to_integers(ids) or ids
-    if ids.type != known[ITEM_ID].type:
-        raise SchemaError(f"item ids are {ids.type} in the item table", f"{known[ITEM_ID].type} as in the catalogue")
+    if (id_type := old_items[ITEM_ID].type) != ids.type:
+        raise SchemaError(f"item ids are {ids.type} in the item table", f"{id_type} as in the catalogue")
     table = table.set_column(table.column_names.index(ITEM_ID), ITEM_ID, ids)
-    given: catalogues.Vectors = catalogues.read_modalities(files, table.num_rows)
-    for name, array in given.items():
+    new_vectors: Vectors = read_modalities(files, table.num_rows)
+    for name, array in new_vectors.items():
         if name not in vectors or vectors[name].shape[1] != array.shape[1]:
-            widths = {known_name: part.shape[1] for known_name, part in vectors.items()}
+            widths = {modality: old_array.shape[1] for modality, old_array in vectors.items()}
             raise ModalityError(f"modality {name!r} of width {array.shape[1]}", f"one of the catalogue's: {widths}")
-    table, given = catalogues.unique_items(table, given, findings)
-    rows = old.rows_of(table[ITEM_ID].combine_chunks())
-    shared = [name for name in table.column_names if name in known.column_names]
+    table, new_vectors = unique_items(table, new_vectors, findings)
+    item_index = old.rows_of(table[ITEM_ID].combine_chunks())  # [new row]
+    shared = [name for name in table.column_names if name in old_items.column_names]
     try:
-        both = pa.concat_tables([known, table.select(shared)], promote_options="permissive")
+        both = pa.concat_tables([old_items, table.select(shared)], promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise SchemaError(f"the item table differs in a type ({error})", "types as in the catalogue") from error
-    new = np.flatnonzero(rows < FIRST_ITEM_ROW)
-    order = np.arange(old.n_items)
-    told = np.flatnonzero((rows >= FIRST_ITEM_ROW) & _empty(known)[np.maximum(rows - FIRST_ITEM_ROW, 0)])
-    order[rows[told] - FIRST_ITEM_ROW] = old.n_items + told  # only events knew these items; now they have a line
-    if not len(new) + len(told):
-        return known, vectors, 0
-    order = np.concatenate([order, old.n_items + new])
-    blank = {name: np.zeros((table.num_rows, array.shape[1]), np.float32) for name, array in vectors.items()}
-    grown = {name: np.concatenate([array, given.get(name, blank[name])])[order] for name, array in vectors.items()}
-    return both.take(pa.array(order)), grown, len(new) + len(told)
+    is_old = item_index >= FIRST_ITEM_ROW
+    position = np.maximum(item_index - FIRST_ITEM_ROW, 0)  # [new row]: row among the old items, where it is one
+    added = np.flatnonzero(~is_old)
+    completed = np.flatnonzero(is_old & _known_by_id_only(old_items)[position])
+    if not len(added) + len(completed):
+        return old_items, vectors, 0
+    order = np.concatenate([np.arange(old.n_items), old.n_items + added])  # rows of ``both`` in catalogue order
+    order[position[completed]] = old.n_items + completed
+    merged = {}
+    for name, array in vectors.items():
+        blank = np.zeros((table.num_rows, array.shape[1]), np.float32)
+        merged[name] = np.concatenate([array, new_vectors.get(name, blank)])[order]
+    return both.take(pa.array(order)), merged, len(added) + len(completed)
 
 
-def _empty(items: pa.Table) -> np.ndarray[Any, Any]:
-    """Return which items nothing is known of but their id, [item]."""
+def _known_by_id_only(items: pa.Table) -> Bools:
+    """Return which items have no value but their id, [item]."""
     empty = np.ones(items.num_rows, bool)
     for name in items.column_names:
         if name != ITEM_ID:
             empty &= items[name].is_null().to_numpy()
     return empty
+
+
+def extend_catalogue(old: Catalogue, items: pa.Table, vectors: Vectors) -> Catalogue:
+    """Return the old catalogue with further items; encoders, their fitted state and variants are kept.
+
+    Parameters
+    ----------
+    old : Catalogue
+        Of the version before.
+    items, vectors : pyarrow.Table, mapping of str to ndarray [item, width]
+        Old items followed by new ones.
+    """
+    n_new = items.num_rows - old.n_items
+    modalities = {}
+    for name, modality in old.modalities.items():
+        padded = np.concatenate(
+            [np.zeros((FIRST_ITEM_ROW, modality.width), np.float32), vectors[name]]
+        )  # [item index, width]
+        present = padded.any(1)
+        present[: old.n_rows] |= modality.present
+        pad = ((0, n_new), (0, 0))
+        variants = {variant: np.pad(array, pad) for variant, array in modality.variants.items()}
+        modalities[name] = replace(modality, vectors=padded, present=present, variants=variants)
+    table = items.append_column(TRAIN_COUNT, _zeros(items))
+    return Catalogue(
+        table.select([ITEM_ID, TRAIN_COUNT, *[name for name in items.column_names if name != ITEM_ID]]), modalities
+    )

@@ -1,13 +1,15 @@
 """``missrec etl``: interactions and an item table in, a data folder of sessions, catalogue and workflows out.
 
-read -> check -> filter -> catalogue -> NVTabular workflow -> split -> write. The folder is written aside and renamed,
-so that a failed run leaves nothing and a finished one is whole; running again gives the same sessions.
+Two engines make the same rows. In memory: read -> check -> filter -> catalogue -> NVTabular workflow -> split -> write.
+Out of core (`engine/build.py`): the same steps on partitions of the users, in bounded memory, for parquet of any size.
+
+The data folder is written to a temporary folder and replaces the output in one rename, so a failed run leaves nothing
+behind, and the same input gives the same sessions.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import shutil
 import tempfile
@@ -21,21 +23,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from missrec_t4r.arrays import AnyArray, Ints
+from missrec_t4r.data.session_files import take_prefixes
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
-from missrec_t4r.etl import item_table as catalogues
-from missrec_t4r.etl import outputs, splits
-from missrec_t4r.etl.engine import build as scale
-from missrec_t4r.etl.engine import workdir as places
-from missrec_t4r.etl.engine.executor import engine as running
+from missrec_t4r.etl import inputs, item_table, outputs, splits
+from missrec_t4r.etl.engine import append, workdir
+from missrec_t4r.etl.engine import compact as compaction
+from missrec_t4r.etl.engine.build import Job, build
+from missrec_t4r.etl.engine.executor import open_executor
 from missrec_t4r.etl.engine.shuffle import cut_chunks
 from missrec_t4r.etl.event_settings import CLOCK, EventSettings, parse_seconds, parse_time_features, parse_weights
-from missrec_t4r.etl.inputs import Inputs, prepare, read_tables
-from missrec_t4r.etl.nvt import workflows as sessions
+from missrec_t4r.etl.nvt import workflows as nvt_workflows
 from missrec_t4r.etl.nvt.workflow_file import EventColumns, WorkflowFile, check_fitted, check_lists
 from missrec_t4r.etl.outputs import REPORT_FILE, REQUEST_FOLDER, WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
-from missrec_t4r.etl.sources.table import Paths, expand, read_table
-from missrec_t4r.io.atomic import atomic_write_dir
+from missrec_t4r.etl.sources.table import PARQUET_SUFFIXES, Paths, expand, read_table
+from missrec_t4r.io.arrow_files import one_array
+from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
+from missrec_t4r.io.json_files import write_json
 from missrec_t4r.progress import track
 from missrec_t4r.schema import (
     CATALOGUE_FOLDER,
@@ -51,6 +56,8 @@ from missrec_t4r.schema import (
 log = logging.getLogger(__name__)
 
 Split = Literal["leave_one_out", "time"]
+OUT_OF_CORE_EVENTS = 300_000
+"""Events of parquet input from which ``engine="auto"`` uses the out-of-core engine."""
 _EVENTS_PER_PARTITION = 5_000_000
 _SESSIONS_PER_FILE = 250_000
 
@@ -71,7 +78,7 @@ def etl(
     categorical_columns: Sequence[str] = (),
     k_core: int = 0,
     min_item_count: int = 0,
-    unknown_items: catalogues.UnknownItems = "append",
+    unknown_items: item_table.UnknownItems = "append",
     drop_duplicates: bool = False,
     split: Split = "leave_one_out",
     valid_from: float | None = None,
@@ -197,8 +204,8 @@ def etl(
         session_gap=parse_seconds(session_gap, "--session-gap"),
         time_features=parse_time_features(time_features),
     )
-    file = None if workflow is None else _workflow_file(workflow, derive, max_events, engine)
-    catalogues.check_fingerprints(fingerprint or {}, files)
+    workflow_file = None if workflow is None else _read_workflow_file(workflow, derive, max_events, engine)
+    item_table.check_fingerprints(fingerprint or {}, files)
     settings = {
         "split": split,
         "valid_from": valid_from,
@@ -218,21 +225,32 @@ def etl(
         "event_type_column": event_type_column,
         "time_features": list(derive.time_features),
         "save_nvtabular_workflow": save_nvtabular_workflow,
-        "workflow": None if file is None else {"file": file.file.name, "sha256": file.sha256},
+        "workflow": None
+        if workflow_file is None
+        else {"file": workflow_file.file.name, "sha256": workflow_file.sha256},
     }
     names = {user_column: USER_ID, item_column: ITEM_ID, time_column: TIMESTAMP}
     if len(names) < 3:
         raise ConfigError(f"columns {list(names)} for user, item and time", "three different columns")
     events = expand(interactions, "interactions")
-    on_disk = engine == "disk" or (engine == "auto" and file is None and is_large(events))
-    table = catalogue_item_column or item_column
-    task = _Task(events, items, table, names, settings, files, derive, findings, file)
+    out_of_core = engine == "disk" or (engine == "auto" and workflow_file is None and is_large(events))
+    task = _Task(
+        files=events,
+        items=items,
+        catalogue_item=catalogue_item_column or item_column,
+        names=names,
+        settings=settings,
+        modality_files=files,
+        derive=derive,
+        findings=findings,
+        workflow=workflow_file,
+    )
     if dry_run:
-        return planned(task.files, names, items, out, on_disk=on_disk, settings=settings)
-    if on_disk:
-        counts = _on_disk(task, out, partitions, dask_scheduler, workers, started)
+        return describe_run(task.files, names, items, out, out_of_core=out_of_core, settings=settings)
+    if out_of_core:
+        counts = _run_out_of_core(task, out, partitions, dask_scheduler, workers, started)
     else:
-        counts = _in_memory(task, out, partitions, started)
+        counts = _run_in_memory(task, out, partitions, started)
     for finding in findings.found:
         log.info(f"{finding.check}: {finding.count:,} ({finding.message})")
     rows = ", ".join(f"{count:,} {name}" for name, count in counts["sessions"].items())
@@ -246,15 +264,11 @@ def _change(
     """Add to a data folder (--update), or rewrite its splits with all deltas applied (--compact)."""
     machine = _machine_options(options)
     if options["update"] and not options["compact"]:
-        from missrec_t4r.etl.engine.append import update
-
-        return update(interactions, out, items=items, modality=modality, delta=options["delta"], **machine)
+        return append.update(interactions, out, items=items, modality=modality, delta=options["delta"], **machine)
     if options["update"] or interactions or items or modality:
         found, cure = "--compact with new events or items", "run missrec etl --update first, then --compact"
         raise ConfigError(found, "a data folder alone", cure)
-    from missrec_t4r.etl.engine.compact import compact
-
-    return compact(out, **machine)
+    return compaction.compact(out, **machine)
 
 
 _MACHINE_OPTIONS = ("dask_scheduler", "workers", "dry_run")
@@ -282,116 +296,6 @@ def _comparable(value: Any) -> Any:
     return (tuple(value) if isinstance(value, list | tuple | dict) else value) or None
 
 
-@dataclass
-class _Task:
-    """What both paths have to know."""
-
-    files: list[Path]
-    items: Path
-    catalogue_item: str
-    names: dict[str, str]
-    settings: dict[str, Any]
-    modality_files: dict[str, Path]
-    derive: EventSettings
-    findings: checks.Findings
-    workflow: WorkflowFile | None = None
-
-    def report(self, counts: dict[str, Any], folder: Path, started: float) -> dict[str, Any]:
-        """Write etl.json and return its content."""
-        report = counts | {"findings": self.findings.to_list(), "settings": self.settings, "format": 1}
-        report["seconds"] = round(time.perf_counter() - started, 3)
-        (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        return report
-
-
-def _on_disk(
-    task: _Task,
-    out: Path,
-    partitions: int | None,
-    scheduler: str,
-    workers: int | None,
-    started: float,
-) -> dict[str, Any]:
-    settings, names = task.settings, task.names
-    with places.working_folder(out) as (work, finish), running(scheduler, workers) as machines:
-        user, item, _ = names
-        files = places.as_parquet(task.files, places.copies_of(out), [user, item], task.findings)
-        table, vectors = places.read_catalogue(
-            task.items, task.catalogue_item, files, item, task.modality_files, task.findings
-        )
-        job = scale.Job(
-            files,
-            table,
-            vectors,
-            names,
-            settings,
-            task.modality_files,
-            task.derive,
-            task.findings,
-            settings["drop_columns"],
-            settings["categorical_columns"],
-            partitions,
-        )
-        folder, counts = scale.build(job, work, machines)
-        report = task.report(counts, folder, started)
-        finish(folder)
-    shutil.rmtree(places.copies_of(out), ignore_errors=True)
-    return report
-
-
-def _in_memory(task: _Task, out: Path, partitions: int | None, started: float) -> dict[str, Any]:
-    settings = task.settings
-    log.info("reading the tables")
-    tables = read_tables(task.files, task.items, task.names, task.catalogue_item, task.findings)
-    inputs = prepare(
-        *tables,
-        catalogues.read_modalities(task.modality_files, tables[1].num_rows),
-        task.findings,
-        drop_columns=settings["drop_columns"],
-        drop_duplicates=settings["drop_duplicates"],
-        unknown_items=settings["unknown_items"],
-        k_core=settings["k_core"],
-        min_item_count=settings["min_item_count"],
-    )
-    settings["event_features"] = list(inputs.features)
-    task.derive.check(inputs.features, [name for name in inputs.features if inputs.events[name].dtype == object])
-    settings["newest"] = float(inputs.events[TIMESTAMP].max())
-    task.derive.check_clock(settings["newest"])
-    task.derive = replace(task.derive, newest=settings["newest"])
-    log.info(f"{len(inputs.events):,} events on {inputs.items.num_rows:,} items; grouping them into sessions")
-    with atomic_write_dir(out, REPORT_FILE) as folder, tempfile.TemporaryDirectory() as storage:
-        return task.report(_write(inputs, task, folder, Path(storage), partitions), folder, started)
-
-
-def _workflow_file(workflow: str | Path, derive: EventSettings, max_events: int | None, engine: str) -> WorkflowFile:
-    """Return the file of ``--workflow``; refuse options that it replaces.
-
-    Raises
-    ------
-    ConfigError, DataError
-        There is no usable file, or the option of another engine or workflow stands beside it.
-    """
-    options = {
-        "--event-weights": derive.weights,
-        "--session-gap": derive.session_gap,
-        "--time-features": derive.time_features,
-        "--max-events": max_events,
-    }
-    if given := [name for name, value in options.items() if value]:
-        raise ConfigError(
-            f"--workflow with {', '.join(given)}",
-            "one or the other: these options change the built-in workflow",
-            "write EventWeights, SessionGap, TimeFeatures or SessionSlice into the file",
-        )
-    if engine == "disk":
-        raise ConfigError(
-            "--workflow with --engine disk",
-            "--engine memory: the out-of-core engine does not run NVTabular operators",
-            "leave --engine out",
-        )
-    return WorkflowFile(workflow)
-
-
 def _check_settings(
     split: str, valid_from: float | None, test_from: float | None, max_sequence_length: int, max_events: int | None
 ) -> None:
@@ -407,119 +311,105 @@ def _check_settings(
         raise ConfigError("a session length below 1", "max_sequence_length and max_events of at least 1")
 
 
-def _write(inputs: Inputs, task: _Task, folder: Path, storage: Path, partitions: int | None) -> dict[str, Any]:
-    """Write the whole data folder and return the counts."""
-    settings = task.settings
-    if missing := [name for name in settings["categorical_columns"] if name not in inputs.features]:
-        raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {list(inputs.features)}")
-    catalogue = catalogues.build_catalogue(inputs.items, inputs.vectors, task.modality_files, settings["fingerprints"])
-    item_ids = catalogue.items[ITEM_ID].combine_chunks()
-    categories = checks.category_values(inputs.events, inputs.features, settings["categorical_columns"])
-    numbers = [name for name in inputs.features if name not in categories]
-    partitions = partitions or 1 + len(inputs.events) // _EVENTS_PER_PARTITION
-    clock = {name: values for name, values in CLOCK.items() if name in task.derive.time_features}
-    features = outputs.feature_codes([*inputs.features, *task.derive.columns], categories | clock)
-    longest = settings["max_sequence_length"]
-    if task.workflow is None:
-        workflow = sessions.build_session_workflow(
-            item_ids,
-            storage / "sessions",
-            categories=categories,
-            numbers=numbers,
-            max_events=settings["max_events"],
-            derive=task.derive,
+def _read_workflow_file(
+    workflow: str | Path, derive: EventSettings, max_events: int | None, engine: str
+) -> WorkflowFile:
+    """Return the file of ``--workflow``; refuse options that it replaces.
+
+    Raises
+    ------
+    ConfigError, DataError
+        There is no usable file, or the option of another engine or workflow stands beside it.
+    """
+    options = {
+        "--event-weights": derive.weights,
+        "--session-gap": derive.session_gap,
+        "--time-features": derive.time_features,
+        "--max-events": max_events,
+    }
+    if replaced := [name for name, value in options.items() if value]:
+        raise ConfigError(
+            f"--workflow with {', '.join(replaced)}",
+            "one or the other: these options change the built-in workflow",
+            "write EventWeights, SessionGap, TimeFeatures or SessionSlice into the file",
         )
-        sessions.fit(workflow, inputs.events)
-    else:
-        vocabularies = {ITEM_ID: sessions.as_series(item_ids), **categories}
-        columns = EventColumns(vocabularies, numbers, settings["newest"], str(storage / "sessions"))
-        workflow = task.workflow.fit(columns, inputs.events, partitions)
-        features, cut = check_fitted(workflow, item_ids, settings["split"])
-        longest = min(longest, cut or longest)
-    table = sessions.transform_events(workflow, inputs.events, partitions)
-    check_lists(table)
-    offsets, lengths = _lengths(table, settings, inputs.events[TIMESTAMP].to_numpy())
-
-    rows_of = {name: splits.take_prefixes(table, offsets, lengths[name]) for name in SPLITS}
-    outputs.write_workflow(workflow, int(np.diff(offsets).max()), folder, pickled=settings["save_nvtabular_workflow"])
-    for name in track(SPLITS, "writing the splits"):
-        for part, start in enumerate(range(0, rows_of[name].num_rows, _SESSIONS_PER_FILE)):
-            pq.write_table(rows_of[name].slice(start, _SESSIONS_PER_FILE), folder / name / f"part_{part}.parquet")
-
-    counts = np.bincount(_rows(rows_of["train"]), minlength=catalogue.n_rows)
-    outputs.write_catalogue(catalogue, counts, folder)
-    outputs.write_request(item_ids, folder, storage, longest, features)
-    users = int(inputs.events[USER_ID].nunique())
-    rows = {name: table.num_rows for name, table in rows_of.items()}
-    return outputs.counted(catalogue, counts, len(inputs.events), users, rows)
+    if engine == "disk":
+        raise ConfigError(
+            "--workflow with --engine disk",
+            "--engine memory: the out-of-core engine does not run NVTabular operators",
+            "leave --engine out",
+        )
+    return WorkflowFile(workflow)
 
 
-def _lengths(table: pa.Table, settings: dict[str, Any], all_times: Any) -> tuple[splits.Ints, splits.Lengths]:
-    offsets = np.asarray(table[ITEM_LIST].combine_chunks().offsets, np.int64)
-    if settings["split"] == "leave_one_out":
-        lengths = splits.leave_one_out(offsets)
-    else:
-        times = table[TIMESTAMP + LIST_SUFFIX].combine_chunks().flatten().to_numpy()
-        if settings["valid_from"] is None:
-            settings["valid_from"], settings["test_from"] = splits.default_boundaries(all_times)
-        lengths = splits.time_split(offsets, times, settings["valid_from"], settings["test_from"])
-    splits.check_lengths(lengths)
-    return offsets, lengths
+@dataclass
+class _Task:
+    """Input and settings of one run, for both engines."""
+
+    files: list[Path]
+    items: Path
+    catalogue_item: str
+    names: dict[str, str]
+    settings: dict[str, Any]
+    modality_files: dict[str, Path]
+    derive: EventSettings
+    findings: checks.Findings
+    workflow: WorkflowFile | None = None
+
+    def write_report(self, counts: dict[str, Any], folder: Path, started: float) -> dict[str, Any]:
+        """Write ``etl.json`` and return its content."""
+        report = counts | {"findings": self.findings.to_list(), "settings": self.settings, "format": 1}
+        report["seconds"] = round(time.perf_counter() - started, 3)
+        write_json(folder / REPORT_FILE, report)
+        return report
 
 
-def _rows(sessions_table: pa.Table) -> Any:
-    return sessions_table[ITEM_LIST].combine_chunks().flatten().to_numpy()
-
-
-# What ``missrec etl`` would do: what is read, which path is taken, what is written; nothing is changed
-
-LARGE = 300_000
-"""Events of parquet input from which the fast path is taken by itself."""
-_PARQUET = (".parquet", ".pq")
+# Dry run and choice of the engine
 
 
 def is_large(files: Sequence[Path]) -> bool:
-    """Whether these are parquet files with many events; files that cannot be read are for the reader to report."""
-    if not all(file.name.endswith(_PARQUET) for file in files):
+    """Whether these are parquet files with at least `OUT_OF_CORE_EVENTS` events.
+
+    False if a file cannot be read: reading it later raises the error.
+    """
+    if not all(file.name.endswith(PARQUET_SUFFIXES) for file in files):
         return False
     try:
-        return sum(pq.read_metadata(file).num_rows for file in files) >= LARGE
-    except Exception:  # whatever is wrong with a file, its reader says it in words
+        return sum(pq.read_metadata(file).num_rows for file in files) >= OUT_OF_CORE_EVENTS
+    except Exception:
         return False
 
 
-def planned(
+def describe_run(
     files: Sequence[Path],
     names: Mapping[str, str],
     items: Path,
     out: Path,
     *,
-    on_disk: bool,
+    out_of_core: bool,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what a run would read and write.
+    """Return what a run would read and write (``--dry-run``).
 
     Raises
     ------
     DataError, SchemaError
-        The output is in the way, or a table cannot be read or lacks a column.
+        The output exists and is no data folder, or a table cannot be read or lacks a column.
     """
-    if out.exists() and not (out.is_dir() and ((out / REPORT_FILE).is_file() or not any(out.iterdir()))):
-        raise DataError(f"{out} exists and is no data folder", "a new or an older data folder", "choose another --out")
-    item_table = read_table(items, "items")
-    found = [_described(file) for file in files]
-    for file in found:
-        if lacking := [name for name in names if name not in file["columns"]]:
-            raise SchemaError(f"{file['file']} has columns {file['columns']}", f"columns {lacking} too")
-    rows = sum(file["rows"] for file in found)
-    whole = [file for file in files if file.name.endswith(_PARQUET)]
+    refuse_unmanaged(out, REPORT_FILE)
+    n_items = read_table(items, "items").num_rows
+    tables = [_describe_table(file) for file in files]
+    for table in tables:
+        if missing := [name for name in names if name not in table["columns"]]:
+            raise SchemaError(f"{table['file']} has columns {table['columns']}", f"columns {missing} too")
+    parquet = [file for file in files if file.name.endswith(PARQUET_SUFFIXES)]
     return {
         "dry_run": True,
-        "engine": "disk" if on_disk else "memory",
-        "events": rows,
-        "items": item_table.num_rows,
-        "files": found,
-        "tasks": len(cut_chunks(whole)) if on_disk else 1,
+        "engine": "disk" if out_of_core else "memory",
+        "events": sum(table["rows"] for table in tables),
+        "items": n_items,
+        "files": tables,
+        "tasks": len(cut_chunks(parquet)) if out_of_core else 1,
         "would_write": [
             str(out / name)
             for name in (*SPLITS, CATALOGUE_FOLDER, WORKFLOW_FOLDER, REQUEST_FOLDER, SESSION_TRANSFORM_FILE)
@@ -529,12 +419,146 @@ def planned(
     }
 
 
-def _described(file: Path) -> dict[str, Any]:
-    if file.name.endswith(_PARQUET):
+def _describe_table(file: Path) -> dict[str, Any]:
+    """Return rows and columns of a table; of parquet only the metadata is read."""
+    if file.name.endswith(PARQUET_SUFFIXES):
         try:
-            meta = pq.ParquetFile(file)
+            parquet = pq.ParquetFile(file)
         except Exception as error:
             raise DataError(f"{file} cannot be read ({error})", "interactions as parquet", "write it again") from error
-        return {"file": str(file), "rows": meta.metadata.num_rows, "columns": meta.schema_arrow.names}
+        return {"file": str(file), "rows": parquet.metadata.num_rows, "columns": parquet.schema_arrow.names}
     table = read_table(file, "interactions")
     return {"file": str(file), "rows": table.num_rows, "columns": table.column_names}
+
+
+# Out of core
+
+
+def _run_out_of_core(
+    task: _Task,
+    out: Path,
+    partitions: int | None,
+    scheduler: str,
+    workers: int | None,
+    started: float,
+) -> dict[str, Any]:
+    """Build the data folder on partitions, in bounded memory; return its report."""
+    settings, copies = task.settings, workdir.copies_folder(out)
+    user_column, item_column, _ = task.names
+    with workdir.working_folder(out) as (work, finish), open_executor(scheduler, workers) as executor:
+        files = workdir.as_parquet(task.files, copies, [user_column, item_column], task.findings)
+        items, vectors = workdir.read_item_table(
+            task.items, task.catalogue_item, files, item_column, task.modality_files, task.findings
+        )
+        job = Job(
+            files=files,
+            items=items,
+            vectors=vectors,
+            names=task.names,
+            settings=settings,
+            modality_files=task.modality_files,
+            derive=task.derive,
+            findings=task.findings,
+            drop_columns=settings["drop_columns"],
+            categorical_columns=settings["categorical_columns"],
+            partitions=partitions,
+        )
+        folder, counts = build(job, work, executor)
+        report = task.write_report(counts, folder, started)
+        finish(folder)
+    shutil.rmtree(copies, ignore_errors=True)
+    return report
+
+
+# In memory
+
+
+def _run_in_memory(task: _Task, out: Path, partitions: int | None, started: float) -> dict[str, Any]:
+    """Build the data folder with NVTabular on all events at once; return its report."""
+    settings = task.settings
+    log.info("reading the tables")
+    tables = inputs.read_tables(task.files, task.items, task.names, task.catalogue_item, task.findings)
+    clean = inputs.clean_inputs(
+        *tables,
+        item_table.read_modalities(task.modality_files, tables[1].num_rows),
+        task.findings,
+        drop_columns=settings["drop_columns"],
+        drop_duplicates=settings["drop_duplicates"],
+        unknown_items=settings["unknown_items"],
+        k_core=settings["k_core"],
+        min_item_count=settings["min_item_count"],
+    )
+    settings["event_features"] = list(clean.features)
+    task.derive.check(clean.features, [name for name in clean.features if clean.events[name].dtype == object])
+    settings["newest"] = float(clean.events[TIMESTAMP].max())
+    task.derive.check_clock(settings["newest"])
+    task.derive = replace(task.derive, newest=settings["newest"])
+    log.info(f"{len(clean.events):,} events on {clean.items.num_rows:,} items; grouping them into sessions")
+    with atomic_write_dir(out, REPORT_FILE) as folder, tempfile.TemporaryDirectory() as storage:
+        counts = _write_folder(clean, task, folder, Path(storage), partitions)
+        return task.write_report(counts, folder, started)
+
+
+def _write_folder(
+    clean: inputs.Inputs, task: _Task, folder: Path, storage: Path, partitions: int | None
+) -> dict[str, Any]:
+    """Write everything of a data folder but its report; return the counts."""
+    settings = task.settings
+    if missing := [name for name in settings["categorical_columns"] if name not in clean.features]:
+        raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {list(clean.features)}")
+    catalogue = item_table.build_catalogue(clean.items, clean.vectors, task.modality_files, settings["fingerprints"])
+    item_ids = catalogue.items[ITEM_ID].combine_chunks()
+    categories = checks.category_values(clean.events, clean.features, settings["categorical_columns"])
+    numbers = [name for name in clean.features if name not in categories]
+    clock = {name: values for name, values in CLOCK.items() if name in task.derive.time_features}
+    features = outputs.feature_codes([*clean.features, *task.derive.columns], categories | clock)
+    partitions = partitions or 1 + len(clean.events) // _EVENTS_PER_PARTITION
+    request_length = settings["max_sequence_length"]
+    if task.workflow is None:
+        workflow = nvt_workflows.build_session_workflow(
+            item_ids,
+            storage / "sessions",
+            categories=categories,
+            numbers=numbers,
+            max_events=settings["max_events"],
+            derive=task.derive,
+        )
+        nvt_workflows.fit(workflow, clean.events)
+    else:
+        vocabularies = {ITEM_ID: nvt_workflows.as_series(item_ids), **categories}
+        columns = EventColumns(vocabularies, numbers, settings["newest"], str(storage / "sessions"))
+        workflow = task.workflow.fit(columns, clean.events, partitions)
+        features, max_events = check_fitted(workflow, item_ids, settings["split"])
+        request_length = min(request_length, max_events or request_length)
+    sessions = nvt_workflows.transform_events(workflow, clean.events, partitions)
+    check_lists(sessions)
+    offsets, lengths = _split_lengths(sessions, settings, clean.events[TIMESTAMP].to_numpy())
+
+    rows = {name: take_prefixes(sessions, offsets, lengths[name]) for name in SPLITS}
+    longest = int(np.diff(offsets).max())
+    outputs.write_workflow(workflow, longest, folder, pickled=settings["save_nvtabular_workflow"])
+    for name in track(SPLITS, "writing the splits"):
+        for part, start in enumerate(range(0, rows[name].num_rows, _SESSIONS_PER_FILE)):
+            pq.write_table(rows[name].slice(start, _SESSIONS_PER_FILE), folder / name / f"part_{part}.parquet")
+
+    train_items = one_array(rows["train"][ITEM_LIST]).flatten().to_numpy()
+    train_counts = np.bincount(train_items, minlength=catalogue.n_rows)  # [item index]
+    outputs.write_catalogue(catalogue, train_counts, folder)
+    outputs.write_request(item_ids, folder, storage, request_length, features)
+    n_users = int(clean.events[USER_ID].nunique())
+    n_rows = {name: table.num_rows for name, table in rows.items()}
+    return outputs.data_counts(catalogue, train_counts, len(clean.events), n_users, n_rows)
+
+
+def _split_lengths(sessions: pa.Table, settings: dict[str, Any], event_times: AnyArray) -> tuple[Ints, splits.Lengths]:
+    """Return the offsets of the sessions' events, [session + 1], and per split the prefix lengths, [session]."""
+    offsets = np.asarray(one_array(sessions[ITEM_LIST]).offsets, np.int64)
+    if settings["split"] == "leave_one_out":
+        lengths = splits.leave_one_out(offsets)
+    else:
+        times = one_array(sessions[TIMESTAMP + LIST_SUFFIX]).flatten().to_numpy()
+        if settings["valid_from"] is None:
+            settings["valid_from"], settings["test_from"] = splits.default_boundaries(event_times)
+        lengths = splits.time_split(offsets, times, settings["valid_from"], settings["test_from"])
+    splits.check_lengths(lengths)
+    return offsets, lengths

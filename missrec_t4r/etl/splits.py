@@ -1,15 +1,13 @@
-"""Train, validation and test as prefixes of a session: what was known, and the next item as the target.
+"""Splits: the rows of train, valid and test are prefixes of a session, whose last item is the target of valid and test.
 
-Every split of a user is a prefix of their time-ordered session, so a rule only has to say how long. A validation or
-test row is history plus target, the target last. Length 0 means that the user has no row in that split.
+A split rule therefore only returns prefix lengths, one per session; 0 means that the session has no row in the split.
 
-``leave_one_out``  test: the whole session; valid: all but the last event; train: all but the last two. Users with
-fewer than three events go to train as they are.
+``leave_one_out``  test: the whole session; valid: all but the last event; train: all but the last two. Sessions of less
+than three events are training rows as they are.
 
-``time``  train: the events before T1. valid: users with an event in [T1, T2); the target is their last one there and
-the history is everything before it, events of the window included. test: the same from T2 on. A user without a
-history before the target is not in valid or test. T1 and T2 are times, or by default the times of the events at
-80 % and 90 % of all events.
+``time``  train: the events before T1. valid: sessions with an event in [T1, T2); the target is the last one there, and
+the history is everything before it, events of the window included. test: the same from T2 on. Sessions without an event
+before the target have no row. T1 and T2 are given, or the times of the events at 80 % and 90 % of all events.
 """
 
 from __future__ import annotations
@@ -17,20 +15,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
-from missrec_t4r.data.session_files import take_prefixes
+from missrec_t4r.arrays import AnyArray, Ints
 from missrec_t4r.errors import ConfigError, DataError
 
-__all__ = ["check_lengths", "default_boundaries", "leave_one_out", "take_prefixes", "time_split"]
-
-Ints = npt.NDArray[np.int64]
 Lengths = Mapping[str, Ints]
-"""Prefix length per session for each split."""
+"""Split -> prefix lengths, [session]."""
 
 
 def leave_one_out(offsets: Ints) -> Lengths:
-    """Return the prefix lengths per session.
+    """Return the prefix lengths of the leave-one-out split.
+
+    Parameters
+    ----------
+    offsets : ndarray [session + 1]
+        Where the events of each session begin.
 
     Examples
     --------
@@ -46,8 +45,17 @@ def leave_one_out(offsets: Ints) -> Lengths:
     }
 
 
-def time_split(offsets: Ints, times: npt.NDArray[np.generic], valid_from: float, test_from: float) -> Lengths:
-    """Return the prefix lengths per session for boundaries T1 = ``valid_from`` and T2 = ``test_from``.
+def time_split(offsets: Ints, times: AnyArray, valid_from: float, test_from: float) -> Lengths:
+    """Return the prefix lengths of the time split with boundaries T1 = ``valid_from`` and T2 = ``test_from``.
+
+    Parameters
+    ----------
+    offsets : ndarray [session + 1]
+        Where the events of each session begin.
+    times : ndarray [event]
+        Ascending within a session.
+    valid_from, test_from : float
+        In the unit of ``times``.
 
     Raises
     ------
@@ -64,22 +72,24 @@ def time_split(offsets: Ints, times: npt.NDArray[np.generic], valid_from: float,
         raise ConfigError(
             f"valid starts at {valid_from} and test at {test_from}", "the first before the second", "move one of them"
         )
-    before = [_before(offsets, times, boundary) for boundary in (valid_from, test_from, np.inf)]
-    windows = {}
-    for name, early, late in (("valid", before[0], before[1]), ("test", before[1], before[2])):
-        windows[name] = np.where((late > early) & (late >= 2), late, 0)
-    return {"train": before[0], **windows}
+    # [session] each: events before T1, before T2, and all
+    before_valid, before_test, size = (_count_before(offsets, times, end) for end in (valid_from, test_from, np.inf))
+    return {
+        "train": before_valid,
+        "valid": np.where((before_test > before_valid) & (before_test >= 2), before_test, 0),
+        "test": np.where((size > before_test) & (size >= 2), size, 0),
+    }
 
 
-def default_boundaries(times: npt.NDArray[np.generic]) -> tuple[float, float]:
-    """Return the times of the events at 80 % and 90 % of all events in the order of time."""
+def default_boundaries(times: AnyArray) -> tuple[float, float]:
+    """Return the boundaries T1 and T2: the times of the events at 80 % and 90 % of all events, sorted by time."""
     ordered = np.sort(times)
     first, second = (ordered[int(len(ordered) * share)].item() for share in (0.8, 0.9))
     return first, second
 
 
 def check_lengths(lengths: Lengths) -> None:
-    """Refuse a split that leaves nothing to train on or to evaluate.
+    """Refuse splits without a training, validation or test row.
 
     Raises
     ------
@@ -96,6 +106,7 @@ def check_lengths(lengths: Lengths) -> None:
             raise DataError(f"the {name} split has no session", "at least one", cure)
 
 
-def _before(offsets: Ints, times: npt.NDArray[np.generic], boundary: float) -> Ints:
-    passed = np.concatenate([[0], np.cumsum(times < boundary)])  # type: ignore[operator]  # numbers, whichever kind
-    return np.asarray(np.diff(passed[offsets]), np.int64)
+def _count_before(offsets: Ints, times: AnyArray, boundary: float) -> Ints:
+    """Return how many events of each session are earlier than ``boundary``, [session]."""
+    cumulative = np.concatenate([[0], np.cumsum(times < boundary)])  # [event + 1]
+    return np.asarray(np.diff(cumulative[offsets]), np.int64)

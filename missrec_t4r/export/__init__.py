@@ -1,1 +1,1 @@
-"""From a run to a bundle (everything that serving needs and nothing else) and to a Triton model repository."""
+"""Export a run to a bundle and a Triton model repository, with the parity checks. Above serving and bundle."""

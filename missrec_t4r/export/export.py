@@ -1,7 +1,7 @@
-"""`missrec export`: a run becomes a bundle and, if wanted, a Triton model repository, or nothing at all.
+"""`missrec export`: write the bundle of a run and, on request, a Triton model repository.
 
-Everything is written aside. The bundle is read back and must answer as the run's model does; only then do the folders
-appear under their names.
+Everything is written to temporary folders. The bundle is read back and must reproduce the recommendations of the run's
+model (`parity`); only then are the folders renamed into place. If anything fails, nothing is left behind.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def export(
     Raises
     ------
     ParityError
-        Offline and exported answers differ; nothing is left behind.
+        The bundle's recommendations differ from the run's; nothing is left behind.
     BundleError
-        A target folder is in use by something else.
+        A target folder was not written by missrec.
     """
     started = time.monotonic()
     bundle_folder, repository = Path(out).absolute(), None if triton is None else Path(triton).absolute()
@@ -73,26 +73,27 @@ def export(
     if sessions < 1:
         raise ConfigError(f"--sessions {sessions}", "at least 1")
     loaded = load_run(run, data)
-    targets = [(bundle_folder, MANIFEST_FILE)] + ([(repository, MARKER)] if repository is not None else [])
-    for target, marker in targets:
-        refuse_unmanaged(target, marker, "bundle" if marker == MANIFEST_FILE else "model repository", BundleError)
-    would_replace = any(target.exists() for target, _ in targets)
+    targets = [(bundle_folder, MANIFEST_FILE, "bundle")]
+    if repository is not None:
+        targets.append((repository, MARKER, "model repository"))
+    for target, marker, kind in targets:
+        refuse_unmanaged(target, marker, kind, BundleError)
+    would_replace = any(target.exists() for target, *_ in targets)
     with ExitStack() as stack:
         if dry_run:
             elsewhere = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            targets = [(elsewhere / marker, marker) for _, marker in targets]
-        aside, *others = [
-            stack.enter_context(atomic_write_dir(target, marker, "bundle", BundleError)) for target, marker in targets
+            targets = [(elsewhere / kind, marker, kind) for _, marker, kind in targets]
+        temporary, *temporary_repository = [
+            stack.enter_context(atomic_write_dir(target, marker, kind, BundleError)) for target, marker, kind in targets
         ]
         log.info(f"writing the bundle of {run}")
-        manifest = fill_bundle(aside, model=loaded.model, catalogue=loaded.catalogue, data=loaded.data)
-        parity = _gate(aside, loaded, sessions)
-        for other in others:
-            fill_repository(other, aside)
+        manifest = fill_bundle(temporary, model=loaded.model, catalogue=loaded.catalogue, data=loaded.data)
+        parity = _check_parity(temporary, loaded, sessions)
+        for folder in temporary_repository:
+            fill_repository(folder, temporary)
     size = sum(file["bytes"] for file in manifest["files"].values())
     log.info(f"bundle {bundle_folder} ({size / 2**20:.1f} MiB) equals its run on {parity['sessions']} sessions")
-    told = {"dry_run": True, "would_replace": would_replace} if dry_run else {}
-    return told | {
+    return ({"dry_run": True, "would_replace": would_replace} if dry_run else {}) | {
         "bundle": str(bundle_folder),
         "repository": None if repository is None else str(repository),
         "bytes": size,
@@ -102,11 +103,10 @@ def export(
     }
 
 
-def _gate(folder: Path, loaded: LoadedRun, sessions: int) -> dict[str, Any]:
+def _check_parity(folder: Path, loaded: LoadedRun, sessions: int) -> dict[str, Any]:
     log.info("comparing the bundle with the run")
     bundle = load_bundle(folder)
-    event_features = () if loaded.model.event_features is None else loaded.model.event_features.columns
-    histories = sample_histories(load_sessions(loaded.data, "test", event_features), sessions)
+    histories = sample_histories(load_sessions(loaded.data, "test", bundle.event_columns), sessions)
     requests = raw_ids(loaded.catalogue, histories)
     check_rows(bundle.transform, histories, requests)
     workflow = check_workflow(loaded.data, bundle.catalogue, requests)

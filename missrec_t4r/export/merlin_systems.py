@@ -1,8 +1,8 @@
-"""A classic Merlin Systems ensemble of our model: TransformWorkflow >> PredictMISSRec, for teams that run such.
+"""`missrec bundle merlin`: a classic Merlin Systems ensemble, TransformWorkflow >> PredictMISSRec.
 
-The same bundle, the same ranker and so the same top-k as the native ensemble; raw ids go through NVTabular itself. The
-graph and the workflow are pickles, as Merlin Systems writes them (docs/security.md); our model stays a bundle.
-Integer ids only: Merlin Systems' tables carry no strings. The native ensemble is several times faster.
+Bundle and ranker are those of the native ensemble, so the top-k is equal; raw ids are encoded by NVTabular itself.
+Graph and workflow are pickles, as Merlin Systems writes them (docs/security.md); the model stays a bundle. Integer ids
+only: Merlin Systems' tables cannot hold strings. The native ensemble is several times faster.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from missrec_t4r.io.atomic import atomic_write_dir
 from missrec_t4r.schema import ITEM_ID, PADDING_ROW
 
 EXECUTOR = "executor_model"
-"""The model to ask; the name is Merlin Systems'."""
+"""Model that clients call; Merlin Systems defines the name."""
 _ARTEFACT = "missrec_bundle"
 
 
 class PredictMISSRec(BaseOperator):  # type: ignore[misc]  # Merlin ships no types
-    """Rows of sessions to recommended items, in the executor's own process.
+    """Operator from rows of sessions to recommended items, in the executor's process.
 
     Parameters
     ----------
     bundle : path
-        Travels beside the graph as it is.
+        Copied beside the graph.
     top_k : int
-        Items per session; the classic ensemble has no such input.
+        Items per session; fixed, since the classic ensemble has no such input.
     """
 
     def __init__(self, bundle: str | Path, top_k: int = 10) -> None:
         super().__init__()
         self.bundle, self.top_k = str(bundle), top_k
         self.ranker: Any = None
-        self.transform_ids: Any = None
+        self.id_encoder: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep the model out of the graph's pickle."""
-        return {**self.__dict__, "ranker": None, "transform_ids": None, "bundle": ""}
+        """Return the state without the model, which stays out of the graph's pickle."""
+        return {**self.__dict__, "ranker": None, "id_encoder": None, "bundle": ""}
 
     def save_artifacts(self, artifact_path: str | None = None) -> None:
         """Copy the bundle beside the graph."""
@@ -58,36 +58,37 @@ class PredictMISSRec(BaseOperator):  # type: ignore[misc]  # Merlin ships no typ
             shutil.copyfile(Path(self.bundle) / name, target / name)
 
     def load_artifacts(self, artifact_path: str | None = None) -> None:
-        """Verify and load the bundle; the graph's constructor asks once with an empty path."""
-        if not artifact_path:
+        """Verify and load the bundle."""
+        if not artifact_path:  # the graph's constructor calls it once without a path
             return
         from missrec_t4r.retrieval.ranker import Ranker
 
         loaded = load_bundle(Path(artifact_path) / _ARTEFACT)
-        self.ranker, self.transform_ids = Ranker(loaded.model, loaded.catalogue, tables=loaded.tables), loaded.transform
+        self.ranker = Ranker(loaded.model, loaded.catalogue, tables=loaded.tables)
+        self.id_encoder = loaded.transform
 
     def compute_input_schema(self, root: Schema, parents: Schema, deps: Schema, selector: Any) -> Schema:  # noqa: ARG002
-        """Return what the workflow gives."""
+        """Return the workflow's output schema."""
         return parents
 
     def compute_output_schema(self, *_: Any, **__: Any) -> Schema:
         """Return item ids and scores, best first."""
-        kinds = {ITEM_ID: np.int64, "score": np.float32}
-        return Schema([ColumnSchema(name, dtype=kind, dims=(None, self.top_k)) for name, kind in kinds.items()])
+        dtypes = {ITEM_ID: np.int64, "score": np.float32}
+        return Schema([ColumnSchema(name, dtype=dtype, dims=(None, self.top_k)) for name, dtype in dtypes.items()])
 
     def transform(self, col_selector: Any, transformable: Any) -> TensorTable:  # noqa: ARG002 - Merlin's contract
-        """Answer a batch; fewer than ``top_k`` items are filled up with the missing id and the score 0."""
+        """Return ids and scores [batch, top_k]; fewer items are padded with the missing id and the score 0."""
         table = transformable if isinstance(transformable, TensorTable) else TensorTable.from_df(transformable)
         arrays = table.to_dict()
         values, offsets = np.asarray(arrays[f"{ITEM_ID}__values"]), np.asarray(arrays[f"{ITEM_ID}__offsets"])
         lengths = np.diff(offsets)
         rows = np.full((len(lengths), max(int(lengths.max(initial=0)), 1)), PADDING_ROW, np.int64)
-        rows[np.arange(rows.shape[1]) < lengths[:, None]] = values
+        rows[np.arange(rows.shape[1]) < lengths[:, None]] = values  # ragged to [batch, seq]
         ranking = self.ranker.rank(rows, top_k=self.top_k)
-        wide = np.zeros((len(rows), self.top_k), np.int64)
-        scores = np.zeros(wide.shape, np.float32)
-        wide[:, : ranking.rows.shape[1]], scores[:, : ranking.rows.shape[1]] = ranking.rows, ranking.scores
-        return TensorTable({ITEM_ID: self.transform_ids.wire_ids_of(wide), "score": scores})
+        best = np.zeros((len(rows), self.top_k), np.int64)  # [batch, top_k]
+        scores = np.zeros(best.shape, np.float32)
+        best[:, : ranking.rows.shape[1]], scores[:, : ranking.rows.shape[1]] = ranking.rows, ranking.scores
+        return TensorTable({ITEM_ID: self.id_encoder.wire_ids_of(best), "score": scores})
 
 
 def export_merlin(bundle: str | Path, workflow: Any, out: str | Path, *, top_k: int = 10) -> dict[str, Any]:
@@ -96,17 +97,18 @@ def export_merlin(bundle: str | Path, workflow: Any, out: str | Path, *, top_k: 
     Parameters
     ----------
     bundle : path
-        Verified first.
+        Verified before anything is written.
     workflow : nvtabular.Workflow
-        The fitted request workflow of the data folder: raw ids in, rows out.
+        Fitted request workflow of the data folder: raw ids to rows.
     out : path
-        The model repository; an older one of this function is replaced whole.
+        Model repository; an older one of this function is replaced as a whole.
     top_k : int
+        Items per session.
 
     Returns
     -------
     dict
-        The repository and the model to ask.
+        The repository, and the name of the model that clients call.
 
     Raises
     ------
@@ -121,7 +123,7 @@ def export_merlin(bundle: str | Path, workflow: Any, out: str | Path, *, top_k: 
         raise ConfigError(
             "a catalogue with string ids",
             "integer ids",
-            "Merlin Systems' tables carry no strings: use the native ensemble",
+            "use the native ensemble: Merlin Systems' tables cannot hold strings",
         )
     if top_k < 1 or top_k > transform.n_items:
         raise BundleError(f"top_k {top_k} of a catalogue of {transform.n_items} items", "1 to that many")

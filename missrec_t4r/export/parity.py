@@ -1,9 +1,13 @@
-"""The gate between training and serving: what is served must be what was evaluated.
+"""Parity of training and serving: the served recommendations must be those that were evaluated.
 
-Three things are compared on test sessions, row by row. The request transform with the data folder's own rows (and
-with the fitted NVTabular workflow where NVTabular is installed); the answers of the reloaded bundle with the run's
-model, whose ranking is worked out here a second time, by plain sorting; and, with `compare_served`, the answers of a
-running server. Equal means: every id equal outside ties, every score within 1e-5.
+Three comparisons on test sessions, row by row:
+
+1. the compiled request workflow with the rows of the data folder (`check_rows`), and with the fitted NVTabular workflow
+   where NVTabular is installed (`workflow_parity`);
+2. the reloaded bundle with the run's model, ranked here independently by sorting all scores (`compare_offline`);
+3. a running server with the run's model (`compare_served`).
+
+Equal means that every id is equal outside ties and every score differs by at most 1e-5.
 """
 
 from __future__ import annotations
@@ -30,23 +34,23 @@ from missrec_t4r.serving.event_features import SessionEventFeatures
 TOLERANCE = 1e-5
 """Largest accepted difference of a score; scores closer than this are a tie."""
 
-_STEP = 64
+_BATCH = 64
 
 Rows = npt.NDArray[np.int64]
-Answer = tuple[Rows, npt.NDArray[np.float32]]
-"""Rows and scores of one session, best first."""
+RankedItems = tuple[Rows, npt.NDArray[np.float32]]
+"""Rows and scores of one session's recommendations, best first."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """The result of one comparison."""
+    """Result of one comparison."""
 
     sessions: int
-    """Sessions compared."""
+    """Compared sessions."""
     max_abs_diff: float
     """Largest difference between two scores at the same rank."""
     wrong_items: int
-    """Recommended items that differ outside ties."""
+    """Recommended items that differ, outside ties."""
 
     @property
     def equal(self) -> bool:
@@ -54,7 +58,12 @@ class Parity:
         return self.wrong_items == 0 and self.max_abs_diff <= TOLERANCE
 
     def require(self, what: str) -> Parity:
-        """Return self, or refuse.
+        """Return self if ids and scores agree.
+
+        Parameters
+        ----------
+        what : str
+            Name of the compared object in the message.
 
         Raises
         ------
@@ -66,26 +75,26 @@ class Parity:
                 f"{what}: of {self.sessions} sessions {self.wrong_items} recommended items differ from the run's, "
                 f"the largest score difference is {self.max_abs_diff:.3g}",
                 f"equal ids outside ties and score differences up to {TOLERANCE:g}",
-                "export with the version that trained the run; if it is the same, this is a bug of ours",
+                "export with the version that trained the run; if it is the same, report a bug",
             )
         return self
 
 
 def sample_histories(test: Sessions, n: int) -> Sessions:
-    """Return at most ``n`` test histories without their targets, spread evenly over the file."""
+    """Return at most ``n`` test sessions without their targets, evenly spaced over the file."""
     histories, _ = test.split_last()
     return histories.take(np.unique(np.linspace(0, len(histories) - 1, min(n, len(histories))).astype(np.int64)))
 
 
 def raw_ids(catalogue: Catalogue, histories: Sessions) -> list[list[RawId]]:
-    """Return sessions of rows as a shop would send them; unknown rows become an id that the catalogue does not have."""
+    """Convert sessions of rows to raw ids, as a client sends them; unknown rows become an id outside the catalogue."""
     unknown = _unknown_id(catalogue)
-    known = {int(row): raw for row, raw in _pairs(catalogue, histories)}
-    return [[known.get(int(row), None if row == NULL_ROW else unknown) for row in session] for session in histories]
+    id_of = {int(row): raw for row, raw in _rows_and_ids(catalogue, histories)}
+    return [[id_of.get(int(row), None if row == NULL_ROW else unknown) for row in session] for session in histories]
 
 
 def raw_event_features(model: MISSRec, histories: Sessions) -> list[SessionEventFeatures]:
-    """Return the sessions' side features as a shop would send them; empty for a model without any."""
+    """Return the sessions' raw event features, as a client sends them; empty for a model without any."""
     columns = (
         ()
         if model.event_features is None
@@ -99,7 +108,17 @@ def raw_event_features(model: MISSRec, histories: Sessions) -> list[SessionEvent
 
 
 def check_rows(transform: SessionTransform, histories: Sessions, sessions: Sequence[Sequence[RawId]]) -> None:
-    """Require that the request transform gives the rows that training saw (missing ids aside: 1 there, 2 here).
+    """Require that the request transform returns the rows of the data folder.
+
+    Missing ids are compared as unknown ones: they are row 1 in the data folder and row 2 in a request.
+
+    Parameters
+    ----------
+    transform : SessionTransform
+    histories : Sessions
+        Rows of the data folder.
+    sessions : sequence of sequences
+        Their raw ids, from `raw_ids`.
 
     Raises
     ------
@@ -117,104 +136,121 @@ def check_rows(transform: SessionTransform, histories: Sessions, sessions: Seque
 
 
 def compare_offline(ranker: Ranker, model: MISSRec, histories: Sessions, top_k: int = 10) -> Parity:
-    """Compare a ranker with the model that was trained and evaluated.
+    """Compare the ranker of a reloaded bundle with the trained and evaluated model.
 
     Parameters
     ----------
     ranker : Ranker
-        Made from the reloaded bundle.
+        Of the reloaded bundle.
     model : MISSRec
-        The run's own.
+        Of the run.
     histories : Sessions
     top_k : int
+
+    Returns
+    -------
+    Parity
     """
     indices = np.arange(len(histories))
     length = model.config.max_sequence_length
     event_features = histories.padded_features(indices, length)
     ranking = ranker.rank(histories.padded(indices, length), top_k=top_k, event_features=event_features)
-    answers = [
+    ranked = [
         (rows[:n], scores[:n]) for rows, scores, n in zip(ranking.rows, ranking.scores, ranking.n_items, strict=True)
     ]
-    return compare_answers(model, histories, answers, top_k)
+    return compare_ranked(model, histories, ranked, top_k)
 
 
 def compare_served(
     client: MISSRecClient, model: MISSRec, catalogue: Catalogue, histories: Sessions, top_k: int = 10, clients: int = 16
 ) -> Parity:
-    """Compare a running server with the run's model: one session per request, many at a time, so that Triton batches.
+    """Compare a running server with the run's model, with one session per request and concurrent requests.
+
+    Triton therefore batches requests of different clients, as in production.
 
     Parameters
     ----------
     client : MISSRecClient
         A gRPC client, which threads may share.
     model : MISSRec
+        Of the run.
     catalogue : Catalogue
     histories : Sessions
     top_k : int
     clients : int
-        Requests under way at the same time.
+        Concurrent requests.
+
+    Returns
+    -------
+    Parity
     """
 
-    def ask(session: list[RawId], event_features: SessionEventFeatures) -> Answer:
-        answer = client.recommend([session], top_k, side=[event_features] if event_features else None)[0]
-        return catalogue.rows_of(answer.item_ids), np.asarray(answer.scores, np.float32)
+    def recommend(session: list[RawId], event_features: SessionEventFeatures) -> RankedItems:
+        result = client.recommend([session], top_k, side=[event_features] if event_features else None)[0]
+        return catalogue.rows_of(result.item_ids), np.asarray(result.scores, np.float32)
 
     with ThreadPoolExecutor(clients) as pool:
-        answers = list(pool.map(ask, raw_ids(catalogue, histories), raw_event_features(model, histories)))
-    return compare_answers(model, histories, answers, top_k)
+        ranked = list(pool.map(recommend, raw_ids(catalogue, histories), raw_event_features(model, histories)))
+    return compare_ranked(model, histories, ranked, top_k)
 
 
-def compare_answers(model: MISSRec, histories: Sessions, answers: Sequence[Answer], top_k: int) -> Parity:
-    """Compare answers, however they were got, with the model's own ranking of the whole catalogue.
+def compare_ranked(model: MISSRec, histories: Sessions, ranked: Sequence[RankedItems], top_k: int) -> Parity:
+    """Compare recommendations with the model's own ranking of the whole catalogue.
 
     Parameters
     ----------
     model : MISSRec
     histories : Sessions
-    answers : sequence of (rows, scores)
-        Best first, one pair per session.
+    ranked : sequence of (rows, scores)
+        Recommendations of every session, best first.
     top_k : int
-        Items that were asked for.
+        Requested items.
+
+    Returns
+    -------
+    Parity
     """
     largest, wrong = 0.0, 0
     for index, scores in enumerate(_reference(model, histories)):
         if scores is None:
-            continue  # no known item: the popularity fallback is not the model's
-        order = np.argsort(-scores, kind="stable")[:top_k]
-        expected = order[np.isfinite(scores[order])]
-        rows, given = answers[index]
+            continue  # no known item: popularity ranks, not the model
+        order = np.argsort(-scores, kind="stable")[:top_k]  # ties by catalogue order, as in serving
+        expected = order[np.isfinite(scores[order])]  # -inf: not recommendable
+        rows, served_scores = ranked[index]
         if len(rows) != len(expected):
-            wrong += abs(len(rows) - len(expected)) or 1
+            wrong += abs(len(rows) - len(expected))
             continue
-        differences = np.abs(given.astype(np.float64) - scores[expected])
+        differences = np.abs(served_scores.astype(np.float64) - scores[expected])
         largest = max(largest, float(differences.max(initial=0)) if np.isfinite(differences).all() else np.inf)
+        # Another item at a rank is a tie if the model scores it like the expected one; repeated items are always wrong
         ties = np.abs(scores[rows] - scores[expected]) <= TOLERANCE
         wrong += int(((rows != expected) & ~ties).sum()) + len(rows) - len(set(rows.tolist()))
-    return Parity(len(answers), largest, wrong)
+    return Parity(len(ranked), largest, wrong)
 
 
 @torch.inference_mode()
 def _reference(model: MISSRec, histories: Sessions) -> Iterator[npt.NDArray[np.float64] | None]:
-    """Yield the run's scores of the whole catalogue for every session, None without a known item."""
+    """Yield the run's scores of every session, [catalogue]; None without a known item."""
     candidates = model.candidates()
     length = model.config.max_sequence_length
-    for start in range(0, len(histories), _STEP):
-        chosen = np.arange(start, min(start + _STEP, len(histories)))
-        rows = histories.padded(chosen, length)
+    for start in range(0, len(histories), _BATCH):
+        batch = np.arange(start, min(start + _BATCH, len(histories)))
+        rows = histories.padded(batch, length)
         session = torch.from_numpy(compact(rows, length))
-        event_features = compact_event_features(histories.padded_features(chosen, length), rows, length)
+        event_features = compact_event_features(histories.padded_features(batch, length), rows, length)
         vectors = model(session, {name: torch.from_numpy(values) for name, values in event_features.items()})
-        scores = model.score(vectors, candidates, session).double().numpy()
+        scores = model.score(vectors, candidates, session).double().numpy()  # [batch, catalogue]
         empty = (session == PADDING_ROW).all(1).tolist()
-        yield from (None if nothing else line for line, nothing in zip(scores, empty, strict=True))
+        yield from (None if is_empty else row for row, is_empty in zip(scores, empty, strict=True))
 
 
-def _pairs(catalogue: Catalogue, histories: Sessions) -> Iterator[tuple[int, str | int]]:
+def _rows_and_ids(catalogue: Catalogue, histories: Sessions) -> Iterator[tuple[int, str | int]]:
     rows = np.unique(histories.values[histories.values >= FIRST_ITEM_ROW])
     return zip(rows.tolist(), catalogue.ids_of(rows), strict=True)
 
 
 def _unknown_id(catalogue: Catalogue) -> str | int:
-    tries: Callable[[int], str | int] = (lambda n: f"?{n}") if catalogue.id_type == "string" else (lambda n: -1 - n)
-    candidates = [tries(n) for n in range(catalogue.n_items + 1)]  # one more than the catalogue can hold
+    """Return an id that the catalogue does not have: among n + 1 different ids at least one is not among its n."""
+    make: Callable[[int], str | int] = (lambda n: f"?{n}") if catalogue.id_type == "string" else (lambda n: -1 - n)
+    candidates = [make(n) for n in range(catalogue.n_items + 1)]
     return candidates[int(np.argmax(catalogue.rows_of(candidates) < FIRST_ITEM_ROW))]

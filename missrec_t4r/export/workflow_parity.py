@@ -1,7 +1,6 @@
-"""Proof that requests are transformed at serving time as the fitted NVTabular workflow transforms them.
+"""Parity of the compiled request workflow with the fitted NVTabular workflow, checked at export.
 
-NVTabular is needed for the proof only, and reached through `missrec_t4r.etl`; without it the proof is skipped
-and the export says so.
+Needs NVTabular, through `missrec_t4r.etl`; without it the check is skipped and the export's result says so.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ REQUEST_WORKFLOW = "request_workflow"
 
 
 def check_workflow(data: Path, catalogue: Catalogue, sessions: Sequence[Sequence[RawId]]) -> str:
-    """Require that NVTabular gives the same rows as the compiled transform.
+    """Require that NVTabular's request workflow returns the same rows as the compiled one.
 
     Parameters
     ----------
     data : Path
         Data folder with the fitted workflow.
     catalogue : Catalogue
-        The exported one.
+        The exported catalogue.
     sessions : sequence of sequences
-        Raw test sessions; variants with unknown and missing ids, over-long and empty ones are added.
+        Raw test sessions; variants with unknown and missing ids, too long and empty ones are added.
 
     Returns
     -------
     str
-        ``"equal on N sessions"``, or why the proof was skipped.
+        ``"equal on N sessions"``, or why the check was skipped.
 
     Raises
     ------
@@ -48,44 +47,43 @@ def check_workflow(data: Path, catalogue: Catalogue, sessions: Sequence[Sequence
         return f"skipped: {data} holds no {REQUEST_WORKFLOW}"
     if importlib.util.find_spec("nvtabular") is None:
         return "skipped: nvtabular is not installed"
-    asked = (
-        sessions if catalogue.id_type == "string" else [[i for i in session if i is not None] for session in sessions]
-    )
-    tried = hostile_variants(asked, catalogue.id_type)
+    if catalogue.id_type != "string":  # NVTabular refuses missing ids in integer lists
+        sessions = [[item for item in session if item is not None] for session in sessions]
+    variants = hostile_variants(sessions, catalogue.id_type)
     transform = SessionTransform.load(data / SESSION_TRANSFORM_FILE, vocabulary_of(catalogue.items))
-    for session, expected, rows in zip(tried, _nvtabular_rows(folder, tried), transform(*tried), strict=True):
+    for session, expected, rows in zip(variants, _nvtabular_rows(folder, variants), transform(*variants), strict=True):
         if rows.tolist() != expected:
             raise ParityError(
                 f"session {session} becomes rows {rows.tolist()}",
                 f"{expected}, as NVTabular's request workflow gives",
-                "re-run `missrec etl`: transform and workflow do not belong together",
+                "re-run `missrec etl`: transform and workflow are of different runs",
             )
-    return f"equal on {len(tried)} sessions"
+    return f"equal on {len(variants)} sessions"
 
 
 def _nvtabular_rows(folder: Path, sessions: Sequence[Sequence[RawId]]) -> list[list[int]]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Merlin's remarks on its own dependencies
+        warnings.simplefilter("ignore")  # Merlin warns about its own dependencies
         from missrec_t4r.etl.nvt.request_transform import request_rows
 
         return request_rows(folder, sessions)
 
 
 def hostile_variants(sessions: Sequence[Sequence[RawId]], id_type: str, seed: int = 7) -> list[list[RawId]]:
-    """Return the sessions, and each again with strange ids strewn in, repeated beyond any limit, and an empty one.
+    """Return the sessions, variants of each with unknown ids and of excessive length, and an empty session.
 
-    Missing ids are among the strange ones for string catalogues only: NVTabular cannot take them in integer lists.
+    Missing ids are inserted for string catalogues only: NVTabular refuses them in integer lists.
 
     Examples
     --------
     >>> [len(session) for session in hostile_variants([["lamp", "desk"]], "string")]
     [2, 4, 128, 0]
     """
-    chance = random.Random(seed)
-    strange: list[RawId] = ["", " ", "no such item", "☂", None] if id_type == "string" else [-1, 0, 2**62]
-    tried: list[list[RawId]] = [list(session) for session in sessions]
+    rng = random.Random(seed)
+    unknown: list[RawId] = ["", " ", "no such item", "☂", None] if id_type == "string" else [-1, 0, 2**62]
+    variants: list[list[RawId]] = [list(session) for session in sessions]
     for session in sessions:
-        strewn = [*session, *chance.choices(strange, k=2)]
-        chance.shuffle(strewn)
-        tried += [strewn, strewn * 32]
-    return [*tried, []]
+        mixed = [*session, *rng.choices(unknown, k=2)]
+        rng.shuffle(mixed)
+        variants += [mixed, mixed * 32]  # longer than any max_sequence_length
+    return [*variants, []]

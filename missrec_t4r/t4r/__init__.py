@@ -1,4 +1,4 @@
-"""The Transformers4Rec door: MISSRec as inputs, block and task of a T4R model, trained by ``tr.Trainer``.
+"""Transformers4Rec integration: MISSRec as inputs, block and task of a T4R model, trained by ``tr.Trainer``.
 
 Importing this registers the masking ``prefix`` and the loader ``missrec`` in T4R's registries.
 """

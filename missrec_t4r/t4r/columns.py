@@ -1,4 +1,4 @@
-"""Which columns of a Merlin schema the model reads, checked against the catalogue once, at the border."""
+"""Columns of a Merlin schema that the model reads: selection, and checks against the catalogue."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.schema import LIST_SUFFIX, SCHEMA_FILE
 
 EVENT_FEATURE_TAGS = (Tags.CATEGORICAL, Tags.CONTINUOUS, Tags.EMBEDDING)
-"""T4R's own inputs read columns with one of these tags; so do ours."""
+"""Tags of event features; T4R's own inputs read the same."""
 
 
 def load_schema(path: str | Path) -> Schema:
@@ -23,7 +23,7 @@ def load_schema(path: str | Path) -> Schema:
     Parameters
     ----------
     path : str or Path
-        ``schema.pbtxt``, or the folder that holds it: a data folder of ``missrec etl``, or one of its splits.
+        ``schema.pbtxt``, or the folder that contains it: a data folder of ``missrec etl``, or one of its splits.
 
     Raises
     ------
@@ -32,7 +32,7 @@ def load_schema(path: str | Path) -> Schema:
     """
     file = Path(path) / SCHEMA_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise DataError(f"there is no schema {file}", "schema.pbtxt, or a folder that holds it", "run `missrec etl`")
+        raise DataError(f"there is no schema {file}", "schema.pbtxt, or a folder that contains it", "run `missrec etl`")
     try:
         return TensorflowMetadata.from_proto_text_file(str(file.parent), file.name).to_merlin_schema()
     except ParseError as error:
@@ -40,7 +40,7 @@ def load_schema(path: str | Path) -> Schema:
 
 
 def as_core_schema(schema: Any) -> Schema:
-    """Return a ``merlin.schema.Schema``; T4R's tutorials also use its older ``merlin_standard_lib.Schema``."""
+    """Return the schema as ``merlin.schema.Schema``; T4R's tutorials also use ``merlin_standard_lib.Schema``."""
     if isinstance(schema, Schema):
         return schema
     if hasattr(schema, "to_json"):
@@ -100,14 +100,14 @@ def event_feature_schema(schema: Schema, item: str) -> Schema:
 
 
 def event_columns(schema: Schema, width: int, number_width: int) -> tuple[EventColumn, ...]:
-    """Return the columns of `event_feature_schema` as the model's side features, numbers as the workflow left them.
+    """Return the columns of `event_feature_schema` as event features, numbers as the workflow left them.
 
     Parameters
     ----------
     schema : Schema
-        The side features alone.
+        The event features alone.
     width, number_width : int
-        Numbers that the model makes of a category or vector, and of a number.
+        Embedding width of a category or vector, and of a number.
 
     Raises
     ------
@@ -118,7 +118,7 @@ def event_columns(schema: Schema, width: int, number_width: int) -> tuple[EventC
 
 
 def event_feature_name(column: str) -> str:
-    """Return the name by which the core knows a column."""
+    """Return a column's name in the pure-torch model: without the suffix of list columns."""
     return column.removesuffix(LIST_SUFFIX)
 
 

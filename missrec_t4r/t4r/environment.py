@@ -1,4 +1,4 @@
-"""What Merlin 23.8 needs in the environment before its first import; imported first by this package."""
+"""Environment variables that Merlin 23.8 needs before its first import; imported first by this package."""
 
 import importlib.util
 import os

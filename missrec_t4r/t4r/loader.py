@@ -1,8 +1,8 @@
-"""Our data loader for T4R's Trainer: every session becomes its prefixes, batched by length.
+"""Data loader for T4R's Trainer: all prefixes of every session, batched by length.
 
-Registered beside T4R's loaders as ``missrec``: ``T4RecTrainingArguments(data_loader_engine="missrec")`` is all that a
-script changes. A row is a prefix and its target, the last real item, and the batch says so (`PREFIX_ROWS`), so that the
-masking does not cut it again. Order depends on the seed and the epoch alone.
+Registered beside T4R's loaders as ``missrec``: ``T4RecTrainingArguments(data_loader_engine="missrec")`` is the only
+change of a script. A row is a prefix and its target, the last real item; the batch is marked with `PREFIX_ROWS`, so
+that the masking does not cut it again. The order depends on the seed and the epoch alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from missrec_t4r.t4r.columns import as_core_schema
 from missrec_t4r.t4r.reading import item_name, known_sessions, read_sessions
 
 PREFIX_ROWS: Final = "missrec_prefix_rows"
-"""Key of a batch whose rows are a prefix and its target already; other inputs ignore it."""
+"""Key of batches whose rows are a prefix and its target already; other inputs ignore it."""
 
 Batch = tuple[dict[str, Tensor], None]
 
@@ -35,9 +35,9 @@ class PrefixBatches(IterableDataset[Batch]):
     Parameters
     ----------
     sessions : Sessions
-        Known items only; side features by the name of their column.
+        Known items only; event features by the name of their column.
     item_column : str
-        Name under which a batch holds the items.
+        Name of the items in a batch.
     batch_size : int
         Rows per batch.
     max_sequence_length : int
@@ -46,13 +46,13 @@ class PrefixBatches(IterableDataset[Batch]):
         True: every prefix of every session, in random order (training). False: every session once, its last item is
         the target, in the order of the data (evaluation).
     seed : int
-        Of the order.
+        Of the order of batches.
     per_session : int
         Prefixes drawn per session and epoch; 0 takes all.
     reverse_probability : float
         Probability that a training batch is read backwards.
     drop_last : bool
-        Leave out the batch that is not full.
+        Drop the last batch if it is not full.
     rank, size : int
         Of this process among those that share the data.
     """
@@ -136,7 +136,7 @@ class PrefixBatches(IterableDataset[Batch]):
 
 @dataloader_registry.register_with_multiple_names("missrec", "missrec_prefix")
 class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
-    """A `PrefixBatches` as T4R's Trainer wants its loaders. Built by `from_schema`, by us or by the Trainer."""
+    """`PrefixBatches` with the interface of T4R's loaders; built by `from_schema`, in a script or by T4R's Trainer."""
 
     def __init__(self, batches: PrefixBatches) -> None:
         DataLoader.__init__(self, batches, batch_size=None)
@@ -161,14 +161,14 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
         reverse_probability: float = 0.0,
         global_rank: int | None = None,
         global_size: int | None = None,
-        **_of_other_engines: Any,  # the Trainer hands every engine the same keywords (shuffle_buffer_size, device, ...)
+        **_of_other_engines: Any,  # the Trainer passes one set of keywords to all engines (shuffle_buffer_size, ...)
     ) -> PrefixLoader:
         """Read session parquet.
 
         Parameters
         ----------
         schema : Merlin schema
-            The ITEM_ID list column and the side features to read.
+            The ITEM_ID list column and the event features to read.
         paths_or_dataset : path, list of paths, merlin.io.Dataset, or Sessions
             A folder means its ``*.parquet``.
         batch_size, max_sequence_length, drop_last, seed, per_session, reverse_probability

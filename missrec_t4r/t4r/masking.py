@@ -1,8 +1,8 @@
 """Prefix masking: one row is one example, a prefix and the item that followed it.
 
 Transformers4Rec's own maskings leave the label item visible to a body that looks ids up itself, and a causal mask does
-not protect a model whose interest tokens span the session. Here the target and everything after it is gone before any
-look-up (`blank`), so nothing downstream can see it. `docs/t4r_contract.md#masking` names the tests that pin this.
+not protect a model whose interest tokens span the session. This masking replaces the target and everything after it
+by padding before any look-up (`blank`), so that no later module can use it (tests: `docs/t4r_contract.md#masking`).
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ Cut = Literal["random", "last"]
 class PrefixMasking(MaskSequence):
     """Cut every row into a visible prefix and one target.
 
-    The target's row stands at the position before it, t - 1, the last visible one, as in T4R's ``clm``; every other
-    position has no label. At inference nothing is removed. A row with fewer than two items has no target: it is shown
-    whole and takes no part in the loss.
+    The label is at the position before the target, the last visible one, as in T4R's ``clm``; every other position has
+    no label. At inference nothing is removed. A row with fewer than two items has no target: all its items are visible
+    and it is not part of the loss.
 
     Parameters
     ----------
     hidden_size : int
         Part of T4R's signature; this masking has no parameters of its own.
     padding_idx : int
-        Row that fills short sessions.
+        Item index that fills short sessions.
     eval_on_last_item_seq_only : bool
         Part of T4R's signature; the last item is the only target of a test row, so False is refused.
     cut : "random" or "last"
         Where a training row is cut. ``random`` is for whole sessions (T4R's stock loader): any item but the first
-        can be the target. ``last`` is for rows that are a prefix and its target already. Our `PrefixLoader` says so
-        in its batches and needs no setting. Testing always cuts at the last item.
+        can be the target. ``last`` is for rows that are a prefix and its target already; batches of `PrefixLoader` are
+        marked as such and need no setting. Testing always cuts at the last item.
 
     Examples
     --------
@@ -51,21 +51,21 @@ class PrefixMasking(MaskSequence):
         padding_idx: int = 0,
         eval_on_last_item_seq_only: bool = True,
         cut: Cut = "random",
-        **_unused: Any,  # T4R's from_schema hands every keyword it was given to the masking
+        **_unused: Any,  # T4R's from_schema passes all its keyword arguments to the masking
     ) -> None:
         if not eval_on_last_item_seq_only:
             raise ValueError("PrefixMasking tests on the last item only; leave eval_on_last_item_seq_only=True")
         super().__init__(hidden_size=hidden_size, padding_idx=padding_idx)
-        self.register_parameter("masked_item_embedding", None)  # what is hidden looks like padding, not like a token
+        self.register_parameter("masked_item_embedding", None)  # hidden items are padding, not a learned embedding
         self.cut: Cut = cut
 
     def target_index(self, item_ids: Tensor, training: bool, testing: bool, cut: Cut | None = None) -> Tensor:
-        """Return where each row's target stands.
+        """Return the position of each row's target.
 
         Parameters
         ----------
         item_ids : Tensor [batch, seq], int
-            Rows of the items, padded on the right.
+            Item indices, padded on the right.
         training, testing : bool
             T4R's flags; with both off the rows are inference requests.
         cut : "random" or "last", optional
@@ -87,7 +87,7 @@ class PrefixMasking(MaskSequence):
         return torch.where(length < 2, length, index)
 
     def info_at(self, item_ids: Tensor, target: Tensor) -> MaskingInfo:
-        """Return what is visible (True) and the labels, given the targets' positions; store both for T4R's tasks."""
+        """Return the visibility mask and the labels, given the targets' positions; store both for T4R's tasks."""
         steps = torch.arange(item_ids.shape[1], device=item_ids.device)
         visible = (steps < target[:, None]) & (item_ids != self.padding_idx)
         following = nn.functional.pad(item_ids[:, 1:], (0, 1), value=self.padding_idx)
@@ -99,7 +99,7 @@ class PrefixMasking(MaskSequence):
     def compute_masked_targets(
         self, item_ids: Tensor, training: bool = False, testing: bool = False, cut: Cut | None = None
     ) -> MaskingInfo:
-        """Return the visible positions and the labels, both [batch, seq]; labels are 0 where there is none."""
+        """Return the visibility mask and the labels, both [batch, seq]; a label of 0 means none."""
         return self.info_at(item_ids, self.target_index(item_ids, training, testing, cut))
 
     def blank(self, values: Tensor, visible: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class PrefixMasking(MaskSequence):
         Parameters
         ----------
         values : Tensor [batch, seq] or [batch, seq, width]
-            Ids, or any side feature that travels with them.
+            Item indices, or an event feature of them.
         visible : Tensor [batch, seq], bool
             ``MaskingInfo.schema``.
         """

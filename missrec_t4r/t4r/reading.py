@@ -1,4 +1,4 @@
-"""Session parquet to arrays: the item column and the side features that a schema names."""
+"""Session parquet to arrays: the item column and the event features that a schema names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from missrec_t4r.t4r.columns import as_core_schema, event_feature_schema, is_lis
 
 
 def read_sessions(paths_or_dataset: Any, schema: Any) -> Sessions:
-    """Read the item column and the side features that the schema names.
+    """Read the item column and the event features that the schema names.
 
     Raises
     ------
@@ -68,24 +68,25 @@ def _read_table(paths_or_dataset: Any, names: Sequence[str]) -> pa.Table:
             "pass train_dataset_or_path, and eval_dataset_or_path to evaluate",
         )
     given = [paths_or_dataset] if isinstance(paths_or_dataset, (str, Path)) else list(paths_or_dataset)
-    places = [place for path in given for place in _places(Path(path))]
-    if not places:
+    sources = [source for path in given for source in _sources(Path(path))]
+    if not sources:
         raise DataError(
             f"no parquet file in {', '.join(map(str, given))}", "session parquet", "run `missrec etl` first"
         )
     tables = []
-    for place in places:
-        for file in row_files(place) if place.is_dir() else [place]:
+    for source in sources:
+        for file in row_files(source) if source.is_dir() else [source]:
             if missing := set(names) - set(pq.read_schema(file).names):
-                words = f"{file} lacks {sorted(missing)}"
-                raise SchemaError(words, "every column that the schema names", "re-run the ETL")
-        read = read_rows if place.is_dir() else pq.read_table
-        tables.append(read(place, columns=list(names)))
+                raise SchemaError(
+                    f"{file} lacks {sorted(missing)}", "every column that the schema names", "re-run the ETL"
+                )
+        read = read_rows if source.is_dir() else pq.read_table
+        tables.append(read(source, columns=list(names)))
     return pa.concat_tables(tables, promote_options="permissive")
 
 
-def _places(path: Path) -> list[Path]:
-    """Return a folder of session parquet itself (nights may stand beside it), or the files that are meant."""
+def _sources(path: Path) -> list[Path]:
+    """Return the folder itself (it may have delta files), the files of a glob pattern, or the file."""
     if path.is_dir():
         return [path] if row_files(path) else []
     if any(sign in str(path) for sign in "*?["):
@@ -96,7 +97,7 @@ def _places(path: Path) -> list[Path]:
 
 
 def known_sessions(sessions: Sessions, *, targets: bool) -> Sessions:
-    """Drop null and unknown events; with ``targets``, first the sessions whose last item is one: nothing to predict."""
+    """Drop null and unknown items; with ``targets``, also every session whose last item is one: it has no target."""
     keep = sessions.values > UNKNOWN_ROW
     if targets:
         ends = sessions.offsets[1:]
@@ -104,6 +105,6 @@ def known_sessions(sessions: Sessions, *, targets: bool) -> Sessions:
             (sessions.lengths > 0) & keep[np.maximum(ends - 1, 0)] if len(keep) else np.zeros(len(sessions), bool)
         )
         keep = keep & np.repeat(has_target, sessions.lengths)
-    kept = np.concatenate([[0], np.cumsum(keep)])
+    n_kept_before = np.concatenate([[0], np.cumsum(keep)])
     features = {name: feature[keep] for name, feature in sessions.features.items()}
-    return Sessions(sessions.values[keep], kept[sessions.offsets], features)
+    return Sessions(sessions.values[keep], n_kept_before[sessions.offsets], features)

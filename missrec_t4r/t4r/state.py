@@ -1,7 +1,7 @@
-"""What one step's modules tell each other beside T4R's call chain, which hands on a single tensor.
+"""Values of one step that inputs, block and task share beside T4R's call chain, which passes on a single tensor.
 
-The inputs write which items are visible, the block writes what it encoded, the task reads both. T4R does the same with
-``item_seq`` and ``masked_targets``; here it has a type, one home, and is never saved.
+The inputs write the visible items, the block writes its encoding, the task reads both. T4R does the same with the
+attributes ``item_seq`` and ``masked_targets``; `StepState` is typed, in one place, and never saved.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from missrec_t4r.model.missrec import Encoded, MISSRec
 
 
 class VisibleSessions(NamedTuple):
-    """What the model may see of a batch: nothing at or after a target."""
+    """The visible items of a batch: none at or after a target."""
 
     item_ids: Tensor
     """[batch, seq], int64: the last visible items of each row, padded with 0 on the right."""
     window: Tensor
-    """[batch, seq], int64: the column of the batch that each of them came from."""
+    """[batch, seq], int64: the column of the batch that each item is from."""
     learning: bool
-    """Whether T4R asked for a training step."""
+    """Whether this is a training step (T4R's flag ``training``)."""
 
     def take(self, values: Tensor) -> Tensor:
         """Return the columns [batch, seq, width] of ``values`` [batch, column, width] that belong to `item_ids`."""
@@ -32,7 +32,7 @@ class VisibleSessions(NamedTuple):
 
 
 class StepState:
-    """One step's values, shared by the inputs, the block and the task of one model."""
+    """Values of one step, shared by the inputs, the block and the task of one model."""
 
     def __init__(self) -> None:
         self._sessions: VisibleSessions | None = None
@@ -46,7 +46,7 @@ class StepState:
 
     @property
     def sessions(self) -> VisibleSessions:
-        """What the inputs left visible."""
+        """The visible items, written by the inputs."""
         if self._sessions is None:
             raise ConfigError(
                 "MISSRecBlock was called before its inputs",
@@ -57,21 +57,21 @@ class StepState:
 
     @property
     def encoded(self) -> Encoded:
-        """What the block made of it."""
+        """The encoded sessions, written by the block."""
         if self._encoded is None:
             raise ConfigError("MISSRecNextItemTask was called before its body", "a step of the whole model")
         return self._encoded
 
     def show(self, sessions: VisibleSessions) -> None:
-        """Start a step: the inputs say what is visible."""
+        """Start a step with the visible items; called by the inputs."""
         self._sessions, self._encoded, self._of_step = sessions, None, None
 
     def put(self, encoded: Encoded, candidates: CandidateEmbeddings | None = None) -> None:
-        """Hand on what the block encoded and, in training, the catalogue as this step's dropout left it."""
+        """Store the encoded sessions and, in training, the candidates of this step; called by the block."""
         self._encoded, self._of_step = encoded, candidates
 
     def candidates(self, core: MISSRec) -> CandidateEmbeddings:
-        """Return the catalogue's tokens: this training step's, or those of the weights, computed once per version."""
+        """Return the candidates: this training step's, or those of the current weights, computed once per update."""
         if self._of_step is not None:
             return self._of_step
         if torch.is_grad_enabled() or torch.jit.is_tracing():

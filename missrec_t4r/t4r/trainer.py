@@ -1,7 +1,7 @@
-"""``missrec train --trainer t4r``: a recipe trained by ``tr.Trainer``, ending in a run folder like our trainer's.
+"""``missrec train --trainer t4r``: train a recipe by ``tr.Trainer`` and write a run folder like that of our trainer.
 
-Everything is T4R's: loader engine, arguments, checkpoints, early stopping on NDCG@10. What a recipe asks and T4R's
-Trainer does not do is named in the log and in `run.json`, never dropped silently.
+Arguments, checkpoints and early stopping on NDCG@10 are those of T4R and transformers. Settings of the recipe that
+T4R's Trainer does not have are listed in the log and in `run.json` (``without``), never dropped silently.
 """
 
 from __future__ import annotations
@@ -65,28 +65,29 @@ def train_t4r(
 ) -> dict[str, Any]:
     """Train a recipe through ``tr.Trainer`` and write a run folder.
 
-    Examples are prefixes, whatever the recipe's attention. Side features are those of `missrec train`, measured on the
-    same sessions.
+    Examples are prefixes, whatever the recipe's attention. Event features are those of `missrec train`, with statistics
+    of the same sessions.
 
     Parameters
     ----------
     data : path
         Folder written by ``missrec etl``.
     recipe : Recipe
-        What to train, and how.
+        Settings of the model and the training.
     out : path
-        Run folder; T4R's checkpoints live in its folder ``checkpoint`` until the run is finished.
+        Run folder; T4R's checkpoints are in its folder ``checkpoint`` until the run is finished.
     resume : bool
         Continue from the last checkpoint in ``out``; False starts over.
     device : str
-        ``"auto"`` takes a GPU if there is one; ``"cpu"`` does not.
+        ``"auto"`` uses a GPU if there is one; ``"cpu"`` does not.
     dry_run : bool
-        Read and check the data, say what would be trained, write nothing.
+        Read and check the data, return what would be trained, write nothing.
 
     Returns
     -------
     dict
-        Validation NDCG@10, best epoch, seconds, and the recipe's settings that this trainer does not have.
+        Validation NDCG@10, best epoch, what ended the training (``stopped_by``: ``epochs``, ``patience`` or
+        ``max_minutes``), seconds, and the recipe's settings that this trainer does not have.
 
     Raises
     ------
@@ -125,13 +126,15 @@ def train_t4r(
     last = get_last_checkpoint(str(checkpoints)) if resume else None
     with contextlib.nullcontext() if last is None else _full_checkpoints():
         trainer.train(resume_from_checkpoint=last)
-    best = trainer.state.best_metric
+    stopped_by = _stopped_by(trainer, recipe.train)
+    log.info(f"training ended by train.{stopped_by} = {getattr(recipe.train, stopped_by)}")
     core = to_core(model)
     info = {
         "trainer": "t4r",
         "best_epoch": _best_epoch(trainer) - 1,
         "epochs": round(trainer.state.epoch or 0),
-        "valid_ndcg@10": best,
+        "stopped_by": stopped_by,
+        "valid_ndcg@10": trainer.state.best_metric,
         "prior": fit_terms(core, catalogue, splits["train"], splits["valid"]),
         "without": ignored,
         "seconds": round(time.perf_counter() - started, 1),
@@ -143,7 +146,7 @@ def train_t4r(
 
 
 def _read_schema(data: Path, catalogue: Catalogue, event_features: Sequence[EventColumn]) -> Any:
-    """Return the schema of the item column and the side features."""
+    """Return the schema of the item column and the event features."""
     schema = load_schema(data)
     wanted = {column.name for column in event_features}
     others = [name for name in schema.column_names if event_feature_name(name) in wanted]
@@ -156,7 +159,12 @@ def _ignored(train: TrainConfig) -> list[str]:
 
 
 def _checkpoint_folder(out: Path, recipe: Recipe, resume: bool) -> Path:
-    """Return the folder of T4R's checkpoints, emptied or refused when it belongs to another recipe."""
+    """Return the folder of T4R's checkpoints; empty it without ``resume``, refuse one of another recipe.
+
+    Raises
+    ------
+    ConfigError
+    """
     folder = out / CHECKPOINT_FOLDER
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
@@ -231,20 +239,20 @@ def _trainer(
         _Report(log, train.max_minutes),
     ]
     trainer = tr.Trainer(model=model, args=arguments, schema=schema, callbacks=callbacks, compute_metrics=True)
-    trainer.remove_callback(PrinterCallback)  # standard output is the command line's
+    trainer.remove_callback(PrinterCallback)  # standard output belongs to the command line
     trainer.train_dataloader, trainer.eval_dataloader = loaders["train"], loaders["valid"]
     return trainer
 
 
 class _Report(TrainerCallback):
-    """A line per epoch for the user and the log file, and the time limit."""
+    """Log an epoch's line to the user and the log file, and stop at the time limit."""
 
     def __init__(self, log: Path, max_minutes: float) -> None:
         self.log, self.limit = log, 60 * max_minutes
         self.started = time.perf_counter()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:  # noqa: ARG002
-        """Write the epoch's line; stop after the epoch that passes the limit."""
+        """Write the epoch's line; stop after the epoch in which the time limit passes."""
         epoch = round(state.epoch) - 1
         loss = next((line["loss"] for line in reversed(state.log_history) if "loss" in line), float("nan"))
         line = {"epoch": epoch, "loss": loss, "valid_ndcg@10": metrics[NDCG]}
@@ -258,15 +266,24 @@ class _Report(TrainerCallback):
 
 
 def _best_epoch(trainer: tr.Trainer) -> int:
-    """Return how many epochs the best checkpoint had trained."""
+    """Return after how many epochs the best checkpoint was written."""
     scores = [line for line in trainer.state.log_history if NDCG in line]
     best = max(scores, key=lambda line: float(line[NDCG]), default={"epoch": 0})
     return round(best["epoch"])
 
 
+def _stopped_by(trainer: tr.Trainer, train: TrainConfig) -> str:
+    """Return the setting that ended the training: ``epochs``, ``patience`` or ``max_minutes``."""
+    if round(trainer.state.epoch or 0) >= train.epochs:
+        return "epochs"
+    callbacks = trainer.callback_handler.callbacks
+    counters = [one.early_stopping_patience_counter for one in callbacks if isinstance(one, EarlyStoppingCallback)]
+    return "patience" if max(counters, default=0) >= train.patience else "max_minutes"
+
+
 @contextlib.contextmanager
 def _full_checkpoints() -> Iterator[None]:
-    """Let transformers 4.30 read back the random state it saved itself, which torch's safe loading refuses."""
+    """Allow transformers 4.30 to load its own random state, which torch's safe loading refuses, for this call only."""
     name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

@@ -153,6 +153,8 @@ class Trainer:
                 f"recall@10 {record['valid_recall@10']:.4f}  {record['positions_per_s']:,.0f} positions/s"
             )
             self.save_checkpoint()
+        stopped_by = str(self._stopped_by())
+        log.info(f"training ended by train.{stopped_by} = {getattr(self.recipe.train, stopped_by)}")
         if self.curves is not None:
             self.curves.close()
         return distributed.share(self._finish(data) if is_first else {})
@@ -406,8 +408,8 @@ class Curves:
 
     def epoch(self, record: Mapping[str, Any], step: int) -> None:
         """Append an epoch's record."""
-        with self.file.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(dict(record)) + "\n")
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(dict(record)) + "\n")
         if self.writer is not None:
             for name, value in record.items():
                 if name != "epoch" and isinstance(value, (int, float)):

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from merlin.schema import ColumnSchema, Schema, Tags
 from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 
 from missrec_t4r.config import MISSRecConfig
-from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.data.catalogue import Catalogue
 from tests.settings import EVERY_PART
+from tests.shop import catalogue as make_catalogue
+from tests.shop import random_modalities, write_split
 
 N_ROWS = 120
 """117 items and the three reserved rows: T4R's Trainer takes the top 100, so fewer would break its own recipe too."""
@@ -26,14 +27,9 @@ SMALL = {"d_model": 16, "n_head": 2, "d_feedforward": 16, "dropout": 0.2}
 
 def catalogue() -> Catalogue:
     """Return the shop's items: every third has no image, row 5 has neither."""
-    rng = np.random.default_rng(5)
-    text = rng.normal(size=(N_ROWS, 7)).astype(np.float32)
-    image = rng.normal(size=(N_ROWS, 5)).astype(np.float32)
-    has_text, has_image = np.arange(N_ROWS) >= 3, np.arange(N_ROWS) % 3 > 0
-    has_image[:3] = has_text[5] = has_image[5] = False
-    text[~has_text], image[~has_image] = 0, 0
-    items = pa.table({"item_id": [f"item {row}" for row in range(3, N_ROWS)], "train_count": np.full(N_ROWS - 3, 4)})
-    return Catalogue(items, {"text": Modality(text, has_text), "image": Modality(image, has_image)})
+    without = {"text": [5], "image": [5, *range(3, N_ROWS, 3)]}
+    modalities = random_modalities(N_ROWS - 3, {"text": 7, "image": 5}, seed=5, without=without)
+    return make_catalogue([f"item {row}" for row in range(3, N_ROWS)], modalities, np.full(N_ROWS - 3, 4))
 
 
 def schema(event_features: bool = True, maximum: int = N_ROWS - 1) -> Schema:
@@ -67,7 +63,7 @@ def schema(event_features: bool = True, maximum: int = N_ROWS - 1) -> Schema:
 
 
 def sessions(n: int, seed: int, longest: int = 9) -> list[list[int]]:
-    """Return item rows: each shopper walks up the catalogue from a random start, in steps of one or two."""
+    """Return item rows: each session walks up the catalogue from a random start, in steps of one or two."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(n):
@@ -78,18 +74,12 @@ def sessions(n: int, seed: int, longest: int = 9) -> list[list[int]]:
 
 
 def write_sessions(folder: Path, rows: list[list[int]]) -> Path:
-    """Write one parquet file of sessions with their side features, and its schema."""
-    folder.mkdir(parents=True, exist_ok=True)
-    table = pa.table(
-        {
-            "user_id": pa.array([f"user {index}" for index in range(len(rows))]),
-            "item_id-list": pa.array(rows, pa.list_(pa.int64())),
-            "category-list": pa.array([[row % N_CATEGORIES for row in line] for line in rows], pa.list_(pa.int64())),
-            "price-list": pa.array([[row / N_ROWS for row in line] for line in rows], pa.list_(pa.float32())),
-        }
-    )
-    path = folder / "part_0.parquet"
-    pq.write_table(table, path)
+    """Write one parquet file of sessions with their event features, and their schema."""
+    features = {
+        "category": [[row % N_CATEGORIES for row in session] for session in rows],
+        "price": pa.array([[row / N_ROWS for row in session] for session in rows], pa.list_(pa.float32())),
+    }
+    path = write_split(folder, rows, features, users="user ")
     TensorflowMetadata.from_merlin_schema(schema()).to_proto_text_file(str(folder))
     return path
 

@@ -226,6 +226,7 @@ def test_train_t4r_writes_a_run_that_our_evaluation_loads(
     caplog.set_level("INFO", "missrec_t4r")
     info = train_t4r(data, recipe(ema_decay=0.9), tmp_path / "run", device="cpu")
     assert info["without"] == ["ema_decay"]
+    assert info["stopped_by"] == "epochs"
     assert "the T4R trainer has no ema_decay: trained without" in caplog.messages
     assert json.dumps(info)
     assert capsys.readouterr().out == ""
@@ -274,6 +275,13 @@ def test_train_t4r_stops_early_and_keeps_the_best_epoch(data: Path, tmp_path: Pa
     assert len(lines) < 40
     assert info["best_epoch"] == int(np.argmax(lines))
     assert len(lines) == info["best_epoch"] + 1 + 2
+    assert info["stopped_by"] == "patience"
+
+
+def test_train_t4r_says_when_the_clock_stopped_it(data: Path, tmp_path: Path) -> None:
+    info = train_t4r(data, recipe(epochs=40, max_minutes=1e-9), tmp_path / "run", device="cpu")
+    assert (info["epochs"], info["stopped_by"]) == (1, "max_minutes")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stopped_by"] == "max_minutes"
 
 
 def test_a_catalogue_of_another_size_is_refused(data: Path) -> None:

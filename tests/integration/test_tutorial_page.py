@@ -1,4 +1,4 @@
-"""docs/tutorial.md from the first command to the last, as a newcomer types it; then the README's script on its data."""
+"""docs/tutorial.md from the first command to the last, as a reader types it; then the README's script on its data."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ pytestmark = pytest.mark.triton
 BLOCK = re.compile(r"^```(bash|bash background|python file=(\S+))\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-class Newcomer:
-    """Does what the page says, and remembers what every command answered."""
+class Reader:
+    """Runs the commands of a page and keeps the output of each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.ports = folder, choose_ports({"http": 0, "grpc": 0, "metrics": 0})
-        self.answers: list[tuple[str, str]] = []
+        self.outputs: list[tuple[str, str]] = []
         self.server: subprocess.Popen[bytes] | None = None
 
     def follow(self, page: str) -> None:
@@ -51,14 +51,14 @@ class Newcomer:
             command += ["--url", self.url]
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (line, done.stderr)
-        self.answers.append((line, done.stdout))
+        self.outputs.append((line, done.stdout))
 
     def serve(self, line: str) -> None:
-        ports = [f"--{door}-port={port}" for door, port in self.ports.items()]
+        ports = [f"--{transport}-port={port}" for transport, port in self.ports.items()]
         log = self.folder / "serve.log"
-        with log.open("wb") as told:
+        with log.open("wb") as output:
             self.server = subprocess.Popen(
-                [*self.command(line), *ports], cwd=self.folder, stdout=told, stderr=subprocess.STDOUT
+                [*self.command(line), *ports], cwd=self.folder, stdout=output, stderr=subprocess.STDOUT
             )
         until = time.monotonic() + 120
         while "Triton is ready" not in log.read_text() and time.monotonic() < until and self.server.poll() is None:
@@ -69,44 +69,44 @@ class Newcomer:
         first, *rest = shlex.split(line)
         return [sys.executable, *{"missrec": ["-m", "missrec_t4r"], "python": []}[first], *rest]
 
-    def answered(self, beginning: str) -> list[dict[str, Any]]:
-        found = [out for line, out in self.answers if line.startswith(beginning)]
+    def results(self, beginning: str) -> list[dict[str, Any]]:
+        found = [out for line, out in self.outputs if line.startswith(beginning)]
         return [json.loads(out.splitlines()[-1]) for out in found]
 
 
 @pytest.fixture(scope="module")
-def newcomer(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[Newcomer]:
-    someone = Newcomer(tmp_path_factory.mktemp("tutorial"))
+def reader(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[Reader]:
+    follower = Reader(tmp_path_factory.mktemp("tutorial"))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        someone.follow((repository / "docs" / "tutorial.md").read_text(encoding="utf-8"))
-        yield someone
+        follower.follow((repository / "docs" / "tutorial.md").read_text(encoding="utf-8"))
+        yield follower
     finally:
-        if someone.server is not None:
-            someone.server.send_signal(signal.SIGTERM)
+        if follower.server is not None:
+            follower.server.send_signal(signal.SIGTERM)
             try:
-                assert someone.server.wait(60) == 0
+                assert follower.server.wait(60) == 0
             finally:
-                someone.server.kill()  # of no effect on one that has ended
+                follower.server.kill()  # of no effect on one that has ended
 
 
-def test_every_block_of_commands_was_run(newcomer: Newcomer, repository: Path) -> None:
+def test_every_block_of_commands_was_run(reader: Reader, repository: Path) -> None:
     page = (repository / "docs" / "tutorial.md").read_text(encoding="utf-8")
     commands = re.findall(r"^(?:missrec|python) .*", page, re.MULTILINE)
-    assert len(newcomer.answers) + 1 == len(commands) > 20  # the server's is the one
+    assert len(reader.outputs) + 1 == len(commands) > 20  # the server's is the one
 
 
-def test_the_model_is_worth_its_training(newcomer: Newcomer) -> None:
-    (found,) = newcomer.answered("missrec evaluate")
+def test_the_model_is_worth_its_training(reader: Reader) -> None:
+    (found,) = reader.results("missrec evaluate")
     kept = found["protocols"]["seen_kept"]
     assert kept["model"]["ndcg@10"] > max(kept[name]["ndcg@10"] for name in ("popularity", "content_knn"))
 
 
-def test_the_server_recommends_filters_and_explains(newcomer: Newcomer) -> None:
-    reasoned, ruled, allowed = (found["recommendations"] for found in newcomer.answered("missrec recommend"))
+def test_the_server_recommends_filters_and_explains(reader: Reader) -> None:
+    reasoned, ruled, allowed = (found["recommendations"] for found in reader.results("missrec recommend"))
     assert len(reasoned) == 3
     assert all(item["because_of"] in {"P00042", "P00007"} and item["title"] for item in reasoned)
-    items = Catalogue.load(newcomer.folder / "data" / "catalogue").items.to_pandas().set_index("item_id")
+    items = Catalogue.load(reader.folder / "data" / "catalogue").items.to_pandas().set_index("item_id")
     chosen = items.loc[[item["item_id"] for item in ruled]]
     assert chosen.price.max() <= 30
     assert chosen.brand.is_unique
@@ -114,32 +114,32 @@ def test_the_server_recommends_filters_and_explains(newcomer: Newcomer) -> None:
     assert all(item["title"] for item in allowed)  # of the catalogue that answers, which has the new item
 
 
-def test_a_session_of_unknown_items_says_that_it_falls_back(newcomer: Newcomer) -> None:
-    (told,) = (out for line, out in newcomer.answers if line == "python ask.py")
-    known, unknown = told.splitlines()
+def test_a_session_of_unknown_items_says_that_it_falls_back(reader: Reader) -> None:
+    (output,) = (out for line, out in reader.outputs if line == "python ask.py")
+    known, unknown = output.splitlines()
     assert known.endswith("] 0 False")
     assert unknown.endswith("] 1 True")
 
 
-def test_the_next_day_is_in_the_data_and_the_new_model_answers(newcomer: Newcomer) -> None:
-    _, update = newcomer.answered("missrec etl")
+def test_the_next_day_is_in_the_data_and_the_new_model_responds(reader: Reader) -> None:
+    _, update = reader.results("missrec etl")
     assert update["added"]["events_added"] > 0
     assert update["added"]["items_added"] == 1
-    first, tonight, again = ((found["version"], found["live"]) for found in newcomer.answered("missrec deploy"))
-    assert (first, tonight, again) == ((1, False), (3, True), (3, True))
-    assert [found["version"] for found in newcomer.answered("missrec rollback")] == [2]
+    first, second, again = ((found["version"], found["live"]) for found in reader.results("missrec deploy"))
+    assert (first, second, again) == ((1, False), (3, True), (3, True))
+    assert [found["version"] for found in reader.results("missrec rollback")] == [2]
 
 
-def test_the_readmes_transformers4rec_script_runs_in_a_plain_shell(newcomer: Newcomer, repository: Path) -> None:
+def test_the_readmes_transformers4rec_script_runs_in_a_plain_shell(reader: Reader, repository: Path) -> None:
     readme = (repository / "README.md").read_text(encoding="utf-8").partition("## In a Transformers4Rec script")[2]
     (script,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     for is_, becomes in (("work/", ""), ("d_model=300", "d_model=16"), ("num_train_epochs=3", "max_steps=2")):
         assert is_ in script
         script = script.replace(is_, becomes)
-    (newcomer.folder / "script.py").write_text(script, encoding="utf-8")
+    (reader.folder / "script.py").write_text(script, encoding="utf-8")
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("DASK", "TORCH", "TOKENIZERS"))}
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=newcomer.folder, env=plain, capture_output=True, text=True, check=False
+        [sys.executable, "script.py"], cwd=reader.folder, env=plain, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "ndcg_at_10" in done.stdout

@@ -1,14 +1,13 @@
-"""Tiny shops whose items lie on a ring: customers walk along it, and an encoder shows where on it an item lies."""
+"""Small shops whose items lie on a circle: sessions walk along it, and modality vectors encode the position on it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.data.catalogue import Modality
+from tests import shop
 
 TEXT_WIDTH, IMAGE_WIDTH = 8, 6
 SMALL = {
@@ -25,7 +24,7 @@ SMALL = {
 
 
 def encode(angles: np.ndarray, width: int, seed: int) -> np.ndarray:
-    """Return what the encoder ``seed`` makes of places on the ring."""
+    """Return the vectors of positions on the circle by the encoder ``seed``."""
     mix = np.random.default_rng(seed).normal(size=(4, width))
     waves = np.stack([np.cos(angles), np.sin(angles), np.cos(2 * angles), np.sin(2 * angles)], 1)
     return (waves @ mix).astype(np.float32)
@@ -48,21 +47,8 @@ def write_shop(
     sessions: int = 40,
     order: Sequence[int] | None = None,
 ) -> Path:
-    """Write a data folder; ``order`` is the place on the ring of every item, by default that of its line."""
-    places = np.arange(len(ids)) if order is None else np.asarray(order)
-    row_at = np.argsort(places) + 3
-    walks = {
-        split: [[int(row_at[(user + step) % len(ids)]) for step in range(length)] for user in range(sessions)]
-        for split, length in (("train", 6), ("valid", 7), ("test", 8))
-    }
-    counts = np.bincount(np.concatenate(walks["train"]), minlength=len(ids) + 3)[3:]
-    items = pa.table({"item_id": list(ids), "train_count": counts})
-    Catalogue(items, modalities).save(folder / "catalogue")
-    for split, lists in walks.items():
-        (folder / split).mkdir()
-        table = pa.table({"user_id": np.arange(len(lists)), "item_id-list": pa.array(lists, pa.list_(pa.int64()))})
-        pq.write_table(table, folder / split / "part_0.parquet")
-    return folder
+    """Write a data folder; ``order`` is the position on the circle of every item, by default that of its row."""
+    return shop.write_circle(folder, ids, modalities, n_users=sessions, order=order)  # type: ignore[arg-type]  # of one type
 
 
 def angles(n_items: int) -> np.ndarray:

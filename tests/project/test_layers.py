@@ -7,7 +7,7 @@ import pytest
 from tests.project.packages import ROOT, imports, modules
 
 LAYERS = """
-    errors schema config progress io
+    errors schema arrays config progress io
     data model evaluation ranking retrieval
     runs bundle etl training serving export t4r
     commands cli

@@ -17,7 +17,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import BundleError, ConfigError, DataError, ParityError
 from missrec_t4r.export import export as export_module
 from missrec_t4r.export.export import export
-from missrec_t4r.export.parity import Answer, check_rows, compare_answers, raw_ids, sample_histories
+from missrec_t4r.export.parity import RankedItems, check_rows, compare_ranked, raw_ids, sample_histories
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.run_folder import LoadedRun
 from missrec_t4r.schema import ITEM_LIST, USER_ID
@@ -95,11 +95,11 @@ def test_rows_that_do_not_fit_the_catalogue_are_refused(loaded: LoadedRun, bundl
         (lambda rows, scores: (rows, scores * np.nan), 0),
     ],
 )
-def test_answers_that_differ_are_counted(loaded: LoadedRun, change: Callable[..., Answer], wrong: int) -> None:
+def test_answers_that_differ_are_counted(loaded: LoadedRun, change: Callable[..., RankedItems], wrong: int) -> None:
     histories = Sessions.from_lists([[5, 9, 4]])
     ranking = Ranker(loaded.model, loaded.catalogue).rank(np.array([[5, 9, 4]]), top_k=6)
     rows, scores = change(ranking.rows[0], ranking.scores[0])
-    parity = compare_answers(loaded.model, histories, [(rows, scores)], 6)
+    parity = compare_ranked(loaded.model, histories, [(rows, scores)], 6)
     assert parity.wrong_items == wrong
     assert parity.equal == (wrong == 0 and np.abs(scores - ranking.scores[0]).max() < 1e-5)
 
@@ -116,7 +116,7 @@ def test_tied_items_may_change_places() -> None:
     assert ranking.scores[0, first] == ranking.scores[0, first + 1]
     swapped = rows.copy()
     swapped[first : first + 2] = [11, 10]
-    parity = compare_answers(model, Sessions.from_lists([[5, 9, 4]]), [(swapped, ranking.scores[0])], shop.N_ITEMS)
+    parity = compare_ranked(model, Sessions.from_lists([[5, 9, 4]]), [(swapped, ranking.scores[0])], shop.N_ITEMS)
     assert parity.equal
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from missrec_t4r.errors import DataError
 from missrec_t4r.serving.client.client import MISSRecClient
-from missrec_t4r.serving.playground.app import Playground, Shop
+from missrec_t4r.serving.playground.app import CatalogueView, Playground
 from missrec_t4r.serving.triton.local_server import LocalTriton
 
 pytestmark = pytest.mark.triton
@@ -50,7 +50,7 @@ def pictured(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 @pytest.fixture(scope="module")
 def page(server: LocalTriton, pictured: tuple[Path, Path]) -> Iterator[Playground]:
-    with MISSRecClient(server.grpc_url) as client, Playground(client, Shop(*pictured)) as running:
+    with MISSRecClient(server.grpc_url) as client, Playground(client, CatalogueView(*pictured)) as running:
         yield running
 
 
@@ -79,7 +79,7 @@ def test_search_pages_and_facets(page: Playground) -> None:
     found = json.loads(ask(page, "/api/items?search=ware%2012")[2])
     assert {item["title"] for item in found["items"]} >= {"Ware 12"}
     assert all("12" in f"{item['title']} {item['id']}" for item in found["items"])
-    assert json.loads(ask(page, "/api/items?offset=29")[2])["items"][0]["id"] in page.shop.ids
+    assert json.loads(ask(page, "/api/items?offset=29")[2])["items"][0]["id"] in page.catalogue.ids
     facets = json.loads(ask(page, "/api/shop")[2])["facets"]
     assert facets["kind"] == ["desk", "lamp", "rug"]
     assert not {"image", "title", "item_id", "train_count"} & set(facets)
@@ -116,8 +116,8 @@ def test_strange_requests_get_an_error_each_and_the_page_stays_up(page: Playgrou
 
 def test_no_folder_no_pictures(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no pictures"):
-        Shop(bundle, tmp_path)
-    assert Shop(bundle).describe(0)["picture"] is None
+        CatalogueView(bundle, tmp_path)
+    assert CatalogueView(bundle).describe(0)["picture"] is None
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
@@ -129,8 +129,8 @@ def test_clicks_change_the_recommendations_in_a_browser(page: Playground, tmp_pa
     assert seen["second"] != seen["first"]
     assert seen["chips"] == 2
     assert "because of Ware" in seen["why"]
-    brands = dict(zip(page.shop.ids, page.shop.items["brand"].to_pylist(), strict=True))
-    assert {brands[item] for item in seen["branded"]} == {page.shop.facets["brand"][0]}
+    brands = dict(zip(page.catalogue.ids, page.catalogue.items["brand"].to_pylist(), strict=True))
+    assert {brands[item] for item in seen["branded"]} == {page.catalogue.facets["brand"][0]}
     assert seen["filtered"] == []
     assert "the catalogue has no column 'kind'" in seen["note"]  # this server's does not; the page says what it says
 

@@ -1,18 +1,18 @@
-"""A shop where the next item cannot be told without a side feature: the item alone says nothing about it."""
+"""A shop where the next item depends on an event feature alone: the item does not determine it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.data.catalogue import Catalogue
+from tests.shop import catalogue as make_catalogue
+from tests.shop import random_modalities, write_split
 
 N_ITEMS = 24
 STEPS = {3: 1, 4: 5, 5: 11}
-"""Where an event of a code leads: so many items ahead in the catalogue."""
+"""Code of an event -> distance of the next item in the catalogue."""
 WIDTH = 4
 """Of the pre-trained vectors."""
 
@@ -34,15 +34,13 @@ feature { name: "age" type: INT annotation { tag: "continuous" } }
 
 
 def catalogue() -> Catalogue:
-    """Return items without any order in their texts."""
-    vectors = np.random.default_rng(2).normal(size=(N_ITEMS + 3, 8)).astype(np.float32)
-    present = np.arange(N_ITEMS + 3) >= 3
-    items = pa.table({"item_id": [f"i{row}" for row in range(N_ITEMS)], "train_count": np.full(N_ITEMS, 9)})
-    return Catalogue(items, {"text": Modality(vectors * present[:, None], present)})
+    """Return items with random text vectors."""
+    modalities = random_modalities(N_ITEMS, {"text": 8}, seed=2)
+    return make_catalogue([f"i{row}" for row in range(N_ITEMS)], modalities, np.full(N_ITEMS, 9))
 
 
 def sessions(n: int, seed: int) -> dict[str, list[list[object]]]:
-    """Return columns of sessions; only the event type tells the next item, dwell time and scene are noise."""
+    """Return columns of sessions; only the event type determines the next item, dwell time and scene are noise."""
     rng = np.random.default_rng(seed)
     scenes = np.eye(WIDTH, dtype=np.float32)[:3] * 2
     table: dict[str, list[list[object]]] = {name: [] for name in ("item_id", "event_type", "dwell", "scene")}
@@ -63,13 +61,9 @@ def write(folder: Path, sizes: tuple[int, int, int] = (160, 40, 40)) -> Path:
     """Write a data folder, schema and all."""
     for seed, (split, size) in enumerate(zip(("train", "valid", "test"), sizes, strict=True)):
         columns = sessions(size, seed)
-        lists = {f"{name}-list": pa.array(rows) for name, rows in columns.items()}
-        times = pa.array([list(range(len(rows))) for rows in columns["item_id"]])
-        (folder / split).mkdir(parents=True)
-        users = pa.array([f"u{index}" for index in range(size)])
-        pq.write_table(
-            pa.table({"user_id": users, "timestamp-list": times, **lists}), folder / split / "part_0.parquet"
-        )
+        rows: list[list[int]] = columns.pop("item_id")  # type: ignore[assignment]  # items are integers
+        times = [list(range(len(session))) for session in rows]
+        write_split(folder / split, rows, {"timestamp": times, **columns}, users="u")
     (folder / "schema.pbtxt").write_text(SCHEMA, encoding="utf-8")
     catalogue().save(folder / "catalogue")
     return folder

@@ -51,6 +51,21 @@ def test_a_run_can_be_loaded_and_scores_as_it_did(data: Path, tmp_path: Path) ->
     assert torch.isneginf(scores[0, :3]).all()
 
 
+@pytest.mark.parametrize(
+    ("settings", "stopped_by"),
+    [
+        ({"train.epochs": 1}, "epochs"),
+        ({"train.epochs": 50, "train.patience": 1, "train.learning_rate": 1e-12}, "patience"),
+        ({"train.epochs": 50, "train.max_minutes": 1e-9}, "max_minutes"),
+    ],
+)
+def test_a_run_says_what_ended_it(data: Path, tmp_path: Path, settings: dict[str, float], stopped_by: str) -> None:
+    result = train(data, tmp_path / "run", recipe="tiny", settings=SMALL | settings)
+    assert result["stopped_by"] == stopped_by
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stopped_by"] == stopped_by
+    assert result["epochs"] <= 2
+
+
 def test_a_killed_run_ends_as_if_it_had_never_stopped(data: Path, tmp_path: Path) -> None:
     settings = SMALL | {
         "train.epochs": 4,

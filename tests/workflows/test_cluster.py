@@ -25,18 +25,17 @@ from typer.testing import CliRunner
 
 from missrec_t4r.cli import app
 from missrec_t4r.errors import DataError
-from missrec_t4r.etl.engine import executor as engines
-from missrec_t4r.etl.engine import shuffle as shards
-from missrec_t4r.etl.pipeline import etl
+from missrec_t4r.etl.engine import shuffle
+from missrec_t4r.etl.engine.executor import ClusterExecutor, open_executor
 from tests.workflows.tables import ITEMS, write
 
 SLOWLY = """
 import os, time
 from pathlib import Path
 from typing import Any
-from missrec_t4r.etl.engine import sessionize as partitions, shuffle as shards
+from missrec_t4r.etl.engine import sessionize, shuffle
 
-for module, name in ((shards, "write_shard"), (partitions, "gather"), (partitions, "divide")):
+for module, name in ((shuffle, "shuffle_chunk"), (sessionize, "group_by_user"), (sessionize, "write_splits")):
     def slow(work, index, task=getattr(module, name)):
         with open(Path({seen!r}), "a") as file:
             file.write(f"{{os.getpid()}} {{task.__name__}} {{index}}\\n")
@@ -77,11 +76,11 @@ def cluster(folder: Path, workers: int) -> Iterator[tuple[str, dict[int, subproc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["write_shard", "divide"])
+@pytest.mark.parametrize("task", ["shuffle_chunk", "write_splits"])
 def test_a_worker_killed_in_the_middle_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:
-    monkeypatch.setattr(shards, "_BATCH", 400)
+    monkeypatch.setattr(shuffle, "BATCH_ROWS", 400)
     chance = np.random.default_rng(3)
     events = pd.DataFrame(
         {
@@ -134,20 +133,21 @@ def test_a_worker_killed_in_the_middle_changes_nothing(
 
 
 @pytest.mark.slow
-def test_a_cluster_that_cannot_work_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_cannot_work_is_named(tmp_path: Path) -> None:
     """Without a worker, with workers that see other files, and with a piece of work that kills every worker."""
-    monkeypatch.setattr(engines, "_PATIENCE", 2)
-    files = write(tmp_path / "raw")
     words = "no worker came within 2 seconds.*dask worker"
-    with cluster(tmp_path, 0) as (address, _), pytest.raises(DataError, match=words):
-        etl(*files, tmp_path / "data", engine="disk", dask_scheduler=address)
-    assert not (tmp_path / "data").exists()
-    monkeypatch.setattr(engines, "_PATIENCE", 60)
-    with cluster(tmp_path, 1) as (address, workers), engines.engine(address) as machines:
+    with (
+        cluster(tmp_path, 0) as (address, _),
+        pytest.raises(DataError, match=words),
+        open_executor(address, worker_timeout=2),
+    ):
+        pass
+    with cluster(tmp_path, 1) as (address, workers), open_executor(address, worker_timeout=60) as executor:
         with pytest.raises(DataError, match="a worker does not find /nowhere/here"):
-            machines.run(open, [("/nowhere/here",)], "")
+            executor.run(open, [("/nowhere/here",)], "")
         with pytest.raises(DataError, match="a worker lacks the package"):
-            machines.run(importlib.import_module, [("no_such_package",)], "")
-        monkeypatch.setattr(engines, "_PATIENCE", 2)
+            executor.run(importlib.import_module, [("no_such_package",)], "")
+        assert isinstance(executor, ClusterExecutor)
+        executor.worker_timeout = 2
         with pytest.raises(DataError, match="no worker was left for 2 seconds"):
-            machines.run(os.kill, [(next(iter(workers)), signal.SIGKILL)], "")
+            executor.run(os.kill, [(next(iter(workers)), signal.SIGKILL)], "")

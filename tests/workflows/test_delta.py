@@ -25,13 +25,13 @@ from missrec_t4r.cli import app
 from missrec_t4r.data.session_files import delta_files
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.data.user_hash import hash_ids
-from missrec_t4r.etl.engine import append as updates
+from missrec_t4r.etl.engine import append, delta, sessionize, workdir
 from missrec_t4r.etl.engine import compact as compaction
-from missrec_t4r.etl.engine import sessionize as partitions
 from missrec_t4r.etl.engine.append import update
 from missrec_t4r.etl.engine.compact import compact
-from missrec_t4r.etl.engine.user_state import load_user_state, rows_of
+from missrec_t4r.etl.engine.user_state import find_users, load_user_events
 from missrec_t4r.etl.pipeline import etl
+from missrec_t4r.io.arrow_files import read_arrow, write_arrow
 from missrec_t4r.schema import SPLITS
 from tests.workflows.nights import NEW_ITEMS, OPTIONS, SOME, content, counted, night, raw_rows, same, shop
 from tests.workflows.tables import ITEMS, write
@@ -41,7 +41,7 @@ from tests.workflows.tables import ITEMS, write
 def _no_compaction_by_itself() -> Iterator[None]:
     """Tiny shops would be compacted every night."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(compaction, "SHARE_AT_MOST", 100.0)
+        patched.setattr(compaction, "MAX_DELTA_SHARE", 100.0)
         yield
 
 
@@ -202,15 +202,12 @@ def _dies(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *, after: boo
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("step", ["partitions.write_arrow", "grow", "_write_catalogue", "link_rest", "move_into_place"])
+@pytest.mark.parametrize("step", ["write_arrow", "grow", "_write_catalogue", "link_unchanged", "move_into_place"])
 def test_a_night_killed_anywhere_is_there_or_not(data: Path, tmp_path: Path, step: str, late: bool) -> None:
-    from missrec_t4r.etl.engine import delta
-    from missrec_t4r.etl.engine import workdir as places
-
     old, file = content(data), night(tmp_path, 2, 11)
-    modules = {"partitions.write_arrow": partitions, "link_rest": updates, "move_into_place": places}
+    modules = {"link_unchanged": append, "move_into_place": workdir}
     with pytest.MonkeyPatch.context() as patched:
-        _dies(patched, modules.get(step, delta), step.split(".")[-1], after=late)
+        _dies(patched, modules.get(step, delta), step, after=late)
         with pytest.raises(Killed):
             update(file, data, delta=True)
     done = step == "move_into_place" and late
@@ -222,13 +219,11 @@ def test_a_night_killed_anywhere_is_there_or_not(data: Path, tmp_path: Path, ste
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("step", ["absorb", "divide", "write_json", "link_rest", "move_into_place"])
+@pytest.mark.parametrize("step", ["merge_state", "write_splits", "write_json", "link_unchanged", "move_into_place"])
 def test_a_compaction_killed_anywhere_changes_nothing(data: Path, step: str, late: bool) -> None:
-    from missrec_t4r.etl.engine import workdir as places
-
     old = content(data)
     with pytest.MonkeyPatch.context() as patched:
-        _dies(patched, {"divide": partitions, "move_into_place": places}.get(step, compaction), step, after=late)
+        _dies(patched, {"write_splits": sessionize, "move_into_place": workdir}.get(step, compaction), step, after=late)
         with pytest.raises(Killed):
             compact(data, workers=1)
     same(content(data), old)
@@ -241,11 +236,11 @@ def test_a_real_kill_between_night_and_compaction(data: Path, tmp_path: Path) ->
     code = """
 import os, signal, sys
 from pathlib import Path
-from missrec_t4r.etl.engine import compact as compaction, sessionize as partitions
+from missrec_t4r.etl.engine import compact, sessionize
 from missrec_t4r.etl.engine.append import update
 
-compaction.DELTAS_AT_MOST = 2
-compaction.partitions.divide = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+compact.MAX_DELTAS = 2
+sessionize.write_splits = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 update(sys.argv[1], Path(sys.argv[2]), delta=True, workers=1)
 """
     file = night(tmp_path, 2, 11)
@@ -259,17 +254,17 @@ update(sys.argv[1], Path(sys.argv[2]), delta=True, workers=1)
 
 
 def test_compaction_follows_by_itself(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compaction, "DELTAS_AT_MOST", 2)
+    monkeypatch.setattr(compaction, "MAX_DELTAS", 2)
     told = update(night(tmp_path, 2, 11), data, delta=True, workers=1)
     assert (told["version"], told["plain_version"], delta_files(data)) == (4, 4, [])
-    monkeypatch.setattr(compaction, "SHARE_AT_MOST", 0.01)
+    monkeypatch.setattr(compaction, "MAX_DELTA_SHARE", 0.01)
     assert update(night(tmp_path, 3, 11), data, delta=True, workers=1)["plain_version"] == 5
 
 
 def test_a_night_too_large_for_memory_is_added_the_other_way(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(updates, "DELTA_ROWS", 10)
+    monkeypatch.setattr(append, "MAX_DELTA_EVENTS", 10)
     told = update(night(tmp_path, 2, 11), data, delta=True, workers=1)
     assert (told["version"], told["plain_version"], delta_files(data)) == (4, 4, [])
     assert told["events"] == 210
@@ -310,23 +305,23 @@ def test_users_are_found_without_reading_the_others(data: Path) -> None:
     users = pa.array(["user 3", "nobody", "user 1"])
     hashes = hash_ids(users)
     order = np.argsort(hashes)
-    found = load_user_state(data, 3, users.take(pa.array(order)), hashes[order])
+    found = load_user_events(data, 3, users.take(pa.array(order)), hashes[order])
     whole = raw_rows(data, "test")
-    for number, size in zip(found.numbers, found.sizes, strict=True):
+    for number, size in zip(found.users, found.sizes, strict=True):
         user = users[int(order[number])].as_py()
         assert size == len(whole[user, 0]["item_id-list"])
-    assert len(found.numbers) == 2
+    assert len(found.users) == 2
     twins = pa.table({"user_id": ["a", "b", "c"], "user_hash": pa.array([5, 5, 9], pa.uint64())})
     asked = pa.array(["b", "x", "c", "a"])
-    assert rows_of(twins, asked, np.array([5, 5, 9, 5], np.uint64)).tolist() == [1, -1, 2, 0]
+    assert find_users(twins, asked, np.array([5, 5, 9, 5], np.uint64)).tolist() == [1, -1, 2, 0]
 
 
 def test_a_folder_of_before_there_were_hashes_takes_nights(tmp_path: Path) -> None:
     data = first_run(tmp_path, 11)
     for file in (data / "state").glob("*.arrow"):
-        table = partitions.read_arrow(file).drop_columns(["user_hash"])
+        table = read_arrow(file).drop_columns(["user_hash"])
         file.unlink()
-        partitions.write_arrow(table, file)
+        write_arrow(table, file)
     update(night(tmp_path, 0, 11), data, delta=True)
     before = content(data)
     fresh = first_run(tmp_path / "fresh", 11)

@@ -1,4 +1,4 @@
-"""The fast path: equal to the fitted NVTabular workflow and to the path in memory, in any pieces, even when killed."""
+"""The out-of-core engine equals the NVTabular workflow and the in-memory engine, in any partitions, even if killed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from missrec_t4r.cli import app
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.user_hash import hash_ids, partition_of
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
-from missrec_t4r.etl.engine import shuffle as shards
-from missrec_t4r.etl.engine.executor import engine
+from missrec_t4r.etl.engine.executor import open_executor
+from missrec_t4r.etl.engine.shuffle import cut_chunks
 from missrec_t4r.etl.nvt.serialization import load_workflow
 from missrec_t4r.etl.nvt.workflows import transform_dataset
 from missrec_t4r.etl.pipeline import etl
@@ -119,7 +119,7 @@ def test_disk_equals_memory(tmp_path: Path, number: int) -> None:
 
 @SOME
 @given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from(OPTIONS[2:]))
-def test_fitted_workflow_gives_the_rows_of_the_fast_path(
+def test_fitted_workflow_gives_the_rows_of_the_out_of_core_engine(
     tmp_path_factory: pytest.TempPathFactory, seed: int, partitions: int, options: dict[str, Any]
 ) -> None:
     folder = tmp_path_factory.mktemp("shop")
@@ -171,7 +171,7 @@ def test_a_killed_worker_does_not_lose_the_run(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return number * number
 
-    with engine("processes", 1) as machines:
+    with open_executor("processes", 1) as machines:
         answers = machines.run(dies_once, [(str(tmp_path), number) for number in range(3)], "")
     assert answers == [0, 1, 4]
     assert (tmp_path / "died").exists()
@@ -213,14 +213,14 @@ etl(sys.argv[1], sys.argv[2], sys.argv[4], engine="disk", partitions=4, workers=
 @pytest.mark.parametrize(
     ("module", "task", "target"),
     [
-        ("sessionize", "divide", "sessionize.divide"),
+        ("sessionize", "write_splits", "sessionize.write_splits"),
     ],
 )
 def test_a_killed_run_continues_from_what_was_finished(tmp_path: Path, module: str, task: str, target: str) -> None:
     events, items = write(tmp_path, shop(2, 900))
     pq.write_table(pq.read_table(events), events, row_group_size=300)
-    shards_small = "from missrec_t4r.etl.engine import shuffle; shuffle._BATCH = 400\n"
-    code = shards_small + KILLED.format(module=module, task=task, target=target)
+    small_chunks = "from missrec_t4r.etl.engine import shuffle; shuffle.BATCH_ROWS = 400\n"
+    code = small_chunks + KILLED.format(module=module, task=task, target=target)
     arguments = [str(events), str(items), str(tmp_path / "seen"), str(tmp_path / "data")]
     run = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *arguments])
     deadline = time.monotonic() + 60
@@ -231,11 +231,11 @@ def test_a_killed_run_continues_from_what_was_finished(tmp_path: Path, module: s
     run.wait()
     assert not (tmp_path / "data").exists()
     (work,) = (tmp_path / ".data-work").iterdir()
-    folder = {"write_shard": "shards", "divide": "done"}[task]
+    folder = {"shuffle_chunk": "shuffle", "write_splits": "split"}[task]
     finished = {file: file.stat().st_mtime_ns for file in sorted((work / folder).glob("*.json"))}
     assert finished
     again = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", shards_small + CONTINUED, *arguments, folder],
+        [sys.executable, "-W", "ignore", "-c", small_chunks + CONTINUED, *arguments, folder],
         check=True,
         capture_output=True,
         text=True,
@@ -250,27 +250,26 @@ def test_a_killed_run_continues_from_what_was_finished(tmp_path: Path, module: s
 CONTINUED = """
 import json, sys
 from pathlib import Path
-from missrec_t4r.etl.engine import build as scale
+from missrec_t4r.etl.engine import build as engine
 from missrec_t4r.etl.pipeline import etl
 
 folder = Path(sys.argv[4])
 before = {}
 for file in folder.with_name(".data-work").glob(f"*/{sys.argv[5]}/*.json"):
     before[file.parent.name + file.name] = file.stat().st_mtime_ns
-finish = scale._finish
+finish = engine._finish
 
 def look(job, plan, merged, work):
     now = {file.parent.name + file.name: file.stat().st_mtime_ns for file in work.glob(f"{sys.argv[5]}/*.json")}
     print(json.dumps([now[name] == before[name] for name in before]))
     return finish(job, plan, merged, work)
 
-scale._finish = look
+engine._finish = look
 etl(sys.argv[1], sys.argv[2], sys.argv[4], engine="disk", partitions=4, workers=1)
 """
 
 
-def test_bad_settings_and_places_are_said_before_work_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("missrec_t4r.etl.engine.executor._ANSWER", 1)
+def test_bad_settings_and_outputs_are_refused_before_work_begins(tmp_path: Path) -> None:
     files = write(tmp_path)
     for options, words in (
         ({"engine": "fast"}, "engine 'fast'.*auto, memory or disk"),
@@ -290,11 +289,12 @@ def test_bad_settings_and_places_are_said_before_work_begins(tmp_path: Path, mon
         with pytest.raises(DataError, match="nobody's is no data folder|exists and is no data folder"):
             etl(*files, tmp_path / kind, engine=kind)
     assert not list(tmp_path.glob(".*"))
-    with pytest.raises(DataError, match="no Dask scheduler answers at tcp://127.0.0.1:9"):
-        etl(*files, tmp_path / "data", engine="disk", dask_scheduler="tcp://127.0.0.1:9")
+    unreachable = open_executor("tcp://127.0.0.1:9", connect_timeout=1)
+    with pytest.raises(DataError, match="no Dask scheduler answers at tcp://127.0.0.1:9"), unreachable:
+        pass
 
 
-def test_csv_on_the_fast_path_keeps_zeros(tmp_path: Path) -> None:
+def test_csv_out_of_core_keeps_zeros(tmp_path: Path) -> None:
     (tmp_path / "events.csv").write_text("user_id,item_id,timestamp\n1,007,1\n1,07,2\n1,7,3\n")
     (tmp_path / "items.csv").write_text("item_id,title\n7,seven\n07,oh seven\n007,bond\n")
     etl(tmp_path / "events.csv", tmp_path / "items.csv", tmp_path / "data", engine="disk", workers=1)
@@ -320,16 +320,15 @@ def test_the_command_has_the_options_and_a_dry_run_changes_nothing(tmp_path: Pat
     assert refused.exit_code == 2
 
 
-def test_large_parquet_takes_the_fast_path_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("missrec_t4r.etl.pipeline.LARGE", 5)
+def test_large_parquet_uses_the_out_of_core_engine_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("missrec_t4r.etl.pipeline.OUT_OF_CORE_EVENTS", 5)
     etl(*write(tmp_path), tmp_path / "data", workers=1)
     assert (tmp_path / "data" / "state").is_dir()
 
 
-def test_chunks_follow_the_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_BATCH", 8)
+def test_chunks_follow_the_row_groups(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": range(10)}), tmp_path / "a.parquet", row_group_size=2)
-    assert [(chunk.row_groups, chunk.rows) for chunk in shards.cut_chunks([tmp_path / "a.parquet"])] == [
+    assert [(chunk.row_groups, chunk.rows) for chunk in cut_chunks([tmp_path / "a.parquet"], batch_rows=8)] == [
         ([0, 1], 4),
         ([2, 3], 4),
         ([4], 2),

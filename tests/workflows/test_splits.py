@@ -3,7 +3,8 @@
 import numpy as np
 import pyarrow as pa
 
-from missrec_t4r.etl.splits import default_boundaries, leave_one_out, take_prefixes, time_split
+from missrec_t4r.data.session_files import take_prefixes
+from missrec_t4r.etl.splits import default_boundaries, leave_one_out, time_split
 
 OFFSETS = np.array([0, 1, 3, 6, 10])  # sessions of 1, 2, 3 and 4 events
 

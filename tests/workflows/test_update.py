@@ -123,14 +123,14 @@ def test_a_killed_update_leaves_the_old_version_and_continues(data: Path, tmp_pa
     code = """
 import sys, time
 from pathlib import Path
-from missrec_t4r.etl.engine import build as scale
+from missrec_t4r.etl.engine import build as engine
 from missrec_t4r.etl.engine.append import update
 
 def slow(*_):
     Path(sys.argv[3]).touch()
     time.sleep(60)
 
-scale._finish = slow
+engine._finish = slow
 update(sys.argv[1], Path(sys.argv[2]), workers=1)
 """
     before = {file.relative_to(data): file.read_bytes() for file in data.rglob("*") if file.is_file()}
@@ -149,7 +149,7 @@ update(sys.argv[1], Path(sys.argv[2]), workers=1)
 def test_what_cannot_be_updated_is_said(data: Path, tmp_path: Path) -> None:
     day = _day(tmp_path / "day")
     etl(*write(tmp_path), tmp_path / "memory", engine="memory")
-    with pytest.raises(DataError, match="memory keeps no state to update from.*--engine disk"):
+    with pytest.raises(DataError, match="memory has no user state to update from.*--engine disk"):
         update(day, tmp_path / "memory")
     etl(*write(tmp_path), tmp_path / "core", engine="disk", k_core=1, workers=1)
     with pytest.raises(ConfigError, match="filtered by k-core"):

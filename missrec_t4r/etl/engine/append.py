@@ -1,16 +1,16 @@
-"""``missrec etl --update``: only the new events and items are read, and only what they concern is written.
+"""Incremental update (``missrec etl --update``): new events and items are added to a data folder.
 
-Rows of the vocabulary never move: new items, and new values of categories, come after the old ones. Sessions are
-extended from what the folder keeps of its users (``state/``). Settings, types, time boundaries and the day that
-recency counts from stay those of the first run, so the result is that of a full run on all events, row numbers aside.
-The new version is put together beside the old one, untouched files as hard links, and takes its place by one rename.
-``versions.json`` says what each version added. By default the partitions of the users concerned are written anew;
-with ``delta`` only these users are, beside the plain files (`delta.py`), until `compact` brings both together.
+Only the new input is read. Sessions are extended from the user state that the folder keeps. Item indices and category
+codes never move: new items and values come after the old ones. Settings, types, time boundaries and the time that
+recency counts from stay those of the first run, so the result equals a full run on all events, up to the numbering.
+
+The new version is assembled beside the old one, unchanged files as hard links, and replaces it in one rename.
+``versions.json`` lists what each version added. By default the partitions of the affected users are rewritten; with
+``delta`` their sessions go to one more file beside the splits (`delta.py`), until compaction (`compact.py`).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -23,23 +23,31 @@ import pyarrow.parquet as pq
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.session_files import delta_files
-from missrec_t4r.etl.engine import build as scale
-from missrec_t4r.etl.engine import delta as nights
-from missrec_t4r.etl.engine import workdir as places
+from missrec_t4r.etl.engine import workdir
+from missrec_t4r.etl.engine.build import Job, build
 from missrec_t4r.etl.engine.compact import compact, is_due
-from missrec_t4r.etl.engine.executor import engine as running
-from missrec_t4r.etl.engine.versions import VERSIONS_FILE, derived_of, known, link_rest, new_files, plain_version
+from missrec_t4r.etl.engine.delta import write_delta
+from missrec_t4r.etl.engine.executor import open_executor
+from missrec_t4r.etl.engine.versions import (
+    VERSIONS_FILE,
+    event_settings,
+    link_unchanged,
+    load_version,
+    new_files,
+    plain_version,
+)
 from missrec_t4r.etl.inputs import read_items
-from missrec_t4r.etl.item_table import with_lines
+from missrec_t4r.etl.item_table import merge_new_items
 from missrec_t4r.etl.outputs import NVTABULAR_FOLDER, REPORT_FILE, REQUEST_FOLDER, WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, expand
+from missrec_t4r.io.json_files import write_json
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, USER_ID
 
 log = logging.getLogger(__name__)
 
-DELTA_ROWS = 5_000_000
-"""Events of a night that are added as a delta at most: it is held in memory, with the sessions of its users."""
+MAX_DELTA_EVENTS = 5_000_000
+"""Events of an increment that is added as a delta: they are held in memory, with the sessions of their users."""
 _WORKFLOWS = (WORKFLOW_FOLDER, REQUEST_FOLDER, NVTABULAR_FOLDER)
 
 
@@ -59,22 +67,25 @@ def update(
     Parameters
     ----------
     interactions : path, pattern, folder, or a sequence of them
-        New events only, columns as in the first run; may be empty with ``items``. A file that was added before is
-        left out.
+        New events only, columns as in the first run; may be empty if ``items`` is given. A file that was added before
+        is skipped.
     out : Path
         Data folder of ``missrec etl --engine disk``.
     items : Path, optional
-        Item table; lines of items that had one already are left out.
+        Item table, parquet or csv; items that the folder has already are skipped.
     modality : mapping of str to Path
-        Vectors whose rows follow ``items``; new items without them lack the modality (`missrec features` adds it).
+        ``{"text": "text.npy"}``: vectors whose rows follow ``items``. New items without vectors lack the modality;
+        `missrec features` adds it.
     delta : bool
-        Write the users of the new events only, as one file beside the splits, which all of missrec reads with them;
-        the parquet files of the splits stay those of an older version. `compact` follows by itself when it is due. A
-        night with too many events for memory is added the other way.
-    dask_scheduler, workers
-        As in `missrec_t4r.etl.pipeline.etl`.
+        Write the sessions of affected users to one file beside the splits instead of rewriting parquet. All missrec
+        commands read both; other readers of the parquet files see an older version until compaction, which runs
+        automatically when it is due. An increment of more than five million events is added without delta.
+    dask_scheduler : str
+        ``threads``, ``processes``, or ``tcp://host:port`` of a Dask scheduler.
+    workers : int, optional
+        Threads or processes; by default one per core.
     dry_run : bool
-        Say what would be added, and write nothing.
+        Report what would be added, and write nothing.
 
     Returns
     -------
@@ -87,91 +98,93 @@ def update(
     ConfigError, DataError, SchemaError, ModalityError
         The folder cannot be updated, or the new events do not fit it. The old version stays as it is.
     """
-    started, out = time.perf_counter(), Path(out)
-    report, state, versions = known(out)
+    started, out, vectors = time.perf_counter(), Path(out), dict(modality or {})
+    report, state, versions = load_version(out)
     paths = [interactions] if isinstance(interactions, str | Path) else list(interactions)
     new = new_files(expand(paths, "interactions") if paths or items is None else [], versions)
     settings = dict(report["settings"])
-    table = None if items is None else read_items(items, settings["columns"][ITEM_ID], checks.Findings())
+    columns = settings["columns"]
+    table = None if items is None else read_items(items, columns[ITEM_ID], checks.Findings())
     if dry_run or not new:
         catalogue = Catalogue.load(out / CATALOGUE_FOLDER)
-        *_, lines = with_lines(catalogue, table, dict(modality or {}), checks.Findings())
-        told = {"dry_run": dry_run, "version": versions["version"], "new_files": [str(file) for file in new]}
-        if dry_run or not lines:
-            return {"data": str(out), "updated": False, **told, "new_lines": lines}
-    copies, columns = places.copies_of(out), settings["columns"]
-    files = places.as_parquet(list(new), copies, [columns[USER_ID], columns[ITEM_ID]])
-    beside = not files or (delta and _rows(files) <= DELTA_ROWS)
-    if not beside and delta_files(out):
+        *_, n_items = merge_new_items(catalogue, table, vectors, checks.Findings())
+        if dry_run or not n_items:
+            outlook = {"version": versions["version"], "new_files": [str(file) for file in new], "new_lines": n_items}
+            return {"data": str(out), "updated": False, "dry_run": dry_run, **outlook}
+    copies = workdir.copies_folder(out)
+    files = workdir.as_parquet(list(new), copies, [columns[USER_ID], columns[ITEM_ID]])
+    as_delta = not files or (delta and _count_rows(files) <= MAX_DELTA_EVENTS)
+    if not as_delta and delta_files(out):
         compact(out, dask_scheduler=dask_scheduler, workers=workers)
-        report, state, versions = known(out)
-    with places.working_folder(out) as (work, finish):
-        catalogue, old = Catalogue.load(out / CATALOGUE_FOLDER), {"folder": str(out.absolute()), **state}
-        job = _job(files, catalogue, settings, table, dict(modality or {}), old | {"version": versions["version"]})
-        version = versions["version"] + 1
-        if beside:
-            folder = _emptied(work / f"delta-{version}")
-            counts = nights.add(job, catalogue, out, folder, report, version)
+        report, state, versions = load_version(out)
+    version = versions["version"] + 1
+    with workdir.working_folder(out) as (work, finish):
+        catalogue = Catalogue.load(out / CATALOGUE_FOLDER)
+        old = {"folder": str(out.absolute()), **state, "version": versions["version"]}
+        job = _make_job(files, catalogue, settings, table, vectors, old)
+        if as_delta:
+            folder = _empty_folder(work / f"delta-{version}")
+            counts = write_delta(job, catalogue, out, folder, report, version)
             plain = plain_version(versions) if delta_files(folder) or delta_files(out) else version
         else:
-            with running(dask_scheduler, workers) as machines:
-                folder, counts = scale.build(job, work, machines)
+            with open_executor(dask_scheduler, workers) as executor:
+                folder, counts = build(job, work, executor)
             plain = version
-        change = _change(job, catalogue, counts, report, version, sorted(new.values()))
-        told = {"version": version, "plain_version": plain, "changes": [*versions["changes"], change]}
-        (folder / VERSIONS_FILE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        change = _describe_change(job, catalogue, counts, report, version, sorted(new.values()))
+        history = {"version": version, "plain_version": plain, "changes": [*versions["changes"], change]}
+        write_json(folder / VERSIONS_FILE, history, indent=1)
         final = counts | {"findings": job.findings.to_list(), "settings": settings, "format": 1, "version": version}
         final["seconds"] = round(time.perf_counter() - started, 3)
-        (folder / REPORT_FILE).write_text(json.dumps(final, indent=2) + "\n", encoding="utf-8")
-        link_rest(out, folder, {CATALOGUE_FOLDER, *(() if beside else _WORKFLOWS)})
+        write_json(folder / REPORT_FILE, final)
+        link_unchanged(out, folder, {CATALOGUE_FOLDER, *(() if as_delta else _WORKFLOWS)})
         finish(folder)
     shutil.rmtree(copies, ignore_errors=True)
-    ids = change["items_added"]
-    log.info(f"{out}: version {version}, {change['events_added']:,} events and {len(ids):,} items more")
+    n_added = len(change["items_added"])
+    log.info(f"{out}: version {version}, {change['events_added']:,} events and {n_added:,} items added")
     if plain < version and is_due(out, counts["events"]):
         plain = compact(out, dask_scheduler=dask_scheduler, workers=workers)["plain_version"]
-    added = {**change, "items_added": len(ids)}
+    added = {**change, "items_added": n_added}
     return {"data": str(out), "updated": True, "added": added, **final, "plain_version": plain}
 
 
-def _job(
+def _make_job(
     files: Sequence[Path],
     catalogue: Catalogue,
     settings: dict[str, Any],
     table: pa.Table | None,
-    vectors: Mapping[str, Path],
+    vector_files: Mapping[str, Path],
     old: Mapping[str, Any],
-) -> scale.Job:
-    """Return what an update has to do, items with the new lines of the item table."""
+) -> Job:
+    """Return the job of an incremental update; its items are the old ones followed by the new rows of the table."""
     findings = checks.Findings()
-    items, grown, added = with_lines(catalogue, table, vectors, findings)
+    items, vectors, n_new = merge_new_items(catalogue, table, vector_files, findings)
     columns = settings["columns"]
-    return scale.Job(
-        files,
-        items,
-        grown,
-        {str(columns[name]): name for name in (USER_ID, ITEM_ID, TIMESTAMP)},
-        settings,
-        {},
-        derived_of(settings),
-        findings,
-        settings["drop_columns"],
-        settings["categorical_columns"],
-        old["partitions"],
-        old={**old, "new_lines": added},
+    return Job(
+        files=files,
+        items=items,
+        vectors=vectors,
+        names={str(columns[name]): name for name in (USER_ID, ITEM_ID, TIMESTAMP)},
+        settings=settings,
+        modality_files={},
+        derive=event_settings(settings),
+        findings=findings,
+        drop_columns=settings["drop_columns"],
+        categorical_columns=settings["categorical_columns"],
+        partitions=old["partitions"],
+        old={**old, "new_rows": n_new},
         catalogue=catalogue,
     )
 
 
-def _change(
-    job: scale.Job,
+def _describe_change(
+    job: Job,
     catalogue: Catalogue,
     counts: dict[str, Any],
     report: Mapping[str, Any],
     version: int,
     digests: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the entry of a version in the list of changes; the counts lose what only it tells."""
+    """Return the entry of a version in ``versions.json``; ``touched`` moves there from the counts."""
     ids, first = job.items[ITEM_ID].slice(catalogue.n_items).to_pylist(), FIRST_ITEM_ROW + catalogue.n_items
     return {
         "version": version,
@@ -184,15 +197,15 @@ def _change(
     }
 
 
-def _rows(files: Sequence[Path]) -> int:
-    """Return the number of events; a file that cannot be read is for its reader to report."""
+def _count_rows(files: Sequence[Path]) -> int:
+    """Return the number of events, 0 if a file cannot be read: reading it later raises the error."""
     try:
         return sum(int(pq.read_metadata(file).num_rows) for file in files)
     except (pa.ArrowInvalid, OSError):
         return 0
 
 
-def _emptied(folder: Path) -> Path:
+def _empty_folder(folder: Path) -> Path:
     shutil.rmtree(folder.parent, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder

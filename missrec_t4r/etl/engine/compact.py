@@ -1,7 +1,7 @@
-"""missrec etl --compact: the nights of --delta go into the splits' parquet files, and plain parquet is all again.
+"""Compaction (``missrec etl --compact``): rewrite the parquet files of the splits with all deltas applied.
 
-Partition by partition, the state of the users whom the deltas know takes the place of the older one, and the splits are
-written anew. Counts, catalogue and workflows are up to date already, so they are linked.
+Per affected partition, the newest state of every user replaces older ones and the rows of the splits are written from
+it. Counts, catalogue and workflows are up to date already and are linked.
 """
 
 from __future__ import annotations
@@ -19,34 +19,50 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from missrec_t4r.data.session_files import DELTA_FOLDER, delta_files, one_array
+from missrec_t4r.data.session_files import DELTA_FOLDER, delta_files
 from missrec_t4r.data.user_hash import partition_of
-from missrec_t4r.etl.engine import build as scale
-from missrec_t4r.etl.engine import sessionize as partitions
-from missrec_t4r.etl.engine.executor import Engine
-from missrec_t4r.etl.engine.executor import engine as running
-from missrec_t4r.etl.engine.sessionize import DIVIDE_FILE, STATE_FILE, STATE_FOLDER, USER_HASH, read_arrow
-from missrec_t4r.etl.engine.shuffle import write_json
-from missrec_t4r.etl.engine.user_state import hashes_of, rows_of, state_deltas
-from missrec_t4r.etl.engine.versions import VERSIONS_FILE, derived_of, known, link_rest, plain_version
-from missrec_t4r.etl.engine.workdir import one_of, working_folder
+from missrec_t4r.etl.engine import sessionize
+from missrec_t4r.etl.engine.executor import Executor, open_executor
+from missrec_t4r.etl.engine.reduce import derivation_settings
+from missrec_t4r.etl.engine.user_state import (
+    STATE_FILE,
+    STATE_FOLDER,
+    USER_HASH,
+    count_events,
+    find_users,
+    state_deltas,
+    state_path,
+    user_hashes,
+)
+from missrec_t4r.etl.engine.versions import VERSIONS_FILE, event_settings, link_unchanged, load_version, plain_version
+from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER, SPLIT_FOLDER, job_folder, working_folder
+from missrec_t4r.io.arrow_files import one_array, read_arrow, write_arrow
+from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.schema import SPLITS, USER_ID
 
 log = logging.getLogger(__name__)
 
-DELTAS_AT_MOST = 14
-"""Nights after which compaction follows by itself."""
-SHARE_AT_MOST = 1.0
-"""Events in the deltas, as a share of all events, from which on it does; readers read that much more, seconds of it."""
+MAX_DELTAS = 14
+"""Deltas that may stand beside the parquet files; one more is compacted automatically."""
+MAX_DELTA_SHARE = 1.0
+"""Events in the deltas, as a share of all events, above which they are compacted automatically: readers read as much
+more, a matter of seconds."""
 
 
 def is_due(data: Path, events: int) -> bool:
-    """Whether readers would be better off with plain parquet."""
+    """Whether the deltas of a folder with so many events should be compacted.
+
+    Parameters
+    ----------
+    data : Path
+        Data folder.
+    events : int
+        Events of the folder, deltas included.
+    """
     files = state_deltas(data)
-    if len(files) > DELTAS_AT_MOST:
+    if len(files) > MAX_DELTAS:
         return True
-    held = sum(partitions.n_events(read_arrow(file)) for file in files)
-    return held > SHARE_AT_MOST * events
+    return sum(count_events(read_arrow(file)) for file in files) > MAX_DELTA_SHARE * events
 
 
 def compact(
@@ -56,108 +72,135 @@ def compact(
     workers: int | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Write the splits of a data folder anew where deltas stand beside them, so that plain parquet is all again.
+    """Rewrite the parquet files of the splits with all deltas applied; without deltas nothing is done.
 
-    What is read of the folder stays the same, row by row.
+    What missrec reads from the folder stays the same, row by row.
+
+    Parameters
+    ----------
+    out : Path
+        Data folder.
+    dask_scheduler : str
+        ``threads``, ``processes``, or ``tcp://host:port`` of a Dask scheduler.
+    workers : int, optional
+        Threads or processes; by default one per core.
+    dry_run : bool
+        Report what would be done, and write nothing.
 
     Returns
     -------
     dict
-        ``compacted``: whether it was done; ``deltas``: how many there were; ``version``, ``plain_version``.
+        ``compacted``: whether the splits were rewritten; ``deltas``: number of delta files before; ``version`` and
+        ``plain_version`` of the folder afterwards.
 
     Raises
     ------
     ConfigError, DataError
-        The folder is none of the fast path's.
+        The folder was not written by the out-of-core engine.
     """
     started, out = time.perf_counter(), Path(out)
-    report, state, versions = known(out)
-    found = len(delta_files(out))
-    told = {"data": str(out), "compacted": bool(found) and not dry_run, "dry_run": dry_run, "deltas": found}
-    if not found or dry_run:
-        return told | {"version": versions["version"], "plain_version": plain_version(versions)}
-    with working_folder(out) as (top, finish), running(dask_scheduler, workers) as machines:
+    report, state, versions = load_version(out)
+    n_deltas = len(delta_files(out))
+    result = {"data": str(out), "compacted": bool(n_deltas) and not dry_run, "dry_run": dry_run, "deltas": n_deltas}
+    if not n_deltas or dry_run:
+        return result | {"version": versions["version"], "plain_version": plain_version(versions)}
+    with working_folder(out) as (work, finish), open_executor(dask_scheduler, workers) as executor:
         settings = report["settings"]
-        how = {name: settings[name] for name in ("split", "valid_from", "test_from", "max_events", "newest")}
-        how |= scale.derived(derived_of(settings), state["categories"])
-        name = hashlib.sha256(json.dumps([how, state, versions["version"]]).encode()).hexdigest()[:16]
-        folder = _rewrite(out, state, how, one_of(top, name), machines)
-        told |= {"version": versions["version"], "plain_version": versions["version"]}
-        text = json.dumps(versions | {"plain_version": versions["version"]}, indent=1)
-        (folder / VERSIONS_FILE).write_text(text + "\n", encoding="utf-8")
-        link_rest(out, folder, {DELTA_FOLDER, f"{STATE_FOLDER}/{DELTA_FOLDER}"})
+        common = {name: settings[name] for name in ("split", "valid_from", "test_from", "max_events", "newest")}
+        common |= derivation_settings(event_settings(settings), state["categories"])
+        name = hashlib.sha256(json.dumps([common, state, versions["version"]]).encode()).hexdigest()[:16]
+        folder = _rewrite_splits(out, state, common, job_folder(work, name), executor)
+        result |= {"version": versions["version"], "plain_version": versions["version"]}
+        write_json(folder / VERSIONS_FILE, versions | {"plain_version": versions["version"]}, indent=1)
+        link_unchanged(out, folder, {DELTA_FOLDER, f"{STATE_FOLDER}/{DELTA_FOLDER}"})
         finish(folder)
-    log.info(f"{out}: the splits hold version {versions['version']}, as parquet")
-    return told | {"seconds": round(time.perf_counter() - started, 3)}
+    log.info(f"{out}: the parquet files of the splits hold version {versions['version']}")
+    return result | {"seconds": round(time.perf_counter() - started, 3)}
 
 
-def _rewrite(data: Path, state: Mapping[str, Any], told: Mapping[str, Any], work: Path, engine: Engine) -> Path:
-    """Write the partitions that deltas concern; return a folder that lacks only what stays the same.
+def _rewrite_splits(
+    data: Path,
+    state: Mapping[str, Any],
+    common: Mapping[str, Any],
+    folder: Path,
+    executor: Executor,
+) -> Path:
+    """Write the affected partitions; return a data folder that lacks only the files that stay the same.
 
     Parameters
     ----------
+    data : Path
+        The data folder.
     state : mapping
-        ``state.json``; told : mapping
-        What sessions and splits are made by.
+        Content of its ``state.json``.
+    common : mapping
+        Settings of sessions and splits, see `reduce.py`.
+    folder : Path
+        Working folder of this compaction.
     """
-    for name in (STATE_FOLDER, "done", *(f"out/{split}" for split in SPLITS)):
-        (work / name).mkdir(parents=True, exist_ok=True)
-    write_json(work / DIVIDE_FILE, {**told, "maps": [], "old": str(data.absolute()), "partitions": state["partitions"]})
-    numbers = concerned(data, state["partitions"])
-    tasks = [(str(work), number) for number in numbers]
-    engine.run(absorb, tasks, "reading the nights")
-    divided = engine.run(partitions.divide, tasks, "writing the splits")
+    for name in (STATE_FOLDER, SPLIT_FOLDER, *(f"{OUTPUT_FOLDER}/{split}" for split in SPLITS)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    source = {"maps": [], "old": str(data.absolute()), "partitions": state["partitions"]}
+    write_json(folder / sessionize.SPLIT_FILE, {**common, **source}, indent=None)
+    numbers = affected_partitions(data, state["partitions"])
+    tasks = [(str(folder), number) for number in numbers]
+    executor.run(merge_state, tasks, "reading the deltas")
+    split = executor.run(sessionize.write_splits, tasks, "writing the splits")
     parts = [dict(part) for part in state["parts"]]
-    for number, part in zip(numbers, divided, strict=True):
+    for number, part in zip(numbers, split, strict=True):
         parts[number] = part
-    place = work / "out" / STATE_FOLDER
-    shutil.rmtree(place, ignore_errors=True)  # of a run that was killed after this line
-    (work / STATE_FOLDER).rename(place)
-    write_json(place / STATE_FILE, {**state, "parts": parts})
-    return work / "out"
+    target = folder / OUTPUT_FOLDER / STATE_FOLDER
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed after the next line
+    (folder / STATE_FOLDER).rename(target)
+    for unfinished in target.glob(".*"):  # of tasks that were killed while they wrote
+        shutil.rmtree(unfinished)
+    write_json(target / STATE_FILE, {**state, "parts": parts}, indent=None)
+    return folder / OUTPUT_FOLDER
 
 
-def concerned(data: Path, count: int) -> list[int]:
-    """Return the partitions of the users whom the deltas know."""
-    found = [np.unique(partition_of(hashes_of(read_arrow(file)), count)) for file in state_deltas(data)]
-    return [int(number) for number in np.unique(np.concatenate(found))]
+def affected_partitions(data: Path, count: int) -> list[int]:
+    """Return the partitions of all users who are in a delta, of ``count`` partitions."""
+    numbers = [np.unique(partition_of(user_hashes(read_arrow(file)), count)) for file in state_deltas(data)]
+    return [int(number) for number in np.unique(np.concatenate(numbers))]
 
 
-def absorb(work: str, partition: int) -> dict[str, Any]:
-    """Write what is known of a partition's users, of each the newest state; return the numbers of events and users."""
-    done = partitions.place(work, STATE_FOLDER, partition, "json")
+def merge_state(work: str, partition: int) -> dict[str, Any]:
+    """Write the newest state of every user of a partition; return the numbers of events and users."""
+    done = state_path(work, partition, "json")
     if done.is_file():
-        answer: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
-        return answer
-    told = partitions.load_merged(work, DIVIDE_FILE)
-    data = Path(told["old"])
-    parts = [_slice(read_arrow(file), partition, told["partitions"]) for file in reversed(state_deltas(data))]
-    plain = data / STATE_FOLDER / f"{partition:05}.arrow"
-    parts += [_with_hashes(read_arrow(plain))] if plain.is_file() else []
-    newest = reduce(_with_older, parts)
-    order = np.argsort(newest[USER_HASH].to_numpy(), kind="stable")
-    newest = newest.take(pa.array(order))
-    partitions.write_state(newest, Path(work) / STATE_FOLDER, partition)
-    found = {"events": partitions.n_events(newest), "users": newest.num_rows}
-    write_json(done, found)
-    return found
+        finished: dict[str, Any] = read_json(done)
+        return finished
+    common = sessionize.load_common(work, sessionize.SPLIT_FILE)
+    data = Path(common["old"])
+    tables = [
+        _partition_rows(read_arrow(file), partition, common["partitions"]) for file in reversed(state_deltas(data))
+    ]
+    base = state_path(data, partition)
+    tables += [_with_hashes(read_arrow(base))] if base.is_file() else []
+    newest = reduce(_add_older_users, tables)
+    newest = newest.take(pa.array(np.argsort(newest[USER_HASH].to_numpy(), kind="stable")))
+    write_arrow(newest, state_path(work, partition))
+    counts = {"events": count_events(newest), "users": newest.num_rows}
+    write_json(done, counts, indent=None)
+    return counts
 
 
-def _slice(state: pa.Table, partition: int, count: int) -> pa.Table:
-    """Return the rows of a partition's users; they are in the order of their hash."""
-    numbers = partition_of(hashes_of(state), count)
+def _partition_rows(state: pa.Table, partition: int, count: int) -> pa.Table:
+    """Return the rows of a partition's users: a slice, because rows are sorted by hash."""
+    numbers = partition_of(user_hashes(state), count)
     begin, end = np.searchsorted(numbers, [partition, partition + 1])
     return state.slice(int(begin), int(end - begin))
 
 
 def _with_hashes(state: pa.Table) -> pa.Table:
-    """Return a state with the hashes of its users, which older folders do not keep."""
-    known = USER_HASH in state.column_names
-    return state if known else state.add_column(1, USER_HASH, pa.array(hashes_of(state), pa.uint64()))
+    """Return a state table with the hash column, which folders of older releases lack."""
+    if USER_HASH in state.column_names:
+        return state
+    return state.add_column(1, USER_HASH, pa.array(user_hashes(state), pa.uint64()))
 
 
-def _with_older(newest: pa.Table, older: pa.Table) -> pa.Table:
-    """Return the rows of an older state whose users the newer does not know, followed by the newer ones."""
+def _add_older_users(newest: pa.Table, older: pa.Table) -> pa.Table:
+    """Return the rows of the older state whose users are not in the newer one, followed by the newer rows."""
     newest = newest.take(pa.array(np.argsort(newest[USER_HASH].to_numpy(), kind="stable")))
-    stays = rows_of(newest, one_array(older[USER_ID]), older[USER_HASH].to_numpy()) < 0
-    return pa.concat_tables([older.filter(pa.array(stays)), newest.select(older.column_names).cast(older.schema)])
+    unchanged = find_users(newest, one_array(older[USER_ID]), older[USER_HASH].to_numpy()) < 0
+    return pa.concat_tables([older.filter(pa.array(unchanged)), newest.select(older.column_names).cast(older.schema)])

@@ -1,10 +1,9 @@
-"""missrec etl --update --delta: a night's users beside the plain splits, read instead of their older rows.
+"""Incremental update with merge-on-read: sessions of affected users go to a delta file that overrides older rows.
 
-What it costs follows the night: its events are encoded, the users whom they concern are looked up in the state by
-their hash, and their whole sessions become one more file, ``deltas/00002.arrow`` (`missrec_t4r.data.session_files`
-reads
-it). The parquet files of the splits stay as they are, a complete older version, until `compaction.py` writes them anew.
-Counts are kept by what changed: the new sessions of these users less their old ones.
+The cost follows the increment: its events are encoded, their users are looked up in the user state by hash, and the
+whole sessions of these users become one more file, ``deltas/00002.arrow`` (read by `missrec_t4r.data.session_files`).
+The parquet files of the splits stay those of an older version until compaction (`compact.py`). Counts are kept
+up to date by difference: the new sessions of the affected users less their old ones.
 """
 
 from __future__ import annotations
@@ -15,213 +14,233 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
+from missrec_t4r.arrays import AnyArray, Ints
 from missrec_t4r.data.catalogue import ITEMS_FILE, Catalogue
-from missrec_t4r.data.session_files import DELTA_FOLDER, one_array
-from missrec_t4r.etl import item_table as catalogues
-from missrec_t4r.etl import outputs
-from missrec_t4r.etl.engine import build as scale
-from missrec_t4r.etl.engine import sessionize as partitions
-from missrec_t4r.etl.engine.build import note_gathered
-from missrec_t4r.etl.engine.executor import Threads
-from missrec_t4r.etl.engine.sessionize import STATE_FILE, Ordered
-from missrec_t4r.etl.engine.shuffle import ShardReader, batches_of, with_codes, write_json
-from missrec_t4r.etl.engine.user_state import Known, load_user_state
+from missrec_t4r.data.session_files import DELTA_FOLDER
+from missrec_t4r.etl import item_table, outputs
+from missrec_t4r.etl.engine import sessionize
+from missrec_t4r.etl.engine.build import Job, make_plan
+from missrec_t4r.etl.engine.executor import ThreadExecutor
+from missrec_t4r.etl.engine.ordering import (
+    EventOrder,
+    count_out_of_order,
+    duplicate_positions,
+    order_events,
+    sort_by_code_and_time,
+)
+from missrec_t4r.etl.engine.reduce import add_partition_findings, reduce_chunks
+from missrec_t4r.etl.engine.shuffle import EventEncoder, map_codes, read_batches
+from missrec_t4r.etl.engine.user_state import (
+    STATE_FILE,
+    STATE_FOLDER,
+    UserEvents,
+    count_events,
+    event_columns,
+    load_user_events,
+    to_state,
+)
 from missrec_t4r.etl.nvt.extend_vocabulary import grow
+from missrec_t4r.io.arrow_files import one_array, write_arrow
 from missrec_t4r.io.atomic import link_or_copy
+from missrec_t4r.io.json_files import write_json
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Change:
-    """What a night changes: differences to the version before."""
+class CountChange:
+    """Differences of the folder's counts to the version before."""
 
     events: int
     users: int
     sessions: Mapping[str, int]
     """Rows per split."""
-    trained: Ints
-    """[row of the catalogue], or shorter: how much more often each item is in the training rows."""
+    train_items: Ints
+    """[item index], trailing zeros may be missing: occurrences in the training rows."""
     longest: int
-    """Events of the longest session of the night's users (no difference)."""
-    touched: int
-    """Users whom the night's events concern."""
+    """Events of the longest session of the affected users (no difference)."""
+    affected_users: int
 
 
-NOTHING = Change(0, 0, dict.fromkeys(SPLITS, 0), np.zeros(0, np.int64), 0, 0)
+NO_CHANGE = CountChange(0, 0, dict.fromkeys(SPLITS, 0), np.zeros(0, np.int64), 0, 0)
 
 
 @dataclass(frozen=True)
-class Divided:
-    """Sessions of some users and how they are divided."""
+class SplitSessions:
+    """Sessions of some users and their lengths in every split."""
 
     sessions: pa.Table
-    """Whole; columns ``train``, ``valid`` and ``test`` say how many events of each are in the split's row."""
+    """Uncut; the columns ``train``, ``valid`` and ``test`` hold the events of each session in the split's row."""
     rows: Mapping[str, int]
-    trained: Ints
+    train_items: Ints
     longest: int
 
     @classmethod
-    def of(cls, state: pa.Table, merged: Mapping[str, Any]) -> Divided:
-        """Divide what is known of users."""
-        sessions = partitions.sessions_of(state, merged) if partitions.derives(merged) else state
-        offsets, lengths = partitions.prefixes(sessions, merged)
+    def from_state(cls, state: pa.Table, common: Mapping[str, Any]) -> SplitSessions:
+        """Make sessions of a state table and split them."""
+        sessions = sessionize.to_sessions(state, common) if sessionize.derives_sessions(common) else state
+        offsets, lengths = sessionize.split_lengths(sessions, common)
         rows = {split: int((lengths[split] > 0).sum()) for split in SPLITS}
-        trained = partitions.trained(sessions, offsets, lengths["train"])
+        train_items = sessionize.count_train_items(sessions, offsets, lengths["train"])
         for split in SPLITS:
             sessions = sessions.append_column(split, pa.array(lengths[split].astype(np.int32)))
-        return cls(sessions, rows, trained, int(np.diff(offsets).max(initial=0)))
+        return cls(sessions, rows, train_items, int(np.diff(offsets).max(initial=0)))
 
 
-def add(
-    job: scale.Job, old: Catalogue, data: Path, folder: Path, report: Mapping[str, Any], version: int
+def write_delta(
+    job: Job, old: Catalogue, data: Path, folder: Path, report: Mapping[str, Any], version: int
 ) -> dict[str, Any]:
-    """Write what a night adds to a data folder into ``folder``; what is not there afterwards is the old version's.
+    """Write the files that an increment adds or changes into ``folder``; all others stay those of the old version.
 
     Parameters
     ----------
-    job : scale.Job
-        An update; its items and vectors hold the new lines of the item table already.
+    job : Job
+        An incremental update; its items and vectors contain the new rows of the item table.
     old : Catalogue
-        As it is.
+        Of the version before.
     data : Path
-        The folder as it is.
+        The data folder, unchanged.
+    folder : Path
+        Empty.
     report : mapping
-        Its ``etl.json``.
+        ``etl.json`` of the version before.
     version : int
         Number of the new version.
 
     Returns
     -------
     dict
-        Counts as in the report, and how many users were touched.
+        Counts as in the report, and the number of affected users.
     """
-    change, categories = NOTHING, job.old["categories"]
+    change, old_categories = NO_CHANGE, job.old["categories"]
+    categories = old_categories
     if job.files:
-        events, merged = read_increment(job, folder)
-        change, categories = _add_events(job, data, folder, events, merged, version), merged["categories"]
-    longest, ids = max(change.longest, longest_of(job.old)), one_array(job.items[ITEM_ID])
-    known = job.old["categories"]
-    grown = {name: pd.Series(values) for name, values in categories.items() if len(values) > len(known[name])}
-    if len(ids) > old.n_items:
-        grown[ITEM_ID] = ids.to_pandas()
-    if grown or longest > longest_of(job.old):
-        grow(data, folder, grown, longest)
-    kept = {name: job.old[name] for name in ("types", "valid_from", "test_from", "newest", "partitions", "parts")}
-    (folder / partitions.STATE_FOLDER).mkdir(exist_ok=True)
-    write_json(folder / partitions.STATE_FOLDER / STATE_FILE, kept | {"categories": categories, "longest": longest})
-    catalogue = _write_catalogue(job, old, data, folder, change.trained)
+        events, common = encode_increment(job, folder)
+        change, categories = _write_sessions(job, data, folder, events, common, version), common["categories"]
+    longest, item_ids = max(change.longest, longest_session(job.old)), one_array(job.items[ITEM_ID])
+    extended = {
+        name: pd.Series(values) for name, values in categories.items() if len(values) > len(old_categories[name])
+    }
+    if len(item_ids) > old.n_items:
+        extended[ITEM_ID] = item_ids.to_pandas()
+    if extended or longest > longest_session(job.old):
+        grow(data, folder, extended, longest)
+    state = {name: job.old[name] for name in ("types", "valid_from", "test_from", "newest", "partitions", "parts")}
+    (folder / STATE_FOLDER).mkdir(exist_ok=True)
+    write_json(folder / STATE_FOLDER / STATE_FILE, state | {"categories": categories, "longest": longest}, indent=None)
+    catalogue = _write_catalogue(job, old, data, folder, change.train_items)
     sessions = {split: report["sessions"][split] + more for split, more in change.sessions.items()}
-    events_now, users_now = report["events"] + change.events, report["users"] + change.users
-    counts = outputs.counted(catalogue, catalogue.train_count, events_now, users_now, sessions)
-    return counts | {"touched": {"users": change.touched}}
+    n_events, n_users = report["events"] + change.events, report["users"] + change.users
+    counts = outputs.data_counts(catalogue, catalogue.train_count, n_events, n_users, sessions)
+    return counts | {"touched": {"users": change.affected_users}}
 
 
-def longest_of(state: Mapping[str, Any]) -> int:
-    """Return the events of the longest session of a data folder."""
+def longest_session(state: Mapping[str, Any]) -> int:
+    """Return the events of the longest session, from the content of ``state.json``."""
     return max(state.get("longest", 0), *(part["longest"] for part in state["parts"]))
 
 
-def read_increment(job: scale.Job, folder: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """Return the new events, encoded and in the folder's types, and what all events have in common.
+def encode_increment(job: Job, folder: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """Return the new events with the folder's codes and types, and what `reduce.reduce_chunks` returns for them.
 
     Raises
     ------
     SchemaError, DataError
         They do not fit the folder.
     """
-    plan = scale.make_plan(job)
-    reader = ShardReader(plan, one_array(job.items[ITEM_ID]))
-    tables = [reader.encode(batch)[0] for chunk in plan.chunks for batch in batches_of(plan, chunk)]
-    merged = scale.merge(job, plan, [reader.report()], folder, Threads(1))
-    known = {name: np.asarray(values, np.int32) for name, values in merged["maps"][0].items()}
-    events = with_codes(pa.concat_tables(tables, promote_options="permissive"), known)
-    return partitions.with_types(events, merged["types"]), merged
+    plan = make_plan(job)
+    encoder = EventEncoder(plan, one_array(job.items[ITEM_ID]))
+    tables = [encoder.encode(batch)[0] for chunk in plan.chunks for batch in read_batches(plan, chunk)]
+    common = reduce_chunks(job, plan, [encoder.statistics()], folder, ThreadExecutor(1))
+    maps = {name: np.asarray(codes, np.int32) for name, codes in common["maps"][0].items()}
+    events = map_codes(pa.concat_tables(tables, promote_options="permissive"), maps)
+    return sessionize.cast_columns(events, common["types"]), common
 
 
-def _add_events(
-    job: scale.Job, data: Path, folder: Path, events: pa.Table, merged: Mapping[str, Any], version: int
-) -> Change:
-    """Write the sessions of the night's users and what is known of them; return what they change."""
-    strange = events[ITEM_ID].to_numpy() >= merged["rows"]
-    events = events.filter(pa.array(~strange)) if strange.any() else events
+def _write_sessions(
+    job: Job, data: Path, folder: Path, events: pa.Table, common: Mapping[str, Any], version: int
+) -> CountChange:
+    """Write sessions and state of the affected users as delta files; return the change of the counts."""
+    unknown = events[ITEM_ID].to_numpy() >= common["rows"]
+    events = events.filter(pa.array(~unknown)) if unknown.any() else events
     if not events.num_rows:
-        return NOTHING
+        return NO_CHANGE
     times = events[TIMESTAMP].to_numpy()
-    day = partitions.order_of(one_array(events[USER_ID]), times)
-    old = load_user_state(data, job.old["partitions"], day.users, day.hashes)
-    state, repeated = _joined(day, old, partitions.values_of(events, events[ITEM_ID].to_numpy()), merged)
-    clock = partitions.backwards(day.codes, times)
-    note_gathered(job.findings, [{"repeated": repeated, "backwards": clock}], merged)
-    now, before = Divided.of(state, merged), Divided.of(_as_state(day.users, old, state.schema), merged)
-    files = [top / DELTA_FOLDER / f"{version:05}.arrow" for top in (folder, folder / partitions.STATE_FOLDER)]
-    for file in files:
+    new = order_events(one_array(events[USER_ID]), times)
+    old = load_user_events(data, job.old["partitions"], new.users, new.hashes)
+    state, n_duplicates = _merge_events(new, old, event_columns(events, events[ITEM_ID].to_numpy()), common)
+    counts = {"duplicates": n_duplicates, "out_of_order": count_out_of_order(new.codes, times)}
+    add_partition_findings(job.findings, [counts], drop_duplicates=common["drop_duplicates"])
+    after = SplitSessions.from_state(state, common)
+    before = SplitSessions.from_state(_state_before(new.users, old, state.schema), common)
+    sessions_file, state_file = (top / DELTA_FOLDER / f"{version:05}.arrow" for top in (folder, folder / STATE_FOLDER))
+    for file in (sessions_file, state_file):
         file.parent.mkdir(parents=True)
-    partitions.write_arrow(now.sessions, files[0])
-    if partitions.derives(merged):
-        partitions.write_arrow(state, files[1])
-    else:  # a session is all that is known of a user
-        link_or_copy(files[0], files[1])
-    trained = np.zeros(max(len(now.trained), len(before.trained)), np.int64)
-    trained[: len(now.trained)] += now.trained
-    trained[: len(before.trained)] -= before.trained
-    return Change(
-        partitions.n_events(state) - int(old.sizes.sum()),
-        len(day.users) - len(old.numbers),
-        {split: now.rows[split] - before.rows[split] for split in SPLITS},
-        trained,
-        now.longest,
-        len(day.users),
+    write_arrow(after.sessions, sessions_file)
+    if sessionize.derives_sessions(common):
+        write_arrow(state, state_file)
+    else:  # sessions are the users' events, so the files are equal
+        link_or_copy(sessions_file, state_file)
+    train_items = np.zeros(max(len(after.train_items), len(before.train_items)), np.int64)
+    train_items[: len(after.train_items)] += after.train_items
+    train_items[: len(before.train_items)] -= before.train_items
+    return CountChange(
+        count_events(state) - int(old.sizes.sum()),
+        len(new.users) - len(old.users),
+        {split: after.rows[split] - before.rows[split] for split in SPLITS},
+        train_items,
+        after.longest,
+        len(new.users),
     )
 
 
-def _joined(day: Ordered, old: Known, new: Mapping[str, Any], merged: Mapping[str, Any]) -> tuple[pa.Table, int]:
-    """Return what is known of the night's users now, and how many of their events are repeats."""
-    codes = np.concatenate([np.repeat(old.numbers, old.sizes), day.codes[day.order]])
-    values = {name: column[day.order] for name, column in new.items()}
-    if old.values:
-        values = {name: np.concatenate([old.values[name], column]) for name, column in values.items()}
-    order = partitions.packed_order(codes, values[TIMESTAMP], nearly=True)
-    repeated = partitions.repeats(codes, values[TIMESTAMP], values[ITEM_ID], order)
-    if merged["drop_duplicates"] and len(repeated):
-        stay = np.ones(len(codes), bool)
-        stay[repeated] = False
-        codes, values = codes[stay], {name: column[stay] for name, column in values.items()}
-        order = partitions.packed_order(codes, values[TIMESTAMP], nearly=True)
-    return partitions.as_lists(Ordered(order, codes, day.users, day.hashes), values), len(repeated)
+def _merge_events(
+    new: EventOrder, old: UserEvents, columns: Mapping[str, AnyArray], common: Mapping[str, Any]
+) -> tuple[pa.Table, int]:
+    """Return the new state of the affected users, and the number of their duplicate events."""
+    codes = np.concatenate([np.repeat(old.users, old.sizes), new.codes[new.order]])  # [old and new event]
+    merged = {name: column[new.order] for name, column in columns.items()}
+    if old.columns:
+        merged = {name: np.concatenate([old.columns[name], column]) for name, column in merged.items()}
+    # Old events are sorted within each source file, and so are the new ones: a few sorted runs.
+    order = sort_by_code_and_time(codes, merged[TIMESTAMP], nearly_sorted=True)
+    duplicates = duplicate_positions(codes, merged[TIMESTAMP], merged[ITEM_ID], order)
+    if common["drop_duplicates"] and len(duplicates):
+        kept = np.ones(len(codes), bool)
+        kept[duplicates] = False
+        codes, merged = codes[kept], {name: column[kept] for name, column in merged.items()}
+        order = sort_by_code_and_time(codes, merged[TIMESTAMP], nearly_sorted=True)
+    return to_state(EventOrder(order, codes, new.users, new.hashes), merged), len(duplicates)
 
 
-def _as_state(users: pa.Array, old: Known, schema: pa.Schema) -> pa.Table:
-    """Return what was known of users as a state, in the order in which they were found."""
+def _state_before(users: pa.Array, old: UserEvents, schema: pa.Schema) -> pa.Table:
+    """Return the old events of the affected users as a state table, users in the order of ``old``."""
     offsets = pa.array(np.concatenate([[0], np.cumsum(old.sizes)]), pa.int32())
-    columns = {USER_ID: users.take(pa.array(old.numbers))}
+    columns = {USER_ID: users.take(pa.array(old.users))}
     for field in schema:
         if field.name.endswith(LIST_SUFFIX):
-            values = old.values.get(field.name.removesuffix(LIST_SUFFIX), np.zeros(0, np.int64))
+            values = old.columns.get(field.name.removesuffix(LIST_SUFFIX), np.zeros(0, np.int64))
             columns[field.name] = pa.ListArray.from_arrays(offsets, pa.array(values, field.type.value_type))
     return pa.table(columns)
 
 
-def _write_catalogue(job: scale.Job, old: Catalogue, data: Path, folder: Path, trained: Ints) -> Catalogue:
-    """Write the catalogue with its new counts and items; without new items all other files are links."""
-    place = folder / CATALOGUE_FOLDER
-    same = not job.old["new_lines"] and job.items.num_rows == old.n_items
-    catalogue = old if same else catalogues.extended_catalogue(old, job.items, job.vectors)
+def _write_catalogue(job: Job, old: Catalogue, data: Path, folder: Path, train_items: Ints) -> Catalogue:
+    """Write the catalogue with its new counts and items; without new items all but the item table are links."""
+    target = folder / CATALOGUE_FOLDER
+    unchanged = not job.old["new_rows"] and job.items.num_rows == old.n_items
+    catalogue = old if unchanged else item_table.extend_catalogue(old, job.items, job.vectors)
     counts = np.zeros(catalogue.n_rows, np.int64)
     counts[: old.n_rows] = old.train_count
-    counts[: len(trained)] += trained
-    catalogue = catalogues.with_train_count(catalogue, counts[FIRST_ITEM_ROW:])
-    if not same:
-        catalogue.save(place)
+    counts[: len(train_items)] += train_items
+    catalogue = item_table.with_train_count(catalogue, counts[FIRST_ITEM_ROW:])
+    if not unchanged:
+        catalogue.save(target)
         return catalogue
-    place.mkdir()
+    target.mkdir()
     for file in (data / CATALOGUE_FOLDER).iterdir():
         if file.name != ITEMS_FILE:
-            link_or_copy(file, place / file.name)
-    catalogue.write_items(place)
+            link_or_copy(file, target / file.name)
+    catalogue.write_items(target)
     return catalogue

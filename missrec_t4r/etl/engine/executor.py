@@ -1,7 +1,7 @@
-"""Where the work is done: Dask threads, Dask processes on this machine, or a Dask cluster that runs already.
+"""Execution of tasks: Dask threads, Dask processes on this machine, or the workers of a running Dask cluster.
 
-Tasks are functions of small arguments that read and write files; they return small answers. A task whose worker died
-is run again elsewhere; a task that had finished finds its own result and returns it.
+Tasks are functions of small arguments that read and write files and return small results. A task whose worker died is
+run again on another worker; a task that had finished finds its result file and returns it.
 """
 
 from __future__ import annotations
@@ -16,46 +16,54 @@ import dask
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.progress import track
 
-_RETRIES = 3
-_ANSWER = 20
+CONNECT_TIMEOUT = 20.0
 """Seconds within which a scheduler must answer."""
-_PATIENCE = 30
-"""Seconds without a worker before a run gives up; a scheduler may be restarting them."""
+WORKER_TIMEOUT = 30.0
+"""Seconds without a worker before a run stops; a cluster manager may be restarting workers."""
+_RETRIES = 3
 
 
-class Engine(Protocol):
-    """What runs tasks."""
+class Executor(Protocol):
+    """Runs tasks in parallel."""
 
     @property
     def workers(self) -> int:
-        """Return how many tasks run at a time."""
+        """Return the number of tasks that run at a time."""
 
     def run(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], description: str) -> list[Any]:
-        """Return the answers in the order of the arguments."""
+        """Return the results in the order of the arguments."""
 
 
-class Threads:
-    """Dask's threads in this process; numpy and Arrow let go of the interpreter while they work."""
+class ThreadExecutor:
+    """Dask threads in this process; NumPy and Arrow release the interpreter lock while they compute."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
 
     def run(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], description: str) -> list[Any]:
-        """Run a handful at a time, so that the progress shows and little work is lost."""
-        answers: list[Any] = []
+        """Run two tasks per worker at a time, so that progress is shown and an interruption loses little work."""
+        results: list[Any] = []
         step = 2 * self.workers
         groups = [arguments[start : start + step] for start in range(0, len(arguments), step)]
         for group in track(groups, description):
-            delayed = [dask.delayed(task, pure=False)(*given) for given in group]
-            answers += dask.compute(*delayed, scheduler="threads", num_workers=self.workers)
-        return answers
+            delayed = [dask.delayed(task, pure=False)(*values) for values in group]
+            results += dask.compute(*delayed, scheduler="threads", num_workers=self.workers)
+        return results
 
 
-class Cluster:
-    """Workers of dask.distributed, here or elsewhere; they must see the same files."""
+class ClusterExecutor:
+    """Workers of dask.distributed on this machine or others; they must see the same files.
 
-    def __init__(self, client: Any) -> None:
-        self.client = client
+    Parameters
+    ----------
+    client : distributed.Client
+        Connected to the scheduler.
+    worker_timeout : float
+        Seconds without a worker before a run stops.
+    """
+
+    def __init__(self, client: Any, worker_timeout: float = WORKER_TIMEOUT) -> None:
+        self.client, self.worker_timeout = client, worker_timeout
 
     @property
     def workers(self) -> int:
@@ -63,37 +71,115 @@ class Cluster:
         return max(sum(self.client.nthreads().values()), 1)
 
     def run(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], description: str) -> list[Any]:
-        """Submit all; the scheduler repeats what a dead worker had.
+        """Submit all tasks; the scheduler repeats those of a dead worker.
 
         Raises
         ------
         DataError
-            No worker is left, one piece of work killed several, or workers lack the files or this package.
+            No worker is left, one task killed several workers, or workers lack the files or this package.
         """
-        futures = [self.client.submit(task, *given, pure=False, retries=_RETRIES) for given in arguments]
-        for _ in track(self._as_they_come(futures), description, len(futures)):
+        futures = [self.client.submit(task, *values, pure=False, retries=_RETRIES) for values in arguments]
+        for _ in track(self._completed(futures), description, len(futures)):
             continue
         with _translate_cluster_errors():
-            answers: list[Any] = self.client.gather(futures)
-        return answers
+            results: list[Any] = self.client.gather(futures)
+        return results
 
-    def _as_they_come(self, futures: Sequence[Any]) -> Iterator[Any]:
-        from distributed import TimeoutError as Late
+    def _completed(self, futures: Sequence[Any]) -> Iterator[Any]:
+        """Yield futures as they complete; stop with an error when no worker is left."""
+        from distributed import TimeoutError as DaskTimeout
         from distributed import wait
 
-        left = set(futures)
-        while left:
+        pending = set(futures)
+        while pending:
             try:
                 with self.client.as_current():
-                    done, left = wait(left, timeout=_PATIENCE, return_when="FIRST_COMPLETED")
-            except Late:
+                    done, pending = wait(pending, timeout=self.worker_timeout, return_when="FIRST_COMPLETED")
+            except DaskTimeout:
                 if not self.client.nthreads():
-                    raise _alone(f"no worker was left for {_PATIENCE} seconds") from None
+                    raise _no_worker(f"no worker was left for {self.worker_timeout:g} seconds") from None
                 continue
             yield from done
 
+    def require_workers(self) -> None:
+        """Wait for the first worker.
 
-def _alone(found: str) -> DataError:
+        Raises
+        ------
+        DataError
+            None came in time.
+        """
+        from distributed import TimeoutError as DaskTimeout
+
+        try:
+            self.client.wait_for_workers(1, timeout=self.worker_timeout)
+        except DaskTimeout:
+            raise _no_worker(f"no worker came within {self.worker_timeout:g} seconds") from None
+
+
+@contextmanager
+def open_executor(
+    scheduler: str = "threads",
+    workers: int | None = None,
+    *,
+    connect_timeout: float = CONNECT_TIMEOUT,
+    worker_timeout: float = WORKER_TIMEOUT,
+) -> Iterator[Executor]:
+    """Yield the executor that ``--dask-scheduler`` names, and stop what was started for it.
+
+    Parameters
+    ----------
+    scheduler : str
+        ``threads``, ``processes`` (a ``LocalCluster``), or the address of a scheduler, ``tcp://host:8786``.
+    workers : int, optional
+        Threads or processes; by default one per core of this machine. A running cluster has its own number.
+    connect_timeout, worker_timeout : float
+        Seconds to wait for the scheduler, and for a worker.
+
+    Raises
+    ------
+    ConfigError
+        ``scheduler`` is neither a name nor an address.
+    DataError
+        The scheduler does not answer, or has no worker.
+    """
+    count = workers or len(os.sched_getaffinity(0))
+    if scheduler == "threads":
+        yield ThreadExecutor(count)
+    elif scheduler == "processes":
+        from distributed import Client, LocalCluster
+
+        with (
+            LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None, scheduler_port=0) as cluster,
+            Client(cluster, set_as_default=False) as client,
+        ):
+            yield ClusterExecutor(client, worker_timeout)
+    elif "://" in scheduler:
+        with _connect(scheduler, connect_timeout) as client:
+            executor = ClusterExecutor(client, worker_timeout)
+            executor.require_workers()
+            yield executor
+    else:
+        raise ConfigError(f"--dask-scheduler {scheduler!r}", "threads, processes or tcp://host:port")
+
+
+@contextmanager
+def _connect(address: str, timeout: float) -> Iterator[Any]:
+    from distributed import Client
+
+    try:
+        client = Client(address, set_as_default=False, timeout=timeout)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"no Dask scheduler answers at {address} ({error})",
+            "a running one",
+            "start one with `dask scheduler` and workers with `dask worker`, or leave --dask-scheduler out",
+        ) from error
+    with client:
+        yield client
+
+
+def _no_worker(found: str) -> DataError:
     return DataError(
         f"{found} at the Dask scheduler",
         "at least one worker",
@@ -103,14 +189,14 @@ def _alone(found: str) -> DataError:
 
 @contextmanager
 def _translate_cluster_errors() -> Iterator[None]:
-    """Say what a failure in a worker means."""
+    """Explain failures of workers: killed, without the files, without the package."""
     from distributed import KilledWorker
 
     try:
         yield
     except KilledWorker as error:
         raise DataError(
-            f"workers died over and over on one piece of work ({error})",
+            f"several workers died on the same task ({error})",
             "workers with memory for a partition",
             "give them more, or more --partitions; then the same command continues",
         ) from error
@@ -124,65 +210,3 @@ def _translate_cluster_errors() -> Iterator[None]:
         raise DataError(
             f"a worker lacks the package {error.name}", "the same installation as here", "install it on the workers"
         ) from error
-
-
-@contextmanager
-def engine(where: str = "threads", workers: int | None = None) -> Iterator[Engine]:
-    """Yield the engine that ``--dask-scheduler`` names, and stop what was started for it.
-
-    Parameters
-    ----------
-    where : str
-        ``threads``, ``processes`` (a ``LocalCluster``), or the address of a scheduler, ``tcp://host:8786``.
-    workers : int, optional
-        Threads or processes; by default the cores of this machine. A running cluster has its own number.
-
-    Raises
-    ------
-    ConfigError
-        Neither a name nor an address.
-    DataError
-        The scheduler does not answer, or has no worker.
-    """
-    count = workers or len(os.sched_getaffinity(0))
-    if where == "threads":
-        yield Threads(count)
-    elif where == "processes":
-        from distributed import Client, LocalCluster
-
-        with (
-            LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None, scheduler_port=0) as cluster,
-            Client(cluster, set_as_default=False) as client,
-        ):
-            yield Cluster(client)
-    elif "://" in where:
-        with _connected(where) as client:
-            _require_workers(client)
-            yield Cluster(client)
-    else:
-        raise ConfigError(f"--dask-scheduler {where!r}", "threads, processes or tcp://host:port")
-
-
-def _require_workers(client: Any) -> None:
-    from distributed import TimeoutError as Late
-
-    try:
-        client.wait_for_workers(1, timeout=_PATIENCE)
-    except Late:
-        raise _alone(f"no worker came within {_PATIENCE} seconds") from None
-
-
-@contextmanager
-def _connected(address: str) -> Iterator[Any]:
-    from distributed import Client
-
-    try:
-        client = Client(address, set_as_default=False, timeout=_ANSWER)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"no Dask scheduler answers at {address} ({error})",
-            "a running one",
-            "start one with `dask scheduler` and workers with `dask worker`, or leave --dask-scheduler out",
-        ) from error
-    with client:
-        yield client

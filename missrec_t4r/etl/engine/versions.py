@@ -1,25 +1,25 @@
-"""Versions of a data folder: what each added, which one the parquet files hold, what a new one takes over."""
+"""Versions of a data folder that incremental updates extend: what each added, which one the parquet files hold."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from missrec_t4r.errors import ConfigError, DataError
-from missrec_t4r.etl.engine.sessionize import STATE_FILE, STATE_FOLDER
+from missrec_t4r.etl.engine.user_state import STATE_FILE, STATE_FOLDER
 from missrec_t4r.etl.event_settings import EventSettings
 from missrec_t4r.etl.outputs import REPORT_FILE
 from missrec_t4r.io.atomic import link_or_copy, recover
+from missrec_t4r.io.hashing import file_digest
+from missrec_t4r.io.json_files import read_json
 
 VERSIONS_FILE = "versions.json"
 
 
-def known(out: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return what a data folder says of itself: ``etl.json``, the state's settings, ``versions.json``.
+def load_version(out: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return ``etl.json``, ``state/state.json`` and ``versions.json`` of a data folder that can be updated.
 
     Raises
     ------
@@ -30,25 +30,25 @@ def known(out: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     state_file = out / STATE_FOLDER / STATE_FILE
     if not state_file.is_file():
         raise DataError(
-            f"{out} keeps no state to update from",
-            "a data folder of the fast path",
+            f"{out} has no user state to update from",
+            "a data folder of the out-of-core engine",
             "run missrec etl --engine disk once",
         )
-    report = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
+    report = read_json(out / REPORT_FILE)
     settings = report["settings"]
     if settings["k_core"] or settings["min_item_count"]:
         raise ConfigError(
-            "the folder was filtered by k-core or item count, which new events change for old ones",
+            "the folder was filtered by k-core or item count, and new events would bring back what was left out",
             "a folder without these filters",
             "run missrec etl on all events",
         )
     file = out / VERSIONS_FILE
-    versions = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"version": 1, "changes": []}
-    return report, json.loads(state_file.read_text(encoding="utf-8")), versions
+    versions = read_json(file) if file.is_file() else {"version": 1, "changes": []}
+    return report, read_json(state_file), versions
 
 
-def derived_of(settings: Mapping[str, Any]) -> EventSettings:
-    """Return what the settings of a report derive from events."""
+def event_settings(settings: Mapping[str, Any]) -> EventSettings:
+    """Return the derived event columns that the settings of ``etl.json`` describe."""
     return EventSettings(
         settings["event_weights"],
         settings["event_type_column"],
@@ -63,45 +63,35 @@ def plain_version(versions: Mapping[str, Any]) -> int:
     return int(versions.get("plain_version", versions["version"]))
 
 
-def link_rest(old: Path, new: Path, rewritten: Collection[str]) -> None:
+def link_unchanged(old: Path, new: Path, rewritten: Collection[str]) -> None:
     """Hard-link (or copy, where a disk has no links) every file of the old version that the new one lacks.
 
     Parameters
     ----------
+    old, new : Path
+        Data folders.
     rewritten : collection of str
-        Folders of which nothing is taken over.
+        Subfolders that the new version replaces as a whole.
     """
     for top, _, names in os.walk(old):
-        inside = os.path.relpath(top, old)
-        if any(f"{inside}/".startswith(f"{folder}/") for folder in rewritten):
+        subfolder = os.path.relpath(top, old)
+        if any(f"{subfolder}/".startswith(f"{folder}/") for folder in rewritten):
             continue
-        place = new / inside
-        place.mkdir(parents=True, exist_ok=True)
-        there = set(os.listdir(place))
+        target = new / subfolder
+        target.mkdir(parents=True, exist_ok=True)
+        present = set(os.listdir(target))
         for name in names:
-            if name not in there:
-                link_or_copy(Path(top, name), place / name)
+            if name not in present:
+                link_or_copy(Path(top, name), target / name)
 
 
 def new_files(events: Sequence[Path], versions: Mapping[str, Any]) -> dict[Path, str]:
-    """Return the files that no version has, each content once, and their digests."""
-    there = {digest for change in versions["changes"] for digest in change.get("files", [])}
-    found: dict[Path, str] = {}
+    """Return the files whose content no version has yet, each content once, and their SHA-256 digests."""
+    added = {digest for change in versions["changes"] for digest in change.get("files", [])}
+    new: dict[Path, str] = {}
     for file in events:
-        digest = _digest(file)
-        if digest not in there:
-            found[file] = digest
-            there.add(digest)
-    return found
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _read(stream)
-
-
-def _read(stream: Any) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        digest = file_digest(file)
+        if digest not in added:
+            new[file] = digest
+            added.add(digest)
+    return new

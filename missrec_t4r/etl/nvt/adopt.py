@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from merlin.schema import Schema, Tags
 
 from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.session_files import take_prefixes
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl import item_table as catalogues
 from missrec_t4r.etl import splits
@@ -229,7 +230,7 @@ def _split(table: pa.Table) -> dict[str, pa.Table]:
     offsets = np.asarray(table[ITEM_LIST].combine_chunks().offsets, np.int64)
     lengths = splits.leave_one_out(offsets)
     splits.check_lengths(lengths)
-    return {name: splits.take_prefixes(table, offsets, lengths[name]) for name in SPLITS}
+    return {name: take_prefixes(table, offsets, lengths[name]) for name in SPLITS}
 
 
 def _feature_codes(workflow: Path, schema: Schema) -> dict[str, Any]:

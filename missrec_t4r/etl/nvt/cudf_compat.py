@@ -2,7 +2,7 @@
 
 ``cudf.core.column.build_categorical_column`` (Merlin reads hive-partitioned remote parquet with it) and
 ``dask_cudf.from_dask_dataframe``. Names that are there are left alone, and without cuDF nothing is imported.
-On a GPU with RAPIDS 24.12 Merlin imports with it; README.md, Limits, says what else was run there.
+On a GPU with RAPIDS 24.12 Merlin imports with it; README.md, Tested, says what else was run there.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A list column is a pair of values and offsets: row i holds ``values[offsets[i]:offsets[i + 1]]``. cuDF stores it so;
 for pandas (an object per row) it is taken apart and rebuilt here, through Arrow where the values are numbers.
-The cuDF half follows NVTabular's own cuDF code; README.md, Limits, says what a GPU has run of it.
+The cuDF half follows NVTabular's own cuDF code; README.md, Tested, says what a GPU has run of it.
 """
 
 from __future__ import annotations

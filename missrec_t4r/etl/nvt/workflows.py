@@ -77,7 +77,7 @@ def build_session_workflow(
         Columns ``user_id``, ``item_id-list``, ``timestamp-list`` and ``<column>-list``, one row per user; with
         ``session_id`` after ``user_id`` and one row per session if sessions end by inactivity.
     """
-    if derive is not None and derive.anything:
+    if derive is not None and derive.enabled:
         return _derived_workflow(item_ids, storage, dict(categories or {}), list(numbers), max_events, derive)
     categories = categories or {}
     vocabularies = {ITEM_ID: as_series(item_ids), **categories}

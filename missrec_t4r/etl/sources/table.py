@@ -29,9 +29,9 @@ from missrec_t4r.etl.sources.json_lines import JSON_LINES, read_all
 
 Paths = Path | str | Sequence[Path | str]
 
-_PARQUET = (".parquet", ".pq")
+PARQUET_SUFFIXES = (".parquet", ".pq")
 _CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-_KNOWN = _PARQUET + _CSV + JSON_LINES
+_KNOWN = PARQUET_SUFFIXES + _CSV + JSON_LINES
 
 
 def read_table(
@@ -135,7 +135,7 @@ def _read_file(file: Path, what: str, text_columns: Sequence[str]) -> pa.Table:
     if file.name.endswith(JSON_LINES):
         return read_all(file, text_columns)
     try:
-        if file.name.endswith(_PARQUET):
+        if file.name.endswith(PARQUET_SUFFIXES):
             return pq.ParquetFile(file).read()
         if file.name.endswith(_CSV):
             parse = pacsv.ParseOptions(delimiter=_delimiter(file), newlines_in_values=True)

@@ -1,1 +1,1 @@
-"""A demo page beside a running server."""
+"""Demo page for a running server: click items, see recommendations and explanations."""

@@ -1,7 +1,7 @@
-"""`missrec playground`: a page where a person clicks items and sees titles, pictures, scores and reasons change.
+"""`missrec playground`: a demo page on which clicks on items change recommendations, scores and explanations.
 
-A small web server on the loopback interface between the page (one self-contained file) and a running Triton. It reads
-titles and attributes of the bundle's item table, pictures of a folder if there is one, and answers nothing else.
+A small web server on the loopback interface, between the page (one self-contained file) and a running Triton. Titles
+and attributes come from the bundle's item table, images from a folder if there is one; it serves nothing else.
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ from missrec_t4r.serving.triton.ports import LOOPBACK
 log = logging.getLogger(__name__)
 
 _PAGE_ITEMS = 60
+"""Items of one search result page."""
 _LONGEST_BODY = 1 << 20
-_MOST_VALUES = 40
-"""A column of at most so many different values can be filtered by on the page."""
+"""Bytes of a request."""
+_MOST_FACET_VALUES = 40
+"""Most distinct values of a column that the page offers as a filter."""
+_MOST_RECOMMENDATIONS = 100
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src 'self'; connect-src 'self'",
@@ -46,24 +49,24 @@ Reply = tuple[int, str, bytes]
 """Status, content type and body."""
 
 
-class Shop:
-    """What the page shows of a catalogue.
+class CatalogueView:
+    """Titles, images and filter values of a catalogue.
 
     Parameters
     ----------
     bundle : Path
-        Its item table.
+        Bundle with the item table.
     images : Path, optional
-        Folder of the pictures.
+        Folder of the images.
     image_column : str
-        Column with a picture's file name, relative to the folder.
+        Column with an image's file name, relative to the folder.
     """
 
     def __init__(self, bundle: Path, images: Path | None = None, image_column: str = "image") -> None:
         self.items = load_items(bundle)
-        self._shown = {ITEM_ID, TRAIN_COUNT, "title", image_column}
+        self._not_facets = {ITEM_ID, TRAIN_COUNT, "title", image_column}
         self.ids: list[str | int] = self.items[ITEM_ID].to_pylist()
-        self._place = {item: place for place, item in enumerate(self.ids)}
+        self._index = {item: index for index, item in enumerate(self.ids)}
         names = self.items.column_names
         self._titles = [str(title or "") for title in self.items["title"].to_pylist()] if "title" in names else []
         self._images = None if images is None else images.resolve()
@@ -73,76 +76,76 @@ class Shop:
             )
         self._files = self.items[image_column].to_pylist() if images is not None else []
 
-    def describe(self, place: int) -> dict[str, Any]:
-        """Return one item as the page shows it."""
-        title = self._titles[place] if self._titles else ""
-        picture = f"/picture/{place}" if self.picture(place) is not None else None
-        return {"id": self.ids[place], "title": title, "picture": picture}
+    def describe(self, index: int) -> dict[str, Any]:
+        """Return the id, title and image path of an item by its row of the item table."""
+        title = self._titles[index] if self._titles else ""
+        picture = f"/picture/{index}" if self.picture(index) is not None else None
+        return {"id": self.ids[index], "title": title, "picture": picture}
 
     def of_id(self, item: str | int) -> dict[str, Any]:
-        """Return an item by its raw id; one that the item table lacks is its id alone."""
-        place = self._place.get(item)
-        return {"id": item, "title": "", "picture": None} if place is None else self.describe(place)
+        """Return an item by its raw id; without title and image if the item table lacks it."""
+        index = self._index.get(item)
+        return {"id": item, "title": "", "picture": None} if index is None else self.describe(index)
 
-    def found(self, search: str, offset: int) -> dict[str, Any]:
-        """Return a page of the items whose title or id contains the words; the popular first."""
-        words = search.casefold().split()
-        places = [p for p in self._by_popularity if not words or all(word in self._text(p) for word in words)]
-        return {"total": len(places), "items": [self.describe(p) for p in places[offset : offset + _PAGE_ITEMS]]}
+    def search(self, query: str, offset: int) -> dict[str, Any]:
+        """Return one page of the items whose title or id contains all words, by descending popularity."""
+        words = query.casefold().split()
+        matches = [i for i in self._by_popularity if not words or all(word in self._text(i) for word in words)]
+        return {"total": len(matches), "items": [self.describe(i) for i in matches[offset : offset + _PAGE_ITEMS]]}
 
-    def picture(self, place: int) -> Path | None:
-        """Return the file of an item's picture; nothing outside the folder, and only pictures."""
-        if self._images is None or not 0 <= place < len(self._files) or not self._files[place]:
+    def picture(self, index: int) -> Path | None:
+        """Return the image file of an item, None for a file outside the folder or of another kind."""
+        if self._images is None or not 0 <= index < len(self._files) or not self._files[index]:
             return None
-        file = (self._images / str(self._files[place])).resolve()
+        file = (self._images / str(self._files[index])).resolve()
         kind = mimetypes.guess_type(file.name)[0] or ""
         inside = file.is_relative_to(self._images) and kind.startswith("image/") and kind != "image/svg+xml"
         return file if inside and file.is_file() else None
 
     @cached_property
     def facets(self) -> dict[str, list[Any]]:
-        """Columns with few different values, and these."""
-        found = {}
+        """Columns with few distinct values, and the values."""
+        facets = {}
         for field in self.items.schema:
             simple = (
                 pa.types.is_string(field.type) or pa.types.is_boolean(field.type) or pa.types.is_integer(field.type)
             )
-            if simple and field.name not in self._shown:
+            if simple and field.name not in self._not_facets:
                 values = self.items[field.name].unique().drop_null().to_pylist()
-                if 1 < len(values) <= _MOST_VALUES:
-                    found[field.name] = sorted(values)
-        return found
+                if 1 < len(values) <= _MOST_FACET_VALUES:
+                    facets[field.name] = sorted(values)
+        return facets
 
     @cached_property
     def _by_popularity(self) -> list[int]:
         counts = self.items[TRAIN_COUNT].to_pylist()
-        return sorted(range(len(self.ids)), key=lambda place: -counts[place])
+        return sorted(range(len(self.ids)), key=lambda index: -counts[index])
 
-    def _text(self, place: int) -> str:
-        return f"{self._titles[place] if self._titles else ''} {self.ids[place]}".casefold()
+    def _text(self, index: int) -> str:
+        return f"{self._titles[index] if self._titles else ''} {self.ids[index]}".casefold()
 
 
 class Playground:
-    """The page's server; runs while the ``with`` block does.
+    """Web server of the page; runs while the ``with`` block does.
 
     Parameters
     ----------
     client : MISSRecClient
-        Shared by threads: gRPC, or of a bundle.
-    shop : Shop
+        Shared by threads: over gRPC, or of a bundle.
+    catalogue : CatalogueView
     port : int
-        0 takes a free one.
+        0 chooses a free one.
     """
 
-    def __init__(self, client: MISSRecClient, shop: Shop, port: int = 0) -> None:
-        self.client, self.shop = client, shop
+    def __init__(self, client: MISSRecClient, catalogue: CatalogueView, port: int = 0) -> None:
+        self.client, self.catalogue = client, catalogue
         self._page = importlib.resources.files("missrec_t4r.serving.playground").joinpath("page.html").read_bytes()
         self._server = _listen(self.reply, port)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     @property
     def url(self) -> str:
-        """Address of the page."""
+        """URL of the page."""
         return f"http://{LOOPBACK}:{self._server.server_address[1]}"
 
     def __enter__(self) -> Playground:
@@ -154,7 +157,7 @@ class Playground:
         self._server.server_close()
 
     def reply(self, method: str, target: str, body: bytes) -> Reply:
-        """Answer one request of the page."""
+        """Return the response to one request of the page."""
         parts = urlsplit(target)
         try:
             if method == "POST" and parts.path == "/api/recommend":
@@ -164,44 +167,44 @@ class Playground:
         except MISSRecError as error:
             return _json({"error": str(error)}, 400)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            return _json({"error": f"the page's request cannot be read ({error})"}, 400)
+            return _json({"error": f"the page's request cannot be parsed ({error})"}, 400)
         return _json({"error": "nothing here"}, 404)
 
-    def recommend(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Ask the server for the page's session, with reasons."""
-        session = [typed_id(item, self.client.id_type) for item in question["items"]]
+    def recommend(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Request recommendations with explanations for the page's session."""
+        session = [typed_id(item, self.client.id_type) for item in request["items"]]
         started = time.perf_counter()
-        (answer,) = self.client.recommend(
+        (result,) = self.client.recommend(
             [session],
-            min(int(question.get("top_k", 10)), 100),
-            exclude_seen=bool(question.get("exclude_seen")),
-            rules=question.get("rules"),
+            min(int(request.get("top_k", 10)), _MOST_RECOMMENDATIONS),
+            exclude_seen=bool(request.get("exclude_seen")),
+            rules=request.get("rules"),
             reasons=True,
         )
-        elapsed = (time.perf_counter() - started) * 1e3
-        ids: list[Any] = list(answer.item_ids)
-        lines: list[dict[str, Any]] = [
-            {"item": self.shop.of_id(item), "score": score} for item, score in zip(ids, answer.scores, strict=True)
+        milliseconds = (time.perf_counter() - started) * 1e3
+        ids: list[Any] = list(result.item_ids)
+        recommendations: list[dict[str, Any]] = [
+            {"item": self.catalogue.of_id(item), "score": score} for item, score in zip(ids, result.scores, strict=True)
         ]
-        for line, reason in zip(lines, answer.reasons, strict=False):
-            line |= {"because_of": reason.item_id, "modality": reason.modality}
+        for recommendation, reason in zip(recommendations, result.reasons, strict=False):  # a fallback has no reasons
+            recommendation |= {"because_of": reason.item_id, "modality": reason.modality}
         return {
-            "recommendations": lines,
-            "fallback": answer.fallback,
-            "n_passed": answer.n_passed,
-            "catalogue_version": answer.catalogue_version,
-            "milliseconds": elapsed,
+            "recommendations": recommendations,
+            "fallback": result.fallback,
+            "n_passed": result.n_passed,
+            "catalogue_version": result.catalogue_version,
+            "milliseconds": milliseconds,
         }
 
     def _get(self, path: str, query: dict[str, str]) -> Reply:
         if path == "/":
             return 200, "text/html; charset=utf-8", self._page
         if path == "/api/shop":
-            return _json({"total": len(self.shop.ids), "facets": self.shop.facets})
+            return _json({"total": len(self.catalogue.ids), "facets": self.catalogue.facets})
         if path == "/api/items":
-            return _json(self.shop.found(query.get("search", ""), max(0, int(query.get("offset", 0)))))
+            return _json(self.catalogue.search(query.get("search", ""), max(0, int(query.get("offset", 0)))))
         if path.startswith("/picture/"):
-            file = self.shop.picture(int(path.removeprefix("/picture/")))
+            file = self.catalogue.picture(int(path.removeprefix("/picture/")))
             if file is not None:
                 return 200, mimetypes.guess_type(file.name)[0] or "application/octet-stream", file.read_bytes()
         return _json({"error": "nothing here"}, 404)
@@ -236,9 +239,11 @@ def playground(
         ``url`` and the seconds served.
     """
     started = time.monotonic()
-    shop = Shop(Path(bundle), None if images is None else Path(images), image_column)
-    with MISSRecClient(url) as client, Playground(client, shop, port) as page:
-        log.info(f"open {page.url} ({len(shop.ids)} items of {client.url}, ids are {client.id_type}); Ctrl-C stops")
+    catalogue = CatalogueView(Path(bundle), None if images is None else Path(images), image_column)
+    with MISSRecClient(url) as client, Playground(client, catalogue, port) as page:
+        log.info(
+            f"open {page.url} ({len(catalogue.ids)} items of {client.url}, ids are {client.id_type}); Ctrl-C stops"
+        )
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 time.sleep(1)
@@ -253,13 +258,13 @@ def _listen(reply: Callable[[str, str, bytes], Reply], port: int) -> ThreadingHT
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def _answer(self) -> None:
+        def _respond(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
-            own = {f"{host}:{self.server.server_address[1]}" for host in (LOOPBACK, "localhost")}  # type: ignore[index]  # an internet address
+            own_hosts = {f"{host}:{self.server.server_address[1]}" for host in (LOOPBACK, "localhost")}  # type: ignore[index]  # an internet address
             if length > _LONGEST_BODY:
                 status, kind, body = _json({"error": f"a request of {length} bytes"}, 413)
                 self.close_connection = True
-            elif self.headers.get("Host") not in own:  # a page of another site that found this port
+            elif self.headers.get("Host") not in own_hosts:  # DNS rebinding by another site's page
                 status, kind, body = _json({"error": "another host's request"}, 403)
             else:
                 status, kind, body = reply(self.command, self.path, self.rfile.read(length))
@@ -269,10 +274,10 @@ def _listen(reply: Callable[[str, str, bytes], Reply], port: int) -> ThreadingHT
             self.end_headers()
             self.wfile.write(body)
 
-        do_GET = do_POST = _answer
+        do_GET = do_POST = _respond
 
-        def log_message(self, *words: Any) -> None:
-            """Say nothing."""
+        def log_message(self, *arguments: Any) -> None:
+            """Log nothing."""
 
     try:
         return ThreadingHTTPServer((LOOPBACK, port), Handler)

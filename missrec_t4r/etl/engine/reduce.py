@@ -1,0 +1,268 @@
+"""Reduce: merge the statistics of all chunks into what every partition needs to know.
+
+Item indices of items that occur only in events, in input order; category codes by frequency; column types as narrow as
+all chunks allow; filters for rare users and items; findings. The result is a dictionary, a JSON file of the working
+folder (`sessionize.load_common`), with the keys
+
+    maps                    per chunk: item index of its unknown items, common code of its category codes
+    rows                    number of item indices, reserved ones included; larger ones are left out
+    categories              category column -> values in the order of their codes, from 3 on
+    types                   column -> Arrow type of times and numbers
+    filtered                whether masks of kept events stand in the working folder
+    old                     data folder that an incremental update extends, or None
+    drop_duplicates, split, valid_from, test_from, max_events, newest
+                            settings; ``newest`` is the time that recency counts from
+    session_gap, time_features, weights
+                            `derivation_settings`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from missrec_t4r.errors import DataError
+from missrec_t4r.etl import item_table
+from missrec_t4r.etl.engine import sessionize
+from missrec_t4r.etl.engine.executor import Executor
+from missrec_t4r.etl.engine.shuffle import Plan, ValueCodes
+from missrec_t4r.etl.engine.workdir import FILTER_FOLDER, KEPT_FOLDER, SHUFFLE_FOLDER, partition_path
+from missrec_t4r.etl.event_settings import EventSettings
+from missrec_t4r.etl.nvt import kernels
+from missrec_t4r.etl.quality import checks
+from missrec_t4r.io.json_files import write_json
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, UNKNOWN_ROW, USER_ID
+
+if TYPE_CHECKING:
+    from missrec_t4r.etl.engine.build import Job
+
+
+def reduce_chunks(
+    job: Job, plan: Plan, chunks: Sequence[dict[str, Any]], work: Path, executor: Executor
+) -> dict[str, Any]:
+    """Return what all partitions have in common, after filtering rare users and items.
+
+    Parameters
+    ----------
+    job : Job
+        Its items, vectors, settings and findings are updated.
+    plan : Plan
+        As written in ``work``.
+    chunks : sequence of dict
+        Statistics of `shuffle.shuffle_chunk`.
+    work : Path
+        Working folder.
+    """
+    unknown = ValueCodes(job.items[ITEM_ID].type)
+    n_rows = FIRST_ITEM_ROW + job.items.num_rows
+    maps: list[dict[str, list[int]]] = [
+        {ITEM_ID: (unknown.encode(pa.array(chunk["unknown_items"], unknown.values.type)) + n_rows).tolist()}
+        for chunk in chunks
+    ]
+    append = job.settings["unknown_items"] == "append"
+    _add_chunk_findings(job.findings, plan, chunks, len(unknown.values), append)
+    newest = [chunk["newest"] for chunk in chunks if chunk["newest"] is not None]
+    common: dict[str, Any] = {
+        "maps": maps,
+        "rows": n_rows + (len(unknown.values) if append else 0),
+        "types": job.old["types"] if job.old else _column_types(plan, chunks, work),
+        "drop_duplicates": job.settings["drop_duplicates"],
+        "filtered": False,
+        "old": job.old.get("folder"),
+        "split": job.settings["split"],
+        "valid_from": job.settings["valid_from"],
+        "test_from": job.settings["test_from"],
+        "max_events": job.settings["max_events"],
+        **derivation_settings(job.derive),
+        "newest": job.settings["newest"] if job.old else max(newest),
+    }
+    job.settings["newest"] = common["newest"]
+    job.derive.check_clock(common["newest"])
+    categories = {name: _merge_categories(chunks, name) for name, kind in plan.features.items() if kind == "category"}
+    for name, (_, _, codes) in categories.items():
+        for chunk_maps, chunk_codes in zip(maps, codes, strict=True):
+            chunk_maps[name] = chunk_codes
+    if append and len(unknown.values):
+        job.items, job.vectors = item_table.append_items(job.items, job.vectors, unknown.values)
+    rare = max(job.settings["k_core"], job.settings["min_item_count"]) > 0
+    dropped = not append and len(unknown.values) > 0
+    if not job.old and (rare or dropped or job.settings["drop_duplicates"]):
+        write_json(work / sessionize.SURVEY_FILE, common, indent=None)
+        _filter_events(job, plan, common, work, executor)
+        tasks = [(str(work), number) for number in range(plan.partitions)]
+        kept = executor.run(sessionize.count_categories, tasks, "counting categories")
+        categories = {
+            name: (values, _sum_counts([part[name] for part in kept], len(values)), codes)
+            for name, (values, _, codes) in categories.items()
+        }
+        common["filtered"] = True
+    common["categories"] = {}
+    for name, (values, counts, _) in categories.items():
+        ordered, code_of = _order_by_frequency(values, counts, job.old.get("categories", {}).get(name))
+        common["categories"][name] = ordered
+        for chunk_maps in maps:
+            chunk_maps[name] = [code_of[position] for position in chunk_maps[name]]
+    return common | derivation_settings(job.derive, common["categories"])
+
+
+def derivation_settings(derive: EventSettings, categories: Mapping[str, Sequence[Any]] | None = None) -> dict[str, Any]:
+    """Return the settings of derived columns as plain data; weights by code once the categories are known."""
+    settings: dict[str, Any] = {
+        "session_gap": derive.session_gap,
+        "time_features": list(derive.time_features),
+        "weights": None,
+    }
+    if derive.weights and categories is not None:
+        by_code = [derive.other_weight] * FIRST_ITEM_ROW
+        by_code += [derive.weights.get(str(value), derive.other_weight) for value in categories[derive.weight_column]]
+        settings["weights"] = {"column": derive.weight_column, "by_code": by_code}
+    return settings
+
+
+# Filters
+
+
+def _filter_events(job: Job, plan: Plan, common: dict[str, Any], work: Path, executor: Executor) -> None:
+    """Decide which events, users and items are kept, and write masks for every partition.
+
+    Memory: one byte, two indices and one Boolean per event, for all events.
+    """
+    numbers = list(range(plan.partitions))
+    tasks = [(str(work), number) for number in numbers]
+    surveyed = executor.run(sessionize.survey_events, tasks, "counting users and items")
+    add_partition_findings(job.findings, surveyed, drop_duplicates=common["drop_duplicates"])
+    parts = [np.load(partition_path(work, FILTER_FOLDER, number, "npz")) for number in numbers]
+    kept = np.concatenate([part["eligible"] for part in parts])  # [event of all partitions]
+    items = np.concatenate([part["items"] for part in parts])
+    sizes = [len(part["eligible"]) for part in parts]
+    k_core, min_item_count = job.settings["k_core"], job.settings["min_item_count"]
+    if not kept.any():
+        raise DataError("no event is on an item of the item table", "matching ids", "check both id columns")
+    if min_item_count > 0:
+        kept &= np.bincount(items[kept], minlength=int(items.max()) + 1)[items] >= min_item_count
+    if k_core > 0:
+        offset, users = 0, []  # users are numbered per partition; no user is in two
+        for part in parts:
+            users.append(part["users"].astype(np.int64) + offset)
+            offset += int(part["users"].max(initial=-1)) + 1
+        candidates = np.flatnonzero(kept)
+        codes = [np.concatenate(users)[candidates], items[candidates]]
+        kept[candidates] = kernels.core(codes, np.ones(len(candidates), np.int64), k_core)
+    if not kept.any():
+        raise DataError(
+            f"k_core={k_core} with min_item_count={min_item_count} leaves no event", "at least one", "lower the numbers"
+        )
+    for number, mask in zip(numbers, np.split(kept, np.cumsum(sizes)[:-1]), strict=True):
+        np.save(partition_path(work, KEPT_FOLDER, number, "npy"), mask)
+    if max(k_core, min_item_count) > 0:
+        stays = np.zeros(FIRST_ITEM_ROW + job.items.num_rows, bool)  # [item index before filtering]
+        stays[items[kept]] = True
+        index = np.full(max(len(stays), int(items.max()) + 1), -1, np.int64)
+        index[np.flatnonzero(stays)] = FIRST_ITEM_ROW + np.arange(int(stays.sum()))
+        np.save(work / KEPT_FOLDER / sessionize.FILTERED_ITEMS_FILE, index)
+        job.items, job.vectors = item_table.take_items(job.items, job.vectors, np.flatnonzero(stays[FIRST_ITEM_ROW:]))
+
+
+# Types and categories
+
+
+def _column_types(plan: Plan, chunks: Sequence[dict[str, Any]], work: Path) -> dict[str, str]:
+    """Return the types of time and numbers: as narrow as all chunks allow."""
+    types: dict[str, set[str]] = {}
+    for file in sorted((work / SHUFFLE_FOLDER).glob("*.arrow")):
+        with pa.memory_map(str(file)) as source:
+            for field in pa.ipc.open_file(source).schema:
+                types.setdefault(field.name, set()).add(str(field.type))
+    if plan.time_is_date:
+        whole = all(chunk["whole_seconds"] for chunk in chunks)
+    else:
+        whole = types[TIMESTAMP] == {"int64"}
+    columns = {TIMESTAMP: "int64" if whole else "double"}
+    for name in (name for name, kind in plan.features.items() if kind == "number"):
+        with_nulls = any(chunk["nulls"].get(name) for chunk in chunks)  # as in pandas: integers with nulls are floats
+        columns[name] = "int64" if types[name] == {"int64"} and not with_nulls else "float"
+    return columns
+
+
+def _merge_categories(chunks: Sequence[dict[str, Any]], name: str) -> tuple[list[Any], list[int], list[list[int]]]:
+    """Return a category's values by first occurrence, their counts, and per chunk the position of each of its codes."""
+    positions: dict[Any, int] = {}
+    counts: list[int] = []
+    codes = []
+    for chunk in chunks:
+        category = chunk["categories"].get(name, {"values": [], "counts": []})
+        codes.append([positions.setdefault(value, len(positions)) for value in category["values"]])
+        counts += [0] * (len(positions) - len(counts))
+        for position, count in zip(codes[-1], category["counts"], strict=True):
+            counts[position] += count
+    return list(positions), counts, codes
+
+
+def _order_by_frequency(
+    values: Sequence[Any], counts: Sequence[int], old: Sequence[Any] | None
+) -> tuple[list[Any], list[int]]:
+    """Return the values in the order of their codes, and the code of each of ``values``.
+
+    Codes of an incremental update never move: ``old`` values come first, new ones follow in input order. Values
+    without a kept event have the code of unknown values.
+    """
+    ordered = list(old or [])
+    known = set(ordered)
+    new = [position for position, count in enumerate(counts) if count and values[position] not in known]
+    if not old:
+        new.sort(key=lambda position: (-counts[position], values[position]))
+    ordered += [values[position] for position in new]
+    code_of = {value: FIRST_ITEM_ROW + position for position, value in enumerate(ordered)}
+    return ordered, [code_of.get(value, UNKNOWN_ROW) for value in values]
+
+
+def _sum_counts(parts: Sequence[Sequence[int]], size: int) -> list[int]:
+    """Return the sum of counts of different lengths, [size]."""
+    total = np.zeros(size, np.int64)
+    for part in parts:
+        total[: len(part)] += np.asarray(part, np.int64)
+    return total.tolist()
+
+
+# Findings
+
+
+def _add_chunk_findings(
+    findings: checks.Findings, plan: Plan, chunks: Sequence[dict[str, Any]], n_unknown: int, append: bool
+) -> None:
+    """Add the findings of reading and encoding: nulls, odd times, unknown items, repaired text."""
+
+    def total(name: str) -> int:
+        return sum(chunk[name] for chunk in chunks)
+
+    for name in (USER_ID, ITEM_ID, TIMESTAMP):
+        nulls = sum(chunk["nulls"].get(name, 0) for chunk in chunks)
+        findings.add(f"null_{name}", nulls, f"events without {name} are left out")
+    checks.refuse_mixed_units(total("times_in_seconds"), total("times_in_finer_units"))
+    findings.add("time_negative", total("negative_times"), "times before 1970 are kept; check the unit")
+    findings.add("time_out_of_range", total("late_times"), "times after the year 2100 are kept; are they milliseconds?")
+    item_table.add_unknown_item_findings(
+        findings, n_unknown, total("unknown_item_events"), total("rows"), append=append
+    )
+    for name, kind in plan.features.items():
+        nulls = sum(chunk["nulls"].get(name, 0) for chunk in chunks)
+        checks.note_nulls(findings, name, nulls, text=kind == "category")
+        checks.note_repaired(findings, name, sum(chunk["repaired"].get(name, 0) for chunk in chunks))
+
+
+def add_partition_findings(
+    findings: checks.Findings, parts: Sequence[Mapping[str, Any]], *, drop_duplicates: bool
+) -> None:
+    """Add the findings of grouping by user: duplicates, very long users, times out of order."""
+
+    def total(name: str) -> int:
+        return sum(part.get(name, 0) for part in parts)
+
+    action = "are left out" if drop_duplicates else "are kept; --drop-duplicates leaves them out"
+    findings.add("duplicate_events", total("duplicates"), f"repeated (user, item, time) {action}")
+    findings.add("very_long_users", total("very_long"), checks.VERY_LONG)
+    findings.add("time_backwards", total("out_of_order"), "events of a user not in the order of time were sorted")

@@ -1,0 +1,34 @@
+"""Uncompressed Arrow files: written atomically, read memory-mapped, so that columns and rows not used are not read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from missrec_t4r.io.atomic import atomic_write_file
+
+
+def write_arrow(table: pa.Table, file: Path) -> None:
+    """Write a table as one uncompressed record batch, atomically."""
+    with atomic_write_file(file) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
+        writer.write_batch(to_record_batch(table))
+
+
+def read_arrow(file: Path) -> pa.Table:
+    """Return a table of `write_arrow`, memory-mapped."""
+    with pa.memory_map(str(file)) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def to_record_batch(table: pa.Table) -> pa.RecordBatch:
+    """Return a table, which may be empty, as one record batch."""
+    return pa.RecordBatch.from_arrays([one_array(column) for column in table.columns], schema=table.schema)
+
+
+def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """Return a column as one array, without a copy if it has one chunk."""
+    if isinstance(column, pa.ChunkedArray) and column.num_chunks == 1:
+        return column.chunk(0)
+    combined = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return pa.concat_arrays(combined.chunks) if isinstance(combined, pa.ChunkedArray) else combined

@@ -1,4 +1,4 @@
-"""Triton adapter of the session transform; the implementation is `missrec_t4r.serving.triton.backend`."""
+"""Triton adapter of the request transform; the implementation is `missrec_t4r.serving.triton.backend`."""
 
 from typing import Any
 

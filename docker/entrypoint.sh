@@ -1,6 +1,6 @@
 #!/bin/sh
-# Closes what clients have no use for, model control among it, with a key drawn at every start; CONTROL_KEY names one for an operator.
-# Anything else than the server is started as it is.
+# Restricts the parts of Triton's API that clients do not need, such as model control, to requests with a key: CONTROL_KEY, or a random one per start.
+# Any other command is started unchanged.
 set -eu
 if [ "${1:-}" = tritonserver ]; then
     key=${CONTROL_KEY:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}

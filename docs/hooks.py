@@ -73,6 +73,11 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
     return _LINK.sub(rewritten, markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Show vertical bars within code of a table, which Markdown escapes, without the escape."""
+    return re.sub(r"<code>[^<]*</code>", lambda code: code[0].replace("\\|", "|"), html)
+
+
 def _source(uri: str) -> str:
     """Return the path of a page in the repository."""
     return uri.removeprefix("repository/") if uri.startswith("repository/") else f"docs/{uri}"

@@ -94,7 +94,7 @@ def write_bundle(out: str | Path, *, model: MISSRec, catalogue: Catalogue, data:
     catalogue : Catalogue
         The one that the model was built for.
     data : path
-        Data folder, whose session transform and schema are copied.
+        Data folder, whose request transform and schema are copied.
 
     Returns
     -------

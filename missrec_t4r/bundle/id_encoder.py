@@ -1,4 +1,4 @@
-"""The compiled request workflow: raw item ids to catalogue rows as the fitted NVTabular workflow does, in numpy alone.
+"""The request transform: raw item ids to catalogue rows as the fitted NVTabular request workflow, in numpy alone.
 
 The NVTabular workflow is ``Categorify(vocabs=) >> slice to the last max_sequence_length``: every id is looked up first
 (unknown ids become row 2) and the session is cut afterwards, so unknown ids count towards its length. A missing id

@@ -1,4 +1,4 @@
-"""Read the bundle's item table and session transform; used by the server's first model, which needs no torch."""
+"""Read the bundle's item table and request transform; used by the server's first model, which needs no torch."""
 
 from __future__ import annotations
 

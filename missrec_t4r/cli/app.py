@@ -28,6 +28,7 @@ from missrec_t4r.cli.answer import summary
 from missrec_t4r.cli.options import Option, options_of, plain
 from missrec_t4r.errors import ConfigError, DataError, GateError, MISSRecError
 from missrec_t4r.io.atomic import is_disk_full, is_permission_denied
+from missrec_t4r.io.json_files import to_plain
 from missrec_t4r.progress import reporting
 
 # Read when torch loads, which commands do later. By default threads spin for milliseconds while they wait for each
@@ -249,7 +250,7 @@ def _load(command: Command) -> Any:
 
 def _answer(command: Command, result: Any, as_json: bool) -> None:
     if as_json or not sys.stdout.isatty():
-        print(json.dumps(result, default=_plain))
+        print(json.dumps(result, default=to_plain))
     else:
         Console().print(summary(command.name, result))
 
@@ -261,7 +262,7 @@ def _or_exit(call: Callable[[], Any]) -> Any:
     except MISSRecError as error:
         Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False)
         if isinstance(error, GateError) and error.result:
-            print(json.dumps(error.result, default=_plain))
+            print(json.dumps(error.result, default=to_plain))
         raise typer.Exit(error.exit_code) from None
 
 
@@ -284,7 +285,3 @@ def _with_cures(call: Callable[[], Any]) -> Any:
         if is_permission_denied(error):
             raise DataError(f"this user may not do that ({error})", "files that this user may use") from error
         raise
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else str(value)

@@ -1,1 +1,1 @@
-"""Training in pure torch: fine-tuning, checkpoints, runs."""
+"""Training in plain PyTorch: fine-tuning, pre-training, warm starts; optimiser, precision, data parallelism."""

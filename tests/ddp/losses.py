@@ -1,4 +1,4 @@
-"""Losses and gradients of one global batch, by as many processes as there are; a test starts it with torchrun."""
+"""Losses and gradients of one global batch, by any number of processes; a test starts it with torchrun."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def contrast() -> tuple[MISSRec, Tensor]:
 
 
 def pretraining() -> tuple[MISSRec, Tensor]:
-    """Return this process's part of the pre-training loss; its views leave nothing out, since those would be drawn."""
+    """Return this process's part of the pre-training loss; its views drop nothing, since drops are random."""
     config = shop.default(**OURS, item_ids=False, history_bias=False)
     views = {"sequence_sequence_weight": 0.5, "item_drop_probability": 0.0}
     recipe = Recipe.from_dict({"extends": "paper", "model": vars(config), "pretrain": views})
@@ -89,7 +89,7 @@ def results() -> dict[str, Tensor]:
 
 
 def collectives() -> dict[str, Tensor]:
-    """Return what the small tools say in this process."""
+    """Return the results of the collective functions in this process."""
     rank = distributed.world().rank
     weights = [torch.full((2,), float(rank))]
     distributed.broadcast_(weights)

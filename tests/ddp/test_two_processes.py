@@ -1,4 +1,4 @@
-"""Two processes under torchrun (gloo, on CPU) against one process that sees the whole batch."""
+"""Two processes under torchrun (gloo, on CPU) against one process with the whole batch."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_losses_and_gradients_are_those_of_one_process(tmp_path: Path) -> None:
 
 
 def test_parts_of_one_process_add_up_to_the_same(tmp_path: Path) -> None:
-    """The reference of the test above is not the trainer's own arithmetic: the plain loss of the whole batch is."""
+    """Against the plain loss of the whole batch, where the test above has the trainer in one process."""
     for name, (config, softmax) in losses.CASES.items():
         model, loss = losses.fine_tuning(name)
         batch = losses.whole_batch(config)
@@ -54,7 +54,7 @@ def test_parts_of_one_process_add_up_to_the_same(tmp_path: Path) -> None:
         torch.testing.assert_close(loss, plain, msg=name)
 
 
-def test_a_process_without_sessions_adds_nothing() -> None:
+def test_a_process_without_sessions_has_no_effect() -> None:
     batch = TrainingBatch(torch.tensor([[3, 4]]), torch.tensor([[[5], [6]]]), {"price": torch.ones(1, 2)})
     empty = batch.part(1, 2)
     assert empty.event_features["price"].tolist() == [[0, 0]]

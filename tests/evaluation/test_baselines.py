@@ -20,7 +20,7 @@ from missrec_t4r.ranking.tune_baselines import sample_sessions, tune, tuned_cont
 HISTORIES = [[3, 4], [5, 3, 5], [6], [], [8, 7, 4, 3]]
 
 
-def test_popularity_is_the_train_count_for_everybody(catalogue: Catalogue) -> None:
+def test_popularity_is_the_train_count_for_every_session(catalogue: Catalogue) -> None:
     scores = Popularity.fit(catalogue)(Sessions.from_lists([[3], []]))
     assert scores[:, 3:].tolist() == [[3.0, 3.0, 3.0, 1.0, 1.0, 0.0]] * 2
     assert torch.isneginf(scores[:, :3]).all()
@@ -117,7 +117,7 @@ def test_content_knn_equals_a_loop(catalogue: Catalogue) -> None:
         assert row == pytest.approx(looped_content_knn(catalogue, history, 0.5), abs=1e-6)
 
 
-def test_content_knn_without_anything_in_common_says_minus_one(catalogue: Catalogue) -> None:
+def test_content_knn_without_a_common_modality_scores_minus_one(catalogue: Catalogue) -> None:
     scores = ContentKNN.fit(catalogue)(Sessions.from_lists([[5], []]))  # 5 has text alone, 8 image alone
     assert scores[0, 8] == -1
     assert scores[1, 3:].tolist() == [-1.0] * 6

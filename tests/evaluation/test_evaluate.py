@@ -1,4 +1,4 @@
-"""The report of a run: what is in it, what the tables show, and where the files are."""
+"""The evaluation report of a run: content, tables, files."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_popularity_by_hand(run: Path) -> None:
     }
 
 
-def test_slices_carry_their_numbers(run: Path) -> None:
+def test_slices_hold_their_metrics(run: Path) -> None:
     parts = evaluate(run)["slices"]
     assert {name: part["n"] for name, part in parts.items()} == {
         "all": 5, "cold": 1, "rare": 4, "without_text": 1, "without_image": 0, "short": 3, "medium": 2, "long": 0,
@@ -133,7 +133,7 @@ def test_a_table_without_baselines(run: Path) -> None:
     assert "popularity" not in spoken(evaluate(run, baselines=False))
 
 
-def test_bad_input_is_answered_in_words(run: Path, tmp_path: Path) -> None:
+def test_bad_input_is_an_error_with_expectation_and_cure(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--split train; expected: one of valid, test"):
         evaluate(run, split="train")
     with pytest.raises(MISSRecError, match=r"nowhere holds no run\.json"):
@@ -144,12 +144,12 @@ def test_bad_input_is_answered_in_words(run: Path, tmp_path: Path) -> None:
     assert not list(run.glob("*metrics_*"))
 
 
-def test_an_empty_split_is_refused(catalogue: Catalogue) -> None:
+def test_an_empty_split_is_an_error(catalogue: Catalogue) -> None:
     with pytest.raises(DataError, match="no session"):
         evaluate_sessions({"popularity": Popularity.fit(catalogue)}, Sessions.from_lists([]), catalogue)
 
 
-def test_nothing_half_written_stays_behind(tmp_path: Path) -> None:
+def test_no_partial_file_is_left(tmp_path: Path) -> None:
     file = tmp_path / "metrics.json"
     write_report({"ndcg@10": 0.5}, file)
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -1,4 +1,4 @@
-"""Ranks by hand in both protocols, ties, misses, and chunks that change nothing."""
+"""Ranks by hand in both protocols, ties, misses, and results that do not depend on chunks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCORES = [NO, NO, NO, 0.9, 0.5, 0.7, 0.5, 0.1]
 
 
 class Fixed:
-    """Returns prepared scores, and remembers the size of each batch."""
+    """Scorer with given scores, which records the size of each batch."""
 
     def __init__(self, scores: Tensor) -> None:
         self.scores, self.batches, self.done = scores, [], 0
@@ -93,7 +93,7 @@ def test_unknown_rows_are_dropped_before_the_scorer_sees_them() -> None:
     assert scorer.seen == [[4], []]
 
 
-def test_lists_are_in_ranking_order_and_end_with_fillers() -> None:
+def test_lists_are_in_ranking_order_and_padded() -> None:
     found = ranked([[5, 4]], [3], top_k=5)
     assert found.recommended[SEEN_KEPT].tolist() == [[3, 5, 4, 6, 7]]
     assert found.recommended[SEEN_EXCLUDED].tolist() == [[3, 6, 7, -1, -1]]
@@ -103,26 +103,26 @@ def test_lists_are_as_long_as_the_catalogue_at_most() -> None:
     assert ranked([[5]], [3], top_k=50).recommended[SEEN_KEPT].shape == (1, 5)
 
 
-def test_nan_is_refused_with_the_session() -> None:
+def test_nan_is_an_error_that_names_the_session() -> None:
     scores = torch.tensor([SCORES, SCORES])
     scores[1, 4] = torch.nan
     with pytest.raises(ModalityError, match=r"session 1 hold NaN.*-inf"):
         rank_catalogue(Fixed(scores), Sessions.from_lists([[3], [3]]), np.array([4, 4]), 8)
 
 
-def test_rows_outside_the_catalogue_are_refused() -> None:
+def test_rows_outside_the_catalogue_are_an_error() -> None:
     with pytest.raises(DataError, match="target row 8; expected: rows from 0 to 7"):
         ranked([[3]], [8])
     with pytest.raises(DataError, match="history row -1"):
         ranked([[-1]], [3])
 
 
-def test_scores_of_another_catalogue_are_refused() -> None:
+def test_scores_of_another_catalogue_are_an_error() -> None:
     with pytest.raises(DataError, match=r"shape \(1, 7\)"):
         ranked([[3]], [3], SCORES[:7])
 
 
-def test_memory_follows_the_chunk_not_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_depends_on_the_chunk_not_on_the_number_of_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(full_ranking, "MAX_SESSIONS", 512)
     for n_rows in (8, 4_388, 100_003, 5_000_003):
         assert chunk_size(n_rows) >= 1

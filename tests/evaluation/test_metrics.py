@@ -1,4 +1,4 @@
-"""Metrics by hand, and intervals that are deterministic and as wide as statistics says."""
+"""Metrics by hand, and deterministic intervals of the statistically expected width."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_shortcut_over_ranks_equals_drawing_users() -> None:
     )
 
 
-def test_a_paired_difference_sees_what_two_intervals_hide() -> None:
+def test_a_paired_difference_is_significant_where_two_intervals_overlap() -> None:
     rng = np.random.default_rng(4)
     easy = rng.random(500) < 0.5
     worse = np.where(easy, 2, MISSED)
@@ -86,5 +86,5 @@ def test_only_the_same_sessions_can_be_compared() -> None:
         paired_differences(np.array([1, 2]), np.array([1]))
 
 
-def test_coverage_counts_each_item_once_and_no_filler() -> None:
+def test_coverage_counts_each_item_once_and_no_padding() -> None:
     assert coverage(np.array([[3, 4], [4, -1]]), n_items=5) == pytest.approx(2 / 5)

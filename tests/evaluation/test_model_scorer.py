@@ -33,7 +33,7 @@ def test_scores_are_the_models(model: MISSRec, catalogue: Catalogue) -> None:
     assert torch.isneginf(scores[:, :3]).all()
 
 
-def test_the_model_sees_the_most_recent_items_only(model: MISSRec, catalogue: Catalogue) -> None:
+def test_the_model_reads_the_most_recent_items_only(model: MISSRec, catalogue: Catalogue) -> None:
     scorer = ModelScorer.with_popularity(model, catalogue)
     whole, recent = scorer(Sessions.from_lists([[7, 6, 3, 4, 5]])), scorer(Sessions.from_lists([[3, 4, 5]]))
     torch.testing.assert_close(whole, recent)

@@ -1,4 +1,4 @@
-"""The known floors of Amazon Scientific (the data set's README), reproduced by our ranking and our tuning."""
+"""Published baseline metrics of Amazon Scientific (the data set's README), reproduced by our ranking and tuning."""
 
 from __future__ import annotations
 

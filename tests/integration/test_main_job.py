@@ -1,4 +1,4 @@
-"""The main job: a generated shop goes in, and recommendations come back from a real Triton Inference Server."""
+"""The main job: from a generated shop to recommendations of a real Triton Inference Server."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, str]:
     return summary, out / "shop", (out / "log").read_text()
 
 
-def test_triton_answers_as_the_model_does(result: tuple[dict, Path, str]) -> None:
+def test_triton_returns_the_recommendations_of_the_model(result: tuple[dict, Path, str]) -> None:
     summary, _, _ = result
     assert summary["served_equals_offline"] is True
     assert summary["max_abs_diff"] <= 1e-5
@@ -32,7 +32,7 @@ def test_triton_answers_as_the_model_does(result: tuple[dict, Path, str]) -> Non
     assert summary["triton_version"][0].isdigit()
 
 
-def test_the_summary_has_what_the_readme_promises(result: tuple[dict, Path, str]) -> None:
+def test_the_summary_has_the_keys_of_the_readme(result: tuple[dict, Path, str]) -> None:
     summary, _, _ = result
     json.dumps(summary)
     promised = {"data", "recall@10", "ndcg@10", "baselines", "triton_version", "served_equals_offline", "max_abs_diff"}
@@ -48,7 +48,7 @@ def test_the_summary_has_what_the_readme_promises(result: tuple[dict, Path, str]
         assert scores == sorted(scores, reverse=True)
 
 
-def test_a_person_sees_metrics_and_titles(result: tuple[dict, Path, str]) -> None:
+def test_the_terminal_shows_metrics_and_titles(result: tuple[dict, Path, str]) -> None:
     summary, folder, shown = result
     for words in ("popularity", "item-kNN", "content-kNN", "Triton is ready"):
         assert words.lower() in shown.lower().replace("_", "-"), words
@@ -57,9 +57,7 @@ def test_a_person_sees_metrics_and_titles(result: tuple[dict, Path, str]) -> Non
     assert summary["recommendations"][0]["answers"][0]["title"] in titles
 
 
-def test_the_commands_answer_bad_input_with_a_paragraph_and_code_2(
-    result: tuple[dict, Path, str], tmp_path: Path
-) -> None:
+def test_bad_input_ends_with_a_message_and_exit_code_2(result: tuple[dict, Path, str], tmp_path: Path) -> None:
     _, folder, _ = result
     (tmp_path / "few.parquet").write_bytes(b"not parquet")
     bad = [
@@ -84,7 +82,7 @@ def test_the_commands_answer_bad_input_with_a_paragraph_and_code_2(
     assert [p.name for p in tmp_path.iterdir()] == ["few.parquet"]
 
 
-def test_a_folder_without_vectors_is_no_data(tmp_path: Path) -> None:
+def test_a_folder_without_vectors_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="interactions.parquet"):
         find_inputs(tmp_path)
     for name in ("interactions.parquet", "items.parquet"):

@@ -39,7 +39,7 @@ def test_modalities_are_matched_by_fingerprint_and_a_domain_may_lack_one(shops: 
     assert any("not in books" in line for line in domains.describe())
 
 
-def test_texts_with_words_left_out_come_along_where_a_domain_has_them(shops: dict[str, Path]) -> None:
+def test_word_drop_vectors_are_part_of_the_union_where_a_domain_has_them(shops: dict[str, Path]) -> None:
     union = load_domains({name: shops[name] for name in ("books", "toys")}).catalogue.modalities["text"]
     varied = union.variants["word_drop"]
     assert not np.array_equal(varied[3:17], union.vectors[3:17])
@@ -54,19 +54,19 @@ def test_equal_names_and_widths_of_two_encoders_stay_two_modalities(shops: dict[
     assert any("not merged with text, which comes from another encoder" in line for line in domains.describe())
 
 
-def test_an_unstated_encoder_is_refused_with_the_way_to_state_it(tmp_path: Path) -> None:
+def test_an_encoder_without_fingerprint_is_an_error_with_its_cure(tmp_path: Path) -> None:
     write_shop(tmp_path / "shop", list("abcde"), {"text": modality(angles(5), TEXT_WIDTH, 1, None)})
     with pytest.raises(ModalityError, match=r"'shop'.*'text'.*--fingerprint text=ENCODER@REVISION"):
         load_domains({"shop": tmp_path / "shop"})
 
 
-def test_one_fingerprint_for_two_widths_is_refused(shops: dict[str, Path], tmp_path: Path) -> None:
+def test_one_fingerprint_for_two_widths_is_an_error(shops: dict[str, Path], tmp_path: Path) -> None:
     write_shop(tmp_path / "shop", list("abcde"), {"text": modality(angles(5), 3, 1, "ring-text@1")})
     with pytest.raises(ModalityError, match="width 3.*width 8"):
         load_domains({"books": shops["books"], "shop": tmp_path / "shop"})
 
 
-def test_domains_without_any_modality_are_refused(tmp_path: Path) -> None:
+def test_domains_without_any_modality_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="missrec features"):
         load_domains({"shop": write_shop(tmp_path / "shop", list("abcde"), {})})
 

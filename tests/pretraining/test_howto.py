@@ -1,4 +1,4 @@
-"""docs/howto/pretrain.md: its commands run as they stand, one after the other, and do what the text says."""
+"""docs/howto/pretrain.md: its commands are run one after the other, with the documented results."""
 
 import json
 import re
@@ -58,7 +58,7 @@ def _settings(run: Path) -> set[str]:
         (["train", "--data", "a", "--out", "o", "--freeze", "none"], "--from RUN"),
     ],
 )
-def test_bad_input_is_answered_with_a_paragraph_and_code_2(
+def test_bad_input_ends_with_a_message_and_exit_code_2(
     arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Pre-training: the objective is the paper's sum, it learns, and a killed run ends like an unbroken one."""
+"""Pre-training: the objective is the paper's sum, it learns, and a killed run is resumed with the same result."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_items_that_cannot_be_recommended_are_no_positives() -> None:
     assert all(torch.isfinite(weight.grad).all() for weight in model.parameters() if weight.grad is not None)
 
 
-def test_a_run_learns_and_says_where_its_modalities_come_from(pretrained: Path) -> None:
+def test_a_run_learns_and_stores_the_sources_of_its_modalities(pretrained: Path) -> None:
     losses = _losses(pretrained)
     assert losses[-1] < losses[0] - 0.3
     info = json.loads((pretrained / RUN_FILE).read_text())
@@ -84,7 +84,7 @@ def test_a_run_learns_and_says_where_its_modalities_come_from(pretrained: Path) 
 
 
 @pytest.mark.parametrize("refresh", [False, True])
-def test_a_batch_mixes_domains_and_interests_are_found_once_or_again(
+def test_a_batch_mixes_domains_and_interests_are_discovered_once_or_every_epoch(
     shops: dict[str, Path], tmp_path: Path, refresh: bool
 ) -> None:
     folders = {name: shops[name] for name in ("books", "toys")}
@@ -105,7 +105,7 @@ def test_a_batch_mixes_domains_and_interests_are_found_once_or_again(
     assert torch.equal(*centroids) is not refresh
 
 
-def test_a_killed_run_ends_as_if_it_had_never_stopped(shops: dict[str, Path], tmp_path: Path) -> None:
+def test_a_killed_run_is_resumed_and_ends_like_an_uninterrupted_one(shops: dict[str, Path], tmp_path: Path) -> None:
     folders = {name: shops[name] for name in ("books", "toys")}
     settings = SMALL | {"train.epochs": 3, "model.dropout": 0.2, "pretrain.item_drop_share": 0.5}
     pretrain(folders, tmp_path / "whole", settings=settings)
@@ -153,8 +153,8 @@ def test_popularity_can_be_corrected(shops: dict[str, Path], tmp_path: Path) -> 
     assert _losses(tmp_path / "run")[-1] < _losses(tmp_path / "run")[0]
 
 
-def test_adapters_can_stay_as_they_start(shops: dict[str, Path], tmp_path: Path) -> None:
-    """Whatever the epochs: the same adapters, while the decoder learns."""
+def test_adapters_can_keep_their_initial_weights(shops: dict[str, Path], tmp_path: Path) -> None:
+    """The adapters do not change in any epoch, while the decoder is trained."""
     for epochs in (1, 3):
         settings = SMALL | {"train.epochs": epochs, "pretrain.keep_adapters": True}
         pretrain([shops["books"], shops["toys"]], tmp_path / str(epochs), settings=settings)
@@ -164,7 +164,7 @@ def test_adapters_can_stay_as_they_start(shops: dict[str, Path], tmp_path: Path)
     assert not torch.equal(short[name], long[name])
 
 
-def test_settings_that_cannot_transfer_are_refused_at_once(shops: dict[str, Path], tmp_path: Path) -> None:
+def test_settings_that_cannot_transfer_are_errors(shops: dict[str, Path], tmp_path: Path) -> None:
     settings = {"model.item_ids": True, "model.candidate_fusion": "dynamic_instance", "train.next_items": 2}
     with pytest.raises(ConfigError, match=r"model.item_ids.*dynamic|model.item_ids.*candidate_fusion.*next_items"):
         pretrain([shops["books"]], tmp_path / "run", settings=settings)

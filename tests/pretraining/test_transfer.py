@@ -1,4 +1,4 @@
-"""`missrec train --from`: what is loaded, frozen and started anew, what is refused, and that it helps."""
+"""`missrec train --from`: loaded, frozen and re-initialised parts, errors, and the benefit of transfer."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_the_published_freeze_trains_adapters_norm_fusion_and_ids(
     assert load_run(tmp_path / "run").recipe.model.item_ids
 
 
-def test_every_weight_that_can_be_taken_over_is(shops: dict[str, Path], pretrained: Path) -> None:
+def test_all_transferable_weights_are_loaded(shops: dict[str, Path], pretrained: Path) -> None:
     """Another name for the same encoder's vectors finds its adapter; scores are then those of the same weights."""
     catalogue = Catalogue.load(shops["toys"] / "catalogue")
     config = Recipe.load("pretrain", SMALL).model
@@ -74,7 +74,7 @@ def test_every_weight_that_can_be_taken_over_is(shops: dict[str, Path], pretrain
 
 
 def test_pretraining_helps_from_the_first_epoch_on(shops: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
-    """The three shops obey one law that their common encoder shows, so what two of them taught holds in the third."""
+    """The three shops follow one rule that their common encoder represents, so it transfers to the third."""
     from missrec_t4r.training.fit import train
 
     alone = train(shops["tools"], tmp_path / "alone", recipe="pretrain", settings=ONE_EPOCH)
@@ -109,7 +109,7 @@ def test_freezing_and_taking_can_be_chosen(
         )
 
 
-def test_an_ordinary_run_of_another_shop_is_a_start_too(shops: dict[str, Path], tmp_path: Path) -> None:
+def test_an_ordinary_run_of_another_shop_can_be_the_source(shops: dict[str, Path], tmp_path: Path) -> None:
     from missrec_t4r.training.fit import train
 
     settings = ONE_EPOCH | {"model.item_ids": True}
@@ -120,12 +120,12 @@ def test_an_ordinary_run_of_another_shop_is_a_start_too(shops: dict[str, Path], 
     assert (parts["item IDs"]["status"], parts["item IDs"]["note"]) == ("re-initialised", "of this catalogue's items")
 
 
-def test_what_the_recipe_pretrain_makes_fits_the_recipe_default(tmp_path: Path) -> None:
+def test_a_run_of_the_recipe_pretrain_fits_the_recipe_default(tmp_path: Path) -> None:
     require_same(Recipe.load("default").model, Recipe.load("pretrain").model, tmp_path)
 
 
-def test_ids_can_start_as_content(shops: dict[str, Path], pretrained: Path) -> None:
-    """Then the first scores are those of the modalities, which random IDs would drown."""
+def test_ids_are_initialised_from_content(shops: dict[str, Path], pretrained: Path) -> None:
+    """The first scores are then those of the modalities, which random IDs would outweigh."""
     catalogue = Catalogue.load(shops["tools"] / "catalogue")
     config = Recipe.load("pretrain", SMALL | {"model.item_ids": True}).model
     model = build_missrec(config, catalogue)
@@ -139,7 +139,7 @@ def test_ids_can_start_as_content(shops: dict[str, Path], pretrained: Path) -> N
 
 
 @pytest.mark.parametrize("rows_at_once", [7, 1 << 16])
-def test_ids_can_start_as_content_without_another_run(
+def test_ids_are_initialised_from_content_without_another_run(
     shops: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_at_once: int
 ) -> None:
     from missrec_t4r.training.trainer import Trainer
@@ -154,7 +154,9 @@ def test_ids_can_start_as_content_without_another_run(
     torch.testing.assert_close(candidates.ids[3:], both[3:])
 
 
-def test_what_makes_no_sense_is_refused_with_the_cure(shops: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
+def test_unfit_runs_and_options_are_errors_with_their_cure(
+    shops: dict[str, Path], pretrained: Path, tmp_path: Path
+) -> None:
     out, tools = tmp_path / "run", shops["tools"]
     with pytest.raises(CheckpointError, match=r"d_model 32.*d_model 16.*--set model.d_model=16 --set model.n_decoder"):
         train_from(
@@ -177,7 +179,7 @@ def test_what_makes_no_sense_is_refused_with_the_cure(shops: dict[str, Path], pr
     assert not out.exists()
 
 
-def test_vectors_of_another_or_an_unknown_encoder_are_refused(pretrained: Path, tmp_path: Path) -> None:
+def test_vectors_of_another_or_an_unknown_encoder_are_an_error(pretrained: Path, tmp_path: Path) -> None:
     other = modality(angles(9), TEXT_WIDTH, 9, "other-text@1")
     write_shop(tmp_path / "other", list("abcdefghi"), {"text": other})
     with pytest.raises(CheckpointError, match=r"here text \(other-text@1\).*text \(ring-text@1\)"):
@@ -187,7 +189,7 @@ def test_vectors_of_another_or_an_unknown_encoder_are_refused(pretrained: Path, 
         train_from(tmp_path / "silent", tmp_path / "run", pretrained, recipe="pretrain", settings=SMALL)
 
 
-def test_a_modality_of_another_encoder_beside_a_common_one_starts_anew(pretrained: Path, tmp_path: Path) -> None:
+def test_a_modality_of_another_encoder_beside_a_common_one_is_initialised(pretrained: Path, tmp_path: Path) -> None:
     modalities = {
         "text": modality(angles(9), TEXT_WIDTH, 1, "ring-text@1"),
         "image": modality(angles(9), IMAGE_WIDTH, 4, "other-image@1"),
@@ -200,7 +202,7 @@ def test_a_modality_of_another_encoder_beside_a_common_one_starts_anew(pretraine
     assert parts["adapter image"]["note"] == "no modality of this encoder there"
 
 
-def test_an_interrupted_transfer_is_not_continued_from_another_start(
+def test_an_interrupted_transfer_is_not_resumed_from_another_source(
     shops: dict[str, Path], pretrained: Path, tmp_path: Path
 ) -> None:
     from missrec_t4r.training.trainer import Trainer

@@ -1,4 +1,4 @@
-"""Augmented views: items dropped and the rest compacted, words dropped at drawn positions."""
+"""Augmented views: items dropped and the rest left-aligned, words dropped at random positions."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.equations import small_shop as shop
 SESSIONS = torch.tensor([[5, 7, 9, 5, 8], [4, 6, 0, 0, 0], [3, 0, 0, 0, 0]])
 
 
-def test_the_first_item_stays_and_the_rest_moves_left_in_order() -> None:
+def test_the_first_item_is_never_dropped_and_the_rest_is_left_aligned_in_order() -> None:
     torch.manual_seed(0)
     for _ in range(30):
         view = drop_items(SESSIONS, 0.4)
@@ -23,7 +23,7 @@ def test_the_first_item_stays_and_the_rest_moves_left_in_order() -> None:
             assert all(item in remaining for item in kept), "the order is the session's"
 
 
-def test_items_are_dropped_as_often_as_said() -> None:
+def test_items_are_dropped_with_the_given_probability() -> None:
     torch.manual_seed(0)
     sessions = torch.full((4000, 11), 7)
     dropped = 11 - (drop_items(sessions, 0.2) > 0).sum(1)
@@ -33,7 +33,7 @@ def test_items_are_dropped_as_often_as_said() -> None:
     assert not drawn[SESSIONS.repeat(4000, 1) == 0].any()
 
 
-def test_views_drop_items_or_words_in_the_share_that_is_set() -> None:
+def test_views_drop_items_or_words_in_the_given_share() -> None:
     torch.manual_seed(0)
     settings = PretrainConfig(item_drop_share=0.9)
     views = [augmented_view(SESSIONS, settings, has_word_drop=True) for _ in range(500)]
@@ -44,7 +44,7 @@ def test_views_drop_items_or_words_in_the_share_that_is_set() -> None:
     assert all(view.word_dropped is None for view in without)
 
 
-def test_word_drop_exchanges_the_text_at_the_random_positions_alone() -> None:
+def test_word_drop_replaces_the_text_embedding_at_the_random_positions_alone() -> None:
     model = shop.model(shop.default(item_ids=False))
     item_ids = shop.batch([["lamp", "rug", "mug"]])  # the rug has no text
     items = BatchEmbeddings.of(model.item_encoder, item_ids).take(item_ids)

@@ -1,4 +1,4 @@
-"""Training batches: every transition is trained once, whatever the cutting into windows, prefixes and buckets."""
+"""Training batches: every transition is trained once, in windows, prefixes and batches of similar length."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def test_windows_cover_every_position_from_the_end_of_the_session() -> None:
     assert batch.targets[..., 0].tolist() == [[5, 6, 7], [4, 0, 0], [9, 0, 0]]
 
 
-def test_prefixes_hold_what_came_before_the_target_and_no_more_than_the_limit() -> None:
+def test_prefixes_hold_the_items_before_the_target_up_to_the_limit() -> None:
     examples = prefix_examples(SESSIONS, 3, 0, np.random.default_rng(0))
     batch = collate(SESSIONS, examples, 2, all_positions=False, backwards=False)
     assert batch.item_ids.tolist() == [[3, 0, 0], [3, 4, 0], [3, 4, 5], [4, 5, 6], [8, 0, 0]]
@@ -31,7 +31,7 @@ def test_reversed_prefixes_are_the_prefixes_of_the_reversed_session() -> None:
     assert batch.targets[:, 0].tolist() == [6, 5, 4, 3, 8]
 
 
-def test_sampled_prefixes_are_as_many_as_asked_for() -> None:
+def test_the_number_of_sampled_prefixes_is_the_setting() -> None:
     examples = prefix_examples(SESSIONS, 3, 2, np.random.default_rng(0))
     assert np.bincount(examples.start, minlength=6)[[0, 5]].tolist() == [2, 1]  # the second session has one prefix
 
@@ -54,7 +54,7 @@ def test_an_epoch_trains_every_transition_once_with_little_padding(attention: st
 
 
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
-def test_batches_are_of_random_sessions_on_request(attention: str) -> None:
+def test_batches_hold_random_sessions_without_grouping_by_length(attention: str) -> None:
     rng = np.random.default_rng(0)
     sessions = Sessions.from_lists([rng.integers(3, 50, rng.integers(2, 30)) for _ in range(400)])
     model = MISSRecConfig(attention=attention, max_sequence_length=10)

@@ -1,4 +1,4 @@
-"""Catalogue and sessions as files: rows never move, damage is named."""
+"""Catalogue and sessions as files: rows do not change, damaged files are named."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError, ModalityError, SchemaError
 
 
-def test_ids_become_rows_and_come_back(data: Path) -> None:
+def test_ids_are_encoded_to_rows_and_decoded(data: Path) -> None:
     catalogue = Catalogue.load(data / "catalogue")
     assert catalogue.rows_of(["P0", "P11", "nobody", None]).tolist() == [3, 14, 2, 1]
     assert catalogue.ids_of([14, 3]) == ["P11", "P0"]
@@ -35,7 +35,7 @@ def test_saving_replaces_the_folder_whole(data: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["catalogue"]  # nothing is left aside
 
 
-def test_damage_is_named(data: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_named(data: Path, tmp_path: Path) -> None:
     Catalogue.load(data / "catalogue").save(tmp_path / "c")
     vectors = np.load(tmp_path / "c" / "text.npy")
     np.save(tmp_path / "c" / "text.npy", vectors[:-1])
@@ -61,7 +61,7 @@ def test_sessions_are_ragged_arrays(data: Path) -> None:
     assert Sessions.from_lists([[1, 3, 2, 4]]).known()[0].tolist() == [3, 4]
 
 
-def test_a_folder_without_sessions_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_sessions_is_an_error(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -72,7 +72,7 @@ def test_a_folder_without_sessions_is_refused(tmp_path: Path) -> None:
         Sessions.load(tmp_path)
 
 
-def test_fingerprint_variants_and_state_come_back(data: Path, tmp_path: Path) -> None:
+def test_fingerprint_variants_and_state_are_saved_and_loaded(data: Path, tmp_path: Path) -> None:
     catalogue = Catalogue.load(data / "catalogue")
     text = catalogue.modalities["text"]
     assert text.fingerprint is None  # nobody said whose vectors these are

@@ -1,4 +1,4 @@
-"""The faithful regulariser without the padding that it depends on: the same number, or the same mean under dropout."""
+"""The faithful regulariser without padding: the same number as with it, or the same mean under dropout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DIM, PLACES = 6, 9
 
 
 def memories(real: list[int], empty: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return a part's memory, ``EMPTY`` places more than its largest set, and its mask."""
+    """Return a part's memory, with ``EMPTY`` slots more than its largest set, and its mask."""
     width = max(real) + EMPTY
     mask = torch.arange(width) < torch.tensor(real)[:, None]
     values = torch.randn(len(real), width, DIM, generator=generator)
@@ -44,8 +44,8 @@ def test_parts_without_padding_give_the_padded_batch() -> None:
     assert padded_regulariser(parts).item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
-def test_empty_places_that_differ_count_in_expectation() -> None:
-    """Every place draws its own dropout: seven of them have the mean that is computed from two."""
+def test_empty_slots_that_differ_count_in_expectation() -> None:
+    """Every slot has its own dropout: seven slots have the mean that is computed from two."""
     generator = torch.Generator().manual_seed(1)
     real, n = 2, 20_000
     inside = torch.randn(1, real, DIM, generator=generator).expand(n, -1, -1)
@@ -60,7 +60,7 @@ def test_empty_places_that_differ_count_in_expectation() -> None:
 
 
 def step(sessions: list[list[str]], places: int | None) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of a training step of the published model, of which nothing but the regulariser counts."""
+    """Loss and gradients of a training step of the published model, with a loss of the regulariser alone."""
     net = shop.model(shop.paper(dropout=0.0, orthogonality_weight=1e4)).train()
     net.discover_interests(seed=0)
     batch = TrainingBatch(shop.batch(sessions), shop.targets()[: len(sessions), None])
@@ -69,7 +69,7 @@ def step(sessions: list[list[str]], places: int | None) -> tuple[float, dict[str
     return loss.item(), {name: weight.grad for name, weight in net.named_parameters() if weight.grad is not None}
 
 
-def test_short_sessions_alone_are_regularised_as_beside_a_long_one() -> None:
+def test_short_sessions_are_regularised_as_in_a_batch_with_a_long_one() -> None:
     """A batch of similar length gives what its sessions would give in the batch of all, padded to its largest set."""
     short, whole = shop.SESSIONS[:3], shop.batch(shop.SESSIONS)
     net = shop.model(shop.paper()).eval()
@@ -86,14 +86,14 @@ def test_short_sessions_alone_are_regularised_as_beside_a_long_one() -> None:
     assert alone != pytest.approx(wanted, rel=0.03)
 
 
-def test_a_training_step_takes_the_places_that_it_is_given() -> None:
+def test_a_training_step_uses_the_given_number_of_slots() -> None:
     short = shop.SESSIONS[:3]
     (few, _), (many, gradients), (padded, wanted) = step(short, 8), step(short, 30), step(short, None)
     assert len({round(few, 3), round(many, 3), round(padded, 3)}) == 3
     assert gradients.keys() == wanted.keys()
 
 
-def test_the_places_are_those_of_random_batches() -> None:
+def test_the_number_of_slots_is_that_of_random_batches() -> None:
     net = shop.model(shop.paper())
     net.discover_interests(seed=0)
     sessions = Sessions.from_lists([shop.rows(session) for session in shop.SESSIONS])

@@ -1,4 +1,4 @@
-"""Nearest centroids in groups: exact with all groups, near with some, and what k-means makes of it."""
+"""Grouped nearest-centroid search: exact with all groups, approximate with some, and its effect on k-means."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ def _cluster(points: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
 
 
 def _shop(n_points: int, n_kinds: int) -> Tensor:
-    """Points around kinds of items, as tokens of products lie."""
+    """Points in clusters, like modality embeddings of products."""
     draw = torch.Generator().manual_seed(0)
     kinds = torch.randn(n_kinds, 12, generator=draw)
     return kinds[torch.randint(n_kinds, (n_points,), generator=draw)] + 0.3 * torch.randn(n_points, 12, generator=draw)
 
 
-def test_with_all_groups_nothing_is_missed() -> None:
+def test_the_search_of_all_groups_is_exact() -> None:
     points = _shop(400, 30)
     centroids = points[:50]
     expected = torch.cdist(points, centroids).min(1)
@@ -30,7 +30,7 @@ def test_with_all_groups_nothing_is_missed() -> None:
         torch.testing.assert_close(distance, expected.values.square(), rtol=1e-4, atol=1e-4)
 
 
-def test_with_some_groups_most_are_found_and_the_distance_is_that_of_the_found_one() -> None:
+def test_the_search_of_some_groups_finds_most_and_returns_true_distances() -> None:
     points = _shop(3000, 60)
     centroids = points[:400]
     exact, _ = nearest_of_all(points, centroids)

@@ -1,4 +1,4 @@
-"""Training: it learns, it is deterministic, and a killed run ends as if it had never stopped."""
+"""Training: it learns, is deterministic, and a killed run is resumed with the same result."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_training_learns_the_order_of_items(data: Path, tmp_path: Path, attentio
     assert result["valid_ndcg@10"] > 0.8  # popularity: every item is as popular as any other, about .38 of 12 items
 
 
-def test_a_run_can_be_loaded_and_scores_as_it_did(data: Path, tmp_path: Path) -> None:
+def test_a_loaded_run_gives_the_same_scores(data: Path, tmp_path: Path) -> None:
     train(data, tmp_path / "run", recipe="tiny", settings=SMALL | {"train.epochs": 2})
     loaded = load_run(tmp_path / "run")
     assert loaded.data == data.resolve() or loaded.data.samefile(data)
@@ -59,14 +59,14 @@ def test_a_run_can_be_loaded_and_scores_as_it_did(data: Path, tmp_path: Path) ->
         ({"train.epochs": 50, "train.max_minutes": 1e-9}, "max_minutes"),
     ],
 )
-def test_a_run_says_what_ended_it(data: Path, tmp_path: Path, settings: dict[str, float], stopped_by: str) -> None:
+def test_a_run_stores_what_ended_it(data: Path, tmp_path: Path, settings: dict[str, float], stopped_by: str) -> None:
     result = train(data, tmp_path / "run", recipe="tiny", settings=SMALL | settings)
     assert result["stopped_by"] == stopped_by
     assert json.loads((tmp_path / "run" / "run.json").read_text())["stopped_by"] == stopped_by
     assert result["epochs"] <= 2
 
 
-def test_a_killed_run_ends_as_if_it_had_never_stopped(data: Path, tmp_path: Path) -> None:
+def test_a_killed_run_is_resumed_and_ends_like_an_uninterrupted_one(data: Path, tmp_path: Path) -> None:
     settings = SMALL | {
         "train.epochs": 4,
         "train.batch_size": 64,
@@ -98,7 +98,7 @@ def test_a_killed_run_ends_as_if_it_had_never_stopped(data: Path, tmp_path: Path
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
-def test_an_interrupted_run_is_not_continued_with_other_settings(data: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_is_not_resumed_with_other_settings(data: Path, tmp_path: Path) -> None:
     recipe, catalogue = Recipe.load("tiny", SMALL), Catalogue.load(data / "catalogue")
     sessions = [Sessions.load(data / split).known() for split in ("train", "valid")]
     (tmp_path / "run").mkdir()
@@ -109,7 +109,7 @@ def test_an_interrupted_run_is_not_continued_with_other_settings(data: Path, tmp
     assert (tmp_path / "run" / RUN_FILE).is_file()
 
 
-def test_loading_explains_every_gap(data: Path, tmp_path: Path) -> None:
+def test_loading_lists_all_differences_of_weights(data: Path, tmp_path: Path) -> None:
     train(data, tmp_path / "run", recipe="tiny", settings=SMALL | {"train.epochs": 1})
     recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
     recipe["model"] |= {"d_feedforward": 64, "n_decoder_layers": 2, "history_bias": False}
@@ -121,7 +121,7 @@ def test_loading_explains_every_gap(data: Path, tmp_path: Path) -> None:
         load_run(tmp_path / "nowhere")
 
 
-def test_sessions_of_another_catalogue_are_refused(data: Path, tmp_path: Path) -> None:
+def test_sessions_of_another_catalogue_are_an_error(data: Path, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(data, tmp_path / "data")
@@ -131,7 +131,7 @@ def test_sessions_of_another_catalogue_are_refused(data: Path, tmp_path: Path) -
         train(tmp_path / "data", tmp_path / "run", recipe="tiny")
 
 
-def test_the_prior_is_weighed_on_validation_and_zero_weight_changes_nothing(data: Path, tmp_path: Path) -> None:
+def test_the_blend_weight_is_tuned_on_validation_and_zero_changes_nothing(data: Path, tmp_path: Path) -> None:
     from missrec_t4r.ranking.hybrid import terms_of
     from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings
 
@@ -146,7 +146,7 @@ def test_the_prior_is_weighed_on_validation_and_zero_weight_changes_nothing(data
     assert with_prior[0, 6] > without[0, 6]  # item 6 follows item 5 in every session
 
 
-def test_items_that_training_never_saw_are_no_candidates_of_its_softmax(data: Path) -> None:
+def test_cold_items_are_no_candidates_of_the_training_softmax(data: Path) -> None:
     from missrec_t4r.config import MISSRecConfig
     from missrec_t4r.ranking.hybrid import build_missrec
 

@@ -1,4 +1,4 @@
-"""How a run is computed: parts of a batch, precision, schedule, clipping, compilation, curves."""
+"""Gradient accumulation, precision, schedule, clipping, compilation and curves of a training run."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(data: Path, tmp_path
             torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_gradients_of_the_parts_add_up(data: Path, tmp_path: Path) -> None:
+def test_gradients_of_the_parts_sum_to_those_of_the_batch(data: Path, tmp_path: Path) -> None:
     """Sharper than weights, which Adam moves by the sign of a gradient; in double precision."""
     targets = torch.randint(3, 15, (4, 2, 2), generator=torch.Generator().manual_seed(0))
     targets[1, 1] = 0
@@ -76,7 +76,7 @@ def test_gradients_of_the_parts_add_up(data: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(sums[name], gradient, rtol=1e-6, atol=1e-9, msg=name)
 
 
-def test_the_cosine_ends_at_zero_and_moves_the_weights_less_and_less(data: Path, tmp_path: Path) -> None:
+def test_the_cosine_schedule_decreases_to_zero(data: Path, tmp_path: Path) -> None:
     train_ = TrainConfig.paper(schedule="cosine", warmup_steps=10, learning_rate=0.1)
     assert learning_rate(train_, 5, 0.0) == pytest.approx(0.05)
     assert learning_rate(train_, 50, 0.5) == pytest.approx(0.05)
@@ -111,7 +111,7 @@ def test_clipping_scales_all_gradients_together_dense_and_sparse() -> None:
     assert (table != before).any(1).tolist() == [False, True, False, False, False]  # Adam rests where nothing came
 
 
-def test_clipping_is_off_by_default_and_short_gradients_stay(data: Path, tmp_path: Path) -> None:
+def test_clipping_is_off_by_default_and_keeps_small_gradients(data: Path, tmp_path: Path) -> None:
     _, free = _weights_after(_trainer(data, tmp_path))
     _, loose = _weights_after(_trainer(data, tmp_path, train__clip_norm=1e6))
     _, tight = _weights_after(_trainer(data, tmp_path, train__clip_norm=1e-9))
@@ -130,7 +130,7 @@ def test_bf16_trains_nearly_the_same(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("has", "meant"), [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({}, "fp32")]
 )
-def test_auto_is_what_the_processor_is_fast_at(
+def test_auto_precision_is_bf16_on_processors_with_bf16_instructions(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: dict[str, bool], meant: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
@@ -139,17 +139,17 @@ def test_auto_is_what_the_processor_is_fast_at(
     assert all(torch.equal(found[0][1][name], weight) for name, weight in found[1][1].items())
 
 
-def test_auto_before_torch_says_what_a_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_precision_is_fp32_where_torch_reports_no_capabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert resolve_precision("auto", torch.device("cpu")) == "fp32"
 
 
-def test_fp16_is_refused_on_a_cpu(data: Path, tmp_path: Path) -> None:
+def test_fp16_is_an_error_on_a_cpu(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="bf16"):
         _trainer(data, tmp_path, train__precision="fp16")
 
 
-def test_loss_scaling_leaves_the_step_as_it_is_and_skips_an_infinite_one() -> None:
+def test_loss_scaling_does_not_change_the_step_and_skips_infinite_gradients() -> None:
     """On a GPU fp16 needs it; its arithmetic is the same on a CPU, where torch has a scaler to try it with."""
     weights = []
     for scaled in (False, True):
@@ -184,7 +184,7 @@ def test_large_softmaxes_train(data: Path, tmp_path: Path, softmax: str) -> None
     assert result["valid_ndcg@10"] > 0.6  # popularity: about .38 of twelve items
 
 
-def test_curves_drop_what_comes_again(tmp_path: Path) -> None:
+def test_curves_drop_epochs_that_are_trained_again(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"epoch": 0, "loss": 3}\n{"epoch": 1, "loss": 2}\n{"epoch": 2, "lo')
     curves = Curves(tmp_path, epoch=1)
     curves.epoch({"epoch": 1, "loss": 1.5}, 10)
@@ -192,7 +192,7 @@ def test_curves_drop_what_comes_again(tmp_path: Path) -> None:
     assert lines == [{"epoch": 0, "loss": 3}, {"epoch": 1, "loss": 1.5}]
 
 
-def test_tensorboard_writes_every_step_or_says_what_to_install(data: Path, tmp_path: Path) -> None:
+def test_tensorboard_writes_every_step_or_names_the_package_to_install(data: Path, tmp_path: Path) -> None:
     settings = SMALL | {"train.tensorboard": True}
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -237,7 +237,7 @@ def test_the_settings_of_the_howto_exist(repository: Path) -> None:
     assert (repository / "benchmarks" / "speed" / "large_catalogue.py").is_file()
 
 
-def test_contradictions_are_refused() -> None:
+def test_contradictory_settings_are_an_error() -> None:
     for wrong in ({"accumulate": 0}, {"negatives": 0}, {"chunk_size": 0}, {"clip_norm": -1.0}, {"precision": "int8"}):
         with pytest.raises(ConfigError):
             TrainConfig(**wrong)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Softmaxes for large catalogues: chunks give the full loss and its gradients, samples an unbiased estimate."""
+"""Softmax for large catalogues: chunked gives the full loss and gradients, sampled an unbiased estimate."""
 
 import copy
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_loss_and_gradients_are_those_of_the_full_softmax(config: MISSRecConfig,
         torch.testing.assert_close(ours[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
 
 
-def test_only_the_needed_rows_of_the_id_table_get_a_gradient() -> None:
+def test_only_candidates_of_the_id_table_get_a_gradient() -> None:
     net = shop.model(shop.default()).train()
     softmax = SampledSoftmax(torch.ones(len(shop.ITEMS) + 3), negatives=2)
     batch = TrainingBatch(torch.tensor([[3, 4]]), torch.tensor([[[4], [5]]]))
@@ -79,7 +79,7 @@ def test_only_the_needed_rows_of_the_id_table_get_a_gradient() -> None:
     assert len(rows) <= 6  # the session's, the targets, two draws and the padding row
 
 
-def test_frozen_weights_stay_without_gradient() -> None:
+def test_frozen_weights_get_no_gradient() -> None:
     net = _dropping(shop.default())
     assert net.item_encoder.id_embedding is not None
     net.item_encoder.id_embedding.weight.requires_grad_(False)
@@ -152,7 +152,7 @@ def test_auto_is_exact_and_goes_by_the_size_of_the_table() -> None:
     assert kinds == [FullSoftmax, ChunkedSoftmax, FullSoftmax, SampledSoftmax]
 
 
-def test_half_precision_changes_the_loss_little_and_the_weights_not() -> None:
+def test_half_precision_changes_the_loss_little_and_keeps_weights_in_fp32() -> None:
     torch.manual_seed(0)
     net = build_missrec(shop.default(dropout=0.0), shop.catalogue()).train()
     net.discover_interests(seed=0)
@@ -171,7 +171,7 @@ def test_half_precision_changes_the_loss_little_and_the_weights_not() -> None:
     assert losses["bf16", "FullSoftmax"] != full
 
 
-def test_large_tables_keep_their_place_and_are_scaled_where_rows_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tables_are_not_copied_and_rows_are_scaled_on_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
     small = shop.model(shop.default())
     monkeypatch.setattr("missrec_t4r.model.build.LARGE", 1)
     catalogue = shop.catalogue()

@@ -96,16 +96,17 @@ def deploy(
     Returns
     -------
     dict
-        ``version``, ``previous``, whether it ``answers``, whether a server is ``live``, the warm-up's figures, seconds.
+        ``version``, ``previous``, ``answers`` (traffic was switched), ``live`` (a server runs), the result of the smoke
+        test, and seconds.
 
     Raises
     ------
     BundleError
-        The bundle is damaged, or the folder is something else.
+        The bundle is damaged, or the folder is not managed by `missrec deploy`.
     ParityError
-        The loaded version answers other than its bundle; the door has not moved.
+        The smoke test failed; the traffic has not switched.
     ServingError
-        The server could not load the version; the door has not moved.
+        The server could not load the version; the traffic has not switched.
     """
     if (bundle is None) == (version is None):
         raise ConfigError("both --bundle and --version" if bundle else "neither --bundle nor --version", "one of them")

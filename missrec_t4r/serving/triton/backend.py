@@ -54,7 +54,7 @@ class SessionsBackend:
     Parameters
     ----------
     bundle : Path
-        Only the files it reads are verified: the session transform and the item table.
+        Only the files it reads are verified: the request transform and the item table.
     """
 
     inputs: Sequence[str] = ("item_ids", "length")

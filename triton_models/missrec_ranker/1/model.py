@@ -1,4 +1,4 @@
-"""Triton's view of the ranker; the work is in `missrec_t4r.serving.triton.backend`, where it is tested."""
+"""Triton adapter of the ranker; the implementation is `missrec_t4r.serving.triton.backend`, where it is tested."""
 
 import gc
 from typing import Any
@@ -13,13 +13,13 @@ class TritonPythonModel:
     """Catalogue rows to recommended items."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Verify and load the bundle and answer once, so that the first request finds everything warm."""
+        """Verify and load the bundle and run the model once, so that the first request is as fast as the others."""
         bundle = bundle_folder(args)
         self.backend = RankerBackend(bundle, device_of(args), threads=int(parameter(args, "threads")))
         self.observe = ranker_observer(pb_utils, args, self.backend, bundle)
         gc.collect()
-        gc.freeze()  # what is loaded stays: the collector need not walk through it between two requests
+        gc.freeze()  # loaded objects are never freed: garbage collection between requests skips them
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer the requests that Triton has batched in one pass of the model."""
+        """Return a response per request; all requests of the batch take one pass of the model."""
         return execute(self.backend, requests, pb_utils, self.observe)

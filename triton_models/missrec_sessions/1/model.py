@@ -1,4 +1,4 @@
-"""Triton's view of the session transform; the work is in `missrec_t4r.serving.triton.backend`, where it is tested."""
+"""Triton adapter of the request transform; the implementation is `missrec_t4r.serving.triton.backend`."""
 
 from typing import Any
 
@@ -15,5 +15,5 @@ class TritonPythonModel:
         self.backend = SessionsBackend(bundle_folder(args))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer the requests that Triton has batched."""
+        """Return a response per request of the batch."""
         return execute(self.backend, requests, pb_utils)

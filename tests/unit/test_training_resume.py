@@ -1,4 +1,4 @@
-"""A real process, killed without warning in the middle of an epoch, and what becomes of its run."""
+"""A training process is killed (SIGKILL) within an epoch and resumed: the result is that of an uninterrupted run."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def _curve(run: Path) -> list[tuple[Any, ...]]:
     return [(line["epoch"], line["loss"], line["valid_ndcg@10"]) for line in lines]
 
 
-def _place(run: Path) -> tuple[int, int]:
+def _position(run: Path) -> tuple[int, int]:
     """Epoch and steps of the state on disk."""
     try:
         status = json.loads(load_metadata(run / STATE_FILE)["facts"])["status"]
@@ -64,18 +64,18 @@ def _start(data: Path, run: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def test_killed_in_mid_epoch_and_started_again_a_run_ends_as_if_nothing_had_happened(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_within_an_epoch_is_resumed_and_ends_like_an_uninterrupted_one(data: Path, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the process: sums in the same order
     train(data, tmp_path / "whole", recipe="tiny", settings=SETTINGS, device="cpu")
     process = _start(data, tmp_path / "killed")
-    while process.poll() is None and not (_place(tmp_path / "killed")[0] >= 1 and _place(tmp_path / "killed")[1] > 2):
+    while process.poll() is None and not (
+        _position(tmp_path / "killed")[0] >= 1 and _position(tmp_path / "killed")[1] > 2
+    ):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
-    epoch, done = _place(tmp_path / "killed")
+    epoch, done = _position(tmp_path / "killed")
     assert epoch >= 1
     assert done > 0, "not in the middle of an epoch"
     assert not (tmp_path / "killed" / RUN_FILE).exists()
@@ -96,7 +96,7 @@ def test_killed_in_mid_epoch_and_started_again_a_run_ends_as_if_nothing_had_happ
     ],
     ids=["sampled", "chunked"],
 )
-def test_every_kind_of_step_goes_on_within_its_epoch(data: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_every_kind_of_step_is_resumed_within_its_epoch(data: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     recipe = Recipe.load("tiny", SETTINGS | settings | STEPWISE)
     train(data, tmp_path / "whole", recipe=recipe, device="cpu")
     sessions = [Sessions.load(data / split).known() for split in ("train", "valid")]
@@ -112,7 +112,7 @@ def test_every_kind_of_step_goes_on_within_its_epoch(data: Path, tmp_path: Path,
 
     with pytest.raises(Killed):
         Dies(recipe, Catalogue.load(data / "catalogue"), *sessions, tmp_path / "killed", "cpu").run(data)
-    assert _place(tmp_path / "killed") == (0, 7)
+    assert _position(tmp_path / "killed") == (0, 7)
     torch.manual_seed(123)
     train(data, tmp_path / "killed", recipe=recipe, device="cpu")
     assert _curve(tmp_path / "killed") == _curve(tmp_path / "whole")
@@ -120,7 +120,7 @@ def test_every_kind_of_step_goes_on_within_its_epoch(data: Path, tmp_path: Path,
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
-def test_how_often_a_state_is_saved_may_change_in_an_interrupted_run(data: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_interval_may_change_when_a_run_is_resumed(data: Path, tmp_path: Path) -> None:
     sessions = [Sessions.load(data / split).known() for split in ("train", "valid")]
     catalogue, out = Catalogue.load(data / "catalogue"), tmp_path / "run"
     out.mkdir()

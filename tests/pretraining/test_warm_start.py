@@ -1,4 +1,4 @@
-"""`missrec train --continue`: a grown, permuted, shrunken catalogue takes over what it knows, by raw id."""
+"""`missrec train --warm-start`: items are matched by raw id in a grown, permuted or shrunken catalogue."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def _row(catalogue: Catalogue, place: int) -> int:
     return int(catalogue.rows_of([f"P{place}"])[0])
 
 
-def test_known_items_keep_their_ids_and_new_ones_start_anew(earlier_run: Path) -> None:
+def test_kept_items_keep_their_id_embeddings_and_new_ones_are_initialised(earlier_run: Path) -> None:
     catalogue, source = Catalogue.load(earlier_run / "tuesday" / "catalogue"), read_source(earlier_run / "run")
     torch.manual_seed(3)
     model = build_missrec(source.recipe.model, catalogue)
@@ -67,7 +67,7 @@ def test_known_items_keep_their_ids_and_new_ones_start_anew(earlier_run: Path) -
     assert report["trainable_share"] == 1.0
 
 
-def test_known_tokens_keep_their_interests_and_new_ones_join_the_nearest(earlier_run: Path) -> None:
+def test_kept_items_keep_their_interests_and_new_ones_get_the_nearest(earlier_run: Path) -> None:
     catalogue, source = Catalogue.load(earlier_run / "tuesday" / "catalogue"), read_source(earlier_run / "run")
     monday = Catalogue.load(earlier_run / "monday" / "catalogue")
     config = source.recipe.changed({"model.interest_ratio": 0.02}).model
@@ -115,7 +115,7 @@ def test_moved_rows_alone_change_no_score(earlier_run: Path) -> None:
         )
 
 
-def test_the_nightly_run_trains_on_and_can_be_continued_itself(earlier_run: Path, tmp_path: Path) -> None:
+def test_a_warm_started_run_can_be_warm_started_from(earlier_run: Path, tmp_path: Path) -> None:
     settings = {"train.epochs": 1}
     result = continue_training(earlier_run / "tuesday", tmp_path / "tuesday", earlier_run / "run", settings=settings)
     assert result["start"]["kind"] == "continue"
@@ -137,8 +137,8 @@ def test_the_nightly_run_trains_on_and_can_be_continued_itself(earlier_run: Path
     assert torch.equal(before["encoder.norm.weight"], after["encoder.norm.weight"])
 
 
-def test_the_vocabulary_travels_with_the_run(earlier_run: Path, tmp_path: Path) -> None:
-    """The nightly ETL overwrites the data folder: what row was which item must not depend on it."""
+def test_the_vocabulary_is_stored_in_the_run(earlier_run: Path, tmp_path: Path) -> None:
+    """The nightly ETL overwrites the data folder, so the rows of items must not be read from it."""
     import shutil
 
     shutil.copytree(earlier_run / "run", tmp_path / "run")
@@ -153,7 +153,7 @@ def test_the_vocabulary_travels_with_the_run(earlier_run: Path, tmp_path: Path) 
         load_continued(build_missrec(source.recipe.model, catalogue), catalogue, read_source(tmp_path / "run"))
 
 
-def test_a_new_modality_gets_an_adapter_and_a_gone_one_is_named(earlier_run: Path, tmp_path: Path) -> None:
+def test_a_new_modality_gets_an_adapter_and_a_removed_one_is_reported(earlier_run: Path, tmp_path: Path) -> None:
     places = list(range(12))
     image = modality(angles(12), IMAGE_WIDTH, 2, "ring-image@1")
     write_shop(tmp_path / "more", [f"P{i}" for i in places], {"image": image, "text": _text(places)})
@@ -169,7 +169,7 @@ def test_a_new_modality_gets_an_adapter_and_a_gone_one_is_named(earlier_run: Pat
     assert {part["name"] for part in report["parts"] if part["status"] == "unexpected"} == {"adapter text"}
 
 
-def test_what_makes_no_sense_is_refused(
+def test_unfit_runs_and_options_are_errors(
     earlier_run: Path, shops: dict[str, Path], pretrained: Path, tmp_path: Path
 ) -> None:
     out, run = tmp_path / "out", earlier_run / "run"
@@ -196,7 +196,7 @@ def test_an_unstated_encoder_is_assumed_to_be_the_same_and_reported(earlier_run:
     assert report["parts"][0]["note"] == "its encoder is not stated: assumed to be the same"
 
 
-def test_categories_of_events_grow_at_the_end(tmp_path: Path) -> None:
+def test_new_categories_of_events_are_appended(tmp_path: Path) -> None:
     from missrec_t4r.data.event_features import EventColumn
     from missrec_t4r.training.warm_start.nightly import _extend_values
 
@@ -207,7 +207,7 @@ def test_categories_of_events_grow_at_the_end(tmp_path: Path) -> None:
     assert _extend_values(EventColumn("price", "continuous"), tmp_path) == EventColumn("price", "continuous")
 
 
-def test_side_features_keep_their_tables_and_new_categories_start_at_random(earlier_run: Path) -> None:
+def test_event_features_keep_their_tables_and_new_categories_are_random(earlier_run: Path) -> None:
     import dataclasses
 
     from missrec_t4r.data.event_features import EventColumn
@@ -230,7 +230,7 @@ def test_side_features_keep_their_tables_and_new_categories_start_at_random(earl
     assert {part["name"]: part["status"] for part in report["parts"]}["event features"] == "loaded"
 
 
-def test_the_commands_know_which_options_go_together(earlier_run: Path, tmp_path: Path) -> None:
+def test_contradictory_options_are_errors(earlier_run: Path, tmp_path: Path) -> None:
     from missrec_t4r import commands
 
     data, run = earlier_run / "tuesday", earlier_run / "run"

@@ -1,4 +1,4 @@
-"""A folder that is replaced, and a catalogue in it, is always there and of one version, even when writers die."""
+"""Atomic writes: a replaced folder always exists in one version, also when its writers are killed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import DataError
-from missrec_t4r.io import atomic as aside
+from missrec_t4r.io import atomic
+from missrec_t4r.io.json_files import read_json, write_json
 
 WRITER = """
 import sys
 from pathlib import Path
-from tests.unit.test_aside import made
+from tests.unit.test_atomic import made
 
 print("ready", flush=True)
 number = 0
@@ -31,7 +34,7 @@ while True:
 
 
 def made(number: int) -> Catalogue:
-    """A catalogue whose files all tell the same number."""
+    """Return a catalogue whose files all hold the same number."""
     vectors = np.full((5, 2), number, np.float32)
     vectors[:3] = 0
     items = pa.table({"item_id": [f"{number}", f"{number} too"], "train_count": [number, number]})
@@ -39,15 +42,15 @@ def made(number: int) -> Catalogue:
 
 
 def number_of(catalogue: Catalogue) -> int:
-    """Return the number, after looking that it is the same in every file."""
+    """Return the number after checking that it is the same in every file."""
     modality = catalogue.modalities["text"]
-    told = {int(catalogue.train_count[3]), int(modality.vectors[3, 0]), int(modality.encoder["number"])}
-    assert catalogue.ids_of([3]) == [str(min(told))]
-    assert len(told) == 1
-    return told.pop()
+    numbers = {int(catalogue.train_count[3]), int(modality.vectors[3, 0]), int(modality.encoder["number"])}
+    assert catalogue.ids_of([3]) == [str(min(numbers))]
+    assert len(numbers) == 1
+    return numbers.pop()
 
 
-def test_readers_never_find_none_nor_two_halves_while_writers_are_killed(tmp_path: Path, repository: Path) -> None:
+def test_readers_always_find_one_whole_version_while_writers_are_killed(tmp_path: Path, repository: Path) -> None:
     folder = tmp_path / "catalogue"
     made(0).save(folder)
     for versions in (2, 8):  # a writer each, killed wherever it is
@@ -72,34 +75,36 @@ def test_readers_never_find_none_nor_two_halves_while_writers_are_killed(tmp_pat
     assert number_of(Catalogue.load(folder)) == 9
 
 
-def test_a_folder_that_never_rests_is_refused_and_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_always_replaced_is_an_error_and_never_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, number = tmp_path / "catalogue", iter(range(10**6))
     made(0).save(folder)
-    monkeypatch.setattr(aside, "_RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(atomic, "_RETRY_SECONDS", 0.2)
     with pytest.raises(DataError, match="was replaced whenever it was read"):
-        aside.read_consistently(folder, lambda _: made(next(number)).save(folder))
+        atomic.read_consistently(folder, lambda _: made(next(number)).save(folder))
 
 
-def test_without_exchange_two_renames_do_it_and_a_failing_one_is_undone(
+def test_two_renames_replace_a_folder_where_names_cannot_be_exchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class OldSystem:
         """A C library that has no renameat2."""
 
-    monkeypatch.setattr(aside.ctypes, "CDLL", lambda *_, **__: OldSystem())
+    monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_, **__: OldSystem())
     folder = tmp_path / "catalogue"
     for number in (1, 2):
         made(number).save(folder)
     assert number_of(Catalogue.load(folder)) == 2
     with pytest.raises(FileNotFoundError):
-        aside.exchange(tmp_path / "none", folder)
+        atomic.exchange(tmp_path / "none", folder)
     assert number_of(Catalogue.load(folder)) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["catalogue"]
 
 
-def test_what_fails_half_way_changes_nothing(tmp_path: Path) -> None:
+def test_a_write_that_fails_half_way_changes_nothing(tmp_path: Path) -> None:
     made(1).save(tmp_path / "catalogue")
-    with pytest.raises(IsADirectoryError), aside.replace_dir(tmp_path / "catalogue") as folder:
+    with pytest.raises(IsADirectoryError), atomic.replace_dir(tmp_path / "catalogue") as folder:
         folder.write_text("a folder is no file")
     assert number_of(Catalogue.load(tmp_path / "catalogue")) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["catalogue"]
@@ -117,6 +122,30 @@ def test_a_reader_whose_folder_is_replaced_reads_again(tmp_path: Path) -> None:
                 raise FileNotFoundError("a file of the old version")
         return found
 
-    assert aside.read_consistently(tmp_path / "catalogue", read) == 3
+    assert atomic.read_consistently(tmp_path / "catalogue", read) == 3
     with pytest.raises(ValueError, match="of its own"):
-        aside.read_consistently(tmp_path / "catalogue", lambda _: int("of its own"))
+        atomic.read_consistently(tmp_path / "catalogue", lambda _: int("of its own"))
+
+
+def test_written_files_are_readable_for_all_users(tmp_path: Path) -> None:
+    with atomic.atomic_write_dir(tmp_path / "bundle", "manifest.json") as folder:
+        (folder / "inner").mkdir()
+        save_file({"weight": torch.ones(1)}, folder / "inner" / "model.safetensors")
+        (folder / "run.sh").touch(0o700)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "bundle").rglob("*")}
+    assert modes == {"inner": 0o755, "model.safetensors": 0o644, "run.sh": 0o744}
+
+
+def test_a_file_is_replaced_whole_and_partial_ones_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    write_json(file, {"number": np.int64(1)})
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = tmp_path / f".report.json-{atomic._HOST}-{gone.pid}-abc"
+    left.mkdir()
+    with pytest.raises(ZeroDivisionError), atomic.atomic_write_file(file) as temporary:
+        temporary.write_text(str(1 // 0))
+    assert read_json(file) == {"number": 1}
+    write_json(file, {"number": 2})
+    assert read_json(file) == {"number": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

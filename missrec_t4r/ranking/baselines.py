@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from missrec_t4r.arrays import Ints
 from missrec_t4r.data.catalogue import Catalogue, Modality
-from missrec_t4r.data.sessions import Ints, Sessions
+from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
 SHRINKAGE: Final = 5.0

@@ -40,12 +40,13 @@ from benchmarks.release.loading import (
     release_rows,
     take_interests,
 )
+from missrec_t4r.arrays import Ints
 from missrec_t4r.config import MISSRecConfig, TrainConfig
 from missrec_t4r.data.batching import Examples, TrainingBatch, collate, prefix_examples
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS, SEEN_KEPT, quick_metrics, rank_catalogue
-from missrec_t4r.evaluation.metrics import Ranks, metric_names, metric_values
+from missrec_t4r.evaluation.metrics import metric_names, metric_values
 from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import reporting, track
@@ -128,7 +129,7 @@ class ReleaseRun:
             "curve": [round(value, 5) for value in curve],
         }
 
-    def ranks(self) -> dict[str, Ranks]:
+    def ranks(self) -> dict[str, Ints]:
         """Rank the test split with the best weights."""
         return _ranks(self._scorer(), self.splits)
 
@@ -228,7 +229,7 @@ def summary(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[st
     return found
 
 
-def _ranks(scorer: ModelScorer, splits: Splits) -> dict[str, Ranks]:
+def _ranks(scorer: ModelScorer, splits: Splits) -> dict[str, Ints]:
     histories, targets = splits.test.split_last()
     return dict(rank_catalogue(scorer, histories, targets, splits.catalogue.n_rows).ranks)
 

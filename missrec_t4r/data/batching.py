@@ -13,14 +13,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from missrec_t4r.arrays import Ints
 from missrec_t4r.config import MISSRecConfig, TrainConfig
 from missrec_t4r.data.sessions import Sessions, gather
-
-Ints = npt.NDArray[np.int64]
 
 _POOL_BATCHES = 32
 """Batches per pool: examples are sorted by length within a pool only, so that epochs differ."""

@@ -1,7 +1,7 @@
 """The catalogue: item ids in fixed rows, modality vectors, presence masks and business columns.
 
 A folder of plain files (`catalogue.json`, `vocabulary.parquet`, `items.parquet`, `<modality>.npy`, `presence.npy`),
-written by the ETL and read by everything else. Rows are numbered as in NVTabular: 0 padding, 1 null, 2 unknown, items
+written by the ETL and read by everything else. Ints are numbered as in NVTabular: 0 padding, 1 null, 2 unknown, items
 from 3 on; the row of an item never changes. Optional files of a modality: `<modality>.<variant>.npy` (other vectors of
 the same items, such as `text.word_drop.npy`) and `<modality>.state.safetensors` (fitted state of its encoder).
 """
@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
+from missrec_t4r.arrays import AnyArray, Bools, Floats, Ints
 from missrec_t4r.errors import DataError, ModalityError
 from missrec_t4r.io.atomic import read_consistently, replace_dir
 from missrec_t4r.io.json_files import read_json, write_json
@@ -31,8 +32,6 @@ ITEMS_FILE = "items.parquet"
 _MAPPED_BYTES = 1 << 29
 """Size in bytes from which vector files are memory-mapped instead of read."""
 _CHUNK_ROWS = 1 << 16
-
-Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,11 @@ class Modality:
         Fitted state of the encoder (decomposition, whitening), so that new items are encoded like the old ones.
     """
 
-    vectors: npt.NDArray[np.float32]
-    present: npt.NDArray[np.bool_]
+    vectors: Floats
+    present: Bools
     encoder: Mapping[str, Any] = field(default_factory=dict)
-    variants: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
-    state: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    variants: Mapping[str, Floats] = field(default_factory=dict)
+    state: Mapping[str, AnyArray] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str | None:
@@ -127,7 +126,7 @@ class Catalogue:
         return self.n_items + FIRST_ITEM_ROW
 
     @cached_property
-    def train_count(self) -> npt.NDArray[np.int64]:
+    def train_count(self) -> Ints:
         """Interactions per row in the training split, [row]: the popularity; 0 for cold items."""
         counts = np.zeros(self.n_rows, np.int64)
         counts[FIRST_ITEM_ROW:] = self.items[TRAIN_COUNT].to_numpy()
@@ -143,7 +142,7 @@ class Catalogue:
         column = self.items[ITEM_ID].combine_chunks()
         return column.cast(pa.int64() if self.id_type == "int64" else pa.string())
 
-    def rows_of(self, item_ids: Sequence[str | int | None] | pa.Array) -> Rows:
+    def rows_of(self, item_ids: Sequence[str | int | None] | pa.Array) -> Ints:
         """Return the row of every raw id, as NVTabular's Categorify: 2 for unknown ids, 1 for missing ids."""
         ids = item_ids if isinstance(item_ids, pa.Array) else pa.array(item_ids)
         if ids.type != self._index.type:
@@ -230,8 +229,8 @@ def _save_modality(folder: Path, name: str, modality: Modality) -> dict[str, Any
     return entry | ({"variants": list(modality.variants)} if modality.variants else {})
 
 
-def _load_modality(folder: Path, name: str, present: npt.NDArray[np.bool_], entry: Mapping[str, Any]) -> Modality:
-    def read(file: str) -> npt.NDArray[np.float32]:
+def _load_modality(folder: Path, name: str, present: Bools, entry: Mapping[str, Any]) -> Modality:
+    def read(file: str) -> Floats:
         large = (folder / file).stat().st_size > _MAPPED_BYTES
         return np.load(folder / file, "c" if large else None, allow_pickle=False).astype(np.float32, copy=False)
 

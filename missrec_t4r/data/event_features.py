@@ -21,6 +21,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from missrec_t4r.arrays import AnyArray, Doubles, Ints
 from missrec_t4r.data.number_steps import Step, apply_steps, as_steps, invert_steps
 from missrec_t4r.data.schema_pbtxt import SchemaColumn, read_schema
 from missrec_t4r.data.sessions import Sessions
@@ -29,7 +30,7 @@ from missrec_t4r.schema import LIST_SUFFIX, NULL_ROW, PADDING_ROW, SCHEMA_FILE, 
 
 Kind = Literal["categorical", "continuous", "pretrained"]
 
-EventArrays = dict[str, npt.NDArray[Any]]
+EventArrays = dict[str, AnyArray]
 """By column: codes or numbers [batch, seq], vectors [batch, seq, size]."""
 
 AUTO: Final = "auto"
@@ -72,7 +73,7 @@ class EventColumn:
     steps: tuple[Step, ...] = ()
     """What the ETL's workflow computes of a raw number, before ``log``, ``mean`` and ``std``."""
 
-    def encode(self, raw: Sequence[Any]) -> npt.NDArray[Any]:
+    def encode(self, raw: Sequence[Any]) -> AnyArray:
         """Encode one session's raw values, one per event, as the model reads them; None marks a missing value.
 
         Parameters
@@ -113,7 +114,7 @@ class EventColumn:
                 f"vectors have {self.size} numbers" if self.kind == "pretrained" else "",
             ) from error
 
-    def decode(self, values: npt.NDArray[Any]) -> list[Any]:
+    def decode(self, values: AnyArray) -> list[Any]:
         """Return raw values that `encode` maps to these, as a request would hold them.
 
         Examples
@@ -242,9 +243,7 @@ def load_sessions(data: str | Path, split: str, columns: Sequence[EventColumn] =
     return dataclasses.replace(sessions, features=features)
 
 
-def compact_event_features(
-    event_features: Mapping[str, npt.NDArray[Any]], rows: npt.NDArray[np.int64], max_length: int
-) -> EventArrays:
+def compact_event_features(event_features: Mapping[str, AnyArray], rows: Ints, max_length: int) -> EventArrays:
     """Return the event features of the last ``max_length`` known items, left-aligned, as serving aligns the rows.
 
     Parameters
@@ -285,7 +284,7 @@ def fit_event_columns(columns: Sequence[EventColumn], train: Sessions) -> tuple[
     return tuple(_fitted(column, np.asarray(train.features[column.name])) for column in columns)
 
 
-def _fitted(column: EventColumn, values: npt.NDArray[Any]) -> EventColumn:
+def _fitted(column: EventColumn, values: AnyArray) -> EventColumn:
     if (values.ndim == 2) != (column.kind == "pretrained") or (
         column.kind == "categorical" and values.dtype.kind != "i"
     ):
@@ -324,7 +323,7 @@ def _code_table(data_values: Sequence[str | int], column: EventColumn) -> npt.ND
     return np.array([*range(UNKNOWN_ROW + 1), *codes], np.int32)
 
 
-def _skewness(values: npt.NDArray[np.float64]) -> float:
+def _skewness(values: Doubles) -> float:
     if len(values) < 2 or values.std() == 0:
         return 0.0
     return float((((values - values.mean()) / values.std()) ** 3).mean())

@@ -12,18 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from missrec_t4r.arrays import Bools, Ints
 from missrec_t4r.data.user_hash import hash_ids
 from missrec_t4r.io.arrow_files import one_array, read_arrow
 from missrec_t4r.io.atomic import read_consistently
 from missrec_t4r.schema import LIST_SUFFIX, SPLITS, USER_ID
 
 DELTA_FOLDER = "deltas"
-Ints = npt.NDArray[np.int64]
 
 
 def delta_files(data: Path) -> list[Path]:
@@ -74,7 +73,7 @@ def take_prefixes(sessions: pa.Table, offsets: Ints, lengths: Ints) -> pa.Table:
     return pa.table(columns)
 
 
-def prefix_mask(offsets: Ints, lengths: Ints) -> npt.NDArray[np.bool_]:
+def prefix_mask(offsets: Ints, lengths: Ints) -> Bools:
     """Return a mask [event], True for the events in the prefix of their session.
 
     Examples
@@ -111,7 +110,7 @@ def _merged(data: Path, split: str, columns: list[str]) -> pa.Table:
     return rows.select(columns).take(pa.array(order))
 
 
-def _is_in(users: pa.ChunkedArray, others: Sequence[pa.Array]) -> npt.NDArray[np.bool_]:
+def _is_in(users: pa.ChunkedArray, others: Sequence[pa.Array]) -> Bools:
     """Return a mask [row], True for users that are in ``others``."""
     if not others:
         return np.zeros(len(users), bool)
@@ -119,7 +118,7 @@ def _is_in(users: pa.ChunkedArray, others: Sequence[pa.Array]) -> npt.NDArray[np
     return np.asarray(mask.to_numpy(zero_copy_only=False), bool)
 
 
-def _filter(values: pa.Array, keep: npt.NDArray[np.bool_]) -> pa.Array:
+def _filter(values: pa.Array, keep: Bools) -> pa.Array:
     primitive = pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
     if primitive and not values.null_count:  # NumPy filters numbers faster than Arrow
         return pa.array(values.to_numpy()[keep], values.type)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from missrec_t4r.arrays import AnyArray, Bools, Ints
 from missrec_t4r.data.session_files import read_rows, row_files
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.schema import ITEM_LIST, LIST_SUFFIX, NULL_ROW, PADDING_ROW, UNKNOWN_ROW, USER_ID
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Sessions:
 
     values: Ints
     offsets: Ints
-    features: Mapping[str, npt.NDArray[np.generic]] = field(default_factory=dict)
+    features: Mapping[str, AnyArray] = field(default_factory=dict)
     users: pa.Array | None = None
 
     def __len__(self) -> int:
@@ -151,14 +149,14 @@ class Sessions:
         event, mask = self._window(indices, max_length)
         return np.where(mask, self.values[event], PADDING_ROW) if len(self.values) else np.zeros(event.shape, np.int64)
 
-    def padded_features(self, indices: npt.ArrayLike, max_length: int) -> dict[str, npt.NDArray[Any]]:
+    def padded_features(self, indices: npt.ArrayLike, max_length: int) -> dict[str, AnyArray]:
         """Return the event features of `padded`'s items, [batch, seq] or [batch, seq, width] each; 0 at padding."""
         if not self.features:
             return {}
         event, mask = self._window(indices, max_length)
         return {name: gather(feature, event, mask) for name, feature in self.features.items()}
 
-    def _window(self, indices: npt.ArrayLike, max_length: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    def _window(self, indices: npt.ArrayLike, max_length: int) -> tuple[Ints, Bools]:
         """Return the indices of the sessions' last events and the mask of real ones, both [batch, seq]."""
         sessions = np.asarray(indices, np.int64)
         ends = self.offsets[sessions + 1]
@@ -174,7 +172,7 @@ def target_counts(sessions: Sessions, n_rows: int) -> Ints:
     return np.bincount(targets, minlength=n_rows)
 
 
-def gather(values: npt.NDArray[Any], index: Ints, mask: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+def gather(values: AnyArray, index: Ints, mask: Bools) -> AnyArray:
     """Return ``values[index]`` where the mask is True and zeros elsewhere.
 
     Parameters
@@ -188,7 +186,7 @@ def gather(values: npt.NDArray[Any], index: Ints, mask: npt.NDArray[np.bool_]) -
     return np.where(mask if values.ndim == 1 else mask[..., None], values[index], values.dtype.type(0))
 
 
-def flat_lists(column: pa.ChunkedArray, null: int = PADDING_ROW) -> tuple[npt.NDArray[Any], Ints]:
+def flat_lists(column: pa.ChunkedArray, null: int = PADDING_ROW) -> tuple[AnyArray, Ints]:
     """Return a list column's elements, [event] or [event, width], and its offsets [row + 1].
 
     A missing list becomes an empty one, a missing integer ``null``, a missing float NaN, a missing vector zeros;
@@ -221,7 +219,7 @@ def flat_lists(column: pa.ChunkedArray, null: int = PADDING_ROW) -> tuple[npt.ND
     return vectors, offsets
 
 
-def _aligned(column: pa.ChunkedArray, offsets: Ints, name: str) -> npt.NDArray[Any]:
+def _aligned(column: pa.ChunkedArray, offsets: Ints, name: str) -> AnyArray:
     """Return a feature's values, 64-bit numbers as 32-bit; an error if its lists differ in length from the items'."""
     values, feature_offsets = flat_lists(column)
     if not np.array_equal(feature_offsets, offsets):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from missrec_t4r.arrays import Floats, Ints
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError, ModalityError
@@ -43,7 +43,7 @@ class Domains:
 
     catalogue: Catalogue
     splits: Mapping[str, Sessions]
-    domain: npt.NDArray[np.int64]
+    domain: Ints
     names: tuple[str, ...]
     sources: Mapping[str, Mapping[str, str]]
 
@@ -213,7 +213,7 @@ def _stack_modality(by_domain: Mapping[str, str], catalogues: Mapping[str, Catal
     first = next(iter(parts.values()))
     blank = np.zeros((FIRST_ITEM_ROW, first.width), np.float32)
 
-    def stack(variant: str | None) -> npt.NDArray[np.float32]:
+    def stack(variant: str | None) -> Floats:
         tables = [
             np.zeros((catalogue.n_items, first.width), np.float32)
             if domain not in parts
@@ -238,7 +238,7 @@ def _stack_modality(by_domain: Mapping[str, str], catalogues: Mapping[str, Catal
 def _concatenate(splits: Mapping[str, Sessions], starts: Mapping[str, int]) -> Sessions:
     """Concatenate the domains' sessions, each with its rows shifted by the domain's first row in the union."""
     shifted = [np.where(part.values > UNKNOWN_ROW, part.values + starts[name], 0) for name, part in splits.items()]
-    lengths: Sequence[npt.NDArray[np.int64]] = [part.lengths for part in splits.values()]
+    lengths: Sequence[Ints] = [part.lengths for part in splits.values()]
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
     return Sessions(np.concatenate(shifted), offsets)
 

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from missrec_t4r.data.sessions import Ints, Sessions
+from missrec_t4r.arrays import Bools, Ints
+from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError, ModalityError
-from missrec_t4r.evaluation.metrics import MISSED, Ranks, metrics
+from missrec_t4r.evaluation.metrics import MISSED, metrics
 from missrec_t4r.progress import track
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
@@ -55,7 +55,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Ranking:
-    """Ranks and recommendation lists of one system.
+    """Ints and recommendation lists of one system.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ class Ranking:
         Number of targets that the system can never recommend.
     """
 
-    ranks: Mapping[str, Ranks]
+    ranks: Mapping[str, Ints]
     recommended: Mapping[str, Ints]
     n_unrecommendable: int
 
@@ -120,7 +120,7 @@ def rank_catalogue(
     _check_targets(histories, targets, n_rows)
     histories, top_k = histories.known(), min(top_k, n_rows - FIRST_ITEM_ROW)
     step = chunk_size(n_rows)
-    ranks: dict[str, list[Ranks]] = {protocol: [] for protocol in protocols}
+    ranks: dict[str, list[Ints]] = {protocol: [] for protocol in protocols}
     lists: dict[str, list[Ints]] = {protocol: [] for protocol in protocols}
     unrecommendable = 0
     for start in track(range(0, len(histories), step), description):
@@ -178,7 +178,7 @@ def exclude_seen(scores: Tensor, histories: Sessions) -> Tensor:
     return excluded
 
 
-def targets_in_history(histories: Sessions, targets: Ints) -> npt.NDArray[np.bool_]:
+def targets_in_history(histories: Sessions, targets: Ints) -> Bools:
     """Return which targets are in their own history, [session], bool: the misses of ``seen_excluded`` by definition."""
     sessions = np.repeat(np.arange(len(histories)), histories.lengths)
     with_target = sessions[histories.values == targets[sessions]]

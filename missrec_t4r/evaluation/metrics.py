@@ -14,12 +14,9 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from missrec_t4r.arrays import Doubles, Ints
 from missrec_t4r.errors import DataError
-
-Ranks = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 MISSED: Final = int(np.iinfo(np.int64).max)
 """Rank of a target that is not in the ranking: not recommendable, or excluded with the seen items."""
@@ -52,7 +49,7 @@ def metric_names(ks: Sequence[int] = KS) -> list[str]:
     return [f"{name}@{k}" for k in ks for name in ("recall", "ndcg", "mrr")]
 
 
-def metric_values(ranks: Ranks, ks: Sequence[int] = KS) -> Floats:
+def metric_values(ranks: Ints, ks: Sequence[int] = KS) -> Doubles:
     """Return the metrics of every session.
 
     Parameters
@@ -72,7 +69,7 @@ def metric_values(ranks: Ranks, ks: Sequence[int] = KS) -> Floats:
     return np.concatenate([gains * (rank <= k)[:, None] for k in ks], axis=1)  # [session, 3 * len(ks)]
 
 
-def metrics(ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float | None]:
+def metrics(ranks: Ints, ks: Sequence[int] = KS) -> dict[str, float | None]:
     """Return the mean metrics over sessions; None for each metric without a session.
 
     Examples
@@ -87,7 +84,7 @@ def metrics(ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float | None]:
 
 
 def bootstrap_intervals(
-    ranks: Ranks, ks: Sequence[int] = KS, *, resamples: int = RESAMPLES, seed: int = 0
+    ranks: Ints, ks: Sequence[int] = KS, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, list[float] | None]:
     """Return a 95 % interval [low, high] per metric; None for each metric without a session.
 
@@ -106,14 +103,14 @@ def bootstrap_intervals(
 
 
 def paired_differences(
-    first: Ranks, second: Ranks, ks: Sequence[int] = KS, *, resamples: int = RESAMPLES, seed: int = 0
+    first: Ints, second: Ints, ks: Sequence[int] = KS, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Difference]:
     """Compare two systems on the same sessions; sessions hard for both cancel, so this detects smaller differences.
 
     Parameters
     ----------
     first, second : ndarray [session], int64
-        Ranks of the same sessions in the same order.
+        Ints of the same sessions in the same order.
 
     Raises
     ------
@@ -138,7 +135,7 @@ def paired_differences(
     return {name: Difference(*column) for name, column in zip(metric_names(ks), columns, strict=True)}
 
 
-def coverage(recommended: npt.NDArray[np.int64], n_items: int) -> float:
+def coverage(recommended: Ints, n_items: int) -> float:
     """Return the share of items in at least one list.
 
     Parameters
@@ -161,19 +158,19 @@ def named_differences(differences: dict[str, Difference]) -> dict[str, Any]:
     return {name: difference._asdict() for name, difference in differences.items()}
 
 
-def _truncate(ranks: Ranks, ks: Sequence[int]) -> Ranks:
+def _truncate(ranks: Ints, ks: Sequence[int]) -> Ints:
     """Return the ranks with those beyond the largest cut-off as `MISSED`: their metrics are zero alike."""
     return np.where(ranks <= max(ks), ranks, MISSED)
 
 
-def _resampled_means(counts: Ranks, values: Floats, resamples: int, seed: int) -> Floats:
+def _resampled_means(counts: Ints, values: Doubles, resamples: int, seed: int) -> Doubles:
     """Return the mean metrics of each bootstrap resample, [resample, metric]."""
     total = int(counts.sum())
     draws = np.random.default_rng(seed).multinomial(total, counts / total, size=resamples)  # [resample, rank]
-    means: Floats = draws @ values / total
+    means: Doubles = draws @ values / total
     return means
 
 
-def _quantiles(means: Floats) -> tuple[Floats, Floats]:
+def _quantiles(means: Doubles) -> tuple[Doubles, Doubles]:
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return low, high

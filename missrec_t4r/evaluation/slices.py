@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from missrec_t4r.arrays import Bools, Ints
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.data.sessions import Ints, Sessions
+from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
 SHORT_UP_TO: Final = 3
@@ -18,10 +18,8 @@ LONG_FROM: Final = 10
 RARE_BELOW: Final = 5
 """A rare target has fewer training interactions than this; cold targets are rare too."""
 
-Flags = npt.NDArray[np.bool_]
 
-
-def slices(histories: Sessions, targets: Ints, catalogue: Catalogue) -> dict[str, Flags]:
+def slices(histories: Sessions, targets: Ints, catalogue: Catalogue) -> dict[str, Bools]:
     """Return the mask of every slice.
 
     Parameters

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from missrec_t4r.arrays import Ints
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import load_sessions
-from missrec_t4r.data.sessions import Ints, Sessions
+from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS, Ranking, Scorer, rank_catalogue, targets_in_history
 from missrec_t4r.evaluation.metrics import (
     KS,
-    Ranks,
     bootstrap_intervals,
     coverage,
     metrics,
@@ -236,7 +236,7 @@ def _rank(
     )
 
 
-def _with_interval(ranks: Ranks, ks: Sequence[int], seed: int) -> dict[str, Any]:
+def _with_interval(ranks: Ints, ks: Sequence[int], seed: int) -> dict[str, Any]:
     return {**metrics(ranks, ks), "interval": bootstrap_intervals(ranks, ks, seed=seed)}
 
 

@@ -14,14 +14,12 @@ import warnings
 from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from missrec_t4r.arrays import Ints
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.schema import UNKNOWN_ROW
-
-Ints = npt.NDArray[np.int64]
 
 SHRINKAGE: Final = 5.0
 """Added to every item count."""

@@ -1,4 +1,4 @@
-"""Why an item was recommended: the session's item that weighed most, and the modality."""
+"""Explanations: the session's item, and the modality, with the largest influence on a recommended item's score."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from missrec_t4r.schema import PADDING_ROW
 
 @torch.inference_mode()
 def reasons(ranker: Ranker, rows: Rows, given: Rows, event_features: EventArrays | None = None) -> tuple[Rows, Rows]:
-    """Say what weighed most in one session's answer.
+    """Explain the recommended items of one session.
 
     Parameters
     ----------
     ranker : Ranker
-        It has answered.
+        The ranker that recommended them.
     rows : ndarray [1, seq], int64
         The session.
     given : ndarray [item], int64
         Recommended rows.
     event_features : mapping of str to ndarray [1, seq] or [1, seq, size], optional
-        The session's side features.
+        The session's event features.
 
     Returns
     -------
     items : ndarray [item], int64
         The item of the session without which the recommended item's score would be lowest; 0 for a fallback.
     modalities : ndarray [item], int64
-        Index of the modality with the largest weight in the score, -1 where only the ID embedding speaks or for a
+        Index of the modality with the largest weight in the score, -1 for the ID embedding alone or for a
         fallback.
     """
     length = ranker.max_sequence_length
@@ -41,7 +41,7 @@ def reasons(ranker: Ranker, rows: Rows, given: Rows, event_features: EventArrays
         return items, np.full(len(given), -1)
     candidates = torch.from_numpy(given).to(ranker.device)[None]
     modalities = ranker.table.leading(ranker.encode(known, aligned), candidates)[0].cpu().numpy()
-    for item in own:  # one at a time: with a large catalogue every session needs a line of its own
+    for item in own:  # one at a time: every session needs a score per row of the catalogue
         rest = np.where(known == item, PADDING_ROW, known)
         if not rest.any():
             return np.full(len(given), item), modalities

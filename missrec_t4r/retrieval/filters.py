@@ -1,10 +1,10 @@
-"""Business rules of a request: filters over the catalogue's columns and caps per attribute, strictly checked.
+"""Business rules of a request: filters over the catalogue's columns and diversity caps, strictly checked.
 
 On the wire a session's rules are one JSON object::
 
     {"where": {"in_stock": true, "category": ["lamp", "desk"], "price": {"min": 5, "max": 20}}, "at_most": {"brand": 2}}
 
-Filters act before the top-k, so that k items are answered whenever k items pass.
+Filters act before the top-k, so that k items are returned whenever k items pass.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Scalar = str | int | float | bool
 MOST_CHARACTERS = 1 << 16
 """Longer rules are refused."""
 _MASKS_IN_MEMORY = 1 << 26
-"""Bytes of filters that are kept, because shops ask for the same few again and again."""
+"""Bytes of filter masks that are cached, since requests repeat the same few filters."""
 _EXAMPLE = '{"where": {"in_stock": true}, "at_most": {"brand": 2}}'
 
 
@@ -46,12 +46,12 @@ Condition = frozenset[Scalar] | Span
 
 @dataclass(frozen=True)
 class Rules:
-    """What one session's answer has to keep to."""
+    """Filters and diversity caps of one session's list."""
 
     where: tuple[tuple[str, Condition], ...] = ()
     """Column and what its value must be: one of a set, or within a span. All of them must hold."""
     at_most: tuple[tuple[str, int], ...] = ()
-    """Column and how many items of the answer may share a value of it."""
+    """Column and how many items of the list may share a value of it."""
 
     @classmethod
     def parse(cls, text: str | bytes) -> Rules:
@@ -92,7 +92,7 @@ NO_RULES = Rules()
 
 
 class ItemColumns:
-    """The catalogue's columns as rules ask for them.
+    """The catalogue's columns as filters and caps read them.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ class ItemColumns:
         self._groups: dict[str, npt.NDArray[np.int64]] = {}
 
     def check(self, rules: Rules) -> None:
-        """Raise a `ServingError` if the catalogue cannot answer these rules; what is worked out for that is kept."""
+        """Raise a `ServingError` if the catalogue lacks what these rules need; masks and groups are cached."""
         if rules.where:
             self.passing(rules.where)
         for column, _ in rules.at_most:

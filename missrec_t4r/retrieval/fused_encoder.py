@@ -1,9 +1,9 @@
-"""The session encoder in few steps: everything that does not depend on the session is worked out when serving starts.
+"""Fused encoder: the session encoder with everything precomputed that does not depend on the session.
 
-The same numbers as `MISSRec.encode` up to rounding, checked on sessions of several shapes before it is used. What it
-leaves out: an item's modalities and ID are summed once per catalogue version; interests are looked up with their first
-projections; a session's distinct interests are found on the host; the key bias, which a softmax does not see, is
-dropped, and the value bias goes into the output's.
+The same vectors as `MISSRec.encode` up to rounding, compared on sessions of several shapes before it is used. An item's
+modalities and ID are summed once per catalogue version; interests are looked up together with their first projections;
+a session's distinct interests are found on the host; the key bias is dropped, since a number added to all keys cancels
+in the softmax, and the value bias is added to that of the output.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class _LastQuery(NamedTuple):
         """
         heads, (batch, width) = len(self.key), x.shape
         query = torch.addmm(self.query_bias, x, self.query).view(batch, heads, -1).transpose(0, 1)
-        towards = torch.bmm(query, self.key).transpose(0, 1)
-        scores = torch.bmm(towards, keys.transpose(1, 2))
+        towards = torch.bmm(query, self.key).transpose(0, 1)  # [batch, head, dim]
+        scores = torch.bmm(towards, keys.transpose(1, 2))  # [batch, head, key]
         if hidden is not None:
             scores = scores.masked_fill_(hidden, -torch.inf)
-        mixed = torch.bmm(scores.softmax(-1), keys).transpose(0, 1)
+        mixed = torch.bmm(scores.softmax(-1), keys).transpose(0, 1)  # [head, batch, dim]
         value = torch.bmm(mixed, self.value).transpose(0, 1).reshape(batch, width)
         attended = torch.addmm(self.output_bias, value, self.output)
         if blind is not None:
@@ -113,7 +113,7 @@ class FusedEncoder:
     model : MISSRec
         One for which `can_be_fused` holds.
     tokens : ItemEmbeddings of shape [row]
-        The catalogue's tokens in evaluation mode.
+        The catalogue's embeddings in evaluation mode.
     """
 
     def __init__(self, model: MISSRec, tokens: ItemEmbeddings) -> None:
@@ -159,7 +159,7 @@ class FusedEncoder:
         return vectors * torch.from_numpy(~empty).to(device).unsqueeze(1) if empty.any() else vectors
 
     def _memory(self, known: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the encoder's output [batch, interest, dim], where it may not be seen, and who sees none of it."""
+        """Return the memory [batch, interest, dim], the mask of its empty slots, and the sessions without interest."""
         chosen, position, counts = self._interests(known)
         batch, width = chosen.shape
         mask = np.arange(width) < counts[:, None]
@@ -190,7 +190,7 @@ class FusedEncoder:
     def _interests(
         self, known: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return distinct interests [batch, interest], the item that showed each first, and their number [batch]."""
+        """Return distinct interests [batch, interest], the index of the first item of each, and their count [batch]."""
         shown = self._assignment[known].reshape(len(known), -1)[:, ::-1].tolist()
         ages = [place // self._assignment.shape[1] for place in reversed(range(len(shown[0])))]
         firsts = [dict(zip(line, ages, strict=True)) for line in shown]  # newest first, so that the oldest stays
@@ -204,8 +204,8 @@ class FusedEncoder:
         return chosen, position, counts
 
 
-def folded(model: MISSRec, tokens: ItemEmbeddings | None) -> FusedEncoder | None:
-    """Return a folded encoder, or None where the model has parts that it does not know or answers otherwise."""
+def fuse_encoder(model: MISSRec, tokens: ItemEmbeddings | None) -> FusedEncoder | None:
+    """Return a fused encoder, or None where the model has parts that cannot be fused or the vectors would differ."""
     if tokens is None or not can_be_fused(model):
         return None
     encoder = FusedEncoder(model, tokens)
@@ -213,7 +213,7 @@ def folded(model: MISSRec, tokens: ItemEmbeddings | None) -> FusedEncoder | None
 
 
 def can_be_fused(model: MISSRec) -> bool:
-    """Return whether the model is one of those that `FusedEncoder` knows: the default recipe is."""
+    """Return whether the model has only parts that `FusedEncoder` implements, as that of the default recipe has."""
     return (
         model.event_features is None
         and model.decoder.sequence_fusion == "add"
@@ -237,12 +237,12 @@ def _equal(model: MISSRec, tokens: ItemEmbeddings, encoder: FusedEncoder, batch:
 
 
 def _hidden(lengths: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.bool_]:
-    """Return [batch, 1, width], True behind the end of a line; a line without any content hides nothing (no NaN)."""
+    """Return [batch, 1, width], True behind the end of a session; for an empty one nowhere, which avoids NaN."""
     return (np.arange(width) >= np.where(lengths == 0, width, lengths)[:, None])[:, None]
 
 
 def _spread(tokens: Tensor, real: Tensor | None, total: int) -> Tensor:
-    """Return [total, dim] with the tokens at their places and zeros between them."""
+    """Return [total, dim] with the tokens at their indices and zeros between them."""
     return tokens if real is None else tokens.new_zeros(total, tokens.shape[1]).index_copy_(0, real, tokens)
 
 

@@ -1,8 +1,8 @@
-"""What a large catalogue is searched with, built once in bounded memory and mapped from a file by every server.
+"""Retrieval index of a large catalogue (packed items and int8 bounds): built once in bounded memory, mapped by servers.
 
-Made with the bundle, not at every start: instances share the pages, and a server of a million items starts in the time
-that reading its checksums takes. A token depends on nothing but its row and the weights, so that the file of an update
-holds the numbers that the file before held.
+It is written with the bundle, not at every start: instances share the pages, and a server of a million items starts in
+the time that its checksums take. A token depends on its row and the weights alone, so that the index of a catalogue
+update has the same numbers for all unchanged rows.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _QUANTISED = ("codes", "scale", "rest", "error", "length", "mean", "directions")
 
 
 class RetrievalIndex(NamedTuple):
-    """Both passes of the certified search."""
+    """What both passes of an exact search read."""
 
     table: PackedItems
     quantised: Int8Bounds
 
     @staticmethod
     def load(file: Path) -> RetrievalIndex:
-        """Map a file of `write_index`; only what is read takes memory, and processes share it."""
+        """Map a file of `write_index`; only pages that are read take memory, and processes share them."""
         stored = {name: _aligned(tensor) for name, tensor in load_file(file).items()}
         rows = StoredRows(file, "table.tokens")
         table = PackedItems(**{name: stored[f"table.{name}"] for name in _TABLE}, stored=rows)
@@ -75,11 +75,11 @@ class RetrievalIndex(NamedTuple):
 
 
 Part = Callable[[Tensor], PackedItems]
-"""Gives the table of some rows [row], ascending, as if they were a catalogue of their own."""
+"""Rows [row], ascending -> their packed items, as if they were a catalogue of their own."""
 
 
 def write_index(model: MISSRec, file: Path) -> None:
-    """Work out a model's tables, some rows at a time, and write them to a file.
+    """Compute a model's retrieval index, some rows at a time, and write it to a file.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def write_index(model: MISSRec, file: Path) -> None:
 
     def part(rows: Tensor) -> PackedItems:
         table = pack_items(fusion, item_encoder.candidates(item_encoder(rows), rows), rows)
-        release_pages(read)  # else mapped vectors would all end up in this process
+        release_pages(read)  # else all mapped vectors would end up in this process's memory
         return table
 
     with torch.inference_mode():
@@ -109,7 +109,7 @@ def write_index(model: MISSRec, file: Path) -> None:
 
 @torch.inference_mode()
 def write_tables(file: Path, frame: PackedItems, part: Part) -> None:
-    """Write the tables of a catalogue that is given in parts.
+    """Write the index of a catalogue that is given in parts.
 
     Parameters
     ----------
@@ -118,14 +118,14 @@ def write_tables(file: Path, frame: PackedItems, part: Part) -> None:
     frame : PackedItems
         The whole catalogue's, with tokens of width 0: everything but the tokens.
     part : callable
-        Gives the table of some rows.
+        Returns the packed items of some rows.
     """
     n_rows, n_tokens = frame.n_rows, len(frame.tokens)
     sample = part(torch.arange(0, n_rows, max(n_rows // SAMPLE, 1))).tokens
     mean, directions = principal(sample)
     known = {f"table.{name}": getattr(frame, name) for name in _TABLE if name != "tokens"}
     known |= {"quantised.mean": mean, "quantised.directions": directions}
-    worked_out = {
+    computed = {
         "table.tokens": (torch.float32, (n_tokens, len(mean))),
         "quantised.codes": (torch.int8, (n_tokens, directions.shape[1])),
         "quantised.scale": (torch.bfloat16, (n_tokens,)),
@@ -134,7 +134,7 @@ def write_tables(file: Path, frame: PackedItems, part: Part) -> None:
         "quantised.length": (torch.float32, ()),
     }
     rest, error, length = torch.empty(n_tokens), torch.zeros(()), torch.zeros(())
-    with TensorFile(file, {name: (one.dtype, tuple(one.shape)) for name, one in known.items()} | worked_out) as out:
+    with TensorFile(file, {name: (one.dtype, tuple(one.shape)) for name, one in known.items()} | computed) as out:
         for name, tensor in known.items():
             out.write(name, tensor)
         total = -(-n_rows // CHUNK) * len(frame.place)
@@ -151,7 +151,7 @@ def write_tables(file: Path, frame: PackedItems, part: Part) -> None:
 
 
 def _in_order(frame: PackedItems, part: Part) -> Iterator[tuple[int, Tensor]]:
-    """Yield where tokens stand in the whole table, and the tokens; every one once or, to the bit, twice."""
+    """Yield tokens and their index in the whole table; each once or twice, the second time bit for bit the same."""
     last = max(frame.n_rows - CHUNK, 0)
     for start in [*range(0, last, CHUNK), last]:  # whole chunks, the last one overlapping: products of one shape
         rows = torch.arange(start, min(start + CHUNK, frame.n_rows))

@@ -1,8 +1,9 @@
-"""Upper bounds of all scores from one byte per number: principal directions in 8 bits and their error.
+"""Int8 upper bounds of all scores: principal directions of the packed items in one byte per number, and their error.
 
-A token y is kept as ``mean + V z`` with z in 8 bits, and with the length of what that leaves out. For a session s the
-true ``s.y`` then lies within ``|s_V| |z error| + |s - s_V| |rest|`` of the estimate (Cauchy-Schwarz), plus what
-arithmetic in 16 bits rounds. `retrieval.search` turns such bounds into the exact answer (design: the certified search).
+A token y is stored as ``mean + V z`` with z in 8 bits, and with the length of its rest outside V. For a session s the
+true ``s.y`` then lies within ``|s_V| |z error| + |s - s_V| |rest|`` of the estimate (Cauchy-Schwarz), plus the rounding
+of arithmetic in 16 bits. `missrec_t4r.retrieval.topk.search` finds the exact top-k with such bounds: it scores the best
+candidates exactly until no other bound reaches the k-th score (the exactness check).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Int8Bounds:
     scale: Tensor
     """[token], bfloat16: a token's step."""
     rest: Tensor
-    """[row], float32: largest length of what the directions leave out of the row's tokens."""
+    """[row], float32: largest length of the rest of the row's tokens outside the directions."""
     error: Tensor
     """[]: largest length of the error of the 8 bits."""
     length: Tensor
@@ -64,13 +65,14 @@ class Int8Bounds:
         Parameters
         ----------
         table : PackedItems
-            The one this was made from, for its places and phi; its tokens are not read.
+            The packed items that these bounds belong to; their tokens are not read.
         query : Query
         threads : int
             Chunks worked on at the same time.
         """
-        along = query.vectors @ self.directions
+        along = query.vectors @ self.directions  # [batch, direction]
         rough = along.to(torch.bfloat16)
+        # lengths of the parts of the session outside the directions, and the error of the estimates: [batch]
         beyond = (query.vectors.square().sum(1) - along.square().sum(1)).clamp_min(0).sqrt() + 1e-4
         slack = (along - rough.float()).norm(dim=1) * self.length + along.norm(dim=1) * self.error + _SUMMING
         upper = torch.empty_like(query.added)
@@ -130,7 +132,7 @@ class Int8Bounds:
 
 @cache
 def steepness(n_tokens: int) -> float:
-    """Return by how much at most the fused score errs where no vote errs by more than 1, whatever phi is.
+    """Return the largest error of the fused score if no vote has an error above 1, for any phi.
 
     The slope of ``sum_m softmax(phi v)_m v_m`` in direction d is at most ``|d| (1 + sum_m w_m |x_m - mean|)`` with
     x = phi v. Split the tokens at the mean, p the weight above it: the sum is ``2 p (1 - p)`` times the distance of
@@ -143,14 +145,14 @@ def steepness(n_tokens: int) -> float:
 
 
 class Codes(NamedTuple):
-    """Some tokens, compressed."""
+    """Compressed tokens."""
 
     codes: Tensor
     """[token, direction], int8."""
     scale: Tensor
     """[token], bfloat16."""
     rest: Tensor
-    """[token]: length of what the directions leave out."""
+    """[token]: length of the rest outside the directions."""
     error: Tensor
     """[]: largest length of the error of the 8 bits."""
     length: Tensor
@@ -158,7 +160,7 @@ class Codes(NamedTuple):
 
 
 def principal(sample: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean [dim] of a sample of tokens [token, dim] and the directions [dim, direction] that hold it."""
+    """Return the mean [dim] of a sample of tokens [token, dim] and their principal directions [dim, direction]."""
     sample = sample[sample.square().sum(1) > 0].float()
     mean = sample.mean(0) if len(sample) else torch.zeros(sample.shape[1])
     values, vectors = torch.linalg.eigh((sample - mean).T @ (sample - mean) / max(len(sample), 1))
@@ -189,7 +191,7 @@ def rest_of_rows(rest: Tensor, place: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def quantise(table: PackedItems) -> Int8Bounds:
-    """Compress a score table; the tokens themselves stay with it for the exact scores."""
+    """Compress packed items, which keep their tokens for the exact scores."""
     tokens = table.tokens
     mean, directions = principal(tokens[:: max(len(tokens) // SAMPLE, 1)])
     parts = [compress(part, mean, directions) for part in tokens.split(CHUNK)]

@@ -1,8 +1,10 @@
-"""The catalogue's tokens packed for ranking: one product per request, exact scores of any few items.
+"""Packed items: the catalogue's embeddings laid out for one product per request, with exact scores of any few items.
 
-With a trained ID embedding e the score ``(s.e + 2 fused)/3`` equals the fused score of the tokens ``y = (e + 2x)/3``
-under 1.5 phi, because the softmax does not see what all modalities of an item share (specification 6). So every item is
-a handful of tokens and one number phi, worked out once per catalogue version.
+    (s . e + 2 sum_m w_m s . x_m) / 3  =  sum_m w_m s . y_m,     y_m = (e + 2 x_m) / 3,  w = softmax of 1.5 phi s . y_m
+
+With a trained ID embedding e the score (E11) equals the fused score of the vectors y under 1.5 phi: a softmax does not
+change when the same number (here s . e) is added to all of its inputs. So every item is a handful of vectors, called
+tokens here, and one number phi, computed once per catalogue version.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class PackedItems:
     phi: Tensor
     """[row]: sharpness of the softmax over a row's votes."""
     stored: StoredRows | None = None
-    """Gives ``tokens`` row by row where they are mapped from a file."""
+    """Reads ``tokens`` row by row where they are mapped from a file."""
 
     @property
     def n_rows(self) -> int:
@@ -59,8 +61,8 @@ class PackedItems:
         Tensor [batch, row], float32
             Up to rounding those of `CandidateFusion`; meaningless for rows that cannot be recommended.
         """
-        votes = (session.to(self.tokens.dtype) @ self.tokens.T).float()
-        scores = votes[:, : self.n_rows]
+        votes = (session.to(self.tokens.dtype) @ self.tokens.T).float()  # [batch, token]
+        scores = votes[:, : self.n_rows]  # [batch, row]: the first token of every row
         if not len(self.several):
             return scores
         second = votes[:, self.n_rows : self.n_rows + len(self.several)]
@@ -72,7 +74,7 @@ class PackedItems:
         return scores.index_copy(1, self.several, fused)
 
     def exact(self, session: Tensor, rows: Tensor) -> Tensor:
-        """Return the scores of some rows, the same for a row whatever it is asked together with.
+        """Return the scores of some rows; that of a row does not depend on the other rows of the call.
 
         Parameters
         ----------
@@ -88,18 +90,18 @@ class PackedItems:
         return fuse(votes, present, self.phi[rows].double())
 
     def quick(self, session: Tensor, rows: Tensor) -> Tensor:
-        """Return what `exact` does in the tokens' precision, [batch, item]."""
+        """Return the scores of `exact` in single precision, [batch, item]."""
         votes, present = self._votes(session.float(), rows, torch.float32)
         return fuse(votes, present, self.phi[rows])
 
     def leading(self, session: Tensor, rows: Tensor) -> Tensor:
-        """Return the modality that weighs most in the scores of ``rows``, [batch, item]; -1 where only an ID speaks."""
+        """Return the modality with the largest weight in the scores of ``rows``, [batch, item]; -1 for an ID alone."""
         votes, present = self._votes(session.double(), rows, torch.float64)
         logits = (self.phi[rows] * votes).masked_fill(~present, -torch.inf)
         return self.modality[:, rows].gather(0, logits.argmax(0, keepdim=True))[0]
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> PackedItems:
-        """Return the table on a device, its tokens of another type."""
+        """Return the packed items on a device, with tokens of another type."""
         moved = {name: getattr(self, name).to(device) for name in ("place", "modality", "several", "phi")}
         tokens = self.tokens.to(device, dtype)
         return replace(self, tokens=tokens, stored=self.stored if tokens is self.tokens else None, **moved)
@@ -128,13 +130,13 @@ def fuse(votes: Tensor, present: Tensor, phi: Tensor) -> Tensor:
 
 
 def fuse_two(first: Tensor, second: Tensor, phi: Tensor) -> Tensor:
-    """Return what `fuse` does for two tokens: the softmax of two votes is a sigmoid of their difference."""
+    """Return `fuse` of two tokens: the softmax of two votes is a sigmoid of their difference."""
     apart = second - first
     return torch.addcmul(first, apart, torch.sigmoid(phi * apart))
 
 
 def pack_items(fusion: CandidateFusion, candidates: CandidateEmbeddings, rows: Tensor | None = None) -> PackedItems:
-    """Pack a catalogue's unit-length tokens.
+    """Pack a catalogue's unit-length embeddings.
 
     Parameters
     ----------
@@ -143,7 +145,7 @@ def pack_items(fusion: CandidateFusion, candidates: CandidateEmbeddings, rows: T
     candidates : CandidateEmbeddings
         Of `MISSRec.candidates`, in evaluation mode.
     rows : Tensor [row], int64, optional
-        Whose tokens they are, where they are not the whole catalogue's.
+        The rows of the candidates, where they are not the whole catalogue.
     """
     phi = (torch.zeros(()) if fusion.phi is None else fusion.phi.detach()).float().reshape(-1)
     phi = phi[rows] if rows is not None and len(phi) > 1 else phi
@@ -168,7 +170,7 @@ def _packed(tokens: Tensor, mask: Tensor, phi: Tensor) -> PackedItems:
     depth = mask.sum(0)
     place = torch.full_like(modality, -1)
     place[0] = torch.arange(n_rows, device=mask.device)
-    packed, taken = [tokens[modality[0], place[0]] * mask.any(0).unsqueeze(-1)], n_rows
+    packed, taken = [tokens[modality[0], place[0]] * mask.any(0).unsqueeze(-1)], n_rows  # [row, dim]
     for level in range(1, len(mask)):
         rows = torch.nonzero(depth > level).flatten()
         packed.append(tokens[modality[level, rows], rows])

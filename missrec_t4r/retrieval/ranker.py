@@ -1,7 +1,7 @@
 """The ranker: batches of catalogue rows in, the best items per session out. The same code offline and in Triton.
 
-Null and unknown rows are dropped and counted. A session without any known item cannot be encoded: it is answered with
-the most popular items, and the answer says so. Ranking order: score descending, ties by ascending row.
+Null and unknown rows are dropped and counted. A session without any known item cannot be encoded: its list is that of
+the most popular items, marked as a fallback. Ranking order: score descending, ties by ascending row.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.io.tensor_file import PeriodicPageRelease
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.retrieval.filters import NO_RULES, ItemColumns, Rules, capped
-from missrec_t4r.retrieval.fused_encoder import folded
+from missrec_t4r.retrieval.fused_encoder import fuse_encoder
 from missrec_t4r.retrieval.index_file import RetrievalIndex
 from missrec_t4r.retrieval.int8_bounds import AVAILABLE, Int8Bounds, quantise
 from missrec_t4r.retrieval.packed_scores import pack_items
 from missrec_t4r.retrieval.topk import SPARE, Found, Query, scan_bounds, search
-from missrec_t4r.retrieval.traced_encoder import SessionEncoder, recorded
+from missrec_t4r.retrieval.traced_encoder import SessionEncoder, trace_encoder
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
 
 Rows = npt.NDArray[np.int64]
@@ -38,12 +38,12 @@ _TOKENS_IN_MEMORY = 1 << 26
 _RELEASE_EVERY = 8
 """Sessions after which mapped pages go back: the system hands out up to 2 MiB around every row that is read."""
 CERTIFIED_FROM = 50_000
-"""Rows from which the certified search in 8 bits replaces the scan; smaller catalogues are scanned in less time."""
+"""Rows from which int8 bounds replace the scan; smaller catalogues are scanned in less time."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Answers to a batch of sessions."""
+    """Ranked items of a batch of sessions."""
 
     rows: Rows
     """[batch, top_k]: catalogue rows, best first; 0 from ``n_items`` on."""
@@ -54,7 +54,7 @@ class Ranking:
     n_unknown: npt.NDArray[np.int32]
     """[batch]: null and unknown rows that were dropped from the session."""
     fallback: npt.NDArray[np.bool_]
-    """[batch]: True where no item of the session is known and popularity answered."""
+    """[batch]: True where no item of the session is known, so that the list is that of the most popular items."""
     n_passed: npt.NDArray[np.int32]
     """[batch]: items that the filters let through, before the caps; ``n_items`` is the smaller of it and ``top_k``
     unless caps take some away."""
@@ -76,9 +76,9 @@ class Ranker:
     dtype : torch.dtype
         Of the tokens that are scanned; float16 halves a GPU's memory.
     certified_from : int
-        Rows from which the certified search is used, on the CPU.
+        Rows from which int8 bounds are used, on the CPU.
     tables : RetrievalIndex, optional
-        Of the same model and catalogue, mapped from a bundle; worked out here without them.
+        Of the same model and catalogue, mapped from a bundle; computed here without it.
     """
 
     def __init__(
@@ -104,9 +104,9 @@ class Ranker:
             self.table = table.to(self.device, dtype)
             self._tokens = tokens if small else None
             self._popularity = self._popular(catalogue)
-        self._folded = folded(self.model, self._tokens)
-        self._encode = recorded(SessionEncoder(self.model, self._tokens)) if self._folded is None else None
-        if self._folded is not None:
+        self._fused = fuse_encoder(self.model, self._tokens)
+        self._encode = trace_encoder(SessionEncoder(self.model, self._tokens)) if self._fused is None else None
+        if self._fused is not None:
             self._tokens = None  # it has what it needs of them
         certified = self.device.type == "cpu" and catalogue.n_rows >= certified_from and AVAILABLE
         self.quantised: Int8Bounds | None = None
@@ -114,7 +114,7 @@ class Ranker:
             self.quantised = quantise(self.table) if tables is None else tables.quantised
         self._page_release = PeriodicPageRelease(self._mapped() if tables is not None else (), _RELEASE_EVERY)
         self.widenings = 0
-        """Sessions whose search had to look beyond its first candidates to be certain."""
+        """Sessions whose exactness check failed for the first candidates, so that the search widened."""
 
     @torch.inference_mode()
     def rank(
@@ -129,14 +129,14 @@ class Ranker:
         rules: Sequence[Rules] | None = None,
         event_features: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> Ranking:
-        """Answer a batch of sessions.
+        """Rank the catalogue for a batch of sessions.
 
         Parameters
         ----------
         rows : ndarray [batch, seq], int64
             Catalogue rows in the order of time, 0 for padding; the last ``max_sequence_length`` known ones count.
         top_k : int or array [batch]
-            Items wanted per session, at least 1; answers are as wide as the largest.
+            Items to return per session, at least 1; the result is as wide as the largest.
         exclude_seen : bool or array [batch]
             Whether a session's own items are left out.
         seen : ndarray [batch, any], int64, optional
@@ -148,14 +148,14 @@ class Ranker:
         rules : sequence of Rules, one per session, optional
             Filters and caps over the catalogue's columns.
         event_features : mapping of str to ndarray [batch, seq] or [batch, seq, size], optional
-            Side features of the sessions, aligned with ``rows``; what is missing counts as absent.
+            Event features of the sessions, aligned with ``rows``; what is missing counts as absent.
 
         Raises
         ------
         DataError
             A row outside the catalogue, or ``top_k`` below 1.
         ServingError
-            Rules ask for a column that the catalogue does not have, or for values of another type.
+            Rules name a column that the catalogue does not have, or values of another type.
         """
         batch = len(rows)
         wanted = np.minimum(np.broadcast_to(np.asarray(top_k, np.int64).reshape(-1), batch), self.catalogue.n_items)
@@ -180,8 +180,8 @@ class Ranker:
 
     def encode(self, known: Rows, event_features: Mapping[str, npt.NDArray[Any]] | None = None) -> Tensor:
         """Return the session vectors [batch, dim] of compacted rows [batch, seq]; zero for an empty session."""
-        if not event_features and self._folded is not None:
-            return self._folded(known)
+        if not event_features and self._fused is not None:
+            return self._fused(known)
         session = torch.from_numpy(known).to(self.device)
         if not event_features and self._encode is not None:
             return self._encode(session)
@@ -191,7 +191,7 @@ class Ranker:
         return vectors * (session > PADDING_ROW).any(1, keepdim=True)
 
     def query(self, known: Rows, event_features: EventArrays) -> Query:
-        """Return what compacted rows [batch, seq] and their side features ask of the catalogue, without any rule."""
+        """Return the query of compacted rows [batch, seq] and their event features, without any filter."""
         width = max(int((known > PADDING_ROW).sum(1).max(initial=0)), 1)
         known, event_features = known[:, :width], {name: values[:, :width] for name, values in event_features.items()}
         session = torch.from_numpy(known).to(self.device)
@@ -202,7 +202,7 @@ class Ranker:
         return Query(self.encode(known, event_features), added, self.model.recommendable.repeat(len(known), 1))
 
     def _restrict(self, allowed: Tensor, banned: Rows, allow: Rows | None, rules: Sequence[Rules]) -> None:
-        """Take from ``allowed`` [batch, row], in place, what a batch's lists and filters rule out."""
+        """Clear in ``allowed`` [batch, row], in place, what the lists and filters of a batch rule out."""
         allowed.scatter_(1, torch.from_numpy(banned).to(self.device), False)
         if allow is not None and (allow > PADDING_ROW).any():
             only = torch.from_numpy(allow).to(self.device)
@@ -228,7 +228,7 @@ class Ranker:
         return found
 
     def _capped(self, query: Query, bounds: Tensor, k: int, rules: Rules) -> Found:
-        """Return the k best items that keep to the caps, looking as far down as that takes."""
+        """Return the k best items within the diversity caps, searching as deep as needed."""
         caps = [(self.columns.groups(column), cap) for column, cap in rules.at_most]
         width = 4 * k
         while True:
@@ -263,7 +263,7 @@ class Ranker:
         )
 
     def _mapped(self) -> list[Tensor]:
-        """Return what look-ups read here and there of a large catalogue."""
+        """Return the tensors of a large catalogue of which single rows are read."""
         weights = [one for one in self.model.state_dict().values() if len(one.shape) and len(one) == self.table.n_rows]
         return [self.table.tokens, *self.model.item_encoder.vectors.buffers(), *weights]
 

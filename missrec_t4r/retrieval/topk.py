@@ -1,8 +1,9 @@
-"""Exact top-k in a fixed order, ties by ascending row, from upper bounds and with a certificate.
+"""Exact top-k in a fixed order, ties by ascending row, from upper bounds of the scores and an exactness check.
 
-A first pass bounds every item's score from above (the chunked scan within rounding, `quantised` more loosely for a
-fraction of the bytes). The best bounds are scored exactly; an item that was not is out once its bound lies below the
-k-th exact score, and as long as one does not the search widens. The answer is that of scoring everything.
+A first pass bounds every item's score from above (a scan in the tokens' precision, or `int8_bounds`, more loosely for a
+fraction of the bytes). The items with the best bounds are scored exactly. An item without an exact score is ruled out
+once its bound is below the k-th exact score; while one is not, the search widens. The result is that of scoring
+everything.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor
 from missrec_t4r.retrieval.packed_scores import SCAN_ERROR, PackedItems
 
 SPARE = 8
-"""Items scored exactly beyond those asked for, so that most searches need no second round."""
+"""Items scored exactly beyond k, so that most searches need no second round."""
 _BLOCK = 256
-"""Items whose best bound stands for them when the first threshold is looked for."""
+"""Items of a block, whose best bound is compared when the first threshold is chosen."""
 _TOGETHER = 1 << 15
 """Up to so many rows the sessions of a batch are searched together; beyond, one after the other."""
 _ROUND = 4096
@@ -41,21 +42,21 @@ class Found(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What a batch of sessions asks of a catalogue."""
+    """Session vectors of a batch, what is added to their scores, and the items that may be returned."""
 
     vectors: Tensor
-    """[batch, dim]: unit length; zero for a session that only ``added`` shall answer."""
+    """[batch, dim]: unit length; zero for a session that is ranked by ``added`` alone."""
     added: Tensor
-    """[batch, row]: what is added to the fused scores: history, neighbours, popularity."""
+    """[batch, row]: what is added to the network's scores: score terms, or popularity."""
     allowed: Tensor
-    """[batch, row], bool: False for what must not be answered."""
+    """[batch, row], bool: False for items that must not be returned."""
 
 
 def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k best columns of every line.
 
-    `torch.topk` leaves the order of equal scores, and which of them make the cut, to chance; two servers with the same
-    bundle would answer differently.
+    `torch.topk` does not define the order of equal scores, nor which of them it returns; two servers with the same
+    bundle would give different lists.
 
     Parameters
     ----------
@@ -82,7 +83,7 @@ def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rows = scores.topk(k, dim=1).indices.sort(dim=1).values  # ascending rows first, so that a stable sort keeps them
     best, order = scores.gather(1, rows).sort(dim=1, descending=True, stable=True)
     rows = rows.gather(1, order)
-    crowded = (scores >= best[:, -1:]).sum(1) > k  # more items share the last place than fit: take the lowest rows
+    crowded = (scores >= best[:, -1:]).sum(1) > k  # more items have the last score than fit: take the lowest rows
     if bool(crowded.any()):
         whole, columns = scores[crowded].sort(dim=1, descending=True, stable=True)
         best[crowded], rows[crowded] = whole[:, :k], columns[:, :k]
@@ -125,7 +126,7 @@ def search(table: PackedItems, query: Query, bounds: Tensor, k: int) -> list[Fou
 
 
 def _widening(table: PackedItems, query: Query, bounds: Tensor, line: int, k: int) -> Found:
-    """Score exactly whatever may be among the best, in rounds from the highest bounds down."""
+    """Score exactly all items that may be among the best, in rounds from the highest bounds down."""
     one = Query(*(part[line : line + 1] for part in query))
     scores, rows, scored = bounds[:0], torch.empty(0, dtype=torch.int64, device=bounds.device), 0
     threshold, done, reached = _first_threshold(bounds, k), torch.inf, -torch.inf

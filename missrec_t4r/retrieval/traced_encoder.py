@@ -1,7 +1,7 @@
-"""The session encoder recorded at start and replayed without Python, if it answers as the model does.
+"""Traced encoder: the session encoder as a TorchScript graph, traced when a server starts and run without Python.
 
-A recording is kept only if it answers as the model does on sessions of several shapes; otherwise the model itself
-answers. Nothing is stored: every start records anew, from verified weights.
+A trace is used only if it gives the model's vectors on sessions of several shapes; otherwise the model itself encodes.
+Nothing is stored: every start traces anew, from verified weights.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
 
 Encode = Callable[[Tensor], Tensor]
 
-_RECORDED = (2, 7)
+_TRACED = (2, 7)
 _CHECKED = ((1, 1), (1, 2), (1, 9), (3, 1), (5, 12))
-"""Batch and length of the session that is recorded, and of those that a recording is checked on."""
+"""Batch and length of the sessions that are traced, and of those on which a trace is compared with the model."""
 _TOLERANCE = 1e-5
 _PROJECTIONS_IN_MEMORY = 1 << 26
 """Projections of interests of at most this many numbers (256 MiB) are kept."""
@@ -38,7 +38,7 @@ class SessionEncoder(nn.Module):
     ----------
     model : MISSRec
     tokens : ItemEmbeddings of shape [row], optional
-        The catalogue's tokens; without them those of the session's items are worked out.
+        The catalogue's embeddings; without them those of the session's items are computed.
     """
 
     def __init__(self, model: MISSRec, tokens: ItemEmbeddings | None) -> None:
@@ -60,7 +60,7 @@ class SessionEncoder(nn.Module):
         return vectors * (session > PADDING_ROW).any(1, keepdim=True)
 
     def _encode(self, session: Tensor, projections: Tensor) -> Tensor:
-        """Return what `MISSRec.encode` does, the interests' projections looked up."""
+        """Return the vectors of `MISSRec.encode`, with the projections of the interests looked up."""
         model = self.model
         items = model.item_encoder(session) if self.tokens is None else self.tokens.take(session)
         interests = model.interests(session)
@@ -70,29 +70,29 @@ class SessionEncoder(nn.Module):
 
 
 @torch.inference_mode()
-def recorded(encoder: SessionEncoder) -> Encode:
-    """Return a recording of the encoder, or the encoder itself where a recording would answer otherwise."""
+def trace_encoder(encoder: SessionEncoder) -> Encode:
+    """Return a trace of the encoder, or the encoder itself where a trace would give other vectors."""
     plain = SessionEncoder(encoder.model, encoder.tokens)
     plain.projections = None
-    shapes = [_session(encoder.model, *shape) for shape in (_RECORDED, *_CHECKED)]
+    shapes = [_session(encoder.model, *shape) for shape in (_TRACED, *_CHECKED)]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # shapes that a recording fixes are what the check below finds out
+            warnings.simplefilter("ignore")  # the check below finds shapes that a trace has made constants
             traced = torch.jit.trace(encoder.eval(), (shapes[0],), check_trace=False, strict=False)
-            replayed = torch.jit.freeze(traced)
+            frozen = torch.jit.freeze(traced)
         with torch.jit.optimized_execution(False):
-            equal = all(torch.allclose(replayed(one), plain(one), atol=_TOLERANCE, rtol=0) for one in shapes)
+            equal = all(torch.allclose(frozen(one), plain(one), atol=_TOLERANCE, rtol=0) for one in shapes)
     except RuntimeError:
         return encoder
     if not equal:
         return encoder
 
-    def replay(session: Tensor) -> Tensor:
-        with torch.jit.optimized_execution(False):  # optimising anew for every shape takes longer than it saves
-            vectors: Tensor = replayed(session)
+    def encode(session: Tensor) -> Tensor:
+        with torch.jit.optimized_execution(False):  # optimising for every new shape costs more time than it saves
+            vectors: Tensor = frozen(session)
             return vectors
 
-    return replay
+    return encode
 
 
 def _fast(encoder: ContextualEncoder) -> FastContextualEncoder:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from missrec_t4r.retrieval import fused_encoder as module
-from missrec_t4r.retrieval.fused_encoder import FusedEncoder, folded
+from missrec_t4r.retrieval.fused_encoder import FusedEncoder, fuse_encoder
 from tests.serving import shop
 
 
@@ -23,7 +23,7 @@ from tests.serving import shop
 )
 def test_it_equals_the_model_on_every_shape(settings: dict[str, object]) -> None:
     model = shop.model_for(shop.catalogue(), **settings)
-    encoder = folded(model, model.item_encoder.catalogue())
+    encoder = fuse_encoder(model, model.item_encoder.catalogue())
     assert encoder is not None
     rng = np.random.default_rng(0)
     assert encoder(np.zeros((0, 3), np.int64)).shape == (0, model.config.d_model)
@@ -40,7 +40,7 @@ def test_it_equals_the_model_on_every_shape(settings: dict[str, object]) -> None
 def test_items_without_any_interest_are_answered_by_what_is_left_of_them() -> None:
     model = shop.model_for(shop.catalogue(), interest_ratio=0.5)
     model.interests.assignment[:, 5:8] = 0
-    encoder = folded(model, model.item_encoder.catalogue())
+    encoder = fuse_encoder(model, model.item_encoder.catalogue())
     assert encoder is not None
     for rows in ([[5]], [[5, 6, 7], [9, 5, 0]], [[5, 6, 0], [7, 0, 0]]):
         expected = model(torch.tensor(rows)).detach()
@@ -52,11 +52,11 @@ def test_items_without_any_interest_are_answered_by_what_is_left_of_them() -> No
 )
 def test_models_that_it_does_not_know_are_left_to_the_recording(settings: dict[str, object]) -> None:
     model = shop.model_for(shop.catalogue(), **settings)
-    assert folded(model, model.item_encoder.catalogue()) is None
+    assert fuse_encoder(model, model.item_encoder.catalogue()) is None
 
 
 def test_an_encoder_that_would_answer_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shop.model_for(shop.catalogue())
     real = FusedEncoder.__call__
     monkeypatch.setattr(module.FusedEncoder, "__call__", lambda self, rows: real(self, rows) * 1.001)
-    assert folded(model, model.item_encoder.catalogue()) is None
+    assert fuse_encoder(model, model.item_encoder.catalogue()) is None

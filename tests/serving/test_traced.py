@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from missrec_t4r.retrieval.ranker import Ranker
-from missrec_t4r.retrieval.traced_encoder import SessionEncoder, recorded
+from missrec_t4r.retrieval.traced_encoder import SessionEncoder, trace_encoder
 from tests.serving import shop
 
 
@@ -23,7 +23,7 @@ from tests.serving import shop
 def test_a_recording_equals_the_model_on_every_shape(settings: dict[str, object]) -> None:
     model = shop.model_for(shop.catalogue(), **settings)
     encoder = SessionEncoder(model, model.item_encoder.catalogue())
-    replay = recorded(encoder)
+    replay = trace_encoder(encoder)
     assert replay is not encoder
     rng = np.random.default_rng(0)
     with torch.inference_mode():
@@ -45,7 +45,7 @@ def test_a_recording_that_would_answer_otherwise_is_not_used(monkeypatch: pytest
         return real(session) * (2.0 if session.shape[0] == 2 else 1.0)  # a recording keeps one of the two for ever
 
     monkeypatch.setattr(encoder, "forward", fixed)
-    assert recorded(encoder) is encoder
+    assert trace_encoder(encoder) is encoder
 
 
 def test_side_features_go_past_the_recording() -> None:

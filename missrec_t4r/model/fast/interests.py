@@ -1,4 +1,4 @@
-"""Interests of a session without a decision on their number where a graph is recorded."""
+"""Interests of a session with a fixed number of slots where a graph is traced or compiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clustering of points into interests: k-means and density peaks, chunked so that no square matrix is ever held."""
+"""Clustering for interest discovery (E3): k-means and density peaks, in chunks so that no square matrix is stored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _PLUS_PLUS_LIMIT = 1 << 25
-"""Up to this many distances (points x clusters) k-means++ chooses the start; beyond it a uniform sample does."""
+"""Distances (points x clusters) up to which k-means++ draws the first centroids; beyond, a uniform sample."""
 _NEIGHBOURS = 5
 """k of the density-peaks estimate, the default of the authors' function."""
 _GROUP_PASSES = 3
@@ -19,7 +19,7 @@ _GROUP_PASSES = 3
 def kmeans(
     points: Tensor, n_clusters: int, *, seed: int, start: Tensor | None = None, passes: int = 5
 ) -> tuple[Tensor, Tensor]:
-    """Cluster by Lloyd's algorithm, warm-started where there is a start (specification 2).
+    """Cluster by Lloyd's algorithm, from given centroids where there are some (E3).
 
     Parameters
     ----------
@@ -31,13 +31,13 @@ def kmeans(
     start : Tensor [cluster, dim], optional
         Centroids of an earlier run; k-means++ otherwise.
     passes : int
-        Assignments to make (paper: 5 passes).
+        Passes over the points (paper: 5).
 
     Returns
     -------
     centroids : Tensor [cluster, dim]
     labels : Tensor [point], int64
-        No cluster that could have a member is empty: empty ones are moved to the points farthest from their centroid.
+        No cluster is empty if there are enough points: empty ones move to the points farthest from their centroid.
     """
     if len(points) <= n_clusters:
         centroids = points.new_zeros(n_clusters, points.shape[1])
@@ -52,7 +52,7 @@ def kmeans(
 
 
 def density_peaks(points: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
-    """Cluster by density peaks with k nearest neighbours, DPC-KNN (specification 2; Du, Ding and Jia, 2016).
+    """Cluster by density peaks with k nearest neighbours, DPC-KNN (E3b; Du, Ding and Jia, 2016).
 
     Quadratic in time, so for small catalogues; linear in memory.
 
@@ -73,7 +73,7 @@ def density_peaks(points: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
     scale = points.shape[1] ** -0.5
     pieces = chunks(len(points), len(points))
     nearest = torch.cat([(_distances(points[c], points) * scale).topk(k, largest=False).values for c in pieces])
-    density = torch.exp(-(nearest**2).mean(1))
+    density = torch.exp(-(nearest**2).mean(1))  # [point]
     rank = torch.empty_like(density, dtype=torch.int64)
     rank[density.argsort(descending=True, stable=True)] = torch.arange(len(points), device=points.device)
     gap = torch.cat([_gap_to_denser(_distances(points[c], points) * scale, rank[c], rank) for c in pieces])
@@ -99,7 +99,7 @@ def _first_centroids(points: Tensor, n_clusters: int, seed: int) -> Tensor:
     chosen[0] = (draws[0] * len(points)).long()
     norms = points.square().sum(1)
     distance = torch.full((len(points),), torch.inf, device=points.device, dtype=points.dtype)
-    for index in range(1, n_clusters):  # k-means++: far points are likelier; sequential by nature
+    for index in range(1, n_clusters):  # k-means++: far points are likelier; each draw depends on the last
         latest = chosen[index - 1]
         to_latest = (norms - 2 * (points @ points[latest]) + norms[latest]).clamp_min(0)
         distance = torch.minimum(distance, to_latest)
@@ -144,7 +144,7 @@ def _means(points: Tensor, labels: Tensor, fallback: Tensor) -> Tensor:
 
 
 def _assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nearest centroid of every point and the squared distance to it; a near one for very many of both."""
+    """Return the nearest centroid of every point (a near one beyond `COMPARED_AT_MOST`) and its squared distance."""
     if len(points) * len(centroids) <= COMPARED_AT_MOST:
         return nearest_of_all(points, centroids)
     return nearest_in_groups(points, centroids, lambda rows, n: kmeans(rows, n, seed=0, passes=_GROUP_PASSES))
@@ -159,7 +159,7 @@ def _distances(left: Tensor, right: Tensor) -> Tensor:
 COMPARED_AT_MOST = 1 << 31
 """Comparisons (points x centroids) up to which all are made: about twenty seconds on a core."""
 PROBED_GROUPS = 16
-"""Groups that a point looks into."""
+"""Groups whose centroids a point is compared with."""
 _CHUNK_ELEMENTS = 1 << 24
 """Entries of one block of comparisons: 64 MiB in float32."""
 
@@ -195,34 +195,40 @@ def nearest_in_groups(
     points : Tensor [point, dim]
     centroids : Tensor [cluster, dim]
     cluster : function
-        Makes the groups of centroids.
+        Clusters the centroids into groups.
     probed : int
-        Groups that a point looks into; with all of them nothing is missed.
+        Groups whose centroids a point is compared with; with all of them the result is exact.
     """
     centres, group = cluster(centroids, math.isqrt(len(centroids) - 1) + 1)
     probed = min(probed, len(centres))
     near = torch.cat([_nearest_groups(points[chunk], centres, probed) for chunk in chunks(len(points), len(centres))])
     by_group = near.flatten().argsort(stable=True)
-    visitors = torch.div(by_group, probed, rounding_mode="floor").split(_sizes(near, len(centres)))
+    points_of_group = torch.div(by_group, probed, rounding_mode="floor").split(_sizes(near, len(centres)))
     members = group.argsort(stable=True).split(_sizes(group, len(centres)))
     half_norms = centroids.square().sum(1) / 2
     labels = torch.zeros(len(points), dtype=torch.int64, device=points.device)
     value = torch.full((len(points),), -torch.inf, dtype=points.dtype, device=points.device)
-    for own, guests in zip(members, visitors):
+    for own, compared in zip(members, points_of_group):
         if len(own):
-            for chunk in chunks(len(guests), max(len(own), points.shape[1])):
-                _improve(points, centroids[own], half_norms[own], own, guests[chunk], labels, value)
+            for chunk in chunks(len(compared), max(len(own), points.shape[1])):
+                _improve(points, centroids[own], half_norms[own], own, compared[chunk], labels, value)
     return labels, (points.square().sum(1) - 2 * value).clamp_min(0)
 
 
 def _improve(
-    points: Tensor, centroids: Tensor, half_norms: Tensor, own: Tensor, guests: Tensor, labels: Tensor, value: Tensor
+    points: Tensor,
+    centroids: Tensor,
+    half_norms: Tensor,
+    own: Tensor,
+    near: Tensor,
+    labels: Tensor,
+    value: Tensor,
 ) -> None:
-    """Compare some points with a group's centroids, and note which come nearer than what they had."""
-    best = (points[guests] @ centroids.T - half_norms).max(1)
-    nearer = best.values > value[guests]
-    labels[guests] = torch.where(nearer, own[best.indices], labels[guests])
-    value[guests] = torch.where(nearer, best.values, value[guests])
+    """Compare some points with a group's centroids; update label and value where a centroid is nearer."""
+    best = (points[near] @ centroids.T - half_norms).max(1)
+    nearer = best.values > value[near]
+    labels[near] = torch.where(nearer, own[best.indices], labels[near])
+    value[near] = torch.where(nearer, best.values, value[near])
 
 
 def _nearest_groups(points: Tensor, centres: Tensor, probed: int) -> Tensor:
@@ -235,6 +241,6 @@ def _sizes(labels: Tensor, n_groups: int) -> list[int]:
 
 
 def chunks(n_rows: int, n_columns: int) -> list[slice]:
-    """Return stretches of rows whose comparisons with all columns fit into 64 MiB."""
+    """Return slices of rows whose comparisons with all columns fit into 64 MiB."""
     step = max(_CHUNK_ELEMENTS // max(n_columns, 1), 1)
     return [slice(begin, begin + step) for begin in range(0, n_rows, step)]

@@ -1,7 +1,7 @@
-"""Pre-training's contrasts: sessions against the positives of the batch, and against augmented views (specification 7).
+"""Pre-training objectives: sequence-item and sequence-sequence contrast (E16, E17; arXiv:2308.11175).
 
-Only the items of a batch get tokens, so a step's cost does not grow with the union of the domains. Under DDP each rank
-scores its own sessions against the positives of all ranks: their rows are gathered and their tokens computed at hand,
+Only the items of a batch are embedded, so that a step's cost does not grow with the union of the domains. Under DDP
+each rank scores its own sessions against the positives of all ranks: their rows are gathered and embedded locally,
 since every rank has the same adapters; view vectors are gathered with their gradients.
 """
 
@@ -23,25 +23,25 @@ Gather = Callable[[Tensor], Tensor]
 
 
 def alone(rows: Tensor) -> Tensor:
-    """Return the rows as they are: the gather of a single process."""
+    """Return the rows unchanged: the gather of a single process."""
     return rows
 
 
 def in_batch_loss(logits: Tensor, own: Tensor, everyone: Tensor, first: int = 0) -> Tensor:
     """Return the mean of ``-log softmax(logits[b])[first + b]``; equal items are not each other's negatives.
 
-    The mean is over the global batch, of which this process has its lines only: losses and gradients of all processes
-    are summed.
+    The mean is over the global batch, of which this process has a part of the rows: losses and gradients of all
+    processes are summed.
 
     Parameters
     ----------
     logits : Tensor [batch, global batch]
     own : Tensor [batch], int64
-        Positive item of every line.
+        Positive item of every row.
     everyone : Tensor [global batch], int64
         Positive item of every column; ``everyone[first + b] == own[b]``.
     first : int
-        Column of the first line: the sessions of lower ranks stand before it.
+        Column of the first row: the number of sessions on lower ranks.
     """
     columns = first + torch.arange(len(own), device=own.device)
     equal = own.unsqueeze(1) == everyone
@@ -83,12 +83,12 @@ class SequenceItemContrast(nn.Module):
         everyone : Tensor [global batch], int64
             The positives of all ranks.
         items : BatchEmbeddings
-            Tokens of, at least, the positives of all ranks.
+            Embeddings of, at least, the positives of all ranks.
         first : int
             Number of sessions on lower ranks.
         log_frequency : Tensor [row], optional
-            Taken off the logits: an item that is often a positive is as often a negative of others, and would learn to
-            lose (ours; Yi et al., RecSys 2019).
+            Subtracted from the logits: an item that is often a positive is as often a negative of others, which would
+            bias its score downwards (ours; logQ correction, Yi et al., RecSys 2019).
         """
         logits = self.fusion(sessions, items.candidates(everyone)) / self.temperature
         if log_frequency is not None:
@@ -115,7 +115,7 @@ class SequenceSequenceContrast(nn.Module):
         Parameters
         ----------
         sessions, views : Tensor [batch, dim]
-            Unit length; line b of both is the same session.
+            Unit length; row b of both is the same session.
         positives : Tensor [batch], int64
             Next item of each session: sessions with the same one are not each other's negatives.
         everyone : Tensor [global batch], int64
@@ -128,7 +128,7 @@ class SequenceSequenceContrast(nn.Module):
 
 
 class BatchEmbeddings(NamedTuple):
-    """Tokens of the distinct items of one batch."""
+    """Embeddings of the distinct items of one batch."""
 
     rows: Tensor
     """[item], int64, ascending."""
@@ -137,32 +137,32 @@ class BatchEmbeddings(NamedTuple):
 
     @classmethod
     def of(cls, item_encoder: ItemEncoder, *items: Tensor) -> BatchEmbeddings:
-        """Compute the tokens of all rows that occur, once each; in training mode with this step's modality dropout."""
+        """Embed all rows that occur, once each; in training mode with this step's modality dropout."""
         rows = torch.cat([part.flatten() for part in items]).unique()
         return cls(rows, item_encoder(rows, item_encoder.masks(dropout=item_encoder.training)))
 
     def take(self, item_ids: Tensor) -> ItemEmbeddings:
-        """Return the tokens of catalogue rows of any shape; all of them must be among ``rows``."""
+        """Return the embeddings of catalogue rows of any shape; all of them must be among ``rows``."""
         return self.tokens.take(torch.searchsorted(self.rows, item_ids.contiguous()))
 
     def candidates(self, items: Tensor) -> CandidateEmbeddings:
-        """Return unit-length tokens of ``items`` [candidate]."""
+        """Return unit-length embeddings of ``items`` [candidate]."""
         taken = self.take(items)
         ids = None if taken.ids is None else F.normalize(taken.ids, dim=-1)
         return CandidateEmbeddings(F.normalize(taken.modality, dim=-1), taken.mask, ids, taken.id_mask)
 
 
 class WordDrop(nn.Module):
-    """Item tokens read from texts with words left out, in place of the catalogue's.
+    """Item embeddings of texts with words left out, in place of the catalogue's (an augmentation of the paper).
 
     Parameters
     ----------
     item_encoder : ItemEncoder
-        Whose adapters read the other vectors too.
+        Its adapters are applied to the other vectors too.
     variants : mapping of str to Tensor [row, width]
         Modality -> vectors of its items' texts with words left out; may be empty.
     feature_scaling : {"l2", "none"}
-        As the towers have it.
+        As in the item encoder.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class WordDrop(nn.Module):
         self.varied = tuple(variants)
 
     def forward(self, items: ItemEmbeddings, item_ids: Tensor, drawn: Tensor) -> ItemEmbeddings:
-        """Return the tokens with the text of the drawn positions exchanged.
+        """Return the embeddings with the text of the drawn positions replaced.
 
         Parameters
         ----------

@@ -1,11 +1,11 @@
-"""Side features become part of the item tokens: categories, numbers and vectors of an event, or their absence.
+"""Event features: categories, numbers and vectors of an event, added to its item's embedding (ours).
 
-    token(t) = (what the decoder makes of item t) + P [e_1(x_1t) ; … ; e_n(x_nt)]
+    token(t) = item embedding of t + P [e_1(x_1t) ; … ; e_n(x_nt)]
 
 e_c turns the value of column c into ``width`` numbers of about unit length together: an embedding of a category, a
 soft one-hot of a standardised number times a table, a projection of a scaled vector. Where a value is missing (a
-request without the column, a null, NaN, padding) e_c is a learned vector instead; `dropout` trains it. What is known of
-event t is known together with item t, so no position sees anything of its target. Ours; T4R users know the parts as
+request without the column, a null, NaN, padding) e_c is a learned vector instead; `dropout` trains it. What belongs to
+event t is known together with item t, so that no position depends on its target. In Transformers4Rec the parts are the
 embeddings, soft embeddings and pre-trained embeddings of ``TabularSequenceFeatures``.
 """
 
@@ -30,14 +30,14 @@ _BINS, _REACH = 11, 2.5
 
 
 class EventFeatures(nn.Module):
-    """Embed side features and project them to the width of an item token.
+    """Embed event features and project them to the width of an item embedding.
 
     Parameters
     ----------
     encoder : EventFeatureEncoder
-        Makes one vector per event out of the columns.
+        Encodes the columns of an event as one vector.
     d_model : int
-        Width of an item token.
+        Width of an item embedding.
     """
 
     def __init__(self, encoder: EventFeatureEncoder, d_model: int) -> None:
@@ -47,7 +47,7 @@ class EventFeatures(nn.Module):
 
     @property
     def columns(self) -> tuple[EventColumn, ...]:
-        """What is read, and how it is scaled."""
+        """The columns that are read, and their scaling."""
         return self.encoder.columns
 
     def reset_parameters(self) -> None:
@@ -56,7 +56,7 @@ class EventFeatures(nn.Module):
         nn.init.normal_(self.projection.weight, std=0.02)
 
     def forward(self, values: EventValues, item_ids: Tensor) -> Tensor:
-        """Return what is added to the item tokens, [batch, seq, dim].
+        """Return what is added to the item embeddings, [batch, seq, dim].
 
         Parameters
         ----------
@@ -74,10 +74,10 @@ class EventFeatureEncoder(nn.Module):
     Parameters
     ----------
     columns : sequence of EventColumn
-        Measured ones (`fit_event_columns`).
+        Fitted ones (`fit_event_columns`).
     dropout : float
-        In training, the probability that a session loses all of its side features, and once more that it loses each of
-        them alone: requests may lack them.
+        In training, the probability that a session loses all of its event features, and once more that it loses each
+        of them alone: requests may lack them.
     """
 
     def __init__(self, columns: Sequence[EventColumn], dropout: float = 0.0) -> None:
@@ -139,7 +139,7 @@ class _Category(nn.Module):
 
 
 class _Number(nn.Module):
-    """Soft one-hot of the standardised number times a table: any curve, and no number too large."""
+    """Soft one-hot of the standardised number times a table: any curve, bounded for outliers."""
 
     centres: Tensor
 
@@ -160,7 +160,7 @@ class _Number(nn.Module):
 
 
 class _Vector(nn.Module):
-    """Projection of a pre-trained vector; all zeros say that there is none."""
+    """Projection of a pre-trained vector; all zeros mean that there is none."""
 
     def __init__(self, column: EventColumn) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ def _check(column: EventColumn, value: Tensor, item_ids: Tensor) -> None:
     expected = (*item_ids.shape, column.size) if column.kind == "pretrained" else tuple(item_ids.shape)
     if tuple(value.shape) != expected or (column.kind == "categorical" and value.is_floating_point()):
         raise SchemaError(
-            f"side feature {column.name!r} comes as {value.dtype} of shape {list(value.shape)}",
+            f"event feature {column.name!r} comes as {value.dtype} of shape {list(value.shape)}",
             f"{'codes' if column.kind == 'categorical' else 'numbers'} of shape {list(expected)}",
             "give one value per item of the session",
         )

@@ -1,4 +1,4 @@
-"""Score terms: what is added to the network's score, as parts that the model receives and knows nothing else of.
+"""Score terms: what is added to the network's score, by parts that the model receives and calls by this interface.
 
     score(s, j) = network(s, j) + sum of the active terms(s, j)
 

@@ -48,12 +48,12 @@ def training_loss(
 ) -> Tensor:
     """Return the fine-tuning objective: softmax cross-entropy over the catalogue plus the weighted regulariser.
 
-    Specification 7. ``train.precision`` holds for towers, encoder and decoder; that of the scores is the softmax's own.
+    ``train.precision`` holds for item encoder, contextual encoder and decoder; the softmax has its own for the scores.
 
     Parameters
     ----------
     model : MISSRec
-        In training mode; its catalogue tokens are computed here, once.
+        In training mode; the catalogue's embeddings are computed here, once.
     batch : TrainingBatch
         Of all positions for causal attention, of prefixes for bidirectional attention.
     train : TrainConfig

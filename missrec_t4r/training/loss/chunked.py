@@ -1,8 +1,8 @@
 """Chunked softmax: the exact loss with the catalogue in pieces, no table of all scores or all tokens.
 
 The logarithm of the softmax's denominator is summed up piece by piece (Milakov and Gimelshein, arXiv:1805.02867), and
-the backward pass computes every piece a second time instead of remembering it: twice the towers and one third more
-products, for a memory of [batch, piece].
+the backward pass computes every piece a second time instead of storing it: the item encoder runs twice, with one third
+more products in all, for a memory of [batch, piece].
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ChunkedSoftmax:
         self.chunk_size = chunk_size
 
     def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:  # noqa: ARG002 - come in chunks
-        """Compute the tokens of the sessions' items only."""
+        """Compute the embeddings of the sessions' items only."""
         masks = model.item_encoder.masks(dropout=model.training)
         rows, place = torch.unique(item_ids, return_inverse=True)
         pool = row_embeddings(model, rows, masks)
@@ -44,22 +44,22 @@ class ChunkedSoftmax:
         real = (targets > 0) & candidate_rows(model)[targets]
         counts = real.sum(0) if questions.counts is None else questions.counts
         share = real / counts.clamp_min(1).to(questions.vectors.dtype) * questions.weights
-        walk = _Walk(model, tokens.masks, questions.history, targets, self.chunk_size)
-        loss: Tensor = _ChunkedCrossEntropy.apply(walk, share, questions.vectors, *walk.weights)  # type: ignore[no-untyped-call]
+        chunks = _Chunks(model, tokens.masks, questions.history, targets, self.chunk_size)
+        loss: Tensor = _ChunkedCrossEntropy.apply(chunks, share, questions.vectors, *chunks.weights)  # type: ignore[no-untyped-call]
         return loss
 
 
 class _Chunk(NamedTuple):
     rows: Tensor
-    """[chunk]: a stretch of the catalogue."""
+    """[chunk]: consecutive rows of the catalogue."""
     inside: Tensor
     """[position, target], bool: True where the target is in it."""
     column: Tensor
     """[position, target]: its column there; 0 outside."""
 
 
-class _Walk:
-    """One step's way through the catalogue, walked once forward and once backward."""
+class _Chunks:
+    """The chunks of a step, iterated once in the forward and once in the backward pass."""
 
     def __init__(self, model: MISSRec, masks: ItemMasks, history: Tensor, targets: Tensor, size: int) -> None:
         self.model, self.masks, self.history, self.targets, self.size = model, masks, history, targets, size
@@ -76,10 +76,10 @@ class _Walk:
 
     @property
     def weights(self) -> list[Tensor]:
-        """What learns from the candidates: weights for all of them, then tables with a row for each."""
+        """Weights with a gradient from the candidates: shared ones, then tables with a row for each."""
         return [*self.shared, *self.by_row]
 
-    def chunks(self) -> Iterator[_Chunk]:
+    def __iter__(self) -> Iterator[_Chunk]:
         n_rows = self.model.item_encoder.n_rows
         for begin in range(0, n_rows, self.size):
             rows = torch.arange(begin, min(begin + self.size, n_rows), device=self.targets.device)
@@ -87,7 +87,7 @@ class _Walk:
             yield _Chunk(rows, inside, (self.targets - begin).masked_fill(~inside, 0))
 
     def logits(self, vectors: Tensor, rows: Tensor, slices: list[Tensor]) -> Tensor:
-        """Return [position, chunk]; ``slices`` are the rows' parts of the tables that learn."""
+        """Return [position, chunk]; ``slices`` are the rows' parts of the trained tables."""
         own = dict(zip([id(table) for table in self.by_row], slices))
         tokens = row_embeddings(self.model, rows, self.masks)
         table, phi = self.model.item_encoder.id_embedding, self.model.fusion.phi
@@ -101,32 +101,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum over p, k of ``share[p,k] * (logsumexp(logits[p]) - logits[p, targets[p,k]])``, the logits in chunks."""
 
     @staticmethod
-    def forward(ctx: Any, walk: _Walk, share: Tensor, vectors: Tensor, *_: Tensor) -> Tensor:
+    def forward(ctx: Any, chunks: _Chunks, share: Tensor, vectors: Tensor, *_: Tensor) -> Tensor:
         total = vectors.new_full((len(vectors),), -torch.inf)
         wanted = vectors.new_zeros(share.shape)
-        for rows, inside, column in walk.chunks():
-            logits = walk.logits(vectors, rows, [table[rows] for table in walk.by_row])
+        for rows, inside, column in chunks:
+            logits = chunks.logits(vectors, rows, [table[rows] for table in chunks.by_row])
             wanted = torch.where(inside, logits.gather(1, column), wanted)
             total = torch.logaddexp(total, logits.logsumexp(1))
-        ctx.walk = walk
+        ctx.chunks = chunks
         ctx.save_for_backward(share, vectors, total)
         return ((total.unsqueeze(1) - wanted).masked_fill(share == 0, 0.0) * share).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         share, vectors, total = ctx.saved_tensors
-        walk: _Walk = ctx.walk
+        chunks: _Chunks = ctx.chunks
         share = share * gradients[0]
         vectors = vectors.detach().requires_grad_()
-        sums = [torch.zeros_like(weight) for weight in (vectors, *walk.shared)]
-        tables = [torch.zeros_like(table) for table in walk.by_row]
-        for rows, inside, column in walk.chunks():
-            slices = [table.detach()[rows].requires_grad_() for table in walk.by_row]
+        sums = [torch.zeros_like(weight) for weight in (vectors, *chunks.shared)]
+        tables = [torch.zeros_like(table) for table in chunks.by_row]
+        for rows, inside, column in chunks:
+            slices = [table.detach()[rows].requires_grad_() for table in chunks.by_row]
             with torch.enable_grad():
-                logits = walk.logits(vectors, rows, slices)
+                logits = chunks.logits(vectors, rows, slices)
             upstream = torch.exp(logits.detach() - total.unsqueeze(1)) * share.sum(1, keepdim=True)
             upstream.scatter_add_(1, column, -share * inside)
-            inputs = [vectors, *walk.shared, *slices]
+            inputs = [vectors, *chunks.shared, *slices]
             found = torch.autograd.grad(logits, inputs, upstream, allow_unused=True)
             for whole, part in zip(sums, found):
                 if part is not None:

@@ -1,7 +1,8 @@
-"""The softmax of a training step over the whole catalogue, and what its cheaper relatives share with it.
+"""Candidates of a training step: the item embeddings it computes, and the softmax over them; here all of the catalogue.
 
-A softmax says twice what a step needs: first the tokens of the sessions' items, then, when these have become vectors,
-the loss against the candidates. `chunked.py` gives the same loss with less memory, `sampled.py` an estimate of it.
+A strategy has two methods, called before and after the sessions are encoded: ``tokens`` computes the item embeddings of
+the step, ``loss`` the cross-entropy of the session vectors over the candidates (E13). `chunked.py` gives the same loss
+with less memory, `sampled.py` an estimate of it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from missrec_t4r.model.missrec import MISSRec
 
 
 class Questions(NamedTuple):
-    """The trained positions of a batch: what follows a session, and what was it?"""
+    """The trained positions of a batch: session vectors and the items that followed."""
 
     vectors: Tensor
     """[position, dim]: unit-length session vectors."""
     history: Tensor
-    """[position, seq], int64: rows that the vector has seen, 0 for none."""
+    """[position, seq], int64: rows that the vector depends on, 0 for none."""
     targets: Tensor
     """[position, target], int64: rows; 0 where there is none."""
     weights: Tensor
@@ -34,25 +35,25 @@ class Questions(NamedTuple):
 
 
 class StepEmbeddings(NamedTuple):
-    """Tokens that a step has computed before it encodes the sessions."""
+    """Embeddings that a step has computed before it encodes the sessions."""
 
     items: ItemEmbeddings
     """Of shape [batch, seq]: the sessions' items."""
     pool: ItemEmbeddings
     """Of shape [item]: those from which ``items`` were gathered."""
     rows: Tensor
-    """[item], int64: whose tokens the pool holds, ascending."""
+    """[item], int64: the rows in the pool, ascending."""
     masks: ItemMasks | None = None
     """Of this step's dropout, where the pool is not the whole catalogue."""
     candidates: Tensor | None = None
-    """[candidate], int64: places in the pool, ascending, where not all rows are candidates."""
+    """[candidate], int64: indices into the pool, ascending, where not all rows are candidates."""
 
 
 class Softmax(Protocol):
-    """How a step's positions are compared with the catalogue."""
+    """Candidate strategy of a training step."""
 
     def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:
-        """Compute what the sessions [batch, seq] and the loss need; draws this step's dropout."""
+        """Compute the embeddings of the sessions' items and of the candidates; draws this step's dropout."""
 
     def loss(self, model: MISSRec, tokens: StepEmbeddings, questions: Questions) -> Tensor:
         """Return the next-item loss, as `next_item_loss` defines it."""
@@ -64,20 +65,20 @@ class FullSoftmax:
     Parameters
     ----------
     dtype : torch.dtype
-        In which vectors meet candidates; scores and softmax are in fp32 whatever it is.
+        Of the product of vectors and candidates; scores and softmax are in fp32 in any case.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
 
     def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:  # noqa: ARG002 - all rows
-        """Compute the tokens of the whole catalogue."""
+        """Compute the embeddings of the whole catalogue."""
         catalogue = model.item_encoder.catalogue()
         rows = torch.arange(model.item_encoder.n_rows, device=item_ids.device)
         return StepEmbeddings(catalogue.take(item_ids), catalogue, rows)
 
     def loss(self, model: MISSRec, tokens: StepEmbeddings, questions: Questions) -> Tensor:
-        """Return the loss; the scores' storage becomes that of the softmax."""
+        """Return the loss; the softmax is stored in the memory of the scores."""
         vectors, history, targets, weights, counts = questions
         with torch.autocast(vectors.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
             logits = model.score(vectors, model.item_encoder.candidates(tokens.pool), history)
@@ -86,7 +87,7 @@ class FullSoftmax:
 
 
 def row_embeddings(model: MISSRec, rows: Tensor, masks: ItemMasks) -> ItemEmbeddings:
-    """Return the tokens of ``rows`` [item] under a step's masks; the gradient of the IDs is sparse, of these rows."""
+    """Return the embeddings of ``rows`` [item] under a step's masks; the gradient of the IDs is sparse."""
     tokens, table = model.item_encoder(rows, masks), model.item_encoder.id_embedding
     return tokens if table is None else tokens._replace(ids=F.embedding(rows, table.weight, sparse=True))
 
@@ -108,11 +109,11 @@ def score_rows(
     model : MISSRec
     vectors : Tensor [position, dim]
     tokens : ItemEmbeddings of shape [item]
-        The candidates' tokens.
+        The candidates' embeddings.
     rows : Tensor [item], int64
-        Whose they are, ascending.
+        The rows of the candidates, ascending.
     history : Tensor [position, seq], int64
-        Rows that get the history bias.
+        Items of the session, for the score terms of the training softmax.
     phi : Tensor, optional
         In place of the fusion's own, where that has one number per row: those of ``rows``.
 

@@ -1,13 +1,13 @@
-"""Sampled softmax: a step compares with its targets and some random items instead of the catalogue (ours).
+"""Sampled softmax: the candidates of a step are its targets and some random items, not the catalogue (ours).
 
-For millions of items, where even one pass over the catalogue per step is too much. Towers, IDs and scores are computed
+For millions of items, where even one pass over the catalogue per step is too slow. Embeddings and scores are computed
 for the sampled items and the batch's own alone. With the inclusion probability ``pi[j]`` of an item,
 
     loss(p) = log( exp(l[p,t]) + sum over sampled j, not a target of p, of exp(l[p,j]) / pi[j] ) - l[p,t]
 
 so that the sum under the logarithm has the full softmax's denominator as its expectation (Horvitz and Thompson, 1952;
-as a correction of logits: Bengio and Senecal, 2008). ``pi`` covers both ways in: a target of another position, drawn by
-its share of the training targets, or one of the uniform draws.
+as a correction of logits: Bengio and Senecal, 2008). ``pi`` is the probability of either: to be the target of another
+position, drawn by its share of the training targets, or to be one of the uniform draws.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SampledSoftmax:
         self.negatives = negatives
 
     def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:
-        """Draw the candidates and compute their tokens and those of the sessions' items."""
+        """Draw the candidates and compute their embeddings and those of the sessions' items."""
         masks = model.item_encoder.masks(dropout=model.training)
         classes = torch.nonzero(candidate_rows(model)).flatten()
         drawn = classes[torch.randperm(len(classes), device=classes.device)[: self.negatives]]

@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-import missrec_t4r.etl  # noqa: F401 - before Merlin: it sets what Merlin needs
+import missrec_t4r.etl  # noqa: F401  # before Merlin: it sets what Merlin needs
 
 # isort: split
 from merlin.schema import Tags

@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-import missrec_t4r.etl  # noqa: F401 - before Merlin: it sets what Merlin needs
+import missrec_t4r.etl  # noqa: F401  # before Merlin: it sets what Merlin needs
 
 # isort: split
 import pandas as pd

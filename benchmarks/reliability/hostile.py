@@ -211,7 +211,7 @@ class Attack:
                 self.wrong.append(f"{hostile.kind} over {name} was refused: {error}")
             elif len(str(error)) < 20 or "no answer from" in str(error) or "Traceback" in str(error):
                 self.wrong.append(f"{hostile.kind} over {name} got no clear error: {str(error)[:300]}")
-        except Exception as error:  # noqa: BLE001 - the client library's own refusal, before anything is sent
+        except Exception as error:  # the client library's own refusal, before anything is sent
             if hostile.expected == ANSWER or isinstance(error, (OSError, EOFError)):
                 self.wrong.append(f"{hostile.kind} over {name} broke the client: {error!r}")
         else:

@@ -220,7 +220,7 @@ def test_vectors_in_an_inner_product_index_give_the_served_order(make_run: Calla
 def test_vectors_json_holds_what_the_dynamic_score_needs(bundle: Path, tmp_path: Path) -> None:
     """docs/howto/vectors.md: the score of every item from the exported files alone."""
     loaded = load_bundle(bundle)
-    sessions = [s for s in shop.raw_sessions(loaded.catalogue, 40, seed=6)]
+    sessions = list(shop.raw_sessions(loaded.catalogue, 40, seed=6))
     file = session_file(tmp_path / "sessions.parquet", sessions)
     vectors(tmp_path / "vectors", bundle=bundle, sessions=file)
     told = json.loads((tmp_path / "vectors" / "vectors.json").read_text())

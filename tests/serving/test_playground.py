@@ -135,7 +135,7 @@ def test_clicks_change_the_recommendations_in_a_browser(page: Playground, tmp_pa
     assert "the catalogue has no column 'kind'" in seen["note"]  # this server's does not; the page says what it says
 
 
-class headless:  # noqa: N801 - reads as what it is
+class headless:  # noqa: N801  # reads as what it is
     """A browser on a page, with its remote control on a free port."""
 
     def __init__(self, url: str, folder: Path) -> None:

@@ -7,6 +7,7 @@ The cuDF half follows NVTabular's own cuDF code; README.md, Tested, says what a 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -81,7 +82,7 @@ class PandasFrames:
         values = column.values.to_numpy()
         if values.dtype == object:
             bounds = column.offsets.tolist()
-            rows = [values[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+            rows = [values[start:end] for start, end in itertools.pairwise(bounds)]
             return pd.Series(rows, dtype=object)
         lists = pa.LargeListArray.from_arrays(pa.array(column.offsets, pa.int64()), pa.array(values))
         return lists.to_pandas()

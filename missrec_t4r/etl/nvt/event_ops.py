@@ -230,7 +230,7 @@ class KCore(StatOperator):
         self.columns, self.least = list(columns), least
         self.survivors: dict[str, pd.Series] = {}
 
-    def fit(self, col_selector: ColumnSelector, ddf: Any) -> Any:  # noqa: ARG002 - the stock signature
+    def fit(self, col_selector: ColumnSelector, ddf: Any) -> Any:  # the stock signature
         """Count the combinations in every partition."""
         parts = [dask.delayed(_combinations)(part, self.columns) for part in ddf[self.columns].to_delayed()]
         return dask.delayed(_survivors)(parts, self.columns, self.least)

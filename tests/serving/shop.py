@@ -1,4 +1,4 @@
-"""A tiny shop for the serving tests: thirty items, two modalities, some items without image, a model at random."""
+"""A tiny shop for the serving tests: thirty items, two modalities, some items without image, a random model."""
 
 from __future__ import annotations
 

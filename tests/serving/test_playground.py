@@ -1,4 +1,4 @@
-"""The playground, clicked by a real browser where one is installed, and asked over HTTP everywhere."""
+"""The playground over HTTP, and in a real browser where one is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Transformers4Rec expects without saying so of inputs, bodies and tasks, and what its parts do: docs/t4r_contract.md."""
+"""What Transformers4Rec silently expects of inputs, bodies and tasks, and what its parts do: docs/t4r_contract.md."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from missrec_t4r.runs.run_folder import load_run, load_tensors
 from missrec_t4r.training import distributed
 from missrec_t4r.training.fit import train
 from missrec_t4r.training.step import batch_totals, training_loss
+from tests import shop
 from tests.ddp import losses
-from tests.equations import small_shop as shop
 from tests.unit.conftest import data  # noqa: F401  # the fixture of forty sessions
 
 pytestmark = pytest.mark.ddp

@@ -13,8 +13,8 @@ from missrec_t4r.data.batching import collate, training_batches
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.training.step import training_loss
-from tests.equations import small_shop as shop
-from tests.properties.shops import close, items, model, pad, quick, sessions
+from tests import shop
+from tests.properties.cases import close, items, model, pad, quick, sessions
 
 CAUSAL = ["default", "default, two layers each", "inductive"]
 causal = pytest.mark.parametrize("name", CAUSAL)

@@ -147,7 +147,7 @@ def test_plain_parquet_stays_the_version_before(kept: Path, data: Path, tmp_path
 def test_every_reader_sees_the_deltas(data: Path) -> None:
     from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 
-    from missrec_t4r.etl.quality.statistics import Everything, measure
+    from missrec_t4r.etl.quality.statistics import ReportData, compute_statistics
     from missrec_t4r.t4r.reading import read_sessions
 
     schema = TensorflowMetadata.from_proto_text_file(str(data), "schema.pbtxt").to_merlin_schema()
@@ -156,7 +156,7 @@ def test_every_reader_sees_the_deltas(data: Path) -> None:
         loaded = [Sessions.load(data / split) for split in SPLITS]
         loaded += [read_sessions(str(data / split), schema) for split in SPLITS]
         arrays = [[part.values, part.offsets, *part.features.values()] for part in loaded]
-        return [*arrays, measure(Everything.load(data), 1e9)[0]]
+        return [*arrays, compute_statistics(ReportData.load(data), 1e9)[0]]
 
     with_deltas = seen()
     assert compact(data, workers=1)["deltas"] == 2

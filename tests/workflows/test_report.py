@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from missrec_t4r.cli import app
 from missrec_t4r.errors import ConfigError, DataError, GateError
 from missrec_t4r.etl.pipeline import etl
-from missrec_t4r.etl.quality.html import bars, log_line
-from missrec_t4r.etl.quality.report import judge, report
+from missrec_t4r.etl.quality.charts import bars, log_line
+from missrec_t4r.etl.quality.report import apply_gate, report
 from tests.workflows.tables import EVENTS, ITEMS, save_vectors, write
 
 DAY = 86_400
@@ -167,5 +167,5 @@ def test_a_wrong_gate_is_named(content: str, words: str, shop: Path) -> None:
 
 
 def test_drift_may_be_required() -> None:
-    assert judge({}, {"drift.popularity": {"max": 1}})[0]["passed"]
-    assert not judge({}, {"drift.popularity": {"max": 1, "required": True}})[0]["passed"]
+    assert apply_gate({}, {"drift.popularity": {"max": 1}})[0]["passed"]
+    assert not apply_gate({}, {"drift.popularity": {"max": 1, "required": True}})[0]["passed"]

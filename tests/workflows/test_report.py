@@ -66,7 +66,7 @@ def test_positions_are_no_clock(tmp_path: Path) -> None:
     etl(*write(tmp_path / "raw"), tmp_path / "data")
     said = report(tmp_path / "data", tmp_path / "out")
     assert "days" not in said["measures"]
-    assert "positions or absent" in Path(said["page"]).read_text()
+    assert "positions in place of times" in Path(said["page"]).read_text()
 
 
 def test_several_sessions_of_a_user_all_count(tmp_path: Path) -> None:

@@ -72,5 +72,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reporting():  # messages and progress, on standard error
+    with reporting():  # messages and progress on standard error
         main()

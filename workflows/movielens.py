@@ -68,5 +68,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reporting():  # messages and progress, on standard error
+    with reporting():  # messages and progress on standard error
         main()

@@ -48,7 +48,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        with reporting():  # messages and progress, on standard error
+        with reporting():  # messages and progress on standard error
             main()
     except MISSRecError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

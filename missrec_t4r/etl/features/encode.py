@@ -110,9 +110,7 @@ def to_encode(kind: str, contents: Sequence[Any], settings: EncoderSettings) -> 
     return {"items": len(contents), "with_content": present, "distinct": len(keys), "cached": cached}
 
 
-def _without_reduction(
-    kind: str, contents: Sequence[Any], settings: EncoderSettings, state: State | None
-) -> Encoded:
+def _without_reduction(kind: str, contents: Sequence[Any], settings: EncoderSettings, state: State | None) -> Encoded:
     """Encode without whitening and dimension reduction."""
     if settings.encoder != CLASSICAL:
         return _pretrained(kind, contents, settings)

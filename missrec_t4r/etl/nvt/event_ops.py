@@ -2,7 +2,8 @@
 
 All keep the stock schema contract: selected columns are passed through, new columns are added with dtype and tags,
 events keep their order. `SessionGap` and `TimeFeatures` depend on a user's other events, so, like the stock
-``DifferenceLag``, they need all events of a user in one partition (``Dataset.shuffle_by_keys``); unlike it they need no sorting.
+``DifferenceLag``, they need all events of a user in one partition (``Dataset.shuffle_by_keys``); unlike it they need
+no sorting.
 """
 
 from __future__ import annotations

@@ -109,9 +109,7 @@ def report(
     result = {key: content[key] for key in ("data", "previous", "measures", "gate", "passed")}
     result |= {"report": str(out / f"{name}.json"), "page": str(out / f"{name}.html")}
     result |= {"dry_run": True} if dry_run else {}
-    log.info(
-        f"{out / f'{name}.html'}: {statistics['events']:,} events, {len(checked)} bounds, {len(failed)} violated"
-    )
+    log.info(f"{out / f'{name}.html'}: {statistics['events']:,} events, {len(checked)} bounds, {len(failed)} violated")
     if failed:
         words = "; ".join(f"{check['measure']} is {check['value']}, bounds {check['bounds']}" for check in failed)
         raise GateError(

@@ -166,9 +166,7 @@ def related_interests(rng: np.random.Generator) -> Floats:
     return drift
 
 
-def make_events(
-    items: Items, users: int, rng: np.random.Generator, feature_rng: np.random.Generator
-) -> Events:
+def make_events(items: Items, users: int, rng: np.random.Generator, feature_rng: np.random.Generator) -> Events:
     """Simulate all users; events are sorted by time.
 
     Parameters

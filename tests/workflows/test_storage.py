@@ -108,7 +108,7 @@ def test_functions_are_no_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"operator LambdaOp; expected: one of .*--save-nvtabular-workflow"):
         save_workflow(workflow, tmp_path / "stored")
     renamed = Workflow(["x"] >> ops.Rename(f=lambda name: name * 2)).fit(Dataset(frame))
-    with pytest.raises(DataError, match="Rename holds a function, which is no data"):
+    with pytest.raises(DataError, match="Rename holds a function, which is not plain data"):
         save_workflow(renamed, tmp_path / "stored")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import re
 import textwrap
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ def _attribute_docstrings(settings: type[Any]) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(settings)))
     body = tree.body[0].body  # type: ignore[attr-defined]  # a class
     found = {}
-    for field, text in zip(body[:-1], body[1:], strict=True):
+    for field, text in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             found[field.target.id] = ast.literal_eval(text.value)  # type: ignore[union-attr]  # a name
     return found

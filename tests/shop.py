@@ -1,7 +1,7 @@
-"""The test shop: small catalogues with given or random vectors, sessions on a circle, and data folders around them.
+"""The test shop: small catalogues with given or random vectors, sessions, data folders, and models over them.
 
-Suites differ in the number of items, in the columns that they need, and in the items that lack a modality. These are
-parameters here; what only one suite needs stands in that suite.
+Suites differ in the number of items, in the columns that they need, and in the items that lack a modality: parameters
+of the functions here. The shop of `ITEMS` is small enough to read and is the one of most tests of the model.
 """
 
 from __future__ import annotations
@@ -14,9 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
+from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, ITEM_LIST, LIST_SUFFIX, TRAIN_COUNT, USER_ID
+from tests.settings import EVERY_PART
 
 LENGTHS = {"train": 6, "valid": 7, "test": 8}
 """Items per session of the splits of `write_circle`: each split adds the next item."""
@@ -40,7 +46,7 @@ def random_modalities(
     }
 
 
-def catalogue(
+def make_catalogue(
     ids: Sequence[str] | Sequence[int],
     modalities: Mapping[str, Modality],
     counts: npt.ArrayLike,
@@ -90,8 +96,93 @@ def write_circle(
 ) -> Path:
     """Write a data folder whose sessions walk around the `circle` of its items; return it."""
     splits = {split: circle(len(ids), n_users, length, order) for split, length in LENGTHS.items()}
-    items = catalogue(ids, modalities, counts_of(splits["train"], len(ids)), columns)
+    items = make_catalogue(ids, modalities, counts_of(splits["train"], len(ids)), columns)
     items.save(folder / CATALOGUE_FOLDER)
     for split, sessions in splits.items():
         write_split(folder / split, sessions)
     return folder
+
+
+# The shop that is small enough to read: twelve items in two modalities, six sessions, and a model over it
+
+FURNITURE = ["lamp", "desk", "chair", "sofa", "rug", "shelf"]
+KITCHEN = ["kettle", "mug", "teapot", "pan", "plate", "voucher"]
+ITEMS = FURNITURE + KITCHEN
+WIDTHS = {"text": 6, "image": 4}
+WITHOUT = {"text": ["rug"], "image": ["voucher"]}
+
+SESSIONS = [
+    ["lamp", "desk", "chair"],
+    ["mug", "kettle", "teapot", "mug"],
+    ["voucher"],
+    ["lamp", "mug", "voucher", "sofa", "rug"],
+    ["kettle", "kettle"],
+    ["chair", "rug", "sofa", "lamp", "desk", "mug", "pan"],
+]
+TARGETS = ["shelf", "pan", "mug", "kettle", "teapot", "sofa"]
+"""Target of each session; no session has the plate, so it is a cold item."""
+
+SMALL = {"d_model": 8, "n_head": 2, "d_feedforward": 12, "max_sequence_length": 10, "interest_ratio": 0.3}
+
+
+def row(item: str) -> int:
+    """Return the catalogue row of an item."""
+    return FIRST_ITEM_ROW + ITEMS.index(item)
+
+
+def rows(session: list[str]) -> list[int]:
+    """Return the catalogue rows of a session."""
+    return [row(item) for item in session]
+
+
+def catalogue(without: dict[str, list[str]] | None = None) -> Catalogue:
+    """Return the shop's catalogue; ``without`` names the items that lack a modality."""
+    rng = np.random.default_rng(7)
+    kind = np.array([item in KITCHEN for item in ITEMS])
+    modalities = {}
+    for name, width in WIDTHS.items():
+        centre = np.stack([rng.normal(size=width), rng.normal(size=width)])
+        vectors = np.zeros((FIRST_ITEM_ROW + len(ITEMS), width))
+        vectors[FIRST_ITEM_ROW:] = centre[kind.astype(int)] + 0.7 * rng.normal(size=(len(ITEMS), width))
+        modalities[name] = modality(vectors, rows((WITHOUT if without is None else without).get(name, [])))
+    seen = [item for session in SESSIONS for item in session] + TARGETS
+    return make_catalogue(ITEMS, modalities, [seen.count(item) for item in ITEMS])
+
+
+def batch(sessions: list[list[str]] | None = None, padding: int = 0) -> torch.Tensor:
+    """Return sessions as rows [batch, seq], with some more padding than they need."""
+    chosen = Sessions.from_lists([rows(session) for session in (SESSIONS if sessions is None else sessions)])
+    padded = torch.from_numpy(chosen.padded(np.arange(len(chosen)), SMALL["max_sequence_length"]))
+    return torch.nn.functional.pad(padded, (0, padding))
+
+
+def targets() -> torch.Tensor:
+    """Return the row of every session's target."""
+    return torch.tensor(rows(TARGETS))
+
+
+def model(config: MISSRecConfig, shop: Catalogue | None = None, *, seed: int = 0) -> MISSRec:
+    """Return a model in double precision and evaluation mode whose every weight is far from its initial value."""
+    torch.manual_seed(seed)
+    built = build_missrec(config, catalogue() if shop is None else shop).double().eval()
+    with torch.no_grad():
+        for name, weight in built.named_parameters():
+            weight.normal_(1.0 if ".norm" in name and name.endswith("weight") else 0.0, 0.3)
+    built.discover_interests(seed=0)
+    return built
+
+
+def paper(**changes: object) -> MISSRecConfig:
+    """Return the published configuration in a readable size."""
+    return MISSRecConfig.paper(**(SMALL | changes))
+
+
+def ours_masked(**changes: object) -> MISSRecConfig:
+    """Return the published configuration, but with missing modalities left out and the mean over modalities read."""
+    masks = {"missing_modality": "masked", "padding_candidate": False}
+    return paper(**(masks | {"contextual_readout": "mean", "single_modality": "fused"} | changes))
+
+
+def default(**changes: object) -> MISSRecConfig:
+    """Return our architecture in a readable size."""
+    return MISSRecConfig(**(EVERY_PART | SMALL | changes))  # type: ignore[arg-type]  # the settings check their own types

@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-import missrec_t4r.etl  # noqa: F401 - before Merlin: it sets what Merlin needs
+import missrec_t4r.etl  # noqa: F401  # before Merlin: it sets what Merlin needs
 
 # isort: split
 from merlin.schema import Tags
@@ -25,7 +25,7 @@ from missrec_t4r.etl.nvt.session_ops import SessionGroupby
 from missrec_t4r.etl.nvt.workflow_file import EventColumns
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.sources.amazon import import_amazon
-from missrec_t4r.progress import TerminalProgress
+from missrec_t4r.progress import reporting
 
 LIST = [Tags.LIST, Tags.SEQUENCE]
 
@@ -63,13 +63,14 @@ def main() -> None:
     parser.add_argument("--text-encoder", default="classical", help="classical, or folder or name of a sentence model")
     options = parser.parse_args()
 
-    raw, data, progress = options.out / "raw", options.out / "data", TerminalProgress()
-    import_amazon(options.edition, options.reviews, options.metadata, raw, k_core=options.k_core, progress=progress)
+    raw, data = options.out / "raw", options.out / "data"
+    import_amazon(options.edition, options.reviews, options.metadata, raw, k_core=options.k_core)
     tables = (raw / "interactions.parquet", raw / "items.parquet")
-    result = etl(*tables, data, workflow=__file__, progress=progress)
-    texts = features(data, text_columns=["text"], text_encoder=options.text_encoder, progress=progress)
+    result = etl(*tables, data, workflow=__file__)
+    texts = features(data, text_columns=["text"], text_encoder=options.text_encoder)
     print(json.dumps({**result, "features": texts}, default=str))
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():  # messages and progress on standard error
+        main()

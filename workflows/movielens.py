@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-import missrec_t4r.etl  # noqa: F401 - before Merlin: it sets what Merlin needs
+import missrec_t4r.etl  # noqa: F401  # before Merlin: it sets what Merlin needs
 
 # isort: split
 import pandas as pd
@@ -24,7 +24,7 @@ from missrec_t4r.etl.nvt.session_ops import SessionGroupby
 from missrec_t4r.etl.nvt.workflow_file import EventColumns
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.sources.movielens import import_movielens
-from missrec_t4r.progress import TerminalProgress
+from missrec_t4r.progress import reporting
 
 LIST = [Tags.LIST, Tags.SEQUENCE]
 STARS = pd.Series([half / 2 for half in range(1, 11)])  # half a star to five: codes 3 to 12
@@ -59,13 +59,14 @@ def main() -> None:
     parser.add_argument("--text-encoder", default="classical", help="classical, or folder or name of a sentence model")
     options = parser.parse_args()
 
-    raw, data, progress = options.out / "raw", options.out / "data", TerminalProgress()
-    import_movielens(options.archive, raw, min_item_count=options.min_item_count, progress=progress)
+    raw, data = options.out / "raw", options.out / "data"
+    import_movielens(options.archive, raw, min_item_count=options.min_item_count)
     tables = (raw / "interactions.parquet", raw / "items.parquet")
-    result = etl(*tables, data, workflow=__file__, progress=progress)
-    texts = features(data, text_columns=["text"], text_encoder=options.text_encoder, progress=progress)
+    result = etl(*tables, data, workflow=__file__)
+    texts = features(data, text_columns=["text"], text_encoder=options.text_encoder)
     print(json.dumps({**result, "features": texts}, default=str))
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():  # messages and progress on standard error
+        main()

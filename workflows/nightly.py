@@ -19,7 +19,7 @@ from missrec_t4r.etl.engine.append import update
 from missrec_t4r.etl.features.pipeline import features
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.quality.report import report
-from missrec_t4r.progress import TerminalProgress
+from missrec_t4r.progress import reporting
 
 
 def main() -> None:
@@ -34,21 +34,22 @@ def main() -> None:
     parser.add_argument("--delta", action="store_true", help="write the new events' users beside the splits (faster)")
     options = parser.parse_args()
 
-    data, progress, columns = options.data, TerminalProgress(), options.text_columns.split(",")
+    data, columns = options.data, options.text_columns.split(",")
     if (data / "etl.json").is_file():
-        result = update(options.interactions, data, items=options.items, delta=options.delta, progress=progress)
+        result = update(options.interactions, data, items=options.items, delta=options.delta)
         like = data  # the encoder and its fitted state stay, so old and new vectors share one space
     else:
-        result = etl(options.interactions, options.items, data, engine="disk", progress=progress)
+        result = etl(options.interactions, options.items, data, engine="disk")
         like = None
-    texts = features(data, text_columns=columns, like=like, progress=progress)
-    checked = report(data, options.report, gate=options.gate, progress=progress)
+    texts = features(data, text_columns=columns, like=like)
+    checked = report(data, options.report, gate=options.gate)
     print(json.dumps({**result, "features": texts, "report": checked}, default=str))
 
 
 if __name__ == "__main__":
     try:
-        main()
+        with reporting():  # messages and progress on standard error
+            main()
     except MISSRecError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -12,7 +12,7 @@ import json
 import tempfile
 from pathlib import Path
 
-import missrec_t4r.etl  # noqa: F401 - before Merlin: it sets what Merlin needs
+import missrec_t4r.etl  # noqa: F401  # before Merlin: it sets what Merlin needs
 
 # isort: split
 import pandas as pd

@@ -9,7 +9,7 @@ request transform of the served model is compiled from it; docs/howto/etl.md lis
 
 import sys
 
-import missrec_t4r.etl  # noqa: F401 - before Merlin: it sets what Merlin needs
+import missrec_t4r.etl  # noqa: F401  # before Merlin: it sets what Merlin needs
 
 # isort: split
 from merlin.schema import Tags

@@ -60,7 +60,7 @@ class Variant(NamedTuple):
     freeze: str = "none"
     take: str = "all"
     ids: str = "random"
-    settings: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    settings: dict[str, Any] = {}  # noqa: RUF012  # never changed
 
 
 VARIANTS: dict[str, Variant] = {

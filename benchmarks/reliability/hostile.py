@@ -87,7 +87,7 @@ def kinds(good: Tensors, chance: random.Random) -> Iterator[Hostile]:
         yield but("huge ids", ANSWER, item_ids=np.array([[2**63 - 1]], np.int64), length=int32([1]))
         yield but("negative ids", ANSWER, item_ids=np.array([[-chance.randint(1, 2**62)]], np.int64), length=int32([1]))
     yield but("1,000 excludes", ANSWER, exclude=np.repeat(one, 1000, 1))
-    yield but("an allow list of strangers", ANSWER, allow=np.full_like(one, b"stranger" if strings else -7))
+    yield but("an allow list of unknown ids", ANSWER, allow=np.full_like(one, b"stranger" if strings else -7))
     yield but("excludes of another type", exclude=np.array([[1.0]], np.float64))
     for words, text in RULES.items():
         yield but(f"rules: {words}", rules=np.array([[text]], object))
@@ -160,7 +160,7 @@ class Attack:
 
     def __init__(self, server: LocalTriton, bundle: Path, seed: int = 0) -> None:
         self.server, self.chance = server, random.Random(seed)
-        self.doors: dict[str, Transport] = {
+        self.transports: dict[str, Transport] = {
             "grpc": open_transport(server.grpc_url, "grpc", 60),
             "http": open_transport(server.http_url, "http", 60),
         }
@@ -197,21 +197,21 @@ class Attack:
     def close(self) -> None:
         """Close the connections."""
         self.client.close()
-        for door in self.doors.values():
-            door.close()
+        for transport in self.transports.values():
+            transport.close()
 
     def _send(self, hostile: Hostile) -> None:
         self.sent[hostile.kind] += 1
         name = self.chance.choice(("grpc", "http"))
         try:
             with translate_errors(name, hostile.model, 60):
-                answer = self.doors[name].infer(hostile.model, hostile.tensors, hostile.outputs)
+                answer = self.transports[name].infer(hostile.model, hostile.tensors, hostile.outputs)
         except ServingError as error:
             if hostile.expected == ANSWER:
                 self.wrong.append(f"{hostile.kind} over {name} was refused: {error}")
             elif len(str(error)) < 20 or "no answer from" in str(error) or "Traceback" in str(error):
                 self.wrong.append(f"{hostile.kind} over {name} got no clear error: {str(error)[:300]}")
-        except Exception as error:  # noqa: BLE001 - the client library's own refusal, before anything is sent
+        except Exception as error:  # the client library's own refusal, before anything is sent
             if hostile.expected == ANSWER or isinstance(error, (OSError, EOFError)):
                 self.wrong.append(f"{hostile.kind} over {name} broke the client: {error!r}")
         else:

@@ -228,7 +228,7 @@ def run_way(way: str, folder: Path, out: Path) -> None:
     for module in {
         "ours": ["missrec_t4r.etl.pipeline"],
         "stock": ["missrec_t4r.etl", "nvtabular"],
-        **dict.fromkeys(LATER, ["missrec_t4r.etl.engine.append", "missrec_t4r.data.sessions"]),
+        **{key: ["missrec_t4r.etl.engine.append", "missrec_t4r.data.sessions"] for key in LATER},
     }.get(way, [way]):
         importlib.import_module(module)
     started, worked = time.perf_counter(), time.process_time()

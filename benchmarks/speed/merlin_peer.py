@@ -221,7 +221,7 @@ def _operators() -> tuple[type, type]:
         def compute_output_schema(self, *_: Any, **__: Any) -> Any:
             return self.output_schema
 
-        def transform(self, col_selector: Any, transformable: Any) -> Any:  # noqa: ARG002 - Merlin's contract
+        def transform(self, col_selector: Any, transformable: Any) -> Any:  # Merlin's contract
             import torch
 
             if not isinstance(transformable, TensorTable):

@@ -59,11 +59,11 @@ class TritonPythonModel:
 @contextlib.contextmanager
 def asked(url: str, model: str, outputs: Sequence[str]) -> Iterator[Callable[[Arrays], Any]]:
     """Return a function that sends one request."""
-    door = open_transport(url, "grpc", 60.0)
+    transport = open_transport(url, "grpc", 60.0)
     try:
-        yield lambda arrays: door.infer(model, arrays, outputs)
+        yield lambda arrays: transport.infer(model, arrays, outputs)
     finally:
-        door.close()
+        transport.close()
 
 
 def latency(ask: Callable[[Arrays], Any], requests: Sequence[Arrays], seconds: float) -> dict[str, float]:

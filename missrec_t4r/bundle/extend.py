@@ -31,7 +31,7 @@ _PER_ROW = ("item_encoder.id_embedding.", "fusion.phi", "terms.item_knn.", "term
 class Uninitialised(TorchFunctionMode):
     """Context in which a model is built without random initialisation, because weights are loaded next."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return the tensor unchanged from every initialiser of `torch.nn.init`."""
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]

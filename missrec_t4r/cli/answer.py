@@ -66,6 +66,23 @@ def _etl(result: Mapping[str, Any]) -> RenderableType:
     return Group(facts(result, ("findings", "settings", "format")), findings)
 
 
+def _features(result: Mapping[str, Any]) -> RenderableType:
+    rows = [{"modality": name, **part, "encoder": result.get("encoder")} for name, part in result["modalities"].items()]
+    table = _rows(rows, {name: name for name in ("modality", "items", "missing", "broken", "width", "encoder")})
+    return Group(table, facts(result, ("modalities", "encoder")))
+
+
+def _training(result: Mapping[str, Any]) -> RenderableType:
+    terms = result.get("prior") or {}
+    read = {"valid ndcg@10, network alone": terms.get("without", result.get("valid_ndcg@10"))}
+    read["valid ndcg@10, with score terms"] = terms.get("valid_ndcg@10")
+    report = result.get("start") or {}
+    started = {"started from": report.get("run"), "frozen": report.get("freeze")}
+    return facts(
+        {"run": result.get("run"), **read, **started, **result}, ("prior", "start", "valid_ndcg@10", "domains")
+    )
+
+
 def _recommendations(result: Mapping[str, Any]) -> RenderableType:
     rows = [{"rank": rank, **row} for rank, row in enumerate(result["recommendations"], 1)]
     names = {name: name.replace("_", " ") for name in ("rank", "item_id", "title", "score", "because_of", "modality")}
@@ -86,10 +103,6 @@ def _quality(result: Mapping[str, Any]) -> RenderableType:
     )
 
 
-def _demo(result: Mapping[str, Any]) -> RenderableType:
-    return facts(result, ("recommendations",))
-
-
 _SPECIAL: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {
     "evaluate": _evaluation,
     "etl": _etl,
@@ -97,7 +110,10 @@ _SPECIAL: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {
     "recommend": _recommendations,
     "similar": _similar,
     "report": _quality,
-    "demo": _demo,
+    "demo": lambda result: facts(result, ("recommendations",)),
+    "features": _features,
+    "train": _training,
+    "pretrain": _training,
 }
 
 

@@ -209,7 +209,7 @@ for _name, _about in _GROUPS.items():
 
 @app.callback()
 def _main(
-    version: Annotated[  # noqa: ARG001 - its callback answers
+    version: Annotated[  # its callback answers
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:

@@ -40,7 +40,7 @@ HOME = {
 }
 """Name here -> module below `missrec_t4r` and name there."""
 
-__all__ = sorted(HOME)  # noqa: PLE0605 - resolved by __getattr__
+__all__ = sorted(HOME)  # resolved by __getattr__
 
 
 def __getattr__(name: str) -> Any:

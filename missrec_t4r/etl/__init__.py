@@ -15,6 +15,6 @@ os.environ.setdefault("DASK_DATAFRAME__CONVERT_STRING", "False")  # True turns l
 for _message in ("The legacy Dask DataFrame implementation", "Tensorflow dtype mappings did not load"):
     warnings.filterwarnings("ignore", message=_message)
 
-from missrec_t4r.etl.nvt import cudf_compat  # noqa: E402 - after the environment, before any import of Merlin
+from missrec_t4r.etl.nvt import cudf_compat  # noqa: E402  # after the environment, before any import of Merlin
 
 cudf_compat.apply()

@@ -57,7 +57,7 @@ def _read_vectors(name: str, file: Path, n_items: int) -> Floats:
     if vectors.ndim != 2 or vectors.shape[0] != n_items:
         raise ModalityError(
             f"modality {name!r} has shape {vectors.shape} in {file}",
-            f"{n_items} rows, one per row of the item table",
+            f"{n_items} rows, one per item of the item table",
             "extract the vectors again for this item table",
         )
     if vectors.dtype.kind not in "fiu":

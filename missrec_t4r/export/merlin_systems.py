@@ -67,7 +67,7 @@ class PredictMISSRec(BaseOperator):  # type: ignore[misc]  # Merlin ships no typ
         self.ranker = Ranker(loaded.model, loaded.catalogue, tables=loaded.tables)
         self.id_encoder = loaded.transform
 
-    def compute_input_schema(self, root: Schema, parents: Schema, deps: Schema, selector: Any) -> Schema:  # noqa: ARG002
+    def compute_input_schema(self, root: Schema, parents: Schema, deps: Schema, selector: Any) -> Schema:
         """Return the workflow's output schema."""
         return parents
 
@@ -76,7 +76,7 @@ class PredictMISSRec(BaseOperator):  # type: ignore[misc]  # Merlin ships no typ
         dtypes = {ITEM_ID: np.int64, "score": np.float32}
         return Schema([ColumnSchema(name, dtype=dtype, dims=(None, self.top_k)) for name, dtype in dtypes.items()])
 
-    def transform(self, col_selector: Any, transformable: Any) -> TensorTable:  # noqa: ARG002 - Merlin's contract
+    def transform(self, col_selector: Any, transformable: Any) -> TensorTable:  # Merlin's contract
         """Return ids and scores [batch, top_k]; fewer items are padded with the missing id and the score 0."""
         table = transformable if isinstance(transformable, TensorTable) else TensorTable.from_df(transformable)
         arrays = table.to_dict()

@@ -241,12 +241,18 @@ def atomic_write_dir(
             path.chmod(path.stat().st_mode | 0o444)
 
 
-def refuse_unmanaged(out: Path, marker: str, kind: str = "data folder", error: type[MISSRecError] = DataError) -> None:
+def refuse_unmanaged(
+    out: Path,
+    marker: str,
+    kind: str = "data folder",
+    error: type[MISSRecError] = DataError,
+    cure: str = "choose another --out",
+) -> None:
     """Raise ``error`` if ``out`` is neither new, nor empty, nor written by missrec (it holds no ``marker``)."""
     with translate_disk_errors(out):
         if out.exists() and not (out.is_dir() and ((out / marker).is_file() or not any(out.iterdir()))):
             found = f"{out} exists and is no {kind}: it holds no {marker}"
-            raise error(found, f"a new folder, or an older {kind}", "choose another --out")
+            raise error(found, f"a new folder, or an older {kind}", cure)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from missrec_t4r.model.item_encoder import CandidateEmbeddings, ItemEmbeddings, 
 from missrec_t4r.model.missrec import MISSRec
 
 __all__ = [
-    "CandidateFusion",
     "CandidateEmbeddings",
+    "CandidateFusion",
     "ContextualEncoder",
     "InterestAwareDecoder",
     "InterestTokens",

@@ -42,7 +42,7 @@ class LargestSet:
     spare = 0
     """Slots beyond one per item and modality."""
 
-    def __call__(self, count: Tensor, item_ids: Tensor) -> Tensor:  # noqa: ARG002
+    def __call__(self, count: Tensor, item_ids: Tensor) -> Tensor:
         """Return the slots that each session takes, [batch], for ``count`` [batch] distinct interests."""
         return count
 

@@ -57,7 +57,7 @@ class PaddingCandidate:
 class SummedCandidates:
     """With one modality, a candidate is the sum of its modality embedding and its ID embedding (E11)."""
 
-    def __call__(self, items: ItemEmbeddings, rows: Tensor, *, training: bool) -> ItemEmbeddings:  # noqa: ARG002
+    def __call__(self, items: ItemEmbeddings, rows: Tensor, *, training: bool) -> ItemEmbeddings:
         """Return the sums in place of the modality, and no ID."""
         if items.ids is None or items.id_mask is None or len(items.modality) > 1:
             return items
@@ -68,7 +68,7 @@ class SummedCandidates:
 class FirstModality:
     """Under ``contextual`` fusion the output of an item's first modality represents the session (E10)."""
 
-    def __call__(self, hidden: Tensor, mask: Tensor, n_modalities: int) -> Tensor:  # noqa: ARG002
+    def __call__(self, hidden: Tensor, mask: Tensor, n_modalities: int) -> Tensor:
         """Return [batch, seq, dim] out of [batch, modality * seq, dim]."""
         return hidden[:, : hidden.shape[1] // n_modalities]
 

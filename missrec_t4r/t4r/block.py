@@ -157,7 +157,7 @@ class InterestRefresh(TrainerCallback):
         self.block, self.every = block, every
         block.refresh_steps = 0
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002  # transformers' signature
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # transformers' signature
         """Discover the interests if a multiple of ``every`` epochs is done."""
         epochs_done = state.epoch or 0.0
         epoch = round(epochs_done)

@@ -189,7 +189,7 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         window = start + torch.arange(width, device=item_ids.device)
         return VisibleSessions(item_ids.gather(1, window), window, learning)
 
-    def output_size(self, input_size: Any = None) -> torch.Size:  # noqa: ARG002  # T4R's signature
+    def output_size(self, input_size: Any = None) -> torch.Size:  # T4R's signature
         """Return [-1, max_sequence_length, width of the event features]: T4R's heads need three dimensions."""
         width = 1 if self.event_features is None else self.event_features.width
         return torch.Size([-1, self.max_sequence_length, width])

@@ -122,7 +122,7 @@ class MISSRecNextItemTask(NextItemPredictionTask):
     def forward(
         self,
         inputs: Tensor,
-        targets: Any = None,  # noqa: ARG002  # T4R casts them to float; labels come from the masking
+        targets: Any = None,  # T4R casts them to float; labels come from the masking
         training: bool = False,
         testing: bool = False,
         top_k: int | None = None,

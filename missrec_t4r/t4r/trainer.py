@@ -251,7 +251,7 @@ class _Report(TrainerCallback):
         self.log, self.limit = log, 60 * max_minutes
         self.started = time.perf_counter()
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:  # noqa: ARG002
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
         """Write the epoch's line; stop after the epoch in which the time limit passes."""
         epoch = round(state.epoch) - 1
         loss = next((line["loss"] for line in reversed(state.log_history) if "loss" in line), float("nan"))

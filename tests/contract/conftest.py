@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 HAS_T4R = importlib.util.find_spec("transformers4rec") is not None
-collect_ignore_glob = [] if HAS_T4R else ["test_*.py"]  # the door needs the extra `merlin`
+collect_ignore_glob = [] if HAS_T4R else ["test_*.py"]  # the integration needs the extra `merlin`
 if HAS_T4R:
     import missrec_t4r.t4r  # noqa: F401  # before any test imports Merlin: it sets what dask must find
 

@@ -12,8 +12,7 @@ from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue
 from tests.settings import EVERY_PART
-from tests.shop import catalogue as make_catalogue
-from tests.shop import random_modalities, write_split
+from tests.shop import make_catalogue, random_modalities, write_split
 
 N_ROWS = 120
 """117 items and the three reserved rows: T4R's Trainer takes the top 100, so fewer would break its own recipe too."""

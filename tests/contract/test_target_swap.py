@@ -1,4 +1,4 @@
-"""Exchanging the target, and everything after it, changes no session vector: bit for bit, in every door and mode."""
+"""Exchanging the target, and everything after it, changes no session vector: bit for bit, in every loader and mode."""
 
 from __future__ import annotations
 

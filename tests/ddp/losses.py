@@ -20,7 +20,7 @@ from missrec_t4r.training.loss.full import FullSoftmax, Softmax
 from missrec_t4r.training.loss.sampled import SampledSoftmax
 from missrec_t4r.training.pretrain import contrastive_loss
 from missrec_t4r.training.step import batch_totals, training_loss
-from tests.equations import small_shop as shop
+from tests import shop
 
 TRAIN = TrainConfig.paper(batch_size=1000, next_items=2)
 OURS = {"orthogonality_weight": 0.1, "dropout": 0.0}

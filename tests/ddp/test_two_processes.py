@@ -15,9 +15,9 @@ from missrec_t4r.runs.run_folder import load_run, load_tensors
 from missrec_t4r.training import distributed
 from missrec_t4r.training.fit import train
 from missrec_t4r.training.step import batch_totals, training_loss
+from tests import shop
 from tests.ddp import losses
-from tests.equations import small_shop as shop
-from tests.unit.conftest import data  # noqa: F401 - the fixture of forty sessions
+from tests.unit.conftest import data  # noqa: F401  # the fixture of forty sessions
 
 pytestmark = pytest.mark.ddp
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -65,7 +65,7 @@ def test_a_process_without_sessions_has_no_effect() -> None:
     assert all(weight.grad is None or not weight.grad.any() for weight in model.parameters())
 
 
-def test_missrec_train_under_torchrun(data: Path, tmp_path: Path) -> None:  # noqa: F811 - pytest's way
+def test_missrec_train_under_torchrun(data: Path, tmp_path: Path) -> None:  # noqa: F811  # pytest's way
     settings = {
         "model.d_model": 16,
         "model.n_head": 2,

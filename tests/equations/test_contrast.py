@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from missrec_t4r.model.contrastive import BatchEmbeddings, SequenceItemContrast, SequenceSequenceContrast, in_batch_loss
+from tests import shop
 from tests.equations import reference as ref
-from tests.equations import small_shop as shop
 
 POSITIVES = [3, 8, 5, 3, 9, 13]
 RNG = np.random.default_rng(5)

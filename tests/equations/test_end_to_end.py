@@ -8,8 +8,8 @@ from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.model.losses import next_item_loss, orthogonality_loss
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import terms_of
+from tests import shop
 from tests.equations import reference as ref
-from tests.equations import small_shop as shop
 from tests.equations import translate
 
 EXACT = 1e-10

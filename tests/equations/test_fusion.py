@@ -9,8 +9,8 @@ import torch
 
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.item_encoder import CandidateEmbeddings
+from tests import shop
 from tests.equations import reference as ref
-from tests.equations import small_shop as shop
 from tests.equations import translate
 
 ROWS, DIM = 8, 6

@@ -9,7 +9,7 @@ from torch import nn
 from missrec_t4r.model.attention import MultiHeadAttention
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
-from tests.equations import small_shop as shop
+from tests import shop
 
 WIDE = {"d_model": 64}
 

@@ -8,8 +8,8 @@ import torch
 
 from missrec_t4r.model.clustering import density_peaks, kmeans
 from missrec_t4r.model.interests import InterestVocabulary
+from tests import shop
 from tests.equations import reference as ref
-from tests.equations import small_shop as shop
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from missrec_t4r.model.fast.fusion import FastCandidateFusion
 from missrec_t4r.model.fast.normalize import unit
 from missrec_t4r.model.interests import InterestVocabulary
 from missrec_t4r.model.item_encoder import CandidateEmbeddings
+from tests import shop
 from tests.equations import reference as ref
-from tests.equations import small_shop as shop
 from tests.equations import translate
 
 DIM, HEADS = 8, 2

@@ -9,8 +9,8 @@ from missrec_t4r.data.batching import collate, training_batches
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.training.step import training_loss
+from tests import shop
 from tests.equations import reference as ref
-from tests.equations import small_shop as shop
 from tests.equations import translate
 
 SESSIONS = [shop.rows([*session, target]) for session, target in zip(shop.SESSIONS, shop.TARGETS, strict=True)]

@@ -25,4 +25,4 @@ def catalogue() -> Catalogue:
     text[3:8] = [[1, 0], [1, 0.1], [0, 1], [0.1, 1], [-1, 0]]
     image[[3, 4, 6, 7, 8]] = [[1, 1], [1, 0.9], [-1, 1], [-1, -1], [1, 1]]
     modalities = {"text": shop.modality(text, without=[8]), "image": shop.modality(image, without=[5])}
-    return shop.catalogue(list("abcdef"), modalities, shop.counts_of(TRAIN, 6))
+    return shop.make_catalogue(list("abcdef"), modalities, shop.counts_of(TRAIN, 6))

@@ -82,7 +82,8 @@ def test_an_item_that_cannot_be_recommended_is_a_miss() -> None:
 
 def test_unknown_rows_are_dropped_before_the_scorer_sees_them() -> None:
     class Remember:
-        seen: list[list[int]] = []
+        def __init__(self) -> None:
+            self.seen: list[list[int]] = []
 
         def __call__(self, histories: Sessions) -> Tensor:
             self.seen += [session.tolist() for session in histories]

@@ -14,8 +14,8 @@ from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.runs.run_folder import RUN_FILE, STATE_FILE, load_tensors
 from missrec_t4r.training.pretrain import Pretrainer, contrastive_loss, pretrain
 from missrec_t4r.training.step import Totals
+from tests import shop
 from tests.equations import reference as ref
-from tests.equations import small_shop as shop
 from tests.pretraining.conftest import SMALL
 
 SESSIONS = [["lamp", "desk", "chair"], ["mug", "kettle", "teapot", "pan"], ["rug", "sofa"]]

@@ -6,7 +6,7 @@ import torch
 from missrec_t4r.config import PretrainConfig
 from missrec_t4r.data.augmentation import augmented_view, drop_items, random_positions
 from missrec_t4r.model.contrastive import BatchEmbeddings, WordDrop
-from tests.equations import small_shop as shop
+from tests import shop
 
 SESSIONS = torch.tensor([[5, 7, 9, 5, 8], [4, 6, 0, 0, 0], [3, 0, 0, 0, 0]])
 

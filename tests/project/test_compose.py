@@ -1,5 +1,6 @@
 """docker-compose.yml: valid by the Compose schema, consistent with docker/, every command runs as a local process."""
 
+import itertools
 import json
 import os
 import re
@@ -52,7 +53,7 @@ def test_the_schema_check_sees_mistakes(right: str, wrong: str, tmp_path: Path) 
 def test_services_and_their_order() -> None:
     services = _compose()["services"]
     assert set(services) == {*PIPELINE, "nightly", "triton", "triton-gpu", "smoke", *MONITORING}
-    for earlier, later in zip(PIPELINE, PIPELINE[1:], strict=False):
+    for earlier, later in itertools.pairwise(PIPELINE):
         assert services[later]["depends_on"] == {earlier: {"condition": "service_completed_successfully"}}
     assert services["smoke"]["depends_on"] == {"triton": {"condition": "service_healthy"}}
     started_by_default = [name for name, service in services.items() if "profiles" not in service]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.schema import FIRST_ITEM_ROW
-from tests.properties.shops import CONFIGS, MAX_LENGTH, batches, close, model, pad, quick, scores
+from tests.properties.cases import CONFIGS, MAX_LENGTH, batches, close, model, pad, quick, scores
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
 

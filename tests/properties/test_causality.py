@@ -1,5 +1,7 @@
 """What a position may know: the items up to it, and never the target. And when one pass equals many prefixes."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,8 @@ from missrec_t4r.data.batching import collate, training_batches
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.training.step import training_loss
-from tests.equations import small_shop as shop
-from tests.properties.shops import close, items, model, pad, quick, sessions
+from tests import shop
+from tests.properties.cases import close, items, model, pad, quick, sessions
 
 CAUSAL = ["default", "default, two layers each", "inductive"]
 causal = pytest.mark.parametrize("name", CAUSAL)
@@ -132,7 +134,7 @@ def test_training_examples_hold_every_transition_once_and_no_target_in_sight(
                 assert not set(wanted) & set(visible)
                 assert wanted == [visible[-1] + step * k for k in range(1, len(wanted) + 1)]
                 transitions.append(tuple(sorted((visible[-1], wanted[0]))))
-    expected = [(int(a), int(b)) for session in events for a, b in zip(session[:-1], session[1:], strict=True)]
+    expected = [(int(a), int(b)) for session in events for a, b in itertools.pairwise(session)]
     if attention == "causal" or not backwards:  # prefixes read backwards have the session's oldest items as targets
         assert sorted(transitions) == expected
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from missrec_t4r.model.clustering import density_peaks, kmeans
 from missrec_t4r.model.interests import InterestTokens
-from tests.equations import small_shop as shop
-from tests.properties.shops import CONFIGS, batches, close, model, pad, quick, scores
+from tests import shop
+from tests.properties.cases import CONFIGS, batches, close, model, pad, quick, scores
 
 clusterable = st.lists(st.tuples(st.integers(-2, 2), st.integers(-2, 2)), min_size=4, max_size=30)
 

@@ -9,8 +9,8 @@ import torch
 from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.model.missrec import MISSRec
-from tests.equations import small_shop as shop
-from tests.properties.shops import close, pad, scores
+from tests import shop
+from tests.properties.cases import close, pad, scores
 
 MASKED = {
     "default": shop.default(),

@@ -14,8 +14,8 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.training.step import training_loss
-from tests.equations import small_shop as shop
-from tests.properties.shops import CONFIGS, scores
+from tests import shop
+from tests.properties.cases import CONFIGS, scores
 
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 TRAIN = TrainConfig.paper(batch_size=1000)

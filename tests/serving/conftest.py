@@ -1,4 +1,4 @@
-"""A run, its bundle and a real server, each made once."""
+"""Shared fixtures: a run, its bundle, its model repository and a real Triton server."""
 
 from __future__ import annotations
 

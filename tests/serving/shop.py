@@ -1,4 +1,4 @@
-"""A tiny shop for the serving tests: thirty items, two modalities, some items without image, a model at random."""
+"""A tiny shop for the serving tests: thirty items, two modalities, some items without image, a random model."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from missrec_t4r.config import MISSRecConfig, Recipe
-from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
-from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_LIST, SCHEMA_FILE, SESSION_TRANSFORM_FILE, USER_ID
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_LIST, SCHEMA_FILE, SESSION_TRANSFORM_FILE
 from tests.settings import EVERY_PART
+from tests.shop import make_catalogue, random_modalities, write_split
 
 N_ITEMS = 30
 MAX_LENGTH = 8
@@ -29,31 +28,21 @@ def item_ids(integers: bool) -> list[str] | list[int]:
 
 def catalogue(*, integers: bool = False) -> Catalogue:
     """Every item has text, two in three have an image; popularity falls with the row and has ties."""
-    rng = np.random.default_rng(3)
-    n_rows = N_ITEMS + FIRST_ITEM_ROW
-    is_item = np.arange(n_rows) >= FIRST_ITEM_ROW
-    has_image = is_item & (np.arange(n_rows) % 3 != 0)
-    modalities = {
-        name: Modality(
-            rng.normal(size=(n_rows, width)).astype(np.float32) * present[:, None], present, {"name": f"random-{name}"}
-        )
-        for name, width, present in (("text", 12, is_item), ("image", 6, has_image))
-    }
-    ids = pa.array(item_ids(integers))
-    counts = pa.array([(N_ITEMS - i) // 3 for i in range(N_ITEMS)], pa.int64())
-    titles = pa.array([f"Ware {i}" for i in range(N_ITEMS)])
+    without = {"image": range(FIRST_ITEM_ROW, N_ITEMS + FIRST_ITEM_ROW, 3)}
+    modalities = random_modalities(N_ITEMS, {"text": 12, "image": 6}, seed=3, without=without)
     columns = {
-        "brand": pa.array([None if i == 4 else f"brand {i % 4}" for i in range(N_ITEMS)]),
-        "price": pa.array([None if i == 7 else 10.0 + i for i in range(N_ITEMS)]),
-        "in_stock": pa.array([i % 5 != 0 for i in range(N_ITEMS)]),
-        "stars": pa.array([i % 6 for i in range(N_ITEMS)]),
-        "market": pa.array([["DE", "FR"] if i % 2 else ["FR"] if i % 4 else [] for i in range(N_ITEMS)]),
+        "title": [f"Ware {i}" for i in range(N_ITEMS)],
+        "brand": [None if i == 4 else f"brand {i % 4}" for i in range(N_ITEMS)],
+        "price": [None if i == 7 else 10.0 + i for i in range(N_ITEMS)],
+        "in_stock": [i % 5 != 0 for i in range(N_ITEMS)],
+        "stars": [i % 6 for i in range(N_ITEMS)],
+        "market": [["DE", "FR"] if i % 2 else ["FR"] if i % 4 else [] for i in range(N_ITEMS)],
     }
-    return Catalogue(pa.table({"item_id": ids, "train_count": counts, "title": titles} | columns), modalities)
+    return make_catalogue(item_ids(integers), modalities, [(N_ITEMS - i) // 3 for i in range(N_ITEMS)], columns)
 
 
 def model_for(shop: Catalogue, **settings: object) -> MISSRec:
-    """A small model whose every part has something to say: large weights, discovered interests."""
+    """A small model with large random weights in every part, and discovered interests."""
     torch.manual_seed(0)
     sizes = {"d_model": 16, "n_head": 2, "d_feedforward": 8, "max_sequence_length": MAX_LENGTH}
     config = Recipe.from_dict({"name": "tiny", "model": EVERY_PART | sizes | settings}).model
@@ -67,7 +56,7 @@ def model_for(shop: Catalogue, **settings: object) -> MISSRec:
 
 
 def data_folder(folder: Path, shop: Catalogue, n_sessions: int = 220) -> Path:
-    """What serving reads of a data folder: catalogue, transform, schema, test sessions."""
+    """Write the part of a data folder that serving reads: catalogue, transform, schema, test sessions."""
     shop.save(folder / "catalogue")
     transform = {
         "format": 1,
@@ -79,9 +68,7 @@ def data_folder(folder: Path, shop: Catalogue, n_sessions: int = 220) -> Path:
     (folder / SCHEMA_FILE).write_text(f'feature {{\n  name: "{ITEM_LIST}"\n}}\n')
     rng = np.random.default_rng(11)
     rows = [rng.integers(FIRST_ITEM_ROW, shop.n_rows, rng.integers(2, 15)).tolist() for _ in range(n_sessions)]
-    table = pa.table({USER_ID: [f"u{i}" for i in range(n_sessions)], ITEM_LIST: rows})
-    (folder / "test").mkdir()
-    pq.write_table(table, folder / "test" / "part_0.parquet")
+    write_split(folder / "test", rows, users="u")
     return folder
 
 
@@ -95,7 +82,7 @@ def raw_sessions(shop: Catalogue, n: int, seed: int = 0) -> list[list[str | int 
 
 
 def recipe_of(model: MISSRec) -> Recipe:
-    """What a run of this model would have been started with."""
+    """The recipe of a run of this model."""
     return Recipe(name="tiny", model=model.config)
 
 

@@ -1,4 +1,4 @@
-"""Every kind of client gives the same answers; what is asked again, and what is not."""
+"""Every client returns the same recommendations; which failures are retried and which are not."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_server_that_never_answers_the_async_client_is_given_up_in_time(protoc
 @pytest.mark.triton
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_a_server_that_comes_late_is_reached_by_asking_again(server: LocalTriton, protocol: str) -> None:
-    """A port that refuses, and then leads to the server: what a restart looks like."""
+    """A port that first refuses and then forwards to the server, as during a restart."""
     url = free_url()
     host, port = url.split(":")
     target = server.ports[protocol]
@@ -105,9 +105,9 @@ def test_a_server_that_comes_late_is_reached_by_asking_again(server: LocalTriton
 
     def forward() -> None:
         time.sleep(0.4)
-        with socket.create_server((host, int(port))) as door:
-            door.settimeout(10)
-            with door.accept()[0] as near, socket.create_connection(("127.0.0.1", target)) as far:
+        with socket.create_server((host, int(port))) as listener:
+            listener.settimeout(10)
+            with listener.accept()[0] as near, socket.create_connection(("127.0.0.1", target)) as far:
                 pumps = [threading.Thread(target=pump, args=pair) for pair in ((near, far), (far, near))]
                 for thread in pumps:
                     thread.start()
@@ -177,7 +177,7 @@ def test_pauses_grow_and_stay_within_their_bounds() -> None:
 @pytest.mark.triton
 def test_rules_reasons_and_the_version_travel_with_every_kind_of_client(server: LocalTriton, bundle: Path) -> None:
     sessions = [["ware-3-ü", "ware-9-ü"], ["ware-4-ü"], []]
-    wishes: dict[str, object] = {
+    options: dict[str, object] = {
         "exclude": [["ware-1-ü", "ware-2-ü"], [], ["ware-0-ü"]],
         "allow": [f"ware-{i}-ü" for i in range(20)],
         "rules": {"where": {"train_count": {"min": 1}}},
@@ -186,14 +186,14 @@ def test_rules_reasons_and_the_version_travel_with_every_kind_of_client(server: 
 
     async def ask(protocol: str, url: str) -> list[object]:
         async with AsyncMISSRecClient(url, protocol) as client:
-            return await client.recommend(sessions, 30, **wishes)
+            return await client.recommend(sessions, 30, **options)
 
     with MISSRecClient(server.grpc_url) as client, MISSRecClient.of_bundle(bundle) as offline:
-        answers = client.recommend(sessions, 30, **wishes)
+        answers = client.recommend(sessions, 30, **options)
         free = client.recommend(sessions, 30)
-        kinds = [offline.recommend(sessions, 30, **wishes)]
+        kinds = [offline.recommend(sessions, 30, **options)]
     with MISSRecClient(server.http_url, "http") as client:
-        kinds.append(client.recommend(sessions, 30, **wishes))
+        kinds.append(client.recommend(sessions, 30, **options))
     kinds += [asyncio.run(ask("grpc", server.grpc_url)), asyncio.run(ask("http", server.http_url))]
     for other in kinds:
         for answer, expected in zip(other, answers, strict=True):
@@ -215,7 +215,7 @@ def test_rules_reasons_and_the_version_travel_with_every_kind_of_client(server: 
 
 
 @pytest.mark.parametrize(
-    ("wishes", "words"),
+    ("options", "words"),
     [
         ({"exclude": "ware-1-ü"}, "exclude is no list of item ids"),
         ({"exclude": [["a"], ["b"]]}, "exclude holds 2 lists for 1 sessions"),
@@ -224,8 +224,8 @@ def test_rules_reasons_and_the_version_travel_with_every_kind_of_client(server: 
         ({"rules": {"where": {"price": {"max": float("nan")}}}}, "rules cannot be sent"),
     ],
 )
-def test_wishes_that_are_none_are_refused_before_anything_is_sent(
-    bundle: Path, wishes: dict[str, object], words: str
+def test_invalid_options_are_refused_before_anything_is_sent(
+    bundle: Path, options: dict[str, object], words: str
 ) -> None:
     with MISSRecClient.of_bundle(bundle) as client, pytest.raises(DataError, match=words):
-        client.recommend([["ware-3-ü"]], **wishes)
+        client.recommend([["ware-3-ü"]], **options)

@@ -1,4 +1,4 @@
-"""Models exchanged behind a running server: no failed request, no mixed answer, and nothing torn by kill -9."""
+"""Blue/green deployment under load: no failed request, no mixed response, and a complete version after kill -9."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DEPLOY = "import sys; from missrec_t4r.serving.deploy.blue_green import deploy; 
 
 @pytest.fixture(scope="module")
 def other_bundle(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that answers other than the first one, and notices nothing of it."""
+    """A model whose recommendations differ from the first one's."""
     folder = tmp_path_factory.mktemp("other") / "bundle"
     export(make_run(n_encoder_layers=2), folder)
     return folder
@@ -43,7 +43,7 @@ def other_bundle(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def answers(bundle: Path, other_bundle: Path) -> tuple[list[float], list[float]]:
-    """What the two models say to SESSION."""
+    """Scores of the two models for SESSION."""
     scores = []
     for one in (bundle, other_bundle):
         with MISSRecClient.of_bundle(one) as client:
@@ -84,7 +84,7 @@ def test_models_change_under_load_without_a_failed_or_mixed_answer(
                     time.sleep(0.01)  # a visit, not an attack: the machine also has a model to load
                     answer = client.recommend([SESSION] * 3, 5)
                     seen.extend(tuple(round(score, 4) for score in one.scores) for one in answer)
-                except Exception as error:  # noqa: BLE001 - every one counts
+                except Exception as error:  # every one counts
                     failures.append(error)
 
     threads = [threading.Thread(target=ask) for _ in range(3)]
@@ -124,9 +124,9 @@ def test_a_version_can_be_loaded_and_asked_before_it_answers(
     before = asked(running)
     result = deploy(live, bundle=other_bundle, switch=False)
     assert result["answers"] is False
-    door = f"missrec_v{result['version']}"
+    candidate = f"missrec_v{result['version']}"
     with (
-        HttpShadowProxy(running.http_url, door, share=0.5, seed=3) as shadow,
+        HttpShadowProxy(running.http_url, candidate, share=0.5, seed=3) as shadow,
         MISSRecClient(shadow.url, "http") as client,
     ):
         mirrored = [client.recommend([SESSION, [], ["ware-1-ü"]], 6) for _ in range(20)]
@@ -142,10 +142,10 @@ def test_a_version_can_be_loaded_and_asked_before_it_answers(
     with HttpShadowProxy(running.http_url, "gone", share=1) as shadow, MISSRecClient(shadow.url, "http") as client:
         assert client.recommend([SESSION], 6)[0].item_ids == mirrored[0][0].item_ids
     assert shadow.comparison.report()["failed"] == 1
-    with GrpcShadowProxy(running.grpc_url, door, share=1) as shadow, MISSRecClient(shadow.url) as client:
+    with GrpcShadowProxy(running.grpc_url, candidate, share=1) as shadow, MISSRecClient(shadow.url) as client:
         through = [client.recommend([SESSION, [], ["ware-1-ü"]], 6) for _ in range(5)]
-        with MISSRecClient(shadow.url, model="gone") as stranger, pytest.raises(ServingError, match="gone"):
-            stranger.recommend([SESSION], 6)
+        with MISSRecClient(shadow.url, model="gone") as other, pytest.raises(ServingError, match="gone"):
+            other.recommend([SESSION], 6)
     assert [[one.item_ids for one in answer] for answer in through] == [[one.item_ids for one in expected]] * 5
     over_grpc = shadow.comparison.report()
     assert (over_grpc["mirrored_sessions"], over_grpc["failed"]) == (15, 0)
@@ -165,7 +165,7 @@ def test_a_version_that_cannot_be_loaded_changes_nothing(
 ) -> None:
     before, version = asked(running), current_version(live)
     with monkeypatch.context() as alone:
-        alone.setattr(Control, "find", lambda folder: None)  # files alone: the server is not told yet
+        alone.setattr(Control, "find", lambda folder: None)  # files only: the server loads nothing yet
         staged = deploy(live, bundle=bundle, switch=False)["version"]
     (live / f"missrec_ranker_v{staged}" / "1" / "model.py").write_text("raise RuntimeError('broken on purpose')\n")
     with pytest.raises(ServingError, match="broken on purpose"):
@@ -216,7 +216,7 @@ def test_killed_deploys_leave_a_complete_version_that_a_restarted_server_serves(
 
 
 def killed_at(moment: int, folder: Path, chosen: Path) -> None:
-    """Deploy, and die by kill -9 instead of the rename of this number."""
+    """Deploy, and be killed (-9) in place of rename number ``moment``."""
     done = [0]
 
     def dying(original: Callable[..., None]) -> Callable[..., None]:
@@ -247,12 +247,12 @@ def test_kill_at_every_moment_of_writing_leaves_the_old_or_the_new_version(
         version = current_version(folder)
         assert version in versions_of(folder)
         verify_bundle(bundle_of(folder, version))
-        door = (folder / "missrec" / "config.pbtxt").read_text()
+        config = (folder / "missrec" / "config.pbtxt").read_text()
         assert (folder / "missrec" / str(version)).is_dir()
         assert all(
             (folder / f"missrec_{part}_v{version}" / "1" / "model.py").is_file() for part in ("sessions", "ranker")
         )
-        assert door.count(f"_v{version}") == 2
+        assert config.count(f"_v{version}") == 2
     assert current_version(folder) > 1
     deploy(folder, bundle=bundle)
     assert not list(folder.parent.glob(f".{folder.name}-deploy-*"))

@@ -1,4 +1,4 @@
-"""The folded encoder answers as the model, for every session and configuration that it takes, and leaves the others."""
+"""The fused encoder returns the session vectors of the model, or declines the configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile requests: an error in words each, the server stays up, the next good request is right."""
+"""Malformed requests: each gets a clear error, the server stays up, the next valid request is answered correctly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bundles that are wrong on purpose, sealed again so that every checksum fits; and an audit of what serving runs."""
+"""Manipulated bundles with matching checksums, and an audit of the code that serving executes."""
 
 from __future__ import annotations
 
@@ -141,9 +141,9 @@ def test_wrong_bundles_are_refused_with_file_and_reason(
 def test_a_right_bundle_is_described(bundle: Path) -> None:
     done = CliRunner().invoke(app, ["bundle", "verify", "--bundle", str(bundle)])
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert told["files"] == len(BUNDLE_FILES)
-    assert told["items"] == 30
+    result = json.loads(done.stdout)
+    assert result["files"] == len(BUNDLE_FILES)
+    assert result["items"] == 30
 
 
 _AUDIT = """
@@ -160,7 +160,7 @@ _sys.addaudithook(_hook)
 
 @pytest.mark.triton
 def test_the_serving_path_unpickles_nothing_and_imports_nothing_by_name(bundle: Path, tmp_path: Path) -> None:
-    """Both models of a real server under an audit hook, from their first line to their answers."""
+    """Run both models of a real server under an audit hook, from import to response."""
     repository, log = tmp_path / "models", tmp_path / "audit.jsonl"
     write_repository(bundle, repository)
     inside = str(repository / "missrec_ranker" / "1" / "bundle")

@@ -1,4 +1,4 @@
-"""Bundles that bring their search tables: from so many rows on that a test lowers the number."""
+"""Bundles with a retrieval index; the tests lower the number of rows from which it is written."""
 
 from __future__ import annotations
 

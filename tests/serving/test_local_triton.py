@@ -1,4 +1,4 @@
-"""What the embedded server promises its owner: it is the one that was started, it ends with him, its control is his."""
+"""The embedded server: it is the started one, it ends with its parent, its model control needs the key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The classic Merlin ensemble on the real server gives the native ensemble's top-k."""
+"""The classic Merlin ensemble on a real server returns the native ensemble's top-k."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def test_the_classic_ensemble_answers_as_the_native_one(make_run: Callable[..., 
         "item_id__offsets": np.cumsum([0, *map(len, sessions)]).astype(np.int32),
     }
     for server in serving(tmp_path / "classic"):
-        door = open_transport(server.grpc_url, "grpc", 60)
-        answer = door.infer(EXECUTOR, tensors, ("item_id", "score"))
-        door.close()
+        transport = open_transport(server.grpc_url, "grpc", 60)
+        answer = transport.infer(EXECUTOR, tensors, ("item_id", "score"))
+        transport.close()
     assert answer["item_id"].tolist() == [one.item_ids for one in expected]
     np.testing.assert_allclose(answer["score"], [one.scores for one in expected], atol=1e-5)
 

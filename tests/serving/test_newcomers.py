@@ -1,4 +1,4 @@
-"""Items that a catalogue update adds are newcomers: the bundle lends to them, the ranker answers as the model does."""
+"""Items added by a catalogue update are cold items: their cold-start scores in the bundle are those of the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers without a server are the server's answers."""
+"""Batch scoring, similar items and vectors equal the results of a server."""
 
 from __future__ import annotations
 
@@ -220,20 +220,20 @@ def test_vectors_in_an_inner_product_index_give_the_served_order(make_run: Calla
 def test_vectors_json_holds_what_the_dynamic_score_needs(bundle: Path, tmp_path: Path) -> None:
     """docs/howto/vectors.md: the score of every item from the exported files alone."""
     loaded = load_bundle(bundle)
-    sessions = [s for s in shop.raw_sessions(loaded.catalogue, 40, seed=6)]
+    sessions = list(shop.raw_sessions(loaded.catalogue, 40, seed=6))
     file = session_file(tmp_path / "sessions.parquet", sessions)
     vectors(tmp_path / "vectors", bundle=bundle, sessions=file)
-    told = json.loads((tmp_path / "vectors" / "vectors.json").read_text())
-    tokens = [np.load(tmp_path / "vectors" / f"modality-{name}.npy") for name in told["modalities"]]
+    settings = json.loads((tmp_path / "vectors" / "vectors.json").read_text())
+    tokens = [np.load(tmp_path / "vectors" / f"modality-{name}.npy") for name in settings["modalities"]]
     users = np.load(tmp_path / "vectors" / "sessions.npy")
     with torch.inference_mode():
         model = loaded.model
         expected = model.fusion(torch.from_numpy(users), model.candidates()).numpy()[:, FIRST_ITEM_ROW:]
     votes = np.stack([users @ token.T for token in tokens])
     present = np.stack([np.broadcast_to(token.any(1), votes.shape[1:]) for token in tokens])
-    weights = np.exp((told["phi"] or 0.0) * votes) * present
+    weights = np.exp((settings["phi"] or 0.0) * votes) * present
     fused = (weights * votes).sum(0) / weights.sum(0)
     ids = np.load(tmp_path / "vectors" / "ids.npy")
-    assert told["item_ids_in_the_score"]
+    assert settings["item_ids_in_the_score"]
     fused = np.where(ids.any(1), (users @ ids.T + 2 * fused) / 3, fused)
     np.testing.assert_allclose(fused, expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""What operators see: every metric on the real server's page, and a dashboard and alerts that ask for nothing else."""
+"""Metrics of a real server, and a dashboard and alerts that use no other metric."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def page(server: LocalTriton) -> dict[str, float]:
 
 
 def settled(server: LocalTriton, changed: str = "", since: float = 0.0) -> dict[str, float]:
-    """The page once ``changed`` has passed ``since`` and our counters stand still: they are told after the answer."""
-    told: list[dict[str, float]] = [{}]
+    """Metrics once ``changed`` exceeds ``since`` and the counters are stable (flushed after the response)."""
+    pages: list[dict[str, float]] = [{}]
 
     def still() -> bool:
-        told.append(page(server))
-        ours = [{name: total(one, name) for name in COUNTERS} for one in told[-2:]]
-        return ours[0] == ours[1] and (not changed or total(told[-1], changed) > since)
+        pages.append(page(server))
+        counters = [{name: total(one, name) for name in COUNTERS} for one in pages[-2:]]
+        return counters[0] == counters[1] and (not changed or total(pages[-1], changed) > since)
 
     eventually(still, every=4 * FLUSH_SECONDS)
-    return told[-1]
+    return pages[-1]
 
 
 def eventually(check: Callable[[], bool], seconds: float = 30.0, every: float = 0.05) -> None:
-    """Wait until ``check`` holds: what a server tells beside its answers comes when the machine has time for it."""
+    """Wait until ``check`` is true: metrics are written after the response, later on a busy machine."""
     until = time.monotonic() + seconds
     while not check() and time.monotonic() < until:
         time.sleep(every)

@@ -1,4 +1,4 @@
-"""The playground, clicked by a real browser where one is installed, and asked over HTTP everywhere."""
+"""The playground over HTTP, and in a real browser where one is installed."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_clicks_change_the_recommendations_in_a_browser(page: Playground, tmp_pa
     assert "the catalogue has no column 'kind'" in seen["note"]  # this server's does not; the page says what it says
 
 
-class headless:  # noqa: N801 - reads as what it is
+class headless:  # noqa: N801  # reads as what it is
     """A browser on a page, with its remote control on a free port."""
 
     def __init__(self, url: str, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The certified search gives the answer of scoring everything: any phi, modalities missing, IDs, filters and ties."""
+"""Exact retrieval returns the result of scoring everything: any phi, missing modalities, IDs, filters and ties."""
 
 from __future__ import annotations
 

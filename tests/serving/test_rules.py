@@ -1,4 +1,4 @@
-"""Business rules: what is refused, what passes, and that k items are answered whenever k pass."""
+"""Business rules: invalid ones are refused, filters are exact, and k items are returned whenever k pass."""
 
 from __future__ import annotations
 
@@ -187,11 +187,11 @@ def test_rules_on_the_wire(server: LocalTriton, bundle: object, loaded: LoadedRu
     }
     names = ("item_id", "n_items", "n_passed", "catalogue_version", "reason_item", "reason_modality")
     with MISSRecClient(server.grpc_url) as client, translate_errors(client.url, "missrec", 10):
-        answer = client._door.infer("missrec", base | extra, names)
+        answer = client._transport.infer("missrec", base | extra, names)
         bad = extra | {"rules": np.array([[b'{"where": {"colour": "red"}}'], [b""]], object)}
         with pytest.raises(ServingError, match="no column 'colour'"), translate_errors(client.url, "missrec", 10):
-            client._door.infer("missrec", base | bad, names)
-        only = client._door.infer("missrec", base | {"allow": np.array([[raw[0]], [b""]], object)}, names)
+            client._transport.infer("missrec", base | bad, names)
+        only = client._transport.infer("missrec", base | {"allow": np.array([[raw[0]], [b""]], object)}, names)
     expected = ranker.rank(
         np.repeat(SESSION, 2, axis=0), top_k=6, rules=[Rules.parse(text), Rules()], exclude=np.array([[11], [0]])
     )

@@ -1,4 +1,4 @@
-"""The recorded encoder answers as the model for every configuration, or is not used."""
+"""The traced encoder returns the session vectors of the model for every configuration, or is not used."""
 
 from __future__ import annotations
 

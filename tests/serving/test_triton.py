@@ -1,4 +1,4 @@
-"""The served answers, from a real Triton on free loopback ports."""
+"""Recommendations served by a real Triton on free loopback ports."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_malformed_request_is_refused_and_the_next_one_answered(
         good = {"item_ids": np.array([[b"ware-3-\xc3\xbc"]], object), "length": np.array([[1]], np.int32)}
         expected = client.recommend([["ware-3-ü"]])
         with pytest.raises(ServingError, match=words), translate_errors(client.url, "missrec", 10):
-            client._door.infer("missrec", good | inputs, ("item_id",))
+            client._transport.infer("missrec", good | inputs, ("item_id",))
         assert client.recommend([["ware-3-ü"]]) == expected
 
 
@@ -193,7 +193,7 @@ def test_the_server_listens_on_the_loopback_alone_and_an_occupied_port_is_refuse
     with pytest.raises(ServingError, match=f"http port {server.ports['http']} cannot be used"):
         LocalTriton(exported / "repository", http_port=server.ports["http"]).__enter__()
     command = Path(f"/proc/{server.pid}/cmdline").read_text().split("\0")
-    assert {f"--{door}-address=127.0.0.1" for door in ("http", "grpc", "metrics")} <= set(command)
+    assert {f"--{endpoint}-address=127.0.0.1" for endpoint in ("http", "grpc", "metrics")} <= set(command)
 
 
 def test_integer_ids_in_and_out_from_a_moved_repository(make_run: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Catalogues changed behind a running server: no failed request, no answer that mixes two versions."""
+"""Catalogue updates on a running server: no failed request, no response that mixes two versions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def running(live: Path) -> Iterator[LocalTriton]:
 
 
 def expected(bundle: Path) -> dict[str, np.ndarray]:
-    """What a bundle answers to REQUEST without any server."""
+    """Recommendations of a bundle for REQUEST, without a server."""
     (rows,) = SessionsBackend(bundle).infer([REQUEST])
     (answer,) = RankerBackend(bundle).infer([{**REQUEST, **rows}])
     return {name: answer[name] for name in OUTPUTS}
@@ -72,16 +72,16 @@ def test_the_catalogue_changes_under_load(running: LocalTriton, live: Path, tmp_
     stop = threading.Event()
 
     def ask() -> None:
-        door = open_transport(running.grpc_url, "grpc", 30.0)
+        transport = open_transport(running.grpc_url, "grpc", 30.0)
         while not stop.is_set():
             time.sleep(0.01)
             try:
-                answer = door.infer("missrec", REQUEST, OUTPUTS)
-            except Exception as error:  # noqa: BLE001 - every one counts
+                answer = transport.infer("missrec", REQUEST, OUTPUTS)
+            except Exception as error:  # every one counts
                 failures.append(error)
             else:
                 seen.setdefault(answer["catalogue_version"][0, 0].decode(), []).append(answer)
-        door.close()
+        transport.close()
 
     threads = [threading.Thread(target=ask) for _ in range(3)]
     for thread in threads:

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from missrec_t4r.data.catalogue import Catalogue
-from tests.shop import catalogue as make_catalogue
-from tests.shop import random_modalities, write_split
+from tests.shop import make_catalogue, random_modalities, write_split
 
 N_ITEMS = 24
 STEPS = {3: 1, 4: 5, 5: 11}

@@ -1,4 +1,4 @@
-"""docs/howto/side_features.md: its commands and its script run as they stand and do what the text says."""
+"""docs/howto/side_features.md: its commands and its script run as they are and do what the text says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The module itself: scaling, absence, codes it has never seen, and what no position may see."""
+"""The event feature encoder: scaling, absent values, unknown codes, and no leak from later positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Side features from a run through the bundle to a real Triton: served as trained, with them and without."""
+"""Event features from a run through the bundle to a real Triton: served as trained, with them and without."""
 
 from __future__ import annotations
 
@@ -133,9 +133,9 @@ def test_a_wrong_request_is_refused_in_words(client: MISSRecClient) -> None:
 def test_reader_and_ranker_align_with_the_last_rows(exported: Path) -> None:
     loaded = load_bundle(exported / "bundle")
     reader, ranker = EventFeatureReader(loaded.model.event_features.columns), Ranker(loaded.model, loaded.catalogue)
-    told = reader.read(b'{"dwell": [9, 8, 7, 6, 5, 4, 3]}', 7)
+    features = reader.read(b'{"dwell": [9, 8, 7, 6, 5, 4, 3]}', 7)
     rows = np.array([[5, 2, 7, 8, 9]])  # the last five of seven ids, one of them unknown
-    stacked = reader.stacked([told], rows)
+    stacked = reader.stacked([features], rows)
     assert stacked["dwell"].tolist() == [[7, 6, 5, 4, 3]]
     direct = ranker.rank(np.array([[5, 7, 8, 9]]), event_features={"dwell": np.array([[7, 5, 4, 3]], np.float32)})
     assert ranker.rank(rows, event_features=stacked).scores.tolist() == direct.scores.tolist()
@@ -238,7 +238,7 @@ def test_what_only_shows_when_ranking_is_one_requests_error(exported: Path, monk
 
 
 class _Tensor:
-    """As Triton's, whose bytes may be damaged."""
+    """A tensor as Triton's, possibly with damaged bytes."""
 
     def __init__(self, array: np.ndarray | None) -> None:
         self.array = array
@@ -260,7 +260,7 @@ def test_a_damaged_tensor_is_one_requests_error(exported: Path) -> None:
     seen: list[int] = []
     ranker = RankerBackend(exported / "bundle")
     first, damaged, odd, last = execute(
-        ranker, requests, triton, lambda asked, told: seen.extend(map(len, (asked, told)))
+        ranker, requests, triton, lambda requests, responses: seen.extend(map(len, (requests, responses)))
     )
     assert first[0]["item_id"].tolist() == last[0]["item_id"].tolist()
     assert "RuntimeError: damaged tensor" in damaged[1]

@@ -1,4 +1,4 @@
-"""Side columns on their way: read from parquet, windowed, reversed and cut with their items; codes of other runs."""
+"""Event columns: read from parquet, windowed, reversed and cut with their items; codes of other ETL runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`missrec train` with side features: what is read, what it brings, what a run carries, what is refused."""
+"""`missrec train` with event features: columns read, effect, content of the run, refusals."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from missrec_t4r.data.batching import TrainingBatch
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.training.step import slots_of_random_batches, training_loss
-from tests.equations import small_shop as shop
+from tests import shop
 
 DIM, PLACES = 6, 9
 

@@ -19,8 +19,8 @@ from missrec_t4r.training.loss.full import FullSoftmax, Softmax, StepEmbeddings,
 from missrec_t4r.training.loss.sampled import SampledSoftmax
 from missrec_t4r.training.precision import matmul_dtype
 from missrec_t4r.training.step import choose_softmax, training_loss
-from tests.equations import small_shop as shop
-from tests.properties.shops import CONFIGS
+from tests import shop
+from tests.properties.cases import CONFIGS
 
 CPU = torch.device("cpu")
 EXAMPLES = [shop.rows([*session, target]) for session, target in zip(shop.SESSIONS, shop.TARGETS, strict=True)]

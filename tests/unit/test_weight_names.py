@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.runs.run_folder import load_strictly, load_tensors
-from tests.equations import small_shop as shop
+from tests import shop
 
 BEFORE = {
     "item_encoder.": "towers.",

@@ -71,7 +71,7 @@ def test_tables(tmp_path: Path, change: Callable[..., Any], kind: type[MISSRecEr
 @pytest.mark.parametrize(
     ("vectors", "words"),
     [
-        (np.ones((3, 2)), r"shape \(3, 2\) in .*expected: 4 rows, one per line of the item table"),
+        (np.ones((3, 2)), r"shape \(3, 2\) in .*expected: 4 rows, one per item of the item table"),
         (np.ones(4), r"shape \(4,\)"),
         (np.array([[1.0], [np.nan], [0], [0]]), "NaN or infinity in row 1"),
     ],

@@ -1,4 +1,4 @@
-"""Nights as deltas: what readers see equals plain updates and a full run, compacted or not, and survives kills."""
+"""Increments as delta files: readers see what plain updates and a full run give, compacted or not, also after kills."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from missrec_t4r.etl.engine.user_state import find_users, load_user_events
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.io.arrow_files import read_arrow, write_arrow
 from missrec_t4r.schema import SPLITS
-from tests.workflows.nights import NEW_ITEMS, OPTIONS, SOME, content, counted, night, raw_rows, same, shop
+from tests.workflows.increments import NEW_ITEMS, OPTIONS, SOME, content, counted, increment, raw_rows, same, shop
 from tests.workflows.tables import ITEMS, write
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_compaction_by_itself() -> Iterator[None]:
-    """Tiny shops would be compacted every night."""
+    """Deltas of tiny shops would be compacted after every increment."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(compaction, "MAX_DELTA_SHARE", 100.0)
         yield
@@ -61,20 +61,20 @@ def first_run(folder: Path, seed: int, **options: Any) -> Path:
 
 @hypothesis_settings(SOME, max_examples=4)
 @given(st.integers(0, 1000), st.sampled_from(OPTIONS), st.lists(st.booleans(), min_size=3, max_size=3))
-def test_nights_in_a_row_equal_a_full_run(
+def test_increments_in_a_row_equal_a_full_run(
     tmp_path_factory: pytest.TempPathFactory, seed: int, options: dict[str, Any], tidy: list[bool]
 ) -> None:
     folder = tmp_path_factory.mktemp("shop")
     data = first_run(folder, seed, **options)
     boundaries = json.loads((data / "etl.json").read_text())["settings"]
-    nights = [night(folder, number, seed) for number in range(3)]
-    for number, file in enumerate(nights):
+    increments = [increment(folder, number, seed) for number in range(3)]
+    for number, file in enumerate(increments):
         update(file, data, delta=True)
         if tidy[number]:
             compact(data, workers=1)
     if options.get("split") == "time":
         options = options | {name: boundaries[name] for name in ("valid_from", "test_from")}
-    files = [folder / "old/events.parquet", *nights]
+    files = [folder / "old/events.parquet", *increments]
     etl(files, folder / "old/items.parquet", folder / "full", engine="disk", workers=1, partitions=2, **options)
     for split in SPLITS:
         assert raw_rows(data, split) == raw_rows(folder / "full", split), split
@@ -93,7 +93,7 @@ def test_deltas_equal_plain_updates_to_the_byte(tmp_path: Path, number: int) -> 
     shutil.copytree(data, tmp_path / "plain")
     new_items = write(tmp_path / "new", shop(1, 3), NEW_ITEMS)[1]
     for step in (1, 2):
-        file = night(tmp_path, step, 40)
+        file = increment(tmp_path, step, 40)
         more = {"items": new_items} if step == 1 else {}
         told = update(file, data, delta=True, **more)
         plain = update(file, tmp_path / "plain", workers=1, **more)
@@ -111,7 +111,7 @@ def test_deltas_equal_plain_updates_to_the_byte(tmp_path: Path, number: int) -> 
         files = sorted((data / split).glob("*.parquet"))
         assert [file.name for file in files] == [f.name for f in sorted((tmp_path / "plain" / split).glob("*.parquet"))]
         assert all(pq.read_table(f).equals(pq.read_table(tmp_path / "plain" / split / f.name)) for f in files)
-    file = night(tmp_path, 3, 41)
+    file = increment(tmp_path, 3, 41)
     update(file, data, workers=1)
     update(file, tmp_path / "plain", workers=1)
     same(content(data), content(tmp_path / "plain"))
@@ -119,11 +119,11 @@ def test_deltas_equal_plain_updates_to_the_byte(tmp_path: Path, number: int) -> 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two nights beside it; tests take copies."""
+    """A folder with two delta files; tests take copies."""
     folder = tmp_path_factory.mktemp("kept")
     data = first_run(folder, 11)
     for number in range(2):
-        update(night(folder, number, 11), data, delta=True)
+        update(increment(folder, number, 11), data, delta=True)
     return data
 
 
@@ -139,15 +139,15 @@ def test_plain_parquet_stays_the_version_before(kept: Path, data: Path, tmp_path
     for split in SPLITS:
         for file in (fresh / split).glob("*.parquet"):
             assert (data / split / file.name).read_bytes() == file.read_bytes()
-    first = (kept.parent / "old/events.parquet", *sorted(kept.parent.glob("night-*.parquet")))
+    first = (kept.parent / "old/events.parquet", *sorted(kept.parent.glob("increment-*.parquet")))
     events = pd.concat([pd.read_parquet(file) for file in first])
     assert len(Sessions.load(data / "train")) == events.user_id.nunique() > len(Sessions.load(fresh / "train"))
 
 
-def test_every_reader_sees_the_nights(data: Path) -> None:
+def test_every_reader_sees_the_deltas(data: Path) -> None:
     from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 
-    from missrec_t4r.etl.quality.statistics import Everything, measure
+    from missrec_t4r.etl.quality.statistics import ReportData, compute_statistics
     from missrec_t4r.t4r.reading import read_sessions
 
     schema = TensorflowMetadata.from_proto_text_file(str(data), "schema.pbtxt").to_merlin_schema()
@@ -156,38 +156,38 @@ def test_every_reader_sees_the_nights(data: Path) -> None:
         loaded = [Sessions.load(data / split) for split in SPLITS]
         loaded += [read_sessions(str(data / split), schema) for split in SPLITS]
         arrays = [[part.values, part.offsets, *part.features.values()] for part in loaded]
-        return [*arrays, measure(Everything.load(data), 1e9)[0]]
+        return [*arrays, compute_statistics(ReportData.load(data), 1e9)[0]]
 
-    with_nights = seen()
+    with_deltas = seen()
     assert compact(data, workers=1)["deltas"] == 2
-    for one, other in zip(with_nights[:-1], seen()[:-1], strict=True):
+    for one, other in zip(with_deltas[:-1], seen()[:-1], strict=True):
         assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(one, other, strict=True))
-    assert with_nights[-1] == seen()[-1]
+    assert with_deltas[-1] == seen()[-1]
     assert compact(data, workers=1)["compacted"] is False
 
 
-def test_training_and_evaluation_do_not_know_whether_nights_are_compacted(data: Path, tmp_path: Path) -> None:
+def test_training_and_evaluation_are_equal_before_and_after_compaction(data: Path, tmp_path: Path) -> None:
     from missrec_t4r.commands import evaluate, train
 
     def trained(name: str) -> Any:
         train(data, tmp_path / name, recipe="tiny", settings={"train.epochs": 1}, device="cpu")
         found = evaluate(tmp_path / name, data=data)
-        return {part: found[part] for part in set(found) - {"run", "seconds", "data"}}
+        return {part: found[part] for part in set(found) - {"run", "seconds", "data", "file"}}
 
-    one = trained("with-nights")
+    one = trained("with-deltas")
     compact(data, workers=1)
     assert trained("compacted") == one
 
 
-def test_the_same_night_twice_changes_nothing(data: Path, kept: Path) -> None:
+def test_the_same_increment_twice_changes_nothing(data: Path, kept: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in data.rglob("*") if file.is_file()}
-    again = update([kept.parent / "night-1.parquet", kept.parent / "night-0.parquet"], data, delta=True)
+    again = update([kept.parent / "increment-1.parquet", kept.parent / "increment-0.parquet"], data, delta=True)
     assert (again["updated"], again["version"]) == (False, 3)
     assert {file: file.stat().st_mtime_ns for file in data.rglob("*") if file.is_file()} == before
 
 
 class Killed(BaseException):
-    """As a kill: nobody catches it and nothing is tidied up."""
+    """Simulates a kill: no handler of ours catches it."""
 
 
 def _dies(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *, after: bool = False) -> None:
@@ -203,8 +203,8 @@ def _dies(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *, after: boo
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("step", ["write_arrow", "grow", "_write_catalogue", "link_unchanged", "move_into_place"])
-def test_a_night_killed_anywhere_is_there_or_not(data: Path, tmp_path: Path, step: str, late: bool) -> None:
-    old, file = content(data), night(tmp_path, 2, 11)
+def test_an_increment_killed_anywhere_is_complete_or_absent(data: Path, tmp_path: Path, step: str, late: bool) -> None:
+    old, file = content(data), increment(tmp_path, 2, 11)
     modules = {"link_unchanged": append, "move_into_place": workdir}
     with pytest.MonkeyPatch.context() as patched:
         _dies(patched, modules.get(step, delta), step, after=late)
@@ -232,7 +232,7 @@ def test_a_compaction_killed_anywhere_changes_nothing(data: Path, step: str, lat
     same(content(data), old)
 
 
-def test_a_real_kill_between_night_and_compaction(data: Path, tmp_path: Path) -> None:
+def test_a_real_kill_between_increment_and_compaction(data: Path, tmp_path: Path) -> None:
     code = """
 import os, signal, sys
 from pathlib import Path
@@ -243,7 +243,7 @@ compact.MAX_DELTAS = 2
 sessionize.write_splits = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 update(sys.argv[1], Path(sys.argv[2]), delta=True, workers=1)
 """
-    file = night(tmp_path, 2, 11)
+    file = increment(tmp_path, 2, 11)
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(file), str(data)])
     assert run.returncode == -signal.SIGKILL
     assert len(delta_files(data)) == 3
@@ -253,19 +253,19 @@ update(sys.argv[1], Path(sys.argv[2]), delta=True, workers=1)
     assert not list(tmp_path.glob(".*"))
 
 
-def test_compaction_follows_by_itself(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compaction_runs_automatically_when_due(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compaction, "MAX_DELTAS", 2)
-    told = update(night(tmp_path, 2, 11), data, delta=True, workers=1)
+    told = update(increment(tmp_path, 2, 11), data, delta=True, workers=1)
     assert (told["version"], told["plain_version"], delta_files(data)) == (4, 4, [])
     monkeypatch.setattr(compaction, "MAX_DELTA_SHARE", 0.01)
-    assert update(night(tmp_path, 3, 11), data, delta=True, workers=1)["plain_version"] == 5
+    assert update(increment(tmp_path, 3, 11), data, delta=True, workers=1)["plain_version"] == 5
 
 
-def test_a_night_too_large_for_memory_is_added_the_other_way(
+def test_an_increment_too_large_for_memory_is_added_without_delta(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(append, "MAX_DELTA_EVENTS", 10)
-    told = update(night(tmp_path, 2, 11), data, delta=True, workers=1)
+    told = update(increment(tmp_path, 2, 11), data, delta=True, workers=1)
     assert (told["version"], told["plain_version"], delta_files(data)) == (4, 4, [])
     assert told["events"] == 210
 
@@ -273,7 +273,7 @@ def test_a_night_too_large_for_memory_is_added_the_other_way(
 def test_a_schema_that_looks_otherwise_is_written_by_merlin(data: Path, tmp_path: Path) -> None:
     from missrec_t4r.etl.nvt import extend_vocabulary as growing
 
-    file, twin = night(tmp_path, 2, 11), Path(shutil.copytree(data, tmp_path / "twin"))
+    file, twin = increment(tmp_path, 2, 11), Path(shutil.copytree(data, tmp_path / "twin"))
     text = (data / "schema.pbtxt").read_text()
     assert growing.resized_schema(text.replace("dtype_item_size", "width"), {"item_id": 9}, 9) is None
     update(file, data, delta=True)
@@ -316,27 +316,27 @@ def test_users_are_found_without_reading_the_others(data: Path) -> None:
     assert find_users(twins, asked, np.array([5, 5, 9, 5], np.uint64)).tolist() == [1, -1, 2, 0]
 
 
-def test_a_folder_of_before_there_were_hashes_takes_nights(tmp_path: Path) -> None:
+def test_a_folder_without_stored_hashes_accepts_increments(tmp_path: Path) -> None:
     data = first_run(tmp_path, 11)
     for file in (data / "state").glob("*.arrow"):
         table = read_arrow(file).drop_columns(["user_hash"])
         file.unlink()
         write_arrow(table, file)
-    update(night(tmp_path, 0, 11), data, delta=True)
+    update(increment(tmp_path, 0, 11), data, delta=True)
     before = content(data)
     fresh = first_run(tmp_path / "fresh", 11)
-    update(tmp_path / "night-0.parquet", fresh, delta=True)
+    update(tmp_path / "increment-0.parquet", fresh, delta=True)
     same(before, content(fresh))
     compact(data, workers=1)
     same(before, content(data))
 
 
-def test_the_command_adds_nights_and_compacts(data: Path, tmp_path: Path) -> None:
+def test_the_command_adds_increments_and_compacts(data: Path, tmp_path: Path) -> None:
     def said(*arguments: str) -> Any:
         run = CliRunner().invoke(app, ["etl", "--out", str(data), *arguments])
         return json.loads(run.stdout.splitlines()[-1]) if run.exit_code == 0 else run.exit_code
 
-    file = str(night(tmp_path, 2, 11))
+    file = str(increment(tmp_path, 2, 11))
     assert said("--update", "--delta", "--interactions", file)["plain_version"] == 1
     planned = said("--compact", "--dry-run")
     assert (planned["deltas"], planned["compacted"]) == (3, False)

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from missrec_t4r.cli import app
 from missrec_t4r.errors import ConfigError, DataError, GateError
 from missrec_t4r.etl.pipeline import etl
-from missrec_t4r.etl.quality.html import bars, log_line
-from missrec_t4r.etl.quality.report import judge, report
+from missrec_t4r.etl.quality.charts import bars, log_line
+from missrec_t4r.etl.quality.report import apply_gate, report
 from tests.workflows.tables import EVENTS, ITEMS, save_vectors, write
 
 DAY = 86_400
@@ -66,7 +66,7 @@ def test_positions_are_no_clock(tmp_path: Path) -> None:
     etl(*write(tmp_path / "raw"), tmp_path / "data")
     said = report(tmp_path / "data", tmp_path / "out")
     assert "days" not in said["measures"]
-    assert "positions or absent" in Path(said["page"]).read_text()
+    assert "positions in place of times" in Path(said["page"]).read_text()
 
 
 def test_several_sessions_of_a_user_all_count(tmp_path: Path) -> None:
@@ -167,5 +167,5 @@ def test_a_wrong_gate_is_named(content: str, words: str, shop: Path) -> None:
 
 
 def test_drift_may_be_required() -> None:
-    assert judge({}, {"drift.popularity": {"max": 1}})[0]["passed"]
-    assert not judge({}, {"drift.popularity": {"max": 1, "required": True}})[0]["passed"]
+    assert apply_gate({}, {"drift.popularity": {"max": 1}})[0]["passed"]
+    assert not apply_gate({}, {"drift.popularity": {"max": 1, "required": True}})[0]["passed"]

@@ -49,7 +49,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def shop(seed: int, size: int = 400) -> pd.DataFrame:
-    """Random events with ties, repeats, nulls, text, whole and broken numbers, and an item that no table knows."""
+    """Random events with equal times, duplicates, nulls, text, integers, fractions and items that no table has."""
     chance = np.random.default_rng(seed)
     frame = pd.DataFrame(
         {

@@ -105,10 +105,10 @@ def test_what_operators_learned_is_kept(tmp_path: Path) -> None:
 def test_functions_are_no_data(tmp_path: Path) -> None:
     frame = pd.DataFrame({"x": [1.0, 2.0]})
     workflow = Workflow(["x"] >> ops.LambdaOp(lambda column: column + 1)).fit(Dataset(frame))
-    with pytest.raises(DataError, match=r"operator UDF; expected: one of .*--save-nvtabular-workflow"):
+    with pytest.raises(DataError, match=r"operator LambdaOp; expected: one of .*--save-nvtabular-workflow"):
         save_workflow(workflow, tmp_path / "stored")
     renamed = Workflow(["x"] >> ops.Rename(f=lambda name: name * 2)).fit(Dataset(frame))
-    with pytest.raises(DataError, match="Rename holds a function, which is no data"):
+    with pytest.raises(DataError, match="Rename holds a function, which is not plain data"):
         save_workflow(renamed, tmp_path / "stored")
 
 

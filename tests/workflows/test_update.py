@@ -24,7 +24,7 @@ from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl.engine.append import update
 from missrec_t4r.etl.nvt.serialization import load_workflow
 from missrec_t4r.etl.pipeline import etl
-from tests.workflows.nights import NEW_ITEMS, OPTIONS, SOME, raw_rows, shop
+from tests.workflows.increments import NEW_ITEMS, OPTIONS, SOME, raw_rows, shop
 from tests.workflows.tables import ITEMS, write
 
 

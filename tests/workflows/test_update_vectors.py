@@ -18,7 +18,7 @@ from tests.workflows.tables import save_vectors
 
 OLD = [f"item {number}" for number in range(6)]
 LATER = [*OLD[::-1], "ghost", "new", "newer"]
-"""Items of the second night in another order; ``ghost`` was in the first night's events without a line."""
+"""Items of the second run in another order; ``ghost`` was in the first run's events, but not in its item table."""
 
 
 def _events(file: Path, items: list[str], start: int) -> Path:
@@ -88,7 +88,7 @@ def test_new_items_get_their_vectors_and_old_ones_keep_theirs(shop: Path) -> Non
     assert after.items["title"].to_pylist() == [*OLD, "ghost", "new", "newer"]
 
 
-def test_the_same_night_again_changes_nothing(shop: Path) -> None:
+def test_the_same_increment_again_changes_nothing(shop: Path) -> None:
     words = [*_second(shop), "--modality", f"text={shop}/text_2.npy"]
     _run(*words)
     files = {file: file.stat().st_mtime_ns for file in (shop / "data").rglob("*")}
@@ -102,7 +102,7 @@ def test_the_same_night_again_changes_nothing(shop: Path) -> None:
     [
         ("text=wide.npy", "modality 'text' of width 7; expected: one of the catalogue's: {'text': 2, 'image': 3}"),
         ("sound=text_2.npy", "modality 'sound' of width 2; expected: one of the catalogue's"),
-        ("text=short.npy", r"shape (8, 2) in .*short.npy; expected: 9 rows, one per line of the item table"),
+        ("text=short.npy", r"shape (8, 2) in .*short.npy; expected: 9 rows, one per item of the item table"),
         ("text=none.npy", "modality 'text' cannot be read"),
     ],
 )

@@ -10,6 +10,7 @@ Encoding needs no knowledge of other chunks. Item ids become item indices; ids t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -128,7 +129,7 @@ def shuffle_chunk(work: str, index: int) -> dict[str, Any]:
             if writer is None:
                 temporary = files.enter_context(atomic_write_file(target))
                 writer = files.enter_context(pa.ipc.new_file(str(temporary), events.schema))
-            for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            for start, end in itertools.pairwise(bounds):
                 writer.write_batch(to_record_batch(events.slice(start, end - start)))
     statistics = encoder.statistics()
     write_json(done, statistics, indent=None)

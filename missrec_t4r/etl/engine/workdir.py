@@ -106,7 +106,7 @@ def as_parquet(
         A file cannot be read.
     """
     parquet = {file: _text_ids(file, text_columns) for file in files if file.name.endswith(PARQUET_SUFFIXES)}
-    others = [{name: True for name in text_columns} for _ in range(len(files) > len(parquet))]  # csv: ids are text
+    others = [dict.fromkeys(text_columns, True) for _ in range(len(files) > len(parquet))]  # csv: ids are text
     is_text = [*parquet.values(), *others]
     mixed = {name for name in text_columns if len({file[name] for file in is_text if name in file}) > 1}
     try:

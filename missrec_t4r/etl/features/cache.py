@@ -1,7 +1,7 @@
-"""Vectors on disk by the hash of what was encoded, so that nothing is encoded twice and a killed run goes on.
+"""Cache of modality vectors on disk, keyed by the hash of the encoded content: a killed or repeated run continues.
 
-One folder per encoder. A shard is two files, ``<shard>.vectors.npy`` and ``<shard>.keys.npy``, each written aside and
-renamed, the keys last: a shard without keys is unfinished and is not read. Two runs may write at once.
+One folder per encoder. A shard is two files, ``<shard>.vectors.npy`` and ``<shard>.keys.npy``, each written atomically,
+the keys last: a shard without keys is unfinished and is not read. Two processes may write at the same time.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ KEY_BYTES = 16
 
 
 def content_key(content: bytes) -> bytes:
-    """Return the key of a text or of a picture file: 128 bits of BLAKE2b."""
+    """Return the cache key of a text or an image file: 128 bits of BLAKE2b."""
     return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
 
 
 def digest(value: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a JSON-able mapping, whatever its order."""
+    """Return the SHA-256 of a JSON-able mapping, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class VectorCache:
-    """Vectors of one encoder.
+    """Cached vectors of one encoder.
 
     Parameters
     ----------
     folder : Path
-        Where the caches of all encoders lie.
+        Folder of the caches of all encoders.
     encoder : mapping
-        Identity of the encoder; another one gets another folder.
+        Identity of the encoder; each has its own folder.
 
     Examples
     --------
@@ -54,30 +54,30 @@ class VectorCache:
 
     def __init__(self, folder: Path, encoder: Mapping[str, Any]) -> None:
         self.folder = Path(folder) / digest(encoder)[:32]
-        self._where: dict[bytes, tuple[int, int]] = {}
+        self._location: dict[bytes, tuple[int, int]] = {}
         self._shards: list[Floats] = []
         for keys, vectors in self._read():
-            self._take(keys, vectors)
+            self._index(keys, vectors)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._location)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._where
+        return key in self._location
 
     def get(self, keys: Sequence[bytes]) -> tuple[dict[int, Floats], list[int]]:
-        """Return the vectors that are there, by position, and the positions of those that are not."""
-        found, missing = {}, []
+        """Return the cached vectors by position in ``keys``, and the positions of those that are not cached."""
+        cached, missing = {}, []
         for position, key in enumerate(keys):
-            if key in self._where:
-                shard, line = self._where[key]
-                found[position] = np.asarray(self._shards[shard][line])
+            if key in self._location:
+                shard, row = self._location[key]
+                cached[position] = np.asarray(self._shards[shard][row])
             else:
                 missing.append(position)
-        return found, missing
+        return cached, missing
 
     def add(self, keys: Sequence[bytes], vectors: Floats) -> None:
-        """Keep vectors for good.
+        """Write vectors to the cache.
 
         Raises
         ------
@@ -91,19 +91,19 @@ class VectorCache:
             np.save(file, np.asarray(vectors, np.float32))
         with atomic_write_file(shard.with_suffix(".keys.npy")) as file:
             np.save(file, np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES))
-        self._take(list(keys), np.asarray(vectors, np.float32))
+        self._index(list(keys), np.asarray(vectors, np.float32))
 
-    def _take(self, keys: Sequence[bytes], vectors: Floats) -> None:
+    def _index(self, keys: Sequence[bytes], vectors: Floats) -> None:
         self._shards.append(vectors)
-        self._where.update((key, (len(self._shards) - 1, line)) for line, key in enumerate(keys))
+        self._location.update((key, (len(self._shards) - 1, row)) for row, key in enumerate(keys))
 
     def _read(self) -> Iterator[tuple[list[bytes], Floats]]:
         for file in sorted(self.folder.glob("*.keys.npy")):
             vectors = file.with_name(file.name.replace(".keys.", ".vectors."))
             try:
                 keys = np.load(file, allow_pickle=False)
-                read = np.load(vectors, mmap_mode="r", allow_pickle=False)
+                stored = np.load(vectors, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError, EOFError):
-                continue  # damaged: worked out again
-            if len(keys) == len(read):
-                yield [row.tobytes() for row in keys], read
+                continue  # damaged: its contents are encoded again
+            if len(keys) == len(stored):
+                yield [row.tobytes() for row in keys], stored

@@ -1,7 +1,8 @@
-"""One modality encoded: contents in, unit vectors and the encoder's fingerprint out, whichever encoder it is.
+"""Encode the contents of one modality: texts or image paths in, unit-length vectors and the encoder's fingerprint out.
 
-Contents are texts or paths of pictures. Encoders are the classical ones (fitted here, or with a fitted state) or
-pretrained ones, whose vectors are cached by content; whitening and reduction follow.
+Encoders are the classical ones (fitted here, or with a given fitted state) or pretrained ones, whose vectors are cached
+by content. Whitening and dimension reduction follow. Pretrained encoders see every distinct content once, shorter texts
+first, so that a batch needs little padding.
 """
 
 from __future__ import annotations
@@ -24,34 +25,34 @@ from missrec_t4r.progress import track
 
 CLASSICAL = "classical"
 _FLUSH = 256
-"""Vectors in memory before they are written to the cache: what a kill can cost."""
-_COSMETIC = {"library", "method", "stands_in_for", "seed", "width"}
-"""What a classical encoder says about itself beside its state, which already tells everything."""
+"""Vectors held in memory before they are written to the cache: the most that a killed run loses."""
+_NOT_IDENTIFYING = {"library", "method", "stands_in_for", "seed", "width"}
+"""Description of a classical encoder that is left out of its fingerprint: the fitted state already determines it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings:
-    """How to encode one modality."""
+    """Settings of the encoder of one modality."""
 
     encoder: str = CLASSICAL
     """``classical``, a folder, or a name in the local Hugging Face cache."""
     device: str = "auto"
-    """Of pretrained encoders: auto, cpu or cuda."""
+    """Device of pretrained encoders: auto, cpu or cuda."""
     precision: str = "fp32"
-    """Of pretrained encoders: fp32, bf16 or fp16."""
+    """Precision of pretrained encoders: fp32, bf16 or fp16."""
     batch_size: int = 64
-    """Contents per forward pass of a pretrained encoder."""
+    """Texts or images per forward pass of a pretrained encoder."""
     cache: Path | None = None
-    """Folder of cached vectors; None keeps none."""
+    """Folder of cached vectors; None disables the cache."""
     width: int = 128
-    """Upper bound of the classical encoders' width."""
+    """Upper bound of the classical encoders' vector width."""
     whiten: bool = False
-    """Give every direction the same variance."""
+    """Whiten the vectors: the same variance in every direction."""
     reduce_to: int | None = None
-    """Keep so many directions of greatest variance."""
+    """Number of principal components to keep; None keeps all."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work."""
+        """Validate the settings."""
         if self.batch_size < 1 or self.width < 1 or (self.reduce_to is not None and self.reduce_to < 1):
             raise ConfigError("a batch size or a width below 1", "at least 1")
 
@@ -68,16 +69,16 @@ def encode_contents(
     ----------
     kind : {"text", "image"}
     contents : sequence of str, Path or None
-        One per item; None says that it has none.
+        One per item; None where the item has none.
     state : mapping of str to ndarray, optional
-        Of an earlier call: nothing is fitted, and whitening and reduction are those of the state.
+        Fitted state of an earlier call: nothing is fitted, and whitening and reduction are those of the state.
 
     Returns
     -------
     Encoded
-        ``encoder`` holds the fingerprint and everything that `encode_contents` needs again.
+        ``encoder`` holds the fingerprint and all settings that another call needs to reproduce the vectors.
     """
-    encoded = _plain(kind, contents, settings, state)
+    encoded = _without_reduction(kind, contents, settings, state)
     fitted = dict(encoded.state)
     if state is not None:
         fitted |= {key: value for key, value in state.items() if key in (MEAN, MATRIX)}
@@ -92,25 +93,25 @@ def encode_contents(
 
 
 def fingerprint(identity: dict[str, Any], state: State) -> str:
-    """Return what identifies the vectors' space: weights, preprocessing and fitted state; not device or precision."""
+    """Return the hash that identifies a vector space: weights, preprocessing, fitted state; not device or precision."""
     hashes = {name: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for name, array in state.items()}
-    named = {key: value for key, value in identity.items() if key not in _COSMETIC}
-    return "sha256:" + digest({"encoder": named, "state": hashes})
+    identifying = {key: value for key, value in identity.items() if key not in _NOT_IDENTIFYING}
+    return "sha256:" + digest({"encoder": identifying, "state": hashes})
 
 
 def to_encode(kind: str, contents: Sequence[Any], settings: EncoderSettings) -> dict[str, int]:
-    """Return how many contents there are, are distinct, and are already cached: what a run would do."""
+    """Count contents: all items, those with content, distinct ones, cached ones (for ``--dry-run``)."""
     keys = {key for _, key in _keyed(kind, contents)}
-    known = 0
+    cached = 0
     if settings.encoder != CLASSICAL:
         cache = _cache(_encoder(kind, settings), settings)
-        known = sum(key in cache for key in keys) if cache is not None else 0
+        cached = sum(key in cache for key in keys) if cache is not None else 0
     present = sum(content is not None for content in contents)
-    return {"items": len(contents), "with_content": present, "distinct": len(keys), "cached": known}
+    return {"items": len(contents), "with_content": present, "distinct": len(keys), "cached": cached}
 
 
-def _plain(kind: str, contents: Sequence[Any], settings: EncoderSettings, state: State | None) -> Encoded:
-    """Encode without whitening and reduction."""
+def _without_reduction(kind: str, contents: Sequence[Any], settings: EncoderSettings, state: State | None) -> Encoded:
+    """Encode without whitening and dimension reduction."""
     if settings.encoder != CLASSICAL:
         return _pretrained(kind, contents, settings)
     fitted = {key: value for key, value in state.items() if key not in (MEAN, MATRIX)} if state is not None else None
@@ -122,13 +123,13 @@ def _plain(kind: str, contents: Sequence[Any], settings: EncoderSettings, state:
 def _encoder(kind: str, settings: EncoderSettings) -> Any:
     from missrec_t4r.etl.features.hf_encoders import PretrainedImage, PretrainedText
 
-    chosen: Callable[..., Any] = PretrainedText if kind == "text" else PretrainedImage
-    return chosen(settings.encoder, device=settings.device, precision=settings.precision)
+    encoder: Callable[..., Any] = PretrainedText if kind == "text" else PretrainedImage
+    return encoder(settings.encoder, device=settings.device, precision=settings.precision)
 
 
 def _cache(encoder: Any, settings: EncoderSettings) -> VectorCache | None:
-    named = {**encoder.identity, "precision": settings.precision}
-    return VectorCache(settings.cache, named) if settings.cache is not None else None
+    identity = {**encoder.identity, "precision": settings.precision}
+    return VectorCache(settings.cache, identity) if settings.cache is not None else None
 
 
 def _pretrained(kind: str, contents: Sequence[Any], settings: EncoderSettings) -> Encoded:
@@ -137,48 +138,55 @@ def _pretrained(kind: str, contents: Sequence[Any], settings: EncoderSettings) -
     key_of = dict(track(_keyed(kind, contents), f"{kind}: reading", len(contents)))
     item_of = {key: item for item, key in reversed(key_of.items())}  # the first item with this content
     distinct = list(item_of)
-    known, missing = cache.get(distinct) if cache is not None else ({}, list(range(len(distinct))))
-    found = {distinct[position]: vector for position, vector in known.items()}
-    fresh = sorted((item_of[distinct[position]] for position in missing), key=lambda item: _size(contents[item]))
-    batches = [fresh[start : start + settings.batch_size] for start in range(0, len(fresh), settings.batch_size)]
-    kept: dict[bytes, Floats] = {}
+    cached, missing = cache.get(distinct) if cache is not None else ({}, list(range(len(distinct))))
+    vector_of = {distinct[position]: vector for position, vector in cached.items()}
+    to_encode = sorted((item_of[distinct[position]] for position in missing), key=lambda item: _size(contents[item]))
+    starts = range(0, len(to_encode), settings.batch_size)
+    batches = [to_encode[start : start + settings.batch_size] for start in starts]
+    buffer: dict[bytes, Floats] = {}
     for batch in track(batches, f"{kind}: encoding", len(batches)):
         readable = [(key_of[item], content) for item in batch if (content := _read(kind, contents[item])) is not None]
         vectors = encoder.encode([content for _, content in readable]) if readable else []
         _refuse_nan(kind, vectors)
-        kept |= {key: vector for (key, _), vector in zip(readable, vectors, strict=True)}
-        if len(kept) >= _FLUSH:
-            found |= _flush(cache, kept)
-            kept = {}
-    found |= _flush(cache, kept)
-    return _spread(kind, len(contents), key_of, found, encoder.identity, len(known))
+        buffer |= {key: vector for (key, _), vector in zip(readable, vectors, strict=True)}
+        if len(buffer) >= _FLUSH:
+            vector_of |= _flush(cache, buffer)
+            buffer = {}
+    vector_of |= _flush(cache, buffer)
+    return _per_item(kind, len(contents), key_of, vector_of, encoder.identity, len(cached))
 
 
-def _flush(cache: VectorCache | None, kept: dict[bytes, Floats]) -> dict[bytes, Floats]:
-    if cache is not None and kept:
-        cache.add(list(kept), np.stack(list(kept.values())))
-    return kept
+def _flush(cache: VectorCache | None, buffer: dict[bytes, Floats]) -> dict[bytes, Floats]:
+    """Write the buffered vectors to the cache and return them."""
+    if cache is not None and buffer:
+        cache.add(list(buffer), np.stack(list(buffer.values())))
+    return buffer
 
 
-def _spread(
-    kind: str, items: int, key_of: dict[int, bytes], found: dict[bytes, Floats], identity: dict[str, Any], cached: int
+def _per_item(
+    kind: str,
+    items: int,
+    key_of: dict[int, bytes],
+    vector_of: dict[bytes, Floats],
+    identity: dict[str, Any],
+    cached: int,
 ) -> Encoded:
-    """Return one vector per item from one vector per content; contents without one are broken."""
-    if not found:
+    """Return one vector per item from one vector per distinct content; contents without a vector are broken."""
+    if not vector_of:
         raise ModalityError(
             f"0 of {items} items have a usable {kind}", "at least one", f"check the {kind} columns and paths"
         )
-    vectors = np.zeros((items, len(next(iter(found.values())))), np.float32)
+    vectors = np.zeros((items, len(next(iter(vector_of.values())))), np.float32)
     present = np.zeros(items, bool)
     for item, key in key_of.items():
-        if key in found:
-            vectors[item], present[item] = found[key], True
-    broken = [item for item, key in key_of.items() if key not in found]
+        if key in vector_of:
+            vectors[item], present[item] = vector_of[key], True
+    broken = [item for item, key in key_of.items() if key not in vector_of]
     return Encoded(vectors, present, dict(identity), broken, cached=cached)
 
 
 def _keyed(kind: str, contents: Sequence[Any]) -> Iterable[tuple[int, bytes]]:
-    """Yield the items that have a content, with its key; a picture that is not there is no content."""
+    """Yield the items with content and their keys; a missing image file counts as no content."""
     for item, content in enumerate(contents):
         if content is None or (kind == "image" and not content.is_file()):
             continue
@@ -186,7 +194,7 @@ def _keyed(kind: str, contents: Sequence[Any]) -> Iterable[tuple[int, bytes]]:
 
 
 def _read(kind: str, content: Any) -> Any:
-    """Return what the encoder takes, or None for a broken picture."""
+    """Return the encoder's input, or None for an image that cannot be decoded."""
     if kind == "text":
         return content
     try:

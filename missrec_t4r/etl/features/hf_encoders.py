@@ -1,10 +1,10 @@
-"""Pretrained encoders through Hugging Face transformers: CLIP for both, any sentence model for texts.
+"""Pretrained encoders through Hugging Face transformers: CLIP for texts and images, any sentence model for texts.
 
-A model is a folder (``config.json``, weights, tokenizer or preprocessor) or a name that the local Hugging Face cache
-holds; nothing is downloaded. A sentence model is read through ``AutoModel``; its token vectors are averaged over the
-real tokens (Reimers and Gurevych, Sentence-BERT, section 3: mean pooling), or its first token is taken where the
-folder's ``1_Pooling/config.json`` says so. Vectors are unit length. Nothing in the folder is executed: of a
-``pytorch_model.bin`` tensors are read and nothing else, whatever the environment asks of torch.
+A model is a folder (``config.json``, weights, tokenizer or preprocessor) or a name in the local Hugging Face cache;
+nothing is downloaded. A sentence model is loaded through ``AutoModel``; its token vectors are averaged over the tokens
+that are not padding (Reimers and Gurevych, Sentence-BERT, section 3: mean pooling), or the first token is taken if the
+folder's ``1_Pooling/config.json`` is set so. Vectors have unit length. No code in the folder is executed: only tensors
+are read from a ``pytorch_model.bin``, whatever the environment variables of torch say.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from missrec_t4r.etl.features.sklearn_encoders import Floats
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CLIP = ("clip", "clip_text_model", "clip_vision_model")
 _LONGEST = 512
-_TENSORS_ALONE, _ANY_PICKLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+_WEIGHTS_ONLY, _ANY_PICKLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 class PretrainedText:
-    """A text encoder: CLIP's text tower or a sentence model.
+    """Text encoder: CLIP's text tower or a sentence model.
 
     Parameters
     ----------
     source : str
         Folder, or a name in the local Hugging Face cache.
     device : str
-        ``auto``, ``cpu``, ``cuda`` or another of torch's.
+        ``auto``, ``cpu``, ``cuda`` or another device of torch.
     precision : {"fp32", "bf16", "fp16"}
-        Of the matrix products; vectors are float32.
+        Precision of the matrix products; vectors are float32.
 
     Raises
     ------
     ModalityError
         The model cannot be loaded.
     ConfigError
-        The device is not there, or cannot compute in this precision.
+        The device is not available, or does not support the precision.
     """
 
     name = "transformers-text"
@@ -87,14 +87,14 @@ class PretrainedText:
             if self.clip:
                 vectors = output.text_embeds
             elif self.pooling == "first_token":
-                vectors = output.last_hidden_state[:, 0]
+                vectors = output.last_hidden_state[:, 0]  # [text, width]
             else:
                 vectors = mean_of_tokens(output.last_hidden_state.float(), tokens["attention_mask"])
         return _unit(vectors)
 
 
 class PretrainedImage:
-    """CLIP's image tower; parameters and errors as in `PretrainedText`."""
+    """Image encoder: CLIP's image tower; parameters and errors as in `PretrainedText`."""
 
     name = "transformers-image"
 
@@ -118,7 +118,7 @@ class PretrainedImage:
         }
 
     def encode(self, pictures: Sequence[Image.Image]) -> Floats:
-        """Return one vector per RGB picture, [picture, width]."""
+        """Return one vector per RGB image, [image, width]."""
         pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(self.device)
         with torch.inference_mode(), _autocast(self.device, self.precision):
             vectors = self.model(pixel_values=pixels).image_embeds
@@ -126,13 +126,13 @@ class PretrainedImage:
 
 
 def mean_of_tokens(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean over the real tokens.
+    """Return the mean over the tokens that are not padding.
 
     Parameters
     ----------
     tokens : Tensor [batch, seq, dim]
     mask : Tensor [batch, seq]
-        1 where a token is real.
+        1 for tokens, 0 for padding.
 
     Examples
     --------
@@ -144,7 +144,7 @@ def mean_of_tokens(tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def weights_hash(model: Module) -> str:
-    """Return the SHA-256 of all parameters by name; file format and storage order do not matter."""
+    """Return the SHA-256 of all parameters by name, independent of file format and storage order."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
@@ -158,7 +158,7 @@ def _vocabulary_hash(tokenizer: Any) -> str:
 
 
 def _config(source: str, tower: str) -> Any:
-    """Return the model's settings; of CLIP those of one tower, as wide as the shared space."""
+    """Return the model's config; for CLIP that of one tower, with the width of the shared space."""
     from transformers import AutoConfig
 
     whole = _load(AutoConfig, source, trust_remote_code=False)
@@ -169,13 +169,19 @@ def _config(source: str, tower: str) -> Any:
 
 
 def _load(kind: Any, source: str, **options: Any) -> Any:
-    """Load a part of a model from a folder or the local cache, and say what to do if it is not there."""
+    """Load a part of a model from a folder or the local cache.
+
+    Raises
+    ------
+    ModalityError
+        It is missing, cannot be loaded, or could execute code when it is loaded.
+    """
     from transformers.utils import logging
 
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # one tower of CLIP is loaded, and the other one's weights would be listed
+    logging.set_verbosity_error()  # only one tower of CLIP is loaded: transformers would list the other one's weights
     try:
-        with _tensors_alone():
+        with _tensors_only():
             return kind.from_pretrained(source, local_files_only=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
         if _is_refused(error):
@@ -193,13 +199,13 @@ def _load(kind: Any, source: str, **options: Any) -> Any:
         logging.set_verbosity(level)
 
 
-class _Unread:
-    """Stands where transformers has the module pickle."""
+class _NoPickle:
+    """Replacement for the module pickle inside transformers; it refuses to load."""
 
     @staticmethod
     def load(*_: Any) -> None:
-        """Refuse."""
-        raise _PickleError("a pickle is not read here")
+        """Refuse to load."""
+        raise _PickleError("pickles are not loaded")
 
 
 class _PickleError(ValueError):
@@ -207,23 +213,23 @@ class _PickleError(ValueError):
 
 
 @contextmanager
-def _tensors_alone() -> Iterator[None]:
-    """Let torch read tensors alone, whatever the environment says; the one tokenizer that unpickles reads nothing."""
+def _tensors_only() -> Iterator[None]:
+    """Make torch load tensors only, whatever the environment says; the one tokenizer that unpickles is blocked."""
     from transformers.models.transfo_xl import tokenization_transfo_xl as unpickling
 
-    before = {name: os.environ.pop(name, None) for name in (_TENSORS_ALONE, _ANY_PICKLE)}
-    os.environ[_TENSORS_ALONE] = "1"
-    module, unpickling.pickle = unpickling.pickle, _Unread
+    before = {name: os.environ.pop(name, None) for name in (_WEIGHTS_ONLY, _ANY_PICKLE)}
+    os.environ[_WEIGHTS_ONLY] = "1"
+    module, unpickling.pickle = unpickling.pickle, _NoPickle
     try:
         yield
     finally:
         unpickling.pickle = module
-        del os.environ[_TENSORS_ALONE]
+        del os.environ[_WEIGHTS_ONLY]
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def _is_refused(error: BaseException | None) -> bool:
-    """Return whether torch or we refused a pickle; transformers raises errors of its own on top."""
+    """Whether torch or this module refused a pickle; transformers wraps the error in its own."""
     while error is not None:
         if isinstance(error, _PickleError) or type(error).__name__ == "UnpicklingError":
             return True

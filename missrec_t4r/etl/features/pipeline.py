@@ -1,7 +1,7 @@
-"""``missrec features``: text and image vectors for a catalogue, and later for new items exactly as for the old.
+"""``missrec features``: compute text and image vectors of a catalogue, and of new items with the same encoder state.
 
 Encoders are classical ones that need no download, or pretrained ones (CLIP, sentence models). Vectors of pretrained
-ones are cached by content beside the data folder, so that a killed or repeated run encodes only what is new.
+encoders are cached by content beside the data folder, so that a killed or repeated run encodes only new content.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _KIND_OF = {"classical-text": "text", "transformers-text": "text"} | {
     "classical-image": "image",
     "transformers-image": "image",
 }
-"""Name of an encoder -> what it reads; vectors of other names (``precomputed``) cannot be made here."""
+"""Name of an encoder -> its input; vectors of other encoders (``precomputed``) cannot be computed here."""
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 
 def features(
@@ -101,7 +102,7 @@ def features(
     Raises
     ------
     ConfigError
-        Neither text nor images were asked for, or settings contradict each other.
+        Neither text nor images are selected, or settings contradict each other.
     DataError, SchemaError, ModalityError
         No catalogue, no such column, folder or encoder, or nothing to encode.
     """
@@ -122,22 +123,22 @@ def features(
         whiten=whiten,
         reduce_to=reduce_to,
     )
-    asked: dict[str, tuple[list[Any], EncoderSettings, dict[str, Any]]] = {}
+    requested: dict[str, tuple[list[Any], EncoderSettings, dict[str, Any]]] = {}
     if text_columns:
         chosen = replace(settings, encoder=text_encoder)
-        asked["text"] = item_texts(catalogue.items, text_columns), chosen, {"columns": list(text_columns)}
+        requested["text"] = item_texts(catalogue.items, text_columns), chosen, {"columns": list(text_columns)}
     if image_column is not None or images is not None:
         chosen = replace(settings, encoder=image_encoder)
-        where = {"column": image_column, "images": None if images is None else str(images)}
-        asked["image"] = image_paths(catalogue.items, image_column, images), chosen, where
+        source = {"column": image_column, "images": None if images is None else str(images)}
+        requested["image"] = image_paths(catalogue.items, image_column, images), chosen, source
     if dry_run:
-        plan = {name: to_encode(name, contents, chosen) for name, (contents, chosen, _) in asked.items()}
+        plan = {name: to_encode(name, contents, chosen) for name, (contents, chosen, _) in requested.items()}
         return {"data": str(data), "dry_run": True, "modalities": plan}
-    if any(chosen.encoder == CLASSICAL for _, chosen, _ in asked.values()) and like is None:
-        log.info("classical encoders stand in for pretrained ones (hashed n-grams, colour and gradient histograms)")
+    if any(chosen.encoder == CLASSICAL for _, chosen, _ in requested.values()) and like is None:
+        log.info("classical encoders replace pretrained ones (hashed n-grams, colour and gradient histograms)")
     stored = _stored(like)
     added, report, ids = {}, {}, catalogue.items[ITEM_ID].to_pylist()
-    for name, (contents, chosen, source) in asked.items():
+    for name, (contents, chosen, source) in requested.items():
         encoded, dropped = _encode(name, contents, chosen, stored.get(name), word_drop)
         recorded = {**encoded.encoder, **source} | ({WORD_DROP: word_drop} if dropped else {})
         added[name] = _modality(encoded, recorded, {WORD_DROP: dropped.vectors} if dropped else {})
@@ -165,33 +166,33 @@ def encode_items(
     batch_size: int = 64,
     cache: Path | None = None,
 ) -> dict[str, Encoded]:
-    """Encode new items with the encoders and the fitted state that a catalogue records: equal contents, equal vectors.
+    """Encode new items with the encoders and fitted states stored in a catalogue: equal contents get equal vectors.
 
     Parameters
     ----------
     catalogue : Path
-        Catalogue folder, or the data folder around it.
+        Catalogue folder, or the data folder that contains it.
     items : pyarrow.Table
-        New items, with the columns that the catalogue's encoders read.
+        New items, with the input columns of the catalogue's encoders.
     images : Path, optional
-        Folder of pictures, if it is not the one recorded.
+        Folder of images, if it is not the stored one.
     models : mapping of str to str, optional
-        Modality -> folder of its pretrained encoder, if it was moved; its weights must be the same.
+        Modality -> folder of its pretrained encoder, if it has moved; the weights must be the same.
     device, batch_size, cache
         See `EncoderSettings`.
 
     Returns
     -------
     dict of str to Encoded
-        ``vectors`` [item, width], ``present`` and ``broken`` per modality; without the modalities whose vectors came
-        from a file (``--modality``): only their owner can encode more of them.
+        ``vectors`` [item, width], ``present`` and ``broken`` per modality, without modalities whose vectors came from a
+        file (``--modality``): their encoder is not available here.
 
     Raises
     ------
     ModalityError
-        An encoder is not there, or has other weights than the one recorded.
+        An encoder is missing, or its weights differ from the stored fingerprint.
     SchemaError
-        The items lack a column that an encoder reads.
+        The items lack an input column of an encoder.
     """
     result = {}
     for name, modality in _stored(catalogue).items():
@@ -213,88 +214,8 @@ def encode_items(
     return result
 
 
-def _path(given: str | Path | None) -> Path | None:
-    return None if given is None else Path(given)
-
-
-def _stored(folder: Path | None) -> dict[str, Modality]:
-    """Return the modalities of a catalogue or data folder that can be encoded here."""
-    if folder is None:
-        return {}
-    inside = Path(folder) / CATALOGUE_FOLDER
-    modalities = Catalogue.load(inside if inside.is_dir() else folder).modalities
-    return {name: part for name, part in modalities.items() if part.encoder.get("name") in _KIND_OF}
-
-
-def _encode(
-    kind: str,
-    contents: Sequence[Any],
-    settings: EncoderSettings,
-    stored: Modality | None,
-    word_drop: float,
-) -> tuple[Encoded, Encoded | None]:
-    """Return the vectors and, if asked for, those of the texts with words left out."""
-    state = None
-    if stored is not None:
-        recorded = stored.encoder
-        if settings.encoder == CLASSICAL:
-            settings = replace(settings, encoder=recorded["model"])
-        settings = replace(
-            settings, precision=recorded.get("precision", "fp32"), whiten=bool(recorded.get("whiten", False))
-        )
-        state = stored.state
-        if settings.encoder == CLASSICAL and not state:
-            raise ModalityError(
-                f"the catalogue does not hold what its {kind} encoder was fitted to",
-                "a catalogue whose vectors were made by this version",
-                "run `missrec features` on it once more",
-            )
-    encoded = encode_contents(kind, contents, settings, state)
-    if stored is not None and encoded.encoder["fingerprint"] != stored.fingerprint:
-        raise ModalityError(
-            f"the {kind} encoder {settings.encoder} is not the one that the catalogue records",
-            f"fingerprint {stored.fingerprint}",
-            "name the folder with the same weights, or encode the whole catalogue again with `missrec features`",
-        )
-    if not word_drop or kind != "text":
-        return encoded, None
-    dropped = [None if text is None else word_dropped(text, word_drop) for text in contents]
-    variant = encode_contents(kind, dropped, settings, encoded.state)
-    whole = encoded.present & ~variant.present  # nothing readable was left
-    vectors = np.where(whole[:, None], encoded.vectors, variant.vectors)
-    return encoded, replace(variant, vectors=vectors, present=encoded.present)
-
-
-def _modality(encoded: Encoded, recorded: dict[str, Any], variants: Mapping[str, Floats]) -> Modality:
-    def from_row_3(vectors: Floats) -> Floats:
-        return np.concatenate([np.zeros((FIRST_ITEM_ROW, vectors.shape[1]), np.float32), vectors])
-
-    present = np.concatenate([np.zeros(FIRST_ITEM_ROW, bool), encoded.present])
-    other = {name: from_row_3(vectors) for name, vectors in variants.items()}
-    return Modality(from_row_3(encoded.vectors), present, recorded, other, encoded.state)
-
-
-def _describe(encoded: Encoded, ids: list[Any]) -> dict[str, Any]:
-    missing = [ids[item] for item in np.flatnonzero(~encoded.present)]
-    return {
-        "items": int(encoded.present.sum()),
-        "width": int(encoded.vectors.shape[1]),
-        "missing": len(missing),
-        "missing_items": missing[:_LISTED],
-        "broken": len(encoded.broken),
-        "broken_items": [ids[item] for item in encoded.broken[:_LISTED]],
-        "cached": encoded.cached,
-        "encoder": encoded.encoder,
-    }
-
-
-# What encoders read of an item: its text, joined from columns, and the path of its picture
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-
-
 def item_texts(items: pa.Table, columns: Sequence[str]) -> list[str | None]:
-    """Return one text per item, None where all columns are empty.
+    """Return one text per item, joined from the columns; None where all are empty.
 
     Raises
     ------
@@ -305,12 +226,12 @@ def item_texts(items: pa.Table, columns: Sequence[str]) -> list[str | None]:
 
 
 def image_paths(items: pa.Table, column: str | None, images: Path | None) -> list[Path | None]:
-    """Return one path per item, None where there is none; by item id where no column names the file.
+    """Return one image path per item, None where it has none; found by item id if there is no column.
 
     Raises
     ------
     DataError
-        There is no such folder.
+        The folder does not exist.
     SchemaError
         The table lacks the column.
     """
@@ -325,9 +246,9 @@ def image_paths(items: pa.Table, column: str | None, images: Path | None) -> lis
 
 
 def word_dropped(text: str, share: float) -> str:
-    """Leave out each word with probability ``share``, one at least stays; the same text gives the same result.
+    """Drop each word with probability ``share``; at least one stays, and the same text always gives the same result.
 
-    UniSRec, section 2.2.2: word drop for the second view of an item's text.
+    Word drop of UniSRec (section 2.2.2), for the second view of an item's text.
 
     Examples
     --------
@@ -340,3 +261,78 @@ def word_dropped(text: str, share: float) -> str:
     draw = np.random.default_rng(int.from_bytes(content_key(text.encode()), "little")).random(len(words))
     kept = [word for word, chance in zip(words, draw, strict=True) if chance >= share]
     return " ".join(kept or words[int(draw.argmax()) :][:1])
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def _stored(folder: Path | None) -> dict[str, Modality]:
+    """Return the modalities of a catalogue or data folder whose encoder is available here."""
+    if folder is None:
+        return {}
+    inside = Path(folder) / CATALOGUE_FOLDER
+    modalities = Catalogue.load(inside if inside.is_dir() else folder).modalities
+    return {name: part for name, part in modalities.items() if part.encoder.get("name") in _KIND_OF}
+
+
+def _encode(
+    kind: str,
+    contents: Sequence[Any],
+    settings: EncoderSettings,
+    stored: Modality | None,
+    word_drop: float,
+) -> tuple[Encoded, Encoded | None]:
+    """Return the vectors and, with ``word_drop``, those of the texts with words dropped."""
+    state = None
+    if stored is not None:
+        recorded = stored.encoder
+        if settings.encoder == CLASSICAL:
+            settings = replace(settings, encoder=recorded["model"])
+        settings = replace(
+            settings, precision=recorded.get("precision", "fp32"), whiten=bool(recorded.get("whiten", False))
+        )
+        state = stored.state
+        if settings.encoder == CLASSICAL and not state:
+            raise ModalityError(
+                f"the catalogue does not hold the fitted state of its {kind} encoder",
+                "a catalogue whose vectors were computed by this version",
+                "run `missrec features` on it once more",
+            )
+    encoded = encode_contents(kind, contents, settings, state)
+    if stored is not None and encoded.encoder["fingerprint"] != stored.fingerprint:
+        raise ModalityError(
+            f"the {kind} encoder {settings.encoder} is not the one that the catalogue records",
+            f"fingerprint {stored.fingerprint}",
+            "name the folder with the same weights, or encode the whole catalogue again with `missrec features`",
+        )
+    if not word_drop or kind != "text":
+        return encoded, None
+    dropped = [None if text is None else word_dropped(text, word_drop) for text in contents]
+    variant = encode_contents(kind, dropped, settings, encoded.state)
+    emptied = encoded.present & ~variant.present  # no encodable word was left: use the whole text
+    vectors = np.where(emptied[:, None], encoded.vectors, variant.vectors)
+    return encoded, replace(variant, vectors=vectors, present=encoded.present)
+
+
+def _modality(encoded: Encoded, recorded: dict[str, Any], variants: Mapping[str, Floats]) -> Modality:
+    def with_reserved_rows(vectors: Floats) -> Floats:
+        return np.concatenate([np.zeros((FIRST_ITEM_ROW, vectors.shape[1]), np.float32), vectors])
+
+    present = np.concatenate([np.zeros(FIRST_ITEM_ROW, bool), encoded.present])
+    other = {name: with_reserved_rows(vectors) for name, vectors in variants.items()}
+    return Modality(with_reserved_rows(encoded.vectors), present, recorded, other, encoded.state)
+
+
+def _describe(encoded: Encoded, ids: list[Any]) -> dict[str, Any]:
+    missing = [ids[item] for item in np.flatnonzero(~encoded.present)]
+    return {
+        "items": int(encoded.present.sum()),
+        "width": int(encoded.vectors.shape[1]),
+        "missing": len(missing),
+        "missing_items": missing[:_LISTED],
+        "broken": len(encoded.broken),
+        "broken_items": [ids[item] for item in encoded.broken[:_LISTED]],
+        "cached": encoded.cached,
+        "encoder": encoded.encoder,
+    }

@@ -1,9 +1,9 @@
-"""Classical stand-ins for pretrained encoders: texts and images -> unit-length vectors with scikit-learn alone.
+"""Classical text and image encoders in place of pretrained ones: unit-length vectors with scikit-learn alone.
 
 Text: hashed word and character n-grams, tf-idf, truncated SVD. Image: colour histogram, gradient orientations in a
 grid of cells and a small thumbnail, reduced by PCA. They need no download, run in seconds and are deterministic, but
-know no synonyms and no objects: take CLIP or a sentence encoder where you can (`missrec_t4r.etl.features.hf_encoders`).
-What they were fitted to is returned as `Encoded.state`; given back, it encodes new items exactly like the old ones.
+recognise neither synonyms nor objects: prefer CLIP or a sentence encoder (`missrec_t4r.etl.features.hf_encoders`).
+The fitted state is returned as `Encoded.state`; with it, new items are encoded exactly like the old ones.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ State = Mapping[str, npt.NDArray[Any]]
 
 HASH_WIDTH = 2**15
 SIDE, CELLS, ORIENTATIONS, THUMBNAIL, COLOURS = 64, 4, 8, 8, 4
-"""Picture size in pixels, cells per side, gradient directions, thumbnail size, levels per colour channel."""
+"""Image side in pixels, cells per side, gradient directions, thumbnail side, levels per colour channel."""
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for a file that is no picture."""
+"""Exceptions that Pillow raises for a file that is not an image."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Encoded:
     present : ndarray [item], bool
         True where the item has the modality.
     encoder : dict
-        Fingerprint: name, parameters, library version.
+        Description of the encoder: name, parameters, library version.
     broken : list of int
-        Items whose content is there but cannot be read.
+        Items whose content exists but cannot be decoded.
     state : mapping of str to ndarray
-        What was fitted; encodes further items.
+        Fitted state, with which further items are encoded alike.
     cached : int
-        Distinct contents whose vectors were not worked out but found.
+        Distinct contents whose vectors came from the cache.
     """
 
     vectors: Floats
@@ -72,13 +72,13 @@ def encode_texts(
     Parameters
     ----------
     texts : sequence of str or None
-        None and texts without a word mean that the item lacks the modality.
+        The item lacks the modality where the text is None or has no word.
     width : int
         Upper bound; fewer texts give narrower vectors.
     seed : int
-        Of the randomised decomposition.
+        Seed of the randomised decomposition.
     state : mapping of str to ndarray, optional
-        Of an earlier call: nothing is fitted then, and equal texts get equal vectors.
+        Fitted state of an earlier call: nothing is fitted then, and equal texts get equal vectors.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def encode_texts(
     hashed = make_union(words, characters).transform([text or "" for text in texts]).tocsr()
     present = np.asarray(hashed[:, :HASH_WIDTH].sum(1)).ravel() > 0  # at least one word
     if state is None:
-        _refuse_lonely("text", present)
+        _require_two("text", present)
         state = _fit_texts(hashed[present], min(width, int(present.sum()) - 1), seed)
     encoder = {
         "name": "classical-text",
@@ -112,7 +112,7 @@ def encode_texts(
 
 
 def _fit_texts(hashed: Any, width: int, seed: int) -> State:
-    """Fit tf-idf and the decomposition, and keep the columns that occur."""
+    """Fit tf-idf and the truncated SVD; store only the hash columns that occur."""
     weighted = TfidfTransformer(sublinear_tf=True).fit(hashed)
     reduced = TruncatedSVD(width, n_iter=5, random_state=seed).fit(weighted.transform(hashed))
     used = np.unique(hashed.indices)
@@ -124,10 +124,10 @@ def _fit_texts(hashed: Any, width: int, seed: int) -> State:
 
 
 def _project_texts(hashed: Any, state: State) -> npt.NDArray[np.floating[Any]]:
-    """Return tf-idf with the fitted weights times the fitted components, [item, width]; new n-grams count nothing."""
-    known = hashed[:, state["columns"]].astype(np.float64)
-    known.data = (1 + np.log(known.data)) * state["idf"][known.indices]
-    return np.asarray(normalize(known) @ state["components"].T)
+    """Return tf-idf with the fitted weights times the fitted components, [item, width]; new n-grams are ignored."""
+    weighted = hashed[:, state["columns"]].astype(np.float64)  # sparse [item, fitted column]
+    weighted.data = (1 + np.log(weighted.data)) * state["idf"][weighted.indices]  # sublinear tf, as in the fit
+    return np.asarray(normalize(weighted) @ state["components"].T)
 
 
 def encode_images(
@@ -137,22 +137,22 @@ def encode_images(
     seed: int = 0,
     state: State | None = None,
 ) -> Encoded:
-    """Encode one picture per item.
+    """Encode one image per item.
 
     Parameters
     ----------
     paths : sequence of Path or None
-        None and files that are not there mean that the item lacks the modality; so do unreadable files, which are
-        listed as broken.
+        The item lacks the modality where the path is None, the file is missing, or it cannot be decoded; the latter
+        are listed as broken.
     width : int
-        Upper bound; fewer pictures give narrower vectors.
+        Upper bound; fewer images give narrower vectors.
     state : mapping of str to ndarray, optional
-        Of an earlier call: nothing is fitted then.
+        Fitted state of an earlier call: nothing is fitted then.
 
     Raises
     ------
     ModalityError
-        Fewer than two pictures can be read.
+        Fewer than two images can be decoded.
     """
     described: list[Floats] = []
     present, broken = np.zeros(len(paths), bool), []
@@ -166,7 +166,7 @@ def encode_images(
         except UNREADABLE:
             broken.append(item)
     if state is None:
-        _refuse_lonely("image", present)
+        _require_two("image", present)
         state = _fit_images(np.stack(described), width, seed)
     encoder = {
         "name": "classical-image",
@@ -188,23 +188,27 @@ def _fit_images(table: Floats, width: int, seed: int) -> State:
 
 
 def describe(image: Image.Image) -> Floats:
-    """Return colours, gradients and thumbnail of a picture, each of unit length, one after the other."""
+    """Return colours, gradients and thumbnail of an image, each of unit length, concatenated, [feature]."""
     pixels = np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32) / 255
-    thumbnail = pixels.reshape(THUMBNAIL, SIDE // THUMBNAIL, THUMBNAIL, SIDE // THUMBNAIL, 3).mean((1, 3)) - 0.5
+    blocks = pixels.reshape(THUMBNAIL, SIDE // THUMBNAIL, THUMBNAIL, SIDE // THUMBNAIL, 3)
+    thumbnail = blocks.mean((1, 3)) - 0.5  # [THUMBNAIL, THUMBNAIL, colour]: the mean of each block
     return np.concatenate([_unit(part.ravel()) for part in (_colours(pixels), _gradients(pixels), thumbnail)])
 
 
 def _colours(pixels: Floats) -> Floats:
-    level = np.minimum((pixels * COLOURS).astype(np.int64), COLOURS - 1)
+    """Return the joint histogram of the colour levels, [COLOURS ** 3]; the square root damps large uniform areas."""
+    level = np.minimum((pixels * COLOURS).astype(np.int64), COLOURS - 1)  # [SIDE, SIDE, colour]
     bins = (level[..., 0] * COLOURS + level[..., 1]) * COLOURS + level[..., 2]
     return np.sqrt(np.bincount(bins.ravel(), minlength=COLOURS**3)).astype(np.float32)
 
 
 def _gradients(pixels: Floats) -> Floats:
-    down, right = np.gradient(pixels.mean(2))
+    """Return gradient strength per cell and direction, [CELLS ** 2 * ORIENTATIONS]."""
+    down, right = np.gradient(pixels.mean(2))  # each [SIDE, SIDE]
+    # Modulo pi: light to dark and dark to light are the same direction.
     direction = np.minimum((np.arctan2(down, right) % np.pi / np.pi * ORIENTATIONS).astype(int), ORIENTATIONS - 1)
-    cell = np.arange(SIDE) * CELLS // SIDE
-    bins = (cell[:, None] * CELLS + cell) * ORIENTATIONS + direction
+    cell = np.arange(SIDE) * CELLS // SIDE  # cell index of a pixel row or column
+    bins = (cell[:, None] * CELLS + cell) * ORIENTATIONS + direction  # [SIDE, SIDE]
     return np.bincount(bins.ravel(), np.hypot(down, right).ravel(), CELLS**2 * ORIENTATIONS).astype(np.float32)
 
 
@@ -220,7 +224,7 @@ def _spread(vectors: npt.NDArray[np.floating[Any]], present: Bools) -> Floats:
     return full
 
 
-def _refuse_lonely(name: str, present: Bools) -> None:
+def _require_two(name: str, present: Bools) -> None:
     if present.sum() < 2:
         raise ModalityError(
             f"{int(present.sum())} of {len(present)} items have a usable {name}",
@@ -231,8 +235,8 @@ def _refuse_lonely(name: str, present: Bools) -> None:
 
 def join_texts(columns: Iterable[Sequence[Any]]) -> list[str | None]:
     """Join the texts of several columns item by item; None where all are empty."""
-    lines = (
+    texts = (
         ". ".join(str(value).strip() for value in row if value and str(value).strip())
         for row in zip(*columns, strict=True)
     )
-    return [line or None for line in lines]
+    return [text or None for text in texts]

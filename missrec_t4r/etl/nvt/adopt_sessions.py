@@ -1,4 +1,4 @@
-"""Session parquet of another workflow, brought to our column names and checked against its vocabulary."""
+"""Read session parquet of an existing workflow: rename columns, check rows against its vocabulary."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from missrec_t4r.etl.sources.table import Paths, expand, read_table
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_LIST, LIST_SUFFIX, SCHEMA_FILE, SPLITS, USER_ID
 
 _ABOVE = 3
-"""How many folders above the sessions a schema.pbtxt is looked for."""
+"""Number of parent folders of the sessions that are searched for a schema.pbtxt."""
 
 
 class Reader:
-    """Reads session parquet under one schema.
+    """Reader of session parquet with one schema.
 
     Parameters
     ----------
     rows : int
         Rows of the vocabulary, the three reserved ones included.
     schema : Path or None
-        schema.pbtxt, or None to look beside and above the sessions.
+        schema.pbtxt; None searches beside and above the sessions.
     findings : Findings
-        Gains what was left out.
+        Receives what was dropped.
     """
 
     def __init__(self, rows: int, schema: Path | None, findings: checks.Findings) -> None:
@@ -47,42 +47,44 @@ class Reader:
         SchemaError
             No or several item columns, or no schema.
         DataError
-            The sessions have rows beyond the vocabulary, or none at all.
+            The sessions have item rows outside the vocabulary, or no known item.
         """
         files = [file for file in expand(paths, "sessions") if not file.name.startswith("_")]
         table = read_table(files, "sessions")
         if self._schema is None:
             self._schema = _read_schema(self.schema_file or _beside(files[0]))
             self._columns = self._names(table)
-        kept = {ours: _lists(table[raw]) for raw, ours in self._columns.items() if raw in table.column_names}
-        items = kept.get(ITEM_LIST)
+        columns = {ours: _lists(table[raw]) for raw, ours in self._columns.items() if raw in table.column_names}
+        items = columns.get(ITEM_LIST)
         if items is None:
             raise SchemaError(f"{files[0]} has columns {table.column_names}", "the item column of the schema")
-        return self._known(self._aligned(kept, items), items, table, files[0])
+        return self._without_unknown(self._aligned(columns, items), items, table, files[0])
 
     def read_splits(self, paths: Mapping[str, Paths]) -> dict[str, pa.Table]:
-        """Return train, valid and test as they are."""
+        """Return given train, valid and test sessions."""
         if missing := [name for name in SPLITS if name not in paths]:
             raise DataError(f"no sessions for {missing}", "train, valid and test", "name them, or --sessions alone")
         return {name: self.read(paths[name]) for name in SPLITS}
 
     def schema_of_sessions(self, rows: int, longest: int) -> Schema:
-        """Return the Merlin schema of what was read: names ours, tags as they were, domain as the catalogue."""
+        """Return the Merlin schema of the sessions: renamed columns, tags as stored, item domain of the catalogue."""
         assert self._schema is not None, "read first"
         columns = []
         for raw, ours in self._columns.items():
             column = self._schema[raw]
-            kept = {key: column.properties[key] for key in ("domain", "embedding_sizes") if key in column.properties}
+            properties = {
+                key: column.properties[key] for key in ("domain", "embedding_sizes") if key in column.properties
+            }
             tags = set(column.tags) | ({Tags.LIST, Tags.SEQUENCE} if ours.endswith(LIST_SUFFIX) else set())
             if ours == ITEM_LIST:
-                kept["domain"] = {"min": 0, "max": rows - 1, "name": "item_id"}
+                properties["domain"] = {"min": 0, "max": rows - 1, "name": "item_id"}
                 tags |= {Tags.ITEM_ID, Tags.ITEM, Tags.CATEGORICAL}
             dims = ((0, None), (0, longest)) if ours.endswith(LIST_SUFFIX) else None
-            columns.append(ColumnSchema(ours, dtype=column.dtype, tags=list(tags), properties=kept, dims=dims))
+            columns.append(ColumnSchema(ours, dtype=column.dtype, tags=list(tags), properties=properties, dims=dims))
         return Schema(columns)
 
     def _names(self, table: pa.Table) -> dict[str, str]:
-        """Raw -> our name of the session, of the items and of the features that stand beside them."""
+        """Return our names by raw name: session key, items and event features."""
         assert self._schema is not None
         lists = [name for name in table.column_names if _is_list(table[name].type)]
         tagged = [n for n in self._schema.select_by_tag(Tags.ITEM_ID).column_names if n in lists]
@@ -109,19 +111,20 @@ class Reader:
                 names[name] = name if name.endswith(LIST_SUFFIX) else name + LIST_SUFFIX
         return names
 
-    def _aligned(self, kept: dict[str, Any], items: pa.ListArray) -> dict[str, Any]:
-        """Leave out list columns that do not stand beside the items value for value."""
-        odd = [
+    def _aligned(self, lists: dict[str, Any], items: pa.ListArray) -> dict[str, Any]:
+        """Drop list columns whose lists are not as long as those of the items."""
+        misaligned = [
             name
-            for name, column in kept.items()
+            for name, column in lists.items()
             if name.endswith(LIST_SUFFIX) and not column.offsets.equals(items.offsets)
         ]
-        self.findings.add("list_column_left_out", len(odd), f"columns {odd} have lists of other lengths than the items")
-        self._columns = {raw: ours for raw, ours in self._columns.items() if ours not in odd}
-        return {name: column for name, column in kept.items() if name not in odd}
+        message = f"columns {misaligned} have lists of other lengths than the items"
+        self.findings.add("list_column_left_out", len(misaligned), message)
+        self._columns = {raw: ours for raw, ours in self._columns.items() if ours not in misaligned}
+        return {name: column for name, column in lists.items() if name not in misaligned}
 
-    def _known(self, kept: dict[str, Any], items: pa.ListArray, table: pa.Table, file: Path) -> pa.Table:
-        """Leave out padding, null and unknown events, and sessions without any other."""
+    def _without_unknown(self, columns: dict[str, Any], items: pa.ListArray, table: pa.Table, file: Path) -> pa.Table:
+        """Drop padding, null and unknown events, and sessions without any other event."""
         values = np.asarray(items.values.fill_null(1), np.int64)
         if len(values) and (values.max() >= self.rows or values.min() < 0):
             raise DataError(
@@ -129,25 +132,26 @@ class Reader:
                 "sessions and vocabulary of the same fit",
                 "name the workflow that wrote these sessions",
             )
-        real = values >= FIRST_ITEM_ROW
-        unknown = int(((values > 0) & ~real).sum())
+        known = values >= FIRST_ITEM_ROW  # [event]
+        unknown = int(((values > 0) & ~known).sum())
         self.findings.add("unknown_events", unknown, "events on null or unknown items are left out")
-        offsets = np.concatenate([[0], np.cumsum(real)])[np.asarray(items.offsets)]
-        some = np.diff(offsets) > 0
-        self.findings.add("empty_sessions", int((~some).sum()), "sessions without a known item are left out")
-        cut = pa.array(np.concatenate([offsets[:-1][some], offsets[-1:]]).astype(np.int32))
-        where, chosen = pa.array(real), pa.array(some)
-        if USER_ID not in kept:
-            kept = {USER_ID: pa.array(np.arange(table.num_rows)), **kept}
-        columns = {
-            name: pa.ListArray.from_arrays(cut, column.values.filter(where))
+        offsets = np.concatenate([[0], np.cumsum(known)])[np.asarray(items.offsets)]  # [session + 1], known events only
+        has_items = np.diff(offsets) > 0  # [session]
+        self.findings.add("empty_sessions", int((~has_items).sum()), "sessions without a known item are left out")
+        # An empty session starts where the next one does, so dropping its start keeps the others' lists in place.
+        new_offsets = pa.array(np.concatenate([offsets[:-1][has_items], offsets[-1:]]).astype(np.int32))
+        event_mask, session_mask = pa.array(known), pa.array(has_items)
+        if USER_ID not in columns:
+            columns = {USER_ID: pa.array(np.arange(table.num_rows)), **columns}
+        filtered = {
+            name: pa.ListArray.from_arrays(new_offsets, column.values.filter(event_mask))
             if name.endswith(LIST_SUFFIX)
-            else column.filter(chosen)
-            for name, column in kept.items()
+            else column.filter(session_mask)
+            for name, column in columns.items()
         }
-        if not some.any():
+        if not has_items.any():
             raise DataError(f"no session of {file} has a known item", "sessions of rows from 3 on")
-        return pa.table(columns)
+        return pa.table(filtered)
 
 
 def _read_schema(file: Path) -> Schema:
@@ -169,7 +173,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _lists(column: pa.ChunkedArray) -> Any:
-    """Return a column in one piece; lists with offsets from 0 on and without null rows."""
+    """Return a column as one array; lists with offsets from 0 and empty lists in place of null rows."""
     array = column.combine_chunks()
     array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
     if not _is_list(array.type):

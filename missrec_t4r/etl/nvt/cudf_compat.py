@@ -1,8 +1,8 @@
-"""Two names that merlin-core 23.8 imports and RAPIDS 24.12 no longer has; put back where cuDF is installed.
+"""Compatibility of merlin-core 23.8 with RAPIDS 24.12: restores two names that Merlin imports and cuDF has removed.
 
 ``cudf.core.column.build_categorical_column`` (Merlin reads hive-partitioned remote parquet with it) and
-``dask_cudf.from_dask_dataframe``. Names that are there are left alone, and without cuDF nothing is imported.
-On a GPU with RAPIDS 24.12 Merlin imports with it; README.md, Tested, says what else was run there.
+``dask_cudf.from_dask_dataframe``. Existing names are not replaced, and without cuDF nothing is imported. The README
+says what has been run on a GPU with RAPIDS 24.12.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def apply() -> list[str]:
-    """Set what cuDF needs before its first import and put back what is missing; return the names that were."""
+    """Set cuDF's environment before its first import and restore missing names; return the restored ones."""
     if importlib.util.find_spec("cudf") is None:
         return []
     # On drivers of CUDA 13 the numba-cuda of RAPIDS 24.12 ends with a segmentation fault without NVIDIA's binding.

@@ -1,12 +1,13 @@
-"""The few frame operations that pandas and cuDF do not share; everything else in `operators.py` is written once.
+"""Adapters for the dataframe operations in which pandas and cuDF differ; the operators themselves are written once.
 
-A list column is a pair of values and offsets: row i holds ``values[offsets[i]:offsets[i + 1]]``. cuDF stores it so;
-for pandas (an object per row) it is taken apart and rebuilt here, through Arrow where the values are numbers.
-The cuDF half follows NVTabular's own cuDF code; README.md, Tested, says what a GPU has run of it.
+A list column is a pair of values and offsets: row i holds ``values[offsets[i]:offsets[i + 1]]``. cuDF stores it in this
+form; for pandas (an object per row) it is converted here, through Arrow where the values are numbers. The cuDF half
+follows NVTabular's own cuDF code; the README says what has been run on a GPU.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -20,11 +21,11 @@ Frame = Any
 Series = Any
 """pandas.Series or cudf.Series."""
 Array = Any
-"""numpy.ndarray or cupy.ndarray, the kind that belongs to the frame."""
+"""numpy.ndarray for pandas, cupy.ndarray for cuDF."""
 
 
 class ListColumn(NamedTuple):
-    """A ragged column taken apart."""
+    """A ragged column as values and offsets."""
 
     values: Series
     """All elements one after the other, [element]."""
@@ -33,7 +34,7 @@ class ListColumn(NamedTuple):
 
 
 class Adapter(Protocol):
-    """What the operators need to know about a kind of frame."""
+    """Operations of a dataframe library that the operators need."""
 
     @property
     def xp(self) -> ModuleType:
@@ -43,10 +44,10 @@ class Adapter(Protocol):
         """Return the stable sorting permutation by the columns, nulls last, [row]."""
 
     def take_apart(self, column: Series) -> ListColumn:
-        """Return values and offsets of a list column; a null row counts as an empty one."""
+        """Return values and offsets of a list column; a null row becomes an empty one."""
 
     def build(self, column: ListColumn) -> Series:
-        """Return a list column of the frame's own kind."""
+        """Return a list column of the frame's library."""
 
 
 def adapter_of(frame: Frame) -> Adapter:
@@ -63,12 +64,12 @@ class PandasFrames:
         return np
 
     def order(self, frame: Frame, columns: Sequence[str], ascending: Sequence[bool]) -> Array:
-        """Sort by rank codes, so that strings are compared once per distinct value and not once per event."""
+        """Return the permutation by rank codes: strings are compared once per distinct value, not once per event."""
         ranks = [_rank(frame[name], up) for name, up in zip(columns, ascending, strict=True)]
         return np.lexsort(ranks[::-1])
 
     def take_apart(self, column: Series) -> ListColumn:
-        """Flatten through Arrow."""
+        """Return values and offsets, flattened through Arrow."""
         array = pa.array(column, from_pandas=True)
         if pa.types.is_null(array.type):
             return ListColumn(pd.Series([], dtype=object), np.zeros(len(array) + 1, np.int64))
@@ -77,11 +78,11 @@ class PandasFrames:
         return ListColumn(array.flatten().to_pandas(), offsets)
 
     def build(self, column: ListColumn) -> Series:
-        """Slice in C++ where the values are numbers; strings stay the objects they are."""
+        """Return the list column; numbers are sliced in C++ by Arrow, strings stay Python objects."""
         values = column.values.to_numpy()
         if values.dtype == object:
             bounds = column.offsets.tolist()
-            rows = [values[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+            rows = [values[start:end] for start, end in itertools.pairwise(bounds)]
             return pd.Series(rows, dtype=object)
         lists = pa.LargeListArray.from_arrays(pa.array(column.offsets, pa.int64()), pa.array(values))
         return lists.to_pandas()
@@ -90,9 +91,9 @@ class PandasFrames:
 def _rank(column: Series, ascending: bool) -> Array:
     if ascending and isinstance(column.dtype, np.dtype) and column.dtype.kind in "iub":
         return column.to_numpy()
-    codes, distinct = pd.factorize(column, sort=True)  # -1 is null
+    codes, distinct = pd.factorize(column, sort=True)  # [row]; null is -1
     ranks = codes if ascending else len(distinct) - 1 - codes
-    return np.where(codes < 0, len(distinct), ranks)
+    return np.where(codes < 0, len(distinct), ranks)  # nulls last in both directions
 
 
 class CudfFrames:
@@ -100,25 +101,25 @@ class CudfFrames:
 
     @property
     def xp(self) -> ModuleType:
-        """Return cupy, imported when a cuDF frame is met."""
+        """Return cupy, imported on first use."""
         import cupy
 
         return cupy
 
     def order(self, frame: Frame, columns: Sequence[str], ascending: Sequence[bool]) -> Array:
-        """Sort on the GPU; the row number as the last key makes it stable whatever the algorithm."""
+        """Return the permutation, sorted on the GPU; the row number as last key makes any algorithm stable."""
         keys = frame[list(columns)].copy(deep=False)
         keys["__row__"] = self.xp.arange(len(frame))
         return self.xp.asarray(keys.argsort(ascending=[*ascending, True], na_position="last"))
 
     def take_apart(self, column: Series) -> ListColumn:
-        """Read the two child columns, as NVTabular's ListSlice does."""
+        """Return the two child columns, as NVTabular's ListSlice reads them."""
         import cudf
 
         return ListColumn(cudf.Series._from_column(column._column.elements), column._column.offsets.values)
 
     def build(self, column: ListColumn) -> Series:
-        """Join the child columns with Merlin's own builder."""
+        """Return the list column of the child columns, by Merlin's own builder."""
         import cudf
         from merlin.core.dispatch import build_cudf_list_column
 

@@ -1,8 +1,9 @@
-"""Operators on events before they are grouped: sessions by inactivity, k-core, weights of event types, time features.
+"""NVTabular operators on events before grouping: sessions by inactivity, k-core, event-type weights, time features.
 
-All are NVTabular operators with the stock schema contract: selected columns pass, new ones are added with their type
-and tags, events keep their order. `SessionGap` and `TimeFeatures` look at a user's other events, so, like the stock
-``DifferenceLag``, they need users whole in a partition (``Dataset.shuffle_by_keys``); unlike it they need no sorting.
+All keep the stock schema contract: selected columns are passed through, new columns are added with dtype and tags,
+events keep their order. `SessionGap` and `TimeFeatures` depend on a user's other events, so, like the stock
+``DifferenceLag``, they need all events of a user in one partition (``Dataset.shuffle_by_keys``); unlike it they need
+no sorting.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ TIME_FEATURES = ("gap", "hour", "weekday", "recency")
 
 
 class AddsColumns(Operator):
-    """Base of operators that pass the selected columns on and add some of their own.
+    """Base of operators that pass the selected columns through and add new ones.
 
-    What they read must be among the selected columns: Merlin takes dependencies from the data set, past any filter.
+    Their input must be among the selected columns: Merlin reads dependencies from the data set, before any filter.
     """
 
     def sources(self) -> list[str]:
-        """Return what the new columns are made of."""
+        """Return the input columns of the new columns."""
         return []
 
     def added(self) -> dict[str, ColumnSchema]:
@@ -40,18 +41,18 @@ class AddsColumns(Operator):
         return {}
 
     def column_mapping(self, col_selector: ColumnSelector) -> dict[str, list[str]]:
-        """Return what each output column is made of."""
-        kept = {name: [name] for name in col_selector.names}
-        return kept | {name: self.sources() for name in self.added()}
+        """Return the input columns of each output column."""
+        passed = {name: [name] for name in col_selector.names}
+        return passed | {name: self.sources() for name in self.added()}
 
     def compute_column_schema(self, col_name: str, input_schema: Schema) -> ColumnSchema:
-        """Return the schema of a new column, or that of the column that passes."""
+        """Return the schema of a new column, or of one that is passed through."""
         added = self.added()
         return added[col_name] if col_name in added else super().compute_column_schema(col_name, input_schema)
 
 
 class SessionGap(AddsColumns):
-    """Number the sessions of a user: a pause longer than ``gap`` starts the next one.
+    """Number the sessions of a user: inactivity longer than ``gap`` starts the next session.
 
     Parameters
     ----------
@@ -60,9 +61,9 @@ class SessionGap(AddsColumns):
     time : str
         Column of the time.
     gap : float
-        Longest pause within a session, in the unit of the time column (seconds).
+        Longest inactivity within a session, in the unit of the time column (seconds).
     name : str
-        New column, int64, from 0 on for every user.
+        New column, int64, counted from 0 for every user.
 
     Examples
     --------
@@ -78,11 +79,11 @@ class SessionGap(AddsColumns):
         self.key, self.time, self.gap, self.name = key, time, gap, name
 
     def sources(self) -> list[str]:
-        """Return what the new columns are made of."""
+        """Return the input columns of the new columns."""
         return [self.key, self.time]
 
     def added(self) -> dict[str, ColumnSchema]:
-        """Return the session number's column."""
+        """Return the schema of the session number."""
         return {self.name: ColumnSchema(self.name, dtype="int64", tags=[Tags.SESSION_ID, Tags.SESSION])}
 
     def transform(self, col_selector: ColumnSelector, df: Frame) -> Frame:
@@ -94,9 +95,9 @@ class SessionGap(AddsColumns):
 
 
 class TimeFeatures(AddsColumns):
-    """Add what the time of an event says: ``gap``, ``hour``, ``weekday``, ``recency``.
+    """Add features of the event time: ``gap``, ``hour``, ``weekday``, ``recency``.
 
-    None of them knows a later event of the user, so that a prefix of a session has the features it had at the time.
+    None of them depends on a later event of the user, so the features of a session's prefix are those of its time.
 
     Parameters
     ----------
@@ -106,9 +107,9 @@ class TimeFeatures(AddsColumns):
         ``gap``: seconds since the user's previous event, 0 for the first, float32. ``hour``: 0 to 23, int64.
         ``weekday``: Monday = 0, int64. ``recency``: days before ``newest``, float32.
     newest : float
-        What recency counts from; the newest event of the data when the workflow is built, and fixed from then on.
+        Reference of ``recency``: the newest event of the data when the workflow is built, fixed from then on.
     clock : float
-        Seconds that the shop's clock is ahead of UTC.
+        Offset of the shop's local time from UTC in seconds.
 
     Examples
     --------
@@ -133,17 +134,17 @@ class TimeFeatures(AddsColumns):
         self.newest, self.clock = newest, clock
 
     def sources(self) -> list[str]:
-        """Return what the new columns are made of."""
+        """Return the input columns of the new columns."""
         return [self.key, self.time]
 
     def added(self) -> dict[str, ColumnSchema]:
-        """Return the columns of the chosen features."""
-        whole = {"hour", "weekday"}
+        """Return the schemas of the selected features."""
+        categorical = {"hour", "weekday"}
         return {
             name: ColumnSchema(
                 name,
-                dtype="int64" if name in whole else "float32",
-                tags=[Tags.CATEGORICAL if name in whole else Tags.CONTINUOUS],
+                dtype="int64" if name in categorical else "float32",
+                tags=[Tags.CATEGORICAL if name in categorical else Tags.CONTINUOUS],
             )
             for name in self.features
         }
@@ -152,22 +153,22 @@ class TimeFeatures(AddsColumns):
         """Return the events with their time features."""
         adapter = adapter_of(df)
         times = df[self.time].values
-        made: dict[str, Array] = {}
+        columns: dict[str, Array] = {}
         for name in self.features:
             if name == "gap":
                 order, leads, ordered = _by_time(df, self.key, self.time, adapter)
-                passed = kernels.gaps(ordered, leads, adapter.xp)
-                made[name] = _unsorted(passed.astype("float32"), order, adapter)
+                elapsed = kernels.gaps(ordered, leads, adapter.xp)
+                columns[name] = _unsorted(elapsed.astype("float32"), order, adapter)
             elif name == "recency":
-                made[name] = kernels.recencies(times, self.newest)
+                columns[name] = kernels.recencies(times, self.newest)
             else:
-                reader = kernels.hours if name == "hour" else kernels.weekdays
-                made[name] = reader(times, self.clock, adapter.xp)
-        return _with(df, col_selector, made)
+                kernel = kernels.hours if name == "hour" else kernels.weekdays
+                columns[name] = kernel(times, self.clock, adapter.xp)
+        return _with(df, col_selector, columns)
 
 
 class EventWeights(AddsColumns):
-    """Give every event the weight of its type, and leave out the types of weight 0.
+    """Add the weight of the event's type, and drop events of weight 0.
 
     Parameters
     ----------
@@ -176,7 +177,7 @@ class EventWeights(AddsColumns):
     weights : mapping of str or int to float
         ``{"view": 1, "purchase": 3}``.
     other : float
-        Weight of types that are not named and of events without one.
+        Weight of all other types and of events without a type.
     name : str
         New column, float32.
 
@@ -195,32 +196,32 @@ class EventWeights(AddsColumns):
         self.column, self.weights, self.other, self.name = column, dict(weights), other, name
 
     def sources(self) -> list[str]:
-        """Return what the new columns are made of."""
+        """Return the input columns of the new columns."""
         return [self.column]
 
     def added(self) -> dict[str, ColumnSchema]:
-        """Return the weight's column."""
+        """Return the schema of the weight."""
         return {self.name: ColumnSchema(self.name, dtype="float32", tags=[Tags.CONTINUOUS])}
 
     def transform(self, col_selector: ColumnSelector, df: Frame) -> Frame:
-        """Return the events that weigh something, with their weights."""
+        """Return the events of positive weight, with their weights."""
         weights = df[self.column].map(self.weights).astype("float32").fillna(self.other)
         result = _with(df, col_selector, {self.name: weights.values})
         return result[result[self.name] > 0].reset_index(drop=True)
 
 
 class KCore(StatOperator):
-    """Leave out users and items with fewer than ``least`` events, until every one left has as many.
+    """Drop users and items with fewer than ``least`` events, repeatedly until all have as many (k-core).
 
-    What survives is decided over all partitions when the workflow is fitted; events of users and items that were not
-    there then are left out.
+    The core is computed over all partitions when the workflow is fitted; events of users and items outside it, new ones
+    included, are dropped.
 
     Parameters
     ----------
     columns : sequence of str
-        For example ``["user_id", "item_id"]``, among the selected ones; an event without one of them is left out.
+        For example ``["user_id", "item_id"]``, among the selected columns; events with a null in them are dropped.
     least : int
-        Events that each needs.
+        Minimum number of events of each.
     """
 
     def __init__(self, columns: Sequence[str], least: int) -> None:
@@ -230,21 +231,21 @@ class KCore(StatOperator):
         self.columns, self.least = list(columns), least
         self.survivors: dict[str, pd.Series] = {}
 
-    def fit(self, col_selector: ColumnSelector, ddf: Any) -> Any:  # noqa: ARG002 - the stock signature
-        """Count the combinations in every partition."""
+    def fit(self, col_selector: ColumnSelector, ddf: Any) -> Any:  # the stock signature
+        """Return the delayed computation of the core: combinations are counted per partition, then joined."""
         parts = [dask.delayed(_combinations)(part, self.columns) for part in ddf[self.columns].to_delayed()]
         return dask.delayed(_survivors)(parts, self.columns, self.least)
 
     def fit_finalize(self, dask_stats: dict[str, pd.Series]) -> None:
-        """Keep what survived."""
+        """Store the core."""
         self.survivors = dask_stats
 
     def clear(self) -> None:
-        """Forget what survived."""
+        """Remove the fitted core."""
         self.survivors = {}
 
     def transform(self, col_selector: ColumnSelector, df: Frame) -> Frame:
-        """Return the selected columns of the events that survive."""
+        """Return the selected columns of the events in the core."""
         keep = df[self.columns[0]].isin(self.survivors[self.columns[0]])
         for name in self.columns[1:]:
             keep &= df[name].isin(self.survivors[name])
@@ -252,7 +253,7 @@ class KCore(StatOperator):
 
 
 def _by_time(frame: Frame, key: str, time: str, adapter: Adapter) -> tuple[Array, Array, Array]:
-    """Return the sorting permutation, where a key begins, and the times in that order, each [event]."""
+    """Return the sorting permutation, a mask of each key's first event, and the sorted times, each [event]."""
     order = adapter.order(frame, [key, time], [True, True])
     ordered = frame[key].take(order).reset_index(drop=True)
     leads = adapter.xp.ones(len(frame), bool)
@@ -263,9 +264,10 @@ def _by_time(frame: Frame, key: str, time: str, adapter: Adapter) -> tuple[Array
 
 
 def _unsorted(values: Array, order: Array, adapter: Adapter) -> Array:
-    back = adapter.xp.empty_like(values)
-    back[order] = values
-    return back
+    """Return sorted values in the order of the input, [event]."""
+    unsorted = adapter.xp.empty_like(values)
+    unsorted[order] = values
+    return unsorted
 
 
 def _with(frame: Frame, selector: ColumnSelector, added: Mapping[str, Array]) -> Frame:

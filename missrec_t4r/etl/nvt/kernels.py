@@ -1,7 +1,7 @@
-"""Arithmetic on events sorted by key and time, shared by the operators and by the fast path, for numpy and cupy.
+"""Array functions on events sorted by key and time, for numpy and cupy; operators and out-of-core engine share them.
 
-Times are numbers in seconds (or whatever unit the events have; gaps then are in that unit). ``leads`` is True where
-an event is the first of its key. Weekdays count from Monday = 0; 1970-01-01 was a Thursday.
+Times are in seconds, or in another unit, which gaps then have too. ``leads`` is True where an event is the first of its
+key (user). All arrays have one entry per event. Weekdays count from Monday = 0; 1970-01-01 was a Thursday.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ def gaps(times: Array, leads: Array, xp: Any = np) -> Array:
     >>> gaps(np.array([5, 9, 2]), np.array([True, False, True])).tolist()
     [0, 4, 0]
     """
-    passed = xp.zeros_like(times)
-    passed[1:] = times[1:] - times[:-1]
-    return xp.where(leads, 0, passed)
+    elapsed = xp.zeros_like(times)  # [event]
+    elapsed[1:] = times[1:] - times[:-1]
+    return xp.where(leads, 0, elapsed)  # the difference to another key's event is no gap
 
 
-def session_numbers(passed: Array, leads: Array, limit: float, xp: Any = np) -> Array:
-    """Return for each event how many pauses longer than ``limit`` its key has made before it, [event], int64.
+def session_numbers(elapsed: Array, leads: Array, limit: float, xp: Any = np) -> Array:
+    """Return the session number of each event within its key: gaps longer than ``limit`` so far, [event], int64.
 
     Examples
     --------
     >>> session_numbers(np.array([0, 4, 60, 0]), np.array([True, False, False, True]), 30).tolist()
     [0, 0, 1, 0]
     """
-    pauses = xp.cumsum((passed > limit) & ~leads)
-    if not len(pauses):
+    ended = xp.cumsum((elapsed > limit) & ~leads)  # [event]: sessions ended so far, over all keys
+    if not len(ended):
         return xp.zeros(0, "int64")
-    return (pauses - pauses[leads][xp.cumsum(leads) - 1]).astype("int64")
+    # cumsum(leads) - 1 is the index of the event's key: subtract what had ended before the key's first event.
+    return (ended - ended[leads][xp.cumsum(leads) - 1]).astype("int64")
 
 
 def hours(times: Array, offset: float = 0, xp: Any = np) -> Array:
@@ -61,23 +62,27 @@ def weekdays(times: Array, offset: float = 0, xp: Any = np) -> Array:
 
 
 def recencies(times: Array, newest: float) -> Array:
-    """Return how many days before ``newest`` an event happened, [event], float32."""
+    """Return the days from the event to ``newest``, [event], float32."""
     return ((newest - times) / SECONDS_PER_DAY).astype("float32")
 
 
 def core(codes: list[Array], counts: Array, least: int) -> Array:
-    """Return which combinations survive when every code of every column must occur ``least`` times, [combination].
+    """Return the k-core: the combinations left when every code of every column occurs at least ``least`` times.
 
-    What is too rare is left out until nothing changes; the result does not depend on the order of the columns.
+    Rare codes are removed until nothing changes; the result does not depend on the order of the columns.
 
     Parameters
     ----------
     codes : list of ndarray [combination], int
         One array per column, for example users and items.
     counts : ndarray [combination]
-        How many events a combination stands for.
+        Number of events of a combination.
     least : int
-        Events that a code needs.
+        Minimum number of events per code.
+
+    Returns
+    -------
+    ndarray [combination], bool
 
     Examples
     --------
@@ -88,7 +93,7 @@ def core(codes: list[Array], counts: Array, least: int) -> Array:
     while True:
         before = int(alive.sum())
         for column in codes:
-            seen = np.bincount(column[alive], weights=counts[alive], minlength=int(column.max(initial=-1)) + 1)
-            alive &= seen[column] >= least
+            n_events = np.bincount(column[alive], weights=counts[alive], minlength=int(column.max(initial=-1)) + 1)
+            alive &= n_events[column] >= least  # [code] -> [combination]
         if int(alive.sum()) == before:
             return alive

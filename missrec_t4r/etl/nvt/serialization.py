@@ -1,8 +1,8 @@
-"""Fitted workflows as data: the graph and its operators in JSON, vocabularies in parquet, and never any code.
+"""Save and load fitted workflows without pickle: the graph and its operators in JSON, vocabularies in parquet.
 
-NVTabular's own ``Workflow.save`` pickles the workflow, and who loads a pickle runs what is in it. Here the JSON names
-operators of an allow-list (ours and those of NVTabular that hold nothing but data) with their settings and what they
-learned; loading builds them again, with the schemas they were fitted with. Every file's SHA-256 is checked before.
+NVTabular's own ``Workflow.save`` writes a pickle, which can run any code when it is loaded. Here the JSON names
+operators of an allow-list (ours, and those of NVTabular whose state is plain data) with their settings and fitted
+state; loading builds them again, with the schemas they were fitted with, after checking the SHA-256 of every file.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from merlin.schema import ColumnSchema, Schema, Tags
 from nvtabular import Workflow, ops
 
 from missrec_t4r.errors import DataError
-from missrec_t4r.etl.nvt import event_ops as event_operators
-from missrec_t4r.etl.nvt import session_ops as operators
+from missrec_t4r.etl.nvt.event_ops import EventWeights, KCore, SessionGap, TimeFeatures
+from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
 from missrec_t4r.io.hashing import file_digest
 
 FORMAT = 1
@@ -39,20 +39,14 @@ ALLOWED: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         *(SelectionOp, ConcatColumns, SubsetColumns, SubtractionOp),
-        *(operators.SessionGroupby, operators.SessionSlice),
-        *(
-            event_operators.SessionGap,
-            event_operators.TimeFeatures,
-            event_operators.EventWeights,
-            event_operators.KCore,
-        ),
+        *(SessionGroupby, SessionSlice, SessionGap, TimeFeatures, EventWeights, KCore),
         *(ops.Categorify, ops.Groupby, ops.ListSlice, ops.Rename, ops.FillMissing, ops.Clip, ops.LogOp, ops.HashBucket),
         *(ops.Normalize, ops.NormalizeMinMax, ops.Bucketize, ops.DifferenceLag, ops.ValueCount),
         *(ops.AddMetadata, ops.AddTags, ops.TagAsItemID, ops.TagAsUserID, ops.TagAsItemFeatures, ops.TagAsUserFeatures),
     )
 }
-"""Operators whose state is data. LambdaOp and Filter are not: they hold functions."""
-_LEFT_OUT = {"out_path", "vocabs", "categories", "selector", "_label"}
+"""Operators whose state is plain data. LambdaOp and Filter are excluded: they hold functions."""
+_NOT_STORED = {"out_path", "vocabs", "categories", "selector", "_label"}
 _CURE = "store it with --save-nvtabular-workflow (a pickle: load it only where you trust its source)"
 
 
@@ -62,7 +56,7 @@ def save_workflow(workflow: Workflow, folder: Path) -> None:
     Raises
     ------
     DataError
-        An operator is not on the allow-list, or holds something that is no data.
+        An operator is not on the allow-list, or its state is not plain data.
     """
     folder.mkdir(parents=True, exist_ok=True)
     nodes = list(_ordered(workflow.output_node))
@@ -74,15 +68,15 @@ def save_workflow(workflow: Workflow, folder: Path) -> None:
 
 
 def write_graph(graph: dict[str, Any], folder: Path) -> None:
-    """Write the graph of a stored workflow with its seal; the files that it names are there already."""
+    """Write the graph of a workflow with its checksum; its files must have been written before."""
     nodes = ",\n  ".join(json.dumps(node) for node in graph["nodes"])
-    rest = {name: value for name, value in graph.items() if name != "nodes"} | {"sha256": _seal(graph)}
-    told = "".join(f',\n "{name}": {json.dumps(value)}' for name, value in rest.items())
-    (folder / GRAPH_FILE).write_text(f'{{"nodes": [\n  {nodes}\n ]{told}\n}}\n', encoding="utf-8")
+    rest = {name: value for name, value in graph.items() if name != "nodes"} | {"sha256": _checksum(graph)}
+    entries = "".join(f',\n "{name}": {json.dumps(value)}' for name, value in rest.items())
+    (folder / GRAPH_FILE).write_text(f'{{"nodes": [\n  {nodes}\n ]{entries}\n}}\n', encoding="utf-8")
 
 
 def output_schema(folder: Path) -> Schema:
-    """Return the schema of what a stored workflow makes."""
+    """Return the output schema of a stored workflow."""
     described = json.loads((folder / GRAPH_FILE).read_text(encoding="utf-8"))["nodes"][-1]["output_schema"]
     return _schema(described) or Schema()
 
@@ -93,7 +87,7 @@ def load_workflow(folder: Path | str) -> Workflow:
     Raises
     ------
     DataError
-        The folder holds no stored workflow, a file was changed, or an operator is not on the allow-list.
+        There is no stored workflow in the folder, a file was changed, or an operator is not on the allow-list.
     """
     folder = Path(folder)
     graph = read_graph(folder)
@@ -114,28 +108,28 @@ def load_workflow(folder: Path | str) -> Workflow:
 
 
 def is_stored(folder: Path) -> bool:
-    """Whether a folder holds a workflow of this kind (and not a pickle of NVTabular's)."""
+    """Whether a folder holds a workflow in this format, not a pickle of NVTabular."""
     return (folder / GRAPH_FILE).is_file()
 
 
 def read_graph(folder: Path) -> dict[str, Any]:
-    """Return the graph of a stored workflow, its files checked.
+    """Return the graph of a stored workflow, after checking its files.
 
     Raises
     ------
     DataError
-        The folder holds no stored workflow, or a file was changed.
+        There is no stored workflow in the folder, or a file was changed.
     """
     try:
         graph: dict[str, Any] = json.loads((folder / GRAPH_FILE).read_text(encoding="utf-8"))
-        seal = graph.pop("sha256")
+        checksum = graph.pop("sha256")
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"{folder / GRAPH_FILE} cannot be read ({error})", "a workflow written by missrec etl", "re-run missrec etl"
         ) from error
     if graph.get("format") != FORMAT:
         raise DataError(f"workflow format {graph.get('format')!r}", f"format {FORMAT}", "re-run missrec etl")
-    changed = [] if seal == _seal(graph) else [GRAPH_FILE]
+    changed = [] if checksum == _checksum(graph) else [GRAPH_FILE]
     for name, digest in graph["files"].items():
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file() or file_digest(file) != digest:
@@ -150,15 +144,15 @@ def read_graph(folder: Path) -> dict[str, Any]:
 
 
 def _ordered(output: Node) -> Iterator[Node]:
-    """Yield every node once, what it needs before it."""
-    seen: set[int] = set()
+    """Yield every node once, after its parents and dependencies."""
+    visited: set[int] = set()
 
     def visit(node: Node) -> Iterator[Node]:
-        if id(node) in seen:
+        if id(node) in visited:
             return
-        seen.add(id(node))
-        for needed in node.parents_with_dependencies:
-            yield from visit(needed)
+        visited.add(id(node))
+        for parent in node.parents_with_dependencies:
+            yield from visit(parent)
         yield node
 
     yield from visit(output)
@@ -190,26 +184,26 @@ def _describe(node: Node, number: dict[int, int], folder: Path, files: dict[str,
     state = {
         name: _as_data(value, kind.__name__, folder, files)
         for name, value in vars(node.op).items()
-        if name not in _LEFT_OUT
+        if name not in _NOT_STORED
     }
     described = {
         "operator": kind.__name__,
         "state": state,
         "selector": list(node.selector.names) if node.selector is not None else None,
         "parents": [number[id(parent)] for parent in node.parents],
-        "dependencies": [number[id(needed)] for needed in node.dependencies],
+        "dependencies": [number[id(dependency)] for dependency in node.dependencies],
         "input_schema": _schema_data(node.input_schema),
         "output_schema": _schema_data(node.output_schema),
     }
     if isinstance(node.op, ops.Categorify):
         described["vocabularies"] = {
-            column: _keep(Path(file), folder, files) for column, file in node.op.categories.items()
+            column: _copy_vocabulary(Path(file), folder, files) for column, file in node.op.categories.items()
         }
     return described
 
 
-def _keep(file: Path, folder: Path, files: dict[str, str]) -> str:
-    """Copy a vocabulary and its counts into the folder; return its name there."""
+def _copy_vocabulary(file: Path, folder: Path, files: dict[str, str]) -> str:
+    """Copy a vocabulary file and its metadata into the folder; return its relative name."""
     (folder / "categories").mkdir(exist_ok=True)
     meta = file.with_name(file.name.replace("unique.", "meta.", 1))
     for source in (file, meta):
@@ -245,7 +239,7 @@ def _operator(described: dict[str, Any], folder: Path) -> Any:
 
 
 def _as_data(value: Any, owner: str, folder: Path, files: dict[str, str]) -> Any:
-    def again(inner: Any) -> Any:
+    def convert(inner: Any) -> Any:
         return _as_data(inner, owner, folder, files)
 
     if value is None or isinstance(value, bool | int | float | str):
@@ -264,10 +258,12 @@ def _as_data(value: Any, owner: str, folder: Path, files: dict[str, str]) -> Any
         files[name] = file_digest(folder / name)
         return {"series": name}
     if isinstance(value, list | tuple):
-        return {"tuple" if isinstance(value, tuple) else "list": [again(inner) for inner in value]}
+        return {"tuple" if isinstance(value, tuple) else "list": [convert(inner) for inner in value]}
     if isinstance(value, dict):
-        return {"dict": [[again(key), again(inner)] for key, inner in value.items()]}
-    raise DataError(f"{owner} holds a {type(value).__name__}, which is no data", "an operator without code", _CURE)
+        return {"dict": [[convert(key), convert(inner)] for key, inner in value.items()]}
+    raise DataError(
+        f"{owner} holds a {type(value).__name__}, which is not plain data", "an operator without code", _CURE
+    )
 
 
 def _from_data(value: Any, folder: Path) -> Any:
@@ -291,7 +287,9 @@ def _schema_data(schema: Schema | None) -> list[dict[str, Any]] | None:
 
 
 def _column_data(column: ColumnSchema) -> dict[str, Any]:
-    kept = {name: value for name, value in column.properties.items() if name != "cat_path"}  # a path of the build
+    kept = {
+        name: value for name, value in column.properties.items() if name != "cat_path"
+    }  # a path on the machine that fitted it
     return {
         "name": column.name,
         "dtype": column.dtype.name,
@@ -304,13 +302,13 @@ def _column_data(column: ColumnSchema) -> dict[str, Any]:
 def _schema(columns: list[dict[str, Any]] | None) -> Schema | None:
     if columns is None:
         return None
-    made = []
+    schemas = []
     for column in columns:
         dims = None if column["dims"] is None else tuple(tuple(dim) for dim in column["dims"])
         kind = md.dtype(column["dtype"]) if column["dtype"] != "unknown" else md.unknown
-        made.append(ColumnSchema(column["name"], column["tags"], column["properties"], kind, dims=dims))
-    return Schema(made)
+        schemas.append(ColumnSchema(column["name"], column["tags"], column["properties"], kind, dims=dims))
+    return Schema(schemas)
 
 
-def _seal(graph: dict[str, Any]) -> str:
+def _checksum(graph: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()

@@ -1,9 +1,9 @@
-"""Session grouping and list slicing as drop-in NVTabular operators that never loop over sessions in Python.
+"""Session grouping and list slicing as drop-in NVTabular operators, vectorised over sessions.
 
-Stock ``Groupby`` and ``ListSlice`` call Python once per group and column; these sort once, find the boundaries and
-gather once. They subclass the stock operators, so selectors, schemas (value_count, ragged lists, tags, dtypes) and
-saved workflows behave the same; `tests/workflows/test_operators.py` compares the results. One implementation on
-values and offsets serves pandas and cuDF (`frames.py`).
+Stock ``Groupby`` and ``ListSlice`` call Python once per group and column; these operators sort once, find the session
+boundaries and gather once. They subclass the stock operators, so selectors, schemas (value_count, ragged lists, tags,
+dtypes) and saved workflows behave the same; `tests/workflows/test_operators.py` compares the results. The same code on
+values and offsets serves pandas and cuDF (`dataframe.py`).
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ AGGREGATIONS = ("list", "first", "last", "count")
 
 
 class SessionGroupby(Groupby):
-    """Turn events into one row per key, lists in the order of time.
+    """Group events into one row per key, with lists in the order of time.
 
-    Ties keep the order of the input. Like the stock operator it works on one partition, so the data set must have
-    been shuffled by the key before (``Dataset.shuffle_by_keys``); `sessions.py` does.
+    Ties keep the order of the input. Like the stock operator it works within one partition, so the data set must have
+    been shuffled by the key before (``Dataset.shuffle_by_keys``), as `workflows.transform_events` does.
 
     Parameters
     ----------
     groupby_cols : str or list of str
-        Key of a session, for example ``"user_id"``; events with a null key are left out.
+        Key of a session, for example ``"user_id"``; events with a null key are dropped.
     sort_cols : str or list of str
         Columns that order the events, nulls last.
     aggs : mapping, list or str
-        Per column any of ``"list"``, ``"first"``, ``"last"`` and ``"count"`` (of non-null values).
+        For each column any of ``"list"``, ``"first"``, ``"last"`` and ``"count"`` (of non-null values).
     name_sep : str
-        Joins column and aggregation to the name of the result.
+        Separator of column and aggregation in the name of an output column.
     ascending : bool
-        False sorts from late to early; as in the stock operator, ``"first"`` is still the earliest.
+        False sorts from late to early; as in the stock operator, ``"first"`` is still the earliest event.
     selected_keys : bool
-        Take the keys from the selected columns. The stock operator takes them from the data set, past all operators
-        before this one: it cannot group by `SessionGap`'s numbers, nor after a filter.
+        Read the keys from the selected columns. The stock operator reads them from the data set, before all preceding
+        operators: it can neither group by the session ids of `SessionGap` nor follow a filter.
 
     Examples
     --------
@@ -64,15 +64,15 @@ class SessionGroupby(Groupby):
     ) -> None:
         super().__init__(groupby_cols, sort_cols, aggs, name_sep, ascending)
         self.selected_keys = selected_keys
-        asked = {str(name) for names in self.conv_aggs.values() for name in names if isinstance(name, str)}
-        if unknown := sorted(asked - set(AGGREGATIONS)):
+        names = {str(name) for names in self.conv_aggs.values() for name in names if isinstance(name, str)}
+        if unknown := sorted(names - set(AGGREGATIONS)):
             raise ConfigError(
                 f"aggregation {unknown}", f"any of {AGGREGATIONS}", "use nvtabular.ops.Groupby for others"
             )
 
     @property
     def dependencies(self) -> list[str]:
-        """Return the columns that are read from the data set whatever is selected."""
+        """Return the columns that are read from the data set even if they are not selected."""
         return [] if self.selected_keys else self.groupby_cols
 
     def transform(self, col_selector: ColumnSelector, df: Frame) -> Frame:
@@ -80,43 +80,44 @@ class SessionGroupby(Groupby):
         adapter = adapter_of(df)
         events = df.dropna(subset=self.groupby_cols)
         directions = [True] * len(self.groupby_cols) + [self.ascending] * len(self.sort_cols)
-        order = adapter.order(events, [*self.groupby_cols, *self.sort_cols], directions)
+        order = adapter.order(events, [*self.groupby_cols, *self.sort_cols], directions)  # [event]
         keys = {name: _take(events[name], order) for name in self.groupby_cols}
-        starts = _boundaries(list(keys.values()), adapter)
-        offsets = adapter.xp.concatenate([starts, adapter.xp.asarray([len(order)])])
+        starts = _boundaries(list(keys.values()), adapter)  # [session]
+        offsets = adapter.xp.concatenate([starts, adapter.xp.asarray([len(order)])])  # [session + 1]
         columns = {name: _take(key, starts) for name, key in keys.items()}
-        for column, aggregation in self._wanted(col_selector):
+        for column, aggregation in self._aggregations(col_selector):
             ordered = _take(events[column], order)
             columns[f"{column}{self.name_sep}{aggregation}"] = self._aggregate(aggregation, ordered, offsets, adapter)
         return type(df)(columns)
 
-    def _wanted(self, selector: ColumnSelector) -> Iterator[tuple[str, str]]:
+    def _aggregations(self, selector: ColumnSelector) -> Iterator[tuple[str, str]]:
         lists, others = _get_agg_dicts(self.groupby_cols, self.list_aggs, self.conv_aggs, selector)
         for column in selector.names:
-            asked = {*lists.get(column, []), *others.get(column, [])}
-            yield from ((column, name) for name in AGGREGATIONS if name in asked)
+            names = {*lists.get(column, []), *others.get(column, [])}
+            yield from ((column, name) for name in AGGREGATIONS if name in names)
 
     def _aggregate(self, name: str, ordered: Series, offsets: Array, adapter: Adapter) -> Series:
         if name == "list":
             return adapter.build(ListColumn(ordered, offsets))
         if name == "count":
-            seen = adapter.xp.concatenate([adapter.xp.zeros(1, int), adapter.xp.cumsum(ordered.notnull().values)])
-            return type(ordered)(adapter.xp.diff(seen[offsets]).astype("int32"))
+            before = adapter.xp.concatenate([adapter.xp.zeros(1, int), adapter.xp.cumsum(ordered.notnull().values)])
+            return type(ordered)(adapter.xp.diff(before[offsets]).astype("int32"))  # [event + 1] -> [session]
+        # With descending order the earliest event of a session stands last.
         earliest_leads = (name == "first") == self.ascending
         return _take(ordered, offsets[:-1] if earliest_leads else offsets[1:] - 1)
 
 
 class SessionSlice(ListSlice):
-    """Cut every row of list columns like a Python slice: ``SessionSlice(-50)`` keeps the last 50 elements.
+    """Slice every row of list columns like a Python list: ``SessionSlice(-50)`` keeps the last 50 elements.
 
     Parameters
     ----------
     start, end : int
         As in stock ``ListSlice``: a positive ``start`` alone is the end ("the first ten").
     pad : bool
-        Fill short rows at their end up to the longest possible length.
+        Pad short rows at their end to the longest possible length.
     pad_value : float
-        What to fill with; cast to the type of the column.
+        Padding value; cast to the type of the column.
 
     Examples
     --------
@@ -127,27 +128,28 @@ class SessionSlice(ListSlice):
     """
 
     def transform(self, col_selector: ColumnSelector, df: Frame) -> Frame:
-        """Return the selected columns, cut; other columns are left out."""
+        """Return the selected columns, sliced."""
         adapter = adapter_of(df)
         return type(df)({name: self._slice(df[name], adapter) for name in col_selector.names})
 
     def _slice(self, rows: Series, adapter: Adapter) -> Series:
         xp, column = adapter.xp, adapter.take_apart(rows)
-        sizes = xp.diff(column.offsets)
+        sizes = xp.diff(column.offsets)  # [row]
         begin, finish = (_clamp(bound, sizes, xp) for bound in (self.start, self.end))
-        lengths = xp.maximum(finish - begin, 0)
-        starts = column.offsets[:-1] + begin
+        lengths = xp.maximum(finish - begin, 0)  # [row]
+        starts = column.offsets[:-1] + begin  # [row]
         if not self.pad:
             index, offsets = ragged_index(starts, lengths, xp)
             return adapter.build(ListColumn(_take(column.values, index), offsets))
         steps = xp.arange(self.max_elements)
+        # [row, max_elements], flattened; padding points behind the last value, where the padding value is appended.
         index = xp.where(steps < lengths[:, None], starts[:, None] + steps, len(column.values)).ravel()
         filled = type(column.values)(xp.append(column.values.values, [column.values.dtype.type(self.pad_value)]))
         return adapter.build(ListColumn(_take(filled, index), xp.arange(len(sizes) + 1) * self.max_elements))
 
 
 def ragged_index(starts: Array, lengths: Array, xp: Any = np) -> tuple[Array, Array]:
-    """Return the positions ``starts[i] .. starts[i] + lengths[i]`` of all rows in one array, and its offsets.
+    """Return the indices ``starts[i] .. starts[i] + lengths[i]`` of all rows in one array, and its offsets.
 
     Examples
     --------
@@ -157,14 +159,14 @@ def ragged_index(starts: Array, lengths: Array, xp: Any = np) -> tuple[Array, Ar
     """
     offsets = xp.concatenate([xp.zeros(1, int), xp.cumsum(lengths)])
     positions = xp.arange(int(offsets[-1]))
-    row = xp.searchsorted(offsets[1:], positions, side="right")
+    row = xp.searchsorted(offsets[1:], positions, side="right")  # [element]: the row that contains it
     return starts[row] + positions - offsets[row], offsets
 
 
 def _clamp(bound: int, sizes: Array, xp: Any) -> Array:
-    """Return where a slice bound falls in rows of these sizes, as Python does it."""
+    """Return a slice bound as an index into rows of these sizes, by Python's rules, [row]."""
     longest = int(sizes.max()) if len(sizes) else 0
-    bound = max(min(bound, longest), -longest)  # the stock "no end" is the largest int64, which must not overflow
+    bound = max(min(bound, longest), -longest)  # stock ListSlice writes "no end" as the largest int64: avoid overflow
     return xp.minimum(xp.maximum(sizes * 0 + bound if bound >= 0 else sizes + bound, 0), sizes)
 
 
@@ -173,6 +175,7 @@ def _take(column: Series, index: Array) -> Series:
 
 
 def _boundaries(keys: Sequence[Series], adapter: Adapter) -> Array:
+    """Return the index of the first event of every session in sorted keys, [session]."""
     changed = adapter.xp.zeros(len(keys[0]), bool)
     changed[:1] = True
     for key in keys:

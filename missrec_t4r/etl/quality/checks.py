@@ -1,7 +1,7 @@
-"""What is wrong with the data, as a report; an error only where the result would be wrong.
+"""Data-quality checks: findings are counted and reported; an error is raised only where the result would be wrong.
 
-`clean_events` brings an interaction table to user_id, item_id, timestamp and further event columns. Findings are
-counted and written to etl.json: rows with nulls are left out, everything else stays as it is.
+`clean_events` reduces an interaction table to user_id, item_id, timestamp and further event columns. Findings are
+written to etl.json: rows with nulls are dropped, everything else is kept as it is.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ _YEAR_2100 = 4_102_444_800
 SECONDS = (94_694_400, _YEAR_2100)
 """From 1973 to 2100 as unix seconds."""
 MILLISECONDS = 631_152_000_000
-"""1990 in milliseconds; as seconds it lies beyond the year 9999."""
+"""1990 in milliseconds; read as seconds it would be after the year 9999."""
 MANY_EVENTS = 10_000
-"""More events of one user than people make: reported, and cut by --max-events."""
+"""More events of one user than a person makes: reported as a finding; --max-events cuts the sessions."""
 _ISO = {"format": "ISO8601"} if pd.__version__ >= "2" else {}
-"""pandas 1.5 reads every date by itself; later ones would take the first one's form for all."""
+"""pandas 1.5 parses every date by itself; later versions would apply the format of the first one to all."""
 KEYS = (USER_ID, ITEM_ID, TIMESTAMP)
 _ROW_INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+|")
-"""What pandas calls a row index without a name in parquet, in csv that was read again, and in csv."""
+"""Names that pandas gives an unnamed row index: in parquet, in a csv that was read and written again, in csv."""
 
-VERY_LONG = f"users with over {MANY_EVENTS:,} events are kept; are they programs? --max-events cuts their sessions"
+VERY_LONG = f"users with over {MANY_EVENTS:,} events are kept; are they bots? --max-events cuts their sessions"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One observation about the data."""
+    """One data-quality finding."""
 
     check: str
     """Short name, stable across versions."""
     count: int
-    """How many rows, items or users it concerns."""
+    """Number of affected rows, items or users."""
     message: str
-    """What was done about it, or what to do."""
+    """What was done about it, or what the user can do."""
 
 
 class Findings:
-    """Collects findings; those that concern nothing are not kept."""
+    """Collects findings; those with a count of zero are not kept."""
 
     def __init__(self) -> None:
         self.found: list[Finding] = []
 
     def add(self, check: str, count: int, message: str) -> None:
-        """Note a finding if ``count`` is positive."""
+        """Add a finding if ``count`` is positive."""
         if count:
             self.found.append(Finding(check, int(count), message))
 
@@ -79,7 +79,7 @@ def normal_ids(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
                 f"{bad} ids in column {name!r} are no UTF-8 text", "UTF-8", "convert the export, for example with iconv"
             )
         texts = column.cast(pa.string())
-        return pc.if_else(pc.equal(texts, ""), None, texts)  # an empty id is no id
+        return pc.if_else(pc.equal(texts, ""), None, texts)  # an empty id counts as missing
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return normal_ids(
             pa.chunked_array([chunk.cast(pa.binary()).view(pa.string()) for chunk in column.chunks], pa.string()), name
@@ -101,7 +101,7 @@ def as_int64(column: Any, name: str) -> Any:
     Raises
     ------
     SchemaError
-        One is too large.
+        A value does not fit.
     """
     try:
         return column.cast(pa.int64())
@@ -112,7 +112,7 @@ def as_int64(column: Any, name: str) -> Any:
 
 
 def not_utf8(column: pa.ChunkedArray) -> int:
-    """Return how many texts are not UTF-8; parquet does not check what was written into it."""
+    """Count the texts that are not valid UTF-8; parquet writers do not check that."""
     try:
         column.validate(full=True)
         clean = not pa.types.is_binary(column.type)
@@ -122,19 +122,19 @@ def not_utf8(column: pa.ChunkedArray) -> int:
 
 
 def readable(values: pa.Array) -> tuple[list[Any], list[int]]:
-    """Return distinct values with texts repaired that are not UTF-8, and the places of these."""
+    """Return distinct values, with texts that are not UTF-8 repaired, and the positions of the repaired ones."""
     if not pa.types.is_string(values.type):
         return values.to_pylist(), []
     try:
         values.validate(full=True)
     except (pa.ArrowInvalid, UnicodeDecodeError):
-        found = [_decoded(value) for value in _as_bytes(pa.chunked_array([values]))]
-        return [text for text, _ in found], [place for place, (_, broken) in enumerate(found) if broken]
+        decoded = [_decoded(value) for value in _as_bytes(pa.chunked_array([values]))]
+        return [text for text, _ in decoded], [index for index, (_, broken) in enumerate(decoded) if broken]
     return values.to_pylist(), []
 
 
 def repaired_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return the column with U+FFFD in the place of bytes that are not UTF-8."""
+    """Return the column with bytes that are not UTF-8 replaced by U+FFFD."""
     return pa.chunked_array([pa.array([_decoded(value)[0] for value in _as_bytes(column)], pa.string())])
 
 
@@ -155,7 +155,7 @@ def _decoded(value: bytes | None) -> tuple[str | None, bool]:
 
 
 def text_to_integers(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """Return int64 if every text is the plain form of an integer ("12", not "012"), else None."""
+    """Return int64 if every text is the canonical form of an integer ("12", not "012"), else None."""
     if not pa.types.is_string(column.type):
         return None
     try:
@@ -167,10 +167,10 @@ def text_to_integers(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
 
 
 def normal_time(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
-    """Return times as numbers that sort: dates become unix seconds, numbers stay as they are.
+    """Return times as sortable numbers: dates become unix seconds, numbers are kept.
 
-    Dates in text become unix seconds too: ISO 8601 with or without a zone (UTC where there is none), beside numbers in
-    seconds, milliseconds, micro- or nanoseconds, told by their size. What is none of these is null.
+    Text columns become unix seconds too. They may mix ISO 8601 dates, with or without a zone (UTC without one), and
+    numbers in seconds, milliseconds, microseconds or nanoseconds, distinguished by magnitude; other texts become null.
 
     Raises
     ------
@@ -209,25 +209,25 @@ def _times_of_text(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
             "unix seconds or a date",
             "convert the column to unix seconds or ISO 8601",
         )
-    known = pa.array(times, pa.float64(), from_pandas=True)
-    whole = pc.all(pc.equal(pc.floor(known), known)).as_py()
-    return pa.chunked_array([known if whole is False else known.cast(pa.int64())])
+    seconds = pa.array(times, pa.float64(), from_pandas=True)
+    whole = pc.all(pc.equal(pc.floor(seconds), seconds)).as_py()
+    return pa.chunked_array([seconds if whole is False else seconds.cast(pa.int64())])
 
 
 def refuse_mixed_units(seconds: int, larger: int) -> None:
-    """Refuse a numeric time column that is in seconds here and in milliseconds there: sessions would be out of order.
+    """Refuse a numeric time column that mixes seconds and milliseconds: sessions would be out of order.
 
     Parameters
     ----------
     seconds : int
-        How many times are from 1973 to 2100 as unix seconds (`SECONDS`).
+        Number of times from 1973 to 2100 as unix seconds (`SECONDS`).
     larger : int
-        How many can only be milliseconds or finer (`MILLISECONDS`).
+        Number of times that can only be milliseconds or finer (`MILLISECONDS`).
 
     Raises
     ------
     DataError
-        There are both.
+        Both occur.
     """
     if seconds and larger:
         raise DataError(
@@ -238,19 +238,19 @@ def refuse_mixed_units(seconds: int, larger: int) -> None:
 
 
 def refuse_milliseconds(newest: float, wanted: str) -> None:
-    """Refuse times in milliseconds where something counts in seconds.
+    """Refuse times in milliseconds for an option that counts in seconds.
 
     Parameters
     ----------
     newest : float
-        The newest time.
+        The newest time of the data.
     wanted : str
-        What counts in seconds, empty if nothing does.
+        The options that count in seconds; empty if none is set.
 
     Raises
     ------
     DataError
-        It can only be milliseconds or finer.
+        The newest time can only be milliseconds or finer.
     """
     if wanted and newest >= MILLISECONDS:
         raise DataError(
@@ -266,56 +266,56 @@ def event_features(table: pa.Table, drop_columns: Sequence[str], findings: Findi
     Raises
     ------
     SchemaError
-        ``drop_columns`` names a column that is not there ("split" may be absent: it is the default).
+        ``drop_columns`` names a missing column ("split" may be missing: it is the default).
     """
     others = [name for name in table.column_names if name not in KEYS]
     for name in drop_columns:
         if name not in table.column_names and name != "split" and not row_indexes([name]):
             near = difflib.get_close_matches(name, others, 1)
             raise SchemaError(f"there is no event column {name!r} to drop", f"one of {near or others}")
-    kept = []
+    features = []
     for name in others:
         kind = table[name].type
-        plain = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+        numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
         if name in drop_columns:
             continue
-        if plain or pa.types.is_string(kind):
-            kept.append(name)
+        if numeric or pa.types.is_string(kind):
+            features.append(name)
         else:
             vectors = "; vectors per event come with sessions of your own (missrec catalogue adopt, tag EMBEDDING)"
             words = f"event column {name!r} of type {kind} is neither number nor text and is left out"
             findings.add("event_column_left_out", 1, words + (vectors if pa.types.is_nested(kind) else ""))
-    return kept
+    return features
 
 
 def row_indexes(names: Iterable[str], wanted: Iterable[str] = ()) -> list[str]:
-    """Return the columns that number lines, left there by pandas and not asked for: they say nothing of an event."""
+    """Return the columns that are an unnamed row index of pandas, unless they are in ``wanted``."""
     return [name for name in names if _ROW_INDEX.fullmatch(name) and name not in wanted]
 
 
-def note_row_indexes(findings: Findings, found: Sequence[str]) -> None:
-    """Note columns that only number lines."""
-    findings.add("row_index", len(found), f"columns {found} are a row index of pandas and are left out")
+def note_row_indexes(findings: Findings, columns: Sequence[str]) -> None:
+    """Add a finding about columns that are a row index of pandas."""
+    findings.add("row_index", len(columns), f"columns {columns} are a row index of pandas and are left out")
 
 
 def note_nulls(findings: Findings, name: str, count: int, *, text: bool) -> None:
-    """Note what an event column lacks."""
+    """Add a finding about nulls in an event column."""
     became = "nulls became an empty text" if text else "nulls and infinities became 0"
     findings.add("null_feature", count, f"event column {name!r}: {became}")
 
 
 def note_repaired(findings: Findings, name: str, count: int) -> None:
-    """Note texts that were not UTF-8 and were repaired."""
+    """Add a finding about repaired texts that were not UTF-8."""
     findings.add("not_utf8", count, f"texts of column {name!r} were no UTF-8: U+FFFD stands for what was not")
 
 
 def clean_events(table: pa.Table, features: Sequence[str], findings: Findings, drop_duplicates: bool) -> pd.DataFrame:
-    """Return the usable events in input order and note what is odd.
+    """Return the complete events in input order and add findings.
 
     Raises
     ------
     DataError
-        No event has user, item and time.
+        No event is complete.
     """
     usable = pa.array(np.ones(table.num_rows, bool))
     for name in KEYS:
@@ -326,13 +326,13 @@ def clean_events(table: pa.Table, features: Sequence[str], findings: Findings, d
     if not table.num_rows:
         raise DataError("no event has user, item and time", "at least one complete row", "check the three columns")
     events = table.to_pandas()
-    doubled = events.duplicated(list(KEYS))
+    duplicate = events.duplicated(list(KEYS))
     done = "are left out" if drop_duplicates else "are kept; --drop-duplicates leaves them out"
-    findings.add("duplicate_events", int(doubled.sum()), f"repeated (user, item, time) {done}")
+    findings.add("duplicate_events", int(duplicate.sum()), f"repeated (user, item, time) {done}")
     _note_times(events, findings)
     per_user = events[USER_ID].value_counts(sort=False)
     findings.add("very_long_users", int((per_user > MANY_EVENTS).sum()), VERY_LONG)
-    return events[~doubled].reset_index(drop=True) if drop_duplicates else events
+    return events[~duplicate].reset_index(drop=True) if drop_duplicates else events
 
 
 def _note_times(events: pd.DataFrame, findings: Findings) -> None:
@@ -349,7 +349,7 @@ def _note_times(events: pd.DataFrame, findings: Findings) -> None:
 
 
 def fill_features(events: pd.DataFrame, features: Sequence[str], findings: Findings) -> pd.DataFrame:
-    """Give event features one type each and no nulls: text, int64 or float32."""
+    """Return the events with one type per feature and without nulls: text, int64 or float32."""
     columns = {}
     for name in features:
         column = events[name]
@@ -371,7 +371,7 @@ def fill_features(events: pd.DataFrame, features: Sequence[str], findings: Findi
 def category_values(
     events: pd.DataFrame, features: Sequence[str], categorical_columns: Sequence[str]
 ) -> dict[str, pd.Series]:
-    """Return the distinct values of text columns and of those named, most frequent first, ties in sorted order."""
+    """Return the distinct values of text and named columns, most frequent first, ties in sorted order."""
     values = {}
     for name in features:
         if events[name].dtype == object or name in categorical_columns:

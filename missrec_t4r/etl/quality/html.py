@@ -1,11 +1,15 @@
-"""The page of a data report: tables and plots in one HTML file that loads nothing."""
+"""The HTML page of a data report: tables and charts in one self-contained file.
+
+Twelve small functions; a Jinja2 template with the same tables, formats and conditions would be as long.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
+
+from missrec_t4r.etl.quality.charts import bars, log_line, number
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c2430;--soft:#667085;--line:#e3e7ee;--bar:#2f6db5;--bad:#b42318;--good:#1a7f4b;
@@ -27,18 +31,19 @@ line.grid{stroke:var(--line)}text{font-size:11px;fill:var(--soft)}text.title{fon
 """
 _FACTS = ("events", "users", "items", "items_without_events", "session_length_median", "days", "newest_age_days")
 _DAYS = 400
-"""More days than these are shown by month."""
+"""With more days than this, events are shown by month."""
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """Return the HTML of a report, complete."""
-    measures, shown = report["measures"], report["shown"]
-    sections = [_gate(report["gate"]), _days(shown), _lengths(shown), _popularity(shown, measures)]
-    sections += [_coverage(shown["coverage"]), _oddities(measures), _drift(report)]
+    """Return the complete HTML page of a report (the content of report.json)."""
+    statistics, distributions = report["measures"], report["shown"]
+    sections = [_gate(report["gate"]), _days(distributions), _lengths(distributions)]
+    sections += [_popularity(distributions, statistics), _coverage(distributions["coverage"])]
+    sections += [_data_quality(statistics), _drift(report)]
     facts = "".join(
-        f"<div><b>{number(measures[name])}</b><span>{escape(name.replace('_', ' '))}</span></div>"
+        f"<div><b>{number(statistics[name])}</b><span>{escape(name.replace('_', ' '))}</span></div>"
         for name in _FACTS
-        if name in measures
+        if name in statistics
     )
     against = f", compared with the run of {escape(report['previous'])}" if report["previous"] else ""
     return (
@@ -50,25 +55,25 @@ def page(report: Mapping[str, Any]) -> str:
     )
 
 
-def _gate(lines: Sequence[Mapping[str, Any]]) -> str:
-    if not lines:
+def _gate(checks: Sequence[Mapping[str, Any]]) -> str:
+    if not checks:
         return ""
     rows = [
         (
-            line["measure"],
-            "not measured" if line["value"] is None else number(line["value"]),
-            ", ".join(f"{key} {number(value)}" for key, value in line["bounds"].items()),
-            '<span class="good">passed</span>' if line["passed"] else '<span class="bad">broken</span>',
+            check["measure"],
+            "not measured" if check["value"] is None else number(check["value"]),
+            ", ".join(f"{key} {number(value)}" for key, value in check["bounds"].items()),
+            '<span class="good">passed</span>' if check["passed"] else '<span class="bad">violated</span>',
         )
-        for line in lines
+        for check in checks
     ]
-    return _section("Gate", _table(("measure", "value", "bounds", ""), rows, raw=3))
+    return _section("Quality gate", _table(("statistic", "value", "bounds", ""), rows, raw=3))
 
 
-def _days(shown: Mapping[str, Any]) -> str:
-    days = shown.get("events_per_day")
+def _days(distributions: Mapping[str, Any]) -> str:
+    days = distributions.get("events_per_day")
     if not days:
-        return _section("Events per day", "<p>The times are positions or absent, so there are no days.</p>")
+        return _section("Events per day", "<p>The data have no times, or positions in place of times.</p>")
     unit = "day"
     if len(days) > _DAYS:
         months: dict[str, int] = {}
@@ -80,24 +85,27 @@ def _days(shown: Mapping[str, Any]) -> str:
     )
 
 
-def _lengths(shown: Mapping[str, Any]) -> str:
-    lengths = shown["session_lengths"]
-    used = [index for index, count in enumerate(lengths.values()) if count]
-    kept = list(lengths.items())[used[0] : used[-1] + 1] if used else []
-    chart = bars([key for key, _ in kept], [n for _, n in kept], x_title="events of a session", y_title="sessions")
+def _lengths(distributions: Mapping[str, Any]) -> str:
+    lengths = distributions["session_lengths"]
+    occurring = [index for index, count in enumerate(lengths.values()) if count]
+    ranges = list(lengths.items())[occurring[0] : occurring[-1] + 1] if occurring else []
+    chart = bars(
+        [label for label, _ in ranges], [n for _, n in ranges], x_title="events per session", y_title="sessions"
+    )
     return _section("Session lengths", chart)
 
 
-def _popularity(shown: Mapping[str, Any], measures: Mapping[str, Any]) -> str:
-    points = shown["popularity"]
+def _popularity(distributions: Mapping[str, Any], statistics: Mapping[str, Any]) -> str:
+    points = distributions["popularity"]
     if not points:
         return ""
     chart = log_line([rank for rank, _ in points], [n for _, n in points], x_title="rank of the item", y_title="events")
-    said = (
-        f"The top 1 % of the items have {measures['share_top_1_percent_items']:.1%} of the events; "
-        f"Gini {measures['popularity_gini']:.2f}; {number(measures['items_without_events'])} items have none."
+    summary = (
+        f"The top 1 % of the items have {statistics['share_top_1_percent_items']:.1%} of the events; "
+        f"Gini coefficient {statistics['popularity_gini']:.2f}; "
+        f"{number(statistics['items_without_events'])} items have no event."
     )
-    return _section("Item popularity", f"<p>{said}</p>{chart}")
+    return _section("Item popularity", f"<p>{summary}</p>{chart}")
 
 
 def _coverage(coverage: Mapping[str, Mapping[str, Any]]) -> str:
@@ -114,32 +122,32 @@ def _coverage(coverage: Mapping[str, Mapping[str, Any]]) -> str:
         )
         for name, part in coverage.items()
     ]
-    head = ("modality", "items that have it", "events on them", "width", "encoder", "fingerprint")
+    head = ("modality", "items that have it", "events on these items", "width", "encoder", "fingerprint")
     return _section("Modality coverage", _table(head, rows))
 
 
-def _oddities(measures: Mapping[str, Any]) -> str:
-    """Duplicates, clock problems, orphans: everything that is a share and not zero."""
-    named = [name for name in measures if name.startswith("share.")]
-    clock = ["share_future", "share_same_time_as_before", "days_without_events", "last_day_vs_median"]
-    clock += ["share_repeated_items", "share_short_sessions"]
+def _data_quality(statistics: Mapping[str, Any]) -> str:
+    """Return the table of data-quality findings (shares of the events that the ETL counted) and of event times."""
+    findings = [name for name in statistics if name.startswith("share.")]
+    times = ["share_future", "share_same_time_as_before", "days_without_events", "last_day_vs_median"]
+    times += ["share_repeated_items", "share_short_sessions"]
     rows = [
         (
             name.removeprefix("share.").removeprefix("share_").replace("_", " "),
-            f"{measures[name]:.3%}" if name.startswith("share") else number(measures[name]),
+            f"{statistics[name]:.3%}" if name.startswith("share") else number(statistics[name]),
         )
-        for name in [*named, *clock]
-        if name in measures
+        for name in [*findings, *times]
+        if name in statistics
     ]
-    return _section("Duplicates, clock, orphans", _table(("what", "share of events, or number"), rows))
+    return _section("Data quality", _table(("finding", "share of events, or number"), rows))
 
 
 def _drift(report: Mapping[str, Any]) -> str:
-    named = {name: value for name, value in report["measures"].items() if name.startswith("drift.")}
-    if not named:
+    changes = {name: value for name, value in report["measures"].items() if name.startswith("drift.")}
+    if not changes:
         return _section("Drift", "<p>There is no earlier run to compare with.</p>")
-    rows = [(name.removeprefix("drift.").replace("_", " "), f"{value:+.2%}") for name, value in named.items()]
-    return _section("Drift since the last run", _table(("what", "change"), rows))
+    rows = [(name.removeprefix("drift.").replace("_", " "), f"{value:+.2%}") for name, value in changes.items()]
+    return _section("Drift since the last run", _table(("statistic", "change"), rows))
 
 
 def _section(title: str, inside: str) -> str:
@@ -147,108 +155,12 @@ def _section(title: str, inside: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], raw: int = -1) -> str:
+    """Return a table; cells are escaped except those of column ``raw``, which are HTML."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join(
-        "<tr>" + "".join(f"<td>{cell if at == raw else escape(cell)}</td>" for at, cell in enumerate(row)) + "</tr>"
+        "<tr>"
+        + "".join(f"<td>{cell if index == raw else escape(cell)}</td>" for index, cell in enumerate(row))
+        + "</tr>"
         for row in rows
     )
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-
-
-# Small charts as inline SVG: bars and lines with axes that people can read, nothing loaded from anywhere
-
-WIDTH, HEIGHT = 640, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 30, 10, 48
-_TICKS = 4
-
-
-def bars(labels: Sequence[str], values: Sequence[float], *, x_title: str, y_title: str) -> str:
-    """Return a bar chart; every bar tells its label and value when pointed at.
-
-    Parameters
-    ----------
-    labels : sequence of str
-        One per bar; as many as fit are written below.
-    values : sequence of float
-        Not negative.
-    """
-    top = _nice_top(max([*values, 0.0]))
-    step = (WIDTH - _LEFT - _RIGHT) / max(len(values), 1)
-    shapes = []
-    for index, (label, value) in enumerate(zip(labels, values, strict=True)):
-        height = (HEIGHT - _TOP - _BOTTOM) * value / top
-        x, y = _LEFT + index * step, HEIGHT - _BOTTOM - height
-        shapes.append(
-            f'<rect class="bar" x="{x + step * 0.08:.1f}" y="{y:.1f}" width="{max(step * 0.84, 0.5):.1f}" '
-            f'height="{height:.1f}"><title>{escape(label)}: {number(value)}</title></rect>'
-        )
-    every = math.ceil(max((len(label) for label in labels), default=1) * 9 / step) if labels else 1
-    shapes += [
-        _text(_LEFT + (index + 0.5) * step, HEIGHT - _BOTTOM + 18, label, "middle")
-        for index, label in enumerate(labels)
-        if index % every == 0
-    ]
-    ticks = [top * tick / _TICKS for tick in range(_TICKS + 1)]
-    marks = [(HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * tick / top, number(tick)) for tick in ticks]
-    return _frame("".join(shapes), marks, x_title, y_title)
-
-
-def log_line(xs: Sequence[float], ys: Sequence[float], *, x_title: str, y_title: str) -> str:
-    """Return a line with both axes logarithmic; values must be positive."""
-    x_top, y_top = (max(1.0, math.ceil(math.log10(max(values)))) for values in (xs, ys))
-    points = " ".join(
-        f"{_LEFT + (WIDTH - _LEFT - _RIGHT) * math.log10(x) / x_top:.1f},"
-        f"{HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * math.log10(y) / y_top:.1f}"
-        for x, y in zip(xs, ys, strict=True)
-    )
-    below = [
-        _text(_LEFT + (WIDTH - _LEFT - _RIGHT) * power / x_top, HEIGHT - _BOTTOM + 18, number(10.0**power), "middle")
-        for power in range(int(x_top) + 1)
-    ]
-    marks = [
-        (HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * power / y_top, number(10.0**power))
-        for power in range(int(y_top) + 1)
-    ]
-    return _frame(f'<polyline class="line" points="{points}"/>' + "".join(below), marks, x_title, y_title)
-
-
-def number(value: float) -> str:
-    """Return a number for people.
-
-    Examples
-    --------
-    >>> number(12345.0), number(0.25), number(2_500_000), number(3.0)
-    ('12,345', '0.25', '2.5M', '3')
-    """
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:.3g}M"
-    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _nice_top(value: float) -> float:
-    """Return 1, 2, 4 or 8 times a power of ten, at least ``value``, so that quarters are round."""
-    if value <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(power * factor for factor in (1, 2, 4, 8, 10) if power * factor >= value * (1 - 1e-9))
-
-
-def _frame(inside: str, marks: Sequence[tuple[float, str]], x_title: str, y_title: str) -> str:
-    grid = "".join(
-        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        + _text(_LEFT - 6, y + 4, text, "end")
-        for y, text in marks
-    )
-    middle = _TOP + (HEIGHT - _TOP - _BOTTOM) / 2
-    titles = _text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 6, x_title, "middle", "title") + (
-        f'<text class="title" text-anchor="middle" transform="translate(14 {middle:.0f}) rotate(-90)">'
-        f"{escape(y_title)}</text>"
-    )
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_title)} by {escape(x_title)}">'
-        f"{grid}{inside}{titles}</svg>"
-    )
-
-
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

@@ -1,7 +1,7 @@
-"""``missrec report``: what a data folder is like, as JSON and as one HTML page, against the last run and a gate.
+"""``missrec report``: statistics of a data folder (JSON and one HTML page), drift since the last run, a quality gate.
 
-The page is self-contained: styles and plots are inside, nothing is loaded. The gate is a YAML file of bounds; a measure
-out of bounds raises `GateError`, after the report is written, and the command ends with exit code 3.
+The page is self-contained: styles and charts are inside, nothing is loaded. The gate is a YAML file of bounds; a
+statistic out of bounds raises `GateError` after the report is written, and the command ends with exit code 3.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import yaml
 
 from missrec_t4r.errors import ConfigError, GateError
 from missrec_t4r.etl.quality.html import page
-from missrec_t4r.etl.quality.statistics import Everything, measure
+from missrec_t4r.etl.quality.statistics import ReportData, compute_statistics
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.hashing import data_digest
 from missrec_t4r.io.json_files import write_json
@@ -62,63 +62,63 @@ def report(
     Returns
     -------
     dict
-        The measures, what the gate said, and where the files are.
+        The statistics (``measures``), the result of the gate, and the paths of the files.
 
     Raises
     ------
     GateError
-        A measure is out of bounds; the report is written all the same, `previous` stays the basis of comparison.
+        A statistic is out of bounds. The report is written, and the last accepted run stays the basis of drift.
     DataError, ConfigError
-        No data folder, or a gate that cannot be read or names an unknown measure.
+        Not a data folder, or a gate that cannot be read or names an unknown statistic.
     """
     data, out = Path(data), Path(out)
     previous = None if previous is None else Path(previous)
     bounds = read_gate(Path(gate)) if gate is not None else {}
     log.info(f"reading {data}")
-    measures, shown = measure(Everything.load(data), time.time() if now is None else now)
+    statistics, distributions = compute_statistics(ReportData.load(data), time.time() if now is None else now)
     made_from = data_digest(data)
-    here = None if previous is not None else _last(out / REPORT_FILE, required=False)
-    repeated = here is not None and here.get("made_from") == made_from
-    before = out / (PREVIOUS_FILE if repeated else REPORT_FILE) if previous is None else previous
-    last = _last(before, required=previous is not None)
+    existing = None if previous is not None else _last(out / REPORT_FILE, required=False)
+    repeated = existing is not None and existing.get("made_from") == made_from
+    last_file = out / (PREVIOUS_FILE if repeated else REPORT_FILE) if previous is None else previous
+    last = _last(last_file, required=previous is not None)
     if last is not None:
-        measures |= drift(measures, shown, last)
-    judged = judge(measures, bounds)
-    failed = [line for line in judged if not line["passed"]]
-    written = {
+        statistics |= drift(statistics, distributions, last)
+    checked = apply_gate(statistics, bounds)
+    failed = [check for check in checked if not check["passed"]]
+    content = {
         "format": 1,
         "data": str(data),
         "made_from": made_from,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "previous": None if last is None else last["made"],
-        "measures": measures,
-        "gate": judged,
+        "measures": statistics,
+        "gate": checked,
         "passed": not failed,
-        "shown": shown,
+        "shown": distributions,
     }
-    name = "refused" if failed else "report"  # a refused run must not become what the next one is compared with
+    name = "refused" if failed else "report"  # the next run must not be compared with a refused one
     if not dry_run:
-        if not failed and here is not None and not repeated:
-            write_json(out / PREVIOUS_FILE, here)
+        if not failed and existing is not None and not repeated:
+            write_json(out / PREVIOUS_FILE, existing)
         if not failed:
             for stale in (out / "refused.html", out / "refused.json"):
                 stale.unlink(missing_ok=True)
         with atomic_write_file(out / f"{name}.html") as file:
-            file.write_text(page(written), encoding="utf-8")
-        write_json(out / f"{name}.json", written)
-    answer = {key: written[key] for key in ("data", "previous", "measures", "gate", "passed")}
-    answer |= {"report": str(out / f"{name}.json"), "page": str(out / f"{name}.html")}
-    answer |= {"dry_run": True} if dry_run else {}
-    log.info(f"{out / f'{name}.html'}: {measures['events']:,} events, {len(judged)} bounds, {len(failed)} broken")
+            file.write_text(page(content), encoding="utf-8")
+        write_json(out / f"{name}.json", content)
+    result = {key: content[key] for key in ("data", "previous", "measures", "gate", "passed")}
+    result |= {"report": str(out / f"{name}.json"), "page": str(out / f"{name}.html")}
+    result |= {"dry_run": True} if dry_run else {}
+    log.info(f"{out / f'{name}.html'}: {statistics['events']:,} events, {len(checked)} bounds, {len(failed)} violated")
     if failed:
-        words = "; ".join(f"{line['measure']} is {line['value']}, bounds {line['bounds']}" for line in failed)
+        words = "; ".join(f"{check['measure']} is {check['value']}, bounds {check['bounds']}" for check in failed)
         raise GateError(
             f"the gate {gate} refuses {data}: {words}",
             "every measure within its bounds",
             f"look at {out / f'{name}.html'}; repair the data, or move the bounds",
-            result=answer,
+            result=result,
         )
-    return answer
+    return result
 
 
 def read_gate(file: Path) -> dict[str, dict[str, Any]]:
@@ -127,62 +127,62 @@ def read_gate(file: Path) -> dict[str, dict[str, Any]]:
     Raises
     ------
     ConfigError
-        It is missing or no mapping of measures to ``min``, ``max`` and ``required``.
+        It is missing, or not a mapping of statistics to ``min``, ``max`` and ``required``.
     """
     try:
         bounds = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"the gate {file} cannot be read ({error})", "a YAML file", "check --gate") from error
-    named: dict[str, Any] = bounds if isinstance(bounds, dict) else {"the file": bounds}
-    for name, bound in named.items():
-        sound = isinstance(bound, dict) and bound and set(bound) <= {"min", "max", "required"}
-        if not sound or not all(isinstance(bound[key], int | float) for key in bound):
+    by_name: dict[str, Any] = bounds if isinstance(bounds, dict) else {"the file": bounds}
+    for name, bound in by_name.items():
+        valid = isinstance(bound, dict) and bound and set(bound) <= {"min", "max", "required"}
+        if not valid or not all(isinstance(bound[key], int | float) for key in bound):
             raise ConfigError(
                 f"the gate {file} says {bound!r} about {name}", "measure: {min: number, max: number}", "correct it"
             )
-    return named
+    return by_name
 
 
-def judge(measures: Mapping[str, Any], bounds: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one line per bound: measure, value, bounds, passed.
+def apply_gate(statistics: Mapping[str, Any], bounds: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return one entry per bound: ``measure``, ``value``, ``bounds``, ``passed``.
 
     Raises
     ------
     ConfigError
-        A bound on a measure that does not exist.
+        A bound names an unknown statistic.
 
     Examples
     --------
-    >>> judge({"events": 5}, {"events": {"min": 10}, "share.null_item_id": {"max": 0.1}})[0]["passed"]
+    >>> apply_gate({"events": 5}, {"events": {"min": 10}, "share.null_item_id": {"max": 0.1}})[0]["passed"]
     False
     """
-    lines = []
+    checks = []
     for name, bound in bounds.items():
-        value = measures.get(name, 0.0 if name.startswith("share.") else None)
+        value = statistics.get(name, 0.0 if name.startswith("share.") else None)
         if value is None and name not in _DRIFT:
-            near = difflib.get_close_matches(name, measures, 1)
+            near = difflib.get_close_matches(name, statistics, 1)
             raise ConfigError(
                 f"the gate bounds {name!r}, which is not measured on these data",
-                f"one of {near or sorted(measures)}",
+                f"one of {near or sorted(statistics)}",
                 "correct the gate, or leave the line out",
             )
         low, high = bound.get("min", float("-inf")), bound.get("max", float("inf"))
         passed = not bound.get("required", False) if value is None else low <= value <= high
-        lines.append({"measure": name, "value": value, "bounds": dict(bound), "passed": bool(passed)})
-    return lines
+        checks.append({"measure": name, "value": value, "bounds": dict(bound), "passed": bool(passed)})
+    return checks
 
 
-def drift(measures: Mapping[str, Any], shown: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, float]:
-    """Return how far this run is from the last one.
+def drift(statistics: Mapping[str, Any], distributions: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, float]:
+    """Return the changes since the last run.
 
-    ``drift.popularity`` and ``drift.session_lengths`` are total variation distances (0 the same, 1 nothing in common),
-    popularity over the most popular items of both runs and all others as one; ``drift.new_popular`` is the share of
-    events on items that became popular since; the others are relative changes (0.1: ten per cent more).
+    ``drift.popularity`` and ``drift.session_lengths`` are total variation distances (0 equal, 1 disjoint), popularity
+    over the most popular items of both runs and all others as one; ``drift.new_popular`` is the share of events on
+    items that were not among the most popular before; the others are relative changes (0.1: ten per cent more).
     """
-    old, new = last["shown"]["popular"], shown["popular"]
+    old, new = last["shown"]["popular"], distributions["popular"]
     names = set(old) | set(new)
     rest = abs(sum(old.values()) - sum(new.values()))
-    lengths = [_shares(run["session_lengths"]) for run in (last["shown"], shown)]
+    lengths = [_shares(run["session_lengths"]) for run in (last["shown"], distributions)]
     result = {
         "drift.popularity": (sum(abs(old.get(name, 0) - new.get(name, 0)) for name in names) + rest) / 2,
         "drift.session_lengths": sum(abs(lengths[0].get(key, 0) - share) for key, share in lengths[1].items()) / 2,
@@ -190,7 +190,7 @@ def drift(measures: Mapping[str, Any], shown: Mapping[str, Any], last: Mapping[s
     }
     for name in _RELATIVE:
         before = last["measures"].get(name) or 0
-        result[f"drift.{name}"] = measures[name] / before - 1 if before else 0.0
+        result[f"drift.{name}"] = statistics[name] / before - 1 if before else 0.0
     return {name: round(float(value), 6) for name, value in result.items()}
 
 
@@ -200,9 +200,9 @@ def _shares(counts: Mapping[str, int]) -> dict[str, float]:
 
 
 def _last(file: Path, *, required: bool) -> dict[str, Any] | None:
-    """Return the last run's report, None if there is none."""
+    """Return the last run's report, or None if there is none."""
     try:
-        read = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if required:
             raise ConfigError(
@@ -211,4 +211,4 @@ def _last(file: Path, *, required: bool) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise ConfigError(f"{file} is no report ({error})", "report.json of `missrec report`", "remove it") from error
-    return dict(read)
+    return dict(content)

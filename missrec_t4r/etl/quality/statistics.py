@@ -1,4 +1,4 @@
-"""What a data report measures: events by day, lengths, popularity, coverage, oddities of the clock."""
+"""Statistics of a data folder for the data report: counts, session lengths, popularity, coverage, event times."""
 
 from __future__ import annotations
 
@@ -23,31 +23,34 @@ from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, LIST_SUFFIX, SP
 Ints = npt.NDArray[np.int64]
 
 DAY = 86_400
-_FIRST_CLOCK = 94_694_400  # 1973: smaller numbers are positions, not unix seconds
+_FIRST_CLOCK = 94_694_400  # 1973 in unix seconds: smaller numbers are positions in a session, not times
 _POPULAR = 1_000
+"""Number of most popular items that are compared with the next run."""
+_MOST_DAYS = 40_000
+"""About a century. A larger range comes from broken times: then one bin is counted, not one per day."""
 _LENGTHS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1_000, 10_000)
 
 
 @dataclass(frozen=True)
-class Everything:
-    """All sessions of a data folder, whole, and its catalogue."""
+class ReportData:
+    """The whole sessions of a data folder, its catalogue and the counts of its ETL."""
 
     sessions: Sessions
     catalogue: Catalogue
     findings: Mapping[str, int]
-    """Check -> count, as the ETL wrote them."""
+    """Counts of the data-quality findings of the ETL, by check."""
     raw_events: int
-    """Events that the ETL kept."""
+    """Number of events that the ETL kept."""
     users: int
 
     @classmethod
-    def load(cls, data: Path) -> Everything:
-        """Read a data folder; of a user's splits the longest is the whole session.
+    def load(cls, data: Path) -> ReportData:
+        """Read a data folder; the longest of a session's splits is the whole session.
 
         Raises
         ------
         DataError
-            It is no data folder.
+            It is not a data folder.
         """
         report = data / "etl.json"
         if not report.is_file():
@@ -61,7 +64,7 @@ class Everything:
 
     @property
     def times(self) -> npt.NDArray[np.float64] | None:
-        """Unix seconds per event, None where the data have positions or no times."""
+        """Unix seconds per event; None if the data have no times, or positions instead."""
         times = self.sessions.features.get(TIMESTAMP)
         if times is None or not len(times):
             return None
@@ -69,19 +72,19 @@ class Everything:
         return seconds if float(np.median(seconds)) >= _FIRST_CLOCK else None
 
 
-def measure(data: Everything, now: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the measures (flat, each a number; a gate names them) and the distributions behind the plots.
+def compute_statistics(data: ReportData, now: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the statistics (flat, one number each, as a quality gate names them) and the distributions of the charts.
 
     Parameters
     ----------
     now : float
-        Unix seconds; how old the newest event is, and which ones are in the future, is told from it.
+        Unix seconds: the reference for the age of the newest event and for events in the future.
     """
     sessions, catalogue = data.sessions, data.catalogue
-    counts = np.bincount(sessions.values, minlength=catalogue.n_rows)[FIRST_ITEM_ROW:]
+    counts = np.bincount(sessions.values, minlength=catalogue.n_rows)[FIRST_ITEM_ROW:]  # events per item, [item]
     lengths, events = sessions.lengths, len(sessions.values)
-    top = np.sort(counts)[::-1]
-    measures: dict[str, Any] = {
+    top = np.sort(counts)[::-1]  # most popular first
+    statistics: dict[str, Any] = {
         "events": events,
         "sessions": len(sessions),
         "users": data.users,
@@ -95,7 +98,7 @@ def measure(data: Everything, now: float) -> tuple[dict[str, Any], dict[str, Any
         "popularity_gini": gini(counts),
         "share_repeated_items": _share(_repeats(sessions), events),
     }
-    shown: dict[str, Any] = {
+    distributions: dict[str, Any] = {
         "session_lengths": _histogram(lengths, _LENGTHS),
         "popularity": _ranks(top),
         "popular": _popular(catalogue, counts),
@@ -103,25 +106,26 @@ def measure(data: Everything, now: float) -> tuple[dict[str, Any], dict[str, Any
     }
     for name, modality in catalogue.modalities.items():
         present = modality.present[FIRST_ITEM_ROW:]
-        measures[f"coverage.{name}"] = _share(present.sum(), len(present))
-        measures[f"coverage_of_events.{name}"] = _share(counts[present].sum(), events)
-        shown["coverage"][name] = {
-            "items": measures[f"coverage.{name}"],
-            "events": measures[f"coverage_of_events.{name}"],
+        statistics[f"coverage.{name}"] = _share(present.sum(), len(present))
+        statistics[f"coverage_of_events.{name}"] = _share(counts[present].sum(), events)
+        distributions["coverage"][name] = {
+            "items": statistics[f"coverage.{name}"],
+            "events": statistics[f"coverage_of_events.{name}"],
             "width": modality.width,
             "encoder": modality.encoder.get("name", "?"),
             "fingerprint": modality.fingerprint,
         }
-    measures |= {f"share.{check}": _share(count, data.raw_events) for check, count in data.findings.items()}
+    statistics |= {f"share.{check}": _share(count, data.raw_events) for check, count in data.findings.items()}
     if data.times is not None:
-        clock, days = _clock(data.times, sessions, now)
-        measures |= clock
-        shown["events_per_day"] = days
-    return measures, shown
+        of_times, distributions["events_per_day"] = _time_statistics(data.times, sessions, now)
+        statistics |= of_times
+    return statistics, distributions
 
 
 def gini(counts: Ints) -> float:
-    """Return how unequal the items' counts are: 0 all the same, towards 1 all events on one item.
+    """Return the Gini coefficient of the events per item: 0 all equal, towards 1 all events on one item.
+
+        G = sum_i (2 i - n - 1) c_i / (n sum_i c_i),  c_1 <= ... <= c_n
 
     Examples
     --------
@@ -135,19 +139,22 @@ def gini(counts: Ints) -> float:
     return round(float((2 * np.arange(1, n + 1) - n - 1) @ ordered / (n * ordered.sum())), 6)
 
 
-def _clock(times: npt.NDArray[np.float64], sessions: Sessions, now: float) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return what is odd about the times, and the events per day (UTC)."""
-    day = (times // DAY).astype(np.int64)
+def _time_statistics(
+    times: npt.NDArray[np.float64], sessions: Sessions, now: float
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the statistics of the event times and the number of events per day (UTC)."""
+    day = (times // DAY).astype(np.int64)  # [event]
     first, last = int(day.min()), int(day.max())
-    per_day = np.bincount(day - first, minlength=last - first + 1) if last - first < 40_000 else np.bincount([0])
-    same = np.diff(times) == 0
+    in_range = last - first < _MOST_DAYS
+    per_day = np.bincount(day - first, minlength=last - first + 1) if in_range else np.bincount([0])  # [day]
+    same = np.diff(times) == 0  # [event - 1]: an event at the time of the one before it
     inside = np.ones(len(same), bool)
-    inside[sessions.offsets[1:-1] - 1] = False  # the step from one session to the next is no step
+    inside[sessions.offsets[1:-1] - 1] = False  # pairs of events that belong to different sessions do not count
     days = {
         datetime.fromtimestamp((first + index) * DAY, timezone.utc).strftime("%Y-%m-%d"): int(count)
         for index, count in enumerate(per_day)
     }
-    measured = {
+    statistics = {
         "days": last - first + 1,
         "days_without_events": int((per_day == 0).sum()),
         "newest_age_days": round((now - float(times.max())) / DAY, 3),
@@ -155,63 +162,64 @@ def _clock(times: npt.NDArray[np.float64], sessions: Sessions, now: float) -> tu
         "share_same_time_as_before": _share((same & inside).sum(), len(times)),
         "last_day_vs_median": round(float(per_day[-1] / max(np.median(per_day), 1)), 4),
     }
-    return measured, days
+    return statistics, days
 
 
 def _load(folder: Path) -> tuple[Sessions, list[Any]]:
-    """Return a split's sessions, and whose they are: the user, with the session's number where a user has several."""
+    """Return a split's sessions and their keys: the user, with the session id where a user has several sessions."""
     names = pq.read_schema(row_files(folder)[0]).names
-    owners = [name for name in (USER_ID, SESSION_ID) if name in names]
-    table = read_rows(folder, owners)
-    keys: list[Any] = list(zip(*(table[name].to_pylist() for name in owners), strict=True))
+    key_columns = [name for name in (USER_ID, SESSION_ID) if name in names]
+    table = read_rows(folder, key_columns)
+    keys: list[Any] = list(zip(*(table[name].to_pylist() for name in key_columns), strict=True))
     sessions = Sessions.load(folder, [TIMESTAMP] if TIMESTAMP + LIST_SUFFIX in names else [])
     return sessions, keys or list(range(len(sessions)))
 
 
-def _longest(parts: list[Sessions], owners: list[list[Any]]) -> Sessions:
-    """Return every owner's longest session; parts are prefixes of one another."""
-    best: dict[Any, tuple[int, int, int]] = {}
-    for index, part in enumerate(parts):
-        for row, (user, length) in enumerate(zip(owners[index], part.lengths.tolist(), strict=True)):
-            if user not in best or length > best[user][0]:
-                best[user] = (length, index, row)
-    taken = []
-    for index, part in enumerate(parts):
-        rows = [row for _, at, row in best.values() if at == index]
-        taken.append(part.take(rows))
-    values = np.concatenate([part.values for part in taken])
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in taken]))]).astype(np.int64)
-    shared = set.intersection(*(set(part.features) for part in taken))
-    features = {name: np.concatenate([part.features[name] for part in taken]) for name in shared}
+def _longest(splits: list[Sessions], keys: list[list[Any]]) -> Sessions:
+    """Return the longest row of every session; its rows in the splits are prefixes of one another."""
+    best: dict[Any, tuple[int, int, int]] = {}  # key -> length, split, row
+    for index, split in enumerate(splits):
+        for row, (key, length) in enumerate(zip(keys[index], split.lengths.tolist(), strict=True)):
+            if key not in best or length > best[key][0]:
+                best[key] = (length, index, row)
+    selected = []
+    for index, split in enumerate(splits):
+        rows = [row for _, split_index, row in best.values() if split_index == index]
+        selected.append(split.take(rows))
+    values = np.concatenate([part.values for part in selected])  # [event]
+    lengths = np.concatenate([part.lengths for part in selected])  # [session]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)  # [session + 1]
+    shared = set.intersection(*(set(part.features) for part in selected))
+    features = {name: np.concatenate([part.features[name] for part in selected]) for name in shared}
     return Sessions(values, offsets, features)
 
 
 def _repeats(sessions: Sessions) -> int:
-    """Return how many events are on an item that the session had before."""
-    owner = np.repeat(np.arange(len(sessions)), sessions.lengths)
-    pairs = owner * np.int64(sessions.values.max(initial=0) + 1) + sessions.values
+    """Count the events on an item that the session contains before."""
+    session = np.repeat(np.arange(len(sessions)), sessions.lengths)  # [event]
+    pairs = session * np.int64(sessions.values.max(initial=0) + 1) + sessions.values  # one number per (session, item)
     return len(pairs) - len(np.unique(pairs))
 
 
 def _histogram(values: Ints, edges: tuple[int, ...]) -> dict[str, int]:
-    """Return counts by range: "3-4", "10,000+"."""
-    found, result = np.searchsorted(edges, values, side="right") - 1, {}
+    """Return the counts by range: "3-4", "10,000+"."""
+    bins, result = np.searchsorted(edges, values, side="right") - 1, {}
     for index, low in enumerate(edges):
         high = edges[index + 1] - 1 if index + 1 < len(edges) else None
         label = f"{low:,}+" if high is None else (f"{low:,}" if high == low else f"{low:,}-{high:,}")
-        result[label] = int((found == index).sum())
+        result[label] = int((bins == index).sum())
     return result
 
 
 def _ranks(top: Ints) -> list[list[int]]:
-    """Return rank and count at ranks that are evenly spaced on a logarithmic axis."""
-    some = int((top > 0).sum())
-    at = np.unique(np.geomspace(1, max(some, 1), 60).astype(np.int64))
-    return [[int(rank), int(top[rank - 1])] for rank in at if some]
+    """Return rank and count at up to 60 ranks that are evenly spaced on a logarithmic axis."""
+    with_events = int((top > 0).sum())
+    ranks = np.unique(np.geomspace(1, max(with_events, 1), 60).astype(np.int64))
+    return [[int(rank), int(top[rank - 1])] for rank in ranks if with_events]
 
 
 def _popular(catalogue: Catalogue, counts: Ints) -> dict[str, float]:
-    """Return the share of the events of the most popular items, by raw id, for the comparison with the next run."""
+    """Return the most popular items' shares of the events, by raw id, for the comparison with the next run."""
     rows = np.argsort(-counts, kind="stable")[:_POPULAR]
     ids = catalogue.ids_of(rows + FIRST_ITEM_ROW)
     return {str(item): _share(counts[row], counts.sum()) for item, row in zip(ids, rows, strict=True) if counts[row]}

@@ -1,10 +1,10 @@
-"""Amazon reviews of 2018 and 2023 in their original layout: gzip JSON lines of reviews, and of metadata.
+"""Import Amazon reviews of 2018 and 2023 in their original layout: gzip JSON lines of reviews and of metadata.
 
 2018: ``reviewerID``, ``asin``, ``unixReviewTime``, ``overall``; metadata by ``asin``. 2023: ``user_id``,
 ``parent_asin``, ``timestamp`` in milliseconds, ``rating``; metadata by ``parent_asin``. Defaults follow the published
 benchmarks. 2018 (UniSRec, MISSRec): items need a title, copies of a review are dropped, later reviews of the same
-item stay, 5-core. 2023 (its authors' ``5core/last_out``): the earliest review of a user on an item, 5-core, titled or
-not. The text of an item is its title, categories and brand.
+item are kept, 5-core. 2023 (its authors' ``5core/last_out``): only the earliest review of a user on an item, 5-core,
+items with and without a title. The text of an item is its title, categories and brand.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PRICE = re.compile(r"\d[\d,]*(?:\.\d+)?")
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of the fields of one edition."""
+    """Field names and benchmark defaults of one edition."""
 
     user: str
     item: str
@@ -49,7 +49,7 @@ class Layout:
     keep_repeats: bool
     """Whether the published benchmark keeps a user's later reviews of one item."""
     keep_untitled: bool
-    """Whether it keeps items without a title."""
+    """Whether the published benchmark keeps items without a title."""
 
 
 LAYOUTS = {
@@ -160,7 +160,8 @@ def _events(file: str | Path, layout: Layout, findings: Findings) -> pd.DataFram
     names = {layout.user: USER_ID, layout.item: ITEM_ID, layout.time: TIMESTAMP, layout.rating: "rating"}
     events = table.rename_columns([names[name] for name in table.column_names]).to_pandas()
     if layout.per_second != 1:
-        events[TIMESTAMP] = events[TIMESTAMP] / layout.per_second  # ties by the second would lose the order
+        # Fractions of seconds are kept: rounded to seconds, events of one user would lose their order.
+        events[TIMESTAMP] = events[TIMESTAMP] / layout.per_second
     return events
 
 
@@ -172,16 +173,16 @@ def _items(file: str | Path, layout: Layout, findings: Findings) -> pd.DataFrame
             f"no line of {file} has a field {layout.item!r}", "metadata of this edition", "try the other edition"
         )
     items = pd.DataFrame(rows)
-    doubled = items.duplicated(ITEM_ID)
-    findings.add("duplicate_items", int(doubled.sum()), "of several lines with one id the first is kept")
-    return items[~doubled].reset_index(drop=True)
+    duplicate = items.duplicated(ITEM_ID)
+    findings.add("duplicate_items", int(duplicate.sum()), "of several lines with one id the first is kept")
+    return items[~duplicate].reset_index(drop=True)
 
 
 def _item(record: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     title, brand = _clean(record.get("title")), _clean(record.get(layout.brand))
     categories = [text for entry in _list(record.get(layout.categories)) if (text := _clean(entry))]
     if title and "getTime" in title:
-        title = None  # a page's script in the place of the title: a known fault of the 2018 edition
+        title = None  # JavaScript in place of the title: a known defect of the 2018 edition
     text = ". ".join(part for part in (title, ", ".join(categories), brand) if part)
     return {
         ITEM_ID: str(record[layout.item]),
@@ -196,7 +197,7 @@ def _item(record: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 
 
 def price(value: Any) -> float | None:
-    """Return the (lower) price, None where there is none.
+    """Return the price (the lower one of a range), or None.
 
     Examples
     --------
@@ -206,12 +207,12 @@ def price(value: Any) -> float | None:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     text = str(value or "").strip()
-    found = _PRICE.search(text) if len(text) < 30 else None
-    return float(found.group().replace(",", "")) if found else None
+    match = _PRICE.search(text) if len(text) < 30 else None  # longer texts are scripts
+    return float(match.group().replace(",", "")) if match else None
 
 
 def _picture(record: Mapping[str, Any], layout: Layout) -> str | None:
-    """Return the address of the main picture, the largest there is."""
+    """Return the URL of the main image in its largest size."""
     for name in layout.pictures:
         pictures = _list(record.get(name))
         mains = [entry for entry in pictures if isinstance(entry, Mapping) and entry.get("variant") == "MAIN"]
@@ -226,7 +227,7 @@ def _picture(record: Mapping[str, Any], layout: Layout) -> str | None:
 
 
 def _clean(value: Any) -> str | None:
-    """Return a text without entities, tags and line breaks."""
+    """Return a text without HTML entities, tags and line breaks."""
     text = " ".join(_TAG.sub(" ", html.unescape(str(value))).split()) if value else ""
     return text or None
 

@@ -1,7 +1,7 @@
-"""JSON lines, plain or gzip, as Arrow columns: fast where every line is sound, line by line where some are not.
+"""Read JSON lines, plain or gzip, as Arrow columns: with pyarrow's reader, or line by line if that refuses the file.
 
-Broken lines are counted and left out up to a share; a file that ends in the middle is refused. Numbers in a text column
-become their text, so that ids of mixed types become one.
+Broken lines are counted and dropped up to a maximum share; a truncated file is refused. Numbers in a text column become
+texts, so that ids of mixed types get one type.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _BLOCK = 16 * 2**20
 
 
 def read_columns(file: Path, schema: pa.Schema, findings: Findings, max_broken: float = 0.01) -> pa.Table:
-    """Return the fields that the schema names; others are skipped, absent ones are null.
+    """Return the fields of a schema; other fields are skipped, missing values are null.
 
     Parameters
     ----------
     schema : pyarrow.Schema
         Names and types.
     findings : Findings
-        Gains broken lines and values of another type.
+        Receives broken lines and values of another type.
     max_broken : float
-        Share of broken lines that is tolerated.
+        Maximum share of broken lines.
 
     Raises
     ------
     DataError
-        No such file, an empty or a truncated one, or more broken lines than tolerated.
+        The file is missing, empty or truncated, or has more broken lines than that.
     """
     check_not_empty(file)
     options = pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
@@ -46,7 +46,7 @@ def read_columns(file: Path, schema: pa.Schema, findings: Findings, max_broken: 
         with pa.input_stream(str(file), compression="detect") as stream:
             return pajson.read_json(stream, pajson.ReadOptions(block_size=_BLOCK), options).select(schema.names)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, KeyError):
-        pass  # the slow way finds out what is wrong
+        pass  # reading line by line tells which lines are broken
     counted: dict[str, int] = {}
     rows: dict[str, list[Any]] = {name: [] for name in schema.names}
     for record in records(file, findings, max_broken):
@@ -60,7 +60,7 @@ def read_columns(file: Path, schema: pa.Schema, findings: Findings, max_broken: 
 
 
 def read_all(file: Path, text_columns: Sequence[str] = ()) -> pa.Table:
-    """Return all fields; those of ``text_columns`` as text whatever their types."""
+    """Return all fields; those of ``text_columns`` as text, whatever their types."""
     check_not_empty(file)
     schema = pa.schema([(name, pa.string()) for name in text_columns])
     try:
@@ -86,12 +86,12 @@ def read_all(file: Path, text_columns: Sequence[str] = ()) -> pa.Table:
 
 
 def records(file: Path, findings: Findings, max_broken: float = 0.01) -> Iterator[Mapping[str, Any]]:
-    """Yield the objects, one per line; broken lines are counted.
+    """Yield the JSON objects, one per line; broken lines are counted as a finding.
 
     Raises
     ------
     DataError
-        The file is empty, truncated, or has more broken lines than tolerated.
+        The file is missing, empty or truncated, or has more broken lines than ``max_broken``.
     """
     check_not_empty(file)
     lines = broken = 0
@@ -126,12 +126,12 @@ def records(file: Path, findings: Findings, max_broken: float = 0.01) -> Iterato
 
 
 def check_not_empty(file: Path) -> None:
-    """Refuse an absent file and one without a byte.
+    """Refuse a missing or an empty file.
 
     Raises
     ------
     DataError
-        It is so.
+        The file is missing or empty.
     """
     if not file.is_file():
         raise DataError(f"there is no file {file}", "an existing file", "check the path")

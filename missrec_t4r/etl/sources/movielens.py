@@ -1,4 +1,4 @@
-"""MovieLens archives in their original layouts: ml-100k, ml-1m, and the csv of ml-20m, ml-25m, ml-32m and latest."""
+"""Import MovieLens archives in their original layouts: ml-100k, ml-1m, and the csv of ml-20m, -25m, -32m and latest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GENRES = (
     "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
     "Mystery Romance Sci-Fi Thriller War Western"
 ).split()
-"""The flags at the end of a line of ml-100k's u.item, in this order."""
+"""Genre flags at the end of a line of ml-100k's u.item, in this order."""
 Read = Callable[[str], bytes]
 
 
@@ -63,7 +63,7 @@ def import_movielens(
     Raises
     ------
     DataError
-        The archive is missing or damaged, or of no known layout.
+        The archive is missing or damaged, or its layout is unknown.
     """
     findings = Findings()
     edition, read = _open(Path(archive))
@@ -87,7 +87,7 @@ def import_movielens(
 
 
 def _open(archive: Path) -> tuple[str, Read]:
-    """Return the layout and what reads a file of the archive by its name."""
+    """Return the layout of an archive and a function that reads one of its files by name."""
     if archive.is_dir():
         names, read = (
             [str(file.relative_to(archive)) for file in archive.rglob("*") if file.is_file()],
@@ -101,12 +101,14 @@ def _open(archive: Path) -> tuple[str, Read]:
             raise DataError(
                 f"{archive} is no whole zip archive ({error})", "a MovieLens zip or its folder", "download it again"
             ) from error
-    there = {Path(name).name for name in names}
-    for edition, marks in _MARKS.items():
-        if marks <= there:
-            return edition, lambda wanted: read(next(name for name in names if Path(name).name == wanted))
+    files = {Path(name).name for name in names}
+    for edition, required in _REQUIRED_FILES.items():
+        if required <= files:
+            return edition, lambda file: read(next(name for name in names if Path(name).name == file))
     raise DataError(
-        f"{archive} holds {sorted(there)[:8]}", f"the files of one of {list(_MARKS)}", "name a MovieLens archive"
+        f"{archive} holds {sorted(files)[:8]}",
+        f"the files of one of {list(_REQUIRED_FILES)}",
+        "name a MovieLens archive",
     )
 
 
@@ -146,13 +148,13 @@ def _csv(read: Read) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _films(ids: list[str], titles: list[str], genres: list[list[str]]) -> pd.DataFrame:
-    """Return the item table: the title without the year, the year, and a text of both and the genres."""
+    """Return the item table: title without the year, year, genres, and a text of title and genres."""
     split = [_YEAR.match(title) for title in titles]
     return pd.DataFrame(
         {
             ITEM_ID: ids,
-            "title": [found[1] if found else title for found, title in zip(split, titles, strict=True)],
-            "year": pd.array([int(found[2]) if found else None for found in split], dtype="Int64"),
+            "title": [match[1] if match else title for match, title in zip(split, titles, strict=True)],
+            "year": pd.array([int(match[2]) if match else None for match in split], dtype="Int64"),
             "genres": [", ".join(names) or None for names in genres],
             "text": [
                 ". ".join(filter(None, [title.strip(), ", ".join(names)])) or None
@@ -163,9 +165,9 @@ def _films(ids: list[str], titles: list[str], genres: list[list[str]]) -> pd.Dat
 
 
 _LAYOUTS = {"ml-100k": _ml_100k, "ml-1m": _ml_1m, "ml-25m": _csv}
-_MARKS = {
+_REQUIRED_FILES = {
     "ml-100k": {"u.data", "u.item"},
     "ml-1m": {"ratings.dat", "movies.dat"},
     "ml-25m": {"ratings.csv", "movies.csv"},
 }
-"""Layout -> the files that tell it."""
+"""Layout -> the files by which it is recognised."""

@@ -1,4 +1,4 @@
-"""What imported data sets share: cleaning as benchmarks do, leave-one-out, two parquet files for the ETL."""
+"""Shared by the importers of public data sets: cleaning as in the benchmarks, leave-one-out, files for the ETL."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ SPLIT = "split"
 
 
 def clean_events(events: pd.DataFrame, findings: Findings, *, k_core: int, keep_repeats: bool = False) -> pd.DataFrame:
-    """Return the events in the order of user and time: complete ones, first visits, frequent users and items.
+    """Return complete events sorted by user and time, without copies and repeats, k-core filtered.
 
     Parameters
     ----------
     events : DataFrame
         ``user_id``, ``item_id``, ``timestamp`` and further columns. Ties of time keep the order of the file.
     k_core : int
-        Leave out users and items with fewer events until none is left; 0 is off.
+        Drop users and items with fewer events, repeatedly until none is left; 0 is off.
     keep_repeats : bool
-        Keep a user's later events on an item; copies of one event (user, item and time) are dropped even so.
+        Keep a user's later events on the same item; copies of an event (user, item and time) are always dropped.
 
     Raises
     ------
@@ -58,7 +58,7 @@ def clean_events(events: pd.DataFrame, findings: Findings, *, k_core: int, keep_
 
 
 def leave_one_out(events: pd.DataFrame) -> pd.Series:
-    """Return train, valid or test per event: a user's last is test, the one before valid; below three all is train.
+    """Return the split per event: a user's last event is test, the one before valid; with under three, all train.
 
     Examples
     --------
@@ -66,8 +66,8 @@ def leave_one_out(events: pd.DataFrame) -> pd.Series:
     ['train', 'valid', 'test', 'train']
     """
     users = events.groupby(USER_ID, sort=False)[USER_ID]
-    behind, size = users.cumcount(ascending=False), users.transform("size")
-    split = np.select([(size >= 3) & (behind == 0), (size >= 3) & (behind == 1)], ["test", "valid"], "train")
+    from_end, size = users.cumcount(ascending=False), users.transform("size")
+    split = np.select([(size >= 3) & (from_end == 0), (size >= 3) & (from_end == 1)], ["test", "valid"], "train")
     return pd.Series(split, index=events.index)
 
 
@@ -80,21 +80,22 @@ def write_dataset(
     *,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Write ``interactions.parquet``, ``items.parquet`` and ``import.json``; the folder appears whole or not at all.
+    """Write ``interactions.parquet``, ``items.parquet`` and ``import.json``, as one atomic folder.
 
-    Items keep their order; those without an event are left out, those without a line get one. ``dry_run`` counts only.
+    Items keep their order; items without events are dropped, items of events without metadata are appended with their
+    id alone. ``dry_run`` only counts.
 
     Returns
     -------
     dict
-        Counts, findings and the source.
+        Counts, findings and the description of the source.
     """
-    used = events[ITEM_ID].drop_duplicates()
-    absent = used[~used.isin(items[ITEM_ID])]
-    findings.add("items_without_metadata", len(absent), "items of events without metadata got a line of their own")
-    items = items[items[ITEM_ID].isin(used)].drop_duplicates(ITEM_ID)
-    if len(absent):
-        items = pd.concat([items, pd.DataFrame({ITEM_ID: absent})], ignore_index=True)
+    in_events = events[ITEM_ID].drop_duplicates()
+    missing = in_events[~in_events.isin(items[ITEM_ID])]
+    findings.add("items_without_metadata", len(missing), "items of events without metadata are appended with their id")
+    items = items[items[ITEM_ID].isin(in_events)].drop_duplicates(ITEM_ID)
+    if len(missing):
+        items = pd.concat([items, pd.DataFrame({ITEM_ID: missing})], ignore_index=True)
     events = events.assign(**{SPLIT: leave_one_out(events)})
     report = {
         "source": source,

@@ -1,8 +1,8 @@
-"""Parquet, csv and JSON-lines files as Arrow tables, with errors that name the file, the column and the option.
+"""Read parquet, csv and JSON-lines files as Arrow tables, with errors that name the file, the column and the option.
 
-Accepts one file, several, glob patterns (``**`` too), or a folder; csv and JSON lines may be compressed. Identifiers in
-csv and JSON are read as text, so that "00123" keeps its zeros and ids of mixed types become one; files that disagree
-about an id's type are brought to text. Texts of the item table that are not UTF-8 are repaired, ids are refused.
+Accepts one file, several, glob patterns (``**`` too), or a folder; csv and JSON lines may be compressed. Ids in csv and
+JSON are read as text, so that "00123" keeps its zeros and ids of mixed types get one type; if files disagree about an
+id's type, it becomes text. Texts that are not UTF-8 are repaired in the item table and refused in ids.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def read_table(
     paths : path, pattern, folder, or a sequence of them
         Files are read in the given order, those of a pattern or folder in name order.
     what : str
-        How messages call the table ("interactions").
+        Name of the table in messages ("interactions").
     text_columns : sequence of str
-        Columns that stay text when a csv file is read.
+        Columns that are read as text from csv and JSON.
     needed : iterable of str, optional
-        Columns that are kept even if they look like a row index of pandas, as ``text_columns`` are; None keeps all.
+        Columns to keep even if they look like a row index of pandas, as ``text_columns`` are; None keeps all.
     findings : Findings, optional
-        Gains texts that were repaired, and row indexes that were left out.
+        Receives repaired texts and dropped row indexes.
 
     Raises
     ------
@@ -74,8 +74,10 @@ def read_table(
     tables = _one_type(tables, text_columns)
     for file, table in zip(files, tables, strict=True):
         if set(table.column_names) != set(tables[0].column_names):
-            odd = sorted(set(table.column_names) ^ set(tables[0].column_names))
-            raise SchemaError(f"{file} and {files[0]} differ in columns {odd}", f"{what} files with the same columns")
+            differing = sorted(set(table.column_names) ^ set(tables[0].column_names))
+            raise SchemaError(
+                f"{file} and {files[0]} differ in columns {differing}", f"{what} files with the same columns"
+            )
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -91,27 +93,27 @@ def read_table(
 
 def expand(paths: Paths, what: str) -> list[Path]:
     """Return the files behind paths, patterns and folders."""
-    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    sources = [paths] if isinstance(paths, str | Path) else list(paths)
     files: list[Path] = []
-    for path in map(Path, given):
+    for path in map(Path, sources):
         if path.is_file():
-            found = [path]
+            matches = [path]
         elif path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.name.endswith(_KNOWN))
+            matches = sorted(file for file in path.iterdir() if file.name.endswith(_KNOWN))
         else:
-            found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        if not found:
+            matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        if not matches:
             raise DataError(
                 f"no {what} file at {path}", "a parquet, csv or json-lines file", "check the path or the pattern"
             )
-        files += found
+        files += matches
     if not files:
         raise DataError(f"no {what} file was named", "at least one path")
     return files
 
 
 def require_column(table: pa.Table, name: str, what: str, option: str) -> pa.ChunkedArray:
-    """Return a column, or say which columns there are and which option names another one.
+    """Return a column; the error lists the columns of the table and the option that selects another one.
 
     Raises
     ------
@@ -151,7 +153,7 @@ def _read_file(file: Path, what: str, text_columns: Sequence[str]) -> pa.Table:
 
 
 def _delimiter(file: Path) -> str:
-    """Return what parts the columns of a csv file: a comma, or what its first line has where that has none."""
+    """Return the delimiter of a csv file: a comma, or ; tab | where the first line has no comma."""
     if ".tsv" in file.name:
         return "\t"
     with pa.input_stream(str(file), compression="detect") as stream:
@@ -160,12 +162,12 @@ def _delimiter(file: Path) -> str:
 
 
 def _one_type(tables: list[pa.Table], id_columns: Sequence[str]) -> list[pa.Table]:
-    """Bring an id column to text where one file has integers and another one texts."""
+    """Cast an id column to text where one file has integers and another one texts."""
     for name in id_columns:
         kinds = {table[name].type for table in tables if name in table.column_names}
         if len(kinds) > 1 and any(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds):
-            whole = [table for table in tables if name in table.column_names]
-            if all(not pa.types.is_floating(table[name].type) for table in whole):
+            with_column = [table for table in tables if name in table.column_names]
+            if all(not pa.types.is_floating(table[name].type) for table in with_column):
                 tables = [
                     table.set_column(table.column_names.index(name), name, table[name].cast(pa.string()))
                     if name in table.column_names
@@ -176,13 +178,15 @@ def _one_type(tables: list[pa.Table], id_columns: Sequence[str]) -> list[pa.Tabl
 
 
 def _plain_strings(table: pa.Table, ids: Sequence[str], findings: Findings) -> pa.Table:
-    """Decode dictionaries and widen strings to one type, so that later code meets one kind of text."""
+    """Decode dictionaries, cast all texts to one Arrow type and repair those that are not UTF-8."""
     columns = []
     for name, column in zip(table.column_names, table.columns, strict=True):
         kind = column.type
         if pa.types.is_dictionary(kind):
             column, kind = column.cast(kind.value_type), kind.value_type
-        text = pa.types.is_binary(kind) or pa.types.is_string(kind)  # csv with other bytes comes as binary
+        text = pa.types.is_binary(kind) or pa.types.is_string(
+            kind
+        )  # pyarrow reads csv text that is not UTF-8 as binary
         if text and name not in ids and ((bad := not_utf8(column)) or pa.types.is_binary(kind)):
             note_repaired(findings, name, bad)
             column, kind = repaired_text(column), pa.string()

@@ -31,7 +31,7 @@ class HistoryBias(ScoreTerm):
         super().__init__()
         self.bias = nn.Parameter(torch.tensor(_INITIAL_LOGIT * temperature))
 
-    def add_to(self, scores: Tensor, item_ids: Tensor, earlier: dict[str, Tensor]) -> Tensor:  # noqa: ARG002
+    def add_to(self, scores: Tensor, item_ids: Tensor, earlier: dict[str, Tensor]) -> Tensor:
         """Add the bias in place: it changes a few scores of [batch, catalogue]."""
         return scores.scatter_add_(1, item_ids, self.bias * first_occurrences(item_ids).to(scores.dtype))
 

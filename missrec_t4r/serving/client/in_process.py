@@ -34,13 +34,13 @@ class InProcessTransport:
         self.ranker = RankerBackend(bundle, device, threads)
         self._steps: tuple[Backend, ...] = (self.sessions, self.ranker)
 
-    def describe(self, model: str) -> ModelFacts:  # noqa: ARG002 - a bundle is one model
+    def describe(self, model: str) -> ModelFacts:  # a bundle is one model
         """Return the data type of the inputs, and the largest batch of one pass."""
         id_type = "BYTES" if self.sessions.transform.settings.id_type == "string" else "INT64"
         names = {name for step in self._steps for name in step.inputs}
         return dict.fromkeys(sorted(names), "") | {"item_ids": id_type}, _BATCH
 
-    def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:  # noqa: ARG002
+    def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
         """Run both steps on one request.
 
         Raises

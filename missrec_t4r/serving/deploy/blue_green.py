@@ -33,7 +33,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.errors import BundleError, ConfigError, ServingError
-from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.io.atomic import atomic_write_file, refuse_unmanaged
 from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.serving.deploy.smoke_test import smoke_test
 from missrec_t4r.serving.triton.deployment import (
@@ -41,7 +41,6 @@ from missrec_t4r.serving.triton.deployment import (
     bundle_of,
     current_version,
     ensemble_of,
-    is_deployment,
     version_of,
     versions_of,
 )
@@ -170,7 +169,7 @@ def rollback(repository: str | Path, *, version: int | None = None) -> dict[str,
 
 def _plan(folder: Path, bundle: str | Path | None, version: int | None, switch: bool) -> dict[str, Any]:
     """Return the result of a dry run: all checks that change nothing."""
-    _refuse_other_folders(folder)
+    _refuse_unmanaged(folder)
     versions = versions_of(folder)
     if version is not None:
         _require_version(folder, version)
@@ -305,19 +304,15 @@ def _write_entry_model(folder: Path, version: int) -> None:
 def _open_folder(repository: str | Path) -> Path:
     """Return the deployment folder, made if there is none."""
     folder = Path(repository).absolute()
-    _refuse_other_folders(folder)
+    _refuse_unmanaged(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DEPLOYMENT_FILE).write_text(json.dumps({"format": 1}) + "\n", encoding="utf-8")
     return folder
 
 
-def _refuse_other_folders(folder: Path) -> None:
-    if folder.exists() and not is_deployment(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise BundleError(
-            f"{folder} exists and is no deployment folder",
-            "a new folder, or one of `missrec deploy`",
-            "choose another --repository; `missrec export --triton` writes single versions that cannot be swapped",
-        )
+def _refuse_unmanaged(folder: Path) -> None:
+    cure = "choose another --repository; `missrec export --triton` writes single versions that cannot be switched"
+    refuse_unmanaged(folder, DEPLOYMENT_FILE, "deployment folder", BundleError, cure)
 
 
 @contextmanager

@@ -274,7 +274,7 @@ def _listen(reply: Callable[[str, str, bytes], Reply], port: int) -> ThreadingHT
             self.end_headers()
             self.wfile.write(body)
 
-        do_GET = do_POST = _respond
+        do_GET = do_POST = _respond  # noqa: N815  # http.server's names
 
         def log_message(self, *arguments: Any) -> None:
             """Log nothing."""

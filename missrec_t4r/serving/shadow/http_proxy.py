@@ -121,7 +121,7 @@ class HttpShadowProxy(MirroringProxy):
                 self.end_headers()
                 self.wfile.write(body)
 
-            do_GET = do_POST = _forward
+            do_GET = do_POST = _forward  # noqa: N815  # http.server's names
 
             def log_message(self, *arguments: Any) -> None:
                 """Log nothing: the server logs its requests."""

@@ -30,7 +30,7 @@ class ChunkedSoftmax:
     def __init__(self, chunk_size: int) -> None:
         self.chunk_size = chunk_size
 
-    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:  # noqa: ARG002 - come in chunks
+    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:
         """Compute the embeddings of the sessions' items only."""
         masks = model.item_encoder.masks(dropout=model.training)
         rows, place = torch.unique(item_ids, return_inverse=True)

@@ -71,7 +71,7 @@ class FullSoftmax:
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
 
-    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:  # noqa: ARG002 - all rows
+    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:
         """Compute the embeddings of the whole catalogue."""
         catalogue = model.item_encoder.catalogue()
         rows = torch.arange(model.item_encoder.n_rows, device=item_ids.device)

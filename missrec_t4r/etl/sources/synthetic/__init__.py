@@ -1,1 +1,1 @@
-"""The generated shop: interactions, texts and images without any download."""
+"""Synthetic shop: interactions, texts and images without a download."""

@@ -1,20 +1,21 @@
-"""A generated shop whose content matters: latent interests in the words, styles in the pictures, order in the visits.
+"""Synthetic shop in which content matters: interests show in texts, styles in images, order in the sessions.
 
-How it works. An item belongs to one of 24 interests, is one of the four products of that interest (tent, sleeping bag,
+An item belongs to one of 24 interests, is one of the four products of that interest (tent, sleeping bag,
 camp stove, lantern) and has one of six styles; popularity is long-tailed. Title and description are made of the
-interest's words and the product's name, the picture shows the style's colours and pattern; style is never written, and
-the picture never tells the interest, so both modalities are needed. Some items lack text, others the image.
+interest's words and the product's name, the image of the style's colours and pattern. Texts do not mention the style
+and images do not show the interest, so both modalities are needed. Some items lack the text, others the image.
 
-A user likes one style and follows an interest from product to product (a tent, then a sleeping bag), then drifts to a
-related interest: what comes next depends on what came last, so order matters and popularity does not get far. Part of
-the items appear late, most of them close to the end, and are promoted while new: the last events are about items that
-training has never seen, which only content can find. Times are unix seconds over about a year.
+A user prefers one style and moves within an interest from product to product (a tent, then a sleeping bag), then to a
+related interest: the next item depends on the last one, so order matters and popularity alone predicts little. Part of
+the items are launched late, most of them near the end, and are promoted while they are new: the last events are about
+items without training events, which only content can find. Times are unix seconds over about a year.
 
-What else an event tells (side features): who buys goes on to the next product, who only looks compares; who stays
-shortly drifts away, and stays longer with the own style; the category is the item's department, also where its text is
-missing. These columns are drawn beside the visits and change none of them.
+Event features: users who buy move on to the next product, users who only view compare; short dwell times precede a
+change of interest, and dwell times are longer on the preferred style; the category is the item's department, also where
+its text is missing. These columns have their own random generator and do not change the items of the sessions.
 
-The same seed gives the same tables and, with one Pillow version, the same pictures. Frozen: models are not tuned on it.
+The same seed gives the same tables and, with the same Pillow version, the same images. Frozen: models are not tuned on
+it.
 """
 
 from __future__ import annotations
@@ -47,31 +48,31 @@ SHOP_FILE = "shop.json"
 PRODUCTS = 4
 """Products per interest."""
 END = 1_735_689_600
-"""1 January 2025: nothing happens later."""
+"""1 January 2025, the latest time of an event."""
 DAY = 86_400
 
 LATE_SHARE, LATE_DAYS = 0.4, 120
-"""Share of the items that appear in the last so many days, ever more of them towards the end."""
+"""Share of the items that are launched late, and the number of days before the end in which this happens."""
 PROMOTION = 5.0
-"""How much more often an item is met in its first thirty days."""
+"""Factor on the popularity of an item in the first thirty days after its launch."""
 WITHOUT_TEXT, WITHOUT_IMAGE = 0.06, 0.15
 COMPARE, FOLLOW, DRIFT = 0.18, 0.48, 0.24
-"""Probability of the same product again, of the next one, of a related interest; else any product of this one."""
+"""Probability of the same product again, of the next one, of a related interest; else any product of the interest."""
 LIKES = 0.85
-"""Probability that the user's own style decides."""
+"""Probability that the user's preferred style decides about the item."""
 STRAY = 0.08
-"""Probability of an event that only popularity explains."""
+"""Probability of an event that depends on popularity only."""
 STAY, GO_ON, LEAVE, WANDER = range(4)
-"""What a user does after an event: the same product again, the next one, a related interest, any product."""
+"""Moves after an event: the same product again, the next one, a related interest, any product."""
 KIND_GIVEN_MOVE = ((0.85, 0.12, 0.03), (0.25, 0.20, 0.55), (0.70, 0.10, 0.20), (0.60, 0.20, 0.20))
-"""Probability of view, cart and purchase, by what the user does next."""
+"""Probability of view, cart and purchase, by the following move."""
 DWELL_GIVEN_MOVE = (90.0, 60.0, 12.0, 30.0)
-"""Median seconds on an item's page, by what the user does next; twice as long with the own style."""
+"""Median seconds on an item's page, by the following move; twice as long on the preferred style."""
 
 
 @dataclass(frozen=True)
 class Items:
-    """The latent side of the catalogue, one entry per item."""
+    """Latent variables of the catalogue, one entry per item."""
 
     interest: Ints
     product: Ints
@@ -83,7 +84,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Events:
-    """All interactions in the order of time."""
+    """All interactions, sorted by time."""
 
     user: Ints
     item: Ints
@@ -117,7 +118,7 @@ def generate_shop(out: str | Path, *, seed: int = 7, users: int = 3000, items: i
     ConfigError
         Too few users or items.
     DataError
-        The folder holds something else.
+        The folder holds other files.
     """
     if users < 1 or items < 100:
         raise ConfigError(f"{users} users and {items} items", "at least 1 user and 100 items", "raise the numbers")
@@ -137,11 +138,11 @@ def generate_shop(out: str | Path, *, seed: int = 7, users: int = 3000, items: i
         "without_image": table["image"].null_count,
         "late_items": int((latent.launch > 0).sum()),
     }
-    with translate_disk_errors(out), replace_dir(out) as aside:
-        pq.write_table(_event_table(events, latent), aside / "interactions.parquet")
-        pq.write_table(table, aside / "items.parquet")
-        _draw_all(latent, table, aside, rng)
-        (aside / SHOP_FILE).write_text(json.dumps(shop, indent=2) + "\n", encoding="utf-8")
+    with translate_disk_errors(out), replace_dir(out) as folder:
+        pq.write_table(_event_table(events, latent), folder / "interactions.parquet")
+        pq.write_table(table, folder / "items.parquet")
+        _draw_all(latent, table, folder, rng)
+        (folder / SHOP_FILE).write_text(json.dumps(shop, indent=2) + "\n", encoding="utf-8")
     return {"data": str(out), **shop}
 
 
@@ -165,21 +166,21 @@ def related_interests(rng: np.random.Generator) -> Floats:
     return drift
 
 
-def make_events(items: Items, users: int, rng: np.random.Generator, telling: np.random.Generator) -> Events:
-    """Let every user walk through the shop; rows are in the order of time.
+def make_events(items: Items, users: int, rng: np.random.Generator, feature_rng: np.random.Generator) -> Events:
+    """Simulate all users; events are sorted by time.
 
     Parameters
     ----------
     items : Items
     users : int
     rng : numpy Generator
-        Draws the visits.
-    telling : numpy Generator
-        Draws what the events tell beside the item.
+        Generator of users, times and items.
+    feature_rng : numpy Generator
+        Generator of the event features.
     """
     drift = related_interests(rng)
     start = rng.dirichlet(np.full(len(INTERESTS), 3.0))
-    walks = [_walk(items, drift, start, rng, telling) for _ in track(range(users), "visits")]
+    walks = [_user_events(items, drift, start, rng, feature_rng) for _ in track(range(users), "users")]
     user = np.repeat(np.arange(users), [len(chosen) for chosen, *_ in walks])
     item, time, kind, dwell = (np.concatenate(parts) for parts in zip(*walks, strict=True))
     order = np.lexsort([user, time])
@@ -187,7 +188,7 @@ def make_events(items: Items, users: int, rng: np.random.Generator, telling: np.
 
 
 def next_state(interest: int, product: int, drift: Floats, rng: np.random.Generator) -> tuple[int, int]:
-    """Return the next interest and product; after the last product comes a related interest."""
+    """Draw the next interest and product of a user."""
     chance = rng.random()
     if chance < COMPARE:
         return interest, product
@@ -199,7 +200,7 @@ def next_state(interest: int, product: int, drift: Floats, rng: np.random.Genera
 
 
 def move_between(before: tuple[int, int], after: tuple[int, int]) -> int:
-    """Name the step from one (interest, product) to the next.
+    """Return the kind of move from one (interest, product) to the next.
 
     Examples
     --------
@@ -213,24 +214,24 @@ def move_between(before: tuple[int, int], after: tuple[int, int]) -> int:
     return GO_ON if after[1] == before[1] + 1 else WANDER
 
 
-def _walk(
-    items: Items, drift: Floats, start: Floats, rng: np.random.Generator, telling: np.random.Generator
+def _user_events(
+    items: Items, drift: Floats, start: Floats, rng: np.random.Generator, feature_rng: np.random.Generator
 ) -> tuple[Ints, Ints, Ints, Floats]:
     length = int(np.clip(rng.lognormal(math.log(8.5), 0.5), 4, 50))
-    times = _visit_times(length, rng)
-    likes = int(rng.integers(len(STYLES)))
+    times = _event_times(length, rng)
+    preferred = int(rng.integers(len(STYLES)))
     interest, product = int(rng.choice(len(start), p=start)), int(rng.integers(PRODUCTS))
     chosen: list[int] = []
     moves: list[int] = []
-    fresh = np.ones(len(items.interest), bool)
-    for time in times:
+    fresh = np.ones(len(items.interest), bool)  # a user meets an item once
+    for time in times:  # weights, fresh, new: [item]
         new = (items.launch > 0) & (time - items.launch < 30 * DAY)
         weights = items.popularity * fresh * (items.launch <= time) * np.where(new, PROMOTION, 1.0)
         if rng.random() >= STRAY:
             weights = weights * ((items.interest == interest) & (items.product == product))
             if rng.random() < LIKES:
-                weights = weights * np.where(items.style == likes, 1.0, 0.02)
-        if weights.sum() == 0:
+                weights = weights * np.where(items.style == preferred, 1.0, 0.02)
+        if weights.sum() == 0:  # no item of this interest and product is left: any launched item
             weights = items.popularity * fresh * (items.launch <= time)
         item = int(rng.choice(len(weights), p=weights / weights.sum()))
         chosen.append(item)
@@ -238,14 +239,14 @@ def _walk(
         before = interest, product
         interest, product = next_state(interest, product, drift, rng)
         moves.append(move_between(before, (interest, product)))
-    bounds = np.cumsum(np.array(KIND_GIVEN_MOVE)[moves], axis=1)
+    bounds = np.cumsum(np.array(KIND_GIVEN_MOVE)[moves], axis=1)  # [event, kind]: inverse of the distribution
     kinds = (rng.random(length)[:, None] > bounds[:, :-1]).sum(1)
-    own = items.style[chosen] == likes
-    dwell = np.array(DWELL_GIVEN_MOVE)[moves] * np.where(own, 2.0, 1.0) * telling.lognormal(0.0, 0.4, length)
+    own = items.style[chosen] == preferred  # [event]
+    dwell = np.array(DWELL_GIVEN_MOVE)[moves] * np.where(own, 2.0, 1.0) * feature_rng.lognormal(0.0, 0.4, length)
     return np.array(chosen), times, kinds.astype(np.int64), np.round(dwell, 1)
 
 
-def _visit_times(length: int, rng: np.random.Generator) -> Ints:
+def _event_times(length: int, rng: np.random.Generator) -> Ints:
     last = END - min(rng.exponential(25 * DAY), 200 * DAY)
     gaps = rng.lognormal(math.log(4 * DAY), 1.0, length - 1)
     return np.sort(last - np.concatenate([[0.0], np.cumsum(gaps)])).astype(np.int64)
@@ -305,10 +306,10 @@ def _description(words: tuple[str, ...], product: str, rng: np.random.Generator)
 def _draw_all(items: Items, table: pa.Table, folder: Path, rng: np.random.Generator) -> None:
     (folder / "images").mkdir()
     paths = table["image"].to_pylist()
-    for item in track(range(len(paths)), "pictures"):
-        picture_rng = np.random.default_rng(rng.integers(2**63))
+    for item in track(range(len(paths)), "images"):
+        image_rng = np.random.default_rng(rng.integers(2**63))
         if paths[item] is not None:
-            draw(STYLES[items.style[item]], picture_rng).save(folder / paths[item])
+            draw(STYLES[items.style[item]], image_rng).save(folder / paths[item])
 
 
 def _item_id(item: int) -> str:

@@ -1,4 +1,4 @@
-"""Product pictures of the generated shop: the style's colours and pattern, and a silhouette that tells nothing."""
+"""Product images of the synthetic shop: colours and pattern of the style, and an uninformative silhouette."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Colour = tuple[int, int, int]
 
 
 def draw(style: Style, rng: np.random.Generator) -> Image.Image:
-    """Return one picture of the style; colours, spacing and silhouette vary."""
+    """Return an image of the style; colours, spacing and silhouette vary at random."""
     background, accent = _vary(style.background, rng), _vary(style.accent, rng)
     image = Image.new("RGB", (SIDE, SIDE), background)
     canvas = ImageDraw.Draw(image)

@@ -1,4 +1,4 @@
-"""Vocabulary of the generated shop: what each interest talks about, and how each style looks."""
+"""Content of the synthetic shop: products and words of each interest, colours and pattern of each style."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 
 class Interest(NamedTuple):
-    """One latent interest: its department, the products bought one after the other, and its words."""
+    """One latent interest: department, products in the order in which they are bought, and words."""
 
     department: str
     products: tuple[str, str, str, str]
-    """In the order in which people who follow the interest buy them."""
+    """In the order in which users with this interest buy them."""
     words: tuple[str, ...]
 
 
 class Style(NamedTuple):
-    """One look: colours (red, green, blue) and a pattern; it shows in pictures and is never written."""
+    """One style: colours (red, green, blue) and a pattern; visible in images, never mentioned in texts."""
 
     background: tuple[int, int, int]
     accent: tuple[int, int, int]

@@ -7,7 +7,7 @@ import torch
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings, ItemKNNTerm
-from tests.equations import small_shop as shop
+from tests import shop
 from tests.equations.reference import FIRST_ITEM
 from tests.equations.reference_prior import neighbour_prior
 

@@ -1,4 +1,4 @@
-"""Random shops and their nights, and how two data folders are compared: shared by the tests of updates."""
+"""Random events and increments, and comparison of two data folders: shared by the tests of incremental updates."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NEW_ITEMS = pd.DataFrame(
 def shop(
     seed: int, size: int, users: int = 8, items: tuple[str, ...] = ("lamp", "desk", "sofa", "rug")
 ) -> pd.DataFrame:
-    """Return random events with ties, of users who may come back."""
+    """Return random events with equal times, of users who return."""
     chance = np.random.default_rng(seed)
     return pd.DataFrame(
         {
@@ -49,18 +49,18 @@ def shop(
     )
 
 
-def night(folder: Path, number: int, seed: int, *, size: int = 30) -> Path:
-    """Write the events of a night: known and new users and items, some a night late, and a new kind of event."""
+def increment(folder: Path, number: int, seed: int, *, size: int = 30) -> Path:
+    """Write an increment: events of old and new users and items, some of them late, and a new event type."""
     events = shop(seed + number, size, 8 + 2 * number, ("lamp", "rug", "mat", f"new {number}"))
     if number == 2:
         events.loc[0, "event_type"] = "return"
     folder.mkdir(parents=True, exist_ok=True)
-    events.to_parquet(folder / f"night-{number}.parquet", index=False)
-    return folder / f"night-{number}.parquet"
+    events.to_parquet(folder / f"increment-{number}.parquet", index=False)
+    return folder / f"increment-{number}.parquet"
 
 
 def raw_rows(data: Path, split: str) -> dict[Any, dict[str, Any]]:
-    """Return the rows by user and session, items as raw ids and categories as raw values: numbers of rows aside."""
+    """Return the rows by user and session, items and categories as raw values, independent of their codes."""
     catalogue = Catalogue.load(data / "catalogue")
     features = json.loads((data / "session_transform.json").read_text())["features"]
     found = {}
@@ -75,13 +75,13 @@ def raw_rows(data: Path, split: str) -> dict[Any, dict[str, Any]]:
 
 
 def counted(data: Path) -> dict[str, Any]:
-    """Return what a folder's report counts."""
+    """Return the counts of a folder's report."""
     report = json.loads((data / "etl.json").read_text())
     return {name: report[name] for name in ("events", "users", "items", "cold_items", "sessions", "modalities")}
 
 
 def content(data: Path) -> dict[str, Any]:
-    """Return everything that readers of a folder see, rows in their order."""
+    """Return everything that readers of a folder see, in order."""
     names = pq.read_schema(next((data / "train").glob("*.parquet"))).names
     catalogue = Catalogue.load(data / "catalogue")
     texts = ["schema.pbtxt", "test/schema.pbtxt", "session_transform.json"]
@@ -96,7 +96,7 @@ def content(data: Path) -> dict[str, Any]:
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Require equal content, with words about what differs."""
+    """Assert equal content, part by part."""
     for split, rows in one["rows"].items():
         assert rows.schema == other["rows"][split].schema, split
         assert rows.to_pylist() == other["rows"][split].to_pylist(), split

@@ -12,7 +12,7 @@ from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.terms.cold_start import ColdStartSettings
 from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings
 from missrec_t4r.runs.run_folder import load_strictly, load_tensors, save_tensors
-from tests.equations import small_shop as shop
+from tests import shop
 from tests.equations.reference import FIRST_ITEM, Array
 
 TRAINING = [shop.rows([*session, target]) for session, target in zip(shop.SESSIONS, shop.TARGETS, strict=True)]

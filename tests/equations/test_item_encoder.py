@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from missrec_t4r.config import MISSRecConfig
+from tests import shop
 from tests.equations import reference as ref
-from tests.equations import small_shop as shop
 from tests.equations import translate
 
 CONFIGS = {"paper": shop.paper(), "default": shop.default(), "inductive": shop.default(item_ids=False)}

@@ -1,14 +1,13 @@
-"""What newcomers are worth is chosen on trained items that are treated as new."""
+"""The cold-start term is tuned on warm items that are treated as cold."""
 
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
 from missrec_t4r.config import MISSRecConfig
-from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import rank_catalogue
 from missrec_t4r.model.missrec import MISSRec
@@ -16,9 +15,10 @@ from missrec_t4r.ranking.hybrid import build_missrec, terms_of
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.ranking.tune_cold_start import _bias, _exposure
+from tests import shop
 from tests.settings import EVERY_PART
 
-N_KINDS, PER_KIND, NEW = 8, 30, 16
+N_KINDS, PER_KIND, N_COLD = 8, 30, 16
 N_ITEMS = N_KINDS * PER_KIND
 
 
@@ -26,28 +26,26 @@ def kind_of(rows: np.ndarray) -> np.ndarray:
     return (rows - 3) % N_KINDS
 
 
-def shop() -> tuple[Catalogue, Sessions, Sessions, Sessions]:
-    """Customers stay with one kind of item, which the vectors show; the last rows are only bought at the end."""
+def kinds_shop() -> tuple[Catalogue, Sessions, Sessions, Sessions]:
+    """Users stay with one kind of item, which the vectors encode; the last rows are cold items, targets of the test."""
     rng = np.random.default_rng(0)
     rows = np.arange(N_ITEMS + 3)
     vectors = rng.normal(size=(N_KINDS, 16))[kind_of(rows)] + 0.3 * rng.normal(size=(len(rows), 16))
-    vectors[:3] = 0
     lists = []
     for _ in range(900):
         own = rows[3:][kind_of(rows[3:]) == rng.integers(N_KINDS)]
-        lists.append([int(one) for one in rng.choice(own[own < N_ITEMS + 3 - NEW], 6, replace=False)])
-    train, valid = Sessions.from_lists([line[:5] for line in lists]), Sessions.from_lists(lists)
-    new = rows[-NEW:]
-    test = Sessions.from_lists([[*line[:5], rng.choice(new[kind_of(new) == kind_of(line[0])])] for line in lists[:400]])
-    counts = np.bincount(train.values, minlength=len(rows))
-    items = pa.table({"item_id": [f"P{i}" for i in range(N_ITEMS)], "train_count": counts[3:]})
-    modality = Modality(vectors.astype(np.float32), rows >= 3, {"name": "made"})
-    return Catalogue(items, {"text": modality}), train, valid, test
+        lists.append([int(row) for row in rng.choice(own[own < N_ITEMS + 3 - N_COLD], 6, replace=False)])
+    train, valid = [session[:5] for session in lists], Sessions.from_lists(lists)
+    cold = rows[-N_COLD:]
+    test = [[*session[:5], rng.choice(cold[kind_of(cold) == kind_of(session[0])])] for session in lists[:400]]
+    modalities = {"text": shop.modality(vectors, name="made")}
+    catalogue = shop.make_catalogue([f"P{i}" for i in range(N_ITEMS)], modalities, shop.counts_of(train, N_ITEMS))
+    return catalogue, Sessions.from_lists(train), valid, Sessions.from_lists(test)
 
 
 def fitted(exposure: float) -> tuple[MISSRec, Catalogue, Sessions]:
     torch.manual_seed(0)
-    catalogue, train, valid, test = shop()
+    catalogue, train, valid, test = kinds_shop()
     config = MISSRecConfig(**EVERY_PART, d_model=16, n_head=2, item_ids=False, cold_start_exposure=exposure)
     model = build_missrec(config, catalogue)
     model.discover_interests(0)
@@ -57,7 +55,7 @@ def fitted(exposure: float) -> tuple[MISSRec, Catalogue, Sessions]:
 
 
 @pytest.mark.parametrize("exposure", [0.0, 1.0])
-def test_newcomers_are_found_where_their_look_alikes_are_bought(exposure: float) -> None:
+def test_cold_items_are_recommended_where_similar_warm_items_are(exposure: float) -> None:
     model, catalogue, test = fitted(exposure)
     histories, targets = test.split_last()
     ranked = rank_catalogue(ModelScorer.with_popularity(model, catalogue), histories, targets, catalogue.n_rows)
@@ -65,7 +63,7 @@ def test_newcomers_are_found_where_their_look_alikes_are_bought(exposure: float)
     assert recall < 0.1 if exposure == 0 else recall > 0.25, recall
 
 
-def test_the_level_gives_the_places_that_were_asked_for() -> None:
+def test_the_bias_gives_the_target_exposure() -> None:
     torch.manual_seed(0)
     best, top = (
         torch.randn(500, 10).sort(1, descending=True).values,
@@ -75,7 +73,7 @@ def test_the_level_gives_the_places_that_were_asked_for() -> None:
         assert _exposure(best, top + _bias(best, top, share)) == pytest.approx(share, abs=2e-3)
 
 
-def test_too_few_targets_choose_nothing(data: Path) -> None:
+def test_too_few_targets_switch_the_term_off(data: Path) -> None:
     catalogue = Catalogue.load(data / "catalogue")
     train, valid = Sessions.load(data / "train"), Sessions.load(data / "valid")
     model = build_missrec(MISSRecConfig(**EVERY_PART, d_model=16, n_head=2, cold_start_exposure=1.0), catalogue).eval()

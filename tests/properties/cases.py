@@ -1,4 +1,4 @@
-"""What the properties are checked on: random sessions of the small shop under every configuration."""
+"""Cases of the property tests: random sessions of the test shop under every configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.schema import FIRST_ITEM_ROW
-from tests.equations import small_shop as shop
+from tests import shop
 
 CONFIGS: dict[str, MISSRecConfig] = {
     "default": shop.default(),

@@ -1,0 +1,108 @@
+"""Bar and line charts as inline SVG of the data report, with axes and tooltips.
+
+Own code instead of matplotlib: these hundred lines follow the page's light and dark colours and show tooltips;
+matplotlib would add 30 MB to the installation and draw static images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+WIDTH, HEIGHT = 640, 240
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 30, 10, 48
+_TICKS = 4
+
+
+def bars(labels: Sequence[str], values: Sequence[float], *, x_title: str, y_title: str) -> str:
+    """Return a bar chart; the tooltip of a bar shows its label and value.
+
+    Parameters
+    ----------
+    labels : sequence of str
+        One per bar; as many as fit are printed below the axis.
+    values : sequence of float
+        Not negative.
+    """
+    top = _nice_top(max([*values, 0.0]))
+    step = (WIDTH - _LEFT - _RIGHT) / max(len(values), 1)
+    shapes = []
+    for index, (label, value) in enumerate(zip(labels, values, strict=True)):
+        height = (HEIGHT - _TOP - _BOTTOM) * value / top
+        x, y = _LEFT + index * step, HEIGHT - _BOTTOM - height
+        shapes.append(
+            f'<rect class="bar" x="{x + step * 0.08:.1f}" y="{y:.1f}" width="{max(step * 0.84, 0.5):.1f}" '
+            f'height="{height:.1f}"><title>{escape(label)}: {number(value)}</title></rect>'
+        )
+    # A character is about 9 units wide: print every n-th label, so that neighbours do not overlap.
+    every = math.ceil(max((len(label) for label in labels), default=1) * 9 / step) if labels else 1
+    shapes += [
+        _text(_LEFT + (index + 0.5) * step, HEIGHT - _BOTTOM + 18, label, "middle")
+        for index, label in enumerate(labels)
+        if index % every == 0
+    ]
+    ticks = [top * tick / _TICKS for tick in range(_TICKS + 1)]
+    marks = [(HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * tick / top, number(tick)) for tick in ticks]
+    return _frame("".join(shapes), marks, x_title, y_title)
+
+
+def log_line(xs: Sequence[float], ys: Sequence[float], *, x_title: str, y_title: str) -> str:
+    """Return a line chart with logarithmic axes; values must be positive."""
+    x_top, y_top = (max(1.0, math.ceil(math.log10(max(values)))) for values in (xs, ys))
+    points = " ".join(
+        f"{_LEFT + (WIDTH - _LEFT - _RIGHT) * math.log10(x) / x_top:.1f},"
+        f"{HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * math.log10(y) / y_top:.1f}"
+        for x, y in zip(xs, ys, strict=True)
+    )
+    below = [
+        _text(_LEFT + (WIDTH - _LEFT - _RIGHT) * power / x_top, HEIGHT - _BOTTOM + 18, number(10.0**power), "middle")
+        for power in range(int(x_top) + 1)
+    ]
+    marks = [
+        (HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * power / y_top, number(10.0**power))
+        for power in range(int(y_top) + 1)
+    ]
+    return _frame(f'<polyline class="line" points="{points}"/>' + "".join(below), marks, x_title, y_title)
+
+
+def number(value: float) -> str:
+    """Return a number in readable form.
+
+    Examples
+    --------
+    >>> number(12345.0), number(0.25), number(2_500_000), number(3.0)
+    ('12,345', '0.25', '2.5M', '3')
+    """
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:.3g}M"
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _nice_top(value: float) -> float:
+    """Return 1, 2, 4 or 8 times a power of ten, at least ``value``, so that quarters are round."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(power * factor for factor in (1, 2, 4, 8, 10) if power * factor >= value * (1 - 1e-9))
+
+
+def _frame(inside: str, marks: Sequence[tuple[float, str]], x_title: str, y_title: str) -> str:
+    grid = "".join(
+        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        + _text(_LEFT - 6, y + 4, text, "end")
+        for y, text in marks
+    )
+    middle = _TOP + (HEIGHT - _TOP - _BOTTOM) / 2
+    titles = _text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 6, x_title, "middle", "title") + (
+        f'<text class="title" text-anchor="middle" transform="translate(14 {middle:.0f}) rotate(-90)">'
+        f"{escape(y_title)}</text>"
+    )
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_title)} by {escape(x_title)}">'
+        f"{grid}{inside}{titles}</svg>"
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

@@ -1,0 +1,78 @@
+"""Layout and configurations of a deployment folder, without a server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from missrec_t4r.errors import BundleError, UnavailableError
+from missrec_t4r.serving.deploy.blue_green import deploy
+from missrec_t4r.serving.triton.deployment import bundle_of, current_version, start_arguments, versions_of
+from missrec_t4r.serving.triton.model_config import read_config
+from missrec_t4r.serving.triton.model_control import SERVER_FILE, Control
+from missrec_t4r.serving.triton.ports import choose_ports
+
+EARLIER = """# The door: raw item ids in, raw item ids and scores out.
+name: "missrec"
+platform: "ensemble"
+max_batch_size: 64
+ensemble_scheduling {
+  step [
+    { model_name: "missrec_sessions_v12" model_version: -1 input_map { key: "item_ids" value: "item_ids" } },
+    { model_name: "missrec_ranker_v12" model_version: -1 input_map { key: "rows" value: "rows" } }
+  ]
+}
+version_policy { specific { versions: [ 12 ] } }
+"""
+"""Entry model as `missrec deploy` wrote it before configurations were written with protobuf."""
+
+
+def test_the_configuration_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    assert current_version(tmp_path) is None
+    (tmp_path / "missrec").mkdir()
+    (tmp_path / "missrec" / "config.pbtxt").write_text(EARLIER)
+    assert current_version(tmp_path) == 12
+    assert start_arguments(tmp_path)[-2:] == ["--load-model=missrec", "--load-model=missrec_v12"]
+
+
+def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
+    (tmp_path / "missrec").mkdir()
+    (tmp_path / "missrec" / "config.pbtxt").write_text('name: "missrec\nmax_batch_size: x')
+    with pytest.raises(BundleError, match=r"missrec/config\.pbtxt cannot be read"):
+        current_version(tmp_path)
+
+
+def test_a_version_names_its_own_models_and_bundle_and_is_added_once(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    assert deploy(folder, bundle=bundle)["version"] == 1
+    assert deploy(folder, bundle=bundle)["version"] == 1  # the same bundle and settings: nothing is added
+    assert deploy(folder, bundle=bundle, threads=2)["version"] == 2
+    assert versions_of(folder) == [1, 2]
+    ensemble, entry = read_config(folder / "missrec_v2"), read_config(folder / "missrec")
+    steps = ["missrec_sessions_v2", "missrec_ranker_v2"]
+    assert [step.model_name for step in ensemble.ensemble_scheduling.step] == steps
+    assert [step.model_name for step in entry.ensemble_scheduling.step] == steps
+    assert (ensemble.name, entry.name) == ("missrec_v2", "missrec")
+    assert list(entry.version_policy.specific.versions) == [2]
+    for model in steps:
+        config = read_config(folder / model)
+        assert config.name == model
+        path = folder / model / config.parameters["bundle"].string_value
+        assert path.resolve() == bundle_of(folder, 2).resolve()
+        assert (path / "manifest.json").is_file()
+
+
+def test_a_server_that_is_gone_has_no_control(tmp_path: Path) -> None:
+    port = choose_ports({"http": 0})["http"]
+    control = Control(f"127.0.0.1:{port}", "0" * 32, os.getpid())
+    control.write(tmp_path)
+    assert (tmp_path / SERVER_FILE).stat().st_mode & 0o777 == 0o600
+    assert Control.find(tmp_path) is None
+    with pytest.raises(UnavailableError, match="no answer from"):
+        control.load("missrec")
+    Control.remove(tmp_path, os.getpid() + 1)
+    assert (tmp_path / SERVER_FILE).is_file()
+    Control.remove(tmp_path, os.getpid())
+    assert list(tmp_path.iterdir()) == []

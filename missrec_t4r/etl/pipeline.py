@@ -29,8 +29,9 @@ from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl import inputs, item_table, outputs, splits
 from missrec_t4r.etl.engine import append, workdir
 from missrec_t4r.etl.engine import compact as compaction
-from missrec_t4r.etl.engine.build import Job, build
+from missrec_t4r.etl.engine.build import build
 from missrec_t4r.etl.engine.executor import open_executor
+from missrec_t4r.etl.engine.job import Job
 from missrec_t4r.etl.engine.shuffle import cut_chunks
 from missrec_t4r.etl.event_settings import CLOCK, EventSettings, parse_seconds, parse_time_features, parse_weights
 from missrec_t4r.etl.nvt import workflows as nvt_workflows
@@ -266,8 +267,8 @@ def _change(
     if options["update"] and not options["compact"]:
         return append.update(interactions, out, items=items, modality=modality, delta=options["delta"], **machine)
     if options["update"] or interactions or items or modality:
-        found, cure = "--compact with new events or items", "run missrec etl --update first, then --compact"
-        raise ConfigError(found, "a data folder alone", cure)
+        cure = "run missrec etl --update first, then --compact"
+        raise ConfigError("--compact with new events or items", "a data folder alone", cure)
     return compaction.compact(out, **machine)
 
 
@@ -319,7 +320,7 @@ def _read_workflow_file(
     Raises
     ------
     ConfigError, DataError
-        There is no usable file, or the option of another engine or workflow stands beside it.
+        The file cannot be used, or is combined with an option that it replaces or with the out-of-core engine.
     """
     options = {
         "--event-weights": derive.weights,

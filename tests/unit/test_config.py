@@ -126,6 +126,12 @@ def test_stored_settings_of_earlier_versions_keep_their_meaning() -> None:
     )
 
 
+def test_the_recipe_of_the_howto_loads(repository: Path, tmp_path: Path) -> None:
+    text = (repository / "docs" / "howto" / "train.md").read_text(encoding="utf-8")
+    write(tmp_path, mine=text.partition("```yaml\n")[2].partition("```")[0])
+    assert Recipe.load(tmp_path / "mine.yaml").model == MISSRecConfig(d_model=128)
+
+
 def test_every_shipped_recipe_says_how_to_run_it() -> None:
     import importlib.resources
 

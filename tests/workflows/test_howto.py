@@ -2,13 +2,13 @@
 
 import re
 import shlex
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
-import typer
 
-from missrec_t4r.cli import app
+from missrec_t4r.cli.app import loaded
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "howto" / "data.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -19,11 +19,15 @@ COMMANDS = [
 ]
 
 
-def _resolve(words: list[str]) -> tuple[click.Command, list[str]]:
-    command: click.Command = typer.main.get_command(app)
-    while hasattr(command, "commands"):
-        command, words = command.commands[words[0]], words[1:]
-    return command, words
+@cache
+def _commands() -> dict[str, Any]:
+    return {command.name: shown for command, shown in loaded()}
+
+
+def _resolve(words: list[str]) -> tuple[Any, list[str]]:
+    """Return the click command that words begin with, and the rest of them."""
+    length = 1 if words[0] in _commands() else 2
+    return _commands()[" ".join(words[:length])], words[length:]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[:2]))

@@ -24,10 +24,11 @@ import pyarrow.parquet as pq
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.session_files import delta_files
 from missrec_t4r.etl.engine import workdir
-from missrec_t4r.etl.engine.build import Job, build
+from missrec_t4r.etl.engine.build import build
 from missrec_t4r.etl.engine.compact import compact, is_due
 from missrec_t4r.etl.engine.delta import write_delta
 from missrec_t4r.etl.engine.executor import open_executor
+from missrec_t4r.etl.engine.job import Job
 from missrec_t4r.etl.engine.versions import (
     VERSIONS_FILE,
     event_settings,

@@ -43,7 +43,7 @@ from missrec_t4r.schema import SPLITS, USER_ID
 log = logging.getLogger(__name__)
 
 MAX_DELTAS = 14
-"""Deltas that may stand beside the parquet files; one more is compacted automatically."""
+"""Largest number of delta files; one more starts compaction automatically."""
 MAX_DELTA_SHARE = 1.0
 """Events in the deltas, as a share of all events, above which they are compacted automatically: readers read as much
 more, a matter of seconds."""

@@ -22,8 +22,8 @@ from missrec_t4r.data.catalogue import ITEMS_FILE, Catalogue
 from missrec_t4r.data.session_files import DELTA_FOLDER
 from missrec_t4r.etl import item_table, outputs
 from missrec_t4r.etl.engine import sessionize
-from missrec_t4r.etl.engine.build import Job, make_plan
 from missrec_t4r.etl.engine.executor import ThreadExecutor
+from missrec_t4r.etl.engine.job import Job, make_plan
 from missrec_t4r.etl.engine.ordering import (
     EventOrder,
     count_out_of_order,

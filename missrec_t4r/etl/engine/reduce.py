@@ -8,7 +8,7 @@ folder (`sessionize.load_common`), with the keys
     rows                    number of item indices, reserved ones included; larger ones are left out
     categories              category column -> values in the order of their codes, from 3 on
     types                   column -> Arrow type of times and numbers
-    filtered                whether masks of kept events stand in the working folder
+    filtered                whether the working folder has masks of the kept events
     old                     data folder that an incremental update extends, or None
     drop_duplicates, split, valid_from, test_from, max_events, newest
                             settings; ``newest`` is the time that recency counts from
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,7 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.etl import item_table
 from missrec_t4r.etl.engine import sessionize
 from missrec_t4r.etl.engine.executor import Executor
+from missrec_t4r.etl.engine.job import Job
 from missrec_t4r.etl.engine.shuffle import Plan, ValueCodes
 from missrec_t4r.etl.engine.workdir import FILTER_FOLDER, KEPT_FOLDER, SHUFFLE_FOLDER, partition_path
 from missrec_t4r.etl.event_settings import EventSettings
@@ -36,9 +37,6 @@ from missrec_t4r.etl.nvt import kernels
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, UNKNOWN_ROW, USER_ID
-
-if TYPE_CHECKING:
-    from missrec_t4r.etl.engine.build import Job
 
 
 def reduce_chunks(
@@ -94,9 +92,9 @@ def reduce_chunks(
         write_json(work / sessionize.SURVEY_FILE, common, indent=None)
         _filter_events(job, plan, common, work, executor)
         tasks = [(str(work), number) for number in range(plan.partitions)]
-        kept = executor.run(sessionize.count_categories, tasks, "counting categories")
+        parts = executor.run(sessionize.count_categories, tasks, "counting categories")
         categories = {
-            name: (values, _sum_counts([part[name] for part in kept], len(values)), codes)
+            name: (values, _sum_counts([part[name] for part in parts], len(values)), codes)
             for name, (values, _, codes) in categories.items()
         }
         common["filtered"] = True
@@ -159,12 +157,14 @@ def _filter_events(job: Job, plan: Plan, common: dict[str, Any], work: Path, exe
     for number, mask in zip(numbers, np.split(kept, np.cumsum(sizes)[:-1]), strict=True):
         np.save(partition_path(work, KEPT_FOLDER, number, "npy"), mask)
     if max(k_core, min_item_count) > 0:
-        stays = np.zeros(FIRST_ITEM_ROW + job.items.num_rows, bool)  # [item index before filtering]
-        stays[items[kept]] = True
-        index = np.full(max(len(stays), int(items.max()) + 1), -1, np.int64)
-        index[np.flatnonzero(stays)] = FIRST_ITEM_ROW + np.arange(int(stays.sum()))
+        item_kept = np.zeros(FIRST_ITEM_ROW + job.items.num_rows, bool)  # [item index before filtering]
+        item_kept[items[kept]] = True
+        index = np.full(max(len(item_kept), int(items.max()) + 1), -1, np.int64)
+        index[np.flatnonzero(item_kept)] = FIRST_ITEM_ROW + np.arange(int(item_kept.sum()))
         np.save(work / KEPT_FOLDER / sessionize.FILTERED_ITEMS_FILE, index)
-        job.items, job.vectors = item_table.take_items(job.items, job.vectors, np.flatnonzero(stays[FIRST_ITEM_ROW:]))
+        job.items, job.vectors = item_table.take_items(
+            job.items, job.vectors, np.flatnonzero(item_kept[FIRST_ITEM_ROW:])
+        )
 
 
 # Types and categories
@@ -178,10 +178,10 @@ def _column_types(plan: Plan, chunks: Sequence[dict[str, Any]], work: Path) -> d
             for field in pa.ipc.open_file(source).schema:
                 types.setdefault(field.name, set()).add(str(field.type))
     if plan.time_is_date:
-        whole = all(chunk["whole_seconds"] for chunk in chunks)
+        is_integer = all(chunk["whole_seconds"] for chunk in chunks)
     else:
-        whole = types[TIMESTAMP] == {"int64"}
-    columns = {TIMESTAMP: "int64" if whole else "double"}
+        is_integer = types[TIMESTAMP] == {"int64"}
+    columns = {TIMESTAMP: "int64" if is_integer else "double"}
     for name in (name for name, kind in plan.features.items() if kind == "number"):
         with_nulls = any(chunk["nulls"].get(name) for chunk in chunks)  # as in pandas: integers with nulls are floats
         columns[name] = "int64" if types[name] == {"int64"} and not with_nulls else "float"
@@ -211,8 +211,8 @@ def _order_by_frequency(
     without a kept event have the code of unknown values.
     """
     ordered = list(old or [])
-    known = set(ordered)
-    new = [position for position, count in enumerate(counts) if count and values[position] not in known]
+    has_code = set(ordered)
+    new = [position for position, count in enumerate(counts) if count and values[position] not in has_code]
     if not old:
         new.sort(key=lambda position: (-counts[position], values[position]))
     ordered += [values[position] for position in new]

@@ -85,7 +85,7 @@ def cast_columns(events: pa.Table, types: Mapping[str, str]) -> pa.Table:
 def survey_events(work: str, partition: int) -> dict[str, int]:
     """Write user, item and eligibility of a partition's events, input of the k-core and item-count filters.
 
-    Eligible are events that are no duplicates and on known items, where the settings leave these out.
+    Not eligible are events that the settings leave out: duplicates, and events on items that the item table lacks.
 
     Returns
     -------

@@ -286,8 +286,8 @@ class EventEncoder:
         if column.null_count:
             self.nulls[name] = self.nulls.get(name, 0) + column.null_count
         if kind == "number":
-            whole = pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)
-            return (checks.as_int64(column, name) if whole else column.cast(pa.float32())).fill_null(0)
+            is_integer = pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)
+            return (checks.as_int64(column, name) if is_integer else column.cast(pa.float32())).fill_null(0)
         text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
         values = column.cast(pa.string() if text else pa.int64()).fill_null("" if text else 0)
         encoder = self.categories.setdefault(name, ValueCodes(values.type))

@@ -1,6 +1,6 @@
 """Working directory and input conversion of the out-of-core engine.
 
-The working directory ``.<out>-work`` stands beside the output and holds one folder per job (a hash of input and
+The working directory ``.<out>-work`` is next to the output and holds one folder per job (a hash of input and
 settings). Every task writes its result there atomically; a run that was killed continues from these files. The
 finished data folder replaces the output in one rename.
 """

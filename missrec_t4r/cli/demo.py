@@ -1,4 +1,4 @@
-"""The main job in one go: raw tables -> ETL -> features -> training -> evaluation -> export -> a real Triton.
+"""The whole job in one command: raw tables -> ETL -> features -> training -> evaluation -> export -> a real Triton.
 
 `demo` is what ``make demo`` runs: on the generated shop, or on a folder with `interactions.parquet`, `items.parquet`
 and modality vectors `<modality>_<encoder>.npy` whose rows follow the item table.
@@ -34,12 +34,12 @@ from missrec_t4r.serving.triton.local_server import LocalTriton
 log = logging.getLogger(__name__)
 
 _LONG_SESSIONS = 40
-"""Mean events per training session from which the recipe for long histories is taken."""
+"""Mean events per training session from which the recipe for long sessions is used."""
 _SHOP_EPOCHS = 22
-"""On the generated shop, so that the whole job stays within a few minutes."""
+"""Epochs on the generated shop, so that the whole job takes a few minutes."""
 _COMPARED_SESSIONS = 256
 _CLIENTS = 16
-"""Requests under way at a time, so that Triton's dynamic batching has something to merge."""
+"""Concurrent requests, so that Triton's dynamic batching has requests to merge."""
 _TOP_K = 10
 _SHOWN = 5
 _RATING_FLOOR = 5
@@ -48,7 +48,7 @@ _RATING_FLOOR = 5
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the ETL starts from."""
+    """Input of the ETL."""
 
     name: str
     interactions: Path
@@ -187,21 +187,21 @@ def _step(name: str, what: str, console: Console, seconds: dict[str, float]) -> 
 
 
 def _serve(run: LoadedRun, repository: Path, log_file: Path) -> dict[str, Any]:
-    """Start Triton, compare its answers with the run's model, and ask three questions."""
+    """Start Triton, compare its answers with the run's model, and request recommendations for three sessions."""
     event_features = () if run.model.event_features is None else run.model.event_features.columns
     histories = sample_histories(load_sessions(run.data, "test", event_features), _COMPARED_SESSIONS)
     with (
         LocalTriton(repository, log_file=log_file) as server,
         MISSRecClient(server.grpc_url) as client,
     ):
-        log.info(f"asking for {len(histories)} sessions, {_CLIENTS} requests at a time")
+        log.info(f"requesting recommendations for {len(histories)} sessions, {_CLIENTS} requests at a time")
         parity = compare_served(client, run.model, run.catalogue, histories, _TOP_K, _CLIENTS)
         parity.require("Triton's answers")
-        questions = _questions(histories)
-        sessions = raw_ids(run.catalogue, questions)
-        answers = client.recommend(sessions, _TOP_K, exclude_seen=True, side=raw_event_features(run.model, questions))
-        about = _ask(server.http_url, "")
-        ranker = _ask(server.http_url, "/models/missrec_ranker/stats")["model_stats"][0]
+        examples = _example_sessions(histories)
+        sessions = raw_ids(run.catalogue, examples)
+        answers = client.recommend(sessions, _TOP_K, exclude_seen=True, side=raw_event_features(run.model, examples))
+        about = _get_json(server.http_url, "")
+        ranker = _get_json(server.http_url, "/models/missrec_ranker/stats")["model_stats"][0]
     titles = read_titles(run.data / CATALOGUE_FOLDER)
     return {
         "triton_version": about["version"],
@@ -219,13 +219,13 @@ def _serve(run: LoadedRun, repository: Path, log_file: Path) -> dict[str, Any]:
     }
 
 
-def _questions(histories: Sessions) -> Sessions:
-    """Return three sessions, of several items where there are such."""
-    telling = np.flatnonzero(histories.lengths >= 3)[:3]
-    return histories.take(telling if len(telling) else np.arange(min(3, len(histories))))
+def _example_sessions(histories: Sessions) -> Sessions:
+    """Return three sessions, with several items each where possible."""
+    several = np.flatnonzero(histories.lengths >= 3)[:3]
+    return histories.take(several if len(several) else np.arange(min(3, len(histories))))
 
 
-def _ask(http_url: str, path: str) -> Any:
+def _get_json(http_url: str, path: str) -> Any:
     with urllib.request.urlopen(f"http://{http_url}/v2{path}", timeout=10) as answer:
         return json.load(answer)
 

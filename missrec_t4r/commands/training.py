@@ -181,7 +181,7 @@ def _cached(run: Callable[[], dict[str, Any]], out: Path, key: str, resume: bool
 
     result = lookup(out, key) if resume else None
     if result is not None:
-        log.info(f"{out} is finished, of the same data and settings; --restart trains it anew")
+        log.info(f"{out} is a finished run of the same data and settings; --restart trains again")
         return {**result, "found": True} | ({"dry_run": True} if dry_run else {})
     result = run()
     if not dry_run and distributed.launched().rank == 0:

@@ -42,7 +42,7 @@ from missrec_t4r.etl.engine.user_state import (
     load_user_events,
     to_state,
 )
-from missrec_t4r.etl.nvt.extend_vocabulary import grow
+from missrec_t4r.etl.nvt.extend_vocabulary import extend_vocabularies
 from missrec_t4r.io.arrow_files import one_array, write_arrow
 from missrec_t4r.io.atomic import link_or_copy
 from missrec_t4r.io.json_files import write_json
@@ -126,7 +126,7 @@ def write_delta(
     if len(item_ids) > old.n_items:
         extended[ITEM_ID] = item_ids.to_pandas()
     if extended or longest > longest_session(job.old):
-        grow(data, folder, extended, longest)
+        extend_vocabularies(data, folder, extended, longest)
     state = {name: job.old[name] for name in ("types", "valid_from", "test_from", "newest", "partitions", "parts")}
     (folder / STATE_FOLDER).mkdir(exist_ok=True)
     write_json(folder / STATE_FOLDER / STATE_FILE, state | {"categories": categories, "longest": longest}, indent=None)

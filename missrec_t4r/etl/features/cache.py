@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from missrec_t4r.arrays import Floats
 from missrec_t4r.io.atomic import atomic_write_file
-
-Floats = npt.NDArray[np.float32]
 
 KEY_BYTES = 16
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from missrec_t4r.arrays import Floats
 from missrec_t4r.errors import ConfigError, ModalityError
 from missrec_t4r.etl.features.cache import VectorCache, content_key, digest
-from missrec_t4r.etl.features.sklearn_encoders import UNREADABLE, Encoded, Floats, State, encode_images, encode_texts
+from missrec_t4r.etl.features.sklearn_encoders import UNREADABLE, Encoded, State, encode_images, encode_texts
 from missrec_t4r.etl.features.whitening import MATRIX, MEAN, fit_reduction, reduced
 from missrec_t4r.progress import track
 

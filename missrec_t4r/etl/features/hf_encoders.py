@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import normalize
 
+from missrec_t4r.arrays import Floats
 from missrec_t4r.errors import ConfigError, ModalityError
-from missrec_t4r.etl.features.sklearn_encoders import Floats
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CLIP = ("clip", "clip_text_model", "clip_vision_model")

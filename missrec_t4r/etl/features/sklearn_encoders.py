@@ -22,11 +22,10 @@ from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.pipeline import make_union
 from sklearn.preprocessing import normalize
 
+from missrec_t4r.arrays import Bools, Floats
 from missrec_t4r.errors import ModalityError
 from missrec_t4r.progress import track
 
-Floats = npt.NDArray[np.float32]
-Bools = npt.NDArray[np.bool_]
 State = Mapping[str, npt.NDArray[Any]]
 
 HASH_WIDTH = 2**15

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from missrec_t4r.arrays import Bools, Floats
 from missrec_t4r.errors import ModalityError
-from missrec_t4r.etl.features.sklearn_encoders import Bools, Floats, State
+from missrec_t4r.etl.features.sklearn_encoders import State
 
 MEAN, MATRIX = "reduction.mean", "reduction.matrix"
 _LEAST_VARIANCE = 1e-6

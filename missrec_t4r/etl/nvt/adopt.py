@@ -1,4 +1,4 @@
-"""``missrec catalogue adopt``: a catalogue on the rows of an existing NVTabular workflow, beside its sessions.
+"""``missrec catalogue adopt``: build a data folder on the item rows of an existing NVTabular workflow.
 
 Nothing is encoded anew: row r of the catalogue is the item that the workflow's Categorify calls r. Only the vocabulary
 files are read (``categories/unique.<column>.parquet``), never the workflow's pickle.
@@ -200,7 +200,7 @@ def _items_in_rows(
     new_items: str,
     findings: checks.Findings,
 ) -> tuple[pa.Table, catalogues.Vectors]:
-    """Return the item table and the vectors in the order of the vocabulary, new items behind it."""
+    """Return item table and vectors in the order of the vocabulary, followed by new items."""
     if items is None:
         return pa.table({ITEM_ID: ids}), {}
     table = read_table(items, "items", text_columns=[item_column])
@@ -234,7 +234,7 @@ def _split(table: pa.Table) -> dict[str, pa.Table]:
 
 
 def _feature_codes(workflow: Path, schema: Schema) -> dict[str, Any]:
-    """Return the raw values of the other encoded list columns, where the workflow's folder has their vocabularies."""
+    """Return the raw values of further encoded list columns whose vocabularies are in the workflow's folder."""
     found: dict[str, Any] = {}
     for column in schema.select_by_tag(Tags.CATEGORICAL).column_names:
         name = column.removesuffix(LIST_SUFFIX)
@@ -247,7 +247,7 @@ def _feature_codes(workflow: Path, schema: Schema) -> dict[str, Any]:
 def _write_request(
     catalogue: Catalogue, folder: Path, storage: Path, max_sequence_length: int, features: Mapping[str, Any]
 ) -> None:
-    """Write the request transform for the catalogue's own vocabulary."""
+    """Write request workflow and request transform for the catalogue's vocabulary."""
     ids = catalogue.items[ITEM_ID].combine_chunks()
     request = workflows.build_request_workflow(ids, storage / "request", max_sequence_length=max_sequence_length)
     workflows.fit(request, pd.DataFrame({ITEM_ID: [ids[:2].to_pylist(), ids[:1].to_pylist()]}))

@@ -1,4 +1,4 @@
-"""Fitted workflows with longer vocabularies: the new values stand after the old ones, nothing else changes.
+"""Extend the vocabularies of fitted workflows: new values are appended, all else stays the same.
 
 An update that appends items could fit the workflows anew, which takes longer than its events do. Nothing is learned
 from data here but vocabularies, so the stored graph is taken as it is, with other sizes of the columns' domains and
@@ -31,7 +31,7 @@ _SIZES = ("cardinality", "dimension")
 _SECOND_DIMENSION = r"(number_value: )[\d.]+((?:\s*\}){6}\s*fields \{\s*key: \"dtype_item_size\")"
 
 
-def grow(old: Path, new: Path, vocabularies: Mapping[str, pd.Series], longest: int) -> None:
+def extend_vocabularies(old: Path, new: Path, vocabularies: Mapping[str, pd.Series], longest: int) -> None:
     """Write the workflows, schemas and request transform of a data folder with longer vocabularies.
 
     Parameters
@@ -47,7 +47,7 @@ def grow(old: Path, new: Path, vocabularies: Mapping[str, pd.Series], longest: i
     with tempfile.TemporaryDirectory() as place:
         files = _written(vocabularies, Path(place)) if vocabularies else {}
         for name in (WORKFLOW_FOLDER, REQUEST_FOLDER):
-            _grow_workflow(old / name, new / name, files, sizes)
+            _extend_workflow(old / name, new / name, files, sizes)
     text = resized_schema((old / SCHEMA_FILE).read_text(encoding="utf-8"), sizes, longest)
     if text is None:
         sessions.write_schema(sessions.session_schema(storage.output_schema(new / WORKFLOW_FOLDER), longest), new)
@@ -68,7 +68,7 @@ def grow(old: Path, new: Path, vocabularies: Mapping[str, pd.Series], longest: i
 
 
 def _written(vocabularies: Mapping[str, pd.Series], folder: Path) -> dict[str, Path]:
-    """Let NVTabular write vocabularies; return its files by their name in a stored workflow."""
+    """Write vocabularies through NVTabular; return the files by their name in a stored workflow."""
     encoder = ops.Categorify(vocabs=dict(vocabularies), out_path=str(folder))
     clean_worker_cache()
     found = [Path(file) for file in encoder.categories.values()]
@@ -76,8 +76,8 @@ def _written(vocabularies: Mapping[str, pd.Series], folder: Path) -> dict[str, P
     return {f"categories/{file.name}": file for file in found}
 
 
-def _grow_workflow(old: Path, new: Path, files: Mapping[str, Path], rows: Mapping[str, int]) -> None:
-    """Write one stored workflow with other vocabulary files and the sizes that follow from them."""
+def _extend_workflow(old: Path, new: Path, files: Mapping[str, Path], rows: Mapping[str, int]) -> None:
+    """Write one stored workflow with new vocabulary files and the resulting domain sizes."""
     graph = storage.read_graph(old)
     (new / "categories").mkdir(parents=True, exist_ok=True)
     for name in graph["files"]:
@@ -91,7 +91,7 @@ def _grow_workflow(old: Path, new: Path, files: Mapping[str, Path], rows: Mappin
 
 
 def _resize(content: Any, rows: Mapping[str, int]) -> None:
-    """Set the sizes of the domains that are named, wherever a column of them is described."""
+    """Set the sizes of the named domains in every column schema of the graph."""
     if isinstance(content, list):
         for inner in content:
             _resize(inner, rows)
@@ -106,7 +106,7 @@ def _resize(content: Any, rows: Mapping[str, int]) -> None:
 
 
 def resized_schema(text: str, rows: Mapping[str, int], longest: int) -> str | None:
-    """Return schema.pbtxt with other sizes, or None where it does not look as expected.
+    """Return schema.pbtxt with new sizes, or None if its layout is not the expected one.
 
     Merlin's reader and writer of this format take longer to start than a night takes otherwise.
 

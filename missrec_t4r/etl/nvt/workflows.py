@@ -1,7 +1,7 @@
-"""Raw events -> encoded, time-ordered sessions as NVTabular workflows, and the request transform that serving compiles.
+"""The built-in NVTabular workflows: raw events -> encoded, time-ordered sessions; raw ids of a request -> rows.
 
 ``build_session_workflow``   events -> sessions (offline): Categorify >> SessionGroupby (>> SessionSlice)
-``build_request_workflow``   list column of raw ids -> rows (what a request goes through): Categorify >> SessionSlice
+``build_request_workflow``   list column of raw ids -> rows: Categorify >> SessionSlice; serving compiles it
 
 Categorify gets the catalogue's vocabulary (``vocabs=``), so row 3 + i is item i of the catalogue and never the i-th
 most frequent. NVTabular groups within a partition, so `transform_events` shuffles by user first.
@@ -54,7 +54,7 @@ def build_session_workflow(
     max_events: int | None = None,
     derive: EventSettings | None = None,
 ) -> Workflow:
-    """Return the workflow from events to sessions, not yet fitted.
+    """Return the workflow from events to sessions, unfitted.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def _derived_workflow(
     max_events: int | None,
     derive: EventSettings,
 ) -> Workflow:
-    """Return the workflow whose events pass the operators of `event_operators.py` first."""
+    """Return the workflow that applies the operators of `event_ops.py` to the events first."""
     events: Any = [USER_ID, ITEM_ID, TIMESTAMP, *categories, *numbers]
     if derive.weights:
         events = events >> EventWeights(derive.weight_column, derive.weights, derive.other_weight)
@@ -135,7 +135,7 @@ def _with_lists(
 def build_request_workflow(
     item_ids: pa.Array | Sequence[str | int], storage: Path, *, max_sequence_length: int = 50
 ) -> Workflow:
-    """Return the workflow of a request: the list column ``item_id`` of raw ids -> rows, the last ones only.
+    """Return the workflow of a request: the list column ``item_id`` of raw ids -> its last rows.
 
     The column keeps its name, so that a request can go in again as a row of training data.
     """
@@ -145,19 +145,19 @@ def build_request_workflow(
 
 
 def fit(workflow: Workflow, frame: pd.DataFrame) -> Workflow:
-    """Fit on the first rows: no statistic is taken from data, only the types are."""
+    """Fit on the first rows: the vocabularies are given, only dtypes are read from the data."""
     with _merlin():
         return workflow.fit(Dataset(frame.head(_SAMPLE).reset_index(drop=True)))
 
 
 def fit_events(workflow: Workflow, events: pd.DataFrame, partitions: int = 1) -> Workflow:
-    """Fit on all events: for workflows that take statistics from data, such as Normalize."""
+    """Fit on all events, for workflows with fitted statistics, such as Normalize."""
     with _merlin():
         return workflow.fit(Dataset(events) if partitions <= 1 else _shuffled(events, partitions, USER_ID))
 
 
 def transform_events(workflow: Workflow, events: pd.DataFrame, partitions: int = 1) -> pa.Table:
-    """Return the sessions of all users, sorted by user, whatever the number of partitions.
+    """Return the sessions of all users, sorted by user, independent of the number of partitions.
 
     Parameters
     ----------
@@ -174,7 +174,7 @@ def transform_events(workflow: Workflow, events: pd.DataFrame, partitions: int =
 
 
 def transform_dataset(workflow: Workflow, events: pd.DataFrame, partitions: int, key: str) -> Any:
-    """Return a frame of what a workflow makes of the events, each key's whole in one partition."""
+    """Return the transformed events as a frame; all events of a key are in one partition."""
     with _merlin():
         dataset = Dataset(events) if partitions <= 1 else _shuffled(events, partitions, key)
         if not workflow.graph.output_schema:
@@ -201,7 +201,7 @@ def write_schema(schema: Schema, folder: Path) -> None:
 
 
 def as_series(values: pa.Array | Sequence[str | int]) -> pd.Series:
-    """Return a vocabulary as Categorify wants it."""
+    """Return a vocabulary as a pandas Series, the form that Categorify takes."""
     return values.to_pandas() if isinstance(values, pa.Array | pa.ChunkedArray) else pd.Series(values)
 
 
@@ -214,7 +214,7 @@ def _tags(name: str, categories: Mapping[str, pd.Series]) -> tuple[Tags, ...]:
 
 
 def _shuffled(events: pd.DataFrame, partitions: int, key: str) -> Dataset:
-    """Return partitions that hold keys whole, without the empty ones, which Categorify cannot encode."""
+    """Return the events partitioned by key, without empty partitions, which Categorify cannot encode."""
     dataset = Dataset(dd.from_pandas(events, npartitions=partitions, sort=False)).shuffle_by_keys([key])
     parts = dataset.to_ddf().map_partitions(_with_range_index).persist(scheduler=_scheduler())
     sizes = parts.map_partitions(len).compute(scheduler=_scheduler())
@@ -223,7 +223,7 @@ def _shuffled(events: pd.DataFrame, partitions: int, key: str) -> Dataset:
 
 @contextmanager
 def _merlin() -> Iterator[None]:
-    """Dask as Merlin needs it, and without the notice that every data set on CPU prints."""
+    """Context manager: dask settings that Merlin needs, without the warning of every Dataset on CPU."""
     with dask.config.set(_DASK), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing an NVTabular Dataset in CPU mode")
         yield

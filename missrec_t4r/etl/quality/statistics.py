@@ -13,14 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
+from missrec_t4r.arrays import Ints
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.session_files import read_rows, row_files
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError
 from missrec_t4r.etl.event_settings import SESSION_ID
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
-
-Ints = npt.NDArray[np.int64]
 
 DAY = 86_400
 _FIRST_CLOCK = 94_694_400  # 1973 in unix seconds: smaller numbers are positions in a session, not times

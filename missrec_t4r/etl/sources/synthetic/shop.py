@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from missrec_t4r.arrays import Doubles, Ints
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl.sources.synthetic.shop_images import draw
 from missrec_t4r.etl.sources.synthetic.shop_text import BRANDS, EVENT_TYPES, FILLERS, INTERESTS, STYLES
@@ -40,9 +40,6 @@ from missrec_t4r.progress import track
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
 log = logging.getLogger(__name__)
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 SHOP_FILE = "shop.json"
 PRODUCTS = 4
@@ -77,8 +74,8 @@ class Items:
     interest: Ints
     product: Ints
     style: Ints
-    popularity: Floats
-    launch: Floats
+    popularity: Doubles
+    launch: Doubles
     """Unix seconds."""
 
 
@@ -90,7 +87,7 @@ class Events:
     item: Ints
     time: Ints
     kind: Ints
-    dwell: Floats
+    dwell: Doubles
     """Seconds on the item's page."""
 
 
@@ -156,7 +153,7 @@ def make_items(n_items: int, rng: np.random.Generator) -> Items:
     return Items(pairs // PRODUCTS, pairs % PRODUCTS, rng.integers(0, len(STYLES), n_items), ranks**-0.45, launch)
 
 
-def related_interests(rng: np.random.Generator) -> Floats:
+def related_interests(rng: np.random.Generator) -> Doubles:
     """Return where a user drifts to from each interest: three related ones, [interest, interest]."""
     n = len(INTERESTS)
     drift = np.zeros((n, n))
@@ -187,7 +184,7 @@ def make_events(items: Items, users: int, rng: np.random.Generator, feature_rng:
     return Events(user[order], item[order], time[order], kind[order], dwell[order])
 
 
-def next_state(interest: int, product: int, drift: Floats, rng: np.random.Generator) -> tuple[int, int]:
+def next_state(interest: int, product: int, drift: Doubles, rng: np.random.Generator) -> tuple[int, int]:
     """Draw the next interest and product of a user."""
     chance = rng.random()
     if chance < COMPARE:
@@ -215,8 +212,8 @@ def move_between(before: tuple[int, int], after: tuple[int, int]) -> int:
 
 
 def _user_events(
-    items: Items, drift: Floats, start: Floats, rng: np.random.Generator, feature_rng: np.random.Generator
-) -> tuple[Ints, Ints, Ints, Floats]:
+    items: Items, drift: Doubles, start: Doubles, rng: np.random.Generator, feature_rng: np.random.Generator
+) -> tuple[Ints, Ints, Ints, Doubles]:
     length = int(np.clip(rng.lognormal(math.log(8.5), 0.5), 4, 50))
     times = _event_times(length, rng)
     preferred = int(rng.integers(len(STYLES)))

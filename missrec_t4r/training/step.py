@@ -15,7 +15,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.training.loss.chunked import ChunkedSoftmax
-from missrec_t4r.training.loss.full import FullSoftmax, Questions, Softmax, candidate_rows
+from missrec_t4r.training.loss.full import FullSoftmax, Softmax, TrainedPositions, candidate_rows
 from missrec_t4r.training.loss.sampled import SampledSoftmax
 from missrec_t4r.training.precision import autocast, matmul_dtype, to_fp32
 
@@ -69,15 +69,15 @@ def training_loss(
     softmax = FullSoftmax(matmul_dtype(train.precision, batch.item_ids.device)) if softmax is None else softmax
     all_positions = batch.targets.ndim == 3
     with autocast(train.precision, batch.item_ids.device):
-        tokens = softmax.tokens(model, batch.item_ids, batch.targets)
+        embeddings = softmax.embed(model, batch.item_ids, batch.targets)
         encoded = model.encode(
             batch.item_ids,
-            items=tokens.items,
+            items=embeddings.items,
             last_only=not all_positions,
             event_features=batch.event_features,
             empty_slots=0 if n_slots is None else _EMPTY_SLOTS,
         )
-    tokens = tokens._replace(pool=tokens.pool._replace(modality=to_fp32(tokens.pool.modality)))
+    embeddings = embeddings._replace(pool=embeddings.pool._replace(modality=to_fp32(embeddings.pool.modality)))
     vectors, history, targets = to_fp32(encoded.vectors), batch.item_ids, batch.targets
     if all_positions:
         session, step = torch.nonzero(targets[..., 0], as_tuple=True)
@@ -87,7 +87,7 @@ def training_loss(
     weights = torch.full((targets.shape[1],), train.next_items_weight, device=vectors.device, dtype=vectors.dtype)
     weights[0] = 1.0
     counts, sessions = (None, None) if totals is None else totals
-    loss = softmax.loss(model, tokens, Questions(vectors, history, targets, weights, counts))
+    loss = softmax.loss(model, embeddings, TrainedPositions(vectors, history, targets, weights, counts))
     memory, mask = to_fp32(encoded.memory), encoded.interests.mask
     if n_slots is not None:
         n_slots = max(n_slots, mask.shape[1] - _EMPTY_SLOTS)

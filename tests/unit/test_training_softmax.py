@@ -94,8 +94,8 @@ def test_frozen_weights_get_no_gradient() -> None:
 class _Shown(SampledSoftmax):
     """Keeps the candidates of the last step."""
 
-    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:
-        self.last = super().tokens(model, item_ids, targets)
+    def embed(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:
+        self.last = super().embed(model, item_ids, targets)
         return self.last
 
 
@@ -110,7 +110,7 @@ def test_the_expected_sum_over_the_sample_is_the_sum_over_the_catalogue() -> Non
     estimates, rounds, others = [], 1000, 3
     for _ in range(rounds):
         drawn = torch.multinomial(frequency, others, replacement=True)
-        softmax.tokens(net, torch.zeros(1, 1, dtype=torch.int64), drawn)
+        softmax.embed(net, torch.zeros(1, 1, dtype=torch.int64), drawn)
         assert softmax.last.candidates is not None
         rows = softmax.last.rows[softmax.last.candidates]
         rows = rows[rows > 0]

@@ -1,4 +1,4 @@
-"""Chunked softmax: the exact loss with the catalogue in pieces, no table of all scores or all tokens.
+"""Chunked softmax: the exact loss with the catalogue in pieces, no table of all scores or all embeddings.
 
 The logarithm of the softmax's denominator is summed up piece by piece (Milakov and Gimelshein, arXiv:1805.02867), and
 the backward pass computes every piece a second time instead of storing it: the item encoder runs twice, with one third
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from missrec_t4r.model.item_encoder import ItemMasks
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.training.loss.full import Questions, StepEmbeddings, candidate_rows, row_embeddings, score_rows
+from missrec_t4r.training.loss.full import StepEmbeddings, TrainedPositions, candidate_rows, row_embeddings, score_rows
 
 
 class ChunkedSoftmax:
@@ -30,22 +30,22 @@ class ChunkedSoftmax:
     def __init__(self, chunk_size: int) -> None:
         self.chunk_size = chunk_size
 
-    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:
+    def embed(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:
         """Compute the embeddings of the sessions' items only."""
         masks = model.item_encoder.masks(dropout=model.training)
         rows, place = torch.unique(item_ids, return_inverse=True)
         pool = row_embeddings(model, rows, masks)
         return StepEmbeddings(pool.take(place), pool, rows, masks)
 
-    def loss(self, model: MISSRec, tokens: StepEmbeddings, questions: Questions) -> Tensor:
+    def loss(self, model: MISSRec, embeddings: StepEmbeddings, positions: TrainedPositions) -> Tensor:
         """Return the loss over all candidates."""
-        assert tokens.masks is not None
-        targets = questions.targets
+        assert embeddings.masks is not None
+        targets = positions.targets
         real = (targets > 0) & candidate_rows(model)[targets]
-        counts = real.sum(0) if questions.counts is None else questions.counts
-        share = real / counts.clamp_min(1).to(questions.vectors.dtype) * questions.weights
-        chunks = _Chunks(model, tokens.masks, questions.history, targets, self.chunk_size)
-        loss: Tensor = _ChunkedCrossEntropy.apply(chunks, share, questions.vectors, *chunks.weights)  # type: ignore[no-untyped-call]
+        counts = real.sum(0) if positions.counts is None else positions.counts
+        share = real / counts.clamp_min(1).to(positions.vectors.dtype) * positions.weights
+        chunks = _Chunks(model, embeddings.masks, positions.history, targets, self.chunk_size)
+        loss: Tensor = _ChunkedCrossEntropy.apply(chunks, share, positions.vectors, *chunks.weights)  # type: ignore[no-untyped-call]
         return loss
 
 
@@ -89,11 +89,11 @@ class _Chunks:
     def logits(self, vectors: Tensor, rows: Tensor, slices: list[Tensor]) -> Tensor:
         """Return [position, chunk]; ``slices`` are the rows' parts of the trained tables."""
         own = dict(zip([id(table) for table in self.by_row], slices))
-        tokens = row_embeddings(self.model, rows, self.masks)
+        embeddings = row_embeddings(self.model, rows, self.masks)
         table, phi = self.model.item_encoder.id_embedding, self.model.fusion.phi
         if table is not None and id(table.weight) in own:
-            tokens = tokens._replace(ids=own[id(table.weight)])
-        scores = score_rows(self.model, vectors, tokens, rows, self.history, own.get(id(phi)))
+            embeddings = embeddings._replace(ids=own[id(table.weight)])
+        scores = score_rows(self.model, vectors, embeddings, rows, self.history, own.get(id(phi)))
         return scores.div_(self.model.config.temperature)
 
 

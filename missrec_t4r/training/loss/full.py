@@ -1,6 +1,6 @@
 """Candidates of a training step: the item embeddings it computes, and the softmax over them; here all of the catalogue.
 
-A strategy has two methods, called before and after the sessions are encoded: ``tokens`` computes the item embeddings of
+A strategy has two methods, called before and after the sessions are encoded: ``embed`` computes the item embeddings of
 the step, ``loss`` the cross-entropy of the session vectors over the candidates (E13). `chunked.py` gives the same loss
 with less memory, `sampled.py` an estimate of it.
 """
@@ -19,7 +19,7 @@ from missrec_t4r.model.item_encoder import ItemEmbeddings, ItemMasks
 from missrec_t4r.model.missrec import MISSRec
 
 
-class Questions(NamedTuple):
+class TrainedPositions(NamedTuple):
     """The trained positions of a batch: session vectors and the items that followed."""
 
     vectors: Tensor
@@ -52,10 +52,10 @@ class StepEmbeddings(NamedTuple):
 class Softmax(Protocol):
     """Candidate strategy of a training step."""
 
-    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:
+    def embed(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:
         """Compute the embeddings of the sessions' items and of the candidates; draws this step's dropout."""
 
-    def loss(self, model: MISSRec, tokens: StepEmbeddings, questions: Questions) -> Tensor:
+    def loss(self, model: MISSRec, embeddings: StepEmbeddings, positions: TrainedPositions) -> Tensor:
         """Return the next-item loss, as `next_item_loss` defines it."""
 
 
@@ -71,25 +71,25 @@ class FullSoftmax:
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
 
-    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:
+    def embed(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:
         """Compute the embeddings of the whole catalogue."""
         catalogue = model.item_encoder.catalogue()
         rows = torch.arange(model.item_encoder.n_rows, device=item_ids.device)
         return StepEmbeddings(catalogue.take(item_ids), catalogue, rows)
 
-    def loss(self, model: MISSRec, tokens: StepEmbeddings, questions: Questions) -> Tensor:
+    def loss(self, model: MISSRec, embeddings: StepEmbeddings, positions: TrainedPositions) -> Tensor:
         """Return the loss; the softmax is stored in the memory of the scores."""
-        vectors, history, targets, weights, counts = questions
+        vectors, history, targets, weights, counts = positions
         with torch.autocast(vectors.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
-            logits = model.score(vectors, model.item_encoder.candidates(tokens.pool), history)
+            logits = model.score(vectors, model.item_encoder.candidates(embeddings.pool), history)
         logits = logits.div_(model.config.temperature)
         return next_item_loss(logits, targets, weights, counts=counts, overwrite=True)
 
 
 def row_embeddings(model: MISSRec, rows: Tensor, masks: ItemMasks) -> ItemEmbeddings:
     """Return the embeddings of ``rows`` [item] under a step's masks; the gradient of the IDs is sparse."""
-    tokens, table = model.item_encoder(rows, masks), model.item_encoder.id_embedding
-    return tokens if table is None else tokens._replace(ids=F.embedding(rows, table.weight, sparse=True))
+    embeddings, table = model.item_encoder(rows, masks), model.item_encoder.id_embedding
+    return embeddings if table is None else embeddings._replace(ids=F.embedding(rows, table.weight, sparse=True))
 
 
 def candidate_rows(model: MISSRec) -> Tensor:
@@ -100,7 +100,12 @@ def candidate_rows(model: MISSRec) -> Tensor:
 
 
 def score_rows(
-    model: MISSRec, vectors: Tensor, tokens: ItemEmbeddings, rows: Tensor, history: Tensor, phi: Tensor | None = None
+    model: MISSRec,
+    vectors: Tensor,
+    embeddings: ItemEmbeddings,
+    rows: Tensor,
+    history: Tensor,
+    phi: Tensor | None = None,
 ) -> Tensor:
     """Return the training scores of some candidates, -inf for those that are no class of the training softmax.
 
@@ -108,7 +113,7 @@ def score_rows(
     ----------
     model : MISSRec
     vectors : Tensor [position, dim]
-    tokens : ItemEmbeddings of shape [item]
+    embeddings : ItemEmbeddings of shape [item]
         The candidates' embeddings.
     rows : Tensor [item], int64
         The rows of the candidates, ascending.
@@ -122,7 +127,7 @@ def score_rows(
     Tensor [position, item]
         Before the temperature; the columns of `MISSRec.score` in training mode.
     """
-    candidates = model.item_encoder.candidates(tokens, rows)
+    candidates = model.item_encoder.candidates(embeddings, rows)
     fusion = model.fusion
     if fusion.name == "dynamic_instance":
         assert fusion.phi is not None

@@ -18,7 +18,7 @@ from torch import Tensor
 from missrec_t4r.model.fast.cross_entropy import next_item_loss
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.terms.history import first_occurrences
-from missrec_t4r.training.loss.full import Questions, StepEmbeddings, candidate_rows, row_embeddings, score_rows
+from missrec_t4r.training.loss.full import StepEmbeddings, TrainedPositions, candidate_rows, row_embeddings, score_rows
 
 
 class SampledSoftmax:
@@ -39,7 +39,7 @@ class SampledSoftmax:
         self.share = (frequency.double() / frequency.sum().clamp_min(1)).clamp_max(1 - 1e-9)
         self.negatives = negatives
 
-    def tokens(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:
+    def embed(self, model: MISSRec, item_ids: Tensor, targets: Tensor) -> StepEmbeddings:
         """Draw the candidates and compute their embeddings and those of the sessions' items."""
         masks = model.item_encoder.masks(dropout=model.training)
         classes = torch.nonzero(candidate_rows(model)).flatten()
@@ -50,11 +50,11 @@ class SampledSoftmax:
         own, candidates = place.split([item_ids.numel(), len(wanted)])
         return StepEmbeddings(pool.take(own.view_as(item_ids)), pool, rows, masks, candidates.unique())
 
-    def loss(self, model: MISSRec, tokens: StepEmbeddings, questions: Questions) -> Tensor:
+    def loss(self, model: MISSRec, embeddings: StepEmbeddings, positions: TrainedPositions) -> Tensor:
         """Return the estimate of the loss over all candidates."""
-        assert tokens.candidates is not None
-        vectors, history, targets, weights, counts = questions
-        rows, pool = tokens.rows[tokens.candidates], tokens.pool.take(tokens.candidates)
+        assert embeddings.candidates is not None
+        vectors, history, targets, weights, counts = positions
+        rows, pool = embeddings.rows[embeddings.candidates], embeddings.pool.take(embeddings.candidates)
         logits = score_rows(model, vectors, pool, rows, history).div_(model.config.temperature)
         real = targets > 0
         correction = self.log_inclusion(model, rows, int(real.sum()) - 1).to(logits.dtype)

@@ -156,5 +156,7 @@ def _command() -> str:
 
 
 def _commit() -> str:
-    told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
-    return told.stdout.strip() or "unknown"
+    completed = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True
+    )
+    return completed.stdout.strip() or "unknown"

@@ -1,7 +1,7 @@
 """missrec-t4r: MISSRec for NVIDIA Merlin.
 
 The public names, resolved when they are first used: the model and the client import with torch and tritonclient alone,
-Transformers4Rec and NVTabular only where a name of theirs is asked for.
+Transformers4Rec and NVTabular only when a name that needs them is used.
 
 >>> import missrec_t4r as mr
 >>> mr.MISSRecConfig.paper().d_model

@@ -1,10 +1,10 @@
-"""Every night: add the new events and items to a data folder, encode the new items, check the data.
+"""A nightly job: add the new events and items to a data folder, encode the new items, check the data.
 
     python workflows/nightly.py --data work/data --interactions events/2026-11-21.parquet --items items.parquet
            --report work/report --gate gate.yaml
 
 The first run is given all events and builds the folder (`--engine disk`, which keeps what an update needs). Later runs
-add what is new: item rows never move, so yesterday's model still fits the folder. A file that was added before is
+add what is new: item rows never move, so the previous model still fits the folder. A file that was added before is
 skipped, so the job may run twice. The exit code is 3 where the gate refuses the data: train and deploy nothing then.
 docs/howto/nightly.md continues with training and deployment.
 """
@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("--text-columns", default="title,description", help="columns of the item table to encode")
     parser.add_argument("--report", type=Path, required=True, help="folder of the data report")
     parser.add_argument("--gate", type=Path, help="YAML of bounds on the report")
-    parser.add_argument("--delta", action="store_true", help="write the new events' users beside the splits (faster)")
+    parser.add_argument(
+        "--delta", action="store_true", help="write the sessions of affected users to a delta file (faster)"
+    )
     options = parser.parse_args()
 
     data, columns = options.data, options.text_columns.split(",")

@@ -52,7 +52,7 @@ def compare(
                 "best_epochs": [run["best_epoch"] for run in runs],
             }
         )
-        log.info(f"{name}: {rows[-1]['valid_ndcg@10']} with priors {rows[-1]['valid_with_priors']}")
+        log.info(f"{name}: {rows[-1]['valid_ndcg@10']} with score terms {rows[-1]['valid_with_priors']}")
     return sorted(rows, key=lambda row: -row["valid_with_priors"]["mean"])
 
 

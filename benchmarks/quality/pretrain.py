@@ -41,7 +41,7 @@ TARGET = "amazon_scientific"
 LEAST_EVENTS = 5
 METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
 ALONE: dict[str, Any] = {"model.n_neighbours": 0, "model.n_similar_items": 0, "train.max_minutes": 0}
-"""The model without its priors: what is compared is what training learned."""
+"""The model without its score terms: the comparison is of the trained network alone."""
 _SOFTMAX = {"pretrain.objective": "full_softmax", "train.softmax": "sampled", "train.negatives": 2048}
 PRETRAININGS: dict[str, dict[str, Any]] = {
     "contrastive": {},
@@ -106,19 +106,19 @@ def _with_fewer_sessions(data: Path, out: Path, share: float) -> Path:
     """Copy a data folder with a random share of its training sessions: a new shop."""
     if out.is_dir():
         return out
-    aside = out.with_name(f".{out.name}")
-    shutil.copytree(data, aside, dirs_exist_ok=True)
-    file = next((aside / "train").glob("*.parquet"))
+    temporary = out.with_name(f".{out.name}")
+    shutil.copytree(data, temporary, dirs_exist_ok=True)
+    file = next((temporary / "train").glob("*.parquet"))
     table = pq.read_table(file)
     chosen = np.sort(np.random.default_rng(0).permutation(len(table))[: round(share * len(table))])
     pq.write_table(table.take(chosen), file)
-    catalogue = Catalogue.load(aside / CATALOGUE_FOLDER)
-    values = Sessions.load(aside / "train", []).values
+    catalogue = Catalogue.load(temporary / CATALOGUE_FOLDER)
+    values = Sessions.load(temporary / "train", []).values
     counts = np.bincount(values, minlength=catalogue.n_rows)[FIRST_ITEM_ROW:]
     index = catalogue.items.column_names.index("train_count")
     items = catalogue.items.set_column(index, "train_count", [counts])
-    Catalogue(items, catalogue.modalities).save(aside / CATALOGUE_FOLDER)
-    aside.rename(out)
+    Catalogue(items, catalogue.modalities).save(temporary / CATALOGUE_FOLDER)
+    temporary.rename(out)
     return out
 
 

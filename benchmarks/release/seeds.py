@@ -155,9 +155,9 @@ class ReleaseRun:
             for part in parts:
                 batch = collate(self.splits.train, part, 1, all_positions=False, backwards=False)
                 width = min(batch.item_ids.shape[1] + 1, self.config.max_sequence_length)  # shorter ones end in padding
-                asked = interaction(batch, width)
-                vectors.append(self.theirs._compute_seq_embeddings(asked["item_id_list"], asked["item_length"])[0])
-                targets.append(asked["item_id"])
+                inputs = interaction(batch, width)
+                vectors.append(self.theirs._compute_seq_embeddings(inputs["item_id_list"], inputs["item_length"])[0])
+                targets.append(inputs["item_id"])
         texts = self.theirs.text_adaptor(self.theirs.plm_embedding.weight)
         images = self.theirs.img_adaptor(self.theirs.img_embedding.weight)
         logits = self.theirs._compute_dynamic_fused_logits(torch.cat(vectors), texts, images) / self.theirs.temperature

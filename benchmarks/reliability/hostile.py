@@ -96,7 +96,7 @@ def kinds(good: Tensors, chance: random.Random) -> Iterator[Hostile]:
     yield but("side features nested without end", side=np.array([[b"[" * 30_000]], object))
     yield but("side features of 400 digits", side=np.array([[b'{"dwell": [1' + b"0" * 400 + b"]}"]], object))
     yield but("side features that are no JSON", side=np.array([[b"\xff{"]], object))
-    yield but("a tensor that nobody knows", password=int32([1]))
+    yield but("a tensor that is no input", password=int32([1]))
     yield Hostile("no ids", ERROR, {"length": int32([1])})
     yield Hostile("no length", ERROR, {"item_ids": ids})
     yield Hostile("a model that is not there", ERROR, good, model=f"missrec_{chance.randint(0, 99)}")

@@ -71,12 +71,12 @@ def _start(work: Path, port: int, target: str) -> subprocess.Popen[bytes]:
 def _under_load(server: LocalTriton, bundle: Path, port: int, seconds: float) -> dict[str, Any]:
     stop, sessions = threading.Event(), sample_sessions(bundle)
 
-    def ask() -> None:
+    def send_requests() -> None:
         with MISSRecClient(server.grpc_url, timeout=60) as client:
             while not stop.wait(0.05):
                 client.recommend(sessions[:8], 10, exclude_seen=True)
 
-    client = threading.Thread(target=ask)
+    client = threading.Thread(target=send_requests)
     client.start()
     try:
         up = _until(lambda: _targets(port) == ["up"])

@@ -280,7 +280,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS), help="which of them, comma-separated")
     parser.add_argument("--repeat", type=int, default=1, help="the best of so many runs")
     parser.add_argument(
-        "--nights", type=int, default=5, help="so many days of 1 %% are added one after the other, or 0"
+        "--nights", type=int, default=5, help="number of increments of 1 %% that are added one after the other"
     )
     parser.add_argument("--way", choices=[*WAYS, *LATER])
     parser.add_argument("--folder", type=Path)

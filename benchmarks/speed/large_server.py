@@ -98,13 +98,13 @@ def load_ids(bundle: Path) -> list[Any]:
 def _rate(url: str, sessions: Sequence[list[Any]], clients: int, seconds: float = 8.0) -> float:
     counts, until = [0] * clients, time.perf_counter() + seconds
 
-    def ask(number: int) -> None:
+    def send_requests(number: int) -> None:
         with MISSRecClient(url, timeout=60) as client:
             while time.perf_counter() < until:
                 client.recommend([sessions[(7 * number + counts[number]) % len(sessions)]], K)
                 counts[number] += 1
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    threads = [threading.Thread(target=send_requests, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -50,14 +50,14 @@ def answers_per_second(url: str, messages: Sequence[bytes], clients: int, second
 
     def client(number: int) -> None:
         with grpc.insecure_channel(url, options=channel_arguments(url)) as channel:
-            ask = channel.unary_unary(_METHOD)
+            send = channel.unary_unary(_METHOD)
             try:
                 for turn in range(_WARM // clients):
-                    ask(messages[(number + turn) % len(messages)], timeout=60)
+                    send(messages[(number + turn) % len(messages)], timeout=60)
                 start.wait()
                 until = time.perf_counter() + seconds
                 while time.perf_counter() < until:
-                    ask(messages[(number + counts[number]) % len(messages)], timeout=60)
+                    send(messages[(number + counts[number]) % len(messages)], timeout=60)
                     counts[number] += 1
             except (grpc.RpcError, threading.BrokenBarrierError) as error:
                 failures.append(error)
@@ -66,7 +66,7 @@ def answers_per_second(url: str, messages: Sequence[bytes], clients: int, second
     threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
-    with contextlib.suppress(threading.BrokenBarrierError):  # a client failed, and says so below
+    with contextlib.suppress(threading.BrokenBarrierError):  # a client failed, and its error is raised below
         start.wait()
     for thread in threads:
         thread.join()

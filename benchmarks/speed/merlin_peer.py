@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 CONFIGURATIONS = {"executor": "executor_model", "in_process": "executor_model", "ensemble": "merlin_ensemble"}
-"""Configuration -> the model to ask."""
+"""Configuration -> the model that gets the requests."""
 OUTPUTS = ("item_id_scores", "item_ids")
 
 _LENGTH, _WIDTH, _LAYERS, _HEADS = 20, 64, 2, 4
@@ -210,7 +210,7 @@ def _operators() -> tuple[type, type]:
                 cloudpickle.dump(self.model, file)
 
         def load_artifacts(self, artifact_path: str | None = None) -> None:
-            if artifact_path:  # the graph's constructor asks with an empty one
+            if artifact_path:  # the graph's constructor calls it with an empty one
                 import cloudpickle
                 import torch
 
@@ -335,14 +335,14 @@ def _ask(configuration: str, repository: Path) -> dict[str, Any]:
 
     sessions = [[5, 9, 17], [1], list(range(2, 40))]
     with LocalTriton(repository) as server:
-        door = open_transport(server.grpc_url, "grpc", 60)
-        answer = door.infer(CONFIGURATIONS[configuration], request(sessions), OUTPUTS)
+        transport = open_transport(server.grpc_url, "grpc", 60)
+        answer = transport.infer(CONFIGURATIONS[configuration], request(sessions), OUTPUTS)
         times = []
         for _ in range(40):
             started = time.perf_counter()
-            door.infer(CONFIGURATIONS[configuration], request(sessions[:1]), OUTPUTS)
+            transport.infer(CONFIGURATIONS[configuration], request(sessions[:1]), OUTPUTS)
             times.append(time.perf_counter() - started)
-        door.close()
+        transport.close()
     return {"item_ids": answer["item_ids"].tolist(), "p50_ms": round(float(np.median(times)) * 1e3, 2)}
 
 

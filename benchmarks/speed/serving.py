@@ -57,7 +57,7 @@ class TritonPythonModel:
 
 
 @contextlib.contextmanager
-def asked(url: str, model: str, outputs: Sequence[str]) -> Iterator[Callable[[Arrays], Any]]:
+def connected(url: str, model: str, outputs: Sequence[str]) -> Iterator[Callable[[Arrays], Any]]:
     """Return a function that sends one request."""
     transport = open_transport(url, "grpc", 60.0)
     try:
@@ -66,15 +66,15 @@ def asked(url: str, model: str, outputs: Sequence[str]) -> Iterator[Callable[[Ar
         transport.close()
 
 
-def latency(ask: Callable[[Arrays], Any], requests: Sequence[Arrays], seconds: float) -> dict[str, float]:
+def latency(call: Callable[[Arrays], Any], requests: Sequence[Arrays], seconds: float) -> dict[str, float]:
     """Send one request after the other and return p50 and p99 in milliseconds."""
     for request in requests[:10]:
-        ask(request)
+        call(request)
     times: list[float] = []
     until = time.perf_counter() + seconds
     while time.perf_counter() < until or len(times) < 20:
         started = time.perf_counter()
-        ask(requests[len(times) % len(requests)])
+        call(requests[len(times) % len(requests)])
         times.append(1e3 * (time.perf_counter() - started))
     return {"p50": round(float(np.median(times)), 3), "p99": round(float(np.percentile(times, 99)), 3)}
 
@@ -97,9 +97,9 @@ def ours(bundle: Path, work: Path, seconds: float, threads: int) -> dict[str, An
     started = time.perf_counter()
     with LocalTriton(work / "ours") as server:
         result: dict[str, Any] = {"cold_start_s": round(time.perf_counter() - started, 2)}
-        with asked(server.grpc_url, "missrec", OUTPUTS) as ask:
+        with connected(server.grpc_url, "missrec", OUTPUTS) as call:
             batches = {"1": [request(1) for _ in range(50)], "64": [request(64) for _ in range(10)]}
-            times = {size: latency(ask, requests, seconds) for size, requests in batches.items()}
+            times = {size: latency(call, requests, seconds) for size, requests in batches.items()}
         result["p50_ms"] = {size: one["p50"] for size, one in times.items()}
         result["p99_ms"] = {size: one["p99"] for size, one in times.items()}
         result["throughput"] = throughput(server.grpc_url, "missrec", OUTPUTS, batches["1"], seconds)
@@ -125,8 +125,8 @@ def floor(work: Path, seconds: float) -> float:
     (folder / "1").mkdir(parents=True)
     (folder / "config.pbtxt").write_text(_FLOOR_CONFIG)
     (folder / "1" / "model.py").write_text(_FLOOR_MODEL)
-    with LocalTriton(work / "floor") as server, asked(server.grpc_url, "floor", ("y",)) as ask:
-        return latency(ask, [{"x": np.zeros((1, 10), np.float32)}], seconds)["p50"]
+    with LocalTriton(work / "floor") as server, connected(server.grpc_url, "floor", ("y",)) as call:
+        return latency(call, [{"x": np.zeros((1, 10), np.float32)}], seconds)["p50"]
 
 
 def merlin(work: Path, n_items: int, seconds: float, content: int) -> dict[str, Any]:
@@ -145,8 +145,8 @@ def merlin(work: Path, n_items: int, seconds: float, content: int) -> dict[str, 
         started = time.perf_counter()
         with LocalTriton(repository) as server:
             ready = round(time.perf_counter() - started, 2)
-            with asked(server.grpc_url, CONFIGURATIONS[name], OUTPUTS) as ask:
-                times = {size: latency(ask, requests[size], seconds)["p50"] for size in sizes}
+            with connected(server.grpc_url, CONFIGURATIONS[name], OUTPUTS) as call:
+                times = {size: latency(call, requests[size], seconds)["p50"] for size in sizes}
             rate = throughput(server.grpc_url, CONFIGURATIONS[name], OUTPUTS, requests["1"], seconds)
         found[name] = {"p50_ms": times, "throughput": rate, "cold_start_s": ready}
     return found

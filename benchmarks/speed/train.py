@@ -108,10 +108,10 @@ def _child(name: str, threads: int, options: argparse.Namespace) -> dict[str, An
         if getattr(options, key):
             command += [f"--{key}", str(getattr(options, key))]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    told = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if told.returncode:
-        raise SystemExit(f"{name} failed:\n{told.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(told.stdout.strip().splitlines()[-1])
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if completed.returncode:
+        raise SystemExit(f"{name} failed:\n{completed.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(completed.stdout.strip().splitlines()[-1])
     return found
 
 

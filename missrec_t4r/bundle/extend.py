@@ -1,6 +1,6 @@
 """Load trained weights into a model of an extended catalogue: rows of the training keep their trained values.
 
-New items are scored by their modalities alone, whatever the configuration says about untrained IDs. Retired items are
+New items are scored by their modalities alone, whatever ``mask_untrained_ids`` is. Retired items are
 not recommended, but still count inside a session.
 """
 
@@ -64,7 +64,11 @@ def load_weights(model: MISSRec, weights: Mapping[str, Tensor], interests: Mappi
     if centroids.shape != vocabulary.centroids.shape:
         vocabulary.centroids = torch.zeros_like(centroids)
     if assignment.shape != vocabulary.assignment.shape or centroids.shape[1] != model.config.d_model:
-        raise DataError(f"interests of {tuple(assignment.shape)} embeddings", f"{tuple(vocabulary.assignment.shape)}")
+        raise DataError(
+            f"interest assignments of shape {tuple(assignment.shape)}",
+            f"shape {tuple(vocabulary.assignment.shape)}, as the model has",
+            "use the weights and interests of one bundle",
+        )
     tensors = extended | dict(interests)
     state = {name: tensor if tensor.numel() >= _LARGE else tensor.clone() for name, tensor in tensors.items()}
     advise_random_access(tensor for tensor in state.values() if tensor.numel() >= _LARGE)

@@ -63,7 +63,7 @@ class TransformSettings:
         expected = (FORMAT_VERSION, NULL_ROW, UNKNOWN_ROW, FIRST_ITEM_ROW)
         if reserved != expected or id_type not in ("string", "int64") or type(length) is not int or length < 1:
             raise BundleError(
-                f"{SESSION_TRANSFORM_FILE} says (format, null, unknown, first row) = {reserved}, type {id_type!r}, "
+                f"{SESSION_TRANSFORM_FILE} has (format, null, unknown, first row) = {reserved}, type {id_type!r}, "
                 f"max_sequence_length {length!r}",
                 f"{expected}, type 'string' or 'int64', a length of at least 1",
                 "export with the version that wrote the data folder",

@@ -180,7 +180,9 @@ def read_items(file: Path) -> pa.Table:
 def _rows_of(catalogue: Catalogue, table: pa.Table) -> npt.NDArray[np.int64]:
     """Return the catalogue row of every row of the table: an existing item's own, a new item's next free one."""
     if ITEM_ID not in table.column_names or not table.num_rows:
-        raise DataError(f"items with columns {table.column_names}, {table.num_rows} lines", "item_id, one line or more")
+        raise DataError(
+            f"items with columns {table.column_names}, {table.num_rows} rows", "a column item_id and at least one row"
+        )
     ids = table[ITEM_ID].combine_chunks()
     id_type = catalogue.items[ITEM_ID].type
     try:
@@ -188,7 +190,7 @@ def _rows_of(catalogue: Catalogue, table: pa.Table) -> npt.NDArray[np.int64]:
     except pa.ArrowInvalid as error:
         raise DataError(f"item ids of type {ids.type}", f"{id_type}, as in the catalogue") from error
     if ids.null_count or len(ids.unique()) != len(ids):
-        raise DataError("the new items hold missing or repeated ids", "one line per item")
+        raise DataError("the new items hold missing or repeated ids", "one row per item")
     rows = catalogue.rows_of(pa.array(ids.to_pylist(), id_type)).copy()
     new = rows == UNKNOWN_ROW
     rows[new] = catalogue.n_rows + np.arange(new.sum())

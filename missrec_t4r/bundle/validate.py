@@ -1,4 +1,4 @@
-"""Validate the content of a bundle's files: data of the format that the name says, never code.
+"""Validate the content of a bundle's files: data in the format of its file name, never code.
 
 Checksums detect damage, not manipulation: anybody who can write a bundle can write matching checksums. Therefore every
 file is inspected before a library reads it. Nothing is unpickled, nothing is imported by name, no file may be a link or
@@ -32,7 +32,7 @@ _CODE |= {b"\x93NUMPY": "a numpy file"}
 
 
 def check_contents(file: Path) -> None:
-    """Refuse a file whose content is not of the format that its name says.
+    """Refuse a file whose content is not in the format of its name.
 
     Parameters
     ----------

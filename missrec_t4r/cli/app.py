@@ -188,8 +188,8 @@ class _Commands(TyperGroup):
             formatter.write_dl([(name, about[self.prefix + name]) for name in self.list_commands(ctx)])
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         print(f"missrec {missrec_t4r.__version__}")
         raise typer.Exit
 

@@ -1,4 +1,4 @@
-"""The whole job in one command: raw tables -> ETL -> features -> training -> evaluation -> export -> a real Triton.
+"""The whole pipeline in one command: raw tables, ETL, features, training, evaluation, export, and a real Triton.
 
 `demo` is what ``make demo`` runs: on the generated shop, or on a folder with `interactions.parquet`, `items.parquet`
 and modality vectors `<modality>_<encoder>.npy` whose rows follow the item table.
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 _LONG_SESSIONS = 40
 """Mean events per training session from which the recipe for long sessions is used."""
 _SHOP_EPOCHS = 22
-"""Epochs on the generated shop, so that the whole job takes a few minutes."""
+"""Epochs on the generated shop, so that the whole pipeline takes a few minutes."""
 _COMPARED_SESSIONS = 256
 _CLIENTS = 16
 """Concurrent requests, so that Triton's dynamic batching has requests to merge."""
@@ -68,7 +68,7 @@ def demo(
     users: int = 3000,
     items: int = 1200,
 ) -> dict[str, Any]:
-    """Run the whole job: raw tables, ETL, features, training, evaluation, export, and a real Triton server.
+    """Run the whole pipeline: raw tables, ETL, features, training, evaluation, export, and a real Triton server.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The functions that the command line calls, under one roof; each is imported when it is first used.
+"""The functions of all commands under one import path; each is imported when it is first used.
 
 >>> from missrec_t4r import commands
 >>> commands.train.__module__

@@ -38,7 +38,7 @@ def train(
     reuse: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Train a model, or fine-tune one from another run; resume an interrupted run, return a finished one.
+    """Train a model, or fine-tune one from another run; an interrupted run is resumed.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def train(
     warm_start : path, optional
         Start from an earlier run on the same data set; items may have been added or removed since.
     resume : bool
-        Resume an interrupted run and return a finished one; --restart trains from the start.
+        --restart trains from the start; by default an interrupted run is resumed and a finished one returned.
     device : str
         auto (a GPU if there is one), cpu or cuda.
     reuse : bool
@@ -140,7 +140,7 @@ def pretrain(
     settings : mapping, optional
         Setting that overrides the recipe, such as train.epochs=10; repeatable.
     resume : bool
-        Resume an interrupted run and return a finished one; --restart trains from the start.
+        --restart trains from the start; by default an interrupted run is resumed and a finished one returned.
     device : str
         auto (a GPU if there is one), cpu or cuda.
     reuse : bool

@@ -106,7 +106,7 @@ class _File(NamedTuple):
 
     name: str
     key: str
-    """Tells files apart: the resolved path, or the name of a shipped recipe."""
+    """Identifies a recipe: the resolved path, or the name of a shipped recipe."""
     folder: Path
     """Where the files that it extends are looked up."""
     content: dict[str, Any]

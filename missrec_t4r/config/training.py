@@ -35,8 +35,8 @@ class TrainConfig:
     patience: int = 5
     """Epochs without a better validation NDCG@10 before training stops (paper: 10)."""
     max_minutes: float = 12.0
-    """Training stops after the epoch in which this many minutes pass, and `run.json` says so in ``stopped_by``; 0 for
-    no limit."""
+    """Training stops after the epoch in which this many minutes pass, recorded in `run.json`
+    as ``stopped_by``; 0 for no limit."""
     seed: int = 2020
     """Seed of initialisation, order, dropout and clustering."""
     windows_per_session: int = 0
@@ -112,7 +112,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """What `missrec pretrain` has beside `TrainConfig`: objectives and augmented views over several domains."""
+    """Settings that pre-training has beside `TrainConfig`: objectives and augmented views over several domains."""
 
     objective: PretrainObjective = "contrastive"
     """``contrastive``: each position against the positives of its batch, as published. ``full_softmax``: against the

@@ -1,7 +1,7 @@
 """The catalogue: item ids in fixed rows, modality vectors, presence masks and business columns.
 
 A folder of plain files (`catalogue.json`, `vocabulary.parquet`, `items.parquet`, `<modality>.npy`, `presence.npy`),
-written by the ETL and read by everything else. Ints are numbered as in NVTabular: 0 padding, 1 null, 2 unknown, items
+written by the ETL and read by everything else. Rows are numbered as in NVTabular: 0 padding, 1 null, 2 unknown, items
 from 3 on; the row of an item never changes. Optional files of a modality: `<modality>.<variant>.npy` (other vectors of
 the same items, such as `text.word_drop.npy`) and `<modality>.state.safetensors` (fitted state of its encoder).
 """

@@ -290,7 +290,7 @@ def _fitted(column: EventColumn, values: AnyArray) -> EventColumn:
     ):
         raise SchemaError(
             f"event feature {column.name!r} holds {values.dtype} of shape {list(values.shape)}",
-            f"a {column.kind} column, as its tag says",
+            f"a {column.kind} column, according to its tag",
             "correct the tag in the workflow, or leave the column out with --set model.event_features=…",
         )
     if column.kind == "categorical":

@@ -1,4 +1,4 @@
-"""What an NVTabular workflow computes of a number of an event, as data: serving repeats it on the numbers of a request.
+"""Numeric operators of an NVTabular workflow as data: serving applies them to the numbers of a request.
 
 A step is a list of its name and its constants, as `session_transform.json` holds it:
 
@@ -61,7 +61,7 @@ def apply_steps(steps: Sequence[Step], numbers: Numbers) -> Numbers:
 
 
 def invert_steps(steps: Sequence[Step], numbers: Numbers) -> Numbers:
-    """Return numbers that the steps turn into these; what was filled in or clipped cannot be had back.
+    """Return numbers that the steps turn into these; what was filled in or clipped cannot be recovered.
 
     Examples
     --------

@@ -172,7 +172,7 @@ def require_fingerprints(modalities: Mapping[str, Modality], where: str) -> None
     unnamed = [name for name, modality in modalities.items() if modality.fingerprint is None]
     if unnamed:
         raise ModalityError(
-            f"{where} does not say which encoder made {', '.join(map(repr, unnamed))}",
+            f"{where} has no fingerprint of the encoder of {', '.join(map(repr, unnamed))}",
             "a fingerprint, since equal names and widths do not make two encoders one",
             f"state it with `missrec etl --modality {unnamed[0]}=… --fingerprint {unnamed[0]}=ENCODER@REVISION`",
         )

@@ -129,7 +129,7 @@ def etl(
     categorical_columns : sequence of str
         Integer event column to treat as a category; text columns always are.
     k_core : int
-        Drop users and items with fewer events, repeatedly until none is left; 0 is off.
+        Drop users and items with fewer events, repeatedly until all have as many; 0 is off.
     min_item_count : int
         Drop items with fewer events, once; 0 is off.
     unknown_items : {"append", "drop"}

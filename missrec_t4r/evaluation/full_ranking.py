@@ -55,7 +55,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Ranking:
-    """Ints and recommendation lists of one system.
+    """Ranks and recommendation lists of one system.
 
     Parameters
     ----------

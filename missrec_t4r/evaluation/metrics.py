@@ -110,7 +110,7 @@ def paired_differences(
     Parameters
     ----------
     first, second : ndarray [session], int64
-        Ints of the same sessions in the same order.
+        Ranks of the same sessions in the same order.
 
     Raises
     ------

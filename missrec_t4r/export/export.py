@@ -37,7 +37,7 @@ def export(
     data: str | Path | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Write the serving bundle of a run, after a check that its answers equal the run's.
+    """Write the serving bundle of a run, after a check that its recommendations equal the run's.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """Parity of the compiled request workflow with the fitted NVTabular workflow, checked at export.
 
-Needs NVTabular, through `missrec_t4r.etl`; without it the check is skipped and the export's result says so.
+Needs NVTabular, through `missrec_t4r.etl`; without it the check is skipped, and the export's result names the reason.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ initialisation              `release_initialisation`                        norm
 ==========================  ==============================================  =======================================
 
 Two more need no part: vectors that enter the adapters as they come (``feature_scaling: none``) and IDs that were never
-trained (``mask_untrained_ids: false``). docs/equations.md says what each is worth.
+trained (``mask_untrained_ids: false``). docs/equations.md states the effect of each.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class FirstModality:
 
 
 class PaddedInterests:
-    """The padding of a session is one more, empty interest, which nobody attends to; the regulariser counts it (E14).
+    """The padding of a session is one more, empty interest, never attended to; the regulariser counts it (E14).
 
     Parameters
     ----------

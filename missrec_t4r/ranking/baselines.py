@@ -59,7 +59,7 @@ class CoOccurrence:
     Parameters
     ----------
     pairs : Tensor [row, row], float32, dense or sparse
-        ``pairs[j, i]`` says how often candidate j goes with history item i; zero diagonal.
+        ``pairs[j, i]`` counts how often candidate j occurs with history item i; zero diagonal.
     counts : Tensor [row], float32
         Sessions with the item, each counted once.
     """

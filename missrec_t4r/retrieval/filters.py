@@ -118,7 +118,7 @@ class ItemColumns:
         Raises
         ------
         ServingError
-            A column does not exist or holds something else than the condition asks for.
+            A column does not exist or holds values of another type than the condition.
         """
         passed = np.ones(self._items.num_rows + FIRST_ITEM_ROW, bool)
         for column, condition in where:
@@ -170,7 +170,7 @@ class ItemColumns:
 
 
 def capped(rows: Sequence[int], caps: Sequence[tuple[npt.NDArray[np.int64], int]], k: int) -> list[int]:
-    """Return the places of the first k items that keep to all caps, in order.
+    """Return the positions of the first k items that keep to all caps, in order.
 
     Parameters
     ----------
@@ -224,16 +224,14 @@ def _typed(name: str, wanted: frozenset[Scalar], kind: pa.DataType) -> pa.Array:
     booleans = pa.types.is_boolean(kind) and all(isinstance(value, bool) for value in wanted)
     strings = _is_string(kind) and all(isinstance(value, str) for value in wanted)
     if not (numbers or booleans or strings):
-        raise ServingError(
-            f"where {name!r} asks for {sorted(map(repr, wanted))}", f"values of the column's type, {kind}"
-        )
+        raise ServingError(f"where {name!r} lists {sorted(map(repr, wanted))}", f"values of the column's type, {kind}")
     values: list[Any] = list(wanted)
     if pa.types.is_integer(kind):
         values = [int(value) for value in values if isinstance(value, int) or value.is_integer()]
     try:
         return pa.array(values, kind)
     except (pa.ArrowInvalid, OverflowError, UnicodeError) as error:
-        raise ServingError(f"where {name!r} asks for what {kind} cannot hold ({error})", "other values") from error
+        raise ServingError(f"where {name!r} has a value that {kind} cannot hold ({error})", "other values") from error
 
 
 def _is_list(kind: pa.DataType) -> bool:

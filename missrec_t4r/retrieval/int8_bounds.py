@@ -21,7 +21,7 @@ from missrec_t4r.retrieval.packed_scores import PackedItems, fuse, fuse_two
 from missrec_t4r.retrieval.topk import Query
 
 AVAILABLE = hasattr(torch, "_weight_int8pack_mm")
-"""Whether this torch multiplies by 8-bit matrices as they are stored; without it the scan answers."""
+"""Whether this torch multiplies by 8-bit matrices as they are stored; without it the full scan is used."""
 SAMPLE = 20_000
 """Tokens that the principal directions are computed from."""
 _KEPT = 0.985
@@ -145,7 +145,7 @@ def steepness(n_tokens: int) -> float:
 
 
 class Codes(NamedTuple):
-    """Compressed tokens."""
+    """Packed item embeddings in 8 bits."""
 
     codes: Tensor
     """[token, direction], int8."""
@@ -185,7 +185,7 @@ def compress(tokens: Tensor, mean: Tensor, directions: Tensor) -> Codes:
 
 
 def rest_of_rows(rest: Tensor, place: Tensor) -> Tensor:
-    """Return [row] the largest ``rest`` [token] of the tokens of every row, with room."""
+    """Return the largest remainder among the tokens of every row, [row], plus `ROOM` for rounding."""
     return rest[place.clamp_min(0)].masked_fill(place < 0, 0).amax(0) + ROOM
 
 

@@ -50,7 +50,7 @@ class Ranking:
     scores: npt.NDArray[np.float32]
     """[batch, top_k]: before the temperature; for a fallback the item's popularity in [0, 1]; 0 from ``n_items`` on."""
     n_items: npt.NDArray[np.int32]
-    """[batch]: items returned, less than asked for when fewer can be recommended."""
+    """[batch]: items returned, fewer than ``top_k`` when fewer can be recommended."""
     n_unknown: npt.NDArray[np.int32]
     """[batch]: null and unknown rows that were dropped from the session."""
     fallback: npt.NDArray[np.bool_]
@@ -275,7 +275,7 @@ class Ranker:
 
     def _check(self, wanted: npt.NDArray[np.int64], *rows: Rows) -> None:
         if (wanted < 1).any():
-            raise DataError(f"top_k is {int(wanted.min())}", "at least 1", "ask for one item or more")
+            raise DataError(f"top_k is {int(wanted.min())}", "at least 1", "request one item or more")
         for matrix in rows:
             if matrix.size and (matrix.min() < 0 or matrix.max() >= self.catalogue.n_rows):
                 raise DataError(

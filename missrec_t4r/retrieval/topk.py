@@ -31,7 +31,7 @@ _ROUNDING = 8e-6
 
 
 class Found(NamedTuple):
-    """The best of one session."""
+    """The best items of one session."""
 
     scores: Tensor
     """[k], float32: descending."""
@@ -53,7 +53,7 @@ class Query(NamedTuple):
 
 
 def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k best columns of every line.
+    """Return the k best columns of every row.
 
     `torch.topk` does not define the order of equal scores, nor which of them it returns; two servers with the same
     bundle would give different lists.

@@ -77,7 +77,7 @@ def translate_compile_errors(active: bool) -> Iterator[None]:
     Raises
     ------
     ConfigError
-        Mostly for want of a C++ compiler.
+        Usually no C++ compiler was found.
     """
     if not active:
         yield

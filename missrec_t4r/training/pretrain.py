@@ -3,7 +3,7 @@
     loss = sequence-item contrast + lambda * sequence-sequence contrast + gamma * orthogonality of both views
 
 (`docs/equations.md`, E14 to E17). Batches mix the domains. Interests are discovered over the union, once unless the
-recipe says otherwise. Epochs, averaged weights, early stopping, checkpoints and resume are those of fine-tuning.
+recipe sets it otherwise. Epochs, averaged weights, early stopping, checkpoints and resume are those of fine-tuning.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def slots_of_random_batches(model: MISSRec, sessions: Sessions, train: TrainConf
 
 
 def choose_softmax(train: TrainConfig, n_rows: int, positions: int, frequency: Tensor, device: torch.device) -> Softmax:
-    """Return the softmax that the settings ask for.
+    """Return the softmax that the settings select.
 
     Parameters
     ----------

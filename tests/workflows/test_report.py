@@ -152,9 +152,9 @@ def test_a_broken_gate_ends_with_code_3_and_is_no_basis_of_comparison(shop: Path
     ("content", "words"),
     [
         ("event: {min: 1}", r"bounds 'event', which is not measured .* one of \['events'\]"),
-        ("events: 5", "says 5 about events"),
-        ("events: {least: 5}", "says {'least': 5} about events"),
-        ("- events", "about the file"),
+        ("events: 5", "sets 5 for events"),
+        ("events: {least: 5}", "sets {'least': 5} for events"),
+        ("- events", "for the file"),
         ("events: {min: 1", "cannot be read"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Reduce: merge the statistics of all chunks into what every partition needs to know.
+"""Reduce: merge the statistics of all chunks into the codes, types and filters that all partitions use.
 
 Item indices of items that occur only in events, in input order; category codes by frequency; column types as narrow as
 all chunks allow; filters for rare users and items; findings. The result is a dictionary, a JSON file of the working

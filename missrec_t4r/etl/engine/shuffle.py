@@ -54,7 +54,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Plan:
-    """What every task needs to know before the input is read; a JSON file in the working folder."""
+    """Settings of every task, decided before the input is read; a JSON file in the working folder."""
 
     chunks: list[Chunk]
     partitions: int

@@ -34,7 +34,7 @@ _WEIGHTS_ONLY, _ANY_PICKLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WE
 
 
 class PretrainedText:
-    """Text encoder: CLIP's text tower or a sentence model.
+    """Text encoder: CLIP's text encoder or a sentence model.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ class PretrainedText:
 
 
 class PretrainedImage:
-    """Image encoder: CLIP's image tower; parameters and errors as in `PretrainedText`."""
+    """Image encoder: CLIP's image encoder; parameters and errors as in `PretrainedText`."""
 
     name = "transformers-image"
 
@@ -157,12 +157,12 @@ def _vocabulary_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
-def _config(source: str, tower: str) -> Any:
-    """Return the model's config; for CLIP that of one tower, with the width of the shared space."""
+def _config(source: str, part: str) -> Any:
+    """Return the model's config; for CLIP that of one encoder, with the width of the shared space."""
     from transformers import AutoConfig
 
     whole = _load(AutoConfig, source, trust_remote_code=False)
-    config = getattr(whole, tower, whole)
+    config = getattr(whole, part, whole)
     if config is not whole:
         config.projection_dim = whole.projection_dim
     return config
@@ -179,7 +179,7 @@ def _load(kind: Any, source: str, **options: Any) -> Any:
     from transformers.utils import logging
 
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # only one tower of CLIP is loaded: transformers would list the other one's weights
+    logging.set_verbosity_error()  # only one encoder of CLIP is loaded: transformers would list the other one's weights
     try:
         with _tensors_only():
             return kind.from_pretrained(source, local_files_only=True, **options)
@@ -214,7 +214,7 @@ class _PickleError(ValueError):
 
 @contextmanager
 def _tensors_only() -> Iterator[None]:
-    """Make torch load tensors only, whatever the environment says; the one tokenizer that unpickles is blocked."""
+    """Make torch load tensors only, whatever the environment holds; the one tokenizer that unpickles is blocked."""
     from transformers.models.transfo_xl import tokenization_transfo_xl as unpickling
 
     before = {name: os.environ.pop(name, None) for name in (_WEIGHTS_ONLY, _ANY_PICKLE)}

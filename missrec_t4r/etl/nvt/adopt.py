@@ -94,7 +94,7 @@ def adopt(
     fingerprint : mapping of str to str
         Name of the encoder of those vectors as NAME=TEXT; repeatable.
     new_items : {"append", "drop"}
-        Treatment of items that the workflow does not know: append them as cold items, or drop them.
+        Treatment of items that are not in the workflow's vocabulary: append them as cold items, or drop them.
     max_sequence_length : int
         Number of most recent items of a request that the model sees.
     dry_run : bool

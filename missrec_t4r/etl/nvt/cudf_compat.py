@@ -2,7 +2,7 @@
 
 ``cudf.core.column.build_categorical_column`` (Merlin reads hive-partitioned remote parquet with it) and
 ``dask_cudf.from_dask_dataframe``. Existing names are not replaced, and without cuDF nothing is imported. The README
-says what has been run on a GPU with RAPIDS 24.12.
+lists what has been run on a GPU with RAPIDS 24.12.
 """
 
 from __future__ import annotations

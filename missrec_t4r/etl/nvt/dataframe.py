@@ -2,7 +2,7 @@
 
 A list column is a pair of values and offsets: row i holds ``values[offsets[i]:offsets[i + 1]]``. cuDF stores it in this
 form; for pandas (an object per row) it is converted here, through Arrow where the values are numbers. The cuDF half
-follows NVTabular's own cuDF code; the README says what has been run on a GPU.
+follows NVTabular's own cuDF code; the README lists what has been run on a GPU.
 """
 
 from __future__ import annotations

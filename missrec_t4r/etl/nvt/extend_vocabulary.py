@@ -108,7 +108,7 @@ def _resize(content: Any, rows: Mapping[str, int]) -> None:
 def resized_schema(text: str, rows: Mapping[str, int], longest: int) -> str | None:
     """Return schema.pbtxt with new sizes, or None if its layout is not the expected one.
 
-    Merlin's reader and writer of this format take longer to start than a night takes otherwise.
+    Edits the text: importing Merlin's reader and writer of this format takes longer than a whole increment.
 
     Parameters
     ----------

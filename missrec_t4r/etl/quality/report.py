@@ -138,7 +138,7 @@ def read_gate(file: Path) -> dict[str, dict[str, Any]]:
         valid = isinstance(bound, dict) and bound and set(bound) <= {"min", "max", "required"}
         if not valid or not all(isinstance(bound[key], int | float) for key in bound):
             raise ConfigError(
-                f"the gate {file} says {bound!r} about {name}", "measure: {min: number, max: number}", "correct it"
+                f"the gate {file} sets {bound!r} for {name}", "measure: {min: number, max: number}", "correct it"
             )
     return by_name
 

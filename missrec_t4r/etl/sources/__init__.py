@@ -1,1 +1,1 @@
-"""Where raw tables come from: any parquet or csv file (`table.py`), or our generated shop (`generator.py`)."""
+"""Sources of raw tables: parquet, csv and JSON lines, Amazon reviews, MovieLens, and a generated shop."""

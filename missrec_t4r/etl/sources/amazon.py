@@ -105,7 +105,7 @@ def import_amazon(
     out : path
         Folder to write; an older import is replaced as a whole.
     k_core : int
-        Drop users and items with fewer events, repeatedly until none is left; 0 is off.
+        Drop users and items with fewer events, repeatedly until all have as many; 0 is off.
     min_rating : float
         Drop reviews with fewer stars.
     keep_repeats : bool, optional

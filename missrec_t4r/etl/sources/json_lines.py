@@ -46,7 +46,7 @@ def read_columns(file: Path, schema: pa.Schema, findings: Findings, max_broken: 
         with pa.input_stream(str(file), compression="detect") as stream:
             return pajson.read_json(stream, pajson.ReadOptions(block_size=_BLOCK), options).select(schema.names)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, KeyError):
-        pass  # reading line by line tells which lines are broken
+        pass  # reading line by line finds the broken lines
     counted: dict[str, int] = {}
     rows: dict[str, list[Any]] = {name: [] for name in schema.names}
     for record in records(file, findings, max_broken):

@@ -47,7 +47,7 @@ def import_movielens(
     out : path
         Folder to write; an older import is replaced as a whole.
     k_core : int
-        Drop users and items with fewer ratings, repeatedly until none is left; 0 is off.
+        Drop users and items with fewer ratings, repeatedly until all have as many; 0 is off.
     min_item_count : int
         Drop films with fewer ratings, once; 5 gives the published ml-1m set of 3,416 films; 0 is off.
     min_rating : float

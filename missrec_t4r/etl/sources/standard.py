@@ -28,7 +28,7 @@ def clean_events(events: pd.DataFrame, findings: Findings, *, k_core: int, keep_
     events : DataFrame
         ``user_id``, ``item_id``, ``timestamp`` and further columns. Ties of time keep the order of the file.
     k_core : int
-        Drop users and items with fewer events, repeatedly until none is left; 0 is off.
+        Drop users and items with fewer events, repeatedly until all have as many; 0 is off.
     keep_repeats : bool
         Keep a user's later events on the same item; copies of an event (user, item and time) are always dropped.
 

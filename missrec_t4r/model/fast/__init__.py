@@ -1,7 +1,7 @@
 """Shortcuts: drop-in subclasses of the paper's modules, with the same weights and, up to rounding, the same results.
 
 `use_shortcuts` is what the builder applies by default; `tests/equations/test_shortcuts.py` holds each of them, and the
-whole model, equal to the plain one. docs/equations.md, *Shortcuts*, says why they are the same.
+whole model, equal to the plain one. docs/equations.md, *Shortcuts*, explains why they are the same.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def deploy(
     version : int, optional
         An existing version to switch to, in place of a bundle.
     switch : bool
-        Switch the traffic to the version; --no-switch only loads and checks it, for `missrec shadow`.
+        --no-switch loads and checks the version without switching the traffic to it, for `missrec shadow`.
     keep : int
         Versions kept on disk, including the one that is served.
     max_batch_size : int, optional

@@ -67,9 +67,10 @@ def smoke_test(http_url: str, model: str, bundle: Path, top_k: int = 20) -> dict
     wrong, largest = differences(served, expected)
     if wrong or largest > TOLERANCE:
         raise ParityError(
-            f"{model} answers {wrong} of {len(sessions)} sessions other than its bundle (scores by {largest:.2g})",
+            f"for {wrong} of {len(sessions)} sessions {model} recommends other items than its bundle "
+            f"(largest difference of a score: {largest:.2g})",
             f"the same items, and scores within {TOLERANCE}",
-            "look into the server's log; the version before still answers",
+            "look into the server's log; the previous version still serves the traffic",
         )
     return {"warmup_sessions": len(sessions), "max_abs_diff": largest, "warm_ms": warm_ms}
 

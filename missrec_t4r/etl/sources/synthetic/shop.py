@@ -295,9 +295,9 @@ def _title(words: tuple[str, ...], product: str, brand: str, rng: np.random.Gene
 
 
 def _description(words: tuple[str, ...], product: str, rng: np.random.Generator) -> str:
-    told = [*rng.choice(words, 4, replace=False), *rng.choice(FILLERS, 6, replace=False)]
-    rng.shuffle(told)
-    return f"{product.capitalize()}: {' '.join(told[:5])}. {' '.join(told[5:]).capitalize()}."
+    chosen = [*rng.choice(words, 4, replace=False), *rng.choice(FILLERS, 6, replace=False)]
+    rng.shuffle(chosen)
+    return f"{product.capitalize()}: {' '.join(chosen[:5])}. {' '.join(chosen[5:]).capitalize()}."
 
 
 def _draw_all(items: Items, table: pa.Table, folder: Path, rng: np.random.Generator) -> None:

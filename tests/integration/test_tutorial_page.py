@@ -115,7 +115,7 @@ def test_the_server_recommends_filters_and_explains(reader: Reader) -> None:
 
 
 def test_a_session_of_unknown_items_says_that_it_falls_back(reader: Reader) -> None:
-    (output,) = (out for line, out in reader.outputs if line == "python ask.py")
+    (output,) = (out for line, out in reader.outputs if line == "python recommend.py")
     known, unknown = output.splitlines()
     assert known.endswith("] 0 False")
     assert unknown.endswith("] 1 True")

@@ -206,7 +206,7 @@ def _vectors(name: str, part: Path | Vectors, catalogue: Catalogue, n_lines: int
         raise ModalityError(f"modality {name!r} has {vectors.dtype} of shape {vectors.shape}", f"numbers {expected}")
     whole = np.isnan(vectors).all(1) | np.isfinite(vectors).all(1)
     if not whole.all():
-        raise ModalityError(f"modality {name!r} holds NaN or infinity in line {int(np.argmin(whole))}", "whole vectors")
+        raise ModalityError(f"modality {name!r} holds NaN or infinity in row {int(np.argmin(whole))}", "whole vectors")
     return vectors.astype(np.float32)
 
 

@@ -267,7 +267,7 @@ def _or_exit(call: Callable[[], Any]) -> Any:
 
 
 def _with_cures(call: Callable[[], Any]) -> Any:
-    """Translate what every command may meet: a full disk, missing permissions, an extra that is not installed."""
+    """Translate errors that any command may raise: a full disk, missing permissions, an extra that is not installed."""
     try:
         return call()
     except MISSRecError:

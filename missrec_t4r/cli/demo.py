@@ -93,7 +93,7 @@ def demo(
     Raises
     ------
     ParityError
-        Triton's answers differ from the model's.
+        Triton's recommendations differ from the model's.
     """
     data, console = None if data is None else Path(data), Console(stderr=True)
     seconds: dict[str, float] = {}
@@ -125,7 +125,7 @@ def demo(
     console.print(commands.metrics_table(metrics))
     with _step("export", "bundle and Triton model repository", console, seconds):
         commands.export(run, out / "bundle", triton=out / "model_repository")
-    with _step("serve", f"embedded Triton answers {_COMPARED_SESSIONS} sessions", console, seconds):
+    with _step("serve", f"embedded Triton, {_COMPARED_SESSIONS} sessions compared", console, seconds):
         served = _serve(load_run(run), out / "model_repository", out / "triton.log")
     _show(served["recommendations"], console)
     summary = {"data": inputs.name, **_headline(metrics), **served, "recipe": chosen, "etl": report["seconds"]}
@@ -196,7 +196,7 @@ def _serve(run: LoadedRun, repository: Path, log_file: Path) -> dict[str, Any]:
     ):
         log.info(f"requesting recommendations for {len(histories)} sessions, {_CLIENTS} requests at a time")
         parity = compare_served(client, run.model, run.catalogue, histories, _TOP_K, _CLIENTS)
-        parity.require("Triton's answers")
+        parity.require("Triton's recommendations")
         examples = _example_sessions(histories)
         sessions = raw_ids(run.catalogue, examples)
         answers = client.recommend(sessions, _TOP_K, exclude_seen=True, side=raw_event_features(run.model, examples))

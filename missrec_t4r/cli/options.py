@@ -32,7 +32,7 @@ from missrec_t4r.errors import ConfigError
 
 @dataclass(frozen=True)
 class Option:
-    """How a parameter is spelled on the command line where its name and type do not say it."""
+    """How a parameter is spelled on the command line where its name and type do not determine it."""
 
     flags: tuple[str, ...] = ()
     """Names in place of ``--parameter-name``, older ones last; a boolean whose default is True is negated."""

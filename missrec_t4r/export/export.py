@@ -48,7 +48,7 @@ def export(
     triton : path, optional
         Triton model repository to write as well; an older one there is replaced as a whole.
     sessions : int
-        Number of test sessions on which the answers of run and bundle are compared.
+        Number of test sessions on which the recommendations of run and bundle are compared.
     data : path, optional
         Data folder, if it was moved since training.
     dry_run : bool

@@ -139,7 +139,7 @@ class InterestAwareDecoder(nn.Module):
 
 
 def _with_id_only(items: ItemEmbeddings) -> Tensor:
-    """Return the keys [modality, batch, seq]; an item with an ID and no modality keeps one place for it."""
+    """Return the keys [modality, batch, seq]; an item with an ID and no modality keeps one position for it."""
     if items.id_mask is None:
         return items.attended
     alone = items.id_mask & ~items.attended.any(0)

@@ -2,9 +2,9 @@
 
     score(s, j) = sum over items i of s of decay^age(i) * C[i,j] / ((n_i + 5) (n_j + 5))^power
 
-C counts how often two items meet (within a window of events, in either order or one; or in a session at all), n how
-often an item occurs. The shrinkage of 5 keeps an item that was seen once from looking certain; age is 0 for the last
-item. The term and the baseline differ in what they count and store, not in the formula: see `terms.item_knn` and
+C counts how often two items occur together (within a window of events, in either order or in one, or anywhere in a
+session), n how often an item occurs. The shrinkage of 5 lowers the scores of items with few events; age is 0 for the
+last item. The term and the baseline differ in what they count and store, not in the formula: see `terms.item_knn` and
 `baselines`.
 """
 

@@ -109,7 +109,7 @@ def search(table: PackedItems, query: Query, bounds: Tensor, k: int) -> list[Fou
         At least 1.
     """
     if bounds.shape[1] > _TOGETHER:
-        return [_widening(table, query, bounds[line], line, k) for line in range(len(bounds))]
+        return [_widening(table, query, bounds[session], session, k) for session in range(len(bounds))]
     best = bounds.topk(min(k + SPARE, bounds.shape[1]), dim=1)
     rows = best.indices.sort(dim=1).values
     scores = _scores(table.exact, query, rows).masked_fill(~query.allowed.gather(1, rows), -torch.inf)
@@ -118,16 +118,16 @@ def search(table: PackedItems, query: Query, bounds: Tensor, k: int) -> list[Fou
     certain = (worst < scores[:, k - 1]) | (worst == -torch.inf) | (rows.shape[1] == bounds.shape[1])
     counts, sure = torch.isfinite(scores[:, :k]).sum(1).tolist(), certain.tolist()
     return [
-        Found(scores[line, :n], rows[line, :n], rows.shape[1])
-        if sure[line]
-        else _widening(table, query, bounds[line], line, k)
-        for line, n in enumerate(counts)
+        Found(scores[session, :n], rows[session, :n], rows.shape[1])
+        if sure[session]
+        else _widening(table, query, bounds[session], session, k)
+        for session, n in enumerate(counts)
     ]
 
 
-def _widening(table: PackedItems, query: Query, bounds: Tensor, line: int, k: int) -> Found:
+def _widening(table: PackedItems, query: Query, bounds: Tensor, session: int, k: int) -> Found:
     """Score exactly all items that may be among the best, in rounds from the highest bounds down."""
-    one = Query(*(part[line : line + 1] for part in query))
+    one = Query(*(part[session : session + 1] for part in query))
     scores, rows, scored = bounds[:0], torch.empty(0, dtype=torch.int64, device=bounds.device), 0
     threshold, done, reached = _first_threshold(bounds, k), torch.inf, -torch.inf
     while True:

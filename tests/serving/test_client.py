@@ -68,5 +68,5 @@ def test_titles_come_from_a_bundle_or_a_parquet_file(bundle: Path, tmp_path: Pat
 
 
 def test_an_answer_to_another_number_of_sessions_is_refused() -> None:
-    with pytest.raises(ServingError, match="answers to 3 sessions; expected: 2, as requested"):
+    with pytest.raises(ServingError, match="a response for 3 sessions; expected: 2, as requested"):
         recommendations_of({"n_items": np.zeros((3, 1), np.int32)}, 2)

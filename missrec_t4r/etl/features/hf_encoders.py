@@ -4,7 +4,7 @@ A model is a folder (``config.json``, weights, tokenizer or preprocessor) or a n
 nothing is downloaded. A sentence model is loaded through ``AutoModel``; its token vectors are averaged over the tokens
 that are not padding (Reimers and Gurevych, Sentence-BERT, section 3: mean pooling), or the first token is taken if the
 folder's ``1_Pooling/config.json`` is set so. Vectors have unit length. No code in the folder is executed: only tensors
-are read from a ``pytorch_model.bin``, whatever the environment variables of torch say.
+are read from a ``pytorch_model.bin``, whatever torch's environment variables are set to.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Extend the vocabularies of fitted workflows: new values are appended, all else stays the same.
 
-An update that appends items could fit the workflows anew, which takes longer than its events do. Nothing is learned
+Fitting the workflows anew for appended items would take longer than encoding an increment. Nothing is learned
 from data here but vocabularies, so the stored graph is taken as it is, with other sizes of the columns' domains and
-with vocabulary files that NVTabular itself writes. `tests/workflows/test_delta.py` holds it to the fitted ones.
+with vocabulary files that NVTabular itself writes. `tests/workflows/test_delta.py` compares them with fitted ones.
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ def check_lists(table: pa.Table) -> None:
 
 
 def _check_aggregation(workflow: Workflow, name: str) -> None:
-    """Refuse a value that is taken over a whole session: the rows of training would know their future."""
+    """Refuse a value that is taken over a whole session: training rows would contain later events."""
     for operator, source in operators_of(workflow, name):
         if isinstance(operator, ops.Groupby) and source not in operator.groupby_cols:
             made = name.removeprefix(source + operator.name_sep)

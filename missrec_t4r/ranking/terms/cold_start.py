@@ -3,7 +3,7 @@
 The item-kNN term lifts every item with events above those without. A cold item gets the mean item-kNN term of its 32
 most similar warm items, the similarity of its content to the session's, and a bias that is calibrated on validation so
 that cold items take a target share of the top-10 exposure (`missrec_t4r.ranking.tune_cold_start`). Warm items keep
-their scores to the bit. What it is worth: docs/experiments.md.
+their scores to the bit. Its effect: docs/experiments.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Content-kNN term: similarity of raw content to the session's items, added to the score when ranking (E19; ours).
 
 Every candidate has a list of its most similar items. The list belongs to the candidate: a new item comes with a list of
-its own and changes no other, so that a catalogue update leaves all other scores as they were. What it is worth:
+its own and changes no other, so that a catalogue update leaves all other scores as they were. Its effect:
 docs/experiments.md.
 """
 

@@ -1,7 +1,7 @@
 """History bias: one learned number that is added to the score of the items that are already in the session (ours).
 
 Only about 1 % of the targets repeat an item of the session, which neither the published softmax nor its cosine scores
-can express. The only term that is trained with the network. What it is worth: docs/experiments.md.
+can express. The only term that is trained with the network. Its effect: docs/experiments.md.
 """
 
 from __future__ import annotations

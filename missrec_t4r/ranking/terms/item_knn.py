@@ -2,7 +2,7 @@
 
 The published model has no collaborative memory beyond its ID embeddings, and on small shops a tuned item-kNN has the
 higher NDCG. Training stays as published; after it, co-occurrence counts of the training sessions are added with a
-weight that validation chooses. Zero weight gives the published scores. What it is worth: docs/experiments.md.
+weight that validation chooses. Zero weight gives the published scores. Its effect: docs/experiments.md.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def score(
     layout: Literal["lists", "long"] = "lists",
     threads: int = 1,
 ) -> dict[str, Any]:
-    """Write recommendations for every session of a file: the answers of the server, without a server.
+    """Write recommendations for every session of a file: those of the server, computed without one.
 
     Parameters
     ----------

@@ -226,9 +226,9 @@ def recommend(
     side : mapping, optional
         Event features of the session, one value per item: {"event_type": ["view", "cart"]}.
     catalogue : path, optional
-        Bundle, catalogue or deployment folder with item titles, which are added to the answer.
+        Bundle, catalogue or deployment folder with item titles, which are added to the response.
     timeout : float
-        Seconds to wait for the answer.
+        Seconds to wait for the response.
 
     Returns
     -------

@@ -209,8 +209,12 @@ def recommendations_of(outputs: Mapping[str, npt.NDArray[Any]], n_sessions: int)
         The response has another number of sessions than the request: it belongs to another request.
     """
     if len(outputs["n_items"]) != n_sessions:
-        found = f"answers to {len(outputs['n_items'])} sessions"
-        raise ServingError(found, f"{n_sessions}, as requested", "the server is about to fail: send the request again")
+        found = f"a response for {len(outputs['n_items'])} sessions"
+        raise ServingError(
+            found,
+            f"{n_sessions}, as requested",
+            "send the request again: Triton mixed up responses, see docs/reliability.md",
+        )
     return [_recommendation(outputs, index) for index in range(len(outputs["n_items"]))]
 
 

@@ -110,7 +110,9 @@ def deploy(
     if (bundle is None) == (version is None):
         raise ConfigError("both --bundle and --version" if bundle else "neither --bundle nor --version", "one of them")
     if keep < LOADED:
-        raise ConfigError(f"--keep {keep}", f"at least {LOADED}: the version that answers and the one to go back to")
+        raise ConfigError(
+            f"--keep {keep}", f"at least {LOADED}: the version that serves the traffic and the one to roll back to"
+        )
     if dry_run:
         return _plan(Path(repository).absolute(), bundle, version, switch)
     started, folder = time.monotonic(), _open_folder(repository)
@@ -210,9 +212,7 @@ def _activate(folder: Path, version: int, *, switch: bool) -> dict[str, Any]:
     loaded = {number for model in control.ready() if (number := version_of(model)) is not None}
     for number in sorted(loaded - {version, previous}) if version != previous else ():
         _unload(control, number)
-    log.info(
-        f"version {version} answers; version {previous} stays loaded" if previous else f"version {version} answers"
-    )
+    log.info(f"version {version} serves the traffic" + (f"; version {previous} stays loaded" if previous else ""))
     return {"live": True, **result}
 
 

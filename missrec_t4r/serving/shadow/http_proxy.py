@@ -144,7 +144,7 @@ def shadow(
     protocol: Literal["http", "grpc"] = "http",
     seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Mirror a share of the traffic to a candidate model and compare its answers: overlap@k, scores, latency.
+    """Mirror a share of the traffic to a candidate model and compare its responses: overlap@k, scores, latency.
 
     Parameters
     ----------

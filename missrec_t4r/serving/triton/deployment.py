@@ -77,7 +77,7 @@ def start_arguments(repository: Path) -> list[str]:
     """Return the ``tritonserver`` arguments that load the entry model and the version behind it.
 
     Strict readiness is off: with it, a candidate version that fails to load would make the whole server unready
-    although the current version still answers. The readiness of a deployment is that of its entry model:
+    although the current version still serves. The readiness of a deployment is that of its entry model:
     ``/v2/models/missrec/ready``.
     """
     version = current_version(repository)

@@ -220,7 +220,7 @@ def _user_events(
     interest, product = int(rng.choice(len(start), p=start)), int(rng.integers(PRODUCTS))
     chosen: list[int] = []
     moves: list[int] = []
-    fresh = np.ones(len(items.interest), bool)  # a user meets an item once
+    fresh = np.ones(len(items.interest), bool)  # a user interacts with an item once
     for time in times:  # weights, fresh, new: [item]
         new = (items.launch > 0) & (time - items.launch < 30 * DAY)
         weights = items.popularity * fresh * (items.launch <= time) * np.where(new, PROMOTION, 1.0)

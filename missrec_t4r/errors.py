@@ -33,7 +33,8 @@ class MISSRecError(Exception):
     def __init__(self, found: str, expected: str = "", cure: str = "") -> None:
         self.found, self.expected, self.cure = found, expected, cure
         words = found + (f"; expected: {expected}" if expected else "") + "."
-        super().__init__(f"{words} {cure}." if cure else words)
+        stop = "" if cure.endswith("?") else "."
+        super().__init__(f"{words} {cure}{stop}" if cure else words)
 
     def __reduce__(self) -> tuple[type[MISSRecError], tuple[str, str, str]]:
         return type(self), (self.found, self.expected, self.cure)  # survives a process boundary with its parts

@@ -25,7 +25,7 @@ def refuse_unknown(given: Iterable[str], known: Sequence[str], where: str) -> No
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
-            cure = f"did you mean {near[0]!r}" if near else ""
+            cure = f"did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown setting {where}.{name}", f"one of {', '.join(known)}", cure)
 
 

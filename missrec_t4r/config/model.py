@@ -67,7 +67,8 @@ class MISSRecConfig:
     """Interest clusters per modality embedding of the catalogue (paper: 0.5 fine-tuning, 0.02 pre-training; ours: few
     interests serve as well and cost less)."""
     interest_algorithm: InterestAlgorithm = "kmeans"
-    """``kmeans``: mini-batch k-means, as in the published logs. ``dpc_knn``: density peaks, small catalogues only."""
+    """``kmeans``: k-means on all embeddings of the catalogue (published logs: on mini-batches). ``dpc_knn``: density
+    peaks, small catalogues only."""
     missing_modality: MissingModality = "masked"
     """``masked``: a missing modality is excluded from attention, clustering and scores. ``zero_row``: as published, its
     embedding is the adapter's bias."""

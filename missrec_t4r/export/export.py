@@ -69,7 +69,7 @@ def export(
     started = time.monotonic()
     bundle_folder, repository = Path(out).absolute(), None if triton is None else Path(triton).absolute()
     if repository is not None and _overlap(bundle_folder, repository):
-        raise ConfigError(f"--out {out} and --triton {triton} lie in each other", "two separate folders")
+        raise ConfigError(f"--out {out} and --triton {triton} overlap: one is inside the other", "two separate folders")
     if sessions < 1:
         raise ConfigError(f"--sessions {sessions}", "at least 1")
     loaded = load_run(run, data)

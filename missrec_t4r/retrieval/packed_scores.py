@@ -33,7 +33,7 @@ class PackedItems:
     tokens: Tensor
     """[token, dim]: the first token of every row, in the order of the rows, then the further ones."""
     place: Tensor
-    """[modality, row], int64: where the tokens of a row stand in ``tokens``, -1 from its last one on."""
+    """[modality, row], int64: index of a row's tokens in ``tokens``, -1 from its last one on."""
     modality: Tensor
     """[modality, row], int64: which modality a token is of; -1 for a row that has only an ID."""
     several: Tensor

@@ -133,7 +133,7 @@ def test_histories_are_spread_over_the_file_without_their_targets() -> None:
 
 
 def test_overlapping_targets_are_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="lie in each other"):
+    with pytest.raises(ConfigError, match="one is inside the other"):
         export(run, tmp_path / "bundle", triton=tmp_path / "bundle" / "repository")
     assert not list(tmp_path.iterdir())
 

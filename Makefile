@@ -28,7 +28,7 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 PYTEST = python -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 FAST = tests/unit tests/equations tests/properties tests/evaluation tests/recipes
 
-# Merlin 23.8 knows the classic dask.dataframe only.
+# Merlin 23.8 supports the classic dask.dataframe only.
 export DASK_DATAFRAME__QUERY_PLANNING := False
 export TOKENIZERS_PARALLELISM := false
 # torch's threads sleep while they wait for each other, GNU's after some 20 microseconds: spinning, they fight for a core

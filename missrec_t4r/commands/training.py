@@ -47,7 +47,7 @@ def train(
     out : path
         Run folder to write.
     recipe : str or path, optional
-        Shipped recipe or YAML file; by default `default` or, with --warm-start, that run's recipe.
+        Shipped recipe or YAML file; without it the recipe `default` or, with --warm-start, that run's recipe.
     settings : mapping, optional
         Setting that overrides the recipe, such as model.d_model=128; repeatable.
     trainer : {"native", "t4r"}

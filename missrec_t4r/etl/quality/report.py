@@ -47,8 +47,8 @@ def report(
     data : path
         Data folder written by `missrec etl` or `missrec catalogue adopt`.
     out : path
-        Folder of the report. The report already in it is the last run that drift is measured against; if it is of
-        the same data, this run repeats it and is compared with what that one was compared with.
+        Folder of the report. Drift is measured against the report that is already in it; a repeated report on the
+        same data is measured against the same earlier one.
     previous : path, optional
         report.json of the last run, if it is elsewhere.
     gate : path, optional

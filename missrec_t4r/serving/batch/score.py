@@ -69,7 +69,7 @@ def score(
     items_column : str
         List column of raw item ids, oldest first.
     rules_column : str, optional
-        Text column with rules per session, as JSON; for a column in both, the session's rule applies.
+        Text column with rules per session, as JSON; where --rules names the same column, the session's rule applies.
     exclude_column : str, optional
         List column of item ids that are not recommended to the session.
     layout : {"lists", "long"}

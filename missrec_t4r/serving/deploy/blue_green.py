@@ -84,11 +84,11 @@ def deploy(
     keep : int
         Versions kept on disk, including the one that is served.
     max_batch_size : int, optional
-        Sessions per forward pass and per request; by default as the served version, at first 64.
+        Sessions per forward pass and per request; by default that of the served version, 64 in the first deployment.
     threads : int, optional
-        Torch threads of the ranker; by default as the served version, at first 1.
+        Torch threads of the ranker; by default those of the served version, 1 in the first deployment.
     instances : int, optional
-        Processes of the ranker; by default as the served version, at first 1.
+        Processes of the ranker; by default those of the served version, 1 in the first deployment.
     dry_run : bool
         Verify the bundle and print which version it would become; change nothing.
 

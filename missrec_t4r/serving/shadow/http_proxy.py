@@ -161,7 +161,7 @@ def shadow(
     protocol : {"http", "grpc"}
         Protocol of clients, server and candidate.
     seconds : float, optional
-        When to end; by default at Ctrl-C or SIGTERM.
+        Seconds until the proxy ends; by default it runs until Ctrl-C or SIGTERM.
 
     Returns
     -------

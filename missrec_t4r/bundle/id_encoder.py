@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from missrec_t4r.arrays import AnyArray, Bools, Ints
 from missrec_t4r.errors import BundleError, DataError
 from missrec_t4r.schema import FIRST_ITEM_ROW, NULL_ROW, PADDING_ROW, SESSION_TRANSFORM_FILE, UNKNOWN_ROW
 
@@ -32,7 +32,6 @@ NULL_STRING = b""
 NULL_INTEGER = int(np.iinfo(np.int64).min)
 """Missing id in an integer tensor; no item may have this id."""
 
-Rows = npt.NDArray[np.int64]
 RawId = str | int | None
 
 
@@ -94,7 +93,7 @@ class SessionTransform:
         ids = vocabulary if isinstance(vocabulary, pa.Array) else pa.array(vocabulary)
         # wire_ids [item]: raw ids in row order, as request tensors hold them: bytes objects or int64
         if settings.id_type == "string":
-            self.wire_ids: npt.NDArray[Any] = np.array(ids.cast(pa.binary()).to_pylist(), object)
+            self.wire_ids: AnyArray = np.array(ids.cast(pa.binary()).to_pylist(), object)
             self._row_of = {raw: row for row, raw in enumerate(self.wire_ids, start=FIRST_ITEM_ROW)}
         else:
             self.wire_ids = np.asarray(ids.cast(pa.int64()).to_numpy(zero_copy_only=False), np.int64)
@@ -122,11 +121,11 @@ class SessionTransform:
         """Longest session of the model; older rows are cut."""
         return self.settings.max_sequence_length
 
-    def __call__(self, *sessions: Sequence[RawId]) -> list[Rows]:
+    def __call__(self, *sessions: Sequence[RawId]) -> list[Ints]:
         """Return the rows of ragged sessions of raw ids, each cut to its last ``max_sequence_length``."""
         return [self.look_up(self.to_wire(session))[-self.max_sequence_length :] for session in sessions]
 
-    def to_wire(self, ids: Sequence[RawId]) -> npt.NDArray[Any]:
+    def to_wire(self, ids: Sequence[RawId]) -> AnyArray:
         """Return ids as a request tensor holds them: bytes or int64, a missing id as `NULL_STRING` or `NULL_INTEGER`.
 
         Raises
@@ -136,7 +135,7 @@ class SessionTransform:
         """
         return encode_ids(ids, self.settings.id_type)
 
-    def look_up(self, wire_ids: npt.NDArray[Any]) -> Rows:
+    def look_up(self, wire_ids: AnyArray) -> Ints:
         """Return the row of every id.
 
         Parameters
@@ -157,11 +156,11 @@ class SessionTransform:
         index = np.minimum(np.searchsorted(self._sorted, ids), self.n_items - 1)  # position in the sorted ids
         return np.where(self._sorted[index] == ids, self._order[index] + FIRST_ITEM_ROW, UNKNOWN_ROW)
 
-    def is_missing(self, wire_ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    def is_missing(self, wire_ids: AnyArray) -> Bools:
         """Return a mask of the same shape, True where an id is missing."""
         return np.asarray(wire_ids == self._null, bool)
 
-    def padded(self, wire_ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> tuple[Rows, Rows]:
+    def padded(self, wire_ids: AnyArray, lengths: AnyArray) -> tuple[Ints, Ints]:
         """Encode a request's sessions, which are padded to one width.
 
         Parameters
@@ -199,7 +198,7 @@ class SessionTransform:
         rows = np.where(steps < n_rows[:, None], np.take_along_axis(seen, positions, axis=1), PADDING_ROW)
         return rows, seen  # [batch, seq], [batch, width]
 
-    def wire_ids_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    def wire_ids_of(self, rows: Ints) -> AnyArray:
         """Return the raw ids of rows as a response holds them, same shape; reserved rows become the missing id."""
         items = np.clip(rows - FIRST_ITEM_ROW, 0, max(self.n_items - 1, 0))
         ids = np.where(rows >= FIRST_ITEM_ROW, self.wire_ids[items], self._null)
@@ -220,7 +219,7 @@ class SessionTransform:
             raise BundleError(f"an item id is {name}", "another id: this one stands for a missing id in requests")
 
 
-def encode_ids(ids: Sequence[RawId], id_type: str) -> npt.NDArray[Any]:
+def encode_ids(ids: Sequence[RawId], id_type: str) -> AnyArray:
     """Return raw ids as a request tensor holds them.
 
     Parameters

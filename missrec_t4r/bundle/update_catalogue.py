@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from missrec_t4r.arrays import Bools, Floats, Ints
 from missrec_t4r.bundle.bundle import (
     SEARCH_FROM,
     LoadedBundle,
@@ -58,7 +58,6 @@ from missrec_t4r.schema import (
 
 log = logging.getLogger(__name__)
 
-Vectors = npt.NDArray[np.float32]
 
 TOLERANCE = 1e-6
 """Largest accepted difference of an untouched item's score in a session of untouched items."""
@@ -72,7 +71,7 @@ def update_catalogue(
     bundle: str | Path,
     items: str | Path | pa.Table,
     *,
-    modalities: Mapping[str, Path | Vectors] | None = None,
+    modalities: Mapping[str, Path | Floats] | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Replace a bundle atomically by one with added, changed and retired items.
@@ -177,7 +176,7 @@ def read_items(file: Path) -> pa.Table:
         raise DataError(f"{file} cannot be read ({error})", "a parquet file with a column item_id") from error
 
 
-def _rows_of(catalogue: Catalogue, table: pa.Table) -> npt.NDArray[np.int64]:
+def _rows_of(catalogue: Catalogue, table: pa.Table) -> Ints:
     """Return the catalogue row of every row of the table: an existing item's own, a new item's next free one."""
     if ITEM_ID not in table.column_names or not table.num_rows:
         raise DataError(
@@ -197,7 +196,7 @@ def _rows_of(catalogue: Catalogue, table: pa.Table) -> npt.NDArray[np.int64]:
     return rows
 
 
-def _vectors(name: str, part: Path | Vectors, catalogue: Catalogue, n_lines: int) -> Vectors:
+def _vectors(name: str, part: Path | Floats, catalogue: Catalogue, n_lines: int) -> Floats:
     if name not in catalogue.modalities:
         raise ModalityError(f"modality {name!r}", f"one of {', '.join(catalogue.modalities)}: the model has no other")
     vectors = np.load(part, allow_pickle=False) if isinstance(part, Path) else part
@@ -211,7 +210,7 @@ def _vectors(name: str, part: Path | Vectors, catalogue: Catalogue, n_lines: int
 
 
 def _extend_catalogue(
-    catalogue: Catalogue, table: pa.Table, rows: npt.NDArray[np.int64], given: Mapping[str, Vectors], folder: Path
+    catalogue: Catalogue, table: pa.Table, rows: Ints, given: Mapping[str, Floats], folder: Path
 ) -> Catalogue:
     """Return the catalogue with the table's items and vectors, new items after the existing ones."""
     n_rows = max(int(rows.max()) + 1, catalogue.n_rows)
@@ -229,7 +228,7 @@ def _extend_catalogue(
     return Catalogue(pa.table(columns), modalities, checked=True)
 
 
-def _zeros(shape: tuple[int, int], folder: Path) -> Vectors:
+def _zeros(shape: tuple[int, int], folder: Path) -> Floats:
     """Return zeros, a large array in an unlinked file of ``folder``, whose pages the system may write back to disk."""
     if shape[0] * shape[1] < _MOST_IN_MEMORY:
         return np.zeros(shape, np.float32)
@@ -237,7 +236,7 @@ def _zeros(shape: tuple[int, int], folder: Path) -> Vectors:
         return np.memmap(file, np.float32, "w+", shape=shape)
 
 
-def _column(name: str, catalogue: Catalogue, table: pa.Table, rows: npt.NDArray[np.int64], n_rows: int) -> pa.Array:
+def _column(name: str, catalogue: Catalogue, table: pa.Table, rows: Ints, n_rows: int) -> pa.Array:
     """Return one column of the extended item table: the catalogue's values, replaced where the table has one."""
     exists = name in catalogue.items.column_names
     dtype = catalogue.items[name].type if exists else table[name].type
@@ -261,9 +260,7 @@ def _contiguous(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(combined.chunks) if isinstance(combined, pa.ChunkedArray) else combined
 
 
-def _write(
-    folder: Path, old: LoadedBundle, extended: Catalogue, rows: npt.NDArray[np.int64], given: Mapping[str, Vectors]
-) -> None:
+def _write(folder: Path, old: LoadedBundle, extended: Catalogue, rows: Ints, given: Mapping[str, Floats]) -> None:
     """Write the files of the extended catalogue, with the interests of new and changed modality embeddings."""
     interests = old.model.interests
     assignment = torch.zeros(len(extended.modalities), extended.n_rows, dtype=torch.int64)  # [modality, catalogue]
@@ -282,9 +279,7 @@ def _write(
 
 
 @torch.inference_mode()
-def _modality_embeddings(
-    model: MISSRec, catalogue: Catalogue, rows: npt.NDArray[np.int64]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _modality_embeddings(model: MISSRec, catalogue: Catalogue, rows: Ints) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the modality embeddings of some rows, [modality, row, dim], and the mask of those that count."""
     embeddings, present = [], []
     for name, modality in catalogue.modalities.items():
@@ -298,7 +293,7 @@ def _modality_embeddings(
 
 
 @torch.inference_mode()
-def _compare_untouched(old: LoadedBundle, new: LoadedBundle, rows: npt.NDArray[np.int64]) -> float:
+def _compare_untouched(old: LoadedBundle, new: LoadedBundle, rows: Ints) -> float:
     """Return the largest score difference of untouched items in random sessions of untouched items.
 
     Raises
@@ -339,7 +334,7 @@ def _scores(bundle: LoadedBundle, sessions: torch.Tensor) -> torch.Tensor:
     return scores.index_fill_(1, model.excluded, -torch.inf)
 
 
-def _retired(catalogue: Catalogue) -> npt.NDArray[np.bool_]:
+def _retired(catalogue: Catalogue) -> Bools:
     if RETIRED not in catalogue.items.column_names:
         return np.zeros(catalogue.n_items, bool)
     return np.asarray(catalogue.items[RETIRED].fill_null(False).to_numpy(), bool)

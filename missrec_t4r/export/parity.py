@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from missrec_t4r.arrays import Doubles, Floats, Ints
 from missrec_t4r.bundle.id_encoder import RawId, SessionTransform
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import compact_event_features
@@ -36,8 +36,7 @@ TOLERANCE = 1e-5
 
 _BATCH = 64
 
-Rows = npt.NDArray[np.int64]
-RankedItems = tuple[Rows, npt.NDArray[np.float32]]
+RankedItems = tuple[Ints, Floats]
 """Rows and scores of one session's recommendations, best first."""
 
 
@@ -229,7 +228,7 @@ def compare_ranked(model: MISSRec, histories: Sessions, ranked: Sequence[RankedI
 
 
 @torch.inference_mode()
-def _reference(model: MISSRec, histories: Sessions) -> Iterator[npt.NDArray[np.float64] | None]:
+def _reference(model: MISSRec, histories: Sessions) -> Iterator[Doubles | None]:
     """Yield the run's scores of every session, [catalogue]; None without a known item."""
     candidates = model.candidates()
     length = model.config.max_sequence_length

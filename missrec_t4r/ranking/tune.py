@@ -11,10 +11,10 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from missrec_t4r.arrays import Doubles, Ints
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import chunk_size, slice_sessions, target_ranks
@@ -155,7 +155,7 @@ class _Validation:
         model: MISSRec,
         scorer: ModelScorer,
         histories: Sessions,
-        targets: npt.NDArray[np.int64],
+        targets: Ints,
     ) -> None:
         self.model, self.scorer, self.histories, self.targets = model, scorer, histories, targets
 
@@ -166,7 +166,7 @@ class _Validation:
         choose: Callable[[tuple[float, ...]], None],
         switch_off: Callable[[], None],
         term: Callable[[Tensor], Tensor],
-    ) -> npt.NDArray[np.float64]:
+    ) -> Doubles:
         """Return the mean over both protocols of NDCG@10 for every point of the grid."""
         total = np.zeros(len(grid))
         step = chunk_size(self.scorer.candidates.mask.shape[1])

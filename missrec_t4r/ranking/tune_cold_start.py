@@ -16,10 +16,10 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from missrec_t4r.arrays import Bools
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import chunk_size, exclude_seen, slice_sessions
@@ -146,7 +146,7 @@ def _draw(
     return {tuple(trial.modalities.tolist()): parts for trial, parts in zip(trials, measured, strict=True)}
 
 
-def _sample(valid: Sessions, hidden: npt.NDArray[np.bool_], seed: int) -> tuple[Sessions, Tensor, Tensor]:
+def _sample(valid: Sessions, hidden: Bools, seed: int) -> tuple[Sessions, Tensor, Tensor]:
     """Return histories without the hidden items, their targets, and which sessions were drawn at random [session]."""
     histories, targets = valid.split_last()
     values = np.where(hidden[histories.values], UNKNOWN_ROW, histories.values)

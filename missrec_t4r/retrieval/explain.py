@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from missrec_t4r.arrays import Ints
 from missrec_t4r.data.event_features import EventArrays, compact_event_features
-from missrec_t4r.retrieval.ranker import Ranker, Rows, compact
+from missrec_t4r.retrieval.ranker import Ranker, compact
 from missrec_t4r.schema import PADDING_ROW
 
 
 @torch.inference_mode()
-def reasons(ranker: Ranker, rows: Rows, given: Rows, event_features: EventArrays | None = None) -> tuple[Rows, Rows]:
+def reasons(ranker: Ranker, rows: Ints, given: Ints, event_features: EventArrays | None = None) -> tuple[Ints, Ints]:
     """Explain the recommended items of one session.
 
     Parameters

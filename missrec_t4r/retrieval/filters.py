@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from missrec_t4r.arrays import Bools, Ints
 from missrec_t4r.errors import ServingError
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
-Mask = npt.NDArray[np.bool_]
 Scalar = str | int | float | bool
 
 MOST_CHARACTERS = 1 << 16
@@ -102,8 +101,8 @@ class ItemColumns:
 
     def __init__(self, items: pa.Table) -> None:
         self._items = items
-        self._masks: OrderedDict[tuple[str, str], Mask] = OrderedDict()
-        self._groups: dict[str, npt.NDArray[np.int64]] = {}
+        self._masks: OrderedDict[tuple[str, str], Bools] = OrderedDict()
+        self._groups: dict[str, Ints] = {}
 
     def check(self, rules: Rules) -> None:
         """Raise a `ServingError` if the catalogue lacks what these rules need; masks and groups are cached."""
@@ -112,7 +111,7 @@ class ItemColumns:
         for column, _ in rules.at_most:
             self.groups(column)
 
-    def passing(self, where: Sequence[tuple[str, Condition]]) -> Mask:
+    def passing(self, where: Sequence[tuple[str, Condition]]) -> Bools:
         """Return which rows fulfil all conditions, [row]; the reserved rows and missing values never do.
 
         Raises
@@ -131,7 +130,7 @@ class ItemColumns:
             passed &= self._masks[key]
         return passed
 
-    def groups(self, column: str) -> npt.NDArray[np.int64]:
+    def groups(self, column: str) -> Ints:
         """Return a number per row that items with the same value of ``column`` share, [row]; -1 for a missing value."""
         if column not in self._groups:
             values = self._column(column)
@@ -149,7 +148,7 @@ class ItemColumns:
         values = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
         return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 
-    def _mask(self, name: str, condition: Condition) -> Mask:
+    def _mask(self, name: str, condition: Condition) -> Bools:
         import pyarrow.compute as pc  # a tenth of a second, which only requests with filters need
 
         values, mask = self._column(name), np.zeros(self._items.num_rows + FIRST_ITEM_ROW, bool)
@@ -169,7 +168,7 @@ class ItemColumns:
         return mask
 
 
-def capped(rows: Sequence[int], caps: Sequence[tuple[npt.NDArray[np.int64], int]], k: int) -> list[int]:
+def capped(rows: Sequence[int], caps: Sequence[tuple[Ints, int]], k: int) -> list[int]:
     """Return the positions of the first k items that keep to all caps, in order.
 
     Parameters

@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from missrec_t4r.arrays import Bools, Ints
 from missrec_t4r.model.attention import DecoderLayer, EncoderLayer, MultiHeadAttention
 from missrec_t4r.model.fast import use_shortcuts
 from missrec_t4r.model.fast.contextual_encoder import FastContextualEncoder
@@ -139,7 +139,7 @@ class FusedEncoder:
         self._feedforward = _feedforward(last.feedforward, last.norm_feedforward)
 
     @torch.inference_mode()
-    def __call__(self, known: npt.NDArray[np.int64]) -> Tensor:
+    def __call__(self, known: Ints) -> Tensor:
         """Return [batch, dim] for rows [batch, seq] padded with 0 on the right; zero for a session without items."""
         batch, n = known.shape
         if not batch:
@@ -158,12 +158,12 @@ class FusedEncoder:
         vectors = F.normalize(self._norm(query), dim=-1)
         return vectors * torch.from_numpy(~empty).to(device).unsqueeze(1) if empty.any() else vectors
 
-    def _memory(self, known: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _memory(self, known: Ints) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the memory [batch, interest, dim], the mask of its empty slots, and the sessions without interest."""
         chosen, position, counts = self._interests(known)
         batch, width = chosen.shape
         mask = np.arange(width) < counts[:, None]
-        visible: npt.NDArray[np.bool_] | None = None
+        visible: Bools | None = None
         if self._causal:
             visible = position[:, None, :] <= position[:, :, None]
             visible = (visible & mask[:, None, :]) | ~mask[:, :, None]  # what is no token may see anything: no NaN
@@ -187,9 +187,7 @@ class FusedEncoder:
         hidden = torch.from_numpy(_hidden(counts, width)).to(device)
         return memory, hidden, torch.from_numpy(blind).to(device) if blind.any() else None
 
-    def _interests(
-        self, known: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _interests(self, known: Ints) -> tuple[Ints, Ints, Ints]:
         """Return distinct interests [batch, interest], the index of the first item of each, and their count [batch]."""
         shown = self._assignment[known].reshape(len(known), -1)[:, ::-1].tolist()
         ages = [place // self._assignment.shape[1] for place in reversed(range(len(shown[0])))]
@@ -236,7 +234,7 @@ def _equal(model: MISSRec, tokens: ItemEmbeddings, encoder: FusedEncoder, batch:
     return torch.allclose(encoder(rows), expected, atol=_TOLERANCE, rtol=0)
 
 
-def _hidden(lengths: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.bool_]:
+def _hidden(lengths: Ints, width: int) -> Bools:
     """Return [batch, 1, width], True behind the end of a session; for an empty one nowhere, which avoids NaN."""
     return (np.arange(width) >= np.where(lengths == 0, width, lengths)[:, None])[:, None]
 

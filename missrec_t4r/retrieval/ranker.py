@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from missrec_t4r.arrays import AnyArray, Bools, Floats, Ints
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventArrays, compact_event_features
 from missrec_t4r.errors import DataError
@@ -28,8 +28,6 @@ from missrec_t4r.retrieval.packed_scores import pack_items
 from missrec_t4r.retrieval.topk import SPARE, Found, Query, scan_bounds, search
 from missrec_t4r.retrieval.traced_encoder import SessionEncoder, trace_encoder
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
-
-Rows = npt.NDArray[np.int64]
 
 _SCORES_IN_MEMORY = 1 << 25
 """Score matrices of one step hold at most this many numbers (128 MiB of float32): large catalogues, smaller steps."""
@@ -45,15 +43,15 @@ CERTIFIED_FROM = 50_000
 class Ranking:
     """Ranked items of a batch of sessions."""
 
-    rows: Rows
+    rows: Ints
     """[batch, top_k]: catalogue rows, best first; 0 from ``n_items`` on."""
-    scores: npt.NDArray[np.float32]
+    scores: Floats
     """[batch, top_k]: before the temperature; for a fallback the item's popularity in [0, 1]; 0 from ``n_items`` on."""
     n_items: npt.NDArray[np.int32]
     """[batch]: items returned, fewer than ``top_k`` when fewer can be recommended."""
     n_unknown: npt.NDArray[np.int32]
     """[batch]: null and unknown rows that were dropped from the session."""
-    fallback: npt.NDArray[np.bool_]
+    fallback: Bools
     """[batch]: True where no item of the session is known, so that the list is that of the most popular items."""
     n_passed: npt.NDArray[np.int32]
     """[batch]: items that the filters let through, before the caps; ``n_items`` is the smaller of it and ``top_k``
@@ -119,15 +117,15 @@ class Ranker:
     @torch.inference_mode()
     def rank(
         self,
-        rows: Rows,
+        rows: Ints,
         *,
         top_k: int | npt.ArrayLike = 10,
         exclude_seen: bool | npt.ArrayLike = False,
-        seen: Rows | None = None,
-        exclude: Rows | None = None,
-        allow: Rows | None = None,
+        seen: Ints | None = None,
+        exclude: Ints | None = None,
+        allow: Ints | None = None,
         rules: Sequence[Rules] | None = None,
-        event_features: Mapping[str, npt.NDArray[Any]] | None = None,
+        event_features: Mapping[str, AnyArray] | None = None,
     ) -> Ranking:
         """Rank the catalogue for a batch of sessions.
 
@@ -178,7 +176,7 @@ class Ranker:
         self._page_release.count(batch)
         return self._ranking(rows, known, wanted, given, passed)
 
-    def encode(self, known: Rows, event_features: Mapping[str, npt.NDArray[Any]] | None = None) -> Tensor:
+    def encode(self, known: Ints, event_features: Mapping[str, AnyArray] | None = None) -> Tensor:
         """Return the session vectors [batch, dim] of compacted rows [batch, seq]; zero for an empty session."""
         if not event_features and self._fused is not None:
             return self._fused(known)
@@ -190,7 +188,7 @@ class Ranker:
         vectors = self.model.encode(session, items=items, last_only=True, event_features=given).vectors
         return vectors * (session > PADDING_ROW).any(1, keepdim=True)
 
-    def query(self, known: Rows, event_features: EventArrays) -> Query:
+    def query(self, known: Ints, event_features: EventArrays) -> Query:
         """Return the query of compacted rows [batch, seq] and their event features, without any filter."""
         width = max(int((known > PADDING_ROW).sum(1).max(initial=0)), 1)
         known, event_features = known[:, :width], {name: values[:, :width] for name, values in event_features.items()}
@@ -201,7 +199,7 @@ class Ranker:
             added = torch.where(empty, self._popularity, added)
         return Query(self.encode(known, event_features), added, self.model.recommendable.repeat(len(known), 1))
 
-    def _restrict(self, allowed: Tensor, banned: Rows, allow: Rows | None, rules: Sequence[Rules]) -> None:
+    def _restrict(self, allowed: Tensor, banned: Ints, allow: Ints | None, rules: Sequence[Rules]) -> None:
         """Clear in ``allowed`` [batch, row], in place, what the lists and filters of a batch rule out."""
         allowed.scatter_(1, torch.from_numpy(banned).to(self.device), False)
         if allow is not None and (allow > PADDING_ROW).any():
@@ -212,7 +210,7 @@ class Ranker:
             if own.where:
                 allowed[line] &= torch.from_numpy(self.columns.passing(own.where)).to(self.device)
 
-    def _best(self, query: Query, wanted: npt.NDArray[np.int64], rules: Sequence[Rules]) -> list[Found]:
+    def _best(self, query: Query, wanted: Ints, rules: Sequence[Rules]) -> list[Found]:
         if not len(wanted):
             return []
         if self.quantised is None:
@@ -238,9 +236,7 @@ class Ranker:
                 return Found(found.scores[places], found.rows[places], found.scored)
             width *= 4
 
-    def _ranking(
-        self, rows: Rows, known: Rows, wanted: npt.NDArray[np.int64], given: Sequence[Found], passed: Sequence[int]
-    ) -> Ranking:
+    def _ranking(self, rows: Ints, known: Ints, wanted: Ints, given: Sequence[Found], passed: Sequence[int]) -> Ranking:
         counts = np.minimum([len(found.rows) for found in given], wanted).astype(np.int32)
         shape = len(rows), int(wanted.max(initial=1))
         items, scores = np.full(shape, PADDING_ROW, np.int64), np.zeros(shape, np.float32)
@@ -273,7 +269,7 @@ class Ranker:
         popularity[:FIRST_ITEM_ROW] = 0
         return popularity
 
-    def _check(self, wanted: npt.NDArray[np.int64], *rows: Rows) -> None:
+    def _check(self, wanted: Ints, *rows: Ints) -> None:
         if (wanted < 1).any():
             raise DataError(f"top_k is {int(wanted.min())}", "at least 1", "request one item or more")
         for matrix in rows:
@@ -285,7 +281,7 @@ class Ranker:
                 )
 
 
-def compact(rows: Rows, max_length: int) -> Rows:
+def compact(rows: Ints, max_length: int) -> Ints:
     """Move the known rows of every session to the left, in order, and keep the last ``max_length`` of them.
 
     Parameters

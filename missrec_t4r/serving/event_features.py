@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from missrec_t4r.arrays import Ints
 from missrec_t4r.data.event_features import EventArrays, EventColumn
 from missrec_t4r.errors import DataError, ServingError
 
@@ -96,7 +96,7 @@ class EventFeatureReader:
                 )
         return {name: self.columns[name].encode(values) for name, values in event_features.items()}
 
-    def stacked(self, sessions: Sequence[EventArrays], rows: npt.NDArray[np.int64]) -> EventArrays:
+    def stacked(self, sessions: Sequence[EventArrays], rows: Ints) -> EventArrays:
         """Return the event features of a batch by column, [batch, seq] or [batch, seq, size], aligned with its rows.
 
         Parameters

@@ -22,11 +22,11 @@ from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.pipeline import make_union
 from sklearn.preprocessing import normalize
 
-from missrec_t4r.arrays import Bools, Floats
+from missrec_t4r.arrays import AnyArray, Bools, Floats
 from missrec_t4r.errors import ModalityError
 from missrec_t4r.progress import track
 
-State = Mapping[str, npt.NDArray[Any]]
+State = Mapping[str, AnyArray]
 
 HASH_WIDTH = 2**15
 SIDE, CELLS, ORIENTATIONS, THUMBNAIL, COLOURS = 64, 4, 8, 8, 4

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from missrec_t4r.arrays import Ints
+from missrec_t4r.arrays import Doubles, Ints
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.session_files import read_rows, row_files
 from missrec_t4r.data.sessions import Sessions
@@ -62,7 +61,7 @@ class ReportData:
         return cls(whole, Catalogue.load(data / CATALOGUE_FOLDER), findings, events, users)
 
     @property
-    def times(self) -> npt.NDArray[np.float64] | None:
+    def times(self) -> Doubles | None:
         """Unix seconds per event; None if the data have no times, or positions instead."""
         times = self.sessions.features.get(TIMESTAMP)
         if times is None or not len(times):
@@ -138,9 +137,7 @@ def gini(counts: Ints) -> float:
     return round(float((2 * np.arange(1, n + 1) - n - 1) @ ordered / (n * ordered.sum())), 6)
 
 
-def _time_statistics(
-    times: npt.NDArray[np.float64], sessions: Sessions, now: float
-) -> tuple[dict[str, Any], dict[str, int]]:
+def _time_statistics(times: Doubles, sessions: Sessions, now: float) -> tuple[dict[str, Any], dict[str, int]]:
     """Return the statistics of the event times and the number of events per day (UTC)."""
     day = (times // DAY).astype(np.int64)  # [event]
     first, last = int(day.min()), int(day.max())

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from missrec_t4r.arrays import Floats, Ints
 from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle
 from missrec_t4r.bundle.from_run import bundle_or_run
 from missrec_t4r.bundle.manifest import WEIGHTS_FILE, verify_bundle
@@ -94,9 +94,7 @@ def vectors(
 
 
 @torch.inference_mode()
-def session_vectors(
-    model: MISSRec, rows: npt.NDArray[np.int64], event_features: EventArrays | None = None
-) -> npt.NDArray[np.float32]:
+def session_vectors(model: MISSRec, rows: Ints, event_features: EventArrays | None = None) -> Floats:
     """Return the vector of every session; zero where no item is known.
 
     Parameters
@@ -159,7 +157,7 @@ def _session_files(sessions: str | Path, items_column: str, loaded: LoadedBundle
 
 
 def _write_sessions(folder: Path, loaded: LoadedBundle, files: SessionFiles) -> int:
-    parts: list[npt.NDArray[np.float32]] = [np.empty((0, loaded.model.config.d_model), np.float32)]
+    parts: list[Floats] = [np.empty((0, loaded.model.config.d_model), np.float32)]
     tables: list[pa.Table] = [_with_usable(files.schema.empty_table().select(files.passthrough), parts[0])]
     total = -(-files.rows // _SESSIONS_AT_A_TIME)
     reader = EventFeatureReader(loaded.event_columns)
@@ -179,5 +177,5 @@ def _write_sessions(folder: Path, loaded: LoadedBundle, files: SessionFiles) -> 
     return len(vectors)
 
 
-def _with_usable(passthrough: pa.Table, vectors: npt.NDArray[np.float32]) -> pa.Table:
+def _with_usable(passthrough: pa.Table, vectors: Floats) -> pa.Table:
     return passthrough.append_column("usable", pa.array(vectors.any(1), pa.bool_()))

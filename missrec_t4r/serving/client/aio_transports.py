@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from typing import Any, Protocol
 
-import numpy.typing as npt
-
+from missrec_t4r.arrays import AnyArray
 from missrec_t4r.serving.client.transports import (
     Arrays,
     ModelFacts,
@@ -26,7 +25,7 @@ class AsyncTransport(Protocol):
     async def describe(self, model: str) -> ModelFacts:
         """Return the data type of every input, and the largest batch of one request."""
 
-    async def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    async def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, AnyArray]:
         """Send one inference request and return the named outputs."""
 
     async def close(self) -> None:
@@ -48,7 +47,7 @@ class AsyncGrpcTransport:
         metadata = await self._client.get_model_metadata(model, client_timeout=self._timeout)
         return grpc_facts(metadata, await self._client.get_model_config(model, client_timeout=self._timeout))
 
-    async def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    async def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, AnyArray]:
         """Send one inference request and return the named outputs."""
         tensors = input_tensors(self._library, inputs)
         return output_arrays(await self._client.infer(model, tensors, client_timeout=self._timeout), outputs)
@@ -73,7 +72,7 @@ class AsyncHttpTransport:
         metadata = await self._in_time(self._client.get_model_metadata(model))
         return http_facts(metadata, await self._in_time(self._client.get_model_config(model)))
 
-    async def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    async def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, AnyArray]:
         """Send one inference request and return the named outputs."""
         tensors = input_tensors(self._library, inputs)
         return output_arrays(await self._in_time(self._client.infer(model, tensors)), outputs)

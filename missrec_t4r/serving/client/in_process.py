@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy.typing as npt
-
+from missrec_t4r.arrays import AnyArray
 from missrec_t4r.errors import MISSRecError
 from missrec_t4r.serving.client.transports import Arrays, ModelFacts
 from missrec_t4r.serving.triton.backend import Backend, RankerBackend, SessionsBackend
@@ -40,7 +38,7 @@ class InProcessTransport:
         names = {name for step in self._steps for name in step.inputs}
         return dict.fromkeys(sorted(names), "") | {"item_ids": id_type}, _BATCH
 
-    def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, AnyArray]:
         """Run both steps on one request.
 
         Raises

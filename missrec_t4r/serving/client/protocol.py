@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from missrec_t4r.arrays import AnyArray
 from missrec_t4r.bundle.id_encoder import NULL_INTEGER, NULL_STRING, RawId, encode_ids
 from missrec_t4r.errors import DataError, ServingError
 from missrec_t4r.serving.event_features import SessionEventFeatures, write_event_features
@@ -139,7 +140,7 @@ def check_call(sessions: Sequence[Session], top_k: int) -> None:
 
 def requests_of(
     sessions: Sequence[Session], top_k: int, description: Description, options: RequestOptions = NO_OPTIONS
-) -> Iterator[dict[str, npt.NDArray[Any]]]:
+) -> Iterator[dict[str, AnyArray]]:
     """Yield the requests of a call: ids encoded, sessions padded, split by the largest batch.
 
     Raises
@@ -163,7 +164,7 @@ def requests_of(
     for start in range(0, len(encoded), description.max_batch_size):
         batch = slice(start, start + description.max_batch_size)
         item_ids, length = pad_sessions(encoded[batch], id_type)
-        request: dict[str, npt.NDArray[Any]] = {
+        request: dict[str, AnyArray] = {
             "item_ids": item_ids,
             "length": length,
             "top_k": np.full_like(length, top_k),
@@ -179,7 +180,7 @@ def requests_of(
         yield request
 
 
-def pad_sessions(sessions: Sequence[npt.NDArray[Any]], id_type: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+def pad_sessions(sessions: Sequence[AnyArray], id_type: str) -> tuple[AnyArray, npt.NDArray[np.int32]]:
     """Return the request tensors ``item_ids`` [batch, width] and ``length`` [batch, 1]; width is at least 1.
 
     Examples
@@ -189,7 +190,7 @@ def pad_sessions(sessions: Sequence[npt.NDArray[Any]], id_type: str) -> tuple[np
     """
     length = np.array([[len(session)] for session in sessions], np.int32)
     shape = (len(sessions), max(int(length.max(initial=0)), 1))
-    item_ids: npt.NDArray[Any] = np.full(shape, b"", object) if id_type == "string" else np.zeros(shape, np.int64)
+    item_ids: AnyArray = np.full(shape, b"", object) if id_type == "string" else np.zeros(shape, np.int64)
     for row, session in zip(item_ids, sessions, strict=True):
         row[: len(session)] = session
     return item_ids, length
@@ -200,7 +201,7 @@ def outputs_for(request: Mapping[str, Any]) -> tuple[str, ...]:
     return OUTPUTS + REASON_OUTPUTS if "reasons" in request else OUTPUTS
 
 
-def recommendations_of(outputs: Mapping[str, npt.NDArray[Any]], n_sessions: int) -> list[Recommendation]:
+def recommendations_of(outputs: Mapping[str, AnyArray], n_sessions: int) -> list[Recommendation]:
     """Return one recommendation per session of a request.
 
     Raises
@@ -253,14 +254,14 @@ def json_option(text: str | None, option: str) -> dict[str, Any] | None:
     return content
 
 
-def _encoded(what: str, session: Session, id_type: str) -> npt.NDArray[Any]:
+def _encoded(what: str, session: Session, id_type: str) -> AnyArray:
     try:
         return encode_ids(session, id_type)
     except DataError as error:
         raise DataError(f"{what}: {error.found}", error.expected, error.cure) from error
 
 
-def _per_session(name: str, given: Any, n_sessions: int, id_type: str) -> list[npt.NDArray[Any]]:
+def _per_session(name: str, given: Any, n_sessions: int, id_type: str) -> list[AnyArray]:
     if isinstance(given, str) or any(not isinstance(entry, (str, int, list, tuple, type(None))) for entry in given):
         raise DataError(f"{name} is no list of item ids", "ids for all sessions, or a list of ids per session")
     if not any(isinstance(entry, (list, tuple)) for entry in given):
@@ -270,11 +271,11 @@ def _per_session(name: str, given: Any, n_sessions: int, id_type: str) -> list[n
     return [_encoded(f"{name} {index}", ids, id_type) for index, ids in enumerate(given)]
 
 
-def _padded(lists: Sequence[npt.NDArray[Any]], id_type: str) -> npt.NDArray[Any]:
+def _padded(lists: Sequence[AnyArray], id_type: str) -> AnyArray:
     """Return lists of ids as one tensor [batch, width], padded with the missing id, which matches no item."""
     shape = (len(lists), max(1, *(len(ids) for ids in lists)))
     missing = encode_ids([None], id_type)[0]
-    padded: npt.NDArray[Any] = np.full(shape, missing, object if id_type == "string" else np.int64)
+    padded: AnyArray = np.full(shape, missing, object if id_type == "string" else np.int64)
     for row, ids in zip(padded, lists, strict=True):
         row[: len(ids)] = ids
     return padded
@@ -290,7 +291,7 @@ def _rules(rules: Any, n_sessions: int) -> list[bytes]:
         raise DataError(f"rules cannot be sent ({error})", "an object, such as " + RULES_EXAMPLE) from error
 
 
-def _recommendation(outputs: Mapping[str, npt.NDArray[Any]], index: int) -> Recommendation:
+def _recommendation(outputs: Mapping[str, AnyArray], index: int) -> Recommendation:
     n_items = int(outputs["n_items"][index, 0])
     reasons = []
     if "reason_item" in outputs and outputs["reason_modality"][index, :n_items].any():

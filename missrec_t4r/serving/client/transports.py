@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
+from missrec_t4r.arrays import AnyArray
 from missrec_t4r.errors import ServingError, UnavailableError
 
-Arrays = Mapping[str, npt.NDArray[Any]]
+Arrays = Mapping[str, AnyArray]
 ModelFacts = tuple[dict[str, str], int]
 """Data type of every input by name, and the largest batch of one request."""
 
@@ -31,7 +31,7 @@ class Transport(Protocol):
     def describe(self, model: str) -> ModelFacts:
         """Return the data type of every input, and the largest batch of one request."""
 
-    def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, AnyArray]:
         """Send one inference request and return the named outputs."""
 
     def close(self) -> None:
@@ -52,7 +52,7 @@ class GrpcTransport:
         metadata = self._client.get_model_metadata(model, client_timeout=self._timeout)
         return grpc_facts(metadata, self._client.get_model_config(model, client_timeout=self._timeout))
 
-    def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, AnyArray]:
         """Send one inference request and return the named outputs."""
         tensors = input_tensors(self._library, inputs)
         return output_arrays(self._client.infer(model, tensors, client_timeout=self._timeout), outputs)
@@ -75,7 +75,7 @@ class HttpTransport:
         """Return the data type of every input, and the largest batch of one request."""
         return http_facts(self._client.get_model_metadata(model), self._client.get_model_config(model))
 
-    def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, AnyArray]:
         """Send one inference request and return the named outputs."""
         return output_arrays(self._client.infer(model, input_tensors(self._library, inputs)), outputs)
 
@@ -146,7 +146,7 @@ def input_tensors(library: Any, inputs: Arrays) -> list[Any]:
     return tensors
 
 
-def output_arrays(result: Any, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+def output_arrays(result: Any, outputs: Sequence[str]) -> dict[str, AnyArray]:
     """Return the named outputs of an inference result; those that the response lacks are left out."""
     return {name: array for name in outputs if (array := result.as_numpy(name)) is not None}
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from missrec_t4r.arrays import AnyArray
 from missrec_t4r.errors import ConfigError, ServingError
 from missrec_t4r.serving.triton.ports import LOOPBACK
 
@@ -26,7 +26,7 @@ TIMEOUT = 30.0
 """Seconds until a request to the candidate fails."""
 _QUEUE_SIZE = 256
 
-Tensors = Mapping[str, npt.NDArray[Any]]
+Tensors = Mapping[str, AnyArray]
 
 
 class MirroredRequest(NamedTuple):

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
+from missrec_t4r.arrays import AnyArray, Bools, Ints
 from missrec_t4r.bundle.item_table import load_session_transform
 from missrec_t4r.bundle.manifest import ITEMS_FILE, catalogue_version, verify_bundle
 from missrec_t4r.data.event_features import EventArrays
@@ -23,11 +23,10 @@ from missrec_t4r.retrieval.filters import NO_RULES, Rules
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, SESSION_TRANSFORM_FILE
 from missrec_t4r.serving.event_features import EventFeatureReader
 
-Arrays = Mapping[str, npt.NDArray[Any]]
+Arrays = Mapping[str, AnyArray]
 """Tensors of a request or a response by name."""
 Response = Arrays | MISSRecError
 """Tensors of a response, or the error of its request."""
-Rows = npt.NDArray[np.int64]
 RequestT = TypeVar("RequestT")
 ResultT = TypeVar("ResultT")
 
@@ -79,16 +78,16 @@ class SessionsBackend:
 class _RankRequest(NamedTuple):
     """One validated request of the ranker; every field has one entry per session."""
 
-    rows: Rows
+    rows: Ints
     """[batch, seq]"""
-    seen: Rows
+    seen: Ints
     """[batch, width]"""
-    top_k: npt.NDArray[np.int64]
-    exclude_seen: npt.NDArray[np.bool_]
-    reasons: npt.NDArray[np.bool_]
-    exclude: Rows
+    top_k: Ints
+    exclude_seen: Bools
+    reasons: Bools
+    exclude: Ints
     """[batch, any], 0-padded"""
-    allow: Rows
+    allow: Ints
     """[batch, any], 0-padded"""
     rules: list[Rules]
     event_features: list[EventArrays]
@@ -212,16 +211,14 @@ class RankerBackend:
             )
         return responses
 
-    def _listed_rows(self, request: Arrays, name: str, n_sessions: int) -> Rows:
+    def _listed_rows(self, request: Arrays, name: str, n_sessions: int) -> Ints:
         """Return the rows of the ids that a request lists under ``name``, [batch, any], 0-padded."""
         if name not in request:
             return np.zeros((n_sessions, 0), np.int64)
         ids = _matrix(request, name, n_sessions, self.transform.wire_ids.dtype.kind)
         return np.where(self.transform.is_missing(ids), PADDING_ROW, self.transform.look_up(ids))
 
-    def _explain(
-        self, rows: Rows, best: Rows, requested: npt.NDArray[np.bool_], event_features: EventArrays
-    ) -> dict[str, npt.NDArray[Any]]:
+    def _explain(self, rows: Ints, best: Ints, requested: Bools, event_features: EventArrays) -> dict[str, AnyArray]:
         """Return the explanations of the recommended items ``best`` [batch, k] of those sessions that request them."""
         if not requested.any():  # width 0: writing unused empty strings into tensors takes time
             no_items = (len(best), 0)
@@ -254,14 +251,14 @@ def _result_or_error(function: Callable[[RequestT], ResultT], request: RequestT)
         return refusal
 
 
-def _matrix(request: Arrays, name: str, n_sessions: int, kind: str = "i") -> npt.NDArray[Any]:
+def _matrix(request: Arrays, name: str, n_sessions: int, kind: str = "i") -> AnyArray:
     tensor = request[name]
     if tensor.ndim != 2 or len(tensor) != n_sessions or tensor.dtype.kind != kind:
         raise _wrong_tensor(name, tensor, n_sessions)
     return tensor
 
 
-def _per_session(request: Arrays, name: str, n_sessions: int, default: int | bool) -> npt.NDArray[Any]:
+def _per_session(request: Arrays, name: str, n_sessions: int, default: int | bool) -> AnyArray:
     if name not in request:
         return np.full(n_sessions, default)
     tensor = request[name]
@@ -277,14 +274,14 @@ def _texts(request: Arrays, name: str, n_sessions: int) -> list[bytes]:
     return texts
 
 
-def _wrong_tensor(name: str, tensor: npt.NDArray[Any], n_sessions: int) -> ServingError:
+def _wrong_tensor(name: str, tensor: AnyArray, n_sessions: int) -> ServingError:
     return ServingError(
         f"{name} holds {tensor.dtype} of shape {list(tensor.shape)} for {n_sessions} sessions",
         "see triton_models/README.md",
     )
 
 
-def _concatenate(matrices: Sequence[Rows]) -> Rows:
+def _concatenate(matrices: Sequence[Ints]) -> Ints:
     """Stack [batch, width] matrices of different width along the batch, 0-padded on the right."""
     if len(matrices) == 1:
         return matrices[0]

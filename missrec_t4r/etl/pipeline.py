@@ -460,8 +460,6 @@ def _run_out_of_core(
             modality_files=task.modality_files,
             derive=task.derive,
             findings=task.findings,
-            drop_columns=settings["drop_columns"],
-            categorical_columns=settings["categorical_columns"],
             partitions=partitions,
         )
         folder, counts = build(job, work, executor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from missrec_t4r.io.atomic import atomic_write_file
 
@@ -45,6 +45,6 @@ def write_json(file: Path, content: Any, *, indent: int | None = 2, allow_nan: b
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(file: Path) -> Any:
-    """Return the content of a JSON file."""
-    return json.loads(file.read_text(encoding="utf-8"))
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the content of a JSON file that holds an object."""
+    return cast("dict[str, Any]", json.loads(file.read_text(encoding="utf-8")))

@@ -48,7 +48,7 @@ def kmeans(
     for _ in range(passes):
         centroids, labels = _update(points, centroids, labels, distance)
         labels, distance = _assign(points, centroids)
-    return _settle(points, centroids, labels, distance)
+    return _update(points, centroids, labels, distance)  # means of the final labels, none of them empty
 
 
 def density_peaks(points: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
@@ -112,11 +112,6 @@ def _first_centroids(points: Tensor, n_clusters: int, seed: int) -> Tensor:
 def _update(points: Tensor, centroids: Tensor, labels: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
     labels = _fill_empty(len(centroids), labels, distance)
     return _means(points, labels, centroids), labels
-
-
-def _settle(points: Tensor, centroids: Tensor, labels: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
-    """Return centroids that are the means of the final labels, none of them empty."""
-    return _update(points, centroids, labels, distance)
 
 
 def _fill_empty(n_clusters: int, labels: Tensor, distance: Tensor) -> Tensor:

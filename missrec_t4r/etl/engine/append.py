@@ -169,8 +169,6 @@ def _make_job(
         modality_files={},
         derive=event_settings(settings),
         findings=findings,
-        drop_columns=settings["drop_columns"],
-        categorical_columns=settings["categorical_columns"],
         partitions=old["partitions"],
         old={**old, "new_rows": n_new},
         catalogue=catalogue,

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +34,7 @@ from missrec_t4r.etl.engine.executor import Executor
 from missrec_t4r.etl.engine.job import Job, make_plan
 from missrec_t4r.etl.engine.reduce import add_partition_findings, reduce_chunks
 from missrec_t4r.etl.engine.shuffle import ITEMS_FILE, PLAN_FILE, Plan, partition_sizes, shuffle_chunk
-from missrec_t4r.etl.engine.user_state import STATE_FILE, STATE_FOLDER, list_columns, state_path
+from missrec_t4r.etl.engine.user_state import STATE_FOLDER, list_columns, move_state, state_path
 from missrec_t4r.etl.engine.workdir import (
     FILTER_FOLDER,
     KEPT_FOLDER,
@@ -156,11 +155,7 @@ def _finish(job: Job, plan: Plan, common: dict[str, Any], folder: Path) -> dict[
     _write_workflows(job, plan, common, folder, catalogue, max(part["longest"] for part in parts))
     outputs.write_catalogue(catalogue, train_counts, out)
     state = {name: common[name] for name in ("types", "categories", "valid_from", "test_from", "newest")}
-    shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)  # of a run that was killed after the next line
-    (folder / STATE_FOLDER).rename(out / STATE_FOLDER)
-    for unfinished in (out / STATE_FOLDER).glob(".*"):  # of tasks that were killed while they wrote
-        shutil.rmtree(unfinished)
-    write_json(out / STATE_FOLDER / STATE_FILE, state | {"partitions": plan.partitions, "parts": parts}, indent=None)
+    move_state(folder, out, state | {"partitions": plan.partitions, "parts": parts})
     events, users = (sum(part[name] for part in states) for name in ("events", "users"))
     return outputs.data_counts(catalogue, train_counts, events, users, rows)
 

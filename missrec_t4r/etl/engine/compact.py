@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Mapping
 from functools import reduce
@@ -25,11 +24,11 @@ from missrec_t4r.etl.engine import sessionize
 from missrec_t4r.etl.engine.executor import Executor, open_executor
 from missrec_t4r.etl.engine.reduce import derivation_settings
 from missrec_t4r.etl.engine.user_state import (
-    STATE_FILE,
     STATE_FOLDER,
     USER_HASH,
     count_events,
     find_users,
+    move_state,
     state_deltas,
     state_path,
     user_hashes,
@@ -149,12 +148,7 @@ def _rewrite_splits(
     parts = [dict(part) for part in state["parts"]]
     for number, part in zip(numbers, split, strict=True):
         parts[number] = part
-    target = folder / OUTPUT_FOLDER / STATE_FOLDER
-    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed after the next line
-    (folder / STATE_FOLDER).rename(target)
-    for unfinished in target.glob(".*"):  # of tasks that were killed while they wrote
-        shutil.rmtree(unfinished)
-    write_json(target / STATE_FILE, {**state, "parts": parts}, indent=None)
+    move_state(folder, folder / OUTPUT_FOLDER, {**state, "parts": parts})
     return folder / OUTPUT_FOLDER
 
 
@@ -168,8 +162,7 @@ def merge_state(work: str, partition: int) -> dict[str, Any]:
     """Write the newest state of every user of a partition; return the numbers of events and users."""
     done = state_path(work, partition, "json")
     if done.is_file():
-        finished: dict[str, Any] = read_json(done)
-        return finished
+        return read_json(done)
     common = sessionize.load_common(work, sessionize.SPLIT_FILE)
     data = Path(common["old"])
     tables = [

@@ -43,7 +43,7 @@ class Job:
         Derived event columns.
     findings : Findings
         Gains the data-quality findings.
-    drop_columns, categorical_columns, partitions
+    partitions : int, optional
         As in `missrec_t4r.etl.pipeline.etl`.
     old : dict
         Incremental update only: folder, version, types, categories and boundaries of the version before.
@@ -59,8 +59,6 @@ class Job:
     modality_files: Mapping[str, Path]
     derive: EventSettings
     findings: checks.Findings
-    drop_columns: Sequence[str] = ()
-    categorical_columns: Sequence[str] = ()
     partitions: int | None = None
     old: dict[str, Any] = field(default_factory=dict)
     catalogue: Catalogue | None = None
@@ -86,15 +84,16 @@ def make_plan(job: Job) -> Plan:
             if name not in clashing
         }
     )
-    features = checks.event_features(empty, job.drop_columns, job.findings)
+    features = checks.event_features(empty, job.settings["drop_columns"], job.findings)
     texts = [name for name in features if pa.types.is_string(empty[name].type)]
     job.derive.check(features, texts)
-    if missing := [name for name in job.categorical_columns if name not in features]:
+    categorical = job.settings["categorical_columns"]
+    if missing := [name for name in categorical if name not in features]:
         raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {features}")
     if job.old and features != (before := job.settings["event_features"]):
         raise SchemaError(f"the new events have columns {features}", f"{before} as before", "see --drop-column")
     job.settings["event_features"] = features
-    kinds = {name: "category" if name in texts or name in job.categorical_columns else "number" for name in features}
+    kinds = {name: "category" if name in texts or name in categorical else "number" for name in features}
     chunks = cut_chunks(job.files)
     rows = sum(chunk.rows for chunk in chunks)
     partitions = job.partitions or max(1, -(-rows // EVENTS_PER_PARTITION))  # rounded up

@@ -46,7 +46,7 @@ FILTERED_ITEMS_FILE = "item_index.npy"
 @lru_cache(maxsize=4)
 def load_common(work: str, name: str = COMMON_FILE) -> dict[str, Any]:
     """Read what all partitions have in common, once per process."""
-    common: dict[str, Any] = read_json(Path(work) / name)
+    common = read_json(Path(work) / name)
     common["maps"] = [
         {column: np.asarray(codes, np.int32) for column, codes in chunk.items()} for chunk in common["maps"]
     ]
@@ -143,8 +143,7 @@ def group_by_user(work: str, partition: int) -> dict[str, Any]:
     common = load_common(work)
     done = state_path(work, partition, "json")
     if done.is_file():
-        finished: dict[str, Any] = read_json(done)
-        return finished
+        return read_json(done)
     table = read_events(work, partition)
     users, items, times = _key_columns(table)
     counts: dict[str, Any] = {}
@@ -205,8 +204,7 @@ def write_splits(work: str, partition: int) -> dict[str, Any]:
     """
     done, counts = partition_path(work, SPLIT_FOLDER, partition, "json"), state_path(work, partition, "npy")
     if done.is_file() and counts.is_file():
-        finished: dict[str, Any] = read_json(done)
-        return finished
+        return read_json(done)
     common = load_common(work, SPLIT_FILE)
     sessions = to_sessions(read_arrow(state_path(work, partition)), common)
     offsets, lengths = split_lengths(sessions, common)

@@ -118,8 +118,7 @@ def shuffle_chunk(work: str, index: int) -> dict[str, Any]:
     target = shuffle_path(Path(work), index)
     done = target.with_suffix(".json")
     if done.is_file():
-        finished: dict[str, Any] = read_json(done)
-        return finished
+        return read_json(done)
     plan = load_plan(work)
     encoder = EventEncoder(plan, load_item_ids(work))
     with ExitStack() as files:  # closes the writer, then renames the file

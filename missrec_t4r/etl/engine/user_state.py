@@ -12,10 +12,11 @@ Arrow files are memory-mapped. Users are found by binary search on their hash; r
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,7 @@ from missrec_t4r.data.session_files import DELTA_FOLDER
 from missrec_t4r.data.user_hash import Hashes, hash_ids, partition_of
 from missrec_t4r.etl.engine.ordering import EventOrder
 from missrec_t4r.io.arrow_files import one_array, read_arrow
+from missrec_t4r.io.json_files import write_json
 from missrec_t4r.schema import ITEM_ID, LIST_SUFFIX, TIMESTAMP, USER_ID
 
 STATE_FOLDER = "state"
@@ -43,6 +45,16 @@ def state_path(folder: str | Path, partition: int, extension: str = "arrow") -> 
 def state_deltas(data: Path) -> list[Path]:
     """Return the state files of a data folder's deltas, oldest first."""
     return sorted((data / STATE_FOLDER / DELTA_FOLDER).glob("*.arrow"))
+
+
+def move_state(work: Path, out: Path, content: Mapping[str, Any]) -> None:
+    """Move the state files of a working folder to the new data folder and add what its partitions have in common."""
+    target = out / STATE_FOLDER
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed after the next line
+    (work / STATE_FOLDER).rename(target)
+    for unfinished in target.glob(".*"):  # of tasks that were killed while they wrote
+        shutil.rmtree(unfinished)
+    write_json(target / STATE_FILE, content, indent=None)
 
 
 # Tables of user state

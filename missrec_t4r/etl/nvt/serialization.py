@@ -107,11 +107,6 @@ def load_workflow(folder: Path | str) -> Workflow:
     return Workflow(nodes[-1])
 
 
-def is_stored(folder: Path) -> bool:
-    """Whether a folder holds a workflow in this format, not a pickle of NVTabular."""
-    return (folder / GRAPH_FILE).is_file()
-
-
 def read_graph(folder: Path) -> dict[str, Any]:
     """Return the graph of a stored workflow, after checking its files.
 

@@ -115,7 +115,7 @@ def ranked(run: Path, exposures: Sequence[float], facts: dict[str, Any]) -> Draw
     models = {name_of(exposure): exposed(run, exposure) for exposure in exposures}
     terms_of(loaded.model).cold_start.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
     models[WITHOUT] = loaded.model, {}
-    event_features = () if loaded.model.event_features is None else loaded.model.event_features.columns
+    event_features = loaded.model.event_columns
     histories, targets = load_sessions(loaded.data, "test", event_features).split_last()
     cold = (targets >= FIRST_ITEM_ROW) & (loaded.catalogue.train_count[targets] == 0)
     rivals, tuned = fitted_baselines(loaded.data, loaded.catalogue)
@@ -146,7 +146,7 @@ def exposed(run: Path, exposure: float) -> tuple[MISSRec, dict[str, Any]]:
     loaded = load_run(run)
     model = loaded.model
     model.config = dataclasses.replace(model.config, cold_start_exposure=exposure)
-    columns = () if model.event_features is None else model.event_features.columns
+    columns = model.event_columns
     valid = load_sessions(loaded.data, "valid", columns).known()
     return model, fit_cold_start(model, loaded.catalogue, valid)
 

@@ -59,7 +59,7 @@ def ranked(run: Path, *, alone: bool) -> tuple[dict[str, Values], dict[str, Any]
     if alone:
         for name in set(model.terms) - {"history_bias"}:
             del model.terms[name]
-    columns = () if model.event_features is None else model.event_features.columns
+    columns = model.event_columns
     histories, targets = load_sessions(loaded.data, "test", columns).known().split_last()
     scorer = ModelScorer.with_popularity(model, catalogue)
     ranks = rank_catalogue(scorer, histories, targets, catalogue.n_rows).ranks

@@ -49,7 +49,7 @@ def withheld(catalogue: Catalogue, hidden: dict[str, np.ndarray[Any, np.dtype[np
 
 def without_vectors(model: MISSRec, catalogue: Catalogue) -> MISSRec:
     """Build the trained model over another catalogue of the same rows; clusters are those of training."""
-    other = build_missrec(model.config, catalogue, () if model.event_features is None else model.event_features.columns)
+    other = build_missrec(model.config, catalogue, model.event_columns)
     trained = model.state_dict()
     other.interests.centroids = model.interests.centroids.clone()  # as many as were found in training
     keep = other.state_dict() | trained

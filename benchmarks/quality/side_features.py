@@ -50,7 +50,7 @@ def measure(data: Path, run: Path, recipe: Recipe, split: str) -> dict[str, dict
     if not (run / "run.json").is_file():
         train(data, run, recipe=recipe)
     loaded = load_run(run)
-    columns = () if loaded.model.event_features is None else loaded.model.event_features.columns
+    columns = loaded.model.event_columns
     asked_with = load_sessions(data, split, columns)
     scorer = ModelScorer.with_popularity(loaded.model, loaded.catalogue)
     asked = {_WITHOUT: asked_with}

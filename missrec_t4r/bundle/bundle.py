@@ -77,11 +77,6 @@ class LoadedBundle:
     tables: RetrievalIndex | None = None
     """Retrieval index of a large catalogue, memory-mapped; None for a small one, whose ranker computes it."""
 
-    @property
-    def event_columns(self) -> tuple[EventColumn, ...]:
-        """Event features that the model was trained with; empty for a model without any."""
-        return () if self.model.event_features is None else tuple(self.model.event_features.columns)
-
 
 def write_bundle(out: str | Path, *, model: MISSRec, catalogue: Catalogue, data: str | Path) -> dict[str, Any]:
     """Write a bundle atomically; an older bundle is replaced as a whole.
@@ -123,13 +118,12 @@ def fill_bundle(folder: Path, *, model: MISSRec, catalogue: Catalogue, data: Pat
     write_catalogue(model.state_dict(), catalogue, folder / CATALOGUE_FILE)
     pq.write_table(catalogue.items, folder / ITEMS_FILE)
     widths = {name: modality.width for name, modality in catalogue.modalities.items()}
-    columns = () if model.event_features is None else model.event_features.columns
     content = {
         "format": FORMAT_VERSION,
         "config": dataclasses.asdict(model.config),
         "modalities": widths,
         "rows": catalogue.n_rows,
-        "side_features": [column.to_dict() for column in columns],
+        "side_features": [column.to_dict() for column in model.event_columns],
     }
     write_json(folder / MODEL_FILE, content)
     write_features(folder, catalogue)

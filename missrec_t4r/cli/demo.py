@@ -188,8 +188,7 @@ def _step(name: str, what: str, console: Console, seconds: dict[str, float]) -> 
 
 def _serve(run: LoadedRun, repository: Path, log_file: Path) -> dict[str, Any]:
     """Start Triton, compare its answers with the run's model, and request recommendations for three sessions."""
-    event_features = () if run.model.event_features is None else run.model.event_features.columns
-    histories = sample_histories(load_sessions(run.data, "test", event_features), _COMPARED_SESSIONS)
+    histories = sample_histories(load_sessions(run.data, "test", run.model.event_columns), _COMPARED_SESSIONS)
     with (
         LocalTriton(repository, log_file=log_file) as server,
         MISSRecClient(server.grpc_url) as client,

@@ -106,7 +106,7 @@ def export(
 def _check_parity(folder: Path, loaded: LoadedRun, sessions: int) -> dict[str, Any]:
     log.info("comparing the bundle with the run")
     bundle = load_bundle(folder)
-    histories = sample_histories(load_sessions(loaded.data, "test", bundle.event_columns), sessions)
+    histories = sample_histories(load_sessions(loaded.data, "test", bundle.model.event_columns), sessions)
     requests = raw_ids(loaded.catalogue, histories)
     check_rows(bundle.transform, histories, requests)
     workflow = check_workflow(loaded.data, bundle.catalogue, requests)

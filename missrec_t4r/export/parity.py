@@ -94,11 +94,7 @@ def raw_ids(catalogue: Catalogue, histories: Sessions) -> list[list[RawId]]:
 
 def raw_event_features(model: MISSRec, histories: Sessions) -> list[SessionEventFeatures]:
     """Return the sessions' raw event features, as a client sends them; empty for a model without any."""
-    columns = (
-        ()
-        if model.event_features is None
-        else [column for column in model.event_features.columns if column.name in histories.features]
-    )
+    columns = [column for column in model.event_columns if column.name in histories.features]
     bounds = zip(histories.offsets[:-1].tolist(), histories.offsets[1:].tolist(), strict=True)
     return [
         {column.name: column.decode(histories.features[column.name][start:end]) for column in columns}

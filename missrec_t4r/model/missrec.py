@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from missrec_t4r.config import MISSRecConfig
+from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.io.weight_names import rename_weights
 from missrec_t4r.model.contextual_encoder import ContextualEncoder
 from missrec_t4r.model.decoder import InterestAwareDecoder
@@ -93,6 +94,11 @@ class MISSRec(nn.Module):
         self.register_buffer("untrained", torch.nonzero(no_class).flatten(), persistent=False)
         self.register_load_state_dict_pre_hook(rename_weights)  # type: ignore[no-untyped-call]  # torch has no types here
         self.register_load_state_dict_post_hook(refresh_terms)  # type: ignore[no-untyped-call]  # torch has no types here
+
+    @property
+    def event_columns(self) -> tuple[EventColumn, ...]:
+        """Event features that the model was built with, with their scaling; empty for a model without any."""
+        return () if self.event_features is None else self.event_features.columns
 
     def forward(self, item_ids: Tensor, event_features: EventValues | None = None) -> Tensor:
         """Return the session vectors [batch, dim], unit length.

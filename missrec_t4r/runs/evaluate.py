@@ -82,8 +82,7 @@ def evaluate(
         raise ConfigError(f"--split {split}", f"one of {', '.join(EVALUATED_SPLITS)}")
     started = time.perf_counter()
     loaded = load_run(run, data)
-    event_features = loaded.model.event_features
-    sessions = load_sessions(loaded.data, split, event_features.columns if event_features else ())
+    sessions = load_sessions(loaded.data, split, loaded.model.event_columns)
     file = Path(out or Path(run) / f"metrics_{split}.json")
     if dry_run:
         return {

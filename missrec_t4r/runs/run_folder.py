@@ -70,13 +70,12 @@ def save_run(
     """
     out.mkdir(parents=True, exist_ok=True)
     if catalogue is not None:
-        info = {**info, "modalities": _fingerprints(catalogue)}
+        info = {**info, "modalities": encoders_of(catalogue)}
         _write_vocabulary(out / VOCABULARY_FILE, catalogue)
     save_tensors(out / WEIGHTS_FILE, model.state_dict())
     write_json(out / RECIPE_FILE, recipe.to_dict())
     where = os.path.relpath(data.resolve(), out.resolve())
-    columns = () if model.event_features is None else model.event_features.columns
-    event_features = [column.to_dict() for column in columns]
+    event_features = [column.to_dict() for column in model.event_columns]
     write_json(out / RUN_FILE, {"data": where, "versions": versions(), "side_features": event_features, **info})
 
 
@@ -103,7 +102,7 @@ def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
         cure = f"train on one of your data sets from it: `missrec train --from {run}`"
         raise CheckpointError(f"{run} was pre-trained on several domains", "a run of `missrec train`", cure)
     recipe = Recipe.from_stored(read_json(run / RECIPE_FILE))
-    folder = Path(data) if data is not None else Path(os.path.normpath(run.resolve() / info["data"]))
+    folder = Path(data) if data is not None else data_folder(run, info)
     catalogue = Catalogue.load(folder / CATALOGUE_FOLDER)
     event_features = [EventColumn.from_dict(column) for column in info.get("side_features", [])]
     model = build_missrec(recipe.model, catalogue, event_features)
@@ -185,7 +184,13 @@ def load_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def _fingerprints(catalogue: Catalogue) -> dict[str, dict[str, Any]]:
+def data_folder(run: Path, info: Mapping[str, Any]) -> Path:
+    """Return the data folder of a run; its `run.json` holds the path from the run folder."""
+    return Path(os.path.normpath(run.resolve() / info["data"]))
+
+
+def encoders_of(catalogue: Catalogue) -> dict[str, dict[str, Any]]:
+    """Return width and encoder fingerprint of every modality, as `run.json` holds them."""
     return {
         name: {"width": modality.width, "fingerprint": modality.fingerprint}
         for name, modality in catalogue.modalities.items()

@@ -97,10 +97,9 @@ def from_core(core: MISSRec, schema: Any, catalogue: Catalogue, *, top_k: int | 
             f"a model of {core.item_encoder.n_rows} rows and a catalogue of {catalogue.n_rows}", "the same catalogue"
         )
     core_schema = as_core_schema(schema)
-    event_features = () if core.event_features is None else core.event_features.columns
     block = MISSRecBlock(config=core.config)
     block.core = core
-    model = _assemble(block, core_schema, catalogue, "prefix", event_features)
+    model = _assemble(block, core_schema, catalogue, "prefix", core.event_columns)
     model.top_k = top_k
     return model
 

@@ -90,13 +90,7 @@ def train(
         log.info(f"event features: {', '.join(column.name for column in event_features)}")
     with distributed.joined(distributed.own_device(device)):
         trainer = Trainer(resolved, catalogue, splits["train"], splits["valid"], out, device, prepare, event_features)
-        if dry_run:
-            return describe_run(trainer, data, resume=resume)
-        if resume:
-            trainer.resume()
-        else:
-            trainer.start_over()
-        return trainer.run(data)
+        return run_or_describe(trainer, data, resume=resume, dry_run=dry_run)
 
 
 def _check_rows(splits: Mapping[str, Sessions], catalogue: Catalogue) -> None:
@@ -109,6 +103,17 @@ def _check_rows(splits: Mapping[str, Sessions], catalogue: Catalogue) -> None:
                 f"rows below {catalogue.n_rows}",
                 "sessions and catalogue are of different ETL runs; re-run the ETL",
             )
+
+
+def run_or_describe(trainer: Trainer, data: Path, *, resume: bool, dry_run: bool) -> dict[str, Any]:
+    """Train, from the run folder's checkpoint if there is one, or return what `describe_run` says about it."""
+    if dry_run:
+        return describe_run(trainer, data, resume=resume)
+    if resume:
+        trainer.resume()
+    else:
+        trainer.start_over()
+    return trainer.run(data)
 
 
 def describe_run(trainer: Trainer, data: Path, *, resume: bool) -> dict[str, Any]:
@@ -138,9 +143,7 @@ def describe_run(trainer: Trainer, data: Path, *, resume: bool) -> dict[str, Any
         "run": str(trainer.out),
         "items": trainer.catalogue.n_items,
         "modalities": list(trainer.catalogue.modalities),
-        "side_features": []
-        if trainer.model.event_features is None
-        else [c.name for c in trainer.model.event_features.columns],
+        "side_features": [column.name for column in trainer.model.event_columns],
         "sessions": {"train": len(trainer.sessions), "valid": len(trainer.all_valid)},
         "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "device": str(trainer.device),

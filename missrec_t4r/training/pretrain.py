@@ -29,7 +29,7 @@ from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import Encoded, MISSRec
 from missrec_t4r.schema import UNKNOWN_ROW
 from missrec_t4r.training import distributed
-from missrec_t4r.training.fit import describe_run
+from missrec_t4r.training.fit import run_or_describe
 from missrec_t4r.training.precision import autocast, to_fp32
 from missrec_t4r.training.step import Totals
 from missrec_t4r.training.trainer import Trainer
@@ -91,13 +91,7 @@ def pretrain(
         raise DataError("no training session has two known items", "sessions to learn from", "check the ETL")
     with distributed.joined(distributed.own_device(device)):
         trainer = Pretrainer(resolved, domains, folders, Path(out), device)
-        if dry_run:
-            return describe_run(trainer, next(iter(folders.values())), resume=resume)
-        if resume:
-            trainer.resume()
-        else:
-            trainer.start_over()
-        return trainer.run(next(iter(folders.values())))
+        return run_or_describe(trainer, next(iter(folders.values())), resume=resume, dry_run=dry_run)
 
 
 class Pretrainer(Trainer):

@@ -152,7 +152,7 @@ def _write_items(folder: Path, loaded: LoadedBundle) -> dict[str, Any]:
 
 def _session_files(sessions: str | Path, items_column: str, loaded: LoadedBundle) -> SessionFiles:
     return SessionFiles(
-        sessions, items_column, loaded.catalogue.id_type, [column.name for column in loaded.event_columns]
+        sessions, items_column, loaded.catalogue.id_type, [column.name for column in loaded.model.event_columns]
     )
 
 
@@ -160,7 +160,7 @@ def _write_sessions(folder: Path, loaded: LoadedBundle, files: SessionFiles) -> 
     parts: list[Floats] = [np.empty((0, loaded.model.config.d_model), np.float32)]
     tables: list[pa.Table] = [_with_usable(files.schema.empty_table().select(files.passthrough), parts[0])]
     total = -(-files.rows // _SESSIONS_AT_A_TIME)
-    reader = EventFeatureReader(loaded.event_columns)
+    reader = EventFeatureReader(loaded.model.event_columns)
     for batch in track(files.batches(_SESSIONS_AT_A_TIME), "encoding sessions", total):
         sessions = loaded.transform(*batch.sessions)
         width = max(1, *(len(rows) for rows in sessions))

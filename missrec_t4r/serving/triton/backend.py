@@ -120,7 +120,7 @@ class RankerBackend:
         dtype = torch.float32 if device == "cpu" else torch.float16
         self.ranker = Ranker(loaded.model, loaded.catalogue, device=device, dtype=dtype, tables=loaded.tables)
         self.transform = loaded.transform
-        self.event_features = EventFeatureReader(loaded.event_columns)
+        self.event_features = EventFeatureReader(loaded.model.event_columns)
         self.catalogue_version = catalogue_version(verify_bundle(bundle, only=()))
         self._modalities = np.array([*(name.encode() for name in loaded.catalogue.modalities), b"id"], object)
         for _ in range(2):  # kernels are chosen and memory is allocated before the first request

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -26,23 +25,20 @@ from missrec_t4r.data.event_features import EventColumn, encoded_values
 from missrec_t4r.data.union import match_modalities
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.runs.run_folder import VOCABULARY_FILE
+from missrec_t4r.runs.run_folder import VOCABULARY_FILE, data_folder
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID
 from missrec_t4r.training.fit import train
 from missrec_t4r.training.trainer import Prepare
 from missrec_t4r.training.warm_start.id_init import ids_from_content
-from missrec_t4r.training.warm_start.report import CONTENT_KNN, ITEM_KNN, WeightLoadingReport, report_lines
+from missrec_t4r.training.warm_start.report import CONTENT_KNN, ITEM_KNN, WeightLoadingReport
 from missrec_t4r.training.warm_start.transfer import (
-    DECODER,
-    ENCODER,
-    FROZEN,
-    NORM,
-    POSITIONS,
+    PARTS,
     Freeze,
     Source,
+    frozen_parts,
+    log_start,
     read_source,
     require_same,
-    start_facts,
 )
 
 log = logging.getLogger(__name__)
@@ -95,7 +91,9 @@ def continue_training(
     source = read_source(earlier_run)
     if "pretraining" in source.info:
         raise CheckpointError(f"{earlier_run} is a pre-training run", "a run on this shop", f"use --from {earlier_run}")
-    resolved = _recipe(recipe, settings, source)
+    if recipe is None:
+        recipe = source.recipe.changed(settings or {})
+    resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
     require_same(resolved.model, source.recipe.model, source.run)
     event_features = [
         _extend_values(EventColumn.from_dict(column), Path(data)) for column in source.info.get("side_features", [])
@@ -139,10 +137,8 @@ def load_continued(
             report.copy(f"adapter {name}", prefix, theirs=f"item_encoder.adapters.{matched[name]}.", note=note)
         else:
             report.record_initialised(f"adapter {name}", "a new modality", prefix)
-    report.copy(POSITIONS, "decoder.positions.")
-    report.copy(NORM, "decoder.norm_input.")
-    report.copy(ENCODER, "encoder.")
-    report.copy(DECODER, "decoder.layers.", "decoder.norm.")
+    for name, prefixes in PARTS.items():
+        report.copy(name, *prefixes)
     if id_init == "content":
         ids_from_content(model)
     kept = int((old_rows[FIRST_ITEM_ROW:] >= 0).sum())
@@ -163,8 +159,7 @@ def load_continued(
         report.record_initialised("interests", "density peaks have no warm start", "interests.")
     report.record_initialised(ITEM_KNN, "fitted after training", "terms.item_knn.", "terms.cold_start.")
     report.record_initialised(CONTENT_KNN, "fitted after training", "terms.content_knn.")
-    frozen = FROZEN[freeze]
-    report.freeze((*frozen, *(f"adapter {name}" for name in matched)) if freeze == "all_loaded" else frozen)
+    report.freeze(frozen_parts(freeze, matched))
     return report.finish(), items
 
 
@@ -179,7 +174,7 @@ def read_vocabulary(source: Source) -> pa.Array:
     file = source.run / VOCABULARY_FILE
     if file.is_file():
         return pq.read_table(file)[ITEM_ID].combine_chunks()
-    folder = Path(os.path.normpath(source.run.resolve() / source.info["data"])) / CATALOGUE_FOLDER
+    folder = data_folder(source.run, source.info) / CATALOGUE_FOLDER
     catalogue = Catalogue.load(folder)
     rows = source.weights["interests.assignment"].shape[1]
     if catalogue.n_rows != rows:
@@ -220,19 +215,9 @@ def _prepare(source: Source, freeze: Freeze, id_init: IdInit, out: Path) -> Prep
         report, items = load_continued(model, catalogue, source, freeze=freeze, id_init=id_init)
         counts = ", ".join(f"{count:,} {name}" for name, count in items.items())
         log.info(f"warm start from {source.run}: items {counts}")
-        for line in report_lines(report):
-            log.info(line)
-        return start_facts("continue", source, out, report, freeze=freeze, items=items)
+        return log_start("continue", source, out, report, freeze=freeze, items=items)
 
     return prepare
-
-
-def _recipe(recipe: str | Path | Recipe | None, settings: Mapping[str, Any] | None, source: Source) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    if recipe is not None:
-        return Recipe.load(recipe, settings)
-    return source.recipe.changed(settings or {})
 
 
 def _same_modalities(catalogue: Catalogue, source: Source) -> dict[str, str]:

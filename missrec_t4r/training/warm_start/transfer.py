@@ -7,10 +7,9 @@ are re-initialised. The weight-loading report lists the status of every part.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,8 +20,9 @@ from missrec_t4r.config import IdInit, MISSRecConfig, Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.union import match_modalities, require_fingerprints
 from missrec_t4r.errors import CheckpointError, ConfigError
+from missrec_t4r.io.json_files import read_json
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, load_tensors
+from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, data_folder, encoders_of, load_tensors
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.training.fit import train
 from missrec_t4r.training.trainer import Prepare
@@ -34,9 +34,14 @@ log = logging.getLogger(__name__)
 Freeze = Literal["none", "encoder_decoder", "all_loaded"]
 Take = Literal["all", "adapters"]
 
-POSITIONS, NORM, ENCODER, DECODER = "position embedding", "input LayerNorm", "encoder", "decoder"
-FROZEN = {"none": (), "encoder_decoder": (POSITIONS, ENCODER, DECODER), "all_loaded": (POSITIONS, ENCODER, DECODER)}
-"""Parts that are not trained; ``all_loaded`` also freezes the loaded adapters."""
+PARTS = {
+    "position embedding": ("decoder.positions.",),
+    "input LayerNorm": ("decoder.norm_input.",),
+    "encoder": ("encoder.",),
+    "decoder": ("decoder.layers.", "decoder.norm."),
+}
+"""Parts that every run has, with the prefixes of their weights."""
+FROZEN = ("position embedding", "encoder", "decoder")
 SIZES = ("d_model", "n_head", "d_feedforward", "n_encoder_layers", "n_decoder_layers", "max_sequence_length")
 SEMANTICS = ("attention", "sequence_fusion", "feature_scaling", "missing_modality", "layer_norm_eps")
 """Settings that change what the same weights compute: they must agree, as the sizes must."""
@@ -71,14 +76,9 @@ def read_source(run: str | Path) -> Source:
     run = Path(run)
     if not (run / RUN_FILE).is_file():
         raise CheckpointError(f"{run} holds no {RUN_FILE}", "a finished run of missrec pretrain or train")
-    info = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
-    recipe = Recipe.from_stored(json.loads((run / RECIPE_FILE).read_text(encoding="utf-8")))
+    info, recipe = read_json(run / RUN_FILE), Recipe.from_stored(read_json(run / RECIPE_FILE))
     if "modalities" not in info:
-        catalogue = Catalogue.load(Path(os.path.normpath(run.resolve() / info["data"])) / CATALOGUE_FOLDER)
-        info["modalities"] = {
-            name: {"width": modality.width, "fingerprint": modality.fingerprint}
-            for name, modality in catalogue.modalities.items()
-        }
+        info["modalities"] = encoders_of(Catalogue.load(data_folder(run, info) / CATALOGUE_FOLDER))
     return Source(run, recipe, info, load_tensors(run / WEIGHTS_FILE))
 
 
@@ -168,13 +168,7 @@ def load_pretrained(
         else:
             why = "no modality of this encoder there" if fingerprint else "its encoder is not stated"
             report.record_initialised(f"adapter {name}", why, prefix)
-    parts = {
-        POSITIONS: ("decoder.positions.",),
-        NORM: ("decoder.norm_input.",),
-        ENCODER: ("encoder.",),
-        DECODER: ("decoder.layers.", "decoder.norm."),
-    }
-    for name, prefixes in parts.items():
+    for name, prefixes in PARTS.items():
         if take == "all":
             report.copy(name, *prefixes)
         else:
@@ -188,10 +182,7 @@ def load_pretrained(
     report.record_initialised("event features", "of this data's events", "event_features.")
     report.record_initialised(ITEM_KNN, "fitted after training", "terms.item_knn.", "terms.cold_start.")
     report.record_initialised(CONTENT_KNN, "fitted after training", "terms.content_knn.")
-    frozen = FROZEN[freeze]
-    if freeze == "all_loaded":
-        frozen = (*frozen, *(f"adapter {name}" for name in matched))
-    report.freeze(frozen)
+    report.freeze(frozen_parts(freeze, matched))
     return report.finish()
 
 
@@ -213,8 +204,17 @@ def require_same(
         raise CheckpointError(f"the recipe has {ours}", f"{theirs}, as in {run}", f"add {cure}")
 
 
-def start_facts(kind: str, source: Source, out: Path, report: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Return the entry ``start`` of `run.json`: kind, relative path of the source run, weight-loading report."""
+def frozen_parts(freeze: Freeze, adapters: Iterable[str]) -> list[str]:
+    """Return the parts that are not trained; ``all_loaded`` also freezes the loaded adapters."""
+    if freeze == "none":
+        return []
+    return [*FROZEN, *(f"adapter {name}" for name in adapters if freeze == "all_loaded")]
+
+
+def log_start(kind: str, source: Source, out: Path, report: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Log the weight-loading report; return it as the entry ``start`` of `run.json`, with kind and source run."""
+    for line in report_lines(report):
+        log.info(line)
     where = os.path.relpath(source.run.resolve(), out.resolve())
     return {"start": {"kind": kind, "run": where, **more, **report}}
 
@@ -224,9 +224,7 @@ def _prepare(source: Source, freeze: Freeze, take: Take, id_init: IdInit, out: P
     def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
         report = load_pretrained(model, catalogue, source, freeze=freeze, take=take, id_init=id_init)
         log.info(f"starting from {source.run}, freezing {freeze}")
-        for line in report_lines(report):
-            log.info(line)
-        return start_facts("from", source, out, report, freeze=freeze, take=take)
+        return log_start("from", source, out, report, freeze=freeze, take=take)
 
     return prepare
 

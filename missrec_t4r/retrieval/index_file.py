@@ -20,15 +20,7 @@ from missrec_t4r.io.tensor_file import ALIGNED, StoredRows, TensorFile, advise_r
 from missrec_t4r.model.item_encoder import ItemEmbeddings
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import track
-from missrec_t4r.retrieval.int8_bounds import (
-    CHUNK,
-    ROOM,
-    SAMPLE,
-    Int8Bounds,
-    compress,
-    principal,
-    rest_of_rows,
-)
+from missrec_t4r.retrieval.int8_bounds import CHUNK, ROOM, SAMPLE, Int8Bounds, compress, principal, rest_of_rows
 from missrec_t4r.retrieval.packed_scores import PackedItems, pack_items
 
 _TABLE = ("tokens", "place", "modality", "several", "phi")

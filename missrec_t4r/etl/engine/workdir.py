@@ -21,13 +21,7 @@ from missrec_t4r.etl.inputs import read_items
 from missrec_t4r.etl.outputs import REPORT_FILE
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import PARQUET_SUFFIXES, read_table
-from missrec_t4r.io.atomic import (
-    atomic_write_file,
-    move_into_place,
-    recover,
-    refuse_unmanaged,
-    translate_disk_errors,
-)
+from missrec_t4r.io.atomic import atomic_write_file, move_into_place, recover, refuse_unmanaged, translate_disk_errors
 from missrec_t4r.schema import ITEM_ID
 
 SHUFFLE_FOLDER = "shuffle"

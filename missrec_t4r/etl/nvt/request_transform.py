@@ -35,15 +35,7 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.etl.nvt.event_ops import AddsColumns, KCore
 from missrec_t4r.etl.nvt.serialization import load_workflow
 from missrec_t4r.etl.nvt.session_ops import SessionSlice
-from missrec_t4r.schema import (
-    FIRST_ITEM_ROW,
-    ITEM_ID,
-    ITEM_LIST,
-    LIST_SUFFIX,
-    NULL_ROW,
-    TIMESTAMP,
-    UNKNOWN_ROW,
-)
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ITEM_LIST, LIST_SUFFIX, NULL_ROW, TIMESTAMP, UNKNOWN_ROW
 
 TRANSFORM_FORMAT = 1
 

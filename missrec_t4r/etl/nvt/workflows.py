@@ -29,13 +29,7 @@ from nvtabular import Workflow, ops
 from missrec_t4r.etl.event_settings import CLOCK, SESSION_ID, EventSettings
 from missrec_t4r.etl.nvt.event_ops import EventWeights, SessionGap, TimeFeatures
 from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
-from missrec_t4r.schema import (
-    ITEM_ID,
-    LIST_SUFFIX,
-    SCHEMA_FILE,
-    TIMESTAMP,
-    USER_ID,
-)
+from missrec_t4r.schema import ITEM_ID, LIST_SUFFIX, SCHEMA_FILE, TIMESTAMP, USER_ID
 
 _DASK = {
     "dataframe.shuffle.method": "tasks",  # keeps the input order of ties, unlike "disk"

@@ -12,7 +12,6 @@ the two.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import pyarrow as pa
 
 from missrec_t4r.arrays import AnyArray, Bools, Ints
 from missrec_t4r.errors import BundleError, DataError
+from missrec_t4r.io.json_files import read_json
 from missrec_t4r.schema import FIRST_ITEM_ROW, NULL_ROW, PADDING_ROW, SESSION_TRANSFORM_FILE, UNKNOWN_ROW
 
 FORMAT_VERSION = 1
@@ -111,7 +111,7 @@ class SessionTransform:
             The file is missing, is no JSON, or is of another format.
         """
         try:
-            content = json.loads(Path(file).read_text(encoding="utf-8"))
+            content = read_json(Path(file))
         except (OSError, ValueError) as error:
             raise BundleError(f"{file} cannot be read ({error})", "the JSON file of missrec etl") from error
         return cls(TransformSettings.from_dict(content), vocabulary)

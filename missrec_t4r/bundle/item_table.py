@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from missrec_t4r.bundle.id_encoder import SessionTransform
 from missrec_t4r.bundle.manifest import ITEMS_FILE
 from missrec_t4r.errors import BundleError
+from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.schema import ITEM_ID, SESSION_TRANSFORM_FILE
 
 
@@ -42,5 +43,4 @@ def load_session_transform(folder: Path, items: pa.Table | None = None) -> Sessi
 
 def vocabulary_of(items: pa.Table) -> pa.Array:
     """Return the raw ids of an item table in row order, starting with row 3."""
-    column = items[ITEM_ID].combine_chunks()
-    return pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+    return one_array(items[ITEM_ID])

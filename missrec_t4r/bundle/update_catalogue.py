@@ -42,6 +42,7 @@ from missrec_t4r.bundle.manifest import (
 )
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
+from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.io.atomic import exchange, temporary_dir
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import terms_of
@@ -240,7 +241,7 @@ def _column(name: str, catalogue: Catalogue, table: pa.Table, rows: Ints, n_rows
     """Return one column of the extended item table: the catalogue's values, replaced where the table has one."""
     exists = name in catalogue.items.column_names
     dtype = catalogue.items[name].type if exists else table[name].type
-    old = _contiguous(catalogue.items[name]) if exists else pa.nulls(catalogue.n_items, dtype)
+    old = one_array(catalogue.items[name]) if exists else pa.nulls(catalogue.n_items, dtype)
     # Both are concatenated; source [item] is the position of every item's value in the result
     source = np.arange(n_rows - FIRST_ITEM_ROW)
     if name == TRAIN_COUNT or name not in table.column_names:  # popularity is that of the training
@@ -248,16 +249,11 @@ def _column(name: str, catalogue: Catalogue, table: pa.Table, rows: Ints, n_rows
         source = np.minimum(source, len(old))
     else:
         try:
-            new = _contiguous(table[name]).cast(dtype)
+            new = one_array(table[name]).cast(dtype)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise DataError(f"column {name!r} of type {table[name].type}", f"{dtype}, as in the catalogue") from error
         source[rows - FIRST_ITEM_ROW] = len(old) + np.arange(len(rows))
     return pa.concat_arrays([old, new]).take(pa.array(source))
-
-
-def _contiguous(column: pa.ChunkedArray) -> pa.Array:
-    combined = column.combine_chunks()
-    return pa.concat_arrays(combined.chunks) if isinstance(combined, pa.ChunkedArray) else combined
 
 
 def _write(folder: Path, old: LoadedBundle, extended: Catalogue, rows: Ints, given: Mapping[str, Floats]) -> None:

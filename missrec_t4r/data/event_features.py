@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import functools
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from missrec_t4r.data.number_steps import Step, apply_steps, as_steps, invert_st
 from missrec_t4r.data.schema_pbtxt import SchemaColumn, read_schema
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.io.json_files import read_json
 from missrec_t4r.schema import LIST_SUFFIX, NULL_ROW, PADDING_ROW, SCHEMA_FILE, SESSION_TRANSFORM_FILE, UNKNOWN_ROW
 
 Kind = Literal["categorical", "continuous", "pretrained"]
@@ -201,20 +201,17 @@ def event_columns(data: str | Path, setting: str, width: int) -> tuple[EventColu
 
 def encoded_values(data: str | Path) -> dict[str, tuple[str | int, ...]]:
     """Return the raw values of categorical event features that the ETL stored, by column."""
-    file = Path(data) / SESSION_TRANSFORM_FILE
-    if not file.is_file():
-        return {}
-    features = json.loads(file.read_text(encoding="utf-8")).get("features", {})
-    return {name: tuple(feature.get("values", ())) for name, feature in features.items()}
+    return {name: tuple(feature.get("values", ())) for name, feature in _encodings(data).items()}
 
 
 def encoded_steps(data: str | Path) -> dict[str, tuple[Step, ...]]:
     """Return what the ETL's workflow computes of raw numbers, by column."""
+    return {name: as_steps(feature.get("steps", ())) for name, feature in _encodings(data).items()}
+
+
+def _encodings(data: str | Path) -> Mapping[str, Mapping[str, Any]]:
     file = Path(data) / SESSION_TRANSFORM_FILE
-    if not file.is_file():
-        return {}
-    features = json.loads(file.read_text(encoding="utf-8")).get("features", {})
-    return {name: as_steps(feature.get("steps", ())) for name, feature in features.items()}
+    return read_json(file).get("features", {}) if file.is_file() else {}
 
 
 def load_sessions(data: str | Path, split: str, columns: Sequence[EventColumn] = ()) -> Sessions:

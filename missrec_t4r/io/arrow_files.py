@@ -32,3 +32,8 @@ def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
         return column.chunk(0)
     combined = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     return pa.concat_arrays(combined.chunks) if isinstance(combined, pa.ChunkedArray) else combined
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Return whether a type is that of lists of any length."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))

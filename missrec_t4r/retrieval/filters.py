@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from missrec_t4r.arrays import Bools, Ints
 from missrec_t4r.errors import ServingError
+from missrec_t4r.io.arrow_files import is_list, one_array
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
 Scalar = str | int | float | bool
@@ -134,7 +135,7 @@ class ItemColumns:
         """Return a number per row that items with the same value of ``column`` share, [row]; -1 for a missing value."""
         if column not in self._groups:
             values = self._column(column)
-            if _is_list(values.type):
+            if is_list(values.type):
                 raise ServingError(f"column {column!r} holds lists", "one value per item", "cap by another column")
             codes = values.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
             self._groups[column] = np.concatenate([np.full(FIRST_ITEM_ROW, -1), codes.astype(np.int64)])
@@ -144,8 +145,7 @@ class ItemColumns:
         if name not in self._items.column_names:
             known = ", ".join(self._items.column_names)
             raise ServingError(f"the catalogue has no column {name!r}", f"one of {known}", "see the bundle's items")
-        column = self._items[name].combine_chunks()
-        values = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+        values = one_array(self._items[name])
         return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 
     def _mask(self, name: str, condition: Condition) -> Bools:
@@ -153,7 +153,7 @@ class ItemColumns:
 
         values, mask = self._column(name), np.zeros(self._items.num_rows + FIRST_ITEM_ROW, bool)
         owner = np.arange(len(values))
-        if _is_list(values.type):
+        if is_list(values.type):
             owner = pc.list_parent_indices(values).to_numpy()
             values = pc.list_flatten(values)
         if isinstance(condition, Span):
@@ -231,10 +231,6 @@ def _typed(name: str, wanted: frozenset[Scalar], kind: pa.DataType) -> pa.Array:
         return pa.array(values, kind)
     except (pa.ArrowInvalid, OverflowError, UnicodeError) as error:
         raise ServingError(f"where {name!r} has a value that {kind} cannot hold ({error})", "other values") from error
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
 def _is_number(kind: pa.DataType) -> bool:

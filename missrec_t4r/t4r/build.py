@@ -45,9 +45,7 @@ def build_model(
         The event features with their statistics, in place of those of the schema.
     """
     block = MISSRecBlock(config=recipe.model, seed=recipe.train.seed, id_init=recipe.train.id_init)
-    model = _assemble(block, schema, catalogue, masking, event_features)
-    model.top_k = top_k
-    return model
+    return _assemble(block, schema, catalogue, masking, event_features, top_k)
 
 
 def missrec_block(model: tr.Model) -> MISSRecBlock:
@@ -99,9 +97,7 @@ def from_core(core: MISSRec, schema: Any, catalogue: Catalogue, *, top_k: int | 
     core_schema = as_core_schema(schema)
     block = MISSRecBlock(config=core.config)
     block.core = core
-    model = _assemble(block, core_schema, catalogue, "prefix", core.event_columns)
-    model.top_k = top_k
-    return model
+    return _assemble(block, core_schema, catalogue, "prefix", core.event_columns, top_k)
 
 
 def _assemble(
@@ -110,6 +106,7 @@ def _assemble(
     catalogue: Catalogue,
     masking: str | PrefixMasking,
     event_features: Sequence[EventColumn] | None,
+    top_k: int | None,
 ) -> tr.Model:
     config, core = block.settings.config, block.core
     inputs = MultiModalSequenceFeatures.from_schema(
@@ -118,4 +115,6 @@ def _assemble(
     if core is not None and core.event_features is not None:
         inputs.event_features = core.event_features.encoder
     task = MISSRecNextItemTask(config=config)
-    return tr.Model(tr.Head(tr.SequentialBlock(inputs, block), [task], inputs=inputs))
+    model = tr.Model(tr.Head(tr.SequentialBlock(inputs, block), [task], inputs=inputs))
+    model.top_k = top_k
+    return model

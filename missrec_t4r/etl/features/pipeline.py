@@ -30,10 +30,7 @@ log = logging.getLogger(__name__)
 
 WORD_DROP = "word_drop"
 _LISTED = 50
-_KIND_OF = {"classical-text": "text", "transformers-text": "text"} | {
-    "classical-image": "image",
-    "transformers-image": "image",
-}
+_KIND_OF = {f"{encoder}-{kind}": kind for encoder in (CLASSICAL, "transformers") for kind in ("text", "image")}
 """Name of an encoder -> its input; vectors of other encoders (``precomputed``) cannot be computed here."""
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 

@@ -7,7 +7,6 @@ files are read (``categories/unique.<column>.parquet``), never the workflow's pi
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -20,31 +19,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from merlin.schema import Schema, Tags
 
-from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.session_files import take_prefixes
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl import item_table as catalogues
-from missrec_t4r.etl import splits
+from missrec_t4r.etl import outputs, splits
 from missrec_t4r.etl.nvt import adopt_sessions as adopted_sessions
 from missrec_t4r.etl.nvt import workflows
-from missrec_t4r.etl.nvt.request_transform import compile_session_transform
-from missrec_t4r.etl.nvt.serialization import save_workflow
+from missrec_t4r.etl.outputs import REPORT_FILE
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, read_table, require_column
 from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
-from missrec_t4r.schema import (
-    CATALOGUE_FOLDER,
-    FIRST_ITEM_ROW,
-    ITEM_ID,
-    ITEM_LIST,
-    LIST_SUFFIX,
-    SESSION_TRANSFORM_FILE,
-    SPLITS,
-)
+from missrec_t4r.io.json_files import write_json
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ITEM_LIST, LIST_SUFFIX, SPLITS
 
 log = logging.getLogger(__name__)
-
-REPORT_FILE = "etl.json"
 
 
 def adopt(
@@ -130,11 +118,11 @@ def adopt(
     longest = max(int(np.diff(part[ITEM_LIST].combine_chunks().offsets).max()) for part in rows_of.values())
     described = reader.schema_of_sessions(catalogue.n_rows, longest)
     trained = rows_of["train"][ITEM_LIST].combine_chunks().flatten().to_numpy()
-    counts = np.bincount(trained, minlength=catalogue.n_rows)[FIRST_ITEM_ROW:]
+    train_counts = np.bincount(trained, minlength=catalogue.n_rows)  # [item index]
     report = {
         "adopted": {"workflow": Path(workflow).name, "column": vocabulary_column, "items": len(ids)},
         "items": catalogue.n_items,
-        "cold_items": int((counts == 0).sum()),
+        "cold_items": int((train_counts[FIRST_ITEM_ROW:] == 0).sum()),
         "sessions": {name: part.num_rows for name, part in rows_of.items()},
         "modalities": {name: int(part.present.sum()) for name, part in catalogue.modalities.items()},
         "findings": findings.to_list(),
@@ -149,10 +137,12 @@ def adopt(
             (folder / name).mkdir()
             pq.write_table(part, folder / name / "part_0.parquet")
             workflows.write_schema(described, folder / name)
-        catalogues.with_train_count(catalogue, counts).save(folder / CATALOGUE_FOLDER)
+        outputs.write_catalogue(catalogue, train_counts, folder)
         codes = _feature_codes(Path(workflow), described)
-        _write_request(catalogue, folder, Path(storage), max_sequence_length, codes)
-        (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        outputs.write_request(
+            catalogue.items[ITEM_ID].combine_chunks(), folder, Path(storage), max_sequence_length, codes
+        )
+        write_json(folder / REPORT_FILE, report)
     for finding in findings.found:
         log.info(f"{finding.check}: {finding.count:,} ({finding.message})")
     return {"data": str(out), **report}
@@ -242,15 +232,3 @@ def _feature_codes(workflow: Path, schema: Schema) -> dict[str, Any]:
             with contextlib.suppress(SchemaError):  # of an older NVTabular: its codes are used as they are
                 found[name] = {"kind": "categorical", "values": read_vocabulary(workflow, name).to_pylist()}
     return found
-
-
-def _write_request(
-    catalogue: Catalogue, folder: Path, storage: Path, max_sequence_length: int, features: Mapping[str, Any]
-) -> None:
-    """Write request workflow and request transform for the catalogue's vocabulary."""
-    ids = catalogue.items[ITEM_ID].combine_chunks()
-    request = workflows.build_request_workflow(ids, storage / "request", max_sequence_length=max_sequence_length)
-    workflows.fit(request, pd.DataFrame({ITEM_ID: [ids[:2].to_pylist(), ids[:1].to_pylist()]}))
-    save_workflow(request, folder / "request_workflow")
-    transform = compile_session_transform(request) | {"features": dict(features)}
-    (folder / SESSION_TRANSFORM_FILE).write_text(json.dumps(transform, indent=2) + "\n", encoding="utf-8")

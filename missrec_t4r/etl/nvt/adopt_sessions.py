@@ -15,6 +15,7 @@ from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, expand, read_table
+from missrec_t4r.io.arrow_files import is_list, one_array
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_LIST, LIST_SUFFIX, SCHEMA_FILE, SPLITS, USER_ID
 
 _ABOVE = 3
@@ -86,7 +87,7 @@ class Reader:
     def _names(self, table: pa.Table) -> dict[str, str]:
         """Return our names by raw name: session key, items and event features."""
         assert self._schema is not None
-        lists = [name for name in table.column_names if _is_list(table[name].type)]
+        lists = [name for name in table.column_names if is_list(table[name].type)]
         tagged = [n for n in self._schema.select_by_tag(Tags.ITEM_ID).column_names if n in lists]
         if len(tagged) != 1:
             raise SchemaError(
@@ -168,15 +169,10 @@ def _beside(file: Path) -> Path:
     raise SchemaError(f"no {SCHEMA_FILE} beside {file}", "the schema of the sessions", "name it with --schema")
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
 def _lists(column: pa.ChunkedArray) -> Any:
     """Return a column as one array; lists with offsets from 0 and empty lists in place of null rows."""
-    array = column.combine_chunks()
-    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
-    if not _is_list(array.type):
+    array = one_array(column)
+    if not is_list(array.type):
         return array
     lengths = np.asarray(pc.fill_null(pc.list_value_length(array), 0), np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)

@@ -7,7 +7,6 @@ with vocabulary files that NVTabular itself writes. `tests/workflows/test_delta.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from missrec_t4r.etl.nvt import workflows as sessions
 from missrec_t4r.etl.outputs import NVTABULAR_FOLDER, REQUEST_FOLDER, WORKFLOW_FOLDER
 from missrec_t4r.io.atomic import link_or_copy
 from missrec_t4r.io.hashing import file_digest
+from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, SCHEMA_FILE, SESSION_TRANSFORM_FILE, SPLITS
 
 _SIZES = ("cardinality", "dimension")
@@ -56,7 +56,7 @@ def extend_vocabularies(old: Path, new: Path, vocabularies: Mapping[str, pd.Seri
     for split in SPLITS:
         (new / split).mkdir(exist_ok=True)
         shutil.copyfile(new / SCHEMA_FILE, new / split / SCHEMA_FILE)
-    transform = json.loads((old / SESSION_TRANSFORM_FILE).read_text(encoding="utf-8"))
+    transform = read_json(old / SESSION_TRANSFORM_FILE)
     for name, values in vocabularies.items():
         if name == ITEM_ID:
             transform["item_id"]["items"] = len(values)
@@ -64,7 +64,7 @@ def extend_vocabularies(old: Path, new: Path, vocabularies: Mapping[str, pd.Seri
             transform["features"][name]["values"] = values.tolist()
     if (old / NVTABULAR_FOLDER).is_dir():
         storage.load_workflow(new / WORKFLOW_FOLDER).save(str(new / NVTABULAR_FOLDER))
-    (new / SESSION_TRANSFORM_FILE).write_text(json.dumps(transform, indent=2) + "\n", encoding="utf-8")
+    write_json(new / SESSION_TRANSFORM_FILE, transform)
 
 
 def _written(vocabularies: Mapping[str, pd.Series], folder: Path) -> dict[str, Path]:

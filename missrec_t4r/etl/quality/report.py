@@ -7,7 +7,6 @@ statistic out of bounds raises `GateError` after the report is written, and the 
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from missrec_t4r.etl.quality.html import page
 from missrec_t4r.etl.quality.statistics import ReportData, compute_statistics
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.hashing import data_digest
-from missrec_t4r.io.json_files import write_json
+from missrec_t4r.io.json_files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +201,7 @@ def _shares(counts: Mapping[str, int]) -> dict[str, float]:
 def _last(file: Path, *, required: bool) -> dict[str, Any] | None:
     """Return the last run's report, or None if there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except FileNotFoundError:
         if required:
             raise ConfigError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -18,6 +17,7 @@ from missrec_t4r.data.session_files import read_rows, row_files
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError
 from missrec_t4r.etl.event_settings import SESSION_ID
+from missrec_t4r.io.json_files import read_json
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
 
 DAY = 86_400
@@ -53,7 +53,7 @@ class ReportData:
         report = data / "etl.json"
         if not report.is_file():
             raise DataError(f"{data} holds no etl.json", "a data folder", "write one with `missrec etl`")
-        written = json.loads(report.read_text(encoding="utf-8"))
+        written = read_json(report)
         parts = [_load(data / split) for split in SPLITS if any((data / split).glob("*.parquet"))]
         findings = {finding["check"]: int(finding["count"]) for finding in written.get("findings", [])}
         whole = _longest([sessions for sessions, _ in parts], [keys for _, keys in parts])

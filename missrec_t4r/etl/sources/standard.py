@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 from missrec_t4r.errors import DataError
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
+from missrec_t4r.io.json_files import write_json
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
 REPORT_FILE = "import.json"
@@ -114,5 +114,5 @@ def write_dataset(
     with atomic_write_dir(Path(out), REPORT_FILE, "import") as folder:
         for name, frame in (("interactions", events), ("items", items)):
             pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), folder / f"{name}.parquet")
-        (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / REPORT_FILE, report)
     return {"out": str(out), **report}

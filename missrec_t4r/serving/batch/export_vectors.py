@@ -13,7 +13,6 @@ vectors.json      width, fusion, phi, history bias, active score terms: docs/how
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from missrec_t4r.bundle.manifest import WEIGHTS_FILE, verify_bundle
 from missrec_t4r.data.event_features import EventArrays, compact_event_features
 from missrec_t4r.errors import BundleError
 from missrec_t4r.io.atomic import atomic_write_dir
+from missrec_t4r.io.json_files import write_json
 from missrec_t4r.model.fast.fusion import mean_embeddings
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import track
@@ -83,7 +83,7 @@ def vectors(
     with atomic_write_dir(Path(out), MARKER, "folder of vectors", BundleError) as folder:
         described = _write_items(folder, loaded) | {"weights_sha256": weights}
         n_sessions = 0 if files is None else _write_sessions(folder, loaded, files)
-        (folder / MARKER).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / MARKER, described)
     return {
         "out": str(out),
         "items": loaded.catalogue.n_items,

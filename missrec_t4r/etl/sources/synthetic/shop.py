@@ -20,7 +20,6 @@ it.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl.sources.synthetic.shop_images import draw
 from missrec_t4r.etl.sources.synthetic.shop_text import BRANDS, EVENT_TYPES, FILLERS, INTERESTS, STYLES
 from missrec_t4r.io.atomic import refuse_unmanaged, replace_dir, translate_disk_errors
+from missrec_t4r.io.json_files import write_json
 from missrec_t4r.progress import track
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
@@ -139,7 +139,7 @@ def generate_shop(out: str | Path, *, seed: int = 7, users: int = 3000, items: i
         pq.write_table(_event_table(events, latent), folder / "interactions.parquet")
         pq.write_table(table, folder / "items.parquet")
         _draw_all(latent, table, folder, rng)
-        (folder / SHOP_FILE).write_text(json.dumps(shop, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / SHOP_FILE, shop)
     return {"data": str(out), **shop}
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl.item_table import UnknownItems, Vectors, filter_items, match_events, unique_items
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, read_table, require_column
@@ -58,13 +57,9 @@ def read_tables(
 
     Raises
     ------
-    ConfigError
-        Two of user, item and time have the same column.
     DataError, SchemaError
         A table cannot be read, lacks a column, or has one of an unsupported type.
     """
-    if len(names) < 3:
-        raise ConfigError(f"columns {list(names)} for user, item and time", "three different columns")
     ids = [next(raw for raw, name in names.items() if name == key) for key in (USER_ID, ITEM_ID)]
     events = read_table(interactions, "interactions", text_columns=ids, needed=names, findings=findings)
     for raw, option in zip(names, ("--user-column", "--item-column", "--time-column"), strict=True):

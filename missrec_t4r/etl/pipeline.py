@@ -247,7 +247,7 @@ def etl(
         workflow=workflow_file,
     )
     if dry_run:
-        return describe_run(task.files, names, items, out, out_of_core=out_of_core, settings=settings)
+        return _describe_run(task, out, out_of_core=out_of_core)
     if out_of_core:
         counts = _run_out_of_core(task, out, partitions, dask_scheduler, workers, started)
     else:
@@ -381,15 +381,7 @@ def is_large(files: Sequence[Path]) -> bool:
         return False
 
 
-def describe_run(
-    files: Sequence[Path],
-    names: Mapping[str, str],
-    items: Path,
-    out: Path,
-    *,
-    out_of_core: bool,
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
+def _describe_run(task: _Task, out: Path, *, out_of_core: bool) -> dict[str, Any]:
     """Return what a run would read and write (``--dry-run``).
 
     Raises
@@ -398,12 +390,12 @@ def describe_run(
         The output exists and is no data folder, or a table cannot be read or lacks a column.
     """
     refuse_unmanaged(out, REPORT_FILE)
-    n_items = read_table(items, "items").num_rows
-    tables = [_describe_table(file) for file in files]
+    n_items = read_table(task.items, "items").num_rows
+    tables = [_describe_table(file) for file in task.files]
     for table in tables:
-        if missing := [name for name in names if name not in table["columns"]]:
+        if missing := [name for name in task.names if name not in table["columns"]]:
             raise SchemaError(f"{table['file']} has columns {table['columns']}", f"columns {missing} too")
-    parquet = [file for file in files if file.name.endswith(PARQUET_SUFFIXES)]
+    parquet = [file for file in task.files if file.name.endswith(PARQUET_SUFFIXES)]
     return {
         "dry_run": True,
         "engine": "disk" if out_of_core else "memory",
@@ -416,7 +408,7 @@ def describe_run(
             for name in (*SPLITS, CATALOGUE_FOLDER, WORKFLOW_FOLDER, REQUEST_FOLDER, SESSION_TRANSFORM_FILE)
         ],
         "would_replace": out.exists(),
-        "settings": dict(settings),
+        "settings": dict(task.settings),
     }
 
 

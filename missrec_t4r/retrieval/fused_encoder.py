@@ -21,7 +21,8 @@ from missrec_t4r.model.fast import use_shortcuts
 from missrec_t4r.model.fast.contextual_encoder import FastContextualEncoder
 from missrec_t4r.model.item_encoder import ItemEmbeddings
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW
+from missrec_t4r.retrieval.traced_encoder import sample_sessions
+from missrec_t4r.schema import PADDING_ROW
 
 _CHECKED = ((1, 1), (1, 2), (1, 9), (3, 1), (5, 12))
 """Batch and length of the sessions on which the result is compared with the model's."""
@@ -223,15 +224,10 @@ def can_be_fused(model: MISSRec) -> bool:
 
 @torch.inference_mode()
 def _equal(model: MISSRec, tokens: ItemEmbeddings, encoder: FusedEncoder, batch: int, length: int) -> bool:
-    length = min(length, model.config.max_sequence_length)
-    n_items = model.item_encoder.n_rows - FIRST_ITEM_ROW
-    rows = np.arange(batch * length).reshape(batch, length) * 7 % n_items + FIRST_ITEM_ROW
-    for line in range(1, batch):
-        rows[line, max(length - line, 0) :] = PADDING_ROW
-    session = torch.from_numpy(rows).to(tokens.modality.device)
+    session = sample_sessions(model, batch, length)
     expected = model.encode(session, items=tokens.take(session), last_only=True).vectors
     expected = expected * (session > PADDING_ROW).any(1, keepdim=True)
-    return torch.allclose(encoder(rows), expected, atol=_TOLERANCE, rtol=0)
+    return torch.allclose(encoder(session.cpu().numpy()), expected, atol=_TOLERANCE, rtol=0)
 
 
 def _hidden(lengths: Ints, width: int) -> Bools:

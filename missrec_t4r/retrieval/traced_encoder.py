@@ -74,7 +74,7 @@ def trace_encoder(encoder: SessionEncoder) -> Encode:
     """Return a trace of the encoder, or the encoder itself where a trace would give other vectors."""
     plain = SessionEncoder(encoder.model, encoder.tokens)
     plain.projections = None
-    shapes = [_session(encoder.model, *shape) for shape in (_TRACED, *_CHECKED)]
+    shapes = [sample_sessions(encoder.model, *shape) for shape in (_TRACED, *_CHECKED)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the check below finds shapes that a trace has made constants
@@ -105,7 +105,7 @@ def _constant(tokens: ItemEmbeddings) -> ItemEmbeddings:
     return tokens._replace(modality=tokens.modality.detach(), ids=ids)
 
 
-def _session(model: MISSRec, batch: int, length: int) -> Tensor:
+def sample_sessions(model: MISSRec, batch: int, length: int) -> Tensor:
     """Return sessions of different lengths, the first one whole; items repeat."""
     length = min(length, model.config.max_sequence_length)
     n_items = model.item_encoder.n_rows - FIRST_ITEM_ROW

@@ -202,7 +202,9 @@ def _dies(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *, after: boo
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("step", ["write_arrow", "grow", "_write_catalogue", "link_unchanged", "move_into_place"])
+@pytest.mark.parametrize(
+    "step", ["write_arrow", "extend_vocabularies", "_write_catalogue", "link_unchanged", "move_into_place"]
+)
 def test_an_increment_killed_anywhere_is_complete_or_absent(data: Path, tmp_path: Path, step: str, late: bool) -> None:
     old, file = content(data), increment(tmp_path, 2, 11)
     modules = {"link_unchanged": append, "move_into_place": workdir}

@@ -13,9 +13,8 @@ import logging
 import mimetypes
 import threading
 import time
-from collections.abc import Callable
 from functools import cached_property
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -23,10 +22,11 @@ from urllib.parse import parse_qs, urlsplit
 import pyarrow as pa
 
 from missrec_t4r.bundle.item_table import load_items
-from missrec_t4r.errors import DataError, MISSRecError, ServingError
+from missrec_t4r.errors import DataError, MISSRecError
 from missrec_t4r.schema import ITEM_ID, TRAIN_COUNT
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.protocol import typed_id
+from missrec_t4r.serving.http_server import listen
 from missrec_t4r.serving.triton.ports import LOOPBACK
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class Playground:
     def __init__(self, client: MISSRecClient, catalogue: CatalogueView, port: int = 0) -> None:
         self.client, self.catalogue = client, catalogue
         self._page = importlib.resources.files("missrec_t4r.serving.playground").joinpath("page.html").read_bytes()
-        self._server = _listen(self.reply, port)
+        self._server = listen(port, self._respond)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     @property
@@ -195,6 +195,18 @@ class Playground:
             "catalogue_version": result.catalogue_version,
             "milliseconds": milliseconds,
         }
+
+    def _respond(self, request: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
+        length = int(request.headers.get("Content-Length") or 0)
+        own_hosts = {f"{host}:{self._server.server_address[1]}" for host in (LOOPBACK, "localhost")}
+        if length > _LONGEST_BODY:
+            status, kind, body = _json({"error": f"a request of {length} bytes"}, 413)
+            request.close_connection = True
+        elif request.headers.get("Host") not in own_hosts:  # DNS rebinding by another site's page
+            status, kind, body = _json({"error": "another host's request"}, 403)
+        else:
+            status, kind, body = self.reply(request.command, request.path, request.rfile.read(length))
+        return status, {**_HEADERS, "Content-Type": kind}, body
 
     def _get(self, path: str, query: dict[str, str]) -> Reply:
         if path == "/":
@@ -252,34 +264,3 @@ def playground(
 
 def _json(content: dict[str, Any], status: int = 200) -> Reply:
     return status, "application/json", json.dumps(content).encode()
-
-
-def _listen(reply: Callable[[str, str, bytes], Reply], port: int) -> ThreadingHTTPServer:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def _respond(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            own_hosts = {f"{host}:{self.server.server_address[1]}" for host in (LOOPBACK, "localhost")}  # type: ignore[index]  # an internet address
-            if length > _LONGEST_BODY:
-                status, kind, body = _json({"error": f"a request of {length} bytes"}, 413)
-                self.close_connection = True
-            elif self.headers.get("Host") not in own_hosts:  # DNS rebinding by another site's page
-                status, kind, body = _json({"error": "another host's request"}, 403)
-            else:
-                status, kind, body = reply(self.command, self.path, self.rfile.read(length))
-            self.send_response(status)
-            for name, value in {**_HEADERS, "Content-Type": kind, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_GET = do_POST = _respond  # noqa: N815  # http.server's names
-
-        def log_message(self, *arguments: Any) -> None:
-            """Log nothing."""
-
-    try:
-        return ThreadingHTTPServer((LOOPBACK, port), Handler)
-    except OSError as error:
-        raise ServingError(f"port {port} cannot be used ({error})", "a free port", "choose another --port") from error

@@ -14,13 +14,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, Literal
 
 from missrec_t4r.errors import ConfigError, ServingError
 from missrec_t4r.serving.client.transports import checked_address
+from missrec_t4r.serving.http_server import listen
 from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, MirroredRequest, MirroringProxy, Tensors
-from missrec_t4r.serving.triton.ports import LOOPBACK
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class HttpShadowProxy(MirroringProxy):
         self.address = checked_address(url, "http")
         self._candidate_address = checked_address(candidate_url or url, "http")
         self._candidate_path, self._mirrored_path = (f"/v2/models/{name}/infer" for name in (candidate, model))
-        self._server = self._listen(port)
+        self._server = listen(port, self._respond)
         self._port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
@@ -102,36 +102,9 @@ class HttpShadowProxy(MirroringProxy):
             raise ServingError(f"the candidate answered {response[0]}")
         return _tensors(response)
 
-    def _listen(self, port: int) -> ThreadingHTTPServer:
-        proxy = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-
-            def _forward(self) -> None:
-                request_body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                status, headers, body = proxy.forward(
-                    self.command, self.path, _end_to_end(self.headers.items()), request_body
-                )
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            do_GET = do_POST = _forward  # noqa: N815  # http.server's names
-
-            def log_message(self, *arguments: Any) -> None:
-                """Log nothing: the server logs its requests."""
-
-        try:
-            return ThreadingHTTPServer((LOOPBACK, port), Handler)
-        except OSError as error:
-            raise ServingError(
-                f"port {port} cannot be used ({error})", "a free port", "choose another --port"
-            ) from error
+    def _respond(self, request: BaseHTTPRequestHandler) -> Response:
+        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        return self.forward(request.command, request.path, _end_to_end(request.headers.items()), body)
 
 
 def shadow(

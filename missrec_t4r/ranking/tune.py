@@ -150,13 +150,7 @@ def _tune_content_knn(model: MISSRec, content_knn: ContentKNNTerm, validation: _
 class _Validation:
     """Validation sessions, and the NDCG of the model's present score plus a term, at every point of a grid."""
 
-    def __init__(
-        self,
-        model: MISSRec,
-        scorer: ModelScorer,
-        histories: Sessions,
-        targets: Ints,
-    ) -> None:
+    def __init__(self, model: MISSRec, scorer: ModelScorer, histories: Sessions, targets: Ints) -> None:
         self.model, self.scorer, self.histories, self.targets = model, scorer, histories, targets
 
     @torch.no_grad()

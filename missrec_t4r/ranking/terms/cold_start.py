@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from missrec_t4r.model.item_encoder import ItemEncoder
 from missrec_t4r.model.score_terms import ScoreTerm
 from missrec_t4r.ranking.similarity import mean_over_shared, mean_similarity
+from missrec_t4r.ranking.terms.history import recency
 from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
-from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
+from missrec_t4r.schema import FIRST_ITEM_ROW
 
 _N_ALIKE = 32
 """Warm items per cold item, as in `ContentKNNTerm`."""
@@ -227,12 +228,11 @@ class ColdStartTerm(ScoreTerm):
 
     def likeness_to(self, item_ids: Tensor) -> Tensor:
         """Return the cosines [batch, cold] with the mean content of sessions ``item_ids`` [batch, seq]."""
-        real = item_ids > UNKNOWN_ROW
-        recency = _DECAY ** (real.sum(1, keepdim=True) - real.cumsum(1)) * real  # [batch, seq]
+        recent = recency(item_ids, _DECAY)  # [batch, seq]
         item_encoder, cosines, shared = self.item_encoder, [], []
         for index in self._used:
             content, centre = self.get_buffer(f"content{index}"), self.get_buffer(f"centre{index}")
-            weights = (recency * self.scales[index][item_ids]).to(content.dtype)
+            weights = (recent * self.scales[index][item_ids]).to(content.dtype)
             table = item_encoder.vectors.get_buffer(item_encoder.names[index])
             mean = F.embedding_bag(item_ids, table, per_sample_weights=weights, mode="sum")
             query = F.normalize(mean - weights.sum(1, keepdim=True) * centre, dim=-1)

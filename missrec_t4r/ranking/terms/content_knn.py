@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from missrec_t4r.model.score_terms import ScoreTerm
 from missrec_t4r.ranking.similarity import centred, mean_similarity
-from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
+from missrec_t4r.ranking.terms.history import recency
+from missrec_t4r.schema import FIRST_ITEM_ROW
 
 _SHARPNESS = 5.0
 """Inverse temperature of the softmax over a candidate's list; 5 and 10 rank alike (docs/experiments.md)."""
@@ -123,9 +124,7 @@ class ContentKNNTerm(ScoreTerm):
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Return the term [batch, catalogue] for sessions ``item_ids`` [batch, seq]."""
-        real = item_ids > UNKNOWN_ROW
-        age = real.sum(1, keepdim=True) - real.cumsum(1)  # [batch, seq], 0 for the last item
-        weight = (self.settings[0] * self.settings[1] ** age * real).flatten()  # [event]
+        weight = (self.settings[0] * recency(item_ids, self.settings[1])).flatten()  # [event]
         start, stop = self.pointers[item_ids.flatten()], self.pointers[item_ids.flatten() + 1]  # [event]
         lengths = stop - start
         # one edge per event and candidate that lists its item: much fewer than events times catalogue

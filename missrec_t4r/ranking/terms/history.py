@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from missrec_t4r.model.score_terms import ScoreTerm
+from missrec_t4r.schema import UNKNOWN_ROW
 
 _INITIAL_LOGIT = -3.0
 """Items of the history start as unlikely as that: the optimum is near -4, and from -2 learning is slow."""
@@ -40,6 +41,12 @@ class HistoryBias(ScoreTerm):
         column = torch.searchsorted(rows, item_ids).clamp_max(len(rows) - 1)
         inside = first_occurrences(item_ids) & (rows[column] == item_ids)
         return scores.scatter_add_(1, column, self.bias * inside.to(scores.dtype))
+
+
+def recency(item_ids: Tensor, decay: Tensor | float) -> Tensor:
+    """Return ``decay ** age`` [batch, seq] of the known items, the last of which has age 0, and 0 for all others."""
+    known = item_ids > UNKNOWN_ROW
+    return decay ** (known.sum(1, keepdim=True) - known.cumsum(1)) * known
 
 
 def first_occurrences(item_ids: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.score_terms import ScoreTerm
 from missrec_t4r.ranking.cooccurrence import SHRINKAGE, pairs_within
-from missrec_t4r.schema import UNKNOWN_ROW
+from missrec_t4r.ranking.terms.history import recency
 
 
 class ItemKNNSettings(NamedTuple):
@@ -111,9 +111,7 @@ class ItemKNNTerm(ScoreTerm):
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Return the term [batch, catalogue] for sessions ``item_ids`` [batch, seq]."""
-        real = item_ids > UNKNOWN_ROW
-        age = real.sum(1, keepdim=True) - real.cumsum(1)  # [batch, seq], 0 for the last item
-        added = (self.settings[1] ** age * real).unsqueeze(-1) * self.strengths[item_ids]  # [batch, seq, neighbour]
+        added = recency(item_ids, self.settings[1]).unsqueeze(-1) * self.strengths[item_ids]  # [batch, seq, neighbour]
         near = self.neighbours[item_ids].long().flatten(1)  # [batch, seq * neighbour]
         counts = self.counts[item_ids].flatten(1)
         term = added.new_zeros(len(item_ids), len(self.frequency))  # [batch, catalogue]

@@ -163,14 +163,14 @@ def test_an_update_that_would_move_scores_does_not_appear(before: Path, monkeypa
     ("items", "given", "error", "words"),
     [
         ({"name": ["a"]}, {}, DataError, "item_id"),
-        ({"item_id": pa.array([], pa.string())}, {}, DataError, "0 lines"),
+        ({"item_id": pa.array([], pa.string())}, {}, DataError, "0 rows"),
         ({"item_id": ["a", "a"]}, {}, DataError, "repeated"),
         ({"item_id": ["a", None]}, {}, DataError, "missing or repeated"),
         ({"item_id": ["a"], "price": ["dear"]}, {}, DataError, "column 'price'"),
         ({"item_id": ["a"]}, {"sound": np.zeros((1, 3))}, ModalityError, "modality 'sound'"),
         ({"item_id": ["a"]}, {"text": np.zeros((2, 12))}, ModalityError, r"\(2, 12\)"),
         ({"item_id": ["a"]}, {"text": np.zeros((1, 12), np.int64)}, ModalityError, "int64"),
-        ({"item_id": ["a"]}, {"text": np.array([[NAN, *range(11)]])}, ModalityError, "line 0"),
+        ({"item_id": ["a"]}, {"text": np.array([[NAN, *range(11)]])}, ModalityError, "row 0"),
         ({"item_id": [""]}, {"text": np.ones((1, 12))}, BundleError, "the empty string"),
     ],
 )

@@ -260,7 +260,8 @@ def _or_exit(call: Callable[[], Any]) -> Any:
     try:
         return _with_cures(call)
     except MISSRecError as error:
-        Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False)
+        words = f"{type(error).__name__}: {error}"  # not wrapped: a path of the message can be copied
+        Console(stderr=True).print(words, style="red", highlight=False, markup=False, soft_wrap=True)
         if isinstance(error, GateError) and error.result:
             print(json.dumps(error.result, default=to_plain))
         raise typer.Exit(error.exit_code) from None

@@ -3,10 +3,10 @@
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from missrec_t4r.cli.demo import demo, find_inputs
 from missrec_t4r.data.catalogue import Catalogue
@@ -18,8 +18,9 @@ pytestmark = pytest.mark.triton
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, str]:
     out = tmp_path_factory.mktemp("demo")
-    with (out / "log").open("w") as log:
-        summary = demo(None, out, recipe="tiny", users=400, items=150, console=Console(file=log, width=120))
+    with (out / "log").open("w") as log, redirect_stderr(log), pytest.MonkeyPatch.context() as terminal:
+        terminal.setenv("COLUMNS", "120")
+        summary = demo(None, out, recipe="tiny", users=400, items=150)
     return summary, out / "shop", (out / "log").read_text()
 
 

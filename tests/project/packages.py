@@ -1,6 +1,7 @@
 """The source tree seen as the package that is installed: which file lies where, and what each imports."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def shipped_files() -> dict[str, Path]:
     }
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Return every importable module by its installed name.
 

@@ -148,13 +148,13 @@ def test_changed_files_are_refused(stored: Path) -> None:
         (lambda node: node["state"].update(__class__="x"), "sets '__class__'"),
     ],
 )
-def test_strange_operators_are_refused_even_with_a_right_seal(stored: Path, change: Any, words: str) -> None:
-    from missrec_t4r.etl.nvt.serialization import _seal
+def test_strange_operators_are_refused_even_with_a_right_checksum(stored: Path, change: Any, words: str) -> None:
+    from missrec_t4r.etl.nvt.serialization import _checksum
 
     graph = json.loads((stored / "workflow.json").read_text())
     del graph["sha256"]
     change(graph["nodes"][0])
-    (stored / "workflow.json").write_text(json.dumps(graph | {"sha256": _seal(graph)}))
+    (stored / "workflow.json").write_text(json.dumps(graph | {"sha256": _checksum(graph)}))
     with pytest.raises(DataError, match=words):
         load_workflow(stored)
 

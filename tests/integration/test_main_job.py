@@ -11,6 +11,7 @@ import pytest
 from missrec_t4r.cli.demo import demo, find_inputs
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import DataError
+from missrec_t4r.progress import reporting
 
 pytestmark = pytest.mark.triton
 
@@ -20,7 +21,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, str]:
     out = tmp_path_factory.mktemp("demo")
     with (out / "log").open("w") as log, redirect_stderr(log), pytest.MonkeyPatch.context() as terminal:
         terminal.setenv("COLUMNS", "120")
-        summary = demo(None, out, recipe="tiny", users=400, items=150)
+        with reporting():
+            summary = demo(None, out, recipe="tiny", users=400, items=150)
     return summary, out / "shop", (out / "log").read_text()
 
 

@@ -4,6 +4,7 @@
 # make test-fast                   the tests of model, ranking, training and evaluation, for the inner loop (a minute)
 # make test-set-a                  the tests on the older pins, those of NVIDIA's Merlin containers
 # make test-cpus                   the tests that compare floats, with the kernels of other processors (30 minutes)
+# make mutants [ONLY=training]     breaks one behaviour at a time and prints what no test notices (half an hour)
 # make bench-quality DATA=… RECIPE=default SEEDS=3    quality over seeds; SUBSET=FILE, MODALITY="text=FILE image=FILE"
 # make bench-serving [BUNDLE=…]   served latency, throughput, start, memory, exact top-50 of 1M items (20 minutes)
 # make bench-etl ROWS=1000000   ETL beside stock NVTabular operators, pandas and polars; STOCK_ROWS=200000 caps the stock run
@@ -24,6 +25,7 @@ SUBSET ?=
 MODALITY ?=
 NAME ?=
 PYTEST_ARGS ?=
+ONLY ?=
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 PYTEST = python -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 FAST = tests/unit tests/equations tests/properties tests/evaluation tests/recipes $(addprefix --ignore tests/unit/,$(TRAININGS))
@@ -41,7 +43,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-set-a test-cpus bench-etl bench-quality bench-serving bench-train docs lint types format clean
+.PHONY: help install demo test test-fast test-set-a test-cpus mutants bench-etl bench-quality bench-serving bench-train docs lint types format clean
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -95,6 +97,9 @@ test-set-a: $(VENV_A)/.installed
 
 test-cpus: $(VENV)/.installed
 	@$(VENV)/bin/python -m benchmarks.cpus
+
+mutants: $(VENV)/.installed
+	@$(VENV)/bin/python -m tests.mutants.run --jobs $(JOBS) --only "$(ONLY)"
 
 bench-etl: $(VENV)/.installed
 	@$(VENV)/bin/python -m pip install -q -r requirements/bench.txt

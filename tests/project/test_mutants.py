@@ -1,0 +1,52 @@
+"""The mutants are patches to the present code and name tests that exist; `make mutants` runs them."""
+
+import ast
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.patches import ROOT, apply, mutants, read
+
+MUTANTS = list(mutants())
+TO_REDO = "change the code again as its first line says, and replace the patch's diff by that of `git diff -U2`"
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
+def test_mutant_changes_shipped_code_and_names_test_files(mutant) -> None:
+    assert mutant.changes, "no file is changed"
+    assert all(name.startswith(("missrec_t4r/", "triton_models/")) for name in mutant.changes), mutant.changes
+    assert [name for name in mutant.tests if not (ROOT / name).is_file()] == []
+    assert all(Path(name).name.startswith("test_") for name in mutant.tests)
+
+
+def test_every_mutant_applies_and_leaves_python(tmp_path: Path) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    rotten = {}
+    for number, mutant in enumerate(MUTANTS):
+        tree = tmp_path / str(number)
+        for name in mutant.changes:
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / name).is_file():
+                shutil.copy(ROOT / name, tree / name)
+        if complaint := apply(mutant, tree):
+            rotten[mutant.name] = complaint
+            continue
+        for name in mutant.changes:
+            if name.endswith(".py"):
+                ast.parse((tree / name).read_text(encoding="utf-8"))
+    assert rotten == {}, TO_REDO
+
+
+def test_behaviours_are_told_apart() -> None:
+    told = [mutant.behaviour for mutant in MUTANTS]
+    assert len(told) == len(set(told))
+
+
+@pytest.mark.parametrize("text", ["--- a/x\n+++ b/x\n", "Behaviour: no test is named\n--- a/x\n+++ b/x\n"])
+def test_a_patch_without_header_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "without-header.patch"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="Behaviour"):
+        read(file)

@@ -9,7 +9,7 @@
 # make bench-serving [BUNDLE=…]   served latency, throughput, start, memory, exact top-50 of 1M items (20 minutes)
 # make bench-etl ROWS=1000000   ETL beside stock NVTabular operators, pandas and polars; STOCK_ROWS=200000 caps the stock run
 # make bench-train [DATA=…] [RELEASE=…]   training speed beside the authors' release and T4R's XLNet (10 minutes)
-# make docs   writes docs/reference.md from the code and builds the site into build/site
+# make docs   writes docs/reference.md from the code, measured numbers from their files, and builds the site into build/site
 # make lint | format | clean
 # Settings: PYTHON (python3.11), VENV (.venv), DATA, OUT (work/demo), TESTS (tests), JOBS (one per core, at most 8), PYTEST_ARGS
 
@@ -83,6 +83,7 @@ test-fast: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	@$(VENV)/bin/python docs/reference.py
+	@$(VENV)/bin/python docs/measured.py
 	@echo "==> building the site"
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"

@@ -152,7 +152,7 @@ class Measured:
             path = f"{RESULTS}/{self.files[row['file']]}"
             variables["link"] = f"[file]({os.path.relpath(path, Path(page).parent)})"
         if any(name not in variables for name in _VARIABLE.findall(template)):
-            return str(table.get("empty", ""))
+            return str(row.get("empty", table.get("empty", "")))
         text = _VARIABLE.sub(lambda name: str(variables[name[1]]), template)
         return _FIGURE.sub(lambda figure: self._figure(page, figure, row.get("file")), text)
 

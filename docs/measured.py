@@ -151,9 +151,11 @@ class Measured:
         if "file" in row:
             path = f"{RESULTS}/{self.files[row['file']]}"
             variables["link"] = f"[file]({os.path.relpath(path, Path(page).parent)})"
-        if any(name not in variables for name in _VARIABLE.findall(template)):
-            return str(row.get("empty", table.get("empty", "")))
-        text = _VARIABLE.sub(lambda name: str(variables[name[1]]), template)
+        text = template
+        while names := set(_VARIABLE.findall(text)):  # a variable may name others
+            if any(variables.get(name) is None for name in names):
+                return str(row.get("empty", table.get("empty", "")))
+            text = _VARIABLE.sub(lambda name: str(variables[name[1]]), text)
         return _FIGURE.sub(lambda figure: self._figure(page, figure, row.get("file")), text)
 
     def _figures(self, page: str, sentence: str) -> list[str]:

@@ -128,3 +128,39 @@ def test_a_wrong_key_says_which_file_and_page(module: Any, measured: Any) -> Non
         measured.value("README.md", "subset#recall@10/median")
     with pytest.raises(module.MeasuredError, match=r"0 sentences .*expected: one"):
         measured.found("README.md", "it is {subset#seeds} times better", "it is worse")
+
+
+def test_a_table_is_written_from_rows_and_cells(module: Any, tmp_path: Path) -> None:
+    """Variables may name others; a protocol without a cell stays empty; figures are formatted as asked."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    found = {"strict": {"all text/images": {"mean": 0.12345, "std": 0.00161}}, "seconds": {"train": 90.0, "serve": 30}}
+    (tmp_path / "benchmarks/results/day-run.json").write_text(json.dumps(found), encoding="utf-8")
+    spec = """
+        files: {run: day-run.json}
+        earlier_temperature: []
+        not_measured: []
+        pages:
+          page.md:
+            tables:
+              times:
+                variables: {cell: strict/<of>}
+                empty: not measured
+                columns: [system: <of>, score: "{<cell>|.4}", other: "{<other>|.4}", minutes: "{sum seconds / 60|0.1}"]
+                rows: [{of: all text/images, file: run}, {of: no text, cell: null, file: run}]
+            sentences: ["takes {run#seconds/train|0.0} s"]
+    """
+    (tmp_path / "docs/measured.yaml").write_text(spec, encoding="utf-8")
+    text = "It takes\n70 s.\n<!-- measured: times -->\nold\n<!-- /measured -->\n"
+    assert module.Measured(tmp_path).written("page.md", text).splitlines() == [
+        "It takes",
+        "90 s.",
+        "<!-- measured: times -->",
+        "",
+        "| system | score | other | minutes |",
+        "|---|---|---|---|",
+        "| all text/images | .1235 ± .0016 | not measured | 2.0 |",
+        "| no text | not measured | not measured | 2.0 |",
+        "",
+        "<!-- /measured -->",
+    ]

@@ -1,36 +1,48 @@
-"""Synthetic shop in which content matters: interests show in texts, styles in images, order in the sessions.
+"""Generated shop, version 2: a catalogue with texts and pictures, and sessions with the statistics of a real data set.
 
-An item belongs to one of 24 interests, is one of the four products of that interest (tent, sleeping bag,
-camp stove, lantern) and has one of six styles; popularity is long-tailed. Title and description are made of the
-interest's words and the product's name, the image of the style's colours and pattern. Texts do not mention the style
-and images do not show the interest, so both modalities are needed. Some items lack the text, others the image.
+An item belongs to one of 24 interests, is one of the four products of that interest (tent, sleeping bag, camp stove,
+lantern), has one of six styles and belongs to a set of items of its interest that go together; popularity is
+long-tailed. Title and description are made of the interest's words and the product's name, the image of the style's
+colours and pattern: texts do not mention the style and images do not show the interest. Some items lack the text,
+others the image. Part of the items are launched late and are promoted while they are new: some of the last events are
+about items without training events, which only content can find. Times are unix seconds over about a year.
 
-A user prefers one style and moves within an interest from product to product (a tent, then a sleeping bag), then to a
-related interest: the next item depends on the last one, so order matters and popularity alone predicts little. Part of
-the items are launched late, most of them near the end, and are promoted while they are new: the last events are about
-items without training events, which only content can find. Times are unix seconds over about a year.
+A user has a taste for one style. The next event repeats an item of the user, or is an item of the last item's set, or
+stays in its interest (mostly at the same product), or returns to an earlier interest, or begins a new one. Which item
+of the interest it is depends on popularity and taste. No order of products is built in, because the real data show
+none.
 
-Event features: users who buy move on to the next product, users who only view compare; short dwell times precede a
-change of interest, and dwell times are longer on the preferred style; the category is the item's department, also where
-its text is missing. These columns have their own random generator and do not change the items of the sessions.
+Event columns tell of the user and of the item of their event, never of the next event: `event_columns` receives the
+users' traits (taste, browser or buyer, reading pace) and the chosen items, and draws from a stream of its own. Users
+buy and read more where the style is theirs; the category is the item's department, also where its text is missing.
 
-The same seed gives the same tables and, with the same Pillow version, the same images. Frozen: models are not tuned on
-it.
+Parameters under "Measured" were set once from the statistics of Amazon Industrial & Scientific
+(``python -m benchmarks.quality.shop_statistics``; docs/benchmarks.md, "The generated shop"), before any model saw this
+version; those under "Ours" have no counterpart there. Frozen: the tables of the default sizes have a known hash
+(`fingerprint`, tests/workflows/test_generator.py), because a shop that is changed until a model does well measures
+nothing. Whoever changes the shop makes a new version, with new results.
+
+All streams derive from one seed by `numpy.random.SeedSequence`, and everything is drawn from uniform numbers
+(`Generator.random`), whose values do not depend on the version of numpy or the platform. Images also need the same
+Pillow version.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from missrec_t4r.arrays import Doubles, Ints
+from missrec_t4r.arrays import Bools, Doubles, Ints
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl.sources.synthetic.shop_images import draw
 from missrec_t4r.etl.sources.synthetic.shop_text import BRANDS, EVENT_TYPES, FILLERS, INTERESTS, STYLES
@@ -41,6 +53,7 @@ from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
 log = logging.getLogger(__name__)
 
+VERSION = 2
 SHOP_FILE = "shop.json"
 PRODUCTS = 4
 """Products per interest."""
@@ -48,23 +61,42 @@ END = 1_735_689_600
 """1 January 2025, the latest time of an event."""
 DAY = 86_400
 
+# Measured on Amazon Scientific (benchmarks/quality/shop_statistics.py)
+
+SHORTEST, LONGEST = 5, 80
+"""Events of a user."""
+LENGTH_MU, LENGTH_SIGMA = 0.72, 0.88
+"""Mean and standard deviation of log(events of a user - 4)."""
+POPULARITY_SKEW = 0.65
+"""Exponent of the items' popularity by rank."""
+INTEREST_SKEW, PRODUCT_SKEW = 0.8, 2.3
+"""Exponents of the shares of the interests, and of the products within an interest, by rank; items follow them."""
+REPEAT, REPEAT_LAST = 0.006, 0.3
+"""Probability that an event repeats an item of the user, and that this is the last one."""
+RELATED, LAST = 0.48, 0.12
+"""Probability that an event is related to an earlier one of the user, and that this is the last one, not any."""
+COMPANION, SAME_PRODUCT = 0.45, 0.35
+"""Probability that related means an item of the same set, or of the same product; else any of the interest."""
+SET_SIZE = 4
+LIKES = 0.7
+"""Probability that the user's taste decides about the style."""
+
+# Ours: the source has reviews in an order without dates
+
 LATE_SHARE, LATE_DAYS = 0.4, 120
 """Share of the items that are launched late, and the number of days before the end in which this happens."""
-PROMOTION = 5.0
-"""Factor on the popularity of an item in the first thirty days after its launch."""
+PROMOTION, PROMOTED_DAYS = 5.0, 30
+"""Factor on the popularity of an item in the first days after its launch."""
 WITHOUT_TEXT, WITHOUT_IMAGE = 0.06, 0.15
-COMPARE, FOLLOW, DRIFT = 0.18, 0.48, 0.24
-"""Probability of the same product again, of the next one, of a related interest; else any product of the interest."""
-LIKES = 0.85
-"""Probability that the user's preferred style decides about the item."""
-STRAY = 0.08
-"""Probability of an event that depends on popularity only."""
-STAY, GO_ON, LEAVE, WANDER = range(4)
-"""Moves after an event: the same product again, the next one, a related interest, any product."""
-KIND_GIVEN_MOVE = ((0.85, 0.12, 0.03), (0.25, 0.20, 0.55), (0.70, 0.10, 0.20), (0.60, 0.20, 0.20))
-"""Probability of view, cart and purchase, by the following move."""
-DWELL_GIVEN_MOVE = (90.0, 60.0, 12.0, 30.0)
-"""Median seconds on an item's page, by the following move; twice as long on the preferred style."""
+KIND_GIVEN_USER = (((0.85, 0.10, 0.05), (0.65, 0.20, 0.15)), ((0.55, 0.20, 0.25), (0.35, 0.25, 0.40)))
+"""Probability of view, cart and purchase, by browser or buyer and by another style or the user's own."""
+DWELL, DWELL_OWN_STYLE = 30.0, 2.0
+"""Median seconds on an item's page, and the factor on items of the user's style."""
+PACE_SIGMA, DWELL_SIGMA = 0.5, 0.4
+"""Standard deviation of the log of the dwell times between users and between events of a user."""
+
+STREAMS = ("catalogue", "texts", "images", "users", "moves", "columns")
+"""Independent random streams, in the order in which they are derived from the seed."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +106,25 @@ class Items:
     interest: Ints
     product: Ints
     style: Ints
+    set: Ints
+    """Number of the set of items that go together."""
     popularity: Doubles
     launch: Doubles
     """Unix seconds."""
+
+
+@dataclass(frozen=True)
+class Users:
+    """Traits of the users, one entry per user, and the times of their events."""
+
+    taste: Ints
+    """The preferred style."""
+    buyer: Ints
+    """0 browser, 1 buyer."""
+    pace: Doubles
+    """Factor on dwell times."""
+    times: list[Ints]
+    """Unix seconds of the user's events, ascending."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +149,14 @@ def generate_shop(out: str | Path, *, seed: int = 7, users: int = 3000, items: i
     seed : int
         Random seed; the same seed gives the same shop.
     users : int
-        Number of users, with about ten events each.
+        Number of users, with about seven events each.
     items : int
         Number of items, at least 100.
 
     Returns
     -------
     dict
-        Counts of what was written.
+        Version, counts and hash of what was written.
 
     Raises
     ------
@@ -121,132 +169,235 @@ def generate_shop(out: str | Path, *, seed: int = 7, users: int = 3000, items: i
         raise ConfigError(f"{users} users and {items} items", "at least 1 user and 100 items", "raise the numbers")
     out = Path(out)
     refuse_unmanaged(out, SHOP_FILE, "generated shop")
-    rng = np.random.default_rng(seed)
-    latent = make_items(items, rng)
     log.info(f"generating {users:,} users over {items:,} items")
-    events = make_events(latent, users, rng, np.random.default_rng([seed, 1]))
-    table = _item_table(latent, rng)
+    interactions, table, latent = make_tables(seed, users, items)
     shop = {
+        "version": VERSION,
         "seed": seed,
         "users": users,
         "items": items,
-        "events": len(events.item),
+        "events": len(interactions),
         "without_text": table["title"].null_count,
         "without_image": table["image"].null_count,
         "late_items": int((latent.launch > 0).sum()),
+        "tables_sha256": fingerprint(interactions, table),
     }
     with translate_disk_errors(out), replace_dir(out) as folder:
-        pq.write_table(_event_table(events, latent), folder / "interactions.parquet")
+        pq.write_table(interactions, folder / "interactions.parquet")
         pq.write_table(table, folder / "items.parquet")
-        _draw_all(latent, table, folder, rng)
+        _draw_all(latent, table, folder, streams(seed)["images"])
         write_json(folder / SHOP_FILE, shop)
     return {"data": str(out), **shop}
 
 
+def streams(seed: int) -> dict[str, np.random.Generator]:
+    """Return one generator per stream, all derived from the seed."""
+    return {
+        name: np.random.Generator(np.random.PCG64(child))
+        for name, child in zip(STREAMS, np.random.SeedSequence(seed).spawn(len(STREAMS)), strict=True)
+    }
+
+
+def make_tables(seed: int, users: int, items: int) -> tuple[pa.Table, pa.Table, Items]:
+    """Return interactions, items and the latent variables of the items."""
+    rng = streams(seed)
+    latent = make_items(items, rng["catalogue"])
+    events = make_events(latent, make_users(users, rng["users"]), rng["moves"], rng["columns"])
+    return _event_table(events, latent), _item_table(latent, rng["texts"]), latent
+
+
+def fingerprint(*tables: pa.Table) -> str:
+    """Return the SHA-256 of the tables' column names and values as text.
+
+    Examples
+    --------
+    >>> fingerprint(pa.table({"price": [9.5, None]}))[:8]
+    '8bf56cb1'
+    """
+    digest = hashlib.sha256()
+    for table in tables:
+        for name in table.column_names:
+            digest.update("\n".join([name, *map(repr, table[name].to_pylist()), "\n"]).encode())
+    return digest.hexdigest()
+
+
 def make_items(n_items: int, rng: np.random.Generator) -> Items:
-    """Draw the latent catalogue; every (interest, product) pair exists, styles are drawn freely."""
-    pairs = np.arange(n_items) % (len(INTERESTS) * PRODUCTS)
-    rng.shuffle(pairs)
-    ranks = rng.permutation(n_items) + 1.0
+    """Draw the latent catalogue.
+
+    Every (interest, product) pair has an item; the others follow the shares of the interests and products. Sets are
+    made of random items of one interest.
+    """
+    interest_share = _shares(len(INTERESTS), INTEREST_SKEW)[_permutation(len(INTERESTS), rng)]
+    product_share = np.stack([_shares(PRODUCTS, PRODUCT_SKEW)[_permutation(PRODUCTS, rng)] for _ in INTERESTS])
+    pair_share = (interest_share[:, None] * product_share).ravel()  # [interest * product]
+    n_pairs = len(pair_share)
+    drawn = [pick(pair_share, chance) for chance in rng.random(max(0, n_items - n_pairs))]
+    pairs = np.concatenate([np.arange(n_pairs), np.array(drawn, np.int64)])[_permutation(n_items, rng)]
+    interest = pairs // PRODUCTS
+    style = np.floor(rng.random(n_items) * len(STYLES)).astype(np.int64)
+    popularity = (_permutation(n_items, rng) + 1.0) ** -POPULARITY_SKEW
+    place = np.argsort(interest + rng.random(n_items))  # items of an interest in random order
+    within = np.arange(n_items) - np.searchsorted(interest[place], interest[place])
+    sets = np.empty(n_items, np.int64)
+    sets[place] = interest[place] * n_items + within // SET_SIZE
     late = rng.random(n_items) < LATE_SHARE
     launch = np.where(late, END - LATE_DAYS * DAY * rng.random(n_items) ** 2 - DAY, 0.0)
-    return Items(pairs // PRODUCTS, pairs % PRODUCTS, rng.integers(0, len(STYLES), n_items), ranks**-0.45, launch)
+    return Items(interest, pairs % PRODUCTS, style, sets, popularity, launch)
 
 
-def related_interests(rng: np.random.Generator) -> Doubles:
-    """Return where a user drifts to from each interest: three related ones, [interest, interest]."""
-    n = len(INTERESTS)
-    drift = np.zeros((n, n))
-    for interest in range(n):
-        others = rng.permutation(np.delete(np.arange(n), interest))[:3]
-        drift[interest, others] = (0.65, 0.25, 0.10)
-    return drift
+def make_users(n_users: int, rng: np.random.Generator) -> Users:
+    """Draw the users: lengths of their sessions, times and traits."""
+    taste = np.floor(rng.random(n_users) * len(STYLES)).astype(np.int64)
+    buyer = (rng.random(n_users) < 0.5).astype(np.int64)
+    pace = _log_normal(1.0, PACE_SIGMA, rng.random(n_users))
+    shortest = SHORTEST - 1
+    lengths = shortest + np.rint(_log_normal(math.exp(LENGTH_MU), LENGTH_SIGMA, rng.random(n_users)))
+    times = [_event_times(int(length), rng) for length in np.clip(lengths, SHORTEST, LONGEST)]
+    return Users(taste, buyer, pace, times)
 
 
-def make_events(items: Items, users: int, rng: np.random.Generator, feature_rng: np.random.Generator) -> Events:
+def make_events(items: Items, users: Users, move_rng: np.random.Generator, column_rng: np.random.Generator) -> Events:
     """Simulate all users; events are sorted by time.
 
     Parameters
     ----------
     items : Items
-    users : int
-    rng : numpy Generator
-        Generator of users, times and items.
-    feature_rng : numpy Generator
-        Generator of the event features.
+    users : Users
+    move_rng : numpy Generator
+        Stream that chooses the items.
+    column_rng : numpy Generator
+        Stream of the event columns.
     """
-    drift = related_interests(rng)
-    start = rng.dirichlet(np.full(len(INTERESTS), 3.0))
-    walks = [_user_events(items, drift, start, rng, feature_rng) for _ in track(range(users), "users")]
-    user = np.repeat(np.arange(users), [len(chosen) for chosen, *_ in walks])
-    item, time, kind, dwell = (np.concatenate(parts) for parts in zip(*walks, strict=True))
+    groups = _Groups.of(items)
+    n_users = len(users.times)
+    chosen = [
+        _session(items, groups, users.times[user], int(users.taste[user]), move_rng)
+        for user in track(range(n_users), "users")
+    ]
+    user = np.repeat(np.arange(n_users), [len(session) for session in chosen])
+    item, time = np.concatenate(chosen), np.concatenate(users.times)
+    kind, dwell = event_columns(users, user, items.style[item], column_rng)
     order = np.lexsort([user, time])
     return Events(user[order], item[order], time[order], kind[order], dwell[order])
 
 
-def next_state(interest: int, product: int, drift: Doubles, rng: np.random.Generator) -> tuple[int, int]:
-    """Draw the next interest and product of a user."""
-    chance = rng.random()
-    if chance < COMPARE:
-        return interest, product
-    if chance < COMPARE + FOLLOW and product + 1 < PRODUCTS:
-        return interest, product + 1
-    if chance < COMPARE + FOLLOW + DRIFT:
-        return int(rng.choice(len(drift), p=drift[interest])), 0
-    return interest, int(rng.integers(PRODUCTS))
+def event_columns(users: Users, user: Ints, style: Ints, rng: np.random.Generator) -> tuple[Ints, Doubles]:
+    """Draw event types and dwell times from what the user is like and from the item of the event alone.
+
+    Parameters
+    ----------
+    users : Users
+    user, style : int array [event]
+        User of each event, and style of its item.
+    rng : numpy Generator
+        A stream that nothing else draws from.
+    """
+    own = (style == users.taste[user]).astype(np.int64)
+    bounds = np.cumsum(np.array(KIND_GIVEN_USER), axis=-1)[users.buyer[user], own]  # [event, kind]
+    kind = (rng.random(len(user))[:, None] > bounds[:, :-1]).sum(1)
+    dwell = users.pace[user] * DWELL_OWN_STYLE**own * _log_normal(DWELL, DWELL_SIGMA, rng.random(len(user)))
+    return kind.astype(np.int64), np.round(dwell, 1)
 
 
-def move_between(before: tuple[int, int], after: tuple[int, int]) -> int:
-    """Return the kind of move from one (interest, product) to the next.
+def pick(weights: Doubles, chance: float) -> int:
+    """Return the index that a uniform number in [0, 1) falls on.
 
     Examples
     --------
-    >>> move_between((4, 1), (4, 2)) == GO_ON, move_between((4, 1), (7, 0)) == LEAVE
-    (True, True)
+    >>> pick(np.array([1.0, 0.0, 3.0]), 0.2), pick(np.array([1.0, 0.0, 3.0]), 0.25)
+    (0, 2)
     """
-    if before == after:
-        return STAY
-    if before[0] != after[0]:
-        return LEAVE
-    return GO_ON if after[1] == before[1] + 1 else WANDER
+    total = np.cumsum(weights)
+    return min(int(np.searchsorted(total, chance * total[-1], side="right")), len(weights) - 1)
 
 
-def _user_events(
-    items: Items, drift: Doubles, start: Doubles, rng: np.random.Generator, feature_rng: np.random.Generator
-) -> tuple[Ints, Ints, Ints, Doubles]:
-    length = int(np.clip(rng.lognormal(math.log(8.5), 0.5), 4, 50))
-    times = _event_times(length, rng)
-    preferred = int(rng.integers(len(STYLES)))
-    interest, product = int(rng.choice(len(start), p=start)), int(rng.integers(PRODUCTS))
+@dataclass(frozen=True)
+class _Groups:
+    """Items by set and by interest."""
+
+    sets: dict[int, Ints]
+    interests: dict[int, Ints]
+
+    @classmethod
+    def of(cls, items: Items) -> _Groups:
+        return cls(*map(_members, (items.set, items.interest)))
+
+
+def _members(group: Ints) -> dict[int, Ints]:
+    order = np.argsort(group, kind="stable")
+    keys, starts = np.unique(group[order], return_index=True)
+    return dict(zip(keys.tolist(), np.split(order, starts[1:]), strict=True))
+
+
+def _session(items: Items, groups: _Groups, times: Ints, taste: int, rng: np.random.Generator) -> Ints:
+    """Draw the items of a user."""
     chosen: list[int] = []
-    moves: list[int] = []
-    fresh = np.ones(len(items.interest), bool)  # a user interacts with an item once
-    for time in times:  # weights, fresh, new: [item]
-        new = (items.launch > 0) & (time - items.launch < 30 * DAY)
-        weights = items.popularity * fresh * (items.launch <= time) * np.where(new, PROMOTION, 1.0)
-        if rng.random() >= STRAY:
-            weights = weights * ((items.interest == interest) & (items.product == product))
-            if rng.random() < LIKES:
-                weights = weights * np.where(items.style == preferred, 1.0, 0.02)
-        if weights.sum() == 0:  # no item of this interest and product is left: any launched item
-            weights = items.popularity * fresh * (items.launch <= time)
-        item = int(rng.choice(len(weights), p=weights / weights.sum()))
+    fresh = np.ones(len(items.interest), bool)  # what the user has not had
+    for time in times:
+        item = None
+        if not chosen or rng.random() >= REPEAT:
+            style = taste if rng.random() < LIKES else None
+            item = _fresh_item(items, _pools(items, groups, chosen, rng), fresh, time, style, rng)
+        if item is None:  # a repetition, or nothing that is launched is left
+            item = chosen[-1] if rng.random() < REPEAT_LAST else _any_of(chosen, rng)
         chosen.append(item)
         fresh[item] = False
-        before = interest, product
-        interest, product = next_state(interest, product, drift, rng)
-        moves.append(move_between(before, (interest, product)))
-    bounds = np.cumsum(np.array(KIND_GIVEN_MOVE)[moves], axis=1)  # [event, kind]: inverse of the distribution
-    kinds = (rng.random(length)[:, None] > bounds[:, :-1]).sum(1)
-    own = items.style[chosen] == preferred  # [event]
-    dwell = np.array(DWELL_GIVEN_MOVE)[moves] * np.where(own, 2.0, 1.0) * feature_rng.lognormal(0.0, 0.4, length)
-    return np.array(chosen), times, kinds.astype(np.int64), np.round(dwell, 1)
+    return np.array(chosen, np.int64)
+
+
+def _any_of(chosen: Sequence[int], rng: np.random.Generator) -> int:
+    return chosen[int(rng.random() * len(chosen))]
+
+
+def _pools(items: Items, groups: _Groups, chosen: Sequence[int], rng: np.random.Generator) -> list[Ints]:
+    """Return the items among which the next one is, without the whole catalogue, which is the last resort.
+
+    Where none of a pool can be chosen, the following one counts.
+    """
+    if not chosen or rng.random() >= RELATED:
+        return []
+    model = chosen[-1] if rng.random() < LAST else _any_of(chosen, rng)
+    interest, relation = groups.interests[int(items.interest[model])], rng.random()
+    if relation < COMPANION:
+        return [groups.sets[int(items.set[model])], interest]
+    if relation < COMPANION + SAME_PRODUCT:
+        return [interest[items.product[interest] == items.product[model]], interest]
+    return [interest]
+
+
+def _fresh_item(
+    items: Items, pools: Sequence[Ints], fresh: Bools, time: float, style: int | None, rng: np.random.Generator
+) -> int | None:
+    """Draw an item that is launched and that the user has not had; None if there is none."""
+    for pool in (*pools, np.arange(len(fresh))):
+        launch = items.launch[pool]
+        new = (launch > time - PROMOTED_DAYS * DAY) & (launch > 0)
+        weights = items.popularity[pool] * np.where(new, PROMOTION, 1.0) * (fresh[pool] & (launch <= time))
+        own = weights if style is None else weights * (items.style[pool] == style)
+        weights = own if own.any() else weights
+        if weights.any():
+            return int(pool[pick(weights, rng.random())])
+    return None
 
 
 def _event_times(length: int, rng: np.random.Generator) -> Ints:
-    last = END - min(rng.exponential(25 * DAY), 200 * DAY)
-    gaps = rng.lognormal(math.log(4 * DAY), 1.0, length - 1)
+    last = END - min(-25 * DAY * math.log1p(-rng.random()), 200 * DAY)
+    gaps = _log_normal(4 * DAY, 1.0, rng.random(length - 1))
     return np.sort(last - np.concatenate([[0.0], np.cumsum(gaps)])).astype(np.int64)
+
+
+def _shares(count: int, skew: float) -> Doubles:
+    weights = np.arange(1, count + 1, dtype=np.float64) ** -skew
+    return weights / weights.sum()
+
+
+def _permutation(count: int, rng: np.random.Generator) -> Ints:
+    return np.argsort(rng.random(count), kind="stable")
+
+
+def _log_normal(median: float, sigma: float, chances: Doubles) -> Doubles:
+    normal = NormalDist()
+    return median * np.exp(sigma * np.array([normal.inv_cdf(max(chance, 1e-12)) for chance in chances]))
 
 
 def _event_table(events: Events, items: Items) -> pa.Table:
@@ -267,14 +418,15 @@ def _item_table(items: Items, rng: np.random.Generator) -> pa.Table:
     n_items = len(items.interest)
     lacks = rng.random(n_items)
     no_text, no_image = lacks < WITHOUT_TEXT, lacks > 1 - WITHOUT_IMAGE
-    titles, descriptions, departments, brands, prices = [], [], [], [], []
+    usual = 20.0 * (PRODUCTS + 1 - items.product)
+    prices = np.round(_log_normal(1.0, 0.4, rng.random(n_items)) * usual, 2)
+    titles, descriptions, departments, brands = [], [], [], []
     for interest_index, product in zip(items.interest, items.product, strict=True):
         interest = INTERESTS[interest_index]
-        brands.append(BRANDS[(interest_index + int(rng.integers(4))) % len(BRANDS)])
+        brands.append(BRANDS[(interest_index + int(rng.random() * 4)) % len(BRANDS)])
         titles.append(_title(interest.words, interest.products[product], brands[-1], rng))
         descriptions.append(_description(interest.words, interest.products[product], rng))
         departments.append(interest.department)
-        prices.append(round(float(rng.lognormal(math.log(20 * (PRODUCTS + 1 - product)), 0.4)), 2))
     ids = [_item_id(item) for item in range(n_items)]
     return pa.table(
         {
@@ -289,14 +441,17 @@ def _item_table(items: Items, rng: np.random.Generator) -> pa.Table:
     )
 
 
-def _title(words: tuple[str, ...], product: str, brand: str, rng: np.random.Generator) -> str:
-    first, second = rng.choice(words, 2, replace=False)
+def _sample(words: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
+    return [words[place] for place in _permutation(len(words), rng)[:count]]
+
+
+def _title(words: Sequence[str], product: str, brand: str, rng: np.random.Generator) -> str:
+    first, second = _sample(words, 2, rng)
     return f"{brand} {first.capitalize()} {second.capitalize()} {product.title()}"
 
 
-def _description(words: tuple[str, ...], product: str, rng: np.random.Generator) -> str:
-    chosen = [*rng.choice(words, 4, replace=False), *rng.choice(FILLERS, 6, replace=False)]
-    rng.shuffle(chosen)
+def _description(words: Sequence[str], product: str, rng: np.random.Generator) -> str:
+    chosen = _sample([*_sample(words, 4, rng), *_sample(FILLERS, 6, rng)], 10, rng)
     return f"{product.capitalize()}: {' '.join(chosen[:5])}. {' '.join(chosen[5:]).capitalize()}."
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Interest(NamedTuple):
-    """One latent interest: department, products in the order in which they are bought, and words."""
+    """One latent interest: department, products and words."""
 
     department: str
     products: tuple[str, str, str, str]

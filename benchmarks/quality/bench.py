@@ -1,16 +1,16 @@
-"""Quality of a recipe on a data set over several seeds: mean and spread of the test metrics, and tuned baselines.
+"""Quality of a recipe on a data set over several seeds: mean and spread of the test metrics under three protocols.
 
     make bench-quality DATA=path/to/amazon_scientific RECIPE=default SEEDS=3
     python -m benchmarks.quality.bench --data path/to/amazon_scientific --interactions interactions_mm_subset.parquet \
         --modality text=text_clip.npy --modality image=image_clip.npy --recipe paper --name scientific_mm
 
-Ends with one JSON line. Finished seeds are kept in ``--out`` and not trained again.
+Every training runs until its patience ends it (``train.max_minutes=0``). Ends with one JSON line. Finished seeds are
+kept in ``--out`` and not trained again; one whose evaluation is of an earlier version is evaluated again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +22,17 @@ from benchmarks.measure import report
 from benchmarks.quality.datasets import INTERACTIONS, prepare
 from missrec_t4r import commands
 from missrec_t4r.config import Recipe
+from missrec_t4r.evaluation.full_ranking import PROTOCOLS
+from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.progress import reporting
+from missrec_t4r.runs.run_folder import RUN_FILE
 
 METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
-KEPT, EXCLUDED = "seen_kept", "seen_excluded"
 FIRST_SEED = 2020
+SEEDED = ("model", "exported", "network")
+"""Systems that depend on the seed; terms without network and baselines do not."""
+TO_THE_END = {"train.max_minutes": 0}
+"""No result depends on the clock."""
 
 
 def bench(
@@ -45,44 +51,58 @@ def bench(
     Returns
     -------
     dict
-        Per metric mean and standard deviation over seeds: with seen items kept (the published protocol) at the top,
-        with seen items excluded under ``seen_excluded``; ``valid`` NDCG@10; the baselines' test metrics; every seed.
+        ``protocols[protocol][system][metric]``: mean and standard deviation over seeds (of the baselines, which have no
+        seed, one value); ``valid_ndcg@10``; ``checklist`` of the first seed, with the seeds of all; ``runs``: every
+        seed.
     """
     name = name or data.resolve().name
+    settings = {**TO_THE_END, **(settings or {})}
     folder = prepare(data, out / name / "data", interactions=interactions, modality=modality)
     done = []
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-        overrides = {**(settings or {}), "train.seed": seed}
-        done.append(_one(folder, out / name / _label(recipe, settings) / f"seed-{seed}", recipe, overrides))
+        done.append(
+            _one(
+                folder,
+                out / name / _label(recipe, settings) / f"seed-{seed}",
+                recipe,
+                {**settings, "train.seed": seed},
+                done[0] if done else None,
+            )
+        )
     return {
         "data": name,
         "recipe": recipe,
-        "settings": settings or {},
+        "settings": settings,
         "seeds": seeds,
-        **_summary([one["test"][KEPT]["model"] for one in done]),
-        EXCLUDED: _summary([one["test"][EXCLUDED]["model"] for one in done]),
-        "valid_ndcg@10": spread([one["run"]["valid_ndcg@10"] for one in done]),
-        "baselines": {
+        "n_users": done[0]["n_users"],
+        "n_items": done[0]["n_items"],
+        "protocols": {
             protocol: {
-                system: {metric: round(values[metric], 4) for metric in METRICS}
-                for system, values in done[0]["test"][protocol].items()
-                if system != "model"
+                system: _summary([one["test"][protocol][system] for one in done if system in one["test"][protocol]])
+                for system in done[0]["test"][protocol]
             }
-            for protocol in (KEPT, EXCLUDED)
+            for protocol in PROTOCOLS
         },
-        "runs": [one["run"] for one in done],
+        "checklist": _checklist([one["checklist"] for one in done]),
+        "valid_ndcg@10": spread([one["run"]["valid_ndcg@10"] for one in done]),
+        "runs": [{**one["run"], "protocols": _of_run(one["test"])} for one in done],
+        "blend_settings": [one["blend_settings"] for one in done],
+        "baseline_settings": done[0]["baseline_settings"],
         "resolved": Recipe.load(recipe, settings).to_dict(),
     }
 
 
-def _one(data: Path, run: Path, recipe: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _one(
+    data: Path, run: Path, recipe: str, settings: dict[str, Any], first: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Train and evaluate one seed, unless it is done; the systems that have no seed are those of the ``first``."""
     finished = run / "bench.json"
-    if finished.is_file():
-        stored: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
+    if finished.is_file() and "checklist" in (stored := read_json(finished)):
         return stored
-    trained = commands.train(data, run, recipe=recipe, settings=settings)
-    found = commands.evaluate(run)
-    kept = ("best_epoch", "epochs", "valid_ndcg@10", "seconds", "prior")
+    if not (run / RUN_FILE).is_file():
+        commands.train(data, run, recipe=recipe, settings=settings)
+    trained, found = read_json(run / RUN_FILE), commands.evaluate(run, baselines=first is None)
+    kept = ("best_epoch", "epochs", "stopped_by", "valid_ndcg@10", "seconds", "precision", "prior")
     one = {
         "run": {"seed": settings["train.seed"], **{key: trained[key] for key in kept if key in trained}},
         "test": {
@@ -90,22 +110,46 @@ def _one(data: Path, run: Path, recipe: str, settings: dict[str, Any]) -> dict[s
                 system: {metric: values[metric] for metric in METRICS}
                 for system, values in found["protocols"][protocol].items()
             }
-            for protocol in (KEPT, EXCLUDED)
+            for protocol in PROTOCOLS
         },
+        **{key: found[key] for key in ("n_users", "n_items", "checklist", "blend_settings", "baseline_settings")},
     }
-    finished.write_text(json.dumps(one, default=float), encoding="utf-8")
+    write_json(finished, one)
     return one
 
 
+def _of_run(test: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics of the systems that depend on the seed."""
+    return {
+        protocol: {name: {m: round(v, 5) for m, v in of[name].items()} for name in SEEDED if name in of}
+        for protocol, of in test.items()
+    }
+
+
+def _checklist(of: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the checklist of the first seed with what differs between seeds as lists."""
+    chosen = {
+        **of[0]["epochs_chosen_on"],
+        **{key: [one["epochs_chosen_on"][key] for one in of] for key in ("best_epoch", "epochs")},
+    }
+    return {
+        **of[0],
+        "epochs_chosen_on": chosen,
+        "seeds": {**of[0]["seeds"], "training": [one["seeds"]["training"] for one in of]},
+        "stopped_by": [one["stopped_by"] for one in of],
+    }
+
+
 def _label(recipe: str, settings: dict[str, Any] | None) -> str:
-    """Return a name for files and folders: the recipe and the changed settings.
+    """Return a name for files and folders: the recipe and the changed settings, but for training to the end.
 
     Examples
     --------
     >>> _label("default", {"model.history_bias": False})
     'default-history_bias-false'
     """
-    changes = [f"{key.partition('.')[2]}-{value}".lower() for key, value in sorted((settings or {}).items())]
+    changed = {key: value for key, value in (settings or {}).items() if TO_THE_END.get(key) != value}
+    changes = [f"{key.partition('.')[2]}-{value}".lower() for key, value in sorted(changed.items())]
     return "-".join([Path(recipe).stem, *changes])
 
 

@@ -33,8 +33,9 @@ def compare(
     Returns
     -------
     list of dict
-        ``valid_ndcg@10`` of the model alone (seen kept) and ``valid_with_priors`` (mean of both protocols), each with
-        mean and standard deviation over the seeds; best first.
+        ``valid_ndcg@10`` of the network (``kept_with_history_term``) and ``valid_with_priors`` of the exported model
+        (mean of ``kept_with_history_term`` and ``excluded``), each with mean and standard deviation over the seeds;
+        best first.
     """
     rows = []
     for name, settings in variants.items():

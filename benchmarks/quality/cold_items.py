@@ -28,12 +28,12 @@ import pyarrow.parquet as pq
 import yaml
 
 from benchmarks.measure import report
-from benchmarks.quality.bench import EXCLUDED, FIRST_SEED, KEPT, arguments, pairs
+from benchmarks.quality.bench import FIRST_SEED, arguments, pairs
 from benchmarks.quality.paired import paired
 from missrec_t4r import commands
 from missrec_t4r.cli.demo import find_inputs
 from missrec_t4r.data.event_features import load_sessions
-from missrec_t4r.evaluation.full_ranking import rank_catalogue
+from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_WITH_HISTORY_TERM, rank_catalogue
 from missrec_t4r.evaluation.metrics import metric_names, metric_values
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import reporting
@@ -47,6 +47,8 @@ from missrec_t4r.schema import FIRST_ITEM_ROW
 
 WITHOUT, RIVAL = "without_newcomers", "content_knn"
 _KS = (10,)
+_PROTOCOLS = (KEPT_WITH_HISTORY_TERM, EXCLUDED)
+"""Those of the model as it is exported, with its terms."""
 _METRICS = ("recall@10", "ndcg@10")
 
 
@@ -133,7 +135,7 @@ def ranked(run: Path, exposures: Sequence[float], facts: dict[str, Any]) -> Draw
                 protocols=(protocol,),
                 description=f"ranking {name}",
             ).ranks[protocol]
-            for protocol in (KEPT, EXCLUDED)
+            for protocol in _PROTOCOLS
         }
         for name, system in systems.items()
     }
@@ -169,8 +171,7 @@ def pooled(draws: list[Draw]) -> dict[str, Any]:
     for part in ("cold", "others", "all"):
         names = draws[0].ranks if part == "cold" else (*ours, WITHOUT)
         found[part] = {
-            protocol: {name: _means(_values(draws, name, protocol, part)) for name in names}
-            for protocol in (KEPT, EXCLUDED)
+            protocol: {name: _means(_values(draws, name, protocol, part)) for name in names} for protocol in _PROTOCOLS
         }
     at = metric_names(_KS).index("recall@10")
     found["ahead_of_content_knn"] = {
@@ -178,7 +179,7 @@ def pooled(draws: list[Draw]) -> dict[str, Any]:
             name: paired(*(_values(draws, one, protocol, "cold")[None, :, at] for one in (name, RIVAL)))
             for name in ours
         }
-        for protocol in (KEPT, EXCLUDED)
+        for protocol in _PROTOCOLS
     }
     return found
 

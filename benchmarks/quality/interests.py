@@ -22,7 +22,7 @@ from benchmarks.quality.bench import FIRST_SEED, spread
 from benchmarks.quality.paired import Values, paired
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import load_sessions
-from missrec_t4r.evaluation.full_ranking import PROTOCOLS, rank_catalogue
+from missrec_t4r.evaluation.full_ranking import KEPT_STRICT, PROTOCOLS, rank_catalogue
 from missrec_t4r.evaluation.metrics import metric_names, metric_values
 from missrec_t4r.evaluation.slices import slices
 from missrec_t4r.model.missrec import MISSRec
@@ -47,7 +47,8 @@ def ranked(run: Path, *, alone: bool) -> tuple[dict[str, Values], dict[str, Any]
     Parameters
     ----------
     alone : bool
-        Without score terms: the network alone.
+        Without score terms: the network alone, with its history bias except under ``kept_strict``. With terms the
+        model is ranked as it is exported, so that there is no ``kept_strict``.
 
     Returns
     -------
@@ -62,8 +63,12 @@ def ranked(run: Path, *, alone: bool) -> tuple[dict[str, Values], dict[str, Any]
     columns = model.event_columns
     histories, targets = load_sessions(loaded.data, "test", columns).known().split_last()
     scorer = ModelScorer.with_popularity(model, catalogue)
-    ranks = rank_catalogue(scorer, histories, targets, catalogue.n_rows).ranks
-    values = {protocol: metric_values(ranks[protocol], [10]) for protocol in PROTOCOLS}
+    ranks = dict(rank_catalogue(scorer, histories, targets, catalogue.n_rows).ranks)
+    if alone:
+        model.terms.clear()
+        strict = rank_catalogue(scorer, histories, targets, catalogue.n_rows, protocols=[KEPT_STRICT])
+        ranks |= strict.ranks
+    values = {protocol: metric_values(of, [10]) for protocol, of in ranks.items()}
     return values, dict(slices(histories, targets, catalogue))
 
 
@@ -72,7 +77,7 @@ def compare(runs: dict[str, list[Path]], *, alone: bool) -> dict[str, Any]:
     found = {name: [ranked(run, alone=alone) for run in folders] for name, folders in runs.items()}
     parts = found[WITH][0][1]
     table: dict[str, Any] = {}
-    for protocol in PROTOCOLS:
+    for protocol in (protocol for protocol in PROTOCOLS if protocol in found[WITH][0][0]):
         values = {name: np.stack([one[0][protocol] for one in of]) for name, of in found.items()}
         for part, chosen in parts.items():
             if not chosen.any():

@@ -3,7 +3,8 @@
     python -m benchmarks.quality.missing_modality --run work/bench/…/seed-2020 [--run …]
 
 Vectors are removed from the catalogue, so item encoder, interests and content-kNN have none of them. ID embeddings and
-co-occurrence counts stay, if the model has them.
+co-occurrence counts stay, if the model has them. The model is ranked as it is exported: ``kept_strict`` is among the
+protocols for networks without terms only.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from benchmarks.measure import report
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation.full_ranking import PROTOCOLS, quick_metrics
+from missrec_t4r.evaluation.full_ranking import quick_metrics
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec, terms_of
 from missrec_t4r.ranking.scorer import ModelScorer
@@ -82,11 +83,11 @@ def measure(run: Path) -> dict[str, Any]:
         metrics = quick_metrics(ModelScorer.with_popularity(model, reduced), sessions, catalogue.n_rows)
         found[case] = {
             protocol: {key: round(float(metrics[protocol][key] or 0), 4) for key in ("recall@10", "ndcg@10")}
-            for protocol in PROTOCOLS
+            for protocol in metrics
         }
     full = found["nothing"]
     shares = {
-        case: {p: round(values[p]["recall@10"] / max(full[p]["recall@10"], 1e-9), 3) for p in PROTOCOLS}
+        case: {p: round(values[p]["recall@10"] / max(full[p]["recall@10"], 1e-9), 3) for p in full}
         for case, values in found.items()
         if case != "nothing"
     }

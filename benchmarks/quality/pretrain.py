@@ -28,7 +28,9 @@ from missrec_t4r import commands
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, quick_metrics
+from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_WITH_HISTORY_TERM, quick_metrics
+from missrec_t4r.evaluation.report import with_current_names
+from missrec_t4r.io.json_files import read_json
 from missrec_t4r.progress import reporting
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
@@ -137,8 +139,7 @@ def training(name: str, seed: int, data: Path, out: Path, minutes: float, settin
     variant, run = VARIANTS[name], out / data.name / name / f"seed-{seed}"
     finished = run / "bench.json"
     if finished.is_file():
-        stored: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
-        return stored
+        return with_current_names(read_json(finished))
     chosen = {**ALONE, **settings, **variant.settings, "train.seed": seed, "train.max_minutes": minutes}
     chosen["train.id_init"] = variant.ids
     start: dict[str, Any] = {}
@@ -172,7 +173,7 @@ def before_training(run: Path, data: Path, settings: dict[str, Any]) -> float:
     model.discover_interests(0)
     scorer = ModelScorer.with_popularity(model.eval(), catalogue)
     found = quick_metrics(scorer, Sessions.load(data / "valid", []).known(), catalogue.n_rows)
-    return round(found[SEEN_KEPT]["ndcg@10"] or 0.0, 5)
+    return round(found[KEPT_WITH_HISTORY_TERM]["ndcg@10"] or 0.0, 5)
 
 
 def summary(data: Path, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +191,7 @@ def summary(data: Path, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finished(folder: Path) -> dict[int, dict[str, Any]]:
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("seed-*/bench.json"))]
+    runs = [with_current_names(read_json(file)) for file in sorted(folder.glob("seed-*/bench.json"))]
     return {run["seed"]: run for run in runs}
 
 
@@ -204,11 +205,12 @@ def _row(name: str, runs: dict[int, dict[str, Any]], found: dict[str, dict[int, 
         "trainable_share": next(iter(runs.values()))["trainable_share"],
         "curves": {seed: run["curve"] for seed, run in runs.items()},
     }
-    for protocol in ("seen_kept", "seen_excluded"):
+    for protocol in (KEPT_WITH_HISTORY_TERM, EXCLUDED):
         row[protocol] = {key: spread([run["test"][protocol][key] for run in runs.values()]) for key in METRICS}
     if pairs and name not in ("scratch", "scratch_inductive"):
         row["gain_valid_ndcg@10"] = spread([run["valid_ndcg@10"] - other["valid_ndcg@10"] for run, other in pairs])
-        gains = [run["test"]["seen_kept"]["ndcg@10"] - other["test"]["seen_kept"]["ndcg@10"] for run, other in pairs]
+        kept = [(run["test"][KEPT_WITH_HISTORY_TERM], other["test"][KEPT_WITH_HISTORY_TERM]) for run, other in pairs]
+        gains = [run["ndcg@10"] - other["ndcg@10"] for run, other in kept]
         row["gain_test_ndcg@10"] = spread(gains)
         row["epochs_to_scratch_best"] = [_first_at(run["curve"], other["valid_ndcg@10"]) for run, other in pairs]
         row["epochs_of_scratch_best"] = [other["best_epoch"] + 1 for _, other in pairs]

@@ -27,14 +27,14 @@ from benchmarks.measure import report
 from missrec_t4r import commands
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.event_features import event_columns, load_sessions
-from missrec_t4r.evaluation.full_ranking import SEEN_EXCLUDED, SEEN_KEPT, quick_metrics
+from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_WITH_HISTORY_TERM, quick_metrics
 from missrec_t4r.progress import reporting
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.training.fit import train
 
 _WITHOUT, _WITH, _ASKED_WITHOUT = "without", "with", "with, without in requests"
-_SHOWN = (f"{SEEN_KEPT}.ndcg@10", f"{SEEN_KEPT}.recall@10", f"{SEEN_EXCLUDED}.ndcg@10")
+_SHOWN = (f"{KEPT_WITH_HISTORY_TERM}.ndcg@10", f"{KEPT_WITH_HISTORY_TERM}.recall@10", f"{EXCLUDED}.ndcg@10")
 
 
 def make_data(folder: Path, users: int, items: int, seed: int) -> Path:

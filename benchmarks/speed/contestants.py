@@ -24,7 +24,7 @@ from missrec_t4r.config import MISSRecConfig, Recipe, TrainConfig
 from missrec_t4r.data.batching import TrainingBatch, collate, iterate, training_batches
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, rank_catalogue
+from missrec_t4r.evaluation.full_ranking import KEPT_WITH_HISTORY_TERM, rank_catalogue
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.training.precision import resolve_precision
 from missrec_t4r.training.trainer import Trainer
@@ -82,7 +82,12 @@ def ours(recipe: str, **settings: Any) -> Callable[[Catalogue, Sessions, Session
         by_length = np.argsort(histories.lengths, kind="stable")
         scorer = ModelScorer.with_popularity(model, catalogue)
         rank_catalogue(
-            scorer, histories.take(by_length), targets[by_length], catalogue.n_rows, protocols=[SEEN_KEPT], top_k=50
+            scorer,
+            histories.take(by_length),
+            targets[by_length],
+            catalogue.n_rows,
+            protocols=[KEPT_WITH_HISTORY_TERM],
+            top_k=50,
         )
         users = len(histories) / (time.perf_counter() - started)
         precision = resolve_precision(resolved.train.precision, trainer.device)

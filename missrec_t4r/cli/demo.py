@@ -25,6 +25,7 @@ from missrec_t4r.bundle.id_encoder import RawId
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError
+from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM
 from missrec_t4r.export.parity import compare_served, raw_event_features, raw_ids, sample_histories
 from missrec_t4r.runs.run_folder import LoadedRun, load_run
 from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID
@@ -86,9 +87,9 @@ def demo(
     Returns
     -------
     dict
-        ``data``, ``recall@10``, ``ndcg@10`` and ``baselines`` with seen items kept (the published protocol), the same
-        under ``seen_excluded``, ``triton_version``, ``served_equals_offline``, ``max_abs_diff``, ``recommendations``,
-        ``seconds`` per step.
+        ``data``, ``recall@10``, ``ndcg@10`` and ``baselines`` of the protocol ``kept_with_history_term``, the same
+        under ``excluded`` and ``kept_strict``, ``triton_version``, ``served_equals_offline``, ``max_abs_diff``,
+        ``recommendations``, ``seconds`` per step.
 
     Raises
     ------
@@ -246,7 +247,8 @@ def _headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
         }
         return {**short.pop("model"), "baselines": short}
 
-    return {**pick("seen_kept"), "seen_excluded": pick("seen_excluded")}
+    others = {protocol: pick(protocol) for protocol in (EXCLUDED, KEPT_STRICT)}
+    return {**pick(KEPT_WITH_HISTORY_TERM), **others}
 
 
 def _show(recommendations: Sequence[Mapping[str, Any]], console: Console) -> None:

@@ -1,1 +1,1 @@
-"""Evaluation: full-catalogue ranking under both protocols, metrics with intervals, slices, report."""
+"""Evaluation: full-catalogue ranking under three protocols, metrics with intervals, slices, report."""

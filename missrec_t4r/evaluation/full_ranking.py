@@ -1,11 +1,14 @@
-"""Full-catalogue ranking of each session's target, a chunk of sessions at a time, under two protocols.
+"""Full-catalogue ranking of each session's target, a chunk of sessions at a time, under three protocols.
 
-* ``seen_kept`` (seen items kept), as in the published tables: every recommendable item is ranked, those of the session
-  included.
-* ``seen_excluded`` (seen items excluded), as shops serve: the session's items are removed before ranking. A target that
-  is in its own session is then a miss.
+* ``excluded``, as shops serve: the session's items are removed before ranking. A target that is in its own session is
+  then a miss.
+* ``kept_strict``, as most papers publish: every recommendable item is ranked, and nothing in the score knows what was
+  seen.
+* ``kept_with_history_term`` (ours): every recommendable item is ranked, and the score may know what was seen, as the
+  history bias and the item-kNN term do (`missrec_t4r.ranking.protocols`).
 
-The order is that of serving: descending score, ties by ascending row:
+A protocol is a filter here, and a choice of score terms there: only a scorer that knows nothing of what was seen can be
+ranked under ``kept_strict``. The order is that of serving: descending score, ties by ascending row:
 
     rank = 1 + #(score > target's score) + #(score == target's score and row < target's row)
 
@@ -15,9 +18,9 @@ scores, never users x items.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,17 +28,26 @@ from torch import Tensor
 
 from missrec_t4r.arrays import Bools, Ints
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.errors import DataError, ModalityError
+from missrec_t4r.errors import ConfigError, DataError, ModalityError
 from missrec_t4r.evaluation.metrics import MISSED, metrics
 from missrec_t4r.progress import track
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
-SEEN_KEPT: Final = "seen_kept"
-SEEN_EXCLUDED: Final = "seen_excluded"
-PROTOCOLS: Final = (SEEN_KEPT, SEEN_EXCLUDED)
+EXCLUDED: Final = "excluded"
+KEPT_STRICT: Final = "kept_strict"
+KEPT_WITH_HISTORY_TERM: Final = "kept_with_history_term"
+PROTOCOLS: Final = (EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM)
+PROTOCOL_TITLES: Final = {
+    EXCLUDED: "excluded",
+    KEPT_STRICT: "kept, strict",
+    KEPT_WITH_HISTORY_TERM: "kept, with history term",
+}
+FORMER_PROTOCOLS: Final = {"seen_excluded": EXCLUDED, "seen_kept": KEPT_WITH_HISTORY_TERM}
+"""Names in files of earlier versions. ``seen_kept`` allowed every term, so it is not the strict protocol."""
 
 CHUNK_BYTES: Final = 64 * 2**20
-"""Bytes of float32 scores per chunk; with the second protocol's copy and masks the peak stays below 256 MB."""
+"""Bytes of float32 scores per chunk; with the copies and masks of a protocol the peak stays below 256 MB for a
+baseline, and below 384 MB for a model with its terms."""
 MAX_SESSIONS: Final = 512
 """Sessions per chunk at most, which bounds the memory of a model's activations."""
 
@@ -51,6 +63,15 @@ class Scorer(Protocol):
         histories : Sessions
             The batch. Its sessions hold known items only and may be empty.
         """
+
+
+class Scored(NamedTuple):
+    """Scores of one system, and the protocols under which they are ranked."""
+
+    system: str
+    protocols: Sequence[str]
+    scores: Tensor
+    """[batch, row], as `Scorer` returns them."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +111,7 @@ def rank_catalogue(
     n_rows: int,
     *,
     top_k: int = 0,
-    protocols: Sequence[str] = PROTOCOLS,
+    protocols: Sequence[str] | None = None,
     description: str = "ranking",
 ) -> Ranking:
     """Rank every session's target among all items.
@@ -107,41 +128,122 @@ def rank_catalogue(
         Width of a score vector, `Catalogue.n_rows`.
     top_k : int
         Length of the lists to return, for coverage; 0 returns none and is faster.
-    protocols : sequence of str
-        ``"seen_kept"``, ``"seen_excluded"`` or both.
+    protocols : sequence of str, optional
+        By default all for which the scorer is fit: `protocols_of`.
 
     Raises
     ------
+    ConfigError
+        The scorer knows what was seen, and ``kept_strict`` is among the protocols.
     ModalityError
         The scorer returned NaN.
     DataError
         Targets or scores do not fit the catalogue.
     """
+    fit = protocols_of(scorer)
+    chosen = fit if protocols is None else protocols
+    if set(chosen) - set(fit):
+        raise ConfigError(
+            f"protocol {sorted(set(chosen) - set(fit))[0]!r} for scores that know what was seen",
+            f"one of {', '.join(fit)}",
+            "rank a scorer without history bias, item-kNN and content-kNN term, or use missrec evaluate",
+        )
+    one = rank_systems(
+        lambda chunk: [Scored("", chosen, scorer(chunk))],
+        histories,
+        targets,
+        n_rows,
+        top_k=top_k,
+        description=description,
+    )
+    return one.get("", Ranking({name: np.empty(0, np.int64) for name in chosen}, {}, 0))
+
+
+def rank_systems(
+    score: Callable[[Sessions], Iterable[Scored]],
+    histories: Sessions,
+    targets: Ints,
+    n_rows: int,
+    *,
+    top_k: int = 0,
+    description: str = "ranking",
+) -> dict[str, Ranking]:
+    """Rank every session's target among all items with several systems that share work on a chunk of sessions.
+
+    Parameters
+    ----------
+    score : function
+        Yields the scores of every system and protocol for a batch of sessions. Each is ranked before the next one is
+        asked for, so that one pass through the network serves many and only a few are in memory.
+    histories, targets, n_rows, top_k
+        As in `rank_catalogue`.
+
+    Returns
+    -------
+    dict of str to Ranking
+        By name of the system; empty where there is no session.
+    """
     _check_targets(histories, targets, n_rows)
     histories, top_k = histories.known(), min(top_k, n_rows - FIRST_ITEM_ROW)
     step = chunk_size(n_rows)
-    ranks: dict[str, list[Ints]] = {protocol: [] for protocol in protocols}
-    lists: dict[str, list[Ints]] = {protocol: [] for protocol in protocols}
-    unrecommendable = 0
+    ranked: dict[str, dict[str, _Ranked]] = {}
     for start in track(range(0, len(histories), step), description):
         chunk = slice_sessions(histories, start, start + step)
-        scores = _checked(scorer(chunk), len(chunk), n_rows, start)  # [batch, row]
-        target = torch.from_numpy(targets[start : start + step]).to(scores.device)  # [batch]
-        unrecommendable += int(torch.isneginf(scores.gather(1, target[:, None])).sum())
-        for protocol in protocols:
-            ranked = scores if protocol == SEEN_KEPT else exclude_seen(scores, chunk)
-            ranks[protocol].append(target_ranks(ranked, target).cpu().numpy())
-            if top_k:
-                lists[protocol].append(recommendable_rows(ranked, top_k).cpu().numpy())
-    return Ranking(
-        {name: np.concatenate([*parts, np.empty(0, np.int64)]) for name, parts in ranks.items()},
-        {name: np.concatenate(parts) for name, parts in lists.items() if parts},
-        unrecommendable,
-    )
+        target = torch.from_numpy(targets[start : start + step])  # [batch]
+        for system, protocols, unchecked in score(chunk):
+            scores = _checked(unchecked, len(chunk), n_rows, start)  # [batch, row]
+            target = target.to(scores.device)
+            of = ranked.setdefault(system, {})
+            _rank_chunk(scores, chunk, target, top_k, {name: of.setdefault(name, _Ranked()) for name in protocols})
+    return {
+        system: Ranking(
+            {protocol: np.concatenate(found.ranks) for protocol, found in of.items()},
+            {protocol: np.concatenate(found.lists) for protocol, found in of.items() if found.lists},
+            max(found.unrecommendable for found in of.values()),
+        )
+        for system, of in ranked.items()
+    }
+
+
+@dataclass
+class _Ranked:
+    """What is known of one system under one protocol, chunk by chunk."""
+
+    ranks: list[Ints] = field(default_factory=list)
+    lists: list[Ints] = field(default_factory=list)
+    unrecommendable: int = 0
+
+
+def _rank_chunk(scores: Tensor, chunk: Sessions, target: Tensor, top_k: int, found: Mapping[str, _Ranked]) -> None:
+    """Append ranks and lists of a chunk; protocols with the same filter share them."""
+    kept = target_ranks(scores, target)
+    missed = int(torch.isneginf(scores.gather(1, target[:, None])).sum())
+    for excludes in (False, True):
+        protocols = [of for protocol, of in found.items() if (protocol == EXCLUDED) is excludes]
+        if not protocols:
+            continue
+        ranks = (ranks_without_seen(kept, scores, chunk, target) if excludes else kept).cpu().numpy()
+        lists = []
+        if top_k:
+            lists = [recommendable_rows(exclude_seen(scores, chunk) if excludes else scores, top_k).cpu().numpy()]
+        for of in protocols:
+            of.ranks.append(ranks)
+            of.lists += lists
+            of.unrecommendable += missed
+
+
+def protocols_of(scorer: Scorer) -> Sequence[str]:
+    """Return the protocols under which a scorer can be ranked: its ``protocols``, or all where it states none."""
+    return tuple(getattr(scorer, "protocols", PROTOCOLS))
 
 
 def quick_metrics(
-    scorer: Scorer, sessions: Sessions, n_rows: int, ks: Sequence[int] = (10,)
+    scorer: Scorer,
+    sessions: Sessions,
+    n_rows: int,
+    ks: Sequence[int] = (10,),
+    *,
+    protocols: Sequence[str] | None = None,
 ) -> dict[str, dict[str, float | None]]:
     """Return mean metrics ``{protocol: {"recall@10": …, "ndcg@10": …, "mrr@10": …}}``, for early stopping.
 
@@ -149,9 +251,11 @@ def quick_metrics(
     ----------
     sessions : Sessions
         Evaluation rows as ETL writes them: history and target, the target is the last item.
+    protocols : sequence of str, optional
+        By default all for which the scorer is fit.
     """
     histories, targets = sessions.split_last()
-    ranking = rank_catalogue(scorer, histories, targets, n_rows)
+    ranking = rank_catalogue(scorer, histories, targets, n_rows, protocols=protocols)
     return {protocol: metrics(ranks, ks) for protocol, ranks in ranking.ranks.items()}
 
 
@@ -164,9 +268,38 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     [3]
     """
     own = scores.gather(1, targets[:, None])
-    before = torch.arange(scores.shape[1], device=scores.device) < targets[:, None]
-    better = (scores > own).sum(1) + ((scores == own) & before).sum(1)
+    better, as_good = n_true(scores > own), n_true(scores >= own)
+    tied = torch.nonzero(as_good - better > 1).flatten()  # few sessions: the rest needs no look at the order of rows
+    before = torch.arange(scores.shape[1], device=scores.device) < targets[tied, None]
+    better.index_add_(0, tied, n_true((scores[tied] == own[tied]) & before))
     return torch.where(torch.isneginf(own[:, 0]), MISSED, 1 + better)
+
+
+def n_true(mask: Tensor) -> Tensor:
+    """Return how many are True per row [batch] of a mask [batch, row]; several times faster than a sum of bools."""
+    return mask.view(torch.uint8).sum(1, dtype=torch.int32).long()
+
+
+def ranks_without_seen(kept: Tensor, scores: Tensor, histories: Sessions, targets: Tensor) -> Tensor:
+    """Return the ranks [batch] under ``excluded``: those among all items, less the seen items before the target.
+
+    Parameters
+    ----------
+    kept : Tensor [batch]
+        `target_ranks` of the scores.
+    scores : Tensor [batch, row]
+    histories : Sessions
+        Known items only; an item that occurs twice counts once.
+    targets : Tensor [batch]
+    """
+    n_rows = scores.shape[1]
+    cells = np.unique(np.repeat(np.arange(len(histories)), histories.lengths) * n_rows + histories.values)
+    session, seen = (torch.from_numpy(part).to(scores.device) for part in (cells // n_rows, cells % n_rows))
+    own, theirs, target = scores.gather(1, targets[:, None])[:, 0][session], scores[session, seen], targets[session]
+    before = (theirs > own) | ((theirs == own) & (seen < target))
+    excluded = kept - torch.zeros_like(kept).index_add_(0, session, before.to(kept.dtype))
+    is_seen = torch.zeros_like(kept).index_add_(0, session, (seen == target).to(kept.dtype)) > 0
+    return torch.where(is_seen | (kept == MISSED), MISSED, excluded)
 
 
 def exclude_seen(scores: Tensor, histories: Sessions) -> Tensor:
@@ -179,7 +312,7 @@ def exclude_seen(scores: Tensor, histories: Sessions) -> Tensor:
 
 
 def targets_in_history(histories: Sessions, targets: Ints) -> Bools:
-    """Return which targets are in their own history, [session], bool: the misses of ``seen_excluded`` by definition."""
+    """Return which targets are in their own history, [session], bool: the misses of ``excluded`` by definition."""
     sessions = np.repeat(np.arange(len(histories)), histories.lengths)
     with_target = sessions[histories.values == targets[sessions]]
     return np.bincount(with_target, minlength=len(histories)) > 0

@@ -9,23 +9,36 @@ from typing import Any, Final
 from rich.console import Group
 from rich.table import Table
 
-from missrec_t4r.evaluation.full_ranking import SEEN_EXCLUDED, SEEN_KEPT
+from missrec_t4r.evaluation.full_ranking import FORMER_PROTOCOLS, PROTOCOL_TITLES
 from missrec_t4r.io.json_files import write_json
 
-PROTOCOL_TITLES: Final = {
-    SEEN_KEPT: "seen items kept (as published)",
-    SEEN_EXCLUDED: "seen items excluded (as shops serve)",
-}
 TABLE_COLUMNS: Final = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
 NO_VALUE: Final = "-"
 
 
 def table(report: Mapping[str, Any]) -> Group:
-    """Return all tables of a report, for ``console.print``."""
+    """Return all tables of a report, for ``console.print``; also of a report that an earlier version wrote."""
+    report = with_current_names(report)
     protocols = list(report["protocols"])
     return Group(
-        *(metrics_table(report, name) for name in protocols), *(slices_table(report, name) for name in protocols)
+        *(metrics_table(report, name) for name in protocols),
+        *([checklist_table(report["checklist"])] if "checklist" in report else []),
+        *(slices_table(report, name) for name in protocols),
     )
+
+
+def with_current_names(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a report, or a part of one, with today's names of the protocols instead of those of earlier versions.
+
+    Examples
+    --------
+    >>> with_current_names({"protocols": {"seen_excluded": {"model": {"ndcg@10": 0.1}}}, "n_users": 5})
+    {'protocols': {'excluded': {'model': {'ndcg@10': 0.1}}}, 'n_users': 5}
+    """
+    return {
+        FORMER_PROTOCOLS.get(name, name): with_current_names(part) if isinstance(part, Mapping) else part
+        for name, part in report.items()
+    }
 
 
 def metrics_table(report: Mapping[str, Any], protocol: str) -> Table:
@@ -35,7 +48,7 @@ def metrics_table(report: Mapping[str, Any], protocol: str) -> Table:
     ----------
     report : mapping
         Return value of `missrec_t4r.runs.evaluate.evaluate`.
-    protocol : {"seen_kept", "seen_excluded"}
+    protocol : {"excluded", "kept_strict", "kept_with_history_term"}
     """
     systems: Mapping[str, Any] = report["protocols"][protocol]
     shown = [metric for metric in TABLE_COLUMNS if metric in next(iter(systems.values()))]
@@ -55,6 +68,23 @@ def slices_table(report: Mapping[str, Any], protocol: str, metric: str = "ndcg@1
         values = [_number(part[protocol][system].get(metric)) for system in systems]
         result.add_row(name, f"{part['n']:,}", *values)
     return result
+
+
+def checklist_table(checklist: Mapping[str, Any]) -> Table:
+    """Return the protocol checklist as a table: what a reader must know to compare the figures."""
+    result = Table(title="protocol checklist", title_justify="left", show_header=False)
+    result.add_column(no_wrap=True)
+    result.add_column(overflow="fold")
+    for name, value in checklist.items():
+        result.add_row(name.replace("_", " "), _in_lines(value))
+    return result
+
+
+def _in_lines(value: Any) -> str:
+    """Return a value of the checklist as text, a mapping with a line per entry."""
+    if isinstance(value, Mapping):
+        return "\n".join(f"{PROTOCOL_TITLES.get(name, name)}: {_in_lines(part)}" for name, part in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def write_report(report: Mapping[str, Any], file: Path) -> None:

@@ -9,7 +9,8 @@ trained with the network, the others are counted from the training split afterwa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 from missrec_t4r.config import MISSRecConfig
@@ -18,7 +19,7 @@ from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.model.build import build_network
 from missrec_t4r.model.item_encoder import ItemEncoder
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.model.score_terms import ScoreTerm
+from missrec_t4r.model.score_terms import ScoreTerm, ScoreTerms
 from missrec_t4r.ranking.terms.cold_start import ColdStartTerm
 from missrec_t4r.ranking.terms.content_knn import ContentKNNTerm
 from missrec_t4r.ranking.terms.history import HistoryBias
@@ -38,6 +39,14 @@ def terms_of(model: MISSRec) -> Terms:
     """Return the score terms that a model was built with."""
     known = {name: term for name, term in model.terms.items() if name in Terms._fields}
     return Terms(**cast("dict[str, None]", known))
+
+
+def with_terms(model: MISSRec, terms: Mapping[str, ScoreTerm]) -> MISSRec:
+    """Return a model with the same network, which is not copied, and other terms."""
+    other = copy.copy(model)
+    other._modules = dict(model._modules)
+    other.terms = ScoreTerms(dict(terms))
+    return other
 
 
 def build_missrec(config: MISSRecConfig, catalogue: Catalogue, event_features: Sequence[EventColumn] = ()) -> MISSRec:

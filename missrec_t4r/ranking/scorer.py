@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation.full_ranking import Scorer
+from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_WITH_HISTORY_TERM, PROTOCOLS, Scorer
 from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.model.score_terms import ScoreTerms
+
+
+class Parts(NamedTuple):
+    """What the scores of a batch of sessions are put together from."""
+
+    item_ids: Tensor
+    """[batch, seq]: the most recent items, padded with 0 on the right."""
+    network: Tensor
+    """[batch, row]: scores of the network, before any term."""
+    popular: Tensor | None
+    """[batch, row]: scores for the sessions without a known item; None where every session has one."""
+    empty: Tensor
+    """[batch], bool: True for sessions without a known item."""
 
 
 class ModelScorer:
@@ -41,8 +56,18 @@ class ModelScorer:
 
         return cls(model, Popularity.fit(catalogue))
 
+    @property
+    def protocols(self) -> Sequence[str]:
+        """The protocols under which the model can be ranked as it is: its terms know what was seen."""
+        knows = next(self.model.terms.in_use(training=False), None) is not None
+        return (EXCLUDED, KEPT_WITH_HISTORY_TERM) if knows else PROTOCOLS
+
     def __call__(self, histories: Sessions) -> Tensor:
         """Return scores [batch, row], -inf where the model cannot recommend the row."""
+        return self.combined(self.parts(histories), self.model.terms)
+
+    def parts(self, histories: Sessions) -> Parts:
+        """Return the network's scores and what else the scores of these sessions need; the costly half of a score."""
         everyone, length = range(len(histories)), self.model.config.max_sequence_length
         item_ids = torch.from_numpy(histories.padded(everyone, length)).to(self.device)
         event_features = {
@@ -50,16 +75,33 @@ class ModelScorer:
             for name, values in histories.padded_features(everyone, length).items()
         }
         with _evaluating(self.model):
-            scores = self.model.score(self.model(item_ids, event_features), self.candidates, item_ids)
+            network = self.model.fusion(self.model(item_ids, event_features), self.candidates)
         empty = torch.from_numpy(histories.lengths == 0).to(self.device)
-        if not empty.any():
+        return Parts(item_ids, network, self.fallback(histories).to(network) if empty.any() else None, empty)
+
+    def combined(self, parts: Parts, terms: ScoreTerms, *, network: bool = True) -> Tensor:
+        """Return the scores [batch, row] of the network, or of nothing, plus terms.
+
+        Parameters
+        ----------
+        parts : Parts
+            Stay as they are, so that they serve for several sets of terms.
+        terms : ScoreTerms
+            Those of the model, or others.
+        network : bool
+            False leaves the network out.
+        """
+        own = parts.network.clone() if network else torch.zeros_like(parts.network)  # terms may write in place
+        excluded = self.model.excluded
+        with _evaluating(terms):
+            scores = terms(own, parts.item_ids).index_fill_(1, excluded, -torch.inf)
+        if parts.popular is None:
             return scores
-        popular = self.fallback(histories).to(scores)
-        return torch.where(empty[:, None], popular.masked_fill(~self.model.recommendable, -torch.inf), scores)
+        return torch.where(parts.empty[:, None], parts.popular.index_fill(1, excluded, -torch.inf), scores)
 
 
 @contextmanager
-def _evaluating(model: MISSRec) -> Iterator[None]:
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:

@@ -1,34 +1,44 @@
 """Fit the score terms after training and tune their blend weights by ranking validation sessions.
 
 Coordinate by coordinate: item-kNN on top of the network, content-kNN on top of both, item-kNN again, then the
-cold-start term (`missrec_t4r.ranking.tune_cold_start`).
+cold-start term (`missrec_t4r.ranking.tune_cold_start`). `fit_terms` does so once, after training, for a model that is
+served with seen items kept or excluded; `missrec_t4r.ranking.protocols` does so for each protocol of an evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from missrec_t4r.arrays import Doubles, Ints
+from missrec_t4r.arrays import Doubles
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation.full_ranking import chunk_size, slice_sessions, target_ranks
+from missrec_t4r.evaluation.full_ranking import (
+    EXCLUDED,
+    KEPT_WITH_HISTORY_TERM,
+    chunk_size,
+    n_true,
+    slice_sessions,
+)
 from missrec_t4r.evaluation.metrics import MISSED
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import track
 from missrec_t4r.ranking.hybrid import terms_of
-from missrec_t4r.ranking.scorer import ModelScorer
+from missrec_t4r.ranking.scorer import ModelScorer, Parts
 from missrec_t4r.ranking.terms.cold_start import ColdStartSettings
 from missrec_t4r.ranking.terms.content_knn import ContentKNNSettings, ContentKNNTerm
-from missrec_t4r.ranking.terms.history import first_occurrences
+from missrec_t4r.ranking.terms.history import HistoryBias, first_occurrences
 from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings, ItemKNNTerm
 from missrec_t4r.ranking.tune_cold_start import fit_cold_start
 from missrec_t4r.schema import UNKNOWN_ROW
+
+TUNED_FOR: Final = (KEPT_WITH_HISTORY_TERM, EXCLUDED)
+"""Protocols over whose mean the weights of a trained model are tuned: it is served in both ways."""
 
 Counting = tuple[int, bool]
 
@@ -36,12 +46,18 @@ _DECAYS = (0.5, 0.7, 0.9)
 _POWERS = (0.1, 0.3, 0.5, 0.7)
 _LOGITS_PER_COUNT = (0.0, 0.2, 0.4, 0.8, 1.5, 2.5, 4.0)
 """Weights on the grid: what one co-occurrence of two average items adds to a logit."""
+_ONE_LOGIT = (0.0, 1.0)
 _LOGITS_PER_SIMILAR = (0.0, 0.35, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 """Weights on the grid: what the most similar item of an average item adds to a logit."""
 _FOLLOWERS = 5
 """Window of the second way to count: items that come within so many events after the other."""
-_MOST_SESSIONS = 3000
+_HISTORY_LOGITS = (0.0, 0.5, -0.5, -1.0, -2.0, -4.0, -8.0)
+"""History bias on the grid, in logits, where no training has learned it; the first of equals is taken."""
+MOST_SESSIONS: Final = 3000
 """Validation sessions that are ranked."""
+_CUTOFF = 10
+_KEPT_BYTES = 1 << 28
+"""Scores of the network on validation that are kept; where there are more, they are computed for every grid."""
 _MOST_ROWS = 200_000
 """Similar items are found by comparing all pairs; for larger catalogues the content-kNN term stays off."""
 
@@ -73,10 +89,29 @@ def fit_terms(
     dict
         The chosen settings, and validation NDCG@10 (mean of both protocols) with and without the terms.
     """
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(valid))[:_MOST_SESSIONS])
-    chosen = chosen[np.argsort(valid.lengths[chosen], kind="stable")]  # equal lengths in a chunk: little padding
-    histories, targets = valid.take(chosen).split_last()
-    validation = _Validation(model, ModelScorer.with_popularity(model, catalogue), histories.known(), targets)
+    return tune_terms(model, Validation(model, catalogue, train, valid, seed=seed), TUNED_FOR)
+
+
+def tune_terms(
+    model: MISSRec, validation: Validation, protocols: Sequence[str], *, network: bool = True
+) -> dict[str, Any]:
+    """Fit and tune the terms of a model for the mean of some protocols.
+
+    Parameters
+    ----------
+    model : MISSRec
+        The one that validation was made for, or a copy of it with other terms (`with_terms`).
+    protocols : sequence of str
+        NDCG@10 on validation is the mean over them.
+    network : bool
+        False tunes the terms as a system of their own. A history bias is then tuned too, which is otherwise learned in
+        training.
+
+    Returns
+    -------
+    dict
+        As `fit_terms` returns it.
+    """
     terms = terms_of(model)
     item_knn, content_knn = terms.item_knn, terms.content_knn
     if terms.cold_start is not None:
@@ -84,59 +119,62 @@ def fit_terms(
     for part, off in ((item_knn, _NO_ITEM_KNN), (content_knn, _NO_CONTENT_KNN)):
         if part is not None:
             part.choose(off)  # type: ignore[arg-type]  # each its own settings
+    blend = _Blend(model, validation, tuple(protocols), network)
     found: dict[str, Any] = {}
     if item_knn is not None:
-        found = _tune_item_knn(
-            model, item_knn, train, validation, [(model.config.max_sequence_length, False), (_FOLLOWERS, True)]
-        )
-    if content_knn is not None and catalogue.n_rows <= _MOST_ROWS:
-        alike = _tune_content_knn(model, content_knn, validation)
+        countings = [(model.config.max_sequence_length, False), (_FOLLOWERS, True)]
+        found = _tune_item_knn(blend, item_knn, countings)
+    if content_knn is not None and validation.catalogue.n_rows <= _MOST_ROWS:
+        alike = _tune_content_knn(blend, content_knn)
         found = {"without": alike["without"], **found, "valid_ndcg@10": alike["valid_ndcg@10"]}
         if item_knn is not None and content_knn.active:
-            again = _tune_item_knn(model, item_knn, train, validation, [(found["window"], found["directed"])])
+            again = _tune_item_knn(blend, item_knn, [(found["window"], found["directed"])])
             found = {**again, "without": found["without"]}
         found["lookalikes"] = content_knn.chosen._asdict()
+    if terms.history_bias is not None and not network:
+        found |= _tune_history(blend, terms.history_bias)
     if terms.cold_start is not None:
-        found["newcomers"] = fit_cold_start(model, catalogue, valid, seed=seed)
+        found["newcomers"] = fit_cold_start(model, validation.catalogue, validation.valid, seed=validation.seed)
     return found
 
 
-def _tune_item_knn(
-    model: MISSRec, item_knn: ItemKNNTerm, train: Sessions, validation: _Validation, countings: Sequence[Counting]
-) -> dict[str, Any]:
+def _tune_item_knn(blend: _Blend, item_knn: ItemKNNTerm, countings: Sequence[Counting]) -> dict[str, Any]:
     found = []
-    for window, directed in countings:
+    content_knn = terms_of(blend.model).content_knn
+    is_alone = not blend.network and not (content_knn is not None and content_knn.active)
+    weights = _ONE_LOGIT if is_alone else _LOGITS_PER_COUNT  # a term alone ranks alike with any weight
+    for counting in countings:
         item_knn.choose(_NO_ITEM_KNN)
-        item_knn.fit(train, window, directed=directed)
+        item_knn.count_as(blend.validation.counted(item_knn, counting))
         grid = [
-            _settings(model, item_knn, decay, power, logits)
-            for decay, power, logits in product(_DECAYS, _POWERS, _LOGITS_PER_COUNT)
+            _settings(blend.model, item_knn, decay, power, logits)
+            for decay, power, logits in product(_DECAYS, _POWERS, weights)
         ]
-        scores = validation.ndcg(
+        scores = blend.ndcg(
             [_Point(point[1:], point.weight) for point in grid],
             lambda unit: item_knn.choose(ItemKNNSettings(1.0, *unit)),
             lambda: item_knn.choose(_NO_ITEM_KNN),
             item_knn,
         )
         best = int(scores.argmax())
-        found.append((float(scores[best]), window, directed, grid[best], float(scores[0])))
-    ndcg, window, directed, point, without = max(found, key=lambda result: result[0])
-    item_knn.fit(train, window, directed=directed)
+        found.append((float(scores[best]), counting, grid[best], float(scores[0])))
+    ndcg, counting, point, without = max(found, key=lambda result: result[0])
+    item_knn.count_as(blend.validation.counted(item_knn, counting))
     item_knn.choose(point)
+    window, directed = counting
     counted = {"window": window, "directed": directed}
     return {**item_knn.chosen._asdict(), **counted, "valid_ndcg@10": ndcg, "without": without}
 
 
-def _tune_content_knn(model: MISSRec, content_knn: ContentKNNTerm, validation: _Validation) -> dict[str, float]:
-    vectors = {name: model.item_encoder.vectors.get_buffer(name) for name in model.item_encoder.names}
-    content_knn.fit(vectors, model.item_encoder.presence)
+def _tune_content_knn(blend: _Blend, content_knn: ContentKNNTerm) -> dict[str, float]:
+    content_knn.list_as(blend.validation.listed(content_knn))
     nearest = content_knn.likeness.amax(1)
     average = float(nearest.sum() / (nearest > 0).sum().clamp_min(1))
     grid = [
-        _Point((decay,), logits * model.config.temperature / max(average, 1e-6))
+        _Point((decay,), logits * blend.model.config.temperature / max(average, 1e-6))
         for decay, logits in product(_DECAYS, _LOGITS_PER_SIMILAR)
     ]
-    scores = validation.ndcg(
+    scores = blend.ndcg(
         grid,
         lambda unit: content_knn.choose(ContentKNNSettings(1.0, *unit)),
         lambda: content_knn.choose(_NO_CONTENT_KNN),
@@ -147,49 +185,138 @@ def _tune_content_knn(model: MISSRec, content_knn: ContentKNNTerm, validation: _
     return {"valid_ndcg@10": float(scores[best]), "without": float(scores[0])}
 
 
-class _Validation:
-    """Validation sessions, and the NDCG of the model's present score plus a term, at every point of a grid."""
+@torch.no_grad()
+def _tune_history(blend: _Blend, history: HistoryBias) -> dict[str, float]:
+    grid = [_Point((), logits * blend.model.config.temperature) for logits in _HISTORY_LOGITS]
+    scores = blend.ndcg(
+        grid,
+        lambda _: None,
+        lambda: history.bias.fill_(0.0),
+        lambda item_ids: blend.seen(item_ids),
+    )
+    best = int(scores.argmax())
+    history.bias.fill_(grid[best].weight)
+    return {"history_bias": grid[best].weight, "valid_ndcg@10": float(scores[best])}
 
-    def __init__(self, model: MISSRec, scorer: ModelScorer, histories: Sessions, targets: Ints) -> None:
-        self.model, self.scorer, self.histories, self.targets = model, scorer, histories, targets
+
+class Validation:
+    """Validation sessions as terms are tuned on them, with everything that several tunings share.
+
+    Parameters
+    ----------
+    model : MISSRec
+        Its network scores the sessions, once.
+    train : Sessions
+        Training sessions, in which co-occurrences are counted.
+    valid : Sessions
+        Histories with their target; a seeded sample of at most 3,000 is ranked.
+    """
+
+    def __init__(
+        self, model: MISSRec, catalogue: Catalogue, train: Sessions, valid: Sessions, *, seed: int = 0
+    ) -> None:
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(valid))[:MOST_SESSIONS])
+        chosen = chosen[np.argsort(valid.lengths[chosen], kind="stable")]  # equal lengths in a chunk: little padding
+        histories, self.targets = valid.take(chosen).split_last()
+        self.histories = histories.known()
+        self.catalogue, self.train, self.valid, self.seed = catalogue, train, valid, seed
+        self.scorer = ModelScorer.with_popularity(model, catalogue)
+        self.scored: list[tuple[Parts, Tensor]] = []
+        self._counted: dict[Counting, ItemKNNTerm] = {}
+        self._listed: dict[bool, ContentKNNTerm] = {}
+
+    def chunks(self) -> Iterator[tuple[Parts, Tensor]]:
+        """Yield the network's scores of some sessions, and their targets [batch]; kept where they are few enough."""
+        n_rows = self.catalogue.n_rows
+        step, keep = chunk_size(n_rows), 4 * n_rows * len(self.histories) <= _KEPT_BYTES
+        for index, start in enumerate(track(range(0, len(self.histories), step), "tuning score terms")):
+            if index < len(self.scored):
+                yield self.scored[index]
+                continue
+            chunk = slice_sessions(self.histories, start, start + step)
+            one = self.scorer.parts(chunk), torch.from_numpy(self.targets[start : start + step])
+            if keep:
+                self.scored.append(one)
+            yield one
+
+    def counted(self, like: ItemKNNTerm, counting: Counting) -> ItemKNNTerm:
+        """Return a term that has counted the training sessions in this way; counted once."""
+        if counting not in self._counted:
+            window, directed = counting
+            term = ItemKNNTerm(*like.neighbours.shape).to(like.counts)
+            term.fit(self.train, window, directed=directed)
+            self._counted[counting] = term
+        return self._counted[counting]
+
+    def listed(self, like: ContentKNNTerm) -> ContentKNNTerm:
+        """Return a term that has found the similar items of every item; found once."""
+        if like.itself not in self._listed:
+            item_encoder = self.scorer.model.item_encoder
+            term = ContentKNNTerm(*like.alike.shape, itself=like.itself).to(like.likeness)
+            term.fit(
+                {name: item_encoder.vectors.get_buffer(name) for name in item_encoder.names}, item_encoder.presence
+            )
+            self._listed[like.itself] = term
+        return self._listed[like.itself]
+
+
+class _Blend(NamedTuple):
+    """A model's terms on validation, and the protocols that they are tuned for."""
+
+    model: MISSRec
+    validation: Validation
+    protocols: tuple[str, ...]
+    network: bool
 
     @torch.no_grad()
     def ndcg(
         self,
         grid: Sequence[_Point],
-        choose: Callable[[tuple[float, ...]], None],
-        switch_off: Callable[[], None],
+        choose: Callable[[tuple[float, ...]], object],
+        switch_off: Callable[[], object],
         term: Callable[[Tensor], Tensor],
     ) -> Doubles:
-        """Return the mean over both protocols of NDCG@10 for every point of the grid."""
-        total = np.zeros(len(grid))
-        step = chunk_size(self.scorer.candidates.mask.shape[1])
-        for start in track(range(0, len(self.histories), step), "tuning score terms"):
-            chunk = slice_sessions(self.histories, start, start + step)
-            targets = torch.from_numpy(self.targets[start : start + step])
-            padded = chunk.padded(range(len(chunk)), self.model.config.max_sequence_length)
-            item_ids = torch.from_numpy(padded).to(self.scorer.device)
+        """Return NDCG@10 of the model's present score plus a term, at every point of the grid; mean over protocols."""
+        total, scorer = np.zeros(len(grid)), self.validation.scorer
+        for parts, targets in self.validation.chunks():
             switch_off()
-            own = self.scorer(chunk).cpu()
-            unit, computed = own, None
+            own = scorer.combined(parts, self.model.terms, network=self.network).cpu()
+            item_ids, unit, computed = parts.item_ids.cpu(), own, None
             for index, point in enumerate(grid):
                 if point.unit != computed:
                     choose(point.unit)
-                    unit, computed = term(item_ids).cpu(), point.unit
-                total[index] += _ndcg(torch.add(own, unit, alpha=point.weight), targets, item_ids.cpu())
+                    unit, computed = term(parts.item_ids).cpu(), point.unit
+                scores = torch.add(own, unit, alpha=point.weight)
+                total[index] += _ndcg(scores, targets, item_ids, self.protocols)
         switch_off()
-        return total / max(len(self.histories), 1)
+        return total / max(len(self.validation.histories), 1)
+
+    def seen(self, item_ids: Tensor) -> Tensor:
+        """Return [batch, row]: 1 for the items of the session, 0 for all others."""
+        found = torch.zeros(len(item_ids), self.validation.catalogue.n_rows, device=item_ids.device)
+        return found.scatter_(1, item_ids, (item_ids > UNKNOWN_ROW).to(found.dtype))
 
 
-def _ndcg(scores: Tensor, targets: Tensor, item_ids: Tensor) -> float:
-    """Return the sum over sessions of NDCG@10, the mean of both protocols; one pass over the scores [batch, row]."""
-    kept = target_ranks(scores, targets)
-    own, seen = scores.gather(1, targets[:, None]), scores.gather(1, item_ids)
-    before = (seen > own) | ((seen == own) & (item_ids < targets[:, None]))
-    excluded = kept - (before & first_occurrences(item_ids) & (item_ids > UNKNOWN_ROW)).sum(1)
-    excluded = torch.where((item_ids == targets[:, None]).any(1), MISSED, excluded)
-    ranks = torch.stack([kept, excluded]).double()
-    return float(torch.where(ranks <= 10, 1 / torch.log2(ranks + 1), 0.0).sum() / 2)
+def _ndcg(scores: Tensor, targets: Tensor, item_ids: Tensor, protocols: Sequence[str]) -> float:
+    """Return the sum over sessions of NDCG@10, mean over protocols; one pass over the scores [batch, row].
+
+    Only sessions whose target has fewer than ten better items are looked at again, for ties and for what was seen.
+    """
+    own = scores.gather(1, targets[:, None])
+    better, seen = n_true(scores > own), scores.gather(1, item_ids)
+    distinct = first_occurrences(item_ids) & (item_ids > UNKNOWN_ROW)
+    better_seen = (distinct & (seen > own)).sum(1)
+    near = torch.nonzero(better - better_seen < _CUTOFF).flatten()
+    ties = (scores[near] == own[near]) & (torch.arange(scores.shape[1]) < targets[near, None])
+    kept = torch.where(torch.isneginf(own[near, 0]), MISSED, 1 + better[near] + n_true(ties))
+    ranks = [kept for protocol in protocols if protocol != EXCLUDED]
+    if EXCLUDED in protocols:
+        tied_seen = (distinct & (seen == own) & (item_ids < targets[:, None])).sum(1)
+        is_seen = (item_ids == targets[:, None]).any(1)
+        is_missed = is_seen[near] | (kept == MISSED)
+        ranks.append(torch.where(is_missed, MISSED, kept - (better_seen + tied_seen)[near]))
+    stacked = torch.stack(ranks).double()
+    return float(torch.where(stacked <= _CUTOFF, 1 / torch.log2(stacked + 1), 0.0).sum() / len(ranks))
 
 
 def _settings(model: MISSRec, item_knn: ItemKNNTerm, decay: float, power: float, logits: float) -> ItemKNNSettings:

@@ -1,21 +1,34 @@
-"""`missrec evaluate`: rank the catalogue with a run and with tuned popularity, item-kNN and content-kNN baselines.
+"""`missrec evaluate`: rank the catalogue with a run, with its network and its terms alone, and with tuned baselines.
 
-Both protocols, slices of sessions and targets, bootstrap intervals, and paired differences to every baseline.
+Three protocols (`missrec_t4r.ranking.protocols`), slices of sessions and targets, bootstrap intervals, paired
+differences to every other system, and the protocol checklist: what a reader must know to compare the figures.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
+
+import numpy as np
 
 from missrec_t4r.arrays import Ints
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError
-from missrec_t4r.evaluation.full_ranking import PROTOCOLS, Ranking, Scorer, rank_catalogue, targets_in_history
+from missrec_t4r.evaluation.full_ranking import (
+    KEPT_WITH_HISTORY_TERM,
+    PROTOCOLS,
+    Ranking,
+    Scored,
+    Scorer,
+    protocols_of,
+    rank_catalogue,
+    rank_systems,
+    targets_in_history,
+)
 from missrec_t4r.evaluation.metrics import (
     KS,
     bootstrap_intervals,
@@ -26,11 +39,14 @@ from missrec_t4r.evaluation.metrics import (
 )
 from missrec_t4r.evaluation.report import write_report
 from missrec_t4r.evaluation.slices import slices
+from missrec_t4r.io.json_files import read_json
 from missrec_t4r.ranking.baselines import Popularity
+from missrec_t4r.ranking.protocols import MODEL, BlendScorer, blends_of
+from missrec_t4r.ranking.tune import Validation
 from missrec_t4r.ranking.tune_baselines import tuned_content_knn, tuned_item_knn
-from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
+from missrec_t4r.runs.checklist import checklist
+from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, UNKNOWN_ROW
 
-MODEL: Final = "model"
 EVALUATED_SPLITS: Final = ("valid", "test")
 
 System = Scorer | Mapping[str, Scorer]
@@ -46,18 +62,21 @@ def evaluate(
     out: str | Path | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Rank the whole catalogue for every session, with seen items kept and excluded, beside the baselines.
+    """Rank the whole catalogue for every session under three protocols, beside the baselines.
+
+    excluded: the session's items cannot be recommended. kept_strict: all items are ranked and nothing in a score knows
+    what was seen. kept_with_history_term: all items are ranked with the model as it is exported.
 
     Parameters
     ----------
     run : path
         Run folder written by `missrec train`.
     split : {"test", "valid"}
-        Sessions to evaluate. The baselines are tuned on valid, so their figures there are optimistic.
+        Sessions to evaluate. Baselines and blend weights are tuned on valid, so the figures there are optimistic.
     data : path, optional
         Data folder, if it was moved since training.
     baselines : bool
-        Also tune and rank popularity, item-kNN and content-kNN.
+        Also tune and rank popularity, item-kNN, content-kNN and the model's score terms without its network.
     out : path, optional
         JSON file to write; by default metrics_<split>.json in the run folder.
     dry_run : bool
@@ -66,7 +85,8 @@ def evaluate(
     Returns
     -------
     dict
-        As `evaluate_sessions` returns it, with ``split``, ``data``, ``baseline_settings`` and ``seconds``.
+        As `evaluate_sessions` returns it, with ``split``, ``data``, ``checklist``, ``blend_settings``,
+        ``baseline_settings`` and ``seconds``.
 
     Raises
     ------
@@ -75,8 +95,7 @@ def evaluate(
     MISSRecError
         The run or the data folder is missing, incomplete, or does not fit.
     """
-    from missrec_t4r.ranking.scorer import ModelScorer
-    from missrec_t4r.runs.run_folder import load_run
+    from missrec_t4r.runs.run_folder import RUN_FILE, load_run
 
     if split not in EVALUATED_SPLITS:
         raise ConfigError(f"--split {split}", f"one of {', '.join(EVALUATED_SPLITS)}")
@@ -95,24 +114,39 @@ def evaluate(
             "would_write": [str(file)],
             "would_replace": file.exists(),
         }
-    systems: dict[str, System] = {MODEL: ModelScorer.with_popularity(loaded.model, loaded.catalogue)}
+    info = read_json(Path(run) / RUN_FILE)
+    train, valid = (load_sessions(loaded.data, name, loaded.model.event_columns) for name in ("train", "valid"))
+    validation = Validation(loaded.model, loaded.catalogue, train.known(), _with_known_target(valid))
+    blends, blend_settings = blends_of(loaded.model, validation, alone=baselines)
+    if "prior" in info:
+        blend_settings[MODEL][KEPT_WITH_HISTORY_TERM] = info["prior"]
+    tuned = time.perf_counter()
+    systems: dict[str, System] = {}
     settings: dict[str, Any] = {}
     if baselines:
-        fitted, settings = fitted_baselines(loaded.data, loaded.catalogue)
-        systems |= fitted
+        systems, settings = fitted_baselines(loaded.data, loaded.catalogue)
     baselines_done = time.perf_counter()
     report = {
         "split": split,
         "data": str(loaded.data),
-        **evaluate_sessions(systems, sessions, loaded.catalogue),
+        "checklist": checklist(loaded, info, len(validation.histories)),
+        **evaluate_sessions(systems, sessions, loaded.catalogue, together=BlendScorer(validation.scorer, blends)),
+        "blend_settings": blend_settings,
         "baseline_settings": settings,
         "seconds": {
-            "baselines": round(baselines_done - started, 2),
+            "tuning": round(tuned - started, 2),
+            "baselines": round(baselines_done - tuned, 2),
             "ranking": round(time.perf_counter() - baselines_done, 2),
         },
     }
     write_report(report, file)
     return report | {"file": str(file)}
+
+
+def _with_known_target(valid: Sessions) -> Sessions:
+    """Return the sessions whose target is an item of the catalogue, without unknown items."""
+    valid.split_last()  # an empty session is an error
+    return valid.take(np.flatnonzero(valid.values[valid.offsets[1:] - 1] > UNKNOWN_ROW)).known()
 
 
 def fitted_baselines(
@@ -147,6 +181,7 @@ def evaluate_sessions(
     sessions: Sessions,
     catalogue: Catalogue,
     *,
+    together: Callable[[Sessions], Iterable[Scored]] | None = None,
     ks: Sequence[int] = KS,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -156,26 +191,29 @@ def evaluate_sessions(
     ----------
     systems : mapping of str to Scorer, or to ``{protocol: Scorer}``
         The first one is compared with each of the others, paired by user.
+    together : function, optional
+        Scores of several systems that share work, as `rank_systems` takes it; they come before ``systems``.
     sessions : Sessions
         Evaluation rows: history and target, which is the last item.
 
     Returns
     -------
     dict
-        ``n_users``; ``protocols[protocol][system]`` = metrics and ``interval``; ``slices[name]`` = ``n`` and the same
-        per protocol; ``coverage[protocol][system]``; ``differences[protocol][other]``; ``counts`` of targets that are
-        not in the ranking.
+        ``n_users``; ``protocols[protocol][system]`` = metrics and ``interval``, for the systems that the protocol
+        has; ``slices[name]`` = ``n`` and the same per protocol; ``coverage[protocol][system]``;
+        ``differences[protocol][other]``; ``counts`` of targets that are not in the ranking.
     """
     if not len(sessions):
         raise DataError("the split has no session", "at least one history with a target", "re-run missrec etl")
     histories, targets = sessions.split_last()
-    rankings = {
-        name: _rank(system, histories, targets, catalogue, max(ks), f"ranking {name}")
-        for name, system in systems.items()
-    }
+    rankings: dict[str, Ranking] = {}
+    if together is not None:
+        rankings = rank_systems(together, histories, targets, catalogue.n_rows, top_k=max(ks), description="ranking")
+    for name, system in systems.items():
+        rankings[name] = _rank(system, histories, targets, catalogue, max(ks), f"ranking {name}")
     masks = slices(histories, targets, catalogue)
     overall = {
-        protocol: {name: _with_interval(ranking.ranks[protocol], ks, seed) for name, ranking in rankings.items()}
+        protocol: {name: _with_interval(ranks, ks, seed) for name, ranks in _under(protocol, rankings).items()}
         for protocol in PROTOCOLS
     }
     return {
@@ -187,8 +225,8 @@ def evaluate_sessions(
                 "n": int(mask.sum()),
                 **{
                     protocol: {
-                        name: _with_interval(ranking.ranks[protocol][mask], ks, seed)
-                        for name, ranking in rankings.items()
+                        name: _with_interval(ranks[mask], ks, seed)
+                        for name, ranks in _under(protocol, rankings).items()
                     }
                     for protocol in PROTOCOLS
                 },
@@ -215,7 +253,7 @@ def _rank(
     description: str,
 ) -> Ranking:
     # One pass per distinct scorer, over the protocols that use it
-    per_protocol = dict(system) if isinstance(system, Mapping) else dict.fromkeys(PROTOCOLS, system)
+    per_protocol = dict(system) if isinstance(system, Mapping) else dict.fromkeys(protocols_of(system), system)
     passes = [
         rank_catalogue(
             scorer,
@@ -223,7 +261,7 @@ def _rank(
             targets,
             catalogue.n_rows,
             top_k=top_k,
-            protocols=[protocol for protocol in PROTOCOLS if per_protocol[protocol] is scorer],
+            protocols=[protocol for protocol, one in per_protocol.items() if one is scorer],
             description=description,
         )
         for scorer in {id(scorer): scorer for scorer in per_protocol.values()}.values()
@@ -235,6 +273,11 @@ def _rank(
     )
 
 
+def _under(protocol: str, rankings: Mapping[str, Ranking]) -> dict[str, Ints]:
+    """Return the ranks of the systems that a protocol has."""
+    return {name: ranking.ranks[protocol] for name, ranking in rankings.items() if protocol in ranking.ranks}
+
+
 def _with_interval(ranks: Ints, ks: Sequence[int], seed: int) -> dict[str, Any]:
     return {**metrics(ranks, ks), "interval": bootstrap_intervals(ranks, ks, seed=seed)}
 
@@ -244,19 +287,17 @@ def _coverage(rankings: Mapping[str, Ranking], ks: Sequence[int], n_items: int) 
         protocol: {
             name: {f"coverage@{k}": coverage(ranking.recommended[protocol][:, :k], n_items) for k in ks}
             for name, ranking in rankings.items()
+            if protocol in ranking.ranks
         }
         for protocol in PROTOCOLS
     }
 
 
 def _differences(rankings: Mapping[str, Ranking], ks: Sequence[int], seed: int) -> dict[str, Any]:
-    first, *others = rankings
-    return {
-        protocol: {
-            other: named_differences(
-                paired_differences(rankings[first].ranks[protocol], rankings[other].ranks[protocol], ks, seed=seed)
-            )
-            for other in others
+    found: dict[str, Any] = {}
+    for protocol in PROTOCOLS:
+        first, *others = _under(protocol, rankings).items()
+        found[protocol] = {
+            name: named_differences(paired_differences(first[1], ranks, ks, seed=seed)) for name, ranks in others
         }
-        for protocol in PROTOCOLS
-    }
+    return found

@@ -26,7 +26,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.data.sessions import Sessions, target_counts
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, quick_metrics
+from missrec_t4r.evaluation.full_ranking import KEPT_WITH_HISTORY_TERM, quick_metrics
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import track
 from missrec_t4r.ranking.hybrid import build_missrec
@@ -243,7 +243,8 @@ class Trainer:
         """Rank the validation sessions with the averaged weights; store the weights if NDCG@10 is the best so far."""
         with self.average.swapped_in():
             scorer = ModelScorer.with_popularity(self.model, self.catalogue)
-            metrics = quick_metrics(scorer, self.valid, self.catalogue.n_rows)[SEEN_KEPT]
+            protocol = KEPT_WITH_HISTORY_TERM  # with a history bias, if the network has one
+            metrics = quick_metrics(scorer, self.valid, self.catalogue.n_rows, protocols=[protocol])[protocol]
             if (metrics["ndcg@10"] or 0.0) > self.status["best"]:
                 self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
                 self.status.update(best=metrics["ndcg@10"], best_epoch=self.status["epoch"])

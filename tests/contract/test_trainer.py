@@ -75,8 +75,8 @@ def test_evaluate_gives_our_own_numbers_and_predict_the_best_rows(data: Path, tm
     assert after[NDCG] > 2 * before
     valid = Sessions.load(data / "valid")
     own = quick_metrics(ModelScorer.with_popularity(to_core(model), shop.catalogue()), valid, shop.N_ROWS)
-    assert after[NDCG] == pytest.approx(own["seen_kept"]["ndcg@10"], abs=1e-6)
-    assert after["eval_/next-item/recall_at_10"] == pytest.approx(own["seen_kept"]["recall@10"], abs=1e-6)
+    assert after[NDCG] == pytest.approx(own["kept_with_history_term"]["ndcg@10"], abs=1e-6)
+    assert after["eval_/next-item/recall_at_10"] == pytest.approx(own["kept_with_history_term"]["recall@10"], abs=1e-6)
 
     trainer.test_dataset_or_path = str(data / "test")
     rows, scores = trainer.predict(trainer.test_dataset_or_path).predictions
@@ -235,7 +235,7 @@ def test_train_t4r_writes_a_run_that_our_evaluation_loads(
     own = quick_metrics(
         ModelScorer.with_popularity(loaded.model, loaded.catalogue), Sessions.load(data / "valid"), shop.N_ROWS
     )
-    assert info["valid_ndcg@10"] == pytest.approx(own["seen_kept"]["ndcg@10"], abs=1e-6)
+    assert info["valid_ndcg@10"] == pytest.approx(own["kept_with_history_term"]["ndcg@10"], abs=1e-6)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     assert (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation.full_ranking import SEEN_EXCLUDED, SEEN_KEPT, quick_metrics
+from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, quick_metrics
 from missrec_t4r.ranking import baselines
 from missrec_t4r.ranking import tune_baselines as tuning
 from missrec_t4r.ranking.baselines import ContentKNN, CoOccurrence, ItemKNN, Popularity
@@ -134,8 +134,8 @@ def test_content_ranks_a_cold_item_that_item_knn_cannot(catalogue: Catalogue, tr
     sessions = Sessions.from_lists([[3, 8]])  # 8 was never sold; its picture is that of 3
     content = quick_metrics(ContentKNN.fit(catalogue).using(["image"], 0.7), sessions, 9, ks=[1])
     behaviour = quick_metrics(ItemKNN(CoOccurrence.count(train, 9), 0.7, 0.3), sessions, 9, ks=[1])
-    assert content[SEEN_EXCLUDED]["recall@1"] == 1
-    assert behaviour[SEEN_EXCLUDED]["recall@1"] == 0
+    assert content[EXCLUDED]["recall@1"] == 1
+    assert behaviour[EXCLUDED]["recall@1"] == 0
 
 
 def test_tuning_chooses_per_protocol_and_the_first_of_equals() -> None:
@@ -149,9 +149,9 @@ def test_tuning_chooses_per_protocol_and_the_first_of_equals() -> None:
     shadowed = constant(3, 6, 4)  # third, second without the seen item
     bold = constant(3, 4, 5)  # second; first when 3 is excluded
     best = tune([({"n": 0}, shadowed), ({"n": 1}, keeps), ({"n": 2}, bold)], valid, 9)
-    assert best[SEEN_KEPT].settings == {"n": 1}
-    assert best[SEEN_EXCLUDED].settings == {"n": 2}
-    assert best[SEEN_EXCLUDED].describe() == {"n": 2, "valid_ndcg@10": 1.0}
+    assert best[KEPT_STRICT].settings == {"n": 1}
+    assert best[EXCLUDED].settings == {"n": 2}
+    assert best[EXCLUDED].describe() == {"n": 2, "valid_ndcg@10": 1.0}
 
 
 def test_tuned_item_knn_is_the_best_of_its_grid(catalogue: Catalogue, train: Sessions) -> None:
@@ -168,7 +168,7 @@ def test_tuned_content_knn_needs_content(catalogue: Catalogue) -> None:
     assert tuned_content_knn(valid, Catalogue(catalogue.items, {})) is None
     best = tuned_content_knn(valid, catalogue)
     assert best is not None
-    assert best[SEEN_KEPT].settings["modalities"] in (["text", "image"], ["text"], ["image"])
+    assert best[KEPT_STRICT].settings["modalities"] in (["text", "image"], ["text"], ["image"])
 
 
 def test_the_sample_is_seeded_and_keeps_the_order() -> None:

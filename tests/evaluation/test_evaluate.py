@@ -18,7 +18,7 @@ from missrec_t4r.config import MISSRecConfig, Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError, MISSRecError
-from missrec_t4r.evaluation.full_ranking import PROTOCOLS, SEEN_EXCLUDED, SEEN_KEPT
+from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM, PROTOCOLS
 from missrec_t4r.evaluation.report import table, write_report
 from missrec_t4r.ranking.baselines import Popularity
 from missrec_t4r.ranking.hybrid import build_missrec
@@ -26,7 +26,8 @@ from missrec_t4r.runs.evaluate import evaluate, evaluate_sessions
 from missrec_t4r.runs.run_folder import save_run
 from missrec_t4r.schema import ITEM_LIST
 
-SYSTEMS = {"model", "popularity", "item_knn", "content_knn"}
+SYSTEMS = {"model", "network", "terms", "popularity", "item_knn", "content_knn"}
+"""In every protocol; under excluded also the model with the weights of its bundle."""
 SPLITS = {
     "train": [[3, 4, 5], [3, 4], [4, 5, 5], [6, 3], [7]],
     "valid": [[3, 4, 5, 6], [3, 4, 5], [4, 5, 5, 3], [6, 3, 4], [7, 6]],
@@ -46,7 +47,7 @@ def run(tmp_path: Path, catalogue: Catalogue) -> Path:
     recipe = Recipe(model=MISSRecConfig(d_model=8, n_head=2))
     model = build_missrec(recipe.model, catalogue)
     model.discover_interests(seed=0)
-    save_run(run, model, recipe, data, {})
+    save_run(run, model, recipe, data, {"best_epoch": 3, "epochs": 5, "stopped_by": "patience"})
     return run
 
 
@@ -56,18 +57,23 @@ def spoken(report: dict[str, Any]) -> str:
     return console.export_text()
 
 
-def test_the_report_holds_every_system_in_both_protocols(run: Path) -> None:
+def systems_of(protocol: str) -> set[str]:
+    return SYSTEMS | {"exported"} if protocol == EXCLUDED else SYSTEMS
+
+
+def test_the_report_holds_every_system_in_every_protocol(run: Path) -> None:
     report = evaluate(run)
     assert report["split"] == "test"
     assert report["n_users"] == 5
     assert set(report["protocols"]) == set(PROTOCOLS)
     for protocol in PROTOCOLS:
-        assert set(report["protocols"][protocol]) == set(report["coverage"][protocol]) == SYSTEMS
+        assert set(report["protocols"][protocol]) == set(report["coverage"][protocol]) == systems_of(protocol)
         for measured in report["protocols"][protocol].values():
             assert {f"{m}@{k}" for m in ("recall", "ndcg", "mrr") for k in (10, 20, 50)} < set(measured)
             low, high = measured["interval"]["ndcg@10"]
             assert low <= measured["ndcg@10"] <= high
-        assert set(report["differences"][protocol]) == SYSTEMS - {"model"}
+        assert set(report["differences"][protocol]) == systems_of(protocol) - {"model"}
+        assert set(report["slices"]["short"][protocol]) == systems_of(protocol)
         assert set(report["baseline_settings"]["item_knn"][protocol]) == {
             "follow_within", "decay", "power", "valid_ndcg@10",
         }  # fmt: skip
@@ -76,18 +82,18 @@ def test_the_report_holds_every_system_in_both_protocols(run: Path) -> None:
 def test_popularity_by_hand(run: Path) -> None:
     report = evaluate(run)
     # counts 3, 3, 3, 1, 1, 0: ranks of 8, 6, 4, unknown, 3 are 6, 4, 2, miss, 1
-    kept = report["protocols"][SEEN_KEPT]["popularity"]
+    kept = report["protocols"][KEPT_STRICT]["popularity"]
     assert kept["recall@10"] == pytest.approx(4 / 5)
     assert kept["mrr@10"] == pytest.approx((1 / 6 + 1 / 4 + 1 / 2 + 0 + 1) / 5)
     # without what was seen: [7, 8] -> 2, [6, 7, 8] -> 1, in its own history -> miss, miss, [3, ...] -> 1
-    excluded = report["protocols"][SEEN_EXCLUDED]["popularity"]
+    excluded = report["protocols"][EXCLUDED]["popularity"]
     assert excluded["recall@10"] == pytest.approx(3 / 5)
     assert excluded["mrr@10"] == pytest.approx((1 / 2 + 1 + 0 + 0 + 1) / 5)
-    assert report["coverage"][SEEN_KEPT]["popularity"]["coverage@10"] == 1
+    assert report["coverage"][KEPT_STRICT]["popularity"]["coverage@10"] == 1
     assert report["counts"] == {
         "targets_in_history": 1,
         "targets_no_item": 1,
-        "targets_unrecommendable": dict.fromkeys(SYSTEMS, 1),
+        "targets_unrecommendable": dict.fromkeys({*SYSTEMS, "exported"}, 1),
         "sessions_without_known_item": 1,
     }
 
@@ -97,8 +103,8 @@ def test_slices_hold_their_metrics(run: Path) -> None:
     assert {name: part["n"] for name, part in parts.items()} == {
         "all": 5, "cold": 1, "rare": 4, "without_text": 1, "without_image": 0, "short": 3, "medium": 2, "long": 0,
     }  # fmt: skip
-    assert parts["cold"][SEEN_KEPT]["popularity"]["mrr@10"] == pytest.approx(1 / 6)
-    assert parts["long"][SEEN_KEPT]["model"]["ndcg@10"] is None
+    assert parts["cold"][KEPT_STRICT]["popularity"]["mrr@10"] == pytest.approx(1 / 6)
+    assert parts["long"][KEPT_STRICT]["model"]["ndcg@10"] is None
 
 
 def test_the_file_is_the_result(run: Path, tmp_path: Path) -> None:
@@ -107,7 +113,7 @@ def test_the_file_is_the_result(run: Path, tmp_path: Path) -> None:
     assert json.loads(file.read_text()) | {"file": str(file)} == report
     elsewhere = tmp_path / "deep" / "result.json"
     evaluate(run, out=elsewhere, baselines=False)
-    assert set(json.loads(elsewhere.read_text())["protocols"][SEEN_KEPT]) == {"model"}
+    assert set(json.loads(elsewhere.read_text())["protocols"][KEPT_STRICT]) == {"model", "network"}
     assert not (run / "metrics_test.json").exists()
     assert [path.name for path in elsewhere.parent.iterdir()] == ["result.json"]
 
@@ -121,12 +127,49 @@ def test_the_same_run_gives_the_same_report(run: Path) -> None:
 def test_the_table_shows_all_systems_protocols_and_slices(run: Path) -> None:
     report = evaluate(run)
     words = spoken(report)
-    for expected in (*SYSTEMS, "seen items kept", "seen items excluded", "without_image", "cold", "coverage@10"):
+    titles = ("users, excluded", "users, kept, strict", "users, kept, with history term")
+    for expected in (*SYSTEMS, "exported", *titles, "without_image", "cold", "coverage@10"):
         assert expected in words
-    value = report["protocols"][SEEN_KEPT]["popularity"]["recall@10"]
-    low, high = report["protocols"][SEEN_KEPT]["popularity"]["interval"]["recall@10"]
+    value = report["protocols"][KEPT_STRICT]["popularity"]["recall@10"]
+    low, high = report["protocols"][KEPT_STRICT]["popularity"]["interval"]["recall@10"]
     assert f"{value:.4f}" in words
     assert f"±{(high - low) / 2:.4f}" in words
+
+
+def test_the_checklist_says_what_was_decided_on_which_data(run: Path) -> None:
+    report = evaluate(run)
+    found = report["checklist"]
+    assert set(found["seen_items"]) == set(PROTOCOLS)
+    assert "left out of a network that was trained with it" in found["history_bias"][KEPT_STRICT]
+    assert found["epochs_chosen_on"] == {
+        "split": "valid", "metric": "ndcg@10 of the network, before terms are tuned",
+        "protocol": KEPT_WITH_HISTORY_TERM, "best_epoch": 3, "epochs": 5,
+    }  # fmt: skip
+    assert found["blend_weights_tuned_on"]["split"] == "valid"
+    assert found["blend_weights_tuned_on"]["sessions"] == 5
+    assert found["item_filter"]["ranked"] == 6
+    assert found["stopped_by"] == "patience"
+    assert found["seeds"]["training"] == 2020
+    words = spoken(report)
+    for expected in ("protocol checklist", "ties", "history length", "epochs chosen on", "stopped by", "patience"):
+        assert expected in words
+
+
+def test_a_report_of_an_earlier_version_is_shown_under_todays_names(run: Path) -> None:
+    report = evaluate(run)
+    former = {"excluded": "seen_excluded", "kept_with_history_term": "seen_kept"}
+
+    def renamed(part: dict[str, Any]) -> dict[str, Any]:
+        return {former[name]: value for name, value in part.items() if name in former}
+
+    for name in ("protocols", "coverage"):
+        report[name] = renamed(report[name])
+    report["slices"] = {name: {"n": part["n"], **renamed(part)} for name, part in report["slices"].items()}
+    del report["checklist"]
+    words = spoken(report)
+    assert "users, excluded" in words
+    assert "users, kept, with history term" in words
+    assert "strict" not in words
 
 
 def test_a_table_without_baselines(run: Path) -> None:

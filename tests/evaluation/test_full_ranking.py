@@ -1,4 +1,4 @@
-"""Ranks by hand in both protocols, ties, misses, and results that do not depend on chunks."""
+"""Ranks by hand with seen items kept and excluded, ties, misses, and results that do not depend on chunks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from missrec_t4r.errors import DataError, ModalityError
 from missrec_t4r.evaluation import full_ranking
 from missrec_t4r.evaluation.full_ranking import (
     CHUNK_BYTES,
-    SEEN_EXCLUDED,
-    SEEN_KEPT,
+    EXCLUDED,
+    KEPT_STRICT,
     chunk_size,
     quick_metrics,
     rank_catalogue,
@@ -46,20 +46,20 @@ def ranked(histories: list[list[int]], targets: list[int], scores: list[float] =
     return rank_catalogue(Fixed(torch.tensor([scores] * len(targets))), sessions, np.array(targets), 8, **options)
 
 
-def test_ranks_by_hand_in_both_protocols() -> None:
+def test_ranks_by_hand_with_seen_items_kept_and_excluded() -> None:
     found = ranked([[3], [5, 3], [7]], [5, 4, 3])
-    assert found.ranks[SEEN_KEPT].tolist() == [2, 3, 1]
-    assert found.ranks[SEEN_EXCLUDED].tolist() == [1, 1, 1]  # 3 gone; 5 and 3 gone; 7 was below
+    assert found.ranks[KEPT_STRICT].tolist() == [2, 3, 1]
+    assert found.ranks[EXCLUDED].tolist() == [1, 1, 1]  # 3 gone; 5 and 3 gone; 7 was below
 
 
 def test_ties_go_to_the_lower_row() -> None:
-    assert ranked([[7], [7]], [4, 6]).ranks[SEEN_KEPT].tolist() == [3, 4]
+    assert ranked([[7], [7]], [4, 6]).ranks[KEPT_STRICT].tolist() == [3, 4]
 
 
 def test_a_target_in_its_own_history_is_a_miss_when_seen_items_are_excluded() -> None:
     found = ranked([[5, 3, 5]], [5])
-    assert found.ranks[SEEN_KEPT].tolist() == [2]
-    assert found.ranks[SEEN_EXCLUDED].tolist() == [MISSED]
+    assert found.ranks[KEPT_STRICT].tolist() == [2]
+    assert found.ranks[EXCLUDED].tolist() == [MISSED]
 
 
 def test_targets_in_history_are_counted() -> None:
@@ -70,13 +70,13 @@ def test_targets_in_history_are_counted() -> None:
 @pytest.mark.parametrize("row", [0, 1, 2])
 def test_a_target_that_is_no_item_is_a_miss_and_counted(row: int) -> None:
     found = ranked([[3], [3]], [row, 4])
-    assert found.ranks[SEEN_KEPT].tolist() == [MISSED, 3]
+    assert found.ranks[KEPT_STRICT].tolist() == [MISSED, 3]
     assert found.n_unrecommendable == 1
 
 
 def test_an_item_that_cannot_be_recommended_is_a_miss() -> None:
     found = ranked([[3]], [7], [NO, NO, NO, 0.9, 0.5, 0.7, 0.5, NO])
-    assert found.ranks[SEEN_KEPT].tolist() == [MISSED]
+    assert found.ranks[KEPT_STRICT].tolist() == [MISSED]
     assert found.n_unrecommendable == 1
 
 
@@ -96,12 +96,12 @@ def test_unknown_rows_are_dropped_before_the_scorer_sees_them() -> None:
 
 def test_lists_are_in_ranking_order_and_padded() -> None:
     found = ranked([[5, 4]], [3], top_k=5)
-    assert found.recommended[SEEN_KEPT].tolist() == [[3, 5, 4, 6, 7]]
-    assert found.recommended[SEEN_EXCLUDED].tolist() == [[3, 6, 7, -1, -1]]
+    assert found.recommended[KEPT_STRICT].tolist() == [[3, 5, 4, 6, 7]]
+    assert found.recommended[EXCLUDED].tolist() == [[3, 6, 7, -1, -1]]
 
 
 def test_lists_are_as_long_as_the_catalogue_at_most() -> None:
-    assert ranked([[5]], [3], top_k=50).recommended[SEEN_KEPT].shape == (1, 5)
+    assert ranked([[5]], [3], top_k=50).recommended[KEPT_STRICT].shape == (1, 5)
 
 
 def test_nan_is_an_error_that_names_the_session() -> None:
@@ -135,8 +135,8 @@ def test_memory_depends_on_the_chunk_not_on_the_number_of_users(monkeypatch: pyt
 
 def test_quick_metrics_take_the_last_item_as_target() -> None:
     found = quick_metrics(Fixed(torch.tensor([SCORES] * 2)), Sessions.from_lists([[3, 5], [3, 7]]), 8, ks=[1])
-    assert found[SEEN_KEPT]["recall@1"] == 0  # 3 is first
-    assert found[SEEN_EXCLUDED]["recall@1"] == 0.5  # 5 is first without 3, 7 is last
+    assert found[KEPT_STRICT]["recall@1"] == 0  # 3 is first
+    assert found[EXCLUDED]["recall@1"] == 0.5  # 5 is first without 3, 7 is last
 
 
 @st.composite
@@ -161,9 +161,9 @@ def test_chunks_give_the_ranks_and_lists_of_one_stable_argsort(problem: tuple[Te
         patch.setattr(full_ranking, "CHUNK_BYTES", 4 * n_rows * most)
         found = rank_catalogue(Fixed(scores), Sessions.from_lists(histories), np.array(targets), n_rows, top_k=n_rows)
     for user, (history, target) in enumerate(zip(histories, targets, strict=True)):
-        for protocol in (SEEN_KEPT, SEEN_EXCLUDED):
+        for protocol in (KEPT_STRICT, EXCLUDED):
             own = scores[user].numpy().astype(np.float64)
-            if protocol == SEEN_EXCLUDED:
+            if protocol == EXCLUDED:
                 own[[row for row in history if row > 2]] = -np.inf
             order = [row for row in np.argsort(-own, kind="stable").tolist() if own[row] > -np.inf]
             rank = order.index(target) + 1 if target in order else MISSED

@@ -9,7 +9,7 @@ import torch
 from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation.full_ranking import SEEN_KEPT, quick_metrics, rank_catalogue
+from missrec_t4r.evaluation.full_ranking import KEPT_STRICT, quick_metrics, rank_catalogue
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
@@ -56,8 +56,8 @@ def test_a_session_without_known_item_gets_the_popular_items(model: MISSRec, cat
         top_k=6,
     )
     for session in (0, 2):
-        assert ranking.recommended[SEEN_KEPT][session].tolist() == [3, 4, 5, 6, 7, 8]  # counts 3, 3, 3, 1, 1, 0
-    assert ranking.ranks[SEEN_KEPT][[0, 2]].tolist() == [2, 2]
+        assert ranking.recommended[KEPT_STRICT][session].tolist() == [3, 4, 5, 6, 7, 8]  # counts 3, 3, 3, 1, 1, 0
+    assert ranking.ranks[KEPT_STRICT][[0, 2]].tolist() == [2, 2]
 
 
 def test_batches_do_not_change_the_ranks(model: MISSRec, catalogue: Catalogue) -> None:
@@ -65,5 +65,5 @@ def test_batches_do_not_change_the_ranks(model: MISSRec, catalogue: Catalogue) -
     sessions = Sessions.from_lists([rng.integers(3, 9, rng.integers(2, 6)) for _ in range(20)])
     scorer = ModelScorer.with_popularity(model, catalogue)
     together = quick_metrics(scorer, sessions, 9, ks=[3])
-    alone = [quick_metrics(scorer, sessions.take([index]), 9, ks=[3])[SEEN_KEPT]["recall@3"] for index in range(20)]
-    assert together[SEEN_KEPT]["recall@3"] == pytest.approx(np.mean(alone))
+    alone = [quick_metrics(scorer, sessions.take([index]), 9, ks=[3])[KEPT_STRICT]["recall@3"] for index in range(20)]
+    assert together[KEPT_STRICT]["recall@3"] == pytest.approx(np.mean(alone))

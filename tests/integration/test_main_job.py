@@ -39,7 +39,7 @@ def test_the_summary_has_the_keys_of_the_readme(result: tuple[dict, Path, str]) 
     summary, _, _ = result
     json.dumps(summary)
     promised = {"data", "recall@10", "ndcg@10", "baselines", "triton_version", "served_equals_offline", "max_abs_diff"}
-    assert promised | {"recommendations", "seconds", "seen_excluded"} <= set(summary)
+    assert promised | {"recommendations", "seconds", "excluded", "kept_strict"} <= set(summary)
     assert set(summary["baselines"]) == {"popularity", "item_knn", "content_knn"}
     assert {"generate", "etl", "features", "train", "evaluate", "export", "serve"} == set(summary["seconds"])
     assert len(summary["recommendations"]) == 3

@@ -98,7 +98,7 @@ def test_every_block_of_commands_was_run(reader: Reader, repository: Path) -> No
 
 def test_the_model_is_worth_its_training(reader: Reader) -> None:
     (found,) = reader.results("missrec evaluate")
-    kept = found["protocols"]["seen_kept"]
+    kept = found["protocols"]["kept_with_history_term"]
     assert kept["model"]["ndcg@10"] > max(kept[name]["ndcg@10"] for name in ("popularity", "content_knn"))
 
 

@@ -45,7 +45,7 @@ def found(run: Path) -> float:
     columns = () if loaded.model.event_features is None else loaded.model.event_features.columns
     test = load_sessions(loaded.data, "test", columns)
     ranked = quick_metrics(ModelScorer.with_popularity(loaded.model, loaded.catalogue), test, loaded.catalogue.n_rows)
-    return float(ranked["seen_kept"]["ndcg@10"] or 0.0)
+    return float(ranked["kept_with_history_term"]["ndcg@10"] or 0.0)
 
 
 def test_a_side_feature_tells_the_next_item(tmp_path: Path) -> None:

@@ -49,6 +49,9 @@ class ContentKNNTerm(ScoreTerm):
         Rows of the catalogue.
     n_alike : int
         Length of a candidate's list.
+    itself : bool
+        A candidate may be in its own list, as the cosines of the authors' release have it: for the protocol
+        ``kept_strict``. By default it is not, which holds back the items of the session.
     """
 
     alike: Tensor
@@ -58,8 +61,9 @@ class ContentKNNTerm(ScoreTerm):
     candidates: Tensor
     strengths: Tensor
 
-    def __init__(self, n_rows: int, n_alike: int) -> None:
+    def __init__(self, n_rows: int, n_alike: int, *, itself: bool = False) -> None:
         super().__init__()
+        self.itself = itself
         self.register_buffer("alike", torch.zeros(n_rows, n_alike, dtype=torch.int32))
         self.register_buffer("likeness", torch.zeros(n_rows, n_alike))
         self.register_buffer("settings", torch.tensor([0.0, 1.0]))
@@ -85,18 +89,24 @@ class ContentKNNTerm(ScoreTerm):
         items = presence.any(0)
         items[:FIRST_ITEM_ROW] = False
         rows = torch.nonzero(items).flatten()
-        n_alike = min(self.alike.shape[1], len(rows) - 1)
+        n_alike = min(self.alike.shape[1], len(rows) - (not self.itself))
         if n_alike < 1:
             self.index()
             return
         for chunk in rows.split(max(1, _CHUNK_BYTES // (4 * len(rows)))):
             similarity = mean_similarity(unit, presence, chunk, rows)
-            similarity[chunk.unsqueeze(1) == rows] = -torch.inf
+            if not self.itself:
+                similarity[chunk.unsqueeze(1) == rows] = -torch.inf
             nearest, at = similarity.topk(n_alike, dim=1)
             self.alike[chunk, :n_alike] = rows[at].int()
             weights = torch.softmax(_SHARPNESS * nearest, dim=1).nan_to_num(0.0)  # NaN: nothing is comparable
             self.likeness[chunk, :n_alike] = weights.to(self.likeness.dtype)
         self.index()
+
+    def list_as(self, other: ContentKNNTerm) -> None:
+        """Use another term's lists from now on, without a copy."""
+        self.alike, self.likeness = other.alike, other.likeness
+        self.pointers, self.candidates, self.strengths = other.pointers, other.candidates, other.strengths
 
     @torch.no_grad()
     def choose(self, settings: ContentKNNSettings) -> None:

@@ -44,6 +44,8 @@ class ItemKNNTerm(ScoreTerm):
         Rows of the catalogue.
     n_neighbours : int
         Strongest co-occurring items kept per item.
+    own_pairs : bool
+        Leave C as it is, so that the term does not know what was seen: for the protocol ``kept_strict``.
     """
 
     neighbours: Tensor
@@ -52,8 +54,9 @@ class ItemKNNTerm(ScoreTerm):
     frequency: Tensor
     settings: Tensor
 
-    def __init__(self, n_rows: int, n_neighbours: int) -> None:
+    def __init__(self, n_rows: int, n_neighbours: int, *, own_pairs: bool = False) -> None:
         super().__init__()
+        self.own_pairs = own_pairs
         self.register_buffer("neighbours", torch.zeros(n_rows, n_neighbours, dtype=torch.int32))
         self.register_buffer("counts", torch.zeros(n_rows, n_neighbours))
         self.register_buffer("strengths", torch.zeros(n_rows, n_neighbours))
@@ -86,6 +89,12 @@ class ItemKNNTerm(ScoreTerm):
         self.frequency.copy_(torch.from_numpy(np.bincount(sessions.values, minlength=len(self.frequency))))
         self.choose(self.chosen)
 
+    def count_as(self, other: ItemKNNTerm) -> None:
+        """Use another term's counts from now on, without a copy."""
+        self.neighbours, self.counts, self.frequency = other.neighbours, other.counts, other.frequency
+        self.strengths = torch.zeros_like(other.strengths)
+        self.choose(self.chosen)
+
     @torch.no_grad()
     def choose(self, settings: ItemKNNSettings) -> None:
         """Use these settings from now on; what each neighbour adds is computed here, once."""
@@ -113,8 +122,10 @@ class ItemKNNTerm(ScoreTerm):
         """Return the term [batch, catalogue] for sessions ``item_ids`` [batch, seq]."""
         added = recency(item_ids, self.settings[1]).unsqueeze(-1) * self.strengths[item_ids]  # [batch, seq, neighbour]
         near = self.neighbours[item_ids].long().flatten(1)  # [batch, seq * neighbour]
-        counts = self.counts[item_ids].flatten(1)
         term = added.new_zeros(len(item_ids), len(self.frequency))  # [batch, catalogue]
+        if self.own_pairs:
+            return term.scatter_add_(1, near, added.flatten(1))
+        counts = self.counts[item_ids].flatten(1)
         inside = torch.zeros_like(term, dtype=torch.bool).scatter_(1, item_ids, True).gather(1, near)
         own_left_out = torch.where(inside, (counts - 1).clamp_min(0) / counts.clamp_min(1), 1.0)  # C' / C
         return term.scatter_add_(1, near, added.flatten(1) * own_left_out)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,17 +47,18 @@ from missrec_t4r.bundle.manifest import (
     verify_bundle,
     write_manifest,
 )
+from missrec_t4r.bundle.shapes import check_numbers, check_weights, stated
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import BundleError, MISSRecError
 from missrec_t4r.io.atomic import atomic_write_dir
 from missrec_t4r.io.json_files import write_json
-from missrec_t4r.io.tensor_file import advise_random_access, find_non_finite, write_tensors
+from missrec_t4r.io.tensor_file import advise_random_access, write_tensors
 from missrec_t4r.io.weight_names import current_names
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
-from missrec_t4r.retrieval.index_file import RetrievalIndex, write_index
+from missrec_t4r.retrieval.index_file import RetrievalIndex, check_belongs, check_index, write_index
 from missrec_t4r.schema import SCHEMA_FILE, SESSION_TRANSFORM_FILE
 
 SEARCH_FROM = 50_000
@@ -143,27 +144,40 @@ def load_bundle(folder: str | Path) -> LoadedBundle:
     """
     folder = Path(folder)
     files = verify_bundle(folder)["files"]
+    says = stated(folder)
     try:
-        content = json.loads((folder / MODEL_FILE).read_bytes())
         features = json.loads((folder / FEATURES_FILE).read_bytes())["modalities"]
-        stored, weights = load_file(folder / CATALOGUE_FILE), current_names(load_file(folder / WEIGHTS_FILE))
         items = load_items(folder)
-        _refuse_nan(folder / CATALOGUE_FILE, content["modalities"])
-        modalities = {name: _modality(name, stored, features) for name in content["modalities"]}
+        stored = load_file(folder / CATALOGUE_FILE)
+        modalities = {name: _modality(name, stored, features) for name in says.widths}
         catalogue = Catalogue(items, modalities, checked=True)
-        config = Recipe.from_stored({"name": "bundle", "model": content["config"]}).model
-        event_features = [EventColumn.from_dict(column) for column in content.get("side_features", [])]
+        config = Recipe.from_stored({"name": "bundle", "model": says.model["config"]}).model
+        event_features = [EventColumn.from_dict(column) for column in says.model.get("side_features", [])]
+        check_weights(folder, says, config, catalogue, event_features)
+        if SEARCH_FILE in files:
+            check_index(folder / SEARCH_FILE, catalogue.n_rows, config.d_model, len(modalities))
+        check_numbers(folder, says)
+        weights = current_names(load_file(folder / WEIGHTS_FILE))
         with Uninitialised():
             model = build_missrec(config, catalogue, event_features)
         interests = {name: tensor for name, tensor in stored.items() if name.startswith(_INTERESTS)}
         load_weights(model, weights, interests)
-        mark_rows(model, catalogue, content["rows"])
+        mark_rows(model, catalogue, says.n_trained)
         tables = RetrievalIndex.load(folder / SEARCH_FILE) if SEARCH_FILE in files else None
         if tables is not None:
-            tables.check(catalogue.n_rows, config.d_model)
+            check_belongs(tables, model.eval(), folder / SEARCH_FILE)
     except BundleError:
         raise
-    except (MISSRecError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (
+        MISSRecError,
+        SafetensorError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        OverflowError,
+        AttributeError,
+    ) as error:
         raise BundleError(
             f"the parts of {folder} do not fit each other ({error})",
             "a bundle of one export",
@@ -222,14 +236,3 @@ def _modality(name: str, stored: dict[str, Tensor], features: dict[str, Any]) ->
     vectors, present = stored[f"modality.{name}.vectors"], stored[f"modality.{name}.present"]
     advise_random_access([vectors])
     return Modality(vectors.numpy(), present.numpy(), features[name]["encoder"])
-
-
-def _refuse_nan(file: Path, modalities: Iterable[str]) -> None:
-    """Refuse vectors with NaN or infinity.
-
-    The file is read, not mapped: checked through the mapping, all its pages would count as this process's memory.
-    """
-    position = find_non_finite(file, [f"modality.{name}.vectors" for name in modalities])
-    if position is not None:
-        tensor, row = position
-        raise BundleError(f"{file} holds NaN or infinity in {tensor}, row {row}", "finite numbers")

@@ -24,7 +24,7 @@ from missrec_t4r.schema import FIRST_ITEM_ROW, RETIRED
 _LARGE = 1 << 24
 """Elements (64 MiB of float32) from which a tensor stays memory-mapped instead of being copied."""
 _CHUNK = 4096
-_PER_ROW = ("item_encoder.id_embedding.", "fusion.phi", "terms.item_knn.", "terms.content_knn.")
+PER_ROW = ("item_encoder.id_embedding.", "fusion.phi", "terms.item_knn.", "terms.content_knn.")
 """Prefixes of weights with one entry per catalogue row; they end at the last row of the training."""
 
 
@@ -123,7 +123,7 @@ def nearest_interests(vocabulary: InterestVocabulary, embeddings: Tensor, mask: 
 
 def _extend(name: str, tensor: Tensor, own: Mapping[str, Tensor]) -> Tensor:
     """Return a per-row weight padded with zeros to the model's shape; any other tensor as it is."""
-    if name not in own or tensor.shape == own[name].shape or not name.startswith(_PER_ROW):
+    if name not in own or tensor.shape == own[name].shape or not name.startswith(PER_ROW):
         return tensor
     target = own[name]
     if tensor.dim() != target.dim() or any(old > new for old, new in zip(tensor.shape, target.shape, strict=True)):

@@ -84,7 +84,7 @@ def verify_bundle(folder: str | Path, only: Iterable[str] | None = None) -> dict
     """
     folder = Path(folder)
     content = _read_manifest(folder)
-    present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+    present = {entry.name for entry in folder.iterdir()}  # hidden ones too
     for name in sorted(present - {MANIFEST_FILE, *content["files"]}):
         raise BundleError(f"{folder / name} is not part of a bundle", f"{MANIFEST_FILE} and what it lists", _REMEDY)
     hashed = set(content["files"] if only is None else only)
@@ -129,7 +129,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise BundleError(
             f"{file} is damaged or of an unknown format", f"format 1 to {FORMAT_VERSION}, unchanged", _REMEDY
         )
+    if not all(_is_entry(entry) for entry in content["files"].values()):
+        raise BundleError(f"{file} is damaged (a file without size or sum)", "the manifest as it was written", _REMEDY)
     return unsealed
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
 
 
 def _verify_file(file: Path, listed: dict[str, Any], *, hashed: bool) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,9 +148,32 @@ class EventColumn:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> EventColumn:
-        """Return the column of `to_dict`'s values."""
+        """Return the column of `to_dict`'s values.
+
+        Raises
+        ------
+        SchemaError
+            A value is of another type or outside its range.
+        """
         lists = {"values": tuple(content.get("values", ())), "steps": as_steps(content.get("steps", ()))}
-        return cls(**{**content, **lists})
+        column = cls(**{**content, **lists})
+        sizes, numbers = (column.size, column.width), (column.mean, column.std)
+        right = (
+            isinstance(column.name, str)
+            and column.kind in ("categorical", "continuous", "pretrained")
+            and all(type(size) is int and size > 0 for size in sizes)
+            and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+            and all(isinstance(value, (str, int)) for value in column.values)
+            and column.std > 0
+            and (not column.values or column.size > len(column.values) + UNKNOWN_ROW)
+        )
+        if not right:
+            raise SchemaError(
+                f"event feature {column.name!r} is stored as {str(dict(content))[:200]}",
+                "a kind, sizes above 0, finite numbers, and a code for every value",
+                "train and export again with the installed version",
+            )
+        return column
 
 
 def event_columns(data: str | Path, setting: str, width: int) -> tuple[EventColumn, ...]:

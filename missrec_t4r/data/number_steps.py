@@ -10,6 +10,7 @@ A step is a list of its name and its constants, as `session_transform.json` hold
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def as_steps(content: Sequence[Sequence[Any]]) -> tuple[Step, ...]:
     """
     steps = tuple(tuple(step) for step in content)
     for step in steps:
-        if not step or step[0] not in _CONSTANTS or len(step) != _CONSTANTS[step[0]] + 1:
+        if not step or step[0] not in _CONSTANTS or len(step) != _CONSTANTS[step[0]] + 1 or not _are_numbers(step):
             raise DataError(
                 f"the step {list(step)} on a number", f"one of {', '.join(_CONSTANTS)}", "re-run missrec etl"
             )
@@ -74,6 +75,13 @@ def invert_steps(steps: Sequence[Step], numbers: Numbers) -> Numbers:
         elif name == "standardise":
             numbers = numbers * constants[1] + constants[0]
     return numbers
+
+
+def _are_numbers(step: Step) -> bool:
+    """Whether a step's constants are finite numbers; a bound of ``clip`` may be missing."""
+    given = [one for one in step[1:] if one is not None or step[0] != "clip"]
+    finite = all(isinstance(one, (int, float)) and math.isfinite(one) for one in given)
+    return finite and (step[0] != "standardise" or step[2] != 0)
 
 
 _CONSTANTS = {"fill": 1, "clip": 2, "log1p": 0, "standardise": 2}

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,27 +176,6 @@ def _advise(tensor: Tensor, advice: int) -> None:
     length = (tensor.data_ptr() + tensor.nbytes - start) // page * page
     if madvise is not None and length > 0:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
-
-
-def find_non_finite(file: Path, names: Iterable[str]) -> tuple[str, int] | None:
-    """Return the name and row of the first NaN or infinity in float32 tensors of a safetensors file, None if finite.
-
-    The file is read in chunks of a few megabytes, not mapped.
-    """
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        for name in names:
-            n_rows, width = header[name]["shape"]
-            stream.seek(8 + length + header[name]["data_offsets"][0])
-            chunk_rows = max((1 << 22) // max(width, 1), 1)
-            for row in range(0, n_rows, chunk_rows):
-                rows = min(chunk_rows, n_rows - row)
-                part = np.frombuffer(stream.read(4 * rows * width), np.float32).reshape(rows, width)
-                finite = np.isfinite(part).all(1)
-                if not finite.all():
-                    return name, row + int(np.argmin(finite))
-    return None
 
 
 def _write(descriptor: int, content: memoryview, offset: int) -> None:

@@ -29,16 +29,17 @@ def current_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     >>> list(current_names({"towers.adapters.text.bias": ..., "prior.newcomers.settings": ..., "fusion.phi": ...}))
     ['item_encoder.adapters.text.bias', 'terms.cold_start.settings', 'fusion.phi']
     """
-    return {_current(name): tensor for name, tensor in weights.items()}
+    return {current_name(name): tensor for name, tensor in weights.items()}
 
 
 def rename_weights(_module: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Rename the weights under ``prefix`` in place: a hook before `torch.nn.Module.load_state_dict`."""
     for name in [name for name in state if name.startswith(prefix)]:
-        state[prefix + _current(name.removeprefix(prefix))] = state.pop(name)
+        state[prefix + current_name(name.removeprefix(prefix))] = state.pop(name)
 
 
-def _current(name: str) -> str:
+def current_name(name: str) -> str:
+    """Return today's name of one weight."""
     for before, now in _RENAMED:
         if name.startswith(before):
             return now + name.removeprefix(before)

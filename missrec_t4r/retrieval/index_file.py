@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from missrec_t4r.errors import BundleError
+from missrec_t4r.io.tensor_checks import NOT_NEGATIVE, check_ranges, compare, header_of, refused
 from missrec_t4r.io.tensor_file import ALIGNED, StoredRows, TensorFile, advise_random_access, release_pages
 from missrec_t4r.model.item_encoder import ItemEmbeddings
 from missrec_t4r.model.missrec import MISSRec
@@ -24,6 +25,10 @@ from missrec_t4r.retrieval.int8_bounds import CHUNK, ROOM, SAMPLE, Int8Bounds, c
 from missrec_t4r.retrieval.packed_scores import PackedItems, pack_items
 
 _TABLE = ("tokens", "place", "modality", "several", "phi")
+_COMPARED = 64
+"""Rows whose tokens are computed again when an index is read."""
+_ROUNDING = 1e-3
+"""Largest difference of a number of a token between processors, with room."""
 _QUANTISED = ("codes", "scale", "rest", "error", "length", "mean", "directions")
 
 
@@ -42,32 +47,91 @@ class RetrievalIndex(NamedTuple):
         advise_random_access([table.tokens])
         return RetrievalIndex(table, Int8Bounds(**{name: stored[f"quantised.{name}"] for name in _QUANTISED}))
 
-    def check(self, n_rows: int, dim: int) -> None:
-        """Raise `BundleError` if the tables are not of a catalogue of ``n_rows`` and a model of width ``dim``."""
-        table, quantised = self
-        n_tokens = len(table.tokens)
-        shapes = [
-            (table.tokens, (n_tokens, dim)),
-            (table.place, (len(table.place), n_rows)),
-            (table.modality, tuple(table.place.shape)),
-            (table.phi, (n_rows,)),
-            (quantised.codes, (n_tokens, quantised.codes.shape[-1])),
-            (quantised.scale, (n_tokens,)),
-            (quantised.rest, (n_rows,)),
-            (quantised.mean, (dim,)),
-            (quantised.directions, (dim, quantised.codes.shape[-1])),
-            (quantised.error, ()),
-            (quantised.length, ()),
-        ]
-        fits = all(tuple(tensor.shape) == shape for tensor, shape in shapes)
-        fits = fits and not _outside(table.place, n_tokens) and not _outside(table.several, n_rows)
-        if not fits:
-            found = f"search tables of {n_tokens} tokens of width {table.tokens.shape[-1]}"
-            raise BundleError(found, f"those of {n_rows} rows of width {dim}", "export the bundle again")
-
 
 Part = Callable[[Tensor], PackedItems]
 """Rows [row], ascending -> their packed items, as if they were a catalogue of their own."""
+
+
+def check_index(file: Path, n_rows: int, dim: int, n_modalities: int) -> None:
+    """Check a file of `write_index` before it is mapped: shapes, numbers, and which token belongs to which row.
+
+    Raises
+    ------
+    BundleError
+        It is not the index of a catalogue of ``n_rows`` in ``n_modalities`` and of a model of width ``dim``.
+    """
+    header = header_of(file)
+    n_tokens, n_levels, n_several, n_directions = (
+        header[name].shape[axis] if name in header and len(header[name].shape) > axis else 0
+        for name, axis in (("table.tokens", 0), ("table.place", 0), ("table.several", 0), ("quantised.codes", 1))
+    )
+    compare(
+        file,
+        header,
+        {
+            "table.tokens": ("F32", (n_tokens, dim)),
+            "table.place": ("I64", (n_levels, n_rows)),
+            "table.modality": ("I64", (n_levels, n_rows)),
+            "table.several": ("I64", (n_several,)),
+            "table.phi": ("F32", (n_rows,)),
+            "quantised.codes": ("I8", (n_tokens, n_directions)),
+            "quantised.scale": ("BF16", (n_tokens,)),
+            "quantised.rest": ("F32", (n_rows,)),
+            "quantised.error": ("F32", ()),
+            "quantised.length": ("F32", ()),
+            "quantised.mean": ("F32", (dim,)),
+            "quantised.directions": ("F32", (dim, n_directions)),
+        },
+    )
+    if not 1 <= n_levels <= n_modalities:
+        raise refused(file, f"holds {n_levels} tokens per row", f"1 to {n_modalities}, the number of modalities")
+    limits = {"table.place": (-1.0, n_tokens - 1.0), "table.modality": (-1.0, n_modalities - 1.0)}
+    limits |= {"table.several": (0.0, n_rows - 1.0)}
+    lengths = ("quantised.scale", "quantised.rest", "quantised.error", "quantised.length")
+    check_ranges(file, header, limits | dict.fromkeys(lengths, NOT_NEGATIVE))
+    _check_places(file, n_tokens)
+
+
+def _check_places(file: Path, n_tokens: int) -> None:
+    """Refuse tables that name the tokens of other rows: a row's tokens stand where `pack_items` puts them."""
+    with safe_open(file, "pt") as stored:
+        place, several = stored.get_tensor("table.place"), stored.get_tensor("table.several")
+    taken = place.shape[1]
+    right = torch.equal(place[0], torch.arange(taken))
+    owners = torch.nonzero(place[1] >= 0).flatten() if len(place) > 1 else several[:0]
+    right = right and torch.equal(owners, several)
+    for level in place[1:]:
+        own = level[level >= 0]
+        right = right and torch.equal(own, torch.arange(taken, taken + len(own)))
+        taken += len(own)
+    if not right or taken != n_tokens:
+        raise refused(file, "names the tokens of other rows in table.place", "tokens in the order of their rows")
+
+
+@torch.inference_mode()
+def check_belongs(index: RetrievalIndex, model: MISSRec, file: Path) -> None:
+    """Compute some items' tokens and compare them with those of an index, and with its bounds.
+
+    Raises
+    ------
+    BundleError
+        The index is that of another model or catalogue of the same size: its answers would be other items.
+    """
+    table, quantised = index
+    rows = torch.linspace(0, table.n_rows - 1, min(_COMPARED, table.n_rows)).long().unique()
+    item_encoder = model.item_encoder
+    own = pack_items(model.fusion, item_encoder.candidates(item_encoder(rows), rows), rows)
+    right = torch.allclose(own.phi, table.phi[rows], atol=_ROUNDING)
+    for level, at in enumerate(own.place):
+        has = at >= 0
+        places = table.place[min(level, len(table.place) - 1), rows[has]]
+        tokens = table.tokens[places]
+        codes = quantised.codes[places].float() * quantised.scale[places].float()[:, None]
+        off = (tokens - quantised.mean - codes @ quantised.directions.T).norm(dim=1)
+        right = right and bool((places >= 0).all()) and torch.allclose(own.tokens[at[has]], tokens, atol=_ROUNDING)
+        right = right and bool((off <= quantised.rest[rows[has]] + quantised.error + _ROUNDING).all())
+    if not right:
+        raise refused(file, "holds the tokens of another model or catalogue", "those of the weights beside it")
 
 
 def write_index(model: MISSRec, file: Path) -> None:
@@ -157,7 +221,3 @@ def _in_order(frame: PackedItems, part: Part) -> Iterator[tuple[int, Tensor]]:
 def _aligned(tensor: Tensor) -> Tensor:
     """Return the tensor where vector instructions may read it: in place if the file was written by `TensorFile`."""
     return tensor.clone() if tensor.data_ptr() % ALIGNED else tensor
-
-
-def _outside(places: Tensor, end: int) -> bool:
-    return bool(len(places)) and places.numel() > 0 and not (int(places.min()) >= -1 and int(places.max()) < end)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.item_encoder import CandidateEmbeddings
 from missrec_t4r.retrieval import topk as retrieval
-from missrec_t4r.retrieval.index_file import RetrievalIndex, write_tables
+from missrec_t4r.retrieval.index_file import RetrievalIndex, check_index, write_tables
 from missrec_t4r.retrieval.int8_bounds import quantise, steepness
 from missrec_t4r.retrieval.packed_scores import PackedItems, fuse, pack_items
 from missrec_t4r.retrieval.ranker import Ranker
@@ -170,7 +170,7 @@ def test_tables_written_in_parts_and_mapped_answer_as_those_in_memory(
         table = pack_items(fusion, candidates)
         write_tables(tmp_path / "tables.safetensors", replace(table, tokens=table.tokens[:, :0]), part)
         mapped = RetrievalIndex.load(tmp_path / "tables.safetensors")
-        mapped.check(120, DIM)
+        check_index(tmp_path / "tables.safetensors", 120, DIM, n_modalities)
         for field in ("tokens", "place", "modality", "several", "phi"):
             assert torch.equal(getattr(mapped.table, field), getattr(table, field)), field
         found = search(mapped.table, query, mapped.quantised.bounds(mapped.table, query), 9)

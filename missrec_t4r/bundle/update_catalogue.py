@@ -44,6 +44,7 @@ from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
 from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.io.atomic import exchange, temporary_dir
+from missrec_t4r.io.npy_files import read_npy
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.terms.cold_start import cold_item_mask
@@ -200,7 +201,10 @@ def _rows_of(catalogue: Catalogue, table: pa.Table) -> Ints:
 def _vectors(name: str, part: Path | Floats, catalogue: Catalogue, n_lines: int) -> Floats:
     if name not in catalogue.modalities:
         raise ModalityError(f"modality {name!r}", f"one of {', '.join(catalogue.modalities)}: the model has no other")
-    vectors = np.load(part, allow_pickle=False) if isinstance(part, Path) else part
+    try:
+        vectors = read_npy(part) if isinstance(part, Path) else part
+    except (OSError, ValueError) as error:
+        raise ModalityError(f"{part} cannot be read ({error})", "a .npy file of numbers", "check --modality") from error
     expected = n_lines, catalogue.modalities[name].width
     if vectors.shape != expected or vectors.dtype.kind != "f":
         raise ModalityError(f"modality {name!r} has {vectors.dtype} of shape {vectors.shape}", f"numbers {expected}")

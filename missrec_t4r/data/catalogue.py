@@ -25,6 +25,7 @@ from missrec_t4r.arrays import AnyArray, Bools, Floats, Ints
 from missrec_t4r.errors import DataError, ModalityError
 from missrec_t4r.io.atomic import read_consistently, replace_dir
 from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.io.npy_files import read_npy
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, NULL_ROW, ROW, TRAIN_COUNT, UNKNOWN_ROW
 
 FORMAT_VERSION = 1
@@ -180,9 +181,15 @@ class Catalogue:
             raise DataError(
                 f"catalogue format {meta.get('format')!r}", f"format {FORMAT_VERSION}", "re-run missrec etl"
             )
-        items = pq.read_table(folder / ITEMS_FILE)
-        names = list(meta["modalities"])
-        presence = np.load(folder / "presence.npy", allow_pickle=False)
+        names = _checked_names(folder, meta)
+        items = _read_items(folder / ITEMS_FILE, meta.get("rows"))
+        presence = _read_array(folder / "presence.npy")
+        if presence.shape != (items.num_rows + FIRST_ITEM_ROW, len(names)) or presence.dtype != np.bool_:
+            raise DataError(
+                f"{folder / 'presence.npy'} holds {presence.dtype} of shape {presence.shape}",
+                f"one flag per row and modality, {(items.num_rows + FIRST_ITEM_ROW, len(names))}",
+                "re-run missrec etl",
+            )
         modalities = {
             name: _load_modality(folder, name, presence[:, index], meta["modalities"][name])
             for index, name in enumerate(names)
@@ -231,12 +238,46 @@ def _save_modality(folder: Path, name: str, modality: Modality) -> dict[str, Any
 
 def _load_modality(folder: Path, name: str, present: Bools, entry: Mapping[str, Any]) -> Modality:
     def read(file: str) -> Floats:
-        large = (folder / file).stat().st_size > _MAPPED_BYTES
-        return np.load(folder / file, "c" if large else None, allow_pickle=False).astype(np.float32, copy=False)
+        return _read_array(folder / file).astype(np.float32, copy=False)
 
     variants = {variant: read(f"{name}.{variant}.npy") for variant in entry.get("variants", ())}
     state = load_file(_state_file(folder, name)) if _state_file(folder, name).is_file() else {}
     return Modality(read(f"{name}.npy"), present, entry.get("encoder", {}), variants, state)
+
+
+def _checked_names(folder: Path, meta: Mapping[str, Any]) -> list[str]:
+    """Return the names of the modalities; they and their variants become file names, and no path may hide there."""
+    modalities = meta.get("modalities")
+    entries = modalities if isinstance(modalities, dict) else {"": {}}
+    variants = [name for entry in entries.values() if isinstance(entry, dict) for name in entry.get("variants", ())]
+    wrong = [name for name in (*entries, *variants) if not isinstance(name, str) or not name.isidentifier()]
+    if wrong or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise DataError(
+            f"{folder / 'catalogue.json'} names the modalities {str(wrong or modalities)[:80]}",
+            "letters, digits and _",
+            "re-run missrec etl",
+        )
+    return list(entries)
+
+
+def _read_items(file: Path, rows: Any) -> pa.Table:
+    """Read the item table, after its number of rows was compared with that of ``catalogue.json``."""
+    try:
+        n_items = pq.read_metadata(file).num_rows
+        if rows is not None and n_items != rows - FIRST_ITEM_ROW:
+            raise DataError(
+                f"{file} has {n_items} rows", f"{rows - FIRST_ITEM_ROW}, as catalogue.json states", "re-run missrec etl"
+            )
+        return pq.read_table(file)
+    except (OSError, TypeError, pa.ArrowException) as error:
+        raise DataError(f"{file} cannot be read ({error})", "a parquet file", "re-run missrec etl") from error
+
+
+def _read_array(file: Path) -> AnyArray:
+    try:
+        return read_npy(file, mapped=file.stat().st_size > _MAPPED_BYTES)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read ({error})", "the .npy file of missrec etl", "re-run it") from error
 
 
 def _state_file(folder: Path, name: str) -> Path:

@@ -15,8 +15,14 @@ from typing import Any
 
 from missrec_t4r.errors import SchemaError
 
-_TOKEN = re.compile(r"""\s+|\#[^\n]*|("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\[[^\]]*\]|[{}<>:;,]|[^\s{}<>:;,"']+)""")
+# A quote or bracket that is never closed reaches to the end: tried again at every further one, it would take hours.
+_TOKEN = re.compile(
+    r"""\s+|\#[^\n]*|("(?:\\.|[^"\\])*(?:"|\Z)|'(?:\\.|[^'\\])*(?:'|\Z)|\[[^\]]*(?:\]|\Z)|[{}<>:;,]|[^\s{}<>:;,"']+)""",
+    re.DOTALL,
+)
 _OPEN, _CLOSE = "{<", "}>"
+_MOST_BYTES = 64 << 20
+"""Schemas of wide tables have some hundred kilobytes."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,11 @@ def read_schema(file: str | Path) -> list[SchemaColumn]:
         The file is missing or is no protobuf text.
     """
     try:
+        if (size := Path(file).stat().st_size) > _MOST_BYTES:
+            raise ValueError(f"{size} bytes")
         message = parse_text_message(Path(file).read_text(encoding="utf-8"))
         return [_column(feature) for feature in message.get("feature", [])]
-    except (OSError, ValueError, IndexError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, IndexError, KeyError, AttributeError, SyntaxError, RecursionError) as error:
         raise SchemaError(f"{file} cannot be read ({error})", "Merlin's schema.pbtxt", "re-run the ETL") from error
 
 

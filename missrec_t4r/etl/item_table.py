@@ -22,6 +22,7 @@ from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import ConfigError, DataError, ModalityError, SchemaError
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.checks import Findings
+from missrec_t4r.io.npy_files import read_npy
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ROW, TRAIN_COUNT
 
 UnknownItems = Literal["append", "drop"]
@@ -47,7 +48,7 @@ def _read_vectors(name: str, file: Path, n_items: int) -> Floats:
     if not name.isidentifier() or name == "presence":
         raise ModalityError(f"a modality is called {name!r}", "letters, digits and _, and not 'presence'")
     try:
-        vectors = np.load(file, allow_pickle=False)
+        vectors = read_npy(file)
     except (OSError, ValueError) as error:
         raise ModalityError(
             f"the vectors of modality {name!r} cannot be read from {file} ({error})",

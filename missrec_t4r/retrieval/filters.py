@@ -14,6 +14,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,10 @@ Scalar = str | int | float | bool
 
 MOST_CHARACTERS = 1 << 16
 """Longer rules are refused."""
-_MASKS_IN_MEMORY = 1 << 26
-"""Bytes of filter masks that are cached, since requests repeat the same few filters."""
+_CACHED_BYTES = 1 << 26
+"""Bytes of cached filters, keys and masks together: requests repeat the same few filters."""
+_PER_ENTRY = 400
+"""Bytes of the Python objects around a key and its mask, at most."""
 _EXAMPLE = '{"where": {"in_stock": true}, "at_most": {"brand": 2}}'
 
 
@@ -102,7 +105,8 @@ class ItemColumns:
 
     def __init__(self, items: pa.Table) -> None:
         self._items = items
-        self._masks: OrderedDict[tuple[str, str], Bools] = OrderedDict()
+        self._masks: OrderedDict[tuple[str, bytes], Bools] = OrderedDict()
+        self._cached_bytes = 0
         self._groups: dict[str, Ints] = {}
 
     def check(self, rules: Rules) -> None:
@@ -122,14 +126,21 @@ class ItemColumns:
         """
         passed = np.ones(self._items.num_rows + FIRST_ITEM_ROW, bool)
         for column, condition in where:
-            key = column, repr(sorted(condition, key=repr) if isinstance(condition, frozenset) else condition)
-            if key not in self._masks:
-                self._masks[key] = self._mask(column, condition)
-                if sum(mask.nbytes for mask in self._masks.values()) > _MASKS_IN_MEMORY and len(self._masks) > 1:
-                    self._masks.popitem(last=False)
-            self._masks.move_to_end(key)
-            passed &= self._masks[key]
+            passed &= self._cached(column, condition)
         return passed
+
+    def _cached(self, column: str, condition: Condition) -> Bools:
+        """Return a condition's mask, kept under the digest of the condition: a list of values can be long."""
+        text = repr(sorted(condition, key=repr) if isinstance(condition, frozenset) else condition)
+        key = column, blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if key in self._masks:
+            self._masks.move_to_end(key)
+            return self._masks[key]
+        mask = self._masks[key] = self._mask(column, condition)
+        self._cached_bytes += _size(key, mask)
+        while self._cached_bytes > _CACHED_BYTES and len(self._masks) > 1:
+            self._cached_bytes -= _size(*self._masks.popitem(last=False))
+        return mask
 
     def groups(self, column: str) -> Ints:
         """Return a number per row that items with the same value of ``column`` share, [row]; -1 for a missing value."""
@@ -196,6 +207,10 @@ def capped(rows: Sequence[int], caps: Sequence[tuple[Ints, int]], k: int) -> lis
         if len(kept) == k:
             break
     return kept
+
+
+def _size(key: tuple[str, bytes], mask: Bools) -> int:
+    return _PER_ENTRY + len(key[0]) + len(key[1]) + mask.nbytes
 
 
 def _condition(column: str, value: Any) -> Condition:

@@ -17,7 +17,7 @@ from torch import Tensor
 from missrec_t4r.arrays import AnyArray, Bools, Floats, Ints
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventArrays, compact_event_features
-from missrec_t4r.errors import DataError
+from missrec_t4r.errors import DataError, ServingError
 from missrec_t4r.io.tensor_file import PeriodicPageRelease
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.retrieval.filters import NO_RULES, ItemColumns, Rules, capped
@@ -95,6 +95,12 @@ class Ranker:
         self.batch_size = max(1, min(batch_size, _SCORES_IN_MEMORY // catalogue.n_rows))
         self.max_sequence_length = model.config.max_sequence_length
         self.columns = ItemColumns(catalogue.items)
+        if not bool(model.recommendable.any()):
+            raise DataError(
+                "no item of the catalogue can be recommended",
+                "an item that is not retired and has a modality or a trained ID",
+                "make an item recommendable again with `missrec catalogue update`",
+            )
         with torch.inference_mode():
             small = len(model.item_encoder.names) * catalogue.n_rows * model.config.d_model <= _TOKENS_IN_MEMORY
             tokens = self.model.item_encoder.catalogue() if small or tables is None else None
@@ -153,7 +159,8 @@ class Ranker:
         DataError
             A row outside the catalogue, or ``top_k`` below 1.
         ServingError
-            Rules name a column that the catalogue does not have, or values of another type.
+            Rules name a column that the catalogue does not have, or values of another type; or items that no filter
+            rules out have no score, because the model's numbers are too large or not finite.
         """
         batch = len(rows)
         wanted = np.minimum(np.broadcast_to(np.asarray(top_k, np.int64).reshape(-1), batch), self.catalogue.n_items)
@@ -174,6 +181,7 @@ class Ranker:
             passed += query.allowed.sum(1).tolist()
             given += self._best(query, wanted[step], own)
         self._page_release.count(batch)
+        _refuse_missing(wanted, passed, given, rules)
         return self._ranking(rows, known, wanted, given, passed)
 
     def encode(self, known: Ints, event_features: Mapping[str, AnyArray] | None = None) -> Tensor:
@@ -279,6 +287,21 @@ class Ranker:
                     f"rows of this catalogue, 0 to {self.catalogue.n_rows - 1}",
                     "transform the session with the session transform of the same bundle",
                 )
+
+
+def _refuse_missing(wanted: Ints, passed: Sequence[int], given: Sequence[Found], rules: Sequence[Rules] | None) -> None:
+    """Refuse a list that is shorter than its filters explain: a score that is not a number comes from the weights."""
+    finite = not given or bool(torch.isfinite(torch.cat([found.scores for found in given])).all())
+    for session, (k, n_passed, found) in enumerate(zip(wanted.tolist(), passed, given, strict=True)):
+        least = min(k, n_passed)
+        if rules is not None and rules[session].at_most:
+            least = min(least, 1)  # caps may leave out any item but the first
+        if len(found.rows) < least or not finite:
+            raise ServingError(
+                f"{len(found.rows)} of {least} items have a score that is a number",
+                "a finite score for every item that may be recommended",
+                "the model's weights are damaged or diverged: verify the bundle, train again",
+            )
 
 
 def compact(rows: Ints, max_length: int) -> Ints:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers4rec.torch as tr
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
@@ -25,7 +26,7 @@ from transformers4rec.config.trainer import T4RecTrainingArguments
 from missrec_t4r.config import Recipe, TrainConfig
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn, event_columns, fit_event_columns, load_sessions
-from missrec_t4r.errors import ConfigError
+from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.runs.run_folder import RUN_FILE, save_run
 from missrec_t4r.schema import CATALOGUE_FOLDER
@@ -40,6 +41,9 @@ CHECKPOINT_FOLDER = "checkpoint"
 LOG_FILE = "log.jsonl"
 NDCG = "eval_/next-item/ndcg_at_10"
 """T4R's name for validation NDCG@10 of a task called ``next-item``."""
+
+_RANDOM_STATE: list[Any] = [np.ndarray, np.dtype, type(np.dtype(np.uint32)), np.zeros(0, np.uint32).__reduce__()[0]]
+"""What the state of NumPy's random numbers is made of."""
 
 _UNSUPPORTED = (
     "next_items",
@@ -124,7 +128,7 @@ def train_t4r(
     model = build_model(recipe, schema, catalogue, event_features=event_features)
     trainer = _trainer(model, arguments, recipe, schema, data, out / LOG_FILE)
     last = get_last_checkpoint(str(checkpoints)) if resume else None
-    with contextlib.nullcontext() if last is None else _full_checkpoints():
+    with contextlib.nullcontext() if last is None else _own_checkpoints(Path(last)):
         trainer.train(resume_from_checkpoint=last)
     stopped_by = _stopped_by(trainer, recipe.train)
     log.info(f"training ended by train.{stopped_by} = {getattr(recipe.train, stopped_by)}")
@@ -282,15 +286,25 @@ def _stopped_by(trainer: tr.Trainer, train: TrainConfig) -> str:
 
 
 @contextlib.contextmanager
-def _full_checkpoints() -> Iterator[None]:
-    """Allow transformers 4.30 to load its own random state, which torch's safe loading refuses, for this call only."""
-    name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+def _own_checkpoints(folder: Path) -> Iterator[None]:
+    """Let torch read tensors and NumPy's random state from checkpoints and nothing else, whatever the environment says.
+
+    transformers 4.30 stores NumPy's random state as an array, which torch's safe loading refuses unless it is named.
+    """
+    forced, any_pickle = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name, None) for name in (forced, any_pickle)}
+    os.environ[forced] = "1"
     try:
-        yield
+        with torch.serialization.safe_globals(_RANDOM_STATE):
+            yield
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise CheckpointError(
+            f"{folder} holds a file that could run code when it is read ({str(error)[:200]})",
+            "tensors and the state of random numbers, as Transformers4Rec's trainer writes them",
+            "train from the start with --restart",
+        ) from error
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        del os.environ[forced]
+        os.environ.update({name: value for name, value in before.items() if value is not None})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers4rec.config.trainer import T4RecTrainingArguments
 from missrec_t4r.config import Recipe, TrainConfig
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.errors import ConfigError
+from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.evaluation.full_ranking import quick_metrics
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.runs.run_folder import load_run
@@ -31,7 +32,7 @@ from missrec_t4r.t4r import (
     to_core,
     train_t4r,
 )
-from missrec_t4r.t4r.trainer import NDCG
+from missrec_t4r.t4r.trainer import CHECKPOINT_FOLDER, NDCG
 from missrec_t4r.training.step import training_loss
 from tests.contract import shop
 
@@ -246,27 +247,61 @@ def test_train_t4r_writes_a_run_that_our_evaluation_loads(
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
+class _Stop(Exception):
+    pass
+
+
+def _interrupted(self: Any, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
+    if state.epoch > 1.5:
+        raise _Stop
+
+
 def test_train_t4r_continues_an_interrupted_run(data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     train_t4r(data, recipe(), tmp_path / "whole", device="cpu")
 
-    class Stop(Exception):
-        pass
-
-    from missrec_t4r.t4r import trainer as module
-
-    def interrupted(self: Any, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
-        if state.epoch > 1.5:
-            raise Stop
-
     with monkeypatch.context() as patch:
-        patch.setattr(module._Report, "on_evaluate", interrupted)
-        with pytest.raises(Stop):
+        patch.setattr("missrec_t4r.t4r.trainer._Report.on_evaluate", _interrupted)
+        with pytest.raises(_Stop):
             train_t4r(data, recipe(), tmp_path / "halved", device="cpu")
     with pytest.raises(ConfigError, match="interrupted T4R run with other settings"):
         train_t4r(data, recipe(seed=8), tmp_path / "halved", device="cpu")
     train_t4r(data, recipe(), tmp_path / "halved", device="cpu")
     whole, halved = (load_run(tmp_path / name).model.state_dict() for name in ("whole", "halved"))
     assert [name for name in whole if not torch.equal(whole[name], halved[name])] == []
+
+
+class _Crafted:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("variable", [None, "1"])
+def test_no_code_in_a_checkpoint_runs_when_training_resumes(
+    variable: str | None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor in processes that the training starts: the variable that allows any pickle is set for none of them."""
+    name, marker = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", tmp_path / "executed"
+    monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(name, variable)
+    with monkeypatch.context() as patch:
+        patch.setattr("missrec_t4r.t4r.trainer._Report.on_evaluate", _interrupted)
+        with pytest.raises(_Stop):
+            train_t4r(data, recipe(), tmp_path / "run", device="cpu")
+    (last,) = (tmp_path / "run" / CHECKPOINT_FOLDER).glob("checkpoint-*")
+    for file in ("rng_state.pth", "optimizer.pt"):
+        content = (last / file).read_bytes()
+        torch.save({"python": _Crafted(marker)}, last / file)
+        with pytest.raises(CheckpointError, match="holds a file that could run code when it is read"):
+            train_t4r(data, recipe(), tmp_path / "run", device="cpu")
+        assert not marker.exists()
+        assert os.environ.get(name) == variable
+        (last / file).write_bytes(content)
 
 
 def test_train_t4r_stops_early_and_keeps_the_best_epoch(data: Path, tmp_path: Path) -> None:

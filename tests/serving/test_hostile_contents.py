@@ -22,9 +22,12 @@ from missrec_t4r.bundle.bundle import load_bundle, write_bundle
 from missrec_t4r.bundle.item_table import load_session_transform
 from missrec_t4r.bundle.manifest import SEARCH_FILE, write_manifest
 from missrec_t4r.bundle.shapes import check_numbers, stated
-from missrec_t4r.errors import BundleError
+from missrec_t4r.errors import BundleError, ServingError
 from missrec_t4r.io.parquet_limits import decoded_bytes, inspect
+from missrec_t4r.retrieval.filters import Rules
+from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.run_folder import LoadedRun
+from missrec_t4r.serving.client.client import MISSRecClient
 
 WEIGHTS, VECTORS, ITEMS = "weights.safetensors", "catalogue.safetensors", "items.parquet"
 MEGABYTE = 1 << 20
@@ -389,3 +392,28 @@ def test_bounds_below_the_scores_are_refused(large: Path) -> None:
     """With bounds that are too low the search would stop before the best items."""
     changed(large / SEARCH_FILE, **{"quantised.codes": torch.zeros_like, "quantised.rest": torch.zeros_like})
     refused(large, f"{SEARCH_FILE} holds the tokens of another model or catalogue")
+
+
+# Finite, and too large
+
+
+def test_weights_that_give_no_scores_are_an_error_and_never_an_empty_answer(copy: Path) -> None:
+    """Every number is finite, their products are not: no list is empty unless a filter says why."""
+    changed(copy / WEIGHTS, **{"item_encoder.adapters.text.weight": lambda weight: weight * 1e38})
+    changed(copy / WEIGHTS, **{"item_encoder.adapters.image.weight": lambda weight: weight * 1e38})
+    write_manifest(copy)
+    loaded = load_bundle(copy)
+    ranker = Ranker(loaded.model, loaded.catalogue)
+    with pytest.raises(ServingError, match="items have a score that is a number; expected: a finite score"):
+        ranker.rank(np.array([[5, 9, 4]]), top_k=5)
+    with pytest.raises(ServingError, match="items have a score that is a number"):
+        MISSRecClient.of_bundle(copy)  # it ranks one session when it starts, as a server does
+
+
+def test_an_empty_answer_has_a_filter_that_explains_it(bundle: Path) -> None:
+    loaded = load_bundle(bundle)
+    ranker = Ranker(loaded.model, loaded.catalogue)
+    nothing = ranker.rank(np.array([[5, 9]]), rules=[Rules.parse('{"where": {"price": {"min": 1000}}}')])
+    assert (nothing.n_items.tolist(), nothing.n_passed.tolist()) == ([0], [0])
+    capped = ranker.rank(np.array([[5, 9]]), top_k=30, rules=[Rules.parse('{"at_most": {"brand": 1}}')])
+    assert 0 < capped.n_items[0] < 30

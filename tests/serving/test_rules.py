@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -147,12 +148,28 @@ def test_bad_rules_are_refused_in_words(ranker: Ranker, text: str, words: str) -
 
 
 def test_filters_are_kept_only_as_far_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("missrec_t4r.retrieval.filters._MASKS_IN_MEMORY", 20)
+    """Keys count as masks do: a filter may list thousands of values, and a small catalogue has small masks."""
+    monkeypatch.setattr("missrec_t4r.retrieval.filters._CACHED_BYTES", 100_000)
     columns = ItemColumns(pa.table({"item_id": ["a", "b", "c"], "n": [1, 2, 3]}))
+    tracemalloc.start()
+    for number in range(500):
+        wanted = [2, *range(1000 * number + 10, 1000 * number + 600)]
+        mask = columns.passing(Rules.of({"where": {"n": wanted}}).where)
+        assert np.flatnonzero(mask).tolist() == [4]
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 300_000
     for value in (1, 2, 3, 1):
         mask = columns.passing(Rules.of({"where": {"n": value}}).where)
         assert np.flatnonzero(mask).tolist() == [value + 2]
-    assert len(columns._masks) == 3
+
+
+def test_a_filter_that_repeats_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = ItemColumns(pa.table({"item_id": ["a", "b"], "n": [1, 2]}))
+    wanted = Rules.of({"where": {"n": [2, 1]}}).where
+    first = columns.passing(wanted)
+    monkeypatch.setattr(ItemColumns, "_mask", None)  # computing it would fail
+    assert np.array_equal(columns.passing(Rules.of({"where": {"n": [1, 2]}}).where), first)
 
 
 def test_reasons_name_the_item_without_which_the_score_is_lowest(ranker: Ranker, loaded: LoadedRun) -> None:

@@ -72,7 +72,7 @@ class TrainConfig:
     batch."""
     precision: Precision = "auto"
     """Of matrix products; weights, softmax and optimiser stay in fp32. ``auto`` is bf16 where the device has
-    instructions for it, CPUs included, up to 1.8 times as fast; ``fp16`` needs a GPU."""
+    instructions for it, CPUs included, up to 1.7 times as fast; ``fp16`` needs a GPU."""
     compile: bool = False
     """Compile encoder and decoder with ``torch.compile``; needs a C++ compiler, pays off in long runs."""
     schedule: Schedule = "constant"

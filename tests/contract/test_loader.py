@@ -68,6 +68,13 @@ def test_loader_leaves_out_sessions_whose_target_is_unknown(tmp_path: Path) -> N
     assert batch["category-list"].tolist() == [[6, 7]]
 
 
+def test_an_evaluated_session_keeps_as_many_items_as_the_model_reads_and_its_target(tmp_path: Path) -> None:
+    session = list(range(10, 20))
+    shop.write_sessions(tmp_path, [session, [5, 6]])
+    batch, _ = next(iter(PrefixLoader.from_schema(shop.schema(), tmp_path, 4, shop.MAX_LENGTH, shuffle=False)))
+    assert batch["item_id-list"].tolist() == [session[-shop.MAX_LENGTH - 1 :], [5, 6, *[0] * (shop.MAX_LENGTH - 1)]]
+
+
 def test_loader_needs_the_models_length(data: Path) -> None:
     with pytest.raises(ConfigError, match="without max_sequence_length"):
         PrefixLoader.from_schema(shop.schema(), data / "train", 4, None)

@@ -115,6 +115,18 @@ def test_metrics_by_rank_equal_t4rs_on_the_whole_catalogue(data: Path, loader: C
     assert set(found) == {"next-item/ndcg_at_5", "next-item/ndcg_at_20", "next-item/mean_reciprocal_rank_at_20"}
 
 
+def test_equal_scores_rank_by_row_and_not_in_the_targets_favour() -> None:
+    metric = MeanReciprocalRankAt(top_ks=[3], labels_onehot=True)
+    model = by_hand(metrics=[metric]).eval()
+    scores = torch.tensor(
+        [[-torch.inf, 0.5, 0.5, 0.9, 0.5], [0.1, 0.1, 0.1, 0.1, 0.1], [-torch.inf, 0.2, *[-torch.inf] * 3]]
+    )
+    targets = torch.tensor([2, 4, 0])  # behind two, behind four, and one that cannot be recommended
+    of_batch = model.calculate_metrics(scores, targets)["next-item/mean_reciprocal_rank_at"]
+    assert float(of_batch) == pytest.approx((1 / 3 + 0 + 0) / 3)
+    assert float(model.compute_metrics(mode="eval")["next-item/mean_reciprocal_rank_at_3"]) == pytest.approx(1 / 9)
+
+
 def test_a_batch_of_one_row_breaks_t4rs_recall_and_not_ours(data: Path, loader: Callable[..., Any]) -> None:
     with pytest.raises(IndexError):
         RecallAt(top_ks=[10], labels_onehot=True)(torch.rand(1, 120), torch.tensor([5]))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import socket
 import time
 from pathlib import Path
@@ -9,7 +10,14 @@ import pytest
 
 from missrec_t4r.errors import DataError, ServingError
 from missrec_t4r.serving.client.client import MISSRecClient, read_titles
-from missrec_t4r.serving.client.protocol import pad_sessions, recommendations_of
+from missrec_t4r.serving.client.protocol import (
+    Description,
+    RequestOptions,
+    pad_sessions,
+    recommendations_of,
+    requests_of,
+)
+from missrec_t4r.serving.shadow.compare import Comparison
 from missrec_t4r.serving.triton.ports import choose_ports
 
 
@@ -48,6 +56,51 @@ def test_an_unknown_protocol_is_refused() -> None:
 def test_a_string_is_no_session(sessions: list[list[str]]) -> None:
     with MISSRecClient("localhost:8001") as client, pytest.raises(DataError, match="one string"):
         client.recommend(sessions)
+
+
+def test_a_call_that_is_split_sends_every_session_its_own_options() -> None:
+    model = Description("int64", 2, frozenset({"item_ids"}))
+    options = RequestOptions(
+        exclude=[[10], [20, 21], [30]],
+        rules=[{"at_most": {"brand": n}} for n in (1, 2, 3)],
+        side=[None, {"price": [2.0]}, {"price": [3.0]}],
+    )
+    first, second = requests_of([[1], [2], [3, 4]], 7, model, options)
+    assert (first["item_ids"].tolist(), second["item_ids"].tolist()) == ([[1], [2]], [[3, 4]])
+    assert (first["exclude"][:, 0].tolist(), second["exclude"].tolist()) == ([10, 20], [[30]])
+    assert [json.loads(text)["at_most"]["brand"] for text in (*first["rules"][:, 0], *second["rules"][:, 0])] == [
+        1,
+        2,
+        3,
+    ]
+    assert (first["side"][0, 0], json.loads(second["side"][0, 0])) == (b"", {"price": [3.0]})
+    assert second["top_k"].tolist() == [[7]]
+
+
+def test_padding_behind_an_answer_is_not_recommended() -> None:
+    outputs = {
+        "item_id": np.array([[b"a", b"b"], [b"c", b""]], object),
+        "score": np.array([[0.5, 0.25], [0.75, 0.0]]),
+        "n_items": np.array([[2], [1]]),
+        "n_unknown": np.array([[0], [1]]),
+        "fallback": np.array([[False], [True]]),
+        "n_passed": np.array([[9], [1]]),
+        "catalogue_version": np.array([[b"v"], [b"v"]], object),
+    }
+    first, second = recommendations_of(outputs, 2)
+    assert (first.item_ids, first.scores, first.n_passed) == (["a", "b"], [0.5, 0.25], 9)
+    assert (second.item_ids, second.scores, second.unknown_items, second.fallback) == (["c"], [0.75], 1, True)
+
+
+def test_two_answers_are_compared_by_the_longer_list() -> None:
+    def tensors(items: list[bytes], scores: list[float]) -> dict[str, np.ndarray]:
+        return {"item_id": np.array([items], object), "score": np.array([scores]), "n_items": np.array([[len(items)]])}
+
+    comparison = Comparison()
+    comparison.add(tensors([b"a", b"b", b"c", b"d"], [4, 3, 2, 1]), tensors([b"b", b"a"], [3.5, 3]))
+    assert (comparison.overlap, comparison.same_first, comparison.score_differences) == ([0.5], [False], [0.75])
+    comparison.add(tensors([b"a"], [4]), tensors([], []))
+    assert (comparison.overlap[1], comparison.same_first[1], comparison.score_differences) == (0.0, False, [0.75])
 
 
 def test_sessions_are_padded_to_the_longest() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from missrec_t4r.bundle.manifest import verify_bundle
-from missrec_t4r.errors import BundleError, ConfigError, ServingError
+from missrec_t4r.errors import BundleError, ConfigError, ParityError, ServingError
 from missrec_t4r.export.export import export
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.deploy.blue_green import deploy, rollback
@@ -173,6 +173,27 @@ def test_a_version_that_cannot_be_loaded_changes_nothing(
     assert asked(running) == before
     assert current_version(live) == version
     assert is_ready(running.ports["http"], "missrec")
+    shutil.rmtree(live / f"missrec_v{staged}")
+
+
+@pytest.mark.triton
+def test_a_version_that_answers_wrongly_is_refused(
+    running: LocalTriton, live: Path, bundle: Path, other_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its models load and answer, but with another bundle than the version's own."""
+    before, version = asked(running), current_version(live)
+    with monkeypatch.context() as alone:
+        alone.setattr(Control, "find", lambda folder: None)  # files only: the server loads nothing yet
+        staged = deploy(live, bundle=other_bundle, switch=False)["version"]
+    ranker = live / f"missrec_ranker_v{staged}"
+    shutil.copytree(bundle, ranker / "1" / "wrong")
+    config = ranker / "config.pbtxt"
+    config.write_text(config.read_text().replace('"1/bundle"', '"1/wrong"'))
+    with pytest.raises(ParityError, match=f"missrec_v{staged} recommends other items than its bundle"):
+        deploy(live, version=staged)
+    assert asked(running) == before
+    assert current_version(live) == version
+    assert f"missrec_v{staged}" not in running.control.ready()  # a refused version holds no memory
     shutil.rmtree(live / f"missrec_v{staged}")
 
 

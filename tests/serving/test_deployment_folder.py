@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from missrec_t4r.errors import BundleError, UnavailableError
-from missrec_t4r.serving.deploy.blue_green import deploy
+from missrec_t4r.serving.client.protocol import Recommendation
+from missrec_t4r.serving.deploy.blue_green import deploy, rollback
+from missrec_t4r.serving.deploy.smoke_test import differences
 from missrec_t4r.serving.triton.deployment import bundle_of, current_version, start_arguments, versions_of
 from missrec_t4r.serving.triton.model_config import read_config
 from missrec_t4r.serving.triton.model_control import SERVER_FILE, Control
@@ -62,6 +64,41 @@ def test_a_version_names_its_own_models_and_bundle_and_is_added_once(bundle: Pat
         path = folder / model / config.parameters["bundle"].string_value
         assert path.resolve() == bundle_of(folder, 2).resolve()
         assert (path / "manifest.json").is_file()
+
+
+def test_the_oldest_versions_go_and_the_one_to_roll_back_to_stays(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    for threads in (1, 2, 3, 4):
+        deploy(folder, bundle=bundle, threads=threads, keep=3)
+    assert versions_of(folder) == [2, 3, 4]
+    assert rollback(folder)["version"] == 3  # the newest below the current one
+    deploy(folder, bundle=bundle, threads=5, keep=2)
+    assert versions_of(folder) == [3, 5]  # the one that served before, not the newest one
+    assert rollback(folder)["version"] == current_version(folder) == 3
+
+
+def answer(*items: tuple[str, float]) -> list[Recommendation]:
+    return [Recommendation([item for item, _ in items], [score for _, score in items], 0, False)]
+
+
+@pytest.mark.parametrize(
+    ("served", "wrong"),
+    [
+        (answer(("a", 0.9), ("b", 0.5), ("c", 0.5)), 0),
+        (answer(("a", 0.9), ("c", 0.5), ("b", 0.5)), 0),  # a tie
+        (answer(("a", 0.9), ("b", 0.5), ("d", 0.5)), 0),  # a tie where the list is cut
+        (answer(("b", 0.9), ("a", 0.5), ("c", 0.5)), 1),
+        (answer(("d", 0.9), ("b", 0.5), ("c", 0.5)), 1),
+        (answer(("a", 0.9), ("b", 0.5)), 1),
+    ],
+)
+def test_another_item_is_right_only_where_scores_are_tied(served: list[Recommendation], wrong: int) -> None:
+    expected = answer(("a", 0.9), ("b", 0.5), ("c", 0.5))
+    assert differences(served, expected) == (wrong, 0.0)
+
+
+def test_the_largest_difference_of_a_score_is_that_of_any_rank() -> None:
+    assert differences(answer(("a", 0.9), ("b", 0.5)), answer(("a", 0.9), ("b", 0.25))) == (0, 0.25)
 
 
 def test_a_server_that_is_gone_has_no_control(tmp_path: Path) -> None:

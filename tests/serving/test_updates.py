@@ -109,6 +109,70 @@ def test_a_changed_item_has_new_vectors_columns_and_interests(before: Path, afte
     assert after.catalogue.items["brand"].to_pylist()[-2:] == [None, None]
 
 
+def test_the_version_changes_when_a_vector_does(before: Path) -> None:
+    text = load_bundle(before).catalogue.modalities["text"]
+    (row,) = load_bundle(before).catalogue.rows_of([CHANGED])
+    moved = text.vectors[[row]] + 1e-3
+    done = update_catalogue(before, pa.table({"item_id": [CHANGED]}), modalities={"text": moved})
+    assert done["updated"]
+    assert done["catalogue_version"] != done["previous"]
+    after = load_bundle(before).catalogue
+    np.testing.assert_array_equal(after.modalities["text"].vectors[row], moved[0])
+    assert after.items.equals(load_bundle(previous_of(before)).catalogue.items)  # no column has changed
+    again = update_catalogue(before, pa.table({"item_id": [CHANGED]}), modalities={"text": moved})
+    assert (again["updated"], again["catalogue_version"]) == (False, done["catalogue_version"])
+    assert catalogue_version(verify_bundle(previous_of(before))) == done["previous"]  # repeating it changes nothing
+
+
+def test_the_version_changes_when_a_column_does(before: Path) -> None:
+    done = update_catalogue(before, pa.table({"item_id": [CHANGED], "title": ["Ware 3, billiger"]}))
+    assert done["catalogue_version"] != done["previous"]
+
+
+def test_an_item_with_new_vectors_gets_the_interests_nearest_to_them(before: Path) -> None:
+    old = load_bundle(before)
+    rows = old.catalogue.rows_of([CHANGED, "ware-5-ü"])
+    assignment = old.model.interests.assignment  # [modality, catalogue]
+    others = [  # per item, one of another interest of the texts: it lends its vector
+        int(np.flatnonzero((assignment[0] != assignment[0, row]).numpy() & (assignment[0] > 0).numpy())[-1])
+        for row in rows
+    ]
+    vectors = old.catalogue.modalities["text"].vectors[others]
+    update_catalogue(before, pa.table({"item_id": [CHANGED, "ware-5-ü"]}), modalities={"text": vectors})
+    new = load_bundle(before).model
+    with torch.inference_mode():
+        tokens = new.item_encoder.catalogue().modality[0, rows]
+        nearest = torch.cdist(tokens, new.interests.centroids[1:]).argmin(1) + 1
+    assert new.interests.assignment[0, rows].tolist() == nearest.tolist()
+    assert (new.interests.assignment[0, rows] != assignment[0, rows]).any()
+    assert new.interests.assignment[1].tolist() == assignment[1].tolist()  # their images have not changed
+
+
+def test_a_dry_run_of_an_update_changes_nothing(before: Path) -> None:
+    version = catalogue_version(verify_bundle(before))
+    done = update_catalogue(before, ITEMS, modalities=vectors(), dry_run=True)
+    assert (done["updated"], done["added"]) == (False, 2)
+    assert done["catalogue_version"] != version == catalogue_version(verify_bundle(before))
+    assert [entry.name for entry in before.parent.iterdir()] == ["bundle"]
+
+
+def test_popularity_is_that_of_the_training_whatever_an_update_says(before: Path) -> None:
+    counts = load_bundle(before).catalogue.train_count.tolist()
+    update_catalogue(before, pa.table({"item_id": [CHANGED, "neu-1"], "train_count": [10_000, 10_000]}))
+    assert load_bundle(before).catalogue.train_count.tolist() == [*counts, 0]
+
+
+def test_a_damaged_version_before_is_not_rolled_back_to(before: Path) -> None:
+    done = update_catalogue(before, ITEMS, modalities=vectors())
+    file = previous_of(before) / "items.parquet"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(BundleError, match=r"items\.parquet is damaged"):
+        rollback_catalogue(before)
+    assert catalogue_version(verify_bundle(before)) == done["catalogue_version"]
+
+
 def test_a_retired_item_is_not_recommended_but_known_in_a_session_until_it_comes_back(
     before: Path, after: LoadedBundle
 ) -> None:

@@ -110,6 +110,29 @@ def test_a_write_that_fails_half_way_changes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["catalogue"]
 
 
+def test_the_only_copy_comes_back_after_a_kill_between_two_renames(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    made(1).save(tmp_path / "catalogue")
+    between = tmp_path / f".catalogue-{atomic._HOST}-{gone.pid}-between-old"
+    (tmp_path / "catalogue").rename(between)
+    atomic.recover(tmp_path / "catalogue")
+    assert number_of(Catalogue.load(tmp_path / "catalogue")) == 1
+    made(2).save(between)  # a new one was written since: what was moved away is rubbish
+    atomic.recover(tmp_path / "catalogue")
+    assert number_of(Catalogue.load(tmp_path / "catalogue")) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["catalogue"]
+
+
+def test_what_running_processes_and_other_machines_write_is_left_alone(tmp_path: Path) -> None:
+    running = tmp_path / f".catalogue-{atomic._HOST}-{os.getpid()}-abc"
+    elsewhere = tmp_path / ".catalogue-elsewhere-1-abc"
+    for folder in (running, elsewhere):
+        folder.mkdir()
+    made(1).save(tmp_path / "catalogue")
+    assert {path.name for path in tmp_path.iterdir()} == {running.name, elsewhere.name, "catalogue"}
+
+
 def test_a_reader_whose_folder_is_replaced_reads_again(tmp_path: Path) -> None:
     made(1).save(tmp_path / "catalogue")
     numbers = iter([2, 3])

@@ -15,7 +15,7 @@ from missrec_t4r.cli import app
 from missrec_t4r.errors import ConfigError, DataError, GateError
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.quality.charts import bars, log_line
-from missrec_t4r.etl.quality.report import apply_gate, report
+from missrec_t4r.etl.quality.report import apply_gate, drift, report
 from tests.workflows.tables import EVENTS, ITEMS, save_vectors, write
 
 DAY = 86_400
@@ -60,6 +60,27 @@ def test_measures(shop: Path) -> None:
     assert {name: said[name] for name in expected} == pytest.approx(expected, abs=1e-3)
     later = report(shop / "data", shop / "old", now=START + DAY)["measures"]
     assert later["share_future"] == pytest.approx(3 / 9, abs=1e-6)
+
+
+def test_a_measure_on_its_bound_passes_the_gate() -> None:
+    measures = {"events": 5, "users": 2}
+    passed = [
+        check["passed"]
+        for bounds in ({"min": 5}, {"max": 5}, {"min": 5, "max": 5}, {"min": 6}, {"max": 4})
+        for check in apply_gate(measures, {"events": bounds})
+    ]
+    assert passed == [True, True, True, False, False]
+
+
+def test_items_outside_both_lists_of_popular_ones_drift_too() -> None:
+    measures = dict.fromkeys(("events", "users", "items", "session_length_mean"), 10)
+    runs = [
+        {"measures": measures, "shown": {"popular": popular, "session_lengths": {"1": 1}}}
+        for popular in ({"lamp": 0.6}, {"lamp": 0.2})
+    ]
+    found = drift(measures, runs[1]["shown"], runs[0])
+    assert found["drift.popularity"] == pytest.approx(0.4)  # 0.4 of the events moved to items that neither list names
+    assert found["drift.new_popular"] == 0
 
 
 def test_positions_are_no_clock(tmp_path: Path) -> None:

@@ -30,6 +30,15 @@ def test_an_event_on_the_boundary_belongs_to_the_later_split() -> None:
     assert {name: value.tolist() for name, value in lengths.items()} == {"train": [1], "valid": [2], "test": [3]}
 
 
+def test_a_target_of_the_time_split_has_a_history() -> None:
+    lengths = time_split(np.array([0, 1, 2, 4]), np.array([5, 8, 8, 9]), 4, 7)
+    assert {name: value.tolist() for name, value in lengths.items()} == {
+        "train": [0, 0, 0],
+        "valid": [0, 0, 0],
+        "test": [0, 0, 2],
+    }
+
+
 def test_default_boundaries_are_at_80_and_90_percent_of_the_events() -> None:
     assert default_boundaries(np.array([9, 0, 1, 2, 3, 4, 5, 6, 7, 8])) == (8, 9)
 

@@ -32,7 +32,7 @@ from typing import Any
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
-from missrec_t4r.errors import BundleError, ConfigError, ServingError
+from missrec_t4r.errors import BundleError, ConfigError, ParityError, ServingError
 from missrec_t4r.io.atomic import atomic_write_file, refuse_unmanaged
 from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.serving.deploy.smoke_test import smoke_test
@@ -202,7 +202,7 @@ def _activate(folder: Path, version: int, *, switch: bool) -> dict[str, Any]:
     try:
         control.load(ensemble_of(version))
         result = smoke_test(control.http_url, ensemble_of(version), bundle_of(folder, version))
-    except ServingError:
+    except (ServingError, ParityError):
         _unload(control, version)
         raise
     if not switch:

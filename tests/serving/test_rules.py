@@ -176,20 +176,24 @@ def test_a_filter_that_repeats_is_computed_once(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_reasons_name_the_item_without_which_the_score_is_lowest(ranker: Ranker, loaded: LoadedRun) -> None:
-    given = ranker.rank(SESSION, top_k=5).rows[0]
-    items, modalities = reasons(ranker, SESSION, given)
-    with torch.inference_mode():
-        scores = {}
-        for own in (5, 9, 4):
-            rest = torch.tensor([[row for row in (5, 9, 4) if row != own]])
-            scores[own] = loaded.model.score(loaded.model(rest), loaded.model.candidates(), rest)[0, given].numpy()
-        vector, tokens = loaded.model(torch.from_numpy(SESSION)), loaded.model.candidates()
-        logits = loaded.model.fusion.phi * torch.einsum("d,mnd->mn", vector[0], tokens.modality[:, given])
-    assert items.tolist() == [min(scores, key=lambda own: scores[own][i]) for i in range(5)]
-    assert modalities.tolist() == logits.masked_fill(~tokens.mask[:, given], -torch.inf).argmax(0).tolist()
+    """Of all items in several sessions: the terms and the sharpness of the votes decide here and there."""
+    rng, n = np.random.default_rng(3), shop.N_ITEMS
+    for session in [SESSION, *(rng.choice(np.arange(3, n + 3), (1, 4), replace=False) for _ in range(12))]:
+        given = ranker.rank(session, top_k=n).rows[0]
+        items, modalities = reasons(ranker, session, given)
+        own = session[0].tolist()
+        with torch.inference_mode():
+            tokens = loaded.model.candidates()
+            rests = torch.tensor([[row for row in own if row != left] for left in own])
+            scores = loaded.model.score(loaded.model(rests), tokens, rests)[:, given].numpy()  # [left out, item]
+            votes = torch.einsum("d,mnd->mn", loaded.model(torch.from_numpy(session))[0], tokens.modality[:, given])
+            logits = (loaded.model.fusion.phi * votes).masked_fill(~tokens.mask[:, given], -torch.inf)
+        chosen = scores[[own.index(item) for item in items], np.arange(n)]
+        np.testing.assert_allclose(chosen, scores.min(0), atol=1e-6)
+        assert modalities.tolist() == logits.argmax(0).tolist()
     alone, _ = reasons(ranker, np.array([[7]]), given)
     assert set(alone.tolist()) == {7}
-    assert reasons(ranker, np.array([[2, 0]]), given)[0].tolist() == [0] * 5
+    assert reasons(ranker, np.array([[2, 0]]), given)[0].tolist() == [0] * n
 
 
 @pytest.mark.triton

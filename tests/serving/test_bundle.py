@@ -15,6 +15,7 @@ from missrec_t4r.bundle.bundle import load_bundle, write_bundle
 from missrec_t4r.bundle.manifest import BUNDLE_FILES, MANIFEST_FILE, verify_bundle, write_manifest
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import BundleError
+from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.runs.run_folder import LoadedRun
 from tests.serving import shop
 
@@ -106,6 +107,16 @@ def test_partial_verification_still_sees_sizes_and_its_own_files(copy: Path) -> 
     flip(copy / "items.parquet")
     with pytest.raises(BundleError, match=r"items\.parquet is damaged"):
         verify_bundle(copy, only=("items.parquet",))
+
+
+def test_a_manifest_that_was_edited_to_fit_an_edited_file_is_refused(copy: Path) -> None:
+    file, manifest = copy / "model.json", copy / MANIFEST_FILE
+    file.write_text(file.read_text() + " ")
+    content = json.loads(manifest.read_text())
+    content["files"][file.name] = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+    manifest.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    with pytest.raises(BundleError, match=r"manifest\.json is damaged"):
+        verify_bundle(copy)
 
 
 def test_a_newer_format_says_so(copy: Path) -> None:

@@ -95,6 +95,18 @@ def test_caps_skip_the_third_of_a_brand_and_fill_up_from_below(ranker: Ranker) -
     assert everything.n_passed.tolist() == [24]
 
 
+def test_a_list_with_caps_is_filled_from_as_deep_as_needed(ranker: Ranker) -> None:
+    """Four brands once each and the one item without a brand, wherever that ranks."""
+    rules, groups, ranks = Rules.parse('{"at_most": {"brand": 1}}'), ranker.columns.groups("brand"), []
+    (alone,) = np.flatnonzero(groups[3:] < 0) + 3
+    for row in range(3, shop.N_ITEMS + 3):
+        whole = ranker.rank(np.array([[row]]), top_k=100).rows[0].tolist()
+        expected = [one for at, one in enumerate(whole) if groups[one] < 0 or groups[one] not in groups[whole[:at]]]
+        assert ranker.rank(np.array([[row]]), top_k=5, rules=[rules]).rows[0].tolist() == expected
+        ranks.append(whole.index(alone))
+    assert max(ranks) > 20 > min(ranks)  # beyond and within the first search
+
+
 @given(
     st.lists(st.integers(-1, 3), min_size=1, max_size=30),
     st.lists(st.integers(-1, 2), min_size=30, max_size=30),

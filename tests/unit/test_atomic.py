@@ -159,6 +159,11 @@ def test_written_files_are_readable_for_all_users(tmp_path: Path) -> None:
     assert modes == {"inner": 0o755, "model.safetensors": 0o644, "run.sh": 0o744}
 
 
+def write_half(file: Path) -> None:
+    file.write_text('{"number": ')
+    raise ZeroDivisionError
+
+
 def test_a_file_is_replaced_whole_and_partial_ones_of_killed_processes_are_removed(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     write_json(file, {"number": np.int64(1)})
@@ -167,8 +172,7 @@ def test_a_file_is_replaced_whole_and_partial_ones_of_killed_processes_are_remov
     left = tmp_path / f".report.json-{atomic._HOST}-{gone.pid}-abc"
     left.mkdir()
     with pytest.raises(ZeroDivisionError), atomic.atomic_write_file(file) as temporary:
-        temporary.write_text('{"number": ')
-        raise ZeroDivisionError
+        write_half(temporary)
     assert read_json(file) == {"number": 1}
     write_json(file, {"number": 2})
     assert read_json(file) == {"number": 2}

@@ -3,6 +3,8 @@
 # make test                        lint, types and tests: what CI runs
 # make test-fast                   the tests of model, ranking, training and evaluation, for the inner loop (a minute)
 # make test-set-a                  the tests on the older pins, those of NVIDIA's Merlin containers
+# make test-floor                  the core's tests on the oldest versions that pyproject.toml admits (Python 3.10; 3 GB)
+# make test-newest                 the same on the newest releases (Python 3.13; 3 GB)
 # make test-cpus                   the tests that compare floats, with the kernels of other processors (30 minutes)
 # make mutants [ONLY=training]     breaks one behaviour at a time and prints what no test notices (half an hour)
 # make bench-quality DATA=… RECIPE=default SEEDS=3    quality over seeds; SUBSET=FILE, MODALITY="text=FILE image=FILE"
@@ -16,6 +18,8 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 VENV_A ?= .venv-a
+PYTHON_FLOOR ?= python3.10
+PYTHON_NEWEST ?= python3.13
 DATA ?=
 OUT ?= work/demo
 TESTS ?= tests
@@ -43,7 +47,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-set-a test-cpus mutants bench-etl bench-quality bench-serving bench-train docs lint types format clean
+.PHONY: help install demo test test-fast test-set-a test-floor test-newest test-cpus mutants bench-etl bench-quality bench-serving bench-train docs lint types format clean FORCE
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -71,6 +75,19 @@ $(VENV_A)/.installed: requirements/set-a.txt requirements/check_platform.py pypr
 	@$(VENV_A)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@mv $(@D)/.installing $@ && touch $@
 
+# The newest releases are taken anew at every run.
+.venv-floor/.installed: requirements/floor.txt pyproject.toml
+.venv-newest/.installed: requirements/newest.txt pyproject.toml FORCE
+.venv-floor/.installed: PYTHON = $(PYTHON_FLOOR)
+.venv-newest/.installed: PYTHON = $(PYTHON_NEWEST)
+.venv-floor/.installed .venv-newest/.installed:
+	@"$(PYTHON)" -c "" || { echo "$(PYTHON) was not found, or does not start; name another: PYTHON_FLOOR= or PYTHON_NEWEST=." >&2; exit 2; }
+	@$(call fresh_venv,$(@D))
+	@echo "==> installing $< into $(@D)"
+	@$(@D)/bin/python -m pip install -q --upgrade -r $<
+	@$(@D)/bin/python -m pip install -q --no-deps -e .
+	@mv $(@D)/.installing $@ && touch $@
+
 demo: $(VENV)/.installed
 	@$(VENV)/bin/missrec demo $(if $(DATA),--data "$(DATA)") --out "$(OUT)"
 
@@ -95,6 +112,9 @@ bench-quality: $(VENV)/.installed
 test-set-a: $(VENV_A)/.installed
 	@echo "==> tests on the older pins"
 	@$(VENV_A)/bin/$(PYTEST) $(TESTS)
+
+test-floor test-newest: test-%: .venv-%/.installed
+	@$(<D)/bin/python -m benchmarks.floor --name $* --jobs $(JOBS)
 
 test-cpus: $(VENV)/.installed
 	@$(VENV)/bin/python -m benchmarks.cpus

@@ -1,14 +1,20 @@
-# ETL, training and export: NVIDIA's Merlin image for PyTorch (Python 3.10, pandas 1.5, RAPIDS, torch for CUDA) + this package.
-ARG MERLIN_IMAGE=nvcr.io/nvidia/merlin/merlin-pytorch:23.12
-FROM ${MERLIN_IMAGE}
+# ETL, training and export: a plain Python and the pins of `make install` (set B), so that the image is the environment of the tests.
+# torch comes from PyPI and carries CUDA. With cuDF, for an ETL on the GPU:  --build-arg RAPIDS=1
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+FROM ${PYTHON_IMAGE}
+ENV TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000 DASK_DATAFRAME__QUERY_PLANNING=False
 
-# What the image lacks, without moving what it is built around.
-RUN python3 -m pip list --format=freeze | grep -E '^(numpy|pandas|pyarrow|torch|dask|distributed|cudf|numba|protobuf)==' > /tmp/image.txt \
- && python3 -m pip install --no-cache-dir -c /tmp/image.txt "safetensors>=0.4" "typer>=0.12" "rich>=13" "pyyaml>=6" "scikit-learn>=1.3" "pillow>=10"
+# The steps of `make install`; a change of the package alone does not repeat them.
+COPY requirements /opt/missrec-t4r/requirements
+RUN python3 /opt/missrec-t4r/requirements/check_platform.py \
+ && python3 -m pip install --no-cache-dir -r /opt/missrec-t4r/requirements/set-b.txt
+RUN python3 -m pip install --no-cache-dir --no-deps -r /opt/missrec-t4r/requirements/merlin-b.txt
+
+ARG RAPIDS=
+RUN if [ -n "${RAPIDS}" ]; then python3 -m pip install --no-cache-dir -r /opt/missrec-t4r/requirements/gpu.txt; fi
 
 COPY . /opt/missrec-t4r
-RUN python3 -m pip install --no-cache-dir --no-deps /opt/missrec-t4r && missrec --help > /dev/null
+RUN python3 -m pip install --no-cache-dir --no-deps --no-build-isolation /opt/missrec-t4r && missrec --help > /dev/null
 
-ENV TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000
 WORKDIR /output
 CMD ["missrec", "--help"]

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.project.dockerfiles import Environment, base_python, steps
 from tests.project.packages import ROOT
 
 FILE = ROOT / "docker-compose.yml"
@@ -92,8 +94,8 @@ def test_builds_name_files_and_arguments_that_exist() -> None:
 
 def test_the_build_context_holds_the_package_and_nothing_else() -> None:
     kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    packaged = ["LICENSE", "README.md", "missrec_t4r", "pyproject.toml", "setup.py", "triton_models"]
-    assert sorted(kept) == sorted([*packaged, "docker/entrypoint.sh"])
+    packaged = ["LICENSE", "README.md", "missrec_t4r", "pyproject.toml", "requirements", "setup.py"]
+    assert sorted(kept) == sorted([*packaged, "triton_models", "docker/entrypoint.sh"])
     assert all((ROOT / name).exists() for name in kept)
 
 
@@ -133,53 +135,77 @@ def test_the_entrypoint_closes_model_control_with_a_key_that_nobody_has(tmp_path
     assert started("echo", "as", "it", "is") == ["as it is"]
 
 
-class _Local:
-    """The containers' world on this machine: volumes become folders, host names become loopback ports."""
+def _words(environment: Environment, service: str) -> list[str]:
+    return shlex.split(environment.mapped(_compose(SMALL)["services"][service]["command"]))
 
-    def __init__(self, folder: Path) -> None:
-        self.services = _compose(SMALL)["services"]
-        self.names = {"/input": str(folder / "input"), "/output": str(folder / "output")}
 
-    def command(self, service: str) -> list[str]:
-        words = [self.mapped(word) for word in shlex.split(self.services[service]["command"])]
-        return [sys.executable, "-m", "missrec_t4r", *words[1:]] if words[0] == "missrec" else words
+def _answer(environment: Environment, command: list[str]) -> dict[str, Any]:
+    done = environment.run(command)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
-    def mapped(self, text: str) -> str:
-        for name, local in self.names.items():
-            text = text.replace(name, local)
-        return text
 
-    def run(self, command: list[str]) -> dict[str, Any]:
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}\n{done.stderr[-4000:]}"
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return answer
+def _run_every_service(merlin: Environment, triton: Environment) -> None:
+    """Run each service's command in the environment of its image; the server is the embedded Triton's."""
+    from missrec_t4r.serving.triton.local_server import LocalTriton
+
+    _answer(merlin, ["missrec", "generate", "--users", "120", "--items", "100", "--out", merlin.mapped("/input")])
+    answers = {name: _answer(merlin, _words(merlin, name)) for name in PIPELINE}
+    assert answers["etl"]["users"] == 120
+    assert set(answers["features"]["modalities"]) == {"text", "image"}
+    assert answers["export"]["parity"]["equal"] is True
+    _answer(merlin, _words(merlin, "nightly"))
+    assert (merlin.folder / "output" / "night" / "bundle" / "model.json").is_file()
+
+    program, repository, *arguments = _words(triton, "triton")
+    assert program == "tritonserver"
+    assert repository == f"--model-repository={answers['export']['repository']}"
+    healthcheck = _compose()["services"]["triton"]["healthcheck"]["test"]
+    with LocalTriton(answers["export"]["repository"], arguments=tuple(arguments)) as server:
+        triton.names |= {"inference:8001": server.grpc_url, "localhost:8000": server.http_url}
+        answer = _answer(triton, _words(triton, "smoke"))
+        assert triton.run(["sh", "-c", triton.mapped(healthcheck)]).returncode == 0
+    assert len(answer["recommendations"]) == 5
+    assert answer["fallback"] is False
+    stopped = triton.run(["sh", "-c", triton.mapped(healthcheck)])
+    assert stopped.returncode != 0, "the health check must fail once the server is gone"
 
 
 @pytest.mark.triton
 def test_every_service_runs_as_a_local_process(tmp_path: Path) -> None:
     pytest.importorskip("nvtabular", reason="the first step is NVTabular's")
-    from missrec_t4r.serving.triton.local_server import LocalTriton
+    here = Environment(tmp_path, Path(sys.executable).parent)
+    _run_every_service(here, here)
 
-    local = _Local(tmp_path)
-    shop = [sys.executable, "-m", "missrec_t4r", "generate", "--users", "120", "--items", "100", "--out"]
-    local.run([*shop, str(tmp_path / "input")])
-    answers = {name: local.run(local.command(name)) for name in PIPELINE}
-    assert answers["etl"]["users"] == 120
-    assert set(answers["features"]["modalities"]) == {"text", "image"}
-    assert answers["export"]["parity"]["equal"] is True
 
-    program, repository, *arguments = local.command("triton")
-    assert program == "tritonserver"
-    assert repository == f"--model-repository={answers['export']['repository']}"
-    with LocalTriton(answers["export"]["repository"], arguments=tuple(arguments)) as server:
-        local.names |= {"inference:8001": server.grpc_url, "localhost:8000": server.http_url}
-        answer = local.run(local.command("smoke"))
-        healthy = subprocess.run(local.mapped(local.services["triton"]["healthcheck"]["test"]), shell=True, check=False)
-        assert healthy.returncode == 0
-    assert len(answer["recommendations"]) == 5
-    assert answer["fallback"] is False
-    stopped = subprocess.run(
-        local.mapped(local.services["triton"]["healthcheck"]["test"]), shell=True, capture_output=True, check=False
-    )
-    assert stopped.returncode != 0, "the health check must fail once the server is gone"
+@pytest.mark.triton
+@pytest.mark.slow  # installs both images' packages: some 6 GB, a quarter of an hour
+def test_every_service_runs_in_environments_made_by_the_dockerfiles_own_steps(tmp_path: Path) -> None:
+    environments = {}
+    for name in ("merlin", "triton"):
+        dockerfile = ROOT / "docker" / f"{name}.Dockerfile"
+        python = _interpreter(base_python(dockerfile))
+        environments[name] = Environment.built(tmp_path, python, dockerfile)
+    _run_every_service(environments["merlin"], environments["triton"])
+
+
+def _interpreter(version: str) -> str:
+    """Return a Python of the version that a base image carries; skip without one."""
+    found = shutil.which(f"python{version}")
+    if found is None or subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode:
+        pytest.skip(f"no python{version} on PATH, which the base image carries")
+    return found
+
+
+def test_the_image_installs_what_make_install_installs() -> None:
+    """The same requirement files in the same order, with the same options, on the Python that they were pinned on."""
+    dockerfile = ROOT / "docker" / "merlin.Dockerfile"
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    recipe = makefile[makefile.index("$(VENV)/.installed: ") : makefile.index("$(VENV_A)/.installed: ")]
+    pattern = r"pip install (?:-q |--no-cache-dir )?(.*?requirements/\S+\.txt)"
+    made = re.findall(pattern, recipe.split("check_python)", 1)[1])
+    unconditional = [rest for word, rest in steps(dockerfile) if word == "RUN" and not rest.startswith("if ")]
+    installed = [found.replace("/opt/missrec-t4r/", "") for found in re.findall(pattern, "\n".join(unconditional))]
+    assert installed == made == ["-r requirements/set-b.txt", "--no-deps -r requirements/merlin-b.txt"]
+    assert base_python(dockerfile) == "3.11"

@@ -1,5 +1,6 @@
 """The pins, the loose bounds they must lie within, and the interpreter's check before anything is installed."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from requirements import check_platform
 from tests.project.packages import ROOT
@@ -31,7 +33,7 @@ def _pins(names: tuple[str, ...]) -> dict[str, str]:
     return pins
 
 
-@pytest.mark.parametrize("name", ["set-b.txt", "merlin-b.txt", "set-a.txt"])
+@pytest.mark.parametrize("name", ["set-b.txt", "merlin-b.txt", "set-a.txt", "floor.txt"])
 def test_every_requirement_is_an_exact_pin_and_stands_once(name: str) -> None:
     lines = _lines(name)
     assert len(_pins((name,))) == len(lines)
@@ -51,12 +53,39 @@ def test_declared_bounds_admit_the_pins(which: str) -> None:
             assert requirement.specifier.contains(pins[name]), f"{requirement} does not admit {pins.get(name)}"
 
 
+def test_lower_bounds_of_the_core_are_the_versions_that_make_test_floor_installs() -> None:
+    pins = _pins(("floor.txt",))
+    for requirement in map(Requirement, DECLARED["dependencies"]):
+        (bound,) = requirement.specifier
+        found = pins[canonicalize_name(requirement.name)]
+        assert (bound.operator, Version(bound.version)) == (">=", Version(found)), f"{requirement}; floor.txt: {found}"
+
+
+def test_newest_names_what_floor_pins_and_no_version() -> None:
+    newest = {canonicalize_name(requirement.name): requirement for requirement in _lines("newest.txt")}
+    assert all(not requirement.specifier for requirement in newest.values())
+    assert set(newest) <= set(_pins(("floor.txt",)))
+    assert {canonicalize_name(Requirement(text).name) for text in DECLARED["dependencies"]} <= set(newest)
+
+
 def test_the_two_sets_differ_where_they_should() -> None:
     modern, period = _pins(SETS["b"]), _pins(SETS["a"])
     assert modern["pandas"].startswith("2.")
     assert period["pandas"].startswith("1.5.")
     same = ["torch", "numpy", "nvtabular", "transformers4rec", "merlin-core", "merlin-models", "nvidia-pytriton"]
     assert {name: modern[name] for name in same} == {name: period[name] for name in same}
+
+
+def test_declared_pythons_are_those_of_the_recorded_runs() -> None:
+    """Python 3.11 by ``make test``; others by a result of ``make test-floor`` or ``make test-newest``."""
+    listed = {found[1] for text in DECLARED["classifiers"] if (found := re.search(r"Python :: (3\.\d+)$", text))}
+    ran = {"3.11"}
+    for file in (ROOT / "benchmarks" / "results").glob("*-*.json"):
+        if re.search(r"-(floor|newest[\w.-]*)\.json$", file.name):
+            result = json.loads(file.read_text(encoding="utf-8"))
+            assert result["failed"] == 0, f"{file.name}: {result['failing']}"
+            ran.add(result["versions"]["python"].rpartition(".")[0])
+    assert listed == ran
 
 
 def test_the_base_does_not_cap_python() -> None:

@@ -7,9 +7,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from missrec_t4r.schema import FIRST_ITEM_ROW
 from tests.project.packages import ROOT, modules, shipped_files
+from tests.shop import modality, write_circle
 
 WITHOUT_MERLIN = ("missrec_t4r.etl", "missrec_t4r.t4r", "missrec_t4r.export.merlin_systems")
 """The packages, and the one module, that may need more than the base dependencies."""
@@ -170,4 +173,11 @@ def test_the_wheel_installs_in_a_real_bare_environment(wheel: Path, tmp_path: Pa
     names = [name for name in sorted(modules()) if not name.startswith(WITHOUT_MERLIN)]
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
     _run([str(environment / "bin" / "python"), "-c", code, *names], tmp_path)
-    assert "recommend" in _run([str(environment / "bin" / "missrec"), "--help"], tmp_path).stdout
+    missrec = str(environment / "bin" / "missrec")
+    assert "recommend" in _run([missrec, "--help"], tmp_path).stdout
+    vectors = np.random.default_rng(0).normal(size=(40 + FIRST_ITEM_ROW, 8))
+    data = write_circle(tmp_path / "data", [f"item {row}" for row in range(40)], {"text": modality(vectors)})
+    train = [missrec, "train", "--data", str(data), "--out", "run", "--recipe", "tiny", "--device", "cpu"]
+    _run(train, tmp_path)
+    evaluated = _run([missrec, "evaluate", "--run", "run", "--json"], tmp_path).stdout
+    assert "ndcg@10" in evaluated.splitlines()[-1]

@@ -25,6 +25,7 @@ from missrec_t4r.t4r import (
     build_model,
     load_schema,
 )
+from missrec_t4r.t4r.columns import item_column
 from missrec_t4r.t4r.loader import PrefixLoader
 from tests.contract import shop
 
@@ -113,6 +114,12 @@ def test_metrics_by_rank_equal_t4rs_on_the_whole_catalogue(data: Path, loader: C
         torch.testing.assert_close(mine.compute(), other.compute())
     found = model.compute_metrics(mode="eval")
     assert set(found) == {"next-item/ndcg_at_5", "next-item/ndcg_at_20", "next-item/mean_reciprocal_rank_at_20"}
+
+
+def test_a_schema_with_one_row_more_than_the_catalogue_is_refused() -> None:
+    assert item_column(shop.schema(maximum=shop.N_ROWS - 1), shop.N_ROWS).name == "item_id-list"
+    with pytest.raises(SchemaError, match=f"rows up to {shop.N_ROWS}, the catalogue has {shop.N_ROWS}"):
+        item_column(shop.schema(maximum=shop.N_ROWS), shop.N_ROWS)
 
 
 def test_equal_scores_rank_by_row_and_not_in_the_targets_favour() -> None:

@@ -1,14 +1,18 @@
-"""Pieces of the out-of-core engine on tables that are small enough to read."""
+"""Pieces of ETL and out-of-core engine on tables that are small enough to read."""
 
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 
 from missrec_t4r.etl.engine.reduce import _order_by_frequency
 from missrec_t4r.etl.engine.sessionize import count_train_items, split_lengths, to_sessions
 from missrec_t4r.etl.engine.user_state import find_users
+from missrec_t4r.etl.nvt.kernels import core
+from missrec_t4r.etl.quality.checks import Findings, text_to_integers
+from missrec_t4r.etl.sources.standard import clean_events
 
 COMMON = {
     "split": "leave_one_out",
@@ -64,3 +68,23 @@ def test_categories_are_numbered_by_frequency_and_keep_their_numbers() -> None:
     assert (ordered, codes) == (["view", "buy", "cart"], [4, 3, 5, 2])
     later, codes = _order_by_frequency(["return", "view", "cart"], [50, 1, 1], ordered)
     assert (later, codes) == (["view", "buy", "cart", "return"], [6, 3, 5])
+
+
+def test_a_core_is_repeated_until_nothing_changes() -> None:
+    # Sessions ab, abc, cd: d occurs once and goes, then the third user has one event, then c occurs once.
+    users, items = np.array([0, 0, 1, 1, 1, 2, 2]), np.array([0, 1, 0, 1, 2, 2, 3])
+    for codes in ([users, items], [items, users]):
+        assert core(codes, np.ones(7, int), 2).tolist() == [True, True, True, True, False, False, False]
+
+
+def test_a_text_with_a_leading_zero_is_no_integer() -> None:
+    assert text_to_integers(pa.chunked_array([["12", None, "-7"]])).to_pylist() == [12, None, -7]
+    for text in ("012", "+12", "1e3", "twelve"):
+        assert text_to_integers(pa.chunked_array([["12", text]])) is None
+
+
+def test_an_import_keeps_the_earliest_event_of_a_user_on_an_item() -> None:
+    events = pd.DataFrame({"user_id": ["u", "u", "u"], "item_id": ["a", "b", "a"], "timestamp": [9, 5, 3]})
+    cleaned = clean_events(events, Findings(), k_core=0)
+    assert cleaned[["item_id", "timestamp"]].to_numpy().tolist() == [["a", 3], ["b", 5]]
+    assert len(clean_events(events, Findings(), k_core=0, keep_repeats=True)) == 3

@@ -198,6 +198,8 @@ def test_movielens(layout: str, tmp_path: Path) -> None:
     report = json.loads(ran.stdout.splitlines()[-1])
     assert (report["users"], report["items"], report["events"]) == (2, 3, 4)
     assert report["source"]["layout"] == layout
+    good = import_movielens(archive, tmp_path / "good", min_rating=4)
+    assert (good["items"], good["events"]) == (2, 2)  # four stars and more
     events = pq.read_table(tmp_path / "out" / "interactions.parquet").to_pylist()
     assert [(row["user_id"], row["item_id"], row["timestamp"], row["split"]) for row in events] == [
         ("7", "1", 20, "train"),

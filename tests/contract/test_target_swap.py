@@ -104,3 +104,11 @@ def test_t4rs_own_masking_would_show_the_label() -> None:
     label = info.targets[info.targets > 0]
     assert label.tolist() == [14]
     assert info.schema.all(), "the position of item 14 is not hidden: why this package has a masking of its own"
+
+
+def test_any_item_but_the_first_is_the_target_of_a_random_cut() -> None:
+    torch.manual_seed(0)
+    rows = torch.tensor([[5, 6, 7, 8]] * 200 + [[5, 6, 0, 0]] * 20)
+    target = PrefixMasking(hidden_size=8, cut="random").target_index(rows, training=True, testing=False)
+    assert set(target[:200].tolist()) == {1, 2, 3}
+    assert set(target[200:].tolist()) == {1}

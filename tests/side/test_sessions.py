@@ -148,3 +148,5 @@ def test_categories_that_another_run_numbered_otherwise_are_translated(tmp_path:
     model_column = EventColumn("event", "categorical", 5, values=("view", "buy"))
     read = load_sessions(tmp_path, "test", [model_column])
     assert read.features["event"].tolist() == [2, 4, 3, 2]  # gift is unknown to the model
+    as_many = EventColumn("event", "categorical", 6, values=("view", "buy", "gift"))
+    assert load_sessions(tmp_path, "test", [as_many]).features["event"].tolist() == [5, 4, 3, 2]

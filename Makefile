@@ -33,7 +33,7 @@ ONLY ?=
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 PYTEST = python -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 FAST = tests/unit tests/equations tests/properties tests/evaluation tests/recipes $(addprefix --ignore tests/unit/,$(TRAININGS))
-TRAININGS = test_training.py test_training_resume.py test_training_options.py test_cold_start.py
+TRAININGS = test_training.py test_selection.py test_training_resume.py test_training_options.py test_cold_start.py
 
 # Merlin 23.8 supports the classic dask.dataframe only.
 export DASK_DATAFRAME__QUERY_PLANNING := False

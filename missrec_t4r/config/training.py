@@ -34,9 +34,9 @@ class TrainConfig:
     """Maximal number of passes over the training sessions (paper: 100)."""
     patience: int = 5
     """Epochs without a better validation NDCG@10 before training stops (paper: 10)."""
-    max_minutes: float = 12.0
-    """Training stops after the epoch in which this many minutes pass, recorded in `run.json`
-    as ``stopped_by``; 0 for no limit."""
+    max_minutes: float = 0.0
+    """Training stops after the step in which this many minutes pass, keeps the best weights so far and records it in
+    `run.json` as ``stopped_by``; the result then depends on the machine's speed. 0 for no limit."""
     seed: int = 2020
     """Seed of initialisation, order, dropout and clustering."""
     windows_per_session: int = 0
@@ -90,7 +90,10 @@ class TrainConfig:
             (self.learning_rate <= 0, f"--learning-rate {self.learning_rate} is not positive"),
             (min(self.batch_size, self.epochs, self.patience, self.next_items) < 1, "a count is below 1"),
             (min(self.accumulate, self.negatives, self.chunk_size) < 1, "accumulate, negatives or chunk_size below 1"),
-            (min(self.clip_norm, self.checkpoint_minutes) < 0, "clip_norm or checkpoint_minutes is negative"),
+            (
+                min(self.clip_norm, self.checkpoint_minutes, self.max_minutes) < 0,
+                "clip_norm, checkpoint_minutes or max_minutes is negative",
+            ),
             (not 0 <= self.reverse_probability <= 1, "--reverse-probability is outside [0, 1]"),
             (not 0 <= self.ema_decay < 1, f"--ema-decay {self.ema_decay} is outside [0, 1)"),
         ]

@@ -127,6 +127,19 @@ class Sessions:
         features = {name: feature[keep] for name, feature in self.features.items()}
         return Sessions(self.values[keep], n_kept[self.offsets], features, self.users)
 
+    def with_known_target(self) -> Sessions:
+        """Return the evaluation sessions whose target, the last item, is known, without other unknown events.
+
+        Examples
+        --------
+        >>> [session.tolist() for session in Sessions.from_lists([[3, 4, 2], [2, 3, 4]]).with_known_target()]
+        [[3, 4]]
+        """
+        ends = self.offsets[1:][self.lengths > 0]
+        has_target = np.zeros(len(self), bool)
+        has_target[self.lengths > 0] = self.values[ends - 1] > UNKNOWN_ROW
+        return self.take(np.flatnonzero(has_target)).known()
+
     def take(self, indices: npt.ArrayLike) -> Sessions:
         """Return the sessions at ``indices``, in that order."""
         sessions = np.asarray(indices, np.int64)

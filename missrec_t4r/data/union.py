@@ -118,12 +118,12 @@ def load_domains(folders: Mapping[str, Path]) -> Domains:
             TRAIN_COUNT: np.concatenate([catalogue.train_count[FIRST_ITEM_ROW:] for catalogue in catalogues.values()]),
         }
     )
-    splits = {
-        split: _concatenate(
-            {name: Sessions.load(folder / split, features=[]).known() for name, folder in folders.items()}, starts
-        )
-        for split in ("train", "valid")
+    loaded = {split: _load(folders, split) for split in ("train", "valid")}
+    kept = {
+        "train": {name: sessions.known() for name, sessions in loaded["train"].items()},
+        "valid": {name: sessions.with_known_target() for name, sessions in loaded["valid"].items()},
     }
+    splits = {split: _concatenate(by_domain, starts) for split, by_domain in kept.items()}
     owner = np.repeat(np.arange(len(catalogues)), [catalogue.n_items for catalogue in catalogues.values()])
     return Domains(
         Catalogue(items, {name: _stack_modality(by_domain, catalogues) for name, by_domain in sources.items()}),
@@ -132,6 +132,10 @@ def load_domains(folders: Mapping[str, Path]) -> Domains:
         tuple(catalogues),
         sources,
     )
+
+
+def _load(folders: Mapping[str, Path], split: str) -> dict[str, Sessions]:
+    return {name: Sessions.load(folder / split, features=[]) for name, folder in folders.items()}
 
 
 def match_modalities(wanted: Mapping[str, str | None], known: Mapping[str, str | None]) -> dict[str, str]:

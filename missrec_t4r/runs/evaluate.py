@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import numpy as np
-
 from missrec_t4r.arrays import Ints
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import load_sessions
@@ -45,7 +43,7 @@ from missrec_t4r.ranking.protocols import MODEL, BlendScorer, blends_of
 from missrec_t4r.ranking.tune import Validation
 from missrec_t4r.ranking.tune_baselines import tuned_content_knn, tuned_item_knn
 from missrec_t4r.runs.checklist import checklist
-from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, UNKNOWN_ROW
+from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
 
 EVALUATED_SPLITS: Final = ("valid", "test")
 
@@ -116,7 +114,7 @@ def evaluate(
         }
     info = read_json(Path(run) / RUN_FILE)
     train, valid = (load_sessions(loaded.data, name, loaded.model.event_columns) for name in ("train", "valid"))
-    validation = Validation(loaded.model, loaded.catalogue, train.known(), _with_known_target(valid))
+    validation = Validation(loaded.model, loaded.catalogue, train.known(), valid.with_known_target())
     blends, blend_settings = blends_of(loaded.model, validation, alone=baselines)
     if "prior" in info:
         blend_settings[MODEL][KEPT_WITH_HISTORY_TERM] = info["prior"]
@@ -141,12 +139,6 @@ def evaluate(
     }
     write_report(report, file)
     return report | {"file": str(file)}
-
-
-def _with_known_target(valid: Sessions) -> Sessions:
-    """Return the sessions whose target is an item of the catalogue, without unknown items."""
-    valid.split_last()  # an empty session is an error
-    return valid.take(np.flatnonzero(valid.values[valid.offsets[1:] - 1] > UNKNOWN_ROW)).known()
 
 
 def fitted_baselines(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -102,7 +103,10 @@ def train_t4r(
     data, out = Path(data), Path(out)
     catalogue = Catalogue.load(data / CATALOGUE_FOLDER)
     chosen = event_columns(data, recipe.model.event_features, recipe.model.event_feature_width)
-    splits = {name: load_sessions(data, name, chosen).known() for name in ("train", "valid")}
+    splits = {
+        "train": load_sessions(data, "train", chosen).known(),
+        "valid": load_sessions(data, "valid", chosen).with_known_target(),
+    }
     event_features = fit_event_columns(chosen, splits["train"])
     schema = _read_schema(data, catalogue, event_features)
     ignored = _ignored(recipe.train)
@@ -136,7 +140,7 @@ def train_t4r(
     info = {
         "trainer": "t4r",
         "best_epoch": _best_epoch(trainer) - 1,
-        "epochs": round(trainer.state.epoch or 0),
+        "epochs": math.ceil(trainer.state.epoch or 0),
         "stopped_by": stopped_by,
         "valid_ndcg@10": trainer.state.best_metric,
         "prior": fit_terms(core, catalogue, splits["train"], splits["valid"]),
@@ -253,11 +257,21 @@ class _Report(TrainerCallback):
 
     def __init__(self, log: Path, max_minutes: float) -> None:
         self.log, self.limit = log, 60 * max_minutes
-        self.started = time.perf_counter()
+        self.started, self.is_cut_short = time.perf_counter(), False
+
+    @property
+    def is_over_time(self) -> bool:
+        """Whether the time limit has passed."""
+        return 0 < self.limit < time.perf_counter() - self.started
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop after the step in which the time limit passes; the epoch's end evaluates and saves what was trained."""
+        if self.is_over_time:
+            control.should_training_stop = self.is_cut_short = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        """Write the epoch's line; stop after the epoch in which the time limit passes."""
-        epoch = round(state.epoch) - 1
+        """Write the epoch's line; stop if the time limit has passed."""
+        epoch = math.ceil(state.epoch) - 1
         loss = next((line["loss"] for line in reversed(state.log_history) if "loss" in line), float("nan"))
         line = {"epoch": epoch, "loss": loss, "valid_ndcg@10": metrics[NDCG]}
         line["valid_recall@10"] = metrics[NDCG.replace("ndcg", "recall")]
@@ -265,7 +279,7 @@ class _Report(TrainerCallback):
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         log.info(f"epoch {epoch:>3}  loss {loss:.3f}  valid ndcg@10 {metrics[NDCG]:.4f}")
-        if self.limit and line["seconds"] > self.limit:
+        if self.is_over_time:
             control.should_training_stop = True
 
 
@@ -273,14 +287,15 @@ def _best_epoch(trainer: tr.Trainer) -> int:
     """Return after how many epochs the best checkpoint was written."""
     scores = [line for line in trainer.state.log_history if NDCG in line]
     best = max(scores, key=lambda line: float(line[NDCG]), default={"epoch": 0})
-    return round(best["epoch"])
+    return math.ceil(best["epoch"])
 
 
 def _stopped_by(trainer: tr.Trainer, train: TrainConfig) -> str:
     """Return the setting that ended the training: ``epochs``, ``patience`` or ``max_minutes``."""
-    if round(trainer.state.epoch or 0) >= train.epochs:
-        return "epochs"
     callbacks = trainer.callback_handler.callbacks
+    is_cut_short = any(one.is_cut_short for one in callbacks if isinstance(one, _Report))
+    if math.ceil(trainer.state.epoch or 0) >= train.epochs and not is_cut_short:
+        return "epochs"
     counters = [one.early_stopping_patience_counter for one in callbacks if isinstance(one, EarlyStoppingCallback)]
     return "patience" if max(counters, default=0) >= train.patience else "max_minutes"
 

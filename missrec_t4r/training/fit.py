@@ -81,9 +81,12 @@ def train(
         if event_features is None
         else event_features
     )
-    splits = {name: load_sessions(data, name, event_features).known() for name in ("train", "valid")}
+    valid = load_sessions(data, "valid", event_features)
+    splits = {"train": load_sessions(data, "train", event_features).known(), "valid": valid.with_known_target()}
     if not (splits["train"].lengths >= 2).any():
         raise DataError(f"no training session in {data} has two known items", "sessions to learn from", "check the ETL")
+    if (left_out := len(valid) - len(splits["valid"])) and distributed.launched().rank == 0:
+        log.info(f"{left_out:,} of {len(valid):,} validation sessions are left out: their target is an unknown item")
     _check_rows(splits, catalogue)
     event_features = event_features if is_fitted else fit_event_columns(event_features, splits["train"])
     if event_features and distributed.launched().rank == 0:

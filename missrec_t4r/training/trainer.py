@@ -25,7 +25,7 @@ from missrec_t4r.data.batching import Examples, TrainingBatch, iterate, training
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.data.sessions import Sessions, target_counts
-from missrec_t4r.errors import ConfigError
+from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.evaluation.full_ranking import KEPT_WITH_HISTORY_TERM, quick_metrics
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import track
@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 Prepare = Callable[[MISSRec, Catalogue], dict[str, Any]]
 _HARMLESS = ("checkpoint_minutes", "tensorboard")
 """Settings that may change when an interrupted run is resumed: no number depends on them."""
+_CURE = "check the split: a validation target must be an item with training events, or one of the item table"
 
 
 class Trainer:
@@ -88,6 +89,8 @@ class Trainer:
         prepare: Prepare | None = None,
         event_features: Sequence[EventColumn] = (),
     ) -> None:
+        if not len(valid):
+            raise DataError("no validation session has a known target", "sessions to choose the best epoch by", _CURE)
         self.recipe, self.catalogue, self.sessions = recipe, catalogue, sessions
         self.world = distributed.world()
         self.out = out
@@ -150,7 +153,8 @@ class Trainer:
                 self.curves.epoch(record, self.status["step"])
             log.info(
                 f"epoch {record['epoch']:>3}  loss {record['loss']:.3f}  valid ndcg@10 {record['valid_ndcg@10']:.4f}  "
-                f"recall@10 {record['valid_recall@10']:.4f}  {record['positions_per_s']:,.0f} positions/s"
+                f"recall@10 {record['valid_recall@10']:.4f}  {record['positions_per_s']:,.0f} positions/s  "
+                f"{record['steps_per_s']:.1f} steps/s  {self._time_left()}"
             )
             self.save_checkpoint()
         stopped_by = str(self._stopped_by())
@@ -183,11 +187,24 @@ class Trainer:
         settings, status = self.recipe.train, self.status
         if not status["epoch"]:
             return None
+        if status.get("is_cut_short"):
+            return "max_minutes"
         if status["epoch"] >= settings.epochs:
             return "epochs"
         if status["epoch"] - 1 - status["best_epoch"] >= settings.patience:
             return "patience"
-        return "max_minutes" if settings.max_minutes and status["seconds"] > 60 * settings.max_minutes else None
+        return "max_minutes" if self._is_over_time(status["seconds"]) else None
+
+    def _is_over_time(self, seconds: float) -> bool:
+        return 0 < 60 * self.recipe.train.max_minutes < seconds
+
+    def _time_left(self) -> str:
+        """Return how long the remaining epochs would take at the mean pace so far, or until the time limit."""
+        settings, status = self.recipe.train, self.status
+        seconds = status["seconds"] / status["epoch"] * (settings.epochs - status["epoch"])
+        if settings.max_minutes:
+            seconds = min(seconds, max(60 * settings.max_minutes - status["seconds"], 0))
+        return f"at most {seconds / 60:.0f} min left" if seconds >= 60 else f"at most {seconds:.0f} s left"
 
     def _epoch(self) -> dict[str, Any]:
         """Train an epoch, or the rest of an interrupted one, validate, and return its record for the log."""
@@ -203,11 +220,15 @@ class Trainer:
         for batch in track(batches, f"epoch {epoch}", len(plan) - status["done"]):
             status["positions"] += int((batch.targets[..., 0] > 0).sum())
             loss = self._step(batch.to(self.device), (epoch + status["done"] / len(plan)) / self.recipe.train.epochs)
-            loss, is_due = self._over_processes(loss, self._is_checkpoint_due())
+            seconds = status["seconds"] + time.perf_counter() - started
+            loss, is_due, is_over = self._over_processes(loss, self._is_checkpoint_due(), self._is_over_time(seconds))
             self.total_loss += loss
             status["done"] += 1
             if self.curves is not None and self.recipe.train.tensorboard:
                 self.curves.step(status["step"], {"loss": float(loss), "learning_rate": self.optimizer.rate})
+            if is_over and status["done"] < len(plan):
+                status["is_cut_short"] = True
+                break
             if is_due and status["done"] < len(plan):
                 status["spent"] = time.perf_counter() - started
                 self.save_checkpoint()
@@ -216,8 +237,9 @@ class Trainer:
         seconds = time.perf_counter() - started
         record = {
             "epoch": epoch,
-            "loss": float(self.total_loss) / max(len(plan), 1),
+            "loss": float(self.total_loss) / max(status["done"], 1),
             "positions_per_s": status["positions"] / train_seconds,
+            "steps_per_s": status["done"] / train_seconds,
             "seconds": round(seconds, 2),
             **{f"valid_{name}": value for name, value in metrics.items()},
         }
@@ -296,12 +318,13 @@ class Trainer:
         is_sparse = table is not None and isinstance(self.softmax, SampledSoftmax) and table.weight.requires_grad
         return frozenset({table.weight}) if table is not None and is_sparse else frozenset()
 
-    def _over_processes(self, loss: Tensor, is_due: bool) -> tuple[Tensor, bool]:
-        """Return the loss summed over the processes, and whether a checkpoint is due in any of them: one message."""
+    def _over_processes(self, loss: Tensor, is_due: bool, is_over: bool) -> tuple[Tensor, bool, bool]:
+        """Return the loss summed over the processes, and whether rank 0 wants a checkpoint or the end: one message."""
         if self.world.size == 1:
-            return loss, is_due
-        loss, n_due = distributed.sum_(torch.stack([loss, loss.new_tensor(is_due)]))
-        return loss, bool(n_due)
+            return loss, is_due, is_over
+        flags = loss.new_tensor([is_due, is_over and self.world.rank == 0])
+        loss, n_due, n_over = distributed.sum_(torch.cat([loss.unsqueeze(0), flags]))
+        return loss, bool(n_due), bool(n_over)
 
     def _is_checkpoint_due(self) -> bool:
         """Return whether ``checkpoint_minutes`` have passed by the clock of rank 0."""

@@ -28,7 +28,7 @@ class Mutant(NamedTuple):
     file: Path
     behaviour: str
     tests: tuple[str, ...]
-    """Test files from the checkout's root, in the order in which they run."""
+    """Test files from the checkout's root, or single tests as ``file::test``, in the order in which they run."""
     changes: tuple[str, ...]
     """Files that the patch changes, from the checkout's root."""
 

@@ -14,6 +14,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import queue
 import re
 import shutil
 import subprocess
@@ -60,34 +61,52 @@ class Runner:
         self.tree = _digest(files)
         self.kept: dict[str, Outcome] = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
         self.lock = threading.Lock()
+        self.workers: queue.Queue[Worker] = queue.Queue()
+        for _ in range(jobs):
+            self.workers.put(Worker(jobs))
 
     def run(self, chosen: Sequence[Mutant]) -> dict[str, Outcome]:
         """Return the outcome of every mutant by name; raise SystemExit if a named test fails without one."""
-        suites = sorted({test for mutant in chosen for test in mutant.tests})
-        unmutated = _all("unmutated", suites, self.unmutated, self.jobs)
-        if failing := [test for test, outcome in unmutated.items() if outcome["outcome"] != SURVIVED]:
+        suites: dict[str, set[str]] = {}
+        for test in sorted({test for mutant in chosen for test in mutant.tests}):
+            suites.setdefault(test.partition("::")[0], set()).add(test)
+        unmutated = _all("unmutated", list(suites), lambda file: self.unmutated(file, suites[file]), self.jobs)
+        if failing := [file for file, outcome in unmutated.items() if outcome["outcome"] != SURVIVED]:
             raise SystemExit(f"these fail without a mutant, or hold no test: {' '.join(failing)}")
-        seconds = {test: outcome["seconds"] for test, outcome in unmutated.items()}
+        seconds = {file: outcome["seconds"] for file, outcome in unmutated.items()}
         by_name = {mutant.name: mutant for mutant in chosen}
         return _all("mutants", list(by_name), lambda name: self.mutated(by_name[name], seconds), self.jobs)
 
-    def unmutated(self, test: str) -> Outcome:
-        """Run a test file without a mutant."""
-        return self._kept_or(test, lambda: _pytest(self.base, [test], self.jobs))
+    def unmutated(self, file: str, named: set[str]) -> Outcome:
+        """Run the named tests of a file, or all of it, without a mutant."""
+        tests = [file] if file in named else sorted(named)
+        return self._kept_or(" ".join(tests), lambda: self._pytest(self.base, tests))
 
     def mutated(self, mutant: Mutant, seconds: dict[str, float]) -> Outcome:
-        """Run the tests of a mutant; ``seconds`` is what each takes without it."""
+        """Run the tests of a mutant; ``seconds`` is what the named tests of a file take without it."""
 
         def work() -> Outcome:
             copy = self.folder / mutant.name.replace("/", "-")
             shutil.copytree(self.base, copy)
             complaint = apply(mutant, copy)
-            limit = _SECONDS + _FACTOR * sum(seconds[test] for test in mutant.tests)
-            outcome = _outcome(BROKEN, complaint, 0.0) if complaint else _pytest(copy, mutant.tests, self.jobs, limit)
+            limit = _SECONDS + _FACTOR * sum(seconds[test.partition("::")[0]] for test in mutant.tests)
+            outcome = _outcome(BROKEN, complaint, 0.0) if complaint else self._pytest(copy, mutant.tests, limit)
             shutil.rmtree(copy)
             return outcome
 
         return self._kept_or(f"{mutant.name} {hashlib.sha256(mutant.file.read_bytes()).hexdigest()[:16]}", work)
+
+    def _pytest(self, tree: Path, tests: Iterable[str], limit: float | None = None) -> Outcome:
+        worker = self.workers.get()
+        try:
+            return worker(tree, tests, limit)
+        finally:
+            self.workers.put(worker)
+
+    def close(self) -> None:
+        """End the workers."""
+        while not self.workers.empty():
+            self.workers.get().process.communicate()
 
     def _kept_or(self, key: str, work: Callable[[], Outcome]) -> Outcome:
         key = f"{self.tree} {key}"
@@ -115,20 +134,31 @@ def _all(title: str, names: Sequence[str], work: Callable[[str], Outcome], jobs:
     return {name: done[name] for name in names}
 
 
-def _pytest(tree: Path, tests: Iterable[str], jobs: int, limit: float | None = None) -> Outcome:
-    """Run test files in a tree until the first failure."""
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-pno:cacheprovider", *tests]
-    started = time.monotonic()
-    try:
-        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return _outcome(TIMED_OUT, "", time.monotonic() - started)
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    outcome = {0: SURVIVED, 1: KILLED}.get(done.returncode, BROKEN)
-    by = found[1] if found else (done.stdout + done.stderr)[-500:] if outcome == BROKEN else ""
-    return _outcome(outcome, by, time.monotonic() - started)
+class Worker:
+    """A process that has imported the libraries and runs tests in forks of itself (`tests.mutants.worker`)."""
+
+    def __init__(self, jobs: int) -> None:
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        command = [sys.executable, str(Path(__file__).parent / "worker.py")]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
+
+    def __call__(self, tree: Path, tests: Iterable[str], limit: float | None = None) -> Outcome:
+        """Run test files in a tree until the first failure."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        started, output = time.monotonic(), tree.with_suffix(".txt")
+        asked = {"tree": str(tree), "tests": list(tests), "output": str(output), "seconds": limit}
+        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        code = json.loads(self.process.stdout.readline())
+        seconds = time.monotonic() - started
+        if code is None:
+            return _outcome(TIMED_OUT, "", seconds)
+        printed = output.read_text(errors="replace")
+        found = re.search(r"^(?:FAILED|ERROR) (\S+)", printed, re.MULTILINE)
+        outcome = {0: SURVIVED, 1: KILLED}.get(code, BROKEN)
+        return _outcome(outcome, found[1] if found else printed[-500:] if outcome == BROKEN else "", seconds)
 
 
 def _outcome(outcome: str, by: str, seconds: float) -> Outcome:
@@ -160,7 +190,11 @@ def main() -> None:
     if not chosen:
         raise SystemExit(f"no mutant is called {options.only}")
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = Runner(Path(folder), options.jobs).run(chosen)
+        runner = Runner(Path(folder), options.jobs)
+        try:
+            outcomes = runner.run(chosen)
+        finally:
+            runner.close()
     counts = Counter(outcome["outcome"] for outcome in outcomes.values())
     left = {m.name: m.behaviour for m in chosen if outcomes[m.name]["outcome"] != KILLED}
     summary = {

@@ -5,7 +5,7 @@ import pytest
 
 from missrec_t4r.config import MISSRecConfig, TrainConfig
 from missrec_t4r.data.batching import collate, iterate, prefix_examples, training_batches, window_examples
-from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.sessions import Sessions, target_counts
 
 SESSIONS = Sessions.from_lists([[3, 4, 5, 6, 7], [8, 9], [10]])
 
@@ -66,3 +66,37 @@ def test_batches_hold_random_sessions_without_grouping_by_length(attention: str)
         seen[grouped] = sum(int((batch.targets[..., 0] > 0).sum()) for batch in batches)
     assert seen[True] == seen[False] == sum(len(session) - 1 for session in sessions)
     assert shortest[False] < 3 < shortest[True]
+
+
+def test_every_item_but_the_first_of_a_session_is_a_target() -> None:
+    assert np.flatnonzero(target_counts(SESSIONS, 11)).tolist() == [4, 5, 6, 7, 9]
+
+
+def test_random_windows_begin_at_every_item_of_a_long_session() -> None:
+    sessions = Sessions.from_lists([[3, 4, 5, 6, 7, 8, 9, 10], [3, 4]])
+    examples = window_examples(sessions, 3, 200, np.random.default_rng(0))
+    begins = np.bincount(examples.begin[examples.start == 0], minlength=8)
+    assert (begins[:5] > 20).all(), "200 windows of three items and the target after them begin at five places"
+    assert not begins[5:].any()
+    assert (examples.end - examples.begin).tolist() == [3] * 200 + [1] * 200
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_the_share_of_reversed_batches_is_the_setting(attention: str) -> None:
+    sessions = Sessions.from_lists([[row, row + 1, row + 2] for row in range(3, 103)])
+    model, share = MISSRecConfig(attention=attention, max_sequence_length=10), {}
+    for probability in (0.0, 0.3, 1.0):
+        settings = TrainConfig.paper(batch_size=2, reverse_probability=probability)
+        steps = []
+        for batch in iterate(
+            sessions, training_batches(sessions, model, settings, np.random.default_rng(0)), model, settings
+        ):
+            real = batch.item_ids > 0
+            last = batch.item_ids if attention == "causal" else batch.item_ids.gather(1, real.sum(1, keepdim=True) - 1)
+            targets = batch.targets[..., 0].reshape(last.shape)
+            steps.append((targets - last)[targets > 0].unique().tolist())
+        assert all(step in ([1], [-1]) for step in steps), "a batch is read in one direction"
+        share[probability] = sum(step == [-1] for step in steps) / len(steps)
+    assert share[0.0] == 0
+    assert share[1.0] == 1
+    assert share[0.3] == pytest.approx(0.3, abs=0.1)

@@ -9,7 +9,7 @@ import torch
 from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation.full_ranking import rank_catalogue
+from missrec_t4r.evaluation.full_ranking import exclude_seen, rank_catalogue
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec, terms_of
 from missrec_t4r.ranking.scorer import ModelScorer
@@ -43,12 +43,14 @@ def kinds_shop() -> tuple[Catalogue, Sessions, Sessions, Sessions]:
     return catalogue, Sessions.from_lists(train), valid, Sessions.from_lists(test)
 
 
-def fitted(exposure: float) -> tuple[MISSRec, Catalogue, Sessions]:
+def fitted(exposure: float, history: float | None = None) -> tuple[MISSRec, Catalogue, Sessions]:
     torch.manual_seed(0)
     catalogue, train, valid, test = kinds_shop()
     config = MISSRecConfig(**EVERY_PART, d_model=16, n_head=2, item_ids=False, cold_start_exposure=exposure)
     model = build_missrec(config, catalogue)
     model.discover_interests(0)
+    if history is not None:
+        terms_of(model).history_bias.bias.data.fill_(history)
     found = fit_terms(model.eval(), catalogue, train, valid)
     assert ("newcomers" in found) == (exposure > 0)
     return model, catalogue, test
@@ -61,6 +63,15 @@ def test_cold_items_are_recommended_where_similar_warm_items_are(exposure: float
     ranked = rank_catalogue(ModelScorer.with_popularity(model, catalogue), histories, targets, catalogue.n_rows)
     recall = float((ranked.ranks["excluded"] <= 10).mean())
     assert recall < 0.1 if exposure == 0 else recall > 0.25, recall
+
+
+def test_cold_items_take_the_exposure_that_they_deserve() -> None:
+    """Their share of the lists without seen items, which come first here, is their share of the catalogue."""
+    model, catalogue, _ = fitted(1.0, history=10.0)
+    histories, _ = kinds_shop()[2].split_last()
+    scores = exclude_seen(ModelScorer.with_popularity(model, catalogue)(histories), histories)
+    shown = scores.topk(10, dim=1).indices >= N_ITEMS + 3 - N_COLD
+    assert float(shown.float().mean()) == pytest.approx(N_COLD / N_ITEMS, rel=0.3)
 
 
 def test_the_bias_gives_the_target_exposure() -> None:

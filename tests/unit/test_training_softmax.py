@@ -120,6 +120,41 @@ def test_the_expected_sum_over_the_sample_is_the_sum_over_the_catalogue() -> Non
     assert found.std() > 1  # each draw is far off
 
 
+def test_the_sampled_denominator_is_the_full_one_in_expectation() -> None:
+    """For one position, exp(loss) is the denominator over the target's share of it: unbiased, item by item."""
+    net = shop.model(shop.default(dropout=0.0, temperature=0.3)).train()
+    batch = TrainingBatch(torch.tensor([[3]]), torch.tensor([[[6]]]))
+    train, rounds = TrainConfig.paper(), 120
+    expected = torch.exp(training_loss(net, batch, train).detach())
+    torch.manual_seed(0)
+    softmax = SampledSoftmax(torch.ones(15), negatives=6)
+    with torch.no_grad():
+        found = torch.stack([training_loss(net, batch, train, softmax=softmax).exp() for _ in range(rounds)])
+    error = found.std() / rounds**0.5
+    assert abs(found.mean() - expected) < 3 * error
+    assert error < 0.05 * expected
+
+
+def test_the_sampled_loss_is_near_the_full_one_for_popular_and_for_rare_targets() -> None:
+    """Popular items are drawn as targets of other positions as well; uncorrected, they would count several times."""
+    n_items, popularity = 200, torch.arange(1, 201, dtype=torch.float64) ** -1.0
+    items = shop.random_modalities(n_items, {"text": 6}, seed=0)
+    catalogue = shop.make_catalogue([f"P{i}" for i in range(n_items)], items, np.ones(n_items))
+    net = shop.model(shop.default(dropout=0.0, temperature=0.3), catalogue).train()
+    softmax = SampledSoftmax(torch.cat([torch.zeros(3), popularity]), negatives=40)
+    torch.manual_seed(0)
+    differences = []
+    with torch.no_grad():
+        for _ in range(12):
+            targets = torch.multinomial(popularity, 20, replacement=True) + 3
+            batch = TrainingBatch(torch.randint(3, 203, (20, 1)), targets.view(20, 1, 1))
+            full, sampled = (
+                training_loss(net, batch, TrainConfig.paper(), softmax=kind) for kind in (FullSoftmax(), softmax)
+            )
+            differences.append(float(sampled - full))
+    assert abs(np.mean(differences)) < 0.05
+
+
 def test_an_accidental_hit_counts_once() -> None:
     """One position whose target is also drawn: among two items the loss is that of two items, not of three."""
     net = shop.model(shop.default(dropout=0.0)).train()

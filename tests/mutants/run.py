@@ -62,8 +62,8 @@ class Runner:
         self.kept: dict[str, Outcome] = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
         self.lock = threading.Lock()
         self.workers: queue.Queue[Worker] = queue.Queue()
-        for _ in range(jobs):
-            self.workers.put(Worker(jobs))
+        for number in range(jobs):
+            self.workers.put(Worker(jobs, folder / f"worker-{number}.txt"))
 
     def run(self, chosen: Sequence[Mutant]) -> dict[str, Outcome]:
         """Return the outcome of every mutant by name; raise SystemExit if a named test fails without one."""
@@ -137,7 +137,8 @@ def _all(title: str, names: Sequence[str], work: Callable[[str], Outcome], jobs:
 class Worker:
     """A process that has imported the libraries and runs tests in forks of itself (`tests.mutants.worker`)."""
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, output: Path) -> None:
+        self.output = output
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         command = [sys.executable, str(Path(__file__).parent / "worker.py")]
@@ -148,14 +149,14 @@ class Worker:
         """Run test files in a tree until the first failure."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        started, output = time.monotonic(), tree.with_suffix(".txt")
-        asked = {"tree": str(tree), "tests": list(tests), "output": str(output), "seconds": limit}
+        started = time.monotonic()
+        asked = {"tree": str(tree), "tests": list(tests), "output": str(self.output), "seconds": limit}
         print(json.dumps(asked), file=self.process.stdin, flush=True)
         code = json.loads(self.process.stdout.readline())
         seconds = time.monotonic() - started
         if code is None:
             return _outcome(TIMED_OUT, "", seconds)
-        printed = output.read_text(errors="replace")
+        printed = self.output.read_text(errors="replace")
         found = re.search(r"^(?:FAILED|ERROR) (\S+)", printed, re.MULTILINE)
         outcome = {0: SURVIVED, 1: KILLED}.get(code, BROKEN)
         return _outcome(outcome, found[1] if found else printed[-500:] if outcome == BROKEN else "", seconds)
@@ -173,10 +174,10 @@ def _files() -> list[str]:
 
 
 def _digest(files: Iterable[str]) -> str:
-    """Return a hash of the code and the tests."""
+    """Return a hash of the code and of the tests that run."""
     digest = hashlib.sha256()
     for name in files:
-        if name.split("/")[0] not in {"benchmarks", "docs"}:
+        if name.startswith(("missrec_t4r/", "triton_models/", "tests/")) and not name.startswith("tests/mutants/"):
             digest.update(name.encode() + (ROOT / name).read_bytes())
     return digest.hexdigest()[:16]
 

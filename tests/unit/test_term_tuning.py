@@ -73,10 +73,11 @@ def to_twin(row: int) -> int:
 
 
 def test_the_content_term_is_strong_where_content_tells_the_target_and_off_where_it_misleads() -> None:
-    rng = np.random.default_rng(0)
     rows = np.arange(N_ITEMS) + FIRST_ITEM_ROW
+    centred = twins() - twins().mean(0)
+    unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
     alike = [[int(row), to_twin(int(row))] for row in rows]
-    unlike = [[int(row), int(rng.choice(rows[(rows != row) & (rows != to_twin(int(row)))]))] for row in rows]
+    unlike = [[int(row), int(rows[other])] for row, other in zip(rows, (unit @ unit.T).argmin(1), strict=True)]
     train = Sessions.from_lists(alike)
     model, catalogue = made(twins(), n_similar_items=3)
     found = fit_terms(model, catalogue, train, Sessions.from_lists(alike))

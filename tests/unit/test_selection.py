@@ -63,7 +63,8 @@ def walks(length: int) -> list[list[int]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a data folder whose last items are cold."""
     made = tmp_path_factory.mktemp("selection")
-    modalities = shop.random_modalities(N_ITEMS, {"text": 6}, seed=0)
+    vectors = np.random.default_rng(0).normal(size=(N_ITEMS + FIRST_ITEM_ROW, 6))
+    modalities = {"text": shop.modality(vectors, name="random", fingerprint="random-0")}
     counts = shop.counts_of(walks(5), N_ITEMS)
     shop.make_catalogue([f"P{i}" for i in range(N_ITEMS)], modalities, counts).save(made / CATALOGUE_FOLDER)
     for split, length in {"train": 5, "valid": 6, "test": 7}.items():

@@ -1,9 +1,13 @@
 """Malformed requests against a real Triton: each gets a clear error, the server stays up, valid requests are answered.
 
-    python -m benchmarks.reliability.hostile --bundle work/bundle --repository work/models --requests 10000
+    python -m benchmarks.reliability.hostile --bundle work/bundle --repository work/models --requests 20000 --state FILE
 
-Every kind is drawn at random, over gRPC and HTTP, to the ensemble and straight to its parts. Each kind has an expected
-outcome: an error with a readable message, or a response, since unusual requests can be valid.
+Every kind is drawn at random, over gRPC and HTTP, to the ensemble and straight to its parts. Each named kind has an
+expected outcome: an error with a readable message, or a response, since unusual requests can be valid. Beside them go
+requests that `generator` draws over all inputs; they may get either. Meanwhile other clients send good requests without
+a pause, so that Triton puts them into the same batches; each response is compared with the offline result.
+
+After every block of requests the counts are appended to the state file, and a repeated command continues there.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import http.client
 import json
 import random
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,14 +27,31 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.measure import report
+from benchmarks.reliability.generator import hostile_request
 from missrec_t4r.errors import ServingError
 from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.client.in_process import InProcessTransport
+from missrec_t4r.serving.client.retry import Retries
 from missrec_t4r.serving.client.transports import Transport, open_transport, translate_errors
 from missrec_t4r.serving.deploy.smoke_test import differences, sample_sessions
 from missrec_t4r.serving.triton.local_server import LocalTriton
 
 Tensors = dict[str, Any]
-ERROR, ANSWER = "error", "answer"
+ERROR, ANSWER, EITHER = "error", "answer", "either"
+GENERATED = 40
+"""Requests from the generator per round of the named kinds, for the ensemble and for the ranker each."""
+SENDERS = 4
+"""Threads that send hostile requests."""
+GOOD_CLIENTS = 2
+_PAUSE = 0.02
+"""Seconds between two good requests of a client, so that the hostile ones get their share of the server."""
+BLOCK = 1000
+"""Requests after which the state is written."""
+INPUTS = {
+    "missrec": ("item_ids", "length", "top_k", "exclude_seen", "exclude", "allow", "rules", "reasons", "side"),
+    "missrec_ranker": ("rows", "seen", "top_k", "exclude_seen", "exclude", "allow", "rules", "reasons", "side"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,8 +70,8 @@ def int32(*rows: list[int]) -> Any:
     return np.array(rows, np.int32)
 
 
-def kinds(good: Tensors, chance: random.Random) -> Iterator[Hostile]:
-    """Yield one request of every kind; ``good`` is a valid request for one session."""
+def kinds(good: Tensors, chance: random.Random, generated: int) -> Iterator[Hostile]:
+    """Yield one request of every kind and generated ones; ``good`` is a valid request for one session."""
     ids = good["item_ids"]
     strings = ids.dtype == object
     one = ids[:, :1]
@@ -96,6 +118,8 @@ def kinds(good: Tensors, chance: random.Random) -> Iterator[Hostile]:
     yield but("side features nested without end", side=np.array([[b"[" * 30_000]], object))
     yield but("side features of 400 digits", side=np.array([[b'{"dwell": [1' + b"0" * 400 + b"]}"]], object))
     yield but("side features that are no JSON", side=np.array([[b"\xff{"]], object))
+    yield but("side features of 3 MB", side=np.array([[b" " * 3_000_000]], object))
+    yield but("100,000 excludes", exclude=np.repeat(one, 100_000, 1))
     yield but("a tensor that is no input", password=int32([1]))
     yield Hostile("no ids", ERROR, {"length": int32([1])})
     yield Hostile("no length", ERROR, {"item_ids": ids})
@@ -106,6 +130,14 @@ def kinds(good: Tensors, chance: random.Random) -> Iterator[Hostile]:
         for name in ("rows", "seen"):
             tensors = {"rows": np.array([[3]], np.int64), "seen": np.array([[3]], np.int64), name: rows}
             yield Hostile(f"{name} straight to the ranker: {words}", ERROR, tensors, model="missrec_ranker")
+    yield Hostile(
+        "ragged rows and seen", ERROR, {"rows": np.array([[3, 4]]), "seen": np.array([[3]])}, "missrec_ranker"
+    )
+    for model, inputs in INPUTS.items():
+        base = good if model == "missrec" else {"rows": np.array([[3, 4]]), "seen": np.array([[3, 4]])}
+        for _ in range(generated):
+            tensors = hostile_request(chance, base, inputs, rich=chance.random() < 0.03)
+            yield Hostile(f"generated for {model}", EITHER, tensors, model)
 
 
 RULES = {
@@ -156,71 +188,114 @@ class Attack:
     bundle : Path
         Of the served model: the good requests are compared with it.
     seed : int
+    generated : int
+        Requests from the generator per round, for each of the two models.
     """
 
-    def __init__(self, server: LocalTriton, bundle: Path, seed: int = 0) -> None:
-        self.server, self.chance = server, random.Random(seed)
-        self.transports: dict[str, Transport] = {
-            "grpc": open_transport(server.grpc_url, "grpc", 60),
-            "http": open_transport(server.http_url, "http", 60),
-        }
-        self.client = MISSRecClient(server.grpc_url, timeout=60)
+    def __init__(self, server: LocalTriton, bundle: Path, seed: int = 0, generated: int = GENERATED) -> None:
+        self.server, self.chance, self.generated = server, random.Random(seed), generated
         self.sessions = sample_sessions(bundle, 8)
-        with MISSRecClient.of_bundle(bundle) as offline:
-            self.expected = offline.recommend(self.sessions, 10)
-            request = next(iter(_requests(offline, self.sessions[2:3])))
-        self.good = request
+        transport = InProcessTransport(bundle)
+        columns = transport.ranker.event_features.columns.values()
+        self.options: list[dict[str, Any]] = [
+            {},
+            {"exclude_seen": True, "reasons": True},
+            {"rules": {"where": {"train_count": {"min": 1}}, "at_most": {"train_count": 3}}},
+            {
+                "side": [
+                    {column.name: column.decode(column.encode([None] * len(one))) for column in columns} or None
+                    for one in self.sessions
+                ]
+            },
+        ]
+        with MISSRecClient("offline", transport=transport) as offline:
+            self.expected = [offline.recommend(self.sessions, 10, **options) for options in self.options]
+            self.good: Tensors = next(iter(_requests(offline, self.sessions[2:3])))
         self.sent: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
         self.wrong: list[str] = []
+        self.good_answers = 0
+        self._lock = threading.Lock()
 
-    def run(self, requests: int, every: int = 20) -> dict[str, Any]:
-        """Send so many requests, with a valid one after ``every`` of them, and return the counts."""
-        started, done, good = time.monotonic(), 0, 0
-        while done < requests:
-            round_ = [*kinds(self.good, self.chance), *RAW]
-            self.chance.shuffle(round_)
-            for hostile in round_[: requests - done]:
-                self._raw(hostile) if isinstance(hostile, str) else self._send(hostile)
-                done += 1
-                if done % every == 0:
-                    good += self._good_request(f"after {done} requests")
-            self.server.check_alive()
-        good += self._good_request("at the end")
+    def run(self, requests: int) -> dict[str, Any]:
+        """Send so many requests while other clients send good ones, and return the counts."""
+        started, before = time.monotonic(), self.good_answers
+        self.sent.clear()
+        self.outcomes.clear()
+        stop, queue = threading.Event(), self._drawn(requests)
+        good = [threading.Thread(target=self._good_client, args=(stop, number)) for number in range(GOOD_CLIENTS)]
+        senders = [threading.Thread(target=self._sender, args=(queue,)) for _ in range(SENDERS)]
+        for thread in (*good, *senders):
+            thread.start()
+        for thread in senders:
+            thread.join()
+        stop.set()
+        for thread in good:
+            thread.join()
+        self.server.check_alive()
         return {
-            "requests": done,
-            "kinds": len(self.sent),
-            "good_requests_between": good,
+            "requests": sum(self.sent.values()),
+            "kinds": dict(self.sent),
+            "outcomes": dict(self.outcomes),
+            "good_requests_beside": self.good_answers - before,
             "wrong": self.wrong[:20],
             "seconds": round(time.monotonic() - started, 1),
         }
 
-    def close(self) -> None:
-        """Close the connections."""
-        self.client.close()
-        for transport in self.transports.values():
+    def _drawn(self, requests: int) -> Iterator[tuple[Hostile | str, str]]:
+        """Yield requests and the protocol of each."""
+        while requests > 0:
+            round_ = [*kinds(self.good, self.chance, self.generated), *RAW]
+            self.chance.shuffle(round_)
+            for hostile in round_[:requests]:
+                yield hostile, self.chance.choice(("grpc", "http"))
+            requests -= len(round_)
+
+    def _sender(self, queue: Iterator[tuple[Hostile | str, str]]) -> None:
+        """Send what is left in the queue."""
+        transports = {
+            "grpc": open_transport(self.server.grpc_url, "grpc", 60),
+            "http": open_transport(self.server.http_url, "http", 60),
+        }
+        while True:
+            with self._lock:
+                hostile, protocol = next(queue, (None, ""))
+            if isinstance(hostile, str):
+                self._raw(hostile)
+            elif hostile is not None:
+                self._send(hostile, transports[protocol], protocol)
+            else:
+                break
+        for transport in transports.values():
             transport.close()
 
-    def _send(self, hostile: Hostile) -> None:
-        self.sent[hostile.kind] += 1
-        name = self.chance.choice(("grpc", "http"))
+    def _count(self, kind: str, outcome: str) -> None:
+        with self._lock:
+            self.sent[kind] += 1
+            self.outcomes[outcome] += 1
+
+    def _send(self, hostile: Hostile, transport: Transport, name: str) -> None:
         try:
             with translate_errors(name, hostile.model, 60):
-                answer = self.transports[name].infer(hostile.model, hostile.tensors, hostile.outputs)
+                answer = transport.infer(hostile.model, hostile.tensors, hostile.outputs)
         except ServingError as error:
+            outcome = "refused"
             if hostile.expected == ANSWER:
-                self.wrong.append(f"{hostile.kind} over {name} was refused: {error}")
+                self.wrong.append(f"{hostile.kind} over {name} was refused: {error}"[:300])
             elif len(str(error)) < 20 or "no answer from" in str(error) or "Traceback" in str(error):
                 self.wrong.append(f"{hostile.kind} over {name} got no clear error: {str(error)[:300]}")
         except Exception as error:  # the client library's own refusal, before anything is sent
+            outcome = "refused by the client library"
             if hostile.expected == ANSWER or isinstance(error, (OSError, EOFError)):
-                self.wrong.append(f"{hostile.kind} over {name} broke the client: {error!r}")
+                self.wrong.append(f"{hostile.kind} over {name} broke the client: {error!r}"[:300])
         else:
+            outcome = "answered"
             refused = answer.get(hostile.outputs[0]) is None
             if hostile.expected == ERROR and not refused:
                 self.wrong.append(f"{hostile.kind} over {name} was answered")
+        self._count(hostile.kind, outcome)
 
     def _raw(self, kind: str) -> None:
-        self.sent[f"HTTP: {kind}"] += 1
         body, headers = RAW[kind]
         connection = http.client.HTTPConnection(self.server.http_url, timeout=60)
         try:
@@ -233,13 +308,25 @@ class Attack:
             self.wrong.append(f"HTTP {kind}: no clear error ({error!r})")
         finally:
             connection.close()
+            self._count(f"HTTP: {kind}", "refused")
 
-    def _good_request(self, when: str) -> int:
-        answers = self.client.recommend(self.sessions, 10)
-        wrong, largest = differences(answers, self.expected)
-        if wrong or largest > 1e-5:
-            self.wrong.append(f"good request {when}: {wrong} sessions wrong, scores by {largest}")
-        return 1
+    def _good_client(self, stop: threading.Event, number: int) -> None:
+        """Send good requests, without a second attempt, and compare every response."""
+        with MISSRecClient(self.server.grpc_url, timeout=60, retries=Retries(attempts=1)) as client:
+            while True:
+                which = (self.good_answers + number) % len(self.options)
+                try:
+                    answers = client.recommend(self.sessions, 10, **self.options[which])
+                except Exception as error:  # every one counts
+                    self.wrong.append(f"good request failed: {error!r}"[:300])
+                else:
+                    wrong, largest = differences(answers, self.expected[which])
+                    if wrong or largest > 1e-5:
+                        self.wrong.append(f"good request: {wrong} sessions wrong, scores by {largest}")
+                with self._lock:
+                    self.good_answers += 1
+                if stop.wait(_PAUSE):
+                    return
 
 
 def _requests(client: MISSRecClient, sessions: Any) -> Any:
@@ -248,21 +335,51 @@ def _requests(client: MISSRecClient, sessions: Any) -> Any:
     return requests_of(sessions, 10, client.description)
 
 
+def merged(blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the counts of all blocks."""
+    kinds_sent: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
+    for block in blocks:
+        kinds_sent.update(block["kinds"])
+        outcomes.update(block["outcomes"])
+    total: dict[str, Any] = {
+        name: sum(block[name] for block in blocks) for name in ("requests", "good_requests_beside", "seconds")
+    }
+    return {
+        **total,
+        "kinds": len(kinds_sent),
+        "generated": sum(count for kind, count in kinds_sent.items() if kind.startswith("generated")),
+        "outcomes": dict(outcomes),
+        "wrong": [one for block in blocks for one in block["wrong"]][:20],
+        "resident_mib": {"first": blocks[0]["resident_mib"][0], "last": blocks[-1]["resident_mib"][1]},
+        "servers": 1 + sum(block["restarted"] for block in blocks[1:]),
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Send malformed requests to the embedded server and print the counts as one JSON line."""
+    """Send malformed requests to the embedded server, write the result, and print it as one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--repository", type=Path, required=True)
-    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--state", type=Path, required=True, help="JSON lines, one per block of requests")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
+    lines = chosen.state.read_text().splitlines() if chosen.state.exists() else []
+    blocks = [json.loads(line) for line in lines]
+    restarted = True
     with LocalTriton(chosen.repository) as server:
-        attack = Attack(server, chosen.bundle, chosen.seed)
-        before = _resident(server.pid)
-        result = attack.run(chosen.requests)
-        result["resident_mib"] = {"before": before, "after": _resident(server.pid)}
-        attack.close()
-    print(json.dumps(result))
+        while (done := sum(block["requests"] for block in blocks)) < chosen.requests:
+            attack = Attack(server, chosen.bundle, chosen.seed + len(blocks), generated=200)
+            before = _resident(server.pid)
+            block = attack.run(min(BLOCK, chosen.requests - done))
+            block |= {"resident_mib": [before, _resident(server.pid)], "restarted": restarted}
+            blocks.append(block)
+            with chosen.state.open("a") as file:
+                file.write(json.dumps(block) + "\n")
+            restarted = False
+    result = merged(blocks)
+    report("reliability-hostile", result)
     return 1 if result["wrong"] else 0
 
 

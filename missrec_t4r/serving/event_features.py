@@ -21,6 +21,8 @@ from missrec_t4r.errors import DataError, ServingError
 
 SessionEventFeatures = Mapping[str, Sequence[Any]]
 """Raw values by column, one per item id of the session."""
+MOST_CHARACTERS = 1 << 21
+"""Longer event features of one session are refused before they are parsed: JSON takes many times its size in memory."""
 
 
 def write_event_features(event_features: SessionEventFeatures | None) -> bytes:
@@ -64,12 +66,15 @@ class EventFeatureReader:
         Raises
         ------
         ServingError
-            No JSON object, a column that the model does not have, or a list of another length than the session.
+            Too long, no JSON object, a column that the model does not have, or a list of another length than the
+            session.
         DataError
             Values of another kind than the column's.
         """
         if not text:
             return {}
+        if len(text) > MOST_CHARACTERS:
+            raise ServingError(f"event features of {len(text)} characters", f"at most {MOST_CHARACTERS} per session")
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -94,7 +99,8 @@ class EventFeatureReader:
                     "one value per item id",
                     "send null where a value is unknown",
                 )
-        return {name: self.columns[name].encode(values) for name, values in event_features.items()}
+        with np.errstate(all="ignore"):  # numbers beyond float32 become infinite, which the model reads as absent
+            return {name: self.columns[name].encode(values) for name, values in event_features.items()}
 
     def stacked(self, sessions: Sequence[EventArrays], rows: Ints) -> EventArrays:
         """Return the event features of a batch by column, [batch, seq] or [batch, seq, size], aligned with its rows.

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from missrec_t4r.errors import ServingError
+from missrec_t4r.errors import MISSRecError, ServingError
 from missrec_t4r.serving.triton.ports import LOOPBACK
+
+log = logging.getLogger(__name__)
 
 Respond = Callable[[BaseHTTPRequestHandler], tuple[int, Mapping[str, str], bytes]]
 """Reads a request; returns status, headers without the length, and body."""
 
 
+class TooLongError(ServingError):
+    """A body beyond the limit; answered with status 413."""
+
+
 def listen(port: int, respond: Respond) -> ThreadingHTTPServer:
     """Return a server that is bound to a port but does not run yet.
+
+    An exception of ``respond`` is the answer of the request that caused it: 400 for an error of ours, else 500.
 
     Raises
     ------
@@ -27,7 +37,8 @@ def listen(port: int, respond: Respond) -> ThreadingHTTPServer:
         disable_nagle_algorithm = True
 
         def _respond(self) -> None:
-            status, headers, body = respond(self)
+            status, headers, body = _answer(respond, self)
+            self.close_connection |= status >= 400  # the body may not have been read
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -44,3 +55,32 @@ def listen(port: int, respond: Respond) -> ThreadingHTTPServer:
         return ThreadingHTTPServer((LOOPBACK, port), Handler)
     except OSError as error:
         raise ServingError(f"port {port} cannot be used ({error})", "a free port", "choose another --port") from error
+
+
+def read_body(request: BaseHTTPRequestHandler, longest: int) -> bytes:
+    """Return a request's body.
+
+    Raises
+    ------
+    ServingError
+        Its length is missing because it is sent in chunks, or is no number.
+    TooLongError
+        It has more than ``longest`` bytes.
+    """
+    length = request.headers.get("Content-Length") or "0"
+    if "Transfer-Encoding" in request.headers or not (length.isascii() and length.isdigit()):
+        raise ServingError("a body of unknown length", "a Content-Length, and no chunks")
+    if len(length) > len(str(longest)) or int(length) > longest:
+        raise TooLongError(f"a body of {length[:20]} bytes", f"at most {longest}")
+    return request.rfile.read(int(length))
+
+
+def _answer(respond: Respond, request: BaseHTTPRequestHandler) -> tuple[int, Mapping[str, str], bytes]:
+    try:
+        return respond(request)
+    except MISSRecError as error:
+        status, message = 413 if isinstance(error, TooLongError) else 400, str(error)
+    except Exception as error:
+        log.exception("a request was not answered")
+        status, message = 500, f"the request cannot be answered ({type(error).__name__})"
+    return status, {"Content-Type": "application/json"}, json.dumps({"error": message}).encode()

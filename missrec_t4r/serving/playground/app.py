@@ -26,7 +26,7 @@ from missrec_t4r.errors import DataError, MISSRecError
 from missrec_t4r.schema import ITEM_ID, TRAIN_COUNT
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.protocol import typed_id
-from missrec_t4r.serving.http_server import listen
+from missrec_t4r.serving.http_server import listen, read_body
 from missrec_t4r.serving.triton.ports import LOOPBACK
 
 log = logging.getLogger(__name__)
@@ -166,8 +166,8 @@ class Playground:
                 return self._get(parts.path, {name: values[-1] for name, values in parse_qs(parts.query).items()})
         except MISSRecError as error:
             return _json({"error": str(error)}, 400)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            return _json({"error": f"the page's request cannot be parsed ({error})"}, 400)
+        except Exception as error:  # whatever a request holds is its own error
+            return _json({"error": f"the page's request cannot be parsed ({type(error).__name__}: {error})"[:500]}, 400)
         return _json({"error": "nothing here"}, 404)
 
     def recommend(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -197,15 +197,11 @@ class Playground:
         }
 
     def _respond(self, request: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
-        length = int(request.headers.get("Content-Length") or 0)
         own_hosts = {f"{host}:{self._server.server_address[1]}" for host in (LOOPBACK, "localhost")}
-        if length > _LONGEST_BODY:
-            status, kind, body = _json({"error": f"a request of {length} bytes"}, 413)
-            request.close_connection = True
-        elif request.headers.get("Host") not in own_hosts:  # DNS rebinding by another site's page
+        if request.headers.get("Host") not in own_hosts:  # DNS rebinding by another site's page
             status, kind, body = _json({"error": "another host's request"}, 403)
         else:
-            status, kind, body = self.reply(request.command, request.path, request.rfile.read(length))
+            status, kind, body = self.reply(request.command, request.path, read_body(request, _LONGEST_BODY))
         return status, {**_HEADERS, "Content-Type": kind}, body
 
     def _get(self, path: str, query: dict[str, str]) -> Reply:

@@ -19,13 +19,15 @@ from typing import Any, Literal
 
 from missrec_t4r.errors import ConfigError, ServingError
 from missrec_t4r.serving.client.transports import checked_address
-from missrec_t4r.serving.http_server import listen
+from missrec_t4r.serving.http_server import listen, read_body
 from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, MirroredRequest, MirroringProxy, Tensors
 
 log = logging.getLogger(__name__)
 
 PORTS = {"http": 8000, "grpc": 8001}
 """Triton's default port by protocol."""
+_LONGEST_BODY = 1 << 26
+"""Bytes of a request; the limit of current Triton releases, too."""
 _HOP_HEADERS = ("connection", "keep-alive", "transfer-encoding", "host", "content-length", "accept-encoding")
 """Headers of one connection, which a proxy must not forward."""
 _BINARY_LENGTH = "inference-header-content-length"
@@ -103,7 +105,7 @@ class HttpShadowProxy(MirroringProxy):
         return _tensors(response)
 
     def _respond(self, request: BaseHTTPRequestHandler) -> Response:
-        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        body = read_body(request, _LONGEST_BODY)
         return self.forward(request.command, request.path, _end_to_end(request.headers.items()), body)
 
 

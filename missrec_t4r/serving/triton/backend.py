@@ -2,12 +2,14 @@
 
 Triton hands a Python model all requests that its dynamic batcher has collected. `execute` turns each into a mapping of
 arrays, runs a backend on all of them in one pass, and gives an invalid request its own error: one malformed request
-never fails the others of its batch. The wire format is documented in ``triton_models/README.md``.
+never fails the others of its batch, whatever it holds: every exception is the answer of the request that causes it. The
+wire format is documented in ``triton_models/README.md``.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -30,11 +32,16 @@ Response = Arrays | MISSRecError
 RequestT = TypeVar("RequestT")
 ResultT = TypeVar("ResultT")
 
+log = logging.getLogger(__name__)
+
 DEFAULT_TOP_K = 10
 LONGEST_SESSION = 1 << 16
-"""Ids per session of one request; longer ones are an attack or a mistake, and are refused before they cost anything."""
+"""Ids per session, and per list of ids, of one request; longer ones are an attack or a mistake, and are refused before
+they cost anything: the requests of a batch are padded to the widest."""
 _LONGEST_ERROR = 200
 """Characters of an unexpected exception's message that a client gets."""
+_LONGEST_REFUSAL = 2000
+"""Characters of a message that a client gets: it may quote the request."""
 
 
 class Backend(Protocol):
@@ -67,9 +74,6 @@ class SessionsBackend:
         return [_result_or_error(self._infer_one, request) for request in requests]
 
     def _infer_one(self, request: Arrays) -> Arrays:
-        width = request["item_ids"].shape[1]
-        if width > LONGEST_SESSION:
-            raise ServingError(f"a session of {width} ids", f"at most {LONGEST_SESSION}", "send the most recent ones")
         ids = _matrix(request, "item_ids", len(request["length"]), self.transform.wire_ids.dtype.kind)
         rows, seen = self.transform.padded(ids, _per_session(request, "length", len(ids), 0))
         return {"rows": rows, "seen": seen}
@@ -149,6 +153,9 @@ class RankerBackend:
         for name, matrix in (("rows", rows), ("seen", seen)):
             if matrix.size and (matrix.min() < PADDING_ROW or matrix.max() >= n_rows):
                 raise ServingError(f"{name} holds values from {matrix.min()} to {matrix.max()}", f"0 to {n_rows - 1}")
+        lengths = (seen > PADDING_ROW).sum(1)  # [batch]
+        if ((rows > PADDING_ROW).sum(1) > lengths).any():
+            raise ServingError("a session with more rows than seen ones", "rows: the last of seen, 0 after them")
         rules = [NO_RULES] * n_sessions
         if "rules" in request:
             rules = [Rules.parse(text) for text in _texts(request, "rules", n_sessions)]
@@ -156,9 +163,8 @@ class RankerBackend:
             self.ranker.columns.check(session_rules)
         event_features: list[EventArrays] = [{}] * n_sessions
         if "side" in request:  # one value per id of the whole session, not only of its last rows
-            lengths = (seen > PADDING_ROW).sum(1).tolist()
             texts = _texts(request, "side", n_sessions)
-            event_features = [self.event_features.read(text, length) for text, length in zip(texts, lengths)]
+            event_features = [self.event_features.read(text, length) for text, length in zip(texts, lengths.tolist())]
         return _RankRequest(
             rows,
             seen,
@@ -255,6 +261,9 @@ def _matrix(request: Arrays, name: str, n_sessions: int, kind: str = "i") -> Any
     tensor = request[name]
     if tensor.ndim != 2 or len(tensor) != n_sessions or tensor.dtype.kind != kind:
         raise _wrong_tensor(name, tensor, n_sessions)
+    if tensor.shape[1] > LONGEST_SESSION:
+        found = f"{name} of {tensor.shape[1]} ids per session"
+        raise ServingError(found, f"at most {LONGEST_SESSION}", "send the most recent ones")
     return tensor
 
 
@@ -318,7 +327,10 @@ def execute(backend: Backend, requests: Sequence[Any], pb_utils: Any, observe: O
     results = iter(backend.infer([arrays for arrays in tensors if not isinstance(arrays, MISSRecError)]))
     responses = [arrays if isinstance(arrays, MISSRecError) else next(results) for arrays in tensors]
     if observe is not None:
-        observe([{} if isinstance(arrays, MISSRecError) else arrays for arrays in tensors], responses)
+        try:
+            observe([{} if isinstance(arrays, MISSRecError) else arrays for arrays in tensors], responses)
+        except Exception:  # counting must not cost the answers
+            log.exception("the metrics of a batch were not counted")
     return [_triton_response(response, pb_utils) for response in responses]
 
 
@@ -328,10 +340,15 @@ def _arrays(backend: Backend, request: Any, pb_utils: Any) -> Arrays:
 
 
 def _triton_response(response: Response, pb_utils: Any) -> Any:
-    if isinstance(response, MISSRecError):
-        message = str(response).encode("utf-8", "backslashreplace").decode()  # Triton refuses lone surrogates
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
-    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in response.items()])
+    if not isinstance(response, MISSRecError):
+        made = _result_or_error(
+            lambda arrays: pb_utils.InferenceResponse([pb_utils.Tensor(*pair) for pair in arrays.items()]), response
+        )
+        if not isinstance(made, MISSRecError):
+            return made
+        response = made
+    message = str(response)[:_LONGEST_REFUSAL].encode("utf-8", "backslashreplace").decode()  # no lone surrogates
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
 
 
 def parameter(args: Mapping[str, str], name: str) -> str:

@@ -11,6 +11,7 @@
 # make bench-serving [BUNDLE=…]   served latency, throughput, start, memory, exact top-50 of 1M items (20 minutes)
 # make bench-etl ROWS=1000000   ETL beside stock NVTabular operators, pandas and polars; STOCK_ROWS=200000 caps the stock run
 # make bench-train [DATA=…] [RELEASE=…]   training speed beside the authors' release and T4R's XLNet (10 minutes)
+# make sbom   writes the software bill of materials of the environment (CycloneDX) to build/sbom.cdx.json
 # make docs   writes docs/reference.md from the code, measured numbers from their files, and builds the site into build/site
 # make lint | format | clean
 # Settings: PYTHON (python3.11), VENV (.venv), DATA, OUT (work/demo), TESTS (tests), JOBS (one per core, at most 8), PYTEST_ARGS
@@ -47,7 +48,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-set-a test-floor test-newest test-cpus mutants bench-etl bench-quality bench-serving bench-train docs lint types format clean FORCE
+.PHONY: help install demo test test-fast test-set-a test-floor test-newest test-cpus mutants bench-etl bench-quality bench-serving bench-train sbom docs lint types format clean FORCE
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -132,6 +133,13 @@ bench-train: $(VENV)/.installed
 bench-serving: $(VENV)/.installed
 	@$(VENV)/bin/pip install -q -r requirements/bench.txt
 	@$(VENV)/bin/python -m benchmarks.speed.serving --hnsw $(if $(BUNDLE),--bundle "$(BUNDLE)") $(if $(THREADS),--threads $(THREADS))
+
+# The tool has an environment of its own: it would list itself.
+sbom: $(VENV)/.installed
+	@test -x .venv-sbom/bin/cyclonedx-py || { "$(PYTHON)" -m venv .venv-sbom && .venv-sbom/bin/python -m pip install -q -r requirements/sbom.txt; }
+	@mkdir -p build
+	@.venv-sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o build/sbom.cdx.json $(VENV)/bin/python
+	@.venv-sbom/bin/python requirements/check_sbom.py build/sbom.cdx.json requirements/set-b.txt requirements/merlin-b.txt
 
 lint: $(VENV)/.installed types
 	@echo "==> lint"

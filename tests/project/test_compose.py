@@ -133,6 +133,16 @@ def test_the_entrypoint_closes_model_control_with_a_key_that_nobody_has(tmp_path
     assert first != second
     assert started("tritonserver", CONTROL_KEY="ours")[0].endswith("missrec-control=ours")
     assert started("echo", "as", "it", "is") == ["as it is"]
+    assert started("tritonserver", HTTP="closed")[-1] == "--allow-http=false"
+    assert "--allow-http=false" not in started("tritonserver", HTTP="open")
+    with pytest.raises(subprocess.CalledProcessError):
+        started("tritonserver", HTTP="close")
+
+
+def test_the_image_of_the_server_is_one_with_the_fixes_of_its_http_endpoint() -> None:
+    found = re.search(r"tritonserver:(\d+)\.(\d+)-py3", (ROOT / "docker" / "triton.Dockerfile").read_text())
+    assert found is not None
+    assert (int(found[1]), int(found[2])) >= (26, 3)  # 25.07: CVE-2025-23310 and 23311; 26.03: CVE-2026-24207
 
 
 def _words(environment: Environment, service: str) -> list[str]:
@@ -163,7 +173,7 @@ def _run_every_service(merlin: Environment, triton: Environment) -> None:
     assert repository == f"--model-repository={answers['export']['repository']}"
     healthcheck = _compose()["services"]["triton"]["healthcheck"]["test"]
     with LocalTriton(answers["export"]["repository"], arguments=tuple(arguments)) as server:
-        triton.names |= {"inference:8001": server.grpc_url, "localhost:8000": server.http_url}
+        triton.names |= {"inference:8001": server.grpc_url, "localhost:8001": server.grpc_url}
         answer = _answer(triton, _words(triton, "smoke"))
         assert triton.run(["sh", "-c", triton.mapped(healthcheck)]).returncode == 0
     assert len(answer["recommendations"]) == 5

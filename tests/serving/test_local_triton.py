@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
+from missrec_t4r.errors import ServingError
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.triton import local_server as local_triton
 from missrec_t4r.serving.triton.local_server import LocalTriton
@@ -117,6 +119,42 @@ def test_what_only_an_operator_may_do_is_closed_over_grpc(server: LocalTriton) -
     assert client.get_model_repository_index(headers=key).models
     assert client.is_model_ready("missrec")
     client.close()
+
+
+def test_http_can_stay_closed_while_grpc_answers(exported: Path, server: LocalTriton, bundle: Path) -> None:
+    sessions = [["ware-3-ü"], ["ware-1-ü", "ware-2-ü"]]
+    with MISSRecClient(server.grpc_url) as client:
+        expected = client.recommend(sessions, 3)
+    with LocalTriton(exported / "repository", http=False) as closed:
+        with MISSRecClient(closed.grpc_url) as client:
+            answers = client.recommend(sessions, 3)
+        assert [answer.item_ids for answer in answers] == [answer.item_ids for answer in expected]
+        assert set(closed.ports) == {"grpc", "metrics"}
+        ports = listening(closed.pid)
+        assert ports == {closed.ports["grpc"], closed.ports["metrics"]}
+        with pytest.raises(ServingError, match="the HTTP endpoint is closed"):
+            _ = closed.http_url
+        assert "missrec" in closed.control.ready()
+
+
+def test_the_server_listens_on_the_loopback_interface_only(server: LocalTriton) -> None:
+    assert listening(server.pid) == set(server.ports.values())
+    assert listening(server.pid, "0100007F") == set(server.ports.values())
+
+
+def listening(pid: int, address: str | None = None) -> set[int]:
+    """Return the TCP ports that a process listens on, of any address or of one as /proc writes it."""
+    own = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    ports = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            local, state, inode = (line.split()[index] for index in (1, 3, 9))
+            host, port = local.split(":")
+            if (
+                state == "0A" and f"socket:[{inode}]" in own and address in (None, host[-8:])
+            ):  # gRPC binds ::ffff:127.0.0.1
+                ports.add(int(port, 16))
+    return ports
 
 
 def test_the_key_is_another_one_at_every_start_and_in_no_log(server: LocalTriton, exported: Path) -> None:

@@ -201,7 +201,7 @@ def _activate(folder: Path, version: int, *, switch: bool) -> dict[str, Any]:
     log.info(f"loading version {version}")
     try:
         control.load(ensemble_of(version))
-        result = smoke_test(control.http_url, ensemble_of(version), bundle_of(folder, version))
+        result = smoke_test(control.grpc_url, ensemble_of(version), bundle_of(folder, version))
     except (ServingError, ParityError):
         _unload(control, version)
         raise

@@ -32,13 +32,13 @@ def sample_sessions(bundle: Path, n: int = _SESSIONS) -> list[list[RawId]]:
     return [[], [None, ids[0]], *sessions]
 
 
-def smoke_test(http_url: str, model: str, bundle: Path, top_k: int = 20) -> dict[str, Any]:
+def smoke_test(url: str, model: str, bundle: Path, top_k: int = 20) -> dict[str, Any]:
     """Compare a loaded model's recommendations with those of its bundle in this process.
 
     Parameters
     ----------
-    http_url : str
-        HTTP address of the server.
+    url : str
+        gRPC address of the server.
     model : str
         Ensemble of the version, such as ``missrec_v3``.
     bundle : Path
@@ -58,7 +58,7 @@ def smoke_test(http_url: str, model: str, bundle: Path, top_k: int = 20) -> dict
     sessions = sample_sessions(bundle)
     with MISSRecClient.of_bundle(bundle) as in_process:
         expected = in_process.recommend(sessions, top_k)
-    with MISSRecClient(http_url, "http", model=model, timeout=60) as client:
+    with MISSRecClient(url, model=model, timeout=60) as client:
         served = client.recommend(sessions, top_k)
         for _ in range(_WARM_REQUESTS):
             started = time.monotonic()

@@ -27,7 +27,7 @@ from missrec_t4r.progress import track
 from missrec_t4r.serving.triton.deployment import is_deployment, start_arguments
 from missrec_t4r.serving.triton.environment import EmbeddedTriton, reason_in
 from missrec_t4r.serving.triton.model_control import Control, restrictions
-from missrec_t4r.serving.triton.ports import LOOPBACK, choose_ports, has_metrics, is_ready, server_name
+from missrec_t4r.serving.triton.ports import LOOPBACK, choose_ports, grpc_server_name, has_metrics, server_name
 from missrec_t4r.serving.triton.repository import ENSEMBLE
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,8 @@ class LocalTriton:
         A model repository, as `missrec export --triton` writes it.
     http_port, grpc_port, metrics_port : int
         0 chooses a free port.
+    http : bool
+        Whether the HTTP endpoint is open; gRPC always is.
     log_file : path, optional
         File of Triton's log; a temporary one by default.
     timeout : float
@@ -73,12 +75,15 @@ class LocalTriton:
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
+        http: bool = True,
         log_file: str | Path | None = None,
         timeout: float = 120.0,
         arguments: tuple[str, ...] = (),
     ) -> None:
         self.repository = Path(repository).absolute()
         self._requested_ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+        if not http:
+            del self._requested_ports["http"]
         self.ports: dict[str, int] = {}
         self._log_file = None if log_file is None else Path(log_file).absolute()
         self._timeout, self._arguments = timeout, arguments
@@ -90,11 +95,13 @@ class LocalTriton:
     @property
     def control(self) -> Control:
         """Admin client that loads and unloads models in this server."""
-        return Control(self.http_url, self._key, self.pid)
+        return Control(self.grpc_url, self._key, self.pid)
 
     @property
     def http_url(self) -> str:
         """Host and port of the HTTP endpoint."""
+        if self.ports and "http" not in self.ports:
+            raise ServingError("the HTTP endpoint is closed", "gRPC", "start the server with HTTP, or use grpc_url")
         return f"{LOOPBACK}:{self.ports['http']}"
 
     @property
@@ -178,6 +185,7 @@ class LocalTriton:
             f"--backend-config=python,shm-default-byte-size={SHARED_BYTES}",
             "--exit-timeout-secs=5",
             f"--id={self._name}",
+            f"--allow-http={str('http' in self.ports).lower()}",
             *restrictions(self._key),
             *(start_arguments(self.repository) if is_deployment(self.repository) else []),
         ]
@@ -202,17 +210,19 @@ class LocalTriton:
         started = time.monotonic()
         for _ in track(self._until_ready(started + self._timeout), "starting Triton"):
             time.sleep(_POLL_SECONDS)
+        http = f"HTTP {self.http_url}" if "http" in self.ports else "HTTP is closed"
         log.info(
-            f"Triton is ready after {time.monotonic() - started:.1f} s: gRPC {self.grpc_url}, HTTP {self.http_url}"
+            f"Triton is ready after {time.monotonic() - started:.1f} s: gRPC {self.grpc_url}, {http}; "
+            "it listens on the loopback interface only, so no other machine reaches it"
         )
 
     def _until_ready(self, deadline: float) -> Iterator[int]:
         attempt = 0
-        port, model = self.ports["http"], ENSEMBLE if is_deployment(self.repository) else None
+        model = ENSEMBLE if is_deployment(self.repository) else None
         metrics = None if "--allow-metrics=false" in self._arguments else self.ports["metrics"]
         while not (
-            is_ready(port, model)
-            and server_name(port) == self._name  # not the server of another process that took the port
+            grpc_server_name(self.ports["grpc"], model) == self._name  # not another process that took the port
+            and ("http" not in self.ports or server_name(self.ports["http"]) == self._name)
             and (metrics is None or has_metrics(metrics))
         ):
             self.check_alive()
@@ -250,9 +260,10 @@ def serve(
     http_port: int = 8000,
     grpc_port: int = 8001,
     metrics_port: int = 8002,
+    http: bool = True,
     log_file: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Run the embedded Triton Inference Server until Ctrl-C or SIGTERM.
+    """Run the embedded Triton Inference Server, on the loopback interface only, until Ctrl-C or SIGTERM.
 
     Parameters
     ----------
@@ -264,6 +275,8 @@ def serve(
         gRPC port; 0 takes a free one.
     metrics_port : int
         Port of the Prometheus metrics; 0 takes a free one.
+    http : bool
+        --no-http keeps the HTTP endpoint closed: gRPC and metrics only.
     log_file : path, optional
         File for Triton's log.
 
@@ -282,6 +295,7 @@ def serve(
         http_port=http_port,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
+        http=http,
         log_file=log_file,
     )
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops as Ctrl-C does

@@ -1,8 +1,9 @@
 """Admin client for Triton's model control, authorised by a random key per server start.
 
 Loading models, shared memory, tracing and log settings are closed to clients: Triton serves these parts of its API
-(HTTP and gRPC) only to requests that carry the key as a header. Beside a deployment folder the key is kept in
-``.server.json``, which only the owner of the folder may read; clients never need it.
+(HTTP and gRPC) only to requests that carry the key as a header. We use gRPC, since HTTP may be closed. Beside a
+deployment folder the key is kept in ``.server.json``, which only the owner of the folder may read; clients never need
+it.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from typing import Any
 
 from tritonclient.utils import InferenceServerException
 
-from missrec_t4r.errors import ServingError, UnavailableError
+from missrec_t4r.errors import ServingError
 from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.serving.client.transports import channel_arguments, translate_errors
 
 CLOSED = ("model-repository", "shared-memory", "trace", "logging")
 """Parts of Triton's API that clients do not need: loading code, naming memory of the machine, writing files."""
 HEADER = "missrec-control"
 SERVER_FILE = ".server.json"
 
-_CONNECT_SECONDS = 10.0
+_SECONDS = 10.0
 _LOAD_SECONDS = 600.0
 """Loading a model of a million items takes minutes: Triton reads and verifies the whole bundle."""
 
@@ -40,8 +42,8 @@ def restrictions(key: str) -> list[str]:
 class Control:
     """Explicit model control of one running server."""
 
-    http_url: str
-    """Host and port of its HTTP endpoint."""
+    grpc_url: str
+    """Host and port of its gRPC endpoint."""
     key: str
     pid: int
     """Process id of the server."""
@@ -96,35 +98,34 @@ class Control:
             It cannot be loaded; the server goes on serving what it had.
         """
         with self._client(f"loading {model}") as client:
-            client.load_model(model, headers=self._headers)
+            client.load_model(model, headers=self._headers, client_timeout=_LOAD_SECONDS)
 
     def unload(self, model: str) -> None:
         """Unload a model and what only it consists of; requests in flight are answered first."""
         with self._client(f"unloading {model}") as client:
-            client.unload_model(model, headers=self._headers, unload_dependents=True)
+            client.unload_model(model, headers=self._headers, unload_dependents=True, client_timeout=_LOAD_SECONDS)
 
     def ready(self) -> dict[str, str]:
         """Return the version of every model that is ready, by name."""
         with self._client("listing the models") as client:
-            index = client.get_model_repository_index(headers=self._headers)
-        return {entry["name"]: entry.get("version", "") for entry in index if entry.get("state") == "READY"}
+            index = client.get_model_repository_index(headers=self._headers, client_timeout=_SECONDS)
+        return {model.name: model.version for model in index.models if model.state == "READY"}
 
     @property
     def _headers(self) -> dict[str, str]:
-        return {HEADER: self.key}
+        return {f"triton-grpc-protocol-{HEADER}": self.key}
 
     @contextmanager
     def _client(self, action: str) -> Iterator[Any]:
-        import tritonclient.http as http
+        import tritonclient.grpc as grpc
 
-        client = http.InferenceServerClient(
-            self.http_url, connection_timeout=_CONNECT_SECONDS, network_timeout=_LOAD_SECONDS
-        )
+        client = grpc.InferenceServerClient(self.grpc_url, channel_args=channel_arguments(self.grpc_url))
         try:
             yield client
         except InferenceServerException as error:
-            raise ServingError(f"the server at {self.http_url} refused {action}: {error}") from error
-        except (OSError, EOFError) as error:
-            raise UnavailableError(f"no answer from {self.http_url} ({error})", "a running server") from error
+            if "StatusCode.UNAVAILABLE" in str(error.status()):
+                with translate_errors(self.grpc_url, action, _LOAD_SECONDS):
+                    raise
+            raise ServingError(f"the server at {self.grpc_url} refused {action}: {error}") from error
         finally:
             client.close()

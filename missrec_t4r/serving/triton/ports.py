@@ -58,6 +58,27 @@ def is_ready(http_port: int, model: str | None = None) -> bool:
     return _get(http_port, f"/v2/models/{model}/ready" if model else "/v2/health/ready") is not None
 
 
+def grpc_server_name(grpc_port: int, model: str | None = None) -> str | None:
+    """Return the name of the server on this loopback port, None until it is ready, or the model if one is named."""
+    import tritonclient.grpc as grpc
+
+    with socket.socket() as probe:  # a channel that meets no listener would pause before it tries again
+        if probe.connect_ex((LOOPBACK, grpc_port)):
+            return None
+    client = grpc.InferenceServerClient(f"{LOOPBACK}:{grpc_port}", channel_args=[("grpc.enable_http_proxy", 0)])
+    try:
+        ready = (
+            client.is_model_ready(model, client_timeout=_SECONDS)
+            if model
+            else client.is_server_ready(client_timeout=_SECONDS)
+        )
+        return str(client.get_server_metadata(client_timeout=_SECONDS).name) if ready else None
+    except grpc.InferenceServerException:
+        return None
+    finally:
+        client.close()
+
+
 def has_metrics(metrics_port: int) -> bool:
     """Return whether the metrics endpoint responds: Triton opens it last, after it has reported that it is ready."""
     return _get(metrics_port, "/metrics") is not None

@@ -364,9 +364,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--state", type=Path, required=True, help="JSON lines, one per block of requests")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report", action="store_true", help="send nothing more: write the result of what was done")
     chosen = parser.parse_args(arguments)
     lines = chosen.state.read_text().splitlines() if chosen.state.exists() else []
     blocks = [json.loads(line) for line in lines]
+    if not chosen.report:
+        _attack(chosen, blocks)
+    result = merged(blocks)
+    report("reliability-hostile", result)
+    return 1 if result["wrong"] else 0
+
+
+def _attack(chosen: argparse.Namespace, blocks: list[dict[str, Any]]) -> None:
+    """Send the blocks of requests that are missing."""
     restarted = True
     with LocalTriton(chosen.repository) as server:
         while (done := sum(block["requests"] for block in blocks)) < chosen.requests:
@@ -378,9 +388,6 @@ def main(arguments: list[str] | None = None) -> int:
             with chosen.state.open("a") as file:
                 file.write(json.dumps(block) + "\n")
             restarted = False
-    result = merged(blocks)
-    report("reliability-hostile", result)
-    return 1 if result["wrong"] else 0
 
 
 def _resident(group: int) -> float:

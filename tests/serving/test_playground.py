@@ -45,6 +45,7 @@ def pictured(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     kinds = pa.array([("lamp", "desk", "rug")[place % 3] for place in range(items.num_rows)])
     items = items.append_column("image", pa.array(names)).append_column("kind", kinds)
     pq.write_table(items, folder / "items.parquet")
+    shutil.copy(bundle / "catalogue.safetensors", folder)  # the table's rows are compared with it
     return folder, folder / "images"
 
 
@@ -101,11 +102,16 @@ def test_strange_requests_get_an_error_each_and_the_page_stays_up(page: Playgrou
         b"{}",
         b'{"items": [], "top_k": "x"}',
         b'{"items": [], "rules": {"x": 1}}',
+        b'{"items": [], "top_k": 1e999}',
+        b'{"items": ' + b"[" * 100_000,
     ):
         status, _, answer = ask(page, "/api/recommend", body)
         assert status == 400
         assert json.loads(answer)["error"]
     assert ask(page, "/api/recommend", b"x", **{"Content-Length": "9999999"})[0] == 413
+    for length in ("-1", "x", "٣"):
+        assert ask(page, "/api/recommend", b"x", **{"Content-Length": length.encode()})[0] == 400
+    assert ask(page, "/api/recommend", b"1", **{"Transfer-Encoding": "chunked"})[0] == 400
     assert ask(page, "/", Host="evil.example")[0] == 403
     status, headers, body = ask(page, "/")
     assert status == 200

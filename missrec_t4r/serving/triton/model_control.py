@@ -18,9 +18,8 @@ from typing import Any
 
 from tritonclient.utils import InferenceServerException
 
-from missrec_t4r.errors import ServingError
+from missrec_t4r.errors import ServingError, UnavailableError
 from missrec_t4r.io.atomic import atomic_write_file
-from missrec_t4r.serving.client.transports import channel_arguments, translate_errors
 
 CLOSED = ("model-repository", "shared-memory", "trace", "logging")
 """Parts of Triton's API that clients do not need: loading code, naming memory of the machine, writing files."""
@@ -119,13 +118,12 @@ class Control:
     def _client(self, action: str) -> Iterator[Any]:
         import tritonclient.grpc as grpc
 
-        client = grpc.InferenceServerClient(self.grpc_url, channel_args=channel_arguments(self.grpc_url))
+        client = grpc.InferenceServerClient(self.grpc_url, channel_args=[("grpc.enable_http_proxy", 0)])
         try:
             yield client
         except InferenceServerException as error:
             if "StatusCode.UNAVAILABLE" in str(error.status()):
-                with translate_errors(self.grpc_url, action, _LOAD_SECONDS):
-                    raise
+                raise UnavailableError(f"no answer from {self.grpc_url} ({error})", "a running server") from error
             raise ServingError(f"the server at {self.grpc_url} refused {action}: {error}") from error
         finally:
             client.close()

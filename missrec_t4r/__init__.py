@@ -43,6 +43,7 @@ _HOME = {
     "MISSRecBlock": "t4r",
     "MISSRecNextItemTask": "t4r",
     "build_model": "t4r",
+    "save_run": "t4r",
     "to_core": "t4r",
     "load_schema": "t4r",
 }

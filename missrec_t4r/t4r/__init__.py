@@ -10,6 +10,7 @@ from missrec_t4r.t4r.columns import load_schema
 from missrec_t4r.t4r.inputs import MultiModalSequenceFeatures
 from missrec_t4r.t4r.loader import PrefixLoader
 from missrec_t4r.t4r.masking import PrefixMasking
+from missrec_t4r.t4r.saving import save_run
 from missrec_t4r.t4r.task import MISSRecNextItemTask
 from missrec_t4r.t4r.trainer import train_t4r
 
@@ -23,6 +24,7 @@ __all__ = [
     "build_model",
     "from_core",
     "load_schema",
+    "save_run",
     "to_core",
     "train_t4r",
 ]

@@ -99,7 +99,8 @@ class MISSRecBlock(BlockBase):
         -------
         Tensor [batch, column, dim]
             The row's unit-length session vector, the same at every position, since T4R's tasks differ in the position
-            that they read (the last visible one, the first, the mean).
+            that they read (the last visible one, the first, the mean). In a training step with a target at every
+            position: the vector of the items up to it, after the last item that item's.
         """
         if self.core is None:
             raise ConfigError(
@@ -110,16 +111,24 @@ class MISSRecBlock(BlockBase):
         sessions, item_encoder = self.state.sessions, self.core.item_encoder
         projection = self.side_projection if self.core.event_features is None else self.core.event_features.projection
         event_features = None if projection is None else projection(sessions.take(inputs))
+        last_only = not sessions.every_position
         if sessions.learning and self.training:
             self._refresh_by_steps(self.core)
             catalogue = item_encoder.catalogue()
             items = catalogue.take(sessions.item_ids)
-            encoded = self.core.encode(sessions.item_ids, items=items, last_only=True, event_features=event_features)
+            encoded = self.core.encode(
+                sessions.item_ids, items=items, last_only=last_only, event_features=event_features
+            )
             self.state.put(encoded, item_encoder.candidates(catalogue))
         else:
-            encoded = self.core.encode(sessions.item_ids, last_only=True, event_features=event_features)
+            encoded = self.core.encode(sessions.item_ids, last_only=last_only, event_features=event_features)
             self.state.put(encoded)
-        return encoded.vectors.unsqueeze(1).expand(-1, inputs.shape[1], -1)
+        if last_only:
+            return encoded.vectors.unsqueeze(1).expand(-1, inputs.shape[1], -1)
+        last = ((sessions.item_ids > 0).sum(1, keepdim=True) - 1).clamp_min(0)
+        column = torch.arange(inputs.shape[1], device=inputs.device) - sessions.window[:, :1]
+        at = torch.minimum(column.clamp_min(0), last)  # [batch, column]
+        return encoded.vectors.gather(1, at.unsqueeze(-1).expand(-1, -1, encoded.vectors.shape[-1]))
 
     def refresh(self, seed: int) -> None:
         """Discover the interests anew, with the current adapters."""

@@ -28,6 +28,10 @@ from missrec_t4r.t4r.masking import PrefixMasking
 from missrec_t4r.t4r.settings import PartSettings
 from missrec_t4r.t4r.state import StepState, VisibleSessions
 
+_MOST_EXPANDED = 1 << 16
+"""Items [prefix, seq] of a training step whose rows are expanded into prefixes; beyond it a random part of the prefixes
+is trained, so that memory is bounded."""
+
 
 class CatalogueItems(nn.Module):
     """Stand-in for T4R's categorical module: the item column's name and the current batch's item ids.
@@ -79,6 +83,8 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         self.catalogue = catalogue
         self.settings = settings
         self.state = StepState()
+        self.causal = False
+        """Whether the block attends causally: then one pass trains all positions of a row."""
         self.max_sequence_length: int = settings["max_sequence_length"]
         batch = torch.Size([-1, self.max_sequence_length])
         self.input_size = dict.fromkeys(schema.column_names, batch)  # T4R's SequentialBlock needs it for output sizes
@@ -167,11 +173,18 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         if item not in inputs:
             raise SchemaError(f"a batch with columns {sorted(inputs)}", f"the item column {item!r}")
         columns = _left_align(inputs, item)
-        cut = "last" if PREFIX_ROWS in inputs else None
-        visible = self.masking.compute_masked_targets(columns[item], training, testing, cut).schema
+        every = training and self.masking.cut == "all" and PREFIX_ROWS not in inputs
+        if every and self.causal:
+            visible = self._all_positions(columns[item])
+        elif every and int((columns[item] > 0).sum(1).max()) > 1:
+            columns, target = _all_prefixes(columns, item)
+            visible = self.masking.info_at(columns[item], target).schema
+        else:
+            cut = "last" if PREFIX_ROWS in inputs else None
+            visible = self.masking.compute_masked_targets(columns[item], training, testing, cut).schema
         self.categorical_module.item_seq = columns[item]
         columns = {name: self.masking.blank(values, visible) for name, values in columns.items()}
-        self.state.show(self._window(columns[item], visible, training))
+        self.state.show(self._window(columns[item], visible, training, every and self.causal))
         if self.event_features is None:
             return torch.zeros(*visible.shape, 1, device=visible.device)
         values = {
@@ -182,12 +195,24 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         embedded: Tensor = self.event_features(values, columns[item])
         return embedded
 
-    def _window(self, item_ids: Tensor, visible: Tensor, learning: bool) -> VisibleSessions:
+    def _all_positions(self, item_ids: Tensor) -> Tensor:
+        """Label every position of a window of each row, and return what is visible, [batch, column], bool.
+
+        A row of more than ``max_sequence_length + 1`` items is trained on a random window of that length.
+        """
+        n_labels = ((item_ids > 0).sum(1) - 1).clamp_min(0)  # [batch]
+        spare = (n_labels - self.max_sequence_length).clamp_min(0)
+        first = (torch.rand(spare.shape, device=spare.device, dtype=torch.float64) * (spare + 1)).long()
+        target = torch.minimum(first + self.max_sequence_length, n_labels)
+        target = torch.where(n_labels > 0, target, (item_ids > 0).sum(1))
+        return self.masking.info_at(item_ids, target, first).schema
+
+    def _window(self, item_ids: Tensor, visible: Tensor, learning: bool, every_position: bool) -> VisibleSessions:
         """Keep the last ``max_sequence_length`` visible items of each row."""
         width = min(self.max_sequence_length, item_ids.shape[1])
         start = (visible.sum(1, keepdim=True) - width).clamp_min(0)
         window = start + torch.arange(width, device=item_ids.device)
-        return VisibleSessions(item_ids.gather(1, window), window, learning)
+        return VisibleSessions(item_ids.gather(1, window), window, learning, every_position)
 
     def output_size(self, input_size: Any = None) -> torch.Size:  # T4R's signature
         """Return [-1, max_sequence_length, width of the event features]: T4R's heads need three dimensions."""
@@ -224,6 +249,19 @@ def _named(schema: Schema, names: Sequence[str]) -> Schema:
             "use the schema of the data that the model was trained on",
         )
     return schema.select_by_name([columns[name] for name in names])
+
+
+def _all_prefixes(columns: dict[str, Tensor], item: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Expand rows into their prefixes: the rows [prefix, column] and the position of each one's target [prefix]."""
+    n_prefixes = ((columns[item] > 0).sum(1) - 1).clamp_min(0)  # [batch]
+    row = torch.repeat_interleave(n_prefixes)  # [prefix]
+    target = 1 + torch.arange(len(row), device=row.device) - (n_prefixes.cumsum(0) - n_prefixes)[row]
+    most = max(1, _MOST_EXPANDED // columns[item].shape[1])
+    if len(row) > most:
+        drawn = torch.randperm(len(row), device=row.device)[:most].sort().values
+        row, target = row[drawn], target[drawn]
+    shape = columns[item].shape
+    return {name: values[row] if values.shape[:2] == shape else values for name, values in columns.items()}, target
 
 
 def _left_align(inputs: dict[str, Tensor], item: str) -> dict[str, Tensor]:

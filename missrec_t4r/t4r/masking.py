@@ -1,4 +1,4 @@
-"""Prefix masking: one row is one example, a prefix and the item that followed it.
+"""Prefix masking: every prefix of a row is an example, with the item that followed it as target.
 
 Transformers4Rec's own maskings leave the label item visible to a body that looks ids up itself, and a causal mask does
 not protect a model whose interest tokens span the session. This masking replaces the target and everything after it
@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers4rec.torch.masking import MaskingInfo, MaskSequence, masking_registry
 
-Cut = Literal["random", "last"]
+Cut = Literal["all", "random", "last"]
 
 
 @masking_registry.register_with_multiple_names("prefix")
 class PrefixMasking(MaskSequence):
-    """Cut every row into a visible prefix and one target.
+    """Cut every row into visible items and targets.
 
-    The label is at the position before the target, the last visible one, as in T4R's ``clm``; every other position has
-    no label. At inference nothing is removed. A row with fewer than two items has no target: all its items are visible
-    and it is not part of the loss.
+    A label is at the position before its target, as in T4R's ``clm``. At inference nothing is removed. A row with fewer
+    than two items has no target: all its items are visible and it is not part of the loss.
 
     Parameters
     ----------
@@ -32,10 +31,12 @@ class PrefixMasking(MaskSequence):
         Item index that fills short sessions.
     eval_on_last_item_seq_only : bool
         Part of T4R's signature; the last item is the only target of a test row, so False is refused.
-    cut : "random" or "last"
-        Where a training row is cut. ``random`` is for whole sessions (T4R's stock loader): any item but the first
-        can be the target. ``last`` is for rows that are a prefix and its target already; batches of `PrefixLoader` are
-        marked as such and need no setting. Testing always cuts at the last item.
+    cut : "all", "random" or "last"
+        The targets of a training row. ``all`` and ``random`` are for whole sessions (T4R's stock loader): every item
+        but the first is a target in every step, or a random one of them. ``last`` is for rows that are a prefix and
+        its target already; batches of `PrefixLoader` are marked as such and need no setting. Testing always cuts at
+        the last item. With ``all`` the visible items are all but the last; `MultiModalSequenceFeatures` ensures that
+        the vector of a position depends on the items up to it alone.
 
     Examples
     --------
@@ -50,7 +51,7 @@ class PrefixMasking(MaskSequence):
         hidden_size: int,
         padding_idx: int = 0,
         eval_on_last_item_seq_only: bool = True,
-        cut: Cut = "random",
+        cut: Cut = "all",
         **_unused: Any,  # T4R's from_schema passes all its keyword arguments to the masking
     ) -> None:
         if not eval_on_last_item_seq_only:
@@ -60,7 +61,7 @@ class PrefixMasking(MaskSequence):
         self.cut: Cut = cut
 
     def target_index(self, item_ids: Tensor, training: bool, testing: bool, cut: Cut | None = None) -> Tensor:
-        """Return the position of each row's target.
+        """Return the position of each row's target; with ``cut="all"`` that of the last one.
 
         Parameters
         ----------
@@ -68,13 +69,13 @@ class PrefixMasking(MaskSequence):
             Item indices, padded on the right.
         training, testing : bool
             T4R's flags; with both off the rows are inference requests.
-        cut : "random" or "last", optional
+        cut : "all", "random" or "last", optional
             Overrides the masking's own setting.
 
         Returns
         -------
         Tensor [batch], int64
-            Index of the target; equal to the session's length where there is none.
+            Index of the (last) target; equal to the session's length where there is none.
         """
         length = (item_ids != self.padding_idx).sum(1)
         if not training and not testing:
@@ -86,12 +87,22 @@ class PrefixMasking(MaskSequence):
             index = length - 1
         return torch.where(length < 2, length, index)
 
-    def info_at(self, item_ids: Tensor, target: Tensor) -> MaskingInfo:
-        """Return the visibility mask and the labels, given the targets' positions; store both for T4R's tasks."""
+    def info_at(self, item_ids: Tensor, target: Tensor, first: Tensor | None = None) -> MaskingInfo:
+        """Return the visibility mask and the labels; store both for T4R's tasks.
+
+        Parameters
+        ----------
+        item_ids : Tensor [batch, seq], int
+        target : Tensor [batch], int64
+            Position of the (last) target: it and everything after it is hidden.
+        first : Tensor [batch], int64, optional
+            Position of the first label, for rows with a label at every position up to the last target; by default the
+            last target's alone.
+        """
         steps = torch.arange(item_ids.shape[1], device=item_ids.device)
         visible = (steps < target[:, None]) & (item_ids != self.padding_idx)
         following = nn.functional.pad(item_ids[:, 1:], (0, 1), value=self.padding_idx)
-        labelled = steps == target[:, None] - 1
+        labelled = visible & (steps >= (target - 1 if first is None else first)[:, None])
         labels = torch.where(labelled, following, self.padding_idx)
         self.mask_schema, self.masked_targets = visible, labels  # T4R's protocol: tasks read these
         return MaskingInfo(visible, labels)
@@ -100,7 +111,9 @@ class PrefixMasking(MaskSequence):
         self, item_ids: Tensor, training: bool = False, testing: bool = False, cut: Cut | None = None
     ) -> MaskingInfo:
         """Return the visibility mask and the labels, both [batch, seq]; a label of 0 means none."""
-        return self.info_at(item_ids, self.target_index(item_ids, training, testing, cut))
+        target = self.target_index(item_ids, training, testing, cut)
+        every = training and (cut or self.cut) == "all"
+        return self.info_at(item_ids, target, torch.zeros_like(target) if every else None)
 
     def blank(self, values: Tensor, visible: Tensor) -> Tensor:
         """Replace every value at or after the target by padding, before it is looked up.

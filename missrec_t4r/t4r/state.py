@@ -17,7 +17,7 @@ from missrec_t4r.model.missrec import Encoded, MISSRec
 
 
 class VisibleSessions(NamedTuple):
-    """The visible items of a batch: none at or after a target."""
+    """The visible items of a batch: none at or after the (last) target."""
 
     item_ids: Tensor
     """[batch, seq], int64: the last visible items of each row, padded with 0 on the right."""
@@ -25,6 +25,8 @@ class VisibleSessions(NamedTuple):
     """[batch, seq], int64: the column of the batch that each item is from."""
     learning: bool
     """Whether this is a training step (T4R's flag ``training``)."""
+    every_position: bool = False
+    """Whether every position has a target of its own, and so needs the vector of the items up to it."""
 
     def take(self, values: Tensor) -> Tensor:
         """Return the columns [batch, seq, width] of ``values`` [batch, column, width] that belong to `item_ids`."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torchmetrics
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers4rec.torch import NextItemPredictionTask
 from transformers4rec.torch.model.base import PredictionTask
 from transformers4rec.torch.ranking_metric import RankingMetric
@@ -28,6 +29,7 @@ from missrec_t4r.retrieval.topk import top_items
 from missrec_t4r.t4r.block import MISSRecBlock
 from missrec_t4r.t4r.inputs import MultiModalSequenceFeatures
 from missrec_t4r.t4r.settings import PartSettings, merged
+from missrec_t4r.training.step import LARGEST_TABLE
 from missrec_t4r.training.warm_start.id_init import ids_from_content
 
 
@@ -106,6 +108,7 @@ class MISSRecNextItemTask(NextItemPredictionTask):
             core.event_features = EventFeatures(inputs.event_features, config.d_model)
             nn.init.normal_(core.event_features.projection.weight, std=0.02)
         block.connect(core, inputs.state, between)
+        inputs.causal = config.attention == "causal"
         inputs.catalogue = None  # the item encoder holds the vectors now
         self._block = (block,)
         self.embeddings, self.masking = inputs.categorical_module, inputs.masking
@@ -152,18 +155,34 @@ class MISSRecNextItemTask(NextItemPredictionTask):
         if not training and not testing:
             scores = core.score(inputs[:, 0], state.candidates(core), history)
             return scores if top_k is None else top_items(scores, top_k)
-        labels = self.masking.masked_targets
-        labelled = labels != self.padding_idx
-        rows, target = labelled.any(1), labels[labelled].long()
-        scores = core.score(inputs[labelled], state.candidates(core), history[rows])
-        return {"loss": self._loss(scores, target), "labels": target, "predictions": scores}
+        labels = self.masking.masked_targets  # [batch, column], 0 for none
+        row, column = torch.nonzero(labels != self.padding_idx, as_tuple=True)
+        target, vectors = labels[row, column].long(), inputs[row, column]
+        history = history[row] * (state.sessions.window[row] <= column.unsqueeze(1))  # what each vector depends on
+        candidates = state.candidates(core)
+        is_last = torch.ones_like(row, dtype=torch.bool)
+        is_last[:-1] = row[1:] != row[:-1]
+        targets = torch.where(core.recommendable[target], target, 0)  # without any embedding it cannot be learned
+        count = (targets > 0).sum().unsqueeze(0)
 
-    def _loss(self, scores: Tensor, target: Tensor) -> Tensor:
-        core, encoded = self.core, self._block[0].state.encoded
-        regulariser = orthogonality_loss(encoded.memory, encoded.interests.mask, core.config.orthogonality)
-        scored = torch.where(core.recommendable[target], target, 0)  # a target without any embedding cannot be learned
-        loss = next_item_loss(scores / core.config.temperature, scored)
-        return loss + core.config.orthogonality_weight * regulariser
+        def loss_of(scores: Tensor, targets: Tensor) -> Tensor:
+            return next_item_loss(scores / core.config.temperature, targets, counts=count, overwrite=True)
+
+        if is_last.all() or len(target) * core.item_encoder.n_rows <= LARGEST_TABLE:
+            scores = core.score(vectors, candidates, history)
+            loss, scores = loss_of(scores, targets), scores[is_last]
+        else:  # a part of the positions at a time, whose scores are computed again in the backward pass
+            parts = zip(*(x.split(LARGEST_TABLE // core.item_encoder.n_rows) for x in (vectors, history, targets)))
+            losses = [
+                checkpoint(lambda v, h, t: loss_of(core.score(v, candidates, h), t), *part, use_reentrant=False)
+                for part in parts
+            ]
+            loss = torch.stack(losses).sum()
+            with torch.no_grad():
+                scores = core.score(vectors[is_last], candidates, history[is_last])
+        regulariser = orthogonality_loss(state.encoded.memory, state.encoded.interests.mask, core.config.orthogonality)
+        loss = loss + core.config.orthogonality_weight * regulariser
+        return {"loss": loss, "labels": target[is_last], "predictions": scores}
 
     def calculate_metrics(self, predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Update the metrics with a batch and return its values.

@@ -19,7 +19,7 @@ from missrec_t4r.training.loss.full import FullSoftmax, Softmax, TrainedPosition
 from missrec_t4r.training.loss.sampled import SampledSoftmax
 from missrec_t4r.training.precision import autocast, matmul_dtype, to_fp32
 
-_LARGEST_TABLE = 1 << 26
+LARGEST_TABLE = 1 << 26
 """Scores [position, catalogue] up to which ``softmax: auto`` keeps them all: 256 MiB, of which a step holds several."""
 
 _EMPTY_SLOTS = 2
@@ -146,6 +146,6 @@ def choose_softmax(train: TrainConfig, n_rows: int, positions: int, frequency: T
     """
     if train.softmax == "sampled":
         return SampledSoftmax(frequency, train.negatives)
-    if train.softmax == "chunked" or (train.softmax == "auto" and positions * n_rows > _LARGEST_TABLE):
+    if train.softmax == "chunked" or (train.softmax == "auto" and positions * n_rows > LARGEST_TABLE):
         return ChunkedSoftmax(train.chunk_size)
     return FullSoftmax(matmul_dtype(train.precision, device))

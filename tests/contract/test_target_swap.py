@@ -1,4 +1,4 @@
-"""Exchanging the target, and everything after it, changes no session vector: bit for bit, in every loader and mode."""
+"""Exchanging a target, and all after it, changes no vector that it is predicted from, in every loader and mode."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ def exchange(batch: dict[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
     return changed
 
 
+def _nearly_equal(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("engine", ["merlin", "missrec"])
@@ -44,25 +48,96 @@ def test_exchanging_the_target_changes_no_session_vector(
     rows = [row for row in shop.sessions(200, seed=3) if len(row) == length][:12]
     shop.write_sessions(tmp_path, rows)
     torch.manual_seed(0)
-    model = build_model(Recipe(model=shop.config(attention=attention)), shop.schema(), shop.catalogue())
+    settings = shop.config(attention=attention, dropout=0.0)  # dropout draws by shape
+    model = build_model(Recipe(model=settings), shop.schema(), shop.catalogue())
     model.heads[0].body[1].refresh_steps = 0
     model.heads[0].body[1].refresh(seed=0)
     model.train(mode == "training")
     flags = {"training": mode == "training", "testing": mode == "testing"}
+    whole_rows = mode == "training" and engine == "merlin"
+    same: Any = (
+        _nearly_equal if whole_rows else torch.equal
+    )  # later items change the number of interests, so the shapes
     for batch, _ in loader(engine, tmp_path, shop.schema(), batch_size=12, shuffle=mode == "training"):
         before = session_vectors(model, batch, **flags)
         masking = model.heads[0].body[0].masking
-        labels = masking.masked_targets[masking.masked_targets > 0]
-        hidden = (batch["item_id-list"] > 0) & ~masking.mask_schema
-        assert hidden.any(1).all()
-        after = session_vectors(model, exchange(batch, hidden), **flags)
-        assert torch.equal(before, after)
-        assert (masking.masked_targets[masking.masked_targets > 0] != labels).all(), (
-            "the exchange must reach the labels"
-        )
-        first = hidden.logical_not() & (torch.arange(hidden.shape[1]) == (masking.mask_schema.sum(1, keepdim=True) - 1))
-        touched = session_vectors(model, exchange(batch, first), **flags)
-        assert not torch.isclose(before, touched).all(-1).any(), "an exchange of the last visible item must be seen"
+        labels, column = masking.masked_targets, torch.arange(batch["item_id-list"].shape[1])
+        n_labelled = (labels > 0).sum(0)
+        assert n_labelled.any()
+        for last in n_labelled.nonzero().flatten().tolist():  # the position of the last label that is compared
+            later = (batch["item_id-list"] > 0) & (column > last)
+            kept = (labels > 0) & (column <= last)
+            after = session_vectors(model, exchange(batch, later), **flags)
+            assert same(before[kept], after[kept])
+            of_position = labels[:, last] > 0
+            assert (masking.masked_targets[:, last] != labels[:, last])[of_position].all(), "it must reach the labels"
+            touched = session_vectors(model, exchange(batch, (batch["item_id-list"] > 0) & (column == last)), **flags)
+            assert not torch.isclose(before, touched)[of_position, last].all(-1).any(), "the last item must be seen"
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_whole_sessions_train_the_prefixes_of_our_loader(
+    data: Path, loader: Callable[..., Any], attention: str
+) -> None:
+    """T4R's stock loader and ours give the same examples: prefixes, and the item that followed each."""
+    wanted = sorted((row[:t], row[t]) for row in shop.sessions(96, seed=0) for t in range(1, len(row)))
+    model = build_model(
+        Recipe(model=shop.config(attention=attention, max_sequence_length=9)), shop.schema(), shop.catalogue()
+    ).train()
+    inputs, seen = model.heads[0].body[0], []
+    for batch, _ in loader("merlin", data / "train", shop.schema(), batch_size=16, shuffle=True):
+        inputs(dict(batch), training=True)
+        labels, shown = inputs.masking.masked_targets, inputs.state.sessions.item_ids
+        for row, column in (labels > 0).nonzero().tolist():
+            seen.append((shown[row, : column + 1].tolist(), int(labels[row, column])))
+    assert sorted(seen) == wanted
+
+
+def test_longer_sessions_train_every_position_over_the_epochs(tmp_path: Path, loader: Callable[..., Any]) -> None:
+    row = shop.sessions(200, seed=3, longest=40)
+    row = [next(session for session in row if len(session) == 20)]
+    shop.write_sessions(tmp_path, row)
+    model = build_model(Recipe(model=shop.config(attention="causal")), shop.schema(), shop.catalogue()).train()
+    inputs, trained = model.heads[0].body[0], set()
+    torch.manual_seed(0)
+    for _ in range(60):
+        for batch, _ in loader("merlin", tmp_path, shop.schema(), batch_size=4, shuffle=True, width=20):
+            inputs(dict(batch), training=True)
+            columns = (inputs.masking.masked_targets[0] > 0).nonzero().flatten().tolist()
+            assert len(columns) == shop.MAX_LENGTH
+            trained |= set(columns)
+    assert trained == set(range(19))
+
+
+def test_the_loss_of_whole_sessions_is_that_of_our_own_trainer(data: Path, loader: Callable[..., Any]) -> None:
+    from missrec_t4r.config import TrainConfig
+    from missrec_t4r.data.batching import TrainingBatch
+    from missrec_t4r.t4r import task as module
+    from missrec_t4r.training.step import training_loss
+
+    settings = shop.config(attention="causal", max_sequence_length=9, dropout=0.0)
+    model = build_model(Recipe(model=settings), shop.schema(event_features=False), shop.catalogue()).train()
+    model.heads[0].body[1].refresh_steps = 0
+    core = to_core(model)
+    core.discover_interests(0)
+    batch, _ = next(
+        iter(loader("merlin", data / "train", shop.schema(event_features=False), batch_size=24, shuffle=True))
+    )
+    loss = model(dict(batch), training=True)["loss"]
+    sessions, labels = model.heads[0].body[0].state.sessions, model.heads[0].body[0].masking.masked_targets
+    own = training_loss(
+        core, TrainingBatch(sessions.item_ids, labels[:, : sessions.item_ids.shape[1], None]), TrainConfig.paper()
+    )
+    torch.testing.assert_close(loss, own, rtol=1e-6, atol=1e-6)
+    whole = torch.autograd.grad(loss, core.decoder.parameters(), allow_unused=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "LARGEST_TABLE", 7 * shop.N_ROWS)  # seven positions at a time
+        parts = model(dict(batch), training=True)
+    torch.testing.assert_close(parts["loss"], own, rtol=1e-5, atol=1e-5)
+    in_parts = torch.autograd.grad(parts["loss"], core.decoder.parameters(), allow_unused=True)
+    for one, other in zip(whole, in_parts, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_all_prefixes_of_our_loader_predict_the_item_that_followed(data: Path, loader: Callable[..., Any]) -> None:

@@ -1,0 +1,181 @@
+"""Write what a T4R script trained as a run folder: the same files that ``missrec train`` writes.
+
+`save_run` is the last line of a script with ``tr.Trainer``; evaluation, export and deployment continue from the folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers4rec.torch as tr
+
+from missrec_t4r.config import Recipe, TrainConfig
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.event_features import load_sessions
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.errors import ConfigError, DataError, ParityError
+from missrec_t4r.evaluation.full_ranking import quick_metrics
+from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking.scorer import ModelScorer
+from missrec_t4r.ranking.tune import fit_terms
+from missrec_t4r.runs import run_folder
+from missrec_t4r.schema import CATALOGUE_FOLDER
+from missrec_t4r.t4r.build import missrec_block, to_core
+from missrec_t4r.t4r.reading import known_sessions
+
+log = logging.getLogger(__name__)
+
+_SPLITS = ("train", "valid")
+_TRANSFORMERS_RATE = 5e-5
+"""Learning rate of transformers' arguments where a script gives none: a twentieth of the recipe's."""
+_COMPARED = 256
+_TOLERANCE = 1e-5
+"""Largest accepted difference of a score, as in `missrec_t4r.export.parity`."""
+
+
+def save_run(
+    model: tr.Model,
+    *,
+    out: str | Path,
+    trainer: tr.Trainer | None = None,
+    data: str | Path | None = None,
+) -> dict[str, Any]:
+    """Fit the score terms of a trained T4R model, and write the run folder that ``missrec train`` writes.
+
+    The terms are counted on the split ``train`` and tuned on ``valid``; from then on ``model`` has them too, so that
+    ``trainer.evaluate()`` gives the figures of the run.
+
+    Parameters
+    ----------
+    model : tr.Model
+        With our inputs, block and task (`build_model`, or written by hand).
+    out : path
+        Run folder, for ``missrec evaluate``, ``missrec export`` and `load_run`. Replaced if it holds a run.
+    trainer : tr.Trainer, optional
+        That trained the model: its arguments are recorded, and the data folder is found beside its training split.
+    data : path, optional
+        Data folder with ``train``, ``valid`` and ``catalogue``, as ``missrec etl`` or ``missrec catalogue adopt`` write
+        it, where the trainer's data lies elsewhere.
+
+    Returns
+    -------
+    dict
+        ``run``, the chosen terms with the validation NDCG@10 that they reach and start from (``prior``), the metrics of
+        all validation sessions (``valid``), and what the trainer did.
+
+    Raises
+    ------
+    DataError
+        No data folder, or one without a split.
+    ConfigError
+        The model was built for another catalogue, or has another module between inputs and block.
+    ParityError
+        The written run scores validation sessions in another way than the model: nothing is kept in ``out``.
+    """
+    out = Path(out)
+    folder = _data_folder(trainer, data)
+    core = to_core(model)
+    catalogue = Catalogue.load(folder / CATALOGUE_FOLDER)
+    if core.item_encoder.n_rows != catalogue.n_rows:
+        raise ConfigError(
+            f"a model of {core.item_encoder.n_rows} rows and a catalogue of {catalogue.n_rows} in {folder}",
+            "the catalogue that the model was built with",
+            "give the data folder of the training: save_run(..., data=...)",
+        )
+    train, valid = (
+        known_sessions(load_sessions(folder, split, core.event_columns), targets=split == "valid") for split in _SPLITS
+    )
+    _warn_of_arguments(trainer)
+    info = {
+        "trainer": "t4r",
+        **_progress_of(trainer),
+        "prior": fit_terms(core, catalogue, train, valid),
+        "valid": quick_metrics(ModelScorer.with_popularity(core, catalogue), valid, catalogue.n_rows),
+        "device": str(next(core.parameters()).device),
+    }
+    recipe = Recipe(name="t4r", model=core.config, train=_train_config(model, trainer))
+    run_folder.save_run(out, core, recipe, folder, info, catalogue)
+    try:
+        _require_parity(core, catalogue, out, valid)
+    except ParityError:
+        (out / run_folder.RUN_FILE).unlink()  # without it the folder is no run
+        raise
+    return {"run": str(out), **info}
+
+
+def _data_folder(trainer: tr.Trainer | None, data: str | Path | None) -> Path:
+    source = getattr(trainer, "train_dataset_or_path", None)
+    if data is None and not isinstance(source, str | Path):
+        raise DataError(
+            "no data folder: " + ("no trainer" if trainer is None else f"a trainer on {type(source).__name__}"),
+            "a folder with train, valid and catalogue",
+            'pass it: save_run(model, out="work/run", data="work/data")',
+        )
+    start = Path(data) if data is not None else Path(str(source))
+    for folder in [start, *start.parents][: 1 if data is not None else 3]:
+        if all((folder / name).is_dir() for name in (*_SPLITS, CATALOGUE_FOLDER)):
+            return folder
+    raise DataError(
+        f"{start} and the folders above it hold no {', '.join((*_SPLITS, CATALOGUE_FOLDER))}",
+        "a data folder of `missrec etl` or `missrec catalogue adopt`",
+        'pass it: save_run(model, out="work/run", data="work/data")',
+    )
+
+
+def _progress_of(trainer: tr.Trainer | None) -> dict[str, Any]:
+    if trainer is None:
+        return {}
+    state = trainer.state
+    return {"epochs": round(state.epoch or 0), "steps": state.global_step, "best_metric": state.best_metric}
+
+
+def _train_config(model: tr.Model, trainer: tr.Trainer | None) -> TrainConfig:
+    """Return the settings of our trainer that T4R's has too, with the values that were used."""
+    block = missrec_block(model)
+    plain = dataclasses.replace(TrainConfig.paper(), id_init=block.id_init)
+    if trainer is None:
+        return plain
+    arguments = trainer.args
+    return dataclasses.replace(
+        plain,
+        learning_rate=float(arguments.learning_rate),
+        weight_decay=float(arguments.weight_decay),
+        batch_size=int(arguments.per_device_train_batch_size),
+        epochs=max(1, round(arguments.num_train_epochs)),
+        warmup_steps=int(arguments.warmup_steps),
+        clip_norm=float(arguments.max_grad_norm),
+        seed=int(arguments.seed),
+    )
+
+
+def _warn_of_arguments(trainer: tr.Trainer | None) -> None:
+    rate = None if trainer is None else trainer.args.learning_rate
+    if rate is not None and rate <= _TRANSFORMERS_RATE:
+        log.warning(
+            f"trained with learning_rate={rate:g}, transformers' default; the recipe default has "
+            f"{TrainConfig.learning_rate:g}: pass learning_rate={TrainConfig.learning_rate:g} to T4RecTrainingArguments"
+        )
+
+
+def _require_parity(core: MISSRec, catalogue: Catalogue, out: Path, valid: Sessions) -> None:
+    """Require that the run, read back, scores validation sessions like the model.
+
+    Raises
+    ------
+    ParityError
+    """
+    histories, _ = valid.slice(0, min(_COMPARED, len(valid))).split_last()
+    written = run_folder.load_run(out).model.to(next(core.parameters()).device)
+    scores = [ModelScorer.with_popularity(one, catalogue)(histories) for one in (core, written)]
+    finite = torch.isfinite(scores[0])
+    largest = float((scores[0] - scores[1])[finite].abs().max()) if finite.any() else 0.0
+    if largest > _TOLERANCE or not torch.equal(finite, torch.isfinite(scores[1])):
+        raise ParityError(
+            f"{out}: the run read back scores validation sessions by up to {largest:.3g} differently",
+            f"score differences up to {_TOLERANCE:g}",
+            "report a bug: nothing was kept",
+        )

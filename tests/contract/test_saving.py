@@ -1,0 +1,111 @@
+"""`save_run`: what a T4R script trained becomes a run folder, with score terms and a comparison of the scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers4rec.torch as tr
+from transformers4rec.config.trainer import T4RecTrainingArguments
+
+import missrec_t4r as mr
+from missrec_t4r import commands
+from missrec_t4r.errors import ConfigError, DataError, ParityError
+from missrec_t4r.ranking.hybrid import terms_of
+from missrec_t4r.runs.run_folder import load_run
+from tests.contract import shop
+
+
+def by_hand(**changes: Any) -> tr.Model:
+    """A script's own model, with the terms of the recipe."""
+    torch.manual_seed(0)
+    config = shop.config(attention="causal", n_neighbours=20, n_similar_items=20, **changes)
+    inputs = mr.MultiModalSequenceFeatures.from_schema(shop.schema(), catalogue=shop.catalogue(), config=config)
+    body = tr.SequentialBlock(inputs, mr.MISSRecBlock(config=config))
+    return tr.Model(tr.Head(body, [mr.MISSRecNextItemTask(config=config)], inputs=inputs))
+
+
+def a_trainer(model: tr.Model, data: Path, folder: Path, **changes: Any) -> tr.Trainer:
+    settings = {
+        "output_dir": str(folder),
+        "data_loader_engine": "merlin",
+        "max_sequence_length": 12,
+        "per_device_train_batch_size": 32,
+        "num_train_epochs": 1,
+        "learning_rate": 0.01,
+        "report_to": [],
+        "no_cuda": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    paths = {name: str(data / split / "part_0.parquet") for name, split in {"train": "train", "eval": "valid"}.items()}
+    return tr.Trainer(
+        model=model,
+        args=T4RecTrainingArguments(**(settings | changes)),
+        schema=shop.schema(),
+        train_dataset_or_path=paths["train"],
+        eval_dataset_or_path=paths["eval"],
+        compute_metrics=True,
+    )
+
+
+def test_a_t4r_script_ends_with_a_run_that_the_commands_take(data: Path, tmp_path: Path, caplog: Any) -> None:
+    model = by_hand()
+    trainer = a_trainer(model, data, tmp_path / "t4r")
+    trainer.train()
+    info = mr.save_run(model, trainer=trainer, out=tmp_path / "run")
+    assert info["prior"]["valid_ndcg@10"] >= info["prior"]["without"]
+    loaded = load_run(tmp_path / "run")
+    assert loaded.recipe.train.learning_rate == 0.01
+    assert terms_of(loaded.model).item_knn is not None
+    assert terms_of(loaded.model).item_knn.frequency.sum() > 0, "co-occurrences were counted on train"
+    batch = {"item_id-list": torch.tensor([[5, 6, 8, 0], [40, 41, 0, 0]])}
+    with torch.no_grad():
+        expected = loaded.model.score(
+            loaded.model(batch["item_id-list"]), loaded.model.candidates(), batch["item_id-list"]
+        )
+        torch.testing.assert_close(model.eval()(dict(batch)), expected, rtol=1e-5, atol=1e-5)
+    report = commands.evaluate(tmp_path / "run", split="valid", baselines=False)
+    assert report["n_users"] == 33
+    assert not caplog.records or "learning_rate" not in caplog.text
+
+
+def test_the_default_learning_rate_of_transformers_is_reported(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = by_hand()
+    trainer = a_trainer(model, data, tmp_path / "t4r", learning_rate=5e-5)
+    mr.save_run(model, trainer=trainer, out=tmp_path / "run")
+    assert "pass learning_rate=0.001 to T4RecTrainingArguments" in caplog.text
+
+
+def test_a_run_that_scores_otherwise_is_not_kept(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from missrec_t4r.runs import run_folder
+
+    def damaged(path: Path, tensors: Any, metadata: Any = None) -> None:
+        changed = {
+            name: t + 0.1 if name.startswith("decoder") and t.is_floating_point() else t for name, t in tensors.items()
+        }
+        written(path, changed, metadata)
+
+    written = run_folder.save_tensors
+    monkeypatch.setattr(run_folder, "save_tensors", damaged)
+    with pytest.raises(ParityError, match="read back scores validation sessions"):
+        mr.save_run(by_hand(), out=tmp_path / "run", data=data)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_script_without_a_data_folder_is_told_what_to_pass(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no trainer"):
+        mr.save_run(by_hand(), out=tmp_path / "run")
+    with pytest.raises(DataError, match="hold no train, valid, catalogue"):
+        mr.save_run(by_hand(), out=tmp_path / "run", data=tmp_path)
+    other = mr.Catalogue(shop.catalogue().items.slice(0, 50), {})
+    (tmp_path / "data").mkdir()
+    for split in ("train", "valid"):
+        (tmp_path / "data" / split).symlink_to(data / split)
+    other.save(tmp_path / "data" / "catalogue")
+    with pytest.raises(ConfigError, match="a model of 120 rows and a catalogue of 53"):
+        mr.save_run(by_hand(), out=tmp_path / "run", data=tmp_path / "data")

@@ -1,0 +1,83 @@
+"""Any Transformers4Rec model with a next-item task as a `Scorer`, so that it is ranked like our own models."""
+
+from __future__ import annotations
+
+import torch
+import transformers4rec.torch as tr
+from torch import Tensor
+
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.errors import ConfigError, SchemaError
+from missrec_t4r.ranking.baselines import Popularity
+from missrec_t4r.schema import FIRST_ITEM_ROW
+
+
+class T4RScorer:
+    """Scores of a T4R model at inference, as it would be deployed.
+
+    Parameters
+    ----------
+    model : tr.Model
+        With one head and one next-item prediction task; ours or T4R's own.
+    catalogue : Catalogue
+        Its rows are the ids of the model's item column.
+    max_sequence_length : int
+        Last items of a session that the model reads.
+
+    Raises
+    ------
+    ConfigError
+        The model has no single head with one next-item task.
+    """
+
+    def __init__(self, model: tr.Model, catalogue: Catalogue, max_sequence_length: int) -> None:
+        tasks = [task for head in model.heads for task in head.prediction_task_dict.values()]
+        if len(tasks) != 1 or not isinstance(tasks[0], tr.NextItemPredictionTask):
+            raise ConfigError(
+                f"a T4R model with the tasks {', '.join(type(task).__name__ for task in tasks)}",
+                "one NextItemPredictionTask",
+                "compare the model of the next-item task alone",
+            )
+        inputs = model.heads[0].body.inputs if hasattr(model.heads[0].body, "inputs") else model.heads[0].body[0]
+        self.model, self.catalogue, self.length = model, catalogue, max_sequence_length
+        self.item = inputs.categorical_module.item_id
+        self.columns = list(inputs.schema.column_names)
+        self.device = next(model.parameters()).device
+        self.fallback = Popularity.fit(catalogue)
+
+    def __call__(self, histories: Sessions) -> Tensor:
+        """Return scores [batch, row], -inf for rows that are no items; sessions without a known item get popularity.
+
+        Raises
+        ------
+        SchemaError
+            The model has another number of items than the catalogue, or reads columns that the sessions lack.
+        """
+        everyone = range(len(histories))
+        batch = {self.item: torch.from_numpy(histories.padded(everyone, self.length)).to(self.device)}
+        for name, values in histories.padded_features(everyone, self.length).items():
+            column = next((column for column in self.columns if column.removesuffix("-list") == name), name)
+            batch[column] = torch.from_numpy(values).to(self.device)
+        if missing := [name for name in self.columns if name not in batch]:
+            raise SchemaError(
+                f"sessions without {', '.join(missing)}",
+                "the columns that the model reads",
+                "load the sessions with these event features",
+            )
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                scores: Tensor = self.model(batch).float()
+        finally:
+            self.model.train(was_training)
+        if scores.shape != (len(histories), self.catalogue.n_rows):
+            raise SchemaError(
+                f"scores of shape {tuple(scores.shape)}",
+                f"{(len(histories), self.catalogue.n_rows)}: one per session and row of the catalogue",
+                "train the model with the schema of this data folder, and leave top_k=None",
+            )
+        scores[:, :FIRST_ITEM_ROW] = -torch.inf
+        empty = torch.from_numpy(histories.lengths == 0).to(self.device)
+        return torch.where(empty[:, None], self.fallback(histories).to(scores), scores) if empty.any() else scores

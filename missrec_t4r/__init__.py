@@ -38,6 +38,8 @@ _HOME = {
     "Retries": "serving.client.retry",
     "Recommendation": "serving.client.client",
     "Ranker": "retrieval.ranker",
+    "Shop": "recommender.shop",
+    "Recommender": "recommender.recommender",
     "PrefixMasking": "t4r",
     "MultiModalSequenceFeatures": "t4r",
     "MISSRecBlock": "t4r",

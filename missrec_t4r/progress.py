@@ -48,11 +48,13 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
 
 
 @contextmanager
-def reporting(*, verbose: bool = False, quiet: bool = False) -> Iterator[None]:
+def reporting(*, messages: bool = True, verbose: bool = False, quiet: bool = False) -> Iterator[None]:
     """Log the package's messages to standard error and show the progress of loops.
 
     Parameters
     ----------
+    messages : bool
+        False: progress, warnings and errors only, for notebooks.
     verbose : bool
         Debug messages too, each with its time and module.
     quiet : bool
@@ -63,7 +65,7 @@ def reporting(*, verbose: bool = False, quiet: bool = False) -> Iterator[None]:
     handler.setFormatter(_Formatter(verbose))
     level, propagate = _library.level, _library.propagate
     _library.addHandler(handler)
-    _library.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    _library.setLevel(logging.WARNING if quiet or not messages else logging.DEBUG if verbose else logging.INFO)
     _library.propagate = False  # a handler of the root logger would print each message again
     if not quiet:
         _console.append(console)

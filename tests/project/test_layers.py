@@ -10,7 +10,7 @@ LAYERS = """
     errors schema arrays config progress io
     data model evaluation ranking retrieval
     runs bundle etl training serving export t4r
-    commands cli
+    commands recommender cli
 """.split()
 """From the bottom to the top; ``recipes`` and ``triton_models`` hold data."""
 DATA_ONLY = {"recipes", "triton_models"}
@@ -21,7 +21,7 @@ OUTSIDE = {
     "merlin": {"etl", "t4r", "export"},  # export: merlin_systems.py alone, which nothing of ours imports
     "transformers4rec": {"t4r"},
     "transformers": {"t4r", "etl"},
-    "pandas": {"etl", "t4r"},
+    "pandas": {"etl", "t4r", "recommender"},
     "dask": {"etl", "t4r"},
     "distributed": {"etl"},
     "cudf": {"etl"},

@@ -20,6 +20,7 @@ from missrec_t4r.arrays import Floats
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import ConfigError, DataError, ModalityError
 from missrec_t4r.etl.features.cache import content_key
+from missrec_t4r.etl.features.cooccurrence import COOCCURRENCE, cooccurrence_vectors
 from missrec_t4r.etl.features.encode import CLASSICAL, EncoderSettings, encode_contents, to_encode
 from missrec_t4r.etl.features.sklearn_encoders import Encoded, join_texts
 from missrec_t4r.etl.sources.table import require_column
@@ -50,6 +51,7 @@ def features(
     whiten: bool = False,
     reduce_to: int | None = None,
     word_drop: float = 0.0,
+    cooccurrence: bool = False,
     like: str | Path | None = None,
     cache: str | Path | None = None,
     dry_run: bool = False,
@@ -85,6 +87,8 @@ def features(
     word_drop : float
         Share of words dropped in a second vector per text, for augmentation in pre-training; 0 makes none, the
         paper's value is 0.15.
+    cooccurrence : bool
+        Compute vectors from the training sessions that items share, for catalogues without texts and images.
     like : path, optional
         Data folder or catalogue whose encoders and fitted state are used, so that vectors of both can be compared.
     cache : path, optional
@@ -106,8 +110,12 @@ def features(
     """
     started = time.perf_counter()
     data, images, like, cache = Path(data), _path(images), _path(like), _path(cache)
-    if not text_columns and image_column is None and images is None:
-        raise ConfigError("neither texts nor images were named", "--text-columns, --image-column or --images")
+    if not text_columns and image_column is None and images is None and not cooccurrence:
+        raise ConfigError(
+            "neither texts nor images were named",
+            "--text-columns, --image-column or --images",
+            "for a catalogue without content: --cooccurrence",
+        )
     if not 0 <= word_drop < 1 or (word_drop and not text_columns):
         raise ConfigError(f"--word-drop {word_drop}", "a share from 0 to below 1, with --text-columns")
     folder = data / CATALOGUE_FOLDER
@@ -131,7 +139,7 @@ def features(
         requested["image"] = image_paths(catalogue.items, image_column, images), chosen, source
     if dry_run:
         plan = {name: to_encode(name, contents, chosen) for name, (contents, chosen, _) in requested.items()}
-        return {"data": str(data), "dry_run": True, "modalities": plan}
+        return {"data": str(data), "dry_run": True, "modalities": plan | ({COOCCURRENCE: {}} if cooccurrence else {})}
     if any(chosen.encoder == CLASSICAL for _, chosen, _ in requested.values()) and like is None:
         log.info("classical encoders replace pretrained ones (hashed n-grams, colour and gradient histograms)")
     stored = _stored(like)
@@ -142,6 +150,16 @@ def features(
         added[name] = _modality(encoded, recorded, {WORD_DROP: dropped.vectors} if dropped else {})
         report[name] = part = _describe(encoded, ids)
         log.info(f"{name}: {part['items']:,} items, width {part['width']}; {part['missing']} lack it")
+    if cooccurrence:
+        added[COOCCURRENCE] = modality = cooccurrence_vectors(data, catalogue, width)
+        n_present = int(modality.present.sum())
+        report[COOCCURRENCE] = {
+            "items": n_present,
+            "missing": catalogue.n_items - n_present,
+            "broken": 0,
+            "width": modality.width,
+            "encoder": dict(modality.encoder),
+        }
     replaced = sorted(set(added) & set(catalogue.modalities))
     with translate_disk_errors(folder):
         replace(catalogue, modalities={**catalogue.modalities, **added}).save(folder)

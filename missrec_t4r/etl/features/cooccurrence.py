@@ -1,0 +1,55 @@
+"""Vectors of items without content: which items are in the same training sessions (ours).
+
+The singular vectors of the positive pointwise mutual information of items within a session (Levy and Goldberg,
+NeurIPS 2014), so that a catalogue of ids alone has one modality, and with it interests and an ID initialisation.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.errors import ModalityError
+from missrec_t4r.schema import FIRST_ITEM_ROW
+
+COOCCURRENCE = "cooccurrence"
+_OVERSAMPLED = 16
+"""Columns of the randomised decomposition beyond those that are kept."""
+
+
+def cooccurrence_vectors(data: Path, catalogue: Catalogue, width: int) -> Modality:
+    """Return the vectors [row, width] of a data folder's items; zero for items without a neighbour in training.
+
+    Raises
+    ------
+    ModalityError
+        No session of the training split has two items.
+    """
+    train, n_rows = Sessions.load(data / "train", ()).known(), catalogue.n_rows
+    sessions = np.repeat(np.arange(len(train)), train.lengths)
+    pairs = np.unique(np.stack([sessions, train.values]), axis=1)  # once per session
+    if pairs.shape[1] == len(np.unique(pairs[0])):
+        raise ModalityError(
+            "no training session with two different items", "co-occurrences", "give text columns, images or vectors"
+        )
+    held = torch.sparse_coo_tensor(
+        torch.from_numpy(pairs), torch.ones(pairs.shape[1]), (len(train), n_rows), check_invariants=True
+    ).coalesce()
+    occurs = torch.bincount(torch.from_numpy(pairs[1]), minlength=n_rows).float().clamp_min(1)
+    together = torch.sparse.mm(held.t(), held).coalesce()  # [row, row]
+    left, right = together.indices()
+    information = torch.log(together.values() * len(train) / (occurs[left] * occurs[right])).clamp_min(0)
+    information[left == right] = 0.0
+    matrix = torch.sparse_coo_tensor(together.indices(), information, together.shape, check_invariants=True)
+    rank = max(1, min(width, catalogue.n_items - 1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vectors, strength, _ = torch.svd_lowrank(matrix, q=min(rank + _OVERSAMPLED, n_rows), niter=4)
+    found = (vectors * strength.sqrt())[:, :rank].numpy().astype(np.float32)
+    present = (np.abs(found).sum(1) > 1e-6) & (np.arange(n_rows) >= FIRST_ITEM_ROW)
+    encoder = {"name": COOCCURRENCE, "model": COOCCURRENCE, "width": rank}
+    return Modality(np.where(present[:, None], found, np.float32(0)), present, encoder)

@@ -1,0 +1,1 @@
+"""A shop and its recommender as Python objects, over the functions of the commands."""

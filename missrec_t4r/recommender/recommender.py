@@ -1,0 +1,314 @@
+"""`Recommender`: train, evaluate, recommend, update and serve in Python.
+
+Every method calls a function of `missrec_t4r.commands`, so that a notebook gives the numbers of a pipeline;
+`Recommender.commands` lists the command lines.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from missrec_t4r import commands
+from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
+from missrec_t4r.errors import BundleError, ConfigError
+from missrec_t4r.io.atomic import atomic_write_dir
+from missrec_t4r.io.json_files import read_json
+from missrec_t4r.progress import reporting
+from missrec_t4r.recommender.evaluation import Evaluation
+from missrec_t4r.recommender.frames import Frame, arrow_table, write_parquet
+from missrec_t4r.recommender.shop import Shop, command_line
+from missrec_t4r.runs.run_folder import RUN_FILE
+from missrec_t4r.schema import ITEM_ID
+from missrec_t4r.serving.client.client import MISSRecClient, read_titles
+from missrec_t4r.serving.triton.repository import write_repository
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from missrec_t4r.serving.triton.local_server import LocalTriton
+
+_RUN, _BUNDLE, _MODELS = "run", "bundle", "models"
+
+
+class Recommender:
+    """A recommender for one shop.
+
+    Parameters
+    ----------
+    recipe : str or path
+        Shipped recipe or YAML file, as in ``missrec train``.
+    folder : path, optional
+        Where run and bundle are kept; that of the shop, in ``models/<recipe>``, by default.
+    device : str
+        ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    **settings
+        Settings that override the recipe, with ``__`` for the dot: ``train__epochs=10``, ``model__d_model=128``.
+
+    Examples
+    --------
+    >>> shop = Shop.from_frames(events, items, text=["title"])                                   # doctest: +SKIP
+    >>> model = Recommender().fit(shop)                                                          # doctest: +SKIP
+    >>> model.recommend(users=["u1", "u2"], k=10)                                                # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        recipe: str | Path = "default",
+        *,
+        folder: str | Path | None = None,
+        device: str = "auto",
+        **settings: Any,
+    ) -> None:
+        self.recipe, self.device = recipe, device
+        self.settings = {name.replace("__", ".", 1): value for name, value in settings.items()}
+        self.folder = None if folder is None else Path(folder)
+        self.shop: Shop | None = None
+        self.commands: list[str] = []
+        self.result: dict[str, Any] = {}
+        """What training returned, as ``missrec train --json`` prints it."""
+        self._bundle: Path | None = None
+        self._client: MISSRecClient | None = None
+
+    def fit(self, shop: Shop) -> Recommender:
+        """Train on a shop, and compare the bundle that is served with the trained model; returns self.
+
+        An interrupted training is resumed by the next call with the same folder.
+
+        Raises
+        ------
+        MISSRecError
+            As ``missrec train`` and ``missrec export`` raise it.
+        """
+        folder = self.folder or shop.folder / "models" / Path(self.recipe).stem
+        call = {"data": shop.data, "out": folder / _RUN, "recipe": self.recipe, "settings": self.settings}
+        with reporting(messages=False):
+            self.result = commands.train(**call, device=self.device)
+            commands.export(folder / _RUN, folder / _BUNDLE)
+        self.folder, self.shop = folder, shop
+        self.commands = [
+            *shop.commands,
+            command_line("train", call),
+            command_line("export", {"run": folder / _RUN, "out": folder / _BUNDLE}),
+        ]
+        self._use(folder / _BUNDLE)
+        return self
+
+    def evaluate(self, shop: Shop | None = None, *, split: str = "test", baselines: bool = True) -> Evaluation:
+        """Rank the whole catalogue for every session of a split, beside the baselines.
+
+        Parameters
+        ----------
+        shop : Shop, optional
+            That of `fit` by default.
+        split : {"test", "valid"}
+        baselines : bool
+            Also tune and rank the baselines.
+        """
+        run = self._run()
+        data = (shop or self._shop()).data
+        with reporting(messages=False):
+            report = commands.evaluate(run, split=split, data=data, baselines=baselines)  # type: ignore[arg-type]
+        return Evaluation(report)
+
+    def recommend(
+        self,
+        users: Sequence[Any] | None = None,
+        sessions: Sequence[Sequence[Any]] | None = None,
+        *,
+        k: int = 10,
+        exclude_seen: bool = True,
+        where: Mapping[str, Any] | None = None,
+        at_most: Mapping[str, int] | None = None,
+        exclude: Sequence[Any] | None = None,
+    ) -> pd.DataFrame:
+        """Recommend the next items.
+
+        Parameters
+        ----------
+        users : sequence of user ids, optional
+            Of the shop that the model was fitted on; all their events count.
+        sessions : sequence of sequences of item ids, optional
+            In place of users: items, oldest first.
+        k : int
+            Items per user or session.
+        exclude_seen : bool
+            Leave out the items of the session.
+        where : mapping, optional
+            Filters over the item table's columns: ``{"in_stock": True, "price": {"max": 20}}``.
+        at_most : mapping of str to int, optional
+            How many recommended items may share a value of a column: ``{"brand": 2}``.
+        exclude : sequence of item ids, optional
+            Never recommend these.
+
+        Returns
+        -------
+        DataFrame
+            One row per recommended item: ``user`` (or ``session``, from 0), ``item``, ``title`` where the item table
+            has one, ``score``, ``rank`` from 1, and ``reason``: the item of the session that contributed most.
+        """
+        import pandas as pd
+
+        if (users is None) == (sessions is None):
+            raise ConfigError(
+                "neither users nor sessions" if users is None else "both users and sessions",
+                "one of them",
+                'write recommend(users=["u1"]) or recommend(sessions=[["P1", "P7"]])',
+            )
+        given = self._shop().histories(users) if users is not None else [list(items) for items in sessions or ()]
+        client, bundle = self._client_of(), self._bundle_of()
+        rules = {name: dict(part) for name, part in (("where", where), ("at_most", at_most)) if part}
+        answers = client.recommend(
+            given, k, exclude_seen=exclude_seen, exclude=exclude, rules=rules or None, reasons=True
+        )
+        titles = read_titles(bundle)
+        rows = []
+        for owner, answer in zip(users if users is not None else range(len(given)), answers, strict=True):
+            reasons = answer.reasons or [None] * len(answer.item_ids)
+            for rank, (item, score, reason) in enumerate(
+                zip(answer.item_ids, answer.scores, reasons, strict=True), start=1
+            ):
+                text = (
+                    "popular" if answer.fallback else "" if reason is None else f"{reason.item_id} ({reason.modality})"
+                )
+                rows.append((owner, item, titles.get(item), score, rank, text))
+        names = ["user" if users is not None else "session", "item", "title", "score", "rank", "reason"]
+        frame = pd.DataFrame(rows, columns=names)
+        return frame if titles else frame.drop(columns="title")
+
+    def similar(self, item: Any, k: int = 10, *, by: str = "session") -> pd.DataFrame:
+        """Return the items most similar to one: ``item``, ``score`` and ``title`` where there is one.
+
+        Parameters
+        ----------
+        item : item id
+        k : int
+        by : {"session", "content"}
+            What people go on to, or what has similar content.
+        """
+        import pandas as pd
+
+        found = commands.similar([item], bundle=self._bundle_of(), top_k=k, by=by)["similar"]  # type: ignore[arg-type]
+        return pd.DataFrame(next(iter(found.values()))).rename(columns={ITEM_ID: "item"})
+
+    def add_items(self, items: Frame) -> dict[str, Any]:
+        """Add, change and retire items without training; their vectors come from the shop's encoders.
+
+        Parameters
+        ----------
+        items : DataFrame, Table or path
+            Columns of the item table; ``retired`` (bool) takes an item out of all recommendations.
+
+        Returns
+        -------
+        dict
+            What changed, as ``missrec catalogue update`` returns it.
+        """
+        shop, bundle = self._shop(), self._bundle_of()
+        table = arrow_table(items, "items")
+        own = shop.columns["item"]
+        if own in table.column_names and own != ITEM_ID:
+            table = table.rename_columns([ITEM_ID if name == own else name for name in table.column_names])
+        with tempfile.TemporaryDirectory() as folder, reporting(messages=False):
+            file = write_parquet(table, Path(folder) / "items.parquet")
+            changed: dict[str, Any] = commands.catalogue_update(file, bundle=bundle, data=shop.data)
+        self._use(bundle)
+        return changed
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the bundle, which `load`, ``missrec score`` and ``missrec deploy`` take; return its folder.
+
+        Raises
+        ------
+        BundleError
+            Something else is in the folder.
+        """
+        with atomic_write_dir(Path(folder), MANIFEST_FILE, "bundle", BundleError) as temporary:
+            shutil.copytree(self._bundle_of(), temporary, dirs_exist_ok=True)
+        return Path(folder)
+
+    @classmethod
+    def load(cls, bundle: str | Path, shop: Shop | None = None) -> Recommender:
+        """Open a bundle, all its files verified.
+
+        Parameters
+        ----------
+        bundle : path
+            Written by `save` or ``missrec export``.
+        shop : Shop, optional
+            For recommendations to its users, and to add items.
+
+        Raises
+        ------
+        BundleError
+            The bundle is damaged.
+        """
+        verify_bundle(bundle)
+        self = cls()
+        self.shop = shop
+        self._use(Path(bundle))
+        return self
+
+    def serve(self, **options: Any) -> LocalTriton:
+        """Return a context manager that runs the embedded Triton server on this machine's loopback interface.
+
+        Parameters
+        ----------
+        **options
+            As for `LocalTriton`, such as ``grpc_port=8001``.
+
+        Examples
+        --------
+        >>> with model.serve() as server, MISSRecClient(server.grpc_url) as client:              # doctest: +SKIP
+        ...     client.recommend([["P00042"]])
+        """
+        from missrec_t4r.serving.triton.local_server import LocalTriton
+
+        bundle = self._bundle_of()
+        repository = (self.folder or Path(tempfile.mkdtemp(prefix="missrec-models-"))) / _MODELS
+        write_repository(bundle, repository)
+        return LocalTriton(repository, **options)
+
+    def __repr__(self) -> str:
+        """Return recipe, items and the validation metric."""
+        if self._bundle is None:
+            return f"Recommender(recipe={str(self.recipe)!r}, not fitted)"
+        reached = self.result.get("prior", {}).get("valid_ndcg@10", self.result.get("valid_ndcg@10"))
+        figure = "" if reached is None else f", validation NDCG@10 {reached:.4f}"
+        return f"Recommender(recipe={str(self.recipe)!r}{figure}, bundle={str(self._bundle)!r})"
+
+    def _use(self, bundle: Path) -> None:
+        if self._client is not None:
+            self._client.close()
+        self._bundle, self._client = bundle, None
+
+    def _bundle_of(self) -> Path:
+        if self._bundle is None:
+            raise ConfigError("a Recommender without a model", "a fitted or loaded one", "call fit(shop) first")
+        return self._bundle
+
+    def _client_of(self) -> MISSRecClient:
+        if self._client is None:
+            self._client = MISSRecClient.of_bundle(self._bundle_of())
+        return self._client
+
+    def _shop(self) -> Shop:
+        if self.shop is None:
+            raise ConfigError(
+                "a Recommender without a shop", "that of fit", "load it with Recommender.load(bundle, shop=shop)"
+            )
+        return self.shop
+
+    def _run(self) -> Path:
+        run = None if self.folder is None else self.folder / _RUN
+        if run is None or not (run / RUN_FILE).is_file():
+            raise ConfigError(
+                "a Recommender without a training run",
+                "a fitted one: a bundle holds what serving needs, not the run",
+                "call fit(shop), or `missrec evaluate --run RUN`",
+            )
+        read_json(run / RUN_FILE)
+        return run

@@ -1,0 +1,219 @@
+"""A shop's events and items as a data folder: what `Recommender.fit` trains on."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from missrec_t4r import commands
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.progress import reporting
+from missrec_t4r.recommender.frames import Frame, arrow_table, write_parquet
+from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID, TIMESTAMP, USER_ID
+
+_EVENTS_FILE, _ITEMS_FILE, _DATA, _COLUMNS_FILE = "events.parquet", "items.parquet", "data", "columns.json"
+
+
+class Shop:
+    """Events, items and their vectors, in one folder. Made by `from_frames`, opened again by `open`.
+
+    Attributes
+    ----------
+    folder : Path
+        Holds the tables that were given, and ``data``, the data folder of ``missrec etl``.
+    commands : list of str
+        The command lines that did the same.
+    """
+
+    def __init__(self, folder: Path, columns: Mapping[str, str], commands: Sequence[str] = ()) -> None:
+        self.folder, self.columns, self.commands = folder, dict(columns), list(commands)
+
+    @classmethod
+    def from_frames(
+        cls,
+        events: Frame,
+        items: Frame | None = None,
+        *,
+        user: str = USER_ID,
+        item: str = ITEM_ID,
+        time: str = TIMESTAMP,
+        text: Sequence[str] | str = (),
+        image: str | None = None,
+        images: str | Path | None = None,
+        vectors: Mapping[str, npt.ArrayLike] | None = None,
+        folder: str | Path | None = None,
+        text_encoder: str = "classical",
+        image_encoder: str = "classical",
+        **etl: Any,
+    ) -> Shop:
+        """Build sessions, catalogue and vectors from tables.
+
+        Parameters
+        ----------
+        events : DataFrame, Table or path
+            One row per event. Other columns than the three become event features.
+        items : DataFrame, Table or path, optional
+            One row per item. Without it, the items of the events.
+        user, item, time : str
+            Columns of the events. The item table has its ids in ``item`` too, or in ``item_id``.
+        text : str or sequence of str
+            Columns of the item table that are joined to the item's text.
+        image : str, optional
+            Column with the path of the item's picture, relative to ``images``.
+        images : path, optional
+            Folder of pictures; without ``image`` a picture is found by the item's id.
+        vectors : mapping of str to array [item, width], optional
+            Vectors by modality, rows as in ``items``; an all-zero row means "missing".
+        folder : path, optional
+            Where everything is kept; a temporary folder by default, which is removed with the process.
+        text_encoder, image_encoder : str
+            As in ``missrec features``.
+        **etl
+            Settings of `missrec_t4r.commands.etl`, such as ``k_core=5`` or ``split="time"``.
+
+        Notes
+        -----
+        Items without text, picture and vectors get the modality ``cooccurrence`` (``missrec features --cooccurrence``),
+        from the sessions of the training split that they share.
+
+        Raises
+        ------
+        DataError, SchemaError, ConfigError
+            As ``missrec etl`` and ``missrec features`` raise them.
+        """
+        text = [text] if isinstance(text, str) else list(text)
+        at = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="missrec-shop-"))
+        event_table = _require(arrow_table(events, "events"), (user, item, time), "events")
+        if items is None:
+            item_table = pa.table({item: pc.drop_null(pc.unique(event_table[item]))})
+        else:
+            item_table = _require(arrow_table(items, "items"), text + ([image] if image else []), "items")
+        files = {
+            "events": write_parquet(event_table, at / _EVENTS_FILE),
+            "items": write_parquet(item_table, at / _ITEMS_FILE),
+        }
+        modality = {}
+        for name, values in (vectors or {}).items():
+            modality[name] = at / f"{name}.npy"
+            np.save(modality[name], np.asarray(values, dtype=np.float32))
+        done = []
+        with reporting(messages=False):
+            options = {"user_column": user, "item_column": item, "time_column": time, "modality": modality, **etl}
+            commands.etl(files["events"], files["items"], at / _DATA, **options)
+            done.append(
+                command_line(
+                    "etl", {"interactions": files["events"], "items": files["items"], "out": at / _DATA, **options}
+                )
+            )
+            if text or image or images is not None:
+                settings = {
+                    "text_columns": text,
+                    "image_column": image,
+                    "images": images,
+                    "text_encoder": text_encoder,
+                    "image_encoder": image_encoder,
+                }
+                commands.features(at / _DATA, **settings)
+                done.append(command_line("features", {"data": at / _DATA, **settings}))
+            elif not modality:
+                commands.features(at / _DATA, cooccurrence=True)
+                done.append(command_line("features", {"data": at / _DATA, "cooccurrence": True}))
+        columns = {"user": user, "item": item, "time": time}
+        write_json(at / _COLUMNS_FILE, columns)
+        return cls(at, columns, done)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Shop:
+        """Open the folder of an earlier `from_frames`.
+
+        Raises
+        ------
+        DataError
+            It is none.
+        """
+        folder = Path(folder)
+        if not (folder / _COLUMNS_FILE).is_file():
+            raise DataError(f"{folder} holds no {_COLUMNS_FILE}", "a folder of Shop.from_frames(..., folder=...)")
+        return cls(folder, read_json(folder / _COLUMNS_FILE))
+
+    @property
+    def data(self) -> Path:
+        """The data folder, as ``missrec etl`` writes it."""
+        return self.folder / _DATA
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The items and their vectors."""
+        return Catalogue.load(self.data / CATALOGUE_FOLDER)
+
+    def histories(self, users: Sequence[Any]) -> list[list[Any]]:
+        """Return the items of every user, oldest first; events of the same time keep their order.
+
+        Raises
+        ------
+        DataError
+            A user without an event.
+        """
+        names = [self.columns[name] for name in ("user", "item", "time")]
+        table = pq.read_table(self.folder / _EVENTS_FILE, columns=names)
+        own = table.filter(pc.is_in(table[names[0]], pa.array(list(users)).cast(table[names[0]].type)))
+        own = own.append_column("order", pa.array(range(own.num_rows)))
+        own = own.sort_by([(names[2], "ascending"), ("order", "ascending")])
+        histories: dict[Any, list[Any]] = {user: [] for user in users}
+        for user, item in zip(own[names[0]].to_pylist(), own[names[1]].to_pylist(), strict=True):
+            histories[user].append(item)
+        if unknown := [user for user in users if not histories[user]]:
+            raise DataError(
+                f"users without an event: {', '.join(map(str, unknown[:5]))}",
+                "users of the shop",
+                "pass sessions=[[...]] for new ones",
+            )
+        return list(histories.values())
+
+    def __repr__(self) -> str:
+        """Return sizes and modalities."""
+        catalogue = self.catalogue
+        n_events = pq.read_metadata(self.folder / _EVENTS_FILE).num_rows
+        names = ", ".join(catalogue.modalities) or "no vectors"
+        return f"Shop({n_events:,} events, {catalogue.n_items:,} items, {names}, folder={str(self.folder)!r})"
+
+
+def command_line(command: str, options: Mapping[str, Any]) -> str:
+    """Return the command line of a call; options that are None, empty or False are left out.
+
+    >>> command_line("train", {"data": "work/data", "settings": {"train.epochs": 3}, "resume": True})
+    'missrec train --data work/data --set train.epochs=3'
+    """
+    words = ["missrec", command]
+    for name, value in options.items():
+        option = "--" + {"settings": "set"}.get(name, name.replace("_", "-"))
+        if value is None or value is False or value == "" or (name, value) == ("resume", True):
+            continue
+        if isinstance(value, Mapping):
+            words += [word for key, part in value.items() for word in (option, f"{key}={part}")]
+        elif isinstance(value, list | tuple):
+            words += [option, ",".join(map(str, value))] if value else []
+        else:
+            words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)
+
+
+def _require(table: pa.Table, columns: Sequence[str], name: str) -> pa.Table:
+    if missing := [column for column in columns if column not in table.column_names]:
+        raise SchemaError(
+            f"{name} without {', '.join(missing)}",
+            f"columns of the table: {', '.join(table.column_names)}",
+            "name yours: Shop.from_frames(..., user=, item=, time=, text=, image=)",
+        )
+    return table

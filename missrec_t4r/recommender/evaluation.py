@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from missrec_t4r.etl.quality.charts import bars
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_STYLE = (
+    "<style>.missrec svg{width:380px;margin:4px}.missrec .bar{fill:#3b6ea5}.missrec .grid{stroke:#8886}"
+    ".missrec text{font:12px sans-serif;fill:currentColor}</style>"
+)
 METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
 
 
@@ -34,36 +42,14 @@ class Evaluation:
         ]
         return pd.DataFrame(rows).set_index(["protocol", "system"])
 
-    def plot(self, metric: str = "ndcg@10") -> Any:
-        """Draw the systems' values of a metric with their 95 % intervals; return matplotlib's axes.
-
-        Raises
-        ------
-        ImportError
-            matplotlib is not installed.
-        """
-        import matplotlib.pyplot as plt
-
-        protocols = self.report["protocols"]
-        figure, axes = plt.subplots(
-            1, len(protocols), figsize=(4 * len(protocols), 3), sharey=True, layout="constrained"
-        )
-        panels = list(getattr(axes, "flat", [axes]))
-        for axis, (protocol, systems) in zip(panels, protocols.items(), strict=True):
-            names = list(systems)
-            values = [systems[name][metric] or 0.0 for name in names]
-            intervals = [
-                systems[name]["interval"].get(metric) or (value, value)
-                for name, value in zip(names, values, strict=True)
-            ]
-            errors = [[max(v - low, 0.0) for v, (low, _) in zip(values, intervals, strict=True)]]
-            errors.append([max(high - v, 0.0) for v, (_, high) in zip(values, intervals, strict=True)])
-            axis.barh(names, values, xerr=errors, color=["#3b6ea5"] + ["#b8c4d0"] * (len(names) - 1))
-            axis.set_title(protocol.replace("_", " "))
-            axis.set_xlabel(metric)
-        panels[0].invert_yaxis()
-        figure.suptitle(f"{self.report['n_users']:,} users of {self.report['split']}")
-        return axes
+    def plot(self, metric: str = "ndcg@10") -> Chart:
+        """Return bar charts of a metric, one per protocol and one bar per system; drawn by a notebook."""
+        panels = []
+        for protocol, systems in self.report["protocols"].items():
+            values = [float(measured.get(metric) or 0.0) for measured in systems.values()]
+            drawn = bars(list(systems), values, x_title=protocol.replace("_", " "), y_title=metric)
+            panels.append(drawn)
+        return Chart(f"{self.report['n_users']:,} users of {self.report['split']}", panels)
 
     def _repr_html_(self) -> str:
         return str(self.to_frame().style.format("{:.4f}", na_rep="-").to_html())
@@ -71,3 +57,18 @@ class Evaluation:
     def __repr__(self) -> str:
         """Return the table as text."""
         return str(self.to_frame().round(4))
+
+
+class Chart:
+    """Charts beside each other, as HTML with SVG: a notebook shows them, `save` writes them to a file."""
+
+    def __init__(self, title: str, panels: Sequence[str]) -> None:
+        self.title, self.panels = title, list(panels)
+
+    def _repr_html_(self) -> str:
+        return f'{_STYLE}<div class="missrec"><p>{escape(self.title)}</p>{"".join(self.panels)}</div>'
+
+    def save(self, file: str | Path) -> None:
+        """Write a page of its own."""
+        page = f"<!doctype html><meta charset='utf-8'><title>{escape(self.title)}</title>{self._repr_html_()}"
+        Path(file).write_text(page, encoding="utf-8")

@@ -111,7 +111,7 @@ class Recommender:
         run = self._run()
         data = (shop or self._shop()).data
         with reporting(messages=False):
-            report = commands.evaluate(run, split=split, data=data, baselines=baselines)  # type: ignore[arg-type]
+            report = commands.evaluate(run, split=split, data=data, baselines=baselines)
         return Evaluation(report)
 
     def recommend(
@@ -164,17 +164,13 @@ class Recommender:
         answers = client.recommend(
             given, k, exclude_seen=exclude_seen, exclude=exclude, rules=rules or None, reasons=True
         )
-        titles = read_titles(bundle)
-        rows = []
+        titles: dict[Any, str] = dict(read_titles(bundle))
+        rows: list[tuple[Any, ...]] = []
         for owner, answer in zip(users if users is not None else range(len(given)), answers, strict=True):
-            reasons = answer.reasons or [None] * len(answer.item_ids)
-            for rank, (item, score, reason) in enumerate(
-                zip(answer.item_ids, answer.scores, reasons, strict=True), start=1
-            ):
-                text = (
-                    "popular" if answer.fallback else "" if reason is None else f"{reason.item_id} ({reason.modality})"
-                )
-                rows.append((owner, item, titles.get(item), score, rank, text))
+            reasons = [f"{reason.item_id} ({reason.modality})" for reason in answer.reasons]
+            reasons = reasons or ["popular" if answer.fallback else ""] * len(answer.item_ids)
+            for rank, (item, score) in enumerate(zip(answer.item_ids, answer.scores, strict=True)):
+                rows.append((owner, item, titles.get(item), score, rank + 1, reasons[rank]))
         names = ["user" if users is not None else "session", "item", "title", "score", "rank", "reason"]
         frame = pd.DataFrame(rows, columns=names)
         return frame if titles else frame.drop(columns="title")
@@ -191,7 +187,7 @@ class Recommender:
         """
         import pandas as pd
 
-        found = commands.similar([item], bundle=self._bundle_of(), top_k=k, by=by)["similar"]  # type: ignore[arg-type]
+        found = commands.similar([item], bundle=self._bundle_of(), top_k=k, by=by)["similar"]
         return pd.DataFrame(next(iter(found.values()))).rename(columns={ITEM_ID: "item"})
 
     def add_items(self, items: Frame) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 import missrec_t4r as mr
 from missrec_t4r.cli.app import app
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.etl.quality.charts import number
 
 N_USERS, N_ITEMS = 60, 40
 WORDS = ("lamp", "desk", "chair", "shelf", "rug")
@@ -92,6 +93,9 @@ def test_an_evaluation_is_a_table(model: mr.Recommender) -> None:
     assert {"model", "item_knn", "popularity"} <= set(frame.index.get_level_values("system"))
     assert frame["ndcg@10"].between(0, 1).all()
     assert "<table" in found._repr_html_()
+    drawn = found.plot("recall@10")._repr_html_()
+    assert drawn.count("<svg") == len(found.report["protocols"])
+    assert f"item_knn: {number(frame.loc[(next(iter(found.report['protocols'])), 'item_knn'), 'recall@10'])}" in drawn
     assert found.report["split"] == "test"
 
 

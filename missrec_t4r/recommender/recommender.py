@@ -23,6 +23,7 @@ from missrec_t4r.recommender.frames import Frame, arrow_table, write_parquet
 from missrec_t4r.recommender.shop import Shop, command_line
 from missrec_t4r.runs.run_folder import RUN_FILE
 from missrec_t4r.schema import ITEM_ID
+from missrec_t4r.serving.batch.score import event_feature_names
 from missrec_t4r.serving.client.client import MISSRecClient, read_titles
 from missrec_t4r.serving.triton.repository import write_repository
 
@@ -130,9 +131,9 @@ class Recommender:
         Parameters
         ----------
         users : sequence of user ids, optional
-            Of the shop that the model was fitted on; all their events count.
+            Of the shop that the model was fitted on; all their events count, with their event features.
         sessions : sequence of sequences of item ids, optional
-            In place of users: items, oldest first.
+            In place of users: items, oldest first; their event features count as missing.
         k : int
             Items per user or session.
         exclude_seen : bool
@@ -158,11 +159,16 @@ class Recommender:
                 "one of them",
                 'write recommend(users=["u1"]) or recommend(sessions=[["P1", "P7"]])',
             )
-        given = self._shop().histories(users) if users is not None else [list(items) for items in sessions or ()]
         client, bundle = self._client_of(), self._bundle_of()
+        event_features: list[dict[str, list[Any]]] = []
+        if users is not None:
+            given, event_features = self._shop().histories(users, event_feature_names(bundle))
+        else:
+            given = [list(items) for items in sessions or ()]
+        side = event_features if any(event_features) else None
         rules = {name: dict(part) for name, part in (("where", where), ("at_most", at_most)) if part}
         answers = client.recommend(
-            given, k, exclude_seen=exclude_seen, exclude=exclude, rules=rules or None, reasons=True
+            given, k, exclude_seen=exclude_seen, exclude=exclude, rules=rules or None, reasons=True, side=side
         )
         titles: dict[Any, str] = dict(read_titles(bundle))
         rows: list[tuple[Any, ...]] = []

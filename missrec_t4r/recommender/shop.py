@@ -157,29 +157,42 @@ class Shop:
         """The items and their vectors."""
         return Catalogue.load(self.data / CATALOGUE_FOLDER)
 
-    def histories(self, users: Sequence[Any]) -> list[list[Any]]:
-        """Return the items of every user, oldest first; events of the same time keep their order.
+    def histories(
+        self, users: Sequence[Any], event_features: Sequence[str] = ()
+    ) -> tuple[list[list[Any]], list[dict[str, list[Any]]]]:
+        """Return the items of every user, oldest first, and the values of event columns beside them.
+
+        Parameters
+        ----------
+        users : sequence of user ids
+        event_features : sequence of str
+            Columns of the events; those that the table lacks are left out.
 
         Raises
         ------
         DataError
             A user without an event.
         """
-        names = [self.columns[name] for name in ("user", "item", "time")]
-        table = pq.read_table(self.folder / _EVENTS_FILE, columns=names)
-        own = table.filter(pc.is_in(table[names[0]], pa.array(list(users)).cast(table[names[0]].type)))
-        own = own.append_column("order", pa.array(range(own.num_rows)))
-        own = own.sort_by([(names[2], "ascending"), ("order", "ascending")])
-        histories: dict[Any, list[Any]] = {user: [] for user in users}
-        for user, item in zip(own[names[0]].to_pylist(), own[names[1]].to_pylist(), strict=True):
-            histories[user].append(item)
-        if unknown := [user for user in users if not histories[user]]:
+        user, item, time = (self.columns[name] for name in ("user", "item", "time"))
+        file = self.folder / _EVENTS_FILE
+        features = [name for name in event_features if name in pq.read_schema(file).names]
+        table = pq.read_table(file, columns=[user, item, time, *features])
+        own = table.filter(pc.is_in(table[user], pa.array(list(users)).cast(table[user].type)))
+        own = own.append_column("__order", pa.array(range(own.num_rows)))  # events of the same time keep their order
+        own = own.sort_by([(time, "ascending"), ("__order", "ascending")])
+        at: dict[Any, list[int]] = {one: [] for one in users}
+        for index, one in enumerate(own[user].to_pylist()):
+            at[one].append(index)
+        if unknown := [one for one in users if not at[one]]:
             raise DataError(
                 f"users without an event: {', '.join(map(str, unknown[:5]))}",
                 "users of the shop",
                 "pass sessions=[[...]] for new ones",
             )
-        return list(histories.values())
+        columns = {name: own[name].to_pylist() for name in (item, *features)}
+        items = [[columns[item][index] for index in at[one]] for one in users]
+        values = [{name: [columns[name][index] for index in at[one]] for name in features} for one in users]
+        return items, values
 
     def __repr__(self) -> str:
         """Return sizes and modalities."""

@@ -78,6 +78,22 @@ def test_users_are_their_events_in_time_order(model: mr.Recommender, tables: Any
     np.testing.assert_allclose(by_user["score"], by_session["score"], atol=1e-6)
 
 
+def test_event_features_of_users_reach_the_model(tables: Any, tmp_path: Path) -> None:
+    events, items = tables
+    bought = events.assign(event_type=np.where(events["zeit"] % 120 == 0, "buy", "view"))
+    names = {"user": "kunde", "item": "artikel", "time": "zeit"}
+    shop = mr.Shop.from_frames(bought, items, **names, text="title", folder=tmp_path)
+    model = mr.Recommender("tiny", train__epochs=1, model__event_features="event_type").fit(shop)
+    own = bought[bought["kunde"] == "u4"].sort_values("zeit")
+    assert shop.histories(["u4"], ["event_type", "absent"]) == (
+        [own["artikel"].tolist()],
+        [{"event_type": own["event_type"].tolist()}],
+    )
+    with_features = model.recommend(users=["u4"], k=N_ITEMS)
+    without = model.recommend(sessions=[own["artikel"].tolist()], k=N_ITEMS)
+    assert not np.allclose(with_features["score"], without["score"], atol=1e-6)
+
+
 def test_filters_hold_and_seen_items_may_be_kept(model: mr.Recommender, tables: Any) -> None:
     _, items = tables
     stocked = set(items.loc[items["in_stock"], "artikel"])

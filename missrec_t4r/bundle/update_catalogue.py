@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -94,8 +95,8 @@ def update_catalogue(
     Returns
     -------
     dict
-        Previous and new version, numbers of added, changed and retired items, and the largest score difference of the
-        check.
+        Previous and new version, numbers of added, changed, unchanged and retired items, and the largest score
+        difference of the check.
 
     Raises
     ------
@@ -110,6 +111,26 @@ def update_catalogue(
     table = items if isinstance(items, pa.Table) else read_items(Path(items))
     rows = _rows_of(old.catalogue, table)
     given = {name: _vectors(name, part, old.catalogue, table.num_rows) for name, part in (modalities or {}).items()}
+    differs = _differs(old.catalogue, table, rows, given)
+    unchanged = int((~differs).sum())
+    if unchanged:  # an export of the whole catalogue, for example
+        table, rows = table.filter(pa.array(differs)), rows[differs]
+        given = {name: vectors[differs] for name, vectors in given.items()}
+    if not len(rows):
+        log.info(f"{folder} holds these {unchanged:,} items as they are: nothing to do")
+        return ({"dry_run": True} if dry_run else {}) | {
+            "bundle": str(folder),
+            "updated": False,
+            "catalogue_version": before,
+            "previous": before,
+            "items": old.catalogue.n_items,
+            "added": 0,
+            "changed": 0,
+            "unchanged": unchanged,
+            "retired": int(_retired(old.catalogue).sum()),
+            "largest_difference": 0.0,
+            "seconds": round(time.monotonic() - started, 2),
+        }
     log.info(f"writing the catalogue with {table.num_rows} new, changed or retired items")
     with temporary_dir(folder) as temporary:
         temporary.chmod(0o755)
@@ -133,6 +154,7 @@ def update_catalogue(
         "items": extended.n_items,
         "added": added,
         "changed": len(rows) - added,
+        "unchanged": unchanged,
         "retired": int(_retired(extended).sum()),
         "largest_difference": largest,
         "seconds": round(time.monotonic() - started, 2),
@@ -198,6 +220,47 @@ def _rows_of(catalogue: Catalogue, table: pa.Table) -> Ints:
     return rows
 
 
+def _differs(catalogue: Catalogue, table: pa.Table, rows: Ints, given: Mapping[str, Floats]) -> Bools:
+    """Return which rows of the table are new, or hold another value or vector than the catalogue, [table row]."""
+    is_old = rows < catalogue.n_rows
+    differs, at = ~is_old, rows[is_old]
+    changed = np.zeros(len(at), bool)
+    for name in table.column_names:
+        if name in (ITEM_ID, TRAIN_COUNT):
+            continue
+        new = one_array(table[name]).filter(pa.array(is_old))
+        if name in catalogue.items.column_names:
+            old = one_array(catalogue.items[name]).take(pa.array(at - FIRST_ITEM_ROW))
+            changed |= _unequal(old, _cast(new, old.type, name))
+        else:
+            changed |= new.is_valid().to_numpy(zero_copy_only=False)
+    for name, vectors in given.items():
+        modality, own = catalogue.modalities[name], vectors[is_old]
+        other = (modality.vectors[at] != own).any(1) | ~modality.present[at]
+        changed |= other & ~np.isnan(own).any(1)
+    differs[is_old] = changed
+    return differs
+
+
+def _unequal(old: pa.Array, new: pa.Array) -> Bools:
+    """Return where two columns differ; two nulls, or two NaN, are equal."""
+    try:
+        unequal = pc.fill_null(pc.not_equal(old, new), False).to_numpy(zero_copy_only=False)
+    except pa.ArrowNotImplementedError:  # lists and structs
+        return np.array([one != other for one, other in zip(old.to_pylist(), new.to_pylist(), strict=True)], bool)
+    if pa.types.is_floating(old.type):
+        unequal &= ~pc.fill_null(pc.and_(pc.is_nan(old), pc.is_nan(new)), False).to_numpy(zero_copy_only=False)
+    return np.asarray(unequal | pc.xor(old.is_null(), new.is_null()).to_numpy(zero_copy_only=False), bool)
+
+
+def _cast(column: pa.Array, dtype: pa.DataType, name: str) -> pa.Array:
+    """Return a column of the table in the catalogue's type."""
+    try:
+        return column.cast(dtype)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"column {name!r} of type {column.type}", f"{dtype}, as in the catalogue") from error
+
+
 def _vectors(name: str, part: Path | Floats, catalogue: Catalogue, n_lines: int) -> Floats:
     if name not in catalogue.modalities:
         raise ModalityError(f"modality {name!r}", f"one of {', '.join(catalogue.modalities)}: the model has no other")
@@ -252,10 +315,7 @@ def _column(name: str, catalogue: Catalogue, table: pa.Table, rows: Ints, n_rows
         new = pa.array([0], dtype) if name == TRAIN_COUNT else pa.nulls(1, dtype)  # of every new item
         source = np.minimum(source, len(old))
     else:
-        try:
-            new = one_array(table[name]).cast(dtype)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise DataError(f"column {name!r} of type {table[name].type}", f"{dtype}, as in the catalogue") from error
+        new = _cast(one_array(table[name]), dtype, name)
         source[rows - FIRST_ITEM_ROW] = len(old) + np.arange(len(rows))
     return pa.concat_arrays([old, new]).take(pa.array(source))
 

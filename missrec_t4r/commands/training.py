@@ -113,7 +113,8 @@ def train(
         return run()
     made_from = {"recipe": recipe, "settings": settings, "trainer": trainer, "freeze": freeze, "take": take}
     key = _key([data], {**made_from, "device": device}, start_from or warm_start)
-    return _cached(run, Path(out), key, resume, dry_run)
+    own_recipe = None if warm_start and recipe is None else Recipe.load(name, settings)  # else the earlier run's
+    return _cached(run, Path(out), key, resume, dry_run, own_recipe)
 
 
 def pretrain(
@@ -162,7 +163,7 @@ def pretrain(
         return run()
     folders = named_folders(data)
     key = _key(list(folders.values()), {**start, "domains": list(folders), "device": device}, None)
-    return _cached(run, Path(out), key, resume, dry_run)
+    return _cached(run, Path(out), key, resume, dry_run, Recipe.load(recipe, settings))
 
 
 def _key(data: Sequence[str | Path], settings: Mapping[str, Any], source: str | Path | None) -> str:
@@ -174,15 +175,32 @@ def _key(data: Sequence[str | Path], settings: Mapping[str, Any], source: str | 
     return run_key([Path(folder) for folder in data], recorded, None if source is None else Path(source))
 
 
-def _cached(run: Callable[[], dict[str, Any]], out: Path, key: str, resume: bool, dry_run: bool) -> dict[str, Any]:
-    """Return the result of the finished run in ``out``, if it has this key; else run, and store the result."""
-    from missrec_t4r.runs.run_cache import lookup, store
+def _cached(
+    run: Callable[[], dict[str, Any]], out: Path, key: str, resume: bool, dry_run: bool, recipe: Recipe | None
+) -> dict[str, Any]:
+    """Return the result of the finished run in ``out``, if it has this key; else run, and store the result.
+
+    Raises
+    ------
+    ConfigError
+        ``out`` holds a finished run with other settings, which only ``--restart`` replaces.
+    """
+    from missrec_t4r.runs.run_cache import differences, lookup, store
+    from missrec_t4r.runs.run_folder import RUN_FILE
     from missrec_t4r.training import distributed
 
     result = lookup(out, key) if resume else None
     if result is not None:
         log.info(f"{out} is a finished run of the same data and settings; --restart trains again")
         return {**result, "found": True} | ({"dry_run": True} if dry_run else {})
+    if resume and recipe is not None and (out / RUN_FILE).is_file():
+        if changed := differences(out, recipe):
+            raise ConfigError(
+                f"{out} holds a finished run with other settings: {', '.join(changed)}",
+                "a new folder, or the settings of that run",
+                "give another --out, or --restart to replace the run",
+            )
+        log.info(f"{out} holds a finished run of other data or code: it is replaced")
     result = run()
     if not dry_run and distributed.launched().rank == 0:
         store(out, key, result)

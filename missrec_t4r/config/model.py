@@ -122,29 +122,35 @@ class MISSRecConfig:
     def __post_init__(self) -> None:
         check_types(self)
         wrong = [
-            (self.d_model % self.n_head != 0, f"--d-model {self.d_model} is no multiple of --n-head {self.n_head}"),
-            (min(self.d_model, self.n_head, self.d_feedforward, self.max_sequence_length) < 1, "a size is below 1"),
-            (self.n_encoder_layers < 0 or self.n_decoder_layers < 1, "--n-decoder-layers must be at least 1"),
-            (not 0 <= self.dropout < 1, f"--dropout {self.dropout} is outside [0, 1)"),
-            (self.n_neighbours < 0, f"--n-neighbours {self.n_neighbours} is negative"),
-            (self.n_similar_items < 0, f"--n-similar-items {self.n_similar_items} is negative"),
-            (self.cold_start_exposure < 0, f"--cold-start-exposure {self.cold_start_exposure} is negative"),
-            (self.temperature <= 0, f"--temperature {self.temperature} is not positive"),
-            (not 0 < self.interest_ratio <= 1, f"--interest-ratio {self.interest_ratio} is outside (0, 1]"),
-            (not 0 <= self.modality_dropout < 1, f"--modality-dropout {self.modality_dropout} is outside [0, 1)"),
-            (not 0 <= self.id_dropout < 1, f"--id-dropout {self.id_dropout} is outside [0, 1)"),
-            (self.event_feature_width < 1, f"--event-feature-width {self.event_feature_width} is below 1"),
+            (
+                self.d_model % self.n_head != 0,
+                f"model.d_model {self.d_model} is no multiple of model.n_head {self.n_head}",
+            ),
+            (
+                min(self.d_model, self.n_head, self.d_feedforward, self.max_sequence_length) < 1,
+                "model.d_model, n_head, d_feedforward or max_sequence_length is below 1",
+            ),
+            (self.n_encoder_layers < 0 or self.n_decoder_layers < 1, "model.n_decoder_layers must be at least 1"),
+            (not 0 <= self.dropout < 1, f"model.dropout {self.dropout} is outside [0, 1)"),
+            (self.n_neighbours < 0, f"model.n_neighbours {self.n_neighbours} is negative"),
+            (self.n_similar_items < 0, f"model.n_similar_items {self.n_similar_items} is negative"),
+            (self.cold_start_exposure < 0, f"model.cold_start_exposure {self.cold_start_exposure} is negative"),
+            (self.temperature <= 0, f"model.temperature {self.temperature} is not positive"),
+            (not 0 < self.interest_ratio <= 1, f"model.interest_ratio {self.interest_ratio} is outside (0, 1]"),
+            (not 0 <= self.modality_dropout < 1, f"model.modality_dropout {self.modality_dropout} is outside [0, 1)"),
+            (not 0 <= self.id_dropout < 1, f"model.id_dropout {self.id_dropout} is outside [0, 1)"),
+            (self.event_feature_width < 1, f"model.event_feature_width {self.event_feature_width} is below 1"),
             (
                 not 0 <= self.event_feature_dropout < 1,
-                f"--event-feature-dropout {self.event_feature_dropout} is outside [0, 1)",
+                f"model.event_feature_dropout {self.event_feature_dropout} is outside [0, 1)",
             ),
             (
                 self.attention == "causal" and self.sequence_fusion == "contextual",
-                "--sequence-fusion contextual needs --attention bidirectional",
+                "model.sequence_fusion contextual needs model.attention bidirectional",
             ),
             (
                 self.padding_candidate and self.missing_modality == "masked",
-                "--padding-candidate needs --missing-modality zero_row",
+                "model.padding_candidate needs model.missing_modality zero_row",
             ),
         ]
         refuse([error for is_wrong, error in wrong if is_wrong])

@@ -87,15 +87,21 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         wrong = [
-            (self.learning_rate <= 0, f"--learning-rate {self.learning_rate} is not positive"),
-            (min(self.batch_size, self.epochs, self.patience, self.next_items) < 1, "a count is below 1"),
-            (min(self.accumulate, self.negatives, self.chunk_size) < 1, "accumulate, negatives or chunk_size below 1"),
+            (self.learning_rate <= 0, f"train.learning_rate {self.learning_rate} is not positive"),
+            (
+                min(self.batch_size, self.epochs, self.patience, self.next_items) < 1,
+                "train.batch_size, epochs, patience or next_items is below 1",
+            ),
+            (
+                min(self.accumulate, self.negatives, self.chunk_size) < 1,
+                "train.accumulate, negatives or chunk_size is below 1",
+            ),
             (
                 min(self.clip_norm, self.checkpoint_minutes, self.max_minutes) < 0,
-                "clip_norm, checkpoint_minutes or max_minutes is negative",
+                "train.clip_norm, checkpoint_minutes or max_minutes is negative",
             ),
-            (not 0 <= self.reverse_probability <= 1, "--reverse-probability is outside [0, 1]"),
-            (not 0 <= self.ema_decay < 1, f"--ema-decay {self.ema_decay} is outside [0, 1)"),
+            (not 0 <= self.reverse_probability <= 1, "train.reverse_probability is outside [0, 1]"),
+            (not 0 <= self.ema_decay < 1, f"train.ema_decay {self.ema_decay} is outside [0, 1)"),
         ]
         refuse([error for is_wrong, error in wrong if is_wrong])
 

@@ -1,14 +1,28 @@
-"""Explanations: the session's item, and the modality, with the largest influence on a recommended item's score."""
+"""Explanations: the session's item, and the modality or term, with the largest influence on a recommended item's score.
+
+The score is that of the network plus the score terms. If leaving the item out lowers the item-kNN term by more than the
+network's score, the recommended item is *bought together* with it; otherwise the network's modality is named. Of the
+network's score the part counts that the average item does not get: only that part changes a ranking.
+"""
 
 from __future__ import annotations
 
+from typing import Final, NamedTuple
+
 import numpy as np
 import torch
+from torch import Tensor
 
-from missrec_t4r.arrays import Ints
+from missrec_t4r.arrays import Doubles, Ints
 from missrec_t4r.data.event_features import EventArrays, compact_event_features
+from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.retrieval.ranker import Ranker, compact
-from missrec_t4r.schema import PADDING_ROW
+from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW
+
+BOUGHT_TOGETHER: Final = -2
+"""In place of a modality: the item-kNN term made more of the score than the network."""
+_N_AVERAGED = 256
+"""Items of the catalogue whose mean network score stands for that of the average item."""
 
 
 @torch.inference_mode()
@@ -31,8 +45,8 @@ def reasons(ranker: Ranker, rows: Ints, given: Ints, event_features: EventArrays
     items : ndarray [item], int64
         The item of the session without which the recommended item's score would be lowest; 0 for a fallback.
     modalities : ndarray [item], int64
-        Index of the modality with the largest weight in the score, -1 for the ID embedding alone or for a
-        fallback.
+        Index of the modality with the largest weight in the network's score, -1 for the ID embedding alone or for a
+        fallback; `BOUGHT_TOGETHER` where that session item counts for more in the item-kNN term than in the network.
     """
     length = ranker.max_sequence_length
     known, aligned = compact(rows, length), compact_event_features(event_features or {}, rows, length)
@@ -42,12 +56,42 @@ def reasons(ranker: Ranker, rows: Ints, given: Ints, event_features: EventArrays
         return items, np.full(len(given), -1)
     candidates = torch.from_numpy(given).to(ranker.device)[None]
     modalities = ranker.table.leading(ranker.encode(known, aligned), candidates)[0].cpu().numpy()
+    whole, nothing = _parts(ranker, known, aligned, candidates), np.zeros(len(given))
+    without = _Parts(nothing, nothing, nothing)
     for item in own:  # one at a time: every session needs a score per row of the catalogue
         rest = np.where(known == item, PADDING_ROW, known)
         if not rest.any():
-            return np.full(len(given), item), modalities
-        query = ranker.query(compact(rest, length), compact_event_features(aligned, rest, length))
-        scores = ranker.table.exact(query.vectors, candidates) + query.added.gather(1, candidates)
-        score = scores[0].cpu().numpy()
-        items, lowest = np.where(score < lowest, item, items), np.minimum(score, lowest)
-    return items, modalities
+            items = np.full(len(given), item)
+            break
+        one = _parts(ranker, compact(rest, length), compact_event_features(aligned, rest, length), candidates)
+        is_lower = one.score < lowest
+        items, lowest = np.where(is_lower, item, items), np.minimum(one.score, lowest)
+        without = _Parts(*(np.where(is_lower, mine, best) for mine, best in zip(one, without, strict=True)))
+    by_network, by_co_occurrence = whole.network - without.network, whole.item_knn - without.item_knn
+    is_co_occurrence = (by_co_occurrence > 0) & (by_co_occurrence > by_network)
+    return items, np.where(is_co_occurrence, BOUGHT_TOGETHER, modalities)
+
+
+class _Parts(NamedTuple):
+    """Scores of the recommended items, [item]."""
+
+    score: Doubles
+    network: Doubles
+    """Above the mean of `_N_AVERAGED` items of the catalogue."""
+    item_knn: Doubles
+
+
+def _parts(ranker: Ranker, known: Ints, event_features: EventArrays, candidates: Tensor) -> _Parts:
+    query = ranker.query(known, event_features)
+    network = ranker.table.exact(query.vectors, candidates)
+    added = query.added.gather(1, candidates)
+    n_rows = ranker.table.n_rows
+    sample = np.unique(np.linspace(FIRST_ITEM_ROW, n_rows - 1, min(_N_AVERAGED, n_rows - FIRST_ITEM_ROW)).astype(int))
+    average = ranker.table.exact(query.vectors, torch.from_numpy(sample).to(candidates)[None]).mean()
+    term = terms_of(ranker.model).item_knn
+    counted = torch.zeros_like(network)
+    if term is not None and term.active:
+        session = torch.from_numpy(known).to(candidates)
+        counted = term(session).gather(1, candidates)
+    parts = (network + added, network - average, counted)
+    return _Parts(*(part[0].double().cpu().numpy() for part in parts))

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from missrec_t4r.config import Recipe
+from missrec_t4r.config.recipe import SECTIONS
 from missrec_t4r.io.hashing import data_digest, file_digest
 from missrec_t4r.io.json_files import read_json, write_json
-from missrec_t4r.runs.run_folder import RUN_FILE, WEIGHTS_FILE, versions
+from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, versions
 
 FINISHED_FILE = "finished.json"
 _CODE = ("config", "data", "evaluation", "model", "ranking", "t4r", "training")
@@ -54,6 +56,17 @@ def lookup(out: Path, key: str) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError):
         return None
     return dict(entry["answer"]) if is_same and (out / WEIGHTS_FILE).is_file() else None
+
+
+def differences(out: Path, recipe: Recipe) -> list[str]:
+    """Return in which settings a finished run differs from a recipe, such as ``train.epochs 3 -> 5``."""
+    stored, wanted = Recipe.from_stored(read_json(out / RECIPE_FILE)).to_dict(), recipe.to_dict()
+    return [
+        f"{section}.{name} {stored[section][name]} -> {value}"
+        for section in SECTIONS
+        for name, value in wanted[section].items()
+        if stored[section][name] != value
+    ]
 
 
 def store(out: Path, key: str, result: Mapping[str, Any]) -> None:

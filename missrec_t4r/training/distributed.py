@@ -11,12 +11,15 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from missrec_t4r.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -64,9 +67,21 @@ def joined(device: torch.device) -> Iterator[World]:
 
 
 def own_device(name: str) -> torch.device:
-    """Return the device of this process; ``"auto"`` is a GPU if there is one, another one for each process."""
+    """Return the device of this process; ``"auto"`` is a GPU if there is one, another one for each process.
+
+    Raises
+    ------
+    ConfigError
+        No device has this name, or PyTorch finds no such GPU.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise ConfigError(f"--device {name!r}", "auto, cpu or cuda", "leave --device out for the GPU if there is one")
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= n_gpus:
+        cure = "--device auto takes a GPU if there is one; `nvidia-smi` and torch.version.cuda show what is installed"
+        raise ConfigError(f"--device {name}, and PyTorch {torch.__version__} finds {n_gpus} GPUs", "a GPU", cure)
     if name == "cuda" and launched().size > 1:
         torch.cuda.set_device(launched().local_rank)
         return torch.device("cuda", launched().local_rank)

@@ -208,7 +208,7 @@ def test_rules_reasons_and_the_version_travel_with_every_kind_of_client(server: 
     assert set(first.item_ids) < {f"ware-{i}-ü" for i in range(20)}
     assert len(first.item_ids) == first.n_passed == len(first.reasons) < len(free[0].item_ids)
     assert {reason.item_id for reason in first.reasons} <= set(sessions[0])
-    assert {reason.modality for reason in first.reasons} <= {"text", "image", "id"}
+    assert {reason.modality for reason in first.reasons} <= {"text", "image", "id", "bought together"}
     assert empty.fallback
     assert free[0].reasons == []
     assert len(first.catalogue_version) == 12

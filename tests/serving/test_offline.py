@@ -130,6 +130,9 @@ def test_what_cannot_be_read_is_refused_in_words(bundle: Path, tmp_path: Path) -
         score(tmp_path / "flat.parquet", tmp_path / "out.parquet", bundle=bundle)
     with pytest.raises(DataError, match="holds no parquet"):
         score(tmp_path / "nothing", tmp_path / "out.parquet", bundle=bundle)
+    (tmp_path / "users.csv").write_text("user,item\nann,lamp\n")
+    with pytest.raises(DataError, match=r"users\.csv cannot be read as parquet .* group the events by user"):
+        score(tmp_path / "users.csv", tmp_path / "out.parquet", bundle=bundle)
     with pytest.raises(ConfigError, match="--layout 'wide'; expected: lists or long"):
         score(tmp_path / "flat.parquet", tmp_path / "out.parquet", bundle=bundle, layout="wide")
     for given in ({}, {"bundle": bundle, "run": bundle}):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from missrec_t4r.bundle.bundle import load_bundle
+from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ServingError
-from missrec_t4r.retrieval.explain import reasons
+from missrec_t4r.ranking.hybrid import terms_of
+from missrec_t4r.retrieval.explain import BOUGHT_TOGETHER, reasons
 from missrec_t4r.retrieval.filters import ItemColumns, Rules, capped
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.run_folder import LoadedRun
@@ -202,10 +206,28 @@ def test_reasons_name_the_item_without_which_the_score_is_lowest(ranker: Ranker,
             logits = (loaded.model.fusion.phi * votes).masked_fill(~tokens.mask[:, given], -torch.inf)
         chosen = scores[[own.index(item) for item in items], np.arange(n)]
         np.testing.assert_allclose(chosen, scores.min(0), atol=1e-6)
-        assert modalities.tolist() == logits.argmax(0).tolist()
+        by_modality = modalities != BOUGHT_TOGETHER
+        assert modalities[by_modality].tolist() == logits.argmax(0)[by_modality].tolist()
     alone, _ = reasons(ranker, np.array([[7]]), given)
     assert set(alone.tolist()) == {7}
     assert reasons(ranker, np.array([[2, 0]]), given)[0].tolist() == [0] * n
+
+
+def test_what_co_occurrence_recommends_is_bought_together(bundle: Path) -> None:
+    """Row 20 was bought with row 5 and nothing else: with a large weight of the term it is the reason, else never."""
+    loaded = load_bundle(bundle)
+    term = terms_of(loaded.model).item_knn
+    assert term is not None
+    term.fit(Sessions.from_lists([[5, 20]] * 9), 5)
+    ranker, given, session = Ranker(loaded.model, loaded.catalogue), np.array([20, 11]), np.array([[7, 5]])
+    found = {}
+    for weight in (0.0, 1000.0):
+        term.choose(term.chosen._replace(weight=weight))
+        items, why = reasons(ranker, session, given)
+        assert reasons(ranker, np.array([[5]]), given)[1][0] == (BOUGHT_TOGETHER if weight else why[0])
+        found[weight] = items[0], why[0] == BOUGHT_TOGETHER, why[1] == BOUGHT_TOGETHER
+    assert found[1000.0] == (5, True, False)
+    assert found[0.0][1:] == (False, False)
 
 
 @pytest.mark.triton
@@ -238,7 +260,7 @@ def test_rules_on_the_wire(server: LocalTriton, bundle: object, loaded: LoadedRu
     assert answer["n_passed"][:, 0].tolist() == expected.n_passed.tolist()
     items, modalities = reasons(ranker, SESSION, expected.rows[0])
     assert [item.decode() for item in answer["reason_item"][0]] == catalogue.ids_of(items)
-    names_of = [*catalogue.modalities, "id"]
+    names_of = [*catalogue.modalities, "bought together", "id"]
     assert [one.decode() for one in answer["reason_modality"][0]] == [names_of[index] for index in modalities]
     assert set(answer["reason_item"][1].tolist()) == set(answer["reason_modality"][1].tolist()) == {b""}
     assert only["n_items"].tolist() == [[1], [6]]

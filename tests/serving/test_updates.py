@@ -201,6 +201,24 @@ def test_rollback_exchanges_the_versions_and_a_second_one_undoes_it(before: Path
     assert sorted(entry.name for entry in before.parent.iterdir()) == ["bundle", "bundle.previous"]
 
 
+def test_rows_that_say_what_the_catalogue_says_are_no_change(before: Path) -> None:
+    """A team exports its whole catalogue every night: one new item is one change."""
+    old = load_bundle(before).catalogue
+    news = pa.table({name: old.items.slice(0, 1)[name] for name in ("title", "price")}).append_column(
+        "item_id", [["neu-1"]]
+    )
+    names = ["item_id", "title", "price"]
+    table = pa.concat_tables([old.items.select(names), news.select(names)])
+    text = np.concatenate([old.modalities["text"].vectors[3:], np.ones((1, 12), np.float32)])
+    text[:-1][~old.modalities["text"].present[3:]] = NAN
+    done = update_catalogue(before, table, modalities={"text": text})
+    assert (done["added"], done["changed"], done["unchanged"]) == (1, 0, old.n_items)
+    again = update_catalogue(before, table, modalities={"text": text})
+    assert (again["updated"], again["added"], again["changed"], again["unchanged"]) == (False, 0, 0, old.n_items + 1)
+    other = table.set_column(2, "price", pa.array([1234, *table["price"].to_pylist()[1:]], table["price"].type))
+    assert update_catalogue(before, other)["changed"] == 1
+
+
 def test_a_bundle_without_a_version_before_cannot_be_rolled_back(before: Path) -> None:
     with pytest.raises(BundleError, match="no version before"):
         rollback_catalogue(before)

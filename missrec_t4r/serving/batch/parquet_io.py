@@ -75,7 +75,7 @@ class SessionFiles:
         if not self.files or not self.files[0].is_file():
             raise DataError(f"{path} holds no parquet", "a parquet file, or a folder of them", "check --sessions")
         self.items_column = items_column
-        self.schema = pq.read_schema(self.files[0])
+        self.schema = _read_schema(self.files[0])
         self.rules_column, self.exclude_column = rules_column, exclude_column
         self._check_ids(items_column, id_type, "name it with --items-column")
         if exclude_column is not None:
@@ -162,6 +162,16 @@ class SessionFiles:
                 f"{id_type}, the type of this catalogue's ids",
                 "write the ids exactly as the item table has them",
             )
+
+
+def _read_schema(file: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        whole = file.suffix in (".parquet", ".pq")
+        cure = "write or copy the file again" if whole else "group the events by user and write the lists as parquet"
+        expected = "parquet with one row per session, the item ids in one list column"
+        raise DataError(f"{file} cannot be read as parquet ({error})", expected, cure) from error
 
 
 def _is_list(kind: pa.DataType) -> bool:

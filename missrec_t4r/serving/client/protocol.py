@@ -28,7 +28,8 @@ class Reason(NamedTuple):
     item_id: str | int | None
     """Item of the session whose removal would lower the score most; None for a fallback."""
     modality: str
-    """Modality with the largest weight in the score; ``id`` for an item that has an ID embedding only."""
+    """``bought together`` where co-occurrence with that item counts for more than the network, else the modality with
+    the largest weight in the network's score; ``id`` for an item that has an ID embedding only."""
 
 
 @dataclass(frozen=True)

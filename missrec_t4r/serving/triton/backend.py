@@ -126,7 +126,10 @@ class RankerBackend:
         self.transform = loaded.transform
         self.event_features = EventFeatureReader(loaded.model.event_columns)
         self.catalogue_version = catalogue_version(verify_bundle(bundle, only=()))
-        self._modalities = np.array([*(name.encode() for name in loaded.catalogue.modalities), b"id"], object)
+        # `retrieval.explain.reasons` counts what is no modality from the end
+        self._modalities = np.array(
+            [*(name.encode() for name in loaded.catalogue.modalities), b"bought together", b"id"], object
+        )
         for _ in range(2):  # kernels are chosen and memory is allocated before the first request
             self.ranker.rank(np.full((1, loaded.transform.max_sequence_length), FIRST_ITEM_ROW))
 

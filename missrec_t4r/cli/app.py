@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +48,9 @@ for _words in (
     warnings.filterwarnings("ignore", message=_words)
 
 log = logging.getLogger(__name__)
+
+_INTERRUPTED = 128 + signal.SIGINT
+"""Exit code after Ctrl-C, as shells have it, also where something was saved."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +243,8 @@ def _load(command: Command) -> Any:
             result = _or_exit(call)
         if first:
             _answer(command, result, as_json)
+        if isinstance(result, Mapping) and result.get("stopped_by") == "interrupt":
+            raise typer.Exit(_INTERRUPTED)
 
     parameters = [option.parameter for option in options] + _COMMON_PARAMETERS
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads

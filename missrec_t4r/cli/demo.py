@@ -120,7 +120,8 @@ def demo(
     chosen = recipe or _recipe_for(folder)
     with _step("train", f"recipe {chosen}", console, seconds):
         shorter = None if data or recipe else {"train.epochs": _SHOP_EPOCHS}
-        commands.train(folder, run, recipe=chosen, settings=shorter)
+        if commands.train(folder, run, recipe=chosen, settings=shorter)["stopped_by"] == "interrupt":
+            raise KeyboardInterrupt
     with _step("evaluate", "the whole catalogue ranked for every test session", console, seconds):
         metrics = commands.evaluate(run)
     console.print(commands.metrics_table(metrics))

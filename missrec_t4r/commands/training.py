@@ -185,6 +185,7 @@ def _cached(
     ConfigError
         ``out`` holds a finished run with other settings, which only ``--restart`` replaces.
     """
+    from missrec_t4r.io.json_files import read_json
     from missrec_t4r.runs.run_cache import differences, lookup, store
     from missrec_t4r.runs.run_folder import RUN_FILE
     from missrec_t4r.training import distributed
@@ -194,14 +195,31 @@ def _cached(
         log.info(f"{out} is a finished run of the same data and settings; --restart trains again")
         return {**result, "found": True} | ({"dry_run": True} if dry_run else {})
     if resume and recipe is not None and (out / RUN_FILE).is_file():
-        if changed := differences(out, recipe):
+        changed = differences(out, recipe)
+        if changed and not _goes_on(out, recipe):
             raise ConfigError(
                 f"{out} holds a finished run with other settings: {', '.join(changed)}",
                 "a new folder, or the settings of that run",
                 "give another --out, or --restart to replace the run",
             )
-        log.info(f"{out} holds a finished run of other data or code: it is replaced")
+        if not changed and read_json(out / RUN_FILE).get("stopped_by") != "interrupt":
+            log.info(f"{out} holds a finished run of other data or code: it is replaced")
     result = run()
-    if not dry_run and distributed.launched().rank == 0:
+    is_whole = result.get("stopped_by") != "interrupt"  # else the same command goes on
+    if not dry_run and is_whole and distributed.launched().rank == 0:
         store(out, key, result)
     return result
+
+
+def _goes_on(out: Path, recipe: Recipe) -> bool:
+    """Whether a finished run has a checkpoint, and only its limits have grown: more epochs, patience or minutes."""
+    from missrec_t4r.io.json_files import read_json
+    from missrec_t4r.runs.run_cache import differences
+    from missrec_t4r.runs.run_folder import RECIPE_FILE, STATE_FILE
+    from missrec_t4r.training.trainer import LIMITS, has_grown
+
+    limits = [f"train.{name} " for name in LIMITS]
+    if not all(any(one.startswith(name) for name in limits) for one in differences(out, recipe)):
+        return False
+    stored = Recipe.from_stored(read_json(out / RECIPE_FILE)).train
+    return (out / STATE_FILE).is_file() and has_grown(vars(stored), vars(recipe.train))

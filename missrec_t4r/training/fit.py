@@ -18,7 +18,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn, event_columns, fit_event_columns, load_sessions
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError
-from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, STATE_FILE, VOCABULARY_FILE, WEIGHTS_FILE
+from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, VOCABULARY_FILE, WEIGHTS_FILE
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.training import distributed
 from missrec_t4r.training.trainer import Prepare, Trainer
@@ -137,7 +137,7 @@ def describe_run(trainer: Trainer, data: Path, *, resume: bool) -> dict[str, Any
         The interrupted run belongs to another recipe or other data.
     """
     recipe = trainer.recipe
-    if resumes := resume and (trainer.out / STATE_FILE).is_file():
+    if resumes := resume and trainer.can_resume():
         trainer.resume()
     steps = training_batches(trainer.sessions, recipe.model, recipe.train, np.random.default_rng(recipe.train.seed))
     return {

@@ -7,12 +7,16 @@ computes a part of each batch; rank 0 ranks the validation sessions and writes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
+import math
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +31,14 @@ from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.data.sessions import Sessions, target_counts
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.evaluation.full_ranking import KEPT_WITH_HISTORY_TERM, quick_metrics
+from missrec_t4r.io.json_files import read_json
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import track
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.runs.run_folder import (
+    RECIPE_FILE,
     RUN_FILE,
     STATE_FILE,
     load_metadata,
@@ -54,6 +60,10 @@ log = logging.getLogger(__name__)
 Prepare = Callable[[MISSRec, Catalogue], dict[str, Any]]
 _HARMLESS = ("checkpoint_minutes", "tensorboard")
 """Settings that may change when an interrupted run is resumed: no number depends on them."""
+LIMITS = ("epochs", "patience", "max_minutes")
+"""Settings that may grow when a run goes on: they say when it ends."""
+INTERRUPT = "interrupt"
+"""Value of ``stopped_by`` after Ctrl-C."""
 _CURE = "check the split: a validation target must be an item with training events, or one of the item table"
 
 
@@ -120,6 +130,7 @@ class Trainer:
         self.plan_state = self.rng.bit_generator.state  # before the current epoch was planned
         self.saved_at = time.perf_counter()
         self.curves: Curves | None = None
+        self.is_interrupted = False
         sample = settings.validation_sessions
         indices = (
             np.random.default_rng(settings.seed).permutation(len(valid))[:sample] if sample else np.arange(len(valid))
@@ -129,6 +140,9 @@ class Trainer:
 
     def run(self, data: Path) -> dict[str, Any]:
         """Train to the end, tune the score terms on validation, and write the run.
+
+        Ctrl-C ends training after the current step: the best weights so far are written as a run, with the checkpoint
+        from which the same call goes on. A second Ctrl-C ends the process at once.
 
         Parameters
         ----------
@@ -147,8 +161,26 @@ class Trainer:
         self.curves = self._curves() if is_first else None
         if not isinstance(self.softmax, FullSoftmax):
             log.info(f"{type(self.softmax).__name__} over {self.catalogue.n_items:,} items (train.softmax)")
-        while self._stopped_by() is None:
+        self.status.pop("is_cut_short", None)  # goes on with a higher limit
+        with self._finishing_the_step_on_interrupt():
+            self._train()
+        stopped_by = self._stopped_by() or INTERRUPT
+        if stopped_by == INTERRUPT:
+            log.warning(
+                f"interrupted: writing the best weights so far to {self.out}; the same command goes on from here"
+            )
+        else:
+            log.info(f"training ended by train.{stopped_by} = {getattr(self.recipe.train, stopped_by)}")
+        if self.curves is not None:
+            self.curves.close()
+        return distributed.share(self._finish(data, stopped_by) if is_first else {})
+
+    def _train(self) -> None:
+        """Train epoch after epoch until a limit is reached, or the user interrupts."""
+        while self._stopped_by() is None and not self.is_interrupted:
             record = self._epoch()
+            if record is None:
+                return
             if self.curves is not None:
                 self.curves.epoch(record, self.status["step"])
             log.info(
@@ -157,21 +189,38 @@ class Trainer:
                 f"{record['steps_per_s']:.1f} steps/s  {self._time_left()}"
             )
             self.save_checkpoint()
-        stopped_by = str(self._stopped_by())
-        log.info(f"training ended by train.{stopped_by} = {getattr(self.recipe.train, stopped_by)}")
-        if self.curves is not None:
-            self.curves.close()
-        return distributed.share(self._finish(data) if is_first else {})
 
-    def _finish(self, data: Path) -> dict[str, Any]:
-        """Load the best epoch's weights, tune the score terms and write the run folder."""
+    @contextlib.contextmanager
+    def _finishing_the_step_on_interrupt(self) -> Iterator[None]:
+        """Let the first Ctrl-C set a flag only; torchrun ends its processes itself."""
+        if self.world.size > 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def note(*_: Any) -> None:
+            self.is_interrupted = True
+            signal.signal(signal.SIGINT, before)
+            log.warning("interrupted: ending after this step; Ctrl-C again ends at once")
+
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _finish(self, data: Path, stopped_by: str) -> dict[str, Any]:
+        """Load the best epoch's weights, tune the score terms and write the run folder.
+
+        The checkpoint stays unless validation stopped improving: a run may go on with higher limits.
+        """
         load_strictly(self.model, self.best, "the best epoch")
         terms = fit_terms(self.model, self.catalogue, self.sessions, self.all_valid)
         info = {
             "best_epoch": self.status["best_epoch"],
             "epochs": self.status["epoch"],
             "valid_ndcg@10": self.status["best"],
-            "stopped_by": self._stopped_by(),
+            "stopped_by": stopped_by,
             "prior": terms,  # the key's name is part of the file format
             **self.facts,
             "seconds": round(self.status["seconds"], 1),
@@ -179,7 +228,8 @@ class Trainer:
             "precision": resolve_precision(self.recipe.train.precision, self.device),
         }
         save_run(self.out, self.model, self.recipe, data, info, self.catalogue)
-        (self.out / STATE_FILE).unlink(missing_ok=True)
+        if stopped_by == "patience":
+            (self.out / STATE_FILE).unlink(missing_ok=True)
         return {"run": str(self.out), **info}
 
     def _stopped_by(self) -> str | None:
@@ -206,8 +256,11 @@ class Trainer:
             seconds = min(seconds, max(60 * settings.max_minutes - status["seconds"], 0))
         return f"at most {seconds / 60:.0f} min left" if seconds >= 60 else f"at most {seconds:.0f} s left"
 
-    def _epoch(self) -> dict[str, Any]:
-        """Train an epoch, or the rest of an interrupted one, validate, and return its record for the log."""
+    def _epoch(self) -> dict[str, Any] | None:
+        """Train an epoch, or the rest of an interrupted one, validate, and return its record for the log.
+
+        None if the user interrupts within the epoch: then a checkpoint is written, and the first epoch validated.
+        """
         status, epoch = self.status, self.status["epoch"]
         started = time.perf_counter() - status["spent"]
         if not status["done"]:
@@ -229,9 +282,13 @@ class Trainer:
             if is_over and status["done"] < len(plan):
                 status["is_cut_short"] = True
                 break
-            if is_due and status["done"] < len(plan):
+            if (is_due or self.is_interrupted) and status["done"] < len(plan):
                 status["spent"] = time.perf_counter() - started
                 self.save_checkpoint()
+                if self.is_interrupted:
+                    if not self.best:
+                        self._validate()
+                    return None
         train_seconds = time.perf_counter() - started
         metrics = distributed.share(self._validate() if self.world.rank == 0 else {})
         seconds = time.perf_counter() - started
@@ -348,8 +405,17 @@ class Trainer:
         facts = {"status": self.status, "numpy": self.rng.bit_generator.state, "planned": self.plan_state}
         save_state(self.out / STATE_FILE, parts, facts, self._fingerprint())
 
+    def can_resume(self) -> bool:
+        """Whether the folder holds an interrupted run, or a finished one that higher limits let go on."""
+        if not (self.out / STATE_FILE).is_file():
+            return False
+        if not (self.out / RUN_FILE).is_file() or read_json(self.out / RUN_FILE).get("stopped_by") == INTERRUPT:
+            return True
+        stored = Recipe.from_stored(read_json(self.out / RECIPE_FILE)).train
+        return any(getattr(stored, name) != getattr(self.recipe.train, name) for name in LIMITS)
+
     def resume(self) -> None:
-        """Restore the run folder's checkpoint, if there is one.
+        """Restore the run folder's checkpoint, if there is one that can go on (`can_resume`).
 
         Raises
         ------
@@ -357,7 +423,7 @@ class Trainer:
             The checkpoint belongs to another recipe, data set or number of processes.
         """
         file = self.out / STATE_FILE
-        if not file.is_file():
+        if not self.can_resume():
             self.start_over()
             return
         parts, facts = load_state(file, self._fingerprint())
@@ -488,11 +554,11 @@ def load_state(file: Path, fingerprint: str) -> tuple[dict[str, dict[str, Tensor
         The file is damaged.
     """
     tensors, metadata = load_tensors(file), load_metadata(file)
-    if metadata.get("fingerprint") != fingerprint:
+    if not _goes_on(metadata.get("fingerprint", "null"), fingerprint):
         raise ConfigError(
             f"{file.parent} holds an interrupted run with other settings or data",
             "the same recipe, data and number of processes",
-            "give another --out, or --restart to discard it",
+            "give another --out, or --restart to discard it; epochs, patience and max_minutes may grow",
         )
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -500,6 +566,32 @@ def load_state(file: Path, fingerprint: str) -> tuple[dict[str, dict[str, Tensor
         parts.setdefault(part, {})[name] = tensor
     facts: dict[str, Any] = json.loads(metadata["facts"])
     return parts, facts
+
+
+def _goes_on(stored: str, own: str) -> bool:
+    """Whether two fingerprints differ in grown limits alone; a cosine schedule depends on the epochs."""
+    if stored == own:
+        return True
+    before, now = json.loads(stored), json.loads(own)
+    try:
+        limits = [{name: facts[0]["train"].pop(name) for name in LIMITS} for facts in (before, now)]
+    except (KeyError, TypeError, IndexError):
+        return False
+    if before != now or (now[0]["train"]["schedule"] == "cosine" and limits[0]["epochs"] != limits[1]["epochs"]):
+        return False
+    return has_grown(*limits)
+
+
+def has_grown(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
+    """Whether no limit is lower than before; 0 minutes are no limit.
+
+    Examples
+    --------
+    >>> before = {"epochs": 3, "patience": 5, "max_minutes": 2.0}
+    >>> has_grown(before, before | {"epochs": 9, "max_minutes": 0}), has_grown(before, before | {"epochs": 2})
+    (True, False)
+    """
+    return all((now[name] or math.inf) >= (before[name] or math.inf) for name in LIMITS)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

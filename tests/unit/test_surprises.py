@@ -1,6 +1,7 @@
 """What surprised new users of training: a device that is not there, a run that was replaced, names nobody typed."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,12 @@ from typer.testing import CliRunner
 
 from missrec_t4r.cli import app
 from missrec_t4r.config import Recipe
+from missrec_t4r.data.batching import TrainingBatch
 from missrec_t4r.errors import ConfigError
+from missrec_t4r.runs.run_folder import load_run, load_tensors
 from missrec_t4r.training.distributed import own_device
+from missrec_t4r.training.step import Totals
+from missrec_t4r.training.trainer import Trainer
 
 SMALL = ["--recipe=tiny", "--set=model.d_model=16", "--set=model.n_head=2", "--set=train.epochs=1", "--device=cpu"]
 
@@ -57,3 +62,46 @@ def test_messages_name_settings_as_they_are_typed(setting: str, value: float, wo
     with pytest.raises(ConfigError, match=words) as refused:
         Recipe.load("tiny", {setting: value})
     assert "--n-head" not in str(refused.value)
+
+
+@pytest.mark.parametrize("step", [2, 9], ids=["in the first epoch", "later"])
+def test_an_interrupt_keeps_the_best_so_far_and_the_same_command_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    run, options = tmp_path / "run", ["--set=train.epochs=3", "--set=train.batch_size=32"]
+    assert _train(data, tmp_path / "whole", *options)[0] == 0
+    real = Trainer.loss
+
+    def interrupted(self: Trainer, batch: TrainingBatch, totals: Totals | None = None) -> torch.Tensor:
+        if self.status["step"] == step:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, batch, totals)
+
+    monkeypatch.setattr(Trainer, "loss", interrupted)
+    code, answer, words = _train(data, run, *options)
+    monkeypatch.undo()
+    assert code == 130
+    assert json.loads(answer)["stopped_by"] == "interrupt"
+    assert "the same command goes on from here" in words
+    assert not load_run(run).model.training
+    code, answer, words = _train(data, run, *options)
+    assert (code, json.loads(answer)["stopped_by"]) == (0, "epochs")
+    assert "resuming in epoch" in words
+    one, other = (load_tensors(folder / "weights.safetensors") for folder in (tmp_path / "whole", run))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_finished_run_goes_on_for_more_epochs_and_ends_like_a_longer_one(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _train(data, run, "--set=train.epochs=1")[0] == 0
+    code, answer, words = _train(data, run, "--set=train.epochs=2", "--set=train.patience=9")
+    assert code == 0, words
+    assert json.loads(answer)["epochs"] == 2
+    assert "resuming in epoch 1" in words
+    assert [json.loads(line)["epoch"] for line in (run / "log.jsonl").read_text().splitlines()] == [0, 1]
+    assert _train(data, tmp_path / "longer", "--set=train.epochs=2", "--set=train.patience=9")[0] == 0
+    one, other = (load_tensors(folder / "weights.safetensors") for folder in (tmp_path / "longer", run))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    code, _, words = _train(data, run, "--set=train.epochs=1")
+    assert code == 2
+    assert "train.epochs 2 -> 1" in words

@@ -104,7 +104,9 @@ def test_an_interrupted_run_is_not_resumed_with_other_settings(data: Path, tmp_p
     (tmp_path / "run").mkdir()
     Trainer(recipe, catalogue, *sessions, tmp_path / "run").save_checkpoint()
     with pytest.raises(ConfigError, match="--restart"):
-        train(data, tmp_path / "run", recipe="tiny", settings=SMALL | {"train.epochs": 3})
+        train(data, tmp_path / "run", recipe="tiny", settings=SMALL | {"train.epochs": 3, "train.batch_size": 8})
+    with pytest.raises(ConfigError, match="epochs, patience and max_minutes may grow"):
+        train(data, tmp_path / "run", recipe="tiny", settings=SMALL | {"train.epochs": 1})
     train(data, tmp_path / "run", recipe="tiny", settings=SMALL | {"train.epochs": 1}, resume=False)
     assert (tmp_path / "run" / RUN_FILE).is_file()
 

@@ -20,10 +20,10 @@ def test_overrides_win_over_the_recipe_and_survive_a_round_trip() -> None:
     [
         ({"model.d_modle": 64}, "d_model"),
         ({"model.d_model": "wide"}, "int is expected"),
-        ({"model.d_model": 30, "model.n_head": 4}, "no multiple of --n-head"),
+        ({"model.d_model": 30, "model.n_head": 4}, "no multiple of model.n_head"),
         ({"model.attention": "sideways"}, "'bidirectional', 'causal'"),
         ({"epochs": 3}, "train.epochs"),
-        ({"train.ema_decay": 1.0}, "--ema-decay"),
+        ({"train.ema_decay": 1.0}, "train.ema_decay"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_would_be_right(overrides: dict[str, object], words: str) -> None:
@@ -32,7 +32,7 @@ def test_a_wrong_setting_is_named_with_what_would_be_right(overrides: dict[str, 
 
 
 def test_all_contradictions_are_told_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"--dropout 2.0.*--temperature -1.0"):
+    with pytest.raises(ConfigError, match=r"model.dropout 2.0.*model.temperature -1.0"):
         MISSRecConfig(dropout=2.0, temperature=-1.0)
 
 

@@ -2,18 +2,19 @@
 
 | | ``excluded`` | ``kept_strict`` | ``kept_with_history_term`` |
 |---|---|---|---|
-| history bias | without effect | left out | as trained |
+| history bias | without effect | left out | as trained, tuned around that value |
 | own pairs of the item-kNN term | without effect | stay | taken off |
 | an item in its own list of the content-kNN term | no | yes | no |
-| weights of the model's blend tuned for | it alone | it alone | mean with ``excluded``, as exported |
+| blend weights tuned for | it alone | it alone | it alone |
 
 Under ``kept_strict`` nothing in a score depends on whether an item was seen: it is a sum over the session of what each
 of its items says about the candidate, whichever that is. Counts of an item with itself are not defined (as in published
 item-kNN, whose matrix has a zero diagonal), and therefore not part of it.
 
-Four systems share one pass through the network: ``model`` (network and terms), ``exported`` (with the weights that the
-bundle has; under ``kept_with_history_term`` that is the model), ``network`` (with its history bias under
-``kept_with_history_term``, where the bias is part of the trained softmax) and ``terms`` (no network, no training).
+Four systems share one pass through the network: ``model`` (network and terms), ``exported`` (the same with the weights
+that the bundle has, which are tuned for the mean of ``excluded`` and ``kept_with_history_term``), ``network`` (with its
+history bias under ``kept_with_history_term``, where the bias is part of the trained softmax) and ``terms`` (no network,
+no training; under ``kept_with_history_term`` with a history bias that is tuned).
 """
 
 from __future__ import annotations
@@ -98,23 +99,23 @@ def blends_of(
     exported, own = Blend(model.terms), terms_of(model)
     biased = nothing if own.history_bias is None else Blend(ScoreTerms({"history_bias": own.history_bias}))
     blends: dict[str, dict[str, Blend]] = {
-        MODEL: {KEPT_WITH_HISTORY_TERM: exported},
+        MODEL: {},
         NETWORK: {EXCLUDED: nothing, KEPT_STRICT: nothing, KEPT_WITH_HISTORY_TERM: biased},
     }
     settings: dict[str, Any] = {MODEL: {}}
     if model.config.n_neighbours or model.config.n_similar_items:
-        blends[EXPORTED] = {EXCLUDED: exported}
-        for protocol in (EXCLUDED, KEPT_STRICT):
+        blends[EXPORTED] = {EXCLUDED: exported, KEPT_WITH_HISTORY_TERM: exported}
+        for protocol in PROTOCOLS:
             fresh = with_terms(model, _terms_for(model, model.config, protocol))
-            settings[MODEL][protocol] = tune_terms(fresh, validation, (protocol,))
+            settings[MODEL][protocol] = tune_terms(fresh, validation, (protocol,), history=True)
             blends[MODEL][protocol] = Blend(fresh.terms)
     else:
-        blends[MODEL] |= {EXCLUDED: nothing, KEPT_STRICT: nothing}
+        blends[MODEL] = blends[NETWORK]
     if alone:
         blends[TERMS], settings[TERMS] = {}, {}
         for protocol in PROTOCOLS:
             fresh = with_terms(model, _terms_for(model, None, protocol))
-            settings[TERMS][protocol] = tune_terms(fresh, validation, (protocol,), network=False)
+            settings[TERMS][protocol] = tune_terms(fresh, validation, (protocol,), network=False, history=True)
             blends[TERMS][protocol] = Blend(fresh.terms, network=False)
     order = [name for name in (MODEL, EXPORTED, NETWORK, TERMS) if name in blends]
     return {name: {p: blends[name][p] for p in PROTOCOLS if p in blends[name]} for name in order}, settings
@@ -129,8 +130,8 @@ def _terms_for(model: MISSRec, config: MISSRecConfig | None, protocol: str) -> d
         Which terms, and how long their lists are. None for terms without a network: all that need no training, with the
         model's list lengths, or the default ones if it has none.
     protocol : str
-        Its own history bias is not among them: it is learned, with the network; terms alone get one under
-        ``kept_with_history_term``, which is tuned.
+        Under ``kept_with_history_term`` the model has its history bias, if it was trained with one, and terms alone
+        have one that starts from nothing.
     """
     n_rows, device = model.item_encoder.n_rows, model.item_encoder.presence.device
     is_strict, alone, default = protocol == KEPT_STRICT, config is None, MISSRecConfig()
@@ -138,8 +139,10 @@ def _terms_for(model: MISSRec, config: MISSRecConfig | None, protocol: str) -> d
     neighbours = config.n_neighbours or (default.n_neighbours if alone else 0)
     similar = config.n_similar_items or (default.n_similar_items if alone else 0)
     terms: dict[str, ScoreTerm] = {}
-    if alone and protocol == KEPT_WITH_HISTORY_TERM:
-        terms["history_bias"] = HistoryBias(config.temperature)
+    trained = terms_of(model).history_bias
+    if protocol == KEPT_WITH_HISTORY_TERM and (alone or trained is not None):
+        bias = terms["history_bias"] = HistoryBias(config.temperature)
+        bias.bias.data.fill_(0.0 if alone or trained is None else float(trained.bias))
     if neighbours:
         item_knn = terms["item_knn"] = ItemKNNTerm(n_rows, min(neighbours, n_rows), own_pairs=is_strict)
     if similar:

@@ -52,7 +52,7 @@ _LOGITS_PER_SIMILAR = (0.0, 0.35, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 _FOLLOWERS = 5
 """Window of the second way to count: items that come within so many events after the other."""
 _HISTORY_LOGITS = (0.0, 0.5, -0.5, -1.0, -2.0, -4.0, -8.0)
-"""History bias on the grid, in logits, where no training has learned it; the first of equals is taken."""
+"""What is added to the history bias on the grid, in logits; the first of equals is taken."""
 MOST_SESSIONS: Final = 3000
 """Validation sessions that are ranked."""
 _CUTOFF = 10
@@ -93,7 +93,7 @@ def fit_terms(
 
 
 def tune_terms(
-    model: MISSRec, validation: Validation, protocols: Sequence[str], *, network: bool = True
+    model: MISSRec, validation: Validation, protocols: Sequence[str], *, network: bool = True, history: bool = False
 ) -> dict[str, Any]:
     """Fit and tune the terms of a model for the mean of some protocols.
 
@@ -104,8 +104,9 @@ def tune_terms(
     protocols : sequence of str
         NDCG@10 on validation is the mean over them.
     network : bool
-        False tunes the terms as a system of their own. A history bias is then tuned too, which is otherwise learned in
-        training.
+        False tunes the terms as a system of their own.
+    history : bool
+        Also tune the history bias, around its value: training learns it for the network without the other terms.
 
     Returns
     -------
@@ -131,7 +132,7 @@ def tune_terms(
             again = _tune_item_knn(blend, item_knn, [(found["window"], found["directed"])])
             found = {**again, "without": found["without"]}
         found["lookalikes"] = content_knn.chosen._asdict()
-    if terms.history_bias is not None and not network:
+    if terms.history_bias is not None and history:
         found |= _tune_history(blend, terms.history_bias)
     if terms.cold_start is not None:
         found["newcomers"] = fit_cold_start(model, validation.catalogue, validation.valid, seed=validation.seed)
@@ -187,16 +188,17 @@ def _tune_content_knn(blend: _Blend, content_knn: ContentKNNTerm) -> dict[str, f
 
 @torch.no_grad()
 def _tune_history(blend: _Blend, history: HistoryBias) -> dict[str, float]:
+    before = float(history.bias)
     grid = [_Point((), logits * blend.model.config.temperature) for logits in _HISTORY_LOGITS]
     scores = blend.ndcg(
         grid,
         lambda _: None,
-        lambda: history.bias.fill_(0.0),
+        lambda: history.bias.fill_(before),
         lambda item_ids: blend.seen(item_ids),
     )
     best = int(scores.argmax())
-    history.bias.fill_(grid[best].weight)
-    return {"history_bias": grid[best].weight, "valid_ndcg@10": float(scores[best])}
+    history.bias.fill_(before + grid[best].weight)
+    return {"history_bias": float(history.bias), "valid_ndcg@10": float(scores[best])}
 
 
 class Validation:

@@ -51,7 +51,8 @@ def checklist(loaded: LoadedRun, info: Mapping[str, Any], n_valid: int) -> dict[
             "sessions": n_valid,
             EXCLUDED: "this protocol",
             KEPT_STRICT: "this protocol",
-            KEPT_WITH_HISTORY_TERM: "model: as exported, mean of this protocol and excluded; others: this protocol",
+            KEPT_WITH_HISTORY_TERM: "this protocol",
+            "exported": f"mean of {EXCLUDED} and {KEPT_WITH_HISTORY_TERM}, after training",
         },
         "seeds": {"training": loaded.recipe.train.seed, "bootstrap": 0, "validation_sample": 0},
         "stopped_by": info.get("stopped_by", NOT_RECORDED),
@@ -63,7 +64,7 @@ def _history_bias(*, trained: bool) -> dict[str, str]:
         return dict.fromkeys((KEPT_STRICT, KEPT_WITH_HISTORY_TERM), "none: trained without it")
     return {
         KEPT_STRICT: "left out of a network that was trained with it (without: --set model.history_bias=false)",
-        KEPT_WITH_HISTORY_TERM: "as trained",
+        KEPT_WITH_HISTORY_TERM: "as trained; in the row model tuned around that value",
     }
 
 

@@ -17,7 +17,6 @@ from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.evaluation.full_ranking import (
-    KEPT_WITH_HISTORY_TERM,
     PROTOCOLS,
     Ranking,
     Scored,
@@ -39,10 +38,10 @@ from missrec_t4r.evaluation.report import write_report
 from missrec_t4r.evaluation.slices import slices
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.ranking.baselines import Popularity
-from missrec_t4r.ranking.protocols import MODEL, BlendScorer, blends_of
+from missrec_t4r.ranking.protocols import EXPORTED, BlendScorer, blends_of
 from missrec_t4r.ranking.tune import Validation
 from missrec_t4r.ranking.tune_baselines import tuned_content_knn, tuned_item_knn
-from missrec_t4r.runs.checklist import checklist
+from missrec_t4r.runs.checklist import NOT_RECORDED, checklist
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
 
 EVALUATED_SPLITS: Final = ("valid", "test")
@@ -63,7 +62,7 @@ def evaluate(
     """Rank the whole catalogue for every session under three protocols, beside the baselines.
 
     excluded: the session's items cannot be recommended. kept_strict: all items are ranked and nothing in a score knows
-    what was seen. kept_with_history_term: all items are ranked with the model as it is exported.
+    what was seen. kept_with_history_term: all items are ranked, and the score may know it.
 
     Parameters
     ----------
@@ -116,8 +115,8 @@ def evaluate(
     train, valid = (load_sessions(loaded.data, name, loaded.model.event_columns) for name in ("train", "valid"))
     validation = Validation(loaded.model, loaded.catalogue, train.known(), valid.with_known_target())
     blends, blend_settings = blends_of(loaded.model, validation, alone=baselines)
-    if "prior" in info:
-        blend_settings[MODEL][KEPT_WITH_HISTORY_TERM] = info["prior"]
+    if EXPORTED in blends:
+        blend_settings[EXPORTED] = info.get("prior", NOT_RECORDED)
     tuned = time.perf_counter()
     systems: dict[str, System] = {}
     settings: dict[str, Any] = {}

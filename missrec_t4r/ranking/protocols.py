@@ -142,7 +142,7 @@ def _terms_for(model: MISSRec, config: MISSRecConfig | None, protocol: str) -> d
     trained = terms_of(model).history_bias
     if protocol == KEPT_WITH_HISTORY_TERM and (alone or trained is not None):
         bias = terms["history_bias"] = HistoryBias(config.temperature)
-        bias.bias.data.fill_(0.0 if alone or trained is None else float(trained.bias))
+        bias.bias.data.fill_(0.0 if alone or trained is None else float(trained.bias.detach()))
     if neighbours:
         item_knn = terms["item_knn"] = ItemKNNTerm(n_rows, min(neighbours, n_rows), own_pairs=is_strict)
     if similar:

@@ -188,7 +188,7 @@ def _tune_content_knn(blend: _Blend, content_knn: ContentKNNTerm) -> dict[str, f
 
 @torch.no_grad()
 def _tune_history(blend: _Blend, history: HistoryBias) -> dict[str, float]:
-    before = float(history.bias)
+    before = float(history.bias.detach())
     grid = [_Point((), logits * blend.model.config.temperature) for logits in _HISTORY_LOGITS]
     scores = blend.ndcg(
         grid,
@@ -198,7 +198,7 @@ def _tune_history(blend: _Blend, history: HistoryBias) -> dict[str, float]:
     )
     best = int(scores.argmax())
     history.bias.fill_(before + grid[best].weight)
-    return {"history_bias": float(history.bias), "valid_ndcg@10": float(scores[best])}
+    return {"history_bias": float(history.bias.detach()), "valid_ndcg@10": float(scores[best])}
 
 
 class Validation:

@@ -37,6 +37,7 @@ _HOME = {
     "AsyncMISSRecClient": "serving.client.aio",
     "Retries": "serving.client.retry",
     "Recommendation": "serving.client.client",
+    "compare": "comparison",
     "Ranker": "retrieval.ranker",
     "Shop": "recommender.shop",
     "Recommender": "recommender.recommender",

@@ -61,6 +61,26 @@ def _evaluation(result: Mapping[str, Any]) -> RenderableType:
     return Group(table(result), facts({name: result[name] for name in ("data", "seconds", "file") if name in result}))
 
 
+def _comparison(result: Mapping[str, Any]) -> RenderableType:
+    from missrec_t4r.evaluation.report import metrics_table, slices_table
+
+    verdict, protocols = result["verdict"], list(result["protocols"])
+    rows = [
+        {"system": name, "minus current": f"{of['difference']:+.4f}", "low": f"{of['low']:+.4f}"}
+        | {"high": f"{of['high']:+.4f}", **result["beyond_accuracy"][verdict["protocol"]][name]}
+        for name, found in result["differences"][verdict["protocol"]].items()
+        for of in (found["ndcg@10"],)
+    ]
+    columns = ("system", "minus current", "low", "high", "coverage@10", "novelty", "popularity_bias", "diversity")
+    return Group(
+        *(metrics_table(result, name) for name in protocols),
+        slices_table(result, verdict["protocol"]),
+        _rows(rows, {name: name.replace("_", " ") for name in columns}),
+        facts({"sessions": result["sessions"], **{name: result[name] for name in ("report", "page")}}),
+        f"{verdict['decision'].upper()}  {verdict['words']}",
+    )
+
+
 def _etl(result: Mapping[str, Any]) -> RenderableType:
     findings = _rows(result.get("findings", ()), {"check": "data-quality finding", "count": "count", "message": ""})
     return Group(facts(result, ("findings", "settings", "format")), findings)
@@ -105,6 +125,7 @@ def _quality(result: Mapping[str, Any]) -> RenderableType:
 
 _SPECIAL: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {
     "evaluate": _evaluation,
+    "compare": _comparison,
     "etl": _etl,
     "catalogue adopt": _etl,
     "recommend": _recommendations,

@@ -111,6 +111,14 @@ COMMANDS = (  # in the order of the work
         {"reuse": True},
     ),
     Command("evaluate", "evaluate"),
+    Command(
+        "compare",
+        "compare",
+        {
+            "systems": Option(argument=True),
+            **{name: Option(comma=True) for name in ("baselines", "protocols", "slice_columns")},
+        },
+    ),
     Command("export", "export"),
     Command("serve", "serve"),
     Command("recommend", "recommend", _IDS),
@@ -240,7 +248,7 @@ def _load(command: Command) -> Any:
 
         with reporting(verbose=verbose, quiet=quiet or not first):
             log.debug("missrec %s %s with %s", missrec_t4r.__version__, command.name, given)
-            result = _or_exit(call)
+            result = _or_exit(call, lambda refused: _answer(command, refused, as_json))
         if first:
             _answer(command, result, as_json)
         if isinstance(result, Mapping) and result.get("stopped_by") == "interrupt":
@@ -261,15 +269,18 @@ def _answer(command: Command, result: Any, as_json: bool) -> None:
         Console().print(summary(command.name, result))
 
 
-def _or_exit(call: Callable[[], Any]) -> Any:
-    """Return a call's result; print an error that the user can cure as a paragraph and exit with its code."""
+def _or_exit(call: Callable[[], Any], answer: Callable[[Any], None] | None = None) -> Any:
+    """Return a call's result; print an error that the user can cure as a paragraph and exit with its code.
+
+    ``answer`` prints the result of a command whose gate failed.
+    """
     try:
         return _with_cures(call)
     except MISSRecError as error:
         words = f"{type(error).__name__}: {error}"  # not wrapped: a path of the message can be copied
         Console(stderr=True).print(words, style="red", highlight=False, markup=False, soft_wrap=True)
-        if isinstance(error, GateError) and error.result:
-            print(json.dumps(error.result, default=to_plain))
+        if isinstance(error, GateError) and error.result and answer:
+            answer(error.result)
         raise typer.Exit(error.exit_code) from None
 
 

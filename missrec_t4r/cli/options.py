@@ -43,6 +43,8 @@ class Option:
     text: bool = False
     """A ``str | Path`` is a name as often as a path."""
     required: bool | None = None
+    argument: bool = False
+    """Given without a flag, by its place."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,11 @@ def _bound(parameter: inspect.Parameter, hint: Any, text: str, option: Option) -
     annotation, shown, metavar, convert = _kind(members, default, flags[0], option)
     if isinstance(default, bool) and annotation is bool and not option.flags and default:
         flags = (f"{flags[0]}/--no-{flags[0][2:]}",)
-    described = typer.Option(*flags, help=text, metavar=metavar)
+    described = (
+        typer.Argument(help=text, metavar=parameter.name.upper())
+        if option.argument
+        else typer.Option(*flags, help=text, metavar=metavar)
+    )
     return Bound(
         parameter.name,
         inspect.Parameter(

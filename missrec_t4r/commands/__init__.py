@@ -14,6 +14,7 @@ HOME = {
     "adopt": "etl.nvt.adopt:adopt",
     "catalogue_rollback": "commands.bundles:catalogue_rollback",
     "catalogue_update": "commands.bundles:catalogue_update",
+    "compare": "commands.comparing:compare",
     "demo": "cli.demo:demo",
     "deploy": "serving.deploy.blue_green:deploy",
     "etl": "etl.pipeline:etl",

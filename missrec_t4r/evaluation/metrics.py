@@ -26,6 +26,8 @@ CONFIDENCE: Final = 0.95
 """Confidence level of the intervals."""
 RESAMPLES: Final = 2000
 """Bootstrap resamples."""
+_CELLS: Final = 1 << 23
+"""Draws in memory at a time: 64 MB."""
 
 
 class Difference(NamedTuple):
@@ -54,8 +56,8 @@ def metric_values(ranks: Ints, ks: Sequence[int] = KS) -> Doubles:
 
     Parameters
     ----------
-    ranks : ndarray [session], int64
-        From 1; `MISSED` for targets that are not in the ranking.
+    ranks : ndarray [session] or [session, seed], int64
+        From 1; `MISSED` for targets that are not in the ranking. The metrics of several seeds are averaged.
     ks : sequence of int
         Cut-offs.
 
@@ -65,8 +67,9 @@ def metric_values(ranks: Ints, ks: Sequence[int] = KS) -> Doubles:
         In the order of `metric_names`.
     """
     rank = ranks.astype(np.float64)
-    gains = np.stack([np.ones_like(rank), 1 / np.log2(1 + rank), 1 / rank], axis=1)  # [session, 3]
-    return np.concatenate([gains * (rank <= k)[:, None] for k in ks], axis=1)  # [session, 3 * len(ks)]
+    gains = np.stack([np.ones_like(rank), 1 / np.log2(1 + rank), 1 / rank], axis=-1)  # [session, (seed,) 3]
+    values = np.concatenate([gains * (rank <= k)[..., None] for k in ks], axis=-1)  # [session, (seed,) 3 * len(ks)]
+    return values if ranks.ndim == 1 else np.asarray(values.mean(axis=1))
 
 
 def metrics(ranks: Ints, ks: Sequence[int] = KS) -> dict[str, float | None]:
@@ -96,7 +99,7 @@ def bootstrap_intervals(
     names = metric_names(ks)
     if not len(ranks):
         return dict.fromkeys(names)
-    unique, counts = np.unique(_truncate(ranks, ks), return_counts=True)
+    unique, counts = np.unique(_truncate(ranks, ks), axis=0, return_counts=True)
     means = _resampled_means(counts, metric_values(unique, ks), resamples, seed)
     low, high = _quantiles(means)
     return {name: [float(low[i]), float(high[i])] for i, name in enumerate(names)}
@@ -109,8 +112,8 @@ def paired_differences(
 
     Parameters
     ----------
-    first, second : ndarray [session], int64
-        Ranks of the same sessions in the same order.
+    first, second : ndarray [session] or [session, seed], int64
+        Ranks of the same sessions in the same order; the systems may have different numbers of seeds.
 
     Raises
     ------
@@ -124,9 +127,10 @@ def paired_differences(
     """
     if not len(first) or len(first) != len(second):
         raise DataError(f"{len(first)} and {len(second)} ranks to compare", "two systems ranked on the same sessions")
-    pairs = np.stack([_truncate(first, ks), _truncate(second, ks)], axis=1)  # [session, 2]
+    pairs = np.column_stack([_truncate(first, ks), _truncate(second, ks)])  # [session, seeds of both]
     unique, counts = np.unique(pairs, axis=0, return_counts=True)
-    values = metric_values(unique[:, 0], ks) - metric_values(unique[:, 1], ks)  # [pair, metric]
+    seeds = 1 if first.ndim == 1 else first.shape[1]
+    values = metric_values(unique[:, :seeds], ks) - metric_values(unique[:, seeds:], ks)  # [pair, metric]
     mean = counts @ values / counts.sum()
     means = _resampled_means(counts, values, resamples, seed)
     low, high = _quantiles(means)
@@ -164,11 +168,14 @@ def _truncate(ranks: Ints, ks: Sequence[int]) -> Ints:
 
 
 def _resampled_means(counts: Ints, values: Doubles, resamples: int, seed: int) -> Doubles:
-    """Return the mean metrics of each bootstrap resample, [resample, metric]."""
-    total = int(counts.sum())
-    draws = np.random.default_rng(seed).multinomial(total, counts / total, size=resamples)  # [resample, rank]
-    means: Doubles = draws @ values / total
-    return means
+    """Return the mean metrics of each bootstrap resample, [resample, metric]; draws of some resamples at a time."""
+    total, step = int(counts.sum()), max(1, _CELLS // len(counts))
+    rng = np.random.default_rng(seed)
+    means = [
+        rng.multinomial(total, counts / total, size=min(step, resamples - start)) @ values / total
+        for start in range(0, resamples, step)
+    ]
+    return np.concatenate(means)
 
 
 def _quantiles(means: Doubles) -> tuple[Doubles, Doubles]:

@@ -45,6 +45,7 @@ from missrec_t4r.runs.checklist import NOT_RECORDED, checklist
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
 
 EVALUATED_SPLITS: Final = ("valid", "test")
+BASELINES: Final = ("popularity", "item_knn", "content_knn")
 
 System = Scorer | Mapping[str, Scorer]
 """One scorer, or one per protocol if its settings were tuned per protocol."""
@@ -141,9 +142,20 @@ def evaluate(
 
 
 def fitted_baselines(
-    data: Path, catalogue: Catalogue | None = None, *, seed: int = 0
+    data: Path, catalogue: Catalogue | None = None, *, names: Sequence[str] = BASELINES, seed: int = 0
 ) -> tuple[dict[str, System], dict[str, Any]]:
     """Fit popularity, item-kNN and content-kNN on the train split and tune them on the valid split.
+
+    Parameters
+    ----------
+    data : Path
+        Data folder.
+    catalogue : Catalogue, optional
+        That of the folder, if it is loaded already.
+    names : sequence of str
+        Which of them.
+    seed : int
+        Of the sample of validation sessions.
 
     Returns
     -------
@@ -155,10 +167,10 @@ def fitted_baselines(
     catalogue = catalogue or Catalogue.load(data / CATALOGUE_FOLDER)
     train, valid = Sessions.load(data / "train", ()), Sessions.load(data / "valid", ())
     tuned = {
-        "item_knn": tuned_item_knn(train, valid, catalogue, seed=seed),
-        "content_knn": tuned_content_knn(valid, catalogue, seed=seed),
+        "item_knn": tuned_item_knn(train, valid, catalogue, seed=seed) if "item_knn" in names else None,
+        "content_knn": tuned_content_knn(valid, catalogue, seed=seed) if "content_knn" in names else None,
     }
-    systems: dict[str, System] = {"popularity": Popularity.fit(catalogue)}
+    systems: dict[str, System] = {"popularity": Popularity.fit(catalogue)} if "popularity" in names else {}
     settings: dict[str, Any] = {}
     for name, best in tuned.items():
         if best:
@@ -201,7 +213,7 @@ def evaluate_sessions(
     if together is not None:
         rankings = rank_systems(together, histories, targets, catalogue.n_rows, top_k=max(ks), description="ranking")
     for name, system in systems.items():
-        rankings[name] = _rank(system, histories, targets, catalogue, max(ks), f"ranking {name}")
+        rankings[name] = rank_system(system, histories, targets, catalogue, max(ks), f"ranking {name}")
     masks = slices(histories, targets, catalogue)
     overall = {
         protocol: {name: _with_interval(ranks, ks, seed) for name, ranks in _under(protocol, rankings).items()}
@@ -235,7 +247,7 @@ def evaluate_sessions(
     }
 
 
-def _rank(
+def rank_system(
     system: System,
     histories: Sessions,
     targets: Ints,
@@ -243,7 +255,7 @@ def _rank(
     top_k: int,
     description: str,
 ) -> Ranking:
-    # One pass per distinct scorer, over the protocols that use it
+    """Rank with a system, in one pass per distinct scorer over the protocols that use it."""
     per_protocol = dict(system) if isinstance(system, Mapping) else dict.fromkeys(protocols_of(system), system)
     passes = [
         rank_catalogue(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import transformers4rec.torch as tr
 from torch import Tensor
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.errors import ConfigError, SchemaError
+from missrec_t4r.errors import CheckpointError, ConfigError, SchemaError
 from missrec_t4r.ranking.baselines import Popularity
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
@@ -81,3 +83,20 @@ class T4RScorer:
         scores[:, :FIRST_ITEM_ROW] = -torch.inf
         empty = torch.from_numpy(histories.lengths == 0).to(self.device)
         return torch.where(empty[:, None], self.fallback(histories).to(scores), scores) if empty.any() else scores
+
+
+def load_saved(folder: Path) -> tr.Model:
+    """Read what ``model.save(folder)`` wrote: a pickle, which can run any code.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    try:
+        return tr.Model.load(folder)
+    except Exception as error:  # a pickle fails in as many ways as it has classes
+        raise CheckpointError(
+            f"{folder} cannot be read ({type(error).__name__}: {error})",
+            "what model.save(folder) wrote with the installed versions",
+            "save the model again",
+        ) from error

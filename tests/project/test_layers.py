@@ -9,7 +9,7 @@ from tests.project.packages import ROOT, imports, modules
 LAYERS = """
     errors schema arrays config progress io
     data model evaluation ranking retrieval
-    runs bundle etl training serving export t4r
+    runs bundle etl training serving export t4r comparison
     commands recommender cli
 """.split()
 """From the bottom to the top; ``recipes`` and ``triton_models`` hold data."""

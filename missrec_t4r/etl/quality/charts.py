@@ -66,6 +66,42 @@ def log_line(xs: Sequence[float], ys: Sequence[float], *, x_title: str, y_title:
     return _frame(f'<polyline class="line" points="{points}"/>' + "".join(below), marks, x_title, y_title)
 
 
+def intervals(
+    labels: Sequence[str], values: Sequence[float], bounds: Sequence[Sequence[float]], *, x_title: str
+) -> str:
+    """Return one point with its interval per line, around a line at zero; the tooltip shows the numbers.
+
+    Parameters
+    ----------
+    labels, values : sequence
+        One per line, from top to bottom.
+    bounds : sequence of (low, high)
+        Ends of the interval of every value.
+    x_title : str
+        What the values are.
+    """
+    far = max([abs(end) for pair in bounds for end in pair] + [abs(value) for value in values] + [1e-9])
+    left, step = 170, 24
+    middle, half = (left + WIDTH - _RIGHT) / 2, (WIDTH - _RIGHT - left) / 2 - 8
+    bottom = _TOP + step * len(labels)
+    shapes = [f'<line class="zero" x1="{middle:.1f}" x2="{middle:.1f}" y1="{_TOP}" y2="{bottom}"/>']
+    for index, (label, value, (low, high)) in enumerate(zip(labels, values, bounds, strict=True)):
+        y = _TOP + step * (index + 0.5)
+        x, start, end = (middle + half * number / far for number in (value, low, high))
+        sign = "good" if low > 0 else "bad" if high < 0 else "open"
+        shapes.append(
+            f'<g class="{sign}"><title>{escape(label)}: {value:+.4f} ({low:+.4f} to {high:+.4f})</title>'
+            f'<line class="interval" x1="{start:.1f}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"/></g>' + _text(left - 10, y + 4, label, "end")
+        )
+    shapes += [
+        _text(middle + half * part, bottom + 16, f"{far * part:+.3f}" if part else "0", "middle")
+        for part in (-1, -0.5, 0, 0.5, 1)
+    ]
+    shapes.append(_text(middle, bottom + 36, x_title, "middle", "title"))
+    return f'<svg viewBox="0 0 {WIDTH} {bottom + 44}" role="img" aria-label="{escape(x_title)}">{"".join(shapes)}</svg>'
+
+
 def number(value: float) -> str:
     """Return a number in readable form.
 

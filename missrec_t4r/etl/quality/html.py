@@ -11,7 +11,7 @@ from typing import Any
 
 from missrec_t4r.etl.quality.charts import bars, log_line, number
 
-_STYLE = """
+STYLE = """
 :root{color-scheme:light dark;--ink:#1c2430;--soft:#667085;--line:#e3e7ee;--bar:#2f6db5;--bad:#b42318;--good:#1a7f4b;
 --ground:#fff;--card:#f8f9fb}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ef;--soft:#9aa4b2;--line:#2e3643;--bar:#6ea8e8;--bad:#ff8a7a;
@@ -27,7 +27,7 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 td,th{padding:.25rem .6rem .25rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 td.n,th.n{text-align:right}.bad{color:var(--bad);font-weight:600}.good{color:var(--good)}
 svg{width:100%;height:auto;display:block}.bar{fill:var(--bar)}.line{fill:none;stroke:var(--bar);stroke-width:2}
-line.grid{stroke:var(--line)}text{font-size:11px;fill:var(--soft)}text.title{font-size:12px}
+line.grid,line.zero{stroke:var(--line)}line.zero{stroke-width:2}text{font-size:11px;fill:var(--soft)}text.title{font-size:12px}
 """
 _FACTS = ("events", "users", "items", "items_without_events", "session_length_median", "days", "newest_age_days")
 _DAYS = 400
@@ -49,7 +49,7 @@ def page(report: Mapping[str, Any]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Data report: {escape(report['data'])}</title><style>{_STYLE}</style></head><body>"
+        f"<title>Data report: {escape(report['data'])}</title><style>{STYLE}</style></head><body>"
         f"<h1>Data report</h1><p>{escape(report['data'])}, {escape(report['made'])}{against}</p>"
         f'<div class="numbers">{facts}</div><div class="grid">{"".join(filter(None, sections))}</div></body></html>\n'
     )
@@ -67,20 +67,20 @@ def _gate(checks: Sequence[Mapping[str, Any]]) -> str:
         )
         for check in checks
     ]
-    return _section("Quality gate", _table(("statistic", "value", "bounds", ""), rows, raw=3))
+    return section("Quality gate", table(("statistic", "value", "bounds", ""), rows, raw=3))
 
 
 def _days(distributions: Mapping[str, Any]) -> str:
     days = distributions.get("events_per_day")
     if not days:
-        return _section("Events per day", "<p>The data have no times, or positions in place of times.</p>")
+        return section("Events per day", "<p>The data have no times, or positions in place of times.</p>")
     unit = "day"
     if len(days) > _DAYS:
         months: dict[str, int] = {}
         for day, count in days.items():
             months[day[:7]] = months.get(day[:7], 0) + count
         days, unit = months, "month"
-    return _section(
+    return section(
         f"Events per {unit}", bars(list(days), list(days.values()), x_title=f"{unit} (UTC)", y_title="events")
     )
 
@@ -92,7 +92,7 @@ def _lengths(distributions: Mapping[str, Any]) -> str:
     chart = bars(
         [label for label, _ in ranges], [n for _, n in ranges], x_title="events per session", y_title="sessions"
     )
-    return _section("Session lengths", chart)
+    return section("Session lengths", chart)
 
 
 def _popularity(distributions: Mapping[str, Any], statistics: Mapping[str, Any]) -> str:
@@ -105,12 +105,12 @@ def _popularity(distributions: Mapping[str, Any], statistics: Mapping[str, Any])
         f"Gini coefficient {statistics['popularity_gini']:.2f}; "
         f"{number(statistics['items_without_events'])} items have no event."
     )
-    return _section("Item popularity", f"<p>{summary}</p>{chart}")
+    return section("Item popularity", f"<p>{summary}</p>{chart}")
 
 
 def _coverage(coverage: Mapping[str, Mapping[str, Any]]) -> str:
     if not coverage:
-        return _section("Modality coverage", "<p>The catalogue has no modality.</p>")
+        return section("Modality coverage", "<p>The catalogue has no modality.</p>")
     rows = [
         (
             name,
@@ -123,7 +123,7 @@ def _coverage(coverage: Mapping[str, Mapping[str, Any]]) -> str:
         for name, part in coverage.items()
     ]
     head = ("modality", "items that have it", "events on these items", "width", "encoder", "fingerprint")
-    return _section("Modality coverage", _table(head, rows))
+    return section("Modality coverage", table(head, rows))
 
 
 def _data_quality(statistics: Mapping[str, Any]) -> str:
@@ -139,22 +139,23 @@ def _data_quality(statistics: Mapping[str, Any]) -> str:
         for name in [*findings, *times]
         if name in statistics
     ]
-    return _section("Data quality", _table(("finding", "share of events, or number"), rows))
+    return section("Data quality", table(("finding", "share of events, or number"), rows))
 
 
 def _drift(report: Mapping[str, Any]) -> str:
     changes = {name: value for name, value in report["measures"].items() if name.startswith("drift.")}
     if not changes:
-        return _section("Drift", "<p>There is no earlier run to compare with.</p>")
+        return section("Drift", "<p>There is no earlier run to compare with.</p>")
     rows = [(name.removeprefix("drift.").replace("_", " "), f"{value:+.2%}") for name, value in changes.items()]
-    return _section("Drift since the last run", _table(("statistic", "change"), rows))
+    return section("Drift since the last run", table(("statistic", "change"), rows))
 
 
-def _section(title: str, inside: str) -> str:
+def section(title: str, inside: str) -> str:
+    """Return a section of a page; ``inside`` is HTML."""
     return f"<section><h2>{escape(title)}</h2>{inside}</section>"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], raw: int = -1) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], raw: int = -1) -> str:
     """Return a table; cells are escaped except those of column ``raw``, which are HTML."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join(

@@ -1,0 +1,82 @@
+"""The sessions on which two systems differ most, with titles, for a reader without figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from missrec_t4r.arrays import Ints
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.evaluation.metrics import metric_values
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, UNKNOWN_ROW
+
+EACH: Final = 5
+"""Examples for each of the two systems."""
+SHOWN: Final = 5
+"""Last items of a session, and first items of a list."""
+TITLES: Final = ("title", "name", "product_name")
+
+
+def examples(
+    catalogue: Catalogue,
+    histories: Sessions,
+    targets: Ints,
+    systems: Mapping[str, tuple[Ints, Ints]],
+    *,
+    users: Sessions,
+) -> list[dict[str, Any]]:
+    """Return the sessions with the largest differences in NDCG@10, first those that the second system does better on.
+
+    Parameters
+    ----------
+    catalogue, histories, targets
+        The sessions that were compared.
+    systems : mapping of str to (ranks [session], lists [session, place])
+        The current system and the candidate.
+    users : Sessions
+        The same sessions with their users.
+    """
+    title = _Titles(catalogue)
+    (_, (first, _)), (_, (second, _)) = systems.items()
+    gain = metric_values(second, [10])[:, 1] - metric_values(first, [10])[:, 1]
+    order = np.argsort(-gain, kind="stable")
+    chosen = [index for index in order[:EACH] if gain[index] > 0]
+    chosen += [index for index in order[::-1][:EACH] if gain[index] < 0]
+    return [
+        {
+            "user": None if users.users is None else str(users.users[int(index)].as_py()),
+            "better": list(systems)[int(gain[index] > 0)],
+            "history": [title(row) for row in histories[index][-SHOWN:]],
+            "earlier": max(0, len(histories[index]) - SHOWN),
+            "target": title(targets[index]),
+            "systems": {
+                name: {
+                    "rank": int(ranks[index]) if ranks[index] <= lists.shape[1] else None,
+                    "list": [
+                        {"title": title(row), "hit": bool(row == targets[index])}
+                        for row in lists[index][:SHOWN]
+                        if row >= UNKNOWN_ROW
+                    ],
+                }
+                for name, (ranks, lists) in systems.items()
+            },
+        }
+        for index in chosen
+    ]
+
+
+class _Titles:
+    """Titles of rows; the id where there is none."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        column = next((name for name in TITLES if name in catalogue.items.column_names), ITEM_ID)
+        self.column, self.ids = catalogue.items[column], catalogue.items[ITEM_ID]
+
+    def __call__(self, row: Any) -> str:
+        index = int(row) - FIRST_ITEM_ROW
+        if index < 0:
+            return "an item that the catalogue lacks"
+        return str(self.column[index].as_py() or self.ids[index].as_py())

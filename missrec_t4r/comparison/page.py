@@ -1,0 +1,218 @@
+"""The HTML page of a comparison: verdict, tables, charts and examples in one self-contained file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any, Final
+
+from missrec_t4r.comparison.verdict import OPEN, REFUSED, SHIP
+from missrec_t4r.etl.quality.charts import bars, intervals, number
+from missrec_t4r.etl.quality.html import STYLE, section, table
+from missrec_t4r.evaluation.full_ranking import PROTOCOL_TITLES
+
+_STYLE: Final = """
+.verdict{border-left:6px solid var(--soft);padding:.8rem 1.2rem;background:var(--card);margin:1rem 0}
+.verdict b{font-size:1.5rem}.verdict p{margin:.3rem 0 0;color:var(--ink)}
+.verdict.good{border-color:var(--good)}.verdict.bad{border-color:var(--bad)}
+.wide{grid-column:1/-1}g .interval{stroke:var(--soft);stroke-width:2}g circle{fill:var(--soft)}
+g.good .interval{stroke:var(--good)}g.good circle{fill:var(--good)}
+g.bad .interval{stroke:var(--bad)}g.bad circle{fill:var(--bad)}
+.examples{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(32rem,100%),1fr));gap:1rem}
+.example{border-top:1px solid var(--line);padding:.6rem 0}.two{display:grid;grid-template-columns:1fr 1fr;gap:1rem}
+.example ol{margin:.2rem 0;padding-left:1.3rem}.hit{color:var(--good);font-weight:600}dl{margin:0}dt{font-weight:600}
+dd{margin:0 0 .5rem;color:var(--soft)}
+"""
+_CLASS: Final = {SHIP: "good", OPEN: "", REFUSED: "bad"}
+_WORDS: Final = {
+    "NDCG@10": "how high the item that came next stands among the first ten: 1 at the first place, 0 below the tenth",
+    "Recall@10": "share of the sessions whose next item is among the first ten",
+    "±, interval": "range in which the figure lies with 95 % confidence if other users of the same kind had come",
+    "coverage@10": "share of the catalogue that at least one session is recommended",
+    "novelty": "how unknown the recommended items are, in bits: one more bit, half as many earlier events",
+    "popularity bias": "earlier events of the recommended items, divided by those of the items that came next; "
+    "1: as popular as what users choose",
+    "diversity": "how different the ten items of a list are in text and picture: 0 alike, 1 unrelated",
+    "excluded": "items that a session has already are not recommended, as most shops do",
+    "kept": "they may be recommended again",
+}
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """Return the complete HTML page of a comparison (the content of comparison.json)."""
+    verdict = report["verdict"]
+    protocol = verdict["protocol"]
+    sections = [_gate(verdict["gate"]), _systems(report, protocol), _differences(report, protocol)]
+    sections += [_by_slice(report, protocol), _slices(report, protocol), _beyond(report, protocol)]
+    sections += [_systems(report, name) for name in report["protocols"] if name != protocol]
+    sections += [_examples(report), _left_out(report), _words()]
+    title = f"{report['candidate']} against {report['current']}"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Comparison: {escape(title)}</title><style>{STYLE}{_STYLE}</style></head><body>"
+        f"<h1>{escape(title)}</h1><p>{escape(report['data'])}, {escape(report['split'])} sessions, "
+        f"{escape(report['made'])}</p>"
+        f'<div class="verdict {_CLASS[verdict["decision"]]}"><b>{escape(verdict["decision"].capitalize())}</b>'
+        f"<p>{escape(verdict['words'])}.</p></div>"
+        f'<div class="grid">{"".join(filter(None, sections))}</div></body></html>\n'
+    )
+
+
+def _gate(checks: Any) -> str:
+    rows = [
+        (
+            check["measure"],
+            "not measured" if check["value"] is None else f"{check['value']:.4g}",
+            ", ".join(f"{key} {number(value)}" for key, value in check["bounds"].items()),
+            '<span class="good">passed</span>' if check["passed"] else '<span class="bad">violated</span>',
+        )
+        for check in checks
+    ]
+    return section("Gate", table(("measure", "value", "bounds", ""), rows, raw=3)) if rows else ""
+
+
+def _systems(report: Mapping[str, Any], protocol: str) -> str:
+    measured = report["protocols"][protocol]
+    rows = []
+    for name, of in measured.items():
+        low, high = of["interval"]["ndcg@10"]
+        seeds = report["systems"][name].get("seeds")
+        rows.append(
+            (
+                _role(report, name),
+                f"{of['ndcg@10']:.4f} ± {(high - low) / 2:.4f}",
+                f"{of['recall@10']:.4f}",
+                f"{of['recall@50']:.4f}",
+                report["systems"][name]["kind"] + (f", {seeds['n']} seeds" if seeds else ""),
+            )
+        )
+    head = ("system", "NDCG@10", "Recall@10", "Recall@50", "what it is")
+    chart = bars(list(measured), [of["ndcg@10"] for of in measured.values()], x_title="system", y_title="NDCG@10")
+    return section(f"Accuracy, seen items {PROTOCOL_TITLES[protocol]}", table(head, rows) + chart)
+
+
+def _role(report: Mapping[str, Any], name: str) -> str:
+    roles = {report["current"]: " (current)", report["candidate"]: " (candidate)"}
+    return name + roles.get(name, "")
+
+
+def _differences(report: Mapping[str, Any], protocol: str) -> str:
+    found = {name: of["ndcg@10"] for name, of in report["differences"][protocol].items()}
+    chart = intervals(
+        list(found),
+        [of["difference"] for of in found.values()],
+        [(of["low"], of["high"]) for of in found.values()],
+        x_title=f"NDCG@10 minus that of {report['current']}, same users",
+    )
+    words = "Each line is a system; right of zero it is better than the current one. The line is the 95 % interval."
+    rows = [
+        (name, f"{of['difference']:+.4f}", f"{of['low']:+.4f} to {of['high']:+.4f}", _change(of["relative"]))
+        for name, of in found.items()
+    ]
+    return section(
+        "Difference to the current system",
+        f"<p>{words}</p>{chart}" + table(("system", "difference", "95 % interval", "change"), rows),
+    )
+
+
+def _change(relative: float | None) -> str:
+    return "-" if relative is None else f"{relative:+.1%}"
+
+
+def _by_slice(report: Mapping[str, Any], protocol: str) -> str:
+    found = {
+        f"{name.replace('_', ' ')} ({part['n']:,})": part["differences"][protocol]["ndcg@10"]
+        for name, part in report["slices"].items()
+        if part["n"]
+    }
+    chart = intervals(
+        list(found),
+        [of["difference"] for of in found.values()],
+        [(of["low"], of["high"]) for of in found.values()],
+        x_title=f"NDCG@10, {report['candidate']} minus {report['current']}",
+    )
+    words = "Where the candidate is better (green), worse (red), or not different for sure. Sessions in brackets."
+    return section("By kind of session", f"<p>{words}</p>{chart}")
+
+
+def _slices(report: Mapping[str, Any], protocol: str) -> str:
+    names = list(report["protocols"][protocol])
+    rows = [
+        (
+            part.replace("_", " "),
+            f"{of['n']:,}",
+            *("-" if (value := of[protocol][name]["ndcg@10"]) is None else f"{value:.4f}" for name in names),
+        )
+        for part, of in report["slices"].items()
+    ]
+    words = (
+        "Cold: the next item has no earlier event. Rare: fewer than five. Short sessions have up to three items, "
+        "long ones ten or more."
+    )
+    return section("NDCG@10 by kind of session", f"<p>{words}</p>" + table(("sessions", "number", *names), rows))
+
+
+def _beyond(report: Mapping[str, Any], protocol: str) -> str:
+    rows = [
+        (
+            _role(report, name),
+            _value(of["coverage@10"], "{:.1%}"),
+            _value(of["novelty"], "{:.2f}"),
+            _value(of["popularity_bias"], "{:.2f}"),
+            _value(of["diversity"], "{:.3f}"),
+            _size(report["systems"][name]["bytes"]),
+        )
+        for name, of in report["beyond_accuracy"][protocol].items()
+    ]
+    head = ("system", "coverage@10", "novelty", "popularity bias", "diversity", "on disk")
+    return section("Beyond accuracy", table(head, rows))
+
+
+def _value(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _size(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.1f} MB"
+
+
+def _examples(report: Mapping[str, Any]) -> str:
+    shown = []
+    for example in report["examples"]:
+        lists = "".join(_list(name, of) for name, of in example["systems"].items())
+        earlier = f"{example['earlier']} earlier, " if example["earlier"] else ""
+        history = ", ".join(example["history"]) or "nothing known"
+        shown.append(
+            f'<div class="example"><b>Better: {escape(example["better"])}</b>'
+            f"<p>User {escape(str(example['user']))} had: {escape(earlier + history)}<br>"
+            f'Next came: <span class="hit">{escape(example["target"])}</span></p>'
+            f'<div class="two">{lists}</div></div>'
+        )
+    words = "The sessions on which the two differ most; the item that came next is green."
+    inside = f'<p>{words}</p><div class="examples">{"".join(shown)}</div>' if shown else "<p>There is none.</p>"
+    return section("Examples", inside).replace("<section>", '<section class="wide">', 1)
+
+
+def _list(name: str, of: Mapping[str, Any]) -> str:
+    place = "not among the first fifty" if of["rank"] is None else f"at place {of['rank']}"
+    items = "".join(
+        f'<li class="hit">{escape(item["title"])}</li>' if item["hit"] else f"<li>{escape(item['title'])}</li>"
+        for item in of["list"]
+    )
+    return f"<div>{escape(name)}: {place}<ol>{items}</ol></div>"
+
+
+def _left_out(report: Mapping[str, Any]) -> str:
+    rows = [("all systems", name.replace("_", " "), f"{value:,}") for name, value in report["sessions"].items()]
+    for name, of in report["systems"].items():
+        rows += [(name, what.replace("_", " "), f"{value:,}") for what, value in of["counts"].items() if value]
+        rows += [(name, note, "") for note in of["notes"]]
+        if of["ranked_items"] != report["n_items"]:
+            rows.append((name, "ranks among another number of items", f"{of['ranked_items']:,}"))
+    return section("What was compared, and what was left out", table(("system", "what", "number"), rows))
+
+
+def _words() -> str:
+    inside = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _WORDS.items())
+    return section("How to read the figures", f"<dl>{inside}</dl>")

@@ -1,0 +1,102 @@
+"""Ship or not: the candidate's paired difference to the current system, or the bounds of a gate."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from missrec_t4r.errors import ConfigError
+
+SHIP: Final = "ship"
+OPEN: Final = "no difference shown"
+REFUSED: Final = "do not ship"
+CRITERION: Final = "ndcg@10"
+
+
+def decide(measures: Mapping[str, Any], protocol: str, gate: Path | None) -> tuple[str, list[dict[str, Any]]]:
+    """Return the decision and the checked bounds.
+
+    Without a gate: ship if the 95 % interval of the difference in NDCG@10 is above zero, "no difference shown" if it
+    holds zero, "do not ship" if it is below. With a gate: ship if every bound holds, else "do not ship".
+
+    Parameters
+    ----------
+    measures : mapping of str to float or None
+        As `measures_of` returns them.
+    protocol : str
+        Of the difference.
+    gate : Path or None
+        YAML of bounds: ``measure: {min: number, max: number}``.
+
+    Raises
+    ------
+    ConfigError
+        The gate cannot be read, or names an unknown measure.
+    """
+    low, high = (measures[f"{protocol}.difference_{end}.{CRITERION}"] for end in ("low", "high"))
+    by_interval = SHIP if low > 0 else REFUSED if high < 0 else OPEN
+    if gate is None:
+        return by_interval, []
+    from missrec_t4r.etl.quality.report import read_gate
+
+    checks = []
+    for name, bound in read_gate(gate).items():
+        if name not in measures:
+            near = difflib.get_close_matches(name, measures, 3) or list(measures)[:6]
+            raise ConfigError(f"the gate bounds {name!r}", f"a measure such as {', '.join(near)}", "correct the gate")
+        value = measures[name]
+        fits = not bound.get("required", False)
+        if value is not None:
+            fits = bound.get("min", float("-inf")) <= value <= bound.get("max", float("inf"))
+        checks.append({"measure": name, "value": value, "bounds": dict(bound), "passed": bool(fits)})
+    return (SHIP if all(check["passed"] for check in checks) else REFUSED), checks
+
+
+def measures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return what a gate may bound, of the candidate, by dotted names such as excluded.difference.ndcg@10."""
+    return dict(_measures(report))
+
+
+def _measures(report: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    candidate = report["candidate"]
+    for protocol, found in report["differences"].items():
+        yield from _metrics(protocol, report["protocols"][protocol][candidate], found[candidate])
+        for name, value in report["beyond_accuracy"][protocol][candidate].items():
+            yield f"{protocol}.{name}", value
+        for part, of in report["slices"].items():
+            if part != "all":
+                yield from _metrics(f"slice.{part}.{protocol}", of[protocol][candidate], of["differences"][protocol])
+    yield "n_users", report["n_users"]
+    yield "bytes", report["systems"][candidate]["bytes"]
+
+
+def _metrics(
+    prefix: str, measured: Mapping[str, Any], found: Mapping[str, Any] | None
+) -> Iterator[tuple[str, float | None]]:
+    for metric, value in measured.items():
+        if "@" in metric:
+            yield f"{prefix}.{metric}", value
+            difference = (found or {}).get(metric) or {}
+            for name in ("difference", "low", "high", "relative"):
+                kind = f"difference_{name}" if name in ("low", "high") else name
+                yield f"{prefix}.{kind}.{metric}", difference.get(name)
+
+
+def sentence(report: Mapping[str, Any], decision: str, protocol: str) -> str:
+    """Return the verdict in one sentence, with its numbers."""
+    candidate, current = report["candidate"], report["current"]
+    values = [report["protocols"][protocol][name][CRITERION] for name in (candidate, current)]
+    found = report["differences"][protocol][candidate][CRITERION]
+    change = "" if found["relative"] is None else f" ({found['relative']:+.1%})"
+    start = {
+        SHIP: f"Ship {candidate}",
+        OPEN: f"No difference shown between {candidate} and {current}",
+        REFUSED: f"Do not ship {candidate}",
+    }[decision]
+    return (
+        f"{start}: NDCG@10 {values[0]:.4f} against {values[1]:.4f} of {current}{change}, difference "
+        f"{found['difference']:+.4f}, 95 % interval {found['low']:+.4f} to {found['high']:+.4f}, "
+        f"{report['n_users']:,} sessions"
+    )

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from missrec_t4r.etl.item_table import UnknownItems, Vectors, filter_items, match_events, unique_items
 from missrec_t4r.etl.quality import checks
+from missrec_t4r.etl.quality.number_texts import read_numbers
 from missrec_t4r.etl.sources.table import Paths, read_table, require_column
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
@@ -38,7 +39,12 @@ class Inputs:
 
 
 def read_tables(
-    interactions: Paths, items: Path, names: Mapping[str, str], catalogue_item: str, findings: checks.Findings
+    interactions: Paths,
+    items: Path,
+    names: Mapping[str, str],
+    catalogue_item: str,
+    findings: checks.Findings,
+    time_format: str | None = None,
 ) -> tuple[pa.Table, pa.Table]:
     """Return interactions and item table with standard column names, ids as int64 or string, times as numbers.
 
@@ -54,6 +60,8 @@ def read_tables(
         Id column of the item table.
     findings : Findings
         Gains the columns that are left out.
+    time_format : str, optional
+        Of text times that are not ISO 8601.
 
     Raises
     ------
@@ -69,7 +77,7 @@ def read_tables(
     events = events.drop_columns(clashing) if clashing else events
     events = events.rename_columns([names.get(name, name) for name in events.column_names])
 
-    return _normal_types(events, read_items(items, catalogue_item, findings))
+    return _normal_types(events, read_items(items, catalogue_item, findings), findings, time_format)
 
 
 def read_items(items: Path, catalogue_item: str, findings: checks.Findings) -> pa.Table:
@@ -90,17 +98,22 @@ def read_items(items: Path, catalogue_item: str, findings: checks.Findings) -> p
     return table.rename_columns([ITEM_ID if name == catalogue_item else name for name in table.column_names])
 
 
-def _normal_types(events: pa.Table, items: pa.Table) -> tuple[pa.Table, pa.Table]:
+def _normal_types(
+    events: pa.Table, items: pa.Table, findings: checks.Findings, time_format: str | None
+) -> tuple[pa.Table, pa.Table]:
     """Convert ids and times; text ids become integers only if the ids of the other table are integers."""
     event_ids, item_ids = checks.normal_ids(events[ITEM_ID], ITEM_ID), checks.normal_ids(items[ITEM_ID], ITEM_ID)
     if event_ids.type != item_ids.type:
         event_integers, item_integers = (checks.text_to_integers(ids) for ids in (event_ids, item_ids))
         event_ids = event_ids if event_integers is None else event_integers
         item_ids = item_ids if item_integers is None else item_integers
+        if event_ids.type == item_ids.type:
+            is_text = event_integers is not None
+            checks.note_converted_ids(findings, len(event_ids if is_text else item_ids), events=is_text)
     converted = {
         USER_ID: checks.normal_ids(events[USER_ID], USER_ID),
         ITEM_ID: event_ids,
-        TIMESTAMP: checks.normal_time(events[TIMESTAMP], TIMESTAMP),
+        TIMESTAMP: checks.normal_time(events[TIMESTAMP], TIMESTAMP, time_format),
     }
     columns = {name: converted.get(name, events[name]) for name in events.column_names}
     item_columns = {name: item_ids if name == ITEM_ID else items[name] for name in items.column_names}
@@ -114,6 +127,7 @@ def clean_inputs(
     findings: checks.Findings,
     *,
     drop_columns: Sequence[str],
+    categorical_columns: Sequence[str],
     drop_duplicates: bool,
     unknown_items: UnknownItems,
     k_core: int,
@@ -129,10 +143,11 @@ def clean_inputs(
         Modality vectors, rows as in ``item_table``.
     findings : Findings
         Gains the data-quality findings.
-    drop_columns, drop_duplicates, unknown_items, k_core, min_item_count
+    drop_columns, categorical_columns, drop_duplicates, unknown_items, k_core, min_item_count
         As in `missrec_t4r.etl.pipeline.etl`.
     """
     features = checks.event_features(events_table, drop_columns, findings)
+    events_table = read_numbers(events_table, features, categorical_columns, findings)
     events = checks.clean_events(events_table, features, findings, drop_duplicates)
     items, vectors = unique_items(item_table, vectors, findings)
     events, items, vectors = match_events(events, items, vectors, unknown_items, findings)

@@ -74,6 +74,7 @@ def etl(
     user_column: str = USER_ID,
     item_column: str = ITEM_ID,
     time_column: str = TIMESTAMP,
+    time_format: str | None = None,
     catalogue_item_column: str | None = None,
     drop_columns: Sequence[str] = ("split",),
     categorical_columns: Sequence[str] = (),
@@ -122,12 +123,14 @@ def etl(
         Column of the item id (string or integer) in the events.
     time_column : str
         Column of the event's time: unix seconds or dates.
+    time_format : str, optional
+        Format of text dates that are not ISO 8601, such as %d/%m/%Y or "%d.%m.%Y %H:%M"; read as UTC without a zone.
     catalogue_item_column : str, optional
         Column of the id in the item table; by default --item-column, or item_id where that is absent.
     drop_columns : sequence of str
         Event column that must not become a feature; by default split, which would leak the target.
     categorical_columns : sequence of str
-        Integer event column to treat as a category; text columns always are.
+        Event column of integers, or of numbers as text, to treat as a category; other text columns always are.
     k_core : int
         Drop users and items with fewer events, repeatedly until all have as many; 0 is off.
     min_item_count : int
@@ -217,6 +220,7 @@ def etl(
         "drop_duplicates": drop_duplicates,
         "max_sequence_length": max_sequence_length,
         "max_events": max_events,
+        "time_format": time_format,
         "columns": {USER_ID: user_column, ITEM_ID: item_column, TIMESTAMP: time_column},
         "drop_columns": list(drop_columns),
         "categorical_columns": list(categorical_columns),
@@ -468,12 +472,15 @@ def _run_in_memory(task: _Task, out: Path, partitions: int | None, started: floa
     """Build the data folder with NVTabular on all events at once; return its report."""
     settings = task.settings
     log.info("reading the tables")
-    tables = inputs.read_tables(task.files, task.items, task.names, task.catalogue_item, task.findings)
+    tables = inputs.read_tables(
+        task.files, task.items, task.names, task.catalogue_item, task.findings, settings["time_format"]
+    )
     clean = inputs.clean_inputs(
         *tables,
         item_table.read_modalities(task.modality_files, tables[1].num_rows),
         task.findings,
         drop_columns=settings["drop_columns"],
+        categorical_columns=settings["categorical_columns"],
         drop_duplicates=settings["drop_duplicates"],
         unknown_items=settings["unknown_items"],
         k_core=settings["k_core"],

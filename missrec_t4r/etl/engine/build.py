@@ -96,7 +96,16 @@ def prepare_folder(work: Path, plan: Plan, job: Job) -> Path:
     """Return the job's folder in the working directory: that of a killed run with equal input, or a new one."""
     files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in map(Path, job.files)]
     identity = json.dumps(
-        [_WORK_FORMAT, files, plan.partitions, plan.names, plan.features, job.settings, job.old.get("version")],
+        [
+            _WORK_FORMAT,
+            files,
+            plan.partitions,
+            plan.names,
+            plan.features,
+            plan.number_texts,
+            job.settings,
+            job.old.get("version"),
+        ],
         default=str,
     )
     item_hashes = pd.util.hash_array(job.items[ITEM_ID].to_pandas().to_numpy())

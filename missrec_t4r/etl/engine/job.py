@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import SchemaError
@@ -16,7 +18,8 @@ from missrec_t4r.etl.engine.shuffle import Plan, cut_chunks
 from missrec_t4r.etl.engine.workdir import decoded_type, unified_schema
 from missrec_t4r.etl.event_settings import EventSettings
 from missrec_t4r.etl.quality import checks
-from missrec_t4r.schema import TIMESTAMP
+from missrec_t4r.etl.quality.number_texts import Notations, note
+from missrec_t4r.schema import ITEM_ID, TIMESTAMP
 
 EVENTS_PER_PARTITION = 500_000
 _MAX_PARTITIONS = 65_535
@@ -86,8 +89,10 @@ def make_plan(job: Job) -> Plan:
     )
     features = checks.event_features(empty, job.settings["drop_columns"], job.findings)
     texts = [name for name in features if pa.types.is_string(empty[name].type)]
-    job.derive.check(features, texts)
     categorical = job.settings["categorical_columns"]
+    notations = _notations(job, [name for name in texts if name not in categorical])
+    texts = [name for name in texts if name not in notations]
+    job.derive.check(features, texts)
     if missing := [name for name in categorical if name not in features]:
         raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {features}")
     if job.old and features != (before := job.settings["event_features"]):
@@ -99,4 +104,40 @@ def make_plan(job: Job) -> Plan:
     partitions = job.partitions or max(1, -(-rows // EVENTS_PER_PARTITION))  # rounded up
     time = empty[TIMESTAMP].type
     is_number = pa.types.is_integer(time) or pa.types.is_floating(time)
-    return Plan(chunks, min(partitions, _MAX_PARTITIONS), dict(job.names), kinds, not is_number)
+    if pa.types.is_string(empty[ITEM_ID].type) and pa.types.is_integer(job.items[ITEM_ID].type):
+        checks.note_converted_ids(job.findings, rows, events=True)
+    return Plan(
+        chunks,
+        min(partitions, _MAX_PARTITIONS),
+        dict(job.names),
+        kinds,
+        not is_number,
+        notations,
+        job.settings.get("time_format"),
+    )
+
+
+def _notations(job: Job, texts: Sequence[str]) -> dict[str, str]:
+    """Return the notation of the text columns that hold numbers: one pass over these columns, no further than needed.
+
+    A column of an incremental update is what it was in the first run.
+    """
+    if job.old:
+        texts = [name for name in texts if name in job.old["types"]]
+    seen, counts = {name: Notations() for name in texts}, dict.fromkeys(texts, 0)
+    for file in job.files if texts else ():
+        parquet = pq.ParquetFile(file)
+        for group in range(parquet.num_row_groups):
+            open_names = [name for name, one in seen.items() if one.possible]
+            if not open_names:
+                break
+            for batch in parquet.iter_batches(row_groups=[group], columns=open_names):
+                for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                    seen[name].add(checks.readable(pc.unique(column).cast(pa.string()))[0])
+                    counts[name] += len(column) - column.null_count
+    chosen = {name: notation for name, one in seen.items() if (notation := one.chosen)}
+    if job.old:
+        chosen = {name: chosen.get(name, "point") for name in texts}
+    for name, notation in chosen.items():
+        note(job.findings, name, counts[name], notation)
+    return chosen

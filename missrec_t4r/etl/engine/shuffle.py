@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from missrec_t4r.data.user_hash import hash_ids, partition_of
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.etl.engine.workdir import SHUFFLE_FOLDER, decode
 from missrec_t4r.etl.quality import checks
+from missrec_t4r.etl.quality.number_texts import parse_numbers
 from missrec_t4r.io.arrow_files import one_array, to_record_batch
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json, write_json
@@ -63,6 +64,9 @@ class Plan:
     features: dict[str, str]
     """Event column -> ``category`` or ``number``."""
     time_is_date: bool
+    number_texts: dict[str, str] = field(default_factory=dict)
+    """Number column that the files hold as text -> its notation (`quality.number_texts`)."""
+    time_format: str | None = None
 
     def save(self, work: Path) -> None:
         """Write the plan."""
@@ -256,7 +260,7 @@ class EventEncoder:
         keys = {
             USER_ID: checks.normal_ids(decode(table[USER_ID]), USER_ID),
             ITEM_ID: items,
-            TIMESTAMP: checks.normal_time(table[TIMESTAMP], TIMESTAMP),
+            TIMESTAMP: checks.normal_time(table[TIMESTAMP], TIMESTAMP, self.plan.time_format),
         }
         table = pa.table({name: keys.get(name, decode(table[name])) for name in table.column_names})
         usable = None
@@ -280,6 +284,8 @@ class EventEncoder:
 
     def _feature(self, name: str, kind: str, column: pa.Array) -> pa.Array:
         """Return an event feature: numbers with nulls as 0, categories as codes of this chunk, [event]."""
+        if name in self.plan.number_texts:
+            column = parse_numbers(column, self.plan.number_texts[name])
         if pa.types.is_floating(column.type):
             column = pc.if_else(pc.is_finite(column), column, None)
         if column.null_count:

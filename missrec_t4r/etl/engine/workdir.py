@@ -199,7 +199,10 @@ def read_item_table(
     schema = pq.read_schema(files[0])
     kind = decoded_type(schema.field(item_column).type) if item_column in schema.names else ids.type
     if pa.types.is_string(ids.type) and not pa.types.is_string(kind):
-        ids = checks.text_to_integers(ids) or ids
+        integers = checks.text_to_integers(ids)
+        if integers is not None:
+            ids = integers
+            checks.note_converted_ids(findings, len(ids), events=False)
     table = table.set_column(table.column_names.index(ITEM_ID), ITEM_ID, ids)
     vectors: item_table.Vectors = item_table.read_modalities(modality_files, table.num_rows)
     table, vectors = item_table.unique_items(table, vectors, findings)

@@ -166,11 +166,12 @@ def text_to_integers(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
     return numbers if same is not False else None
 
 
-def normal_time(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+def normal_time(column: pa.ChunkedArray, name: str, time_format: str | None = None) -> pa.ChunkedArray:
     """Return times as sortable numbers: dates become unix seconds, numbers are kept.
 
     Text columns become unix seconds too. They may mix ISO 8601 dates, with or without a zone (UTC without one), and
     numbers in seconds, milliseconds, microseconds or nanoseconds, distinguished by magnitude; other texts become null.
+    With a ``time_format`` such as ``%d/%m/%Y`` all texts are in this format.
 
     Raises
     ------
@@ -178,12 +179,15 @@ def normal_time(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
         The column holds neither numbers nor dates.
     """
     kind = column.type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if time_format and not is_text:
+        raise SchemaError(f"--time-format, and column {name!r} is of type {kind}", "texts", "leave --time-format out")
     if pa.types.is_integer(kind):
         return column.cast(pa.int64())
     if pa.types.is_floating(kind):
         return pc.if_else(pc.is_finite(column), column, None).cast(pa.float64())
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return _times_of_text(column, name)
+    if is_text:
+        return _times_of_text(column, name, time_format)
     if pa.types.is_date(kind):
         column = column.cast(pa.timestamp("s"))
     elif not pa.types.is_timestamp(kind):
@@ -194,20 +198,24 @@ def normal_time(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     return seconds if whole is False else seconds.cast(pa.int64())
 
 
-def _times_of_text(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+def _times_of_text(column: pa.ChunkedArray, name: str, time_format: str | None) -> pa.ChunkedArray:
     texts = column.to_pandas().astype("string").str.strip()
     numbers = pd.to_numeric(texts, errors="coerce").astype("float64")
     size = numbers.abs()
     units = np.select([size > 1e17, size > 1e14, size > 1e11], [1e9, 1e6, 1e3], 1.0)
-    dates = pd.to_datetime(texts.where(numbers.isna()), utc=True, errors="coerce", **_ISO)
+    if time_format:
+        numbers = pd.Series(np.nan, texts.index)
+        dates = pd.to_datetime(texts, utc=True, errors="coerce", format=time_format)
+    else:
+        dates = pd.to_datetime(texts.where(numbers.isna()), utc=True, errors="coerce", **_ISO)
     seconds = (dates - pd.Timestamp(0, tz="UTC")) // pd.Timedelta(microseconds=1) / 1e6
     times = (numbers / units).fillna(seconds)
     times = times.where(np.isfinite(times))
     if times.isna().all() and texts.notna().any():
         raise SchemaError(
             f"column {name!r} is of type {column.type} and holds texts such as {texts.dropna().iloc[0]!r}",
-            "unix seconds or a date",
-            "convert the column to unix seconds or ISO 8601",
+            f"times in the format {time_format}" if time_format else "unix seconds or a date",
+            "state the format of other dates with --time-format, such as --time-format %d/%m/%Y for 31/12/2023",
         )
     seconds = pa.array(times, pa.float64(), from_pandas=True)
     whole = pc.all(pc.equal(pc.floor(seconds), seconds)).as_py()
@@ -333,6 +341,16 @@ def clean_events(table: pa.Table, features: Sequence[str], findings: Findings, d
     per_user = events[USER_ID].value_counts(sort=False)
     findings.add("very_long_users", int((per_user > MANY_EVENTS).sum()), VERY_LONG)
     return events[~duplicate].reset_index(drop=True) if drop_duplicates else events
+
+
+def note_converted_ids(findings: Findings, count: int, *, events: bool) -> None:
+    """Add the finding that one table's item ids are texts and the other's integers, and that both are integers now."""
+    sides = ("interactions", "item table") if events else ("item table", "interactions")
+    findings.add(
+        "ids_as_text",
+        count,
+        f"item ids are texts in the {sides[0]} and integers in the {sides[1]}: both are read as integers",
+    )
 
 
 def _note_times(events: pd.DataFrame, findings: Findings) -> None:

@@ -24,6 +24,7 @@ def test_overrides_win_over_the_recipe_and_survive_a_round_trip() -> None:
         ({"model.attention": "sideways"}, "'bidirectional', 'causal'"),
         ({"epochs": 3}, "train.epochs"),
         ({"train.ema_decay": 1.0}, "train.ema_decay"),
+        ({"train.learning_rate": True}, "a number is expected"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_would_be_right(overrides: dict[str, object], words: str) -> None:

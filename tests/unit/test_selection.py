@@ -93,6 +93,7 @@ def trained(data: Path, out: Path, settings: Mapping[str, Any] = ALONE) -> dict[
 
 def test_training_and_score_terms_do_not_know_the_test_split(folder: Path, tmp_path: Path) -> None:
     clean = trained(folder, tmp_path / "clean", {})
+    assert clean["facts"]["epochs"] == len(clean["curve"]) == SETTINGS["train.epochs"]
     assert clean["facts"]["prior"]["newcomers"], "the cold-start term is tuned, too"
     assert trained(poisoned(folder, "test", tmp_path / "data1"), tmp_path / "run1", {}) == clean
     other = trained(poisoned(folder, "valid", tmp_path / "data2"), tmp_path / "run2", {})
@@ -201,6 +202,30 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(misleading: Path, tmp_
     assert facts["valid_ndcg@10"] == max(curve)
     as_long = trained(misleading, tmp_path / "short", ALONE | {"train.epochs": facts["best_epoch"] + 1})
     assert patient["weights"] == as_long["weights"]
+
+
+class Killed(Exception):
+    pass
+
+
+class Dies(Trainer):
+    """Is killed after nine epochs."""
+
+    def _epoch(self) -> dict[str, Any]:
+        if self.status["epoch"] == 9:
+            raise Killed
+        return super()._epoch()
+
+
+def test_a_resumed_run_keeps_the_best_epoch_of_before(misleading: Path, tmp_path: Path) -> None:
+    settings = ALONE | {"train.epochs": 11}
+    recipe, catalogue = Recipe.load("tiny", {**SETTINGS, **settings}), Catalogue.load(misleading / CATALOGUE_FOLDER)
+    sessions = [Sessions.load(misleading / split) for split in ("train", "valid")]
+    with pytest.raises(Killed):
+        Dies(recipe, catalogue, *sessions, tmp_path / "killed", "cpu").run(misleading)
+    whole = trained(misleading, tmp_path / "whole", settings)
+    assert whole["facts"]["best_epoch"] < 9
+    assert trained(misleading, tmp_path / "killed", settings) == whole
 
 
 def test_no_result_depends_on_the_clock(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

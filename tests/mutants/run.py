@@ -2,7 +2,7 @@
 
     python -m tests.mutants.run [--jobs 2] [--only 'training/*']
 
-The named tests must pass without a mutant first. Outcomes are kept in ``work/mutants`` for the tree that they belong
+The named tests run without a mutant first, and must pass. Outcomes are kept in ``work/mutants`` for the tree that they belong
 to, so that an interrupted run goes on where it was. A whole run writes ``benchmarks/results/<date>-mutants.json``. Exit
 code 1 if a mutant survived.
 """
@@ -34,7 +34,7 @@ from tests.mutants.patches import ROOT, Mutant, apply, mutants
 
 KEPT = ROOT / "work" / "mutants" / "outcomes.json"
 SURVIVED, KILLED, TIMED_OUT, BROKEN = "survived", "killed", "timed out", "broken"
-"""Broken: the patch does not apply, or no test could be collected, so that it says nothing about the tests."""
+"""Broken: the patch does not apply, or its tests fail without it or cannot be collected: it says nothing about them."""
 _SECONDS, _FACTOR = 300.0, 20.0
 """A mutant may take so long, plus so many times as long as its tests without it."""
 
@@ -66,16 +66,20 @@ class Runner:
             self.workers.put(Worker(jobs, folder / f"worker-{number}.txt"))
 
     def run(self, chosen: Sequence[Mutant]) -> dict[str, Outcome]:
-        """Return the outcome of every mutant by name; raise SystemExit if a named test fails without one."""
+        """Return the outcome of every mutant by name; one whose tests fail without it is broken."""
         suites: dict[str, set[str]] = {}
         for test in sorted({test for mutant in chosen for test in mutant.tests}):
             suites.setdefault(test.partition("::")[0], set()).add(test)
         unmutated = _all("unmutated", list(suites), lambda file: self.unmutated(file, suites[file]), self.jobs)
-        if failing := [file for file, outcome in unmutated.items() if outcome["outcome"] != SURVIVED]:
-            raise SystemExit(f"these fail without a mutant, or hold no test: {' '.join(failing)}")
+        failing = {file for file, outcome in unmutated.items() if outcome["outcome"] != SURVIVED}
         seconds = {file: outcome["seconds"] for file, outcome in unmutated.items()}
-        by_name = {mutant.name: mutant for mutant in chosen}
-        return _all("mutants", list(by_name), lambda name: self.mutated(by_name[name], seconds), self.jobs)
+        sound, broken = dict[str, Mutant](), dict[str, Outcome]()
+        for mutant in chosen:
+            if found := failing & {test.partition("::")[0] for test in mutant.tests}:
+                broken[mutant.name] = _outcome(BROKEN, f"fails without a mutant: {' '.join(sorted(found))}", 0.0)
+            else:
+                sound[mutant.name] = mutant
+        return broken | _all("mutants", list(sound), lambda name: self.mutated(sound[name], seconds), self.jobs)
 
     def unmutated(self, file: str, named: set[str]) -> Outcome:
         """Run the named tests of a file, or all of it, without a mutant."""

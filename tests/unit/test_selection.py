@@ -21,9 +21,11 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.evaluation.full_ranking import KEPT_WITH_HISTORY_TERM, quick_metrics
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import terms_of
+from missrec_t4r.ranking.protocols import blends_of
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.terms.content_knn import ContentKNNSettings
 from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings, ItemKNNTerm
+from missrec_t4r.ranking.tune import Validation
 from missrec_t4r.runs.evaluate import evaluate, fitted_baselines
 from missrec_t4r.runs.run_folder import load_run, load_tensors
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, UNKNOWN_ROW
@@ -110,6 +112,10 @@ def test_baselines_and_blends_are_tuned_without_the_test_split(folder: Path, tmp
     for chosen in ("baseline_settings", "blend_settings"):
         assert reports[0][chosen] == reports[1][chosen]
     assert reports[0]["protocols"] != reports[1]["protocols"]
+    loaded = load_run(tmp_path / "run", folder)
+    splits = (Sessions.load(folder / split) for split in ("train", "valid"))
+    _, blends = blends_of(loaded.model, Validation(loaded.model, loaded.catalogue, *splits))
+    assert blends["terms"] == reports[0]["blend_settings"]["terms"]
     assert fitted_baselines(folder)[1] == reports[0]["baseline_settings"]
     assert fitted_baselines(poisoned(folder, "valid", tmp_path / "valid"))[1] != reports[0]["baseline_settings"]
 

@@ -2,9 +2,9 @@
 
     python -m tests.mutants.run [--jobs 2] [--only 'training/*']
 
-The named tests run without a mutant first, and must pass. Outcomes are kept in ``work/mutants`` for the tree that they belong
-to, so that an interrupted run goes on where it was. A whole run writes ``benchmarks/results/<date>-mutants.json``. Exit
-code 1 if a mutant survived.
+The named tests run without a mutant first, and must pass. Outcomes are kept in ``work/mutants`` for the tree that they
+belong to, so that an interrupted run goes on where it was. A whole run writes its result to ``benchmarks/results/``, as
+``<date>-mutants.json``. Exit code 1 if a mutant survived.
 """
 
 from __future__ import annotations

@@ -65,19 +65,19 @@ def _comparison(result: Mapping[str, Any]) -> RenderableType:
     from missrec_t4r.evaluation.report import metrics_table, slices_table
 
     verdict, protocols = result["verdict"], list(result["protocols"])
-    rows = [
-        {"system": name, "minus current": f"{of['difference']:+.4f}", "low": f"{of['low']:+.4f}"}
-        | {"high": f"{of['high']:+.4f}", **result["beyond_accuracy"][verdict["protocol"]][name]}
-        for name, found in result["differences"][verdict["protocol"]].items()
-        for of in (found["ndcg@10"],)
-    ]
-    columns = ("system", "minus current", "low", "high", "coverage@10", "novelty", "popularity_bias", "diversity")
+    differences, rows = result["differences"][verdict["protocol"]], []
+    for name, beyond in result["beyond_accuracy"][verdict["protocol"]].items():
+        found = differences[name]["ndcg@10"] if name in differences else {}
+        signed = {end: f"{found[end]:+.4f}" for end in ("difference", "low", "high") if found}
+        rows.append({"system": name, **signed, **beyond})
+    columns = {"system": "system", "difference": "ndcg@10 to current", "low": "low", "high": "high"}
+    columns |= {name: name.replace("_", " ") for name in ("coverage@10", "novelty", "popularity_bias", "diversity")}
     return Group(
         *(metrics_table(result, name) for name in protocols),
         slices_table(result, verdict["protocol"]),
-        _rows(rows, {name: name.replace("_", " ") for name in columns}),
+        _rows(rows, columns),
         facts({"sessions": result["sessions"], **{name: result[name] for name in ("report", "page")}}),
-        f"{verdict['decision'].upper()}  {verdict['words']}",
+        verdict["words"],
     )
 
 

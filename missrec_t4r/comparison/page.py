@@ -23,6 +23,7 @@ g.bad .interval{stroke:var(--bad)}g.bad circle{fill:var(--bad)}
 .example ol{margin:.2rem 0;padding-left:1.3rem}.hit{color:var(--good);font-weight:600}dl{margin:0}dt{font-weight:600}
 dd{margin:0 0 .5rem;color:var(--soft)}
 """
+_LONGEST_TITLE: Final = 110
 _CLASS: Final = {SHIP: "good", OPEN: "", REFUSED: "bad"}
 _WORDS: Final = {
     "NDCG@10": "how high the item that came next stands among the first ten: 1 at the first place, 0 below the tenth",
@@ -145,6 +146,7 @@ def _slices(report: Mapping[str, Any], protocol: str) -> str:
             *("-" if (value := of[protocol][name]["ndcg@10"]) is None else f"{value:.4f}" for name in names),
         )
         for part, of in report["slices"].items()
+        if of["n"]
     ]
     words = (
         "Cold: the next item has no earlier event. Rare: fewer than five. Short sessions have up to three items, "
@@ -182,11 +184,11 @@ def _examples(report: Mapping[str, Any]) -> str:
     for example in report["examples"]:
         lists = "".join(_list(name, of) for name, of in example["systems"].items())
         earlier = f"{example['earlier']} earlier, " if example["earlier"] else ""
-        history = ", ".join(example["history"]) or "nothing known"
+        history = "; ".join(_short(title) for title in example["history"]) or "nothing known"
         shown.append(
             f'<div class="example"><b>Better: {escape(example["better"])}</b>'
             f"<p>User {escape(str(example['user']))} had: {escape(earlier + history)}<br>"
-            f'Next came: <span class="hit">{escape(example["target"])}</span></p>'
+            f'Next came: <span class="hit">{escape(_short(example["target"]))}</span></p>'
             f'<div class="two">{lists}</div></div>'
         )
     words = "The sessions on which the two differ most; the item that came next is green."
@@ -197,10 +199,15 @@ def _examples(report: Mapping[str, Any]) -> str:
 def _list(name: str, of: Mapping[str, Any]) -> str:
     place = "not among the first fifty" if of["rank"] is None else f"at place {of['rank']}"
     items = "".join(
-        f'<li class="hit">{escape(item["title"])}</li>' if item["hit"] else f"<li>{escape(item['title'])}</li>"
+        f'<li{" class=hit" if item["hit"] else ""} title="{escape(item["title"])}">{escape(_short(item["title"]))}</li>'
         for item in of["list"]
     )
     return f"<div>{escape(name)}: {place}<ol>{items}</ol></div>"
+
+
+def _short(title: str) -> str:
+    """Return a title that fits a line or two; the whole one is shown by the mouse."""
+    return title if len(title) <= _LONGEST_TITLE else title[: _LONGEST_TITLE - 1].rstrip() + "…"
 
 
 def _left_out(report: Mapping[str, Any]) -> str:

@@ -200,7 +200,7 @@ def test_contradictions_are_refused_with_a_cure() -> None:
     inputs = MultiModalSequenceFeatures.from_schema(schema, catalogue=catalogue)
     with pytest.raises(ConfigError, match="one MISSRecBlock on MultiModalSequenceFeatures"):
         tr.Head(tr.SequentialBlock(inputs, tr.MLPBlock([8])), [MISSRecNextItemTask()], inputs=inputs)
-    with pytest.raises(ConfigError, match="no multiple of --n-head"):
+    with pytest.raises(ConfigError, match="no multiple of model.n_head"):
         tr.Head(tr.SequentialBlock(inputs, MISSRecBlock(d_model=10, n_head=3)), [MISSRecNextItemTask()], inputs=inputs)
     body = tr.SequentialBlock(inputs, MISSRecBlock(**SMALL))
     with pytest.raises(ConfigError, match="MISSRecBlock has no model yet"):

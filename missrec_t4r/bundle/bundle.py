@@ -32,7 +32,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from missrec_t4r.bundle.extend import Uninitialised, load_weights, mark_rows
 from missrec_t4r.bundle.id_encoder import SessionTransform, TransformSettings
 from missrec_t4r.bundle.item_table import load_items, load_session_transform
 from missrec_t4r.bundle.manifest import (
@@ -59,6 +58,7 @@ from missrec_t4r.io.weight_names import current_names
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.retrieval.index_file import RetrievalIndex, check_belongs, check_index, write_index
+from missrec_t4r.runs.extend import Uninitialised, load_weights, mark_rows
 from missrec_t4r.schema import SCHEMA_FILE, SESSION_TRANSFORM_FILE
 
 SEARCH_FROM = 50_000
@@ -106,8 +106,13 @@ def write_bundle(out: str | Path, *, model: MISSRec, catalogue: Catalogue, data:
         return fill_bundle(folder, model=model, catalogue=catalogue, data=Path(data))
 
 
-def fill_bundle(folder: Path, *, model: MISSRec, catalogue: Catalogue, data: Path) -> dict[str, Any]:
-    """Write the bundle's files into an empty folder; `write_bundle` and `export` move it into place."""
+def fill_bundle(
+    folder: Path, *, model: MISSRec, catalogue: Catalogue, data: Path, n_trained: int | None = None
+) -> dict[str, Any]:
+    """Write the bundle's files into an empty folder; `write_bundle` and `export` move it into place.
+
+    Rows from ``n_trained`` on are new since the training; None: there are none.
+    """
     for name in (SESSION_TRANSFORM_FILE, SCHEMA_FILE):
         if not (data / name).is_file():
             raise BundleError(
@@ -123,7 +128,7 @@ def fill_bundle(folder: Path, *, model: MISSRec, catalogue: Catalogue, data: Pat
         "format": FORMAT_VERSION,
         "config": dataclasses.asdict(model.config),
         "modalities": widths,
-        "rows": catalogue.n_rows,
+        "rows": n_trained or catalogue.n_rows,
         "side_features": [column.to_dict() for column in model.event_columns],
     }
     write_json(folder / MODEL_FILE, content)

@@ -43,5 +43,7 @@ def bundle_or_run(bundle: str | Path | None, run: str | Path | None, data: str |
     loaded = load_run(run, data)
     with tempfile.TemporaryDirectory(prefix="missrec-bundle-") as folder:
         log.info(f"reading the run {run}")
-        fill_bundle(Path(folder), model=loaded.model, catalogue=loaded.catalogue, data=loaded.data)
+        fill_bundle(
+            Path(folder), model=loaded.model, catalogue=loaded.catalogue, data=loaded.data, n_trained=loaded.n_trained
+        )
         yield Path(folder)

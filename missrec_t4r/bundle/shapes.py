@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from missrec_t4r.bundle.extend import PER_ROW, Uninitialised
 from missrec_t4r.bundle.manifest import CATALOGUE_FILE, MODEL_FILE, WEIGHTS_FILE
 from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue
@@ -23,6 +22,7 @@ from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.io.tensor_checks import NO_LIMIT, NOT_NEGATIVE, check_ranges, compare, header_of, refused
 from missrec_t4r.io.weight_names import current_name
 from missrec_t4r.ranking.hybrid import build_missrec
+from missrec_t4r.runs.extend import PER_ROW, Uninitialised
 from missrec_t4r.runs.run_folder import ADDED_LATER
 from missrec_t4r.schema import FIRST_ITEM_ROW
 

@@ -31,7 +31,6 @@ from missrec_t4r.bundle.bundle import (
     write_catalogue,
     write_features,
 )
-from missrec_t4r.bundle.extend import nearest_interests
 from missrec_t4r.bundle.manifest import (
     CATALOGUE_FILE,
     ITEMS_FILE,
@@ -49,6 +48,7 @@ from missrec_t4r.io.npy_files import read_npy
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.terms.cold_start import cold_item_mask
+from missrec_t4r.runs.extend import nearest_interests
 from missrec_t4r.schema import (
     FIRST_ITEM_ROW,
     ITEM_ID,

@@ -87,7 +87,9 @@ def export(
             stack.enter_context(atomic_write_dir(target, marker, kind, BundleError)) for target, marker, kind in targets
         ]
         log.info(f"writing the bundle of {run}")
-        manifest = fill_bundle(temporary, model=loaded.model, catalogue=loaded.catalogue, data=loaded.data)
+        manifest = fill_bundle(
+            temporary, model=loaded.model, catalogue=loaded.catalogue, data=loaded.data, n_trained=loaded.n_trained
+        )
         parity = _check_parity(temporary, loaded, sessions)
         for folder in temporary_repository:
             fill_repository(folder, temporary)

@@ -6,6 +6,7 @@ there in its shape; an error lists what is missing, unexpected or of another sha
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,12 +26,15 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import CheckpointError
+from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.io.weight_names import current_names
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
-from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID
+from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, TRAIN_COUNT
+
+log = logging.getLogger(__name__)
 
 ADDED_LATER = ("terms.cold_start.",)
 """Prefixes of tensors that runs of earlier versions lack."""
@@ -47,6 +52,8 @@ class LoadedRun:
     recipe: Recipe
     data: Path
     """The data folder that the run was trained on, or the one given to `load_run`."""
+    n_trained: int | None = None
+    """Rows of the catalogue of the training, the first ones of this catalogue; None for all."""
 
 
 def save_run(
@@ -82,6 +89,9 @@ def save_run(
 def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
     """Read a run and build its model.
 
+    The data folder may have gained events and items since the training (`missrec etl --update`): new items are scored
+    by their modalities, and the catalogue's event counts are those of the training.
+
     Parameters
     ----------
     run : path
@@ -92,7 +102,8 @@ def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
     Raises
     ------
     CheckpointError
-        The run is unfinished, or its weights do not fit the catalogue; the message lists every difference.
+        The run is unfinished, its items are not the first ones of the catalogue, or its weights do not fit; the message
+        lists every difference.
     """
     run = Path(run)
     if not (run / RUN_FILE).is_file():
@@ -105,9 +116,46 @@ def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
     folder = Path(data) if data is not None else data_folder(run, info)
     catalogue = Catalogue.load(folder / CATALOGUE_FOLDER)
     event_features = [EventColumn.from_dict(column) for column in info.get("side_features", [])]
+    weights = load_tensors(run / WEIGHTS_FILE)
+    catalogue, n_trained = _since_training(catalogue, run, folder, weights)
     model = build_missrec(recipe.model, catalogue, event_features)
-    load_strictly(model, load_tensors(run / WEIGHTS_FILE), str(run / WEIGHTS_FILE))
-    return LoadedRun(model.eval(), catalogue, recipe, folder)
+    if n_trained == catalogue.n_rows:
+        load_strictly(model, weights, str(run / WEIGHTS_FILE))
+    else:
+        from missrec_t4r.runs.extend import load_extended
+
+        n_new = catalogue.n_rows - n_trained
+        log.info(f"{folder} has {n_new:,} items more than {run} was trained on; they are scored by their modalities")
+        load_extended(model, weights, catalogue, n_trained, str(run / WEIGHTS_FILE))
+    return LoadedRun(model.eval(), catalogue, recipe, folder, n_trained)
+
+
+def _since_training(
+    catalogue: Catalogue, run: Path, folder: Path, weights: Mapping[str, Tensor]
+) -> tuple[Catalogue, int]:
+    """Return the catalogue with the event counts of the training, 0 for new items, and the rows of the training."""
+    file = run / VOCABULARY_FILE
+    if not file.is_file():  # of an early version
+        return catalogue, catalogue.n_rows
+    earlier, ids = pq.read_table(file), one_array(catalogue.items[ITEM_ID])
+    known = one_array(earlier[ITEM_ID])
+    if not ids.slice(0, len(known)).equals(known):
+        found = sum(one in set(known.to_pylist()) for one in ids.to_pylist())
+        raise CheckpointError(
+            f"{folder} has other items or another order of items than {run} was trained on ({found:,} of {len(known):,} "
+            "are there)",
+            "the items of the training in their order, new ones after them, as `missrec etl --update` writes them",
+            f"give the run's own folder with --data, or train on this one: `missrec train --continue {run}`",
+        )
+    counts = catalogue.train_count[FIRST_ITEM_ROW:].copy()
+    if TRAIN_COUNT in earlier.column_names:
+        counts[: len(known)] = earlier[TRAIN_COUNT].to_numpy()
+    elif (frequency := weights.get("terms.item_knn.frequency")) is not None and frequency.any():
+        counts[: len(known)] = frequency[FIRST_ITEM_ROW:].long().numpy()
+    counts[len(known) :] = 0
+    place = catalogue.items.column_names.index(TRAIN_COUNT)
+    items = catalogue.items.set_column(place, TRAIN_COUNT, pa.array(counts, pa.int64()))
+    return Catalogue(items, catalogue.modalities, checked=True), FIRST_ITEM_ROW + len(known)
 
 
 def load_strictly(model: torch.nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -198,9 +246,9 @@ def encoders_of(catalogue: Catalogue) -> dict[str, dict[str, Any]]:
 
 
 def _write_vocabulary(path: Path, catalogue: Catalogue) -> None:
-    """Write the raw ids in row order, from row 3 on."""
+    """Write the raw ids and the training's event counts in row order, from row 3 on."""
     with atomic_write_file(path) as temporary:
-        pq.write_table(catalogue.items.select([ITEM_ID]), temporary)
+        pq.write_table(catalogue.items.select([ITEM_ID, TRAIN_COUNT]), temporary)
 
 
 def versions() -> dict[str, str]:

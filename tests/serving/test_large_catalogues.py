@@ -32,7 +32,7 @@ def large(loaded: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for module in ("bundle", "update_catalogue"):
         monkeypatch.setattr(f"missrec_t4r.bundle.{module}.SEARCH_FROM", 10)
     monkeypatch.setattr("missrec_t4r.bundle.update_catalogue._MOST_IN_MEMORY", 64)  # vectors in a nameless file
-    monkeypatch.setattr("missrec_t4r.bundle.extend._LARGE", 64)  # weights as they are mapped
+    monkeypatch.setattr("missrec_t4r.runs.extend._LARGE", 64)  # weights as they are mapped
     monkeypatch.setattr("missrec_t4r.retrieval.index_file.CHUNK", 12)
     write_bundle(tmp_path / "bundle", model=loaded.model, catalogue=loaded.catalogue, data=loaded.data)
     return tmp_path / "bundle"

@@ -11,11 +11,13 @@ from typer.testing import CliRunner
 from missrec_t4r.cli import app
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.batching import TrainingBatch
-from missrec_t4r.errors import ConfigError
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.runs.run_folder import load_run, load_tensors
 from missrec_t4r.training.distributed import own_device
 from missrec_t4r.training.step import Totals
 from missrec_t4r.training.trainer import Trainer
+from tests import shop
 
 SMALL = ["--recipe=tiny", "--set=model.d_model=16", "--set=model.n_head=2", "--set=train.epochs=1", "--device=cpu"]
 
@@ -48,6 +50,30 @@ def test_a_finished_run_is_replaced_by_other_settings_only_on_request(data: Path
     assert (run / "weights.safetensors").read_bytes() == weights
     assert _train(data, run, "--set=train.batch_size=64", "--restart")[0] == 0
     assert json.loads((run / "recipe.json").read_text())["train"]["batch_size"] == 64
+
+
+def test_a_run_works_on_a_data_folder_with_new_items_and_events(data: Path, tmp_path: Path) -> None:
+    """As after `missrec etl --update`: old items keep rows and scores, a new one is scored by its modalities."""
+    run, grown = tmp_path / "run", tmp_path / "grown"
+    assert _train(data, run)[0] == 0
+    before = Catalogue.load(data / "catalogue")
+    vectors = shop.random_modalities(14, {"text": 8, "image": 5}, seed=4)
+    for name, old in before.modalities.items():
+        vectors[name].vectors[:15], vectors[name].present[:15] = old.vectors, old.present
+    shop.write_circle(grown, [f"P{number}" for number in range(14)], vectors, n_users=50)
+    old, new = load_run(run), load_run(run, grown)
+    assert new.catalogue.train_count[3:].tolist() == [*before.train_count[3:].tolist(), 0, 0]
+    sessions = torch.tensor([[3, 4, 5], [9, 10, 0]])
+    with torch.inference_mode():
+        scores = [one.model.score(one.model(sessions), one.model.candidates(), sessions) for one in (old, new)]
+    torch.testing.assert_close(scores[1][:, 3:15], scores[0][:, 3:15])
+    assert torch.isfinite(scores[1][:, 15:]).all()
+    evaluated = CliRunner().invoke(app, ["evaluate", f"--run={run}", f"--data={grown}", "--no-baselines"])
+    assert evaluated.exit_code == 0, evaluated.output
+    assert json.loads(evaluated.stdout)["n_items"] == 14
+    shop.write_circle(tmp_path / "other", [f"P{number}" for number in range(14, 0, -1)], vectors)
+    with pytest.raises(CheckpointError, match=r"another order of items .*--continue"):
+        load_run(run, tmp_path / "other")
 
 
 @pytest.mark.parametrize(

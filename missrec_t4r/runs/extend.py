@@ -18,7 +18,7 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.io.tensor_file import advise_random_access
 from missrec_t4r.model.interests import InterestVocabulary
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.runs.run_folder import added_later
+from missrec_t4r.runs.run_folder import added_later, load_strictly
 from missrec_t4r.schema import FIRST_ITEM_ROW, RETIRED
 
 _LARGE = 1 << 24
@@ -73,6 +73,45 @@ def load_weights(model: MISSRec, weights: Mapping[str, Tensor], interests: Mappi
     state = {name: tensor if tensor.numel() >= _LARGE else tensor.clone() for name, tensor in tensors.items()}
     advise_random_access(tensor for tensor in state.values() if tensor.numel() >= _LARGE)
     model.load_state_dict(state, assign=True)
+
+
+@torch.no_grad()
+def load_extended(
+    model: MISSRec, weights: Mapping[str, Tensor], catalogue: Catalogue, n_trained: int, source: str
+) -> None:
+    """Load a run's weights into a model over its catalogue with new items at the end.
+
+    A new item gets the nearest of the trained interests and is scored by its modalities alone.
+
+    Parameters
+    ----------
+    model : MISSRec
+        Built for the whole catalogue.
+    weights : mapping of str to Tensor
+        Of the run.
+    catalogue : Catalogue
+    n_trained : int
+        Rows of the catalogue of the training.
+    source : str
+        The weights' file, for messages.
+
+    Raises
+    ------
+    CheckpointError
+        The weights are of another model.
+    """
+    model.interests.centroids = torch.zeros_like(weights["interests.centroids"])
+    own = model.state_dict()
+    assigned = torch.zeros_like(own["interests.assignment"])  # [modality, catalogue]
+    before = weights["interests.assignment"]
+    if len(before) == len(assigned):
+        assigned[:, :n_trained] = before
+    extended = {name: _extend(name, tensor, own) for name, tensor in weights.items()}
+    load_strictly(model, extended | {"interests.assignment": assigned}, source)
+    items = model.eval().item_encoder.catalogue()
+    modality, mask = items.modality[:, n_trained:], items.mask[:, n_trained:]
+    model.interests.assignment[:, n_trained:] = nearest_interests(model.interests, modality, mask)
+    mark_rows(model, catalogue, n_trained)
 
 
 def mark_rows(model: MISSRec, catalogue: Catalogue, n_trained: int) -> None:

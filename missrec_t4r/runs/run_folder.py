@@ -142,8 +142,7 @@ def _since_training(
     if not ids.slice(0, len(known)).equals(known):
         found = sum(one in set(known.to_pylist()) for one in ids.to_pylist())
         raise CheckpointError(
-            f"{folder} has other items or another order of items than {run} was trained on ({found:,} of {len(known):,} "
-            "are there)",
+            f"{folder} has other items, or another order of items, than {run}: {found:,} of {len(known):,} are there",
             "the items of the training in their order, new ones after them, as `missrec etl --update` writes them",
             f"give the run's own folder with --data, or train on this one: `missrec train --continue {run}`",
         )

@@ -72,7 +72,7 @@ def test_a_run_works_on_a_data_folder_with_new_items_and_events(data: Path, tmp_
     assert evaluated.exit_code == 0, evaluated.output
     assert json.loads(evaluated.stdout)["n_items"] == 14
     shop.write_circle(tmp_path / "other", [f"P{number}" for number in range(14, 0, -1)], vectors)
-    with pytest.raises(CheckpointError, match=r"another order of items .*--continue"):
+    with pytest.raises(CheckpointError, match=r"another order of items, than .*--continue"):
         load_run(run, tmp_path / "other")
 
 

@@ -231,10 +231,10 @@ def _reference(model: MISSRec, histories: Sessions) -> Iterator[Doubles | None]:
     for start in range(0, len(histories), _BATCH):
         batch = np.arange(start, min(start + _BATCH, len(histories)))
         rows = histories.padded(batch, length)
-        session = torch.from_numpy(compact(rows, length))
+        session = torch.from_numpy(compact(rows, length)).to(candidates.mask.device)
         event_features = compact_event_features(histories.padded_features(batch, length), rows, length)
-        vectors = model(session, {name: torch.from_numpy(values) for name, values in event_features.items()})
-        scores = model.score(vectors, candidates, session).double().numpy()  # [batch, catalogue]
+        given = {name: torch.from_numpy(values).to(session.device) for name, values in event_features.items()}
+        scores = model.score(model(session, given), candidates, session).double().cpu().numpy()  # [batch, catalogue]
         empty = (session == PADDING_ROW).all(1).tolist()
         yield from (None if is_empty else row for row, is_empty in zip(scores, empty, strict=True))
 

@@ -109,14 +109,15 @@ def session_vectors(model: MISSRec, rows: Ints, event_features: EventArrays | No
     -------
     ndarray [session, dim]
     """
-    item_ids = torch.from_numpy(compact(rows, model.config.max_sequence_length))  # without unknown rows
+    device = model.item_encoder.presence.device
+    item_ids = torch.from_numpy(compact(rows, model.config.max_sequence_length)).to(device)  # without unknown rows
     aligned = compact_event_features(event_features or {}, rows, model.config.max_sequence_length)
     usable = (item_ids > PADDING_ROW).any(1)  # [session]
-    vectors = torch.zeros(len(rows), model.config.d_model)
+    vectors = torch.zeros(len(rows), model.config.d_model, device=device)
     if bool(usable.any()):
-        features = {name: torch.from_numpy(values)[usable] for name, values in aligned.items()}
+        features = {name: torch.from_numpy(values).to(device)[usable] for name, values in aligned.items()}
         vectors[usable] = model(item_ids[usable], features)
-    return vectors.numpy()
+    return vectors.cpu().numpy()
 
 
 @torch.inference_mode()

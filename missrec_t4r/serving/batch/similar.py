@@ -132,7 +132,8 @@ def content_similarity(loaded: LoadedBundle, rows: Tensor) -> Tensor:
     Tensor [item, catalogue]
     """
     candidates = loaded.model.candidates()
-    total = torch.zeros(len(rows), candidates.mask.shape[1])  # [item, catalogue]
+    rows = rows.to(candidates.mask.device)
+    total = torch.zeros(len(rows), candidates.mask.shape[1], device=rows.device)  # [item, catalogue]
     shared = torch.zeros_like(total)
     for embeddings, present in zip(candidates.modality, candidates.mask, strict=True):  # one modality at a time
         both = present[rows].float()[:, None] * present.float()
@@ -145,7 +146,8 @@ def content_similarity(loaded: LoadedBundle, rows: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def _top_by_content(loaded: LoadedBundle, rows: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    return top_items(content_similarity(loaded, rows), top_k)
+    best, similar_rows = top_items(content_similarity(loaded, rows), top_k)
+    return best.cpu(), similar_rows.cpu()
 
 
 def _by_content(loaded: LoadedBundle, ids: Sequence[RawItem], top_k: int) -> Iterator[Similar]:

@@ -1,0 +1,231 @@
+"""A second device on a machine without one: tensors whose ``device`` is ``cuda`` and which do not mix with the CPU's.
+
+Values stay in the CPU's memory and every kernel is the CPU's. What is kept beside them is where each storage is said to
+be: a dispatch mode follows it through all operations, also those of the backward pass, and raises `WrongDevice` where
+real CUDA would raise: an operation over both devices, ``.numpy()`` of a CUDA tensor, a generator of the other device.
+As in CUDA, a CPU tensor without dimensions may take part in any operation, and CPU indices may index a CUDA tensor.
+
+What it cannot show: other numbers (another order of sums, bf16), synchronisation, memory, speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+_MOVES = {"_to_copy.default", "copy_.default", "_copy_from.default", "copy.default"}
+_INDEXED = {"index.Tensor": 1, "index_put_.default": 1, "index_put.default": 1, "_index_put_impl_.default": 1}
+"""Operations whose argument of this number may be on the CPU."""
+_FACTORIES = {
+    getattr(torch, name)
+    for name in (
+        "arange empty empty_strided eye from_numpy full linspace ones rand randint randn randperm scalar_tensor "
+        "tensor zeros as_tensor asarray frombuffer sparse_coo_tensor sparse_csr_tensor"
+    ).split()
+}
+_TO_NUMPY = {Tensor.numpy, Tensor.__array__}
+
+
+class WrongDevice(RuntimeError):
+    """Two devices meet."""
+
+
+class _Places:
+    """Where each storage is said to be; a tensor made inside another operation belongs to whichever device uses it."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, tuple[StorageWeakRef, torch.device | None]] = {}
+
+    def put(self, tensor: Tensor, device: torch.device | None) -> None:
+        for part in _dense(tensor):
+            weak = StorageWeakRef(part.untyped_storage())  # keeps the address from being used again
+            self.of[weak.cdata] = weak, device
+
+    def get(self, tensor: Tensor) -> torch.device | None:
+        found = self.of.get(_dense(tensor)[0].untyped_storage()._cdata)
+        return CPU if found is None else found[1]
+
+
+def _dense(tensor: Tensor) -> list[Tensor]:
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._values(), tensor._indices()]
+    if tensor.layout is torch.sparse_csr:
+        return [tensor.values(), tensor.crow_indices(), tensor.col_indices()]
+    return [tensor]
+
+
+def _tensors(*structure: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(structure) if isinstance(leaf, Tensor)]
+
+
+class _Operations(TorchDispatchMode):
+    """Every operation, whoever calls it: refuses two devices and says where the result is."""
+
+    def __init__(self, places: _Places) -> None:
+        super().__init__()
+        self.places, self.factory = places, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = str(func).removeprefix("aten.")
+        given = _tensors(args, kwargs)
+        device = self._device(name, given, args, kwargs)
+        result = func(*args, **kwargs)
+        for made in _tensors(result):
+            if not any(made is one for one in given):
+                self.places.put(made, device)
+        for one in given:  # what had no device yet has it now
+            if device is not None and self.places.get(one) is None:
+                self.places.put(one, device)
+        return result
+
+    def _device(self, name: str, given: list[Tensor], args: Any, kwargs: Any) -> torch.device | None:
+        if not given:
+            return CPU if self.factory else None
+        if name in _MOVES:
+            return self.places.get(given[0])
+        free = _tensors(args[_INDEXED[name]]) if name in _INDEXED and self.places.get(given[0]) == CUDA else []
+        held = {self.places.get(one) for one in given if one.dim() and not any(one is index for index in free)}
+        held.discard(None)
+        if len(held) > 1:
+            found = ", ".join(f"{tuple(one.shape)} on {self.places.get(one)}" for one in given)
+            raise WrongDevice(f"Expected all tensors to be on the same device: {name} of {found}")
+        scalars = {self.places.get(one) for one in given if not one.dim()} - {None}
+        device = next(iter(held), None) or (CUDA if CUDA in scalars else next(iter(scalars), None))
+        generator = next((one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Generator)), None)
+        if generator is not None and device == CUDA:
+            raise WrongDevice(f"Expected a 'cuda' device type for generator but found 'cpu': {name}")
+        return device
+
+
+class _Calls(TorchFunctionMode):
+    """The calls of Python code: moves between the devices, ``device=`` of new tensors, ``.device``, ``.numpy()``."""
+
+    def __init__(self, operations: _Operations) -> None:
+        super().__init__()
+        self.operations, self.places = operations, operations.places
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func == Tensor.device.__get__:
+            return self.places.get(args[0]) or CPU
+        if func == Tensor.is_cuda.__get__:
+            return self.places.get(args[0]) == CUDA
+        if func in _TO_NUMPY and self.places.get(args[0]) == CUDA and not kwargs.get("force"):
+            raise WrongDevice("can't convert cuda:0 device type tensor to numpy")
+        if func == Tensor.pin_memory:
+            return args[0]
+        if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
+            return self._moved(func, args, kwargs)
+        wanted = kwargs.pop("device", None)
+        if func in _FACTORIES:
+            return self._made(func, args, kwargs, wanted)
+        if wanted is not None:
+            wanted = torch.device(wanted)
+            kwargs["device"] = "cpu" if wanted.type == "cuda" else wanted
+        self.operations.factory = False
+        result = func(*args, **kwargs)
+        if wanted is not None and wanted.type != "meta":
+            for tensor in _tensors(result):
+                self.places.put(tensor, CUDA if wanted.type == "cuda" else CPU)
+        elif func == Tensor.__deepcopy__ or func == Tensor.new_tensor:
+            self.places.put(result, self.places.get(args[0]))
+        return result
+
+    def _made(self, func: Callable[..., Any], args: Any, kwargs: Any, wanted: Any) -> Any:
+        before, self.operations.factory = self.operations.factory, True
+        try:
+            device = None if wanted is None else torch.device(wanted)
+            if device is not None and device.type != "cuda":
+                kwargs["device"] = device
+            if device is not None and device.type == "cuda" and kwargs.get("generator") is not None:
+                raise WrongDevice(f"Expected a 'cuda' device type for generator but found 'cpu': {func.__name__}")
+            result = func(*args, **kwargs)
+        finally:
+            self.operations.factory = before
+        given = _tensors(args, kwargs)
+        if device is not None and device.type == "cuda":
+            if any(result.untyped_storage()._cdata == one.untyped_storage()._cdata for one in given):
+                result = result.clone() if self.places.get(given[0]) != CUDA else result
+            self.places.put(result, CUDA)
+        elif not given or isinstance(args[0], np.ndarray):
+            self.places.put(result, CPU) if result.device.type != "meta" else None
+        return result
+
+    def _moved(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        tensor, rest = args[0], list(args[1:])
+        was = self.places.get(tensor) or CPU
+        target = {Tensor.cpu: CPU, Tensor.cuda: CUDA}.get(func)
+        if "device" in kwargs:
+            named = kwargs.pop("device")
+            target = None if named is None else torch.device(named)
+        elif func == Tensor.to and rest and isinstance(rest[0], str | torch.device):
+            target = torch.device(rest.pop(0))
+        elif func == Tensor.to and rest and rest[0] is None:
+            rest.pop(0)
+        elif func == Tensor.to and rest and isinstance(rest[0], Tensor):
+            other = rest.pop(0)
+            target, kwargs["dtype"] = self.places.get(other) or CPU, other.dtype
+        target = was if target is None else CUDA if target.type == "cuda" else target
+        self.operations.factory = False
+        if target.type == "meta":
+            return Tensor.to(tensor, target)
+        options = {key: value for key, value in kwargs.items() if key in ("dtype", "copy", "memory_format")}
+        if func == Tensor.to:
+            kinds = [one for one in rest if isinstance(one, torch.dtype)]
+            options |= {"dtype": kinds[0]} if kinds else {}
+        if tensor.is_meta:
+            return Tensor.to(tensor, *([options["dtype"]] if "dtype" in options else []))
+        if target == was:
+            if not options:
+                return tensor
+            result = Tensor.to(tensor, **({"dtype": tensor.dtype} | options))
+        else:
+            result = Tensor.to(tensor, **({"dtype": tensor.dtype} | options | {"copy": True}))
+        self.places.put(result, target)
+        return result
+
+
+_parse_in_c = torch._C._nn._parse_to
+
+
+def _parse_to(*args: Any, **kwargs: Any) -> Any:
+    """What `Module.to` makes of its arguments; C++ would read the device of a tensor past the modes."""
+    parsed = list(_parse_in_c(*args, **kwargs))
+    like = next(iter(_tensors(args, kwargs)), None)
+    return (like.device, *parsed[1:]) if like is not None else tuple(parsed)
+
+
+@contextmanager
+def second_device() -> Iterator[None]:
+    """Within it ``"cuda"`` is a device that holds tensors of its own and refuses those of the CPU."""
+    operations = _Operations(_Places())
+    state = torch.zeros(16, dtype=torch.uint8)
+    with ExitStack() as stack:
+        for name, value in {
+            "is_available": lambda: True,
+            "device_count": lambda: 1,
+            "current_device": lambda: 0,
+            "set_device": lambda device: None,
+            "synchronize": lambda device=None: None,
+            "get_device_capability": lambda device=None: (7, 5),  # without bf16
+            "get_rng_state": lambda device=None: state.clone(),
+            "set_rng_state": lambda state, device=None: None,
+        }.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(torch._C._nn, "_parse_to", _parse_to))
+        stack.enter_context(operations)
+        stack.enter_context(_Calls(operations))
+        yield

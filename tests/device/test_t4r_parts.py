@@ -1,0 +1,54 @@
+"""The parts for Transformers4Rec with the model on a GPU: loss, backward pass, metrics, and ``model(batch)`` for ranking."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.device.second_device import second_device
+
+pytest.importorskip("transformers4rec")
+
+
+def _model() -> Any:
+    import transformers4rec.torch as tr
+
+    from missrec_t4r.t4r import MISSRecBlock, MISSRecNextItemTask, MultiModalSequenceFeatures
+    from tests.contract import shop
+
+    inputs = MultiModalSequenceFeatures.from_schema(
+        shop.schema(), catalogue=shop.catalogue(), max_sequence_length=shop.MAX_LENGTH
+    )
+    body = tr.SequentialBlock(inputs, MISSRecBlock(**shop.SMALL))
+    return tr.Model(tr.Head(body, [MISSRecNextItemTask()], inputs=inputs))
+
+
+def _batch() -> dict[str, Tensor]:
+    from tests.contract import shop
+
+    sessions = shop.sessions(6, 0, longest=shop.MAX_LENGTH)
+    rows = torch.tensor([line + [0] * (shop.MAX_LENGTH - len(line)) for line in sessions])
+    return {"item_id-list": rows, "category-list": rows % shop.N_CATEGORIES, "price-list": (rows / shop.N_ROWS).float()}
+
+
+@pytest.mark.parametrize("mode", ["training", "testing", "ranking"])
+def test_a_t4r_model_runs_on_the_gpu(mode: str) -> None:
+    torch.manual_seed(0)
+    with second_device():
+        model = _model().to("cuda")
+        batch = {name: values.to("cuda") for name, values in _batch().items()}
+        model.train(mode == "training")
+        result = model(batch, training=mode == "training", testing=mode == "testing")
+        if mode == "ranking":
+            assert result.device.type == "cuda"
+            return
+        assert torch.isfinite(result["loss"]).item()
+        if mode == "training":
+            result["loss"].backward()
+            assert any(weight.grad is not None for weight in model.parameters())
+        else:
+            found = model.calculate_metrics(result["predictions"], result["labels"])
+            assert found

@@ -58,9 +58,9 @@ def isotropic(n_modalities: int, n_rows: int, dim: int, seed: int = 0) -> Candid
     return CandidateEmbeddings(tokens, torch.ones(n_modalities, n_rows, dtype=torch.bool), None, None)
 
 
-def table_of(candidates: CandidateEmbeddings, phi: float) -> PackedItems:
+def table_of(candidates: CandidateEmbeddings, phi: float, device: str = "cpu") -> PackedItems:
     """Return the packed items under dynamic fusion with this phi."""
-    fusion = CandidateFusion("dynamic_shared", candidates.mask.shape[1])
+    fusion = CandidateFusion("dynamic_shared", candidates.mask.shape[1]).to(device)
     with torch.no_grad():
         assert fusion.phi is not None
         fusion.phi.fill_(phi)

@@ -50,8 +50,11 @@ def shop(n_items: int, seed: int = 0) -> Catalogue:
     return Catalogue(pa.table(columns), modalities)
 
 
-def bundle_of(out: Path, n_items: int, *, d_model: int = 300, seed: int = 0) -> Path:
-    """Write a bundle of an untrained model with an item-kNN term of random sessions, and return its folder."""
+def bundle_of(out: Path, n_items: int, *, d_model: int = 300, seed: int = 0, most_sessions: int | None = None) -> Path:
+    """Write a bundle of an untrained model with an item-kNN term of random sessions, and return its folder.
+
+    The item-kNN term counts five sessions per item, at most ``most_sessions``.
+    """
     catalogue = shop(n_items, seed)
     torch.manual_seed(seed)
     settings = {"d_model": d_model, "candidate_fusion": "dynamic_shared", "interest_ratio": 0.5}
@@ -66,7 +69,10 @@ def bundle_of(out: Path, n_items: int, *, d_model: int = 300, seed: int = 0) -> 
         count = len(interests.centroids) - 1
         interests.centroids[1:] = points[torch.randperm(len(points))[:count]]
         interests.assignment[tokens.mask] = torch.randint(1, count + 1, (len(points),))
-        sessions = [rng.zipf(1.3, rng.integers(2, 20)) % n_items + FIRST_ITEM_ROW for _ in range(5 * n_items)]
+        sessions = [
+            rng.zipf(1.3, rng.integers(2, 20)) % n_items + FIRST_ITEM_ROW
+            for _ in range(min(5 * n_items, most_sessions or 5 * n_items))
+        ]
         if terms_of(model).item_knn is not None:
             terms_of(model).item_knn.fit(Sessions.from_lists([one.tolist() for one in sessions]), 5)
             terms_of(model).item_knn.choose(ItemKNNSettings(0.3, 0.8, 0.5))

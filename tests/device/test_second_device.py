@@ -1,4 +1,4 @@
-"""The stand-in bites: what raises on CUDA raises on it, also inside modules and the backward pass, and what works there works."""
+"""The stand-in: what raises on CUDA raises on it, also in modules and the backward pass; what works there works."""
 
 from __future__ import annotations
 

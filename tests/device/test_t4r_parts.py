@@ -1,4 +1,4 @@
-"""The parts for Transformers4Rec with the model on a GPU: loss, backward pass, metrics, and ``model(batch)`` for ranking."""
+"""The parts for Transformers4Rec on the stand-in for a GPU: loss, backward pass, metrics, ``model(batch)``."""
 
 from __future__ import annotations
 

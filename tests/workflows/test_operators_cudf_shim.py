@@ -83,6 +83,21 @@ def test_list_columns_are_taken_apart_and_built_without_the_constructor(monkeypa
     assert built.offsets.dtype == np.int32
 
 
+def test_strings_can_be_counted_and_columns_become_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `Categorify.fit` on strings and Merlin's reader of partitioned parquet call."""
+    made = _installed(monkeypatch, "cudf", "cudf.core", "cudf.core.column", "cudf._lib", "cudf._lib.groupby")
+    monkeypatch.setenv("NUMBA_CUDA_USE_NVIDIA_BINDING", "1")
+    made["cudf"].Series = _Series
+    made["cudf.core.column"].build_categorical_column = object()
+    made["cudf.core.column"].ColumnBase = type("ColumnBase", (_Column,), {})
+    made["cudf._lib.groupby"]._STRING_AGGS = aggregations = {"COUNT", "SIZE"}
+    assert cudf_shim.apply() == ["cudf.core.column.ColumnBase.as_frame", "size of strings"]
+    assert aggregations == {"COUNT", "SIZE", "size"}
+    column = made["cudf.core.column"].ColumnBase(None, None)
+    assert column.as_frame()._column is column
+    assert cudf_shim.apply() == []
+
+
 def test_names_that_are_there_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     made = _installed(monkeypatch, "cudf", "cudf.core", "cudf.core.column")
     monkeypatch.setenv("NUMBA_CUDA_USE_NVIDIA_BINDING", "1")

@@ -1,8 +1,13 @@
-"""Compatibility of merlin-core 23.8 with RAPIDS 24.12: restores two names that Merlin imports and cuDF has removed.
+"""Compatibility of merlin-core and NVTabular 23.8 with RAPIDS 24.12: restores what they use and cuDF has removed.
 
-``cudf.core.column.build_categorical_column`` (Merlin reads hive-partitioned remote parquet with it) and
-``dask_cudf.from_dask_dataframe``. Existing names are not replaced, and without cuDF nothing is imported. The README
-lists what has been run on a GPU with RAPIDS 24.12.
+| restored | used by |
+|---|---|
+| ``cudf.core.column.build_categorical_column``, ``ColumnBase.as_frame`` | Merlin, for hive-partitioned remote parquet |
+| ``dask_cudf.from_dask_dataframe`` | Merlin, for dask frames of pandas parts |
+| ``"size"`` among the aggregations of strings | NVTabular, for `Categorify.fit` on strings |
+
+What is there is not replaced, and without cuDF nothing is imported. All symbols, and what has been run on a GPU:
+docs/howto/gpu.md.
 """
 
 from __future__ import annotations
@@ -24,12 +29,39 @@ def apply() -> list[str]:
     if not hasattr(columns, "build_categorical_column"):
         columns.build_categorical_column = build_categorical_column  # type: ignore[attr-defined]  # that is the shim
         added.append("cudf.core.column.build_categorical_column")
+    column = getattr(columns, "ColumnBase", None)
+    if column is not None and not hasattr(column, "as_frame"):
+        column.as_frame = as_frame
+        added.append("cudf.core.column.ColumnBase.as_frame")
+    strings = _string_aggregations()
+    if strings is not None and "size" not in strings:  # since 24.06 compared in lower case, where only "SIZE" is
+        strings.add("size")
+        added.append("size of strings")
     if importlib.util.find_spec("dask_cudf") is not None:
         dask_cudf = importlib.import_module("dask_cudf")
         if not hasattr(dask_cudf, "from_dask_dataframe"):
             dask_cudf.from_dask_dataframe = from_dask_dataframe  # type: ignore[attr-defined]  # that is the shim
             added.append("dask_cudf.from_dask_dataframe")
     return added
+
+
+def _string_aggregations() -> set[str] | None:
+    """Return cuDF's set of aggregations of strings, to be changed in place; None in releases without it."""
+    for name in ("cudf._lib.groupby", "cudf.core.groupby.groupby"):  # until 24.12, and later
+        try:
+            found = getattr(importlib.import_module(name), "_STRING_AGGS", None)
+        except ImportError:
+            continue
+        if isinstance(found, set):
+            return found
+    return None
+
+
+def as_frame(column: Any) -> Any:
+    """Return a cuDF column as a frame of one column without a name; a Series has what Merlin calls on it."""
+    import cudf
+
+    return cudf.Series._from_column(column)
 
 
 def build_categorical_column(

@@ -1,0 +1,432 @@
+"""One GPU, at most eight minutes: ETL, training, ranking and serving, each after a proof that it equals the CPU.
+
+    make gpu-check                                   all parts
+    make gpu-check PARTS="train rank"                some
+    python -m benchmarks.gpu_check --tiny --in-process         seconds on a CPU: what the tests run
+
+Every part is a process of its own under a time limit; what it measured before the limit or an error counts, the rest is
+named in ``failed``. Nothing is downloaded: tables, sessions and embeddings are generated. On a machine without a GPU
+``card`` is null and all figures are those of the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from benchmarks.measure import RESULTS, report
+
+LIMITS = {"etl": 180, "train": 120, "rank": 60, "serve": 110}
+"""Seconds of each part, 470 together; ``--tiny``, which measures nothing, has `PATIENCE` times as long."""
+PATIENCE = 5
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
+K, DIM = 50, 300
+SCORES, LOSSES = 1e-5, 1e-3
+"""How far scores of the same model, and (relatively) losses of the same training, may differ between the devices."""
+
+
+class Sizes(NamedTuple):
+    """What is measured, by default and with ``--tiny``."""
+
+    events: Sequence[int]
+    tables: Sequence[int]
+    users: int
+    """Of the sessions of MovieLens' shape."""
+    items: Sequence[int]
+    """Of the served catalogues."""
+    seconds: float
+    """Of one latency measurement."""
+
+
+FULL = Sizes((10_000_000, 40_000_000, 100_000_000), (1_000_000, 10_000_000), 6040, (4_000, 1_000_000), 4.0)
+TINY = Sizes((2_000,), (2_000,), 30, (100,), 0.1)
+
+
+class Record:
+    """A part's findings, written line by line, so that they outlive the process."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def add(self, **found: Any) -> None:
+        """Append one line."""
+        with self.file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(found) + "\n")
+        print(json.dumps(found), flush=True)
+
+    @contextmanager
+    def step(self, name: str) -> Any:
+        """An error within it is recorded, and what follows still runs."""
+        try:
+            yield
+        except Exception as error:
+            self.add(failed=f"{name}: {type(error).__name__}: {str(error)[:300]}")
+
+    def equal(self, name: str, difference: float, bound: float) -> None:
+        """Record a comparison with the CPU."""
+        self.add(compared=name, difference=difference, equal=bool(difference <= bound))
+
+
+def median_ms(call: Callable[[], object], rounds: int = 10) -> float:
+    """Return the median time of a call in milliseconds, the device's work included."""
+    times = []
+    for number in range(rounds + 2):
+        _wait()
+        started = time.perf_counter()
+        call()
+        _wait()
+        if number >= 2:
+            times.append(1e3 * (time.perf_counter() - started))
+    return round(float(np.median(times)), 3)
+
+
+def _wait() -> None:
+    if DEVICE != "cpu":
+        torch.cuda.synchronize()
+
+
+# ETL
+
+
+def etl(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> None:
+    """``missrec etl`` in memory, which uses cuDF where it imports, against the out-of-core engine of the CPU."""
+    from benchmarks.speed.etl import generate, sessions_of
+    from missrec_t4r.etl.pipeline import etl as run
+
+    if DEVICE != "cpu" and _rapids() is None:
+        record.add(failed="etl: cuDF does not import, so nothing would run on the GPU: not measured")
+        return
+    folder = work / "check"
+    generate(2_000 if sizes is TINY else 50_000, folder)
+    for engine in ("memory", "disk"):
+        run(folder / "events.parquet", folder / "items.parquet", work / engine, engine=engine)
+    found, expected = (sessions_of("ours", work / engine) for engine in ("memory", "disk"))
+    record.equal("etl", float(sum(found[name] != expected[name] for name in expected)), 0.0)
+    for rows in sizes.events:
+        with record.step(f"etl/{rows}"):
+            generate(rows, work / "events")
+            started = time.perf_counter()
+            run(
+                work / "events" / "events.parquet", work / "events" / "items.parquet", work / str(rows), engine="memory"
+            )
+            record.add(at=["etl", str(rows)], value=round(time.perf_counter() - started, 3))
+
+
+# Training
+
+
+def train(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> None:
+    """Epochs of recipes on a shop of Amazon Scientific's size and on sessions of MovieLens' shape; the terms."""
+    from benchmarks import parity_data
+
+    catalogue, sessions, test = parity_data.load(None)
+    if sizes is TINY:
+        sessions, test = (part.take(np.arange(40)) for part in (sessions, test))
+    small = {"model.d_model": 16, "model.n_head": 2, "model.interest_ratio": 0.02} if sizes is TINY else {}
+    plain = small | {"train.batch_size": 512, "train.precision": "fp32", "model.dropout": 0.0}
+    with record.step("train/equal"):
+        few, losses = sessions.take(np.arange(min(len(sessions), 512))), []
+        for device in ("cpu", DEVICE):
+            trainer = _trainer("paper", plain, catalogue, few, test, work / f"equal-{device[:3]}-{len(losses)}", device)
+            losses.append([trainer._epoch()["loss"] for _ in range(2)])
+        record.equal("train", float(np.max(np.abs(np.divide(*losses) - 1))), LOSSES)
+    for name, recipe, batch in (
+        ("paper_512", "paper", 512),
+        ("paper_4096", "paper", 4096),
+        ("default_512", "default", 512),
+        ("default_8192", "default", 8192),
+    ):
+        with record.step(f"train/{name}"):
+            trainer = _trainer(
+                recipe, small | {"train.batch_size": batch}, catalogue, sessions, test, work / name, DEVICE
+            )
+            record.add(at=["train", name], value=_rate(trainer))
+    from missrec_t4r.ranking.tune import fit_terms
+
+    long: dict[str, Any] = {"model.n_decoder_layers": 2, "model.max_sequence_length": 200, "model.d_model": 256}
+    long |= {"model.d_feedforward": 512} | ({"model.max_sequence_length": 10} | small if small else {})
+    catalogue, sessions = _movielens(sizes.users, 60 if sizes is TINY else 3_416)
+    trainer = _trainer("long", long, catalogue, sessions, sessions, work / "long", DEVICE)
+    with record.step("train/ml1m_200"):
+        record.add(at=["train", "ml1m_200"], value=_rate(trainer))
+    with record.step("train/terms_ml1m_s"):
+        _wait()
+        started = time.perf_counter()
+        fit_terms(trainer.model, catalogue, sessions, sessions)
+        _wait()
+        record.add(at=["train", "terms_ml1m_s"], value=round(time.perf_counter() - started, 2))
+
+
+def _trainer(
+    recipe: str, settings: dict[str, Any], catalogue: Any, sessions: Any, test: Any, out: Path, device: str
+) -> Any:
+    from missrec_t4r.config import Recipe
+    from missrec_t4r.training.trainer import Trainer
+
+    return Trainer(Recipe.load(recipe, settings), catalogue, sessions, test.take(np.arange(8)), out, device=device)
+
+
+def _rate(trainer: Any) -> float:
+    """Return targets per second of a whole epoch, after one to warm up."""
+    trainer._epoch()
+    _wait()
+    record = trainer._epoch()
+    _wait()
+    return round(record["positions_per_s"], 1)
+
+
+def _movielens(users: int, n_items: int) -> tuple[Any, Any]:
+    """Return a catalogue of items with one modality, and sessions of 165 events on average."""
+    import pyarrow as pa
+
+    from missrec_t4r.data.catalogue import Catalogue, Modality
+    from missrec_t4r.data.sessions import Sessions
+    from missrec_t4r.schema import FIRST_ITEM_ROW
+
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4.6, 1.0, users), 18, 2_300).astype(int)
+    popularity = 1 / np.arange(1, n_items + 1) ** 0.7
+    drawn = rng.choice(n_items, lengths.sum(), p=popularity / popularity.sum()) + FIRST_ITEM_ROW
+    counts = np.bincount(drawn, minlength=n_items + FIRST_ITEM_ROW)[FIRST_ITEM_ROW:]
+    vectors = rng.normal(size=(n_items + FIRST_ITEM_ROW, 384)).astype(np.float32)
+    present = np.arange(len(vectors)) >= FIRST_ITEM_ROW
+    items = pa.table({"item_id": np.arange(n_items), "train_count": counts})
+    text = Modality(vectors * present[:, None], present, {"name": "random"})
+    return Catalogue(items, {"text": text}), Sessions.from_lists(np.split(drawn, lengths.cumsum()[:-1]))
+
+
+# Ranking
+
+
+def rank(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> None:
+    """The exact top 50 from session vectors, with tokens in fp16 as a server holds them on a GPU."""
+    from missrec_t4r.retrieval import topk
+
+    dtype = torch.float32 if DEVICE == "cpu" else torch.float16
+    with torch.inference_mode():
+        for rows in (2_000, 40_000):  # sessions together, and as large catalogues are searched
+            table = _table(rows, "cpu", torch.float32)
+            vectors = F.normalize(torch.randn(16, DIM, generator=torch.Generator().manual_seed(1)), dim=-1)
+            expected = _search(table, vectors)
+            found = _search(table.to(torch.device(DEVICE), dtype), vectors.to(DEVICE))
+            record.equal(f"rank/{rows}", _difference(found, expected), SCORES)
+        copy_rate = _copy_rate()
+        for rows in sizes.tables:
+            with record.step(f"rank/{rows}"):
+                table = _table(rows, DEVICE, dtype)
+                size = table.tokens.nbytes
+                for batch in (1, 64):
+                    vectors = F.normalize(torch.randn(batch, DIM, device=DEVICE), dim=-1)
+                    query = _query(table, vectors)
+                    ms = median_ms(lambda q=query, t=table: topk.search(t, q, topk.scan_bounds(t, q), K))
+                    record.add(at=["rank", f"{rows}/{batch}"], value=ms)
+                    roof = {"tokens_gib": round(size / 2**30, 2), "at_copy_rate_ms": round(1e3 * size / copy_rate, 3)}
+                    record.add(at=["roofline", f"{rows}/{batch}"], value=roof)
+                del table, query
+
+
+def _table(rows: int, device: str, dtype: torch.dtype) -> Any:
+    from benchmarks.speed.large_tokens import table_of
+    from missrec_t4r.model.item_encoder import CandidateEmbeddings
+
+    draw = torch.Generator(device).manual_seed(0)
+    tokens = torch.empty(2, rows, DIM, device=device, dtype=dtype)
+    for part in tokens:
+        for piece in part.split(1 << 18):
+            piece.copy_(F.normalize(torch.randn(piece.shape, device=device, generator=draw), dim=-1))
+    mask = torch.ones(2, rows, dtype=torch.bool, device=device)
+    return table_of(CandidateEmbeddings(tokens, mask, None, None), 2.0, device)
+
+
+def _query(table: Any, vectors: torch.Tensor) -> Any:
+    from missrec_t4r.retrieval.topk import Query
+
+    shape, device = (len(vectors), table.n_rows), vectors.device
+    return Query(vectors, torch.zeros(shape, device=device), torch.ones(shape, dtype=torch.bool, device=device))
+
+
+def _search(table: Any, vectors: torch.Tensor) -> list[Any]:
+    from missrec_t4r.retrieval.topk import scan_bounds, search
+
+    query = _query(table, vectors)
+    return search(table, query, scan_bounds(table, query), K)
+
+
+def _difference(found: list[Any], expected: list[Any]) -> float:
+    """Return the largest difference of scores by place; infinite where rows differ whose scores do not tie."""
+    largest = 0.0
+    for one, other in zip(found, expected, strict=True):
+        scores = one.scores.cpu()
+        largest = max(largest, float((scores - other.scores).abs().max()))
+        moved = one.rows.cpu() != other.rows
+        near = torch.isclose(scores[:, None], scores[None], atol=SCORES, rtol=0).sum(1) > 1
+        near[-1] = True  # the next one after the list may tie with its last
+        if bool((moved & ~near).any()):
+            return float("inf")
+    return largest
+
+
+def _copy_rate() -> float:
+    """Return bytes per second that this device reads and writes when it copies."""
+    source = torch.empty(1 << (30 if DEVICE != "cpu" else 26), dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (median_ms(lambda: target.copy_(source)) / 1e3)
+
+
+# Serving
+
+
+def serve(record: Record, sizes: Sizes, work: Path, options: argparse.Namespace) -> None:
+    """The ensemble through a real Triton, or in process; answers against those of the CPU in process."""
+    from benchmarks.speed.serving_shop import bundle_of
+    from missrec_t4r.serving.client.client import MISSRecClient
+    from missrec_t4r.serving.client.in_process import InProcessTransport
+
+    for items in sizes.items:
+        with record.step(f"serve/{items}"):
+            bundle = bundle_of(
+                work / f"bundle-{items}", items, d_model=DIM if sizes is FULL else 16, most_sessions=20_000
+            )
+            rng = np.random.default_rng(0)
+            sessions = [
+                [f"B{item:09d}" for item in rng.integers(0, items, length)] for length in rng.integers(1, 30, 256)
+            ]
+            answers = []
+            for device in ("cpu", DEVICE):
+                with MISSRecClient("bundle", transport=InProcessTransport(bundle, device=device, threads=2)) as client:
+                    answers.append(client.recommend(sessions[:64], top_k=20))
+            pairs = list(zip(*answers, strict=True))
+            apart = max(float(np.abs(np.subtract(a.scores, b.scores)).max()) for a, b in pairs)
+            record.equal(f"serve/{items}", apart, SCORES)
+            names = {1: "p50_1", 64: "p50_64"} if items < 1_000_000 else {1: f"{items}_p50_1"}
+            if not options.in_process:
+                _through_triton(record, bundle, work, names, sizes.seconds)
+            else:
+                record.add(at=["served_by"], value="in process")
+                with MISSRecClient("bundle", transport=InProcessTransport(bundle, device=DEVICE, threads=2)) as client:
+                    for batch, name in names.items():
+                        ms = median_ms(lambda c=client, given=sessions[:batch]: c.recommend(given, top_k=20))
+                        record.add(at=["serve", name], value=ms)
+                        if batch == 64:
+                            record.add(at=["serve", "sessions_per_s"], value=round(1e3 * batch / ms, 1))
+
+
+def _through_triton(record: Record, bundle: Path, work: Path, names: dict[int, str], seconds: float) -> None:
+    from benchmarks.speed.serving import ours
+
+    found = ours(bundle, work / bundle.name.replace("bundle", "triton"), seconds, 2)
+    record.add(at=["served_by"], value="triton, gRPC")
+    for batch, name in names.items():
+        record.add(at=["serve", name], value=found["p50_ms"][str(batch)])
+    if len(names) > 1:
+        record.add(at=["serve", "sessions_per_s"], value=round(found["throughput"], 1))
+
+
+# All parts
+
+PARTS = {"etl": etl, "train": train, "rank": rank, "serve": serve}
+
+
+def check(parts: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Run every part in its own process and return what all of them found."""
+    result: dict[str, Any] = {"card": None, "driver": None, "rapids": _rapids(), "torch": torch.__version__}
+    if DEVICE != "cpu":
+        result |= {"card": torch.cuda.get_device_name(), "driver": _driver()}
+    result |= {"tiny": options.tiny, "equal": True, "compared": {}, **{part: {} for part in parts}, "failed": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for part in parts:
+            file = Path(folder) / f"{part}.jsonl"
+            command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", part, "--record", str(file)]
+            command += ["--tiny"] * options.tiny + ["--in-process"] * options.in_process
+            limit, started = LIMITS[part] * (PATIENCE if options.tiny else 1), time.perf_counter()
+            try:
+                code = subprocess.run(command, timeout=limit, stderr=subprocess.PIPE, text=True)
+                if code.returncode:
+                    last = (code.stderr.strip().splitlines() or ["no message"])[-1]
+                    result["failed"].append(f"{part}: ended with {code.returncode}: {last[:300]}")
+            except subprocess.TimeoutExpired:
+                result["failed"].append(f"{part}: stopped at its limit of {limit} s")
+            result.setdefault("seconds", {})[part] = round(time.perf_counter() - started, 1)
+            for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+                _merge(result, json.loads(line))
+    return result
+
+
+def _merge(result: dict[str, Any], line: dict[str, Any]) -> None:
+    if "failed" in line:
+        result["failed"].append(line["failed"])
+    elif "compared" in line:
+        result["compared"][line["compared"]] = line["difference"]
+        result["equal"] &= line["equal"]
+        if not line["equal"]:
+            result["failed"].append(f"{line['compared']}: differs from the CPU by {line['difference']:.3g}")
+    else:
+        *groups, name = line["at"]
+        at = result
+        for group in groups:
+            at = at.setdefault(group, {})
+        at[name] = line["value"]
+
+
+def _rapids() -> str | None:
+    if importlib.util.find_spec("cudf") is None:
+        return None
+    import missrec_t4r.etl  # noqa: F401  # sets what cuDF reads when it is imported
+
+    return str(importlib.import_module("cudf").__version__)
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def _table_of(result: dict[str, Any]) -> str:
+    lines = [f"{result['card'] or 'no GPU: figures of the CPU'}, driver {result['driver']}, RAPIDS {result['rapids']}"]
+    for part in PARTS:
+        lines += [f"{part:>6}  {name:<18} {value:>14,}" for name, value in result.get(part, {}).items()]
+    lines += [f"differs by {difference:.3g}: {name}" for name, difference in result["compared"].items()]
+    return "\n".join([*lines, *(f"failed: {one}" for one in result["failed"])])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts and write the result, or run one part (``--part``)."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    options.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all without any")
+    options.add_argument("--tiny", action="store_true", help="smallest sizes, to see that every part runs")
+    options.add_argument("--in-process", action="store_true", help="serve without Triton, where none can run")
+    options.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
+    options.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    options.add_argument("--record", type=Path, help=argparse.SUPPRESS)
+    chosen = options.parse_args(arguments)
+    if unknown := set(chosen.parts) - set(PARTS):
+        options.error(f"no part {', '.join(sorted(unknown))}; expected: {', '.join(PARTS)}")
+    if chosen.part:
+        with tempfile.TemporaryDirectory() as work:
+            PARTS[chosen.part](Record(chosen.record), TINY if chosen.tiny else FULL, Path(work), chosen)
+        return 0
+    result = check(chosen.parts or list(PARTS), chosen)
+    print(_table_of(result))
+    report("gpu-check", result, chosen.results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

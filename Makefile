@@ -68,6 +68,7 @@ $(VENV)/.installed: requirements/set-b.txt requirements/merlin-b.txt requirement
 	@echo "==> installing Merlin without its pandas bound (under a minute)"
 	@$(VENV)/bin/python -m pip install -q --no-deps -r requirements/merlin-b.txt
 	@$(VENV)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	@mkdir -p $(VENV)/etc/dask && cp requirements/missrec-dask.yaml $(VENV)/etc/dask/ # an editable install copies no data files
 	@mv $(@D)/.installing $@ && touch $@
 
 $(VENV_A)/.installed: requirements/set-a.txt requirements/check_platform.py pyproject.toml
@@ -76,6 +77,7 @@ $(VENV_A)/.installed: requirements/set-a.txt requirements/check_platform.py pypr
 	@echo "==> installing the older pins into $(VENV_A) (2 GB; about 3 minutes)"
 	@$(VENV_A)/bin/python -m pip install -q -r requirements/set-a.txt
 	@$(VENV_A)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	@mkdir -p $(VENV_A)/etc/dask && cp requirements/missrec-dask.yaml $(VENV_A)/etc/dask/
 	@mv $(@D)/.installing $@ && touch $@
 
 # The newest releases are taken anew at every run.

@@ -4,5 +4,6 @@ from setuptools import find_packages, setup
 
 setup(
     packages=[*find_packages(include=["missrec_t4r", "missrec_t4r.*"]), "missrec_t4r.triton_models"],
+    data_files=[("etc/dask", ["requirements/missrec-dask.yaml"])],
     package_dir={"missrec_t4r.triton_models": "triton_models"},
 )

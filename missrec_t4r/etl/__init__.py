@@ -5,11 +5,21 @@ package before Merlin: it sets the environment that Merlin 23.8 needs.
 """
 
 import os
+import sys
 import warnings
+
+from missrec_t4r.errors import ConfigError
 
 # Merlin 23.8 uses the legacy dask.dataframe; dask decides at its first import.
 os.environ.setdefault("DASK_DATAFRAME__QUERY_PLANNING", "False")
 os.environ.setdefault("DASK_DATAFRAME__CONVERT_STRING", "False")  # True turns list columns into text
+
+if "dask_expr" in sys.modules:  # dask.dataframe was imported first, with query planning, and cannot go back
+    raise ConfigError(
+        "dask.dataframe was imported with query planning, before missrec_t4r",
+        "the dask.dataframe that Merlin 23.8 works with",
+        "import missrec_t4r.etl first, or set DASK_DATAFRAME__QUERY_PLANNING=False in the environment",
+    )
 
 # Merlin warns about both at every import, whatever a user does.
 for _message in ("The legacy Dask DataFrame implementation", "Tensorflow dtype mappings did not load"):

@@ -100,7 +100,10 @@ def _base_dependencies(unpacked: Path) -> str:
 
 def test_the_wheel_lists_what_the_tree_holds(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        listed = {name for name in archive.namelist() if ".dist-info/" not in name}
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+    data = [name.partition(".data/data/")[2] for name in names if ".data/" in name]
+    assert data == ["etc/dask/missrec-dask.yaml"], "for the environment, where dask reads it"
+    listed = {name for name in names if ".data/" not in name}
     expected = set(shipped_files())
     assert expected - listed == set(), (
         "in the tree, not in the wheel: add the package or the file kind to pyproject.toml"

@@ -140,6 +140,15 @@ def test_what_cannot_be_read_is_refused_in_words(bundle: Path, tmp_path: Path) -
             commands.score(tmp_path / "flat.parquet", tmp_path / "out.parquet", **given)
 
 
+def test_a_warning_tells_that_most_sessions_hold_no_known_item(
+    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for names, warned in ([["x"], ["y"], ["ware-3-ü"]], True), ([["x"], ["ware-3-ü"]], False):
+        caplog.clear()
+        score(session_file(tmp_path / "few.parquet", names), tmp_path / "out.parquet", bundle=bundle)
+        assert ("2 of 3 sessions hold no item of the catalogue" in caplog.text) is warned
+
+
 def test_a_killed_job_leaves_the_last_complete_result(bundle: Path, loaded: LoadedRun, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     few = session_file(tmp_path / "few.parquet", shop.raw_sessions(loaded.catalogue, 5))

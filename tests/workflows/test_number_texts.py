@@ -1,6 +1,9 @@
 """Numbers that a file holds as text, dates of other formats, and ids of two types: read, and told."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +12,7 @@ import pytest
 from missrec_t4r.errors import SchemaError
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.quality.number_texts import Notations
+from tests.project.packages import ROOT
 from tests.workflows.tables import EVENTS, ITEMS, rows, write
 
 ENGINES = pytest.mark.parametrize("engine", ["memory", "disk"])
@@ -85,3 +89,24 @@ def test_ids_of_two_types_are_told(tmp_path: Path, engine: str) -> None:
     events = EVENTS.assign(item_id=EVENTS["item_id"].map(numbers).astype(str))
     data = _etl(tmp_path, events, items, engine=engine)
     assert "texts in the interactions and integers in the item table" in _findings(data)["ids_as_text"]
+
+
+@pytest.mark.parametrize("package", ["missrec_t4r.etl", "missrec_t4r.t4r"])
+def test_a_dask_that_was_imported_first_is_refused_in_words(package: str) -> None:
+    pytest.importorskip("dask_expr", reason="older dask has no query planning")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DASK_")}
+    environment["DASK_DATAFRAME__QUERY_PLANNING"] = "True"  # whatever etc/dask of this environment says
+    code = f"import dask.dataframe, {package}"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "dask.dataframe was imported with query planning, before missrec_t4r; expected:" in done.stderr
+    assert "DASK_DATAFRAME__QUERY_PLANNING=False" in done.stderr
+
+
+def test_the_file_of_the_installation_lets_dask_be_imported_first(tmp_path: Path) -> None:
+    """`make install` and the wheel put it into etc/dask of the environment."""
+    (tmp_path / "missrec-dask.yaml").write_bytes((ROOT / "requirements" / "missrec-dask.yaml").read_bytes())
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DASK_")}
+    code = "import dask.dataframe, missrec_t4r.etl"
+    environment["DASK_ROOT_CONFIG"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ ID encoding, same business rules, same order of ties. Memory depends on the batc
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from missrec_t4r.schema import ITEM_ID
 from missrec_t4r.serving.batch.parquet_io import SessionFiles, write_results
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.protocol import Recommendation, typed_id
+
+log = logging.getLogger(__name__)
 
 _SESSIONS_AT_A_TIME = 1024
 LAYOUTS = ("lists", "long")
@@ -118,6 +121,11 @@ def score(
             if not writer.rows:  # a file without rows, but with the columns
                 writer.write(_table(files.schema.empty_table().select(files.passthrough), [], client.id_type, layout))
             rows = writer.rows
+    if 2 * counts["fallbacks"] > counts["sessions"]:
+        log.warning(
+            f"{counts['fallbacks']:,} of {counts['sessions']:,} sessions hold no item of the catalogue and got "
+            "the most popular items; are these the ids of the item table, and is this the bundle of this shop?"
+        )
     return {"out": str(Path(out)), "rows": rows, **counts, "seconds": round(time.monotonic() - started, 2)}
 
 

@@ -114,7 +114,7 @@ def test_the_config_chooses_the_event_features() -> None:
         ),
         (
             lambda: join(inputs(), MISSRecBlock(sequence_fusion="contextual"), MISSRecNextItemTask()),
-            "--sequence-fusion contextual needs --attention bidirectional",
+            "model.sequence_fusion contextual needs model.attention bidirectional",
         ),
     ],
 )

@@ -40,7 +40,8 @@ def test_the_summary_has_the_keys_of_the_readme(result: tuple[dict, Path, str]) 
     json.dumps(summary)
     promised = {"data", "recall@10", "ndcg@10", "baselines", "triton_version", "served_equals_offline", "max_abs_diff"}
     assert promised | {"recommendations", "seconds", "excluded", "kept_strict"} <= set(summary)
-    assert set(summary["baselines"]) == {"popularity", "item_knn", "content_knn"}
+    rows = {"exported", "network", "terms", "popularity", "item_knn", "content_knn"}
+    assert set(summary["baselines"]) == rows
     assert {"generate", "etl", "features", "train", "evaluate", "export", "serve"} == set(summary["seconds"])
     assert len(summary["recommendations"]) == 3
     for query in summary["recommendations"]:

@@ -14,7 +14,7 @@ from missrec_t4r.schema import FIRST_ITEM_ROW
 from tests.project.packages import ROOT, modules, shipped_files
 from tests.shop import modality, write_circle
 
-WITHOUT_MERLIN = ("missrec_t4r.etl", "missrec_t4r.t4r", "missrec_t4r.export.merlin_systems")
+WITHOUT_MERLIN = ("missrec_t4r.etl", "missrec_t4r.t4r", "missrec_t4r.recommender", "missrec_t4r.export.merlin_systems")
 """The packages, and the one module, that may need more than the base dependencies."""
 
 BARE = """

@@ -160,7 +160,7 @@ def test_a_t4r_script_takes_the_catalogue_and_keeps_its_own_files(
     file = str(tutorial / "days" / "2" / "train.parquet")
     loader = MerlinDataLoader.from_schema(schema, file, batch_size=8, max_sequence_length=20)
     batch, _ = next(iter(loader))
-    assert inputs(batch, training=True).shape[:2] == (8, 20)
+    assert inputs(batch, testing=True).shape[:2] == (8, 20)
 
 
 @pytest.mark.parametrize(

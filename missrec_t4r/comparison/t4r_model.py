@@ -8,8 +8,7 @@ from typing import Any, Final
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.evaluation.full_ranking import PROTOCOLS, Scorer
-from missrec_t4r.ranking.scorer import ModelScorer
+from missrec_t4r.evaluation.full_ranking import Scorer
 from missrec_t4r.schema import LIST_SUFFIX
 
 _LONGEST: Final = 10_000
@@ -40,8 +39,6 @@ def t4r_system(
         The pickle cannot be read.
     """
     import missrec_t4r.t4r  # noqa: F401  # before Merlin: it sets what dask must find
-    from missrec_t4r.t4r.block import MISSRecBlock
-    from missrec_t4r.t4r.build import to_core
     from missrec_t4r.t4r.scorer import T4RScorer, load_saved
 
     size = None
@@ -56,10 +53,8 @@ def t4r_system(
         model = load_saved(Path(model))
     inputs = model.heads[0].body.inputs if hasattr(model.heads[0].body, "inputs") else model.heads[0].body[0]
     scorer = T4RScorer(model, catalogue, max_sequence_length or _length(inputs))
-    ours = any(isinstance(module, MISSRecBlock) for module in model.modules())
-    protocols = ModelScorer.with_popularity(to_core(model), catalogue).protocols if ours else PROTOCOLS
     columns = [name.removesuffix(LIST_SUFFIX) for name in scorer.columns if name != scorer.item]
-    return dict.fromkeys(protocols, scorer), columns, size
+    return dict.fromkeys(scorer.protocols, scorer), columns, size
 
 
 def _length(inputs: Any) -> int:

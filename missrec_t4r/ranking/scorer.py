@@ -58,9 +58,8 @@ class ModelScorer:
 
     @property
     def protocols(self) -> Sequence[str]:
-        """The protocols under which the model can be ranked as it is: its terms know what was seen."""
-        knows = next(self.model.terms.in_use(training=False), None) is not None
-        return (EXCLUDED, KEPT_WITH_HISTORY_TERM) if knows else PROTOCOLS
+        """The protocols under which the model can be ranked as it is."""
+        return protocols_as_it_is(self.model)
 
     def __call__(self, histories: Sessions) -> Tensor:
         """Return scores [batch, row], -inf where the model cannot recommend the row."""
@@ -98,6 +97,12 @@ class ModelScorer:
         if parts.popular is None:
             return scores
         return torch.where(parts.empty[:, None], parts.popular.index_fill(1, excluded, -torch.inf), scores)
+
+
+def protocols_as_it_is(model: MISSRec) -> Sequence[str]:
+    """Return the protocols under which a model can be ranked with its terms: they know what was seen."""
+    knows = next(model.terms.in_use(training=False), None) is not None
+    return (EXCLUDED, KEPT_WITH_HISTORY_TERM) if knows else PROTOCOLS
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from missrec_t4r import commands
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.errors import BundleError, ConfigError
 from missrec_t4r.io.atomic import atomic_write_dir
-from missrec_t4r.io.json_files import read_json
 from missrec_t4r.progress import reporting
 from missrec_t4r.recommender.evaluation import Evaluation
 from missrec_t4r.recommender.frames import Frame, arrow_table, write_parquet
@@ -312,5 +311,4 @@ class Recommender:
                 "a fitted one: a bundle holds what serving needs, not the run",
                 "call fit(shop), or `missrec evaluate --run RUN`",
             )
-        read_json(run / RUN_FILE)
         return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import CheckpointError, ConfigError, SchemaError
+from missrec_t4r.evaluation.full_ranking import PROTOCOLS
 from missrec_t4r.ranking.baselines import Popularity
+from missrec_t4r.ranking.scorer import protocols_as_it_is
 from missrec_t4r.schema import FIRST_ITEM_ROW
+from missrec_t4r.t4r.block import MISSRecBlock
 
 
 class T4RScorer:
@@ -47,6 +51,12 @@ class T4RScorer:
         self.columns = list(inputs.schema.column_names)
         self.device = next(model.parameters()).device
         self.fallback = Popularity.fit(catalogue)
+
+    @property
+    def protocols(self) -> Sequence[str]:
+        """The protocols under which the model can be ranked as it is: terms of ours know what was seen."""
+        cores = [part.core for part in self.model.modules() if isinstance(part, MISSRecBlock) and part.core is not None]
+        return protocols_as_it_is(cores[0]) if cores else PROTOCOLS
 
     def __call__(self, histories: Sessions) -> Tensor:
         """Return scores [batch, row], -inf for rows that are no items; sessions without a known item get popularity.

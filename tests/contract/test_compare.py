@@ -12,6 +12,8 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM
+from missrec_t4r.runs.evaluate import evaluate_sessions
+from missrec_t4r.t4r.scorer import T4RScorer
 from tests.contract import shop
 
 LENGTH = 6
@@ -77,3 +79,11 @@ def test_a_pickle_is_read_with_consent_only(data: Path, saved: dict[str, Path], 
     (tmp_path / "t4rec_model_class.pkl").write_bytes(b"no pickle")
     with pytest.raises(CheckpointError, match="save the model again"):
         mr.compare(["popularity", tmp_path], data=data, trust_pickle=True)
+
+
+def test_a_t4r_model_with_our_history_bias_has_no_figure_under_strict(data: Path, saved: dict[str, Path]) -> None:
+    catalogue = Catalogue.load(data / "catalogue")
+    scorers = {name: T4RScorer(tr.Model.load(folder), catalogue, LENGTH) for name, folder in saved.items()}
+    found = evaluate_sessions(scorers, Sessions.load(data / "test", ()), catalogue)["protocols"]
+    assert set(found[KEPT_STRICT]) == {"xlnet"}
+    assert set(found[EXCLUDED]) == {"xlnet", "ours"}

@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Read by the libraries when they are imported, hence before any test module: the same values as in the Makefile.
 os.environ.setdefault("DASK_DATAFRAME__QUERY_PLANNING", "False")
@@ -39,6 +41,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def repository() -> Path:
     """The checkout."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def documents_script(repository: Path) -> Callable[[str], Any]:
+    """Import a script of ``docs/``, which is no package, by its name."""
+
+    def load(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(name, repository / "docs" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ from missrec_t4r.t4r import (
 from missrec_t4r.t4r.trainer import CHECKPOINT_FOLDER, NDCG
 from missrec_t4r.training.step import training_loss
 from tests.contract import shop
+from tests.crafted import Crafted
 
 ITEMS = shop.schema(event_features=False)
 
@@ -270,16 +271,6 @@ def test_train_t4r_continues_an_interrupted_run(data: Path, tmp_path: Path, monk
     assert [name for name in whole if not torch.equal(whole[name], halved[name])] == []
 
 
-class _Crafted:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.marker,)
-
-
 @pytest.mark.parametrize("variable", [None, "1"])
 def test_no_code_in_a_checkpoint_runs_when_training_resumes(
     variable: str | None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -296,7 +287,7 @@ def test_no_code_in_a_checkpoint_runs_when_training_resumes(
     (last,) = (tmp_path / "run" / CHECKPOINT_FOLDER).glob("checkpoint-*")
     for file in ("rng_state.pth", "optimizer.pt"):
         content = (last / file).read_bytes()
-        torch.save({"python": _Crafted(marker)}, last / file)
+        torch.save({"python": Crafted(marker)}, last / file)
         with pytest.raises(CheckpointError, match="holds a file that could run code when it is read"):
             train_t4r(data, recipe(), tmp_path / "run", device="cpu")
         assert not marker.exists()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.device.second_device import second_device
 
-pytest.importorskip("transformers4rec")
+pytest.importorskip("transformers4rec", reason="the integration needs the extra merlin")
 
 
 def _model() -> Any:

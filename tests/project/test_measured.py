@@ -1,9 +1,9 @@
 """Every measured number of the documents is a named cell of a result file, and a figure that is moved is noticed."""
 
-import importlib.util
 import itertools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,8 @@ TABLE = re.compile(r"<!-- measured: [\w-]+ -->.*?<!-- /measured -->", re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def module(repository: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("measured", repository / "docs" / "measured.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def module(documents_script: Callable[[str], Any]) -> Any:
+    return documents_script("measured")
 
 
 @pytest.fixture(scope="module")

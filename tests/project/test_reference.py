@@ -1,7 +1,8 @@
 """docs/reference.md says what the code says."""
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,12 +10,8 @@ import missrec_t4r
 
 
 @pytest.fixture(scope="module")
-def made(repository: Path) -> str:
-    spec = importlib.util.spec_from_file_location("reference", repository / "docs" / "reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def made(documents_script: Callable[[str], Any]) -> str:
+    module = documents_script("reference")
     page: str = module.reference()
     return page
 

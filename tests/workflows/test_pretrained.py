@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -30,6 +29,7 @@ from missrec_t4r.etl.features.hf_encoders import PretrainedImage, PretrainedText
 from missrec_t4r.etl.features.pipeline import encode_items, features, word_dropped
 from missrec_t4r.etl.features.whitening import fit_reduction, reduced
 from missrec_t4r.etl.pipeline import etl
+from tests.crafted import Crafted
 from tests.workflows.tables import EVENTS, write
 
 COLOURS = {"lamp": "red", "desk": "green", "sofa": "blue", "vase": "white"}
@@ -218,16 +218,6 @@ def test_what_cannot_work_is_said_in_words(shop: Path, clip: Path) -> None:
     np.testing.assert_allclose(bf16, PretrainedText(str(clip)).encode(["an old oak desk"]), atol=0.03)
 
 
-class _Crafted:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.marker,)
-
-
 @pytest.mark.parametrize("variable", [None, "1"])
 @pytest.mark.parametrize("file", ["weights", "old weights", "vocabulary", "code"])
 def test_nothing_in_an_encoders_folder_is_executed(
@@ -240,7 +230,7 @@ def test_nothing_in_an_encoders_folder_is_executed(
     words = "has a file that could run code when it is read; expected: model.safetensors"
     if "weights" in file:
         (folder / "pytorch_model.bin").unlink()
-        content = {"logit_scale": _Crafted(marker)}
+        content = {"logit_scale": Crafted(marker)}
         torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=file == "weights")
     elif file == "vocabulary":
         module = "transformers.models.transfo_xl.tokenization_transfo_xl"
@@ -249,7 +239,7 @@ def test_nothing_in_an_encoders_folder_is_executed(
         settings = {"tokenizer_class": "TransfoXLTokenizer", "pretrained_vocab_file": str(folder / "words")}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         for name in ("words", "vocab.pkl"):
-            (folder / name).write_bytes(pickle.dumps(_Crafted(marker)))
+            (folder / name).write_bytes(pickle.dumps(Crafted(marker)))
     else:
         words = "cannot be loaded"
         content = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}

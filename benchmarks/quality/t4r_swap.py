@@ -3,9 +3,10 @@
     python -m benchmarks.quality.t4r_swap --data path/to/amazon_scientific [--seeds 3] [--only xlnet swap]
 
 One script (`script`) with the same arguments for all: learning rate, batch size, early stopping on T4R's validation
-NDCG@10 of every epoch. Items alone are read. Ranked like everything else in this repository (`evaluate_sessions`), by
-the scores at inference. Our history bias knows the seen items, so that ours has no figure under *kept, strict*.
-Finished seeds are kept in ``--out``.
+NDCG@10 of every epoch. XLNet learns from the masked items alone and needs several times as many epochs (`EPOCHS`).
+Items alone are read. Ranked like everything else in this repository (`evaluate_sessions`), by the scores at inference.
+Our history bias knows the seen items, so that ours is trained without it for a figure under *kept, strict*
+(``swap_strict``). Finished seeds are kept in ``--out``.
 """
 
 from __future__ import annotations
@@ -32,38 +33,41 @@ from missrec_t4r.runs.evaluate import evaluate_sessions
 from missrec_t4r.t4r.columns import item_column
 from missrec_t4r.t4r.scorer import T4RScorer
 
-LENGTH = 50
 METRICS = ("recall@10", "ndcg@10")
 NDCG = "eval_/next-item/ndcg_at_10"
-SYSTEMS = {"xlnet": "merlin", "swap": "merlin", "swap_our_loader": "missrec"}
+SYSTEMS = {"xlnet": "merlin", "swap": "merlin", "swap_our_loader": "missrec", "swap_strict": "merlin"}
 """Systems and T4R's name of the loader that feeds them."""
+EPOCHS = {"xlnet": (150, 20)}
+"""Epochs at most, and epochs without a better validation NDCG@10, where they differ from the options."""
 
 
-def xlnet(schema: Any, catalogue: Catalogue) -> tr.Model:
+def xlnet(schema: Any, length: int) -> tr.Model:
     """T4R's tutorial model at a width of 128."""
-    inputs = tr.TabularSequenceFeatures.from_schema(schema, max_sequence_length=LENGTH, d_output=128, masking="mlm")
-    config = tr.XLNetConfig.build(d_model=128, n_head=4, n_layer=2, total_seq_length=LENGTH)
+    inputs = tr.TabularSequenceFeatures.from_schema(schema, max_sequence_length=length, d_output=128, masking="mlm")
+    config = tr.XLNetConfig.build(d_model=128, n_head=4, n_layer=2, total_seq_length=length)
     body = tr.SequentialBlock(inputs, tr.MLPBlock([128]), tr.TransformerBlock(config, masking=inputs.masking))
     task = tr.NextItemPredictionTask(weight_tying=True)
     return tr.Model(tr.Head(body, task, inputs=inputs))
 
 
-def missrec(schema: Any, catalogue: Catalogue) -> tr.Model:
+def missrec(schema: Any, catalogue: Catalogue, length: int, *, history_bias: bool) -> tr.Model:
     """Ours in the places of the three objects."""
-    inputs = mr.MultiModalSequenceFeatures.from_schema(schema, catalogue=catalogue, max_sequence_length=LENGTH)
-    body = tr.SequentialBlock(inputs, mr.MISSRecBlock(d_model=300, n_head=4))
+    inputs = mr.MultiModalSequenceFeatures.from_schema(schema, catalogue=catalogue, max_sequence_length=length)
+    body = tr.SequentialBlock(inputs, mr.MISSRecBlock(d_model=300, n_head=4, history_bias=history_bias))
     return tr.Model(tr.Head(body, [mr.MISSRecNextItemTask()], inputs=inputs))
 
 
-def script(model: tr.Model, schema: Any, data: Path, engine: str, seed: int, options: Any, folder: str) -> tr.Trainer:
+def script(
+    model: tr.Model, schema: Any, data: Path, engine: str, seed: int, settings: dict[str, Any], folder: str
+) -> tr.Trainer:
     """Train and return the trainer with the weights of the best epoch: knows neither model."""
     args = T4RecTrainingArguments(
         output_dir=folder,
         data_loader_engine=engine,
-        max_sequence_length=LENGTH + 1,
-        num_train_epochs=options.epochs,
-        learning_rate=1e-3,
-        per_device_train_batch_size=options.batch_size,
+        max_sequence_length=settings["length"] + 1,
+        num_train_epochs=settings["epochs"],
+        learning_rate=settings["learning_rate"],
+        per_device_train_batch_size=settings["batch_size"],
         per_device_eval_batch_size=512,
         evaluation_strategy="epoch",
         save_strategy="epoch",
@@ -84,29 +88,37 @@ def script(model: tr.Model, schema: Any, data: Path, engine: str, seed: int, opt
         args=args,
         schema=schema,
         compute_metrics=True,
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=options.patience)],
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=settings["patience"])],
         **files,
     )
     trainer.train()
     return trainer
 
 
-def measure(name: str, data: Path, seed: int, options: Any) -> dict[str, Any]:
-    """Train one system with one seed and rank the test split."""
+def measure(name: str, data: Path, seed: int, settings: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Train one system with one seed, save it to ``out`` (for `missrec compare`) and rank the test split."""
     catalogue = Catalogue.load(data / "catalogue")
     schema = mr.load_schema(data)
     schema = schema.select_by_name([item_column(schema, catalogue.n_rows).name])
     torch.manual_seed(seed)
-    model = (xlnet if name == "xlnet" else missrec)(schema, catalogue)
+    length = settings["length"]
+    if name == "xlnet":
+        model = xlnet(schema, length)
+    else:
+        model = missrec(schema, catalogue, length, history_bias=name != "swap_strict")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = script(model, schema, data, SYSTEMS[name], seed, options, folder)
+        trainer = script(model, schema, data, SYSTEMS[name], seed, settings, folder)
     seconds = round(time.perf_counter() - started, 1)
+    out.mkdir(parents=True, exist_ok=True)
+    model.save(out)
     test = Sessions.load(data / "test", ())
-    found = evaluate_sessions({name: T4RScorer(model, catalogue, LENGTH)}, test, catalogue)
+    found = evaluate_sessions({name: T4RScorer(model, catalogue, length)}, test, catalogue)
     return {
         "system": name,
         "seed": seed,
+        "settings": settings,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
         "epochs": round(trainer.state.epoch or 0),
         "steps": trainer.state.global_step,
         "seconds": seconds,
@@ -119,9 +131,11 @@ def main() -> None:
     """Run from the command line."""
     parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=30, help="at most")
-    parser.add_argument("--patience", type=int, default=3, help="epochs without a better validation NDCG@10")
+    parser.add_argument("--length", type=int, default=20, help="last items of a session, as in T4R's tutorials")
+    parser.add_argument("--epochs", type=int, default=40, help="at most; XLNet has its own number")
+    parser.add_argument("--patience", type=int, default=5, help="epochs without a better validation NDCG@10")
     parser.add_argument("--batch-size", type=int, default=128, help="rows per step, of whatever the loader returns")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     options = parser.parse_args()
     name = options.name or options.data.resolve().name
@@ -134,14 +148,16 @@ def main() -> None:
     runs = []
     for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):
         for system in options.only:
-            file = options.out / name / "t4r_swap" / f"{system}-{options.batch_size}-{options.epochs}-{seed}.json"
+            epochs, patience = EPOCHS.get(system, (options.epochs, options.patience))
+            settings = {key: getattr(options, key) for key in ("length", "batch_size", "learning_rate")}
+            settings |= {"epochs": epochs, "patience": patience}
+            file = options.out / name / "t4r_swap" / f"{system}-{'-'.join(map(str, settings.values()))}-{seed}.json"
             if not file.is_file():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(measure(system, data, seed, options)), encoding="utf-8")
+                measured = measure(system, data, seed, settings, file.with_suffix(""))
+                file.write_text(json.dumps(measured), encoding="utf-8")
             runs.append(json.loads(file.read_text(encoding="utf-8")))
             print(json.dumps(runs[-1]))
-    settings = {key: getattr(options, key) for key in ("epochs", "patience", "batch_size", "seeds")}
-    report(f"t4r-swap-{name}", {"data": name, "settings": settings, "runs": runs})
+    report(f"t4r-swap-{name}", {"data": name, "runs": runs})
 
 
 if __name__ == "__main__":

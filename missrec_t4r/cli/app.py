@@ -110,7 +110,7 @@ COMMANDS = (  # in the order of the work
         {**_TRAIN, "start_from": Option(("--from",)), "warm_start": Option(("--warm-start", "--continue"))},
         {"reuse": True},
     ),
-    Command("evaluate", "evaluate"),
+    Command("evaluate", "evaluate", {"baselines": Option(comma=True), "alone": Option(("--no-baselines",))}),
     Command(
         "compare",
         "compare",

@@ -138,13 +138,13 @@ def _kind(
     origins = [typing.get_origin(member) or member for member in members]
     sequence = any(isinstance(kind, type) and issubclass(kind, AbstractSequence) for kind in origins if kind is not str)
     mapping = next((member for member, kind in zip(members, origins) if kind in (Mapping, dict)), None)
+    if sequence and option.comma:
+        shown = ",".join(default or ()) or None
+        return str | None, shown, "A,B,...", lambda given: default if given is None else listed(given)
     if bool in members:
         if option.flags and default is True and "/" not in option.flags[0]:  # --restart stands for resume=False
             return bool, False, None, lambda given: not given
         return either(bool), default, None, _same
-    if sequence and option.comma:
-        shown = ",".join(default or ()) or None
-        return str | None, shown, "A,B,...", lambda given: default if given is None else listed(given)
     if sequence and (Path in members or str not in members):
         return list[str], list(default or ()), None, list
     if mapping is not None and str not in members:

@@ -33,7 +33,7 @@ def compare(
     systems : sequence of path
         The current system, the candidate, and any others; each as PATH or NAME=PATH: a run folder (several seeds:
         NAME=RUN1,RUN2), a folder of tr.Model.save, a parquet file of lists (user_id, item_id in order), or popularity,
-        item_knn, content_knn, network, terms (of the first run).
+        item_knn, content_knn, sasrec, network, terms (of the first run).
     out : path
         Folder for comparison.json and comparison.html.
     data : path, optional
@@ -44,7 +44,8 @@ def compare(
     candidate : str, optional
         Name of the system that the verdict is about; by default the second one.
     baselines : sequence of str
-        Baselines to show beside: popularity, item_knn, content_knn, network, terms; comma-separated.
+        Baselines to show beside: popularity, item_knn, content_knn, sasrec (trained first, and kept in the folder of
+        the comparison), network, terms; comma-separated.
     protocols : sequence of str
         How seen items are treated, comma-separated; the verdict is by the first one.
     slice_columns : sequence of str

@@ -31,7 +31,7 @@ from missrec_t4r.evaluation.metrics import KS, Difference, bootstrap_intervals, 
 from missrec_t4r.evaluation.slices import slices
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import write_json
-from missrec_t4r.runs.evaluate import BASELINES, EVALUATED_SPLITS
+from missrec_t4r.runs.evaluate import ALL_BASELINES, EVALUATED_SPLITS, checked_baselines
 from missrec_t4r.runs.run_folder import versions
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
@@ -90,8 +90,7 @@ def compare(
     >>> result["verdict"]["decision"]                                                               # doctest: +SKIP
     'ship'
     """
-    if unknown := sorted({*baselines} - {*BASELINES, *OF_A_RUN}):
-        raise ConfigError(f"the baseline {unknown[0]!r}", f"some of {', '.join((*BASELINES, *OF_A_RUN))}")
+    baselines = checked_baselines(baselines, OF_A_RUN)
     if isinstance(systems, Mapping):
         given = named({**systems, **{name: name for name in baselines}})
     else:
@@ -113,7 +112,9 @@ def compare(
             "sessions": len(benchmark.sessions),
             "would_write": written,
         }
-    found = ranked(given, benchmark, protocols, trust_pickle=trust_pickle, max_sequence_length=max_sequence_length)
+    keep = None if out is None else Path(out)
+    options: dict[str, Any] = {"trust_pickle": trust_pickle, "max_sequence_length": max_sequence_length, "keep": keep}
+    found = ranked(given, benchmark, protocols, **options)
     report = _report(found, benchmark, chosen, list(protocols), slice_columns, None if gate is None else Path(gate))
     if out is not None:
         write_json(Path(out) / JSON_FILE, report, allow_nan=False)
@@ -133,7 +134,7 @@ def _checked(given: Sequence[Named], candidate: str | None, split: str, protocol
         raise ConfigError(
             f"{len(given)} systems under {len(protocols)} protocols",
             "two systems or more: the current one first, then the candidate",
-            f"add one, or compare with a baseline: {', '.join(BASELINES)}",
+            f"add one, or compare with a baseline: {', '.join(ALL_BASELINES)}",
         )
     names = [one.name for one in given]
     if candidate is not None and candidate not in names[1:]:

@@ -5,7 +5,7 @@
 | a folder with ``run.json`` | a run of ``missrec train``, scored as it is exported; several are seeds of one system |
 | a folder with ``t4rec_model_class.pkl``, a ``tr.Model`` | a Transformers4Rec model with a next-item task |
 | a parquet file or folder | lists of whatever system made them |
-| ``popularity``, ``item_knn``, ``content_knn`` | a baseline, tuned on validation for every protocol |
+| ``popularity``, ``item_knn``, ``content_knn``, ``sasrec`` | a baseline, tuned on validation for every protocol |
 | ``network``, ``terms`` | the network of the first run alone, its score terms alone |
 | a function of `Sessions` | a `Scorer` |
 """
@@ -43,7 +43,7 @@ from missrec_t4r.evaluation.metrics import KS
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.ranking.protocols import MODEL, NETWORK, TERMS, Blend, BlendScorer, blends_of
 from missrec_t4r.ranking.tune import Validation
-from missrec_t4r.runs.evaluate import BASELINES, System, fitted_baselines, rank_system
+from missrec_t4r.runs.evaluate import ALL_BASELINES, System, fitted_baselines, rank_system
 from missrec_t4r.runs.run_folder import RUN_FILE, WEIGHTS_FILE, data_folder, load_run
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, UNKNOWN_ROW
 
@@ -177,8 +177,8 @@ def _kind(parts: Sequence[Any]) -> str:
     if not isinstance(first, str | Path):
         return T4R if hasattr(first, "heads") else SCORER
     path = Path(first)
-    if not path.exists() and str(first) in (*BASELINES, *OF_A_RUN):
-        return BASELINE if str(first) in BASELINES else PART
+    if not path.exists() and str(first) in (*ALL_BASELINES, *OF_A_RUN):
+        return BASELINE if str(first) in ALL_BASELINES else PART
     kind = (
         RUN
         if (path / RUN_FILE).is_file()
@@ -192,7 +192,7 @@ def _kind(parts: Sequence[Any]) -> str:
         raise DataError(
             f"{path} is " + ("nothing to compare" if path.exists() else "missing"),
             f"a run folder with {RUN_FILE}, a folder with {T4R_FILE}, a parquet file of lists, or one of "
-            f"{', '.join((*BASELINES, *OF_A_RUN))}",
+            f"{', '.join((*ALL_BASELINES, *OF_A_RUN))}",
             "check the path",
         )
     if len(parts) > 1 and kind != RUN:
@@ -207,13 +207,14 @@ def ranked(
     *,
     trust_pickle: bool = False,
     max_sequence_length: int | None = None,
+    keep: Path | None = None,
 ) -> list[Ranked]:
-    """Rank with every system, in the order in which they were given."""
+    """Rank with every system, in the order in which they were given; ``keep`` is where a trained baseline is kept."""
     parts = [one.parts[0] for one in systems if one.kind == PART]
     found: dict[str, Ranked] = {}
     names = [one.parts[0] for one in systems if one.kind == BASELINE]
     if names:
-        found |= _baselines(systems, names, benchmark, protocols)
+        found |= _baselines(systems, names, benchmark, protocols, keep)
     for one in systems:
         if one.kind == RUN:
             rankings = _run(one, benchmark, protocols, parts)
@@ -336,9 +337,10 @@ def _lists(one: Named, benchmark: Benchmark, protocols: Sequence[str]) -> Ranked
 
 
 def _baselines(
-    systems: Sequence[Named], names: Sequence[str], benchmark: Benchmark, protocols: Sequence[str]
+    systems: Sequence[Named], names: Sequence[str], benchmark: Benchmark, protocols: Sequence[str], keep: Path | None
 ) -> dict[str, Ranked]:
-    fitted, _ = fitted_baselines(benchmark.data, benchmark.catalogue, names=names)
+    runs = [Path(part) for one in systems if one.kind == RUN for part in one.parts]
+    fitted, _ = fitted_baselines(benchmark.data, benchmark.catalogue, names=names, keep=keep, look_in=runs)
     if missing := [name for name in names if name not in fitted]:
         raise ConfigError(f"{missing[0]} on a catalogue without vectors", "texts or images", "leave the baseline out")
     labels = {one.parts[0]: one.name for one in systems if one.kind == BASELINE}

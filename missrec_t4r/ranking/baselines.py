@@ -6,8 +6,8 @@
                   q_m(s)      = sum over i in s of decay^age(i) * x_mi
 
 C_ji counts the training sessions (one per user) that hold both items, or how often j followed i within a few events;
-n_i those that hold i; C_ii = 0, because an item is no evidence for itself (with a diagonal, NDCG@10 of seen-kept falls
-from .096 to .058 on the Amazon Scientific subset). x_mi is the modality vector, centred and of unit length. age is 0
+n_i those that hold i. The diagonal C_ii, the sessions with i or how often i was repeated, is in use where seen items
+are kept and validation is better with it, else 0. x_mi is the modality vector, centred and of unit length. age is 0
 for the last item. All statistics come from the train split, for the test split too, as a model's weights do; that
 gives the known floors. Counting the validation items as well would be legitimate for the test split, and stronger.
 """
@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.ranking.cooccurrence import damping, pairs_within, sessions_with_both
+from missrec_t4r.evaluation.full_ranking import EXCLUDED, PROTOCOLS
+from missrec_t4r.ranking.cooccurrence import damping, pairs_within, repeats_within, sessions_with_both
 from missrec_t4r.ranking.similarity import centred, mean_over_shared
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
@@ -62,10 +63,13 @@ class CoOccurrence:
         ``pairs[j, i]`` counts how often candidate j occurs with history item i; zero diagonal.
     counts : Tensor [row], float32
         Sessions with the item, each counted once.
+    own : Tensor [row], float32
+        The diagonal of ``pairs``: sessions with the item, or how often it comes after itself.
     """
 
     pairs: Tensor
     counts: Tensor
+    own: Tensor
 
     @classmethod
     def count(cls, sessions: Sessions, n_rows: int, follow_within: int = 0) -> CoOccurrence:
@@ -86,6 +90,8 @@ class CoOccurrence:
         >>> followed = CoOccurrence.count(sessions, 5, follow_within=2)
         >>> followed.pairs.to_dense()[3, 4].item(), followed.pairs.to_dense()[4, 3].item()  # 4 never precedes 3
         (0.0, 3.0)
+        >>> counted.own.tolist(), followed.own.tolist()  # 4 was repeated once
+        ([0.0, 0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0, 1.0])
         """
         known = sessions.known()
         together = sessions_with_both(known, n_rows)
@@ -97,10 +103,12 @@ class CoOccurrence:
             order = np.lexsort((earlier, later))
             index = torch.from_numpy(np.stack([later[order], earlier[order]]))
             pairs = _sparse(index, torch.from_numpy(followed[order]).float(), n_rows)
+            own = torch.from_numpy(repeats_within(known, follow_within, n_rows)).float()
         else:
+            own = counts
             pairs = _sparse(together.indices()[:, ~diagonal], together.values()[~diagonal], n_rows)
         dense = len(pairs.values()) > DENSE_SHARE * n_rows**2 and 4 * n_rows**2 <= DENSE_BYTES
-        return cls(pairs.to_dense() if dense else pairs, counts)
+        return cls(pairs.to_dense() if dense else pairs, counts, own)
 
 
 @dataclass(frozen=True)
@@ -115,11 +123,19 @@ class ItemKNN:
         Weight of an item relative to the one after it, in (0, 1].
     power : float
         How strongly popular items are held back, in [0, 1]; 0.5 is the cosine.
+    diagonal : bool
+        Whether an item of the history is evidence for itself; says nothing where seen items are excluded.
     """
 
     seen: CoOccurrence
     decay: float
     power: float
+    diagonal: bool = False
+
+    @property
+    def protocols(self) -> Sequence[str]:
+        """The protocols under which it is a system of its own."""
+        return [name for name in PROTOCOLS if not self.diagonal or name != EXCLUDED]
 
     def __call__(self, histories: Sessions) -> Tensor:
         """Return scores [batch, row]; all 0 for an empty session."""
@@ -129,6 +145,8 @@ class ItemKNN:
             scores = torch.sparse.mm(self.seen.pairs, weights.t().contiguous()).t().contiguous()
         else:
             scores = weights @ self.seen.pairs.t()
+        if self.diagonal:
+            scores = scores + weights * self.seen.own
         return _only_items(scores * discount)
 
 

@@ -79,6 +79,22 @@ def pairs_within(sessions: Sessions, window: int, *, directed: bool = False) -> 
     return Pairs(keys // n_rows, keys % n_rows, counts)
 
 
+def repeats_within(sessions: Sessions, window: int, n_rows: int) -> Ints:
+    """Return how often each row comes after itself, at most ``window`` events later, [row]: the pairs left out above.
+
+    Examples
+    --------
+    >>> repeats_within(Sessions.from_lists([[3, 4, 3], [4]]), 2, 5).tolist()
+    [0, 0, 0, 1, 0]
+    """
+    values, found = sessions.values, np.zeros(n_rows, np.int64)
+    owner = np.repeat(np.arange(len(sessions)), sessions.lengths)  # [event]: its session
+    for distance in range(1, window + 1):
+        again = (owner[:-distance] == owner[distance:]) & (values[:-distance] == values[distance:])
+        found += np.bincount(values[distance:][again], minlength=n_rows)
+    return found
+
+
 def sessions_with_both(sessions: Sessions, n_rows: int) -> Tensor:
     """Return how many sessions hold both items, [row, row], sparse; the diagonal counts the sessions of each item."""
     owners = np.repeat(np.arange(len(sessions)), sessions.lengths)

@@ -14,7 +14,7 @@ import numpy as np
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation.full_ranking import PROTOCOLS, Scorer, quick_metrics
+from missrec_t4r.evaluation.full_ranking import Scorer, quick_metrics
 from missrec_t4r.progress import track
 from missrec_t4r.ranking.baselines import ContentKNN, CoOccurrence, ItemKNN
 
@@ -54,7 +54,7 @@ def tune(trials: Iterable[tuple[Mapping[str, Any], Scorer]], valid: Sessions, n_
     best: dict[str, Tuned] = {}
     for settings, scorer in trials:
         measured = quick_metrics(scorer, valid, n_rows)
-        for protocol in PROTOCOLS:
+        for protocol in measured:
             value = measured[protocol][CRITERION] or 0.0
             if protocol not in best or value > best[protocol].criterion:
                 best[protocol] = Tuned(scorer, settings, value)
@@ -62,11 +62,15 @@ def tune(trials: Iterable[tuple[Mapping[str, Any], Scorer]], valid: Sessions, n_
 
 
 def tuned_item_knn(train: Sessions, valid: Sessions, catalogue: Catalogue, *, seed: int = 0) -> dict[str, Tuned]:
-    """Tune `ItemKNN`: whole sessions or followers, decay, power."""
+    """Tune `ItemKNN`: whole sessions or followers, decay, power, with its diagonal or without."""
     sample = sample_sessions(valid, MOST_SESSIONS, seed)
     counted = {within: CoOccurrence.count(train, catalogue.n_rows, within) for within in FOLLOW_WITHIN}
     grid = [
-        ({"follow_within": within, "decay": decay, "power": power}, ItemKNN(seen, decay, power))
+        (
+            {"follow_within": within, "decay": decay, "power": power, "diagonal": diagonal},
+            ItemKNN(seen, decay, power, diagonal),
+        )
+        for diagonal in (False, True)
         for within, seen in counted.items()
         for decay in DECAYS
         for power in POWERS

@@ -97,7 +97,9 @@ class Recommender:
         self._use(folder / _BUNDLE)
         return self
 
-    def evaluate(self, shop: Shop | None = None, *, split: str = "test", baselines: bool = True) -> Evaluation:
+    def evaluate(
+        self, shop: Shop | None = None, *, split: str = "test", baselines: Sequence[str] | bool = True
+    ) -> Evaluation:
         """Rank the whole catalogue for every session of a split, beside the baselines.
 
         Parameters
@@ -105,8 +107,9 @@ class Recommender:
         shop : Shop, optional
             That of `fit` by default.
         split : {"test", "valid"}
-        baselines : bool
-            Also tune and rank the baselines.
+        baselines : bool, or sequence of str
+            Baselines to tune and rank beside: True for popularity, item-kNN and content-kNN, or their names; ``sasrec``
+            is trained first.
         """
         run = self._run()
         data = (shop or self._shop()).data

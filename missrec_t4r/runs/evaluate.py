@@ -42,10 +42,13 @@ from missrec_t4r.ranking.protocols import EXPORTED, BlendScorer, blends_of
 from missrec_t4r.ranking.tune import Validation
 from missrec_t4r.ranking.tune_baselines import tuned_content_knn, tuned_item_knn
 from missrec_t4r.runs.checklist import NOT_RECORDED, checklist
+from missrec_t4r.runs.sasrec_file import kept_sasrec
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
 
 EVALUATED_SPLITS: Final = ("valid", "test")
 BASELINES: Final = ("popularity", "item_knn", "content_knn")
+"""Those that need no training."""
+ALL_BASELINES: Final = (*BASELINES, "sasrec")
 
 System = Scorer | Mapping[str, Scorer]
 """One scorer, or one per protocol if its settings were tuned per protocol."""
@@ -56,7 +59,8 @@ def evaluate(
     *,
     split: Literal["test", "valid"] = "test",
     data: str | Path | None = None,
-    baselines: bool = True,
+    baselines: Sequence[str] | bool = BASELINES,
+    alone: bool = False,
     out: str | Path | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -73,8 +77,11 @@ def evaluate(
         Sessions to evaluate. Baselines and blend weights are tuned on valid, so the figures there are optimistic.
     data : path, optional
         Data folder, if it was moved since training.
-    baselines : bool
-        Also tune and rank popularity, item-kNN, content-kNN and the model's score terms without its network.
+    baselines : sequence of str, or bool
+        Baselines to tune and rank beside, comma-separated: popularity, item_knn, content_knn and sasrec, which is
+        trained first and kept in the run folder. From Python, True stands for the first three.
+    alone : bool
+        Rank no baseline, and not the model's score terms without its network.
     out : path, optional
         JSON file to write; by default metrics_<split>.json in the run folder.
     dry_run : bool
@@ -89,7 +96,7 @@ def evaluate(
     Raises
     ------
     ConfigError
-        An unknown split.
+        An unknown split or baseline.
     MISSRecError
         The run or the data folder is missing, incomplete, or does not fit.
     """
@@ -97,6 +104,7 @@ def evaluate(
 
     if split not in EVALUATED_SPLITS:
         raise ConfigError(f"--split {split}", f"one of {', '.join(EVALUATED_SPLITS)}")
+    names = [] if alone else checked_baselines(baselines)
     started = time.perf_counter()
     loaded = load_run(run, data)
     sessions = load_sessions(loaded.data, split, loaded.model.event_columns)
@@ -108,21 +116,21 @@ def evaluate(
             "data": str(loaded.data),
             "n_users": len(sessions),
             "n_items": loaded.catalogue.n_items,
-            "baselines": baselines,
+            "baselines": names,
             "would_write": [str(file)],
             "would_replace": file.exists(),
         }
     info = read_json(Path(run) / RUN_FILE)
     train, valid = (load_sessions(loaded.data, name, loaded.model.event_columns) for name in ("train", "valid"))
     validation = Validation(loaded.model, loaded.catalogue, train.known(), valid.with_known_target())
-    blends, blend_settings = blends_of(loaded.model, validation, alone=baselines)
+    blends, blend_settings = blends_of(loaded.model, validation, alone=bool(names))
     if EXPORTED in blends:
         blend_settings[EXPORTED] = info.get("prior", NOT_RECORDED)
     tuned = time.perf_counter()
     systems: dict[str, System] = {}
     settings: dict[str, Any] = {}
-    if baselines:
-        systems, settings = fitted_baselines(loaded.data, loaded.catalogue)
+    if names:
+        systems, settings = fitted_baselines(loaded.data, loaded.catalogue, names=names, keep=Path(run))
     baselines_done = time.perf_counter()
     report = {
         "split": split,
@@ -141,10 +149,37 @@ def evaluate(
     return report | {"file": str(file)}
 
 
+def checked_baselines(names: Sequence[str] | bool, others: Sequence[str] = ()) -> list[str]:
+    """Return the names of baselines, each once; True stands for `BASELINES`.
+
+    Parameters
+    ----------
+    names : sequence of str, or bool
+    others : sequence of str
+        What else may be named.
+
+    Raises
+    ------
+    ConfigError
+        An unknown name.
+    """
+    chosen = [*dict.fromkeys(([], BASELINES)[names] if isinstance(names, bool) else names)]
+    known = (*ALL_BASELINES, *others)
+    if unknown := [name for name in chosen if name not in known]:
+        raise ConfigError(f"the baseline {unknown[0]!r}", f"some of {', '.join(known)}", "check --baselines")
+    return chosen
+
+
 def fitted_baselines(
-    data: Path, catalogue: Catalogue | None = None, *, names: Sequence[str] = BASELINES, seed: int = 0
+    data: Path,
+    catalogue: Catalogue | None = None,
+    *,
+    names: Sequence[str] = BASELINES,
+    keep: Path | None = None,
+    look_in: Sequence[Path] = (),
+    seed: int = 0,
 ) -> tuple[dict[str, System], dict[str, Any]]:
-    """Fit popularity, item-kNN and content-kNN on the train split and tune them on the valid split.
+    """Fit baselines on the train split and tune them on the valid split.
 
     Parameters
     ----------
@@ -153,14 +188,16 @@ def fitted_baselines(
     catalogue : Catalogue, optional
         That of the folder, if it is loaded already.
     names : sequence of str
-        Which of them.
+        Which of them, `ALL_BASELINES`.
+    keep, look_in
+        Folders of a trained ``sasrec``, as in `missrec_t4r.runs.sasrec_file.kept_sasrec`.
     seed : int
-        Of the sample of validation sessions.
+        Of the sample of validation sessions, and of training.
 
     Returns
     -------
     systems : dict of str to System
-        ``popularity``, ``item_knn`` and, where the catalogue has modality vectors, ``content_knn``.
+        In the order of `ALL_BASELINES`; ``content_knn`` where the catalogue has modality vectors.
     settings : dict
         ``{system: {protocol: {setting: value, "valid_ndcg@10": …}}}``.
     """
@@ -169,6 +206,7 @@ def fitted_baselines(
     tuned = {
         "item_knn": tuned_item_knn(train, valid, catalogue, seed=seed) if "item_knn" in names else None,
         "content_knn": tuned_content_knn(valid, catalogue, seed=seed) if "content_knn" in names else None,
+        "sasrec": kept_sasrec(train, valid, catalogue, keep, look_in, seed=seed) if "sasrec" in names else None,
     }
     systems: dict[str, System] = {"popularity": Popularity.fit(catalogue)} if "popularity" in names else {}
     settings: dict[str, Any] = {}

@@ -52,17 +52,19 @@ def test_unknown_rows_are_not_counted() -> None:
     assert counted.pairs.to_dense()[4, 3] == 1  # neighbours once the unknown event is dropped
 
 
-def looped_item_knn(train: Sessions, histories: list[list[int]], within: int, decay: float, power: float) -> Tensor:
+def looped_item_knn(
+    train: Sessions, histories: list[list[int]], within: int, decay: float, power: float, diagonal: bool
+) -> Tensor:
     pairs, counts = np.zeros((9, 9)), np.zeros(9)
     for session in train:
         for item in set(session.tolist()):
             counts[item] += 1
         if not within:
-            for first, second in itertools.permutations(set(session.tolist()), 2):
-                pairs[second, first] += 1
+            for first, second in itertools.product(set(session.tolist()), repeat=2):
+                pairs[second, first] += first != second or diagonal
         for place, item in enumerate(session if within else []):
             for later in session[place + 1 : place + 1 + within]:
-                pairs[later, item] += later != item
+                pairs[later, item] += later != item or diagonal
     scores = np.full((len(histories), 9), -np.inf)
     scores[:, 3:] = 0
     for user, history in enumerate(histories):
@@ -76,14 +78,21 @@ def looped_item_knn(train: Sessions, histories: list[list[int]], within: int, de
 @pytest.mark.parametrize("within", [0, 2])
 @pytest.mark.parametrize(("decay", "power"), [(0.5, 0.5), (0.9, 0.1), (1.0, 0.0)])
 @pytest.mark.parametrize("dense_share", [0.0, 1.0])
+@pytest.mark.parametrize("diagonal", [False, True])
 def test_item_knn_equals_a_loop(
-    train: Sessions, within: int, decay: float, power: float, dense_share: float, monkeypatch: pytest.MonkeyPatch
+    train: Sessions,
+    within: int,
+    decay: float,
+    power: float,
+    dense_share: float,
+    diagonal: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(baselines, "DENSE_SHARE", dense_share)
     seen = CoOccurrence.count(train, 9, within)
     assert seen.pairs.is_sparse == (dense_share == 1.0)
-    scores = ItemKNN(seen, decay, power)(Sessions.from_lists(HISTORIES))
-    torch.testing.assert_close(scores, looped_item_knn(train, HISTORIES, within, decay, power))
+    scores = ItemKNN(seen, decay, power, diagonal)(Sessions.from_lists(HISTORIES))
+    torch.testing.assert_close(scores, looped_item_knn(train, HISTORIES, within, decay, power, diagonal))
 
 
 def test_item_knn_by_hand(train: Sessions) -> None:
@@ -158,9 +167,21 @@ def test_tuned_item_knn_is_the_best_of_its_grid(catalogue: Catalogue, train: Ses
     valid = Sessions.from_lists([[3, 4, 5], [5, 4, 3], [4, 6, 3], [5, 5, 4]])
     best = tuned_item_knn(train, valid, catalogue)
     for protocol, winner in best.items():
-        for within, decay, power in itertools.product(tuning.FOLLOW_WITHIN, tuning.DECAYS, tuning.POWERS):
-            other = ItemKNN(CoOccurrence.count(train, 9, within), decay, power)
+        diagonals = [False] if protocol == EXCLUDED else [False, True]
+        for within, decay, power, diagonal in itertools.product(
+            tuning.FOLLOW_WITHIN, tuning.DECAYS, tuning.POWERS, diagonals
+        ):
+            other = ItemKNN(CoOccurrence.count(train, 9, within), decay, power, diagonal)
             assert quick_metrics(other, valid, 9)[protocol]["ndcg@10"] <= winner.criterion + 1e-12
+
+
+def test_where_users_repeat_items_item_knn_lets_an_item_speak_for_itself(catalogue: Catalogue) -> None:
+    sessions = Sessions.from_lists([[3, 3, 3], [4, 4, 4], [3, 4, 4, 4], [5, 5, 5], [6, 6]])
+    best = tuned_item_knn(sessions, sessions, catalogue)
+    assert best[KEPT_STRICT].settings["diagonal"] is True
+    assert best[EXCLUDED].settings["diagonal"] is False, "an excluded item needs no evidence"
+    others = tuned_item_knn(sessions, Sessions.from_lists([[3, 4], [4, 3]]), catalogue)
+    assert others[KEPT_STRICT].settings["diagonal"] is False, "switched off where nobody repeats"
 
 
 def test_tuned_content_knn_needs_content(catalogue: Catalogue) -> None:

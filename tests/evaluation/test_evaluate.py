@@ -75,7 +75,7 @@ def test_the_report_holds_every_system_in_every_protocol(run: Path) -> None:
         assert set(report["differences"][protocol]) == systems_of(protocol) - {"model"}
         assert set(report["slices"]["short"][protocol]) == systems_of(protocol)
         assert set(report["baseline_settings"]["item_knn"][protocol]) == {
-            "follow_within", "decay", "power", "valid_ndcg@10",
+            "follow_within", "decay", "power", "diagonal", "valid_ndcg@10",
         }  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def update_catalogue(
     given = {name: _vectors(name, part, old.catalogue, table.num_rows) for name, part in (modalities or {}).items()}
     differs = _differs(old.catalogue, table, rows, given)
     unchanged = int((~differs).sum())
-    if unchanged:  # an export of the whole catalogue, for example
+    if unchanged:  # an export of the whole catalogue; repeating an update must not replace the previous version
         table, rows = table.filter(pa.array(differs)), rows[differs]
         given = {name: vectors[differs] for name, vectors in given.items()}
     if not len(rows):
@@ -143,7 +143,7 @@ def update_catalogue(
             new = with_index(temporary, new)
         largest = _compare_untouched(old, new, rows)
         after = catalogue_version(verify_bundle(temporary, only=()))
-        if after != before and not dry_run:  # repeating an update must not replace the previous version by the current
+        if not dry_run:
             _swap(temporary, folder)
     added = int((rows >= old.catalogue.n_rows).sum())
     return ({"dry_run": True} if dry_run else {}) | {

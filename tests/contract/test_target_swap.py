@@ -12,6 +12,7 @@ from torch import Tensor
 
 from missrec_t4r.config import Recipe
 from missrec_t4r.t4r import PrefixMasking, build_model, to_core
+from missrec_t4r.t4r.masking import Cut
 from tests.contract import shop
 
 LENGTHS = {"shortest": 2, "below": 4, "at": shop.MAX_LENGTH, "above": 9}
@@ -187,3 +188,10 @@ def test_any_item_but_the_first_is_the_target_of_a_random_cut() -> None:
     target = PrefixMasking(hidden_size=8, cut="random").target_index(rows, training=True, testing=False)
     assert set(target[:200].tolist()) == {1, 2, 3}
     assert set(target[200:].tolist()) == {1}
+
+
+@pytest.mark.parametrize("cut", ["all", "random", "last"])
+def test_the_last_item_is_the_target_of_a_test_however_training_cuts(cut: Cut) -> None:
+    rows = torch.tensor([[5, 6, 7, 8]] * 50 + [[5, 6, 0, 0]])
+    target = PrefixMasking(hidden_size=8, cut=cut).target_index(rows, training=False, testing=True)
+    assert target.tolist() == [3] * 50 + [1]

@@ -213,57 +213,51 @@ def _movielens(users: int, n_items: int) -> tuple[Any, Any]:
 
 
 def rank(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> None:
-    """The exact top 50 from session vectors, with tokens in fp16 as a server holds them on a GPU."""
-    from missrec_t4r.retrieval import topk
+    """The exact top 50 from session vectors, as a server searches on a GPU, on a CPU too."""
+    from missrec_t4r.retrieval.device_search import DeviceItems, search_together
+    from missrec_t4r.retrieval.topk import scan_bounds, search
 
-    dtype = torch.float32 if DEVICE == "cpu" else torch.float16
     with torch.inference_mode():
-        for rows in (2_000, 40_000):  # sessions together, and as large catalogues are searched
-            table = _table(rows, "cpu", torch.float32)
+        for rows in (2_000, 40_000):  # the CPU's search of sessions together, and one after the other
+            table = _table(rows, "cpu")
             vectors = F.normalize(torch.randn(16, DIM, generator=torch.Generator().manual_seed(1)), dim=-1)
-            expected = _search(table, vectors)
-            found = _search(table.to(torch.device(DEVICE), dtype), vectors.to(DEVICE))
+            expected = search(table, query := _query(table, vectors), scan_bounds(table, query), K)
+            items = DeviceItems.place(table, torch.device(DEVICE))
+            found, _ = search_together(items, _query(table, vectors.to(DEVICE)), K)
             record.equal(f"rank/{rows}", _difference(found, expected), SCORES)
         copy_rate = _copy_rate()
         for rows in sizes.tables:
             with record.step(f"rank/{rows}"):
-                table = _table(rows, DEVICE, dtype)
-                size = table.tokens.nbytes
+                items = DeviceItems.place(_table(rows, DEVICE), torch.device(DEVICE))
+                size = items.rough.nbytes
                 for batch in (1, 64):
-                    vectors = F.normalize(torch.randn(batch, DIM, device=DEVICE), dim=-1)
-                    query = _query(table, vectors)
-                    ms = median_ms(lambda q=query, t=table: topk.search(t, q, topk.scan_bounds(t, q), K))
+                    query = _query(items.table, F.normalize(torch.randn(batch, DIM, device=DEVICE), dim=-1))
+                    ms = median_ms(lambda i=items, q=query: search_together(i, q, K))
                     record.add(at=["rank", f"{rows}/{batch}"], value=ms)
                     roof = {"tokens_gib": round(size / 2**30, 2), "at_copy_rate_ms": round(1e3 * size / copy_rate, 3)}
                     record.add(at=["roofline", f"{rows}/{batch}"], value=roof)
-                del table, query
+                del items, query
 
 
-def _table(rows: int, device: str, dtype: torch.dtype) -> Any:
-    from benchmarks.speed.large_tokens import table_of
-    from missrec_t4r.model.item_encoder import CandidateEmbeddings
+def _table(rows: int, device: str) -> Any:
+    """Return items with two random tokens each, laid out as `pack_items` does, without a second copy of them."""
+    from missrec_t4r.retrieval.packed_scores import PackedItems
 
     draw = torch.Generator(device).manual_seed(0)
-    tokens = torch.empty(2, rows, DIM, device=device, dtype=dtype)
-    for part in tokens:
-        for piece in part.split(1 << 18):
-            piece.copy_(F.normalize(torch.randn(piece.shape, device=device, generator=draw), dim=-1))
-    mask = torch.ones(2, rows, dtype=torch.bool, device=device)
-    return table_of(CandidateEmbeddings(tokens, mask, None, None), 2.0, device)
+    tokens = torch.empty(2 * rows, DIM, device=device)
+    for piece in tokens.split(1 << 18):
+        piece.copy_(F.normalize(torch.randn(piece.shape, device=device, generator=draw), dim=-1))
+    place = torch.arange(2 * rows, device=device).view(2, rows)
+    modality = torch.arange(2, device=device).unsqueeze(1).expand(2, rows)
+    return PackedItems(tokens, place, modality, place[0], torch.full((rows,), 2.0, device=device))
 
 
 def _query(table: Any, vectors: torch.Tensor) -> Any:
     from missrec_t4r.retrieval.topk import Query
 
     shape, device = (len(vectors), table.n_rows), vectors.device
-    return Query(vectors, torch.zeros(shape, device=device), torch.ones(shape, dtype=torch.bool, device=device))
-
-
-def _search(table: Any, vectors: torch.Tensor) -> list[Any]:
-    from missrec_t4r.retrieval.topk import scan_bounds, search
-
-    query = _query(table, vectors)
-    return search(table, query, scan_bounds(table, query), K)
+    nothing = torch.zeros(1, 1, device=device).expand(shape)
+    return Query(vectors, nothing, torch.ones(shape, dtype=torch.bool, device=device))
 
 
 def _difference(found: list[Any], expected: list[Any]) -> float:

@@ -45,13 +45,15 @@ class Span:
 
 
 Condition = frozenset[Scalar] | Span
+Where = tuple[tuple[str, Condition], ...]
+"""Columns and what their values must be."""
 
 
 @dataclass(frozen=True)
 class Rules:
     """Filters and diversity caps of one session's list."""
 
-    where: tuple[tuple[str, Condition], ...] = ()
+    where: Where = ()
     """Column and what its value must be: one of a set, or within a span. All of them must hold."""
     at_most: tuple[tuple[str, int], ...] = ()
     """Column and how many items of the list may share a value of it."""

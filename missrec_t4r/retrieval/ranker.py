@@ -20,6 +20,8 @@ from missrec_t4r.data.event_features import EventArrays, compact_event_features
 from missrec_t4r.errors import DataError, ServingError
 from missrec_t4r.io.tensor_file import PeriodicPageRelease
 from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.retrieval.device_ranker import DeviceRanker
+from missrec_t4r.retrieval.device_search import DeviceItems, sessions_with_room
 from missrec_t4r.retrieval.filters import NO_RULES, ItemColumns, Rules, capped
 from missrec_t4r.retrieval.fused_encoder import fuse_encoder
 from missrec_t4r.retrieval.index_file import RetrievalIndex
@@ -72,11 +74,20 @@ class Ranker:
     batch_size : int
         Sessions per pass of the model; an upper limit, large catalogues take less.
     dtype : torch.dtype
-        Of the tokens that are scanned; float16 halves a GPU's memory.
+        Of the tokens where sessions are searched one after the other.
     certified_from : int
         Rows from which int8 bounds are used, on the CPU.
     tables : RetrievalIndex, optional
         Of the same model and catalogue, mapped from a bundle; computed here without it.
+    together : bool, optional
+        Search all sessions of a batch together (`missrec_t4r.retrieval.device_search`); on a GPU by default.
+
+    Raises
+    ------
+    DataError
+        No item can be recommended.
+    ServingError
+        A GPU has too little free memory: says how much is missing.
     """
 
     def __init__(
@@ -89,9 +100,11 @@ class Ranker:
         dtype: torch.dtype = torch.float32,
         certified_from: int = CERTIFIED_FROM,
         tables: RetrievalIndex | None = None,
+        together: bool | None = None,
     ) -> None:
         self.model, self.catalogue = model.eval().to(device), catalogue
         self.device = torch.device(device)
+        together = self.device.type == "cuda" if together is None else together
         self.batch_size = max(1, min(batch_size, _SCORES_IN_MEMORY // catalogue.n_rows))
         self.max_sequence_length = model.config.max_sequence_length
         self.columns = ItemColumns(catalogue.items)
@@ -105,14 +118,20 @@ class Ranker:
             small = len(model.item_encoder.names) * catalogue.n_rows * model.config.d_model <= _TOKENS_IN_MEMORY
             tokens = self.model.item_encoder.catalogue() if small or tables is None else None
             table = pack_items(model.fusion, model.item_encoder.candidates(tokens)) if tables is None else tables.table
-            self.table = table.to(self.device, dtype)
+            if together:
+                self.batch_size = sessions_with_room(table, self.device, batch_size)
+            self.table = table.to(self.device, torch.float32 if together else dtype)
             self._tokens = tokens if small else None
             self._popularity = self._popular(catalogue)
-        self._fused = fuse_encoder(self.model, self._tokens)
+        self._fused = None if together else fuse_encoder(self.model, self._tokens)
         self._encode = trace_encoder(SessionEncoder(self.model, self._tokens)) if self._fused is None else None
         if self._fused is not None:
             self._tokens = None  # it has what it needs of them
-        certified = self.device.type == "cpu" and catalogue.n_rows >= certified_from and AVAILABLE
+        self._together: DeviceRanker | None = None
+        if together:
+            items = DeviceItems.place(self.table, self.device)
+            self._together = DeviceRanker(items, self.model, self._popularity, self.columns, self._encode_there)
+        certified = self.device.type == "cpu" and catalogue.n_rows >= certified_from and AVAILABLE and not together
         self.quantised: Int8Bounds | None = None
         if certified:
             self.quantised = quantise(self.table) if tables is None else tables.quantised
@@ -176,6 +195,11 @@ class Ranker:
             step = slice(start, start + self.batch_size)
             own = [NO_RULES] * len(known[step]) if rules is None else list(rules[step])
             own_side = {name: values[step] for name, values in aligned.items()}
+            if self._together is not None:
+                listed = None if allow is None else allow[step]
+                best = self._together(known[step], own_side, banned[step], listed, wanted[step], own)
+                given, passed = given + best.found, passed + best.passed
+                continue
             query = self.query(known[step], own_side)
             self._restrict(query.allowed, banned[step], None if allow is None else allow[step], own)
             passed += query.allowed.sum(1).tolist()
@@ -188,12 +212,15 @@ class Ranker:
         """Return the session vectors [batch, dim] of compacted rows [batch, seq]; zero for an empty session."""
         if not event_features and self._fused is not None:
             return self._fused(known)
-        session = torch.from_numpy(known).to(self.device)
+        given = {name: torch.from_numpy(values).to(self.device) for name, values in (event_features or {}).items()}
+        return self._encode_there(torch.from_numpy(known).to(self.device), given)
+
+    def _encode_there(self, session: Tensor, event_features: Mapping[str, Tensor]) -> Tensor:
+        """Return the session vectors [batch, dim] of sessions that are on the device already."""
         if not event_features and self._encode is not None:
             return self._encode(session)
-        given = {name: torch.from_numpy(values).to(self.device) for name, values in (event_features or {}).items()}
         items = None if self._tokens is None else self._tokens.take(session)
-        vectors = self.model.encode(session, items=items, last_only=True, event_features=given).vectors
+        vectors = self.model.encode(session, items=items, last_only=True, event_features=event_features).vectors
         return vectors * (session > PADDING_ROW).any(1, keepdim=True)
 
     def query(self, known: Ints, event_features: EventArrays) -> Query:

@@ -5,13 +5,16 @@ be: a dispatch mode follows it through all operations, also those of the backwar
 real CUDA would raise: an operation over both devices, ``.numpy()`` of a CUDA tensor, a generator of the other device.
 As in CUDA, a CPU tensor without dimensions may take part in any operation, and CPU indices may index a CUDA tensor.
 
-What it cannot show: other numbers (another order of sums, bf16), synchronisation, memory, speed.
+It also lists where the host would wait for the device: values read by Python, results whose size depends on values,
+blocking copies. What it cannot show: other numbers (another order of sums, bf16), memory, speed.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -36,6 +39,13 @@ _FACTORIES = {
     ).split()
 }
 _TO_NUMPY = {Tensor.numpy, Tensor.__array__}
+_WAITS = set(
+    "_local_scalar_dense nonzero masked_select unique_dim _unique _unique2 unique_consecutive unique_dim_consecutive "
+    "bincount equal _coalesce".split()
+)
+"""Operations after which a CUDA host waits: they return a number, or a size that depends on values."""
+_FROM_HOST = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
+_ROOT = str(Path(__file__).parents[2])
 
 
 class WrongDevice(RuntimeError):
@@ -46,12 +56,19 @@ class _Places:
     """Where each storage is said to be; a tensor made inside another operation belongs to whichever device uses it."""
 
     def __init__(self) -> None:
+        self.waits: list[str] = []
         self.of: dict[int, tuple[StorageWeakRef, torch.device | None]] = {}
 
     def put(self, tensor: Tensor, device: torch.device | None) -> None:
         for part in _dense(tensor):
             weak = StorageWeakRef(part.untyped_storage())  # keeps the address from being used again
             self.of[weak.cdata] = weak, device
+
+    def wait(self, what: str) -> None:
+        """Note that the host waits here, and which line of the package makes it."""
+        frames = [one for one in traceback.extract_stack() if one.filename.startswith(f"{_ROOT}/missrec_t4r")]
+        at = f"{frames[-1].filename.removeprefix(_ROOT + '/')}:{frames[-1].lineno}" if frames else "the backward pass"
+        self.waits.append(f"{what} at {at}")
 
     def get(self, tensor: Tensor) -> torch.device | None:
         found = self.of.get(_dense(tensor)[0].untyped_storage()._cdata)
@@ -82,6 +99,8 @@ class _Operations(TorchDispatchMode):
         name = str(func).removeprefix("aten.")
         given = _tensors(args, kwargs)
         device = self._device(name, given, args, kwargs)
+        if any(self.places.get(one) == CUDA for one in given) and self._is_waited_for(name, args, kwargs):
+            self.places.wait(name)
         result = func(*args, **kwargs)
         for made in _tensors(result):
             if not any(made is one for one in given):
@@ -90,6 +109,20 @@ class _Operations(TorchDispatchMode):
             if device is not None and self.places.get(one) is None:
                 self.places.put(one, device)
         return result
+
+    def _is_waited_for(self, name: str, args: Any, kwargs: Any) -> bool:
+        kind = name.split(".")[0]
+        if name in _INDEXED:
+            indices = _tensors(args[_INDEXED[name]])
+            by_mask = any(one.dtype in (torch.bool, torch.uint8) for one in indices)
+            one_value = kind != "index" and args[2].numel() == 1  # CUDA fills under the mask then
+            return (by_mask and not one_value) or any(self.places.get(one) == CPU for one in indices)
+        if kind == "copy_":
+            apart = self.places.get(args[0]) != self.places.get(args[1]) and args[1].dim() > 0
+            return apart and not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+        if kind == "repeat_interleave":
+            return kwargs.get("output_size") is None
+        return kind in _WAITS
 
     def _device(self, name: str, given: list[Tensor], args: Any, kwargs: Any) -> torch.device | None:
         if not given:
@@ -127,6 +160,8 @@ class _Calls(TorchFunctionMode):
             raise WrongDevice("can't convert cuda:0 device type tensor to numpy")
         if func == Tensor.pin_memory:
             return args[0]
+        if func in (Tensor.tolist, *_TO_NUMPY) and self.places.get(args[0]) == CUDA:
+            self.places.wait(func.__name__)
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self._moved(func, args, kwargs)
         wanted = kwargs.pop("device", None)
@@ -157,6 +192,8 @@ class _Calls(TorchFunctionMode):
             self.operations.factory = before
         given = _tensors(args, kwargs)
         if device is not None and device.type == "cuda":
+            if func in _FROM_HOST and not any(self.places.get(one) == CUDA for one in given):
+                self.places.wait(func.__name__)
             if any(result.untyped_storage()._cdata == one.untyped_storage()._cdata for one in given):
                 result = result.clone() if self.places.get(given[0]) != CUDA else result
             self.places.put(result, CUDA)
@@ -180,6 +217,8 @@ class _Calls(TorchFunctionMode):
             target, kwargs["dtype"] = self.places.get(other) or CPU, other.dtype
         target = was if target is None else CUDA if target.type == "cuda" else target
         self.operations.factory = False
+        if target != was and not kwargs.get("non_blocking") and "meta" not in (target.type, tensor.device.type):
+            self.places.wait(func.__name__)
         if target.type == "meta":
             return Tensor.to(tensor, target)
         options = {key: value for key, value in kwargs.items() if key in ("dtype", "copy", "memory_format")}
@@ -209,8 +248,11 @@ def _parse_to(*args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def second_device() -> Iterator[None]:
-    """Within it ``"cuda"`` is a device that holds tensors of its own and refuses those of the CPU."""
+def second_device() -> Iterator[list[str]]:
+    """Within it ``"cuda"`` is a device that holds tensors of its own and refuses those of the CPU.
+
+    Yields the list of the places where the host has waited for it so far.
+    """
     operations = _Operations(_Places())
     state = torch.zeros(16, dtype=torch.uint8)
     with ExitStack() as stack:
@@ -220,6 +262,7 @@ def second_device() -> Iterator[None]:
             "current_device": lambda: 0,
             "set_device": lambda device: None,
             "synchronize": lambda device=None: None,
+            "mem_get_info": lambda device=None: (1 << 36, 1 << 36),
             "get_device_capability": lambda device=None: (7, 5),  # without bf16
             "get_rng_state": lambda device=None: state.clone(),
             "set_rng_state": lambda state, device=None: None,
@@ -228,4 +271,4 @@ def second_device() -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch._C._nn, "_parse_to", _parse_to))
         stack.enter_context(operations)
         stack.enter_context(_Calls(operations))
-        yield
+        yield operations.places.waits

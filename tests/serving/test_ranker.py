@@ -13,9 +13,9 @@ from missrec_t4r.runs.run_folder import LoadedRun
 from tests.serving import shop
 
 
-@pytest.fixture(scope="module")
-def ranker(loaded: LoadedRun) -> Ranker:
-    return Ranker(loaded.model, loaded.catalogue)
+@pytest.fixture(scope="module", params=[False, True], ids=["as on a CPU", "as on a GPU"])
+def ranker(loaded: LoadedRun, request: pytest.FixtureRequest) -> Ranker:
+    return Ranker(loaded.model, loaded.catalogue, together=request.param)
 
 
 @pytest.fixture(scope="module")

@@ -48,9 +48,9 @@ PASSING = {
 }
 
 
-@pytest.fixture(scope="module")
-def ranker(loaded: LoadedRun) -> Ranker:
-    return Ranker(loaded.model, loaded.catalogue)
+@pytest.fixture(scope="module", params=[False, True], ids=["as on a CPU", "as on a GPU"])
+def ranker(loaded: LoadedRun, request: pytest.FixtureRequest) -> Ranker:
+    return Ranker(loaded.model, loaded.catalogue, together=request.param)
 
 
 @pytest.mark.parametrize("where", PASSING)

@@ -106,7 +106,7 @@ class RankerBackend:
     bundle : Path
         All its files are verified.
     device : str
-        ``"cpu"`` or ``"cuda:0"``; on a GPU the item embeddings are kept in 16 bits.
+        ``"cpu"`` or ``"cuda:0"``.
     threads : int
         Threads of one pass; Triton runs several models and requests concurrently, so few are best.
     """
@@ -121,8 +121,7 @@ class RankerBackend:
 
         torch.set_num_threads(max(threads, 1))
         loaded = load_bundle(bundle)
-        dtype = torch.float32 if device == "cpu" else torch.float16
-        self.ranker = Ranker(loaded.model, loaded.catalogue, device=device, dtype=dtype, tables=loaded.tables)
+        self.ranker = Ranker(loaded.model, loaded.catalogue, device=device, tables=loaded.tables)
         self.transform = loaded.transform
         self.event_features = EventFeatureReader(loaded.model.event_columns)
         self.catalogue_version = catalogue_version(verify_bundle(bundle, only=()))

@@ -1,0 +1,72 @@
+"""The host does not wait for the device while a batch is ranked, except for the list itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from missrec_t4r.ranking.hybrid import terms_of
+from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings
+from missrec_t4r.retrieval.filters import Rules
+from missrec_t4r.retrieval.ranker import Ranker
+from missrec_t4r.runs.run_folder import load_run
+from tests.device.second_device import second_device
+from tests.device.test_paths import run  # noqa: F401  # a fixture
+from tests.serving import shop as served
+
+
+@pytest.mark.parametrize("with_terms", [False, True])
+def test_ranking_reads_one_result(run: Path, with_terms: bool) -> None:  # noqa: F811  # the fixture
+    loaded = load_run(run)
+    rng = np.random.default_rng(0)
+    rows = served.padded([rng.integers(0, loaded.catalogue.n_rows, length) for length in (0, 1, 3, 8, 8, 5)])
+    asked: dict[str, Any] = {
+        "top_k": np.array([3, 5, 1, 7, 4, 2]),
+        "exclude_seen": True,
+        "allow": np.stack([np.zeros(20, np.int64), *[rng.permutation(np.arange(3, 33))[:20] for _ in range(5)]]),
+        "rules": [Rules.of({"where": {"in_stock": True}}), Rules.of({"at_most": {"brand": 3}})] * 3,
+    }
+    item_knn = terms_of(loaded.model).item_knn
+    if with_terms:
+        assert item_knn is not None
+        item_knn.counts.fill_(1.0)
+        item_knn.choose(ItemKNNSettings(0.5, 0.7, 0.1))
+    expected = Ranker(loaded.model, loaded.catalogue).rank(rows, **asked)
+    with second_device() as waits:
+        ranker = Ranker(loaded.model, loaded.catalogue, device="cuda:0")
+        before = len(waits)
+        found = ranker.rank(rows, **asked)
+    assert [wait.split(" at ")[0] for wait in waits[before:]] == ["cpu"]
+    assert found.rows.tolist() == expected.rows.tolist()
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+
+
+def test_what_is_waited_for_is_noted() -> None:
+    with second_device() as waits:
+        there = torch.arange(4.0, device="cuda")
+        mask = there > 1
+        assert waits == []
+        actions = [
+            lambda: there.sum().item(),
+            lambda: bool(mask.any()),
+            lambda: there[mask],
+            lambda: torch.nonzero(there),
+            lambda: there.tolist(),
+            lambda: there.cpu(),
+            lambda: torch.ones(3).to("cuda"),
+            lambda: torch.tensor([1.0], device="cuda"),
+            lambda: torch.repeat_interleave(there.long()),
+            lambda: there.unique(),
+        ]
+        for number, action in enumerate(actions, 1):
+            action()
+            assert len(waits) >= number, number
+        before = len(waits)
+        there.masked_fill(mask, 0).sort().values.gather(0, torch.zeros(2, dtype=torch.int64, device="cuda"))
+        torch.ones(3).to("cuda", non_blocking=True)
+        there[mask] = 0.0
+        assert waits[before:] == []

@@ -1,0 +1,169 @@
+"""The search of a GPU, run on a CPU: it finds what scoring everything finds, and waits for one result per round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from missrec_t4r.errors import ServingError
+from missrec_t4r.retrieval import device_search
+from missrec_t4r.retrieval.device_ranker import DeviceRanker
+from missrec_t4r.retrieval.device_search import DeviceItems, exact_products, search_together, sessions_with_room, upload
+from missrec_t4r.retrieval.filters import Rules
+from missrec_t4r.retrieval.packed_scores import pack_items
+from missrec_t4r.retrieval.ranker import Ranker
+from missrec_t4r.runs.run_folder import LoadedRun
+from tests.serving import shop
+from tests.serving.test_retrieval import catalogue, everything, fusion_of, fusions, query_of, same, shops
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["as it is", "in small parts"])
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Blocks, chunks and parts of a few rows: what a large catalogue has, in a small one."""
+    if request.param == "in small parts":
+        for name, value in (("BLOCK", 4), ("SPARE", 0), ("_WIDER", 2), ("_SCANNED", 64), ("_GATHERED", 700)):
+            monkeypatch.setattr(device_search, name, value)
+    return str(request.param)
+
+
+@given(
+    shops,
+    fusions,
+    st.sampled_from([-6.0, 0.0, 0.7, 60.0]),
+    st.integers(1, 60),
+    st.sampled_from([0, 0.1, 1]),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_it_finds_what_scoring_everything_finds(
+    sizes: str,
+    shape: tuple[int, int, int, bool, int],
+    name: str,
+    phi: float,
+    k: int,
+    share: float,
+    dtype: torch.dtype,
+) -> None:
+    candidates = catalogue(*shape)
+    query = query_of(shape[0], candidates, 4, share)
+    with torch.inference_mode():
+        table = pack_items(fusion_of(name, phi, shape[1]), candidates)
+        found, passed = search_together(DeviceItems.place(table, CPU, dtype), query, k)
+        assert same(found, everything(table, query, k))
+    assert passed == query.allowed.sum(1).tolist()
+
+
+@given(shops, fusions, st.sampled_from([-6.0, 0.0, 3.0, 60.0]), st.sampled_from([torch.float16, torch.bfloat16]))
+@settings(max_examples=60, deadline=None)
+def test_no_score_is_further_from_the_scan_than_its_error(
+    shape: tuple[int, int, int, bool, int], name: str, phi: float, dtype: torch.dtype
+) -> None:
+    candidates = catalogue(*shape)
+    query = query_of(shape[0], candidates, 4, 1.0)
+    with torch.inference_mode():
+        table = pack_items(fusion_of(name, phi, shape[1]), candidates)
+        scores, maxima, error = DeviceItems.place(table, CPU, dtype).scan(query)
+        rows = torch.arange(table.n_rows).expand(4, -1)
+        exact = (table.exact(query.vectors, rows) + query.added).float()
+        off = (scores[:, : table.n_rows] - exact).abs()[query.allowed]
+        assert bool((off <= error.expand(-1, table.n_rows)[query.allowed]).all())
+        assert bool((scores[:, table.n_rows :] == -torch.inf).all())
+        assert torch.equal(maxima, scores.unflatten(1, (-1, device_search.BLOCK)).amax(2))
+        assert float(error.max()) < (0.004 if dtype == torch.float16 else 0.03)
+
+
+@pytest.mark.parametrize("alike", [torch.zeros, torch.rand])
+def test_sessions_with_more_ties_than_candidates_are_searched_again(
+    alike: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hundreds of items with one score, or scores that differ by less than 16 bits show: the lowest rows win ties."""
+    monkeypatch.setattr(device_search, "SPARE", 2)
+    draw = torch.Generator().manual_seed(0)
+    candidates = catalogue(3, 400, 2, True, 2)
+    centre = torch.nn.functional.normalize(torch.randn(candidates.modality.shape[-1], generator=draw), dim=0)
+    near = centre + 1e-5 * alike(400, len(centre))
+    candidates = candidates._replace(modality=torch.stack([near, near]), ids=near)
+    query = query_of(3, candidates, 5, 1.0)
+    read: list[int] = []
+    once = DeviceItems.candidates
+    monkeypatch.setattr(
+        DeviceItems, "candidates", lambda self, part, k, width: read.append(width) or once(self, part, k, width)
+    )
+    with torch.inference_mode():
+        table = pack_items(fusion_of("dynamic_shared", 2.0, 400), candidates)
+        found, _ = search_together(DeviceItems.place(table, CPU), query, 7)
+        assert same(found, everything(table, query, 7))
+    assert read == [16, 128, 400]
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_the_ranker_answers_as_on_a_cpu(loaded: LoadedRun, batch: int) -> None:
+    rng = np.random.default_rng(batch)
+    rows = shop.padded([rng.integers(0, loaded.catalogue.n_rows, rng.integers(0, 12)) for _ in range(batch)])
+    plain = Ranker(loaded.model, loaded.catalogue)
+    together = Ranker(loaded.model, loaded.catalogue, together=True, batch_size=50)
+    texts = ["", '{"where": {"in_stock": true}}', '{"where": {"price": {"max": 20}}, "at_most": {"brand": 2}}']
+    asked: dict[str, Any] = {
+        "top_k": rng.integers(1, 40, batch),
+        "exclude_seen": rng.random(batch) < 0.5,
+        "exclude": rng.integers(0, loaded.catalogue.n_rows, (batch, 3)),
+        "allow": rng.integers(3, loaded.catalogue.n_rows, (batch, 20)) * (rng.random((batch, 1)) < 0.3),
+        "rules": [Rules.parse(texts[number]) for number in rng.integers(0, 3, batch)],
+    }
+    expected, found = plain.rank(rows, **asked), together.rank(rows, **asked)
+    assert found.rows.tolist() == expected.rows.tolist()
+    assert found.n_items.tolist() == expected.n_items.tolist()
+    assert found.n_passed.tolist() == expected.n_passed.tolist()
+    assert found.fallback.tolist() == expected.fallback.tolist()
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+
+
+def test_a_filter_is_uploaded_once_and_the_oldest_leaves(loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("missrec_t4r.retrieval.device_ranker._MASK_BYTES", 2 * loaded.catalogue.n_rows)
+    ranker = Ranker(loaded.model, loaded.catalogue, together=True)
+    asked = [Rules.of({"where": {"stars": stars}}) for stars in (1, 2, 3)]
+    ranker.rank(np.array([[5]] * 3), rules=asked)
+    kept = ranker._together
+    assert isinstance(kept, DeviceRanker)
+    assert list(kept._masks) == [asked[1].where, asked[2].where]
+
+
+def test_uploaded_arrays_keep_their_types_and_shapes() -> None:
+    arrays = [
+        np.arange(6).reshape(2, 3),
+        np.array([True, False, True]),
+        np.zeros((0, 2), np.float32),
+        np.float32([1.5]),
+    ]
+    for one, array in zip(upload(arrays, CPU), arrays, strict=True):
+        assert one.numpy().dtype == array.dtype
+        assert one.tolist() == array.tolist()
+
+
+def test_a_card_without_room_is_refused_with_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, card = pack_items(fusion_of("static", 0.0, 150), catalogue(4, 150, 2, True, 2)), torch.device("cuda", 0)
+    needed = DeviceItems.bytes_needed(table, card)
+    free = [needed + 10 * 24 * 150]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 1 << 40))
+    assert sessions_with_room(table, card, 64) == 10
+    assert sessions_with_room(table, card, 4) == 4
+    free[0] = 0
+    with pytest.raises(ServingError, match=r"cuda:0 has 0.00 GiB free.*GiB more.*KIND_CPU"):
+        sessions_with_room(table, card, 64)
+
+
+def test_products_are_exact_within_a_search_and_as_before_after_it() -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        with exact_products():
+            within = torch.get_float32_matmul_precision()
+        assert (within, torch.get_float32_matmul_precision()) == ("highest", "high")
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -33,11 +33,26 @@ class TrainingBatch(NamedTuple):
     """[batch, seq, target] for all positions, [batch, target] for prefixes; 0 where there is no target."""
     event_features: Mapping[str, Tensor] = MappingProxyType({})
     """Event features by column, [batch, seq] or [batch, seq, width], aligned with ``item_ids``; never of a target."""
+    positions: Tensor | None = None
+    """[2, position], int64: session and position of the first targets, for all positions; a GPU would have to be waited
+    for to find them."""
+    n_interests: int | None = None
+    """Slots of the batch's interests where they were counted before (`InterestVocabulary.width`)."""
 
     def to(self, device: torch.device | str) -> TrainingBatch:
-        """Return the batch on a device."""
-        return TrainingBatch(
-            self.item_ids.to(device), self.targets.to(device), _map(self.event_features, lambda x: x.to(device))
+        """Return the batch on a device; a GPU copies it while the host goes on."""
+        there = torch.device(device)
+
+        def move(values: Tensor) -> Tensor:
+            if there.type != "cuda" or values.device.type != "cpu":
+                return values.to(there)
+            return values.pin_memory().to(there, non_blocking=True)
+
+        return self._replace(
+            item_ids=move(self.item_ids),
+            targets=move(self.targets),
+            event_features=_map(self.event_features, move),
+            positions=None if self.positions is None else move(self.positions),
         )
 
     def part(self, index: int, parts: int) -> TrainingBatch:
@@ -46,11 +61,18 @@ class TrainingBatch(NamedTuple):
             return TrainingBatch(
                 _padding_row(self.item_ids), _padding_row(self.targets), _map(self.event_features, _padding_row)
             )
+        targets = self.targets[index::parts]
         return TrainingBatch(
             self.item_ids[index::parts],
-            self.targets[index::parts],
+            targets,
             _map(self.event_features, lambda values: values[index::parts]),
+            None if self.positions is None else trained_positions(targets),
         )
+
+
+def trained_positions(targets: Tensor) -> Tensor:
+    """Return where the first targets of ``targets`` [batch, seq, target] are, [2, position]: session and position."""
+    return torch.stack(torch.nonzero(targets[..., 0], as_tuple=True))
 
 
 def _map(event_features: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -181,7 +203,10 @@ def collate(
     targets = np.where(inside, sessions.values[np.where(inside, target_index, 0)], 0)
     if not all_positions:
         targets = targets[:, 0]  # [batch, target]
-    return TrainingBatch(torch.from_numpy(item_ids), torch.from_numpy(targets), event_features)
+    given = torch.from_numpy(targets)
+    return TrainingBatch(
+        torch.from_numpy(item_ids), given, event_features, trained_positions(given) if all_positions else None
+    )
 
 
 def _mirrored(examples: Examples) -> Examples:

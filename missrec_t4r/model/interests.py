@@ -111,7 +111,7 @@ class InterestVocabulary(nn.Module):
         self.assignment.zero_()
         self.assignment[catalogue.mask] = labels + 1
 
-    def forward(self, item_ids: Tensor, empty_slots: int = 0) -> InterestTokens:
+    def forward(self, item_ids: Tensor, empty_slots: int = 0, n_slots: int | None = None) -> InterestTokens:
         """Return each session's distinct interests, in the order in which the session showed them.
 
         Parameters
@@ -120,6 +120,8 @@ class InterestVocabulary(nn.Module):
             Session items; rows without interests (padding among them) contribute none.
         empty_slots : int
             Empty slots of every set beyond those that the largest set needs.
+        n_slots : int, optional
+            Slots of the batch, at least its `width`; counted here by default.
         """
         n_modalities = len(self.assignment)
         interest = self.assignment[:, item_ids].permute(1, 2, 0).flatten(1)  # [batch, seq * modality], oldest first
@@ -129,12 +131,18 @@ class InterestVocabulary(nn.Module):
         ordered, order = interest.sort(dim=1, stable=True)  # equal interests stand together, the earliest mention first
         first = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True) & (ordered > 0)
         mention, back = torch.where(first, order, n_tokens).sort(dim=1)  # distinct ones in the order of mention
-        width = self.n_slots(mention < n_tokens, item_ids, empty_slots)
+        width = self.n_slots(mention < n_tokens, item_ids, empty_slots) if n_slots is None else n_slots
         mention, back = mention[:, :width], back[:, :width]  # [batch, interest]
         mask = mention < n_tokens
         ids = ordered.gather(1, back) * mask
         position = torch.div(mention, n_modalities, rounding_mode="floor").masked_fill(~mask, 0)
         return InterestTokens(self.centroids[ids], mask, position, ids, self.centroids)
+
+    def width(self, item_ids: Tensor, empty_slots: int, assignment: Tensor) -> int:
+        """Return the number of slots of `forward`, from a copy of ``assignment`` [modality, row] on the host."""
+        interest = assignment[:, item_ids].permute(1, 2, 0).flatten(1).sort(dim=1).values  # [batch, seq * modality]
+        distinct = F.pad(interest[:, 1:] != interest[:, :-1], (1, 0), value=True) & (interest > 0)
+        return InterestVocabulary.n_slots(self, distinct, item_ids, empty_slots)
 
     def n_slots(self, mask: Tensor, item_ids: Tensor, empty_slots: int) -> int:
         """Return the number of slots of a batch; ``mask`` [batch, seq * modality] marks the distinct interests."""

@@ -235,5 +235,5 @@ def _drop_one_modality(mask: Tensor, probability: float) -> Tensor:
     several = mask.sum(0) > 1
     hit = several & (torch.rand(mask.shape[1], device=mask.device) < probability)
     lottery = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
-    chosen = F.one_hot(lottery.argmax(0), mask.shape[0]).T.bool()
+    chosen = torch.arange(len(mask), device=mask.device).unsqueeze(1) == lottery.argmax(0)  # [modality, row]
     return mask & ~(chosen & hit)

@@ -124,6 +124,7 @@ class MISSRec(nn.Module):
         last_only: bool = False,
         event_features: EventValues | Tensor | None = None,
         empty_slots: int = 0,
+        n_interests: int | None = None,
     ) -> Encoded:
         """Encode sessions and return all that the objectives need.
 
@@ -139,10 +140,13 @@ class MISSRec(nn.Module):
         empty_slots : int
             Number of masked slots by which every interest sequence is longer than the batch needs (for the regulariser
             of the release).
+        n_interests : int, optional
+            Slots of the interests where they were counted before (`InterestVocabulary.width`): the host then does not
+            wait for a GPU.
         """
         item_mask = item_ids > UNKNOWN_ROW
         items = self.item_encoder(item_ids) if items is None else items  # [modality, batch, seq, dim]
-        interests = self.interests(item_ids, empty_slots)  # [batch, interest, dim]
+        interests = self.interests(item_ids, empty_slots, n_interests)  # [batch, interest, dim]
         memory = self.encoder(interests)  # [batch, interest, dim]
         added = self._embedded(event_features, item_ids)  # [batch, seq, dim]
         hidden = self.decoder(items, item_mask, memory, interests, last_only=last_only, event_features=added)

@@ -68,6 +68,8 @@ class MISSRecBlock(BlockBase):
         self.side_projection: nn.Linear | None = None
         self.state = StepState()
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._steps_taken: int | None = None  # what the buffer holds, once it has been read: a GPU is waited for then
+        self.register_load_state_dict_post_hook(_read_steps_again)
 
     def connect(self, core: MISSRec, state: StepState, between: int = 0) -> None:
         """Set the model and the state shared with the inputs; called by `MISSRecNextItemTask.build`.
@@ -117,7 +119,11 @@ class MISSRecBlock(BlockBase):
             catalogue = item_encoder.catalogue()
             items = catalogue.take(sessions.item_ids)
             encoded = self.core.encode(
-                sessions.item_ids, items=items, last_only=last_only, event_features=event_features
+                sessions.item_ids,
+                items=items,
+                last_only=last_only,
+                event_features=event_features,
+                n_interests=_all_slots(self.core, sessions.item_ids),
             )
             self.state.put(encoded, item_encoder.candidates(catalogue))
         else:
@@ -136,9 +142,11 @@ class MISSRecBlock(BlockBase):
             self.core.discover_interests(seed)
 
     def _refresh_by_steps(self, core: MISSRec) -> None:
-        if self.refresh_steps and int(self.step) % self.refresh_steps == 0:
-            core.discover_interests(self.seed + int(self.step) // self.refresh_steps)
+        taken = int(self.step) if self._steps_taken is None else self._steps_taken
+        if self.refresh_steps and taken % self.refresh_steps == 0:
+            core.discover_interests(self.seed + taken // self.refresh_steps)
         self.step += 1
+        self._steps_taken = taken + 1
 
     def output_size(self, input_size: Any = None) -> torch.Size:
         """Return [-1, column, d_model]."""
@@ -147,6 +155,21 @@ class MISSRecBlock(BlockBase):
     def forward_output_size(self, input_size: Any) -> torch.Size:
         """Return the input size with the last dimension ``d_model``."""
         return torch.Size([*input_size[:2], self.settings["d_model"]])
+
+
+def _read_steps_again(block: nn.Module, _: Any) -> None:
+    """Hook after `torch.nn.Module.load_state_dict`."""
+    block._steps_taken = None  # type: ignore[assignment]  # torch types attributes of a module as its parts
+
+
+def _all_slots(core: MISSRec, item_ids: Tensor) -> int | None:
+    """Return one slot per item and modality on a GPU, which would have to be waited for to count them; None elsewhere.
+
+    The ``faithful`` regulariser depends on the number of slots, so it is counted for it.
+    """
+    if item_ids.device.type != "cuda" or core.config.orthogonality == "faithful":
+        return None
+    return item_ids.shape[1] * len(core.interests.assignment)
 
 
 class InterestRefresh(TrainerCallback):

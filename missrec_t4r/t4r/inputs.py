@@ -184,7 +184,8 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
             visible = self.masking.compute_masked_targets(columns[item], training, testing, cut).schema
         self.categorical_module.item_seq = columns[item]
         columns = {name: self.masking.blank(values, visible) for name, values in columns.items()}
-        self.state.show(self._window(columns[item], visible, training, every and self.causal))
+        one_target = training and PREFIX_ROWS in inputs
+        self.state.show(self._window(columns[item], visible, training, every and self.causal, one_target))
         if self.event_features is None:
             return torch.zeros(*visible.shape, 1, device=visible.device)
         values = {
@@ -207,12 +208,14 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         target = torch.where(n_labels > 0, target, (item_ids > 0).sum(1))
         return self.masking.info_at(item_ids, target, first).schema
 
-    def _window(self, item_ids: Tensor, visible: Tensor, learning: bool, every_position: bool) -> VisibleSessions:
+    def _window(
+        self, item_ids: Tensor, visible: Tensor, learning: bool, every_position: bool, one_target: bool
+    ) -> VisibleSessions:
         """Keep the last ``max_sequence_length`` visible items of each row."""
         width = min(self.max_sequence_length, item_ids.shape[1])
         start = (visible.sum(1, keepdim=True) - width).clamp_min(0)
         window = start + torch.arange(width, device=item_ids.device)
-        return VisibleSessions(item_ids.gather(1, window), window, learning, every_position)
+        return VisibleSessions(item_ids.gather(1, window), window, learning, every_position, one_target)
 
     def output_size(self, input_size: Any = None) -> torch.Size:  # T4R's signature
         """Return [-1, max_sequence_length, width of the event features]: T4R's heads need three dimensions."""

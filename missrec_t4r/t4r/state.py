@@ -27,6 +27,8 @@ class VisibleSessions(NamedTuple):
     """Whether this is a training step (T4R's flag ``training``)."""
     every_position: bool = False
     """Whether every position has a target of its own, and so needs the vector of the items up to it."""
+    one_target: bool = False
+    """Whether every row is known to have one target, as those of `PrefixLoader` have."""
 
     def take(self, values: Tensor) -> Tensor:
         """Return the columns [batch, seq, width] of ``values`` [batch, column, width] that belong to `item_ids`."""

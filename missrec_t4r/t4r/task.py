@@ -156,19 +156,24 @@ class MISSRecNextItemTask(NextItemPredictionTask):
             scores = core.score(inputs[:, 0], state.candidates(core), history)
             return scores if top_k is None else top_items(scores, top_k)
         labels = self.masking.masked_targets  # [batch, column], 0 for none
-        row, column = torch.nonzero(labels != self.padding_idx, as_tuple=True)
+        if state.sessions.one_target:
+            row, column = torch.arange(len(labels), device=labels.device), (labels != self.padding_idx).int().argmax(1)
+        else:
+            row, column = torch.nonzero(labels != self.padding_idx, as_tuple=True)
         target, vectors = labels[row, column].long(), inputs[row, column]
         history = history[row] * (state.sessions.window[row] <= column.unsqueeze(1))  # what each vector depends on
         candidates = state.candidates(core)
-        is_last = torch.ones_like(row, dtype=torch.bool)
-        is_last[:-1] = row[1:] != row[:-1]
+        is_last: Tensor | slice = slice(None)
+        if state.sessions.every_position:
+            is_last = torch.ones_like(row, dtype=torch.bool)
+            is_last[:-1] = row[1:] != row[:-1]
         targets = torch.where(core.recommendable[target], target, 0)  # without any embedding it cannot be learned
         count = (targets > 0).sum().unsqueeze(0)
 
         def loss_of(scores: Tensor, targets: Tensor) -> Tensor:
             return next_item_loss(scores / core.config.temperature, targets, counts=count, overwrite=True)
 
-        if is_last.all() or len(target) * core.item_encoder.n_rows <= LARGEST_TABLE:
+        if not state.sessions.every_position or len(target) * core.item_encoder.n_rows <= LARGEST_TABLE:
             scores = core.score(vectors, candidates, history)
             loss, scores = loss_of(scores, targets), scores[is_last]
         else:  # a part of the positions at a time, whose scores are computed again in the backward pass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.config import TrainConfig
-from missrec_t4r.data.batching import TrainingBatch, iterate, training_batches
+from missrec_t4r.data.batching import TrainingBatch, iterate, trained_positions, training_batches
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import MISSRec
@@ -76,11 +76,12 @@ def training_loss(
             last_only=not all_positions,
             event_features=batch.event_features,
             empty_slots=0 if n_slots is None else _EMPTY_SLOTS,
+            n_interests=batch.n_interests,
         )
     embeddings = embeddings._replace(pool=embeddings.pool._replace(modality=to_fp32(embeddings.pool.modality)))
     vectors, history, targets = to_fp32(encoded.vectors), batch.item_ids, batch.targets
     if all_positions:
-        session, step = torch.nonzero(targets[..., 0], as_tuple=True)
+        session, step = trained_positions(targets) if batch.positions is None else batch.positions
         vectors, targets = vectors[session, step], targets[session, step]
         visible = torch.arange(history.shape[1], device=history.device) <= step.unsqueeze(1)
         history = history[session] * visible
@@ -93,6 +94,24 @@ def training_loss(
         n_slots = max(n_slots, mask.shape[1] - _EMPTY_SLOTS)
     regulariser = orthogonality_loss(memory, mask, model.config.orthogonality, sessions=sessions, n_slots=n_slots)
     return loss + model.config.orthogonality_weight * regulariser
+
+
+def with_interests_counted(
+    batch: TrainingBatch, model: MISSRec, assignment: Tensor, n_slots: int | None
+) -> TrainingBatch:
+    """Return a batch on the host with the number of its interests' slots, which `training_loss` then need not read.
+
+    Parameters
+    ----------
+    batch : TrainingBatch
+    model : MISSRec
+    assignment : Tensor [modality, row]
+        The model's ``interests.assignment``, on the host.
+    n_slots : int, optional
+        As `training_loss` gets it.
+    """
+    width = model.interests.width(batch.item_ids, 0 if n_slots is None else _EMPTY_SLOTS, assignment)
+    return batch._replace(n_interests=width)
 
 
 def batch_totals(model: MISSRec, batch: TrainingBatch) -> Totals:

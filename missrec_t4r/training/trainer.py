@@ -52,7 +52,14 @@ from missrec_t4r.training.loss.full import FullSoftmax, Softmax
 from missrec_t4r.training.loss.sampled import SampledSoftmax
 from missrec_t4r.training.optim import AveragedWeights, Optimiser, learning_rate
 from missrec_t4r.training.precision import check_precision, compile_blocks, resolve_precision, translate_compile_errors
-from missrec_t4r.training.step import Totals, batch_totals, choose_softmax, slots_of_random_batches, training_loss
+from missrec_t4r.training.step import (
+    Totals,
+    batch_totals,
+    choose_softmax,
+    slots_of_random_batches,
+    training_loss,
+    with_interests_counted,
+)
 from missrec_t4r.training.warm_start.id_init import ids_from_content
 
 log = logging.getLogger(__name__)
@@ -121,6 +128,7 @@ class Trainer:
             torch.manual_seed(settings.seed + self.world.rank)  # from here on every process draws its own dropout
         self.softmax = self._softmax()
         self.n_slots: int | None = None
+        self.assignment: Tensor | None = None  # of the interests, on the host, where the model is on a GPU
         self.optimizer = Optimiser(self.model, settings, self._sparse_weights(), self.device)
         self.average = AveragedWeights(self.model, settings.ema_decay)
         self.best: dict[str, Tensor] = {}
@@ -267,12 +275,13 @@ class Trainer:
             self.refresh_interests(epoch)
             distributed.broadcast_([self.model.interests.centroids, self.model.interests.assignment])
         self.n_slots = slots_of_random_batches(self.model, self.sessions, self.recipe.train, epoch)
+        self.assignment = self.model.interests.assignment.cpu() if self.device.type == "cuda" else None
         plan = self._plan()
         self.model.train()
         batches = iterate(self.sessions, plan[status["done"] :], self.recipe.model, self.recipe.train)
         for batch in track(batches, f"epoch {epoch}", len(plan) - status["done"]):
             status["positions"] += int((batch.targets[..., 0] > 0).sum())
-            loss = self._step(batch.to(self.device), (epoch + status["done"] / len(plan)) / self.recipe.train.epochs)
+            loss = self._step(batch, (epoch + status["done"] / len(plan)) / self.recipe.train.epochs)
             seconds = status["seconds"] + time.perf_counter() - started
             loss, is_due, is_over = self._over_processes(loss, self._is_checkpoint_due(), self._is_over_time(seconds))
             self.total_loss += loss
@@ -346,22 +355,28 @@ class Trainer:
     def _step(self, batch: TrainingBatch, share: float) -> Tensor:
         """Take one optimiser step on the whole batch and return this process's part of the loss.
 
-        ``share`` of the training is done before the step (`learning_rate`).
+        ``share`` of the training is done before the step (`learning_rate`). On a GPU the host waits for nothing here.
         """
         settings, world, status = self.recipe.train, self.world, self.status
         status["step"] += 1
         self.optimizer.zero_grad()
         parts = settings.accumulate * world.size
-        totals = batch_totals(self.model, batch) if parts > 1 else None
+        totals = batch_totals(self.model, batch.to(self.device)) if parts > 1 else None
         total = torch.zeros_like(self.total_loss)
         for number in range(world.rank, parts, world.size):
             with translate_compile_errors(settings.compile):
-                loss = self.loss(batch if parts == 1 else batch.part(number, parts), totals)
+                loss = self.loss(self._on_device(batch if parts == 1 else batch.part(number, parts)), totals)
                 self.optimizer.backward(loss)
             total += loss.detach()
         self.optimizer.step(learning_rate(settings, status["step"], share))
         self.average.update(status["step"])
         return total
+
+    def _on_device(self, batch: TrainingBatch) -> TrainingBatch:
+        """Return a batch of the host on the device, with all that the step would otherwise have to ask it for."""
+        if self.assignment is not None:
+            batch = with_interests_counted(batch, self.model, self.assignment, self.n_slots)
+        return batch.to(self.device)
 
     def _softmax(self) -> Softmax:
         settings, n_rows = self.recipe.train, self.catalogue.n_rows

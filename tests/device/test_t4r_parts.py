@@ -13,7 +13,7 @@ from tests.device.second_device import second_device
 pytest.importorskip("transformers4rec", reason="the integration needs the extra merlin")
 
 
-def _model() -> Any:
+def _model(**settings: Any) -> Any:
     import transformers4rec.torch as tr
 
     from missrec_t4r.t4r import MISSRecBlock, MISSRecNextItemTask, MultiModalSequenceFeatures
@@ -22,7 +22,7 @@ def _model() -> Any:
     inputs = MultiModalSequenceFeatures.from_schema(
         shop.schema(), catalogue=shop.catalogue(), max_sequence_length=shop.MAX_LENGTH
     )
-    body = tr.SequentialBlock(inputs, MISSRecBlock(**shop.SMALL))
+    body = tr.SequentialBlock(inputs, MISSRecBlock(**shop.SMALL | settings))
     return tr.Model(tr.Head(body, [MISSRecNextItemTask()], inputs=inputs))
 
 
@@ -32,6 +32,27 @@ def _batch() -> dict[str, Tensor]:
     sessions = shop.sessions(6, 0, longest=shop.MAX_LENGTH)
     rows = torch.tensor([line + [0] * (shop.MAX_LENGTH - len(line)) for line in sessions])
     return {"item_id-list": rows, "category-list": rows % shop.N_CATEGORIES, "price-list": (rows / shop.N_ROWS).float()}
+
+
+def test_a_training_step_on_prefixes_waits_for_nothing() -> None:
+    from missrec_t4r.t4r.loader import PREFIX_ROWS
+
+    losses = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        with second_device() as waits:
+            model = _model(dropout=0.0).to(device)
+            rows = {name: values.to(device) for name, values in _batch().items()}
+            rows[PREFIX_ROWS] = torch.ones(len(rows["item_id-list"]), 1, dtype=torch.bool, device=device)
+            model.train()
+            for number in range(2):  # the first one discovers interests and reads the number of steps
+                before = len(waits)
+                result = model(rows, training=True)
+                result["loss"].backward()
+                assert not number or waits[before:] == []
+            losses.append(result["loss"].item())
+            assert len(result["predictions"]) == len(result["labels"]) == len(rows["item_id-list"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["training", "testing", "ranking"])

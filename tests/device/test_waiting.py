@@ -1,4 +1,4 @@
-"""The host does not wait for the device while a batch is ranked, except for the list itself."""
+"""The host does not wait for the device in a training step, nor while a batch is ranked, except for the list itself."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from missrec_t4r.config import Recipe
+from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings
 from missrec_t4r.retrieval.filters import Rules
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.run_folder import load_run
+from missrec_t4r.training.trainer import Trainer
+from tests import shop
 from tests.device.second_device import second_device
-from tests.device.test_paths import run  # noqa: F401  # a fixture
+from tests.device.test_paths import N_ITEMS, SMALL, run  # noqa: F401  # a fixture
 from tests.serving import shop as served
 
 
@@ -70,3 +74,40 @@ def test_what_is_waited_for_is_noted() -> None:
         torch.ones(3).to("cuda", non_blocking=True)
         there[mask] = 0.0
         assert waits[before:] == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        ("paper", {}),
+        ("paper", {"model.attention": "causal", "train.group_by_length": True}),
+        ("default", {}),
+        ("default", {"train.accumulate": 2, "train.clip_norm": 1.0}),
+        ("long", {"model.n_decoder_layers": 2}),
+        ("tiny", {"model.attention": "bidirectional", "model.sequence_fusion": "contextual", "train.ema_decay": 0.9}),
+    ],
+)
+def test_a_training_step_waits_for_nothing(tmp_path: Path, recipe: str, settings: dict[str, Any]) -> None:
+    modalities = shop.random_modalities(N_ITEMS, {"text": 6, "image": 4}, 0, without={"image": [4, 9]})
+    catalogue = shop.make_catalogue([f"P{item}" for item in range(N_ITEMS)], modalities, [1] * N_ITEMS)
+    rng = np.random.default_rng(0)
+    sessions = Sessions.from_lists([rng.integers(3, N_ITEMS + 3, rng.integers(2, 9)) for _ in range(60)])
+    losses: dict[str, list[float]] = {}
+    for device in ("cpu", "cuda"):
+        with second_device() as waits:
+            chosen = Recipe.load(recipe, SMALL | {"model.dropout": 0.0} | settings)
+            trainer = Trainer(chosen, catalogue, sessions, sessions, tmp_path / device, device=device)
+            steps, counted = trainer._step, []
+
+            def step(*given: Any, steps: Any = steps, counted: Any = counted, waits: Any = waits) -> torch.Tensor:
+                before = len(waits)
+                loss: torch.Tensor = steps(*given)
+                assert waits[before:] == []
+                counted.append(loss)
+                return loss
+
+            trainer._step = step  # type: ignore[method-assign]
+            assert trainer._epoch() is not None
+            losses[device] = [loss.item() for loss in counted]
+    assert len(losses["cuda"]) > 1
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-5)

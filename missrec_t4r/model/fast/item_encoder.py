@@ -31,7 +31,8 @@ class FastItemEncoder(ItemEncoder):
 
     def embed_modality(self, index: int) -> Tensor:
         """Return the embeddings [row, dim] of one modality, computed for the rows that have it."""
-        if not self.missing.masks or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        on_gpu = self.presence.device.type == "cuda"  # where the number of rows would have to be waited for
+        if not self.missing.masks or on_gpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return super().embed_modality(index)
         name, rows = self.names[index], torch.nonzero(self.presence[index]).flatten()
         present = self.adapters[name](self.features(name, rows))  # [present, dim]

@@ -103,7 +103,8 @@ class DeviceRanker:
         shape = len(session), self.items.table.n_rows
         if not self.terms and not empty.any():
             return torch.zeros(1, 1, device=session.device).expand(shape)
-        added, earlier = torch.zeros(shape, device=session.device), {}
+        added = torch.zeros(shape, device=session.device)
+        earlier: dict[str, Tensor] = {}
         for term in self.terms:
             added = term.add_to(added, session, earlier)
         if empty.any():

@@ -3,7 +3,7 @@
     make test-floor      # Python 3.10 and requirements/floor.txt, the lower bounds of pyproject.toml
     make test-newest     # Python 3.13 and the newest releases of the same packages
 
-The core is everything but the ETL and the Transformers4Rec objects: model, training, evaluation, ranking, client.
+The core is everything but NVTabular's workflows and the Transformers4Rec objects.
 Exit code 1 if a test failed; counts, reasons of skipped tests and versions go to ``benchmarks/results/``.
 """
 
@@ -27,10 +27,11 @@ from benchmarks.measure import write_result
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = """
     tests/equations tests/properties tests/unit tests/evaluation tests/recipes tests/side tests/pretraining
-    tests/serving tests/integration tests/earlier_version
+    tests/serving tests/integration tests/earlier_version tests/recommender
 """.split()
 """What needs neither Merlin nor pytriton as a whole; single tests of these that do are skipped with their reason."""
-PACKAGES = "torch numpy pyarrow safetensors tritonclient protobuf typer rich pyyaml pytest hypothesis".split()
+PACKAGES = "torch numpy pandas scikit-learn pillow pyarrow safetensors tritonclient protobuf typer rich pyyaml".split()
+PACKAGES += ["pytest", "hypothesis"]
 
 
 def main() -> None:

@@ -156,8 +156,8 @@ _GROUPS = {
     "bundle": "Verify or convert a serving bundle.",
 }
 _EXTRA = {
-    **dict.fromkeys(("nvtabular", "merlin", "transformers4rec", "transformers", "pandas", "dask"), "merlin"),
-    **dict.fromkeys(("sklearn", "PIL"), "features"),
+    **dict.fromkeys(("nvtabular", "merlin", "transformers4rec", "dask", "distributed"), "merlin"),
+    "transformers": "features",
 }
 """Package that the base installation lacks -> extra that brings it."""
 

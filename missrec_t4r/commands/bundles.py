@@ -157,6 +157,9 @@ def merlin(bundle: str | Path, data: str | Path, out: str | Path, *, top_k: int 
     dict
         As `missrec_t4r.export.merlin_systems.export_merlin`.
     """
+    from missrec_t4r.etl.installed import require_nvtabular
+
+    require_nvtabular("a Merlin Systems ensemble", "serve the bundle: missrec export --triton")
     from missrec_t4r.etl.nvt.serialization import load_workflow
     from missrec_t4r.export.merlin_systems import export_merlin
 

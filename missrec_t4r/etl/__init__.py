@@ -1,7 +1,8 @@
-"""NVTabular ETL: raw tables in; session parquet, schema.pbtxt and catalogue out.
+"""ETL: raw tables in; session parquet, schema.pbtxt and catalogue out.
 
-The only importer of nvtabular and merlin.core. Its results are files, so training and serving need neither. Import this
-package before Merlin: it sets the environment that Merlin 23.8 needs.
+Only `missrec_t4r.etl.nvt` imports nvtabular and merlin.core; the out-of-core engine runs without them, and writes the
+same rows, schema and request transform. Results are files, so training and serving need neither. Import this package
+before Merlin: it sets the environment that Merlin 23.8 needs.
 """
 
 import os

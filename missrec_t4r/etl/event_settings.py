@@ -13,10 +13,10 @@ from typing import Any
 import pandas as pd
 
 from missrec_t4r.errors import ConfigError, SchemaError
-from missrec_t4r.etl.nvt.event_ops import TIME_FEATURES
 from missrec_t4r.etl.quality.checks import refuse_milliseconds
 
 SESSION_ID = "session_id"
+TIME_FEATURES = ("gap", "hour", "weekday", "recency")
 WEIGHT = "weight"
 CLOCK = {"hour": pd.Series(range(24)), "weekday": pd.Series(range(7))}
 """Vocabularies of the time features that are categories: code 3 is the hour from midnight, or Monday."""

@@ -1,7 +1,8 @@
 """``missrec etl``: interactions and an item table in, a data folder of sessions, catalogue and workflows out.
 
 Two engines make the same rows. In memory: read -> check -> filter -> catalogue -> NVTabular workflow -> split -> write.
-Out of core (`engine/build.py`): the same steps on partitions of the users, in bounded memory, for parquet of any size.
+Out of core (`engine/build.py`): the same steps on partitions of the users, in bounded memory, for parquet of any size,
+and without NVTabular.
 
 The data folder is written to a temporary folder and replaces the output in one rename, so a failed run leaves nothing
 behind, and the same input gives the same sessions.
@@ -17,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -34,8 +35,7 @@ from missrec_t4r.etl.engine.executor import open_executor
 from missrec_t4r.etl.engine.job import Job
 from missrec_t4r.etl.engine.shuffle import cut_chunks
 from missrec_t4r.etl.event_settings import CLOCK, EventSettings, parse_seconds, parse_time_features, parse_weights
-from missrec_t4r.etl.nvt import workflows as nvt_workflows
-from missrec_t4r.etl.nvt.workflow_file import EventColumns, WorkflowFile, check_fitted, check_lists
+from missrec_t4r.etl.installed import has_nvtabular, require_nvtabular
 from missrec_t4r.etl.outputs import REPORT_FILE, REQUEST_FOLDER, WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import PARQUET_SUFFIXES, Paths, expand, read_table
@@ -53,6 +53,9 @@ from missrec_t4r.schema import (
     TIMESTAMP,
     USER_ID,
 )
+
+if TYPE_CHECKING:
+    from missrec_t4r.etl.nvt.workflow_file import WorkflowFile
 
 log = logging.getLogger(__name__)
 
@@ -166,8 +169,8 @@ def etl(
         Python file that defines session_workflow(columns), an NVTabular workflow to use instead of the built-in one, in
         memory. The file is executed. Start from workflows/session_features.py.
     engine : {"auto", "memory", "disk"}
-        memory: NVTabular transforms everything at once. disk: out-of-core, in bounded memory. auto: disk for large
-        parquet.
+        memory: NVTabular transforms everything at once. disk: out-of-core, in bounded memory, without NVTabular. auto:
+        disk for large parquet, and where NVTabular is not installed.
     dask_scheduler : str
         Where the out-of-core engine runs: threads, processes, or tcp://host:port.
     workers : int, optional
@@ -208,6 +211,12 @@ def etl(
         session_gap=parse_seconds(session_gap, "--session-gap"),
         time_features=parse_time_features(time_features),
     )
+    for option, asked in {
+        "--engine memory": engine == "memory",
+        "--save-nvtabular-workflow": save_nvtabular_workflow,
+    }.items():
+        if asked:
+            require_nvtabular(option, "leave it out")
     workflow_file = None if workflow is None else _read_workflow_file(workflow, derive, max_events, engine)
     item_table.check_fingerprints(fingerprint or {}, files)
     settings = {
@@ -238,7 +247,9 @@ def etl(
     if len(names) < 3:
         raise ConfigError(f"columns {list(names)} for user, item and time", "three different columns")
     events = expand(interactions, "interactions")
-    out_of_core = engine == "disk" or (engine == "auto" and workflow_file is None and is_large(events))
+    out_of_core = engine == "disk" or (
+        engine == "auto" and workflow_file is None and (is_large(events) or not has_nvtabular())
+    )
     task = _Task(
         files=events,
         items=items,
@@ -344,6 +355,9 @@ def _read_workflow_file(
             "--engine memory: the out-of-core engine does not run NVTabular operators",
             "leave --engine out",
         )
+    require_nvtabular("--workflow", "leave it out")
+    from missrec_t4r.etl.nvt.workflow_file import WorkflowFile
+
     return WorkflowFile(workflow)
 
 
@@ -409,7 +423,10 @@ def _describe_run(task: _Task, out: Path, *, out_of_core: bool) -> dict[str, Any
         "tasks": len(cut_chunks(parquet)) if out_of_core else 1,
         "would_write": [
             str(out / name)
-            for name in (*SPLITS, CATALOGUE_FOLDER, WORKFLOW_FOLDER, REQUEST_FOLDER, SESSION_TRANSFORM_FILE)
+            for name in (
+                *(*SPLITS, CATALOGUE_FOLDER, SESSION_TRANSFORM_FILE),
+                *((WORKFLOW_FOLDER, REQUEST_FOLDER) if has_nvtabular() else ()),
+            )
         ],
         "would_replace": out.exists(),
         "settings": dict(task.settings),
@@ -501,6 +518,10 @@ def _write_folder(
     clean: inputs.Inputs, task: _Task, folder: Path, storage: Path, partitions: int | None
 ) -> dict[str, Any]:
     """Write everything of a data folder but its report; return the counts."""
+    from missrec_t4r.etl.nvt import saved
+    from missrec_t4r.etl.nvt import workflows as nvt_workflows
+    from missrec_t4r.etl.nvt.workflow_file import EventColumns, check_fitted, check_lists
+
     settings = task.settings
     if missing := [name for name in settings["categorical_columns"] if name not in clean.features]:
         raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {list(clean.features)}")
@@ -534,7 +555,8 @@ def _write_folder(
 
     rows = {name: take_prefixes(sessions, offsets, lengths[name]) for name in SPLITS}
     longest = int(np.diff(offsets).max())
-    outputs.write_workflow(workflow, longest, folder, pickled=settings["save_nvtabular_workflow"])
+    saved.write_schema(workflow, longest, folder)
+    saved.write_workflow(workflow, folder, pickled=settings["save_nvtabular_workflow"])
     for name in track(SPLITS, "writing the splits"):
         for part, start in enumerate(range(0, rows[name].num_rows, _SESSIONS_PER_FILE)):
             pq.write_table(rows[name].slice(start, _SESSIONS_PER_FILE), folder / name / f"part_{part}.parquet")
@@ -542,7 +564,8 @@ def _write_folder(
     train_items = one_array(rows["train"][ITEM_LIST]).flatten().to_numpy()
     train_counts = np.bincount(train_items, minlength=catalogue.n_rows)  # [item index]
     outputs.write_catalogue(catalogue, train_counts, folder)
-    outputs.write_request(item_ids, folder, storage, request_length, features)
+    transform = saved.write_request(item_ids, folder, storage, request_length, features)
+    outputs.write_request_transform(transform, folder)
     n_users = int(clean.events[USER_ID].nunique())
     n_rows = {name: table.num_rows for name, table in rows.items()}
     return outputs.data_counts(catalogue, train_counts, len(clean.events), n_users, n_rows)

@@ -50,7 +50,7 @@ def arrow_table(frame: Frame, name: str) -> pa.Table:
 def write_parquet(table: pa.Table, file: Path) -> Path:
     """Write a table, without the long strings of Polars that older readers lack, and return the file."""
     columns = [
-        column.cast(pa.string()) if column.type in (pa.large_string(), pa.string_view()) else column
+        column.cast(pa.string()) if str(column.type) in ("large_string", "string_view") else column
         for column in table.columns
     ]
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -11,49 +11,14 @@ import numpy as np
 import pytest
 
 from missrec_t4r.schema import FIRST_ITEM_ROW
+from tests.project.bare import BARE
 from tests.project.packages import ROOT, modules, shipped_files
 from tests.shop import modality, write_circle
 
-WITHOUT_MERLIN = ("missrec_t4r.etl", "missrec_t4r.t4r", "missrec_t4r.recommender", "missrec_t4r.export.merlin_systems")
-"""The packages, and the one module, that may need more than the base dependencies."""
-
-BARE = """
-import importlib, importlib.metadata as metadata, json, re, sys
-from packaging.requirements import Requirement
-
-def closure(names):
-    seen, todo = set(), list(names)
-    while todo:
-        requirement = Requirement(todo.pop())
-        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
-        if (name, *sorted(requirement.extras)) in seen:
-            continue
-        seen.add((name, *sorted(requirement.extras)))
-        for text in metadata.requires(name) or []:
-            needed = Requirement(text)
-            extras = requirement.extras or {""}
-            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
-                todo.append(text)
-    return {name for name, *_ in seen}
-
-base = json.loads(sys.argv[1])
-kept = closure(base)
-refused = {
-    top for top, owners in metadata.packages_distributions().items()
-    if not {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners} & kept
-} - {"missrec_t4r"}
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in refused:
-            raise ModuleNotFoundError(f"No module named {name!r} in a bare environment", name=name)
-
-assert {"nvtabular", "merlin", "transformers4rec", "pandas", "dask", "sklearn", "pytriton"} <= refused, refused
-for name in [name for name in sys.modules if name.partition(".")[0] in refused]:
-    del sys.modules[name]
-sys.meta_path.insert(0, Refuse())
-"""
-"""Makes the running interpreter refuse every installed package that the base dependencies do not pull in."""
+MORE = ("missrec_t4r.etl.nvt", "missrec_t4r.t4r", "missrec_t4r.export.merlin_systems")
+"""The packages and modules that may need more than the base dependencies."""
+NUMPY_ALONE = "missrec_t4r.etl.nvt.kernels"
+"""Which both engines share."""
 
 
 @pytest.fixture(scope="module")
@@ -146,19 +111,28 @@ def test_every_module_of_the_wheel_imports(unpacked: Path, tmp_path: Path) -> No
 
 def test_core_and_serving_import_in_a_bare_environment(unpacked: Path, tmp_path: Path) -> None:
     """Only the base dependencies and what they pull in may be imported; everything else installed here is refused."""
-    names = [name for name in sorted(modules()) if not name.startswith(WITHOUT_MERLIN)]
+    names = [name for name in sorted(modules()) if not name.startswith(MORE) or name == NUMPY_ALONE]
     assert {"missrec_t4r.model.missrec", "missrec_t4r.serving.client.client", "missrec_t4r.cli"} <= set(names)
     code = BARE + "for name in sys.argv[2:]: importlib.import_module(name)\nprint(len(sys.argv[2:]))"
     assert int(_python(code, unpacked, tmp_path, _base_dependencies(unpacked), *names)) == len(names)
 
 
-def test_a_bare_environment_names_the_extra_that_a_command_needs(unpacked: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        "catalogue adopt --workflow w --items b.parquet --sessions s --out c",
+        "etl --interactions a.parquet --items b.parquet --out c --engine memory",
+        "etl --interactions a.parquet --items b.parquet --out c --workflow w.py",
+        "bundle merlin --bundle b --data d --out c",
+    ],
+)
+def test_a_bare_environment_names_the_extra_that_a_command_needs(unpacked: Path, tmp_path: Path, words: str) -> None:
     """The command line works without Merlin; what needs it says so in one paragraph."""
     code = BARE + (
-        "from missrec_t4r.cli import app\nsys.argv = ['missrec', 'etl', '--interactions', 'a.parquet', '--items', "
-        "'b.parquet', '--out', 'c']\ntry:\n    app()\nexcept SystemExit as end:\n    sys.exit(f'exit code {end.code}')"
+        "from missrec_t4r.cli import app\nsys.argv = ['missrec', *sys.argv[2:]]\n"
+        "try:\n    app()\nexcept SystemExit as end:\n    sys.exit(f'exit code {end.code}')"
     )
-    command = [sys.executable, "-c", code, _base_dependencies(unpacked)]
+    command = [sys.executable, "-c", code, _base_dependencies(unpacked), *words.split()]
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(unpacked)}, capture_output=True, text=True
     )
@@ -173,7 +147,7 @@ def test_the_wheel_installs_in_a_real_bare_environment(wheel: Path, tmp_path: Pa
     environment = tmp_path / "bare"
     _run([sys.executable, "-m", "venv", str(environment)], tmp_path)
     _run([str(environment / "bin" / "python"), "-m", "pip", "install", "-q", str(wheel)], tmp_path)
-    names = [name for name in sorted(modules()) if not name.startswith(WITHOUT_MERLIN)]
+    names = [name for name in sorted(modules()) if not name.startswith(MORE) or name == NUMPY_ALONE]
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
     _run([str(environment / "bin" / "python"), "-c", code, *names], tmp_path)
     missrec = str(environment / "bin" / "missrec")

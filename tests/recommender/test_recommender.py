@@ -158,6 +158,19 @@ def test_ids_alone_train(tables: Any, tmp_path: Path) -> None:
     assert len(found) == 3
 
 
+def test_polars_frames_give_the_same_shop(shop: mr.Shop, tables: Any, tmp_path: Path) -> None:
+    polars = pytest.importorskip("polars", reason="in requirements/floor.txt and newest.txt")
+    events, items = (polars.from_pandas(table) for table in tables)
+    names = {"user": "kunde", "item": "artikel", "time": "zeit"}
+    same = mr.Shop.from_frames(events, items.lazy(), **names, text="title", folder=tmp_path, unknown_items="drop")
+    users = ["u1", "u2"]
+    assert same.histories(users) == shop.histories(users)
+    assert same.catalogue.items.equals(shop.catalogue.items)
+    np.testing.assert_allclose(
+        same.catalogue.modalities["text"].vectors, shop.catalogue.modalities["text"].vectors, atol=1e-6
+    )
+
+
 def test_nothing_is_printed(tables: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     events, items = tables
     mr.Shop.from_frames(events, items, user="kunde", item="artikel", time="zeit", text="title", folder=tmp_path)

@@ -51,8 +51,7 @@ def test_a_missing_server_is_named_with_the_command_that_installs_it(
     exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for earlier in ("check_libc", "check_numpy"):
-        monkeypatch.setattr(f"missrec_t4r.serving.triton.environment.{earlier}", lambda *version: None)
+    monkeypatch.setattr("missrec_t4r.serving.triton.environment.check_libc", lambda *version: None)
     with pytest.raises(ServingError, match=r"pip install 'missrec-t4r\[triton\]'"):
         LocalTriton(exported / "repository").__enter__()
 

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from missrec_t4r.errors import ConfigError, DataError, MISSRecError, ModalityError, SchemaError
-from missrec_t4r.etl import outputs
 from missrec_t4r.etl.features.pipeline import features
+from missrec_t4r.etl.nvt import saved
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.sources.synthetic.shop import generate_shop
 from tests.workflows.tables import EVENTS, ITEMS, save_vectors, write
@@ -104,7 +104,7 @@ def test_a_failure_half_way_leaves_the_old_folder(tmp_path: Path, monkeypatch: p
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(outputs, "write_request", interrupt)
+    monkeypatch.setattr(saved, "write_request", interrupt)
     with pytest.raises(KeyboardInterrupt):
         etl(*files, tmp_path / "out" / "data", max_events=3)
     assert sorted(path.relative_to(tmp_path) for path in (tmp_path / "out").rglob("*")) == before

@@ -203,7 +203,7 @@ def _dies(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *, after: boo
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(
-    "step", ["write_arrow", "extend_vocabularies", "_write_catalogue", "link_unchanged", "move_into_place"]
+    "step", ["write_arrow", "_extend_encodings", "_write_catalogue", "link_unchanged", "move_into_place"]
 )
 def test_an_increment_killed_anywhere_is_complete_or_absent(data: Path, tmp_path: Path, step: str, late: bool) -> None:
     old, file = content(data), increment(tmp_path, 2, 11)
@@ -270,20 +270,6 @@ def test_an_increment_too_large_for_memory_is_added_without_delta(
     told = update(increment(tmp_path, 2, 11), data, delta=True, workers=1)
     assert (told["version"], told["plain_version"], delta_files(data)) == (4, 4, [])
     assert told["events"] == 210
-
-
-def test_a_schema_that_looks_otherwise_is_written_by_merlin(data: Path, tmp_path: Path) -> None:
-    from missrec_t4r.etl.nvt import extend_vocabulary as growing
-
-    file, twin = increment(tmp_path, 2, 11), Path(shutil.copytree(data, tmp_path / "twin"))
-    text = (data / "schema.pbtxt").read_text()
-    assert growing.resized_schema(text.replace("dtype_item_size", "width"), {"item_id": 9}, 9) is None
-    update(file, data, delta=True)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(growing, "resized_schema", lambda *_: None)
-        update(file, twin, delta=True)
-    assert (data / "schema.pbtxt").read_text() != text
-    same(content(data), content(twin))
 
 
 def test_items_alone_can_be_added(data: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from missrec_t4r.etl.engine.versions import (
     plain_version,
 )
 from missrec_t4r.etl.inputs import read_items
+from missrec_t4r.etl.installed import require_nvtabular
 from missrec_t4r.etl.item_table import merge_new_items
 from missrec_t4r.etl.outputs import NVTABULAR_FOLDER, REPORT_FILE, REQUEST_FOLDER, WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
@@ -101,6 +102,8 @@ def update(
     """
     started, out, vectors = time.perf_counter(), Path(out), dict(modality or {})
     report, state, versions = load_version(out)
+    if (out / WORKFLOW_FOLDER).is_dir():
+        require_nvtabular(f"an update of {out}, which holds NVTabular workflows", "run missrec etl on all events")
     paths = [interactions] if isinstance(interactions, str | Path) else list(interactions)
     new = new_files(expand(paths, "interactions") if paths or items is None else [], versions)
     settings = dict(report["settings"])

@@ -4,7 +4,9 @@
     reduce     once           unknown items, category codes, types, filters, findings              `reduce.py`
     sessionize per partition  events grouped by user and sorted by time: the user state            `sessionize.py`
     split      per partition  sessions cut, rows of train, valid and test written as parquet       `sessionize.py`
-    finish     once           catalogue, NVTabular workflows, schema, counts                       here
+    finish     once           catalogue, schema, request transform, counts                         here
+
+Where NVTabular is installed, its workflows are written too: they transform new events, and Merlin Systems needs them.
 
 Every task leaves a file in the working folder that marks it as done; a killed run continues there if input and settings
 are the same. The output appears in one rename. Its rows equal those of the fitted NVTabular workflow on the same events
@@ -45,7 +47,8 @@ from missrec_t4r.etl.engine.workdir import (
     partition_path,
 )
 from missrec_t4r.etl.event_settings import CLOCK
-from missrec_t4r.etl.nvt import workflows as nvt_workflows
+from missrec_t4r.etl.installed import has_nvtabular
+from missrec_t4r.etl.session_schema import write_session_schema
 from missrec_t4r.io.arrow_files import read_arrow
 from missrec_t4r.io.atomic import link_or_copy
 from missrec_t4r.io.json_files import read_json, write_json
@@ -161,7 +164,7 @@ def _finish(job: Job, plan: Plan, common: dict[str, Any], folder: Path) -> dict[
     for number in numbers:
         part_counts = np.load(state_path(folder, number, "npy"))
         train_counts[: len(part_counts)] += part_counts
-    _write_workflows(job, plan, common, folder, catalogue, max(part["longest"] for part in parts))
+    _write_encodings(job, plan, common, folder, catalogue, max(part["longest"] for part in parts))
     outputs.write_catalogue(catalogue, train_counts, out)
     state = {name: common[name] for name in ("types", "categories", "valid_from", "test_from", "newest")}
     move_state(folder, out, state | {"partitions": plan.partitions, "parts": parts})
@@ -169,13 +172,35 @@ def _finish(job: Job, plan: Plan, common: dict[str, Any], folder: Path) -> dict[
     return outputs.data_counts(catalogue, train_counts, events, users, rows)
 
 
-def _write_workflows(
+def _write_encodings(
     job: Job, plan: Plan, common: Mapping[str, Any], folder: Path, catalogue: Catalogue, longest: int
 ) -> None:
-    """Fit the NVTabular workflows on a sample and write them: vocabularies are given, only types are learned."""
-    out = folder / OUTPUT_FOLDER
-    item_ids = catalogue.items[ITEM_ID].combine_chunks()
+    """Write the schema and the request transform and, where NVTabular is installed, its workflows."""
+    out, item_ids = folder / OUTPUT_FOLDER, catalogue.items[ITEM_ID].combine_chunks()
     categories = {name: pd.Series(values) for name, values in common["categories"].items()}
+    clock = {name: values for name, values in CLOCK.items() if name in common["time_features"]}
+    write_session_schema(out, out, {ITEM_ID: item_ids, **categories, **clock}, longest)
+    features = outputs.feature_codes([*plan.features, *job.derive.columns], categories | clock)
+    length = job.settings["max_sequence_length"]
+    outputs.write_request_transform(outputs.request_transform(item_ids.type, len(item_ids), length, features), out)
+    if has_nvtabular():
+        _write_workflows(job, plan, common, folder, item_ids, categories, features)
+
+
+def _write_workflows(
+    job: Job,
+    plan: Plan,
+    common: Mapping[str, Any],
+    folder: Path,
+    item_ids: pa.Array,
+    categories: Mapping[str, pd.Series],
+    features: Mapping[str, Any],
+) -> None:
+    """Fit the NVTabular workflows on a sample and write them: vocabularies are given, only types are learned."""
+    from missrec_t4r.etl.nvt import workflows as nvt_workflows
+    from missrec_t4r.etl.nvt.saved import write_request, write_workflow
+
+    out = folder / OUTPUT_FOLDER
     with tempfile.TemporaryDirectory() as storage:
         workflow = nvt_workflows.build_session_workflow(
             item_ids,
@@ -186,15 +211,8 @@ def _write_workflows(
             derive=replace(job.derive, newest=common["newest"]),
         )
         nvt_workflows.fit(workflow, _sample_events(folder, plan, item_ids, categories))
-        outputs.write_workflow(workflow, longest, out, pickled=job.settings["save_nvtabular_workflow"])
-        clock = {name: values for name, values in CLOCK.items() if name in common["time_features"]}
-        outputs.write_request(
-            item_ids,
-            out,
-            Path(storage),
-            job.settings["max_sequence_length"],
-            outputs.feature_codes([*plan.features, *job.derive.columns], categories | clock),
-        )
+        write_workflow(workflow, out, pickled=job.settings["save_nvtabular_workflow"])
+        write_request(item_ids, out, Path(storage), job.settings["max_sequence_length"], features)
 
 
 def _sample_events(folder: Path, plan: Plan, item_ids: pa.Array, categories: Mapping[str, pd.Series]) -> pd.DataFrame:

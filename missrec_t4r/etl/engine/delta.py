@@ -8,7 +8,7 @@ up to date by difference: the new sessions of the affected users less their old 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,22 @@ from missrec_t4r.etl.engine.user_state import (
     load_user_events,
     to_state,
 )
-from missrec_t4r.etl.nvt.extend_vocabulary import extend_vocabularies
+from missrec_t4r.etl.event_settings import CLOCK
+from missrec_t4r.etl.outputs import WORKFLOW_FOLDER
+from missrec_t4r.etl.session_schema import write_session_schema
 from missrec_t4r.io.arrow_files import one_array, write_arrow
 from missrec_t4r.io.atomic import link_or_copy
-from missrec_t4r.io.json_files import write_json
-from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
+from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.schema import (
+    CATALOGUE_FOLDER,
+    FIRST_ITEM_ROW,
+    ITEM_ID,
+    LIST_SUFFIX,
+    SESSION_TRANSFORM_FILE,
+    SPLITS,
+    TIMESTAMP,
+    USER_ID,
+)
 
 
 @dataclass(frozen=True)
@@ -120,13 +131,10 @@ def write_delta(
         events, common = encode_increment(job, folder)
         change, categories = _write_sessions(job, data, folder, events, common, version), common["categories"]
     longest, item_ids = max(change.longest, longest_session(job.old)), one_array(job.items[ITEM_ID])
-    extended = {
-        name: pd.Series(values) for name, values in categories.items() if len(values) > len(old_categories[name])
-    }
-    if len(item_ids) > old.n_items:
-        extended[ITEM_ID] = item_ids.to_pandas()
-    if extended or longest > longest_session(job.old):
-        extend_vocabularies(data, folder, extended, longest)
+    longer = [name for name, values in categories.items() if len(values) > len(old_categories[name])]
+    longer += [ITEM_ID] if len(item_ids) > old.n_items else []
+    if longer or longest > longest_session(job.old):
+        _extend_encodings(job, data, folder, {ITEM_ID: item_ids.to_pylist(), **categories}, longer, longest)
     state = {name: job.old[name] for name in ("types", "valid_from", "test_from", "newest", "partitions", "parts")}
     (folder / STATE_FOLDER).mkdir(exist_ok=True)
     write_json(folder / STATE_FOLDER / STATE_FILE, state | {"categories": categories, "longest": longest}, indent=None)
@@ -135,6 +143,25 @@ def write_delta(
     n_events, n_users = report["events"] + change.events, report["users"] + change.users
     counts = outputs.data_counts(catalogue, catalogue.train_count, n_events, n_users, sessions)
     return counts | {"touched": {"users": change.affected_users}}
+
+
+def _extend_encodings(
+    job: Job, data: Path, folder: Path, vocabularies: Mapping[str, list[Any]], longer: Sequence[str], longest: int
+) -> None:
+    """Write schema, request transform and, where the folder has them, workflows with longer vocabularies."""
+    clock = {name: values for name, values in CLOCK.items() if name in job.derive.time_features}
+    write_session_schema(data, folder, {**vocabularies, **clock}, longest)
+    transform = read_json(data / SESSION_TRANSFORM_FILE)
+    for name in longer:
+        if name == ITEM_ID:
+            transform["item_id"]["items"] = len(vocabularies[name])
+        else:
+            transform["features"][name]["values"] = vocabularies[name]
+    outputs.write_request_transform(transform, folder)
+    if (data / WORKFLOW_FOLDER).is_dir():
+        from missrec_t4r.etl.nvt.extend_vocabulary import extend_workflows
+
+        extend_workflows(data, folder, {name: pd.Series(vocabularies[name]) for name in longer})
 
 
 def longest_session(state: Mapping[str, Any]) -> int:

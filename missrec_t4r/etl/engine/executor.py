@@ -1,4 +1,4 @@
-"""Execution of tasks: Dask threads, Dask processes on this machine, or the workers of a running Dask cluster.
+"""Execution of tasks: threads of this process, Dask processes on this machine, or workers of a running Dask cluster.
 
 Tasks are functions of small arguments that read and write files and return small results. A task whose worker died is
 run again on another worker; a task that had finished finds its result file and returns it.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol
-
-import dask
 
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.progress import track
@@ -35,20 +34,20 @@ class Executor(Protocol):
 
 
 class ThreadExecutor:
-    """Dask threads in this process; NumPy and Arrow release the interpreter lock while they compute."""
+    """Threads of this process; NumPy and Arrow release the interpreter lock while they compute."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
 
     def run(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], description: str) -> list[Any]:
-        """Run two tasks per worker at a time, so that progress is shown and an interruption loses little work."""
-        results: list[Any] = []
-        step = 2 * self.workers
-        groups = [arguments[start : start + step] for start in range(0, len(arguments), step)]
-        for group in track(groups, description):
-            delayed = [dask.delayed(task, pure=False)(*values) for values in group]
-            results += dask.compute(*delayed, scheduler="threads", num_workers=self.workers)
-        return results
+        """Run as many tasks at a time as there are workers; after an error no further one is started."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            futures = [pool.submit(task, *values) for values in arguments]
+            try:
+                return [future.result() for future in track(futures, description)]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 class ClusterExecutor:

@@ -25,6 +25,7 @@ from missrec_t4r.etl import item_table as catalogues
 from missrec_t4r.etl import outputs, splits
 from missrec_t4r.etl.nvt import adopt_sessions as adopted_sessions
 from missrec_t4r.etl.nvt import workflows
+from missrec_t4r.etl.nvt.saved import write_request
 from missrec_t4r.etl.outputs import REPORT_FILE
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, read_table, require_column
@@ -139,9 +140,10 @@ def adopt(
             workflows.write_schema(described, folder / name)
         outputs.write_catalogue(catalogue, train_counts, folder)
         codes = _feature_codes(Path(workflow), described)
-        outputs.write_request(
+        transform = write_request(
             catalogue.items[ITEM_ID].combine_chunks(), folder, Path(storage), max_sequence_length, codes
         )
+        outputs.write_request_transform(transform, folder)
         write_json(folder / REPORT_FILE, report)
     for finding in findings.found:
         log.info(f"{finding.check}: {finding.count:,} ({finding.message})")

@@ -20,10 +20,9 @@ from nvtabular.ops.operator import ColumnSelector
 from nvtabular.ops.stat_operator import StatOperator
 
 from missrec_t4r.errors import ConfigError
+from missrec_t4r.etl.event_settings import TIME_FEATURES
 from missrec_t4r.etl.nvt import kernels
 from missrec_t4r.etl.nvt.dataframe import Adapter, Array, Frame, adapter_of
-
-TIME_FEATURES = ("gap", "hour", "weekday", "recency")
 
 
 class AddsColumns(Operator):

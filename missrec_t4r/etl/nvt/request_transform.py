@@ -35,9 +35,8 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.etl.nvt.event_ops import AddsColumns, KCore
 from missrec_t4r.etl.nvt.serialization import load_workflow
 from missrec_t4r.etl.nvt.session_ops import SessionSlice
-from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ITEM_LIST, LIST_SUFFIX, NULL_ROW, TIMESTAMP, UNKNOWN_ROW
-
-TRANSFORM_FORMAT = 1
+from missrec_t4r.etl.outputs import request_transform
+from missrec_t4r.schema import ITEM_ID, ITEM_LIST, LIST_SUFFIX, TIMESTAMP
 
 Step = list[Any]
 """Name of a step on numbers and its constants: see `missrec_t4r.data.number_steps`."""
@@ -65,19 +64,7 @@ def compile_session_transform(workflow: Workflow) -> dict[str, Any]:
     if len(encoders) != 1 or len(slices) != 1:
         raise DataError("the request workflow has other operators", "one Categorify and one SessionSlice")
     vocabulary = request_vocabulary(workflow)
-    return {
-        "format": TRANSFORM_FORMAT,
-        "item_id": {
-            "column": ITEM_ID,
-            "type": "int64" if pa.types.is_integer(vocabulary.type) else "string",
-            "items": len(vocabulary),
-            "null_row": NULL_ROW,
-            "unknown_row": UNKNOWN_ROW,
-            "first_row": FIRST_ITEM_ROW,
-        },
-        "max_sequence_length": -slices.pop().op.start,
-        "features": {},
-    }
+    return request_transform(vocabulary.type, len(vocabulary), -slices.pop().op.start, {})
 
 
 def request_vocabulary(workflow: Workflow) -> pa.Array:

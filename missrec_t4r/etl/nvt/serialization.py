@@ -75,12 +75,6 @@ def write_graph(graph: dict[str, Any], folder: Path) -> None:
     (folder / GRAPH_FILE).write_text(f'{{"nodes": [\n  {nodes}\n ]{entries}\n}}\n', encoding="utf-8")
 
 
-def output_schema(folder: Path) -> Schema:
-    """Return the output schema of a stored workflow."""
-    described = json.loads((folder / GRAPH_FILE).read_text(encoding="utf-8"))["nodes"][-1]["output_schema"]
-    return _schema(described) or Schema()
-
-
 def load_workflow(folder: Path | str) -> Workflow:
     """Return the workflow of a folder, fitted and ready to transform.
 
@@ -120,7 +114,9 @@ def read_graph(folder: Path) -> dict[str, Any]:
         checksum = graph.pop("sha256")
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{folder / GRAPH_FILE} cannot be read ({error})", "a workflow written by missrec etl", "re-run missrec etl"
+            f"{folder / GRAPH_FILE} cannot be read ({error})",
+            "a workflow written by missrec etl",
+            "re-run missrec etl, with NVTabular installed",
         ) from error
     if graph.get("format") != FORMAT:
         raise DataError(f"workflow format {graph.get('format')!r}", f"format {FORMAT}", "re-run missrec etl")

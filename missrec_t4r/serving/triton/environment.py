@@ -46,7 +46,6 @@ class EmbeddedTriton:
             `nvidia-pytriton` is missing, or Python, numpy, libpython or the C library are unsuitable.
         """
         check_libc(*platform.libc_ver())
-        check_numpy(np.__version__)
         spec = importlib.util.find_spec("pytriton")
         if spec is None or not spec.submodule_search_locations:
             raise ServingError(
@@ -54,6 +53,7 @@ class EmbeddedTriton:
                 "the package nvidia-pytriton",
                 f"pip install 'missrec-t4r[triton]', {_CONTAINER}",
             )
+        check_numpy(np.__version__)
         server = Path(next(iter(spec.submodule_search_locations))) / "tritonserver"
         return cls(server, find_stub(server, sys.version_info[:2]))
 

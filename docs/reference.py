@@ -34,7 +34,8 @@ option a keyword of it: `missrec evaluate --run work/run` is `commands.evaluate(
 _SETTINGS_HEAD = """## Settings of recipes
 
 A recipe is a YAML file with `model:`, `train:` and `pretrain:`; `--set model.d_model=128` changes one setting of it.
-Shipped: {}. *Default* is what a setting is that a recipe leaves out; shipped recipes that have another value follow.
+Shipped: {}; `auto` [chooses](howto/train.md) for the data. *Default* is what a setting is that a recipe leaves out;
+shipped recipes that have another value follow.
 """
 
 

@@ -93,9 +93,10 @@ def write_circle(
     n_users: int = 40,
     order: Sequence[int] | None = None,
     columns: Mapping[str, Sequence[object]] | None = None,
+    longer: int = 0,
 ) -> Path:
-    """Write a data folder whose sessions walk around the `circle` of its items; return it."""
-    splits = {split: circle(len(ids), n_users, length, order) for split, length in LENGTHS.items()}
+    """Write a data folder whose sessions, ``longer`` than `LENGTHS`, walk around the `circle` of its items."""
+    splits = {split: circle(len(ids), n_users, length + longer, order) for split, length in LENGTHS.items()}
     items = make_catalogue(ids, modalities, counts_of(splits["train"], len(ids)), columns)
     items.save(folder / CATALOGUE_FOLDER)
     for split, sessions in splits.items():

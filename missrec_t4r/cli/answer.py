@@ -99,7 +99,8 @@ def _training(result: Mapping[str, Any]) -> RenderableType:
     report = result.get("start") or {}
     started = {"started from": report.get("run"), "frozen": report.get("freeze")}
     return facts(
-        {"run": result.get("run"), **read, **started, **result}, ("prior", "start", "valid_ndcg@10", "domains")
+        {"run": result.get("run"), **read, **started, **result},
+        ("prior", "start", "valid_ndcg@10", "domains", "chosen"),
     )
 
 

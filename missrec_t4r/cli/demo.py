@@ -22,6 +22,7 @@ from rich.table import Table
 
 from missrec_t4r import commands
 from missrec_t4r.bundle.id_encoder import RawId
+from missrec_t4r.config.recipe import AUTO
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError
@@ -34,8 +35,6 @@ from missrec_t4r.serving.triton.local_server import LocalTriton
 
 log = logging.getLogger(__name__)
 
-_LONG_SESSIONS = 40
-"""Mean events per training session from which the recipe for long sessions is used."""
 _SHOP_EPOCHS = 22
 """Epochs on the generated shop, so that the whole pipeline takes a few minutes."""
 _COMPARED_SESSIONS = 256
@@ -78,7 +77,7 @@ def demo(
     out : path
         Folder to write: shop/ data/ run/ bundle/ model_repository/.
     recipe : str or path, optional
-        Shipped recipe or YAML file; by default long for long sessions, else default.
+        As of `missrec train`; auto by default.
     users : int
         Number of users of the generated shop.
     items : int
@@ -117,10 +116,11 @@ def demo(
                 image_column=inputs.image_column,
                 images=inputs.items.parent,
             )
-    chosen = recipe or _recipe_for(folder)
+    chosen = recipe or AUTO
     with _step("train", f"recipe {chosen}", console, seconds):
         shorter = None if data or recipe else {"train.epochs": _SHOP_EPOCHS}
-        if commands.train(folder, run, recipe=chosen, settings=shorter)["stopped_by"] == "interrupt":
+        trained = commands.train(folder, run, recipe=chosen, settings=shorter)
+        if trained["stopped_by"] == "interrupt":
             raise KeyboardInterrupt
     with _step("evaluate", "the whole catalogue ranked for every test session", console, seconds):
         metrics = commands.evaluate(run)
@@ -130,7 +130,8 @@ def demo(
     with _step("serve", f"embedded Triton, {_COMPARED_SESSIONS} sessions compared", console, seconds):
         served = _serve(load_run(run), out / "model_repository", out / "triton.log")
     _show(served["recommendations"], console)
-    summary = {"data": inputs.name, **_headline(metrics), **served, "recipe": chosen, "etl": report["seconds"]}
+    used = trained["chosen"]["recipe"] if "chosen" in trained else chosen
+    summary = {"data": inputs.name, **_headline(metrics), **served, "recipe": used, "etl": report["seconds"]}
     return summary | {"seconds": {name: round(value, 1) for name, value in seconds.items()}}
 
 
@@ -173,10 +174,6 @@ def _generated(folder: Path, users: int, items: int, console: Console, seconds: 
         text_columns=("title", "description"),
         image_column="image",
     )
-
-
-def _recipe_for(data: Path) -> str:
-    return "long" if Sessions.load(data / "train").lengths.mean() >= _LONG_SESSIONS else "default"
 
 
 @contextmanager

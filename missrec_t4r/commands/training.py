@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from missrec_t4r.config import Recipe
+from missrec_t4r.config.recipe import AUTO
 from missrec_t4r.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ def train(
     out : path
         Run folder to write.
     recipe : str or path, optional
-        Shipped recipe or YAML file; without it the recipe `default` or, with --warm-start, that run's recipe.
+        auto (the default) chooses for the data and the device and says why; or a shipped recipe, a YAML file, or a
+        run's recipe.json. Without it --warm-start takes that run's recipe, and --from the recipe `default`.
     settings : mapping, optional
         Setting that overrides the recipe, such as model.d_model=128; repeatable.
     trainer : {"native", "t4r"}
@@ -69,12 +71,13 @@ def train(
         Return the finished run in ``out``, with ``"found": True``, if it was made from the same data, settings and
         code (`missrec_t4r.runs.run_cache`).
     dry_run : bool
-        Check everything and print what would be done; write nothing.
+        Check everything, predict time and memory from a few steps, and print what would be done; write nothing.
 
     Returns
     -------
     dict
-        As `missrec_t4r.training.fit.train`.
+        As `missrec_t4r.training.fit.train`; of the recipe auto also ``chosen``: the shipped recipe that it started
+        from, what it changed, and its reasons.
 
     Raises
     ------
@@ -89,32 +92,49 @@ def train(
         raise ConfigError("--from or --warm-start with --trainer t4r", "the native trainer", "leave --trainer out")
     if not start_from and (take != "all" or (freeze and not warm_start)):
         raise ConfigError("--freeze or --take without a run to start from", "--from RUN")
-    name: str | Path = recipe or "default"
+    if recipe is None and not warm_start:
+        recipe = "default" if start_from else AUTO
+    own, chosen = _resolved(data, recipe, settings, device)
+    start: dict[str, Any] = {"recipe": own}
     run: Callable[..., dict[str, Any]]
     if start_from:
         from missrec_t4r.training.warm_start.transfer import train_from
 
-        run = partial(train_from, data, out, start_from, freeze=freeze, take=take, recipe=name, settings=settings)
+        run = partial(train_from, data, out, start_from, freeze=freeze, take=take, **start)
     elif warm_start:
         from missrec_t4r.training.warm_start.nightly import continue_training
 
         frozen = freeze or "none"
-        run = partial(continue_training, data, out, warm_start, freeze=frozen, recipe=recipe, settings=settings)
+        run = partial(continue_training, data, out, warm_start, freeze=frozen, settings=settings, **start)
     elif trainer == "native":
         from missrec_t4r.training.fit import train as native
 
-        run = partial(native, data, out, recipe=name, settings=settings)
+        run = partial(native, data, out, **start)
     else:
         from missrec_t4r.t4r import train_t4r
 
-        run = partial(train_t4r, data, Recipe.load(name, settings), out)
+        run = partial(train_t4r, data, out=out, **start)
     run = partial(run, resume=resume, device=device, dry_run=dry_run)
     if not reuse:
-        return run()
-    made_from = {"recipe": recipe, "settings": settings, "trainer": trainer, "freeze": freeze, "take": take}
-    key = _key([data], {**made_from, "device": device}, start_from or warm_start)
-    own_recipe = None if warm_start and recipe is None else Recipe.load(name, settings)  # else the earlier run's
-    return _cached(run, Path(out), key, resume, dry_run, own_recipe)
+        return run() | chosen
+    made_from = {"settings": settings, "trainer": trainer, "freeze": freeze, "take": take, "device": device}
+    key = _key([data], made_from, own, start_from or warm_start)
+    return _cached(run, Path(out), key, resume, dry_run, own) | chosen
+
+
+def _resolved(
+    data: str | Path, recipe: str | Path | None, settings: Mapping[str, Any] | None, device: str
+) -> tuple[Recipe | None, dict[str, Any]]:
+    """Return the recipe with its settings, None for an earlier run's, and what the answer says about a chosen one."""
+    if recipe is None:
+        return None, {}
+    if str(recipe) != AUTO:
+        return Recipe.load(recipe, settings), {}
+    from missrec_t4r.training.auto import choose
+
+    choice = choose(data, settings, device)
+    facts = {"recipe": choice.base, "changes": dict(choice.changes), "reasons": list(choice.reasons)}
+    return choice.recipe, {"chosen": facts}
 
 
 def pretrain(
@@ -147,7 +167,7 @@ def pretrain(
     reuse : bool
         As in `train`.
     dry_run : bool
-        Check everything and print what would be done; write nothing.
+        Check everything, predict time and memory from a few steps, and print what would be done; write nothing.
 
     Returns
     -------
@@ -161,17 +181,17 @@ def pretrain(
     run = partial(train_on_domains, data, out, **start, resume=resume, device=device, dry_run=dry_run)
     if not reuse:
         return run()
-    folders = named_folders(data)
-    key = _key(list(folders.values()), {**start, "domains": list(folders), "device": device}, None)
-    return _cached(run, Path(out), key, resume, dry_run, Recipe.load(recipe, settings))
+    folders, own = named_folders(data), Recipe.load(recipe, settings)
+    key = _key(list(folders.values()), {"domains": list(folders), "device": device}, own, None)
+    return _cached(run, Path(out), key, resume, dry_run, own)
 
 
-def _key(data: Sequence[str | Path], settings: Mapping[str, Any], source: str | Path | None) -> str:
+def _key(
+    data: Sequence[str | Path], settings: Mapping[str, Any], recipe: Recipe | None, source: str | Path | None
+) -> str:
     from missrec_t4r.runs.run_cache import run_key
 
-    recipe = settings.get("recipe")
-    written = Path(recipe).read_text(encoding="utf-8") if recipe and Path(recipe).is_file() else None
-    recorded = {**settings, "written": written, "recipe": None if recipe is None else str(recipe)}
+    recorded = {**settings, "recipe": None if recipe is None else recipe.to_dict()}
     return run_key([Path(folder) for folder in data], recorded, None if source is None else Path(source))
 
 

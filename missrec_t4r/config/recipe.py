@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,11 @@ SECTIONS: Final[Mapping[str, type[Any]]] = {"model": MISSRecConfig, "train": Tra
 
 _UNRECORDED = {"train": {"id_init": "random", "precision": "fp32"}}
 """Settings that the first versions did not write to ``recipe.json``, with the only value that they had."""
+
+AUTO: Final = "auto"
+"""Name of the recipe that is chosen for a data folder: `missrec_t4r.training.auto`."""
+_SUFFIXES: Final = {".yaml", ".yml", ".json"}
+"""Of recipe files: those that people write, and a run's ``recipe.json``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +58,7 @@ class Recipe:
         Parameters
         ----------
         name_or_path : str or Path
-            ``"default"``, ``"paper"``, … or a path that ends in ``.yaml``.
+            ``"default"``, ``"paper"``, … or a path that ends in ``.yaml``, or that of a run's ``recipe.json``.
         overrides : mapping, optional
             ``{"model.d_model": 128, "train.epochs": 3}``; they win over the file.
 
@@ -115,10 +121,16 @@ class _File(NamedTuple):
 def _find(name_or_path: str, folder: Path) -> _File:
     """Read a shipped recipe by name, or a file by its path relative to a folder."""
     path = folder / name_or_path
-    if path.suffix in {".yaml", ".yml"}:
+    if path.suffix in _SUFFIXES:
         if not path.is_file():
             raise ConfigError(f"recipe file {path} does not exist", "a YAML file", "check the path")
         return _File(path.stem, str(path.resolve()), path.parent, _parse(path.read_bytes(), str(path)))
+    if name_or_path == AUTO:
+        raise ConfigError(
+            f"recipe {AUTO!r} has no values of its own: `missrec train` chooses them for its data folder",
+            "a recipe with fixed values",
+            f"`missrec train --recipe {AUTO} --dry-run` prints what it chooses; a run's recipe.json holds it",
+        )
     if name_or_path not in shipped_recipes():
         known = ", ".join(shipped_recipes())
         raise ConfigError(f"recipe {name_or_path!r} is unknown", f"one of {known}, or a path to a .yaml file")
@@ -127,9 +139,9 @@ def _find(name_or_path: str, folder: Path) -> _File:
 
 
 def _parse(text: bytes, name: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    try:  # YAML would read JSON's 1e-12 as a text
+        content = json.loads(text) if name.endswith(".json") else yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"recipe {name} is no YAML ({reason})", "a mapping with model: and train:") from error
     if not isinstance(content, dict):

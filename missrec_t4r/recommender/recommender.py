@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from missrec_t4r import commands
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
+from missrec_t4r.config.recipe import AUTO
 from missrec_t4r.errors import BundleError, ConfigError
 from missrec_t4r.io.atomic import atomic_write_dir
 from missrec_t4r.progress import reporting
@@ -40,7 +41,7 @@ class Recommender:
     Parameters
     ----------
     recipe : str or path
-        Shipped recipe or YAML file, as in ``missrec train``.
+        As in ``missrec train``: ``"auto"`` chooses for the shop and the device, `result` then holds ``chosen``.
     folder : path, optional
         Where run and bundle are kept; that of the shop, in ``models/<recipe>``, by default.
     device : str
@@ -57,7 +58,7 @@ class Recommender:
 
     def __init__(
         self,
-        recipe: str | Path = "default",
+        recipe: str | Path = AUTO,
         *,
         folder: str | Path | None = None,
         device: str = "auto",

@@ -5,10 +5,11 @@ The objective is the softmax cross-entropy of `missrec_t4r.training.step` (arXiv
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, VOCABULARY_FILE, WEIGHTS_FILE
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.training import distributed
+from missrec_t4r.training.predict import predict
 from missrec_t4r.training.trainer import Prepare, Trainer
 
 log = logging.getLogger(__name__)
@@ -74,10 +76,42 @@ def train(
     """
     data, out = Path(data), Path(out)
     resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
+    read = read_training_data(data, resolved, event_features)
+    with distributed.joined(distributed.own_device(device)):
+        trainer = Trainer(resolved, read.catalogue, read.train, read.valid, out, device, prepare, read.event_features)
+        return run_or_describe(trainer, data, resume=resume, dry_run=dry_run)
+
+
+class TrainingData(NamedTuple):
+    """What a training reads of a data folder: never the test split."""
+
+    catalogue: Catalogue
+    train: Sessions
+    valid: Sessions
+    event_features: Sequence[EventColumn]
+    """Fitted to the training sessions, or as given."""
+
+
+def read_training_data(data: Path, recipe: Recipe, event_features: Sequence[EventColumn] | None = None) -> TrainingData:
+    """Read and check the data folder for a recipe.
+
+    Parameters
+    ----------
+    data : Path
+    recipe : Recipe
+        Chooses the event features.
+    event_features : sequence of EventColumn, optional
+        As an earlier run fitted them.
+
+    Raises
+    ------
+    DataError
+        No session to learn from, or sessions and catalogue of different ETL runs.
+    """
     catalogue = Catalogue.load(data / CATALOGUE_FOLDER)
     is_fitted = event_features is not None
     event_features = (
-        event_columns(data, resolved.model.event_features, resolved.model.event_feature_width)
+        event_columns(data, recipe.model.event_features, recipe.model.event_feature_width)
         if event_features is None
         else event_features
     )
@@ -91,9 +125,7 @@ def train(
     event_features = event_features if is_fitted else fit_event_columns(event_features, splits["train"])
     if event_features and distributed.launched().rank == 0:
         log.info(f"event features: {', '.join(column.name for column in event_features)}")
-    with distributed.joined(distributed.own_device(device)):
-        trainer = Trainer(resolved, catalogue, splits["train"], splits["valid"], out, device, prepare, event_features)
-        return run_or_describe(trainer, data, resume=resume, dry_run=dry_run)
+    return TrainingData(catalogue, splits["train"], splits["valid"], event_features)
 
 
 def _check_rows(splits: Mapping[str, Sessions], catalogue: Catalogue) -> None:
@@ -120,7 +152,7 @@ def run_or_describe(trainer: Trainer, data: Path, *, resume: bool, dry_run: bool
 
 
 def describe_run(trainer: Trainer, data: Path, *, resume: bool) -> dict[str, Any]:
-    """Return the result of a dry run: inputs, sizes, steps per epoch, and whether a checkpoint would be resumed.
+    """Return the result of a dry run: inputs, sizes, steps per epoch, predicted time and memory, and what is resumed.
 
     Parameters
     ----------
@@ -154,6 +186,8 @@ def describe_run(trainer: Trainer, data: Path, *, resume: bool) -> dict[str, Any
         "minutes_at_most": recipe.train.max_minutes or None,
         "steps_per_epoch": len(steps),
         "resumes": {"epoch": trainer.status["epoch"], "steps_done": trainer.status["done"]} if resumes else None,
+        "predicted": predict(trainer),
+        "recipe": {"model": dataclasses.asdict(recipe.model), "train": dataclasses.asdict(recipe.train)},
         **trainer.facts,
         "would_write": [str(trainer.out / name) for name in (WEIGHTS_FILE, RECIPE_FILE, RUN_FILE, VOCABULARY_FILE)],
         "would_replace": (trainer.out / RUN_FILE).is_file(),

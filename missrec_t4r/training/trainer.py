@@ -589,6 +589,8 @@ def _goes_on(stored: str, own: str) -> bool:
         return True
     before, now = json.loads(stored), json.loads(own)
     try:
+        for facts in (before, now):
+            facts[0].pop("name", None)  # it has no influence on the settings
         limits = [{name: facts[0]["train"].pop(name) for name in LIMITS} for facts in (before, now)]
     except (KeyError, TypeError, IndexError):
         return False

@@ -1,0 +1,35 @@
+"""Memory of the device that a training runs on: what there is, and the most that was used so far."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Files in which a container finds its limit, of versions 2 and 1."""
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU, or those that this process may use on a CPU: the machine's or the container's limit.
+
+    Used memory does not count, so that the same machine gives the same number whatever else runs on it.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in _CGROUP_LIMITS:
+        text = Path(name).read_text(encoding="ascii").strip() if Path(name).is_file() else ""
+        limits += [int(text)] if text.isdigit() else []
+    return min(limits)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that were in use so far: the tensors of a GPU, or the whole process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

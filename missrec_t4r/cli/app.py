@@ -144,6 +144,7 @@ COMMANDS = (  # in the order of the work
         "Import a category of the Amazon reviews of 2023; items are the parent products.",
     ),
     Command("import movielens", "import_movielens"),
+    Command("tune train", "tune_train", {"settings": _TRAIN["settings"], "recipe": _TRAIN["recipe"]}),
     Command("catalogue adopt", "adopt"),
     Command("catalogue update", "catalogue_update"),
     Command("catalogue rollback", "catalogue_rollback"),
@@ -153,11 +154,13 @@ COMMANDS = (  # in the order of the work
 _GROUPS = {
     "import": "Convert public data sets to interactions.parquet and items.parquet for missrec etl.",
     "catalogue": "Build a catalogue on an existing NVTabular workflow; change the catalogue that is served.",
+    "tune": "Search for better settings by measuring them.",
     "bundle": "Verify or convert a serving bundle.",
 }
 _EXTRA = {
     **dict.fromkeys(("nvtabular", "merlin", "transformers4rec", "dask", "distributed"), "merlin"),
     "transformers": "features",
+    "optuna": "tune",
 }
 """Package that the base installation lacks -> extra that brings it."""
 

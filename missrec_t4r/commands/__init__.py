@@ -36,6 +36,7 @@ HOME = {
     "shadow": "serving.shadow.http_proxy:shadow",
     "similar": "serving.batch.similar:similar",
     "train": "commands.training:train",
+    "tune_train": "tuning.train:tune_train",
     "vectors": "serving.batch.export_vectors:vectors",
     "verify": "commands.bundles:verify",
 }

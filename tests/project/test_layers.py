@@ -9,7 +9,7 @@ from tests.project.packages import ROOT, imports, modules
 LAYERS = """
     errors schema arrays config progress io
     data model evaluation ranking retrieval
-    runs bundle etl training serving export t4r comparison
+    runs bundle etl training serving export t4r comparison tuning
     commands recommender cli
 """.split()
 """From the bottom to the top; ``recipes`` and ``triton_models`` hold data."""
@@ -31,6 +31,7 @@ OUTSIDE = {
     "grpc": {"serving"},  # comes with tritonclient
     "google": {"serving", "t4r"},  # protobuf, which comes with tritonclient and with Merlin
     "pytriton": {"serving"},
+    "optuna": {"tuning"},
     "scipy": set(),
 }
 """Third-party package -> the only layers that may import it."""

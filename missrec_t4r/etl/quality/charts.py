@@ -7,7 +7,7 @@ matplotlib would add 30 MB to the installation and draw static images.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 640, 240
@@ -64,6 +64,35 @@ def log_line(xs: Sequence[float], ys: Sequence[float], *, x_title: str, y_title:
         for power in range(int(y_top) + 1)
     ]
     return _frame(f'<polyline class="line" points="{points}"/>' + "".join(below), marks, x_title, y_title)
+
+
+def curves(series: Mapping[str, Sequence[float]], marked: str, *, x_title: str, y_title: str) -> str:
+    """Return one line per series over 0, 1, 2, …; the marked one is drawn last, and a tooltip names each.
+
+    Parameters
+    ----------
+    series : mapping of str to sequence of float
+        Not negative.
+    marked : str
+        Name of the series of class ``best``; the others are of class ``other``.
+    """
+    top = _nice_top(max((value for values in series.values() for value in values), default=0.0))
+    last = max((len(values) for values in series.values()), default=1) - 1
+    width, height = (WIDTH - _LEFT - _RIGHT) / max(last, 1), (HEIGHT - _TOP - _BOTTOM) / top
+    shapes = []
+    for name in sorted(series, key=lambda name: name == marked):
+        points = [(_LEFT + width * x, HEIGHT - _BOTTOM - height * y) for x, y in enumerate(series[name])]
+        points += [(points[0][0] + 2, points[0][1])] if len(points) == 1 else []  # a line of one point shows nothing
+        drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        kind = "best" if name == marked else "other"
+        words = f"{escape(name)}: {number(max(series[name]))}"
+        shapes.append(f'<polyline class="{kind}" points="{drawn}"><title>{words}</title></polyline>')
+    every = max(math.ceil(last / 10), 1)
+    shapes += [_text(_LEFT + width * x, HEIGHT - _BOTTOM + 18, str(x), "middle") for x in range(0, last + 1, every)]
+    marks = [
+        (HEIGHT - _BOTTOM - height * top * tick / _TICKS, number(top * tick / _TICKS)) for tick in range(_TICKS + 1)
+    ]
+    return _frame("".join(shapes), marks, x_title, y_title)
 
 
 def intervals(

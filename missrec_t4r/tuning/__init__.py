@@ -1,0 +1,1 @@
+"""Search for settings by measurement: of a training on validation sessions (``missrec tune train``)."""

@@ -1,0 +1,73 @@
+"""The HTML page of a search: learning curves of all trials, and what each of them changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any, Final, NamedTuple
+
+from missrec_t4r.etl.quality.charts import bars, curves
+from missrec_t4r.etl.quality.html import STYLE, section, table
+
+_STYLE: Final = """
+polyline.other{fill:none;stroke:var(--soft);stroke-width:1;opacity:.5}polyline.best{fill:none;stroke:var(--good);stroke-width:3}
+"""
+_VALUE: Final = "validation NDCG@10"
+
+
+class Tried(NamedTuple):
+    """A trial with at least one epoch."""
+
+    number: int
+    state: str
+    """``complete``, ``pruned``, ``fail`` or ``running``."""
+    epochs: Sequence[float]
+    """Validation NDCG@10 after every epoch."""
+    changes: Mapping[str, Any]
+    """Settings that differ from the recipe."""
+
+
+def page(trials: Sequence[Tried], best: int, recipe: str) -> str:
+    """Return the page.
+
+    Parameters
+    ----------
+    trials : sequence of Tried
+    best : int
+        Number of the best trial.
+    recipe : str
+        Name of the recipe that the search started from.
+    """
+    lines = {f"trial {trial.number}": trial.epochs for trial in trials}
+    learning = curves(lines, f"trial {best}", x_title="epoch", y_title=_VALUE)
+    by_trial = bars(
+        [str(trial.number) for trial in trials],
+        [max(trial.epochs) for trial in trials],
+        x_title="trial",
+        y_title=_VALUE,
+    )
+    ordered = sorted(trials, key=lambda trial: max(trial.epochs), reverse=True)
+    rows = [
+        (
+            f"{trial.number}{' (best)' if trial.number == best else ''}",
+            f"{max(trial.epochs):.4f}",
+            str(len(trial.epochs)),
+            trial.state,
+            ", ".join(f"{name}={_short(value)}" for name, value in trial.changes.items()) or "the recipe itself",
+        )
+        for trial in ordered
+    ]
+    title = f"Search around the recipe {recipe}"
+    words = "Each line is a trial, the thick one the best: the network alone, on validation sessions. No test was read."
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}{_STYLE}</style></head><body><h1>{escape(title)}</h1>"
+        f'<p>{escape(words)}</p><div class="grid">{section("Learning curves", learning)}'
+        f"{section('Best epoch of every trial', by_trial)}"
+        f"{section('Trials', table(('trial', _VALUE, 'epochs', 'ended', 'changes'), rows))}</div></body></html>\n"
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,347 @@
+"""``missrec tune train``: search for settings of a training by Optuna, within minutes, on validation sessions alone.
+
+Every trial is a training as `missrec train` runs it, with its early stopping; a trial whose validation NDCG@10 is below
+the median of the others at the same epoch is pruned. The first trial is the recipe itself. Trials are kept in
+``study.db`` (SQLite): the same command goes on from there, and several processes share one folder. After every trial
+the best settings are written as a recipe, with a page of all learning curves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import yaml
+
+from missrec_t4r.config import Recipe
+from missrec_t4r.config.recipe import AUTO, SECTIONS
+from missrec_t4r.errors import ConfigError
+from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.training import distributed
+from missrec_t4r.training.auto import choose
+from missrec_t4r.training.fit import TrainingData, read_training_data
+from missrec_t4r.training.trainer import INTERRUPT, Trainer
+from missrec_t4r.tuning.page import Tried, page
+from missrec_t4r.tuning.space import Space, space_around, values_of
+
+if TYPE_CHECKING:
+    import optuna
+
+log = logging.getLogger(__name__)
+
+STUDY_FILE, BEST_FILE, PAGE_FILE = "study.db", "best.yaml", "trials.html"
+_STUDY: Final = "train"
+_MADE_FROM, _BY, _EPOCH = "made_from", "process", "best_epoch"
+"""Attributes of a study and of its trials."""
+_WITHOUT_PRUNING: Final = 4
+"""Finished trials before any is pruned."""
+_FIRST_EPOCHS: Final = 2
+"""Epochs of a trial that are never compared."""
+_MOST_FAILURES: Final = 10
+"""Refused draws in a row after which the search ends."""
+
+
+def tune_train(
+    data: str | Path,
+    out: str | Path,
+    *,
+    minutes: float = 60.0,
+    recipe: str | Path = AUTO,
+    settings: Mapping[str, Any] | None = None,
+    space: str | Path | None = None,
+    trials: int = 0,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Search for better settings of a training by Optuna, on validation sessions; write a recipe and a page of curves.
+
+    Parameters
+    ----------
+    data : path
+        Data folder written by `missrec etl`; its test split is not read.
+    out : path
+        Folder of the search. The same command goes on with the trials that are there; several processes may share it.
+    minutes : float
+        Time of this call. A trial that it cuts short counts with what it reached.
+    recipe : str or path
+        Recipe to start from: auto, a shipped recipe or a YAML file.
+    settings : mapping, optional
+        Setting that overrides the recipe and is not varied, such as train.epochs=10; repeatable.
+    space : path, optional
+        YAML file of what is varied, such as `model.dropout: {low: 0.1, high: 0.6}` or `train.batch_size: [256, 512]`;
+        by default ten settings of model and training.
+    trials : int
+        At most this many trials in this call; 0 for no limit.
+    device : str
+        auto (a GPU if there is one), cpu or cuda.
+
+    Returns
+    -------
+    dict
+        Files, number of trials by their end, the best trial, its validation NDCG@10 and that of the recipe, and the
+        settings that it changes.
+
+    Raises
+    ------
+    ConfigError
+        The folder holds a search of other data or settings, or every draw is refused.
+    """
+    if minutes <= 0:
+        raise ConfigError(f"--minutes {minutes:g}", "a positive number")
+    if distributed.launched().size > 1:
+        raise ConfigError(
+            "missrec tune train under torchrun",
+            "one process per trial",
+            "start the command several times with one --out",
+        )
+    data, out = Path(data), Path(out)
+    base = choose(data, settings, device).recipe if str(recipe) == AUTO else Recipe.load(recipe, settings)
+    varied = space_around(base, space, settings or {})
+    read = read_training_data(data, base)
+    search = _Search(out, base, varied, read, device)
+    stopped_by = search.run(60 * minutes, trials)
+    return search.result(data, stopped_by)
+
+
+class _Trial(Trainer):
+    """A training that reports every epoch, ends when its trial is pruned, and writes nothing."""
+
+    trial: optuna.Trial
+    is_pruned = False
+
+    def fit(self) -> str:
+        """Train and return what ended it: a limit, ``pruned`` or ``interrupt``."""
+        with self._finishing_the_step_on_interrupt():
+            self._train()
+        return self._stopped_by() or INTERRUPT
+
+    def save_checkpoint(self) -> None:
+        """Write nothing: a trial that is killed is tried again."""
+
+    def _epoch(self) -> dict[str, Any] | None:
+        record = super()._epoch()
+        if record is not None:
+            self.trial.report(record["valid_ndcg@10"] or 0.0, record["epoch"])
+            self.is_pruned = self.trial.should_prune()
+        return record
+
+    def _stopped_by(self) -> str | None:
+        return "pruned" if self.is_pruned else super()._stopped_by()
+
+
+class _Search:
+    """A study in a folder.
+
+    Parameters
+    ----------
+    out : Path
+    base : Recipe
+        What the first trial trains.
+    space : mapping
+    read : TrainingData
+    device : str
+    """
+
+    def __init__(self, out: Path, base: Recipe, space: Space, read: TrainingData, device: str) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # trials are logged here
+        self.out, self.base, self.space, self.read, self.device = out, base, space, read, device
+        out.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            self.study = optuna.create_study(
+                storage=f"sqlite:///{(out / STUDY_FILE).resolve()}",
+                study_name=_STUDY,
+                load_if_exists=True,
+                direction="maximize",
+                sampler=optuna.samplers.TPESampler(),
+                pruner=optuna.pruners.MedianPruner(_WITHOUT_PRUNING, _FIRST_EPOCHS),
+            )
+            self._require_same_search()
+            self._try_again_what_was_killed()
+            if not self.study.trials:
+                self.study.enqueue_trial(values_of(base, space))
+
+    def run(self, seconds: float, most: int) -> str:
+        """Run trials for so many seconds, at least a step of one; return what ended the search."""
+        tried, refused, ends = 0, 0, time.monotonic() + seconds
+        try:
+            while (left := ends - time.monotonic()) > 0:
+                if most and tried >= most:
+                    return "trials"
+                trial = self._next()
+                stopped_by = self._try(trial, left)
+                tried, refused = tried + 1, refused + 1 if stopped_by is None else 0
+                if refused >= _MOST_FAILURES:
+                    raise ConfigError(
+                        f"the last {refused} draws were refused, see the log",
+                        "settings that fit together",
+                        "edit --space",
+                    )
+                self.write()
+                if stopped_by == INTERRUPT:
+                    return INTERRUPT
+        except KeyboardInterrupt:  # between two trainings
+            return INTERRUPT
+        return "minutes"
+
+    def _next(self) -> optuna.Trial:
+        trial = self.study.ask()
+        trial.set_user_attr(_BY, [socket.gethostname(), os.getpid()])
+        return trial
+
+    def _try(self, trial: optuna.Trial, seconds: float) -> str | None:
+        """Train what a trial draws; return what ended it, None for settings that do not fit together."""
+        from optuna.trial import TrialState
+
+        drawn = {name: values.draw(trial, name) for name, values in self.space.items()}
+        limit = min(seconds / 60, self.base.train.max_minutes or seconds / 60)
+        try:
+            recipe = self.base.changed({**drawn, "train.max_minutes": limit})
+            trainer = _Trial(recipe, *self.read[:3], self.out, self.device, None, self.read.event_features)
+        except ConfigError as error:
+            log.warning(f"trial {trial.number} is refused: {error}")
+            self.study.tell(trial, state=TrialState.FAIL)
+            return None
+        trainer.trial = trial
+        try:
+            stopped_by = trainer.fit()
+        except KeyboardInterrupt:  # the second Ctrl-C
+            self.study.tell(trial, state=TrialState.PRUNED)
+            raise
+        best = trainer.status["best"]
+        if stopped_by == INTERRUPT and trainer.status["epoch"] == 0 and best >= 0:
+            trial.report(best, 0)  # within the first epoch
+        trial.set_user_attr(_EPOCH, trainer.status["best_epoch"])
+        is_cut = stopped_by in (INTERRUPT, "pruned") or (stopped_by == "max_minutes" and limit == seconds / 60)
+        self.study.tell(trial, *([] if is_cut else [best]), state=TrialState.PRUNED if is_cut else TrialState.COMPLETE)
+        log.info(f"trial {trial.number} ended by {stopped_by}: valid ndcg@10 {best:.4f}; best {self._best_words()}")
+        return stopped_by
+
+    def _best_words(self) -> str:
+        best = self.best()
+        return "none" if best is None else f"{_value(best):.4f} (trial {best.number})"
+
+    def best(self) -> optuna.trial.FrozenTrial | None:
+        """Return the trial with the best validation epoch, whether it ran to its end or not."""
+        measured = [trial for trial in self.study.get_trials(deepcopy=False) if trial.intermediate_values]
+        return max(measured, key=_value, default=None)
+
+    def write(self) -> None:
+        """Write the best recipe and the page."""
+        best = self.best()
+        if best is None:
+            return
+        with self._alone():
+            recipe = self.base.changed(best.params)
+            values = {name: dataclasses.asdict(getattr(recipe, name)) for name in SECTIONS if name != "pretrain"}
+            changed = {
+                name: value for name, value in best.params.items() if value != values_of(self.base, self.space)[name]
+            }
+            words = ", ".join(f"{name}={value}" for name, value in changed.items()) or "nothing"
+            head = (
+                f"# Trial {best.number} of {STUDY_FILE}: validation NDCG@10 {_value(best):.4f} of the network alone.\n"
+                f"# It changes {words}.\n#\n"
+                f"#   missrec train --data DATA --out RUN --recipe {BEST_FILE}\n"
+            )
+            with atomic_write_file(self.out / BEST_FILE) as temporary:
+                Path(temporary).write_text(head + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+            with atomic_write_file(self.out / PAGE_FILE) as temporary:
+                Path(temporary).write_text(page(self._tried(), best.number, self.base.name), encoding="utf-8")
+
+    def _tried(self) -> list[Tried]:
+        own = values_of(self.base, self.space)
+        return [
+            Tried(
+                trial.number,
+                trial.state.name.lower(),
+                [value for _, value in sorted(trial.intermediate_values.items())],
+                {name: value for name, value in trial.params.items() if value != own.get(name)},
+            )
+            for trial in self.study.get_trials(deepcopy=False)
+            if trial.intermediate_values
+        ]
+
+    def result(self, data: Path, stopped_by: str) -> dict[str, Any]:
+        """Return what the search has found so far."""
+        all_trials, best = self.study.get_trials(deepcopy=False), self.best()
+        found: dict[str, Any] = {"out": str(self.out), "stopped_by": stopped_by}
+        found["trials"] = {
+            state: n for state in ("complete", "pruned", "fail", "running") if (n := _count(all_trials, state))
+        }
+        if best is None:
+            return found
+        own = values_of(self.base, self.space)
+        first = next((trial for trial in all_trials if trial.params == own and trial.intermediate_values), None)
+        return {
+            **found,
+            "best_trial": best.number,
+            "valid_ndcg@10": _value(best),
+            "valid_ndcg@10_of_the_recipe": None if first is None else _value(first),
+            "changes": {name: value for name, value in best.params.items() if value != own[name]},
+            "recipe": str(self.out / BEST_FILE),
+            "page": str(self.out / PAGE_FILE),
+            "next": f"missrec train --data {data} --recipe {self.out / BEST_FILE} --out RUN",
+        }
+
+    def _require_same_search(self) -> None:
+        """Refuse trials of other data, of another recipe or space: their values would be compared with these."""
+        sizes = [self.read.catalogue.n_rows, len(self.read.train.values), len(self.read.valid)]
+        varied = {name: [type(values).__name__, *values] for name, values in self.space.items()}
+        recipe = {name: dataclasses.asdict(getattr(self.base, name)) for name in SECTIONS}
+        made_from = json.loads(json.dumps({"data": sizes, "recipe": recipe, "space": varied}, default=list))
+        stored = self.study.user_attrs.get(_MADE_FROM)
+        if stored is None:
+            self.study.set_user_attr(_MADE_FROM, made_from)
+        elif stored != made_from:
+            other = ", ".join(name for name in made_from if made_from[name] != stored.get(name))
+            raise ConfigError(
+                f"{self.out} holds a search with other {other}",
+                "the same data, recipe, --set and --space",
+                "give another --out",
+            )
+
+    def _try_again_what_was_killed(self) -> None:
+        """Give up trials whose process on this machine has ended, and draw their settings once more."""
+        from optuna.trial import TrialState
+
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            host, process = trial.user_attrs.get(_BY, [None, 0])
+            if host == socket.gethostname() and not _is_alive(process):
+                log.info(f"trial {trial.number} was killed; it is tried again")
+                self.study.tell(trial.number, state=TrialState.FAIL)
+                self.study.enqueue_trial(trial.params)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let one process at a time create the study or write the files."""
+        with (self.out / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _value(trial: optuna.trial.FrozenTrial) -> float:
+    """Return the best validation NDCG@10 of a trial's epochs."""
+    return max(trial.intermediate_values.values())
+
+
+def _count(trials: list[Any], state: str) -> int:
+    return sum(trial.state.name.lower() == state for trial in trials)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

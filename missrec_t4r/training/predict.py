@@ -81,6 +81,7 @@ def predict(trainer: Trainer) -> dict[str, Any]:
 
 def _set_slots(trainer: Trainer) -> None:
     trainer.n_slots = slots_of_random_batches(trainer.model, trainer.sessions, trainer.recipe.train, 0)
+    trainer.assignment = trainer.model.interests.assignment.cpu() if trainer.device.type == "cuda" else None
 
 
 def _step_seconds(trainer: Trainer, plan: list[Any]) -> list[float]:
@@ -90,7 +91,7 @@ def _step_seconds(trainer: Trainer, plan: list[Any]) -> list[float]:
     started = time.perf_counter()
     for batch in track(iterate(trainer.sessions, plan, recipe.model, recipe.train), "a probe of training", len(plan)):
         before = time.perf_counter()
-        float(trainer._step(batch.to(trainer.device), 0.0))  # waits for a GPU
+        float(trainer._step(batch, 0.0))  # waits for a GPU
         seconds.append(time.perf_counter() - before)
         is_enough = len(seconds) >= _FEWEST_STEPS and time.perf_counter() - started > _SECONDS
         if is_enough and trainer.world.size == 1:  # several processes take the same number of steps

@@ -144,6 +144,10 @@ class InterestVocabulary(nn.Module):
         distinct = F.pad(interest[:, 1:] != interest[:, :-1], (1, 0), value=True) & (interest > 0)
         return InterestVocabulary.n_slots(self, distinct, item_ids, empty_slots)
 
+    def most_slots(self, item_ids: Tensor) -> int:
+        """Return one slot per item and modality of ``item_ids`` [batch, seq]: enough for any sessions."""
+        return item_ids.shape[1] * len(self.assignment) + self.slots.spare
+
     def n_slots(self, mask: Tensor, item_ids: Tensor, empty_slots: int) -> int:
         """Return the number of slots of a batch; ``mask`` [batch, seq * modality] marks the distinct interests."""
         count = mask.sum(1) if empty_slots else self.slots(mask.sum(1), item_ids)

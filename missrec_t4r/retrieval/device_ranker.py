@@ -2,7 +2,7 @@
 
 Everything that is known of a batch goes to the device in one copy, and one result comes back. What decides the course
 of the work (empty sessions, filters, caps, the terms in use) is read on the host, so that nothing waits for the device
-in between; the content-kNN term alone waits once, for the number of its edges. A CPU runs the same code.
+in between (a content-kNN term with very long lists does, once). A CPU runs the same code.
 """
 
 from __future__ import annotations

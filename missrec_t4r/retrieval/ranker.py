@@ -24,11 +24,12 @@ from missrec_t4r.retrieval.device_ranker import DeviceRanker
 from missrec_t4r.retrieval.device_search import DeviceItems, sessions_with_room
 from missrec_t4r.retrieval.filters import NO_RULES, ItemColumns, Rules, capped
 from missrec_t4r.retrieval.fused_encoder import fuse_encoder
+from missrec_t4r.retrieval.graphed_encoder import GraphedEncoder
 from missrec_t4r.retrieval.index_file import RetrievalIndex
 from missrec_t4r.retrieval.int8_bounds import AVAILABLE, Int8Bounds, quantise
 from missrec_t4r.retrieval.packed_scores import pack_items
 from missrec_t4r.retrieval.topk import SPARE, Found, Query, scan_bounds, search
-from missrec_t4r.retrieval.traced_encoder import SessionEncoder, trace_encoder
+from missrec_t4r.retrieval.traced_encoder import Encode, SessionEncoder, trace_encoder
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
 
 _SCORES_IN_MEMORY = 1 << 25
@@ -124,7 +125,12 @@ class Ranker:
             self._tokens = tokens if small else None
             self._popularity = self._popular(catalogue)
         self._fused = None if together else fuse_encoder(self.model, self._tokens)
-        self._encode = trace_encoder(SessionEncoder(self.model, self._tokens)) if self._fused is None else None
+        self._encode: Encode | None = None
+        if together:
+            encoder = SessionEncoder(self.model, self._tokens, all_slots=True).eval()
+            self._encode = GraphedEncoder(encoder, self.device, self.max_sequence_length, self.batch_size)
+        elif self._fused is None:
+            self._encode = trace_encoder(SessionEncoder(self.model, self._tokens))
         if self._fused is not None:
             self._tokens = None  # it has what it needs of them
         self._together: DeviceRanker | None = None
@@ -220,7 +226,10 @@ class Ranker:
         if not event_features and self._encode is not None:
             return self._encode(session)
         items = None if self._tokens is None else self._tokens.take(session)
-        vectors = self.model.encode(session, items=items, last_only=True, event_features=event_features).vectors
+        slots = None if self._together is None else self.model.interests.most_slots(session)
+        vectors = self.model.encode(
+            session, items=items, last_only=True, event_features=event_features, n_interests=slots
+        ).vectors
         return vectors * (session > PADDING_ROW).any(1, keepdim=True)
 
     def query(self, known: Ints, event_features: EventArrays) -> Query:

@@ -39,11 +39,13 @@ class SessionEncoder(nn.Module):
     model : MISSRec
     tokens : ItemEmbeddings of shape [row], optional
         The catalogue's embeddings; without them those of the session's items are computed.
+    all_slots : bool
+        Keep a slot of interests for every item and modality, so that the work depends on the shape alone.
     """
 
-    def __init__(self, model: MISSRec, tokens: ItemEmbeddings | None) -> None:
+    def __init__(self, model: MISSRec, tokens: ItemEmbeddings | None, *, all_slots: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.all_slots = model, all_slots
         self.projections: Tensor | None = None
         fits = 3 * model.interests.centroids.numel() <= _PROJECTIONS_IN_MEMORY
         if fits and model.event_features is None and len(model.encoder.layers):
@@ -54,7 +56,8 @@ class SessionEncoder(nn.Module):
         """Return the vectors of sessions padded with 0 on the right."""
         if self.projections is None:
             items = None if self.tokens is None else self.tokens.take(session)
-            vectors = self.model.encode(session, items=items, last_only=True).vectors
+            slots = self._slots(session)
+            vectors = self.model.encode(session, items=items, last_only=True, n_interests=slots).vectors
         else:
             vectors = self._encode(session, self.projections)
         return vectors * (session > PADDING_ROW).any(1, keepdim=True)
@@ -63,10 +66,13 @@ class SessionEncoder(nn.Module):
         """Return the vectors of `MISSRec.encode`, with the projections of the interests looked up."""
         model = self.model
         items = model.item_encoder(session) if self.tokens is None else self.tokens.take(session)
-        interests = model.interests(session)
+        interests = model.interests(session, n_slots=self._slots(session))
         memory = _fast(model.encoder)(interests, projections)
         hidden = model.decoder(items, session > UNKNOWN_ROW, memory, interests, last_only=True)
         return F.normalize(hidden.squeeze(1), dim=-1)
+
+    def _slots(self, session: Tensor) -> int | None:
+        return self.model.interests.most_slots(session) if self.all_slots else None
 
 
 @torch.inference_mode()

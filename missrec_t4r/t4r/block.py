@@ -169,7 +169,7 @@ def _all_slots(core: MISSRec, item_ids: Tensor) -> int | None:
     """
     if item_ids.device.type != "cuda" or core.config.orthogonality == "faithful":
         return None
-    return item_ids.shape[1] * len(core.interests.assignment)
+    return core.interests.most_slots(item_ids)
 
 
 class InterestRefresh(TrainerCallback):

@@ -121,7 +121,7 @@ class _Operations(TorchDispatchMode):
             apart = self.places.get(args[0]) != self.places.get(args[1]) and args[1].dim() > 0
             return apart and not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
         if kind == "repeat_interleave":
-            return kwargs.get("output_size") is None
+            return name.endswith(".Tensor") and kwargs.get("output_size") is None
         return kind in _WAITS
 
     def _device(self, name: str, given: list[Tensor], args: Any, kwargs: Any) -> torch.device | None:

@@ -12,6 +12,7 @@ import torch
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.ranking.hybrid import terms_of
+from missrec_t4r.ranking.terms.content_knn import ContentKNNSettings
 from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings
 from missrec_t4r.retrieval.filters import Rules
 from missrec_t4r.retrieval.ranker import Ranker
@@ -39,6 +40,13 @@ def test_ranking_reads_one_result(run: Path, with_terms: bool) -> None:  # noqa:
         assert item_knn is not None
         item_knn.counts.fill_(1.0)
         item_knn.choose(ItemKNNSettings(0.5, 0.7, 0.1))
+        content_knn = terms_of(loaded.model).content_knn
+        assert content_knn is not None
+        drawn = rng.integers(3, 9, content_knn.alike.shape)  # lists of very different lengths once inverted
+        content_knn.alike.copy_(torch.from_numpy(drawn))
+        content_knn.likeness.copy_(torch.from_numpy(rng.random(drawn.shape)))
+        content_knn.index()
+        content_knn.choose(ContentKNNSettings(0.4, 0.8))
     expected = Ranker(loaded.model, loaded.catalogue).rank(rows, **asked)
     with second_device() as waits:
         ranker = Ranker(loaded.model, loaded.catalogue, device="cuda:0")

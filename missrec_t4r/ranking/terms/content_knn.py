@@ -22,6 +22,8 @@ from missrec_t4r.schema import FIRST_ITEM_ROW
 _SHARPNESS = 5.0
 """Inverse temperature of the softmax over a candidate's list; 5 and 10 rank alike (docs/experiments.md)."""
 _CHUNK_BYTES = 1 << 26
+_MOST_EDGES = 1 << 24
+"""Up to so many edges of a batch, if all lists had the length of the longest, a GPU does not wait for their number."""
 
 
 class ContentKNNSettings(NamedTuple):
@@ -64,6 +66,7 @@ class ContentKNNTerm(ScoreTerm):
     def __init__(self, n_rows: int, n_alike: int, *, itself: bool = False) -> None:
         super().__init__()
         self.itself = itself
+        self._longest = 0  # inverted list
         self.register_buffer("alike", torch.zeros(n_rows, n_alike, dtype=torch.int32))
         self.register_buffer("likeness", torch.zeros(n_rows, n_alike))
         self.register_buffer("settings", torch.tensor([0.0, 1.0]))
@@ -107,6 +110,7 @@ class ContentKNNTerm(ScoreTerm):
         """Use another term's lists from now on, without a copy."""
         self.alike, self.likeness = other.alike, other.likeness
         self.pointers, self.candidates, self.strengths = other.pointers, other.candidates, other.strengths
+        self._longest = other._longest
 
     @torch.no_grad()
     def choose(self, settings: ContentKNNSettings) -> None:
@@ -130,6 +134,7 @@ class ContentKNNTerm(ScoreTerm):
         item, order = self.alike[listed].long().sort(stable=True)
         counts = torch.bincount(item, minlength=len(self.alike))
         self.pointers = F.pad(counts.cumsum(0), (1, 0))
+        self._longest = int(counts.max()) if len(counts) else 0
         self.candidates, self.strengths = owners[order], self.likeness[listed][order]
 
     def forward(self, item_ids: Tensor) -> Tensor:
@@ -137,6 +142,8 @@ class ContentKNNTerm(ScoreTerm):
         weight = (self.settings[0] * recency(item_ids, self.settings[1])).flatten()  # [event]
         start, stop = self.pointers[item_ids.flatten()], self.pointers[item_ids.flatten() + 1]  # [event]
         lengths = stop - start
+        if item_ids.device.type == "cuda" and 0 < len(lengths) * self._longest <= _MOST_EDGES:
+            return self._by_longest(item_ids, weight, start, lengths)
         # one edge per event and candidate that lists its item: much fewer than events times catalogue
         event = torch.repeat_interleave(torch.arange(len(lengths), device=item_ids.device), lengths)  # [edge]
         edge = torch.arange(len(event), device=item_ids.device) + (start - lengths.cumsum(0) + lengths)[event]
@@ -144,3 +151,13 @@ class ContentKNNTerm(ScoreTerm):
         session = torch.div(event, item_ids.shape[1], rounding_mode="floor")
         term.index_add_(0, session * len(self.alike) + self.candidates[edge], weight[event] * self.strengths[edge])
         return term.view(len(item_ids), -1)
+
+    def _by_longest(self, item_ids: Tensor, weight: Tensor, start: Tensor, lengths: Tensor) -> Tensor:
+        """Return the term from as many edges per event as the longest list has, those beyond its own without weight."""
+        step = torch.arange(self._longest, device=item_ids.device)
+        edge = (start.unsqueeze(1) + step).clamp_max(len(self.candidates) - 1)  # [event, edge]
+        added = weight.unsqueeze(1) * self.strengths[edge] * (step < lengths.unsqueeze(1))
+        session = torch.arange(len(item_ids), device=item_ids.device).repeat_interleave(item_ids.shape[1])
+        term = weight.new_zeros(len(item_ids) * len(self.alike))  # [batch * catalogue]
+        at = session.unsqueeze(1) * len(self.alike) + self.candidates[edge]
+        return term.index_add_(0, at.flatten(), added.flatten()).view(len(item_ids), -1)

@@ -1,0 +1,107 @@
+"""Session encoder at a few fixed shapes, each recorded once as a CUDA graph: one launch in place of a hundred.
+
+Batch and length are padded to powers of two, up to the largest batch and the longest session; padding changes no
+vector. Elsewhere than on a GPU, and where a graph cannot be recorded, the same padded sessions are encoded plainly.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from missrec_t4r.retrieval.device_search import exact_products
+from missrec_t4r.retrieval.traced_encoder import Encode
+
+log = logging.getLogger(__name__)
+
+_SHORTEST = 8
+"""Length to which shorter sessions are padded: in so short ones, kernels cost their launch alone."""
+_WARM_UP = 3
+"""Runs before a graph is recorded: libraries allocate their workspaces in them."""
+
+
+class _Graph(NamedTuple):
+    replay: Callable[[], None]
+    sessions: Tensor
+    """[batch, seq]: read by the graph."""
+    vectors: Tensor
+    """[batch, dim]: written by it."""
+
+
+class GraphedEncoder:
+    """Rows [batch, seq] on the device to session vectors [batch, dim].
+
+    Parameters
+    ----------
+    encode : callable
+        A session encoder whose work depends on the shape of the sessions alone (`SessionEncoder` with ``all_slots``).
+    device : torch.device
+    max_length : int
+        Of the sessions.
+    batch_size : int
+        Larger batches are encoded as they are.
+    """
+
+    def __init__(self, encode: Encode, device: torch.device, max_length: int, batch_size: int) -> None:
+        self.encode = encode
+        self.batches, self.lengths = sizes_up_to(batch_size), sizes_up_to(max_length, _SHORTEST)
+        self.graphs: dict[tuple[int, int], _Graph] = {}
+        if device.type == "cuda":
+            self._record(device)
+
+    def __call__(self, session: Tensor) -> Tensor:
+        """Return the vectors of sessions padded with 0 on the right."""
+        batch, length = session.shape
+        if batch > self.batches[-1] or length > self.lengths[-1]:
+            return self.encode(session)
+        shape = _fitting(batch, self.batches), _fitting(length, self.lengths)
+        padded = F.pad(session, (0, shape[1] - length, 0, shape[0] - batch))
+        graph = self.graphs.get(shape)
+        if graph is None:
+            return self.encode(padded)[:batch]
+        graph.sessions.copy_(padded)
+        graph.replay()
+        return graph.vectors[:batch].clone()  # the next replay overwrites them
+
+    @torch.inference_mode()
+    def _record(self, device: torch.device) -> None:
+        """Record a graph per shape, the largest first, since all share its memory."""
+        try:
+            pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+            for batch in reversed(self.batches):
+                for length in reversed(self.lengths):
+                    sessions = torch.zeros(batch, length, dtype=torch.int64, device=device)
+                    stream.wait_stream(torch.cuda.current_stream(device))
+                    with exact_products():
+                        with torch.cuda.stream(stream):
+                            for _ in range(_WARM_UP):
+                                self.encode(sessions)
+                        torch.cuda.current_stream(device).wait_stream(stream)
+                        graph = torch.cuda.CUDAGraph()
+                        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                            vectors = self.encode(sessions)
+                    self.graphs[batch, length] = _Graph(graph.replay, sessions, vectors)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            self.graphs.clear()
+            log.warning(f"the session encoder runs without CUDA graphs, which takes longer: {str(error)[:200]}")
+
+
+def sizes_up_to(largest: int, smallest: int = 1) -> list[int]:
+    """Return the powers of two from ``smallest`` below ``largest``, and that.
+
+    Examples
+    --------
+    >>> sizes_up_to(50, 8), sizes_up_to(1)
+    ([8, 16, 32, 50], [1])
+    """
+    sizes = [1 << power for power in range(largest.bit_length()) if smallest <= 1 << power < largest]
+    return [*sizes, largest]
+
+
+def _fitting(n: int, sizes: list[int]) -> int:
+    return next(size for size in sizes if size >= n)

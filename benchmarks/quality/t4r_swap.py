@@ -37,7 +37,7 @@ METRICS = ("recall@10", "ndcg@10")
 NDCG = "eval_/next-item/ndcg_at_10"
 SYSTEMS = {"xlnet": "merlin", "swap": "merlin", "swap_our_loader": "missrec", "swap_strict": "merlin"}
 """Systems and T4R's name of the loader that feeds them."""
-EPOCHS = {"xlnet": (150, 20)}
+EPOCHS = {"xlnet": (60, 12)}
 """Epochs at most, and epochs without a better validation NDCG@10, where they differ from the options."""
 
 
@@ -123,7 +123,7 @@ def measure(name: str, data: Path, seed: int, settings: dict[str, Any], out: Pat
         "steps": trainer.state.global_step,
         "seconds": seconds,
         "t4r_valid_ndcg@10": trainer.state.best_metric,
-        "test": {p: {m: systems[name][m] for m in METRICS} for p, systems in found["protocols"].items()},
+        "test": {p: {m: systems[name][m] for m in METRICS} for p, systems in found["protocols"].items() if systems},
     }
 
 

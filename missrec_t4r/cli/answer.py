@@ -69,9 +69,12 @@ def _comparison(result: Mapping[str, Any]) -> RenderableType:
     for name, beyond in result["beyond_accuracy"][verdict["protocol"]].items():
         found = differences[name]["ndcg@10"] if name in differences else {}
         signed = {end: f"{found[end]:+.4f}" for end in ("difference", "low", "high") if found}
-        rows.append({"system": name, **signed, **beyond})
+        cost = result["systems"][name]["cost"] or {}
+        times = {f"ms{size}": value for size, value in cost.get("milliseconds", {}).items()}
+        rows.append({"system": name, **signed, **beyond, **times})
     columns = {"system": "system", "difference": "ndcg@10 to current", "low": "low", "high": "high"}
     columns |= {name: name.replace("_", " ") for name in ("coverage@10", "novelty", "popularity_bias", "diversity")}
+    columns |= {"ms1": "ms for 1", "ms64": "ms for 64"}
     return Group(
         *(metrics_table(result, name) for name in protocols),
         slices_table(result, verdict["protocol"]),

@@ -111,6 +111,7 @@ COMMANDS = (  # in the order of the work
         {"reuse": True},
     ),
     Command("evaluate", "evaluate", {"baselines": Option(comma=True), "alone": Option(("--no-baselines",))}),
+    Command("page", "run_page"),
     Command(
         "compare",
         "compare",
@@ -126,7 +127,7 @@ COMMANDS = (  # in the order of the work
     Command("deploy", "deploy", {"switch": Option(("--no-switch",))}),
     Command("rollback", "rollback"),
     Command("shadow", "shadow"),
-    Command("score", "score", _IDS),
+    Command("score", "score", {**_IDS, "users": Option(comma=True)}),
     Command("similar", "similar", _IDS),
     Command("vectors", "vectors"),
     Command(

@@ -31,6 +31,7 @@ HOME = {
     "recommend": "serving.client.client:recommend",
     "report": "etl.quality.report:report",
     "rollback": "serving.deploy.blue_green:rollback",
+    "run_page": "comparison.run_page:run_page",
     "score": "serving.batch.score:score",
     "serve": "serving.triton.local_server:serve",
     "shadow": "serving.shadow.http_proxy:shadow",

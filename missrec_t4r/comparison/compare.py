@@ -259,6 +259,7 @@ def _mean(parts: Sequence[Mapping[str, float | None]]) -> dict[str, float | None
 
 def _description(one: Ranked, ranks: Mapping[str, Ints], protocol: str, asked: Sequence[str]) -> dict[str, Any]:
     described: dict[str, Any] = {"kind": one.kind, "bytes": one.size, "ranked_items": one.n_items}
+    described["cost"] = one.cost
     described["protocols"] = one.protocols
     if len(one.seeds) > 1:
         values = [metrics(of)["ndcg@10"] for of in _seeds(ranks[protocol])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -39,16 +39,40 @@ def examples(
     users : Sessions
         The same sessions with their users.
     """
-    title = _Titles(catalogue)
     (_, (first, _)), (_, (second, _)) = systems.items()
     gain = metric_values(second, [10])[:, 1] - metric_values(first, [10])[:, 1]
     order = np.argsort(-gain, kind="stable")
     chosen = [index for index in order[:EACH] if gain[index] > 0]
     chosen += [index for index in order[::-1][:EACH] if gain[index] < 0]
+    shown = described(catalogue, histories, targets, systems, chosen, users=users)
+    return [
+        {**example, "better": list(systems)[int(gain[index] > 0)]} for example, index in zip(shown, chosen, strict=True)
+    ]
+
+
+def described(
+    catalogue: Catalogue,
+    histories: Sessions,
+    targets: Ints,
+    systems: Mapping[str, tuple[Ints, Ints]],
+    chosen: Iterable[int],
+    *,
+    users: Sessions,
+) -> list[dict[str, Any]]:
+    """Return some sessions in words: user, last items, the item that came next, and the lists of the systems.
+
+    Parameters
+    ----------
+    catalogue, histories, targets, users
+        As in `examples`.
+    systems : mapping of str to (ranks [session], lists [session, place])
+    chosen : iterable of int
+        Indices of the sessions.
+    """
+    title = _Titles(catalogue)
     return [
         {
             "user": None if users.users is None else str(users.users[int(index)].as_py()),
-            "better": list(systems)[int(gain[index] > 0)],
             "history": [title(row) for row in histories[index][-SHOWN:]],
             "earlier": max(0, len(histories[index]) - SHOWN),
             "target": title(targets[index]),

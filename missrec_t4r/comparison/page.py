@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Final
 
@@ -44,18 +44,26 @@ def page(report: Mapping[str, Any]) -> str:
     verdict = report["verdict"]
     protocol = verdict["protocol"]
     sections = [_gate(verdict["gate"]), _systems(report, protocol), _differences(report, protocol)]
-    sections += [_by_slice(report, protocol), _slices(report, protocol), _beyond(report, protocol)]
+    sections += [_by_slice(report, protocol), _slices(report, protocol), _beyond(report, protocol), _cost(report)]
     sections += [_systems(report, name) for name in report["protocols"] if name != protocol]
     sections += [_examples(report), _left_out(report), _words()]
     title = f"{report['candidate']} against {report['current']}"
+    about = f"{report['data']}, {report['split']} sessions, {report['made']}"
+    box = verdict["decision"].capitalize(), f"{verdict['words']}.", _CLASS[verdict["decision"]]
+    return document(f"Comparison: {title}", title, about, box, sections)
+
+
+def document(
+    name: str, title: str, about: str, box: tuple[str, str, str], sections: Sequence[str], numbers: str = ""
+) -> str:
+    """Return a complete page; ``box`` is its main statement: headline, words, class of its colour."""
+    headline, words, colour = box
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Comparison: {escape(title)}</title><style>{STYLE}{_STYLE}</style></head><body>"
-        f"<h1>{escape(title)}</h1><p>{escape(report['data'])}, {escape(report['split'])} sessions, "
-        f"{escape(report['made'])}</p>"
-        f'<div class="verdict {_CLASS[verdict["decision"]]}"><b>{escape(verdict["decision"].capitalize())}</b>'
-        f"<p>{escape(verdict['words'])}.</p></div>"
+        f"<title>{escape(name)}</title><style>{STYLE}{_STYLE}</style></head><body>"
+        f"<h1>{escape(title)}</h1><p>{escape(about)}</p>"
+        f'<div class="verdict {colour}"><b>{escape(headline)}</b><p>{escape(words)}</p></div>{numbers}'
         f'<div class="grid">{"".join(filter(None, sections))}</div></body></html>\n'
     )
 
@@ -163,12 +171,27 @@ def _beyond(report: Mapping[str, Any], protocol: str) -> str:
             _value(of["novelty"], "{:.2f}"),
             _value(of["popularity_bias"], "{:.2f}"),
             _value(of["diversity"], "{:.3f}"),
-            _size(report["systems"][name]["bytes"]),
         )
         for name, of in report["beyond_accuracy"][protocol].items()
     ]
-    head = ("system", "coverage@10", "novelty", "popularity bias", "diversity", "on disk")
+    head = ("system", "coverage@10", "novelty", "popularity bias", "diversity")
     return section("Beyond accuracy", table(head, rows))
+
+
+def _cost(report: Mapping[str, Any]) -> str:
+    rows, threads = [], 0
+    for name, of in report["systems"].items():
+        found = of["cost"] or {}
+        threads = found.get("threads", threads)
+        times = [_value(found.get("milliseconds", {}).get(size), "{:.1f} ms") for size in ("1", "64")]
+        weights = f"{found['parameters']:,}" if found.get("parameters") else "-"
+        rows.append((_role(report, name), *times, weights, _size(found.get("bytes_in_memory")), _size(of["bytes"])))
+    words = (
+        f"Median time to score all {report['n_items']:,} items and take the first ten, for one session and for "
+        f"64 at once, in this process on this machine ({threads} threads); a server adds its own. -: not called here."
+    )
+    head = ("system", "1 session", "64 sessions", "trained weights", "in memory", "on disk")
+    return section("Latency, memory and size", f"<p>{words}</p>" + table(head, rows))
 
 
 def _value(value: float | None, form: str) -> str:
@@ -180,20 +203,28 @@ def _size(size: int | None) -> str:
 
 
 def _examples(report: Mapping[str, Any]) -> str:
-    shown = []
-    for example in report["examples"]:
-        lists = "".join(_list(name, of) for name, of in example["systems"].items())
-        earlier = f"{example['earlier']} earlier, " if example["earlier"] else ""
-        history = "; ".join(_short(title) for title in example["history"]) or "nothing known"
-        shown.append(
-            f'<div class="example"><b>Better: {escape(example["better"])}</b>'
-            f"<p>User {escape(str(example['user']))} had: {escape(earlier + history)}<br>"
-            f'Next came: <span class="hit">{escape(_short(example["target"]))}</span></p>'
-            f'<div class="two">{lists}</div></div>'
-        )
+    shown = [example_card(example, f"Better: {example['better']}") for example in report["examples"]]
     words = "The sessions on which the two differ most; the item that came next is green."
-    inside = f'<p>{words}</p><div class="examples">{"".join(shown)}</div>' if shown else "<p>There is none.</p>"
-    return section("Examples", inside).replace("<section>", '<section class="wide">', 1)
+    return wide_section("Examples", words, shown)
+
+
+def wide_section(title: str, words: str, cards: Sequence[str]) -> str:
+    """Return a section of the page's whole width with examples; ``cards`` are HTML."""
+    inside = f'<p>{words}</p><div class="examples">{"".join(cards)}</div>' if cards else "<p>There is none.</p>"
+    return section(title, inside).replace("<section>", '<section class="wide">', 1)
+
+
+def example_card(example: Mapping[str, Any], heading: str) -> str:
+    """Return one session of `missrec_t4r.comparison.examples.described` as HTML."""
+    lists = "".join(_list(name, of) for name, of in example["systems"].items())
+    earlier = f"{example['earlier']} earlier, " if example["earlier"] else ""
+    history = "; ".join(_short(title) for title in example["history"]) or "nothing known"
+    return (
+        f'<div class="example"><b>{escape(heading)}</b>'
+        f"<p>User {escape(str(example['user']))} had: {escape(earlier + history)}<br>"
+        f'Next came: <span class="hit">{escape(_short(example["target"]))}</span></p>'
+        f'<div class="two">{lists}</div></div>'
+    )
 
 
 def _list(name: str, of: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from missrec_t4r.arrays import Ints
+from missrec_t4r.comparison.cost import cost
 from missrec_t4r.comparison.lists import LIST_PROTOCOLS, as_text, rank_lists, read_lists
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import load_sessions
@@ -96,6 +97,8 @@ class Ranked:
     counts: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """What a reader must know about its figures."""
+    cost: dict[str, Any] | None = None
+    """As `missrec_t4r.comparison.cost.cost` returns it; None for lists and parts of a run."""
 
     @property
     def protocols(self) -> list[str]:
@@ -262,6 +265,8 @@ def _run(one: Named, benchmark: Benchmark, protocols: Sequence[str], parts: Sequ
             top_k=TOP_K,
             description=f"ranking {one.name}",
         )
+        if not number:
+            found[MODEL].cost = cost(validation.scorer, histories.known(), loaded.catalogue.n_rows)
         match = _Match(benchmark, loaded.data, sessions, loaded.catalogue)
         for name, ranking in rankings.items():
             found[name].seeds.append(match.seed(ranking))
@@ -352,16 +357,18 @@ def _of_scorer(
 ) -> Ranked:
     of = system if isinstance(system, Mapping) else dict.fromkeys(protocols_of(system), system)
     chosen = {protocol: scorer for protocol, scorer in of.items() if protocol in protocols}
+    histories = benchmark.sessions.split_last()[0] if histories is None else histories
     ranking = rank_system(
         chosen,
-        benchmark.sessions.split_last()[0] if histories is None else histories,
+        histories,
         benchmark.targets,
         benchmark.catalogue,
         TOP_K,
         f"ranking {name}",
     )
     seed = Seed(np.arange(len(benchmark.targets)), ranking.ranks, ranking.recommended)
-    return Ranked(name, kind, [seed], n_items=benchmark.catalogue.n_items)
+    costs = cost(next(iter(chosen.values())), histories.known(), benchmark.catalogue.n_rows) if chosen else None
+    return Ranked(name, kind, [seed], n_items=benchmark.catalogue.n_items, cost=costs)
 
 
 def _scorer(

@@ -70,6 +70,10 @@ def _measures(report: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
                 yield from _metrics(f"slice.{part}.{protocol}", of[protocol][candidate], of["differences"][protocol])
     yield "n_users", report["n_users"]
     yield "bytes", report["systems"][candidate]["bytes"]
+    cost = report["systems"][candidate]["cost"] or {}
+    yield "bytes_in_memory", cost.get("bytes_in_memory")
+    for size, milliseconds in cost.get("milliseconds", {}).items():
+        yield f"milliseconds.{size}", milliseconds
 
 
 def _metrics(

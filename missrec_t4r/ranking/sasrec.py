@@ -157,9 +157,10 @@ def _epoch(model: SASRec, train: Sessions, optimiser: torch.optim.Optimizer, rng
 
 
 def _batches(train: Sessions, n_classes: int, length: int, rng: np.random.Generator) -> Iterator[Ints]:
-    """Yield the sessions of every step, of similar length and in random order; fewer where logits would be large."""
+    """Yield the sessions of every step in random order; fewer where their logits would be large.
+
+    Not of similar length: that was quicker, and worse (validation NDCG@10 .086 for .094 on Amazon Scientific).
+    """
     size = max(1, min(BATCH_SIZE, _LOGITS_BYTES // (4 * n_classes * length)))
     order = rng.permutation(len(train))
-    order = order[np.argsort(train.lengths[order], kind="stable")]
-    starts = rng.permutation(np.arange(0, len(order), size))
-    return (order[start : start + size] for start in starts)
+    return (order[start : start + size] for start in range(0, len(order), size))

@@ -337,8 +337,9 @@ def _coverage(rankings: Mapping[str, Ranking], ks: Sequence[int], n_items: int) 
 def _differences(rankings: Mapping[str, Ranking], ks: Sequence[int], seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for protocol in PROTOCOLS:
-        first, *others = _under(protocol, rankings).items()
+        systems = [*_under(protocol, rankings).items()]
         found[protocol] = {
-            name: named_differences(paired_differences(first[1], ranks, ks, seed=seed)) for name, ranks in others
+            name: named_differences(paired_differences(systems[0][1], ranks, ks, seed=seed))
+            for name, ranks in systems[1:]
         }
     return found

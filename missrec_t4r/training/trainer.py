@@ -236,6 +236,7 @@ class Trainer:
             "precision": resolve_precision(self.recipe.train.precision, self.device),
         }
         save_run(self.out, self.model, self.recipe, data, info, self.catalogue)
+        log.info(headline(terms, self.status["best"]))
         if stopped_by == "patience":
             (self.out / STATE_FILE).unlink(missing_ok=True)
         return {"run": str(self.out), **info}
@@ -470,6 +471,22 @@ class Trainer:
         facts = [recipe, self.catalogue.n_rows, len(self.sessions.values), len(self.all_valid)]
         facts += [self.world.size] if self.world.size > 1 else []
         return json.dumps([*facts, self.facts] if self.facts else facts, sort_keys=True, default=str)
+
+
+def headline(terms: Mapping[str, Any], network: float) -> str:
+    """Return the result of a training in one sentence: validation NDCG@10, and what the ranking terms added to it.
+
+    Examples
+    --------
+    >>> headline({"without": 0.12, "valid_ndcg@10": 0.125}, 0.121)
+    'validation NDCG@10 0.1250: 0.1200 by the network, +0.0050 by the ranking terms'
+    >>> headline({}, 0.121)
+    'validation NDCG@10 0.1210, of the network alone'
+    """
+    if "without" not in terms:
+        return f"validation NDCG@10 {network:.4f}, of the network alone"
+    before, after = terms["without"], terms["valid_ndcg@10"]
+    return f"validation NDCG@10 {after:.4f}: {before:.4f} by the network, {after - before:+.4f} by the ranking terms"
 
 
 # Training log: a JSON line per epoch, and TensorBoard's event files if train.tensorboard is on

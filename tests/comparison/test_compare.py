@@ -26,7 +26,7 @@ from missrec_t4r.errors import ConfigError, DataError, GateError, SchemaError
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM
 from missrec_t4r.evaluation.metrics import metrics, paired_differences
 from missrec_t4r.ranking.hybrid import build_missrec
-from missrec_t4r.runs.run_folder import save_run
+from missrec_t4r.runs.run_folder import load_run, save_run
 from tests import shop
 
 IDS = list("abcdef")
@@ -268,3 +268,22 @@ def test_beyond_accuracy_by_hand(data: Path) -> None:
     unit = vectors - vectors.mean(0)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     assert found["diversity"] == pytest.approx(1 - float(unit[0] @ unit[3]), abs=1e-6)  # the only pair with vectors
+
+
+def test_systems_that_can_be_called_have_a_latency_and_a_size(data: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", data, 0)
+    write_lists(tmp_path / "today.parquet", GOOD)
+    gate = tmp_path / "gate.yaml"
+    gate.write_text("milliseconds.64: {max: 1000000}\nbytes_in_memory: {min: 1}\n")
+    result = mr.compare([tmp_path / "today.parquet", run, "item_knn"], data=data, gate=gate, protocols=[EXCLUDED])
+    assert result["verdict"]["decision"] == "ship"
+    costs = {name: of["cost"] for name, of in result["systems"].items()}
+    assert costs["today"] is None
+    model = load_run(run).model
+    assert costs["run"]["parameters"] == sum(weight.numel() for weight in model.parameters())
+    assert costs["run"]["bytes_in_memory"] >= 4 * costs["run"]["parameters"]
+    assert costs["item_knn"]["parameters"] == 0
+    assert costs["item_knn"]["bytes_in_memory"] > 0
+    for name in ("run", "item_knn"):
+        assert all(value > 0 for value in costs[name]["milliseconds"].values())
+    assert "Latency, memory and size" in page(result)

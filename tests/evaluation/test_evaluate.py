@@ -199,3 +199,13 @@ def test_no_partial_file_is_left(tmp_path: Path) -> None:
         write_report({"ndcg@10": np.nan}, file)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
     assert json.loads(file.read_text()) == {"ndcg@10": 0.5}
+
+
+def test_a_protocol_without_a_system_is_empty(catalogue: Catalogue) -> None:
+    class Knowing(Popularity):
+        protocols = (EXCLUDED, KEPT_WITH_HISTORY_TERM)
+
+    sessions = Sessions.from_lists(SPLITS["test"])
+    report = evaluate_sessions({"alone": Knowing.fit(catalogue)}, sessions, catalogue)
+    assert list(report["protocols"][EXCLUDED]) == ["alone"]
+    assert report["protocols"][KEPT_STRICT] == report["differences"][KEPT_STRICT] == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 
 from missrec_t4r import commands
 from missrec_t4r.bundle.bundle import load_bundle
+from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.export.export import export
 from missrec_t4r.runs.run_folder import LoadedRun
@@ -149,21 +151,75 @@ def test_a_warning_tells_that_most_sessions_hold_no_known_item(
         assert ("2 of 3 sessions hold no item of the catalogue" in caplog.text) is warned
 
 
-def test_a_killed_job_leaves_the_last_complete_result(bundle: Path, loaded: LoadedRun, tmp_path: Path) -> None:
+def test_a_killed_job_leaves_the_last_complete_result_and_goes_on(
+    bundle: Path, loaded: LoadedRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     out = tmp_path / "out.parquet"
     few = session_file(tmp_path / "few.parquet", shop.raw_sessions(loaded.catalogue, 5))
     score(few, out, bundle=bundle)
     before = out.read_bytes()
-    many = session_file(tmp_path / "many.parquet", shop.raw_sessions(loaded.catalogue, 200) * 80)
+    many = session_file(tmp_path / "many.parquet", shop.raw_sessions(loaded.catalogue, 200) * 160)
     code = "import sys; from missrec_t4r.serving.batch.score import score; score(*sys.argv[2:], bundle=sys.argv[1])"
     job = subprocess.Popen([sys.executable, "-c", code, str(bundle), str(many), str(out)])
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.parquet-*/out.parquet")) and time.monotonic() < deadline:
+    deadline, parts = time.monotonic() + 60, tmp_path / ".out.parquet.parts"
+    while not list(parts.glob("*.counts.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
     job.send_signal(signal.SIGKILL)
     job.wait()
-    assert list(tmp_path.glob(".out.parquet-*/out.parquet"))
+    finished = {file: file.stat().st_mtime_ns for file in parts.glob("*.parquet")}
+    assert finished
     assert out.read_bytes() == before
+    with caplog.at_level("INFO", logger="missrec_t4r"):
+        result = score(many, out, bundle=bundle)
+    assert "going on after" in caplog.text
+    assert not parts.exists()
+    score(many, tmp_path / "at once.parquet", bundle=bundle)
+    assert result["sessions"] == result["rows"] == 32_000
+    assert pq.read_table(out).equals(pq.read_table(tmp_path / "at once.parquet"))
+
+
+def test_parts_of_another_job_are_not_used(bundle: Path, loaded: LoadedRun, tmp_path: Path) -> None:
+    file, out = (
+        session_file(tmp_path / "some.parquet", shop.raw_sessions(loaded.catalogue, 40)),
+        tmp_path / "out.parquet",
+    )
+    parts = tmp_path / ".out.parquet.parts"
+    parts.mkdir()
+    (parts / "made_from.json").write_text('{"key": "of another job"}')
+    (parts / "000000.counts.json").write_text('{"sessions": 7}')
+    assert score(file, out, bundle=bundle)["sessions"] == 40
+    assert pq.read_table(out).num_rows == 40
+
+
+def test_every_user_of_a_data_folder(bundle: Path, run: Path, loaded: LoadedRun, tmp_path: Path) -> None:
+    sessions = Sessions.load(loaded.data / "test", ()).known()
+    ids = loaded.catalogue.ids_of(np.arange(FIRST_ITEM_ROW, loaded.catalogue.n_rows))
+    users = [f"u{number}" for number in range(len(sessions))]
+    data = tmp_path / "data"
+    shutil.copytree(loaded.data, data)
+    for split, length in (("train", -2), ("valid", -1), ("test", None)):
+        rows = [session[:length] for session in sessions]
+        columns = {"user_id": users, "item_id-list": rows}
+        shutil.rmtree(data / split, ignore_errors=True)
+        (data / split).mkdir()
+        kept = slice(1, None) if split == "test" else slice(None)  # the first user has no test row
+        pq.write_table(
+            pa.table({name: values[kept] for name, values in columns.items()}), data / split / "part_0.parquet"
+        )
+    result = score(None, tmp_path / "all.parquet", data=data, bundle=bundle, top_k=3)
+    assert result["sessions"] == len(users)
+    by_user = {row["user_id"]: row for row in pq.read_table(tmp_path / "all.parquet").to_pylist()}
+    whole = [[ids[row - FIRST_ITEM_ROW] for row in session] for session in sessions]
+    file = session_file(tmp_path / "same.parquet", [whole[0][:-1], *whole[1:]])
+    score(file, tmp_path / "same out.parquet", bundle=bundle, top_k=3)
+    expected = pq.read_table(tmp_path / "same out.parquet").to_pylist()
+    assert [by_user[user]["item_id"] for user in users] == [row["item_id"] for row in expected]
+    assert score(None, tmp_path / "two.parquet", data=data, users=["u3", "u1"], run=run)["sessions"] == 2
+    assert pq.read_table(tmp_path / "two.parquet")["user_id"].to_pylist() == ["u3", "u1"]
+    with pytest.raises(DataError, match="has no user 'nobody'"):
+        score(None, tmp_path / "two.parquet", data=data, users=["nobody"], bundle=bundle)
+    with pytest.raises(ConfigError, match="neither --sessions nor --data"):
+        score(None, tmp_path / "two.parquet", bundle=bundle)
 
 
 @pytest.mark.triton

@@ -95,8 +95,48 @@ def curves(series: Mapping[str, Sequence[float]], marked: str, *, x_title: str, 
     return _frame("".join(shapes), marks, x_title, y_title)
 
 
+def line(xs: Sequence[float], ys: Sequence[float], *, x_title: str, y_title: str, mark: int | None = None) -> str:
+    """Return a line chart between the smallest and the largest value; the tooltip of a point shows both numbers.
+
+    Parameters
+    ----------
+    xs, ys : sequence of float
+        Of the same length.
+    mark : int, optional
+        Index of a point that is emphasised.
+    """
+    (left, right), (low, high) = ((min(values), max(values)) for values in (xs, ys))
+    wide, tall = (right - left) or 1.0, (high - low) or 1.0
+    places = [
+        (
+            _LEFT + (WIDTH - _LEFT - _RIGHT) * (x - left) / wide,
+            HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * (y - low) / tall,
+        )
+        for x, y in zip(xs, ys, strict=True)
+    ]
+    shapes = '<polyline class="line" points="' + " ".join(f"{x:.1f},{y:.1f}" for x, y in places) + '"/>'
+    for index, (x, y) in enumerate(places):
+        size = 5 if index == mark else 2.5
+        words = f"{number(xs[index])}: {ys[index]:.4g}"
+        shapes += f'<circle class="bar" cx="{x:.1f}" cy="{y:.1f}" r="{size}"><title>{words}</title></circle>'
+    every = math.ceil(len(places) / 10)
+    shapes += "".join(
+        _text(x, HEIGHT - _BOTTOM + 18, number(xs[index]), "middle")
+        for index, (x, _) in enumerate(places)
+        if index % every == 0
+    )
+    ticks = [low + tall * tick / _TICKS for tick in range(_TICKS + 1)]
+    marks = [(HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * (tick - low) / tall, f"{tick:.3g}") for tick in ticks]
+    return _frame(shapes, marks, x_title, y_title)
+
+
 def intervals(
-    labels: Sequence[str], values: Sequence[float], bounds: Sequence[Sequence[float]], *, x_title: str
+    labels: Sequence[str],
+    values: Sequence[float],
+    bounds: Sequence[Sequence[float]],
+    *,
+    x_title: str,
+    differences: bool = True,
 ) -> str:
     """Return one point with its interval per line, around a line at zero; the tooltip shows the numbers.
 
@@ -108,26 +148,30 @@ def intervals(
         Ends of the interval of every value.
     x_title : str
         What the values are.
+    differences : bool
+        False: the values are not negative, zero is at the left, and above zero is not good.
     """
     far = max([abs(end) for pair in bounds for end in pair] + [abs(value) for value in values] + [1e-9])
     left, step = 170, 24
-    middle, half = (left + WIDTH - _RIGHT) / 2, (WIDTH - _RIGHT - left) / 2 - 8
+    centre = (left + WIDTH - _RIGHT) / 2
+    middle, half = (centre, (WIDTH - _RIGHT - left) / 2 - 8) if differences else (left, WIDTH - _RIGHT - left - 8)
+    signed = "+.4f" if differences else ".4f"
     bottom = _TOP + step * len(labels)
     shapes = [f'<line class="zero" x1="{middle:.1f}" x2="{middle:.1f}" y1="{_TOP}" y2="{bottom}"/>']
     for index, (label, value, (low, high)) in enumerate(zip(labels, values, bounds, strict=True)):
         y = _TOP + step * (index + 0.5)
         x, start, end = (middle + half * number / far for number in (value, low, high))
-        sign = "good" if low > 0 else "bad" if high < 0 else "open"
+        sign = "open" if not differences or low <= 0 <= high else "good" if low > 0 else "bad"
         shapes.append(
-            f'<g class="{sign}"><title>{escape(label)}: {value:+.4f} ({low:+.4f} to {high:+.4f})</title>'
+            f'<g class="{sign}"><title>{escape(label)}: {value:{signed}} ({low:{signed}} to {high:{signed}})</title>'
             f'<line class="interval" x1="{start:.1f}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"/></g>' + _text(left - 10, y + 4, label, "end")
         )
     shapes += [
-        _text(middle + half * part, bottom + 16, f"{far * part:+.3f}" if part else "0", "middle")
-        for part in (-1, -0.5, 0, 0.5, 1)
+        _text(middle + half * part, bottom + 16, f"{far * part:{signed.replace('4', '3')}}" if part else "0", "middle")
+        for part in ((-1, -0.5, 0, 0.5, 1) if differences else (0, 0.25, 0.5, 0.75, 1))
     ]
-    shapes.append(_text(middle, bottom + 36, x_title, "middle", "title"))
+    shapes.append(_text(centre, bottom + 36, x_title, "middle", "title"))
     return f'<svg viewBox="0 0 {WIDTH} {bottom + 44}" role="img" aria-label="{escape(x_title)}">{"".join(shapes)}</svg>'
 
 

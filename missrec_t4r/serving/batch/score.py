@@ -6,10 +6,12 @@ ID encoding, same business rules, same order of ties. Memory depends on the batc
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +20,14 @@ import pyarrow as pa
 
 from missrec_t4r.bundle.from_run import bundle_or_run
 from missrec_t4r.bundle.id_encoder import RawId
-from missrec_t4r.bundle.manifest import MODEL_FILE
+from missrec_t4r.bundle.manifest import MANIFEST_FILE, MODEL_FILE
 from missrec_t4r.errors import ConfigError
+from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.progress import track
 from missrec_t4r.schema import ITEM_ID
-from missrec_t4r.serving.batch.parquet_io import SessionFiles, write_results
+from missrec_t4r.serving.batch.parquet_io import SessionBatch, SessionFiles, write_results
+from missrec_t4r.serving.batch.parts import write_in_parts
+from missrec_t4r.serving.batch.users import ITEMS_COLUMN, session_file_of
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.protocol import Recommendation, typed_id
 
@@ -33,9 +38,11 @@ LAYOUTS = ("lists", "long")
 
 
 def score(
-    sessions: str | Path,
+    sessions: str | Path | None,
     out: str | Path,
     *,
+    data: str | Path | None = None,
+    users: Sequence[str] | None = None,
     bundle: str | Path | None = None,
     run: str | Path | None = None,
     top_k: int = 10,
@@ -48,15 +55,21 @@ def score(
     layout: Literal["lists", "long"] = "lists",
     threads: int = 1,
 ) -> dict[str, Any]:
-    """Write recommendations for every session of a file: those of the server, computed without one.
+    """Write recommendations for every session of a file, or every user of a data folder: those of the server.
+
+    A job that was interrupted goes on where it was when the same command is given again.
 
     Parameters
     ----------
-    sessions : path
+    sessions : path, optional
         Parquet file or folder, one row per session. Other columns (such as user ids) are copied to the output; list
         columns named like the model's event features are used with the items.
     out : path
         Parquet file to write.
+    data : path, optional
+        Data folder, in place of sessions: all its users, with all their events.
+    users : sequence of str, optional
+        Some users of the data folder; comma-separated.
     bundle : path, optional
         Bundle written by `missrec export`.
     run : path, optional
@@ -92,35 +105,66 @@ def score(
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"--layout {layout!r}", " or ".join(LAYOUTS))
+    if (sessions is None) == (data is None) or (users is not None and data is None):
+        raise ConfigError(
+            "neither --sessions nor --data"
+            if sessions is None and data is None
+            else "--sessions with --data or --users",
+            "a file of sessions, or a data folder, of which --users may choose",
+            "give --sessions FILE, or --data FOLDER",
+        )
     started = time.monotonic()
+    source = nullcontext(Path(sessions)) if sessions is not None else session_file_of(Path(str(data)), users)
     with (
         bundle_or_run(bundle, run) as folder,
         MISSRecClient.of_bundle(folder, threads=threads) as client,
+        source as file,
     ):
+        features = event_feature_names(folder)
+        if data is not None and features:
+            log.warning(
+                f"the event features {', '.join(features)} count as missing: a data folder holds them encoded; "
+                "to use them, give their raw values with --sessions"
+            )
         files = SessionFiles(
-            sessions, items_column, client.id_type, event_feature_names(folder), rules_column, exclude_column
+            file,
+            ITEMS_COLUMN if data is not None else items_column,
+            client.id_type,
+            features,
+            rules_column,
+            exclude_column,
         )
         excluded: list[RawId] = [typed_id(item, client.id_type) for item in exclude or []]
-        counts = {"sessions": 0, "fallbacks": 0, "with_unknown_items": 0}
         total = -(-files.rows // _SESSIONS_AT_A_TIME)
-        with write_results(out) as writer:
-            batches = files.batches(_SESSIONS_AT_A_TIME)
-            for batch in track(batches, f"scoring {files.rows} sessions", total):
-                recommendations = client.recommend(
-                    batch.sessions,
-                    top_k,
-                    exclude_seen=exclude_seen,
-                    exclude=_exclusions(excluded, batch.exclude),
-                    rules=rules if batch.rules is None else [_merge_rules(rules or {}, own) for own in batch.rules],
-                    side=batch.event_features,
-                )
-                writer.write(_table(batch.passthrough, recommendations, client.id_type, layout))
-                counts["sessions"] += len(recommendations)
-                counts["fallbacks"] += sum(one.fallback for one in recommendations)
-                counts["with_unknown_items"] += sum(one.unknown_items > 0 for one in recommendations)
-            if not writer.rows:  # a file without rows, but with the columns
-                writer.write(_table(files.schema.empty_table().select(files.passthrough), [], client.id_type, layout))
-            rows = writer.rows
+
+        def compute(batch: SessionBatch) -> tuple[pa.Table, dict[str, int]]:
+            recommendations = client.recommend(
+                batch.sessions,
+                top_k,
+                exclude_seen=exclude_seen,
+                exclude=_exclusions(excluded, batch.exclude),
+                rules=rules if batch.rules is None else [_merge_rules(rules or {}, own) for own in batch.rules],
+                side=batch.event_features,
+            )
+            counts = {
+                "sessions": len(recommendations),
+                "fallbacks": sum(one.fallback for one in recommendations),
+                "with_unknown_items": sum(one.unknown_items > 0 for one in recommendations),
+            }
+            return _table(batch.passthrough, recommendations, client.id_type, layout), counts
+
+        asked = [top_k, exclude_seen, excluded, rules, rules_column, exclude_column, layout, items_column]
+        made_from = [asked, [file_digest(one) for one in files.files], file_digest(folder / MANIFEST_FILE)]
+        key = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
+        batches = track(files.batches(_SESSIONS_AT_A_TIME), f"scoring {files.rows:,} sessions", total)
+        counts = {"sessions": 0, "fallbacks": 0, "with_unknown_items": 0}
+        if files.rows:
+            rows, counts = write_in_parts(Path(out), key, batches, compute)
+        else:  # a file without rows, but with the columns
+            with write_results(out) as writer:
+                nothing = files.schema.empty_table().select(files.passthrough)
+                writer.write(_table(nothing, [], client.id_type, layout))
+                rows = writer.rows
     if 2 * counts["fallbacks"] > counts["sessions"]:
         log.warning(
             f"{counts['fallbacks']:,} of {counts['sessions']:,} sessions hold no item of the catalogue and got "

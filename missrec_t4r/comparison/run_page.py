@@ -1,0 +1,321 @@
+"""`missrec page`: one run on one HTML page, made from what training and evaluation left in the run folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+
+from missrec_t4r.comparison.examples import described
+from missrec_t4r.comparison.page import document, example_card, wide_section
+from missrec_t4r.data.event_features import load_sessions
+from missrec_t4r.errors import CheckpointError, ConfigError
+from missrec_t4r.etl.quality.charts import bars, intervals, line, number
+from missrec_t4r.etl.quality.html import section, table
+from missrec_t4r.evaluation.full_ranking import EXCLUDED, PROTOCOL_TITLES, rank_systems
+from missrec_t4r.evaluation.report import NO_VALUE, with_current_names
+from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.io.json_files import read_json
+from missrec_t4r.model.score_terms import ScoreTerms
+from missrec_t4r.ranking.protocols import EXPORTED, MODEL, NETWORK, TERMS, Blend, BlendScorer
+from missrec_t4r.ranking.scorer import ModelScorer
+from missrec_t4r.ranking.tune_baselines import sample_sessions
+from missrec_t4r.runs.evaluate import ALL_BASELINES, EVALUATED_SPLITS, evaluate
+from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, LoadedRun, load_run
+
+log = logging.getLogger(__name__)
+
+PAGE_FILE = "page.html"
+LOG_FILE = "log.jsonl"
+_SAMPLE: Final = 400
+"""Sessions that are ranked again for examples and for the shares of the terms."""
+_QUANTILES: Final = (0.0, 0.08, 0.16, 0.3, 0.5, 0.9)
+"""Examples, from the best session to the worst, as shares of the sample."""
+_TITLES: Final = {
+    MODEL: "model, tuned per protocol",
+    EXPORTED: "model, as exported",
+    NETWORK: "network alone",
+    TERMS: "ranking terms alone",
+}
+_TERM_TITLES: Final = {
+    "history_bias": "history bias",
+    "item_knn": "item-kNN term",
+    "content_knn": "content-kNN term",
+    "cold_start": "cold-start term",
+}
+_CRITERION: Final = "ndcg@10"
+
+
+def run_page(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    split: Literal["test", "valid"] = "test",
+    data: str | Path | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Write one HTML page about a run: learning curves, slices with intervals, ranking terms, examples.
+
+    Parameters
+    ----------
+    run : path
+        Run folder written by `missrec train`. A run that was not evaluated is evaluated first.
+    out : path, optional
+        HTML file to write; by default page.html in the run folder.
+    split : {"test", "valid"}
+        Sessions of figures and examples.
+    data : path, optional
+        Data folder, if it was moved since training.
+    dry_run : bool
+        Print what would be read and written; write nothing.
+
+    Returns
+    -------
+    dict
+        ``page``, ``headline`` (in words), ``ndcg@10`` and ``terms_added``.
+
+    Raises
+    ------
+    ConfigError
+        An unknown split.
+    MISSRecError
+        The run or the data folder is missing, incomplete, or does not fit.
+    """
+    run, file = Path(run), Path(out or Path(run) / PAGE_FILE)
+    if split not in EVALUATED_SPLITS:
+        raise ConfigError(f"--split {split}", f"one of {', '.join(EVALUATED_SPLITS)}")
+    if not (run / RUN_FILE).is_file():
+        raise CheckpointError(f"{run} holds no {RUN_FILE}", "a finished run", "run or resume `missrec train --out`")
+    measured = run / f"metrics_{split}.json"
+    is_current = measured.is_file() and measured.stat().st_mtime >= (run / WEIGHTS_FILE).stat().st_mtime
+    if dry_run:
+        return {"dry_run": True, "evaluates": not is_current, "would_write": [str(file)]}
+    report = with_current_names(read_json(measured) if is_current else evaluate(run, split=split, data=data))
+    info, curve = read_json(run / RUN_FILE), _curve(run / LOG_FILE)
+    loaded = load_run(run, data)
+    shares, cards = _examples(loaded, split)
+    headline, words = _headline(report)
+    sections = [
+        _accuracy(report, EXCLUDED),
+        _curves(curve, info),
+        _by_slice(report),
+        _terms(info, report, shares),
+        *(_accuracy(report, name) for name in report["protocols"] if name != EXCLUDED),
+        _slices(report),
+        wide_section(
+            "Examples",
+            "Sessions from the best to the worst: the item that came next is green. Seen items are excluded.",
+            cards,
+        ),
+        _settings(run),
+    ]
+    name = "/".join(run.resolve().parts[-2:])
+    about = f"{run}, data {report['data']}, {split} sessions"
+    page = document(f"Run {name}", f"Run {name}", about, (headline, words, ""), sections, _numbers(report, info))
+    with atomic_write_file(file) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    of = report["protocols"][EXCLUDED]
+    value, network = of[_main(of)][_CRITERION], of.get(NETWORK, {}).get(_CRITERION)
+    added = None if network is None else value - network
+    return {"page": str(file), "headline": f"{headline}. {words}", _CRITERION: value, "terms_added": added}
+
+
+def _main(systems: Mapping[str, Any]) -> str:
+    """Return the system that is served."""
+    return EXPORTED if EXPORTED in systems else MODEL
+
+
+def _headline(report: Mapping[str, Any]) -> tuple[str, str]:
+    systems = report["protocols"][EXCLUDED]
+    of = systems[_main(systems)]
+    low, high = of["interval"][_CRITERION]
+    words = [
+        f"{of['recall@10']:.1%} of the next items are among the first ten (95 % interval {low:.4f} to {high:.4f})."
+    ]
+    if NETWORK in systems and systems[NETWORK] is not of:
+        words.append(f"The ranking terms added {of[_CRITERION] - systems[NETWORK][_CRITERION]:+.4f} to the network.")
+    others = {name: systems[name][_CRITERION] for name in ALL_BASELINES if name in systems}
+    if others:
+        best = max(others, key=lambda name: others[name])
+        words.append(f"The best baseline, {best}, has {others[best]:.4f} ({of[_CRITERION] / others[best] - 1:+.1%}).")
+    return f"NDCG@10 {of[_CRITERION]:.4f}, seen items excluded", " ".join(words)
+
+
+def _numbers(report: Mapping[str, Any], info: Mapping[str, Any]) -> str:
+    facts = {
+        "users": number(report["n_users"]),
+        "items": number(report["n_items"]),
+        "epochs": f"{info.get('epochs', NO_VALUE)}",
+        "best epoch": f"{info.get('best_epoch', NO_VALUE)}",
+        "ended by": str(info.get("stopped_by", NO_VALUE)).replace("_", " "),
+        "minutes of training": f"{info['seconds'] / 60:.1f}" if "seconds" in info else NO_VALUE,
+        "precision": str(info.get("precision", NO_VALUE)),
+    }
+    return (
+        '<div class="numbers">' + "".join(f"<div><b>{v}</b><span>{k}</span></div>" for k, v in facts.items()) + "</div>"
+    )
+
+
+def _curve(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    return [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines() if text.strip()]
+
+
+def _curves(curve: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> str:
+    if len(curve) < 2:
+        return section("Learning curves", f"<p>{len(curve)} epochs are recorded in {LOG_FILE}.</p>")
+    epochs = [record["epoch"] for record in curve]
+    best = epochs.index(info["best_epoch"]) if info.get("best_epoch") in epochs else None
+    charts = [
+        line(epochs, [record[name] for record in curve], x_title="epoch", y_title=title, mark=best)
+        for name, title in (("valid_ndcg@10", "validation NDCG@10"), ("loss", "training loss"))
+    ]
+    words = "The large point is the epoch that was kept. Validation is of the network, before ranking terms are tuned."
+    return section("Learning curves", f"<p>{words}</p>{''.join(charts)}")
+
+
+def _accuracy(report: Mapping[str, Any], protocol: str) -> str:
+    systems, rows = report["protocols"][protocol], []
+    for name, of in systems.items():
+        cells = [_with_interval(of, metric) for metric in (_CRITERION, "recall@10")]
+        covered = report["coverage"][protocol][name].get("coverage@10")
+        rows.append(
+            (_TITLES.get(name, name), *cells, _form(of["recall@50"]), NO_VALUE if covered is None else f"{covered:.1%}")
+        )
+    chart = bars(
+        [name.replace("_", " ") for name in systems],
+        [of[_CRITERION] or 0.0 for of in systems.values()],
+        x_title="system",
+        y_title="NDCG@10",
+    )
+    head = ("system", "NDCG@10", "Recall@10", "Recall@50", "coverage@10")
+    return section(f"Accuracy, seen items {PROTOCOL_TITLES[protocol]}", table(head, rows) + chart)
+
+
+def _by_slice(report: Mapping[str, Any]) -> str:
+    parts = {
+        f"{name.replace('_', ' ')} ({part['n']:,})": part[EXCLUDED][_main(part[EXCLUDED])]
+        for name, part in report["slices"].items()
+        if part["n"]
+    }
+    chart = intervals(
+        list(parts),
+        [of[_CRITERION] for of in parts.values()],
+        [of["interval"][_CRITERION] for of in parts.values()],
+        x_title="NDCG@10, seen items excluded, with 95 % interval",
+        differences=False,
+    )
+    words = (
+        "Cold: the next item has no event in training. Rare: fewer than five. Short sessions have up to three items, "
+        "long ones ten or more. Sessions in brackets."
+    )
+    return section("By kind of session", f"<p>{words}</p>{chart}")
+
+
+def _slices(report: Mapping[str, Any]) -> str:
+    names = list(report["protocols"][EXCLUDED])
+    rows = [
+        (name.replace("_", " "), f"{part['n']:,}", *(_with_interval(part[EXCLUDED][one], _CRITERION) for one in names))
+        for name, part in report["slices"].items()
+        if part["n"]
+    ]
+    head = ("sessions", "number", *(_TITLES.get(name, name) for name in names))
+    title = "NDCG@10 by kind of session, seen items excluded"
+    return section(title, table(head, rows)).replace("<section>", '<section class="wide">', 1)
+
+
+def _terms(info: Mapping[str, Any], report: Mapping[str, Any], shares: Mapping[str, float]) -> str:
+    prior = info.get("prior") or {}
+    rows = []
+    if "weight" in prior:
+        counted = f"events that follow, within {prior['window']}" if prior["directed"] else "whole sessions"
+        about = f"counts {counted}; recency {prior['decay']:.2g}; popularity discount {prior['power']:.2g}"
+        rows.append((_TERM_TITLES["item_knn"], f"{prior['weight']:.4g}", about))
+    if "lookalikes" in prior:
+        of = prior["lookalikes"]
+        rows.append((_TERM_TITLES["content_knn"], f"{of['weight']:.4g}", f"recency {of['decay']:.2g}"))
+    if "newcomers" in prior:
+        about = ", ".join(
+            f"{name} {value:.3g}" for name, value in prior["newcomers"].items() if isinstance(value, float)
+        )
+        rows.append((_TERM_TITLES["cold_start"], "", about))
+    if not rows and not shares:
+        return section("What the ranking terms weigh", "<p>This run has none: its score is that of the network.</p>")
+    words = "Chosen on validation after training; 0 switches a term off."
+    if "without" in prior:
+        words += f" Validation NDCG@10 {prior['without']:.4f} without the kNN terms, {prior['valid_ndcg@10']:.4f} with."
+    chart = bars(
+        list(shares), list(shares.values()), x_title="part of the score", y_title="mean over recommended items"
+    )
+    about = "<p>What each part adds to the score of the items that are recommended (first ten), on average in size:</p>"
+    return section(
+        "What the ranking terms weigh",
+        f"<p>{words}</p>" + table(("term", "weight", "settings"), rows) + (about + chart if shares else ""),
+    )
+
+
+@torch.no_grad()
+def _examples(loaded: LoadedRun, split: str) -> tuple[dict[str, float], list[str]]:
+    """Return the mean size of every part of the score, and sessions in words as HTML."""
+    sessions = sample_sessions(load_sessions(loaded.data, split, loaded.model.event_columns), _SAMPLE, seed=0)
+    histories, targets = sessions.split_last()
+    model, scorer = loaded.model, ModelScorer.with_popularity(loaded.model, loaded.catalogue)
+    systems = {EXPORTED: Blend(model.terms), NETWORK: Blend(ScoreTerms())}
+    blends = {name: {EXCLUDED: blend} for name, blend in systems.items()}
+    found = rank_systems(
+        BlendScorer(scorer, blends), histories, targets, loaded.catalogue.n_rows, top_k=50, description="examples"
+    )
+    known, lists = histories.known(), found[EXPORTED].recommended[EXCLUDED][:, :10]
+    order = np.argsort(found[EXPORTED].ranks[EXCLUDED], kind="stable")
+    chosen = list(dict.fromkeys(int(order[int(part * (len(order) - 1))]) for part in _QUANTILES))
+    shown = {
+        title: (found[name].ranks[EXCLUDED], found[name].recommended[EXCLUDED])
+        for name, title in ((EXPORTED, "recommended"), (NETWORK, "by the network alone"))
+    }
+    cards = [
+        example_card(example, _place(example["systems"]["recommended"]["rank"]))
+        for example in described(loaded.catalogue, known, targets, shown, chosen, users=sessions)
+    ]
+    parts, rows = scorer.parts(known), torch.from_numpy(np.maximum(lists, 0)).to(scorer.device)
+    real = (torch.from_numpy(lists) >= 0).to(scorer.device) & ~parts.empty[:, None]
+    before = parts.network
+    shares = {"network": float(before.gather(1, rows)[real].abs().mean())} if real.any() else {}
+    used: dict[str, Any] = {}
+    for name, term in model.terms.items():
+        used[name] = term
+        after = scorer.combined(parts, ScoreTerms(used))
+        added = (after - before).gather(1, rows)[real]
+        if bool((added != 0).any()):
+            shares[_TERM_TITLES.get(name, name)] = float(added.abs().mean())
+        before = after
+    return shares, cards
+
+
+def _place(rank: int | None) -> str:
+    return "Not among the first fifty" if rank is None else f"At place {rank}"
+
+
+def _settings(run: Path) -> str:
+    recipe = read_json(run / RECIPE_FILE)
+    rows = [
+        (f"{part}.{name}", str(value)) for part in ("model", "train") for name, value in recipe.get(part, {}).items()
+    ]
+    inside = f"<details><summary>{len(rows)} settings</summary>{table(('setting', 'value'), rows)}</details>"
+    return section("Recipe", inside)
+
+
+def _with_interval(of: Mapping[str, Any], metric: str) -> str:
+    if of[metric] is None:
+        return NO_VALUE
+    low, high = of["interval"][metric]
+    return f"{of[metric]:.4f} ± {(high - low) / 2:.4f}"
+
+
+def _form(value: float | None) -> str:
+    return NO_VALUE if value is None else f"{value:.4f}"

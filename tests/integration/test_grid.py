@@ -1,0 +1,114 @@
+"""`benchmarks.quality.grid` on the CPU: trainings in their own processes, cut by the limit, gone on with, skipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.quality import grid as module
+from benchmarks.quality.grid import RESULTS_FILE, Job, grid, read_jobs
+from missrec_t4r.errors import ConfigError
+from tests.shop import random_modalities, write_circle
+
+SMALL = {"model.d_model": 16, "model.max_sequence_length": 5, "train.epochs": 1}
+ENDLESS = SMALL | {"train.epochs": 100_000, "train.patience": 100_000, "model.n_neighbours": 0}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder of 40 short sessions."""
+    folder = tmp_path_factory.mktemp("grid") / "data"
+    return write_circle(folder, [f"P{n}" for n in range(12)], random_modalities(12, {"text": 6}, seed=3))
+
+
+def _jobs(folder: Path, data: Path, *runs: dict[str, Any], evaluate: tuple[str, ...] = ("valid",)) -> list[Job]:
+    file = folder / "settings.yaml"
+    content = {"evaluate": list(evaluate), "runs": [{"data": "shop", "recipe": "tiny", **run} for run in runs]}
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return read_jobs(file, {"shop": str(data)}, device="cpu")
+
+
+def _lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / RESULTS_FILE).read_text(encoding="utf-8").splitlines()]
+
+
+def _clock(over: Callable[[], bool]) -> Any:
+    """A clock that stands still, and jumps past any limit once ``over`` is true."""
+    return type("Clock", (), {"monotonic": lambda: 1e9 if over() else 0.0, "sleep": module.time.sleep})
+
+
+def test_two_side_by_side_and_a_second_call_trains_nothing(data: Path, tmp_path: Path) -> None:
+    runs = {"name": "one", "set": SMALL}, {"name": "two", "set": SMALL | {"model.n_decoder_layers": 2}}
+    jobs = _jobs(tmp_path, data, *runs, evaluate=("valid", "test"))
+    found = grid(jobs, tmp_path / "out", side_by_side=2)
+    assert [line["name"] for line in found] == ["one", "two"]
+    assert sorted(line["name"] for line in _lines(tmp_path / "out")) == ["one", "two"]
+    for line in found:
+        assert line["stopped_by"] == "epochs"
+        assert line["device"] == "cpu"
+        for split in ("valid", "test"):
+            assert set(line[split]) == {"excluded", "kept_strict", "kept_with_history_term"}
+            assert 0 < line[split]["kept_strict"]["network"]["ndcg@10"] <= 1
+            assert {"model", "network"} <= set(line[split]["excluded"])
+    weights = {run: run.stat().st_mtime_ns for run in (tmp_path / "out").glob("shop/*/seed-2020/weights.safetensors")}
+    assert len(weights) == 2
+    assert grid(jobs, tmp_path / "out") == found
+    assert {run: run.stat().st_mtime_ns for run in weights} == weights
+    assert len(_lines(tmp_path / "out")) == 2
+
+
+def test_the_limit_interrupts_and_a_later_call_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = _jobs(tmp_path, data, {"name": "long", "set": ENDLESS}, {"name": "later", "set": SMALL})
+    out, curve = tmp_path / "out", tmp_path / "out/shop/long/seed-2020/log.jsonl"
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "time", _clock(lambda: curve.is_file() and len(curve.read_text()) > 0))
+        assert grid(jobs, out, minutes=1, grace=1e12) == []
+    (cut,) = _lines(out)  # the second one was not started
+    assert (cut["name"], cut["stopped_by"]) == ("long", "interrupt")
+    assert 0 < cut["valid"]["excluded"]["network"]["ndcg@10"] <= 1
+    first = json.loads(curve.read_text().splitlines()[0])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "time", _clock(lambda: len(curve.read_text().splitlines()) > cut["epochs"] + 1))
+        assert [line["name"] for line in grid(jobs, out, side_by_side=2, minutes=1, grace=0.0)] in ([], ["later"])
+    killed = next(line for line in _lines(out)[1:] if line["name"] == "long")
+    assert killed["stopped_by"] == "killed"
+    assert killed["epochs"] > cut["epochs"]
+    assert json.loads(curve.read_text().splitlines()[0]) == first  # resumed, not started anew
+
+
+def test_a_training_that_fails_is_named_and_stops_no_other(data: Path, tmp_path: Path) -> None:
+    jobs = _jobs(tmp_path, data, {"name": "fails", "set": SMALL}, {"name": "works", "set": SMALL})
+    jobs[0] = jobs[0]._replace(folder=str(tmp_path / "nowhere"))
+    assert [line["name"] for line in grid(jobs, tmp_path / "out")] == ["works"]
+    assert _lines(tmp_path / "out")[0]["stopped_by"].startswith("failed: ")
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ({"name": "a", "set": {"model.d_modell": 8}}, "d_modell"),
+        ({"name": "a", "seed": 3}, "seed"),
+        ({"name": "../a"}, "names a folder"),
+        ({"name": "a", "data": "other"}, "nothing to train"),
+        ({"name": "a", "seeds": [1, 1]}, "twice"),
+    ],
+)
+def test_a_wrong_settings_file_is_refused_before_anything_trains(
+    data: Path, tmp_path: Path, run: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        _jobs(tmp_path, data, run)
+
+
+def test_the_prepared_settings_are_valid(repository: Path) -> None:
+    names = ("ml1m", "instruments", "beauty", "scientific", "subset")
+    jobs = read_jobs(repository / "benchmarks/quality/grid_gpu.yaml", dict.fromkeys(names, "nowhere"))
+    assert {job.data for job in jobs} == set(names)

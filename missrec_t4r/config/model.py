@@ -17,6 +17,7 @@ FeatureScaling = Literal["l2", "none"]
 ContextualReadout = Literal["mean", "first"]
 SingleModality = Literal["fused", "summed"]
 Initialisation = Literal["normal", "release"]
+CandidateIds = Literal["shared", "own"]
 InterestAlgorithm = Literal["kmeans", "dpc_knn"]
 
 
@@ -63,6 +64,9 @@ class MISSRecConfig:
     item_ids: bool = True
     """True: transductive, items also have a learned ID embedding. False: inductive, any item with a modality vector can
     be scored."""
+    candidate_ids: CandidateIds = "shared"
+    """ID embeddings that score candidates. ``shared``: those that enter the sessions (paper). ``own``: others, which
+    start as a copy (ours: by shared ones an item is most similar to itself, but what follows it is wanted)."""
     interest_ratio: float = 0.02
     """Interest clusters per modality embedding of the catalogue (paper: 0.5 fine-tuning, 0.02 pre-training; ours: few
     interests serve as well and cost less)."""

@@ -105,6 +105,7 @@ def _item_encoder(config: MISSRecConfig, catalogue: Catalogue, trained: Tensor) 
         missing=release.ZeroRows() if config.missing_modality == "zero_row" else MaskedRows(),
         candidate_rules=rules,
         dropout=ItemDropout(config.modality_dropout, config.id_dropout),
+        own_candidate_ids=config.candidate_ids == "own",
     )
 
 
@@ -116,6 +117,7 @@ def _initialise(model: MISSRec) -> None:
         release.reset_adapters(model)
     if model.config.initialisation == "release":
         release.release_initialisation(model)
+    model.item_encoder.copy_candidate_ids()
 
 
 def _initialise_layer(module: nn.Module) -> None:

@@ -147,8 +147,9 @@ class BatchEmbeddings(NamedTuple):
 
     def candidates(self, items: Tensor) -> CandidateEmbeddings:
         """Return unit-length embeddings of ``items`` [candidate]."""
-        taken = self.take(items)
-        ids = None if taken.ids is None else F.normalize(taken.ids, dim=-1)
+        taken = self.tokens.take(torch.searchsorted(self.rows, items.contiguous()), candidates=True)
+        ids = taken.ids if taken.candidate_ids is None else taken.candidate_ids
+        ids = None if ids is None else F.normalize(ids, dim=-1)
         return CandidateEmbeddings(F.normalize(taken.modality, dim=-1), taken.mask, ids, taken.id_mask)
 
 

@@ -2,6 +2,7 @@
 
     x[i,m] = A_m f[i,m] + b_m          A_m, b_m: the adapter of modality m;  f[i,m]: frozen vector of item i
     e_i                                ID embedding, where the model is transductive
+    c_i                                ID embedding that scores i as a candidate: e_i, or one of its own (ours)
 
 The catalogue's embeddings are computed once per training step (or once per catalogue version in serving) and everything
 else gathers from them: histories, candidates and interests get the same numbers.
@@ -30,15 +31,21 @@ class ItemEmbeddings(NamedTuple):
     """[..., dim]: ID embeddings; None when inductive."""
     id_mask: Tensor | None
     """[...], bool: True where the ID embedding was trained."""
+    candidate_ids: Tensor | None = None
+    """[..., dim]: ID embeddings that score these items as candidates; None for those of ``ids``."""
 
-    def take(self, rows: Tensor) -> ItemEmbeddings:
-        """Gather the embeddings of ``rows`` [batch, seq] out of those of the whole catalogue."""
+    def take(self, rows: Tensor, *, candidates: bool = False) -> ItemEmbeddings:
+        """Gather the embeddings of ``rows`` [batch, seq] out of those of the whole catalogue.
+
+        Items of sessions need no ``candidate_ids``: they are gathered for ``candidates`` alone.
+        """
         return ItemEmbeddings(
             torch.stack([F.embedding(rows, tokens) for tokens in self.modality]),
             self.mask[:, rows],
             self.attended[:, rows],
             None if self.ids is None else F.embedding(rows, self.ids),
             None if self.id_mask is None else self.id_mask[rows],
+            F.embedding(rows, self.candidate_ids) if candidates and self.candidate_ids is not None else None,
         )
 
 
@@ -131,6 +138,8 @@ class ItemEncoder(nn.Module):
         Applied in this order.
     dropout : ItemDropout
         Drawn once per call of `catalogue` in training mode, so that one step sees one catalogue.
+    own_candidate_ids : bool
+        Score candidates by a second table of ID embeddings.
     """
 
     presence: Tensor
@@ -147,6 +156,7 @@ class ItemEncoder(nn.Module):
         missing: MissingRule | None = None,
         candidate_rules: Sequence[CandidateRule] = (),
         dropout: ItemDropout | None = None,
+        own_candidate_ids: bool = False,
     ) -> None:
         super().__init__()
         self.names, self.scaled_on_read = list(vectors), frozenset(scaled_on_read)
@@ -159,11 +169,18 @@ class ItemEncoder(nn.Module):
         self.register_buffer("presence", presence, persistent=False)
         self.register_buffer("trained_ids", torch.zeros(0) if trained_ids is None else trained_ids, persistent=False)
         self.id_embedding = None if trained_ids is None else nn.Embedding(presence.shape[1], d_model)
+        has_own = own_candidate_ids and trained_ids is not None
+        self.candidate_id_embedding = nn.Embedding(presence.shape[1], d_model) if has_own else None
 
     @property
     def n_rows(self) -> int:
         """Rows of the catalogue, the reserved ones included."""
         return int(self.presence.shape[1])
+
+    @property
+    def id_tables(self) -> list[Tensor]:
+        """The ID embeddings [row, dim]: of sessions, then the candidates' own; those that the model has."""
+        return [table.weight for table in (self.id_embedding, self.candidate_id_embedding) if table is not None]
 
     def forward(self, rows: Tensor, masks: ItemMasks | None = None) -> ItemEmbeddings:
         """Return the embeddings of ``rows`` (any shape) without computing the rest of the catalogue.
@@ -174,11 +191,18 @@ class ItemEncoder(nn.Module):
         present = self.presence[:, rows]  # [modality, ...]
         embedded = embedded * present.unsqueeze(-1) if self.missing.masks else embedded  # [modality, ..., dim]
         ids = None if self.id_embedding is None else self.id_embedding(rows)  # [..., dim]
+        own = None if self.candidate_id_embedding is None else self.candidate_id_embedding(rows)  # [..., dim]
         if masks is not None:
             id_mask = None if masks.id_mask is None else masks.id_mask[rows]
-            return ItemEmbeddings(embedded, masks.mask[:, rows], masks.attended[:, rows], ids, id_mask)
+            return ItemEmbeddings(embedded, masks.mask[:, rows], masks.attended[:, rows], ids, id_mask, own)
         id_mask = None if self.id_embedding is None else self.trained_ids[rows]
-        return ItemEmbeddings(embedded, self.missing.counted(present, rows), present, ids, id_mask)
+        return ItemEmbeddings(embedded, self.missing.counted(present, rows), present, ids, id_mask, own)
+
+    @torch.no_grad()
+    def copy_candidate_ids(self) -> None:
+        """Set the candidates' own ID embeddings, if there are any, to those of the sessions."""
+        if self.id_embedding is not None and self.candidate_id_embedding is not None:
+            self.candidate_id_embedding.weight.copy_(self.id_embedding.weight)
 
     def features(self, name: str, rows: Tensor | None = None) -> Tensor:
         """Return a modality's frozen vectors [row, width] as they enter the adapter, or those of ``rows``."""
@@ -202,9 +226,9 @@ class ItemEncoder(nn.Module):
         """Return the embeddings of all rows; in training mode with this step's modality and ID dropout."""
         embedded = torch.stack([self.embed_modality(index) for index in range(len(self.names))])
         mask, attended, id_mask = self.masks(dropout=self.training)
-        return ItemEmbeddings(
-            embedded, mask, attended, None if self.id_embedding is None else self.id_embedding.weight, id_mask
-        )
+        tables = self.id_embedding, self.candidate_id_embedding
+        ids, own = (None if table is None else table.weight for table in tables)
+        return ItemEmbeddings(embedded, mask, attended, ids, id_mask, own)
 
     def embed_modality(self, index: int) -> Tensor:
         """Return the embeddings [row, dim] of one modality."""
@@ -218,6 +242,8 @@ class ItemEncoder(nn.Module):
         ``rows`` [item] are those of ``catalogue`` where it is not the whole catalogue.
         """
         items = self.catalogue() if catalogue is None else catalogue
+        if items.candidate_ids is not None:
+            items = items._replace(ids=items.candidate_ids)
         if self.candidate_rules:
             rows = torch.arange(self.n_rows, device=items.mask.device) if rows is None else rows
             for rule in self.candidate_rules:

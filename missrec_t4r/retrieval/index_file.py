@@ -147,10 +147,7 @@ def write_index(model: MISSRec, file: Path) -> None:
     fusion, item_encoder = model.fusion, model.item_encoder
     mask, attended, id_mask = item_encoder.masks(dropout=False)
     ids = None if id_mask is None else torch.zeros(len(id_mask), 0)
-    read = [
-        *item_encoder.vectors.buffers(),
-        *(() if item_encoder.id_embedding is None else [item_encoder.id_embedding.weight]),
-    ]
+    read = [*item_encoder.vectors.buffers(), *item_encoder.id_tables]
 
     def part(rows: Tensor) -> PackedItems:
         table = pack_items(fusion, item_encoder.candidates(item_encoder(rows), rows), rows)

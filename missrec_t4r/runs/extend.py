@@ -24,7 +24,10 @@ from missrec_t4r.schema import FIRST_ITEM_ROW, RETIRED
 _LARGE = 1 << 24
 """Elements (64 MiB of float32) from which a tensor stays memory-mapped instead of being copied."""
 _CHUNK = 4096
-PER_ROW = ("item_encoder.id_embedding.", "fusion.phi", "terms.item_knn.", "terms.content_knn.")
+PER_ROW = (
+    *("item_encoder.id_embedding.", "item_encoder.candidate_id_embedding."),
+    *("fusion.phi", "terms.item_knn.", "terms.content_knn."),
+)
 """Prefixes of weights with one entry per catalogue row; they end at the last row of the training."""
 
 

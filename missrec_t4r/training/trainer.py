@@ -386,10 +386,9 @@ class Trainer:
         return choose_softmax(settings, n_rows, positions, frequency, self.device)
 
     def _sparse_weights(self) -> frozenset[Tensor]:
-        """Return the ID table if the softmax is sampled: then its gradient has few rows."""
-        table = self.model.item_encoder.id_embedding
-        is_sparse = table is not None and isinstance(self.softmax, SampledSoftmax) and table.weight.requires_grad
-        return frozenset({table.weight}) if table is not None and is_sparse else frozenset()
+        """Return the ID tables if the softmax is sampled: then their gradients have few rows."""
+        tables = self.model.item_encoder.id_tables if isinstance(self.softmax, SampledSoftmax) else []
+        return frozenset(table for table in tables if table.requires_grad)
 
     def _over_processes(self, loss: Tensor, is_due: bool, is_over: bool) -> tuple[Tensor, bool, bool]:
         """Return the loss summed over the processes, and whether rank 0 wants a checkpoint or the end: one message."""

@@ -28,6 +28,7 @@ CONFIGS = {
     "contextual with our masks": (shop.ours_masked(sequence_fusion="contextual"), EXACT),
     "default": (shop.default(), ROUNDED),
     "default, unscaled": (shop.default(feature_scaling="none"), EXACT),
+    "default, own candidate IDs": (shop.default(candidate_ids="own"), ROUNDED),
     "default, inductive": (shop.default(item_ids=False), ROUNDED),
     "default, two layers each": (shop.default(n_encoder_layers=2, n_decoder_layers=2), ROUNDED),
 }
@@ -87,9 +88,9 @@ def test_loss(setting: tuple[MISSRecConfig, float]) -> None:
 
 def _expected_scores(model: MISSRec) -> ref.Array:
     expected, phi = translate.whole(model, shop.catalogue()), translate.phi(model)
-    scores = []
+    candidates, scores = translate.candidates(model, shop.catalogue()), []
     for session in shop.SESSIONS:
-        score = ref.fused_scores(expected.session_vector(shop.rows(session)), expected.items, phi)
+        score = ref.fused_scores(expected.session_vector(shop.rows(session)), candidates, phi)
         bias = 0.0 if terms_of(model).history_bias is None else float(terms_of(model).history_bias.bias.detach())
         scores.append(ref.with_history_bias(score, shop.rows(session), bias))
     return np.stack(scores)

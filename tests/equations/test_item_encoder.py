@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from missrec_t4r.config import MISSRecConfig
+from missrec_t4r.ranking.hybrid import build_missrec
+from missrec_t4r.training.warm_start.id_init import ids_from_content
 from tests import shop
 from tests.equations import reference as ref
 from tests.equations import translate
@@ -31,7 +33,7 @@ def test_tokens_of_the_catalogue(config: MISSRecConfig) -> None:
 def test_tokens_of_some_rows_are_those_of_the_catalogue(config: MISSRecConfig) -> None:
     item_encoder = shop.model(config).item_encoder
     rows = shop.batch(padding=1)
-    for direct, gathered in zip(item_encoder(rows), item_encoder.catalogue().take(rows), strict=True):
+    for direct, gathered in zip(item_encoder(rows), item_encoder.catalogue().take(rows, candidates=True), strict=True):
         assert (direct is None) == (gathered is None)
         if direct is not None:
             torch.testing.assert_close(direct, gathered, rtol=0, atol=1e-12)
@@ -58,9 +60,10 @@ def test_scaled_vectors_have_unit_length(name: str) -> None:
     np.testing.assert_allclose(vectors.numpy(), expected, rtol=0, atol=1e-7)
 
 
-def test_candidates_are_unit_tokens() -> None:
-    model = shop.model(shop.paper())
-    found, expected = model.candidates(), translate.items(model, shop.catalogue())
+@pytest.mark.parametrize("config", [shop.paper(), shop.paper(candidate_ids="own")], ids=["shared", "own"])
+def test_candidates_are_unit_tokens(config: MISSRecConfig) -> None:
+    model = shop.model(config)
+    found, expected = model.candidates(), translate.candidates(model, shop.catalogue())
     real = slice(ref.FIRST_ITEM, None)
     np.testing.assert_allclose(
         translate.array(found.modality)[:, real], ref.unit(expected.tokens)[:, real], rtol=0, atol=1e-10
@@ -68,3 +71,25 @@ def test_candidates_are_unit_tokens() -> None:
     assert found.ids is not None
     assert expected.ids is not None
     np.testing.assert_allclose(translate.array(found.ids)[real], ref.unit(expected.ids)[real], rtol=0, atol=1e-10)
+
+
+def test_candidate_ids_of_their_own_start_as_those_of_sessions_and_score_without_entering_them() -> None:
+    model = build_missrec(shop.default(candidate_ids="own"), shop.catalogue()).eval()
+    model.discover_interests(seed=0)
+    ids, own = model.item_encoder.id_tables
+    assert torch.equal(ids, own)
+    ids_from_content(model)
+    assert torch.equal(ids, own)
+    session = shop.batch([["lamp", "mug"]])
+
+    def now() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            return model(session), model.score(model(session), model.candidates(), session)
+
+    vector, scores = now()
+    with torch.no_grad():
+        own[shop.row("lamp")] *= -1
+    again, changed = now()
+    assert torch.equal(again, vector)
+    differs = (changed != scores)[0].nonzero().flatten().tolist()
+    assert differs == [shop.row("lamp")]

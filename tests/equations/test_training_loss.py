@@ -17,6 +17,7 @@ SESSIONS = [shop.rows([*session, target]) for session, target in zip(shop.SESSIO
 CONFIGS = {
     "paper": shop.paper(orthogonality_weight=0.0, dropout=0.0),
     "default": shop.default(orthogonality_weight=0.0, feature_scaling="none"),
+    "own candidate IDs": shop.default(orthogonality_weight=0.0, feature_scaling="none", candidate_ids="own"),
     "default, inductive": shop.default(orthogonality_weight=0.0, feature_scaling="none", item_ids=False),
 }
 
@@ -24,7 +25,13 @@ CONFIGS = {
 @pytest.mark.parametrize("next_items", [1, 2])
 @pytest.mark.parametrize(
     ("name", "backwards"),
-    [("paper", False), ("default", False), ("default", True), ("default, inductive", False)],
+    [
+        ("paper", False),
+        ("default", False),
+        ("default", True),
+        ("own candidate IDs", False),
+        ("default, inductive", False),
+    ],
 )
 def test_training_loss(name: str, backwards: bool, next_items: int) -> None:
     config = CONFIGS[name]
@@ -34,6 +41,7 @@ def test_training_loss(name: str, backwards: bool, next_items: int) -> None:
     [(examples, _)] = training_batches(data, config, train, np.random.default_rng(0))
     batch = collate(data, examples, next_items, all_positions=config.attention == "causal", backwards=backwards)
     expected, phi = translate.whole(model, shop.catalogue()), translate.phi(model)
+    candidates = translate.candidates(model, shop.catalogue())
     bias = 0.0 if terms_of(model).history_bias is None else float(terms_of(model).history_bias.bias.detach())
     losses: list[list[float]] = [[] for _ in range(next_items)]
     for session in SESSIONS:
@@ -42,7 +50,7 @@ def test_training_loss(name: str, backwards: bool, next_items: int) -> None:
         for n in range(1, len(session)):
             vector = expected.session_vector(session[:n]) if vectors is None else vectors[n - 1]
             scores = ref.with_history_bias(
-                ref.fused_scores(vector, expected.items, phi, padding=model.training), session[:n], bias
+                ref.fused_scores(vector, candidates, phi, padding=model.training), session[:n], bias
             )
             for ahead, target in enumerate(session[n : n + next_items]):
                 losses[ahead].append(ref.cross_entropy(scores[None], [target], config.temperature))

@@ -90,6 +90,12 @@ def items(model: MISSRec, shop: Catalogue) -> ref.Items:
     )
 
 
+def candidates(model: MISSRec, shop: Catalogue) -> ref.Items:
+    """Compute the tokens of the items as candidates: those of sessions, but for IDs of their own."""
+    own = model.item_encoder.candidate_id_embedding
+    return items(model, shop) if own is None else items(model, shop)._replace(ids=array(own.weight))
+
+
 def whole(model: MISSRec, shop: Catalogue) -> ref.Model:
     """Translate everything that a session vector depends on."""
     return ref.Model(

@@ -17,6 +17,7 @@ from tests import shop
 CONFIGS: dict[str, MISSRecConfig] = {
     "default": shop.default(),
     "default, two layers each": shop.default(n_encoder_layers=2, n_decoder_layers=2),
+    "own candidate IDs": shop.default(candidate_ids="own"),
     "inductive": shop.default(item_ids=False),
     "paper": shop.paper(),
     "paper, contextual": shop.paper(sequence_fusion="contextual"),

@@ -21,6 +21,7 @@ DEFAULT: dict[str, Any] = {
     "model.candidate_fusion": "static",
     "model.single_modality": "fused",
     "model.item_ids": True,
+    "model.candidate_ids": "shared",
     "model.interest_ratio": 0.02,
     "model.interest_algorithm": "kmeans",
     "model.missing_modality": "masked",

@@ -65,13 +65,13 @@ def test_loss_and_gradients_are_those_of_the_full_softmax(config: MISSRecConfig,
         torch.testing.assert_close(ours[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
 
 
-def test_only_candidates_of_the_id_table_get_a_gradient() -> None:
-    net = shop.model(shop.default()).train()
+@pytest.mark.parametrize("candidate_ids", ["shared", "own"])
+def test_only_candidates_of_the_id_table_get_a_gradient(candidate_ids: str) -> None:
+    net = shop.model(shop.default(candidate_ids=candidate_ids)).train()
     softmax = SampledSoftmax(torch.ones(len(shop.ITEMS) + 3), negatives=2)
     batch = TrainingBatch(torch.tensor([[3, 4]]), torch.tensor([[[4], [5]]]))
     training_loss(net, batch, TrainConfig.paper(), softmax=softmax).backward()
-    assert net.item_encoder.id_embedding is not None
-    gradient = net.item_encoder.id_embedding.weight.grad
+    gradient = net.item_encoder.id_tables[-1].grad
     assert gradient is not None
     assert gradient.is_sparse
     rows = set(gradient.coalesce().indices()[0].tolist())

@@ -34,7 +34,8 @@ class ChunkedSoftmax:
         """Compute the embeddings of the sessions' items only."""
         masks = model.item_encoder.masks(dropout=model.training)
         rows, place = torch.unique(item_ids, return_inverse=True)
-        pool = row_embeddings(model, rows, masks)
+        is_candidate = model.item_encoder.candidate_id_embedding is None  # then its gradient is dense in any case
+        pool = row_embeddings(model, rows, masks, sparse=is_candidate)
         return StepEmbeddings(pool.take(place), pool, rows, masks)
 
     def loss(self, model: MISSRec, embeddings: StepEmbeddings, positions: TrainedPositions) -> Tensor:
@@ -63,7 +64,7 @@ class _Chunks:
 
     def __init__(self, model: MISSRec, masks: ItemMasks, history: Tensor, targets: Tensor, size: int) -> None:
         self.model, self.masks, self.history, self.targets, self.size = model, masks, history, targets, size
-        by_row = [model.item_encoder.id_embedding.weight] if model.item_encoder.id_embedding is not None else []
+        by_row = model.item_encoder.id_tables[-1:]  # that of the candidates
         if model.fusion.name == "dynamic_instance" and model.fusion.phi is not None:
             by_row.append(model.fusion.phi)
         shared: list[Tensor] = list(model.item_encoder.adapters.parameters())
@@ -90,9 +91,10 @@ class _Chunks:
         """Return [position, chunk]; ``slices`` are the rows' parts of the trained tables."""
         own = dict(zip([id(table) for table in self.by_row], slices))
         embeddings = row_embeddings(self.model, rows, self.masks)
-        table, phi = self.model.item_encoder.id_embedding, self.model.fusion.phi
-        if table is not None and id(table.weight) in own:
-            embeddings = embeddings._replace(ids=own[id(table.weight)])
+        phi = self.model.fusion.phi
+        for table in self.model.item_encoder.id_tables[-1:]:
+            if id(table) in own:
+                embeddings = embeddings._replace(ids=own[id(table)], candidate_ids=None)
         scores = score_rows(self.model, vectors, embeddings, rows, self.history, own.get(id(phi)))
         return scores.div_(self.model.config.temperature)
 

@@ -86,10 +86,11 @@ class FullSoftmax:
         return next_item_loss(logits, targets, weights, counts=counts, overwrite=True)
 
 
-def row_embeddings(model: MISSRec, rows: Tensor, masks: ItemMasks) -> ItemEmbeddings:
-    """Return the embeddings of ``rows`` [item] under a step's masks; the gradient of the IDs is sparse."""
-    embeddings, table = model.item_encoder(rows, masks), model.item_encoder.id_embedding
-    return embeddings if table is None else embeddings._replace(ids=F.embedding(rows, table.weight, sparse=True))
+def row_embeddings(model: MISSRec, rows: Tensor, masks: ItemMasks, *, sparse: bool = True) -> ItemEmbeddings:
+    """Return the embeddings of ``rows`` [item] under a step's masks; the gradients of the IDs are ``sparse``."""
+    embeddings = model.item_encoder(rows, masks)
+    ids = [F.embedding(rows, table, sparse=sparse) for table in model.item_encoder.id_tables]
+    return embeddings._replace(**dict(zip(("ids", "candidate_ids"), ids)))
 
 
 def candidate_rows(model: MISSRec) -> Tensor:

@@ -54,7 +54,8 @@ class SampledSoftmax:
         """Return the estimate of the loss over all candidates."""
         assert embeddings.candidates is not None
         vectors, history, targets, weights, counts = positions
-        rows, pool = embeddings.rows[embeddings.candidates], embeddings.pool.take(embeddings.candidates)
+        rows = embeddings.rows[embeddings.candidates]
+        pool = embeddings.pool.take(embeddings.candidates, candidates=True)
         logits = score_rows(model, vectors, pool, rows, history).div_(model.config.temperature)
         real = targets > 0
         correction = self.log_inclusion(model, rows, int(real.sum()) - 1).to(logits.dtype)

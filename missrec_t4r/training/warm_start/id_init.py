@@ -30,3 +30,4 @@ def ids_from_content(model: MISSRec) -> None:
         total = (F.normalize(items.modality, dim=-1) * items.mask.unsqueeze(-1)).sum(0)  # [row, dim]
         has_content = items.mask.any(0)
         table.weight[rows[has_content]] = F.normalize(total[has_content], dim=-1) * length
+    model.item_encoder.copy_candidate_ids()

@@ -143,9 +143,9 @@ def load_continued(
         ids_from_content(model)
     kept = int((old_rows[FIRST_ITEM_ROW:] >= 0).sum())
     items = {"kept": kept, "new": catalogue.n_items - kept, "retired": len(earlier) - kept}
-    _copy_rows(
-        report, "item IDs", "item_encoder.id_embedding.weight", old_rows, f"{kept:,} rows by raw id, the rest new"
-    )
+    of_rows = f"{kept:,} rows by raw id, the rest new"
+    _copy_rows(report, "item IDs", "item_encoder.id_embedding.weight", old_rows, of_rows)
+    _copy_rows(report, "candidate IDs", "item_encoder.candidate_id_embedding.weight", old_rows, of_rows)
     if model.config.candidate_fusion == "dynamic_instance":
         _copy_rows(report, "fusion", "fusion.phi", old_rows, f"{kept:,} items by raw id, the rest new")
     else:

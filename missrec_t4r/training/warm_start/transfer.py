@@ -175,7 +175,7 @@ def load_pretrained(
             report.record_initialised(name, "only adapters are loaded", *prefixes)
     _load_fusion(report, take)
     why = "of this catalogue's items" if id_init == "random" else "initialised from the items' content"
-    report.record_initialised("item IDs", why, "item_encoder.id_embedding.")
+    report.record_initialised("item IDs", why, "item_encoder.id_embedding.", "item_encoder.candidate_id_embedding.")
     if id_init == "content":
         ids_from_content(model)
     report.record_initialised("interests", "discovered in this catalogue", "interests.")

@@ -200,6 +200,7 @@ def train_and_evaluate(job: Job, run: Path) -> dict[str, Any]:
             }
             for protocol in PROTOCOLS
         }
+        line["blend_settings"] = found["blend_settings"]["model"]  # with NDCG@10 on validation, of the network as well
     return line
 
 

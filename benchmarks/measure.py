@@ -151,8 +151,19 @@ def _command() -> str:
     """Return the command without the machine's own paths."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join([*program.split(), *words])
+    return shlex.join([*program.split(), *map(_without_folder, sys.argv[1:])])
+
+
+def _without_folder(word: str) -> str:
+    """Return a path's last part, also of ``NAME=PATH``; any other word as it is.
+
+    Examples
+    --------
+    >>> _without_folder("subset=/home/me/subset"), _without_folder("/home/me/subset"), _without_folder("--jobs")
+    ('subset=subset', 'subset', '--jobs')
+    """
+    name, separator, path = word.rpartition("=")
+    return f"{name}{separator}{Path(path).name}" if Path(path).is_absolute() else word
 
 
 def _commit() -> str:

@@ -306,6 +306,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     if options.settings is None:
         parser.error("a settings file is needed")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: ends the trainings as well
     folders = {name: _prepared(name, Path(folder), options.out) for name, folder in pairs(options.data).items()}
     jobs = read_jobs(options.settings, folders, device=options.device, only=options.only)
     lines = grid(jobs, options.out, side_by_side=options.jobs, minutes=options.minutes, grace=options.grace)

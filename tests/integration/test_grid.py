@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +43,7 @@ def _lines(out: Path) -> list[dict[str, Any]]:
 
 def _clock(over: Callable[[], bool]) -> Any:
     """A clock that stands still, and jumps past any limit once ``over`` is true."""
-    return type("Clock", (), {"monotonic": lambda: 1e9 if over() else 0.0, "sleep": module.time.sleep})
+    return type("Clock", (), {"monotonic": lambda: 1e9 if over() else 0.0, "sleep": time.sleep})
 
 
 def test_two_side_by_side_and_a_second_call_trains_nothing(data: Path, tmp_path: Path) -> None:
@@ -82,6 +86,22 @@ def test_the_limit_interrupts_and_a_later_call_goes_on(
     assert killed["stopped_by"] == "killed"
     assert killed["epochs"] > cut["epochs"]
     assert json.loads(curve.read_text().splitlines()[0]) == first  # resumed, not started anew
+
+
+def test_a_grid_that_is_terminated_ends_its_trainings_and_writes_their_lines(
+    data: Path, tmp_path: Path, repository: Path
+) -> None:
+    _jobs(tmp_path, data, {"name": "long", "set": ENDLESS})
+    out, curve = tmp_path / "out", tmp_path / "out/shop/long/seed-2020/log.jsonl"
+    words = [str(tmp_path / "settings.yaml"), "--data", f"shop={data}", "--out", str(out), "--device", "cpu"]
+    with subprocess.Popen([sys.executable, "-m", "benchmarks.quality.grid", *words], cwd=repository) as process:
+        while process.poll() is None and not (curve.is_file() and curve.read_text()):
+            time.sleep(0.2)
+        process.terminate()
+    assert process.returncode == 128 + signal.SIGTERM
+    (line,) = _lines(out)
+    assert line["stopped_by"] == "killed"
+    assert line["epochs"] >= 1
 
 
 def test_a_training_that_fails_is_named_and_stops_no_other(data: Path, tmp_path: Path) -> None:

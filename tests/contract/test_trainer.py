@@ -127,7 +127,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"attention": "causal"}, {"sequence_fusion": "contextual"}, {"item_ids": False}]
+    "changes",
+    [{}, {"attention": "causal"}, {"sequence_fusion": "contextual"}, {"item_ids": False}, {"candidate_ids": "own"}],
 )
 def test_core_and_t4r_model_share_weights_scores_and_loss(
     data: Path, loader: Callable[..., Any], changes: dict[str, Any]

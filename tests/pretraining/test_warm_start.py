@@ -1,5 +1,6 @@
 """`missrec train --warm-start`: items are matched by raw id in a grown, permuted or shrunken catalogue."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -65,6 +66,23 @@ def test_kept_items_keep_their_id_embeddings_and_new_ones_are_initialised(earlie
     assert parts["item IDs"]["note"] == "11 rows by raw id, the rest new"
     assert {part["status"] for part in report["parts"]} <= {"loaded", "missing", "re-initialised"}
     assert report["trainable_share"] == 1.0
+
+
+def test_candidate_ids_of_their_own_are_kept_by_raw_id_as_well(earlier_run: Path) -> None:
+    source, tuesday = read_source(earlier_run / "run"), Catalogue.load(earlier_run / "tuesday" / "catalogue")
+    monday = Catalogue.load(earlier_run / "monday" / "catalogue")
+    name = "item_encoder.candidate_id_embedding.weight"
+    own = torch.randn_like(source.weights["item_encoder.id_embedding.weight"])
+    model = build_missrec(source.recipe.changed({"model.candidate_ids": "own"}).model, tuesday)
+    initial = model.item_encoder.id_tables[1].detach().clone()
+    report, _ = load_continued(model, tuesday, source)  # the earlier run had none
+    assert {part["name"]: part["status"] for part in report["parts"]}["candidate IDs"] == "missing"
+    assert torch.equal(model.item_encoder.id_tables[1], initial)
+    load_continued(model, tuesday, dataclasses.replace(source, weights={**source.weights, name: own}))
+    found = model.item_encoder.id_tables[1]
+    for place in (0, 4, 11):
+        assert torch.equal(found[_row(tuesday, place)], own[_row(monday, place)])
+    assert torch.equal(found[_row(tuesday, 12)], initial[_row(tuesday, 12)])
 
 
 def test_kept_items_keep_their_interests_and_new_ones_get_the_nearest(earlier_run: Path) -> None:

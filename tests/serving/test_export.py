@@ -50,7 +50,8 @@ def test_without_a_repository_only_the_bundle_appears(run: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "settings", [{"item_ids": False}, {"attention": "bidirectional"}, {"candidate_fusion": "static"}]
+    "settings",
+    [{"item_ids": False}, {"candidate_ids": "own"}, {"attention": "bidirectional"}, {"candidate_fusion": "static"}],
 )
 def test_other_models_export_too(make_run: Callable[..., Path], tmp_path: Path, settings: dict[str, object]) -> None:
     assert export(make_run(**settings), tmp_path / "bundle", sessions=40)["parity"]["equal"]

@@ -1,5 +1,6 @@
 """The pins, the loose bounds they must lie within, and the interpreter's check before anything is installed."""
 
+import importlib.util
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from requirements import check_platform
-from tests.project.packages import ROOT
+from tests.project.packages import ROOT, imports, modules
 
 DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SETS = {"b": ("set-b.txt", "merlin-b.txt"), "a": ("set-a.txt",)}
@@ -74,6 +75,18 @@ def test_the_two_sets_differ_where_they_should() -> None:
     assert period["pandas"].startswith("1.5.")
     same = ["torch", "numpy", "nvtabular", "transformers4rec", "merlin-core", "merlin-models", "nvidia-pytriton"]
     assert {name: modern[name] for name in same} == {name: period[name] for name in same}
+
+
+def test_merlin_models_is_there_for_t4rs_helpers_alone() -> None:
+    """What docs/t4r_contract.md says of it; `merlin.models.torch` needs a package that no set installs."""
+    t4r = Path(str(importlib.util.find_spec("transformers4rec").origin)).parent  # type: ignore[union-attr]  # it is installed
+    theirs = {name for file in t4r.rglob("*.py") for name in imports(file) if name.startswith("merlin.models")}
+    assert theirs
+    assert {name.rpartition(".")[0] or name for name in theirs} <= {"merlin.models.utils"} | {
+        f"merlin.models.utils.{module}" for module in ("doc_utils", "misc_utils", "registry")
+    }
+    assert {name for file in modules().values() for name in imports(file) if name.startswith("merlin.models")} == set()
+    assert not [name for pins in SETS.values() for name in _pins(pins) if name in ("lightning", "pytorch-lightning")]
 
 
 def test_declared_pythons_are_those_of_the_recorded_runs() -> None:

@@ -139,7 +139,7 @@ def verify(bundle: str | Path) -> dict[str, Any]:
 
 
 def merlin(bundle: str | Path, data: str | Path, out: str | Path, *, top_k: int = 10) -> dict[str, Any]:
-    """Write a bundle as a classic Merlin Systems ensemble (pickles, integer ids), for existing servers.
+    """Write a bundle as a classic Merlin Systems ensemble (pickles), for existing servers.
 
     Parameters
     ----------

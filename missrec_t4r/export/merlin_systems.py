@@ -1,8 +1,11 @@
-"""`missrec bundle merlin`: a classic Merlin Systems ensemble, TransformWorkflow >> PredictMISSRec.
+"""`missrec bundle merlin`: a classic Merlin Systems ensemble with the bundle and the ranker of the native one.
 
-Bundle and ranker are those of the native ensemble, so the top-k is equal; raw ids are encoded by NVTabular itself.
-Graph and workflow are pickles, as Merlin Systems writes them (docs/security.md); the model stays a bundle. Integer ids
-only: Merlin Systems' tables cannot hold strings. The native ensemble is several times faster.
+    integer ids   TransformWorkflow >> PredictMISSRec: raw ids are encoded by NVTabular itself
+    string ids    PredictMISSRec alone, from raw ids to raw ids, with the bundle's encoder: Merlin Systems' model for a
+                  workflow reads texts as ASCII, and refuses other ones. Export has compared encoder and workflow
+
+The top-k equals the native ensemble's. Graph and workflow are pickles, as Merlin Systems writes them
+(docs/security.md); the model stays a bundle. The native ensemble is several times faster.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import merlin.dtypes as md
 import numpy as np
 from merlin.dag import BaseOperator
 from merlin.schema import ColumnSchema, Schema
@@ -18,19 +22,23 @@ from merlin.systems.dag import Ensemble
 from merlin.systems.dag.ops.workflow import TransformWorkflow
 from merlin.table import TensorTable
 
+from missrec_t4r.arrays import AnyArray, Ints
 from missrec_t4r.bundle.bundle import load_bundle
+from missrec_t4r.bundle.id_encoder import NULL_STRING
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
-from missrec_t4r.errors import BundleError, ConfigError
+from missrec_t4r.errors import BundleError
 from missrec_t4r.io.atomic import atomic_write_dir
 from missrec_t4r.schema import ITEM_ID, PADDING_ROW
 
 EXECUTOR = "executor_model"
 """Model that clients call; Merlin Systems defines the name."""
 _ARTEFACT = "missrec_bundle"
+_STRINGS = md.object_
+"""Texts of Triton are arrays of bytes objects; Merlin's dtype ``string`` would cast them to numpy's ASCII."""
 
 
 class PredictMISSRec(BaseOperator):  # type: ignore[misc]  # Merlin ships no types
-    """Operator from rows of sessions to recommended items, in the executor's process.
+    """Operator from rows of sessions, or from their raw string ids, to recommended items, in the executor's process.
 
     Parameters
     ----------
@@ -38,11 +46,13 @@ class PredictMISSRec(BaseOperator):  # type: ignore[misc]  # Merlin ships no typ
         Copied beside the graph.
     top_k : int
         Items per session; fixed, since the classic ensemble has no such input.
+    strings : bool
+        The input is a list column of raw string ids, and so is the output; otherwise rows come in and integers go out.
     """
 
-    def __init__(self, bundle: str | Path, top_k: int = 10) -> None:
+    def __init__(self, bundle: str | Path, top_k: int = 10, *, strings: bool = False) -> None:
         super().__init__()
-        self.bundle, self.top_k = str(bundle), top_k
+        self.bundle, self.top_k, self.strings = str(bundle), top_k, strings
         self.ranker: Any = None
         self.id_encoder: Any = None
 
@@ -73,17 +83,18 @@ class PredictMISSRec(BaseOperator):  # type: ignore[misc]  # Merlin ships no typ
 
     def compute_output_schema(self, *_: Any, **__: Any) -> Schema:
         """Return item ids and scores, best first."""
-        dtypes = {ITEM_ID: np.int64, "score": np.float32}
+        dtypes = {ITEM_ID: _STRINGS if self.strings else np.int64, "score": np.float32}
         return Schema([ColumnSchema(name, dtype=dtype, dims=(None, self.top_k)) for name, dtype in dtypes.items()])
 
     def transform(self, col_selector: Any, transformable: Any) -> TensorTable:  # Merlin's contract
         """Return ids and scores [batch, top_k]; fewer items are padded with the missing id and the score 0."""
         table = transformable if isinstance(transformable, TensorTable) else TensorTable.from_df(transformable)
         arrays = table.to_dict()
-        values, offsets = np.asarray(arrays[f"{ITEM_ID}__values"]), np.asarray(arrays[f"{ITEM_ID}__offsets"])
-        lengths = np.diff(offsets)
-        rows = np.full((len(lengths), max(int(lengths.max(initial=0)), 1)), PADDING_ROW, np.int64)
-        rows[np.arange(rows.shape[1]) < lengths[:, None]] = values  # ragged to [batch, seq]
+        values, lengths = np.asarray(arrays[f"{ITEM_ID}__values"]).ravel(), np.diff(arrays[f"{ITEM_ID}__offsets"])
+        if self.strings:
+            rows, _ = self.id_encoder.padded(_padded(values, lengths, NULL_STRING), lengths)
+        else:
+            rows = _padded(values, lengths, PADDING_ROW)
         ranking = self.ranker.rank(rows, top_k=self.top_k)
         best = np.zeros((len(rows), self.top_k), np.int64)  # [batch, top_k]
         scores = np.zeros(best.shape, np.float32)
@@ -99,7 +110,7 @@ def export_merlin(bundle: str | Path, workflow: Any, out: str | Path, *, top_k: 
     bundle : path
         Verified before anything is written.
     workflow : nvtabular.Workflow
-        Fitted request workflow of the data folder: raw ids to rows.
+        Fitted request workflow of the data folder: raw ids to rows. With string ids only its columns are used.
     out : path
         Model repository; an older one of this function is replaced as a whole.
     top_k : int
@@ -112,22 +123,24 @@ def export_merlin(bundle: str | Path, workflow: Any, out: str | Path, *, top_k: 
 
     Raises
     ------
-    ConfigError
-        The catalogue's ids are strings.
     BundleError
-        The bundle is damaged, or its sessions are cut to another length than the workflow's.
+        The bundle is damaged, or has fewer items than ``top_k``.
     """
     verify_bundle(bundle)
     transform = load_bundle(bundle).transform
-    if transform.settings.id_type != "int64":
-        raise ConfigError(
-            "a catalogue with string ids",
-            "integer ids",
-            "use the native ensemble: Merlin Systems' tables cannot hold strings",
-        )
+    strings = transform.settings.id_type == "string"
     if top_k < 1 or top_k > transform.n_items:
         raise BundleError(f"top_k {top_k} of a catalogue of {transform.n_items} items", "1 to that many")
     with atomic_write_dir(Path(out), f"{EXECUTOR}/config.pbtxt", "Merlin ensemble", BundleError) as folder:
-        graph = [ITEM_ID] >> TransformWorkflow(workflow) >> PredictMISSRec(bundle, top_k)
-        Ensemble(graph, workflow.input_schema).export(str(folder))
+        predict = PredictMISSRec(bundle, top_k, strings=strings)
+        graph = [ITEM_ID] >> predict if strings else [ITEM_ID] >> TransformWorkflow(workflow) >> predict
+        request = Schema([ColumnSchema(ITEM_ID, dtype=_STRINGS, dims=(None, (0, None)))])
+        Ensemble(graph, request if strings else workflow.input_schema).export(str(folder))
     return {"repository": str(out), "model": EXECUTOR, "top_k": top_k}
+
+
+def _padded(values: AnyArray, lengths: Ints, padding: int | bytes) -> AnyArray:
+    """Return ragged values as [batch, longest], padded on the right; longest is at least 1."""
+    padded = np.full((len(lengths), max(int(lengths.max(initial=0)), 1)), padding, values.dtype)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = values
+    return padded

@@ -1,8 +1,9 @@
-"""Adapters for the dataframe operations in which pandas and cuDF differ; the operators themselves are written once.
+"""Adapters for the dataframe operations in which pandas and cuDF differ; everything else is written once for both.
 
 A list column is a pair of values and offsets: row i holds ``values[offsets[i]:offsets[i + 1]]``. cuDF stores it in this
-form; for pandas (an object per row) it is converted here, through Arrow where the values are numbers. The cuDF half
-follows NVTabular's own cuDF code; the README lists what has been run on a GPU.
+form; for pandas (an object per row) it is converted here, through Arrow where the values are numbers. Every name of
+cuDF that this package uses is in `docs/howto/gpu.md`, with what has been run on a GPU; outside the adapters these are
+names that pandas has too (`tests/workflows/strict_frames.py`).
 """
 
 from __future__ import annotations
@@ -49,10 +50,31 @@ class Adapter(Protocol):
     def build(self, column: ListColumn) -> Series:
         """Return a list column of the frame's library."""
 
+    def append(self, column: Series, value: Any) -> Series:
+        """Return the column with one value more, cast to the column's type."""
+
+    def array(self, column: Series) -> Array:
+        """Return a column of numbers, [row]; nulls become NaN."""
+
+    def codes(self, column: Series) -> Array:
+        """Return integer codes of a column without nulls, from 0 on, without gaps, [row]."""
+
+    def is_text(self, column: Series) -> bool:
+        """Whether a column holds texts."""
+
+    def from_arrow(self, table: pa.Table) -> Frame:
+        """Return a table as a frame."""
+
+    def to_arrow(self, column: Series) -> pa.Array:
+        """Return a column in the memory of the host."""
+
+    def counts(self, column: Series) -> pd.Series:
+        """Return the number of rows per value that is no null, in the memory of the host, in any order."""
+
 
 def adapter_of(frame: Frame) -> Adapter:
-    """Return the adapter for a pandas or a cuDF frame."""
-    return PandasFrames() if isinstance(frame, pd.DataFrame) else CudfFrames()
+    """Return the adapter for a pandas or a cuDF frame or series."""
+    return PandasFrames() if isinstance(frame, pd.DataFrame | pd.Series) else CudfFrames()
 
 
 class PandasFrames:
@@ -86,6 +108,34 @@ class PandasFrames:
             return pd.Series(rows, dtype=object)
         lists = pa.LargeListArray.from_arrays(pa.array(column.offsets, pa.int64()), pa.array(values))
         return lists.to_pandas()
+
+    def append(self, column: Series, value: Any) -> Series:
+        """Return the column with one value more."""
+        return pd.Series(np.append(column.to_numpy(), [column.dtype.type(value)]))
+
+    def array(self, column: Series) -> Array:
+        """Return the values; pandas has NaN for null."""
+        return column.to_numpy()
+
+    def codes(self, column: Series) -> Array:
+        """Return the codes in the order of first occurrence."""
+        return pd.factorize(column)[0]
+
+    def is_text(self, column: Series) -> bool:
+        """Whether it holds objects other than Booleans, which are objects beside nulls."""
+        return column.dtype == object and not column.dropna().isin([True, False]).all()
+
+    def from_arrow(self, table: pa.Table) -> Frame:
+        """Return the table in pandas."""
+        return table.to_pandas()
+
+    def to_arrow(self, column: Series) -> pa.Array:
+        """Return the column as Arrow, NaN as null."""
+        return pa.array(column, from_pandas=True)
+
+    def counts(self, column: Series) -> pd.Series:
+        """Return the counts, unsorted."""
+        return column.value_counts(sort=False)
 
 
 def _rank(column: Series, ascending: bool) -> Array:
@@ -124,3 +174,39 @@ class CudfFrames:
         from merlin.core.dispatch import build_cudf_list_column
 
         return cudf.Series._from_column(build_cudf_list_column(column.values, column.offsets.astype("int32")))
+
+    def append(self, column: Series, value: Any) -> Series:
+        """Return the column with one value more; unlike cupy's arrays it may hold texts and nulls."""
+        import cudf
+
+        last = [str(value)] if self.is_text(column) else np.array([value]).astype(column.dtype)
+        return cudf.concat([column, cudf.Series(last)], ignore_index=True)
+
+    def array(self, column: Series) -> Array:
+        """Return the values; cuDF refuses `values` of a column with nulls, which pandas has as floats."""
+        if not column.null_count:
+            return column.values
+        floats = column if column.dtype.kind == "f" else column.astype("float64")
+        return floats.to_cupy(na_value=float("nan"))
+
+    def codes(self, column: Series) -> Array:
+        """Return the codes as int64: cuDF chooses the narrowest type, which sums of codes would overflow."""
+        return column.factorize()[0].astype("int64")
+
+    def is_text(self, column: Series) -> bool:
+        """Whether it holds strings, cuDF's only objects."""
+        return bool(column.dtype == object)
+
+    def from_arrow(self, table: pa.Table) -> Frame:
+        """Copy the table to the GPU."""
+        import cudf
+
+        return cudf.DataFrame.from_arrow(table)
+
+    def to_arrow(self, column: Series) -> pa.Array:
+        """Copy the column to the host."""
+        return column.to_arrow()
+
+    def counts(self, column: Series) -> pd.Series:
+        """Count on the GPU, and copy the counts."""
+        return column.value_counts(sort=False).to_pandas()

@@ -1,19 +1,32 @@
-"""In-memory input: raw tables are renamed, typed, checked, matched with the item table and filtered."""
+"""In-memory input: raw tables are renamed, typed, checked, matched with the item table and filtered.
+
+The events become a frame of pandas or of cuDF; from there on the same code serves both. On the GPU the engine `gpu.py`
+reads them, and what it does not read is read here and copied.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import pandas as pd
 import pyarrow as pa
 
+from missrec_t4r.etl.dataframe import Adapter, Frame
 from missrec_t4r.etl.item_table import UnknownItems, Vectors, filter_items, match_events, unique_items
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import read_numbers
 from missrec_t4r.etl.sources.table import Paths, read_table, require_column
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
+
+
+class Events(NamedTuple):
+    """Complete events in pandas or cuDF: ids as integers or texts, times as numbers, features as they were read."""
+
+    frame: Frame
+    features: list[str]
+    """Event columns that become list features."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +35,7 @@ class Inputs:
 
     Parameters
     ----------
-    events : DataFrame
+    events : pandas or cuDF DataFrame
         ``user_id``, ``item_id``, ``timestamp`` and the feature columns, in input order.
     items : pyarrow.Table
         In catalogue order: row ``i`` has item index ``3 + i``.
@@ -32,7 +45,7 @@ class Inputs:
         Event columns that become list features.
     """
 
-    events: pd.DataFrame
+    events: Frame
     items: pa.Table
     vectors: Vectors
     features: tuple[str, ...]
@@ -73,7 +86,7 @@ def read_tables(
     for raw, option in zip(names, ("--user-column", "--item-column", "--time-column"), strict=True):
         require_column(events, raw, "interactions", option)
     clashing = [name for name in events.column_names if name in names.values() and name not in names]
-    findings.add("column_name_taken", len(clashing), f"columns {clashing} are left out: other columns take their names")
+    checks.note_taken_names(findings, clashing)
     events = events.drop_columns(clashing) if clashing else events
     events = events.rename_columns([names.get(name, name) for name in events.column_names])
 
@@ -98,6 +111,12 @@ def read_items(items: Path, catalogue_item: str, findings: checks.Findings) -> p
     return table.rename_columns([ITEM_ID if name == catalogue_item else name for name in table.column_names])
 
 
+def with_normal_ids(items: pa.Table) -> pa.Table:
+    """Return an item table with ids as int64 or string."""
+    at = items.column_names.index(ITEM_ID)
+    return items.set_column(at, ITEM_ID, checks.normal_ids(items[ITEM_ID], ITEM_ID))
+
+
 def _normal_types(
     events: pa.Table, items: pa.Table, findings: checks.Findings, time_format: str | None
 ) -> tuple[pa.Table, pa.Table]:
@@ -120,14 +139,26 @@ def _normal_types(
     return pa.table(columns), pa.table(item_columns)
 
 
-def clean_inputs(
-    events_table: pa.Table,
-    item_table: pa.Table,
-    vectors: Vectors,
+def to_events(
+    events: pa.Table,
+    frames: Adapter,
     findings: checks.Findings,
     *,
     drop_columns: Sequence[str],
     categorical_columns: Sequence[str],
+) -> Events:
+    """Return the complete events of a table of `read_tables` as a frame, with numbers where texts are numbers."""
+    features = checks.event_features(events, drop_columns, findings)
+    events = read_numbers(events, features, categorical_columns, findings)
+    return Events(frames.from_arrow(checks.complete_events(events, features, findings)), features)
+
+
+def clean_inputs(
+    events: Events,
+    item_table: pa.Table,
+    vectors: Vectors,
+    findings: checks.Findings,
+    *,
     drop_duplicates: bool,
     unknown_items: UnknownItems,
     k_core: int,
@@ -137,21 +168,21 @@ def clean_inputs(
 
     Parameters
     ----------
-    events_table, item_table : pyarrow.Table
+    events : Events
+        From `to_events`, or read on the GPU.
+    item_table : pyarrow.Table
         From `read_tables`.
     vectors : mapping of str to ndarray [item, width]
         Modality vectors, rows as in ``item_table``.
     findings : Findings
         Gains the data-quality findings.
-    drop_columns, categorical_columns, drop_duplicates, unknown_items, k_core, min_item_count
+    drop_duplicates, unknown_items, k_core, min_item_count
         As in `missrec_t4r.etl.pipeline.etl`.
     """
-    features = checks.event_features(events_table, drop_columns, findings)
-    events_table = read_numbers(events_table, features, categorical_columns, findings)
-    events = checks.clean_events(events_table, features, findings, drop_duplicates)
+    frame = checks.clean_events(events.frame, findings, drop_duplicates)
     items, vectors = unique_items(item_table, vectors, findings)
-    events, items, vectors = match_events(events, items, vectors, unknown_items, findings)
-    events, items, vectors = filter_items(
-        events, items, vectors, k_core=k_core, min_item_count=min_item_count, user_column=USER_ID
+    frame, items, vectors = match_events(frame, items, vectors, unknown_items, findings)
+    frame, items, vectors = filter_items(
+        frame, items, vectors, k_core=k_core, min_item_count=min_item_count, user_column=USER_ID
     )
-    return Inputs(checks.fill_features(events, features, findings), items, vectors, tuple(features))
+    return Inputs(checks.fill_features(frame, events.features, findings), items, vectors, tuple(events.features))

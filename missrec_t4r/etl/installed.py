@@ -12,6 +12,11 @@ def has_nvtabular() -> bool:
     return importlib.util.find_spec("nvtabular") is not None
 
 
+def has_cudf() -> bool:
+    """Whether cuDF can be imported; it is not imported, and needs a GPU to be of use."""
+    return importlib.util.find_spec("cudf") is not None
+
+
 def require_nvtabular(what: str, otherwise: str) -> None:
     """Refuse what only NVTabular does, where it is not installed.
 

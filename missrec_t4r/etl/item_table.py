@@ -14,12 +14,13 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from missrec_t4r.arrays import Bools, Floats
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import ConfigError, DataError, ModalityError, SchemaError
+from missrec_t4r.etl.dataframe import Frame, adapter_of
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.io.npy_files import read_npy
@@ -113,8 +114,8 @@ def unique_items(items: pa.Table, vectors: Vectors, findings: Findings) -> tuple
 
 
 def match_events(
-    events: pd.DataFrame, items: pa.Table, vectors: Vectors, unknown: UnknownItems, findings: Findings
-) -> tuple[pd.DataFrame, pa.Table, Vectors]:
+    events: Frame, items: pa.Table, vectors: Vectors, unknown: UnknownItems, findings: Findings
+) -> tuple[Frame, pa.Table, Vectors]:
     """Match events with the item table: items that occur only in events are appended, or their events are dropped.
 
     Raises
@@ -124,21 +125,22 @@ def match_events(
     DataError
         No event is left.
     """
-    table_type, event_type = items[ITEM_ID].type, pa.array(events[ITEM_ID]).type
+    adapter = adapter_of(events)
+    table_type, event_type = items[ITEM_ID].type, pa.string() if events[ITEM_ID].dtype == object else pa.int64()
     if table_type != event_type:
         raise SchemaError(
             f"item ids are {event_type} in the interactions and {table_type} in the item table",
             "the same type in both",
             "convert one of them",
         )
-    in_table = events[ITEM_ID].isin(items[ITEM_ID].to_pandas())
+    in_table = events[ITEM_ID].isin(adapter.from_arrow(items.select([ITEM_ID]))[ITEM_ID])
     unknown_ids = events[ITEM_ID][~in_table].drop_duplicates()
     append = unknown == "append"
     add_unknown_item_findings(findings, len(unknown_ids), int((~in_table).sum()), len(events), append=append)
     if append:
-        return events, *append_items(items, vectors, pa.array(unknown_ids, table_type))
+        return events, *append_items(items, vectors, adapter.to_arrow(unknown_ids).cast(table_type))
     events = events[in_table].reset_index(drop=True)
-    if events.empty:
+    if not len(events):
         raise DataError("no event is on an item of the item table", "matching ids", "check both id columns")
     return events, items, vectors
 
@@ -176,8 +178,8 @@ def take_items(items: pa.Table, vectors: Vectors, rows: npt.NDArray[np.intp]) ->
 
 
 def filter_items(
-    events: pd.DataFrame, items: pa.Table, vectors: Vectors, *, k_core: int, min_item_count: int, user_column: str
-) -> tuple[pd.DataFrame, pa.Table, Vectors]:
+    events: Frame, items: pa.Table, vectors: Vectors, *, k_core: int, min_item_count: int, user_column: str
+) -> tuple[Frame, pa.Table, Vectors]:
     """Leave out rare items once, then rare users and items until nothing changes, in events and item table.
 
     Raises
@@ -193,16 +195,21 @@ def filter_items(
     while k_core > 0 and before != len(events):
         before = len(events)
         events = _keep_frequent(_keep_frequent(events, user_column, k_core), ITEM_ID, k_core)
-    if events.empty:
+    if not len(events):
         raise DataError(
             f"k_core={k_core} with min_item_count={min_item_count} leaves no event", "at least one", "lower the numbers"
         )
-    kept = np.flatnonzero(items[ITEM_ID].to_pandas().isin(events[ITEM_ID]).to_numpy())
+    in_events = adapter_of(events).to_arrow(events[ITEM_ID].drop_duplicates())
+    kept = np.flatnonzero(pc.is_in(items[ITEM_ID], in_events))
     return (events.reset_index(drop=True), *take_items(items, vectors, kept))
 
 
-def _keep_frequent(events: pd.DataFrame, column: str, minimum: int) -> pd.DataFrame:
-    return events[events.groupby(column)[column].transform("size") >= minimum]
+def _keep_frequent(events: Frame, column: str, minimum: int) -> Frame:
+    if not len(events):
+        return events
+    adapter = adapter_of(events)
+    codes = adapter.codes(events[column])
+    return events.take(adapter.xp.flatnonzero(adapter.xp.bincount(codes)[codes] >= minimum))
 
 
 # Catalogue

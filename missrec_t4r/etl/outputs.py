@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
@@ -21,6 +21,18 @@ from missrec_t4r.schema import (
     SESSION_TRANSFORM_FILE,
     UNKNOWN_ROW,
 )
+
+
+class Written(NamedTuple):
+    """What the splits hold."""
+
+    rows: Mapping[str, int]
+    """Rows per split."""
+    longest: int
+    """Events of the longest session."""
+    train_counts: Ints
+    """Events of the training split, [item index]."""
+
 
 REPORT_FILE = "etl.json"
 """Marker file of a data folder."""

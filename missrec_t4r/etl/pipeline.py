@@ -1,8 +1,8 @@
 """``missrec etl``: interactions and an item table in, a data folder of sessions, catalogue and workflows out.
 
-Two engines make the same rows. In memory: read -> check -> filter -> catalogue -> NVTabular workflow -> split -> write.
-Out of core (`engine/build.py`): the same steps on partitions of the users, in bounded memory, for parquet of any size,
-and without NVTabular.
+Three engines make the same rows. In memory: read -> check -> filter -> catalogue -> NVTabular workflow -> split ->
+write. On the GPU (`nvt/gpu.py`): the same on frames of cuDF. Out of core (`engine/build.py`): the same steps on
+partitions of the users, in bounded memory, for parquet of any size, and without NVTabular.
 
 The data folder is written to a temporary folder and replaces the output in one rename, so a failed run leaves nothing
 behind, and the same input gives the same sessions.
@@ -28,6 +28,7 @@ from missrec_t4r.arrays import AnyArray, Ints
 from missrec_t4r.data.session_files import take_prefixes
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl import inputs, item_table, outputs, splits
+from missrec_t4r.etl.dataframe import PandasFrames
 from missrec_t4r.etl.engine import append, workdir
 from missrec_t4r.etl.engine import compact as compaction
 from missrec_t4r.etl.engine.build import build
@@ -35,7 +36,7 @@ from missrec_t4r.etl.engine.executor import open_executor
 from missrec_t4r.etl.engine.job import Job
 from missrec_t4r.etl.engine.shuffle import cut_chunks
 from missrec_t4r.etl.event_settings import CLOCK, EventSettings, parse_seconds, parse_time_features, parse_weights
-from missrec_t4r.etl.installed import has_nvtabular, require_nvtabular
+from missrec_t4r.etl.installed import has_cudf, has_nvtabular, require_nvtabular
 from missrec_t4r.etl.outputs import REPORT_FILE, REQUEST_FOLDER, WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import PARQUET_SUFFIXES, Paths, expand, read_table
@@ -55,11 +56,15 @@ from missrec_t4r.schema import (
 )
 
 if TYPE_CHECKING:
+    from missrec_t4r.etl.nvt import gpu
     from missrec_t4r.etl.nvt.workflow_file import WorkflowFile
 
 log = logging.getLogger(__name__)
 
 Split = Literal["leave_one_out", "time"]
+ENGINES = ("auto", "memory", "disk", "gpu")
+GPU_EVENTS = 1_000_000
+"""Events of parquet input from which ``engine="auto"`` uses the GPU: below, the CPU is as fast."""
 OUT_OF_CORE_EVENTS = 300_000
 """Events of parquet input from which ``engine="auto"`` uses the out-of-core engine."""
 _EVENTS_PER_PARTITION = 5_000_000
@@ -97,7 +102,7 @@ def etl(
     event_type_column: str = "event_type",
     time_features: str | Sequence[str] | None = None,
     workflow: str | Path | None = None,
-    engine: Literal["auto", "memory", "disk"] = "auto",
+    engine: Literal["auto", "memory", "disk", "gpu"] = "auto",
     dask_scheduler: str = "threads",
     workers: int | None = None,
     partitions: int | None = None,
@@ -168,9 +173,10 @@ def etl(
     workflow : path, optional
         Python file that defines session_workflow(columns), an NVTabular workflow to use instead of the built-in one, in
         memory. The file is executed. Start from workflows/session_features.py.
-    engine : {"auto", "memory", "disk"}
-        memory: NVTabular transforms everything at once. disk: out-of-core, in bounded memory, without NVTabular. auto:
-        disk for large parquet, and where NVTabular is not installed.
+    engine : {"auto", "memory", "disk", "gpu"}
+        memory: NVTabular transforms everything at once, on the CPU. gpu: the same on a GPU with cuDF. disk:
+        out-of-core, in bounded memory, without NVTabular. auto: gpu for a million events and more in parquet, where
+        cuDF sees a GPU; disk for large parquet, and where NVTabular is not installed.
     dask_scheduler : str
         Where the out-of-core engine runs: threads, processes, or tcp://host:port.
     workers : int, optional
@@ -203,8 +209,8 @@ def etl(
         raise ConfigError("no item table", "--items items.parquet", "only --update goes without")
     items = Path(items)
     _check_settings(split, valid_from, test_from, max_sequence_length, max_events)
-    if engine not in ("auto", "memory", "disk"):
-        raise ConfigError(f"engine {engine!r}", "auto, memory or disk", "choose one with --engine")
+    if engine not in ENGINES:
+        raise ConfigError(f"engine {engine!r}", "auto, memory, disk or gpu", "choose one with --engine")
     derive = EventSettings(
         parse_weights(event_weights),
         event_type_column,
@@ -247,9 +253,8 @@ def etl(
     if len(names) < 3:
         raise ConfigError(f"columns {list(names)} for user, item and time", "three different columns")
     events = expand(interactions, "interactions")
-    out_of_core = engine == "disk" or (
-        engine == "auto" and workflow_file is None and (is_large(events) or not has_nvtabular())
-    )
+    chosen = engine if engine != "auto" else _choose_engine(events, workflow_file, dask_scheduler)
+    device = _open_device() if chosen == "gpu" else None
     task = _Task(
         files=events,
         items=items,
@@ -262,11 +267,14 @@ def etl(
         workflow=workflow_file,
     )
     if dry_run:
-        return _describe_run(task, out, out_of_core=out_of_core)
-    if out_of_core:
-        counts = _run_out_of_core(task, out, partitions, dask_scheduler, workers, started)
-    else:
+        return _describe_run(task, out, chosen)
+    counts = None
+    if device is not None:
+        counts = _run_on_gpu(task, out, started, device, may_go_on=engine == "auto" and workflow_file is None)
+    elif chosen == "memory":
         counts = _run_in_memory(task, out, partitions, started)
+    if counts is None:
+        counts = _run_out_of_core(task, out, partitions, dask_scheduler, workers, started)
     for finding in findings.found:
         log.info(f"{finding.check}: {finding.count:,} ({finding.message})")
     rows = ", ".join(f"{count:,} {name}" for name, count in counts["sessions"].items())
@@ -352,7 +360,7 @@ def _read_workflow_file(
     if engine == "disk":
         raise ConfigError(
             "--workflow with --engine disk",
-            "--engine memory: the out-of-core engine does not run NVTabular operators",
+            "--engine memory or gpu: the out-of-core engine does not run NVTabular operators",
             "leave --engine out",
         )
     require_nvtabular("--workflow", "leave it out")
@@ -386,20 +394,43 @@ class _Task:
 # Dry run and choice of the engine
 
 
-def is_large(files: Sequence[Path]) -> bool:
-    """Whether these are parquet files with at least `OUT_OF_CORE_EVENTS` events.
-
-    False if a file cannot be read: reading it later raises the error.
-    """
+def count_events(files: Sequence[Path]) -> int:
+    """Return the number of events in parquet files; 0 for others, or if one cannot be read: reading it raises."""
     if not all(file.name.endswith(PARQUET_SUFFIXES) for file in files):
-        return False
+        return 0
     try:
-        return sum(pq.read_metadata(file).num_rows for file in files) >= OUT_OF_CORE_EVENTS
+        return sum(int(pq.read_metadata(file).num_rows) for file in files)
     except Exception:
-        return False
+        return 0
 
 
-def _describe_run(task: _Task, out: Path, *, out_of_core: bool) -> dict[str, Any]:
+def _choose_engine(files: Sequence[Path], workflow: WorkflowFile | None, scheduler: str) -> str:
+    """Return the engine of ``--engine auto``."""
+    rows = count_events(files)
+    if has_nvtabular() and has_cudf() and scheduler == "threads":
+        from missrec_t4r.etl.nvt import gpu
+
+        if gpu.obstacle() is None and rows >= GPU_EVENTS:
+            return "gpu"
+        log.info(f"{gpu.obstacle() or f'fewer than {GPU_EVENTS:,} events in parquet'}: on the CPU")
+    return "disk" if workflow is None and (rows >= OUT_OF_CORE_EVENTS or not has_nvtabular()) else "memory"
+
+
+def _open_device() -> gpu.Device:
+    """Return the GPU.
+
+    Raises
+    ------
+    ConfigError
+        NVTabular or cuDF is not installed, or there is no CUDA device.
+    """
+    require_nvtabular("--engine gpu", "leave --engine out")
+    from missrec_t4r.etl.nvt import gpu
+
+    return gpu.open_device()
+
+
+def _describe_run(task: _Task, out: Path, engine: str) -> dict[str, Any]:
     """Return what a run would read and write (``--dry-run``).
 
     Raises
@@ -416,11 +447,11 @@ def _describe_run(task: _Task, out: Path, *, out_of_core: bool) -> dict[str, Any
     parquet = [file for file in task.files if file.name.endswith(PARQUET_SUFFIXES)]
     return {
         "dry_run": True,
-        "engine": "disk" if out_of_core else "memory",
+        "engine": engine,
         "events": sum(table["rows"] for table in tables),
         "items": n_items,
         "files": tables,
-        "tasks": len(cut_chunks(parquet)) if out_of_core else 1,
+        "tasks": len(cut_chunks(parquet)) if engine == "disk" else 1,
         "would_write": [
             str(out / name)
             for name in (
@@ -482,22 +513,65 @@ def _run_out_of_core(
     return report
 
 
-# In memory
+# In memory, of the CPU or of the GPU
 
 
-def _run_in_memory(task: _Task, out: Path, partitions: int | None, started: float) -> dict[str, Any]:
-    """Build the data folder with NVTabular on all events at once; return its report."""
+def _run_on_gpu(
+    task: _Task, out: Path, started: float, device: gpu.Device, *, may_go_on: bool
+) -> dict[str, Any] | None:
+    """Build the data folder on the GPU; return its report, or None if its memory does not suffice.
+
+    Parameters
+    ----------
+    may_go_on : bool
+        Whether the out-of-core engine may take over.
+
+    Raises
+    ------
+    DataError
+        The memory of the GPU does not suffice, and no other engine may take over.
+    """
+    settings = dict(task.settings)
+    try:
+        return _run_in_memory(task, out, None, started, device)
+    except MemoryError as error:
+        if may_go_on:
+            log.warning(f"the memory of the GPU does not suffice ({error}): the CPU begins again, out of core")
+            task.findings.found, task.settings = [], settings
+            return None
+        raise DataError(
+            f"the memory of the GPU does not suffice ({error})",
+            "a GPU that holds all events several times",
+            "add --engine disk, which works in bounded memory on the CPU",
+        ) from error
+
+
+def _run_in_memory(
+    task: _Task, out: Path, partitions: int | None, started: float, device: gpu.Device | None = None
+) -> dict[str, Any]:
+    """Build the data folder with NVTabular on all events at once; return its report.
+
+    Parameters
+    ----------
+    task : _Task
+        Input and settings.
+    out : Path
+        Data folder.
+    partitions : int, optional
+        Of the workflow on the CPU.
+    started : float
+        For the seconds in the report.
+    device : Device, optional
+        The GPU's frames; by default pandas, with files read and written by Arrow.
+    """
     settings = task.settings
     log.info("reading the tables")
-    tables = inputs.read_tables(
-        task.files, task.items, task.names, task.catalogue_item, task.findings, settings["time_format"]
-    )
+    events, items = _read(task, device)
     clean = inputs.clean_inputs(
-        *tables,
-        item_table.read_modalities(task.modality_files, tables[1].num_rows),
+        events,
+        items,
+        item_table.read_modalities(task.modality_files, items.num_rows),
         task.findings,
-        drop_columns=settings["drop_columns"],
-        categorical_columns=settings["categorical_columns"],
         drop_duplicates=settings["drop_duplicates"],
         unknown_items=settings["unknown_items"],
         k_core=settings["k_core"],
@@ -510,17 +584,44 @@ def _run_in_memory(task: _Task, out: Path, partitions: int | None, started: floa
     task.derive = replace(task.derive, newest=settings["newest"])
     log.info(f"{len(clean.events):,} events on {clean.items.num_rows:,} items; grouping them into sessions")
     with atomic_write_dir(out, REPORT_FILE) as folder, tempfile.TemporaryDirectory() as storage:
-        counts = _write_folder(clean, task, folder, Path(storage), partitions)
+        counts = _write_folder(clean, task, folder, Path(storage), partitions, device)
         return task.write_report(counts, folder, started)
 
 
+def _read(task: _Task, device: gpu.Device | None) -> tuple[inputs.Events, pa.Table]:
+    """Return the complete events and the item table, both with normal types."""
+    chosen = {name: task.settings[name] for name in ("drop_columns", "categorical_columns")}
+    if device is not None:
+        from missrec_t4r.etl.nvt import gpu
+
+        noted = checks.Findings()
+        items = inputs.read_items(task.items, task.catalogue_item, noted)
+        item_type = checks.normal_ids(items[ITEM_ID], ITEM_ID).type
+        try:
+            events = gpu.read_events(device, task.files, task.names, item_type, task.findings, **chosen)
+        except gpu.NotPlainError as reason:
+            log.info(f"{reason}: the CPU reads the events")
+        else:
+            task.findings.found += noted.found
+            return events, inputs.with_normal_ids(items)
+    events_table, items = inputs.read_tables(
+        task.files, task.items, task.names, task.catalogue_item, task.findings, task.settings["time_format"]
+    )
+    return inputs.to_events(events_table, device or PandasFrames(), task.findings, **chosen), items
+
+
 def _write_folder(
-    clean: inputs.Inputs, task: _Task, folder: Path, storage: Path, partitions: int | None
+    clean: inputs.Inputs,
+    task: _Task,
+    folder: Path,
+    storage: Path,
+    partitions: int | None,
+    device: gpu.Device | None,
 ) -> dict[str, Any]:
     """Write everything of a data folder but its report; return the counts."""
     from missrec_t4r.etl.nvt import saved
     from missrec_t4r.etl.nvt import workflows as nvt_workflows
-    from missrec_t4r.etl.nvt.workflow_file import EventColumns, check_fitted, check_lists
+    from missrec_t4r.etl.nvt.workflow_file import EventColumns, check_fitted
 
     settings = task.settings
     if missing := [name for name in settings["categorical_columns"] if name not in clean.features]:
@@ -531,7 +632,7 @@ def _write_folder(
     numbers = [name for name in clean.features if name not in categories]
     clock = {name: values for name, values in CLOCK.items() if name in task.derive.time_features}
     features = outputs.feature_codes([*clean.features, *task.derive.columns], categories | clock)
-    partitions = partitions or 1 + len(clean.events) // _EVENTS_PER_PARTITION
+    partitions = 1 if device is not None else partitions or 1 + len(clean.events) // _EVENTS_PER_PARTITION
     request_length = settings["max_sequence_length"]
     if task.workflow is None:
         workflow = nvt_workflows.build_session_workflow(
@@ -549,26 +650,42 @@ def _write_folder(
         workflow = task.workflow.fit(columns, clean.events, partitions)
         features, max_events = check_fitted(workflow, item_ids, settings["split"])
         request_length = min(request_length, max_events or request_length)
-    sessions = nvt_workflows.transform_events(workflow, clean.events, partitions)
-    check_lists(sessions)
-    offsets, lengths = _split_lengths(sessions, settings, clean.events[TIMESTAMP].to_numpy())
+    n_users, times = int(clean.events[USER_ID].nunique()), clean.events[TIMESTAMP]
+    if device is None:
+        sessions = nvt_workflows.transform_events(workflow, clean.events, partitions)
+        written = _write_splits(sessions, times.to_numpy(), settings, folder, catalogue.n_rows)
+    else:
+        from missrec_t4r.etl.nvt import gpu
 
-    rows = {name: take_prefixes(sessions, offsets, lengths[name]) for name in SPLITS}
-    longest = int(np.diff(offsets).max())
-    saved.write_schema(workflow, longest, folder)
+        frame = nvt_workflows.transform_dataset(workflow, clean.events, partitions, USER_ID)
+        written = gpu.write_splits(device, frame, times, settings, folder, catalogue.n_rows)
+    saved.write_schema(workflow, written.longest, folder)
     saved.write_workflow(workflow, folder, pickled=settings["save_nvtabular_workflow"])
-    for name in track(SPLITS, "writing the splits"):
-        for part, start in enumerate(range(0, rows[name].num_rows, _SESSIONS_PER_FILE)):
-            pq.write_table(rows[name].slice(start, _SESSIONS_PER_FILE), folder / name / f"part_{part}.parquet")
-
-    train_items = one_array(rows["train"][ITEM_LIST]).flatten().to_numpy()
-    train_counts = np.bincount(train_items, minlength=catalogue.n_rows)  # [item index]
-    outputs.write_catalogue(catalogue, train_counts, folder)
+    outputs.write_catalogue(catalogue, written.train_counts, folder)
     transform = saved.write_request(item_ids, folder, storage, request_length, features)
     outputs.write_request_transform(transform, folder)
-    n_users = int(clean.events[USER_ID].nunique())
-    n_rows = {name: table.num_rows for name, table in rows.items()}
-    return outputs.data_counts(catalogue, train_counts, len(clean.events), n_users, n_rows)
+    return outputs.data_counts(catalogue, written.train_counts, len(clean.events), n_users, written.rows)
+
+
+def _write_splits(
+    sessions: pa.Table, event_times: AnyArray, settings: dict[str, Any], folder: Path, n_rows: int
+) -> outputs.Written:
+    """Write the rows of every split; `gpu.write_splits` has the parameters."""
+    from missrec_t4r.etl.nvt.workflow_file import check_lists
+
+    check_lists(sessions)
+    offsets, lengths = _split_lengths(sessions, settings, event_times)
+    rows = {name: take_prefixes(sessions, offsets, lengths[name]) for name in SPLITS}
+    for name in track(SPLITS, "writing the splits"):
+        (folder / name).mkdir(exist_ok=True)
+        for part, start in enumerate(range(0, rows[name].num_rows, _SESSIONS_PER_FILE)):
+            pq.write_table(rows[name].slice(start, _SESSIONS_PER_FILE), folder / name / f"part_{part}.parquet")
+    train_items = one_array(rows["train"][ITEM_LIST]).flatten().to_numpy()
+    return outputs.Written(
+        {name: table.num_rows for name, table in rows.items()},
+        int(np.diff(offsets).max()),
+        np.bincount(train_items, minlength=n_rows),
+    )
 
 
 def _split_lengths(sessions: pa.Table, settings: dict[str, Any], event_times: AnyArray) -> tuple[Ints, splits.Lengths]:

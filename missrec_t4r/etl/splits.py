@@ -13,6 +13,7 @@ before the target have no row. T1 and T2 are given, or the times of the events a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -23,29 +24,31 @@ Lengths = Mapping[str, Ints]
 """Split -> prefix lengths, [session]."""
 
 
-def leave_one_out(offsets: Ints) -> Lengths:
+def leave_one_out(offsets: Ints, xp: Any = np) -> Lengths:
     """Return the prefix lengths of the leave-one-out split.
 
     Parameters
     ----------
     offsets : ndarray [session + 1]
         Where the events of each session begin.
+    xp : module
+        Of the arrays: numpy, or cupy.
 
     Examples
     --------
     >>> {name: lengths.tolist() for name, lengths in leave_one_out(np.array([0, 2, 6])).items()}
     {'train': [2, 2], 'valid': [0, 3], 'test': [0, 4]}
     """
-    sizes = np.diff(offsets)
+    sizes = xp.diff(offsets)
     enough = sizes >= 3
     return {
-        "train": np.where(enough, sizes - 2, sizes),
-        "valid": np.where(enough, sizes - 1, 0),
-        "test": np.where(enough, sizes, 0),
+        "train": xp.where(enough, sizes - 2, sizes),
+        "valid": xp.where(enough, sizes - 1, 0),
+        "test": xp.where(enough, sizes, 0),
     }
 
 
-def time_split(offsets: Ints, times: AnyArray, valid_from: float, test_from: float) -> Lengths:
+def time_split(offsets: Ints, times: AnyArray, valid_from: float, test_from: float, xp: Any = np) -> Lengths:
     """Return the prefix lengths of the time split with boundaries T1 = ``valid_from`` and T2 = ``test_from``.
 
     Parameters
@@ -56,6 +59,8 @@ def time_split(offsets: Ints, times: AnyArray, valid_from: float, test_from: flo
         Ascending within a session.
     valid_from, test_from : float
         In the unit of ``times``.
+    xp : module
+        Of the arrays: numpy, or cupy.
 
     Raises
     ------
@@ -73,17 +78,19 @@ def time_split(offsets: Ints, times: AnyArray, valid_from: float, test_from: flo
             f"valid starts at {valid_from} and test at {test_from}", "the first before the second", "move one of them"
         )
     # [session] each: events before T1, before T2, and all
-    before_valid, before_test, size = (_count_before(offsets, times, end) for end in (valid_from, test_from, np.inf))
+    before_valid, before_test, size = (
+        _count_before(offsets, times, end, xp) for end in (valid_from, test_from, np.inf)
+    )
     return {
         "train": before_valid,
-        "valid": np.where((before_test > before_valid) & (before_test >= 2), before_test, 0),
-        "test": np.where((size > before_test) & (size >= 2), size, 0),
+        "valid": xp.where((before_test > before_valid) & (before_test >= 2), before_test, 0),
+        "test": xp.where((size > before_test) & (size >= 2), size, 0),
     }
 
 
-def default_boundaries(times: AnyArray) -> tuple[float, float]:
+def default_boundaries(times: AnyArray, xp: Any = np) -> tuple[float, float]:
     """Return the boundaries T1 and T2: the times of the events at 80 % and 90 % of all events, sorted by time."""
-    ordered = np.sort(times)
+    ordered = xp.sort(times)
     first, second = (ordered[int(len(ordered) * share)].item() for share in (0.8, 0.9))
     return first, second
 
@@ -106,7 +113,8 @@ def check_lengths(lengths: Lengths) -> None:
             raise DataError(f"the {name} split has no session", "at least one", cure)
 
 
-def _count_before(offsets: Ints, times: AnyArray, boundary: float) -> Ints:
+def _count_before(offsets: Ints, times: AnyArray, boundary: float, xp: Any) -> Ints:
     """Return how many events of each session are earlier than ``boundary``, [session]."""
-    cumulative = np.concatenate([[0], np.cumsum(times < boundary)])  # [event + 1]
-    return np.asarray(np.diff(cumulative[offsets]), np.int64)
+    cumulative = xp.concatenate([xp.zeros(1, "int64"), xp.cumsum(times < boundary)])  # [event + 1]
+    counts: Ints = xp.diff(cumulative[offsets]).astype("int64")
+    return counts

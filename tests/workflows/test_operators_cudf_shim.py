@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from merlin.core.dispatch import HAS_GPU
 
+from missrec_t4r.etl.dataframe import CudfFrames
 from missrec_t4r.etl.nvt import cudf_compat as cudf_shim
-from missrec_t4r.etl.nvt.dataframe import CudfFrames
 
 
 def _installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, ModuleType]:

@@ -272,7 +272,7 @@ etl(sys.argv[1], sys.argv[2], sys.argv[4], engine="disk", partitions=4, workers=
 def test_bad_settings_and_outputs_are_refused_before_work_begins(tmp_path: Path) -> None:
     files = write(tmp_path)
     for options, words in (
-        ({"engine": "fast"}, "engine 'fast'.*auto, memory or disk"),
+        ({"engine": "fast"}, "engine 'fast'.*auto, memory, disk or gpu"),
         ({"dask_scheduler": "yarn", "engine": "disk"}, "--dask-scheduler 'yarn'.*tcp://"),
         ({"session_gap": "soon"}, "--session-gap 'soon'.*30m"),
         ({"event_weights": "view=x"}, "--event-weights 'view=x'"),

@@ -77,9 +77,7 @@ def make_plan(job: Job) -> Plan:
     """
     schema = unified_schema(job.files, job.names, job.findings)
     clashing = [name for name in schema.names if name in job.names.values() and name not in job.names]
-    job.findings.add(
-        "column_name_taken", len(clashing), f"columns {clashing} are left out: other columns take their names"
-    )
+    checks.note_taken_names(job.findings, clashing)
     empty = pa.table(
         {
             job.names.get(name, name): pa.chunked_array([], decoded_type(schema.field(name).type))

@@ -20,9 +20,9 @@ from nvtabular.ops.operator import ColumnSelector
 from nvtabular.ops.stat_operator import StatOperator
 
 from missrec_t4r.errors import ConfigError
+from missrec_t4r.etl.dataframe import Adapter, Array, Frame, adapter_of
 from missrec_t4r.etl.event_settings import TIME_FEATURES
 from missrec_t4r.etl.nvt import kernels
-from missrec_t4r.etl.nvt.dataframe import Adapter, Array, Frame, adapter_of
 
 
 class AddsColumns(Operator):
@@ -151,7 +151,7 @@ class TimeFeatures(AddsColumns):
     def transform(self, col_selector: ColumnSelector, df: Frame) -> Frame:
         """Return the events with their time features."""
         adapter = adapter_of(df)
-        times = df[self.time].values
+        times = adapter.array(df[self.time])
         columns: dict[str, Array] = {}
         for name in self.features:
             if name == "gap":
@@ -259,7 +259,7 @@ def _by_time(frame: Frame, key: str, time: str, adapter: Adapter) -> tuple[Array
     if len(frame):
         same = ordered.iloc[1:].reset_index(drop=True) == ordered.iloc[:-1].reset_index(drop=True)
         leads[1:] = ~adapter.xp.asarray(same.fillna(False).values).astype(bool)
-    return order, leads, frame[time].values[order]
+    return order, leads, adapter.array(frame[time])[order]
 
 
 def _unsorted(values: Array, order: Array, adapter: Adapter) -> Array:
@@ -279,7 +279,7 @@ def _with(frame: Frame, selector: ColumnSelector, added: Mapping[str, Array]) ->
 def _combinations(part: Frame, columns: list[str]) -> pd.DataFrame:
     counted = part.dropna(subset=columns).groupby(columns).size().reset_index()
     counted.columns = [*columns, "events"]
-    return counted.to_pandas() if hasattr(counted, "to_pandas") else counted
+    return counted.to_pandas() if hasattr(counted, "to_pandas") else counted  # small beside the events: counted once
 
 
 def _survivors(parts: Sequence[pd.DataFrame], columns: list[str], least: int) -> dict[str, pd.Series]:

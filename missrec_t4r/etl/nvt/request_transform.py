@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import dask
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,13 +27,13 @@ from merlin.dag.ops.selection import SelectionOp
 from merlin.dag.ops.subset_columns import SubsetColumns
 from merlin.dag.ops.subtraction import SubtractionOp
 from merlin.dag.selector import ColumnSelector
-from merlin.io import Dataset
 from nvtabular import Workflow, ops
 
 from missrec_t4r.errors import DataError
 from missrec_t4r.etl.nvt.event_ops import AddsColumns, KCore
 from missrec_t4r.etl.nvt.serialization import load_workflow
 from missrec_t4r.etl.nvt.session_ops import SessionSlice
+from missrec_t4r.etl.nvt.workflows import transform_dataset
 from missrec_t4r.etl.outputs import request_transform
 from missrec_t4r.schema import ITEM_ID, ITEM_LIST, LIST_SUFFIX, TIMESTAMP
 
@@ -197,6 +196,5 @@ def request_rows(workflow: Path, sessions: Sequence[Sequence[str | int | None]])
         Raw ids, None for an event without one.
     """
     frame = pd.DataFrame({ITEM_ID: pd.Series([list(session) for session in sessions], dtype=object)})
-    with dask.config.set({"dataframe.convert-string": False}):  # True turns list columns into text
-        transformed = load_workflow(workflow).transform(Dataset(frame)).to_ddf().compute(scheduler="synchronous")
+    transformed = transform_dataset(load_workflow(workflow), frame, 1, ITEM_ID)  # pandas in, pandas out
     return [[int(row) for row in rows] for rows in transformed[ITEM_ID]]

@@ -3,7 +3,7 @@
 Stock ``Groupby`` and ``ListSlice`` call Python once per group and column; these operators sort once, find the session
 boundaries and gather once. They subclass the stock operators, so selectors, schemas (value_count, ragged lists, tags,
 dtypes) and saved workflows behave the same; `tests/workflows/test_operators.py` compares the results. The same code on
-values and offsets serves pandas and cuDF (`dataframe.py`).
+values and offsets serves pandas and cuDF (`etl/dataframe.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nvtabular.ops.groupby import _get_agg_dicts
 from nvtabular.ops.operator import ColumnSelector
 
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.etl.nvt.dataframe import Adapter, Array, Frame, ListColumn, Series, adapter_of
+from missrec_t4r.etl.dataframe import Adapter, Array, Frame, ListColumn, Series, adapter_of
 
 AGGREGATIONS = ("list", "first", "last", "count")
 
@@ -144,7 +144,7 @@ class SessionSlice(ListSlice):
         steps = xp.arange(self.max_elements)
         # [row, max_elements], flattened; padding points behind the last value, where the padding value is appended.
         index = xp.where(steps < lengths[:, None], starts[:, None] + steps, len(column.values)).ravel()
-        filled = type(column.values)(xp.append(column.values.values, [column.values.dtype.type(self.pad_value)]))
+        filled = adapter.append(column.values, self.pad_value)
         return adapter.build(ListColumn(_take(filled, index), xp.arange(len(sizes) + 1) * self.max_elements))
 
 

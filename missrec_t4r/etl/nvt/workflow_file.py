@@ -204,9 +204,20 @@ def check_lists(table: pa.Table) -> None:
     """
     lengths = _lengths(table[ITEM_LIST])
     lists = [name for name in table.column_names if name.endswith(LIST_SUFFIX)]
-    if uneven := [name for name in lists if not np.array_equal(_lengths(table[name]), lengths)]:
+    refuse_uneven_lists([name for name in lists if not np.array_equal(_lengths(table[name]), lengths)])
+
+
+def refuse_uneven_lists(columns: Sequence[str]) -> None:
+    """Refuse lists that are not as long as the items.
+
+    Raises
+    ------
+    SchemaError
+        There are some.
+    """
+    if columns:
         raise SchemaError(
-            f"columns {uneven} have lists of other lengths than {ITEM_LIST}",
+            f"columns {columns} have lists of other lengths than {ITEM_LIST}",
             "one value per event",
             "slice all lists alike",
         )

@@ -26,6 +26,7 @@ from merlin.schema import ColumnSchema, Schema, Tags
 from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 from nvtabular import Workflow, ops
 
+from missrec_t4r.etl.dataframe import Frame
 from missrec_t4r.etl.event_settings import CLOCK, SESSION_ID, EventSettings
 from missrec_t4r.etl.nvt.event_ops import EventWeights, SessionGap, TimeFeatures
 from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
@@ -138,16 +139,16 @@ def build_request_workflow(
     return Workflow(last >> ops.AddMetadata(tags=list(_ITEM_TAGS)))
 
 
-def fit(workflow: Workflow, frame: pd.DataFrame) -> Workflow:
+def fit(workflow: Workflow, frame: Frame) -> Workflow:
     """Fit on the first rows: the vocabularies are given, only dtypes are read from the data."""
     with _merlin():
-        return workflow.fit(Dataset(frame.head(_SAMPLE).reset_index(drop=True)))
+        return workflow.fit(_dataset(frame.head(_SAMPLE).reset_index(drop=True)))
 
 
-def fit_events(workflow: Workflow, events: pd.DataFrame, partitions: int = 1) -> Workflow:
+def fit_events(workflow: Workflow, events: Frame, partitions: int = 1) -> Workflow:
     """Fit on all events, for workflows with fitted statistics, such as Normalize."""
     with _merlin():
-        return workflow.fit(Dataset(events) if partitions <= 1 else _shuffled(events, partitions, USER_ID))
+        return workflow.fit(_dataset(events) if partitions <= 1 else _shuffled(events, partitions, USER_ID))
 
 
 def transform_events(workflow: Workflow, events: pd.DataFrame, partitions: int = 1) -> pa.Table:
@@ -167,10 +168,10 @@ def transform_events(workflow: Workflow, events: pd.DataFrame, partitions: int =
     return table.take(pc.sort_indices(table, keys)) if partitions > 1 else table
 
 
-def transform_dataset(workflow: Workflow, events: pd.DataFrame, partitions: int, key: str) -> Any:
-    """Return the transformed events as a frame; all events of a key are in one partition."""
+def transform_dataset(workflow: Workflow, events: Frame, partitions: int, key: str) -> Frame:
+    """Return the transformed events as a frame of the same library; all events of a key are in one partition."""
     with _merlin():
-        dataset = Dataset(events) if partitions <= 1 else _shuffled(events, partitions, key)
+        dataset = _dataset(events) if partitions <= 1 else _shuffled(events, partitions, key)
         if not workflow.graph.output_schema:
             workflow.fit(dataset)
         return workflow.transform(dataset).to_ddf().compute(scheduler=_scheduler())
@@ -209,10 +210,15 @@ def _tags(name: str, categories: Mapping[str, pd.Series]) -> tuple[Tags, ...]:
 
 def _shuffled(events: pd.DataFrame, partitions: int, key: str) -> Dataset:
     """Return the events partitioned by key, without empty partitions, which Categorify cannot encode."""
-    dataset = Dataset(dd.from_pandas(events, npartitions=partitions, sort=False)).shuffle_by_keys([key])
+    dataset = Dataset(dd.from_pandas(events, npartitions=partitions, sort=False), cpu=True).shuffle_by_keys([key])
     parts = dataset.to_ddf().map_partitions(_with_range_index).persist(scheduler=_scheduler())
     sizes = parts.map_partitions(len).compute(scheduler=_scheduler())
-    return Dataset(parts.partitions[[index for index, size in enumerate(sizes) if size]])
+    return Dataset(parts.partitions[[index for index, size in enumerate(sizes) if size]], cpu=True)
+
+
+def _dataset(frame: Frame) -> Dataset:
+    """Return a data set of one frame; on a machine with a GPU, Merlin would copy pandas there without being told."""
+    return Dataset(frame, cpu=True if isinstance(frame, pd.DataFrame) else None)
 
 
 @contextmanager

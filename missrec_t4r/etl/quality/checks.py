@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.etl.dataframe import Frame, Series, adapter_of
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
 _YEAR_2100 = 4_102_444_800
@@ -306,6 +307,11 @@ def note_row_indexes(findings: Findings, columns: Sequence[str]) -> None:
     findings.add("row_index", len(columns), f"columns {columns} are a row index of pandas and are left out")
 
 
+def note_taken_names(findings: Findings, columns: Sequence[str]) -> None:
+    """Add a finding about event columns that are called as another column is to be called."""
+    findings.add("column_name_taken", len(columns), f"columns {columns} are left out: other columns take their names")
+
+
 def note_nulls(findings: Findings, name: str, count: int, *, text: bool) -> None:
     """Add a finding about nulls in an event column."""
     became = "nulls became an empty text" if text else "nulls and infinities became 0"
@@ -317,8 +323,8 @@ def note_repaired(findings: Findings, name: str, count: int) -> None:
     findings.add("not_utf8", count, f"texts of column {name!r} were no UTF-8: U+FFFD stands for what was not")
 
 
-def clean_events(table: pa.Table, features: Sequence[str], findings: Findings, drop_duplicates: bool) -> pd.DataFrame:
-    """Return the complete events in input order and add findings.
+def complete_events(table: pa.Table, features: Sequence[str], findings: Findings) -> pa.Table:
+    """Return the events that have user, item and time, in input order, without the columns that become nothing.
 
     Raises
     ------
@@ -328,18 +334,36 @@ def clean_events(table: pa.Table, features: Sequence[str], findings: Findings, d
     usable = pa.array(np.ones(table.num_rows, bool))
     for name in KEYS:
         valid = pc.is_valid(table[name]).combine_chunks()
-        findings.add(f"null_{name}", table.num_rows - pc.sum(valid).as_py(), f"events without {name} are left out")
+        note_incomplete(findings, name, table.num_rows - pc.sum(valid).as_py())
         usable = pc.and_(usable, valid)
     table = table.select([*KEYS, *features]).filter(usable)
-    if not table.num_rows:
+    require_events(table.num_rows)
+    return table
+
+
+def note_incomplete(findings: Findings, name: str, count: int) -> None:
+    """Add a finding about events without user, item or time."""
+    findings.add(f"null_{name}", count, f"events without {name} are left out")
+
+
+def require_events(count: int) -> None:
+    """Refuse tables without a complete event.
+
+    Raises
+    ------
+    DataError
+        There is none.
+    """
+    if not count:
         raise DataError("no event has user, item and time", "at least one complete row", "check the three columns")
-    events = table.to_pandas()
+
+
+def clean_events(events: Frame, findings: Findings, drop_duplicates: bool) -> Frame:
+    """Return complete events, in pandas or cuDF, without the duplicates if they are not wanted; add findings."""
     duplicate = events.duplicated(list(KEYS))
     done = "are left out" if drop_duplicates else "are kept; --drop-duplicates leaves them out"
     findings.add("duplicate_events", int(duplicate.sum()), f"repeated (user, item, time) {done}")
     _note_times(events, findings)
-    per_user = events[USER_ID].value_counts(sort=False)
-    findings.add("very_long_users", int((per_user > MANY_EVENTS).sum()), VERY_LONG)
     return events[~duplicate].reset_index(drop=True) if drop_duplicates else events
 
 
@@ -353,46 +377,50 @@ def note_converted_ids(findings: Findings, count: int, *, events: bool) -> None:
     )
 
 
-def _note_times(events: pd.DataFrame, findings: Findings) -> None:
-    time = events[TIMESTAMP]
-    users, _ = pd.factorize(events[USER_ID])
-    order = np.argsort(users, kind="stable")
-    ordered, owner = time.to_numpy()[order], users[order]
-    backwards = (np.diff(ordered) < 0) & (np.diff(owner) == 0)
+def _note_times(events: Frame, findings: Findings) -> None:
+    """Add findings about times and about users with very many events."""
+    adapter, time = adapter_of(events), events[TIMESTAMP]
+    xp, users = adapter.xp, adapter.codes(events[USER_ID])
+    order = xp.argsort(users, kind="stable")  # by user, in input order
+    times = adapter.array(time)[order]
+    backwards = (xp.diff(times) < 0) & (xp.diff(users[order]) == 0)
     findings.add("time_backwards", int(backwards.sum()), "events of a user not in the order of time were sorted")
     refuse_mixed_units(int(time.between(*SECONDS).sum()), int((time >= MILLISECONDS).sum()))
     findings.add("time_negative", int((time < 0).sum()), "times before 1970 are kept; check the unit")
     late = int((time > _YEAR_2100).sum())
     findings.add("time_out_of_range", late, "times after the year 2100 are kept; are they milliseconds?")
+    findings.add("very_long_users", int((xp.bincount(users) > MANY_EVENTS).sum()), VERY_LONG)
 
 
-def fill_features(events: pd.DataFrame, features: Sequence[str], findings: Findings) -> pd.DataFrame:
+def fill_features(events: Frame, features: Sequence[str], findings: Findings) -> Frame:
     """Return the events with one type per feature and without nulls: text, int64 or float32."""
-    columns = {}
+    adapter, columns = adapter_of(events), {}
     for name in features:
         column = events[name]
         if column.dtype.kind == "f":
-            column = column.where(np.isfinite(column))
-        nulls = int(column.isna().sum())
-        text = column.dtype == object and not column.dropna().isin([True, False]).all()
+            column = finite(column)
+        nulls, text = int(column.isna().sum()), adapter.is_text(column)
         note_nulls(findings, name, nulls, text=text)
         if text:
             columns[name] = column.fillna("").astype(object)
         else:
             filled = column.astype("float64").fillna(0.0) if nulls else column
             if filled.dtype.kind == "u":
-                filled = as_int64(pa.chunked_array([pa.array(filled)]), name).to_pandas()
+                as_int64(pa.array([int(filled.max())], pa.uint64()), name)
             columns[name] = filled.astype("float32" if filled.dtype.kind == "f" else "int64")
     return events.assign(**columns)
 
 
-def category_values(
-    events: pd.DataFrame, features: Sequence[str], categorical_columns: Sequence[str]
-) -> dict[str, pd.Series]:
+def finite(column: Series) -> Series:
+    """Return a column of floats, in pandas or cuDF, with nulls in place of NaN and infinity."""
+    return column.where((column - column == 0).fillna(False))
+
+
+def category_values(events: Frame, features: Sequence[str], categorical_columns: Sequence[str]) -> dict[str, pd.Series]:
     """Return the distinct values of text and named columns, most frequent first, ties in sorted order."""
-    values = {}
+    adapter, values = adapter_of(events), {}
     for name in features:
         if events[name].dtype == object or name in categorical_columns:
-            counted = events[name].value_counts(sort=False).sort_index()
+            counted = adapter.counts(events[name]).sort_index()
             values[name] = pd.Series(counted.sort_values(ascending=False, kind="stable").index.to_numpy())
     return values

@@ -11,7 +11,7 @@
 # make bench-serving [BUNDLE=…]   served latency, throughput, start, memory, exact top-50 of 1M items (20 minutes)
 # make bench-etl ROWS=1000000   ETL beside stock NVTabular operators, pandas and polars; STOCK_ROWS=200000 caps the stock run
 # make bench-train [DATA=…] [RELEASE=…]   training speed beside the authors' release and T4R's XLNet (10 minutes)
-# make gpu-check [PARTS="etl train rank serve"]   one GPU, at most 8 minutes: results as on the CPU, and how fast (docs/howto/gpu.md)
+# make gpu-check [PARTS="etl train rank serve"] [ETL_PYTHON=…]   one GPU, at most 8 minutes: results as on the CPU, and how fast (docs/howto/gpu.md)
 # make sbom   writes the software bill of materials of the environment (CycloneDX) to build/sbom.cdx.json
 # make docs   writes docs/reference.md from the code, measured numbers from their files, and builds the site into build/site
 # make lint | format | clean
@@ -33,6 +33,7 @@ NAME ?=
 PYTEST_ARGS ?=
 ONLY ?=
 PARTS ?=
+ETL_PYTHON ?=
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 PYTEST = python -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 FAST = tests/unit tests/equations tests/properties tests/evaluation tests/recipes $(addprefix --ignore tests/unit/,$(TRAININGS))
@@ -139,7 +140,7 @@ bench-serving: $(VENV)/.installed
 	@$(VENV)/bin/python -m benchmarks.speed.serving --hnsw $(if $(BUNDLE),--bundle "$(BUNDLE)") $(if $(THREADS),--threads $(THREADS))
 
 gpu-check: $(VENV)/.installed
-	@$(VENV)/bin/python -m benchmarks.gpu_check $(PARTS)
+	@$(VENV)/bin/python -m benchmarks.gpu_check $(PARTS) $(if $(ETL_PYTHON),--etl-python "$(ETL_PYTHON)")
 
 # The tool has an environment of its own: it would list itself.
 sbom: $(VENV)/.installed

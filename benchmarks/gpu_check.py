@@ -2,6 +2,7 @@
 
     make gpu-check                                   all parts
     make gpu-check PARTS="train rank"                some
+    make gpu-check ETL_PYTHON=path/to/python         the part etl in an environment of its own, with cuDF
     python -m benchmarks.gpu_check --tiny --in-process         seconds on a CPU: what the tests run
 
 Every part is a process of its own under a time limit; what it measured before the limit or an error counts, the rest is
@@ -12,22 +13,20 @@ named in ``failed``. Nothing is downloaded: tables, sessions and embeddings are 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from benchmarks.gpu_etl import FULL, TINY, Record, Sizes
 from benchmarks.measure import RESULTS, report
 
 LIMITS = {"etl": 180, "train": 120, "rank": 60, "serve": 110}
@@ -37,48 +36,6 @@ DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 K, DIM = 50, 300
 SCORES, LOSSES = 1e-5, 1e-3
 """How far scores of the same model, and (relatively) losses of the same training, may differ between the devices."""
-
-
-class Sizes(NamedTuple):
-    """What is measured, by default and with ``--tiny``."""
-
-    events: Sequence[int]
-    tables: Sequence[int]
-    users: int
-    """Of the sessions of MovieLens' shape."""
-    items: Sequence[int]
-    """Of the served catalogues."""
-    seconds: float
-    """Of one latency measurement."""
-
-
-FULL = Sizes((10_000_000, 40_000_000, 100_000_000), (1_000_000, 10_000_000), 6040, (4_000, 1_000_000), 4.0)
-TINY = Sizes((2_000,), (2_000,), 30, (100,), 0.1)
-
-
-class Record:
-    """A part's findings, written line by line, so that they outlive the process."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def add(self, **found: Any) -> None:
-        """Append one line."""
-        with self.file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(found) + "\n")
-        print(json.dumps(found), flush=True)
-
-    @contextmanager
-    def step(self, name: str) -> Any:
-        """An error within it is recorded, and what follows still runs."""
-        try:
-            yield
-        except Exception as error:
-            self.add(failed=f"{name}: {type(error).__name__}: {str(error)[:300]}")
-
-    def equal(self, name: str, difference: float, bound: float) -> None:
-        """Record a comparison with the CPU."""
-        self.add(compared=name, difference=difference, equal=bool(difference <= bound))
 
 
 def median_ms(call: Callable[[], object], rounds: int = 10) -> float:
@@ -97,33 +54,6 @@ def median_ms(call: Callable[[], object], rounds: int = 10) -> float:
 def _wait() -> None:
     if DEVICE != "cpu":
         torch.cuda.synchronize()
-
-
-# ETL
-
-
-def etl(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> None:
-    """``missrec etl`` in memory, which uses cuDF where it imports, against the out-of-core engine of the CPU."""
-    from benchmarks.speed.etl import generate, sessions_of
-    from missrec_t4r.etl.pipeline import etl as run
-
-    if DEVICE != "cpu" and _rapids() is None:
-        record.add(failed="etl: cuDF does not import, so nothing would run on the GPU: not measured")
-        return
-    folder = work / "check"
-    generate(2_000 if sizes is TINY else 50_000, folder)
-    for engine in ("memory", "disk"):
-        run(folder / "events.parquet", folder / "items.parquet", work / engine, engine=engine)
-    found, expected = (sessions_of("ours", work / engine) for engine in ("memory", "disk"))
-    record.equal("etl", float(sum(found[name] != expected[name] for name in expected)), 0.0)
-    for rows in sizes.events:
-        with record.step(f"etl/{rows}"):
-            generate(rows, work / "events")
-            started = time.perf_counter()
-            run(
-                work / "events" / "events.parquet", work / "events" / "items.parquet", work / str(rows), engine="memory"
-            )
-            record.add(at=["etl", str(rows)], value=round(time.perf_counter() - started, 3))
 
 
 # Training
@@ -332,20 +262,25 @@ def _through_triton(record: Record, bundle: Path, work: Path, names: dict[int, s
 
 # All parts
 
-PARTS = {"etl": etl, "train": train, "rank": rank, "serve": serve}
+PARTS = {"train": train, "rank": rank, "serve": serve}
+"""Parts of this module; `gpu_etl.py` is the first one, which runs without torch."""
+ALL = ("etl", *PARTS)
 
 
 def check(parts: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     """Run every part in its own process and return what all of them found."""
-    result: dict[str, Any] = {"card": None, "driver": None, "rapids": _rapids(), "torch": torch.__version__}
+    result: dict[str, Any] = {"card": None, "driver": None, "rapids": None, "torch": torch.__version__}
     if DEVICE != "cpu":
         result |= {"card": torch.cuda.get_device_name(), "driver": _driver()}
     result |= {"tiny": options.tiny, "equal": True, "compared": {}, **{part: {} for part in parts}, "failed": []}
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
             file = Path(folder) / f"{part}.jsonl"
-            command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", part, "--record", str(file)]
-            command += ["--tiny"] * options.tiny + ["--in-process"] * options.in_process
+            command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", part]
+            if part == "etl":
+                command = [str(options.etl_python), "-m", "benchmarks.gpu_etl"]
+            command += ["--record", str(file), *["--tiny"] * options.tiny]
+            command += ["--in-process"] * (options.in_process and part == "serve")
             limit, started = LIMITS[part] * (PATIENCE if options.tiny else 1), time.perf_counter()
             try:
                 code = subprocess.run(command, timeout=limit, stderr=subprocess.PIPE, text=True)
@@ -376,14 +311,6 @@ def _merge(result: dict[str, Any], line: dict[str, Any]) -> None:
         at[name] = line["value"]
 
 
-def _rapids() -> str | None:
-    if importlib.util.find_spec("cudf") is None:
-        return None
-    import missrec_t4r.etl  # noqa: F401  # sets what cuDF reads when it is imported
-
-    return str(importlib.import_module("cudf").__version__)
-
-
 def _driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -394,7 +321,7 @@ def _driver() -> str | None:
 
 def _table_of(result: dict[str, Any]) -> str:
     lines = [f"{result['card'] or 'no GPU: figures of the CPU'}, driver {result['driver']}, RAPIDS {result['rapids']}"]
-    for part in PARTS:
+    for part in ALL:
         lines += [f"{part:>6}  {name:<18} {value:>14,}" for name, value in result.get(part, {}).items()]
     lines += [f"differs by {difference:.3g}: {name}" for name, difference in result["compared"].items()]
     return "\n".join([*lines, *(f"failed: {one}" for one in result["failed"])])
@@ -403,20 +330,22 @@ def _table_of(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts and write the result, or run one part (``--part``)."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    options.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all without any")
+    options.add_argument("parts", nargs="*", help=f"of {', '.join(ALL)}; all without any")
     options.add_argument("--tiny", action="store_true", help="smallest sizes, to see that every part runs")
     options.add_argument("--in-process", action="store_true", help="serve without Triton, where none can run")
+    etl_help = "an interpreter with NVTabular and cuDF for the part etl, where this one has none"
+    options.add_argument("--etl-python", type=Path, default=Path(sys.executable), help=etl_help)
     options.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
     options.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     chosen = options.parse_args(arguments)
-    if unknown := set(chosen.parts) - set(PARTS):
-        options.error(f"no part {', '.join(sorted(unknown))}; expected: {', '.join(PARTS)}")
+    if unknown := set(chosen.parts) - set(ALL):
+        options.error(f"no part {', '.join(sorted(unknown))}; expected: {', '.join(ALL)}")
     if chosen.part:
         with tempfile.TemporaryDirectory() as work:
             PARTS[chosen.part](Record(chosen.record), TINY if chosen.tiny else FULL, Path(work), chosen)
         return 0
-    result = check(chosen.parts or list(PARTS), chosen)
+    result = check(chosen.parts or list(ALL), chosen)
     print(_table_of(result))
     report("gpu-check", result, chosen.results)
     return 0

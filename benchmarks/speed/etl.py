@@ -30,8 +30,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.measure import peak_mib, report
-
 CHECK_ROWS = 20_000
 KINDS = np.array(["view", "cart", "purchase"])
 LISTS = ("item_id", "timestamp", "event_type", "rating")
@@ -225,6 +223,8 @@ def timed(way: str, folder: Path, out: Path) -> dict[str, float]:
 
 def run_way(way: str, folder: Path, out: Path) -> None:
     """Run the contestant in this process and print its seconds and peak memory."""
+    from benchmarks.measure import peak_mib
+
     for module in {
         "ours": ["missrec_t4r.etl.pipeline"],
         "stock": ["missrec_t4r.etl", "nvtabular"],
@@ -274,6 +274,8 @@ def _shares(later: dict[str, Any], full: dict[str, float]) -> dict[str, float]:
 
 
 def main() -> None:
+    from benchmarks.measure import report  # imports torch, which a machine for the ETL alone does not have
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--stock-rows", type=int, default=200_000, help="time the stock operators on at most so many")

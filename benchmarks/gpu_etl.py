@@ -1,0 +1,108 @@
+"""The part ``etl`` of `gpu_check.py`, which runs without torch: in an environment with cuDF that has nothing else.
+
+    python -m benchmarks.gpu_etl --record FILE [--tiny]
+
+What is found is added to FILE, line by line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.speed.etl import generate, sessions_of
+
+
+class Sizes(NamedTuple):
+    """What is measured, by default and with ``--tiny``."""
+
+    events: Sequence[int]
+    tables: Sequence[int]
+    users: int
+    """Of the sessions of MovieLens' shape."""
+    items: Sequence[int]
+    """Of the served catalogues."""
+    seconds: float
+    """Of one latency measurement."""
+
+
+FULL = Sizes((10_000_000, 40_000_000, 100_000_000), (1_000_000, 10_000_000), 6040, (4_000, 1_000_000), 4.0)
+TINY = Sizes((2_000,), (2_000,), 30, (100,), 0.1)
+
+
+class Record:
+    """A part's findings, written line by line, so that they outlive the process."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def add(self, **found: Any) -> None:
+        """Append one line."""
+        with self.file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(found) + "\n")
+        print(json.dumps(found), flush=True)
+
+    @contextmanager
+    def step(self, name: str) -> Any:
+        """An error within it is recorded, and what follows still runs."""
+        try:
+            yield
+        except Exception as error:
+            self.add(failed=f"{name}: {type(error).__name__}: {str(error)[:300]}")
+
+    def equal(self, name: str, difference: float, bound: float) -> None:
+        """Record a comparison with the CPU."""
+        self.add(compared=name, difference=difference, equal=bool(difference <= bound))
+
+
+def etl(record: Record, sizes: Sizes, work: Path) -> None:
+    """``missrec etl --engine gpu``, parquet to a whole data folder, against the out-of-core engine of the CPU.
+
+    Without a GPU the in-memory engine of the CPU is measured in its place.
+    """
+    from missrec_t4r.etl.nvt import gpu
+    from missrec_t4r.etl.pipeline import etl as run
+
+    here = "gpu" if (why := gpu.obstacle()) is None else "memory"
+    record.add(at=["etl_engine"], value=here if why is None else f"{here}: {why}")
+    if importlib.util.find_spec("cudf") is not None:
+        record.add(at=["rapids"], value=importlib.import_module("cudf").__version__)
+    if why is not None and sizes is not TINY:
+        record.add(failed=f"etl: {why}, so nothing would run on the GPU: not measured")
+        return
+    folder = work / "check"
+    generate(2_000 if sizes is TINY else 50_000, folder)
+    for engine in (here, "disk"):
+        run(folder / "events.parquet", folder / "items.parquet", work / engine, engine=engine)
+    found, expected = (sessions_of("ours", work / engine) for engine in (here, "disk"))
+    record.equal("etl", float(sum(found[name] != expected[name] for name in expected)), 0.0)
+    for rows in sizes.events:
+        with record.step(f"etl/{rows}"):
+            generate(rows, work / "events")
+            started = time.perf_counter()
+            run(work / "events" / "events.parquet", work / "events" / "items.parquet", work / str(rows), engine=here)
+            record.add(at=["etl", str(rows)], value=round(time.perf_counter() - started, 3))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the part."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    options.add_argument("--record", type=Path, required=True, help="file of the findings")
+    options.add_argument("--tiny", action="store_true", help="the smallest size, to see that it runs")
+    chosen = options.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as work:
+        etl(Record(chosen.record), TINY if chosen.tiny else FULL, Path(work))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,6 +7,7 @@ embeddings.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,9 +29,15 @@ from missrec_t4r.t4r.masking import PrefixMasking
 from missrec_t4r.t4r.settings import PartSettings
 from missrec_t4r.t4r.state import StepState, VisibleSessions
 
+log = logging.getLogger(__name__)
+
 _MOST_EXPANDED = 1 << 16
 """Items [prefix, seq] of a training step whose rows are expanded into prefixes; beyond it a random part of the prefixes
 is trained, so that memory is bounded."""
+
+
+_CHECKED_BATCHES = 50
+"""Batches in which full rows are looked for."""
 
 
 class CatalogueItems(nn.Module):
@@ -86,6 +93,10 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         self.causal = False
         """Whether the block attends causally: then one pass trains all positions of a row."""
         self.max_sequence_length: int = settings["max_sequence_length"]
+        counts = schema.column_schemas[item_id].properties.get("value_count") or {}
+        self.longest: int | None = counts.get("max") or None
+        """Items of the longest row, as the schema states it."""
+        self.checked_batches = 0
         batch = torch.Size([-1, self.max_sequence_length])
         self.input_size = dict.fromkeys(schema.column_names, batch)  # T4R's SequentialBlock needs it for output sizes
 
@@ -172,6 +183,8 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         item = self.categorical_module.item_id
         if item not in inputs:
             raise SchemaError(f"a batch with columns {sorted(inputs)}", f"the item column {item!r}")
+        if (training or testing) and PREFIX_ROWS not in inputs and self.checked_batches < _CHECKED_BATCHES:
+            self._warn_of_cut_rows(inputs[item])
         columns = _left_align(inputs, item)
         every = training and self.masking.cut == "all" and PREFIX_ROWS not in inputs
         if every and self.causal:
@@ -195,6 +208,22 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         }
         embedded: Tensor = self.event_features(values, columns[item])
         return embedded
+
+    def _warn_of_cut_rows(self, item_ids: Tensor) -> None:
+        """Warn once if the loader may have cut rows: T4R's keeps the first items and drops the last, the target."""
+        self.checked_batches += 1
+        width = item_ids.shape[1]
+        if (self.longest is not None and self.longest <= width) or not (full := int((item_ids[:, -1] > 0).sum())):
+            return
+        self.checked_batches = _CHECKED_BATCHES
+        longest = "no limit to" if self.longest is None else f"up to {self.longest} items in"
+        log.warning(
+            f"{full} of {len(item_ids)} rows of a batch fill all {width} columns, and the schema states {longest} a "
+            "list: T4R's loader keeps the first items of longer lists, so that their last items, the targets, are lost. Give "
+            "the loader the full length (max_sequence_length of T4RecTrainingArguments; the model reads the last "
+            f"{self.max_sequence_length}), cut the lists to their last {width} in the workflow and state it in the "
+            'schema, or set data_loader_engine="missrec"'
+        )
 
     def _all_positions(self, item_ids: Tensor) -> Tensor:
         """Label every position of a window of each row, and return what is visible, [batch, column], bool.

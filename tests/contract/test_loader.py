@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import missrec_t4r.t4r as mr
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.t4r import PrefixLoader
 from tests.contract import shop
@@ -20,6 +21,32 @@ def test_t4rs_loader_keeps_the_first_items_of_a_long_session(data: Path, loader:
     rows = shop.sessions(33, seed=1)
     assert any(len(row) > 4 for row in rows)
     assert [row[:4] + [0] * (4 - len(row)) for row in rows] == batch["item_id-list"].tolist()
+
+
+def test_rows_that_t4rs_loader_cut_are_told_once_with_the_cure(
+    data: Path, loader: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def inputs(longest: int) -> mr.MultiModalSequenceFeatures:
+        schema = shop.schema(event_features=False)
+        column = schema.first.with_properties({**schema.first.properties, "value_count": {"min": 0, "max": longest}})
+        parts = {"catalogue": shop.catalogue(), "max_sequence_length": shop.MAX_LENGTH}
+        return mr.MultiModalSequenceFeatures.from_schema(type(schema)([column]), **parts)
+
+    def batches(width: int, engine: str = "merlin") -> list[Any]:
+        schema = shop.schema(event_features=False)
+        return [batch for batch, _ in loader(engine, data / "train", schema, batch_size=16, width=width)]
+
+    for longest, width, engine, times in [
+        (9, 4, "merlin", 1),
+        (9, 9, "merlin", 0),
+        (4, 4, "merlin", 0),
+        (9, 4, "missrec", 0),
+    ]:
+        caplog.clear()
+        module = inputs(longest)
+        for batch in batches(width, engine):
+            module(batch, training=True)
+        assert caplog.text.count('data_loader_engine="missrec"') == times, (longest, width, engine)
 
 
 def test_loader_order_depends_on_seed_and_epoch_alone(data: Path) -> None:

@@ -38,6 +38,8 @@ from missrec_t4r.schema import FIRST_ITEM_ROW
 log = logging.getLogger(__name__)
 
 JSON_FILE, PAGE_FILE = "comparison.json", "comparison.html"
+FEW_SESSIONS: Final = 100
+"""Fewer make a verdict doubtful, which a warning says."""
 MOST_VALUES: Final = 8
 """Values of a column that become slices: the most frequent ones among the targets."""
 
@@ -94,7 +96,9 @@ def compare(
     if isinstance(systems, Mapping):
         given = named({**systems, **{name: name for name in baselines}})
     else:
-        given = named([*systems, *baselines])
+        given = named([*systems, *(name for name in baselines if name not in systems)])
+    if out is not None and Path(out).is_file():
+        raise ConfigError(f"--out {out} is a file", "a folder for the comparison", "give another --out")
     chosen = _checked(given, candidate, split, protocols)
     benchmark = Benchmark(Path(data) if data else first_data_folder(given), split, shared=data is not None)
     if missing := [name for name in slice_columns if name not in benchmark.catalogue.items.column_names]:
@@ -160,6 +164,8 @@ def _report(
         )
     if len(common) < len(benchmark.sessions):
         log.warning(f"compared on {len(common):,} of {len(benchmark.sessions):,} sessions: those that all systems have")
+    if len(common) < FEW_SESSIONS:
+        log.warning(f"{len(common)} sessions are too few: intervals of so few, and a verdict by them, mean little")
     ranks = {one.name: _together(one, common, "ranks") for one in found}  # {system: {protocol: [session, seed]}}
     lists = {one.name: _together(one, common, "lists") for one in found}
     shared = [name for name in protocols if all(name in ranks[one] for one in (current.name, candidate))]

@@ -91,11 +91,12 @@ def run_page(
         raise ConfigError(f"--split {split}", f"one of {', '.join(EVALUATED_SPLITS)}")
     if not (run / RUN_FILE).is_file():
         raise CheckpointError(f"{run} holds no {RUN_FILE}", "a finished run", "run or resume `missrec train --out`")
-    measured = run / f"metrics_{split}.json"
-    is_current = measured.is_file() and measured.stat().st_mtime >= (run / WEIGHTS_FILE).stat().st_mtime
+    if file.is_dir():
+        raise ConfigError(f"--out {file} is a folder", "the HTML file to write", f"give --out {file / PAGE_FILE}")
+    measured = _evaluation(run, split)
     if dry_run:
-        return {"dry_run": True, "evaluates": not is_current, "would_write": [str(file)]}
-    report = with_current_names(read_json(measured) if is_current else evaluate(run, split=split, data=data))
+        return {"dry_run": True, "evaluates": measured is None, "would_write": [str(file)]}
+    report = with_current_names(measured or evaluate(run, split=split, data=data))
     info, curve = read_json(run / RUN_FILE), _curve(run / LOG_FILE)
     loaded = load_run(run, data)
     shares, cards = _examples(loaded, split)
@@ -123,6 +124,18 @@ def run_page(
     value, network = of[_main(of)][_CRITERION], of.get(NETWORK, {}).get(_CRITERION)
     added = None if network is None else value - network
     return {"page": str(file), "headline": f"{headline}. {words}", _CRITERION: value, "terms_added": added}
+
+
+def _evaluation(run: Path, split: str) -> dict[str, Any] | None:
+    """Return the stored evaluation; None where there is none, an older one than the weights, or an unreadable one."""
+    file = run / f"metrics_{split}.json"
+    if not file.is_file() or file.stat().st_mtime < (run / WEIGHTS_FILE).stat().st_mtime:
+        return None
+    try:
+        return dict(read_json(file))
+    except ValueError:
+        log.warning(f"{file} cannot be read: evaluating again")
+        return None
 
 
 def _main(systems: Mapping[str, Any]) -> str:
@@ -164,7 +177,8 @@ def _numbers(report: Mapping[str, Any], info: Mapping[str, Any]) -> str:
 def _curve(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    return [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines() if text.strip()]
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(text) for text in lines if text.endswith("\n")]  # a killed training leaves half a line
 
 
 def _curves(curve: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> str:

@@ -172,7 +172,7 @@ def _label(part: Any, others: Sequence[Any]) -> str:
     names = Path(part).with_suffix("").parts
     ends = (names[-n:] for n in range(1, len(names) + 1))
     paths = [Path(other).with_suffix("").parts for other in others if isinstance(other, str | Path)]
-    return "/".join(next((end for end in ends if sum(path[-len(end) :] == end for path in paths) == 1), names))
+    return str(Path(*next((end for end in ends if sum(path[-len(end) :] == end for path in paths) == 1), names)))
 
 
 def _kind(parts: Sequence[Any]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, cast
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from missrec_t4r.data.catalogue import Catalogue
@@ -53,7 +54,7 @@ def kept_sasrec(
     key = digest.hexdigest()
     for folder in [*([] if keep is None else [keep]), *look_in]:
         file = folder / SASREC_FILE
-        if file.is_file() and load_metadata(file).get("made_from") == key:
+        if file.is_file() and _made_from(file) == key:
             log.info(f"sasrec as trained before, from {file}")
             return _read(file, catalogue)
     best = tuned_sasrec(train, valid, catalogue, seed=seed)
@@ -66,6 +67,14 @@ def kept_sasrec(
         keep.mkdir(parents=True, exist_ok=True)
         save_tensors(keep / SASREC_FILE, tensors, {"made_from": key, "facts": json.dumps(facts)})
     return best
+
+
+def _made_from(file: Path) -> str | None:
+    try:
+        return load_metadata(file).get("made_from")
+    except SafetensorError as error:
+        log.warning(f"{file} is damaged ({error}): training again")
+        return None
 
 
 def _read(file: Path, catalogue: Catalogue) -> dict[str, Tuned]:

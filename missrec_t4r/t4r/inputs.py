@@ -219,7 +219,7 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         longest = "no limit to" if self.longest is None else f"up to {self.longest} items in"
         log.warning(
             f"{full} of {len(item_ids)} rows of a batch fill all {width} columns, and the schema states {longest} a "
-            "list: T4R's loader keeps the first items of longer lists, so that their last items, the targets, are lost. Give "
+            "list: T4R's loader keeps the first items of longer lists; their last items, the targets, are lost. Give "
             "the loader the full length (max_sequence_length of T4RecTrainingArguments; the model reads the last "
             f"{self.max_sequence_length}), cut the lists to their last {width} in the workflow and state it in the "
             'schema, or set data_loader_engine="missrec"'

@@ -287,3 +287,16 @@ def test_systems_that_can_be_called_have_a_latency_and_a_size(data: Path, tmp_pa
     for name in ("run", "item_knn"):
         assert all(value > 0 for value in costs[name]["milliseconds"].values())
     assert "Latency, memory and size" in page(result)
+
+
+def test_what_is_named_twice_or_written_over_a_file(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_lists(tmp_path / "today.parquet", GOOD)
+    result = mr.compare(["popularity", file], baselines=["popularity"], data=data, protocols=[EXCLUDED])
+    assert list(result["systems"]) == ["popularity", "today"]
+    assert "5 sessions are too few" in caplog.text
+    with pytest.raises(ConfigError, match=r"two systems called '/\w"):
+        mr.compare([file, file], data=data)
+    with pytest.raises(ConfigError, match="is a file; expected: a folder"):
+        mr.compare(["popularity", file], file, data=data)

@@ -75,3 +75,16 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
         commands.run_page(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="--split train"):
         commands.run_page(run, split="train")  # type: ignore[arg-type]  # what a user may type
+
+
+def test_a_killed_training_and_a_damaged_evaluation_do_not_stop_the_page(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (run / LOG_FILE).open("a") as file:
+        file.write('{"epoch": 2, "lo')
+    commands.run_page(run)
+    (run / "metrics_test.json").write_text("{")
+    commands.run_page(run)
+    assert "cannot be read: evaluating again" in caplog.text
+    with pytest.raises(ConfigError, match="is a folder; expected: the HTML file to write"):
+        commands.run_page(run, run)

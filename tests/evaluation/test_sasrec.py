@@ -85,6 +85,9 @@ def test_evaluate_trains_it_once_and_again_for_other_sessions(
     for protocol in PROTOCOLS:
         again, before = (report["protocols"][protocol]["sasrec"]["ndcg@10"] for report in (second, first))
         assert again == pytest.approx(before)
+    (run / SASREC_FILE).write_bytes(b"damaged")
+    commands.evaluate(run, baselines=["sasrec"])
+    written = (run / SASREC_FILE).stat().st_mtime_ns
     (data / "train" / "part_0.parquet").unlink()
     shop.write_split(data / "train", shop.circle(N_ITEMS, 30, 6))
     commands.evaluate(run, baselines=["sasrec"])

@@ -185,10 +185,12 @@ def test_parts_of_another_job_are_not_used(bundle: Path, loaded: LoadedRun, tmp_
     )
     parts = tmp_path / ".out.parquet.parts"
     parts.mkdir()
-    (parts / "made_from.json").write_text('{"key": "of another job"}')
-    (parts / "000000.counts.json").write_text('{"sessions": 7}')
-    assert score(file, out, bundle=bundle)["sessions"] == 40
-    assert pq.read_table(out).num_rows == 40
+    for key in ('{"key": "of another job"}', "{"):
+        parts.mkdir(exist_ok=True)
+        (parts / "made_from.json").write_text(key)
+        (parts / "000000.counts.json").write_text('{"sessions": 7}')
+        assert score(file, out, bundle=bundle)["sessions"] == 40
+        assert pq.read_table(out).num_rows == 40
 
 
 def test_every_user_of_a_data_folder(bundle: Path, run: Path, loaded: LoadedRun, tmp_path: Path) -> None:
@@ -218,6 +220,8 @@ def test_every_user_of_a_data_folder(bundle: Path, run: Path, loaded: LoadedRun,
     assert pq.read_table(tmp_path / "two.parquet")["user_id"].to_pylist() == ["u3", "u1"]
     with pytest.raises(DataError, match="has no user 'nobody'"):
         score(None, tmp_path / "two.parquet", data=data, users=["nobody"], bundle=bundle)
+    with pytest.raises(ConfigError, match="--users without --data"):
+        score(file, tmp_path / "two.parquet", users=["u1"], bundle=bundle)
     with pytest.raises(ConfigError, match="neither --sessions nor --data"):
         score(None, tmp_path / "two.parquet", bundle=bundle)
 

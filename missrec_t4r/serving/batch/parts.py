@@ -40,7 +40,7 @@ def write_in_parts(
         Returns the rows of a batch, and counts.
     """
     folder = out.absolute().with_name(f".{out.name}.parts")
-    if folder.is_dir() and (not (folder / _KEY_FILE).is_file() or read_json(folder / _KEY_FILE)["key"] != key):
+    if folder.is_dir() and _key_of(folder) != key:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / _KEY_FILE, {"key": key})
@@ -68,6 +68,13 @@ def write_in_parts(
         rows = writer.rows
     shutil.rmtree(folder)
     return rows, total
+
+
+def _key_of(folder: Path) -> str | None:
+    try:
+        return str(read_json(folder / _KEY_FILE)["key"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _join(parts: Iterable[Path], writer: TableWriter) -> None:

@@ -105,14 +105,11 @@ def score(
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"--layout {layout!r}", " or ".join(LAYOUTS))
-    if (sessions is None) == (data is None) or (users is not None and data is None):
-        raise ConfigError(
-            "neither --sessions nor --data"
-            if sessions is None and data is None
-            else "--sessions with --data or --users",
-            "a file of sessions, or a data folder, of which --users may choose",
-            "give --sessions FILE, or --data FOLDER",
-        )
+    if (sessions is None) == (data is None):
+        found = "neither --sessions nor --data" if data is None else "both --sessions and --data"
+        raise ConfigError(found, "one of the two", "give --sessions FILE, or --data FOLDER")
+    if users is not None and data is None:
+        raise ConfigError("--users without --data", "the data folder of these users", "give --data FOLDER")
     started = time.monotonic()
     source = nullcontext(Path(sessions)) if sessions is not None else session_file_of(Path(str(data)), users)
     with (

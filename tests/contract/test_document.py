@@ -1,0 +1,20 @@
+"""The script of docs/t4r_contract.md runs as it stands: the three objects, T4R's stock loader and Trainer."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+def test_the_script_of_the_page_runs(
+    data: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (repository / "docs/t4r_contract.md").read_text(encoding="utf-8")
+    script = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    shutil.copytree(data, tmp_path / "work/data")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script, "t4r_contract.md", "exec"), {})
+    assert "eval_/next-item/ndcg_at_10" in capsys.readouterr().out

@@ -188,7 +188,7 @@ def _cost(report: Mapping[str, Any]) -> str:
         rows.append((_role(report, name), *times, weights, _size(found.get("bytes_in_memory")), _size(of["bytes"])))
     words = (
         f"Median time to score all {report['n_items']:,} items and take the first ten, for one session and for "
-        f"64 at once, in this process on this machine ({threads} threads); a server adds its own. -: not called here."
+        f"64 at once, in this process on this machine (threads: {threads}), not by a server. -: not called here."
     )
     head = ("system", "1 session", "64 sessions", "trained weights", "in memory", "on disk")
     return section("Latency, memory and size", f"<p>{words}</p>" + table(head, rows))

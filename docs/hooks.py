@@ -2,6 +2,7 @@
 
 * ``api/NAME.md`` is written for every package in `API_PAGES`, one section per module, and ``api/index.md`` for the
   public names of ``missrec_t4r``. A module that is added appears without a change here.
+* ``examples/NAME.md`` is written for every notebook of ``examples/``, outputs included; links to notebooks lead there.
 * A document may link to a file outside ``docs/`` (``../benchmarks/results/x.json``), as it does on a code host. Such
   files are copied into the site under ``repository/`` and the links are rewritten. Markdown among them becomes a page.
 
@@ -11,6 +12,8 @@ Nothing is loaded from a network, at build time or by the pages.
 from __future__ import annotations
 
 import ast
+import importlib.util
+import json
 import posixpath
 import re
 from collections.abc import Iterator
@@ -41,7 +44,7 @@ _LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s#]+)(#[^)\s]*)?(\))"
 
 def on_files(files: Files, *, config: Any) -> Files:
     """Add the API pages and the linked files of the repository."""
-    for name, text in _api_pages():
+    for name, text in (*_api_pages(), *_notebooks()):
         files.append(File.generated(config, name, content=text))
     todo = [Path(str(page.abs_src_path)) for page in files if page.src_uri.endswith(".md") and page.abs_src_path]
     done: set[Path] = set()
@@ -65,6 +68,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
         if "://" in target or target.startswith("mailto:"):
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+        if path.endswith(".ipynb"):
+            path = f"docs/{path.removesuffix('.ipynb')}.md"
         if (ROOT / path).is_dir() and not path.startswith("docs"):
             return start.removeprefix("!").removesuffix("](")[1:]  # a folder: its name alone
         place = path.removeprefix("docs/") if path.startswith("docs/") else f"repository/{path}"
@@ -80,6 +85,8 @@ def on_page_content(html: str, **_: Any) -> str:
 
 def _source(uri: str) -> str:
     """Return the path of a page in the repository."""
+    if uri.startswith("examples/"):
+        return uri
     return uri.removeprefix("repository/") if uri.startswith("repository/") else f"docs/{uri}"
 
 
@@ -87,6 +94,17 @@ def _linked(source: Path) -> Iterator[Path]:
     for _, target, _, _ in _LINK.findall(source.read_text(encoding="utf-8")):
         if "://" not in target:
             yield (source.parent / target).resolve()
+
+
+def _notebooks() -> Iterator[tuple[str, str]]:
+    spec = importlib.util.spec_from_file_location("notebooks", ROOT / "examples" / "notebooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    writer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(writer)
+    for name in writer.NAMES:
+        content = json.loads((ROOT / "examples" / f"{name}.ipynb").read_text(encoding="utf-8"))
+        yield f"examples/{name}.md", writer.as_markdown(content)
 
 
 def _api_pages() -> Iterator[tuple[str, str]]:

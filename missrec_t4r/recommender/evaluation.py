@@ -42,9 +42,43 @@ class Evaluation:
         ]
         return pd.DataFrame(rows).set_index(["protocol", "system"])
 
-    def plot(self, metric: str = "ndcg@10") -> Chart:
-        """Return bar charts of a metric, one per protocol and one bar per system; drawn by a notebook."""
+    def slices(self, metric: str = "ndcg@10", protocol: str = "excluded") -> pd.DataFrame:
+        """Return a metric on parts of the sessions: a row per slice, its number of sessions ``n``, a column per system.
+
+        Slices are cold and rare targets, targets without a modality, short and long sessions
+        (`missrec_t4r.evaluation.slices`); they overlap.
+        """
+        import pandas as pd
+
+        rows = {
+            name: {"n": part["n"], **{system: values.get(metric) for system, values in part.get(protocol, {}).items()}}
+            for name, part in self.report["slices"].items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("slice")
+
+    def plot(self, metric: str = "ndcg@10", *, slices: Sequence[str] = ()) -> Chart:
+        """Return bar charts of a metric, one per protocol and one bar per system; drawn by a notebook.
+
+        Parameters
+        ----------
+        metric : str
+        slices : sequence of str
+            In place of protocols: one chart per slice, items of the session excluded.
+        """
         panels = []
+        if slices:
+            found = self.slices(metric)
+            for name in slices:
+                values = found.loc[name].drop("n").fillna(0.0)
+                panels.append(
+                    bars(
+                        list(values.index),
+                        list(values),
+                        x_title=f"{name} (n={found.loc[name, 'n']:.0f})",
+                        y_title=metric,
+                    )
+                )
+            return Chart(f"{metric} by slice of {self.report['split']}", panels)
         for protocol, systems in self.report["protocols"].items():
             values = [float(measured.get(metric) or 0.0) for measured in systems.values()]
             drawn = bars(list(systems), values, x_title=protocol.replace("_", " "), y_title=metric)
@@ -64,6 +98,10 @@ class Chart:
 
     def __init__(self, title: str, panels: Sequence[str]) -> None:
         self.title, self.panels = title, list(panels)
+
+    def __repr__(self) -> str:
+        """Return the title."""
+        return f"Chart({self.title!r})"
 
     def _repr_html_(self) -> str:
         return f'{_STYLE}<div class="missrec"><p>{escape(self.title)}</p>{"".join(self.panels)}</div>'

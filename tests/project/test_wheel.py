@@ -158,3 +158,12 @@ def test_the_wheel_installs_in_a_real_bare_environment(wheel: Path, tmp_path: Pa
     _run(train, tmp_path)
     evaluated = _run([missrec, "evaluate", "--run", "run", "--json"], tmp_path).stdout
     assert "ndcg@10" in evaluated.splitlines()[-1]
+    code = """
+import missrec_t4r as mr
+from missrec_t4r import commands
+
+commands.generate("shop", users=100, items=100)
+shop = mr.Shop.from_frames("shop/interactions.parquet", "shop/items.parquet", text="title", folder="work")
+print(len(mr.Recommender("tiny", train__epochs=1).fit(shop).recommend(users=["U00001"], k=5)))
+"""
+    assert _run([str(environment / "bin" / "python"), "-c", code], tmp_path).stdout == "5\n"

@@ -113,6 +113,12 @@ def test_an_evaluation_is_a_table(model: mr.Recommender) -> None:
     assert drawn.count("<svg") == len(found.report["protocols"])
     assert f"item_knn: {number(frame.loc[(next(iter(found.report['protocols'])), 'item_knn'), 'recall@10'])}" in drawn
     assert found.report["split"] == "test"
+    parts = found.slices("recall@10")
+    assert parts.loc["all", "n"] == found.report["n_users"]
+    assert parts.loc["all", "model"] == frame.loc[("excluded", "model"), "recall@10"]
+    drawn = found.plot("recall@10", slices=["all", "cold"])._repr_html_()
+    assert drawn.count("<svg") == 2
+    assert f"model: {number(parts.loc['all', 'model'])}" in drawn
 
 
 def test_the_commands_are_those_of_the_command_line(model: mr.Recommender) -> None:

@@ -1,0 +1,64 @@
+"""The notebooks of ``examples/`` run, and hold the cells of their sources."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NAMES = [file.stem for file in sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.ipynb"))]
+needs_merlin = pytest.mark.skipif(
+    importlib.util.find_spec("transformers4rec") is None, reason="the notebook swaps parts of Transformers4Rec"
+)
+
+
+@pytest.fixture(scope="module")
+def notebooks(repository: Path) -> Any:
+    """The script that writes them."""
+    spec = importlib.util.spec_from_file_location("notebooks", repository / "examples" / "notebooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_source_is_a_notebook(notebooks: Any) -> None:
+    assert sorted(notebooks.NAMES) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_has_the_cells_of_its_source_small_outputs_and_plots(
+    name: str, notebooks: Any, repository: Path
+) -> None:
+    file = repository / "examples" / f"{name}.ipynb"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in content["cells"]]
+    assert cells == notebooks.read_cells(name), "run: python examples/notebooks.py"
+    assert file.stat().st_size < 100_000
+    assert "<svg" in file.read_text(encoding="utf-8")
+    assert str(Path.home()) not in file.read_text(encoding="utf-8")
+    page = notebooks.as_markdown(content)
+    assert page.startswith("# ")
+    assert "<svg" in page
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_merlin if "t4r" in name else ()) for name in NAMES])
+def test_a_notebook_runs(name: str, repository: Path, tmp_path: Path) -> None:
+    """In a process of its own, as in Jupyter."""
+    code = f"import notebooks; notebooks.execute(notebooks.read_cells({name!r}), '.')"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (repository, repository / "examples")))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "shop" / "items.parquet").is_file()

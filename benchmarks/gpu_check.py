@@ -74,6 +74,10 @@ def train(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> No
             trainer = _trainer("paper", plain, catalogue, few, test, work / f"equal-{device[:3]}-{len(losses)}", device)
             losses.append([trainer._epoch()["loss"] for _ in range(2)])
         record.equal("train", float(np.max(np.abs(np.divide(*losses) - 1))), LOSSES)
+    with record.step("train/waits"):
+        for recipe in ("paper", "default"):
+            trainer = _trainer(recipe, plain, catalogue, few, test, work / f"waits-{recipe}", DEVICE)
+            _without_waiting(trainer)
     for name, recipe, batch in (
         ("paper_512", "paper", 512),
         ("paper_4096", "paper", 4096),
@@ -108,6 +112,23 @@ def _trainer(
     from missrec_t4r.training.trainer import Trainer
 
     return Trainer(Recipe.load(recipe, settings), catalogue, sessions, test.take(np.arange(8)), out, device=device)
+
+
+def _without_waiting(trainer: Any) -> None:
+    """Train an epoch whose steps may not wait for the device, which CUDA checks: an error names the line."""
+    step = trainer._step
+
+    def checked(*given: Any) -> Any:
+        if DEVICE == "cpu" or trainer.status["step"] == 0:  # the first one makes the optimiser's state
+            return step(*given)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step(*given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer._step = checked
+    trainer._epoch()
 
 
 def _rate(trainer: Any) -> float:

@@ -45,6 +45,7 @@ def test_added_items_borrow_and_the_ranker_agrees_with_the_model(grown: LoadedBu
     histories = Sessions.from_lists([rng.integers(3, n, length) for length in rng.integers(1, 12, 60)])
     ranker = Ranker(grown.model, grown.catalogue)
     assert compare_offline(ranker, grown.model, histories).equal
+    assert compare_offline(Ranker(grown.model, grown.catalogue, together=True), grown.model, histories).equal
     answers = ranker.rank(shop.padded([line[-8:] for line in histories]), top_k=10).rows
     assert set(range(n - 4, n)) & set(answers.flatten().tolist())
 

@@ -28,6 +28,7 @@ from missrec_t4r.serving.batch.score import score
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.event_features import EventFeatureReader
 from missrec_t4r.serving.triton.backend import RankerBackend, SessionsBackend, execute
+from tests.device.second_device import second_device
 from tests.serving.conftest import serving
 from tests.settings import EVERY_PART
 from tests.side import shop
@@ -139,6 +140,14 @@ def test_reader_and_ranker_align_with_the_last_rows(exported: Path) -> None:
     assert stacked["dwell"].tolist() == [[7, 6, 5, 4, 3]]
     direct = ranker.rank(np.array([[5, 7, 8, 9]]), event_features={"dwell": np.array([[7, 5, 4, 3]], np.float32)})
     assert ranker.rank(rows, event_features=stacked).scores.tolist() == direct.scores.tolist()
+    model = load_bundle(exported / "bundle").model
+    with second_device() as waits:
+        on_gpu = Ranker(model, loaded.catalogue, device="cuda:0")
+        before = len(waits)
+        found = on_gpu.rank(rows, event_features=stacked)
+    assert len(waits) == before + 1
+    assert found.rows.tolist() == direct.rows.tolist()
+    np.testing.assert_allclose(found.scores, direct.scores, atol=1e-5)
 
 
 def _one(**changed: object) -> dict[str, np.ndarray]:

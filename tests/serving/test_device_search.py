@@ -15,8 +15,9 @@ from missrec_t4r.retrieval import device_search
 from missrec_t4r.retrieval.device_ranker import DeviceRanker
 from missrec_t4r.retrieval.device_search import DeviceItems, exact_products, search_together, sessions_with_room, upload
 from missrec_t4r.retrieval.filters import Rules
-from missrec_t4r.retrieval.packed_scores import pack_items
+from missrec_t4r.retrieval.packed_scores import PackedItems, pack_items
 from missrec_t4r.retrieval.ranker import Ranker
+from missrec_t4r.retrieval.topk import Query
 from missrec_t4r.runs.run_folder import LoadedRun
 from tests.serving import shop
 from tests.serving.test_retrieval import catalogue, everything, fusion_of, fusions, query_of, same, shops
@@ -77,6 +78,21 @@ def test_no_score_is_further_from_the_scan_than_its_error(
         assert bool((scores[:, table.n_rows :] == -torch.inf).all())
         assert torch.equal(maxima, scores.unflatten(1, (-1, device_search.BLOCK)).amax(2))
         assert float(error.max()) < (0.004 if dtype == torch.float16 else 0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_error_of_a_scan_counts_every_rounding(dtype: torch.dtype) -> None:
+    """In one dimension session, token and product are rounded, and some token errs by almost the sum of the three."""
+    n = 20_000
+    tokens = torch.linspace(0.5, 1, n).unsqueeze(1)
+    rows = torch.arange(n)
+    table = PackedItems(tokens, rows[None], torch.zeros(1, n, dtype=torch.int64), rows[:0], torch.zeros(n))
+    unit = torch.finfo(dtype).eps / 4  # half of the distance of two numbers between a half and one
+    session = torch.tensor([[0.75 + 0.95 * unit]])
+    query = Query(session, torch.zeros(1, n), torch.ones(1, n, dtype=torch.bool))
+    scores, _, error = DeviceItems.place(table, CPU, dtype).scan(query)
+    off = (scores[:, :n] - (session @ tokens.T)).abs().max()
+    assert 0.75 * error < off <= error
 
 
 @pytest.mark.parametrize("alike", [torch.zeros, torch.rand])

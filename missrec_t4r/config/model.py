@@ -98,6 +98,10 @@ class MISSRecConfig:
     """Target share of the top 10 for cold-start items, those without training events, relative to their share of
     validation targets; warm items lose it (ours). The cold-start bias is calibrated on validation. 0 ranks cold items
     below all warm ones (docs/howto/train.md)."""
+    rare_item_cost: float = 0.005
+    """Share of the overall NDCG@10 on validation that the ranking of rare and cold items may cost at most (ours). The
+    rare-item term weighs content by an item's number of training events, for items with fewer than five; it needs
+    ``n_neighbours``. 0 removes the term."""
     temperature: float = 0.07
     """Divides scores before the softmax; > 0 (paper: 0.07)."""
     orthogonality: Orthogonality = "cosine"
@@ -139,6 +143,10 @@ class MISSRecConfig:
             (self.n_neighbours < 0, f"model.n_neighbours {self.n_neighbours} is negative"),
             (self.n_similar_items < 0, f"model.n_similar_items {self.n_similar_items} is negative"),
             (self.cold_start_exposure < 0, f"model.cold_start_exposure {self.cold_start_exposure} is negative"),
+            (
+                not 0 <= self.rare_item_cost < 1,
+                f"model.rare_item_cost {self.rare_item_cost} is outside [0, 1)",
+            ),
             (self.temperature <= 0, f"model.temperature {self.temperature} is not positive"),
             (not 0 < self.interest_ratio <= 1, f"model.interest_ratio {self.interest_ratio} is outside (0, 1]"),
             (not 0 <= self.modality_dropout < 1, f"model.modality_dropout {self.modality_dropout} is outside [0, 1)"),

@@ -31,7 +31,7 @@ from missrec_t4r.errors import ConfigError
 SECTIONS: Final[Mapping[str, type[Any]]] = {"model": MISSRecConfig, "train": TrainConfig, "pretrain": PretrainConfig}
 """Sections of a recipe and the settings that each of them holds."""
 
-_UNRECORDED = {"train": {"id_init": "random", "precision": "fp32"}}
+_UNRECORDED = {"model": {"rare_item_cost": 0.0}, "train": {"id_init": "random", "precision": "fp32"}}
 """Settings that the first versions did not write to ``recipe.json``, with the only value that they had."""
 
 AUTO: Final = "auto"

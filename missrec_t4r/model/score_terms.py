@@ -2,8 +2,8 @@
 
     score(s, j) = network(s, j) + sum of the active terms(s, j)
 
-The published model has no term. Those of this package (history bias, item-kNN, content-kNN, cold start) and the
-function that builds them are in `missrec_t4r.ranking`.
+The published model has no term. Those of this package (history bias, item-kNN, content-kNN, cold start,
+rare items) and the function that builds them are in `missrec_t4r.ranking`.
 """
 
 from __future__ import annotations

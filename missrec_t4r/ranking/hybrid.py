@@ -1,6 +1,6 @@
 """The ranker that is trained and served: MISSRec and the score terms of this package, built from one configuration.
 
-    score(s, j) = MISSRec(s, j) + history bias + item-kNN + content-kNN + cold start
+    score(s, j) = MISSRec(s, j) + history bias + item-kNN + content-kNN + cold start + rare items
 
 A term that the configuration does not have is not built; the published configuration has none. The history bias is
 trained with the network, the others are counted from the training split afterwards and weighed on validation
@@ -24,6 +24,7 @@ from missrec_t4r.ranking.terms.cold_start import ColdStartTerm
 from missrec_t4r.ranking.terms.content_knn import ContentKNNTerm
 from missrec_t4r.ranking.terms.history import HistoryBias
 from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
+from missrec_t4r.ranking.terms.rare_items import RareItemTerm
 
 
 class Terms(NamedTuple):
@@ -33,6 +34,7 @@ class Terms(NamedTuple):
     item_knn: ItemKNNTerm | None = None
     content_knn: ContentKNNTerm | None = None
     cold_start: ColdStartTerm | None = None
+    rare_items: RareItemTerm | None = None
 
 
 def terms_of(model: MISSRec) -> Terms:
@@ -80,4 +82,6 @@ def build_terms(config: MISSRecConfig, item_encoder: ItemEncoder) -> dict[str, S
         terms["content_knn"] = ContentKNNTerm(n_rows, min(config.n_similar_items, n_rows))
     if config.n_neighbours and config.cold_start_exposure:
         terms["cold_start"] = ColdStartTerm(item_encoder, item_knn)
+    if config.n_neighbours and config.rare_item_cost:
+        terms["rare_items"] = RareItemTerm(item_encoder, item_knn, cold=not config.cold_start_exposure)
     return terms

@@ -5,6 +5,7 @@
 | history bias | without effect | left out | as trained, tuned around that value |
 | own pairs of the item-kNN term | without effect | stay | taken off |
 | an item in its own list of the content-kNN term | no | yes | no |
+| rare-item term for items of the session | without effect | yes | no |
 | blend weights tuned for | it alone | it alone | it alone |
 
 Under ``kept_strict`` nothing in a score depends on whether an item was seen: it is a sum over the session of what each
@@ -33,6 +34,7 @@ from missrec_t4r.ranking.terms.cold_start import ColdStartTerm
 from missrec_t4r.ranking.terms.content_knn import ContentKNNTerm
 from missrec_t4r.ranking.terms.history import HistoryBias
 from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
+from missrec_t4r.ranking.terms.rare_items import RareItemTerm
 from missrec_t4r.ranking.tune import Validation, tune_terms
 
 MODEL: Final = "model"
@@ -149,4 +151,7 @@ def _terms_for(model: MISSRec, config: MISSRecConfig | None, protocol: str) -> d
         terms["content_knn"] = ContentKNNTerm(n_rows, min(similar, n_rows), itself=is_strict)
     if neighbours and config.cold_start_exposure and not alone:
         terms["cold_start"] = ColdStartTerm(model.item_encoder, item_knn)
+    if neighbours and config.rare_item_cost and not alone:
+        cold = not config.cold_start_exposure
+        terms["rare_items"] = RareItemTerm(model.item_encoder, item_knn, cold=cold, itself=is_strict)
     return {name: term.to(device) for name, term in terms.items()}

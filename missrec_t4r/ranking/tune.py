@@ -1,8 +1,9 @@
 """Fit the score terms after training and tune their blend weights by ranking validation sessions.
 
 Coordinate by coordinate: item-kNN on top of the network, content-kNN on top of both, item-kNN again, then the
-cold-start term (`missrec_t4r.ranking.tune_cold_start`). `fit_terms` does so once, after training, for a model that is
-served with seen items kept or excluded; `missrec_t4r.ranking.protocols` does so for each protocol of an evaluation.
+cold-start and the rare-item term (`missrec_t4r.ranking.tune_cold_start`, `tune_rare_items`). `fit_terms` does so once,
+after training, for a model that is served with seen items kept or excluded; `missrec_t4r.ranking.protocols` does so for
+each protocol of an evaluation.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from missrec_t4r.ranking.terms.content_knn import ContentKNNSettings, ContentKNN
 from missrec_t4r.ranking.terms.history import HistoryBias, first_occurrences
 from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings, ItemKNNTerm
 from missrec_t4r.ranking.tune_cold_start import fit_cold_start
+from missrec_t4r.ranking.tune_rare_items import Chunk, fit_rare_items
 from missrec_t4r.schema import UNKNOWN_ROW
 
 TUNED_FOR: Final = (KEPT_WITH_HISTORY_TERM, EXCLUDED)
@@ -117,6 +119,8 @@ def tune_terms(
     item_knn, content_knn = terms.item_knn, terms.content_knn
     if terms.cold_start is not None:
         terms.cold_start.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
+    if terms.rare_items is not None:
+        terms.rare_items.switch_off()
     for part, off in ((item_knn, _NO_ITEM_KNN), (content_knn, _NO_CONTENT_KNN)):
         if part is not None:
             part.choose(off)  # type: ignore[arg-type]  # each its own settings
@@ -136,6 +140,14 @@ def tune_terms(
         found |= _tune_history(blend, terms.history_bias)
     if terms.cold_start is not None:
         found["newcomers"] = fit_cold_start(model, validation.catalogue, validation.valid, seed=validation.seed)
+    if terms.rare_items is not None:
+        found["rare_items"] = fit_rare_items(
+            terms.rare_items,
+            blend.scored(),
+            len(validation.histories),
+            blend.protocols,
+            model.config.rare_item_cost,
+        )
     return found
 
 
@@ -292,6 +304,12 @@ class _Blend(NamedTuple):
                 total[index] += _ndcg(scores, targets, item_ids, self.protocols)
         switch_off()
         return total / max(len(self.validation.histories), 1)
+
+    def scored(self) -> Iterator[Chunk]:
+        """Yield the validation sessions that have a known item, with the model's present scores."""
+        for parts, targets in self.validation.chunks():
+            scores, known = self.validation.scorer.combined(parts, self.model.terms, network=self.network), ~parts.empty
+            yield Chunk(scores[known], parts.item_ids[known], targets[known.cpu()])
 
     def seen(self, item_ids: Tensor) -> Tensor:
         """Return [batch, row]: 1 for the items of the session, 0 for all others."""

@@ -117,6 +117,7 @@ def test_stored_settings_of_earlier_versions_keep_their_meaning() -> None:
     old = {"name": "tiny", "model": model, "train": {"epochs": 2, "id_start": "tokens"}}
     recipe = Recipe.from_stored(old)
     assert (recipe.model.cold_start_exposure, recipe.model.event_features) == (1, "none")
+    assert recipe.model.rare_item_cost == 0, "ranks as it was exported"
     assert (recipe.train.epochs, recipe.train.id_init) == (2, "content")
     assert Recipe.from_stored(recipe.to_dict()) == recipe
 

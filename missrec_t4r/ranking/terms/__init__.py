@@ -1,1 +1,1 @@
-"""Score terms: item-kNN, content-kNN and cold start."""
+"""Score terms: item-kNN, content-kNN, cold start and rare items."""

@@ -148,6 +148,7 @@ def _write_items(folder: Path, loaded: LoadedBundle) -> dict[str, Any]:
         "neighbour_prior": terms.item_knn is not None and terms.item_knn.active,
         "look_alike_prior": terms.content_knn is not None and terms.content_knn.active,
         "newcomers_borrow": terms.cold_start is not None and terms.cold_start.active,
+        "rare_items": terms.rare_items is not None and terms.rare_items.active,
     }
 
 

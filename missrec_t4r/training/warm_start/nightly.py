@@ -157,7 +157,9 @@ def load_continued(
         report.record_loaded("interests", "initial centroids, refined before the first epoch", "interests.")
     else:
         report.record_initialised("interests", "density peaks have no warm start", "interests.")
-    report.record_initialised(ITEM_KNN, "fitted after training", "terms.item_knn.", "terms.cold_start.")
+    report.record_initialised(
+        ITEM_KNN, "fitted after training", "terms.item_knn.", "terms.cold_start.", "terms.rare_items."
+    )
     report.record_initialised(CONTENT_KNN, "fitted after training", "terms.content_knn.")
     report.freeze(frozen_parts(freeze, matched))
     return report.finish(), items

@@ -180,7 +180,9 @@ def load_pretrained(
         ids_from_content(model)
     report.record_initialised("interests", "discovered in this catalogue", "interests.")
     report.record_initialised("event features", "of this data's events", "event_features.")
-    report.record_initialised(ITEM_KNN, "fitted after training", "terms.item_knn.", "terms.cold_start.")
+    report.record_initialised(
+        ITEM_KNN, "fitted after training", "terms.item_knn.", "terms.cold_start.", "terms.rare_items."
+    )
     report.record_initialised(CONTENT_KNN, "fitted after training", "terms.content_knn.")
     report.freeze(frozen_parts(freeze, matched))
     return report.finish()

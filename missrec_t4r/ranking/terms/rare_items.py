@@ -1,0 +1,186 @@
+"""Rare-item term: what ranking adds to items with few events, by how many they have (E21; ours).
+
+The ID embedding and the item-kNN term know little about an item with fewer than five training events, so that it loses
+to well-known items even where its content fits the session. The weight of content and an offset depend on the number of
+events here, and are chosen on validation (`missrec_t4r.ranking.tune_rare_items`). Other items keep their scores to the
+bit. Its effect: docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from missrec_t4r.evaluation.slices import RARE_BELOW
+from missrec_t4r.model.item_encoder import ItemEncoder
+from missrec_t4r.model.score_terms import ScoreTerm
+from missrec_t4r.ranking.similarity import mean_over_shared
+from missrec_t4r.ranking.terms.history import recency
+from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
+from missrec_t4r.schema import FIRST_ITEM_ROW
+
+GROUP_OF_COUNT: Final = (0, 1, 1, 2, 2)
+"""Number of training events -> group that has its own settings: cold, one or two, three or four events."""
+N_GROUPS: Final = max(GROUP_OF_COUNT) + 1
+_DECAY = 0.7
+"""Weight of an item relative to the one after it in the session's mean content, as in `ColdStartTerm`."""
+_MOST_ROWS = 1 << 14
+"""Rare items beyond which the term is off."""
+
+
+class RareItemTerm(ScoreTerm):
+    """Score of the items with fewer than five training events, on top of all other terms.
+
+    ``term(s, j) = content[g(j)] * cos(q(s), g[j]) + offset[g(j)]``
+
+    ``g(j)`` is the group of item j by its number of events, ``g[j]`` its raw vectors around their centre, ``q(s) =
+    sum_i .7**age(i) unit(g[i])`` over the session; the cosine is the mean over the modalities that validation chose and
+    that session and item have. An item of the session gets nothing.
+
+    Parameters
+    ----------
+    item_encoder : ItemEncoder
+        Of the network: has the modality vectors.
+    item_knn : ItemKNNTerm
+        Has the event counts. Both stay the parts of others; no weight of theirs is saved with this term.
+    cold : bool
+        False leaves cold items alone, where the cold-start term scores them.
+    itself : bool
+        An item of the session is treated as any other: for the protocol ``kept_strict``.
+    """
+
+    settings: Tensor
+    modalities: Tensor
+    rows: Tensor
+    groups: Tensor
+    column: Tensor
+    factors: Tensor
+    offsets: Tensor
+
+    def __init__(
+        self, item_encoder: ItemEncoder, item_knn: ItemKNNTerm, *, cold: bool = True, itself: bool = False
+    ) -> None:
+        super().__init__()
+        self._sources = (item_encoder, item_knn)  # in a tuple, since torch would register them as parts of this term
+        self.cold, self.itself = cold, itself
+        self.widths = [item_encoder.vectors.get_buffer(name).shape[1] for name in item_encoder.names]
+        self._used: list[int] = list(range(len(self.widths)))  # in a list, since tensors on a GPU are slow to read
+        self.register_buffer("settings", torch.zeros(2, N_GROUPS))
+        self.register_buffer("modalities", torch.ones(len(self.widths)))
+        self._forget()
+        for index, width in enumerate(self.widths):
+            self.register_buffer(f"centre{index}", torch.zeros(width))
+            self.register_buffer(f"content{index}", torch.zeros(0, width), persistent=False)
+
+    @property
+    def item_encoder(self) -> ItemEncoder:
+        """The network's item encoder."""
+        return self._sources[0]
+
+    @property
+    def item_knn(self) -> ItemKNNTerm:
+        """The term that has counted the events."""
+        return self._sources[1]
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a rare item and a setting that is not zero."""
+        return len(self.rows) > 0
+
+    @torch.no_grad()
+    def fit(self) -> None:
+        """Compute the centres of the modality vectors over the items with events.
+
+        They are saved with the term: items that are added or changed later change no score of another item.
+        """
+        known = self.item_knn.frequency > 0
+        for index, name in enumerate(self.item_encoder.names):
+            table = self.item_encoder.vectors.get_buffer(name)
+            here = torch.nonzero(known & self.item_encoder.presence[index]).flatten()
+            if len(here):
+                centre = torch.stack([table[part].double().sum(0) for part in here.split(1 << 16)]).sum(0) / len(here)
+                self.get_buffer(f"centre{index}").copy_(centre)
+
+    @torch.no_grad()
+    def choose(self, settings: Tensor, modalities: Sequence[float]) -> None:
+        """Use these settings [2, group] (content weights, offsets) and modalities [modality], 1 or 0, from now on."""
+        self.settings.copy_(settings)
+        self.compare_by(modalities)
+        self.refresh()
+
+    @torch.no_grad()
+    def compare_by(self, modalities: Sequence[float]) -> None:
+        """Use these modalities, 1 or 0 for each, in the cosine from now on."""
+        self.modalities.copy_(torch.tensor(modalities))
+        self._used = torch.nonzero(self.modalities).flatten().tolist()
+
+    def switch_off(self) -> None:
+        """Add nothing from now on."""
+        self.choose(torch.zeros(2, N_GROUPS), [1.0] * len(self.widths))
+
+    def refresh(self) -> None:
+        """Find the rare items; after tuning and after loading weights."""
+        self.find(self.rare() if bool(self.settings.any()) else self.rare()[:0])
+
+    def rare(self) -> Tensor:
+        """Return the rows of the rare items that have content; none where they are too many."""
+        frequency = self.item_knn.frequency
+        few = (frequency < RARE_BELOW) & frequency.any() & self.item_encoder.presence.any(0)
+        few[:FIRST_ITEM_ROW] = False
+        rows = torch.nonzero(few if self.cold else few & (frequency > 0)).flatten()
+        return rows if len(rows) <= _MOST_ROWS else rows[:0]
+
+    @torch.no_grad()
+    def find(self, rows: Tensor) -> None:
+        """Take ``rows`` [item], ascending, as the rare items and compute what their scores need."""
+        self.rows, self._used = rows, torch.nonzero(self.modalities).flatten().tolist()
+        self.column = rows.new_full((self.item_encoder.n_rows,), len(rows))
+        self.column[rows] = torch.arange(len(rows), device=rows.device)
+        counts = self.item_knn.frequency[rows].long().clamp_max(len(GROUP_OF_COUNT) - 1)
+        self.groups = torch.tensor(GROUP_OF_COUNT, device=rows.device)[counts]
+        self.factors, self.offsets = self.settings[:, self.groups]
+        for index in range(len(self.widths)):
+            setattr(self, f"content{index}", self._unit(index, rows))
+
+    def add_to(self, scores: Tensor, item_ids: Tensor, earlier: dict[str, Tensor]) -> Tensor:
+        """Return scores plus term: the columns of the rare items alone change."""
+        added = self.likeness_to(item_ids) * self.factors + self.offsets  # [batch, rare]
+        return scores.index_add(1, self.rows, self.without_seen(added, item_ids).to(scores.dtype))
+
+    def without_seen(self, added: Tensor, item_ids: Tensor) -> Tensor:
+        """Return ``added`` [batch, rare] with 0 for the items of the session, unless they are treated as any other."""
+        if self.itself:
+            return added
+        padded = F.pad(added, (0, 1)).scatter_(1, self.column[item_ids], 0.0)  # all other items: the last column
+        return padded[:, :-1]
+
+    def likeness_to(self, item_ids: Tensor) -> Tensor:
+        """Return the cosines [batch, rare] with the mean content of sessions ``item_ids`` [batch, seq]."""
+        recent = recency(item_ids, _DECAY)  # [batch, seq]
+        cosines, shared = [], []
+        for index in self._used:
+            here = self.item_encoder.presence[index]
+            vectors = self._unit(index, item_ids.flatten()).view(*item_ids.shape, -1)  # [batch, seq, width]
+            query = F.normalize((recent.unsqueeze(-1) * vectors).sum(1), dim=-1).to(vectors.dtype)
+            cosines.append(query @ self.get_buffer(f"content{index}").T)
+            shared.append(query.any(1, keepdim=True) & here[self.rows])
+        return mean_over_shared(cosines, shared)[0]
+
+    def _unit(self, index: int, rows: Tensor) -> Tensor:
+        """Return the vectors [item, width] of a modality around the centre, of unit length; zero where missing."""
+        item_encoder = self.item_encoder
+        vectors = item_encoder.vectors.get_buffer(item_encoder.names[index])[rows]
+        around = F.normalize(vectors - self.get_buffer(f"centre{index}"), dim=-1)
+        return around * item_encoder.presence[index, rows].unsqueeze(1)
+
+    def _forget(self) -> None:
+        device = self.item_encoder.presence.device
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        for name in ("rows", "groups", "column"):
+            self.register_buffer(name, nothing, persistent=False)
+        for name in ("factors", "offsets"):
+            self.register_buffer(name, torch.zeros(0), persistent=False)

@@ -32,7 +32,7 @@ _RANKED: Final = 1024
 _BEST_EPOCH: Final = {"every position": 12, "random windows": 60}
 """Epochs until the best one, where a training reads every position per epoch (`default` on Amazon Scientific: 5 to 13)
 and where it draws windows (`long` on MovieLens 1M: 60); docs/experiments.md."""
-_TERM_PASSES: Final = 24
+_TERM_PASSES: Final = 12
 """What tuning the score terms takes after the last epoch, in rankings of the sessions that they are tuned on."""
 _TUNED_ON: Final = 3_000
 _CHECKPOINT_COPIES: Final = 6

@@ -2,7 +2,7 @@
 
 | | ``excluded`` | ``kept_strict`` | ``kept_with_history_term`` |
 |---|---|---|---|
-| history bias | without effect | left out | as trained, tuned around that value |
+| history bias | without effect | left out | as trained, with an offset that is tuned |
 | own pairs of the item-kNN term | without effect | stay | taken off |
 | an item in its own list of the content-kNN term | no | yes | no |
 | rare-item term for items of the session | without effect | yes | no |
@@ -99,7 +99,8 @@ def blends_of(
     """
     nothing = Blend(ScoreTerms())
     exported, own = Blend(model.terms), terms_of(model)
-    biased = nothing if own.history_bias is None else Blend(ScoreTerms({"history_bias": own.history_bias}))
+    trained = own.history_bias
+    biased = nothing if trained is None else Blend(ScoreTerms({"history_bias": _as_trained(model, trained)}))
     blends: dict[str, dict[str, Blend]] = {
         MODEL: {},
         NETWORK: {EXCLUDED: nothing, KEPT_STRICT: nothing, KEPT_WITH_HISTORY_TERM: biased},
@@ -143,8 +144,9 @@ def _terms_for(model: MISSRec, config: MISSRecConfig | None, protocol: str) -> d
     terms: dict[str, ScoreTerm] = {}
     trained = terms_of(model).history_bias
     if protocol == KEPT_WITH_HISTORY_TERM and (alone or trained is not None):
-        bias = terms["history_bias"] = HistoryBias(config.temperature)
-        bias.bias.data.fill_(0.0 if alone or trained is None else float(trained.bias.detach()))
+        bias = HistoryBias(config.temperature)
+        bias.bias.data.zero_()
+        terms["history_bias"] = bias if alone or trained is None else _as_trained(model, trained)
     if neighbours:
         item_knn = terms["item_knn"] = ItemKNNTerm(n_rows, min(neighbours, n_rows), own_pairs=is_strict)
     if similar:
@@ -155,3 +157,10 @@ def _terms_for(model: MISSRec, config: MISSRecConfig | None, protocol: str) -> d
         cold = not config.cold_start_exposure
         terms["rare_items"] = RareItemTerm(model.item_encoder, item_knn, cold=cold, itself=is_strict)
     return {name: term.to(device) for name, term in terms.items()}
+
+
+def _as_trained(model: MISSRec, trained: HistoryBias) -> HistoryBias:
+    """Return the history bias without the offset that was chosen for the exported terms."""
+    bias = HistoryBias(model.config.temperature)
+    bias.bias.data.fill_(float(trained.bias.detach()))
+    return bias.to(trained.bias.device)

@@ -91,7 +91,9 @@ def fit_terms(
     dict
         The chosen settings, and validation NDCG@10 (mean of both protocols) with and without the terms.
     """
-    return tune_terms(model, Validation(model, catalogue, train, valid, seed=seed), TUNED_FOR)
+    terms = terms_of(model)
+    others = terms.item_knn is not None or terms.content_knn is not None
+    return tune_terms(model, Validation(model, catalogue, train, valid, seed=seed), TUNED_FOR, history=others)
 
 
 def tune_terms(
@@ -121,6 +123,8 @@ def tune_terms(
         terms.cold_start.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
     if terms.rare_items is not None:
         terms.rare_items.switch_off()
+    if terms.history_bias is not None:
+        terms.history_bias.offset.zero_()
     for part, off in ((item_knn, _NO_ITEM_KNN), (content_knn, _NO_CONTENT_KNN)):
         if part is not None:
             part.choose(off)  # type: ignore[arg-type]  # each its own settings
@@ -200,17 +204,16 @@ def _tune_content_knn(blend: _Blend, content_knn: ContentKNNTerm) -> dict[str, f
 
 @torch.no_grad()
 def _tune_history(blend: _Blend, history: HistoryBias) -> dict[str, float]:
-    before = float(history.bias.detach())
     grid = [_Point((), logits * blend.model.config.temperature) for logits in _HISTORY_LOGITS]
     scores = blend.ndcg(
         grid,
         lambda _: None,
-        lambda: history.bias.fill_(before),
+        lambda: history.offset.zero_(),
         lambda item_ids: blend.seen(item_ids),
     )
     best = int(scores.argmax())
-    history.bias.fill_(before + grid[best].weight)
-    return {"history_bias": float(history.bias.detach()), "valid_ndcg@10": float(scores[best])}
+    history.offset.fill_(grid[best].weight)
+    return {"history_bias": float(history.bias + history.offset), "valid_ndcg@10": float(scores[best])}
 
 
 class Validation:

@@ -36,7 +36,7 @@ from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, TRAIN_
 
 log = logging.getLogger(__name__)
 
-ADDED_LATER = ("terms.cold_start.", "terms.rare_items.")
+ADDED_LATER = ("terms.cold_start.", "terms.rare_items.", "terms.history_bias.offset")
 """Prefixes of tensors that runs of earlier versions lack."""
 VOCABULARY_FILE = "vocabulary.parquet"
 RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, STATE_FILE = "recipe.json", "run.json", "weights.safetensors", "state.safetensors"

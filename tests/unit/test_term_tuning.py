@@ -87,7 +87,8 @@ def test_the_content_term_is_strong_where_content_tells_the_target_and_off_where
     model, catalogue = made(twins(), n_similar_items=3)
     found = fit_terms(model, catalogue, train, Sessions.from_lists(unlike))
     assert found["lookalikes"]["weight"] == 0
-    assert found["valid_ndcg@10"] == found["without"]
+    terms_of(model).history_bias.offset.zero_()  # type: ignore[union-attr]  # the model has the term
+    assert mean_ndcg(model, catalogue, unlike) == pytest.approx(found["without"], abs=1e-6)
 
 
 def test_the_item_knn_term_is_off_where_it_misleads() -> None:
@@ -111,6 +112,23 @@ def test_terms_are_weighed_by_the_mean_of_both_protocols() -> None:
     terms = terms_of(model)
     assert terms.item_knn is not None
     assert terms.content_knn is not None
+    assert terms.history_bias is not None
+    terms.history_bias.offset.zero_()
     terms.item_knn.choose(ItemKNNSettings(0.0, 1.0, 0.0))
     terms.content_knn.choose(ContentKNNSettings(0.0, 1.0))
     assert mean_ndcg(model, catalogue, valid) == pytest.approx(found["without"], abs=1e-6)
+
+
+def test_the_history_bias_is_chosen_together_with_the_other_terms() -> None:
+    """Item-kNN lifts what was seen again; the offset takes it back, and training keeps the bias that it learned."""
+    model, catalogue = made(n_neighbours=8)
+    history = terms_of(model).history_bias
+    assert history is not None
+    history.bias.data.fill_(1.0)  # what was seen comes first, and no target repeats
+    found = fit_terms(model, catalogue, Sessions.from_lists(FORWARDS), Sessions.from_lists(FORWARDS))
+    assert float(history.offset) < 0
+    assert found["history_bias"] == pytest.approx(1.0 + float(history.offset))
+    assert found["valid_ndcg@10"] == pytest.approx(mean_ndcg(model, catalogue, FORWARDS), abs=1e-6)
+    scores, session = torch.zeros(1, catalogue.n_rows), torch.tensor([[3]])
+    assert float(history.eval().add_to(scores.clone(), session, {})[0, 3]) == pytest.approx(found["history_bias"])
+    assert float(history.train().add_to(scores.clone(), session, {})[0, 3]) == 1.0

@@ -18,7 +18,10 @@ _INITIAL_LOGIT = -3.0
 
 
 class HistoryBias(ScoreTerm):
-    """``history(s, j) = bias`` for the items j of session s, 0 for all others.
+    """``history(s, j) = bias + offset`` for the items j of session s, 0 for all others.
+
+    Training learns the bias for the network without the other terms, which lift what was seen again; the offset is
+    chosen on validation with them (`missrec_t4r.ranking.tune`) and is no part of training.
 
     Parameters
     ----------
@@ -27,14 +30,17 @@ class HistoryBias(ScoreTerm):
     """
 
     in_training = True
+    offset: Tensor
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.tensor(_INITIAL_LOGIT * temperature))
+        self.register_buffer("offset", torch.zeros(()))
 
     def add_to(self, scores: Tensor, item_ids: Tensor, earlier: dict[str, Tensor]) -> Tensor:
         """Add the bias in place: it changes a few scores of [batch, catalogue]."""
-        return scores.scatter_add_(1, item_ids, self.bias * first_occurrences(item_ids).to(scores.dtype))
+        bias = self.bias if self.training else self.bias + self.offset
+        return scores.scatter_add_(1, item_ids, bias * first_occurrences(item_ids).to(scores.dtype))
 
     def add_to_rows(self, scores: Tensor, rows: Tensor, item_ids: Tensor) -> Tensor:
         """Add the bias in place where an item of the history is among ``rows``."""

@@ -144,7 +144,9 @@ def _write_items(folder: Path, loaded: LoadedBundle) -> dict[str, Any]:
         "fusion": model.fusion.name,
         "phi": phi.tolist() if phi is not None and len(phi) == 1 else None,
         "item_ids_in_the_score": candidates.ids is not None,
-        "history_bias": None if terms.history_bias is None else float(terms.history_bias.bias),
+        "history_bias": None
+        if terms.history_bias is None
+        else float(terms.history_bias.bias + terms.history_bias.offset),
         "neighbour_prior": terms.item_knn is not None and terms.item_knn.active,
         "look_alike_prior": terms.content_knn is not None and terms.content_knn.active,
         "newcomers_borrow": terms.cold_start is not None and terms.cold_start.active,

@@ -150,7 +150,8 @@ def load_continued(
         _copy_rows(report, "fusion", "fusion.phi", old_rows, f"{kept:,} items by raw id, the rest new")
     else:
         report.copy("fusion", "fusion.")
-    report.copy("history bias", "terms.history_bias.")
+    report.copy("history bias", "terms.history_bias.bias")
+    report.record_initialised("history offset", "fitted after training", "terms.history_bias.offset")
     _copy_event_features(report)
     if model.interests.algorithm == "kmeans":
         _copy_interests(model, source, old_rows, matched)

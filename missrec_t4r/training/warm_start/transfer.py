@@ -256,7 +256,8 @@ def _load_fusion(report: WeightLoadingReport, take: Take) -> None:
     per_item = report.model.config.candidate_fusion == "dynamic_instance"
     if take == "all" and not per_item:
         report.copy("fusion", "fusion.")
-        report.copy("history bias", "terms.history_bias.")
+        report.copy("history bias", "terms.history_bias.bias")
+        report.record_initialised("history offset", "fitted after training", "terms.history_bias.offset")
         return
     why = "one number per item of this catalogue" if per_item else "only adapters are loaded"
     report.record_initialised("fusion", why, "fusion.")

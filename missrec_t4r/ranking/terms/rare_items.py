@@ -54,7 +54,6 @@ class RareItemTerm(ScoreTerm):
     """
 
     settings: Tensor
-    modalities: Tensor
     rows: Tensor
     groups: Tensor
     column: Tensor
@@ -67,14 +66,15 @@ class RareItemTerm(ScoreTerm):
         super().__init__()
         self._sources = (item_encoder, item_knn)  # in a tuple, since torch would register them as parts of this term
         self.cold, self.itself = cold, itself
-        self.widths = [item_encoder.vectors.get_buffer(name).shape[1] for name in item_encoder.names]
-        self._used: list[int] = list(range(len(self.widths)))  # in a list, since tensors on a GPU are slow to read
+        self.names = item_encoder.names
+        self._used: list[int] = list(range(len(self.names)))  # in a list, since tensors on a GPU are slow to read
         self.register_buffer("settings", torch.zeros(2, N_GROUPS))
-        self.register_buffer("modalities", torch.ones(len(self.widths)))
         self._forget()
-        for index, width in enumerate(self.widths):
-            self.register_buffer(f"centre{index}", torch.zeros(width))
-            self.register_buffer(f"content{index}", torch.zeros(0, width), persistent=False)
+        for name in self.names:  # saved by name: in what order modalities are declared does not matter
+            width = item_encoder.vectors.get_buffer(name).shape[1]
+            self.register_buffer(f"used_{name}", torch.ones(1))
+            self.register_buffer(f"centre_{name}", torch.zeros(width))
+            self.register_buffer(f"content_{name}", torch.zeros(0, width), persistent=False)
 
     @property
     def item_encoder(self) -> ItemEncoder:
@@ -98,12 +98,12 @@ class RareItemTerm(ScoreTerm):
         They are saved with the term: items that are added or changed later change no score of another item.
         """
         known = self.item_knn.frequency > 0
-        for index, name in enumerate(self.item_encoder.names):
+        for index, name in enumerate(self.names):
             table = self.item_encoder.vectors.get_buffer(name)
             here = torch.nonzero(known & self.item_encoder.presence[index]).flatten()
             if len(here):
                 centre = torch.stack([table[part].double().sum(0) for part in here.split(1 << 16)]).sum(0) / len(here)
-                self.get_buffer(f"centre{index}").copy_(centre)
+                self.get_buffer(f"centre_{name}").copy_(centre)
 
     @torch.no_grad()
     def choose(self, settings: Tensor, modalities: Sequence[float]) -> None:
@@ -115,12 +115,13 @@ class RareItemTerm(ScoreTerm):
     @torch.no_grad()
     def compare_by(self, modalities: Sequence[float]) -> None:
         """Use these modalities, 1 or 0 for each, in the cosine from now on."""
-        self.modalities.copy_(torch.tensor(modalities))
-        self._used = torch.nonzero(self.modalities).flatten().tolist()
+        for name, used in zip(self.names, modalities, strict=True):
+            self.get_buffer(f"used_{name}").fill_(used)
+        self._read_used()
 
     def switch_off(self) -> None:
         """Add nothing from now on."""
-        self.choose(torch.zeros(2, N_GROUPS), [1.0] * len(self.widths))
+        self.choose(torch.zeros(2, N_GROUPS), [1.0] * len(self.names))
 
     def refresh(self) -> None:
         """Find the rare items; after tuning and after loading weights."""
@@ -137,14 +138,15 @@ class RareItemTerm(ScoreTerm):
     @torch.no_grad()
     def find(self, rows: Tensor) -> None:
         """Take ``rows`` [item], ascending, as the rare items and compute what their scores need."""
-        self.rows, self._used = rows, torch.nonzero(self.modalities).flatten().tolist()
+        self.rows = rows
+        self._read_used()
         self.column = rows.new_full((self.item_encoder.n_rows,), len(rows))
         self.column[rows] = torch.arange(len(rows), device=rows.device)
         counts = self.item_knn.frequency[rows].long().clamp_max(len(GROUP_OF_COUNT) - 1)
         self.groups = torch.tensor(GROUP_OF_COUNT, device=rows.device)[counts]
         self.factors, self.offsets = self.settings[:, self.groups]
-        for index in range(len(self.widths)):
-            setattr(self, f"content{index}", self._unit(index, rows))
+        for index, name in enumerate(self.names):
+            setattr(self, f"content_{name}", self._unit(index, rows))
 
     def add_to(self, scores: Tensor, item_ids: Tensor, earlier: dict[str, Tensor]) -> Tensor:
         """Return scores plus term: the columns of the rare items alone change."""
@@ -166,21 +168,23 @@ class RareItemTerm(ScoreTerm):
             here = self.item_encoder.presence[index]
             vectors = self._unit(index, item_ids.flatten()).view(*item_ids.shape, -1)  # [batch, seq, width]
             query = F.normalize((recent.unsqueeze(-1) * vectors).sum(1), dim=-1).to(vectors.dtype)
-            cosines.append(query @ self.get_buffer(f"content{index}").T)
+            cosines.append(query @ self.get_buffer(f"content_{self.names[index]}").T)
             shared.append(query.any(1, keepdim=True) & here[self.rows])
         return mean_over_shared(cosines, shared)[0]
 
     def _unit(self, index: int, rows: Tensor) -> Tensor:
         """Return the vectors [item, width] of a modality around the centre, of unit length; zero where missing."""
-        item_encoder = self.item_encoder
-        vectors = item_encoder.vectors.get_buffer(item_encoder.names[index])[rows]
-        around = F.normalize(vectors - self.get_buffer(f"centre{index}"), dim=-1)
-        return around * item_encoder.presence[index, rows].unsqueeze(1)
+        name = self.names[index]
+        vectors = self.item_encoder.vectors.get_buffer(name)[rows]
+        around = F.normalize(vectors - self.get_buffer(f"centre_{name}"), dim=-1)
+        return around * self.item_encoder.presence[index, rows].unsqueeze(1)
+
+    def _read_used(self) -> None:
+        self._used = [index for index, name in enumerate(self.names) if self.get_buffer(f"used_{name}").any()]
 
     def _forget(self) -> None:
         device = self.item_encoder.presence.device
-        nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        for name in ("rows", "groups", "column"):
-            self.register_buffer(name, nothing, persistent=False)
+        for name in ("rows", "groups", "column"):  # one tensor each, since a trace takes no shared ones
+            self.register_buffer(name, torch.zeros(0, dtype=torch.int64, device=device), persistent=False)
         for name in ("factors", "offsets"):
             self.register_buffer(name, torch.zeros(0), persistent=False)

@@ -3,8 +3,8 @@
     python -m benchmarks.quality.t4r_swap --data path/to/amazon_scientific [--seeds 3] [--only xlnet swap]
 
 One script (`script`) with the same arguments for all: learning rate, batch size, early stopping on T4R's validation
-NDCG@10 of every epoch. XLNet learns from the masked items alone, about one per session and step; on Amazon Scientific
-it was at popularity's NDCG@10 (.03) for the eight epochs that were seen, so that it has more patience (`EPOCHS`).
+NDCG@10 of every epoch. XLNet learns from the masked items alone, about one per session and step: on Amazon Scientific
+it was still rising after 56 epochs (docs/t4r_contract.md), so that it has more epochs and patience (`EPOCHS`).
 Items alone are read. Ranked like everything else in this repository (`evaluate_sessions`), by the scores at inference.
 Our history bias knows the seen items, so that ours is trained without it for a figure under *kept, strict*
 (``swap_strict``). Finished seeds are kept in ``--out``.

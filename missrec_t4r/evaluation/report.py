@@ -63,9 +63,13 @@ def metrics_table(report: Mapping[str, Any], protocol: str) -> Table:
 def slices_table(report: Mapping[str, Any], protocol: str, metric: str = "ndcg@10") -> Table:
     """Return a table of slices x systems for one metric, with the number of sessions in each slice."""
     systems = list(report["protocols"][protocol])
-    result = _table(f"{metric} by slice, {PROTOCOL_TITLES[protocol]}", "slice", ["n", *systems])
+    title = f"{metric} by slice, {PROTOCOL_TITLES[protocol]}"
+    result = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns
+    result.add_column("slice", no_wrap=True)
+    for column in ("n", *systems):
+        result.add_column(column.replace("_", "\n"), justify="right", no_wrap=True)
     for name, part in report["slices"].items():
-        values = [_number(part[protocol][system].get(metric)) for system in systems]
+        values = [_number(part[protocol][system].get(metric)).removeprefix("0") for system in systems]
         result.add_row(name, f"{part['n']:,}", *values)
     return result
 

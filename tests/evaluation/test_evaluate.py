@@ -51,8 +51,8 @@ def run(tmp_path: Path, catalogue: Catalogue) -> Path:
     return run
 
 
-def spoken(report: dict[str, Any]) -> str:
-    console = Console(width=220, record=True, file=io.StringIO())
+def spoken(report: dict[str, Any], width: int = 220) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(table(report))
     return console.export_text()
 
@@ -77,6 +77,10 @@ def test_the_report_holds_every_system_in_every_protocol(run: Path) -> None:
         assert set(report["baseline_settings"]["item_knn"][protocol]) == {
             "follow_within", "decay", "power", "diagonal", "valid_ndcg@10",
         }  # fmt: skip
+
+
+def test_a_terminal_of_80_columns_shows_every_figure(run: Path) -> None:
+    assert "…" not in spoken(evaluate(run), width=80)
 
 
 def test_popularity_by_hand(run: Path) -> None:

@@ -65,7 +65,7 @@ scores = {name: float(similar.get(name, 0.0)) for name in new["item_id"]}
 Chart("Similarity to the known item", [bars(list(scores), list(scores.values()), x_title="", y_title="score")])
 
 # %% [markdown]
-# In a session with the known item, the place of each among all items. By default a new item ranks below items that have events;
+# In a session with the known item, the place of each among all items. By default a new item mostly ranks below items that have events;
 # `model__cold_start_exposure=1` in `Recommender` changes that, at a price for the others.
 
 # %%

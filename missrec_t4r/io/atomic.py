@@ -150,7 +150,7 @@ def recover(out: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(out.name)}-{re.escape(_HOST)}-(\d+)-[a-z0-9_]+({_OLD})?")
     temporary = [(path, match) for path in out.parent.iterdir() if (match := pattern.fullmatch(path.name))]
     for path, match in temporary:
-        if _is_running(int(match[1])):
+        if is_running(int(match[1])):
             continue
         if match[2] and not out.exists():
             path.rename(out)
@@ -162,7 +162,8 @@ def _temporary_prefix(out: Path) -> str:
     return f".{out.name}-{_HOST}-{os.getpid()}-"
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Return whether this machine has a process of this number."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

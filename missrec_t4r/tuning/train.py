@@ -25,7 +25,7 @@ import yaml
 from missrec_t4r.config import Recipe
 from missrec_t4r.config.recipe import AUTO, SECTIONS
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.io.atomic import atomic_write_file, is_running
 from missrec_t4r.training import distributed
 from missrec_t4r.training.auto import choose
 from missrec_t4r.training.fit import TrainingData, read_training_data
@@ -315,7 +315,7 @@ class _Search:
 
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             host, process = trial.user_attrs.get(_BY, [None, 0])
-            if host == socket.gethostname() and not _is_alive(process):
+            if host == socket.gethostname() and not is_running(process):
                 log.info(f"trial {trial.number} was killed; it is tried again")
                 self.study.tell(trial.number, state=TrialState.FAIL)
                 self.study.enqueue_trial(trial.params)
@@ -335,13 +335,3 @@ def _value(trial: optuna.trial.FrozenTrial) -> float:
 
 def _count(trials: list[Any], state: str) -> int:
     return sum(trial.state.name.lower() == state for trial in trials)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

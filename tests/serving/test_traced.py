@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -20,21 +22,27 @@ SETTINGS: list[dict[str, object]] = [
 ]
 
 
+def sessions(batches: Iterable[int]) -> Iterator[torch.Tensor]:
+    """Yield random sessions of every length in batches of these sizes, with padding at the right."""
+    rng = np.random.default_rng(0)
+    for batch in batches:
+        for length in range(1, shop.MAX_LENGTH + 1):
+            rows = torch.from_numpy(rng.integers(3, shop.N_ITEMS + 3, (batch, length)))
+            for line in range(batch):
+                rows[line, int(rng.integers(0, length + 1)) :] = 0
+            yield rows
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_recording_equals_the_model_on_every_shape(settings: dict[str, object]) -> None:
     model = shop.model_for(shop.catalogue(), **settings)
     encoder = SessionEncoder(model, model.item_encoder.catalogue())
     replay = trace_encoder(encoder)
     assert replay is not encoder
-    rng = np.random.default_rng(0)
     with torch.inference_mode():
-        for batch in (1, 2, 9):
-            for length in range(1, shop.MAX_LENGTH + 1):
-                rows = torch.from_numpy(rng.integers(3, shop.N_ITEMS + 3, (batch, length)))
-                for line in range(batch):
-                    rows[line, int(rng.integers(0, length + 1)) :] = 0
-                vectors = model(rows) * (rows > 0).any(1, keepdim=True)
-                torch.testing.assert_close(replay(rows), vectors, atol=2e-6, rtol=0)
+        for rows in sessions((1, 2, 9)):
+            vectors = model(rows) * (rows > 0).any(1, keepdim=True)
+            torch.testing.assert_close(replay(rows), vectors, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -51,15 +59,10 @@ def test_sessions_padded_to_a_few_shapes_keep_their_vectors(settings: dict[str, 
 
     padded = GraphedEncoder(encode, torch.device("cpu"), shop.MAX_LENGTH, 6)
     padded.lengths = [2, 4, shop.MAX_LENGTH]
-    rng = np.random.default_rng(0)
     with torch.inference_mode():
-        for batch in range(1, 8):
-            for length in range(1, shop.MAX_LENGTH + 1):
-                rows = torch.from_numpy(rng.integers(3, shop.N_ITEMS + 3, (batch, length)))
-                for line in range(batch):
-                    rows[line, int(rng.integers(0, length + 1)) :] = 0
-                vectors = model(rows) * (rows > 0).any(1, keepdim=True)
-                torch.testing.assert_close(padded(rows), vectors, atol=2e-6, rtol=0)
+        for rows in sessions(range(1, 8)):
+            vectors = model(rows) * (rows > 0).any(1, keepdim=True)
+            torch.testing.assert_close(padded(rows), vectors, atol=2e-6, rtol=0)
     within = {shape for shape in shapes if shape[0] <= 6}
     assert within == {(batch, length) for batch in (1, 2, 4, 6) for length in (2, 4, shop.MAX_LENGTH)}
     assert {shape[0] for shape in shapes - within} == {7}  # larger than any batch of the ranker: as it is

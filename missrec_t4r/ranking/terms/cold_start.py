@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from missrec_t4r.model.item_encoder import ItemEncoder
-from missrec_t4r.model.score_terms import ScoreTerm
 from missrec_t4r.ranking.similarity import mean_over_shared, mean_similarity
 from missrec_t4r.ranking.terms.history import recency
+from missrec_t4r.ranking.terms.item_content import ItemContentTerm
 from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
@@ -60,7 +60,7 @@ class Imputed(NamedTuple):
     """[batch, 1]: the tenth largest item-kNN term of the session."""
 
 
-class ColdStartTerm(ScoreTerm):
+class ColdStartTerm(ItemContentTerm):
     """Score of the cold items, on top of the network's and the content-kNN term's.
 
     ``term(s, j) = neighbours * sum_k a[j,k] knn(s, k) + content * cos(q(s), g[j]) + threshold * tenth(s) + bias``
@@ -88,8 +88,7 @@ class ColdStartTerm(ScoreTerm):
     scales: Tensor
 
     def __init__(self, item_encoder: ItemEncoder, item_knn: ItemKNNTerm) -> None:
-        super().__init__()
-        self._sources = (item_encoder, item_knn)  # in a tuple, since torch would register them as parts of this term
+        super().__init__(item_encoder, item_knn)
         self.widths = [item_encoder.vectors.get_buffer(name).shape[1] for name in item_encoder.names]
         self._used: list[int] = list(range(len(self.widths)))
         self._weights = ColdStartSettings(0.0, 0.0, 0.0, 0.0)  # numbers: tensors are slow to read one by one
@@ -102,16 +101,6 @@ class ColdStartTerm(ScoreTerm):
         for index, width in enumerate(self.widths):
             self.register_buffer(f"centre{index}", torch.zeros(width), persistent=False)
             self.register_buffer(f"content{index}", torch.zeros(0, width), persistent=False)
-
-    @property
-    def item_encoder(self) -> ItemEncoder:
-        """The network's item encoder."""
-        return self._sources[0]
-
-    @property
-    def item_knn(self) -> ItemKNNTerm:
-        """The term whose result is imputed."""
-        return self._sources[1]
 
     def refresh(self) -> None:
         """Find the cold items and the warm items that they resemble; after tuning and after loading weights."""

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from missrec_t4r.evaluation.slices import RARE_BELOW
 from missrec_t4r.model.item_encoder import ItemEncoder
-from missrec_t4r.model.score_terms import ScoreTerm
 from missrec_t4r.ranking.similarity import mean_over_shared
 from missrec_t4r.ranking.terms.history import recency
+from missrec_t4r.ranking.terms.item_content import ItemContentTerm
 from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
@@ -32,7 +32,7 @@ _MOST_ROWS = 1 << 14
 """Rare items beyond which the term is off."""
 
 
-class RareItemTerm(ScoreTerm):
+class RareItemTerm(ItemContentTerm):
     """Score of the items with fewer than five training events, on top of all other terms.
 
     ``term(s, j) = content[g(j)] * cos(q(s), g[j]) + offset[g(j)]``
@@ -63,8 +63,7 @@ class RareItemTerm(ScoreTerm):
     def __init__(
         self, item_encoder: ItemEncoder, item_knn: ItemKNNTerm, *, cold: bool = True, itself: bool = False
     ) -> None:
-        super().__init__()
-        self._sources = (item_encoder, item_knn)  # in a tuple, since torch would register them as parts of this term
+        super().__init__(item_encoder, item_knn)
         self.cold, self.itself = cold, itself
         self.names = item_encoder.names
         self._used: list[int] = list(range(len(self.names)))  # in a list, since tensors on a GPU are slow to read
@@ -75,16 +74,6 @@ class RareItemTerm(ScoreTerm):
             self.register_buffer(f"used_{name}", torch.ones(1))
             self.register_buffer(f"centre_{name}", torch.zeros(width))
             self.register_buffer(f"content_{name}", torch.zeros(0, width), persistent=False)
-
-    @property
-    def item_encoder(self) -> ItemEncoder:
-        """The network's item encoder."""
-        return self._sources[0]
-
-    @property
-    def item_knn(self) -> ItemKNNTerm:
-        """The term that has counted the events."""
-        return self._sources[1]
 
     @property
     def active(self) -> bool:

@@ -26,6 +26,7 @@ from missrec_t4r.evaluation.full_ranking import PROTOCOLS
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.progress import reporting
 from missrec_t4r.runs.run_folder import RUN_FILE
+from missrec_t4r.training.trainer import INTERRUPT
 
 METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
 FIRST_SEED = 2020
@@ -99,9 +100,12 @@ def _one(
     finished = run / "bench.json"
     if finished.is_file() and "checklist" in (stored := read_json(finished)):
         return stored
-    if not (run / RUN_FILE).is_file():
+    if not (run / RUN_FILE).is_file() or read_json(run / RUN_FILE).get("stopped_by") == INTERRUPT:
         commands.train(data, run, recipe=recipe, settings=settings)
-    trained, found = read_json(run / RUN_FILE), commands.evaluate(run, baselines=first is None)
+    trained = read_json(run / RUN_FILE)
+    if trained.get("stopped_by") == INTERRUPT:
+        raise KeyboardInterrupt  # a training that was cut is no measurement; the same command goes on
+    found = commands.evaluate(run, baselines=first is None)
     kept = ("best_epoch", "epochs", "stopped_by", "valid_ndcg@10", "seconds", "precision", "prior")
     one = {
         "run": {"seed": settings["train.seed"], **{key: trained[key] for key in kept if key in trained}},

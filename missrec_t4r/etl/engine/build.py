@@ -34,7 +34,7 @@ from missrec_t4r.etl import item_table, outputs, splits
 from missrec_t4r.etl.engine import sessionize
 from missrec_t4r.etl.engine.executor import Executor
 from missrec_t4r.etl.engine.job import Job, make_plan
-from missrec_t4r.etl.engine.reduce import add_partition_findings, reduce_chunks
+from missrec_t4r.etl.engine.reduce import reduce_chunks
 from missrec_t4r.etl.engine.shuffle import ITEMS_FILE, PLAN_FILE, Plan, partition_sizes, shuffle_chunk
 from missrec_t4r.etl.engine.user_state import STATE_FOLDER, list_columns, move_state, state_path
 from missrec_t4r.etl.engine.workdir import (
@@ -48,6 +48,7 @@ from missrec_t4r.etl.engine.workdir import (
 )
 from missrec_t4r.etl.event_settings import CLOCK
 from missrec_t4r.etl.installed import has_nvtabular
+from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.session_schema import write_session_schema
 from missrec_t4r.io.arrow_files import read_arrow
 from missrec_t4r.io.atomic import link_or_copy
@@ -80,7 +81,7 @@ def build(job: Job, work: Path, executor: Executor) -> tuple[Path, dict[str, Any
         numbers = [int(number) for number in np.flatnonzero(partition_sizes(folder, plan.partitions))]
     tasks = [(str(folder), number) for number in numbers]
     grouped = executor.run(sessionize.group_by_user, tasks, "grouping events by user")
-    add_partition_findings(job.findings, grouped, drop_duplicates=common["drop_duplicates"])
+    checks.note_users(job.findings, grouped, drop_duplicates=common["drop_duplicates"])
     if common["split"] == "time" and common["valid_from"] is None:
         common["valid_from"], common["test_from"] = _default_boundaries(folder, plan.partitions)
         job.settings |= {name: common[name] for name in ("valid_from", "test_from")}

@@ -31,7 +31,7 @@ from missrec_t4r.etl.engine.ordering import (
     order_events,
     sort_by_code_and_time,
 )
-from missrec_t4r.etl.engine.reduce import add_partition_findings, reduce_chunks
+from missrec_t4r.etl.engine.reduce import reduce_chunks
 from missrec_t4r.etl.engine.shuffle import EventEncoder, map_codes, read_batches
 from missrec_t4r.etl.engine.user_state import (
     STATE_FILE,
@@ -44,6 +44,7 @@ from missrec_t4r.etl.engine.user_state import (
 )
 from missrec_t4r.etl.event_settings import CLOCK
 from missrec_t4r.etl.outputs import WORKFLOW_FOLDER
+from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.session_schema import write_session_schema
 from missrec_t4r.io.arrow_files import one_array, write_arrow
 from missrec_t4r.io.atomic import link_or_copy
@@ -199,7 +200,7 @@ def _write_sessions(
     old = load_user_events(data, job.old["partitions"], new.users, new.hashes)
     state, n_duplicates = _merge_events(new, old, event_columns(events, events[ITEM_ID].to_numpy()), common)
     counts = {"duplicates": n_duplicates, "out_of_order": count_out_of_order(new.codes, times)}
-    add_partition_findings(job.findings, [counts], drop_duplicates=common["drop_duplicates"])
+    checks.note_users(job.findings, [counts], drop_duplicates=common["drop_duplicates"])
     after = SplitSessions.from_state(state, common)
     before = SplitSessions.from_state(_state_before(new.users, old, state.schema), common)
     sessions_file, state_file = (top / DELTA_FOLDER / f"{version:05}.arrow" for top in (folder, folder / STATE_FOLDER))

@@ -36,7 +36,7 @@ from missrec_t4r.etl.event_settings import EventSettings
 from missrec_t4r.etl.nvt import kernels
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.io.json_files import write_json
-from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, UNKNOWN_ROW, USER_ID
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, UNKNOWN_ROW
 
 
 def reduce_chunks(
@@ -132,7 +132,7 @@ def _filter_events(job: Job, plan: Plan, common: dict[str, Any], work: Path, exe
     numbers = list(range(plan.partitions))
     tasks = [(str(work), number) for number in numbers]
     surveyed = executor.run(sessionize.survey_events, tasks, "counting users and items")
-    add_partition_findings(job.findings, surveyed, drop_duplicates=common["drop_duplicates"])
+    checks.note_users(job.findings, surveyed, drop_duplicates=common["drop_duplicates"])
     parts = [np.load(partition_path(work, FILTER_FOLDER, number, "npz")) for number in numbers]
     kept = np.concatenate([part["eligible"] for part in parts])  # [event of all partitions]
     items = np.concatenate([part["items"] for part in parts])
@@ -239,12 +239,9 @@ def _add_chunk_findings(
     def total(name: str) -> int:
         return sum(chunk[name] for chunk in chunks)
 
-    for name in (USER_ID, ITEM_ID, TIMESTAMP):
-        nulls = sum(chunk["nulls"].get(name, 0) for chunk in chunks)
-        findings.add(f"null_{name}", nulls, f"events without {name} are left out")
-    checks.refuse_mixed_units(total("times_in_seconds"), total("times_in_finer_units"))
-    findings.add("time_negative", total("negative_times"), "times before 1970 are kept; check the unit")
-    findings.add("time_out_of_range", total("late_times"), "times after the year 2100 are kept; are they milliseconds?")
+    for name in checks.KEYS:
+        checks.note_incomplete(findings, name, sum(chunk["nulls"].get(name, 0) for chunk in chunks))
+    checks.note_times(findings, chunks)
     item_table.add_unknown_item_findings(
         findings, n_unknown, total("unknown_item_events"), total("rows"), append=append
     )
@@ -252,17 +249,3 @@ def _add_chunk_findings(
         nulls = sum(chunk["nulls"].get(name, 0) for chunk in chunks)
         checks.note_nulls(findings, name, nulls, text=kind == "category")
         checks.note_repaired(findings, name, sum(chunk["repaired"].get(name, 0) for chunk in chunks))
-
-
-def add_partition_findings(
-    findings: checks.Findings, parts: Sequence[Mapping[str, Any]], *, drop_duplicates: bool
-) -> None:
-    """Add the findings of grouping by user: duplicates, very long users, times out of order."""
-
-    def total(name: str) -> int:
-        return sum(part.get(name, 0) for part in parts)
-
-    action = "are left out" if drop_duplicates else "are kept; --drop-duplicates leaves them out"
-    findings.add("duplicate_events", total("duplicates"), f"repeated (user, item, time) {action}")
-    findings.add("very_long_users", total("very_long"), checks.VERY_LONG)
-    findings.add("time_backwards", total("out_of_order"), "events of a user not in the order of time were sorted")

@@ -39,7 +39,6 @@ PLAN_FILE = "plan.json"
 ITEMS_FILE = "items.parquet"
 BATCH_ROWS = 1_000_000
 """Events that are encoded at a time; bounds the memory of a task."""
-_YEAR_2100 = 4_102_444_800
 
 Codes = npt.NDArray[np.int32]
 
@@ -238,7 +237,7 @@ class EventEncoder:
         totals, (earliest, latest) = self.totals, checks.SECONDS
         totals["rows"] += len(times)
         totals["negative_times"] += count(pc.less(times, 0))
-        totals["late_times"] += count(pc.greater(times, _YEAR_2100))
+        totals["late_times"] += count(pc.greater(times, latest))
         totals["times_in_seconds"] += count(pc.and_(pc.greater_equal(times, earliest), pc.less_equal(times, latest)))
         totals["times_in_finer_units"] += count(pc.greater_equal(times, checks.MILLISECONDS))
         if len(times):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,8 +21,7 @@ from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.etl.dataframe import Frame, Series, adapter_of
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
-_YEAR_2100 = 4_102_444_800
-SECONDS = (94_694_400, _YEAR_2100)
+SECONDS = (94_694_400, 4_102_444_800)
 """From 1973 to 2100 as unix seconds."""
 MILLISECONDS = 631_152_000_000
 """1990 in milliseconds; read as seconds it would be after the year 9999."""
@@ -33,8 +32,6 @@ _ISO = {"format": "ISO8601"} if pd.__version__ >= "2" else {}
 KEYS = (USER_ID, ITEM_ID, TIMESTAMP)
 _ROW_INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+|")
 """Names that pandas gives an unnamed row index: in parquet, in a csv that was read and written again, in csv."""
-
-VERY_LONG = f"users with over {MANY_EVENTS:,} events are kept; are they bots? --max-events cuts their sessions"
 
 
 @dataclass(frozen=True)
@@ -223,27 +220,35 @@ def _times_of_text(column: pa.ChunkedArray, name: str, time_format: str | None) 
     return pa.chunked_array([seconds if whole is False else seconds.cast(pa.int64())])
 
 
-def refuse_mixed_units(seconds: int, larger: int) -> None:
-    """Refuse a numeric time column that mixes seconds and milliseconds: sessions would be out of order.
-
-    Parameters
-    ----------
-    seconds : int
-        Number of times from 1973 to 2100 as unix seconds (`SECONDS`).
-    larger : int
-        Number of times that can only be milliseconds or finer (`MILLISECONDS`).
+def note_times(findings: Findings, parts: Sequence[Mapping[str, Any]]) -> None:
+    """Add findings about times that may be of another unit, from counts of the parts of the events.
 
     Raises
     ------
     DataError
-        Both occur.
+        One numeric column mixes seconds and milliseconds: sessions would be out of order.
     """
+    names = ("times_in_seconds", "times_in_finer_units", "negative_times", "late_times")
+    seconds, larger, negative, late = (sum(part[name] for part in parts) for name in names)
     if seconds and larger:
         raise DataError(
             f"{larger} of {seconds + larger} times are milliseconds or the like, the others are seconds",
             "one unit in the whole time column",
             "divide the larger ones by 1000; a text column may mix units and dates, a numeric one may not",
         )
+    findings.add("time_negative", negative, "times before 1970 are kept; check the unit")
+    findings.add("time_out_of_range", late, "times after the year 2100 are kept; are they milliseconds?")
+
+
+def note_users(findings: Findings, parts: Sequence[Mapping[str, Any]], *, drop_duplicates: bool) -> None:
+    """Add findings about events by user, from counts of the parts: repeated, out of the order of time, too many."""
+    names = ("duplicates", "out_of_order", "very_long")
+    duplicates, backwards, very_long = (sum(part.get(name, 0) for part in parts) for name in names)
+    done = "are left out" if drop_duplicates else "are kept; --drop-duplicates leaves them out"
+    findings.add("duplicate_events", duplicates, f"repeated (user, item, time) {done}")
+    findings.add("time_backwards", backwards, "events of a user not in the order of time were sorted")
+    many = f"users with over {MANY_EVENTS:,} events are kept; are they bots? --max-events cuts their sessions"
+    findings.add("very_long_users", very_long, many)
 
 
 def refuse_milliseconds(newest: float, wanted: str) -> None:
@@ -360,10 +365,20 @@ def require_events(count: int) -> None:
 
 def clean_events(events: Frame, findings: Findings, drop_duplicates: bool) -> Frame:
     """Return complete events, in pandas or cuDF, without the duplicates if they are not wanted; add findings."""
-    duplicate = events.duplicated(list(KEYS))
-    done = "are left out" if drop_duplicates else "are kept; --drop-duplicates leaves them out"
-    findings.add("duplicate_events", int(duplicate.sum()), f"repeated (user, item, time) {done}")
-    _note_times(events, findings)
+    duplicate, adapter, time = events.duplicated(list(KEYS)), adapter_of(events), events[TIMESTAMP]
+    xp, users = adapter.xp, adapter.codes(events[USER_ID])
+    order = xp.argsort(users, kind="stable")  # by user, in input order
+    counts = {
+        "duplicates": int(duplicate.sum()),
+        "out_of_order": int(((xp.diff(adapter.array(time)[order]) < 0) & (xp.diff(users[order]) == 0)).sum()),
+        "very_long": int((xp.bincount(users) > MANY_EVENTS).sum()),
+        "times_in_seconds": int(time.between(*SECONDS).sum()),
+        "times_in_finer_units": int((time >= MILLISECONDS).sum()),
+        "negative_times": int((time < 0).sum()),
+        "late_times": int((time > SECONDS[1]).sum()),
+    }
+    note_times(findings, [counts])
+    note_users(findings, [counts], drop_duplicates=drop_duplicates)
     return events[~duplicate].reset_index(drop=True) if drop_duplicates else events
 
 
@@ -375,21 +390,6 @@ def note_converted_ids(findings: Findings, count: int, *, events: bool) -> None:
         count,
         f"item ids are texts in the {sides[0]} and integers in the {sides[1]}: both are read as integers",
     )
-
-
-def _note_times(events: Frame, findings: Findings) -> None:
-    """Add findings about times and about users with very many events."""
-    adapter, time = adapter_of(events), events[TIMESTAMP]
-    xp, users = adapter.xp, adapter.codes(events[USER_ID])
-    order = xp.argsort(users, kind="stable")  # by user, in input order
-    times = adapter.array(time)[order]
-    backwards = (xp.diff(times) < 0) & (xp.diff(users[order]) == 0)
-    findings.add("time_backwards", int(backwards.sum()), "events of a user not in the order of time were sorted")
-    refuse_mixed_units(int(time.between(*SECONDS).sum()), int((time >= MILLISECONDS).sum()))
-    findings.add("time_negative", int((time < 0).sum()), "times before 1970 are kept; check the unit")
-    late = int((time > _YEAR_2100).sum())
-    findings.add("time_out_of_range", late, "times after the year 2100 are kept; are they milliseconds?")
-    findings.add("very_long_users", int((xp.bincount(users) > MANY_EVENTS).sum()), VERY_LONG)
 
 
 def fill_features(events: Frame, features: Sequence[str], findings: Findings) -> Frame:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from missrec_t4r.etl.quality.charts import bars
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _STYLE = (
     "<style>.missrec svg{width:380px;margin:4px}.missrec .bar{fill:#3b6ea5}.missrec .grid{stroke:#8886}"
@@ -33,8 +32,6 @@ class Evaluation:
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per protocol and system, one column per metric."""
-        import pandas as pd
-
         rows = [
             {"protocol": protocol, "system": system, **{name: values.get(name) for name in METRICS}}
             for protocol, systems in self.report["protocols"].items()
@@ -48,8 +45,6 @@ class Evaluation:
         Slices are cold and rare targets, targets without a modality, short and long sessions
         (`missrec_t4r.evaluation.slices`); they overlap.
         """
-        import pandas as pd
-
         rows = {
             name: {"n": part["n"], **{system: values.get(metric) for system, values in part.get(protocol, {}).items()}}
             for name, part in self.report["slices"].items()

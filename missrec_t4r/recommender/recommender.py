@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from missrec_t4r import commands
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.config.recipe import AUTO
@@ -28,8 +30,6 @@ from missrec_t4r.serving.client.client import MISSRecClient, read_titles
 from missrec_t4r.serving.triton.repository import write_repository
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from missrec_t4r.serving.triton.local_server import LocalTriton
 
 _RUN, _BUNDLE, _MODELS = "run", "bundle", "models"
@@ -154,8 +154,6 @@ class Recommender:
             One row per recommended item: ``user`` (or ``session``, from 0), ``item``, ``title`` where the item table
             has one, ``score``, ``rank`` from 1, and ``reason``: the item of the session that contributed most.
         """
-        import pandas as pd
-
         if (users is None) == (sessions is None):
             raise ConfigError(
                 "neither users nor sessions" if users is None else "both users and sessions",
@@ -194,8 +192,6 @@ class Recommender:
         by : {"session", "content"}
             What people go on to, or what has similar content.
         """
-        import pandas as pd
-
         found = commands.similar([item], bundle=self._bundle_of(), top_k=k, by=by)["similar"]
         return pd.DataFrame(next(iter(found.values()))).rename(columns={ITEM_ID: "item"})
 

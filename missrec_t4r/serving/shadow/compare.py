@@ -18,6 +18,7 @@ import numpy as np
 
 from missrec_t4r.arrays import AnyArray
 from missrec_t4r.errors import ConfigError, ServingError
+from missrec_t4r.serving.client.transports import checked_address
 from missrec_t4r.serving.triton.ports import LOOPBACK
 
 COMPARED = ("item_id", "score", "n_items")
@@ -82,32 +83,67 @@ class Comparison:
         }
 
 
-class Mirror:
-    """Send sampled requests to the candidate in a separate thread while the ``with`` block runs.
+class ShadowProxy:
+    """Base of the proxies of both protocols; forwards and mirrors requests while the ``with`` block runs.
 
     Parameters
     ----------
+    url : str
+        Address of the server that answers the clients.
+    candidate : str
+        Name of the model that gets the mirrored requests, in a thread of their own.
+    candidate_url : str, optional
+        Address of the candidate's server; the same server by default.
     share : float
-        Share of the requests, 0 to 1.
+        Share of the recommendation requests that is mirrored, 0 to 1.
+    port : int
+        Port of the loopback interface; 0 chooses a free one.
     seed : int, optional
         Seed of the sampling.
     """
 
-    def __init__(self, share: float, seed: int | None = None) -> None:
+    protocol = ""
+    """Of clients, server and candidate: http or grpc."""
+
+    def __init__(
+        self,
+        url: str,
+        candidate: str,
+        *,
+        candidate_url: str | None = None,
+        share: float = 0.1,
+        port: int = 0,
+        seed: int | None = None,
+    ) -> None:
         if not 0 <= share <= 1:
             raise ConfigError(f"--share {share}", "0 to 1")
         self._share, self._rng = share, random.Random(seed)
         self._queue: queue.Queue[MirroredRequest | None] = queue.Queue(_QUEUE_SIZE)
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._mirroring = threading.Thread(target=self._mirror, daemon=True)
         self.comparison = Comparison()
+        """Differences over all mirrored requests so far."""
+        self.candidate = candidate
+        self.address, self.candidate_address = (
+            checked_address(one, self.protocol) for one in (url, candidate_url or url)
+        )
+        self._port = self._listen(port)
 
-    def __enter__(self) -> Mirror:
-        self._thread.start()
+    def _listen(self, port: int) -> int:
+        """Bind a port for clients and return it; `ServingError` if it cannot be used."""
+        raise NotImplementedError
+
+    @property
+    def url(self) -> str:
+        """Address that clients use in place of the server's."""
+        return f"{LOOPBACK}:{self._port}"
+
+    def __enter__(self) -> ShadowProxy:
+        self._mirroring.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._queue.put(None)
-        self._thread.join(TIMEOUT)
+        self._mirroring.join(TIMEOUT)
 
     def sample(self, request: MirroredRequest) -> None:
         """Queue an answered request with the probability ``share``."""
@@ -118,7 +154,7 @@ class Mirror:
         except queue.Full:
             self.comparison.dropped += 1
 
-    def _run(self) -> None:
+    def _mirror(self) -> None:
         while (request := self._queue.get()) is not None:
             started = time.perf_counter()
             try:
@@ -150,29 +186,3 @@ def _mean(values: Sequence[float]) -> float:
 
 def _percentiles(values: list[float]) -> dict[str, float]:
     return {f"p{q}": round(float(np.percentile(values, q)), 2) for q in (50, 95, 99)} if values else {}
-
-
-class MirroringProxy:
-    """Base of the proxies of both protocols: a mirror and an address for clients.
-
-    Parameters
-    ----------
-    share, seed
-        As for `Mirror`.
-    """
-
-    _port: int
-    """Port of the loopback interface; a subclass sets it when it listens."""
-
-    def __init__(self, share: float, seed: int | None) -> None:
-        self._mirror = Mirror(share, seed)
-
-    @property
-    def comparison(self) -> Comparison:
-        """Differences over all mirrored requests so far."""
-        return self._mirror.comparison
-
-    @property
-    def url(self) -> str:
-        """Address that clients use in place of the server's."""
-        return f"{LOOPBACK}:{self._port}"

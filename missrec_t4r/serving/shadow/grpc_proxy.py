@@ -15,9 +15,9 @@ import grpc
 from tritonclient.grpc import InferResult, service_pb2
 
 from missrec_t4r.errors import ServingError
-from missrec_t4r.serving.client.transports import checked_address
-from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, MirroredRequest, MirroringProxy, Tensors
+from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, MirroredRequest, ShadowProxy, Tensors
 from missrec_t4r.serving.triton.ports import LOOPBACK
+from missrec_t4r.serving.triton.repository import ENSEMBLE
 
 _INFER = "/inference.GRPCInferenceService/ModelInfer"
 _STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -26,63 +26,41 @@ _CALLS = 64
 """Most concurrent calls."""
 
 
-class GrpcShadowProxy(MirroringProxy):
-    """gRPC proxy; runs while the ``with`` block does.
+class GrpcShadowProxy(ShadowProxy):
+    """gRPC proxy; parameters as for `ShadowProxy`."""
 
-    Parameters
-    ----------
-    url : str
-        gRPC address of the server that answers the clients.
-    candidate : str
-        Name of the model that gets the mirrored requests.
-    candidate_url : str, optional
-        gRPC address of the candidate's server; the same server by default.
-    share, port, model, seed
-        As for `HttpShadowProxy`.
-    """
+    protocol = "grpc"
 
-    def __init__(
-        self,
-        url: str,
-        candidate: str,
-        *,
-        candidate_url: str | None = None,
-        share: float = 0.1,
-        port: int = 0,
-        model: str = "missrec",
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(share, seed)
-        self._model, self._candidate = model, candidate
+    def _listen(self, port: int) -> int:
         self.channel, self._candidate_channel = (
-            grpc.insecure_channel(checked_address(one, "grpc"), options=_OPTIONS) for one in (url, candidate_url or url)
+            grpc.insecure_channel(address, options=_OPTIONS) for address in (self.address, self.candidate_address)
         )
         self._server = grpc.server(ThreadPoolExecutor(_CALLS), options=[*_OPTIONS, ("grpc.so_reuseport", 0)])
         self._server.add_generic_rpc_handlers((_ForwardingHandler(self),))
         try:
-            self._port = self._server.add_insecure_port(f"{LOOPBACK}:{port}")
+            return int(self._server.add_insecure_port(f"{LOOPBACK}:{port}"))
         except RuntimeError as error:
             found = f"port {port} cannot be used ({error})"
             raise ServingError(found, "a free port", "choose another --port") from error
 
     def __enter__(self) -> GrpcShadowProxy:
-        self._mirror.__enter__()
         self._server.start()
+        super().__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._server.stop(grace=1.0).wait()
-        self._mirror.__exit__()
+        super().__exit__()
         self.channel.close()
         self._candidate_channel.close()
 
     def mirror(self, request: bytes, response: bytes, milliseconds: float) -> None:
         """Pass an answered request to the mirror if it was sent to the mirrored model."""
         message = service_pb2.ModelInferRequest.FromString(request)
-        if message.model_name != self._model:
+        if message.model_name != ENSEMBLE:
             return
-        message.model_name = self._candidate
-        self._mirror.sample(
+        message.model_name = self.candidate
+        self.sample(
             MirroredRequest(
                 lambda: _tensors(response), lambda: self._infer_candidate(message.SerializeToString()), milliseconds
             )

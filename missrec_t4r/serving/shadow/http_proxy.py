@@ -18,9 +18,9 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, Literal
 
 from missrec_t4r.errors import ConfigError, ServingError
-from missrec_t4r.serving.client.transports import checked_address
 from missrec_t4r.serving.http_server import listen, read_body
-from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, MirroredRequest, MirroringProxy, Tensors
+from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, MirroredRequest, ShadowProxy, Tensors
+from missrec_t4r.serving.triton.repository import ENSEMBLE
 
 log = logging.getLogger(__name__)
 
@@ -37,69 +37,39 @@ Response = tuple[int, dict[str, str], bytes]
 """Status, headers and body."""
 
 
-class HttpShadowProxy(MirroringProxy):
-    """HTTP proxy; runs while the ``with`` block does.
+class HttpShadowProxy(ShadowProxy):
+    """HTTP proxy; parameters as for `ShadowProxy`."""
 
-    Parameters
-    ----------
-    url : str
-        HTTP address of the server that answers the clients.
-    candidate : str
-        Name of the model that gets the mirrored requests.
-    candidate_url : str, optional
-        HTTP address of the candidate's server; the same server by default.
-    share : float
-        Share of the recommendation requests that is mirrored, 0 to 1.
-    port : int
-        Port of the loopback interface; 0 chooses a free one.
-    model : str
-        Name of the model whose requests are mirrored.
-    seed : int, optional
-        Seed of the sampling.
-    """
+    protocol = "http"
 
-    def __init__(
-        self,
-        url: str,
-        candidate: str,
-        *,
-        candidate_url: str | None = None,
-        share: float = 0.1,
-        port: int = 0,
-        model: str = "missrec",
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(share, seed)
-        self.address = checked_address(url, "http")
-        self._candidate_address = checked_address(candidate_url or url, "http")
-        self._candidate_path, self._mirrored_path = (f"/v2/models/{name}/infer" for name in (candidate, model))
+    def _listen(self, port: int) -> int:
         self._server = listen(port, self._respond)
-        self._port = self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._forwarding = threading.Thread(target=self._server.serve_forever, daemon=True)
+        return int(self._server.server_address[1])
 
     def __enter__(self) -> HttpShadowProxy:
-        self._mirror.__enter__()
-        self._thread.start()
+        self._forwarding.start()
+        super().__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._server.shutdown()
         self._server.server_close()
-        self._mirror.__exit__()
+        super().__exit__()
 
     def forward(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Response:
         """Return the server's response, and pass a recommendation request to the mirror."""
         started = time.perf_counter()
         response = _send(self.address, method, path, headers, body)
         milliseconds = (time.perf_counter() - started) * 1e3
-        if path == self._mirrored_path and response[0] == 200:
-            self._mirror.sample(
+        if path == _path_of(ENSEMBLE) and response[0] == 200:
+            self.sample(
                 MirroredRequest(lambda: _tensors(response), lambda: self._infer_candidate(headers, body), milliseconds)
             )
         return response
 
     def _infer_candidate(self, headers: dict[str, str], body: bytes) -> Tensors:
-        response = _send(self._candidate_address, "POST", self._candidate_path, headers, body)
+        response = _send(self.candidate_address, "POST", _path_of(self.candidate), headers, body)
         if response[0] != 200:
             raise ServingError(f"the candidate answered {response[0]}")
         return _tensors(response)
@@ -162,6 +132,10 @@ def shadow(
     finally:
         signal.signal(signal.SIGTERM, previous)
     return proxy.comparison.report()
+
+
+def _path_of(model: str) -> str:
+    return f"/v2/models/{model}/infer"
 
 
 def _end_to_end(headers: Iterable[tuple[str, str]]) -> dict[str, str]:

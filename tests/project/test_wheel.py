@@ -17,7 +17,7 @@ from tests.shop import modality, write_circle
 
 MORE = ("missrec_t4r.etl.nvt", "missrec_t4r.t4r", "missrec_t4r.export.merlin_systems")
 """The packages and modules that may need more than the base dependencies."""
-NUMPY_ALONE = "missrec_t4r.etl.nvt.kernels"
+NUMPY_ALONE = "missrec_t4r.etl.event_arithmetic"
 """Which both engines share."""
 
 

@@ -26,14 +26,13 @@ import numpy as np
 import pyarrow as pa
 
 from missrec_t4r.errors import DataError
-from missrec_t4r.etl import item_table
+from missrec_t4r.etl import event_arithmetic, item_table
 from missrec_t4r.etl.engine import sessionize
 from missrec_t4r.etl.engine.executor import Executor
 from missrec_t4r.etl.engine.job import Job
 from missrec_t4r.etl.engine.shuffle import Plan, ValueCodes
 from missrec_t4r.etl.engine.workdir import FILTER_FOLDER, KEPT_FOLDER, SHUFFLE_FOLDER, partition_path
 from missrec_t4r.etl.event_settings import EventSettings
-from missrec_t4r.etl.nvt import kernels
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, UNKNOWN_ROW
@@ -149,7 +148,7 @@ def _filter_events(job: Job, plan: Plan, common: dict[str, Any], work: Path, exe
             offset += int(part["users"].max(initial=-1)) + 1
         candidates = np.flatnonzero(kept)
         codes = [np.concatenate(users)[candidates], items[candidates]]
-        kept[candidates] = kernels.core(codes, np.ones(len(candidates), np.int64), k_core)
+        kept[candidates] = event_arithmetic.core(codes, np.ones(len(candidates), np.int64), k_core)
     if not kept.any():
         raise DataError(
             f"k_core={k_core} with min_item_count={min_item_count} leaves no event", "at least one", "lower the numbers"

@@ -24,13 +24,12 @@ import pyarrow.parquet as pq
 from missrec_t4r.arrays import AnyArray, Bools, Ints
 from missrec_t4r.data.session_files import prefix_mask, take_prefixes
 from missrec_t4r.errors import SchemaError
-from missrec_t4r.etl import splits
+from missrec_t4r.etl import event_arithmetic, splits
 from missrec_t4r.etl.engine.ordering import count_out_of_order, duplicate_positions, order_events
 from missrec_t4r.etl.engine.shuffle import load_plan, read_partition
 from missrec_t4r.etl.engine.user_state import event_columns, list_columns, state_path, to_state
 from missrec_t4r.etl.engine.workdir import FILTER_FOLDER, KEPT_FOLDER, OUTPUT_FOLDER, SPLIT_FOLDER, partition_path
 from missrec_t4r.etl.event_settings import SESSION_ID, WEIGHT
-from missrec_t4r.etl.nvt import kernels
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.io.arrow_files import one_array, read_arrow, write_arrow
 from missrec_t4r.io.atomic import atomic_write_file
@@ -239,7 +238,7 @@ def to_sessions(state: pa.Table, common: Mapping[str, Any]) -> pa.Table:
     """Return the sessions of a state's users: event weights, session gaps, time features, last events.
 
     The result equals what the NVTabular workflow makes of the same events (`nvt/event_ops.py`), because both use the
-    arithmetic of `nvt/kernels.py`.
+    arithmetic of `nvt/event_arithmetic.py`.
     """
     lists = list_columns(state)
     if not derives_sessions(common):
@@ -256,10 +255,10 @@ def to_sessions(state: pa.Table, common: Mapping[str, Any]) -> pa.Table:
     first_of_user = np.ones(len(user), bool)  # [event]
     first_of_user[1:] = user[1:] != user[:-1]
     session_number, times = None, columns[TIMESTAMP]
-    gaps = kernels.gaps(times, first_of_user)
+    gaps = event_arithmetic.gaps(times, first_of_user)
     first_of_session = first_of_user
     if common["session_gap"]:
-        session_number = kernels.session_numbers(gaps, first_of_user, common["session_gap"])
+        session_number = event_arithmetic.session_numbers(gaps, first_of_user, common["session_gap"])
         first_of_session = first_of_user.copy()
         first_of_session[1:] |= session_number[1:] != session_number[:-1]
     for name in common["time_features"]:
@@ -298,5 +297,5 @@ def _time_feature(name: str, times: AnyArray, gaps: AnyArray, newest: float) -> 
     if name == "gap":
         return gaps.astype(np.float32)
     if name == "recency":
-        return kernels.recencies(times, newest)
-    return (kernels.hours if name == "hour" else kernels.weekdays)(times) + FIRST_ITEM_ROW
+        return event_arithmetic.recencies(times, newest)
+    return (event_arithmetic.hours if name == "hour" else event_arithmetic.weekdays)(times) + FIRST_ITEM_ROW

@@ -20,9 +20,9 @@ from nvtabular.ops.operator import ColumnSelector
 from nvtabular.ops.stat_operator import StatOperator
 
 from missrec_t4r.errors import ConfigError
+from missrec_t4r.etl import event_arithmetic
 from missrec_t4r.etl.dataframe import Adapter, Array, Frame, adapter_of
 from missrec_t4r.etl.event_settings import TIME_FEATURES
-from missrec_t4r.etl.nvt import kernels
 
 
 class AddsColumns(Operator):
@@ -89,7 +89,9 @@ class SessionGap(AddsColumns):
         """Return the events with their session numbers."""
         adapter = adapter_of(df)
         order, leads, times = _by_time(df, self.key, self.time, adapter)
-        numbers = kernels.session_numbers(kernels.gaps(times, leads, adapter.xp), leads, self.gap, adapter.xp)
+        numbers = event_arithmetic.session_numbers(
+            event_arithmetic.gaps(times, leads, adapter.xp), leads, self.gap, adapter.xp
+        )
         return _with(df, col_selector, {self.name: _unsorted(numbers, order, adapter)})
 
 
@@ -156,12 +158,12 @@ class TimeFeatures(AddsColumns):
         for name in self.features:
             if name == "gap":
                 order, leads, ordered = _by_time(df, self.key, self.time, adapter)
-                elapsed = kernels.gaps(ordered, leads, adapter.xp)
+                elapsed = event_arithmetic.gaps(ordered, leads, adapter.xp)
                 columns[name] = _unsorted(elapsed.astype("float32"), order, adapter)
             elif name == "recency":
-                columns[name] = kernels.recencies(times, self.newest)
+                columns[name] = event_arithmetic.recencies(times, self.newest)
             else:
-                kernel = kernels.hours if name == "hour" else kernels.weekdays
+                kernel = event_arithmetic.hours if name == "hour" else event_arithmetic.weekdays
                 columns[name] = kernel(times, self.clock, adapter.xp)
         return _with(df, col_selector, columns)
 
@@ -285,5 +287,5 @@ def _combinations(part: Frame, columns: list[str]) -> pd.DataFrame:
 def _survivors(parts: Sequence[pd.DataFrame], columns: list[str], least: int) -> dict[str, pd.Series]:
     counted = pd.concat(parts, ignore_index=True)
     codes = [pd.factorize(counted[name])[0] for name in columns]
-    alive = kernels.core(codes, counted["events"].to_numpy(), least)
+    alive = event_arithmetic.core(codes, counted["events"].to_numpy(), least)
     return {name: counted[name][alive].drop_duplicates().reset_index(drop=True) for name in columns}

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from missrec_t4r.errors import DataError
+from missrec_t4r.etl import event_arithmetic
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
 from missrec_t4r.io.json_files import write_json
@@ -47,11 +48,9 @@ def clean_events(events: pd.DataFrame, findings: Findings, *, k_core: int, keep_
         repeated = events.duplicated([USER_ID, ITEM_ID])
         findings.add("repeated_events", int(repeated.sum()), "later events of a user on the same item are left out")
         events = events[~repeated]
-    before = -1
-    while k_core > 1 and before != len(events):
-        before = len(events)
-        for column in (USER_ID, ITEM_ID):
-            events = events[events.groupby(column)[column].transform("size") >= k_core]
+    if k_core > 1:
+        codes = [pd.factorize(events[name])[0] for name in (USER_ID, ITEM_ID)]
+        events = events[event_arithmetic.core(codes, np.ones(len(events), np.int64), k_core)]
     if events.empty:
         raise DataError(f"the {k_core}-core of the data is empty", "at least one event", "lower --k-core")
     return events.reset_index(drop=True)

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from missrec_t4r.arrays import AnyArray, Ints
+from missrec_t4r.arrays import AnyArray
 from missrec_t4r.data.session_files import take_prefixes
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl import inputs, item_table, outputs, splits
@@ -39,7 +39,7 @@ from missrec_t4r.etl.event_settings import CLOCK, EventSettings, parse_seconds, 
 from missrec_t4r.etl.installed import has_cudf, has_nvtabular, require_nvtabular
 from missrec_t4r.etl.outputs import REPORT_FILE, REQUEST_FOLDER, WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
-from missrec_t4r.etl.sources.table import PARQUET_SUFFIXES, Paths, expand, read_table
+from missrec_t4r.etl.sources.table import PARQUET_SUFFIXES, Paths, expand, parquet_rows, read_table
 from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
 from missrec_t4r.io.json_files import write_json
@@ -48,7 +48,6 @@ from missrec_t4r.schema import (
     CATALOGUE_FOLDER,
     ITEM_ID,
     ITEM_LIST,
-    LIST_SUFFIX,
     SESSION_TRANSFORM_FILE,
     SPLITS,
     TIMESTAMP,
@@ -394,19 +393,9 @@ class _Task:
 # Dry run and choice of the engine
 
 
-def count_events(files: Sequence[Path]) -> int:
-    """Return the number of events in parquet files; 0 for others, or if one cannot be read: reading it raises."""
-    if not all(file.name.endswith(PARQUET_SUFFIXES) for file in files):
-        return 0
-    try:
-        return sum(int(pq.read_metadata(file).num_rows) for file in files)
-    except Exception:
-        return 0
-
-
 def _choose_engine(files: Sequence[Path], workflow: WorkflowFile | None, scheduler: str) -> str:
     """Return the engine of ``--engine auto``."""
-    rows = count_events(files)
+    rows = parquet_rows(files)
     if has_nvtabular() and has_cudf() and scheduler == "threads":
         from missrec_t4r.etl.nvt import gpu
 
@@ -674,7 +663,10 @@ def _write_splits(
     from missrec_t4r.etl.nvt.workflow_file import check_lists
 
     check_lists(sessions)
-    offsets, lengths = _split_lengths(sessions, settings, event_times)
+    if settings["split"] == "time" and settings["valid_from"] is None:
+        settings["valid_from"], settings["test_from"] = splits.default_boundaries(event_times)
+    offsets, lengths = splits.split_lengths(sessions, settings)
+    splits.check_lengths(lengths)
     rows = {name: take_prefixes(sessions, offsets, lengths[name]) for name in SPLITS}
     for name in track(SPLITS, "writing the splits"):
         (folder / name).mkdir(exist_ok=True)
@@ -686,17 +678,3 @@ def _write_splits(
         int(np.diff(offsets).max()),
         np.bincount(train_items, minlength=n_rows),
     )
-
-
-def _split_lengths(sessions: pa.Table, settings: dict[str, Any], event_times: AnyArray) -> tuple[Ints, splits.Lengths]:
-    """Return the offsets of the sessions' events, [session + 1], and per split the prefix lengths, [session]."""
-    offsets = np.asarray(one_array(sessions[ITEM_LIST]).offsets, np.int64)
-    if settings["split"] == "leave_one_out":
-        lengths = splits.leave_one_out(offsets)
-    else:
-        times = one_array(sessions[TIMESTAMP + LIST_SUFFIX]).flatten().to_numpy()
-        if settings["valid_from"] is None:
-            settings["valid_from"], settings["test_from"] = splits.default_boundaries(event_times)
-        lengths = splits.time_split(offsets, times, settings["valid_from"], settings["test_from"])
-    splits.check_lengths(lengths)
-    return offsets, lengths

@@ -16,12 +16,32 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from missrec_t4r.arrays import AnyArray, Ints
 from missrec_t4r.errors import ConfigError, DataError
+from missrec_t4r.io.arrow_files import one_array
+from missrec_t4r.schema import ITEM_LIST, LIST_SUFFIX, TIMESTAMP
 
 Lengths = Mapping[str, Ints]
 """Split -> prefix lengths, [session]."""
+
+
+def split_lengths(sessions: pa.Table, settings: Mapping[str, Any]) -> tuple[Ints, Lengths]:
+    """Return the offsets of the sessions' events, [session + 1], and per split the prefix lengths, [session].
+
+    Parameters
+    ----------
+    sessions : pyarrow.Table
+        With the list columns of items and times.
+    settings : mapping
+        ``split``; for a time split ``valid_from`` and ``test_from``.
+    """
+    offsets = np.asarray(one_array(sessions[ITEM_LIST]).offsets, np.int64)
+    if settings["split"] == "leave_one_out":
+        return offsets, leave_one_out(offsets)
+    times = one_array(sessions[TIMESTAMP + LIST_SUFFIX]).values.to_numpy()
+    return offsets, time_split(offsets, times, settings["valid_from"], settings["test_from"])
 
 
 def leave_one_out(offsets: Ints, xp: Any = np) -> Lengths:

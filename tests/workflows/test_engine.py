@@ -8,11 +8,12 @@ import pyarrow as pa
 import pytest
 
 from missrec_t4r.etl.engine.reduce import _order_by_frequency
-from missrec_t4r.etl.engine.sessionize import count_train_items, split_lengths, to_sessions
+from missrec_t4r.etl.engine.sessionize import count_train_items, to_sessions
 from missrec_t4r.etl.engine.user_state import find_users
 from missrec_t4r.etl.event_arithmetic import core
 from missrec_t4r.etl.quality.checks import Findings, text_to_integers
 from missrec_t4r.etl.sources.standard import clean_events
+from missrec_t4r.etl.splits import split_lengths
 
 COMMON = {
     "split": "leave_one_out",

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.session_files import delta_files
@@ -42,7 +41,7 @@ from missrec_t4r.etl.installed import require_nvtabular
 from missrec_t4r.etl.item_table import merge_new_items
 from missrec_t4r.etl.outputs import NVTABULAR_FOLDER, REPORT_FILE, REQUEST_FOLDER, WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
-from missrec_t4r.etl.sources.table import Paths, expand
+from missrec_t4r.etl.sources.table import Paths, expand, parquet_rows
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, USER_ID
 
@@ -117,7 +116,7 @@ def update(
             return {"data": str(out), "updated": False, "dry_run": dry_run, **outlook}
     copies = workdir.copies_folder(out)
     files = workdir.as_parquet(list(new), copies, [columns[USER_ID], columns[ITEM_ID]])
-    as_delta = not files or (delta and _count_rows(files) <= MAX_DELTA_EVENTS)
+    as_delta = not files or (delta and parquet_rows(files) <= MAX_DELTA_EVENTS)
     if not as_delta and delta_files(out):
         compact(out, dask_scheduler=dask_scheduler, workers=workers)
         report, state, versions = load_version(out)
@@ -197,14 +196,6 @@ def _describe_change(
         **counts.pop("touched"),
         "files": list(digests),
     }
-
-
-def _count_rows(files: Sequence[Path]) -> int:
-    """Return the number of events, 0 if a file cannot be read: reading it later raises the error."""
-    try:
-        return sum(int(pq.read_metadata(file).num_rows) for file in files)
-    except (pa.ArrowInvalid, OSError):
-        return 0
 
 
 def _empty_folder(folder: Path) -> Path:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from missrec_t4r.arrays import AnyArray, Ints
 from missrec_t4r.data.catalogue import ITEMS_FILE, Catalogue
 from missrec_t4r.data.session_files import DELTA_FOLDER
-from missrec_t4r.etl import item_table, outputs
+from missrec_t4r.etl import item_table, outputs, splits
 from missrec_t4r.etl.engine import sessionize
 from missrec_t4r.etl.engine.executor import ThreadExecutor
 from missrec_t4r.etl.engine.job import Job, make_plan
@@ -93,7 +93,7 @@ class SplitSessions:
     def from_state(cls, state: pa.Table, common: Mapping[str, Any]) -> SplitSessions:
         """Make sessions of a state table and split them."""
         sessions = sessionize.to_sessions(state, common) if sessionize.derives_sessions(common) else state
-        offsets, lengths = sessionize.split_lengths(sessions, common)
+        offsets, lengths = splits.split_lengths(sessions, common)
         rows = {split: int((lengths[split] > 0).sum()) for split in SPLITS}
         train_items = sessionize.count_train_items(sessions, offsets, lengths["train"])
         for split in SPLITS:

@@ -206,7 +206,7 @@ def write_splits(work: str, partition: int) -> dict[str, Any]:
         return read_json(done)
     common = load_common(work, SPLIT_FILE)
     sessions = to_sessions(read_arrow(state_path(work, partition)), common)
-    offsets, lengths = split_lengths(sessions, common)
+    offsets, lengths = splits.split_lengths(sessions, common)
     result: dict[str, Any] = {"sessions": {}, "longest": int(np.diff(offsets).max(initial=0))}
     for name in SPLITS:
         rows = take_prefixes(sessions, offsets, lengths[name])
@@ -217,15 +217,6 @@ def write_splits(work: str, partition: int) -> dict[str, Any]:
     np.save(counts, count_train_items(sessions, offsets, lengths["train"]))
     write_json(done, result, indent=None)
     return result
-
-
-def split_lengths(sessions: pa.Table, common: Mapping[str, Any]) -> tuple[Ints, splits.Lengths]:
-    """Return the offsets of the sessions' events, [session + 1], and per split the prefix lengths, [session]."""
-    offsets = np.asarray(one_array(sessions[ITEM_ID + LIST_SUFFIX]).offsets, np.int64)
-    if common["split"] == "leave_one_out":
-        return offsets, splits.leave_one_out(offsets)
-    times = one_array(sessions[TIMESTAMP + LIST_SUFFIX]).values.to_numpy()
-    return offsets, splits.time_split(offsets, times, common["valid_from"], common["test_from"])
 
 
 def count_train_items(sessions: pa.Table, offsets: Ints, lengths: Ints) -> Ints:

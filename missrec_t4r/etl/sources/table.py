@@ -112,6 +112,16 @@ def expand(paths: Paths, what: str) -> list[Path]:
     return files
 
 
+def parquet_rows(files: Sequence[Path]) -> int:
+    """Return the number of rows in parquet files; 0 for others, or if one cannot be read: reading it raises."""
+    if not all(file.name.endswith(PARQUET_SUFFIXES) for file in files):
+        return 0
+    try:
+        return sum(int(pq.read_metadata(file).num_rows) for file in files)
+    except (pa.ArrowException, OSError):
+        return 0
+
+
 def require_column(table: pa.Table, name: str, what: str, option: str) -> pa.ChunkedArray:
     """Return a column; the error lists the columns of the table and the option that selects another one.
 

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def bundle_or_run(bundle: str | Path | None, run: str | Path | None, data: str | Path | None = None) -> Iterator[Path]:
+def bundle_or_run(bundle: str | Path | None, run: str | Path | None) -> Iterator[Path]:
     """Yield the folder of a bundle; a temporary one is removed at the end.
 
     Parameters
@@ -25,8 +25,6 @@ def bundle_or_run(bundle: str | Path | None, run: str | Path | None, data: str |
         Existing bundle.
     run : path, optional
         Run folder of `missrec train`, which is exported to a temporary bundle.
-    data : path, optional
-        The run's data folder, if it was moved since training.
 
     Raises
     ------
@@ -40,7 +38,7 @@ def bundle_or_run(bundle: str | Path | None, run: str | Path | None, data: str |
         yield Path(bundle)
         return
     assert run is not None
-    loaded = load_run(run, data)
+    loaded = load_run(run)
     with tempfile.TemporaryDirectory(prefix="missrec-bundle-") as folder:
         log.info(f"reading the run {run}")
         fill_bundle(

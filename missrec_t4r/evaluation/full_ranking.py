@@ -93,7 +93,7 @@ class Ranking:
     n_unrecommendable: int
 
 
-def chunk_size(n_rows: int, at_most: int = MAX_SESSIONS) -> int:
+def chunk_size(n_rows: int) -> int:
     """Return the number of sessions per chunk.
 
     Examples
@@ -101,7 +101,7 @@ def chunk_size(n_rows: int, at_most: int = MAX_SESSIONS) -> int:
     >>> chunk_size(4_388), chunk_size(1_000_003)
     (512, 16)
     """
-    return max(1, min(at_most, CHUNK_BYTES // (4 * n_rows)))
+    return max(1, min(MAX_SESSIONS, CHUNK_BYTES // (4 * n_rows)))
 
 
 def rank_catalogue(

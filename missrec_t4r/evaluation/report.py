@@ -1,16 +1,14 @@
-"""Evaluation report: a JSON file, and tables of it for the terminal."""
+"""Tables of an evaluation report for the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Group
 from rich.table import Table
 
 from missrec_t4r.evaluation.full_ranking import FORMER_PROTOCOLS, PROTOCOL_TITLES
-from missrec_t4r.io.json_files import write_json
 
 TABLE_COLUMNS: Final = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
 NO_VALUE: Final = "-"
@@ -60,8 +58,9 @@ def metrics_table(report: Mapping[str, Any], protocol: str) -> Table:
     return result
 
 
-def slices_table(report: Mapping[str, Any], protocol: str, metric: str = "ndcg@10") -> Table:
-    """Return a table of slices x systems for one metric, with the number of sessions in each slice."""
+def slices_table(report: Mapping[str, Any], protocol: str) -> Table:
+    """Return a table of slices x systems of NDCG@10, with the number of sessions in each slice."""
+    metric = "ndcg@10"
     systems = list(report["protocols"][protocol])
     title = f"{metric} by slice, {PROTOCOL_TITLES[protocol]}"
     result = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns
@@ -89,11 +88,6 @@ def _in_lines(value: Any) -> str:
     if isinstance(value, Mapping):
         return "\n".join(f"{PROTOCOL_TITLES.get(name, name)}: {_in_lines(part)}" for name, part in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def write_report(report: Mapping[str, Any], file: Path) -> None:
-    """Write the report as JSON, atomically."""
-    write_json(file, report, allow_nan=False)
 
 
 def _table(title: str, first: str, columns: Sequence[str]) -> Table:

@@ -35,6 +35,8 @@ TOLERANCE = 1e-5
 """Largest accepted difference of a score; scores closer than this are a tie."""
 
 _BATCH = 64
+_TOP_K = 10
+"""Items per session that a bundle and its run are compared on."""
 
 RankedItems = tuple[Ints, Floats]
 """Rows and scores of one session's recommendations, best first."""
@@ -130,7 +132,7 @@ def check_rows(transform: SessionTransform, histories: Sessions, sessions: Seque
             )
 
 
-def compare_offline(ranker: Ranker, model: MISSRec, histories: Sessions, top_k: int = 10) -> Parity:
+def compare_offline(ranker: Ranker, model: MISSRec, histories: Sessions) -> Parity:
     """Compare the ranker of a reloaded bundle with the trained and evaluated model.
 
     Parameters
@@ -140,20 +142,15 @@ def compare_offline(ranker: Ranker, model: MISSRec, histories: Sessions, top_k: 
     model : MISSRec
         Of the run.
     histories : Sessions
-    top_k : int
-
-    Returns
-    -------
-    Parity
     """
     indices = np.arange(len(histories))
     length = model.config.max_sequence_length
     event_features = histories.padded_features(indices, length)
-    ranking = ranker.rank(histories.padded(indices, length), top_k=top_k, event_features=event_features)
+    ranking = ranker.rank(histories.padded(indices, length), top_k=_TOP_K, event_features=event_features)
     ranked = [
         (rows[:n], scores[:n]) for rows, scores, n in zip(ranking.rows, ranking.scores, ranking.n_items, strict=True)
     ]
-    return compare_ranked(model, histories, ranked, top_k)
+    return compare_ranked(model, histories, ranked, _TOP_K)
 
 
 def compare_served(

@@ -69,7 +69,7 @@ def _nvtabular_rows(folder: Path, sessions: Sequence[Sequence[RawId]]) -> list[l
         return request_rows(folder, sessions)
 
 
-def hostile_variants(sessions: Sequence[Sequence[RawId]], id_type: str, seed: int = 7) -> list[list[RawId]]:
+def hostile_variants(sessions: Sequence[Sequence[RawId]], id_type: str) -> list[list[RawId]]:
     """Return the sessions, variants of each with unknown ids and of excessive length, and an empty session.
 
     Missing ids are inserted for string catalogues only: NVTabular refuses them in integer lists.
@@ -79,7 +79,7 @@ def hostile_variants(sessions: Sequence[Sequence[RawId]], id_type: str, seed: in
     >>> [len(session) for session in hostile_variants([["lamp", "desk"]], "string")]
     [2, 4, 128, 0]
     """
-    rng = random.Random(seed)
+    rng = random.Random(7)
     unknown: list[RawId] = ["", " ", "no such item", "☂", None] if id_type == "string" else [-1, 0, 2**62]
     variants: list[list[RawId]] = [list(session) for session in sessions]
     for session in sessions:

@@ -34,14 +34,14 @@ from missrec_t4r.evaluation.metrics import (
     named_differences,
     paired_differences,
 )
-from missrec_t4r.evaluation.report import write_report
 from missrec_t4r.evaluation.slices import slices
-from missrec_t4r.io.json_files import read_json
+from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.ranking.baselines import Popularity
 from missrec_t4r.ranking.protocols import EXPORTED, BlendScorer, blends_of
 from missrec_t4r.ranking.tune import Validation
 from missrec_t4r.ranking.tune_baselines import tuned_content_knn, tuned_item_knn
 from missrec_t4r.runs.checklist import NOT_RECORDED, checklist
+from missrec_t4r.runs.run_folder import RUN_FILE, load_run
 from missrec_t4r.runs.sasrec_file import kept_sasrec
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
 
@@ -100,8 +100,6 @@ def evaluate(
     MISSRecError
         The run or the data folder is missing, incomplete, or does not fit.
     """
-    from missrec_t4r.runs.run_folder import RUN_FILE, load_run
-
     if split not in EVALUATED_SPLITS:
         raise ConfigError(f"--split {split}", f"one of {', '.join(EVALUATED_SPLITS)}")
     names = [] if alone else checked_baselines(baselines)
@@ -145,7 +143,7 @@ def evaluate(
             "ranking": round(time.perf_counter() - baselines_done, 2),
         },
     }
-    write_report(report, file)
+    write_json(file, report, allow_nan=False)
     return report | {"file": str(file)}
 
 
@@ -177,7 +175,6 @@ def fitted_baselines(
     names: Sequence[str] = BASELINES,
     keep: Path | None = None,
     look_in: Sequence[Path] = (),
-    seed: int = 0,
 ) -> tuple[dict[str, System], dict[str, Any]]:
     """Fit baselines on the train split and tune them on the valid split.
 
@@ -191,8 +188,6 @@ def fitted_baselines(
         Which of them, `ALL_BASELINES`.
     keep, look_in
         Folders of a trained ``sasrec``, as in `missrec_t4r.runs.sasrec_file.kept_sasrec`.
-    seed : int
-        Of the sample of validation sessions, and of training.
 
     Returns
     -------
@@ -204,9 +199,9 @@ def fitted_baselines(
     catalogue = catalogue or Catalogue.load(data / CATALOGUE_FOLDER)
     train, valid = Sessions.load(data / "train", ()), Sessions.load(data / "valid", ())
     tuned = {
-        "item_knn": tuned_item_knn(train, valid, catalogue, seed=seed) if "item_knn" in names else None,
-        "content_knn": tuned_content_knn(valid, catalogue, seed=seed) if "content_knn" in names else None,
-        "sasrec": kept_sasrec(train, valid, catalogue, keep, look_in, seed=seed) if "sasrec" in names else None,
+        "item_knn": tuned_item_knn(train, valid, catalogue) if "item_knn" in names else None,
+        "content_knn": tuned_content_knn(valid, catalogue) if "content_knn" in names else None,
+        "sasrec": kept_sasrec(train, valid, catalogue, keep, look_in) if "sasrec" in names else None,
     }
     systems: dict[str, System] = {"popularity": Popularity.fit(catalogue)} if "popularity" in names else {}
     settings: dict[str, Any] = {}
@@ -223,8 +218,6 @@ def evaluate_sessions(
     catalogue: Catalogue,
     *,
     together: Callable[[Sessions], Iterable[Scored]] | None = None,
-    ks: Sequence[int] = KS,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Rank the whole catalogue with every system and return the report; needs no run folder.
 
@@ -249,12 +242,12 @@ def evaluate_sessions(
     histories, targets = sessions.split_last()
     rankings: dict[str, Ranking] = {}
     if together is not None:
-        rankings = rank_systems(together, histories, targets, catalogue.n_rows, top_k=max(ks), description="ranking")
+        rankings = rank_systems(together, histories, targets, catalogue.n_rows, top_k=max(KS), description="ranking")
     for name, system in systems.items():
-        rankings[name] = rank_system(system, histories, targets, catalogue, max(ks), f"ranking {name}")
+        rankings[name] = rank_system(system, histories, targets, catalogue, max(KS), f"ranking {name}")
     masks = slices(histories, targets, catalogue)
     overall = {
-        protocol: {name: _with_interval(ranks, ks, seed) for name, ranks in _under(protocol, rankings).items()}
+        protocol: {name: _with_interval(ranks) for name, ranks in _under(protocol, rankings).items()}
         for protocol in PROTOCOLS
     }
     return {
@@ -265,17 +258,14 @@ def evaluate_sessions(
             part: {
                 "n": int(mask.sum()),
                 **{
-                    protocol: {
-                        name: _with_interval(ranks[mask], ks, seed)
-                        for name, ranks in _under(protocol, rankings).items()
-                    }
+                    protocol: {name: _with_interval(ranks[mask]) for name, ranks in _under(protocol, rankings).items()}
                     for protocol in PROTOCOLS
                 },
             }
             for part, mask in masks.items()
         },
-        "coverage": _coverage(rankings, ks, catalogue.n_items),
-        "differences": _differences(rankings, ks, seed),
+        "coverage": _coverage(rankings, catalogue.n_items),
+        "differences": _differences(rankings),
         "counts": {
             "targets_in_history": int(targets_in_history(histories, targets).sum()),
             "targets_no_item": int((targets < FIRST_ITEM_ROW).sum()),
@@ -319,14 +309,14 @@ def _under(protocol: str, rankings: Mapping[str, Ranking]) -> dict[str, Ints]:
     return {name: ranking.ranks[protocol] for name, ranking in rankings.items() if protocol in ranking.ranks}
 
 
-def _with_interval(ranks: Ints, ks: Sequence[int], seed: int) -> dict[str, Any]:
-    return {**metrics(ranks, ks), "interval": bootstrap_intervals(ranks, ks, seed=seed)}
+def _with_interval(ranks: Ints) -> dict[str, Any]:
+    return {**metrics(ranks), "interval": bootstrap_intervals(ranks)}
 
 
-def _coverage(rankings: Mapping[str, Ranking], ks: Sequence[int], n_items: int) -> dict[str, Any]:
+def _coverage(rankings: Mapping[str, Ranking], n_items: int) -> dict[str, Any]:
     return {
         protocol: {
-            name: {f"coverage@{k}": coverage(ranking.recommended[protocol][:, :k], n_items) for k in ks}
+            name: {f"coverage@{k}": coverage(ranking.recommended[protocol][:, :k], n_items) for k in KS}
             for name, ranking in rankings.items()
             if protocol in ranking.ranks
         }
@@ -334,12 +324,11 @@ def _coverage(rankings: Mapping[str, Ranking], ks: Sequence[int], n_items: int) 
     }
 
 
-def _differences(rankings: Mapping[str, Ranking], ks: Sequence[int], seed: int) -> dict[str, Any]:
+def _differences(rankings: Mapping[str, Ranking]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for protocol in PROTOCOLS:
         systems = [*_under(protocol, rankings).items()]
         found[protocol] = {
-            name: named_differences(paired_differences(systems[0][1], ranks, ks, seed=seed))
-            for name, ranks in systems[1:]
+            name: named_differences(paired_differences(systems[0][1], ranks)) for name, ranks in systems[1:]
         }
     return found

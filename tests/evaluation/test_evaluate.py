@@ -19,7 +19,8 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError, MISSRecError
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM, PROTOCOLS
-from missrec_t4r.evaluation.report import table, write_report
+from missrec_t4r.evaluation.report import table
+from missrec_t4r.io.json_files import write_json
 from missrec_t4r.ranking.baselines import Popularity
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.runs.evaluate import evaluate, evaluate_sessions
@@ -198,9 +199,9 @@ def test_an_empty_split_is_an_error(catalogue: Catalogue) -> None:
 
 def test_no_partial_file_is_left(tmp_path: Path) -> None:
     file = tmp_path / "metrics.json"
-    write_report({"ndcg@10": 0.5}, file)
+    write_json(file, {"ndcg@10": 0.5}, allow_nan=False)
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_report({"ndcg@10": np.nan}, file)
+        write_json(file, {"ndcg@10": np.nan}, allow_nan=False)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
     assert json.loads(file.read_text()) == {"ndcg@10": 0.5}
 

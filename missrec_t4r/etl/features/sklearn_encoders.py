@@ -29,6 +29,8 @@ from missrec_t4r.progress import track
 State = Mapping[str, AnyArray]
 
 HASH_WIDTH = 2**15
+_SEED = 0
+"""Of the randomised decompositions."""
 SIDE, CELLS, ORIENTATIONS, THUMBNAIL, COLOURS = 64, 4, 8, 8, 4
 """Image side in pixels, cells per side, gradient directions, thumbnail side, levels per colour channel."""
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -63,9 +65,7 @@ class Encoded:
     cached: int = 0
 
 
-def encode_texts(
-    texts: Sequence[str | None], *, width: int = 128, seed: int = 0, state: State | None = None
-) -> Encoded:
+def encode_texts(texts: Sequence[str | None], *, width: int = 128, state: State | None = None) -> Encoded:
     """Encode one text per item.
 
     Parameters
@@ -74,8 +74,6 @@ def encode_texts(
         The item lacks the modality where the text is None or has no word.
     width : int
         Upper bound; fewer texts give narrower vectors.
-    seed : int
-        Seed of the randomised decomposition.
     state : mapping of str to ndarray, optional
         Fitted state of an earlier call: nothing is fitted then, and equal texts get equal vectors.
 
@@ -98,22 +96,22 @@ def encode_texts(
     present = np.asarray(hashed[:, :HASH_WIDTH].sum(1)).ravel() > 0  # at least one word
     if state is None:
         _require_two("text", present)
-        state = _fit_texts(hashed[present], min(width, int(present.sum()) - 1), seed)
+        state = _fit_texts(hashed[present], min(width, int(present.sum()) - 1))
     encoder = {
         "name": "classical-text",
         "method": "hashed word 1-2-grams and character 3-5-grams, tf-idf, truncated SVD",
         "stands_in_for": "a pretrained text encoder",
         "width": len(state["components"]),
-        "seed": seed,
+        "seed": _SEED,
         "library": f"scikit-learn {sklearn.__version__}",
     }
     return Encoded(_spread(_project_texts(hashed[present], state), present), present, encoder, state=state)
 
 
-def _fit_texts(hashed: Any, width: int, seed: int) -> State:
+def _fit_texts(hashed: Any, width: int) -> State:
     """Fit tf-idf and the truncated SVD; store only the hash columns that occur."""
     weighted = TfidfTransformer(sublinear_tf=True).fit(hashed)
-    reduced = TruncatedSVD(width, n_iter=5, random_state=seed).fit(weighted.transform(hashed))
+    reduced = TruncatedSVD(width, n_iter=5, random_state=_SEED).fit(weighted.transform(hashed))
     used = np.unique(hashed.indices)
     return {
         "columns": used.astype(np.int32),
@@ -129,13 +127,7 @@ def _project_texts(hashed: Any, state: State) -> npt.NDArray[np.floating[Any]]:
     return np.asarray(normalize(weighted) @ state["components"].T)
 
 
-def encode_images(
-    paths: Sequence[Path | None],
-    *,
-    width: int = 128,
-    seed: int = 0,
-    state: State | None = None,
-) -> Encoded:
+def encode_images(paths: Sequence[Path | None], *, width: int = 128, state: State | None = None) -> Encoded:
     """Encode one image per item.
 
     Parameters
@@ -166,23 +158,23 @@ def encode_images(
             broken.append(item)
     if state is None:
         _require_two("image", present)
-        state = _fit_images(np.stack(described), width, seed)
+        state = _fit_images(np.stack(described), width)
     encoder = {
         "name": "classical-image",
         "method": "colour histogram, gradient orientations per cell and thumbnail, PCA",
         "stands_in_for": "a pretrained image encoder",
         "side": SIDE,
         "width": len(state["components"]),
-        "seed": seed,
+        "seed": _SEED,
         "library": f"scikit-learn {sklearn.__version__}",
     }
     table = np.stack(described) if described else np.zeros((0, len(state["mean"])), np.float32)
     return Encoded(_spread((table - state["mean"]) @ state["components"].T, present), present, encoder, broken, state)
 
 
-def _fit_images(table: Floats, width: int, seed: int) -> State:
+def _fit_images(table: Floats, width: int) -> State:
     width = min(width, len(table) - 1, table.shape[1])
-    reduced = PCA(width, svd_solver="randomized", random_state=seed).fit(table)
+    reduced = PCA(width, svd_solver="randomized", random_state=_SEED).fit(table)
     return {"mean": reduced.mean_.astype(np.float32), "components": reduced.components_.astype(np.float32)}
 
 

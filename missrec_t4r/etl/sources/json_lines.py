@@ -23,7 +23,7 @@ JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json", ".json.gz
 _BLOCK = 16 * 2**20
 
 
-def read_columns(file: Path, schema: pa.Schema, findings: Findings, max_broken: float = 0.01) -> pa.Table:
+def read_columns(file: Path, schema: pa.Schema, findings: Findings) -> pa.Table:
     """Return the fields of a schema; other fields are skipped, missing values are null.
 
     Parameters
@@ -32,13 +32,11 @@ def read_columns(file: Path, schema: pa.Schema, findings: Findings, max_broken: 
         Names and types.
     findings : Findings
         Receives broken lines and values of another type.
-    max_broken : float
-        Maximum share of broken lines.
 
     Raises
     ------
     DataError
-        The file is missing, empty or truncated, or has more broken lines than that.
+        As `records` raises it.
     """
     check_not_empty(file)
     options = pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
@@ -49,7 +47,7 @@ def read_columns(file: Path, schema: pa.Schema, findings: Findings, max_broken: 
         pass  # reading line by line finds the broken lines
     counted: dict[str, int] = {}
     rows: dict[str, list[Any]] = {name: [] for name in schema.names}
-    for record in records(file, findings, max_broken):
+    for record in records(file, findings):
         for field in schema:
             rows[field.name].append(_value(record.get(field.name), field, counted))
     for name, count in counted.items():

@@ -30,7 +30,7 @@ from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID
 from missrec_t4r.training.fit import train
 from missrec_t4r.training.trainer import Prepare
 from missrec_t4r.training.warm_start.id_init import ids_from_content
-from missrec_t4r.training.warm_start.report import CONTENT_KNN, ITEM_KNN, WeightLoadingReport
+from missrec_t4r.training.warm_start.report import WeightLoadingReport
 from missrec_t4r.training.warm_start.transfer import (
     PARTS,
     Freeze,
@@ -158,12 +158,7 @@ def load_continued(
         report.record_loaded("interests", "initial centroids, refined before the first epoch", "interests.")
     else:
         report.record_initialised("interests", "density peaks have no warm start", "interests.")
-    report.record_initialised(
-        ITEM_KNN, "fitted after training", "terms.item_knn.", "terms.cold_start.", "terms.rare_items."
-    )
-    report.record_initialised(CONTENT_KNN, "fitted after training", "terms.content_knn.")
-    report.freeze(frozen_parts(freeze, matched))
-    return report.finish(), items
+    return report.finish(frozen_parts(freeze, matched)), items
 
 
 def read_vocabulary(source: Source) -> pa.Array:

@@ -82,15 +82,8 @@ class WeightLoadingReport:
         if own:
             self._add(Part(name, "re-initialised" if in_source else "missing", _count(own.values()), why), prefixes)
 
-    def freeze(self, names: Iterable[str]) -> None:
-        """Exclude these parts from training.
-
-        Raises
-        ------
-        CheckpointError
-            One of them was not loaded: a frozen part with random weights makes no sense.
-        """
-        frozen = set(names)
+    def _freeze(self, frozen: set[str]) -> None:
+        """Exclude parts from training."""
         not_loaded = [part.name for part in self.parts if part.name in frozen and part.status != "loaded"]
         if not_loaded:
             raise CheckpointError(
@@ -105,8 +98,13 @@ class WeightLoadingReport:
             Part(part.name, part.status, part.parameters, part.note, frozen=part.name in frozen) for part in self.parts
         ]
 
-    def finish(self) -> dict[str, Any]:
-        """Check the shapes, add the parts that only the source run has, and return the report.
+    def finish(self, frozen: Iterable[str]) -> dict[str, Any]:
+        """Add score terms and parts that only the source run has, check the shapes, freeze, and return the report.
+
+        Parameters
+        ----------
+        frozen : iterable of str
+            Parts that are not trained.
 
         Returns
         -------
@@ -117,8 +115,13 @@ class WeightLoadingReport:
         Raises
         ------
         CheckpointError
-            Tensors that are missing or of another shape; all are listed.
+            Tensors that are missing or of another shape; all are listed. Or a part to freeze was not loaded: with
+            random weights that makes no sense.
         """
+        why = "fitted after training"
+        self.record_initialised(ITEM_KNN, why, "terms.item_knn.", "terms.cold_start.", "terms.rare_items.")
+        self.record_initialised(CONTENT_KNN, why, "terms.content_knn.")
+        self._freeze(set(frozen))
         if self._errors:
             more = f" and {len(self._errors) - 6} more" if len(self._errors) > 6 else ""
             raise CheckpointError(

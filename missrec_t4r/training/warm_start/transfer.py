@@ -27,7 +27,7 @@ from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.training.fit import train
 from missrec_t4r.training.trainer import Prepare
 from missrec_t4r.training.warm_start.id_init import ids_from_content
-from missrec_t4r.training.warm_start.report import CONTENT_KNN, ITEM_KNN, WeightLoadingReport, report_lines
+from missrec_t4r.training.warm_start.report import WeightLoadingReport, report_lines
 
 log = logging.getLogger(__name__)
 
@@ -180,12 +180,7 @@ def load_pretrained(
         ids_from_content(model)
     report.record_initialised("interests", "discovered in this catalogue", "interests.")
     report.record_initialised("event features", "of this data's events", "event_features.")
-    report.record_initialised(
-        ITEM_KNN, "fitted after training", "terms.item_knn.", "terms.cold_start.", "terms.rare_items."
-    )
-    report.record_initialised(CONTENT_KNN, "fitted after training", "terms.content_knn.")
-    report.freeze(frozen_parts(freeze, matched))
-    return report.finish()
+    return report.finish(frozen_parts(freeze, matched))
 
 
 def require_same(

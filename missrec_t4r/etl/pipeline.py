@@ -224,30 +224,6 @@ def etl(
             require_nvtabular(option, "leave it out")
     workflow_file = None if workflow is None else _read_workflow_file(workflow, derive, max_events, engine)
     item_table.check_fingerprints(fingerprint or {}, files)
-    settings = {
-        "split": split,
-        "valid_from": valid_from,
-        "test_from": test_from,
-        "k_core": k_core,
-        "min_item_count": min_item_count,
-        "unknown_items": unknown_items,
-        "drop_duplicates": drop_duplicates,
-        "max_sequence_length": max_sequence_length,
-        "max_events": max_events,
-        "time_format": time_format,
-        "columns": {USER_ID: user_column, ITEM_ID: item_column, TIMESTAMP: time_column},
-        "drop_columns": list(drop_columns),
-        "categorical_columns": list(categorical_columns),
-        "fingerprints": dict(fingerprint or {}),
-        "session_gap": derive.session_gap,
-        "event_weights": dict(derive.weights),
-        "event_type_column": event_type_column,
-        "time_features": list(derive.time_features),
-        "save_nvtabular_workflow": save_nvtabular_workflow,
-        "workflow": None
-        if workflow_file is None
-        else {"file": workflow_file.file.name, "sha256": workflow_file.sha256},
-    }
     names = {user_column: USER_ID, item_column: ITEM_ID, time_column: TIMESTAMP}
     if len(names) < 3:
         raise ConfigError(f"columns {list(names)} for user, item and time", "three different columns")
@@ -259,7 +235,7 @@ def etl(
         items=items,
         catalogue_item=catalogue_item_column or item_column,
         names=names,
-        settings=settings,
+        settings=_settings_of(options, derive, workflow_file),
         modality_files=files,
         derive=derive,
         findings=findings,
@@ -332,6 +308,27 @@ def _check_settings(
         raise ConfigError("boundaries are set for a leave-one-out split", "--split time", "add it or leave them out")
     if max_sequence_length < 1 or (max_events is not None and max_events < 1):
         raise ConfigError("a session length below 1", "max_sequence_length and max_events of at least 1")
+
+
+_AS_GIVEN = (
+    *("split", "valid_from", "test_from", "k_core", "min_item_count", "unknown_items", "drop_duplicates"),
+    *("max_sequence_length", "max_events", "time_format", "event_type_column", "save_nvtabular_workflow"),
+)
+
+
+def _settings_of(options: Mapping[str, Any], derive: EventSettings, workflow: WorkflowFile | None) -> dict[str, Any]:
+    """Return the settings as ``etl.json`` holds them; the run completes them."""
+    columns = {USER_ID: "user_column", ITEM_ID: "item_column", TIMESTAMP: "time_column"}
+    return {name: options[name] for name in _AS_GIVEN} | {
+        "columns": {name: options[option] for name, option in columns.items()},
+        "drop_columns": list(options["drop_columns"]),
+        "categorical_columns": list(options["categorical_columns"]),
+        "fingerprints": dict(options["fingerprint"] or {}),
+        "session_gap": derive.session_gap,
+        "event_weights": dict(derive.weights),
+        "time_features": list(derive.time_features),
+        "workflow": None if workflow is None else {"file": workflow.file.name, "sha256": workflow.sha256},
+    }
 
 
 def _read_workflow_file(

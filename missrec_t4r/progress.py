@@ -60,7 +60,8 @@ def reporting(*, messages: bool = True, verbose: bool = False, quiet: bool = Fal
     quiet : bool
         Warnings and errors only, and no progress.
     """
-    console = Console(stderr=True)
+    # A path may hold :key:, and rich imports its emoji late: a signal handler that logs must import nothing.
+    console = Console(stderr=True, emoji=False)
     handler = _Handler(console)
     handler.setFormatter(_Formatter(verbose))
     level, propagate = _library.level, _library.propagate

@@ -270,7 +270,7 @@ def _answer(command: Command, result: Any, as_json: bool) -> None:
     if as_json or not sys.stdout.isatty():
         print(json.dumps(result, default=to_plain))
     else:
-        Console().print(summary(command.name, result))
+        Console(emoji=False).print(summary(command.name, result))
 
 
 def _or_exit(call: Callable[[], Any], answer: Callable[[Any], None] | None = None) -> Any:
@@ -282,7 +282,7 @@ def _or_exit(call: Callable[[], Any], answer: Callable[[Any], None] | None = Non
         return _with_cures(call)
     except MISSRecError as error:
         words = f"{type(error).__name__}: {error}"  # not wrapped: a path of the message can be copied
-        Console(stderr=True).print(words, style="red", highlight=False, markup=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(words, style="red", highlight=False, markup=False, soft_wrap=True)
         if isinstance(error, GateError) and error.result and answer:
             answer(error.result)
         raise typer.Exit(error.exit_code) from None

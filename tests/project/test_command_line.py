@@ -117,7 +117,7 @@ def test_the_library_is_silent_until_progress_is_reported(
     log = logging.getLogger("missrec_t4r.anything")
 
     def work() -> str:
-        log.info("begun")
+        log.info("begun in :key:")
         log.warning("odd")
         log.debug("detail")
         assert list(track(range(3), "counting")) == [0, 1, 2]
@@ -128,7 +128,7 @@ def test_the_library_is_silent_until_progress_is_reported(
     assert "counting" not in silent
     with reporting():
         shown = work().splitlines()
-    assert shown[:2] == ["begun", "warning: odd"]
+    assert shown[:2] == ["begun in :key:", "warning: odd"]
     assert shown[3].startswith("counting: 1/3 (33 %), ")
     with reporting(quiet=True):
         assert work() == "warning: odd\n"

@@ -161,7 +161,7 @@ def test_a_killed_job_leaves_the_last_complete_result_and_goes_on(
     many = session_file(tmp_path / "many.parquet", shop.raw_sessions(loaded.catalogue, 200) * 160)
     code = "import sys; from missrec_t4r.serving.batch.score import score; score(*sys.argv[2:], bundle=sys.argv[1])"
     job = subprocess.Popen([sys.executable, "-c", code, str(bundle), str(many), str(out)])
-    deadline, parts = time.monotonic() + 60, tmp_path / ".out.parquet.parts"
+    deadline, parts = time.monotonic() + 300, tmp_path / ".out.parquet.parts"
     while not list(parts.glob("*.counts.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
     job.send_signal(signal.SIGKILL)

@@ -128,7 +128,14 @@ def test_a_wrong_settings_file_is_refused_before_anything_trains(
         _jobs(tmp_path, data, run)
 
 
-def test_the_prepared_settings_are_valid(repository: Path) -> None:
-    names = ("ml1m", "instruments", "beauty", "scientific", "subset")
-    jobs = read_jobs(repository / "benchmarks/quality/grid_gpu.yaml", dict.fromkeys(names, "nowhere"))
-    assert {job.data for job in jobs} == set(names)
+@pytest.mark.parametrize(
+    ("file", "names"),
+    [
+        ("grid_gpu.yaml", {"ml1m", "instruments", "beauty", "scientific", "subset"}),
+        ("grid_network.yaml", {"subset"}),
+        ("grid_subset.yaml", {"subset"}),
+    ],
+)
+def test_the_prepared_settings_are_valid(repository: Path, file: str, names: set[str]) -> None:
+    jobs = read_jobs(repository / "benchmarks/quality" / file, dict.fromkeys(names, "nowhere"))
+    assert {job.data for job in jobs} == names

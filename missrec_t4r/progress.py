@@ -26,7 +26,7 @@ _bars: list[Progress] = []
 """The bar that is being drawn."""
 
 
-def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+def track(iterable: Iterable[T], description: str, total: int | None = None, *, counted: bool = True) -> Iterator[T]:
     """Yield the elements of a long loop; under `reporting`, show how far it is.
 
     Parameters
@@ -37,14 +37,16 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
         What it does, such as ``encoding texts``.
     total : int, optional
         Number of elements, where the iterable has no length.
+    counted : bool
+        False: the loop waits, and only its time is shown.
     """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     if not _console:
         return iter(iterable)
     if _console[-1].is_terminal:
-        return _bar(iterable, description, total, _console[-1])
-    return _lines(iterable, description, total)
+        return _bar(iterable, description, total, _console[-1], counted)
+    return _lines(iterable, description, total, counted)
 
 
 @contextmanager
@@ -90,7 +92,8 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
         style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else None
-        self.console.print(self.format(record), style=style, markup=False, highlight=False)
+        whole = not self.console.is_terminal  # in a file a message is one line
+        self.console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=whole)
 
 
 class _Formatter(logging.Formatter):
@@ -107,14 +110,9 @@ class _Formatter(logging.Formatter):
         return text if plain else f"{record.levelname.lower()}: {text}"
 
 
-def _bar(iterable: Iterable[T], description: str, total: int | None, console: Console) -> Iterator[T]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+def _bar(iterable: Iterable[T], description: str, total: int | None, console: Console, counted: bool) -> Iterator[T]:
+    count = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()) if counted else (TimeElapsedColumn(),)
+    columns = (TextColumn("{task.description}"), BarColumn(), *count)
     if _bars:  # a terminal draws one at a time; loops inside a drawn loop show nothing
         yield from iterable
         return
@@ -126,13 +124,14 @@ def _bar(iterable: Iterable[T], description: str, total: int | None, console: Co
             _bars.remove(bar)
 
 
-def _lines(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+def _lines(iterable: Iterable[T], description: str, total: int | None, counted: bool) -> Iterator[T]:
     started = last = time.monotonic()
     for done, element in enumerate(iterable):
         now = time.monotonic()
         if now - last > _SECONDS_BETWEEN_LINES:
             last = now
-            log.info("%s: %s", description, position(done, total, now - started))
+            far = position(done, total, now - started) if counted else _duration(now - started)
+            log.info("%s: %s", description, far)
         yield element
 
 

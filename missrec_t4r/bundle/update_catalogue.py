@@ -192,12 +192,24 @@ def previous_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.previous")
 
 
-def read_items(file: Path) -> pa.Table:
-    """Read the table of items to add, change or retire."""
+def read_items(file: Path, item_column: str = ITEM_ID) -> pa.Table:
+    """Read the table of items to add, change or retire; its id column gets the name ``item_id``.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read, has no rows, or no such column.
+    """
     try:
-        return pq.read_table(file)
+        table = pq.read_table(file)
     except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{file} cannot be read ({error})", "a parquet file with a column item_id") from error
+        raise DataError(f"{file} cannot be read ({error})", "a parquet file with a column of item ids") from error
+    if item_column not in table.column_names:
+        found = f"{file} has columns {table.column_names}"
+        raise DataError(found, f"a column {item_column!r}", "name yours with --item-column")
+    if item_column != ITEM_ID and ITEM_ID in table.column_names:
+        table = table.drop_columns([ITEM_ID])
+    return table.rename_columns([ITEM_ID if name == item_column else name for name in table.column_names])
 
 
 def _rows_of(catalogue: Catalogue, table: pa.Table) -> Ints:

@@ -7,6 +7,7 @@ sources, so that it needs neither torch nor NVTabular.
 from __future__ import annotations
 
 import ast
+import difflib
 import inspect
 import json
 import logging
@@ -196,6 +197,13 @@ class _Commands(TyperGroup):
             if command.name == self.prefix + cmd_name:
                 return _load(command)
         return super().get_command(ctx, cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command of the arguments; a mistyped one is answered with the nearest."""
+        near = difflib.get_close_matches(args[0], names := self.list_commands(ctx), 1)
+        if near and args[0] not in names:
+            ctx.fail(f"No such command {args[0]!r}; did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write one line per command without importing any."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from missrec_t4r.errors import ConfigError
+from missrec_t4r.schema import ITEM_ID
 
 
 def catalogue_update(
@@ -20,6 +21,7 @@ def catalogue_update(
     repository: str | Path | None = None,
     modality: Mapping[str, str | Path] | None = None,
     data: str | Path | None = None,
+    item_column: str = ITEM_ID,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Add, change and retire items of a bundle or a deployment, without training or restart.
@@ -27,7 +29,7 @@ def catalogue_update(
     Parameters
     ----------
     items : path
-        Parquet with item_id, any other columns, and optionally retired (true or false).
+        Parquet with ids, any other columns, and optionally retired (true or false).
     bundle : path, optional
         Bundle to replace by its new version; the previous version is kept beside it.
     repository : path, optional
@@ -37,6 +39,8 @@ def catalogue_update(
         Vectors of the items, one row per item, as NAME=FILE.npy; repeatable.
     data : path, optional
         Data folder whose encoders compute the vectors from the items' texts and images.
+    item_column : str
+        Column of the item id.
     dry_run : bool
         Make and check the new version and print what would change; change nothing.
 
@@ -49,7 +53,7 @@ def catalogue_update(
 
     if bundle is None and repository is None:
         raise ConfigError("neither --bundle nor --repository", "one of them, or both")
-    table = read_items(Path(items))
+    table = read_items(Path(items), item_column)
     vectors: dict[str, Any] = {name: Path(file) for name, file in (modality or {}).items()}
     if data is not None:
         from missrec_t4r.etl.features.pipeline import encode_items

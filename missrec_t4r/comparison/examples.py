@@ -10,6 +10,7 @@ import numpy as np
 from missrec_t4r.arrays import Ints
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.titles import title_column
 from missrec_t4r.evaluation.metrics import metric_values
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, UNKNOWN_ROW
 
@@ -17,7 +18,6 @@ EACH: Final = 5
 """Examples for each of the two systems."""
 SHOWN: Final = 5
 """Last items of a session, and first items of a list."""
-TITLES: Final = ("title", "name", "product_name")
 
 
 def examples(
@@ -96,8 +96,9 @@ class _Titles:
     """Titles of rows; the id where there is none."""
 
     def __init__(self, catalogue: Catalogue) -> None:
-        column = next((name for name in TITLES if name in catalogue.items.column_names), ITEM_ID)
-        self.column, self.ids = catalogue.items[column], catalogue.items[ITEM_ID]
+        encoders = [modality.encoder for modality in catalogue.modalities.values()]
+        column = title_column(catalogue.items.column_names, encoders)
+        self.column, self.ids = catalogue.items[column or ITEM_ID], catalogue.items[ITEM_ID]
 
     def __call__(self, row: Any) -> str:
         index = int(row) - FIRST_ITEM_ROW

@@ -113,6 +113,27 @@ def parse_seconds(text: str | float | None, option: str) -> float:
     return float(match[1]) * _SECONDS[match[2] or "s"]
 
 
+def parse_time(given: str | float | None, option: str) -> float | None:
+    """Return a time as a number: a date is read as unix seconds, UTC where it names no zone.
+
+    Examples
+    --------
+    >>> parse_time("1998-03-01", "--valid-from"), parse_time("888710400", "--valid-from"), parse_time(7, "")
+    (888710400.0, 888710400.0, 7.0)
+    """
+    if given is None:
+        return None
+    try:
+        return float(given)
+    except ValueError:
+        date = pd.to_datetime(given, utc=True, errors="coerce")
+    if pd.isna(date):
+        raise ConfigError(
+            f"{option} {given!r}", "a date such as 2026-03-01, or a number in the unit of the time column"
+        )
+    return float(date.timestamp())
+
+
 def parse_weights(text: str | Mapping[str, Any] | None) -> dict[str, float]:
     """Parse event weights such as ``view=1,purchase=3``.
 

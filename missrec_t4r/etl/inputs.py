@@ -17,7 +17,7 @@ from missrec_t4r.etl.dataframe import Adapter, Frame
 from missrec_t4r.etl.item_table import UnknownItems, Vectors, filter_items, match_events, unique_items
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import read_numbers
-from missrec_t4r.etl.sources.table import Paths, read_table, require_column
+from missrec_t4r.etl.sources.table import Paths, read_table, require_column, require_event_columns
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
 
@@ -83,14 +83,14 @@ def read_tables(
     """
     ids = [next(raw for raw, name in names.items() if name == key) for key in (USER_ID, ITEM_ID)]
     events = read_table(interactions, "interactions", text_columns=ids, needed=names, findings=findings)
-    for raw, option in zip(names, ("--user-column", "--item-column", "--time-column"), strict=True):
-        require_column(events, raw, "interactions", option)
+    require_event_columns(events.column_names, names)
     clashing = [name for name in events.column_names if name in names.values() and name not in names]
     checks.note_taken_names(findings, clashing)
     events = events.drop_columns(clashing) if clashing else events
     events = events.rename_columns([names.get(name, name) for name in events.column_names])
 
-    return _normal_types(events, read_items(items, catalogue_item, findings), findings, time_format)
+    raw = {name: column for column, name in names.items()}
+    return _normal_types(events, read_items(items, catalogue_item, findings), findings, time_format, raw)
 
 
 def read_items(items: Path, catalogue_item: str, findings: checks.Findings) -> pa.Table:
@@ -118,10 +118,13 @@ def with_normal_ids(items: pa.Table) -> pa.Table:
 
 
 def _normal_types(
-    events: pa.Table, items: pa.Table, findings: checks.Findings, time_format: str | None
+    events: pa.Table, items: pa.Table, findings: checks.Findings, time_format: str | None, raw: Mapping[str, str]
 ) -> tuple[pa.Table, pa.Table]:
-    """Convert ids and times; text ids become integers only if the ids of the other table are integers."""
-    event_ids, item_ids = checks.normal_ids(events[ITEM_ID], ITEM_ID), checks.normal_ids(items[ITEM_ID], ITEM_ID)
+    """Convert ids and times; text ids become integers only if the ids of the other table are integers.
+
+    Errors name the columns of the events as in the input (``raw``: standard name -> name there).
+    """
+    event_ids, item_ids = checks.normal_ids(events[ITEM_ID], raw[ITEM_ID]), checks.normal_ids(items[ITEM_ID], ITEM_ID)
     if event_ids.type != item_ids.type:
         event_integers, item_integers = (checks.text_to_integers(ids) for ids in (event_ids, item_ids))
         event_ids = event_ids if event_integers is None else event_integers
@@ -130,9 +133,9 @@ def _normal_types(
             is_text = event_integers is not None
             checks.note_converted_ids(findings, len(event_ids if is_text else item_ids), events=is_text)
     converted = {
-        USER_ID: checks.normal_ids(events[USER_ID], USER_ID),
+        USER_ID: checks.normal_ids(events[USER_ID], raw[USER_ID]),
         ITEM_ID: event_ids,
-        TIMESTAMP: checks.normal_time(events[TIMESTAMP], TIMESTAMP, time_format),
+        TIMESTAMP: checks.normal_time(events[TIMESTAMP], raw[TIMESTAMP], time_format),
     }
     columns = {name: converted.get(name, events[name]) for name in events.column_names}
     item_columns = {name: item_ids if name == ITEM_ID else items[name] for name in items.column_names}

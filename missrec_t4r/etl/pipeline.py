@@ -35,11 +35,25 @@ from missrec_t4r.etl.engine.build import build
 from missrec_t4r.etl.engine.executor import open_executor
 from missrec_t4r.etl.engine.job import Job
 from missrec_t4r.etl.engine.shuffle import cut_chunks
-from missrec_t4r.etl.event_settings import CLOCK, EventSettings, parse_seconds, parse_time_features, parse_weights
+from missrec_t4r.etl.event_settings import (
+    CLOCK,
+    EventSettings,
+    parse_seconds,
+    parse_time,
+    parse_time_features,
+    parse_weights,
+)
 from missrec_t4r.etl.installed import has_cudf, has_nvtabular, require_nvtabular
 from missrec_t4r.etl.outputs import REPORT_FILE, REQUEST_FOLDER, WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
-from missrec_t4r.etl.sources.table import PARQUET_SUFFIXES, Paths, expand, parquet_rows, read_table
+from missrec_t4r.etl.sources.table import (
+    PARQUET_SUFFIXES,
+    Paths,
+    expand,
+    parquet_rows,
+    read_table,
+    require_event_columns,
+)
 from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
 from missrec_t4r.io.json_files import write_json
@@ -90,8 +104,8 @@ def etl(
     unknown_items: item_table.UnknownItems = "append",
     drop_duplicates: bool = False,
     split: Split = "leave_one_out",
-    valid_from: float | None = None,
-    test_from: float | None = None,
+    valid_from: str | float | None = None,
+    test_from: str | float | None = None,
     modality: Mapping[str, str | Path] | None = None,
     fingerprint: Mapping[str, str] | None = None,
     max_sequence_length: int = 50,
@@ -133,7 +147,8 @@ def etl(
     time_format : str, optional
         Format of text dates that are not ISO 8601, such as %d/%m/%Y or "%d.%m.%Y %H:%M"; read as UTC without a zone.
     catalogue_item_column : str, optional
-        Column of the id in the item table; by default --item-column, or item_id where that is absent.
+        Column of the id in the item table; by default --item-column, or item_id where that is absent; with --update
+        that of the first run.
     drop_columns : sequence of str
         Event column that must not become a feature; by default split, which would leak the target.
     categorical_columns : sequence of str
@@ -148,11 +163,11 @@ def etl(
         Drop repeated events of the same user, item and time.
     split : {"leave_one_out", "time"}
         leave_one_out: the last item of a session is its test target, the one before its validation target. time: by
-        --valid-from and --test-from.
-    valid_from : float, optional
-        Time split: start of validation, in the unit of the time column (unix seconds for dates).
-    test_from : float, optional
-        Time split: start of the test period, in the same unit.
+        --valid-from and --test-from; without them, the last 20 and 10 per cent of the events.
+    valid_from : str or float, optional
+        Time split: start of validation, as a date such as 2026-03-01 (UTC), or in the unit of the time column.
+    test_from : str or float, optional
+        Time split: start of the test period, likewise.
     modality : mapping of str to path
         Precomputed vectors as NAME=FILE.npy, rows as in the item table; an all-zero row means "missing"; repeatable.
     fingerprint : mapping of str to str
@@ -207,6 +222,8 @@ def etl(
     if items is None:
         raise ConfigError("no item table", "--items items.parquet", "only --update goes without")
     items = Path(items)
+    valid_from, test_from = parse_time(valid_from, "--valid-from"), parse_time(test_from, "--test-from")
+    options |= {"valid_from": valid_from, "test_from": test_from}
     _check_settings(split, valid_from, test_from, max_sequence_length, max_events)
     if engine not in ENGINES:
         raise ConfigError(f"engine {engine!r}", "auto, memory, disk or gpu", "choose one with --engine")
@@ -263,8 +280,9 @@ def _change(
     """Add to a data folder (--update), or rewrite its splits with all deltas applied (--compact)."""
     machine = _machine_options(options)
     if options["update"] and not options["compact"]:
-        return append.update(interactions, out, items=items, modality=modality, delta=options["delta"], **machine)
-    if options["update"] or interactions or items or modality:
+        told = {name: options[name] for name in ("delta", "catalogue_item_column")}
+        return append.update(interactions, out, items=items, modality=modality, **told, **machine)
+    if options["update"] or interactions or items or options["catalogue_item_column"] or modality:
         cure = "run missrec etl --update first, then --compact"
         raise ConfigError("--compact with new events or items", "a data folder alone", cure)
     return compaction.compact(out, **machine)
@@ -272,7 +290,7 @@ def _change(
 
 _MACHINE_OPTIONS = ("dask_scheduler", "workers", "dry_run")
 """What an update may choose; everything else is as in the first run of the folder."""
-_OWN_OPTIONS = ("interactions", "items", "out", "modality", "update", "delta", "compact")
+_OWN_OPTIONS = ("interactions", "items", "catalogue_item_column", "out", "modality", "update", "delta", "compact")
 
 
 def _machine_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,6 +339,7 @@ def _settings_of(options: Mapping[str, Any], derive: EventSettings, workflow: Wo
     columns = {USER_ID: "user_column", ITEM_ID: "item_column", TIMESTAMP: "time_column"}
     return {name: options[name] for name in _AS_GIVEN} | {
         "columns": {name: options[option] for name, option in columns.items()},
+        "catalogue_item_column": options["catalogue_item_column"] or options["item_column"],
         "drop_columns": list(options["drop_columns"]),
         "categorical_columns": list(options["categorical_columns"]),
         "fingerprints": dict(options["fingerprint"] or {}),
@@ -425,11 +444,10 @@ def _describe_run(task: _Task, out: Path, engine: str) -> dict[str, Any]:
         The output exists and is no data folder, or a table cannot be read or lacks a column.
     """
     refuse_unmanaged(out, REPORT_FILE)
-    n_items = read_table(task.items, "items").num_rows
     tables = [_describe_table(file) for file in task.files]
     for table in tables:
-        if missing := [name for name in task.names if name not in table["columns"]]:
-            raise SchemaError(f"{table['file']} has columns {table['columns']}", f"columns {missing} too")
+        require_event_columns(table["columns"], task.names, table["file"])
+    n_items = inputs.read_items(task.items, task.catalogue_item, checks.Findings()).num_rows
     parquet = [file for file in task.files if file.name.endswith(PARQUET_SUFFIXES)]
     return {
         "dry_run": True,

@@ -49,7 +49,9 @@ def build_network(
     """
     if not catalogue.modalities:
         raise DataError(
-            "the catalogue has no modality", "at least one, say text", "run `missrec features` or pass --modality"
+            "the catalogue has no modality",
+            "at least one, say text",
+            "run `missrec features`, or `missrec etl` with --modality NAME=FILE.npy",
         )
     trained = torch.from_numpy(catalogue.train_count > 0)  # [row]
     if not config.mask_untrained_ids:

@@ -90,6 +90,17 @@ def test_help_of_a_group_lists_its_commands() -> None:
     assert all(name in shown for name in ("adopt", "update", "rollback"))
 
 
+@pytest.mark.parametrize(
+    ("words", "near"), [(["ettl"], "'etl'"), (["catalogue", "updat"], "'update'"), (["xyz"], None)]
+)
+def test_a_mistyped_command_is_answered_with_the_nearest(words: list[str], near: str | None) -> None:
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert f"No such command {words[-1]!r}" in done.output
+    assert ("did you mean" in done.output) == (near is not None)
+    assert near is None or f"did you mean {near}?" in done.output
+
+
 def test_an_option_is_documented_where_it_is_declared() -> None:
     text = "Head.\n\nParameters\n----------\na, b : int, optional\n    One `line`,\n  two.\n\nReturns\n-------\nint"
     assert parameter_help(text) == {"a": "One line, two.", "b": "One line, two."}
@@ -121,6 +132,7 @@ def test_the_library_is_silent_until_progress_is_reported(
         log.warning("odd")
         log.debug("detail")
         assert list(track(range(3), "counting")) == [0, 1, 2]
+        assert list(track(range(2), "waiting", counted=False)) == [0, 1]
         return capsys.readouterr().err
 
     silent = work()
@@ -130,11 +142,15 @@ def test_the_library_is_silent_until_progress_is_reported(
         shown = work().splitlines()
     assert shown[:2] == ["begun in :key:", "warning: odd"]
     assert shown[3].startswith("counting: 1/3 (33 %), ")
+    assert shown[-1] == "waiting: 0 s"
     with reporting(quiet=True):
         assert work() == "warning: odd\n"
     with reporting(verbose=True):
-        assert "DEBUG missrec_t4r.anything: detail" in " ".join(work().split())
+        assert "DEBUG missrec_t4r.anything: detail" in work()
     assert "counting" not in work()
+    with reporting():
+        log.info("word " * 50 + "end")
+    assert capsys.readouterr().err == "word " * 50 + "end\n"  # in a log file a message is one line
 
 
 def _drawn(content: Any) -> list[str]:

@@ -4,8 +4,11 @@ import json
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from missrec_t4r.errors import DataError, ServingError
@@ -109,6 +112,22 @@ def test_sessions_are_padded_to_the_longest() -> None:
     assert item_ids.tolist() == [[b"a", b"b"], [b"", b""]]
     assert length.tolist() == [[2], [0]]
     assert pad_sessions([np.array([], np.int64)], "int64")[0].shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"Name": ["Lampe"], "text": ["hell"]}, "Lampe"),
+        ({"Text": ["hell"], "Artikel": ["Lampe"]}, "Lampe"),  # the first column that the text encoder has read
+        ({"price": [3]}, None),
+    ],
+)
+def test_titles_have_the_shops_own_column_name(tmp_path: Path, columns: dict[str, list[Any]], expected: str) -> None:
+    pq.write_table(pa.table({"item_id": ["a"], **columns}), tmp_path / "items.parquet")
+    encoder = {"columns": ["Artikel", "Text"]}
+    noted = {"image": {"encoder": {"column": "bild"}}, "text": {"encoder": encoder}}
+    (tmp_path / "catalogue.json").write_text(json.dumps({"modalities": noted}))
+    assert read_titles(tmp_path) == ({"a": expected} if expected else {})
 
 
 def test_titles_come_from_a_bundle_or_a_parquet_file(bundle: Path, tmp_path: Path) -> None:

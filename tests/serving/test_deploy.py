@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tritonclient import grpc as grpcclient
 
 from missrec_t4r.bundle.manifest import verify_bundle
 from missrec_t4r.errors import BundleError, ConfigError, ParityError, ServingError
@@ -144,6 +145,7 @@ def test_a_version_can_be_loaded_and_asked_before_it_answers(
     assert shadow.comparison.report()["failed"] == 1
     with GrpcShadowProxy(running.grpc_url, candidate, share=1) as shadow, MISSRecClient(shadow.url) as client:
         through = [client.recommend([SESSION, [], ["ware-1-ü"]], 6) for _ in range(5)]
+        assert grpcclient.InferenceServerClient(shadow.url).is_model_ready("missrec")  # a client without a deadline
         with MISSRecClient(shadow.url, model="gone") as other, pytest.raises(ServingError, match="gone"):
             other.recommend([SESSION], 6)
     assert [[one.item_ids for one in answer] for answer in through] == [[one.item_ids for one in expected]] * 5

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from missrec_t4r.errors import BundleError, UnavailableError
+from missrec_t4r.errors import BundleError, ServingError, UnavailableError
 from missrec_t4r.serving.client.protocol import Recommendation
 from missrec_t4r.serving.deploy.blue_green import deploy, rollback
 from missrec_t4r.serving.deploy.smoke_test import differences
@@ -71,10 +71,33 @@ def test_the_oldest_versions_go_and_the_one_to_roll_back_to_stays(bundle: Path, 
     for threads in (1, 2, 3, 4):
         deploy(folder, bundle=bundle, threads=threads, keep=3)
     assert versions_of(folder) == [2, 3, 4]
-    assert rollback(folder)["version"] == 3  # the newest below the current one
+    assert rollback(folder)["version"] == 3
     deploy(folder, bundle=bundle, threads=5, keep=2)
     assert versions_of(folder) == [3, 5]  # the one that served before, not the newest one
     assert rollback(folder)["version"] == current_version(folder) == 3
+
+
+def test_a_rollback_does_not_return_to_a_version_that_was_left(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    for threads in (1, 2):
+        deploy(folder, bundle=bundle, threads=threads)
+    assert rollback(folder)["version"] == 1  # 2 was bad
+    deploy(folder, bundle=bundle, threads=3, switch=False)  # 3 is a candidate
+    assert deploy(folder, version=3)["previous"] == 1
+    assert rollback(folder)["version"] == 1
+    deploy(folder, version=2)  # once more
+    deploy(folder, bundle=bundle, threads=4, keep=4)
+    assert [rollback(folder)["version"] for _ in range(2)] == [2, 1]
+    with pytest.raises(ServingError, match="no version before 1"):
+        rollback(folder)
+
+
+def test_a_folder_of_an_earlier_version_rolls_back_to_the_newest_below(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    for threads in (1, 2, 3):
+        deploy(folder, bundle=bundle, threads=threads)
+    (folder / "deployment.json").write_text('{"format": 1}')
+    assert [rollback(folder)["version"] for _ in range(2)] == [2, 1]
 
 
 def answer(*items: tuple[str, float]) -> list[Recommendation]:

@@ -55,6 +55,16 @@ def page(server: LocalTriton, pictured: tuple[Path, Path]) -> Iterator[Playgroun
         yield running
 
 
+def test_titles_may_have_another_column_name(pictured: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copy(pictured[0] / "catalogue.safetensors", tmp_path)
+    items = pq.read_table(pictured[0] / "items.parquet")
+    renamed = items.rename_columns(["Name" if name == "title" else name for name in items.column_names])
+    pq.write_table(renamed, tmp_path / "items.parquet")
+    view = CatalogueView(tmp_path)
+    assert view.describe(0)["title"] == "Ware 0"
+    assert "Name" not in view.facets
+
+
 def ask(page: Playground, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection(page.url.removeprefix("http://"), timeout=10)
     content = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()

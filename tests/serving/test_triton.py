@@ -147,8 +147,9 @@ def test_a_malformed_request_is_refused_and_the_next_one_answered(
     with MISSRecClient(server.grpc_url) as client:
         good = {"item_ids": np.array([[b"ware-3-\xc3\xbc"]], object), "length": np.array([[1]], np.int32)}
         expected = client.recommend([["ware-3-ü"]])
-        with pytest.raises(ServingError, match=words), translate_errors(client.url, "missrec", 10):
+        with pytest.raises(ServingError, match=words) as refused, translate_errors(client.url, "missrec", 10):
             client._transport.infer("missrec", good | inputs, ("item_id",))
+        assert refused.value.__cause__.status() == "StatusCode.INVALID_ARGUMENT"  # type: ignore[union-attr]  # tritonclient's
         assert client.recommend([["ware-3-ü"]]) == expected
 
 

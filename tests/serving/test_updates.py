@@ -162,6 +162,17 @@ def test_popularity_is_that_of_the_training_whatever_an_update_says(before: Path
     assert load_bundle(before).catalogue.train_count.tolist() == [*counts, 0]
 
 
+def test_the_id_column_of_the_new_items_may_have_another_name(before: Path, tmp_path: Path) -> None:
+    file = tmp_path / "new.parquet"
+    pq.write_table(pa.table({"sku": ["neu-1"], "item_id": [17], "title": ["Neu 1"]}), file)
+    words = ["catalogue", "update", "--bundle", str(before), "--items", str(file)]
+    refused = CliRunner().invoke(app, [*words, "--item-column", "skuu"])
+    assert "expected: a column 'skuu'. name yours with --item-column" in refused.output
+    done = CliRunner().invoke(app, [*words, "--item-column", "sku"])
+    assert json.loads(done.stdout.splitlines()[-1])["added"] == 1
+    assert load_bundle(before).catalogue.items["item_id"].to_pylist()[-1] == "neu-1"
+
+
 def test_a_damaged_version_before_is_not_rolled_back_to(before: Path) -> None:
     done = update_catalogue(before, ITEMS, modalities=vectors())
     file = previous_of(before) / "items.parquet"

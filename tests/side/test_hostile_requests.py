@@ -17,6 +17,7 @@ from missrec_t4r.errors import ServingError
 from missrec_t4r.serving.event_features import MOST_CHARACTERS, EventFeatureReader
 from missrec_t4r.serving.triton.backend import LONGEST_SESSION, Backend, RankerBackend, SessionsBackend, execute
 from tests.side.test_serving import COLUMNS, exported, run  # noqa: F401  # fixtures
+from tests.side.triton_names import TRITON
 
 Request = dict[str, Any]
 Answer = tuple[dict[str, Any], str | None]
@@ -27,15 +28,6 @@ _FOR_EVER = settings(
     deadline=None,  # a shared machine's seconds say nothing
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-TRITON = SimpleNamespace(
-    get_input_tensor_by_name=lambda request, name: (
-        SimpleNamespace(as_numpy=lambda: request[name]) if name in request else None
-    ),
-    InferenceResponse=lambda outputs=None, error=None: (dict(outputs or ()), error),
-    TritonError=str,
-    Tensor=lambda name, array: (name, array),
-)
-"""The few names of Triton's module that a response is made with."""
 
 
 def text(content: bytes) -> np.ndarray[Any, Any]:
@@ -130,6 +122,7 @@ def test_long_inputs_are_refused_before_they_cost_anything(ranker: RankerBackend
 def test_a_session_with_more_rows_than_seen_ones_is_refused(ranker: RankerBackend) -> None:
     first, second = execute(ranker, [GOOD[0] | {"seen": np.array([[5]])}, GOOD[0]], TRITON)
     assert "more rows than seen ones" in first[1]
+    assert first[1].status == "INVALID_ARG"
     assert second[1] is None
 
 
@@ -149,5 +142,6 @@ def test_neither_metrics_nor_a_response_that_triton_refuses_cost_other_answers(
     triton = SimpleNamespace(**{**vars(TRITON), "Tensor": tensor})
     first, second = execute(ranker, [GOOD[0], GOOD[0]], triton, miscounts)
     assert "ValueError: no shared memory" in first[1]
+    assert first[1].status == "INTERNAL"
     assert second[1] is None
     assert "the metrics of a batch were not counted" in caplog.text

@@ -32,6 +32,7 @@ from tests.device.second_device import second_device
 from tests.serving.conftest import serving
 from tests.settings import EVERY_PART
 from tests.side import shop
+from tests.side.triton_names import TRITON
 
 EVENT_TYPES = ["view", "cart", "buy"]
 COLUMNS = (
@@ -259,12 +260,10 @@ class _Tensor:
 
 
 def test_a_damaged_tensor_is_one_requests_error(exported: Path) -> None:
-    triton = SimpleNamespace(
-        get_input_tensor_by_name=lambda request, name: _Tensor(request[name]) if name in request else None,
-        InferenceResponse=lambda outputs=None, error=None: (dict(outputs or ()), error),
-        TritonError=str,
-        Tensor=lambda name, array: (name, array),
-    )
+    def tensor_of(request: dict[str, np.ndarray | None], name: str) -> _Tensor | None:
+        return _Tensor(request[name]) if name in request else None
+
+    triton = SimpleNamespace(**{**vars(TRITON), "get_input_tensor_by_name": tensor_of})
     requests = [_one(), _one() | {"rows": None}, _one(side=_text(b'{"\\ud800": [1]}')), _one()]
     seen: list[int] = []
     ranker = RankerBackend(exported / "bundle")

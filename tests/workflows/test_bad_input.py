@@ -31,14 +31,15 @@ def _refused(tmp_path: Path, kind: type[MISSRecError], words: str, *files: Path,
         (
             {"time_column": "event_type"},
             SchemaError,
-            "'timestamp' is of type string .*'view'; expected: unix seconds or a date",
+            "'event_type' is of type string .*'view'; expected: unix seconds or a date",
         ),
-        ({"item_column": "dwell"}, SchemaError, "'item_id' holds fractions"),
+        ({"item_column": "dwell"}, SchemaError, "'dwell' holds fractions"),
         ({"user_column": "item_id"}, ConfigError, "three different columns"),
         ({"drop_columns": ["dwel"]}, SchemaError, r"no event column 'dwel' to drop; expected: one of \['dwell'\]"),
         ({"categorical_columns": ["x"]}, SchemaError, r"categorical columns \['x'\] are no event columns"),
         ({"split": "random"}, ConfigError, "split 'random'; expected: leave_one_out or time"),
         ({"split": "time", "valid_from": 5}, ConfigError, "only one boundary"),
+        ({"split": "time", "valid_from": "soon", "test_from": 9}, ConfigError, "'soon'; expected: a date such as"),
         ({"valid_from": 5, "test_from": 9}, ConfigError, "boundaries are set for a leave-one-out split"),
         ({"split": "time", "valid_from": 9, "test_from": 5}, ConfigError, "the first before the second"),
         ({"split": "time", "valid_from": 1, "test_from": 25}, DataError, "the train split has no session"),
@@ -49,6 +50,16 @@ def _refused(tmp_path: Path, kind: type[MISSRecError], words: str, *files: Path,
 )
 def test_settings(tmp_path: Path, options: dict[str, Any], kind: type[MISSRecError], words: str) -> None:
     _refused(tmp_path, kind, words, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"engine": "disk"}, {"dry_run": True}])
+def test_a_missing_column_is_named_with_its_option_in_every_run(tmp_path: Path, options: dict[str, Any]) -> None:
+    events = EVENTS.rename(columns={"user_id": "user no"})
+    files = write(tmp_path / "raw", events)
+    words = "expected: a column 'user-no'. name yours with --user-column, for example --user-column 'user no'"
+    _refused(tmp_path, SchemaError, words, *files, user_column="user-no", **options)
+    files = write(tmp_path / "raw", EVENTS, ITEMS.rename(columns={"item_id": "sku"}))
+    _refused(tmp_path, SchemaError, "expected: a column 'item_id'. name yours with --catalogue-item", *files, **options)
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,15 @@ def test_time_split(tmp_path: Path) -> None:
     assert items_of(tmp_path / "data", "test") == {"ann": [5, 3, 5, 4], "ben": [5, 3, 4]}
 
 
+def test_boundaries_of_a_time_split_may_be_dates(tmp_path: Path) -> None:
+    days = pd.Timestamp("2026-03-01") + pd.to_timedelta(EVENTS.timestamp - 30, unit="D")
+    files = write(tmp_path, EVENTS.assign(timestamp=days))
+    report = etl(*files, tmp_path / "data", split="time", valid_from="2026-03-01", test_from="2026-03-11T00:00Z")
+    assert report["settings"]["valid_from"] == pd.Timestamp("2026-03-01").timestamp()
+    assert items_of(tmp_path / "data", "valid") == {"ann": [5, 3, 5]}
+    assert items_of(tmp_path / "data", "test") == {"ann": [5, 3, 5, 4], "ben": [5, 3, 4]}
+
+
 def test_items_that_only_events_know_are_appended_or_dropped(tmp_path: Path) -> None:
     extra = pd.DataFrame([("ann", "rug", 5, "view", 0.0, "x")], columns=EVENTS.columns)
     text = save_vectors(tmp_path / "text.npy", np.ones((4, 2)))

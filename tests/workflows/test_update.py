@@ -164,6 +164,19 @@ def test_what_cannot_be_updated_is_said(data: Path, tmp_path: Path) -> None:
     assert (data / "etl.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("named_before", [True, False])
+def test_an_update_reads_the_item_table_by_the_name_of_its_id_column(tmp_path: Path, named_before: bool) -> None:
+    first, names = {"item_id": "sku"} if named_before else {}, {"item_id": "sku"}
+    events, items = write(tmp_path / "old", shop(0, 30), ITEMS.rename(columns=first))
+    chosen = {"catalogue_item_column": first.get("item_id")}
+    etl(events, items, tmp_path / "data", engine="disk", **chosen)
+    _, items = write(tmp_path / "new", shop(1, 3), pd.concat([ITEMS, NEW_ITEMS]).rename(columns=names))
+    again = {} if named_before else {"catalogue_item_column": "sku"}
+    etl([], items, tmp_path / "data", update=True, **again)
+    known = Catalogue.load(tmp_path / "data" / "catalogue").items["item_id"].to_pylist()
+    assert set(known) == {*ITEMS.item_id, *NEW_ITEMS.item_id}
+
+
 def test_the_command_updates(data: Path, tmp_path: Path) -> None:
     arguments = ["etl", "--update", "--interactions", str(_day(tmp_path / "day")), "--out", str(data)]
     planned = CliRunner().invoke(app, [*arguments, "--dry-run"])

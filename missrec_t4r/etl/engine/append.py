@@ -57,6 +57,7 @@ def update(
     out: Path,
     *,
     items: Path | None = None,
+    catalogue_item_column: str | None = None,
     modality: Mapping[str, Path] | None = None,
     delta: bool = False,
     dask_scheduler: str = "threads",
@@ -74,6 +75,8 @@ def update(
         Data folder of ``missrec etl --engine disk``.
     items : Path, optional
         Item table, parquet or csv; items that the folder has already are skipped.
+    catalogue_item_column : str, optional
+        Column of its ids; by default that of the first run.
     modality : mapping of str to Path
         ``{"text": "text.npy"}``: vectors whose rows follow ``items``. New items without vectors lack the modality;
         `missrec features` adds it.
@@ -107,7 +110,8 @@ def update(
     new = new_files(expand(paths, "interactions") if paths or items is None else [], versions)
     settings = dict(report["settings"])
     columns = settings["columns"]
-    table = None if items is None else read_items(items, columns[ITEM_ID], checks.Findings())
+    id_column = catalogue_item_column or settings.get("catalogue_item_column", columns[ITEM_ID])
+    table = None if items is None else read_items(items, id_column, checks.Findings())
     if dry_run or not new:
         catalogue = Catalogue.load(out / CATALOGUE_FOLDER)
         *_, n_items = merge_new_items(catalogue, table, vectors, checks.Findings())

@@ -246,7 +246,8 @@ class EventEncoder:
 
     def _usable(self, table: pa.Table) -> pa.Table:
         """Return the events with user, item and time, these three in their normal types."""
-        items = checks.normal_ids(decode(table[ITEM_ID]), ITEM_ID)
+        raw = {name: column for column, name in self.plan.names.items()}  # names of the input, for error messages
+        items = checks.normal_ids(decode(table[ITEM_ID]), raw[ITEM_ID])
         if items.type != self.item_ids.type:
             numbers = checks.text_to_integers(items)
             if numbers is None or numbers.type != self.item_ids.type:
@@ -257,9 +258,9 @@ class EventEncoder:
                 )
             items = numbers
         keys = {
-            USER_ID: checks.normal_ids(decode(table[USER_ID]), USER_ID),
+            USER_ID: checks.normal_ids(decode(table[USER_ID]), raw[USER_ID]),
             ITEM_ID: items,
-            TIMESTAMP: checks.normal_time(table[TIMESTAMP], TIMESTAMP, self.plan.time_format),
+            TIMESTAMP: checks.normal_time(table[TIMESTAMP], raw[TIMESTAMP], self.plan.time_format),
         }
         table = pa.table({name: keys.get(name, decode(table[name])) for name in table.column_names})
         usable = None

@@ -20,7 +20,7 @@ from missrec_t4r.etl import item_table
 from missrec_t4r.etl.inputs import read_items
 from missrec_t4r.etl.outputs import REPORT_FILE
 from missrec_t4r.etl.quality import checks
-from missrec_t4r.etl.sources.table import PARQUET_SUFFIXES, read_table
+from missrec_t4r.etl.sources.table import PARQUET_SUFFIXES, read_table, require_event_columns
 from missrec_t4r.io.atomic import atomic_write_file, move_into_place, recover, refuse_unmanaged, translate_disk_errors
 from missrec_t4r.schema import ITEM_ID
 
@@ -172,13 +172,7 @@ def unified_schema(files: Sequence[Path], names: Mapping[str, str], findings: ch
             raise SchemaError(
                 f"{file} and {files[0]} differ in columns {different}", "interactions files with the same columns"
             )
-    for raw, option in zip(names, ("--user-column", "--item-column", "--time-column"), strict=True):
-        if raw not in schemas[0].names:
-            raise SchemaError(
-                f"the interactions table has columns {schemas[0].names}",
-                f"a column {raw!r}",
-                f"name yours with {option}",
-            )
+    require_event_columns(schemas[0].names, names)
     try:
         return pa.unify_schemas(schemas, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:

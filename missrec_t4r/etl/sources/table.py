@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -130,15 +131,29 @@ def require_column(table: pa.Table, name: str, what: str, option: str) -> pa.Chu
     SchemaError
         The table lacks the column.
     """
-    if name in table.column_names:
-        return table[name]
-    near = difflib.get_close_matches(name, table.column_names, 1)
-    hint = f", for example {option} {near[0]}" if near else ""
-    raise SchemaError(
-        f"the {what} table has columns {table.column_names}",
-        f"a column {name!r}",
-        f"name yours with {option}{hint}",
-    )
+    _require(table.column_names, name, f"the {what} table", option)
+    return table[name]
+
+
+def require_event_columns(columns: Sequence[str], names: Iterable[str], what: str = "the interactions table") -> None:
+    """Refuse events that lack one of the columns ``names`` of user, item and time, in this order.
+
+    Raises
+    ------
+    SchemaError
+        One is missing.
+    """
+    for name, option in zip(names, ("--user-column", "--item-column", "--time-column"), strict=True):
+        _require(columns, name, what, option)
+
+
+def _require(columns: Sequence[str], name: str, what: str, option: str) -> None:
+    if name not in columns:
+        near = difflib.get_close_matches(name, columns, 1)
+        hint = f", for example {option} {shlex.quote(near[0])}" if near else ""
+        raise SchemaError(
+            f"{what} has columns {list(columns)}", f"a column {name!r}", f"name yours with {option}{hint}"
+        )
 
 
 def _read_file(file: Path, what: str, text_columns: Sequence[str]) -> pa.Table:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
+from missrec_t4r.data.titles import title_column_of
 from missrec_t4r.errors import DataError
 from missrec_t4r.schema import ITEM_ID
 from missrec_t4r.serving.client.protocol import (
@@ -270,7 +271,7 @@ def recommend(
 
 
 def read_titles(source: Path) -> dict[str | int, str]:
-    """Return the titles by item id; empty if there is no column ``title``.
+    """Return the titles by item id; empty if no column holds titles (`missrec_t4r.data.titles`).
 
     Parameters
     ----------
@@ -292,8 +293,9 @@ def read_titles(source: Path) -> dict[str | int, str]:
             f"{file} does not exist", "an item table", "pass a bundle, a catalogue folder or a parquet file"
         )
     names = pq.read_schema(file).names
-    if not {ITEM_ID, "title"} <= set(names):
+    column = title_column_of(file.parent, names)
+    if column is None or ITEM_ID not in names:
         return {}
-    table = pq.read_table(file, columns=[ITEM_ID, "title"])
-    pairs = zip(table[ITEM_ID].to_pylist(), table["title"].to_pylist(), strict=True)
+    table = pq.read_table(file, columns=[ITEM_ID, column])
+    pairs = zip(table[ITEM_ID].to_pylist(), table[column].to_pylist(), strict=True)
     return {item_id: str(title) for item_id, title in pairs if title is not None}

@@ -18,7 +18,6 @@ both complete, and a restarted server loads that one.
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import shutil
@@ -35,12 +34,16 @@ from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.errors import BundleError, ConfigError, ParityError, ServingError
 from missrec_t4r.io.atomic import atomic_write_file, refuse_unmanaged
 from missrec_t4r.io.hashing import file_digest
+from missrec_t4r.io.json_files import write_json
 from missrec_t4r.serving.deploy.smoke_test import smoke_test
 from missrec_t4r.serving.triton.deployment import (
     DEPLOYMENT_FILE,
     bundle_of,
     current_version,
     ensemble_of,
+    is_deployment,
+    note_replaced,
+    replaced_by,
     version_of,
     versions_of,
 )
@@ -126,6 +129,8 @@ def deploy(
             version = _add_version(folder, Path(bundle), previous if switch else None, sizes)
         assert version is not None
         _require_version(folder, version)
+        if switch:
+            note_replaced(folder, version, previous)  # before the switch: a kill between them is harmless
         result = _activate(folder, version, switch=switch)
         if switch:
             _remove_old(folder, {version, previous}, keep)
@@ -147,7 +152,7 @@ def rollback(repository: str | Path, *, version: int | None = None) -> dict[str,
     repository : path
         Deployment folder of `missrec deploy`.
     version : int, optional
-        Version to serve; by default the newest below the current one.
+        Version to serve; by default the one that the current version replaced.
 
     Returns
     -------
@@ -160,13 +165,13 @@ def rollback(repository: str | Path, *, version: int | None = None) -> dict[str,
         There is no such version.
     """
     folder = Path(repository).absolute()
-    current, versions = current_version(folder), versions_of(folder)
-    earlier = [number for number in versions if current is not None and number < current]
-    if version is None and not earlier:
+    current = current_version(folder)
+    version = version or (None if current is None else replaced_by(folder, current))
+    if version is None:
         raise ServingError(
             f"{folder} has no version before {current}", "an earlier version to go back to", "deploy one with --bundle"
         )
-    return deploy(folder, version=version or earlier[-1], keep=max(LOADED, len(versions)))
+    return deploy(folder, version=version, keep=max(LOADED, len(versions_of(folder))))
 
 
 def _plan(folder: Path, bundle: str | Path | None, version: int | None, switch: bool) -> dict[str, Any]:
@@ -306,7 +311,8 @@ def _open_folder(repository: str | Path) -> Path:
     folder = Path(repository).absolute()
     _refuse_unmanaged(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / DEPLOYMENT_FILE).write_text(json.dumps({"format": 1}) + "\n", encoding="utf-8")
+    if not is_deployment(folder):
+        write_json(folder / DEPLOYMENT_FILE, {"format": 1})
     return folder
 
 

@@ -22,6 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 import pyarrow as pa
 
 from missrec_t4r.bundle.item_table import load_items
+from missrec_t4r.data.titles import title_column_of
 from missrec_t4r.errors import DataError, MISSRecError
 from missrec_t4r.schema import ITEM_ID, TRAIN_COUNT
 from missrec_t4r.serving.client.client import MISSRecClient
@@ -64,11 +65,12 @@ class CatalogueView:
 
     def __init__(self, bundle: Path, images: Path | None = None, image_column: str = "image") -> None:
         self.items = load_items(bundle)
-        self._not_facets = {ITEM_ID, TRAIN_COUNT, "title", image_column}
+        titles = title_column_of(bundle, self.items.column_names)
+        self._not_facets = {ITEM_ID, TRAIN_COUNT, titles, image_column}
         self.ids: list[str | int] = self.items[ITEM_ID].to_pylist()
         self._index = {item: index for index, item in enumerate(self.ids)}
         names = self.items.column_names
-        self._titles = [str(title or "") for title in self.items["title"].to_pylist()] if "title" in names else []
+        self._titles = [] if titles is None else [str(title or "") for title in self.items[titles].to_pylist()]
         self._images = None if images is None else images.resolve()
         if images is not None and (not images.is_dir() or image_column not in names):
             raise DataError(

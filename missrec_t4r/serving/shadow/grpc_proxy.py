@@ -24,6 +24,8 @@ _STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 _OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 _CALLS = 64
 """Most concurrent calls."""
+_LONGEST_WAIT = 365 * 86_400.0
+"""Seconds beyond which a deadline is none."""
 
 
 class GrpcShadowProxy(ShadowProxy):
@@ -90,7 +92,7 @@ class _ForwardingHandler(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc 
             started = time.perf_counter()
             try:
                 response: bytes = self._proxy.channel.unary_unary(method)(
-                    request, timeout=context.time_remaining(), metadata=_metadata(context)
+                    request, timeout=_timeout(context), metadata=_metadata(context)
                 )
             except grpc.RpcError as error:
                 context.abort(error.code(), error.details())
@@ -105,6 +107,15 @@ class _ForwardingHandler(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc 
             yield from self._proxy.channel.stream_stream(_STREAM)(requests, metadata=_metadata(context))
         except grpc.RpcError as error:
             context.abort(error.code(), error.details())
+
+
+def _timeout(context: Any) -> float | None:
+    """Return the seconds that the client still waits, None without a deadline.
+
+    grpc then counts to the end of its clock, a number of seconds that overflows as a timeout.
+    """
+    left: float = context.time_remaining()
+    return left if left < _LONGEST_WAIT else None
 
 
 def _metadata(context: Any) -> list[tuple[str, str]]:

@@ -44,6 +44,10 @@ _LONGEST_REFUSAL = 2000
 """Characters of a message that a client gets: it may quote the request."""
 
 
+class _FailedError(ServingError):
+    """A request that broke this code: Triton's status INTERNAL. Refused requests have INVALID_ARGUMENT."""
+
+
 class Backend(Protocol):
     """One of the two Triton models."""
 
@@ -254,9 +258,9 @@ def _result_or_error(function: Callable[[RequestT], ResultT], request: RequestT)
         return error
     except Exception as error:
         found = f"a request that cannot be processed ({type(error).__name__}: {str(error)[:_LONGEST_ERROR]})"
-        refusal = ServingError(found, "the tensors of triton_models/README.md", "send it with a client of this package")
-        refusal.__cause__ = error
-        return refusal
+        failed = _FailedError(found, "the tensors of triton_models/README.md", "send it with a client of this package")
+        failed.__cause__ = error
+        return failed
 
 
 def _matrix(request: Arrays, name: str, n_sessions: int, kind: str = "i") -> AnyArray:
@@ -350,7 +354,9 @@ def _triton_response(response: Response, pb_utils: Any) -> Any:
             return made
         response = made
     message = str(response)[:_LONGEST_REFUSAL].encode("utf-8", "backslashreplace").decode()  # no lone surrogates
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
+    kinds = pb_utils.TritonError
+    status = kinds.INTERNAL if isinstance(response, _FailedError) else kinds.INVALID_ARG
+    return pb_utils.InferenceResponse(error=kinds(message, status))
 
 
 def parameter(args: Mapping[str, str], name: str) -> str:

@@ -2,7 +2,7 @@
 
 ::
 
-    deployment.json       marker file: the folder was made by `missrec deploy`
+    deployment.json       the folder was made by `missrec deploy`; for each version the one that it replaced
     .server.json          address and key of the server that serves the folder (`model_control`)
     missrec/              entry model; its config.pbtxt names the version that receives the traffic
     missrec_v3/           the same ensemble for version 3 alone: smoke test, shadow traffic, comparisons
@@ -14,9 +14,11 @@ first.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+from missrec_t4r.io.json_files import write_json
 from missrec_t4r.serving.triton.model_config import CONFIG_FILE, read_config
 from missrec_t4r.serving.triton.repository import BUNDLE_IN_REPOSITORY, ENSEMBLE
 
@@ -66,6 +68,31 @@ def current_version(repository: str | Path) -> int | None:
         return None
     versions = read_config(entry_model).version_policy.specific.versions
     return int(versions[0]) if versions else None
+
+
+def replaced_by(repository: str | Path, version: int) -> int | None:
+    """Return the version to roll back to: the one that ``version`` replaced, else the newest below it, else None.
+
+    Versions between the two were tried and left, or never served.
+    """
+    noted = _replaced(Path(repository)).get(str(version))
+    below = [number for number in versions_of(repository) if number < version]
+    return noted if noted in below else max(below, default=None)
+
+
+def note_replaced(repository: Path, version: int, previous: int | None) -> None:
+    """Note which version a newer one replaces; a step back to an older version changes nothing."""
+    if previous is not None and previous < version:
+        kept = {str(number) for number in versions_of(repository)}
+        replaced = {number: before for number, before in _replaced(repository).items() if number in kept}
+        write_json(repository / DEPLOYMENT_FILE, {"format": 1, "replaced": replaced | {str(version): previous}})
+
+
+def _replaced(repository: Path) -> dict[str, int]:
+    """Return version -> the version that it replaced; empty for folders of earlier versions."""
+    content = json.loads((repository / DEPLOYMENT_FILE).read_text(encoding="utf-8"))
+    replaced: dict[str, int] = content.get("replaced", {})
+    return replaced
 
 
 def bundle_of(repository: str | Path, version: int) -> Path:

@@ -208,7 +208,7 @@ class LocalTriton:
 
     def _wait(self) -> None:
         started = time.monotonic()
-        for _ in track(self._until_ready(started + self._timeout), "starting Triton"):
+        for _ in track(self._until_ready(started + self._timeout), "starting Triton", counted=False):
             time.sleep(_POLL_SECONDS)
         http = f"HTTP {self.http_url}" if "http" in self.ports else "HTTP is closed"
         log.info(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,10 @@ from missrec_t4r.progress import reporting, track
 
 BEFORE = json.loads(Path(__file__).with_name("options_before_the_redesign.json").read_text(encoding="utf-8"))
 """Command -> option -> default or REQUIRED, as they were before options were read from signatures."""
+
+
+COMMAND_LINE = re.compile(r"missrec ((?:(?:catalogue|bundle|tune|import) )?[a-z0-9-]+)((?:(?!missrec )[^`|#\n])*)")
+"""A command in a text or a script, and the rest of its line."""
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +56,23 @@ def _default(option: Any) -> Any:
         if isinstance(option.default, tuple)
         else json.loads(json.dumps(option.default, default=str))
     )
+
+
+def test_every_option_that_a_page_or_a_script_names_exists(options: dict[str, list[Any]], repository: Path) -> None:
+    flags = {
+        name: {flag for one in known for flag in [*one.opts, *one.secondary_opts]} for name, known in options.items()
+    }
+    pages = [repository / name for name in ("README.md", "docker-compose.yml", "triton_models/README.md")]
+    pages += [*repository.glob("docs/**/*.md"), *repository.glob("workflows/*.py"), *repository.glob("examples/*.py")]
+    named = [
+        (page.name, found[1], flag)
+        for page in pages
+        for found in COMMAND_LINE.finditer(page.read_text(encoding="utf-8").replace("\\\n", " "))
+        if found[1] in flags
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", found[2])
+    ]
+    assert len(named) > 200
+    assert [one for one in named if one[2] not in flags[one[1]]] == []
 
 
 def test_every_command_and_option_says_what_it_does(options: dict[str, list[Any]]) -> None:

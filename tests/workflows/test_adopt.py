@@ -1,6 +1,7 @@
 """The output of T4R's tutorial ETL, made with stock operators, becomes a catalogue on its own rows."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -190,6 +191,11 @@ def test_what_is_missing_is_named(tutorial: Path, tmp_path: Path) -> None:
     lonely = tmp_path / "sessions.parquet"
     lonely.write_bytes((tutorial / "processed" / "part_0.parquet").read_bytes())
     with pytest.raises(SchemaError, match=r"no schema.pbtxt beside .*--schema"):
+        adopt(tutorial / "workflow", tmp_path / "data", sessions=lonely)
+    shutil.copy(tutorial / "processed" / "schema.pbtxt", tmp_path)
+    sessions = pd.read_parquet(lonely)
+    sessions.assign(**{"item_id-list": sessions["item_id-list"].astype(str)}).to_parquet(lonely)
+    with pytest.raises(SchemaError, match=r"'item_id-list' is tagged ITEM_ID and holds texts such as .*CONVERT_STRING"):
         adopt(tutorial / "workflow", tmp_path / "data", sessions=lonely)
 
 

@@ -88,7 +88,15 @@ class Reader:
         """Return our names by raw name: session key, items and event features."""
         assert self._schema is not None
         lists = [name for name in table.column_names if is_list(table[name].type)]
-        tagged = [n for n in self._schema.select_by_tag(Tags.ITEM_ID).column_names if n in lists]
+        of_items = [n for n in self._schema.select_by_tag(Tags.ITEM_ID).column_names if n in table.column_names]
+        tagged = [name for name in of_items if name in lists]
+        texts = [name for name in of_items if table[name].type in (pa.string(), pa.large_string())]
+        if texts and not tagged:
+            raise SchemaError(
+                f"column {texts[0]!r} is tagged ITEM_ID and holds texts such as {table[texts[0]][0].as_py()!r}",
+                "a list of rows per session",
+                "dask writes lists as texts unless DASK_DATAFRAME__CONVERT_STRING=False is set: transform again",
+            )
         if len(tagged) != 1:
             raise SchemaError(
                 f"list columns tagged ITEM_ID: {tagged}",

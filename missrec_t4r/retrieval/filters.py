@@ -159,7 +159,14 @@ class ItemColumns:
             known = ", ".join(self._items.column_names)
             raise ServingError(f"the catalogue has no column {name!r}", f"one of {known}", "see the bundle's items")
         values = one_array(self._items[name])
-        return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+        if pa.types.is_dictionary(values.type):
+            return values.dictionary_decode()
+        if pa.types.is_decimal(values.type):
+            return values.cast(pa.float64())
+        if pa.types.is_date(values.type) or pa.types.is_timestamp(values.type):  # unix seconds: JSON has no dates
+            zone = getattr(values.type, "tz", None)
+            return values.cast(pa.timestamp("s", zone), safe=False).cast(pa.int64())
+        return values
 
     def _mask(self, name: str, condition: Condition) -> Bools:
         import pyarrow.compute as pc  # a tenth of a second, which only requests with filters need

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from datetime import date, datetime, timezone
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,22 @@ def test_filters_let_through_what_they_say_and_every_passing_item_is_answered(ra
     assert ranking.rows[0, : len(expected)].tolist() == free  # the order is that of the unfiltered ranking
     few = ranker.rank(SESSION, top_k=3, rules=[Rules.parse(f'{{"where": {where}}}')])
     assert few.rows[0, : few.n_items[0]].tolist() == free[:3]
+
+
+def test_prices_may_be_decimals_and_dates_are_compared_as_unix_seconds() -> None:
+    prices = pa.array([Decimal("1.25"), None, Decimal("3.50")], pa.decimal128(6, 2))
+    days = pa.array([date(2024, 1, day) for day in (1, 2, 3)])
+    stamps = days.cast(pa.timestamp("us", "Europe/Berlin"))
+    columns = ItemColumns(pa.table({"price": prices, "day": days, "stamp": stamps}))
+    second = datetime(2024, 1, 2, tzinfo=timezone.utc).timestamp()
+    for where, expected in [
+        ({"price": {"min": 1.25, "max": 2}}, [3]),
+        ({"price": [3.5, 9]}, [5]),
+        ({"day": {"min": second}}, [4, 5]),
+        ({"stamp": {"max": second}}, [3, 4]),
+    ]:
+        assert np.flatnonzero(columns.passing(Rules.of({"where": where}).where)).tolist() == expected
+    assert columns.groups("price").tolist()[3:] == [0, -1, 1]
 
 
 def test_every_session_of_a_batch_has_its_own_rules(ranker: Ranker) -> None:

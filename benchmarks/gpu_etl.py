@@ -36,6 +36,8 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes((10_000_000, 40_000_000, 100_000_000), (1_000_000, 10_000_000), 6040, (4_000, 1_000_000), 4.0)
+POOL = 4 << 30
+"""Bytes of GPU memory for the largest number of events, measured once more."""
 TINY = Sizes((2_000,), (2_000,), 30, (100,), 0.1)
 
 
@@ -67,9 +69,10 @@ class Record:
 def etl(record: Record, sizes: Sizes, work: Path) -> None:
     """``missrec etl --engine gpu``, parquet to a whole data folder, against the out-of-core engine of the CPU.
 
+    At once, in partitions that a pool of memory demands, and, where dask-cuda is installed, in a process per GPU.
     Without a GPU the in-memory engine of the CPU is measured in its place.
     """
-    from missrec_t4r.etl.nvt import gpu
+    from missrec_t4r.etl.gpu import device as gpu
     from missrec_t4r.etl.pipeline import etl as run
 
     here = "gpu" if (why := gpu.obstacle()) is None else "memory"
@@ -81,16 +84,49 @@ def etl(record: Record, sizes: Sizes, work: Path) -> None:
         return
     folder = work / "check"
     generate(2_000 if sizes is TINY else 50_000, folder)
-    for engine in (here, "disk"):
-        run(folder / "events.parquet", folder / "items.parquet", work / engine, engine=engine)
-    found, expected = (sessions_of("ours", work / engine) for engine in (here, "disk"))
-    record.equal("etl", float(sum(found[name] != expected[name] for name in expected)), 0.0)
+    few = folder / "events.parquet", folder / "items.parquet"
+    run(*few, work / "disk", engine="disk")
+    expected = sessions_of("ours", work / "disk")
+
+    def check(name: str, **options: Any) -> None:
+        run(*few, work / "checked", engine=here, **options)
+        found = sessions_of("ours", work / "checked")
+        record.equal(name, float(sum(found[split] != expected[split] for split in expected)), 0.0)
+
+    check("etl")
+    with record.step("etl/partitions"):
+        check("etl/partitions", partitions=3)
+    if why is None and importlib.util.find_spec("dask_cuda") is not None:
+        with record.step("etl/processes"):
+            check("etl/processes", dask_scheduler="processes")
     for rows in sizes.events:
         with record.step(f"etl/{rows}"):
             generate(rows, work / "events")
-            started = time.perf_counter()
-            run(work / "events" / "events.parquet", work / "events" / "items.parquet", work / str(rows), engine=here)
-            record.add(at=["etl", str(rows)], value=round(time.perf_counter() - started, 3))
+            record.add(at=["etl", str(rows)], value=_seconds(work / "events", work / str(rows), here))
+    if why is None:
+        with record.step("etl/pool"), _pool():  # of the last, largest ones
+            found = _seconds(work / "events", work / "pool", here)
+            record.add(at=["etl", f"{sizes.events[-1]}/pool"], value=found)
+
+
+def _seconds(events: Path, out: Path, engine: str, **options: Any) -> float:
+    """Return the seconds from parquet to a whole data folder."""
+    from missrec_t4r.etl.pipeline import etl as run
+
+    started = time.perf_counter()
+    run(events / "events.parquet", events / "items.parquet", out, engine=engine, **options)
+    return round(time.perf_counter() - started, 3)
+
+
+@contextmanager
+def _pool() -> Any:
+    """All memory of the GPU is RMM's pool of `POOL` bytes."""
+    rmm = importlib.import_module("rmm")
+    rmm.reinitialize(pool_allocator=True, initial_pool_size=POOL, maximum_pool_size=POOL)
+    try:
+        yield
+    finally:
+        rmm.reinitialize(pool_allocator=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

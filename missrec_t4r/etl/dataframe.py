@@ -59,6 +59,9 @@ class Adapter(Protocol):
     def codes(self, column: Series) -> Array:
         """Return integer codes of a column without nulls, from 0 on, without gaps, [row]."""
 
+    def factorize(self, column: Series) -> tuple[Array, pa.Array]:
+        """Return `codes`, [row], and the values that they stand for, in the memory of the host."""
+
     def is_text(self, column: Series) -> bool:
         """Whether a column holds texts."""
 
@@ -120,6 +123,11 @@ class PandasFrames:
     def codes(self, column: Series) -> Array:
         """Return the codes in the order of first occurrence."""
         return pd.factorize(column)[0]
+
+    def factorize(self, column: Series) -> tuple[Array, pa.Array]:
+        """Return codes and values in the order of first occurrence."""
+        codes, values = pd.factorize(column)
+        return codes, pa.array(values)
 
     def is_text(self, column: Series) -> bool:
         """Whether it holds objects other than Booleans, which are objects beside nulls."""
@@ -193,15 +201,20 @@ class CudfFrames:
         """Return the codes as int64: cuDF chooses the narrowest type, which sums of codes would overflow."""
         return column.factorize()[0].astype("int64")
 
+    def factorize(self, column: Series) -> tuple[Array, pa.Array]:
+        """Return the codes as `codes` does, and the values in the order that cuDF chose."""
+        codes, values = column.factorize()
+        return codes.astype("int64"), values.to_arrow()
+
     def is_text(self, column: Series) -> bool:
         """Whether it holds strings, cuDF's only objects."""
         return bool(column.dtype == object)
 
     def from_arrow(self, table: pa.Table) -> Frame:
-        """Copy the table to the GPU."""
+        """Copy the table to the GPU, all its columns as columns: cuDF would look for an index that pandas noted."""
         import cudf
 
-        return cudf.DataFrame.from_arrow(table)
+        return cudf.DataFrame.from_arrow(table.replace_schema_metadata())
 
     def to_arrow(self, column: Series) -> pa.Array:
         """Copy the column to the host."""

@@ -1,6 +1,6 @@
 """In-memory input: raw tables are renamed, typed, checked, matched with the item table and filtered.
 
-The events become a frame of pandas or of cuDF; from there on the same code serves both. On the GPU the engine `gpu.py`
+The events become a frame of pandas or of cuDF; from there on the same code serves both. On the GPU `gpu/read.py`
 reads them, and what it does not read is read here and copied.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import pyarrow as pa
 
 from missrec_t4r.etl.dataframe import Adapter, Frame
@@ -49,6 +50,40 @@ class Inputs:
     items: pa.Table
     vectors: Vectors
     features: tuple[str, ...]
+
+
+class Summary(NamedTuple):
+    """What catalogue, workflow and report need to know of clean events, in whatever pieces the events are."""
+
+    items: pa.Table
+    """In catalogue order."""
+    vectors: Vectors
+    """Modality vectors, rows as in ``items``."""
+    features: tuple[str, ...]
+    """Event columns that become list features."""
+    texts: tuple[str, ...]
+    """Those of them that hold texts."""
+    categories: Mapping[str, pd.Series]
+    """Values of the categorical ones, in the order of their codes."""
+    events: int
+    users: int
+    newest: float
+    """Time of the newest event."""
+
+
+def summarise(clean: Inputs, categorical_columns: Sequence[str]) -> Summary:
+    """Return the summary of clean events."""
+    frame = clean.events
+    return Summary(
+        items=clean.items,
+        vectors=clean.vectors,
+        features=clean.features,
+        texts=tuple(name for name in clean.features if frame[name].dtype == object),
+        categories=checks.category_values(frame, clean.features, categorical_columns),
+        events=len(frame),
+        users=int(frame[USER_ID].nunique()),
+        newest=float(frame[TIMESTAMP].max()),
+    )
 
 
 def read_tables(

@@ -1,8 +1,9 @@
 """``missrec etl``: interactions and an item table in, a data folder of sessions, catalogue and workflows out.
 
 Three engines make the same rows. In memory: read -> check -> filter -> catalogue -> NVTabular workflow -> split ->
-write. On the GPU (`nvt/gpu.py`): the same on frames of cuDF. Out of core (`engine/build.py`): the same steps on
-partitions of the users, in bounded memory, for parquet of any size, and without NVTabular.
+write. On the GPU (package `gpu`): the same on frames of cuDF, in partitions of the users where the events exceed its
+memory. Out of core (`engine/build.py`): the same steps on partitions of the users, in bounded memory, for parquet of
+any size, and without NVTabular.
 
 The data folder is written to a temporary folder and replaces the output in one rename, so a failed run leaves nothing
 behind, and the same input gives the same sessions.
@@ -18,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +29,11 @@ from missrec_t4r.arrays import AnyArray
 from missrec_t4r.data.session_files import take_prefixes
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl import inputs, item_table, outputs, splits
-from missrec_t4r.etl.dataframe import PandasFrames
+from missrec_t4r.etl.dataframe import Frame, PandasFrames
 from missrec_t4r.etl.engine import append, workdir
 from missrec_t4r.etl.engine import compact as compaction
 from missrec_t4r.etl.engine.build import build
-from missrec_t4r.etl.engine.executor import open_executor
+from missrec_t4r.etl.engine.executor import Executor, open_executor
 from missrec_t4r.etl.engine.job import Job
 from missrec_t4r.etl.engine.shuffle import cut_chunks
 from missrec_t4r.etl.event_settings import (
@@ -69,8 +70,10 @@ from missrec_t4r.schema import (
 )
 
 if TYPE_CHECKING:
-    from missrec_t4r.etl.nvt import gpu
-    from missrec_t4r.etl.nvt.workflow_file import WorkflowFile
+    from nvtabular import Workflow
+
+    from missrec_t4r.etl.gpu.device import Device
+    from missrec_t4r.etl.nvt.workflow_file import EventColumns, WorkflowFile
 
 log = logging.getLogger(__name__)
 
@@ -188,13 +191,15 @@ def etl(
         Python file that defines session_workflow(columns), an NVTabular workflow to use instead of the built-in one, in
         memory. The file is executed. Start from workflows/session_features.py.
     engine : {"auto", "memory", "disk", "gpu"}
-        memory: NVTabular transforms everything at once, on the CPU. gpu: the same on a GPU with cuDF. disk:
-        out-of-core, in bounded memory, without NVTabular. auto: gpu for a million events and more in parquet, where
-        cuDF sees a GPU; disk for large parquet, and where NVTabular is not installed.
+        memory: NVTabular transforms everything at once, on the CPU. gpu: the same on a GPU with cuDF, in partitions
+        where its memory does not hold all. disk: out-of-core, in bounded memory, without NVTabular. auto: gpu for a
+        million events and more in parquet, where cuDF sees a GPU; disk for large parquet, and where NVTabular is not
+        installed.
     dask_scheduler : str
-        Where the out-of-core engine runs: threads, processes, or tcp://host:port.
+        Where partitions are processed: threads, processes, or tcp://host:port. With --engine gpu threads are one GPU,
+        processes all GPUs of this machine.
     workers : int, optional
-        Threads or processes of the out-of-core engine; by default one per core.
+        Threads or processes; by default one per core, with --engine gpu one per GPU.
     partitions : int, optional
         Number of partitions; by default chosen by size. The resulting rows do not depend on it.
     save_nvtabular_workflow : bool
@@ -262,7 +267,9 @@ def etl(
         return _describe_run(task, out, chosen)
     counts = None
     if device is not None:
-        counts = _run_on_gpu(task, out, started, device, may_go_on=engine == "auto" and workflow_file is None)
+        machines = dask_scheduler, workers
+        may_go_on = engine == "auto" and workflow_file is None
+        counts = _run_on_gpu(task, out, started, device, machines, partitions, may_go_on=may_go_on)
     elif chosen == "memory":
         counts = _run_in_memory(task, out, partitions, started)
     if counts is None:
@@ -413,7 +420,7 @@ def _choose_engine(files: Sequence[Path], workflow: WorkflowFile | None, schedul
     """Return the engine of ``--engine auto``."""
     rows = parquet_rows(files)
     if has_nvtabular() and has_cudf() and scheduler == "threads":
-        from missrec_t4r.etl.nvt import gpu
+        from missrec_t4r.etl.gpu import device as gpu
 
         if gpu.obstacle() is None and rows >= GPU_EVENTS:
             return "gpu"
@@ -421,7 +428,7 @@ def _choose_engine(files: Sequence[Path], workflow: WorkflowFile | None, schedul
     return "disk" if workflow is None and (rows >= OUT_OF_CORE_EVENTS or not has_nvtabular()) else "memory"
 
 
-def _open_device() -> gpu.Device:
+def _open_device() -> Device:
     """Return the GPU.
 
     Raises
@@ -430,7 +437,7 @@ def _open_device() -> gpu.Device:
         NVTabular or cuDF is not installed, or there is no CUDA device.
     """
     require_nvtabular("--engine gpu", "leave --engine out")
-    from missrec_t4r.etl.nvt import gpu
+    from missrec_t4r.etl.gpu import device as gpu
 
     return gpu.open_device()
 
@@ -517,41 +524,177 @@ def _run_out_of_core(
     return report
 
 
-# In memory, of the CPU or of the GPU
+# On the GPU
 
 
 def _run_on_gpu(
-    task: _Task, out: Path, started: float, device: gpu.Device, *, may_go_on: bool
+    task: _Task,
+    out: Path,
+    started: float,
+    device: Device,
+    machines: tuple[str, int | None],
+    partitions: int | None,
+    *,
+    may_go_on: bool,
 ) -> dict[str, Any] | None:
-    """Build the data folder on the GPU; return its report, or None if its memory does not suffice.
+    """Build the data folder on one or several GPUs; return its report, or None if the CPU has to do it.
 
     Parameters
     ----------
+    device : Device
+        GPU of this process.
+    machines : (str, int or None)
+        Scheduler and workers, as in `engine.executor.open_executor`.
+    partitions : int, optional
+        Of the events; by default as many as the memory demands, one without any.
     may_go_on : bool
-        Whether the out-of-core engine may take over.
+        Whether the out-of-core engine of the CPU may take over.
 
     Raises
     ------
     DataError
-        The memory of the GPU does not suffice, and no other engine may take over.
+        The memory of the GPU does not suffice or the CPU has to read the events, and no other engine may take over.
     """
-    settings = dict(task.settings)
-    try:
-        return _run_in_memory(task, out, None, started, device)
-    except MemoryError as error:
-        if may_go_on:
-            log.warning(f"the memory of the GPU does not suffice ({error}): the CPU begins again, out of core")
-            task.findings.found, task.settings = [], settings
-            return None
-        raise DataError(
-            f"the memory of the GPU does not suffice ({error})",
-            "a GPU that holds all events several times",
-            "add --engine disk, which works in bounded memory on the CPU",
-        ) from error
+    from missrec_t4r.etl.gpu.partitions import FEWEST_EVENTS
+    from missrec_t4r.etl.gpu.read import NotPlainError
+
+    settings, rows = dict(task.settings), parquet_rows(task.files)
+    with open_executor(*machines, gpu=True) as executor:
+        several = machines[0] != "threads"
+        count = partitions or _partitions_on_gpu(task, rows, executor, device, several=several)
+        while True:
+            try:
+                if count == 1 and not several:
+                    return _run_in_memory(task, out, None, started, device)
+                return _run_in_partitions(task, out, count, started, executor)
+            except MemoryError as error:
+                reason = str(error) or "MemoryError"
+            except NotPlainError as error:
+                if not may_go_on:
+                    raise DataError(
+                        f"{error}, and only the CPU reads that",
+                        "plain parquet where events are processed on a GPU in partitions",
+                        "add --engine disk",
+                    ) from error
+                log.info(f"{error}: on the CPU, out of core")
+                task.findings.found, task.settings = [], settings
+                return None
+            task.findings.found, task.settings = [], dict(settings)
+            if partitions is not None or rows // (2 * count) < FEWEST_EVENTS:
+                break
+            count *= 2
+            log.warning(f"the memory of the GPU does not suffice ({reason}): beginning again in {count} partitions")
+    if may_go_on:
+        log.warning(f"the memory of the GPU does not suffice ({reason}): the CPU begins again, out of core")
+        return None
+    raise DataError(
+        f"the memory of the GPU does not suffice ({reason})",
+        "a GPU that holds a partition of the events several times",
+        "add --engine disk, which works in bounded memory on the CPU",
+    )
+
+
+def _partitions_on_gpu(task: _Task, rows: int, executor: Executor, device: Device, *, several: bool) -> int:
+    """Return the number of partitions that the memory of the GPUs demands, and one per GPU at least."""
+    if not rows:  # no parquet: the CPU reads it
+        return 1
+    from missrec_t4r.etl.gpu import partitions, tasks
+
+    free = executor.run(tasks.free_memory, [()], "asking for memory")[0] if several else device.free_memory()
+    count = partitions.partitions_that_fit(task.files, free)
+    return max(count, executor.workers) if several else count
+
+
+def _run_in_partitions(task: _Task, out: Path, partitions: int, started: float, executor: Executor) -> dict[str, Any]:
+    """Build the data folder on partitions of the users, one at a time on each GPU; return its report."""
+    from missrec_t4r.etl.gpu import partitions as parts
+    from missrec_t4r.etl.gpu.read import plan_columns
+
+    settings, noted = task.settings, checks.Findings()
+    items = inputs.read_items(task.items, task.catalogue_item, noted)
+    columns = plan_columns(
+        task.files,
+        task.names,
+        checks.normal_ids(items[ITEM_ID], ITEM_ID).type,
+        task.findings,
+        drop_columns=settings["drop_columns"],
+        categorical_columns=settings["categorical_columns"],
+    )
+    log.info(f"on the GPU in {partitions} partitions")
+    with workdir.working_folder(out) as (work, finish), tempfile.TemporaryDirectory() as storage:
+        summary, sessions = parts.prepare(
+            task.files,
+            columns,
+            inputs.with_normal_ids(items),
+            item_table.read_modalities(task.modality_files, items.num_rows),
+            settings,
+            task.findings,
+            noted,
+            work=work,
+            partitions=partitions,
+            executor=executor,
+        )
+        folder = sessions.folder
+        counts = _write_folder(summary, sessions, task, folder, Path(storage))
+        report = task.write_report(counts, folder, started)
+        finish(folder)
+    return report
+
+
+# In memory, of the CPU or of the GPU
+
+
+class _Sessions(Protocol):
+    """Clean events that a workflow makes sessions of: as a whole (`_Whole`) or in partitions (`gpu.partitions`)."""
+
+    def fit(self, workflow: Workflow) -> None:
+        """Fit the built-in workflow."""
+
+    def fit_file(self, file: WorkflowFile, columns: EventColumns) -> Workflow:
+        """Return a team's workflow, fitted on all events."""
+
+    def write(self, workflow: Workflow, folder: Path, n_rows: int) -> outputs.Written:
+        """Write the rows of every split."""
+
+
+@dataclass
+class _Whole:
+    """All events in one frame, of pandas or, with a device, of cuDF."""
+
+    events: Frame
+    settings: dict[str, Any]
+    partitions: int
+    device: Device | None = None
+
+    def fit(self, workflow: Workflow) -> None:
+        """Fit the built-in workflow."""
+        from missrec_t4r.etl.nvt import workflows
+
+        workflows.fit(workflow, self.events)
+
+    def fit_file(self, file: WorkflowFile, columns: EventColumns) -> Workflow:
+        """Return a team's workflow, fitted on all events."""
+        return file.fit(columns, self.events, self.partitions)
+
+    def write(self, workflow: Workflow, folder: Path, n_rows: int) -> outputs.Written:
+        """Write the rows of every split."""
+        from missrec_t4r.etl.nvt import workflows
+
+        times, settings = self.events[TIMESTAMP], self.settings
+        if self.device is None:
+            sessions = workflows.transform_events(workflow, self.events, self.partitions)
+            return _write_splits(sessions, times.to_numpy(), settings, folder, n_rows)
+        from missrec_t4r.etl.gpu.write import write_splits
+
+        if settings["split"] == "time" and settings["valid_from"] is None:
+            boundaries = splits.default_boundaries(self.device.array(times), self.device.xp)
+            settings["valid_from"], settings["test_from"] = boundaries
+        frame = workflows.transform_dataset(workflow, self.events, 1, USER_ID)
+        return write_splits(self.device, frame, settings, folder, n_rows)
 
 
 def _run_in_memory(
-    task: _Task, out: Path, partitions: int | None, started: float, device: gpu.Device | None = None
+    task: _Task, out: Path, partitions: int | None, started: float, device: Device | None = None
 ) -> dict[str, Any]:
     """Build the data folder with NVTabular on all events at once; return its report.
 
@@ -581,32 +724,29 @@ def _run_in_memory(
         k_core=settings["k_core"],
         min_item_count=settings["min_item_count"],
     )
-    settings["event_features"] = list(clean.features)
-    task.derive.check(clean.features, [name for name in clean.features if clean.events[name].dtype == object])
-    settings["newest"] = float(clean.events[TIMESTAMP].max())
-    task.derive.check_clock(settings["newest"])
-    task.derive = replace(task.derive, newest=settings["newest"])
-    log.info(f"{len(clean.events):,} events on {clean.items.num_rows:,} items; grouping them into sessions")
+    summary = inputs.summarise(clean, settings["categorical_columns"])
+    sessions = _Whole(clean.events, settings, partitions or 1 + summary.events // _EVENTS_PER_PARTITION, device)
     with atomic_write_dir(out, REPORT_FILE) as folder, tempfile.TemporaryDirectory() as storage:
-        counts = _write_folder(clean, task, folder, Path(storage), partitions, device)
+        counts = _write_folder(summary, sessions, task, folder, Path(storage))
         return task.write_report(counts, folder, started)
 
 
-def _read(task: _Task, device: gpu.Device | None) -> tuple[inputs.Events, pa.Table]:
+def _read(task: _Task, device: Device | None) -> tuple[inputs.Events, pa.Table]:
     """Return the complete events and the item table, both with normal types."""
     chosen = {name: task.settings[name] for name in ("drop_columns", "categorical_columns")}
     if device is not None:
-        from missrec_t4r.etl.nvt import gpu
+        from missrec_t4r.etl.gpu import read
 
-        noted = checks.Findings()
+        found, noted = checks.Findings(), checks.Findings()
         items = inputs.read_items(task.items, task.catalogue_item, noted)
         item_type = checks.normal_ids(items[ITEM_ID], ITEM_ID).type
         try:
-            events = gpu.read_events(device, task.files, task.names, item_type, task.findings, **chosen)
-        except gpu.NotPlainError as reason:
+            columns = read.plan_columns(task.files, task.names, item_type, found, **chosen)
+            events = read.read_events(device, task.files, columns, found)
+        except read.NotPlainError as reason:
             log.info(f"{reason}: the CPU reads the events")
         else:
-            task.findings.found += noted.found
+            task.findings.found += found.found + noted.found
             return events, inputs.with_normal_ids(items)
     events_table, items = inputs.read_tables(
         task.files, task.items, task.names, task.catalogue_item, task.findings, task.settings["time_format"]
@@ -615,12 +755,7 @@ def _read(task: _Task, device: gpu.Device | None) -> tuple[inputs.Events, pa.Tab
 
 
 def _write_folder(
-    clean: inputs.Inputs,
-    task: _Task,
-    folder: Path,
-    storage: Path,
-    partitions: int | None,
-    device: gpu.Device | None,
+    summary: inputs.Summary, sessions: _Sessions, task: _Task, folder: Path, storage: Path
 ) -> dict[str, Any]:
     """Write everything of a data folder but its report; return the counts."""
     from missrec_t4r.etl.nvt import saved
@@ -628,15 +763,22 @@ def _write_folder(
     from missrec_t4r.etl.nvt.workflow_file import EventColumns, check_fitted
 
     settings = task.settings
-    if missing := [name for name in settings["categorical_columns"] if name not in clean.features]:
-        raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {list(clean.features)}")
-    catalogue = item_table.build_catalogue(clean.items, clean.vectors, task.modality_files, settings["fingerprints"])
+    settings["event_features"] = list(summary.features)
+    task.derive.check(summary.features, summary.texts)
+    settings["newest"] = summary.newest
+    task.derive.check_clock(summary.newest)
+    task.derive = replace(task.derive, newest=summary.newest)
+    if missing := [name for name in settings["categorical_columns"] if name not in summary.features]:
+        raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {list(summary.features)}")
+    log.info(f"{summary.events:,} events on {summary.items.num_rows:,} items; grouping them into sessions")
+    catalogue = item_table.build_catalogue(
+        summary.items, summary.vectors, task.modality_files, settings["fingerprints"]
+    )
     item_ids = catalogue.items[ITEM_ID].combine_chunks()
-    categories = checks.category_values(clean.events, clean.features, settings["categorical_columns"])
-    numbers = [name for name in clean.features if name not in categories]
+    categories = dict(summary.categories)
+    numbers = [name for name in summary.features if name not in categories]
     clock = {name: values for name, values in CLOCK.items() if name in task.derive.time_features}
-    features = outputs.feature_codes([*clean.features, *task.derive.columns], categories | clock)
-    partitions = 1 if device is not None else partitions or 1 + len(clean.events) // _EVENTS_PER_PARTITION
+    features = outputs.feature_codes([*summary.features, *task.derive.columns], categories | clock)
     request_length = settings["max_sequence_length"]
     if task.workflow is None:
         workflow = nvt_workflows.build_session_workflow(
@@ -647,28 +789,21 @@ def _write_folder(
             max_events=settings["max_events"],
             derive=task.derive,
         )
-        nvt_workflows.fit(workflow, clean.events)
+        sessions.fit(workflow)
     else:
         vocabularies = {ITEM_ID: nvt_workflows.as_series(item_ids), **categories}
         columns = EventColumns(vocabularies, numbers, settings["newest"], str(storage / "sessions"))
-        workflow = task.workflow.fit(columns, clean.events, partitions)
+        workflow = sessions.fit_file(task.workflow, columns)
         features, max_events = check_fitted(workflow, item_ids, settings["split"])
         request_length = min(request_length, max_events or request_length)
-    n_users, times = int(clean.events[USER_ID].nunique()), clean.events[TIMESTAMP]
-    if device is None:
-        sessions = nvt_workflows.transform_events(workflow, clean.events, partitions)
-        written = _write_splits(sessions, times.to_numpy(), settings, folder, catalogue.n_rows)
-    else:
-        from missrec_t4r.etl.nvt import gpu
-
-        frame = nvt_workflows.transform_dataset(workflow, clean.events, partitions, USER_ID)
-        written = gpu.write_splits(device, frame, times, settings, folder, catalogue.n_rows)
+    written = sessions.write(workflow, folder, catalogue.n_rows)
+    splits.check_lengths({name: np.array([rows]) for name, rows in written.rows.items()})
     saved.write_schema(workflow, written.longest, folder)
     saved.write_workflow(workflow, folder, pickled=settings["save_nvtabular_workflow"])
     outputs.write_catalogue(catalogue, written.train_counts, folder)
     transform = saved.write_request(item_ids, folder, storage, request_length, features)
     outputs.write_request_transform(transform, folder)
-    return outputs.data_counts(catalogue, written.train_counts, len(clean.events), n_users, written.rows)
+    return outputs.data_counts(catalogue, written.train_counts, summary.events, summary.users, written.rows)
 
 
 def _write_splits(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from merlin.core.dispatch import HAS_GPU
+
+from missrec_t4r.etl.dataframe import PandasFrames
 
 
 def to_cudf(frame: pd.DataFrame) -> Any:
@@ -23,3 +29,36 @@ FRAMES = [
         marks=pytest.mark.skipif(not HAS_GPU, reason="needs cuDF and a CUDA device"),
     ),
 ]
+
+
+class PandasFiles(PandasFrames):
+    """pandas where cuDF would be: reads and writes files by itself."""
+
+    free = 1 << 40
+    """Bytes that it says to have."""
+
+    def read_parquet(
+        self, files: Sequence[Path], columns: Sequence[str], row_groups: Sequence[int] | None = None
+    ) -> pd.DataFrame:
+        if row_groups is None:
+            tables = [pq.ParquetFile(file).read(columns) for file in files]
+        else:
+            (file,) = files
+            tables = [pq.ParquetFile(file).read_row_groups(row_groups, columns)]
+        return (
+            pa.concat_tables([table.replace_schema_metadata() for table in tables], promote_options="permissive")
+            .select(columns)
+            .to_pandas()
+        )
+
+    def write_parquet(self, frame: pd.DataFrame, file: Path, compression: str | None = "snappy") -> None:
+        frame.to_parquet(file, index=False, compression=compression)
+
+    def host(self, array: Any) -> Any:
+        return array
+
+    def partition(self, column: pd.Series, partitions: int) -> Any:
+        return (pd.util.hash_array(column.to_numpy()) % partitions).astype("int64")
+
+    def free_memory(self) -> int:
+        return self.free

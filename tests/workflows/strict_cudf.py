@@ -69,8 +69,10 @@ class Series:
         return cls(lists)
 
     @property
-    def _column(self) -> ListColumn:
+    def _column(self) -> Any:
         lists = self.to_arrow()
+        if not pa.types.is_list(lists.type):
+            return Series(lists)  # without the index
         offsets = np.concatenate([[0], np.cumsum(lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))])
         return ListColumn(Series(lists.flatten()), Series(offsets.astype("int32")))
 
@@ -160,9 +162,13 @@ class Series:
     def nunique(self) -> int:
         return int(self._data.nunique())
 
-    def factorize(self) -> tuple[Any, Any]:
-        codes, values = pd.factorize(self._data)
-        return codes.astype(np.min_scalar_type(-max(len(values), 1))), values  # the narrowest type
+    def factorize(self) -> tuple[Any, Series]:
+        codes, values = pd.factorize(self._data, sort=True)  # in no order that could be relied on
+        return codes.astype(np.min_scalar_type(-max(len(values), 1))), Series(pa.array(values))  # the narrowest type
+
+    def hash_values(self) -> Series:
+        assert not self.null_count
+        return Series(pd.util.hash_array(self.to_pandas().to_numpy()).astype("uint32"))
 
     def to_pandas(self) -> pd.Series:
         values = self.to_arrow().to_pandas()
@@ -200,6 +206,9 @@ for _name in "sub truediv floordiv and or eq ne lt le gt ge".split():
 
 
 class DataFrame:
+    rows: int | None = None
+    """Length of an index that does not fit the columns: only these can be used then."""
+
     def __init__(self, data: Mapping[str, Any] | None = None) -> None:
         self._frame = pd.DataFrame({name: _backed(values) for name, values in (data or {}).items()})
 
@@ -209,8 +218,13 @@ class DataFrame:
         made._frame = pd.DataFrame({name: _backed(frame[name]) for name in frame.columns}, index=frame.index)
         return made
 
+    def _arrays(self) -> list[tuple[str, pa.Array]]:
+        return [(name, self[name].to_arrow()) for name in self.columns]
+
     @classmethod
     def from_arrow(cls, table: pa.Table) -> DataFrame:
+        noted = (table.schema.pandas_metadata or {}).get("index_columns") or []
+        assert all(isinstance(one, dict) for one in noted), "an index that pandas noted would be looked for"
         return cls({name: table[name].combine_chunks() for name in table.column_names})
 
     @property
@@ -229,6 +243,7 @@ class DataFrame:
         return len(self._frame)
 
     def __getitem__(self, key: Any) -> Any:
+        assert isinstance(key, str) or self.rows is None, f"an index of {self.rows} rows on {len(self._frame)}"
         if isinstance(key, Series):
             assert not key.null_count, "a mask with nulls"
             return DataFrame._of(self._frame[key.values])
@@ -270,11 +285,17 @@ class DataFrame:
             "place"
         ].to_numpy()
 
-    def to_parquet(self, path: str, index: bool | None = None, force_nullable_schema: bool = False) -> None:
+    def to_parquet(
+        self,
+        path: str,
+        compression: str | None = "snappy",
+        index: bool | None = None,
+        force_nullable_schema: bool = False,
+    ) -> None:
         assert index is False, "the index would be a column"
         assert force_nullable_schema, "the types would not be those that Arrow writes"
         table = pa.table({name: pa.array(self._frame[name]) for name in self.columns})
-        pq.write_table(table, path)
+        pq.write_table(table, path, compression=compression)
 
 
 class GroupBy:
@@ -285,16 +306,36 @@ class GroupBy:
         return Series(_backed(self._groups.size().reset_index(name="size")["size"]).set_axis(self._groups.size().index))
 
 
-def concat(objs: Sequence[Series], ignore_index: bool = False) -> Series:
+def concat(objs: Sequence[Any], ignore_index: bool = False) -> Any:
     assert ignore_index
+    if isinstance(objs[0], DataFrame):
+        return DataFrame.from_arrow(pa.concat_tables([pa.table(dict(one._arrays())) for one in objs]))
     return Series(pa.concat_arrays([one.to_arrow() for one in objs]))
 
 
 def read_parquet(
-    filepath_or_buffer: Sequence[str], columns: Sequence[str] | None = None, use_pandas_metadata: bool = True
+    filepath_or_buffer: Sequence[str],
+    columns: Sequence[str] | None = None,
+    row_groups: Sequence[Sequence[int]] | None = None,
+    use_pandas_metadata: bool = True,
+    dataset_kwargs: Mapping[str, Any] | None = None,
 ) -> DataFrame:
     assert not use_pandas_metadata, "an index that pandas wrote would be no column"
-    return DataFrame.from_arrow(pa.concat_tables([pq.read_table(file, columns=columns) for file in filepath_or_buffer]))
+    assert dataset_kwargs == {"partitioning": None}, "folders named KEY=VALUE would be columns"
+    files = [pq.ParquetFile(file) for file in filepath_or_buffer]
+    schemas = {tuple(zip(file.schema_arrow.names, map(str, file.schema_arrow), strict=True)) for file in files}
+    assert len(schemas) == 1, "All sources must have the same schema"
+    groups = row_groups or [range(file.num_row_groups) for file in files]
+    tables = [file.read_row_groups(list(group), columns) for file, group in zip(files, groups, strict=True)]
+    frame = DataFrame.from_arrow(pa.concat_tables(tables).select(columns).replace_schema_metadata())
+    noted = (files[0].schema_arrow.pandas_metadata or {}).get("index_columns") or []
+    if noted and isinstance(noted[0], dict):
+        length = len(range(noted[0]["start"], noted[0]["stop"], noted[0]["step"]))
+        if len(files) == 1 and row_groups is None and length != len(frame):
+            frame.rows = length  # cuDF takes the length from the index
+    elif noted and set(noted) <= {*frame.columns}:
+        frame = DataFrame._of(frame._frame.set_index(noted))
+    return frame
 
 
 def _arrays_only(name: str) -> Callable[..., Any]:

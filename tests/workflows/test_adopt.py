@@ -183,6 +183,37 @@ def test_a_vocabulary_that_does_not_fit_is_refused(change, kind, words, tutorial
     assert not (tmp_path / "data").exists()
 
 
+def _as_cudf_writes(file: Path, target: Path, first: int = 3) -> None:
+    """Write a vocabulary as NVTabular on cuDF: the index is a column, the first one."""
+    frame = pd.read_parquet(file).reset_index(drop=True)
+    table = pa.Table.from_pandas(frame.set_axis(np.arange(first, first + len(frame))))
+    names = table.column_names
+    assert names[-1] == "__index_level_0__"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.select([names[-1], *names[:-1]]), target)
+
+
+def test_a_workflow_that_was_fitted_on_cudf(tutorial: Path, tmp_path: Path) -> None:
+    stock = tutorial / "workflow" / "categories"
+    for name in ("unique.item_id.parquet", "unique.category.parquet"):
+        _as_cudf_writes(stock / name, tmp_path / "workflow" / "categories" / name)
+    for place in (tutorial, tmp_path):
+        adopt(place / "workflow", tmp_path / f"{place.name}-data", sessions=tutorial / "processed")
+    folders = [tmp_path / f"{place.name}-data" for place in (tutorial, tmp_path)]
+    catalogues = [Catalogue.load(folder / "catalogue") for folder in folders]
+    assert catalogues[0].items.equals(catalogues[1].items)
+    transforms = [json.loads((folder / "session_transform.json").read_text()) for folder in folders]
+    assert transforms[0] == transforms[1]
+    assert transforms[0]["features"]["category"]["kind"] == "categorical"
+    lonely = tmp_path / "a vocabulary.parquet"  # its own name says nothing about the column
+    _as_cudf_writes(stock / "unique.item_id.parquet", lonely)
+    found = adopt(lonely, tmp_path / "data", sessions=tutorial / "processed", vocabulary_column="sku", dry_run=True)
+    assert found["items"] == catalogues[0].n_items
+    _as_cudf_writes(stock / "unique.item_id.parquet", lonely, first=1)
+    with pytest.raises(SchemaError, match="starts at row 1; expected: row 3"):
+        adopt(lonely, tmp_path / "data", sessions=tutorial / "processed")
+
+
 def test_what_is_missing_is_named(tutorial: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--sessions or --train"):
         adopt(tutorial / "workflow", tmp_path / "data")

@@ -55,9 +55,11 @@ def _until(wanted: Callable[[], bool], what: str) -> None:
 
 
 @contextmanager
-def cluster(folder: Path, workers: int) -> Iterator[tuple[str, dict[int, subprocess.Popen[bytes]]]]:
+def cluster(
+    folder: Path, workers: int, preload: str | None = None
+) -> Iterator[tuple[str, dict[int, subprocess.Popen[bytes]]]]:
     """Yield the address of a scheduler and its workers by process number; all are gone afterwards."""
-    (folder / "slowly.py").write_text(SLOWLY.format(seen=str(folder / "seen")))
+    (folder / "slowly.py").write_text(preload or SLOWLY.format(seen=str(folder / "seen")))
     where, dask = folder / "scheduler.json", [sys.executable, "-W", "ignore", "-m", "dask"]
     where.unlink(missing_ok=True)
     silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder}

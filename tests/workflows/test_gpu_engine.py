@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,11 @@ from merlin.core.dispatch import HAS_GPU
 
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl import pipeline
-from missrec_t4r.etl.dataframe import PandasFrames
-from missrec_t4r.etl.nvt import gpu
+from missrec_t4r.etl.gpu import device as gpu
 from missrec_t4r.etl.pipeline import etl
+from tests.workflows.frame_kinds import PandasFiles
 from tests.workflows.tables import EVENTS, ITEMS, write
 from tests.workflows.test_scale import OPTIONS, same_folder, shop, table
-
-
-class PandasFiles(PandasFrames):
-    """pandas where cuDF would be: reads and writes files by itself."""
-
-    def read_parquet(self, files: Sequence[Path], columns: Sequence[str]) -> pd.DataFrame:
-        return pd.concat([pd.read_parquet(file, columns=list(columns)) for file in files], ignore_index=True)
-
-    def write_parquet(self, frame: pd.DataFrame, file: Path) -> None:
-        frame.to_parquet(file, index=False)
-
-    def host(self, array: Any) -> Any:
-        return array
 
 
 @pytest.fixture
@@ -165,7 +151,7 @@ def test_a_card_that_is_too_small_is_named_with_the_cure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Small(PandasFiles):
-        def write_parquet(self, frame: pd.DataFrame, file: Path) -> None:
+        def write_parquet(self, frame: pd.DataFrame, file: Path, compression: str | None = "snappy") -> None:
             raise MemoryError("std::bad_alloc: out_of_memory")
 
     monkeypatch.setattr(gpu, "open_device", Small)

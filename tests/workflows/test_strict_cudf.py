@@ -20,13 +20,16 @@ from merlin.core.dispatch import HAS_GPU
 from nvtabular.ops.operator import ColumnSelector
 
 from missrec_t4r.etl import inputs
-from missrec_t4r.etl.nvt import event_ops, gpu
+from missrec_t4r.etl.gpu import device as gpu
+from missrec_t4r.etl.gpu import read, write
+from missrec_t4r.etl.nvt import event_ops
 from missrec_t4r.etl.nvt.event_ops import EventWeights, KCore, SessionGap, TimeFeatures
 from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
 from missrec_t4r.etl.quality.checks import Findings, category_values
+from missrec_t4r.etl.splits import default_boundaries
 from tests.workflows import strict_cudf
-from tests.workflows.tables import write
-from tests.workflows.test_gpu_engine import PandasFiles
+from tests.workflows.frame_kinds import PandasFiles
+from tests.workflows.tables import write as write_tables
 from tests.workflows.test_scale import shop, table
 
 GUIDE = Path(__file__).parents[2] / "docs" / "howto" / "gpu.md"
@@ -142,16 +145,16 @@ def test_from_parquet_to_parquet(tmp_path: Path, seed: int, split: str) -> None:
     raw["user_id"] = raw["user_id"].str[-2:]
     raw.loc[::50, "dwell"] = np.inf
     raw["timestamp"] = raw["timestamp"] if seed else raw["timestamp"].astype("datetime64[us]")
-    events_file, items_file = write(tmp_path, raw)
+    events_file, items_file = write_tables(tmp_path, raw)
     names = {name: name for name in ("user_id", "item_id", "timestamp")}
     made: list[Any] = []
     for device in (PandasFiles(), gpu.CudfDevice()):
         findings = Findings()
-        read = gpu.read_events(
-            device, [events_file], names, pa.string(), findings, drop_columns=["split"], categorical_columns=["aisle"]
+        columns = read.plan_columns(
+            [events_file], names, pa.string(), findings, drop_columns=["split"], categorical_columns=["aisle"]
         )
         clean = inputs.clean_inputs(
-            read,
+            read.read_events(device, [events_file], columns, findings),
             inputs.with_normal_ids(pa.parquet.read_table(items_file)),
             {},
             findings,
@@ -167,9 +170,12 @@ def test_from_parquet_to_parquet(tmp_path: Path, seed: int, split: str) -> None:
         )
         sessions = sessions.rename(columns={"item-list": "item_id-list"})
         settings: dict[str, Any] = {"split": split, "valid_from": None, "test_from": None}
+        if split == "time":
+            boundaries = default_boundaries(device.array(frame["timestamp"]), device.xp)
+            settings |= dict(zip(("valid_from", "test_from"), boundaries, strict=True))
         folder = tmp_path / type(device).__name__
         folder.mkdir()
-        written = gpu.write_splits(device, sessions, frame["timestamp"], settings, folder, 9)
+        written = write.write_splits(device, sessions, settings, folder, 9)
         categories = {
             name: values.tolist() for name, values in category_values(frame, clean.features, ["aisle"]).items()
         }
@@ -193,11 +199,10 @@ def test_texts_that_are_no_utf8_are_left_to_the_cpu(tmp_path: Path) -> None:
         rows = rows.set_column(rows.column_names.index(name), name, broken)
         pa.parquet.write_table(rows, tmp_path / "events.parquet")
         names = {key: key for key in ("user_id", "item_id", "timestamp")}
-        with pytest.raises(gpu.NotPlainError, match=f"{name}.*UTF-8"):
-            gpu.read_events(
-                gpu.CudfDevice(), [tmp_path / "events.parquet"], names, pa.string(), Findings(),
-                drop_columns=[], categorical_columns=[],
-            )  # fmt: skip
+        files = [tmp_path / "events.parquet"]
+        columns = read.plan_columns(files, names, pa.string(), Findings(), drop_columns=[], categorical_columns=[])
+        with pytest.raises(read.NotPlainError, match=f"{name}.*UTF-8"):
+            read.read_events(gpu.CudfDevice(), files, columns, Findings())
 
 
 def _names() -> dict[str, Any]:

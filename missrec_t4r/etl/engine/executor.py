@@ -6,6 +6,7 @@ run again on another worker; a task that had finished finds its result file and 
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -121,6 +122,7 @@ def open_executor(
     scheduler: str = "threads",
     workers: int | None = None,
     *,
+    gpu: bool = False,
     connect_timeout: float = CONNECT_TIMEOUT,
     worker_timeout: float = WORKER_TIMEOUT,
 ) -> Iterator[Executor]:
@@ -132,24 +134,30 @@ def open_executor(
         ``threads``, ``processes`` (a ``LocalCluster``), or the address of a scheduler, ``tcp://host:8786``.
     workers : int, optional
         Threads or processes; by default one per core of this machine. A running cluster has its own number.
+    gpu : bool
+        One task at a time on each GPU: ``threads`` are a single one, ``processes`` one per GPU (dask-cuda's
+        ``LocalCUDACluster``) or ``workers`` of them.
     connect_timeout, worker_timeout : float
         Seconds to wait for the scheduler, and for a worker.
 
     Raises
     ------
     ConfigError
-        ``scheduler`` is neither a name nor an address.
+        ``scheduler`` is neither a name nor an address, or dask-cuda is not installed.
     DataError
         The scheduler does not answer, or has no worker.
     """
     count = workers or len(os.sched_getaffinity(0))
     if scheduler == "threads":
-        yield ThreadExecutor(count)
+        yield ThreadExecutor(1 if gpu else count)
     elif scheduler == "processes":
-        from distributed import Client, LocalCluster
+        from distributed import Client
 
+        start = _cuda_cluster() if gpu else _local_cluster
         with (
-            LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None, scheduler_port=0) as cluster,
+            start(
+                n_workers=workers if gpu else count, threads_per_worker=1, dashboard_address=None, scheduler_port=0
+            ) as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
             yield ClusterExecutor(client, worker_timeout)
@@ -160,6 +168,23 @@ def open_executor(
             yield executor
     else:
         raise ConfigError(f"--dask-scheduler {scheduler!r}", "threads, processes or tcp://host:port")
+
+
+def _local_cluster(**options: Any) -> Any:
+    from distributed import LocalCluster
+
+    return LocalCluster(**options)
+
+
+def _cuda_cluster() -> Any:
+    try:
+        return importlib.import_module("dask_cuda").LocalCUDACluster
+    except ImportError as error:
+        raise ConfigError(
+            f"--engine gpu with --dask-scheduler processes, and dask-cuda does not import ({error})",
+            "dask-cuda 24.12, which starts a process per GPU",
+            "pip install dask-cuda==24.12.0, or leave --dask-scheduler out for one GPU",
+        ) from error
 
 
 @contextmanager

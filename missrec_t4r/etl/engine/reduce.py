@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from missrec_t4r.arrays import Bools
 from missrec_t4r.errors import DataError
 from missrec_t4r.etl import event_arithmetic, item_table
 from missrec_t4r.etl.engine import sessionize
@@ -128,22 +129,51 @@ def _filter_events(job: Job, plan: Plan, common: dict[str, Any], work: Path, exe
 
     Memory: one byte, two indices and one Boolean per event, for all events.
     """
-    numbers = list(range(plan.partitions))
-    tasks = [(str(work), number) for number in numbers]
+    tasks = [(str(work), number) for number in range(plan.partitions)]
     surveyed = executor.run(sessionize.survey_events, tasks, "counting users and items")
     checks.note_users(job.findings, surveyed, drop_duplicates=common["drop_duplicates"])
-    parts = [np.load(partition_path(work, FILTER_FOLDER, number, "npz")) for number in numbers]
-    kept = np.concatenate([part["eligible"] for part in parts])  # [event of all partitions]
-    items = np.concatenate([part["items"] for part in parts])
-    sizes = [len(part["eligible"]) for part in parts]
     k_core, min_item_count = job.settings["k_core"], job.settings["min_item_count"]
+    found = keep_frequent(work, plan.partitions, k_core=k_core, min_item_count=min_item_count)
+    if max(k_core, min_item_count) > 0:
+        item_kept = np.zeros(FIRST_ITEM_ROW + job.items.num_rows, bool)  # [item index before filtering]
+        item_kept[np.flatnonzero(found)] = True
+        index = np.full(max(len(item_kept), len(found)), -1, np.int64)
+        index[np.flatnonzero(item_kept)] = FIRST_ITEM_ROW + np.arange(int(item_kept.sum()))
+        np.save(work / KEPT_FOLDER / sessionize.FILTERED_ITEMS_FILE, index)
+        job.items, job.vectors = item_table.take_items(
+            job.items, job.vectors, np.flatnonzero(item_kept[FIRST_ITEM_ROW:])
+        )
+
+
+def keep_frequent(work: Path, partitions: int, *, k_core: int, min_item_count: int) -> Bools:
+    """Write which events are kept, a mask for every partition, and return which items they are on, [item index].
+
+    Parameters
+    ----------
+    work : Path
+        Working folder with, per partition, user, item and eligibility of each event.
+    partitions : int
+        Their number; a partition without events may have no file.
+    k_core, min_item_count
+        As in `missrec_t4r.etl.pipeline.etl`.
+
+    Raises
+    ------
+    DataError
+        No event is left.
+    """
+    files = {number: partition_path(work, FILTER_FOLDER, number, "npz") for number in range(partitions)}
+    parts = {number: np.load(file) for number, file in files.items() if file.is_file()}
+    kept = np.concatenate([part["eligible"] for part in parts.values()])  # [event of all partitions]
+    items = np.concatenate([part["items"] for part in parts.values()])
+    sizes = [len(part["eligible"]) for part in parts.values()]
     if not kept.any():
         raise DataError("no event is on an item of the item table", "matching ids", "check both id columns")
     if min_item_count > 0:
         kept &= np.bincount(items[kept], minlength=int(items.max()) + 1)[items] >= min_item_count
     if k_core > 0:
         offset, users = 0, []  # users are numbered per partition; no user is in two
-        for part in parts:
+        for part in parts.values():
             users.append(part["users"].astype(np.int64) + offset)
             offset += int(part["users"].max(initial=-1)) + 1
         candidates = np.flatnonzero(kept)
@@ -153,17 +183,11 @@ def _filter_events(job: Job, plan: Plan, common: dict[str, Any], work: Path, exe
         raise DataError(
             f"k_core={k_core} with min_item_count={min_item_count} leaves no event", "at least one", "lower the numbers"
         )
-    for number, mask in zip(numbers, np.split(kept, np.cumsum(sizes)[:-1]), strict=True):
+    for number, mask in zip(parts, np.split(kept, np.cumsum(sizes)[:-1]), strict=True):
         np.save(partition_path(work, KEPT_FOLDER, number, "npy"), mask)
-    if max(k_core, min_item_count) > 0:
-        item_kept = np.zeros(FIRST_ITEM_ROW + job.items.num_rows, bool)  # [item index before filtering]
-        item_kept[items[kept]] = True
-        index = np.full(max(len(item_kept), int(items.max()) + 1), -1, np.int64)
-        index[np.flatnonzero(item_kept)] = FIRST_ITEM_ROW + np.arange(int(item_kept.sum()))
-        np.save(work / KEPT_FOLDER / sessionize.FILTERED_ITEMS_FILE, index)
-        job.items, job.vectors = item_table.take_items(
-            job.items, job.vectors, np.flatnonzero(item_kept[FIRST_ITEM_ROW:])
-        )
+    found = np.zeros(int(items.max()) + 1, bool)
+    found[items[kept]] = True
+    return found
 
 
 # Types and categories

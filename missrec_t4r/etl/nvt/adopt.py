@@ -168,10 +168,10 @@ def read_vocabulary(workflow: Path, column: str) -> pa.Array:
             "categories/unique.<column>.parquet as Workflow.save writes it",
             "name the column with --vocabulary-column, or the file itself with --workflow",
         )
-    table = read_table(file, "vocabulary")
-    name = column if column in table.column_names else table.column_names[0]
-    index = (pq.read_schema(file).pandas_metadata or {}).get("index_columns") or [{}]
-    start = index[0].get("start") if isinstance(index[0], dict) else None
+    table = read_table(file, "vocabulary", needed=None)  # an index is kept
+    index = ((pq.read_schema(file).pandas_metadata or {}).get("index_columns") or [None])[0]
+    name = column if column in table.column_names else next(name for name in table.column_names if name != index)
+    start = _first_row(index, table)
     if start != FIRST_ITEM_ROW:
         raise SchemaError(
             f"the vocabulary {file.name} starts at row {start}",
@@ -182,6 +182,17 @@ def read_vocabulary(workflow: Path, column: str) -> pa.Array:
     if ids.null_count or len(ids.unique()) != len(ids):
         raise SchemaError(f"the vocabulary {file.name} holds nulls or an id twice", "one id per row")
     return ids
+
+
+def _first_row(index: dict[str, Any] | str | None, table: pa.Table) -> int | None:
+    """Return the row of a vocabulary's first value, or None if the rows are not counted one by one.
+
+    NVTabular notes them as the index of a frame: as a range where it was fitted on pandas, as a column on cuDF.
+    """
+    if isinstance(index, dict):
+        return index.get("start") if index.get("step", 1) == 1 else None
+    rows = table[index].to_numpy() if index in table.column_names else np.zeros(0, np.int64)
+    return int(rows[0]) if len(rows) and (np.diff(rows) == 1).all() else None
 
 
 def _items_in_rows(

@@ -38,6 +38,7 @@ from merlin.schema import Tags
 from nvtabular import Workflow, ops
 
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.etl.dataframe import Frame
 from missrec_t4r.etl.nvt.request_transform import (
     compile_event_features,
     longest_request,
@@ -129,8 +130,8 @@ class WorkflowFile:
                 node.op.out_path = columns.storage
         return workflow
 
-    def fit(self, columns: EventColumns, events: pd.DataFrame, partitions: int) -> Workflow:
-        """Return the file's workflow, fitted on all events.
+    def fit(self, columns: EventColumns, events: Frame, partitions: int = 1) -> Workflow:
+        """Return the file's workflow, fitted on all events: a frame, or a dask collection of frames.
 
         Raises
         ------
@@ -140,6 +141,8 @@ class WorkflowFile:
         workflow = self.build(columns)
         try:
             return fit_events(workflow, events, partitions)
+        except MemoryError:  # fewer events at a time may do
+            raise
         except Exception as error:  # whatever an operator raises
             raise DataError(
                 f"the workflow of {self.file} cannot be fitted ({_described(error)})",

@@ -146,7 +146,7 @@ def fit(workflow: Workflow, frame: Frame) -> Workflow:
 
 
 def fit_events(workflow: Workflow, events: Frame, partitions: int = 1) -> Workflow:
-    """Fit on all events, for workflows with fitted statistics, such as Normalize."""
+    """Fit on all events, a frame or a dask collection of frames, for workflows with statistics, such as Normalize."""
     with _merlin():
         return workflow.fit(_dataset(events) if partitions <= 1 else _shuffled(events, partitions, USER_ID))
 
@@ -217,8 +217,8 @@ def _shuffled(events: pd.DataFrame, partitions: int, key: str) -> Dataset:
 
 
 def _dataset(frame: Frame) -> Dataset:
-    """Return a data set of one frame; on a machine with a GPU, Merlin would copy pandas there without being told."""
-    return Dataset(frame, cpu=True if isinstance(frame, pd.DataFrame) else None)
+    """Return a data set of frames; on a machine with a GPU, Merlin would copy pandas there without being told."""
+    return Dataset(frame, cpu=True if isinstance(getattr(frame, "_meta", frame), pd.DataFrame) else None)
 
 
 @contextmanager

@@ -365,18 +365,8 @@ def require_events(count: int) -> None:
 
 def clean_events(events: Frame, findings: Findings, drop_duplicates: bool) -> Frame:
     """Return complete events, in pandas or cuDF, without the duplicates if they are not wanted; add findings."""
-    duplicate, adapter, time = events.duplicated(list(KEYS)), adapter_of(events), events[TIMESTAMP]
-    xp, users = adapter.xp, adapter.codes(events[USER_ID])
-    order = xp.argsort(users, kind="stable")  # by user, in input order
-    counts = {
-        "duplicates": int(duplicate.sum()),
-        "out_of_order": int(((xp.diff(adapter.array(time)[order]) < 0) & (xp.diff(users[order]) == 0)).sum()),
-        "very_long": int((xp.bincount(users) > MANY_EVENTS).sum()),
-        "times_in_seconds": int(time.between(*SECONDS).sum()),
-        "times_in_finer_units": int((time >= MILLISECONDS).sum()),
-        "negative_times": int((time < 0).sum()),
-        "late_times": int((time > SECONDS[1]).sum()),
-    }
+    duplicate = events.duplicated(list(KEYS))
+    counts = count_events(events, duplicate)
     note_times(findings, [counts])
     note_users(findings, [counts], drop_duplicates=drop_duplicates)
     return events[~duplicate].reset_index(drop=True) if drop_duplicates else events
@@ -392,23 +382,61 @@ def note_converted_ids(findings: Findings, count: int, *, events: bool) -> None:
     )
 
 
+def count_events(events: Frame, duplicate: Series) -> dict[str, int]:
+    """Return the counts of `note_times` and `note_users`.
+
+    Parameters
+    ----------
+    events : Frame
+        Complete events, all of every user in it.
+    duplicate : Series [event]
+        True where user, item and time occurred before.
+    """
+    adapter, time = adapter_of(events), events[TIMESTAMP]
+    xp, users = adapter.xp, adapter.codes(events[USER_ID])
+    order = xp.argsort(users, kind="stable")  # by user, in input order
+    return {
+        "duplicates": int(duplicate.sum()),
+        "out_of_order": int(((xp.diff(adapter.array(time)[order]) < 0) & (xp.diff(users[order]) == 0)).sum()),
+        "very_long": int((xp.bincount(users) > MANY_EVENTS).sum()),
+        "times_in_seconds": int(time.between(*SECONDS).sum()),
+        "times_in_finer_units": int((time >= MILLISECONDS).sum()),
+        "negative_times": int((time < 0).sum()),
+        "late_times": int((time > SECONDS[1]).sum()),
+    }
+
+
 def fill_features(events: Frame, features: Sequence[str], findings: Findings) -> Frame:
     """Return the events with one type per feature and without nulls: text, int64 or float32."""
+    adapter = adapter_of(events)
+    for name, nulls in count_nulls(events, features).items():
+        if nulls:
+            note_nulls(findings, name, nulls, text=adapter.is_text(events[name]))
+    return without_nulls(events, features)
+
+
+def count_nulls(events: Frame, features: Sequence[str]) -> dict[str, int]:
+    """Return the number of nulls, NaN and infinities of every feature."""
+    return {name: int(_finite_or_null(events[name]).isna().sum()) for name in features}
+
+
+def without_nulls(events: Frame, features: Sequence[str]) -> Frame:
+    """Return the events with features of text, int64 or float32; nulls and infinities are an empty text or 0."""
     adapter, columns = adapter_of(events), {}
     for name in features:
-        column = events[name]
-        if column.dtype.kind == "f":
-            column = finite(column)
-        nulls, text = int(column.isna().sum()), adapter.is_text(column)
-        note_nulls(findings, name, nulls, text=text)
-        if text:
+        column = _finite_or_null(events[name])
+        if adapter.is_text(column):
             columns[name] = column.fillna("").astype(object)
         else:
-            filled = column.astype("float64").fillna(0.0) if nulls else column
+            filled = column.astype("float64").fillna(0.0) if column.isna().sum() else column
             if filled.dtype.kind == "u":
                 as_int64(pa.array([int(filled.max())], pa.uint64()), name)
             columns[name] = filled.astype("float32" if filled.dtype.kind == "f" else "int64")
     return events.assign(**columns)
+
+
+def _finite_or_null(column: Series) -> Series:
+    return finite(column) if column.dtype.kind == "f" else column
 
 
 def finite(column: Series) -> Series:
@@ -418,9 +446,18 @@ def finite(column: Series) -> Series:
 
 def category_values(events: Frame, features: Sequence[str], categorical_columns: Sequence[str]) -> dict[str, pd.Series]:
     """Return the distinct values of text and named columns, most frequent first, ties in sorted order."""
-    adapter, values = adapter_of(events), {}
-    for name in features:
-        if events[name].dtype == object or name in categorical_columns:
-            counted = adapter.counts(events[name]).sort_index()
-            values[name] = pd.Series(counted.sort_values(ascending=False, kind="stable").index.to_numpy())
-    return values
+    counted = count_values(events, features, categorical_columns)
+    return {name: by_frequency(counts) for name, counts in counted.items()}
+
+
+def count_values(events: Frame, features: Sequence[str], categorical_columns: Sequence[str]) -> dict[str, pd.Series]:
+    """Return the number of events per value of text and named columns."""
+    adapter = adapter_of(events)
+    names = [name for name in features if events[name].dtype == object or name in categorical_columns]
+    return {name: adapter.counts(events[name]) for name in names}
+
+
+def by_frequency(counts: pd.Series) -> pd.Series:
+    """Return the values of an index of counts, most frequent first, ties in sorted order."""
+    ordered = counts.sort_index().sort_values(ascending=False, kind="stable")
+    return pd.Series(ordered.index.to_numpy())

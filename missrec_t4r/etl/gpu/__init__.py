@@ -1,0 +1,1 @@
+"""``missrec etl --engine gpu``: the steps of the in-memory engine on frames of cuDF, at once or in partitions."""

@@ -1,0 +1,261 @@
+"""Events that exceed the memory of a GPU, or several GPUs: partitions of the users, one at a time on each.
+
+`prepare` shuffles the events to partitions and puts together what all have in common: findings, the items of the
+catalogue, the values of categories. `Partitioned` then fits the workflow and writes the splits, partition by partition
+(`tasks.py`), so that the folder is that of the engine in memory but for the order of its rows.
+
+The number of partitions follows from the memory of the GPU, or from a limit that RMM was given. It is a guess of how
+much the steps need: where it was too low, the pipeline begins again with twice as many (`pipeline._run_on_gpu`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from nvtabular import Workflow
+
+from missrec_t4r.errors import DataError
+from missrec_t4r.etl import item_table, splits
+from missrec_t4r.etl.engine.executor import Executor
+from missrec_t4r.etl.engine.reduce import keep_frequent
+from missrec_t4r.etl.engine.shuffle import cut_chunks
+from missrec_t4r.etl.engine.workdir import (
+    FILTER_FOLDER,
+    KEPT_FOLDER,
+    OUTPUT_FOLDER,
+    SHUFFLE_FOLDER,
+    job_folder,
+    partition_path,
+)
+from missrec_t4r.etl.gpu import tasks
+from missrec_t4r.etl.gpu.read import Columns, Seen, all_seen, note_seen, refuse_number_texts
+from missrec_t4r.etl.inputs import Summary
+from missrec_t4r.etl.nvt import workflows
+from missrec_t4r.etl.nvt.serialization import save_workflow
+from missrec_t4r.etl.nvt.workflow_file import EventColumns, WorkflowFile
+from missrec_t4r.etl.outputs import Written
+from missrec_t4r.etl.quality import checks
+from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, SPLITS
+
+COPIES = 12
+"""How often the columns of the events are in memory at the peak of a step: assumed, not measured."""
+FEWEST_EVENTS = 100_000
+"""Smaller partitions are not tried."""
+_MOST_PARTITIONS = 65_535
+_BYTES, _BYTES_OF_TEXT = 8, 32
+"""Assumed for one value of a column."""
+
+
+def partitions_that_fit(files: Sequence[Path], free: int) -> int:
+    """Return the number of partitions of parquet files of which each fits into ``free`` bytes with its copies."""
+    kinds = pq.read_schema(files[0]).types
+    width = sum(_BYTES if pa.types.is_primitive(kind) else _BYTES_OF_TEXT for kind in kinds)
+    rows = sum(pq.read_metadata(file).num_rows for file in files)
+    return min(max(1, -(-rows * width * COPIES // max(free, 1))), _MOST_PARTITIONS)  # rounded up
+
+
+class Partitioned:
+    """Clean events in partitions: fits the session workflow and writes the splits.
+
+    Parameters
+    ----------
+    work : Path
+        Working folder of `prepare`.
+    numbers : sequence of int
+        Partitions with events.
+    executor : Executor
+        Runs the tasks, one at a time per GPU.
+    settings : dict
+        Of the run; completed by the boundaries of a time split.
+    """
+
+    def __init__(self, work: Path, numbers: Sequence[int], executor: Executor, settings: dict[str, Any]) -> None:
+        self.work, self.numbers, self.executor, self.settings = work, list(numbers), executor, settings
+
+    @property
+    def folder(self) -> Path:
+        """Return the data folder that is being written."""
+        return self.work / OUTPUT_FOLDER
+
+    def fit(self, workflow: Workflow) -> None:
+        """Fit the built-in workflow: only types are read, from the first partition."""
+        workflows.fit(workflow, tasks.clean_events(str(self.work), self.numbers[0]))
+
+    def fit_file(self, file: WorkflowFile, columns: EventColumns) -> Workflow:
+        """Return a team's workflow, fitted on all events, one partition after the other."""
+        first = tasks.clean_events(str(self.work), self.numbers[0]).head(1)
+        read = partial(tasks.clean_events, str(self.work))
+        return file.fit(columns, dd.from_map(read, self.numbers, meta=first.iloc[:0]))
+
+    def write(self, workflow: Workflow, folder: Path, n_rows: int) -> Written:
+        """Write the rows of every split into the data folder."""
+        assert folder == self.folder, "tasks know the working folder alone"
+        save_workflow(workflow, self.work / tasks.FITTED_FOLDER)
+        if self.settings["split"] == "time" and self.settings["valid_from"] is None:
+            times = [np.load(partition_path(self.work, tasks.TIMES_FOLDER, number, "npy")) for number in self.numbers]
+            boundaries = splits.default_boundaries(np.concatenate(times))
+            self.settings["valid_from"], self.settings["test_from"] = boundaries
+        split = {name: self.settings[name] for name in ("split", "valid_from", "test_from")}
+        write_json(self.work / tasks.SPLIT_FILE, split | {"rows": n_rows})
+        arguments = [(str(self.work), number) for number in self.numbers]
+        parts = self.executor.run(tasks.write_splits, arguments, "writing the splits")
+        counts = [np.load(partition_path(self.work, tasks.COUNTS_FOLDER, number, "npy")) for number in self.numbers]
+        return Written(
+            {name: sum(part["sessions"][name] for part in parts) for name in SPLITS},
+            max(part["longest"] for part in parts),
+            np.sum(counts, axis=0),
+        )
+
+
+def prepare(
+    files: Sequence[Path],
+    columns: Columns,
+    items: pa.Table,
+    vectors: item_table.Vectors,
+    settings: dict[str, Any],
+    findings: checks.Findings,
+    item_findings: checks.Findings,
+    *,
+    work: Path,
+    partitions: int,
+    executor: Executor,
+) -> tuple[Summary, Partitioned]:
+    """Shuffle the events to partitions; return what all have in common, and the partitions.
+
+    Parameters
+    ----------
+    files : sequence of Path
+        Parquet files of events.
+    columns : Columns
+        From `read.plan_columns`.
+    items, vectors : pyarrow.Table, mapping of str to ndarray [item, width]
+        Item table with ids in their normal type, and its modality vectors.
+    settings : dict
+        As written to ``etl.json``.
+    findings : Findings
+        Gains the findings about the events, in the order of the engine in memory.
+    item_findings : Findings
+        Of reading the item table.
+    work : Path
+        Working directory, where a killed run with the same input continues.
+    partitions : int
+    executor : Executor
+
+    Raises
+    ------
+    NotPlainError
+        The CPU has to read these files: texts that are numbers or no UTF-8.
+    DataError
+        No event is left.
+    """
+    repeated = checks.Findings()
+    items, vectors = item_table.unique_items(items, vectors, repeated)
+    folder = _open_folder(work, files, columns, items, settings, partitions)
+    chunks = read_json(folder / tasks.PLAN_FILE)["chunks"]
+    arguments = [(str(folder), chunk) for chunk in range(len(chunks))]
+    shuffled = executor.run(tasks.shuffle_chunk, arguments, "reading events")
+    refuse_number_texts({name: [part["texts"][name] for part in shuffled] for name in shuffled[0]["texts"]})
+    seen = all_seen(Seen(*part["seen"]) for part in shuffled)
+    note_seen(findings, seen)
+    findings.found += item_findings.found
+    numbers = np.flatnonzero(np.sum([part["sizes"] for part in shuffled], axis=0)).tolist()
+    checks.require_events(len(numbers))
+    unknown = _distinct([part["unknown"] for part in shuffled], items[ITEM_ID].type)
+    append = settings["unknown_items"] == "append"
+    if append:
+        items, vectors = item_table.append_items(items, vectors, unknown)
+        pq.write_table(items.select([ITEM_ID]), folder / tasks.ITEMS_FILE)
+    write_json(folder / tasks.SURVEY_FILE, {"seen": seen})
+    arguments = [(str(folder), number) for number in numbers]
+    surveyed = executor.run(tasks.survey_events, arguments, "checking events")
+    checks.note_times(findings, surveyed)
+    checks.note_users(findings, surveyed, drop_duplicates=settings["drop_duplicates"])
+    findings.found += repeated.found
+    unknown_events, events = (sum(part[name] for part in surveyed) for name in ("unknown_item_events", "events"))
+    item_table.add_unknown_item_findings(findings, len(unknown), unknown_events, events, append=append)
+    if max(settings["k_core"], settings["min_item_count"]) > 0:
+        kept = keep_frequent(folder, partitions, k_core=settings["k_core"], min_item_count=settings["min_item_count"])
+        rows = np.flatnonzero(kept[FIRST_ITEM_ROW:])
+        items, vectors = item_table.take_items(items, vectors, rows)
+    counted = executor.run(tasks.count_events, arguments, "counting values")
+    left = {number: part for number, part in zip(numbers, counted, strict=True) if part["events"]}
+    if not left:
+        raise DataError("no event is on an item of the item table", "matching ids", "check both id columns")
+    summary = _summary(list(left.values()), columns, items, vectors, findings)
+    return summary, Partitioned(folder, [*left], executor, settings)
+
+
+def _open_folder(
+    work: Path,
+    files: Sequence[Path],
+    columns: Columns,
+    items: pa.Table,
+    settings: dict[str, Any],
+    partitions: int,
+) -> Path:
+    """Return the job's folder in the working directory: that of a killed run with equal input, or a new one."""
+    rows = sum(pq.read_metadata(file).num_rows for file in files)
+    plan = {
+        "columns": columns,
+        "partitions": partitions,
+        # twice: a chunk ends where it has half of them
+        "chunks": [(chunk.file, chunk.row_groups) for chunk in cut_chunks(files, 2 * -(-rows // partitions))],
+        "items": items.num_rows,
+        "drop_duplicates": settings["drop_duplicates"],
+        "unknown_items": settings["unknown_items"],
+        "rare": max(settings["k_core"], settings["min_item_count"]) > 0,
+        "times": settings["split"] == "time" and settings["valid_from"] is None,
+    }
+    changed = [file.stat().st_mtime_ns for file in files]
+    identity = json.dumps([plan, changed, settings], default=str).encode()
+    item_hashes = pd.util.hash_array(items[ITEM_ID].to_pandas().to_numpy()).tobytes()
+    folder = job_folder(work, hashlib.sha256(identity + item_hashes).hexdigest()[:16])
+    if not (folder / tasks.PLAN_FILE).is_file():
+        for name in (SHUFFLE_FOLDER, FILTER_FOLDER, KEPT_FOLDER, tasks.TIMES_FOLDER, tasks.COUNTS_FOLDER):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / OUTPUT_FOLDER).mkdir(exist_ok=True)
+        pq.write_table(items.select([ITEM_ID]), folder / tasks.ITEMS_FILE)
+        write_json(folder / tasks.PLAN_FILE, plan)
+    return folder
+
+
+def _distinct(parts: Sequence[Sequence[Any]], kind: pa.DataType) -> pa.Array:
+    """Return the ids of all parts in the order of their first occurrence."""
+    return pa.array([value for part in parts for value in part], kind).unique()
+
+
+def _summary(
+    parts: Sequence[dict[str, Any]],
+    columns: Columns,
+    items: pa.Table,
+    vectors: item_table.Vectors,
+    findings: checks.Findings,
+) -> Summary:
+    """Return the summary of all partitions with events; add the findings of nulls."""
+    for name in columns.features:
+        nulls = sum(part["nulls"][name] for part in parts)
+        checks.note_nulls(findings, name, nulls, text=name in columns.texts)
+    values = {
+        name: pd.concat([part["values"][name] for part in parts]).groupby(level=0).sum() for name in parts[0]["values"]
+    }
+    return Summary(
+        items=items,
+        vectors=vectors,
+        features=tuple(columns.features),
+        texts=tuple(name for name in columns.features if name in columns.texts),
+        categories={name: checks.by_frequency(counts) for name, counts in values.items()},
+        events=sum(part["events"] for part in parts),
+        users=sum(part["users"] for part in parts),
+        newest=max(part["newest"] for part in parts),
+    )

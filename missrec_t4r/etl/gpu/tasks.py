@@ -1,0 +1,191 @@
+"""Tasks on partitions of the users, each in the memory of one GPU.
+
+    shuffle_chunk      per chunk      complete events, sorted into the partition of their user's hash
+    survey_events      per partition  counts for the findings; users and items, where rare ones are to be left out
+    count_events       per partition  what is left after the filters: values of categories, nulls, the newest event
+    write_splits       per partition  sessions by the NVTabular workflow, rows of train, valid and test
+
+A task reads and writes files of the working folder and returns a small result, so that `engine.executor` runs it in
+this process or on another GPU. `partitions.py` puts the results together. Every stage adds its settings to the folder:
+
+    plan.json          names of the columns (`Columns`), chunks, number of partitions, filters
+    survey.json        what was seen of all events (`Seen`)
+    split.json         boundaries of a time split, number of item indices
+    items.parquet      ids of the catalogue before rare ones are left out
+    shuffle/           per chunk and partition: events
+    filter/, kept/     per partition: users and items of the events; which events are kept
+    workflow/          the fitted workflow
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from merlin.core.utils import set_dask_client
+
+from missrec_t4r.arrays import Ints
+from missrec_t4r.etl.dataframe import Frame
+from missrec_t4r.etl.engine.workdir import FILTER_FOLDER, KEPT_FOLDER, OUTPUT_FOLDER, SHUFFLE_FOLDER, partition_path
+from missrec_t4r.etl.gpu import device as gpu
+from missrec_t4r.etl.gpu import write
+from missrec_t4r.etl.gpu.read import Columns, Seen, read_complete, with_types
+from missrec_t4r.etl.nvt import workflows
+from missrec_t4r.etl.nvt.serialization import load_workflow
+from missrec_t4r.etl.quality import checks
+from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, USER_ID
+
+PLAN_FILE, SURVEY_FILE, SPLIT_FILE, ITEMS_FILE = "plan.json", "survey.json", "split.json", "items.parquet"
+FITTED_FOLDER, TIMES_FOLDER, COUNTS_FOLDER = "workflow", "times", "counts"
+
+
+def free_memory() -> int:
+    """Return the bytes that can be allocated on this task's GPU."""
+    return gpu.open_device().free_memory()
+
+
+def shuffle_chunk(work: str, chunk: int) -> dict[str, Any]:
+    """Write the complete events of a chunk, a file per partition.
+
+    Returns
+    -------
+    dict
+        ``seen`` and ``texts`` of `read_complete`, events per partition, ids of unknown items by first occurrence.
+    """
+    done = Path(work) / SHUFFLE_FOLDER / f"{chunk:05}.json"
+    if done.is_file():
+        return read_json(done)
+    plan, device = read_json(Path(work) / PLAN_FILE), gpu.open_device()
+    file, row_groups = plan["chunks"][chunk]
+    frame, seen, texts = read_complete(device, [Path(file)], Columns(*plan["columns"]), row_groups)
+    unknown: list[Any] = []
+    bounds = np.zeros(plan["partitions"] + 1, np.int64)
+    if len(frame):
+        in_table = frame[ITEM_ID].isin(_items(work, device))
+        unknown = device.to_arrow(frame[ITEM_ID][~in_table].drop_duplicates()).to_pylist()
+        partition = device.partition(frame[USER_ID], plan["partitions"])
+        frame = frame.take(device.xp.argsort(partition, kind="stable")).reset_index(drop=True)  # ties in input order
+        bounds[1:] = np.cumsum(device.host(device.xp.bincount(partition, minlength=plan["partitions"])))
+    for number, (start, end) in enumerate(itertools.pairwise(bounds.tolist())):
+        if end > start:
+            target = Path(work) / SHUFFLE_FOLDER / f"{number:05}-{chunk:05}.parquet"
+            device.write_parquet(frame.iloc[start:end], target, compression=None)
+    result = {"seen": seen, "texts": texts, "sizes": np.diff(bounds).tolist(), "unknown": unknown}
+    write_json(done, result, indent=None)
+    return result
+
+
+def survey_events(work: str, partition: int) -> dict[str, int]:
+    """Return the counts of a partition for the findings: `checks.count_events`, events, events on unknown items.
+
+    If rare users or items are to be left out, users and items of the events are written for `keep_frequent`.
+    """
+    plan, device = read_json(Path(work) / PLAN_FILE), gpu.open_device()
+    frame = _read_partition(work, partition, device)
+    duplicate = frame.duplicated(list(checks.KEYS))
+    counts = checks.count_events(frame, duplicate)
+    if plan["drop_duplicates"]:
+        frame = frame[~duplicate].reset_index(drop=True)
+    codes, distinct = device.factorize(frame[ITEM_ID])
+    ids = _item_ids(work)
+    index = pc.index_in(distinct.cast(ids.type), value_set=ids).fill_null(-FIRST_ITEM_ROW).to_numpy() + FIRST_ITEM_ROW
+    items = device.host(device.xp.asarray(index)[codes])  # [event]: item index, 0 where it has none
+    unknown = (items == 0) | (items >= FIRST_ITEM_ROW + plan["items"])
+    counts |= {"events": len(frame), "unknown_item_events": int(unknown.sum())}
+    if plan["rare"]:
+        users = device.host(device.codes(frame[USER_ID]))
+        with atomic_write_file(partition_path(work, FILTER_FOLDER, partition, "npz")) as temporary:
+            np.savez(temporary, users=users.astype(np.int32), items=items.astype(np.int32), eligible=items > 0)
+    return counts
+
+
+def count_events(work: str, partition: int) -> dict[str, Any]:
+    """Return what a partition contributes after the filters: events, users, newest time, nulls, values of categories.
+
+    The times are written if the boundaries of a time split depend on them.
+    """
+    plan, device = read_json(Path(work) / PLAN_FILE), gpu.open_device()
+    columns, frame = Columns(*plan["columns"]), _filtered(work, partition, device)
+    if not len(frame):
+        return {"events": 0}
+    if plan["times"]:
+        with atomic_write_file(partition_path(work, TIMES_FOLDER, partition, "npy")) as temporary:
+            np.save(temporary, device.host(device.array(frame[TIMESTAMP])))
+    nulls = checks.count_nulls(frame, columns.features)
+    values = checks.count_values(checks.without_nulls(frame, columns.features), columns.features, columns.categorical)
+    return {
+        "events": len(frame),
+        "users": int(frame[USER_ID].nunique()),
+        "newest": float(frame[TIMESTAMP].max()),
+        "nulls": nulls,
+        "values": values,
+    }
+
+
+def write_splits(work: str, partition: int) -> dict[str, Any]:
+    """Write a partition's rows of every split, and how often each item occurs in its training rows.
+
+    Returns
+    -------
+    dict
+        Rows per split, and the events of the longest session.
+    """
+    done, counts = (partition_path(work, COUNTS_FOLDER, partition, kind) for kind in ("json", "npy"))
+    if done.is_file():
+        return read_json(done)
+    split, device = read_json(Path(work) / SPLIT_FILE), gpu.open_device()
+    frame, workflow = clean_events(work, partition), load_workflow(Path(work) / FITTED_FOLDER)
+    set_dask_client(None)  # on a worker of a cluster Merlin, and dask itself, would look for the cluster
+    with dask.config.set(scheduler="synchronous"):
+        sessions = workflows.transform_dataset(workflow, frame, 1, USER_ID)
+    written = write.write_splits(
+        device, sessions, split, Path(work) / OUTPUT_FOLDER, split["rows"], f"part_{partition:05}"
+    )
+    np.save(counts, written.train_counts)
+    result = {"sessions": dict(written.rows), "longest": written.longest}
+    write_json(done, result, indent=None)
+    return result
+
+
+def clean_events(work: str, partition: int) -> Frame:
+    """Return the events of a partition that the workflow transforms, in input order."""
+    columns = Columns(*read_json(Path(work) / PLAN_FILE)["columns"])
+    return checks.without_nulls(_filtered(work, partition, gpu.open_device()), columns.features)
+
+
+def _read_partition(work: str, partition: int, device: gpu.Device) -> Frame:
+    """Return the complete events of a partition, in input order, in the types of all events."""
+    columns = Columns(*read_json(Path(work) / PLAN_FILE)["columns"])
+    files = sorted((Path(work) / SHUFFLE_FOLDER).glob(f"{partition:05}-*.parquet"))  # by chunk
+    seen = Seen(*read_json(Path(work) / SURVEY_FILE)["seen"])
+    return with_types(device.read_parquet(files, list(columns.raw)), columns, seen)
+
+
+def _filtered(work: str, partition: int, device: gpu.Device) -> Frame:
+    """Return a partition's events without those that the settings leave out."""
+    plan = read_json(Path(work) / PLAN_FILE)
+    frame = _read_partition(work, partition, device)
+    if plan["drop_duplicates"]:
+        frame = frame[~frame.duplicated(list(checks.KEYS))].reset_index(drop=True)
+    if plan["rare"]:  # unknown items are left out there
+        kept: Ints = np.flatnonzero(np.load(partition_path(work, KEPT_FOLDER, partition, "npy")))
+        return frame.take(device.xp.asarray(kept)).reset_index(drop=True)
+    if plan["unknown_items"] == "drop":
+        frame = frame[frame[ITEM_ID].isin(_items(work, device))].reset_index(drop=True)
+    return frame
+
+
+def _item_ids(work: str) -> pa.Array:
+    return pq.read_table(Path(work) / ITEMS_FILE)[ITEM_ID].combine_chunks()
+
+
+def _items(work: str, device: gpu.Device) -> Any:
+    return device.from_arrow(pa.table({ITEM_ID: _item_ids(work)}))[ITEM_ID]

@@ -229,7 +229,7 @@ def to_sessions(state: pa.Table, common: Mapping[str, Any]) -> pa.Table:
     """Return the sessions of a state's users: event weights, session gaps, time features, last events.
 
     The result equals what the NVTabular workflow makes of the same events (`nvt/event_ops.py`), because both use the
-    arithmetic of `nvt/event_arithmetic.py`.
+    arithmetic of `event_arithmetic.py`.
     """
     lists = list_columns(state)
     if not derives_sessions(common):

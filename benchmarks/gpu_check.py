@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def train(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> No
             trainer = _trainer("paper", plain, catalogue, few, test, work / f"equal-{device[:3]}-{len(losses)}", device)
             losses.append([trainer._epoch()["loss"] for _ in range(2)])
         record.equal("train", float(np.max(np.abs(np.divide(*losses) - 1))), LOSSES)
+    with record.step("train/group"):  # the messages of several processes, in a group of one
+        backend = "gloo" if DEVICE == "cpu" else "nccl"
+        torch.distributed.init_process_group(backend, init_method=f"file://{work}/group", rank=0, world_size=1)
+        try:
+            trainer = _trainer("paper", plain, catalogue, few, test, work / "group", DEVICE)
+            grouped = [trainer._epoch()["loss"] for _ in range(2)]
+        finally:
+            torch.distributed.destroy_process_group()
+        record.equal("train/group", float(np.max(np.abs(np.divide(grouped, losses[-1]) - 1))), LOSSES)
     with record.step("train/waits"):
         for recipe in ("paper", "default"):
             trainer = _trainer(recipe, plain, catalogue, few, test, work / f"waits-{recipe}", DEVICE)
@@ -257,6 +267,9 @@ def serve(record: Record, sizes: Sizes, work: Path, options: argparse.Namespace)
             pairs = list(zip(*answers, strict=True))
             apart = max(float(np.abs(np.subtract(a.scores, b.scores)).max()) for a, b in pairs)
             record.equal(f"serve/{items}", apart, SCORES)
+            with record.step(f"serve/{items}/threads"):
+                transport = InProcessTransport(bundle, device=DEVICE)
+                _with_threads(record, items, transport, sessions[:64], answers[1])
             names = {1: "p50_1", 64: "p50_64"} if items < 1_000_000 else {1: f"{items}_p50_1"}
             if not options.in_process:
                 _through_triton(record, bundle, work, names, sizes.seconds)
@@ -268,6 +281,22 @@ def serve(record: Record, sizes: Sizes, work: Path, options: argparse.Namespace)
                         record.add(at=["serve", name], value=ms)
                         if batch == 64:
                             record.add(at=["serve", "sessions_per_s"], value=round(1e3 * batch / ms, 1))
+
+
+def _with_threads(record: Record, items: int, transport: Any, sessions: list[list[str]], alone: list[Any]) -> None:
+    """Compare the answers of eight threads with those of one, and note how many graphs the encoder recorded."""
+    from missrec_t4r.retrieval.graphed_encoder import GraphedEncoder
+    from missrec_t4r.serving.client.client import MISSRecClient
+
+    with MISSRecClient("bundle", transport=transport) as client, ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda session: client.recommend([session], top_k=20)[0], sessions))
+    apart = max(float(np.abs(np.subtract(a.scores, b.scores)).max()) for a, b in zip(found, alone, strict=True))
+    record.equal(f"serve/{items}/threads", apart, SCORES)
+    encoder = transport.ranker.ranker._encode
+    if isinstance(encoder, GraphedEncoder):
+        record.add(at=["graphs", str(items)], value=len(encoder.graphs))
+        if not encoder.graphs:
+            raise RuntimeError("the session encoder was recorded as no CUDA graph: see the warning above")
 
 
 def _through_triton(record: Record, bundle: Path, work: Path, names: dict[int, str], seconds: float) -> None:

@@ -297,14 +297,14 @@ class _Blend(NamedTuple):
         total, scorer = np.zeros(len(grid)), self.validation.scorer
         for parts, targets in self.validation.chunks():
             switch_off()
-            own = scorer.combined(parts, self.model.terms, network=self.network).cpu()
-            item_ids, unit, computed = parts.item_ids.cpu(), own, None
+            own = scorer.combined(parts, self.model.terms, network=self.network)
+            targets, unit, computed = targets.to(own.device), own, None
             for index, point in enumerate(grid):
                 if point.unit != computed:
                     choose(point.unit)
-                    unit, computed = term(parts.item_ids).cpu(), point.unit
+                    unit, computed = term(parts.item_ids), point.unit
                 scores = torch.add(own, unit, alpha=point.weight)
-                total[index] += _ndcg(scores, targets, item_ids, self.protocols)
+                total[index] += _ndcg(scores, targets, parts.item_ids, self.protocols)
         switch_off()
         return total / max(len(self.validation.histories), 1)
 
@@ -330,7 +330,7 @@ def _ndcg(scores: Tensor, targets: Tensor, item_ids: Tensor, protocols: Sequence
     distinct = first_occurrences(item_ids) & (item_ids > UNKNOWN_ROW)
     better_seen = (distinct & (seen > own)).sum(1)
     near = torch.nonzero(better - better_seen < _CUTOFF).flatten()
-    ties = (scores[near] == own[near]) & (torch.arange(scores.shape[1]) < targets[near, None])
+    ties = (scores[near] == own[near]) & (torch.arange(scores.shape[1], device=near.device) < targets[near, None])
     kept = torch.where(torch.isneginf(own[near, 0]), MISSED, 1 + better[near] + n_true(ties))
     ranks = [kept for protocol in protocols if protocol != EXCLUDED]
     if EXCLUDED in protocols:

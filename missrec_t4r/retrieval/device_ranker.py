@@ -7,6 +7,7 @@ in between (a content-kNN term with very long lists does, once). A CPU runs the 
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from missrec_t4r.arrays import AnyArray, Ints
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.retrieval.device_search import Batch, DeviceItems, search_together, upload
+from missrec_t4r.retrieval.device_search import Batch, DeviceItems, exact_products, search_together, upload
 from missrec_t4r.retrieval.filters import ItemColumns, Rules, Where, capped
 from missrec_t4r.retrieval.topk import Found, Query
 from missrec_t4r.schema import PADDING_ROW
@@ -53,8 +54,10 @@ class DeviceRanker:
         self.recommendable = model.recommendable
         self.terms = list(model.terms.in_use(training=False))
         self._masks: OrderedDict[Where, Tensor] = OrderedDict()
+        self._alone = threading.Lock()
 
     @torch.inference_mode()
+    @exact_products()
     def __call__(
         self,
         known: Ints,
@@ -123,16 +126,17 @@ class DeviceRanker:
 
     def _mask(self, where: Where) -> Tensor:
         """Return the rows that pass a filter, [row], on the device; those of repeated filters stay there."""
-        if where in self._masks:
-            self._masks.move_to_end(where)
-            return self._masks[where]
-        (mask,) = upload([self.columns.passing(where)], self.popularity.device)
-        if not where:
-            mask = torch.ones_like(mask)
-        self._masks[where] = mask
-        while len(self._masks) * len(mask) > _MASK_BYTES and len(self._masks) > 1:
-            self._masks.popitem(last=False)
-        return mask
+        with self._alone:
+            if where in self._masks:
+                self._masks.move_to_end(where)
+                return self._masks[where]
+            (mask,) = upload([self.columns.passing(where)], self.popularity.device)
+            if not where:
+                mask = torch.ones_like(mask)
+            self._masks[where] = mask
+            while len(self._masks) * len(mask) > _MASK_BYTES and len(self._masks) > 1:
+                self._masks.popitem(last=False)
+            return mask
 
     def _capped(self, query: Query, found: Found, searched: int, k: int, rules: Rules) -> Found:
         """Return the k best items within the diversity caps, searching as deep as needed."""

@@ -17,10 +17,11 @@ that a CPU runs the same code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ _ALIGNED = 8
 """Widths are padded to a multiple of this, as matrix units want it in 16 bits."""
 _ROUNDING = 4e-6
 """Error of fusing and adding in 32 bits, with room."""
-_PER_SCORE = 24
+BYTES_PER_SCORE = 24
 """Bytes of memory per session and row while a batch is ranked: scores, terms, masks and their temporaries."""
 _ONE_PASS = 1 << 30
 """Scores of one batch, at most."""
@@ -234,23 +235,65 @@ def search_together(items: DeviceItems, query: Query, k: int) -> Batch:
     return Batch(found, passed)
 
 
+_ROUGH: Final = [
+    name
+    for name in (
+        "allow_fp16_reduced_precision_reduction",
+        "allow_bf16_reduced_precision_reduction",
+        "allow_fp16_accumulation",  # torch from 2.7 on
+    )
+    if hasattr(torch.backends.cuda.matmul, name)
+]
+"""Switches that let cuBLAS add in 16 bits."""
+
+
+class _Exact:
+    """How many calls are within `exact_products`, and how to restore what the first one found."""
+
+    lock = threading.Lock()
+    calls = 0
+    restore: ClassVar[Callable[[], None]]
+
+
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Multiply matrices as the error bound assumes: no TF32, and sums of 16-bit products in 32 bits."""
-    matmul, precision = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
-    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-    before = [getattr(matmul, name) for name in names]
+    """Multiply matrices as the error bound assumes: no TF32, and sums of 16-bit products in 32 bits.
+
+    The switches are those of the process: of threads that are within at the same time, the last one restores them.
+    """
+    with _Exact.lock:
+        if not _Exact.calls:
+            _Exact.restore = _multiply_exactly()
+        _Exact.calls += 1
     try:
-        if precision != "highest":
-            torch.set_float32_matmul_precision("highest")
-        for name in names:
-            setattr(matmul, name, False)
         yield
     finally:
-        for name, value in zip(names, before, strict=True):
-            setattr(matmul, name, value)
-        if precision != "highest":
+        with _Exact.lock:
+            _Exact.calls -= 1
+            if not _Exact.calls:
+                _Exact.restore()
+
+
+def _multiply_exactly() -> Callable[[], None]:
+    """Set the switches and return a function that restores them; NVIDIA's containers of PyTorch switch TF32 on."""
+    matmul = torch.backends.cuda.matmul
+    before = [(name, getattr(matmul, name)) for name in _ROUGH if getattr(matmul, name)]
+    precision, newer = "", getattr(matmul, "fp32_precision", "none")
+    with suppress(RuntimeError):  # torch refuses to say where only the newer `fp32_precision` was set
+        precision = torch.get_float32_matmul_precision()
+    is_rough = precision != "highest" or newer == "tf32"
+    if is_rough:
+        torch.set_float32_matmul_precision("highest")
+    for name, _ in before:
+        setattr(matmul, name, False)
+
+    def restore() -> None:
+        if is_rough and precision:
             torch.set_float32_matmul_precision(precision)
+        for name, value in [*before, *([("fp32_precision", newer)] if is_rough and newer != "none" else [])]:
+            setattr(matmul, name, value)
+
+    return restore
 
 
 def upload(arrays: Sequence[AnyArray], device: torch.device) -> list[Tensor]:
@@ -281,14 +324,25 @@ def sessions_with_room(table: PackedItems, device: torch.device, batch_size: int
     most = max(min(batch_size, _ONE_PASS // table.n_rows), 1)
     if device.type == "cpu":
         return most
+    tables, per_session = DeviceItems.bytes_needed(table, device), BYTES_PER_SCORE * table.n_rows
+    free = require_room(tables + per_session, table.n_rows, device)
+    return min(most, (free - tables) // per_session)
+
+
+def require_room(needed: int, n_rows: int, device: torch.device) -> int:
+    """Return the free bytes of a GPU, which must be ``needed`` at least.
+
+    Raises
+    ------
+    ServingError
+        There are fewer: says how much memory is missing.
+    """
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    tables, per_session = DeviceItems.bytes_needed(table, device), _PER_SCORE * table.n_rows
-    if tables + per_session > free:
-        missing = (tables + per_session - free) / 2**30
+    if needed > free:
         raise ServingError(
-            f"{device} has {free / 2**30:.2f} GiB free for a catalogue of {table.n_rows:,} rows",
-            f"{(tables + per_session) / 2**30:.2f} GiB, {missing:.2f} GiB more",
+            f"{device} has {free / 2**30:.2f} GiB free for a catalogue of {n_rows:,} rows",
+            f"{needed / 2**30:.2f} GiB, {(needed - free) / 2**30:.2f} GiB more",
             "use one instance per card, free the card, or serve on the CPU (KIND_CPU in config.pbtxt)",
         )
-    return min(most, (free - tables) // per_session)
+    return int(free)

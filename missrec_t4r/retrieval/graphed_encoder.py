@@ -7,6 +7,7 @@ vector. Elsewhere than on a GPU, and where a graph cannot be recorded, the same 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,9 +52,11 @@ class GraphedEncoder:
         self.encode = encode
         self.batches, self.lengths = sizes_up_to(batch_size), sizes_up_to(max_length, _SHORTEST)
         self.graphs: dict[tuple[int, int], _Graph] = {}
+        self._alone = threading.Lock()
         if device.type == "cuda":
             self._record(device)
 
+    @torch.inference_mode()
     def __call__(self, session: Tensor) -> Tensor:
         """Return the vectors of sessions padded with 0 on the right."""
         batch, length = session.shape
@@ -64,9 +67,10 @@ class GraphedEncoder:
         graph = self.graphs.get(shape)
         if graph is None:
             return self.encode(padded)[:batch]
-        graph.sessions.copy_(padded)
-        graph.replay()
-        return graph.vectors[:batch].clone()  # the next replay overwrites them
+        with self._alone:  # one memory for all callers: in between, another thread would write its own sessions there
+            graph.sessions.copy_(padded)
+            graph.replay()
+            return graph.vectors[:batch].clone()  # the next replay overwrites them
 
     @torch.inference_mode()
     def _record(self, device: torch.device) -> None:

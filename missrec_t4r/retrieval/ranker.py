@@ -7,6 +7,7 @@ the most popular items, marked as a fallback. Ranking order: score descending, t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,13 @@ from missrec_t4r.errors import DataError, ServingError
 from missrec_t4r.io.tensor_file import PeriodicPageRelease
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.retrieval.device_ranker import DeviceRanker
-from missrec_t4r.retrieval.device_search import DeviceItems, sessions_with_room
+from missrec_t4r.retrieval.device_search import (
+    BYTES_PER_SCORE,
+    DeviceItems,
+    exact_products,
+    require_room,
+    sessions_with_room,
+)
 from missrec_t4r.retrieval.filters import NO_RULES, ItemColumns, Rules, capped
 from missrec_t4r.retrieval.fused_encoder import fuse_encoder
 from missrec_t4r.retrieval.graphed_encoder import GraphedEncoder
@@ -91,6 +98,7 @@ class Ranker:
         A GPU has too little free memory: says how much is missing.
     """
 
+    @exact_products()
     def __init__(
         self,
         model: MISSRec,
@@ -103,8 +111,10 @@ class Ranker:
         tables: RetrievalIndex | None = None,
         together: bool | None = None,
     ) -> None:
-        self.model, self.catalogue = model.eval().to(device), catalogue
         self.device = torch.device(device)
+        if self.device.type == "cuda":
+            require_room(_bytes_to_move(model, catalogue.n_rows, tables, self.device), catalogue.n_rows, self.device)
+        self.model, self.catalogue = model.eval().to(device), catalogue
         together = self.device.type == "cuda" if together is None else together
         self.batch_size = max(1, min(batch_size, _SCORES_IN_MEMORY // catalogue.n_rows))
         self.max_sequence_length = model.config.max_sequence_length
@@ -219,7 +229,8 @@ class Ranker:
         if not event_features and self._fused is not None:
             return self._fused(known)
         given = {name: torch.from_numpy(values).to(self.device) for name, values in (event_features or {}).items()}
-        return self._encode_there(torch.from_numpy(known).to(self.device), given)
+        with nullcontext() if self._together is None else exact_products():
+            return self._encode_there(torch.from_numpy(known).to(self.device), given)
 
     def _encode_there(self, session: Tensor, event_features: Mapping[str, Tensor]) -> Tensor:
         """Return the session vectors [batch, dim] of sessions that are on the device already."""
@@ -238,7 +249,8 @@ class Ranker:
         known, event_features = known[:, :width], {name: values[:, :width] for name, values in event_features.items()}
         session = torch.from_numpy(known).to(self.device)
         empty = ~(session > PADDING_ROW).any(1, keepdim=True)
-        added = self.model.terms(torch.zeros(len(known), self.table.n_rows, device=self.device), session)
+        with nullcontext() if self._together is None else exact_products():
+            added = self.model.terms(torch.zeros(len(known), self.table.n_rows, device=self.device), session)
         if empty.any():
             added = torch.where(empty, self._popularity, added)
         return Query(self.encode(known, event_features), added, self.model.recommendable.repeat(len(known), 1))
@@ -305,7 +317,8 @@ class Ranker:
     def _mapped(self) -> list[Tensor]:
         """Return the tensors of a large catalogue of which single rows are read."""
         weights = [one for one in self.model.state_dict().values() if len(one.shape) and len(one) == self.table.n_rows]
-        return [self.table.tokens, *self.model.item_encoder.vectors.buffers(), *weights]
+        tensors = [self.table.tokens, *self.model.item_encoder.vectors.buffers(), *weights]
+        return [tensor for tensor in tensors if tensor.device.type == "cpu"]  # a GPU's address means nothing here
 
     def _popular(self, catalogue: Catalogue) -> Tensor:
         counts = torch.from_numpy(catalogue.train_count).to(self.device, torch.float64)
@@ -323,6 +336,13 @@ class Ranker:
                     f"rows of this catalogue, 0 to {self.catalogue.n_rows - 1}",
                     "transform the session with the session transform of the same bundle",
                 )
+
+
+def _bytes_to_move(model: MISSRec, n_rows: int, tables: RetrievalIndex | None, device: torch.device) -> int:
+    """Return the bytes that a GPU must have for the model and for one session at least, before anything is moved."""
+    tensors = [*model.parameters(), *model.buffers()]
+    moved = sum(tensor.nbytes for tensor in tensors if tensor.device != device)
+    return moved + (0 if tables is None else DeviceItems.bytes_needed(tables.table, device) + BYTES_PER_SCORE * n_rows)
 
 
 def _refuse_missing(wanted: Ints, passed: Sequence[int], given: Sequence[Found], rules: Sequence[Rules] | None) -> None:

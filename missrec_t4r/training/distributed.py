@@ -43,9 +43,19 @@ def launched() -> World:
     return World(*values)
 
 
+def is_launched() -> bool:
+    """Return whether torchrun started this process, with whatever number of others."""
+    return launched().size > 1 or (dist.is_available() and dist.is_torchelastic_launched())
+
+
+def is_grouped() -> bool:
+    """Return whether there is a process group; one of a single process sends its messages as well."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def world() -> World:
     """Return this process's position in the initialised process group; one process without a group."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_grouped():
         return World()
     return World(dist.get_rank(), dist.get_world_size(), launched().local_rank)
 
@@ -56,7 +66,7 @@ def joined(device: torch.device) -> Iterator[World]:
 
     An initialised group is used and not destroyed; without torchrun there is one process and no group.
     """
-    if launched().size == 1 or dist.is_initialized():
+    if not is_launched() or is_grouped():
         yield world()
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
@@ -78,14 +88,16 @@ def own_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
         raise ConfigError(f"--device {name!r}", "auto, cpu or cuda", "leave --device out for the GPU if there is one")
+    if name == "cuda" and is_launched():
+        name = f"cuda:{launched().local_rank}"
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= n_gpus:
         cure = "--device auto takes a GPU if there is one; `nvidia-smi` and torch.version.cuda show what is installed"
         raise ConfigError(f"--device {name}, and PyTorch {torch.__version__} finds {n_gpus} GPUs", "a GPU", cure)
-    if name == "cuda" and launched().size > 1:
-        torch.cuda.set_device(launched().local_rank)
-        return torch.device("cuda", launched().local_rank)
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # pinned memory, NCCL and new streams belong to the current one
+    return device
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -102,7 +114,7 @@ def gather_rows(rows: Tensor) -> Tensor:
         In the backward pass each row's gradient is summed over the processes' losses and returned to its process, so
         gradients must be summed over processes (`sum_gradients`), not averaged.
     """
-    if world().size == 1:
+    if not is_grouped():
         return rows
     gathered: Tensor = _GatherRows.apply(rows)  # type: ignore[no-untyped-call]
     return gathered
@@ -118,7 +130,7 @@ def sum_gradients(weights: Iterable[torch.nn.Parameter]) -> None:
 
     Dense gradients are reduced together, in one message per dtype. Sparse ones (rows of a large ID table) are gathered.
     """
-    if world().size == 1:
+    if not is_grouped():
         return
     trained = [weight for weight in weights if weight.requires_grad]
     sparse = _any_sparse(trained)
@@ -138,21 +150,21 @@ def sum_gradients(weights: Iterable[torch.nn.Parameter]) -> None:
 
 def sum_(values: Tensor) -> Tensor:
     """Sum a tensor over the processes, in place."""
-    if world().size > 1:
+    if is_grouped():
         dist.all_reduce(values)
     return values
 
 
 def broadcast_(tensors: Iterable[Tensor]) -> None:
     """Overwrite the tensors with those of rank 0."""
-    if world().size > 1:
+    if is_grouped():
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
 
 def share(value: T) -> T:
     """Return the value of rank 0 in every process; any object that pickles."""
-    if world().size == 1:
+    if not is_grouped():
         return value
     objects: list[Any] = [value]
     dist.broadcast_object_list(objects, 0)
@@ -162,7 +174,7 @@ def share(value: T) -> T:
 
 def collect(value: T) -> list[T]:
     """Return the values of all processes in the order of their ranks."""
-    if world().size == 1:
+    if not is_grouped():
         return [value]
     objects: list[Any] = [None] * world().size
     dist.all_gather_object(objects, value)
@@ -183,7 +195,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _row_counts(n_rows: int, device: torch.device | str) -> list[int]:
-    if world().size == 1:
+    if not is_grouped():
         return [n_rows]
     counts = torch.zeros(world().size, dtype=torch.int64, device=device)
     counts[world().rank] = n_rows

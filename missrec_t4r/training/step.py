@@ -86,7 +86,7 @@ def training_loss(
         visible = torch.arange(history.shape[1], device=history.device) <= step.unsqueeze(1)
         history = history[session] * visible
     weights = torch.full((targets.shape[1],), train.next_items_weight, device=vectors.device, dtype=vectors.dtype)
-    weights[0] = 1.0
+    weights[:1] = 1.0  # to one element, CUDA copies the number and waits
     counts, sessions = (None, None) if totals is None else totals
     loss = softmax.loss(model, embeddings, TrainedPositions(vectors, history, targets, weights, counts))
     memory, mask = to_fp32(encoded.memory), encoded.interests.mask

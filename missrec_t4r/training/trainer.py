@@ -299,6 +299,8 @@ class Trainer:
                     if not self.best:
                         self._validate()
                     return None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the host is some steps ahead: without it the rate would be too high
         train_seconds = time.perf_counter() - started
         metrics = distributed.share(self._validate() if self.world.rank == 0 else {})
         seconds = time.perf_counter() - started
@@ -392,7 +394,7 @@ class Trainer:
 
     def _over_processes(self, loss: Tensor, is_due: bool, is_over: bool) -> tuple[Tensor, bool, bool]:
         """Return the loss summed over the processes, and whether rank 0 wants a checkpoint or the end: one message."""
-        if self.world.size == 1:
+        if not distributed.is_grouped():
             return loss, is_due, is_over
         flags = loss.new_tensor([is_due, is_over and self.world.rank == 0])
         loss, n_due, n_over = distributed.sum_(torch.cat([loss.unsqueeze(0), flags]))

@@ -118,7 +118,9 @@ class _Operations(TorchDispatchMode):
             one_value = kind != "index" and args[2].numel() == 1  # CUDA fills under the mask then
             return (by_mask and not one_value) or any(self.places.get(one) == CPU for one in indices)
         if kind == "copy_":
-            apart = self.places.get(args[0]) != self.places.get(args[1]) and args[1].dim() > 0
+            apart = self.places.get(args[0]) != self.places.get(
+                args[1]
+            )  # also one number: `x[0] = 1.0` copies and waits
             return apart and not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
         if kind == "repeat_interleave":
             return name.endswith(".Tensor") and kwargs.get("output_size") is None

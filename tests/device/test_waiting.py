@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def test_what_is_waited_for_is_noted() -> None:
             lambda: torch.tensor([1.0], device="cuda"),
             lambda: torch.repeat_interleave(there.long()),
             lambda: there.unique(),
+            lambda: there.__setitem__(0, 1.0),
         ]
         for number, action in enumerate(actions, 1):
             action()
@@ -81,7 +83,28 @@ def test_what_is_waited_for_is_noted() -> None:
         there.masked_fill(mask, 0).sort().values.gather(0, torch.zeros(2, dtype=torch.int64, device="cuda"))
         torch.ones(3).to("cuda", non_blocking=True)
         there[mask] = 0.0
+        there[:1] = 1.0
         assert waits[before:] == []
+
+
+def _trainer(out: Path, recipe: str, settings: dict[str, Any], device: str) -> Trainer:
+    modalities = shop.random_modalities(N_ITEMS, {"text": 6, "image": 4}, 0, without={"image": [4, 9]})
+    catalogue = shop.make_catalogue([f"P{item}" for item in range(N_ITEMS)], modalities, [1] * N_ITEMS)
+    rng = np.random.default_rng(0)
+    sessions = Sessions.from_lists([rng.integers(3, N_ITEMS + 3, rng.integers(2, 9)) for _ in range(60)])
+    chosen = Recipe.load(recipe, SMALL | {"model.dropout": 0.0} | settings)
+    return Trainer(chosen, catalogue, sessions, sessions, out, device=device)
+
+
+def test_the_rate_of_an_epoch_counts_the_work_that_the_device_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with second_device():
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: time.sleep(0.5))
+        trainer = _trainer(tmp_path, "tiny", {}, "cuda")
+        record = trainer._epoch()
+    assert record is not None
+    assert record["steps_per_s"] <= len(trainer._plan()) / 0.5
 
 
 @pytest.mark.parametrize(
@@ -96,15 +119,10 @@ def test_what_is_waited_for_is_noted() -> None:
     ],
 )
 def test_a_training_step_waits_for_nothing(tmp_path: Path, recipe: str, settings: dict[str, Any]) -> None:
-    modalities = shop.random_modalities(N_ITEMS, {"text": 6, "image": 4}, 0, without={"image": [4, 9]})
-    catalogue = shop.make_catalogue([f"P{item}" for item in range(N_ITEMS)], modalities, [1] * N_ITEMS)
-    rng = np.random.default_rng(0)
-    sessions = Sessions.from_lists([rng.integers(3, N_ITEMS + 3, rng.integers(2, 9)) for _ in range(60)])
     losses: dict[str, list[float]] = {}
     for device in ("cpu", "cuda"):
         with second_device() as waits:
-            chosen = Recipe.load(recipe, SMALL | {"model.dropout": 0.0} | settings)
-            trainer = Trainer(chosen, catalogue, sessions, sessions, tmp_path / device, device=device)
+            trainer = _trainer(tmp_path / device, recipe, settings, device)
             steps, counted = trainer._step, []
 
             def step(*given: Any, steps: Any = steps, counted: Any = counted, waits: Any = waits) -> torch.Tensor:

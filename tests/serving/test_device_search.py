@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from missrec_t4r.retrieval.packed_scores import PackedItems, pack_items
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.retrieval.topk import Query
 from missrec_t4r.runs.run_folder import LoadedRun
+from tests.device.second_device import second_device
 from tests.serving import shop
 from tests.serving.test_retrieval import catalogue, everything, fusion_of, fusions, query_of, same, shops
 
@@ -175,11 +178,90 @@ def test_a_card_without_room_is_refused_with_what_is_missing(monkeypatch: pytest
         sessions_with_room(table, card, 64)
 
 
-def test_products_are_exact_within_a_search_and_as_before_after_it() -> None:
+def test_a_card_without_room_for_the_model_is_refused_before_anything_is_moved(
+    loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded.model
+    size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    with second_device():
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size - 1, 1 << 40))
+        with pytest.raises(ServingError, match=r"cuda:0 has .* GiB free for a catalogue .*; expected: .* GiB more"):
+            Ranker(model, loaded.catalogue, device="cuda:0")
+        assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"cpu"}
+
+
+SWITCHES = [
+    lambda: torch.set_float32_matmul_precision("high"),
+    lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    lambda: setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", True),
+    lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    lambda: setattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", True),
+]
+"""What users set, the last two with a newer torch alone."""
+
+
+def _switches() -> dict[str, object]:
+    names = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation", "fp32_precision")
+    found = {name: getattr(torch.backends.cuda.matmul, name, None) for name in names}
+    with suppress(RuntimeError):  # torch refuses to say it where `fp32_precision` was set
+        found["precision"] = torch.get_float32_matmul_precision()
+    return found
+
+
+@pytest.mark.parametrize("switch", SWITCHES if hasattr(torch.backends.cuda.matmul, "fp32_precision") else SWITCHES[:3])
+def test_products_are_exact_within_a_search_and_as_before_after_it(switch: Callable[[], None]) -> None:
+    try:
+        switch()
+        before = _switches()
+        with exact_products():
+            within = _switches()
+            with exact_products():
+                pass
+            assert _switches() == within
+        assert _switches() == before
+        assert within["precision"] == "highest"
+        assert within["fp32_precision"] in (None, "none", "ieee")
+        assert not within["allow_fp16_reduced_precision_reduction"]
+        assert not within["allow_fp16_accumulation"]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
+        if hasattr(torch.backends.cuda.matmul, "allow_fp16_accumulation"):
+            torch.backends.cuda.matmul.allow_fp16_accumulation = False
+
+
+def test_products_are_exact_until_the_last_thread_has_left() -> None:
     torch.set_float32_matmul_precision("high")
     try:
-        with exact_products():
-            within = torch.get_float32_matmul_precision()
-        assert (within, torch.get_float32_matmul_precision()) == ("highest", "high")
+        first, second = exact_products(), exact_products()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "highest"
+        second.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_encoding_and_ranking_on_a_gpu_multiply_exactly(loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens, session vectors and terms too: TF32 would move scores by a thousandth."""
+    seen: list[str] = []
+    linear = torch.nn.functional.linear
+
+    def noted(*given: Any) -> torch.Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return linear(*given)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", noted)
+    torch.set_float32_matmul_precision("high")
+    try:
+        ranker = Ranker(loaded.model, loaded.catalogue, together=True)
+        made = len(seen)
+        ranker.rank(np.array([[5, 6]]))
+        ranked = len(seen)
+        ranker.encode(np.array([[5, 6]]))
+        assert 0 < made < ranked < len(seen)
+        assert set(seen) == {"highest"}
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -80,6 +82,35 @@ def test_a_graph_reads_and_writes_its_own_memory() -> None:
         for rows, vectors in zip((first, second), found, strict=True):
             torch.testing.assert_close(vectors, encoder(rows), atol=2e-6, rtol=0)
     assert read.tolist()[0] == [7, 8, *[0] * (shop.MAX_LENGTH - 2)]
+
+
+def test_threads_do_not_get_each_others_vectors() -> None:
+    """Between a graph's reading and its writing another thread runs."""
+    model = shop.model_for(shop.catalogue())
+    encoder = SessionEncoder(model, None, all_slots=True)
+    padded = GraphedEncoder(encoder, torch.device("cpu"), shop.MAX_LENGTH, 1)
+    read, written = torch.zeros(1, shop.MAX_LENGTH, dtype=torch.int64), torch.zeros(1, model.config.d_model)
+
+    def replay() -> None:
+        time.sleep(0.01)
+        written.copy_(encoder(read))
+
+    padded.graphs[1, shop.MAX_LENGTH] = _Graph(replay, read, written)
+    asked = [torch.tensor([[row]]) for row in (5, 9, 7, 3)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(padded, asked))
+    with torch.inference_mode():
+        for rows, vectors in zip(asked, found, strict=True):
+            torch.testing.assert_close(vectors, encoder(rows), atol=2e-6, rtol=0)
+
+
+def test_a_graph_answers_outside_of_inference_mode() -> None:
+    """What was made in inference mode cannot be written outside of it."""
+    with torch.inference_mode():
+        read, written = torch.zeros(1, shop.MAX_LENGTH, dtype=torch.int64), torch.ones(1, 3)
+    padded = GraphedEncoder(lambda session: session.float(), torch.device("cpu"), shop.MAX_LENGTH, 1)
+    padded.graphs[1, shop.MAX_LENGTH] = _Graph(lambda: None, read, written)
+    assert padded(torch.tensor([[5]])).tolist() == [[1.0, 1.0, 1.0]]
 
 
 def test_without_graphs_the_sessions_are_encoded_plainly_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -133,18 +135,21 @@ class RankerBackend:
         self._modalities = np.array(
             [*(name.encode() for name in loaded.catalogue.modalities), b"bought together", b"id"], object
         )
-        for _ in range(2):  # kernels are chosen and memory is allocated before the first request
-            self.ranker.rank(np.full((1, loaded.transform.max_sequence_length), FIRST_ITEM_ROW))
+        # kernels are loaded and chosen, and memory is allocated, before the first request
+        for n_sessions in (1, self.ranker.batch_size if device.startswith("cuda") else 1):
+            session = np.full((n_sessions, loaded.transform.max_sequence_length), FIRST_ITEM_ROW)
+            self.ranker.rank(session, exclude_seen=True)
 
     def infer(self, requests: Sequence[Arrays]) -> list[Response]:
         """Return the tensors of ``triton_models/README.md`` for every request."""
         parsed = [_result_or_error(self._parse, request) for request in requests]
         valid = [request for request in parsed if not isinstance(request, MISSRecError)]
-        ranked: list[Response] = []
-        try:
-            ranked += self._rank(valid) if valid else []
-        except Exception:  # one request causes it: rank them one by one, so that only this one gets the error
-            ranked += [_result_or_error(lambda request: self._rank([request])[0], request) for request in valid]
+        ranked: list[Response] | None = None
+        with suppress(Exception):
+            ranked = list(self._rank(valid)) if valid else []
+        if ranked is None:  # one request causes it: rank them one by one, so that only this one gets the error
+            # not within `except`, where the error keeps the memory of the failed attempt: on a full GPU this fails too
+            ranked = [_result_or_error(lambda request: self._rank([request])[0], request) for request in valid]
         responses = iter(ranked)
         return [request if isinstance(request, MISSRecError) else next(responses) for request in parsed]
 
@@ -257,6 +262,7 @@ def _result_or_error(function: Callable[[RequestT], ResultT], request: RequestT)
     except MISSRecError as error:
         return error
     except Exception as error:
+        clear_frames(error.__traceback__)  # the tensors of a failed attempt would stay in memory until the answer
         found = f"a request that cannot be processed ({type(error).__name__}: {str(error)[:_LONGEST_ERROR]})"
         failed = _FailedError(found, "the tensors of triton_models/README.md", "send it with a client of this package")
         failed.__cause__ = error
@@ -377,5 +383,13 @@ def device_of(args: Mapping[str, str]) -> str:
     """Return torch's name of the device that Triton assigned to this instance."""
     import torch
 
-    on_gpu = args["model_instance_kind"] == "GPU" and torch.cuda.is_available()
-    return f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
+    if args["model_instance_kind"] != "GPU":
+        return "cpu"
+    if not torch.cuda.is_available():
+        log.warning(
+            f"Triton assigned GPU {args['model_instance_device_id']}, but torch {torch.__version__} finds none: this "
+            "instance serves on the CPU; install torch for CUDA, or set KIND_CPU in config.pbtxt"
+        )
+        return "cpu"
+    torch.cuda.set_device(int(args["model_instance_device_id"]))  # nothing of this process takes memory of another one
+    return f"cuda:{args['model_instance_device_id']}"

@@ -22,20 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from benchmarks.measure import report
 from benchmarks.speed.large_server import run as serve_large
-from benchmarks.speed.load import answers_per_second, message
 from benchmarks.speed.serving_shop import bundle_of
 from missrec_t4r.bundle.item_table import load_session_transform
 from missrec_t4r.bundle.manifest import ITEMS_FILE
 from missrec_t4r.serving.client.transports import open_transport
+from missrec_t4r.serving.load import Arrays, answers_per_second, latency, message
 from missrec_t4r.serving.triton.local_server import LocalTriton
 from missrec_t4r.serving.triton.repository import write_repository
-
-Arrays = Mapping[str, npt.NDArray[Any]]
 
 OUTPUTS = ("item_id", "score", "n_items", "n_unknown", "fallback")
 _LENGTH, _TOP_K = 10, 10
@@ -64,19 +61,6 @@ def connected(url: str, model: str, outputs: Sequence[str]) -> Iterator[Callable
         yield lambda arrays: transport.infer(model, arrays, outputs)
     finally:
         transport.close()
-
-
-def latency(call: Callable[[Arrays], Any], requests: Sequence[Arrays], seconds: float) -> dict[str, float]:
-    """Send one request after the other and return p50 and p99 in milliseconds."""
-    for request in requests[:10]:
-        call(request)
-    times: list[float] = []
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times) < 20:
-        started = time.perf_counter()
-        call(requests[len(times) % len(requests)])
-        times.append(1e3 * (time.perf_counter() - started))
-    return {"p50": round(float(np.median(times)), 3), "p99": round(float(np.percentile(times, 99)), 3)}
 
 
 def throughput(url: str, model: str, outputs: Sequence[str], requests: Sequence[Arrays], seconds: float) -> float:

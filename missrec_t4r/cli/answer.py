@@ -127,6 +127,14 @@ def _quality(result: Mapping[str, Any]) -> RenderableType:
     )
 
 
+def _serving(result: Mapping[str, Any]) -> RenderableType:
+    names = {"instances": "instances", "threads": "threads", "max_batch_size": "batch", "queue_delay_us": "delay us"}
+    names |= {"preferred_batch_size": "preferred", "sessions_per_s": "sessions/s", "chosen": ""}
+    for sessions in (1, 64):
+        names |= {f"{kind}_{sessions}": f"{kind} {sessions}, ms" for kind in ("p50", "p99")}
+    return Group(_rows(result["tried"], names), facts(result, ("tried",)))
+
+
 _SPECIAL: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {
     "evaluate": _evaluation,
     "compare": _comparison,
@@ -137,6 +145,7 @@ _SPECIAL: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {
     "report": _quality,
     "demo": lambda result: facts(result, ("recommendations",)),
     "features": _features,
+    "tune serving": _serving,
     "train": _training,
     "pretrain": _training,
 }

@@ -147,6 +147,7 @@ COMMANDS = (  # in the order of the work
     ),
     Command("import movielens", "import_movielens"),
     Command("tune train", "tune_train", {"settings": _TRAIN["settings"], "recipe": _TRAIN["recipe"]}),
+    Command("tune serving", "tune_serving"),
     Command("catalogue adopt", "adopt"),
     Command("catalogue update", "catalogue_update"),
     Command("catalogue rollback", "catalogue_rollback"),

@@ -37,6 +37,7 @@ HOME = {
     "shadow": "serving.shadow.http_proxy:shadow",
     "similar": "serving.batch.similar:similar",
     "train": "commands.training:train",
+    "tune_serving": "tuning.serving:tune_serving",
     "tune_train": "tuning.train:tune_train",
     "vectors": "serving.batch.export_vectors:vectors",
     "verify": "commands.bundles:verify",

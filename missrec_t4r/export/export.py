@@ -23,7 +23,7 @@ from missrec_t4r.export.workflow_parity import check_workflow
 from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.run_folder import LoadedRun, load_run
-from missrec_t4r.serving.triton.repository import MARKER, fill_repository
+from missrec_t4r.serving.triton.repository import MARKER, ServingSettings, described, fill_repository
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def export(
         )
         parity = _check_parity(temporary, loaded, sessions)
         for folder in temporary_repository:
-            fill_repository(folder, temporary)
+            fill_repository(folder, temporary, _settings_so_far(repository))
     size = sum(file["bytes"] for file in manifest["files"].values())
     log.info(f"bundle {bundle_folder} ({size / 2**20:.1f} MiB) equals its run on {parity['sessions']} sessions")
     return ({"dry_run": True, "would_replace": would_replace} if dry_run else {}) | {
@@ -115,6 +115,18 @@ def _check_parity(folder: Path, loaded: LoadedRun, sessions: int) -> dict[str, A
     ranker = Ranker(bundle.model, bundle.catalogue, tables=bundle.tables)
     parity = compare_offline(ranker, loaded.model, histories).require("the exported bundle")
     return dataclasses.asdict(parity) | {"equal": parity.equal, "nvtabular": workflow}
+
+
+def _settings_so_far(repository: Path | None) -> ServingSettings:
+    """Return the settings of the repository that is replaced: tuned for this machine, or edited."""
+    if repository is None or not (repository / MARKER).is_file():
+        return ServingSettings()
+    from missrec_t4r.serving.triton.model_config import settings_of  # needs tritonclient
+
+    settings = settings_of((repository / MARKER).parent)
+    if settings != ServingSettings():
+        log.info("the new repository keeps the settings of the old one: " + described(settings))
+    return settings
 
 
 def _overlap(one: Path, other: Path) -> bool:

@@ -1,7 +1,8 @@
-"""Load clients with minimal cost: requests are serialised beforehand, responses are not parsed.
+"""Latency and throughput of a running server, by load clients with minimal cost.
 
 On a small machine clients and server share the cores, and tritonclient's own work per request is as large as a small
-model's. Servers are compared, so all get the same cheap clients.
+model's: for throughput, requests are serialised beforehand and responses are not parsed. Servers are compared, so all
+get the same cheap clients.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -18,13 +19,16 @@ import numpy.typing as npt
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
+from missrec_t4r.errors import ServingError
 from missrec_t4r.serving.client.transports import channel_arguments
+
+Arrays = Mapping[str, npt.NDArray[Any]]
 
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 _WARM = 32
 
 
-def message(model: str, arrays: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> bytes:
+def message(model: str, arrays: Arrays, outputs: Sequence[str]) -> bytes:
     """Return one serialised request."""
     request = service_pb2.ModelInferRequest(model_name=model)
     for name, array in arrays.items():
@@ -37,12 +41,25 @@ def message(model: str, arrays: Mapping[str, npt.NDArray[Any]], outputs: Sequenc
     return serialised
 
 
+def latency(call: Callable[[Arrays], Any], requests: Sequence[Arrays], seconds: float) -> dict[str, float]:
+    """Send one request after the other and return p50 and p99 in milliseconds."""
+    for request in requests[:10]:
+        call(request)
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or len(times) < 20:
+        started = time.perf_counter()
+        call(requests[len(times) % len(requests)])
+        times.append(1e3 * (time.perf_counter() - started))
+    return {"p50": round(float(np.median(times)), 3), "p99": round(float(np.percentile(times, 99)), 3)}
+
+
 def answers_per_second(url: str, messages: Sequence[bytes], clients: int, seconds: float) -> float:
     """Return responses per second for ``clients`` that each wait for every response.
 
     Raises
     ------
-    RuntimeError
+    ServingError
         A request failed, or no response came.
     """
     counts, failures = [0] * clients, list[Exception]()
@@ -71,5 +88,5 @@ def answers_per_second(url: str, messages: Sequence[bytes], clients: int, second
     for thread in threads:
         thread.join()
     if failures:
-        raise RuntimeError(f"{len(failures)} of {clients} clients failed: {failures[0]}")
+        raise ServingError(f"{len(failures)} of {clients} clients failed ({failures[0]})", "an answer to every request")
     return round(sum(counts) / seconds, 1)

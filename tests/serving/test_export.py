@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +24,12 @@ from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.run_folder import LoadedRun
 from missrec_t4r.schema import ITEM_LIST, USER_ID
 from missrec_t4r.serving.triton.backend import RankerBackend, SessionsBackend, bundle_folder, device_of, parameter
+from missrec_t4r.serving.triton.model_config import configure, read_config, settings_of
 from missrec_t4r.serving.triton.repository import (
     BUNDLE_IN_REPOSITORY,
     MODELS,
+    RANKER,
+    ServingSettings,
     fill_repository,
     fill_template,
     write_repository,
@@ -183,10 +188,10 @@ def test_a_damaged_bundle_makes_no_repository(bundle: Path, tmp_path: Path) -> N
     assert [entry.name for entry in tmp_path.iterdir()] == ["copy"]
 
 
-@pytest.mark.parametrize("wrong", [{"max_batch_size": 0}, {"threads": 0}])
+@pytest.mark.parametrize("wrong", [{"max_batch_size": 0}, {"threads": 0}, {"queue_delay_us": -1}])
 def test_sizes_below_one_are_refused(bundle: Path, tmp_path: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
-        fill_repository(tmp_path, bundle, **wrong)
+        fill_repository(tmp_path, bundle, ServingSettings(**wrong))
 
 
 def test_models_find_the_bundle_wherever_the_repository_lies(exported: Path, tmp_path: Path) -> None:
@@ -200,6 +205,36 @@ def test_models_find_the_bundle_wherever_the_repository_lies(exported: Path, tmp
             "model_config": f'{{"parameters": {{"bundle": {{"string_value": "{path[1]}"}}}}}}',
         }
         verify_bundle(bundle_folder(args))
+
+
+def test_settings_are_written_read_and_changed_without_a_change_of_anything_else(bundle: Path, tmp_path: Path) -> None:
+    plain, folder = ServingSettings(), tmp_path / "models"
+    tuned = ServingSettings(128, 2, 3, 16, 500, "KIND_CPU")
+    for settings in (plain, tuned):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        fill_repository(folder, bundle, settings)
+        assert settings_of(folder / RANKER) == settings
+    configs = {model: read_config(folder / model) for model in MODELS}
+    configure(folder, plain)
+    assert settings_of(folder / RANKER) == plain
+    assert {read_config(folder / model).max_batch_size for model in MODELS} == {plain.max_batch_size}
+    configure(folder, tuned)
+    assert {model: read_config(folder / model) for model in MODELS} == configs
+    with pytest.raises(ConfigError, match="a preferred batch that is not larger"):
+        configure(folder, plain._replace(preferred_batch_size=65))
+
+
+def test_an_export_keeps_the_settings_of_the_repository_that_it_replaces(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export(run, tmp_path / "bundle", triton=tmp_path / "models", sessions=8)
+    tuned = ServingSettings(instances=2, queue_delay_us=200, kind="KIND_CPU")
+    configure(tmp_path / "models", tuned)
+    with caplog.at_level("INFO"):
+        export(run, tmp_path / "bundle", triton=tmp_path / "models", sessions=8)
+    assert settings_of(tmp_path / "models" / RANKER) == tuned
+    assert "keeps the settings of the old one: instances 2, queue_delay_us 200, kind KIND_CPU" in caplog.text
 
 
 def test_the_two_models_in_a_row_answer_as_the_ranker(bundle: Path, loaded: LoadedRun) -> None:
@@ -217,6 +252,32 @@ def test_the_two_models_in_a_row_answer_as_the_ranker(bundle: Path, loaded: Load
         assert answer["item_id"][0].tolist() == back.transform.wire_ids_of(expected.rows[index]).tolist()
         np.testing.assert_allclose(answer["score"][0], expected.scores[index], atol=1e-6)
         assert answer["fallback"].tolist() == [[bool(expected.fallback[index])]]
+
+
+def test_a_batch_that_does_not_fit_gives_its_memory_back_before_its_requests_are_tried_alone(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Scores:
+        """What a pass keeps in its frames."""
+
+    backend = RankerBackend(bundle)
+    real, kept = backend.ranker.rank, list[weakref.ref[Scores]]()
+
+    def rank(rows: np.ndarray, **asked: Any) -> Any:  # type: ignore[type-arg]
+        assert [one() for one in kept] == [None] * len(kept)
+        scores = Scores()
+        kept.append(weakref.ref(scores))
+        if len(rows) > 1 or rows[0, 0] == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(rows, **asked)
+
+    monkeypatch.setattr(backend.ranker, "rank", rank)
+    requests = [{"rows": np.array([[row]]), "seen": np.array([[row]])} for row in (3, 5, 4)]
+    first, failed, last = backend.infer(requests)
+    assert len(kept) == 4
+    assert "CUDA out of memory" in str(failed)
+    assert not isinstance(first, Exception)
+    assert not isinstance(last, Exception)
 
 
 def test_one_wrong_request_does_not_fail_its_neighbours(bundle: Path) -> None:
@@ -257,10 +318,14 @@ def test_every_field_of_the_templates_is_documented() -> None:
     ("kind", "torch_has_gpu", "device"), [("CPU", True, "cpu"), ("GPU", True, "cuda:1"), ("GPU", False, "cpu")]
 )
 def test_the_ranker_runs_where_triton_and_torch_agree(
-    monkeypatch: pytest.MonkeyPatch, kind: str, torch_has_gpu: bool, device: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str, torch_has_gpu: bool, device: str
 ) -> None:
+    chosen: list[int] = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: torch_has_gpu)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
     assert device_of({"model_instance_kind": kind, "model_instance_device_id": "1"}) == device
+    assert chosen == ([1] if device == "cuda:1" else [])  # else pinned memory would take some of the first GPU
+    assert ("serves on the CPU; install torch for CUDA" in caplog.text) == (kind == "GPU" and device == "cpu")
 
 
 def test_a_missing_parameter_is_named() -> None:

@@ -47,14 +47,20 @@ from missrec_t4r.serving.triton.deployment import (
     version_of,
     versions_of,
 )
-from missrec_t4r.serving.triton.model_config import CONFIG_FILE, config_text, read_config, write_config
+from missrec_t4r.serving.triton.model_config import CONFIG_FILE, config_text, read_config, settings_of, write_config
 from missrec_t4r.serving.triton.model_control import Control
-from missrec_t4r.serving.triton.repository import BUNDLE_IN_REPOSITORY, ENSEMBLE, MODELS, fill_repository
+from missrec_t4r.serving.triton.repository import (
+    BUNDLE_IN_REPOSITORY,
+    ENSEMBLE,
+    MODELS,
+    RANKER,
+    ServingSettings,
+    fill_repository,
+)
 
 log = logging.getLogger(__name__)
 
 _PARTS = tuple(model for model in MODELS if model != ENSEMBLE)
-_RANKER = BUNDLE_IN_REPOSITORY.partition("/")[0]
 LOADED = 2
 """Versions that stay loaded: the current one and the previous one."""
 
@@ -69,6 +75,8 @@ def deploy(
     max_batch_size: int | None = None,
     threads: int | None = None,
     instances: int | None = None,
+    preferred_batch_size: int | None = None,
+    queue_delay_us: int | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Serve a new model or catalogue in place of the current one, without restart and without failed requests.
@@ -92,6 +100,10 @@ def deploy(
         Torch threads of the ranker; by default those of the served version, 1 in the first deployment.
     instances : int, optional
         Processes of the ranker; by default those of the served version, 1 in the first deployment.
+    preferred_batch_size : int, optional
+        Sessions for which the dynamic batcher waits; by default that of the served version, none in the first one.
+    queue_delay_us : int, optional
+        Microseconds that a request may wait for others; by default those of the served version, 0 in the first one.
     dry_run : bool
         Verify the bundle and print which version it would become; change nothing.
 
@@ -124,9 +136,16 @@ def deploy(
         previous = current_version(folder)
         if bundle is not None:
             log.info(f"verifying {bundle}")
-            given = {"max_batch_size": max_batch_size, "threads": threads, "instances": instances}
-            sizes = _sizes(folder, previous) | {name: n for name, n in given.items() if n is not None}
-            version = _add_version(folder, Path(bundle), previous if switch else None, sizes)
+            before = ServingSettings() if previous is None else settings_of(folder / f"{RANKER}_v{previous}")
+            given = {
+                "max_batch_size": max_batch_size,
+                "threads": threads,
+                "instances": instances,
+                "preferred_batch_size": preferred_batch_size,
+                "queue_delay_us": queue_delay_us,
+            }
+            settings = before._replace(**{name: n for name, n in given.items() if n is not None})
+            version = _add_version(folder, Path(bundle), previous if switch else None, settings)
         assert version is not None
         _require_version(folder, version)
         if switch:
@@ -238,7 +257,7 @@ def _unload(control: Control, version: int) -> None:
         control.unload(f"{model}_v{version}")
 
 
-def _add_version(folder: Path, bundle: Path, current: int | None, sizes: dict[str, int]) -> int:
+def _add_version(folder: Path, bundle: Path, current: int | None, settings: ServingSettings) -> int:
     """Write the models of a new version and return its number.
 
     Returns ``current`` and writes nothing if that version has the same bundle and settings: repeating a deploy adds
@@ -250,7 +269,7 @@ def _add_version(folder: Path, bundle: Path, current: int | None, sizes: dict[st
         prefix=_temporary_prefix(folder), dir=folder.parent, ignore_cleanup_errors=True
     ) as name:
         temporary = Path(name)
-        fill_repository(temporary, bundle, **sizes)
+        fill_repository(temporary, bundle, settings)
         configs = {model: read_config(temporary / model) for model in MODELS}
         if current is not None and _is_version(folder, current, configs, temporary / BUNDLE_IN_REPOSITORY):
             return current
@@ -269,18 +288,6 @@ def _is_version(folder: Path, version: int, configs: dict[str, ModelConfig], bun
     )
 
 
-def _sizes(folder: Path, version: int | None) -> dict[str, int]:
-    """Return the settings that a version's ranker was written with; empty without a version."""
-    if version is None:
-        return {}
-    config = read_config(folder / f"{_RANKER}_v{version}")
-    return {
-        "max_batch_size": config.max_batch_size,
-        "threads": int(config.parameters["threads"].string_value),
-        "instances": config.instance_group[0].count,
-    }
-
-
 def _with_version(config: ModelConfig, version: int) -> ModelConfig:
     """Return a model's configuration for one version: its name, ensemble steps and bundle path get ``_vN``."""
     versioned, suffix = ModelConfig(), f"_v{version}"
@@ -290,7 +297,7 @@ def _with_version(config: ModelConfig, version: int) -> ModelConfig:
         step.model_name += suffix
     if "bundle" in versioned.parameters:
         path = versioned.parameters["bundle"]  # "1/bundle", or "../missrec_ranker/1/bundle"
-        path.string_value = path.string_value.replace(f"{_RANKER}/", f"{_RANKER}{suffix}/")
+        path.string_value = path.string_value.replace(f"{RANKER}/", f"{RANKER}{suffix}/")
     return versioned
 
 

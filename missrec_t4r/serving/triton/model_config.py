@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from google.protobuf import text_format
-from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from missrec_t4r.errors import BundleError
+from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.serving.triton.repository import MODELS, RANKER, ServingSettings, check_settings
 
 CONFIG_FILE = "config.pbtxt"
-_REFERENCE = "# Written by `missrec deploy`; triton_models/README.md explains every field.\n"
+_REFERENCE = "# Written by missrec; triton_models/README.md explains every field.\n"
 
 
 def read_config(model_folder: Path) -> ModelConfig:
@@ -30,6 +32,47 @@ def read_config(model_folder: Path) -> ModelConfig:
             "Triton's model configuration in protobuf's text format",
             "deploy the bundle again, or write the repository again with `missrec export --triton`",
         ) from error
+
+
+def settings_of(ranker: Path) -> ServingSettings:
+    """Return the settings with which a ranker's folder was written.
+
+    Raises
+    ------
+    BundleError
+        ``config.pbtxt`` is missing, or is not that of a ranker.
+    """
+    config = read_config(ranker)
+    try:
+        return ServingSettings(
+            config.max_batch_size,
+            int(config.parameters["threads"].string_value),
+            config.instance_group[0].count,
+            next(iter(config.dynamic_batching.preferred_batch_size), 0),
+            config.dynamic_batching.max_queue_delay_microseconds,
+            ModelInstanceGroup.Kind.Name(config.instance_group[0].kind),
+        )
+    except (ValueError, IndexError) as error:
+        raise BundleError(f"{ranker / CONFIG_FILE} is not that of a ranker ({error})", "one of this package") from error
+
+
+def configure(repository: Path, settings: ServingSettings) -> None:
+    """Change the settings of a model repository in place; whatever else its configurations say stays."""
+    check_settings(settings)
+    for model in MODELS:
+        config = read_config(repository / model)
+        config.max_batch_size = settings.max_batch_size
+        if model == RANKER:
+            config.parameters["threads"].string_value = str(settings.threads)
+            config.instance_group[0].count = settings.instances
+            config.instance_group[0].kind = ModelInstanceGroup.Kind.Value(settings.kind)
+            batching = config.dynamic_batching
+            batching.max_queue_delay_microseconds = settings.queue_delay_us
+            del batching.preferred_batch_size[:]
+            if settings.preferred_batch_size:
+                batching.preferred_batch_size.append(settings.preferred_batch_size)
+        with atomic_write_file(repository / model / CONFIG_FILE) as temporary:
+            Path(temporary).write_text(config_text(config), encoding="utf-8")
 
 
 def config_text(config: ModelConfig) -> str:

@@ -15,17 +15,35 @@ import importlib.resources
 import shutil
 import string
 from pathlib import Path
+from typing import NamedTuple
 
 from missrec_t4r.bundle.item_table import load_session_transform
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.errors import BundleError, ConfigError
 from missrec_t4r.io.atomic import atomic_write_dir
 
-ENSEMBLE = "missrec"
-MODELS = (ENSEMBLE, "missrec_sessions", "missrec_ranker")
-BUNDLE_IN_REPOSITORY = "missrec_ranker/1/bundle"
-MARKER = "missrec_ranker/config.pbtxt"
+ENSEMBLE, RANKER = "missrec", "missrec_ranker"
+MODELS = (ENSEMBLE, "missrec_sessions", RANKER)
+BUNDLE_IN_REPOSITORY = f"{RANKER}/1/bundle"
+MARKER = f"{RANKER}/config.pbtxt"
 """Marker file of a model repository written by this module."""
+
+
+class ServingSettings(NamedTuple):
+    """Settings of a model repository; `missrec tune serving` measures them on the machine that serves."""
+
+    max_batch_size: int = 64
+    """Most sessions in one request, and in one batch of Triton's dynamic batcher."""
+    threads: int = 1
+    """Torch threads of every ranker process."""
+    instances: int = 1
+    """Ranker processes that serve requests in parallel, on every GPU where there are some."""
+    preferred_batch_size: int = 0
+    """Sessions for which the dynamic batcher waits, at most so long; 0 for none."""
+    queue_delay_us: int = 0
+    """Microseconds that a request may wait for others to be ranked with it."""
+    kind: str = "KIND_AUTO"
+    """Where the rankers run: KIND_AUTO (a GPU if there is one), KIND_CPU or KIND_GPU."""
 
 
 def write_repository(
@@ -57,25 +75,31 @@ def write_repository(
         The bundle is damaged, or ``out`` was not written by missrec.
     """
     with atomic_write_dir(Path(out), MARKER, "model repository", BundleError) as folder:
-        fill_repository(folder, Path(bundle), max_batch_size=max_batch_size, threads=threads, instances=instances)
+        fill_repository(folder, Path(bundle), ServingSettings(max_batch_size, threads, instances))
         return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
 
 def fill_repository(
-    folder: Path, bundle: Path, *, max_batch_size: int = 64, threads: int = 1, instances: int = 1
+    folder: Path, bundle: Path, settings: ServingSettings | None = None, *, linked: bool = False
 ) -> None:
-    """Write the repository's files into an empty folder; `write_repository` and `export` put it in place."""
-    if min(max_batch_size, threads, instances) < 1:
-        found = f"max_batch_size {max_batch_size}, threads {threads}, instances {instances}"
-        raise ConfigError(found, "at least 1 each")
+    """Write the repository's files into an empty folder; `write_repository` and `export` put it in place.
+
+    Parameters
+    ----------
+    folder : Path
+    bundle : Path
+        Verified before anything is written.
+    settings : ServingSettings, optional
+        By default as its fields say.
+    linked : bool
+        Link to the bundle in place of a copy, for a repository that is thrown away.
+    """
+    settings = check_settings(ServingSettings() if settings is None else settings)
     manifest = verify_bundle(bundle)
     id_type = load_session_transform(bundle).settings.id_type
-    values = {
-        "item_id_type": "TYPE_STRING" if id_type == "string" else "TYPE_INT64",
-        "max_batch_size": str(max_batch_size),
-        "threads": str(threads),
-        "instances": str(instances),
-    }
+    values = {name: str(value) for name, value in settings._asdict().items()}
+    values["item_id_type"] = "TYPE_STRING" if id_type == "string" else "TYPE_INT64"
+    values["preferred_batch_size"] = str(settings.preferred_batch_size or "")  # an empty list prefers none
     for model in MODELS:
         (folder / model / "1").mkdir(parents=True)
         config = fill_template(_template(model, "config.pbtxt"), values)
@@ -84,10 +108,45 @@ def fill_repository(
             code = _template(model, "1", "model.py")
             (folder / model / "1" / "model.py").write_text(code, encoding="utf-8")
     target = folder / BUNDLE_IN_REPOSITORY
+    if linked:
+        target.symlink_to(bundle.absolute(), target_is_directory=True)
+        return
     target.mkdir()
     for name in manifest["files"]:
         shutil.copyfile(bundle / name, target / name)
     shutil.copy2(bundle / MANIFEST_FILE, target / MANIFEST_FILE)  # keeps its time: the catalogue's age in the metrics
+
+
+def described(settings: ServingSettings) -> str:
+    """Return settings in words, such as ``instances 2``, those that are not the default alone.
+
+    Examples
+    --------
+    >>> described(ServingSettings(instances=2, queue_delay_us=500)), described(ServingSettings())
+    ('instances 2, queue_delay_us 500', 'the defaults')
+    """
+    plain = ServingSettings()._asdict()
+    return ", ".join(f"{name} {value}" for name, value in settings._asdict().items() if value != plain[name]) or (
+        "the defaults"
+    )
+
+
+def check_settings(settings: ServingSettings) -> ServingSettings:
+    """Return the settings if a server can have them.
+
+    Raises
+    ------
+    ConfigError
+        A number is too small, or the preferred batch is larger than the largest.
+    """
+    least = min(settings.max_batch_size, settings.threads, settings.instances)
+    if least < 1 or min(settings.queue_delay_us, settings.preferred_batch_size) < 0:
+        found = ", ".join(f"{name} {value}" for name, value in settings._asdict().items() if name != "kind")
+        raise ConfigError(found, "at least 1 each, preferred_batch_size and queue_delay_us at least 0")
+    if settings.preferred_batch_size > settings.max_batch_size:
+        found = f"preferred_batch_size {settings.preferred_batch_size}, max_batch_size {settings.max_batch_size}"
+        raise ConfigError(found, "a preferred batch that is not larger than the largest")
+    return settings
 
 
 def fill_template(template: str, values: dict[str, str]) -> str:

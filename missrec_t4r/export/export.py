@@ -123,7 +123,11 @@ def _settings_so_far(repository: Path | None) -> ServingSettings:
         return ServingSettings()
     from missrec_t4r.serving.triton.model_config import settings_of  # needs tritonclient
 
-    settings = settings_of((repository / MARKER).parent)
+    try:
+        settings = settings_of((repository / MARKER).parent)
+    except BundleError as error:
+        log.warning(f"the new repository has the default settings: {error}")
+        return ServingSettings()
     if settings != ServingSettings():
         log.info("the new repository keeps the settings of the old one: " + described(settings))
     return settings

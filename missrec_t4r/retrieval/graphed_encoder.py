@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,22 +77,27 @@ class GraphedEncoder:
         """Record a graph per shape, the largest first, since all share its memory."""
         try:
             pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-            for batch in reversed(self.batches):
-                for length in reversed(self.lengths):
-                    sessions = torch.zeros(batch, length, dtype=torch.int64, device=device)
-                    stream.wait_stream(torch.cuda.current_stream(device))
-                    with exact_products():
-                        with torch.cuda.stream(stream):
-                            for _ in range(_WARM_UP):
-                                self.encode(sessions)
-                        torch.cuda.current_stream(device).wait_stream(stream)
-                        graph = torch.cuda.CUDAGraph()
-                        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                            vectors = self.encode(sessions)
-                    self.graphs[batch, length] = _Graph(graph.replay, sessions, vectors)
+            with torch.cuda.stream(torch.cuda.current_stream(device)):  # a recording that fails leaves its own behind
+                for batch in reversed(self.batches):
+                    for length in reversed(self.lengths):
+                        self.graphs[batch, length] = self._recorded(batch, length, device, pool, stream)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
             self.graphs.clear()
             log.warning(f"the session encoder runs without CUDA graphs, which takes longer: {str(error)[:200]}")
+
+    def _recorded(self, batch: int, length: int, device: torch.device, pool: Any, stream: torch.cuda.Stream) -> _Graph:
+        """Return the graph of one shape."""
+        sessions = torch.zeros(batch, length, dtype=torch.int64, device=device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with exact_products():
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    self.encode(sessions)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                vectors = self.encode(sessions)
+        return _Graph(graph.replay, sessions, vectors)
 
 
 def sizes_up_to(largest: int, smallest: int = 1) -> list[int]:

@@ -162,7 +162,7 @@ def choose(measured: Sequence[Measured], limit_ms: float = 0.0) -> tuple[Measure
     return best, f"{words}, p50 of one session {best.p50_1:.2f} ms (limit {limit:.2f} ms)"
 
 
-def kinds(present: ServingSettings, cores: int) -> Iterator[list[dict[str, int]]]:
+def kinds(present: ServingSettings, cores: int) -> Iterator[list[dict[str, Any]]]:
     """Yield what is varied, one kind of setting after the other; ``max_batch_size`` is never lowered.
 
     Examples

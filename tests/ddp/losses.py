@@ -97,6 +97,7 @@ def collectives() -> dict[str, Tensor]:
         "share": torch.tensor(distributed.share([rank + 7])),
         "collect": torch.tensor(distributed.collect(rank * 10)),
         "broadcast": weights[0],
+        "grouped": torch.tensor(distributed.is_grouped()),
     }
 
 

@@ -23,8 +23,9 @@ pytestmark = pytest.mark.ddp
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def _torchrun(*arguments: str) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
+def _torchrun(*arguments: str, processes: int = 2) -> str:
+    own = ["--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *own, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -42,6 +43,15 @@ def test_losses_and_gradients_are_those_of_one_process(tmp_path: Path) -> None:
         assert found["broadcast"].tolist() == [0.0, 0.0]
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=f"{name} in process {rank}")
+
+
+def test_a_group_of_one_process_sends_its_messages_and_changes_nothing(tmp_path: Path) -> None:
+    """What one GPU shows of the messages between several."""
+    _torchrun("-m", "tests.ddp.losses", str(tmp_path), processes=1)
+    found = load_tensors(tmp_path / "0.safetensors")
+    assert found["grouped"].item()
+    for name, value in losses.results().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=name)
 
 
 def test_parts_of_one_process_add_up_to_the_same(tmp_path: Path) -> None:

@@ -235,6 +235,10 @@ def test_an_export_keeps_the_settings_of_the_repository_that_it_replaces(
         export(run, tmp_path / "bundle", triton=tmp_path / "models", sessions=8)
     assert settings_of(tmp_path / "models" / RANKER) == tuned
     assert "keeps the settings of the old one: instances 2, queue_delay_us 200, kind KIND_CPU" in caplog.text
+    (tmp_path / "models" / RANKER / "config.pbtxt").write_text("something else")
+    export(run, tmp_path / "bundle", triton=tmp_path / "models", sessions=8)
+    assert settings_of(tmp_path / "models" / RANKER) == ServingSettings()
+    assert "the new repository has the default settings" in caplog.text
 
 
 def test_the_two_models_in_a_row_answer_as_the_ranker(bundle: Path, loaded: LoadedRun) -> None:

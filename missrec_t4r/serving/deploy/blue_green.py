@@ -144,7 +144,8 @@ def deploy(
                 "preferred_batch_size": preferred_batch_size,
                 "queue_delay_us": queue_delay_us,
             }
-            settings = before._replace(**{name: n for name, n in given.items() if n is not None})
+            chosen: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
+            settings = before._replace(**chosen)
             version = _add_version(folder, Path(bundle), previous if switch else None, settings)
         assert version is not None
         _require_version(folder, version)

@@ -1,8 +1,8 @@
 """Training loop: epochs, gradient accumulation, averaged weights, early stopping, log and checkpoints.
 
 A checkpoint with everything that the next step depends on is written every few minutes: a run that is killed and
-started again resumes within the epoch and ends with the same weights, bit for bit. Under torchrun every process
-computes a part of each batch; rank 0 ranks the validation sessions and writes.
+started again resumes within the epoch and ends with the same weights, bit for bit (on a GPU up to the order of sums).
+Under torchrun every process computes a part of each batch; rank 0 ranks the validation sessions and writes.
 """
 
 from __future__ import annotations

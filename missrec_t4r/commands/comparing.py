@@ -21,6 +21,8 @@ def compare(
     slice_columns: Sequence[str] = (),
     gate: str | Path | None = None,
     max_sequence_length: int | None = None,
+    image_column: str | None = None,
+    images: str | Path | None = None,
     trust_pickle: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -55,6 +57,11 @@ def compare(
         paired difference in NDCG@10 decides.
     max_sequence_length : int, optional
         Last items of a session that a T4R model reads, if its schema does not state it.
+    image_column : str, optional
+        Column of the item table with the path of the item's picture, relative to --images, for the examples of the
+        page; by default what `missrec features` read.
+    images : path, optional
+        Folder of these pictures. Without --image-column a picture is found by its name, <item_id>.png or the like.
     trust_pickle : bool
         Read saved T4R models, which are pickles and can run any code: only your own.
     dry_run : bool
@@ -84,6 +91,8 @@ def compare(
         slice_columns=slice_columns,
         gate=gate,
         max_sequence_length=max_sequence_length,
+        image_column=image_column,
+        images=images,
         trust_pickle=trust_pickle,
         dry_run=dry_run,
     )

@@ -12,7 +12,7 @@ import numpy as np
 
 from missrec_t4r.arrays import Bools, Ints
 from missrec_t4r.comparison.beyond_accuracy import MEASURES, BeyondAccuracy
-from missrec_t4r.comparison.examples import examples
+from missrec_t4r.comparison.examples import examples, shown_ids
 from missrec_t4r.comparison.page import page
 from missrec_t4r.comparison.systems import (
     OF_A_RUN,
@@ -26,6 +26,7 @@ from missrec_t4r.comparison.systems import (
 from missrec_t4r.comparison.verdict import decide, measures_of, sentence
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError
+from missrec_t4r.etl.features.thumbnails import thumbnails
 from missrec_t4r.evaluation.full_ranking import KEPT_STRICT, PROTOCOLS
 from missrec_t4r.evaluation.metrics import KS, Difference, bootstrap_intervals, metrics, paired_differences
 from missrec_t4r.evaluation.slices import slices
@@ -56,6 +57,8 @@ def compare(
     slice_columns: Sequence[str] = (),
     gate: str | Path | None = None,
     max_sequence_length: int | None = None,
+    image_column: str | None = None,
+    images: str | Path | None = None,
     trust_pickle: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -69,7 +72,8 @@ def compare(
         ``tr.Model`` or a function that scores sessions (`missrec_t4r.evaluation.full_ranking.Scorer`).
     out : path, optional
         Folder for comparison.json and comparison.html; nothing is written without it.
-    data, split, candidate, baselines, protocols, slice_columns, gate, max_sequence_length, trust_pickle, dry_run
+    data, split, candidate, baselines, protocols, slice_columns, gate, max_sequence_length, image_column, images,
+    trust_pickle, dry_run
         As the options of ``missrec compare``.
 
     Returns
@@ -104,6 +108,7 @@ def compare(
     if missing := [name for name in slice_columns if name not in benchmark.catalogue.items.column_names]:
         columns = ", ".join(benchmark.catalogue.items.column_names)
         raise ConfigError(f"no column {missing[0]!r} in the catalogue", f"one of {columns}", "check --slice-columns")
+    thumbnails(benchmark.catalogue, [], column=image_column, images=images)  # refuses before the ranking
     written = [str(Path(out) / name) for name in (JSON_FILE, PAGE_FILE)] if out is not None else []
     if dry_run:
         kinds = {one.name: one.kind for one in given}
@@ -121,9 +126,10 @@ def compare(
     found = ranked(given, benchmark, protocols, **options)
     report = _report(found, benchmark, chosen, list(protocols), slice_columns, None if gate is None else Path(gate))
     if out is not None:
+        pictures = thumbnails(benchmark.catalogue, shown_ids(report["examples"]), column=image_column, images=images)
         write_json(Path(out) / JSON_FILE, report, allow_nan=False)
         with atomic_write_file(Path(out) / PAGE_FILE) as file:
-            file.write_text(page(report), encoding="utf-8")
+            file.write_text(page(report, pictures), encoding="utf-8")
         report |= {"report": written[0], "page": written[1]}
     return report
 

@@ -61,6 +61,8 @@ def described(
 ) -> list[dict[str, Any]]:
     """Return some sessions in words: user, last items, the item that came next, and the lists of the systems.
 
+    Titles, and beside them ids: ``history_ids``, ``target_id``, ``id``.
+
     Parameters
     ----------
     catalogue, histories, targets, users
@@ -69,18 +71,20 @@ def described(
     chosen : iterable of int
         Indices of the sessions.
     """
-    title = _Titles(catalogue)
+    title = _Items(catalogue)
     return [
         {
             "user": None if users.users is None else str(users.users[int(index)].as_py()),
             "history": [title(row) for row in histories[index][-SHOWN:]],
+            "history_ids": [title.id(row) for row in histories[index][-SHOWN:]],
             "earlier": max(0, len(histories[index]) - SHOWN),
             "target": title(targets[index]),
+            "target_id": title.id(targets[index]),
             "systems": {
                 name: {
                     "rank": int(ranks[index]) if ranks[index] <= lists.shape[1] else None,
                     "list": [
-                        {"title": title(row), "hit": bool(row == targets[index])}
+                        {"title": title(row), "id": title.id(row), "hit": bool(row == targets[index])}
                         for row in lists[index][:SHOWN]
                         if row >= UNKNOWN_ROW
                     ],
@@ -92,8 +96,8 @@ def described(
     ]
 
 
-class _Titles:
-    """Titles of rows; the id where there is none."""
+class _Items:
+    """Titles of rows, the id where there is none; ids as text."""
 
     def __init__(self, catalogue: Catalogue) -> None:
         encoders = [modality.encoder for modality in catalogue.modalities.values()]
@@ -105,3 +109,17 @@ class _Titles:
         if index < 0:
             return "an item that the catalogue lacks"
         return str(self.column[index].as_py() or self.ids[index].as_py())
+
+    def id(self, row: Any) -> str | None:
+        """Return the id in words; None for a row that is no item."""
+        index = int(row) - FIRST_ITEM_ROW
+        return None if index < 0 else str(self.ids[index].as_py())
+
+
+def shown_ids(shown: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the ids in the examples, targets first, then histories, then lists."""
+    shown = list(shown)
+    found = [one["target_id"] for one in shown]
+    found += [item for one in shown for item in one["history_ids"]]
+    found += [item["id"] for one in shown for of in one["systems"].values() for item in of["list"]]
+    return [item for item in dict.fromkeys(found) if item is not None]

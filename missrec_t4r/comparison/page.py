@@ -22,6 +22,8 @@ g.bad .interval{stroke:var(--bad)}g.bad circle{fill:var(--bad)}
 .example{border-top:1px solid var(--line);padding:.6rem 0}.two{display:grid;grid-template-columns:1fr 1fr;gap:1rem}
 .example ol{margin:.2rem 0;padding-left:1.3rem}.hit{color:var(--good);font-weight:600}dl{margin:0}dt{font-weight:600}
 dd{margin:0 0 .5rem;color:var(--soft)}
+.pic{display:inline-block;width:3.5rem;height:3.5rem;background:center/contain no-repeat;margin:.1rem}
+.pic{vertical-align:middle}.strip{display:block}.example li .pic{width:2.4rem;height:2.4rem;margin:0 .3rem 0 0}
 """
 _LONGEST_TITLE: Final = 110
 _CLASS: Final = {SHIP: "good", OPEN: "", REFUSED: "bad"}
@@ -39,14 +41,17 @@ _WORDS: Final = {
 }
 
 
-def page(report: Mapping[str, Any]) -> str:
-    """Return the complete HTML page of a comparison (the content of comparison.json)."""
+def page(report: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> str:
+    """Return the complete HTML page of a comparison (the content of comparison.json).
+
+    ``pictures`` are ``data:`` URIs by item id, for the examples.
+    """
     verdict = report["verdict"]
     protocol = verdict["protocol"]
     sections = [_gate(verdict["gate"]), _systems(report, protocol), _differences(report, protocol)]
     sections += [_by_slice(report, protocol), _slices(report, protocol), _beyond(report, protocol), _cost(report)]
     sections += [_systems(report, name) for name in report["protocols"] if name != protocol]
-    sections += [_examples(report), _left_out(report), _words()]
+    sections += [_examples(report, Pictures(pictures or {})), _left_out(report), _words()]
     title = f"{report['candidate']} against {report['current']}"
     about = f"{report['data']}, {report['split']} sessions, {report['made']}"
     box = verdict["decision"].capitalize(), f"{verdict['words']}.", _CLASS[verdict["decision"]]
@@ -202,35 +207,52 @@ def _size(size: int | None) -> str:
     return "-" if size is None else f"{size / 1e6:.1f} MB"
 
 
-def _examples(report: Mapping[str, Any]) -> str:
-    shown = [example_card(example, f"Better: {example['better']}") for example in report["examples"]]
+class Pictures:
+    """Pictures of the examples; each stands once in the page, however often its item is shown."""
+
+    def __init__(self, of: Mapping[str, str]) -> None:
+        self.number = {item: number for number, item in enumerate(of)}
+        rules = [f".p{number}{{background-image:url({uri})}}" for number, uri in enumerate(of.values())]
+        self.style = f"<style>{''.join(rules)}</style>" if rules else ""
+
+    def __call__(self, item: str | None) -> str:
+        """Return the picture of an item as HTML; empty if it has none."""
+        return f'<i class="pic p{self.number[item]}"></i>' if item in self.number else ""
+
+
+def _examples(report: Mapping[str, Any], pictures: Pictures) -> str:
+    shown = [example_card(example, f"Better: {example['better']}", pictures) for example in report["examples"]]
     words = "The sessions on which the two differ most; the item that came next is green."
-    return wide_section("Examples", words, shown)
+    return wide_section("Examples", words, shown, pictures)
 
 
-def wide_section(title: str, words: str, cards: Sequence[str]) -> str:
+def wide_section(title: str, words: str, cards: Sequence[str], pictures: Pictures) -> str:
     """Return a section of the page's whole width with examples; ``cards`` are HTML."""
     inside = f'<p>{words}</p><div class="examples">{"".join(cards)}</div>' if cards else "<p>There is none.</p>"
+    inside = pictures.style + inside
     return section(title, inside).replace("<section>", '<section class="wide">', 1)
 
 
-def example_card(example: Mapping[str, Any], heading: str) -> str:
+def example_card(example: Mapping[str, Any], heading: str, pictures: Pictures) -> str:
     """Return one session of `missrec_t4r.comparison.examples.described` as HTML."""
-    lists = "".join(_list(name, of) for name, of in example["systems"].items())
+    lists = "".join(_list(name, of, pictures) for name, of in example["systems"].items())
     earlier = f"{example['earlier']} earlier, " if example["earlier"] else ""
     history = "; ".join(_short(title) for title in example["history"]) or "nothing known"
+    strip = "".join(map(pictures, example["history_ids"]))
     return (
         f'<div class="example"><b>{escape(heading)}</b>'
-        f"<p>User {escape(str(example['user']))} had: {escape(earlier + history)}<br>"
-        f'Next came: <span class="hit">{escape(_short(example["target"]))}</span></p>'
+        f"<p>User {escape(str(example['user']))} had: {escape(earlier + history)}"
+        f'<span class="strip">{strip}</span>'
+        f'Next came: {pictures(example["target_id"])}<span class="hit">{escape(_short(example["target"]))}</span></p>'
         f'<div class="two">{lists}</div></div>'
     )
 
 
-def _list(name: str, of: Mapping[str, Any]) -> str:
+def _list(name: str, of: Mapping[str, Any], pictures: Pictures) -> str:
     place = "not among the first fifty" if of["rank"] is None else f"at place {of['rank']}"
     items = "".join(
-        f'<li{" class=hit" if item["hit"] else ""} title="{escape(item["title"])}">{escape(_short(item["title"]))}</li>'
+        f'<li{" class=hit" if item["hit"] else ""} title="{escape(item["title"])}">'
+        f"{pictures(item['id'])}{escape(_short(item['title']))}</li>"
         for item in of["list"]
     )
     return f"<div>{escape(name)}: {place}<ol>{items}</ol></div>"

@@ -11,10 +11,11 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 
-from missrec_t4r.comparison.examples import described
-from missrec_t4r.comparison.page import document, example_card, wide_section
+from missrec_t4r.comparison.examples import described, shown_ids
+from missrec_t4r.comparison.page import Pictures, document, example_card, wide_section
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.errors import CheckpointError, ConfigError
+from missrec_t4r.etl.features.thumbnails import thumbnails
 from missrec_t4r.etl.quality.charts import bars, intervals, line, number
 from missrec_t4r.etl.quality.html import section, table
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, PROTOCOL_TITLES, rank_systems
@@ -99,7 +100,7 @@ def run_page(
     report = with_current_names(measured or evaluate(run, split=split, data=data))
     info, curve = read_json(run / RUN_FILE), _curve(run / LOG_FILE)
     loaded = load_run(run, data)
-    shares, cards = _examples(loaded, split)
+    shares, cards, pictures = _examples(loaded, split)
     headline, words = _headline(report)
     sections = [
         _accuracy(report, EXCLUDED),
@@ -112,6 +113,7 @@ def run_page(
             "Examples",
             "Sessions from the best to the worst: the item that came next is green. Seen items are excluded.",
             cards,
+            pictures,
         ),
         _settings(run),
     ]
@@ -275,8 +277,8 @@ def _terms(info: Mapping[str, Any], report: Mapping[str, Any], shares: Mapping[s
 
 
 @torch.no_grad()
-def _examples(loaded: LoadedRun, split: str) -> tuple[dict[str, float], list[str]]:
-    """Return the mean size of every part of the score, and sessions in words as HTML."""
+def _examples(loaded: LoadedRun, split: str) -> tuple[dict[str, float], list[str], Pictures]:
+    """Return the mean size of every part of the score, sessions in words as HTML, and their pictures."""
     sessions = sample_sessions(load_sessions(loaded.data, split, loaded.model.event_columns), _SAMPLE, seed=0)
     histories, targets = sessions.split_last()
     model, scorer = loaded.model, ModelScorer.with_popularity(loaded.model, loaded.catalogue)
@@ -292,10 +294,9 @@ def _examples(loaded: LoadedRun, split: str) -> tuple[dict[str, float], list[str
         title: (found[name].ranks[EXCLUDED], found[name].recommended[EXCLUDED])
         for name, title in ((EXPORTED, "recommended"), (NETWORK, "by the network alone"))
     }
-    cards = [
-        example_card(example, _place(example["systems"]["recommended"]["rank"]))
-        for example in described(loaded.catalogue, known, targets, shown, chosen, users=sessions)
-    ]
+    examples = described(loaded.catalogue, known, targets, shown, chosen, users=sessions)
+    pictures = Pictures(thumbnails(loaded.catalogue, shown_ids(examples)))
+    cards = [example_card(one, _place(one["systems"]["recommended"]["rank"]), pictures) for one in examples]
     parts, rows = scorer.parts(known), torch.from_numpy(np.maximum(lists, 0)).to(scorer.device)
     real = (torch.from_numpy(lists) >= 0).to(scorer.device) & ~parts.empty[:, None]
     before = parts.network
@@ -308,7 +309,7 @@ def _examples(loaded: LoadedRun, split: str) -> tuple[dict[str, float], list[str
         if bool((added != 0).any()):
             shares[_TERM_TITLES.get(name, name)] = float(added.abs().mean())
         before = after
-    return shares, cards
+    return shares, cards, pictures
 
 
 def _place(rank: int | None) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -23,10 +27,12 @@ from missrec_t4r.config import MISSRecConfig, Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError, GateError, SchemaError
+from missrec_t4r.etl.features.thumbnails import thumbnails
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM
 from missrec_t4r.evaluation.metrics import metrics, paired_differences
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.runs.run_folder import load_run, save_run
+from missrec_t4r.schema import FIRST_ITEM_ROW
 from tests import shop
 
 IDS = list("abcdef")
@@ -211,6 +217,45 @@ def test_the_page_tells_a_reader_without_figures(data: Path, tmp_path: Path) -> 
         assert words in text
     assert "<red>" not in text
     assert "http" not in text.replace('lang="en"', ""), "the page loads nothing"
+
+
+def test_the_examples_show_pictures_once_each_and_small(data: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (900, 600, 4), np.uint8)
+    for item in "abce":
+        Image.fromarray(noise[:, :, :3]).save(pictures / f"{item}.png")
+    Image.fromarray(noise).save(pictures / "d.png")  # half transparent
+    (pictures / "f.png").write_bytes(b"no picture")
+    given = [write_lists(tmp_path / "now.parquet", BAD), write_lists(tmp_path / "next.parquet", GOOD)]
+    commands.compare(given, tmp_path / "out", data=data, images=pictures)
+    text = (tmp_path / "out/comparison.html").read_text()
+    embedded = re.findall(r"\.p\d+\{background-image:url\(data:image/jpeg;base64,([^)]*)\)\}", text)
+    assert len(embedded) == 5, "each item that is shown and has a picture, once"
+    for one in embedded:
+        with Image.open(io.BytesIO(base64.b64decode(one))) as small:
+            assert small.size == (37, 56)
+    assert text.count('<i class="pic') > 5, "items that occur in several places show it in all"
+    assert "base64" not in (tmp_path / "out/comparison.json").read_text()
+    with pytest.raises(DataError, match="no folder .*gone"):
+        commands.compare(given, tmp_path / "other", data=data, images=tmp_path / "gone")
+    with pytest.raises(SchemaError, match="photo"):
+        commands.compare(given, tmp_path / "other", data=data, image_column="photo")
+
+
+def test_pictures_are_those_that_the_vectors_were_computed_from(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    catalogue = Catalogue.load(data / "catalogue")
+    columns = {"title": TITLES, "photo": [f"{item}.png" for item in IDS]}
+    recorded = shop.modality(np.eye(9, 4, -3), column="photo", images=str(tmp_path / "pictures"))
+    counts = catalogue.train_count[FIRST_ITEM_ROW:]
+    catalogue = shop.make_catalogue(IDS, {**catalogue.modalities, "image": recorded}, counts, columns)
+    assert thumbnails(catalogue, IDS) == {}
+    assert "where they were, is not here; name it with --images" in caplog.text
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "pictures/b.png")
+    assert [*thumbnails(catalogue, IDS)] == ["b"]
 
 
 def test_a_scorer_of_your_own_is_a_system(data: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 _TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
-PAGES = {"security.md": 24, "reliability.md": 8}
+PAGES = {"security.md": 24, "reliability.md": 24}
 """Page -> promises that it makes at least; more are welcome."""
 
 

@@ -145,6 +145,7 @@ def test_clicks_change_the_recommendations_in_a_browser(page: Playground, tmp_pa
     assert seen["second"] != seen["first"]
     assert seen["chips"] == 2
     assert "because of Ware" in seen["why"]
+    assert seen["long titles whole"] == [True, True]
     brands = dict(zip(page.catalogue.ids, page.catalogue.items["brand"].to_pylist(), strict=True))
     assert {brands[item] for item in seen["branded"]} == {page.catalogue.facets["brand"][0]}
     assert seen["filtered"] == []
@@ -211,6 +212,10 @@ async def clicked(port: int, shots: Path) -> dict[str, Any]:
             seen["why"] = await value("document.querySelector('#answer .why').textContent")
             shot = await call("Page.captureScreenshot", format="png")
             (shots / "playground.png").write_bytes(base64.b64decode(shot["data"]))
+            fits = "title.scrollWidth <= title.clientWidth && title.scrollHeight <= title.clientHeight"
+            text = "title.textContent = 'Long words '.repeat(20) + 'unbroken'.repeat(30)"
+            titles = "[document.querySelector('#items .title'), document.querySelector('#answer .name')]"
+            seen["long titles whole"] = await value(f"{titles}.map(title => {{ {text}; return {fits}; }})")
             await value("$('column').value = 'brand'; $('column').onchange()")
             seen["branded"] = await answered(4)
             await value("$('column').value = 'kind'; $('column').onchange()")

@@ -1,6 +1,7 @@
 """What surprised new users of training: a device that is not there, a run that was replaced, names nobody typed."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -74,6 +75,14 @@ def test_a_run_works_on_a_data_folder_with_new_items_and_events(data: Path, tmp_
     shop.write_circle(tmp_path / "other", [f"P{number}" for number in range(14, 0, -1)], vectors)
     with pytest.raises(CheckpointError, match=r"another order of items, than .*--continue"):
         load_run(run, tmp_path / "other")
+
+
+def test_every_epochs_line_tells_the_speed_and_the_time_left(data: Path, tmp_path: Path) -> None:
+    code, _, words = _train(data, tmp_path / "run", "--set=train.epochs=2")
+    assert code == 0
+    told = re.findall(r"epoch +(\d) .*? [\d.]+ steps/s +at most (\d+) (?:s|min) left", words)
+    assert [epoch for epoch, _ in told] == ["0", "1"]
+    assert told[1][1] == "0"
 
 
 @pytest.mark.parametrize(

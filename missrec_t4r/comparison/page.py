@@ -23,7 +23,9 @@ g.bad .interval{stroke:var(--bad)}g.bad circle{fill:var(--bad)}
 .example ol{margin:.2rem 0;padding-left:1.3rem}.hit{color:var(--good);font-weight:600}dl{margin:0}dt{font-weight:600}
 dd{margin:0 0 .5rem;color:var(--soft)}
 .pic{display:inline-block;width:3.5rem;height:3.5rem;background:center/contain no-repeat;margin:.1rem}
-.pic{vertical-align:middle}.strip{display:block}.example li .pic{width:2.4rem;height:2.4rem;margin:0 .3rem 0 0}
+.pic{vertical-align:middle}.strip{display:block}.example li .pic{width:2.4rem;height:2.4rem;margin:0;flex:none}
+.item{display:inline-flex;align-items:center;gap:.5rem;vertical-align:middle;min-height:1.5rem}
+.example li:has(.pic){margin:.15rem 0}
 """
 _LONGEST_TITLE: Final = 110
 _CLASS: Final = {SHIP: "good", OPEN: "", REFUSED: "bad"}
@@ -252,7 +254,7 @@ def _list(name: str, of: Mapping[str, Any], pictures: Pictures) -> str:
     place = "not among the first fifty" if of["rank"] is None else f"at place {of['rank']}"
     items = "".join(
         f'<li{" class=hit" if item["hit"] else ""} title="{escape(item["title"])}">'
-        f"{pictures(item['id'])}{escape(_short(item['title']))}</li>"
+        f'<span class="item">{pictures(item["id"])}<span>{escape(_short(item["title"]))}</span></span></li>'
         for item in of["list"]
     )
     return f"<div>{escape(name)}: {place}<ol>{items}</ol></div>"

@@ -35,6 +35,7 @@ def train(
     take: Literal["all", "adapters"] = "all",
     warm_start: str | Path | None = None,
     resume: bool = True,
+    max_minutes: float | None = None,
     device: str = "auto",
     reuse: bool = False,
     dry_run: bool = False,
@@ -65,6 +66,9 @@ def train(
         Start from an earlier run on the same data set; items may have been added or removed since.
     resume : bool
         --restart trains from the start; by default an interrupted run is resumed and a finished one returned.
+    max_minutes : float, optional
+        End training within the epoch after this many minutes, with the best weights so far; short for
+        --set train.max_minutes=MINUTES. No limit by default.
     device : str
         auto (a GPU if there is one), cpu or cuda.
     reuse : bool
@@ -94,6 +98,8 @@ def train(
         raise ConfigError("--freeze or --take without a run to start from", "--from RUN")
     if recipe is None and not warm_start:
         recipe = "default" if start_from else AUTO
+    if max_minutes is not None:
+        settings = {**(settings or {}), "train.max_minutes": max_minutes}
     own, chosen = _resolved(data, recipe, settings, device)
     start: dict[str, Any] = {"recipe": own}
     run: Callable[..., dict[str, Any]]

@@ -77,6 +77,13 @@ def test_a_run_works_on_a_data_folder_with_new_items_and_events(data: Path, tmp_
         load_run(run, tmp_path / "other")
 
 
+def test_a_time_limit_is_an_option(data: Path, tmp_path: Path) -> None:
+    code, answer, _ = _train(data, tmp_path / "run", "--set=train.epochs=50", "--max-minutes=1e-9")
+    assert code == 0
+    assert (json.loads(answer)["stopped_by"], json.loads(answer)["epochs"]) == ("max_minutes", 1)
+    assert json.loads((tmp_path / "run/recipe.json").read_text())["train"]["max_minutes"] == 1e-9
+
+
 def test_every_epochs_line_tells_the_speed_and_the_time_left(data: Path, tmp_path: Path) -> None:
     code, _, words = _train(data, tmp_path / "run", "--set=train.epochs=2")
     assert code == 0

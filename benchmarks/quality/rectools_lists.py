@@ -58,7 +58,10 @@ def lists(model: SASRecModel, table: pd.DataFrame) -> tuple[list[np.ndarray], np
     """Return histories, targets and unfiltered lists of the sessions of a split."""
     histories, targets = [one[:-1] for one in table["items"]], np.array([one[-1] for one in table["items"]])
     length = LONGEST + max(len(one) for one in histories)
-    found = model.recommend(table["user_id"], dataset(table["user_id"], histories), k=length, filter_viewed=False)
+    given = dataset(table["user_id"], histories)
+    found = model.recommend(
+        table["user_id"], given, k=length, filter_viewed=False, on_unsupported_targets="ignore"
+    )  # users without a known item have no list
     by_user = found.sort_values(Columns.Rank).groupby(Columns.User)[Columns.Item].agg(np.array)
     return histories, targets, [by_user.get(user, np.array([], int)) for user in table["user_id"]]
 

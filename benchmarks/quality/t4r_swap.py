@@ -183,7 +183,8 @@ def main() -> None:
     out = options.out / name / "t4r_swap"
     out.mkdir(parents=True, exist_ok=True)
     data = prepare(options.data, options.out / name / "data", interactions=options.interactions, modality=modality)
-    settings, tried = dict.fromkeys(LOADERS, OURS), []
+    settings: dict[str, dict[str, Any]] = dict.fromkeys(LOADERS, OURS)
+    tried: list[dict[str, Any]] = []
     if "xlnet" in options.only:
         tried = [kept("xlnet", data, FIRST_SEED, setting, out) for setting in XLNET]
         settings["xlnet"] = max(tried, key=lambda one: float(one["t4r_valid_ndcg@10"]))["settings"]

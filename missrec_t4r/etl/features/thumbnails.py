@@ -54,7 +54,8 @@ def thumbnails(
     known = pc.index_in(pa.array(ids, pa.string()), value_set=catalogue.items[ITEM_ID].cast(pa.string()))
     items = catalogue.items.take(known.drop_null())
     found: dict[str, str] = {}
-    for item, path in zip(items[ITEM_ID].to_pylist(), image_paths(items, column, images and Path(images)), strict=True):
+    paths = image_paths(items, column, None if images is None else Path(images))
+    for item, path in zip(items[ITEM_ID].to_pylist(), paths, strict=True):
         if len(found) == MOST:
             break
         if path is not None and (picture := _small(path)):

@@ -1,6 +1,6 @@
 """SASRec: our baseline and, if an environment has it, that of RecTools; same sessions, same users, same metrics.
 
-    python -m venv work/rectools && work/rectools/bin/pip install 'rectools[torch]' pyarrow
+    python -m venv work/rectools && work/rectools/bin/pip install 'rectools[torch]' 'pyarrow<21'  # numpy 1
     python -m benchmarks.quality.sasrec_beside --data path/to/amazon_scientific --rectools work/rectools/bin/python
 
 RecTools trains in its own environment (`rectools_lists.py`) and returns lists; its ranks are taken from them by the

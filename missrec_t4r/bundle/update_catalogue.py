@@ -195,6 +195,8 @@ def previous_of(folder: Path) -> Path:
 def read_items(file: Path, item_column: str = ITEM_ID) -> pa.Table:
     """Read the table of items to add, change or retire; its id column gets the name ``item_id``.
 
+    The unnamed row index that pandas may have written is left out.
+
     Raises
     ------
     DataError
@@ -209,6 +211,9 @@ def read_items(file: Path, item_column: str = ITEM_ID) -> pa.Table:
         raise DataError(found, f"a column {item_column!r}", "name yours with --item-column")
     if item_column != ITEM_ID and ITEM_ID in table.column_names:
         table = table.drop_columns([ITEM_ID])
+    if index := [name for name in table.column_names if name.startswith("__index_level_")]:
+        log.info(f"{file}: {', '.join(index)}, a row index of pandas, is left out")
+        table = table.drop_columns(index)
     return table.rename_columns([ITEM_ID if name == item_column else name for name in table.column_names])
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -228,6 +229,18 @@ def test_rows_that_say_what_the_catalogue_says_are_no_change(before: Path) -> No
     assert (again["updated"], again["added"], again["changed"], again["unchanged"]) == (False, 0, 0, old.n_items + 1)
     other = table.set_column(2, "price", pa.array([1234, *table["price"].to_pylist()[1:]], table["price"].type))
     assert update_catalogue(before, other)["changed"] == 1
+
+
+def test_a_row_index_of_pandas_is_no_change(before: Path, tmp_path: Path) -> None:
+    """Two tables joined in pandas leave their row numbers in the file."""
+    old = load_bundle(before).catalogue
+    told = old.items.select(["item_id", "title", "price"]).to_pandas()
+    news = told.head(1).assign(item_id="neu-1")
+    pd.concat([told, news]).to_parquet(tmp_path / "items.parquet")
+    assert "__index_level_0__" in pq.read_schema(tmp_path / "items.parquet").names
+    done = update_catalogue(before, tmp_path / "items.parquet")
+    assert (done["added"], done["changed"], done["unchanged"]) == (1, 0, old.n_items)
+    assert "__index_level_0__" not in load_bundle(before).catalogue.items.column_names
 
 
 def test_a_bundle_without_a_version_before_cannot_be_rolled_back(before: Path) -> None:

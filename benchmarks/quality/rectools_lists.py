@@ -62,7 +62,8 @@ def lists(model: SASRecModel, table: pd.DataFrame) -> tuple[list[np.ndarray], np
     found = model.recommend(
         table["user_id"], given, k=length, filter_viewed=False, on_unsupported_targets="ignore"
     )  # users without a known item have no list
-    by_user = found.sort_values(Columns.Rank).groupby(Columns.User)[Columns.Item].agg(np.array)
+    ranked = found.sort_values(Columns.Rank).groupby(Columns.User)[Columns.Item]
+    by_user = {user: items.to_numpy() for user, items in ranked}
     return histories, targets, [by_user.get(user, np.array([], int)) for user in table["user_id"]]
 
 

@@ -28,7 +28,8 @@ from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH
 from missrec_t4r.evaluation.metrics import metrics
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.progress import reporting
-from missrec_t4r.runs.evaluate import evaluate_sessions, fitted_baselines
+from missrec_t4r.runs.evaluate import evaluate_sessions
+from missrec_t4r.runs.sasrec_file import kept_sasrec
 
 OF_LISTS = {EXCLUDED: EXCLUDED, KEPT_STRICT: KEPT_WITH_HISTORY_TERM}
 """A list cannot tell what its maker knew of the session; RecTools' model knows nothing of it, so *kept* is strict."""
@@ -37,10 +38,11 @@ OF_LISTS = {EXCLUDED: EXCLUDED, KEPT_STRICT: KEPT_WITH_HISTORY_TERM}
 def ours(data: Path, seed: int, out: Path) -> dict[str, Any]:
     """Train the baseline `sasrec` and rank the test split."""
     catalogue = Catalogue.load(data / "catalogue")
-    systems, settings = fitted_baselines(data, catalogue, names=["sasrec"], keep=out, seed=seed)
-    found = evaluate_sessions(systems, Sessions.load(data / "test", ()), catalogue)
+    train, valid, test = (Sessions.load(data / split, ()) for split in ("train", "valid", "test"))
+    tuned = kept_sasrec(train, valid, catalogue, out, seed=seed)
+    found = evaluate_sessions({"sasrec": {p: of.scorer for p, of in tuned.items()}}, test, catalogue)
     return {
-        "settings": settings["sasrec"],
+        "settings": {p: {**of.settings, "valid_ndcg@10": of.criterion} for p, of in tuned.items()},
         "test": {p: {m: found["protocols"][p]["sasrec"][m] for m in METRICS} for p in OF_LISTS},
     }
 

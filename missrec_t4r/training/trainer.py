@@ -174,9 +174,8 @@ class Trainer:
             self._train()
         stopped_by = self._stopped_by() or INTERRUPT
         if stopped_by == INTERRUPT:
-            log.warning(
-                f"interrupted: writing the best weights so far to {self.out}; the same command goes on from here"
-            )
+            so_far = "the best weights so far" if self.status["epoch"] else "weights of a part of the first epoch"
+            log.warning(f"interrupted: writing {so_far} to {self.out}; the same command goes on from here")
         else:
             log.info(f"training ended by train.{stopped_by} = {getattr(self.recipe.train, stopped_by)}")
         if self.curves is not None:

@@ -48,6 +48,7 @@ _TERM_TITLES: Final = {
     "item_knn": "item-kNN term",
     "content_knn": "content-kNN term",
     "cold_start": "cold-start term",
+    "rare_items": "rare-item term",
 }
 _CRITERION: Final = "ndcg@10"
 
@@ -106,7 +107,7 @@ def run_page(
         _accuracy(report, EXCLUDED),
         _curves(curve, info),
         _by_slice(report),
-        _terms(info, report, shares),
+        _terms(info, shares),
         *(_accuracy(report, name) for name in report["protocols"] if name != EXCLUDED),
         _slices(report),
         wide_section(
@@ -246,7 +247,7 @@ def _slices(report: Mapping[str, Any]) -> str:
     return section(title, table(head, rows)).replace("<section>", '<section class="wide">', 1)
 
 
-def _terms(info: Mapping[str, Any], report: Mapping[str, Any], shares: Mapping[str, float]) -> str:
+def _terms(info: Mapping[str, Any], shares: Mapping[str, float]) -> str:
     prior = info.get("prior") or {}
     rows = []
     if "weight" in prior:
@@ -261,6 +262,11 @@ def _terms(info: Mapping[str, Any], report: Mapping[str, Any], shares: Mapping[s
             f"{name} {value:.3g}" for name, value in prior["newcomers"].items() if isinstance(value, float)
         )
         rows.append((_TERM_TITLES["cold_start"], "", about))
+    if "rare_items" in prior:
+        of = prior["rare_items"]
+        groups = zip(("0 events", "1 or 2", "3 or 4"), of["content"], of["offset"], strict=True)
+        about = "; ".join(f"{events}: content {weight:.3g}, offset {offset:+.3g}" for events, weight, offset in groups)
+        rows.append((_TERM_TITLES["rare_items"], "", about))
     if not rows and not shares:
         return section("What the ranking terms weigh", "<p>This run has none: its score is that of the network.</p>")
     words = "Chosen on validation after training; 0 switches a term off."

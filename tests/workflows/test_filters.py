@@ -1,5 +1,7 @@
 """Rare users and items leave events and catalogue together."""
 
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import DataError
+from missrec_t4r.etl.engine.reduce import keep_frequent
+from missrec_t4r.etl.engine.workdir import FILTER_FOLDER, KEPT_FOLDER, partition_path
 from missrec_t4r.etl.pipeline import etl
 from tests.workflows.tables import items_of, save_vectors, write
 
@@ -42,3 +46,22 @@ def test_min_item_count_is_a_single_pass(tmp_path: Path) -> None:
 def test_a_core_that_nothing_survives_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="k_core=9 with min_item_count=0 leaves no event.*lower the numbers"):
         etl(*write(tmp_path, _events("abab"), ITEMS), tmp_path / "data", k_core=9)
+
+
+def test_there_may_be_more_partitions_than_files_that_a_process_may_open(tmp_path: Path) -> None:
+    """A user in each of 40 partitions, on an item of two events."""
+    (tmp_path / FILTER_FOLDER).mkdir()
+    (tmp_path / KEPT_FOLDER).mkdir()
+    for number in range(40):
+        items = np.array([number // 2, number // 2], np.int32)[: 1 + number % 2]
+        file = partition_path(tmp_path, FILTER_FOLDER, number, "npz")
+        np.savez(file, users=np.zeros_like(items), items=items, eligible=np.ones(len(items), bool))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, hard))
+    try:
+        kept = keep_frequent(tmp_path, 40, k_core=2, min_item_count=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert kept.all()
+    masks = [np.load(partition_path(tmp_path, KEPT_FOLDER, number, "npy")).tolist() for number in (0, 1)]
+    assert masks == [[False], [True, True]]  # the user of one event goes

@@ -18,14 +18,14 @@ folder (`sessionize.load_common`), with the keys
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from missrec_t4r.arrays import Bools
+from missrec_t4r.arrays import AnyArray, Bools
 from missrec_t4r.errors import DataError
 from missrec_t4r.etl import event_arithmetic, item_table
 from missrec_t4r.etl.engine import sessionize
@@ -162,20 +162,20 @@ def keep_frequent(work: Path, partitions: int, *, k_core: int, min_item_count: i
     DataError
         No event is left.
     """
-    files = {number: partition_path(work, FILTER_FOLDER, number, "npz") for number in range(partitions)}
-    parts = {number: np.load(file) for number, file in files.items() if file.is_file()}
-    kept = np.concatenate([part["eligible"] for part in parts.values()])  # [event of all partitions]
-    items = np.concatenate([part["items"] for part in parts.values()])
-    sizes = [len(part["eligible"]) for part in parts.values()]
+    paths = {number: partition_path(work, FILTER_FOLDER, number, "npz") for number in range(partitions)}
+    files = {number: file for number, file in paths.items() if file.is_file()}
+    eligible = _read_arrays(files.values(), "eligible")
+    sizes, kept = [len(part) for part in eligible], np.concatenate(eligible)  # kept: [event of all partitions]
+    items = np.concatenate(_read_arrays(files.values(), "items"))
     if not kept.any():
         raise DataError("no event is on an item of the item table", "matching ids", "check both id columns")
     if min_item_count > 0:
         kept &= np.bincount(items[kept], minlength=int(items.max()) + 1)[items] >= min_item_count
     if k_core > 0:
         offset, users = 0, []  # users are numbered per partition; no user is in two
-        for part in parts.values():
-            users.append(part["users"].astype(np.int64) + offset)
-            offset += int(part["users"].max(initial=-1)) + 1
+        for part in _read_arrays(files.values(), "users"):
+            users.append(part.astype(np.int64) + offset)
+            offset += int(part.max(initial=-1)) + 1
         candidates = np.flatnonzero(kept)
         codes = [np.concatenate(users)[candidates], items[candidates]]
         kept[candidates] = event_arithmetic.core(codes, np.ones(len(candidates), np.int64), k_core)
@@ -183,11 +183,20 @@ def keep_frequent(work: Path, partitions: int, *, k_core: int, min_item_count: i
         raise DataError(
             f"k_core={k_core} with min_item_count={min_item_count} leaves no event", "at least one", "lower the numbers"
         )
-    for number, mask in zip(parts, np.split(kept, np.cumsum(sizes)[:-1]), strict=True):
+    for number, mask in zip(files, np.split(kept, np.cumsum(sizes)[:-1]), strict=True):
         np.save(partition_path(work, KEPT_FOLDER, number, "npy"), mask)
     found = np.zeros(int(items.max()) + 1, bool)
     found[items[kept]] = True
     return found
+
+
+def _read_arrays(files: Iterable[Path], name: str) -> list[AnyArray]:
+    """Return one array of every file; each file is closed again, as there may be more than a process may open."""
+    arrays = []
+    for file in files:
+        with np.load(file) as content:
+            arrays.append(content[name])
+    return arrays
 
 
 # Types and categories

@@ -393,7 +393,7 @@ def _read_workflow_file(
 
 @dataclass
 class _Task:
-    """Input and settings of one run, for both engines."""
+    """Input and settings of one run, for every engine."""
 
     files: list[Path]
     items: Path
@@ -559,6 +559,7 @@ def _run_on_gpu(
     from missrec_t4r.etl.gpu.read import NotPlainError
 
     settings, rows = dict(task.settings), parquet_rows(task.files)
+    other = "--engine disk" if task.workflow is None else "--engine memory"  # out of core, no workflow file is run
     with open_executor(*machines, gpu=True) as executor:
         several = machines[0] != "threads"
         count = partitions or _partitions_on_gpu(task, rows, executor, device, several=several)
@@ -574,7 +575,7 @@ def _run_on_gpu(
                     raise DataError(
                         f"{error}, and only the CPU reads that",
                         "plain parquet where events are processed on a GPU in partitions",
-                        "add --engine disk",
+                        f"add {other}",
                     ) from error
                 log.info(f"{error}: on the CPU, out of core")
                 task.findings.found, task.settings = [], settings
@@ -590,7 +591,7 @@ def _run_on_gpu(
     raise DataError(
         f"the memory of the GPU does not suffice ({reason})",
         "a GPU that holds a partition of the events several times",
-        "add --engine disk, which works in bounded memory on the CPU",
+        f"add {other}, which works on the CPU",
     )
 
 

@@ -123,6 +123,9 @@ def test_a_workflow_file_is_fitted_partition_by_partition(tmp_path: Path) -> Non
     for engine in ("memory", "gpu"):
         etl(*files, tmp_path / engine, engine=engine, workflow=example)  # type: ignore[arg-type]  # from the tuple
     same_folder(tmp_path / "memory", tmp_path / "gpu")
+    numbers = raw_files(tmp_path / "numbers", shop(1).assign(note="1,5"))
+    with pytest.raises(DataError, match="--engine memory"):  # the engine that works out of core runs no workflow file
+        etl(*numbers, tmp_path / "gpu", engine="gpu", workflow=example)
 
 
 @pytest.mark.usefixtures("little_memory")

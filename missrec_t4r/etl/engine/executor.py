@@ -7,6 +7,7 @@ run again on another worker; a task that had finished finds its result file and 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.progress import track
+
+log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 20.0
 """Seconds within which a scheduler must answer."""
@@ -149,6 +152,8 @@ def open_executor(
     """
     count = workers or len(os.sched_getaffinity(0))
     if scheduler == "threads":
+        if gpu and (workers or 1) > 1:
+            log.info(f"--workers {workers} has no effect: threads use one GPU; --dask-scheduler processes uses all")
         yield ThreadExecutor(1 if gpu else count)
     elif scheduler == "processes":
         from distributed import Client

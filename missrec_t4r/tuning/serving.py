@@ -119,7 +119,7 @@ def tune_serving(
         search = _Search(trial, _requests(bundle, present), clients, seconds)
         stopped_by = search.run(present, 60 * minutes, trials, limit_ms)
     chosen, why = choose(search.measured, limit_ms)
-    written = _write(folder, bundle, present, chosen.settings) if stopped_by != INTERRUPT and not dry_run else {}
+    written = {} if dry_run or stopped_by == INTERRUPT else _write(folder, present, chosen.settings)
     return {
         "repository": str(folder),
         "stopped_by": stopped_by,
@@ -207,7 +207,7 @@ class _Search:
         longest = time.monotonic() - (ends - seconds)
         known = {present}
         try:
-            for kind in kinds(present, os.cpu_count() or 1):
+            for kind in kinds(present, len(os.sched_getaffinity(0))):
                 best = choose(self.measured, limit_ms)[0].settings
                 for change in kind:
                     settings = best._replace(**change)
@@ -285,15 +285,18 @@ def _requests(bundle: Path, present: ServingSettings) -> dict[int, list[Arrays]]
     return {size: [request(size) for _ in range(n)] for size, n in ((_SMALL, 50), (_LARGE, 10))}
 
 
-def _write(folder: Path, bundle: Path, present: ServingSettings, chosen: ServingSettings) -> dict[str, Any]:
-    """Write the chosen settings; nothing where they are the present ones."""
+def _write(folder: Path, present: ServingSettings, chosen: ServingSettings) -> dict[str, Any]:
+    """Write the chosen settings; nothing where they are the present ones.
+
+    A deployment keeps the bundle that it serves by now: another one may have been deployed during the measurements.
+    """
     if chosen == present:
         return {}
     if not is_deployment(folder):
         configure(folder, chosen)
         return {"next": f"restart the server of {folder}"}
     values = {name: value for name, value in chosen._asdict().items() if name != "kind"}
-    return {"deployed": deploy(folder, bundle=bundle, **values)}
+    return {"deployed": deploy(folder, bundle=_served(folder)[0], **values)}
 
 
 def _row(one: Measured, is_chosen: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from missrec_t4r.errors import ConfigError, ServingError
 from missrec_t4r.serving.deploy.blue_green import deploy
 from missrec_t4r.serving.triton.model_config import settings_of
-from missrec_t4r.serving.triton.repository import RANKER, ServingSettings
+from missrec_t4r.serving.triton.repository import RANKER, ServingSettings, write_repository
 from missrec_t4r.tuning import serving
 from missrec_t4r.tuning.serving import Measured, choose, tune_serving
 
@@ -42,7 +42,7 @@ def test_a_model_repository_gets_what_was_chosen_on_a_real_server(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serving, "_GAIN", 0.0)  # then the last one measured is chosen
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     models = tmp_path / "models"
     shutil.copytree(exported / "repository", models)
     try:
@@ -67,12 +67,19 @@ def test_a_deployment_gets_a_version_and_the_next_one_keeps_its_settings(bundle:
     folder = tmp_path / "deployment"
     deploy(folder, bundle=bundle, instances=2)
     chosen = ServingSettings(instances=2, queue_delay_us=500, preferred_batch_size=16)
-    written = serving._write(folder, bundle, ServingSettings(instances=2), chosen)
+    written = serving._write(folder, ServingSettings(instances=2), chosen)
     assert written["deployed"]["version"] == 2
     assert settings_of(folder / f"{RANKER}_v2") == chosen
     assert serving._served(folder) == (folder / f"{RANKER}_v2" / "1" / "bundle", chosen)
     deploy(folder, bundle=bundle, threads=2)
     assert settings_of(folder / f"{RANKER}_v3") == chosen._replace(threads=2)
+
+
+def test_a_group_of_instances_without_a_number_has_one_as_for_triton(bundle: Path, tmp_path: Path) -> None:
+    write_repository(bundle, tmp_path / "models")
+    config = tmp_path / "models" / RANKER / "config.pbtxt"
+    config.write_text(config.read_text().replace("count: 1", ""))
+    assert settings_of(config.parent) == ServingSettings()
 
 
 def test_what_cannot_be_tuned_is_refused(bundle: Path, tmp_path: Path) -> None:

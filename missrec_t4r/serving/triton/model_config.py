@@ -47,20 +47,24 @@ def settings_of(ranker: Path) -> ServingSettings:
         return ServingSettings(
             config.max_batch_size,
             int(config.parameters["threads"].string_value),
-            config.instance_group[0].count,
+            config.instance_group[0].count or 1,  # Triton reads no count as 1
             next(iter(config.dynamic_batching.preferred_batch_size), 0),
             config.dynamic_batching.max_queue_delay_microseconds,
             ModelInstanceGroup.Kind.Name(config.instance_group[0].kind),
         )
     except (ValueError, IndexError) as error:
-        raise BundleError(f"{ranker / CONFIG_FILE} is not that of a ranker ({error})", "one of this package") from error
+        raise BundleError(
+            f"{ranker / CONFIG_FILE} is not that of a ranker ({error})",
+            "threads, and one instance_group, as this package writes them",
+            "undo what was edited, or write the repository again",
+        ) from error
 
 
 def configure(repository: Path, settings: ServingSettings) -> None:
     """Change the settings of a model repository in place; whatever else its configurations say stays."""
     check_settings(settings)
-    for model in MODELS:
-        config = read_config(repository / model)
+    configs = {model: read_config(repository / model) for model in MODELS}
+    for model, config in reversed(configs.items()):  # the ensemble last: its batches may not exceed those of its parts
         config.max_batch_size = settings.max_batch_size
         if model == RANKER:
             config.parameters["threads"].string_value = str(settings.threads)

@@ -99,6 +99,8 @@ def train(
     if recipe is None and not warm_start:
         recipe = "default" if start_from else AUTO
     if max_minutes is not None:
+        if (settings or {}).get("train.max_minutes", max_minutes) != max_minutes:
+            raise ConfigError("--max-minutes and another --set train.max_minutes", "one time limit", "leave one out")
         settings = {**(settings or {}), "train.max_minutes": max_minutes}
     own, chosen = _resolved(data, recipe, settings, device)
     start: dict[str, Any] = {"recipe": own}

@@ -82,6 +82,8 @@ def test_a_time_limit_is_an_option(data: Path, tmp_path: Path) -> None:
     assert code == 0
     assert (json.loads(answer)["stopped_by"], json.loads(answer)["epochs"]) == ("max_minutes", 1)
     assert json.loads((tmp_path / "run/recipe.json").read_text())["train"]["max_minutes"] == 1e-9
+    code, _, words = _train(data, tmp_path / "other", "--set=train.max_minutes=5", "--max-minutes=3")
+    assert (code, "--max-minutes and another --set train.max_minutes" in words) == (2, True)
 
 
 def test_every_epochs_line_tells_the_speed_and_the_time_left(data: Path, tmp_path: Path) -> None:

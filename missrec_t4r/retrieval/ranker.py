@@ -340,8 +340,8 @@ class Ranker:
 
 def _bytes_to_move(model: MISSRec, n_rows: int, tables: RetrievalIndex | None, device: torch.device) -> int:
     """Return the bytes that a GPU must have for the model and for one session at least, before anything is moved."""
-    tensors = [*model.parameters(), *model.buffers()]
-    moved = sum(tensor.nbytes for tensor in tensors if tensor.device != device)
+    tensors, there = [*model.parameters(), *model.buffers()], torch.empty(0, device=device).device  # cuda is cuda:0
+    moved = sum(tensor.nbytes for tensor in tensors if tensor.device != there)
     return moved + (0 if tables is None else DeviceItems.bytes_needed(tables.table, device) + BYTES_PER_SCORE * n_rows)
 
 

@@ -210,6 +210,7 @@ def read_items(file: Path, item_column: str = ITEM_ID) -> pa.Table:
         found = f"{file} has columns {table.column_names}"
         raise DataError(found, f"a column {item_column!r}", "name yours with --item-column")
     if item_column != ITEM_ID and ITEM_ID in table.column_names:
+        log.info(f"{file}: column {ITEM_ID} is left out, {item_column} holds the ids")
         table = table.drop_columns([ITEM_ID])
     if index := [name for name in table.column_names if name.startswith("__index_level_")]:
         log.info(f"{file}: {', '.join(index)}, a row index of pandas, is left out")

@@ -108,7 +108,8 @@ def compare(
     if missing := [name for name in slice_columns if name not in benchmark.catalogue.items.column_names]:
         columns = ", ".join(benchmark.catalogue.items.column_names)
         raise ConfigError(f"no column {missing[0]!r} in the catalogue", f"one of {columns}", "check --slice-columns")
-    thumbnails(benchmark.catalogue, [], column=image_column, images=images)  # refuses before the ranking
+    if image_column is not None or images is not None:
+        thumbnails(benchmark.catalogue, [], column=image_column, images=images)  # refuses before the ranking
     written = [str(Path(out) / name) for name in (JSON_FILE, PAGE_FILE)] if out is not None else []
     if dry_run:
         kinds = {one.name: one.kind for one in given}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
+
+from missrec_t4r.io.json_files import read_json
 
 TITLES: Final = ("title", "name", "product_name")
 _ENCODERS: Final = ("features.json", "catalogue.json")
@@ -35,5 +36,5 @@ def title_column(names: Collection[str], encoders: Iterable[Mapping[str, Any]] =
 def title_column_of(folder: Path, names: Collection[str]) -> str | None:
     """Return the column of the titles in the item table of a bundle or a catalogue folder."""
     file = next((folder / name for name in _ENCODERS if (folder / name).is_file()), None)
-    noted = {} if file is None else json.loads(file.read_bytes()).get("modalities", {})
+    noted = {} if file is None else read_json(file).get("modalities", {})
     return title_column(names, [modality.get("encoder", {}) for modality in noted.values()])

@@ -14,11 +14,10 @@ first.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from missrec_t4r.io.json_files import write_json
+from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.serving.triton.model_config import CONFIG_FILE, read_config
 from missrec_t4r.serving.triton.repository import BUNDLE_IN_REPOSITORY, ENSEMBLE
 
@@ -90,8 +89,7 @@ def note_replaced(repository: Path, version: int, previous: int | None) -> None:
 
 def _replaced(repository: Path) -> dict[str, int]:
     """Return version -> the version that it replaced; empty for folders of earlier versions."""
-    content = json.loads((repository / DEPLOYMENT_FILE).read_text(encoding="utf-8"))
-    replaced: dict[str, int] = content.get("replaced", {})
+    replaced: dict[str, int] = read_json(repository / DEPLOYMENT_FILE).get("replaced", {})
     return replaced
 
 

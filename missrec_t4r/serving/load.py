@@ -7,7 +7,6 @@ get the same cheap clients.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -83,15 +82,22 @@ def answers_per_second(url: str, messages: Sequence[bytes], clients: int, second
             start.abort()
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    with contextlib.suppress(threading.BrokenBarrierError):  # a client failed, and its error is raised below
+    try:
+        for thread in threads:
+            thread.start()
         start.wait()
+    except threading.BrokenBarrierError:  # a client failed, and its error is raised below
+        pass
+    except BaseException:  # Ctrl-C: the clients would wait for ever
+        start.abort()
+        raise
     for thread in threads:
         thread.join()
     if failures:
+        first = failures[0]
+        reason = first.details() if isinstance(first, grpc.Call) else first
         raise ServingError(
-            f"{len(failures)} of {clients} clients failed ({failures[0]})",
+            f"{len(failures)} of {clients} clients failed ({reason})",
             "an answer to every request",
             "the server's log has the reason; fewer clients may do",
         )

@@ -9,7 +9,9 @@ import pytest
 
 from missrec_t4r.errors import ConfigError, ServingError
 from missrec_t4r.serving.deploy.blue_green import deploy
+from missrec_t4r.serving.load import answers_per_second
 from missrec_t4r.serving.triton.model_config import settings_of
+from missrec_t4r.serving.triton.ports import choose_ports
 from missrec_t4r.serving.triton.repository import RANKER, ServingSettings, write_repository
 from missrec_t4r.tuning import serving
 from missrec_t4r.tuning.serving import Measured, choose, tune_serving
@@ -28,6 +30,12 @@ def test_the_highest_throughput_within_the_limit_is_chosen() -> None:
     best, why = choose([present, two, slow], limit_ms=1.0)
     assert best is present
     assert why == "no setting reaches 1.00 ms for one session; this one has the lowest p50"
+
+
+def test_a_server_that_does_not_answer_ends_the_clients_of_the_measurement() -> None:
+    port = choose_ports({"grpc": 0})["grpc"]
+    with pytest.raises(ServingError, match=r"of 3 clients failed \(failed to connect .*the server's log"):
+        answers_per_second(f"127.0.0.1:{port}", [b""], 3, 0.1)
 
 
 def test_what_the_next_measurement_might_take_back_is_no_gain() -> None:

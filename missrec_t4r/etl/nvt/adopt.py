@@ -170,7 +170,8 @@ def read_vocabulary(workflow: Path, column: str) -> pa.Array:
         )
     table = read_table(file, "vocabulary", needed=None)  # an index is kept
     index = ((pq.read_schema(file).pandas_metadata or {}).get("index_columns") or [None])[0]
-    name = column if column in table.column_names else next(name for name in table.column_names if name != index)
+    values = [name for name in table.column_names if name != index] or table.column_names
+    name = column if column in table.column_names else values[0]
     start = _first_row(index, table)
     if start != FIRST_ITEM_ROW:
         raise SchemaError(

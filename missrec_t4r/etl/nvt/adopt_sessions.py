@@ -92,8 +92,9 @@ class Reader:
         tagged = [name for name in of_items if name in lists]
         texts = [name for name in of_items if table[name].type in (pa.string(), pa.large_string())]
         if texts and not tagged:
+            example = next(iter(table[texts[0]].slice(0, 1).to_pylist()), "")  # a file may have no row
             raise SchemaError(
-                f"column {texts[0]!r} is tagged ITEM_ID and holds texts such as {table[texts[0]][0].as_py()!r}",
+                f"column {texts[0]!r} is tagged ITEM_ID and holds texts such as {example!r}",
                 "a list of rows per session",
                 "dask writes lists as texts unless DASK_DATAFRAME__CONVERT_STRING=False is set: transform again",
             )

@@ -173,7 +173,8 @@ def test_the_repository_is_typed_by_the_catalogue(
     for model in MODELS:
         text = (tmp_path / "repository" / model / "config.pbtxt").read_text()
         template = (TEMPLATES / model / "config.pbtxt").read_text()
-        for name, value in {"item_id_type": id_type, "max_batch_size": "16", "threads": "2", "instances": "3"}.items():
+        given = {"item_id_type": id_type, "max_batch_size": "16", "threads": "2", "instances": "3"}
+        for name, value in {**given, "kind": "KIND_AUTO", "preferred_batch_size": "", "queue_delay_us": "0"}.items():
             template = template.replace(f"${{{name}}}", value)
         assert text == template
         assert "$" not in text

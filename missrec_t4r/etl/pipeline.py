@@ -25,7 +25,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from missrec_t4r.arrays import AnyArray
 from missrec_t4r.data.session_files import take_prefixes
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl import inputs, item_table, outputs, splits
@@ -683,13 +682,13 @@ class _Whole:
 
         times, settings = self.events[TIMESTAMP], self.settings
         if self.device is None:
+            splits.set_boundaries(settings, times.to_numpy)
             sessions = workflows.transform_events(workflow, self.events, self.partitions)
-            return _write_splits(sessions, times.to_numpy(), settings, folder, n_rows)
+            return _write_splits(sessions, settings, folder, n_rows)
         from missrec_t4r.etl.gpu.write import write_splits
 
-        if settings["split"] == "time" and settings["valid_from"] is None:
-            boundaries = splits.default_boundaries(self.device.array(times), self.device.xp)
-            settings["valid_from"], settings["test_from"] = boundaries
+        device = self.device
+        splits.set_boundaries(settings, lambda: device.array(times), device.xp)
         frame = workflows.transform_dataset(workflow, self.events, 1, USER_ID)
         return write_splits(self.device, frame, settings, folder, n_rows)
 
@@ -807,15 +806,11 @@ def _write_folder(
     return outputs.data_counts(catalogue, written.train_counts, summary.events, summary.users, written.rows)
 
 
-def _write_splits(
-    sessions: pa.Table, event_times: AnyArray, settings: dict[str, Any], folder: Path, n_rows: int
-) -> outputs.Written:
+def _write_splits(sessions: pa.Table, settings: dict[str, Any], folder: Path, n_rows: int) -> outputs.Written:
     """Write the rows of every split; `gpu.write_splits` has the parameters."""
     from missrec_t4r.etl.nvt.workflow_file import check_lists
 
     check_lists(sessions)
-    if settings["split"] == "time" and settings["valid_from"] is None:
-        settings["valid_from"], settings["test_from"] = splits.default_boundaries(event_times)
     offsets, lengths = splits.split_lengths(sessions, settings)
     splits.check_lengths(lengths)
     rows = {name: take_prefixes(sessions, offsets, lengths[name]) for name in SPLITS}

@@ -12,7 +12,7 @@ before the target have no row. T1 and T2 are given, or the times of the events a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -38,10 +38,21 @@ def split_lengths(sessions: pa.Table, settings: Mapping[str, Any]) -> tuple[Ints
         ``split``; for a time split ``valid_from`` and ``test_from``.
     """
     offsets = np.asarray(one_array(sessions[ITEM_LIST]).offsets, np.int64)
+    times = TIMESTAMP + LIST_SUFFIX
+    return offsets, prefix_lengths(offsets, lambda: one_array(sessions[times]).values.to_numpy(), settings)
+
+
+def prefix_lengths(offsets: Ints, times: Callable[[], AnyArray], settings: Mapping[str, Any], xp: Any = np) -> Lengths:
+    """Return the prefix lengths of the split that ``settings`` name; ``times`` are read for a time split alone."""
     if settings["split"] == "leave_one_out":
-        return offsets, leave_one_out(offsets)
-    times = one_array(sessions[TIMESTAMP + LIST_SUFFIX]).values.to_numpy()
-    return offsets, time_split(offsets, times, settings["valid_from"], settings["test_from"])
+        return leave_one_out(offsets, xp)
+    return time_split(offsets, times(), settings["valid_from"], settings["test_from"], xp)
+
+
+def set_boundaries(settings: MutableMapping[str, Any], times: Callable[[], AnyArray], xp: Any = np) -> None:
+    """Give a time split without boundaries the default ones of the events' ``times``."""
+    if settings["split"] == "time" and settings["valid_from"] is None:
+        settings["valid_from"], settings["test_from"] = default_boundaries(times(), xp)
 
 
 def leave_one_out(offsets: Ints, xp: Any = np) -> Lengths:

@@ -102,10 +102,8 @@ class Partitioned:
         """Write the rows of every split into the data folder."""
         assert folder == self.folder, "tasks know the working folder alone"
         save_workflow(workflow, self.work / tasks.FITTED_FOLDER)
-        if self.settings["split"] == "time" and self.settings["valid_from"] is None:
-            times = [np.load(partition_path(self.work, tasks.TIMES_FOLDER, number, "npy")) for number in self.numbers]
-            boundaries = splits.default_boundaries(np.concatenate(times))
-            self.settings["valid_from"], self.settings["test_from"] = boundaries
+        files = [partition_path(self.work, tasks.TIMES_FOLDER, number, "npy") for number in self.numbers]
+        splits.set_boundaries(self.settings, lambda: np.concatenate([np.load(file) for file in files]))
         split = {name: self.settings[name] for name in ("split", "valid_from", "test_from")}
         write_json(self.work / tasks.SPLIT_FILE, split | {"rows": n_rows})
         arguments = [(str(self.work), number) for number in self.numbers]

@@ -53,7 +53,8 @@ def write_splits(
     lists = {name: device.take_apart(sessions[name]) for name in sessions.columns if name.endswith(LIST_SUFFIX)}
     offsets = lists[ITEM_LIST].offsets.astype("int64")  # [session + 1]
     refuse_uneven_lists([name for name, column in lists.items() if not bool((column.offsets == offsets).all())])
-    lengths = _prefix_lengths(device, offsets, lists, settings)
+    times = TIMESTAMP + LIST_SUFFIX
+    lengths = splits.prefix_lengths(offsets, lambda: device.array(lists[times].values), settings, xp)
     written, train_counts = {}, np.zeros(n_rows, np.int64)
     for split in SPLITS:
         rows = xp.flatnonzero(lengths[split])
@@ -75,15 +76,6 @@ def write_splits(
             items = device.array(_take(lists[ITEM_LIST].values, index))
             train_counts = device.host(xp.bincount(items, minlength=n_rows)).astype("int64")
     return Written(written, int(xp.diff(offsets).max()), train_counts)
-
-
-def _prefix_lengths(
-    device: Device, offsets: Any, lists: dict[str, ListColumn], settings: Mapping[str, Any]
-) -> splits.Lengths:
-    if settings["split"] == "leave_one_out":
-        return splits.leave_one_out(offsets, device.xp)
-    times = device.array(lists[TIMESTAMP + LIST_SUFFIX].values)
-    return splits.time_split(offsets, times, settings["valid_from"], settings["test_from"], device.xp)
 
 
 def _take(column: Series, index: Any) -> Series:

@@ -1,9 +1,10 @@
 """Fused encoder: the session encoder with everything precomputed that does not depend on the session.
 
 The same vectors as `MISSRec.encode` up to rounding, compared on sessions of several shapes before it is used. An item's
-modalities and ID are summed once per catalogue version; interests are looked up together with their first projections;
-a session's distinct interests are found on the host; the key bias is dropped, since a number added to all keys cancels
-in the softmax, and the value bias is added to that of the output.
+modalities and ID are summed once per catalogue version; the first attention layer sees interests alone, so that its
+scores and outputs are looked up, or with many interests their projections; a session's distinct interests are found on
+the host; the key bias is dropped, since a number added to all keys cancels in the softmax, and the value bias is added
+to that of the output.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ _CHECKED = ((1, 1), (1, 2), (1, 9), (3, 1), (5, 12))
 _TOLERANCE = 1e-5
 _PROJECTIONS_IN_MEMORY = 1 << 26
 """Projections of interests of at most this many numbers (256 MiB) are kept."""
+
+_SCORES_IN_MEMORY = 1 << 24
+"""Attention scores between all interests are kept if they are at most this many numbers (64 MiB)."""
 
 
 class _Norm(NamedTuple):
@@ -92,18 +96,53 @@ class _EncoderLayer(NamedTuple):
     norm: _Norm
     feedforward: _FeedForward
 
-    def __call__(self, x: Tensor, projected: Tensor, mask: Tensor | None, real: Tensor | None) -> Tensor:
-        """Return new tokens for the real ones, x [token, dim].
+    def attend(self, x: Tensor, projected: Tensor, visible: Tensor | None, real: Tensor | None) -> Tensor:
+        """Return x + attention [token, dim] for the real tokens x.
 
-        ``projected`` [batch, token, 3 * dim] holds all, the filling too; ``mask`` [batch, 1, query, key] is True where
+        ``projected`` [batch, token, 3 * dim] holds all, the filling too; ``visible`` [batch, query, key] is True where
         a key may be seen; ``real`` [token] is where the real ones stand among all, None where all are.
         """
         batch, n_tokens, _ = projected.shape
         parts = projected.view(batch, n_tokens, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        mask = None if visible is None else visible.unsqueeze(1)
         attended = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], attn_mask=mask)
-        attended = attended.transpose(1, 2).reshape(-1, x.shape[1])
-        attended = attended if real is None else attended[real]
-        return self.feedforward(self.norm(x + torch.addmm(self.output_bias, attended, self.output)))
+        attended = _taken(attended.transpose(1, 2).reshape(-1, x.shape[1]), real)
+        return x + torch.addmm(self.output_bias, attended, self.output)
+
+    def transform(self, attended: Tensor) -> Tensor:
+        """Return the new tokens [token, dim] from x + attention."""
+        return self.feedforward(self.norm(attended))
+
+
+class _InterestAttention(NamedTuple):
+    """Attention of the first encoder layer: that of two interests is the same in every session."""
+
+    scores: Tensor
+    """[interest * interest, head]: of a query and a key, scaled."""
+    outputs: Tensor
+    """[interest, head * dim]: value times its rows of the output matrix."""
+    tokens: Tensor
+    """[interest, dim]: centroid plus output bias."""
+
+    @classmethod
+    def of(cls, layer: _EncoderLayer, centroids: Tensor, projections: Tensor) -> _InterestAttention:
+        """Look up what ``layer`` computes for ``centroids`` [interest, dim]."""
+        n, dim = centroids.shape
+        query, key, value = projections.view(n, 3, layer.n_head, -1).unbind(1)  # [interest, head, dim / head]
+        scores = torch.einsum("ihd,jhd->ijh", query, key) * query.shape[2] ** -0.5
+        outputs = torch.einsum("ihd,hdo->iho", value, layer.output.view(layer.n_head, -1, dim))
+        return cls(scores.reshape(n * n, -1), outputs.reshape(n, -1), centroids + layer.output_bias)
+
+    def __call__(self, rows: Tensor, flat: Tensor, visible: Tensor | None, real: Tensor | None) -> Tensor:
+        """Return x + attention [token, dim] for interests ``rows`` [batch, interest], of which ``flat`` are real."""
+        batch, width = rows.shape
+        pairs = (rows * len(self.tokens)).unsqueeze(2) + rows.unsqueeze(1)
+        scores = F.embedding(pairs, self.scores)  # [batch, query, key, head]
+        if visible is not None:
+            scores = scores.masked_fill_(~visible.unsqueeze(3), -torch.inf)
+        outputs = F.embedding(rows, self.outputs).view(batch, -1, self.tokens.shape[1])  # [batch, key * head, dim]
+        attended = torch.bmm(scores.softmax(2).view(batch, width, -1), outputs)
+        return F.embedding(flat, self.tokens).add_(_taken(attended.flatten(0, 1), real))
 
 
 class FusedEncoder:
@@ -131,6 +170,9 @@ class FusedEncoder:
             cast(FastContextualEncoder, use_shortcuts(model.encoder)).project(interests.centroids).detach()
         )
         self._encoder = [_encoder_layer(cast(EncoderLayer, layer)) for layer in model.encoder.layers]
+        self._first: _InterestAttention | None = None
+        if len(self._centroids) ** 2 * self._encoder[0].n_head <= _SCORES_IN_MEMORY:
+            self._first = _InterestAttention.of(self._encoder[0], self._centroids, self._projections)
         self._encoder_norm, self._norm_input, self._norm = map(
             _norm, (model.encoder.norm, decoder.norm_input, decoder.norm)
         )
@@ -172,15 +214,19 @@ class FusedEncoder:
             visible = mask[:, None, :] | ~mask[:, :, None]
         device = self._centroids.device
         rows, full = torch.from_numpy(chosen).to(device), int(counts.min()) == width
-        seen = None if visible is None else torch.from_numpy(visible).to(device).unsqueeze(1)
+        seen = None if visible is None else torch.from_numpy(visible).to(device)
         real = None if full else torch.from_numpy(np.flatnonzero(mask)).to(device)
-        flat = rows.view(-1) if real is None else rows.view(-1)[real]
-        memory, projected = F.embedding(flat, self._centroids), F.embedding(rows, self._projections)
-        for number, layer in enumerate(self._encoder):
-            if number:
-                flat = torch.addmm(layer.project_bias, memory, layer.project)
-                projected = _spread(flat, real, batch * width).view(batch, width, -1)
-            memory = layer(memory, projected, seen, real)
+        flat = _taken(rows.view(-1), real)
+        if self._first is not None:
+            memory = self._first(rows, flat, seen, real)
+        else:
+            projected = F.embedding(rows, self._projections)
+            memory = self._encoder[0].attend(F.embedding(flat, self._centroids), projected, seen, real)
+        memory = self._encoder[0].transform(memory)
+        for layer in self._encoder[1:]:
+            projected = torch.addmm(layer.project_bias, memory, layer.project)
+            projected = _spread(projected, real, batch * width).view(batch, width, -1)
+            memory = layer.transform(layer.attend(memory, projected, seen, real))
         memory = _spread(self._encoder_norm(memory), real, batch * width).view(batch, width, -1)
         if full:
             return memory, None, None
@@ -233,6 +279,11 @@ def _equal(model: MISSRec, tokens: ItemEmbeddings, encoder: FusedEncoder, batch:
 def _hidden(lengths: Ints, width: int) -> Bools:
     """Return [batch, 1, width], True behind the end of a session; for an empty one nowhere, which avoids NaN."""
     return (np.arange(width) >= np.where(lengths == 0, width, lengths)[:, None])[:, None]
+
+
+def _taken(tokens: Tensor, real: Tensor | None) -> Tensor:
+    """Return the real ones of all tokens [total, ...]."""
+    return tokens if real is None else tokens.index_select(0, real)
 
 
 def _spread(tokens: Tensor, real: Tensor | None, total: int) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from missrec_t4r.io.tensor_file import StoredRows
 from missrec_t4r.model.fast.fusion import mean_embeddings
@@ -87,12 +88,12 @@ class PackedItems:
             Summed in 64 bits: equal tokens have equal scores after rounding to 32 bits, wherever they stand.
         """
         votes, present = self._votes(session.double(), rows, torch.float64)
-        return fuse(votes, present, self.phi[rows].double())
+        return votes[0] if len(votes) == 1 else fuse(votes, present, self.phi[rows].double())
 
     def quick(self, session: Tensor, rows: Tensor) -> Tensor:
         """Return the scores of `exact` in single precision, [batch, item]."""
         votes, present = self._votes(session.float(), rows, torch.float32)
-        return fuse(votes, present, self.phi[rows])
+        return votes[0] if len(votes) == 1 else fuse(votes, present, self.phi[rows])
 
     def leading(self, session: Tensor, rows: Tensor) -> Tensor:
         """Return the modality with the largest weight in the scores of ``rows``, [batch, item]; -1 for an ID alone."""
@@ -110,8 +111,8 @@ class PackedItems:
         places = self.place[:, rows]
         few = self.stored is not None and places.numel() <= _FEW
         at = places.clamp_min(0)
-        tokens = (self.stored.take(at) if few and self.stored is not None else self.tokens[at]).to(dtype)
-        return (tokens * session[:, None]).sum(-1), places >= 0
+        tokens = self.stored.take(at) if few and self.stored is not None else F.embedding(at, self.tokens)
+        return tokens.to(dtype).mul_(session[:, None]).sum(-1), places >= 0  # a copy of the rows, no view
 
 
 def fuse(votes: Tensor, present: Tensor, phi: Tensor) -> Tensor:

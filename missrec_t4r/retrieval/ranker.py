@@ -218,7 +218,7 @@ class Ranker:
                 continue
             query = self.query(known[step], own_side)
             self._restrict(query.allowed, banned[step], None if allow is None else allow[step], own)
-            passed += query.allowed.sum(1).tolist()
+            passed += np.count_nonzero(query.allowed.numpy(force=True), axis=1).tolist()
             given += self._best(query, wanted[step], own)
         self._page_release.count(batch)
         _refuse_missing(wanted, passed, given, rules)
@@ -273,8 +273,9 @@ class Ranker:
             bounds = scan_bounds(self.table, query)
         else:
             bounds = self.quantised.bounds(self.table, query, torch.get_num_threads())
-        found = search(self.table, query, bounds, int(wanted.max()))
-        self.widenings += sum(one.scored > int(wanted.max()) + SPARE for one in found)
+        k = int(wanted.max())
+        found = search(self.table, query, bounds, k)
+        self.widenings += sum(one.scored > k + SPARE for one in found)
         for line, own in enumerate(rules):
             if own.at_most:
                 one = Query(*(part[line : line + 1] for part in query))
@@ -293,14 +294,15 @@ class Ranker:
             width *= 4
 
     def _ranking(self, rows: Ints, known: Ints, wanted: Ints, given: Sequence[Found], passed: Sequence[int]) -> Ranking:
-        counts = np.minimum([len(found.rows) for found in given], wanted).astype(np.int32)
+        lengths = [len(found.rows) for found in given]
+        counts = np.minimum(lengths, wanted).astype(np.int32)
         shape = len(rows), int(wanted.max(initial=1))
         items, scores = np.full(shape, PADDING_ROW, np.int64), np.zeros(shape, np.float32)
-        if len({len(found.rows) for found in given}) == 1:
-            width = min(len(given[0].rows), shape[1])
+        if len(set(lengths)) == 1:
+            width = min(lengths[0], shape[1])
             real = np.arange(width) < counts[:, None]
-            items[:, :width] = torch.stack([found.rows[:width] for found in given]).numpy(force=True) * real
-            scores[:, :width] = torch.stack([found.scores[:width] for found in given]).numpy(force=True) * real
+            items[:, :width] = torch.stack([found.rows for found in given]).numpy(force=True)[:, :width] * real
+            scores[:, :width] = torch.stack([found.scores for found in given]).numpy(force=True)[:, :width] * real
         else:
             for line, (found, count) in enumerate(zip(given, counts.tolist(), strict=True)):
                 items[line, :count] = found.rows[:count].numpy(force=True)

@@ -116,12 +116,14 @@ def search(table: PackedItems, query: Query, bounds: Tensor, k: int) -> list[Fou
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     k, rows, worst = min(k, rows.shape[1]), rows.gather(1, order), best.values[:, -1]
     certain = (worst < scores[:, k - 1]) | (worst == -torch.inf) | (rows.shape[1] == bounds.shape[1])
-    counts, sure = torch.isfinite(scores[:, :k]).sum(1).tolist(), certain.tolist()
+    scores, n_scored = scores[:, :k], rows.shape[1]
+    counts, sure = torch.isfinite(scores).sum(1).tolist(), certain.tolist()
+    lines = zip(scores.unbind(), rows[:, :k].unbind(), counts, sure, strict=True)
     return [
-        Found(scores[session, :n], rows[session, :n], rows.shape[1])
-        if sure[session]
+        (Found(line, at, n_scored) if n == k else Found(line[:n], at[:n], n_scored))
+        if exact
         else _widening(table, query, bounds[session], session, k)
-        for session, n in enumerate(counts)
+        for session, (line, at, n, exact) in enumerate(lines)
     ]
 
 

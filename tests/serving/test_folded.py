@@ -37,6 +37,22 @@ def test_it_equals_the_model_on_every_shape(settings: dict[str, object]) -> None
             torch.testing.assert_close(encoder(rows), expected.detach(), atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("settings", [{}, {"attention": "bidirectional", "n_encoder_layers": 2}])
+def test_many_interests_give_the_same_vectors(settings: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores between all pairs are kept for few interests; for many, their projections."""
+    model = shop.model_for(shop.catalogue(), **settings)
+    few = fuse_encoder(model, model.item_encoder.catalogue())
+    monkeypatch.setattr(module, "_SCORES_IN_MEMORY", 0)
+    many = fuse_encoder(model, model.item_encoder.catalogue())
+    assert few is not None
+    assert many is not None
+    assert (few._first is None, many._first is None) == (False, True)
+    for rows in ([[5, 9, 7]], [[5, 6, 9, 7], [9, 5, 0, 0], [0, 0, 0, 0]]):
+        expected = model(torch.tensor(rows)).detach() * (torch.tensor(rows) > 0).any(1, keepdim=True)
+        for encoder in (few, many):
+            torch.testing.assert_close(encoder(np.array(rows)), expected, atol=2e-6, rtol=0)
+
+
 def test_items_without_any_interest_are_answered_by_what_is_left_of_them() -> None:
     model = shop.model_for(shop.catalogue(), interest_ratio=0.5)
     model.interests.assignment[:, 5:8] = 0

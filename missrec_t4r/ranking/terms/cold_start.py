@@ -141,8 +141,7 @@ class ColdStartTerm(ItemContentTerm):
         for index in chosen:
             table, present = item_encoder.vectors.get_buffer(item_encoder.names[index]), item_encoder.presence[index]
             centre = table[others[present[others]]].mean(0)
-            lengths = torch.cat([(part - centre).norm(dim=1) for part in table.split(1 << 16)])
-            self.scales[index] = torch.where(present & (lengths > 0), 1 / lengths.clamp_min(1e-12), 0.0)
+            self.scales[index] = self.scales_around(index, centre)
             setattr(self, f"centre{index}", centre)
             setattr(self, f"content{index}", self._unit(index, self.rows))
 

@@ -145,12 +145,13 @@ class ContentKNNTerm(ScoreTerm):
         if item_ids.device.type == "cuda" and 0 < len(lengths) * self._longest <= _MOST_EDGES:
             return self._by_longest(item_ids, weight, start, lengths)
         # one edge per event and candidate that lists its item: much fewer than events times catalogue
-        event = torch.repeat_interleave(torch.arange(len(lengths), device=item_ids.device), lengths)  # [edge]
-        edge = torch.arange(len(event), device=item_ids.device) + (start - lengths.cumsum(0) + lengths)[event]
-        term = weight.new_zeros(len(item_ids) * len(self.alike))  # [batch * catalogue]
-        session = torch.div(event, item_ids.shape[1], rounding_mode="floor")
-        term.index_add_(0, session * len(self.alike) + self.candidates[edge], weight[event] * self.strengths[edge])
-        return term.view(len(item_ids), -1)
+        event = torch.repeat_interleave(lengths)  # [edge]; `index_select`, since indexing takes five times as long here
+        first = start - lengths.cumsum(0) + lengths  # [event]: where its edges stand, less how many come before them
+        edge = torch.arange(len(event), device=item_ids.device) + first.index_select(0, event)
+        session = torch.arange(len(item_ids), device=item_ids.device).repeat_interleave(item_ids.shape[1])  # [event]
+        at = (session * len(self.alike)).index_select(0, event) + self.candidates.index_select(0, edge)
+        added = weight.index_select(0, event) * self.strengths.index_select(0, edge)
+        return weight.new_zeros(len(item_ids) * len(self.alike)).scatter_add_(0, at, added).view(len(item_ids), -1)
 
     def _by_longest(self, item_ids: Tensor, weight: Tensor, start: Tensor, lengths: Tensor) -> Tensor:
         """Return the term from as many edges per event as the longest list has, those beyond its own without weight."""

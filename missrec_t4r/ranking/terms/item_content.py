@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from missrec_t4r.model.item_encoder import ItemEncoder
 from missrec_t4r.model.score_terms import ScoreTerm
 from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
@@ -31,3 +34,10 @@ class ItemContentTerm(ScoreTerm):
     def item_knn(self) -> ItemKNNTerm:
         """The term that has counted the events."""
         return self._sources[1]
+
+    def scales_around(self, index: int, centre: Tensor) -> Tensor:
+        """Return [row]: one over the length of a modality's vectors around ``centre`` [width]; 0 where missing."""
+        item_encoder = self.item_encoder
+        table, present = item_encoder.vectors.get_buffer(item_encoder.names[index]), item_encoder.presence[index]
+        lengths = torch.cat([(part - centre).norm(dim=1) for part in table.split(1 << 16)])
+        return torch.where(present & (lengths > 0), 1 / lengths.clamp_min(1e-12), 0.0)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.score_terms import ScoreTerm
@@ -120,12 +121,10 @@ class ItemKNNTerm(ScoreTerm):
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Return the term [batch, catalogue] for sessions ``item_ids`` [batch, seq]."""
-        added = recency(item_ids, self.settings[1]).unsqueeze(-1) * self.strengths[item_ids]  # [batch, seq, neighbour]
-        near = self.neighbours[item_ids].long().flatten(1)  # [batch, seq * neighbour]
+        added = recency(item_ids, self.settings[1]).unsqueeze(-1) * F.embedding(item_ids, self.strengths)
+        added, near = added.flatten(1), F.embedding(item_ids, self.neighbours).long().flatten(1)
         term = added.new_zeros(len(item_ids), len(self.frequency))  # [batch, catalogue]
-        if self.own_pairs:
-            return term.scatter_add_(1, near, added.flatten(1))
-        counts = self.counts[item_ids].flatten(1)
-        inside = torch.zeros_like(term, dtype=torch.bool).scatter_(1, item_ids, True).gather(1, near)
-        own_left_out = torch.where(inside, (counts - 1).clamp_min(0) / counts.clamp_min(1), 1.0)  # C' / C
-        return term.scatter_add_(1, near, added.flatten(1) * own_left_out)
+        if not self.own_pairs:  # less one of the counts C where both are in the session: C' / C = 1 - 1 / C
+            inside = torch.zeros_like(term, dtype=torch.bool).scatter_(1, item_ids, True).gather(1, near)
+            added.addcmul_(added, inside / F.embedding(item_ids, self.counts).flatten(1).clamp_min_(1), value=-1)
+        return term.scatter_add_(1, near, added)  # added and near: [batch, seq * neighbour]

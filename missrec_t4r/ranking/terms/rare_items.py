@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from missrec_t4r.evaluation.slices import RARE_BELOW
 from missrec_t4r.model.item_encoder import ItemEncoder
-from missrec_t4r.ranking.similarity import mean_over_shared
 from missrec_t4r.ranking.terms.history import recency
 from missrec_t4r.ranking.terms.item_content import ItemContentTerm
 from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
@@ -57,6 +56,8 @@ class RareItemTerm(ItemContentTerm):
     rows: Tensor
     groups: Tensor
     column: Tensor
+    here: Tensor
+    scales: Tensor
     factors: Tensor
     offsets: Tensor
 
@@ -134,12 +135,17 @@ class RareItemTerm(ItemContentTerm):
         counts = self.item_knn.frequency[rows].long().clamp_max(len(GROUP_OF_COUNT) - 1)
         self.groups = torch.tensor(GROUP_OF_COUNT, device=rows.device)[counts]
         self.factors, self.offsets = self.settings[:, self.groups]
+        self.here = self.item_encoder.presence[:, rows].to(self.settings.dtype)
+        self.scales = self.here.new_zeros(self.item_encoder.presence.shape)
         for index, name in enumerate(self.names):
-            setattr(self, f"content_{name}", self._unit(index, rows))
+            centre = self.get_buffer(f"centre_{name}")
+            self.scales[index] = self.scales_around(index, centre)
+            around = self.item_encoder.vectors.get_buffer(name)[rows] - centre
+            setattr(self, f"content_{name}", around * self.scales[index, rows].unsqueeze(1))
 
     def add_to(self, scores: Tensor, item_ids: Tensor, earlier: dict[str, Tensor]) -> Tensor:
         """Return scores plus term: the columns of the rare items alone change."""
-        added = self.likeness_to(item_ids) * self.factors + self.offsets  # [batch, rare]
+        added = self.likeness_to(item_ids).mul_(self.factors).add_(self.offsets)  # [batch, rare]
         return scores.index_add(1, self.rows, self.without_seen(added, item_ids).to(scores.dtype))
 
     def without_seen(self, added: Tensor, item_ids: Tensor) -> Tensor:
@@ -152,21 +158,19 @@ class RareItemTerm(ItemContentTerm):
     def likeness_to(self, item_ids: Tensor) -> Tensor:
         """Return the cosines [batch, rare] with the mean content of sessions ``item_ids`` [batch, seq]."""
         recent = recency(item_ids, _DECAY)  # [batch, seq]
-        cosines, shared = [], []
+        total, known = torch.zeros(()), list[Tensor]()
         for index in self._used:
-            here = self.item_encoder.presence[index]
-            vectors = self._unit(index, item_ids.flatten()).view(*item_ids.shape, -1)  # [batch, seq, width]
-            query = F.normalize((recent.unsqueeze(-1) * vectors).sum(1), dim=-1).to(vectors.dtype)
-            cosines.append(query @ self.get_buffer(f"content_{self.names[index]}").T)
-            shared.append(query.any(1, keepdim=True) & here[self.rows])
-        return mean_over_shared(cosines, shared)[0]
-
-    def _unit(self, index: int, rows: Tensor) -> Tensor:
-        """Return the vectors [item, width] of a modality around the centre, of unit length; zero where missing."""
-        name = self.names[index]
-        vectors = self.item_encoder.vectors.get_buffer(name)[rows]
-        around = F.normalize(vectors - self.get_buffer(f"centre_{name}"), dim=-1)
-        return around * self.item_encoder.presence[index, rows].unsqueeze(1)
+            content, centre = (self.get_buffer(f"{part}_{self.names[index]}") for part in ("content", "centre"))
+            weights = (recent * self.scales[index][item_ids]).to(content.dtype)
+            table = self.item_encoder.vectors.get_buffer(self.names[index])
+            mean = F.embedding_bag(item_ids, table, per_sample_weights=weights, mode="sum")
+            query = F.normalize(mean - weights.sum(1, keepdim=True) * centre, dim=-1)
+            total = total.addmm_(query, content.T) if known else query @ content.T  # [batch, rare]
+            known.append(weights.any(1))
+        if len(known) == 1:
+            return total
+        shared = torch.stack(known, 1).to(total.dtype) @ torch.stack([self.here[index] for index in self._used])
+        return total.div_(shared.clamp_min_(1))
 
     def _read_used(self) -> None:
         self._used = [index for index, name in enumerate(self.names) if self.get_buffer(f"used_{name}").any()]
@@ -175,5 +179,5 @@ class RareItemTerm(ItemContentTerm):
         device = self.item_encoder.presence.device
         for name in ("rows", "groups", "column"):  # one tensor each, since a trace takes no shared ones
             self.register_buffer(name, torch.zeros(0, dtype=torch.int64, device=device), persistent=False)
-        for name in ("factors", "offsets"):
+        for name in ("here", "scales", "factors", "offsets"):
             self.register_buffer(name, torch.zeros(0), persistent=False)

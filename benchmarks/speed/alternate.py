@@ -1,0 +1,184 @@
+"""Two checkouts of this package, alternating on one machine: processor time of the ranker, latency of the server.
+
+    python -m benchmarks.speed.alternate --before ../earlier --bundle bundle/
+
+Both rank the same sessions of random items, from the same bundle; results are compared. On a busy machine only the
+ratios of one run count, and of them those of the processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_SIZES = (1, 16, 64)
+"""Sessions per request."""
+_LENGTH, _REQUESTS, _WARM = 10, 10, 3
+_ROOT = Path(__file__).parents[2]
+_OUTPUTS = ("item_id", "score", "n_items")
+
+
+def requests_of(vocabulary: np.ndarray[Any, Any]) -> dict[int, list[dict[str, Any]]]:
+    """Return requests by size, the same in every process."""
+    rng = np.random.default_rng(0)
+    return {
+        size: [
+            {
+                "item_ids": rng.choice(vocabulary, (size, _LENGTH)),
+                "length": np.full((size, 1), _LENGTH, np.int32),
+            }
+            for _ in range(_REQUESTS)
+        ]
+        for size in _SIZES
+    }
+
+
+def work(bundle: Path) -> None:
+    """Answer lines of size and number of a request with the processor time in ms and a checksum, until the end."""
+    from missrec_t4r.serving.triton.backend import RankerBackend, SessionsBackend
+
+    sessions, ranker = SessionsBackend(bundle), RankerBackend(bundle, threads=1)
+    requests = requests_of(sessions.transform.wire_ids)
+    rows = {size: [sessions.infer([one])[0] for one in of] for size, of in requests.items()}
+    for line in sys.stdin:
+        size, number = map(int, line.split())
+        started = time.process_time_ns()
+        (answer,) = ranker.infer([rows[size][number]])
+        spent = (time.process_time_ns() - started) / 1e6
+        lists = {"items": answer["item_id"].astype(str).tolist(), "scores": answer["score"].tolist()}
+        print(json.dumps({"ms": spent, **lists}), flush=True)
+
+
+def processor_time(checkouts: Sequence[Path], bundle: Path, rounds: int) -> dict[str, Any]:
+    """Return the processor time of one request, before and after, by size."""
+    command = [sys.executable, __file__, "--worker", "--bundle", str(bundle)]
+    workers = [
+        subprocess.Popen(command, env=_environment(one), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for one in checkouts
+    ]
+    found: dict[str, Any] = {}
+    try:
+        for size in _SIZES:
+            times: list[list[float]] = [[], []]
+            differing, apart = 0, 0.0
+            for turn in range(-_WARM, rounds):
+                pair = [_asked(worker, f"{size} {turn % _REQUESTS}") for worker in workers]
+                if turn >= 0:
+                    for of, answer in zip(times, pair, strict=True):
+                        of.append(answer["ms"])
+                    differing += sum(a != b for a, b in zip(*(one["items"] for one in pair), strict=True))
+                    apart = max(apart, float(np.abs(np.subtract(*(one["scores"] for one in pair))).max()))
+            found[str(size)] = _compared(times) | {"lists_that_differ": differing, "largest_score_difference": apart}
+    finally:
+        for worker in workers:
+            worker.kill()
+    return found
+
+
+def latency(checkouts: Sequence[Path], bundle: Path, rounds: int) -> dict[str, Any]:
+    """Return the latency of one request through two servers that run at the same time, before and after, by size."""
+    from missrec_t4r.bundle.item_table import load_session_transform
+    from missrec_t4r.serving.client.transports import open_transport
+    from missrec_t4r.serving.triton.local_server import LocalTriton
+    from missrec_t4r.serving.triton.repository import write_repository
+
+    found: dict[str, Any] = {}
+    requests = requests_of(load_session_transform(bundle).wire_ids)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        write_repository(bundle, Path(folder) / "models", threads=1)
+        transports = []
+        for one in checkouts:
+            with _python_path(one):
+                server = stack.enter_context(LocalTriton(Path(folder) / "models"))
+            transports.append(open_transport(server.grpc_url, "grpc", 60.0))
+            stack.callback(transports[-1].close)
+        for size in _SIZES:
+            times: list[list[float]] = [[], []]
+            for turn in range(-_WARM, rounds):
+                for of, transport in zip(times, transports, strict=True):
+                    started = time.perf_counter()
+                    transport.infer("missrec", requests[size][turn % _REQUESTS], _OUTPUTS)
+                    if turn >= 0:
+                        of.append((time.perf_counter() - started) * 1e3)
+            found[str(size)] = _compared(times)
+    return found
+
+
+def _compared(times: Sequence[Sequence[float]]) -> dict[str, Any]:
+    before, after = (np.array(of) for of in times)
+    numbers = {
+        name: {"median_ms": round(float(np.median(of)), 3), "least_ms": round(float(of.min()), 3)}
+        for name, of in (("before", before), ("after", after))
+    }
+    return numbers | {
+        "ratio_of_medians": round(float(np.median(after) / np.median(before)), 3),
+        "ratio_of_least": round(float(after.min() / before.min()), 3),
+        "pairs": len(before),
+    }
+
+
+def _asked(worker: subprocess.Popen[str], line: str) -> dict[str, Any]:
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    worker.stdin.write(line + "\n")
+    worker.stdin.flush()
+    answer: dict[str, Any] = json.loads(worker.stdout.readline())
+    return answer
+
+
+def _environment(checkout: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(checkout)}
+
+
+@contextlib.contextmanager
+def _python_path(checkout: Path) -> Iterator[None]:
+    """Let the processes that are started meanwhile import the package of ``checkout``."""
+    kept = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(checkout)
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if kept is not None:
+            os.environ["PYTHONPATH"] = kept
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write the result, and print it as one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, help="checkout of the earlier version; this one is the later")
+    parser.add_argument("--bundle", type=Path, required=True, nargs="+", help="both versions must be able to load them")
+    parser.add_argument("--rounds", type=int, default=60, help="requests of each size to each version")
+    parser.add_argument("--worker", action="store_true", help="used by this script itself")
+    chosen = parser.parse_args(arguments)
+    if chosen.worker:
+        work(chosen.bundle[0])
+        return 0
+    from benchmarks.measure import report
+
+    checkouts = [chosen.before.resolve(), _ROOT]
+    command = ["git", "-C", str(checkouts[0]), "rev-parse", "--short", "HEAD"]
+    before = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    found: dict[str, Any] = {"before": before}
+    for bundle in chosen.bundle:
+        found[bundle.name] = {
+            "ranker_processor_time": processor_time(checkouts, bundle, chosen.rounds),
+            "served_latency": latency(checkouts, bundle, chosen.rounds),
+        }
+    report("serving-before-after", found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -50,12 +50,13 @@ def work(bundle: Path) -> None:
 
     sessions, ranker = SessionsBackend(bundle), RankerBackend(bundle, threads=1)
     requests = requests_of(sessions.transform.wire_ids)
-    rows = {size: [sessions.infer([one])[0] for one in of] for size, of in requests.items()}
+    rows = {size: [_valid(sessions.infer([one])) for one in of] for size, of in requests.items()}
     for line in sys.stdin:
         size, number = map(int, line.split())
         started = time.process_time_ns()
-        (answer,) = ranker.infer([rows[size][number]])
+        responses = ranker.infer([rows[size][number]])
         spent = (time.process_time_ns() - started) / 1e6
+        answer = _valid(responses)
         lists = {"items": answer["item_id"].astype(str).tolist(), "scores": answer["score"].tolist()}
         print(json.dumps({"ms": spent, **lists}), flush=True)
 
@@ -113,6 +114,13 @@ def latency(checkouts: Sequence[Path], bundle: Path, rounds: int) -> dict[str, A
                         of.append((time.perf_counter() - started) * 1e3)
             found[str(size)] = _compared(times)
     return found
+
+
+def _valid(responses: Sequence[Any]) -> Any:
+    (response,) = responses
+    if isinstance(response, Exception):
+        raise response
+    return response
 
 
 def _compared(times: Sequence[Sequence[float]]) -> dict[str, Any]:

@@ -244,7 +244,7 @@ def _goes_on(out: Path, recipe: Recipe) -> bool:
     from missrec_t4r.io.json_files import read_json
     from missrec_t4r.runs.run_cache import differences
     from missrec_t4r.runs.run_folder import RECIPE_FILE, STATE_FILE
-    from missrec_t4r.training.trainer import LIMITS, has_grown
+    from missrec_t4r.training.state import LIMITS, has_grown
 
     limits = [f"train.{name} " for name in LIMITS]
     if not all(any(one.startswith(name) for name in limits) for one in differences(out, recipe)):

@@ -28,7 +28,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.etl.features.thumbnails import thumbnails
 from missrec_t4r.evaluation.full_ranking import KEPT_STRICT, PROTOCOLS
-from missrec_t4r.evaluation.metrics import KS, Difference, bootstrap_intervals, metrics, paired_differences
+from missrec_t4r.evaluation.metrics import KS, Difference, bootstrap_intervals, metrics, paired_differences, users_of
 from missrec_t4r.evaluation.slices import slices
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import write_json
@@ -185,6 +185,8 @@ def _report(
     histories, targets = benchmark.histories.take(common), benchmark.targets[common]
     masks = slices(histories, targets, benchmark.catalogue)
     masks |= _values(slice_columns, targets, benchmark.catalogue)
+    compared = benchmark.sessions.take(common)
+    users = users_of(compared)
     beyond = BeyondAccuracy(benchmark.catalogue, targets)
     under = {protocol: {name: of[protocol] for name, of in ranks.items() if protocol in of} for protocol in shared}
     report: dict[str, Any] = {
@@ -206,12 +208,16 @@ def _report(
             "without_known_item": int((histories.lengths == 0).sum()),
         },
         "protocols": {
-            protocol: {name: {**metrics(of), "interval": bootstrap_intervals(of)} for name, of in systems.items()}
+            protocol: {
+                name: {**metrics(of), "interval": bootstrap_intervals(of, users=users)} for name, of in systems.items()
+            }
             for protocol, systems in under.items()
         },
         "differences": {
             protocol: {
-                name: _difference(of, systems[current.name]) for name, of in systems.items() if name != current.name
+                name: _difference(of, systems[current.name], users, masks["all"])
+                for name, of in systems.items()
+                if name != current.name
             }
             for protocol, systems in under.items()
         },
@@ -220,7 +226,7 @@ def _report(
                 "n": int(mask.sum()),
                 **{p: {name: metrics(of[mask]) for name, of in systems.items()} for p, systems in under.items()},
                 "differences": {
-                    p: _difference(systems[candidate][mask], systems[current.name][mask]) if mask.any() else None
+                    p: _difference(systems[candidate], systems[current.name], users, mask)
                     for p, systems in under.items()
                 },
             }
@@ -242,7 +248,7 @@ def _report(
         "gate": checks,
     }
     first = {name: (ranks[name][shared[0]][:, 0], lists[name][shared[0]][:, 0]) for name in (current.name, candidate)}
-    report["examples"] = examples(benchmark.catalogue, histories, targets, first, users=benchmark.sessions.take(common))
+    report["examples"] = examples(benchmark.catalogue, histories, targets, first, users=compared)
     return report
 
 
@@ -283,10 +289,14 @@ def _description(one: Ranked, ranks: Mapping[str, Ints], protocol: str, asked: S
     return described | {"counts": one.counts, "notes": notes}
 
 
-def _difference(first: Ints, second: Ints) -> dict[str, Any]:
-    """Return first minus second for every metric, with the change relative to the second."""
-    of_second = metrics(second)
-    return {name: _described(found, of_second[name]) for name, found in paired_differences(first, second, KS).items()}
+def _difference(first: Ints, second: Ints, users: Ints | None, mask: Bools) -> dict[str, Any] | None:
+    """Return first minus second for every metric, with the change relative to the second; None without a session."""
+    if not mask.any():
+        return None
+    of_second = metrics(second[mask])
+    of_mask = None if users is None else users[mask]
+    differences = paired_differences(first[mask], second[mask], KS, users=of_mask)
+    return {name: _described(found, of_second[name]) for name, found in differences.items()}
 
 
 def _described(found: Difference, of_second: float | None) -> dict[str, Any]:

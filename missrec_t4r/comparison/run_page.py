@@ -27,12 +27,11 @@ from missrec_t4r.ranking.protocols import EXPORTED, MODEL, NETWORK, TERMS, Blend
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune_baselines import sample_sessions
 from missrec_t4r.runs.evaluate import ALL_BASELINES, EVALUATED_SPLITS, evaluate
-from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, LoadedRun, load_run
+from missrec_t4r.runs.run_folder import LOG_FILE, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, LoadedRun, load_run
 
 log = logging.getLogger(__name__)
 
 PAGE_FILE = "page.html"
-LOG_FILE = "log.jsonl"
 _SAMPLE: Final = 400
 """Sessions that are ranked again for examples and for the shares of the terms."""
 _QUANTILES: Final = (0.0, 0.08, 0.16, 0.3, 0.5, 0.9)
@@ -158,7 +157,8 @@ def _headline(report: Mapping[str, Any]) -> tuple[str, str]:
     others = {name: systems[name][_CRITERION] for name in ALL_BASELINES if name in systems}
     if others:
         best = max(others, key=lambda name: others[name])
-        words.append(f"The best baseline, {best}, has {others[best]:.4f} ({of[_CRITERION] / others[best] - 1:+.1%}).")
+        change = f" ({of[_CRITERION] / others[best] - 1:+.1%})" if others[best] else ""
+        words.append(f"The best baseline, {best}, has {others[best]:.4f}{change}.")
     return f"NDCG@10 {of[_CRITERION]:.4f}, seen items excluded", " ".join(words)
 
 

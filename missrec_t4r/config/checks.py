@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -56,6 +57,6 @@ def _type_error(name: str, value: Any, hint: Any) -> str:
         choices = get_args(hint)
         return "" if value in choices else f"{name} is {value!r}, one of {', '.join(map(repr, choices))} is expected"
     if hint is float:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         return "" if is_number else f"{name} is {value!r}, a number is expected"
     return "" if type(value) is hint else f"{name} is {value!r}, {hint.__name__} is expected"

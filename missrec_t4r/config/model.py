@@ -147,6 +147,10 @@ class MISSRecConfig:
                 not 0 <= self.rare_item_cost < 1,
                 f"model.rare_item_cost {self.rare_item_cost} is outside [0, 1)",
             ),
+            (
+                self.orthogonality_weight < 0,
+                f"model.orthogonality_weight {self.orthogonality_weight} is negative",
+            ),
             (self.temperature <= 0, f"model.temperature {self.temperature} is not positive"),
             (not 0 < self.interest_ratio <= 1, f"model.interest_ratio {self.interest_ratio} is outside (0, 1]"),
             (not 0 <= self.modality_dropout < 1, f"model.modality_dropout {self.modality_dropout} is outside [0, 1)"),

@@ -86,6 +86,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        at_least_0 = (
+            "weight_decay",
+            "max_minutes",
+            "windows_per_session",
+            "next_items_weight",
+            "warmup_steps",
+            "validation_sessions",
+            "clip_norm",
+            "checkpoint_minutes",
+        )
         wrong = [
             (self.learning_rate <= 0, f"train.learning_rate {self.learning_rate} is not positive"),
             (
@@ -97,9 +107,10 @@ class TrainConfig:
                 "train.accumulate, negatives or chunk_size is below 1",
             ),
             (
-                min(self.clip_norm, self.checkpoint_minutes, self.max_minutes) < 0,
-                "train.clip_norm, checkpoint_minutes or max_minutes is negative",
+                self.refresh_interests_every < 1,
+                f"train.refresh_interests_every {self.refresh_interests_every} is below 1",
             ),
+            *((getattr(self, name) < 0, f"train.{name} {getattr(self, name)} is negative") for name in at_least_0),
             (not 0 <= self.reverse_probability <= 1, "train.reverse_probability is outside [0, 1]"),
             (not 0 <= self.ema_decay < 1, f"train.ema_decay {self.ema_decay} is outside [0, 1)"),
         ]

@@ -56,7 +56,7 @@ class Scorer(Protocol):
     """Anything that scores the whole catalogue for a batch of sessions: a model or a baseline."""
 
     def __call__(self, histories: Sessions) -> Tensor:
-        """Return scores [batch, row], without NaN; -inf for rows that cannot be recommended.
+        """Return scores [batch, row], without NaN; -inf for rows that cannot be recommended, as rows 0 to 2 never are.
 
         Parameters
         ----------
@@ -188,7 +188,7 @@ def rank_systems(
     step = chunk_size(n_rows)
     ranked: dict[str, dict[str, _Ranked]] = {}
     for start in track(range(0, len(histories), step), description):
-        chunk = slice_sessions(histories, start, start + step)
+        chunk = histories.slice(start, start + step)
         target = torch.from_numpy(targets[start : start + step])  # [batch]
         for system, protocols, unchecked in score(chunk):
             scores = _checked(unchecked, len(chunk), n_rows, start)  # [batch, row]
@@ -338,11 +338,6 @@ def recommendable_rows(scores: Tensor, top_k: int) -> Tensor:
     return rows.gather(1, order).masked_fill(torch.isneginf(values), -1)
 
 
-def slice_sessions(sessions: Sessions, start: int, stop: int) -> Sessions:
-    """Return sessions ``start`` to ``stop`` as views, with their event features."""
-    return sessions.slice(start, stop)
-
-
 def _check_targets(histories: Sessions, targets: Ints, n_rows: int) -> None:
     """Raise an error if targets or histories do not fit each other or the catalogue."""
     if len(targets) != len(histories):
@@ -357,7 +352,7 @@ def _check_targets(histories: Sessions, targets: Ints, n_rows: int) -> None:
 
 
 def _checked(scores: Tensor, batch: int, n_rows: int, start: int) -> Tensor:
-    """Return the scores; an error if they are of another shape or hold NaN."""
+    """Return the scores, -inf for the rows that are no items; an error if they are of another shape or hold NaN."""
     if scores.shape != (batch, n_rows):
         raise DataError(f"scores of shape {tuple(scores.shape)}", f"{(batch, n_rows)}: one score per session and row")
     has_nan = torch.isnan(scores).any(1)
@@ -367,4 +362,6 @@ def _checked(scores: Tensor, batch: int, n_rows: int, start: int) -> Tensor:
             "numbers, or -inf for items that cannot be recommended",
             "training diverged or a modality vector is broken: lower train.learning_rate, or re-run missrec features",
         )
-    return scores
+    if torch.isneginf(scores[:, :FIRST_ITEM_ROW]).all():
+        return scores
+    return scores.index_fill(1, torch.arange(FIRST_ITEM_ROW, device=scores.device), -torch.inf)

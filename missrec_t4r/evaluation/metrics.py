@@ -4,8 +4,9 @@ With one relevant item all metrics are functions of its rank: Recall@k (equal to
 NDCG@k = [rank <= k] / log2(1 + rank), MRR@k = [rank <= k] / rank. Coverage is the share of the catalogue in at least
 one list.
 
-Intervals are from a bootstrap over users. Sessions of equal rank are interchangeable, so resampling n users is one
-multinomial draw over the ranks that occur: the same distribution, at a cost that does not depend on n.
+Intervals are from a bootstrap over users; the sessions of a user are drawn together. Users of equal ranks are
+interchangeable, so resampling n users is one multinomial draw over what occurs: the same distribution, at a cost that
+hardly depends on n.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from missrec_t4r.arrays import Doubles, Ints
+from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError
 
 MISSED: Final = int(np.iinfo(np.int64).max)
@@ -87,9 +89,15 @@ def metrics(ranks: Ints, ks: Sequence[int] = KS) -> dict[str, float | None]:
 
 
 def bootstrap_intervals(
-    ranks: Ints, ks: Sequence[int] = KS, *, resamples: int = RESAMPLES, seed: int = 0
+    ranks: Ints, ks: Sequence[int] = KS, *, users: Ints | None = None, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, list[float] | None]:
     """Return a 95 % interval [low, high] per metric; None for each metric without a session.
+
+    Parameters
+    ----------
+    ranks : ndarray [session] or [session, seed], int64
+    users : ndarray [session], int64, optional
+        Number of each session's user (`users_of`); by default every session is of another user.
 
     Examples
     --------
@@ -99,14 +107,19 @@ def bootstrap_intervals(
     names = metric_names(ks)
     if not len(ranks):
         return dict.fromkeys(names)
-    unique, counts = np.unique(_truncate(ranks, ks), axis=0, return_counts=True)
-    means = _resampled_means(counts, metric_values(unique, ks), resamples, seed)
-    low, high = _quantiles(means)
+    unique, pattern = _patterns(_truncate(ranks, ks))
+    low, high = _quantiles(_resampled_means(_units(metric_values(unique, ks), pattern, users), resamples, seed))
     return {name: [float(low[i]), float(high[i])] for i, name in enumerate(names)}
 
 
 def paired_differences(
-    first: Ints, second: Ints, ks: Sequence[int] = KS, *, resamples: int = RESAMPLES, seed: int = 0
+    first: Ints,
+    second: Ints,
+    ks: Sequence[int] = KS,
+    *,
+    users: Ints | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> dict[str, Difference]:
     """Compare two systems on the same sessions; sessions hard for both cancel, so this detects smaller differences.
 
@@ -114,6 +127,8 @@ def paired_differences(
     ----------
     first, second : ndarray [session] or [session, seed], int64
         Ranks of the same sessions in the same order; the systems may have different numbers of seeds.
+    users : ndarray [session], int64, optional
+        As in `bootstrap_intervals`.
 
     Raises
     ------
@@ -128,15 +143,24 @@ def paired_differences(
     if not len(first) or len(first) != len(second):
         raise DataError(f"{len(first)} and {len(second)} ranks to compare", "two systems ranked on the same sessions")
     pairs = np.column_stack([_truncate(first, ks), _truncate(second, ks)])  # [session, seeds of both]
-    unique, counts = np.unique(pairs, axis=0, return_counts=True)
+    unique, pattern = _patterns(pairs)
     seeds = 1 if first.ndim == 1 else first.shape[1]
     values = metric_values(unique[:, :seeds], ks) - metric_values(unique[:, seeds:], ks)  # [pair, metric]
-    mean = counts @ values / counts.sum()
-    means = _resampled_means(counts, values, resamples, seed)
+    units = _units(values, pattern, users)
+    mean = units.counts @ units.values / (units.counts @ units.sizes)
+    means = _resampled_means(units, resamples, seed)
     low, high = _quantiles(means)
     better = ((means > 0) + 0.5 * (means == 0)).mean(axis=0)
     columns = np.stack([mean, low, high, better], axis=1).tolist()
     return {name: Difference(*column) for name, column in zip(metric_names(ks), columns, strict=True)}
+
+
+def users_of(sessions: Sessions) -> Ints | None:
+    """Return the number of every session's user, [session]; None where no user has two sessions."""
+    if sessions.users is None:
+        return None
+    numbers = np.asarray(sessions.users.dictionary_encode().indices.fill_null(-1), np.int64)
+    return numbers if len(np.unique(numbers)) < len(numbers) else None
 
 
 def coverage(recommended: Ints, n_items: int) -> float:
@@ -167,14 +191,42 @@ def _truncate(ranks: Ints, ks: Sequence[int]) -> Ints:
     return np.where(ranks <= max(ks), ranks, MISSED)
 
 
-def _resampled_means(counts: Ints, values: Doubles, resamples: int, seed: int) -> Doubles:
+class _Units(NamedTuple):
+    """What the bootstrap draws: users, those with equal values counted together."""
+
+    counts: Ints
+    """[unit]: users."""
+    values: Doubles
+    """[unit, metric]: sums over the sessions of one of them."""
+    sizes: Ints
+    """[unit]: sessions of one of them."""
+
+
+def _patterns(ranks: Ints) -> tuple[Ints, Ints]:
+    """Return the distinct ranks, or rows of ranks, and which of them each session has, [session]."""
+    unique, pattern = np.unique(ranks, axis=0, return_inverse=True)
+    return unique, pattern.reshape(-1)
+
+
+def _units(values: Doubles, pattern: Ints, users: Ints | None) -> _Units:
+    """Return what is drawn, from the metrics [pattern, metric] of the distinct ranks."""
+    if users is None:
+        return _Units(np.bincount(pattern), values, np.ones(len(values), np.int64))
+    owner = np.unique(users, return_inverse=True)[1]
+    sums = [np.bincount(owner, column[pattern]) for column in values.T]
+    rows, counts = np.unique(np.column_stack([*sums, np.bincount(owner)]), axis=0, return_counts=True)
+    return _Units(counts, rows[:, :-1], rows[:, -1].astype(np.int64))
+
+
+def _resampled_means(units: _Units, resamples: int, seed: int) -> Doubles:
     """Return the mean metrics of each bootstrap resample, [resample, metric]; draws of some resamples at a time."""
+    counts, values, sizes = units
     total, step = int(counts.sum()), max(1, _CELLS // len(counts))
     rng = np.random.default_rng(seed)
-    means = [
-        rng.multinomial(total, counts / total, size=min(step, resamples - start)) @ values / total
-        for start in range(0, resamples, step)
-    ]
+    means = []
+    for start in range(0, resamples, step):
+        drawn = rng.multinomial(total, counts / total, size=min(step, resamples - start))  # [resample, unit]
+        means.append(drawn @ values / (drawn @ sizes)[:, None])
     return np.concatenate(means)
 
 

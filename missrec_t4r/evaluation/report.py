@@ -17,7 +17,7 @@ NO_VALUE: Final = "-"
 def table(report: Mapping[str, Any]) -> Group:
     """Return all tables of a report, for ``console.print``; also of a report that an earlier version wrote."""
     report = with_current_names(report)
-    protocols = list(report["protocols"])
+    protocols = [name for name, systems in report["protocols"].items() if systems]
     return Group(
         *(metrics_table(report, name) for name in protocols),
         *([checklist_table(report["checklist"])] if "checklist" in report else []),

@@ -14,6 +14,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_WITH_HISTORY_TERM, PROTOCOLS, Scorer
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.model.score_terms import ScoreTerms
+from missrec_t4r.ranking.baselines import Popularity
 
 
 class Parts(NamedTuple):
@@ -52,8 +53,6 @@ class ModelScorer:
     @classmethod
     def with_popularity(cls, model: MISSRec, catalogue: Catalogue) -> ModelScorer:
         """Use the fallback of serving, the items by their training count."""
-        from missrec_t4r.ranking.baselines import Popularity
-
         return cls(model, Popularity.fit(catalogue))
 
     @property

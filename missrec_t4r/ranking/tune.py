@@ -24,7 +24,6 @@ from missrec_t4r.evaluation.full_ranking import (
     KEPT_WITH_HISTORY_TERM,
     chunk_size,
     n_true,
-    slice_sessions,
 )
 from missrec_t4r.evaluation.metrics import MISSED
 from missrec_t4r.model.missrec import MISSRec
@@ -250,7 +249,7 @@ class Validation:
             if index < len(self.scored):
                 yield self.scored[index]
                 continue
-            chunk = slice_sessions(self.histories, start, start + step)
+            chunk = self.histories.slice(start, start + step)
             one = self.scorer.parts(chunk), torch.from_numpy(self.targets[start : start + step])
             if keep:
                 self.scored.append(one)

@@ -22,7 +22,7 @@ from torch import Tensor
 from missrec_t4r.arrays import Bools
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation.full_ranking import chunk_size, exclude_seen, slice_sessions
+from missrec_t4r.evaluation.full_ranking import chunk_size, exclude_seen
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import track
 from missrec_t4r.ranking.hybrid import terms_of
@@ -201,7 +201,7 @@ def _measure(
     chunks: list[list[_Parts]] = [[] for _ in trials]
     step = chunk_size(len(hidden))
     for start in track(range(0, len(shown), step), "tuning the cold-start term"):
-        chunk, wanted = slice_sessions(shown, start, start + step), targets[start : start + step]
+        chunk, wanted = shown.slice(start, start + step), targets[start : start + step]
         item_ids = torch.from_numpy(chunk.padded(range(len(chunk)), model.config.max_sequence_length)).to(scorer.device)
         scores = scorer(chunk)
         similar = content_knn(item_ids) if content_knn is not None and content_knn.active else torch.zeros_like(scores)
@@ -273,7 +273,7 @@ def _calibrated(
     shown = histories.take(drawn[np.argsort(histories.lengths[drawn], kind="stable")])
     best, top, step = [], [], chunk_size(catalogue.n_rows)
     for start in track(range(0, len(shown), step), "calibrating the cold-start bias"):
-        chunk = slice_sessions(shown, start, start + step)
+        chunk = shown.slice(start, start + step)
         scores = exclude_seen(scorer(chunk), chunk)
         theirs = scores[:, term.rows]
         top.append(theirs.topk(min(_TOP, theirs.shape[1]), dim=1).values.cpu())

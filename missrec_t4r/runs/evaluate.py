@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from missrec_t4r.arrays import Ints
+from missrec_t4r.arrays import Bools, Ints
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.data.sessions import Sessions
@@ -33,6 +33,7 @@ from missrec_t4r.evaluation.metrics import (
     metrics,
     named_differences,
     paired_differences,
+    users_of,
 )
 from missrec_t4r.evaluation.slices import slices
 from missrec_t4r.io.json_files import read_json, write_json
@@ -245,9 +246,10 @@ def evaluate_sessions(
         rankings = rank_systems(together, histories, targets, catalogue.n_rows, top_k=max(KS), description="ranking")
     for name, system in systems.items():
         rankings[name] = rank_system(system, histories, targets, catalogue, max(KS), f"ranking {name}")
-    masks = slices(histories, targets, catalogue)
+    masks, users = slices(histories, targets, catalogue), users_of(sessions)
+    everyone = masks["all"]
     overall = {
-        protocol: {name: _with_interval(ranks) for name, ranks in _under(protocol, rankings).items()}
+        protocol: {name: _with_interval(ranks, users, everyone) for name, ranks in _under(protocol, rankings).items()}
         for protocol in PROTOCOLS
     }
     return {
@@ -258,14 +260,16 @@ def evaluate_sessions(
             part: {
                 "n": int(mask.sum()),
                 **{
-                    protocol: {name: _with_interval(ranks[mask]) for name, ranks in _under(protocol, rankings).items()}
+                    protocol: {
+                        name: _with_interval(ranks, users, mask) for name, ranks in _under(protocol, rankings).items()
+                    }
                     for protocol in PROTOCOLS
                 },
             }
             for part, mask in masks.items()
         },
         "coverage": _coverage(rankings, catalogue.n_items),
-        "differences": _differences(rankings),
+        "differences": _differences(rankings, users),
         "counts": {
             "targets_in_history": int(targets_in_history(histories, targets).sum()),
             "targets_no_item": int((targets < FIRST_ITEM_ROW).sum()),
@@ -309,8 +313,9 @@ def _under(protocol: str, rankings: Mapping[str, Ranking]) -> dict[str, Ints]:
     return {name: ranking.ranks[protocol] for name, ranking in rankings.items() if protocol in ranking.ranks}
 
 
-def _with_interval(ranks: Ints) -> dict[str, Any]:
-    return {**metrics(ranks), "interval": bootstrap_intervals(ranks)}
+def _with_interval(ranks: Ints, users: Ints | None, mask: Bools) -> dict[str, Any]:
+    ranks, users = ranks[mask], None if users is None else users[mask]
+    return {**metrics(ranks), "interval": bootstrap_intervals(ranks, users=users)}
 
 
 def _coverage(rankings: Mapping[str, Ranking], n_items: int) -> dict[str, Any]:
@@ -324,11 +329,12 @@ def _coverage(rankings: Mapping[str, Ranking], n_items: int) -> dict[str, Any]:
     }
 
 
-def _differences(rankings: Mapping[str, Ranking]) -> dict[str, Any]:
+def _differences(rankings: Mapping[str, Ranking], users: Ints | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for protocol in PROTOCOLS:
         systems = [*_under(protocol, rankings).items()]
         found[protocol] = {
-            name: named_differences(paired_differences(systems[0][1], ranks)) for name, ranks in systems[1:]
+            name: named_differences(paired_differences(systems[0][1], ranks, users=users))
+            for name, ranks in systems[1:]
         }
     return found

@@ -40,6 +40,8 @@ ADDED_LATER = ("terms.cold_start.", "terms.rare_items.", "terms.history_bias.off
 """Prefixes of tensors that runs of earlier versions lack."""
 VOCABULARY_FILE = "vocabulary.parquet"
 RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, STATE_FILE = "recipe.json", "run.json", "weights.safetensors", "state.safetensors"
+LOG_FILE = "log.jsonl"
+"""Training log, a JSON line per epoch."""
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,13 @@ class MISSRecBlock(BlockBase):
         at = torch.minimum(column.clamp_min(0), last)  # [batch, column]
         return encoded.vectors.gather(1, at.unsqueeze(-1).expand(-1, -1, encoded.vectors.shape[-1]))
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ConfigError(
+            "a MISSRecBlock in nn.DataParallel, whose threads would share the values of one step",
+            "one GPU in a process",
+            "set CUDA_VISIBLE_DEVICES=0, or start one process for each GPU with torchrun",
+        )
+
     def refresh(self, seed: int) -> None:
         """Discover the interests anew, with the current adapters."""
         if self.core is not None:

@@ -193,8 +193,11 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
             columns, target = _all_prefixes(columns, item)
             visible = self.masking.info_at(columns[item], target).schema
         else:
+            rows = columns[item]
+            if testing and not training:  # where the last item is unknown, an earlier one is no target
+                rows = rows * _last_is_known(inputs[item])
             cut = "last" if PREFIX_ROWS in inputs else None
-            visible = self.masking.compute_masked_targets(columns[item], training, testing, cut).schema
+            visible = self.masking.compute_masked_targets(rows, training, testing, cut).schema
         self.categorical_module.item_seq = columns[item]
         columns = {name: self.masking.blank(values, visible) for name, values in columns.items()}
         one_target = training and PREFIX_ROWS in inputs
@@ -294,6 +297,12 @@ def _all_prefixes(columns: dict[str, Tensor], item: str) -> tuple[dict[str, Tens
         row, target = row[drawn], target[drawn]
     shape = columns[item].shape
     return {name: values[row] if values.shape[:2] == shape else values for name, values in columns.items()}, target
+
+
+def _last_is_known(item_ids: Tensor) -> Tensor:
+    """Return which rows end with a known item, [batch, 1]."""
+    last = ((item_ids > 0).sum(1, keepdim=True) - 1).clamp_min(0)
+    return item_ids.gather(1, last) > UNKNOWN_ROW
 
 
 def _left_align(inputs: dict[str, Tensor], item: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ that the masking does not cut it again. The order depends on the seed and the ep
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -21,7 +22,9 @@ from missrec_t4r.data.batching import Examples, training_batches
 from missrec_t4r.data.sessions import Sessions, gather
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.t4r.columns import as_core_schema
-from missrec_t4r.t4r.reading import item_name, known_sessions, read_sessions
+from missrec_t4r.t4r.reading import item_name, read_sessions
+
+log = logging.getLogger(__name__)
 
 PREFIX_ROWS: Final = "missrec_prefix_rows"
 """Key of batches whose rows are a prefix and its target already; other inputs ignore it."""
@@ -88,7 +91,10 @@ class PrefixBatches(IterableDataset[Batch]):
         elif per_session:
             counted = np.minimum(counted, per_session)
         rows = int(counted.sum())
-        self._batches = (rows // batch_size if drop_last else -(-rows // batch_size)) // size
+        batches = rows // batch_size if drop_last else -(-rows // batch_size)
+        self._batches = batches // size
+        if (left := batches - self._batches * size) and not all_prefixes and not rank:
+            log.warning(f"{left} of {batches} batches are not evaluated: each of {size} processes takes as many")
         if not self._batches:
             raise DataError(
                 f"{rows} examples for {size} processes and batches of {batch_size}",
@@ -184,7 +190,8 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
                 "the model's, in T4RecTrainingArguments or from_schema",
                 "pass max_sequence_length=50, say",
             )
-        sessions = known_sessions(read_sessions(paths_or_dataset, schema), targets=not shuffle)
+        sessions = read_sessions(paths_or_dataset, schema)
+        sessions = sessions.known() if shuffle else sessions.with_known_target()
         item = item_name(as_core_schema(schema))
         rank, size = (0, 1) if global_rank is None or not global_size else (global_rank, global_size)
         return cls(

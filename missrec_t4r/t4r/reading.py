@@ -16,7 +16,7 @@ from merlin.schema import Schema, Tags
 from missrec_t4r.data.session_files import read_rows, row_files
 from missrec_t4r.data.sessions import Sessions, flat_lists
 from missrec_t4r.errors import DataError, SchemaError
-from missrec_t4r.schema import NULL_ROW, UNKNOWN_ROW
+from missrec_t4r.schema import NULL_ROW
 from missrec_t4r.t4r.columns import as_core_schema, event_feature_schema, is_list
 
 
@@ -94,17 +94,3 @@ def _sources(path: Path) -> list[Path]:
     if not path.is_file():
         raise DataError(f"{path} does not exist", "a parquet file or a folder of them", "check the path")
     return [path]
-
-
-def known_sessions(sessions: Sessions, *, targets: bool) -> Sessions:
-    """Drop null and unknown items; with ``targets``, also every session whose last item is one: it has no target."""
-    keep = sessions.values > UNKNOWN_ROW
-    if targets:
-        ends = sessions.offsets[1:]
-        has_target = (
-            (sessions.lengths > 0) & keep[np.maximum(ends - 1, 0)] if len(keep) else np.zeros(len(sessions), bool)
-        )
-        keep = keep & np.repeat(has_target, sessions.lengths)
-    n_kept_before = np.concatenate([[0], np.cumsum(keep)])
-    features = {name: feature[keep] for name, feature in sessions.features.items()}
-    return Sessions(sessions.values[keep], n_kept_before[sessions.offsets], features)

@@ -25,7 +25,6 @@ from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.runs import run_folder
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.t4r.build import missrec_block, to_core
-from missrec_t4r.t4r.reading import known_sessions
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +85,8 @@ def save_run(
             "the catalogue that the model was built with",
             "give the data folder of the training: save_run(..., data=...)",
         )
-    train, valid = (
-        known_sessions(load_sessions(folder, split, core.event_columns), targets=split == "valid") for split in _SPLITS
-    )
+    train, valid = (load_sessions(folder, split, core.event_columns) for split in _SPLITS)
+    train, valid = train.known(), valid.with_known_target()
     _warn_of_arguments(trainer)
     info = {
         "trainer": "t4r",

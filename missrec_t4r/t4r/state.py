@@ -78,7 +78,7 @@ class StepState:
         """Return the candidates: this training step's, or those of the current weights, computed once per update."""
         if self._of_step is not None:
             return self._of_step
-        if torch.is_grad_enabled() or torch.jit.is_tracing():
+        if torch.is_grad_enabled() or torch.jit.is_tracing() or core.training:  # which drops modalities at random
             return core.candidates()
         version = tuple((weight.data_ptr(), weight._version) for weight in core.item_encoder.parameters())
         if self._of_weights is None or version != self._version:

@@ -29,17 +29,17 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn, event_columns, fit_event_columns, load_sessions
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.ranking.tune import fit_terms
-from missrec_t4r.runs.run_folder import RUN_FILE, save_run
+from missrec_t4r.runs.run_folder import LOG_FILE, RUN_FILE, save_run
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.t4r.block import InterestRefresh
 from missrec_t4r.t4r.build import build_model, missrec_block, to_core
 from missrec_t4r.t4r.columns import event_feature_name, item_column, load_schema
 from missrec_t4r.t4r.loader import PrefixLoader
+from missrec_t4r.training.curves import Curves
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FOLDER = "checkpoint"
-LOG_FILE = "log.jsonl"
 NDCG = "eval_/next-item/ndcg_at_10"
 """T4R's name for validation NDCG@10 of a task called ``next-item``."""
 
@@ -56,6 +56,7 @@ _UNSUPPORTED = (
     "compile",
     "checkpoint_minutes",
     "tensorboard",
+    "group_by_length",
 )
 
 
@@ -130,7 +131,7 @@ def train_t4r(
     arguments = _arguments(recipe, checkpoints, catalogue, device)
     torch.manual_seed(recipe.train.seed)
     model = build_model(recipe, schema, catalogue, event_features=event_features)
-    trainer = _trainer(model, arguments, recipe, schema, data, out / LOG_FILE)
+    trainer = _trainer(model, arguments, recipe, schema, data, out)
     last = get_last_checkpoint(str(checkpoints)) if resume else None
     with contextlib.nullcontext() if last is None else _own_checkpoints(Path(last)):
         trainer.train(resume_from_checkpoint=last)
@@ -148,7 +149,7 @@ def train_t4r(
         "seconds": round(time.perf_counter() - started, 1),
         "device": str(arguments.device),
     }
-    save_run(out, core, recipe, data, info)
+    save_run(out, core, recipe, data, info, catalogue)
     shutil.rmtree(checkpoints)
     return {"run": str(out), **info}
 
@@ -226,7 +227,7 @@ def _trainer(
     recipe: Recipe,
     schema: Any,
     data: Path,
-    log: Path,
+    out: Path,
 ) -> tr.Trainer:
     train = recipe.train
     loaders = {}
@@ -243,8 +244,8 @@ def _trainer(
         )
     callbacks = [
         InterestRefresh(missrec_block(model), train.refresh_interests_every),
-        EarlyStoppingCallback(early_stopping_patience=train.patience),
-        _Report(log, train.max_minutes),
+        _EarlyStopping(early_stopping_patience=train.patience),
+        _Report(out, train.max_minutes),
     ]
     trainer = tr.Trainer(model=model, args=arguments, schema=schema, callbacks=callbacks, compute_metrics=True)
     trainer.remove_callback(PrinterCallback)  # standard output belongs to the command line
@@ -252,12 +253,27 @@ def _trainer(
     return trainer
 
 
+class _EarlyStopping(EarlyStoppingCallback):
+    """Patience that counts the epochs before a resume as well, which transformers 4.30 forgets."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Count the epochs since the best one that the checkpoint knows of."""
+        super().on_train_begin(args, state, control, **more)
+        if values := _evaluations(state):
+            self.early_stopping_patience_counter = len(values) - 1 - int(np.argmax(values))
+
+
 class _Report(TrainerCallback):
     """Log an epoch's line to the user and the log file, and stop at the time limit."""
 
-    def __init__(self, log: Path, max_minutes: float) -> None:
-        self.log, self.limit = log, 60 * max_minutes
+    def __init__(self, out: Path, max_minutes: float) -> None:
+        self.out, self.limit = out, 60 * max_minutes
         self.started, self.is_cut_short = time.perf_counter(), False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Drop the log's lines after the checkpoint of a resumed run; its time is the last line's."""
+        self.curves = Curves(self.out, len(_evaluations(state)))
+        self.started -= self.curves.seconds()
 
     @property
     def is_over_time(self) -> bool:
@@ -276,11 +292,15 @@ class _Report(TrainerCallback):
         line = {"epoch": epoch, "loss": loss, "valid_ndcg@10": metrics[NDCG]}
         line["valid_recall@10"] = metrics[NDCG.replace("ndcg", "recall")]
         line["seconds"] = round(time.perf_counter() - self.started, 1)
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.curves.epoch(line, state.global_step)
         log.info(f"epoch {epoch:>3}  loss {loss:.3f}  valid ndcg@10 {metrics[NDCG]:.4f}")
         if self.is_over_time:
             control.should_training_stop = True
+
+
+def _evaluations(state: Any) -> list[float]:
+    """Return the validation NDCG@10 of every epoch so far."""
+    return [float(line[NDCG]) for line in state.log_history if NDCG in line]
 
 
 def _best_epoch(trainer: tr.Trainer) -> int:

@@ -47,7 +47,8 @@ class Optimiser:
             torch.optim.AdamW(dense, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
         ]
         if sparse:
-            self.optimizers.append(torch.optim.SparseAdam(list(sparse), lr=train.learning_rate))
+            tables = [weight for weight in self.weights if weight in sparse]  # a set's order changes from run to run
+            self.optimizers.append(torch.optim.SparseAdam(tables, lr=train.learning_rate))
         self.scaler = _scaler() if train.precision == "fp16" and device.type == "cuda" else None
 
     def zero_grad(self) -> None:

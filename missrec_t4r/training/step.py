@@ -78,7 +78,6 @@ def training_loss(
             empty_slots=0 if n_slots is None else _EMPTY_SLOTS,
             n_interests=batch.n_interests,
         )
-    embeddings = embeddings._replace(pool=embeddings.pool._replace(modality=to_fp32(embeddings.pool.modality)))
     vectors, history, targets = to_fp32(encoded.vectors), batch.item_ids, batch.targets
     if all_positions:
         session, step = trained_positions(targets) if batch.positions is None else batch.positions

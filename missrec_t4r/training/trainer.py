@@ -1,4 +1,4 @@
-"""Training loop: epochs, gradient accumulation, averaged weights, early stopping, log and checkpoints.
+"""Training loop: epochs, gradient accumulation, averaged weights, early stopping. Beside it: `curves` and `state`.
 
 A checkpoint with everything that the next step depends on is written every few minutes: a run that is killed and
 started again resumes within the epoch and ends with the same weights, bit for bit (on a GPU up to the order of sums).
@@ -11,12 +11,13 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import shutil
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from missrec_t4r.data.batching import Examples, TrainingBatch, iterate, training
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.data.sessions import Sessions, target_counts
-from missrec_t4r.errors import ConfigError, DataError
+from missrec_t4r.errors import CheckpointError, DataError
 from missrec_t4r.evaluation.full_ranking import KEPT_WITH_HISTORY_TERM, quick_metrics
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.model.missrec import MISSRec
@@ -37,21 +38,14 @@ from missrec_t4r.progress import track
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune import fit_terms
-from missrec_t4r.runs.run_folder import (
-    RECIPE_FILE,
-    RUN_FILE,
-    STATE_FILE,
-    load_metadata,
-    load_strictly,
-    load_tensors,
-    save_run,
-    save_tensors,
-)
+from missrec_t4r.runs.run_folder import LOG_FILE, RECIPE_FILE, RUN_FILE, STATE_FILE, load_strictly, save_run
 from missrec_t4r.training import distributed
+from missrec_t4r.training.curves import TENSORBOARD_FOLDER, Curves
 from missrec_t4r.training.loss.full import FullSoftmax, Softmax
 from missrec_t4r.training.loss.sampled import SampledSoftmax
 from missrec_t4r.training.optim import AveragedWeights, Optimiser, learning_rate
 from missrec_t4r.training.precision import check_precision, compile_blocks, resolve_precision, translate_compile_errors
+from missrec_t4r.training.state import LIMITS, load_state, random_state, save_state, set_random_state
 from missrec_t4r.training.step import (
     Totals,
     batch_totals,
@@ -67,8 +61,6 @@ log = logging.getLogger(__name__)
 Prepare = Callable[[MISSRec, Catalogue], dict[str, Any]]
 _HARMLESS = ("checkpoint_minutes", "tensorboard")
 """Settings that may change when an interrupted run is resumed: no number depends on them."""
-LIMITS = ("epochs", "patience", "max_minutes")
-"""Settings that may grow when a run goes on: they say when it ends."""
 INTERRUPT = "interrupt"
 """Value of ``stopped_by`` after Ctrl-C."""
 _CURE = "check the split: a validation target must be an item with training events, or one of the item table"
@@ -422,7 +414,13 @@ class Trainer:
         save_state(self.out / STATE_FILE, parts, facts, self._fingerprint())
 
     def can_resume(self) -> bool:
-        """Whether the folder holds an interrupted run, or a finished one that higher limits let go on."""
+        """Whether the folder holds an interrupted run, or a finished one that higher limits let go on.
+
+        The first process decides for all, which call this together: the others may find another state of the folder.
+        """
+        return distributed.share(self.world.rank == 0 and self._has_unfinished_run())
+
+    def _has_unfinished_run(self) -> bool:
         if not (self.out / STATE_FILE).is_file():
             return False
         if not (self.out / RUN_FILE).is_file() or read_json(self.out / RUN_FILE).get("stopped_by") == INTERRUPT:
@@ -437,11 +435,19 @@ class Trainer:
         ------
         ConfigError
             The checkpoint belongs to another recipe, data set or number of processes.
+        CheckpointError
+            It is damaged, or not every process finds it.
         """
         file = self.out / STATE_FILE
         if not self.can_resume():
             self.start_over()
             return
+        if without := [rank for rank, found in enumerate(distributed.collect(file.is_file())) if not found]:
+            raise CheckpointError(
+                f"process {without[0]} does not find the checkpoint {file} of process 0",
+                "one run folder for all processes",
+                "put --out on a disk that all machines share, or train from the start with --restart",
+            )
         parts, facts = load_state(file, self._fingerprint())
         load_strictly(self.model, parts["model"], str(file))
         self.best = parts.get("best", {})
@@ -464,11 +470,22 @@ class Trainer:
         settings, status = self.recipe.train, self.status
         return Curves(self.out, status["epoch"], status["step"], tensorboard=settings.tensorboard)
 
+    @cached_property
+    def _content(self) -> int:
+        """Checksum of all that is read of the data."""
+        splits, modalities = (self.sessions, self.all_valid), self.catalogue.modalities.values()
+        parts = [array for split in splits for array in (split.values, split.offsets, *split.features.values())]
+        parts += [array for modality in modalities for array in (modality.vectors, modality.present)]
+        checksum = zlib.crc32(self.catalogue.train_count)
+        for part in parts:
+            checksum = zlib.crc32(np.ascontiguousarray(part), checksum)
+        return checksum
+
     def _fingerprint(self) -> str:
-        """Return recipe, sizes of the data and warm start as text: a checkpoint of another one is not resumed."""
+        """Return recipe, data and warm start as text: a checkpoint of another one is not resumed."""
         recipe = dataclasses.asdict(self.recipe)
         recipe["train"] = {name: value for name, value in recipe["train"].items() if name not in _HARMLESS}
-        facts = [recipe, self.catalogue.n_rows, len(self.sessions.values), len(self.all_valid)]
+        facts = [recipe, self.catalogue.n_rows, len(self.sessions.values), len(self.all_valid), self._content]
         facts += [self.world.size] if self.world.size > 1 else []
         return json.dumps([*facts, self.facts] if self.facts else facts, sort_keys=True, default=str)
 
@@ -487,157 +504,3 @@ def headline(terms: Mapping[str, Any], network: float) -> str:
         return f"validation NDCG@10 {network:.4f}, of the network alone"
     before, after = terms["without"], terms["valid_ndcg@10"]
     return f"validation NDCG@10 {after:.4f}: {before:.4f} by the network, {after - before:+.4f} by the ranking terms"
-
-
-# Training log: a JSON line per epoch, and TensorBoard's event files if train.tensorboard is on
-
-LOG_FILE, TENSORBOARD_FOLDER = "log.jsonl", "tensorboard"
-
-
-class Curves:
-    """Writer of a run's training curves: `log.jsonl` and TensorBoard files.
-
-    Parameters
-    ----------
-    out : Path
-        Run folder.
-    epoch, step : int
-        Epoch and step from which the run is resumed. Later records of the interrupted process are removed, since these
-        epochs are trained again.
-    tensorboard : bool
-        Also write every step's loss and learning rate, and every epoch's record, for TensorBoard.
-
-    Raises
-    ------
-    ConfigError
-        ``tensorboard`` is on and the package is not installed.
-    """
-
-    def __init__(self, out: Path, epoch: int = 0, step: int = 0, *, tensorboard: bool = False) -> None:
-        self.file = out / LOG_FILE
-        if self.file.is_file():
-            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-            earlier = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < epoch]
-            if earlier != lines:
-                self.file.write_text("".join(earlier), encoding="utf-8")
-        self.writer = _writer(out / TENSORBOARD_FOLDER, step) if tensorboard else None
-
-    def step(self, number: int, values: Mapping[str, float]) -> None:
-        """Write a step's numbers to TensorBoard."""
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(f"step/{name}", value, number)
-
-    def epoch(self, record: Mapping[str, Any], step: int) -> None:
-        """Append an epoch's record."""
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(dict(record)) + "\n")
-        if self.writer is not None:
-            for name, value in record.items():
-                if name != "epoch" and isinstance(value, (int, float)):
-                    self.writer.add_scalar(f"epoch/{name}", value, step)
-            self.writer.flush()
-
-    def close(self) -> None:
-        """Close the event file."""
-        if self.writer is not None:
-            self.writer.close()
-
-
-def _writer(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        cure = "pip install 'missrec-t4r[tensorboard]', or --set train.tensorboard=false"
-        raise ConfigError("train.tensorboard is on and TensorBoard is not installed", "the package", cure) from error
-    return SummaryWriter(str(folder), purge_step=step or None)
-
-
-# Checkpoint in one safetensors file: tensors by part, other facts as JSON in its metadata
-
-Parts = Mapping[str, Mapping[str, Tensor]]
-
-
-def save_state(file: Path, parts: Parts, facts: Mapping[str, Any], fingerprint: str) -> None:
-    """Write a checkpoint atomically.
-
-    Parameters
-    ----------
-    file : Path
-    parts : mapping of str to mapping of str to Tensor
-        Weights, averages, optimiser moments, random states: named tensors by part.
-    facts : mapping
-        JSON-able values.
-    fingerprint : str
-        Identifies settings and data; `load_state` raises an error for another one.
-    """
-    tensors = {f"{part}/{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
-    save_tensors(file, tensors, {"facts": json.dumps(facts), "fingerprint": fingerprint})
-
-
-def load_state(file: Path, fingerprint: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read the parts and the facts of a checkpoint.
-
-    Raises
-    ------
-    ConfigError
-        The checkpoint belongs to another recipe or data set.
-    CheckpointError
-        The file is damaged.
-    """
-    tensors, metadata = load_tensors(file), load_metadata(file)
-    if not _goes_on(metadata.get("fingerprint", "null"), fingerprint):
-        raise ConfigError(
-            f"{file.parent} holds an interrupted run with other settings or data",
-            "the same recipe, data and number of processes",
-            "give another --out, or --restart to discard it; epochs, patience and max_minutes may grow",
-        )
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        part, _, name = key.partition("/")
-        parts.setdefault(part, {})[name] = tensor
-    facts: dict[str, Any] = json.loads(metadata["facts"])
-    return parts, facts
-
-
-def _goes_on(stored: str, own: str) -> bool:
-    """Whether two fingerprints differ in grown limits alone; a cosine schedule depends on the epochs."""
-    if stored == own:
-        return True
-    before, now = json.loads(stored), json.loads(own)
-    try:
-        for facts in (before, now):
-            facts[0].pop("name", None)  # it has no influence on the settings
-        limits = [{name: facts[0]["train"].pop(name) for name in LIMITS} for facts in (before, now)]
-    except (KeyError, TypeError, IndexError):
-        return False
-    if before != now or (now[0]["train"]["schedule"] == "cosine" and limits[0]["epochs"] != limits[1]["epochs"]):
-        return False
-    return has_grown(*limits)
-
-
-def has_grown(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
-    """Whether no limit is lower than before; 0 minutes are no limit.
-
-    Examples
-    --------
-    >>> before = {"epochs": 3, "patience": 5, "max_minutes": 2.0}
-    >>> has_grown(before, before | {"epochs": 9, "max_minutes": 0}), has_grown(before, before | {"epochs": 2})
-    (True, False)
-    """
-    return all((now[name] or math.inf) >= (before[name] or math.inf) for name in LIMITS)
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return the state of torch's random generators: the CPU's and, if it is in use, the GPU's."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Restore torch's random generators."""
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)

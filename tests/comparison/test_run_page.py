@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from missrec_t4r import commands
 from missrec_t4r.cli.app import app
-from missrec_t4r.comparison.run_page import LOG_FILE
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.evaluation.full_ranking import EXCLUDED
+from missrec_t4r.runs.run_folder import LOG_FILE
 from tests.comparison.test_compare import data, write_run  # noqa: F401  # a fixture
 
 CURVE = [{"epoch": 0, "loss": 7.5, "valid_ndcg@10": 0.08}, {"epoch": 1, "loss": 6.25, "valid_ndcg@10": 0.125}]
@@ -59,6 +59,16 @@ def test_a_finished_evaluation_is_read_and_an_older_one_repeated(run: Path) -> N
     assert commands.run_page(run, dry_run=True)["evaluates"] is True
     commands.run_page(run)
     assert "popularity" in (run / "page.html").read_text()
+
+
+def test_baselines_without_a_hit_are_no_error(run: Path) -> None:
+    commands.evaluate(run)
+    file = run / "metrics_test.json"
+    report = json.loads(file.read_text())
+    for name in ("popularity", "item_knn", "content_knn"):
+        report["protocols"][EXCLUDED][name]["ndcg@10"] = 0.0
+    file.write_text(json.dumps(report))
+    assert "has 0.0000." in commands.run_page(run)["headline"]
 
 
 def test_a_page_elsewhere_of_another_split(run: Path, tmp_path: Path) -> None:

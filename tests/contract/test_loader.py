@@ -95,6 +95,16 @@ def test_loader_leaves_out_sessions_whose_target_is_unknown(tmp_path: Path) -> N
     assert batch["category-list"].tolist() == [[6, 7]]
 
 
+def test_batches_that_no_process_evaluates_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shop.write_sessions(tmp_path, shop.sessions(5, seed=0))
+    loaders = [
+        PrefixLoader.from_schema(shop.schema(), tmp_path, 2, 6, shuffle=False, global_rank=rank, global_size=2)
+        for rank in range(2)
+    ]
+    assert sum(len(batch["item_id-list"]) for loader in loaders for batch, _ in loader) == 4
+    assert caplog.messages == ["1 of 3 batches are not evaluated: each of 2 processes takes as many"]
+
+
 def test_an_evaluated_session_keeps_as_many_items_as_the_model_reads_and_its_target(tmp_path: Path) -> None:
     session = list(range(10, 20))
     shop.write_sessions(tmp_path, [session, [5, 6]])

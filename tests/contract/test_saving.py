@@ -72,6 +72,18 @@ def test_a_t4r_script_ends_with_a_run_that_the_commands_take(data: Path, tmp_pat
     assert not caplog.records or "learning_rate" not in caplog.text
 
 
+def test_validation_sessions_without_a_known_target_are_left_out(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("train", "test", "catalogue"):
+        (folder / name).symlink_to(data / name)
+    valid = shop.sessions(33, 1)
+    shop.write_sessions(folder / "valid", [valid[0] + [2], [2], *valid[1:]])
+    info = mr.save_run(by_hand(), out=tmp_path / "run", data=folder)
+    shop.write_sessions(folder / "valid", valid[1:])
+    assert info["valid"] == mr.save_run(by_hand(), out=tmp_path / "run", data=folder)["valid"]
+
+
 def test_the_default_learning_rate_of_transformers_is_reported(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -24,7 +24,9 @@ from missrec_t4r.t4r import (
     PrefixMasking,
     build_model,
     load_schema,
+    to_core,
 )
+from missrec_t4r.t4r.build import missrec_block
 from missrec_t4r.t4r.columns import item_column
 from missrec_t4r.t4r.loader import PrefixLoader
 from tests.contract import shop
@@ -66,6 +68,39 @@ def test_inputs_have_the_names_that_t4rs_heads_and_tasks_read(data: Path, loader
     assert torch.equal(inputs.categorical_module.item_seq, batch["item_id-list"])
     assert inputs.masking.masked_targets.shape == inputs.masking.mask_schema.shape == batch["item_id-list"].shape
     assert model.input_schema.column_names == shop.schema().column_names
+
+
+def without_event_features(**changes: Any) -> tuple[tr.Model, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = build_model(Recipe(model=shop.config(**changes)), shop.schema(event_features=False), shop.catalogue())
+    return model, {"item_id-list": torch.tensor([[5, 6, 8, 0], [40, 41, 0, 0]])}
+
+
+def test_candidates_of_the_training_mode_are_not_those_of_the_next_evaluation() -> None:
+    """T4R's own `Model.evaluate` leaves the model in training mode, in which modalities are dropped at random."""
+    model, batch = without_event_features(modality_dropout=0.9, id_dropout=0.5)
+    core, item_ids = to_core(model), batch["item_id-list"]
+    with torch.no_grad():
+        model.train()(dict(batch))
+        found = model.eval()(dict(batch))
+        assert torch.equal(found, core.score(core(item_ids), core.candidates(), item_ids))
+
+
+def test_half_precision_keeps_losses_finite() -> None:
+    """In fp16 a vector of zeros, that of a missing modality, cannot be divided by its length, which 1e-12 is not."""
+    model, batch = without_event_features(dropout=0.0)
+    losses = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
+            losses.append(float(model.eval()(dict(batch), testing=True)["loss"].detach()))
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=0.02)
+
+
+def test_copies_on_several_gpus_are_refused_with_the_cure() -> None:
+    """transformers wraps a model in `nn.DataParallel` where it sees several; its threads would share a step's state."""
+    model, _ = without_event_features()
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=0"):
+        missrec_block(model)._replicate_for_data_parallel()
 
 
 def test_a_sequential_block_hands_training_and_testing_to_all_but_its_last_module() -> None:
@@ -158,6 +193,17 @@ def test_null_and_unknown_items_are_dropped_with_their_side_features(data: Path,
     }
     assert torch.equal(model(dict(clean)), model(dict(noisy)))
     assert torch.equal(model(dict(clean), testing=True)["predictions"], model(dict(noisy), testing=True)["predictions"])
+
+
+def test_a_row_whose_last_item_is_unknown_is_not_evaluated_on_an_earlier_one() -> None:
+    """As with our loader, and in `missrec evaluate`: what came next is not the item before it."""
+    model, _ = without_event_features()
+    rows = {"item_id-list": torch.tensor([[30, 31, 2, 0], [33, 34, 35, 0], [36, 37, 38, 1], [39, 2, 40, 41]])}
+    output = model.eval()(dict(rows), testing=True)
+    assert output["labels"].tolist() == [35, 41]
+    assert output["predictions"].shape == (2, shop.N_ROWS)
+    assert model(dict(rows), training=True)["labels"].tolist() == [31, 34, 35, 37, 38, 40, 41]
+    assert model(dict(rows)).shape == (4, shop.N_ROWS)
 
 
 def test_rows_without_a_target_take_no_part_and_an_empty_batch_has_no_loss() -> None:

@@ -32,7 +32,7 @@ from missrec_t4r.t4r import (
     to_core,
     train_t4r,
 )
-from missrec_t4r.t4r.trainer import CHECKPOINT_FOLDER, NDCG
+from missrec_t4r.t4r.trainer import CHECKPOINT_FOLDER, NDCG, _Report
 from missrec_t4r.training.step import training_loss
 from tests.contract import shop
 from tests.crafted import Crafted
@@ -227,10 +227,10 @@ def test_train_t4r_writes_a_run_that_our_evaluation_loads(
     data: Path, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "missrec_t4r")
-    info = train_t4r(data, recipe(ema_decay=0.9), tmp_path / "run", device="cpu")
-    assert info["without"] == ["ema_decay"]
+    info = train_t4r(data, recipe(ema_decay=0.9, group_by_length=False), tmp_path / "run", device="cpu")
+    assert info["without"] == ["ema_decay", "group_by_length"]
     assert info["stopped_by"] == "epochs"
-    assert "the T4R trainer has no ema_decay: trained without" in caplog.messages
+    assert "the T4R trainer has no ema_decay, group_by_length: trained without" in caplog.messages
     assert json.dumps(info)
     assert capsys.readouterr().out == ""
     loaded = load_run(tmp_path / "run")
@@ -247,6 +247,7 @@ def test_train_t4r_writes_a_run_that_our_evaluation_loads(
         == max(line["valid_ndcg@10"] for line in lines)
     )
     assert not (tmp_path / "run" / "checkpoint").exists()
+    assert (tmp_path / "run" / "vocabulary.parquet").is_file(), "with it the run takes a catalogue that has grown"
 
 
 class _Stop(Exception):
@@ -270,6 +271,33 @@ def test_train_t4r_continues_an_interrupted_run(data: Path, tmp_path: Path, monk
     train_t4r(data, recipe(), tmp_path / "halved", device="cpu")
     whole, halved = (load_run(tmp_path / name).model.state_dict() for name in ("whole", "halved"))
     assert [name for name in whole if not torch.equal(whole[name], halved[name])] == []
+
+
+def test_a_resumed_training_stops_as_early_as_one_that_never_stopped(
+    data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Patience, and the time limit, count what was trained before; the log has every epoch once."""
+    best_is_the_first = recipe(epochs=9, patience=3, learning_rate=1e-12)
+    whole = train_t4r(data, best_is_the_first, tmp_path / "whole", device="cpu")
+    assert (whole["stopped_by"], whole["epochs"]) == ("patience", 4)
+
+    def dies(self: Any, args: Any, state: Any, control: Any, metrics: Any, **more: Any) -> None:
+        real(self, args, state, control, metrics, **more)
+        if state.epoch > 2.5:
+            raise _Stop
+
+    real = _Report.on_evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(_Report, "on_evaluate", dies)
+        with pytest.raises(_Stop):
+            train_t4r(data, best_is_the_first, tmp_path / "halved", device="cpu")
+    log = tmp_path / "halved" / "log.jsonl"
+    log.write_text(log.read_text().replace('"seconds": ', '"seconds": 7') + '{"epoch": 3, "lo')
+    halved = train_t4r(data, best_is_the_first, tmp_path / "halved", device="cpu")
+    assert (halved["stopped_by"], halved["epochs"]) == ("patience", 4)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    assert lines[3]["seconds"] > lines[2]["seconds"] > lines[1]["seconds"] >= 70
 
 
 @pytest.mark.parametrize("variable", [None, "1"])

@@ -24,12 +24,16 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def _torchrun(*arguments: str, processes: int = 2) -> str:
+    done = _started(*arguments, processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def _started(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
     own = ["--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, "-m", "torch.distributed.run", *own, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
 
 
 def test_losses_and_gradients_are_those_of_one_process(tmp_path: Path) -> None:
@@ -105,6 +109,15 @@ def test_missrec_train_under_torchrun(data: Path, tmp_path: Path) -> None:  # no
     session = torch.tensor([[3, 4, 5]])
     one, two = (load_run(tmp_path / name).model(session) for name in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=0, atol=0.02)
+
+
+def test_a_run_is_resumed_by_all_processes_or_by_none(data: Path, tmp_path: Path) -> None:  # noqa: F811  # pytest's way
+    """Else the second one would go on with fresh weights, whose gradients are added to the first one's."""
+    done = _started("-m", "tests.ddp.folders", str(data), str(tmp_path))
+    assert done.returncode != 0
+    assert "process 1 does not find the checkpoint" in done.stderr
+    log = (tmp_path / "0" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in log] == [0]
 
 
 def test_without_torchrun_there_is_one_process() -> None:

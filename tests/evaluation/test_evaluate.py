@@ -214,3 +214,6 @@ def test_a_protocol_without_a_system_is_empty(catalogue: Catalogue) -> None:
     report = evaluate_sessions({"alone": Knowing.fit(catalogue)}, sessions, catalogue)
     assert list(report["protocols"][EXCLUDED]) == ["alone"]
     assert report["protocols"][KEPT_STRICT] == report["differences"][KEPT_STRICT] == {}
+    shown = spoken(report | {"split": "test"})
+    assert "alone" in shown
+    assert "kept, strict" not in shown

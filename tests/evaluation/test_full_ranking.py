@@ -74,6 +74,15 @@ def test_a_target_that_is_no_item_is_a_miss_and_counted(row: int) -> None:
     assert found.n_unrecommendable == 1
 
 
+def test_scores_of_rows_that_are_no_items_do_not_count() -> None:
+    """A function of a user's own need not know them: the unknown item (2) is never found, and never recommended."""
+    found = ranked([[3], [3]], [2, 5], [9.0, 9.0, 9.0, *SCORES[3:]], top_k=3)
+    assert found.ranks[KEPT_STRICT].tolist() == [MISSED, 2]
+    assert found.ranks[EXCLUDED].tolist() == [MISSED, 1]
+    assert found.recommended[KEPT_STRICT].tolist() == [[3, 5, 4]] * 2
+    assert found.n_unrecommendable == 1
+
+
 def test_an_item_that_cannot_be_recommended_is_a_miss() -> None:
     found = ranked([[3]], [7], [NO, NO, NO, 0.9, 0.5, 0.7, 0.5, NO])
     assert found.ranks[KEPT_STRICT].tolist() == [MISSED]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError
-from missrec_t4r.evaluation.metrics import MISSED, bootstrap_intervals, coverage, metrics, paired_differences
+from missrec_t4r.evaluation.metrics import MISSED, bootstrap_intervals, coverage, metrics, paired_differences, users_of
 
 
 def test_metrics_by_hand() -> None:
@@ -61,6 +64,38 @@ def test_the_shortcut_over_ranks_equals_drawing_users() -> None:
     assert bootstrap_intervals(ranks, ks=[10], resamples=4000)["ndcg@10"] == pytest.approx(
         np.quantile(drawn, [0.025, 0.975]).tolist(), abs=0.005
     )
+
+
+def test_the_sessions_of_a_user_are_drawn_together() -> None:
+    """Four equal sessions per user say no more than one: counted as four users, the interval would be half as wide."""
+    rng = np.random.default_rng(7)
+    ranks, other = rng.integers(1, 30, (2, 300))
+    users = np.repeat(np.arange(300), 4)[::-1].copy()
+    once = bootstrap_intervals(ranks[::-1], ks=[10], resamples=4000)["ndcg@10"]
+    together = bootstrap_intervals(ranks.repeat(4), ks=[10], users=users, resamples=4000)["ndcg@10"]
+    assert together == pytest.approx(once, abs=0.005)
+    alone = bootstrap_intervals(ranks.repeat(4), ks=[10], resamples=4000)["ndcg@10"]
+    assert alone[1] - alone[0] == pytest.approx((once[1] - once[0]) / 2, abs=0.01)
+    pair = paired_differences(ranks, other, ks=[10], resamples=4000)["ndcg@10"]
+    found = paired_differences(ranks.repeat(4), other.repeat(4), ks=[10], users=users, resamples=4000)["ndcg@10"]
+    assert found == pytest.approx(pair, abs=0.01)
+    assert found.difference == pytest.approx(pair.difference, abs=1e-12)
+
+
+def test_a_user_is_drawn_with_all_sessions() -> None:
+    """Two users, one with a hit and one with three misses: half of the resamples have both, a quarter only the hit."""
+    ranks, users = np.array([1, MISSED, MISSED, MISSED]), np.array([5, 2, 2, 2])
+    found = paired_differences(ranks, np.full(4, MISSED), ks=[10], users=users)["recall@10"]
+    assert found == pytest.approx((0.25, 0.0, 1.0, 3 / 4 + 1 / 8), abs=0.03)
+
+
+def test_users_are_numbered_where_one_has_several_sessions() -> None:
+    sessions = Sessions.from_lists([[3], [4], [5]])
+    assert users_of(sessions) is None
+    assert users_of(replace(sessions, users=pa.array(["a", "b", "c"]))) is None
+    numbers = users_of(replace(sessions, users=pa.array(["a", "b", "a"])))
+    assert numbers is not None
+    assert numbers[0] == numbers[2] != numbers[1]
 
 
 def test_a_paired_difference_is_significant_where_two_intervals_overlap() -> None:

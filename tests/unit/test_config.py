@@ -25,6 +25,8 @@ def test_overrides_win_over_the_recipe_and_survive_a_round_trip() -> None:
         ({"epochs": 3}, "train.epochs"),
         ({"train.ema_decay": 1.0}, "train.ema_decay"),
         ({"train.learning_rate": True}, "a number is expected"),
+        ({"train.learning_rate": float("nan")}, "learning_rate is nan, a number is expected"),
+        ({"train.max_minutes": float("inf")}, "max_minutes is inf, a number is expected"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_would_be_right(overrides: dict[str, object], words: str) -> None:

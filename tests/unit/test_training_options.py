@@ -111,6 +111,14 @@ def test_clipping_scales_all_gradients_together_dense_and_sparse() -> None:
     assert (table != before).any(1).tolist() == [False, True, False, False, False]  # Adam rests where nothing came
 
 
+def test_sparse_tables_keep_the_models_order() -> None:
+    """Their moments are stored by number: in the order of a set, a resumed run could give one table another's."""
+    tables = torch.nn.ModuleList(torch.nn.Embedding(3, 2) for _ in range(12))
+    model, weights = torch.nn.ModuleDict({"dense": torch.nn.Linear(2, 1), "tables": tables}), list(tables.parameters())
+    sparse = Optimiser(model, TrainConfig.paper(), frozenset(weights), torch.device("cpu")).optimizers[1]
+    assert [id(one) for one in sparse.param_groups[0]["params"]] == [id(one) for one in weights]
+
+
 def test_clipping_is_off_by_default_and_keeps_small_gradients(data: Path, tmp_path: Path) -> None:
     _, free = _weights_after(_trainer(data, tmp_path))
     _, loose = _weights_after(_trainer(data, tmp_path, train__clip_norm=1e6))
@@ -241,6 +249,14 @@ def test_contradictory_settings_are_an_error() -> None:
     for wrong in ({"accumulate": 0}, {"negatives": 0}, {"chunk_size": 0}, {"clip_norm": -1.0}, {"precision": "int8"}):
         with pytest.raises(ConfigError):
             TrainConfig(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="train.refresh_interests_every 0 is below 1"):
+        TrainConfig(refresh_interests_every=0)
+    for name in ("windows_per_session", "validation_sessions", "warmup_steps"):
+        with pytest.raises(ConfigError, match=f"train.{name} -1 is negative"):
+            TrainConfig(**{name: -1})
+    for name in ("weight_decay", "next_items_weight"):
+        with pytest.raises(ConfigError, match=f"train.{name} -1.0 is negative"):
+            TrainConfig(**{name: -1.0})
 
 
 def test_tensors_that_share_memory_are_saved_whole(tmp_path: Path) -> None:

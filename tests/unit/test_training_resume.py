@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,24 @@ def test_every_kind_of_step_is_resumed_within_its_epoch(data: Path, tmp_path: Pa
     assert _curve(tmp_path / "killed") == _curve(tmp_path / "whole")
     whole, killed = (load_tensors(tmp_path / name / "weights.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_an_interrupted_run_is_not_resumed_with_other_data_of_the_same_sizes(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    sessions = [Sessions.load(data / split).known() for split in ("train", "valid")]
+    catalogue, recipe = Catalogue.load(data / "catalogue"), Recipe.load("tiny", SETTINGS)
+    Trainer(recipe, catalogue, *sessions, tmp_path / "run", "cpu").save_checkpoint()
+    Trainer(recipe, catalogue, *sessions, tmp_path / "run", "cpu").resume()
+    others = [Sessions(part.values[::-1].copy(), part.offsets) for part in sessions]
+    text = catalogue.modalities["text"]
+    encoded = catalogue.modalities | {"text": replace(text, vectors=text.vectors[::-1].copy())}
+    for items, train_split, valid_split in (
+        (catalogue, others[0], sessions[1]),
+        (catalogue, sessions[0], others[1]),
+        (Catalogue(catalogue.items, encoded), *sessions),
+    ):
+        with pytest.raises(ConfigError, match="other settings or data"):
+            Trainer(recipe, items, train_split, valid_split, tmp_path / "run", "cpu").resume()
 
 
 def test_the_checkpoint_interval_may_change_when_a_run_is_resumed(data: Path, tmp_path: Path) -> None:

@@ -476,9 +476,9 @@ class Trainer:
         splits, modalities = (self.sessions, self.all_valid), self.catalogue.modalities.values()
         parts = [array for split in splits for array in (split.values, split.offsets, *split.features.values())]
         parts += [array for modality in modalities for array in (modality.vectors, modality.present)]
-        checksum = zlib.crc32(self.catalogue.train_count)
+        checksum = zlib.crc32(self.catalogue.train_count.data)
         for part in parts:
-            checksum = zlib.crc32(np.ascontiguousarray(part), checksum)
+            checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
         return checksum
 
     def _fingerprint(self) -> str:

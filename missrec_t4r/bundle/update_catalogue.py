@@ -95,8 +95,8 @@ def update_catalogue(
     Returns
     -------
     dict
-        Previous and new version, numbers of added, changed, unchanged and retired items, and the largest score
-        difference of the check.
+        Previous and new version, numbers of added, changed, unchanged and retired items, of added ones without any
+        vector, and the largest score difference of the check.
 
     Raises
     ------
@@ -125,6 +125,7 @@ def update_catalogue(
             "previous": before,
             "items": old.catalogue.n_items,
             "added": 0,
+            "without_vectors": 0,
             "changed": 0,
             "unchanged": unchanged,
             "retired": int(_retired(old.catalogue).sum()),
@@ -145,7 +146,17 @@ def update_catalogue(
         after = catalogue_version(verify_bundle(temporary, only=()))
         if not dry_run:
             _swap(temporary, folder)
-    added = int((rows >= old.catalogue.n_rows).sum())
+    is_new = rows >= old.catalogue.n_rows
+    added = int(is_new.sum())
+    has_vector = np.zeros(len(rows), bool)
+    for modality in extended.modalities.values():
+        has_vector |= modality.present[rows]
+    without_vectors = int((is_new & ~has_vector).sum())
+    if without_vectors:
+        log.warning(
+            f"{without_vectors} of {added} new items have no vector of {', '.join(extended.modalities)}: nothing tells "
+            "where to recommend them. Give vectors, or the texts and pictures that the data folder's encoders read"
+        )
     return ({"dry_run": True} if dry_run else {}) | {
         "bundle": str(folder),
         "updated": after != before and not dry_run,
@@ -153,6 +164,7 @@ def update_catalogue(
         "previous": before,
         "items": extended.n_items,
         "added": added,
+        "without_vectors": without_vectors,
         "changed": len(rows) - added,
         "unchanged": unchanged,
         "retired": int(_retired(extended).sum()),
@@ -227,15 +239,26 @@ def _rows_of(catalogue: Catalogue, table: pa.Table) -> Ints:
     ids = table[ITEM_ID].combine_chunks()
     id_type = catalogue.items[ITEM_ID].type
     try:
+        if pa.types.is_string(id_type) and not _is_text(ids.type):  # as texts, 7 and "007" would be two items
+            raise pa.ArrowInvalid(f"{ids.type} are no texts")
         ids = ids.cast(id_type)
     except pa.ArrowInvalid as error:
-        raise DataError(f"item ids of type {ids.type}", f"{id_type}, as in the catalogue") from error
+        raise DataError(
+            f"item ids of type {ids.type}",
+            f"{id_type}, as in the catalogue",
+            "write the ids as the item table has them",
+        ) from error
     if ids.null_count or len(ids.unique()) != len(ids):
         raise DataError("the new items hold missing or repeated ids", "one row per item")
     rows = catalogue.rows_of(pa.array(ids.to_pylist(), id_type)).copy()
     new = rows == UNKNOWN_ROW
     rows[new] = catalogue.n_rows + np.arange(new.sum())
     return rows
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return str(value) in ("string", "large_string", "string_view")
 
 
 def _differs(catalogue: Catalogue, table: pa.Table, rows: Ints, given: Mapping[str, Floats]) -> Bools:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.schema import ITEM_ID
@@ -38,7 +40,8 @@ def catalogue_update(
     modality : mapping of str to path, optional
         Vectors of the items, one row per item, as NAME=FILE.npy; repeatable.
     data : path, optional
-        Data folder whose encoders compute the vectors from the items' texts and images.
+        Data folder whose encoders compute the vectors from the items' texts and images. Items that are in the catalogue
+        already keep their vectors where the table has no column that the encoder reads.
     item_column : str
         Column of the item id.
     dry_run : bool
@@ -49,19 +52,22 @@ def catalogue_update(
     dict
         What changed, and under ``deployed`` the result of `missrec deploy`.
     """
+    from missrec_t4r.bundle.item_table import load_items
     from missrec_t4r.bundle.update_catalogue import read_items, update_catalogue
 
     if bundle is None and repository is None:
         raise ConfigError("neither --bundle nor --repository", "one of them, or both")
     table = read_items(Path(items), item_column)
     vectors: dict[str, Any] = {name: Path(file) for name, file in (modality or {}).items()}
-    if data is not None:
-        from missrec_t4r.etl.features.pipeline import encode_items
-
-        for name, encoded in encode_items(Path(data), table).items():
-            vectors.setdefault(name, np.where(encoded.present[:, None], encoded.vectors, np.float32("nan")))
     with tempfile.TemporaryDirectory() as folder:
         changed = bundle or _served_bundle(Path(folder), repository)
+        if data is not None:
+            from missrec_t4r.etl.features.pipeline import encode_items
+
+            ids, known = (one[ITEM_ID].cast(pa.string()) for one in (table, load_items(Path(changed))))
+            has_new = not pc.all(pc.is_in(ids, known.combine_chunks())).as_py()
+            for name, encoded in encode_items(Path(data), table, complete=has_new).items():
+                vectors.setdefault(name, np.where(encoded.present[:, None], encoded.vectors, np.float32("nan")))
         result = update_catalogue(changed, table, modalities=vectors, dry_run=dry_run)
         if repository is not None:
             from missrec_t4r.serving.deploy.blue_green import deploy

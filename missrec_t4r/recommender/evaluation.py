@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl.quality.charts import bars
 
 _STYLE = (
@@ -44,26 +46,40 @@ class Evaluation:
 
         Slices are cold and rare targets, targets without a modality, short and long sessions
         (`missrec_t4r.evaluation.slices`); they overlap.
+
+        Raises
+        ------
+        ConfigError
+            An unknown metric or protocol.
         """
+        self._require_metric(metric)
+        _require("protocol", protocol, self.report["protocols"])
         rows = {
             name: {"n": part["n"], **{system: values.get(metric) for system, values in part.get(protocol, {}).items()}}
             for name, part in self.report["slices"].items()
         }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("slice")
 
-    def plot(self, metric: str = "ndcg@10", *, slices: Sequence[str] = ()) -> Chart:
+    def plot(self, metric: str = "ndcg@10", *, slices: Sequence[str] | str = ()) -> Chart:
         """Return bar charts of a metric, one per protocol and one bar per system; drawn by a notebook.
 
         Parameters
         ----------
         metric : str
-        slices : sequence of str
+        slices : str or sequence of str
             In place of protocols: one chart per slice, items of the session excluded.
+
+        Raises
+        ------
+        ConfigError
+            An unknown metric or slice.
         """
+        self._require_metric(metric)
         panels = []
         if slices:
             found = self.slices(metric)
-            for name in slices:
+            for name in [slices] if isinstance(slices, str) else slices:
+                _require("slice", name, found.index)
                 values = found.loc[name].drop("n").fillna(0.0)
                 panels.append(
                     bars(
@@ -80,12 +96,26 @@ class Evaluation:
             panels.append(drawn)
         return Chart(f"{self.report['n_users']:,} users of {self.report['split']}", panels)
 
+    def _require_metric(self, metric: str) -> None:
+        measured = (values for systems in self.report["protocols"].values() for values in systems.values())
+        _require("metric", metric, dict.fromkeys(name for values in measured for name in values))
+
     def _repr_html_(self) -> str:
         return str(self.to_frame().style.format("{:.4f}", na_rep="-").to_html())
 
     def __repr__(self) -> str:
         """Return the table as text."""
         return str(self.to_frame().round(4))
+
+
+def _require(kind: str, name: str, known: Iterable[str]) -> None:
+    """Refuse a name that the evaluation does not have, with the nearest one."""
+    names = list(known)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        raise ConfigError(
+            f"{kind} {name!r}", f"one of {', '.join(names)}", f"did you mean {near[0]!r}?" if near else ""
+        )
 
 
 class Chart:

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from missrec_t4r import commands
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.config.recipe import AUTO
-from missrec_t4r.errors import BundleError, ConfigError
+from missrec_t4r.errors import BundleError, ConfigError, SchemaError
 from missrec_t4r.io.atomic import atomic_write_dir
 from missrec_t4r.progress import reporting
 from missrec_t4r.recommender.evaluation import Evaluation
 from missrec_t4r.recommender.frames import Frame, arrow_table, write_parquet
-from missrec_t4r.recommender.shop import Shop, command_line
+from missrec_t4r.recommender.shop import Shop, command_line, temporary_folder
 from missrec_t4r.runs.run_folder import RUN_FILE
 from missrec_t4r.schema import ITEM_ID
 from missrec_t4r.serving.batch.score import event_feature_names
@@ -74,20 +76,34 @@ class Recommender:
         self._bundle: Path | None = None
         self._client: MISSRecClient | None = None
 
-    def fit(self, shop: Shop) -> Recommender:
+    def fit(self, shop: Shop, *, restart: bool = False) -> Recommender:
         """Train on a shop, and compare the bundle that is served with the trained model; returns self.
 
-        An interrupted training is resumed by the next call with the same folder.
+        An interrupted training is resumed by the next call with the same folder; a finished one of the same data,
+        settings and code is taken as it is. Items of an earlier `add_items` that the shop lacks are left out.
+
+        Parameters
+        ----------
+        shop : Shop
+        restart : bool
+            Train from the start, in place of the model with other settings that the folder holds.
 
         Raises
         ------
         MISSRecError
             As ``missrec train`` and ``missrec export`` raise it.
         """
+        if not isinstance(shop, Shop):
+            raise ConfigError(
+                f"fit on a {type(shop).__name__}", "a Shop", "make one with Shop.from_frames(events, items, ...)"
+            )
         folder = self.folder or shop.folder / "models" / Path(self.recipe).stem
         call = {"data": shop.data, "out": folder / _RUN, "recipe": self.recipe, "settings": self.settings}
         with reporting(messages=False):
-            self.result = commands.train(**call, device=self.device)
+            try:
+                self.result = commands.train(**call, device=self.device, resume=not restart, reuse=True)
+            except ConfigError as error:
+                raise _in_python(error) from error
             commands.export(folder / _RUN, folder / _BUNDLE)
         self.folder, self.shop = folder, shop
         self.commands = [
@@ -99,7 +115,7 @@ class Recommender:
         return self
 
     def evaluate(
-        self, shop: Shop | None = None, *, split: str = "test", baselines: Sequence[str] | bool = True
+        self, shop: Shop | None = None, *, split: str = "test", baselines: Sequence[str] | str | bool = True
     ) -> Evaluation:
         """Rank the whole catalogue for every session of a split, beside the baselines.
 
@@ -114,6 +130,7 @@ class Recommender:
         """
         run = self._run()
         data = (shop or self._shop()).data
+        baselines = [baselines] if isinstance(baselines, str) else baselines
         with reporting(messages=False):
             report = commands.evaluate(run, split=split, data=data, baselines=baselines)
         return Evaluation(report)
@@ -161,13 +178,19 @@ class Recommender:
                 'write recommend(users=["u1"]) or recommend(sessions=[["P1", "P7"]])',
             )
         client, bundle = self._client_of(), self._bundle_of()
+        _require_lists(users, sessions)
         event_features: list[dict[str, list[Any]]] = []
         if users is not None:
             given, event_features = self._shop().histories(users, event_feature_names(bundle))
         else:
-            given = [list(items) for items in sessions or ()]
+            given = [_plain(items) for items in sessions] if sessions is not None else []
         side = event_features if any(event_features) else None
-        rules = {name: dict(part) for name, part in (("where", where), ("at_most", at_most)) if part}
+        rules = {
+            name: {column: _plain_value(value) for column, value in part.items()}
+            for name, part in (("where", where), ("at_most", at_most))
+            if part
+        }
+        exclude = [exclude] if isinstance(exclude, str | int) else None if exclude is None else _plain(exclude)
         answers = client.recommend(
             given, k, exclude_seen=exclude_seen, exclude=exclude, rules=rules or None, reasons=True, side=side
         )
@@ -192,16 +215,20 @@ class Recommender:
         by : {"session", "content"}
             What people go on to, or what has similar content.
         """
-        found = commands.similar([item], bundle=self._bundle_of(), top_k=k, by=by)["similar"]
+        found = commands.similar(_plain([item]), bundle=self._bundle_of(), top_k=k, by=by)["similar"]
         return pd.DataFrame(next(iter(found.values()))).rename(columns={ITEM_ID: "item"})
 
-    def add_items(self, items: Frame) -> dict[str, Any]:
-        """Add, change and retire items without training; their vectors come from the shop's encoders.
+    def add_items(self, items: Frame, *, vectors: Mapping[str, npt.ArrayLike] | None = None) -> dict[str, Any]:
+        """Add, change and retire items of the bundle without training; its previous version is kept beside it.
 
         Parameters
         ----------
         items : DataFrame, Table or path
-            Columns of the item table; ``retired`` (bool) takes an item out of all recommendations.
+            Ids and any columns of the item table; existing items keep the values of columns that are left out.
+            ``retired`` (bool) takes an item out of all recommendations.
+        vectors : mapping of str to array [item, width], optional
+            Vectors by modality, rows as in ``items``. By default the shop's encoders compute them from the texts and
+            pictures; a shop of ``vectors`` has no encoders.
 
         Returns
         -------
@@ -209,13 +236,19 @@ class Recommender:
             What changed, as ``missrec catalogue update`` returns it.
         """
         shop, bundle = self._shop(), self._bundle_of()
-        table = arrow_table(items, "items")
         own = shop.columns["item"]
+        table = arrow_table(items, "items", (own, ITEM_ID))
         if own in table.column_names and own != ITEM_ID:
-            table = table.rename_columns([ITEM_ID if name == own else name for name in table.column_names])
+            taken = table.drop_columns([ITEM_ID]) if ITEM_ID in table.column_names else table
+            table = taken.rename_columns([ITEM_ID if name == own else name for name in taken.column_names])
+        if ITEM_ID not in table.column_names:
+            raise SchemaError(f"items with columns {', '.join(table.column_names)}", f"a column {own!r} of item ids")
         with tempfile.TemporaryDirectory() as folder, reporting(messages=False):
             file = write_parquet(table, Path(folder) / "items.parquet")
-            changed: dict[str, Any] = commands.catalogue_update(file, bundle=bundle, data=shop.data)
+            files = {name: Path(folder) / f"{name}.npy" for name in vectors or {}}
+            for name, values in (vectors or {}).items():
+                np.save(files[name], np.asarray(values, dtype=np.float32))
+            changed: dict[str, Any] = commands.catalogue_update(file, bundle=bundle, data=shop.data, modality=files)
         self._use(bundle)
         return changed
 
@@ -232,15 +265,15 @@ class Recommender:
         return Path(folder)
 
     @classmethod
-    def load(cls, bundle: str | Path, shop: Shop | None = None) -> Recommender:
+    def load(cls, bundle: str | Path, shop: Shop | str | Path | None = None) -> Recommender:
         """Open a bundle, all its files verified.
 
         Parameters
         ----------
         bundle : path
             Written by `save` or ``missrec export``.
-        shop : Shop, optional
-            For recommendations to its users, and to add items.
+        shop : Shop or its folder, optional
+            For recommendations to its users, and to add items: the bundle itself is changed.
 
         Raises
         ------
@@ -249,7 +282,7 @@ class Recommender:
         """
         verify_bundle(bundle)
         self = cls()
-        self.shop = shop
+        self.shop = Shop.open(shop) if isinstance(shop, str | Path) else shop
         self._use(Path(bundle))
         return self
 
@@ -269,14 +302,16 @@ class Recommender:
         from missrec_t4r.serving.triton.local_server import LocalTriton
 
         bundle = self._bundle_of()
-        repository = (self.folder or Path(tempfile.mkdtemp(prefix="missrec-models-"))) / _MODELS
+        repository = (self.folder or temporary_folder("missrec-models-")) / _MODELS
         write_repository(bundle, repository)
         return LocalTriton(repository, **options)
 
     def __repr__(self) -> str:
-        """Return recipe, items and the validation metric."""
+        """Return recipe, validation metric and bundle; of a loaded model the bundle."""
         if self._bundle is None:
             return f"Recommender(recipe={str(self.recipe)!r}, not fitted)"
+        if not self.result:
+            return f"Recommender(bundle={str(self._bundle)!r})"
         reached = self.result.get("prior", {}).get("valid_ndcg@10", self.result.get("valid_ndcg@10"))
         figure = "" if reached is None else f", validation NDCG@10 {reached:.4f}"
         return f"Recommender(recipe={str(self.recipe)!r}{figure}, bundle={str(self._bundle)!r})"
@@ -312,3 +347,40 @@ class Recommender:
                 "call fit(shop), or `missrec evaluate --run RUN`",
             )
         return run
+
+
+def _in_python(error: ConfigError) -> ConfigError:
+    """Return an error of ``missrec train`` with its cure in Python where that is an option of the command line."""
+    if "--restart" not in error.cure:
+        return error
+    return ConfigError(
+        error.found, error.expected, "fit(shop, restart=True) replaces it; Recommender(folder=...) keeps both"
+    )
+
+
+def _require_lists(users: Any, sessions: Any) -> None:
+    """Refuse a single id in place of a list of ids, or of a list of sessions."""
+    if users is not None and not _is_list(users):
+        raise ConfigError(f"users={users!r}", "a list of user ids", f"write users=[{users!r}]")
+    if sessions is not None and not (_is_list(sessions) and all(map(_is_list, sessions))):
+        raise ConfigError(
+            f"sessions={sessions!r}"[:200],
+            "a list of sessions, each a list of item ids",
+            'write sessions=[["P1", "P7"]]',
+        )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes)
+
+
+def _plain(values: Iterable[Any]) -> list[Any]:
+    """Return values as a list, NumPy's scalars as Python's."""
+    return [value.item() if isinstance(value, np.generic) else value for value in values]
+
+
+def _plain_value(value: Any) -> Any:
+    """Return a filter's value, of a list or of bounds, with NumPy's scalars as Python's."""
+    if isinstance(value, Mapping):
+        return dict(zip(value, _plain(value.values()), strict=True))
+    return _plain(value) if _is_list(value) else _plain([value])[0]

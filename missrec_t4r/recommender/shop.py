@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import inspect
+import os
 import shlex
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +19,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from missrec_t4r import commands
+from missrec_t4r.config.checks import refuse_unknown
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.etl.outputs import REPORT_FILE
+from missrec_t4r.etl.quality import checks
+from missrec_t4r.etl.quality.number_texts import read_numbers
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.progress import reporting
 from missrec_t4r.recommender.frames import Frame, arrow_table, write_parquet
@@ -92,13 +100,21 @@ class Shop:
         DataError, SchemaError, ConfigError
             As ``missrec etl`` and ``missrec features`` raise them.
         """
+        refuse_unknown(etl, list(inspect.signature(commands.etl).parameters), "etl")
         text = [text] if isinstance(text, str) else list(text)
-        at = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="missrec-shop-"))
-        event_table = _require(arrow_table(events, "events"), (user, item, time), "events")
-        if items is None:
-            item_table = pa.table({item: pc.drop_null(pc.unique(event_table[item]))})
+        event_table = _require(arrow_table(events, "events", (user, item)), (user, item, time), "events")
+        if items is not None:
+            item_table = arrow_table(items, "items", (item, ITEM_ID))
+            _require(item_table, text + ([image] if image else []), "items")
+        elif text or image or vectors:
+            raise ConfigError(
+                "text, image or vectors without an item table",
+                "the items that they belong to",
+                "write Shop.from_frames(events, items, ...), or leave them out: the sessions alone give vectors",
+            )
         else:
-            item_table = _require(arrow_table(items, "items"), text + ([image] if image else []), "items")
+            item_table = pa.table({item: pc.drop_null(pc.unique(event_table[item]))})
+        at = Path(folder) if folder is not None else temporary_folder("missrec-shop-")
         files = {
             "events": write_parquet(event_table, at / _EVENTS_FILE),
             "items": write_parquet(item_table, at / _ITEMS_FILE),
@@ -153,6 +169,12 @@ class Shop:
         return self.folder / _DATA
 
     @property
+    def findings(self) -> list[str]:
+        """What was unusual in the tables, how often, and what was done about it; as in ``etl.json``."""
+        found = read_json(self.data / REPORT_FILE)["findings"]
+        return [f"{one['check']}: {one['count']:,} ({one['message']})" for one in found]
+
+    @property
     def catalogue(self) -> Catalogue:
         """The items and their vectors."""
         return Catalogue.load(self.data / CATALOGUE_FOLDER)
@@ -173,33 +195,56 @@ class Shop:
         DataError
             A user without an event.
         """
-        user, item, time = (self.columns[name] for name in ("user", "item", "time"))
-        file = self.folder / _EVENTS_FILE
-        features = [name for name in event_features if name in pq.read_schema(file).names]
-        table = pq.read_table(file, columns=[user, item, time, *features])
-        own = table.filter(pc.is_in(table[user], pa.array(list(users)).cast(table[user].type)))
+        events = self._events(event_features)
+        keys = [_key(one) for one in users]
+        own = events.filter(pc.is_in(events[USER_ID].cast(pa.string()), pa.array(keys, pa.string())))
         own = own.append_column("__order", pa.array(range(own.num_rows)))  # events of the same time keep their order
-        own = own.sort_by([(time, "ascending"), ("__order", "ascending")])
-        at: dict[Any, list[int]] = {one: [] for one in users}
-        for index, one in enumerate(own[user].to_pylist()):
-            at[one].append(index)
-        if unknown := [one for one in users if not at[one]]:
+        own = own.sort_by([(TIMESTAMP, "ascending"), ("__order", "ascending")])
+        at: dict[str, list[int]] = {key: [] for key in keys}
+        for index, one in enumerate(own[USER_ID].to_pylist()):
+            at[str(one)].append(index)
+        if unknown := [one for one, key in zip(users, keys, strict=True) if not at[key]]:
             raise DataError(
                 f"users without an event: {', '.join(map(str, unknown[:5]))}",
                 "users of the shop",
                 "pass sessions=[[...]] for new ones",
             )
-        columns = {name: own[name].to_pylist() for name in (item, *features)}
-        items = [[columns[item][index] for index in at[one]] for one in users]
-        values = [{name: [columns[name][index] for index in at[one]] for name in features} for one in users]
-        return items, values
+        items = own[ITEM_ID].to_pylist()
+        features = {name: own[name].to_pylist() for name in event_features if name in own.column_names}
+        values = [{name: [column[index] for index in at[key]] for name, column in features.items()} for key in keys]
+        return [[items[index] for index in at[key]] for key in keys], values
+
+    def _events(self, event_features: Sequence[str]) -> pa.Table:
+        """Return the complete events as ``missrec etl`` reads them: same types of ids, times and numbers."""
+        user, item, time = (self.columns[name] for name in ("user", "item", "time"))
+        file, settings = self.folder / _EVENTS_FILE, read_json(self.data / REPORT_FILE)["settings"]
+        present = pq.read_schema(file).names
+        features = [name for name in event_features if name in present]
+        raw = pq.read_table(file, columns=[user, item, time, *features])
+        ids = checks.normal_ids(raw[item], item)
+        if self.catalogue.id_type == "int64":
+            ids = checks.text_to_integers(ids) or ids
+        keys = {
+            USER_ID: checks.normal_ids(raw[user], user),
+            ITEM_ID: ids,
+            TIMESTAMP: checks.normal_time(raw[time], time, settings.get("time_format")),
+        }
+        found, categories = checks.Findings(), settings.get("categorical_columns", ())
+        table = read_numbers(pa.table(keys | {name: raw[name] for name in features}), features, categories, found)
+        return checks.complete_events(table, features, found)
 
     def __repr__(self) -> str:
-        """Return sizes and modalities."""
+        """Return sizes, modalities with the number of items where some lack them, and the number of findings."""
         catalogue = self.catalogue
-        n_events = pq.read_metadata(self.folder / _EVENTS_FILE).num_rows
-        names = ", ".join(catalogue.modalities) or "no vectors"
-        return f"Shop({n_events:,} events, {catalogue.n_items:,} items, {names}, folder={str(self.folder)!r})"
+        parts = [f"{pq.read_metadata(self.folder / _EVENTS_FILE).num_rows:,} events", f"{catalogue.n_items:,} items"]
+        for name, modality in catalogue.modalities.items():
+            n_present = int(modality.present.sum())
+            parts.append(name if n_present == catalogue.n_items else f"{name} of {n_present:,}")
+        if not catalogue.modalities:
+            parts.append("no vectors")
+        if n_findings := len(self.findings):
+            parts.append(f"{n_findings} {'finding' if n_findings == 1 else 'findings'} (.findings)")
+        return f"Shop({', '.join(parts)}, folder={str(self.folder)!r})"
 
 
 def command_line(command: str, options: Mapping[str, Any]) -> str:
@@ -222,11 +267,29 @@ def command_line(command: str, options: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
+def temporary_folder(prefix: str) -> Path:
+    """Return a new folder that is removed when this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    atexit.register(_remove, folder, os.getpid())
+    return folder
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not by a process that was forked from the owner
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _key(one: Any) -> str:
+    """Return an id as text; a whole float, which pandas makes of an integer beside NaN, as that integer."""
+    return str(int(one)) if isinstance(one, float) and one.is_integer() else str(one)
+
+
 def _require(table: pa.Table, columns: Sequence[str], name: str) -> pa.Table:
     if missing := [column for column in columns if column not in table.column_names]:
         raise SchemaError(
             f"{name} without {', '.join(missing)}",
             f"columns of the table: {', '.join(table.column_names)}",
-            "name yours: Shop.from_frames(..., user=, item=, time=, text=, image=)",
+            "name yours: Shop.from_frames(..., user=, item=, time=, text=, image=); "
+            "an index becomes a column with reset_index()",
         )
     return table

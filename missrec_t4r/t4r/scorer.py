@@ -17,6 +17,7 @@ from missrec_t4r.ranking.baselines import Popularity
 from missrec_t4r.ranking.scorer import protocols_as_it_is
 from missrec_t4r.schema import FIRST_ITEM_ROW
 from missrec_t4r.t4r.block import MISSRecBlock
+from missrec_t4r.t4r.columns import as_core_schema, event_feature_schema
 
 
 class T4RScorer:
@@ -48,7 +49,8 @@ class T4RScorer:
         inputs = model.heads[0].body.inputs if hasattr(model.heads[0].body, "inputs") else model.heads[0].body[0]
         self.model, self.catalogue, self.length = model, catalogue, max_sequence_length
         self.item = inputs.categorical_module.item_id
-        self.columns = list(inputs.schema.column_names)
+        schema = as_core_schema(inputs.schema)  # may name users and counts too, which the model does not read
+        self.columns = [self.item, *event_feature_schema(schema, self.item).column_names]
         self.device = next(model.parameters()).device
         self.fallback = Popularity.fit(catalogue)
 

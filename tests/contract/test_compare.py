@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers4rec.torch as tr
+from merlin.schema import ColumnSchema, Schema, Tags
 
 import missrec_t4r as mr
 from missrec_t4r.data.catalogue import Catalogue
@@ -87,3 +88,18 @@ def test_a_t4r_model_with_our_history_bias_has_no_figure_under_strict(data: Path
     found = evaluate_sessions(scorers, Sessions.load(data / "test", ()), catalogue)["protocols"]
     assert set(found[KEPT_STRICT]) == {"xlnet"}
     assert set(found[EXCLUDED]) == {"xlnet", "ours"}
+
+
+def test_a_model_that_was_given_the_whole_schema_is_ranked(data: Path) -> None:
+    user = ColumnSchema("user_id", dtype="str", tags=[Tags.USER_ID])
+    schema = Schema([user, *shop.schema()])  # T4R's inputs take what they read: items, category, price
+    inputs = tr.TabularSequenceFeatures.from_schema(
+        schema, max_sequence_length=LENGTH, continuous_projection=8, d_output=16, masking="mlm"
+    )
+    config = tr.XLNetConfig.build(d_model=16, n_head=2, n_layer=1, total_seq_length=LENGTH)
+    body = tr.SequentialBlock(inputs, tr.TransformerBlock(config, masking=inputs.masking))
+    model = tr.Model(tr.Head(body, tr.NextItemPredictionTask(weight_tying=True), inputs=inputs))
+    systems = {"xlnet": model, "popularity": "popularity"}
+    result = mr.compare(systems, data=data, protocols=[EXCLUDED], max_sequence_length=LENGTH)
+    assert 0 <= result["protocols"][EXCLUDED]["xlnet"]["recall@10"] <= 1
+    assert result["sessions"]["left_out"] == 0

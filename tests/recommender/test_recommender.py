@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +206,158 @@ def test_the_embedded_server_gives_the_same_items(model: mr.Recommender) -> None
     with model.serve() as server, mr.MISSRecClient(server.grpc_url) as client:
         (answer,) = client.recommend([["P01", "P02"]], 5, exclude_seen=True)
     assert list(answer.item_ids) == model.recommend(sessions=[["P01", "P02"]], k=5)["item"].tolist()
+
+
+def _history(events: pd.DataFrame, user: str) -> list[str]:
+    return list(events[events["kunde"] == user].sort_values("zeit")["artikel"])
+
+
+NAMES = {"user": "kunde", "item": "artikel", "time": "zeit"}
+
+
+@pytest.mark.parametrize("how", ["numbers as text", "German dates", "categories"])
+def test_histories_are_in_the_order_of_time_whatever_the_columns_hold(how: str, tables: Any, tmp_path: Path) -> None:
+    events, _ = tables
+    events = events.assign(
+        zeit=(events["zeit"] - 1_700_000_000) * 1440 * 5 + 86_400
+    )  # 5 days apart: over a month's end
+    wanted, given, options = _history(events, "u7"), events, {}
+    if how == "numbers as text":  # of one to seven digits: as texts they have another order
+        given = events.assign(zeit=events["zeit"].astype(str))
+    elif how == "German dates":
+        given = events.assign(zeit=pd.to_datetime(events["zeit"], unit="s").dt.strftime("%d.%m.%Y"))
+        options = {"time_format": "%d.%m.%Y"}
+    else:
+        given = events.astype({"kunde": "category", "artikel": "category"})
+    incomplete = given.iloc[:2].assign(kunde="u7", artikel=[None, "P01"], zeit=[given["zeit"].iloc[0], None])
+    shop = mr.Shop.from_frames(pd.concat([given, incomplete]), **NAMES, folder=tmp_path, **options)
+    assert shop.histories(["u7"])[0] == [wanted]
+
+
+def test_users_are_found_by_their_id_as_number_and_as_text(tables: Any, tmp_path: Path) -> None:
+    events, _ = tables
+    numbers = events.assign(kunde=events["kunde"].str[1:].astype(int), artikel=events["artikel"].str[1:].astype(float))
+    numbers.loc[numbers.index[0], "artikel"] = np.nan  # pandas then holds the ids as fractions
+    shop = mr.Shop.from_frames(numbers, **NAMES, folder=tmp_path / "numbers")
+    (expected,), _ = shop.histories([3])
+    assert all(isinstance(item, int) for item in expected)
+    for same in ("3", 3.0, np.int64(3)):
+        assert shop.histories([same])[0] == [expected]
+    with pytest.raises(DataError, match="users without an event: nobody, True"):
+        shop.histories(["nobody", True])
+
+
+def test_ids_of_a_csv_keep_their_zeros(tables: Any, tmp_path: Path) -> None:
+    events, _ = tables
+    zeros = events.assign(kunde=events["kunde"].str[1:].str.zfill(5), artikel=events["artikel"].str[1:].str.zfill(4))
+    zeros.to_csv(tmp_path / "events.csv", index=False)
+    shop = mr.Shop.from_frames(tmp_path / "events.csv", **NAMES, folder=tmp_path / "shop")
+    assert shop.histories(["00003"])[0] == [_history(zeros, "00003")]
+    assert shop.catalogue.items["item_id"][0].as_py() in set(zeros["artikel"])
+
+
+def test_findings_and_missing_vectors_are_in_sight(tables: Any, tmp_path: Path) -> None:
+    events, items = tables
+    few = items.assign(title=items["title"].where(items.index >= 10))
+    shop = mr.Shop.from_frames(events, pd.concat([few, few.tail(2)]), **NAMES, text="title", folder=tmp_path)
+    assert "duplicate_items: 2 (of several rows with the same id the first is kept)" in shop.findings
+    assert "text of 30, 2 findings (.findings)" in repr(shop)
+
+
+def test_frames_that_cannot_be_right_are_refused_in_words(tables: Any) -> None:
+    events, items = tables
+    twice = pd.concat([events, events[["zeit"]]], axis=1)
+    with pytest.raises(DataError, match="events with several columns called zeit"):
+        mr.Shop.from_frames(twice, items, **NAMES)
+    mixed = events.assign(note=[1 if row % 2 else "a" for row in range(len(events))])
+    with pytest.raises(DataError, match="several types .*column note.*one type per column"):
+        mr.Shop.from_frames(mixed, items, **NAMES)
+    with pytest.raises(ConfigError, match="unknown setting etl.kcore; .* did you mean 'k_core'"):
+        mr.Shop.from_frames(events, items, **NAMES, kcore=3)
+    with pytest.raises(ConfigError, match="vectors without an item table"):
+        mr.Shop.from_frames(events, **NAMES, vectors={"text": np.ones((N_ITEMS, 2))})
+    with pytest.raises(SchemaError, match=r"events without kunde.*reset_index"):
+        mr.Shop.from_frames(events.set_index("kunde"), items, **NAMES)
+    with pytest.raises(ConfigError, match="fit on a DataFrame"):
+        mr.Recommender().fit(events)  # type: ignore[arg-type]  # what a reader of scikit-learn writes first
+
+
+def test_a_single_id_is_no_list_of_letters(model: mr.Recommender) -> None:
+    with pytest.raises(ConfigError, match=r"write users=\['u3'\]"):
+        model.recommend(users="u3")
+    for sessions in ("P01", ["P01", "P02"], [1, 2], 7):
+        with pytest.raises(ConfigError, match="each a list of item ids"):
+            model.recommend(sessions=sessions)  # type: ignore[arg-type]  # the mistake itself
+    sessions = [["P01", "P02"], ["P03", "P04"]]
+    assert model.recommend(sessions=np.array(sessions), k=2).equals(model.recommend(sessions=sessions, k=2))
+
+
+def test_numbers_of_numpy_filter(model: mr.Recommender) -> None:
+    plain = model.recommend(sessions=[["P01"]], k=5, where={"in_stock": True}, exclude=["P05"])
+    numpy = model.recommend(
+        sessions=[["P01"]], k=np.int64(5), where={"in_stock": np.bool_(True)}, exclude=np.array(["P05"])
+    )
+    assert numpy.equals(plain)
+
+
+def test_unknown_names_of_an_evaluation_are_refused(model: mr.Recommender) -> None:
+    found = model.evaluate(baselines="popularity")
+    assert "popularity" in found.to_frame().index.get_level_values("system")
+    for call in (found.slices, found.plot):
+        with pytest.raises(ConfigError, match=r"metric 'ndcg@1o'; .* did you mean 'ndcg@10'"):
+            call("ndcg@1o")
+    with pytest.raises(ConfigError, match="protocol 'kept'"):
+        found.slices(protocol="kept")
+    with pytest.raises(ConfigError, match="slice 'colt'; .* did you mean 'cold'"):
+        found.plot(slices="colt")
+
+
+def test_a_folder_is_trained_anew_on_request(shop: mr.Shop, tmp_path: Path) -> None:
+    first = mr.Recommender("tiny", train__epochs=1, folder=tmp_path).fit(shop)
+    again = mr.Recommender("tiny", train__epochs=1, folder=tmp_path).fit(shop)
+    assert again.result == first.result | {"found": True}
+    other = mr.Recommender("tiny", train__epochs=1, train__learning_rate=0.01, folder=tmp_path)
+    with pytest.raises(ConfigError, match=r"train.learning_rate .* -> 0.01; .*fit\(shop, restart=True\)"):
+        other.fit(shop)
+    assert "found" not in other.fit(shop, restart=True).result
+
+
+def test_items_change_without_their_texts(shop: mr.Shop, model: mr.Recommender, tmp_path: Path) -> None:
+    copy = mr.Recommender.load(model.save(tmp_path / "bundle"), shop=shop.folder)
+    assert repr(copy) == f"Recommender(bundle={str(tmp_path / 'bundle')!r})"
+    changed = copy.add_items(pd.DataFrame({"artikel": ["P03", "P08"], "in_stock": [False, True]}))
+    assert (changed["changed"], changed["unchanged"]) == (2, 0)
+    retired = copy.add_items(pd.DataFrame({"artikel": ["P05"], "retired": [True]}))
+    assert (retired["added"], retired["retired"]) == (0, 1)
+    found = copy.recommend(sessions=[["P04"]], k=N_ITEMS, where={"in_stock": True})
+    assert "P08" in set(found["item"])
+    assert not {"P03", "P05"} & set(found["item"])
+    with pytest.raises(SchemaError, match="a column 'title'"):
+        copy.add_items(pd.DataFrame({"artikel": ["N1"], "in_stock": [True]}))
+    with pytest.raises(SchemaError, match="a column 'artikel' of item ids"):
+        copy.add_items(pd.DataFrame({"title": ["lamp"]}))
+    with pytest.raises(DataError, match="item ids of type int64; expected: string"):
+        copy.add_items(pd.DataFrame({"artikel": [7], "title": ["lamp"]}))
+
+
+def test_items_of_a_shop_of_vectors_bring_theirs(
+    tables: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    events, items = tables
+    vectors = {"text": np.eye(N_ITEMS, 8, dtype=np.float32) + 0.1}
+    shop = mr.Shop.from_frames(events, items, **NAMES, vectors=vectors, folder=tmp_path)
+    model = mr.Recommender("tiny", train__epochs=1).fit(shop)
+    given = model.add_items(pd.DataFrame({"artikel": ["N1"]}), vectors={"text": vectors["text"][5:6]})
+    assert given["without_vectors"] == 0
+    capfd.readouterr()
+    assert model.add_items(pd.DataFrame({"artikel": ["N2"]}))["without_vectors"] == 1
+    assert "1 of 1 new items have no vector of text" in " ".join(capfd.readouterr().err.split())
+    everything = model.recommend(sessions=[["P05"]], k=N_ITEMS + 2, exclude_seen=False)
+    assert "N1" in set(everything["item"])
+
+
+def test_a_temporary_folder_ends_with_its_process() -> None:
+    code = "from missrec_t4r.recommender.shop import temporary_folder as f; print(f('missrec-'))"
+    folder = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    assert Path(folder).name.startswith("missrec-")
+    assert not Path(folder).exists()

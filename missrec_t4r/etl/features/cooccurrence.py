@@ -6,6 +6,7 @@ NeurIPS 2014), so that a catalogue of ids alone has one modality, and with it in
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,9 @@ def cooccurrence_vectors(data: Path, catalogue: Catalogue, width: int) -> Modali
         torch.from_numpy(pairs), torch.ones(pairs.shape[1]), (len(train), n_rows), check_invariants=True
     ).coalesce()
     occurs = torch.bincount(torch.from_numpy(pairs[1]), minlength=n_rows).float().clamp_min(1)
-    together = torch.sparse.mm(held.t(), held).coalesce()  # [row, row]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        together = torch.sparse.mm(held.t(), held).coalesce()  # [row, row]
     left, right = together.indices()
     information = torch.log(together.values() * len(train) / (occurs[left] * occurs[right])).clamp_min(0)
     information[left == right] = 0.0

@@ -181,6 +181,7 @@ def encode_items(
     device: str = "auto",
     batch_size: int = 64,
     cache: Path | None = None,
+    complete: bool = True,
 ) -> dict[str, Encoded]:
     """Encode new items with the encoders and fitted states stored in a catalogue: equal contents get equal vectors.
 
@@ -196,6 +197,8 @@ def encode_items(
         Modality -> folder of its pretrained encoder, if it has moved; the weights must be the same.
     device, batch_size, cache
         See `EncoderSettings`.
+    complete : bool
+        False leaves out the encoders of whose input columns the table has none.
 
     Returns
     -------
@@ -214,6 +217,9 @@ def encode_items(
     for name, modality in _stored(catalogue).items():
         recorded = modality.encoder
         kind = _KIND_OF[recorded["name"]]
+        read = recorded["columns"] if kind == "text" else [recorded.get("column") or ITEM_ID]
+        if not complete and not set(read) & set(items.column_names):
+            continue
         if kind == "text":
             contents: list[Any] = item_texts(items, recorded["columns"])
         else:

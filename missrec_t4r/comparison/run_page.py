@@ -166,14 +166,15 @@ def _numbers(report: Mapping[str, Any], info: Mapping[str, Any]) -> str:
     facts = {
         "users": number(report["n_users"]),
         "items": number(report["n_items"]),
-        "epochs": f"{info.get('epochs', NO_VALUE)}",
-        "best epoch": f"{info.get('best_epoch', NO_VALUE)}",
-        "ended by": str(info.get("stopped_by", NO_VALUE)).replace("_", " "),
-        "minutes of training": f"{info['seconds'] / 60:.1f}" if "seconds" in info else NO_VALUE,
-        "precision": str(info.get("precision", NO_VALUE)),
+        "epochs": info.get("epochs"),
+        "best epoch": info.get("best_epoch"),
+        "ended by": info["stopped_by"].replace("_", " ") if "stopped_by" in info else None,
+        "minutes of training": f"{info['seconds'] / 60:.1f}" if "seconds" in info else None,
+        "precision": info.get("precision"),
     }
+    known = {name: value for name, value in facts.items() if value is not None}  # a script's trainer notes few
     return (
-        '<div class="numbers">' + "".join(f"<div><b>{v}</b><span>{k}</span></div>" for k, v in facts.items()) + "</div>"
+        '<div class="numbers">' + "".join(f"<div><b>{v}</b><span>{k}</span></div>" for k, v in known.items()) + "</div>"
     )
 
 
@@ -186,7 +187,9 @@ def _curve(file: Path) -> list[dict[str, Any]]:
 
 def _curves(curve: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> str:
     if len(curve) < 2:
-        return section("Learning curves", f"<p>{len(curve)} epochs are recorded in {LOG_FILE}.</p>")
+        found = "One epoch is" if curve else "No epoch is"
+        why = "" if curve else ": a script of Transformers4Rec logs into the output folder of its Trainer"
+        return section("Learning curves", f"<p>{found} recorded in {LOG_FILE}{why}.</p>")
     epochs = [record["epoch"] for record in curve]
     best = epochs.index(info["best_epoch"]) if info.get("best_epoch") in epochs else None
     charts = [

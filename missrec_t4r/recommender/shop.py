@@ -114,6 +114,13 @@ class Shop:
             )
         else:
             item_table = pa.table({item: pc.drop_null(pc.unique(event_table[item]))})
+        for name, encoded in (("text", text), ("image", image or images)):
+            if encoded and name in (vectors or {}):
+                raise ConfigError(
+                    f"vectors of {name!r}, and {name}s to encode",
+                    "one of them: the encoded ones would replace yours",
+                    f"leave one out, or give your vectors another name than {name!r}",
+                )
         at = Path(folder) if folder is not None else temporary_folder("missrec-shop-")
         files = {
             "events": write_parquet(event_table, at / _EVENTS_FILE),

@@ -69,6 +69,10 @@ def test_a_t4r_script_ends_with_a_run_that_the_commands_take(data: Path, tmp_pat
         torch.testing.assert_close(model.eval()(dict(batch)), expected, rtol=1e-5, atol=1e-5)
     report = commands.evaluate(tmp_path / "run", split="valid", baselines=False)
     assert report["n_users"] == 33
+    page = Path(commands.run_page(tmp_path / "run", split="valid")["page"]).read_text(encoding="utf-8")
+    assert "<b>1</b><span>epochs</span>" in page
+    assert "<b>-</b>" not in page, "what a script does not note is left out"
+    assert "No epoch is recorded in log.jsonl: a script of Transformers4Rec logs into" in page
     assert not caplog.records or "learning_rate" not in caplog.text
 
 

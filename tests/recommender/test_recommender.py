@@ -276,6 +276,8 @@ def test_frames_that_cannot_be_right_are_refused_in_words(tables: Any) -> None:
         mr.Shop.from_frames(events, items, **NAMES, kcore=3)
     with pytest.raises(ConfigError, match="vectors without an item table"):
         mr.Shop.from_frames(events, **NAMES, vectors={"text": np.ones((N_ITEMS, 2))})
+    with pytest.raises(ConfigError, match="vectors of 'text', and texts to encode"):
+        mr.Shop.from_frames(events, items, **NAMES, text="title", vectors={"text": np.ones((N_ITEMS, 2))})
     with pytest.raises(SchemaError, match=r"events without kunde.*reset_index"):
         mr.Shop.from_frames(events.set_index("kunde"), items, **NAMES)
     with pytest.raises(ConfigError, match="fit on a DataFrame"):

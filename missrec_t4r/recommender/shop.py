@@ -122,10 +122,7 @@ class Shop:
                     f"leave one out, or give your vectors another name than {name!r}",
                 )
         at = Path(folder) if folder is not None else temporary_folder("missrec-shop-")
-        files = {
-            "events": write_parquet(event_table, at / _EVENTS_FILE),
-            "items": write_parquet(item_table, at / _ITEMS_FILE),
-        }
+        at.mkdir(parents=True, exist_ok=True)
         modality = {}
         for name, values in (vectors or {}).items():
             modality[name] = at / f"{name}.npy"
@@ -133,12 +130,13 @@ class Shop:
         done = []
         with reporting(messages=False):
             options = {"user_column": user, "item_column": item, "time_column": time, "modality": modality, **etl}
-            commands.etl(files["events"], files["items"], at / _DATA, **options)
-            done.append(
-                command_line(
-                    "etl", {"interactions": files["events"], "items": files["items"], "out": at / _DATA, **options}
-                )
-            )
+            with tempfile.TemporaryDirectory(dir=at) as refused:  # what is refused leaves an older shop as it is
+                given = {_EVENTS_FILE: event_table, _ITEMS_FILE: item_table}
+                files = [write_parquet(table, Path(refused) / name) for name, table in given.items()]
+                commands.etl(*files, at / _DATA, **options)
+                events_file, items_file = (file.replace(at / file.name) for file in files)
+            tables = {"interactions": events_file, "items": items_file, "out": at / _DATA}
+            done.append(command_line("etl", tables | options))
             if text or image or images is not None:
                 settings = {
                     "text_columns": text,

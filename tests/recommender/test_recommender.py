@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -282,6 +283,15 @@ def test_frames_that_cannot_be_right_are_refused_in_words(tables: Any) -> None:
         mr.Shop.from_frames(events.set_index("kunde"), items, **NAMES)
     with pytest.raises(ConfigError, match="fit on a DataFrame"):
         mr.Recommender().fit(events)  # type: ignore[arg-type]  # what a reader of scikit-learn writes first
+
+
+def test_refused_events_leave_an_older_shop_as_it_is(shop: mr.Shop, tables: Any, tmp_path: Path) -> None:
+    events, items = tables
+    folder = shutil.copytree(shop.folder, tmp_path / "shop")
+    with pytest.raises(DataError, match="the valid split has no session"):
+        mr.Shop.from_frames(events.drop_duplicates("kunde"), items, **NAMES, folder=folder)
+    assert mr.Shop.open(folder).histories(["u3"]) == shop.histories(["u3"])
+    assert {file.name for file in folder.iterdir()} == {file.name for file in shop.folder.iterdir()}
 
 
 def test_a_single_id_is_no_list_of_letters(model: mr.Recommender) -> None:

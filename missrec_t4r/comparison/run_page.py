@@ -251,21 +251,21 @@ def _slices(report: Mapping[str, Any]) -> str:
 
 
 def _terms(info: Mapping[str, Any], shares: Mapping[str, float]) -> str:
-    prior = info.get("prior") or {}
+    prior = info.get("prior") or {}  # a term that could not be tuned on so few sessions is off: it has no entries
     rows = []
     if "weight" in prior:
         counted = f"events that follow, within {prior['window']}" if prior["directed"] else "whole sessions"
         about = f"counts {counted}; recency {prior['decay']:.2g}; popularity discount {prior['power']:.2g}"
         rows.append((_TERM_TITLES["item_knn"], f"{prior['weight']:.4g}", about))
-    if "lookalikes" in prior:
+    if prior.get("lookalikes"):
         of = prior["lookalikes"]
         rows.append((_TERM_TITLES["content_knn"], f"{of['weight']:.4g}", f"recency {of['decay']:.2g}"))
-    if "newcomers" in prior:
+    if prior.get("newcomers"):
         about = ", ".join(
             f"{name} {value:.3g}" for name, value in prior["newcomers"].items() if isinstance(value, float)
         )
         rows.append((_TERM_TITLES["cold_start"], "", about))
-    if "rare_items" in prior:
+    if prior.get("rare_items"):
         of = prior["rare_items"]
         groups = zip(("0 events", "1 or 2", "3 or 4"), of["content"], of["offset"], strict=True)
         about = "; ".join(f"{events}: content {weight:.3g}, offset {offset:+.3g}" for events, weight, offset in groups)

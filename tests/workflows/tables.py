@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +59,17 @@ def rows(data: Path, split: str) -> dict[Any, dict[str, list[Any]]]:
 def items_of(data: Path, split: str) -> dict[Any, list[int]]:
     """Return the item rows of a split by user."""
     return {user: columns["item_id"] for user, columns in rows(data, split).items()}
+
+
+@contextmanager
+def few_open_files(more: int = 10) -> Iterator[None]:
+    """Let this process open so many files at a time beside those that it has open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def save_vectors(file: Path, values: Any) -> Path:

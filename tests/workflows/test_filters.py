@@ -1,7 +1,5 @@
 """Rare users and items leave events and catalogue together."""
 
-import os
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.etl.engine.reduce import keep_frequent
 from missrec_t4r.etl.engine.workdir import FILTER_FOLDER, KEPT_FOLDER, partition_path
 from missrec_t4r.etl.pipeline import etl
-from tests.workflows.tables import items_of, save_vectors, write
+from tests.workflows.tables import few_open_files, items_of, save_vectors, write
 
 ITEMS = pd.DataFrame({"item_id": ["a", "b", "c", "d", "e"]})
 
@@ -56,12 +54,8 @@ def test_there_may_be_more_partitions_than_files_that_a_process_may_open(tmp_pat
         items = np.array([number // 2, number // 2], np.int32)[: 1 + number % 2]
         file = partition_path(tmp_path, FILTER_FOLDER, number, "npz")
         np.savez(file, users=np.zeros_like(items), items=items, eligible=np.ones(len(items), bool))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, hard))
-    try:
+    with few_open_files():
         kept = keep_frequent(tmp_path, 40, k_core=2, min_item_count=0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert kept.all()
     masks = [np.load(partition_path(tmp_path, KEPT_FOLDER, number, "npy")).tolist() for number in (0, 1)]
     assert masks == [[False], [True, True]]  # the user of one event goes

@@ -8,6 +8,7 @@ import numpy as np
 
 from missrec_t4r.etl.features.cache import VectorCache
 from missrec_t4r.etl.features.whitening import fit_reduction, reduced
+from tests.workflows.tables import few_open_files
 
 
 def test_items_without_the_modality_do_not_move_the_whitening() -> None:
@@ -27,3 +28,15 @@ def test_vectors_of_another_encoder_are_not_taken_from_the_cache(tmp_path: Path)
     VectorCache(tmp_path, {"name": "one", "revision": 1}).add([key], np.ones((1, 3), np.float32))
     assert key in VectorCache(tmp_path, {"revision": 1, "name": "one"})
     assert key not in VectorCache(tmp_path, {"name": "one", "revision": 2})
+
+
+def test_a_cache_may_have_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    """A shard that could not be opened would count as damaged, and be encoded again by every run."""
+    keys = [number.to_bytes(16, "little") for number in range(40)]
+    written = VectorCache(tmp_path, {"name": "x"})
+    for number, key in enumerate(keys):
+        written.add([key], np.full((1, 2), number, np.float32))
+    with few_open_files():
+        cached, missing = VectorCache(tmp_path, {"name": "x"}).get([*keys, b"?" * 16])
+    assert missing == [40]
+    assert {position: vector.tolist() for position, vector in cached.items()} == {n: [n, n] for n in range(40)}

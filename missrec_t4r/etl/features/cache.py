@@ -53,7 +53,7 @@ class VectorCache:
     def __init__(self, folder: Path, encoder: Mapping[str, Any]) -> None:
         self.folder = Path(folder) / digest(encoder)[:32]
         self._location: dict[bytes, tuple[int, int]] = {}
-        self._shards: list[Floats] = []
+        self._shards: list[Path] = []
         for keys, vectors in self._read():
             self._index(keys, vectors)
 
@@ -65,14 +65,16 @@ class VectorCache:
 
     def get(self, keys: Sequence[bytes]) -> tuple[dict[int, Floats], list[int]]:
         """Return the cached vectors by position in ``keys``, and the positions of those that are not cached."""
-        cached, missing = {}, []
+        by_shard: dict[int, list[tuple[int, int]]] = {}
         for position, key in enumerate(keys):
             if key in self._location:
                 shard, row = self._location[key]
-                cached[position] = np.asarray(self._shards[shard][row])
-            else:
-                missing.append(position)
-        return cached, missing
+                by_shard.setdefault(shard, []).append((position, row))
+        cached = {}
+        for shard, found in by_shard.items():  # one after the other: a mapped file stays open
+            vectors = np.load(self._shards[shard], mmap_mode="r", allow_pickle=False)
+            cached |= {position: np.array(vectors[row]) for position, row in found}
+        return cached, [position for position, key in enumerate(keys) if key not in self._location]
 
     def add(self, keys: Sequence[bytes], vectors: Floats) -> None:
         """Write vectors to the cache.
@@ -84,24 +86,27 @@ class VectorCache:
         """
         if not len(keys):
             return
-        shard = self.folder / uuid.uuid4().hex
-        with atomic_write_file(shard.with_suffix(".vectors.npy")) as file:
+        shard = (self.folder / uuid.uuid4().hex).with_suffix(".vectors.npy")
+        with atomic_write_file(shard) as file:
             np.save(file, np.asarray(vectors, np.float32))
-        with atomic_write_file(shard.with_suffix(".keys.npy")) as file:
+        with atomic_write_file(_keys_of(shard)) as file:
             np.save(file, np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES))
-        self._index(list(keys), np.asarray(vectors, np.float32))
+        self._index(keys, shard)
 
-    def _index(self, keys: Sequence[bytes], vectors: Floats) -> None:
-        self._shards.append(vectors)
+    def _index(self, keys: Sequence[bytes], shard: Path) -> None:
+        self._shards.append(shard)
         self._location.update((key, (len(self._shards) - 1, row)) for row, key in enumerate(keys))
 
-    def _read(self) -> Iterator[tuple[list[bytes], Floats]]:
-        for file in sorted(self.folder.glob("*.keys.npy")):
-            vectors = file.with_name(file.name.replace(".keys.", ".vectors."))
+    def _read(self) -> Iterator[tuple[list[bytes], Path]]:
+        for shard in sorted(self.folder.glob("*.vectors.npy")):
             try:
-                keys = np.load(file, allow_pickle=False)
-                stored = np.load(vectors, mmap_mode="r", allow_pickle=False)
+                keys = np.load(_keys_of(shard), allow_pickle=False)
+                n_stored = len(np.load(shard, mmap_mode="r", allow_pickle=False))
             except (OSError, ValueError, EOFError):
-                continue  # damaged: its contents are encoded again
-            if len(keys) == len(stored):
-                yield [row.tobytes() for row in keys], stored
+                continue  # unfinished or damaged: its contents are encoded again
+            if len(keys) == n_stored:
+                yield [row.tobytes() for row in keys], shard
+
+
+def _keys_of(shard: Path) -> Path:
+    return shard.with_name(shard.name.replace(".vectors.", ".keys."))

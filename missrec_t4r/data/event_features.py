@@ -69,7 +69,7 @@ class EventColumn:
     """Mean of the numbers in training, subtracted."""
     std: float = 1.0
     """Standard deviation of the numbers in training, or root mean square length of the vectors; divides."""
-    values: tuple[str | int, ...] = ()
+    values: tuple[str | float, ...] = ()
     """Raw values of the codes from 3 on; empty if the data folder does not hold them."""
     steps: tuple[Step, ...] = ()
     """What the ETL's workflow computes of a raw number, before ``log``, ``mean`` and ``std``."""
@@ -132,14 +132,14 @@ class EventColumn:
         return [vector.tolist() if vector.any() else None for vector in values]
 
     @functools.cached_property
-    def _unknown_value(self) -> str | int:
+    def _unknown_value(self) -> str | float:
         """A value that is not in the vocabulary."""
         texts = isinstance(next(iter(self.values), ""), str)
-        candidates: Iterator[str | int] = (f"?{number}" if texts else -1 - number for number in itertools.count())
+        candidates: Iterator[str | float] = (f"?{number}" if texts else -1 - number for number in itertools.count())
         return next(value for value in candidates if value not in self._codes)
 
     @functools.cached_property
-    def _codes(self) -> dict[str | int, int]:
+    def _codes(self) -> dict[str | float, int]:
         return {value: code for code, value in enumerate(self.values, start=UNKNOWN_ROW + 1)}
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,7 +163,10 @@ class EventColumn:
             and column.kind in ("categorical", "continuous", "pretrained")
             and all(type(size) is int and size > 0 for size in sizes)
             and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
-            and all(isinstance(value, (str, int)) for value in column.values)
+            and all(
+                isinstance(value, str) or (isinstance(value, (int, float)) and math.isfinite(value))
+                for value in column.values
+            )
             and column.std > 0
             and (not column.values or column.size > len(column.values) + UNKNOWN_ROW)
         )
@@ -223,7 +226,7 @@ def event_columns(data: str | Path, setting: str, width: int) -> tuple[EventColu
     return tuple(available[name] for name in dict.fromkeys(names))
 
 
-def encoded_values(data: str | Path) -> dict[str, tuple[str | int, ...]]:
+def encoded_values(data: str | Path) -> dict[str, tuple[str | float, ...]]:
     """Return the raw values of categorical event features that the ETL stored, by column."""
     return {name: tuple(feature.get("values", ())) for name, feature in _encodings(data).items()}
 
@@ -338,7 +341,7 @@ def _kind(column: SchemaColumn) -> Kind | None:
     return next((kind for tag, kind in _KIND_OF_TAG.items() if tag in column.tags), None)
 
 
-def _code_table(data_values: Sequence[str | int], column: EventColumn) -> npt.NDArray[np.int32]:
+def _code_table(data_values: Sequence[str | float], column: EventColumn) -> npt.NDArray[np.int32]:
     """Return a table from the data folder's codes to those of the column, [code]."""
     codes = (column._codes.get(value, UNKNOWN_ROW) for value in data_values)
     return np.array([*range(UNKNOWN_ROW + 1), *codes], np.int32)

@@ -16,7 +16,7 @@ from missrec_t4r.arrays import AnyArray, Bools, Ints
 from missrec_t4r.data.session_files import read_rows, row_files
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.io.arrow_files import one_array
-from missrec_t4r.schema import ITEM_LIST, LIST_SUFFIX, NULL_ROW, PADDING_ROW, UNKNOWN_ROW, USER_ID
+from missrec_t4r.schema import ITEM_LIST, LIST_SUFFIX, NULL_ROW, PADDING_ROW, TIMESTAMP, UNKNOWN_ROW, USER_ID
 
 
 @dataclass(frozen=True)
@@ -233,10 +233,17 @@ def flat_lists(column: pa.ChunkedArray, null: int = PADDING_ROW) -> tuple[AnyArr
 
 
 def _aligned(column: pa.ChunkedArray, offsets: Ints, name: str) -> AnyArray:
-    """Return a feature's values, 64-bit numbers as 32-bit; an error if its lists differ in length from the items'."""
+    """Return a feature's values, 64-bit numbers as 32-bit where that keeps what they are used for.
+
+    Raises
+    ------
+    SchemaError
+        Its lists differ in length from the items'.
+    """
     values, feature_offsets = flat_lists(column)
     if not np.array_equal(feature_offsets, offsets):
         raise SchemaError(f"column {name!r} has lists of other lengths than the items", "one value per event")
-    narrow = {"i": np.int32, "u": np.int32, "f": np.float32}.get(values.dtype.kind)
-    fits = narrow is np.float32 or (narrow is np.int32 and (not len(values) or abs(values).max() < 2**31))
-    return values.astype(narrow) if narrow and fits else values
+    if values.dtype.kind == "f":  # of today's seconds a float32 holds each 128th
+        return values if name == TIMESTAMP else values.astype(np.float32)
+    fits = values.dtype.kind in "iu" and (not len(values) or (values.min() >= -(2**31) and values.max() < 2**31))
+    return values.astype(np.int32) if fits else values

@@ -33,6 +33,17 @@ def shop(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_times_with_fractions_and_in_other_units(tmp_path: Path) -> None:
+    """Ten seconds apart is not the same time, as in a float32; milliseconds are no dates, and reported all the same."""
+    for unit, days in ((1, 1), (1000, 2)):
+        times = (START + 0.5 + EVENTS["timestamp"].rank(method="first") * 10) * unit
+        etl(*write(tmp_path / "raw", EVENTS.assign(timestamp=times)), tmp_path / "data")
+        said = report(tmp_path / "data", tmp_path / f"out-{unit}", now=START)
+        measures = said["measures"]
+        assert (measures["share_same_time_as_before"], measures["days"]) == (0.0, days)
+        assert len(json.loads(Path(said["report"]).read_text())["shown"]["events_per_day"]) == days
+
+
 def test_measures(shop: Path) -> None:
     said = report(shop / "data", shop / "out", now=START + 4 * DAY)["measures"]
     items = {"lamp": 3, "desk": 2, "sofa": 3, "vase": 1}

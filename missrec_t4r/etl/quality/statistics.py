@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +146,7 @@ def _time_statistics(times: Doubles, sessions: Sessions, now: float) -> tuple[di
     inside = np.ones(len(same), bool)
     inside[sessions.offsets[1:-1] - 1] = False  # pairs of events that belong to different sessions do not count
     days = {
-        datetime.fromtimestamp((first + index) * DAY, timezone.utc).strftime("%Y-%m-%d"): int(count)
+        str(np.datetime64(first + index, "D")): int(count)  # milliseconds, read as seconds, are beyond the year 9999
         for index, count in enumerate(per_day)
     }
     statistics = {

@@ -315,7 +315,7 @@ def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _extend_values(column: EventColumn, data: Path) -> EventColumn:
     """Return an event feature as the earlier run fitted it, with new categories appended."""
-    data_values: Sequence[str | int] = encoded_values(data).get(column.name, ())
+    data_values: Sequence[str | float] = encoded_values(data).get(column.name, ())
     if column.kind != "categorical" or not column.values:
         return column
     known = set(column.values)

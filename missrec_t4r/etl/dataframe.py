@@ -134,8 +134,12 @@ class PandasFrames:
         return column.dtype == object and not column.dropna().isin([True, False]).all()
 
     def from_arrow(self, table: pa.Table) -> Frame:
-        """Return the table in pandas."""
-        return table.to_pandas()
+        """Return the table in pandas; integers with nulls stay integers (``Int64``)."""
+        frame = table.to_pandas()
+        for name in table.column_names:
+            if table[name].type == pa.int64() and table[name].null_count:
+                frame[name] = table.select([name]).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)[name]
+        return frame
 
     def to_arrow(self, column: Series) -> pa.Array:
         """Return the column as Arrow, NaN as null."""

@@ -6,13 +6,13 @@ The same settings configure the NVTabular workflow and the out-of-core engine, w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
-from missrec_t4r.errors import ConfigError, SchemaError
+from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl.quality.checks import refuse_milliseconds
 
 SESSION_ID = "session_id"
@@ -95,6 +95,35 @@ class EventSettings:
                 f"one of {list(texts)}",
                 "name the event type's column with --event-type-column",
             )
+
+
+def weighted_events(events: Any, settings: Mapping[str, Any]) -> Any:
+    """Return the events, a frame of pandas or cuDF, without those of types of weight 0; none may be left.
+
+    The built-in workflow drops them as well, but NVTabular fails where an operator leaves no row of a frame.
+
+    Parameters
+    ----------
+    events : Frame
+    settings : mapping
+        ``event_weights`` and ``event_type_column``, as in ``etl.json``.
+    """
+    unwanted = [kind for kind, weight in settings["event_weights"].items() if not weight]
+    return events[~events[settings["event_type_column"]].isin(unwanted)].reset_index(drop=True) if unwanted else events
+
+
+def first_with_events(frames: Iterable[Any]) -> Any:
+    """Return the first frame of `weighted_events` that has a row.
+
+    Raises
+    ------
+    DataError
+        There is none.
+    """
+    for frame in frames:
+        if len(frame):
+            return frame
+    raise DataError("all events are of types of weight 0", "some of another type", "raise a weight of --event-weights")
 
 
 def parse_seconds(text: str | float | None, option: str) -> float:

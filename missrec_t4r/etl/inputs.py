@@ -188,6 +188,7 @@ def to_events(
     """Return the complete events of a table of `read_tables` as a frame, with numbers where texts are numbers."""
     features = checks.event_features(events, drop_columns, findings)
     events = read_numbers(events, features, categorical_columns, findings)
+    events = checks.number_types(events, features, categorical_columns)
     return Events(frames.from_arrow(checks.complete_events(events, features, findings)), features)
 
 
@@ -201,6 +202,7 @@ def clean_inputs(
     unknown_items: UnknownItems,
     k_core: int,
     min_item_count: int,
+    categorical_columns: Sequence[str] = (),
 ) -> Inputs:
     """Clean the events, match them with the item table, and filter rare users and items.
 
@@ -214,7 +216,7 @@ def clean_inputs(
         Modality vectors, rows as in ``item_table``.
     findings : Findings
         Gains the data-quality findings.
-    drop_duplicates, unknown_items, k_core, min_item_count
+    drop_duplicates, unknown_items, k_core, min_item_count, categorical_columns
         As in `missrec_t4r.etl.pipeline.etl`.
     """
     frame = checks.clean_events(events.frame, findings, drop_duplicates)
@@ -223,4 +225,5 @@ def clean_inputs(
     frame, items, vectors = filter_items(
         frame, items, vectors, k_core=k_core, min_item_count=min_item_count, user_column=USER_ID
     )
-    return Inputs(checks.fill_features(frame, events.features, findings), items, vectors, tuple(events.features))
+    frame = checks.fill_features(frame, events.features, categorical_columns, findings)
+    return Inputs(frame, items, vectors, tuple(events.features))

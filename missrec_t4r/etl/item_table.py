@@ -23,6 +23,7 @@ from missrec_t4r.errors import ConfigError, DataError, ModalityError, SchemaErro
 from missrec_t4r.etl.dataframe import Frame, adapter_of
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.checks import Findings
+from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.io.npy_files import read_npy
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ROW, TRAIN_COUNT
 
@@ -103,11 +104,12 @@ def unique_items(items: pa.Table, vectors: Vectors, findings: Findings) -> tuple
     DataError
         No row has an id.
     """
-    ids = items[ITEM_ID].to_pandas()
-    null, repeated = ids.isna(), ids.duplicated()
-    findings.add("null_items", int(null.sum()), "rows of the item table without an id are left out")
-    findings.add("duplicate_items", int((repeated & ~null).sum()), "of several rows with the same id the first is kept")
-    kept = np.flatnonzero(~null & ~repeated)
+    codes = one_array(items[ITEM_ID]).dictionary_encode().indices.fill_null(-1).to_numpy()  # [item]
+    distinct, first = np.unique(codes, return_index=True)
+    kept, null = np.sort(first[distinct >= 0]), int((codes < 0).sum())
+    findings.add("null_items", null, "rows of the item table without an id are left out")
+    repeated = len(codes) - null - len(kept)
+    findings.add("duplicate_items", repeated, "of several rows with the same id the first is kept")
     if not len(kept):
         raise DataError("no row of the item table has an id", "at least one item", "check --item-column")
     return take_items(items, vectors, kept)

@@ -147,6 +147,8 @@ def _is_same(folder: Path, descriptor: int) -> bool:
 
 def recover(out: Path) -> None:
     """Remove the temporary folders of killed processes of this machine; restore ``out`` if one had moved it away."""
+    if not out.parent.is_dir():
+        return
     pattern = re.compile(rf"\.{re.escape(out.name)}-{re.escape(_HOST)}-(\d+)-[a-z0-9_]+({_OLD})?")
     temporary = [(path, match) for path in out.parent.iterdir() if (match := pattern.fullmatch(path.name))]
     for path, match in temporary:
@@ -234,7 +236,7 @@ def atomic_write_dir(
         ``out`` is neither new, nor empty, nor written by missrec (``error``); or the disk is full or read-only
         (`DataError`).
     """
-    out = out.absolute()
+    out = out.resolve()  # what a link names is replaced, not the link
     refuse_unmanaged(out, marker, kind, error)
     with translate_disk_errors(out), replace_dir(out) as folder:
         yield folder

@@ -45,11 +45,8 @@ class PandasFiles(PandasFrames):
         else:
             (file,) = files
             tables = [pq.ParquetFile(file).read_row_groups(row_groups, columns)]
-        return (
-            pa.concat_tables([table.replace_schema_metadata() for table in tables], promote_options="permissive")
-            .select(columns)
-            .to_pandas()
-        )
+        plain = [table.replace_schema_metadata() for table in tables]
+        return self.from_arrow(pa.concat_tables(plain, promote_options="permissive").select(columns))
 
     def write_parquet(self, frame: pd.DataFrame, file: Path, compression: str | None = "snappy") -> None:
         frame.to_parquet(file, index=False, compression=compression)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -248,6 +250,47 @@ def test_processes_are_those_of_dask_cuda(monkeypatch: pytest.MonkeyPatch) -> No
         assert executor.workers == 1
 
 
+def test_more_processes_than_gpus_are_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OneGpu(LocalCluster):
+        """dask-cuda on a machine with one GPU: it starts, and refuses to add workers beyond the visible devices."""
+
+        def __init__(self, n_workers: int | None, **options: Any) -> None:
+            super().__init__(n_workers=0, processes=False, **options)
+            if (n_workers or 1) > 1:
+                raise ValueError("Can not scale beyond visible devices", [0])
+
+    monkeypatch.setitem(sys.modules, "dask_cuda", SimpleNamespace(LocalCUDACluster=OneGpu))
+    with (
+        pytest.raises(ConfigError, match="--workers 3 .*visible devices.*leave --workers out"),
+        open_executor("processes", 3, gpu=True),
+    ):
+        pass
+
+
+def _fail_or_wait(number: int, folder: str) -> None:
+    """Fail at once, or wait until the test says that the failure was seen."""
+    if number == 0:
+        raise DataError("the first task failed")
+    deadline = time.monotonic() + 30
+    while not (Path(folder) / "seen").exists():
+        if time.monotonic() > deadline:
+            (Path(folder) / "in vain").touch()
+            return
+        time.sleep(0.01)
+
+
+def test_a_cluster_stops_at_the_first_error(tmp_path: Path) -> None:
+    """Not after all the other tasks, which may be hours."""
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as workers,
+        open_executor(workers.scheduler_address) as executor,
+    ):
+        with pytest.raises(DataError, match="the first task failed"):
+            executor.run(_fail_or_wait, [(0, str(tmp_path)), (1, str(tmp_path))], "")
+        assert not (tmp_path / "in vain").exists()
+        (tmp_path / "seen").touch()
+
+
 # cuDF
 
 
@@ -272,6 +315,8 @@ def prepared(folder: Path, file: Path, device: Any, monkeypatch: pytest.MonkeyPa
         "split": "time",
         "valid_from": None,
         "test_from": None,
+        "event_weights": {},
+        "event_type_column": "event_type",
     }
     columns = read.plan_columns(
         [file], names, pa.string(), findings, drop_columns=["split"], categorical_columns=["aisle"]

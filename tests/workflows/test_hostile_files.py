@@ -26,6 +26,7 @@ from missrec_t4r.etl.features.pipeline import features
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.report import report
+from missrec_t4r.etl.sources.json_lines import read_all
 from missrec_t4r.etl.sources.synthetic.shop import generate_shop
 from missrec_t4r.etl.sources.table import read_table
 from missrec_t4r.io.atomic import atomic_write_dir, atomic_write_file
@@ -61,6 +62,12 @@ def test_ids_of_mixed_types_become_texts(tmp_path: Path) -> None:
         pd.DataFrame({"user_id": users}).to_parquet(tmp_path / f"{name}.parquet")
     table = read_table(str(tmp_path / "*.parquet"), "events", text_columns=["user_id"])
     assert table["user_id"].to_pylist() == ["5", "6", "x", "5"]
+
+
+def test_json_lines_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """Also where ids of mixed types make the slower reader read them."""
+    (tmp_path / "events.jsonl").write_text('{"user_id": 1}\n{"user_id": "b"}\n', encoding="utf-8-sig")
+    assert read_all(tmp_path / "events.jsonl", ["user_id"])["user_id"].to_pylist() == ["1", "b"]
 
 
 def test_times_in_text_may_mix_units_dates_and_zones() -> None:
@@ -323,6 +330,7 @@ def _odd(folder: Path, name: str) -> Path:
         "a byte order mark": lambda: _csv(folder / "events.csv", EVENTS, "utf-8-sig"),
         "UTF-16": lambda: _csv(folder / "events.csv", EVENTS, "utf-16"),
         "latin-1 text": lambda: _csv(folder / "events.csv", EVENTS.assign(event_type="caf\xe9"), "latin-1"),
+        "a latin-1 name": lambda: _csv(folder / "events.csv", EVENTS.rename(columns={"dwell": "dur\xe9e"}), "latin-1"),
         "a line too short": lambda: (folder / "events.csv").write_text(EVENTS.to_csv(index=False) + "ann,sofa\n"),
     }
     answer = made.get(name, lambda: None)()
@@ -339,6 +347,7 @@ REFUSED = {
     "integers too large": "'dwell' holds integers beyond 64 bits",
     "ids too large": "'user_id' holds integers beyond 64 bits",
     "UTF-16": "events.csv cannot be read",
+    "a latin-1 name": "events.csv cannot be read .*iconv",
     "a line too short": "events.csv cannot be read .*Expected 6 columns, got 2",
 }
 COUNTED = {

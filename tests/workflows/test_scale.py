@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,7 @@ from missrec_t4r.cli import app
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.user_hash import hash_ids, partition_of
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.etl.engine import workdir
 from missrec_t4r.etl.engine.executor import open_executor
 from missrec_t4r.etl.engine.shuffle import cut_chunks
 from missrec_t4r.etl.nvt.serialization import load_workflow
@@ -324,6 +325,35 @@ def test_large_parquet_uses_the_out_of_core_engine_by_default(tmp_path: Path, mo
     monkeypatch.setattr("missrec_t4r.etl.pipeline.OUT_OF_CORE_EVENTS", 5)
     etl(*write(tmp_path), tmp_path / "data", workers=1)
     assert (tmp_path / "data" / "state").is_dir()
+
+
+def test_a_copy_of_a_csv_file_is_that_of_its_id_columns(tmp_path: Path) -> None:
+    """What a killed run has converted with other columns as ids is not taken: the ids 007 and 7 would be one."""
+    (tmp_path / "events.csv").write_text("user_id,shop,item_id,timestamp\n1,007,lamp,5\n")
+    for user in ("user_id", "shop"):
+        (copy,) = workdir.as_parquet([tmp_path / "events.csv"], tmp_path / "copies", [user, "item_id"])
+        assert pq.read_schema(copy).field(user).type == pa.string()
+
+
+def test_workers_in_another_directory_find_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every path that a task gets is absolute."""
+    write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert [chunk.file for chunk in cut_chunks([Path("events.parquet")])] == [str(tmp_path / "events.parquet")]
+    with workdir.working_folder(Path("data")) as (work, _):
+        assert work == tmp_path / ".data-work"
+
+
+@pytest.mark.parametrize("engine", ["memory", "disk"])
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path, engine: Literal["memory", "disk"]) -> None:
+    """The data folder may be on another disk; what it names is replaced."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "disk" / "data", target_is_directory=True)
+    for _ in range(2):
+        etl(*write(tmp_path), tmp_path / "data", engine=engine, workers=1)
+        assert (tmp_path / "data").is_symlink()
+        assert items_of(tmp_path / "disk" / "data", "train")["cem"] == [3, 6]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_chunks_follow_the_row_groups(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from missrec_t4r.cli import app
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl.engine.append import update
+from missrec_t4r.etl.engine.compact import compact
 from missrec_t4r.etl.nvt.serialization import load_workflow
 from missrec_t4r.etl.pipeline import etl
 from tests.workflows.increments import NEW_ITEMS, OPTIONS, SOME, raw_rows, shop
@@ -162,6 +163,76 @@ def test_what_cannot_be_updated_is_said(data: Path, tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match="'timestamp' does not fit.*int64"):
         update(tmp_path / "broken.parquet", data, workers=1)
     assert (data / "etl.json").read_bytes() == before
+
+
+def test_new_events_in_another_unit_of_time_are_refused(tmp_path: Path) -> None:
+    moments = shop(0, 60).assign(timestamp=lambda frame: frame.timestamp + 1_700_000_000)
+    etl(*write(tmp_path, moments), tmp_path / "data", engine="disk", workers=1)
+    moments.assign(timestamp=moments.timestamp * 1000).to_parquet(tmp_path / "day.parquet", index=False)
+    for delta in (False, True):
+        with pytest.raises(
+            DataError, match="60 of the new times are milliseconds or finer; expected: seconds, as in the folder"
+        ):
+            update(tmp_path / "day.parquet", tmp_path / "data", delta=delta, workers=1)
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="missing/data has no user state to update from"):
+        update(_day(tmp_path), tmp_path / "missing" / "data")
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_files_without_a_row_add_nothing(data: Path, tmp_path: Path, delta: bool) -> None:
+    before = {split: raw_rows(data, split) for split in ("train", "valid", "test")}
+    shop(1, 5).head(0).to_parquet(tmp_path / "empty.parquet", index=False)
+    assert update(tmp_path / "empty.parquet", data, delta=delta, workers=1)["added"]["events_added"] == 0
+    assert {split: raw_rows(data, split) for split in before} == before
+
+
+def test_integers_that_a_float32_lacks_are_added_to_a_column_of_floats(data: Path, tmp_path: Path) -> None:
+    shop(1, 5).assign(dwell=2**24 + 1).to_parquet(tmp_path / "day.parquet", index=False)
+    assert update(tmp_path / "day.parquet", data, workers=1)["added"]["events_added"] == 5
+
+
+def _late(folder: Path) -> tuple[dict[str, Any], Path]:
+    """Write events of six users in many partitions, and new ones that push a user's oldest events out of a row."""
+    users = [f"user {number}" for number in range(6)]
+    moments = list(zip(ITEMS.item_id, (10, 20, 110, 210), strict=True))
+    names = ["user_id", "item_id", "timestamp"]
+    old = pd.DataFrame([(user, *moment) for user in users for moment in moments], columns=names)
+    new = pd.DataFrame([("user 1", "lamp", 300), ("user 1", "desk", 310)], columns=names)
+    for name, events in (("old", old), ("new", new), ("all", pd.concat([old, new]))):
+        write(folder / name, events)
+    options = {"engine": "disk", "split": "time", "valid_from": 100, "test_from": 200, "workers": 1}
+    return options | {"max_events": 3, "partitions": 64}, folder / "new/events.parquet"
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_a_row_that_an_update_takes_away_is_gone(tmp_path: Path, delta: bool) -> None:
+    """Of the last three events none is before validation: the user, alone in a partition, has no training row now."""
+    options, new = _late(tmp_path)
+    for name in ("old", "all"):
+        etl(tmp_path / name / "events.parquet", tmp_path / name / "items.parquet", tmp_path / f"{name}-data", **options)
+    data = tmp_path / "old-data"
+    assert ("user 1", 0) in raw_rows(data, "train")
+    update(new, data, delta=delta, workers=1)
+    if delta:
+        compact(data, workers=1)
+    for split in ("train", "valid", "test"):
+        assert raw_rows(data, split) == raw_rows(tmp_path / "all-data", split)
+        assert len(raw_rows(data, split)) == json.loads((data / "etl.json").read_text())["sessions"][split]
+
+
+def test_one_process_may_build_and_update_a_folder_twice(tmp_path: Path) -> None:
+    """Same files of items and of new events, other old events: nothing of the first update is taken for the second."""
+    day = _day(tmp_path / "day", 3)
+    for swap in ({}, {"view": "cart", "cart": "view"}):  # the other type is the more frequent one, and has the code 3
+        old = shop(0, 60).replace({"event_type": swap})
+        etl(*write(tmp_path / "old", old), tmp_path / "data", engine="disk", workers=1)
+        update(day, tmp_path / "data", workers=1)
+        both = write(tmp_path / "both", pd.concat([old, pd.read_parquet(day)]))
+        etl(*both, tmp_path / "full", engine="disk", workers=1)
+        assert raw_rows(tmp_path / "data", "test") == raw_rows(tmp_path / "full", "test")
 
 
 @pytest.mark.parametrize("named_before", [True, False])

@@ -43,7 +43,7 @@ from missrec_t4r.etl.outputs import NVTABULAR_FOLDER, REPORT_FILE, REQUEST_FOLDE
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, expand, parquet_rows
 from missrec_t4r.io.json_files import write_json
-from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, USER_ID
+from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, SPLITS, TIMESTAMP, USER_ID
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +120,7 @@ def update(
             return {"data": str(out), "updated": False, "dry_run": dry_run, **outlook}
     copies = workdir.copies_folder(out)
     files = workdir.as_parquet(list(new), copies, [columns[USER_ID], columns[ITEM_ID]])
+    files = [file for file in files if parquet_rows([file])]  # a day without events
     as_delta = not files or (delta and parquet_rows(files) <= MAX_DELTA_EVENTS)
     if not as_delta and delta_files(out):
         compact(out, dask_scheduler=dask_scheduler, workers=workers)
@@ -143,7 +144,7 @@ def update(
         final = counts | {"findings": job.findings.to_list(), "settings": settings, "format": 1, "version": version}
         final["seconds"] = round(time.perf_counter() - started, 3)
         write_json(folder / REPORT_FILE, final)
-        link_unchanged(out, folder, {CATALOGUE_FOLDER, *(() if as_delta else _WORKFLOWS)})
+        link_unchanged(out, folder, {CATALOGUE_FOLDER, *(() if as_delta else (*SPLITS, *_WORKFLOWS))})
         finish(folder)
     shutil.rmtree(copies, ignore_errors=True)
     n_added = len(change["items_added"])

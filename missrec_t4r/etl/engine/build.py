@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,8 +32,8 @@ import pyarrow.parquet as pq
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import DataError
 from missrec_t4r.etl import item_table, outputs, splits
-from missrec_t4r.etl.engine import sessionize
-from missrec_t4r.etl.engine.executor import Executor
+from missrec_t4r.etl.engine import sessionize, workdir
+from missrec_t4r.etl.engine.executor import Executor, open_executor
 from missrec_t4r.etl.engine.job import Job, make_plan
 from missrec_t4r.etl.engine.reduce import reduce_chunks
 from missrec_t4r.etl.engine.shuffle import ITEMS_FILE, PLAN_FILE, Plan, partition_sizes, shuffle_chunk
@@ -46,10 +47,11 @@ from missrec_t4r.etl.engine.workdir import (
     job_folder,
     partition_path,
 )
-from missrec_t4r.etl.event_settings import CLOCK
+from missrec_t4r.etl.event_settings import CLOCK, first_with_events, weighted_events
 from missrec_t4r.etl.installed import has_nvtabular
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.session_schema import write_session_schema
+from missrec_t4r.etl.task import Task
 from missrec_t4r.io.arrow_files import read_arrow
 from missrec_t4r.io.atomic import link_or_copy
 from missrec_t4r.io.json_files import read_json, write_json
@@ -58,6 +60,44 @@ from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, SPLITS, TIM
 _SAMPLE_USERS = 1000
 _WORK_FORMAT = 2
 """Changes with the files of the working folder, so that no run continues from those of another release."""
+
+
+def run_out_of_core(task: Task, out: Path, partitions: int | None, machines: tuple[str, int | None]) -> dict[str, Any]:
+    """Build the data folder on partitions, in bounded memory; return its report.
+
+    Parameters
+    ----------
+    task : Task
+    out : Path
+        Data folder.
+    partitions : int, optional
+        By default chosen by size.
+    machines : (str, int or None)
+        Scheduler and workers, as in `executor.open_executor`.
+    """
+    copies = workdir.copies_folder(out)
+    user_column, item_column, _ = task.names
+    with workdir.working_folder(out) as (work, finish), open_executor(*machines) as executor:
+        files = workdir.as_parquet(task.files, copies, [user_column, item_column], task.findings)
+        items, vectors = workdir.read_item_table(
+            task.items, task.settings["catalogue_item_column"], files, item_column, task.modality_files, task.findings
+        )
+        job = Job(
+            files=files,
+            items=items,
+            vectors=vectors,
+            names=task.names,
+            settings=task.settings,
+            modality_files=task.modality_files,
+            derive=task.derive,
+            findings=task.findings,
+            partitions=partitions,
+        )
+        folder, counts = build(job, work, executor)
+        report = task.write_report(counts, folder)
+        finish(folder)
+    shutil.rmtree(copies, ignore_errors=True)
+    return report
 
 
 def build(job: Job, work: Path, executor: Executor) -> tuple[Path, dict[str, Any]]:
@@ -108,7 +148,7 @@ def prepare_folder(work: Path, plan: Plan, job: Job) -> Path:
             plan.features,
             plan.number_texts,
             job.settings,
-            job.old.get("version"),
+            job.old,
         ],
         default=str,
     )
@@ -211,17 +251,15 @@ def _write_workflows(
             max_events=common["max_events"],
             derive=replace(job.derive, newest=common["newest"]),
         )
-        nvt_workflows.fit(workflow, _sample_events(folder, plan, item_ids, categories))
+        samples = (_sample_events(folder, number, item_ids, categories) for number in range(plan.partitions))
+        nvt_workflows.fit(workflow, first_with_events(weighted_events(events, job.settings) for events in samples))
         write_workflow(workflow, out, pickled=job.settings["save_nvtabular_workflow"])
         write_request(item_ids, out, Path(storage), job.settings["max_sequence_length"], features)
 
 
-def _sample_events(folder: Path, plan: Plan, item_ids: pa.Array, categories: Mapping[str, pd.Series]) -> pd.DataFrame:
-    """Return the events of some users as the input has them: raw ids and values, in the types of all events."""
-    for number in range(plan.partitions):
-        state = read_arrow(state_path(folder, number)).slice(0, _SAMPLE_USERS)
-        if state.num_rows:
-            break
+def _sample_events(folder: Path, number: int, item_ids: pa.Array, categories: Mapping[str, pd.Series]) -> pd.DataFrame:
+    """Return the events of some users of a partition as the input has them: raw ids and values, types of all events."""
+    state = read_arrow(state_path(folder, number)).slice(0, _SAMPLE_USERS)
     lists = {name.removesuffix(LIST_SUFFIX): column for name, column in list_columns(state).items()}
     sizes = lists[ITEM_ID].value_lengths().to_numpy()  # [user]
     columns: dict[str, Any] = {USER_ID: np.repeat(state[USER_ID].to_pandas().to_numpy(), sizes)}

@@ -111,7 +111,9 @@ def compact(
         folder = _rewrite_splits(out, state, common, job_folder(work, name), executor)
         result |= {"version": versions["version"], "plain_version": versions["version"]}
         write_json(folder / VERSIONS_FILE, versions | {"plain_version": versions["version"]}, indent=1)
-        link_unchanged(out, folder, {DELTA_FOLDER, f"{STATE_FOLDER}/{DELTA_FOLDER}"})
+        numbers = affected_partitions(out, state["partitions"])
+        rewritten = {f"{split}/part_{number:05}.parquet" for split in SPLITS for number in numbers}
+        link_unchanged(out, folder, {DELTA_FOLDER, f"{STATE_FOLDER}/{DELTA_FOLDER}", *rewritten})
         finish(folder)
     log.info(f"{out}: the parquet files of the splits hold version {versions['version']}")
     return result | {"seconds": round(time.perf_counter() - started, 3)}

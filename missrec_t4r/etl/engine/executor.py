@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from missrec_t4r.errors import ConfigError, DataError
@@ -74,7 +74,7 @@ class ClusterExecutor:
         return max(sum(self.client.nthreads().values()), 1)
 
     def run(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], description: str) -> list[Any]:
-        """Submit all tasks; the scheduler repeats those of a dead worker.
+        """Submit all tasks; the scheduler repeats those of a dead worker. After an error no further one is started.
 
         Raises
         ------
@@ -82,10 +82,16 @@ class ClusterExecutor:
             No worker is left, one task killed several workers, or workers lack the files or this package.
         """
         futures = [self.client.submit(task, *values, pure=False, retries=_RETRIES) for values in arguments]
-        for _ in track(self._completed(futures), description, len(futures)):
-            continue
-        with _translate_cluster_errors():
-            results: list[Any] = self.client.gather(futures)
+        try:
+            with _translate_cluster_errors():
+                for future in track(self._completed(futures), description, len(futures)):
+                    if future.status == "error":
+                        future.result()  # raises it
+                results: list[Any] = self.client.gather(futures)
+        except BaseException:
+            with suppress(Exception):  # of a scheduler that is gone
+                self.client.cancel(futures)
+            raise
         return results
 
     def _completed(self, futures: Sequence[Any]) -> Iterator[Any]:
@@ -146,10 +152,13 @@ def open_executor(
     Raises
     ------
     ConfigError
-        ``scheduler`` is neither a name nor an address, or dask-cuda is not installed.
+        ``scheduler`` is neither a name nor an address, ``workers`` is below 1 or above the number of GPUs, or dask-cuda
+        is not installed.
     DataError
         The scheduler does not answer, or has no worker.
     """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers}", "at least 1", "leave it out for one per core, or one per GPU")
     count = workers or len(os.sched_getaffinity(0))
     if scheduler == "threads":
         if gpu and (workers or 1) > 1:
@@ -158,7 +167,7 @@ def open_executor(
     elif scheduler == "processes":
         from distributed import Client
 
-        start = _cuda_cluster() if gpu else _local_cluster
+        start = _cuda_cluster if gpu else _local_cluster
         with (
             start(
                 n_workers=workers if gpu else count, threads_per_worker=1, dashboard_address=None, scheduler_port=0
@@ -181,14 +190,22 @@ def _local_cluster(**options: Any) -> Any:
     return LocalCluster(**options)
 
 
-def _cuda_cluster() -> Any:
+def _cuda_cluster(**options: Any) -> Any:
     try:
-        return importlib.import_module("dask_cuda").LocalCUDACluster
+        start = importlib.import_module("dask_cuda").LocalCUDACluster
     except ImportError as error:
         raise ConfigError(
             f"--engine gpu with --dask-scheduler processes, and dask-cuda does not import ({error})",
             "dask-cuda 24.12, which starts a process per GPU",
             "pip install dask-cuda==24.12.0, or leave --dask-scheduler out for one GPU",
+        ) from error
+    try:
+        return start(**options)
+    except ValueError as error:  # "Can not scale beyond visible devices"
+        raise ConfigError(
+            f"--workers {options['n_workers']} with --dask-scheduler processes on GPUs ({error})",
+            "at most one process per GPU",
+            "leave --workers out for one per GPU that CUDA_VISIBLE_DEVICES names",
         ) from error
 
 

@@ -62,6 +62,8 @@ def reduce_chunks(
         for chunk in chunks
     ]
     append = job.settings["unknown_items"] == "append"
+    if job.old:
+        checks.refuse_other_unit(chunks, job.settings["newest"])
     _add_chunk_findings(job.findings, plan, chunks, len(unknown.values), append)
     newest = [chunk["newest"] for chunk in chunks if chunk["newest"] is not None]
     common: dict[str, Any] = {

@@ -71,7 +71,10 @@ def cast_columns(events: pa.Table, types: Mapping[str, str]) -> pa.Table:
     for column in events.column_names:
         kind = types.get(column, str(events[column].type))
         try:
-            columns[column] = events[column].cast(kind)
+            values = events[column]
+            if kind == "float" and pa.types.is_integer(values.type):  # the nearest ones, as pandas makes them
+                values = values.cast(pa.float64(), safe=False)
+            columns[column] = values.cast(kind)
         except pa.ArrowInvalid as error:
             message = f"column {column!r} does not fit the folder ({error})"
             raise SchemaError(message, f"{kind} as before", "run missrec etl on all events") from error

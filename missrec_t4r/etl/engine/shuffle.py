@@ -97,7 +97,7 @@ def cut_chunks(files: Sequence[Path], batch_rows: int | None = None) -> list[Chu
             groups.append(index)
             rows += meta.row_group(index).num_rows
             if rows >= batch_rows // 2 or index == meta.num_row_groups - 1:
-                chunks.append(Chunk(str(file), groups, rows))
+                chunks.append(Chunk(str(file.absolute()), groups, rows))  # workers have their own working directory
                 groups, rows = [], 0
     return chunks
 
@@ -286,15 +286,19 @@ class EventEncoder:
         """Return an event feature: numbers with nulls as 0, categories as codes of this chunk, [event]."""
         if name in self.plan.number_texts:
             column = parse_numbers(column, self.plan.number_texts[name])
-        if pa.types.is_floating(column.type):
+        text = pa.types.is_string(column.type)
+        if kind == "category":
+            column = column if text else checks.as_category(column, name)
+        elif pa.types.is_floating(column.type):
+            column = column.cast(pa.float32())
             column = pc.if_else(pc.is_finite(column), column, None)
+        else:
+            column = checks.as_int64(column, name)
         if column.null_count:
             self.nulls[name] = self.nulls.get(name, 0) + column.null_count
+        values = column.fill_null("" if text else 0)
         if kind == "number":
-            is_integer = pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)
-            return (checks.as_int64(column, name) if is_integer else column.cast(pa.float32())).fill_null(0)
-        text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-        values = column.cast(pa.string() if text else pa.int64()).fill_null("" if text else 0)
+            return values
         encoder = self.categories.setdefault(name, ValueCodes(values.type))
         codes = encoder.encode(values)
         counts = np.bincount(codes, minlength=len(encoder.values))  # [code]

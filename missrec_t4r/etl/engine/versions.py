@@ -71,7 +71,7 @@ def link_unchanged(old: Path, new: Path, rewritten: Collection[str]) -> None:
     old, new : Path
         Data folders.
     rewritten : collection of str
-        Subfolders that the new version replaces as a whole.
+        Subfolders and files that are the new version's own, whether or not it has them.
     """
     for top, _, names in os.walk(old):
         subfolder = os.path.relpath(top, old)
@@ -81,7 +81,7 @@ def link_unchanged(old: Path, new: Path, rewritten: Collection[str]) -> None:
         target.mkdir(parents=True, exist_ok=True)
         present = set(os.listdir(target))
         for name in names:
-            if name not in present:
+            if name not in present and os.path.normpath(f"{subfolder}/{name}") not in rewritten:
                 link_or_copy(Path(top, name), target / name)
 
 

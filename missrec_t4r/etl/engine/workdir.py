@@ -7,6 +7,8 @@ finished data folder replaces the output in one rename.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,6 +51,7 @@ def working_folder(out: Path) -> Iterator[tuple[Path, Callable[[Path], None]]]:
         ``out`` is neither new, nor empty, nor a data folder; or the disk is full or read-only.
     """
     refuse_unmanaged(out, REPORT_FILE)
+    out = out.resolve()  # what a link names is replaced; and workers have their own working directory
     work, copies = out.with_name(f".{out.name}-work"), copies_folder(out)
     try:
         with translate_disk_errors(out):
@@ -68,6 +71,7 @@ def working_folder(out: Path) -> Iterator[tuple[Path, Callable[[Path], None]]]:
 
 def copies_folder(out: Path) -> Path:
     """Return the folder for input that has to be converted to parquet; it is removed with the working directory."""
+    out = out.resolve()
     return out.with_name(f".{out.name}-copies")
 
 
@@ -122,11 +126,12 @@ def _convert(
     findings: checks.Findings | None,
 ) -> Path:
     """Return the file itself, or a parquet copy with text in the ``mixed`` id columns."""
-    as_text = [name for name in mixed if not parquet.get(file, {}).get(name, True)]
+    as_text = [name for name in sorted(mixed) if not parquet.get(file, {}).get(name, True)]
     if file in parquet and not as_text:
         return file
-    status = file.stat()  # in the name of the copy, so that a changed file is converted again
-    copy = target.with_name(f"{target.name}-{status.st_size}-{status.st_mtime_ns}.parquet")
+    status = file.stat()  # in the name of the copy: a changed file, and other id columns, have another one
+    made_of = json.dumps([str(file), status.st_size, status.st_mtime_ns, list(text_columns), as_text])
+    copy = target.with_name(f"{target.name}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.parquet")
     if not copy.is_file():
         table = read_table(file, "interactions", text_columns=text_columns, needed=None, findings=findings)
         for name in as_text:

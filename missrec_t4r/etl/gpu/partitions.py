@@ -5,7 +5,7 @@ catalogue, the values of categories. `Partitioned` then fits the workflow and wr
 (`tasks.py`), so that the folder is that of the engine in memory but for the order of its rows.
 
 The number of partitions follows from the memory of the GPU, or from a limit that RMM was given. It is a guess of how
-much the steps need: where it was too low, the pipeline begins again with twice as many (`pipeline._run_on_gpu`).
+much the steps need: where it was too low, the run begins again with twice as many (`run.run_on_gpu`).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from missrec_t4r.etl.engine.workdir import (
     job_folder,
     partition_path,
 )
+from missrec_t4r.etl.event_settings import first_with_events
 from missrec_t4r.etl.gpu import tasks
 from missrec_t4r.etl.gpu.read import Columns, Seen, all_seen, note_seen, refuse_number_texts
 from missrec_t4r.etl.inputs import Summary
@@ -89,8 +90,9 @@ class Partitioned:
         return self.work / OUTPUT_FOLDER
 
     def fit(self, workflow: Workflow) -> None:
-        """Fit the built-in workflow: only types are read, from the first partition."""
-        workflows.fit(workflow, tasks.clean_events(str(self.work), self.numbers[0]))
+        """Fit the built-in workflow: only types are read, from the first partition with events."""
+        frames = (tasks.clean_events(str(self.work), number) for number in self.numbers)
+        workflows.fit(workflow, first_with_events(frames))
 
     def fit_file(self, file: WorkflowFile, columns: EventColumns) -> Workflow:
         """Return a team's workflow, fitted on all events, one partition after the other."""
@@ -212,6 +214,8 @@ def _open_folder(
         "items": items.num_rows,
         "drop_duplicates": settings["drop_duplicates"],
         "unknown_items": settings["unknown_items"],
+        "event_weights": settings["event_weights"],
+        "event_type_column": settings["event_type_column"],
         "rare": max(settings["k_core"], settings["min_item_count"]) > 0,
         "times": settings["split"] == "time" and settings["valid_from"] is None,
     }

@@ -39,7 +39,7 @@ class Columns(NamedTuple):
     texts: list[str]
     """Columns of the events that hold texts."""
     integers: list[str]
-    """Features of integers and Booleans."""
+    """Features of integers and Booleans that are no categories."""
     categorical: list[str]
     """Features that are categories although they may look like numbers."""
     time: str
@@ -104,11 +104,12 @@ def plan_columns(
     raw = {name: raw for raw, name in names.items()} | {name: name for name in features}
     columns, time = [*checks.KEYS, *features], empty[TIMESTAMP].type
     kinds = {name: empty[name].type for name in features}
+    numbers = [name for name in features if name not in categorical_columns]
     return Columns(
         {name: raw[name] for name in columns},
         features,
         [name for name in columns if pa.types.is_string(empty[name].type)],
-        [name for name, kind in kinds.items() if pa.types.is_integer(kind) or pa.types.is_boolean(kind)],
+        [name for name in numbers if pa.types.is_integer(kinds[name]) or pa.types.is_boolean(kinds[name])],
         list(categorical_columns),
         "date" if pa.types.is_timestamp(time) else "float64" if pa.types.is_floating(time) else "int64",
     )

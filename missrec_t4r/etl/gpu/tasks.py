@@ -33,6 +33,7 @@ from merlin.core.utils import set_dask_client
 from missrec_t4r.arrays import Ints
 from missrec_t4r.etl.dataframe import Frame
 from missrec_t4r.etl.engine.workdir import FILTER_FOLDER, KEPT_FOLDER, OUTPUT_FOLDER, SHUFFLE_FOLDER, partition_path
+from missrec_t4r.etl.event_settings import weighted_events
 from missrec_t4r.etl.gpu import device as gpu
 from missrec_t4r.etl.gpu import write
 from missrec_t4r.etl.gpu.read import Columns, Seen, read_complete, with_types
@@ -120,7 +121,8 @@ def count_events(work: str, partition: int) -> dict[str, Any]:
         with atomic_write_file(partition_path(work, TIMES_FOLDER, partition, "npy")) as temporary:
             np.save(temporary, device.host(device.array(frame[TIMESTAMP])))
     nulls = checks.count_nulls(frame, columns.features)
-    values = checks.count_values(checks.without_nulls(frame, columns.features), columns.features, columns.categorical)
+    filled = checks.without_nulls(frame, columns.features, columns.categorical)
+    values = checks.count_values(filled, columns.features, columns.categorical)
     return {
         "events": len(frame),
         "users": int(frame[USER_ID].nunique()),
@@ -145,7 +147,7 @@ def write_splits(work: str, partition: int) -> dict[str, Any]:
     frame, workflow = clean_events(work, partition), load_workflow(Path(work) / FITTED_FOLDER)
     set_dask_client(None)  # on a worker of a cluster Merlin, and dask itself, would look for the cluster
     with dask.config.set(scheduler="synchronous"):
-        sessions = workflows.transform_dataset(workflow, frame, 1, USER_ID)
+        sessions = workflows.transform_dataset(workflow, frame, 1, USER_ID) if len(frame) else frame
     written = write.write_splits(
         device, sessions, split, Path(work) / OUTPUT_FOLDER, split["rows"], f"part_{partition:05}"
     )
@@ -156,9 +158,10 @@ def write_splits(work: str, partition: int) -> dict[str, Any]:
 
 
 def clean_events(work: str, partition: int) -> Frame:
-    """Return the events of a partition that the workflow transforms, in input order."""
-    columns = Columns(*read_json(Path(work) / PLAN_FILE)["columns"])
-    return checks.without_nulls(_filtered(work, partition, gpu.open_device()), columns.features)
+    """Return the events of a partition that the workflow transforms, in input order; there may be none."""
+    plan = read_json(Path(work) / PLAN_FILE)
+    columns, frame = Columns(*plan["columns"]), _filtered(work, partition, gpu.open_device())
+    return weighted_events(checks.without_nulls(frame, columns.features, columns.categorical), plan)
 
 
 def _read_partition(work: str, partition: int, device: gpu.Device) -> Frame:

@@ -29,6 +29,9 @@ MANY_EVENTS = 10_000
 """More events of one user than a person makes: reported as a finding; --max-events cuts the sessions."""
 _ISO = {"format": "ISO8601"} if pd.__version__ >= "2" else {}
 """pandas 1.5 parses every date by itself; later versions would apply the format of the first one to all."""
+_WHOLE_UP_TO = {pa.float32(): 2**24, pa.float64(): 2**53}
+"""Type of floats -> the number up to which all integers differ in it."""
+_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 KEYS = (USER_ID, ITEM_ID, TIMESTAMP)
 _ROW_INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+|")
 """Names that pandas gives an unnamed row index: in parquet, in a csv that was read and written again, in csv."""
@@ -84,8 +87,14 @@ def normal_ids(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
         )
     if pa.types.is_integer(kind):
         return as_int64(column, name)
-    if pa.types.is_floating(kind):  # integers with nulls become floats in pandas
+    if kind in _WHOLE_UP_TO:  # integers with nulls become floats in pandas
         values = pc.if_else(pc.is_finite(column), column, None)
+        if (largest := pc.max(pc.abs(values)).as_py() or 0) >= _WHOLE_UP_TO[kind]:
+            raise SchemaError(
+                f"column {name!r} holds ids up to {largest:.0f} as {kind}, which has one number for several of them",
+                "string or integer ids",
+                "write them as integers that may be null (Int64 in pandas), or as text",
+            )
         try:
             return values.cast(pa.int64())
         except pa.ArrowInvalid as error:
@@ -107,6 +116,20 @@ def as_int64(column: Any, name: str) -> Any:
         raise SchemaError(
             f"column {name!r} holds integers beyond 64 bits with a sign ({error})", "smaller ones, or text"
         ) from error
+
+
+def as_category(column: Any, name: str) -> Any:
+    """Return an Arrow column of numbers as raw values of a category, int64 or double; NaN and infinity are null.
+
+    Raises
+    ------
+    SchemaError
+        A value does not fit.
+    """
+    if not pa.types.is_floating(column.type):
+        return as_int64(column, name)
+    column = column.cast(pa.float64())
+    return pc.if_else(pc.is_finite(column), column, None)
 
 
 def not_utf8(column: pa.ChunkedArray) -> int:
@@ -181,7 +204,7 @@ def normal_time(column: pa.ChunkedArray, name: str, time_format: str | None = No
     if time_format and not is_text:
         raise SchemaError(f"--time-format, and column {name!r} is of type {kind}", "texts", "leave --time-format out")
     if pa.types.is_integer(kind):
-        return column.cast(pa.int64())
+        return as_int64(column, name)
     if pa.types.is_floating(kind):
         return pc.if_else(pc.is_finite(column), column, None).cast(pa.float64())
     if is_text:
@@ -190,10 +213,13 @@ def normal_time(column: pa.ChunkedArray, name: str, time_format: str | None = No
         column = column.cast(pa.timestamp("s"))
     elif not pa.types.is_timestamp(kind):
         raise SchemaError(f"column {name!r} is of type {kind}", "unix seconds or a date", "convert the column")
-    micros = column.cast(pa.timestamp("us", tz=column.type.tz), safe=False).cast(pa.int64())
-    seconds = pc.divide(micros.cast(pa.float64()), 1e6)
-    whole = pc.all(pc.equal(pc.floor(seconds), seconds)).as_py()
-    return seconds if whole is False else seconds.cast(pa.int64())
+    if column.type.unit == "ns":
+        column = column.cast(pa.timestamp("us", tz=column.type.tz), safe=False)
+    units, per_second = column.cast(pa.int64()), _PER_SECOND[column.type.unit]
+    seconds = pc.divide(units, per_second)  # whole ones: 9999-12-31 in microseconds is too large for a float
+    if pc.all(pc.equal(pc.multiply(seconds, per_second), units)).as_py() is not False:
+        return seconds
+    return pc.divide(units.cast(pa.float64(), safe=False), float(per_second))
 
 
 def _times_of_text(column: pa.ChunkedArray, name: str, time_format: str | None) -> pa.ChunkedArray:
@@ -238,6 +264,22 @@ def note_times(findings: Findings, parts: Sequence[Mapping[str, Any]]) -> None:
         )
     findings.add("time_negative", negative, "times before 1970 are kept; check the unit")
     findings.add("time_out_of_range", late, "times after the year 2100 are kept; are they milliseconds?")
+
+
+def refuse_other_unit(parts: Sequence[Mapping[str, Any]], newest: float) -> None:
+    """Refuse new events whose times are in another unit than those of the folder, of which ``newest`` is the newest.
+
+    Raises
+    ------
+    DataError
+        One side is in seconds, the other in milliseconds or finer; ``parts`` are as for `note_times`.
+    """
+    in_seconds = SECONDS[0] <= newest <= SECONDS[1]
+    odd = sum(part["times_in_finer_units" if in_seconds else "times_in_seconds"] for part in parts)
+    if odd and (in_seconds or newest >= MILLISECONDS):
+        units = ("milliseconds or finer", "seconds")
+        found, expected = units if in_seconds else units[::-1]
+        raise DataError(f"{odd} of the new times are {found}", f"{expected}, as in the folder", "convert the new times")
 
 
 def note_users(findings: Findings, parts: Sequence[Mapping[str, Any]], *, drop_duplicates: bool) -> None:
@@ -406,13 +448,35 @@ def count_events(events: Frame, duplicate: Series) -> dict[str, int]:
     }
 
 
-def fill_features(events: Frame, features: Sequence[str], findings: Findings) -> Frame:
+def number_types(table: pa.Table, features: Sequence[str], categorical_columns: Sequence[str]) -> pa.Table:
+    """Return the table with numbers that are categories as 64-bit ones, and other integers that have nulls as floats.
+
+    Raises
+    ------
+    SchemaError
+        A value of a categorical column does not fit.
+    """
+    for name in features:
+        column = table[name]
+        if pa.types.is_string(column.type):
+            continue
+        if name in categorical_columns:
+            column = as_category(column, name)
+        elif column.null_count and not pa.types.is_floating(column.type):
+            column = column.cast(pa.float64(), safe=False)
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table
+
+
+def fill_features(
+    events: Frame, features: Sequence[str], categorical_columns: Sequence[str], findings: Findings
+) -> Frame:
     """Return the events with one type per feature and without nulls: text, int64 or float32."""
     adapter = adapter_of(events)
     for name, nulls in count_nulls(events, features).items():
         if nulls:
             note_nulls(findings, name, nulls, text=adapter.is_text(events[name]))
-    return without_nulls(events, features)
+    return without_nulls(events, features, categorical_columns)
 
 
 def count_nulls(events: Frame, features: Sequence[str]) -> dict[str, int]:
@@ -420,14 +484,20 @@ def count_nulls(events: Frame, features: Sequence[str]) -> dict[str, int]:
     return {name: int(_finite_or_null(events[name]).isna().sum()) for name in features}
 
 
-def without_nulls(events: Frame, features: Sequence[str]) -> Frame:
-    """Return the events with features of text, int64 or float32; nulls and infinities are an empty text or 0."""
+def without_nulls(events: Frame, features: Sequence[str], categorical_columns: Sequence[str]) -> Frame:
+    """Return the events with features of text, int64 or float32; nulls and infinities are an empty text or 0.
+
+    Numbers that are categories stay as they are, whether or not they have nulls: float32 has one for several of them.
+    """
     adapter, columns = adapter_of(events), {}
     for name in features:
-        column = _finite_or_null(events[name])
+        column = events[name]
         if adapter.is_text(column):
             columns[name] = column.fillna("").astype(object)
+        elif name in categorical_columns:
+            columns[name] = finite(column).fillna(0.0) if column.dtype.kind == "f" else column.fillna(0).astype("int64")
         else:
+            column = _finite_or_null(column)
             filled = column.astype("float64").fillna(0.0) if column.isna().sum() else column
             if filled.dtype.kind == "u":
                 as_int64(pa.array([int(filled.max())], pa.uint64()), name)
@@ -436,7 +506,10 @@ def without_nulls(events: Frame, features: Sequence[str]) -> Frame:
 
 
 def _finite_or_null(column: Series) -> Series:
-    return finite(column) if column.dtype.kind == "f" else column
+    if column.dtype.kind != "f":
+        return column
+    with np.errstate(over="ignore"):  # what is too large for a float32 becomes infinite, hence null
+        return finite(column.astype("float32"))
 
 
 def finite(column: Series) -> Series:

@@ -141,8 +141,8 @@ def _open(file: Path) -> IO[str]:
     with file.open("rb") as start:
         zipped = start.read(2) == b"\x1f\x8b"
     if zipped:
-        return gzip.open(file, "rt", encoding="utf-8", errors="replace")
-    return file.open(encoding="utf-8", errors="replace")
+        return gzip.open(file, "rt", encoding="utf-8-sig", errors="replace")
+    return file.open(encoding="utf-8-sig", errors="replace")
 
 
 def _value(value: Any, field: pa.Field, counted: dict[str, int]) -> Any:

@@ -169,9 +169,10 @@ def _read_file(file: Path, what: str, text_columns: Sequence[str]) -> pa.Table:
             convert = pacsv.ConvertOptions(
                 column_types=dict.fromkeys(text_columns, pa.string()), strings_can_be_null=True, null_values=[""]
             )
-            return pacsv.read_csv(file, parse_options=parse, convert_options=convert)
-    except (pa.ArrowInvalid, OSError) as error:
-        utf8 = "invalid UTF8" in str(error)
+            table = pacsv.read_csv(file, parse_options=parse, convert_options=convert)
+            return table.rename_columns(table.column_names)  # decodes the names
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+        utf8 = "invalid UTF8" in str(error) or isinstance(error, UnicodeDecodeError)
         cure = "convert it to UTF-8, for example with iconv" if utf8 else "write or copy the file again"
         raise DataError(f"{file} cannot be read ({error})", f"{what} as whole parquet or csv", cure) from error
     raise DataError(f"{file} is of an unknown kind", f"a file ending in one of {_KNOWN}", "convert it")

@@ -1,0 +1,110 @@
+"""Write a data folder from clean events with NVTabular, in whatever pieces the events are."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from nvtabular import Workflow
+
+from missrec_t4r.errors import SchemaError
+from missrec_t4r.etl import item_table, outputs, splits
+from missrec_t4r.etl.event_settings import CLOCK
+from missrec_t4r.etl.inputs import Summary
+from missrec_t4r.etl.nvt import saved, workflows
+from missrec_t4r.etl.nvt.workflow_file import EventColumns, WorkflowFile, check_fitted
+from missrec_t4r.etl.task import Task
+from missrec_t4r.schema import ITEM_ID
+
+log = logging.getLogger(__name__)
+
+
+class Events(Protocol):
+    """Clean events that a workflow makes sessions of: as a whole (`in_memory.Whole`) or in partitions (`gpu`)."""
+
+    def fit(self, workflow: Workflow) -> None:
+        """Fit the built-in workflow."""
+
+    def fit_file(self, file: WorkflowFile, columns: EventColumns) -> Workflow:
+        """Return a team's workflow, fitted on all events."""
+
+    def write(self, workflow: Workflow, folder: Path, n_rows: int) -> outputs.Written:
+        """Write the rows of every split; ``n_rows``: item indices of the catalogue, reserved ones included."""
+
+
+def write_folder(summary: Summary, events: Events, task: Task, folder: Path) -> dict[str, Any]:
+    """Write a data folder; return its report.
+
+    Parameters
+    ----------
+    summary : Summary
+        Of the events.
+    events : Events
+    task : Task
+        Its settings are completed.
+    folder : Path
+        Written to; renamed by the caller when it is complete.
+
+    Raises
+    ------
+    DataError, SchemaError
+        The events do not fit the settings or the team's workflow, or a split has no row.
+    """
+    settings = task.settings
+    settings |= {"event_features": list(summary.features), "newest": summary.newest}
+    task.derive.check(summary.features, summary.texts)
+    task.derive.check_clock(summary.newest)
+    task.derive = replace(task.derive, newest=summary.newest)
+    if missing := [name for name in settings["categorical_columns"] if name not in summary.features]:
+        raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {list(summary.features)}")
+    log.info(f"{summary.events:,} events on {summary.items.num_rows:,} items; grouping them into sessions")
+    catalogue = item_table.build_catalogue(
+        summary.items, summary.vectors, task.modality_files, settings["fingerprints"]
+    )
+    item_ids = catalogue.items[ITEM_ID].combine_chunks()
+    with tempfile.TemporaryDirectory() as temporary:
+        storage = Path(temporary)
+        workflow, features, request_length = _fitted(summary, events, task, item_ids, storage)
+        written = events.write(workflow, folder, catalogue.n_rows)
+        splits.check_lengths({name: np.array([rows]) for name, rows in written.rows.items()})
+        saved.write_schema(workflow, written.longest, folder)
+        saved.write_workflow(workflow, folder, pickled=settings["save_nvtabular_workflow"])
+        outputs.write_catalogue(catalogue, written.train_counts, folder)
+        transform = saved.write_request(item_ids, folder, storage, request_length, features)
+    outputs.write_request_transform(transform, folder)
+    counts = outputs.data_counts(catalogue, written.train_counts, summary.events, summary.users, written.rows)
+    return task.write_report(counts, folder)
+
+
+def _fitted(
+    summary: Summary, events: Events, task: Task, item_ids: pa.Array, storage: Path
+) -> tuple[Workflow, Mapping[str, Any], int]:
+    """Return the fitted workflow, how it encodes event features of a request, and a request's number of items."""
+    settings, categories = task.settings, dict(summary.categories)
+    numbers = [name for name in summary.features if name not in categories]
+    request_length = settings["max_sequence_length"]
+    if task.workflow is None:
+        workflow = workflows.build_session_workflow(
+            item_ids,
+            storage / "sessions",
+            categories=categories,
+            numbers=numbers,
+            max_events=settings["max_events"],
+            derive=task.derive,
+        )
+        events.fit(workflow)
+        clock = {name: values for name, values in CLOCK.items() if name in task.derive.time_features}
+        names = [*summary.features, *task.derive.columns]
+        return workflow, outputs.feature_codes(names, categories | clock), request_length
+    vocabularies: dict[str, pd.Series] = {ITEM_ID: workflows.as_series(item_ids), **categories}
+    columns = EventColumns(vocabularies, numbers, settings["newest"], str(storage / "sessions"))
+    workflow = events.fit_file(task.workflow, columns)
+    features, max_events = check_fitted(workflow, item_ids, settings["split"])
+    return workflow, features, min(request_length, max_events or request_length)

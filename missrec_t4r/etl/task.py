@@ -1,0 +1,166 @@
+"""One run of ``missrec etl``: its input and settings, checked before anything is read, and its report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from missrec_t4r.errors import ConfigError
+from missrec_t4r.etl import item_table
+from missrec_t4r.etl.event_settings import EventSettings, parse_seconds, parse_time, parse_time_features, parse_weights
+from missrec_t4r.etl.installed import require_nvtabular
+from missrec_t4r.etl.outputs import REPORT_FILE
+from missrec_t4r.etl.quality import checks
+from missrec_t4r.etl.sources.table import expand
+from missrec_t4r.io.json_files import write_json
+from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
+
+if TYPE_CHECKING:
+    from missrec_t4r.etl.nvt.workflow_file import WorkflowFile
+
+ENGINES = ("auto", "memory", "disk", "gpu")
+
+
+@dataclass
+class Task:
+    """Input and settings of one run, for every engine."""
+
+    files: list[Path]
+    items: Path
+    names: dict[str, str]
+    """Input column -> ``user_id``, ``item_id`` or ``timestamp``."""
+    settings: dict[str, Any]
+    """As ``etl.json`` holds them; the run completes them."""
+    modality_files: dict[str, Path]
+    derive: EventSettings
+    workflow: WorkflowFile | None
+    findings: checks.Findings = field(default_factory=checks.Findings)
+    started: float = field(default_factory=time.perf_counter)
+
+    def write_report(self, counts: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Write ``etl.json`` and return its content."""
+        report = counts | {"findings": self.findings.to_list(), "settings": self.settings, "format": 1}
+        report["seconds"] = round(time.perf_counter() - self.started, 3)
+        write_json(folder / REPORT_FILE, report)
+        return report
+
+
+def make_task(options: Mapping[str, Any]) -> Task:
+    """Return the run that has these options of `missrec_t4r.etl.pipeline.etl`.
+
+    Raises
+    ------
+    ConfigError, DataError
+        Options contradict each other or need what is not installed, or there is no such file.
+    """
+    if options["delta"]:
+        raise ConfigError("--delta without --update", "both", "add --update")
+    if options["items"] is None:
+        raise ConfigError("no item table", "--items items.parquet", "only --update goes without")
+    times = {name: parse_time(options[name], f"--{name.replace('_', '-')}") for name in ("valid_from", "test_from")}
+    options = {**options, **times}
+    _check_settings(options)
+    derive = EventSettings(
+        parse_weights(options["event_weights"]),
+        options["event_type_column"],
+        session_gap=parse_seconds(options["session_gap"], "--session-gap"),
+        time_features=parse_time_features(options["time_features"]),
+    )
+    for option, asked in {
+        "--engine memory": options["engine"] == "memory",
+        "--save-nvtabular-workflow": options["save_nvtabular_workflow"],
+    }.items():
+        if asked:
+            require_nvtabular(option, "leave it out")
+    workflow = None if options["workflow"] is None else _read_workflow_file(options, derive)
+    modality_files = {name: Path(file) for name, file in (options["modality"] or {}).items()}
+    item_table.check_fingerprints(options["fingerprint"] or {}, modality_files)
+    names = {options["user_column"]: USER_ID, options["item_column"]: ITEM_ID, options["time_column"]: TIMESTAMP}
+    if len(names) < 3:
+        raise ConfigError(f"columns {list(names)} for user, item and time", "three different columns")
+    return Task(
+        files=expand(options["interactions"], "interactions"),
+        items=Path(options["items"]),
+        names=names,
+        settings=_settings(options, names, derive, workflow),
+        modality_files=modality_files,
+        derive=derive,
+        workflow=workflow,
+    )
+
+
+def _check_settings(options: Mapping[str, Any]) -> None:
+    split, valid_from, test_from = (options[name] for name in ("split", "valid_from", "test_from"))
+    if split not in ("leave_one_out", "time"):
+        raise ConfigError(f"split {split!r}", "leave_one_out or time", "choose one with --split")
+    if (valid_from is None) != (test_from is None):
+        raise ConfigError(
+            "only one boundary of the time split is set", "both or none", "set --valid-from and --test-from"
+        )
+    if valid_from is not None and split != "time":
+        raise ConfigError("boundaries are set for a leave-one-out split", "--split time", "add it or leave them out")
+    max_events = options["max_events"]
+    if options["max_sequence_length"] < 1 or (max_events is not None and max_events < 1):
+        raise ConfigError("a session length below 1", "max_sequence_length and max_events of at least 1")
+    if (partitions := options["partitions"]) is not None and partitions < 1:
+        raise ConfigError(f"--partitions {partitions}", "at least 1", "leave it out to have them chosen by size")
+    if options["engine"] not in ENGINES:
+        raise ConfigError(f"engine {options['engine']!r}", "auto, memory, disk or gpu", "choose one with --engine")
+
+
+_AS_GIVEN = (
+    *("split", "valid_from", "test_from", "k_core", "min_item_count", "unknown_items", "drop_duplicates"),
+    *("max_sequence_length", "max_events", "time_format", "event_type_column", "save_nvtabular_workflow"),
+)
+
+
+def _settings(
+    options: Mapping[str, Any], names: Mapping[str, str], derive: EventSettings, workflow: WorkflowFile | None
+) -> dict[str, Any]:
+    """Return the settings as ``etl.json`` holds them."""
+    return {name: options[name] for name in _AS_GIVEN} | {
+        "columns": {name: column for column, name in names.items()},
+        "catalogue_item_column": options["catalogue_item_column"] or options["item_column"],
+        "drop_columns": list(options["drop_columns"]),
+        "categorical_columns": list(options["categorical_columns"]),
+        "fingerprints": dict(options["fingerprint"] or {}),
+        "session_gap": derive.session_gap,
+        "event_weights": dict(derive.weights),
+        "time_features": list(derive.time_features),
+        "workflow": None if workflow is None else {"file": workflow.file.name, "sha256": workflow.sha256},
+    }
+
+
+def _read_workflow_file(options: Mapping[str, Any], derive: EventSettings) -> WorkflowFile:
+    """Return the file of ``--workflow``.
+
+    Raises
+    ------
+    ConfigError, DataError
+        The file cannot be used, or is combined with an option that it replaces or with the out-of-core engine.
+    """
+    replaces = {
+        "--event-weights": derive.weights,
+        "--session-gap": derive.session_gap,
+        "--time-features": derive.time_features,
+        "--max-events": options["max_events"],
+    }
+    if replaced := [name for name, value in replaces.items() if value]:
+        raise ConfigError(
+            f"--workflow with {', '.join(replaced)}",
+            "one or the other: these options change the built-in workflow",
+            "write EventWeights, SessionGap, TimeFeatures or SessionSlice into the file",
+        )
+    if options["engine"] == "disk":
+        raise ConfigError(
+            "--workflow with --engine disk",
+            "--engine memory or gpu: the out-of-core engine does not run NVTabular operators",
+            "leave --engine out",
+        )
+    require_nvtabular("--workflow", "leave it out")
+    from missrec_t4r.etl.nvt.workflow_file import WorkflowFile
+
+    return WorkflowFile(options["workflow"])

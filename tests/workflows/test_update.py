@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,16 +224,19 @@ def test_a_row_that_an_update_takes_away_is_gone(tmp_path: Path, delta: bool) ->
         assert len(raw_rows(data, split)) == json.loads((data / "etl.json").read_text())["sessions"][split]
 
 
-def test_one_process_may_build_and_update_a_folder_twice(tmp_path: Path) -> None:
-    """Same files of items and of new events, other old events: nothing of the first update is taken for the second."""
-    day = _day(tmp_path / "day", 3)
-    for swap in ({}, {"view": "cart", "cart": "view"}):  # the other type is the more frequent one, and has the code 3
-        old = shop(0, 60).replace({"event_type": swap})
-        etl(*write(tmp_path / "old", old), tmp_path / "data", engine="disk", workers=1)
-        update(day, tmp_path / "data", workers=1)
-        both = write(tmp_path / "both", pd.concat([old, pd.read_parquet(day)]))
-        etl(*both, tmp_path / "full", engine="disk", workers=1)
-        assert raw_rows(tmp_path / "data", "test") == raw_rows(tmp_path / "full", "test")
+def test_one_process_may_update_a_folder_twice(tmp_path: Path) -> None:
+    """Another folder stands there the second time; the new events and all settings are the same."""
+    day, data = _day(tmp_path / "day", 3), tmp_path / "data"
+    swap = {"view": "cart", "cart": "view"}  # the other type is the more frequent one then, and has the code 3
+    for name, old in (("first", shop(0, 60)), ("second", shop(0, 60).replace({"event_type": swap}))):
+        etl(*write(tmp_path / "old", old), tmp_path / name, engine="disk", workers=1)
+    for name in ("first", "second"):
+        shutil.rmtree(data, ignore_errors=True)
+        shutil.copytree(tmp_path / name, data)
+        update(day, data, workers=1)
+    both = write(tmp_path / "both", pd.concat([old, pd.read_parquet(day)]))
+    etl(*both, tmp_path / "full", engine="disk", workers=1)
+    assert raw_rows(data, "test") == raw_rows(tmp_path / "full", "test")
 
 
 @pytest.mark.parametrize("named_before", [True, False])

@@ -43,7 +43,7 @@ FILTERED_ITEMS_FILE = "item_index.npy"
 
 
 @lru_cache(maxsize=4)
-def load_common(work: str, name: str = COMMON_FILE) -> dict[str, Any]:
+def load_common(work: str, name: str) -> dict[str, Any]:
     """Read what all partitions have in common, once per process."""
     common = read_json(Path(work) / name)
     common["maps"] = [
@@ -142,7 +142,7 @@ def group_by_user(work: str, partition: int) -> dict[str, Any]:
     dict
         Numbers of events and users, and counts for the findings.
     """
-    common = load_common(work)
+    common = load_common(work, COMMON_FILE)
     done = state_path(work, partition, "json")
     if done.is_file():
         return read_json(done)

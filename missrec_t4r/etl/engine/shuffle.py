@@ -290,8 +290,7 @@ class EventEncoder:
         if kind == "category":
             column = column if text else checks.as_category(column, name)
         elif pa.types.is_floating(column.type):
-            column = column.cast(pa.float32())
-            column = pc.if_else(pc.is_finite(column), column, None)
+            column = checks.finite_floats(column, pa.float32())
         else:
             column = checks.as_int64(column, name)
         if column.null_count:

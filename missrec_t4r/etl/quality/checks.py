@@ -126,9 +126,14 @@ def as_category(column: Any, name: str) -> Any:
     SchemaError
         A value does not fit.
     """
-    if not pa.types.is_floating(column.type):
-        return as_int64(column, name)
-    column = column.cast(pa.float64())
+    return finite_floats(column, pa.float64()) if pa.types.is_floating(column.type) else as_int64(column, name)
+
+
+def finite_floats(column: Any, kind: pa.DataType) -> Any:
+    """Return an Arrow column of floats in another width, null for NaN, infinity and what is too large for it."""
+    if column.type == pa.float16():  # Arrow 14 does not cast these
+        column = pa.array(np.asarray(column).astype(np.float32))
+    column = column.cast(kind)
     return pc.if_else(pc.is_finite(column), column, None)
 
 

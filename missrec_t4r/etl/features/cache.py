@@ -70,7 +70,7 @@ class VectorCache:
             if key in self._location:
                 shard, row = self._location[key]
                 by_shard.setdefault(shard, []).append((position, row))
-        cached = {}
+        cached: dict[int, Floats] = {}
         for shard, found in by_shard.items():  # one after the other: a mapped file stays open
             vectors = np.load(self._shards[shard], mmap_mode="r", allow_pickle=False)
             cached |= {position: np.array(vectors[row]) for position, row in found}

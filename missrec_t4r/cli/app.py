@@ -128,7 +128,7 @@ COMMANDS = (  # in the order of the work
     Command("deploy", "deploy", {"switch": Option(("--no-switch",))}),
     Command("rollback", "rollback"),
     Command("shadow", "shadow"),
-    Command("score", "score", {**_IDS, "users": Option(comma=True)}),
+    Command("score", "score", {**_IDS, "users": Option(comma=True), "out": Option(required=True)}),
     Command("similar", "similar", _IDS),
     Command("vectors", "vectors"),
     Command(

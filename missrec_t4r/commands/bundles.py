@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.schema import ITEM_ID
 
@@ -169,6 +170,7 @@ def merlin(bundle: str | Path, data: str | Path, out: str | Path, *, top_k: int 
     """
     from missrec_t4r.etl.installed import require_nvtabular
 
+    require_at_least(1, top_k=top_k)
     require_nvtabular("a Merlin Systems ensemble", "serve the bundle: missrec export --triton")
     from missrec_t4r.etl.nvt.serialization import load_workflow
     from missrec_t4r.export.merlin_systems import export_merlin

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import GateError
 
 
@@ -80,6 +81,7 @@ def compare(
     from missrec_t4r.comparison.compare import compare as compared
     from missrec_t4r.comparison.verdict import REFUSED
 
+    require_at_least(1, max_sequence_length=max_sequence_length)
     result = compared(
         systems,
         out,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from missrec_t4r.config import Recipe
+from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.config.recipe import AUTO
 from missrec_t4r.errors import ConfigError
 
@@ -98,6 +99,7 @@ def train(
         raise ConfigError("--freeze or --take without a run to start from", "--from RUN")
     if recipe is None and not warm_start:
         recipe = "default" if start_from else AUTO
+    require_at_least(0, max_minutes=max_minutes)
     if max_minutes is not None:
         if (settings or {}).get("train.max_minutes", max_minutes) != max_minutes:
             raise ConfigError("--max-minutes and another --set train.max_minutes", "one time limit", "leave one out")

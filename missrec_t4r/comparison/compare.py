@@ -285,7 +285,7 @@ def _description(one: Ranked, ranks: Mapping[str, Ints], protocol: str, asked: S
         described["seeds"] = {"n": len(values), "ndcg@10": values}
     notes = list(one.notes)
     if KEPT_STRICT in asked and KEPT_STRICT not in one.protocols:
-        notes.append(f"its scores may know what was seen: not ranked under {KEPT_STRICT}")
+        notes.append(f"its scores may depend on what was seen: not ranked under {KEPT_STRICT}")
     return described | {"counts": one.counts, "notes": notes}
 
 

@@ -52,6 +52,38 @@ def refuse(errors: list[str], cure: str = "correct the recipe or the --set optio
         raise ConfigError("; ".join(errors), "", cure)
 
 
+def require_at_least(least: float, **options: float | None) -> None:
+    """Refuse numbers that are too small, or none (NaN); None stands for an option that was not given.
+
+    Raises
+    ------
+    ConfigError
+
+    Examples
+    --------
+    >>> require_at_least(1, top_k=10, max_events=None)
+    """
+    for name, value in options.items():
+        if value is not None and not value >= least:
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g}", f"at least {least:g}")
+
+
+def require_positive(**options: float | None) -> None:
+    """Refuse zero, negative numbers and NaN; None stands for an option that was not given.
+
+    Raises
+    ------
+    ConfigError
+
+    Examples
+    --------
+    >>> require_positive(minutes=0.5)
+    """
+    for name, value in options.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g}", "a positive number")
+
+
 def _type_error(name: str, value: Any, hint: Any) -> str:
     if get_origin(hint) is Literal:
         choices = get_args(hint)

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl import item_table
 from missrec_t4r.etl.dry_run import describe_run
@@ -169,6 +170,9 @@ def etl(
         The input cannot give a right result. Nothing is left behind.
     """
     options = dict(locals())  # as they were given: an update accepts few of them
+    require_at_least(0, k_core=k_core, min_item_count=min_item_count)
+    require_at_least(1, max_sequence_length=max_sequence_length, max_events=max_events)
+    require_at_least(1, workers=workers, partitions=partitions)
     out = Path(out)
     if update or compact:
         return _change(out, options)

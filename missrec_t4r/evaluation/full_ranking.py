@@ -2,13 +2,13 @@
 
 * ``excluded``, as shops serve: the session's items are removed before ranking. A target that is in its own session is
   then a miss.
-* ``kept_strict``, as most papers publish: every recommendable item is ranked, and nothing in the score knows what was
-  seen.
-* ``kept_with_history_term`` (ours): every recommendable item is ranked, and the score may know what was seen, as the
-  history bias and the item-kNN term do (`missrec_t4r.ranking.protocols`).
+* ``kept_strict``, as most papers publish: every recommendable item is ranked, and no part of the score depends on
+  which items were seen.
+* ``kept_with_history_term`` (ours): every recommendable item is ranked, and the score may depend on it, as the history
+  bias and the item-kNN term do (`missrec_t4r.ranking.protocols`).
 
-A protocol is a filter here, and a choice of score terms there: only a scorer that knows nothing of what was seen can be
-ranked under ``kept_strict``. The order is that of serving: descending score, ties by ascending row:
+A protocol is a filter here, and a choice of score terms there: only a scorer without such terms can be ranked under
+``kept_strict``. The order is that of serving: descending score, ties by ascending row:
 
     rank = 1 + #(score > target's score) + #(score == target's score and row < target's row)
 
@@ -134,7 +134,7 @@ def rank_catalogue(
     Raises
     ------
     ConfigError
-        The scorer knows what was seen, and ``kept_strict`` is among the protocols.
+        The score depends on which items were seen, and ``kept_strict`` is among the protocols.
     ModalityError
         The scorer returned NaN.
     DataError
@@ -144,7 +144,7 @@ def rank_catalogue(
     chosen = fit if protocols is None else protocols
     if set(chosen) - set(fit):
         raise ConfigError(
-            f"protocol {sorted(set(chosen) - set(fit))[0]!r} for scores that know what was seen",
+            f"protocol {sorted(set(chosen) - set(fit))[0]!r} for scores that depend on which items were seen",
             f"one of {', '.join(fit)}",
             "rank a scorer without history bias, item-kNN and content-kNN term, or use missrec evaluate",
         )

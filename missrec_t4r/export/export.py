@@ -16,6 +16,7 @@ from typing import Any
 
 from missrec_t4r.bundle.bundle import fill_bundle, load_bundle
 from missrec_t4r.bundle.manifest import MANIFEST_FILE
+from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.errors import BundleError, ConfigError
 from missrec_t4r.export.parity import check_rows, compare_offline, raw_ids, sample_histories
@@ -70,8 +71,7 @@ def export(
     bundle_folder, repository = Path(out).absolute(), None if triton is None else Path(triton).absolute()
     if repository is not None and _overlap(bundle_folder, repository):
         raise ConfigError(f"--out {out} and --triton {triton} overlap: one is inside the other", "two separate folders")
-    if sessions < 1:
-        raise ConfigError(f"--sessions {sessions}", "at least 1")
+    require_at_least(1, sessions=sessions)
     loaded = load_run(run, data)
     targets = [(bundle_folder, MANIFEST_FILE, "bundle")]
     if repository is not None:

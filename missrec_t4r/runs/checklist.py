@@ -12,8 +12,8 @@ from missrec_t4r.runs.run_folder import LoadedRun
 NOT_RECORDED: Final = "not recorded"
 _SEEN_ITEMS: Final = {
     EXCLUDED: "removed before ranking; a target that was seen is a miss",
-    KEPT_STRICT: "ranked; no score knows what was seen (own pairs count, an item may resemble itself)",
-    KEPT_WITH_HISTORY_TERM: "ranked; the model's score knows what was seen (history bias, own pairs taken off)",
+    KEPT_STRICT: "ranked; no part of the score depends on what was seen (own pairs count, an item may resemble itself)",
+    KEPT_WITH_HISTORY_TERM: "ranked; the model's score may depend on what was seen (history bias, own pairs taken off)",
 }
 
 

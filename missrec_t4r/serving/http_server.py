@@ -53,7 +53,7 @@ def listen(port: int, respond: Respond) -> ThreadingHTTPServer:
 
     try:
         return ThreadingHTTPServer((LOOPBACK, port), Handler)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise ServingError(f"port {port} cannot be used ({error})", "a free port", "choose another --port") from error
 
 

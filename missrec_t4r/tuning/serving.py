@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from missrec_t4r.bundle.item_table import load_session_transform
+from missrec_t4r.config.checks import require_at_least, require_positive
 from missrec_t4r.errors import ConfigError, ServingError
 from missrec_t4r.serving.client.transports import open_transport
 from missrec_t4r.serving.deploy.blue_green import deploy
@@ -102,12 +103,12 @@ def tune_serving(
     Raises
     ------
     ConfigError
-        The folder holds nothing that can be served, or a number is not positive.
+        The folder holds nothing that can be served, or a number is too small.
     ServingError
         The present settings cannot be served on this machine.
     """
-    if min(minutes, clients, seconds) <= 0:
-        raise ConfigError(f"--minutes {minutes:g}, --clients {clients}, --seconds {seconds:g}", "positive numbers")
+    require_positive(minutes=minutes, clients=clients, seconds=seconds)
+    require_at_least(0, limit_ms=limit_ms, trials=trials)
     folder = Path(repository).absolute()
     bundle, present = _served(folder)
     if is_deployment(folder) and Control.find(folder) is not None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from missrec_t4r.config import Recipe
+from missrec_t4r.config.checks import require_at_least, require_positive
 from missrec_t4r.config.recipe import AUTO, SECTIONS
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.atomic import atomic_write_file, is_running
@@ -94,8 +95,8 @@ def tune_train(
     ConfigError
         The folder holds a search of other data or settings, or every draw is refused.
     """
-    if minutes <= 0:
-        raise ConfigError(f"--minutes {minutes:g}", "a positive number")
+    require_positive(minutes=minutes)
+    require_at_least(0, trials=trials)
     if distributed.launched().size > 1:
         raise ConfigError(
             "missrec tune train under torchrun",

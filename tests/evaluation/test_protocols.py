@@ -133,7 +133,7 @@ def test_no_rank_under_excluded_depends_on_what_marks_the_seen(
 def test_a_model_that_knows_what_was_seen_is_not_ranked_as_strict(model: MISSRec, catalogue: Catalogue) -> None:
     scorer, sessions = ModelScorer.with_popularity(model, catalogue), Sessions.from_lists(VALID)
     assert set(quick_metrics(scorer, sessions, 9)) == {EXCLUDED, KEPT_WITH_HISTORY_TERM}
-    with pytest.raises(ConfigError, match=r"'kept_strict' for scores that know what was seen"):
+    with pytest.raises(ConfigError, match=r"'kept_strict' for scores that depend on which items were seen"):
         quick_metrics(scorer, sessions, 9, protocols=[KEPT_STRICT])
     model.terms.clear()
     assert set(quick_metrics(scorer, sessions, 9)) == set(PROTOCOLS)

@@ -15,13 +15,14 @@ import missrec_t4r
 from missrec_t4r import commands, progress
 from missrec_t4r.cli.answer import summary
 from missrec_t4r.cli.app import COMMANDS, app, loaded
-from missrec_t4r.cli.options import parameter_help
+from missrec_t4r.cli.options import options_of, parameter_help
 from missrec_t4r.progress import reporting, track
 
 BEFORE = json.loads(Path(__file__).with_name("options_before_the_redesign.json").read_text(encoding="utf-8"))
 """Command -> option -> default or REQUIRED, as they were before options were read from signatures."""
 
 
+DATA_SETS = ("amazon-2018", "amazon-2023", "movielens")
 COMMAND_LINE = re.compile(r"missrec ((?:(?:catalogue|bundle|tune|import) )?[a-z0-9-]+)((?:(?!missrec )[^`|#\n])*)")
 """A command in a text or a script, and the rest of its line."""
 
@@ -73,6 +74,32 @@ def test_every_option_that_a_page_or_a_script_names_exists(options: dict[str, li
     ]
     assert len(named) > 200
     assert [one for one in named if one[2] not in flags[one[1]]] == []
+
+
+ANY_NUMBER = {("report", "--now"), *(("import " + name, "--min-rating") for name in DATA_SETS)}
+"""Options for which every number means something."""
+
+
+def test_every_option_refuses_numbers_that_mean_nothing(options: dict[str, list[Any]], tmp_path: Path) -> None:
+    """Before anything is read: the paths of the required options do not exist."""
+    accepted = []
+    for command in COMMANDS:
+        required = [word for one in options[command.name] if one.required for word in _given(one, tmp_path)]
+        for option in options_of(getattr(commands, command.function), command.options, command.fixed):
+            flag, annotation = f"--{option.name.replace('_', '-')}", str(option.parameter.annotation)
+            if not re.search(r"\b(int|float)\b", annotation) or (command.name, flag) in ANY_NUMBER:
+                continue
+            for wrong in ["-1", "nan"] if "float" in annotation else ["-1"]:
+                done = CliRunner().invoke(app, [*command.name.split(), *required, f"{flag}={wrong}"])
+                if done.exit_code != 2 or flag not in done.output or "expected: " not in done.output:
+                    accepted.append((command.name, flag, wrong, done.exit_code, done.output[-200:]))
+    assert accepted == [], "\n".join(map(str, accepted))
+    assert list(tmp_path.iterdir()) == []
+
+
+def _given(option: Any, folder: Path) -> list[str]:
+    value = str(folder / "nowhere")
+    return [f"{option.opts[0]}={value}"] if option.opts[0].startswith("-") else [value, value]
 
 
 def test_every_command_and_option_says_what_it_does(options: dict[str, list[Any]]) -> None:

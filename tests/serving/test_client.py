@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import http.client
 import json
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from missrec_t4r.serving.client.protocol import (
     recommendations_of,
     requests_of,
 )
+from missrec_t4r.serving.http_server import listen
 from missrec_t4r.serving.shadow.compare import Comparison
+from missrec_t4r.serving.shadow.http_proxy import HttpShadowProxy, shadow
 from missrec_t4r.serving.triton.ports import choose_ports
 
 
@@ -104,6 +108,33 @@ def test_two_answers_are_compared_by_the_longer_list() -> None:
     assert (comparison.overlap, comparison.same_first, comparison.score_differences) == ([0.5], [False], [0.75])
     comparison.add(tensors([b"a"], [4]), tensors([], []))
     assert (comparison.overlap[1], comparison.same_first[1], comparison.score_differences) == (0.0, False, [0.75])
+
+
+def test_a_comparison_of_nothing_has_no_figures() -> None:
+    report = Comparison().report()
+    counts = {"mirrored_sessions": 0, "failed": 0, "dropped": 0, "current_ms": {}, "candidate_ms": {}}
+    assert {name: value for name, value in report.items() if value is not None} == counts
+
+
+def test_a_candidate_that_answers_nonsense_fails_and_the_mirror_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    server = listen(0, lambda request: (200, {}, b"{}"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = "{}:{}".format(*server.server_address[:2])
+    with HttpShadowProxy(address, "other", share=1) as proxy:
+        for _ in range(3):
+            connection = http.client.HTTPConnection(proxy.url, timeout=10)
+            connection.request("POST", "/v2/models/missrec/infer", b"{}")
+            assert connection.getresponse().read() == b"{}"
+            connection.close()
+    server.shutdown()
+    server.server_close()
+    assert proxy.comparison.failed == 3
+    assert caplog.text.count("the first failure of the candidate") == 1
+
+
+def test_a_shadow_that_compared_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    assert shadow("missrec_v2", url="127.0.0.1:9", port=0, seconds=0.01)["overlap_at_k"] is None
+    assert "nothing was compared: of the mirrored requests 0 failed and 0 were dropped" in caplog.text
 
 
 def test_sessions_are_padded_to_the_longest() -> None:

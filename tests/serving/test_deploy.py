@@ -20,6 +20,7 @@ from missrec_t4r.bundle.manifest import verify_bundle
 from missrec_t4r.errors import BundleError, ConfigError, ParityError, ServingError
 from missrec_t4r.export.export import export
 from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.deploy import blue_green
 from missrec_t4r.serving.deploy.blue_green import deploy, rollback
 from missrec_t4r.serving.shadow.grpc_proxy import GrpcShadowProxy
 from missrec_t4r.serving.shadow.http_proxy import HttpShadowProxy
@@ -197,6 +198,22 @@ def test_a_version_that_answers_wrongly_is_refused(
     assert current_version(live) == version
     assert f"missrec_v{staged}" not in running.control.ready()  # a refused version holds no memory
     shutil.rmtree(live / f"missrec_v{staged}")
+
+
+@pytest.mark.triton
+def test_the_version_that_serves_stays_loaded_when_its_repeated_smoke_test_fails(
+    running: LocalTriton, live: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy server may answer too late; that must not end the traffic."""
+    before, version = asked(running), current_version(live)
+
+    def too_slow(*arguments: object) -> None:
+        raise ServingError("no answer in time")
+
+    monkeypatch.setattr(blue_green, "smoke_test", too_slow)
+    with pytest.raises(ServingError, match="no answer in time"):
+        deploy(live, version=version)
+    assert asked(running) == before
 
 
 @pytest.mark.triton

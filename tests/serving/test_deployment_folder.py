@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from missrec_t4r.errors import BundleError, ServingError, UnavailableError
+from missrec_t4r.errors import BundleError, ConfigError, ServingError, UnavailableError
 from missrec_t4r.serving.client.protocol import Recommendation
 from missrec_t4r.serving.deploy.blue_green import deploy, rollback
 from missrec_t4r.serving.deploy.smoke_test import differences
@@ -98,6 +99,53 @@ def test_a_folder_of_an_earlier_version_rolls_back_to_the_newest_below(bundle: P
         deploy(folder, bundle=bundle, threads=threads)
     (folder / "deployment.json").write_text('{"format": 1}')
     assert [rollback(folder)["version"] for _ in range(2)] == [2, 1]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"replaced": {"2": null}}', '{"replaced": [1]}'])
+def test_a_damaged_deployment_file_is_named_before_anything_changes(content: str, bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    for threads in (1, 2):
+        deploy(folder, bundle=bundle, threads=threads)
+    (folder / "deployment.json").write_text(content)
+    for change in (
+        lambda: rollback(folder),
+        lambda: deploy(folder, bundle=bundle, threads=3),
+        lambda: deploy(folder, version=1),
+        lambda: deploy(folder, version=1, dry_run=True),
+    ):
+        with pytest.raises(BundleError, match=r'deployment\.json cannot be read.*write \{"format": 1\} into it'):
+            change()
+    assert (versions_of(folder), current_version(folder)) == ([1, 2], 2)
+    (folder / "deployment.json").write_text('{"format": 1}')  # the cure
+    assert rollback(folder)["version"] == 1
+
+
+def test_a_mistyped_path_makes_no_folder(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    with pytest.raises(ServingError, match="models has no version 3; expected: one of none"):
+        deploy(folder, version=3)
+    with pytest.raises(ServingError, match="models serves no version"):
+        rollback(folder)
+    with pytest.raises(BundleError, match=r"bundel holds no manifest\.json"):
+        deploy(folder, bundle=bundle.with_name("bundel"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_of_a_version_that_is_there_are_refused(bundle: Path, tmp_path: Path) -> None:
+    deploy(tmp_path / "models", bundle=bundle)
+    with pytest.raises(ConfigError, match="--threads, --queue-delay-us with --version; expected: --bundle"):
+        deploy(tmp_path / "models", version=1, threads=2, queue_delay_us=0)
+
+
+def test_a_copy_that_somebody_keeps_of_a_model_is_left_alone(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    deploy(folder, bundle=bundle)
+    for name in ("missrec_ranker_v1.bak", "missrec_ranker_v1_0", "missrec_ranker_v7"):
+        shutil.copytree(folder / "missrec_ranker_v1", folder / name)
+    assert deploy(folder, bundle=bundle, threads=2)["version"] == 2
+    assert (folder / "missrec_ranker_v1.bak").is_dir()
+    assert (folder / "missrec_ranker_v1_0").is_dir()
+    assert not (folder / "missrec_ranker_v7").exists()  # what a killed deploy leaves looks like this
 
 
 def answer(*items: tuple[str, float]) -> list[Recommendation]:

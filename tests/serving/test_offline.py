@@ -208,7 +208,7 @@ def test_every_user_of_a_data_folder(bundle: Path, run: Path, loaded: LoadedRun,
         pq.write_table(
             pa.table({name: values[kept] for name, values in columns.items()}), data / split / "part_0.parquet"
         )
-    result = score(None, tmp_path / "all.parquet", data=data, bundle=bundle, top_k=3)
+    result = score(out=tmp_path / "all.parquet", data=data, bundle=bundle, top_k=3)
     assert result["sessions"] == len(users)
     by_user = {row["user_id"]: row for row in pq.read_table(tmp_path / "all.parquet").to_pylist()}
     whole = [[ids[row - FIRST_ITEM_ROW] for row in session] for session in sessions]

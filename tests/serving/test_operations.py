@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import shutil
+import signal
 import time
 import urllib.request
 from collections.abc import Callable
@@ -18,6 +22,7 @@ from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.triton.local_server import LocalTriton
 from missrec_t4r.serving.triton.metrics import COUNTERS, COVERAGE, FLUSH_SECONDS, GAUGES
 from tests.project.packages import ROOT
+from tests.serving.conftest import serving
 
 pytestmark = pytest.mark.triton
 DASHBOARD = ROOT / "docker" / "grafana" / "dashboards" / "missrec.json"
@@ -111,6 +116,77 @@ def test_dashboard_and_alerts_ask_for_metrics_that_the_server_has(server: LocalT
     assert wanted - known == set()
     assert set(COUNTERS) | {"missrec_catalogue_written_seconds", COVERAGE} <= wanted  # and shows all that is counted
     assert all(expression.count("(") == expression.count(")") for expression in expressions)
+
+
+def growth(pages: tuple[dict[str, float], dict[str, float]], selector: str) -> float:
+    """What the counters of a PromQL selector grew by between two pages."""
+    name, labels = re.fullmatch(r"(\w+)(?:\{(.*)\})?", selector).groups(default="")  # type: ignore[union-attr]
+    wanted = re.findall(r'(\w+)(=~|=)"([^"]*)"', labels)
+
+    def fits(key: str) -> bool:
+        own = dict(re.findall(r'(\w+)="([^"]*)"', key))
+        return key.partition("{")[0] == name and all(
+            re.fullmatch(value if kind == "=~" else re.escape(value), own.get(label, ""))
+            for label, kind, value in wanted
+        )
+
+    first, last = (sum(value for key, value in page.items() if fits(key)) for page in pages)
+    return last - first
+
+
+def fires(alert: str, before: dict[str, float], after: dict[str, float]) -> bool:
+    """Whether an alert on sums of rates is true of what happened between two pages of the server's metrics."""
+    groups = yaml.safe_load((ROOT / "docker" / "prometheus" / "alerts.yml").read_text())["groups"]
+    (expression,) = (rule["expr"] for group in groups for rule in group["rules"] if rule["alert"] == alert)
+    number = re.compile(r"sum\(rate\(([^\[]+)\[5m\]\)\)")
+    return bool(eval(number.sub(lambda found: str(growth((before, after), found[1])), expression)))
+
+
+def test_the_alert_of_failing_requests_counts_the_servers_failures_alone(exported: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(exported / "repository", models)
+    with (models / "missrec_ranker" / "1" / "model.py").open("a") as file:  # a fault in the code, in every answer of 7
+        file.write(
+            "def rank(self, requests, whole=RankerBackend._rank):\n"
+            "    assert all((request.top_k != 7).all() for request in requests)\n"
+            "    return whole(self, requests)\n"
+            "RankerBackend._rank = rank\n"
+        )
+    for server in serving(models):
+        with MISSRecClient(server.grpc_url) as client:
+            client.recommend([["ware-3-ü"]])
+            calm = settled(server)
+            with pytest.raises(ServingError, match="no column 'colour'"):
+                client.recommend([["ware-3-ü"]], rules={"where": {"colour": "red"}})
+            with pytest.raises(ServingError, match="at most 65536"):
+                client.recommend([["ware-3-ü"] * 70_000])
+            mistakes = settled(server, "missrec_rejected_total", 1)
+            assert growth((calm, mistakes), "nv_inference_request_failure") > 0  # Triton makes no difference
+            assert growth((calm, mistakes), "missrec_rejected_total") == 2
+            assert not fires("RequestsFail", calm, mistakes)
+
+            with pytest.raises(ServingError, match="AssertionError"):
+                client.recommend([["ware-3-ü"]], 7)
+            broken = settled(server, "missrec_failed_total")
+            assert growth((mistakes, broken), "missrec_failed_total") == 1
+            assert fires("RequestsFail", mistakes, broken)
+            assert any("AssertionError" in line["traceback"] for line in logged(server, "failed"))
+
+            os.kill(process_of(server, "missrec_ranker"), signal.SIGKILL)
+            with pytest.raises(ServingError):
+                client.recommend([["ware-3-ü"]])
+            assert fires("RequestsFail", broken, settled(server, "nv_inference_request_failure", 4))
+
+
+def process_of(server: LocalTriton, model: str) -> int:
+    """The process of a Python model."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == server.pid and any(f"/{model}/".encode() in word for word in words):
+                return int(folder.name)
+    raise AssertionError(f"{model} has no process")
 
 
 def test_the_dashboard_is_provisioned() -> None:

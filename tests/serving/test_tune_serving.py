@@ -93,8 +93,6 @@ def test_a_group_of_instances_without_a_number_has_one_as_for_triton(bundle: Pat
 def test_what_cannot_be_tuned_is_refused(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no model that can be served.*missrec export --triton"):
         tune_serving(bundle)
-    with pytest.raises(ConfigError, match="--minutes 0.*positive numbers"):
-        tune_serving(tmp_path, minutes=0)
     deploy(tmp_path / "small", bundle=bundle, max_batch_size=8)
     with pytest.raises(ConfigError, match="max_batch_size 8.*at least 64"):
         tune_serving(tmp_path / "small")

@@ -43,7 +43,7 @@ def _refused(tmp_path: Path, kind: type[MISSRecError], words: str, *files: Path,
         ({"valid_from": 5, "test_from": 9}, ConfigError, "boundaries are set for a leave-one-out split"),
         ({"split": "time", "valid_from": 9, "test_from": 5}, ConfigError, "the first before the second"),
         ({"split": "time", "valid_from": 1, "test_from": 25}, DataError, "the train split has no session"),
-        ({"max_sequence_length": 0}, ConfigError, "a session length below 1"),
+        ({"max_sequence_length": 0}, ConfigError, "--max-sequence-length 0; expected: at least 1"),
         ({"modality": {"text": Path("none.npy")}}, ModalityError, "modality 'text' cannot be read from none.npy"),
         ({"modality": {"presence": Path("none.npy")}}, ModalityError, "not 'presence'"),
     ],
@@ -145,7 +145,7 @@ def test_features_names_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_a_shop_needs_enough_items(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="at least 1 user and 100 items"):
+    with pytest.raises(ConfigError, match="--items 10; expected: at least 100"):
         generate_shop(tmp_path / "shop", items=10)
 
 

@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from missrec_t4r.arrays import Floats
-from missrec_t4r.errors import ConfigError, ModalityError
+from missrec_t4r.config.checks import require_at_least
+from missrec_t4r.errors import ModalityError
 from missrec_t4r.etl.features.cache import VectorCache, content_key, digest
 from missrec_t4r.etl.features.sklearn_encoders import UNREADABLE, Encoded, State, encode_images, encode_texts
 from missrec_t4r.etl.features.whitening import MATRIX, MEAN, fit_reduction, reduced
@@ -54,8 +55,7 @@ class EncoderSettings:
 
     def __post_init__(self) -> None:
         """Validate the settings."""
-        if self.batch_size < 1 or self.width < 1 or (self.reduce_to is not None and self.reduce_to < 1):
-            raise ConfigError("a batch size or a width below 1", "at least 1")
+        require_at_least(1, batch_size=self.batch_size, width=self.width, reduce_to=self.reduce_to)
 
 
 def encode_contents(

@@ -110,16 +110,6 @@ def features(
     """
     started = time.perf_counter()
     data, images, like, cache = Path(data), _path(images), _path(like), _path(cache)
-    if not text_columns and image_column is None and images is None and not cooccurrence:
-        raise ConfigError(
-            "neither texts nor images were named",
-            "--text-columns, --image-column or --images",
-            "for a catalogue without content: --cooccurrence",
-        )
-    if not 0 <= word_drop < 1 or (word_drop and not text_columns):
-        raise ConfigError(f"--word-drop {word_drop}", "a share from 0 to below 1, with --text-columns")
-    folder = data / CATALOGUE_FOLDER
-    catalogue = Catalogue.load(folder)
     settings = EncoderSettings(
         device=device,
         precision=precision,
@@ -129,6 +119,16 @@ def features(
         whiten=whiten,
         reduce_to=reduce_to,
     )
+    if not 0 <= word_drop < 1 or (word_drop and not text_columns):
+        raise ConfigError(f"--word-drop {word_drop}", "a share from 0 to below 1, with --text-columns")
+    if not text_columns and image_column is None and images is None and not cooccurrence:
+        raise ConfigError(
+            "neither texts nor images were named",
+            "--text-columns, --image-column or --images",
+            "for a catalogue without content: --cooccurrence",
+        )
+    folder = data / CATALOGUE_FOLDER
+    catalogue = Catalogue.load(folder)
     requested: dict[str, tuple[list[Any], EncoderSettings, dict[str, Any]]] = {}
     if text_columns:
         chosen = replace(settings, encoder=text_encoder)

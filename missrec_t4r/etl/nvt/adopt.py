@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from merlin.schema import Schema, Tags
 
+from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.session_files import take_prefixes
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl import item_table as catalogues
@@ -102,6 +103,7 @@ def adopt(
     out, findings, schema = Path(out), checks.Findings(), None if schema is None else Path(schema)
     files = {name: Path(file) for name, file in (modality or {}).items()}
     split_files = {name: part for name, part in zip(SPLITS, (train, valid, test), strict=True) if part}
+    require_at_least(1, max_sequence_length=max_sequence_length)
     if new_items not in ("append", "drop"):
         raise ConfigError(f"--new-items {new_items!r}", "append or drop")
     catalogues.check_fingerprints(fingerprint or {}, files)

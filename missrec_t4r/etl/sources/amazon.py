@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
+from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import DataError
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.etl.sources.json_lines import read_columns, records
@@ -125,6 +126,7 @@ def import_amazon(
     DataError
         A file is missing, damaged or of another layout, or nothing is left.
     """
+    require_at_least(0, k_core=k_core)
     layout, findings = LAYOUTS[edition], Findings()
     keep_repeats = layout.keep_repeats if keep_repeats is None else keep_repeats
     keep_untitled = layout.keep_untitled if keep_untitled is None else keep_untitled

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import DataError
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.etl.sources.standard import clean_events, write_dataset
@@ -65,6 +66,7 @@ def import_movielens(
     DataError
         The archive is missing or damaged, or its layout is unknown.
     """
+    require_at_least(0, k_core=k_core, min_item_count=min_item_count)
     findings = Findings()
     edition, read = _open(Path(archive))
     log.info(f"reading MovieLens in the layout of {edition}")

@@ -26,6 +26,7 @@ from missrec_t4r.arrays import Floats, Ints
 from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle
 from missrec_t4r.bundle.from_run import bundle_or_run
 from missrec_t4r.bundle.manifest import WEIGHTS_FILE, verify_bundle
+from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.event_features import EventArrays, compact_event_features
 from missrec_t4r.errors import BundleError
 from missrec_t4r.io.atomic import atomic_write_dir
@@ -74,8 +75,9 @@ def vectors(
     dict
         Folder, items, sessions, width, seconds.
     """
+    require_at_least(1, threads=threads)
     started = time.monotonic()
-    torch.set_num_threads(max(threads, 1))
+    torch.set_num_threads(threads)
     with bundle_or_run(bundle, run) as source:
         loaded = load_bundle(source)
         weights = str(verify_bundle(source, only=())["files"][WEIGHTS_FILE]["sha256"])

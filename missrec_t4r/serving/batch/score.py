@@ -21,6 +21,7 @@ import pyarrow as pa
 from missrec_t4r.bundle.from_run import bundle_or_run
 from missrec_t4r.bundle.id_encoder import RawId
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, MODEL_FILE
+from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.progress import track
@@ -38,8 +39,8 @@ LAYOUTS = ("lists", "long")
 
 
 def score(
-    sessions: str | Path | None,
-    out: str | Path,
+    sessions: str | Path | None = None,
+    out: str | Path | None = None,
     *,
     data: str | Path | None = None,
     users: Sequence[str] | None = None,
@@ -103,11 +104,14 @@ def score(
     DataError
         The sessions cannot be read.
     """
+    require_at_least(1, top_k=top_k, threads=threads)
     if layout not in LAYOUTS:
         raise ConfigError(f"--layout {layout!r}", " or ".join(LAYOUTS))
     if (sessions is None) == (data is None):
         found = "neither --sessions nor --data" if data is None else "both --sessions and --data"
         raise ConfigError(found, "one of the two", "give --sessions FILE, or --data FOLDER")
+    if out is None:
+        raise ConfigError("no --out", "the parquet file to write", "give --out FILE")
     if users is not None and data is None:
         raise ConfigError("--users without --data", "the data folder of these users", "give --data FOLDER")
     started = time.monotonic()

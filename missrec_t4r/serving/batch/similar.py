@@ -19,6 +19,7 @@ from torch import Tensor
 
 from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle
 from missrec_t4r.bundle.from_run import bundle_or_run
+from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.progress import track
 from missrec_t4r.retrieval.topk import top_items
@@ -76,12 +77,11 @@ def similar(
     """
     if by not in METHODS:
         raise ConfigError(f"--by {by!r}", " or ".join(METHODS))
-    if top_k < 1:
-        raise ConfigError(f"--top-k {top_k}", "at least 1")
+    require_at_least(1, top_k=top_k, threads=threads)
     if items is None and out is None:
         raise ConfigError("neither --items nor --out", "ids to look up, or a file for the whole catalogue")
     started = time.monotonic()
-    torch.set_num_threads(max(threads, 1))
+    torch.set_num_threads(threads)
     with bundle_or_run(bundle, run) as folder:
         result = _find(folder, items, out, top_k, by, threads)
     return result if out is None else result | {"seconds": round(time.monotonic() - started, 2)}

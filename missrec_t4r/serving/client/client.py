@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
+from missrec_t4r.config.checks import require_at_least, require_positive
 from missrec_t4r.data.titles import title_column_of
 from missrec_t4r.errors import DataError
 from missrec_t4r.schema import ITEM_ID
@@ -237,6 +238,8 @@ def recommend(
         ``recommendations`` (``item_id``, ``score``, ``title``, with reasons ``because_of`` and ``modality``),
         ``unknown_items``, ``fallback``, ``n_passed``, ``catalogue_version``.
     """
+    require_at_least(1, top_k=top_k)
+    require_positive(timeout=timeout)
     titles = {} if catalogue is None else read_titles(Path(catalogue))
     with MISSRecClient(url, protocol, timeout=timeout) as client:
 

@@ -31,6 +31,7 @@ from typing import Any
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
+from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import BundleError, ConfigError, ParityError, ServingError
 from missrec_t4r.io.atomic import atomic_write_file, refuse_unmanaged
 from missrec_t4r.io.hashing import file_digest
@@ -44,6 +45,7 @@ from missrec_t4r.serving.triton.deployment import (
     is_deployment,
     note_replaced,
     replaced_by,
+    replaced_versions,
     version_of,
     versions_of,
 )
@@ -122,33 +124,44 @@ def deploy(
     ServingError
         The server could not load the version; the traffic has not switched.
     """
-    if (bundle is None) == (version is None):
-        raise ConfigError("both --bundle and --version" if bundle else "neither --bundle nor --version", "one of them")
+    given = {
+        "max_batch_size": max_batch_size,
+        "threads": threads,
+        "instances": instances,
+        "preferred_batch_size": preferred_batch_size,
+        "queue_delay_us": queue_delay_us,
+    }
+    require_at_least(1, version=version, max_batch_size=max_batch_size, threads=threads, instances=instances)
+    require_at_least(0, preferred_batch_size=preferred_batch_size, queue_delay_us=queue_delay_us)
+    chosen: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
     if keep < LOADED:
         raise ConfigError(
             f"--keep {keep}", f"at least {LOADED}: the version that serves the traffic and the one to roll back to"
         )
+    if (bundle is None) == (version is None):
+        raise ConfigError("both --bundle and --version" if bundle else "neither --bundle nor --version", "one of them")
+    if version is not None and chosen:
+        found = ", ".join(f"--{name.replace('_', '-')}" for name in chosen)
+        raise ConfigError(f"{found} with --version", "--bundle: a version keeps its settings", f"leave out {found}")
     if dry_run:
         return _plan(Path(repository).absolute(), bundle, version, switch)
-    started, folder = time.monotonic(), _open_folder(repository)
+    started, folder = time.monotonic(), Path(repository).absolute()
+    _refuse_unmanaged(folder)
+    if bundle is not None:
+        verify_bundle(bundle, only=())  # a mistyped path makes no folder
+        _make_folder(folder)
+    else:
+        _require_version(folder, version)
     with _lock(folder):
         _remove_incomplete(folder)
         previous = current_version(folder)
         if bundle is not None:
             log.info(f"verifying {bundle}")
             before = ServingSettings() if previous is None else settings_of(folder / f"{RANKER}_v{previous}")
-            given = {
-                "max_batch_size": max_batch_size,
-                "threads": threads,
-                "instances": instances,
-                "preferred_batch_size": preferred_batch_size,
-                "queue_delay_us": queue_delay_us,
-            }
-            chosen: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
             settings = before._replace(**chosen)
             version = _add_version(folder, Path(bundle), previous if switch else None, settings)
         assert version is not None
-        _require_version(folder, version)
+        verify_bundle(bundle_of(folder, version))
         if switch:
             note_replaced(folder, version, previous)  # before the switch: a kill between them is harmless
         result = _activate(folder, version, switch=switch)
@@ -186,11 +199,11 @@ def rollback(repository: str | Path, *, version: int | None = None) -> dict[str,
     """
     folder = Path(repository).absolute()
     current = current_version(folder)
-    version = version or (None if current is None else replaced_by(folder, current))
+    if version is None and current is not None:
+        version = replaced_by(folder, current)
     if version is None:
-        raise ServingError(
-            f"{folder} has no version before {current}", "an earlier version to go back to", "deploy one with --bundle"
-        )
+        found = "serves no version" if current is None else f"has no version before {current}"
+        raise ServingError(f"{folder} {found}", "an earlier version to go back to", "deploy one with --bundle")
     return deploy(folder, version=version, keep=max(LOADED, len(versions_of(folder))))
 
 
@@ -200,6 +213,7 @@ def _plan(folder: Path, bundle: str | Path | None, version: int | None, switch: 
     versions = versions_of(folder)
     if version is not None:
         _require_version(folder, version)
+        verify_bundle(bundle_of(folder, version))
     elif bundle is not None:
         verify_bundle(bundle)
         version = max(versions, default=0) + 1
@@ -224,11 +238,13 @@ def _activate(folder: Path, version: int, *, switch: bool) -> dict[str, Any]:
             _write_entry_model(folder, version)
         return {"live": False}
     log.info(f"loading version {version}")
+    was_loaded = ensemble_of(version) in control.ready()
     try:
         control.load(ensemble_of(version))
         result = smoke_test(control.grpc_url, ensemble_of(version), bundle_of(folder, version))
     except (ServingError, ParityError):
-        _unload(control, version)
+        if not was_loaded:  # else it serves the traffic, or it is the one to roll back to
+            _unload(control, version)
         raise
     if not switch:
         return {"live": True, **result}
@@ -264,7 +280,6 @@ def _add_version(folder: Path, bundle: Path, current: int | None, settings: Serv
     Returns ``current`` and writes nothing if that version has the same bundle and settings: repeating a deploy adds
     none.
     """
-    verify_bundle(bundle)
     version = max(versions_of(folder), default=0) + 1
     with tempfile.TemporaryDirectory(
         prefix=_temporary_prefix(folder), dir=folder.parent, ignore_cleanup_errors=True
@@ -314,19 +329,18 @@ def _write_entry_model(folder: Path, version: int) -> None:
         os.fsync(file.fileno())
 
 
-def _open_folder(repository: str | Path) -> Path:
-    """Return the deployment folder, made if there is none."""
-    folder = Path(repository).absolute()
-    _refuse_unmanaged(folder)
+def _make_folder(folder: Path) -> None:
+    """Make a deployment folder where there is none."""
     folder.mkdir(parents=True, exist_ok=True)
     if not is_deployment(folder):
         write_json(folder / DEPLOYMENT_FILE, {"format": 1})
-    return folder
 
 
 def _refuse_unmanaged(folder: Path) -> None:
     cure = "choose another --repository; `missrec export --triton` writes single versions that cannot be switched"
     refuse_unmanaged(folder, DEPLOYMENT_FILE, "deployment folder", BundleError, cure)
+    if is_deployment(folder):
+        replaced_versions(folder)  # refuses a damaged file
 
 
 @contextmanager
@@ -353,16 +367,16 @@ def _remove_incomplete(folder: Path) -> None:
     complete = set(versions_of(folder))
     for part in _PARTS:
         for model in folder.glob(f"{part}_v*"):
-            if int(model.name.rpartition("_v")[2]) not in complete:
+            number = model.name.removeprefix(f"{part}_v")
+            if number.isdecimal() and int(number) not in complete:
                 shutil.rmtree(model)
 
 
-def _require_version(folder: Path, version: int) -> None:
+def _require_version(folder: Path, version: int | None) -> None:
     versions = versions_of(folder)
     if version not in versions:
         known = ", ".join(map(str, versions)) or "none"
         raise ServingError(f"{folder} has no version {version}", f"one of {known}", "deploy one with --bundle")
-    verify_bundle(bundle_of(folder, version))
 
 
 def _remove_old(folder: Path, used: set[int | None], keep: int) -> None:

@@ -22,6 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 import pyarrow as pa
 
 from missrec_t4r.bundle.item_table import load_items
+from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.titles import title_column_of
 from missrec_t4r.errors import DataError, MISSRecError
 from missrec_t4r.schema import ITEM_ID, TRAIN_COUNT
@@ -248,6 +249,7 @@ def playground(
     dict
         ``url`` and the seconds served.
     """
+    require_at_least(0, port=port)
     started = time.monotonic()
     catalogue = CatalogueView(Path(bundle), None if images is None else Path(images), image_column)
     with MISSRecClient(url) as client, Playground(client, catalogue, port) as page:

@@ -6,6 +6,7 @@ are dropped and counted. Clients connect to `http_proxy` or `grpc_proxy`.
 
 from __future__ import annotations
 
+import logging
 import queue
 import random
 import threading
@@ -17,9 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from missrec_t4r.arrays import AnyArray
-from missrec_t4r.errors import ConfigError, ServingError
+from missrec_t4r.errors import ConfigError
 from missrec_t4r.serving.client.transports import checked_address
 from missrec_t4r.serving.triton.ports import LOOPBACK
+
+log = logging.getLogger(__name__)
 
 COMPARED = ("item_id", "score", "n_items")
 """Names of the compared outputs."""
@@ -36,7 +39,7 @@ class MirroredRequest(NamedTuple):
     current: Callable[[], Tensors]
     """Decodes the response that the client got."""
     candidate: Callable[[], Tensors]
-    """Sends the request to the candidate; raises `ServingError` if it refuses or does not answer."""
+    """Sends the request to the candidate; raises if it refuses or does not answer."""
     milliseconds: float
     """Latency of the response that the client got."""
 
@@ -54,7 +57,7 @@ class Comparison:
     current_ms: list[float] = field(default_factory=list)
     candidate_ms: list[float] = field(default_factory=list)
     failed: int = 0
-    """Mirrored requests that the candidate refused or did not answer."""
+    """Mirrored requests that the candidate refused or did not answer, or answered in another form."""
     dropped: int = 0
     """Requests that were not mirrored because the queue was full."""
 
@@ -69,13 +72,13 @@ class Comparison:
                 self.score_differences.append(sum(abs(one[item] - other[item]) for item in shared) / len(shared))
 
     def report(self) -> dict[str, Any]:
-        """Return means, maxima and percentiles as one mapping."""
+        """Return means, maxima and percentiles as one mapping; None where nothing was compared."""
         return {
             "mirrored_sessions": len(self.overlap),
             "overlap_at_k": _mean(self.overlap),
             "same_first_item": _mean(self.same_first),
             "mean_abs_score_difference": _mean(self.score_differences),
-            "max_abs_score_difference": round(max(self.score_differences, default=0.0), 6),
+            "max_abs_score_difference": round(max(self.score_differences), 6) if self.score_differences else None,
             "current_ms": _percentiles(self.current_ms),
             "candidate_ms": _percentiles(self.candidate_ms),
             "failed": self.failed,
@@ -159,11 +162,13 @@ class ShadowProxy:
             started = time.perf_counter()
             try:
                 response = request.candidate()
-            except ServingError:
+                milliseconds = (time.perf_counter() - started) * 1e3
+                self.comparison.add(request.current(), response)
+            except Exception as error:  # whatever the candidate answers, the next request is compared
+                if not self.comparison.failed:
+                    log.warning(f"the first failure of the candidate: {error}")
                 self.comparison.failed += 1
                 continue
-            milliseconds = (time.perf_counter() - started) * 1e3
-            self.comparison.add(request.current(), response)
             self.comparison.current_ms.append(request.milliseconds)
             self.comparison.candidate_ms.append(milliseconds)
 
@@ -180,8 +185,8 @@ def _text(item: Any) -> Any:
     return item.decode() if isinstance(item, bytes) else item
 
 
-def _mean(values: Sequence[float]) -> float:
-    return round(float(np.mean(values)), 6) if values else 0.0
+def _mean(values: Sequence[float]) -> float | None:
+    return round(float(np.mean(values)), 6) if values else None
 
 
 def _percentiles(values: list[float]) -> dict[str, float]:

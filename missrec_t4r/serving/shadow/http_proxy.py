@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Literal
 
+from missrec_t4r.config.checks import require_at_least, require_positive
 from missrec_t4r.errors import ConfigError, ServingError
 from missrec_t4r.serving.http_server import listen, read_body
 from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, MirroredRequest, ShadowProxy, Tensors
@@ -115,6 +116,8 @@ def shadow(
     """
     if protocol not in PORTS:
         raise ConfigError(f"--protocol {protocol!r}", " or ".join(PORTS))
+    require_at_least(0, port=port)
+    require_positive(seconds=seconds)
     from missrec_t4r.serving.shadow.grpc_proxy import GrpcShadowProxy
 
     kind = HttpShadowProxy if protocol == "http" else GrpcShadowProxy
@@ -131,7 +134,11 @@ def shadow(
                     time.sleep(0.2)
     finally:
         signal.signal(signal.SIGTERM, previous)
-    return proxy.comparison.report()
+    report = proxy.comparison.report()
+    if not report["mirrored_sessions"]:
+        counts = f"of the mirrored requests {report['failed']} failed and {report['dropped']} were dropped"
+        log.warning(f"nothing was compared: {counts}")
+    return report
 
 
 def _path_of(model: str) -> str:

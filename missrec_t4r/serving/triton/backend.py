@@ -46,7 +46,7 @@ _LONGEST_REFUSAL = 2000
 """Characters of a message that a client gets: it may quote the request."""
 
 
-class _FailedError(ServingError):
+class FailedError(ServingError):
     """A request that broke this code: Triton's status INTERNAL. Refused requests have INVALID_ARGUMENT."""
 
 
@@ -72,7 +72,7 @@ class SessionsBackend:
     inputs: Sequence[str] = ("item_ids", "length")
 
     def __init__(self, bundle: Path) -> None:
-        verify_bundle(bundle, only=(SESSION_TRANSFORM_FILE, ITEMS_FILE))
+        self.catalogue_version = catalogue_version(verify_bundle(bundle, only=(SESSION_TRANSFORM_FILE, ITEMS_FILE)))
         self.transform = load_session_transform(bundle)
 
     def infer(self, requests: Sequence[Arrays]) -> list[Response]:
@@ -264,7 +264,7 @@ def _result_or_error(function: Callable[[RequestT], ResultT], request: RequestT)
     except Exception as error:
         clear_frames(error.__traceback__)  # the tensors of a failed attempt would stay in memory until the answer
         found = f"a request that cannot be processed ({type(error).__name__}: {str(error)[:_LONGEST_ERROR]})"
-        failed = _FailedError(found, "the tensors of triton_models/README.md", "send it with a client of this package")
+        failed = FailedError(found, "the tensors of triton_models/README.md", "send it with a client of this package")
         failed.__cause__ = error
         return failed
 
@@ -361,7 +361,7 @@ def _triton_response(response: Response, pb_utils: Any) -> Any:
         response = made
     message = str(response)[:_LONGEST_REFUSAL].encode("utf-8", "backslashreplace").decode()  # no lone surrogates
     kinds = pb_utils.TritonError
-    status = kinds.INTERNAL if isinstance(response, _FailedError) else kinds.INVALID_ARG
+    status = kinds.INTERNAL if isinstance(response, FailedError) else kinds.INVALID_ARG
     return pb_utils.InferenceResponse(error=kinds(message, status))
 
 

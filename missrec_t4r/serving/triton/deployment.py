@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from missrec_t4r.errors import BundleError
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.serving.triton.model_config import CONFIG_FILE, read_config
 from missrec_t4r.serving.triton.repository import BUNDLE_IN_REPOSITORY, ENSEMBLE
@@ -74,7 +75,7 @@ def replaced_by(repository: str | Path, version: int) -> int | None:
 
     Versions between the two were tried and left, or never served.
     """
-    noted = _replaced(Path(repository)).get(str(version))
+    noted = replaced_versions(Path(repository)).get(str(version))
     below = [number for number in versions_of(repository) if number < version]
     return noted if noted in below else max(below, default=None)
 
@@ -83,14 +84,27 @@ def note_replaced(repository: Path, version: int, previous: int | None) -> None:
     """Note which version a newer one replaces; a step back to an older version changes nothing."""
     if previous is not None and previous < version:
         kept = {str(number) for number in versions_of(repository)}
-        replaced = {number: before for number, before in _replaced(repository).items() if number in kept}
+        replaced = {number: before for number, before in replaced_versions(repository).items() if number in kept}
         write_json(repository / DEPLOYMENT_FILE, {"format": 1, "replaced": replaced | {str(version): previous}})
 
 
-def _replaced(repository: Path) -> dict[str, int]:
-    """Return version -> the version that it replaced; empty for folders of earlier versions."""
-    replaced: dict[str, int] = read_json(repository / DEPLOYMENT_FILE).get("replaced", {})
-    return replaced
+def replaced_versions(repository: Path) -> dict[str, int]:
+    """Return version -> the version that it replaced; empty for folders of earlier versions.
+
+    Raises
+    ------
+    BundleError
+        ``deployment.json`` is missing or damaged.
+    """
+    file = repository / DEPLOYMENT_FILE
+    try:
+        return {str(number): int(before) for number, before in read_json(file).get("replaced", {}).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise BundleError(
+            f"{file} cannot be read ({error})",
+            "the versions that were replaced, as `missrec deploy` writes them",
+            'write {"format": 1} into it: all versions stay, and a rollback goes to the newest below the current one',
+        ) from error
 
 
 def bundle_of(repository: str | Path, version: int) -> Path:

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import ServingError
 from missrec_t4r.progress import track
 from missrec_t4r.serving.triton.deployment import is_deployment, start_arguments
@@ -290,6 +291,7 @@ def serve(
     ServingError
         The server cannot start, or ends by itself.
     """
+    require_at_least(0, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
     server = LocalTriton(
         repository,
         http_port=http_port,

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import threading
 import time
+import traceback
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,26 @@ import numpy as np
 from missrec_t4r.bundle.manifest import MANIFEST_FILE
 from missrec_t4r.errors import MISSRecError
 from missrec_t4r.schema import PADDING_ROW
-from missrec_t4r.serving.triton.backend import DEFAULT_TOP_K, Arrays, Observer, RankerBackend, Response
+from missrec_t4r.serving.triton.backend import (
+    DEFAULT_TOP_K,
+    Arrays,
+    FailedError,
+    Observer,
+    RankerBackend,
+    Response,
+    SessionsBackend,
+)
 
-COUNTERS = {
+REQUEST_COUNTERS = {
+    "missrec_rejected_total": "Requests refused because of what they hold: mistakes of clients",
+    "missrec_failed_total": "Requests that broke the code of the model: failures of the server",
+}
+"""Help text by name of the counters of both models."""
+COUNTERS = REQUEST_COUNTERS | {
     "missrec_sessions_total": "Sessions answered",
     "missrec_items_asked_total": "Item ids of answered sessions, the last max_sequence_length of each",
     "missrec_unknown_items_total": "Item ids among them that are unknown or missing",
     "missrec_fallbacks_total": "Sessions answered with the most popular items",
-    "missrec_rejected_total": "Requests refused with an error",
     "missrec_ruled_sessions_total": "Sessions with filters, an allow list or exclusions",
     "missrec_candidates_total": "Catalogue items times sessions: candidates without any filter",
     "missrec_passed_total": "Items that pass the filters, summed over sessions",
@@ -34,7 +47,7 @@ COUNTERS = {
     "missrec_short_answers_total": "Sessions answered with fewer items than top_k",
     "missrec_widenings_total": "Searches that had to examine more than their first candidates to be exact",
 }
-"""Help text by name of the counter."""
+"""Help text by name of the counters of the ranker."""
 GAUGES = {
     "missrec_catalogue_items": "Items of the served catalogue",
     "missrec_catalogue_written_seconds": "Unix time at which this catalogue was written into the model repository",
@@ -46,10 +59,12 @@ COVERAGE = "missrec_modality_coverage"
 _COVERAGE_HELP = "Share of the catalogue's items that have a modality"
 _LONGEST_REASON = 500
 """Characters of an error in the log."""
+_LONGEST_TRACEBACK = 4000
+"""Characters of a traceback in the log, its end."""
 
 
-class RankerMetrics:
-    """Metrics of one instance of the ranker.
+class RequestMetrics:
+    """Refused and failed requests of one instance of a model, in counters and in the log.
 
     Parameters
     ----------
@@ -57,58 +72,42 @@ class RankerMetrics:
         Triton's ``triton_python_backend_utils``.
     model, version : str
         Labels: the model's name, and the catalogue's version.
-    gauges : mapping of str to float
-        Values by name of the gauge.
-    coverage : mapping of str to float
-        Share of items by modality.
     """
 
-    def __init__(
-        self, pb_utils: Any, model: str, version: str, gauges: Mapping[str, float], coverage: Mapping[str, float]
-    ) -> None:
+    counters: Mapping[str, str] = REQUEST_COUNTERS
+
+    def __init__(self, pb_utils: Any, model: str, version: str) -> None:
         self._labels = {"model": model, "catalogue": version}
-        self._families = []  # Triton drops a family that Python has garbage-collected
+        self._families: list[Any] = []  # Triton drops a family that Python has garbage-collected
         self._log = pb_utils.Logger
-        self._counters = {name: self._metric(pb_utils, name, text, "COUNTER") for name, text in COUNTERS.items()}
-        for name, value in gauges.items():
-            self._metric(pb_utils, name, GAUGES[name], "GAUGE").set(value)
-        family = self._family(pb_utils, COVERAGE, _COVERAGE_HELP, "GAUGE")
-        for name, share in coverage.items():
-            metric = family.Metric(labels={**self._labels, "modality": name})
-            self._families.append(metric)
-            metric.set(share)
-        self._last_widenings = 0
+        self._counters = {name: self._metric(pb_utils, name, text, "COUNTER") for name, text in self.counters.items()}
         self._pending: dict[str, float] = defaultdict(float)
         self._lock, self._has_pending = threading.Lock(), threading.Event()
         threading.Thread(target=self._flush_forever, name="metrics", daemon=True).start()
-        self._log.log_info(json.dumps({"event": "loaded", **self._labels, **gauges, "coverage": dict(coverage)}))
 
-    def observe(self, requests: Sequence[Arrays], responses: Sequence[Response], widenings: int, n_items: int) -> None:
-        """Count the properties of a batch of requests and their responses.
-
-        Parameters
-        ----------
-        requests : sequence of mappings of arrays
-        responses : sequence of mappings of arrays, or MISSRecError
-        widenings : int
-            Total of the ranker since it was loaded.
-        n_items : int
-            Items of the catalogue.
-        """
-        counts = dict.fromkeys(COUNTERS, 0.0)
-        for request, response in zip(requests, responses, strict=True):
-            if isinstance(response, MISSRecError):
-                counts["missrec_rejected_total"] += 1
-                reason = str(response)[:_LONGEST_REASON]
-                self._log.log_warn(json.dumps({"event": "rejected", **self._labels, "reason": reason}))
-            else:
-                _count(counts, request, response, n_items)
-        counts["missrec_widenings_total"] = widenings - self._last_widenings
-        self._last_widenings = widenings
+    def observe(self, requests: Sequence[Arrays], responses: Sequence[Response]) -> None:
+        """Count a batch of requests and their responses."""
+        counts = self._counts(requests, responses)
         with self._lock:
             for name, value in counts.items():
                 self._pending[name] += value
         self._has_pending.set()
+
+    def _counts(self, requests: Sequence[Arrays], responses: Sequence[Response]) -> dict[str, float]:
+        """Return what each counter grows by; write a line per error."""
+        counts = dict.fromkeys(self.counters, 0.0)
+        for response in responses:
+            if isinstance(response, FailedError):
+                counts["missrec_failed_total"] += 1
+                trace = "".join(traceback.format_exception(response.__cause__))[-_LONGEST_TRACEBACK:]
+                self._write(self._log.log_error, "failed", response, traceback=trace)
+            elif isinstance(response, MISSRecError):
+                counts["missrec_rejected_total"] += 1
+                self._write(self._log.log_warn, "rejected", response)
+        return counts
+
+    def _write(self, log: Callable[[str], None], event: str, error: MISSRecError, **more: str) -> None:
+        log(json.dumps({"event": event, **self._labels, "reason": str(error)[:_LONGEST_REASON], **more}))
 
     def flush(self) -> None:
         """Pass the pending counts to Triton."""
@@ -136,8 +135,8 @@ class RankerMetrics:
         return family
 
 
-def ranker_observer(pb_utils: Any, args: Mapping[str, str], backend: RankerBackend, bundle: Path) -> Observer:
-    """Return a callback that counts a ranker's requests and responses.
+class RankerMetrics(RequestMetrics):
+    """Metrics of one instance of the ranker.
 
     Parameters
     ----------
@@ -148,22 +147,50 @@ def ranker_observer(pb_utils: Any, args: Mapping[str, str], backend: RankerBacke
     bundle : Path
         The modification time of its manifest is the catalogue's.
     """
-    catalogue = backend.ranker.catalogue
-    coverage = {
-        name: float(modality.present.sum()) / max(catalogue.n_items, 1)
-        for name, modality in catalogue.modalities.items()
-    }
-    gauges = {
-        "missrec_catalogue_items": float(catalogue.n_items),
-        "missrec_catalogue_written_seconds": (bundle / MANIFEST_FILE).stat().st_mtime,
-        "missrec_loaded_seconds": time.time(),
-    }
-    metrics = RankerMetrics(pb_utils, args["model_name"], backend.catalogue_version, gauges, coverage)
 
-    def observe(requests: Sequence[Arrays], responses: Sequence[Response]) -> None:
-        metrics.observe(requests, responses, backend.ranker.widenings, catalogue.n_items)
+    counters = COUNTERS
 
-    return observe
+    def __init__(self, pb_utils: Any, args: Mapping[str, str], backend: RankerBackend, bundle: Path) -> None:
+        super().__init__(pb_utils, args["model_name"], backend.catalogue_version)
+        self._ranker, self._last_widenings = backend.ranker, 0
+        catalogue = backend.ranker.catalogue
+        gauges = {
+            "missrec_catalogue_items": float(catalogue.n_items),
+            "missrec_catalogue_written_seconds": (bundle / MANIFEST_FILE).stat().st_mtime,
+            "missrec_loaded_seconds": time.time(),
+        }
+        for name, value in gauges.items():
+            self._metric(pb_utils, name, GAUGES[name], "GAUGE").set(value)
+        coverage = {
+            name: float(modality.present.sum()) / max(catalogue.n_items, 1)
+            for name, modality in catalogue.modalities.items()
+        }
+        family = self._family(pb_utils, COVERAGE, _COVERAGE_HELP, "GAUGE")
+        for name, share in coverage.items():
+            metric = family.Metric(labels={**self._labels, "modality": name})
+            self._families.append(metric)
+            metric.set(share)
+        self._log.log_info(json.dumps({"event": "loaded", **self._labels, **gauges, "coverage": coverage}))
+
+    def _counts(self, requests: Sequence[Arrays], responses: Sequence[Response]) -> dict[str, float]:
+        counts = super()._counts(requests, responses)
+        for request, response in zip(requests, responses, strict=True):
+            if not isinstance(response, MISSRecError):
+                _count(counts, request, response, self._ranker.catalogue.n_items)
+        widenings = self._ranker.widenings
+        counts["missrec_widenings_total"] = widenings - self._last_widenings
+        self._last_widenings = widenings
+        return counts
+
+
+def sessions_observer(pb_utils: Any, args: Mapping[str, str], backend: SessionsBackend) -> Observer:
+    """Return a callback that counts the refused and failed requests of the request transform."""
+    return RequestMetrics(pb_utils, args["model_name"], backend.catalogue_version).observe
+
+
+def ranker_observer(pb_utils: Any, args: Mapping[str, str], backend: RankerBackend, bundle: Path) -> Observer:
+    """Return a callback that counts a ranker's requests and responses; parameters as for `RankerMetrics`."""
+    return RankerMetrics(pb_utils, args, backend, bundle).observe
 
 
 def _count(counts: dict[str, float], request: Mapping[str, Any], response: Mapping[str, Any], n_items: int) -> None:

@@ -43,7 +43,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from missrec_t4r.arrays import Bools, Doubles, Ints
-from missrec_t4r.errors import ConfigError
+from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.etl.sources.synthetic.shop_images import draw
 from missrec_t4r.etl.sources.synthetic.shop_text import BRANDS, EVENT_TYPES, FILLERS, INTERESTS, STYLES
 from missrec_t4r.io.atomic import refuse_unmanaged, replace_dir, translate_disk_errors
@@ -165,8 +165,9 @@ def generate_shop(out: str | Path, *, seed: int = 7, users: int = 3000, items: i
     DataError
         The folder holds other files.
     """
-    if users < 1 or items < 100:
-        raise ConfigError(f"{users} users and {items} items", "at least 1 user and 100 items", "raise the numbers")
+    require_at_least(0, seed=seed)
+    require_at_least(1, users=users)
+    require_at_least(100, items=items)
     out = Path(out)
     refuse_unmanaged(out, SHOP_FILE, "generated shop")
     log.info(f"generating {users:,} users over {items:,} items")

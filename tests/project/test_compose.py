@@ -17,7 +17,7 @@ import yaml
 from tests.project.dockerfiles import Environment, base_python, steps
 from tests.project.packages import ROOT
 
-FILE = ROOT / "docker-compose.yml"
+FILE, GPU_FILE = ROOT / "docker-compose.yml", ROOT / "docker-compose.gpu.yml"
 PIPELINE = ["etl", "features", "train", "export"]
 MONITORING = ["prometheus", "grafana"]
 SMALL = {"RECIPE": "tiny", "TRAIN_OPTIONS": "--set train.epochs=1 --device cpu"}
@@ -37,8 +37,9 @@ def _schema_check(file: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_file_is_valid_by_the_compose_schema() -> None:
-    done = _schema_check(FILE)
+@pytest.mark.parametrize("file", [FILE, GPU_FILE], ids=["base", "gpu"])
+def test_the_files_are_valid_by_the_compose_schema(file: Path) -> None:
+    done = _schema_check(file)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -62,13 +63,15 @@ def test_services_and_their_order() -> None:
     assert started_by_default == ["triton"], "`docker compose up` serves; it must not train again"
 
 
-def test_only_the_steps_that_use_a_gpu_reserve_one() -> None:
-    def capabilities(service: dict[str, Any]) -> list[str]:
-        devices = service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
-        return [capability for device in devices for capability in device["capabilities"]]
-
-    reserving = {name for name, service in _compose()["services"].items() if capabilities(service) == ["gpu"]}
-    assert reserving == {"etl", "nightly", "train", "triton-gpu"}
+def test_a_gpu_is_reserved_by_the_second_file_alone_except_for_the_server_that_is_named_after_it() -> None:
+    base = _compose()["services"]
+    assert {name for name, service in base.items() if "deploy" in service} == {"triton-gpu"}
+    added = yaml.safe_load(GPU_FILE.read_text())["services"]
+    assert set(added) == {"etl", "nightly", "train"} <= set(base)
+    assert all(service == {"deploy": base["triton-gpu"]["deploy"]} for service in added.values())
+    (device,) = base["triton-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert GPU_FILE.name in FILE.read_text()  # who opens the first file learns of the second
 
 
 def test_the_two_triton_variants_differ_in_torch_and_device_only() -> None:

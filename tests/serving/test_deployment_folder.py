@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from missrec_t4r.errors import BundleError, ConfigError, ServingError, Unavailab
 from missrec_t4r.serving.client.protocol import Recommendation
 from missrec_t4r.serving.deploy.blue_green import deploy, rollback
 from missrec_t4r.serving.deploy.smoke_test import differences
+from missrec_t4r.serving.triton import model_control
 from missrec_t4r.serving.triton.deployment import bundle_of, current_version, start_arguments, versions_of
 from missrec_t4r.serving.triton.model_config import read_config
 from missrec_t4r.serving.triton.model_control import SERVER_FILE, Control
@@ -146,6 +148,20 @@ def test_a_copy_that_somebody_keeps_of_a_model_is_left_alone(bundle: Path, tmp_p
     assert (folder / "missrec_ranker_v1.bak").is_dir()
     assert (folder / "missrec_ranker_v1_0").is_dir()
     assert not (folder / "missrec_ranker_v7").exists()  # what a killed deploy leaves looks like this
+
+
+def test_a_server_that_does_not_answer_is_not_taken_for_none(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_control, "_SECONDS", 0.5)
+    deploy(tmp_path / "models", bundle=bundle)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        Control(f"127.0.0.1:{silent.getsockname()[1]}", "0" * 32, os.getpid()).write(tmp_path / "models")
+        with pytest.raises(ServingError, match="does not answer: listing the models took too long"):
+            deploy(tmp_path / "models", bundle=bundle, threads=2)
+    assert current_version(tmp_path / "models") == 1
 
 
 def answer(*items: tuple[str, float]) -> list[Recommendation]:

@@ -31,6 +31,10 @@ _LOAD_SECONDS = 600.0
 """Loading a model of a million items takes minutes: Triton reads and verifies the whole bundle."""
 
 
+class SilentError(ServingError):
+    """The server takes connections and does not answer in time."""
+
+
 def restrictions(key: str) -> list[str]:
     """Return the ``tritonserver`` arguments that require the key for the closed parts."""
     closed = ",".join(CLOSED)
@@ -56,7 +60,13 @@ class Control:
 
     @classmethod
     def find(cls, repository: Path) -> Control | None:
-        """Return the control of the server that serves this folder on this machine, None when none runs."""
+        """Return the control of the server that serves this folder on this machine, None when none runs.
+
+        Raises
+        ------
+        ServingError
+            The server is another user's, or is there and does not answer: a change of files alone would not reach it.
+        """
         try:
             control = cls(**json.loads((repository / SERVER_FILE).read_text(encoding="utf-8")))
             os.kill(control.pid, 0)
@@ -68,7 +78,13 @@ class Control:
                 "the user who runs the server",
                 "run this command as that user",
             ) from error
-        return control if control.is_accepted() else None
+        try:
+            control.ready()
+        except SilentError:
+            raise
+        except ServingError:  # it is gone, or another one that does not know the key
+            return None
+        return control
 
     @staticmethod
     def remove(repository: Path, pid: int) -> None:
@@ -79,14 +95,6 @@ class Control:
                 file.unlink()
         except (OSError, ValueError, AttributeError):
             return
-
-    def is_accepted(self) -> bool:
-        """Return whether the server is alive and accepts the key."""
-        try:
-            self.ready()
-        except ServingError:
-            return False
-        return True
 
     def load(self, model: str) -> None:
         """Load or reload a model with everything it consists of; returns when it is ready.
@@ -122,6 +130,9 @@ class Control:
         try:
             yield client
         except InferenceServerException as error:
+            if "StatusCode.DEADLINE_EXCEEDED" in str(error.status()):
+                found = f"the server at {self.grpc_url} (process {self.pid}) does not answer: {action} took too long"
+                raise SilentError(found, "an answer", "look into its log, or restart it") from error
             if "StatusCode.UNAVAILABLE" in str(error.status()):
                 raise UnavailableError(f"no answer from {self.grpc_url} ({error})", "a running server") from error
             raise ServingError(f"the server at {self.grpc_url} refused {action}: {error}") from error

@@ -102,11 +102,6 @@ def _check_settings(options: Mapping[str, Any]) -> None:
         )
     if valid_from is not None and split != "time":
         raise ConfigError("boundaries are set for a leave-one-out split", "--split time", "add it or leave them out")
-    max_events = options["max_events"]
-    if options["max_sequence_length"] < 1 or (max_events is not None and max_events < 1):
-        raise ConfigError("a session length below 1", "max_sequence_length and max_events of at least 1")
-    if (partitions := options["partitions"]) is not None and partitions < 1:
-        raise ConfigError(f"--partitions {partitions}", "at least 1", "leave it out to have them chosen by size")
     if options["engine"] not in ENGINES:
         raise ConfigError(f"engine {options['engine']!r}", "auto, memory, disk or gpu", "choose one with --engine")
 

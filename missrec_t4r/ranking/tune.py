@@ -237,12 +237,15 @@ class Validation:
         self.histories = histories.known()
         self.catalogue, self.train, self.valid, self.seed = catalogue, train, valid, seed
         self.scorer = ModelScorer.with_popularity(model, catalogue)
-        self.scored: list[tuple[Parts, Tensor]] = []
+        self.scored: list[tuple[Parts, Tensor, Tensor]] = []
         self._counted: dict[Counting, ItemKNNTerm] = {}
         self._listed: dict[bool, ContentKNNTerm] = {}
 
-    def chunks(self) -> Iterator[tuple[Parts, Tensor]]:
-        """Yield the network's scores of some sessions, and their targets [batch]; kept where they are few enough."""
+    def chunks(self) -> Iterator[tuple[Parts, Tensor, Tensor]]:
+        """Yield the network's scores of some sessions, `distinct` items of the whole sessions, and targets [batch].
+
+        They are kept where they are few enough.
+        """
         n_rows = self.catalogue.n_rows
         step, keep = chunk_size(n_rows), 4 * n_rows * len(self.histories) <= _KEPT_BYTES
         for index, start in enumerate(track(range(0, len(self.histories), step), "tuning score terms")):
@@ -250,7 +253,7 @@ class Validation:
                 yield self.scored[index]
                 continue
             chunk = self.histories.slice(start, start + step)
-            one = self.scorer.parts(chunk), torch.from_numpy(self.targets[start : start + step])
+            one = self.scorer.parts(chunk), distinct(chunk), torch.from_numpy(self.targets[start : start + step])
             if keep:
                 self.scored.append(one)
             yield one
@@ -294,24 +297,24 @@ class _Blend(NamedTuple):
     ) -> Doubles:
         """Return NDCG@10 of the model's present score plus a term, at every point of the grid; mean over protocols."""
         total, scorer = np.zeros(len(grid)), self.validation.scorer
-        for parts, targets in self.validation.chunks():
+        for parts, seen, targets in self.validation.chunks():
             switch_off()
             own = scorer.combined(parts, self.model.terms, network=self.network)
-            targets, unit, computed = targets.to(own.device), own, None
+            seen, targets, unit, computed = seen.to(own.device), targets.to(own.device), own, None
             for index, point in enumerate(grid):
                 if point.unit != computed:
                     choose(point.unit)
                     unit, computed = term(parts.item_ids), point.unit
                 scores = torch.add(own, unit, alpha=point.weight)
-                total[index] += _ndcg(scores, targets, parts.item_ids, self.protocols)
+                total[index] += _ndcg(scores, targets, seen, self.protocols)
         switch_off()
         return total / max(len(self.validation.histories), 1)
 
     def scored(self) -> Iterator[Chunk]:
         """Yield the validation sessions that have a known item, with the model's present scores."""
-        for parts, targets in self.validation.chunks():
+        for parts, seen, targets in self.validation.chunks():
             scores, known = self.validation.scorer.combined(parts, self.model.terms, network=self.network), ~parts.empty
-            yield Chunk(scores[known], parts.item_ids[known], targets[known.cpu()])
+            yield Chunk(scores[known], parts.item_ids[known], seen.to(known.device)[known], targets[known.cpu()])
 
     def seen(self, item_ids: Tensor) -> Tensor:
         """Return [batch, row]: 1 for the items of the session, 0 for all others."""
@@ -319,22 +322,33 @@ class _Blend(NamedTuple):
         return found.scatter_(1, item_ids, (item_ids > UNKNOWN_ROW).to(found.dtype))
 
 
-def _ndcg(scores: Tensor, targets: Tensor, item_ids: Tensor, protocols: Sequence[str]) -> float:
+def distinct(sessions: Sessions) -> Tensor:
+    """Return the items of whole sessions, [batch, seq], each once and elsewhere 0: what ``excluded`` leaves out.
+
+    Examples
+    --------
+    >>> distinct(Sessions(np.array([5, 7, 5, 9]), np.array([0, 3, 4]))).tolist()
+    [[5, 7, 0], [9, 0, 0]]
+    """
+    items = torch.from_numpy(sessions.padded(range(len(sessions)), int(sessions.lengths.max(initial=1))))
+    return items * first_occurrences(items)
+
+
+def _ndcg(scores: Tensor, targets: Tensor, seen: Tensor, protocols: Sequence[str]) -> float:
     """Return the sum over sessions of NDCG@10, mean over protocols; one pass over the scores [batch, row].
 
     Only sessions whose target has fewer than ten better items are looked at again, for ties and for what was seen.
     """
     own = scores.gather(1, targets[:, None])
-    better, seen = n_true(scores > own), scores.gather(1, item_ids)
-    distinct = first_occurrences(item_ids) & (item_ids > UNKNOWN_ROW)
-    better_seen = (distinct & (seen > own)).sum(1)
+    better, theirs, is_item = n_true(scores > own), scores.gather(1, seen), seen > UNKNOWN_ROW
+    better_seen = (is_item & (theirs > own)).sum(1)
     near = torch.nonzero(better - better_seen < _CUTOFF).flatten()
     ties = (scores[near] == own[near]) & (torch.arange(scores.shape[1], device=near.device) < targets[near, None])
     kept = torch.where(torch.isneginf(own[near, 0]), MISSED, 1 + better[near] + n_true(ties))
     ranks = [kept for protocol in protocols if protocol != EXCLUDED]
     if EXCLUDED in protocols:
-        tied_seen = (distinct & (seen == own) & (item_ids < targets[:, None])).sum(1)
-        is_seen = (item_ids == targets[:, None]).any(1)
+        tied_seen = (is_item & (theirs == own) & (seen < targets[:, None])).sum(1)
+        is_seen = (seen == targets[:, None]).any(1)
         is_missed = is_seen[near] | (kept == MISSED)
         ranks.append(torch.where(is_missed, MISSED, kept - (better_seen + tied_seen)[near]))
     stacked = torch.stack(ranks).double()

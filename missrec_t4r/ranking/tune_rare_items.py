@@ -52,7 +52,9 @@ class Chunk(NamedTuple):
     scores: Tensor
     """[batch, row]: with all other terms."""
     item_ids: Tensor
-    """[batch, seq]."""
+    """[batch, seq]: what the model reads of the session."""
+    seen: Tensor
+    """[batch, any]: the items of the whole session, elsewhere 0."""
     targets: Tensor
     """[batch]."""
 
@@ -247,14 +249,17 @@ def _of_group(scores: Tensor, place: Tensor) -> _Group:
 
 def _ranked(term: RareItemTerm, chunk: Chunk, protocol: str) -> _Ranked:
     """Return what NDCG@10 of a chunk is computed from; items that the session holds keep their scores."""
-    session = chunk.item_ids > UNKNOWN_ROW
-    seen = torch.zeros_like(chunk.scores, dtype=torch.bool).scatter_(1, chunk.item_ids * session, True)
-    scores = chunk.scores.masked_fill(seen, -torch.inf) if protocol == EXCLUDED else chunk.scores
-    fixed = torch.zeros_like(seen) if term.itself else seen
-    moved = torch.zeros_like(seen)
+    scores = chunk.scores.masked_fill(_held(chunk, chunk.seen), -torch.inf) if protocol == EXCLUDED else chunk.scores
+    fixed = torch.zeros_like(scores, dtype=torch.bool) if term.itself else _held(chunk, chunk.item_ids)
+    moved = torch.zeros_like(fixed)
     moved[:, term.rows] = ~fixed[:, term.rows]
     best = scores.masked_fill(moved, -torch.inf).topk(min(_TOP, scores.shape[1]), dim=1).values
     targets = chunk.targets.to(scores.device)[:, None]
     place = torch.where(moved.gather(1, targets)[:, 0], term.column[targets[:, 0]], -1)
     own = scores[:, term.rows].masked_fill(fixed[:, term.rows], -torch.inf)
     return _Ranked(*(part.cpu() for part in (best, scores.gather(1, targets)[:, 0], own, place)))
+
+
+def _held(chunk: Chunk, items: Tensor) -> Tensor:
+    """Return [batch, row], bool: True for the items."""
+    return torch.zeros_like(chunk.scores, dtype=torch.bool).scatter_(1, items * (items > UNKNOWN_ROW), True)

@@ -119,6 +119,15 @@ def test_terms_are_weighed_by_the_mean_of_both_protocols() -> None:
     assert mean_ndcg(model, catalogue, valid) == pytest.approx(found["without"], abs=1e-6)
 
 
+def test_what_a_session_held_before_the_items_that_the_model_reads_is_excluded_too() -> None:
+    """As in evaluation and serving."""
+    rng, twice = np.random.default_rng(0), 2 * shop.SMALL["max_sequence_length"]
+    valid = [(FIRST_ITEM_ROW + rng.permutation(N_ITEMS)[: twice + 1]).tolist() for _ in range(60)]
+    model, catalogue = made(n_neighbours=8)
+    found = fit_terms(model, catalogue, Sessions.from_lists(FORWARDS), Sessions.from_lists(valid))
+    assert found["valid_ndcg@10"] == pytest.approx(mean_ndcg(model, catalogue, valid), abs=1e-6)
+
+
 def test_the_history_bias_is_chosen_together_with_the_other_terms() -> None:
     """Item-kNN lifts what was seen again; the offset takes it back, and training keeps the bias that it learned."""
     model, catalogue = made(n_neighbours=8)

@@ -87,6 +87,9 @@ def test_a_user_is_drawn_with_all_sessions() -> None:
     ranks, users = np.array([1, MISSED, MISSED, MISSED]), np.array([5, 2, 2, 2])
     found = paired_differences(ranks, np.full(4, MISSED), ks=[10], users=users)["recall@10"]
     assert found == pytest.approx((0.25, 0.0, 1.0, 3 / 4 + 1 / 8), abs=0.03)
+    many = bootstrap_intervals(np.tile(ranks, 200), ks=[10], users=np.repeat(np.arange(400), np.tile([1, 3], 200)))
+    low, high = many["recall@10"] or (1, 0)
+    assert 0.2 < low < 0.25 < high < 0.3
 
 
 def test_users_are_numbered_where_one_has_several_sessions() -> None:

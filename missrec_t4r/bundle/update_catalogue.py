@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -42,7 +41,7 @@ from missrec_t4r.bundle.manifest import (
 )
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
-from missrec_t4r.io.arrow_files import one_array
+from missrec_t4r.io.arrow_files import one_array, unequal
 from missrec_t4r.io.atomic import exchange, temporary_dir
 from missrec_t4r.io.npy_files import read_npy
 from missrec_t4r.model.missrec import MISSRec
@@ -272,7 +271,7 @@ def _differs(catalogue: Catalogue, table: pa.Table, rows: Ints, given: Mapping[s
         new = one_array(table[name]).filter(pa.array(is_old))
         if name in catalogue.items.column_names:
             old = one_array(catalogue.items[name]).take(pa.array(at - FIRST_ITEM_ROW))
-            changed |= _unequal(old, _cast(new, old.type, name))
+            changed |= unequal(old, _cast(new, old.type, name))
         else:
             changed |= new.is_valid().to_numpy(zero_copy_only=False)
     for name, vectors in given.items():
@@ -281,17 +280,6 @@ def _differs(catalogue: Catalogue, table: pa.Table, rows: Ints, given: Mapping[s
         changed |= other & ~np.isnan(own).any(1)
     differs[is_old] = changed
     return differs
-
-
-def _unequal(old: pa.Array, new: pa.Array) -> Bools:
-    """Return where two columns differ; two nulls, or two NaN, are equal."""
-    try:
-        unequal = pc.fill_null(pc.not_equal(old, new), False).to_numpy(zero_copy_only=False)
-    except pa.ArrowNotImplementedError:  # lists and structs
-        return np.array([one != other for one, other in zip(old.to_pylist(), new.to_pylist(), strict=True)], bool)
-    if pa.types.is_floating(old.type):
-        unequal &= ~pc.fill_null(pc.and_(pc.is_nan(old), pc.is_nan(new)), False).to_numpy(zero_copy_only=False)
-    return np.asarray(unequal | pc.xor(old.is_null(), new.is_null()).to_numpy(zero_copy_only=False), bool)
 
 
 def _cast(column: pa.Array, dtype: pa.DataType, name: str) -> pa.Array:

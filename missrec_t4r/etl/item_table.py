@@ -2,7 +2,7 @@
 
 Item i of the table gets item index 3 + i and keeps it. Items that occur only in events are appended in the order of
 their first event (or their events are dropped) and have no modality. An incremental update appends new rows of the item
-table after the old items, and completes old items that were known from events only.
+table after the old items, and gives old items the values of their rows.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from missrec_t4r.arrays import Bools, Floats
+from missrec_t4r.arrays import Floats, Ints
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import ConfigError, DataError, ModalityError, SchemaError
 from missrec_t4r.etl.dataframe import Frame, adapter_of
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.checks import Findings
-from missrec_t4r.io.arrow_files import one_array
+from missrec_t4r.io.arrow_files import one_array, unequal
 from missrec_t4r.io.npy_files import read_npy
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ROW, TRAIN_COUNT
 
@@ -265,7 +265,8 @@ def merge_new_items(
 ) -> tuple[pa.Table, Vectors, int]:
     """Return the old items followed by the new rows of an item table, their vectors, and the number of rows used.
 
-    A row of an old item is used if only the item's id was known so far, and ignored otherwise.
+    A row of an old item replaces the item's values, in the columns that the table has. The item takes the row's vectors
+    where its values change or it had none; beside equal values its vectors stay, as those of the other items do.
 
     Parameters
     ----------
@@ -302,33 +303,48 @@ def merge_new_items(
             raise ModalityError(f"modality {name!r} of width {array.shape[1]}", f"one of the catalogue's: {widths}")
     table, new_vectors = unique_items(table, new_vectors, findings)
     item_index = old.rows_of(table[ITEM_ID].combine_chunks())  # [new row]
-    shared = [name for name in table.column_names if name in old_items.column_names]
+    table = table.select([name for name in table.column_names if name not in (ROW, TRAIN_COUNT)])
     try:
-        both = pa.concat_tables([old_items, table.select(shared)], promote_options="permissive")
+        both = pa.concat_tables([old_items, table], promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise SchemaError(f"the item table differs in a type ({error})", "types as in the catalogue") from error
     is_old = item_index >= FIRST_ITEM_ROW
     position = np.maximum(item_index - FIRST_ITEM_ROW, 0)  # [new row]: row among the old items, where it is one
-    added = np.flatnonzero(~is_old)
-    completed = np.flatnonzero(is_old & _known_by_id_only(old_items)[position])
-    if not len(added) + len(completed):
+    added, known = np.flatnonzero(~is_old), np.flatnonzero(is_old)
+    differs = np.zeros(table.num_rows, bool)  # [new row]
+    replaced = {}
+    for name in (name for name in table.column_names if name != ITEM_ID):
+        column = one_array(both[name])
+        before, after = column.take(pa.array(position[known])), column.take(pa.array(old.n_items + known))
+        differs[known] |= unequal(before, after)
+        source = np.arange(len(column))  # row of ``both`` that holds the value
+        source[position[known]] = old.n_items + known
+        replaced[name] = column.take(pa.array(source))
+    for name, array in new_vectors.items():
+        differs[known] |= ~old.modalities[name].present[item_index[known]] & array[known].any(1)
+    changed = np.flatnonzero(differs)
+    findings.add("changed_items", len(changed), "items whose row differs from the catalogue have the new values")
+    kept = _other_vectors(old, new_vectors, np.flatnonzero(is_old & ~differs), item_index)
+    findings.add("vectors_kept", kept, "items with other vectors but the same row keep the vectors that they had")
+    if not len(added) + len(changed):
         return old_items, vectors, 0
-    order = np.concatenate([np.arange(old.n_items), old.n_items + added])  # rows of ``both`` in catalogue order
-    order[position[completed]] = old.n_items + completed
+    rows = pa.array(np.concatenate([np.arange(old.n_items), old.n_items + added]))  # of ``both``, in catalogue order
+    items = pa.table({name: replaced.get(name, both[name]) for name in both.column_names}).take(rows)
     merged = {}
     for name, array in vectors.items():
-        blank = np.zeros((table.num_rows, array.shape[1]), np.float32)
-        merged[name] = np.concatenate([array, new_vectors.get(name, blank)])[order]
-    return both.take(pa.array(order)), merged, len(added) + len(completed)
+        given = new_vectors.get(name, np.zeros((table.num_rows, array.shape[1]), np.float32))
+        merged[name] = np.concatenate([array, given[added]])
+        if name in new_vectors:
+            merged[name][position[changed]] = given[changed]
+    return items, merged, len(added) + len(changed)
 
 
-def _known_by_id_only(items: pa.Table) -> Bools:
-    """Return which items have no value but their id, [item]."""
-    empty = np.ones(items.num_rows, bool)
-    for name in items.column_names:
-        if name != ITEM_ID:
-            empty &= items[name].is_null().to_numpy()
-    return empty
+def _other_vectors(old: Catalogue, vectors: Vectors, rows: npt.NDArray[np.intp], item_index: Ints) -> int:
+    """Return how many of some rows of an item table have a vector that differs from the catalogue's."""
+    differs = np.zeros(len(rows), bool)
+    for name, array in vectors.items():
+        differs |= (old.modalities[name].vectors[item_index[rows]] != array[rows]).any(1)
+    return int(differs.sum())
 
 
 def extend_catalogue(old: Catalogue, items: pa.Table, vectors: Vectors) -> Catalogue:
@@ -348,7 +364,7 @@ def extend_catalogue(old: Catalogue, items: pa.Table, vectors: Vectors) -> Catal
             [np.zeros((FIRST_ITEM_ROW, modality.width), np.float32), vectors[name]]
         )  # [item index, width]
         present = padded.any(1)
-        present[: old.n_rows] |= modality.present
+        present[: old.n_rows] |= modality.present & (padded[: old.n_rows] == modality.vectors).all(1)
         pad = ((0, n_new), (0, 0))
         variants = {variant: np.pad(array, pad) for variant, array in modality.variants.items()}
         modalities[name] = replace(modality, vectors=padded, present=present, variants=variants)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from missrec_t4r.arrays import Bools
 from missrec_t4r.io.atomic import atomic_write_file
 
 
@@ -37,3 +40,14 @@ def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
 def is_list(kind: pa.DataType) -> bool:
     """Return whether a type is that of lists of any length."""
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def unequal(old: pa.Array, new: pa.Array) -> Bools:
+    """Return where two columns differ; two nulls, or two NaN, are equal."""
+    try:
+        unequal = pc.fill_null(pc.not_equal(old, new), False).to_numpy(zero_copy_only=False)
+    except pa.ArrowNotImplementedError:  # lists and structs
+        return np.array([one != other for one, other in zip(old.to_pylist(), new.to_pylist(), strict=True)], bool)
+    if pa.types.is_floating(old.type):
+        unequal &= ~pc.fill_null(pc.and_(pc.is_nan(old), pc.is_nan(new)), False).to_numpy(zero_copy_only=False)
+    return np.asarray(unequal | pc.xor(old.is_null(), new.is_null()).to_numpy(zero_copy_only=False), bool)

@@ -108,7 +108,7 @@ class Recommender:
         self.folder, self.shop = folder, shop
         self.commands = [
             *shop.commands,
-            command_line("train", call),
+            command_line("train", call | {"device": None if self.device == "auto" else self.device}),
             command_line("export", {"run": folder / _RUN, "out": folder / _BUNDLE}),
         ]
         self._use(folder / _BUNDLE)
@@ -305,6 +305,10 @@ class Recommender:
         repository = (self.folder or temporary_folder("missrec-models-")) / _MODELS
         write_repository(bundle, repository)
         return LocalTriton(repository, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: folders and settings; the bundle is opened again where it is needed."""
+        return self.__dict__ | {"_client": None}
 
     def __repr__(self) -> str:
         """Return recipe, validation metric and bundle; of a loaded model the bundle."""

@@ -151,7 +151,7 @@ class Shop:
                 commands.features(at / _DATA, cooccurrence=True)
                 done.append(command_line("features", {"data": at / _DATA, "cooccurrence": True}))
         columns = {"user": user, "item": item, "time": time}
-        write_json(at / _COLUMNS_FILE, columns)
+        write_json(at / _COLUMNS_FILE, columns | {"commands": done})
         return cls(at, columns, done)
 
     @classmethod
@@ -166,7 +166,8 @@ class Shop:
         folder = Path(folder)
         if not (folder / _COLUMNS_FILE).is_file():
             raise DataError(f"{folder} holds no {_COLUMNS_FILE}", "a folder of Shop.from_frames(..., folder=...)")
-        return cls(folder, read_json(folder / _COLUMNS_FILE))
+        columns = read_json(folder / _COLUMNS_FILE)
+        return cls(folder, columns, columns.pop("commands", ()))
 
     @property
     def data(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shlex
 import shutil
 import subprocess
@@ -124,11 +125,12 @@ def test_an_evaluation_is_a_table(model: mr.Recommender) -> None:
     assert f"model: {number(parts.loc['all', 'model'])}" in drawn
 
 
-def test_the_commands_are_those_of_the_command_line(model: mr.Recommender) -> None:
+def test_the_commands_are_those_of_the_command_line(model: mr.Recommender, shop: mr.Shop) -> None:
     import typer
 
     command = typer.main.get_command(app)
     assert [shlex.split(line)[1] for line in model.commands] == ["etl", "features", "train", "export"]
+    assert mr.Shop.open(shop.folder).commands == shop.commands == model.commands[:2]
     for line in model.commands:
         words = shlex.split(line)[1:]
         context = command.make_context("missrec", list(words), resilient_parsing=False)
@@ -146,6 +148,11 @@ def test_similar_and_saved_models(model: mr.Recommender, shop: mr.Shop, tmp_path
         again.evaluate()
     with pytest.raises(ConfigError, match="without a shop"):
         mr.Recommender.load(tmp_path / "bundle").recommend(users=["u5"])
+
+
+def test_a_model_that_was_used_can_be_pickled(model: mr.Recommender) -> None:
+    before = model.recommend(users=["u1"], k=3)
+    pd.testing.assert_frame_equal(pickle.loads(pickle.dumps(model)).recommend(users=["u1"], k=3), before)
 
 
 def test_new_items_are_recommended_by_their_content(shop: mr.Shop, model: mr.Recommender, tmp_path: Path) -> None:

@@ -261,3 +261,92 @@ def test_vectors_per_event_come_along_and_are_a_side_feature(tutorial: Path, tmp
     np.testing.assert_array_equal(train.features["scene"][:, 1], 2 * train.values)
     (measured,) = fit_event_columns([column], train)
     assert (measured.size, measured.std > 1) == (3, True)
+
+
+def _with_items(tutorial: Path, folder: Path, lists: pa.Array) -> Path:
+    """Write the sessions with other item lists; the columns beside are as long as before."""
+    sessions = pq.read_table(tutorial / "processed" / "part_0.parquet", columns=["session_id"])
+    folder.mkdir()
+    pq.write_table(sessions.append_column("item_id-list", lists), folder / "part_0.parquet")
+    shutil.copy(tutorial / "processed" / "schema.pbtxt", folder)
+    return folder
+
+
+def _rows(tutorial: Path) -> list[list[int]]:
+    rows: list[list[int]] = pq.read_table(tutorial / "processed" / "part_0.parquet")["item_id-list"].to_pylist()
+    return rows
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.uint64()), pa.large_list(pa.int32()), pa.list_(pa.float64()), "fixed"])
+def test_lists_of_every_kind_are_the_same_sessions(kind: pa.DataType | str, tutorial: Path, tmp_path: Path) -> None:
+    rows = _rows(tutorial)
+    if kind == "fixed":
+        length = max(map(len, rows))
+        padded = [row + [0] * (length - len(row)) for row in rows]
+        lists = pa.array(padded, pa.list_(pa.int64(), length))
+    else:  # pandas writes integers beside a missing one as floats, the missing one as NaN
+        lists = pa.array(
+            [[float("nan"), *map(float, row)] for row in rows] if kind == pa.list_(pa.float64()) else rows, kind
+        )
+    adopt(tutorial / "workflow", tmp_path / "data", sessions=_with_items(tutorial, tmp_path / "processed", lists))
+    test = Sessions.load(tmp_path / "data" / "test")
+    assert [session.tolist() for session in test] == [row for row in rows if len(row) > 2]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [("SKU-7", "string, such as 'SKU-7'.*rows of the workflow"), (3.5, "double, such as 3.5")]
+)
+def test_lists_that_hold_no_rows_are_refused(value: object, words: str, tutorial: Path, tmp_path: Path) -> None:
+    sessions = _with_items(tutorial, tmp_path / "processed", pa.array([[value, value]] * len(_rows(tutorial))))
+    with pytest.raises(SchemaError, match=words):
+        adopt(tutorial / "workflow", tmp_path / "data", sessions=sessions)
+
+
+def _splits(tutorial: Path, folder: Path, **changed: pa.Table) -> dict[str, Path]:
+    """Write the sessions as all three splits, or another table as one of them."""
+    files = {name: folder / f"{name}.parquet" for name in ("train", "valid", "test")}
+    for name, file in files.items():
+        pq.write_table(changed.get(name, pq.read_table(tutorial / "processed" / "part_0.parquet")), file)
+    shutil.copy(tutorial / "processed" / "schema.pbtxt", folder)
+    return files
+
+
+def test_splits_keep_the_columns_that_all_have(tutorial: Path, tmp_path: Path) -> None:
+    whole = pq.read_table(tutorial / "processed" / "part_0.parquet")
+    report = adopt(
+        tutorial / "workflow",
+        tmp_path / "data",
+        **_splits(tutorial, tmp_path, valid=whole.drop_columns(["category-list"])),  # type: ignore[arg-type]
+    )
+    assert [column.name for column in event_columns(tmp_path / "data", "auto", 8)] == ["age_days"]
+    (finding,) = report["findings"]
+    assert (finding["check"], "['category-list'] are not in all" in finding["message"]) == (
+        "list_column_left_out",
+        True,
+    )
+
+
+def test_sessions_without_anything_before_the_target_are_no_examples(tutorial: Path, tmp_path: Path) -> None:
+    whole = pq.read_table(tutorial / "processed" / "part_0.parquet", columns=["session_id", "item_id-list"])
+    rows = _rows(tutorial)
+    short = whole.set_column(1, "item_id-list", pa.array([rows[0][:1], *rows[1:]]))
+    options = _splits(tutorial, tmp_path, train=whole, valid=short, test=whole)
+    report = adopt(tutorial / "workflow", tmp_path / "data", **options)  # type: ignore[arg-type]
+    assert (report["sessions"]["train"], report["sessions"]["valid"]) == (len(rows), len(rows) - 1)
+    assert [finding["check"] for finding in report["findings"]] == ["sessions_of_one_item"]
+    alone = whole.set_column(1, "item_id-list", pa.array([row[:1] for row in rows]))
+    with pytest.raises(DataError, match="no session of valid has two items"):
+        adopt(
+            tutorial / "workflow",
+            tmp_path / "none",
+            **_splits(tutorial, tmp_path, train=whole, valid=alone, test=whole),
+        )  # type: ignore[arg-type]
+
+
+def test_two_inputs_that_contradict_are_refused(tutorial: Path, items: tuple[Path, Path], tmp_path: Path) -> None:
+    sessions, others = tutorial / "processed", tmp_path / "others.parquet"
+    with pytest.raises(ConfigError, match="--sessions beside --train, --valid, --test"):
+        adopt(tutorial / "workflow", tmp_path / "data", sessions=sessions, **_splits(tutorial, tmp_path))  # type: ignore[arg-type]
+    pd.read_parquet(items[0]).assign(sku=lambda table: table.sku + 1).to_parquet(others)
+    with pytest.raises(DataError, match=r"none of the workflow's .* items is in the item table: .*--item-column"):
+        adopt(tutorial / "workflow", tmp_path / "data", sessions=sessions, items=others, item_column="sku")

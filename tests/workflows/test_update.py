@@ -27,7 +27,7 @@ from missrec_t4r.etl.engine.compact import compact
 from missrec_t4r.etl.nvt.serialization import load_workflow
 from missrec_t4r.etl.pipeline import etl
 from tests.workflows.increments import NEW_ITEMS, OPTIONS, SOME, raw_rows, shop
-from tests.workflows.tables import ITEMS, write
+from tests.workflows.tables import ITEMS, save_vectors, write
 
 
 @SOME
@@ -50,7 +50,7 @@ def test_an_update_equals_a_full_run_on_all_events(
     assert after.ids_of(range(3, before.n_rows)) == before.ids_of(range(3, before.n_rows))  # rows never move
     np.testing.assert_array_equal(after.modalities["text"].vectors[: before.n_rows], before.modalities["text"].vectors)
 
-    all_items = pd.concat([ITEMS, NEW_ITEMS]).drop_duplicates("item_id")
+    all_items = pd.concat([ITEMS, NEW_ITEMS]).drop_duplicates("item_id", keep="last")
     _, items = write(folder / "all", second, all_items)
     if options.get("split") == "time":
         common |= {name: boundaries[name] for name in ("valid_from", "test_from")}
@@ -237,6 +237,58 @@ def test_one_process_may_update_a_folder_twice(tmp_path: Path) -> None:
     both = write(tmp_path / "both", pd.concat([old, pd.read_parquet(day)]))
     etl(*both, tmp_path / "full", engine="disk", workers=1)
     assert raw_rows(data, "test") == raw_rows(tmp_path / "full", "test")
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_known_items_take_the_values_of_their_rows(tmp_path: Path, delta: bool) -> None:
+    events, items = write(tmp_path / "old", shop(0, 60))
+    first = {"text": save_vectors(tmp_path / "first.npy", np.full((4, 2), 1))}
+    etl(events, items, tmp_path / "data", engine="disk", workers=1, modality=first)
+    before = {item["item_id"]: item for item in Catalogue.load(tmp_path / "data/catalogue").items.to_pylist()}
+    gone, *_, changed = ITEMS.item_id
+    tonight = ITEMS[1:].assign(price=[*ITEMS.price[1:3], 0.5], in_stock=[None, None, True])
+    _, items = write(tmp_path / "new", shop(1, 3), tonight)
+    second = {"text": save_vectors(tmp_path / "second.npy", np.full((3, 2), 2))}
+    again = {"items": items, "modality": second, "delta": delta}
+    told = update(_day(tmp_path / "day"), tmp_path / "data", workers=1, **again)
+    catalogue = Catalogue.load(tmp_path / "data/catalogue")
+    after = {item["item_id"]: item for item in catalogue.items.to_pylist()}
+    assert (told["added"]["items_added"], told["added"]["items_changed"]) == (0, 1)
+    assert (after[changed]["price"], after[changed]["in_stock"]) == (0.5, True)
+    for name in set(before) - {changed}:
+        assert (after[name]["title"], after[name]["price"]) == (before[name]["title"], before[name]["price"])
+    assert after[gone]["in_stock"] is None
+    text = dict(zip(after, catalogue.modalities["text"].vectors[3:, 0].tolist(), strict=True))
+    assert [text[name] for name in ITEMS.item_id] == [2 if name == changed else 1 for name in ITEMS.item_id]
+    assert {finding["check"]: finding["count"] for finding in told["findings"]}["vectors_kept"] == 2
+    assert update([], tmp_path / "data", workers=1, **again)["updated"] is False
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_columns_of_an_update_mean_what_they_meant(data: Path, tmp_path: Path, delta: bool) -> None:
+    """A category that comes as numbers is refused; nothing but the known columns is read, in any order."""
+    before, day = (data / "etl.json").read_bytes(), tmp_path / "day.parquet"
+    frame = shop(3, 4).assign(timestamp=[301, 302, 303, 304])
+    frame.assign(event_type=range(4)).to_parquet(day, index=False)
+    with pytest.raises(SchemaError, match="'event_type' holds int64; expected: texts as before"):
+        update(day, data, delta=delta, workers=1)
+    assert (data / "etl.json").read_bytes() == before
+    frame = frame.assign(event_type=None, user_id=range(4), coupon="new")[["dwell", "coupon", *frame.columns[:-1]]]
+    frame.to_parquet(day, index=False)
+    told = update(day, data, delta=delta, workers=1)
+    assert "event_column_left_out" in {finding["check"] for finding in told["findings"]}
+    rows = raw_rows(data, "train")
+    assert [row["event_type-list"] for (user, _), row in rows.items() if user == "3"] == [[""]]
+
+
+def test_user_ids_of_an_update_are_of_the_folders_type(tmp_path: Path) -> None:
+    numbered = shop(0, 60).assign(user_id=lambda frame: frame.user_id.str[5:].astype(int))
+    etl(*write(tmp_path / "old", numbered), tmp_path / "data", engine="disk", workers=1)
+    numbered.head(3).assign(timestamp=999).astype({"user_id": str}).to_csv(tmp_path / "day.csv", index=False)
+    assert update(tmp_path / "day.csv", tmp_path / "data", workers=1)["added"]["users_added"] == 0
+    shop(1, 3).to_parquet(tmp_path / "day.parquet", index=False)
+    with pytest.raises(SchemaError, match="'user_id' are texts such as 'user .'; expected: integers as in the folder"):
+        update(tmp_path / "day.parquet", tmp_path / "data", workers=1)
 
 
 @pytest.mark.parametrize("named_before", [True, False])

@@ -74,7 +74,7 @@ def update(
     out : Path
         Data folder of ``missrec etl --engine disk``.
     items : Path, optional
-        Item table, parquet or csv; items that the folder has already are skipped.
+        Item table, parquet or csv; rows of items that the folder has already replace their values.
     catalogue_item_column : str, optional
         Column of its ids; by default that of the first run.
     modality : mapping of str to Path
@@ -148,7 +148,8 @@ def update(
         finish(folder)
     shutil.rmtree(copies, ignore_errors=True)
     n_added = len(change["items_added"])
-    log.info(f"{out}: version {version}, {change['events_added']:,} events and {n_added:,} items added")
+    changed = f", {change['items_changed']:,} items changed" if change["items_changed"] else ""
+    log.info(f"{out}: version {version}, {change['events_added']:,} events and {n_added:,} items added{changed}")
     if plain < version and is_due(out, counts["events"]):
         plain = compact(out, dask_scheduler=dask_scheduler, workers=workers)["plain_version"]
     added = {**change, "items_added": n_added}
@@ -197,6 +198,7 @@ def _describe_change(
         "events_added": counts["events"] - report["events"],
         "users_added": counts["users"] - report["users"],
         "items_added": ids,
+        "items_changed": sum(found.count for found in job.findings.found if found.check == "changed_items"),
         "rows_added": [first, first + len(ids)],
         **counts.pop("touched"),
         "files": list(digests),

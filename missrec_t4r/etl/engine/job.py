@@ -15,11 +15,13 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import SchemaError
 from missrec_t4r.etl import item_table
 from missrec_t4r.etl.engine.shuffle import Plan, cut_chunks
+from missrec_t4r.etl.engine.user_state import state_path
 from missrec_t4r.etl.engine.workdir import decoded_type, unified_schema
 from missrec_t4r.etl.event_settings import EventSettings
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import Notations, note
-from missrec_t4r.schema import ITEM_ID, TIMESTAMP
+from missrec_t4r.io.arrow_files import read_arrow
+from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
 EVENTS_PER_PARTITION = 500_000
 _MAX_PARTITIONS = 65_535
@@ -85,7 +87,14 @@ def make_plan(job: Job) -> Plan:
             if name not in clashing
         }
     )
-    features = checks.event_features(empty, job.settings["drop_columns"], job.findings)
+    dropped = job.settings["drop_columns"]
+    if job.old:  # the column may be gone
+        dropped = [name for name in dropped if name in empty.column_names]
+    features = checks.event_features(empty, dropped, job.findings)
+    if job.old:
+        features, as_types = _as_before(job, empty, features)
+    else:  # a file without any value of a column does not know its type
+        as_types = {name: str(empty[name].type) for name in features}
     texts = [name for name in features if pa.types.is_string(empty[name].type)]
     categorical = job.settings["categorical_columns"]
     notations = _notations(job, [name for name in texts if name not in categorical])
@@ -93,10 +102,9 @@ def make_plan(job: Job) -> Plan:
     job.derive.check(features, texts)
     if missing := [name for name in categorical if name not in features]:
         raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {features}")
-    if job.old and features != (before := job.settings["event_features"]):
-        raise SchemaError(f"the new events have columns {features}", f"{before} as before", "see --drop-column")
     job.settings["event_features"] = features
-    kinds = {name: "category" if name in texts or name in categorical else "number" for name in features}
+    categories = [*texts, *categorical, *job.old.get("categories", ())]
+    kinds = {name: "category" if name in categories else "number" for name in features}
     chunks = cut_chunks(job.files)
     rows = sum(chunk.rows for chunk in chunks)
     partitions = job.partitions or max(1, -(-rows // EVENTS_PER_PARTITION))  # rounded up
@@ -112,7 +120,48 @@ def make_plan(job: Job) -> Plan:
         not is_number,
         notations,
         job.settings.get("time_format"),
+        as_types,
     )
+
+
+def _as_before(job: Job, empty: pa.Table, found: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the event columns of an incremental update, those of the first run, and what is cast when it is read.
+
+    A new column is left out. A column without any value has no type, and takes the folder's; so do ids of users.
+
+    Raises
+    ------
+    SchemaError
+        A column is missing, or holds texts where the folder holds categories of numbers, or the other way round.
+    """
+    before: list[str] = job.settings["event_features"]
+    untyped = [name for name in before if name in empty.column_names and pa.types.is_null(empty[name].type)]
+    if missing := [name for name in before if name not in found and name not in untyped]:
+        cure = f"add {', '.join(missing)}, or run missrec etl on all events"
+        raise SchemaError(f"the new events have columns {list(found)}", f"{before} as before", cure)
+    for name in found:
+        if name not in before:
+            words = f"event column {name!r} is new and is left out; run missrec etl on all events to read it"
+            job.findings.add("event_column_left_out", 1, words)
+    as_types = {USER_ID: _user_type(job.old)}
+    for name in before:
+        values = job.old["categories"].get(name)
+        of_texts = any(isinstance(value, str) for value in values or ())
+        if name in untyped:
+            as_types[name] = "float" if values is None else "string" if of_texts else "double"
+        elif values is not None and of_texts != pa.types.is_string(empty[name].type):
+            raise SchemaError(
+                f"event column {name!r} holds {empty[name].type}",
+                f"{'texts' if of_texts else 'numbers'} as before",
+                "convert it, or run missrec etl on all events",
+            )
+    return before, as_types
+
+
+def _user_type(old: Mapping[str, Any]) -> str:
+    """Return the type of the user ids of a data folder."""
+    paths = (state_path(old["folder"], number) for number in range(old["partitions"]))
+    return str(read_arrow(next(path for path in paths if path.is_file())).schema.field(USER_ID).type)
 
 
 def _notations(job: Job, texts: Sequence[str]) -> dict[str, str]:

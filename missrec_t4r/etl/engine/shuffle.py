@@ -66,6 +66,8 @@ class Plan:
     number_texts: dict[str, str] = field(default_factory=dict)
     """Number column that the files hold as text -> its notation (`quality.number_texts`)."""
     time_format: str | None = None
+    as_types: dict[str, str] = field(default_factory=dict)
+    """Event column -> its type where a file has no value of it; in an update ``user_id`` -> its type in the folder."""
 
     def save(self, work: Path) -> None:
         """Write the plan."""
@@ -258,7 +260,7 @@ class EventEncoder:
                 )
             items = numbers
         keys = {
-            USER_ID: checks.normal_ids(decode(table[USER_ID]), raw[USER_ID]),
+            USER_ID: self._users(checks.normal_ids(decode(table[USER_ID]), raw[USER_ID]), raw[USER_ID]),
             ITEM_ID: items,
             TIMESTAMP: checks.normal_time(table[TIMESTAMP], raw[TIMESTAMP], self.plan.time_format),
         }
@@ -270,6 +272,20 @@ class EventEncoder:
                 valid = pc.is_valid(table[name])
                 usable = valid if usable is None else pc.and_(usable, valid)
         return table if usable is None else table.filter(usable)
+
+    def _users(self, users: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+        """Return user ids in the type of the folder that an update extends."""
+        kind = self.plan.as_types.get(USER_ID, str(users.type))
+        if kind == str(users.type):
+            return users
+        converted = users.cast(pa.string()) if kind == "string" else checks.text_to_integers(users)
+        if converted is None:
+            raise SchemaError(
+                f"user ids of column {name!r} are texts such as {users.drop_null()[0].as_py()!r}",
+                "integers as in the folder",
+                "convert them, or run missrec etl on all events",
+            )
+        return converted
 
     def _item_index(self, items: pa.Array) -> Codes:
         """Return item indices, -1 - code for items that are not in the item table, [event]."""
@@ -284,6 +300,8 @@ class EventEncoder:
 
     def _feature(self, name: str, kind: str, column: pa.Array) -> pa.Array:
         """Return an event feature: numbers with nulls as 0, categories as codes of this chunk, [event]."""
+        if pa.types.is_null(column.type):
+            column = column.cast(self.plan.as_types[name])
         if name in self.plan.number_texts:
             column = parse_numbers(column, self.plan.number_texts[name])
         text = pa.types.is_string(column.type)

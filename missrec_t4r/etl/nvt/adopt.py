@@ -109,6 +109,12 @@ def adopt(
     catalogues.check_fingerprints(fingerprint or {}, files)
     if not (sessions or split_files) or (files and items is None):
         raise ConfigError("no sessions, or vectors without an item table", "--sessions or --train, --valid and --test")
+    if sessions and split_files:
+        raise ConfigError(
+            f"--sessions beside --{', --'.join(split_files)}",
+            "sessions that are split here, or given splits",
+            "leave out one of them",
+        )
     ids = read_vocabulary(Path(workflow), vocabulary_column)
     log.info(f"{len(ids):,} items in the workflow's vocabulary")
     table, vectors = _items_in_rows(
@@ -221,6 +227,13 @@ def _items_in_rows(
     table = table.set_column(table.column_names.index(ITEM_ID), ITEM_ID, raw)
     table, vectors = catalogues.unique_items(table, vectors, findings)
     line_of = pd.Index(table[ITEM_ID].to_pandas()).get_indexer(pd.Index(ids.to_pandas()))
+    if (line_of < 0).all():
+        raise DataError(
+            f"none of the workflow's {len(ids):,} items is in the item table: {ids[0].as_py()!r} there, "
+            f"{table[ITEM_ID][0].as_py()!r} here",
+            "the same ids",
+            "check --item-column and --vocabulary-column",
+        )
     fresh = np.setdiff1d(np.arange(table.num_rows), line_of)
     findings.add("items_without_line", int((line_of < 0).sum()), "items of the workflow that the item table lacks")
     findings.add("new_items", len(fresh), f"items that the workflow never saw: {new_items}")

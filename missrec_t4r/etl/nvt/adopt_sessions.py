@@ -16,7 +16,7 @@ from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, expand, read_table
 from missrec_t4r.io.arrow_files import is_list, one_array
-from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_LIST, LIST_SUFFIX, SCHEMA_FILE, SPLITS, USER_ID
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_LIST, LIST_SUFFIX, NULL_ROW, SCHEMA_FILE, SPLITS, USER_ID
 
 _ABOVE = 3
 """Number of parent folders of the sessions that are searched for a schema.pbtxt."""
@@ -37,7 +37,7 @@ class Reader:
 
     def __init__(self, rows: int, schema: Path | None, findings: checks.Findings) -> None:
         self.rows, self.schema_file, self.findings = rows, schema, findings
-        self._columns: dict[str, str] = {}
+        self._columns: dict[str, str] = {}  # raw name -> ours, of all that was read
         self._schema: Schema | None = None
 
     def read(self, paths: Paths) -> pa.Table:
@@ -54,18 +54,43 @@ class Reader:
         table = read_table(files, "sessions")
         if self._schema is None:
             self._schema = _read_schema(self.schema_file or _beside(files[0]))
-            self._columns = self._names(table)
-        columns = {ours: _lists(table[raw]) for raw, ours in self._columns.items() if raw in table.column_names}
-        items = columns.get(ITEM_LIST)
-        if items is None:
-            raise SchemaError(f"{files[0]} has columns {table.column_names}", "the item column of the schema")
-        return self._without_unknown(self._aligned(columns, items), items, table, files[0])
+        names = self._names(table)
+        columns = {ours: _lists(table[raw]) for raw, ours in names.items()}
+        raw_items = next(raw for raw, ours in names.items() if ours == ITEM_LIST)
+        columns[ITEM_LIST] = items = _of_rows(columns[ITEM_LIST], raw_items)
+        columns = self._aligned(columns, items)
+        self._columns |= {raw: ours for raw, ours in names.items() if ours in columns}
+        return self._without_unknown(columns, items, table, files[0])
 
     def read_splits(self, paths: Mapping[str, Paths]) -> dict[str, pa.Table]:
-        """Return given train, valid and test sessions."""
+        """Return given train, valid and test sessions: the columns that all have, and what has a target.
+
+        Raises
+        ------
+        SchemaError, DataError
+            As of `read`; a split is not given, or has no session of two items.
+        """
         if missing := [name for name in SPLITS if name not in paths]:
             raise DataError(f"no sessions for {missing}", "train, valid and test", "name them, or --sessions alone")
-        return {name: self.read(paths[name]) for name in SPLITS}
+        tables = {name: self.read(paths[name]) for name in SPLITS}
+        shared = [name for name in tables["train"].column_names if all(name in t.column_names for t in tables.values())]
+        partly = sorted({name for table in tables.values() for name in table.column_names} - set(shared))
+        self.findings.add("list_column_left_out", len(partly), f"columns {partly} are not in all three splits")
+        self._columns = {raw: ours for raw, ours in self._columns.items() if ours not in partly}
+        return {
+            name: table.select(shared) if name == "train" else self._with_history(table.select(shared), name)
+            for name, table in tables.items()
+        }
+
+    def _with_history(self, table: pa.Table, split: str) -> pa.Table:
+        """Leave out sessions of one item: it is the target, and nothing precedes it."""
+        has_history = pc.greater(pc.list_value_length(table[ITEM_LIST]), 1)
+        left = table.filter(has_history)
+        message = f"sessions of {split} with one item are left out: nothing precedes their target"
+        self.findings.add("sessions_of_one_item", table.num_rows - left.num_rows, message)
+        if not left.num_rows:
+            raise DataError(f"no session of {split} has two items", "at least one: the last item is the target")
+        return left
 
     def schema_of_sessions(self, rows: int, longest: int) -> Schema:
         """Return the Merlin schema of the sessions: renamed columns, tags as stored, item domain of the catalogue."""
@@ -87,7 +112,7 @@ class Reader:
     def _names(self, table: pa.Table) -> dict[str, str]:
         """Return our names by raw name: session key, items and event features."""
         assert self._schema is not None
-        lists = [name for name in table.column_names if is_list(table[name].type)]
+        lists = [name for name in table.column_names if _is_list(table[name].type)]
         of_items = [n for n in self._schema.select_by_tag(Tags.ITEM_ID).column_names if n in table.column_names]
         tagged = [name for name in of_items if name in lists]
         texts = [name for name in of_items if table[name].type in (pa.string(), pa.large_string())]
@@ -130,12 +155,11 @@ class Reader:
         ]
         message = f"columns {misaligned} have lists of other lengths than the items"
         self.findings.add("list_column_left_out", len(misaligned), message)
-        self._columns = {raw: ours for raw, ours in self._columns.items() if ours not in misaligned}
         return {name: column for name, column in lists.items() if name not in misaligned}
 
     def _without_unknown(self, columns: dict[str, Any], items: pa.ListArray, table: pa.Table, file: Path) -> pa.Table:
         """Drop padding, null and unknown events, and sessions without any other event."""
-        values = np.asarray(items.values.fill_null(1), np.int64)
+        values = items.values.fill_null(NULL_ROW).to_numpy()
         if len(values) and (values.max() >= self.rows or values.min() < 0):
             raise DataError(
                 f"{file} has item rows from {values.min()} to {values.max()}, the vocabulary ends at {self.rows - 1}",
@@ -181,8 +205,37 @@ def _beside(file: Path) -> Path:
 def _lists(column: pa.ChunkedArray) -> Any:
     """Return a column as one array; lists with offsets from 0 and empty lists in place of null rows."""
     array = one_array(column)
-    if not is_list(array.type):
+    if not _is_list(array.type):
         return array
     lengths = np.asarray(pc.fill_null(pc.list_value_length(array), 0), np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), array.flatten())
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return is_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _of_rows(items: pa.ListArray, name: str) -> pa.ListArray:
+    """Return lists of item rows as 64-bit integers; NaN becomes null.
+
+    Raises
+    ------
+    SchemaError
+        They hold something else, such as raw ids.
+    """
+    values = items.values
+    if pa.types.is_floating(values.type):  # pandas writes integers beside nulls as floats
+        values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
+    try:
+        if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+            raise pa.ArrowInvalid(f"{values.type} are no rows")
+        rows = values.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        example = next((value for value in values.to_pylist() if value is not None), None)
+        raise SchemaError(
+            f"the lists of column {name!r} hold {values.type}, such as {example!r}",
+            "rows of the workflow's vocabulary, as its Categorify writes them",
+            "pass the sessions that the workflow wrote, or run `missrec etl` on the raw events",
+        ) from error
+    return pa.ListArray.from_arrays(items.offsets, rows)

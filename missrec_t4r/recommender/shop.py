@@ -123,19 +123,21 @@ class Shop:
                 )
         at = Path(folder) if folder is not None else temporary_folder("missrec-shop-")
         at.mkdir(parents=True, exist_ok=True)
-        modality = {}
-        for name, values in (vectors or {}).items():
-            modality[name] = at / f"{name}.npy"
-            np.save(modality[name], np.asarray(values, dtype=np.float32))
+        modality = {name: at / f"{name}.npy" for name in vectors or {}}
         done = []
         with reporting(messages=False):
-            options = {"user_column": user, "item_column": item, "time_column": time, "modality": modality, **etl}
+            options = {"user_column": user, "item_column": item, "time_column": time, **etl}
             with tempfile.TemporaryDirectory(dir=at) as refused:  # what is refused leaves an older shop as it is
                 given = {_EVENTS_FILE: event_table, _ITEMS_FILE: item_table}
                 files = [write_parquet(table, Path(refused) / name) for name, table in given.items()]
-                commands.etl(*files, at / _DATA, **options)
+                arrays = {name: Path(refused) / file.name for name, file in modality.items()}
+                for name, values in (vectors or {}).items():
+                    np.save(arrays[name], np.asarray(values, dtype=np.float32))
+                commands.etl(*files, at / _DATA, **{"modality": arrays} | options)
                 events_file, items_file = (file.replace(at / file.name) for file in files)
-            tables = {"interactions": events_file, "items": items_file, "out": at / _DATA}
+                for name, file in arrays.items():
+                    file.replace(modality[name])
+            tables = {"interactions": events_file, "items": items_file, "out": at / _DATA, "modality": modality}
             done.append(command_line("etl", tables | options))
             if text or image or images is not None:
                 settings = {

@@ -121,11 +121,12 @@ def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
     weights = load_tensors(run / WEIGHTS_FILE)
     catalogue, n_trained = _since_training(catalogue, run, folder, weights)
     model = build_missrec(recipe.model, catalogue, event_features)
+    from missrec_t4r.runs.extend import load_extended, mark_rows
+
     if n_trained == catalogue.n_rows:
         load_strictly(model, weights, str(run / WEIGHTS_FILE))
+        mark_rows(model, catalogue, n_trained)
     else:
-        from missrec_t4r.runs.extend import load_extended
-
         n_new = catalogue.n_rows - n_trained
         log.info(f"{folder} has {n_new:,} items more than {run} was trained on; they are scored by their modalities")
         load_extended(model, weights, catalogue, n_trained, str(run / WEIGHTS_FILE))

@@ -296,7 +296,9 @@ def test_refused_events_leave_an_older_shop_as_it_is(shop: mr.Shop, tables: Any,
     events, items = tables
     folder = shutil.copytree(shop.folder, tmp_path / "shop")
     with pytest.raises(DataError, match="the valid split has no session"):
-        mr.Shop.from_frames(events.drop_duplicates("kunde"), items, **NAMES, folder=folder)
+        mr.Shop.from_frames(
+            events.drop_duplicates("kunde"), items, **NAMES, folder=folder, vectors={"sound": np.ones((N_ITEMS, 2))}
+        )
     assert mr.Shop.open(folder).histories(["u3"]) == shop.histories(["u3"])
     assert {file.name for file in folder.iterdir()} == {file.name for file in shop.folder.iterdir()}
 

@@ -15,13 +15,14 @@ import torch
 
 from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle
 from missrec_t4r.bundle.manifest import verify_bundle
+from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import BundleError, ConfigError, DataError, ParityError
 from missrec_t4r.export import export as export_module
 from missrec_t4r.export.export import export
 from missrec_t4r.export.parity import RankedItems, check_rows, compare_ranked, raw_ids, sample_histories
 from missrec_t4r.retrieval.ranker import Ranker
-from missrec_t4r.runs.run_folder import LoadedRun
+from missrec_t4r.runs.run_folder import LoadedRun, load_run
 from missrec_t4r.schema import ITEM_LIST, USER_ID
 from missrec_t4r.serving.triton.backend import RankerBackend, SessionsBackend, bundle_folder, device_of, parameter
 from missrec_t4r.serving.triton.model_config import configure, read_config, settings_of
@@ -150,6 +151,15 @@ def test_a_foreign_target_stops_the_export_and_stays(run: Path, tmp_path: Path) 
     with pytest.raises(BundleError, match="is no model repository: it holds no"):
         export(run, tmp_path / "bundle", triton=tmp_path / "repository")
     assert [str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*")] == ["repository", "repository/notes.txt"]
+
+
+def test_retired_items_of_the_data_folder_are_not_recommended(run: Path, loaded: LoadedRun, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(loaded.data, tmp_path / "data"))
+    items = loaded.catalogue.items
+    retired = items.append_column("retired", pa.array([index < 3 for index in range(len(items))]))
+    Catalogue(retired, loaded.catalogue.modalities).write_items(data / "catalogue")
+    assert {3, 4, 5} <= set(load_run(run, data).model.excluded.tolist())  # evaluated as they are served
+    assert export(run, tmp_path / "bundle", data=data)["parity"]["equal"]
 
 
 def test_a_run_without_test_sessions_is_refused(run: Path, loaded: LoadedRun, tmp_path: Path) -> None:

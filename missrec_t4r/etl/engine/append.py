@@ -142,6 +142,7 @@ def update(
         history = {"version": version, "plain_version": plain, "changes": [*versions["changes"], change]}
         write_json(folder / VERSIONS_FILE, history, indent=1)
         final = counts | {"findings": job.findings.to_list(), "settings": settings, "format": 1, "version": version}
+        final["events_read"] = parquet_rows(files)
         final["seconds"] = round(time.perf_counter() - started, 3)
         write_json(folder / REPORT_FILE, final)
         link_unchanged(out, folder, {CATALOGUE_FOLDER, *(() if as_delta else (*SPLITS, *_WORKFLOWS))})

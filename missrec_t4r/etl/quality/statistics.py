@@ -37,7 +37,7 @@ class ReportData:
     findings: Mapping[str, int]
     """Counts of the data-quality findings of the ETL, by check."""
     raw_events: int
-    """Number of events that the ETL kept."""
+    """Number of events that the findings are of: those that the ETL kept, of an update those that it read."""
     users: int
 
     @classmethod
@@ -57,7 +57,8 @@ class ReportData:
         findings = {finding["check"]: int(finding["count"]) for finding in written.get("findings", [])}
         whole = _longest([sessions for sessions, _ in parts], [keys for _, keys in parts])
         events, users = int(written.get("events", len(whole.values))), int(written.get("users", len(whole)))
-        return cls(whole, Catalogue.load(data / CATALOGUE_FOLDER), findings, events, users)
+        raw_events = int(written.get("events_read", 0)) or events
+        return cls(whole, Catalogue.load(data / CATALOGUE_FOLDER), findings, raw_events, users)
 
     @property
     def times(self) -> Doubles | None:

@@ -6,18 +6,22 @@
     python -m benchmarks.gpu_check --tiny --in-process         seconds on a CPU: what the tests run
 
 Every part is a process of its own under a time limit; what it measured before the limit or an error counts, the rest is
-named in ``failed``. Nothing is downloaded: tables, sessions and embeddings are generated. On a machine without a GPU
+named in ``failed``. The result file is written anew whenever a part has found something: it holds all that was found if
+the whole is cut short. Nothing is downloaded: tables, sessions and embeddings are generated. On a machine without a GPU
 ``card`` is null and all figures are those of the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,12 +31,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from benchmarks.gpu_etl import FULL, TINY, Record, Sizes
-from benchmarks.measure import RESULTS, report
+from benchmarks.gpu_etl import FULL, TINY, Record, Sizes, own_line
+from benchmarks.measure import RESULTS, report, write_result
 
 LIMITS = {"etl": 180, "train": 120, "rank": 60, "serve": 110}
 """Seconds of each part, 470 together; ``--tiny``, which measures nothing, has `PATIENCE` times as long."""
 PATIENCE = 5
+_EVERY = 2.0
+"""Seconds after which the result file is written anew if a part has found something."""
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 K, DIM = 50, 300
 SCORES, LOSSES = 1e-5, 1e-3
@@ -85,9 +91,12 @@ def train(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> No
             torch.distributed.destroy_process_group()
         record.equal("train/group", float(np.max(np.abs(np.divide(grouped, losses[-1]) - 1))), LOSSES)
     with record.step("train/waits"):
-        for recipe in ("paper", "default"):
-            trainer = _trainer(recipe, plain, catalogue, few, test, work / f"waits-{recipe}", DEVICE)
-            _without_waiting(trainer)
+        for recipe, precision in (("paper", "fp32"), ("default", "auto"), ("long", "auto")):
+            settings = plain | {"train.precision": precision}
+            trainer = _trainer(recipe, settings, catalogue, few, test, work / f"waits-{recipe}", DEVICE)
+            record.add(at=["waits", recipe], value=(lines := lines_that_wait(trainer)))
+            if lines:
+                raise RuntimeError(f"a step of {recipe} waits for the device in {', '.join(lines)}")
     for name, recipe, batch in (
         ("paper_512", "paper", 512),
         ("paper_4096", "paper", 4096),
@@ -124,21 +133,34 @@ def _trainer(
     return Trainer(Recipe.load(recipe, settings), catalogue, sessions, test.take(np.arange(8)), out, device=device)
 
 
-def _without_waiting(trainer: Any) -> None:
-    """Train an epoch whose steps may not wait for the device, which CUDA checks: an error names the line."""
-    step = trainer._step
+def lines_that_wait(trainer: Any) -> list[str]:
+    """Train an epoch and return the package's lines whose steps waited for the device, as CUDA finds them; sorted."""
+    step, lines = trainer._step, set[str]()
 
-    def checked(*given: Any) -> Any:
-        if DEVICE == "cpu" or trainer.status["step"] == 0:  # the first one makes the optimiser's state
-            return step(*given)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return step(*given)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    def note(message: Any, *_: Any, **__: Any) -> None:
+        if "called a synchronizing CUDA operation" in str(message):
+            lines.add(own_line(traceback.extract_stack()) or "another package's line")
 
-    trainer._step = checked
+    def watched(*given: Any) -> Any:
+        if trainer.status["step"] == 0:  # the first one makes the optimiser's state
+            return step(*given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = note
+            _watch("warn")
+            try:
+                return step(*given)
+            finally:
+                _watch("default")
+
+    trainer._step = watched
     trainer._epoch()
+    return sorted(lines)
+
+
+def _watch(mode: str) -> None:
+    if DEVICE != "cpu":
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _rate(trainer: Any) -> float:
@@ -180,12 +202,13 @@ def rank(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> Non
 
     with torch.inference_mode():
         for rows in (2_000, 40_000):  # the CPU's search of sessions together, and one after the other
-            table = _table(rows, "cpu")
-            vectors = F.normalize(torch.randn(16, DIM, generator=torch.Generator().manual_seed(1)), dim=-1)
-            expected = search(table, query := _query(table, vectors), scan_bounds(table, query), K)
-            items = DeviceItems.place(table, torch.device(DEVICE))
-            found, _ = search_together(items, _query(table, vectors.to(DEVICE)), K)
-            record.equal(f"rank/{rows}", _difference(found, expected), SCORES)
+            with record.step(f"rank/{rows}"):
+                table = _table(rows, "cpu")
+                vectors = F.normalize(torch.randn(16, DIM, generator=torch.Generator().manual_seed(1)), dim=-1)
+                expected = search(table, query := _query(table, vectors), scan_bounds(table, query), K)
+                items = DeviceItems.place(table, torch.device(DEVICE))
+                found, _ = search_together(items, _query(table, vectors.to(DEVICE)), K)
+                record.equal(f"rank/{rows}", _difference(found, expected), SCORES)
         copy_rate = _copy_rate()
         for rows in sizes.tables:
             with record.step(f"rank/{rows}"):
@@ -262,20 +285,22 @@ def serve(record: Record, sizes: Sizes, work: Path, options: argparse.Namespace)
             ]
             answers = []
             for device in ("cpu", DEVICE):
-                with MISSRecClient("bundle", transport=InProcessTransport(bundle, device=device, threads=2)) as client:
+                transport = InProcessTransport(bundle, device=device, threads=2)
+                with MISSRecClient("bundle", transport=transport) as client:
                     answers.append(client.recommend(sessions[:64], top_k=20))
             pairs = list(zip(*answers, strict=True))
             apart = max(float(np.abs(np.subtract(a.scores, b.scores)).max()) for a, b in pairs)
             record.equal(f"serve/{items}", apart, SCORES)
             with record.step(f"serve/{items}/threads"):
-                transport = InProcessTransport(bundle, device=DEVICE)
                 _with_threads(record, items, transport, sessions[:64], answers[1])
             names = {1: "p50_1", 64: "p50_64"} if items < 1_000_000 else {1: f"{items}_p50_1"}
             if not options.in_process:
+                del transport, client  # their memory on the card is the server's now
+                torch.cuda.empty_cache()
                 _through_triton(record, bundle, work, names, sizes.seconds)
             else:
                 record.add(at=["served_by"], value="in process")
-                with MISSRecClient("bundle", transport=InProcessTransport(bundle, device=DEVICE, threads=2)) as client:
+                with MISSRecClient("bundle", transport=transport) as client:
                     for batch, name in names.items():
                         ms = median_ms(lambda c=client, given=sessions[:batch]: c.recommend(given, top_k=20))
                         record.add(at=["serve", name], value=ms)
@@ -296,7 +321,7 @@ def _with_threads(record: Record, items: int, transport: Any, sessions: list[lis
     if isinstance(encoder, GraphedEncoder):
         record.add(at=["graphs", str(items)], value=len(encoder.graphs))
         if not encoder.graphs:
-            raise RuntimeError("the session encoder was recorded as no CUDA graph: see the warning above")
+            raise RuntimeError(f"the session encoder was recorded as no CUDA graph: {encoder.obstacle}")
 
 
 def _through_triton(record: Record, bundle: Path, work: Path, names: dict[int, str], seconds: float) -> None:
@@ -318,31 +343,70 @@ ALL = ("etl", *PARTS)
 
 
 def check(parts: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Run every part in its own process and return what all of them found."""
+    """Run every part in its own process and return what all of them found, which the file holds meanwhile."""
     result: dict[str, Any] = {"card": None, "driver": None, "rapids": None, "torch": torch.__version__}
     if DEVICE != "cpu":
         result |= {"card": torch.cuda.get_device_name(), "driver": _driver()}
     result |= {"tiny": options.tiny, "equal": True, "compared": {}, **{part: {} for part in parts}, "failed": []}
     with tempfile.TemporaryDirectory() as folder:
-        for part in parts:
-            file = Path(folder) / f"{part}.jsonl"
-            command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", part]
-            if part == "etl":
-                command = [str(options.etl_python), "-m", "benchmarks.gpu_etl"]
-            command += ["--record", str(file), *["--tiny"] * options.tiny]
-            command += ["--in-process"] * (options.in_process and part == "serve")
-            limit, started = LIMITS[part] * (PATIENCE if options.tiny else 1), time.perf_counter()
-            try:
-                code = subprocess.run(command, timeout=limit, stderr=subprocess.PIPE, text=True)
-                if code.returncode:
-                    last = (code.stderr.strip().splitlines() or ["no message"])[-1]
-                    result["failed"].append(f"{part}: ended with {code.returncode}: {last[:300]}")
-            except subprocess.TimeoutExpired:
-                result["failed"].append(f"{part}: stopped at its limit of {limit} s")
+        for number, part in enumerate(parts):
+            found, started = Path(folder) / f"{part}.jsonl", time.perf_counter()
+            left = [f"{part}: not finished", *(f"{one}: not begun" for one in parts[number + 1 :])]
+
+            def save(before: Any = result, found: Path = found, left: list[str] = left) -> None:
+                write_result("gpu-check", _with(before, found, left), options.results)
+
+            result = _with(result, found, _run(part, found, options, save))
             result.setdefault("seconds", {})[part] = round(time.perf_counter() - started, 1)
-            for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-                _merge(result, json.loads(line))
     return result
+
+
+def _run(part: str, found: Path, options: argparse.Namespace, save: Callable[[], object]) -> list[str]:
+    """Run a part to its end or its limit, ``save`` whenever it has found something, and return how it failed."""
+    limit, known, errors = LIMITS[part] * (PATIENCE if options.tiny else 1), 0, found.with_suffix(".log")
+    started = time.perf_counter()
+    save()
+    with errors.open("wb") as log, subprocess.Popen(_command(part, found, options), stderr=log) as process:
+        try:
+            while (left := started + limit - time.perf_counter()) > 0 and _runs(process, min(left, _EVERY)):
+                if found.is_file() and (size := found.stat().st_size) > known:
+                    known = size
+                    save()
+            if process.poll() is None:
+                return [f"{part}: stopped at its limit of {limit} s"]
+        finally:
+            process.kill()
+    if process.returncode:
+        last = (errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
+        return [f"{part}: ended with {process.returncode}: {last[:300]}"]
+    return []
+
+
+def _command(part: str, found: Path, options: argparse.Namespace) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", part]
+    if part == "etl":
+        command = [str(options.etl_python), "-m", "benchmarks.gpu_etl"]
+    command += ["--record", str(found), *["--tiny"] * options.tiny]
+    return command + ["--in-process"] * (options.in_process and part == "serve")
+
+
+def _runs(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Wait for the end of a process, at most so long; return whether it still runs."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def _with(result: dict[str, Any], found: Path, failed: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of the result with the whole lines of a part's findings, and with how it failed."""
+    merged: dict[str, Any] = copy.deepcopy(result)
+    lines = found.read_text(encoding="utf-8") if found.is_file() else ""
+    for line in lines[: lines.rfind("\n") + 1].splitlines():
+        _merge(merged, json.loads(line))
+    merged["failed"] += failed
+    return merged
 
 
 def _merge(result: dict[str, Any], line: dict[str, Any]) -> None:

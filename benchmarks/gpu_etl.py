@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,11 +60,25 @@ class Record:
         try:
             yield
         except Exception as error:
-            self.add(failed=f"{name}: {type(error).__name__}: {str(error)[:300]}")
+            self.add(failed=f"{name}: {type(error).__name__}: {str(error)[:300]}{_line_of(error)}")
 
     def equal(self, name: str, difference: float, bound: float) -> None:
         """Record a comparison with the CPU."""
         self.add(compared=name, difference=difference, equal=bool(difference <= bound))
+
+
+def _line_of(error: BaseException) -> str:
+    """Return the package's line in which an error was raised, in brackets; empty where it was raised elsewhere."""
+    line = own_line(traceback.extract_tb(error.__traceback__))
+    return line and f" ({line})"
+
+
+def own_line(frames: Sequence[traceback.FrameSummary]) -> str:
+    """Return the last line of the package among frames, ``missrec_t4r/…:123``; empty if there is none."""
+    spec = importlib.util.find_spec("missrec_t4r")
+    folder = str(Path(spec.origin).parent.parent) if spec is not None and spec.origin else ""
+    own = [one for one in frames if one.filename.startswith(f"{folder}/missrec_t4r/")]
+    return f"{own[-1].filename.removeprefix(folder + '/')}:{own[-1].lineno}" if own else ""
 
 
 def etl(record: Record, sizes: Sizes, work: Path) -> None:
@@ -93,7 +108,8 @@ def etl(record: Record, sizes: Sizes, work: Path) -> None:
         found = sessions_of("ours", work / "checked")
         record.equal(name, float(sum(found[split] != expected[split] for split in expected)), 0.0)
 
-    check("etl")
+    with record.step("etl/equal"):
+        check("etl")
     with record.step("etl/partitions"):
         check("etl/partitions", partitions=3)
     if why is None and importlib.util.find_spec("dask_cuda") is not None:

@@ -42,8 +42,13 @@ _WIDER = 8
 """By which the candidates of an uncertified session are multiplied."""
 _SCANNED = 1 << 23
 """Scores of a chunk, at most: 32 MiB of float32, which the cache of a large GPU holds between two operations."""
+_ADDRESSED = (1 << 31) - 1
+"""Numbers of tokens in one product, at most: beyond, cuBLAS was seen to read wrong addresses for a single session
+(pytorch/pytorch#17897)."""
 _GATHERED = 1 << 27
 """Numbers of gathered tokens at a time, at most: 1 GiB in 64 bits."""
+_CANDIDATE_BYTES = 1 << 32
+"""Bytes of the candidates of all sessions together, at most: 4 GiB."""
 _WORD = 8
 """Bytes at which an uploaded array begins."""
 _ALIGNED = 8
@@ -54,6 +59,8 @@ BYTES_PER_SCORE = 24
 """Bytes of memory per session and row while a batch is ranked: scores, terms, masks and their temporaries."""
 _ONE_PASS = 1 << 30
 """Scores of one batch, at most."""
+RESERVED = 1 << 30
+"""Bytes that a batch leaves free: for the graphs of the session encoder, cuBLAS and the kernels themselves."""
 
 
 class Batch(NamedTuple):
@@ -111,10 +118,11 @@ class DeviceItems:
     def bytes_needed(table: PackedItems, device: torch.device) -> int:
         """Return the bytes that `place` allocates on the device."""
         n_levels, n_rows = table.place.shape
-        width = table.tokens.shape[1]
-        moved = table.tokens.nbytes + table.place.nbytes + table.modality.nbytes if table.tokens.device != device else 0
-        rough = 2 * n_levels * n_rows * -(-width // _ALIGNED) * _ALIGNED
-        return moved + rough + min(3 * 4 * _GATHERED, 6 * rough)  # while rounding, three copies of a part in 32 bits
+        parts = table.tokens, table.place, table.modality, table.several, table.phi
+        moved = sum(part.nbytes for part in parts) if table.tokens.device != device else 0
+        rough = 2 * n_levels * n_rows * -(-table.tokens.shape[1] // _ALIGNED) * _ALIGNED
+        rounding = min(3 * 4 * _GATHERED, 6 * rough)  # three copies of a part in 32 bits
+        return moved + rough + rounding + n_levels * n_rows  # `present`
 
     def scan(self, query: Query) -> tuple[Tensor, Tensor, Tensor]:
         """Return scores [batch, padded row] in 32 bits, -inf where not allowed, block maxima, and the scan's error.
@@ -129,7 +137,7 @@ class DeviceItems:
         maxima = vectors.new_empty(batch, n_blocks)
         never = scores.new_full((), -torch.inf)
         has_terms = any(query.added.stride())
-        step = max(_SCANNED // (batch * BLOCK), 1) * BLOCK
+        step = max(min(_SCANNED // batch, _ADDRESSED // self.rough.shape[2]) // BLOCK, 1) * BLOCK
         for start in range(0, n_rows, step):
             rows = slice(start, min(start + step, n_rows))
             fused = self._fused(rough, rows)
@@ -204,7 +212,8 @@ class DeviceItems:
 def search_together(items: DeviceItems, query: Query, k: int) -> Batch:
     """Return every session's k best allowed items, as `missrec_t4r.retrieval.topk.search` does.
 
-    One result is read from the device; where sessions are not certified, one more for all of them per round.
+    One result is read from the device; where sessions are not certified, one more for all of them per round, or for as
+    many as `_CANDIDATE_BYTES` hold.
 
     Parameters
     ----------
@@ -219,7 +228,9 @@ def search_together(items: DeviceItems, query: Query, k: int) -> Batch:
     with exact_products():
         while len(open_ones):
             width = min(width, items.table.n_rows)
-            result = items.candidates(query, k, width).cpu()
+            step = max(_CANDIDATE_BYTES // _bytes_of_candidates(width, items.table.n_rows), 1)
+            parts = [Query(*(one[at : at + step] for one in query)) for at in range(0, len(open_ones), step)]
+            result = torch.cat([items.candidates(part, k, width).cpu() for part in parts])
             rows, scores = result[:, :-3].chunk(2, dim=1)
             rows, scores = rows.long(), scores.contiguous().view(torch.float32)
             certain = result[:, -2].numpy() > 0
@@ -233,6 +244,11 @@ def search_together(items: DeviceItems, query: Query, k: int) -> Batch:
                 (left,) = upload([np.flatnonzero(~certain)], query.vectors.device)
                 query = Query(*(part[left] for part in query))
     return Batch(found, passed)
+
+
+def _bytes_of_candidates(width: int, n_rows: int) -> int:
+    """Return the bytes that choosing and scoring ``width`` candidates of a session takes, beside its scores."""
+    return 12 * min(width * BLOCK, n_rows) + 64 * width  # rows of the chosen blocks; order, rows and exact scores
 
 
 _ROUGH: Final = [
@@ -326,7 +342,7 @@ def sessions_with_room(table: PackedItems, device: torch.device, batch_size: int
         return most
     tables, per_session = DeviceItems.bytes_needed(table, device), BYTES_PER_SCORE * table.n_rows
     free = require_room(tables + per_session, table.n_rows, device)
-    return min(most, (free - tables) // per_session)
+    return max(min(most, (free - tables - RESERVED) // per_session), 1)
 
 
 def require_room(needed: int, n_rows: int, device: torch.device) -> int:

@@ -46,12 +46,18 @@ class GraphedEncoder:
         Of the sessions.
     batch_size : int
         Larger batches are encoded as they are.
+
+    Attributes
+    ----------
+    obstacle : str
+        Why no graph was recorded on a GPU; empty otherwise.
     """
 
     def __init__(self, encode: Encode, device: torch.device, max_length: int, batch_size: int) -> None:
         self.encode = encode
         self.batches, self.lengths = sizes_up_to(batch_size), sizes_up_to(max_length, _SHORTEST)
         self.graphs: dict[tuple[int, int], _Graph] = {}
+        self.obstacle = ""
         self._alone = threading.Lock()
         if device.type == "cuda":
             self._record(device)
@@ -83,7 +89,8 @@ class GraphedEncoder:
                         self.graphs[batch, length] = self._recorded(batch, length, device, pool, stream)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
             self.graphs.clear()
-            log.warning(f"the session encoder runs without CUDA graphs, which takes longer: {str(error)[:200]}")
+            self.obstacle = str(error)[:200]
+            log.warning(f"the session encoder runs without CUDA graphs, which takes longer: {self.obstacle}")
 
     def _recorded(self, batch: int, length: int, device: torch.device, pool: Any, stream: torch.cuda.Stream) -> _Graph:
         """Return the graph of one shape."""

@@ -78,7 +78,7 @@ class Ranker:
     catalogue : Catalogue
         The catalogue it was built for; its ``train_count`` is the popularity.
     device : str
-        ``"cpu"`` or ``"cuda:0"``.
+        ``"cpu"``, ``"cuda:0"`` or ``"cuda"``, the current GPU.
     batch_size : int
         Sessions per pass of the model; an upper limit, large catalogues take less.
     dtype : torch.dtype
@@ -111,7 +111,7 @@ class Ranker:
         tables: RetrievalIndex | None = None,
         together: bool | None = None,
     ) -> None:
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # "cuda" is one of them: its tensors say which
         if self.device.type == "cuda":
             require_room(_bytes_to_move(model, catalogue.n_rows, tables, self.device), catalogue.n_rows, self.device)
         self.model, self.catalogue = model.eval().to(device), catalogue
@@ -342,8 +342,7 @@ class Ranker:
 
 def _bytes_to_move(model: MISSRec, n_rows: int, tables: RetrievalIndex | None, device: torch.device) -> int:
     """Return the bytes that a GPU must have for the model and for one session at least, before anything is moved."""
-    tensors, there = [*model.parameters(), *model.buffers()], torch.empty(0, device=device).device  # cuda is cuda:0
-    moved = sum(tensor.nbytes for tensor in tensors if tensor.device != there)
+    moved = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()] if tensor.device != device)
     return moved + (0 if tables is None else DeviceItems.bytes_needed(tables.table, device) + BYTES_PER_SCORE * n_rows)
 
 

@@ -3,7 +3,7 @@
 Importing this registers the masking ``prefix`` and the loader ``missrec`` in T4R's registries.
 """
 
-from missrec_t4r.t4r import environment as _environment  # noqa: F401  # before anything imports dask
+from missrec_t4r import etl as _environment  # noqa: F401  # sets what Merlin needs, before anything imports it
 from missrec_t4r.t4r.block import InterestRefresh, MISSRecBlock
 from missrec_t4r.t4r.build import build_model, from_core, to_core
 from missrec_t4r.t4r.columns import load_schema

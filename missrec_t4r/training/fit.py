@@ -22,6 +22,7 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, VOCABULARY_FILE, WEIGHTS_FILE
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.training import distributed
+from missrec_t4r.training.memory import translate_out_of_memory
 from missrec_t4r.training.predict import predict
 from missrec_t4r.training.trainer import Prepare, Trainer
 
@@ -142,13 +143,14 @@ def _check_rows(splits: Mapping[str, Sessions], catalogue: Catalogue) -> None:
 
 def run_or_describe(trainer: Trainer, data: Path, *, resume: bool, dry_run: bool) -> dict[str, Any]:
     """Train, from the run folder's checkpoint if there is one, or return what `describe_run` says about it."""
-    if dry_run:
-        return describe_run(trainer, data, resume=resume)
-    if resume:
-        trainer.resume()
-    else:
-        trainer.start_over()
-    return trainer.run(data)
+    with translate_out_of_memory():
+        if dry_run:
+            return describe_run(trainer, data, resume=resume)
+        if resume:
+            trainer.resume()
+        else:
+            trainer.start_over()
+        return trainer.run(data)
 
 
 def describe_run(trainer: Trainer, data: Path, *, resume: bool) -> dict[str, Any]:

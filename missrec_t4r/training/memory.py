@@ -1,13 +1,18 @@
-"""Memory of the device that a training runs on: what there is, and the most that was used so far."""
+"""Memory of the device that a training runs on: what there is, the most that was used so far, and when it runs out."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from traceback import clear_frames
 
 import torch
+
+from missrec_t4r.errors import ConfigError
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Files in which a container finds its limit, of versions 2 and 1."""
@@ -33,3 +38,25 @@ def peak_memory(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextlib.contextmanager
+def translate_out_of_memory() -> Iterator[None]:
+    """Raise `ConfigError` where a GPU has no memory left, and free what the failed step held of it.
+
+    Raises
+    ------
+    ConfigError
+        Says how much was asked for, and which settings need less.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        clear_frames(error.__traceback__)
+        message = str(error).strip().splitlines() or ["no memory left"]
+        raise ConfigError(
+            f"a step that does not fit into the GPU's memory ({message[0][:300]})",
+            "a smaller step, or a GPU that no other process uses",
+            "double train.accumulate, which keeps the batch, halve train.batch_size, or set train.softmax=chunked; "
+            "add --restart if the run folder holds a checkpoint of other settings",
+        ) from error

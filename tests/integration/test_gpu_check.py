@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu_check import ALL, main
+from benchmarks import gpu_check
+from benchmarks.gpu_check import ALL, lines_that_wait, main
+from benchmarks.gpu_etl import Record
+from missrec_t4r.training import step as training_step
+from tests.device.test_waiting import _trainer
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its figures would be those of the GPU: run make gpu-check")
@@ -42,6 +50,51 @@ def test_a_part_that_fails_is_named_and_stops_no_other(
     found = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert found["failed"] == ["rank: stopped at its limit of 0.01 s", "serve: stopped at its limit of 0.01 s"]
     assert "failed: rank: stopped" in capsys.readouterr().out
+
+
+def test_what_was_found_is_kept_where_the_check_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = json.dumps({"at": ["rank", "1000000/1"], "value": 0.5})
+    code = f"import sys, time; print('{found}', file=open(sys.argv[1], 'a'), flush=True); time.sleep(60)"
+    monkeypatch.setattr(gpu_check, "_command", lambda part, file, _: [sys.executable, "-c", code, str(file)])
+    kept: list[dict[str, object]] = []
+
+    def cut(process: object, seconds: float, runs: Callable[..., bool] = gpu_check._runs) -> bool:
+        (file,) = tmp_path.glob("*-gpu-check.json")
+        kept.append(json.loads(file.read_text()))
+        if kept[-1]["rank"]:
+            raise KeyboardInterrupt
+        return runs(process, 0.05)
+
+    monkeypatch.setattr(gpu_check, "_runs", cut)
+    with pytest.raises(KeyboardInterrupt):
+        main(["rank", "serve", "--tiny", "--results", str(tmp_path)])
+    assert kept[0]["rank"] == {}
+    assert kept[-1]["rank"] == {"1000000/1": 0.5}
+    assert kept[-1]["failed"] == ["rank: not finished", "serve: not begun"]
+
+
+def test_a_failure_names_the_line_of_the_package(tmp_path: Path) -> None:
+    record = Record(tmp_path / "found")
+    with record.step("train/equal"):
+        training_step.batch_totals(None, None)  # type: ignore[arg-type]
+    (failed,) = [json.loads(line)["failed"] for line in record.file.read_text().splitlines()]
+    assert re.fullmatch(r"train/equal: AttributeError: .* \(missrec_t4r/training/step\.py:\d+\)", failed)
+
+
+def test_all_lines_that_wait_for_the_device_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA warns where the host waits; what comes before it in the stack are lines of other packages."""
+    orthogonality_loss = training_step.orthogonality_loss
+
+    def loss(*given: Any, **named: Any) -> torch.Tensor:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        return orthogonality_loss(*given, **named)
+
+    monkeypatch.setattr(training_step, "orthogonality_loss", loss)
+    trainer = _trainer(tmp_path, "tiny", {}, "cpu")
+    (line,) = lines_that_wait(trainer)
+    assert re.fullmatch(r"missrec_t4r/training/step\.py:\d+", line)
+    monkeypatch.undo()
+    assert lines_that_wait(_trainer(tmp_path / "next", "tiny", {}, "cpu")) == []
 
 
 def test_the_etl_runs_in_an_environment_without_torch(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ CPU = torch.device("cpu")
 def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Blocks, chunks and parts of a few rows: what a large catalogue has, in a small one."""
     if request.param == "in small parts":
-        for name, value in (("BLOCK", 4), ("SPARE", 0), ("_WIDER", 2), ("_SCANNED", 64), ("_GATHERED", 700)):
+        parts = {"_SCANNED": 64, "_ADDRESSED": 300, "_GATHERED": 700, "_CANDIDATE_BYTES": 9000}
+        for name, value in {"BLOCK": 4, "SPARE": 0, "_WIDER": 2, **parts}.items():
             monkeypatch.setattr(device_search, name, value)
     return str(request.param)
 
@@ -122,6 +123,51 @@ def test_sessions_with_more_ties_than_candidates_are_searched_again(
     assert read == [16, 128, 400]
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_no_product_reads_more_numbers_than_cublas_addresses(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_search, "_ADDRESSED", 1 << 14)
+    n_rows, dim = 5_000, 20
+    tokens = torch.nn.functional.normalize(torch.randn(n_rows, dim, generator=torch.Generator().manual_seed(0)), dim=1)
+    rows = torch.arange(n_rows)
+    table = PackedItems(tokens, rows[None], torch.zeros(1, n_rows, dtype=torch.int64), rows[:0], torch.zeros(n_rows))
+    query = Query(tokens[:batch], torch.zeros(batch, n_rows), torch.ones(batch, n_rows, dtype=torch.bool))
+    items, read = DeviceItems.place(table, CPU), list[int]()
+    fused = DeviceItems._fused
+    monkeypatch.setattr(
+        DeviceItems,
+        "_fused",
+        lambda self, session, part: read.append(self.rough[0, part].numel()) or fused(self, session, part),
+    )
+    (first, *_), _ = search_together(items, query, 3)
+    assert first.rows[0] == 0
+    assert sum(read) == items.rough.numel()
+    assert max(read) <= 1 << 14
+
+
+@pytest.mark.parametrize("room", [1, 1 << 30])
+def test_candidates_of_many_sessions_take_bounded_memory(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions that need all items as candidates: as many at a time as their memory allows."""
+    monkeypatch.setattr(device_search, "_CANDIDATE_BYTES", room)
+    table = PackedItems(
+        torch.zeros(400, 8),
+        torch.arange(400)[None],
+        torch.zeros(1, 400, dtype=torch.int64),
+        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(400),
+    )
+    query = Query(torch.zeros(5, 8), torch.zeros(5, 400), torch.ones(5, 400, dtype=torch.bool))
+    sizes: list[int] = []
+    once = DeviceItems.candidates
+    monkeypatch.setattr(
+        DeviceItems,
+        "candidates",
+        lambda self, part, k, width: sizes.append(len(part.vectors)) or once(self, part, k, width),
+    )
+    found, _ = search_together(DeviceItems.place(table, CPU), query, 3)
+    assert [one.rows.tolist() for one in found] == [[0, 1, 2]] * 5
+    assert set(sizes) == ({1} if room == 1 else {5})
+
+
 @pytest.mark.parametrize("batch", [1, 64])
 def test_the_ranker_answers_as_on_a_cpu(loaded: LoadedRun, batch: int) -> None:
     rng = np.random.default_rng(batch)
@@ -169,10 +215,12 @@ def test_uploaded_arrays_keep_their_types_and_shapes() -> None:
 def test_a_card_without_room_is_refused_with_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     table, card = pack_items(fusion_of("static", 0.0, 150), catalogue(4, 150, 2, True, 2)), torch.device("cuda", 0)
     needed = DeviceItems.bytes_needed(table, card)
-    free = [needed + 10 * 24 * 150]
+    free = [needed + device_search.RESERVED + 10 * 24 * 150]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 1 << 40))
     assert sessions_with_room(table, card, 64) == 10
     assert sessions_with_room(table, card, 4) == 4
+    free[0] = needed + 24 * 150
+    assert sessions_with_room(table, card, 64) == 1
     free[0] = 0
     with pytest.raises(ServingError, match=r"cuda:0 has 0.00 GiB free.*GiB more.*KIND_CPU"):
         sessions_with_room(table, card, 64)
@@ -188,6 +236,14 @@ def test_a_card_without_room_for_the_model_is_refused_before_anything_is_moved(
         with pytest.raises(ServingError, match=r"cuda:0 has .* GiB free for a catalogue .*; expected: .* GiB more"):
             Ranker(model, loaded.catalogue, device="cuda:0")
         assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"cpu"}
+
+
+def test_the_current_gpu_is_one_of_them(loaded: LoadedRun) -> None:
+    """Tensors on ``cuda`` are on ``cuda:0``: what lies there is not counted as something to be moved."""
+    with second_device():
+        ranker = Ranker(loaded.model, loaded.catalogue, device="cuda")
+        assert ranker.device == torch.device("cuda", 0)
+        assert ranker.device == ranker.table.tokens.device
 
 
 SWITCHES = [

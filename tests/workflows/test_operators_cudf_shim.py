@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -49,6 +51,29 @@ def test_numba_uses_nvidias_binding_unless_the_user_chose(monkeypatch: pytest.Mo
     _installed(monkeypatch, "cudf", "cudf.core", "cudf.core.column")
     cudf_shim.apply()
     assert os.environ["NUMBA_CUDA_USE_NVIDIA_BINDING"] == (chosen or "1")
+
+
+@pytest.mark.parametrize("of_the_system", [False, True])
+def test_cupys_compiler_is_loaded_from_its_wheel_where_the_system_has_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, of_the_system: bool
+) -> None:
+    monkeypatch.setenv("NUMBA_CUDA_USE_NVIDIA_BINDING", "1")
+    _installed(monkeypatch, "cudf", "cudf.core", "cudf.core.column")
+    facts = tmp_path / "nvidia_cuda_nvrtc_cu12-12.9.86.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-cuda-nvrtc-cu12\nVersion: 12.9.86\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    loaded: list[str] = []
+
+    def load(name: str) -> None:
+        if "/" not in name and not of_the_system:
+            raise OSError(f"{name}: cannot open shared object file")
+        loaded.append(name)
+
+    monkeypatch.setattr("ctypes.CDLL", load)
+    cudf_shim.apply()
+    own = str(tmp_path / "nvidia" / "cuda_nvrtc" / "lib" / "libnvrtc.so.12")
+    assert loaded == (["libnvrtc.so.12"] if of_the_system else [own])
 
 
 class _Column:
@@ -105,6 +130,25 @@ def test_names_that_are_there_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     made["cudf.core.column"].build_categorical_column = own
     assert cudf_shim.apply() == []
     assert made["cudf.core.column"].build_categorical_column is own
+
+
+def test_the_parts_for_transformers4rec_apply_it_before_merlin_is_imported(tmp_path: Path) -> None:
+    for package in ("cudf", "cudf/core", "cudf/core/column"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    code = """
+import sys
+sys.modules["transformers4rec"] = None
+try:
+    import missrec_t4r.t4r
+except ImportError:
+    import cudf.core.column
+    assert cudf.core.column.build_categorical_column
+else:
+    raise AssertionError("transformers4rec cannot be imported here")
+"""
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})
 
 
 @pytest.mark.gpu

@@ -6,16 +6,21 @@
 | ``dask_cudf.from_dask_dataframe`` | Merlin, for dask frames of pandas parts |
 | ``"size"`` among the aggregations of strings | NVTabular, for `Categorify.fit` on strings |
 
-What is there is not replaced, and without cuDF nothing is imported. All symbols, and what has been run on a GPU:
-docs/howto/gpu.md.
+What is there is not replaced, and without cuDF nothing is imported. NVRTC, the compiler of cupy's kernels, is loaded
+from its wheel where the machine has no CUDA toolkit. All symbols, and what has been run on a GPU: docs/howto/gpu.md.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import importlib.metadata
 import importlib.util
 import os
+from contextlib import suppress
 from typing import Any
+
+NVRTC = "libnvrtc.so.12"
 
 
 def apply() -> list[str]:
@@ -24,6 +29,7 @@ def apply() -> list[str]:
         return []
     # On drivers of CUDA 13 the numba-cuda of RAPIDS 24.12 ends with a segmentation fault without NVIDIA's binding.
     os.environ.setdefault("NUMBA_CUDA_USE_NVIDIA_BINDING", "1")
+    _load_nvrtc()
     added = []
     columns = importlib.import_module("cudf.core.column")
     if not hasattr(columns, "build_categorical_column"):
@@ -43,6 +49,16 @@ def apply() -> list[str]:
             dask_cudf.from_dask_dataframe = from_dask_dataframe  # type: ignore[attr-defined]  # that is the shim
             added.append("dask_cudf.from_dask_dataframe")
     return added
+
+
+def _load_nvrtc() -> None:
+    """Load NVRTC from its wheel unless the system finds one: cupy 13 asks for it by its name alone."""
+    try:
+        ctypes.CDLL(NVRTC)
+    except OSError:
+        with suppress(importlib.metadata.PackageNotFoundError, OSError):
+            wheel = importlib.metadata.distribution("nvidia-cuda-nvrtc-cu12")
+            ctypes.CDLL(str(wheel.locate_file(f"nvidia/cuda_nvrtc/lib/{NVRTC}")))
 
 
 def _string_aggregations() -> set[str] | None:

@@ -37,6 +37,7 @@ def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
         *("paper_512", "paper_4096", "default_512", "default_8192"),
         *("ml1m_200", "terms_ml1m_s"),
     }
+    assert found["waits"] == {"paper": [], "default": [], "long": []}
     assert set(found["rank"]) == set(found["roofline"]) == {"2000/1", "2000/64"}
     assert set(found["serve"]) == {"p50_1", "p50_64", "sessions_per_s"}
     assert all(value > 0 for part in ALL for value in found[part].values())
@@ -81,6 +82,7 @@ def test_a_failure_names_the_line_of_the_package(tmp_path: Path) -> None:
     assert re.fullmatch(r"train/equal: AttributeError: .* \(missrec_t4r/training/step\.py:\d+\)", failed)
 
 
+@pytest.mark.filterwarnings("ignore:called a synchronizing CUDA operation")  # of the first step, which is not watched
 def test_all_lines_that_wait_for_the_device_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA warns where the host waits; what comes before it in the stack are lines of other packages."""
     orthogonality_loss = training_step.orthogonality_loss

@@ -78,7 +78,7 @@ def train(
     data, out = Path(data), Path(out)
     resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
     read = read_training_data(data, resolved, event_features)
-    with distributed.joined(distributed.own_device(device)):
+    with distributed.joined(distributed.own_device(device)), translate_out_of_memory():
         trainer = Trainer(resolved, read.catalogue, read.train, read.valid, out, device, prepare, read.event_features)
         return run_or_describe(trainer, data, resume=resume, dry_run=dry_run)
 
@@ -143,14 +143,13 @@ def _check_rows(splits: Mapping[str, Sessions], catalogue: Catalogue) -> None:
 
 def run_or_describe(trainer: Trainer, data: Path, *, resume: bool, dry_run: bool) -> dict[str, Any]:
     """Train, from the run folder's checkpoint if there is one, or return what `describe_run` says about it."""
-    with translate_out_of_memory():
-        if dry_run:
-            return describe_run(trainer, data, resume=resume)
-        if resume:
-            trainer.resume()
-        else:
-            trainer.start_over()
-        return trainer.run(data)
+    if dry_run:
+        return describe_run(trainer, data, resume=resume)
+    if resume:
+        trainer.resume()
+    else:
+        trainer.start_over()
+    return trainer.run(data)
 
 
 def describe_run(trainer: Trainer, data: Path, *, resume: bool) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def peak_memory(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def translate_out_of_memory() -> Iterator[None]:
-    """Raise `ConfigError` where a GPU has no memory left, and free what the failed step held of it.
+    """Raise `ConfigError` where a GPU has no memory left, and free what failed steps held of it.
 
     Raises
     ------
@@ -55,8 +55,8 @@ def translate_out_of_memory() -> Iterator[None]:
         clear_frames(error.__traceback__)
         message = str(error).strip().splitlines() or ["no memory left"]
         raise ConfigError(
-            f"a step that does not fit into the GPU's memory ({message[0][:300]})",
-            "a smaller step, or a GPU that no other process uses",
+            f"a training that does not fit into the GPU's memory ({message[0][:300]})",
+            "smaller steps, or a GPU that no other process uses",
             "double train.accumulate, which keeps the batch, halve train.batch_size, or set train.softmax=chunked; "
             "add --restart if the run folder holds a checkpoint of other settings",
         ) from error

@@ -30,6 +30,7 @@ from missrec_t4r.model.missrec import Encoded, MISSRec
 from missrec_t4r.schema import UNKNOWN_ROW
 from missrec_t4r.training import distributed
 from missrec_t4r.training.fit import run_or_describe
+from missrec_t4r.training.memory import translate_out_of_memory
 from missrec_t4r.training.precision import autocast, to_fp32
 from missrec_t4r.training.step import Totals
 from missrec_t4r.training.trainer import Trainer
@@ -89,7 +90,7 @@ def pretrain(
     domains = load_domains(folders)
     if not (domains.splits["train"].lengths >= 2).any():
         raise DataError("no training session has two known items", "sessions to learn from", "check the ETL")
-    with distributed.joined(distributed.own_device(device)):
+    with distributed.joined(distributed.own_device(device)), translate_out_of_memory():
         trainer = Pretrainer(resolved, domains, folders, Path(out), device)
         return run_or_describe(trainer, next(iter(folders.values())), resume=resume, dry_run=dry_run)
 

@@ -40,14 +40,14 @@ def test_training_learns_the_order_of_items(data: Path, tmp_path: Path, attentio
     assert result["valid_ndcg@10"] > 0.8  # popularity: every item is as popular as any other, about .38 of 12 items
 
 
-@pytest.mark.parametrize("dry_run", [False, True])
-def test_a_step_that_does_not_fit_into_a_gpu_says_what_needs_less(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool
+@pytest.mark.parametrize(("failing", "dry_run"), [("_step", False), ("_step", True), ("__init__", False)])
+def test_a_training_that_does_not_fit_into_a_gpu_says_what_needs_less(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, dry_run: bool
 ) -> None:
     def step(*_: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 80 GiB.\nSee docs")
 
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, failing, step)
     with pytest.raises(ConfigError, match=r"Tried to allocate 2.00 GiB.*; expected: .*double train.accumulate"):
         train(data, tmp_path / "run", recipe="tiny", settings=SMALL, dry_run=dry_run)
 

@@ -116,8 +116,7 @@ class Measured:
 
     def found(self, page: str, sentence: str, text: str) -> re.Match[str]:
         """Return where a sentence stands in a text, with its figures as groups."""
-        parts = [_spaced(part) for part in _FIGURE.sub("\0", sentence).split("\0")]
-        matches = list(re.finditer(_WRITTEN.join(parts), text))
+        matches = list(_pattern(sentence).finditer(text))
         if len(matches) != 1:
             raise MeasuredError(
                 f"{page} has {len(matches)} sentences '{sentence}'; expected: one. "
@@ -217,6 +216,12 @@ def _formatted(value: Any, form: str) -> str:
     sign, digits = ("+" if form[0] == "+" else ""), form.partition(".")[2]
     text = f"{value + 0.0:{sign}.{digits}f}"
     return text if form[0] == "0" else re.sub(r"\b0\.", ".", text, count=1)
+
+
+@functools.cache
+def _pattern(sentence: str) -> re.Pattern[str]:
+    """Return a pattern for a sentence, with its figures as groups."""
+    return re.compile(_WRITTEN.join(_spaced(part) for part in _FIGURE.sub("\0", sentence).split("\0")))
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 import ast
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,9 +39,10 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(file: Path, *, only_at_import: bool = False) -> Iterator[str]:
-    """Yield the absolute names that a file imports, anywhere or (``only_at_import``) when it is itself imported."""
-    yield from _imports(ast.parse(file.read_text(encoding="utf-8")), only_at_import)
+@functools.cache
+def imports(file: Path, *, only_at_import: bool = False) -> Iterable[str]:
+    """Return the absolute names that a file imports, anywhere or (``only_at_import``) when it is itself imported."""
+    return list(_imports(ast.parse(file.read_text(encoding="utf-8")), only_at_import))
 
 
 def _imports(node: ast.AST, only_at_import: bool) -> Iterator[str]:

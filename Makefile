@@ -35,7 +35,7 @@ ONLY ?=
 PARTS ?=
 ETL_PYTHON ?=
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
-PYTEST = python -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+PYTEST = python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 FAST = tests/unit tests/equations tests/properties tests/evaluation tests/recipes $(addprefix --ignore tests/unit/,$(TRAININGS))
 TRAININGS = test_training.py test_selection.py test_training_resume.py test_training_options.py test_cold_start.py
 

@@ -18,6 +18,24 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))  # the workers share the cores
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # the processes that tests start as well
+
+LONGEST = [
+    "integration/test_tutorial_page.py",
+    "examples/test_notebooks.py",
+    "project/test_compose.py",
+    "evaluation/test_real_data.py",
+    "serving/test_deploy.py",
+    "workflows/test_workflow_files.py",
+    "integration/test_main_job.py",
+    "ddp/test_two_processes.py",
+    "tuning/test_tune_train.py",
+    "integration/test_grid.py",
+    "project/test_wheel.py",
+    "integration/test_gpu_check.py",
+    "evaluation/test_protocols.py",
+]
+"""Files of half a minute and more, which begin first: a worker that began one last would end long after the others."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "triton": None if importlib.util.find_spec("pytriton") else "needs nvidia-pytriton: pip install -e '.[triton]'",
         "slow": None if config.getoption("--slow") else "takes more than a minute: pytest --slow",
     }
+    places = {REPOSITORY / "tests" / file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     for item in items:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):

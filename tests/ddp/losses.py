@@ -1,4 +1,4 @@
-"""Losses and gradients of one global batch, by any number of processes; a test starts it with torchrun."""
+"""Losses and gradients of one global batch, by any number of processes; a test starts it in one process or in two."""
 
 from __future__ import annotations
 

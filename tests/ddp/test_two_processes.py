@@ -1,4 +1,4 @@
-"""Two processes under torchrun (gloo, on CPU) against one process with the whole batch."""
+"""Two processes, as under torchrun (gloo, on CPU), against one process with the whole batch."""
 
 import json
 import os
@@ -12,10 +12,11 @@ import torch
 from missrec_t4r.config import TrainConfig
 from missrec_t4r.data.batching import TrainingBatch
 from missrec_t4r.runs.run_folder import load_run, load_tensors
+from missrec_t4r.serving.triton.ports import choose_ports
 from missrec_t4r.training import distributed
 from missrec_t4r.training.fit import train
 from missrec_t4r.training.step import batch_totals, training_loss
-from tests import shop
+from tests import processes, shop
 from tests.ddp import losses
 from tests.unit.conftest import data  # noqa: F401  # the fixture of forty sessions
 
@@ -23,21 +24,19 @@ pytestmark = pytest.mark.ddp
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def _torchrun(*arguments: str, processes: int = 2) -> str:
-    done = _started(*arguments, processes=processes)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def _started(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    own = ["--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, "-m", "torch.distributed.run", *own, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+def _group(module: str, *arguments: object, size: int = 2) -> list[tuple[int, str]]:
+    """Run a module in a group of processes, with the variables that torchrun sets; return exit codes and messages."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(choose_ports({"master": 0})["master"])}
+    group = os.environ | place | {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": str(size)}
+    started = [
+        processes.start(["-m", module, *arguments], env=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(size)
+    ]
+    return [(process.wait(300), process.communicate()[1]) for process in started]
 
 
 def test_losses_and_gradients_are_those_of_one_process(tmp_path: Path) -> None:
-    _torchrun("-m", "tests.ddp.losses", str(tmp_path))
+    assert [code for code, _ in _group("tests.ddp.losses", tmp_path)] == [0, 0]
     expected = losses.results()
     assert sum(name.endswith("/loss") for name in expected) == 6
     for rank in range(2):
@@ -51,7 +50,7 @@ def test_losses_and_gradients_are_those_of_one_process(tmp_path: Path) -> None:
 
 def test_a_group_of_one_process_sends_its_messages_and_changes_nothing(tmp_path: Path) -> None:
     """What one GPU shows of the messages between several."""
-    _torchrun("-m", "tests.ddp.losses", str(tmp_path), processes=1)
+    assert _group("tests.ddp.losses", tmp_path, size=1)[0][0] == 0
     found = load_tensors(tmp_path / "0.safetensors")
     assert found["grouped"].item()
     for name, value in losses.results().items():
@@ -94,10 +93,12 @@ def test_missrec_train_under_torchrun(data: Path, tmp_path: Path) -> None:  # no
         for name, value in settings.items()
     ]
     out = tmp_path / "two"
-    answer = _torchrun(
-        "-m", "missrec_t4r", "train", "--data", str(data), "--out", str(out), "--recipe=tiny", "--device=cpu", *options
-    )
-    [line] = answer.strip().splitlines()  # one answer, the first process's
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "missrec_t4r", "train", "--data", data, "--out", out, "--recipe=tiny", "--device=cpu", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [line] = done.stdout.strip().splitlines()  # one answer, the first process's
     assert json.loads(line)["run"] == str(out)
     alone = train(data, tmp_path / "one", recipe="tiny", settings=settings, device="cpu")
     curves = [
@@ -113,9 +114,9 @@ def test_missrec_train_under_torchrun(data: Path, tmp_path: Path) -> None:  # no
 
 def test_a_run_is_resumed_by_all_processes_or_by_none(data: Path, tmp_path: Path) -> None:  # noqa: F811  # pytest's way
     """Else the second one would go on with fresh weights, whose gradients are added to the first one's."""
-    done = _started("-m", "tests.ddp.folders", str(data), str(tmp_path))
-    assert done.returncode != 0
-    assert "process 1 does not find the checkpoint" in done.stderr
+    for code, message in _group("tests.ddp.folders", data, tmp_path):
+        assert code == 1
+        assert "process 1 does not find the checkpoint" in message
     log = (tmp_path / "0" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in log] == [0]
 

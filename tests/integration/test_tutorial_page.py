@@ -18,6 +18,7 @@ import pytest
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.serving.triton.ports import choose_ports
+from tests import processes
 
 pytestmark = pytest.mark.triton
 BLOCK = re.compile(r"^```(bash|bash background|python file=(\S+))\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -46,10 +47,10 @@ class Reader:
         return f"127.0.0.1:{self.ports['grpc']}"
 
     def run(self, line: str) -> None:
-        command = self.command(line)
-        if "recommend" in command:
-            command += ["--url", self.url]
-        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=False)
+        words = self.words(line)
+        if "recommend" in words:
+            words += ["--url", self.url]
+        done = processes.run(words, cwd=self.folder)
         assert done.returncode == 0, (line, done.stderr)
         self.outputs.append((line, done.stdout))
 
@@ -58,16 +59,16 @@ class Reader:
         log = self.folder / "serve.log"
         with log.open("wb") as output:
             self.server = subprocess.Popen(
-                [*self.command(line), *ports], cwd=self.folder, stdout=output, stderr=subprocess.STDOUT
+                [sys.executable, *self.words(line), *ports], cwd=self.folder, stdout=output, stderr=subprocess.STDOUT
             )
         until = time.monotonic() + 120
         while "Triton is ready" not in log.read_text() and time.monotonic() < until and self.server.poll() is None:
             time.sleep(0.1)
         assert "Triton is ready" in log.read_text(), log.read_text()
 
-    def command(self, line: str) -> list[str]:
+    def words(self, line: str) -> list[str]:
         first, *rest = shlex.split(line)
-        return [sys.executable, *{"missrec": ["-m", "missrec_t4r"], "python": []}[first], *rest]
+        return [*{"missrec": ["-m", "missrec_t4r"], "python": []}[first], *rest]
 
     def results(self, beginning: str) -> list[dict[str, Any]]:
         found = [out for line, out in self.outputs if line.startswith(beginning)]

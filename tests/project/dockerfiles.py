@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests import processes
 from tests.project.packages import ROOT
 
 
@@ -108,9 +109,10 @@ class Environment:
         foreign = ("PYTHON", "VIRTUAL_ENV", "PYENV") if self.is_built else ()
         kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         path = {"PATH": f"{self.bin}{os.pathsep}{kept['PATH']}", "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            command, env=kept | self.variables | path, cwd=self.folder, capture_output=True, text=True, check=False
-        )
+        env = kept | self.variables | path
+        if command[0] == "missrec" and not self.is_built:
+            return processes.run(["-m", "missrec_t4r", *command[1:]], env=env, cwd=self.folder)
+        return subprocess.run(command, env=env, cwd=self.folder, capture_output=True, text=True, check=False)
 
     def _copy(self, source: str, target: Path, mode: int | None) -> None:
         files = build_context(source)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import processes
 from tests.project.dockerfiles import Environment, base_python, steps
 from tests.project.packages import ROOT
 
@@ -33,8 +34,7 @@ def _compose(settings: dict[str, str] | None = None) -> dict[str, Any]:
 
 
 def _schema_check(file: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(file)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return processes.run(["-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", file])
 
 
 @pytest.mark.parametrize("file", [FILE, GPU_FILE], ids=["base", "gpu"])
@@ -168,7 +168,10 @@ def _run_every_service(merlin: Environment, triton: Environment) -> None:
     assert answers["etl"]["users"] == 120
     assert set(answers["features"]["modalities"]) == {"text", "image"}
     assert answers["export"]["parity"]["equal"] is True
-    _answer(merlin, _words(merlin, "nightly"))
+    shell, option, script = _words(merlin, "nightly")
+    assert subprocess.run([shell, "-n", option, script], check=False).returncode == 0
+    for command in script.split(";"):
+        _answer(merlin, shlex.split(command))
     assert (merlin.folder / "output" / "night" / "bundle" / "model.json").is_file()
 
     program, repository, *arguments = _words(triton, "triton")

@@ -1,10 +1,7 @@
 """A training process is killed (SIGKILL) within an epoch and resumed: the result is that of an uninterrupted run."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +20,7 @@ from missrec_t4r.runs.run_folder import RUN_FILE, STATE_FILE, load_metadata, loa
 from missrec_t4r.training.fit import train
 from missrec_t4r.training.step import Totals
 from missrec_t4r.training.trainer import Trainer
+from tests import processes
 
 SETTINGS = {
     "model.d_model": 16,
@@ -57,11 +55,11 @@ def _position(run: Path) -> tuple[int, int]:
     return status["epoch"], status["done"]
 
 
-def _start(data: Path, run: Path) -> subprocess.Popen[bytes]:
+def _start(data: Path, run: Path) -> processes.Running:
     options = [f"--set={name}={value}" for name, value in (SETTINGS | {"train.checkpoint_minutes": "0.000001"}).items()]
-    command = [sys.executable, "-m", "missrec_t4r", "train", "--data", str(data), "--out", str(run), "--recipe", "tiny"]
-    return subprocess.Popen(
-        [*command, *options, "--device=cpu"], env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    code = "import torch; torch.set_num_threads(1); from missrec_t4r.cli import app; app()"
+    return processes.start(
+        ["-c", code, "train", "--data", data, "--out", run, "--recipe=tiny", "--device=cpu", *options]
     )
 
 

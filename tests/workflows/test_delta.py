@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from missrec_t4r.etl.engine.user_state import find_users, load_user_events
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.io.arrow_files import read_arrow, write_arrow
 from missrec_t4r.schema import SPLITS
+from tests import processes
 from tests.workflows.increments import NEW_ITEMS, OPTIONS, SOME, content, counted, increment, raw_rows, same, shop
 from tests.workflows.tables import ITEMS, write
 
@@ -246,8 +245,7 @@ sessionize.write_splits = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 update(sys.argv[1], Path(sys.argv[2]), delta=True, workers=1)
 """
     file = increment(tmp_path, 2, 11)
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(file), str(data)])
-    assert run.returncode == -signal.SIGKILL
+    assert processes.run(["-c", code, file, data]).returncode == -signal.SIGKILL
     assert len(delta_files(data)) == 3
     seen = content(data)
     compact(data, workers=1)

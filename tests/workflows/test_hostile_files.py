@@ -5,8 +5,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +28,7 @@ from missrec_t4r.etl.sources.json_lines import read_all
 from missrec_t4r.etl.sources.synthetic.shop import generate_shop
 from missrec_t4r.etl.sources.table import read_table
 from missrec_t4r.io.atomic import atomic_write_dir, atomic_write_file
+from tests import processes
 from tests.workflows.tables import EVENTS, ITEMS, items_of, save_vectors, write
 
 
@@ -275,8 +274,7 @@ def test_what_a_killed_run_left_is_cleaned_up_by_the_next(tmp_path: Path) -> Non
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     for when, left in (("early", 2), ("late", 2)):
-        ran = subprocess.run([sys.executable, "-c", script, str(out), when], check=False)
-        assert ran.returncode == -signal.SIGKILL
+        assert processes.run(["-c", script, out, when]).returncode == -signal.SIGKILL
         assert len(list(tmp_path.iterdir())) == left
         assert out.exists() == (when == "early")
     with pytest.raises(ValueError, match="stop"), atomic_write_dir(out, "mark.json"):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +28,7 @@ from missrec_t4r.etl.engine.shuffle import cut_chunks
 from missrec_t4r.etl.nvt.serialization import load_workflow
 from missrec_t4r.etl.nvt.workflows import transform_dataset
 from missrec_t4r.etl.pipeline import etl
+from tests import processes
 from tests.workflows.tables import EVENTS, ITEMS, items_of, write
 
 SOME = settings(
@@ -163,7 +162,6 @@ def test_pieces_and_workers_change_nothing(tmp_path: Path, scheduler: str) -> No
 
 def test_a_killed_worker_does_not_lose_the_run(tmp_path: Path) -> None:
     def dies_once(place: str, number: int) -> int:
-        import os
         import signal
         from pathlib import Path
 
@@ -223,24 +221,20 @@ def test_a_killed_run_continues_from_what_was_finished(tmp_path: Path, module: s
     small_chunks = "from missrec_t4r.etl.engine import shuffle; shuffle.BATCH_ROWS = 400\n"
     code = small_chunks + KILLED.format(module=module, task=task, target=target)
     arguments = [str(events), str(items), str(tmp_path / "seen"), str(tmp_path / "data")]
-    run = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *arguments])
+    run = processes.start(["-c", code, *arguments])
     deadline = time.monotonic() + 60
     while not (tmp_path / "seen").exists() and time.monotonic() < deadline:
         assert run.poll() is None, "the run ended before it was killed"
         time.sleep(0.05)
-    os.kill(run.pid, signal.SIGKILL)
+    run.send_signal(signal.SIGKILL)
     run.wait()
     assert not (tmp_path / "data").exists()
     (work,) = (tmp_path / ".data-work").iterdir()
     folder = {"shuffle_chunk": "shuffle", "write_splits": "split"}[task]
     finished = {file: file.stat().st_mtime_ns for file in sorted((work / folder).glob("*.json"))}
     assert finished
-    again = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", small_chunks + CONTINUED, *arguments, folder],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    again = processes.run(["-c", small_chunks + CONTINUED, *arguments, folder])
+    assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout.splitlines()[-1]) == [True] * len(finished)
     etl(events, items, tmp_path / "whole", engine="disk", partitions=4, workers=1)
     for split in ("train", "valid", "test"):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from missrec_t4r.etl.engine.append import update
 from missrec_t4r.etl.engine.compact import compact
 from missrec_t4r.etl.nvt.serialization import load_workflow
 from missrec_t4r.etl.pipeline import etl
+from tests import processes
 from tests.workflows.increments import NEW_ITEMS, OPTIONS, SOME, raw_rows, shop
 from tests.workflows.tables import ITEMS, save_vectors, write
 
@@ -136,12 +134,12 @@ engine._finish = slow
 update(sys.argv[1], Path(sys.argv[2]), workers=1)
 """
     before = {file.relative_to(data): file.read_bytes() for file in data.rglob("*") if file.is_file()}
-    run = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(day), str(data), str(tmp_path / "seen")])
+    run = processes.start(["-c", code, day, data, tmp_path / "seen"])
     deadline = time.monotonic() + 60
     while not (tmp_path / "seen").exists() and time.monotonic() < deadline:
         assert run.poll() is None, "the run ended before it was killed"
         time.sleep(0.05)
-    os.kill(run.pid, signal.SIGKILL)
+    run.send_signal(signal.SIGKILL)
     run.wait()
     assert {file.relative_to(data): file.read_bytes() for file in data.rglob("*") if file.is_file()} == before
     assert update(day, data, workers=1)["events"] == 404

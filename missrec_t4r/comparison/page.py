@@ -7,11 +7,13 @@ from html import escape
 from typing import Any, Final
 
 from missrec_t4r.comparison.verdict import OPEN, REFUSED, SHIP
-from missrec_t4r.etl.quality.charts import bars, intervals, number
-from missrec_t4r.etl.quality.html import STYLE, section, table
+from missrec_t4r.etl.quality.charts import bars, intervals
+from missrec_t4r.etl.quality.html import STYLE, document, gate, section, table
 from missrec_t4r.evaluation.full_ranking import PROTOCOL_TITLES
 
-_STYLE: Final = """
+COMPARISON_STYLE: Final = (
+    STYLE
+    + """
 .verdict{border-left:6px solid var(--soft);padding:.8rem 1.2rem;background:var(--card);margin:1rem 0}
 .verdict b{font-size:1.5rem}.verdict p{margin:.3rem 0 0;color:var(--ink)}
 .verdict.good{border-color:var(--good)}.verdict.bad{border-color:var(--bad)}
@@ -27,6 +29,7 @@ dd{margin:0 0 .5rem;color:var(--soft)}
 .item{display:inline-flex;align-items:center;gap:.5rem;vertical-align:middle;min-height:1.5rem}
 .example li:has(.pic){margin:.15rem 0}
 """
+)
 _LONGEST_TITLE: Final = 110
 _CLASS: Final = {SHIP: "good", OPEN: "", REFUSED: "bad"}
 _WORDS: Final = {
@@ -50,42 +53,23 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -
     """
     verdict = report["verdict"]
     protocol = verdict["protocol"]
-    sections = [_gate(verdict["gate"]), _systems(report, protocol), _differences(report, protocol)]
+    sections = [
+        gate("Gate", "measure", verdict["gate"], "{:.4g}".format),
+        _systems(report, protocol),
+        _differences(report, protocol),
+    ]
     sections += [_by_slice(report, protocol), _slices(report, protocol), _beyond(report, protocol), _cost(report)]
     sections += [_systems(report, name) for name in report["protocols"] if name != protocol]
     sections += [_examples(report, Pictures(pictures or {})), _left_out(report), _words()]
     title = f"{report['candidate']} against {report['current']}"
     about = f"{report['data']}, {report['split']} sessions, {report['made']}"
-    box = verdict["decision"].capitalize(), f"{verdict['words']}.", _CLASS[verdict["decision"]]
-    return document(f"Comparison: {title}", title, about, box, sections)
+    above = headline(verdict["decision"].capitalize(), f"{verdict['words']}.", _CLASS[verdict["decision"]])
+    return document(f"Comparison: {title}", title, about, sections, above=above, style=COMPARISON_STYLE)
 
 
-def document(
-    name: str, title: str, about: str, box: tuple[str, str, str], sections: Sequence[str], numbers: str = ""
-) -> str:
-    """Return a complete page; ``box`` is its main statement: headline, words, class of its colour."""
-    headline, words, colour = box
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)}</title><style>{STYLE}{_STYLE}</style></head><body>"
-        f"<h1>{escape(title)}</h1><p>{escape(about)}</p>"
-        f'<div class="verdict {colour}"><b>{escape(headline)}</b><p>{escape(words)}</p></div>{numbers}'
-        f'<div class="grid">{"".join(filter(None, sections))}</div></body></html>\n'
-    )
-
-
-def _gate(checks: Any) -> str:
-    rows = [
-        (
-            check["measure"],
-            "not measured" if check["value"] is None else f"{check['value']:.4g}",
-            ", ".join(f"{key} {number(value)}" for key, value in check["bounds"].items()),
-            '<span class="good">passed</span>' if check["passed"] else '<span class="bad">violated</span>',
-        )
-        for check in checks
-    ]
-    return section("Gate", table(("measure", "value", "bounds", ""), rows, raw=3)) if rows else ""
+def headline(head: str, words: str, colour: str = "") -> str:
+    """Return a page's main statement as HTML; ``colour`` is its class: good or bad."""
+    return f'<div class="verdict {colour}"><b>{escape(head)}</b><p>{escape(words)}</p></div>'
 
 
 def _systems(report: Mapping[str, Any], protocol: str) -> str:
@@ -231,8 +215,7 @@ def _examples(report: Mapping[str, Any], pictures: Pictures) -> str:
 def wide_section(title: str, words: str, cards: Sequence[str], pictures: Pictures) -> str:
     """Return a section of the page's whole width with examples; ``cards`` are HTML."""
     inside = f'<p>{words}</p><div class="examples">{"".join(cards)}</div>' if cards else "<p>There is none.</p>"
-    inside = pictures.style + inside
-    return section(title, inside).replace("<section>", '<section class="wide">', 1)
+    return section(title, pictures.style + inside, wide=True)
 
 
 def example_card(example: Mapping[str, Any], heading: str, pictures: Pictures) -> str:

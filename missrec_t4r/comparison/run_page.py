@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from missrec_t4r.comparison.examples import described, shown_ids
-from missrec_t4r.comparison.page import Pictures, document, example_card, wide_section
+from missrec_t4r.comparison.page import COMPARISON_STYLE, Pictures, example_card, headline, wide_section
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.etl.features.thumbnails import thumbnails
 from missrec_t4r.etl.quality.charts import bars, intervals, line, number
-from missrec_t4r.etl.quality.html import section, table
+from missrec_t4r.etl.quality.html import document, numbers, section, table
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, PROTOCOL_TITLES, rank_systems
 from missrec_t4r.evaluation.report import NO_VALUE, with_current_names
 from missrec_t4r.io.atomic import atomic_write_file
@@ -101,7 +101,7 @@ def run_page(
     info, curve = read_json(run / RUN_FILE), _curve(run / LOG_FILE)
     loaded = load_run(run, data)
     shares, cards, pictures = _examples(loaded, split)
-    headline, words = _headline(report)
+    result, words = _headline(report)
     sections = [
         _accuracy(report, EXCLUDED),
         _curves(curve, info),
@@ -119,13 +119,14 @@ def run_page(
     ]
     name = "/".join(run.resolve().parts[-2:])
     about = f"{run}, data {report['data']}, {split} sessions"
-    page = document(f"Run {name}", f"Run {name}", about, (headline, words, ""), sections, _numbers(report, info))
+    above = headline(result, words) + _numbers(report, info)
+    page = document(f"Run {name}", f"Run {name}", about, sections, above=above, style=COMPARISON_STYLE)
     with atomic_write_file(file) as temporary:
         temporary.write_text(page, encoding="utf-8")
     of = report["protocols"][EXCLUDED]
     value, network = of[_main(of)][_CRITERION], of.get(NETWORK, {}).get(_CRITERION)
     added = None if network is None else value - network
-    return {"page": str(file), "headline": f"{headline}. {words}", _CRITERION: value, "terms_added": added}
+    return {"page": str(file), "headline": f"{result}. {words}", _CRITERION: value, "terms_added": added}
 
 
 def _evaluation(run: Path, split: str) -> dict[str, Any] | None:
@@ -172,10 +173,7 @@ def _numbers(report: Mapping[str, Any], info: Mapping[str, Any]) -> str:
         "minutes of training": f"{info['seconds'] / 60:.1f}" if "seconds" in info else None,
         "precision": info.get("precision"),
     }
-    known = {name: value for name, value in facts.items() if value is not None}  # a script's trainer notes few
-    return (
-        '<div class="numbers">' + "".join(f"<div><b>{v}</b><span>{k}</span></div>" for k, v in known.items()) + "</div>"
-    )
+    return numbers({name: value for name, value in facts.items() if value is not None})  # a script's trainer notes few
 
 
 def _curve(file: Path) -> list[dict[str, Any]]:
@@ -247,7 +245,7 @@ def _slices(report: Mapping[str, Any]) -> str:
     ]
     head = ("sessions", "number", *(_TITLES.get(name, name) for name in names))
     title = "NDCG@10 by kind of session, seen items excluded"
-    return section(title, table(head, rows)).replace("<section>", '<section class="wide">', 1)
+    return section(title, table(head, rows), wide=True)
 
 
 def _terms(info: Mapping[str, Any], shares: Mapping[str, float]) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any, Final, NamedTuple
 
 from missrec_t4r.etl.quality.charts import bars, curves
-from missrec_t4r.etl.quality.html import STYLE, section, table
+from missrec_t4r.etl.quality.html import STYLE, document, section, table
 
 _STYLE: Final = """
 polyline.other{fill:none;stroke:var(--soft);stroke-width:1;opacity:.5}polyline.best{fill:none;stroke:var(--good);stroke-width:3}
@@ -59,14 +58,12 @@ def page(trials: Sequence[Tried], best: int, recipe: str) -> str:
     ]
     title = f"Search around the recipe {recipe}"
     words = "Each line is a trial, the thick one the best: the network alone, on validation sessions. No test was read."
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}{_STYLE}</style></head><body><h1>{escape(title)}</h1>"
-        f'<p>{escape(words)}</p><div class="grid">{section("Learning curves", learning)}'
-        f"{section('Best epoch of every trial', by_trial)}"
-        f"{section('Trials', table(('trial', _VALUE, 'epochs', 'ended', 'changes'), rows))}</div></body></html>\n"
-    )
+    sections = [
+        section("Learning curves", learning),
+        section("Best epoch of every trial", by_trial),
+        section("Trials", table(("trial", _VALUE, "epochs", "ended", "changes"), rows)),
+    ]
+    return document(title, title, words, sections, style=STYLE + _STYLE)
 
 
 def _short(value: Any) -> str:

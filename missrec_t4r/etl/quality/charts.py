@@ -7,12 +7,16 @@ matplotlib would add 30 MB to the installation and draw static images.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 640, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 30, 10, 48
+_WIDE, _TALL = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
 _TICKS = 4
+
+Marks = Iterable[tuple[float, str]]
+"""Texts along an axis, each with its place as a share of the axis, 0 to 1."""
 
 
 def bars(labels: Sequence[str], values: Sequence[float], *, x_title: str, y_title: str) -> str:
@@ -25,45 +29,26 @@ def bars(labels: Sequence[str], values: Sequence[float], *, x_title: str, y_titl
     values : sequence of float
         Not negative.
     """
-    top = _nice_top(max([*values, 0.0]))
-    step = (WIDTH - _LEFT - _RIGHT) / max(len(values), 1)
-    shapes = []
-    for index, (label, value) in enumerate(zip(labels, values, strict=True)):
-        height = (HEIGHT - _TOP - _BOTTOM) * value / top
-        x, y = _LEFT + index * step, HEIGHT - _BOTTOM - height
-        shapes.append(
-            f'<rect class="bar" x="{x + step * 0.08:.1f}" y="{y:.1f}" width="{max(step * 0.84, 0.5):.1f}" '
-            f'height="{height:.1f}"><title>{escape(label)}: {number(value)}</title></rect>'
-        )
+    top, count = _nice_top(max([*values, 0.0])), max(len(values), 1)
+    step = _WIDE / count
+    shapes = [
+        f'<rect class="bar" x="{_LEFT + (index + 0.08) * step:.1f}" y="{_y(value / top):.1f}" '
+        f'width="{max(step * 0.84, 0.5):.1f}" height="{_TALL * value / top:.1f}">'
+        f"<title>{escape(label)}: {number(value)}</title></rect>"
+        for index, (label, value) in enumerate(zip(labels, values, strict=True))
+    ]
     # A character is about 9 units wide: print every n-th label, so that neighbours do not overlap.
     every = math.ceil(max((len(label) for label in labels), default=1) * 9 / step) if labels else 1
-    shapes += [
-        _text(_LEFT + (index + 0.5) * step, HEIGHT - _BOTTOM + 18, label, "middle")
-        for index, label in enumerate(labels)
-        if index % every == 0
-    ]
-    ticks = [top * tick / _TICKS for tick in range(_TICKS + 1)]
-    marks = [(HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * tick / top, number(tick)) for tick in ticks]
-    return _frame("".join(shapes), marks, x_title, y_title)
+    below = [((index + 0.5) / count, label) for index, label in enumerate(labels) if index % every == 0]
+    return _frame(shapes, below, _from_zero(top), x_title, y_title)
 
 
 def log_line(xs: Sequence[float], ys: Sequence[float], *, x_title: str, y_title: str) -> str:
     """Return a line chart with logarithmic axes; values must be positive."""
-    x_top, y_top = (max(1.0, math.ceil(math.log10(max(values)))) for values in (xs, ys))
-    points = " ".join(
-        f"{_LEFT + (WIDTH - _LEFT - _RIGHT) * math.log10(x) / x_top:.1f},"
-        f"{HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * math.log10(y) / y_top:.1f}"
-        for x, y in zip(xs, ys, strict=True)
-    )
-    below = [
-        _text(_LEFT + (WIDTH - _LEFT - _RIGHT) * power / x_top, HEIGHT - _BOTTOM + 18, number(10.0**power), "middle")
-        for power in range(int(x_top) + 1)
-    ]
-    marks = [
-        (HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * power / y_top, number(10.0**power))
-        for power in range(int(y_top) + 1)
-    ]
-    return _frame(f'<polyline class="line" points="{points}"/>' + "".join(below), marks, x_title, y_title)
+    x_top, y_top = (max(1, math.ceil(math.log10(max(values)))) for values in (xs, ys))
+    points = [(math.log10(x) / x_top, math.log10(y) / y_top) for x, y in zip(xs, ys, strict=True)]
+    below, left = ([(power / top, number(10.0**power)) for power in range(top + 1)] for top in (x_top, y_top))
+    return _frame([_polyline("line", points)], below, left, x_title, y_title)
 
 
 def curves(series: Mapping[str, Sequence[float]], marked: str, *, x_title: str, y_title: str) -> str:
@@ -78,21 +63,14 @@ def curves(series: Mapping[str, Sequence[float]], marked: str, *, x_title: str, 
     """
     top = _nice_top(max((value for values in series.values() for value in values), default=0.0))
     last = max((len(values) for values in series.values()), default=1) - 1
-    width, height = (WIDTH - _LEFT - _RIGHT) / max(last, 1), (HEIGHT - _TOP - _BOTTOM) / top
-    shapes = []
+    shapes, end = [], max(last, 1)
     for name in sorted(series, key=lambda name: name == marked):
-        points = [(_LEFT + width * x, HEIGHT - _BOTTOM - height * y) for x, y in enumerate(series[name])]
-        points += [(points[0][0] + 2, points[0][1])] if len(points) == 1 else []  # a line of one point shows nothing
-        drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        points = [(x / end, y / top) for x, y in enumerate(series[name])]
+        points += [(2 / _WIDE, points[0][1])] if len(points) == 1 else []  # a line of one point shows nothing
         kind = "best" if name == marked else "other"
-        words = f"{escape(name)}: {number(max(series[name]))}"
-        shapes.append(f'<polyline class="{kind}" points="{drawn}"><title>{words}</title></polyline>')
-    every = max(math.ceil(last / 10), 1)
-    shapes += [_text(_LEFT + width * x, HEIGHT - _BOTTOM + 18, str(x), "middle") for x in range(0, last + 1, every)]
-    marks = [
-        (HEIGHT - _BOTTOM - height * top * tick / _TICKS, number(top * tick / _TICKS)) for tick in range(_TICKS + 1)
-    ]
-    return _frame("".join(shapes), marks, x_title, y_title)
+        shapes.append(_polyline(kind, points, f"{escape(name)}: {number(max(series[name]))}"))
+    below = [(x / end, str(x)) for x in range(0, last + 1, max(math.ceil(last / 10), 1))]
+    return _frame(shapes, below, _from_zero(top), x_title, y_title)
 
 
 def line(xs: Sequence[float], ys: Sequence[float], *, x_title: str, y_title: str, mark: int | None = None) -> str:
@@ -107,27 +85,17 @@ def line(xs: Sequence[float], ys: Sequence[float], *, x_title: str, y_title: str
     """
     (left, right), (low, high) = ((min(values), max(values)) for values in (xs, ys))
     wide, tall = (right - left) or 1.0, (high - low) or 1.0
-    places = [
-        (
-            _LEFT + (WIDTH - _LEFT - _RIGHT) * (x - left) / wide,
-            HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * (y - low) / tall,
-        )
-        for x, y in zip(xs, ys, strict=True)
-    ]
-    shapes = '<polyline class="line" points="' + " ".join(f"{x:.1f},{y:.1f}" for x, y in places) + '"/>'
-    for index, (x, y) in enumerate(places):
+    points = [((x - left) / wide, (y - low) / tall) for x, y in zip(xs, ys, strict=True)]
+    shapes = [_polyline("line", points)]
+    for index, (x, y) in enumerate(points):
         size = 5 if index == mark else 2.5
         words = f"{number(xs[index])}: {ys[index]:.4g}"
-        shapes += f'<circle class="bar" cx="{x:.1f}" cy="{y:.1f}" r="{size}"><title>{words}</title></circle>'
-    every = math.ceil(len(places) / 10)
-    shapes += "".join(
-        _text(x, HEIGHT - _BOTTOM + 18, number(xs[index]), "middle")
-        for index, (x, _) in enumerate(places)
-        if index % every == 0
-    )
-    ticks = [low + tall * tick / _TICKS for tick in range(_TICKS + 1)]
-    marks = [(HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * (tick - low) / tall, f"{tick:.3g}") for tick in ticks]
-    return _frame(shapes, marks, x_title, y_title)
+        shapes.append(
+            f'<circle class="bar" cx="{_x(x):.1f}" cy="{_y(y):.1f}" r="{size}"><title>{words}</title></circle>'
+        )
+    below = [(points[index][0], number(xs[index])) for index in range(0, len(points), math.ceil(len(points) / 10))]
+    marks = [(tick / _TICKS, f"{low + tall * tick / _TICKS:.3g}") for tick in range(_TICKS + 1)]
+    return _frame(shapes, below, marks, x_title, y_title)
 
 
 def intervals(
@@ -196,20 +164,39 @@ def _nice_top(value: float) -> float:
     return next(power * factor for factor in (1, 2, 4, 8, 10) if power * factor >= value * (1 - 1e-9))
 
 
-def _frame(inside: str, marks: Sequence[tuple[float, str]], x_title: str, y_title: str) -> str:
+def _x(share: float) -> float:
+    return _LEFT + _WIDE * share
+
+
+def _y(share: float) -> float:
+    return HEIGHT - _BOTTOM - _TALL * share
+
+
+def _polyline(kind: str, points: Iterable[tuple[float, float]], title: str = "") -> str:
+    """Return a line through points that are given as shares of the axes."""
+    drawn = " ".join(f"{_x(x):.1f},{_y(y):.1f}" for x, y in points)
+    return f'<polyline class="{kind}" points="{drawn}"' + (f"><title>{title}</title></polyline>" if title else "/>")
+
+
+def _from_zero(top: float) -> Marks:
+    return [(tick / _TICKS, number(top * tick / _TICKS)) for tick in range(_TICKS + 1)]
+
+
+def _frame(shapes: Iterable[str], below: Marks, left: Marks, x_title: str, y_title: str) -> str:
+    """Return a chart: shapes on a grid, with the texts and the titles of both axes."""
     grid = "".join(
-        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        + _text(_LEFT - 6, y + 4, text, "end")
-        for y, text in marks
+        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{_y(share):.1f}" y2="{_y(share):.1f}"/>'
+        + _text(_LEFT - 6, _y(share) + 4, text, "end")
+        for share, text in left
     )
-    middle = _TOP + (HEIGHT - _TOP - _BOTTOM) / 2
+    ticks = "".join(_text(_x(share), HEIGHT - _BOTTOM + 18, text, "middle") for share, text in below)
     titles = _text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 6, x_title, "middle", "title") + (
-        f'<text class="title" text-anchor="middle" transform="translate(14 {middle:.0f}) rotate(-90)">'
+        f'<text class="title" text-anchor="middle" transform="translate(14 {_TOP + _TALL / 2:.0f}) rotate(-90)">'
         f"{escape(y_title)}</text>"
     )
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_title)} by {escape(x_title)}">'
-        f"{grid}{inside}{titles}</svg>"
+        f"{grid}{''.join(shapes)}{ticks}{titles}</svg>"
     )
 
 

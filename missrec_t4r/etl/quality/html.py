@@ -5,7 +5,7 @@ Twelve small functions; a Jinja2 template with the same tables, formats and cond
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -25,7 +25,7 @@ section{background:var(--card);border:1px solid var(--line);border-radius:8px;pa
 .numbers b{display:block;font-size:1.35rem;font-weight:600}.numbers span{color:var(--soft)}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 td,th{padding:.25rem .6rem .25rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-td.n,th.n{text-align:right}.bad{color:var(--bad);font-weight:600}.good{color:var(--good)}
+.bad{color:var(--bad);font-weight:600}.good{color:var(--good)}
 svg{width:100%;height:auto;display:block}.bar{fill:var(--bar)}.line{fill:none;stroke:var(--bar);stroke-width:2}
 line.grid,line.zero{stroke:var(--line)}line.zero{stroke-width:2}text{font-size:11px;fill:var(--soft)}text.title{font-size:12px}
 """
@@ -37,37 +37,13 @@ _DAYS = 400
 def page(report: Mapping[str, Any]) -> str:
     """Return the complete HTML page of a report (the content of report.json)."""
     statistics, distributions = report["measures"], report["shown"]
-    sections = [_gate(report["gate"]), _days(distributions), _lengths(distributions)]
-    sections += [_popularity(distributions, statistics), _coverage(distributions["coverage"])]
-    sections += [_data_quality(statistics), _drift(report)]
-    facts = "".join(
-        f"<div><b>{number(statistics[name])}</b><span>{escape(name.replace('_', ' '))}</span></div>"
-        for name in _FACTS
-        if name in statistics
-    )
-    against = f", compared with the run of {escape(report['previous'])}" if report["previous"] else ""
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Data report: {escape(report['data'])}</title><style>{STYLE}</style></head><body>"
-        f"<h1>Data report</h1><p>{escape(report['data'])}, {escape(report['made'])}{against}</p>"
-        f'<div class="numbers">{facts}</div><div class="grid">{"".join(filter(None, sections))}</div></body></html>\n'
-    )
-
-
-def _gate(checks: Sequence[Mapping[str, Any]]) -> str:
-    if not checks:
-        return ""
-    rows = [
-        (
-            check["measure"],
-            "not measured" if check["value"] is None else number(check["value"]),
-            ", ".join(f"{key} {number(value)}" for key, value in check["bounds"].items()),
-            '<span class="good">passed</span>' if check["passed"] else '<span class="bad">violated</span>',
-        )
-        for check in checks
-    ]
-    return section("Quality gate", table(("statistic", "value", "bounds", ""), rows, raw=3))
+    sections = [gate("Quality gate", "statistic", report["gate"], number), _days(distributions)]
+    sections += [_lengths(distributions), _popularity(distributions, statistics)]
+    sections += [_coverage(distributions["coverage"]), _data_quality(statistics), _drift(report)]
+    facts = {name.replace("_", " "): number(statistics[name]) for name in _FACTS if name in statistics}
+    against = f", compared with the run of {report['previous']}" if report["previous"] else ""
+    about = f"{report['data']}, {report['made']}{against}"
+    return document(f"Data report: {report['data']}", "Data report", about, sections, above=numbers(facts))
 
 
 def _days(distributions: Mapping[str, Any]) -> str:
@@ -150,9 +126,40 @@ def _drift(report: Mapping[str, Any]) -> str:
     return section("Drift since the last run", table(("statistic", "change"), rows))
 
 
-def section(title: str, inside: str) -> str:
-    """Return a section of a page; ``inside`` is HTML."""
-    return f"<section><h2>{escape(title)}</h2>{inside}</section>"
+def document(name: str, title: str, about: str, sections: Iterable[str], *, above: str = "", style: str = STYLE) -> str:
+    """Return a complete page; ``sections``, and what stands ``above`` them, are HTML; ``name`` is that of its tab."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(name)}</title><style>{style}</style></head><body><h1>{escape(title)}</h1>"
+        f'<p>{escape(about)}</p>{above}<div class="grid">{"".join(sections)}</div></body></html>\n'
+    )
+
+
+def numbers(facts: Mapping[str, object]) -> str:
+    """Return figures by name as large numbers beside each other."""
+    shown = (f"<div><b>{escape(str(value))}</b><span>{escape(name)}</span></div>" for name, value in facts.items())
+    return f'<div class="numbers">{"".join(shown)}</div>'
+
+
+def gate(title: str, what: str, checks: Sequence[Mapping[str, Any]], form: Callable[[float], str]) -> str:
+    """Return a section of the checks of `missrec_t4r.etl.quality.report.apply_gate`; empty without any."""
+    rows = [
+        (
+            check["measure"],
+            "not measured" if check["value"] is None else form(check["value"]),
+            ", ".join(f"{key} {number(value)}" for key, value in check["bounds"].items()),
+            '<span class="good">passed</span>' if check["passed"] else '<span class="bad">violated</span>',
+        )
+        for check in checks
+    ]
+    return section(title, table((what, "value", "bounds", ""), rows, raw=3)) if rows else ""
+
+
+def section(title: str, inside: str, *, wide: bool = False) -> str:
+    """Return a section of a page, over its whole width if ``wide``; ``inside`` is HTML."""
+    kind = ' class="wide"' if wide else ""
+    return f"<section{kind}><h2>{escape(title)}</h2>{inside}</section>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], raw: int = -1) -> str:

@@ -118,6 +118,7 @@ COMMANDS = (  # in the order of the work
         "compare",
         {
             "systems": Option(argument=True),
+            "out": Option(required=True),
             **{name: Option(comma=True) for name in ("baselines", "protocols", "slice_columns")},
         },
     ),

@@ -27,7 +27,7 @@ HOME = {
     "merlin": "commands.bundles:merlin",
     "metrics_table": "evaluation.report:table",
     "playground": "serving.playground.app:playground",
-    "pretrain": "commands.training:pretrain",
+    "pretrain": "training.pretrain:pretrain",
     "recommend": "serving.client.client:recommend",
     "report": "etl.quality.report:report",
     "rollback": "serving.deploy.blue_green:rollback",

@@ -1,4 +1,4 @@
-"""``missrec train`` and ``pretrain``: the choice of trainer and start, and the lookup of finished runs.
+"""``missrec train``: the choice of trainer and start.
 
 | options | function |
 |---|---|
@@ -10,8 +10,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +19,6 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.config.recipe import AUTO
 from missrec_t4r.errors import ConfigError
-
-log = logging.getLogger(__name__)
 
 
 def train(
@@ -127,9 +124,11 @@ def train(
     run = partial(run, resume=resume, device=device, dry_run=dry_run)
     if not reuse:
         return run() | chosen
+    from missrec_t4r.training.reuse import recipe_key, run_or_reuse
+
     made_from = {"settings": settings, "trainer": trainer, "freeze": freeze, "take": take, "device": device}
-    key = _key([data], made_from, own, start_from or warm_start)
-    return _cached(run, Path(out), key, resume, dry_run, own) | chosen
+    key = recipe_key([data], made_from, own, start_from or warm_start)
+    return run_or_reuse(run, Path(out), key, resume, dry_run, own) | chosen
 
 
 def _resolved(
@@ -145,111 +144,3 @@ def _resolved(
     choice = choose(data, settings, device)
     facts = {"recipe": choice.base, "changes": dict(choice.changes), "reasons": list(choice.reasons)}
     return choice.recipe, {"chosen": facts}
-
-
-def pretrain(
-    data: Sequence[str | Path],
-    out: str | Path,
-    *,
-    recipe: str | Path = "pretrain",
-    settings: Mapping[str, Any] | None = None,
-    resume: bool = True,
-    device: str = "auto",
-    reuse: bool = False,
-    dry_run: bool = False,
-) -> dict[str, Any]:
-    """Pre-train on several data sets whose modality vectors come from the same encoders; then `missrec train --from`.
-
-    Parameters
-    ----------
-    data : sequence of path or ``NAME=PATH``
-        Data folder of one domain, or NAME=FOLDER; repeatable.
-    out : path
-        Run folder to write.
-    recipe : str or path
-        Shipped recipe or YAML file.
-    settings : mapping, optional
-        Setting that overrides the recipe, such as train.epochs=10; repeatable.
-    resume : bool
-        --restart trains from the start; by default an interrupted run is resumed and a finished one returned.
-    device : str
-        auto (a GPU if there is one), cpu or cuda.
-    reuse : bool
-        As in `train`.
-    dry_run : bool
-        Check everything, predict time and memory from a few steps, and print what would be done; write nothing.
-
-    Returns
-    -------
-    dict
-        As `missrec_t4r.training.pretrain.pretrain`.
-    """
-    from missrec_t4r.data.union import named_folders
-    from missrec_t4r.training.pretrain import pretrain as train_on_domains
-
-    start: dict[str, Any] = {"recipe": recipe, "settings": settings}
-    run = partial(train_on_domains, data, out, **start, resume=resume, device=device, dry_run=dry_run)
-    if not reuse:
-        return run()
-    folders, own = named_folders(data), Recipe.load(recipe, settings)
-    key = _key(list(folders.values()), {"domains": list(folders), "device": device}, own, None)
-    return _cached(run, Path(out), key, resume, dry_run, own)
-
-
-def _key(
-    data: Sequence[str | Path], settings: Mapping[str, Any], recipe: Recipe | None, source: str | Path | None
-) -> str:
-    from missrec_t4r.runs.run_cache import run_key
-
-    recorded = {**settings, "recipe": None if recipe is None else recipe.to_dict()}
-    return run_key([Path(folder) for folder in data], recorded, None if source is None else Path(source))
-
-
-def _cached(
-    run: Callable[[], dict[str, Any]], out: Path, key: str, resume: bool, dry_run: bool, recipe: Recipe | None
-) -> dict[str, Any]:
-    """Return the result of the finished run in ``out``, if it has this key; else run, and store the result.
-
-    Raises
-    ------
-    ConfigError
-        ``out`` holds a finished run with other settings, which only ``--restart`` replaces.
-    """
-    from missrec_t4r.io.json_files import read_json
-    from missrec_t4r.runs.run_cache import differences, lookup, store
-    from missrec_t4r.runs.run_folder import RUN_FILE
-    from missrec_t4r.training import distributed
-
-    result = lookup(out, key) if resume else None
-    if result is not None:
-        log.info(f"{out} is a finished run of the same data and settings; --restart trains again")
-        return {**result, "found": True} | ({"dry_run": True} if dry_run else {})
-    if resume and recipe is not None and (out / RUN_FILE).is_file():
-        changed = differences(out, recipe)
-        if changed and not _goes_on(out, recipe):
-            raise ConfigError(
-                f"{out} holds a finished run with other settings: {', '.join(changed)}",
-                "a new folder, or the settings of that run",
-                "give another --out, or --restart to replace the run",
-            )
-        if not changed and read_json(out / RUN_FILE).get("stopped_by") != "interrupt":
-            log.info(f"{out} holds a finished run of other data or code: it is replaced")
-    result = run()
-    is_whole = result.get("stopped_by") != "interrupt"  # else the same command goes on
-    if not dry_run and is_whole and distributed.launched().rank == 0:
-        store(out, key, result)
-    return result
-
-
-def _goes_on(out: Path, recipe: Recipe) -> bool:
-    """Whether a finished run has a checkpoint, and only its limits have grown: more epochs, patience or minutes."""
-    from missrec_t4r.io.json_files import read_json
-    from missrec_t4r.runs.run_cache import differences
-    from missrec_t4r.runs.run_folder import RECIPE_FILE, STATE_FILE
-    from missrec_t4r.training.state import LIMITS, has_grown
-
-    limits = [f"train.{name} " for name in LIMITS]
-    if not all(any(one.startswith(name) for name in limits) for one in differences(out, recipe)):
-        return False
-    stored = Recipe.from_stored(read_json(out / RECIPE_FILE)).train
-    return (out / STATE_FILE).is_file() and has_grown(vars(stored), vars(recipe.train))

@@ -24,6 +24,7 @@ from missrec_t4r.comparison.systems import (
     ranked,
 )
 from missrec_t4r.comparison.verdict import decide, measures_of, sentence
+from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.etl.features.thumbnails import thumbnails
@@ -67,14 +68,40 @@ def compare(
     Parameters
     ----------
     systems : sequence, or mapping of name to system
-        The first is the current one. Each is the path of a run (a list: the seeds of one system), of a T4R model or of
-        a parquet file of lists, the name of a baseline, "network" or "terms" of the first run, or, from Python, a
-        ``tr.Model`` or a function that scores sessions (`missrec_t4r.evaluation.full_ranking.Scorer`).
+        The current system, the candidate, and any others; each as PATH or NAME=PATH: a run folder (several seeds:
+        NAME=RUN1,RUN2), a folder of tr.Model.save, a parquet file of lists (user_id, item_id in order), or popularity,
+        item_knn, content_knn, sasrec, network, terms (of the first run). From Python also a ``tr.Model``, or a function
+        that scores sessions (`missrec_t4r.evaluation.full_ranking.Scorer`).
     out : path, optional
-        Folder for comparison.json and comparison.html; nothing is written without it.
-    data, split, candidate, baselines, protocols, slice_columns, gate, max_sequence_length, image_column, images,
-    trust_pickle, dry_run
-        As the options of ``missrec compare``.
+        Folder for comparison.json and comparison.html.
+    data : path, optional
+        Data folder with the sessions, on which every run is ranked; by default that of the first run, and other runs
+        are ranked on their own folders and matched by user and target.
+    split : {"test", "valid"}
+        Sessions to compare on.
+    candidate : str, optional
+        Name of the system that the verdict is about; by default the second one.
+    baselines : sequence of str
+        Baselines to show beside: popularity, item_knn, content_knn, sasrec (trained first, and kept in the folder of
+        the comparison), network, terms; comma-separated.
+    protocols : sequence of str
+        How seen items are treated, comma-separated; the verdict is by the first one.
+    slice_columns : sequence of str
+        Columns of the item table, such as category: a slice for each of the frequent values of the target.
+    gate : path, optional
+        YAML of bounds on the candidate's measures, measure: {min: ..., max: ...}; without it the 95 % interval of the
+        paired difference in NDCG@10 decides.
+    max_sequence_length : int, optional
+        Last items of a session that a T4R model reads, if its schema does not state it.
+    image_column : str, optional
+        Column of the item table with the path of the item's picture, relative to --images, for the examples of the
+        page; by default what `missrec features` read.
+    images : path, optional
+        Folder of these pictures. Without --image-column a picture is found by its name, <item_id>.png or the like.
+    trust_pickle : bool
+        Read saved T4R models, which are pickles and can run any code: only your own.
+    dry_run : bool
+        Check the systems and print what would be compared; rank and write nothing.
 
     Returns
     -------
@@ -96,6 +123,7 @@ def compare(
     >>> result["verdict"]["decision"]                                                               # doctest: +SKIP
     'ship'
     """
+    require_at_least(1, max_sequence_length=max_sequence_length)
     baselines = checked_baselines(baselines, OF_A_RUN)
     if isinstance(systems, Mapping):
         given = named({**systems, **{name: name for name in baselines}})

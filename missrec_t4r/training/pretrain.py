@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from missrec_t4r.training import distributed
 from missrec_t4r.training.fit import run_or_describe
 from missrec_t4r.training.memory import translate_out_of_memory
 from missrec_t4r.training.precision import autocast, to_fp32
+from missrec_t4r.training.reuse import recipe_key, run_or_reuse
 from missrec_t4r.training.step import Totals
 from missrec_t4r.training.trainer import Trainer
 
@@ -42,33 +43,36 @@ PRETRAINING = "pretraining"
 
 
 def pretrain(
-    data: Iterable[str | Path] | Mapping[str, Path],
+    data: Sequence[str | Path] | Mapping[str, Path],
     out: str | Path,
     *,
     recipe: str | Path | Recipe = "pretrain",
     settings: Mapping[str, Any] | None = None,
     resume: bool = True,
     device: str = "auto",
+    reuse: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Pre-train on several data folders and write a run folder for ``missrec train --from``.
+    """Pre-train on several data sets whose modality vectors come from the same encoders; then `missrec train --from`.
 
     Parameters
     ----------
     data : sequence of path or of ``NAME=PATH``, or mapping of str to Path
-        Folders written by ``missrec etl``, one per domain; a domain has its folder's name unless another is given.
+        Data folder of one domain, or NAME=FOLDER; repeatable.
     out : path
-        Run folder to write. An interrupted run with the same recipe and domains is resumed.
+        Run folder to write.
     recipe : str, path or Recipe
-        Name of a shipped recipe, YAML file, or the recipe itself.
+        Shipped recipe or YAML file.
     settings : mapping, optional
-        Settings that override the recipe, such as ``{"pretrain.objective": "full_softmax"}``.
+        Setting that overrides the recipe, such as train.epochs=10; repeatable.
     resume : bool
-        False trains from the start, also if there is a checkpoint.
+        --restart trains from the start; by default an interrupted run is resumed and a finished one returned.
     device : str
         auto (a GPU if there is one), cpu or cuda.
+    reuse : bool
+        As in `missrec_t4r.commands.train`.
     dry_run : bool
-        Read and check everything and return what would be trained; write nothing.
+        Check everything, predict time and memory from a few steps, and print what would be done; write nothing.
 
     Returns
     -------
@@ -82,17 +86,24 @@ def pretrain(
     DataError, ConfigError, CheckpointError
         Unusable data, contradictory settings, or a checkpoint of other settings.
     """
-    folders = dict(data) if isinstance(data, Mapping) else named_folders(data)
+    folders, out = dict(data) if isinstance(data, Mapping) else named_folders(data), Path(out)
     if not folders:
         raise ConfigError("no data folder was named", "one --data per domain")
     resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
-    _check_settings(resolved)
-    domains = load_domains(folders)
-    if not (domains.splits["train"].lengths >= 2).any():
-        raise DataError("no training session has two known items", "sessions to learn from", "check the ETL")
-    with distributed.joined(distributed.own_device(device)), translate_out_of_memory():
-        trainer = Pretrainer(resolved, domains, folders, Path(out), device)
-        return run_or_describe(trainer, next(iter(folders.values())), resume=resume, dry_run=dry_run)
+
+    def run() -> dict[str, Any]:
+        _check_settings(resolved)
+        domains = load_domains(folders)
+        if not (domains.splits["train"].lengths >= 2).any():
+            raise DataError("no training session has two known items", "sessions to learn from", "check the ETL")
+        with distributed.joined(distributed.own_device(device)), translate_out_of_memory():
+            trainer = Pretrainer(resolved, domains, folders, out, device)
+            return run_or_describe(trainer, next(iter(folders.values())), resume=resume, dry_run=dry_run)
+
+    if not reuse:
+        return run()
+    key = recipe_key(list(folders.values()), {"domains": list(folders), "device": device}, resolved, None)
+    return run_or_reuse(run, out, key, resume, dry_run, resolved)
 
 
 class Pretrainer(Trainer):

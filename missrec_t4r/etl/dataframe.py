@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,47 +34,6 @@ class ListColumn(NamedTuple):
     """Start of every row and the end of the last, [row + 1]."""
 
 
-class Adapter(Protocol):
-    """Operations of a dataframe library that the operators need."""
-
-    @property
-    def xp(self) -> ModuleType:
-        """Return numpy or cupy."""
-
-    def order(self, frame: Frame, columns: Sequence[str], ascending: Sequence[bool]) -> Array:
-        """Return the stable sorting permutation by the columns, nulls last, [row]."""
-
-    def take_apart(self, column: Series) -> ListColumn:
-        """Return values and offsets of a list column; a null row becomes an empty one."""
-
-    def build(self, column: ListColumn) -> Series:
-        """Return a list column of the frame's library."""
-
-    def append(self, column: Series, value: Any) -> Series:
-        """Return the column with one value more, cast to the column's type."""
-
-    def array(self, column: Series) -> Array:
-        """Return a column of numbers, [row]; nulls become NaN."""
-
-    def codes(self, column: Series) -> Array:
-        """Return integer codes of a column without nulls, from 0 on, without gaps, [row]."""
-
-    def factorize(self, column: Series) -> tuple[Array, pa.Array]:
-        """Return `codes`, [row], and the values that they stand for, in the memory of the host."""
-
-    def is_text(self, column: Series) -> bool:
-        """Whether a column holds texts."""
-
-    def from_arrow(self, table: pa.Table) -> Frame:
-        """Return a table as a frame."""
-
-    def to_arrow(self, column: Series) -> pa.Array:
-        """Return a column in the memory of the host."""
-
-    def counts(self, column: Series) -> pd.Series:
-        """Return the number of rows per value that is no null, in the memory of the host, in any order."""
-
-
 def adapter_of(frame: Frame) -> Adapter:
     """Return the adapter for a pandas or a cuDF frame or series."""
     return PandasFrames() if isinstance(frame, pd.DataFrame | pd.Series) else CudfFrames()
@@ -89,12 +48,15 @@ class PandasFrames:
         return np
 
     def order(self, frame: Frame, columns: Sequence[str], ascending: Sequence[bool]) -> Array:
-        """Return the permutation by rank codes: strings are compared once per distinct value, not once per event."""
+        """Return the stable sorting permutation by the columns, nulls last, [row].
+
+        It sorts rank codes: strings are compared once per distinct value, not once per event.
+        """
         ranks = [_rank(frame[name], up) for name, up in zip(columns, ascending, strict=True)]
         return np.lexsort(ranks[::-1])
 
     def take_apart(self, column: Series) -> ListColumn:
-        """Return values and offsets, flattened through Arrow."""
+        """Return values and offsets of a list column, through Arrow; a null row becomes an empty one."""
         array = pa.array(column, from_pandas=True)
         if pa.types.is_null(array.type):
             return ListColumn(pd.Series([], dtype=object), np.zeros(len(array) + 1, np.int64))
@@ -113,24 +75,24 @@ class PandasFrames:
         return lists.to_pandas()
 
     def append(self, column: Series, value: Any) -> Series:
-        """Return the column with one value more."""
+        """Return the column with one value more, cast to its type."""
         return pd.Series(np.append(column.to_numpy(), [column.dtype.type(value)]))
 
     def array(self, column: Series) -> Array:
-        """Return the values; pandas has NaN for null."""
+        """Return a column of numbers, [row]; pandas has NaN for null."""
         return column.to_numpy()
 
     def codes(self, column: Series) -> Array:
-        """Return the codes in the order of first occurrence."""
+        """Return integer codes of a column without nulls, from 0 on, in the order of first occurrence, [row]."""
         return pd.factorize(column)[0]
 
     def factorize(self, column: Series) -> tuple[Array, pa.Array]:
-        """Return codes and values in the order of first occurrence."""
+        """Return `codes`, [row], and the values that they stand for, in the memory of the host."""
         codes, values = pd.factorize(column)
         return codes, pa.array(values)
 
     def is_text(self, column: Series) -> bool:
-        """Whether it holds objects other than Booleans, which are objects beside nulls."""
+        """Whether it holds texts: objects other than Booleans, which are objects beside nulls."""
         return column.dtype == object and not column.dropna().isin([True, False]).all()
 
     def from_arrow(self, table: pa.Table) -> Frame:
@@ -146,7 +108,7 @@ class PandasFrames:
         return pa.array(column, from_pandas=True)
 
     def counts(self, column: Series) -> pd.Series:
-        """Return the counts, unsorted."""
+        """Return the number of rows per value that is no null, unsorted, in the memory of the host."""
         return column.value_counts(sort=False)
 
 
@@ -227,3 +189,6 @@ class CudfFrames:
     def counts(self, column: Series) -> pd.Series:
         """Count on the GPU, and copy the counts."""
         return column.value_counts(sort=False).to_pandas()
+
+
+Adapter = PandasFrames | CudfFrames

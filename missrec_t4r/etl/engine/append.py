@@ -68,28 +68,11 @@ def update(
 
     Parameters
     ----------
-    interactions : path, pattern, folder, or a sequence of them
-        New events only, columns as in the first run; may be empty if ``items`` is given. A file that was added before
-        is skipped.
+    interactions, items, catalogue_item_column, modality, delta, dask_scheduler, workers, dry_run
+        As in `missrec_t4r.etl.pipeline.etl`. Files that were added before are skipped; rows of items
+        that the folder has already replace their values. Compaction after a delta runs when it is due; more than `MAX_DELTA_EVENTS` are added without delta.
     out : Path
         Data folder of ``missrec etl --engine disk``.
-    items : Path, optional
-        Item table, parquet or csv; rows of items that the folder has already replace their values.
-    catalogue_item_column : str, optional
-        Column of its ids; by default that of the first run.
-    modality : mapping of str to Path
-        ``{"text": "text.npy"}``: vectors whose rows follow ``items``. New items without vectors lack the modality;
-        `missrec features` adds it.
-    delta : bool
-        Write the sessions of affected users to one file beside the splits instead of rewriting parquet. All missrec
-        commands read both; other readers of the parquet files see an older version until compaction, which runs
-        automatically when it is due. An increment of more than five million events is added without delta.
-    dask_scheduler : str
-        ``threads``, ``processes``, or ``tcp://host:port`` of a Dask scheduler.
-    workers : int, optional
-        Threads or processes; by default one per core.
-    dry_run : bool
-        Report what would be added, and write nothing.
 
     Returns
     -------

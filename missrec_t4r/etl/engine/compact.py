@@ -79,12 +79,8 @@ def compact(
     ----------
     out : Path
         Data folder.
-    dask_scheduler : str
-        ``threads``, ``processes``, or ``tcp://host:port`` of a Dask scheduler.
-    workers : int, optional
-        Threads or processes; by default one per core.
-    dry_run : bool
-        Report what would be done, and write nothing.
+    dask_scheduler, workers, dry_run
+        As in `missrec_t4r.etl.pipeline.etl`.
 
     Returns
     -------

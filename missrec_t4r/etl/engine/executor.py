@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any
 
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.progress import track
@@ -26,17 +26,6 @@ WORKER_TIMEOUT = 30.0
 _RETRIES = 3
 
 
-class Executor(Protocol):
-    """Runs tasks in parallel."""
-
-    @property
-    def workers(self) -> int:
-        """Return the number of tasks that run at a time."""
-
-    def run(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], description: str) -> list[Any]:
-        """Return the results in the order of the arguments."""
-
-
 class ThreadExecutor:
     """Threads of this process; NumPy and Arrow release the interpreter lock while they compute."""
 
@@ -44,7 +33,7 @@ class ThreadExecutor:
         self.workers = workers
 
     def run(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], description: str) -> list[Any]:
-        """Run as many tasks at a time as there are workers; after an error no further one is started."""
+        """Return the results in the order of the arguments; after an error no further task is started."""
         with ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(task, *values) for values in arguments]
             try:
@@ -124,6 +113,9 @@ class ClusterExecutor:
             self.client.wait_for_workers(1, timeout=self.worker_timeout)
         except DaskTimeout:
             raise _no_worker(f"no worker came within {self.worker_timeout:g} seconds") from None
+
+
+Executor = ThreadExecutor | ClusterExecutor
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The GPU as frames that read and write files: cuDF on the current device.
 
-The functions of this package take a `Device`. With pandas in place of cuDF they make the same folder, which
+The functions of this package take a `CudfDevice`. With pandas in place of cuDF they make the same folder, which
 `tests/workflows/test_gpu_engine.py` and `test_gpu_partitions.py` compare with the CPU engine's.
 """
 
@@ -9,36 +9,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow.parquet as pq
 from merlin.core.dispatch import HAS_GPU
 
 from missrec_t4r.arrays import AnyArray
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.etl.dataframe import Adapter, Array, CudfFrames, Frame, Series
+from missrec_t4r.etl.dataframe import Array, CudfFrames, Frame, Series
 from missrec_t4r.etl.installed import has_cudf
-
-
-class Device(Adapter, Protocol):
-    """Frames that are read from files and written to them without another library."""
-
-    def read_parquet(
-        self, files: Sequence[Path], columns: Sequence[str], row_groups: Sequence[int] | None = None
-    ) -> Frame:
-        """Return columns of parquet files, in the order of the files; ``row_groups``: some of a single file."""
-
-    def write_parquet(self, frame: Frame, file: Path, compression: str | None = "snappy") -> None:
-        """Write a frame without its index."""
-
-    def host(self, array: Any) -> AnyArray:
-        """Return an array in the memory of the host."""
-
-    def partition(self, column: Series, partitions: int) -> Array:
-        """Return the partition of every value, the same for the same value in every file, [row]."""
-
-    def free_memory(self) -> int:
-        """Return the bytes that can be allocated."""
 
 
 class CudfDevice(CudfFrames):
@@ -47,7 +26,10 @@ class CudfDevice(CudfFrames):
     def read_parquet(
         self, files: Sequence[Path], columns: Sequence[str], row_groups: Sequence[int] | None = None
     ) -> Frame:
-        """Decode on the GPU; an index that pandas wrote is a column, a folder named KEY=VALUE is none."""
+        """Return columns of parquet files, in the order of the files; ``row_groups``: some of a single file.
+
+        An index that pandas wrote is a column, a folder named KEY=VALUE is none.
+        """
         if len({_layout(file) for file in files}) == 1:
             groups = None if row_groups is None else [list(row_groups)]
             return self._read([str(file) for file in files], columns, groups)
@@ -72,20 +54,23 @@ class CudfDevice(CudfFrames):
         return cudf.DataFrame({name: cudf.Series._from_column(frame[name]._column) for name in columns})
 
     def write_parquet(self, frame: Frame, file: Path, compression: str | None = "snappy") -> None:
-        """Encode on the GPU, with types as Arrow writes them: every column and every element may be null."""
+        """Write a frame without its index, with types as Arrow writes them: every column and element may be null."""
         frame.to_parquet(str(file), index=False, force_nullable_schema=True, compression=compression)
 
     def host(self, array: Any) -> AnyArray:
-        """Copy the array."""
+        """Return an array in the memory of the host."""
         copied: AnyArray = self.xp.asnumpy(array)
         return copied
 
     def partition(self, column: Series, partitions: int) -> Array:
-        """Return the remainder of cuDF's 32-bit hash (murmur3)."""
+        """Return the partition of every value, the same for the same value in every file, [row].
+
+        It is the remainder of cuDF's 32-bit hash (murmur3).
+        """
         return (column.hash_values().values.astype("uint32") % partitions).astype("int64")
 
     def free_memory(self) -> int:
-        """Return what RMM may still allocate: of a limit or a pool, if one was set, or of the device.
+        """Return the bytes that can be allocated: by RMM of a limit or a pool, if one was set, or of the device.
 
         The maximum of a pool cannot be read, so that a pool counts as large as it is.
         """
@@ -113,7 +98,7 @@ def obstacle() -> str | None:
     return None if HAS_GPU else "there is no CUDA device"
 
 
-def open_device() -> Device:
+def open_device() -> CudfDevice:
     """Return the frames of the GPU.
 
     Raises

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from missrec_t4r.etl.dataframe import Frame, Series
-from missrec_t4r.etl.gpu.device import Device
+from missrec_t4r.etl.gpu.device import CudfDevice
 from missrec_t4r.etl.inputs import Events
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import Notations
@@ -115,7 +115,7 @@ def plan_columns(
     )
 
 
-def read_events(device: Device, files: Sequence[Path], columns: Columns, findings: checks.Findings) -> Events:
+def read_events(device: CudfDevice, files: Sequence[Path], columns: Columns, findings: checks.Findings) -> Events:
     """Return the complete events of all files.
 
     Raises
@@ -133,7 +133,7 @@ def read_events(device: Device, files: Sequence[Path], columns: Columns, finding
 
 
 def read_complete(
-    device: Device, files: Sequence[Path], columns: Columns, row_groups: Sequence[int] | None = None
+    device: CudfDevice, files: Sequence[Path], columns: Columns, row_groups: Sequence[int] | None = None
 ) -> tuple[Frame, Seen, dict[str, list[str] | None]]:
     """Return the events that have user, item and time, what was seen of all, and the texts that may be numbers.
 
@@ -243,7 +243,7 @@ def _decoded(kind: pa.DataType) -> pa.DataType:
     return pa.string() if pa.types.is_large_string(kind) else kind
 
 
-def _distinct_texts(device: Device, column: Series, name: str) -> pa.Array:
+def _distinct_texts(device: CudfDevice, column: Series, name: str) -> pa.Array:
     """Return the distinct texts; refuse those that are no UTF-8, which the CPU repairs."""
     distinct = device.to_arrow(column.drop_duplicates())
     if checks.not_utf8(pa.chunked_array([distinct])):
@@ -251,7 +251,7 @@ def _distinct_texts(device: Device, column: Series, name: str) -> pa.Array:
     return distinct
 
 
-def _normal(frame: Frame, device: Device) -> Frame:
+def _normal(frame: Frame, device: CudfDevice) -> Frame:
     """Return the frame with nulls for empty ids and times that are no number, and dates in microseconds."""
     columns = {}
     for name in (USER_ID, ITEM_ID):

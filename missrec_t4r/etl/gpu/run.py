@@ -16,7 +16,7 @@ from missrec_t4r.etl.engine.executor import Executor, open_executor
 from missrec_t4r.etl.engine.workdir import working_folder
 from missrec_t4r.etl.gpu import partitions as parts
 from missrec_t4r.etl.gpu import read, tasks
-from missrec_t4r.etl.gpu.device import Device
+from missrec_t4r.etl.gpu.device import CudfDevice
 from missrec_t4r.etl.gpu.write import write_splits
 from missrec_t4r.etl.nvt import workflows
 from missrec_t4r.etl.nvt.data_folder import write_folder
@@ -30,7 +30,13 @@ log = logging.getLogger(__name__)
 
 
 def run_on_gpu(
-    task: Task, out: Path, device: Device, machines: tuple[str, int | None], partitions: int | None, *, may_go_on: bool
+    task: Task,
+    out: Path,
+    device: CudfDevice,
+    machines: tuple[str, int | None],
+    partitions: int | None,
+    *,
+    may_go_on: bool,
 ) -> dict[str, Any] | None:
     """Build the data folder on one or several GPUs; return its report, or None if the CPU has to do it.
 
@@ -39,7 +45,7 @@ def run_on_gpu(
     task : Task
     out : Path
         Data folder.
-    device : Device
+    device : CudfDevice
         GPU of this process.
     machines : (str, int or None)
         Scheduler and workers, as in `engine.executor.open_executor`.
@@ -90,7 +96,7 @@ def run_on_gpu(
     )
 
 
-def _partitions_that_fit(task: Task, rows: int, executor: Executor, device: Device, *, several: bool) -> int:
+def _partitions_that_fit(task: Task, rows: int, executor: Executor, device: CudfDevice, *, several: bool) -> int:
     """Return the number of partitions that the memory of the GPUs demands, and one per GPU at least."""
     if not rows:  # no parquet: the CPU reads it
         return 1
@@ -99,7 +105,7 @@ def _partitions_that_fit(task: Task, rows: int, executor: Executor, device: Devi
     return max(count, executor.workers) if several else count
 
 
-def _run_at_once(task: Task, out: Path, device: Device) -> dict[str, Any]:
+def _run_at_once(task: Task, out: Path, device: CudfDevice) -> dict[str, Any]:
     """Build the data folder on all events in one frame; return its report."""
     log.info("reading the tables")
     events, items = _read(task, device)
@@ -109,7 +115,7 @@ def _run_at_once(task: Task, out: Path, device: Device) -> dict[str, Any]:
 class _WholeOnDevice(Whole):
     """All clean events in one frame of the GPU."""
 
-    def __init__(self, events: Frame, settings: dict[str, Any], device: Device) -> None:
+    def __init__(self, events: Frame, settings: dict[str, Any], device: CudfDevice) -> None:
         super().__init__(events, settings)
         self.device = device
 
@@ -121,7 +127,7 @@ class _WholeOnDevice(Whole):
         return write_splits(device, sessions, self.settings, folder, n_rows)
 
 
-def _read(task: Task, device: Device) -> tuple[inputs.Events, pa.Table]:
+def _read(task: Task, device: CudfDevice) -> tuple[inputs.Events, pa.Table]:
     """Return the complete events, read on the GPU where it understands them, and the item table, with normal types."""
     found, noted = checks.Findings(), checks.Findings()
     items = inputs.read_items(task.items, task.settings["catalogue_item_column"], noted)

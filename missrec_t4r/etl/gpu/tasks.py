@@ -164,7 +164,7 @@ def clean_events(work: str, partition: int) -> Frame:
     return weighted_events(checks.without_nulls(frame, columns.features, columns.categorical), plan)
 
 
-def _read_partition(work: str, partition: int, device: gpu.Device) -> Frame:
+def _read_partition(work: str, partition: int, device: gpu.CudfDevice) -> Frame:
     """Return the complete events of a partition, in input order, in the types of all events."""
     columns = Columns(*read_json(Path(work) / PLAN_FILE)["columns"])
     files = sorted((Path(work) / SHUFFLE_FOLDER).glob(f"{partition:05}-*.parquet"))  # by chunk
@@ -172,7 +172,7 @@ def _read_partition(work: str, partition: int, device: gpu.Device) -> Frame:
     return with_types(device.read_parquet(files, list(columns.raw)), columns, seen)
 
 
-def _filtered(work: str, partition: int, device: gpu.Device) -> Frame:
+def _filtered(work: str, partition: int, device: gpu.CudfDevice) -> Frame:
     """Return a partition's events without those that the settings leave out."""
     plan = read_json(Path(work) / PLAN_FILE)
     frame = _read_partition(work, partition, device)
@@ -190,5 +190,5 @@ def _item_ids(work: str) -> pa.Array:
     return pq.read_table(Path(work) / ITEMS_FILE)[ITEM_ID].combine_chunks()
 
 
-def _items(work: str, device: gpu.Device) -> Any:
+def _items(work: str, device: gpu.CudfDevice) -> Any:
     return device.from_arrow(pa.table({ITEM_ID: _item_ids(work)}))[ITEM_ID]

@@ -10,7 +10,7 @@ import numpy as np
 
 from missrec_t4r.etl import splits
 from missrec_t4r.etl.dataframe import Frame, ListColumn, Series
-from missrec_t4r.etl.gpu.device import Device
+from missrec_t4r.etl.gpu.device import CudfDevice
 from missrec_t4r.etl.nvt.session_ops import ragged_index
 from missrec_t4r.etl.nvt.workflow_file import refuse_uneven_lists
 from missrec_t4r.etl.outputs import Written
@@ -21,13 +21,13 @@ _SESSIONS_PER_FILE = 5_000_000
 
 
 def write_splits(
-    device: Device, sessions: Frame, settings: Mapping[str, Any], folder: Path, n_rows: int, prefix: str = "part"
+    device: CudfDevice, sessions: Frame, settings: Mapping[str, Any], folder: Path, n_rows: int, prefix: str = "part"
 ) -> Written:
     """Write the rows of every split; a split may have none.
 
     Parameters
     ----------
-    device : Device
+    device : CudfDevice
         Of the frame.
     sessions : Frame
         Output of the session workflow; list columns end in ``-list``.

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ class Optimiser:
         if sparse:
             tables = [weight for weight in self.weights if weight in sparse]  # a set's order changes from run to run
             self.optimizers.append(torch.optim.SparseAdam(tables, lr=train.learning_rate))
-        self.scaler = _scaler() if train.precision == "fp16" and device.type == "cuda" else None
+        self.scaler = torch.amp.GradScaler() if train.precision == "fp16" and device.type == "cuda" else None
 
     def zero_grad(self) -> None:
         """Set all gradients to None."""
@@ -107,11 +106,6 @@ class Optimiser:
         if self.scaler is not None:
             named = {name.removeprefix("scaler."): t.item() for name, t in tensors.items() if name.startswith("scaler")}
             self.scaler.load_state_dict(named)
-
-
-def _scaler() -> Any:
-    """Return torch's loss scaler, which moved to ``torch.amp`` in 2.3."""
-    return getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)()
 
 
 def _clip(weights: list[nn.Parameter], limit: float) -> None:

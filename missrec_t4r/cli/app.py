@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,14 +38,6 @@ from missrec_t4r.progress import reporting
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-
-# Merlin and dask emit these at every start, whatever a user does; any other warning is shown.
-for _words in (
-    "The legacy Dask DataFrame implementation",
-    "Tensorflow dtype mappings did not load",
-    "Initializing an NVTabular Dataset in CPU mode",
-):
-    warnings.filterwarnings("ignore", message=_words)
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,15 @@ if "dask_expr" in sys.modules:  # dask.dataframe was imported first, with query 
     raise ConfigError(
         "dask.dataframe was imported with query planning, before missrec_t4r",
         "the dask.dataframe that Merlin 23.8 works with",
-        "import missrec_t4r.etl first, or set DASK_DATAFRAME__QUERY_PLANNING=False in the environment",
+        "import missrec_t4r.etl or .t4r first, or set DASK_DATAFRAME__QUERY_PLANNING=False in the environment",
     )
 
-# Merlin warns about both at every import, whatever a user does.
-for _message in ("The legacy Dask DataFrame implementation", "Tensorflow dtype mappings did not load"):
+# Merlin and dask emit these at every import or use, whatever a user does.
+for _message in (
+    "The legacy Dask DataFrame implementation",
+    "Tensorflow dtype mappings did not load",
+    "Initializing an NVTabular Dataset in CPU mode",
+):
     warnings.filterwarnings("ignore", message=_message)
 
 from missrec_t4r.etl.nvt import cudf_compat  # noqa: E402  # after the environment, before any import of Merlin

@@ -9,9 +9,7 @@ most frequent. NVTabular groups within a partition, so `transform_events` shuffl
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +139,13 @@ def build_request_workflow(
 
 def fit(workflow: Workflow, frame: Frame) -> Workflow:
     """Fit on the first rows: the vocabularies are given, only dtypes are read from the data."""
-    with _merlin():
+    with dask.config.set(_DASK):
         return workflow.fit(_dataset(frame.head(_SAMPLE).reset_index(drop=True)))
 
 
 def fit_events(workflow: Workflow, events: Frame, partitions: int = 1) -> Workflow:
     """Fit on all events, a frame or a dask collection of frames, for workflows with statistics, such as Normalize."""
-    with _merlin():
+    with dask.config.set(_DASK):
         return workflow.fit(_dataset(events) if partitions <= 1 else _shuffled(events, partitions, USER_ID))
 
 
@@ -170,7 +168,7 @@ def transform_events(workflow: Workflow, events: pd.DataFrame, partitions: int =
 
 def transform_dataset(workflow: Workflow, events: Frame, partitions: int, key: str) -> Frame:
     """Return the transformed events as a frame of the same library; all events of a key are in one partition."""
-    with _merlin():
+    with dask.config.set(_DASK):
         dataset = _dataset(events) if partitions <= 1 else _shuffled(events, partitions, key)
         if not workflow.graph.output_schema:
             workflow.fit(dataset)
@@ -219,14 +217,6 @@ def _shuffled(events: pd.DataFrame, partitions: int, key: str) -> Dataset:
 def _dataset(frame: Frame) -> Dataset:
     """Return a data set of frames; on a machine with a GPU, Merlin would copy pandas there without being told."""
     return Dataset(frame, cpu=True if isinstance(getattr(frame, "_meta", frame), pd.DataFrame) else None)
-
-
-@contextmanager
-def _merlin() -> Iterator[None]:
-    """Context manager: dask settings that Merlin needs, without the warning of every Dataset on CPU."""
-    with dask.config.set(_DASK), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing an NVTabular Dataset in CPU mode")
-        yield
 
 
 def _with_range_index(frame: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from missrec_t4r.arrays import AnyArray
 from missrec_t4r.serving.client.transports import (
@@ -19,21 +19,8 @@ from missrec_t4r.serving.client.transports import (
 )
 
 
-class AsyncTransport(Protocol):
-    """One connection to a server; belongs to the event loop that opened it."""
-
-    async def describe(self, model: str) -> ModelFacts:
-        """Return the data type of every input, and the largest batch of one request."""
-
-    async def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, AnyArray]:
-        """Send one inference request and return the named outputs."""
-
-    async def close(self) -> None:
-        """Close the connection."""
-
-
 class AsyncGrpcTransport:
-    """gRPC; any number of concurrent requests."""
+    """gRPC; any number of concurrent requests, in the event loop that opened it."""
 
     def __init__(self, url: str, timeout: float) -> None:
         import tritonclient.grpc as grpc
@@ -58,7 +45,7 @@ class AsyncGrpcTransport:
 
 
 class AsyncHttpTransport:
-    """HTTP with binary tensors; one connection per concurrent request."""
+    """HTTP with binary tensors; one connection per concurrent request, in the event loop that opened it."""
 
     def __init__(self, url: str, timeout: float) -> None:
         import tritonclient.http as http
@@ -88,6 +75,9 @@ class AsyncHttpTransport:
             return await asyncio.wait_for(response, self._timeout)
         except aiohttp.ClientError as error:
             raise ConnectionError(str(error)) from error
+
+
+AsyncTransport = AsyncGrpcTransport | AsyncHttpTransport
 
 
 def open_async_transport(url: str, protocol: str, timeout: float) -> AsyncTransport:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from traceback import clear_frames
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -48,16 +48,6 @@ _LONGEST_REFUSAL = 2000
 
 class FailedError(ServingError):
     """A request that broke this code: Triton's status INTERNAL. Refused requests have INVALID_ARGUMENT."""
-
-
-class Backend(Protocol):
-    """One of the two Triton models."""
-
-    inputs: Sequence[str]
-    """Names of the request tensors; optional ones may be absent from a request's mapping."""
-
-    def infer(self, requests: Sequence[Arrays]) -> list[Response]:
-        """Return one response per request: tensors, or the error of that request."""
 
 
 class SessionsBackend:
@@ -314,6 +304,8 @@ def _concatenate(matrices: Sequence[Ints]) -> Ints:
     return stacked
 
 
+Backend = SessionsBackend | RankerBackend
+"""One of the two Triton models."""
 Observer = Callable[[Sequence[Arrays], Sequence[Response]], None]
 """Callback for metrics: gets every batch of requests with its responses."""
 

@@ -90,40 +90,25 @@ def import_movielens(
 
 def _open(archive: Path) -> tuple[str, Read]:
     """Return the layout of an archive and a function that reads one of its files by name."""
+    files: dict[str, Path | zipfile.Path]
     if archive.is_dir():
-        names, read = (
-            [str(file.relative_to(archive)) for file in archive.rglob("*") if file.is_file()],
-            _folder(archive),
-        )
+        files = {file.name: file for file in archive.rglob("*") if file.is_file()}
     else:
         try:
-            with zipfile.ZipFile(archive) as opened:
-                names, read = opened.namelist(), _zip(archive)
+            opened = zipfile.ZipFile(archive)
         except (zipfile.BadZipFile, OSError) as error:
             raise DataError(
                 f"{archive} is no whole zip archive ({error})", "a MovieLens zip or its folder", "download it again"
             ) from error
-    files = {Path(name).name for name in names}
+        files = {Path(name).name: zipfile.Path(opened, name) for name in opened.namelist()}
     for edition, required in _REQUIRED_FILES.items():
-        if required <= files:
-            return edition, lambda file: read(next(name for name in names if Path(name).name == file))
+        if required <= files.keys():
+            return edition, lambda name: files[name].read_bytes()
     raise DataError(
         f"{archive} holds {sorted(files)[:8]}",
         f"the files of one of {list(_REQUIRED_FILES)}",
         "name a MovieLens archive",
     )
-
-
-def _zip(archive: Path) -> Read:
-    def read(name: str) -> bytes:
-        with zipfile.ZipFile(archive) as opened:
-            return opened.read(name)
-
-    return read
-
-
-def _folder(folder: Path) -> Read:
-    return lambda name: (folder / name).read_bytes()
 
 
 def _ml_100k(read: Read) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -71,17 +71,21 @@ def build_missrec(config: MISSRecConfig, catalogue: Catalogue, event_features: S
     return model
 
 
-def build_terms(config: MISSRecConfig, item_encoder: ItemEncoder) -> dict[str, ScoreTerm]:
-    """Return the configuration's terms by name, in the order in which they are added."""
+def build_terms(config: MISSRecConfig, item_encoder: ItemEncoder, *, strict: bool = False) -> dict[str, ScoreTerm]:
+    """Return the configuration's terms by name, in the order in which they are added.
+
+    ``strict``: in the form that does not know which items were seen, for the protocol ``kept_strict``.
+    """
     n_rows, terms = item_encoder.n_rows, dict[str, ScoreTerm]()
     if config.history_bias:
         terms["history_bias"] = HistoryBias(config.temperature)
     if config.n_neighbours:
-        item_knn = terms["item_knn"] = ItemKNNTerm(n_rows, min(config.n_neighbours, n_rows))
+        item_knn = terms["item_knn"] = ItemKNNTerm(n_rows, min(config.n_neighbours, n_rows), own_pairs=strict)
     if config.n_similar_items:
-        terms["content_knn"] = ContentKNNTerm(n_rows, min(config.n_similar_items, n_rows))
+        terms["content_knn"] = ContentKNNTerm(n_rows, min(config.n_similar_items, n_rows), itself=strict)
     if config.n_neighbours and config.cold_start_exposure:
         terms["cold_start"] = ColdStartTerm(item_encoder, item_knn)
     if config.n_neighbours and config.rare_item_cost:
-        terms["rare_items"] = RareItemTerm(item_encoder, item_knn, cold=not config.cold_start_exposure)
+        cold = not config.cold_start_exposure
+        terms["rare_items"] = RareItemTerm(item_encoder, item_knn, cold=cold, itself=strict)
     return terms

@@ -21,6 +21,7 @@ no training; under ``kept_with_history_term`` with a history bias that is tuned)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 from missrec_t4r.config import MISSRecConfig
@@ -28,13 +29,9 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM, PROTOCOLS, Scored
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.model.score_terms import ScoreTerm, ScoreTerms
-from missrec_t4r.ranking.hybrid import terms_of, with_terms
+from missrec_t4r.ranking.hybrid import build_terms, terms_of, with_terms
 from missrec_t4r.ranking.scorer import ModelScorer
-from missrec_t4r.ranking.terms.cold_start import ColdStartTerm
-from missrec_t4r.ranking.terms.content_knn import ContentKNNTerm
 from missrec_t4r.ranking.terms.history import HistoryBias
-from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
-from missrec_t4r.ranking.terms.rare_items import RareItemTerm
 from missrec_t4r.ranking.tune import Validation, tune_terms
 
 MODEL: Final = "model"
@@ -100,7 +97,7 @@ def blends_of(
     nothing = Blend(ScoreTerms())
     exported, own = Blend(model.terms), terms_of(model)
     trained = own.history_bias
-    biased = nothing if trained is None else Blend(ScoreTerms({"history_bias": _as_trained(model, trained)}))
+    biased = nothing if trained is None else Blend(ScoreTerms({"history_bias": _bias(model, trained)}))
     blends: dict[str, dict[str, Blend]] = {
         MODEL: {},
         NETWORK: {EXCLUDED: nothing, KEPT_STRICT: nothing, KEPT_WITH_HISTORY_TERM: biased},
@@ -109,7 +106,7 @@ def blends_of(
     if model.config.n_neighbours or model.config.n_similar_items:
         blends[EXPORTED] = {EXCLUDED: exported, KEPT_WITH_HISTORY_TERM: exported}
         for protocol in PROTOCOLS:
-            fresh = with_terms(model, _terms_for(model, model.config, protocol))
+            fresh = with_terms(model, _terms_for(model, protocol))
             settings[MODEL][protocol] = tune_terms(fresh, validation, (protocol,), history=True)
             blends[MODEL][protocol] = Blend(fresh.terms)
     else:
@@ -117,50 +114,42 @@ def blends_of(
     if alone:
         blends[TERMS], settings[TERMS] = {}, {}
         for protocol in PROTOCOLS:
-            fresh = with_terms(model, _terms_for(model, None, protocol))
+            fresh = with_terms(model, _terms_for(model, protocol, alone=True))
             settings[TERMS][protocol] = tune_terms(fresh, validation, (protocol,), network=False, history=True)
             blends[TERMS][protocol] = Blend(fresh.terms, network=False)
     order = [name for name in (MODEL, EXPORTED, NETWORK, TERMS) if name in blends]
     return {name: {p: blends[name][p] for p in PROTOCOLS if p in blends[name]} for name in order}, settings
 
 
-def _terms_for(model: MISSRec, config: MISSRecConfig | None, protocol: str) -> dict[str, ScoreTerm]:
+def _terms_for(model: MISSRec, protocol: str, *, alone: bool = False) -> dict[str, ScoreTerm]:
     """Return unfitted terms for a protocol.
 
     Parameters
     ----------
-    config : MISSRecConfig or None
-        Which terms, and how long their lists are. None for terms without a network: all that need no training, with the
-        model's list lengths, or the default ones if it has none.
     protocol : str
         Under ``kept_with_history_term`` the model has its history bias, if it was trained with one, and terms alone
         have one that starts from nothing.
+    alone : bool
+        Terms without a network: all that need no training, with the model's list lengths, or the default ones if it has
+        none.
     """
-    n_rows, device = model.item_encoder.n_rows, model.item_encoder.presence.device
-    is_strict, alone, default = protocol == KEPT_STRICT, config is None, MISSRecConfig()
-    config = config or model.config
-    neighbours = config.n_neighbours or (default.n_neighbours if alone else 0)
-    similar = config.n_similar_items or (default.n_similar_items if alone else 0)
-    terms: dict[str, ScoreTerm] = {}
-    trained = terms_of(model).history_bias
-    if protocol == KEPT_WITH_HISTORY_TERM and (alone or trained is not None):
-        bias = HistoryBias(config.temperature)
-        bias.bias.data.zero_()
-        terms["history_bias"] = bias if alone or trained is None else _as_trained(model, trained)
-    if neighbours:
-        item_knn = terms["item_knn"] = ItemKNNTerm(n_rows, min(neighbours, n_rows), own_pairs=is_strict)
-    if similar:
-        terms["content_knn"] = ContentKNNTerm(n_rows, min(similar, n_rows), itself=is_strict)
-    if neighbours and config.cold_start_exposure and not alone:
-        terms["cold_start"] = ColdStartTerm(model.item_encoder, item_knn)
-    if neighbours and config.rare_item_cost and not alone:
-        cold = not config.cold_start_exposure
-        terms["rare_items"] = RareItemTerm(model.item_encoder, item_knn, cold=cold, itself=is_strict)
-    return {name: term.to(device) for name, term in terms.items()}
+    trained, config = terms_of(model).history_bias, model.config
+    has_bias = protocol == KEPT_WITH_HISTORY_TERM and (alone or trained is not None)
+    config = replace(config, history_bias=has_bias)
+    if alone:
+        neighbours = config.n_neighbours or MISSRecConfig.n_neighbours
+        similar = config.n_similar_items or MISSRecConfig.n_similar_items
+        config = replace(
+            config, n_neighbours=neighbours, n_similar_items=similar, cold_start_exposure=0.0, rare_item_cost=0.0
+        )
+    terms = build_terms(config, model.item_encoder, strict=protocol == KEPT_STRICT)
+    if has_bias:
+        terms["history_bias"] = _bias(model, None if alone else trained)
+    return {name: term.to(model.item_encoder.presence.device) for name, term in terms.items()}
 
 
-def _as_trained(model: MISSRec, trained: HistoryBias) -> HistoryBias:
-    """Return the history bias without the offset that was chosen for the exported terms."""
+def _bias(model: MISSRec, trained: HistoryBias | None) -> HistoryBias:
+    """Return a history bias without the offset that was chosen for the exported terms, or one of nothing."""
     bias = HistoryBias(model.config.temperature)
-    bias.bias.data.fill_(float(trained.bias.detach()))
-    return bias.to(trained.bias.device)
+    bias.bias.data.fill_(0.0 if trained is None else float(trained.bias.detach()))
+    return bias.to(model.item_encoder.presence.device)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from missrec_t4r.errors import BundleError
 from missrec_t4r.io.parquet_limits import inspect
-from missrec_t4r.io.tensor_header import read_header
+from missrec_t4r.io.tensor_checks import header_of, refused
 
 MOST_TEXT = 16 << 20
 """Most bytes of a JSON or schema file; exported ones have a few kilobytes."""
@@ -47,10 +47,10 @@ def check_contents(file: Path) -> None:
     for magic, kind in _CODE.items():
         if start.startswith(magic):
             raise BundleError(f"{file} is {kind}", "data that cannot run", "do not load it; export the bundle again")
-    check: dict[str, Callable[[Path], None]] = {
+    check: dict[str, Callable[[Path], object]] = {
         ".json": _json,
         ".pbtxt": _text,
-        ".safetensors": _tensors,
+        ".safetensors": header_of,
         ".parquet": _table,
     }
     check[file.suffix](file)
@@ -58,25 +58,18 @@ def check_contents(file: Path) -> None:
 
 def _text(file: Path) -> None:
     if file.stat().st_size > MOST_TEXT:
-        raise _refused(file, f"has {file.stat().st_size} bytes", f"at most {MOST_TEXT}")
+        raise refused(file, f"has {file.stat().st_size} bytes", f"at most {MOST_TEXT}")
 
 
 def _json(file: Path) -> None:
     _text(file)
     content = file.read_bytes()
     if (brackets := content.count(b"[") + content.count(b"{")) > _MOST_BRACKETS:
-        raise _refused(file, f"holds {brackets} lists and objects", f"at most {_MOST_BRACKETS}")
+        raise refused(file, f"holds {brackets} lists and objects", f"at most {_MOST_BRACKETS}")
     try:
         json.loads(content, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise _refused(file, f"is no JSON ({error})", "JSON") from error
-
-
-def _tensors(file: Path) -> None:
-    try:
-        read_header(file)
-    except ValueError as error:
-        raise _refused(file, str(error), "a safetensors file") from error
+        raise refused(file, f"is no JSON ({error})", "JSON") from error
 
 
 def _table(file: Path) -> None:
@@ -84,18 +77,12 @@ def _table(file: Path) -> None:
         inspect(file)
         schema = pq.read_schema(file)
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise _refused(file, str(error), "a parquet file") from error
+        raise refused(file, str(error), "a parquet file") from error
     for field in schema:
         names = [name for name in field.metadata or {} if name.startswith(b"ARROW:extension")]
         if names or isinstance(field.type, pa.BaseExtensionType):
-            raise _refused(file, f"has a column {field.name!r} of an extension type", "plain columns")
+            raise refused(file, f"has a column {field.name!r} of an extension type", "plain columns")
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
-
-
-def _refused(file: Path, found: str, expected: str) -> BundleError:
-    return BundleError(
-        f"{file} {found}", expected, "export the bundle again, or copy it again from where it was written"
-    )

@@ -69,8 +69,9 @@ def update(
     Parameters
     ----------
     interactions, items, catalogue_item_column, modality, delta, dask_scheduler, workers, dry_run
-        As in `missrec_t4r.etl.pipeline.etl`. Files that were added before are skipped; rows of items
-        that the folder has already replace their values. Compaction after a delta runs when it is due; more than `MAX_DELTA_EVENTS` are added without delta.
+        As in `missrec_t4r.etl.pipeline.etl`. Files that were added before are skipped; rows of items that the folder
+        has already replace their values. Compaction after a delta runs when it is due; more than `MAX_DELTA_EVENTS`
+        events are added without delta.
     out : Path
         Data folder of ``missrec etl --engine disk``.
 

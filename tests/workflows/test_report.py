@@ -94,13 +94,15 @@ def test_items_outside_both_lists_of_popular_ones_drift_too() -> None:
     assert found["drift.new_popular"] == 0
 
 
-def test_the_gate_of_an_update_is_about_the_new_events(tmp_path: Path) -> None:
-    """One of two new events lacks its item: one of eleven events, and half of the night."""
-    etl(*write(tmp_path / "raw"), tmp_path / "data", engine="disk", workers=1)
-    night = EVENTS[:2].assign(item_id=["lamp", None], timestamp=60).drop(columns="split")
-    night.to_parquet(tmp_path / "night.parquet")
-    etl(tmp_path / "night.parquet", None, tmp_path / "data", update=True, workers=1)
-    assert report(tmp_path / "data", tmp_path / "out")["measures"]["share.null_item_id"] == 0.5
+@pytest.mark.parametrize("delta", [False, True])
+def test_the_gate_of_an_update_is_about_the_new_events(tmp_path: Path, delta: bool) -> None:
+    """One of the night's four events lacks its item and one is there twice; repeated events of before do not count."""
+    etl(*write(tmp_path / "raw", pd.concat([EVENTS, EVENTS])), tmp_path / "data", engine="disk", workers=1)
+    night = EVENTS[["user_id", "item_id", "event_type", "dwell"]][:4].assign(timestamp=[60, 61, 62, 62])
+    night.assign(item_id=["lamp", None, "desk", "desk"], user_id="ann").to_parquet(tmp_path / "night.parquet")
+    etl(tmp_path / "night.parquet", None, tmp_path / "data", update=True, delta=delta, workers=1)
+    measures = report(tmp_path / "data", tmp_path / "out")["measures"]
+    assert (measures["share.null_item_id"], measures["share.duplicate_events"]) == (0.25, 0.25)
 
 
 def test_positions_are_no_clock(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def _write_sessions(
 def _merge_events(
     new: EventOrder, old: UserEvents, columns: Mapping[str, AnyArray], common: Mapping[str, Any]
 ) -> tuple[pa.Table, int]:
-    """Return the new state of the affected users, and the number of their duplicate events."""
+    """Return the new state of the affected users, and the number of duplicates among their new events."""
     codes = np.concatenate([np.repeat(old.users, old.sizes), new.codes[new.order]])  # [old and new event]
     merged = {name: column[new.order] for name, column in columns.items()}
     if old.columns:
@@ -235,12 +235,13 @@ def _merge_events(
     # Old events are sorted within each source file, and so are the new ones: a few sorted runs.
     order = sort_by_code_and_time(codes, merged[TIMESTAMP], nearly_sorted=True)
     duplicates = duplicate_positions(codes, merged[TIMESTAMP], merged[ITEM_ID], order)
+    n_duplicates = int((duplicates >= old.sizes.sum()).sum())
     if common["drop_duplicates"] and len(duplicates):
         kept = np.ones(len(codes), bool)
         kept[duplicates] = False
         codes, merged = codes[kept], {name: column[kept] for name, column in merged.items()}
         order = sort_by_code_and_time(codes, merged[TIMESTAMP], nearly_sorted=True)
-    return to_state(EventOrder(order, codes, new.users, new.hashes), merged), len(duplicates)
+    return to_state(EventOrder(order, codes, new.users, new.hashes), merged), n_duplicates
 
 
 def _state_before(users: pa.Array, old: UserEvents, schema: pa.Schema) -> pa.Table:

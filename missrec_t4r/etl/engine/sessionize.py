@@ -155,6 +155,7 @@ def group_by_user(work: str, partition: int) -> dict[str, Any]:
         filtered_items = Path(work) / KEPT_FOLDER / FILTERED_ITEMS_FILE
         if filtered_items.is_file():
             items = np.load(filtered_items)[items]
+    n_new = table.num_rows  # in an update they follow the events of the old state
     if common["old"]:
         table = _append_to_state(state_path(common["old"], partition), table, items)
         users, items, times = _key_columns(table)
@@ -162,7 +163,7 @@ def group_by_user(work: str, partition: int) -> dict[str, Any]:
     if not common["filtered"]:  # otherwise `survey_events` has counted and left out
         duplicates = duplicate_positions(events.codes, times, items, events.order)
         unknown = items >= common["rows"]
-        counts = _counts(events.codes, times, duplicates, unknown)
+        counts = _counts(events.codes, times, duplicates[duplicates >= table.num_rows - n_new], unknown)
         kept = ~unknown
         if common["drop_duplicates"]:
             kept[duplicates] = False

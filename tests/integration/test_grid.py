@@ -46,12 +46,16 @@ def _clock(over: Callable[[], bool]) -> Any:
     return type("Clock", (), {"monotonic": lambda: 1e9 if over() else 0.0, "sleep": time.sleep})
 
 
-def test_two_side_by_side_and_a_second_call_trains_nothing(data: Path, tmp_path: Path) -> None:
-    runs = {"name": "one", "set": SMALL}, {"name": "two", "set": SMALL | {"model.n_decoder_layers": 2}}
-    jobs = _jobs(tmp_path, data, *runs, evaluate=("valid", "test"))
-    found = grid(jobs, tmp_path / "out", side_by_side=2)
+def test_two_side_by_side_one_that_fails_and_a_second_call_that_trains_nothing(data: Path, tmp_path: Path) -> None:
+    deep = SMALL | {"model.n_decoder_layers": 2}
+    runs = [{"name": name, "set": deep if name == "two" else SMALL} for name in ("fails", "one", "two")]
+    fails, *jobs = _jobs(tmp_path, data, *runs, evaluate=("valid", "test"))
+    fails = fails._replace(folder=str(tmp_path / "nowhere"))
+    found = grid([fails, *jobs], tmp_path / "out", side_by_side=2)
     assert [line["name"] for line in found] == ["one", "two"]
-    assert sorted(line["name"] for line in _lines(tmp_path / "out")) == ["one", "two"]
+    written = {line["name"]: line["stopped_by"] for line in _lines(tmp_path / "out")}
+    assert set(written) == {"fails", "one", "two"}
+    assert written["fails"].startswith("failed: ")
     for line in found:
         assert line["stopped_by"] == "epochs"
         assert line["device"] == "cpu"
@@ -63,7 +67,7 @@ def test_two_side_by_side_and_a_second_call_trains_nothing(data: Path, tmp_path:
     assert len(weights) == 2
     assert grid(jobs, tmp_path / "out") == found
     assert {run: run.stat().st_mtime_ns for run in weights} == weights
-    assert len(_lines(tmp_path / "out")) == 2
+    assert len(_lines(tmp_path / "out")) == 3
 
 
 def test_the_limit_interrupts_and_a_later_call_goes_on(
@@ -102,13 +106,6 @@ def test_a_grid_that_is_terminated_ends_its_trainings_and_writes_their_lines(
     (line,) = _lines(out)
     assert line["stopped_by"] == "killed"
     assert line["epochs"] >= 1
-
-
-def test_a_training_that_fails_is_named_and_stops_no_other(data: Path, tmp_path: Path) -> None:
-    jobs = _jobs(tmp_path, data, {"name": "fails", "set": SMALL}, {"name": "works", "set": SMALL})
-    jobs[0] = jobs[0]._replace(folder=str(tmp_path / "nowhere"))
-    assert [line["name"] for line in grid(jobs, tmp_path / "out")] == ["works"]
-    assert _lines(tmp_path / "out")[0]["stopped_by"].startswith("failed: ")
 
 
 @pytest.mark.parametrize(

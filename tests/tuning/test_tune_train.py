@@ -21,7 +21,7 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.tuning.space import DEFAULT, space_around
 from missrec_t4r.tuning.train import STUDY_FILE, tune_train
-from tests import shop
+from tests import processes, shop
 
 N_ITEMS = 30
 SMALL: dict[str, Any] = {
@@ -121,22 +121,8 @@ def test_a_bad_trial_is_pruned(data: Path) -> None:
 def test_ctrl_c_keeps_what_was_found_and_a_killed_trial_is_tried_again(data: Path) -> None:
     options = [f"--set={name}={value}" for name, value in (SMALL | {"train.epochs": 100_000}).items()]
     out = data.parent / "search"
-    words = [
-        "tune",
-        "train",
-        "--data",
-        data,
-        "--out",
-        out,
-        "--recipe",
-        "default",
-        "--space",
-        data.parent / "space.yaml",
-    ]
-    command = [sys.executable, "-m", "missrec_t4r", *map(str, words), "--device", "cpu", "--set=train.patience=100000"]
-
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = ["--data", data, "--out", out, "--recipe", "default", "--space", data.parent / "space.yaml"]
+    command = ["-m", "missrec_t4r", "tune", "train", *words, "--device", "cpu", "--set=train.patience=100000", *options]
 
     def until(done: Any) -> None:
         ends = time.monotonic() + 300
@@ -145,12 +131,12 @@ def test_ctrl_c_keeps_what_was_found_and_a_killed_trial_is_tried_again(data: Pat
             assert time.monotonic() < ends
             time.sleep(0.3)
 
-    process = start()
+    process = processes.start(command)
     until(lambda: _epochs(out, trial=1) > 2)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     drawn = _trials(out)[0].params
-    process = start()
+    process = processes.start(command)
     until(lambda: _epochs(out, trial=2) > 2)
     process.send_signal(signal.SIGINT)
     answer, _ = process.communicate(timeout=300)
@@ -182,9 +168,8 @@ def _epochs(out: Path, trial: int) -> int:
 def test_two_processes_share_a_search(data: Path) -> None:
     words = ["tune", "train", "--data", data, "--out", data.parent / "search", "--recipe", "default", "--trials", 2]
     options = [f"--set={name}={value}" for name, value in SMALL.items()]
-    command = [sys.executable, "-m", "missrec_t4r", *map(str, words), *options, "--device", "cpu"]
-    command += ["--space", str(data.parent / "space.yaml")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    command = ["-m", "missrec_t4r", *words, *options, "--device", "cpu", "--space", data.parent / "space.yaml"]
+    both = [processes.start(command) for _ in range(2)]
     answers = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], answers
     trials = _trials(data.parent / "search")

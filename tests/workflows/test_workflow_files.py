@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from missrec_t4r.data.event_features import event_columns, load_sessions
 from missrec_t4r.errors import ConfigError, DataError, MISSRecError, SchemaError
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.sources.synthetic.shop import generate_shop
+from tests import processes
 from tests.workflows.tables import rows, write
 from tests.workflows.test_sources import META_2018, REVIEWS_2018, _archive, _gzip
 
@@ -25,7 +24,7 @@ SCRIPTS = sorted(file.name for file in WORKFLOWS.glob("*.py"))
 
 
 def _run(*command: Any, cwd: Path | None = None) -> str:
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=cwd, check=False)
+    done = processes.run(command, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -239,18 +238,6 @@ def test_nightly_builds_then_adds_and_stops_at_the_gate(raw: Path, tmp_path: Pat
     assert told["version"] == 2
     assert told["events"] == len(events)
     (tmp_path / "gate.yaml").write_text("events: {min: 1000000}\n", encoding="utf-8")
-    refused = subprocess.run(
-        [
-            sys.executable,
-            script,
-            *common,
-            "--interactions",
-            tmp_path / "second.parquet",
-            "--gate",
-            tmp_path / "gate.yaml",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    gated = ["--interactions", tmp_path / "second.parquet", "--gate", tmp_path / "gate.yaml"]
+    refused = processes.run([script, *common, *gated])
     assert refused.returncode == 3, refused.stderr

@@ -12,7 +12,7 @@ import numpy as np
 
 from missrec_t4r.arrays import Bools, Ints
 from missrec_t4r.comparison.beyond_accuracy import MEASURES, BeyondAccuracy
-from missrec_t4r.comparison.examples import examples, shown_ids
+from missrec_t4r.comparison.examples import examples, outcomes, shown_ids
 from missrec_t4r.comparison.page import page
 from missrec_t4r.comparison.systems import (
     OF_A_RUN,
@@ -23,7 +23,7 @@ from missrec_t4r.comparison.systems import (
     named,
     ranked,
 )
-from missrec_t4r.comparison.verdict import decide, measures_of, sentence
+from missrec_t4r.comparison.verdict import decide, measures_of, plainly, sentence
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError
@@ -106,9 +106,10 @@ def compare(
     Returns
     -------
     dict
-        ``verdict`` (``decision``, ``words``, ``gate``), ``protocols[protocol][system]``, ``differences`` (each system
-        minus the current one), ``slices``, ``beyond_accuracy``, ``sessions`` (compared and left out), ``examples``,
-        ``systems``; with ``out`` also ``report`` and ``page``.
+        ``verdict`` (``decision``, ``words``, ``plainly``, ``gate``), ``protocols[protocol][system]``, ``differences``
+        (each system minus the current one), ``outcomes`` (sessions that each of the two does better on), ``slices``,
+        ``beyond_accuracy``, ``sessions`` (compared and left out), ``examples``, ``systems``; with ``out`` also
+        ``report`` and ``page``.
 
     Raises
     ------
@@ -267,10 +268,14 @@ def _report(
         "popularity_of_targets": beyond.of_targets,
     }
     report["coverage"] = report["beyond_accuracy"]
+    report["outcomes"] = {
+        protocol: outcomes(systems[current.name], systems[candidate]) for protocol, systems in under.items()
+    }
     decision, checks = decide(measures_of(report), shared[0], gate)
     report["verdict"] = {
         "decision": decision,
         "words": sentence(report, decision, shared[0]),
+        "plainly": plainly(report, shared[0]),
         "protocol": shared[0],
         "rule": "the bounds of the gate" if gate else "95 % interval of the paired difference in NDCG@10",
         "gate": checks,

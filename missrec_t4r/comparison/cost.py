@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping
@@ -35,7 +36,7 @@ def cost(scorer: Scorer, histories: Sessions, n_rows: int) -> dict[str, Any]:
     -------
     dict
         ``milliseconds`` by sessions per call, ``parameters`` (trained weights), ``bytes_in_memory`` of weights, tables
-        and vectors, ``threads``.
+        and vectors, ``threads``, ``load`` (of the machine in the last minute, per core; above 1 others wait).
 
     Examples
     --------
@@ -51,6 +52,7 @@ def cost(scorer: Scorer, histories: Sessions, n_rows: int) -> dict[str, Any]:
         "parameters": sum(weights.values()),
         "bytes_in_memory": sum(storages.values()),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0] / (os.cpu_count() or 1), 2),
     }
 
 

@@ -50,6 +50,28 @@ def examples(
     ]
 
 
+def outcomes(current: Ints, candidate: Ints) -> dict[str, int]:
+    """Return how many sessions each of two systems does better on by NDCG@10, and how many neither finds a hit in.
+
+    Parameters
+    ----------
+    current, candidate : ndarray [session] or [session, seed]
+        Ranks; those of several seeds are averaged as NDCG@10.
+
+    Examples
+    --------
+    >>> outcomes(np.array([1, 2, 3, 50]), np.array([2, 1, 3, 11]))
+    {'candidate_better': 1, 'current_better': 1, 'alike': 2, 'neither_found': 1}
+    """
+    first, second = (metric_values(ranks, [10])[:, 1] for ranks in (current, candidate))
+    return {
+        "candidate_better": int((second > first).sum()),
+        "current_better": int((second < first).sum()),
+        "alike": int((second == first).sum()),
+        "neither_found": int(((first == 0) & (second == 0)).sum()),
+    }
+
+
 def described(
     catalogue: Catalogue,
     histories: Sessions,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from html import escape
 from typing import Any, Final
 
 from missrec_t4r.comparison.verdict import OPEN, REFUSED, SHIP
-from missrec_t4r.etl.quality.charts import bars, intervals
+from missrec_t4r.etl.quality.charts import intervals
 from missrec_t4r.etl.quality.html import STYLE, document, gate, section, table
 from missrec_t4r.evaluation.full_ranking import PROTOCOL_TITLES
 
@@ -20,29 +21,43 @@ COMPARISON_STYLE: Final = (
 .wide{grid-column:1/-1}g .interval{stroke:var(--soft);stroke-width:2}g circle{fill:var(--soft)}
 g.good .interval{stroke:var(--good)}g.good circle{fill:var(--good)}
 g.bad .interval{stroke:var(--bad)}g.bad circle{fill:var(--bad)}
-.examples{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(32rem,100%),1fr));gap:1rem}
-.example{border-top:1px solid var(--line);padding:.6rem 0}.two{display:grid;grid-template-columns:1fr 1fr;gap:1rem}
-.example ol{margin:.2rem 0;padding-left:1.3rem}.hit{color:var(--good);font-weight:600}dl{margin:0}dt{font-weight:600}
-dd{margin:0 0 .5rem;color:var(--soft)}
-.pic{display:inline-block;width:3.5rem;height:3.5rem;background:center/contain no-repeat;margin:.1rem}
-.pic{vertical-align:middle}.strip{display:block}.example li .pic{width:2.4rem;height:2.4rem;margin:0;flex:none}
-.item{display:inline-flex;align-items:center;gap:.5rem;vertical-align:middle;min-height:1.5rem}
-.example li:has(.pic){margin:.15rem 0}
+.grid{grid-auto-flow:dense}.verdict p{white-space:pre-line}
+.example{border-top:1px solid var(--line);padding:.6rem 0}
+.lists{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(17rem,100%),1fr));gap:.6rem 1.5rem;margin:.4rem 0}
+.example ol,.example ul{margin:.2rem 0;padding-left:1.5rem}.example ul{list-style:none;padding:0}
+.example li{margin:.3rem 0;line-height:1.3}.hit{color:var(--good);font-weight:600}
+dl{margin:0}dt{font-weight:600}dd{margin:0 0 .5rem;color:var(--soft)}
+.item{display:inline-flex;align-items:flex-start;gap:.5rem;vertical-align:top}
+.pic{flex:none;width:2.6rem;height:2.6rem;background:center/contain no-repeat}
 """
 )
 _LONGEST_TITLE: Final = 110
+_NARROW: Final = 5
+"""Systems that fit beside each other into half of the page."""
+_BUSY: Final = 1.2
+"""Load per core from which times are said to be wrong."""
 _CLASS: Final = {SHIP: "good", OPEN: "", REFUSED: "bad"}
 _WORDS: Final = {
     "NDCG@10": "how high the item that came next stands among the first ten: 1 at the first place, 0 below the tenth",
     "Recall@10": "share of the sessions whose next item is among the first ten",
     "±, interval": "range in which the figure lies with 95 % confidence if other users of the same kind had come",
+    "T4R model, missrec run": "trained by a script of Transformers4Rec, or by missrec train with its score terms",
     "coverage@10": "share of the catalogue that at least one session is recommended",
     "novelty": "how unknown the recommended items are, in bits: one more bit, half as many earlier events",
     "popularity bias": "earlier events of the recommended items, divided by those of the items that came next; "
     "1: as popular as what users choose",
     "diversity": "how different the ten items of a list are in text and picture: 0 alike, 1 unrelated",
-    "excluded": "items that a session has already are not recommended, as most shops do",
-    "kept": "they may be recommended again",
+    "seen items excluded": "items that a session has already are not recommended, as most shops do",
+    "kept, strict": "they may be recommended again, and no score depends on what was seen, as in most papers",
+    "kept, with history term": "they may be recommended again, and the score may depend on what was seen",
+}
+_KINDS: Final = {"run": "missrec run", "t4r model": "T4R model", "lists": "file of lists"}
+_SESSIONS: Final = {
+    "in_the_split": "sessions of the split",
+    "compared": "sessions that all systems have: compared",
+    "left_out": "sessions that a system lacks: left out",
+    "targets_no_item": "compared, but the next item is not in the catalogue",
+    "without_known_item": "compared, but no earlier item is in the catalogue",
 }
 
 
@@ -60,10 +75,15 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -
     ]
     sections += [_by_slice(report, protocol), _slices(report, protocol), _beyond(report, protocol), _cost(report)]
     sections += [_systems(report, name) for name in report["protocols"] if name != protocol]
-    sections += [_examples(report, Pictures(pictures or {})), _left_out(report), _words()]
+    sections += [_words(), _examples(report, Pictures(pictures or {})), _left_out(report)]
     title = f"{report['candidate']} against {report['current']}"
-    about = f"{report['data']}, {report['split']} sessions, {report['made']}"
-    above = headline(verdict["decision"].capitalize(), f"{verdict['words']}.", _CLASS[verdict["decision"]])
+    made = datetime.fromisoformat(report["made"])
+    about = (
+        f"{report['n_users']:,} sessions of the {report['split']} split, {report['n_items']:,} items, made "
+        f"{made.day} {made:%B %Y, %H:%M} UTC"
+    )
+    words = "\n".join([f"{verdict['words']}.", *verdict.get("plainly", ())])
+    above = headline(verdict["decision"].capitalize(), words, _CLASS[verdict["decision"]])
     return document(f"Comparison: {title}", title, about, sections, above=above, style=COMPARISON_STYLE)
 
 
@@ -81,15 +101,25 @@ def _systems(report: Mapping[str, Any], protocol: str) -> str:
         rows.append(
             (
                 _role(report, name),
-                f"{of['ndcg@10']:.4f} ± {(high - low) / 2:.4f}",
+                f"{of['ndcg@10']:.4f}\u00a0±\u00a0{(high - low) / 2:.4f}",
                 f"{of['recall@10']:.4f}",
                 f"{of['recall@50']:.4f}",
-                report["systems"][name]["kind"] + (f", {seeds['n']} seeds" if seeds else ""),
+                _KINDS.get(kind := report["systems"][name]["kind"], kind) + (f", {seeds['n']} seeds" if seeds else ""),
             )
         )
     head = ("system", "NDCG@10", "Recall@10", "Recall@50", "what it is")
-    chart = bars(list(measured), [of["ndcg@10"] for of in measured.values()], x_title="system", y_title="NDCG@10")
-    return section(f"Accuracy, seen items {PROTOCOL_TITLES[protocol]}", table(head, rows) + chart)
+    return section(f"Accuracy, seen items {PROTOCOL_TITLES[protocol]}", table(head, rows) + accuracy_chart(measured))
+
+
+def accuracy_chart(measured: Mapping[str, Any]) -> str:
+    """Return NDCG@10 of every system with its interval, as a chart; bars would leave out long names."""
+    return intervals(
+        list(measured),
+        [of["ndcg@10"] or 0.0 for of in measured.values()],
+        [of["interval"]["ndcg@10"] or (0.0, 0.0) for of in measured.values()],
+        x_title="NDCG@10 with 95 % interval",
+        differences=False,
+    )
 
 
 def _role(report: Mapping[str, Any], name: str) -> str:
@@ -151,7 +181,8 @@ def _slices(report: Mapping[str, Any], protocol: str) -> str:
         "Cold: the next item has no earlier event. Rare: fewer than five. Short sessions have up to three items, "
         "long ones ten or more."
     )
-    return section("NDCG@10 by kind of session", f"<p>{words}</p>" + table(("sessions", "number", *names), rows))
+    inside = f"<p>{words}</p>" + table(("sessions", "number", *names), rows)
+    return section("NDCG@10 by kind of session", inside, wide=len(names) > _NARROW)
 
 
 def _beyond(report: Mapping[str, Any], protocol: str) -> str:
@@ -170,17 +201,19 @@ def _beyond(report: Mapping[str, Any], protocol: str) -> str:
 
 
 def _cost(report: Mapping[str, Any]) -> str:
-    rows, threads = [], 0
+    rows, threads, load = [], 0, 0.0
     for name, of in report["systems"].items():
         found = of["cost"] or {}
-        threads = found.get("threads", threads)
-        times = [_value(found.get("milliseconds", {}).get(size), "{:.1f} ms") for size in ("1", "64")]
+        threads, load = found.get("threads", threads), max(load, found.get("load", 0.0))
+        times = [_value(found.get("milliseconds", {}).get(size), "{:.1f}\u00a0ms") for size in ("1", "64")]
         weights = f"{found['parameters']:,}" if found.get("parameters") else "-"
         rows.append((_role(report, name), *times, weights, _size(found.get("bytes_in_memory")), _size(of["bytes"])))
     words = (
         f"Median time to score all {report['n_items']:,} items and take the first ten, for one session and for "
         f"64 at once, in this process on this machine (threads: {threads}), not by a server. -: not called here."
     )
+    if load > _BUSY:
+        words += f" The machine had {load:.1f} times the work that its cores can do: the times are too long, unevenly."
     head = ("system", "1 session", "64 sessions", "trained weights", "in memory", "on disk")
     return section("Latency, memory and size", f"<p>{words}</p>" + table(head, rows))
 
@@ -190,7 +223,7 @@ def _value(value: float | None, form: str) -> str:
 
 
 def _size(size: int | None) -> str:
-    return "-" if size is None else f"{size / 1e6:.1f} MB"
+    return "-" if size is None else f"{size / 1e6:.1f}\u00a0MB"
 
 
 class Pictures:
@@ -208,39 +241,41 @@ class Pictures:
 
 def _examples(report: Mapping[str, Any], pictures: Pictures) -> str:
     shown = [example_card(example, f"Better: {example['better']}", pictures) for example in report["examples"]]
-    words = "The sessions on which the two differ most; the item that came next is green."
+    words = (
+        f"The sessions on which {report['candidate']} is most ahead of {report['current']}, then those on which it is "
+        "most behind: as many of each, however many there are. The item that came next is green."
+    )
     return wide_section("Examples", words, shown, pictures)
 
 
 def wide_section(title: str, words: str, cards: Sequence[str], pictures: Pictures) -> str:
-    """Return a section of the page's whole width with examples; ``cards`` are HTML."""
-    inside = f'<p>{words}</p><div class="examples">{"".join(cards)}</div>' if cards else "<p>There is none.</p>"
+    """Return a section of the page's whole width with examples; ``cards`` are HTML, ``words`` are escaped here."""
+    inside = f"<p>{escape(words)}</p>{''.join(cards)}" if cards else "<p>There is none.</p>"
     return section(title, pictures.style + inside, wide=True)
 
 
 def example_card(example: Mapping[str, Any], heading: str, pictures: Pictures) -> str:
-    """Return one session of `missrec_t4r.comparison.examples.described` as HTML."""
+    """Return one session of `missrec_t4r.comparison.examples.described` as HTML: its items, and the lists beside."""
+    known = zip(example["history"], example["history_ids"], strict=True)
+    had = "".join(_item(title, item, False, pictures) for title, item in known) or "<li>nothing known</li>"
+    came = _item(example["target"], example["target_id"], True, pictures)
+    earlier = f", after {example['earlier']} earlier" if example["earlier"] else ""
+    session = f"<div>User {escape(str(example['user']))} had{earlier}:<ul>{had}</ul>and next came:<ul>{came}</ul></div>"
     lists = "".join(_list(name, of, pictures) for name, of in example["systems"].items())
-    earlier = f"{example['earlier']} earlier, " if example["earlier"] else ""
-    history = "; ".join(_short(title) for title in example["history"]) or "nothing known"
-    strip = "".join(map(pictures, example["history_ids"]))
-    return (
-        f'<div class="example"><b>{escape(heading)}</b>'
-        f"<p>User {escape(str(example['user']))} had: {escape(earlier + history)}"
-        f'<span class="strip">{strip}</span>'
-        f'Next came: {pictures(example["target_id"])}<span class="hit">{escape(_short(example["target"]))}</span></p>'
-        f'<div class="two">{lists}</div></div>'
-    )
+    return f'<div class="example"><b>{escape(heading)}</b><div class="lists">{session}{lists}</div></div>'
 
 
 def _list(name: str, of: Mapping[str, Any], pictures: Pictures) -> str:
     place = "not among the first fifty" if of["rank"] is None else f"at place {of['rank']}"
-    items = "".join(
-        f'<li{" class=hit" if item["hit"] else ""} title="{escape(item["title"])}">'
-        f'<span class="item">{pictures(item["id"])}<span>{escape(_short(item["title"]))}</span></span></li>'
-        for item in of["list"]
-    )
+    items = "".join(_item(item["title"], item["id"], item["hit"], pictures) for item in of["list"])
     return f"<div>{escape(name)}: {place}<ol>{items}</ol></div>"
+
+
+def _item(title: str, item: str | None, hit: bool, pictures: Pictures) -> str:
+    return (
+        f'<li{" class=hit" if hit else ""} title="{escape(title)}">'
+        f'<span class="item">{pictures(item)}<span>{escape(_short(title))}</span></span></li>'
+    )
 
 
 def _short(title: str) -> str:
@@ -249,7 +284,8 @@ def _short(title: str) -> str:
 
 
 def _left_out(report: Mapping[str, Any]) -> str:
-    rows = [("all systems", name.replace("_", " "), f"{value:,}") for name, value in report["sessions"].items()]
+    rows = [("all systems", f"data folder {report['data']}", "")]
+    rows += [("all systems", _SESSIONS[name], f"{value:,}") for name, value in report["sessions"].items()]
     for name, of in report["systems"].items():
         rows += [(name, what.replace("_", " "), f"{value:,}") for what, value in of["counts"].items() if value]
         rows += [(name, note, "") for note in of["notes"]]

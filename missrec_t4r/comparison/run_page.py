@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from missrec_t4r.comparison.examples import described, shown_ids
-from missrec_t4r.comparison.page import COMPARISON_STYLE, Pictures, example_card, headline, wide_section
+from missrec_t4r.comparison.page import COMPARISON_STYLE, Pictures, accuracy_chart, example_card, headline, wide_section
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.etl.features.thumbnails import thumbnails
@@ -149,9 +149,9 @@ def _main(systems: Mapping[str, Any]) -> str:
 def _headline(report: Mapping[str, Any]) -> tuple[str, str]:
     systems = report["protocols"][EXCLUDED]
     of = systems[_main(systems)]
-    low, high = of["interval"][_CRITERION]
+    low, high = of["interval"]["recall@10"]
     words = [
-        f"{of['recall@10']:.1%} of the next items are among the first ten (95 % interval {low:.4f} to {high:.4f})."
+        f"{of['recall@10']:.1%} of the next items are among the first ten (95 % interval {low:.1%} to {high:.1%})."
     ]
     if NETWORK in systems and systems[NETWORK] is not of:
         words.append(f"The ranking terms added {of[_CRITERION] - systems[NETWORK][_CRITERION]:+.4f} to the network.")
@@ -200,20 +200,15 @@ def _curves(curve: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> str:
 
 def _accuracy(report: Mapping[str, Any], protocol: str) -> str:
     systems, rows = report["protocols"][protocol], []
+    titled = {_TITLES.get(name, name): of for name, of in systems.items()}
     for name, of in systems.items():
         cells = [_with_interval(of, metric) for metric in (_CRITERION, "recall@10")]
         covered = report["coverage"][protocol][name].get("coverage@10")
         rows.append(
             (_TITLES.get(name, name), *cells, _form(of["recall@50"]), NO_VALUE if covered is None else f"{covered:.1%}")
         )
-    chart = bars(
-        [name.replace("_", " ") for name in systems],
-        [of[_CRITERION] or 0.0 for of in systems.values()],
-        x_title="system",
-        y_title="NDCG@10",
-    )
     head = ("system", "NDCG@10", "Recall@10", "Recall@50", "coverage@10")
-    return section(f"Accuracy, seen items {PROTOCOL_TITLES[protocol]}", table(head, rows) + chart)
+    return section(f"Accuracy, seen items {PROTOCOL_TITLES[protocol]}", table(head, rows) + accuracy_chart(titled))
 
 
 def _by_slice(report: Mapping[str, Any]) -> str:

@@ -379,10 +379,13 @@ def _scorer(
         return _of_scorer(one.name, SCORER, cast("Scorer", value), benchmark, protocols)
     from missrec_t4r.comparison.t4r_model import t4r_system
 
-    system, columns, size = t4r_system(value, benchmark.catalogue, max_sequence_length, trust_pickle=trust_pickle)
+    system, columns, size, length = t4r_system(
+        value, benchmark.catalogue, max_sequence_length, trust_pickle=trust_pickle
+    )
     histories = Sessions.load(benchmark.data / benchmark.split, columns).split_last()[0]
     found = _of_scorer(one.name, T4R, system, benchmark, protocols, histories)
     found.size = size
+    found.notes.append(f"reads the last {length} items of a session; another number: --max-sequence-length")
     return found
 
 

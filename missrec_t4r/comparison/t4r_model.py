@@ -17,8 +17,8 @@ _LONGEST: Final = 10_000
 
 def t4r_system(
     model: Any, catalogue: Catalogue, max_sequence_length: int | None, *, trust_pickle: bool
-) -> tuple[dict[str, Scorer], list[str], int | None]:
-    """Return the model's scorer under its protocols, the event columns that it reads, and its bytes on disk.
+) -> tuple[dict[str, Scorer], list[str], int | None, int]:
+    """Return the model's scorer under its protocols, the event columns, its bytes on disk, the items that it reads.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def t4r_system(
     inputs = model.heads[0].body.inputs if hasattr(model.heads[0].body, "inputs") else model.heads[0].body[0]
     scorer = T4RScorer(model, catalogue, max_sequence_length or _length(inputs))
     columns = [name.removesuffix(LIST_SUFFIX) for name in scorer.columns if name != scorer.item]
-    return dict.fromkeys(scorer.protocols, scorer), columns, size
+    return dict.fromkeys(scorer.protocols, scorer), columns, size, scorer.length
 
 
 def _length(inputs: Any) -> int:

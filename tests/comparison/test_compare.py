@@ -219,6 +219,30 @@ def test_the_page_tells_a_reader_without_figures(data: Path, tmp_path: Path) -> 
     assert "http" not in text.replace('lang="en"', ""), "the page loads nothing"
 
 
+def test_the_verdict_says_what_its_figures_mean(data: Path, tmp_path: Path) -> None:
+    lists = {"now": BAD, "next": GOOD | {"u3": ["c"]}, "later": GOOD}
+    systems = {name: write_lists(tmp_path / f"{name}.parquet", of) for name, of in lists.items()}
+    result = mr.compare(systems, data=data, protocols=[EXCLUDED])
+    assert result["outcomes"][EXCLUDED] == {"candidate_better": 3, "current_better": 0, "alike": 2, "neither_found": 2}
+    assert result["verdict"]["plainly"] == [
+        "The item that came next is among the first ten recommendations of next in 60.0 of 100 sessions, "
+        "among those of now in 0.0.",
+        "It stands higher with next in 3 sessions and with now in 0; in 2 there is no difference (in 2 of them neither "
+        "has it among its first ten).",
+        "Of all that are compared, later has the highest NDCG@10: 0.8000.",
+    ]
+    assert all(words in page(result) for words in result["verdict"]["plainly"])
+
+
+def test_every_chart_names_every_system(data: Path, tmp_path: Path) -> None:
+    file = write_lists(tmp_path / "lists.parquet", GOOD)
+    names = [f"system of team {letter}, evening" for letter in "ABCDE"]
+    text = page(mr.compare(dict.fromkeys(names, file), data=data, protocols=[EXCLUDED]))
+    accuracy, difference, *_ = re.findall(r"<svg.*?</svg>", text)
+    assert re.findall(r">(system of [^<]*)</text>", accuracy) == names
+    assert re.findall(r">(system of [^<]*)</text>", difference) == names[1:]
+
+
 def test_the_examples_show_pictures_once_each_and_small(data: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()

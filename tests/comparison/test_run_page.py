@@ -36,6 +36,10 @@ def test_the_page_holds_the_runs_figures_curves_and_titles(run: Path) -> None:
     assert result["ndcg@10"] == served
     assert result["terms_added"] == pytest.approx(served - network)
     assert f"<b>NDCG@10 {served:.4f}, seen items excluded</b>" in text
+    recall = report["protocols"][EXCLUDED]["exported"]
+    low, high = recall["interval"]["recall@10"]
+    assert f"{recall['recall@10']:.1%} of the next items" in result["headline"]
+    assert f"(95 % interval {low:.1%} to {high:.1%})" in result["headline"], "of what the sentence states"
     for part in report["slices"]["all"][EXCLUDED]:
         assert f"{report['slices']['all'][EXCLUDED][part]['ndcg@10']:.4f}" in text
     charts = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text)]
@@ -44,7 +48,7 @@ def test_the_page_holds_the_runs_figures_curves_and_titles(run: Path) -> None:
     assert ["0: 7.5", "1: 6.25"] in points, "loss by epoch"
     assert "Sofa &lt;red&gt;" in text
     assert "Sofa <red>" not in text
-    assert "User u0 had: " in text
+    assert "User u0 had:" in text
     assert not re.findall(r"(?:src|href)=", text), "one file, nothing is loaded"
 
 

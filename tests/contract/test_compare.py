@@ -53,6 +53,7 @@ def test_saved_models_are_ranked_like_runs(data: Path, saved: dict[str, Path]) -
     result = mr.compare([saved["xlnet"], saved["ours"]], data=data, trust_pickle=True, max_sequence_length=LENGTH)
     assert result["systems"][result["current"]]["kind"] == "t4r model"
     assert result["systems"][result["current"]]["bytes"] > 1000
+    assert f"reads the last {LENGTH} items of a session" in result["systems"][result["current"]]["notes"][0]
     assert set(result["protocols"]) == {EXCLUDED, KEPT_WITH_HISTORY_TERM}, "our history bias knows what was seen"
     sessions = Sessions.load(data / "test", ())
     histories, targets = sessions.split_last()

@@ -14,6 +14,7 @@ WIDTH, HEIGHT = 640, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 30, 10, 48
 _WIDE, _TALL = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
 _TICKS = 4
+_LONGEST_LABEL = 27
 
 Marks = Iterable[tuple[float, str]]
 """Texts along an axis, each with its place as a share of the axis, 0 to 1."""
@@ -133,14 +134,25 @@ def intervals(
         shapes.append(
             f'<g class="{sign}"><title>{escape(label)}: {value:{signed}} ({low:{signed}} to {high:{signed}})</title>'
             f'<line class="interval" x1="{start:.1f}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"/></g>' + _text(left - 10, y + 4, label, "end")
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"/></g>' + _text(left - 10, y + 4, _short(label), "end")
         )
+    tick = _nice_tick(far)
     shapes += [
-        _text(middle + half * part, bottom + 16, f"{far * part:{signed.replace('4', '3')}}" if part else "0", "middle")
-        for part in ((-1, -0.5, 0, 0.5, 1) if differences else (0, 0.25, 0.5, 0.75, 1))
+        _text(
+            middle + half * tick * n / far,
+            bottom + 16,
+            f"{'+' if differences and n > 0 else ''}{tick * n:.3g}",
+            "middle",
+        )
+        for n in range(-int(far / tick) if differences else 0, int(far / tick) + 1)
     ]
     shapes.append(_text(centre, bottom + 36, x_title, "middle", "title"))
     return f'<svg viewBox="0 0 {WIDTH} {bottom + 44}" role="img" aria-label="{escape(x_title)}">{"".join(shapes)}</svg>'
+
+
+def _short(label: str) -> str:
+    """Return what of a label fits beside a chart; the tooltip has all of it."""
+    return label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…"
 
 
 def number(value: float) -> str:
@@ -162,6 +174,18 @@ def _nice_top(value: float) -> float:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
     return next(power * factor for factor in (1, 2, 4, 8, 10) if power * factor >= value * (1 - 1e-9))
+
+
+def _nice_tick(far: float) -> float:
+    """Return the largest of 1, 2 or 5 times a power of ten that stands two times or more before ``far``.
+
+    Examples
+    --------
+    >>> _nice_tick(0.128), _nice_tick(0.078), _nice_tick(0.2)
+    (0.05, 0.02, 0.1)
+    """
+    power = 10.0 ** math.floor(math.log10(far / 2))
+    return next(power * factor for factor in (5, 2, 1) if power * factor <= far / 2 * (1 + 1e-9))
 
 
 def _x(share: float) -> float:

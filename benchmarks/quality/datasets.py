@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from missrec_t4r import commands
 from missrec_t4r.cli.demo import find_inputs
 from missrec_t4r.errors import DataError
+from missrec_t4r.schema import CATALOGUE_FOLDER
 
 INTERACTIONS = "interactions.parquet"
 _DONE = "prepared.json"
@@ -29,7 +30,8 @@ def prepare(
     Parameters
     ----------
     raw : Path
-        Folder with interactions, ``items.parquet`` and modality vectors whose rows follow it.
+        Folder with interactions, ``items.parquet`` and modality vectors whose rows follow it. A data folder of
+        ``missrec etl`` is taken as it is.
     out : Path
         Data folder.
     interactions : str
@@ -41,13 +43,15 @@ def prepare(
     Returns
     -------
     Path
-        ``out``.
+        ``out``, or ``raw`` where that is a data folder.
 
     Raises
     ------
     DataError
         A file is missing.
     """
+    if (raw / CATALOGUE_FOLDER).is_dir() and interactions == INTERACTIONS and not modality:
+        return raw
     inputs = find_inputs(raw)
     files = {name: raw / file for name, file in modality.items()} if modality else dict(inputs.modality)
     for file in (raw / interactions, *files.values()):

@@ -47,10 +47,14 @@ LENGTH, WIDTH = 20, 64
 LOADERS = {"xlnet": "merlin", "swap": "merlin", "swap_our_loader": "missrec", "swap_strict": "merlin"}
 """Systems and T4R's name of the loader that feeds them."""
 OURS = {"learning_rate": 1e-3, "batch_size": 128, "epochs": 40, "patience": 5}
-XLNET = [
-    {"learning_rate": rate, "batch_size": 64, "epochs": 60, "patience": 12, "mlm_probability": probability}
-    for rate, probability in ((3e-3, 0.3), (1e-3, 0.3), (3e-3, 0.15))
-]
+XLNET = ((3e-3, 0.3), (1e-3, 0.3), (3e-3, 0.15))
+"""Learning rates and `mlm_probability` that are tried."""
+
+
+def xlnet_settings(epochs: int, patience: int) -> list[dict[str, Any]]:
+    """Return what is tried of XLNet."""
+    fixed = {"batch_size": 64, "epochs": epochs, "patience": patience}
+    return [{"learning_rate": rate, **fixed, "mlm_probability": probability} for rate, probability in XLNET]
 
 
 def xlnet(schema: Any, mlm_probability: float) -> tr.Model:
@@ -177,6 +181,9 @@ def main() -> None:
     """Run from the command line."""
     parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--xlnet-epochs", type=int, default=60, help="XLNet needs some thousand steps")
+    parser.add_argument("--xlnet-patience", type=int, default=12)
+    parser.add_argument("--xlnet-tried", type=int, default=len(XLNET), help="how many of its settings")
     parser.add_argument("--only", nargs="+", choices=LOADERS, default=list(LOADERS))
     options = parser.parse_args()
     name, modality = options.name or options.data.resolve().name, pairs(options.modality) or None
@@ -186,7 +193,10 @@ def main() -> None:
     settings: dict[str, dict[str, Any]] = dict.fromkeys(LOADERS, OURS)
     tried: list[dict[str, Any]] = []
     if "xlnet" in options.only:
-        tried = [kept("xlnet", data, FIRST_SEED, setting, out) for setting in XLNET]
+        tried = [
+            kept("xlnet", data, FIRST_SEED, setting, out)
+            for setting in xlnet_settings(options.xlnet_epochs, options.xlnet_patience)[: options.xlnet_tried]
+        ]
         settings["xlnet"] = max(tried, key=lambda one: float(one["t4r_valid_ndcg@10"]))["settings"]
     runs = []
     for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):

@@ -120,7 +120,7 @@ def intervals(
     differences : bool
         False: the values are not negative, zero is at the left, and above zero is not good.
     """
-    far = max([abs(end) for pair in bounds for end in pair] + [abs(value) for value in values] + [1e-9])
+    far = max([abs(end) for pair in bounds for end in pair] + [abs(value) for value in values] + [1e-3])
     left, step = 170, 24
     centre = (left + WIDTH - _RIGHT) / 2
     middle, half = (centre, (WIDTH - _RIGHT - left) / 2 - 8) if differences else (left, WIDTH - _RIGHT - left - 8)

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
 from missrec_t4r.io.arrow_files import one_array, unequal
 from missrec_t4r.io.atomic import exchange, temporary_dir
+from missrec_t4r.io.lock import locked
 from missrec_t4r.io.npy_files import read_npy
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import terms_of
@@ -66,6 +68,8 @@ TOLERANCE = 1e-6
 _CHECKED_SESSIONS = 64
 _MOST_IN_MEMORY = 1 << 25
 """Most numbers kept in memory (128 MiB of float32): of a vector table, or of the scores of the checked sessions."""
+_INTEGER = "^(0|-?[1-9][0-9]*)$"
+"""How an integer is written: without a plus, spaces or leading zeros."""
 _COPIED_FILES = (MODEL_FILE, WEIGHTS_FILE, SESSION_TRANSFORM_FILE, SCHEMA_FILE)
 
 
@@ -104,12 +108,19 @@ def update_catalogue(
     ParityError
         An untouched item would change its score; the bundle stays as it is.
     """
-    started, folder = time.monotonic(), Path(bundle).absolute()
+    folder = Path(bundle).absolute()
+    verify_bundle(folder, only=())
+    table = items if isinstance(items, pa.Table) else read_items(Path(items))
+    with nullcontext() if dry_run else locked(folder):
+        return _update(folder, table, modalities or {}, dry_run)
+
+
+def _update(folder: Path, table: pa.Table, modalities: Mapping[str, Path | Floats], dry_run: bool) -> dict[str, Any]:
+    started = time.monotonic()
     before = catalogue_version(verify_bundle(folder, only=()))
     old = load_bundle(folder)
-    table = items if isinstance(items, pa.Table) else read_items(Path(items))
     rows = _rows_of(old.catalogue, table)
-    given = {name: _vectors(name, part, old.catalogue, table.num_rows) for name, part in (modalities or {}).items()}
+    given = {name: _vectors(name, part, old.catalogue, table.num_rows) for name, part in modalities.items()}
     differs = _differs(old.catalogue, table, rows, given)
     unchanged = int((~differs).sum())
     if unchanged:  # an export of the whole catalogue; repeating an update must not replace the previous version
@@ -193,8 +204,9 @@ def rollback_catalogue(bundle: str | Path) -> dict[str, Any]:
     previous = previous_of(folder)
     if not previous.is_dir():
         raise BundleError(f"{folder} has no version before", f"{previous.name} beside it", "nothing was changed")
-    before, after = (catalogue_version(verify_bundle(one)) for one in (folder, previous))
-    exchange(previous, folder)
+    with locked(folder, wait=False, error=BundleError):
+        before, after = (catalogue_version(verify_bundle(one)) for one in (folder, previous))
+        exchange(previous, folder)
     return {"bundle": str(folder), "catalogue_version": after, "previous": before}
 
 
@@ -240,6 +252,10 @@ def _rows_of(catalogue: Catalogue, table: pa.Table) -> Ints:
     try:
         if pa.types.is_string(id_type) and not _is_text(ids.type):  # as texts, 7 and "007" would be two items
             raise pa.ArrowInvalid(f"{ids.type} are no texts")
+        if pa.types.is_boolean(ids.type) or pa.types.is_temporal(ids.type):  # Arrow makes integers of them
+            raise pa.ArrowInvalid(f"{ids.type} are no ids")
+        if pa.types.is_integer(id_type) and _is_text(ids.type):
+            _require_integers(ids.cast(pa.string()))
         ids = ids.cast(id_type)
     except pa.ArrowInvalid as error:
         raise DataError(
@@ -253,6 +269,18 @@ def _rows_of(catalogue: Catalogue, table: pa.Table) -> Ints:
     new = rows == UNKNOWN_ROW
     rows[new] = catalogue.n_rows + np.arange(new.sum())
     return rows
+
+
+def _require_integers(ids: pa.Array) -> None:
+    """Refuse text ids that are not written as an integer is, as `missrec etl` does: "077" is not 77."""
+    others = ids.drop_null().filter(pc.invert(pc.match_substring_regex(ids.drop_null(), _INTEGER)))
+    if len(others):
+        raise DataError(
+            f"the item id {others[0].as_py()!r}, a text",
+            "integers, as in the catalogue: 77 or '77'",
+            "write the ids as the item table has them",
+        )
+    log.info(f"{len(ids):,} item ids are texts, and integers in the catalogue: they are read as integers")
 
 
 def _is_text(kind: pa.DataType) -> bool:

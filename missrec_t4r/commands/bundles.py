@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import ConfigError
+from missrec_t4r.io.lock import locked
 from missrec_t4r.schema import ITEM_ID
 
 
@@ -60,7 +62,11 @@ def catalogue_update(
         raise ConfigError("neither --bundle nor --repository", "one of them, or both")
     table = read_items(Path(items), item_column)
     vectors: dict[str, Any] = {name: Path(file) for name, file in (modality or {}).items()}
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        for target in () if dry_run else (repository, bundle):
+            if target is not None:  # until the end: another update starts from the result of this one
+                stack.enter_context(locked(Path(target)))
         changed = bundle or _served_bundle(Path(folder), repository)
         if data is not None:
             from missrec_t4r.etl.features.pipeline import encode_items

@@ -121,11 +121,11 @@ def train(
         from missrec_t4r.t4r import train_t4r
 
         run = partial(train_t4r, data, out=out, **start)
-    run = partial(run, resume=resume, device=device, dry_run=dry_run)
+    from missrec_t4r.training.reuse import alone, recipe_key, run_or_reuse
+
+    run = alone(partial(run, resume=resume, device=device, dry_run=dry_run), Path(out), dry_run)
     if not reuse:
         return run() | chosen
-    from missrec_t4r.training.reuse import recipe_key, run_or_reuse
-
     made_from = {"settings": settings, "trainer": trainer, "freeze": freeze, "take": take, "device": device}
     key = recipe_key([data], made_from, own, start_from or warm_start)
     return run_or_reuse(run, Path(out), key, resume, dry_run, own) | chosen

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from missrec_t4r.etl.engine.build import run_out_of_core
 from missrec_t4r.etl.installed import has_cudf, has_nvtabular, require_nvtabular
 from missrec_t4r.etl.sources.table import Paths, parquet_rows
 from missrec_t4r.etl.task import ENGINES, Task, make_task
+from missrec_t4r.io.lock import locked
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
 __all__ = ["ENGINES", "etl"]
@@ -175,7 +177,8 @@ def etl(
     require_at_least(1, workers=workers, partitions=partitions)
     out = Path(out)
     if update or compact:
-        return _change(out, options)
+        with nullcontext() if dry_run else locked(out):
+            return _change(out, options)
     task = make_task(options)
     chosen = engine if engine != "auto" else _choose_engine(task, dask_scheduler)
     if chosen == "gpu":
@@ -186,17 +189,18 @@ def etl(
     if dry_run:
         return describe_run(task, out, chosen)
     report, machines = None, (dask_scheduler, workers)
-    if chosen == "gpu":
-        from missrec_t4r.etl.gpu.run import run_on_gpu
+    with locked(out):
+        if chosen == "gpu":
+            from missrec_t4r.etl.gpu.run import run_on_gpu
 
-        may_go_on = engine == "auto" and task.workflow is None
-        report = run_on_gpu(task, out, device, machines, partitions, may_go_on=may_go_on)
-    elif chosen == "memory":
-        from missrec_t4r.etl.nvt.in_memory import run_in_memory
+            may_go_on = engine == "auto" and task.workflow is None
+            report = run_on_gpu(task, out, device, machines, partitions, may_go_on=may_go_on)
+        elif chosen == "memory":
+            from missrec_t4r.etl.nvt.in_memory import run_in_memory
 
-        report = run_in_memory(task, out, partitions)
-    if report is None:
-        report = run_out_of_core(task, out, partitions, machines)
+            report = run_in_memory(task, out, partitions)
+        if report is None:
+            report = run_out_of_core(task, out, partitions, machines)
     for finding in task.findings.found:
         log.info(f"{finding.check}: {finding.count:,} ({finding.message})")
     rows = ", ".join(f"{count:,} {name}" for name, count in report["sessions"].items())

@@ -22,6 +22,7 @@ from missrec_t4r.errors import BundleError, ConfigError
 from missrec_t4r.export.parity import check_rows, compare_offline, raw_ids, sample_histories
 from missrec_t4r.export.workflow_parity import check_workflow
 from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
+from missrec_t4r.io.lock import locked
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.run_folder import LoadedRun, load_run
 from missrec_t4r.serving.triton.repository import MARKER, ServingSettings, described, fill_repository
@@ -83,6 +84,8 @@ def export(
         if dry_run:
             elsewhere = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             targets = [(elsewhere / kind, marker, kind) for _, marker, kind in targets]
+        for target, *_ in targets:
+            stack.enter_context(locked(target))
         temporary, *temporary_repository = [
             stack.enter_context(atomic_write_dir(target, marker, kind, BundleError)) for target, marker, kind in targets
         ]

@@ -32,7 +32,7 @@ from missrec_t4r.training import distributed
 from missrec_t4r.training.fit import run_or_describe
 from missrec_t4r.training.memory import translate_out_of_memory
 from missrec_t4r.training.precision import autocast, to_fp32
-from missrec_t4r.training.reuse import recipe_key, run_or_reuse
+from missrec_t4r.training.reuse import alone, recipe_key, run_or_reuse
 from missrec_t4r.training.step import Totals
 from missrec_t4r.training.trainer import Trainer
 
@@ -100,10 +100,11 @@ def pretrain(
             trainer = Pretrainer(resolved, domains, folders, out, device)
             return run_or_describe(trainer, next(iter(folders.values())), resume=resume, dry_run=dry_run)
 
+    start = alone(run, out, dry_run)
     if not reuse:
-        return run()
+        return start()
     key = recipe_key(list(folders.values()), {"domains": list(folders), "device": device}, resolved, None)
-    return run_or_reuse(run, out, key, resume, dry_run, resolved)
+    return run_or_reuse(start, out, key, resume, dry_run, resolved)
 
 
 class Pretrainer(Trainer):

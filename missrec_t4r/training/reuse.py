@@ -1,4 +1,4 @@
-"""``reuse``: the result of a finished run is returned if data, settings, warm-start source and code are the same."""
+"""One training per run folder: `alone`; and with ``reuse`` the result of a finished run of the same data and settings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from missrec_t4r.config import Recipe
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.json_files import read_json
+from missrec_t4r.io.lock import locked
 from missrec_t4r.runs.run_cache import differences, lookup, run_key, store
 from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, STATE_FILE
 from missrec_t4r.training import distributed
@@ -24,6 +25,18 @@ def recipe_key(
     """Return the key of a run of a recipe; None for the recipe of the run in ``source``."""
     recorded = {**settings, "recipe": None if recipe is None else recipe.to_dict()}
     return run_key([Path(folder) for folder in data], recorded, None if source is None else Path(source))
+
+
+def alone(run: Callable[[], dict[str, Any]], out: Path, dry_run: bool) -> Callable[[], dict[str, Any]]:
+    """Return a training that is refused while another process trains into the same folder."""
+    if dry_run or distributed.launched().rank:  # of the processes of one training the first one asks
+        return run
+
+    def run_alone() -> dict[str, Any]:
+        with locked(out, wait=False, error=ConfigError):
+            return run()
+
+    return run_alone
 
 
 def run_or_reuse(

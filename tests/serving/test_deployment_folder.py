@@ -5,11 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from missrec_t4r import commands
+from missrec_t4r.commands import bundles
 from missrec_t4r.errors import BundleError, ConfigError, ServingError, UnavailableError
+from missrec_t4r.io.lock import locked
 from missrec_t4r.serving.client.protocol import Recommendation
 from missrec_t4r.serving.deploy.blue_green import deploy, rollback
 from missrec_t4r.serving.deploy.smoke_test import differences
@@ -137,6 +146,44 @@ def test_settings_of_a_version_that_is_there_are_refused(bundle: Path, tmp_path:
     deploy(tmp_path / "models", bundle=bundle)
     with pytest.raises(ConfigError, match="--threads, --queue-delay-us with --version; expected: --bundle"):
         deploy(tmp_path / "models", version=1, threads=2, queue_delay_us=0)
+
+
+def test_one_deploy_at_a_time(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    deploy(folder, bundle=bundle)
+    words = r"models is being changed by process \d+; expected: one change at a time\. wait until it ends"
+    with locked(folder), ThreadPoolExecutor() as others:
+        for change in (lambda: deploy(folder, bundle=bundle, threads=2), lambda: rollback(folder, version=1)):
+            with pytest.raises(ServingError, match=words):
+                others.submit(change).result()
+    assert versions_of(folder) == [1]
+
+
+def test_two_updates_of_what_is_served_are_both_deployed(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, real = tmp_path / "models", bundles._served_bundle
+    deploy(folder, bundle=bundle)
+
+    def update(name: str) -> None:
+        pq.write_table(pa.table({"item_id": [name]}), tmp_path / f"{name}.parquet")
+        commands.catalogue_update(tmp_path / f"{name}.parquet", repository=folder)
+
+    second = threading.Thread(target=update, args=["later"])
+
+    def meanwhile(*given: Any) -> Path:
+        served = real(*given)
+        if second.ident is None:
+            second.start()
+            while second.is_alive() and "waiting until it ends" not in caplog.text:
+                time.sleep(0.01)
+        return served
+
+    monkeypatch.setattr(bundles, "_served_bundle", meanwhile)
+    update("earlier")
+    second.join()
+    served = pq.read_table(bundle_of(folder, current_version(folder)) / "items.parquet")
+    assert served["item_id"].to_pylist()[-2:] == ["earlier", "later"]
 
 
 def test_a_copy_that_somebody_keeps_of_a_model_is_left_alone(bundle: Path, tmp_path: Path) -> None:

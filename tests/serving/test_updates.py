@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +26,7 @@ from missrec_t4r.bundle.manifest import catalogue_version, verify_bundle
 from missrec_t4r.bundle.update_catalogue import previous_of, rollback_catalogue, update_catalogue
 from missrec_t4r.cli import app
 from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
+from missrec_t4r.export.export import export
 from missrec_t4r.retrieval.ranker import Ranker
 from tests.serving import shop
 
@@ -330,3 +337,69 @@ def test_the_commands_update_and_roll_back(before: Path, tmp_path: Path) -> None
     assert done["added"] == 2
     run = CliRunner().invoke(app, ["catalogue", "rollback", "--bundle", str(before)])
     assert json.loads(run.stdout.splitlines()[-1])["catalogue_version"] == done["previous"]
+
+
+def test_two_updates_at_once_are_both_in_the_bundle(
+    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second one starts while the first one compares scores, and waits for it."""
+    real = updates._compare_untouched
+    second = threading.Thread(target=update_catalogue, args=(before, pa.table({"item_id": ["later"]})))
+    refused: list[str] = []
+
+    def meanwhile(*given: Any) -> float:
+        if second.ident is None:
+            second.start()
+            while second.is_alive() and "waiting until it ends" not in caplog.text:
+                time.sleep(0.01)
+            rolling_back = threading.Thread(target=lambda: refused.append(refusal_of_a_rollback(before)))
+            rolling_back.start()
+            rolling_back.join()
+        return real(*given)
+
+    monkeypatch.setattr(updates, "_compare_untouched", meanwhile)
+    update_catalogue(before, pa.table({"item_id": ["earlier"]}))
+    second.join()
+    ids = load_bundle(before).catalogue.items["item_id"].to_pylist()
+    assert ids[-2:] == ["earlier", "later"]
+    assert "earlier" in load_bundle(previous_of(before)).catalogue.items["item_id"].to_pylist()
+    assert refused[0].startswith(f"{before} is being changed by process {os.getpid()}; expected: one change at a time")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bundle", "bundle.previous"]
+
+
+def refusal_of_a_rollback(bundle: Path) -> str:
+    previous_of(bundle).mkdir()
+    try:
+        rollback_catalogue(bundle)
+    except BundleError as error:
+        return str(error)
+    finally:
+        previous_of(bundle).rmdir()
+    return ""
+
+
+@pytest.fixture
+def numbered(make_run: Callable[..., Path], tmp_path: Path) -> Path:
+    """Return a bundle whose item ids are integers."""
+    export(make_run(integers=True), tmp_path / "numbered")
+    return tmp_path / "numbered"
+
+
+def test_text_ids_are_those_of_integers_only_if_they_are_written_so(
+    numbered: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = load_bundle(numbered).catalogue
+    known = before.ids_of([5])[0]
+    for wrong in (f"0{known}", f"+{known}", f" {known}", "neu", ""):
+        with pytest.raises(
+            DataError, match=rf"the item id {re.escape(repr(wrong))}, a text; expected: integers, as in"
+        ):
+            update_catalogue(numbered, pa.table({"item_id": [str(known), wrong], "retired": [True, True]}))
+    for odd in (pa.array([True, False]), pa.array([1, 2], pa.timestamp("s"))):
+        with pytest.raises(DataError, match=f"item ids of type {re.escape(str(odd.type))}"):
+            update_catalogue(numbered, pa.table({"item_id": odd}))
+    with caplog.at_level("INFO"):
+        done = update_catalogue(numbered, pa.table({"item_id": [str(known), "-7"], "retired": [True, False]}))
+    assert (done["changed"], done["added"], done["retired"]) == (1, 1, 1)
+    assert "2 item ids are texts, and integers in the catalogue: they are read as integers" in caplog.text
+    assert load_bundle(numbered).catalogue.items["item_id"].to_pylist()[-1] == -7

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from missrec_t4r.cli import app
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.etl.engine import append
 from missrec_t4r.etl.engine.append import update
 from missrec_t4r.etl.engine.compact import compact
 from missrec_t4r.etl.nvt.serialization import load_workflow
@@ -314,3 +316,24 @@ def test_the_command_updates(data: Path, tmp_path: Path) -> None:
         app, ["etl", "--interactions", str(_day(tmp_path / "day")), "--out", str(tmp_path / "x")]
     )
     assert lonely.exit_code == 2
+
+
+def test_two_updates_at_once_are_both_in_the_folder(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, days = append.load_version, [_day(tmp_path / name, users) for name, users in (("one", 1), ("two", 2))]
+    options = {"update": True, "dask_scheduler": "threads", "workers": 1}
+    second = threading.Thread(target=etl, args=(days[1], None, data), kwargs=options)
+
+    def meanwhile(out: Path) -> Any:
+        read = real(out)
+        if second.ident is None:
+            second.start()
+            while second.is_alive() and "waiting until it ends" not in caplog.text:
+                time.sleep(0.01)
+        return read
+
+    monkeypatch.setattr(append, "load_version", meanwhile)
+    etl(days[0], None, data, **options)
+    second.join()
+    assert [change["events_added"] for change in json.loads((data / "versions.json").read_text())["changes"]] == [4, 4]

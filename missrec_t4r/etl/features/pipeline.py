@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from missrec_t4r.etl.features.encode import CLASSICAL, EncoderSettings, encode_c
 from missrec_t4r.etl.features.sklearn_encoders import Encoded, join_texts
 from missrec_t4r.etl.sources.table import require_column
 from missrec_t4r.io.atomic import translate_disk_errors
+from missrec_t4r.io.lock import locked
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID
 
 log = logging.getLogger(__name__)
@@ -127,49 +129,54 @@ def features(
             "--text-columns, --image-column or --images",
             "for a catalogue without content: --cooccurrence",
         )
-    folder = data / CATALOGUE_FOLDER
-    catalogue = Catalogue.load(folder)
-    requested: dict[str, tuple[list[Any], EncoderSettings, dict[str, Any]]] = {}
-    if text_columns:
-        chosen = replace(settings, encoder=text_encoder)
-        requested["text"] = item_texts(catalogue.items, text_columns), chosen, {"columns": list(text_columns)}
-    if image_column is not None or images is not None:
-        chosen = replace(settings, encoder=image_encoder)
-        source = {"column": image_column, "images": None if images is None else str(images)}
-        requested["image"] = image_paths(catalogue.items, image_column, images), chosen, source
-    if dry_run:
-        plan = {name: to_encode(name, contents, chosen) for name, (contents, chosen, _) in requested.items()}
-        return {"data": str(data), "dry_run": True, "modalities": plan | ({COOCCURRENCE: {}} if cooccurrence else {})}
-    if any(chosen.encoder == CLASSICAL for _, chosen, _ in requested.values()) and like is None:
-        log.info("classical encoders replace pretrained ones (hashed n-grams, colour and gradient histograms)")
-    stored = _stored(like)
-    added, report, ids = {}, {}, catalogue.items[ITEM_ID].to_pylist()
-    for name, (contents, chosen, source) in requested.items():
-        encoded, dropped = _encode(name, contents, chosen, stored.get(name), word_drop)
-        recorded = {**encoded.encoder, **source} | ({WORD_DROP: word_drop} if dropped else {})
-        added[name] = _modality(encoded, recorded, {WORD_DROP: dropped.vectors} if dropped else {})
-        report[name] = part = _describe(encoded, ids)
-        log.info(f"{name}: {part['items']:,} items, width {part['width']}; {part['missing']} lack it")
-    if cooccurrence:
-        added[COOCCURRENCE] = modality = cooccurrence_vectors(data, catalogue, width)
-        n_present = int(modality.present.sum())
-        report[COOCCURRENCE] = {
-            "items": n_present,
-            "missing": catalogue.n_items - n_present,
-            "broken": 0,
-            "width": modality.width,
-            "encoder": dict(modality.encoder),
+    with nullcontext() if dry_run else locked(data):
+        folder = data / CATALOGUE_FOLDER
+        catalogue = Catalogue.load(folder)
+        requested: dict[str, tuple[list[Any], EncoderSettings, dict[str, Any]]] = {}
+        if text_columns:
+            chosen = replace(settings, encoder=text_encoder)
+            requested["text"] = item_texts(catalogue.items, text_columns), chosen, {"columns": list(text_columns)}
+        if image_column is not None or images is not None:
+            chosen = replace(settings, encoder=image_encoder)
+            source = {"column": image_column, "images": None if images is None else str(images)}
+            requested["image"] = image_paths(catalogue.items, image_column, images), chosen, source
+        if dry_run:
+            plan = {name: to_encode(name, contents, chosen) for name, (contents, chosen, _) in requested.items()}
+            return {
+                "data": str(data),
+                "dry_run": True,
+                "modalities": plan | ({COOCCURRENCE: {}} if cooccurrence else {}),
+            }
+        if any(chosen.encoder == CLASSICAL for _, chosen, _ in requested.values()) and like is None:
+            log.info("classical encoders replace pretrained ones (hashed n-grams, colour and gradient histograms)")
+        stored = _stored(like)
+        added, report, ids = {}, {}, catalogue.items[ITEM_ID].to_pylist()
+        for name, (contents, chosen, source) in requested.items():
+            encoded, dropped = _encode(name, contents, chosen, stored.get(name), word_drop)
+            recorded = {**encoded.encoder, **source} | ({WORD_DROP: word_drop} if dropped else {})
+            added[name] = _modality(encoded, recorded, {WORD_DROP: dropped.vectors} if dropped else {})
+            report[name] = part = _describe(encoded, ids)
+            log.info(f"{name}: {part['items']:,} items, width {part['width']}; {part['missing']} lack it")
+        if cooccurrence:
+            added[COOCCURRENCE] = modality = cooccurrence_vectors(data, catalogue, width)
+            n_present = int(modality.present.sum())
+            report[COOCCURRENCE] = {
+                "items": n_present,
+                "missing": catalogue.n_items - n_present,
+                "broken": 0,
+                "width": modality.width,
+                "encoder": dict(modality.encoder),
+            }
+        replaced = sorted(set(added) & set(catalogue.modalities))
+        with translate_disk_errors(folder):
+            replace(catalogue, modalities={**catalogue.modalities, **added}).save(folder)
+        return {
+            "data": str(data),
+            "encoder": " and ".join(sorted({part["encoder"]["model"] for part in report.values()})),
+            "modalities": report,
+            "replaced": replaced,
+            "seconds": round(time.perf_counter() - started, 3),
         }
-    replaced = sorted(set(added) & set(catalogue.modalities))
-    with translate_disk_errors(folder):
-        replace(catalogue, modalities={**catalogue.modalities, **added}).save(folder)
-    return {
-        "data": str(data),
-        "encoder": " and ".join(sorted({part["encoder"]["model"] for part in report.values()})),
-        "modalities": report,
-        "replaced": replaced,
-        "seconds": round(time.perf_counter() - started, 3),
-    }
 
 
 def encode_items(

@@ -17,14 +17,11 @@ both complete, and a restarted server loads that one.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,7 @@ from missrec_t4r.errors import BundleError, ConfigError, ParityError, ServingErr
 from missrec_t4r.io.atomic import atomic_write_file, refuse_unmanaged
 from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.io.json_files import write_json
+from missrec_t4r.io.lock import locked
 from missrec_t4r.serving.deploy.smoke_test import smoke_test
 from missrec_t4r.serving.triton.deployment import (
     DEPLOYMENT_FILE,
@@ -152,7 +150,7 @@ def deploy(
         _make_folder(folder)
     else:
         _require_version(folder, version)
-    with _lock(folder):
+    with locked(folder, wait=False):
         _remove_incomplete(folder)
         previous = current_version(folder)
         if bundle is not None:
@@ -198,13 +196,14 @@ def rollback(repository: str | Path, *, version: int | None = None) -> dict[str,
         There is no such version.
     """
     folder = Path(repository).absolute()
-    current = current_version(folder)
-    if version is None and current is not None:
-        version = replaced_by(folder, current)
-    if version is None:
-        found = "serves no version" if current is None else f"has no version before {current}"
-        raise ServingError(f"{folder} {found}", "an earlier version to go back to", "deploy one with --bundle")
-    return deploy(folder, version=version, keep=max(LOADED, len(versions_of(folder))))
+    with locked(folder, wait=False):
+        current = current_version(folder)
+        if version is None and current is not None:
+            version = replaced_by(folder, current)
+        if version is None:
+            found = "serves no version" if current is None else f"has no version before {current}"
+            raise ServingError(f"{folder} {found}", "an earlier version to go back to", "deploy one with --bundle")
+        return deploy(folder, version=version, keep=max(LOADED, len(versions_of(folder))))
 
 
 def _plan(folder: Path, bundle: str | Path | None, version: int | None, switch: bool) -> dict[str, Any]:
@@ -341,19 +340,6 @@ def _refuse_unmanaged(folder: Path) -> None:
     refuse_unmanaged(folder, DEPLOYMENT_FILE, "deployment folder", BundleError, cure)
     if is_deployment(folder):
         replaced_versions(folder)  # refuses a damaged file
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Allow one deploy at a time; the kernel releases the lock when its process ends, in whatever way."""
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ServingError(
-                f"{folder} is being deployed to", "one deploy at a time", "wait until it ends"
-            ) from error
-        yield
 
 
 def _temporary_prefix(folder: Path) -> str:

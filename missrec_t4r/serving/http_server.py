@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -19,6 +20,11 @@ Respond = Callable[[BaseHTTPRequestHandler], tuple[int, Mapping[str, str], bytes
 
 class TooLongError(ServingError):
     """A body beyond the limit; answered with status 413."""
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = socket.SOMAXCONN
+    """Connections that wait to be accepted; socketserver's 5 drop clients that connect at once."""
 
 
 def listen(port: int, respond: Respond) -> ThreadingHTTPServer:
@@ -52,7 +58,7 @@ def listen(port: int, respond: Respond) -> ThreadingHTTPServer:
             """Log nothing."""
 
     try:
-        return ThreadingHTTPServer((LOOPBACK, port), Handler)
+        return _Server((LOOPBACK, port), Handler)
     except (OSError, OverflowError) as error:
         raise ServingError(f"port {port} cannot be used ({error})", "a free port", "choose another --port") from error
 

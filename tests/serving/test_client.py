@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
+import select
 import socket
 import threading
 import time
@@ -21,6 +23,7 @@ from missrec_t4r.serving.client.protocol import (
     pad_sessions,
     recommendations_of,
     requests_of,
+    typed_id,
 )
 from missrec_t4r.serving.http_server import listen
 from missrec_t4r.serving.shadow.compare import Comparison
@@ -84,6 +87,15 @@ def test_a_call_that_is_split_sends_every_session_its_own_options() -> None:
     assert second["top_k"].tolist() == [[7]]
 
 
+def test_an_id_given_as_text_is_an_integer_only_if_it_is_written_so() -> None:
+    assert [typed_id("77", "int64"), typed_id(-7, "int64"), typed_id("077", "string")] == [77, -7, "077"]
+    for wrong in ("077", "7_7", " 77", "lamp", ""):
+        with pytest.raises(
+            DataError, match=f"item id {re.escape(repr(wrong))}; expected: an integer, the type of this"
+        ):
+            typed_id(wrong, "int64")
+
+
 def test_padding_behind_an_answer_is_not_recommended() -> None:
     outputs = {
         "item_id": np.array([[b"a", b"b"], [b"c", b""]], object),
@@ -130,6 +142,22 @@ def test_a_candidate_that_answers_nonsense_fails_and_the_mirror_goes_on(caplog: 
     server.server_close()
     assert proxy.comparison.failed == 3
     assert caplog.text.count("the first failure of the candidate") == 1
+
+
+def test_clients_that_connect_at_once_wait_instead_of_being_dropped() -> None:
+    """More than the 5 that Python's servers keep waiting; a dropped one would be tried again after a second."""
+    server = listen(0, lambda request: (200, {}, b""))  # accepts nobody before it runs
+    try:
+        waiting = [socket.socket() for _ in range(40)]
+        for client in waiting:
+            client.setblocking(False)
+            client.connect_ex(server.server_address)
+        _, connected, _ = select.select([], waiting, [], 0)
+        assert len(connected) == len(waiting)
+    finally:
+        for client in waiting:
+            client.close()
+        server.server_close()
 
 
 def test_a_shadow_that_compared_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -226,14 +227,14 @@ def typed_id(item: str | int, id_type: str) -> str | int:
     Raises
     ------
     DataError
-        The catalogue's ids are integers and this is not one.
+        The catalogue's ids are integers, and this is not one as it is written: "077" is not 77.
     """
     if id_type == "string":
         return str(item)
-    try:
-        return int(item)
-    except ValueError as error:
-        raise DataError(f"item id {item!r}", "an integer, the type of this catalogue's ids", "check --items") from error
+    with suppress(ValueError):
+        if str(number := int(item)) == str(item):
+            return number
+    raise DataError(f"item id {item!r}", "an integer, the type of this catalogue's ids, such as 77", "check --items")
 
 
 def json_option(text: str | None, option: str) -> dict[str, Any] | None:

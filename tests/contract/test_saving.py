@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from transformers4rec.config.trainer import T4RecTrainingArguments
 
 import missrec_t4r as mr
 from missrec_t4r import commands
+from missrec_t4r.data.event_features import load_sessions
+from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError, ParityError
 from missrec_t4r.ranking.hybrid import terms_of
+from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.runs.run_folder import load_run
+from missrec_t4r.t4r.build import to_core
 from tests.contract import shop
 
 
@@ -125,3 +130,36 @@ def test_a_script_without_a_data_folder_is_told_what_to_pass(data: Path, tmp_pat
     other.save(tmp_path / "data" / "catalogue")
     with pytest.raises(ConfigError, match="a model of 120 rows and a catalogue of 53"):
         mr.save_run(by_hand(), out=tmp_path / "run", data=tmp_path / "data")
+
+
+def test_a_model_with_score_terms_is_traced_for_sessions_of_any_number(data: Path) -> None:
+    """As T4R's deployment does after `save_run`; terms are switched on, whatever validation says of random weights."""
+    model = by_hand().eval()
+    core = to_core(model)
+    train, valid = (load_sessions(data, split, core.event_columns).known() for split in ("train", "valid"))
+    fit_terms(core, shop.catalogue(), train, valid)
+    item_knn, content_knn, rare_items = (core.terms[name] for name in ("item_knn", "content_knn", "rare_items"))
+    batches = [batch_of(size, valid) for size in (4, 7, 1)]
+    with torch.no_grad():
+        without = model(dict(batches[0]))
+    item_knn.choose(item_knn.chosen._replace(weight=0.5))
+    content_knn.choose(content_knn.chosen._replace(weight=0.3))
+    item_knn.frequency[3:9] = 1.0
+    rare_items.choose(torch.full_like(rare_items.settings, 0.1), [1.0] * len(rare_items.names))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        traced = torch.jit.trace(model, batches[0], strict=False, check_trace=False)
+    assert [f"{one.filename}:{one.lineno}" for one in said if "ranking/terms" in one.filename] == []
+    with torch.no_grad():
+        assert not torch.allclose(without, model(dict(batches[0])), atol=1e-3)
+        for batch in batches:
+            torch.testing.assert_close(traced(dict(batch)), model(dict(batch)), atol=1e-4, rtol=1e-4)
+
+
+def batch_of(size: int, sessions: Sessions, width: int = 12) -> dict[str, torch.Tensor]:
+    """Return the first sessions as T4R's loaders do, all as wide."""
+    columns = {"item_id": sessions.padded(range(size), width), **sessions.padded_features(range(size), width)}
+    return {
+        f"{name}-list": torch.nn.functional.pad(torch.from_numpy(of), (0, width - of.shape[1]))
+        for name, of in columns.items()
+    }

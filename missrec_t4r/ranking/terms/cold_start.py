@@ -91,6 +91,7 @@ class ColdStartTerm(ItemContentTerm):
         super().__init__(item_encoder, item_knn)
         self.widths = [item_encoder.vectors.get_buffer(name).shape[1] for name in item_encoder.names]
         self._used: list[int] = list(range(len(self.widths)))
+        self._is_on = False  # not the length of the rows: a trace would warn of it
         self._weights = ColdStartSettings(0.0, 0.0, 0.0, 0.0)  # numbers: tensors are slow to read one by one
         self.register_buffer("settings", torch.zeros(4))
         self.register_buffer("modalities", torch.ones(len(self.widths)))
@@ -127,7 +128,7 @@ class ColdStartTerm(ItemContentTerm):
         others = torch.nonzero(warm & here).flatten()[:_MOST_WARM]
         if not len(others) or len(rows) > _MOST_COLD:
             rows = rows[:0]
-        self.rows = rows
+        self.rows, self._is_on = rows, len(rows) > 0
         self.scales = item_encoder.presence.new_zeros(item_encoder.presence.shape, dtype=self.settings.dtype)
         self.alike, self.likeness = rows.new_zeros(0, 1), self.settings.new_zeros(0, 1)
         for index in range(len(self.widths)):
@@ -185,7 +186,7 @@ class ColdStartTerm(ItemContentTerm):
     @property
     def active(self) -> bool:
         """Whether there is a cold item and a setting that is not zero."""
-        return len(self.rows) > 0 and any(self._weights)
+        return self._is_on and any(self._weights)
 
     def add_to(self, scores: Tensor, item_ids: Tensor, earlier: dict[str, Tensor]) -> Tensor:
         """Return scores plus term: the columns of the cold items alone change."""

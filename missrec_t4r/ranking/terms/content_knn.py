@@ -66,6 +66,7 @@ class ContentKNNTerm(ScoreTerm):
     def __init__(self, n_rows: int, n_alike: int, *, itself: bool = False) -> None:
         super().__init__()
         self.itself = itself
+        self._is_on = False  # not read from the settings: a trace would warn of it, and a GPU would wait
         self._longest = 0  # inverted list
         self.register_buffer("alike", torch.zeros(n_rows, n_alike, dtype=torch.int32))
         self.register_buffer("likeness", torch.zeros(n_rows, n_alike))
@@ -73,7 +74,7 @@ class ContentKNNTerm(ScoreTerm):
         self.register_buffer("pointers", torch.zeros(n_rows + 1, dtype=torch.int64), persistent=False)
         self.register_buffer("candidates", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("strengths", torch.zeros(0), persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module.index())  # type: ignore[no-untyped-call]  # torch has no types here
+        self.register_load_state_dict_post_hook(lambda module, _: module._loaded())  # type: ignore[no-untyped-call]  # torch has no types here
 
     @torch.no_grad()
     def fit(self, vectors: Mapping[str, Tensor], presence: Tensor) -> None:
@@ -116,16 +117,21 @@ class ContentKNNTerm(ScoreTerm):
     def choose(self, settings: ContentKNNSettings) -> None:
         """Use these settings from now on."""
         self.settings.copy_(torch.tensor(settings))
+        self._is_on = settings.weight != 0
 
     @property
     def active(self) -> bool:
         """Whether the weight is not zero."""
-        return bool(self.settings[0] != 0)
+        return self._is_on
 
     @property
     def chosen(self) -> ContentKNNSettings:
         """The settings in use."""
         return ContentKNNSettings(*self.settings.tolist())
+
+    def _loaded(self) -> None:
+        self._is_on = self.chosen.weight != 0
+        self.index()
 
     def index(self) -> None:
         """Invert the candidates' lists: for every item, the candidates that list it; after `fit` and after loading."""
@@ -147,11 +153,12 @@ class ContentKNNTerm(ScoreTerm):
         # one edge per event and candidate that lists its item: much fewer than events times catalogue
         event = torch.repeat_interleave(lengths)  # [edge]; `index_select`, since indexing takes five times as long here
         first = start - lengths.cumsum(0) + lengths  # [event]: where its edges stand, less how many come before them
-        edge = torch.arange(len(event), device=item_ids.device) + first.index_select(0, event)
-        session = torch.arange(len(item_ids), device=item_ids.device).repeat_interleave(item_ids.shape[1])  # [event]
-        at = (session * len(self.alike)).index_select(0, event) + self.candidates.index_select(0, edge)
+        edge = torch.arange(event.shape[0], device=item_ids.device) + first.index_select(0, event)
+        n_sessions, n_rows = item_ids.shape[0], self.alike.shape[0]  # not `len`, which a trace makes a constant
+        session = torch.arange(n_sessions, device=item_ids.device).repeat_interleave(item_ids.shape[1])  # [event]
+        at = (session * n_rows).index_select(0, event) + self.candidates.index_select(0, edge)
         added = weight.index_select(0, event) * self.strengths.index_select(0, edge)
-        return weight.new_zeros(len(item_ids) * len(self.alike)).scatter_add_(0, at, added).view(len(item_ids), -1)
+        return weight.new_zeros(n_sessions * n_rows).scatter_add_(0, at, added).view(n_sessions, -1)
 
     def _by_longest(self, item_ids: Tensor, weight: Tensor, start: Tensor, lengths: Tensor) -> Tensor:
         """Return the term from as many edges per event as the longest list has, those beyond its own without weight."""

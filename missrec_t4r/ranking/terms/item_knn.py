@@ -46,7 +46,8 @@ class ItemKNNTerm(ScoreTerm):
     n_neighbours : int
         Strongest co-occurring items kept per item.
     own_pairs : bool
-        Leave C as it is, so that the term does not know what was seen: for the protocol ``kept_strict``.
+        Leave C as it is, so that the term does not depend on whether j is in the session: for the protocol
+        ``kept_strict``.
     """
 
     neighbours: Tensor
@@ -58,11 +59,13 @@ class ItemKNNTerm(ScoreTerm):
     def __init__(self, n_rows: int, n_neighbours: int, *, own_pairs: bool = False) -> None:
         super().__init__()
         self.own_pairs = own_pairs
+        self._is_on = False  # not read from the settings: a trace would warn of it, and a GPU would wait
         self.register_buffer("neighbours", torch.zeros(n_rows, n_neighbours, dtype=torch.int32))
         self.register_buffer("counts", torch.zeros(n_rows, n_neighbours))
         self.register_buffer("strengths", torch.zeros(n_rows, n_neighbours))
         self.register_buffer("frequency", torch.zeros(n_rows))
         self.register_buffer("settings", torch.tensor([0.0, 1.0, 0.0]))
+        self.register_load_state_dict_post_hook(lambda module, _: module._read())  # type: ignore[no-untyped-call]  # torch has no types here
 
     @torch.no_grad()
     def fit(self, sessions: Sessions, window: int, *, directed: bool = False) -> None:
@@ -100,6 +103,7 @@ class ItemKNNTerm(ScoreTerm):
     def choose(self, settings: ItemKNNSettings) -> None:
         """Use these settings from now on; what each neighbour adds is computed here, once."""
         self.settings.copy_(torch.tensor(settings))
+        self._read()
         shrunk = self.frequency + SHRINKAGE  # [row]
         discount = shrunk.unsqueeze(1) * shrunk[self.neighbours.long()]  # [row, neighbour]
         self.strengths.copy_(settings.weight * self.counts / discount**settings.power)
@@ -107,7 +111,7 @@ class ItemKNNTerm(ScoreTerm):
     @property
     def active(self) -> bool:
         """Whether the weight is not zero."""
-        return bool(self.settings[0] != 0)
+        return self._is_on
 
     @property
     def chosen(self) -> ItemKNNSettings:
@@ -123,8 +127,13 @@ class ItemKNNTerm(ScoreTerm):
         """Return the term [batch, catalogue] for sessions ``item_ids`` [batch, seq]."""
         added = recency(item_ids, self.settings[1]).unsqueeze(-1) * F.embedding(item_ids, self.strengths)
         added, near = added.flatten(1), F.embedding(item_ids, self.neighbours).long().flatten(1)
-        term = added.new_zeros(len(item_ids), len(self.frequency))  # [batch, catalogue]
+        term = added.new_zeros(
+            item_ids.shape[0], self.frequency.shape[0]
+        )  # [batch, catalogue]; a trace counts no `len`
         if not self.own_pairs:  # less one of the counts C where both are in the session: C' / C = 1 - 1 / C
-            inside = torch.zeros_like(term, dtype=torch.bool).scatter_(1, item_ids, True).gather(1, near)
+            inside = torch.zeros_like(term, dtype=torch.bool).scatter_(1, item_ids, 1).gather(1, near)
             added.addcmul_(added, inside / F.embedding(item_ids, self.counts).flatten(1).clamp_min_(1), value=-1)
         return term.scatter_add_(1, near, added)  # added and near: [batch, seq * neighbour]
+
+    def _read(self) -> None:
+        self._is_on = self.chosen.weight != 0

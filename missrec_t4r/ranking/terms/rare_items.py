@@ -66,6 +66,7 @@ class RareItemTerm(ItemContentTerm):
     ) -> None:
         super().__init__(item_encoder, item_knn)
         self.cold, self.itself = cold, itself
+        self._is_on = False  # not the length of the rows: a trace would warn of it
         self.names = item_encoder.names
         self._used: list[int] = list(range(len(self.names)))  # in a list, since tensors on a GPU are slow to read
         self.register_buffer("settings", torch.zeros(2, N_GROUPS))
@@ -79,7 +80,7 @@ class RareItemTerm(ItemContentTerm):
     @property
     def active(self) -> bool:
         """Whether there is a rare item and a setting that is not zero."""
-        return len(self.rows) > 0
+        return self._is_on
 
     @torch.no_grad()
     def fit(self) -> None:
@@ -128,7 +129,7 @@ class RareItemTerm(ItemContentTerm):
     @torch.no_grad()
     def find(self, rows: Tensor) -> None:
         """Take ``rows`` [item], ascending, as the rare items and compute what their scores need."""
-        self.rows = rows
+        self.rows, self._is_on = rows, len(rows) > 0
         self._read_used()
         self.column = rows.new_full((self.item_encoder.n_rows,), len(rows))
         self.column[rows] = torch.arange(len(rows), device=rows.device)

@@ -70,7 +70,7 @@ trainer = train(model, "missrec")
 after = trainer.evaluate()
 
 # %% [markdown]
-# T4R's own metric ranks items of the session too, and an XLNet does not know what was seen, while our model does (its history bias):
+# T4R's own metric ranks items of the session too, and our model has a score term for them (its history bias), an XLNet none:
 # the two bars are not the same protocol. `missrec compare` ranks both under one ([docs](../docs/howto/compare.md)).
 
 # %%

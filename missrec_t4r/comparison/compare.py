@@ -22,6 +22,7 @@ from missrec_t4r.comparison.systems import (
     first_data_folder,
     named,
     ranked,
+    training_sessions,
 )
 from missrec_t4r.comparison.verdict import decide, measures_of, plainly, sentence
 from missrec_t4r.config.checks import require_at_least
@@ -132,7 +133,7 @@ def compare(
         given = named([*systems, *(name for name in baselines if name not in systems)])
     if out is not None and Path(out).is_file():
         raise ConfigError(f"--out {out} is a file", "a folder for the comparison", "give another --out")
-    chosen = _checked(given, candidate, split, protocols)
+    chosen, trained = _checked(given, candidate, split, protocols), training_sessions(given)
     benchmark = Benchmark(Path(data) if data else first_data_folder(given), split, shared=data is not None)
     if missing := [name for name in slice_columns if name not in benchmark.catalogue.items.column_names]:
         columns = ", ".join(benchmark.catalogue.items.column_names)
@@ -154,6 +155,7 @@ def compare(
     keep = None if out is None else Path(out)
     options: dict[str, Any] = {"trust_pickle": trust_pickle, "max_sequence_length": max_sequence_length, "keep": keep}
     found = ranked(given, benchmark, protocols, **options)
+    _note_other_training(found, trained)
     report = _report(found, benchmark, chosen, list(protocols), slice_columns, None if gate is None else Path(gate))
     if out is not None:
         pictures = thumbnails(benchmark.catalogue, shown_ids(report["examples"]), column=image_column, images=images)
@@ -180,6 +182,15 @@ def _checked(given: Sequence[Named], candidate: str | None, split: str, protocol
     if candidate is not None and candidate not in names[1:]:
         raise ConfigError(f"--candidate {candidate}", f"one of {', '.join(names[1:])}")
     return candidate or names[1]
+
+
+def _note_other_training(found: Sequence[Ranked], trained: Mapping[str, int]) -> None:
+    """Note, and warn, where two runs were trained on different sessions: not the model alone makes the difference."""
+    first = next(iter(trained), None)
+    for one in found:
+        if first is not None and trained.get(one.name, trained[first]) != trained[first]:
+            one.notes.append(f"trained on other sessions than {first}: the difference is of models and data")
+            log.warning(f"{one.name} was {one.notes[-1]}")
 
 
 def _report(
@@ -318,7 +329,7 @@ def _description(one: Ranked, ranks: Mapping[str, Ints], protocol: str, asked: S
         described["seeds"] = {"n": len(values), "ndcg@10": values}
     notes = list(one.notes)
     if KEPT_STRICT in asked and KEPT_STRICT not in one.protocols:
-        notes.append(f"its scores may depend on what was seen: not ranked under {KEPT_STRICT}")
+        notes.append(f"its scores may depend on whether an item is in the session: not ranked under {KEPT_STRICT}")
     return described | {"counts": one.counts, "notes": notes}
 
 

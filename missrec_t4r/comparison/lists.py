@@ -26,7 +26,7 @@ from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, UNKNOWN_ROW, USER_ID
 
 LIST_PROTOCOLS: Final = (EXCLUDED, KEPT_WITH_HISTORY_TERM)
-"""Nobody knows whether lists were made without knowledge of what was seen, so they have no place in ``kept_strict``."""
+"""Lists do not say whether their order depends on which items are in the session: they are not ``kept_strict``."""
 _USERS, _ITEMS = (USER_ID, "user", "session_id", "session"), (ITEM_ID, "item_ids", "items", "item")
 RANK: Final = "rank"
 

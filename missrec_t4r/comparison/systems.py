@@ -45,7 +45,7 @@ from missrec_t4r.io.json_files import read_json
 from missrec_t4r.ranking.protocols import MODEL, NETWORK, TERMS, Blend, BlendScorer, blends_of
 from missrec_t4r.ranking.tune import Validation
 from missrec_t4r.runs.evaluate import ALL_BASELINES, System, fitted_baselines, rank_system
-from missrec_t4r.runs.run_folder import RUN_FILE, WEIGHTS_FILE, data_folder, load_run
+from missrec_t4r.runs.run_folder import RUN_FILE, WEIGHTS_FILE, data_folder, load_run, trained_on
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, UNKNOWN_ROW
 
 OF_A_RUN: Final = (NETWORK, TERMS)
@@ -201,6 +201,29 @@ def _kind(parts: Sequence[Any]) -> str:
     if len(parts) > 1 and kind != RUN:
         raise ConfigError(f"{len(parts)} paths of one system that are no runs", "runs as seeds, or one path")
     return kind
+
+
+def training_sessions(systems: Sequence[Named]) -> dict[str, int]:
+    """Return the checksum of the sessions that each run was trained on, where it records one.
+
+    Raises
+    ------
+    ConfigError
+        The seeds of one system were trained on different sessions.
+    """
+    found: dict[str, int] = {}
+    for one in systems:
+        recorded = [(part, trained_on(Path(part))) for part in one.parts] if one.kind == RUN else []
+        known = {checksum: part for part, checksum in recorded if checksum is not None}
+        if len(known) > 1:
+            first, second = list(known.values())[:2]
+            raise ConfigError(
+                f"{first} and {second}, seeds of {one.name}, were trained on different sessions",
+                "seeds that differ in nothing but the seed",
+                "give each a name of its own: they are two systems",
+            )
+        found |= dict.fromkeys([one.name], next(iter(known))) if known else {}
+    return found
 
 
 def ranked(

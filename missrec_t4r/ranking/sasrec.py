@@ -4,8 +4,8 @@
     score(j) = h_n . E[j]
 
 Trained with the softmax over the catalogue instead of the published binary loss, which makes it a strong baseline
-(arXiv:2309.07602). No content, no history bias, no score term: nothing in it knows what was seen. Plain torch, so that
-it shares no code with the model that it is compared with.
+(arXiv:2309.07602). No content, no history bias, no score term: no part of a score depends on whether the item is in the
+session. Plain torch, so that it shares no code with the model that it is compared with.
 """
 
 from __future__ import annotations

@@ -99,9 +99,12 @@ class ModelScorer:
 
 
 def protocols_as_it_is(model: MISSRec) -> Sequence[str]:
-    """Return the protocols under which a model can be ranked with its terms: they know what was seen."""
-    knows = next(model.terms.in_use(training=False), None) is not None
-    return (EXCLUDED, KEPT_WITH_HISTORY_TERM) if knows else PROTOCOLS
+    """Return the protocols under which a model can be ranked as it is.
+
+    Not ``kept_strict`` with score terms: they depend on whether an item is in the session.
+    """
+    has_terms = next(model.terms.in_use(training=False), None) is not None
+    return (EXCLUDED, KEPT_WITH_HISTORY_TERM) if has_terms else PROTOCOLS
 
 
 @contextmanager

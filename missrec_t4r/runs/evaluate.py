@@ -6,6 +6,7 @@ differences to every other system, and the protocol checklist: what a reader mus
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,9 +43,11 @@ from missrec_t4r.ranking.protocols import EXPORTED, BlendScorer, blends_of
 from missrec_t4r.ranking.tune import Validation
 from missrec_t4r.ranking.tune_baselines import tuned_content_knn, tuned_item_knn
 from missrec_t4r.runs.checklist import NOT_RECORDED, checklist
-from missrec_t4r.runs.run_folder import RUN_FILE, load_run
+from missrec_t4r.runs.run_folder import RUN_FILE, load_run, sessions_checksum, trained_on
 from missrec_t4r.runs.sasrec_file import kept_sasrec
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
+
+log = logging.getLogger(__name__)
 
 EVALUATED_SPLITS: Final = ("valid", "test")
 BASELINES: Final = ("popularity", "item_knn", "content_knn")
@@ -67,8 +70,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Rank the whole catalogue for every session under three protocols, beside the baselines.
 
-    excluded: the session's items cannot be recommended. kept_strict: all items are ranked and nothing in a score knows
-    what was seen. kept_with_history_term: all items are ranked, and the score may know it.
+    excluded: the session's items cannot be recommended. kept_strict: all items are ranked, and no part of a score
+    depends on whether the item is in the session. kept_with_history_term: all items are ranked, and a score may depend
+    on it.
 
     Parameters
     ----------
@@ -121,7 +125,13 @@ def evaluate(
         }
     info = read_json(Path(run) / RUN_FILE)
     train, valid = (load_sessions(loaded.data, name, loaded.model.event_columns) for name in ("train", "valid"))
-    validation = Validation(loaded.model, loaded.catalogue, train.known(), valid.with_known_target())
+    train, valid = train.known(), valid.with_known_target()
+    if trained_on(Path(run)) not in (None, sessions_checksum((train, valid))):
+        log.warning(
+            f"{run} was trained on other sessions than {loaded.data} holds: its figures are not comparable with those "
+            "of runs that were trained on these"
+        )
+    validation = Validation(loaded.model, loaded.catalogue, train, valid)
     blends, blend_settings = blends_of(loaded.model, validation, alone=bool(names))
     if EXPORTED in blends:
         blend_settings[EXPORTED] = info.get("prior", NOT_RECORDED)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn
+from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import CheckpointError
 from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.io.atomic import atomic_write_file
@@ -40,6 +43,7 @@ ADDED_LATER = ("terms.cold_start.", "terms.rare_items.", "terms.history_bias.off
 """Prefixes of tensors that runs of earlier versions lack."""
 VOCABULARY_FILE = "vocabulary.parquet"
 RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, STATE_FILE = "recipe.json", "run.json", "weights.safetensors", "state.safetensors"
+_CHECKSUM = "sessions_checksum"
 LOG_FILE = "log.jsonl"
 """Training log, a JSON line per epoch."""
 
@@ -59,7 +63,13 @@ class LoadedRun:
 
 
 def save_run(
-    out: Path, model: MISSRec, recipe: Recipe, data: Path, info: Mapping[str, Any], catalogue: Catalogue | None = None
+    out: Path,
+    model: MISSRec,
+    recipe: Recipe,
+    data: Path,
+    info: Mapping[str, Any],
+    catalogue: Catalogue | None = None,
+    sessions: Sequence[Sessions] = (),
 ) -> None:
     """Write a run: weights, resolved recipe, and where it comes from.
 
@@ -76,8 +86,12 @@ def save_run(
     catalogue : Catalogue, optional
         Its raw ids and its encoders' fingerprints are stored with the run: warm starts match another catalogue's items
         and modalities with them, when the data folder has changed meanwhile.
+    sessions : sequence of Sessions
+        Training and validation sessions; `trained_on` returns their checksum.
     """
     out.mkdir(parents=True, exist_ok=True)
+    if sessions:
+        info = {**info, _CHECKSUM: sessions_checksum(sessions)}
     if catalogue is not None:
         info = {**info, "modalities": encoders_of(catalogue)}
         _write_vocabulary(out / VOCABULARY_FILE, catalogue)
@@ -86,6 +100,21 @@ def save_run(
     where = os.path.relpath(data.resolve(), out.resolve())
     event_features = [column.to_dict() for column in model.event_columns]
     write_json(out / RUN_FILE, {"data": where, "versions": versions(), "side_features": event_features, **info})
+
+
+def sessions_checksum(sessions: Sequence[Sessions]) -> int:
+    """Return a checksum of the items of sessions, whatever features of theirs are read."""
+    checksum = 0
+    for split in sessions:
+        for part in (split.values, split.offsets):
+            checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
+    return checksum
+
+
+def trained_on(run: Path) -> int | None:
+    """Return the `sessions_checksum` of a run's training and validation sessions; None for runs of earlier versions."""
+    checksum: int | None = read_json(run / RUN_FILE).get(_CHECKSUM)
+    return checksum
 
 
 def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:

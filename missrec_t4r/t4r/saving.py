@@ -96,7 +96,7 @@ def save_run(
         "device": str(next(core.parameters()).device),
     }
     recipe = Recipe(name="t4r", model=core.config, train=_train_config(model, trainer))
-    run_folder.save_run(out, core, recipe, folder, info, catalogue)
+    run_folder.save_run(out, core, recipe, folder, info, catalogue, (train, valid))
     try:
         _require_parity(core, catalogue, out, valid)
     except ParityError:

@@ -56,7 +56,7 @@ class T4RScorer:
 
     @property
     def protocols(self) -> Sequence[str]:
-        """The protocols under which the model can be ranked as it is: terms of ours know what was seen."""
+        """The protocols under which the model can be ranked as it is; with our score terms not ``kept_strict``."""
         cores = [part.core for part in self.model.modules() if isinstance(part, MISSRecBlock) and part.core is not None]
         return protocols_as_it_is(cores[0]) if cores else PROTOCOLS
 

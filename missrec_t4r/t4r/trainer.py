@@ -28,6 +28,7 @@ from missrec_t4r.config import Recipe, TrainConfig
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn, event_columns, fit_event_columns, load_sessions
 from missrec_t4r.errors import CheckpointError, ConfigError
+from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.runs.run_folder import LOG_FILE, RUN_FILE, save_run
 from missrec_t4r.schema import CATALOGUE_FOLDER
@@ -36,10 +37,13 @@ from missrec_t4r.t4r.build import build_model, missrec_block, to_core
 from missrec_t4r.t4r.columns import event_feature_name, item_column, load_schema
 from missrec_t4r.t4r.loader import PrefixLoader
 from missrec_t4r.training.curves import Curves
+from missrec_t4r.training.state import content_checksum
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FOLDER = "checkpoint"
+_CONTENT = "content"
+"""Key of the checksum of the data beside the recipe of the checkpoints."""
 NDCG = "eval_/next-item/ndcg_at_10"
 """T4R's name for validation NDCG@10 of a task called ``next-item``."""
 
@@ -127,7 +131,7 @@ def train_t4r(
             "resumes": resume and (out / CHECKPOINT_FOLDER).is_dir(),
             "would_replace": (out / RUN_FILE).is_file(),
         }
-    checkpoints = _checkpoint_folder(out, recipe, resume)
+    checkpoints = _checkpoint_folder(out, recipe, content_checksum(catalogue, [*splits.values()]), resume)
     arguments = _arguments(recipe, checkpoints, catalogue, device)
     torch.manual_seed(recipe.train.seed)
     model = build_model(recipe, schema, catalogue, event_features=event_features)
@@ -149,7 +153,7 @@ def train_t4r(
         "seconds": round(time.perf_counter() - started, 1),
         "device": str(arguments.device),
     }
-    save_run(out, core, recipe, data, info, catalogue)
+    save_run(out, core, recipe, data, info, catalogue, [*splits.values()])
     shutil.rmtree(checkpoints)
     return {"run": str(out), **info}
 
@@ -167,8 +171,8 @@ def _ignored(train: TrainConfig) -> list[str]:
     return [name for name in _UNSUPPORTED if getattr(train, name) != getattr(plain, name)]
 
 
-def _checkpoint_folder(out: Path, recipe: Recipe, resume: bool) -> Path:
-    """Return the folder of T4R's checkpoints; empty it without ``resume``, refuse one of another recipe.
+def _checkpoint_folder(out: Path, recipe: Recipe, content: int, resume: bool) -> Path:
+    """Return the folder of T4R's checkpoints; empty it without ``resume``, refuse one of another recipe or other data.
 
     Raises
     ------
@@ -179,16 +183,17 @@ def _checkpoint_folder(out: Path, recipe: Recipe, resume: bool) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         (out / LOG_FILE).unlink(missing_ok=True)
     owner = folder / "recipe.json"
-    text = json.dumps(recipe.to_dict(), sort_keys=True)
-    if owner.is_file() and owner.read_text(encoding="utf-8") != text:
+    stored = read_json(owner) if owner.is_file() else {}
+    its_content = stored.pop(_CONTENT, content)  # earlier versions did not store it
+    if (stored and stored != json.loads(json.dumps(recipe.to_dict()))) or its_content != content:
         raise ConfigError(
-            f"{out} holds an interrupted T4R run with other settings",
-            "the same recipe",
+            f"{out} holds an interrupted T4R run with other {'settings' if its_content == content else 'data'}",
+            "the same recipe and data",
             "give another --out, or --restart to discard it",
         )
     folder.mkdir(parents=True, exist_ok=True)
     (out / RUN_FILE).unlink(missing_ok=True)
-    owner.write_text(text, encoding="utf-8")
+    write_json(owner, {**recipe.to_dict(), _CONTENT: content})
     return folder
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.runs.run_folder import load_metadata, load_tensors, save_tensors
 
@@ -88,6 +92,16 @@ def has_grown(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
     (True, False)
     """
     return all((now[name] or math.inf) >= (before[name] or math.inf) for name in LIMITS)
+
+
+def content_checksum(catalogue: Catalogue, splits: Sequence[Sessions]) -> int:
+    """Return a checksum of all that a training reads of its data."""
+    parts = [array for split in splits for array in (split.values, split.offsets, *split.features.values())]
+    parts += [array for modality in catalogue.modalities.values() for array in (modality.vectors, modality.present)]
+    checksum = zlib.crc32(catalogue.train_count.data)
+    for part in parts:
+        checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
+    return checksum
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

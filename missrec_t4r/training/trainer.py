@@ -15,7 +15,6 @@ import shutil
 import signal
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +44,14 @@ from missrec_t4r.training.loss.full import FullSoftmax, Softmax
 from missrec_t4r.training.loss.sampled import SampledSoftmax
 from missrec_t4r.training.optim import AveragedWeights, Optimiser, learning_rate
 from missrec_t4r.training.precision import check_precision, compile_blocks, resolve_precision, translate_compile_errors
-from missrec_t4r.training.state import LIMITS, load_state, random_state, save_state, set_random_state
+from missrec_t4r.training.state import (
+    LIMITS,
+    content_checksum,
+    load_state,
+    random_state,
+    save_state,
+    set_random_state,
+)
 from missrec_t4r.training.step import (
     Totals,
     batch_totals,
@@ -226,7 +232,7 @@ class Trainer:
             "device": str(self.device),
             "precision": resolve_precision(self.recipe.train.precision, self.device),
         }
-        save_run(self.out, self.model, self.recipe, data, info, self.catalogue)
+        save_run(self.out, self.model, self.recipe, data, info, self.catalogue, (self.sessions, self.all_valid))
         log.info(headline(terms, self.status["best"]))
         if stopped_by == "patience":
             (self.out / STATE_FILE).unlink(missing_ok=True)
@@ -472,14 +478,7 @@ class Trainer:
 
     @cached_property
     def _content(self) -> int:
-        """Checksum of all that is read of the data."""
-        splits, modalities = (self.sessions, self.all_valid), self.catalogue.modalities.values()
-        parts = [array for split in splits for array in (split.values, split.offsets, *split.features.values())]
-        parts += [array for modality in modalities for array in (modality.vectors, modality.present)]
-        checksum = zlib.crc32(self.catalogue.train_count.data)
-        for part in parts:
-            checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
-        return checksum
+        return content_checksum(self.catalogue, (self.sessions, self.all_valid))
 
     def _fingerprint(self) -> str:
         """Return recipe, data and warm start as text: a checkpoint of another one is not resumed."""

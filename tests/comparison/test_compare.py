@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,14 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def write_run(folder: Path, data: Path, seed: int) -> Path:
-    """Write a run with random weights."""
+def write_run(folder: Path, data: Path, seed: int, trained: Sequence[Sessions] = ()) -> Path:
+    """Write a run with random weights, which says that it was trained on these sessions."""
     torch.manual_seed(seed)
     recipe = Recipe(model=MISSRecConfig(d_model=8, n_head=2))
     catalogue = Catalogue.load(data / "catalogue")
     model = build_missrec(recipe.model, catalogue)
     model.discover_interests(seed=0)
-    save_run(folder, model, recipe, data, {"best_epoch": 1, "epochs": 1}, catalogue)
+    save_run(folder, model, recipe, data, {"best_epoch": 1, "epochs": 1}, catalogue, trained)
     return folder
 
 
@@ -369,3 +370,27 @@ def test_what_is_named_twice_or_written_over_a_file(
         mr.compare([file, file], data=data)
     with pytest.raises(ConfigError, match="is a file; expected: a folder"):
         mr.compare(["popularity", file], file, data=data)
+
+
+def test_runs_that_were_trained_on_different_sessions_are_told_apart(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, other = ([Sessions.from_lists(one)] for one in (SPLITS["train"], [*SPLITS["train"][:-1], [8]]))
+    runs = [str(write_run(tmp_path / f"run{n}", data, n, trained)) for n, trained in enumerate((own, other, own, ()))]
+    words = r"run0 and .*run1, seeds of new, were trained on different sessions; expected: seeds that differ in nothing"
+    with pytest.raises(ConfigError, match=words):
+        mr.compare({"today": "popularity", "new": runs[:2]}, data=data)
+    result = mr.compare({"today": runs[0], "new": runs[1], "same": runs[2], "old": runs[3]}, data=data)
+    noted = {name: [note for note in of["notes"] if "trained" in note] for name, of in result["systems"].items()}
+    said = "trained on other sessions than today: the difference is of models and data"
+    assert noted == {"today": [], "new": [said], "same": [], "old": []}
+    assert f"new was {said}" in caplog.text
+
+
+def test_an_evaluation_on_other_sessions_than_those_of_the_training_says_so(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = [Sessions.from_lists(SPLITS[name]) for name in ("train", "valid")]
+    for name, trained in (("same", own), ("other", own[:1])):
+        commands.evaluate(write_run(tmp_path / name, data, 0, trained), alone=True)
+        assert ("was trained on other sessions than" in caplog.text) == (name == "other")

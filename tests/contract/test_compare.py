@@ -54,7 +54,7 @@ def test_saved_models_are_ranked_like_runs(data: Path, saved: dict[str, Path]) -
     assert result["systems"][result["current"]]["kind"] == "t4r model"
     assert result["systems"][result["current"]]["bytes"] > 1000
     assert f"reads the last {LENGTH} items of a session" in result["systems"][result["current"]]["notes"][0]
-    assert set(result["protocols"]) == {EXCLUDED, KEPT_WITH_HISTORY_TERM}, "our history bias knows what was seen"
+    assert set(result["protocols"]) == {EXCLUDED, KEPT_WITH_HISTORY_TERM}, "ours has a history bias"
     sessions = Sessions.load(data / "test", ())
     histories, targets = sessions.split_last()
     model = tr.Model.load(saved["xlnet"]).eval()
@@ -76,7 +76,9 @@ def test_a_model_in_memory_is_a_system_too(data: Path, saved: dict[str, Path]) -
 
 
 def test_a_pickle_is_read_with_consent_only(data: Path, saved: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="can run any code when it is read; expected: your consent.*--trust-pickle"):
+    with pytest.raises(
+        ConfigError, match="can run any code when it is read; expected: your consent.*add trust_pickle=True"
+    ):
         mr.compare(["popularity", saved["xlnet"]], data=data)
     (tmp_path / "t4rec_model_class.pkl").write_bytes(b"no pickle")
     with pytest.raises(CheckpointError, match="save the model again"):

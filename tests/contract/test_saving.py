@@ -79,6 +79,7 @@ def test_a_t4r_script_ends_with_a_run_that_the_commands_take(data: Path, tmp_pat
     assert "<b>-</b>" not in page, "what a script does not note is left out"
     assert "No epoch is recorded in log.jsonl: a script of Transformers4Rec logs into" in page
     assert not caplog.records or "learning_rate" not in caplog.text
+    assert "trained on other sessions" not in caplog.text
 
 
 def test_validation_sessions_without_a_known_target_are_left_out(data: Path, tmp_path: Path) -> None:

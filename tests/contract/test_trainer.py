@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers4rec.torch as tr
@@ -268,6 +270,11 @@ def test_train_t4r_continues_an_interrupted_run(data: Path, tmp_path: Path, monk
             train_t4r(data, recipe(), tmp_path / "halved", device="cpu")
     with pytest.raises(ConfigError, match="interrupted T4R run with other settings"):
         train_t4r(data, recipe(seed=8), tmp_path / "halved", device="cpu")
+    other = shutil.copytree(data, tmp_path / "other")  # as many sessions and items
+    rows = pq.read_table(other / "valid" / "part_0.parquet")
+    pq.write_table(rows.take(list(range(rows.num_rows))[::-1]), other / "valid" / "part_0.parquet")
+    with pytest.raises(ConfigError, match="interrupted T4R run with other data"):
+        train_t4r(other, recipe(), tmp_path / "halved", device="cpu")
     train_t4r(data, recipe(), tmp_path / "halved", device="cpu")
     whole, halved = (load_run(tmp_path / name).model.state_dict() for name in ("whole", "halved"))
     assert [name for name in whole if not torch.equal(whole[name], halved[name])] == []

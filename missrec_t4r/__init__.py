@@ -60,6 +60,8 @@ def __getattr__(name: str) -> Any:
             f"module 'missrec_t4r' has no attribute {name!r}; public names: {', '.join(sorted(_HOME))}"
         )
     value = getattr(import_module(f"missrec_t4r.{_HOME[name]}"), name)
+    if name == "compare":  # its errors are written for `missrec compare`
+        value = import_module("missrec_t4r.commands.in_python").named_in_python(value)
     globals()[name] = value
     return value
 

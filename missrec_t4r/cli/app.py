@@ -241,7 +241,7 @@ def loaded() -> Iterator[tuple[Command, Any]]:
 
 def _load(command: Command) -> Any:
     """Return the click command of a function: its parameters as options, its docstring as help."""
-    function = _or_exit(lambda: getattr(commands, command.function))
+    function = _or_exit(lambda: commands.function_of(command.function))
     options = options_of(function, command.options, command.fixed)
 
     def run(**given: Any) -> None:

@@ -1,5 +1,7 @@
 """The functions of all commands under one import path; each is imported when it is first used.
 
+Their errors name arguments, where the command line names options (`named_in_python`).
+
 >>> from missrec_t4r import commands
 >>> commands.train.__module__
 'missrec_t4r.commands.training'
@@ -9,6 +11,8 @@ from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
+
+from missrec_t4r.commands.in_python import named_in_python
 
 HOME = {
     "adopt": "etl.nvt.adopt:adopt",
@@ -50,10 +54,14 @@ __all__ = sorted(HOME)  # resolved by __getattr__
 def __getattr__(name: str) -> Any:
     if name not in HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; commands: {', '.join(sorted(HOME))}")
-    module, _, function = HOME[name].partition(":")
-    value = getattr(import_module(f"missrec_t4r.{module}"), function)
-    globals()[name] = value
+    value = globals()[name] = named_in_python(function_of(name))
     return value
+
+
+def function_of(name: str) -> Any:
+    """Return the function itself, whose errors name options: for the command line."""
+    module, _, function = HOME[name].partition(":")
+    return getattr(import_module(f"missrec_t4r.{module}"), function)
 
 
 def __dir__() -> list[str]:

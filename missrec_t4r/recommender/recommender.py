@@ -354,8 +354,8 @@ class Recommender:
 
 
 def _in_python(error: ConfigError) -> ConfigError:
-    """Return an error of ``missrec train`` with its cure in Python where that is an option of the command line."""
-    if "--restart" not in error.cure:
+    """Return an error of ``commands.train`` with the cure of `Recommender.fit`."""
+    if "resume=False" not in error.cure:
         return error
     return ConfigError(
         error.found, error.expected, "fit(shop, restart=True) replaces it; Recommender(folder=...) keeps both"

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from missrec_t4r import commands
+from missrec_t4r.commands.in_python import in_python, named_in_python
 from missrec_t4r.config.checks import refuse_unknown
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
@@ -31,6 +32,9 @@ from missrec_t4r.recommender.frames import Frame, arrow_table, write_parquet
 from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID, TIMESTAMP, USER_ID
 
 _EVENTS_FILE, _ITEMS_FILE, _DATA, _COLUMNS_FILE = "events.parquet", "items.parquet", "data", "columns.json"
+
+_OWN_NAMES = {"user_column": "user", "item_column": "item", "time_column": "time"}
+"""Parameters of `commands.etl` -> those of `Shop.from_frames`."""
 
 
 class Shop:
@@ -133,7 +137,8 @@ class Shop:
                 arrays = {name: Path(refused) / file.name for name, file in modality.items()}
                 for name, values in (vectors or {}).items():
                     np.save(arrays[name], np.asarray(values, dtype=np.float32))
-                commands.etl(*files, at / _DATA, **{"modality": arrays} | options)
+                etl_of_shop = named_in_python(commands.function_of("etl"), _OWN_NAMES)
+                etl_of_shop(*files, at / _DATA, **{"modality": arrays} | options)
                 events_file, items_file = (file.replace(at / file.name) for file in files)
                 for name, file in arrays.items():
                     file.replace(modality[name])
@@ -180,7 +185,8 @@ class Shop:
     def findings(self) -> list[str]:
         """What was unusual in the tables, how often, and what was done about it; as in ``etl.json``."""
         found = read_json(self.data / REPORT_FILE)["findings"]
-        return [f"{one['check']}: {one['count']:,} ({one['message']})" for one in found]
+        told = [in_python(one["message"], commands.etl, _OWN_NAMES) for one in found]
+        return [f"{one['check']}: {one['count']:,} ({words})" for one, words in zip(found, told, strict=True)]
 
     @property
     def catalogue(self) -> Catalogue:

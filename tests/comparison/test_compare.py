@@ -301,7 +301,7 @@ def test_a_scorer_of_your_own_is_a_system(data: Path) -> None:
     [
         (["popularity"], "1 systems"),
         (["popularity", "nowhere"], "nowhere is missing"),
-        (["popularity", "network"], "no run and no --data"),
+        (["popularity", "network"], "no run and no `data`"),
         (["popularity", "x=item_knn", "x=content_knn"], "two systems called 'x'"),
     ],
 )

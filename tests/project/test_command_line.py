@@ -1,10 +1,12 @@
 """The command line: its options come from the functions, nothing that a user could type is lost, and help is cheap."""
 
+import inspect
 import json
 import logging
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from missrec_t4r import commands, progress
 from missrec_t4r.cli.answer import summary
 from missrec_t4r.cli.app import COMMANDS, app, loaded
 from missrec_t4r.cli.options import options_of, parameter_help
+from missrec_t4r.commands.in_python import in_python, named_in_python
+from missrec_t4r.errors import ConfigError, GateError
 from missrec_t4r.progress import reporting, track
 
 BEFORE = json.loads(Path(__file__).with_name("options_before_the_redesign.json").read_text(encoding="utf-8"))
@@ -116,7 +120,7 @@ def test_every_command_and_option_says_what_it_does(options: dict[str, list[Any]
 def test_a_command_is_the_python_function_of_its_name() -> None:
     from missrec_t4r.runs.evaluate import evaluate
 
-    assert commands.evaluate is evaluate
+    assert inspect.unwrap(commands.evaluate) is evaluate
     assert {command.function for command in COMMANDS} <= set(dir(commands))
     with pytest.raises(AttributeError, match="commands: adopt"):
         commands.nothing  # noqa: B018
@@ -210,3 +214,47 @@ def _drawn(content: Any) -> list[str]:
     console = Console(file=StringIO(), width=100)
     console.print(content)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]  # a StringIO
+
+
+def test_every_option_that_an_error_names_is_an_argument_in_python() -> None:
+    for command, click_command in loaded():
+        function = getattr(commands, command.function)
+        options = {option: one.name for one in click_command.params for option in (*one.opts, *one.secondary_opts)}
+        for option, name in options.items():
+            if option.startswith("--") and name in inspect.signature(function).parameters:
+                told = in_python(f"leave {option}, or not", function, {}).replace("`", "")
+                assert told.startswith((f"leave {name},", f"leave {name}=")), command.name
+
+
+def test_errors_name_options_on_the_command_line_and_arguments_in_python(tmp_path: Path) -> None:
+    given = {"interactions": "events.parquet", "items": "items.parquet", "out": tmp_path / "data"}
+    cases: list[tuple[dict[str, Any], list[str], str, str]] = [
+        (
+            {"valid_from": "1"},
+            ["--valid-from", "1"],
+            "set --valid-from and --test-from",
+            "set `valid_from` and `test_from`",
+        ),
+        ({"delta": True}, ["--delta"], "--delta without --update", "delta=True without update=True"),
+        (
+            {"valid_from": 1, "test_from": 2},
+            ["--valid-from", "1", "--test-from", "2"],
+            "expected: --split time",
+            "expected: split='time'",
+        ),
+    ]
+    line = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    for arguments, options, on_the_command_line, in_a_script in cases:
+        assert on_the_command_line in CliRunner().invoke(app, ["etl", *line, *options]).stderr
+        with pytest.raises(ConfigError, match=re.escape(in_a_script)):
+            commands.etl(**given, **arguments)
+
+
+def test_an_error_in_python_keeps_command_lines_and_the_result_of_a_gate() -> None:
+    def command(*, restart: bool = False, settings: Mapping[str, Any] | None = None) -> None:
+        raise GateError("--set train.epochs=3", "`missrec train --restart`", "or run missrec etl --update", {"a": 1})
+
+    with pytest.raises(GateError) as raised:
+        named_in_python(command)()
+    words = "settings={'train.epochs': '3'}; expected: `missrec train --restart`. or run missrec etl --update."
+    assert (str(raised.value), raised.value.result) == (words, {"a": 1})

@@ -17,7 +17,7 @@ import pytest
 
 import missrec_t4r as mr
 from missrec_t4r.cli.app import app
-from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.errors import ConfigError, DataError, MISSRecError, SchemaError
 from missrec_t4r.etl.quality.charts import number
 
 N_USERS, N_ITEMS = 60, 40
@@ -267,9 +267,11 @@ def test_ids_of_a_csv_keep_their_zeros(tables: Any, tmp_path: Path) -> None:
 def test_findings_and_missing_vectors_are_in_sight(tables: Any, tmp_path: Path) -> None:
     events, items = tables
     few = items.assign(title=items["title"].where(items.index >= 10))
+    events = pd.concat([events, events.head(1)])
     shop = mr.Shop.from_frames(events, pd.concat([few, few.tail(2)]), **NAMES, text="title", folder=tmp_path)
     assert "duplicate_items: 2 (of several rows with the same id the first is kept)" in shop.findings
-    assert "text of 30, 2 findings (.findings)" in repr(shop)
+    assert any("drop_duplicates=True leaves them out" in one for one in shop.findings)
+    assert "text of 30, 3 findings (.findings)" in repr(shop)
 
 
 def test_frames_that_cannot_be_right_are_refused_in_words(tables: Any) -> None:
@@ -382,3 +384,12 @@ def test_a_temporary_folder_ends_with_its_process() -> None:
     folder = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     assert Path(folder).name.startswith("missrec-")
     assert not Path(folder).exists()
+
+
+def test_errors_of_a_shop_name_its_own_arguments(tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    events, items = tables
+    own = {"user": "kunde", "item": "artikel", "time": "zeit"}
+    with pytest.raises(MISSRecError, match=r"with `time_format`, such as time_format='%d/%m/%Y' for 31/12/2023"):
+        mr.Shop.from_frames(events.assign(zeit="31/12/2023"), items, **own)
+    with pytest.raises(MISSRecError, match="set `valid_from` and `test_from`"):
+        mr.Shop.from_frames(events, items, **own, split="time", valid_from=1_700_000_100)

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from benchmarks.reliability.generator import hostile_request
 from missrec_t4r.errors import ServingError
 from missrec_t4r.serving.event_features import MOST_CHARACTERS, EventFeatureReader
-from missrec_t4r.serving.triton.backend import LONGEST_SESSION, Backend, RankerBackend, SessionsBackend, execute
+from missrec_t4r.serving.triton.backend import (
+    LONGEST_SESSION,
+    Backend,
+    FailedError,
+    RankerBackend,
+    SessionsBackend,
+    execute,
+)
 from tests.side.test_serving import COLUMNS, exported, run  # noqa: F401  # fixtures
 from tests.side.triton_names import TRITON
 
@@ -145,3 +152,17 @@ def test_neither_metrics_nor_a_response_that_triton_refuses_cost_other_answers(
     assert first[1].status == "INTERNAL"
     assert second[1] is None
     assert "the metrics of a batch were not counted" in caplog.text
+
+
+def test_a_response_that_triton_refuses_counts_as_failed(ranker: RankerBackend) -> None:
+    refused, told = iter([True]), list[Any]()
+
+    def tensor(name: str, array: Any) -> Any:
+        if name == "score" and next(refused, False):
+            raise ValueError("no shared memory")
+        return name, array
+
+    triton = SimpleNamespace(**{**vars(TRITON), "Tensor": tensor})
+    execute(ranker, [GOOD[0], GOOD[0]], triton, lambda _, responses: told.extend(responses))
+    assert [isinstance(one, FailedError) for one in told] == [True, False]
+    assert "score" in told[1]

@@ -330,12 +330,14 @@ def execute(backend: Backend, requests: Sequence[Any], pb_utils: Any, observe: O
     tensors = [_result_or_error(lambda request: _arrays(backend, request, pb_utils), request) for request in requests]
     results = iter(backend.infer([arrays for arrays in tensors if not isinstance(arrays, MISSRecError)]))
     responses = [arrays if isinstance(arrays, MISSRecError) else next(results) for arrays in tensors]
+    made = [_triton_response(response, pb_utils) for response in responses]
     if observe is not None:
+        sent = [one if isinstance(one, MISSRecError) else response for one, response in zip(made, responses)]
         try:
-            observe([{} if isinstance(arrays, MISSRecError) else arrays for arrays in tensors], responses)
+            observe([{} if isinstance(arrays, MISSRecError) else arrays for arrays in tensors], sent)
         except Exception:  # counting must not cost the answers
             log.exception("the metrics of a batch were not counted")
-    return [_triton_response(response, pb_utils) for response in responses]
+    return [_triton_error(one, pb_utils) if isinstance(one, MISSRecError) else one for one in made]
 
 
 def _arrays(backend: Backend, request: Any, pb_utils: Any) -> Arrays:
@@ -344,16 +346,18 @@ def _arrays(backend: Backend, request: Any, pb_utils: Any) -> Arrays:
 
 
 def _triton_response(response: Response, pb_utils: Any) -> Any:
-    if not isinstance(response, MISSRecError):
-        made = _result_or_error(
-            lambda arrays: pb_utils.InferenceResponse([pb_utils.Tensor(*pair) for pair in arrays.items()]), response
-        )
-        if not isinstance(made, MISSRecError):
-            return made
-        response = made
-    message = str(response)[:_LONGEST_REFUSAL].encode("utf-8", "backslashreplace").decode()  # no lone surrogates
+    """Return Triton's response, or the error of the request or of making its tensors."""
+    if isinstance(response, MISSRecError):
+        return response
+    return _result_or_error(
+        lambda arrays: pb_utils.InferenceResponse([pb_utils.Tensor(*pair) for pair in arrays.items()]), response
+    )
+
+
+def _triton_error(error: MISSRecError, pb_utils: Any) -> Any:
+    message = str(error)[:_LONGEST_REFUSAL].encode("utf-8", "backslashreplace").decode()  # no lone surrogates
     kinds = pb_utils.TritonError
-    status = kinds.INTERNAL if isinstance(response, FailedError) else kinds.INVALID_ARG
+    status = kinds.INTERNAL if isinstance(error, FailedError) else kinds.INVALID_ARG
     return pb_utils.InferenceResponse(error=kinds(message, status))
 
 

@@ -120,9 +120,22 @@ def time_split(offsets: Ints, times: AnyArray, valid_from: float, test_from: flo
 
 
 def default_boundaries(times: AnyArray, xp: Any = np) -> tuple[float, float]:
-    """Return the boundaries T1 and T2: the times of the events at 80 % and 90 % of all events, sorted by time."""
+    """Return the boundaries T1 and T2: the times of the events at 80 % and 90 % of all events, sorted by time.
+
+    Raises
+    ------
+    ConfigError
+        They leave no event for training, or for validation.
+    """
     ordered = xp.sort(times)
     first, second = (ordered[int(len(ordered) * share)].item() for share in (0.8, 0.9))
+    if not (earliest := ordered[0].item()) < first < second:
+        raise ConfigError(
+            f"the default starts of validation and test, the times at 80 % and 90 % of all events, are {first} and "
+            f"{second}, and the earliest event is at {earliest}",
+            "three different times, in this order",
+            "choose both with --valid-from and --test-from, or --split leave_one_out",
+        )
     return first, second
 
 

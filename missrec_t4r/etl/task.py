@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,20 +24,28 @@ if TYPE_CHECKING:
 ENGINES = ("auto", "memory", "disk", "gpu")
 
 
-@dataclass
-class Task:
-    """Input and settings of one run, for every engine."""
+@dataclass(kw_only=True)
+class Run:
+    """Events and settings of one run, or of one update."""
 
-    files: list[Path]
-    items: Path
+    files: Sequence[Path]
     names: dict[str, str]
     """Input column -> ``user_id``, ``item_id`` or ``timestamp``."""
     settings: dict[str, Any]
     """As ``etl.json`` holds them; the run completes them."""
-    modality_files: dict[str, Path]
+    modality_files: Mapping[str, Path]
     derive: EventSettings
-    workflow: WorkflowFile | None
+    """Derived event columns."""
     findings: checks.Findings = field(default_factory=checks.Findings)
+    """Gains the data-quality findings."""
+
+
+@dataclass(kw_only=True)
+class Task(Run):
+    """Input and settings of one run of ``missrec etl`` on all events, for every engine."""
+
+    items: Path
+    workflow: WorkflowFile | None
     started: float = field(default_factory=time.perf_counter)
 
     def write_report(self, counts: dict[str, Any], folder: Path) -> dict[str, Any]:

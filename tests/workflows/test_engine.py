@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
+from missrec_t4r.etl.engine.job import Job, make_plan
 from missrec_t4r.etl.engine.reduce import _order_by_frequency
 from missrec_t4r.etl.engine.sessionize import count_train_items, to_sessions
 from missrec_t4r.etl.engine.user_state import find_users
 from missrec_t4r.etl.event_arithmetic import core
+from missrec_t4r.etl.event_settings import EventSettings
 from missrec_t4r.etl.quality.checks import Findings, text_to_integers
 from missrec_t4r.etl.sources.standard import clean_events
 from missrec_t4r.etl.splits import split_lengths
+from missrec_t4r.etl.task import Run
+from tests.workflows.tables import EVENTS, write
 
 COMMON = {
     "split": "leave_one_out",
@@ -89,3 +95,16 @@ def test_an_import_keeps_the_earliest_event_of_a_user_on_an_item() -> None:
     cleaned = clean_events(events, Findings(), k_core=0)
     assert cleaned[["item_id", "timestamp"]].to_numpy().tolist() == [["a", 3], ["b", 5]]
     assert len(clean_events(events, Findings(), k_core=0, keep_repeats=True)) == 3
+
+
+def test_more_partitions_than_there_are_numbers_for_are_not_made_silently(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    events, _ = write(tmp_path, EVENTS)
+    settings = {"drop_columns": [], "categorical_columns": []}
+    for partitions, made in ((3, 3), (70_000, 65_535)):
+        names = {name: name for name in ("user_id", "item_id", "timestamp")}
+        run = Run(files=[events], names=names, settings=settings, modality_files={}, derive=EventSettings())
+        assert make_plan(Job(run, pa.table({"item_id": ["lamp"]}), {}, partitions)).partitions == made
+    assert "65,535 partitions are made, the most that there can be, not 70,000" in caplog.text
+    assert caplog.text.count("partitions are made") == 1

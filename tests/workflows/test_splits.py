@@ -2,8 +2,10 @@
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from missrec_t4r.data.session_files import take_prefixes
+from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl.splits import default_boundaries, leave_one_out, time_split
 
 OFFSETS = np.array([0, 1, 3, 6, 10])  # sessions of 1, 2, 3 and 4 events
@@ -41,6 +43,13 @@ def test_a_target_of_the_time_split_has_a_history() -> None:
 
 def test_default_boundaries_are_at_80_and_90_percent_of_the_events() -> None:
     assert default_boundaries(np.array([9, 0, 1, 2, 3, 4, 5, 6, 7, 8])) == (8, 9)
+
+
+@pytest.mark.parametrize("times", [[*range(7), 300, 300, 300], [1, 1, 1, 1, 1, 1, 1, 1, 1, 9], [4] * 10])
+def test_default_boundaries_that_leave_a_split_empty_are_named(times: list[int]) -> None:
+    words = rf"are {times[8]} and {times[9]}, and the earliest event is at {times[0]}; .*--valid-from and --test-from"
+    with pytest.raises(ConfigError, match=words):
+        default_boundaries(np.array(times))
 
 
 def test_prefixes_cut_every_list_alike() -> None:

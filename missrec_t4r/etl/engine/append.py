@@ -42,6 +42,7 @@ from missrec_t4r.etl.item_table import merge_new_items
 from missrec_t4r.etl.outputs import NVTABULAR_FOLDER, REPORT_FILE, REQUEST_FOLDER, WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, expand, parquet_rows
+from missrec_t4r.etl.task import Run
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, SPLITS, TIMESTAMP, USER_ID
 
@@ -125,7 +126,7 @@ def update(
         change = _describe_change(job, catalogue, counts, report, version, sorted(new.values()))
         history = {"version": version, "plain_version": plain, "changes": [*versions["changes"], change]}
         write_json(folder / VERSIONS_FILE, history, indent=1)
-        final = counts | {"findings": job.findings.to_list(), "settings": settings, "format": 1, "version": version}
+        final = counts | {"findings": job.run.findings.to_list(), "settings": settings, "format": 1, "version": version}
         final["events_read"] = parquet_rows(files)
         final["seconds"] = round(time.perf_counter() - started, 3)
         write_json(folder / REPORT_FILE, final)
@@ -150,22 +151,11 @@ def _make_job(
     old: Mapping[str, Any],
 ) -> Job:
     """Return the job of an incremental update; its items are the old ones followed by the new rows of the table."""
-    findings = checks.Findings()
-    items, vectors, n_new = merge_new_items(catalogue, table, vector_files, findings)
     columns = settings["columns"]
-    return Job(
-        files=files,
-        items=items,
-        vectors=vectors,
-        names={str(columns[name]): name for name in (USER_ID, ITEM_ID, TIMESTAMP)},
-        settings=settings,
-        modality_files={},
-        derive=event_settings(settings),
-        findings=findings,
-        partitions=old["partitions"],
-        old={**old, "new_rows": n_new},
-        catalogue=catalogue,
-    )
+    names = {str(columns[name]): name for name in (USER_ID, ITEM_ID, TIMESTAMP)}
+    run = Run(files=files, names=names, settings=settings, modality_files={}, derive=event_settings(settings))
+    items, vectors, n_new = merge_new_items(catalogue, table, vector_files, run.findings)
+    return Job(run, items, vectors, old["partitions"], old={**old, "new_rows": n_new}, catalogue=catalogue)
 
 
 def _describe_change(
@@ -183,7 +173,7 @@ def _describe_change(
         "events_added": counts["events"] - report["events"],
         "users_added": counts["users"] - report["users"],
         "items_added": ids,
-        "items_changed": sum(found.count for found in job.findings.found if found.check == "changed_items"),
+        "items_changed": sum(found.count for found in job.run.findings.found if found.check == "changed_items"),
         "rows_added": [first, first + len(ids)],
         **counts.pop("touched"),
         "files": list(digests),

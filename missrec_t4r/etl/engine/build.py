@@ -82,18 +82,7 @@ def run_out_of_core(task: Task, out: Path, partitions: int | None, machines: tup
         items, vectors = workdir.read_item_table(
             task.items, task.settings["catalogue_item_column"], files, item_column, task.modality_files, task.findings
         )
-        job = Job(
-            files=files,
-            items=items,
-            vectors=vectors,
-            names=task.names,
-            settings=task.settings,
-            modality_files=task.modality_files,
-            derive=task.derive,
-            findings=task.findings,
-            partitions=partitions,
-        )
-        folder, counts = build(job, work, executor)
+        folder, counts = build(Job(replace(task, files=files), items, vectors, partitions), work, executor)
         report = task.write_report(counts, folder)
         finish(folder)
     shutil.rmtree(copies, ignore_errors=True)
@@ -121,10 +110,10 @@ def build(job: Job, work: Path, executor: Executor) -> tuple[Path, dict[str, Any
         numbers = [int(number) for number in np.flatnonzero(partition_sizes(folder, plan.partitions))]
     tasks = [(str(folder), number) for number in numbers]
     grouped = executor.run(sessionize.group_by_user, tasks, "grouping events by user")
-    checks.note_users(job.findings, grouped, drop_duplicates=common["drop_duplicates"])
+    checks.note_users(job.run.findings, grouped, drop_duplicates=common["drop_duplicates"])
     if common["split"] == "time" and common["valid_from"] is None:
         common["valid_from"], common["test_from"] = _default_boundaries(folder, plan.partitions)
-        job.settings |= {name: common[name] for name in ("valid_from", "test_from")}
+        job.run.settings |= {name: common[name] for name in ("valid_from", "test_from")}
     write_json(folder / sessionize.SPLIT_FILE, common, indent=None)
     executor.run(sessionize.write_splits, tasks, "writing the splits")
     if job.old:
@@ -138,7 +127,7 @@ def build(job: Job, work: Path, executor: Executor) -> tuple[Path, dict[str, Any
 
 def prepare_folder(work: Path, plan: Plan, job: Job) -> Path:
     """Return the job's folder in the working directory: that of a killed run with equal input, or a new one."""
-    files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in map(Path, job.files)]
+    files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in map(Path, job.run.files)]
     identity = json.dumps(
         [
             _WORK_FORMAT,
@@ -147,7 +136,7 @@ def prepare_folder(work: Path, plan: Plan, job: Job) -> Path:
             plan.names,
             plan.features,
             plan.number_texts,
-            job.settings,
+            job.run.settings,
             job.old,
         ],
         default=str,
@@ -198,7 +187,9 @@ def _finish(job: Job, plan: Plan, common: dict[str, Any], folder: Path) -> dict[
     rows = {name: sum(part["sessions"][name] for part in parts) for name in SPLITS}
     splits.check_lengths({name: np.array([rows[name]]) for name in SPLITS})
     if job.catalogue is None:
-        catalogue = item_table.build_catalogue(job.items, job.vectors, job.modality_files, job.settings["fingerprints"])
+        catalogue = item_table.build_catalogue(
+            job.items, job.vectors, job.run.modality_files, job.run.settings["fingerprints"]
+        )
     else:
         catalogue = item_table.extend_catalogue(job.catalogue, job.items, job.vectors)
     train_counts = np.zeros(catalogue.n_rows, np.int64)
@@ -221,8 +212,8 @@ def _write_encodings(
     categories = {name: pd.Series(values) for name, values in common["categories"].items()}
     clock = {name: values for name, values in CLOCK.items() if name in common["time_features"]}
     write_session_schema(out, out, {ITEM_ID: item_ids, **categories, **clock}, longest)
-    features = outputs.feature_codes([*plan.features, *job.derive.columns], categories | clock)
-    length = job.settings["max_sequence_length"]
+    features = outputs.feature_codes([*plan.features, *job.run.derive.columns], categories | clock)
+    length = job.run.settings["max_sequence_length"]
     outputs.write_request_transform(outputs.request_transform(item_ids.type, len(item_ids), length, features), out)
     if has_nvtabular():
         _write_workflows(job, plan, common, folder, item_ids, categories, features)
@@ -249,12 +240,12 @@ def _write_workflows(
             categories=categories,
             numbers=[name for name, kind in plan.features.items() if kind == "number"],
             max_events=common["max_events"],
-            derive=replace(job.derive, newest=common["newest"]),
+            derive=replace(job.run.derive, newest=common["newest"]),
         )
         samples = (_sample_events(folder, number, item_ids, categories) for number in range(plan.partitions))
-        nvt_workflows.fit(workflow, first_with_events(weighted_events(events, job.settings) for events in samples))
-        write_workflow(workflow, out, pickled=job.settings["save_nvtabular_workflow"])
-        write_request(item_ids, out, Path(storage), job.settings["max_sequence_length"], features)
+        nvt_workflows.fit(workflow, first_with_events(weighted_events(events, job.run.settings) for events in samples))
+        write_workflow(workflow, out, pickled=job.run.settings["save_nvtabular_workflow"])
+        write_request(item_ids, out, Path(storage), job.run.settings["max_sequence_length"], features)
 
 
 def _sample_events(folder: Path, number: int, item_ids: pa.Array, categories: Mapping[str, pd.Series]) -> pd.DataFrame:

@@ -128,7 +128,7 @@ def write_delta(
     """
     change, old_categories = NO_CHANGE, job.old["categories"]
     categories = old_categories
-    if job.files:
+    if job.run.files:
         events, common = encode_increment(job, folder)
         change, categories = _write_sessions(job, data, folder, events, common, version), common["categories"]
     longest, item_ids = max(change.longest, longest_session(job.old)), one_array(job.items[ITEM_ID])
@@ -150,7 +150,7 @@ def _extend_encodings(
     job: Job, data: Path, folder: Path, vocabularies: Mapping[str, list[Any]], longer: Sequence[str], longest: int
 ) -> None:
     """Write schema, request transform and, where the folder has them, workflows with longer vocabularies."""
-    clock = {name: values for name, values in CLOCK.items() if name in job.derive.time_features}
+    clock = {name: values for name, values in CLOCK.items() if name in job.run.derive.time_features}
     write_session_schema(data, folder, {**vocabularies, **clock}, longest)
     transform = read_json(data / SESSION_TRANSFORM_FILE)
     for name in longer:
@@ -200,7 +200,7 @@ def _write_sessions(
     old = load_user_events(data, job.old["partitions"], new.users, new.hashes)
     state, n_duplicates = _merge_events(new, old, event_columns(events, events[ITEM_ID].to_numpy()), common)
     counts = {"duplicates": n_duplicates, "out_of_order": count_out_of_order(new.codes, times)}
-    checks.note_users(job.findings, [counts], drop_duplicates=common["drop_duplicates"])
+    checks.note_users(job.run.findings, [counts], drop_duplicates=common["drop_duplicates"])
     after = SplitSessions.from_state(state, common)
     before = SplitSessions.from_state(_state_before(new.users, old, state.schema), common)
     sessions_file, state_file = (top / DELTA_FOLDER / f"{version:05}.arrow" for top in (folder, folder / STATE_FOLDER))

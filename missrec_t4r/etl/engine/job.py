@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,37 +17,29 @@ from missrec_t4r.etl import item_table
 from missrec_t4r.etl.engine.shuffle import Plan, cut_chunks
 from missrec_t4r.etl.engine.user_state import state_path
 from missrec_t4r.etl.engine.workdir import decoded_type, unified_schema
-from missrec_t4r.etl.event_settings import EventSettings
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import Notations, note
+from missrec_t4r.etl.task import Run
 from missrec_t4r.io.arrow_files import read_arrow
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
+log = logging.getLogger(__name__)
+
 EVENTS_PER_PARTITION = 500_000
-_MAX_PARTITIONS = 65_535
+MAX_PARTITIONS = 65_535
 """Partition numbers are stored in 16 bits."""
 
 
 @dataclass
 class Job:
-    """One run: input, settings, and the findings about the input.
+    """A run, with its item table in memory.
 
     Parameters
     ----------
-    files : sequence of Path
-        Parquet files of events.
+    run : Run
+        Its files are parquet.
     items, vectors : pyarrow.Table, mapping of str to ndarray [item, width]
         Item table with ids in their normal type, and its modality vectors.
-    names : mapping of str to str
-        Input column -> ``user_id``, ``item_id`` or ``timestamp``.
-    settings : dict
-        As written to ``etl.json``; completed by the run.
-    modality_files : mapping of str to Path
-        Where the vectors come from.
-    derive : EventSettings
-        Derived event columns.
-    findings : Findings
-        Gains the data-quality findings.
     partitions : int, optional
         As in `missrec_t4r.etl.pipeline.etl`.
     old : dict
@@ -56,14 +48,9 @@ class Job:
         Incremental update only: the catalogue that is extended.
     """
 
-    files: Sequence[Path]
+    run: Run
     items: pa.Table
     vectors: item_table.Vectors
-    names: Mapping[str, str]
-    settings: dict[str, Any]
-    modality_files: Mapping[str, Path]
-    derive: EventSettings
-    findings: checks.Findings
     partitions: int | None = None
     old: dict[str, Any] = field(default_factory=dict)
     catalogue: Catalogue | None = None
@@ -77,49 +64,51 @@ def make_plan(job: Job) -> Plan:
     SchemaError, DataError
         The files lack columns, differ, or are no parquet.
     """
-    schema = unified_schema(job.files, job.names, job.findings)
-    clashing = [name for name in schema.names if name in job.names.values() and name not in job.names]
-    checks.note_taken_names(job.findings, clashing)
+    schema = unified_schema(job.run.files, job.run.names, job.run.findings)
+    clashing = [name for name in schema.names if name in job.run.names.values() and name not in job.run.names]
+    checks.note_taken_names(job.run.findings, clashing)
     empty = pa.table(
         {
-            job.names.get(name, name): pa.chunked_array([], decoded_type(schema.field(name).type))
+            job.run.names.get(name, name): pa.chunked_array([], decoded_type(schema.field(name).type))
             for name in schema.names
             if name not in clashing
         }
     )
-    dropped = job.settings["drop_columns"]
+    dropped = job.run.settings["drop_columns"]
     if job.old:  # the column may be gone
         dropped = [name for name in dropped if name in empty.column_names]
-    features = checks.event_features(empty, dropped, job.findings)
+    features = checks.event_features(empty, dropped, job.run.findings)
     if job.old:
         features, as_types = _as_before(job, empty, features)
     else:  # a file without any value of a column does not know its type
         as_types = {name: str(empty[name].type) for name in features}
     texts = [name for name in features if pa.types.is_string(empty[name].type)]
-    categorical = job.settings["categorical_columns"]
+    categorical = job.run.settings["categorical_columns"]
     notations = _notations(job, [name for name in texts if name not in categorical])
     texts = [name for name in texts if name not in notations]
-    job.derive.check(features, texts)
+    job.run.derive.check(features, texts)
     if missing := [name for name in categorical if name not in features]:
         raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {features}")
-    job.settings["event_features"] = features
+    job.run.settings["event_features"] = features
     categories = [*texts, *categorical, *job.old.get("categories", ())]
     kinds = {name: "category" if name in categories else "number" for name in features}
-    chunks = cut_chunks(job.files)
+    chunks = cut_chunks(job.run.files)
     rows = sum(chunk.rows for chunk in chunks)
     partitions = job.partitions or max(1, -(-rows // EVENTS_PER_PARTITION))  # rounded up
+    if partitions > MAX_PARTITIONS:
+        log.warning(f"{MAX_PARTITIONS:,} partitions are made, the most that there can be, not {partitions:,}")
     time = empty[TIMESTAMP].type
     is_number = pa.types.is_integer(time) or pa.types.is_floating(time)
     if pa.types.is_string(empty[ITEM_ID].type) and pa.types.is_integer(job.items[ITEM_ID].type):
-        checks.note_converted_ids(job.findings, rows, events=True)
+        checks.note_converted_ids(job.run.findings, rows, events=True)
     return Plan(
         chunks,
-        min(partitions, _MAX_PARTITIONS),
-        dict(job.names),
+        min(partitions, MAX_PARTITIONS),
+        dict(job.run.names),
         kinds,
         not is_number,
         notations,
-        job.settings.get("time_format"),
+        job.run.settings.get("time_format"),
         as_types,
     )
 
@@ -134,7 +123,7 @@ def _as_before(job: Job, empty: pa.Table, found: Sequence[str]) -> tuple[list[st
     SchemaError
         A column is missing, or holds texts where the folder holds categories of numbers, or the other way round.
     """
-    before: list[str] = job.settings["event_features"]
+    before: list[str] = job.run.settings["event_features"]
     untyped = [name for name in before if name in empty.column_names and pa.types.is_null(empty[name].type)]
     if missing := [name for name in before if name not in found and name not in untyped]:
         cure = f"add {', '.join(missing)}, or run missrec etl on all events"
@@ -142,7 +131,7 @@ def _as_before(job: Job, empty: pa.Table, found: Sequence[str]) -> tuple[list[st
     for name in found:
         if name not in before:
             words = f"event column {name!r} is new and is left out; run missrec etl on all events to read it"
-            job.findings.add("event_column_left_out", 1, words)
+            job.run.findings.add("event_column_left_out", 1, words)
     as_types = {USER_ID: _user_type(job.old)}
     for name in before:
         values = job.old["categories"].get(name)
@@ -172,7 +161,7 @@ def _notations(job: Job, texts: Sequence[str]) -> dict[str, str]:
     if job.old:
         texts = [name for name in texts if name in job.old["types"]]
     seen, counts = {name: Notations() for name in texts}, dict.fromkeys(texts, 0)
-    for file in job.files if texts else ():
+    for file in job.run.files if texts else ():
         parquet = pq.ParquetFile(file)
         for group in range(parquet.num_row_groups):
             open_names = [name for name, one in seen.items() if one.possible]
@@ -186,5 +175,5 @@ def _notations(job: Job, texts: Sequence[str]) -> dict[str, str]:
     if job.old:
         chosen = {name: chosen.get(name, "point") for name in texts}
     for name, notation in chosen.items():
-        note(job.findings, name, counts[name], notation)
+        note(job.run.findings, name, counts[name], notation)
     return chosen

@@ -61,36 +61,36 @@ def reduce_chunks(
         {ITEM_ID: (unknown.encode(pa.array(chunk["unknown_items"], unknown.values.type)) + n_rows).tolist()}
         for chunk in chunks
     ]
-    append = job.settings["unknown_items"] == "append"
+    append = job.run.settings["unknown_items"] == "append"
     if job.old:
-        checks.refuse_other_unit(chunks, job.settings["newest"])
-    _add_chunk_findings(job.findings, plan, chunks, len(unknown.values), append)
+        checks.refuse_other_unit(chunks, job.run.settings["newest"])
+    _add_chunk_findings(job.run.findings, plan, chunks, len(unknown.values), append)
     newest = [chunk["newest"] for chunk in chunks if chunk["newest"] is not None]
     common: dict[str, Any] = {
         "maps": maps,
         "rows": n_rows + (len(unknown.values) if append else 0),
         "types": job.old["types"] if job.old else _column_types(plan, chunks, work),
-        "drop_duplicates": job.settings["drop_duplicates"],
+        "drop_duplicates": job.run.settings["drop_duplicates"],
         "filtered": False,
         "old": job.old.get("folder"),
-        "split": job.settings["split"],
-        "valid_from": job.settings["valid_from"],
-        "test_from": job.settings["test_from"],
-        "max_events": job.settings["max_events"],
-        **derivation_settings(job.derive),
-        "newest": job.settings["newest"] if job.old else max(newest),
+        "split": job.run.settings["split"],
+        "valid_from": job.run.settings["valid_from"],
+        "test_from": job.run.settings["test_from"],
+        "max_events": job.run.settings["max_events"],
+        **derivation_settings(job.run.derive),
+        "newest": job.run.settings["newest"] if job.old else max(newest),
     }
-    job.settings["newest"] = common["newest"]
-    job.derive.check_clock(common["newest"])
+    job.run.settings["newest"] = common["newest"]
+    job.run.derive.check_clock(common["newest"])
     categories = {name: _merge_categories(chunks, name) for name, kind in plan.features.items() if kind == "category"}
     for name, (_, _, codes) in categories.items():
         for chunk_maps, chunk_codes in zip(maps, codes, strict=True):
             chunk_maps[name] = chunk_codes
     if append and len(unknown.values):
         job.items, job.vectors = item_table.append_items(job.items, job.vectors, unknown.values)
-    rare = max(job.settings["k_core"], job.settings["min_item_count"]) > 0
+    rare = max(job.run.settings["k_core"], job.run.settings["min_item_count"]) > 0
     dropped = not append and len(unknown.values) > 0
-    if not job.old and (rare or dropped or job.settings["drop_duplicates"]):
+    if not job.old and (rare or dropped or job.run.settings["drop_duplicates"]):
         write_json(work / sessionize.SURVEY_FILE, common, indent=None)
         _filter_events(job, plan, common, work, executor)
         tasks = [(str(work), number) for number in range(plan.partitions)]
@@ -106,7 +106,7 @@ def reduce_chunks(
         common["categories"][name] = ordered
         for chunk_maps in maps:
             chunk_maps[name] = [code_of[position] for position in chunk_maps[name]]
-    return common | derivation_settings(job.derive, common["categories"])
+    return common | derivation_settings(job.run.derive, common["categories"])
 
 
 def derivation_settings(derive: EventSettings, categories: Mapping[str, Sequence[Any]] | None = None) -> dict[str, Any]:
@@ -133,8 +133,8 @@ def _filter_events(job: Job, plan: Plan, common: dict[str, Any], work: Path, exe
     """
     tasks = [(str(work), number) for number in range(plan.partitions)]
     surveyed = executor.run(sessionize.survey_events, tasks, "counting users and items")
-    checks.note_users(job.findings, surveyed, drop_duplicates=common["drop_duplicates"])
-    k_core, min_item_count = job.settings["k_core"], job.settings["min_item_count"]
+    checks.note_users(job.run.findings, surveyed, drop_duplicates=common["drop_duplicates"])
+    k_core, min_item_count = job.run.settings["k_core"], job.run.settings["min_item_count"]
     found = keep_frequent(work, plan.partitions, k_core=k_core, min_item_count=min_item_count)
     if max(k_core, min_item_count) > 0:
         item_kept = np.zeros(FIRST_ITEM_ROW + job.items.num_rows, bool)  # [item index before filtering]

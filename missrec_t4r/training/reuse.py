@@ -1,4 +1,4 @@
-"""One training per run folder: `alone`; and with ``reuse`` the result of a finished run of the same data and settings."""
+"""`alone`: one training per run folder; ``reuse``: the result of a finished run of equal data, settings and code."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """The main job: from a generated shop to recommendations of a real Triton Inference Server."""
 
 import json
-import subprocess
-import sys
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from missrec_t4r.cli.demo import demo, find_inputs
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import DataError
 from missrec_t4r.progress import reporting
+from tests import processes
 
 pytestmark = pytest.mark.triton
 
@@ -76,9 +75,7 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(result: tuple[dict, Path,
         ["demo", "--data", "nowhere", "--out", "o"],
     ]
     for arguments in bad:
-        done = subprocess.run(
-            [sys.executable, "-m", "missrec_t4r", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+        done = processes.run(["-m", "missrec_t4r", *arguments], cwd=tmp_path)
         assert done.returncode == 2, (arguments, done.stderr)
         assert "Traceback" not in done.stderr, arguments
         assert done.stderr.strip(), arguments

@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +27,7 @@ from missrec_t4r.serving.triton.local_server import LocalTriton
 from missrec_t4r.serving.triton.model_config import read_config
 from missrec_t4r.serving.triton.model_control import SERVER_FILE, Control
 from missrec_t4r.serving.triton.ports import is_ready
+from tests import processes
 from tests.serving.conftest import serving
 
 SESSION = ["ware-3-ü", "ware-9-ü"]
@@ -232,10 +231,8 @@ def test_killed_deploys_leave_a_complete_version_that_a_restarted_server_serves(
     known = {tuple(one) for one in answers}
     for server in serving(folder):
         for killed in ("deploy", "server"):
-            job = subprocess.Popen(
-                [sys.executable, "-c", DEPLOY, str(folder), str(other_bundle)], stderr=subprocess.PIPE
-            )
-            time.sleep(2.5 + 2 * random.random())
+            job = processes.start(["-c", DEPLOY, folder, other_bundle])
+            time.sleep(0.5 + 2 * random.random())
             if killed == "deploy":
                 job.send_signal(signal.SIGKILL)
                 job.wait()

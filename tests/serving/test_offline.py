@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +27,7 @@ from missrec_t4r.serving.batch.score import score
 from missrec_t4r.serving.batch.similar import similar
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.triton.local_server import LocalTriton
+from tests import processes
 from tests.serving import shop
 
 
@@ -152,15 +151,25 @@ def test_a_warning_tells_that_most_sessions_hold_no_known_item(
 
 
 def test_a_killed_job_leaves_the_last_complete_result_and_goes_on(
-    bundle: Path, loaded: LoadedRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    bundle: Path,
+    loaded: LoadedRun,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("missrec_t4r.serving.batch.parts.BATCHES_PER_PART", 4)
     out = tmp_path / "out.parquet"
     few = session_file(tmp_path / "few.parquet", shop.raw_sessions(loaded.catalogue, 5))
     score(few, out, bundle=bundle)
     before = out.read_bytes()
-    many = session_file(tmp_path / "many.parquet", shop.raw_sessions(loaded.catalogue, 200) * 160)
-    code = "import sys; from missrec_t4r.serving.batch.score import score; score(*sys.argv[2:], bundle=sys.argv[1])"
-    job = subprocess.Popen([sys.executable, "-c", code, str(bundle), str(many), str(out)])
+    many = session_file(tmp_path / "many.parquet", shop.raw_sessions(loaded.catalogue, 200) * 80)
+    code = """
+import sys
+from missrec_t4r.serving.batch import parts, score
+parts.BATCHES_PER_PART = 4
+score.score(*sys.argv[2:], bundle=sys.argv[1])
+"""
+    job = processes.start(["-c", code, bundle, many, out])
     deadline, parts = time.monotonic() + 300, tmp_path / ".out.parquet.parts"
     while not list(parts.glob("*.counts.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -174,7 +183,7 @@ def test_a_killed_job_leaves_the_last_complete_result_and_goes_on(
     assert "going on after" in caplog.text
     assert not parts.exists()
     score(many, tmp_path / "at once.parquet", bundle=bundle)
-    assert result["sessions"] == result["rows"] == 32_000
+    assert result["sessions"] == result["rows"] == 16_000
     assert pq.read_table(out).equals(pq.read_table(tmp_path / "at once.parquet"))
 
 

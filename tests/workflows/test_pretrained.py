@@ -6,8 +6,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -29,6 +27,7 @@ from missrec_t4r.etl.features.hf_encoders import PretrainedImage, PretrainedText
 from missrec_t4r.etl.features.pipeline import encode_items, features, word_dropped
 from missrec_t4r.etl.features.whitening import fit_reduction, reduced
 from missrec_t4r.etl.pipeline import etl
+from tests import processes
 from tests.crafted import Crafted
 from tests.workflows.tables import EVENTS, write
 
@@ -273,15 +272,14 @@ def test_a_killed_run_goes_on_where_it_was(clip: Path, tmp_path: Path) -> None:
     etl(*write(tmp_path / "raw", events, items), tmp_path / "data")
     before = (tmp_path / "data" / "catalogue" / "catalogue.json").read_text()
     options = ["--text-columns", "title", "--text-encoder", str(clip), "--batch-size", "1", "--device", "cpu"]
-    command = [sys.executable, "-m", "missrec_t4r", "features", "--data", str(tmp_path / "data"), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ) as run:
-        deadline = time.monotonic() + 60
-        while not list((tmp_path / "data.features").glob("*/*.keys.npy")):
-            assert time.monotonic() < deadline
-            assert run.poll() is None, run.communicate()
-            time.sleep(0.02)
-        run.send_signal(signal.SIGKILL)
-    assert run.returncode == -signal.SIGKILL
+    run = processes.start(["-m", "missrec_t4r", "features", "--data", tmp_path / "data", *options])
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "data.features").glob("*/*.keys.npy")):
+        assert time.monotonic() < deadline
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
     assert (tmp_path / "data" / "catalogue" / "catalogue.json").read_text() == before  # untouched and whole
     resumed = features(tmp_path / "data", text_columns=["title"], text_encoder=str(clip))["modalities"]["text"]
     assert 0 < resumed["cached"] < resumed["items"] == len(titles)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import processes
 
 NAMES = [file.stem for file in sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.ipynb"))]
 needs_merlin = pytest.mark.skipif(
@@ -53,12 +53,6 @@ def test_a_notebook_has_the_cells_of_its_source_small_outputs_and_plots(
 def test_a_notebook_runs(name: str, repository: Path, tmp_path: Path) -> None:
     """In a process of its own, as in Jupyter."""
     code = f"import notebooks; notebooks.execute(notebooks.read_cells({name!r}), '.')"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (repository, repository / "examples")))},
-        capture_output=True,
-        text=True,
-    )
+    done = processes.run(["-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(repository / "examples")})
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "shop" / "items.parquet").is_file()

@@ -45,10 +45,9 @@ def test_short_sessions_are_trained_as_default_and_long_ones_as_long(short: Path
         assert chosen == dataclasses.replace(Recipe.load(expected), name="auto")
 
 
-def test_a_gpu_gets_a_deeper_wider_and_longer_model_where_sessions_are_long_and_many() -> None:
+def test_a_gpu_gets_a_wider_model_where_sessions_are_long_and_many() -> None:
     cpu, gpu = by_rules(MOVIES._replace(device="cpu")).recipe, by_rules(MOVIES).recipe
-    for size in ("max_sequence_length", "n_decoder_layers", "d_model"):
-        assert getattr(gpu.model, size) > getattr(cpu.model, size), size
+    assert gpu.model.d_model > cpu.model.d_model
     assert by_rules(MOVIES._replace(events=50_000)).recipe == cpu  # too few to fill a large model
     assert by_rules(MOVIES._replace(median=6)).recipe.model == Recipe.load("default").model
 

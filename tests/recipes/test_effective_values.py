@@ -88,6 +88,8 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "long": NO_AUGMENTATION
     | {
         "model.d_model": 128,
+        "model.max_sequence_length": 200,
+        "model.n_decoder_layers": 2,
         "model.dropout": 0.3,
         "model.temperature": 0.05,
         "model.modality_dropout": 0.1,
@@ -95,6 +97,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "train.learning_rate": 0.002,
         "train.batch_size": 2048,
         "train.epochs": 80,
+        "train.patience": 8,
         "train.windows_per_session": 1,
         "train.ema_decay": 0.99,
         "train.validation_sessions": 2000,

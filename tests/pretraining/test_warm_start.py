@@ -253,7 +253,7 @@ def test_contradictory_options_are_errors(earlier_run: Path, tmp_path: Path) -> 
 
     data, run = earlier_run / "tuesday", earlier_run / "run"
     for options, words in [
-        ({"start_from": run, "warm_start": run}, "both --from and --warm-start"),
+        ({"start_from": run, "warm_start": run}, "both .start_from. and .warm_start."),
         ({"start_from": run, "trainer": "t4r"}, "native"),
         ({"freeze": "none"}, "--from RUN"),
         ({"trainer": "keras"}, "native or t4r"),

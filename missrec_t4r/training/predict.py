@@ -29,9 +29,9 @@ _SECONDS: Final = 15.0
 """After which the probe takes no further step."""
 _RANKED: Final = 1024
 """Validation sessions of the probe."""
-_BEST_EPOCH: Final = {"every position": 12, "random windows": 60}
+_BEST_EPOCH: Final = {"every position": 12, "random windows": 25}
 """Epochs until the best one, where a training reads every position per epoch (`default` on Amazon Scientific: 5 to 13)
-and where it draws windows (`long` on MovieLens 1M: 60); docs/experiments.md."""
+and where it draws windows (`long` on MovieLens 1M: 20 and more); docs/experiments.md."""
 _TERM_PASSES: Final = 12
 """What tuning the score terms takes after the last epoch, in rankings of the sessions that they are tuned on."""
 _TUNED_ON: Final = 3_000

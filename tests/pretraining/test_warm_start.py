@@ -255,7 +255,7 @@ def test_contradictory_options_are_errors(earlier_run: Path, tmp_path: Path) -> 
     for options, words in [
         ({"start_from": run, "warm_start": run}, "both .start_from. and .warm_start."),
         ({"start_from": run, "trainer": "t4r"}, "native"),
-        ({"freeze": "none"}, "--from RUN"),
+        ({"freeze": "none"}, "start_from"),
         ({"trainer": "keras"}, "native or t4r"),
     ]:
         with pytest.raises(ConfigError, match=words):

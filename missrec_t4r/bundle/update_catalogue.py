@@ -54,7 +54,6 @@ from missrec_t4r.runs.extend import nearest_interests
 from missrec_t4r.schema import (
     FIRST_ITEM_ROW,
     ITEM_ID,
-    RETIRED,
     SCHEMA_FILE,
     SESSION_TRANSFORM_FILE,
     TRAIN_COUNT,
@@ -139,7 +138,7 @@ def _update(folder: Path, table: pa.Table, modalities: Mapping[str, Path | Float
             "without_vectors": 0,
             "changed": 0,
             "unchanged": unchanged,
-            "retired": int(_retired(old.catalogue).sum()),
+            "retired": int(old.catalogue.retired.sum()),
             "largest_difference": 0.0,
             "seconds": round(time.monotonic() - started, 2),
         }
@@ -178,7 +177,7 @@ def _update(folder: Path, table: pa.Table, modalities: Mapping[str, Path | Float
         "without_vectors": without_vectors,
         "changed": len(rows) - added,
         "unchanged": unchanged,
-        "retired": int(_retired(extended).sum()),
+        "retired": int(extended.retired.sum()),
         "largest_difference": largest,
         "seconds": round(time.monotonic() - started, 2),
     }
@@ -450,12 +449,6 @@ def _scores(bundle: LoadedBundle, sessions: torch.Tensor) -> torch.Tensor:
         return model.score(vectors, model.candidates(), sessions)
     scores = model.terms(bundle.tables.table.scan(vectors), sessions)
     return scores.index_fill_(1, model.excluded, -torch.inf)
-
-
-def _retired(catalogue: Catalogue) -> Bools:
-    if RETIRED not in catalogue.items.column_names:
-        return np.zeros(catalogue.n_items, bool)
-    return np.asarray(catalogue.items[RETIRED].fill_null(False).to_numpy(), bool)
 
 
 def _swap(new: Path, folder: Path) -> None:

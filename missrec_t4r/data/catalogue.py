@@ -26,7 +26,7 @@ from missrec_t4r.errors import DataError, ModalityError
 from missrec_t4r.io.atomic import read_consistently, replace_dir
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.io.npy_files import read_npy
-from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, NULL_ROW, ROW, TRAIN_COUNT, UNKNOWN_ROW
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, NULL_ROW, RETIRED, ROW, TRAIN_COUNT, UNKNOWN_ROW
 
 FORMAT_VERSION = 1
 ITEMS_FILE = "items.parquet"
@@ -132,6 +132,14 @@ class Catalogue:
         counts = np.zeros(self.n_rows, np.int64)
         counts[FIRST_ITEM_ROW:] = self.items[TRAIN_COUNT].to_numpy()
         return counts
+
+    @cached_property
+    def retired(self) -> Bools:
+        """Rows that are not recommended any more, [row]: those of the column ``retired``, if the item table has it."""
+        rows = np.zeros(self.n_rows, bool)
+        if RETIRED in self.items.column_names:
+            rows[FIRST_ITEM_ROW:] = self.items[RETIRED].fill_null(False).to_numpy()
+        return rows
 
     @property
     def id_type(self) -> str:

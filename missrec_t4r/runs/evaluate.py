@@ -9,8 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from missrec_t4r.arrays import Bools, Ints
 from missrec_t4r.data.catalogue import Catalogue
@@ -297,11 +302,11 @@ def rank_system(
     top_k: int,
     description: str,
 ) -> Ranking:
-    """Rank with a system, in one pass per distinct scorer over the protocols that use it."""
+    """Rank with a system, in one pass per distinct scorer over the protocols that use it; without retired items."""
     per_protocol = dict(system) if isinstance(system, Mapping) else dict.fromkeys(protocols_of(system), system)
     passes = [
         rank_catalogue(
-            scorer,
+            _WithoutRetired(scorer, torch.from_numpy(np.flatnonzero(catalogue.retired))),
             histories,
             targets,
             catalogue.n_rows,
@@ -316,6 +321,23 @@ def rank_system(
         {protocol: rows for result in passes for protocol, rows in result.recommended.items()},
         max(result.n_unrecommendable for result in passes),
     )
+
+
+@dataclass(frozen=True)
+class _WithoutRetired:
+    """A scorer that does not recommend retired items, as no served model does."""
+
+    scorer: Scorer
+    retired: Tensor
+    """Catalogue rows."""
+
+    @property
+    def protocols(self) -> Sequence[str]:
+        return protocols_of(self.scorer)
+
+    def __call__(self, histories: Sessions) -> Tensor:
+        scores = self.scorer(histories)
+        return scores.index_fill(1, self.retired.to(scores.device), -torch.inf) if len(self.retired) else scores
 
 
 def _under(protocol: str, rankings: Mapping[str, Ranking]) -> dict[str, Ints]:

@@ -19,7 +19,6 @@ from missrec_t4r.io.tensor_file import advise_random_access
 from missrec_t4r.model.interests import InterestVocabulary
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.runs.run_folder import added_later, load_strictly
-from missrec_t4r.schema import FIRST_ITEM_ROW, RETIRED
 
 _LARGE = 1 << 24
 """Elements (64 MiB of float32) from which a tensor stays memory-mapped instead of being copied."""
@@ -133,9 +132,7 @@ def mark_rows(model: MISSRec, catalogue: Catalogue, n_trained: int) -> None:
         model.item_encoder.trained_ids[n_trained:] = False
     mask = model.item_encoder.masks(dropout=False).mask
     recommendable[n_trained:] &= mask.any(0)[n_trained:]  # a new item without any modality cannot be scored
-    if RETIRED in catalogue.items.column_names:
-        retired = catalogue.items[RETIRED].fill_null(False).to_numpy()
-        recommendable[FIRST_ITEM_ROW:] &= torch.from_numpy(~retired.astype(bool))
+    recommendable &= torch.from_numpy(~catalogue.retired)
     model.excluded = torch.nonzero(~recommendable).flatten()
 
 

@@ -217,3 +217,12 @@ def test_a_protocol_without_a_system_is_empty(catalogue: Catalogue) -> None:
     shown = spoken(report | {"split": "test"})
     assert "alone" in shown
     assert "kept, strict" not in shown
+
+
+def test_a_baseline_recommends_no_retired_item(catalogue: Catalogue) -> None:
+    retired = pa.array([row == 3 for row in range(3, catalogue.n_rows)])
+    catalogue = Catalogue(catalogue.items.append_column("retired", retired), catalogue.modalities)
+    sessions = Sessions.from_lists([[4, 5, 3], [5, 6, 4]])
+    report = evaluate_sessions({"popularity": Popularity.fit(catalogue)}, sessions, catalogue)
+    assert report["counts"]["targets_unrecommendable"] == {"popularity": 1}  # the retired target, as for a model
+    assert report["protocols"][KEPT_STRICT]["popularity"]["recall@10"] == 0.5

@@ -20,8 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from missrec_t4r import commands
 from missrec_t4r.bundle.id_encoder import RawId
+from missrec_t4r.commands import function_of
 from missrec_t4r.config.recipe import AUTO
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.data.sessions import Sessions
@@ -101,7 +101,7 @@ def demo(
     inputs = find_inputs(data) if data else _generated(out / "raw", users, items, console, seconds)
     folder, run = out / "data", out / "run"
     with _step("etl", "raw tables to sessions and catalogue", console, seconds):
-        report = commands.etl(
+        report = function_of("etl")(
             [inputs.interactions],
             inputs.items,
             folder,
@@ -110,7 +110,7 @@ def demo(
         )
     if inputs.text_columns or inputs.image_column:
         with _step("features", "texts and pictures to vectors", console, seconds):
-            commands.features(
+            function_of("features")(
                 folder,
                 text_columns=inputs.text_columns,
                 image_column=inputs.image_column,
@@ -119,14 +119,14 @@ def demo(
     chosen = recipe or AUTO
     with _step("train", f"recipe {chosen}", console, seconds):
         shorter = None if data or recipe else {"train.epochs": _SHOP_EPOCHS}
-        trained = commands.train(folder, run, recipe=chosen, settings=shorter)
+        trained = function_of("train")(folder, run, recipe=chosen, settings=shorter)
         if trained["stopped_by"] == "interrupt":
             raise KeyboardInterrupt
     with _step("evaluate", "the whole catalogue ranked for every test session", console, seconds):
-        metrics = commands.evaluate(run)
-    console.print(commands.metrics_table(metrics))
+        metrics = function_of("evaluate")(run)
+    console.print(function_of("metrics_table")(metrics))
     with _step("export", "bundle and Triton model repository", console, seconds):
-        commands.export(run, out / "bundle", triton=out / "model_repository")
+        function_of("export")(run, out / "bundle", triton=out / "model_repository")
     with _step("serve", f"embedded Triton, {_COMPARED_SESSIONS} sessions compared", console, seconds):
         served = _serve(load_run(run), out / "model_repository", out / "triton.log")
     _show(served["recommendations"], console)
@@ -166,7 +166,7 @@ def find_inputs(folder: Path) -> Inputs:
 
 def _generated(folder: Path, users: int, items: int, console: Console, seconds: dict[str, float]) -> Inputs:
     with _step("generate", "a shop with texts and images", console, seconds):
-        commands.generate(folder, users=users, items=items)
+        function_of("generate")(folder, users=users, items=items)
     return Inputs(
         "generated shop",
         folder / "interactions.parquet",

@@ -28,7 +28,7 @@ from missrec_t4r.model.event_features import EventFeatures, EventValues
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.interests import InterestTokens, InterestVocabulary
 from missrec_t4r.model.item_encoder import CandidateEmbeddings, ItemEmbeddings, ItemEncoder
-from missrec_t4r.model.score_terms import ScoreTerms, refresh_terms
+from missrec_t4r.model.score_terms import ScoreTerms
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
 
 
@@ -93,7 +93,6 @@ class MISSRec(nn.Module):
         no_class[PADDING_ROW] = not config.padding_candidate
         self.register_buffer("untrained", torch.nonzero(no_class).flatten(), persistent=False)
         self.register_load_state_dict_pre_hook(rename_weights)  # type: ignore[no-untyped-call]  # torch has no types here
-        self.register_load_state_dict_post_hook(refresh_terms)  # type: ignore[no-untyped-call]  # torch has no types here
 
     @property
     def event_columns(self) -> tuple[EventColumn, ...]:

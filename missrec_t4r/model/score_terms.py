@@ -24,6 +24,10 @@ class ScoreTerm(nn.Module):
     in_training = False
     """Whether the training softmax has the term as well; such a term needs `add_to_rows`."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]  # torch has no types here
+
     @property
     def active(self) -> bool:
         """Whether the term can change a score."""
@@ -84,6 +88,6 @@ class ScoreTerms(nn.ModuleDict):
             term.refresh()
 
 
-def refresh_terms(model: Any, _: Any) -> None:
+def _refresh(term: Any, _: Any) -> None:
     """Hook after `torch.nn.Module.load_state_dict`."""
-    model.terms.refresh()
+    term.refresh()

@@ -74,7 +74,6 @@ class ContentKNNTerm(ScoreTerm):
         self.register_buffer("pointers", torch.zeros(n_rows + 1, dtype=torch.int64), persistent=False)
         self.register_buffer("candidates", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("strengths", torch.zeros(0), persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module._loaded())  # type: ignore[no-untyped-call]  # torch has no types here
 
     @torch.no_grad()
     def fit(self, vectors: Mapping[str, Tensor], presence: Tensor) -> None:
@@ -129,7 +128,8 @@ class ContentKNNTerm(ScoreTerm):
         """The settings in use."""
         return ContentKNNSettings(*self.settings.tolist())
 
-    def _loaded(self) -> None:
+    def refresh(self) -> None:
+        """Read again whether the term is on, and which items are alike."""
         self._is_on = self.chosen.weight != 0
         self.index()
 

@@ -65,7 +65,6 @@ class ItemKNNTerm(ScoreTerm):
         self.register_buffer("strengths", torch.zeros(n_rows, n_neighbours))
         self.register_buffer("frequency", torch.zeros(n_rows))
         self.register_buffer("settings", torch.tensor([0.0, 1.0, 0.0]))
-        self.register_load_state_dict_post_hook(lambda module, _: module._read())  # type: ignore[no-untyped-call]  # torch has no types here
 
     @torch.no_grad()
     def fit(self, sessions: Sessions, window: int, *, directed: bool = False) -> None:
@@ -103,7 +102,7 @@ class ItemKNNTerm(ScoreTerm):
     def choose(self, settings: ItemKNNSettings) -> None:
         """Use these settings from now on; what each neighbour adds is computed here, once."""
         self.settings.copy_(torch.tensor(settings))
-        self._read()
+        self.refresh()
         shrunk = self.frequency + SHRINKAGE  # [row]
         discount = shrunk.unsqueeze(1) * shrunk[self.neighbours.long()]  # [row, neighbour]
         self.strengths.copy_(settings.weight * self.counts / discount**settings.power)
@@ -135,5 +134,6 @@ class ItemKNNTerm(ScoreTerm):
             added.addcmul_(added, inside / F.embedding(item_ids, self.counts).flatten(1).clamp_min_(1), value=-1)
         return term.scatter_add_(1, near, added)  # added and near: [batch, seq * neighbour]
 
-    def _read(self) -> None:
+    def refresh(self) -> None:
+        """Read again whether the term is on."""
         self._is_on = self.chosen.weight != 0

@@ -1,6 +1,7 @@
 """Two checkouts of this package, alternating on one machine: processor time of the ranker, latency of the server.
 
     python -m benchmarks.speed.alternate --before ../earlier --bundle bundle/
+    python -m benchmarks.speed.alternate --before ../earlier --bundle long/ --length 20 165 --ranker-only --name deep
 
 Both rank the same sessions of random items, from the same bundle; results are compared. On a busy machine only the
 ratios of one run count, and of them those of the processor time.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -24,45 +26,41 @@ import numpy as np
 
 _SIZES = (1, 16, 64)
 """Sessions per request."""
-_LENGTH, _REQUESTS, _WARM = 10, 10, 3
+_REQUESTS, _WARM = 10, 3
 _ROOT = Path(__file__).parents[2]
 _OUTPUTS = ("item_id", "score", "n_items")
 
 
-def requests_of(vocabulary: np.ndarray[Any, Any]) -> dict[int, list[dict[str, Any]]]:
-    """Return requests by size, the same in every process."""
-    rng = np.random.default_rng(0)
-    return {
-        size: [
-            {
-                "item_ids": rng.choice(vocabulary, (size, _LENGTH)),
-                "length": np.full((size, 1), _LENGTH, np.int32),
-            }
-            for _ in range(_REQUESTS)
-        ]
-        for size in _SIZES
-    }
+def requests_of(vocabulary: np.ndarray[Any, Any], size: int, length: int) -> list[dict[str, Any]]:
+    """Return requests of ``size`` sessions with ``length`` items each, the same in every process."""
+    rng = np.random.default_rng((size, length))
+    return [
+        {"item_ids": rng.choice(vocabulary, (size, length)), "length": np.full((size, 1), length, np.int32)}
+        for _ in range(_REQUESTS)
+    ]
 
 
 def work(bundle: Path) -> None:
-    """Answer lines of size and number of a request with the processor time in ms and a checksum, until the end."""
+    """Answer lines of sessions, items and number of a request with its time in ms and its lists, until the end."""
     from missrec_t4r.serving.triton.backend import RankerBackend, SessionsBackend
 
     sessions, ranker = SessionsBackend(bundle), RankerBackend(bundle, threads=1)
-    requests = requests_of(sessions.transform.wire_ids)
-    rows = {size: [_valid(sessions.infer([one])) for one in of] for size, of in requests.items()}
+    rows: dict[tuple[int, int], list[Any]] = {}
     for line in sys.stdin:
-        size, number = map(int, line.split())
+        size, length, number = map(int, line.split())
+        if (size, length) not in rows:
+            requests = requests_of(sessions.transform.wire_ids, size, length)
+            rows[size, length] = [_valid(sessions.infer([one])) for one in requests]
         started = time.process_time_ns()
-        responses = ranker.infer([rows[size][number]])
+        responses = ranker.infer([rows[size, length][number]])
         spent = (time.process_time_ns() - started) / 1e6
         answer = _valid(responses)
         lists = {"items": answer["item_id"].astype(str).tolist(), "scores": answer["score"].tolist()}
         print(json.dumps({"ms": spent, **lists}), flush=True)
 
 
-def processor_time(checkouts: Sequence[Path], bundle: Path, rounds: int) -> dict[str, Any]:
-    """Return the processor time of one request, before and after, by size."""
+def processor_time(checkouts: Sequence[Path], bundle: Path, lengths: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Return the processor time of one request, before and after, by sessions and items per session."""
     command = [sys.executable, __file__, "--worker", "--bundle", str(bundle)]
     workers = [
         subprocess.Popen(command, env=_environment(one), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -70,32 +68,35 @@ def processor_time(checkouts: Sequence[Path], bundle: Path, rounds: int) -> dict
     ]
     found: dict[str, Any] = {}
     try:
-        for size in _SIZES:
+        for length, size in itertools.product(lengths, _SIZES):
             times: list[list[float]] = [[], []]
             differing, apart = 0, 0.0
             for turn in range(-_WARM, rounds):
-                pair = [_asked(worker, f"{size} {turn % _REQUESTS}") for worker in workers]
+                pair = [_asked(worker, f"{size} {length} {turn % _REQUESTS}") for worker in workers]
                 if turn >= 0:
                     for of, answer in zip(times, pair, strict=True):
                         of.append(answer["ms"])
                     differing += sum(a != b for a, b in zip(*(one["items"] for one in pair), strict=True))
                     apart = max(apart, float(np.abs(np.subtract(*(one["scores"] for one in pair))).max()))
-            found[str(size)] = _compared(times) | {"lists_that_differ": differing, "largest_score_difference": apart}
+            found[f"{size} x {length}"] = _compared(times) | {
+                "lists_that_differ": differing,
+                "largest_score_difference": apart,
+            }
     finally:
         for worker in workers:
             worker.kill()
     return found
 
 
-def latency(checkouts: Sequence[Path], bundle: Path, rounds: int) -> dict[str, Any]:
-    """Return the latency of one request through two servers that run at the same time, before and after, by size."""
+def latency(checkouts: Sequence[Path], bundle: Path, lengths: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Return the latency of one request through two servers that run at the same time, as `processor_time` does."""
     from missrec_t4r.bundle.item_table import load_session_transform
     from missrec_t4r.serving.client.transports import open_transport
     from missrec_t4r.serving.triton.local_server import LocalTriton
     from missrec_t4r.serving.triton.repository import write_repository
 
     found: dict[str, Any] = {}
-    requests = requests_of(load_session_transform(bundle).wire_ids)
+    vocabulary = load_session_transform(bundle).wire_ids
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         write_repository(bundle, Path(folder) / "models", threads=1)
         transports = []
@@ -104,15 +105,16 @@ def latency(checkouts: Sequence[Path], bundle: Path, rounds: int) -> dict[str, A
                 server = stack.enter_context(LocalTriton(Path(folder) / "models"))
             transports.append(open_transport(server.grpc_url, "grpc", 60.0))
             stack.callback(transports[-1].close)
-        for size in _SIZES:
+        for length, size in itertools.product(lengths, _SIZES):
+            requests = requests_of(vocabulary, size, length)
             times: list[list[float]] = [[], []]
             for turn in range(-_WARM, rounds):
                 for of, transport in zip(times, transports, strict=True):
                     started = time.perf_counter()
-                    transport.infer("missrec", requests[size][turn % _REQUESTS], _OUTPUTS)
+                    transport.infer("missrec", requests[turn % _REQUESTS], _OUTPUTS)
                     if turn >= 0:
                         of.append((time.perf_counter() - started) * 1e3)
-            found[str(size)] = _compared(times)
+            found[f"{size} x {length}"] = _compared(times)
     return found
 
 
@@ -167,6 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="checkout of the earlier version; this one is the later")
     parser.add_argument("--bundle", type=Path, required=True, nargs="+", help="both versions must be able to load them")
+    parser.add_argument("--length", type=int, nargs="+", default=[10], help="items per session")
+    parser.add_argument(
+        "--ranker-only", action="store_true", help="without servers, whose latency needs a quiet machine"
+    )
+    parser.add_argument("--name", default="serving-before-after", help="of the result file")
     parser.add_argument("--rounds", type=int, default=60, help="requests of each size to each version")
     parser.add_argument("--worker", action="store_true", help="used by this script itself")
     chosen = parser.parse_args(arguments)
@@ -180,11 +187,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     found: dict[str, Any] = {"before": before}
     for bundle in chosen.bundle:
-        found[bundle.name] = {
-            "ranker_processor_time": processor_time(checkouts, bundle, chosen.rounds),
-            "served_latency": latency(checkouts, bundle, chosen.rounds),
-        }
-    report("serving-before-after", found)
+        measured = checkouts, bundle, chosen.length, chosen.rounds
+        found[bundle.name] = {"ranker_processor_time": processor_time(*measured)}
+        if not chosen.ranker_only:
+            found[bundle.name]["served_latency"] = latency(*measured)
+    report(chosen.name, found)
     return 0
 
 

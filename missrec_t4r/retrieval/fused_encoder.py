@@ -2,9 +2,10 @@
 
 The same vectors as `MISSRec.encode` up to rounding, compared on sessions of several shapes before it is used. An item's
 modalities and ID are summed once per catalogue version; the first attention layer sees interests alone, so that its
-scores and outputs are looked up, or with many interests their projections; a session's distinct interests are found on
-the host; the key bias is dropped, since a number added to all keys cancels in the softmax, and the value bias is added
-to that of the output.
+scores and outputs are looked up, or where a session has many interests their projections; a session's distinct
+interests are found on the host. The decoder's layers are computed at all items of the sessions, without padding, and
+the last one at the last item alone: there the key bias is dropped, since a number added to all keys cancels in the
+softmax, and the value bias is added to that of the output.
 """
 
 from __future__ import annotations
@@ -18,21 +19,25 @@ from torch.nn import functional as F
 
 from missrec_t4r.arrays import Bools, Ints
 from missrec_t4r.model.attention import DecoderLayer, EncoderLayer, MultiHeadAttention
-from missrec_t4r.model.fast import use_shortcuts
-from missrec_t4r.model.fast.contextual_encoder import FastContextualEncoder
 from missrec_t4r.model.item_encoder import ItemEmbeddings
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.retrieval.traced_encoder import sample_sessions
 from missrec_t4r.schema import PADDING_ROW
 
-_CHECKED = ((1, 1), (1, 2), (1, 9), (3, 1), (5, 12))
+_CHECKED = ((1, 1), (1, 2), (1, 9), (3, 1), (5, 12), (2, 100))
 """Batch and length of the sessions on which the result is compared with the model's."""
 _TOLERANCE = 1e-5
 _PROJECTIONS_IN_MEMORY = 1 << 26
 """Projections of interests of at most this many numbers (256 MiB) are kept."""
-
 _SCORES_IN_MEMORY = 1 << 24
 """Attention scores between all interests are kept if they are at most this many numbers (64 MiB)."""
+_FEW_INTERESTS = 24
+"""Interests per session up to which these scores are looked up: computing more of them takes less time."""
+_POSITIONS_AT_ONCE = 1 << 12
+"""Positions of a pass, with their padding; of more, sessions of similar length are encoded together."""
+
+_ALWAYS, _NEVER = np.float32(0.0), np.float32(-np.inf)
+"""What is added to the score of a key that may be seen, and of one that may not."""
 
 
 class _Norm(NamedTuple):
@@ -68,50 +73,98 @@ class _LastQuery(NamedTuple):
     blind: Tensor
     norm: _Norm
 
-    def __call__(self, x: Tensor, keys: Tensor, hidden: Tensor | None, blind: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, keys: Tensor, mask: Tensor | None, blind: Tensor | None) -> Tensor:
         """Return norm(x + attention) [batch, dim] for x [batch, dim] and keys [batch, key, dim].
 
-        ``hidden`` [batch, 1, key] is True where a key may not be seen; ``blind`` [batch] where none may.
+        ``mask`` [batch, 1, 1, key] is added to the scores; ``blind`` [batch, 1] is True where no key may be seen.
         """
         heads, (batch, width) = len(self.key), x.shape
         query = torch.addmm(self.query_bias, x, self.query).view(batch, heads, -1).transpose(0, 1)
         towards = torch.bmm(query, self.key).transpose(0, 1)  # [batch, head, dim]
         scores = torch.bmm(towards, keys.transpose(1, 2))  # [batch, head, key]
-        if hidden is not None:
-            scores = scores.masked_fill_(hidden, -torch.inf)
+        if mask is not None:
+            scores += mask.squeeze(1)
         mixed = torch.bmm(scores.softmax(-1), keys).transpose(0, 1)  # [head, batch, dim]
         value = torch.bmm(mixed, self.value).transpose(0, 1).reshape(batch, width)
         attended = torch.addmm(self.output_bias, value, self.output)
         if blind is not None:
-            attended = torch.where(blind.unsqueeze(1), self.blind, attended)
+            attended = torch.where(blind, self.blind, attended)
         return self.norm(x + attended)
 
 
-class _EncoderLayer(NamedTuple):
+class _Layout(NamedTuple):
+    """Where the real tokens of a batch stand among the padding, which is left out of all work on single tokens."""
+
+    batch: int
+    width: int
+    real: Tensor | None
+    """[token]: places of the real ones among [batch * width]; None where all are."""
+
+    def take(self, padded: Tensor) -> Tensor:
+        """Return the real ones, [token, ...], of [batch * width, ...]."""
+        return padded if self.real is None else padded.index_select(0, self.real)
+
+    def pad(self, tokens: Tensor) -> Tensor:
+        """Return [batch, width, dim] with the tokens [token, dim] at their places and zeros between them."""
+        if self.real is not None:
+            padded = tokens.new_zeros(self.batch * self.width, tokens.shape[1])
+            tokens = padded.index_copy_(0, self.real, tokens)
+        return tokens.view(self.batch, self.width, -1)
+
+
+class _Attention(NamedTuple):
+    """Attention of all tokens; a ``mask`` [batch, 1, query or 1, key] is added to the scores."""
+
     project: Tensor
+    """[dim, 3 * dim]: queries, keys and values side by side."""
     project_bias: Tensor
     output: Tensor
     output_bias: Tensor
     n_head: int
     norm: _Norm
+
+    def to_each_other(
+        self, x: Tensor, at: _Layout, mask: Tensor | None, projected: Tensor | None = None, *, causal: bool = False
+    ) -> Tensor:
+        """Return norm(x + attention) [token, dim]; ``causal`` hides what stands behind a token.
+
+        ``projected`` [batch, width, 3 * dim] are the projections of ``x`` where they are at hand.
+        """
+        if projected is None:
+            projected = at.pad(torch.addmm(self.project_bias, x, self.project))
+        attended = F.scaled_dot_product_attention(*self._heads(projected, 3), attn_mask=mask, is_causal=causal)
+        return self._added(x, at.take(_joined(attended)))
+
+    def to_memory(
+        self, x: Tensor, at: _Layout, memory: Tensor, slots: _Layout, mask: Tensor | None, blind: Tensor | None
+    ) -> Tensor:
+        """Return norm(x + attention) [token, dim] to the memory [interest, dim]; ``blind`` [token, 1] see nothing."""
+        dim = x.shape[1]
+        query = at.pad(torch.addmm(self.project_bias[:dim], x, self.project[:, :dim]))
+        pair = slots.pad(torch.addmm(self.project_bias[dim:], memory, self.project[:, dim:]))
+        attended = F.scaled_dot_product_attention(*self._heads(query, 1), *self._heads(pair, 2), attn_mask=mask)
+        values = at.take(_joined(attended))
+        return self._added(x, values if blind is None else values.masked_fill(blind, 0.0))
+
+    def _heads(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """Return the parts of [batch, width, parts * dim], each as [batch, head, width, dim / head]."""
+        return projected.unflatten(2, (parts, self.n_head, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+    def _added(self, x: Tensor, values: Tensor) -> Tensor:
+        return self.norm(x + torch.addmm(self.output_bias, values, self.output))
+
+
+class _EncoderLayer(NamedTuple):
+    attention: _Attention
     feedforward: _FeedForward
 
-    def attend(self, x: Tensor, projected: Tensor, visible: Tensor | None, real: Tensor | None) -> Tensor:
-        """Return x + attention [token, dim] for the real tokens x.
 
-        ``projected`` [batch, token, 3 * dim] holds all, the filling too; ``visible`` [batch, query, key] is True where
-        a key may be seen; ``real`` [token] is where the real ones stand among all, None where all are.
-        """
-        batch, n_tokens, _ = projected.shape
-        parts = projected.view(batch, n_tokens, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        mask = None if visible is None else visible.unsqueeze(1)
-        attended = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], attn_mask=mask)
-        attended = _taken(attended.transpose(1, 2).reshape(-1, x.shape[1]), real)
-        return x + torch.addmm(self.output_bias, attended, self.output)
+class _DecoderLayer(NamedTuple):
+    """A layer that is computed at all positions, as every one before the last is."""
 
-    def transform(self, attended: Tensor) -> Tensor:
-        """Return the new tokens [token, dim] from x + attention."""
-        return self.feedforward(self.norm(attended))
+    self_attention: _Attention
+    cross_attention: _Attention
+    feedforward: _FeedForward
 
 
 class _InterestAttention(NamedTuple):
@@ -123,26 +176,29 @@ class _InterestAttention(NamedTuple):
     """[interest, head * dim]: value times its rows of the output matrix."""
     tokens: Tensor
     """[interest, dim]: centroid plus output bias."""
+    norm: _Norm
 
     @classmethod
-    def of(cls, layer: _EncoderLayer, centroids: Tensor, projections: Tensor) -> _InterestAttention:
-        """Look up what ``layer`` computes for ``centroids`` [interest, dim]."""
+    def of(cls, attention: _Attention, centroids: Tensor, projections: Tensor) -> _InterestAttention:
+        """Look up what ``attention`` computes for ``centroids`` [interest, dim]."""
         n, dim = centroids.shape
-        query, key, value = projections.view(n, 3, layer.n_head, -1).unbind(1)  # [interest, head, dim / head]
+        query, key, value = projections.view(n, 3, attention.n_head, -1).unbind(1)  # [interest, head, dim / head]
         scores = torch.einsum("ihd,jhd->ijh", query, key) * query.shape[2] ** -0.5
-        outputs = torch.einsum("ihd,hdo->iho", value, layer.output.view(layer.n_head, -1, dim))
-        return cls(scores.reshape(n * n, -1), outputs.reshape(n, -1), centroids + layer.output_bias)
+        outputs = torch.einsum("ihd,hdo->iho", value, attention.output.view(attention.n_head, -1, dim))
+        tokens = centroids + attention.output_bias
+        return cls(scores.reshape(n * n, -1), outputs.reshape(n, -1), tokens, attention.norm)
 
-    def __call__(self, rows: Tensor, flat: Tensor, visible: Tensor | None, real: Tensor | None) -> Tensor:
-        """Return x + attention [token, dim] for interests ``rows`` [batch, interest], of which ``flat`` are real."""
-        batch, width = rows.shape
+    def __call__(self, rows: Tensor, flat: Tensor, slots: _Layout, mask: Tensor | None) -> Tensor:
+        """Return norm(x + attention) [token, dim] for interests ``rows`` [batch, slot], of which ``flat`` are real."""
         pairs = (rows * len(self.tokens)).unsqueeze(2) + rows.unsqueeze(1)
         scores = F.embedding(pairs, self.scores)  # [batch, query, key, head]
-        if visible is not None:
-            scores = scores.masked_fill_(~visible.unsqueeze(3), -torch.inf)
-        outputs = F.embedding(rows, self.outputs).view(batch, -1, self.tokens.shape[1])  # [batch, key * head, dim]
-        attended = torch.bmm(scores.softmax(2).view(batch, width, -1), outputs)
-        return F.embedding(flat, self.tokens).add_(_taken(attended.flatten(0, 1), real))
+        if mask is not None:
+            scores += mask.view(*mask.shape[0::2], -1, 1)
+        outputs = F.embedding(rows, self.outputs).view(
+            slots.batch, -1, self.tokens.shape[1]
+        )  # [batch, key * head, dim]
+        attended = torch.bmm(scores.softmax(2).flatten(2), outputs)
+        return self.norm(F.embedding(flat, self.tokens).add_(slots.take(attended.flatten(0, 1))))
 
 
 class FusedEncoder:
@@ -166,17 +222,17 @@ class FusedEncoder:
         self._positions = decoder.positions.weight.detach().clone()
         self._assignment = interests.assignment.T.cpu().numpy().copy()
         self._centroids = interests.centroids.detach().clone()
-        self._projections = (
-            cast(FastContextualEncoder, use_shortcuts(model.encoder)).project(interests.centroids).detach()
-        )
         self._encoder = [_encoder_layer(cast(EncoderLayer, layer)) for layer in model.encoder.layers]
-        self._first: _InterestAttention | None = None
-        if len(self._centroids) ** 2 * self._encoder[0].n_head <= _SCORES_IN_MEMORY:
-            self._first = _InterestAttention.of(self._encoder[0], self._centroids, self._projections)
+        first = self._encoder[0].attention
+        self._projections = torch.addmm(first.project_bias, self._centroids, first.project)
+        self._few: _InterestAttention | None = None
+        if len(self._centroids) ** 2 * first.n_head <= _SCORES_IN_MEMORY:
+            self._few = _InterestAttention.of(first, self._centroids, self._projections)
         self._encoder_norm, self._norm_input, self._norm = map(
             _norm, (model.encoder.norm, decoder.norm_input, decoder.norm)
         )
-        last = cast(DecoderLayer, decoder.layers[0])
+        *before, last = (cast(DecoderLayer, layer) for layer in decoder.layers)
+        self._before = [_decoder_layer(layer) for layer in before]
         self._self = _last_query(last.self_attention, last.norm_self)
         self._cross = _last_query(last.cross_attention, last.norm_cross)
         self._feedforward = _feedforward(last.feedforward, last.norm_feedforward)
@@ -184,66 +240,104 @@ class FusedEncoder:
     @torch.inference_mode()
     def __call__(self, known: Ints) -> Tensor:
         """Return [batch, dim] for rows [batch, seq] padded with 0 on the right; zero for a session without items."""
+        lengths = (known > PADDING_ROW).sum(1)
+        if known.size <= _POSITIONS_AT_ONCE or len(known) == 1:
+            return self._encoded(known, lengths)
+        vectors = self._items.new_empty(len(known), self._items.shape[1])
+        order = np.argsort(-lengths, kind="stable")
+        while len(order):
+            widest = max(int(lengths[order[0]]), 1)
+            block, order = np.split(order, [max(_POSITIONS_AT_ONCE // widest, 1)])
+            vectors[block] = self._encoded(known[block, :widest], lengths[block])
+        return vectors
+
+    def _encoded(self, known: Ints, lengths: Ints) -> Tensor:
         batch, n = known.shape
         if not batch:
             return self._items.new_zeros(0, self._items.shape[1])
-        lengths = (known > PADDING_ROW).sum(1)
-        device = self._items.device
-        session = torch.from_numpy(known).to(device)
+        session = self._placed(known)
         x = self._norm_input(F.embedding(session, self._items) + self._positions[:n])
-        at = torch.from_numpy(np.maximum(lengths - 1, 0)).to(device)
-        query = x[0, n - 1 : n] if batch == 1 and lengths[0] == n else x[torch.arange(batch, device=device), at]
-        ragged, empty = int(lengths.min()) < n, lengths == 0
-        hidden = torch.from_numpy(_hidden(lengths, n)).to(device) if ragged else None
-        query = self._self(query, x, hidden, None)
-        memory, unseen, blind = self._memory(known)
-        query = self._feedforward(self._cross(query, memory, unseen, blind))
-        vectors = F.normalize(self._norm(query), dim=-1)
-        return vectors * torch.from_numpy(~empty).to(device).unsqueeze(1) if empty.any() else vectors
-
-    def _memory(self, known: Ints) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the memory [batch, interest, dim], the mask of its empty slots, and the sessions without interest."""
         chosen, position, counts = self._interests(known)
-        batch, width = chosen.shape
-        mask = np.arange(width) < counts[:, None]
-        visible: Bools | None = None
-        if self._causal:
-            visible = position[:, None, :] <= position[:, :, None]
-            visible = (visible & mask[:, None, :]) | ~mask[:, :, None]  # what is no token may see anything: no NaN
-        elif int(counts.min()) < width:
-            visible = mask[:, None, :] | ~mask[:, :, None]
-        device = self._centroids.device
-        rows, full = torch.from_numpy(chosen).to(device), int(counts.min()) == width
-        seen = None if visible is None else torch.from_numpy(visible).to(device)
-        real = None if full else torch.from_numpy(np.flatnonzero(mask)).to(device)
-        flat = _taken(rows.view(-1), real)
-        if self._first is not None:
-            memory = self._first(rows, flat, seen, real)
+        slots = self._layout(counts, chosen.shape[1])
+        memory = self._memory(self._placed(chosen), position, slots, n)
+        at = self._layout(lengths, n)
+        mask = self._padding_mask(lengths, at)
+        if self._before:
+            x = self._at_all_positions(x, at, mask, memory, slots, position)
+        last = self._placed(np.maximum(lengths - 1, 0))
+        query = x[0, n - 1 : n] if batch == 1 and at.real is None else x[torch.arange(batch, device=x.device), last]
+        query = self._self(query, x, mask, None)
+        blind = self._placed(counts == 0).unsqueeze(1) if slots.real is not None and not counts.all() else None
+        query = self._cross(query, slots.pad(memory), self._padding_mask(counts, slots), blind)
+        vectors = F.normalize(self._norm(self._feedforward(query)), dim=-1)
+        return vectors if lengths.all() else vectors * self._placed(lengths > 0).unsqueeze(1)
+
+    def _memory(self, rows: Tensor, position: Ints, slots: _Layout, n: int) -> Tensor:
+        """Return the memory [interest, dim] of interests ``rows`` [batch, slot]."""
+        latest = position if self._causal else np.maximum(position, n - 1)  # of an empty slot n: it may see anything
+        mask = self._mask(position[:, None] > latest[:, :, None])
+        flat, first = slots.take(rows.view(-1)), self._encoder[0]
+        if self._few is not None and slots.width <= _FEW_INTERESTS:
+            attended = self._few(rows, flat, slots, mask)
         else:
             projected = F.embedding(rows, self._projections)
-            memory = self._encoder[0].attend(F.embedding(flat, self._centroids), projected, seen, real)
-        memory = self._encoder[0].transform(memory)
+            attended = first.attention.to_each_other(F.embedding(flat, self._centroids), slots, mask, projected)
+        memory = first.feedforward(attended)
         for layer in self._encoder[1:]:
-            projected = torch.addmm(layer.project_bias, memory, layer.project)
-            projected = _spread(projected, real, batch * width).view(batch, width, -1)
-            memory = layer.transform(layer.attend(memory, projected, seen, real))
-        memory = _spread(self._encoder_norm(memory), real, batch * width).view(batch, width, -1)
-        if full:
-            return memory, None, None
-        blind = counts == 0
-        hidden = torch.from_numpy(_hidden(counts, width)).to(device)
-        return memory, hidden, torch.from_numpy(blind).to(device) if blind.any() else None
+            memory = layer.feedforward(layer.attention.to_each_other(memory, slots, mask))
+        return self._encoder_norm(memory)
+
+    def _at_all_positions(
+        self, x: Tensor, at: _Layout, mask: Tensor | None, memory: Tensor, slots: _Layout, position: Ints
+    ) -> Tensor:
+        """Return the input [batch, seq, dim] of the last layer; ``x`` of the same shape is that of the first."""
+        latest = np.arange(at.width)[None] if self._causal else np.array([[at.width - 1]])
+        sees_none = latest < position.min(1, keepdims=True)  # [batch, seq or 1]
+        memory_mask = self._mask(position[:, None] > np.where(sees_none, at.width, latest)[:, :, None])
+        blind = None
+        if sees_none.any():
+            blind = at.take(self._placed(sees_none).expand(at.batch, at.width).reshape(-1, 1))
+        mask = None if self._causal else mask  # the padding stands behind all items
+        tokens = at.take(x.flatten(0, 1))
+        for layer in self._before:
+            tokens = layer.self_attention.to_each_other(tokens, at, mask, causal=self._causal)
+            tokens = layer.cross_attention.to_memory(tokens, at, memory, slots, memory_mask, blind)
+            tokens = layer.feedforward(tokens)
+        return at.pad(tokens)
+
+    def _layout(self, lengths: Ints, width: int) -> _Layout:
+        whole = int(lengths.min()) == width
+        real = None if whole else self._placed(np.flatnonzero(np.arange(width) < lengths[:, None]))
+        return _Layout(len(lengths), width, real)
+
+    def _padding_mask(self, lengths: Ints, at: _Layout) -> Tensor | None:
+        """Return the mask [batch, 1, 1, width] of what stands behind a session; of an empty one nothing, or NaN."""
+        if at.real is None:
+            return None
+        return self._mask((np.arange(at.width) >= np.where(lengths == 0, at.width, lengths)[:, None])[:, None])
+
+    def _mask(self, hidden: Bools) -> Tensor | None:
+        """Return what is added to scores, [batch, 1, query, key]: -inf where ``hidden`` [batch, query, key] is True."""
+        if not hidden.any():
+            return None
+        return torch.from_numpy(np.where(hidden, _NEVER, _ALWAYS)).to(self._items).unsqueeze(1)
+
+    def _placed(self, array: Ints | Bools) -> Tensor:
+        return torch.from_numpy(array).to(self._items.device)
 
     def _interests(self, known: Ints) -> tuple[Ints, Ints, Ints]:
-        """Return distinct interests [batch, interest], the index of the first item of each, and their count [batch]."""
+        """Return distinct interests [batch, slot], the index of the first item of each, and their count [batch].
+
+        An empty slot has interest 0, and as index the length of ``known``, which is later than every item.
+        """
         shown = self._assignment[known].reshape(len(known), -1)[:, ::-1].tolist()
         ages = [place // self._assignment.shape[1] for place in reversed(range(len(shown[0])))]
         firsts = [dict(zip(line, ages, strict=True)) for line in shown]  # newest first, so that the oldest stays
         for first in firsts:
             first.pop(0, None)
         counts = np.array([len(first) for first in firsts])
-        width = max(int(counts.max()), 1)
-        chosen, position = np.zeros((len(known), width), np.int64), np.zeros((len(known), width), np.int64)
+        shape = len(known), max(int(counts.max()), 1)
+        chosen, position = np.zeros(shape, np.int64), np.full(shape, known.shape[1])
         for line, first in enumerate(firsts):
             chosen[line, : len(first)], position[line, : len(first)] = list(first), list(first.values())
         return chosen, position, counts
@@ -262,7 +356,6 @@ def can_be_fused(model: MISSRec) -> bool:
     return (
         model.event_features is None
         and model.decoder.sequence_fusion == "add"
-        and len(model.decoder.layers) == 1
         and len(model.encoder.layers) > 0
         and 3 * model.interests.centroids.numel() <= _PROJECTIONS_IN_MEMORY
     )
@@ -276,19 +369,9 @@ def _equal(model: MISSRec, tokens: ItemEmbeddings, encoder: FusedEncoder, batch:
     return torch.allclose(encoder(session.cpu().numpy()), expected, atol=_TOLERANCE, rtol=0)
 
 
-def _hidden(lengths: Ints, width: int) -> Bools:
-    """Return [batch, 1, width], True behind the end of a session; for an empty one nowhere, which avoids NaN."""
-    return (np.arange(width) >= np.where(lengths == 0, width, lengths)[:, None])[:, None]
-
-
-def _taken(tokens: Tensor, real: Tensor | None) -> Tensor:
-    """Return the real ones of all tokens [total, ...]."""
-    return tokens if real is None else tokens.index_select(0, real)
-
-
-def _spread(tokens: Tensor, real: Tensor | None, total: int) -> Tensor:
-    """Return [total, dim] with the tokens at their indices and zeros between them."""
-    return tokens if real is None else tokens.new_zeros(total, tokens.shape[1]).index_copy_(0, real, tokens)
+def _joined(attended: Tensor) -> Tensor:
+    """Return [batch * query, dim] of [batch, head, query, dim / head]."""
+    return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def _linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
@@ -306,15 +389,21 @@ def _feedforward(block: nn.Module, norm: nn.Module) -> _FeedForward:
     return _FeedForward(*_linear(layers[0]), *_linear(layers[1]), _norm(norm))
 
 
+def _attention(attention: MultiHeadAttention, norm: nn.Module) -> _Attention:
+    weights, biases = zip(*map(_linear, (attention.query, attention.key, attention.value)), strict=True)
+    output, output_bias = _linear(attention.output)
+    return _Attention(torch.cat(weights, 1), torch.cat(biases), output, output_bias, attention.n_head, _norm(norm))
+
+
 def _encoder_layer(layer: EncoderLayer) -> _EncoderLayer:
-    attention = layer.self_attention
-    parts = [_linear(part) for part in (attention.query, attention.key, attention.value)]
-    return _EncoderLayer(
-        torch.cat([weight for weight, _ in parts], 1),
-        torch.cat([bias for _, bias in parts]),
-        *_linear(attention.output),
-        attention.n_head,
-        _norm(layer.norm_attention),
+    attention = _attention(layer.self_attention, layer.norm_attention)
+    return _EncoderLayer(attention, _feedforward(layer.feedforward, layer.norm_feedforward))
+
+
+def _decoder_layer(layer: DecoderLayer) -> _DecoderLayer:
+    return _DecoderLayer(
+        _attention(layer.self_attention, layer.norm_self),
+        _attention(layer.cross_attention, layer.norm_cross),
         _feedforward(layer.feedforward, layer.norm_feedforward),
     )
 

@@ -19,6 +19,9 @@ from tests.serving import shop
         {"attention": "bidirectional", "n_encoder_layers": 2},
         {"missing_modality": "zero_row", "item_ids": False, "attention": "bidirectional"},
         {"interest_ratio": 1.0, "n_head": 1},
+        {"n_decoder_layers": 2},
+        {"n_decoder_layers": 3, "n_encoder_layers": 2, "n_head": 4, "interest_ratio": 1.0},
+        {"n_decoder_layers": 2, "attention": "bidirectional", "item_ids": False, "missing_modality": "zero_row"},
     ],
 )
 def test_it_equals_the_model_on_every_shape(settings: dict[str, object]) -> None:
@@ -41,31 +44,51 @@ def test_it_equals_the_model_on_every_shape(settings: dict[str, object]) -> None
 def test_many_interests_give_the_same_vectors(settings: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores between all pairs are kept for few interests; for many, their projections."""
     model = shop.model_for(shop.catalogue(), **settings)
-    few = fuse_encoder(model, model.item_encoder.catalogue())
+    encoder = fuse_encoder(model, model.item_encoder.catalogue())
+    assert encoder is not None
+    sessions = [[[5, 9, 7]], [[5, 6, 9, 7], [9, 5, 0, 0], [0, 0, 0, 0]]]
+    few = [encoder(np.array(rows)) for rows in sessions]
+    monkeypatch.setattr(module, "_FEW_INTERESTS", 0)
     monkeypatch.setattr(module, "_SCORES_IN_MEMORY", 0)
-    many = fuse_encoder(model, model.item_encoder.catalogue())
-    assert few is not None
-    assert many is not None
-    assert (few._first is None, many._first is None) == (False, True)
-    for rows in ([[5, 9, 7]], [[5, 6, 9, 7], [9, 5, 0, 0], [0, 0, 0, 0]]):
-        expected = model(torch.tensor(rows)).detach() * (torch.tensor(rows) > 0).any(1, keepdim=True)
-        for encoder in (few, many):
-            torch.testing.assert_close(encoder(np.array(rows)), expected, atol=2e-6, rtol=0)
+    without_scores = fuse_encoder(model, model.item_encoder.catalogue())
+    assert without_scores is not None
+    for rows, expected in zip(sessions, few, strict=True):
+        for many in (encoder, without_scores):
+            torch.testing.assert_close(many(np.array(rows)), expected, atol=2e-6, rtol=0)
 
 
-def test_items_without_any_interest_are_answered_by_what_is_left_of_them() -> None:
-    model = shop.model_for(shop.catalogue(), interest_ratio=0.5)
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_sessions_that_do_not_fit_into_one_pass_keep_their_order(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are encoded by length, in passes of so many positions; one session may be longer than that."""
+    model = shop.model_for(shop.catalogue(), n_decoder_layers=2, attention=attention)
+    encoder = fuse_encoder(model, model.item_encoder.catalogue())
+    assert encoder is not None
+    lengths = np.array([2, 8, 0, 1, 5, 8, 0, 3, 4])
+    rows = np.random.default_rng(1).integers(3, shop.N_ITEMS + 3, (len(lengths), shop.MAX_LENGTH))
+    rows[np.arange(shop.MAX_LENGTH) >= lengths[:, None]] = 0
+    together = encoder(rows)
+    for positions in (1, 11, 20):
+        monkeypatch.setattr(module, "_POSITIONS_AT_ONCE", positions)
+        torch.testing.assert_close(encoder(rows), together, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("n_decoder_layers", [1, 2])
+def test_items_without_any_interest_are_answered_by_what_is_left_of_them(n_decoder_layers: int, attention: str) -> None:
+    """The first item of a session may have none where the second has one."""
+    settings = {"interest_ratio": 0.5, "n_decoder_layers": n_decoder_layers, "attention": attention}
+    model = shop.model_for(shop.catalogue(), **settings)
     model.interests.assignment[:, 5:8] = 0
     encoder = fuse_encoder(model, model.item_encoder.catalogue())
     assert encoder is not None
-    for rows in ([[5]], [[5, 6, 7], [9, 5, 0]], [[5, 6, 0], [7, 0, 0]]):
+    for rows in ([[5]], [[5, 6, 9, 7]], [[5, 6, 7], [9, 5, 0]], [[5, 6, 0], [7, 0, 0]]):
         expected = model(torch.tensor(rows)).detach()
         torch.testing.assert_close(encoder(np.array(rows)), expected, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"sequence_fusion": "contextual", "attention": "bidirectional"}, {"n_decoder_layers": 2}]
-)
+@pytest.mark.parametrize("settings", [{"sequence_fusion": "contextual", "attention": "bidirectional"}])
 def test_models_that_it_does_not_know_are_left_to_the_recording(settings: dict[str, object]) -> None:
     model = shop.model_for(shop.catalogue(), **settings)
     assert fuse_encoder(model, model.item_encoder.catalogue()) is None

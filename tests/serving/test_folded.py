@@ -40,6 +40,31 @@ def test_it_equals_the_model_on_every_shape(settings: dict[str, object]) -> None
             torch.testing.assert_close(encoder(rows), expected.detach(), atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_it_equals_the_model_whatever_its_sizes_and_the_sessions_lengths(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few interests and many, one pass and several, empty sessions and full ones."""
+    rng = np.random.default_rng(seed)
+    settings = {
+        "n_decoder_layers": int(rng.integers(1, 4)),
+        "n_encoder_layers": int(rng.integers(1, 3)),
+        "n_head": int(rng.choice([1, 2, 4])),
+        "attention": str(rng.choice(["causal", "bidirectional"])),
+        "interest_ratio": float(rng.choice([0.2, 1.0])),
+        "max_sequence_length": 40,
+    }
+    model = shop.model_for(shop.catalogue(), **settings)
+    encoder = fuse_encoder(model, model.item_encoder.catalogue())
+    assert encoder is not None, settings
+    monkeypatch.setattr(module, "_POSITIONS_AT_ONCE", int(rng.choice([50, 1000])))
+    rows = rng.integers(3, shop.N_ITEMS + 3, (12, 40))
+    lengths = rng.integers(0, 41, 12)
+    rows[np.arange(40) >= lengths[:, None]] = 0
+    expected = model(torch.from_numpy(rows)).detach() * torch.from_numpy(lengths > 0).unsqueeze(1)
+    torch.testing.assert_close(encoder(rows), expected, atol=2e-6, rtol=0, msg=lambda text: f"{settings}: {text}")
+
+
 @pytest.mark.parametrize("settings", [{}, {"attention": "bidirectional", "n_encoder_layers": 2}])
 def test_many_interests_give_the_same_vectors(settings: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores between all pairs are kept for few interests; for many, their projections."""

@@ -132,7 +132,8 @@ class _Attention(NamedTuple):
         """
         if projected is None:
             projected = at.pad(torch.addmm(self.project_bias, x, self.project))
-        attended = F.scaled_dot_product_attention(*self._heads(projected, 3), attn_mask=mask, is_causal=causal)
+        query, key, value = self._heads(projected, 3)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         return self._added(x, at.take(_joined(attended)))
 
     def to_memory(
@@ -140,10 +141,10 @@ class _Attention(NamedTuple):
     ) -> Tensor:
         """Return norm(x + attention) [token, dim] to the memory [interest, dim]; ``blind`` [token, 1] see nothing."""
         dim = x.shape[1]
-        query = at.pad(torch.addmm(self.project_bias[:dim], x, self.project[:, :dim]))
-        pair = slots.pad(torch.addmm(self.project_bias[dim:], memory, self.project[:, dim:]))
-        attended = F.scaled_dot_product_attention(*self._heads(query, 1), *self._heads(pair, 2), attn_mask=mask)
-        values = at.take(_joined(attended))
+        (query,) = self._heads(at.pad(torch.addmm(self.project_bias[:dim], x, self.project[:, :dim])), 1)
+        pairs = slots.pad(torch.addmm(self.project_bias[dim:], memory, self.project[:, dim:]))
+        key, value = self._heads(pairs, 2)
+        values = at.take(_joined(F.scaled_dot_product_attention(query, key, value, attn_mask=mask)))
         return self._added(x, values if blind is None else values.masked_fill(blind, 0.0))
 
     def _heads(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:

@@ -77,22 +77,24 @@ def train(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> No
     plain = small | {"train.batch_size": 512, "train.precision": "fp32", "model.dropout": 0.0}
     with record.step("train/equal"):
         few, losses = sessions.take(np.arange(min(len(sessions), 512))), []
-        for device in ("cpu", DEVICE):
-            trainer = _trainer("paper", plain, catalogue, few, test, work / f"equal-{device[:3]}-{len(losses)}", device)
-            losses.append([trainer._epoch()["loss"] for _ in range(2)])
-        record.equal("train", float(np.max(np.abs(np.divide(*losses) - 1))), LOSSES)
+        for device, graphs in (("cpu", False), (DEVICE, False), (DEVICE, True)):
+            settings = plain | {"train.cuda_graphs": graphs}
+            trainer = _trainer("paper", settings, catalogue, few, test, work / f"equal-{len(losses)}", device)
+            losses.append([trainer._epoch()["loss"] for _ in range(3)])
+        record.equal("train", float(np.max(np.abs(np.divide(losses[1], losses[0]) - 1))), LOSSES)
+        record.equal("train/graphs", float(np.max(np.abs(np.divide(losses[2], losses[1]) - 1))), LOSSES)
     with record.step("train/group"):  # the messages of several processes, in a group of one
         backend = "gloo" if DEVICE == "cpu" else "nccl"
         torch.distributed.init_process_group(backend, init_method=f"file://{work}/group", rank=0, world_size=1)
         try:
             trainer = _trainer("paper", plain, catalogue, few, test, work / "group", DEVICE)
-            grouped = [trainer._epoch()["loss"] for _ in range(2)]
+            grouped = [trainer._epoch()["loss"] for _ in range(3)]
         finally:
             torch.distributed.destroy_process_group()
         record.equal("train/group", float(np.max(np.abs(np.divide(grouped, losses[-1]) - 1))), LOSSES)
     with record.step("train/waits"):
         for recipe, precision in (("paper", "fp32"), ("default", "auto"), ("long", "auto")):
-            settings = plain | {"train.precision": precision}
+            settings = plain | {"train.precision": precision, "train.cuda_graphs": False}  # to record them is to wait
             trainer = _trainer(recipe, settings, catalogue, few, test, work / f"waits-{recipe}", DEVICE)
             record.add(at=["waits", recipe], value=(lines := lines_that_wait(trainer)))
             if lines:
@@ -103,19 +105,25 @@ def train(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> No
         ("default_512", "default", 512),
         ("default_8192", "default", 8192),
     ):
-        with record.step(f"train/{name}"):
-            trainer = _trainer(
-                recipe, small | {"train.batch_size": batch}, catalogue, sessions, test, work / name, DEVICE
-            )
-            record.add(at=["train", name], value=_rate(trainer))
+        for graphs in (True, False):
+            with record.step(f"train/{name}" if graphs else f"without_graphs/{name}"):
+                settings = small | {"train.batch_size": batch, "train.cuda_graphs": graphs}
+                trainer = _trainer(recipe, settings, catalogue, sessions, test, work / f"{name}-{graphs}", DEVICE)
+                record.add(at=["train" if graphs else "without_graphs", name], value=_rate(trainer, 4 if graphs else 1))
+                _note_graphs(record, name, trainer)
     from missrec_t4r.ranking.tune import fit_terms
 
     long: dict[str, Any] = {"model.n_decoder_layers": 2, "model.max_sequence_length": 200, "model.d_model": 256}
     long |= {"model.d_feedforward": 512} | ({"model.max_sequence_length": 10} | small if small else {})
     catalogue, sessions = _movielens(sizes.users, 60 if sizes is TINY else 3_416)
+    with record.step("without_graphs/ml1m_200"):
+        without = long | {"train.cuda_graphs": False}
+        trainer = _trainer("long", without, catalogue, sessions, sessions, work / "long-without", DEVICE)
+        record.add(at=["without_graphs", "ml1m_200"], value=_rate(trainer, 0))
     trainer = _trainer("long", long, catalogue, sessions, sessions, work / "long", DEVICE)
     with record.step("train/ml1m_200"):
-        record.add(at=["train", "ml1m_200"], value=_rate(trainer))
+        record.add(at=["train", "ml1m_200"], value=_rate(trainer, 1))
+        _note_graphs(record, "ml1m_200", trainer)
     with record.step("train/terms_ml1m_s"):
         _wait()
         started = time.perf_counter()
@@ -163,9 +171,18 @@ def _watch(mode: str) -> None:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def _rate(trainer: Any) -> float:
-    """Return targets per second of a whole epoch, after one to warm up."""
-    trainer._epoch()
+def _note_graphs(record: Record, name: str, trainer: Any) -> None:
+    """Note how many CUDA graphs a training has recorded; fail where it gave up recording."""
+    if trainer.graphed is not None:
+        record.add(at=["graphs", name], value=len(trainer.graphed.graphs))
+        if trainer.graphed.obstacle:
+            raise RuntimeError(f"training steps were not recorded as CUDA graphs: {trainer.graphed.obstacle}")
+
+
+def _rate(trainer: Any, before: int) -> float:
+    """Return targets per second of a whole epoch, after some others: in them graphs are recorded."""
+    for _ in range(before):
+        trainer._epoch()
     _wait()
     record = trainer._epoch()
     _wait()
@@ -437,6 +454,8 @@ def _table_of(result: dict[str, Any]) -> str:
     lines = [f"{result['card'] or 'no GPU: figures of the CPU'}, driver {result['driver']}, RAPIDS {result['rapids']}"]
     for part in ALL:
         lines += [f"{part:>6}  {name:<18} {value:>14,}" for name, value in result.get(part, {}).items()]
+    plain = result.get("without_graphs", {})
+    lines += [f" train  {name + ', no graphs':<22} {value:>10,}" for name, value in plain.items()]
     lines += [f"differs by {difference:.3g}: {name}" for name, difference in result["compared"].items()]
     return "\n".join([*lines, *(f"failed: {one}" for one in result["failed"])])
 

@@ -75,6 +75,10 @@ class TrainConfig:
     instructions for it, CPUs included, up to 1.7 times as fast; ``fp16`` needs a GPU."""
     compile: bool = False
     """Compile encoder and decoder with ``torch.compile``; needs a C++ compiler, pays off in long runs."""
+    cuda_graphs: bool = True
+    """On a GPU, record training steps as CUDA graphs, which saves the time of launching their kernels: batches are
+    padded to a few shapes, every recorded step is compared with one that is not, and where one differs or none can be
+    recorded the log says so and training goes on without. Nothing on a CPU."""
     schedule: Schedule = "constant"
     """Learning rate after the warm-up: ``constant`` (paper), or a ``cosine`` down to zero at the last of ``epochs``."""
     clip_norm: float = 0.0

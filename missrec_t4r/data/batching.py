@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from missrec_t4r.arrays import Ints
 from missrec_t4r.config import MISSRecConfig, TrainConfig
@@ -38,6 +39,8 @@ class TrainingBatch(NamedTuple):
     for to find them."""
     n_interests: int | None = None
     """Slots of the batch's interests where they were counted before (`InterestVocabulary.width`)."""
+    slots: Tensor | None = None
+    """0-dim, int64: slots that the ``faithful`` regulariser counts, where another number of them is encoded."""
 
     def to(self, device: torch.device | str) -> TrainingBatch:
         """Return the batch on a device; a GPU copies it while the host goes on."""
@@ -53,6 +56,29 @@ class TrainingBatch(NamedTuple):
             targets=move(self.targets),
             event_features=_map(self.event_features, move),
             positions=None if self.positions is None else move(self.positions),
+            slots=None if self.slots is None else move(self.slots),
+        )
+
+    def padded(self, sessions: int, length: int, positions: int) -> TrainingBatch:
+        """Return the batch with empty sessions, events and positions behind its own; no loss depends on them.
+
+        Parameters
+        ----------
+        sessions, length : int
+            Sizes of the result; one session more than there are where positions are added, which lie in the last one.
+        positions : int
+            Trained positions of the result, where the batch is one of all positions.
+        """
+        rows, events = sessions - len(self.item_ids), length - self.item_ids.shape[1]
+        at = self.positions
+        if at is not None:
+            empty = torch.tensor([[sessions - 1], [0]]).expand(-1, positions - at.shape[1])
+            at = torch.cat([at, empty], 1)
+        return self._replace(
+            item_ids=_grown(self.item_ids, rows, events),
+            targets=_grown(self.targets, rows, events if self.targets.ndim == 3 else 0),
+            event_features=_map(self.event_features, lambda values: _grown(values, rows, events)),
+            positions=at,
         )
 
     def part(self, index: int, parts: int) -> TrainingBatch:
@@ -77,6 +103,11 @@ def trained_positions(targets: Tensor) -> Tensor:
 
 def _map(event_features: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     return {name: function(values) for name, values in event_features.items()}
+
+
+def _grown(values: Tensor, rows: int, columns: int) -> Tensor:
+    """Return ``values`` [batch, column, ...] with zeros behind its rows and columns."""
+    return F.pad(values, (0, 0) * (values.ndim - 2) + (0, columns, 0, rows))
 
 
 def _padding_row(values: Tensor) -> Tensor:

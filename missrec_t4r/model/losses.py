@@ -54,7 +54,8 @@ def orthogonality_loss(
     kind: Orthogonality,
     *,
     sessions: Tensor | None = None,
-    n_slots: int | None = None,
+    n_slots: int | Tensor | None = None,
+    expected: bool = True,
 ) -> Tensor:
     """Return the regulariser that drives a session's interests apart.
 
@@ -68,11 +69,12 @@ def orthogonality_loss(
         have two. ``faithful``: as published, `missrec_t4r.model.release.faithful_orthogonality`.
     sessions : Tensor, optional
         Number of sessions with two interests to average over, where these are a part of a larger batch.
-    n_slots : int, optional
-        Of ``faithful``.
+    n_slots : int or Tensor, optional
+    expected : bool
+        Both of ``faithful``.
     """
     if kind == "faithful":
-        return faithful_orthogonality(memory, mask, n_slots)
+        return faithful_orthogonality(memory, mask, n_slots, expected=expected)
     unit = F.normalize(memory, dim=-1) * mask.unsqueeze(-1).to(memory.dtype)
     cosine = unit @ unit.transpose(1, 2)  # [batch, interest, interest]
     count = mask.sum(1).to(memory.dtype)

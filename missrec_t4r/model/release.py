@@ -93,7 +93,9 @@ class PaddedInterests:
         return count + ((item_ids > PADDING_ROW).sum(1) < self.max_sequence_length)
 
 
-def faithful_orthogonality(memory: Tensor, mask: Tensor, n_slots: int | None = None) -> Tensor:
+def faithful_orthogonality(
+    memory: Tensor, mask: Tensor, n_slots: int | Tensor | None = None, *, expected: bool = True
+) -> Tensor:
     """Return the published regulariser of the contextual encoder's output (E14).
 
         r = sum over batch and dim of u u / dim,    u = share of slots that are real * sum of the memory over all slots
@@ -105,15 +107,22 @@ def faithful_orthogonality(memory: Tensor, mask: Tensor, n_slots: int | None = N
     memory : Tensor [batch, interest, dim]
         Empty slots included.
     mask : Tensor [batch, interest], bool
-    n_slots : int, optional
-        As if every session had so many slots; every session must have two empty ones or more. Empty slots of a session
+    n_slots : int or 0-dim Tensor, optional
+        As if every session had so many slots; by default those of ``memory``.
+    expected : bool
+        Slots that were not encoded: every session must have two empty ones or more. Empty slots of a session
         differ by their dropout alone, so the sum over those that were not encoded is replaced by its expectation from
         those that were: without dropout the value is that of the padded sets, with dropout its mean is (ours: the
-        padding would cost more than all else that is encoded).
+        padding would cost more than all else that is encoded). False: at least ``n_slots`` were encoded, and those
+        beyond do not count.
     """
-    weight = mask.unsqueeze(-1).to(memory.dtype)
-    square = memory.sum(1).square() if n_slots is None else _expected_square(memory, weight, n_slots)  # [batch, dim]
-    share = weight.sum(1) / (mask.shape[1] if n_slots is None else n_slots)  # [batch, 1]
+    weight, n_encoded = mask.unsqueeze(-1).to(memory.dtype), mask.shape[1]
+    if n_slots is not None and expected:
+        square = _expected_square(memory, weight, n_slots)  # [batch, dim]
+    else:
+        counts = n_slots is not None and torch.arange(n_encoded, device=mask.device).unsqueeze(1) < n_slots
+        square = (memory if n_slots is None else memory * counts).sum(1).square()  # [batch, dim]
+    share = weight.sum(1) / (n_encoded if n_slots is None else n_slots)  # [batch, 1]
     return (share.square() * square).sum() / memory.shape[-1]
 
 
@@ -138,7 +147,7 @@ def reset_adapters(model: MISSRec) -> None:
         cast(nn.Linear, model.item_encoder.adapters[name]).reset_parameters()
 
 
-def _expected_square(memory: Tensor, weight: Tensor, n_slots: int) -> Tensor:
+def _expected_square(memory: Tensor, weight: Tensor, n_slots: int | Tensor) -> Tensor:
     """Return the expected square [batch, dim] of a session's sum over its interests and all its empty slots."""
     real = weight.sum(1)  # [batch, 1]
     here, missing = memory.shape[1] - real, n_slots - real

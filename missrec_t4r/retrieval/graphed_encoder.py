@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from missrec_t4r.cuda_graph import GraphRecorder, fitting, sizes_up_to
 from missrec_t4r.retrieval.device_search import exact_products
 from missrec_t4r.retrieval.traced_encoder import Encode
 
@@ -68,7 +69,7 @@ class GraphedEncoder:
         batch, length = session.shape
         if batch > self.batches[-1] or length > self.lengths[-1]:
             return self.encode(session)
-        shape = _fitting(batch, self.batches), _fitting(length, self.lengths)
+        shape = fitting(batch, self.batches), fitting(length, self.lengths)
         padded = F.pad(session, (0, shape[1] - length, 0, shape[0] - batch))
         graph = self.graphs.get(shape)
         if graph is None:
@@ -82,42 +83,21 @@ class GraphedEncoder:
     def _record(self, device: torch.device) -> None:
         """Record a graph per shape, the largest first, since all share its memory."""
         try:
-            pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-            with torch.cuda.stream(torch.cuda.current_stream(device)):  # a recording that fails leaves its own behind
-                for batch in reversed(self.batches):
-                    for length in reversed(self.lengths):
-                        self.graphs[batch, length] = self._recorded(batch, length, device, pool, stream)
+            recorder = GraphRecorder(device)
+            for batch in reversed(self.batches):
+                for length in reversed(self.lengths):
+                    self.graphs[batch, length] = self._recorded(batch, length, recorder)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
             self.graphs.clear()
             self.obstacle = str(error)[:200]
             log.warning(f"the session encoder runs without CUDA graphs, which takes longer: {self.obstacle}")
 
-    def _recorded(self, batch: int, length: int, device: torch.device, pool: Any, stream: torch.cuda.Stream) -> _Graph:
+    def _recorded(self, batch: int, length: int, recorder: GraphRecorder) -> _Graph:
         """Return the graph of one shape."""
-        sessions = torch.zeros(batch, length, dtype=torch.int64, device=device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+        sessions = torch.zeros(batch, length, dtype=torch.int64, device=recorder.device)
         with exact_products():
-            with torch.cuda.stream(stream):
+            with recorder.aside():
                 for _ in range(_WARM_UP):
                     self.encode(sessions)
-            torch.cuda.current_stream(device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                vectors = self.encode(sessions)
-        return _Graph(graph.replay, sessions, vectors)
-
-
-def sizes_up_to(largest: int, smallest: int = 1) -> list[int]:
-    """Return the powers of two from ``smallest`` below ``largest``, and that.
-
-    Examples
-    --------
-    >>> sizes_up_to(50, 8), sizes_up_to(1)
-    ([8, 16, 32, 50], [1])
-    """
-    sizes = [1 << power for power in range(largest.bit_length()) if smallest <= 1 << power < largest]
-    return [*sizes, largest]
-
-
-def _fitting(n: int, sizes: list[int]) -> int:
-    return next(size for size in sizes if size >= n)
+            replay, vectors = recorder.record(lambda: self.encode(sessions))
+        return _Graph(replay, sessions, vectors)

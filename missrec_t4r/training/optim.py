@@ -37,10 +37,21 @@ class Optimiser:
     sparse : set of Tensor
         Weights whose gradients are sparse.
     device : torch.device
+    graphed : bool
+        Keep the learning rate on the device, where a step that is recorded as a CUDA graph reads it anew.
     """
 
-    def __init__(self, model: nn.Module, train: TrainConfig, sparse: frozenset[Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        train: TrainConfig,
+        sparse: frozenset[Tensor],
+        device: torch.device,
+        *,
+        graphed: bool = False,
+    ) -> None:
         self.train, self.weights, self.rate = train, list(model.parameters()), 0.0
+        self._rate = torch.zeros((), device=device) if graphed else None
         dense = [weight for weight in self.weights if weight not in sparse]
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(dense, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
@@ -59,13 +70,44 @@ class Optimiser:
         """Accumulate the gradients of a loss; under fp16 the loss is scaled against underflow."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def step(self, rate: float) -> None:
-        """Sum the gradients over the processes, clip them and update the weights at learning rate ``rate``."""
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate of the steps that follow."""
         self.rate = rate
-        distributed.sum_gradients(self.weights)
+        given = rate if self._rate is None else self._rate.fill_(rate)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = given
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Let a step inside be recorded as a CUDA graph; torch warns of steps outside that only might be."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group in groups:
+            group["capturable"] = True
+        try:
+            yield
+        finally:
+            for group in groups:
+                group["capturable"] = False
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Return the weights and, by name, their moments and step counts: the very tensors that `update` changes."""
+        found: dict[str, list[Tensor]] = {"weight": [weight.detach() for weight in self.weights]}
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                for name, tensor in state.items():
+                    found.setdefault(name, []).append(tensor)
+        return found
+
+    def step(self, rate: float) -> None:
+        """Sum the gradients over the processes, clip them and update the weights at learning rate ``rate``."""
+        self.set_rate(rate)
+        self.update()
+
+    def update(self) -> None:
+        """Take the step at the rate that was set."""
+        distributed.sum_gradients(self.weights)
+        for optimizer in self.optimizers:
             if self.scaler is not None:
                 self.scaler.unscale_(optimizer)
         if self.train.clip_norm:

@@ -159,6 +159,10 @@ class Pretrainer(Trainer):
         if epoch == 0 or self.recipe.pretrain.refresh_interests:
             super().refresh_interests(epoch)
 
+    def can_be_recorded(self) -> bool:
+        """Not with contrastive losses, which look for a batch's positives."""
+        return self.recipe.pretrain.objective == "full_softmax" and super().can_be_recorded()
+
     def loss(self, batch: TrainingBatch, totals: Totals | None = None) -> Tensor:
         """Return the pre-training loss of a batch, or of this process's part of it."""
         if self.recipe.pretrain.objective == "full_softmax":

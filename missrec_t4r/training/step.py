@@ -89,9 +89,12 @@ def training_loss(
     counts, sessions = (None, None) if totals is None else totals
     loss = softmax.loss(model, embeddings, TrainedPositions(vectors, history, targets, weights, counts))
     memory, mask = to_fp32(encoded.memory), encoded.interests.mask
-    if n_slots is not None:
-        n_slots = max(n_slots, mask.shape[1] - _EMPTY_SLOTS)
-    regulariser = orthogonality_loss(memory, mask, model.config.orthogonality, sessions=sessions, n_slots=n_slots)
+    slots: int | Tensor | None = batch.slots
+    if n_slots is not None and slots is None:
+        slots = slots_counted(mask.shape[1], n_slots)
+    regulariser = orthogonality_loss(
+        memory, mask, model.config.orthogonality, sessions=sessions, n_slots=slots, expected=n_slots is not None
+    )
     return loss + model.config.orthogonality_weight * regulariser
 
 
@@ -110,7 +113,14 @@ def with_interests_counted(
         As `training_loss` gets it.
     """
     width = model.interests.width(batch.item_ids, 0 if n_slots is None else _EMPTY_SLOTS, assignment)
+    if model.config.orthogonality == "faithful":
+        batch = batch._replace(slots=torch.tensor(slots_counted(width, n_slots)))
     return batch._replace(n_interests=width)
+
+
+def slots_counted(width: int, n_slots: int | None) -> int:
+    """Return the slots that the ``faithful`` regulariser counts in a batch whose interests have ``width`` of them."""
+    return width if n_slots is None else max(n_slots, width - _EMPTY_SLOTS)
 
 
 def batch_totals(model: MISSRec, batch: TrainingBatch) -> Totals:

@@ -40,6 +40,7 @@ from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.runs.run_folder import LOG_FILE, RECIPE_FILE, RUN_FILE, STATE_FILE, load_strictly, save_run
 from missrec_t4r.training import distributed
 from missrec_t4r.training.curves import TENSORBOARD_FOLDER, Curves
+from missrec_t4r.training.graphed_step import GraphedSteps, Shapes
 from missrec_t4r.training.loss.full import FullSoftmax, Softmax
 from missrec_t4r.training.loss.sampled import SampledSoftmax
 from missrec_t4r.training.optim import AveragedWeights, Optimiser, learning_rate
@@ -65,8 +66,8 @@ from missrec_t4r.training.warm_start.id_init import ids_from_content
 log = logging.getLogger(__name__)
 
 Prepare = Callable[[MISSRec, Catalogue], dict[str, Any]]
-_HARMLESS = ("checkpoint_minutes", "tensorboard")
-"""Settings that may change when an interrupted run is resumed: no number depends on them."""
+_HARMLESS = ("checkpoint_minutes", "tensorboard", "cuda_graphs")
+"""Settings that may change when an interrupted run is resumed: no number depends on them, on a GPU up to rounding."""
 INTERRUPT = "interrupt"
 """Value of ``stopped_by`` after Ctrl-C."""
 _CURE = "check the split: a validation target must be an item with training events, or one of the item table"
@@ -127,7 +128,10 @@ class Trainer:
         self.softmax = self._softmax()
         self.n_slots: int | None = None
         self.assignment: Tensor | None = None  # of the interests, on the host, where the model is on a GPU
-        self.optimizer = Optimiser(self.model, settings, self._sparse_weights(), self.device)
+        is_graphed = self.device.type == "cuda" and settings.cuda_graphs and self.can_be_recorded()
+        self.optimizer = Optimiser(self.model, settings, self._sparse_weights(), self.device, graphed=is_graphed)
+        shapes = Shapes(recipe.model.max_sequence_length, settings.batch_size)
+        self.graphed = GraphedSteps(self.optimizer, shapes, self.device) if is_graphed else None
         self.average = AveragedWeights(self.model, settings.ema_decay)
         self.best: dict[str, Tensor] = {}
         self.status: dict[str, Any] = {"epoch": 0, "step": 0, "best_epoch": -1, "best": -1.0, "seconds": 0.0}
@@ -357,8 +361,18 @@ class Trainer:
 
         ``share`` of the training is done before the step (`learning_rate`). On a GPU the host waits for nothing here.
         """
-        settings, world, status = self.recipe.train, self.world, self.status
-        status["step"] += 1
+        self.status["step"] += 1
+        rate = learning_rate(self.recipe.train, self.status["step"], share)
+        if self.graphed is None:
+            total = self._take(batch, rate)
+        else:
+            total = torch.zeros_like(self.total_loss) + self.graphed(self._counted(batch), rate, self.loss)
+        self.average.update(self.status["step"])
+        return total
+
+    def _take(self, batch: TrainingBatch, rate: float) -> Tensor:
+        """Take a step, in parts if ``train.accumulate`` or several processes ask for it, and return the loss."""
+        settings, world = self.recipe.train, self.world
         self.optimizer.zero_grad()
         parts = settings.accumulate * world.size
         totals = batch_totals(self.model, batch.to(self.device)) if parts > 1 else None
@@ -368,15 +382,29 @@ class Trainer:
                 loss = self.loss(self._on_device(batch if parts == 1 else batch.part(number, parts)), totals)
                 self.optimizer.backward(loss)
             total += loss.detach()
-        self.optimizer.step(learning_rate(settings, status["step"], share))
-        self.average.update(status["step"])
+        self.optimizer.step(rate)
         return total
+
+    def can_be_recorded(self) -> bool:
+        """Whether the work of a step depends on nothing but the shape of its batch.
+
+        Losses other than the full softmax look for the distinct items of a batch, and processes send messages; with the
+        padding as a candidate the history bias would count a batch's padding.
+        """
+        settings, model = self.recipe.train, self.recipe.model
+        is_one_part = settings.accumulate == 1 and not distributed.is_grouped()
+        is_plain = not settings.compile and settings.precision != "fp16"
+        has_candidate_padding = model.history_bias and model.padding_candidate
+        return is_one_part and is_plain and isinstance(self.softmax, FullSoftmax) and not has_candidate_padding
 
     def _on_device(self, batch: TrainingBatch) -> TrainingBatch:
         """Return a batch of the host on the device, with all that the step would otherwise have to ask it for."""
-        if self.assignment is not None:
-            batch = with_interests_counted(batch, self.model, self.assignment, self.n_slots)
-        return batch.to(self.device)
+        return self._counted(batch).to(self.device)
+
+    def _counted(self, batch: TrainingBatch) -> TrainingBatch:
+        if self.assignment is None:
+            return batch
+        return with_interests_counted(batch, self.model, self.assignment, self.n_slots)
 
     def _softmax(self) -> Softmax:
         settings, n_rows = self.recipe.train, self.catalogue.n_rows

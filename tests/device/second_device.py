@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -83,8 +82,17 @@ def _dense(tensor: Tensor) -> list[Tensor]:
     return [tensor]
 
 
-def _tensors(*structure: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(structure) if isinstance(leaf, Tensor)]
+def tensors(*structure: Any) -> list[Tensor]:
+    """Return the tensors in nested lists, tuples and dictionaries, in order; torch's own search is far slower."""
+    found: list[Tensor] = []
+    for one in structure:
+        if isinstance(one, Tensor):
+            found.append(one)
+        elif isinstance(one, list | tuple):
+            found += tensors(*one)
+        elif isinstance(one, dict):
+            found += tensors(*one.values())
+    return found
 
 
 class _Operations(TorchDispatchMode):
@@ -97,12 +105,12 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = str(func).removeprefix("aten.")
-        given = _tensors(args, kwargs)
+        given = tensors(args, kwargs)
         device = self._device(name, given, args, kwargs)
         if any(self.places.get(one) == CUDA for one in given) and self._is_waited_for(name, args, kwargs):
             self.places.wait(name)
         result = func(*args, **kwargs)
-        for made in _tensors(result):
+        for made in tensors(result):
             if not any(made is one for one in given):
                 self.places.put(made, device)
         for one in given:  # what had no device yet has it now
@@ -113,7 +121,7 @@ class _Operations(TorchDispatchMode):
     def _is_waited_for(self, name: str, args: Any, kwargs: Any) -> bool:
         kind = name.split(".")[0]
         if name in _INDEXED:
-            indices = _tensors(args[_INDEXED[name]])
+            indices = tensors(args[_INDEXED[name]])
             by_mask = any(one.dtype in (torch.bool, torch.uint8) for one in indices)
             one_value = kind != "index" and args[2].numel() == 1  # CUDA fills under the mask then
             return (by_mask and not one_value) or any(self.places.get(one) == CPU for one in indices)
@@ -131,7 +139,7 @@ class _Operations(TorchDispatchMode):
             return CPU if self.factory else None
         if name in _MOVES:
             return self.places.get(given[0])
-        free = _tensors(args[_INDEXED[name]]) if name in _INDEXED and self.places.get(given[0]) == CUDA else []
+        free = tensors(args[_INDEXED[name]]) if name in _INDEXED and self.places.get(given[0]) == CUDA else []
         held = {self.places.get(one) for one in given if one.dim() and not any(one is index for index in free)}
         held.discard(None)
         if len(held) > 1:
@@ -139,8 +147,7 @@ class _Operations(TorchDispatchMode):
             raise WrongDevice(f"Expected all tensors to be on the same device: {name} of {found}")
         scalars = {self.places.get(one) for one in given if not one.dim()} - {None}
         device = next(iter(held), None) or (CUDA if CUDA in scalars else next(iter(scalars), None))
-        generator = next((one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Generator)), None)
-        if generator is not None and device == CUDA:
+        if device == CUDA and any(isinstance(one, torch.Generator) for one in (*args, *kwargs.values())):
             raise WrongDevice(f"Expected a 'cuda' device type for generator but found 'cpu': {name}")
         return device
 
@@ -175,7 +182,7 @@ class _Calls(TorchFunctionMode):
         self.operations.factory = False
         result = func(*args, **kwargs)
         if wanted is not None and wanted.type != "meta":
-            for tensor in _tensors(result):
+            for tensor in tensors(result):
                 self.places.put(tensor, CUDA if wanted.type == "cuda" else CPU)
         elif func == Tensor.__deepcopy__ or func == Tensor.new_tensor:
             self.places.put(result, self.places.get(args[0]))
@@ -192,7 +199,7 @@ class _Calls(TorchFunctionMode):
             result = func(*args, **kwargs)
         finally:
             self.operations.factory = before
-        given = _tensors(args, kwargs)
+        given = tensors(args, kwargs)
         if device is not None and device.type == "cuda":
             if func in _FROM_HOST and not any(self.places.get(one) == CUDA for one in given):
                 self.places.wait(func.__name__)
@@ -245,7 +252,7 @@ _parse_in_c = torch._C._nn._parse_to
 def _parse_to(*args: Any, **kwargs: Any) -> Any:
     """What `Module.to` makes of its arguments; C++ would read the device of a tensor past the modes."""
     parsed = list(_parse_in_c(*args, **kwargs))
-    like = next(iter(_tensors(args, kwargs)), None)
+    like = next(iter(tensors(args, kwargs)), None)
     return (like.device, *parsed[1:]) if like is not None else tuple(parsed)
 
 

@@ -37,6 +37,8 @@ def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
         *("paper_512", "paper_4096", "default_512", "default_8192"),
         *("ml1m_200", "terms_ml1m_s"),
     }
+    assert set(found["without_graphs"]) == set(found["train"]) - {"terms_ml1m_s"}
+    assert "train/graphs" in found["compared"]
     assert found["waits"] == {"paper": [], "default": [], "long": []}
     assert set(found["rank"]) == set(found["roofline"]) == {"2000/1", "2000/64"}
     assert set(found["serve"]) == {"p50_1", "p50_64", "sessions_per_s"}

@@ -65,6 +65,7 @@ DEFAULT: dict[str, Any] = {
     "train.accumulate": 1,
     "train.precision": "auto",
     "train.compile": False,
+    "train.cuda_graphs": True,
     "train.schedule": "constant",
     "train.clip_norm": 0.0,
     "train.checkpoint_minutes": 5.0,

@@ -1,0 +1,87 @@
+"""Recording of work on a GPU as CUDA graphs: one launch in place of hundreds, where the same shapes come again.
+
+A graph reads and writes the memory that it was recorded with: inputs are copied there before a replay, results are
+copied away after it. All graphs of a recorder share one pool for what lies in between, so that they are replayed one
+after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class GraphRecorder:
+    """Records work on one GPU.
+
+    Parameters
+    ----------
+    device : torch.device
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Run what is inside on the stream of the recordings, where libraries then have made their workspaces."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            yield
+        current.wait_stream(self.stream)
+
+    def record(self, work: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+        """Record what ``work`` does on the GPU, without doing it.
+
+        Returns
+        -------
+        (callable, Result)
+            Does the work, on the current stream; and what ``work`` returned, which holds values after that.
+
+        Raises
+        ------
+        RuntimeError
+            The work waits for the GPU, or does something else that no graph can hold. Random numbers go on as before.
+        """
+        graph, generator = torch.cuda.CUDAGraph(), self._generator()
+        unrecorded = generator.clone_state()
+        try:
+            with (
+                torch.cuda.stream(
+                    torch.cuda.current_stream(self.device)
+                ),  # a recording that fails leaves its own behind
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                result = work()
+        except BaseException:
+            generator.graphsafe_set_state(unrecorded)  # the other one may refuse to draw: it takes part in a recording
+            raise
+        return graph.replay, result
+
+    def _generator(self) -> torch.Generator:
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        return torch.cuda.default_generators[index]
+
+
+def sizes_up_to(largest: int, smallest: int = 1) -> list[int]:
+    """Return the powers of two from ``smallest`` below ``largest``, and that.
+
+    Examples
+    --------
+    >>> sizes_up_to(50, 8), sizes_up_to(1)
+    ([8, 16, 32, 50], [1])
+    """
+    sizes = [1 << power for power in range(largest.bit_length()) if smallest <= 1 << power < largest]
+    return [*sizes, largest]
+
+
+def fitting(n: int, sizes: Sequence[int]) -> int:
+    """Return the first of ``sizes``, ascending, that is at least ``n``."""
+    return next(size for size in sizes if size >= n)

@@ -187,10 +187,11 @@ def test_every_replay_draws_its_own_dropout(tmp_path: Path) -> None:
         trainer.graphed(trainer._counted(batch), 0.0, trainer.loss)
         trainer.graphed(trainer._counted(batch), 0.0, trainer.loss)
         replays = _recorder_of(trainer).replays
-        losses = [float(trainer.graphed(trainer._counted(batch), 0.0, trainer.loss)) for _ in range(4)]
+        losses = [trainer.graphed(trainer._counted(batch), 0.0, trainer.loss) for _ in range(4)]
         assert _recorder_of(trainer).replays == replays + 4
-    assert len(set(losses)) == 4
-    assert np.isfinite(losses).all()
+        found = [float(loss) for loss in losses]
+    assert len(set(found)) == 4
+    assert np.isfinite(found).all()
 
 
 def test_a_resumed_training_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:

@@ -94,9 +94,10 @@ class GraphedSteps:
         self.optimizer, self.shapes, self.device = optimizer, shapes, device
         self.graphs: dict[tuple[object, ...], _Graph] = {}
         self.seen: Counter[tuple[object, ...]] = Counter()
-        self.obstacle, self.recorder = "", None
+        self.obstacle = ""
+        self.recorder: GraphRecorder | None = None
         try:
-            self.recorder: GraphRecorder | None = GraphRecorder(device)
+            self.recorder = GraphRecorder(device)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
             self._give_up(str(error))
 
@@ -169,9 +170,11 @@ class GraphedSteps:
             self._give_up(problem)
             return self._plainly(batch, loss)
         self.graphs[shape] = graph
+        if len(self.graphs) == _MOST_GRAPHS:
+            log.info(f"steps on batches of {_MOST_GRAPHS} shapes are recorded as CUDA graphs; those of others are not")
         return value
 
-    def _restore(self, before: Mapping[str, Sequence[Tensor]], random: Mapping[str, Tensor]) -> None:
+    def _restore(self, before: Mapping[str, list[Tensor]], random: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, tensors in self.optimizer.tensors().items():
                 torch._foreach_copy_(tensors, before[name])

@@ -87,6 +87,7 @@ def _set_slots(trainer: Trainer) -> None:
 def _step_seconds(trainer: Trainer, plan: list[Any]) -> list[float]:
     """Train some batches and return the seconds of each; the order of an epoch's batches is random already."""
     trainer.model.train()
+    trainer.graphed = None  # to record a step takes longer than some of the probe's steps together
     recipe, seconds = trainer.recipe, list[float]()
     started = time.perf_counter()
     for batch in track(iterate(trainer.sessions, plan, recipe.model, recipe.train), "a probe of training", len(plan)):

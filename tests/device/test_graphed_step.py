@@ -108,7 +108,7 @@ def _loss_and_gradients(
 ) -> dict[str, Tensor]:
     net.zero_grad()
     loss = training_loss(net, batch, train, n_slots=n_slots)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     gradients = {name: weight.grad.clone() for name, weight in net.named_parameters() if weight.grad is not None}
     return {"loss": loss.detach(), **gradients}
 
@@ -232,11 +232,13 @@ def test_what_cannot_be_recorded_is_trained_as_before(tmp_path: Path, settings: 
 
 
 def test_shapes_beyond_the_limit_are_trained_plainly(
-    plainly: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plainly: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(graphed_step, "_MOST_GRAPHS", 1)
     expected, _ = plainly
-    trainer, found, _ = _epochs(tmp_path, "tiny", FEW, "cuda", 2)
+    with caplog.at_level(logging.INFO):
+        trainer, found, _ = _epochs(tmp_path, "tiny", FEW, "cuda", 2)
+    assert "steps on batches of 1 shapes are recorded as CUDA graphs; those of others are not" in caplog.messages
     assert trainer.graphed is not None
     assert len(trainer.graphed.graphs) == 1 < len(trainer.graphed.seen)
     assert np.array(found) == pytest.approx(np.array(expected), rel=1e-4)

@@ -117,11 +117,13 @@ def faithful_orthogonality(
         beyond do not count.
     """
     weight, n_encoded = mask.unsqueeze(-1).to(memory.dtype), mask.shape[1]
-    if n_slots is not None and expected:
-        square = _expected_square(memory, weight, n_slots)  # [batch, dim]
+    if n_slots is None:
+        square = memory.sum(1).square()  # [batch, dim]
+    elif expected:
+        square = _expected_square(memory, weight, n_slots)
     else:
-        counts = n_slots is not None and torch.arange(n_encoded, device=mask.device).unsqueeze(1) < n_slots
-        square = (memory if n_slots is None else memory * counts).sum(1).square()  # [batch, dim]
+        counts = torch.arange(n_encoded, device=mask.device) < n_slots  # [interest]
+        square = (memory * counts.unsqueeze(1)).sum(1).square()
     share = weight.sum(1) / (n_encoded if n_slots is None else n_slots)  # [batch, 1]
     return (share.square() * square).sum() / memory.shape[-1]
 

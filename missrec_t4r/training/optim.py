@@ -80,7 +80,7 @@ class Optimiser:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Let a step inside be recorded as a CUDA graph; torch warns of steps outside that only might be."""
+        """Tell AdamW that the step inside is recorded as a CUDA graph; told so always, it would warn of all others."""
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group in groups:
             group["capturable"] = True

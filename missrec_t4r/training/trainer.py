@@ -67,7 +67,8 @@ log = logging.getLogger(__name__)
 
 Prepare = Callable[[MISSRec, Catalogue], dict[str, Any]]
 _HARMLESS = ("checkpoint_minutes", "tensorboard", "cuda_graphs")
-"""Settings that may change when an interrupted run is resumed: no number depends on them, on a GPU up to rounding."""
+"""Settings that may change when an interrupted run is resumed: on a GPU the last draws other random numbers in dropout,
+no other number depends on them."""
 INTERRUPT = "interrupt"
 """Value of ``stopped_by`` after Ctrl-C."""
 _CURE = "check the split: a validation target must be an item with training events, or one of the item table"

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from missrec_t4r.arrays import Ints
+from missrec_t4r.bundle.manifest import MANIFEST_FILE
 from missrec_t4r.comparison.cost import cost
 from missrec_t4r.comparison.lists import LIST_PROTOCOLS, as_text, rank_lists, read_lists
 from missrec_t4r.data.catalogue import Catalogue
@@ -180,6 +181,7 @@ def _kind(parts: Sequence[Any]) -> str:
     if not isinstance(first, str | Path):
         return T4R if hasattr(first, "heads") else SCORER
     path = Path(first)
+    is_bundle = (path / MANIFEST_FILE).is_file()
     if not path.exists() and str(first) in (*ALL_BASELINES, *OF_A_RUN):
         return BASELINE if str(first) in ALL_BASELINES else PART
     kind = (
@@ -188,15 +190,15 @@ def _kind(parts: Sequence[Any]) -> str:
         else T4R
         if (path / T4R_FILE).is_file()
         else LISTS
-        if (path.is_file() or any(path.glob("*.parquet")))
+        if path.is_file() or (any(path.glob("*.parquet")) and not is_bundle)
         else ""
     )
     if not kind:
         raise DataError(
-            f"{path} is " + ("nothing to compare" if path.exists() else "missing"),
+            f"{path} is " + ("a bundle" if is_bundle else "nothing to compare" if path.exists() else "missing"),
             f"a run folder with {RUN_FILE}, a folder with {T4R_FILE}, a parquet file of lists, or one of "
             f"{', '.join((*ALL_BASELINES, *OF_A_RUN))}",
-            "check the path",
+            "name the run that it was exported from" if is_bundle else "check the path",
         )
     if len(parts) > 1 and kind != RUN:
         raise ConfigError(f"{len(parts)} paths of one system that are no runs", "runs as seeds, or one path")

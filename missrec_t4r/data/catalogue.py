@@ -26,7 +26,16 @@ from missrec_t4r.errors import DataError, ModalityError
 from missrec_t4r.io.atomic import read_consistently, replace_dir
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.io.npy_files import read_npy
-from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, NULL_ROW, RETIRED, ROW, TRAIN_COUNT, UNKNOWN_ROW
+from missrec_t4r.schema import (
+    CATALOGUE_FOLDER,
+    FIRST_ITEM_ROW,
+    ITEM_ID,
+    NULL_ROW,
+    RETIRED,
+    ROW,
+    TRAIN_COUNT,
+    UNKNOWN_ROW,
+)
 
 FORMAT_VERSION = 1
 ITEMS_FILE = "items.parquet"
@@ -183,7 +192,9 @@ class Catalogue:
     def _read(cls, folder: Path) -> Catalogue:
         meta_file = folder / "catalogue.json"
         if not meta_file.is_file():
-            raise DataError(f"{folder} holds no catalogue.json", "a catalogue folder", "write one with `missrec etl`")
+            below = folder / CATALOGUE_FOLDER
+            cure = f"take {below}" if below.is_dir() else "write one with `missrec etl`"
+            raise DataError(f"{folder} holds no catalogue.json", "a catalogue folder", cure)
         meta = read_json(meta_file)
         if meta.get("format") != FORMAT_VERSION:
             raise DataError(

@@ -139,8 +139,8 @@ def default_boundaries(times: AnyArray, xp: Any = np) -> tuple[float, float]:
     return first, second
 
 
-def check_lengths(lengths: Lengths) -> None:
-    """Refuse splits without a training, validation or test row.
+def check_lengths(lengths: Lengths, otherwise: str = "another --split") -> None:
+    """Refuse splits without a training, validation or test row; ``otherwise`` is the cure beside longer sessions.
 
     Raises
     ------
@@ -149,11 +149,7 @@ def check_lengths(lengths: Lengths) -> None:
     """
     for name, values in lengths.items():
         if not values.any():
-            cure = {
-                "train": "move the boundary later",
-                "valid": "longer sessions are needed, or another --split",
-                "test": "longer sessions are needed, or another --split",
-            }[name]
+            cure = "move the boundary later" if name == "train" else f"longer sessions are needed, or {otherwise}"
             raise DataError(f"the {name} split has no session", "at least one", cure)
 
 

@@ -14,8 +14,8 @@ gives the known floors. Counting the validation items as well would be legitimat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation.full_ranking import EXCLUDED, PROTOCOLS
+from missrec_t4r.evaluation.full_ranking import EXCLUDED, PROTOCOLS, Scored
 from missrec_t4r.ranking.cooccurrence import damping, pairs_within, repeats_within, sessions_with_both
 from missrec_t4r.ranking.similarity import centred, mean_over_shared
 from missrec_t4r.schema import FIRST_ITEM_ROW
@@ -139,15 +139,25 @@ class ItemKNN:
 
     def __call__(self, histories: Sessions) -> Tensor:
         """Return scores [batch, row]; all 0 for an empty session."""
+        scores, own, discount = self._products(histories)
+        return _only_items((scores + own if self.diagonal else scores) * discount)
+
+    def with_and_without_diagonal(self, histories: Sessions) -> Iterator[Scored]:
+        """Yield the scores for both values of ``diagonal``, as `rank_systems` takes them: "False" and "True"."""
+        scores, own, discount = self._products(histories)
+        for diagonal in (False, True):
+            protocols = replace(self, diagonal=diagonal).protocols
+            yield Scored(str(diagonal), protocols, _only_items((scores + own if diagonal else scores) * discount))
+
+    def _products(self, histories: Sessions) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the scores without the diagonal and what it adds [batch, row], and the candidates' discount [row]."""
         discount = damping(self.seen.counts, self.power)  # [row]
         weights = recency_weights(histories, len(discount), self.decay).to_dense() * discount  # [batch, row]
         if self.seen.pairs.is_sparse:
             scores = torch.sparse.mm(self.seen.pairs, weights.t().contiguous()).t().contiguous()
         else:
             scores = weights @ self.seen.pairs.t()
-        if self.diagonal:
-            scores = scores + weights * self.seen.own
-        return _only_items(scores * discount)
+        return scores, weights * self.seen.own, discount
 
 
 @dataclass(frozen=True)

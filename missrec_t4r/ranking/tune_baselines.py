@@ -6,15 +6,17 @@ that we have measured (docs/experiments.md), and the report has the chosen setti
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation.full_ranking import Scorer, quick_metrics
+from missrec_t4r.evaluation.full_ranking import Scorer, quick_metrics, rank_systems
+from missrec_t4r.evaluation.metrics import metrics
 from missrec_t4r.progress import track
 from missrec_t4r.ranking.baselines import ContentKNN, CoOccurrence, ItemKNN
 
@@ -53,29 +55,38 @@ def tune(trials: Iterable[tuple[Mapping[str, Any], Scorer]], valid: Sessions, n_
     """
     best: dict[str, Tuned] = {}
     for settings, scorer in trials:
-        measured = quick_metrics(scorer, valid, n_rows)
-        for protocol in measured:
-            value = measured[protocol][CRITERION] or 0.0
-            if protocol not in best or value > best[protocol].criterion:
-                best[protocol] = Tuned(scorer, settings, value)
+        _keep_better(best, settings, scorer, quick_metrics(scorer, valid, n_rows))
     return best
 
 
+def _keep_better(
+    best: dict[str, Tuned],
+    settings: Mapping[str, Any],
+    scorer: Scorer,
+    measured: Mapping[str, Mapping[str, float | None]],
+) -> None:
+    """Put a trial in place of the best one of every protocol under which it is better."""
+    for protocol in measured:
+        value = measured[protocol][CRITERION] or 0.0
+        if protocol not in best or value > best[protocol].criterion:
+            best[protocol] = Tuned(scorer, settings, value)
+
+
 def tuned_item_knn(train: Sessions, valid: Sessions, catalogue: Catalogue, *, seed: int = 0) -> dict[str, Tuned]:
-    """Tune `ItemKNN`: whole sessions or followers, decay, power, with its diagonal or without."""
-    sample = sample_sessions(valid, MOST_SESSIONS, seed)
+    """Tune `ItemKNN`: whole sessions or followers, decay, power, with its diagonal or without (preferred if equal)."""
+    histories, targets = sample_sessions(valid, MOST_SESSIONS, seed).split_last()
     counted = {within: CoOccurrence.count(train, catalogue.n_rows, within) for within in FOLLOW_WITHIN}
-    grid = [
-        (
-            {"follow_within": within, "decay": decay, "power": power, "diagonal": diagonal},
-            ItemKNN(seen, decay, power, diagonal),
-        )
-        for diagonal in (False, True)
-        for within, seen in counted.items()
-        for decay in DECAYS
-        for power in POWERS
-    ]
-    return tune(track(grid, "tuning item-kNN"), sample, catalogue.n_rows)
+    best: dict[bool, dict[str, Tuned]] = {False: {}, True: {}}
+    for within, decay, power in track(list(itertools.product(FOLLOW_WITHIN, DECAYS, POWERS)), "tuning item-kNN"):
+        item_knn = ItemKNN(counted[within], decay, power)
+        ranked = rank_systems(item_knn.with_and_without_diagonal, histories, targets, catalogue.n_rows)
+        for diagonal in best:
+            scorer = replace(item_knn, diagonal=diagonal)
+            settings = {"follow_within": within, "decay": decay, "power": power, "diagonal": diagonal}
+            ranks = ranked[str(diagonal)].ranks if ranked else dict.fromkeys(scorer.protocols, np.empty(0, np.int64))
+            _keep_better(best[diagonal], settings, scorer, {name: metrics(one, (10,)) for name, one in ranks.items()})
+    better = {name: one for name, one in best[True].items() if one.criterion > best[False][name].criterion}
+    return best[False] | better
 
 
 def tuned_content_knn(valid: Sessions, catalogue: Catalogue, *, seed: int = 0) -> dict[str, Tuned] | None:

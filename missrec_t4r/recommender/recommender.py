@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,14 @@ import pandas as pd
 
 from missrec_t4r import commands
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
+from missrec_t4r.commands.in_python import named_in_python
 from missrec_t4r.config.recipe import AUTO
 from missrec_t4r.errors import BundleError, ConfigError, SchemaError
 from missrec_t4r.io.atomic import atomic_write_dir
+from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.progress import reporting
 from missrec_t4r.recommender.evaluation import Evaluation
+from missrec_t4r.recommender.folders import BUNDLE, MODELS, RUN, describe
 from missrec_t4r.recommender.frames import Frame, arrow_table, write_parquet
 from missrec_t4r.recommender.shop import Shop, command_line, temporary_folder
 from missrec_t4r.runs.run_folder import RUN_FILE
@@ -33,8 +36,6 @@ from missrec_t4r.serving.triton.repository import write_repository
 
 if TYPE_CHECKING:
     from missrec_t4r.serving.triton.local_server import LocalTriton
-
-_RUN, _BUNDLE, _MODELS = "run", "bundle", "models"
 
 
 class Recommender:
@@ -68,13 +69,14 @@ class Recommender:
     ) -> None:
         self.recipe, self.device = recipe, device
         self.settings = {name.replace("__", ".", 1): value for name, value in settings.items()}
-        self.folder = None if folder is None else Path(folder)
+        self.folder = self._given_folder = None if folder is None else Path(folder)
         self.shop: Shop | None = None
         self.commands: list[str] = []
         self.result: dict[str, Any] = {}
         """What training returned, as ``missrec train --json`` prints it."""
         self._bundle: Path | None = None
-        self._client: MISSRecClient | None = None
+        self._digests: dict[Path, str] = {}
+        self._opened: tuple[MISSRecClient, dict[Any, str], list[str]] | None = None
 
     def fit(self, shop: Shop, *, restart: bool = False) -> Recommender:
         """Train on a shop, and compare the bundle that is served with the trained model; returns self.
@@ -97,21 +99,21 @@ class Recommender:
             raise ConfigError(
                 f"fit on a {type(shop).__name__}", "a Shop", "make one with Shop.from_frames(events, items, ...)"
             )
-        folder = self.folder or shop.folder / "models" / Path(self.recipe).stem
-        call = {"data": shop.data, "out": folder / _RUN, "recipe": self.recipe, "settings": self.settings}
+        folder = self._given_folder or shop.folder / MODELS / Path(self.recipe).stem
+        call = {"data": shop.data, "out": folder / RUN, "recipe": self.recipe, "settings": self.settings}
         with reporting(messages=False):
             try:
                 self.result = commands.train(**call, device=self.device, resume=not restart, reuse=True)
             except ConfigError as error:
                 raise _in_python(error) from error
-            commands.export(folder / _RUN, folder / _BUNDLE)
+            commands.export(folder / RUN, folder / BUNDLE)
         self.folder, self.shop = folder, shop
         self.commands = [
             *shop.commands,
             command_line("train", call | {"device": None if self.device == "auto" else self.device}),
-            command_line("export", {"run": folder / _RUN, "out": folder / _BUNDLE}),
+            command_line("export", {"run": folder / RUN, "out": folder / BUNDLE}),
         ]
-        self._use(folder / _BUNDLE)
+        self._use(folder / BUNDLE)
         return self
 
     def evaluate(
@@ -130,7 +132,6 @@ class Recommender:
         """
         run = self._run()
         data = (shop or self._shop()).data
-        baselines = [baselines] if isinstance(baselines, str) else baselines
         with reporting(messages=False):
             report = commands.evaluate(run, split=split, data=data, baselines=baselines)
         return Evaluation(report)
@@ -177,24 +178,24 @@ class Recommender:
                 "one of them",
                 'write recommend(users=["u1"]) or recommend(sessions=[["P1", "P7"]])',
             )
-        client, bundle = self._client_of(), self._bundle_of()
-        _require_lists(users, sessions)
+        client, titles, feature_names = self._open()
+        users, sessions = _as_lists(users, sessions)
+        k = _whole(k)
         event_features: list[dict[str, list[Any]]] = []
         if users is not None:
-            given, event_features = self._shop().histories(users, event_feature_names(bundle))
+            given, event_features = self._shop().histories(users, feature_names)
         else:
-            given = [_plain(items) for items in sessions] if sessions is not None else []
+            given = [_plain(items) for items in sessions or []]
         side = event_features if any(event_features) else None
         rules = {
             name: {column: _plain_value(value) for column, value in part.items()}
-            for name, part in (("where", where), ("at_most", at_most))
+            for name, part in (("where", _as_mapping("where", where)), ("at_most", _as_mapping("at_most", at_most)))
             if part
         }
         exclude = [exclude] if isinstance(exclude, str | int) else None if exclude is None else _plain(exclude)
         answers = client.recommend(
             given, k, exclude_seen=exclude_seen, exclude=exclude, rules=rules or None, reasons=True, side=side
         )
-        titles: dict[Any, str] = dict(read_titles(bundle))
         rows: list[tuple[Any, ...]] = []
         for owner, answer in zip(users if users is not None else range(len(given)), answers, strict=True):
             reasons = [f"{reason.item_id} ({reason.modality})" for reason in answer.reasons]
@@ -215,7 +216,7 @@ class Recommender:
         by : {"session", "content"}
             What people go on to, or what has similar content.
         """
-        found = commands.similar(_plain([item]), bundle=self._bundle_of(), top_k=k, by=by)["similar"]
+        found = commands.similar(_plain([item]), bundle=self._bundle_of(), top_k=_whole(k), by=by)["similar"]
         return pd.DataFrame(next(iter(found.values()))).rename(columns={ITEM_ID: "item"})
 
     def add_items(self, items: Frame, *, vectors: Mapping[str, npt.ArrayLike] | None = None) -> dict[str, Any]:
@@ -260,8 +261,7 @@ class Recommender:
         BundleError
             Something else is in the folder.
         """
-        with atomic_write_dir(Path(folder), MANIFEST_FILE, "bundle", BundleError) as temporary:
-            shutil.copytree(self._bundle_of(), temporary, dirs_exist_ok=True)
+        named_in_python(_copy_bundle, {"out": "folder"})(self._bundle_of(), Path(folder))
         return Path(folder)
 
     @classmethod
@@ -278,8 +278,11 @@ class Recommender:
         Raises
         ------
         BundleError
-            The bundle is damaged.
+            The folder is no bundle, or a damaged one.
         """
+        if not (Path(bundle) / MANIFEST_FILE).is_file():
+            found, cure = describe(Path(bundle))
+            raise BundleError(found, "a bundle of Recommender.save or `missrec export`", cure)
         verify_bundle(bundle)
         self = cls()
         self.shop = Shop.open(shop) if isinstance(shop, str | Path) else shop
@@ -302,13 +305,13 @@ class Recommender:
         from missrec_t4r.serving.triton.local_server import LocalTriton
 
         bundle = self._bundle_of()
-        repository = (self.folder or temporary_folder("missrec-models-")) / _MODELS
+        repository = (self.folder or temporary_folder("missrec-models-")) / MODELS
         write_repository(bundle, repository)
         return LocalTriton(repository, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: folders and settings; the bundle is opened again where it is needed."""
-        return self.__dict__ | {"_client": None}
+        return self.__dict__ | {"_opened": None}
 
     def __repr__(self) -> str:
         """Return recipe, validation metric and bundle; of a loaded model the bundle."""
@@ -321,19 +324,33 @@ class Recommender:
         return f"Recommender(recipe={str(self.recipe)!r}{figure}, bundle={str(self._bundle)!r})"
 
     def _use(self, bundle: Path) -> None:
-        if self._client is not None:
-            self._client.close()
-        self._bundle, self._client = bundle, None
+        if self._opened is not None:
+            self._opened[0].close()
+        self._bundle, self._opened = bundle, None
+        files = [bundle / MANIFEST_FILE, *([] if self.folder is None else [self.folder / RUN / RUN_FILE])]
+        self._digests = {file: file_digest(file) for file in files}
 
     def _bundle_of(self) -> Path:
+        """Return the bundle, after a look whether another fit, update or export has replaced it or the run."""
         if self._bundle is None:
             raise ConfigError("a Recommender without a model", "a fitted or loaded one", "call fit(shop) first")
+        for file, digest in self._digests.items():
+            if not file.is_file() or file_digest(file) != digest:
+                raise ConfigError(
+                    f"{file.parent} was replaced or removed after this Recommender was fitted or loaded",
+                    "the files of its own model",
+                    f"open the present model with Recommender.load({str(self._bundle)!r}, shop=shop); "
+                    "Recommender(folder=...) keeps a second one apart",
+                )
         return self._bundle
 
-    def _client_of(self) -> MISSRecClient:
-        if self._client is None:
-            self._client = MISSRecClient.of_bundle(self._bundle_of())
-        return self._client
+    def _open(self) -> tuple[MISSRecClient, dict[Any, str], list[str]]:
+        """Return a client of the bundle, its titles and event features, in memory from the first call on."""
+        if self._opened is None:
+            bundle = self._bundle_of()
+            client = MISSRecClient.of_bundle(bundle)
+            self._opened = client, dict(read_titles(bundle)), event_feature_names(bundle)
+        return self._opened
 
     def _shop(self) -> Shop:
         if self.shop is None:
@@ -343,14 +360,20 @@ class Recommender:
         return self.shop
 
     def _run(self) -> Path:
-        run = None if self.folder is None else self.folder / _RUN
+        run = None if self.folder is None else self.folder / RUN
         if run is None or not (run / RUN_FILE).is_file():
             raise ConfigError(
                 "a Recommender without a training run",
                 "a fitted one: a bundle holds what serving needs, not the run",
                 "call fit(shop), or `missrec evaluate --run RUN`",
             )
+        self._bundle_of()
         return run
+
+
+def _copy_bundle(bundle: Path, out: Path) -> None:
+    with atomic_write_dir(out, MANIFEST_FILE, "bundle", BundleError) as temporary:
+        shutil.copytree(bundle, temporary, dirs_exist_ok=True)
 
 
 def _in_python(error: ConfigError) -> ConfigError:
@@ -362,20 +385,40 @@ def _in_python(error: ConfigError) -> ConfigError:
     )
 
 
-def _require_lists(users: Any, sessions: Any) -> None:
-    """Refuse a single id in place of a list of ids, or of a list of sessions."""
-    if users is not None and not _is_list(users):
-        raise ConfigError(f"users={users!r}", "a list of user ids", f"write users=[{users!r}]")
-    if sessions is not None and not (_is_list(sessions) and all(map(_is_list, sessions))):
-        raise ConfigError(
-            f"sessions={sessions!r}"[:200],
-            "a list of sessions, each a list of item ids",
-            'write sessions=[["P1", "P7"]]',
-        )
+def _as_lists(users: Any, sessions: Any) -> tuple[list[Any] | None, list[Any] | None]:
+    """Return both as lists, generators too; refuse a single id for a list, and sets, which have no order."""
+    if users is not None:
+        if not _is_list(users):
+            raise ConfigError(f"users={users!r}", "a list of user ids", f"write users=[{users!r}]")
+        users = list(users)
+    if sessions is not None:
+        given = list(sessions) if _is_list(sessions) else [sessions]
+        if not (_is_list(sessions) and all(_is_list(one) and not isinstance(one, Set | Mapping) for one in given)):
+            raise ConfigError(
+                f"sessions={sessions!r}"[:200],
+                "a list of sessions, each a list of item ids, oldest first",
+                'write sessions=[["P1", "P7"]]',
+            )
+        sessions = given
+    return users, sessions
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Iterable) and not isinstance(value, str | bytes)
+
+
+def _as_mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{name}={value!r}", "a mapping of columns of the item table", f'write {name}={{"brand": ...}}'
+        )
+    return value or {}
+
+
+def _whole(k: Any) -> int:
+    if not isinstance(k, int | float | np.number) or k != k // 1 or k < 1:
+        raise ConfigError(f"k={k!r}", "a whole number of at least 1", "say how many items you want")
+    return int(k)
 
 
 def _plain(values: Iterable[Any]) -> list[Any]:

@@ -28,10 +28,11 @@ from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import read_numbers
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.progress import reporting
+from missrec_t4r.recommender.folders import COLUMNS_FILE, DATA, describe
 from missrec_t4r.recommender.frames import Frame, arrow_table, write_parquet
 from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID, TIMESTAMP, USER_ID
 
-_EVENTS_FILE, _ITEMS_FILE, _DATA, _COLUMNS_FILE = "events.parquet", "items.parquet", "data", "columns.json"
+_EVENTS_FILE, _ITEMS_FILE = "events.parquet", "items.parquet"
 
 _OWN_NAMES = {"user_column": "user", "item_column": "item", "time_column": "time"}
 """Parameters of `commands.etl` -> those of `Shop.from_frames`."""
@@ -138,11 +139,11 @@ class Shop:
                 for name, values in (vectors or {}).items():
                     np.save(arrays[name], np.asarray(values, dtype=np.float32))
                 etl_of_shop = named_in_python(commands.function_of("etl"), _OWN_NAMES)
-                etl_of_shop(*files, at / _DATA, **{"modality": arrays} | options)
+                etl_of_shop(*files, at / DATA, **{"modality": arrays} | options)
                 events_file, items_file = (file.replace(at / file.name) for file in files)
                 for name, file in arrays.items():
                     file.replace(modality[name])
-            tables = {"interactions": events_file, "items": items_file, "out": at / _DATA, "modality": modality}
+            tables = {"interactions": events_file, "items": items_file, "out": at / DATA, "modality": modality}
             done.append(command_line("etl", tables | options))
             if text or image or images is not None:
                 settings = {
@@ -152,13 +153,13 @@ class Shop:
                     "text_encoder": text_encoder,
                     "image_encoder": image_encoder,
                 }
-                commands.features(at / _DATA, **settings)
-                done.append(command_line("features", {"data": at / _DATA, **settings}))
+                commands.features(at / DATA, **settings)
+                done.append(command_line("features", {"data": at / DATA, **settings}))
             elif not modality:
-                commands.features(at / _DATA, cooccurrence=True)
-                done.append(command_line("features", {"data": at / _DATA, "cooccurrence": True}))
+                commands.features(at / DATA, cooccurrence=True)
+                done.append(command_line("features", {"data": at / DATA, "cooccurrence": True}))
         columns = {"user": user, "item": item, "time": time}
-        write_json(at / _COLUMNS_FILE, columns | {"commands": done})
+        write_json(at / COLUMNS_FILE, columns | {"commands": done})
         return cls(at, columns, done)
 
     @classmethod
@@ -171,15 +172,16 @@ class Shop:
             It is none.
         """
         folder = Path(folder)
-        if not (folder / _COLUMNS_FILE).is_file():
-            raise DataError(f"{folder} holds no {_COLUMNS_FILE}", "a folder of Shop.from_frames(..., folder=...)")
-        columns = read_json(folder / _COLUMNS_FILE)
+        if not (folder / COLUMNS_FILE).is_file():
+            found, cure = describe(folder)
+            raise DataError(found, "a folder of Shop.from_frames(..., folder=...)", cure)
+        columns = read_json(folder / COLUMNS_FILE)
         return cls(folder, columns, columns.pop("commands", ()))
 
     @property
     def data(self) -> Path:
         """The data folder, as ``missrec etl`` writes it."""
-        return self.folder / _DATA
+        return self.folder / DATA
 
     @property
     def findings(self) -> list[str]:

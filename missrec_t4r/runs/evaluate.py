@@ -163,12 +163,12 @@ def evaluate(
     return report | {"file": str(file)}
 
 
-def checked_baselines(names: Sequence[str] | bool, others: Sequence[str] = ()) -> list[str]:
+def checked_baselines(names: Sequence[str] | str | bool, others: Sequence[str] = ()) -> list[str]:
     """Return the names of baselines, each once; True stands for `BASELINES`.
 
     Parameters
     ----------
-    names : sequence of str, or bool
+    names : sequence of str, one name, or bool
     others : sequence of str
         What else may be named.
 
@@ -177,7 +177,8 @@ def checked_baselines(names: Sequence[str] | bool, others: Sequence[str] = ()) -
     ConfigError
         An unknown name.
     """
-    chosen = [*dict.fromkeys(([], BASELINES)[names] if isinstance(names, bool) else names)]
+    named = ([], BASELINES)[names] if isinstance(names, bool) else [names] if isinstance(names, str) else names
+    chosen = [*dict.fromkeys(named)]
     known = (*ALL_BASELINES, *others)
     if unknown := [name for name in chosen if name not in known]:
         raise ConfigError(f"the baseline {unknown[0]!r}", f"some of {', '.join(known)}", "check --baselines")

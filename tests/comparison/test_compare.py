@@ -310,6 +310,13 @@ def test_what_cannot_be_compared_is_said(systems: list[str], words: str) -> None
         mr.compare(systems)
 
 
+def test_a_bundle_is_not_taken_for_lists(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    pq.write_table(pa.table({"item_id": IDS}), tmp_path / "items.parquet")
+    with pytest.raises(DataError, match="is a bundle; expected: a run folder .*name the run that it was exported from"):
+        mr.compare(["popularity", str(tmp_path)])
+
+
 def test_a_dry_run_ranks_and_writes_nothing(data: Path, tmp_path: Path) -> None:
     file = write_lists(tmp_path / "now.parquet", GOOD)
     result = commands.compare(["popularity", file], tmp_path / "out", data=data, dry_run=True)

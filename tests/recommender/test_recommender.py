@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 
 import missrec_t4r as mr
 from missrec_t4r.cli.app import app
-from missrec_t4r.errors import ConfigError, DataError, MISSRecError, SchemaError
+from missrec_t4r.errors import BundleError, ConfigError, DataError, MISSRecError, SchemaError
 from missrec_t4r.etl.quality.charts import number
 
 N_USERS, N_ITEMS = 60, 40
@@ -308,11 +309,27 @@ def test_refused_events_leave_an_older_shop_as_it_is(shop: mr.Shop, tables: Any,
 def test_a_single_id_is_no_list_of_letters(model: mr.Recommender) -> None:
     with pytest.raises(ConfigError, match=r"write users=\['u3'\]"):
         model.recommend(users="u3")
-    for sessions in ("P01", ["P01", "P02"], [1, 2], 7):
+    for sessions in ("P01", ["P01", "P02"], [1, 2], 7, [{"P01", "P02"}], {"u1": ["P01"]}):
         with pytest.raises(ConfigError, match="each a list of item ids"):
             model.recommend(sessions=sessions)  # type: ignore[arg-type]  # the mistake itself
     sessions = [["P01", "P02"], ["P03", "P04"]]
-    assert model.recommend(sessions=np.array(sessions), k=2).equals(model.recommend(sessions=sessions, k=2))
+    expected = model.recommend(sessions=sessions, k=2)
+    assert model.recommend(sessions=np.array(sessions), k=2).equals(expected)
+    assert model.recommend(sessions=(iter(one) for one in sessions), k=2).equals(expected)
+    users = model.recommend(users=["u1", "u2"], k=2)
+    assert model.recommend(users=(one for one in ("u1", "u2")), k=2).equals(users)
+
+
+@pytest.mark.parametrize("k", [0, -1, 2.5, "3", float("nan"), None])
+def test_k_is_a_whole_number(k: Any, model: mr.Recommender) -> None:
+    for call in (lambda: model.recommend(sessions=[["P01"]], k=k), lambda: model.similar("P01", k)):
+        with pytest.raises(ConfigError, match=r"^k=.*; expected: a whole number of at least 1"):
+            call()
+
+
+def test_filters_are_mappings(model: mr.Recommender) -> None:
+    with pytest.raises(ConfigError, match="where='in_stock'; expected: a mapping of columns"):
+        model.recommend(sessions=[["P01"]], where="in_stock")  # type: ignore[arg-type]  # the mistake itself
 
 
 def test_numbers_of_numpy_filter(model: mr.Recommender) -> None:
@@ -324,7 +341,7 @@ def test_numbers_of_numpy_filter(model: mr.Recommender) -> None:
 
 
 def test_unknown_names_of_an_evaluation_are_refused(model: mr.Recommender) -> None:
-    found = model.evaluate(baselines="popularity")
+    found = model.evaluate(baselines="popularity")  # a name, not ten letters
     assert "popularity" in found.to_frame().index.get_level_values("system")
     for call in (found.slices, found.plot):
         with pytest.raises(ConfigError, match=r"metric 'ndcg@1o'; .* did you mean 'ndcg@10'"):
@@ -393,3 +410,69 @@ def test_errors_of_a_shop_name_its_own_arguments(tables: tuple[pd.DataFrame, pd.
         mr.Shop.from_frames(events.assign(zeit="31/12/2023"), items, **own)
     with pytest.raises(MISSRecError, match="set `valid_from` and `test_from`"):
         mr.Shop.from_frames(events, items, **own, split="time", valid_from=1_700_000_100)
+
+
+def test_a_model_whose_folder_holds_another_one_goes_on_in_memory_alone(shop: mr.Shop, tmp_path: Path) -> None:
+    first = mr.Recommender("tiny", train__epochs=1, folder=tmp_path / "model").fit(shop)
+    before = first.recommend(users=["u1"], k=3)
+    unused = pickle.loads(pickle.dumps(first))
+    mr.Recommender("tiny", train__epochs=1, folder=tmp_path / "model").fit(shop)  # finds the finished run
+    pd.testing.assert_frame_equal(unused.recommend(users=["u1"], k=3), before)
+    unused = pickle.loads(pickle.dumps(first))
+    second = mr.Recommender("tiny", train__epochs=1, train__seed=7, folder=tmp_path / "model").fit(shop, restart=True)
+    pd.testing.assert_frame_equal(first.recommend(users=["u1"], k=3), before)
+    new = pd.DataFrame({"artikel": ["N1"], "title": ["lamp number 5"], "in_stock": [True]})
+    words = r"run was replaced or removed|bundle was replaced or removed"
+    for call in (
+        first.evaluate,
+        lambda: first.save(tmp_path / "saved"),
+        lambda: first.add_items(new),
+        lambda: first.similar("P05"),
+        lambda: unused.recommend(users=["u1"]),
+    ):
+        with pytest.raises(ConfigError, match=rf"({words}) .*; expected: .*\. open the present model with Recommender"):
+            call()
+    loaded = mr.Recommender.load(tmp_path / "model" / "bundle", shop=shop)
+    pd.testing.assert_frame_equal(loaded.recommend(users=["u1"]), second.recommend(users=["u1"]))
+
+
+def test_a_model_of_a_second_shop_is_kept_with_that_shop(shop: mr.Shop, tables: Any, tmp_path: Path) -> None:
+    events, _ = tables
+    model = mr.Recommender("tiny", train__epochs=1).fit(shop)
+    model.fit(mr.Shop.from_frames(events, **NAMES, folder=tmp_path))
+    assert model.folder == tmp_path / "models" / "tiny"
+
+
+def test_another_kind_of_folder_is_named_with_what_opens_it(
+    shop: mr.Shop, model: mr.Recommender, tmp_path: Path
+) -> None:
+    folder = shop.folder / "models" / "tiny"
+    for given, words in (
+        (folder / "run", rf"is a run folder; expected: a bundle .*Recommender.load\('{folder}/bundle'\)"),
+        (folder, rf"is the folder of a Recommender; .*Recommender.load\('{folder}/bundle'\)"),
+        (shop.folder, rf"is the folder of a shop; .*Shop.open\('{shop.folder}'\)"),
+        (shop.data, rf"is the data folder of a shop; .*Shop.open\('{shop.folder}'\)"),
+        (Path(shutil.copytree(shop.data, tmp_path / "data")), r"is a data folder; .*Shop.from_frames"),
+        (Path(shutil.copytree(folder / "run", tmp_path / "run")), "is a run folder; .*`missrec export --run"),
+        (tmp_path / "nothing", "does not exist"),
+    ):
+        with pytest.raises(BundleError, match=words):
+            mr.Recommender.load(given)
+    with pytest.raises(DataError, match=r"bundle is a bundle; expected: a folder of Shop.*Recommender.load"):
+        mr.Recommender.load(folder / "bundle", shop=folder / "bundle")
+    with pytest.raises(BundleError, match=r"is no bundle: .*; expected: .*\. choose another `folder`\.") as refused:
+        model.save(shop.folder)
+    assert "--" not in str(refused.value)
+
+
+def test_recommendations_leave_the_threads_of_torch_alone(model: mr.Recommender, shop: mr.Shop) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        copy = pickle.loads(pickle.dumps(model))
+        copy.recommend(sessions=[["P05"]])
+        copy.similar("P05")
+        copy.similar("P05", by="content")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

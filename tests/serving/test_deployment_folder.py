@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +24,7 @@ from missrec_t4r.serving.triton.deployment import bundle_of, current_version, st
 from missrec_t4r.serving.triton.model_config import read_config
 from missrec_t4r.serving.triton.model_control import SERVER_FILE, Control
 from missrec_t4r.serving.triton.ports import choose_ports
+from tests.meanwhile import beginning_inside
 
 EARLIER = """# The door: raw item ids in, raw item ids and scores out.
 name: "missrec"
@@ -162,26 +160,15 @@ def test_one_deploy_at_a_time(bundle: Path, tmp_path: Path) -> None:
 def test_two_updates_of_what_is_served_are_both_deployed(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, real = tmp_path / "models", bundles._served_bundle
+    folder = tmp_path / "models"
     deploy(folder, bundle=bundle)
 
     def update(name: str) -> None:
         pq.write_table(pa.table({"item_id": [name]}), tmp_path / f"{name}.parquet")
         commands.catalogue_update(tmp_path / f"{name}.parquet", repository=folder)
 
-    second = threading.Thread(target=update, args=["later"])
-
-    def meanwhile(*given: Any) -> Path:
-        served = real(*given)
-        if second.ident is None:
-            second.start()
-            while second.is_alive() and "waiting until it ends" not in caplog.text:
-                time.sleep(0.01)
-        return served
-
-    monkeypatch.setattr(bundles, "_served_bundle", meanwhile)
-    update("earlier")
-    second.join()
+    with beginning_inside("_served_bundle", bundles, lambda: update("later"), monkeypatch, caplog):
+        update("earlier")
     served = pq.read_table(bundle_of(folder, current_version(folder)) / "items.parquet")
     assert served["item_id"].to_pylist()[-2:] == ["earlier", "later"]
 

@@ -18,6 +18,11 @@ def test_ids_are_encoded_to_rows_and_decoded(data: Path) -> None:
     assert not catalogue.modalities["image"].present[5]
 
 
+def test_the_catalogue_of_a_data_folder_is_named(data: Path) -> None:
+    with pytest.raises(DataError, match=f"holds no catalogue.json; .* take {data / 'catalogue'}"):
+        Catalogue.load(data)
+
+
 def test_saving_replaces_the_folder_whole(data: Path, tmp_path: Path) -> None:
     catalogue = Catalogue.load(data / "catalogue")
     target = tmp_path / "catalogue"

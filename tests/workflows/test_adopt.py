@@ -350,3 +350,12 @@ def test_two_inputs_that_contradict_are_refused(tutorial: Path, items: tuple[Pat
     pd.read_parquet(items[0]).assign(sku=lambda table: table.sku + 1).to_parquet(others)
     with pytest.raises(DataError, match=r"none of the workflow's .* items is in the item table: .*--item-column"):
         adopt(tutorial / "workflow", tmp_path / "data", sessions=sessions, items=others, item_column="sku")
+
+
+def test_sessions_too_short_for_a_split_are_refused_with_options_that_the_command_has(
+    tutorial: Path, tmp_path: Path
+) -> None:
+    short = _with_items(tutorial, tmp_path / "processed", pa.array([row[:2] for row in _rows(tutorial)]))
+    with pytest.raises(DataError, match="valid split has no session.*--train, --valid and --test") as refused:
+        adopt(tutorial / "workflow", tmp_path / "data", sessions=short)
+    assert "--split" not in str(refused.value)

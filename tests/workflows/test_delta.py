@@ -101,6 +101,7 @@ def test_deltas_equal_plain_updates_to_the_byte(tmp_path: Path, number: int) -> 
         assert plain["plain_version"] == step + 1
         assert told["added"]["items_added"] == plain["added"]["items_added"]
         assert told["added"]["events_added"] == plain["added"]["events_added"]
+        assert told["findings"] == plain["findings"]
     for folder in ("workflow", "request_workflow"):
         for file in (data / folder / "categories").iterdir():
             assert file.read_bytes() == (tmp_path / "plain" / folder / "categories" / file.name).read_bytes()

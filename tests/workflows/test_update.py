@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from missrec_t4r.etl.engine.compact import compact
 from missrec_t4r.etl.nvt.serialization import load_workflow
 from missrec_t4r.etl.pipeline import etl
 from tests import processes
+from tests.meanwhile import beginning_inside
 from tests.workflows.increments import NEW_ITEMS, OPTIONS, SOME, raw_rows, shop
 from tests.workflows.tables import ITEMS, save_vectors, write
 
@@ -321,19 +322,10 @@ def test_the_command_updates(data: Path, tmp_path: Path) -> None:
 def test_two_updates_at_once_are_both_in_the_folder(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real, days = append.load_version, [_day(tmp_path / name, users) for name, users in (("one", 1), ("two", 2))]
-    options = {"update": True, "dask_scheduler": "threads", "workers": 1}
-    second = threading.Thread(target=etl, args=(days[1], None, data), kwargs=options)
-
-    def meanwhile(out: Path) -> Any:
-        read = real(out)
-        if second.ident is None:
-            second.start()
-            while second.is_alive() and "waiting until it ends" not in caplog.text:
-                time.sleep(0.01)
-        return read
-
-    monkeypatch.setattr(append, "load_version", meanwhile)
-    etl(days[0], None, data, **options)
-    second.join()
+    first, second = (
+        partial(etl, _day(tmp_path / name, users), None, data, update=True, dask_scheduler="threads", workers=1)
+        for name, users in (("one", 1), ("two", 2))
+    )
+    with beginning_inside("load_version", append, second, monkeypatch, caplog):
+        first()
     assert [change["events_added"] for change in json.loads((data / "versions.json").read_text())["changes"]] == [4, 4]

@@ -121,12 +121,12 @@ def _kept_events(work: str, partition: int) -> Bools:
     return kept
 
 
-def _counts(codes: Ints, times: AnyArray, duplicates: Ints, unknown: Bools) -> dict[str, int]:
-    """Return what a partition contributes to the findings."""
+def _counts(codes: Ints, times: AnyArray, duplicates: Ints, unknown: Bools, n_old: int = 0) -> dict[str, int]:
+    """Return what a partition contributes to the findings; the first ``n_old`` events are those of the old state."""
     return {
-        "duplicates": len(duplicates),
+        "duplicates": int((duplicates >= n_old).sum()),
         "unknown_item_events": int(unknown.sum()),
-        "out_of_order": count_out_of_order(codes, times),
+        "out_of_order": count_out_of_order(codes[n_old:], times[n_old:]),
         "very_long": int((np.bincount(codes) > checks.MANY_EVENTS).sum()),
     }
 
@@ -163,7 +163,7 @@ def group_by_user(work: str, partition: int) -> dict[str, Any]:
     if not common["filtered"]:  # otherwise `survey_events` has counted and left out
         duplicates = duplicate_positions(events.codes, times, items, events.order)
         unknown = items >= common["rows"]
-        counts = _counts(events.codes, times, duplicates[duplicates >= table.num_rows - n_new], unknown)
+        counts = _counts(events.codes, times, duplicates, unknown, table.num_rows - n_new)
         kept = ~unknown
         if common["drop_duplicates"]:
             kept[duplicates] = False

@@ -38,6 +38,7 @@ from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.retrieval.ranker import compact
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, PADDING_ROW
 from missrec_t4r.serving.batch.parquet_io import SessionFiles
+from missrec_t4r.serving.client.in_process import torch_threads
 from missrec_t4r.serving.event_features import EventFeatureReader
 
 MARKER = "vectors.json"
@@ -77,12 +78,11 @@ def vectors(
     """
     require_at_least(1, threads=threads)
     started = time.monotonic()
-    torch.set_num_threads(threads)
     with bundle_or_run(bundle, run) as source:
         loaded = load_bundle(source)
         weights = str(verify_bundle(source, only=())["files"][WEIGHTS_FILE]["sha256"])
     files = None if sessions is None else _session_files(sessions, items_column, loaded)
-    with atomic_write_dir(Path(out), MARKER, "folder of vectors", BundleError) as folder:
+    with atomic_write_dir(Path(out), MARKER, "folder of vectors", BundleError) as folder, torch_threads(threads):
         described = _write_items(folder, loaded) | {"weights_sha256": weights}
         n_sessions = 0 if files is None else _write_sessions(folder, loaded, files)
         write_json(folder / MARKER, described)

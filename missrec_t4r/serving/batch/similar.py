@@ -26,6 +26,7 @@ from missrec_t4r.retrieval.topk import top_items
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, UNKNOWN_ROW
 from missrec_t4r.serving.batch.parquet_io import write_results
 from missrec_t4r.serving.client.client import MISSRecClient, read_titles
+from missrec_t4r.serving.client.in_process import torch_threads
 from missrec_t4r.serving.client.protocol import typed_id
 
 METHODS = ("session", "content")
@@ -81,9 +82,8 @@ def similar(
     if items is None and out is None:
         raise ConfigError("neither --items nor --out", "ids to look up, or a file for the whole catalogue")
     started = time.monotonic()
-    torch.set_num_threads(threads)
-    with bundle_or_run(bundle, run) as folder:
-        result = _find(folder, items, out, top_k, by, threads)
+    with bundle_or_run(bundle, run) as folder, torch_threads(threads):
+        result = _find(folder, items, out, top_k, by)
     return result if out is None else result | {"seconds": round(time.monotonic() - started, 2)}
 
 
@@ -93,7 +93,6 @@ def _find(
     out: str | Path | None,
     top_k: int,
     by: str,
-    threads: int,
 ) -> dict[str, Any]:
     """Return the similar items, or write them to ``out``."""
     loaded = load_bundle(folder)
@@ -102,7 +101,7 @@ def _find(
         if items is None
         else _require_items(items, loaded)
     )
-    results = _by_content(loaded, ids, top_k) if by == "content" else _by_session(folder, ids, top_k, threads)
+    results = _by_content(loaded, ids, top_k) if by == "content" else _by_session(folder, ids, top_k)
     results = track(results, f"items similar to {len(ids)} items", len(ids))
     if out is None:
         titles = read_titles(folder)
@@ -160,8 +159,8 @@ def _by_content(loaded: LoadedBundle, ids: Sequence[RawItem], top_k: int) -> Ite
             yield item, loaded.catalogue.ids_of(others[comparable].numpy()), scores[comparable].tolist()
 
 
-def _by_session(bundle: str | Path, ids: Sequence[RawItem], top_k: int, threads: int) -> Iterator[Similar]:
-    with MISSRecClient.of_bundle(bundle, threads=threads) as client:
+def _by_session(bundle: str | Path, ids: Sequence[RawItem], top_k: int) -> Iterator[Similar]:
+    with MISSRecClient.of_bundle(bundle) as client:
         for start in range(0, len(ids), _ITEMS_AT_A_TIME):
             batch = ids[start : start + _ITEMS_AT_A_TIME]
             recommendations = client.recommend([[item] for item in batch], top_k, exclude_seen=True)

@@ -76,15 +76,15 @@ class MISSRecClient:
         self._transport = open_transport(url, protocol, timeout) if transport is None else transport
 
     @classmethod
-    def of_bundle(cls, bundle: str | Path, *, threads: int = 1) -> MISSRecClient:
+    def of_bundle(cls, bundle: str | Path, *, threads: int | None = None) -> MISSRecClient:
         """Return a client without a server: the served models run in this process, on a verified bundle.
 
         Parameters
         ----------
         bundle : path
             Written by `missrec export`.
-        threads : int
-            Threads of torch.
+        threads : int, optional
+            Threads of torch while a request runs; as many as this process has set, by default.
         """
         from missrec_t4r.serving.client.in_process import InProcessTransport  # here: clients of a server need no torch
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from missrec_t4r.arrays import AnyArray
 from missrec_t4r.errors import MISSRecError
@@ -23,13 +26,15 @@ class InProcessTransport:
         All its files are verified.
     device : str
         ``"cpu"`` or ``"cuda:0"``.
-    threads : int
-        Threads of torch.
+    threads : int, optional
+        Threads of torch while a request runs; as many as this process has set, by default.
     """
 
-    def __init__(self, bundle: Path, *, device: str = "cpu", threads: int = 1) -> None:
+    def __init__(self, bundle: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+        self.threads = threads
         self.sessions = SessionsBackend(bundle)
-        self.ranker = RankerBackend(bundle, device, threads)
+        with torch_threads(threads):
+            self.ranker = RankerBackend(bundle, device)
         self._steps: tuple[Backend, ...] = (self.sessions, self.ranker)
 
     def describe(self, model: str) -> ModelFacts:  # a bundle is one model
@@ -48,7 +53,8 @@ class InProcessTransport:
         """
         tensors = dict(inputs)
         for step in self._steps:
-            (response,) = step.infer([{name: tensors[name] for name in step.inputs if name in tensors}])
+            with torch_threads(self.threads):
+                (response,) = step.infer([{name: tensors[name] for name in step.inputs if name in tensors}])
             if isinstance(response, MISSRecError):
                 raise response
             tensors.update(response)
@@ -56,3 +62,16 @@ class InProcessTransport:
 
     def close(self) -> None:
         """Do nothing: there is no connection."""
+
+
+@contextmanager
+def torch_threads(number: int | None) -> Iterator[None]:
+    """Set torch's number of threads for a block, unless it is None: the caller's own training keeps its threads."""
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        if number is not None:
+            torch.set_num_threads(before)

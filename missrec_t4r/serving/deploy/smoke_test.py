@@ -56,7 +56,7 @@ def smoke_test(url: str, model: str, bundle: Path, top_k: int = 20) -> dict[str,
         A recommendation differs, outside ties.
     """
     sessions = sample_sessions(bundle)
-    with MISSRecClient.of_bundle(bundle) as in_process:
+    with MISSRecClient.of_bundle(bundle, threads=1) as in_process:
         expected = in_process.recommend(sessions, top_k)
     with MISSRecClient(url, model=model, timeout=60) as client:
         served = client.recommend(sessions, top_k)

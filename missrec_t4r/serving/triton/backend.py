@@ -103,19 +103,21 @@ class RankerBackend:
         All its files are verified.
     device : str
         ``"cpu"`` or ``"cuda:0"``.
-    threads : int
-        Threads of one pass; Triton runs several models and requests concurrently, so few are best.
+    threads : int, optional
+        Threads of torch, set for the whole process: a server runs several models and requests concurrently, so few are
+        best there.
     """
 
     inputs: Sequence[str] = ("rows", "seen", "top_k", "exclude_seen", "exclude", "allow", "rules", "reasons", "side")
 
-    def __init__(self, bundle: Path, device: str = "cpu", threads: int = 1) -> None:
+    def __init__(self, bundle: Path, device: str = "cpu", threads: int | None = None) -> None:
         import torch  # here, not above: the sessions model starts without it
 
         from missrec_t4r.bundle.bundle import load_bundle
         from missrec_t4r.retrieval.ranker import Ranker
 
-        torch.set_num_threads(max(threads, 1))
+        if threads is not None:
+            torch.set_num_threads(max(threads, 1))
         loaded = load_bundle(bundle)
         self.ranker = Ranker(loaded.model, loaded.catalogue, device=device, tables=loaded.tables)
         self.transform = loaded.transform

@@ -244,9 +244,9 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         self, item_ids: Tensor, visible: Tensor, learning: bool, every_position: bool, one_target: bool
     ) -> VisibleSessions:
         """Keep the last ``max_sequence_length`` visible items of each row."""
-        width = min(self.max_sequence_length, item_ids.shape[1])
-        start = (visible.sum(1, keepdim=True) - width).clamp_min(0)
-        window = start + torch.arange(width, device=item_ids.device)
+        steps = torch.arange(self.max_sequence_length, device=item_ids.device)[: item_ids.shape[1]]  # in a trace too
+        start = (visible.sum(1, keepdim=True) - steps.shape[0]).clamp_min(0)
+        window = start + steps
         return VisibleSessions(item_ids.gather(1, window), window, learning, every_position, one_target)
 
     def output_size(self, input_size: Any = None) -> torch.Size:  # T4R's signature

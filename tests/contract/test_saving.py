@@ -133,14 +133,14 @@ def test_a_script_without_a_data_folder_is_told_what_to_pass(data: Path, tmp_pat
         mr.save_run(by_hand(), out=tmp_path / "run", data=tmp_path / "data")
 
 
-def test_a_model_with_score_terms_is_traced_for_sessions_of_any_number(data: Path) -> None:
+def test_a_model_with_score_terms_is_traced_for_sessions_of_any_number_and_width(data: Path) -> None:
     """As T4R's deployment does after `save_run`; terms are switched on, whatever validation says of random weights."""
     model = by_hand().eval()
     core = to_core(model)
     train, valid = (load_sessions(data, split, core.event_columns).known() for split in ("train", "valid"))
     fit_terms(core, shop.catalogue(), train, valid)
     item_knn, content_knn, rare_items = (core.terms[name] for name in ("item_knn", "content_knn", "rare_items"))
-    batches = [batch_of(size, valid) for size in (4, 7, 1)]
+    batches = [batch_of(size, valid, width) for size, width in ((4, 12), (7, 12), (1, 12), (4, 9), (4, 5))]
     with torch.no_grad():
         without = model(dict(batches[0]))
     item_knn.choose(item_knn.chosen._replace(weight=0.5))

@@ -24,8 +24,8 @@ class FastItemEncoder(ItemEncoder):
 
     def forward(self, rows: Tensor, masks: ItemMasks | None = None) -> ItemEmbeddings:
         """Return the embeddings of ``rows``, as `ItemEncoder.forward` does."""
-        many = rows.ndim > 1 and rows.numel() >= MANY and rows.device.type != "cuda"  # which would be waited for
-        if many and not torch.is_grad_enabled() and not torch.jit.is_tracing():
+        on_gpu = rows.device.type == "cuda"  # which would be waited for
+        if not (torch.jit.is_tracing() or torch.is_grad_enabled() or on_gpu) and rows.ndim > 1 and rows.numel() >= MANY:
             distinct, place = rows.unique(return_inverse=True)
             return super().forward(distinct, masks).take(place)
         return super().forward(rows, masks)

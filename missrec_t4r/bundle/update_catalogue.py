@@ -54,6 +54,7 @@ from missrec_t4r.runs.extend import nearest_interests
 from missrec_t4r.schema import (
     FIRST_ITEM_ROW,
     ITEM_ID,
+    RETIRED,
     SCHEMA_FILE,
     SESSION_TRANSFORM_FILE,
     TRAIN_COUNT,
@@ -223,7 +224,7 @@ def read_items(file: Path, item_column: str = ITEM_ID) -> pa.Table:
     Raises
     ------
     DataError
-        The file cannot be read, has no rows, or no such column.
+        The file cannot be read, has no such column or missing ids, or ``retired`` is not true or false.
     """
     try:
         table = pq.read_table(file)
@@ -238,6 +239,10 @@ def read_items(file: Path, item_column: str = ITEM_ID) -> pa.Table:
     if index := [name for name in table.column_names if name.startswith("__index_level_")]:
         log.info(f"{file}: {', '.join(index)}, a row index of pandas, is left out")
         table = table.drop_columns(index)
+    if missing := table[item_column].null_count:
+        raise DataError(f"{missing} of {table.num_rows} items without an id", "one id per row", "leave these rows out")
+    if RETIRED in table.column_names and not pa.types.is_boolean(kind := table[RETIRED].type):
+        raise DataError(f"column {RETIRED!r} of type {kind}", "true or false", "convert it, or leave it out")
     return table.rename_columns([ITEM_ID if name == item_column else name for name in table.column_names])
 
 

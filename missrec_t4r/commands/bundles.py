@@ -73,8 +73,8 @@ def catalogue_update(
 
             ids, known = (one[ITEM_ID].cast(pa.string()) for one in (table, load_items(Path(changed))))
             has_new = not pc.all(pc.is_in(ids, known.combine_chunks())).as_py()
-            for name, encoded in encode_items(Path(data), table, complete=has_new).items():
-                vectors.setdefault(name, np.where(encoded.present[:, None], encoded.vectors, np.float32("nan")))
+            for name, encoded in encode_items(Path(data), table, complete=has_new, given=vectors).items():
+                vectors[name] = np.where(encoded.present[:, None], encoded.vectors, np.float32("nan"))
         result = update_catalogue(changed, table, modalities=vectors, dry_run=dry_run)
         if repository is not None:
             from missrec_t4r.serving.deploy.blue_green import deploy

@@ -97,6 +97,8 @@ def train(
     if recipe is None and not warm_start:
         recipe = "default" if start_from else AUTO
     require_at_least(0, max_minutes=max_minutes)
+    if file := next((part for part in (Path(out), *Path(out).parents) if part.is_file()), None):
+        raise ConfigError(f"--out {out}, and {file} is a file", "a folder", "choose another --out")
     if max_minutes is not None:
         if (settings or {}).get("train.max_minutes", max_minutes) != max_minutes:
             raise ConfigError("--max-minutes and another --set train.max_minutes", "one time limit", "leave one out")

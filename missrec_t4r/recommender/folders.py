@@ -14,6 +14,12 @@ DATA, RUN, BUNDLE, MODELS = "data", "run", "bundle", "models"
 """Folders of a shop and of a Recommender."""
 
 
+def shown(path: Path) -> str:
+    """Return a path relative to the working directory if it is below, as the caller will have written it."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
 def describe(folder: Path) -> tuple[str, str]:
     """Return what a folder is, as the first part of an error, and what to call for it."""
     if not folder.is_dir():

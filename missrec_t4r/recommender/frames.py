@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from missrec_t4r.errors import DataError
+from missrec_t4r.errors import ConfigError, DataError, ModalityError
 from missrec_t4r.etl.sources.table import read_table
 
 Frame = Any
-"""pandas.DataFrame, polars.DataFrame or LazyFrame, pyarrow.Table, or the path of a parquet or csv file."""
+"""DataFrame of pandas, Polars, cuDF or Dask, Merlin Dataset, pyarrow.Table, or the path of a parquet or csv file."""
 
 
 def arrow_table(frame: Frame, name: str, ids: Sequence[str] = ()) -> pa.Table:
@@ -39,6 +41,8 @@ def arrow_table(frame: Frame, name: str, ids: Sequence[str] = ()) -> pa.Table:
         return _once_each(frame, name)
     if hasattr(frame, "collect") and hasattr(frame, "lazy"):  # polars.LazyFrame
         frame = frame.collect()
+    if hasattr(frame, "compute"):  # of Dask, merlin.io.Dataset
+        frame = frame.compute()
     if hasattr(frame, "to_arrow"):  # polars.DataFrame, duckdb relations
         table = frame.to_arrow()
         return table if isinstance(table, pa.Table) else pa.table(table)
@@ -46,6 +50,8 @@ def arrow_table(frame: Frame, name: str, ids: Sequence[str] = ()) -> pa.Table:
         _refuse_repeated(map(str, frame.columns), name)
         try:
             return pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
+        except UnicodeEncodeError as error:
+            raise DataError(f"{name} with text that is no Unicode ({error})", "Unicode text", "repair it") from error
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(
                 f"a column of {name} holds values of several types ({'; '.join(map(str, error.args))})",
@@ -69,6 +75,30 @@ def _refuse_repeated(columns: Iterable[str], name: str) -> None:
         raise DataError(
             f"{name} with several columns called {', '.join(repeated)}", "one of each name", "drop or rename the others"
         )
+
+
+def arrays_of(vectors: Mapping[str, npt.ArrayLike] | None) -> dict[str, npt.NDArray[np.float32]]:
+    """Return vectors by modality as float32, tensors of torch on any device and of any precision too.
+
+    Raises
+    ------
+    ConfigError, ModalityError
+        No mapping, or values that are no array of numbers.
+    """
+    if vectors is not None and not isinstance(vectors, Mapping):
+        cure = 'name their modality: vectors={"text": array}'
+        raise ConfigError(f"vectors of type {type(vectors).__name__}", "a mapping of modalities to arrays", cure)
+    arrays = {}
+    for name, values in (vectors or {}).items():
+        tensor: Any = values
+        try:
+            with np.errstate(over="ignore"):  # infinity is refused with its row
+                arrays[name] = np.asarray(
+                    tensor.detach().float().cpu() if hasattr(tensor, "detach") else values, dtype=np.float32
+                )
+        except (TypeError, ValueError) as error:
+            raise ModalityError(f"vectors of {name!r} are no numbers ({error})", "an array [item, width]") from error
+    return arrays
 
 
 def write_parquet(table: pa.Table, file: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence, Set
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,8 @@ from missrec_t4r.io.atomic import atomic_write_dir
 from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.progress import reporting
 from missrec_t4r.recommender.evaluation import Evaluation
-from missrec_t4r.recommender.folders import BUNDLE, MODELS, RUN, describe
-from missrec_t4r.recommender.frames import Frame, arrow_table, write_parquet
+from missrec_t4r.recommender.folders import BUNDLE, MODELS, RUN, describe, shown
+from missrec_t4r.recommender.frames import Frame, arrays_of, arrow_table, write_parquet
 from missrec_t4r.recommender.shop import Shop, command_line, temporary_folder
 from missrec_t4r.runs.run_folder import RUN_FILE
 from missrec_t4r.schema import ITEM_ID
@@ -67,9 +68,14 @@ class Recommender:
         device: str = "auto",
         **settings: Any,
     ) -> None:
+        if not isinstance(recipe, str | Path):
+            found = f"recipe of type {type(recipe).__name__}"
+            raise ConfigError(
+                found, "a name or the path of a recipe", "settings are arguments: Recommender(train__epochs=3)"
+            )
         self.recipe, self.device = recipe, device
         self.settings = {name.replace("__", ".", 1): value for name, value in settings.items()}
-        self.folder = self._given_folder = None if folder is None else Path(folder)
+        self.folder = self._given_folder = None if folder is None else Path(folder).absolute()
         self.shop: Shop | None = None
         self.commands: list[str] = []
         self.result: dict[str, Any] = {}
@@ -117,13 +123,17 @@ class Recommender:
         return self
 
     def evaluate(
-        self, shop: Shop | None = None, *, split: str = "test", baselines: Sequence[str] | str | bool = True
+        self,
+        shop: Shop | str | Path | None = None,
+        *,
+        split: str = "test",
+        baselines: Sequence[str] | str | bool = True,
     ) -> Evaluation:
         """Rank the whole catalogue for every session of a split, beside the baselines.
 
         Parameters
         ----------
-        shop : Shop, optional
+        shop : Shop or its folder, optional
             That of `fit` by default.
         split : {"test", "valid"}
         baselines : bool, or sequence of str
@@ -131,7 +141,7 @@ class Recommender:
             is trained first.
         """
         run = self._run()
-        data = (shop or self._shop()).data
+        data = (self._shop() if shop is None else _shop_of(shop)).data
         with reporting(messages=False):
             report = commands.evaluate(run, split=split, data=data, baselines=baselines)
         return Evaluation(report)
@@ -160,7 +170,7 @@ class Recommender:
         exclude_seen : bool
             Leave out the items of the session.
         where : mapping, optional
-            Filters over the item table's columns: ``{"in_stock": True, "price": {"max": 20}}``.
+            Filters over the item table's columns: ``{"in_stock": True, "price": {"max": 20}}``; bounds may be dates.
         at_most : mapping of str to int, optional
             How many recommended items may share a value of a column: ``{"brand": 2}``.
         exclude : sequence of item ids, optional
@@ -244,11 +254,12 @@ class Recommender:
             table = taken.rename_columns([ITEM_ID if name == own else name for name in taken.column_names])
         if ITEM_ID not in table.column_names:
             raise SchemaError(f"items with columns {', '.join(table.column_names)}", f"a column {own!r} of item ids")
+        arrays = arrays_of(vectors)
         with tempfile.TemporaryDirectory() as folder, reporting(messages=False):
             file = write_parquet(table, Path(folder) / "items.parquet")
-            files = {name: Path(folder) / f"{name}.npy" for name in vectors or {}}
-            for name, values in (vectors or {}).items():
-                np.save(files[name], np.asarray(values, dtype=np.float32))
+            files = {name: Path(folder) / f"{name}.npy" for name in arrays}
+            for name, values in arrays.items():
+                np.save(files[name], values)
             changed: dict[str, Any] = commands.catalogue_update(file, bundle=bundle, data=shop.data, modality=files)
         self._use(bundle)
         return changed
@@ -285,7 +296,7 @@ class Recommender:
             raise BundleError(found, "a bundle of Recommender.save or `missrec export`", cure)
         verify_bundle(bundle)
         self = cls()
-        self.shop = Shop.open(shop) if isinstance(shop, str | Path) else shop
+        self.shop = None if shop is None else _shop_of(shop)
         self._use(Path(bundle))
         return self
 
@@ -318,16 +329,16 @@ class Recommender:
         if self._bundle is None:
             return f"Recommender(recipe={str(self.recipe)!r}, not fitted)"
         if not self.result:
-            return f"Recommender(bundle={str(self._bundle)!r})"
+            return f"Recommender(bundle={shown(self._bundle)!r})"
         reached = self.result.get("prior", {}).get("valid_ndcg@10", self.result.get("valid_ndcg@10"))
         figure = "" if reached is None else f", validation NDCG@10 {reached:.4f}"
-        return f"Recommender(recipe={str(self.recipe)!r}{figure}, bundle={str(self._bundle)!r})"
+        return f"Recommender(recipe={str(self.recipe)!r}{figure}, bundle={shown(self._bundle)!r})"
 
     def _use(self, bundle: Path) -> None:
         if self._opened is not None:
             self._opened[0].close()
-        self._bundle, self._opened = bundle, None
-        files = [bundle / MANIFEST_FILE, *([] if self.folder is None else [self.folder / RUN / RUN_FILE])]
+        self._bundle, self._opened = bundle.absolute(), None
+        files = [self._bundle / MANIFEST_FILE, *([] if self.folder is None else [self.folder / RUN / RUN_FILE])]
         self._digests = {file: file_digest(file) for file in files}
 
     def _bundle_of(self) -> Path:
@@ -339,7 +350,7 @@ class Recommender:
                 raise ConfigError(
                     f"{file.parent} was replaced or removed after this Recommender was fitted or loaded",
                     "the files of its own model",
-                    f"open the present model with Recommender.load({str(self._bundle)!r}, shop=shop); "
+                    f"open the present model with Recommender.load({shown(self._bundle)!r}, shop=shop); "
                     "Recommender(folder=...) keeps a second one apart",
                 )
         return self._bundle
@@ -390,9 +401,9 @@ def _as_lists(users: Any, sessions: Any) -> tuple[list[Any] | None, list[Any] | 
     if users is not None:
         if not _is_list(users):
             raise ConfigError(f"users={users!r}", "a list of user ids", f"write users=[{users!r}]")
-        users = list(users)
+        users = _listed(users)
     if sessions is not None:
-        given = list(sessions) if _is_list(sessions) else [sessions]
+        given = _listed(sessions) if _is_list(sessions) else [sessions]
         if not (_is_list(sessions) and all(_is_list(one) and not isinstance(one, Set | Mapping) for one in given)):
             raise ConfigError(
                 f"sessions={sessions!r}"[:200],
@@ -421,13 +432,26 @@ def _whole(k: Any) -> int:
     return int(k)
 
 
+def _listed(values: Any) -> list[Any]:
+    """Return the values of a sequence, an array, a column or a tensor as a list."""
+    if hasattr(values, "to_pylist"):  # of Arrow
+        return list(values.to_pylist())
+    return list(values.tolist() if hasattr(values, "tolist") else values)
+
+
 def _plain(values: Iterable[Any]) -> list[Any]:
     """Return values as a list, NumPy's scalars as Python's."""
-    return [value.item() if isinstance(value, np.generic) else value for value in values]
+    return [value.item() if isinstance(value, np.generic) else value for value in _listed(values)]
 
 
 def _plain_value(value: Any) -> Any:
-    """Return a filter's value, of a list or of bounds, with NumPy's scalars as Python's."""
+    """Return a filter's value, of a list or of bounds, with NumPy's scalars as Python's and dates as unix seconds."""
     if isinstance(value, Mapping):
-        return dict(zip(value, _plain(value.values()), strict=True))
-    return _plain(value) if _is_list(value) else _plain([value])[0]
+        return {name: _plain_value(bound) for name, bound in value.items()}
+    if isinstance(value, date | np.datetime64):
+        return int(pd.Timestamp(value).timestamp())
+    return [_plain_value(one) for one in value] if _is_list(value) else _plain([value])[0]
+
+
+def _shop_of(shop: Shop | str | Path) -> Shop:
+    return Shop.open(shop) if isinstance(shop, str | Path) else shop

@@ -28,8 +28,8 @@ from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import read_numbers
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.progress import reporting
-from missrec_t4r.recommender.folders import COLUMNS_FILE, DATA, describe
-from missrec_t4r.recommender.frames import Frame, arrow_table, write_parquet
+from missrec_t4r.recommender.folders import COLUMNS_FILE, DATA, describe, shown
+from missrec_t4r.recommender.frames import Frame, arrays_of, arrow_table, write_parquet
 from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID, TIMESTAMP, USER_ID
 
 _EVENTS_FILE, _ITEMS_FILE = "events.parquet", "items.parquet"
@@ -50,7 +50,8 @@ class Shop:
     """
 
     def __init__(self, folder: Path, columns: Mapping[str, str], commands: Sequence[str] = ()) -> None:
-        self.folder, self.columns, self.commands = folder, dict(columns), list(commands)
+        self.folder = folder.absolute()  # also after a change of the working directory
+        self.columns, self.commands = dict(columns), list(commands)
 
     @classmethod
     def from_frames(
@@ -106,12 +107,12 @@ class Shop:
             As ``missrec etl`` and ``missrec features`` raise them.
         """
         refuse_unknown(etl, list(inspect.signature(commands.etl).parameters), "etl")
-        text = [text] if isinstance(text, str) else list(text)
+        text, arrays = [text] if isinstance(text, str) else list(text), arrays_of(vectors)
         event_table = _require(arrow_table(events, "events", (user, item)), (user, item, time), "events")
         if items is not None:
             item_table = arrow_table(items, "items", (item, ITEM_ID))
             _require(item_table, text + ([image] if image else []), "items")
-        elif text or image or vectors:
+        elif text or image or arrays:
             raise ConfigError(
                 "text, image or vectors without an item table",
                 "the items that they belong to",
@@ -120,7 +121,7 @@ class Shop:
         else:
             item_table = pa.table({item: pc.drop_null(pc.unique(event_table[item]))})
         for name, encoded in (("text", text), ("image", image or images)):
-            if encoded and name in (vectors or {}):
+            if encoded and name in arrays:
                 raise ConfigError(
                     f"vectors of {name!r}, and {name}s to encode",
                     "one of them: the encoded ones would replace yours",
@@ -128,20 +129,20 @@ class Shop:
                 )
         at = Path(folder) if folder is not None else temporary_folder("missrec-shop-")
         at.mkdir(parents=True, exist_ok=True)
-        modality = {name: at / f"{name}.npy" for name in vectors or {}}
+        modality = {name: at / f"{name}.npy" for name in arrays}
         done = []
         with reporting(messages=False):
             options = {"user_column": user, "item_column": item, "time_column": time, **etl}
             with tempfile.TemporaryDirectory(dir=at) as refused:  # what is refused leaves an older shop as it is
                 given = {_EVENTS_FILE: event_table, _ITEMS_FILE: item_table}
                 files = [write_parquet(table, Path(refused) / name) for name, table in given.items()]
-                arrays = {name: Path(refused) / file.name for name, file in modality.items()}
-                for name, values in (vectors or {}).items():
-                    np.save(arrays[name], np.asarray(values, dtype=np.float32))
+                saved = {name: Path(refused) / file.name for name, file in modality.items()}
+                for name, values in arrays.items():
+                    np.save(saved[name], values)
                 etl_of_shop = named_in_python(commands.function_of("etl"), _OWN_NAMES)
-                etl_of_shop(*files, at / DATA, **{"modality": arrays} | options)
+                etl_of_shop(*files, at / DATA, **{"modality": saved} | options)
                 events_file, items_file = (file.replace(at / file.name) for file in files)
-                for name, file in arrays.items():
+                for name, file in saved.items():
                     file.replace(modality[name])
             tables = {"interactions": events_file, "items": items_file, "out": at / DATA, "modality": modality}
             done.append(command_line("etl", tables | options))
@@ -260,7 +261,7 @@ class Shop:
             parts.append("no vectors")
         if n_findings := len(self.findings):
             parts.append(f"{n_findings} {'finding' if n_findings == 1 else 'findings'} (.findings)")
-        return f"Shop({', '.join(parts)}, folder={str(self.folder)!r})"
+        return f"Shop({', '.join(parts)}, folder={shown(self.folder)!r})"
 
 
 def command_line(command: str, options: Mapping[str, Any]) -> str:
@@ -275,12 +276,16 @@ def command_line(command: str, options: Mapping[str, Any]) -> str:
         if value is None or value is False or value == "" or (name, value) == ("resume", True):
             continue
         if isinstance(value, Mapping):
-            words += [word for key, part in value.items() for word in (option, f"{key}={part}")]
+            words += [word for key, part in value.items() for word in (option, f"{key}={_written(part)}")]
         elif isinstance(value, list | tuple):
-            words += [option, ",".join(map(str, value))] if value else []
+            words += [option, ",".join(map(_written, value))] if value else []
         else:
-            words += [option] if value is True else [option, str(value)]
+            words += [option] if value is True else [option, _written(value)]
     return shlex.join(words)
+
+
+def _written(value: Any) -> str:
+    return shown(value) if isinstance(value, Path) else str(value)
 
 
 def temporary_folder(prefix: str) -> Path:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def tables() -> tuple[pd.DataFrame, pd.DataFrame]:
             "artikel": [f"P{item:02}" for item in range(N_ITEMS)],
             "title": [f"{WORDS[item % 5]} number {item}" for item in range(N_ITEMS)],
             "in_stock": [item % 4 != 0 for item in range(N_ITEMS)],
+            "since": pd.date_range("2024-01-01", periods=N_ITEMS, tz="UTC"),
         }
     )
     return events, items
@@ -196,8 +198,10 @@ def test_nothing_is_printed(tables: Any, tmp_path: Path, capfd: pytest.CaptureFi
     assert "sessions in" not in printed.err, "messages belong to the command line"
 
 
-def test_bad_input_is_refused_in_words(tables: Any, model: mr.Recommender) -> None:
+def test_bad_input_is_refused_in_words(tables: Any, model: mr.Recommender, shop: mr.Shop) -> None:
     events, items = tables
+    with pytest.raises(ConfigError, match=r"columns.json is a file; expected: a folder\. choose another `out`"):
+        mr.Recommender("tiny", folder=shop.folder / "columns.json").fit(shop)
     with pytest.raises(SchemaError, match="events without user_id, item_id, timestamp"):
         mr.Shop.from_frames(events, items)
     with pytest.raises(DataError, match="events of type list"):
@@ -291,6 +295,21 @@ def test_frames_that_cannot_be_right_are_refused_in_words(tables: Any) -> None:
         mr.Shop.from_frames(events, items, **NAMES, text="title", vectors={"text": np.ones((N_ITEMS, 2))})
     with pytest.raises(SchemaError, match=r"events without kunde.*reset_index"):
         mr.Shop.from_frames(events.set_index("kunde"), items, **NAMES)
+    vectors = torch.eye(N_ITEMS, 2, dtype=torch.bfloat16, requires_grad=True)
+    for wrong, words in (
+        (vectors, "vectors of type Tensor; expected: a mapping of modalities to arrays"),
+        ({"text": [[1.0], [1.0, 2.0]]}, "vectors of 'text' are no numbers .*; expected: an array"),
+        ({"text": [["a", "b"]] * N_ITEMS}, "vectors of 'text' are no numbers .*could not convert string"),
+        ({"text": vectors[1:]}, "has shape .*39, 2.* expected: 40 rows"),
+    ):
+        with pytest.raises(MISSRecError, match=words):
+            mr.Shop.from_frames(events, items, **NAMES, vectors=wrong)  # type: ignore[arg-type]  # the mistakes
+    with pytest.raises(DataError, match="events with text that is no Unicode"):
+        mr.Shop.from_frames(events.assign(note="\udc80"), items, **NAMES)
+    with pytest.raises(ConfigError, match="k_core='5'; expected: a number of at least 0"):
+        mr.Shop.from_frames(events, items, **NAMES, k_core="5")
+    with pytest.raises(ConfigError, match="recipe of type dict; expected: a name or the path"):
+        mr.Recommender({"epochs": 3})  # type: ignore[arg-type]  # what a reader of Transformers writes first
     with pytest.raises(ConfigError, match="fit on a DataFrame"):
         mr.Recommender().fit(events)  # type: ignore[arg-type]  # what a reader of scikit-learn writes first
 
@@ -327,6 +346,35 @@ def test_k_is_a_whole_number(k: Any, model: mr.Recommender) -> None:
             call()
 
 
+def test_dates_are_bounds_of_a_filter(model: mr.Recommender) -> None:
+    for day in (pd.Timestamp("2024-01-31", tz="UTC"), date(2024, 1, 31), np.datetime64("2024-01-31")):
+        found = model.recommend(sessions=[["P01"]], k=N_ITEMS, where={"since": {"min": day}})
+        assert set(found["item"]) == {f"P{item}" for item in range(30, N_ITEMS)}
+
+
+def test_columns_and_arrays_of_any_library_are_sessions(model: mr.Recommender, tables: Any) -> None:
+    sessions = tables[0].groupby("kunde")["artikel"].agg(list).head(2)
+    expected = model.recommend(sessions=sessions.tolist(), k=2)
+    for given in (sessions, pa.array(sessions.tolist()), [pa.array(one) for one in sessions]):
+        assert model.recommend(sessions=given, k=2).equals(expected)
+    users = model.recommend(users=sessions.index.astype("category"), k=2)
+    assert users.equals(model.recommend(users=pa.array(sessions.index), k=2))
+
+
+def test_the_working_directory_may_change(
+    shop: mr.Shop, model: mr.Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = model.recommend(users=["u1"], k=3)
+    monkeypatch.chdir(shop.folder.parent)
+    opened = mr.Shop.open(shop.folder.name)
+    loaded = mr.Recommender.load(f"{shop.folder.name}/models/tiny/bundle", opened)
+    assert f"folder='{shop.folder.name}')" in repr(opened)
+    assert repr(loaded) == f"Recommender(bundle='{shop.folder.name}/models/tiny/bundle')"
+    monkeypatch.chdir(tmp_path)
+    pd.testing.assert_frame_equal(loaded.recommend(users=["u1"], k=3), expected)
+    assert loaded.similar("P05", 2).equals(model.similar("P05", 2))
+
+
 def test_filters_are_mappings(model: mr.Recommender) -> None:
     with pytest.raises(ConfigError, match="where='in_stock'; expected: a mapping of columns"):
         model.recommend(sessions=[["P01"]], where="in_stock")  # type: ignore[arg-type]  # the mistake itself
@@ -340,8 +388,8 @@ def test_numbers_of_numpy_filter(model: mr.Recommender) -> None:
     assert numpy.equals(plain)
 
 
-def test_unknown_names_of_an_evaluation_are_refused(model: mr.Recommender) -> None:
-    found = model.evaluate(baselines="popularity")  # a name, not ten letters
+def test_unknown_names_of_an_evaluation_are_refused(model: mr.Recommender, shop: mr.Shop) -> None:
+    found = model.evaluate(shop.folder, baselines="popularity")  # a name, not ten letters
     assert "popularity" in found.to_frame().index.get_level_values("system")
     for call in (found.slices, found.plot):
         with pytest.raises(ConfigError, match=r"metric 'ndcg@1o'; .* did you mean 'ndcg@10'"):
@@ -378,6 +426,12 @@ def test_items_change_without_their_texts(shop: mr.Shop, model: mr.Recommender, 
         copy.add_items(pd.DataFrame({"title": ["lamp"]}))
     with pytest.raises(DataError, match="item ids of type int64; expected: string"):
         copy.add_items(pd.DataFrame({"artikel": [7], "title": ["lamp"]}))
+    with pytest.raises(DataError, match="1 of 2 items without an id; expected: one id per row"):
+        copy.add_items(pd.DataFrame({"artikel": ["N1", None], "title": [None, "lamp"]}))
+    with pytest.raises(DataError, match="column 'retired' of type string; expected: true or false"):
+        copy.add_items(pd.DataFrame({"artikel": ["P05"], "retired": ["false"]}))
+    vectors = shop.catalogue.modalities["text"].vectors[5:6]
+    assert copy.add_items(pd.DataFrame({"artikel": ["N1"]}), vectors={"text": vectors})["without_vectors"] == 0
 
 
 def test_items_of_a_shop_of_vectors_bring_theirs(

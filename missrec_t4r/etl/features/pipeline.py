@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +189,7 @@ def encode_items(
     batch_size: int = 64,
     cache: Path | None = None,
     complete: bool = True,
+    given: Collection[str] = (),
 ) -> dict[str, Encoded]:
     """Encode new items with the encoders and fitted states stored in a catalogue: equal contents get equal vectors.
 
@@ -206,6 +207,8 @@ def encode_items(
         See `EncoderSettings`.
     complete : bool
         False leaves out the encoders of whose input columns the table has none.
+    given : collection of str
+        Modalities that are left out, because their vectors are there already.
 
     Returns
     -------
@@ -225,7 +228,7 @@ def encode_items(
         recorded = modality.encoder
         kind = _KIND_OF[recorded["name"]]
         read = recorded["columns"] if kind == "text" else [recorded.get("column") or ITEM_ID]
-        if not complete and not set(read) & set(items.column_names):
+        if name in given or (not complete and not set(read) & set(items.column_names)):
             continue
         if kind == "text":
             contents: list[Any] = item_texts(items, recorded["columns"])

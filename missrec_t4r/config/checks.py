@@ -53,7 +53,7 @@ def refuse(errors: list[str], cure: str = "correct the recipe or the --set optio
         raise ConfigError("; ".join(errors), "", cure)
 
 
-def require_at_least(least: float, **options: float | None) -> None:
+def require_at_least(least: float, **options: Any) -> None:
     """Refuse numbers that are too small, or none (NaN); None stands for an option that was not given.
 
     Raises

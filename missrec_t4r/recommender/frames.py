@@ -86,8 +86,11 @@ def arrays_of(vectors: Mapping[str, npt.ArrayLike] | None) -> dict[str, npt.NDAr
         No mapping, or values that are no array of numbers.
     """
     if vectors is not None and not isinstance(vectors, Mapping):
-        cure = 'name their modality: vectors={"text": array}'
-        raise ConfigError(f"vectors of type {type(vectors).__name__}", "a mapping of modalities to arrays", cure)
+        raise ConfigError(
+            f"vectors of type {type(vectors).__name__}",
+            "a mapping of modalities to arrays",
+            'name their modality: vectors={"text": array}',
+        )
     arrays = {}
     for name, values in (vectors or {}).items():
         tensor: Any = values

@@ -69,9 +69,10 @@ class Recommender:
         **settings: Any,
     ) -> None:
         if not isinstance(recipe, str | Path):
-            found = f"recipe of type {type(recipe).__name__}"
             raise ConfigError(
-                found, "a name or the path of a recipe", "settings are arguments: Recommender(train__epochs=3)"
+                f"recipe of type {type(recipe).__name__}",
+                "a name or the path of a recipe",
+                "settings are arguments: Recommender(train__epochs=3)",
             )
         self.recipe, self.device = recipe, device
         self.settings = {name.replace("__", ".", 1): value for name, value in settings.items()}

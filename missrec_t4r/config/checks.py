@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from missrec_t4r.errors import ConfigError
@@ -65,7 +64,7 @@ def require_at_least(least: float, **options: Any) -> None:
     >>> require_at_least(1, top_k=10, max_events=None)
     """
     for name, value in options.items():
-        if value is not None and not isinstance(value, Real):  # only Python can pass one: the command line converts
+        if isinstance(value, str):  # from Python; the command line converts
             raise ConfigError(f"--{name.replace('_', '-')} {value!r}", f"a number of at least {least:g}")
         if value is not None and not value >= least:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g}", f"at least {least:g}")

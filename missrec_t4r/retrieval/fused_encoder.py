@@ -10,6 +10,7 @@ softmax, and the value bias is added to that of the output.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from missrec_t4r.arrays import Bools, Ints
+from missrec_t4r.arrays import AnyArray, Bools, Ints
 from missrec_t4r.model.attention import DecoderLayer, EncoderLayer, MultiHeadAttention
 from missrec_t4r.model.item_encoder import ItemEmbeddings
 from missrec_t4r.model.missrec import MISSRec
@@ -220,6 +221,7 @@ class FusedEncoder:
         if tokens.ids is not None and tokens.id_mask is not None:
             common = tokens.ids * tokens.id_mask.unsqueeze(-1)
         self._items = (tokens.modality * tokens.mask.unsqueeze(-1)).sum(0) + common
+        self._event_features = model.event_features
         self._positions = decoder.positions.weight.detach().clone()
         self._assignment = interests.assignment.T.cpu().numpy().copy()
         self._centroids = interests.centroids.detach().clone()
@@ -239,25 +241,32 @@ class FusedEncoder:
         self._feedforward = _feedforward(last.feedforward, last.norm_feedforward)
 
     @torch.inference_mode()
-    def __call__(self, known: Ints) -> Tensor:
-        """Return [batch, dim] for rows [batch, seq] padded with 0 on the right; zero for a session without items."""
-        lengths = (known > PADDING_ROW).sum(1)
+    def __call__(self, known: Ints, event_features: Mapping[str, AnyArray] | None = None) -> Tensor:
+        """Return [batch, dim] for rows [batch, seq] padded with 0 on the right; zero for a session without items.
+
+        ``event_features`` [batch, seq] or [batch, seq, size] belong to the rows; what is missing counts as absent.
+        """
+        lengths, events = (known > PADDING_ROW).sum(1), event_features or {}
         if known.size <= _POSITIONS_AT_ONCE or len(known) == 1:
-            return self._encoded(known, lengths)
+            return self._encoded(known, lengths, events)
         vectors = self._items.new_empty(len(known), self._items.shape[1])
         order = np.argsort(-lengths, kind="stable")
         while len(order):
             widest = max(int(lengths[order[0]]), 1)
             block, order = np.split(order, [max(_POSITIONS_AT_ONCE // widest, 1)])
-            vectors[block] = self._encoded(known[block, :widest], lengths[block])
+            own = {name: values[block, :widest] for name, values in events.items()}
+            vectors[block] = self._encoded(known[block, :widest], lengths[block], own)
         return vectors
 
-    def _encoded(self, known: Ints, lengths: Ints) -> Tensor:
+    def _encoded(self, known: Ints, lengths: Ints, events: Mapping[str, AnyArray]) -> Tensor:
         batch, n = known.shape
         if not batch:
             return self._items.new_zeros(0, self._items.shape[1])
         session = self._placed(known)
-        x = self._norm_input(F.embedding(session, self._items) + self._positions[:n])
+        tokens = F.embedding(session, self._items) + self._positions[:n]
+        if self._event_features is not None:
+            tokens += self._event_features({name: self._placed(values) for name, values in events.items()}, session)
+        x = self._norm_input(tokens)
         chosen, position, counts = self._interests(known)
         slots = self._layout(counts, chosen.shape[1])
         memory = self._memory(self._placed(chosen), position, slots, n)
@@ -323,7 +332,7 @@ class FusedEncoder:
             return None
         return torch.from_numpy(np.where(hidden, _NEVER, _ALWAYS)).to(self._items).unsqueeze(1)
 
-    def _placed(self, array: Ints | Bools) -> Tensor:
+    def _placed(self, array: AnyArray) -> Tensor:
         return torch.from_numpy(array).to(self._items.device)
 
     def _interests(self, known: Ints) -> tuple[Ints, Ints, Ints]:
@@ -355,8 +364,7 @@ def fuse_encoder(model: MISSRec, tokens: ItemEmbeddings | None) -> FusedEncoder 
 def can_be_fused(model: MISSRec) -> bool:
     """Return whether the model has only parts that `FusedEncoder` implements, as that of the default recipe has."""
     return (
-        model.event_features is None
-        and model.decoder.sequence_fusion == "add"
+        model.decoder.sequence_fusion == "add"
         and len(model.encoder.layers) > 0
         and 3 * model.interests.centroids.numel() <= _PROJECTIONS_IN_MEMORY
     )

@@ -226,8 +226,8 @@ class Ranker:
 
     def encode(self, known: Ints, event_features: Mapping[str, AnyArray] | None = None) -> Tensor:
         """Return the session vectors [batch, dim] of compacted rows [batch, seq]; zero for an empty session."""
-        if not event_features and self._fused is not None:
-            return self._fused(known)
+        if self._fused is not None:
+            return self._fused(known, event_features)
         given = {name: torch.from_numpy(values).to(self.device) for name, values in (event_features or {}).items()}
         with nullcontext() if self._together is None else exact_products():
             return self._encode_there(torch.from_numpy(known).to(self.device), given)

@@ -21,6 +21,8 @@ from missrec_t4r.errors import DataError, MISSRecError, ServingError
 from missrec_t4r.export.export import export
 from missrec_t4r.export.parity import compare_served, raw_event_features, raw_ids, sample_histories
 from missrec_t4r.ranking.hybrid import build_missrec
+from missrec_t4r.retrieval import fused_encoder
+from missrec_t4r.retrieval.fused_encoder import fuse_encoder
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.run_folder import LoadedRun, load_run, save_run
 from missrec_t4r.serving.batch.export_vectors import vectors
@@ -84,6 +86,32 @@ def client(exported: Path) -> Iterator[MISSRecClient]:
     for server in serving(exported / "repository"):
         with MISSRecClient(server.grpc_url) as opened:
             yield opened
+
+
+@pytest.mark.parametrize("positions", [1000, 11])
+def test_the_fused_encoder_adds_side_features_as_the_model_does(
+    run: LoadedRun, positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one pass, and in several that each take sessions of similar length."""
+    encoder = fuse_encoder(run.model, run.model.item_encoder.catalogue())
+    assert encoder is not None
+    monkeypatch.setattr(fused_encoder, "_POSITIONS_AT_ONCE", positions)
+    rng = np.random.default_rng(0)
+    rows, lengths = rng.integers(3, run.catalogue.n_rows, (7, 5)), np.array([5, 1, 0, 3, 5, 2, 4])
+    rows[np.arange(5) >= lengths[:, None]] = 0
+    given = {
+        "event_type": rng.integers(0, 6, rows.shape),
+        "dwell": np.where(rng.random(rows.shape) < 0.3, np.nan, rng.exponential(9.0, rows.shape)),
+        "scene": rng.normal(size=(*rows.shape, shop.WIDTH)).astype(np.float32),
+    }
+    seen = []
+    for names in ((), ("dwell",), tuple(given)):
+        values = {name: given[name] for name in names}
+        expected = run.model(torch.from_numpy(rows), {name: torch.from_numpy(one) for name, one in values.items()})
+        expected = expected.detach() * torch.from_numpy(lengths > 0).unsqueeze(1)
+        seen.append(encoder(rows, values))
+        torch.testing.assert_close(seen[-1], expected, atol=2e-6, rtol=0)
+    assert not torch.allclose(seen[0], seen[-1], atol=0.01)
 
 
 def test_the_bundle_carries_columns_and_weights(run: LoadedRun, exported: Path) -> None:

@@ -18,13 +18,16 @@ from missrec_t4r.bundle.bundle import fill_bundle, load_bundle
 from missrec_t4r.bundle.manifest import MANIFEST_FILE
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.event_features import load_sessions
+from missrec_t4r.data.user_sessions import user_sessions
 from missrec_t4r.errors import BundleError, ConfigError
 from missrec_t4r.export.parity import check_rows, compare_offline, raw_ids, sample_histories
 from missrec_t4r.export.workflow_parity import check_workflow
 from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
+from missrec_t4r.io.json_files import read_json
 from missrec_t4r.io.lock import locked
+from missrec_t4r.ranking.recount import recount as count_again
 from missrec_t4r.retrieval.ranker import Ranker
-from missrec_t4r.runs.run_folder import LoadedRun, load_run
+from missrec_t4r.runs.run_folder import RUN_FILE, LoadedRun, load_run
 from missrec_t4r.serving.triton.repository import MARKER, ServingSettings, described, fill_repository
 
 log = logging.getLogger(__name__)
@@ -37,6 +40,7 @@ def export(
     triton: str | Path | None = None,
     sessions: int = 256,
     data: str | Path | None = None,
+    recount: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Write the serving bundle of a run, after a check that its recommendations equal the run's.
@@ -53,6 +57,10 @@ def export(
         Number of test sessions on which the recommendations of run and bundle are compared.
     data : path, optional
         Data folder, if it was moved since training.
+    recount : bool
+        Count co-occurrences in all events of the data folder, not in its training split alone, which lacks the last
+        events of every user. The weights stay as tuned; what `missrec evaluate` says of the run is for the counts of
+        the training split.
     dry_run : bool
         Write and compare in a temporary folder only.
 
@@ -67,6 +75,8 @@ def export(
         The bundle's recommendations differ from the run's; nothing is left behind.
     BundleError
         A target folder was not written by missrec.
+    ConfigError
+        A setting that the run does not allow, such as ``recount`` without an item-kNN term.
     """
     started = time.monotonic()
     bundle_folder, repository = Path(out).absolute(), None if triton is None else Path(triton).absolute()
@@ -74,6 +84,7 @@ def export(
         raise ConfigError(f"--out {out} and --triton {triton} overlap: one is inside the other", "two separate folders")
     require_at_least(1, sessions=sessions)
     loaded = load_run(run, data)
+    counted = _count_all_events(loaded, Path(run)) if recount else {}
     targets = [(bundle_folder, MANIFEST_FILE, "bundle")]
     if repository is not None:
         targets.append((repository, MARKER, "model repository"))
@@ -104,8 +115,16 @@ def export(
         "bytes": size,
         "items": loaded.catalogue.n_items,
         "parity": parity,
+        **counted,
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _count_all_events(loaded: LoadedRun, run: Path) -> dict[str, int]:
+    _, sessions = user_sessions(loaded.data)
+    count_again(loaded.model, sessions, read_json(run / RUN_FILE).get("prior") or {})
+    log.info(f"counted co-occurrences in all {len(sessions.values):,} events of {len(sessions):,} users")
+    return {"counted_events": len(sessions.values)}
 
 
 def _check_parity(folder: Path, loaded: LoadedRun, sessions: int) -> dict[str, Any]:

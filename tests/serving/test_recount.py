@@ -1,0 +1,95 @@
+"""`missrec export --recount`: the served model counts the events that validation and test ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from missrec_t4r.bundle.bundle import load_bundle
+from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.errors import ConfigError, DataError
+from missrec_t4r.export.export import export
+from missrec_t4r.ranking.hybrid import terms_of
+from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings
+from missrec_t4r.retrieval.ranker import Ranker
+from missrec_t4r.runs.run_folder import save_run
+from tests.serving import shop
+from tests.shop import write_split
+
+SESSIONS = [[4, 5, 9, 10]] * 6 + [[6, 7, 8, 11]] * 6
+"""The last item is the test target, the one before it the validation target."""
+TUNED = {"window": 3, "directed": False}
+
+
+def make_run(folder: Path, tuned: Mapping[str, Any] = TUNED, sessions: Any = SESSIONS, **settings: object) -> Path:
+    """Write a run whose score is almost its item-kNN term, counted in training, and whose rare items gain much."""
+    (folder / "data").mkdir(parents=True)
+    catalogue = shop.catalogue()
+    data = shop.data_folder(folder / "data", catalogue)
+    for split, without in (("train", 2), ("valid", 1), ("test", 0)):
+        write_split(data / split, [session[: len(session) - without] for session in sessions], users="u")
+    model = shop.model_for(catalogue, **settings)
+    terms = terms_of(model)
+    if terms.item_knn is not None and tuned:
+        terms.item_knn.fit(Sessions.from_lists([session[:-2] for session in SESSIONS]), tuned["window"])
+        terms.item_knn.choose(ItemKNNSettings(1.0, 0.9, 0.0))
+        assert terms.rare_items is not None
+        terms.rare_items.choose(torch.tensor([[0.0] * 3, [3.0] * 3]), [1.0, 1.0])
+    save_run(folder / "run", model, shop.recipe_of(model), data, {"prior": dict(tuned)})
+    return folder / "run"
+
+
+def ranked(bundle: Path, session: list[int]) -> list[int]:
+    loaded = load_bundle(bundle)
+    return list(Ranker(loaded.model, loaded.catalogue).rank(np.array([session]), top_k=30).rows[0])
+
+
+def test_what_only_later_events_tell_is_recommended(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert "counted_events" not in export(run, tmp_path / "before")
+    result = export(run, tmp_path / "after", recount=True)
+    assert result["counted_events"] == 48
+    assert result["parity"]["equal"]
+    assert sorted(ranked(tmp_path / "after", [9])[:3]) == [4, 5, 10]  # together in all six sessions of theirs
+    assert sorted(ranked(tmp_path / "before", [9])[:3]) != [4, 5, 10]
+
+
+def test_an_item_with_enough_events_is_no_longer_rare(tmp_path: Path) -> None:
+    """Items 4 to 7 alone have more than four events in training, 4 to 11 in all splits."""
+    run = make_run(tmp_path)
+    export(run, tmp_path / "before")
+    export(run, tmp_path / "after", recount=True)
+    before, after = ranked(tmp_path / "before", [3]), ranked(tmp_path / "after", [3])
+    assert max(before.index(row) for row in (8, 9, 10, 11)) < min(before.index(row) for row in (4, 5, 6, 7))
+    assert min(after.index(row) for row in (8, 9, 10, 11)) >= shop.N_ITEMS - 9  # only items 4 to 11 have events
+
+
+def test_the_run_stays_as_it_was(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    files = {file: file.read_bytes() for file in run.iterdir()}
+    export(run, tmp_path / "bundle", recount=True)
+    assert {file: file.read_bytes() for file in run.iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    ("tuned", "settings", "found"),
+    [({}, {}, "with an untuned item-kNN term"), (TUNED, {"n_neighbours": 0}, "without item-kNN term")],
+)
+def test_a_model_without_counts_is_refused(
+    tmp_path: Path, tuned: dict[str, Any], settings: dict[str, Any], found: str
+) -> None:
+    run = make_run(tmp_path, tuned, **settings)
+    with pytest.raises(ConfigError, match=f"{found}.*export it without --recount"):
+        export(run, tmp_path / "bundle", recount=True)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_several_rows_of_a_user_are_refused_where_events_would_get_lost(tmp_path: Path) -> None:
+    run = make_run(tmp_path, sessions=SESSIONS[:5])
+    with pytest.raises(DataError, match=r"20 events .* at least the 24 that training counted"):
+        export(run, tmp_path / "bundle", recount=True)

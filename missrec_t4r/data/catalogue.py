@@ -144,9 +144,18 @@ class Catalogue:
 
     @cached_property
     def retired(self) -> Bools:
-        """Rows that are not recommended any more, [row]: those of the column ``retired``, if the item table has it."""
+        """Rows that are not recommended any more, [row]: those of the column ``retired``, if the item table has it.
+
+        Raises
+        ------
+        DataError
+            The column is not true or false.
+        """
         rows = np.zeros(self.n_rows, bool)
         if RETIRED in self.items.column_names:
+            if not pa.types.is_boolean(kind := self.items[RETIRED].type):
+                cure = "convert it, or give it another name"
+                raise DataError(f"column {RETIRED!r} of type {kind}", "true or false: what is not recommended", cure)
             rows[FIRST_ITEM_ROW:] = self.items[RETIRED].fill_null(False).to_numpy()
         return rows
 

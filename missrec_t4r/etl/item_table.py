@@ -240,7 +240,9 @@ def build_catalogue(
         if fingerprints and name in fingerprints:
             encoder["fingerprint"] = fingerprints[name]
         modalities[name] = Modality(padded, padded.any(1), encoder)
-    return with_train_count(Catalogue(items.append_column(TRAIN_COUNT, _zeros(items)), {}), _zeros(items), modalities)
+    bare = Catalogue(items.append_column(TRAIN_COUNT, _zeros(items)), {})
+    _ = bare.retired  # refused here if it is of another type, and not after a training
+    return with_train_count(bare, _zeros(items), modalities)
 
 
 def with_train_count(

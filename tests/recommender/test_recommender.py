@@ -304,6 +304,8 @@ def test_frames_that_cannot_be_right_are_refused_in_words(tables: Any) -> None:
     ):
         with pytest.raises(MISSRecError, match=words):
             mr.Shop.from_frames(events, items, **NAMES, vectors=wrong)  # type: ignore[arg-type]  # the mistakes
+    with pytest.raises(DataError, match="column 'retired' of type string; expected: true or false"):
+        mr.Shop.from_frames(events, items.assign(retired="no"), **NAMES)
     with pytest.raises(DataError, match="events with text that is no Unicode"):
         mr.Shop.from_frames(events.assign(note="\udc80"), items, **NAMES)
     with pytest.raises(ConfigError, match="k_core='5'; expected: a number of at least 0"):

@@ -8,7 +8,7 @@ after the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
@@ -33,9 +33,11 @@ class GraphRecorder:
         """Run what is inside on the stream of the recordings, where libraries then have made their workspaces."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            yield
-        current.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            current.wait_stream(self.stream)
 
     def record(self, work: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         """Record what ``work`` does on the GPU, without doing it.
@@ -62,12 +64,25 @@ class GraphRecorder:
                 result = work()
         except BaseException:
             generator.graphsafe_set_state(unrecorded)  # the other one may refuse to draw: it takes part in a recording
+            self._end_allocation()
             raise
         return graph.replay, result
 
+    def _end_allocation(self) -> None:
+        """End the use of the pool where the recording that failed has left it open.
+
+        ``CUDAGraph.capture_end`` of torch 2.13 does not where CUDA has broken the recording off, and then torch's
+        allocator frees no cached memory in this process any more, not even where it runs out.
+        """
+        with suppress(RuntimeError, AttributeError):  # it has ended; torch before 2.8 has another name for it
+            torch._C._cuda_endAllocateToPool(self._index(), self.pool)
+            torch._C._cuda_releasePool(self._index(), self.pool)
+
     def _generator(self) -> torch.Generator:
-        index = torch.cuda.current_device() if self.device.index is None else self.device.index
-        return torch.cuda.default_generators[index]
+        return torch.cuda.default_generators[self._index()]
+
+    def _index(self) -> int:
+        return torch.cuda.current_device() if self.device.index is None else self.device.index
 
 
 def sizes_up_to(largest: int, smallest: int = 1) -> list[int]:

@@ -29,12 +29,16 @@ log = logging.getLogger(__name__)
 
 _SHORTEST = 8
 """Length and number of interests to which smaller ones are padded."""
+_MANY_SESSIONS = 256
+"""From here on the padding of sessions is at most a quarter of them instead of all: their kernels take longer than
+their launch."""
 _MOST_GRAPHS = 48
 """Batches of further shapes are trained plainly."""
-_DIFFERENCE = 0.01
+_DIFFERENCE = 0.05
 """By how much a graph's change of the state may differ from a plain step's, relative to the change: the same kernels
 run, so that sums in another order are all that may differ. A gradient of nearly zero moves its weight by as much as any
-other in AdamW's first steps, in a direction that rounding decides; such weights are few (biases of keys)."""
+other in AdamW's first steps, in a direction that rounding decides; such weights are few (biases of keys: with 300
+dimensions up to 4 % of the change). A batch, a rate or a dropout that is not the plain step's differs by far more."""
 
 
 Loss = Callable[[TrainingBatch], Tensor]
@@ -68,7 +72,8 @@ class Shapes:
         n_sessions, length = batch.item_ids.shape
         sessions, positions = max(self.batch_size, n_sessions), 0
         if batch.positions is not None:
-            sessions, positions = _rounded(n_sessions + 1, 1), max(self.positions, batch.positions.shape[1])
+            steps = 1 if n_sessions < _MANY_SESSIONS else 4
+            sessions, positions = _rounded(n_sessions + 1, steps), max(self.positions, batch.positions.shape[1])
         grown = batch.padded(sessions, fitting(length, self.lengths), positions)
         assert batch.n_interests is not None
         return grown._replace(n_interests=_rounded(batch.n_interests, 4, _SHORTEST))
@@ -128,9 +133,22 @@ class GraphedSteps:
             return graph.loss.clone()
         if self.seen[shape] == 1 or len(self.graphs) >= _MOST_GRAPHS:
             return self._plainly(padded, loss)
-        return self._record(shape, padded.to(self.device), loss)
+        there = padded.to(self.device)
+        value = self._record(shape, there, loss)
+        return self._plainly(there, loss) if value is None else value
 
     def _plainly(self, batch: TrainingBatch, loss: Loss) -> Tensor:
+        """Take a step without a graph; where the graphs leave it too little memory, give them up and take it then."""
+        try:
+            return self._aside(batch, loss)
+        except torch.cuda.OutOfMemoryError as error:  # raised before the update, which needs no more memory
+            if not self.graphs:
+                raise
+            obstacle = str(error)
+        self._give_up(obstacle)  # here, where nothing of the failed step is in memory any more
+        return self._aside(batch, loss)
+
+    def _aside(self, batch: TrainingBatch, loss: Loss) -> Tensor:
         aside: AbstractContextManager[None] = nullcontext() if self.recorder is None else self.recorder.aside()
         with aside:
             return self._work(batch.to(self.device), loss)
@@ -143,32 +161,33 @@ class GraphedSteps:
         self.optimizer.update()
         return value.detach()
 
-    def _record(self, shape: tuple[object, ...], batch: TrainingBatch, loss: Loss) -> Tensor:
-        """Record a step, take it plainly and, from the same state, by the graph; return the loss."""
+    def _record(self, shape: tuple[object, ...], batch: TrainingBatch, loss: Loss) -> Tensor | None:
+        """Record a step, take it plainly and, from the same state, by the graph.
+
+        Returns the loss; or None, with the state and the memory as before, where any of it fails.
+        """
         assert self.recorder is not None
+        state, random = self.optimizer.tensors(), random_state(self.device)
+        before: dict[str, list[Tensor]] = {}
         try:
+            before = _copied(state)
             with self.optimizer.recorded():
                 graph = _Graph(*self.recorder.record(lambda: self._work(batch, loss)), batch)
-        except Exception as error:  # whatever a recording may raise: nothing has been computed yet
-            self._give_up(str(error) or type(error).__name__)
-            return self._plainly(batch, loss)
-        state, random = self.optimizer.tensors(), random_state(self.device)
-        before = _copied(state)
-        expected = _copied(state | {"loss": [self._plainly(batch, loss)]})
-        self._restore(before, random)
-        try:
+            expected = _copied(state | {"loss": [self._aside(batch, loss)]})
+            self._restore(before, random)
             graph.replay()
             value = graph.loss.clone()
             apart = differences({"loss": [torch.zeros_like(value)], **before}, expected, {**state, "loss": [value]})
-        except RuntimeError as error:
-            problem = str(error)
+        except Exception as error:  # whatever it is: a plain step does without it, or raises it again
+            problem = str(error) or type(error).__name__
         else:
             wrong = [f"{name} by {share:.2g}" for name, share in apart.items() if not share <= _DIFFERENCE]
             problem = f"a recorded step differs from a plain one in {', '.join(wrong)}" if wrong else ""
         if problem:
-            self._restore(before, random)
+            if before:
+                self._restore(before, random)
             self._give_up(problem)
-            return self._plainly(batch, loss)
+            return None
         self.graphs[shape] = graph
         if len(self.graphs) == _MOST_GRAPHS:
             log.info(f"steps on batches of {_MOST_GRAPHS} shapes are recorded as CUDA graphs; those of others are not")

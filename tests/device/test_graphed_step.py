@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,54 @@ def test_shapes_beyond_the_limit_are_trained_plainly(
     assert trainer.graphed is not None
     assert len(trainer.graphed.graphs) == 1 < len(trainer.graphed.seen)
     assert np.array(found) == pytest.approx(np.array(expected), rel=1e-4)
+
+
+class _Memory:
+    """A recording's replay, which holds memory for as long as it exists."""
+
+    def __init__(self, replay: Callable[[], None]) -> None:
+        self.replay = replay
+
+    def __call__(self) -> None:
+        self.replay()
+
+
+@pytest.mark.parametrize("when", ["while one is recorded", "while one is compared", "at a new shape"])
+def test_training_goes_on_plainly_where_memory_does_not_suffice_for_graphs(
+    plainly: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, when: str
+) -> None:
+    expected, (before, plain) = plainly
+    record, loss, held = Recorder.record, Trainer.loss, weakref.WeakSet[_Memory]()
+
+    def recorded(self: Recorder, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        replay, result = record(self, work)
+        memory = _Memory(replay)
+        held.add(memory)
+        if when == "while one is recorded":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return memory, result
+
+    def full(self: Trainer, batch: TrainingBatch, totals: Any = None) -> Tensor:
+        if held and not (when == "at a new shape" and _recorder_of(self).replays == 0):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return loss(self, batch, totals)
+
+    monkeypatch.setattr(Recorder, "record", recorded)
+    monkeypatch.setattr(Trainer, "loss", full)
+    with caplog.at_level(logging.WARNING):
+        trainer, found, (_, after) = _epochs(tmp_path / "cuda", "tiny", FEW, "cuda", 2)
+    assert trainer.graphed is not None
+    assert "out of memory" in trainer.graphed.obstacle
+    assert not trainer.graphed.graphs
+    (line,) = [one.getMessage() for one in caplog.records if "CUDA graphs" in one.getMessage()]
+    assert "out of memory" in line
+    assert np.array(found) == pytest.approx(np.array(expected), rel=1e-4)
+    assert max(differences(before, plain, after).values()) < 1e-2
+
+
+@pytest.mark.parametrize("n", [3, 70, 255, 300, 1170, 8000])
+def test_padding_adds_at_most_a_quarter_of_the_sessions_to_large_batches(n: int) -> None:
+    batch = TrainingBatch(torch.ones(n, 8, dtype=torch.int64), torch.ones(n, 8, 1, dtype=torch.int64), {},
+        torch.zeros(2, 8 * n, dtype=torch.int64), 5)  # fmt: skip
+    rows = len(Shapes(50, 8 * n).padded(batch).item_ids)
+    assert n < rows <= (2 * n if n < 256 else 1.25 * (n + 1))

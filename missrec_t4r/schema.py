@@ -17,6 +17,8 @@ FIRST_ITEM_ROW: Final = 3
 """Row of the first real item."""
 
 USER_ID: Final = "user_id"
+SESSION_ID: Final = "session_id"
+"""Column beside the user's where a user has several sessions (``missrec etl --session-gap``)."""
 ITEM_ID: Final = "item_id"
 TIMESTAMP: Final = "timestamp"
 ROW: Final = "row"

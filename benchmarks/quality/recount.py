@@ -17,7 +17,7 @@ from typing import Any, Final
 from benchmarks.measure import report
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.data.user_sessions import user_sessions
+from missrec_t4r.data.user_sessions import whole_sessions
 from missrec_t4r.evaluation.full_ranking import rank_systems
 from missrec_t4r.evaluation.metrics import metrics, named_differences, paired_differences
 from missrec_t4r.io.json_files import read_json
@@ -40,7 +40,7 @@ def measure(run: Path) -> dict[str, Any]:
     train, valid, test = (load_sessions(loaded.data, name, model.event_columns) for name in ("train", "valid", "test"))
     train = train.known()
     shorter, _ = train.take((train.lengths > 0).nonzero()[0]).split_last()
-    _, longer = user_sessions(loaded.data, ("valid", "train"))
+    longer = whole_sessions(loaded.data, ("valid", "train"))
     counts = {
         "test": {"fewer": train, "more": longer},
         "valid": {"fewer": shorter, "more": train},

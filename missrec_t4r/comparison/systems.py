@@ -417,7 +417,9 @@ def _scorer(
 def _users(sessions: Sessions, folder: Path) -> list[str | None]:
     if sessions.users is None:
         raise DataError(
-            f"{folder} has no column user_id", "the users, by which lists are matched", "run missrec etl with --user"
+            f"{folder} has no column user_id",
+            "the users, by which lists are matched",
+            "run missrec etl with --user-column",
         )
     users: list[str | None] = as_text(sessions.users).to_pylist()
     return users

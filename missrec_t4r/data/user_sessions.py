@@ -1,24 +1,28 @@
-"""Every user of a data folder once, with all the events of its splits."""
+"""Every user, or every session, of a data folder once, with all the events of its splits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+import pyarrow.parquet as pq
+
+from missrec_t4r.data.session_files import read_rows, row_files
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError
-from missrec_t4r.schema import USER_ID
+from missrec_t4r.schema import LIST_SUFFIX, SESSION_ID, USER_ID
 
-SPLITS: Final = ("test", "valid", "train")
-"""The longest histories first."""
+_SPLITS: Final = ("test", "valid", "train")
+"""The longest rows of a session first."""
 
 
-def user_sessions(data: Path, splits: Sequence[str] = SPLITS) -> tuple[list[object], Sessions]:
+def user_sessions(data: Path) -> tuple[list[object], Sessions]:
     """Return the ids of all users, and one session per user without unknown items.
 
-    A session is the row of the first of the splits that has the user, with its target: all that is known of the user.
-    Of several rows the last one counts.
+    A session is the row of the first of test, valid and train that has the user, with its target: all that is known of
+    the user. Of several rows the last one counts.
 
     Raises
     ------
@@ -26,14 +30,79 @@ def user_sessions(data: Path, splits: Sequence[str] = SPLITS) -> tuple[list[obje
         No column of users, or no user.
     """
     found: dict[object, tuple[Sessions, int]] = {}
-    for split in splits:
-        if not any((data / split).glob("*.parquet")):
-            continue
-        sessions = Sessions.load(data / split, ()).known()
+    for split in _splits_of(data, _SPLITS):
+        sessions = Sessions.load(split, ()).known()
         if sessions.users is None:
-            raise DataError(f"{data / split} has no column {USER_ID}", "the users", "run missrec etl with --user")
+            raise _without_users(split)
         rows = dict(zip(sessions.users.to_pylist(), range(len(sessions)), strict=True))
         found = {user: (sessions, row) for user, row in rows.items() if user not in found} | found
     if not found:
         raise DataError(f"{data} has no user", "sessions written by missrec etl", "check --data")
     return [*found], Sessions.from_lists([sessions[row] for sessions, row in found.values()])
+
+
+def whole_sessions(data: Path, splits: Sequence[str] = _SPLITS) -> Sessions:
+    """Return every session once, with its target and without unknown items.
+
+    A user has one session, or several that the column ``session_id`` numbers (``missrec etl --session-gap``).
+
+    Raises
+    ------
+    DataError
+        No column of users; or several rows of one session in a split, of which nobody knows what they have in common.
+    """
+    rows = []
+    for split in _splits_of(data, splits):
+        sessions, keys = keyed_sessions(split)
+        if sessions.users is None:
+            raise _without_users(split)
+        if (n_different := len(set(keys))) < len(keys):
+            raise DataError(
+                f"{split} has {len(keys):,} rows of {n_different:,} users or sessions",
+                f"one row per user, or a column {SESSION_ID} that numbers the sessions of a user",
+                "give the sessions ids of their own as users",
+            )
+        rows.append((sessions, keys))
+    if not rows:
+        raise DataError(f"{data} has no sessions", "splits written by missrec etl", "check --data")
+    return longest_rows(rows).known()
+
+
+def keyed_sessions(split: Path, features: Sequence[str] = ()) -> tuple[Sessions, list[Hashable]]:
+    """Return the rows of a split, with those of ``features`` that it has, and what tells its sessions apart.
+
+    That is the user's id, with the session's where there is one, or the number of the row where there is neither.
+    """
+    names = pq.read_schema(row_files(split)[0]).names
+    key_columns = [name for name in (USER_ID, SESSION_ID) if name in names]
+    table = read_rows(split, key_columns)
+    keys: list[Hashable] = list(zip(*(table[name].to_pylist() for name in key_columns), strict=True))
+    sessions = Sessions.load(split, [name for name in features if name + LIST_SUFFIX in names])
+    return sessions, keys or list(range(len(sessions)))
+
+
+def longest_rows(splits: Sequence[tuple[Sessions, Sequence[Hashable]]]) -> Sessions:
+    """Return the longest row of every session of splits and keys; its other rows are the beginnings of that one."""
+    best: dict[Hashable, tuple[int, int, int]] = {}  # key -> length, split, row
+    for index, (split, keys) in enumerate(splits):
+        for row, (key, length) in enumerate(zip(keys, split.lengths.tolist(), strict=True)):
+            if key not in best or length > best[key][0]:
+                best[key] = (length, index, row)
+    selected = []
+    for index, (split, _) in enumerate(splits):
+        rows = [row for _, split_index, row in best.values() if split_index == index]
+        selected.append(split.take(rows))
+    values = np.concatenate([part.values for part in selected])  # [event]
+    lengths = np.concatenate([part.lengths for part in selected])  # [session]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)  # [session + 1]
+    shared = set.intersection(*(set(part.features) for part in selected))
+    features = {name: np.concatenate([part.features[name] for part in selected]) for name in shared}
+    return Sessions(values, offsets, features)
+
+
+def _splits_of(data: Path, splits: Sequence[str]) -> list[Path]:
+    return [data / split for split in splits if row_files(data / split)]
+
+
+def _without_users(split: Path) -> DataError:
+    return DataError(f"{split} has no column {USER_ID}", "the users", "run missrec etl with --user-column")

@@ -14,8 +14,8 @@ import pandas as pd
 
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl.quality.checks import refuse_milliseconds
+from missrec_t4r.schema import SESSION_ID
 
-SESSION_ID = "session_id"
 TIME_FEATURES = ("gap", "hour", "weekday", "recency")
 WEIGHT = "weight"
 CLOCK = {"hour": pd.Series(range(24)), "weekday": pd.Series(range(7))}

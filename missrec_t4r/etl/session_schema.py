@@ -15,8 +15,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from missrec_t4r.etl.event_settings import SESSION_ID
-from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_LIST, LIST_SUFFIX, SCHEMA_FILE, SPLITS, TIMESTAMP, USER_ID
+from missrec_t4r.schema import (
+    FIRST_ITEM_ROW,
+    ITEM_LIST,
+    LIST_SUFFIX,
+    SCHEMA_FILE,
+    SESSION_ID,
+    SPLITS,
+    TIMESTAMP,
+    USER_ID,
+)
 
 _TAGS = {
     USER_ID: ["id", "user"],

@@ -18,7 +18,7 @@ from missrec_t4r.bundle.bundle import fill_bundle, load_bundle
 from missrec_t4r.bundle.manifest import MANIFEST_FILE
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.event_features import load_sessions
-from missrec_t4r.data.user_sessions import user_sessions
+from missrec_t4r.data.user_sessions import whole_sessions
 from missrec_t4r.errors import BundleError, ConfigError
 from missrec_t4r.export.parity import check_rows, compare_offline, raw_ids, sample_histories
 from missrec_t4r.export.workflow_parity import check_workflow
@@ -58,9 +58,9 @@ def export(
     data : path, optional
         Data folder, if it was moved since training.
     recount : bool
-        Count co-occurrences in all events of the data folder, not in its training split alone, which lacks the last
-        events of every user. The weights stay as tuned; what `missrec evaluate` says of the run is for the counts of
-        the training split.
+        Count co-occurrences and the events of items in the whole data folder: the training split lacks the last events
+        of every user, which validation and test ask for. The weights stay as tuned. The bundle then is not the model
+        that `missrec evaluate` measures: that one has the counts of training.
     dry_run : bool
         Write and compare in a temporary folder only.
 
@@ -121,9 +121,9 @@ def export(
 
 
 def _count_all_events(loaded: LoadedRun, run: Path) -> dict[str, int]:
-    _, sessions = user_sessions(loaded.data)
+    sessions = whole_sessions(loaded.data)
     count_again(loaded.model, sessions, read_json(run / RUN_FILE).get("prior") or {})
-    log.info(f"counted co-occurrences in all {len(sessions.values):,} events of {len(sessions):,} users")
+    log.info(f"counted co-occurrences in all {len(sessions.values):,} events of {len(sessions):,} sessions")
     return {"counted_events": len(sessions.values)}
 
 

@@ -1,8 +1,8 @@
 """Count the items and pairs of the score terms again, in more sessions than the training split has.
 
-Weights are tuned with the counts of the training split, which a model keeps. The training split lacks the last events
-of every user, those that validation and test ask for: a model that is evaluated must not have counted them, one that is
-served may. The weights stay as they were tuned. Its effect: docs/experiments.md.
+A run counts the events of the training split, and its weights are tuned with these counts. That split lacks the events
+that validation and test ask for: a model that is evaluated must not have counted them, one that is served may. The
+weights stay as they were tuned. Its effect: docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from missrec_t4r.ranking.hybrid import terms_of
 
 @torch.no_grad()
 def recount(model: MISSRec, sessions: Sessions, tuned: Mapping[str, Any]) -> None:
-    """Count co-occurrences and events of items in these sessions instead, for all terms that depend on them.
+    """Count the pairs and the events of items in these sessions from now on, for all terms that depend on them.
+
+    These are the item-kNN term, the cold-start term (an item with an event is no longer cold) and the rare-item term
+    (one with five events is no longer rare). Popularity for sessions without a known item stays that of training.
 
     Parameters
     ----------
     model : MISSRec
         Its terms are tuned.
     sessions : Sessions
-        Every user once, with all events that may be counted.
+        Every session once, with all events that may be counted.
     tuned : mapping
         What `fit_terms` returned: ``window`` and ``directed`` say which pairs count.
 
@@ -47,9 +50,9 @@ def recount(model: MISSRec, sessions: Sessions, tuned: Mapping[str, Any]) -> Non
         )
     if len(sessions.values) < (counted := int(item_knn.frequency.sum())):
         raise DataError(
-            f"{len(sessions.values):,} events in sessions of which each user has one",
+            f"{len(sessions.values):,} events in the data folder",
             f"at least the {counted:,} that training counted",
-            "export without --recount: the data folder has lost events, or has several rows per user",
+            "name the folder of the training, or one that was updated since, with --data; or export without --recount",
         )
     item_knn.fit(sessions, int(tuned["window"]), directed=bool(tuned["directed"]))
     model.terms.refresh()

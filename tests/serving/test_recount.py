@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from missrec_t4r.bundle.bundle import load_bundle
+from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.export.export import export
@@ -18,6 +21,7 @@ from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.run_folder import save_run
+from missrec_t4r.schema import ITEM_ID, ITEM_LIST
 from tests.serving import shop
 from tests.shop import write_split
 
@@ -26,13 +30,27 @@ SESSIONS = [[4, 5, 9, 10]] * 6 + [[6, 7, 8, 11]] * 6
 TUNED = {"window": 3, "directed": False}
 
 
-def make_run(folder: Path, tuned: Mapping[str, Any] = TUNED, sessions: Any = SESSIONS, **settings: object) -> Path:
-    """Write a run whose score is almost its item-kNN term, counted in training, and whose rare items gain much."""
+def make_run(
+    folder: Path,
+    tuned: Mapping[str, Any] = TUNED,
+    sessions: Any = SESSIONS,
+    users: Mapping[str, Sequence[object]] | None = None,
+    **settings: object,
+) -> Path:
+    """Write a run whose score is almost its item-kNN term, counted in training, and whose rare items gain much.
+
+    ``users``: the columns that say whose the sessions are; by default one user each.
+    """
     (folder / "data").mkdir(parents=True)
     catalogue = shop.catalogue()
     data = shop.data_folder(folder / "data", catalogue)
     for split, without in (("train", 2), ("valid", 1), ("test", 0)):
-        write_split(data / split, [session[: len(session) - without] for session in sessions], users="u")
+        file = write_split(data / split, [session[: len(session) - without] for session in sessions], users="u")
+        if users is not None:
+            rows = pq.read_table(file, columns=[ITEM_LIST])
+            pq.write_table(
+                pa.table({name: pa.array(values) for name, values in users.items()} | {ITEM_LIST: rows[0]}), file
+            )
     model = shop.model_for(catalogue, **settings)
     terms = terms_of(model)
     if terms.item_knn is not None and tuned:
@@ -40,7 +58,7 @@ def make_run(folder: Path, tuned: Mapping[str, Any] = TUNED, sessions: Any = SES
         terms.item_knn.choose(ItemKNNSettings(1.0, 0.9, 0.0))
         assert terms.rare_items is not None
         terms.rare_items.choose(torch.tensor([[0.0] * 3, [3.0] * 3]), [1.0, 1.0])
-    save_run(folder / "run", model, shop.recipe_of(model), data, {"prior": dict(tuned)})
+    save_run(folder / "run", model, shop.recipe_of(model), data, {"prior": dict(tuned)}, catalogue)
     return folder / "run"
 
 
@@ -69,6 +87,25 @@ def test_an_item_with_enough_events_is_no_longer_rare(tmp_path: Path) -> None:
     assert min(after.index(row) for row in (8, 9, 10, 11)) >= shop.N_ITEMS - 9  # only items 4 to 11 have events
 
 
+def test_events_and_items_of_an_update_are_counted_without_a_training(tmp_path: Path) -> None:
+    """As `missrec etl --update` leaves the folder: every session goes on with an item that the run does not have."""
+    run, folder = make_run(tmp_path), tmp_path / "data"
+    before = Catalogue.load(folder / "catalogue")
+    added = before.items.slice(0, 1).set_column(0, ITEM_ID, pa.array(["new"]))
+    modalities = {
+        name: Modality(np.append(one.vectors, one.vectors[4:5], axis=0), np.append(one.present, True))
+        for name, one in before.modalities.items()
+    }
+    Catalogue(pa.concat_tables([before.items, added]), modalities).save(folder / "catalogue")
+    for split, without in (("train", 2), ("valid", 1), ("test", 0)):
+        longer = [[*session, before.n_rows] for session in SESSIONS]
+        write_split(folder / split, [session[: len(session) - without] for session in longer], users="u")
+    assert export(run, tmp_path / "bundle", recount=True)["counted_events"] == 60
+    assert before.n_rows in ranked(tmp_path / "bundle", [10])[:4]  # 4, 5 and 9 are in these sessions as well
+    export(run, tmp_path / "without")
+    assert before.n_rows not in ranked(tmp_path / "without", [10])[:4]
+
+
 def test_the_run_stays_as_it_was(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     files = {file: file.read_bytes() for file in run.iterdir()}
@@ -89,7 +126,24 @@ def test_a_model_without_counts_is_refused(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_several_rows_of_a_user_are_refused_where_events_would_get_lost(tmp_path: Path) -> None:
+def test_a_data_folder_that_has_lost_events_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path, sessions=SESSIONS[:5])
     with pytest.raises(DataError, match=r"20 events .* at least the 24 that training counted"):
+        export(run, tmp_path / "bundle", recount=True)
+
+
+def test_all_sessions_of_a_user_are_counted(tmp_path: Path) -> None:
+    """As `missrec etl --session-gap` writes them: with the user's id in several rows, and a session id beside it."""
+    users = {"user_id": [f"u{number // 2}" for number in range(12)], "session_id": [0, 1] * 6}
+    run = make_run(tmp_path, users=users)
+    assert export(run, tmp_path / "bundle", recount=True)["counted_events"] == 48
+    assert sorted(ranked(tmp_path / "bundle", [9])[:3]) == [4, 5, 10]
+
+
+def test_rows_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    """The row of one split cannot be found in the next one: its events would count twice, or not at all."""
+    run = make_run(tmp_path, users={"user_id": [f"u{number // 2}" for number in range(12)]})
+    with pytest.raises(
+        DataError, match=r"test has 12 rows of 6 users or sessions.*one row per user, or a column session_id"
+    ):
         export(run, tmp_path / "bundle", recount=True)

@@ -29,12 +29,12 @@ from missrec_t4r.etl.engine.ordering import count_out_of_order, duplicate_positi
 from missrec_t4r.etl.engine.shuffle import load_plan, read_partition
 from missrec_t4r.etl.engine.user_state import event_columns, list_columns, state_path, to_state
 from missrec_t4r.etl.engine.workdir import FILTER_FOLDER, KEPT_FOLDER, OUTPUT_FOLDER, SPLIT_FOLDER, partition_path
-from missrec_t4r.etl.event_settings import SESSION_ID, WEIGHT
+from missrec_t4r.etl.event_settings import WEIGHT
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.io.arrow_files import one_array, read_arrow, write_arrow
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json, write_json
-from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, SESSION_ID, SPLITS, TIMESTAMP, USER_ID
 
 SURVEY_FILE, COMMON_FILE, SPLIT_FILE = "survey.json", "common.json", "split.json"
 """What all partitions have in common: before filtering, for grouping by user, for the splits."""

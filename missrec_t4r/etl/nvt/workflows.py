@@ -25,10 +25,10 @@ from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 from nvtabular import Workflow, ops
 
 from missrec_t4r.etl.dataframe import Frame
-from missrec_t4r.etl.event_settings import CLOCK, SESSION_ID, EventSettings
+from missrec_t4r.etl.event_settings import CLOCK, EventSettings
 from missrec_t4r.etl.nvt.event_ops import EventWeights, SessionGap, TimeFeatures
 from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
-from missrec_t4r.schema import ITEM_ID, LIST_SUFFIX, SCHEMA_FILE, TIMESTAMP, USER_ID
+from missrec_t4r.schema import ITEM_ID, LIST_SUFFIX, SCHEMA_FILE, SESSION_ID, TIMESTAMP, USER_ID
 
 _DASK = {
     "dataframe.shuffle.method": "tasks",  # keeps the input order of ties, unlike "disk"

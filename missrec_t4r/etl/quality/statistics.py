@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from missrec_t4r.arrays import Doubles, Ints
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.data.session_files import read_rows, row_files
 from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.user_sessions import keyed_sessions, longest_rows
 from missrec_t4r.errors import DataError
-from missrec_t4r.etl.event_settings import SESSION_ID
 from missrec_t4r.io.json_files import read_json
-from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
+from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, SPLITS, TIMESTAMP
 
 DAY = 86_400
 _FIRST_CLOCK = 94_694_400  # 1973 in unix seconds: smaller numbers are positions in a session, not times
@@ -53,9 +51,9 @@ class ReportData:
         if not report.is_file():
             raise DataError(f"{data} holds no etl.json", "a data folder", "write one with `missrec etl`")
         written = read_json(report)
-        parts = [_load(data / split) for split in SPLITS if any((data / split).glob("*.parquet"))]
+        splits = [data / split for split in SPLITS if any((data / split).glob("*.parquet"))]
         findings = {finding["check"]: int(finding["count"]) for finding in written.get("findings", [])}
-        whole = _longest([sessions for sessions, _ in parts], [keys for _, keys in parts])
+        whole = longest_rows([keyed_sessions(split, [TIMESTAMP]) for split in splits])
         events, users = int(written.get("events", len(whole.values))), int(written.get("users", len(whole)))
         raw_events = int(written.get("events_read", 0)) or events
         return cls(whole, Catalogue.load(data / CATALOGUE_FOLDER), findings, raw_events, users)
@@ -159,35 +157,6 @@ def _time_statistics(times: Doubles, sessions: Sessions, now: float) -> tuple[di
         "last_day_vs_median": round(float(per_day[-1] / max(np.median(per_day), 1)), 4),
     }
     return statistics, days
-
-
-def _load(folder: Path) -> tuple[Sessions, list[Any]]:
-    """Return a split's sessions and their keys: the user, with the session id where a user has several sessions."""
-    names = pq.read_schema(row_files(folder)[0]).names
-    key_columns = [name for name in (USER_ID, SESSION_ID) if name in names]
-    table = read_rows(folder, key_columns)
-    keys: list[Any] = list(zip(*(table[name].to_pylist() for name in key_columns), strict=True))
-    sessions = Sessions.load(folder, [TIMESTAMP] if TIMESTAMP + LIST_SUFFIX in names else [])
-    return sessions, keys or list(range(len(sessions)))
-
-
-def _longest(splits: list[Sessions], keys: list[list[Any]]) -> Sessions:
-    """Return the longest row of every session; its rows in the splits are prefixes of one another."""
-    best: dict[Any, tuple[int, int, int]] = {}  # key -> length, split, row
-    for index, split in enumerate(splits):
-        for row, (key, length) in enumerate(zip(keys[index], split.lengths.tolist(), strict=True)):
-            if key not in best or length > best[key][0]:
-                best[key] = (length, index, row)
-    selected = []
-    for index, split in enumerate(splits):
-        rows = [row for _, split_index, row in best.values() if split_index == index]
-        selected.append(split.take(rows))
-    values = np.concatenate([part.values for part in selected])  # [event]
-    lengths = np.concatenate([part.lengths for part in selected])  # [session]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)  # [session + 1]
-    shared = set.intersection(*(set(part.features) for part in selected))
-    features = {name: np.concatenate([part.features[name] for part in selected]) for name in shared}
-    return Sessions(values, offsets, features)
 
 
 def _repeats(sessions: Sessions) -> int:

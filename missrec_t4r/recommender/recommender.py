@@ -85,7 +85,7 @@ class Recommender:
         self._digests: dict[Path, str] = {}
         self._opened: tuple[MISSRecClient, dict[Any, str], list[str]] | None = None
 
-    def fit(self, shop: Shop, *, restart: bool = False) -> Recommender:
+    def fit(self, shop: Shop, *, restart: bool = False, recount: bool = False) -> Recommender:
         """Train on a shop, and compare the bundle that is served with the trained model; returns self.
 
         An interrupted training is resumed by the next call with the same folder; a finished one of the same data,
@@ -96,6 +96,9 @@ class Recommender:
         shop : Shop
         restart : bool
             Train from the start, in place of the model with other settings that the folder holds.
+        recount : bool
+            As in ``missrec export``: recommendations count the last events of every user too, which training leaves to
+            validation and test. `evaluate` measures the model without them.
 
         Raises
         ------
@@ -113,12 +116,12 @@ class Recommender:
                 self.result = commands.train(**call, device=self.device, resume=not restart, reuse=True)
             except ConfigError as error:
                 raise _in_python(error) from error
-            commands.export(folder / RUN, folder / BUNDLE)
+            commands.export(folder / RUN, folder / BUNDLE, recount=recount)
         self.folder, self.shop = folder, shop
         self.commands = [
             *shop.commands,
             command_line("train", call | {"device": None if self.device == "auto" else self.device}),
-            command_line("export", {"run": folder / RUN, "out": folder / BUNDLE}),
+            command_line("export", {"run": folder / RUN, "out": folder / BUNDLE, "recount": recount}),
         ]
         self._use(folder / BUNDLE)
         return self
@@ -203,7 +206,7 @@ class Recommender:
             for name, part in (("where", _as_mapping("where", where)), ("at_most", _as_mapping("at_most", at_most)))
             if part
         }
-        exclude = [exclude] if isinstance(exclude, str | int) else None if exclude is None else _plain(exclude)
+        exclude = None if exclude is None else _plain(exclude if _is_list(exclude) else [exclude])
         answers = client.recommend(
             given, k, exclude_seen=exclude_seen, exclude=exclude, rules=rules or None, reasons=True, side=side
         )
@@ -450,6 +453,8 @@ def _plain_value(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain_value(bound) for name, bound in value.items()}
     if isinstance(value, date | np.datetime64):
+        if pd.isna(value):
+            raise ConfigError("a missing date (NaT) in where", "a date", "leave the bound out")
         return int(pd.Timestamp(value).timestamp())
     return [_plain_value(one) for one in value] if _is_list(value) else _plain([value])[0]
 

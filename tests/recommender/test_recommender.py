@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import missrec_t4r as mr
+from missrec_t4r.bundle.bundle import load_bundle
 from missrec_t4r.cli.app import app
 from missrec_t4r.errors import BundleError, ConfigError, DataError, MISSRecError, SchemaError
 from missrec_t4r.etl.quality.charts import number
@@ -348,10 +349,20 @@ def test_k_is_a_whole_number(k: Any, model: mr.Recommender) -> None:
             call()
 
 
+def test_the_last_events_of_every_user_are_counted_on_request(shop: mr.Shop, tables: Any, tmp_path: Path) -> None:
+    model = mr.Recommender("tiny", train__epochs=1, folder=tmp_path).fit(shop, recount=True)
+    assert shlex.split(model.commands[-1])[-1] == "--recount"
+    assert load_bundle(tmp_path / "bundle").model.terms["item_knn"].frequency.sum() == len(tables[0])
+    with pytest.raises(ConfigError, match=r"without item-kNN term; .*\. export it without recount=True"):
+        mr.Recommender("tiny", train__epochs=1, model__n_neighbours=0, folder=tmp_path / "none").fit(shop, recount=True)
+
+
 def test_dates_are_bounds_of_a_filter(model: mr.Recommender) -> None:
     for day in (pd.Timestamp("2024-01-31", tz="UTC"), date(2024, 1, 31), np.datetime64("2024-01-31")):
         found = model.recommend(sessions=[["P01"]], k=N_ITEMS, where={"since": {"min": day}})
         assert set(found["item"]) == {f"P{item}" for item in range(30, N_ITEMS)}
+    with pytest.raises(ConfigError, match=r"missing date \(NaT\) in where"):
+        model.recommend(sessions=[["P01"]], where={"since": {"min": pd.NaT}})
 
 
 def test_columns_and_arrays_of_any_library_are_sessions(model: mr.Recommender, tables: Any) -> None:

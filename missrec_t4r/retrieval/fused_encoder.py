@@ -1,11 +1,16 @@
 """Fused encoder: the session encoder with everything precomputed that does not depend on the session.
 
-The same vectors as `MISSRec.encode` up to rounding, compared on sessions of several shapes before it is used. An item's
-modalities and ID are summed once per catalogue version; the first attention layer sees interests alone, so that its
-scores and outputs are looked up, or where a session has many interests their projections; a session's distinct
-interests are found on the host. The decoder's layers are computed at all items of the sessions, without padding, and
-the last one at the last item alone: there the key bias is dropped, since a number added to all keys cancels in the
-softmax, and the value bias is added to that of the output.
+It returns the vectors of `MISSRec.encode` up to rounding; `fuse_encoder` compares both on sessions of several shapes.
+What it saves:
+
+- An item's modalities and ID are summed once per catalogue version.
+- The first layer of the contextual encoder sees interests alone, whatever the session: in sessions of few interests
+  the scores between two of them and what each adds to the output are looked up, in others queries, keys and values.
+- A session's distinct interests are found on the host.
+- Padding is left out of all work on single items and interests.
+- The last decoder layer is computed at the last item alone, the others at all items. In the last one keys and values
+  are not projected: its key bias is dropped, since a number that is added to all scores of a query cancels in the
+  softmax, and its value bias is added to that of the output.
 """
 
 from __future__ import annotations
@@ -22,20 +27,18 @@ from missrec_t4r.arrays import AnyArray, Bools, Ints
 from missrec_t4r.model.attention import DecoderLayer, EncoderLayer, MultiHeadAttention
 from missrec_t4r.model.item_encoder import ItemEmbeddings
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.retrieval.traced_encoder import sample_sessions
+from missrec_t4r.retrieval.traced_encoder import PROJECTIONS_IN_MEMORY, sample_sessions
 from missrec_t4r.schema import PADDING_ROW
 
 _CHECKED = ((1, 1), (1, 2), (1, 9), (3, 1), (5, 12), (2, 100))
 """Batch and length of the sessions on which the result is compared with the model's."""
 _TOLERANCE = 1e-5
-_PROJECTIONS_IN_MEMORY = 1 << 26
-"""Projections of interests of at most this many numbers (256 MiB) are kept."""
 _SCORES_IN_MEMORY = 1 << 24
 """Attention scores between all interests are kept if they are at most this many numbers (64 MiB)."""
 _FEW_INTERESTS = 24
-"""Interests per session up to which these scores are looked up: computing more of them takes less time."""
+"""Interests per session up to which these scores are looked up; of more, computing them takes less time."""
 _POSITIONS_AT_ONCE = 1 << 12
-"""Positions of a pass, with their padding; of more, sessions of similar length are encoded together."""
+"""Most positions, padding included, of a pass over several sessions: a larger batch is sorted by length and divided."""
 
 _ALWAYS, _NEVER = np.float32(0.0), np.float32(-np.inf)
 """What is added to the score of a key that may be seen, and of one that may not."""
@@ -196,9 +199,8 @@ class _InterestAttention(NamedTuple):
         scores = F.embedding(pairs, self.scores)  # [batch, query, key, head]
         if mask is not None:
             scores += mask.view(*mask.shape[0::2], -1, 1)
-        outputs = F.embedding(rows, self.outputs).view(
-            slots.batch, -1, self.tokens.shape[1]
-        )  # [batch, key * head, dim]
+        outputs = F.embedding(rows, self.outputs)
+        outputs = outputs.view(slots.batch, -1, self.tokens.shape[1])  # [batch, key * head, dim]
         attended = torch.bmm(scores.softmax(2).flatten(2), outputs)
         return self.norm(F.embedding(flat, self.tokens).add_(slots.take(attended.flatten(0, 1))))
 
@@ -321,7 +323,7 @@ class FusedEncoder:
         return _Layout(len(lengths), width, real)
 
     def _padding_mask(self, lengths: Ints, at: _Layout) -> Tensor | None:
-        """Return the mask [batch, 1, 1, width] of what stands behind a session; of an empty one nothing, or NaN."""
+        """Return the mask [batch, 1, 1, width] that hides padding; in empty sessions it hides nothing, against NaN."""
         if at.real is None:
             return None
         return self._mask((np.arange(at.width) >= np.where(lengths == 0, at.width, lengths)[:, None])[:, None])
@@ -366,7 +368,7 @@ def can_be_fused(model: MISSRec) -> bool:
     return (
         model.decoder.sequence_fusion == "add"
         and len(model.encoder.layers) > 0
-        and 3 * model.interests.centroids.numel() <= _PROJECTIONS_IN_MEMORY
+        and 3 * model.interests.centroids.numel() <= PROJECTIONS_IN_MEMORY
     )
 
 

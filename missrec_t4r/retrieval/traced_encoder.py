@@ -27,7 +27,7 @@ _TRACED = (2, 7)
 _CHECKED = ((1, 1), (1, 2), (1, 9), (3, 1), (5, 12))
 """Batch and length of the sessions that are traced, and of those on which a trace is compared with the model."""
 _TOLERANCE = 1e-5
-_PROJECTIONS_IN_MEMORY = 1 << 26
+PROJECTIONS_IN_MEMORY = 1 << 26
 """Projections of interests of at most this many numbers (256 MiB) are kept."""
 
 
@@ -47,7 +47,7 @@ class SessionEncoder(nn.Module):
         super().__init__()
         self.model, self.all_slots = model, all_slots
         self.projections: Tensor | None = None
-        fits = 3 * model.interests.centroids.numel() <= _PROJECTIONS_IN_MEMORY
+        fits = 3 * model.interests.centroids.numel() <= PROJECTIONS_IN_MEMORY
         if fits and model.event_features is None and len(model.encoder.layers):
             self.projections = _fast(model.encoder).project(model.interests.centroids).detach()
         self.tokens = None if tokens is None else _constant(tokens)

@@ -113,9 +113,8 @@ def test_items_without_any_interest_are_answered_by_what_is_left_of_them(n_decod
         torch.testing.assert_close(encoder(np.array(rows)), expected, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [{"sequence_fusion": "contextual", "attention": "bidirectional"}])
-def test_models_that_it_does_not_know_are_left_to_the_recording(settings: dict[str, object]) -> None:
-    model = shop.model_for(shop.catalogue(), **settings)
+def test_models_that_it_does_not_know_are_left_to_the_trace() -> None:
+    model = shop.model_for(shop.catalogue(), sequence_fusion="contextual", attention="bidirectional")
     assert fuse_encoder(model, model.item_encoder.catalogue()) is None
 
 

@@ -65,15 +65,16 @@ class TrainingBatch(NamedTuple):
         Parameters
         ----------
         sessions, length : int
-            Sizes of the result; one session more than there are where positions are added, which lie in the last one.
+            Sizes of the result; one session more than there are where positions are added, which lie in the last one,
+            in turn at each of its events: a GPU adds the gradients of equal positions one after the other.
         positions : int
             Trained positions of the result, where the batch is one of all positions.
         """
         rows, events = sessions - len(self.item_ids), length - self.item_ids.shape[1]
         at = self.positions
         if at is not None:
-            empty = torch.tensor([[sessions - 1], [0]]).expand(-1, positions - at.shape[1])
-            at = torch.cat([at, empty], 1)
+            added = torch.arange(positions - at.shape[1])
+            at = torch.cat([at, torch.stack([torch.full_like(added, sessions - 1), added % length])], 1)
         return self._replace(
             item_ids=_grown(self.item_ids, rows, events),
             targets=_grown(self.targets, rows, events if self.targets.ndim == 3 else 0),

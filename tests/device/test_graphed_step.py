@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.config import TrainConfig
-from missrec_t4r.data.batching import TrainingBatch, iterate, training_batches
+from missrec_t4r.data.batching import TrainingBatch, iterate, trained_positions, training_batches
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.missrec import MISSRec
@@ -289,8 +289,12 @@ def test_training_goes_on_plainly_where_memory_does_not_suffice_for_graphs(
 
 
 @pytest.mark.parametrize("n", [3, 70, 255, 300, 1170, 8000])
-def test_padding_adds_at_most_a_quarter_of_the_sessions_to_large_batches(n: int) -> None:
-    batch = TrainingBatch(torch.ones(n, 8, dtype=torch.int64), torch.ones(n, 8, 1, dtype=torch.int64), {},
-        torch.zeros(2, 8 * n, dtype=torch.int64), 5)  # fmt: skip
-    rows = len(Shapes(50, 8 * n).padded(batch).item_ids)
+def test_padding_of_large_batches_is_bounded_and_its_positions_are_spread(n: int) -> None:
+    item_ids, targets = torch.ones(n, 7, dtype=torch.int64), torch.ones(n, 7, 1, dtype=torch.int64)
+    padded = Shapes(50, 7 * n).padded(TrainingBatch(item_ids, targets, {}, trained_positions(targets), 5))
+    rows = len(padded.item_ids)
     assert n < rows <= (2 * n if n < 256 else 1.25 * (n + 1))
+    assert padded.positions is not None
+    session, step = padded.positions[:, 7 * n :]
+    assert session.unique().tolist() == [rows - 1]
+    assert step.bincount().tolist() == [7, 7, 6, 6, 6, 6, 6, 6]

@@ -5,8 +5,8 @@ batch of a shape is trained plainly, which also makes what libraries need. At th
 does not run it: gradients, clipping and AdamW, with the learning rate and the batch as tensors on the device. Then the
 batch is trained twice from the same weights, moments and random state, plainly and by the graph. Only if loss, moments
 and weights agree is the graph used from then on. Otherwise, or where none can be recorded, the state before it is
-restored, the log says so, and training goes on plainly. Batches are padded in any case, so that a resumed training
-draws the same random numbers.
+restored, the log says so, and training goes on plainly, with batches as they are. Until then those of plain steps are
+padded as well, so that a resumed training, which records anew, draws the same random numbers.
 """
 
 from __future__ import annotations

@@ -39,11 +39,12 @@ def arrow_table(frame: Frame, name: str, ids: Sequence[str] = ()) -> pa.Table:
         return _once_each(read_table(Path(frame), name, text_columns=ids), name)
     if isinstance(frame, pa.Table):
         return _once_each(frame, name)
-    if hasattr(frame, "collect") and hasattr(frame, "lazy"):  # polars.LazyFrame
+    kind = type(frame)  # a column of pandas is an attribute of the frame as well
+    if hasattr(kind, "collect") and hasattr(kind, "lazy"):  # polars.LazyFrame
         frame = frame.collect()
-    if hasattr(frame, "compute"):  # of Dask, merlin.io.Dataset
+    if hasattr(kind, "compute"):  # of Dask, merlin.io.Dataset
         frame = frame.compute()
-    if hasattr(frame, "to_arrow"):  # polars.DataFrame, duckdb relations
+    if hasattr(type(frame), "to_arrow"):  # polars.DataFrame, duckdb relations
         table = frame.to_arrow()
         return table if isinstance(table, pa.Table) else pa.table(table)
     if hasattr(frame, "columns") and hasattr(frame, "iloc"):

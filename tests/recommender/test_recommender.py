@@ -22,6 +22,7 @@ from missrec_t4r.bundle.bundle import load_bundle
 from missrec_t4r.cli.app import app
 from missrec_t4r.errors import BundleError, ConfigError, DataError, MISSRecError, SchemaError
 from missrec_t4r.etl.quality.charts import number
+from missrec_t4r.recommender.frames import arrow_table
 
 N_USERS, N_ITEMS = 60, 40
 WORDS = ("lamp", "desk", "chair", "shelf", "rug")
@@ -268,6 +269,11 @@ def test_ids_of_a_csv_keep_their_zeros(tables: Any, tmp_path: Path) -> None:
     shop = mr.Shop.from_frames(tmp_path / "events.csv", **NAMES, folder=tmp_path / "shop")
     assert shop.histories(["00003"])[0] == [_history(zeros, "00003")]
     assert shop.catalogue.items["item_id"][0].as_py() in set(zeros["artikel"])
+
+
+def test_columns_may_have_the_names_of_methods_of_other_frames() -> None:
+    names = ["compute", "collect", "lazy", "to_arrow"]
+    assert arrow_table(pd.DataFrame({name: [1.0] for name in names}), "events").column_names == names
 
 
 def test_findings_and_missing_vectors_are_in_sight(tables: Any, tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,28 +17,33 @@ from missrec_t4r.schema import LIST_SUFFIX, SESSION_ID, USER_ID
 _SPLITS: Final = ("test", "valid", "train")
 """The longest rows of a session first."""
 
+Key = tuple[Any, ...]
+"""What tells a session from others: the user's id, and the number of the session where a user has several."""
+
 
 def user_sessions(data: Path) -> tuple[list[object], Sessions]:
     """Return the ids of all users, and one session per user without unknown items.
 
-    A session is the row of the first of test, valid and train that has the user, with its target: all that is known of
-    the user. Of several rows the last one counts.
+    A session is the row of the first of test, valid and train that has it, with its target. Of several sessions of a
+    user (``missrec etl --session-gap``) the newest one counts, of several rows that nothing tells apart the last one.
 
     Raises
     ------
     DataError
         No column of users, or no user.
     """
-    found: dict[object, tuple[Sessions, int]] = {}
+    found: dict[Key, tuple[Sessions, int]] = {}
     for split in _splits_of(data, _SPLITS):
-        sessions = Sessions.load(split, ()).known()
+        sessions, keys = keyed_sessions(split)
         if sessions.users is None:
             raise _without_users(split)
-        rows = dict(zip(sessions.users.to_pylist(), range(len(sessions)), strict=True))
-        found = {user: (sessions, row) for user, row in rows.items() if user not in found} | found
+        rows = dict(zip(keys, range(len(sessions)), strict=True))
+        known = sessions.known()
+        found = {key: (known, row) for key, row in rows.items() if key not in found} | found
     if not found:
         raise DataError(f"{data} has no user", "sessions written by missrec etl", "check --data")
-    return [*found], Sessions.from_lists([sessions[row] for sessions, row in found.values()])
+    newest = {key[0]: found[key] for key in sorted(found, key=lambda key: key[1:])}
+    return [*newest], Sessions.from_lists([sessions[row] for sessions, row in newest.values()])
 
 
 def whole_sessions(data: Path, splits: Sequence[str] = _SPLITS) -> Sessions:
@@ -68,22 +73,22 @@ def whole_sessions(data: Path, splits: Sequence[str] = _SPLITS) -> Sessions:
     return longest_rows(rows).known()
 
 
-def keyed_sessions(split: Path, features: Sequence[str] = ()) -> tuple[Sessions, list[Hashable]]:
-    """Return the rows of a split, with those of ``features`` that it has, and what tells its sessions apart.
+def keyed_sessions(split: Path, features: Sequence[str] = ()) -> tuple[Sessions, list[Key]]:
+    """Return the rows of a split, with those of ``features`` that it has, and their keys.
 
-    That is the user's id, with the session's where there is one, or the number of the row where there is neither.
+    Rows of a split without users have their numbers as keys.
     """
     names = pq.read_schema(row_files(split)[0]).names
     key_columns = [name for name in (USER_ID, SESSION_ID) if name in names]
     table = read_rows(split, key_columns)
-    keys: list[Hashable] = list(zip(*(table[name].to_pylist() for name in key_columns), strict=True))
+    keys: list[Key] = list(zip(*(table[name].to_pylist() for name in key_columns), strict=True))
     sessions = Sessions.load(split, [name for name in features if name + LIST_SUFFIX in names])
-    return sessions, keys or list(range(len(sessions)))
+    return sessions, keys or [(row,) for row in range(len(sessions))]
 
 
-def longest_rows(splits: Sequence[tuple[Sessions, Sequence[Hashable]]]) -> Sessions:
+def longest_rows(splits: Sequence[tuple[Sessions, Sequence[Key]]]) -> Sessions:
     """Return the longest row of every session of splits and keys; its other rows are the beginnings of that one."""
-    best: dict[Hashable, tuple[int, int, int]] = {}  # key -> length, split, row
+    best: dict[Key, tuple[int, int, int]] = {}  # key -> length, split, row
     for index, (split, keys) in enumerate(splits):
         for row, (key, length) in enumerate(zip(keys, split.lengths.tolist(), strict=True)):
             if key not in best or length > best[key][0]:

@@ -26,7 +26,7 @@ ITEMS_COLUMN = "items"
 def session_file_of(data: Path, users: Sequence[str] | None = None) -> Iterator[Path]:
     """Yield a parquet file with ``user_id`` and ``items`` (raw ids) of every user, or of some; removed at the end.
 
-    A user's session is that of `user_sessions`: all that is known of the user.
+    A user's session is that of `user_sessions`: with all its events, the newest one where the user has several.
 
     Raises
     ------

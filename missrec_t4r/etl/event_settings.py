@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
-from missrec_t4r.etl.quality.checks import refuse_milliseconds
+from missrec_t4r.etl.quality.checks import YEAR_FIRST, refuse_milliseconds
 from missrec_t4r.schema import SESSION_ID
 
 TIME_FEATURES = ("gap", "hour", "weekday", "recency")
@@ -155,7 +155,8 @@ def parse_time(given: str | float | None, option: str) -> float | None:
     try:
         return float(given)
     except ValueError:
-        date = pd.to_datetime(given, utc=True, errors="coerce")
+        is_clear = re.match(YEAR_FIRST, str(given).strip())
+        date = pd.to_datetime(given, utc=True, errors="coerce") if is_clear else pd.NaT
     if pd.isna(date):
         raise ConfigError(
             f"{option} {given!r}", "a date such as 2026-03-01, or a number in the unit of the time column"

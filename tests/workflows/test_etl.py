@@ -11,6 +11,7 @@ from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl.pipeline import etl
 from tests.workflows.tables import EVENTS, ITEMS, items_of, rows, save_vectors, write
 
@@ -164,6 +165,8 @@ def test_boundaries_of_a_time_split_may_be_dates(tmp_path: Path) -> None:
     assert report["settings"]["valid_from"] == pd.Timestamp("2026-03-01").timestamp()
     assert items_of(tmp_path / "data", "valid") == {"ann": [5, 3, 5]}
     assert items_of(tmp_path / "data", "test") == {"ann": [5, 3, 5, 4], "ben": [5, 3, 4]}
+    with pytest.raises(ConfigError, match="--valid-from '01/03/2026'; expected: a date such as 2026-03-01"):
+        etl(*files, tmp_path / "other", split="time", valid_from="01/03/2026", test_from="2026-03-11")
 
 
 def test_items_that_only_events_know_are_appended_or_dropped(tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ def test_times_in_text_may_mix_units_dates_and_zones() -> None:
     assert odd.to_pylist() == [1_577_836_800.25, None, None]
     with pytest.raises(SchemaError, match="holds texts such as 'soon'; expected: unix seconds or a date"):
         checks.normal_time(pa.chunked_array([["soon", "later"]]), "timestamp")
+    with pytest.raises(SchemaError, match="holds texts such as '01/02/2020'.* --time-format"):  # day or month first?
+        checks.normal_time(pa.chunked_array([["01/02/2020", "31/12/2019"]]), "timestamp")
     zoned = pd.Series(pd.to_datetime(["2020-01-01 02:00"]).tz_localize("Europe/Helsinki"))
     assert checks.normal_time(pa.chunked_array([pa.array(zoned)]), "timestamp").to_pylist() == [1_577_836_800]
 

@@ -29,6 +29,8 @@ MANY_EVENTS = 10_000
 """More events of one user than a person makes: reported as a finding; --max-events cuts the sessions."""
 _ISO = {"format": "ISO8601"} if pd.__version__ >= "2" else {}
 """pandas 1.5 parses every date by itself; later versions would apply the format of the first one to all."""
+YEAR_FIRST = r"\d{4}\D"
+"""Start of the dates that are read without a format: of others pandas may guess whether day or month comes first."""
 _WHOLE_UP_TO = {pa.float32(): 2**24, pa.float64(): 2**53}
 """Type of floats -> the number up to which all integers differ in it."""
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
@@ -236,7 +238,8 @@ def _times_of_text(column: pa.ChunkedArray, name: str, time_format: str | None) 
         numbers = pd.Series(np.nan, texts.index)
         dates = pd.to_datetime(texts, utc=True, errors="coerce", format=time_format)
     else:
-        dates = pd.to_datetime(texts.where(numbers.isna()), utc=True, errors="coerce", **_ISO)
+        dates = texts.where(numbers.isna() & texts.str.match(YEAR_FIRST, na=False))
+        dates = pd.to_datetime(dates, utc=True, errors="coerce", **_ISO)
     seconds = (dates - pd.Timestamp(0, tz="UTC")) // pd.Timedelta(microseconds=1) / 1e6
     times = (numbers / units).fillna(seconds)
     times = times.where(np.isfinite(times))

@@ -29,7 +29,7 @@ class GraphRecorder:
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def on_its_stream(self) -> Iterator[None]:
         """Run what is inside on the stream of the recordings, where libraries then have made their workspaces."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)

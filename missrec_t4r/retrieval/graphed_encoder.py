@@ -96,7 +96,7 @@ class GraphedEncoder:
         """Return the graph of one shape."""
         sessions = torch.zeros(batch, length, dtype=torch.int64, device=recorder.device)
         with exact_products():
-            with recorder.aside():
+            with recorder.on_its_stream():
                 for _ in range(_WARM_UP):
                     self.encode(sessions)
             replay, vectors = recorder.record(lambda: self.encode(sessions))

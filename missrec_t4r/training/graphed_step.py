@@ -140,17 +140,17 @@ class GraphedSteps:
     def _plainly(self, batch: TrainingBatch, loss: Loss) -> Tensor:
         """Take a step without a graph; where the graphs leave it too little memory, give them up and take it then."""
         try:
-            return self._aside(batch, loss)
+            return self._on_the_stream(batch, loss)
         except torch.cuda.OutOfMemoryError as error:  # raised before the update, which needs no more memory
             if not self.graphs:
                 raise
             obstacle = str(error)
         self._give_up(obstacle)  # here, where nothing of the failed step is in memory any more
-        return self._aside(batch, loss)
+        return self._on_the_stream(batch, loss)
 
-    def _aside(self, batch: TrainingBatch, loss: Loss) -> Tensor:
-        aside: AbstractContextManager[None] = nullcontext() if self.recorder is None else self.recorder.aside()
-        with aside:
+    def _on_the_stream(self, batch: TrainingBatch, loss: Loss) -> Tensor:
+        stream: AbstractContextManager[None] = nullcontext() if self.recorder is None else self.recorder.on_its_stream()
+        with stream:
             return self._work(batch.to(self.device), loss)
 
     def _work(self, batch: TrainingBatch, loss: Loss) -> Tensor:
@@ -173,7 +173,7 @@ class GraphedSteps:
             before = _copied(state)
             with self.optimizer.recorded():
                 graph = _Graph(*self.recorder.record(lambda: self._work(batch, loss)), batch)
-            expected = _copied(state | {"loss": [self._aside(batch, loss)]})
+            expected = _copied(state | {"loss": [self._on_the_stream(batch, loss)]})
             self._restore(before, random)
             graph.replay()
             value = graph.loss.clone()

@@ -71,7 +71,7 @@ class Recorder:
         self.results, self.replays = list[Tensor](), 0
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def on_its_stream(self) -> Iterator[None]:
         """Run what is inside."""
         yield
 

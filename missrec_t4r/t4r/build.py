@@ -13,7 +13,6 @@ from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.t4r.block import MISSRecBlock
-from missrec_t4r.t4r.columns import as_core_schema
 from missrec_t4r.t4r.inputs import MultiModalSequenceFeatures
 from missrec_t4r.t4r.masking import PrefixMasking
 from missrec_t4r.t4r.task import MISSRecNextItemTask
@@ -94,10 +93,9 @@ def from_core(core: MISSRec, schema: Any, catalogue: Catalogue, *, top_k: int | 
         raise ConfigError(
             f"a model of {core.item_encoder.n_rows} rows and a catalogue of {catalogue.n_rows}", "the same catalogue"
         )
-    core_schema = as_core_schema(schema)
     block = MISSRecBlock(config=core.config)
     block.core = core
-    return _assemble(block, core_schema, catalogue, "prefix", core.event_columns, top_k)
+    return _assemble(block, schema, catalogue, "prefix", core.event_columns, top_k)
 
 
 def _assemble(

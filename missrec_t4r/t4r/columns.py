@@ -99,13 +99,17 @@ def event_feature_schema(schema: Schema, item: str) -> Schema:
     return schema.select_by_name(names)
 
 
-def event_columns(schema: Schema, width: int, number_width: int) -> tuple[EventColumn, ...]:
-    """Return the columns of `event_feature_schema` as event features, numbers as the workflow left them.
+def event_feature_name(column: str) -> str:
+    """Return a column's name in the pure-torch model: without the suffix of list columns."""
+    return column.removesuffix(LIST_SUFFIX)
+
+
+def event_column(column: ColumnSchema, width: int, number_width: int) -> EventColumn:
+    """Return a column of `event_feature_schema` as an event feature, numbers as the workflow left them.
 
     Parameters
     ----------
-    schema : Schema
-        The event features alone.
+    column : ColumnSchema
     width, number_width : int
         Embedding width of a category or vector, and of a number.
 
@@ -114,15 +118,6 @@ def event_columns(schema: Schema, width: int, number_width: int) -> tuple[EventC
     SchemaError
         A category without a domain, or vectors of unknown width.
     """
-    return tuple(_event_column(column, width, number_width) for column in schema)
-
-
-def event_feature_name(column: str) -> str:
-    """Return a column's name in the pure-torch model: without the suffix of list columns."""
-    return column.removesuffix(LIST_SUFFIX)
-
-
-def _event_column(column: ColumnSchema, width: int, number_width: int) -> EventColumn:
     name = event_feature_name(column.name)
     if Tags.CATEGORICAL in column.tags:
         domain = column.int_domain

@@ -23,7 +23,7 @@ from missrec_t4r.data.event_features import AUTO, NONE, EventColumn
 from missrec_t4r.errors import ConfigError, SchemaError
 from missrec_t4r.model.event_features import EventFeatureEncoder
 from missrec_t4r.schema import LIST_SUFFIX, UNKNOWN_ROW
-from missrec_t4r.t4r.columns import as_core_schema, event_columns, event_feature_name, event_feature_schema, item_column
+from missrec_t4r.t4r.columns import as_core_schema, event_column, event_feature_name, event_feature_schema, item_column
 from missrec_t4r.t4r.loader import PREFIX_ROWS
 from missrec_t4r.t4r.masking import PrefixMasking
 from missrec_t4r.t4r.settings import PartSettings
@@ -147,22 +147,22 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         """
         if embedding_dim_default is not None:
             settings = {"event_feature_width": embedding_dim_default, **settings}
-        given = PartSettings("MultiModalSequenceFeatures", config, settings)
+        part = PartSettings("MultiModalSequenceFeatures", config, settings)
         core_schema = as_core_schema(schema)
         item = item_column(core_schema, catalogue.n_rows).name
         columns = event_feature_schema(core_schema, item)
         if event_features is None:
-            columns = _chosen(columns, given["event_features"])
-            width = given["event_feature_width"]
+            columns = _chosen(columns, part["event_features"])
+            width = part["event_feature_width"]
             number_width = continuous_projection or width
-            event_features = event_columns(
-                columns, width, number_width if isinstance(number_width, int) else number_width[-1]
-            )
+            if not isinstance(number_width, int):
+                number_width = number_width[-1]
+            event_features = [event_column(column, width, number_width) for column in columns]
         else:
             columns = _named(columns, [column.name for column in event_features])
-        encoder = EventFeatureEncoder(event_features, given["event_feature_dropout"]) if event_features else None
+        encoder = EventFeatureEncoder(event_features, part["event_feature_dropout"]) if event_features else None
         read = core_schema.select_by_name([item, *columns.column_names])
-        return cls(read, item, _parse_masking(masking), encoder, catalogue, given)
+        return cls(read, item, _parse_masking(masking), encoder, catalogue, part)
 
     def forward(self, inputs: dict[str, Tensor], training: bool = False, testing: bool = False) -> Tensor:
         """Hide the target, store the visible items in `StepState`, and return the embedded event features.
@@ -183,25 +183,34 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         item = self.categorical_module.item_id
         if item not in inputs:
             raise SchemaError(f"a batch with columns {sorted(inputs)}", f"the item column {item!r}")
-        if (training or testing) and PREFIX_ROWS not in inputs and self.checked_batches < _CHECKED_BATCHES:
+        are_prefixes = PREFIX_ROWS in inputs
+        if (training or testing) and not are_prefixes and self.checked_batches < _CHECKED_BATCHES:
             self._warn_of_cut_rows(inputs[item])
         columns = _left_align(inputs, item)
-        every = training and self.masking.cut == "all" and PREFIX_ROWS not in inputs
-        if every and self.causal:
+        all_targets = training and self.masking.cut == "all" and not are_prefixes
+        if all_targets and self.causal:
             visible = self._all_positions(columns[item])
-        elif every and int((columns[item] > 0).sum(1).max()) > 1:
+        elif all_targets and int((columns[item] > 0).sum(1).max()) > 1:
             columns, target = _all_prefixes(columns, item)
             visible = self.masking.info_at(columns[item], target).schema
         else:
             rows = columns[item]
             if testing and not training:  # where the last item is unknown, an earlier one is no target
                 rows = rows * _last_is_known(inputs[item])
-            cut = "last" if PREFIX_ROWS in inputs else None
+            cut = "last" if are_prefixes else None
             visible = self.masking.compute_masked_targets(rows, training, testing, cut).schema
         self.categorical_module.item_seq = columns[item]
         columns = {name: self.masking.blank(values, visible) for name, values in columns.items()}
-        one_target = training and PREFIX_ROWS in inputs
-        self.state.show(self._window(columns[item], visible, training, every and self.causal, one_target))
+        window = self._window(visible)
+        self.state.show(
+            VisibleSessions(
+                columns[item].gather(1, window),
+                window,
+                learning=training,
+                every_position=all_targets and self.causal,
+                one_target=training and are_prefixes,
+            )
+        )
         if self.event_features is None:
             return torch.zeros(*visible.shape, 1, device=visible.device)
         values = {
@@ -240,14 +249,10 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         target = torch.where(n_labels > 0, target, (item_ids > 0).sum(1))
         return self.masking.info_at(item_ids, target, first).schema
 
-    def _window(
-        self, item_ids: Tensor, visible: Tensor, learning: bool, every_position: bool, one_target: bool
-    ) -> VisibleSessions:
-        """Keep the last ``max_sequence_length`` visible items of each row."""
-        steps = torch.arange(self.max_sequence_length, device=item_ids.device)[: item_ids.shape[1]]  # in a trace too
-        start = (visible.sum(1, keepdim=True) - steps.shape[0]).clamp_min(0)
-        window = start + steps
-        return VisibleSessions(item_ids.gather(1, window), window, learning, every_position, one_target)
+    def _window(self, visible: Tensor) -> Tensor:
+        """Return the columns of the last ``max_sequence_length`` visible items of each row, [batch, seq]."""
+        steps = torch.arange(self.max_sequence_length, device=visible.device)[: visible.shape[1]]  # in a trace too
+        return (visible.sum(1, keepdim=True) - steps.shape[0]).clamp_min(0) + steps
 
     def output_size(self, input_size: Any = None) -> torch.Size:  # T4R's signature
         """Return [-1, max_sequence_length, width of the event features]: T4R's heads need three dimensions."""

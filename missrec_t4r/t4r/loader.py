@@ -85,12 +85,8 @@ class PrefixBatches(IterableDataset[Batch]):
         self._train = TrainConfig(
             batch_size=batch_size, windows_per_session=per_session, reverse_probability=reverse_probability
         )
-        counted = np.maximum(sessions.lengths - 1, 0)
-        if not all_prefixes:
-            counted = np.minimum(counted, 1)
-        elif per_session:
-            counted = np.minimum(counted, per_session)
-        rows = int(counted.sum())
+        most = (per_session or None) if all_prefixes else 1  # rows of a session
+        rows = int(np.clip(sessions.lengths - 1, 0, most).sum())
         batches = rows // batch_size if drop_last else -(-rows // batch_size)
         self._batches = batches // size
         if (left := batches - self._batches * size) and not all_prefixes and not rank:
@@ -120,13 +116,12 @@ class PrefixBatches(IterableDataset[Batch]):
             begin, limit = self.sessions.offsets[:-1], self.sessions.offsets[1:]
             begin, limit = begin[limit - begin >= 2], limit[limit - begin >= 2]
             begin = np.maximum(begin, limit - 1 - self._model.max_sequence_length)
-            cuts = range(0, len(limit), self.batch_size)
-            plan = [
-                (Examples(begin[c : c + n], limit[c : c + n] - 1, begin[c : c + n], limit[c : c + n]), False)
-                for c in cuts
-                for n in [self.batch_size]
-            ]
-        return [item for item in plan if not self.drop_last or len(item[0].begin) == self.batch_size]
+            whole = Examples(begin, limit - 1, begin, limit)
+            cuts = [slice(first, first + self.batch_size) for first in range(0, len(limit), self.batch_size)]
+            plan = [(Examples(*(field[cut] for field in whole)), False) for cut in cuts]
+        if self.drop_last:
+            plan = [(examples, backwards) for examples, backwards in plan if len(examples.begin) == self.batch_size]
+        return plan
 
     def _collate(self, examples: Examples, backwards: bool) -> dict[str, Tensor]:
         length = examples.lengths + 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers4rec.torch as tr
+from transformers4rec.config.trainer import T4RecTrainingArguments
 
 from missrec_t4r.config import Recipe, TrainConfig
 from missrec_t4r.data.catalogue import Catalogue
@@ -87,15 +88,18 @@ def save_run(
         )
     train, valid = (load_sessions(folder, split, core.event_columns) for split in _SPLITS)
     train, valid = train.known(), valid.with_known_target()
-    _warn_of_arguments(trainer)
-    info = {
-        "trainer": "t4r",
-        **_progress_of(trainer),
+    info: dict[str, Any] = {"trainer": "t4r"}
+    settings = dataclasses.replace(TrainConfig.paper(), id_init=missrec_block(model).id_init)
+    if trainer is not None:
+        state = trainer.state
+        info |= {"epochs": round(state.epoch or 0), "steps": state.global_step, "best_metric": state.best_metric}
+        settings = _with_arguments(settings, trainer.args)
+    info |= {
         "prior": fit_terms(core, catalogue, train, valid),
         "valid": quick_metrics(ModelScorer.with_popularity(core, catalogue), valid, catalogue.n_rows),
         "device": str(next(core.parameters()).device),
     }
-    recipe = Recipe(name="t4r", model=core.config, train=_train_config(model, trainer))
+    recipe = Recipe(name="t4r", model=core.config, train=settings)
     run_folder.save_run(out, core, recipe, folder, info, catalogue, (train, valid))
     try:
         _require_parity(core, catalogue, out, valid)
@@ -106,15 +110,15 @@ def save_run(
 
 
 def _data_folder(trainer: tr.Trainer | None, data: str | Path | None) -> Path:
-    source = getattr(trainer, "train_dataset_or_path", None)
-    if data is None and not isinstance(source, str | Path):
+    source = getattr(trainer, "train_dataset_or_path", None) if data is None else data
+    if not isinstance(source, str | Path):
         raise DataError(
             "no data folder: " + ("no trainer" if trainer is None else f"a trainer on {type(source).__name__}"),
             "a folder with train, valid and catalogue",
             'pass it: save_run(model, out="work/run", data="work/data")',
         )
-    start = Path(data) if data is not None else Path(str(source))
-    for folder in [start, *start.parents][: 1 if data is not None else 3]:
+    start = Path(source)
+    for folder in [start, *start.parents][: 3 if data is None else 1]:
         if all((folder / name).is_dir() for name in (*_SPLITS, CATALOGUE_FOLDER)):
             return folder
     raise DataError(
@@ -124,23 +128,17 @@ def _data_folder(trainer: tr.Trainer | None, data: str | Path | None) -> Path:
     )
 
 
-def _progress_of(trainer: tr.Trainer | None) -> dict[str, Any]:
-    if trainer is None:
-        return {}
-    state = trainer.state
-    return {"epochs": round(state.epoch or 0), "steps": state.global_step, "best_metric": state.best_metric}
-
-
-def _train_config(model: tr.Model, trainer: tr.Trainer | None) -> TrainConfig:
-    """Return the settings of our trainer that T4R's has too, with the values that were used."""
-    block = missrec_block(model)
-    plain = dataclasses.replace(TrainConfig.paper(), id_init=block.id_init)
-    if trainer is None:
-        return plain
-    arguments = trainer.args
+def _with_arguments(settings: TrainConfig, arguments: T4RecTrainingArguments) -> TrainConfig:
+    """Return the settings with the arguments of T4R's trainer that ours has too; warn of an untouched learning rate."""
+    rate = float(arguments.learning_rate)
+    if rate <= _TRANSFORMERS_RATE:
+        log.warning(
+            f"trained with learning_rate={rate:g}, transformers' default; the recipe default has "
+            f"{TrainConfig.learning_rate:g}: pass learning_rate={TrainConfig.learning_rate:g} to T4RecTrainingArguments"
+        )
     return dataclasses.replace(
-        plain,
-        learning_rate=float(arguments.learning_rate),
+        settings,
+        learning_rate=rate,
         weight_decay=float(arguments.weight_decay),
         batch_size=int(arguments.per_device_train_batch_size),
         epochs=max(1, round(arguments.num_train_epochs)),
@@ -148,15 +146,6 @@ def _train_config(model: tr.Model, trainer: tr.Trainer | None) -> TrainConfig:
         clip_norm=float(arguments.max_grad_norm),
         seed=int(arguments.seed),
     )
-
-
-def _warn_of_arguments(trainer: tr.Trainer | None) -> None:
-    rate = None if trainer is None else trainer.args.learning_rate
-    if rate is not None and rate <= _TRANSFORMERS_RATE:
-        log.warning(
-            f"trained with learning_rate={rate:g}, transformers' default; the recipe default has "
-            f"{TrainConfig.learning_rate:g}: pass learning_rate={TrainConfig.learning_rate:g} to T4RecTrainingArguments"
-        )
 
 
 def _require_parity(core: MISSRec, catalogue: Catalogue, out: Path, valid: Sessions) -> None:
@@ -168,10 +157,10 @@ def _require_parity(core: MISSRec, catalogue: Catalogue, out: Path, valid: Sessi
     """
     histories, _ = valid.slice(0, min(_COMPARED, len(valid))).split_last()
     written = run_folder.load_run(out).model.to(next(core.parameters()).device)
-    scores = [ModelScorer.with_popularity(one, catalogue)(histories) for one in (core, written)]
-    finite = torch.isfinite(scores[0])
-    largest = float((scores[0] - scores[1])[finite].abs().max()) if finite.any() else 0.0
-    if largest > _TOLERANCE or not torch.equal(finite, torch.isfinite(scores[1])):
+    expected, scores = (ModelScorer.with_popularity(model, catalogue)(histories) for model in (core, written))
+    finite = torch.isfinite(expected)
+    largest = float((expected - scores)[finite].abs().max()) if finite.any() else 0.0
+    if largest > _TOLERANCE or not torch.equal(finite, torch.isfinite(scores)):
         raise ParityError(
             f"{out}: the run read back scores validation sessions by up to {largest:.3g} differently",
             f"score differences up to {_TOLERANCE:g}",

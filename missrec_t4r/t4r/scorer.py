@@ -17,7 +17,7 @@ from missrec_t4r.ranking.baselines import Popularity
 from missrec_t4r.ranking.scorer import protocols_as_it_is
 from missrec_t4r.schema import FIRST_ITEM_ROW
 from missrec_t4r.t4r.block import MISSRecBlock
-from missrec_t4r.t4r.columns import as_core_schema, event_feature_schema
+from missrec_t4r.t4r.columns import as_core_schema, event_feature_name, event_feature_schema
 
 
 class T4RScorer:
@@ -70,9 +70,9 @@ class T4RScorer:
         """
         everyone = range(len(histories))
         batch = {self.item: torch.from_numpy(histories.padded(everyone, self.length)).to(self.device)}
+        columns = {event_feature_name(column): column for column in self.columns}
         for name, values in histories.padded_features(everyone, self.length).items():
-            column = next((column for column in self.columns if column.removesuffix("-list") == name), name)
-            batch[column] = torch.from_numpy(values).to(self.device)
+            batch[columns.get(name, name)] = torch.from_numpy(values).to(self.device)
         if missing := [name for name in self.columns if name not in batch]:
             raise SchemaError(
                 f"sessions without {', '.join(missing)}",

@@ -150,21 +150,26 @@ class MISSRecNextItemTask(NextItemPredictionTask):
             Scores are before the temperature, -inf for rows that cannot be recommended; the best come first, ties in
             ascending order of rows.
         """
+        if training or testing:
+            return self._learn(inputs)
         core, state = self.core, self._block[0].state
-        history = state.sessions.item_ids
-        if not training and not testing:
-            scores = core.score(inputs[:, 0], state.candidates(core), history)
-            return scores if top_k is None else top_items(scores, top_k)
+        scores = core.score(inputs[:, 0], state.candidates(core), state.sessions.item_ids)
+        return scores if top_k is None else top_items(scores, top_k)
+
+    def _learn(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Return the loss of all labels, and the last label of each row with its predictions."""
+        core, state = self.core, self._block[0].state
+        sessions = state.sessions
         labels = self.masking.masked_targets  # [batch, column], 0 for none
-        if state.sessions.one_target:
+        if sessions.one_target:
             row, column = torch.arange(len(labels), device=labels.device), (labels != self.padding_idx).int().argmax(1)
         else:
             row, column = torch.nonzero(labels != self.padding_idx, as_tuple=True)
         target, vectors = labels[row, column].long(), inputs[row, column]
-        history = history[row] * (state.sessions.window[row] <= column.unsqueeze(1))  # what each vector depends on
+        history = sessions.item_ids[row] * (sessions.window[row] <= column.unsqueeze(1))  # what each vector depends on
         candidates = state.candidates(core)
         is_last: Tensor | slice = slice(None)
-        if state.sessions.every_position:
+        if sessions.every_position:
             is_last = torch.ones_like(row, dtype=torch.bool)
             is_last[:-1] = row[1:] != row[:-1]
         targets = torch.where(core.recommendable[target], target, 0)  # without any embedding it cannot be learned
@@ -173,7 +178,7 @@ class MISSRecNextItemTask(NextItemPredictionTask):
         def loss_of(scores: Tensor, targets: Tensor) -> Tensor:
             return next_item_loss(scores / core.config.temperature, targets, counts=count, overwrite=True)
 
-        if not state.sessions.every_position or len(target) * core.item_encoder.n_rows <= LARGEST_TABLE:
+        if not sessions.every_position or len(target) * core.item_encoder.n_rows <= LARGEST_TABLE:
             scores = core.score(vectors, candidates, history)
             loss, scores = loss_of(scores, targets), scores[is_last]
         else:  # a part of the positions at a time, whose scores are computed again in the backward pass

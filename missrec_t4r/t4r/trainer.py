@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -107,14 +108,13 @@ def train_t4r(
     started = time.perf_counter()
     data, out = Path(data), Path(out)
     catalogue = Catalogue.load(data / CATALOGUE_FOLDER)
-    chosen = event_columns(data, recipe.model.event_features, recipe.model.event_feature_width)
-    splits = {
-        "train": load_sessions(data, "train", chosen).known(),
-        "valid": load_sessions(data, "valid", chosen).with_known_target(),
-    }
-    event_features = fit_event_columns(chosen, splits["train"])
+    columns = event_columns(data, recipe.model.event_features, recipe.model.event_feature_width)
+    train = load_sessions(data, "train", columns).known()
+    valid = load_sessions(data, "valid", columns).with_known_target()
+    event_features = fit_event_columns(columns, train)
     schema = _read_schema(data, catalogue, event_features)
-    ignored = _ignored(recipe.train)
+    published = TrainConfig.paper()
+    ignored = [name for name in _UNSUPPORTED if getattr(recipe.train, name) != getattr(published, name)]
     if ignored:
         log.info(f"the T4R trainer has no {', '.join(ignored)}: trained without")
     if dry_run:
@@ -125,35 +125,48 @@ def train_t4r(
             "run": str(out),
             "items": catalogue.n_items,
             "side_features": [column.name for column in event_features],
-            "sessions": {name: len(part) for name, part in splits.items()},
+            "sessions": {"train": len(train), "valid": len(valid)},
             "epochs_at_most": recipe.train.epochs,
             "without": ignored,
             "resumes": resume and (out / CHECKPOINT_FOLDER).is_dir(),
             "would_replace": (out / RUN_FILE).is_file(),
         }
-    checkpoints = _checkpoint_folder(out, recipe, content_checksum(catalogue, [*splits.values()]), resume)
+    checkpoints = _checkpoint_folder(out, recipe, content_checksum(catalogue, [train, valid]), resume)
     arguments = _arguments(recipe, checkpoints, catalogue, device)
     torch.manual_seed(recipe.train.seed)
     model = build_model(recipe, schema, catalogue, event_features=event_features)
-    trainer = _trainer(model, arguments, recipe, schema, data, out)
+    report = _Report(out, recipe.train.max_minutes)
+    patience = _EarlyStopping(early_stopping_patience=recipe.train.patience)
+    callbacks = [InterestRefresh(missrec_block(model), recipe.train.refresh_interests_every), patience, report]
+    trainer = tr.Trainer(model=model, args=arguments, schema=schema, callbacks=callbacks, compute_metrics=True)
+    trainer.remove_callback(PrinterCallback)  # standard output belongs to the command line
+    trainer.train_dataloader = _loader(recipe, schema, data / "train", shuffle=True)
+    trainer.eval_dataloader = _loader(recipe, schema, data / "valid", shuffle=False)
     last = get_last_checkpoint(str(checkpoints)) if resume else None
     with contextlib.nullcontext() if last is None else _own_checkpoints(Path(last)):
         trainer.train(resume_from_checkpoint=last)
-    stopped_by = _stopped_by(trainer, recipe.train)
+    epochs = math.ceil(trainer.state.epoch)
+    if epochs >= recipe.train.epochs and not report.is_cut_short:
+        stopped_by = "epochs"
+    elif patience.early_stopping_patience_counter >= recipe.train.patience:
+        stopped_by = "patience"
+    else:
+        stopped_by = "max_minutes"
     log.info(f"training ended by train.{stopped_by} = {getattr(recipe.train, stopped_by)}")
+    best = max(_evaluations(trainer.state), key=lambda line: line[NDCG])
     core = to_core(model)
     info = {
         "trainer": "t4r",
-        "best_epoch": _best_epoch(trainer) - 1,
-        "epochs": math.ceil(trainer.state.epoch or 0),
+        "best_epoch": math.ceil(best["epoch"]) - 1,
+        "epochs": epochs,
         "stopped_by": stopped_by,
         "valid_ndcg@10": trainer.state.best_metric,
-        "prior": fit_terms(core, catalogue, splits["train"], splits["valid"]),
+        "prior": fit_terms(core, catalogue, train, valid),
         "without": ignored,
         "seconds": round(time.perf_counter() - started, 1),
         "device": str(arguments.device),
     }
-    save_run(out, core, recipe, data, info, catalogue, [*splits.values()])
+    save_run(out, core, recipe, data, info, catalogue, [train, valid])
     shutil.rmtree(checkpoints)
     return {"run": str(out), **info}
 
@@ -161,14 +174,9 @@ def train_t4r(
 def _read_schema(data: Path, catalogue: Catalogue, event_features: Sequence[EventColumn]) -> Any:
     """Return the schema of the item column and the event features."""
     schema = load_schema(data)
-    wanted = {column.name for column in event_features}
-    others = [name for name in schema.column_names if event_feature_name(name) in wanted]
+    names = {column.name for column in event_features}
+    others = [name for name in schema.column_names if event_feature_name(name) in names]
     return schema.select_by_name([item_column(schema, catalogue.n_rows).name, *others])
-
-
-def _ignored(train: TrainConfig) -> list[str]:
-    plain = TrainConfig.paper()
-    return [name for name in _UNSUPPORTED if getattr(train, name) != getattr(plain, name)]
 
 
 def _checkpoint_folder(out: Path, recipe: Recipe, content: int, resume: bool) -> Path:
@@ -184,10 +192,10 @@ def _checkpoint_folder(out: Path, recipe: Recipe, content: int, resume: bool) ->
         (out / LOG_FILE).unlink(missing_ok=True)
     owner = folder / "recipe.json"
     stored = read_json(owner) if owner.is_file() else {}
-    its_content = stored.pop(_CONTENT, content)  # earlier versions did not store it
-    if (stored and stored != json.loads(json.dumps(recipe.to_dict()))) or its_content != content:
+    has_other_data = stored.pop(_CONTENT, content) != content  # earlier versions did not store it
+    if has_other_data or (stored and stored != json.loads(json.dumps(recipe.to_dict()))):
         raise ConfigError(
-            f"{out} holds an interrupted T4R run with other {'settings' if its_content == content else 'data'}",
+            f"{out} holds an interrupted T4R run with other {'data' if has_other_data else 'settings'}",
             "the same recipe and data",
             "give another --out, or --restart to discard it",
         )
@@ -226,36 +234,18 @@ def _arguments(recipe: Recipe, folder: Path, catalogue: Catalogue, device: str) 
     )
 
 
-def _trainer(
-    model: tr.Model,
-    arguments: T4RecTrainingArguments,
-    recipe: Recipe,
-    schema: Any,
-    data: Path,
-    out: Path,
-) -> tr.Trainer:
+def _loader(recipe: Recipe, schema: Any, folder: Path, *, shuffle: bool) -> PrefixLoader:
     train = recipe.train
-    loaders = {}
-    for split, shuffle in (("train", True), ("valid", False)):
-        loaders[split] = PrefixLoader.from_schema(
-            schema,
-            data / split,
-            train.batch_size,
-            recipe.model.max_sequence_length,
-            shuffle=shuffle,
-            seed=train.seed,
-            per_session=train.windows_per_session,
-            reverse_probability=train.reverse_probability,
-        )
-    callbacks = [
-        InterestRefresh(missrec_block(model), train.refresh_interests_every),
-        _EarlyStopping(early_stopping_patience=train.patience),
-        _Report(out, train.max_minutes),
-    ]
-    trainer = tr.Trainer(model=model, args=arguments, schema=schema, callbacks=callbacks, compute_metrics=True)
-    trainer.remove_callback(PrinterCallback)  # standard output belongs to the command line
-    trainer.train_dataloader, trainer.eval_dataloader = loaders["train"], loaders["valid"]
-    return trainer
+    return PrefixLoader.from_schema(
+        schema,
+        folder,
+        train.batch_size,
+        recipe.model.max_sequence_length,
+        shuffle=shuffle,
+        seed=train.seed,
+        per_session=train.windows_per_session,
+        reverse_probability=train.reverse_probability,
+    )
 
 
 class _EarlyStopping(EarlyStoppingCallback):
@@ -264,7 +254,7 @@ class _EarlyStopping(EarlyStoppingCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Count the epochs since the best one that the checkpoint knows of."""
         super().on_train_begin(args, state, control, **more)
-        if values := _evaluations(state):
+        if values := [line[NDCG] for line in _evaluations(state)]:
             self.early_stopping_patience_counter = len(values) - 1 - int(np.argmax(values))
 
 
@@ -303,26 +293,9 @@ class _Report(TrainerCallback):
             control.should_training_stop = True
 
 
-def _evaluations(state: Any) -> list[float]:
-    """Return the validation NDCG@10 of every epoch so far."""
-    return [float(line[NDCG]) for line in state.log_history if NDCG in line]
-
-
-def _best_epoch(trainer: tr.Trainer) -> int:
-    """Return after how many epochs the best checkpoint was written."""
-    scores = [line for line in trainer.state.log_history if NDCG in line]
-    best = max(scores, key=lambda line: float(line[NDCG]), default={"epoch": 0})
-    return math.ceil(best["epoch"])
-
-
-def _stopped_by(trainer: tr.Trainer, train: TrainConfig) -> str:
-    """Return the setting that ended the training: ``epochs``, ``patience`` or ``max_minutes``."""
-    callbacks = trainer.callback_handler.callbacks
-    is_cut_short = any(one.is_cut_short for one in callbacks if isinstance(one, _Report))
-    if math.ceil(trainer.state.epoch or 0) >= train.epochs and not is_cut_short:
-        return "epochs"
-    counters = [one.early_stopping_patience_counter for one in callbacks if isinstance(one, EarlyStoppingCallback)]
-    return "patience" if max(counters, default=0) >= train.patience else "max_minutes"
+def _evaluations(state: Any) -> list[dict[str, float]]:
+    """Return the log's lines with validation metrics, one for each epoch so far."""
+    return [line for line in state.log_history if NDCG in line]
 
 
 @contextlib.contextmanager
@@ -337,9 +310,7 @@ def _own_checkpoints(folder: Path) -> Iterator[None]:
     try:
         with torch.serialization.safe_globals(_RANDOM_STATE):
             yield
-    except Exception as error:
-        if type(error).__name__ != "UnpicklingError":
-            raise
+    except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{folder} holds a file that could run code when it is read ({str(error)[:200]})",
             "tensors and the state of random numbers, as Transformers4Rec's trainer writes them",

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.item_encoder import CandidateEmbeddings
-from missrec_t4r.retrieval.packed_scores import PackedItems, pack_items
 
 MOVED = 0.5
 """Share of another items' difference that is added."""
@@ -56,15 +54,6 @@ def isotropic(n_modalities: int, n_rows: int, dim: int, seed: int = 0) -> Candid
                 torch.randn(len(part[start : start + _CHUNK]), dim, generator=draw)
             )
     return CandidateEmbeddings(tokens, torch.ones(n_modalities, n_rows, dtype=torch.bool), None, None)
-
-
-def table_of(candidates: CandidateEmbeddings, phi: float, device: str = "cpu") -> PackedItems:
-    """Return the packed items under dynamic fusion with this phi."""
-    fusion = CandidateFusion("dynamic_shared", candidates.mask.shape[1]).to(device)
-    with torch.no_grad():
-        assert fusion.phi is not None
-        fusion.phi.fill_(phi)
-        return pack_items(fusion, candidates)
 
 
 def sessions_near(candidates: CandidateEmbeddings, n: int, seed: int = 1) -> Tensor:

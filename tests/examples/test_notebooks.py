@@ -1,4 +1,4 @@
-"""The notebooks of ``examples/`` run, and hold the cells of their sources."""
+"""The notebooks of ``examples/`` run, on a smaller shop, and hold the cells of their sources."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from tests import processes
 
+SIZE, SMALLER = "users=400, items=150", "users=160, items=100"
 NAMES = [file.stem for file in sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.ipynb"))]
 needs_merlin = pytest.mark.skipif(
     importlib.util.find_spec("transformers4rec") is None, reason="the notebook swaps parts of Transformers4Rec"
@@ -52,7 +53,13 @@ def test_a_notebook_has_the_cells_of_its_source_small_outputs_and_plots(
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs_merlin if "t4r" in name else ()) for name in NAMES])
 def test_a_notebook_runs(name: str, repository: Path, tmp_path: Path) -> None:
     """In a process of its own, as in Jupyter."""
-    code = f"import notebooks; notebooks.execute(notebooks.read_cells({name!r}), '.')"
+    source = (repository / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    assert SIZE in source
+    (tmp_path / f"{name}.py").write_text(source.replace(SIZE, SMALLER), encoding="utf-8")
+    code = (
+        "import pathlib, notebooks; notebooks.HERE = pathlib.Path(); "
+        f"notebooks.execute(notebooks.read_cells({name!r}), '.')"
+    )
     done = processes.run(["-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(repository / "examples")})
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "shop" / "items.parquet").is_file()

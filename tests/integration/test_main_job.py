@@ -21,7 +21,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, str]:
     with (out / "log").open("w") as log, redirect_stderr(log), pytest.MonkeyPatch.context() as terminal:
         terminal.setenv("COLUMNS", "120")
         with reporting():
-            summary = demo(None, out, recipe="tiny", users=400, items=150)
+            summary = demo(None, out, recipe="tiny", users=240, items=100)
     return summary, out / "shop", (out / "log").read_text()
 
 

@@ -12,15 +12,19 @@ MUTANTS = list(mutants())
 TO_REDO = "change the code again as its first line says, and replace the patch's diff by that of `git diff -U2`"
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
-def test_mutant_changes_shipped_code_and_names_test_files(mutant) -> None:
-    assert mutant.changes, "no file is changed"
-    assert all(name.startswith(("missrec_t4r/", "triton_models/")) for name in mutant.changes), mutant.changes
-    for named in mutant.tests:
-        file, _, test = named.partition("::")
-        assert (ROOT / file).is_file(), file
-        assert Path(file).name.startswith("test_"), file
-        assert not test or f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), named
+def test_mutants_change_shipped_code_and_name_tests_that_exist() -> None:
+    wrong = []
+    for mutant in MUTANTS:
+        if not mutant.changes or not all(
+            name.startswith(("missrec_t4r/", "triton_models/")) for name in mutant.changes
+        ):
+            wrong.append(f"{mutant.name} changes {mutant.changes}")
+        for named in mutant.tests:
+            file, _, test = named.partition("::")
+            exists = Path(file).name.startswith("test_") and (ROOT / file).is_file()
+            if not exists or (test and f"def {test}(" not in (ROOT / file).read_text(encoding="utf-8")):
+                wrong.append(f"{mutant.name} names {named}")
+    assert wrong == []
 
 
 def test_every_mutant_applies_and_leaves_python(tmp_path: Path) -> None:

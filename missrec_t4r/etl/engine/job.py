@@ -169,7 +169,7 @@ def _notations(job: Job, texts: Sequence[str]) -> dict[str, str]:
                 break
             for batch in parquet.iter_batches(row_groups=[group], columns=open_names):
                 for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                    seen[name].add(checks.readable(pc.unique(column).cast(pa.string()))[0])
+                    seen[name].add(checks.repaired(pc.unique(column).cast(pa.string()))[0])
                     counts[name] += len(column) - column.null_count
     chosen = {name: notation for name, one in seen.items() if (notation := one.chosen)}
     if job.old:

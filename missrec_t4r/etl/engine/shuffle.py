@@ -327,7 +327,7 @@ class EventEncoder:
         """Return, ready for JSON: totals, nulls per column, unknown items, and values and counts of categories."""
         categories, repaired = {}, {}
         for name, codes in self.categories.items():
-            values, broken = checks.readable(codes.values)
+            values, broken = checks.repaired(codes.values)
             categories[name] = {"values": values, "counts": self.counts[name].tolist()}
             if broken:
                 repaired[name] = int(self.counts[name][broken].sum())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ class VectorCache:
 
     Parameters
     ----------
-    folder : Path
-        Folder of the caches of all encoders.
+    folder : Path or None
+        Folder of the caches of all encoders; None keeps nothing.
     encoder : mapping
         Identity of the encoder; each has its own folder.
 
@@ -47,11 +47,11 @@ class VectorCache:
     >>> folder = Path(tempfile.mkdtemp())
     >>> VectorCache(folder, {"name": "x"}).add([b"k" * 16], np.ones((1, 3), np.float32))
     >>> VectorCache(folder, {"name": "x"}).get([b"k" * 16, b"?" * 16])
-    ({0: array([1., 1., 1.], dtype=float32)}, [1])
+    {b'kkkkkkkkkkkkkkkk': array([1., 1., 1.], dtype=float32)}
     """
 
-    def __init__(self, folder: Path, encoder: Mapping[str, Any]) -> None:
-        self.folder = Path(folder) / digest(encoder)[:32]
+    def __init__(self, folder: Path | None, encoder: Mapping[str, Any]) -> None:
+        self.folder = None if folder is None else folder / digest(encoder)[:32]
         self._location: dict[bytes, tuple[int, int]] = {}
         self._shards: list[Path] = []
         for keys, vectors in self._read():
@@ -63,20 +63,20 @@ class VectorCache:
     def __contains__(self, key: bytes) -> bool:
         return key in self._location
 
-    def get(self, keys: Sequence[bytes]) -> tuple[dict[int, Floats], list[int]]:
-        """Return the cached vectors by position in ``keys``, and the positions of those that are not cached."""
-        by_shard: dict[int, list[tuple[int, int]]] = {}
-        for position, key in enumerate(keys):
+    def get(self, keys: Iterable[bytes]) -> dict[bytes, Floats]:
+        """Return the vectors of those keys that are cached."""
+        rows_of_shard: dict[int, dict[bytes, int]] = {}
+        for key in keys:
             if key in self._location:
                 shard, row = self._location[key]
-                by_shard.setdefault(shard, []).append((position, row))
-        cached: dict[int, Floats] = {}
-        for shard, found in by_shard.items():  # one after the other: a mapped file stays open
+                rows_of_shard.setdefault(shard, {})[key] = row
+        cached: dict[bytes, Floats] = {}
+        for shard, rows in rows_of_shard.items():  # one after the other: a mapped file stays open
             vectors = np.load(self._shards[shard], mmap_mode="r", allow_pickle=False)
-            cached |= {position: np.array(vectors[row]) for position, row in found}
-        return cached, [position for position, key in enumerate(keys) if key not in self._location]
+            cached |= {key: np.array(vectors[row]) for key, row in rows.items()}
+        return cached
 
-    def add(self, keys: Sequence[bytes], vectors: Floats) -> None:
+    def add(self, keys: Sequence[bytes], vectors: Sequence[Floats] | Floats) -> None:
         """Write vectors to the cache.
 
         Raises
@@ -84,7 +84,7 @@ class VectorCache:
         DataError
             The disk is full or read-only.
         """
-        if not len(keys):
+        if self.folder is None or not keys:
             return
         shard = (self.folder / uuid.uuid4().hex).with_suffix(".vectors.npy")
         with atomic_write_file(shard) as file:
@@ -98,7 +98,7 @@ class VectorCache:
         self._location.update((key, (len(self._shards) - 1, row)) for row, key in enumerate(keys))
 
     def _read(self) -> Iterator[tuple[list[bytes], Path]]:
-        for shard in sorted(self.folder.glob("*.vectors.npy")):
+        for shard in [] if self.folder is None else sorted(self.folder.glob("*.vectors.npy")):
             try:
                 keys = np.load(_keys_of(shard), allow_pickle=False)
                 n_stored = len(np.load(shard, mmap_mode="r", allow_pickle=False))

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ModalityError
+from missrec_t4r.etl.features.sklearn_encoders import Encoded
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
 COOCCURRENCE = "cooccurrence"
@@ -22,8 +23,8 @@ _OVERSAMPLED = 16
 """Columns of the randomised decomposition beyond those that are kept."""
 
 
-def cooccurrence_vectors(data: Path, catalogue: Catalogue, width: int) -> Modality:
-    """Return the vectors [row, width] of a data folder's items; zero for items without a neighbour in training.
+def cooccurrence_vectors(data: Path, catalogue: Catalogue, width: int) -> Encoded:
+    """Return the vectors [item, width] of a data folder's items; zero for items without a neighbour in training.
 
     Raises
     ------
@@ -52,7 +53,7 @@ def cooccurrence_vectors(data: Path, catalogue: Catalogue, width: int) -> Modali
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vectors, strength, _ = torch.svd_lowrank(matrix, q=min(rank + _OVERSAMPLED, n_rows), niter=4)
-    found = (vectors * strength.sqrt())[:, :rank].numpy().astype(np.float32)
-    present = (np.abs(found).sum(1) > 1e-6) & (np.arange(n_rows) >= FIRST_ITEM_ROW)
+    of_items = (vectors * strength.sqrt())[FIRST_ITEM_ROW:, :rank].numpy().astype(np.float32)
+    present = np.abs(of_items).sum(1) > 1e-6
     encoder = {"name": COOCCURRENCE, "model": COOCCURRENCE, "width": rank}
-    return Modality(np.where(present[:, None], found, np.float32(0)), present, encoder)
+    return Encoded(np.where(present[:, None], of_items, np.float32(0)), present, encoder)

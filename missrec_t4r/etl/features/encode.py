@@ -22,7 +22,7 @@ from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import ModalityError
 from missrec_t4r.etl.features.cache import VectorCache, content_key, digest
 from missrec_t4r.etl.features.sklearn_encoders import UNREADABLE, Encoded, State, encode_images, encode_texts
-from missrec_t4r.etl.features.whitening import MATRIX, MEAN, fit_reduction, reduced
+from missrec_t4r.etl.features.whitening import MATRIX, fit_reduction, reduced
 from missrec_t4r.progress import track
 
 CLASSICAL = "classical"
@@ -79,11 +79,13 @@ def encode_contents(
     Encoded
         ``encoder`` holds the fingerprint and all settings that another call needs to reproduce the vectors.
     """
-    encoded = _without_reduction(kind, contents, settings, state)
-    fitted = dict(encoded.state)
-    if state is not None:
-        fitted |= {key: value for key, value in state.items() if key in (MEAN, MATRIX)}
-    elif settings.whiten or settings.reduce_to is not None:
+    if settings.encoder != CLASSICAL:
+        encoded = _pretrained(kind, contents, settings)
+    else:
+        encode: Callable[..., Encoded] = encode_texts if kind == "text" else encode_images
+        encoded = encode(contents, width=settings.width, state=state)
+    fitted = dict(encoded.state if state is None else state)
+    if state is None and (settings.whiten or settings.reduce_to is not None):
         fitted |= fit_reduction(encoded.vectors, encoded.present, whiten=settings.whiten, reduce_to=settings.reduce_to)
     vectors = reduced(encoded.vectors, encoded.present, fitted) if MATRIX in fitted else encoded.vectors
     encoder = {**encoded.encoder, "model": settings.encoder, "precision": settings.precision}
@@ -106,19 +108,9 @@ def to_encode(kind: str, contents: Sequence[Any], settings: EncoderSettings) -> 
     cached = 0
     if settings.encoder != CLASSICAL:
         cache = _cache(_encoder(kind, settings), settings)
-        cached = sum(key in cache for key in keys) if cache is not None else 0
+        cached = sum(key in cache for key in keys)
     present = sum(content is not None for content in contents)
     return {"items": len(contents), "with_content": present, "distinct": len(keys), "cached": cached}
-
-
-def _without_reduction(kind: str, contents: Sequence[Any], settings: EncoderSettings, state: State | None) -> Encoded:
-    """Encode without whitening and dimension reduction."""
-    if settings.encoder != CLASSICAL:
-        return _pretrained(kind, contents, settings)
-    fitted = {key: value for key, value in state.items() if key not in (MEAN, MATRIX)} if state is not None else None
-    if kind == "text":
-        return encode_texts(contents, width=settings.width, state=fitted)
-    return encode_images(contents, width=settings.width, state=fitted)
 
 
 def _encoder(kind: str, settings: EncoderSettings) -> Any:
@@ -128,9 +120,8 @@ def _encoder(kind: str, settings: EncoderSettings) -> Any:
     return encoder(settings.encoder, device=settings.device, precision=settings.precision)
 
 
-def _cache(encoder: Any, settings: EncoderSettings) -> VectorCache | None:
-    identity = {**encoder.identity, "precision": settings.precision}
-    return VectorCache(settings.cache, identity) if settings.cache is not None else None
+def _cache(encoder: Any, settings: EncoderSettings) -> VectorCache:
+    return VectorCache(settings.cache, {**encoder.identity, "precision": settings.precision})
 
 
 def _pretrained(kind: str, contents: Sequence[Any], settings: EncoderSettings) -> Encoded:
@@ -138,52 +129,34 @@ def _pretrained(kind: str, contents: Sequence[Any], settings: EncoderSettings) -
     cache = _cache(encoder, settings)
     key_of = dict(track(_keyed(kind, contents), f"{kind}: reading", len(contents)))
     item_of = {key: item for item, key in reversed(key_of.items())}  # the first item with this content
-    distinct = list(item_of)
-    cached, missing = cache.get(distinct) if cache is not None else ({}, list(range(len(distinct))))
-    vector_of = {distinct[position]: vector for position, vector in cached.items()}
-    to_encode = sorted((item_of[distinct[position]] for position in missing), key=lambda item: _size(contents[item]))
-    starts = range(0, len(to_encode), settings.batch_size)
-    batches = [to_encode[start : start + settings.batch_size] for start in starts]
-    buffer: dict[bytes, Floats] = {}
+    vector_of = cache.get(item_of)
+    n_cached = len(vector_of)
+    missing = [item for key, item in item_of.items() if key not in vector_of]
+    missing.sort(key=lambda item: _size(contents[item]))
+    batches = [missing[start : start + settings.batch_size] for start in range(0, len(missing), settings.batch_size)]
+    buffer: dict[bytes, Floats] = {}  # what is not in the cache yet
     for batch in track(batches, f"{kind}: encoding", len(batches)):
         readable = [(key_of[item], content) for item in batch if (content := _read(kind, contents[item])) is not None]
         vectors = encoder.encode([content for _, content in readable]) if readable else []
         _refuse_nan(kind, vectors)
         buffer |= {key: vector for (key, _), vector in zip(readable, vectors, strict=True)}
-        if len(buffer) >= _FLUSH:
-            vector_of |= _flush(cache, buffer)
+        if len(buffer) >= _FLUSH or batch is batches[-1]:
+            cache.add(list(buffer), list(buffer.values()))
+            vector_of |= buffer
             buffer = {}
-    vector_of |= _flush(cache, buffer)
-    return _per_item(kind, len(contents), key_of, vector_of, encoder.identity, len(cached))
-
-
-def _flush(cache: VectorCache | None, buffer: dict[bytes, Floats]) -> dict[bytes, Floats]:
-    """Write the buffered vectors to the cache and return them."""
-    if cache is not None and buffer:
-        cache.add(list(buffer), np.stack(list(buffer.values())))
-    return buffer
-
-
-def _per_item(
-    kind: str,
-    items: int,
-    key_of: dict[int, bytes],
-    vector_of: dict[bytes, Floats],
-    identity: dict[str, Any],
-    cached: int,
-) -> Encoded:
-    """Return one vector per item from one vector per distinct content; contents without a vector are broken."""
+    n_items = len(contents)
     if not vector_of:
         raise ModalityError(
-            f"0 of {items} items have a usable {kind}", "at least one", f"check the {kind} columns and paths"
+            f"0 of {n_items} items have a usable {kind}", "at least one", f"check the {kind} columns and paths"
         )
-    vectors = np.zeros((items, len(next(iter(vector_of.values())))), np.float32)
-    present = np.zeros(items, bool)
+    vectors = np.zeros((n_items, len(next(iter(vector_of.values())))), np.float32)
+    present, broken = np.zeros(n_items, bool), []
     for item, key in key_of.items():
         if key in vector_of:
             vectors[item], present[item] = vector_of[key], True
-    broken = [item for item, key in key_of.items() if key not in vector_of]
-    return Encoded(vectors, present, dict(identity), broken, cached=cached)
+        else:
+            broken.append(item)
+    return Encoded(vectors, present, dict(encoder.identity), broken, cached=n_cached)
 
 
 def _keyed(kind: str, contents: Sequence[Any]) -> Iterable[tuple[int, bytes]]:

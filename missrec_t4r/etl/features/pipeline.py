@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from missrec_t4r.arrays import Floats
 from missrec_t4r.data.catalogue import Catalogue, Modality
+from missrec_t4r.data.union import WORD_DROP
 from missrec_t4r.errors import ConfigError, DataError, ModalityError
 from missrec_t4r.etl.features.cache import content_key
 from missrec_t4r.etl.features.cooccurrence import COOCCURRENCE, cooccurrence_vectors
@@ -31,7 +31,6 @@ from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID
 
 log = logging.getLogger(__name__)
 
-WORD_DROP = "word_drop"
 _LISTED = 50
 _KIND_OF = {f"{encoder}-{kind}": kind for encoder in (CLASSICAL, "transformers") for kind in ("text", "image")}
 """Name of an encoder -> its input; vectors of other encoders (``precomputed``) cannot be computed here."""
@@ -135,10 +134,11 @@ def features(
         requested: dict[str, tuple[list[Any], EncoderSettings, dict[str, Any]]] = {}
         if text_columns:
             chosen = replace(settings, encoder=text_encoder)
-            requested["text"] = item_texts(catalogue.items, text_columns), chosen, {"columns": list(text_columns)}
+            source = {"columns": list(text_columns)} | ({WORD_DROP: word_drop} if word_drop else {})
+            requested["text"] = item_texts(catalogue.items, text_columns), chosen, source
         if image_column is not None or images is not None:
             chosen = replace(settings, encoder=image_encoder)
-            source = {"column": image_column, "images": None if images is None else str(images)}
+            source: dict[str, Any] = {"column": image_column, "images": None if images is None else str(images)}
             requested["image"] = image_paths(catalogue.items, image_column, images), chosen, source
         if dry_run:
             plan = {name: to_encode(name, contents, chosen) for name, (contents, chosen, _) in requested.items()}
@@ -153,20 +153,12 @@ def features(
         added, report, ids = {}, {}, catalogue.items[ITEM_ID].to_pylist()
         for name, (contents, chosen, source) in requested.items():
             encoded, dropped = _encode(name, contents, chosen, stored.get(name), word_drop)
-            recorded = {**encoded.encoder, **source} | ({WORD_DROP: word_drop} if dropped else {})
-            added[name] = _modality(encoded, recorded, {WORD_DROP: dropped.vectors} if dropped else {})
-            report[name] = part = _describe(encoded, ids)
-            log.info(f"{name}: {part['items']:,} items, width {part['width']}; {part['missing']} lack it")
+            added[name], report[name] = _modality(encoded, source, dropped), _describe(encoded, ids)
         if cooccurrence:
-            added[COOCCURRENCE] = modality = cooccurrence_vectors(data, catalogue, width)
-            n_present = int(modality.present.sum())
-            report[COOCCURRENCE] = {
-                "items": n_present,
-                "missing": catalogue.n_items - n_present,
-                "broken": 0,
-                "width": modality.width,
-                "encoder": dict(modality.encoder),
-            }
+            encoded = cooccurrence_vectors(data, catalogue, width)
+            added[COOCCURRENCE], report[COOCCURRENCE] = _modality(encoded, {}, None), _describe(encoded, ids)
+        for name, part in report.items():
+            log.info(f"{name}: {part['items']:,} items, width {part['width']}; {part['missing']} lack it")
         replaced = sorted(set(added) & set(catalogue.modalities))
         with translate_disk_errors(folder):
             replace(catalogue, modalities={**catalogue.modalities, **added}).save(folder)
@@ -183,11 +175,6 @@ def encode_items(
     catalogue: Path,
     items: pa.Table,
     *,
-    images: Path | None = None,
-    models: Mapping[str, str] | None = None,
-    device: str = "auto",
-    batch_size: int = 64,
-    cache: Path | None = None,
     complete: bool = True,
     given: Collection[str] = (),
 ) -> dict[str, Encoded]:
@@ -199,12 +186,6 @@ def encode_items(
         Catalogue folder, or the data folder that contains it.
     items : pyarrow.Table
         New items, with the input columns of the catalogue's encoders.
-    images : Path, optional
-        Folder of images, if it is not the stored one.
-    models : mapping of str to str, optional
-        Modality -> folder of its pretrained encoder, if it has moved; the weights must be the same.
-    device, batch_size, cache
-        See `EncoderSettings`.
     complete : bool
         False leaves out the encoders of whose input columns the table has none.
     given : collection of str
@@ -227,22 +208,18 @@ def encode_items(
     for name, modality in _stored(catalogue).items():
         recorded = modality.encoder
         kind = _KIND_OF[recorded["name"]]
-        read = recorded["columns"] if kind == "text" else [recorded.get("column") or ITEM_ID]
-        if name in given or (not complete and not set(read) & set(items.column_names)):
+        columns = recorded["columns"] if kind == "text" else [recorded.get("column") or ITEM_ID]
+        if name in given or (not complete and not set(columns) & set(items.column_names)):
             continue
         if kind == "text":
-            contents: list[Any] = item_texts(items, recorded["columns"])
+            contents: list[Any] = item_texts(items, columns)
         else:
-            base = images if images is not None else recorded.get("images")
-            contents = image_paths(items, recorded.get("column"), None if base is None else Path(base))
-        settings = EncoderSettings(
-            encoder=(models or {}).get(name, recorded["model"]), device=device, batch_size=batch_size, cache=cache
-        )
+            contents = image_paths(items, recorded.get("column"), recorded.get("images"))
         if not any(content is not None for content in contents):
             empty = np.zeros((items.num_rows, modality.width), np.float32)
             result[name] = Encoded(empty, np.zeros(items.num_rows, bool), dict(recorded))
             continue
-        result[name] = _encode(kind, contents, settings, modality, 0.0)[0]
+        result[name] = _encode(kind, contents, EncoderSettings(encoder=recorded["model"]), modality, 0.0)[0]
     return result
 
 
@@ -257,7 +234,7 @@ def item_texts(items: pa.Table, columns: Sequence[str]) -> list[str | None]:
     return join_texts([require_column(items, name, "items", "--text-columns").to_pylist() for name in columns])
 
 
-def image_paths(items: pa.Table, column: str | None, images: Path | None) -> list[Path | None]:
+def image_paths(items: pa.Table, column: str | None, images: str | Path | None) -> list[Path | None]:
     """Return one image path per item, None where it has none; found by item id if there is no column.
 
     Raises
@@ -269,7 +246,7 @@ def image_paths(items: pa.Table, column: str | None, images: Path | None) -> lis
     """
     if images is not None and not Path(images).is_dir():
         raise DataError(f"there is no folder {images}", "a folder of pictures", "check --images")
-    base = Path(images) if images is not None else Path()
+    base = Path() if images is None else Path(images)
     if column is not None:
         named = require_column(items, column, "items", "--image-column").to_pylist()
         return [base / str(name) if name else None for name in named]
@@ -347,13 +324,12 @@ def _encode(
     return encoded, replace(variant, vectors=vectors, present=encoded.present)
 
 
-def _modality(encoded: Encoded, recorded: dict[str, Any], variants: Mapping[str, Floats]) -> Modality:
-    def with_reserved_rows(vectors: Floats) -> Floats:
-        return np.concatenate([np.zeros((FIRST_ITEM_ROW, vectors.shape[1]), np.float32), vectors])
-
-    present = np.concatenate([np.zeros(FIRST_ITEM_ROW, bool), encoded.present])
-    other = {name: with_reserved_rows(vectors) for name, vectors in variants.items()}
-    return Modality(with_reserved_rows(encoded.vectors), present, recorded, other, encoded.state)
+def _modality(encoded: Encoded, source: Mapping[str, Any], dropped: Encoded | None) -> Modality:
+    """Return the vectors of items as those of catalogue rows."""
+    reserved = (FIRST_ITEM_ROW, 0)
+    variants = {} if dropped is None else {WORD_DROP: np.pad(dropped.vectors, (reserved, (0, 0)))}
+    vectors, present = np.pad(encoded.vectors, (reserved, (0, 0))), np.pad(encoded.present, reserved)
+    return Modality(vectors, present, {**encoded.encoder, **source}, variants, encoded.state)
 
 
 def _describe(encoded: Encoded, ids: list[Any]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def thumbnails(
     known = pc.index_in(pa.array(ids, pa.string()), value_set=catalogue.items[ITEM_ID].cast(pa.string()))
     items = catalogue.items.take(known.drop_null())
     found: dict[str, str] = {}
-    paths = image_paths(items, column, None if images is None else Path(images))
+    paths = image_paths(items, column, images)
     for item, path in zip(items[ITEM_ID].to_pylist(), paths, strict=True):
         if len(found) == MOST:
             break

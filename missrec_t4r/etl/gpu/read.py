@@ -246,7 +246,7 @@ def _decoded(kind: pa.DataType) -> pa.DataType:
 def _distinct_texts(device: CudfDevice, column: Series, name: str) -> pa.Array:
     """Return the distinct texts; refuse those that are no UTF-8, which the CPU repairs."""
     distinct = device.to_arrow(column.drop_duplicates())
-    if checks.not_utf8(pa.chunked_array([distinct])):
+    if not checks.is_utf8(distinct):
         raise NotPlainError(f"texts of column {name!r} are no UTF-8")
     return distinct
 

@@ -33,6 +33,7 @@ YEAR_FIRST = r"\d{4}\D"
 """Start of the dates that are read without a format: of others pandas may guess whether day or month comes first."""
 _WHOLE_UP_TO = {pa.float32(): 2**24, pa.float64(): 2**53}
 """Type of floats -> the number up to which all integers differ in it."""
+TEXT_TYPES = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 KEYS = (USER_ID, ITEM_ID, TIMESTAMP)
 _ROW_INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+|")
@@ -76,17 +77,13 @@ def normal_ids(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
         The column holds something else (fractions, dates, booleans, lists).
     """
     kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        if bad := not_utf8(column):
-            raise SchemaError(
-                f"{bad} ids in column {name!r} are no UTF-8 text", "UTF-8", "convert the export, for example with iconv"
-            )
+    if kind in TEXT_TYPES:
+        if not is_utf8(column):
+            n_broken = len(repaired(column)[1])
+            cure = "convert the export, for example with iconv"
+            raise SchemaError(f"{n_broken} ids in column {name!r} are no UTF-8 text", "UTF-8", cure)
         texts = column.cast(pa.string())
         return pc.if_else(pc.equal(texts, ""), None, texts)  # an empty id counts as missing
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return normal_ids(
-            pa.chunked_array([chunk.cast(pa.binary()).view(pa.string()) for chunk in column.chunks], pa.string()), name
-        )
     if pa.types.is_integer(kind):
         return as_int64(column, name)
     if kind in _WHOLE_UP_TO:  # integers with nulls become floats in pandas
@@ -139,47 +136,27 @@ def finite_floats(column: Any, kind: pa.DataType) -> Any:
     return pc.if_else(pc.is_finite(column), column, None)
 
 
-def not_utf8(column: pa.ChunkedArray) -> int:
-    """Count the texts that are not valid UTF-8; parquet writers do not check that."""
+def is_utf8(column: pa.ChunkedArray | pa.Array) -> bool:
+    """Return whether all texts, or bytes, of a column are valid UTF-8; parquet writers do not check that."""
     try:
-        column.validate(full=True)
-        clean = not pa.types.is_binary(column.type)
+        texts = column.cast(pa.large_string()) if column.type in TEXT_TYPES[2:] else column
+        texts.validate(full=True)
     except (pa.ArrowInvalid, UnicodeDecodeError):
-        clean = False
-    return 0 if clean else sum(_decoded(value)[1] for value in _as_bytes(column))
+        return False
+    return True
 
 
-def readable(values: pa.Array) -> tuple[list[Any], list[int]]:
-    """Return distinct values, with texts that are not UTF-8 repaired, and the positions of the repaired ones."""
-    if not pa.types.is_string(values.type):
-        return values.to_pylist(), []
-    try:
-        values.validate(full=True)
-    except (pa.ArrowInvalid, UnicodeDecodeError):
-        decoded = [_decoded(value) for value in _as_bytes(pa.chunked_array([values]))]
-        return [text for text, _ in decoded], [index for index, (_, broken) in enumerate(decoded) if broken]
-    return values.to_pylist(), []
-
-
-def repaired_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return the column with bytes that are not UTF-8 replaced by U+FFFD."""
-    return pa.chunked_array([pa.array([_decoded(value)[0] for value in _as_bytes(column)], pa.string())])
-
-
-def _as_bytes(column: pa.ChunkedArray) -> list[bytes | None]:
-    wide = pa.types.is_large_string(column.type)
-    kind = pa.large_binary() if wide else pa.binary()
-    raw = (chunk if pa.types.is_binary(chunk.type) else chunk.view(kind) for chunk in column.chunks)
-    return [value for chunk in raw for value in chunk.to_pylist()]
-
-
-def _decoded(value: bytes | None) -> tuple[str | None, bool]:
-    if value is None:
-        return None, False
-    try:
-        return value.decode(), False
-    except UnicodeDecodeError:
-        return value.decode(errors="replace"), True
+def repaired(column: pa.ChunkedArray | pa.Array) -> tuple[list[Any], list[int]]:
+    """Return the values of a column, U+FFFD for bytes that are not UTF-8, and the positions of the repaired texts."""
+    if is_utf8(column):
+        return column.to_pylist(), []
+    texts, broken = [], []
+    for position, value in enumerate(column.cast(pa.large_binary()).to_pylist()):
+        text = None if value is None else value.decode(errors="replace")
+        texts.append(text)
+        if text is not None and text.encode() != value:
+            broken.append(position)
+    return texts, broken
 
 
 def text_to_integers(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
@@ -207,7 +184,7 @@ def normal_time(column: pa.ChunkedArray, name: str, time_format: str | None = No
         The column holds neither numbers nor dates.
     """
     kind = column.type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    is_text = kind in TEXT_TYPES[:2]
     if time_format and not is_text:
         raise SchemaError(f"--time-format, and column {name!r} is of type {kind}", "texts", "leave --time-format out")
     if pa.types.is_integer(kind):

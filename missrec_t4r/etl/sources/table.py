@@ -18,14 +18,8 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from missrec_t4r.errors import DataError, SchemaError
-from missrec_t4r.etl.quality.checks import (
-    Findings,
-    not_utf8,
-    note_repaired,
-    note_row_indexes,
-    repaired_text,
-    row_indexes,
-)
+from missrec_t4r.etl.quality import checks
+from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.etl.sources.json_lines import JSON_LINES, read_all
 
 Paths = Path | str | Sequence[Path | str]
@@ -69,8 +63,8 @@ def read_table(
     tables = [_read_file(file, what, text_columns) for file in files]
     if needed is not None:
         names = sorted({name for table in tables for name in table.column_names})
-        unwanted = row_indexes(names, [*text_columns, *needed])
-        note_row_indexes(findings, unwanted)
+        unwanted = checks.row_indexes(names, [*text_columns, *needed])
+        checks.note_row_indexes(findings, unwanted)
         tables = [table.drop_columns([name for name in unwanted if name in table.column_names]) for table in tables]
     tables = _one_type(tables, text_columns)
     for file, table in zip(files, tables, strict=True):
@@ -189,17 +183,16 @@ def _delimiter(file: Path) -> str:
 
 def _one_type(tables: list[pa.Table], id_columns: Sequence[str]) -> list[pa.Table]:
     """Cast an id column to text where one file has integers and another one texts."""
+    tables = list(tables)
     for name in id_columns:
         kinds = {table[name].type for table in tables if name in table.column_names}
-        if len(kinds) > 1 and any(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds):
-            with_column = [table for table in tables if name in table.column_names]
-            if all(not pa.types.is_floating(table[name].type) for table in with_column):
-                tables = [
-                    table.set_column(table.column_names.index(name), name, table[name].cast(pa.string()))
-                    if name in table.column_names
-                    else table
-                    for table in tables
-                ]
+        has_text = any(kind in checks.TEXT_TYPES[:2] for kind in kinds)
+        if len(kinds) < 2 or not has_text or any(pa.types.is_floating(kind) for kind in kinds):
+            continue
+        for index, table in enumerate(tables):
+            if name in table.column_names:
+                place = table.column_names.index(name)
+                tables[index] = table.set_column(place, name, table[name].cast(pa.string()))
     return tables
 
 
@@ -207,14 +200,14 @@ def _plain_strings(table: pa.Table, ids: Sequence[str], findings: Findings) -> p
     """Decode dictionaries, cast all texts to one Arrow type and repair those that are not UTF-8."""
     columns = []
     for name, column in zip(table.column_names, table.columns, strict=True):
-        kind = column.type
-        if pa.types.is_dictionary(kind):
-            column, kind = column.cast(kind.value_type), kind.value_type
-        text = pa.types.is_binary(kind) or pa.types.is_string(
-            kind
-        )  # pyarrow reads csv text that is not UTF-8 as binary
-        if text and name not in ids and ((bad := not_utf8(column)) or pa.types.is_binary(kind)):
-            note_repaired(findings, name, bad)
-            column, kind = repaired_text(column), pa.string()
-        columns.append(column.cast(pa.string()) if pa.types.is_large_string(kind) else column)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if column.type in checks.TEXT_TYPES:  # pyarrow reads csv text that is not UTF-8 as binary
+            if checks.is_utf8(column):
+                column = column.cast(pa.string())
+            elif name not in ids:
+                texts, broken = checks.repaired(column)
+                checks.note_repaired(findings, name, len(broken))
+                column = pa.chunked_array([pa.array(texts, pa.string())])
+        columns.append(column)
     return pa.table(columns, names=table.column_names).combine_chunks()

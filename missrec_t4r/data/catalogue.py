@@ -254,12 +254,8 @@ def _save_modality(folder: Path, name: str, modality: Modality) -> dict[str, Any
     for variant, vectors in modality.variants.items():
         np.save(folder / f"{name}.{variant}.npy", vectors)
     if modality.state:
-        save_file(
-            {key: np.ascontiguousarray(value) for key, value in modality.state.items()}, _state_file(folder, name)
-        )
-        _state_file(folder, name).chmod(
-            0o644
-        )  # safetensors files are readable by their writer only; a server runs as another user
+        state = {key: np.ascontiguousarray(value) for key, value in modality.state.items()}
+        save_file(state, _state_file(folder, name))
     entry = {"width": modality.width, "items": int(modality.present.sum()), "encoder": dict(modality.encoder)}
     return entry | ({"variants": list(modality.variants)} if modality.variants else {})
 

@@ -199,19 +199,15 @@ def event_columns(data: str | Path, setting: str, width: int) -> tuple[EventColu
     file = Path(data) / SCHEMA_FILE
     if setting == NONE or (setting == AUTO and not file.is_file()):
         return ()
-    codes, steps, available = encoded_values(data), encoded_steps(data), {}
+    encodings, available = _encodings(data), {}
     for column in read_schema(file):
         name = column.name.removesuffix(LIST_SUFFIX)
         if (kind := _kind(column)) is not None:
-            size = 0 if kind != "categorical" or column.highest is None else column.highest + 1
-            available[name] = EventColumn(
-                name,
-                kind,
-                1 if kind == "continuous" else size,
-                width,
-                values=codes.get(name, ()),
-                steps=steps.get(name, ()),
-            )
+            size = 1 if kind == "continuous" else 0
+            if kind == "categorical" and column.highest is not None:
+                size = column.highest + 1
+            values, steps = encodings.get(name, ((), ()))
+            available[name] = EventColumn(name, kind, size, width, values=values, steps=steps)
     if setting == AUTO:
         return tuple(available.values())
     names = [name.strip().removesuffix(LIST_SUFFIX) for name in setting.split(",") if name.strip()]
@@ -228,17 +224,17 @@ def event_columns(data: str | Path, setting: str, width: int) -> tuple[EventColu
 
 def encoded_values(data: str | Path) -> dict[str, tuple[str | float, ...]]:
     """Return the raw values of categorical event features that the ETL stored, by column."""
-    return {name: tuple(feature.get("values", ())) for name, feature in _encodings(data).items()}
+    return {name: values for name, (values, _) in _encodings(data).items()}
 
 
-def encoded_steps(data: str | Path) -> dict[str, tuple[Step, ...]]:
-    """Return what the ETL's workflow computes of raw numbers, by column."""
-    return {name: as_steps(feature.get("steps", ())) for name, feature in _encodings(data).items()}
-
-
-def _encodings(data: str | Path) -> Mapping[str, Mapping[str, Any]]:
+def _encodings(data: str | Path) -> dict[str, tuple[tuple[str | float, ...], tuple[Step, ...]]]:
+    """Return the raw values of every column, and what the ETL's workflow computes of its raw numbers."""
     file = Path(data) / SESSION_TRANSFORM_FILE
-    return read_json(file).get("features", {}) if file.is_file() else {}
+    features = read_json(file).get("features", {}) if file.is_file() else {}
+    return {
+        name: (tuple(feature.get("values", ())), as_steps(feature.get("steps", ())))
+        for name, feature in features.items()
+    }
 
 
 def load_sessions(data: str | Path, split: str, columns: Sequence[EventColumn] = ()) -> Sessions:
@@ -253,17 +249,18 @@ def load_sessions(data: str | Path, split: str, columns: Sequence[EventColumn] =
         The split lacks a column.
     """
     sessions = Sessions.load(Path(data) / split, [column.name for column in columns])
-    codes, steps = encoded_values(data), encoded_steps(data)
-    features = dict(sessions.features)
+    encodings, features = _encodings(data), {}
     for column in columns:
-        if column.kind == "continuous" and steps.get(column.name, ()) != column.steps:
-            numbers = invert_steps(steps.get(column.name, ()), features[column.name].astype(np.float64))
-            features[column.name] = apply_steps(column.steps, numbers).astype(np.float32)
-        data_values = codes.get(column.name, ())
+        values = sessions.features[column.name]
+        data_values, data_steps = encodings.get(column.name, ((), ()))
+        if column.kind == "continuous" and data_steps != column.steps:
+            numbers = invert_steps(data_steps, values.astype(np.float64))
+            values = apply_steps(column.steps, numbers).astype(np.float32)
         if column.kind == "categorical" and column.values and data_values and data_values != column.values:
-            features[column.name] = _code_table(data_values, column)[features[column.name]]
-        if column.values and (features[column.name] == NULL_ROW).any():  # NVTabular's null: a missing value
-            features[column.name] = np.where(features[column.name] == NULL_ROW, PADDING_ROW, features[column.name])
+            values = _code_table(data_values, column)[values]
+        if column.values and (values == NULL_ROW).any():  # NVTabular's null: a missing value
+            values = np.where(values == NULL_ROW, PADDING_ROW, values)
+        features[column.name] = values
     return dataclasses.replace(sessions, features=features)
 
 

@@ -79,9 +79,11 @@ def invert_steps(steps: Sequence[Step], numbers: Numbers) -> Numbers:
 
 def _are_numbers(step: Step) -> bool:
     """Whether a step's constants are finite numbers; a bound of ``clip`` may be missing."""
-    given = [one for one in step[1:] if one is not None or step[0] != "clip"]
-    finite = all(isinstance(one, (int, float)) and math.isfinite(one) for one in given)
-    return finite and (step[0] != "standardise" or step[2] != 0)
+    name, *constants = step
+    if name == "clip":
+        constants = [bound for bound in constants if bound is not None]
+    finite = all(isinstance(constant, (int, float)) and math.isfinite(constant) for constant in constants)
+    return finite and (name != "standardise" or constants[1] != 0)
 
 
 _CONSTANTS = {"fill": 1, "clip": 2, "log1p": 0, "standardise": 2}

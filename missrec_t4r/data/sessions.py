@@ -64,8 +64,17 @@ class Sessions:
         [2, 1]
         """
         arrays = [np.asarray(session, np.int64) for session in sessions]
-        offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int64)
-        return cls(np.concatenate([*arrays, np.empty(0, np.int64)]), offsets)
+        return cls(np.concatenate([*arrays, np.empty(0, np.int64)]), _offsets([len(array) for array in arrays]))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Sessions]) -> Sessions:
+        """Return the sessions of all parts, one part after the other, without users; only common features are kept."""
+        common = set.intersection(*(set(part.features) for part in parts))
+        return cls(
+            np.concatenate([part.values for part in parts]),
+            _offsets(np.concatenate([part.lengths for part in parts])),
+            {name: np.concatenate([part.features[name] for part in parts]) for name in common},
+        )
 
     @classmethod
     def load(cls, folder: str | Path, features: Sequence[str] | None = None) -> Sessions:
@@ -144,7 +153,7 @@ class Sessions:
         """Return the sessions at ``indices``, in that order."""
         sessions = np.asarray(indices, np.int64)
         lengths = self.lengths[sessions]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        offsets = _offsets(lengths)
         event = np.arange(offsets[-1]) + np.repeat(self.offsets[sessions] - offsets[:-1], lengths)  # [new event]
         users = self.users.take(pa.array(sessions)) if self.users is not None else None
         features = {name: feature[event] for name, feature in self.features.items()}
@@ -214,8 +223,7 @@ def flat_lists(column: pa.ChunkedArray, null: int = PADDING_ROW) -> tuple[AnyArr
     if not hasattr(array.type, "value_type"):
         cure = "group the events into sessions with `missrec etl`"
         raise SchemaError(f"a column of type {array.type}", "lists, one row per session", cure)
-    lengths = pc.fill_null(pc.list_value_length(array), 0)
-    offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]).astype(np.int64)
+    offsets = _offsets(pc.fill_null(pc.list_value_length(array), 0))
     elements = array.flatten()
     if not hasattr(elements.type, "value_type"):
         if pa.types.is_boolean(elements.type):
@@ -230,6 +238,11 @@ def flat_lists(column: pa.ChunkedArray, null: int = PADDING_ROW) -> tuple[AnyArr
     vectors = np.zeros((len(elements), width), np.float32)
     vectors[np.asarray(elements.is_valid())] = np.asarray(elements.drop_null().flatten(), np.float32).reshape(-1, width)
     return vectors, offsets
+
+
+def _offsets(lengths: npt.ArrayLike) -> Ints:
+    """Return where each of so many elements begins, and the end, [length + 1]."""
+    return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
 
 
 def _aligned(column: pa.ChunkedArray, offsets: Ints, name: str) -> AnyArray:

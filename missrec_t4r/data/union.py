@@ -7,18 +7,18 @@ modality.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from missrec_t4r.arrays import Floats, Ints
+from missrec_t4r.arrays import Ints
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError, ModalityError
-from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, TRAIN_COUNT, UNKNOWN_ROW
+from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, TRAIN_COUNT
 
 WORD_DROP = "word_drop"
 """Variant of a text modality whose vectors come from texts with words left out (`Modality.variants`)."""
@@ -103,8 +103,8 @@ def load_domains(folders: Mapping[str, Path]) -> Domains:
         A folder is missing or incomplete, or no domain has a modality.
     """
     catalogues = {name: Catalogue.load(folder / CATALOGUE_FOLDER) for name, folder in folders.items()}
-    sizes = np.array([0, *(catalogue.n_items for catalogue in catalogues.values())])
-    starts = dict(zip(catalogues, np.cumsum(sizes).tolist(), strict=False))
+    sizes = [catalogue.n_items for catalogue in catalogues.values()]
+    starts = dict(zip(catalogues, np.cumsum([0, *sizes]).tolist(), strict=False))
     sources = _match_domains(catalogues)
     if not sources:
         raise DataError("no domain has a modality", "modality vectors in each", "run `missrec features` or --modality")
@@ -118,13 +118,13 @@ def load_domains(folders: Mapping[str, Path]) -> Domains:
             TRAIN_COUNT: np.concatenate([catalogue.train_count[FIRST_ITEM_ROW:] for catalogue in catalogues.values()]),
         }
     )
-    loaded = {split: _load(folders, split) for split in ("train", "valid")}
-    kept = {
-        "train": {name: sessions.known() for name, sessions in loaded["train"].items()},
-        "valid": {name: sessions.with_known_target() for name, sessions in loaded["valid"].items()},
+    train = [(name, Sessions.load(folder / "train", ()).known()) for name, folder in folders.items()]
+    valid = [(name, Sessions.load(folder / "valid", ()).with_known_target()) for name, folder in folders.items()]
+    splits = {
+        split: Sessions.concatenate([Sessions(part.values + starts[name], part.offsets) for name, part in parts])
+        for split, parts in (("train", train), ("valid", valid))
     }
-    splits = {split: _concatenate(by_domain, starts) for split, by_domain in kept.items()}
-    owner = np.repeat(np.arange(len(catalogues)), [catalogue.n_items for catalogue in catalogues.values()])
+    owner = np.repeat(np.arange(len(sizes)), sizes)
     return Domains(
         Catalogue(items, {name: _stack_modality(by_domain, catalogues) for name, by_domain in sources.items()}),
         splits,
@@ -132,10 +132,6 @@ def load_domains(folders: Mapping[str, Path]) -> Domains:
         tuple(catalogues),
         sources,
     )
-
-
-def _load(folders: Mapping[str, Path], split: str) -> dict[str, Sessions]:
-    return {name: Sessions.load(folder / split, features=[]) for name, folder in folders.items()}
 
 
 def match_modalities(wanted: Mapping[str, str | None], known: Mapping[str, str | None]) -> dict[str, str]:
@@ -215,36 +211,20 @@ def _stack_modality(by_domain: Mapping[str, str], catalogues: Mapping[str, Catal
     """Stack one modality over all domains: zeros where a domain lacks it, plain vectors where it lacks the variant."""
     parts = {domain: catalogues[domain].modalities[name] for domain, name in by_domain.items()}
     first = next(iter(parts.values()))
-    blank = np.zeros((FIRST_ITEM_ROW, first.width), np.float32)
-
-    def stack(variant: str | None) -> Floats:
-        tables = [
-            np.zeros((catalogue.n_items, first.width), np.float32)
-            if domain not in parts
-            else (parts[domain].variants.get(variant or "", parts[domain].vectors))[FIRST_ITEM_ROW:]
-            for domain, catalogue in catalogues.items()
-        ]
-        return np.concatenate([blank, *tables])
-
-    present = [
-        parts[domain].present[FIRST_ITEM_ROW:] if domain in parts else np.zeros(catalogue.n_items, bool)
-        for domain, catalogue in catalogues.items()
-    ]
+    n_rows = FIRST_ITEM_ROW + sum(catalogue.n_items for catalogue in catalogues.values())
+    vectors, present = np.zeros((n_rows, first.width), np.float32), np.zeros(n_rows, bool)
     varied = any(WORD_DROP in part.variants for part in parts.values())
-    return Modality(
-        stack(None),
-        np.concatenate([np.zeros(FIRST_ITEM_ROW, bool), *present]),
-        first.encoder,
-        {WORD_DROP: stack(WORD_DROP)} if varied else {},
-    )
-
-
-def _concatenate(splits: Mapping[str, Sessions], starts: Mapping[str, int]) -> Sessions:
-    """Concatenate the domains' sessions, each with its rows shifted by the domain's first row in the union."""
-    shifted = [np.where(part.values > UNKNOWN_ROW, part.values + starts[name], 0) for name, part in splits.items()]
-    lengths: Sequence[Ints] = [part.lengths for part in splits.values()]
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
-    return Sessions(np.concatenate(shifted), offsets)
+    variants = {WORD_DROP: np.zeros_like(vectors)} if varied else {}
+    start = FIRST_ITEM_ROW
+    for domain, catalogue in catalogues.items():
+        rows = slice(start, start + catalogue.n_items)
+        start += catalogue.n_items
+        if (part := parts.get(domain)) is None:
+            continue
+        vectors[rows], present[rows] = part.vectors[FIRST_ITEM_ROW:], part.present[FIRST_ITEM_ROW:]
+        for variant, stacked in variants.items():
+            stacked[rows] = part.variants.get(variant, part.vectors)[FIRST_ITEM_ROW:]
+    return Modality(vectors, present, first.encoder, variants)
 
 
 def _short(fingerprint: str | None) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from missrec_t4r.data.session_files import read_rows, row_files
@@ -32,17 +31,14 @@ def user_sessions(data: Path) -> tuple[list[object], Sessions]:
     DataError
         No column of users, or no user.
     """
-    found: dict[Key, tuple[Sessions, int]] = {}
-    for split in _splits_of(data, _SPLITS):
-        sessions, keys = keyed_sessions(split)
-        if sessions.users is None:
-            raise _without_users(split)
-        rows = dict(zip(keys, range(len(sessions)), strict=True))
+    row_of: dict[Key, tuple[Sessions, int]] = {}
+    for _, sessions, keys in _splits_with_users(data, _SPLITS):
         known = sessions.known()
-        found = {key: (known, row) for key, row in rows.items() if key not in found} | found
-    if not found:
+        rows = {key: (known, row) for row, key in enumerate(keys)}
+        row_of = {key: row for key, row in rows.items() if key not in row_of} | row_of
+    if not row_of:
         raise DataError(f"{data} has no user", "sessions written by missrec etl", "check --data")
-    newest = {key[0]: found[key] for key in sorted(found, key=lambda key: key[1:])}
+    newest = {key[0]: row_of[key] for key in sorted(row_of, key=lambda key: key[1:])}
     return [*newest], Sessions.from_lists([sessions[row] for sessions, row in newest.values()])
 
 
@@ -57,10 +53,7 @@ def whole_sessions(data: Path, splits: Sequence[str] = _SPLITS) -> Sessions:
         No column of users; or several rows of one session in a split, of which nobody knows what they have in common.
     """
     rows = []
-    for split in _splits_of(data, splits):
-        sessions, keys = keyed_sessions(split)
-        if sessions.users is None:
-            raise _without_users(split)
+    for split, sessions, keys in _splits_with_users(data, splits):
         if (n_different := len(set(keys))) < len(keys):
             raise DataError(
                 f"{split} has {len(keys):,} rows of {n_different:,} users or sessions",
@@ -97,17 +90,14 @@ def longest_rows(splits: Sequence[tuple[Sessions, Sequence[Key]]]) -> Sessions:
     for index, (split, _) in enumerate(splits):
         rows = [row for _, split_index, row in best.values() if split_index == index]
         selected.append(split.take(rows))
-    values = np.concatenate([part.values for part in selected])  # [event]
-    lengths = np.concatenate([part.lengths for part in selected])  # [session]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)  # [session + 1]
-    shared = set.intersection(*(set(part.features) for part in selected))
-    features = {name: np.concatenate([part.features[name] for part in selected]) for name in shared}
-    return Sessions(values, offsets, features)
+    return Sessions.concatenate(selected)
 
 
-def _splits_of(data: Path, splits: Sequence[str]) -> list[Path]:
-    return [data / split for split in splits if row_files(data / split)]
-
-
-def _without_users(split: Path) -> DataError:
-    return DataError(f"{split} has no column {USER_ID}", "the users", "run missrec etl with --user-column")
+def _splits_with_users(data: Path, splits: Sequence[str]) -> Iterator[tuple[Path, Sessions, list[Key]]]:
+    """Yield the folder, the sessions and their keys of every split that has rows; refuse one without users."""
+    for split in (data / name for name in splits):
+        if row_files(split):
+            sessions, keys = keyed_sessions(split)
+            if sessions.users is None:
+                raise DataError(f"{split} has no column {USER_ID}", "the users", "run missrec etl with --user-column")
+            yield split, sessions, keys

@@ -31,10 +31,9 @@ def to_record_batch(table: pa.Table) -> pa.RecordBatch:
 
 def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     """Return a column as one array, without a copy if it has one chunk."""
-    if isinstance(column, pa.ChunkedArray) and column.num_chunks == 1:
-        return column.chunk(0)
-    combined = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return pa.concat_arrays(combined.chunks) if isinstance(combined, pa.ChunkedArray) else combined
+    if isinstance(column, pa.Array):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def is_list(kind: pa.DataType) -> bool:

@@ -34,10 +34,16 @@ _DISK_FULL_MESSAGES = re.compile(r"no space left|file too large|disk quota|\d+ r
 
 @contextmanager
 def replace_dir(out: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``out`` that replaces it if the block succeeds and is deleted if not."""
+    """Yield an empty temporary folder beside ``out`` that replaces it if the block succeeds and is deleted if not.
+
+    Every file becomes readable for all users: safetensors files are readable by their writer only, and a server runs as
+    another user.
+    """
     with temporary_dir(out) as folder:
         yield folder
         folder.chmod(0o755)
+        for path in folder.rglob("*"):
+            path.chmod(path.stat().st_mode | 0o444)
         move_into_place(folder, out)
 
 
@@ -133,14 +139,15 @@ def _watch(folder: Path) -> Iterator[Callable[[], bool]]:
         yield lambda: not folder.exists()
         return
     try:
-        yield lambda: _is_same(folder, descriptor)
+        yield lambda: is_same(folder, descriptor)
     finally:
         os.close(descriptor)
 
 
-def _is_same(folder: Path, descriptor: int) -> bool:
+def is_same(path: Path, descriptor: int) -> bool:
+    """Return whether an open descriptor is of what is now at ``path``."""
     try:
-        return os.path.samestat(os.fstat(descriptor), folder.stat())
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
 
@@ -170,8 +177,8 @@ def is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # of another user
+        pass
     return True
 
 
@@ -214,10 +221,7 @@ def is_permission_denied(error: BaseException) -> bool:
 def atomic_write_dir(
     out: Path, marker: str, kind: str = "data folder", error: type[MISSRecError] = DataError
 ) -> Iterator[Path]:
-    """Yield a temporary folder beside ``out`` that replaces it if the block succeeds and is deleted if not.
-
-    Every file becomes readable for all users: safetensors files are readable by their writer only, and a server runs as
-    another user.
+    """Yield the folder of `replace_dir`, where ``out`` may be replaced and the disk allows it.
 
     Parameters
     ----------
@@ -240,8 +244,6 @@ def atomic_write_dir(
     refuse_unmanaged(out, marker, kind, error)
     with translate_disk_errors(out), replace_dir(out) as folder:
         yield folder
-        for path in folder.rglob("*"):
-            path.chmod(path.stat().st_mode | 0o444)
 
 
 def refuse_unmanaged(

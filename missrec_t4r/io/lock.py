@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from missrec_t4r.errors import MISSRecError, ServingError
-from missrec_t4r.io.atomic import translate_disk_errors
+from missrec_t4r.io.atomic import is_same, translate_disk_errors
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _acquire(file: Path, folder: Path, wait: bool, error: type[MISSRecError]) ->
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             _lock(descriptor, folder, wait, error)
-            if _is_at(file, descriptor):
+            if is_same(file, descriptor):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, str(os.getpid()).encode())
                 return descriptor
@@ -88,10 +88,3 @@ def _lock(descriptor: int, folder: Path, wait: bool, error: type[MISSRecError]) 
         if failed.errno not in _NO_LOCKS:
             raise
         log.warning(f"{folder} is on a file system without locks ({failed}): run one change of it at a time")
-
-
-def _is_at(file: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), file.stat())
-    except FileNotFoundError:
-        return False

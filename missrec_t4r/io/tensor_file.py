@@ -17,6 +17,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from missrec_t4r.io.tensor_checks import read_header
+
 _NAMES = {torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.bool: "BOOL"}
 _NAMES |= {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 ALIGNED = 64
@@ -56,22 +58,21 @@ class TensorFile:
         self._header, self._size = len(header).to_bytes(8, "little") + header, offset
 
     def __enter__(self) -> TensorFile:
-        self._descriptor = os.open(self._file, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
-        os.truncate(self._descriptor, len(self._header) + self._size)
-        _write(self._descriptor, memoryview(self._header), 0)
+        self._stream = self._file.open("wb")
+        self._stream.write(self._header)
+        self._stream.truncate(len(self._header) + self._size)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        os.close(self._descriptor)
+        self._stream.close()
 
     def write(self, name: str, part: Tensor, row: int = 0) -> None:
         """Write some rows of a tensor, from ``row`` on; a scalar is written whole."""
         dtype, shape = self._shapes[name]
         if part.dtype != dtype or part.shape[1:] != shape[1:] or (shape and row + len(part) > shape[0]):
             raise ValueError(f"{name}: {part.dtype} {tuple(part.shape)} at {row} does not fit {dtype} {shape}")
-        offset = len(self._header) + self._starts[name] + row * dtype.itemsize * math.prod(shape[1:])
-        raw = part.contiguous().reshape(-1).view(torch.uint8)
-        _write(self._descriptor, raw.numpy().data, offset)
+        self._stream.seek(len(self._header) + self._starts[name] + row * dtype.itemsize * math.prod(shape[1:]))
+        self._stream.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -101,10 +102,8 @@ class StoredRows:
     """
 
     def __init__(self, file: Path, name: str) -> None:
-        self._stream = file.open("rb")
-        length = int.from_bytes(self._stream.read(8), "little")
-        entry = json.loads(self._stream.read(length))[name]
-        self._start, self.width = 8 + length + entry["data_offsets"][0], int(entry["shape"][1])
+        tensor = read_header(file)[name]
+        self._stream, self._start, self.width = file.open("rb"), tensor.start, tensor.shape[1]
 
     def take(self, rows: Tensor) -> Tensor:
         """Return ``rows`` (any shape) of the matrix, [..., width]."""
@@ -176,9 +175,3 @@ def _advise(tensor: Tensor, advice: int) -> None:
     length = (tensor.data_ptr() + tensor.nbytes - start) // page * page
     if madvise is not None and length > 0:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
-
-
-def _write(descriptor: int, content: memoryview, offset: int) -> None:
-    while content:  # a large write may be done in parts
-        written = os.pwrite(descriptor, content, offset)
-        content, offset = content[written:], offset + written

@@ -46,7 +46,7 @@ from missrec_t4r.arrays import Bools, Doubles, Ints
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.etl.sources.synthetic.shop_images import draw
 from missrec_t4r.etl.sources.synthetic.shop_text import BRANDS, EVENT_TYPES, FILLERS, INTERESTS, STYLES
-from missrec_t4r.io.atomic import refuse_unmanaged, replace_dir, translate_disk_errors
+from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.progress import track
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
@@ -183,7 +183,7 @@ def generate_shop(out: str | Path, *, seed: int = 7, users: int = 3000, items: i
         "late_items": int((latent.launch > 0).sum()),
         "tables_sha256": fingerprint(interactions, table),
     }
-    with translate_disk_errors(out), replace_dir(out) as folder:
+    with atomic_write_dir(out, SHOP_FILE, "generated shop") as folder:
         pq.write_table(interactions, folder / "interactions.parquet")
         pq.write_table(table, folder / "items.parquet")
         _draw_all(latent, table, folder, streams(seed)["images"])
@@ -269,7 +269,7 @@ def make_events(items: Items, users: Users, move_rng: np.random.Generator, colum
     column_rng : numpy Generator
         Stream of the event columns.
     """
-    groups = _Groups.of(items)
+    groups = _Groups(_members(items.set), _members(items.interest))
     n_users = len(users.times)
     chosen = [
         _session(items, groups, users.times[user], int(users.taste[user]), move_rng)
@@ -318,10 +318,6 @@ class _Groups:
 
     sets: dict[int, Ints]
     interests: dict[int, Ints]
-
-    @classmethod
-    def of(cls, items: Items) -> _Groups:
-        return cls(*map(_members, (items.set, items.interest)))
 
 
 def _members(group: Ints) -> dict[int, Ints]:

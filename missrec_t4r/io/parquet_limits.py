@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from base64 import b64decode
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 
 from missrec_t4r.io.thrift import CompactReader, Struct
 
-MOST_FOOTER = 16 << 20
+_MOST_FOOTER = 16 << 20
 """Most bytes of a footer: schema, and position of every column chunk."""
 _MOST_COLUMNS = 10_000
 _DEEPEST = 8
@@ -31,7 +32,7 @@ _MOST_HEADER = 64 << 10
 """Most bytes of a page's header; statistics in it are short."""
 _VALUE = 16
 """Bytes of a value in Arrow's memory, beside its text: a number, or offset, validity and levels of a list."""
-CODECS = {"UNCOMPRESSED": 1, "SNAPPY": 32}
+_CODECS = {"UNCOMPRESSED": 1, "SNAPPY": 32}
 """Compressions that are accepted, and by how much at most they shrink: nothing of ours writes another."""
 _MOST_DICTIONARY = 16 << 20
 """Most bytes of a dictionary; Arrow begins a new page at one megabyte."""
@@ -39,37 +40,15 @@ _EXTENSION = b"ARROW:extension"
 _DICTIONARY_ENCODINGS, _PLAIN_ENCODINGS = (2, 8), (0, 3)
 
 
-class Chunk(NamedTuple):
-    """One column in one row group, as its pages state it."""
-
-    column: str
-    """Path in the schema, such as ``market.list.element``."""
-    values: int
-    """Values and missing values; of lists every element."""
-    text: int
-    """Bytes of texts in plain pages: an upper bound of what they decode to."""
-    dictionary: int
-    """Bytes of the dictionary; 0 without one."""
-    longest: int
-    """Bytes of the longest text in the dictionary."""
-    repeated: int
-    """Values that stand for texts of the dictionary."""
-    width: int
-    """Bytes of a value beside its text, no less than it takes."""
-
-
 class Contents(NamedTuple):
     """What decoding a file takes."""
 
     rows: int
-    columns: list[str]
-    """Names in the schema, outermost ones."""
-    chunks: list[Chunk]
-
-    @property
-    def plain_bytes(self) -> int:
-        """Upper bound of the decoded bytes without the texts that dictionaries repeat."""
-        return sum(chunk.values * chunk.width + chunk.text + chunk.dictionary for chunk in self.chunks)
+    plain_bytes: int
+    """Upper bound of the decoded bytes without the texts that dictionaries repeat."""
+    repeated_bytes: dict[str, int]
+    """Path of a column in the schema, such as ``market.list.element`` -> upper bound of its texts that dictionaries
+    repeat: as if every one were the longest."""
 
 
 def inspect(file: Path) -> Contents:
@@ -78,7 +57,7 @@ def inspect(file: Path) -> Contents:
     Raises
     ------
     ValueError
-        The file is no parquet, contradicts itself, is compressed in another way than `CODECS`, or exceeds a limit.
+        The file is no parquet, contradicts itself, is compressed in another way than those of ours, or exceeds a limit.
     """
     _check_schema(file)
     try:
@@ -87,15 +66,15 @@ def inspect(file: Path) -> Contents:
         raise ValueError(f"is no parquet ({error})") from error
     if sum(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)) != metadata.num_rows:
         raise ValueError("has row groups of other lengths than it states")
-    chunks = []
+    plain_bytes, repeated_bytes = 0, Counter[str]()
     with file.open("rb") as stream:
         for group in range(metadata.num_row_groups):
-            rows = metadata.row_group(group)
-            chunks += [
-                _chunk(stream, rows.column(index), metadata.schema.column(index).length)
-                for index in range(metadata.num_columns)
-            ]
-    return Contents(metadata.num_rows, metadata.schema.to_arrow_schema().names, chunks)
+            for index in range(metadata.num_columns):
+                column = metadata.row_group(group).column(index)
+                plain, repeated = _chunk_bytes(stream, column, metadata.schema.column(index).length)
+                plain_bytes += plain
+                repeated_bytes[column.path_in_schema] += repeated
+    return Contents(metadata.num_rows, plain_bytes, repeated_bytes)
 
 
 def decoded_bytes(file: Path, contents: Contents, most: int) -> int:
@@ -103,15 +82,12 @@ def decoded_bytes(file: Path, contents: Contents, most: int) -> int:
 
     Where the longest text of every dictionary is too coarse a bound, columns are read as numbers of their dictionary.
     """
-    total = contents.plain_bytes
+    total, repeated = contents.plain_bytes, contents.repeated_bytes
     if total > most:
         return total
-    texts: dict[str, int] = {}
-    for chunk in contents.chunks:
-        texts[chunk.column] = texts.get(chunk.column, 0) + chunk.repeated * chunk.longest
-    if total + sum(texts.values()) > most:
-        texts = {column: _repeated_bytes(file, column, bound) if bound else 0 for column, bound in texts.items()}
-    return total + sum(texts.values())
+    if total + sum(repeated.values()) > most:
+        repeated = {column: _repeated_bytes(file, column, bound) for column, bound in repeated.items() if bound}
+    return total + sum(repeated.values())
 
 
 def _repeated_bytes(file: Path, column: str, bound: int) -> int:
@@ -139,7 +115,7 @@ def _check_schema(file: Path) -> None:
             raise ValueError("is no parquet (its first bytes are others)")
         stream.seek(size - 8)
         length, magic = struct.unpack("<I4s", stream.read(8))
-        if magic != b"PAR1" or not 0 < length <= min(MOST_FOOTER, size - 12):
+        if magic != b"PAR1" or not 0 < length <= min(_MOST_FOOTER, size - 12):
             raise ValueError(f"is no parquet (a footer of {length} bytes)")
         stream.seek(size - 8 - length)
         footer = CompactReader(stream.read(length), _MOST_VALUES).struct()
@@ -171,17 +147,20 @@ def _depth(elements: list[Struct]) -> int:
     return deepest
 
 
-def _chunk(stream: BinaryIO, column: pq.ColumnChunkMetaData, fixed_length: int) -> Chunk:
+def _chunk_bytes(stream: BinaryIO, column: pq.ColumnChunkMetaData, fixed_length: int) -> tuple[int, int]:
+    """Return the bounds of `Contents` for one column in one row group, as its pages state it."""
     name, is_text = column.path_in_schema, column.physical_type == "BYTE_ARRAY"
-    if column.compression not in CODECS:
+    if column.compression not in _CODECS:
         raise ValueError(f"has a column {name!r} compressed by {column.compression}")
     start = column.data_page_offset
     if column.has_dictionary_page and column.dictionary_page_offset:
         start = min(start, column.dictionary_page_offset)
-    values = text = dictionary = longest = repeated = 0
-    for header, place in _pages(stream, start, column.total_compressed_size, CODECS[column.compression]):
+    values = 0  # with missing ones, of lists every element
+    stored = 0  # bytes of dictionaries and of texts in plain pages: an upper bound of what they decode to
+    repeated = longest = 0  # values that stand for texts of a dictionary; bytes of its longest text
+    for header, place in _pages(stream, start, column.total_compressed_size, _CODECS[column.compression]):
         if 7 in header:  # a dictionary page
-            dictionary += header[2]
+            stored += header[2]
             if is_text:
                 stream.seek(place)
                 longest = max(longest, _longest(stream.read(header[3]), header[2], column.compression))
@@ -194,12 +173,12 @@ def _chunk(stream: BinaryIO, column: pq.ColumnChunkMetaData, fixed_length: int) 
         if is_text and encoding in _DICTIONARY_ENCODINGS:
             repeated += page[1]
         elif is_text and encoding in _PLAIN_ENCODINGS:
-            text += header[2]
+            stored += header[2]
         elif is_text:  # such as one that stores what two neighbouring texts share once
             raise ValueError(f"has a column {name!r} of texts in encoding {encoding}")
     if values != column.num_values:
         raise ValueError(f"has {values} values in column {name!r} and states {column.num_values}")
-    return Chunk(name, values, text, dictionary, longest, repeated, max(_VALUE, fixed_length))
+    return values * max(_VALUE, fixed_length) + stored, repeated * longest
 
 
 def _longest(page: bytes, unpacked: int, codec: str) -> int:

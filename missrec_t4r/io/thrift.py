@@ -64,8 +64,7 @@ class CompactReader:
         if kind == _MAP:
             length = self._varint()
             kinds = self._byte() if length else 0
-            pairs = (self._value_or_struct(one, depth) for _ in range(length) for one in (kinds >> 4, kinds & 15))
-            return list(pairs)
+            return [self._value_or_struct(kind, depth) for _ in range(length) for kind in (kinds >> 4, kinds & 15)]
         return self._value_or_struct(kind, depth)
 
     def _value_or_struct(self, kind: int, depth: int) -> Any:

@@ -89,11 +89,9 @@ def line(xs: Sequence[float], ys: Sequence[float], *, x_title: str, y_title: str
     points = [((x - left) / wide, (y - low) / tall) for x, y in zip(xs, ys, strict=True)]
     shapes = [_polyline("line", points)]
     for index, (x, y) in enumerate(points):
-        size = 5 if index == mark else 2.5
-        words = f"{number(xs[index])}: {ys[index]:.4g}"
-        shapes.append(
-            f'<circle class="bar" cx="{_x(x):.1f}" cy="{_y(y):.1f}" r="{size}"><title>{words}</title></circle>'
-        )
+        title, size = f"{number(xs[index])}: {ys[index]:.4g}", 5 if index == mark else 2.5
+        place = f'cx="{_x(x):.1f}" cy="{_y(y):.1f}" r="{size}"'
+        shapes.append(f'<circle class="bar" {place}><title>{title}</title></circle>')
     below = [(points[index][0], number(xs[index])) for index in range(0, len(points), math.ceil(len(points) / 10))]
     marks = [(tick / _TICKS, f"{low + tall * tick / _TICKS:.3g}") for tick in range(_TICKS + 1)]
     return _frame(shapes, below, marks, x_title, y_title)
@@ -130,29 +128,21 @@ def intervals(
     for index, (label, value, (low, high)) in enumerate(zip(labels, values, bounds, strict=True)):
         y = _TOP + step * (index + 0.5)
         x, start, end = (middle + half * number / far for number in (value, low, high))
-        sign = "open" if not differences or low <= 0 <= high else "good" if low > 0 else "bad"
+        sign = "open"
+        if differences and not low <= 0 <= high:
+            sign = "good" if low > 0 else "bad"
+        shown = label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…"  # whole in the tooltip
         shapes.append(
             f'<g class="{sign}"><title>{escape(label)}: {value:{signed}} ({low:{signed}} to {high:{signed}})</title>'
             f'<line class="interval" x1="{start:.1f}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"/></g>' + _text(left - 10, y + 4, _short(label), "end")
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"/></g>' + _text(left - 10, y + 4, shown, "end")
         )
     tick = _nice_tick(far)
-    shapes += [
-        _text(
-            middle + half * tick * n / far,
-            bottom + 16,
-            f"{'+' if differences and n > 0 else ''}{tick * n:.3g}",
-            "middle",
-        )
-        for n in range(-int(far / tick) if differences else 0, int(far / tick) + 1)
-    ]
+    for n in range(-int(far / tick) if differences else 0, int(far / tick) + 1):
+        text = f"{tick * n:+.3g}" if differences and n else f"{tick * n:.3g}"
+        shapes.append(_text(middle + half * tick * n / far, bottom + 16, text, "middle"))
     shapes.append(_text(centre, bottom + 36, x_title, "middle", "title"))
     return f'<svg viewBox="0 0 {WIDTH} {bottom + 44}" role="img" aria-label="{escape(x_title)}">{"".join(shapes)}</svg>'
-
-
-def _short(label: str) -> str:
-    """Return what of a label fits beside a chart; the tooltip has all of it."""
-    return label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…"
 
 
 def number(value: float) -> str:
@@ -199,7 +189,7 @@ def _y(share: float) -> float:
 def _polyline(kind: str, points: Iterable[tuple[float, float]], title: str = "") -> str:
     """Return a line through points that are given as shares of the axes."""
     drawn = " ".join(f"{_x(x):.1f},{_y(y):.1f}" for x, y in points)
-    return f'<polyline class="{kind}" points="{drawn}"' + (f"><title>{title}</title></polyline>" if title else "/>")
+    return f'<polyline class="{kind}" points="{drawn}">' + (f"<title>{title}</title>" if title else "") + "</polyline>"
 
 
 def _from_zero(top: float) -> Marks:

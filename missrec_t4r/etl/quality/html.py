@@ -56,19 +56,16 @@ def _days(distributions: Mapping[str, Any]) -> str:
         for day, count in days.items():
             months[day[:7]] = months.get(day[:7], 0) + count
         days, unit = months, "month"
-    return section(
-        f"Events per {unit}", bars(list(days), list(days.values()), x_title=f"{unit} (UTC)", y_title="events")
-    )
+    chart = bars(list(days), list(days.values()), x_title=f"{unit} (UTC)", y_title="events")
+    return section(f"Events per {unit}", chart)
 
 
 def _lengths(distributions: Mapping[str, Any]) -> str:
     lengths = distributions["session_lengths"]
-    occurring = [index for index, count in enumerate(lengths.values()) if count]
-    ranges = list(lengths.items())[occurring[0] : occurring[-1] + 1] if occurring else []
-    chart = bars(
-        [label for label, _ in ranges], [n for _, n in ranges], x_title="events per session", y_title="sessions"
-    )
-    return section("Session lengths", chart)
+    occurring = [index for index, count in enumerate(lengths.values()) if count] or [0]
+    shown = slice(occurring[0], occurring[-1] + 1)
+    labels, counts = list(lengths)[shown], list(lengths.values())[shown]
+    return section("Session lengths", bars(labels, counts, x_title="events per session", y_title="sessions"))
 
 
 def _popularity(distributions: Mapping[str, Any], statistics: Mapping[str, Any]) -> str:
@@ -165,10 +162,8 @@ def section(title: str, inside: str, *, wide: bool = False) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], raw: int = -1) -> str:
     """Return a table; cells are escaped except those of column ``raw``, which are HTML."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td>{cell if index == raw else escape(cell)}</td>" for index, cell in enumerate(row))
-        + "</tr>"
-        for row in rows
-    )
+    body = ""
+    for row in rows:
+        cells = (f"<td>{cell if index == raw else escape(cell)}</td>" for index, cell in enumerate(row))
+        body += f"<tr>{''.join(cells)}</tr>"
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"

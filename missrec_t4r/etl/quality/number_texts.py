@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from missrec_t4r.etl.quality.checks import Findings
+from missrec_t4r.io.arrow_files import one_array
 
 MISSING: Final = frozenset({"", "n/a", "na", "#n/a", "n.a.", "k.a.", "nan", "null", "none", "nil", "-", "--", "?"})
 """Texts that stand for no value, in lower case."""
@@ -77,12 +78,7 @@ class Notations:
 
 def parse_numbers(column: pa.ChunkedArray | pa.Array, notation: str) -> pa.Array:
     """Return the numbers of a text column, double; null for words and for what is no number in this notation."""
-    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    return pa.concat_arrays([_parsed(chunk, notation) for chunk in chunks] or [pa.array([], pa.float64())])
-
-
-def _parsed(texts: pa.Array, notation: str) -> pa.Array:
-    encoded = texts.dictionary_encode()
+    encoded = one_array(column.dictionary_encode())
     numbers = pa.array([_number(text, notation) for text in encoded.dictionary.to_pylist()], pa.float64())
     return numbers.take(encoded.indices)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,8 +140,7 @@ def _time_statistics(times: Doubles, sessions: Sessions, now: float) -> tuple[di
     """Return the statistics of the event times and the number of events per day (UTC)."""
     day = (times // DAY).astype(np.int64)  # [event]
     first, last = int(day.min()), int(day.max())
-    in_range = last - first < _MOST_DAYS
-    per_day = np.bincount(day - first, minlength=last - first + 1) if in_range else np.bincount([0])  # [day]
+    per_day = np.bincount(day - first if last - first < _MOST_DAYS else [0])  # [day]
     same = np.diff(times) == 0  # [event - 1]: an event at the time of the one before it
     inside = np.ones(len(same), bool)
     inside[sessions.offsets[1:-1] - 1] = False  # pairs of events that belong to different sessions do not count
@@ -168,12 +168,9 @@ def _repeats(sessions: Sessions) -> int:
 
 def _histogram(values: Ints, edges: tuple[int, ...]) -> dict[str, int]:
     """Return the counts by range: "3-4", "10,000+"."""
-    bins, result = np.searchsorted(edges, values, side="right") - 1, {}
-    for index, low in enumerate(edges):
-        high = edges[index + 1] - 1 if index + 1 < len(edges) else None
-        label = f"{low:,}+" if high is None else (f"{low:,}" if high == low else f"{low:,}-{high:,}")
-        result[label] = int((bins == index).sum())
-    return result
+    counts, _ = np.histogram(values, [*edges, np.inf])
+    labels = [f"{low:,}" if high - low == 1 else f"{low:,}-{high - 1:,}" for low, high in itertools.pairwise(edges)]
+    return dict(zip([*labels, f"{edges[-1]:,}+"], counts.tolist(), strict=True))
 
 
 def _ranks(top: Ints) -> list[list[int]]:

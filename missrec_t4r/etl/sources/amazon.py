@@ -12,7 +12,7 @@ from __future__ import annotations
 import html
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,13 +142,8 @@ def import_amazon(
         events = events[titled]
     events = clean_events(events, findings, k_core=k_core, keep_repeats=keep_repeats)
     source = {"name": f"amazon-{edition}", "reviews": Path(reviews).name, "metadata": Path(metadata).name}
-    settings = {
-        "k_core": k_core,
-        "min_rating": min_rating,
-        "keep_repeats": keep_repeats,
-        "keep_untitled": keep_untitled,
-    }
-    return write_dataset(Path(out), events, items, findings, source | settings, dry_run=dry_run)
+    source |= {"k_core": k_core, "min_rating": min_rating, "keep_repeats": keep_repeats, "keep_untitled": keep_untitled}
+    return write_dataset(Path(out), events, items, findings, source, dry_run=dry_run)
 
 
 def _events(file: str | Path, layout: Layout, findings: Findings) -> pd.DataFrame:
@@ -219,22 +214,18 @@ def _picture(record: Mapping[str, Any], layout: Layout) -> str | None:
         pictures = _list(record.get(name))
         mains = [entry for entry in pictures if isinstance(entry, Mapping) and entry.get("variant") == "MAIN"]
         for entry in [*mains, *pictures]:
-            sizes = (
-                [entry.get(size) for size in ("hi_res", "large", "thumb")] if isinstance(entry, Mapping) else [entry]
-            )
-            for address in sizes:
-                if isinstance(address, str) and address:
-                    return address
+            sizes = list(map(entry.get, ("hi_res", "large", "thumb"))) if isinstance(entry, Mapping) else [entry]
+            if address := next((size for size in sizes if isinstance(size, str) and size), None):
+                return address
     return None
 
 
 def _clean(value: Any) -> str | None:
     """Return a text without HTML entities, tags and line breaks."""
-    text = " ".join(_TAG.sub(" ", html.unescape(str(value))).split()) if value else ""
-    return text or None
+    return " ".join(_TAG.sub(" ", html.unescape(str(value or ""))).split()) or None
 
 
-def _list(value: Any) -> Iterable[Any]:
-    if value is None or value == "":
+def _list(value: Any) -> list[Any]:
+    if value in (None, ""):
         return []
     return value if isinstance(value, list) else [value]

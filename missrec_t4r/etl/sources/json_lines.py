@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -38,49 +39,45 @@ def read_columns(file: Path, schema: pa.Schema, findings: Findings) -> pa.Table:
     DataError
         As `records` raises it.
     """
-    check_not_empty(file)
-    options = pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-    try:
-        with pa.input_stream(str(file), compression="detect") as stream:
-            return pajson.read_json(stream, pajson.ReadOptions(block_size=_BLOCK), options).select(schema.names)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, KeyError):
-        pass  # reading line by line finds the broken lines
-    counted: dict[str, int] = {}
+    if (table := _by_arrow(file, schema, "ignore")) is not None:
+        return table.select(schema.names)
+    wrong: Counter[str] = Counter()
     rows: dict[str, list[Any]] = {name: [] for name in schema.names}
     for record in records(file, findings):
         for field in schema:
-            rows[field.name].append(_value(record.get(field.name), field, counted))
-    for name, count in counted.items():
-        findings.add(
-            "wrong_type", count, f"{file.name}: values of {name!r} that are no {schema.field(name).type}: null"
-        )
-    return pa.table({field.name: pa.array(rows[field.name], field.type) for field in schema})
+            rows[field.name].append(_value(record.get(field.name), field, wrong))
+    for name, count in wrong.items():
+        kind = schema.field(name).type
+        findings.add("wrong_type", count, f"{file.name}: values of {name!r} that are no {kind}: null")
+    return pa.table(rows, schema=schema)
 
 
 def read_all(file: Path, text_columns: Sequence[str] = ()) -> pa.Table:
     """Return all fields; those of ``text_columns`` as text, whatever their types."""
-    check_not_empty(file)
-    schema = pa.schema([(name, pa.string()) for name in text_columns])
-    try:
-        with pa.input_stream(str(file), compression="detect") as stream:
-            return pajson.read_json(
-                stream, pajson.ReadOptions(block_size=_BLOCK), pajson.ParseOptions(explicit_schema=schema)
-            )
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError):
-        rows = list(records(file, Findings(), 0.0))
+    table = _by_arrow(file, pa.schema([(name, pa.string()) for name in text_columns]), "infer")
+    if table is not None:
+        return table
+    rows = list(records(file, Findings(), 0.0))
     names = dict.fromkeys(name for row in rows for name in row)
+    columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
+    for name in columns.keys() & set(text_columns):
+        columns[name] = pa.array([_text(value) for value in columns[name]], pa.string())
     try:
-        columns = {
-            name: pa.array([_text(row.get(name)) for row in rows], pa.string())
-            if name in text_columns
-            else pa.array([row.get(name) for row in rows])
-            for name in names
-        }
+        return pa.table(columns)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(
             f"a field of {file} has values of several types ({error})", "one type per field", "repair the export"
         ) from error
-    return pa.table(columns)
+
+
+def _by_arrow(file: Path, schema: pa.Schema, others: str) -> pa.Table | None:
+    """Return what pyarrow reads of a file; None if it refuses it: reading line by line finds the broken lines."""
+    options = pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior=others)
+    try:
+        with pa.input_stream(str(file), compression="detect") as stream:
+            return pajson.read_json(stream, pajson.ReadOptions(block_size=_BLOCK), options)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError):
+        return None
 
 
 def records(file: Path, findings: Findings, max_broken: float = 0.01) -> Iterator[Mapping[str, Any]]:
@@ -91,7 +88,10 @@ def records(file: Path, findings: Findings, max_broken: float = 0.01) -> Iterato
     DataError
         The file is missing, empty or truncated, or has more broken lines than ``max_broken``.
     """
-    check_not_empty(file)
+    if not file.is_file():
+        raise DataError(f"there is no file {file}", "an existing file", "check the path")
+    if not file.stat().st_size:
+        raise DataError(f"{file} has no bytes", "at least one row", "write or download the file again")
     lines = broken = 0
     last = ""
     try:
@@ -123,20 +123,6 @@ def records(file: Path, findings: Findings, max_broken: float = 0.01) -> Iterato
     findings.add("broken_lines", broken, f"lines of {file.name} that are no JSON objects are left out")
 
 
-def check_not_empty(file: Path) -> None:
-    """Refuse a missing or an empty file.
-
-    Raises
-    ------
-    DataError
-        The file is missing or empty.
-    """
-    if not file.is_file():
-        raise DataError(f"there is no file {file}", "an existing file", "check the path")
-    if not file.stat().st_size:
-        raise DataError(f"{file} has no bytes", "at least one row", "write or download the file again")
-
-
 def _open(file: Path) -> IO[str]:
     with file.open("rb") as start:
         zipped = start.read(2) == b"\x1f\x8b"
@@ -145,15 +131,13 @@ def _open(file: Path) -> IO[str]:
     return file.open(encoding="utf-8-sig", errors="replace")
 
 
-def _value(value: Any, field: pa.Field, counted: dict[str, int]) -> Any:
-    if value is None:
-        return None
-    if pa.types.is_string(field.type):
+def _value(value: Any, field: pa.Field, wrong: Counter[str]) -> Any:
+    if value is None or pa.types.is_string(field.type):
         return _text(value)
     try:
         return int(value) if pa.types.is_integer(field.type) else float(value)
     except (TypeError, ValueError, OverflowError):
-        counted[field.name] = counted.get(field.name, 0) + 1
+        wrong[field.name] += 1
         return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
@@ -20,7 +19,7 @@ from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
 log = logging.getLogger(__name__)
 
-_YEAR = re.compile(r"^(.*?)\s*\((\d{4})\)\s*$")
+_YEAR = r"^(.*?)\s*\((\d{4})\)\s*$"
 _EVENTS = [USER_ID, ITEM_ID, "rating", TIMESTAMP]
 _GENRES = (
     "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
@@ -84,8 +83,8 @@ def import_movielens(
         events = events[events.groupby(ITEM_ID)[ITEM_ID].transform("size") >= min_item_count]
     events = clean_events(events, findings, k_core=k_core, keep_repeats=True)
     source = {"name": "movielens", "layout": edition, "archive": Path(archive).name}
-    settings = {"k_core": k_core, "min_item_count": min_item_count, "min_rating": min_rating}
-    return write_dataset(Path(out), events, items, findings, source | settings, dry_run=dry_run)
+    source |= {"k_core": k_core, "min_item_count": min_item_count, "min_rating": min_rating}
+    return write_dataset(Path(out), events, items, findings, source, dry_run=dry_run)
 
 
 def _open(archive: Path) -> tuple[str, Read]:
@@ -112,15 +111,14 @@ def _open(archive: Path) -> tuple[str, Read]:
 
 
 def _ml_100k(read: Read) -> tuple[pd.DataFrame, pd.DataFrame]:
-    events = pd.read_csv(BytesIO(read("u.data")), sep="\t", names=_EVENTS, dtype={USER_ID: str, ITEM_ID: str})
+    events = _events(read("u.data"))
     films = [line.split("|") for line in read("u.item").decode("latin-1").splitlines() if line]
     genres = [[name for name, flag in zip(_GENRES, film[5:], strict=True) if flag == "1"] for film in films]
     return events, _films([film[0] for film in films], [film[1] for film in films], genres)
 
 
 def _ml_1m(read: Read) -> tuple[pd.DataFrame, pd.DataFrame]:
-    lines = read("ratings.dat").replace(b"::", b"\t")
-    events = pd.read_csv(BytesIO(lines), sep="\t", names=_EVENTS, dtype={USER_ID: str, ITEM_ID: str})
+    events = _events(read("ratings.dat").replace(b"::", b"\t"))
     films = [line.split("::") for line in read("movies.dat").decode("latin-1").splitlines() if line]
     genres = [film[2].split("|") if film[2] else [] for film in films]
     return events, _films([film[0] for film in films], [film[1] for film in films], genres)
@@ -134,19 +132,22 @@ def _csv(read: Read) -> tuple[pd.DataFrame, pd.DataFrame]:
     return events, _films(films["movieId"].tolist(), films["title"].tolist(), genres)
 
 
+def _events(lines: bytes) -> pd.DataFrame:
+    return pd.read_csv(BytesIO(lines), sep="\t", names=_EVENTS, dtype={USER_ID: str, ITEM_ID: str})
+
+
 def _films(ids: list[str], titles: list[str], genres: list[list[str]]) -> pd.DataFrame:
     """Return the item table: title without the year, year, genres, and a text of title and genres."""
-    split = [_YEAR.match(title) for title in titles]
+    names, joined = pd.Series(titles, dtype=object), [", ".join(entries) for entries in genres]
+    parts = names.str.extract(_YEAR)
+    texts = [". ".join(filter(None, [title.strip(), listed])) for title, listed in zip(titles, joined, strict=True)]
     return pd.DataFrame(
         {
             ITEM_ID: ids,
-            "title": [match[1] if match else title for match, title in zip(split, titles, strict=True)],
-            "year": pd.array([int(match[2]) if match else None for match in split], dtype="Int64"),
-            "genres": [", ".join(names) or None for names in genres],
-            "text": [
-                ". ".join(filter(None, [title.strip(), ", ".join(names)])) or None
-                for title, names in zip(titles, genres, strict=True)
-            ],
+            "title": parts[0].fillna(names),
+            "year": pd.to_numeric(parts[1]).astype("Int64"),
+            "genres": [listed or None for listed in joined],
+            "text": [text or None for text in texts],
         }
     )
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -101,13 +101,11 @@ class EventColumn:
                 encoded[[value is not None for value in raw]] = np.array(present, np.int64)
                 return encoded
             if self.kind == "continuous":
-                floats = [np.nan if value is None else float(value) for value in raw]
-                if not self.steps:
-                    return np.array(floats, np.float32)
-                return apply_steps(self.steps, np.array(floats)).astype(np.float32)
+                numbers = [np.nan if value is None else float(value) for value in raw]
+                return apply_steps(self.steps, np.array(numbers, np.float64)).astype(np.float32)
             empty = np.zeros(self.size, np.float32)
             vectors = [empty if value is None else np.asarray(value, np.float32) for value in raw]
-            return np.stack(vectors).reshape(len(raw), self.size) if vectors else np.zeros((0, self.size), np.float32)
+            return np.array(vectors, np.float32).reshape(len(raw), self.size)
         except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"event feature {self.name!r} holds {str(list(raw))[:80]} ({error})",
@@ -127,7 +125,7 @@ class EventColumn:
             raw = dict(enumerate(self.values, start=UNKNOWN_ROW + 1)) | {UNKNOWN_ROW: self._unknown_value}
             return [None if code == 0 else raw[int(code)] if self.values else int(code) for code in values]
         if self.kind == "continuous":
-            numbers = invert_steps(self.steps, values.astype(np.float64)) if self.steps else values
+            numbers = invert_steps(self.steps, values.astype(np.float64))
             return [float(value) if np.isfinite(value) else None for value in numbers]
         return [vector.tolist() if vector.any() else None for vector in values]
 
@@ -157,16 +155,12 @@ class EventColumn:
         """
         lists = {"values": tuple(content.get("values", ())), "steps": as_steps(content.get("steps", ()))}
         column = cls(**{**content, **lists})
-        sizes, numbers = (column.size, column.width), (column.mean, column.std)
+        numbers = [column.mean, column.std, *(value for value in column.values if not isinstance(value, str))]
         right = (
             isinstance(column.name, str)
-            and column.kind in ("categorical", "continuous", "pretrained")
-            and all(type(size) is int and size > 0 for size in sizes)
+            and column.kind in get_args(Kind)
+            and all(type(size) is int and size > 0 for size in (column.size, column.width))
             and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
-            and all(
-                isinstance(value, str) or (isinstance(value, (int, float)) and math.isfinite(value))
-                for value in column.values
-            )
             and column.std > 0
             and (not column.values or column.size > len(column.values) + UNKNOWN_ROW)
         )

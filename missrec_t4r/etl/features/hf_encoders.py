@@ -26,6 +26,7 @@ from torch.nn.functional import normalize
 
 from missrec_t4r.arrays import Floats
 from missrec_t4r.errors import ConfigError, ModalityError
+from missrec_t4r.io.json_files import read_json
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CLIP = ("clip", "clip_text_model", "clip_vision_model")
@@ -65,13 +66,18 @@ class PretrainedText:
         model = _load(kind, source, config=config, trust_remote_code=False)
         self.model = model.to(self.device).eval()
         self.tokenizer = _load(AutoTokenizer, source, trust_remote_code=False)
-        self.pooling = "projection" if self.clip else _pooling(source)
-        self.max_length = _max_length(source, self.tokenizer, self.model.config)
+        self.pooling = "projection" if self.clip else "mean"
+        if not self.clip and _setting(source, "1_Pooling/config.json", "pooling_mode_cls_token"):
+            self.pooling = "first_token"
+        stated = _setting(source, "sentence_bert_config.json", "max_seq_length") or _LONGEST
+        positions = getattr(self.model.config, "max_position_embeddings", _LONGEST)
+        self.max_length = int(min(stated, self.tokenizer.model_max_length, positions))
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
         self.identity = {
             "name": self.name,
             "architecture": config.model_type,
             "weights": weights_hash(self.model),
-            "vocabulary": _vocabulary_hash(self.tokenizer),
+            "vocabulary": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest(),
             "lower_case": bool(getattr(self.tokenizer, "do_lower_case", False)),
             "pooling": self.pooling,
             "max_length": self.max_length,
@@ -150,11 +156,6 @@ def weights_hash(model: Module) -> str:
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _vocabulary_hash(tokenizer: Any) -> str:
-    entries = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def _config(source: str, part: str) -> Any:
@@ -237,17 +238,10 @@ def _is_refused(error: BaseException | None) -> bool:
     return False
 
 
-def _pooling(source: str) -> str:
-    file = Path(source) / "1_Pooling" / "config.json"
-    first = file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_cls_token")
-    return "first_token" if first else "mean"
-
-
-def _max_length(source: str, tokenizer: Any, config: Any) -> int:
-    file = Path(source) / "sentence_bert_config.json"
-    stated = json.loads(file.read_text(encoding="utf-8")).get("max_seq_length") if file.is_file() else None
-    positions = getattr(config, "max_position_embeddings", _LONGEST)
-    return int(min(stated or _LONGEST, tokenizer.model_max_length, positions))
+def _setting(source: str, name: str, key: str) -> Any:
+    """Return a setting in a file of sentence-transformers; None if there is none."""
+    file = Path(source) / name
+    return read_json(file).get(key) if file.is_file() else None
 
 
 def _device(device: str, precision: str) -> torch.device:

@@ -44,12 +44,12 @@ class TrainingBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> TrainingBatch:
         """Return the batch on a device; a GPU copies it while the host goes on."""
-        there = torch.device(device)
+        target = torch.device(device)
 
         def move(values: Tensor) -> Tensor:
-            if there.type != "cuda" or values.device.type != "cpu":
-                return values.to(there)
-            return values.pin_memory().to(there, non_blocking=True)
+            if target.type != "cuda" or values.device.type != "cpu":
+                return values.to(target)
+            return values.pin_memory().to(target, non_blocking=True)
 
         return self._replace(
             item_ids=move(self.item_ids),
@@ -71,30 +71,25 @@ class TrainingBatch(NamedTuple):
             Trained positions of the result, where the batch is one of all positions.
         """
         rows, events = sessions - len(self.item_ids), length - self.item_ids.shape[1]
-        at = self.positions
-        if at is not None:
-            added = torch.arange(positions - at.shape[1])
-            at = torch.cat([at, torch.stack([torch.full_like(added, sessions - 1), added % length])], 1)
+        trained = self.positions
+        if trained is not None:
+            added = torch.arange(positions - trained.shape[1])
+            trained = torch.cat([trained, torch.stack([torch.full_like(added, sessions - 1), added % length])], 1)
         return self._replace(
             item_ids=_grown(self.item_ids, rows, events),
             targets=_grown(self.targets, rows, events if self.targets.ndim == 3 else 0),
             event_features=_map(self.event_features, lambda values: _grown(values, rows, events)),
-            positions=at,
+            positions=trained,
         )
 
     def part(self, index: int, parts: int) -> TrainingBatch:
         """Return every ``parts``-th session from ``index`` on; one row of padding if there are fewer sessions."""
         if index >= len(self.item_ids):
-            return TrainingBatch(
-                _padding_row(self.item_ids), _padding_row(self.targets), _map(self.event_features, _padding_row)
-            )
-        targets = self.targets[index::parts]
-        return TrainingBatch(
-            self.item_ids[index::parts],
-            targets,
-            _map(self.event_features, lambda values: values[index::parts]),
-            None if self.positions is None else trained_positions(targets),
-        )
+            features = _map(self.event_features, _padding_row)
+            return TrainingBatch(_padding_row(self.item_ids), _padding_row(self.targets), features)
+        targets, features = self.targets[index::parts], _map(self.event_features, lambda values: values[index::parts])
+        positions = None if self.positions is None else trained_positions(targets)
+        return TrainingBatch(self.item_ids[index::parts], targets, features, positions)
 
 
 def trained_positions(targets: Tensor) -> Tensor:
@@ -235,10 +230,8 @@ def collate(
     targets = np.where(inside, sessions.values[np.where(inside, target_index, 0)], 0)
     if not all_positions:
         targets = targets[:, 0]  # [batch, target]
-    given = torch.from_numpy(targets)
-    return TrainingBatch(
-        torch.from_numpy(item_ids), given, event_features, trained_positions(given) if all_positions else None
-    )
+    batch = TrainingBatch(torch.from_numpy(item_ids), torch.from_numpy(targets), event_features)
+    return batch._replace(positions=trained_positions(batch.targets)) if all_positions else batch
 
 
 def _mirrored(examples: Examples) -> Examples:

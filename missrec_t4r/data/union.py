@@ -52,13 +52,15 @@ class Domains:
         lines = []
         for name, by_domain in self.sources.items():
             modality = self.catalogue.modalities[name]
-            title = f"{name} (width {modality.width}, encoder {_short(modality.fingerprint)})"
+            fingerprint = str(modality.fingerprint)
+            encoder = fingerprint if len(fingerprint) <= 40 else fingerprint[:37] + "…"
+            title = f"{name} (width {modality.width}, encoder {encoder})"
             without = [domain for domain in self.names if domain not in by_domain]
-            parts = ", ".join(f"{domain}.{own}" for domain, own in by_domain.items())
+            parts = ", ".join(f"{domain}.{source}" for domain, source in by_domain.items())
             line = f"modality {title}: {parts}" + (f"; not in {', '.join(without)}" if without else "")
-            other = [own for own in by_domain.values() if own != name and own in self.sources]
-            if other:
-                line += f"; not merged with {other[0]}, which comes from another encoder"
+            namesakes = [source for source in by_domain.values() if source != name and source in self.sources]
+            if namesakes:
+                line += f"; not merged with {namesakes[0]}, which comes from another encoder"
             lines.append(line)
         return lines
 
@@ -185,8 +187,8 @@ def _match_domains(catalogues: Mapping[str, Catalogue]) -> dict[str, dict[str, s
     widths: dict[str, int] = {}
     for domain, catalogue in catalogues.items():
         require_fingerprints(catalogue.modalities, f"domain {domain!r}")
-        own = {name: modality.fingerprint for name, modality in catalogue.modalities.items()}
-        matched = match_modalities(own, fingerprints)
+        of_domain = {name: modality.fingerprint for name, modality in catalogue.modalities.items()}
+        matched = match_modalities(of_domain, fingerprints)
         for name, modality in catalogue.modalities.items():
             joint = matched.get(name) or _free_name(name, domain, sources)
             if widths.setdefault(joint, modality.width) != modality.width:
@@ -225,8 +227,3 @@ def _stack_modality(by_domain: Mapping[str, str], catalogues: Mapping[str, Catal
         for variant, stacked in variants.items():
             stacked[rows] = part.variants.get(variant, part.vectors)[FIRST_ITEM_ROW:]
     return Modality(vectors, present, first.encoder, variants)
-
-
-def _short(fingerprint: str | None) -> str:
-    text = str(fingerprint)
-    return text if len(text) <= 40 else text[:37] + "…"

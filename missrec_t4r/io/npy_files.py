@@ -47,10 +47,10 @@ def read_npy(file: Path, *, mapped: bool = False) -> AnyArray:
             )
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, EOFError, TokenError) as error:
             raise ValueError(f"it is no .npy file: {error}") from error
-        held = size - stream.tell()
+        n_bytes = size - stream.tell()
     if dtype.kind not in "fiub" or dtype.names is not None:
         raise ValueError(f"it holds {dtype}, no numbers")
-    if any(one < 0 for one in shape) or math.prod(shape) * dtype.itemsize != held:
-        raise ValueError(f"it claims {dtype} of shape {shape} and has {held} bytes")
+    if any(length < 0 for length in shape) or math.prod(shape) * dtype.itemsize != n_bytes:
+        raise ValueError(f"it claims {dtype} of shape {shape} and has {n_bytes} bytes")
     array: AnyArray = np.load(file, "c" if mapped else None, allow_pickle=False)
     return array

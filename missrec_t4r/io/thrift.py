@@ -12,7 +12,7 @@ Struct = dict[int, Any]
 """Field number -> value: int, bool, bytes, list, or another struct. Unknown fields are kept."""
 
 _MOST_DEPTH = 16
-_DOUBLE, _BINARY, _LISTS, _MAP, _STRUCT = 7, 8, (9, 10), 11, 12
+_DOUBLE, _BINARY, _LISTS, _STRUCT = 7, 8, (9, 10), 12
 
 
 class CompactReader:
@@ -57,23 +57,13 @@ class CompactReader:
             return self._bytes(8)
         if kind == _BINARY:
             return self._bytes(self._varint())
-        if kind in _LISTS:
-            head = self._byte()
-            length = head >> 4 if head >> 4 < 15 else self._varint()
-            return [self._value_or_struct(head & 15, depth) for _ in range(length)]
-        if kind == _MAP:
-            length = self._varint()
-            kinds = self._byte() if length else 0
-            return [self._value_or_struct(kind, depth) for _ in range(length) for kind in (kinds >> 4, kinds & 15)]
-        return self._value_or_struct(kind, depth)
-
-    def _value_or_struct(self, kind: int, depth: int) -> Any:
         if kind == _STRUCT:
-            self._left -= 1
             return self.struct(depth + 1)
-        if not 1 <= kind < _STRUCT or depth > _MOST_DEPTH:
+        if kind not in _LISTS or depth > _MOST_DEPTH:  # parquet has no maps
             raise ValueError(f"a value of type {kind}")
-        return self._value(kind, depth + 1)
+        head = self._byte()
+        length = head >> 4 if head >> 4 < 15 else self._varint()
+        return [self._value(head & 15, depth + 1) for _ in range(length)]
 
     def _byte(self) -> int:
         return self._bytes(1)[0]

@@ -38,13 +38,13 @@ def cooccurrence_vectors(data: Path, catalogue: Catalogue, width: int) -> Encode
         raise ModalityError(
             "no training session with two different items", "co-occurrences", "give text columns, images or vectors"
         )
-    held = torch.sparse_coo_tensor(
+    contains = torch.sparse_coo_tensor(
         torch.from_numpy(pairs), torch.ones(pairs.shape[1]), (len(train), n_rows), check_invariants=True
     ).coalesce()
     occurs = torch.bincount(torch.from_numpy(pairs[1]), minlength=n_rows).float().clamp_min(1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        together = torch.sparse.mm(held.t(), held).coalesce()  # [row, row]
+        together = torch.sparse.mm(contains.t(), contains).coalesce()  # [row, row]
     left, right = together.indices()
     information = torch.log(together.values() * len(train) / (occurs[left] * occurs[right])).clamp_min(0)
     information[left == right] = 0.0

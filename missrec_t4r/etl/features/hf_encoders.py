@@ -162,10 +162,10 @@ def _config(source: str, part: str) -> Any:
     """Return the model's config; for CLIP that of one encoder, with the width of the shared space."""
     from transformers import AutoConfig
 
-    whole = _load(AutoConfig, source, trust_remote_code=False)
-    config = getattr(whole, part, whole)
-    if config is not whole:
-        config.projection_dim = whole.projection_dim
+    model_config = _load(AutoConfig, source, trust_remote_code=False)
+    config = getattr(model_config, part, model_config)
+    if config is not model_config:
+        config.projection_dim = model_config.projection_dim
     return config
 
 

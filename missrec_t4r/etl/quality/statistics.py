@@ -54,10 +54,10 @@ class ReportData:
         written = read_json(report)
         splits = [data / split for split in SPLITS if any((data / split).glob("*.parquet"))]
         findings = {finding["check"]: int(finding["count"]) for finding in written.get("findings", [])}
-        whole = longest_rows([keyed_sessions(split, [TIMESTAMP]) for split in splits])
-        events, users = int(written.get("events", len(whole.values))), int(written.get("users", len(whole)))
+        sessions = longest_rows([keyed_sessions(split, [TIMESTAMP]) for split in splits])
+        events, users = int(written.get("events", len(sessions.values))), int(written.get("users", len(sessions)))
         raw_events = int(written.get("events_read", 0)) or events
-        return cls(whole, Catalogue.load(data / CATALOGUE_FOLDER), findings, raw_events, users)
+        return cls(sessions, Catalogue.load(data / CATALOGUE_FOLDER), findings, raw_events, users)
 
     @property
     def times(self) -> Doubles | None:

@@ -190,7 +190,7 @@ def normal_time(column: pa.ChunkedArray, name: str, time_format: str | None = No
     if pa.types.is_integer(kind):
         return as_int64(column, name)
     if pa.types.is_floating(kind):
-        return pc.if_else(pc.is_finite(column), column, None).cast(pa.float64())
+        return finite_floats(column, pa.float64())
     if is_text:
         return _times_of_text(column, name, time_format)
     if pa.types.is_date(kind):

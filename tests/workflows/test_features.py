@@ -5,14 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import sklearn
 from PIL import Image
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.etl.features.pipeline import features
-from missrec_t4r.etl.features.sklearn_encoders import encode_images, encode_texts, join_texts
+from missrec_t4r.etl.features.pipeline import features, item_texts
+from missrec_t4r.etl.features.sklearn_encoders import encode_images, encode_texts
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.sources.synthetic.shop_images import draw
 from missrec_t4r.etl.sources.synthetic.shop_text import STYLES
@@ -105,5 +106,6 @@ def test_pictures_of_one_style_are_close(tmp_path: Path) -> None:
     np.testing.assert_array_equal(encode_images(paths, width=16).vectors, encoded.vectors)
 
 
-def test_join_texts() -> None:
-    assert join_texts([["a", None, " "], ["b ", "c", None]]) == ["a. b", "c", None]
+def test_the_texts_of_several_columns_are_joined() -> None:
+    items = pa.table({"title": ["a", None, " "], "brand": ["b ", "c", None]})
+    assert item_texts(items, ["title", "brand"]) == ["a. b", "c", None]

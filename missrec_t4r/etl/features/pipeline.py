@@ -23,7 +23,7 @@ from missrec_t4r.errors import ConfigError, DataError, ModalityError
 from missrec_t4r.etl.features.cache import content_key
 from missrec_t4r.etl.features.cooccurrence import COOCCURRENCE, cooccurrence_vectors
 from missrec_t4r.etl.features.encode import CLASSICAL, EncoderSettings, encode_contents, to_encode
-from missrec_t4r.etl.features.sklearn_encoders import Encoded, join_texts
+from missrec_t4r.etl.features.sklearn_encoders import Encoded
 from missrec_t4r.etl.sources.table import require_column
 from missrec_t4r.io.atomic import translate_disk_errors
 from missrec_t4r.io.lock import locked
@@ -110,12 +110,12 @@ def features(
         No catalogue, no such column, folder or encoder, or nothing to encode.
     """
     started = time.perf_counter()
-    data, images, like, cache = Path(data), _path(images), _path(like), _path(cache)
+    data = Path(data)
     settings = EncoderSettings(
         device=device,
         precision=precision,
         batch_size=batch_size,
-        cache=cache if cache is not None else data.absolute().with_name(data.absolute().name + ".features"),
+        cache=data.absolute().with_name(data.absolute().name + ".features") if cache is None else Path(cache),
         width=width,
         whiten=whiten,
         reduce_to=reduce_to,
@@ -134,31 +134,27 @@ def features(
         requested: dict[str, tuple[list[Any], EncoderSettings, dict[str, Any]]] = {}
         if text_columns:
             chosen = replace(settings, encoder=text_encoder)
-            source = {"columns": list(text_columns)} | ({WORD_DROP: word_drop} if word_drop else {})
+            source: dict[str, Any] = {"columns": list(text_columns)} | ({WORD_DROP: word_drop} if word_drop else {})
             requested["text"] = item_texts(catalogue.items, text_columns), chosen, source
         if image_column is not None or images is not None:
             chosen = replace(settings, encoder=image_encoder)
-            source: dict[str, Any] = {"column": image_column, "images": None if images is None else str(images)}
+            source = {"column": image_column, "images": None if images is None else str(images)}
             requested["image"] = image_paths(catalogue.items, image_column, images), chosen, source
         if dry_run:
             plan = {name: to_encode(name, contents, chosen) for name, (contents, chosen, _) in requested.items()}
-            return {
-                "data": str(data),
-                "dry_run": True,
-                "modalities": plan | ({COOCCURRENCE: {}} if cooccurrence else {}),
-            }
+            plan |= {COOCCURRENCE: {}} if cooccurrence else {}
+            return {"data": str(data), "dry_run": True, "modalities": plan}
         if any(chosen.encoder == CLASSICAL for _, chosen, _ in requested.values()) and like is None:
             log.info("classical encoders replace pretrained ones (hashed n-grams, colour and gradient histograms)")
         stored = _stored(like)
         added, report, ids = {}, {}, catalogue.items[ITEM_ID].to_pylist()
         for name, (contents, chosen, source) in requested.items():
             encoded, dropped = _encode(name, contents, chosen, stored.get(name), word_drop)
-            added[name], report[name] = _modality(encoded, source, dropped), _describe(encoded, ids)
+            added[name], report[name] = _modality(encoded, source, dropped), _describe(name, encoded, ids)
         if cooccurrence:
             encoded = cooccurrence_vectors(data, catalogue, width)
-            added[COOCCURRENCE], report[COOCCURRENCE] = _modality(encoded, {}, None), _describe(encoded, ids)
-        for name, part in report.items():
-            log.info(f"{name}: {part['items']:,} items, width {part['width']}; {part['missing']} lack it")
+            added[COOCCURRENCE] = _modality(encoded, {}, None)
+            report[COOCCURRENCE] = _describe(COOCCURRENCE, encoded, ids)
         replaced = sorted(set(added) & set(catalogue.modalities))
         with translate_disk_errors(folder):
             replace(catalogue, modalities={**catalogue.modalities, **added}).save(folder)
@@ -231,7 +227,12 @@ def item_texts(items: pa.Table, columns: Sequence[str]) -> list[str | None]:
     SchemaError
         The table lacks a column.
     """
-    return join_texts([require_column(items, name, "items", "--text-columns").to_pylist() for name in columns])
+    texts_by_column = [require_column(items, name, "items", "--text-columns").to_pylist() for name in columns]
+    texts = (
+        ". ".join(str(value).strip() for value in row if value and str(value).strip())
+        for row in zip(*texts_by_column, strict=True)
+    )
+    return [text or None for text in texts]
 
 
 def image_paths(items: pa.Table, column: str | None, images: str | Path | None) -> list[Path | None]:
@@ -272,11 +273,7 @@ def word_dropped(text: str, share: float) -> str:
     return " ".join(kept or words[int(draw.argmax()) :][:1])
 
 
-def _path(given: str | Path | None) -> Path | None:
-    return None if given is None else Path(given)
-
-
-def _stored(folder: Path | None) -> dict[str, Modality]:
+def _stored(folder: str | Path | None) -> dict[str, Modality]:
     """Return the modalities of a catalogue or data folder whose encoder is available here."""
     if folder is None:
         return {}
@@ -332,8 +329,9 @@ def _modality(encoded: Encoded, source: Mapping[str, Any], dropped: Encoded | No
     return Modality(vectors, present, {**encoded.encoder, **source}, variants, encoded.state)
 
 
-def _describe(encoded: Encoded, ids: list[Any]) -> dict[str, Any]:
+def _describe(name: str, encoded: Encoded, ids: list[Any]) -> dict[str, Any]:
     missing = [ids[item] for item in np.flatnonzero(~encoded.present)]
+    log.info(f"{name}: {encoded.present.sum():,} items, width {encoded.vectors.shape[1]}; {len(missing)} lack it")
     return {
         "items": int(encoded.present.sum()),
         "width": int(encoded.vectors.shape[1]),

@@ -8,7 +8,7 @@ The fitted state is returned as `Encoded.state`; with it, new items are encoded 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,12 +222,3 @@ def _require_two(name: str, present: Bools) -> None:
             "at least two",
             f"check the {name} columns and paths, or leave the modality out",
         )
-
-
-def join_texts(columns: Iterable[Sequence[Any]]) -> list[str | None]:
-    """Join the texts of several columns item by item; None where all are empty."""
-    texts = (
-        ". ".join(str(value).strip() for value in row if value and str(value).strip())
-        for row in zip(*columns, strict=True)
-    )
-    return [text or None for text in texts]

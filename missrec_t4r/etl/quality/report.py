@@ -71,15 +71,15 @@ def report(
         Not a data folder, or a gate that cannot be read or names an unknown statistic.
     """
     data, out = Path(data), Path(out)
-    previous = None if previous is None else Path(previous)
+    if previous is not None and not Path(previous).is_file():
+        raise ConfigError(f"there is no report {previous}", "the report.json of the last run", "check --previous")
     bounds = read_gate(Path(gate)) if gate is not None else {}
     log.info(f"reading {data}")
     statistics, distributions = compute_statistics(ReportData.load(data), time.time() if now is None else now)
     made_from = data_digest(data)
-    existing = None if previous is not None else _last(out / REPORT_FILE, required=False)
+    existing = _stored_report(out / REPORT_FILE) if previous is None else None
     repeated = existing is not None and existing.get("made_from") == made_from
-    last_file = out / (PREVIOUS_FILE if repeated else REPORT_FILE) if previous is None else previous
-    last = _last(last_file, required=previous is not None)
+    last = _stored_report(Path(previous or out / PREVIOUS_FILE)) if previous or repeated else existing
     if last is not None:
         statistics |= drift(statistics, distributions, last)
     checked = apply_gate(statistics, bounds)
@@ -198,16 +198,9 @@ def _shares(counts: Mapping[str, int]) -> dict[str, float]:
     return {key: count / total for key, count in counts.items()}
 
 
-def _last(file: Path, *, required: bool) -> dict[str, Any] | None:
-    """Return the last run's report, or None if there is none."""
+def _stored_report(file: Path) -> dict[str, Any] | None:
+    """Return the report of an earlier run, or None if there is none."""
     try:
-        content = read_json(file)
-    except FileNotFoundError:
-        if required:
-            raise ConfigError(
-                f"there is no report {file}", "the report.json of the last run", "check --previous"
-            ) from None
-        return None
+        return read_json(file) if file.is_file() else None
     except ValueError as error:
         raise ConfigError(f"{file} is no report ({error})", "report.json of `missrec report`", "remove it") from error
-    return dict(content)

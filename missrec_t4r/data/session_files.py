@@ -20,7 +20,7 @@ from missrec_t4r.arrays import Bools, Ints
 from missrec_t4r.data.user_hash import hash_ids
 from missrec_t4r.io.arrow_files import one_array, read_arrow
 from missrec_t4r.io.atomic import read_consistently
-from missrec_t4r.schema import LIST_SUFFIX, SPLITS, USER_ID
+from missrec_t4r.schema import ITEM_LIST, LIST_SUFFIX, SPLITS, USER_ID
 
 DELTA_FOLDER = "deltas"
 
@@ -98,7 +98,7 @@ def _merged(data: Path, split: str, columns: list[str]) -> pa.Table:
     parts: list[pa.Table] = []
     for file in reversed(delta_files(data)):
         table = read_arrow(file)
-        offsets = np.asarray(next(one_array(table[n]) for n in table.column_names if n.endswith(LIST_SUFFIX)).offsets)
+        offsets = np.asarray(one_array(table[ITEM_LIST]).offsets)
         lengths = table[split].to_numpy().astype(np.int64)
         lengths[_is_in(table[USER_ID], overridden)] = 0
         parts.append(take_prefixes(table.select(names), offsets.astype(np.int64), lengths))

@@ -260,7 +260,7 @@ def test_an_unfinished_shard_is_not_read(tmp_path: Path) -> None:
     assert b"a" * 16 in damaged
     assert b"c" * 16 not in damaged
     keys[1].write_bytes(b"")
-    assert len(VectorCache(tmp_path, {"name": "x"})) == 0
+    assert b"a" * 16 not in VectorCache(tmp_path, {"name": "x"})
 
 
 def test_a_killed_run_goes_on_where_it_was(clip: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,14 @@ class VectorCache:
         self.folder = None if folder is None else folder / digest(encoder)[:32]
         self._location: dict[bytes, tuple[int, int]] = {}
         self._shards: list[Path] = []
-        for keys, vectors in self._read():
-            self._index(keys, vectors)
-
-    def __len__(self) -> int:
-        return len(self._location)
+        for shard in [] if self.folder is None else sorted(self.folder.glob("*.vectors.npy")):
+            try:
+                keys = np.load(_keys_of(shard), allow_pickle=False)
+                n_vectors = len(np.load(shard, mmap_mode="r", allow_pickle=False))
+            except (OSError, ValueError, EOFError):
+                continue  # unfinished or damaged: its contents are encoded again
+            if len(keys) == n_vectors:
+                self._index([row.tobytes() for row in keys], shard)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._location
@@ -96,16 +99,6 @@ class VectorCache:
     def _index(self, keys: Sequence[bytes], shard: Path) -> None:
         self._shards.append(shard)
         self._location.update((key, (len(self._shards) - 1, row)) for row, key in enumerate(keys))
-
-    def _read(self) -> Iterator[tuple[list[bytes], Path]]:
-        for shard in [] if self.folder is None else sorted(self.folder.glob("*.vectors.npy")):
-            try:
-                keys = np.load(_keys_of(shard), allow_pickle=False)
-                n_stored = len(np.load(shard, mmap_mode="r", allow_pickle=False))
-            except (OSError, ValueError, EOFError):
-                continue  # unfinished or damaged: its contents are encoded again
-            if len(keys) == n_stored:
-                yield [row.tobytes() for row in keys], shard
 
 
 def _keys_of(shard: Path) -> Path:

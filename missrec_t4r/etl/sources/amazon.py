@@ -142,8 +142,9 @@ def import_amazon(
         events = events[titled]
     events = clean_events(events, findings, k_core=k_core, keep_repeats=keep_repeats)
     source = {"name": f"amazon-{edition}", "reviews": Path(reviews).name, "metadata": Path(metadata).name}
-    source |= {"k_core": k_core, "min_rating": min_rating, "keep_repeats": keep_repeats, "keep_untitled": keep_untitled}
-    return write_dataset(Path(out), events, items, findings, source, dry_run=dry_run)
+    kept = {"keep_repeats": keep_repeats, "keep_untitled": keep_untitled}
+    settings = {"k_core": k_core, "min_rating": min_rating, **kept}
+    return write_dataset(Path(out), events, items, findings, source | settings, dry_run=dry_run)
 
 
 def _events(file: str | Path, layout: Layout, findings: Findings) -> pd.DataFrame:

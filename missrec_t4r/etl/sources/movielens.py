@@ -83,8 +83,8 @@ def import_movielens(
         events = events[events.groupby(ITEM_ID)[ITEM_ID].transform("size") >= min_item_count]
     events = clean_events(events, findings, k_core=k_core, keep_repeats=True)
     source = {"name": "movielens", "layout": edition, "archive": Path(archive).name}
-    source |= {"k_core": k_core, "min_item_count": min_item_count, "min_rating": min_rating}
-    return write_dataset(Path(out), events, items, findings, source, dry_run=dry_run)
+    settings = {"k_core": k_core, "min_item_count": min_item_count, "min_rating": min_rating}
+    return write_dataset(Path(out), events, items, findings, source | settings, dry_run=dry_run)
 
 
 def _open(archive: Path) -> tuple[str, Read]:

@@ -53,6 +53,15 @@ def test_every_kind_of_file_gives_the_same_sessions(name: str, tmp_path: Path) -
     assert events.is_file()
 
 
+def test_json_texts_that_end_within_a_character_are_repaired_and_numbers_beyond_64_bits_refused(tmp_path: Path) -> None:
+    file = tmp_path / "items.jsonl"
+    file.write_text('{"title": "lamp \\ud83d"}\n{"title": "desk \\ud83d\\ude00"}\n')
+    assert read_table(file, "items")["title"].to_pylist() == ["lamp ?", "desk \N{GRINNING FACE}"]
+    file.write_text(f'{{"title": {2**70}}}\n{{"title": "lamp"}}\n')
+    with pytest.raises(DataError, match="items.jsonl has values of several types, or too large ones"):
+        read_table(file, "items")
+
+
 def test_ids_of_mixed_types_become_texts(tmp_path: Path) -> None:
     """Numbers in one file and texts in another one, and both within one file of JSON lines."""
     rows = [{"user_id": user, "item_id": 7, "timestamp": 1} for user in (5, "x5", None)]

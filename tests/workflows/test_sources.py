@@ -145,9 +145,11 @@ def test_amazon_2023_with_milliseconds_and_parent_products(tmp_path: Path) -> No
 
 
 def test_damaged_amazon_files_are_explained(tmp_path: Path) -> None:
-    reviews, meta = _gzip(tmp_path / "r.json.gz", REVIEWS_2018 * 30, '{"asin": \n'), _gzip(tmp_path / "m.gz", META_2018)
+    rows = [*REVIEWS_2018 * 30, _review_2018("U4", "B1", 2**70)]
+    reviews, meta = _gzip(tmp_path / "r.json.gz", rows, '{"asin": \n'), _gzip(tmp_path / "m.gz", META_2018)
     report = import_amazon("2018", reviews, meta, tmp_path / "out", k_core=0)
-    assert ("broken_lines", 1) in {(finding["check"], finding["count"]) for finding in report["findings"]}
+    findings = {finding["check"]: finding["count"] for finding in report["findings"]}
+    assert (findings["broken_lines"], findings["wrong_type"], findings["incomplete_events"]) == (1, 1, 1)
     with pytest.raises(DataError, match="1 of 2 lines of .* are no JSON objects, such as 'oops'"):
         import_amazon("2018", _gzip(tmp_path / "b.gz", REVIEWS_2018[:1], "oops"), meta, tmp_path / "out", k_core=0)
     with pytest.raises(DataError, match="no line of .* has a field 'parent_asin'.*the other edition"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from missrec_t4r.etl.quality.checks import Findings
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json", ".json.gz")
 _BLOCK = 16 * 2**20
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""Half of a character beyond 16 bits; alone, where a text was cut off, it is none, and becomes a question mark."""
 
 
 def read_columns(file: Path, schema: pa.Schema, findings: Findings) -> pa.Table:
@@ -64,9 +67,11 @@ def read_all(file: Path, text_columns: Sequence[str] = ()) -> pa.Table:
         columns[name] = pa.array([_text(value) for value in columns[name]], pa.string())
     try:
         return pa.table(columns)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         raise DataError(
-            f"a field of {file} has values of several types ({error})", "one type per field", "repair the export"
+            f"a field of {file} has values of several types, or too large ones ({error})",
+            "one type per field",
+            "repair the export",
         ) from error
 
 
@@ -102,6 +107,8 @@ def records(file: Path, findings: Findings, max_broken: float = 0.01) -> Iterato
                 lines += 1
                 try:
                     value = json.loads(line)
+                    if _SURROGATE.search(line):
+                        value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
                 except ValueError:
                     value = None
                 if isinstance(value, dict):
@@ -135,10 +142,13 @@ def _value(value: Any, field: pa.Field, wrong: Counter[str]) -> Any:
     if value is None or pa.types.is_string(field.type):
         return _text(value)
     try:
-        return int(value) if pa.types.is_integer(field.type) else float(value)
+        number: float | None = int(value) if pa.types.is_integer(field.type) else float(value)
     except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or (isinstance(number, int) and number.bit_length() > 63):
         wrong[field.name] += 1
         return None
+    return number
 
 
 def _text(value: Any) -> str | None:

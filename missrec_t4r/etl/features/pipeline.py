@@ -131,26 +131,22 @@ def features(
     with nullcontext() if dry_run else locked(data):
         folder = data / CATALOGUE_FOLDER
         catalogue = Catalogue.load(folder)
-        requested: dict[str, tuple[list[Any], EncoderSettings, dict[str, Any]]] = {}
-        if text_columns:
-            chosen = replace(settings, encoder=text_encoder)
-            source: dict[str, Any] = {"columns": list(text_columns)} | ({WORD_DROP: word_drop} if word_drop else {})
-            requested["text"] = item_texts(catalogue.items, text_columns), chosen, source
-        if image_column is not None or images is not None:
-            chosen = replace(settings, encoder=image_encoder)
-            source = {"column": image_column, "images": None if images is None else str(images)}
-            requested["image"] = image_paths(catalogue.items, image_column, images), chosen, source
+        contents = _contents(catalogue.items, text_columns, image_column, images)
+        encoders = {"text": text_encoder, "image": image_encoder}
+        settings_of = {kind: replace(settings, encoder=encoder) for kind, encoder in encoders.items()}
         if dry_run:
-            plan = {name: to_encode(name, contents, chosen) for name, (contents, chosen, _) in requested.items()}
+            plan = {kind: to_encode(kind, values, settings_of[kind]) for kind, (values, _) in contents.items()}
             plan |= {COOCCURRENCE: {}} if cooccurrence else {}
             return {"data": str(data), "dry_run": True, "modalities": plan}
-        if any(chosen.encoder == CLASSICAL for _, chosen, _ in requested.values()) and like is None:
+        if like is None and any(settings_of[kind].encoder == CLASSICAL for kind in contents):
             log.info("classical encoders replace pretrained ones (hashed n-grams, colour and gradient histograms)")
         stored = _stored(like)
         added, report, ids = {}, {}, catalogue.items[ITEM_ID].to_pylist()
-        for name, (contents, chosen, source) in requested.items():
-            encoded, dropped = _encode(name, contents, chosen, stored.get(name), word_drop)
-            added[name], report[name] = _modality(encoded, source, dropped), _describe(name, encoded, ids)
+        for kind, (values, source) in contents.items():
+            encoded, dropped = _encode(kind, values, settings_of[kind], stored.get(kind), word_drop)
+            if dropped is not None:
+                source[WORD_DROP] = word_drop
+            added[kind], report[kind] = _modality(encoded, source, dropped), _describe(kind, encoded, ids)
         if cooccurrence:
             encoded = cooccurrence_vectors(data, catalogue, width)
             added[COOCCURRENCE] = _modality(encoded, {}, None)
@@ -217,6 +213,19 @@ def encode_items(
             continue
         result[name] = _encode(kind, contents, EncoderSettings(encoder=recorded["model"]), modality, 0.0)[0]
     return result
+
+
+def _contents(
+    items: pa.Table, text_columns: Sequence[str], image_column: str | None, images: str | Path | None
+) -> dict[str, tuple[list[Any], dict[str, Any]]]:
+    """Return the requested texts and pictures of the items by kind, each with the note on where they come from."""
+    contents: dict[str, tuple[list[Any], dict[str, Any]]] = {}
+    if text_columns:
+        contents["text"] = item_texts(items, text_columns), {"columns": list(text_columns)}
+    if image_column is not None or images is not None:
+        source = {"column": image_column, "images": None if images is None else str(images)}
+        contents["image"] = image_paths(items, image_column, images), source
+    return contents
 
 
 def item_texts(items: pa.Table, columns: Sequence[str]) -> list[str | None]:

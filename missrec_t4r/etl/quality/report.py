@@ -97,14 +97,7 @@ def report(
     }
     name = "refused" if failed else "report"  # the next run must not be compared with a refused one
     if not dry_run:
-        if not failed and existing is not None and not repeated:
-            write_json(out / PREVIOUS_FILE, existing)
-        if not failed:
-            for stale in (out / "refused.html", out / "refused.json"):
-                stale.unlink(missing_ok=True)
-        with atomic_write_file(out / f"{name}.html") as file:
-            file.write_text(page(content), encoding="utf-8")
-        write_json(out / f"{name}.json", content)
+        _write(out, name, content, None if repeated else existing)
     result = {key: content[key] for key in ("data", "previous", "measures", "gate", "passed")}
     result |= {"report": str(out / f"{name}.json"), "page": str(out / f"{name}.html")}
     result |= {"dry_run": True} if dry_run else {}
@@ -118,6 +111,18 @@ def report(
             result=result,
         )
     return result
+
+
+def _write(out: Path, name: str, content: Mapping[str, Any], replaced: Mapping[str, Any] | None) -> None:
+    """Write page and JSON of a report; an accepted one ends a refusal, and keeps the report that it replaces."""
+    if name == "report":
+        if replaced is not None:
+            write_json(out / PREVIOUS_FILE, replaced)
+        for stale in (out / "refused.html", out / "refused.json"):
+            stale.unlink(missing_ok=True)
+    with atomic_write_file(out / f"{name}.html") as file:
+        file.write_text(page(content), encoding="utf-8")
+    write_json(out / f"{name}.json", content)
 
 
 def read_gate(file: Path) -> dict[str, dict[str, Any]]:

@@ -109,7 +109,7 @@ def train(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> No
             with record.step(f"train/{name}" if graphs else f"without_graphs/{name}"):
                 settings = small | {"train.batch_size": batch, "train.cuda_graphs": graphs}
                 trainer = _trainer(recipe, settings, catalogue, sessions, test, work / f"{name}-{graphs}", DEVICE)
-                record.add(at=["train" if graphs else "without_graphs", name], value=_rate(trainer, 4 if graphs else 1))
+                record.add(at=["train" if graphs else "without_graphs", name], value=_rate(trainer, 6 if graphs else 1))
                 _note_graphs(record, name, trainer)
     from missrec_t4r.ranking.tune import fit_terms
 

@@ -1,7 +1,7 @@
 """Training steps as CUDA graphs: one launch in place of several hundred, for which small batches would wait.
 
 Batches are padded to a few shapes; no loss and no gradient depends on the padding (`TrainingBatch.padded`). The first
-batch of a shape is trained plainly, which also makes what libraries need. At the second one a step is recorded, which
+five batches of a shape are trained plainly, which also makes what libraries need. At the sixth a step is recorded, which
 does not run it: gradients, clipping and AdamW, with the learning rate and the batch as tensors on the device. Then the
 batch is trained twice from the same weights, moments and random state, plainly and by the graph. Only if loss, moments
 and weights agree is the graph used from then on. Otherwise, or where none can be recorded, the state before it is
@@ -32,6 +32,10 @@ _SHORTEST = 8
 _MANY_SESSIONS = 256
 """From here on the padding of sessions is at most a quarter of them instead of all: their kernels take longer than
 their launch."""
+_PLAIN_STEPS = 5
+"""Batches of a shape before one is recorded, since that costs about so many steps. How often a shape will come is not
+known (ski rental, Karlin et al., 1988): to record once the plain steps have cost as much as a recording is at most twice
+as dear as to have known; at the second batch, a shape that comes twice would cost three times its plain steps."""
 _MOST_GRAPHS = 48
 """Batches of further shapes are trained plainly."""
 _DIFFERENCE = 0.05
@@ -131,7 +135,7 @@ class GraphedSteps:
                 own.copy_(given)
             graph.replay()
             return graph.loss.clone()
-        if self.seen[shape] == 1 or len(self.graphs) >= _MOST_GRAPHS:
+        if self.seen[shape] <= _PLAIN_STEPS or len(self.graphs) >= _MOST_GRAPHS:
             return self._plainly(padded, loss)
         there = padded.to(self.device)
         value = self._record(shape, there, loss)

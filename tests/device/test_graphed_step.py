@@ -44,10 +44,15 @@ FEW = {
 }
 
 
+PLAIN_STEPS = graphed_step._PLAIN_STEPS
+
+
 @pytest.fixture(autouse=True)
 def _recorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record on the stand-in, and at the second batch of a shape: these trainings are short."""
     torch.set_num_threads(1)
     monkeypatch.setattr(graphed_step, "GraphRecorder", Recorder)
+    monkeypatch.setattr(graphed_step, "_PLAIN_STEPS", 1)
 
 
 def _state(trainer: Trainer) -> dict[str, list[Tensor]]:
@@ -193,6 +198,23 @@ def test_every_replay_draws_its_own_dropout(tmp_path: Path) -> None:
         found = [float(loss) for loss in losses]
     assert len(set(found)) == 4
     assert np.isfinite(found).all()
+
+
+def test_a_shape_is_recorded_when_its_plain_steps_have_cost_what_a_recording_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphed_step, "_PLAIN_STEPS", PLAIN_STEPS)
+    with second_device():
+        trainer = _trainer(tmp_path, "tiny", FEW, "cuda")
+        trainer.refresh_interests(0)
+        trainer.assignment = trainer.model.interests.assignment.cpu()
+        assert trainer.graphed is not None
+        batch = next(iterate(trainer.sessions, trainer._plan(), trainer.recipe.model, trainer.recipe.train))
+        replays = []
+        for _ in range(8):
+            trainer.graphed(trainer._counted(batch), 0.0, trainer.loss)
+            replays.append(_recorder_of(trainer).replays)
+    assert replays == [0, 0, 0, 0, 0, 1, 2, 3]  # the sixth batch is recorded, and trained by the graph as well
 
 
 def test_a_resumed_training_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:

@@ -4,49 +4,8 @@ The dataclass defaults are the recipe ``default``, the configuration that the re
 YAML files, which extend each other; `renamed` lists the settings that had other names.
 """
 
-from missrec_t4r.config.model import (
-    Attention,
-    CandidateFusionName,
-    ContextualReadout,
-    FeatureScaling,
-    Initialisation,
-    InterestAlgorithm,
-    MissingModality,
-    MISSRecConfig,
-    Orthogonality,
-    SequenceFusion,
-    SingleModality,
-)
+from missrec_t4r.config.model import MISSRecConfig
 from missrec_t4r.config.recipe import Recipe, shipped_recipes
-from missrec_t4r.config.training import (
-    IdInit,
-    Precision,
-    PretrainConfig,
-    PretrainObjective,
-    Schedule,
-    SoftmaxName,
-    TrainConfig,
-)
+from missrec_t4r.config.training import PretrainConfig, TrainConfig
 
-__all__ = [
-    "Attention",
-    "CandidateFusionName",
-    "ContextualReadout",
-    "FeatureScaling",
-    "IdInit",
-    "Initialisation",
-    "InterestAlgorithm",
-    "MISSRecConfig",
-    "MissingModality",
-    "Orthogonality",
-    "Precision",
-    "PretrainConfig",
-    "PretrainObjective",
-    "Recipe",
-    "Schedule",
-    "SequenceFusion",
-    "SingleModality",
-    "SoftmaxName",
-    "TrainConfig",
-    "shipped_recipes",
-]
+__all__ = ["MISSRecConfig", "PretrainConfig", "Recipe", "TrainConfig", "shipped_recipes"]

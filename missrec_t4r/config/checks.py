@@ -5,10 +5,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from missrec_t4r.errors import ConfigError
+
+_LIMITS: Final[Mapping[str, Callable[[float], bool]]] = {
+    "is below 1": lambda value: value >= 1,
+    "is negative": lambda value: value >= 0,
+    "is not positive": lambda value: value > 0,
+    "is outside [0, 1)": lambda value: 0 <= value < 1,
+    "is outside [0, 1]": lambda value: 0 <= value <= 1,
+    "is outside (0, 1]": lambda value: 0 < value <= 1,
+}
+"""What is said of a value that is beyond a limit, and the limit."""
 
 
 def field_names(config: type[Any]) -> list[str]:
@@ -44,6 +54,31 @@ def check_types(settings: Any) -> None:
     ConfigError
     """
     refuse(type_errors(type(settings), vars(settings)))
+
+
+def check_limits(
+    settings: Any, section: str, limits: Mapping[str, Sequence[str]], contradictions: Sequence[tuple[bool, str]] = ()
+) -> None:
+    """Refuse settings beyond their limits, or that contradict each other.
+
+    Parameters
+    ----------
+    settings : dataclass
+        Of the right types.
+    section : str
+        Of the recipe, for the errors: ``"model"``.
+    limits : mapping of str to sequence of str
+        What is said of a value beyond its limit, a key of `_LIMITS`, to the names of the settings.
+    contradictions : sequence of (bool, str)
+        Whether there is one, and the error.
+
+    Raises
+    ------
+    ConfigError
+    """
+    values = [(words, name, getattr(settings, name)) for words, names in limits.items() for name in names]
+    errors = [f"{section}.{name} {value} {words}" for words, name, value in values if not _LIMITS[words](value)]
+    refuse(errors + [error for is_wrong, error in contradictions if is_wrong])
 
 
 def refuse(errors: list[str], cure: str = "correct the recipe or the --set options") -> None:

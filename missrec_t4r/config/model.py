@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from missrec_t4r.config.checks import check_types, refuse
+from missrec_t4r.config.checks import check_limits, check_types
 
 SequenceFusion = Literal["add", "contextual"]
 CandidateFusionName = Literal["static", "dynamic_shared", "dynamic_instance"]
@@ -129,36 +129,20 @@ class MISSRecConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        wrong = [
+        sizes = ("d_model", "n_head", "d_feedforward", "n_decoder_layers", "max_sequence_length", "event_feature_width")
+        amounts = ("n_encoder_layers", "n_neighbours", "n_similar_items", "cold_start_exposure", "orthogonality_weight")
+        shares = ("dropout", "modality_dropout", "id_dropout", "event_feature_dropout", "rare_item_cost")
+        limits = {
+            "is below 1": sizes,
+            "is negative": amounts,
+            "is outside [0, 1)": shares,
+            "is outside (0, 1]": ("interest_ratio",),
+            "is not positive": ("temperature",),
+        }
+        contradictions = [
             (
-                self.d_model % self.n_head != 0,
+                self.d_model % max(self.n_head, 1) != 0,
                 f"model.d_model {self.d_model} is no multiple of model.n_head {self.n_head}",
-            ),
-            (
-                min(self.d_model, self.n_head, self.d_feedforward, self.max_sequence_length) < 1,
-                "model.d_model, n_head, d_feedforward or max_sequence_length is below 1",
-            ),
-            (self.n_encoder_layers < 0 or self.n_decoder_layers < 1, "model.n_decoder_layers must be at least 1"),
-            (not 0 <= self.dropout < 1, f"model.dropout {self.dropout} is outside [0, 1)"),
-            (self.n_neighbours < 0, f"model.n_neighbours {self.n_neighbours} is negative"),
-            (self.n_similar_items < 0, f"model.n_similar_items {self.n_similar_items} is negative"),
-            (self.cold_start_exposure < 0, f"model.cold_start_exposure {self.cold_start_exposure} is negative"),
-            (
-                not 0 <= self.rare_item_cost < 1,
-                f"model.rare_item_cost {self.rare_item_cost} is outside [0, 1)",
-            ),
-            (
-                self.orthogonality_weight < 0,
-                f"model.orthogonality_weight {self.orthogonality_weight} is negative",
-            ),
-            (self.temperature <= 0, f"model.temperature {self.temperature} is not positive"),
-            (not 0 < self.interest_ratio <= 1, f"model.interest_ratio {self.interest_ratio} is outside (0, 1]"),
-            (not 0 <= self.modality_dropout < 1, f"model.modality_dropout {self.modality_dropout} is outside [0, 1)"),
-            (not 0 <= self.id_dropout < 1, f"model.id_dropout {self.id_dropout} is outside [0, 1)"),
-            (self.event_feature_width < 1, f"model.event_feature_width {self.event_feature_width} is below 1"),
-            (
-                not 0 <= self.event_feature_dropout < 1,
-                f"model.event_feature_dropout {self.event_feature_dropout} is outside [0, 1)",
             ),
             (
                 self.attention == "causal" and self.sequence_fusion == "contextual",
@@ -169,7 +153,7 @@ class MISSRecConfig:
                 "model.padding_candidate needs model.missing_modality zero_row",
             ),
         ]
-        refuse([error for is_wrong, error in wrong if is_wrong])
+        check_limits(self, "model", limits, contradictions)
 
     @classmethod
     def paper(cls, **changes: Any) -> MISSRecConfig:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from missrec_t4r.config.checks import check_types, refuse
+from missrec_t4r.config.checks import check_limits, check_types
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "cosine"]
@@ -90,35 +90,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        at_least_0 = (
-            "weight_decay",
-            "max_minutes",
-            "windows_per_session",
-            "next_items_weight",
-            "warmup_steps",
-            "validation_sessions",
-            "clip_norm",
-            "checkpoint_minutes",
-        )
-        wrong = [
-            (self.learning_rate <= 0, f"train.learning_rate {self.learning_rate} is not positive"),
-            (
-                min(self.batch_size, self.epochs, self.patience, self.next_items) < 1,
-                "train.batch_size, epochs, patience or next_items is below 1",
-            ),
-            (
-                min(self.accumulate, self.negatives, self.chunk_size) < 1,
-                "train.accumulate, negatives or chunk_size is below 1",
-            ),
-            (
-                self.refresh_interests_every < 1,
-                f"train.refresh_interests_every {self.refresh_interests_every} is below 1",
-            ),
-            *((getattr(self, name) < 0, f"train.{name} {getattr(self, name)} is negative") for name in at_least_0),
-            (not 0 <= self.reverse_probability <= 1, "train.reverse_probability is outside [0, 1]"),
-            (not 0 <= self.ema_decay < 1, f"train.ema_decay {self.ema_decay} is outside [0, 1)"),
-        ]
-        refuse([error for is_wrong, error in wrong if is_wrong])
+        sizes = ("batch_size", "epochs", "patience", "next_items", "refresh_interests_every", "accumulate")
+        amounts = ("weight_decay", "max_minutes", "next_items_weight", "clip_norm", "checkpoint_minutes")
+        limits = {
+            "is not positive": ("learning_rate",),
+            "is below 1": (*sizes, "negatives", "chunk_size"),
+            "is negative": (*amounts, "windows_per_session", "warmup_steps", "validation_sessions"),
+            "is outside [0, 1]": ("reverse_probability",),
+            "is outside [0, 1)": ("ema_decay",),
+        }
+        check_limits(self, "train", limits)
 
     @classmethod
     def paper(cls, **changes: Any) -> TrainConfig:
@@ -165,9 +146,4 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         shares = ("item_drop_share", "item_drop_probability", "word_drop_probability")
-        wrong = [
-            (not 0 <= getattr(self, name) <= 1, f"pretrain.{name} {getattr(self, name)} is outside [0, 1]")
-            for name in shares
-        ]
-        wrong.append((self.sequence_sequence_weight < 0, "pretrain.sequence_sequence_weight is negative"))
-        refuse([error for is_wrong, error in wrong if is_wrong])
+        check_limits(self, "pretrain", {"is outside [0, 1]": shares, "is negative": ("sequence_sequence_weight",)})

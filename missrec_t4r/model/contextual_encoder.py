@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from missrec_t4r.config import Attention
+from missrec_t4r.config.model import Attention
 from missrec_t4r.model.attention import EncoderLayer
 from missrec_t4r.model.interests import InterestTokens
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from missrec_t4r.config import FeatureScaling
+from missrec_t4r.config.model import FeatureScaling
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.item_encoder import CandidateEmbeddings, ItemEmbeddings, ItemEncoder
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from missrec_t4r.config import Attention, SequenceFusion
+from missrec_t4r.config.model import Attention, SequenceFusion
 from missrec_t4r.model.attention import DecoderLayer
 from missrec_t4r.model.interests import InterestTokens
 from missrec_t4r.model.item_encoder import ItemEmbeddings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from missrec_t4r.config import CandidateFusionName
+from missrec_t4r.config.model import CandidateFusionName
 from missrec_t4r.model.item_encoder import CandidateEmbeddings
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from missrec_t4r.config import InterestAlgorithm
+from missrec_t4r.config.model import InterestAlgorithm
 from missrec_t4r.model.clustering import density_peaks, kmeans
 from missrec_t4r.model.item_encoder import ItemEmbeddings
 from missrec_t4r.model.release import PaddedInterests

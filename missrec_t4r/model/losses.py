@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from missrec_t4r.config import Orthogonality
+from missrec_t4r.config.model import Orthogonality
 from missrec_t4r.model.release import faithful_orthogonality
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers4rec.torch.block.base import BlockBase
 
-from missrec_t4r.config import IdInit, MISSRecConfig, TrainConfig
+from missrec_t4r.config import MISSRecConfig, TrainConfig
+from missrec_t4r.config.training import IdInit
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.t4r.settings import PartSettings

@@ -23,8 +23,9 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from missrec_t4r.config import Precision, Recipe
+from missrec_t4r.config import Recipe
 from missrec_t4r.config.recipe import AUTO
+from missrec_t4r.config.training import Precision
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.schema import CATALOGUE_FOLDER

@@ -1,12 +1,12 @@
 """Training steps as CUDA graphs: one launch in place of several hundred, for which small batches would wait.
 
 Batches are padded to a few shapes; no loss and no gradient depends on the padding (`TrainingBatch.padded`). The first
-five batches of a shape are trained plainly, which also makes what libraries need. At the sixth a step is recorded, which
-does not run it: gradients, clipping and AdamW, with the learning rate and the batch as tensors on the device. Then the
-batch is trained twice from the same weights, moments and random state, plainly and by the graph. Only if loss, moments
-and weights agree is the graph used from then on. Otherwise, or where none can be recorded, the state before it is
-restored, the log says so, and training goes on plainly, with batches as they are. Until then those of plain steps are
-padded as well, so that a resumed training, which records anew, draws the same random numbers.
+five batches of a shape are trained plainly, which also makes what libraries need. At the sixth a step is recorded,
+which does not run it: gradients, clipping and AdamW, with the learning rate and the batch as tensors on the device.
+Then the batch is trained twice from the same weights, moments and random state, plainly and by the graph. Only if loss,
+moments and weights agree is the graph used from then on. Otherwise, or where none can be recorded, the state before it
+is restored, the log says so, and training goes on plainly, with batches as they are. Until then those of plain steps
+are padded as well, so that a resumed training, which records anew, draws the same random numbers.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _MANY_SESSIONS = 256
 their launch."""
 _PLAIN_STEPS = 5
 """Batches of a shape before one is recorded, since that costs about so many steps. How often a shape will come is not
-known (ski rental, Karlin et al., 1988): to record once the plain steps have cost as much as a recording is at most twice
-as dear as to have known; at the second batch, a shape that comes twice would cost three times its plain steps."""
+known (ski rental, Karlin et al., 1988): to record once the plain steps have cost as much as a recording is at most
+twice as dear as to have known; at the second batch, a shape that comes twice would cost three times its plain steps."""
 _MOST_GRAPHS = 48
 """Batches of further shapes are trained plainly."""
 _DIFFERENCE = 0.05

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from missrec_t4r.config import Precision, TrainConfig
+from missrec_t4r.config import TrainConfig
+from missrec_t4r.config.training import Precision
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.model.missrec import MISSRec
 

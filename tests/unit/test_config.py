@@ -21,6 +21,7 @@ def test_overrides_win_over_the_recipe_and_survive_a_round_trip() -> None:
         ({"model.d_modle": 64}, "d_model"),
         ({"model.d_model": "wide"}, "int is expected"),
         ({"model.d_model": 30, "model.n_head": 4}, "no multiple of model.n_head"),
+        ({"model.n_head": 0}, "model.n_head 0 is below 1"),
         ({"model.attention": "sideways"}, "'bidirectional', 'causal'"),
         ({"epochs": 3}, "train.epochs"),
         ({"train.ema_decay": 1.0}, "train.ema_decay"),

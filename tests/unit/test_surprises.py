@@ -99,7 +99,7 @@ def test_every_epochs_line_tells_the_speed_and_the_time_left(data: Path, tmp_pat
     [
         ("model.n_head", 7, "model.d_model 32 is no multiple of model.n_head 7"),
         ("train.learning_rate", -1, "train.learning_rate -1 is not positive"),
-        ("train.epochs", 0, "train.batch_size, epochs, patience or next_items is below 1"),
+        ("train.epochs", 0, "train.epochs 0 is below 1"),
     ],
 )
 def test_messages_name_settings_as_they_are_typed(setting: str, value: float, words: str) -> None:

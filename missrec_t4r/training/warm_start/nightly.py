@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from missrec_t4r.config import IdInit, Recipe
+from missrec_t4r.config import Recipe
+from missrec_t4r.config.training import IdInit
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn, encoded_values
 from missrec_t4r.data.union import match_modalities

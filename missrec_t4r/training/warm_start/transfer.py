@@ -16,7 +16,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from missrec_t4r.config import IdInit, MISSRecConfig, Recipe
+from missrec_t4r.config import MISSRecConfig, Recipe
+from missrec_t4r.config.training import IdInit
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.union import match_modalities, require_fingerprints
 from missrec_t4r.errors import CheckpointError, ConfigError

@@ -139,11 +139,14 @@ def by_rules(facts: Facts, settings: Mapping[str, Any] | None = None) -> Choice:
     is_long = facts.median >= LONG_SESSIONS
     has_many = is_long and facts.events >= _MANY_EVENTS
     is_larger = has_many and facts.device == "cuda"
-    is_sampled = facts.items >= _LARGE_CATALOGUE[facts.device]
     base = "long" if is_long else "default"
-    changes: dict[str, Any] = dict(_ON_GPU if is_larger else _ON_CPU) if has_many else {}
-    if is_sampled:
-        changes |= _FOR_LARGE_CATALOGUES | ({"train.ema_decay": 0.0} if facts.device == "cpu" else {})
+    changes: dict[str, Any] = {}
+    if has_many:
+        changes |= _ON_GPU if is_larger else _ON_CPU
+    if facts.items >= _LARGE_CATALOGUE[facts.device]:
+        changes |= _FOR_LARGE_CATALOGUES
+        if facts.device == "cpu":
+            changes["train.ema_decay"] = 0.0
     parts = _parts(Recipe.load(base, changes), facts)
     if parts > 1:
         changes["train.accumulate"] = parts

@@ -110,35 +110,30 @@ def read_training_data(data: Path, recipe: Recipe, event_features: Sequence[Even
         No session to learn from, or sessions and catalogue of different ETL runs.
     """
     catalogue = Catalogue.load(data / CATALOGUE_FOLDER)
-    is_fitted = event_features is not None
-    event_features = (
-        event_columns(data, recipe.model.event_features, recipe.model.event_feature_width)
-        if event_features is None
-        else event_features
-    )
-    valid = load_sessions(data, "valid", event_features)
-    splits = {"train": load_sessions(data, "train", event_features).known(), "valid": valid.with_known_target()}
+    columns = event_features
+    if columns is None:
+        columns = event_columns(data, recipe.model.event_features, recipe.model.event_feature_width)
+    valid = load_sessions(data, "valid", columns)
+    splits = {"train": load_sessions(data, "train", columns).known(), "valid": valid.with_known_target()}
     if not (splits["train"].lengths >= 2).any():
         raise DataError(f"no training session in {data} has two known items", "sessions to learn from", "check the ETL")
-    if (left_out := len(valid) - len(splits["valid"])) and distributed.launched().rank == 0:
-        log.info(f"{left_out:,} of {len(valid):,} validation sessions are left out: their target is an unknown item")
-    _check_rows(splits, catalogue)
-    event_features = event_features if is_fitted else fit_event_columns(event_features, splits["train"])
-    if event_features and distributed.launched().rank == 0:
-        log.info(f"event features: {', '.join(column.name for column in event_features)}")
-    return TrainingData(catalogue, splits["train"], splits["valid"], event_features)
-
-
-def _check_rows(splits: Mapping[str, Sessions], catalogue: Catalogue) -> None:
-    """Raise an error if the sessions hold rows that the catalogue has not."""
     for name, sessions in splits.items():
-        highest = int(sessions.values.max(initial=0))
-        if highest >= catalogue.n_rows:
+        if (highest := int(sessions.values.max(initial=0))) >= catalogue.n_rows:
             raise DataError(
                 f"split {name!r} holds row {highest}",
                 f"rows below {catalogue.n_rows}",
                 "sessions and catalogue are of different ETL runs; re-run the ETL",
             )
+    if event_features is None:
+        columns = fit_event_columns(columns, splits["train"])
+    if distributed.launched().rank == 0:
+        if left_out := len(valid) - len(splits["valid"]):
+            log.info(
+                f"{left_out:,} of {len(valid):,} validation sessions are left out: their target is an unknown item"
+            )
+        if columns:
+            log.info(f"event features: {', '.join(column.name for column in columns)}")
+    return TrainingData(catalogue, splits["train"], splits["valid"], columns)
 
 
 def run_or_describe(trainer: Trainer, data: Path, *, resume: bool, dry_run: bool) -> dict[str, Any]:

@@ -13,13 +13,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from missrec_t4r.config import TrainConfig
 from missrec_t4r.data.batching import iterate, training_batches
 from missrec_t4r.evaluation.full_ranking import KEPT_WITH_HISTORY_TERM, quick_metrics
 from missrec_t4r.progress import track
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.training.memory import peak_memory, total_memory
-from missrec_t4r.training.step import slots_of_random_batches
 from missrec_t4r.training.trainer import Trainer
 
 _STEPS: Final = 16
@@ -56,15 +54,16 @@ def predict(trainer: Trainer) -> dict[str, Any]:
     """
     train, model = trainer.recipe.train, trainer.recipe.model
     interests_s = _seconds(lambda: trainer.refresh_interests(0))
-    slots_s = _seconds(lambda: _set_slots(trainer))
+    slots_s = _seconds(lambda: trainer.count_slots(0))
     plan = training_batches(trainer.sessions, model, train, np.random.default_rng(train.seed))
     step_s = _step_seconds(trainer, plan[:_STEPS])
-    ranking_s, ranked = _ranking_seconds(trainer)
-    per_session = ranking_s / ranked
+    per_session = _ranking_seconds(trainer)
     epoch_s = slots_s + interests_s / train.refresh_interests_every
     epoch_s += len(plan) * float(np.mean(step_s[1:] or step_s)) + per_session * len(trainer.valid)
-    terms_s = per_session * min(len(trainer.all_valid), _TUNED_ON) * _TERM_PASSES if _has_terms(trainer) else 0.0
-    typical = min(train.epochs, _typical_epochs(train))
+    has_terms = model.n_neighbours > 0 or model.n_similar_items > 0
+    terms_s = per_session * min(len(trainer.all_valid), _TUNED_ON) * _TERM_PASSES if has_terms else 0.0
+    until_best = _BEST_EPOCH["random windows" if train.windows_per_session else "every position"]
+    typical = min(train.epochs, until_best + train.patience)
     limit = 60 * train.max_minutes or np.inf
     weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
     copies = _CHECKPOINT_COPIES if trainer.device.type == "cpu" else 0
@@ -77,11 +76,6 @@ def predict(trainer: Trainer) -> dict[str, Any]:
         "memory_gib": round(total_memory(trainer.device) / 2**30, 1),
         "probed_steps": len(step_s),
     }
-
-
-def _set_slots(trainer: Trainer) -> None:
-    trainer.n_slots = slots_of_random_batches(trainer.model, trainer.sessions, trainer.recipe.train, 0)
-    trainer.assignment = trainer.model.interests.assignment.cpu() if trainer.device.type == "cuda" else None
 
 
 def _step_seconds(trainer: Trainer, plan: list[Any]) -> list[float]:
@@ -100,28 +94,18 @@ def _step_seconds(trainer: Trainer, plan: list[Any]) -> list[float]:
     return seconds
 
 
-def _ranking_seconds(trainer: Trainer) -> tuple[float, int]:
-    """Rank some of the validation sessions with the averaged weights; return the seconds and how many they were."""
+def _ranking_seconds(trainer: Trainer) -> float:
+    """Rank some of the validation sessions with the averaged weights; return the seconds for each."""
     count = min(len(trainer.valid), _RANKED)
-    some = trainer.valid.take(
-        np.linspace(0, len(trainer.valid) - 1, count).astype(np.int64)
-    )  # they are sorted by length
+    spread = np.linspace(0, len(trainer.valid) - 1, count).astype(np.int64)  # they are sorted by length
+    sessions = trainer.valid.take(spread)
 
     def rank() -> None:
         with trainer.average.swapped_in():
             scorer = ModelScorer.with_popularity(trainer.model, trainer.catalogue)
-            quick_metrics(scorer, some, trainer.catalogue.n_rows, protocols=[KEPT_WITH_HISTORY_TERM])
+            quick_metrics(scorer, sessions, trainer.catalogue.n_rows, protocols=[KEPT_WITH_HISTORY_TERM])
 
-    return _seconds(rank), count
-
-
-def _has_terms(trainer: Trainer) -> bool:
-    return trainer.recipe.model.n_neighbours > 0 or trainer.recipe.model.n_similar_items > 0
-
-
-def _typical_epochs(train: TrainConfig) -> int:
-    kind = "random windows" if train.windows_per_session else "every position"
-    return _BEST_EPOCH[kind] + train.patience
+    return _seconds(rank) / count
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -55,7 +55,7 @@ def run_or_reuse(
         return {**result, "found": True} | ({"dry_run": True} if dry_run else {})
     if resume and recipe is not None and (out / RUN_FILE).is_file():
         changed = differences(out, recipe)
-        if changed and not _goes_on(out, recipe):
+        if changed and not _goes_on(out, changed, recipe):
             raise ConfigError(
                 f"{out} holds a finished run with other settings: {', '.join(changed)}",
                 "a new folder, or the settings of that run",
@@ -70,10 +70,10 @@ def run_or_reuse(
     return result
 
 
-def _goes_on(out: Path, recipe: Recipe) -> bool:
+def _goes_on(out: Path, changed: Sequence[str], recipe: Recipe) -> bool:
     """Whether a finished run has a checkpoint, and only its limits have grown: more epochs, patience or minutes."""
-    limits = [f"train.{name} " for name in LIMITS]
-    if not all(any(one.startswith(name) for name in limits) for one in differences(out, recipe)):
+    limits = tuple(f"train.{name} " for name in LIMITS)
+    if not all(change.startswith(limits) for change in changed):
         return False
     stored = Recipe.from_stored(read_json(out / RECIPE_FILE)).train
     return (out / STATE_FILE).is_file() and has_grown(vars(stored), vars(recipe.train))

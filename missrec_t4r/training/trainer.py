@@ -138,7 +138,7 @@ class Trainer:
         self.status: dict[str, Any] = {"epoch": 0, "step": 0, "best_epoch": -1, "best": -1.0, "seconds": 0.0}
         self.status |= {"done": 0, "positions": 0, "spent": 0.0}  # steps, positions, seconds of the current epoch
         self.total_loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.plan_state = self.rng.bit_generator.state  # before the current epoch was planned
+        self.plan_state = self.rng.bit_generator.state
         self.saved_at = time.perf_counter()
         self.curves: Curves | None = None
         self.is_interrupted = False
@@ -169,13 +169,11 @@ class Trainer:
         if is_first:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / RUN_FILE).unlink(missing_ok=True)
-        self.curves = self._curves() if is_first else None
+            is_kept, status = self.recipe.train.tensorboard, self.status
+            self.curves = Curves(self.out, status["epoch"], status["step"], tensorboard=is_kept)
         if not isinstance(self.softmax, FullSoftmax):
             log.info(f"{type(self.softmax).__name__} over {self.catalogue.n_items:,} items (train.softmax)")
-        self.status.pop("is_cut_short", None)  # goes on with a higher limit
-        with self._finishing_the_step_on_interrupt():
-            self._train()
-        stopped_by = self._stopped_by() or INTERRUPT
+        stopped_by = self.fit()
         if stopped_by == INTERRUPT:
             so_far = "the best weights so far" if self.status["epoch"] else "weights of a part of the first epoch"
             log.warning(f"interrupted: writing {so_far} to {self.out}; the same command goes on from here")
@@ -185,20 +183,24 @@ class Trainer:
             self.curves.close()
         return distributed.share(self._finish(data, stopped_by) if is_first else {})
 
-    def _train(self) -> None:
-        """Train epoch after epoch until a limit is reached, or the user interrupts."""
-        while self._stopped_by() is None and not self.is_interrupted:
-            record = self._epoch()
-            if record is None:
-                return
-            if self.curves is not None:
-                self.curves.epoch(record, self.status["step"])
-            log.info(
-                f"epoch {record['epoch']:>3}  loss {record['loss']:.3f}  valid ndcg@10 {record['valid_ndcg@10']:.4f}  "
-                f"recall@10 {record['valid_recall@10']:.4f}  {record['positions_per_s']:,.0f} positions/s  "
-                f"{record['steps_per_s']:.1f} steps/s  {self._time_left()}"
-            )
-            self.save_checkpoint()
+    def fit(self) -> str:
+        """Train epoch after epoch; return the setting that ended it, or ``interrupt``."""
+        self.status.pop("is_cut_short", None)  # goes on with a higher limit
+        with self._finishing_the_step_on_interrupt():
+            while self._stopped_by() is None and not self.is_interrupted:
+                record = self._epoch()
+                if record is None:
+                    break
+                if self.curves is not None:
+                    self.curves.epoch(record, self.status["step"])
+                log.info(
+                    f"epoch {record['epoch']:>3}  loss {record['loss']:.3f}  "
+                    f"valid ndcg@10 {record['valid_ndcg@10']:.4f}  recall@10 {record['valid_recall@10']:.4f}  "
+                    f"{record['positions_per_s']:,.0f} positions/s  {record['steps_per_s']:.1f} steps/s  "
+                    f"{self._time_left()}"
+                )
+                self.save_checkpoint()
+        return self._stopped_by() or INTERRUPT
 
     @contextlib.contextmanager
     def _finishing_the_step_on_interrupt(self) -> Iterator[None]:
@@ -277,30 +279,9 @@ class Trainer:
         if not status["done"]:
             self.refresh_interests(epoch)
             distributed.broadcast_([self.model.interests.centroids, self.model.interests.assignment])
-        self.n_slots = slots_of_random_batches(self.model, self.sessions, self.recipe.train, epoch)
-        self.assignment = self.model.interests.assignment.cpu() if self.device.type == "cuda" else None
-        plan = self._plan()
-        self.model.train()
-        batches = iterate(self.sessions, plan[status["done"] :], self.recipe.model, self.recipe.train)
-        for batch in track(batches, f"epoch {epoch}", len(plan) - status["done"]):
-            status["positions"] += int((batch.targets[..., 0] > 0).sum())
-            loss = self._step(batch, (epoch + status["done"] / len(plan)) / self.recipe.train.epochs)
-            seconds = status["seconds"] + time.perf_counter() - started
-            loss, is_due, is_over = self._over_processes(loss, self._is_checkpoint_due(), self._is_over_time(seconds))
-            self.total_loss += loss
-            status["done"] += 1
-            if self.curves is not None and self.recipe.train.tensorboard:
-                self.curves.step(status["step"], {"loss": float(loss), "learning_rate": self.optimizer.rate})
-            if is_over and status["done"] < len(plan):
-                status["is_cut_short"] = True
-                break
-            if (is_due or self.is_interrupted) and status["done"] < len(plan):
-                status["spent"] = time.perf_counter() - started
-                self.save_checkpoint()
-                if self.is_interrupted:
-                    if not self.best:
-                        self._validate()
-                    return None
+        self.count_slots(epoch)
+        if not self._train_batches(started):
+            return None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the host is some steps ahead: without it the rate would be too high
         train_seconds = time.perf_counter() - started
@@ -319,18 +300,45 @@ class Trainer:
         self.status = distributed.share(status)
         return record
 
+    def _train_batches(self, started: float) -> bool:
+        """Train the batches of the epoch that are left; return False if the user interrupts.
+
+        Parameters
+        ----------
+        started : float
+            When the epoch would have started in this process, in seconds of `time.perf_counter`.
+        """
+        status, settings, plan = self.status, self.recipe.train, self._plan()
+        self.model.train()
+        batches = iterate(self.sessions, plan[status["done"] :], self.recipe.model, settings)
+        for batch in track(batches, f"epoch {status['epoch']}", len(plan) - status["done"]):
+            status["positions"] += int((batch.targets[..., 0] > 0).sum())
+            loss = self._step(batch, (status["epoch"] + status["done"] / len(plan)) / settings.epochs)
+            spent = time.perf_counter() - started
+            is_over = self._is_over_time(status["seconds"] + spent)
+            loss, is_due, is_over = self._over_processes(loss, self._is_checkpoint_due(), is_over)
+            self.total_loss += loss
+            status["done"] += 1
+            if self.curves is not None and settings.tensorboard:
+                self.curves.step(status["step"], {"loss": float(loss), "learning_rate": self.optimizer.rate})
+            if status["done"] == len(plan):
+                break
+            if is_over:
+                status["is_cut_short"] = True
+                break
+            if is_due or self.is_interrupted:
+                status["spent"] = time.perf_counter() - started
+                self.save_checkpoint()
+            if self.is_interrupted:
+                if not self.best:
+                    self._validate()
+                return False
+        return True
+
     def _plan(self) -> list[tuple[Examples, bool]]:
-        """Return the epoch's batches; an interrupted epoch is planned again from the same random state."""
-        state = self.rng.bit_generator.state
-        is_interrupted = self.status["done"] > 0
-        if is_interrupted:
-            self.rng.bit_generator.state = self.plan_state
-        else:
-            self.plan_state = state
-        plan = training_batches(self.sessions, self.recipe.model, self.recipe.train, self.rng)
-        if is_interrupted:
-            self.rng.bit_generator.state = state
-        return plan
+        """Return the epoch's batches."""
+        self.plan_state = self.rng.bit_generator.state  # from which an interrupted epoch is planned again
+        return training_batches(self.sessions, self.recipe.model, self.recipe.train, self.rng)
 
     def _validate(self) -> dict[str, float | None]:
         """Rank the validation sessions with the averaged weights; store the weights if NDCG@10 is the best so far."""
@@ -347,6 +355,11 @@ class Trainer:
         """Discover interests in every ``refresh_interests_every``-th epoch; pre-training has another schedule."""
         if epoch % self.recipe.train.refresh_interests_every == 0:
             self.model.discover_interests(self.recipe.train.seed)
+
+    def count_slots(self, epoch: int) -> None:
+        """Note what the steps of an epoch need of its interests, so that none has to ask the device for it."""
+        self.n_slots = slots_of_random_batches(self.model, self.sessions, self.recipe.train, epoch)
+        self.assignment = self.model.interests.assignment.cpu() if self.device.type == "cuda" else None
 
     def loss(self, batch: TrainingBatch, totals: Totals | None = None) -> Tensor:
         """Return the fine-tuning loss of a batch, or of a part of it; pre-training overrides this.
@@ -380,7 +393,8 @@ class Trainer:
         total = torch.zeros_like(self.total_loss)
         for number in range(world.rank, parts, world.size):
             with translate_compile_errors(settings.compile):
-                loss = self.loss(self._on_device(batch if parts == 1 else batch.part(number, parts)), totals)
+                part = self._counted(batch if parts == 1 else batch.part(number, parts))
+                loss = self.loss(part.to(self.device), totals)
                 self.optimizer.backward(loss)
             total += loss.detach()
         self.optimizer.step(rate)
@@ -398,11 +412,8 @@ class Trainer:
         has_candidate_padding = model.history_bias and model.padding_candidate
         return is_one_part and is_plain and isinstance(self.softmax, FullSoftmax) and not has_candidate_padding
 
-    def _on_device(self, batch: TrainingBatch) -> TrainingBatch:
-        """Return a batch of the host on the device, with all that the step would otherwise have to ask it for."""
-        return self._counted(batch).to(self.device)
-
     def _counted(self, batch: TrainingBatch) -> TrainingBatch:
+        """Return a batch of the host with all that a step would otherwise have to ask the device for."""
         if self.assignment is None:
             return batch
         return with_interests_counted(batch, self.model, self.assignment, self.n_slots)
@@ -490,8 +501,8 @@ class Trainer:
         self.optimizer.load(parts.get("optimizer", {}))
         self.total_loss.copy_(parts["progress"]["total"])
         set_random_state(parts[f"random{self.world.rank}"], self.device)
-        self.rng.bit_generator.state, self.plan_state = facts["numpy"], facts["planned"]
         self.status = facts["status"]
+        self.rng.bit_generator.state = facts["planned" if self.status["done"] else "numpy"]
         log.info(f"resuming in epoch {self.status['epoch']} after {self.status['done']} of its steps")
 
     def start_over(self) -> None:
@@ -500,10 +511,6 @@ class Trainer:
             for name in (STATE_FILE, LOG_FILE):
                 (self.out / name).unlink(missing_ok=True)
             shutil.rmtree(self.out / TENSORBOARD_FOLDER, ignore_errors=True)
-
-    def _curves(self) -> Curves:
-        settings, status = self.recipe.train, self.status
-        return Curves(self.out, status["epoch"], status["step"], tensorboard=settings.tensorboard)
 
     @cached_property
     def _content(self) -> int:

@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -124,7 +125,7 @@ def tune_serving(
     return {
         "repository": str(folder),
         "stopped_by": stopped_by,
-        "tried": [_row(one, one is chosen) for one in search.measured],
+        "tried": [_row(result, result is chosen) for result in search.measured],
         "refused": search.refused,
         "chosen": chosen.settings._asdict(),
         "why": why,
@@ -143,24 +144,24 @@ def choose(measured: Sequence[Measured], limit_ms: float = 0.0) -> tuple[Measure
     >>> best.settings.instances, why
     (2, '1.60 times the sessions/s of the present settings, p50 of one session 2.20 ms (limit 2.50 ms)')
     """
-    limit = limit_ms or _NEAR * min(one.p50_1 for one in measured)
-    allowed = [one for one in measured if one.p50_1 <= limit]
+    present = measured[0]
+    limit = limit_ms or _NEAR * min(result.p50_1 for result in measured)
+    allowed = [result for result in measured if result.p50_1 <= limit]
     if not allowed:
-        best = min(measured, key=lambda one: one.p50_1)
+        best = min(measured, key=lambda result: result.p50_1)
         return best, f"no setting reaches {limit:.2f} ms for one session; this one has the lowest p50"
     best = allowed[0]
-    for one in allowed[1:]:
-        if one.sessions_per_s > _GAIN * best.sessions_per_s:
-            best = one
-    times = best.sessions_per_s / measured[0].sessions_per_s
-    if best is measured[0]:
+    for result in allowed[1:]:
+        if result.sessions_per_s > _GAIN * best.sessions_per_s:
+            best = result
+    if best is present:
         return best, f"no other setting within the limit of {limit:.2f} ms has {_GAIN:.2f} times its sessions/s"
-    if allowed[0] is not measured[0]:
-        return best, (
-            f"the most sessions/s with p50 of one session up to {limit:.2f} ms, which the present settings exceed"
-        )
-    words = f"{times:.2f} times the sessions/s of the present settings"
-    return best, f"{words}, p50 of one session {best.p50_1:.2f} ms (limit {limit:.2f} ms)"
+    if allowed[0] is not present:
+        words = f"the most sessions/s with p50 of one session up to {limit:.2f} ms, which the present settings exceed"
+    else:
+        words = f"{best.sessions_per_s / present.sessions_per_s:.2f} times the sessions/s of the present settings, "
+        words += f"p50 of one session {best.p50_1:.2f} ms (limit {limit:.2f} ms)"
+    return best, words
 
 
 def kinds(present: ServingSettings, cores: int) -> Iterator[list[dict[str, Any]]]:
@@ -189,7 +190,7 @@ class _Search:
     repository : Path
         A copy whose configurations may be changed.
     requests : mapping of int to sequence
-        Requests by their number of sessions.
+        Requests by their number of sessions, one and many.
     clients : int
     seconds : float
         Of each measurement.
@@ -203,9 +204,10 @@ class _Search:
 
     def run(self, present: ServingSettings, seconds: float, trials: int, limit_ms: float) -> str:
         """Measure until everything is measured, the time is over or the user interrupts; return which of them."""
-        ends = time.monotonic() + seconds
+        started = time.monotonic()
+        ends = started + seconds
         self.measured.append(self._measure(present))
-        longest = time.monotonic() - (ends - seconds)
+        longest = time.monotonic() - started
         known = {present}
         try:
             for kind in kinds(present, len(os.sched_getaffinity(0))):
@@ -220,38 +222,32 @@ class _Search:
                         return "minutes"
                     known.add(settings)
                     started = time.monotonic()
-                    self._try(settings)
+                    try:
+                        self.measured.append(self._measure(settings))
+                    except ServingError as error:  # such as a GPU without room for another instance
+                        self.refused.append(f"{described(settings)}: {error}")
+                        log.warning(f"{described(settings)} cannot be served: {error}")
                     longest = max(longest, time.monotonic() - started)
         except KeyboardInterrupt:
             return INTERRUPT
         return "settings"
 
-    def _try(self, settings: ServingSettings) -> None:
-        try:
-            self.measured.append(self._measure(settings))
-        except ServingError as error:  # such as a GPU without room for another instance
-            self.refused.append(f"{described(settings)}: {error}")
-            log.warning(f"{described(settings)} cannot be served: {error}")
-
     def _measure(self, settings: ServingSettings) -> Measured:
         configure(self.repository, settings)
         with LocalTriton(self.repository, http=False) as server:
             transport = open_transport(server.grpc_url, "grpc", _TIMEOUT)
-            try:
+            with closing(transport):
                 small, large = (
-                    latency(lambda one: transport.infer(ENSEMBLE, one, _OUTPUTS), self.requests[size], self.seconds)
-                    for size in (_SMALL, _LARGE)
+                    latency(lambda request: transport.infer(ENSEMBLE, request, _OUTPUTS), requests, self.seconds)
+                    for requests in self.requests.values()
                 )
-            finally:
-                transport.close()
-            messages = [message(ENSEMBLE, one, _OUTPUTS) for one in self.requests[_SMALL]]
+            messages = [message(ENSEMBLE, request, _OUTPUTS) for request in self.requests[_SMALL]]
             rate = answers_per_second(server.grpc_url, messages, self.clients, self.seconds)
-        found = Measured(settings, small["p50"], small["p99"], large["p50"], large["p99"], rate)
         log.info(
-            f"{described(settings)}: p50 of 1 session {found.p50_1:.2f} ms, of 64 {found.p50_64:.2f} ms; "
-            f"{found.sessions_per_s:,.0f} sessions/s"
+            f"{described(settings)}: p50 of 1 session {small['p50']:.2f} ms, of 64 {large['p50']:.2f} ms; "
+            f"{rate:,.0f} sessions/s"
         )
-        return found
+        return Measured(settings, small["p50"], small["p99"], large["p50"], large["p99"], rate)
 
 
 def _served(folder: Path) -> tuple[Path, ServingSettings]:
@@ -300,6 +296,6 @@ def _write(folder: Path, present: ServingSettings, chosen: ServingSettings) -> d
     return {"deployed": deploy(folder, bundle=_served(folder)[0], **values)}
 
 
-def _row(one: Measured, is_chosen: bool) -> dict[str, Any]:
-    figures = {name: value for name, value in one._asdict().items() if name != "settings"}
-    return {"chosen": "chosen" if is_chosen else None, **one.settings._asdict(), **figures}
+def _row(result: Measured, is_chosen: bool) -> dict[str, Any]:
+    figures = {name: value for name, value in result._asdict().items() if name != "settings"}
+    return {"chosen": "chosen" if is_chosen else None, **result.settings._asdict(), **figures}

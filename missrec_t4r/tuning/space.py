@@ -9,29 +9,19 @@ In a file (YAML), a list is a choice and a mapping is a range, of integers where
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import yaml
 
 from missrec_t4r.config import Recipe
 from missrec_t4r.errors import ConfigError
 
+if TYPE_CHECKING:
+    import optuna
+
 _EXPECTED: Final = "SETTING: [a, b, ...] or SETTING: {low: a, high: b, log: false}"
-
-
-class Trial(Protocol):
-    """The part of an Optuna trial that draws settings."""
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """Draw one of the choices."""
-
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool) -> int:
-        """Draw an integer."""
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool) -> float:
-        """Draw a number."""
 
 
 class Range(NamedTuple):
@@ -42,7 +32,7 @@ class Range(NamedTuple):
     log: bool = False
     """Draw the logarithm evenly: for step sizes and temperatures."""
 
-    def draw(self, trial: Trial, name: str) -> Any:
+    def draw(self, trial: optuna.Trial, name: str) -> Any:
         """Return a value that the trial suggests."""
         if isinstance(self.low, int) and isinstance(self.high, int):
             return trial.suggest_int(name, self.low, self.high, log=self.log)
@@ -63,7 +53,7 @@ class Choices(NamedTuple):
 
     values: tuple[Any, ...]
 
-    def draw(self, trial: Trial, name: str) -> Any:
+    def draw(self, trial: optuna.Trial, name: str) -> Any:
         """Return a value that the trial suggests."""
         return trial.suggest_categorical(name, self.values)
 

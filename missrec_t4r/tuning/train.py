@@ -8,15 +8,15 @@ the best settings are written as a recipe, with a page of all learning curves.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
+import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +27,7 @@ from missrec_t4r.config.checks import require_at_least, require_positive
 from missrec_t4r.config.recipe import AUTO, SECTIONS
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.atomic import atomic_write_file, is_running
+from missrec_t4r.io.lock import locked
 from missrec_t4r.training import distributed
 from missrec_t4r.training.auto import choose
 from missrec_t4r.training.fit import TrainingData, read_training_data
@@ -40,8 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STUDY_FILE, BEST_FILE, PAGE_FILE = "study.db", "best.yaml", "trials.html"
-_STUDY: Final = "train"
-_MADE_FROM, _BY, _EPOCH = "made_from", "process", "best_epoch"
+_MADE_FROM, _BY = "made_from", "process"
 """Attributes of a study and of its trials."""
 _WITHOUT_PRUNING: Final = 4
 """Finished trials before any is pruned."""
@@ -71,7 +71,7 @@ def tune_train(
     out : path
         Folder of the search. The same command goes on with the trials that are there; several processes may share it.
     minutes : float
-        Time of this call. A trial that it cuts short counts with what it reached.
+        Time of this call, inf for no limit. A trial that it cuts short counts with what it reached.
     recipe : str or path
         Recipe to start from: auto, a shipped recipe or a YAML file.
     settings : mapping, optional
@@ -105,9 +105,7 @@ def tune_train(
         )
     data, out = Path(data), Path(out)
     base = choose(data, settings, device).recipe if str(recipe) == AUTO else Recipe.load(recipe, settings)
-    varied = space_around(base, space, settings or {})
-    read = read_training_data(data, base)
-    search = _Search(out, base, varied, read, device)
+    search = _Search(out, base, space_around(base, space, settings or {}), read_training_data(data, base), device)
     stopped_by = search.run(60 * minutes, trials)
     return search.result(data, stopped_by)
 
@@ -117,12 +115,6 @@ class _Trial(Trainer):
 
     trial: optuna.Trial
     is_pruned = False
-
-    def fit(self) -> str:
-        """Train and return what ended it: a limit, ``pruned`` or ``interrupt``."""
-        with self._finishing_the_step_on_interrupt():
-            self._train()
-        return self._stopped_by() or INTERRUPT
 
     def save_checkpoint(self) -> None:
         """Write nothing: a trial that is killed is tried again."""
@@ -156,11 +148,12 @@ class _Search:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # trials are logged here
         self.out, self.base, self.space, self.read, self.device = out, base, space, read, device
+        self.own = values_of(base, space)
         out.mkdir(parents=True, exist_ok=True)
-        with self._alone():
+        with locked(out, error=ConfigError):  # one of several processes creates the study
             self.study = optuna.create_study(
                 storage=f"sqlite:///{(out / STUDY_FILE).resolve()}",
-                study_name=_STUDY,
+                study_name="train",
                 load_if_exists=True,
                 direction="maximize",
                 sampler=optuna.samplers.TPESampler(),
@@ -169,7 +162,7 @@ class _Search:
             self._require_same_search()
             self._try_again_what_was_killed()
             if not self.study.trials:
-                self.study.enqueue_trial(values_of(base, space))
+                self.study.enqueue_trial(self.own)
 
     def run(self, seconds: float, most: int) -> str:
         """Run trials for so many seconds, at least a step of one; return what ended the search."""
@@ -178,8 +171,7 @@ class _Search:
             while (left := ends - time.monotonic()) > 0:
                 if most and tried >= most:
                     return "trials"
-                trial = self._next()
-                stopped_by = self._try(trial, left)
+                stopped_by = self._try(left)
                 tried, refused = tried + 1, refused + 1 if stopped_by is None else 0
                 if refused >= _MOST_FAILURES:
                     raise ConfigError(
@@ -194,19 +186,16 @@ class _Search:
             return INTERRUPT
         return "minutes"
 
-    def _next(self) -> optuna.Trial:
-        trial = self.study.ask()
-        trial.set_user_attr(_BY, [socket.gethostname(), os.getpid()])
-        return trial
-
-    def _try(self, trial: optuna.Trial, seconds: float) -> str | None:
+    def _try(self, seconds: float) -> str | None:
         """Train what a trial draws; return what ended it, None for settings that do not fit together."""
         from optuna.trial import TrialState
 
+        trial = self.study.ask()
+        trial.set_user_attr(_BY, [socket.gethostname(), os.getpid()])
         drawn = {name: values.draw(trial, name) for name, values in self.space.items()}
-        limit = min(seconds / 60, self.base.train.max_minutes or seconds / 60)
+        limit = min(seconds / 60, self.base.train.max_minutes or math.inf)
         try:
-            recipe = self.base.changed({**drawn, "train.max_minutes": limit})
+            recipe = self.base.changed({**drawn, "train.max_minutes": 0.0 if math.isinf(limit) else limit})
             trainer = _Trial(recipe, *self.read[:3], self.out, self.device, None, self.read.event_features)
         except ConfigError as error:
             log.warning(f"trial {trial.number} is refused: {error}")
@@ -221,73 +210,70 @@ class _Search:
         best = trainer.status["best"]
         if stopped_by == INTERRUPT and trainer.status["epoch"] == 0 and best >= 0:
             trial.report(best, 0)  # within the first epoch
-        trial.set_user_attr(_EPOCH, trainer.status["best_epoch"])
         is_cut = stopped_by in (INTERRUPT, "pruned") or (stopped_by == "max_minutes" and limit == seconds / 60)
         self.study.tell(trial, *([] if is_cut else [best]), state=TrialState.PRUNED if is_cut else TrialState.COMPLETE)
-        log.info(f"trial {trial.number} ended by {stopped_by}: valid ndcg@10 {best:.4f}; best {self._best_words()}")
+        leader = self.best()
+        words = "none" if leader is None else f"{_value(leader):.4f} (trial {leader.number})"
+        log.info(f"trial {trial.number} ended by {stopped_by}: valid ndcg@10 {best:.4f}; best {words}")
         return stopped_by
-
-    def _best_words(self) -> str:
-        best = self.best()
-        return "none" if best is None else f"{_value(best):.4f} (trial {best.number})"
 
     def best(self) -> optuna.trial.FrozenTrial | None:
         """Return the trial with the best validation epoch, whether it ran to its end or not."""
-        measured = [trial for trial in self.study.get_trials(deepcopy=False) if trial.intermediate_values]
-        return max(measured, key=_value, default=None)
+        return max(self._measured(), key=_value, default=None)
+
+    def _measured(self) -> list[optuna.trial.FrozenTrial]:
+        """Return the trials with at least one validation."""
+        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.intermediate_values]
+
+    def _changes(self, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+        """Return the settings of a trial that differ from the recipe's."""
+        return {name: value for name, value in trial.params.items() if value != self.own[name]}
 
     def write(self) -> None:
-        """Write the best recipe and the page."""
-        best = self.best()
-        if best is None:
-            return
-        with self._alone():
+        """Write the best recipe and the page, one process after the other."""
+        with locked(self.out, error=ConfigError):
+            best = self.best()
+            if best is None:
+                return
             recipe = self.base.changed(best.params)
             values = {name: dataclasses.asdict(getattr(recipe, name)) for name in SECTIONS if name != "pretrain"}
-            changed = {
-                name: value for name, value in best.params.items() if value != values_of(self.base, self.space)[name]
-            }
-            words = ", ".join(f"{name}={value}" for name, value in changed.items()) or "nothing"
+            changes = ", ".join(f"{name}={value}" for name, value in self._changes(best).items()) or "nothing"
             head = (
                 f"# Trial {best.number} of {STUDY_FILE}: validation NDCG@10 {_value(best):.4f} of the network alone.\n"
-                f"# It changes {words}.\n#\n"
+                f"# It changes {changes}.\n#\n"
                 f"#   missrec train --data DATA --out RUN --recipe {BEST_FILE}\n"
             )
-            with atomic_write_file(self.out / BEST_FILE) as temporary:
-                Path(temporary).write_text(head + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-            with atomic_write_file(self.out / PAGE_FILE) as temporary:
-                Path(temporary).write_text(page(self._tried(), best.number, self.base.name), encoding="utf-8")
-
-    def _tried(self) -> list[Tried]:
-        own = values_of(self.base, self.space)
-        return [
-            Tried(
-                trial.number,
-                trial.state.name.lower(),
-                [value for _, value in sorted(trial.intermediate_values.items())],
-                {name: value for name, value in trial.params.items() if value != own.get(name)},
-            )
-            for trial in self.study.get_trials(deepcopy=False)
-            if trial.intermediate_values
-        ]
+            trials = [
+                Tried(
+                    trial.number,
+                    trial.state.name.lower(),
+                    [value for _, value in sorted(trial.intermediate_values.items())],
+                    self._changes(trial),
+                )
+                for trial in self._measured()
+            ]
+            files = {
+                BEST_FILE: head + yaml.safe_dump(values, sort_keys=False),
+                PAGE_FILE: page(trials, best.number, self.base.name),
+            }
+            for name, text in files.items():
+                with atomic_write_file(self.out / name) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
 
     def result(self, data: Path, stopped_by: str) -> dict[str, Any]:
         """Return what the search has found so far."""
-        all_trials, best = self.study.get_trials(deepcopy=False), self.best()
-        found: dict[str, Any] = {"out": str(self.out), "stopped_by": stopped_by}
-        found["trials"] = {
-            state: n for state in ("complete", "pruned", "fail", "running") if (n := _count(all_trials, state))
-        }
+        trials, best = self.study.get_trials(deepcopy=False), self.best()
+        counts = dict(Counter(trial.state.name.lower() for trial in trials if trial.state.name != "WAITING"))
+        summary: dict[str, Any] = {"out": str(self.out), "stopped_by": stopped_by, "trials": counts}
         if best is None:
-            return found
-        own = values_of(self.base, self.space)
-        first = next((trial for trial in all_trials if trial.params == own and trial.intermediate_values), None)
+            return summary
+        first = next((trial for trial in self._measured() if not self._changes(trial)), None)
         return {
-            **found,
+            **summary,
             "best_trial": best.number,
             "valid_ndcg@10": _value(best),
             "valid_ndcg@10_of_the_recipe": None if first is None else _value(first),
-            "changes": {name: value for name, value in best.params.items() if value != own[name]},
+            "changes": self._changes(best),
             "recipe": str(self.out / BEST_FILE),
             "page": str(self.out / PAGE_FILE),
             "next": f"missrec train --data {data} --recipe {self.out / BEST_FILE} --out RUN",
@@ -321,18 +307,7 @@ class _Search:
                 self.study.tell(trial.number, state=TrialState.FAIL)
                 self.study.enqueue_trial(trial.params)
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Let one process at a time create the study or write the files."""
-        with (self.out / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
 
 def _value(trial: optuna.trial.FrozenTrial) -> float:
     """Return the best validation NDCG@10 of a trial's epochs."""
     return max(trial.intermediate_values.values())
-
-
-def _count(trials: list[Any], state: str) -> int:
-    return sum(trial.state.name.lower() == state for trial in trials)

@@ -1,6 +1,7 @@
 """`missrec tune train`: a search by Optuna that goes on, is shared, reads no test session, and ends with a recipe."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -97,6 +98,12 @@ def test_time_ends_a_search_and_a_trial_that_it_cuts_is_kept(data: Path) -> None
     assert found["trials"] == {"pruned": 1}  # not to be told from a bad one: it had no time
     assert found["valid_ndcg@10"] >= 0
     assert Path(found["recipe"]).is_file()
+
+
+@needs_optuna
+def test_a_search_without_a_time_limit_trains_to_the_end(data: Path) -> None:
+    found = search(data, minutes=math.inf, trials=1, settings=SMALL | {"train.epochs": 1})
+    assert (found["stopped_by"], found["trials"]) == ("trials", {"complete": 1})
 
 
 @needs_optuna

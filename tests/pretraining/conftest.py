@@ -73,7 +73,7 @@ def shops(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def pretrained(shops: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pre-training run on books and toys, four epochs."""
+    """A pre-training run on books and toys, twelve epochs."""
     from missrec_t4r.training.pretrain import pretrain
 
     out = tmp_path_factory.mktemp("runs") / "pre"

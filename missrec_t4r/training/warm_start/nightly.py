@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +25,11 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn, encoded_values
 from missrec_t4r.data.union import match_modalities
 from missrec_t4r.errors import CheckpointError, ConfigError
+from missrec_t4r.model.clustering import nearest_of_all
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.runs.run_folder import VOCABULARY_FILE, data_folder
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID
 from missrec_t4r.training.fit import train
-from missrec_t4r.training.trainer import Prepare
 from missrec_t4r.training.warm_start.id_init import ids_from_content
 from missrec_t4r.training.warm_start.report import WeightLoadingReport
 from missrec_t4r.training.warm_start.transfer import (
@@ -39,13 +39,11 @@ from missrec_t4r.training.warm_start.transfer import (
     frozen_parts,
     log_start,
     read_source,
+    require_choices,
     require_same,
 )
 
 log = logging.getLogger(__name__)
-
-_CHUNK_DISTANCES = 1 << 24
-"""Distances between embeddings and centroids per chunk: 64 MiB."""
 
 
 def continue_training(
@@ -87,8 +85,7 @@ def continue_training(
     """
     if Path(out).resolve() == Path(earlier_run).resolve():
         raise ConfigError(f"--out {out} is the run to start from", "a new folder, since the old run is read")
-    if freeze not in get_args(Freeze):
-        raise ConfigError(f"--freeze {freeze}", f"one of {', '.join(get_args(Freeze))}")
+    require_choices(freeze=(freeze, Freeze))
     source = read_source(earlier_run)
     if "pretraining" in source.info:
         raise CheckpointError(f"{earlier_run} is a pre-training run", "a run on this shop", f"use --from {earlier_run}")
@@ -99,7 +96,13 @@ def continue_training(
     event_features = [
         _extend_values(EventColumn.from_dict(column), Path(data)) for column in source.info.get("side_features", [])
     ]
-    prepare = _prepare(source, freeze, resolved.train.id_init, Path(out))
+
+    def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
+        report, items = load_continued(model, catalogue, source, freeze=freeze, id_init=resolved.train.id_init)
+        counts = ", ".join(f"{count:,} {name}" for name, count in items.items())
+        log.info(f"warm start from {source.run}: items {counts}")
+        return log_start("continue", source, Path(out), report, freeze=freeze, items=items)
+
     common: dict[str, Any] = {"resume": resume, "device": device, "dry_run": dry_run}
     return train(data, out, recipe=resolved, prepare=prepare, event_features=event_features, **common)
 
@@ -131,24 +134,21 @@ def load_continued(
     matched = _same_modalities(catalogue, source)
     report = WeightLoadingReport(model, source.weights, str(source.run))
     for name in model.item_encoder.names:
-        prefix = f"item_encoder.adapters.{name}."
-        if name in matched:
-            stated = catalogue.modalities[name].fingerprint and source.fingerprints[matched[name]]
-            note = "" if stated else "its encoder is not stated: assumed to be the same"
-            report.copy(f"adapter {name}", prefix, theirs=f"item_encoder.adapters.{matched[name]}.", note=note)
-        else:
-            report.record_initialised(f"adapter {name}", "a new modality", prefix)
+        note = "" if name in matched else "a new modality"
+        if name in matched and not (catalogue.modalities[name].fingerprint and source.fingerprints[matched[name]]):
+            note = "its encoder is not stated: assumed to be the same"
+        report.copy_adapter(name, matched.get(name), note)
     for name, prefixes in PARTS.items():
         report.copy(name, *prefixes)
     if id_init == "content":
         ids_from_content(model)
     kept = int((old_rows[FIRST_ITEM_ROW:] >= 0).sum())
     items = {"kept": kept, "new": catalogue.n_items - kept, "retired": len(earlier) - kept}
-    of_rows = f"{kept:,} rows by raw id, the rest new"
-    _copy_rows(report, "item IDs", "item_encoder.id_embedding.weight", old_rows, of_rows)
-    _copy_rows(report, "candidate IDs", "item_encoder.candidate_id_embedding.weight", old_rows, of_rows)
+    note = f"{kept:,} rows by raw id, the rest new"
+    _copy_rows(report, "item IDs", "item_encoder.id_embedding.weight", old_rows, note)
+    _copy_rows(report, "candidate IDs", "item_encoder.candidate_id_embedding.weight", old_rows, note)
     if model.config.candidate_fusion == "dynamic_instance":
-        _copy_rows(report, "fusion", "fusion.phi", old_rows, f"{kept:,} items by raw id, the rest new")
+        _copy_rows(report, "fusion", "fusion.phi", old_rows, note)
     else:
         report.copy("fusion", "fusion.")
     report.copy("history bias", "terms.history_bias.bias")
@@ -208,17 +208,6 @@ def earlier_rows(catalogue: Catalogue, earlier: pa.Array, run: Path) -> Tensor:
     return torch.from_numpy(np.concatenate([np.arange(FIRST_ITEM_ROW), rows]))
 
 
-def _prepare(source: Source, freeze: Freeze, id_init: IdInit, out: Path) -> Prepare:
-
-    def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
-        report, items = load_continued(model, catalogue, source, freeze=freeze, id_init=id_init)
-        counts = ", ".join(f"{count:,} {name}" for name, count in items.items())
-        log.info(f"warm start from {source.run}: items {counts}")
-        return log_start("continue", source, out, report, freeze=freeze, items=items)
-
-    return prepare
-
-
 def _same_modalities(catalogue: Catalogue, source: Source) -> dict[str, str]:
     """Match modalities by fingerprint, then by name if one side states none; one name for two encoders is an error."""
     own = {name: modality.fingerprint for name, modality in catalogue.modalities.items()}
@@ -241,25 +230,25 @@ def _same_modalities(catalogue: Catalogue, source: Source) -> dict[str, str]:
 @torch.no_grad()
 def _copy_rows(report: WeightLoadingReport, part: str, name: str, old_rows: Tensor, note: str) -> None:
     """Copy the rows of a table for the items of both catalogues."""
-    own, theirs = report.model.state_dict().get(name), report.weights.get(name)
-    if own is None:
+    table, earlier = report.model.state_dict().get(name), report.weights.get(name)
+    if table is None:
         return
-    if theirs is None:
+    if earlier is None:
         report.record_initialised(part, "the earlier run had none", name)
         return
     is_kept = old_rows >= 0
-    own[is_kept] = theirs[old_rows[is_kept]].to(own)
+    table[is_kept] = earlier[old_rows[is_kept]].to(table)
     report.record_loaded(part, note, name)
 
 
 @torch.no_grad()
 def _copy_event_features(report: WeightLoadingReport) -> None:
     """Copy the event features' tables; new categories have rows at the end, which keep their initial values."""
-    own = {name: tensor for name, tensor in report.model.state_dict().items() if name.startswith("event_features.")}
-    for name, tensor in own.items():
-        theirs = report.weights[name]
-        (tensor[: len(theirs)] if tensor.ndim else tensor).copy_(theirs)
-    if own:
+    tables = {name: table for name, table in report.model.state_dict().items() if name.startswith("event_features.")}
+    for name, table in tables.items():
+        earlier = report.weights[name]
+        table[: len(earlier)].copy_(earlier)
+    if tables:
         report.record_loaded("event features", "scaled as in the earlier run, new categories random", "event_features.")
 
 
@@ -286,11 +275,11 @@ def _copy_interests(model: MISSRec, source: Source, old_rows: Tensor, matched: M
         centroids, assignment = _largest(centroids, assignment, n_interests)
     is_open = items.mask & (assignment == 0)
     points = items.modality[is_open].float()  # [embedding, dim]
-    distance, nearest = _nearest(points, centroids)
+    nearest, distance = nearest_of_all(points, centroids)
     if n_interests > len(centroids) and len(points):
         farthest = distance.argsort(descending=True, stable=True)[: n_interests - len(centroids)]
         centroids = torch.cat([centroids, points[farthest]])
-        distance, nearest = _nearest(points, centroids)
+        nearest, _ = nearest_of_all(points, centroids)
     assignment[is_open] = nearest + 1
     model.interests.centroids[1 : len(centroids) + 1] = centroids
     model.interests.assignment.copy_(assignment)
@@ -303,15 +292,6 @@ def _largest(centroids: Tensor, assignment: Tensor, size: int) -> tuple[Tensor, 
     new_label = assignment.new_zeros(len(centroids) + 1)
     new_label[largest + 1] = torch.arange(1, size + 1)
     return centroids[largest], new_label[assignment]
-
-
-def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each point's distance to the nearest centroid and its index, both [point]."""
-    step = max(_CHUNK_DISTANCES // max(len(centroids), 1), 1)
-    minima = [torch.cdist(chunk, centroids).min(1) for chunk in points.split(step)]
-    if not minima:
-        return points.new_zeros(0), torch.zeros(0, dtype=torch.int64)
-    return torch.cat([chunk.values for chunk in minima]), torch.cat([chunk.indices for chunk in minima])
 
 
 def _extend_values(column: EventColumn, data: Path) -> EventColumn:

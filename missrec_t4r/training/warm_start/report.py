@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -52,35 +52,46 @@ class WeightLoadingReport:
     def copy(self, name: str, *prefixes: str, theirs: str | None = None, note: str = "") -> None:
         """Copy all tensors under the prefixes; ``theirs`` is the source run's prefix if it differs."""
         own = _under(self.model.state_dict(), prefixes)
-        if not own:
-            return
         names = {key: key if theirs is None else theirs + key.removeprefix(prefixes[0]) for key in own}
         loaded = {key: self.weights[other] for key, other in names.items() if other in self.weights}
         self._used |= {names[key] for key in loaded}
         if not loaded:
-            self._add(Part(name, "missing", _count(own.values()), note or "initialised"), prefixes)
+            self._record(name, "missing", note or "initialised", prefixes)
             return
         self._errors += [f"{name}: {key} is missing" for key in own if key not in loaded]
         self._errors += [
-            f"{name}: {key} has shape {list(loaded[key].shape)} instead of {list(own[key].shape)}"
-            for key in loaded
-            if loaded[key].shape != own[key].shape
+            f"{name}: {key} has shape {list(tensor.shape)} instead of {list(own[key].shape)}"
+            for key, tensor in loaded.items()
+            if tensor.shape != own[key].shape
         ]
         if not self._errors:
             self.model.load_state_dict(loaded, strict=False)
-        self._add(Part(name, "loaded", _count(own.values()), note), prefixes)
+        self._record(name, "loaded", note, prefixes)
+
+    def copy_adapter(self, name: str, theirs: str | None, note: str) -> None:
+        """Copy a modality's adapter from that of the source run's modality ``theirs``; None for none."""
+        prefix = f"item_encoder.adapters.{name}."
+        if theirs is None:
+            self.record_initialised(f"adapter {name}", note, prefix)
+        else:
+            self.copy(f"adapter {name}", prefix, theirs=f"item_encoder.adapters.{theirs}.", note=note)
 
     def record_loaded(self, name: str, note: str, *prefixes: str) -> None:
         """Record a part that the caller has loaded from the source run's weights itself."""
-        self._mark_used(prefixes)
-        self._add(Part(name, "loaded", _count(_under(self.model.state_dict(), prefixes).values()), note), prefixes)
+        self._used |= _under(self.weights, prefixes).keys()
+        self._record(name, "loaded", note, prefixes)
 
     def record_initialised(self, name: str, why: str, *prefixes: str) -> None:
         """Record a part that keeps its initial values: re-initialised if the source run has the part, else missing."""
-        own = _under(self.model.state_dict(), prefixes)
-        in_source = self._mark_used(prefixes)
-        if own:
-            self._add(Part(name, "re-initialised" if in_source else "missing", _count(own.values()), why), prefixes)
+        in_source = _under(self.weights, prefixes).keys()
+        self._used |= in_source
+        self._record(name, "re-initialised" if in_source else "missing", why, prefixes)
+
+    def _record(self, name: str, status: Status, note: str, prefixes: tuple[str, ...]) -> None:
+        """Record a part that the model has."""
+        if own := _under(self.model.state_dict(), prefixes):
+            self.parts.append(Part(name, status, _count(own.values()), note))
+            self._prefixes[name] = prefixes
 
     def _freeze(self, frozen: set[str]) -> None:
         """Exclude parts from training."""
@@ -91,12 +102,11 @@ class WeightLoadingReport:
                 "a run that has these parts",
                 "--freeze none",
             )
+        prefixes = tuple(prefix for name in frozen for prefix in self._prefixes.get(name, ()))
         for name, weight in self.model.named_parameters():
-            if any(name.startswith(prefix) for part in frozen for prefix in self._prefixes.get(part, ())):
+            if name.startswith(prefixes):
                 weight.requires_grad_(False)
-        self.parts = [
-            Part(part.name, part.status, part.parameters, part.note, frozen=part.name in frozen) for part in self.parts
-        ]
+        self.parts = [replace(part, frozen=part.name in frozen) for part in self.parts]
 
     def finish(self, frozen: Iterable[str]) -> dict[str, Any]:
         """Add score terms and parts that only the source run has, check the shapes, freeze, and return the report.
@@ -148,16 +158,6 @@ class WeightLoadingReport:
             "trainable_share": round(trainable / max(total, 1), 4),
         }
 
-    def _add(self, part: Part, prefixes: tuple[str, ...]) -> None:
-        self.parts.append(part)
-        self._prefixes[part.name] = prefixes
-
-    def _mark_used(self, prefixes: Iterable[str]) -> bool:
-        """Mark the source's tensors under the prefixes as accounted for; return whether there are any."""
-        names = set(_under(self.weights, tuple(prefixes)))
-        self._used |= names
-        return bool(names)
-
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:
     """Return a report as text, one line per part."""
@@ -171,7 +171,7 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def _under(state: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state.items() if name.startswith(prefixes)} if prefixes else {}
+    return {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

@@ -26,7 +26,6 @@ from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, data_folder, encoders_of, load_tensors
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.training.fit import train
-from missrec_t4r.training.trainer import Prepare
 from missrec_t4r.training.warm_start.id_init import ids_from_content
 from missrec_t4r.training.warm_start.report import WeightLoadingReport, report_lines
 
@@ -122,19 +121,20 @@ def train_from(
     ConfigError
         An unknown choice, or parts to freeze that are not loaded.
     """
-    freeze = freeze or ("encoder_decoder" if take == "all" else "none")
-    for option, value, choices in (("freeze", freeze, Freeze), ("take", take, Take)):
-        if value not in get_args(choices):
-            raise ConfigError(f"--{option} {value}", f"one of {', '.join(get_args(choices))}")
+    frozen = freeze or ("encoder_decoder" if take == "all" else "none")
+    require_choices(freeze=(frozen, Freeze), take=(take, Take))
     source_run = read_source(source)
     resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
-    if take == "all":
-        require_same(resolved.model, source_run.recipe.model, source_run.run)
-    elif resolved.model.d_model != source_run.recipe.model.d_model:
-        require_same(resolved.model, source_run.recipe.model, source_run.run, ("d_model",))
-    prepare = _prepare(source_run, freeze, take, resolved.train.id_init, Path(out))
-    common: dict[str, Any] = {"resume": resume, "device": device, "dry_run": dry_run}
-    return train(data, out, recipe=resolved, prepare=prepare, **common)
+    same = (*SIZES, *SEMANTICS) if take == "all" else ("d_model",)
+    require_same(resolved.model, source_run.recipe.model, source_run.run, same)
+
+    def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
+        id_init = resolved.train.id_init
+        report = load_pretrained(model, catalogue, source_run, freeze=frozen, take=take, id_init=id_init)
+        log.info(f"starting from {source_run.run}, freezing {frozen}")
+        return log_start("from", source_run, Path(out), report, freeze=frozen, take=take)
+
+    return train(data, out, recipe=resolved, prepare=prepare, resume=resume, device=device, dry_run=dry_run)
 
 
 def load_pretrained(
@@ -161,20 +161,28 @@ def load_pretrained(
     report = WeightLoadingReport(model, source.weights, str(source.run))
     matched = _common_modalities(catalogue, source)
     for name in model.item_encoder.names:
-        prefix, fingerprint = f"item_encoder.adapters.{name}.", catalogue.modalities[name].fingerprint
-        if name in matched:
-            theirs = matched[name]
-            note = "" if theirs == name else f"from {theirs!r}, the same encoder under another name"
-            report.copy(f"adapter {name}", prefix, theirs=f"item_encoder.adapters.{theirs}.", note=note)
+        if matched.get(name, name) != name:
+            note = f"from {matched[name]!r}, the same encoder under another name"
+        elif name in matched:
+            note = ""
         else:
-            why = "no modality of this encoder there" if fingerprint else "its encoder is not stated"
-            report.record_initialised(f"adapter {name}", why, prefix)
+            is_stated = catalogue.modalities[name].fingerprint
+            note = "no modality of this encoder there" if is_stated else "its encoder is not stated"
+        report.copy_adapter(name, matched.get(name), note)
     for name, prefixes in PARTS.items():
         if take == "all":
             report.copy(name, *prefixes)
         else:
             report.record_initialised(name, "only adapters are loaded", *prefixes)
-    _load_fusion(report, take)
+    per_item = model.config.candidate_fusion == "dynamic_instance"
+    if take == "all" and not per_item:
+        report.copy("fusion", "fusion.")
+        report.copy("history bias", "terms.history_bias.bias")
+        report.record_initialised("history offset", "fitted after training", "terms.history_bias.offset")
+    else:
+        why = "one number per item of this catalogue" if per_item else "only adapters are loaded"
+        report.record_initialised("fusion", why, "fusion.")
+        report.record_initialised("history bias", "re-learned", "terms.history_bias.")
     why = "of this catalogue's items" if id_init == "random" else "initialised from the items' content"
     report.record_initialised("item IDs", why, "item_encoder.id_embedding.", "item_encoder.candidate_id_embedding.")
     if id_init == "content":
@@ -184,8 +192,15 @@ def load_pretrained(
     return report.finish(frozen_parts(freeze, matched))
 
 
+def require_choices(**options: tuple[str, Any]) -> None:
+    """Raise an error for an option whose value, the first of the pair, is none of the literal's."""
+    for option, (value, literal) in options.items():
+        if value not in get_args(literal):
+            raise ConfigError(f"--{option} {value}", f"one of {', '.join(get_args(literal))}")
+
+
 def require_same(
-    wanted: MISSRecConfig, known: MISSRecConfig, run: Path, names: tuple[str, ...] = (*SIZES, *SEMANTICS)
+    config: MISSRecConfig, source: MISSRecConfig, run: Path, names: tuple[str, ...] = (*SIZES, *SEMANTICS)
 ) -> None:
     """Raise an error for settings under which the run's weights do not fit or compute something else.
 
@@ -194,12 +209,12 @@ def require_same(
     CheckpointError
         Lists all differing settings, with the options that make them agree.
     """
-    differing = [name for name in names if getattr(wanted, name) != getattr(known, name)]
+    differing = [name for name in names if getattr(config, name) != getattr(source, name)]
     if differing:
-        ours = ", ".join(f"{name} {getattr(wanted, name)}" for name in differing)
-        theirs = ", ".join(f"{name} {getattr(known, name)}" for name in differing)
-        cure = " ".join(f"--set model.{name}={getattr(known, name)}" for name in differing)
-        raise CheckpointError(f"the recipe has {ours}", f"{theirs}, as in {run}", f"add {cure}")
+        here = ", ".join(f"{name} {getattr(config, name)}" for name in differing)
+        there = ", ".join(f"{name} {getattr(source, name)}" for name in differing)
+        cure = " ".join(f"--set model.{name}={getattr(source, name)}" for name in differing)
+        raise CheckpointError(f"the recipe has {here}", f"{there}, as in {run}", f"add {cure}")
 
 
 def frozen_parts(freeze: Freeze, adapters: Iterable[str]) -> list[str]:
@@ -215,16 +230,6 @@ def log_start(kind: str, source: Source, out: Path, report: Mapping[str, Any], *
         log.info(line)
     where = os.path.relpath(source.run.resolve(), out.resolve())
     return {"start": {"kind": kind, "run": where, **more, **report}}
-
-
-def _prepare(source: Source, freeze: Freeze, take: Take, id_init: IdInit, out: Path) -> Prepare:
-
-    def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
-        report = load_pretrained(model, catalogue, source, freeze=freeze, take=take, id_init=id_init)
-        log.info(f"starting from {source.run}, freezing {freeze}")
-        return log_start("from", source, out, report, freeze=freeze, take=take)
-
-    return prepare
 
 
 def _common_modalities(catalogue: Catalogue, source: Source) -> dict[str, str]:
@@ -246,18 +251,6 @@ def _common_modalities(catalogue: Catalogue, source: Source) -> dict[str, str]:
                 "state the encoder's revision and preprocessing in the fingerprint",
             )
     return matched
-
-
-def _load_fusion(report: WeightLoadingReport, take: Take) -> None:
-    per_item = report.model.config.candidate_fusion == "dynamic_instance"
-    if take == "all" and not per_item:
-        report.copy("fusion", "fusion.")
-        report.copy("history bias", "terms.history_bias.bias")
-        report.record_initialised("history offset", "fitted after training", "terms.history_bias.offset")
-        return
-    why = "one number per item of this catalogue" if per_item else "only adapters are loaded"
-    report.record_initialised("fusion", why, "fusion.")
-    report.record_initialised("history bias", "re-learned", "terms.history_bias.")
 
 
 def _listed(fingerprints: Mapping[str, str | None]) -> str:

@@ -7,7 +7,7 @@ since every rank has the same adapters; view vectors are gathered with their gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,16 +18,19 @@ from missrec_t4r.config.model import FeatureScaling
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.item_encoder import CandidateEmbeddings, ItemEmbeddings, ItemEncoder
 
-Gather = Callable[[Tensor], Tensor]
-"""Rows of all ranks in the order of ranks, [batch, ...] -> [global batch, ...], with gradients."""
+
+class Positives(NamedTuple):
+    """Next items of this process's sessions, among those of all processes: rows that can be recommended."""
+
+    own: Tensor
+    """[batch], int64."""
+    everyone: Tensor
+    """[global batch], int64, in the order of ranks."""
+    first: int = 0
+    """Number of sessions on lower ranks: ``everyone[first + b] == own[b]``."""
 
 
-def alone(rows: Tensor) -> Tensor:
-    """Return the rows unchanged: the gather of a single process."""
-    return rows
-
-
-def in_batch_loss(logits: Tensor, own: Tensor, everyone: Tensor, first: int = 0) -> Tensor:
+def in_batch_loss(logits: Tensor, positives: Positives) -> Tensor:
     """Return the mean of ``-log softmax(logits[b])[first + b]``; equal items are not each other's negatives.
 
     The mean is over the global batch, of which this process has a part of the rows: losses and gradients of all
@@ -36,95 +39,59 @@ def in_batch_loss(logits: Tensor, own: Tensor, everyone: Tensor, first: int = 0)
     Parameters
     ----------
     logits : Tensor [batch, global batch]
-    own : Tensor [batch], int64
-        Positive item of every row.
-    everyone : Tensor [global batch], int64
-        Positive item of every column; ``everyone[first + b] == own[b]``.
-    first : int
-        Column of the first row: the number of sessions on lower ranks.
+    positives : Positives
     """
+    own, everyone, first = positives
     columns = first + torch.arange(len(own), device=own.device)
     equal = own.unsqueeze(1) == everyone
     equal[torch.arange(len(own), device=own.device), columns] = False
     return F.cross_entropy(logits.masked_fill(equal, -torch.inf), columns, reduction="sum") / max(len(everyone), 1)
 
 
-class SequenceItemContrast(nn.Module):
-    """Each session against every positive item of the batch, by the fused score (E16).
+def sequence_item_contrast(
+    fusion: CandidateFusion,
+    sessions: Tensor,
+    positives: Positives,
+    items: BatchEmbeddings,
+    temperature: float,
+    log_frequency: Tensor | None = None,
+) -> Tensor:
+    """Return the loss of this rank's sessions, each against every positive item of the batch by the fused score (E16).
 
     Parameters
     ----------
     fusion : CandidateFusion
         ``static`` or ``dynamic_shared``: a number per item would not transfer.
+    sessions : Tensor [batch, dim]
+        Unit length.
+    positives : Positives
+    items : BatchEmbeddings
+        Embeddings of, at least, the positives of all ranks.
     temperature : float
+    log_frequency : Tensor [row], optional
+        Subtracted from the logits: an item that is often a positive is as often a negative of others, which would
+        bias its score downwards (ours; logQ correction, Yi et al., RecSys 2019).
     """
-
-    def __init__(self, fusion: CandidateFusion, temperature: float) -> None:
-        super().__init__()
-        self.fusion, self.temperature = fusion, temperature
-
-    def forward(
-        self,
-        sessions: Tensor,
-        positives: Tensor,
-        everyone: Tensor,
-        items: BatchEmbeddings,
-        first: int,
-        log_frequency: Tensor | None = None,
-    ) -> Tensor:
-        """Return the loss of this rank's sessions.
-
-        Parameters
-        ----------
-        sessions : Tensor [batch, dim]
-            Unit length.
-        positives : Tensor [batch], int64
-            Their next items, catalogue rows that can be recommended.
-        everyone : Tensor [global batch], int64
-            The positives of all ranks.
-        items : BatchEmbeddings
-            Embeddings of, at least, the positives of all ranks.
-        first : int
-            Number of sessions on lower ranks.
-        log_frequency : Tensor [row], optional
-            Subtracted from the logits: an item that is often a positive is as often a negative of others, which would
-            bias its score downwards (ours; logQ correction, Yi et al., RecSys 2019).
-        """
-        logits = self.fusion(sessions, items.candidates(everyone)) / self.temperature
-        if log_frequency is not None:
-            logits = logits - log_frequency[everyone]
-        return in_batch_loss(logits, positives, everyone, first)
+    logits = fusion(sessions, items.candidates(positives.everyone)) / temperature
+    if log_frequency is not None:
+        logits = logits - log_frequency[positives.everyone]
+    return in_batch_loss(logits, positives)
 
 
-class SequenceSequenceContrast(nn.Module):
-    """Each session against the augmented views of all sessions of the batch (E17).
+def sequence_sequence_contrast(sessions: Tensor, views: Tensor, positives: Positives, temperature: float) -> Tensor:
+    """Return the loss of this rank's sessions, each against the augmented views of all sessions of the batch (E17).
 
     Parameters
     ----------
+    sessions : Tensor [batch, dim]
+        Unit length.
+    views : Tensor [global batch, dim]
+        Unit length, of all ranks; row ``first + b`` is a view of session ``b``.
+    positives : Positives
+        Sessions with the same next item are not each other's negatives.
     temperature : float
-    gather : Gather
     """
-
-    def __init__(self, temperature: float, gather: Gather = alone) -> None:
-        super().__init__()
-        self.temperature, self.gather = temperature, gather
-
-    def forward(self, sessions: Tensor, views: Tensor, positives: Tensor, everyone: Tensor, first: int) -> Tensor:
-        """Return the loss of this rank's sessions.
-
-        Parameters
-        ----------
-        sessions, views : Tensor [batch, dim]
-            Unit length; row b of both is the same session.
-        positives : Tensor [batch], int64
-            Next item of each session: sessions with the same one are not each other's negatives.
-        everyone : Tensor [global batch], int64
-            The positives of all ranks.
-        first : int
-            Number of sessions on lower ranks.
-        """
-        logits = sessions @ self.gather(views).T / self.temperature
-        return in_batch_loss(logits, positives, everyone, first)
+    return in_batch_loss(sessions @ views.T / temperature, positives)
 
 
 class BatchEmbeddings(NamedTuple):

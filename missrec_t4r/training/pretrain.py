@@ -24,7 +24,13 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import target_counts
 from missrec_t4r.data.union import WORD_DROP, Domains, load_domains, named_folders
 from missrec_t4r.errors import ConfigError, DataError
-from missrec_t4r.model.contrastive import BatchEmbeddings, SequenceItemContrast, SequenceSequenceContrast, WordDrop
+from missrec_t4r.model.contrastive import (
+    BatchEmbeddings,
+    Positives,
+    WordDrop,
+    sequence_item_contrast,
+    sequence_sequence_contrast,
+)
 from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import Encoded, MISSRec
 from missrec_t4r.schema import UNKNOWN_ROW
@@ -196,28 +202,28 @@ def contrastive_loss(
     settings, temperature = recipe.pretrain, recipe.model.temperature
     item_ids, targets = batch.item_ids, batch.targets[..., 0]  # [batch, seq] or, for prefixes, [batch]
     has_positive = (targets > 0) & model.recommendable[targets]
-    positives = targets[has_positive]  # [query]
-    candidates = distributed.gather_rows(positives)  # [candidate]: the positives of all processes
+    positives = _among_everyones(targets[has_positive])
     view = augmented_view(item_ids, settings, has_word_drop=word_drop is not None)
     with autocast(recipe.train.precision, item_ids.device):
-        items = BatchEmbeddings.of(model.item_encoder, item_ids, candidates)
+        items = BatchEmbeddings.of(model.item_encoder, item_ids, positives.everyone)
         encoded = _to_fp32(model.encode(item_ids, items=items.take(item_ids), last_only=targets.ndim == 1))
         other = _to_fp32(_encode_view(model, view, items, word_drop)) if settings.sequence_sequence_weight else None
     items = items._replace(tokens=items.tokens._replace(modality=to_fp32(items.tokens.modality)))
-    first = distributed.rows_before(len(positives), positives.device)  # own positives among the candidates
-    contrast = SequenceItemContrast(model.fusion, temperature)
-    loss = contrast(encoded.vectors[has_positive], positives, candidates, items, first, log_frequency)
+    vectors = encoded.vectors[has_positive]
+    loss = sequence_item_contrast(model.fusion, vectors, positives, items, temperature, log_frequency)
     regulariser = _orthogonality(model, encoded)
     if other is not None:
         vectors, targets, has_positive = _last_positions(item_ids, encoded.vectors, targets, has_positive)  # [batch, …]
-        positives = targets[has_positive]
-        candidates = distributed.gather_rows(positives)
-        first = distributed.rows_before(len(positives), positives.device)
-        view_contrast = SequenceSequenceContrast(temperature, distributed.gather_rows)
-        views = view_contrast(vectors[has_positive], other.vectors[has_positive], positives, candidates, first)
-        loss = loss + settings.sequence_sequence_weight * views
+        sessions, views = vectors[has_positive], distributed.gather_rows(other.vectors[has_positive])
+        positives = _among_everyones(targets[has_positive])
+        contrast = sequence_sequence_contrast(sessions, views, positives, temperature)
+        loss = loss + settings.sequence_sequence_weight * contrast
         regulariser = regulariser + _orthogonality(model, other)
     return loss + model.config.orthogonality_weight * regulariser
+
+
+def _among_everyones(own: Tensor) -> Positives:
+    return Positives(own, distributed.gather_rows(own), distributed.rows_before(len(own), own.device))
 
 
 def _encode_view(model: MISSRec, view: View, items: BatchEmbeddings, word_drop: WordDrop | None) -> Encoded:

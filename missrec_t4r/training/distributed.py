@@ -125,20 +125,19 @@ def rows_before(n_rows: int, device: torch.device | str = "cpu") -> int:
     return sum(_row_counts(n_rows, device)[: world().rank])
 
 
-def sum_gradients(weights: Iterable[torch.nn.Parameter]) -> None:
+def sum_gradients(weights: Iterable[torch.nn.Parameter], sparse: frozenset[Tensor] = frozenset()) -> None:
     """Sum every weight's gradient over the processes; a missing gradient counts as zero.
 
-    Dense gradients are reduced together, in one message per dtype. Sparse ones (rows of a large ID table) are gathered.
+    Dense gradients are reduced together, in one message per dtype. Those of ``sparse`` weights (rows of a large ID
+    table) are gathered.
     """
     if not is_grouped():
         return
-    trained = [weight for weight in weights if weight.requires_grad]
-    sparse = _any_sparse(trained)
     dense: dict[torch.dtype, list[torch.nn.Parameter]] = {}
-    for weight, is_sparse in zip(trained, sparse):
-        if is_sparse:
+    for weight in weights:
+        if weight in sparse:
             weight.grad = _summed_rows(weight)
-        else:
+        elif weight.requires_grad:
             dense.setdefault(weight.dtype, []).append(weight)
     for group in dense.values():
         parts = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in group]
@@ -210,16 +209,6 @@ def _gathered(rows: Tensor, counts: list[int]) -> list[Tensor]:
     received = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(received, padded)
     return [part[:count] for part, count in zip(received, counts)]
-
-
-def _any_sparse(weights: list[torch.nn.Parameter]) -> list[bool]:
-    """Return which gradients are sparse in any process; a process without a row of the table has no gradient."""
-    if not weights:
-        return []
-    flags = torch.tensor([weight.grad is not None and weight.grad.is_sparse for weight in weights])
-    flags = flags.to(weights[0].device, torch.int32)
-    dist.all_reduce(flags)
-    return [bool(flag) for flag in flags]
 
 
 def _summed_rows(weight: torch.nn.Parameter) -> Tensor:

@@ -50,7 +50,7 @@ class Optimiser:
         *,
         graphed: bool = False,
     ) -> None:
-        self.train, self.weights, self.rate = train, list(model.parameters()), 0.0
+        self.train, self.weights, self.sparse, self.rate = train, list(model.parameters()), sparse, 0.0
         self._rate = torch.zeros((), device=device) if graphed else None
         dense = [weight for weight in self.weights if weight not in sparse]
         self.optimizers: list[torch.optim.Optimizer] = [
@@ -73,10 +73,10 @@ class Optimiser:
     def set_rate(self, rate: float) -> None:
         """Set the learning rate of the steps that follow."""
         self.rate = rate
-        given = rate if self._rate is None else self._rate.fill_(rate)
+        value = rate if self._rate is None else self._rate.fill_(rate)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = given
+                group["lr"] = value
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -92,12 +92,12 @@ class Optimiser:
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """Return the weights and, by name, their moments and step counts: the very tensors that `update` changes."""
-        found: dict[str, list[Tensor]] = {"weight": [weight.detach() for weight in self.weights]}
+        tensors: dict[str, list[Tensor]] = {"weight": [weight.detach() for weight in self.weights]}
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 for name, tensor in state.items():
-                    found.setdefault(name, []).append(tensor)
-        return found
+                    tensors.setdefault(name, []).append(tensor)
+        return tensors
 
     def step(self, rate: float) -> None:
         """Sum the gradients over the processes, clip them and update the weights at learning rate ``rate``."""
@@ -106,7 +106,7 @@ class Optimiser:
 
     def update(self) -> None:
         """Take the step at the rate that was set."""
-        distributed.sum_gradients(self.weights)
+        distributed.sum_gradients(self.weights, self.sparse)
         for optimizer in self.optimizers:
             if self.scaler is not None:
                 self.scaler.unscale_(optimizer)

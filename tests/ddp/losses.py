@@ -80,7 +80,8 @@ def results() -> dict[str, Tensor]:
         others = {"contrast": contrast, "pretraining": pretraining}
         model, loss = others[name]() if name in others else fine_tuning(name)
         loss.backward()
-        distributed.sum_gradients(model.parameters())
+        tables = model.item_encoder.id_tables if name.startswith("sampled") else []
+        distributed.sum_gradients(model.parameters(), frozenset(tables))
         found[f"{name}/loss"] = distributed.sum_(loss.detach())
         for weight, value in model.named_parameters():
             gradient = torch.zeros_like(value) if value.grad is None else value.grad.to_dense()

@@ -67,7 +67,7 @@ def judged(tokens: Tensor, centroids: Tensor, n_judged: int) -> dict[str, Any]:
     started = time.perf_counter()
     exact, distance = nearest_of_all(some, centroids)
     seconds = time.perf_counter() - started
-    found, near = nearest_in_groups(some, centroids, lambda rows, n: kmeans(rows, n, seed=0, passes=3))
+    found, near = nearest_in_groups(some, centroids)
     return {
         "tokens": len(some),
         "found": round(float((exact == found).float().mean()), 4),

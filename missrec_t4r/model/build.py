@@ -14,6 +14,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import DataError
 from missrec_t4r.model import release
+from missrec_t4r.model.attention import DecoderLayer, EncoderLayer
 from missrec_t4r.model.contextual_encoder import ContextualEncoder
 from missrec_t4r.model.decoder import InterestAwareDecoder
 from missrec_t4r.model.event_features import EventFeatureEncoder, EventFeatures
@@ -57,7 +58,9 @@ def build_network(
     if not config.mask_untrained_ids:
         trained = torch.arange(catalogue.n_rows) >= FIRST_ITEM_ROW
     item_encoder = _item_encoder(config, catalogue, trained)
-    layer = (config.d_model, config.n_head, config.d_feedforward, config.dropout, config.layer_norm_eps)
+    sizes = (config.d_model, config.n_head, config.d_feedforward, config.dropout, config.layer_norm_eps)
+    encoder_layers = [EncoderLayer(*sizes) for _ in range(config.n_encoder_layers)]
+    decoder_layers = [DecoderLayer(*sizes) for _ in range(config.n_decoder_layers)]
     n_interests = InterestVocabulary.size(config.interest_ratio, item_encoder.masks(dropout=False).mask)
     model = MISSRec(
         config,
@@ -70,10 +73,12 @@ def build_network(
             config.interest_algorithm,
             release.PaddedInterests(config.max_sequence_length) if config.orthogonality == "faithful" else None,
         ),
-        ContextualEncoder(config.n_encoder_layers, *layer, config.attention),
+        ContextualEncoder(encoder_layers, nn.LayerNorm(config.d_model, config.layer_norm_eps), config.attention),
         InterestAwareDecoder(
-            config.n_decoder_layers,
-            *layer,
+            decoder_layers,
+            config.d_model,
+            config.dropout,
+            config.layer_norm_eps,
             config.max_sequence_length,
             config.attention,
             config.sequence_fusion,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -72,11 +71,11 @@ def density_peaks(points: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
     k = min(_NEIGHBOURS, len(points))
     scale = points.shape[1] ** -0.5
     pieces = chunks(len(points), len(points))
-    nearest = torch.cat([(_distances(points[c], points) * scale).topk(k, largest=False).values for c in pieces])
+    nearest = torch.cat([(torch.cdist(points[c], points) * scale).topk(k, largest=False).values for c in pieces])
     density = torch.exp(-(nearest**2).mean(1))  # [point]
     rank = torch.empty_like(density, dtype=torch.int64)
     rank[density.argsort(descending=True, stable=True)] = torch.arange(len(points), device=points.device)
-    gap = torch.cat([_gap_to_denser(_distances(points[c], points) * scale, rank[c], rank) for c in pieces])
+    gap = torch.cat([_gap_to_denser(torch.cdist(points[c], points) * scale, rank[c], rank) for c in pieces])
     centres = (density * gap).topk(n_clusters).indices
     labels, _ = _assign(points, points[centres])
     labels[centres] = torch.arange(n_clusters, device=points.device)
@@ -110,6 +109,7 @@ def _first_centroids(points: Tensor, n_clusters: int, seed: int) -> Tensor:
 
 
 def _update(points: Tensor, centroids: Tensor, labels: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means of the clusters and the labels, by which none is empty."""
     labels = _fill_empty(len(centroids), labels, distance)
     return _means(points, labels, centroids), labels
 
@@ -142,11 +142,7 @@ def _assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the nearest centroid of every point (a near one beyond `COMPARED_AT_MOST`) and its squared distance."""
     if len(points) * len(centroids) <= COMPARED_AT_MOST:
         return nearest_of_all(points, centroids)
-    return nearest_in_groups(points, centroids, lambda rows, n: kmeans(rows, n, seed=0, passes=_GROUP_PASSES))
-
-
-def _distances(left: Tensor, right: Tensor) -> Tensor:
-    return torch.cdist(left, right)
+    return nearest_in_groups(points, centroids)
 
 
 # Nearest centroid of every point: all compared, or in groups where the comparisons would take minutes
@@ -157,9 +153,6 @@ PROBED_GROUPS = 16
 """Groups whose centroids a point is compared with."""
 _CHUNK_ELEMENTS = 1 << 24
 """Entries of one block of comparisons: 64 MiB in float32."""
-
-Cluster = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""Points [point, dim] and a number -> that many centroids and every point's label."""
 
 
 def nearest_of_all(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,23 +173,20 @@ def nearest_of_all(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return labels, distance
 
 
-def nearest_in_groups(
-    points: Tensor, centroids: Tensor, cluster: Cluster, probed: int = PROBED_GROUPS
-) -> tuple[Tensor, Tensor]:
+def nearest_in_groups(points: Tensor, centroids: Tensor, probed: int = PROBED_GROUPS) -> tuple[Tensor, Tensor]:
     """Return a near centroid of every point, mostly the nearest, and the squared distance to it.
 
     Parameters
     ----------
     points : Tensor [point, dim]
     centroids : Tensor [cluster, dim]
-    cluster : function
-        Clusters the centroids into groups.
     probed : int
         Groups whose centroids a point is compared with; with all of them the result is exact.
     """
-    centres, group = cluster(centroids, math.isqrt(len(centroids) - 1) + 1)
-    probed = min(probed, len(centres))
-    near = torch.cat([_nearest_groups(points[chunk], centres, probed) for chunk in chunks(len(points), len(centres))])
+    centres, group = kmeans(centroids, math.isqrt(len(centroids) - 1) + 1, seed=0, passes=_GROUP_PASSES)
+    probed, half = min(probed, len(centres)), centres.square().sum(1) / 2
+    pieces = [points[chunk] for chunk in chunks(len(points), len(centres))]
+    near = torch.cat([(piece @ centres.T - half).topk(probed, dim=1).indices for piece in pieces])  # [point, group]
     by_group = near.flatten().argsort(stable=True)
     points_of_group = torch.div(by_group, probed, rounding_mode="floor").split(_sizes(near, len(centres)))
     members = group.argsort(stable=True).split(_sizes(group, len(centres)))
@@ -204,30 +194,16 @@ def nearest_in_groups(
     labels = torch.zeros(len(points), dtype=torch.int64, device=points.device)
     value = torch.full((len(points),), -torch.inf, dtype=points.dtype, device=points.device)
     for own, compared in zip(members, points_of_group):
-        if len(own):
-            for chunk in chunks(len(compared), max(len(own), points.shape[1])):
-                _improve(points, centroids[own], half_norms[own], own, compared[chunk], labels, value)
+        if not len(own):
+            continue
+        in_group, half = centroids[own], half_norms[own]
+        for chunk in chunks(len(compared), max(len(own), points.shape[1])):
+            rows = compared[chunk]
+            best = (points[rows] @ in_group.T - half).max(1)
+            nearer = best.values > value[rows]
+            labels[rows] = torch.where(nearer, own[best.indices], labels[rows])
+            value[rows] = torch.where(nearer, best.values, value[rows])
     return labels, (points.square().sum(1) - 2 * value).clamp_min(0)
-
-
-def _improve(
-    points: Tensor,
-    centroids: Tensor,
-    half_norms: Tensor,
-    own: Tensor,
-    near: Tensor,
-    labels: Tensor,
-    value: Tensor,
-) -> None:
-    """Compare some points with a group's centroids; update label and value where a centroid is nearer."""
-    best = (points[near] @ centroids.T - half_norms).max(1)
-    nearer = best.values > value[near]
-    labels[near] = torch.where(nearer, own[best.indices], labels[near])
-    value[near] = torch.where(nearer, best.values, value[near])
-
-
-def _nearest_groups(points: Tensor, centres: Tensor, probed: int) -> Tensor:
-    return (points @ centres.T - centres.square().sum(1) / 2).topk(probed, dim=1).indices
 
 
 def _sizes(labels: Tensor, n_groups: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from missrec_t4r.config.model import Attention
@@ -14,27 +16,21 @@ class ContextualEncoder(nn.Module):
 
     Parameters
     ----------
-    n_layers, d_model, n_head, d_feedforward, dropout, eps
-        Sizes of the transformer layers.
+    layers : sequence of EncoderLayer
+        In their order; none leaves the interests as they are.
+    norm : nn.LayerNorm
+        After the last one.
     attention : {"bidirectional", "causal"}
         ``causal``: an interest sees the interests that the session showed at the same item or earlier (ours; needed to
         train all positions at once).
     """
 
     def __init__(
-        self,
-        n_layers: int,
-        d_model: int,
-        n_head: int,
-        d_feedforward: int,
-        dropout: float,
-        eps: float,
-        attention: Attention = "bidirectional",
+        self, layers: Sequence[EncoderLayer], norm: nn.LayerNorm, attention: Attention = "bidirectional"
     ) -> None:
         super().__init__()
         self.attention = attention
-        self.layers = nn.ModuleList(EncoderLayer(d_model, n_head, d_feedforward, dropout, eps) for _ in range(n_layers))
-        self.norm = nn.LayerNorm(d_model, eps)
+        self.layers, self.norm = nn.ModuleList(layers), norm
 
     def forward(self, interests: InterestTokens) -> Tensor:
         """Return the memory [batch, interest, dim] for the decoder."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,10 @@ class InterestAwareDecoder(nn.Module):
 
     Parameters
     ----------
-    n_layers, d_model, n_head, d_feedforward, dropout, eps
-        Sizes of the transformer layers.
+    layers : sequence of DecoderLayer
+        In their order; at least one.
+    d_model, dropout, eps
+        Width, and what position embeddings and LayerNorms around the layers need.
     max_sequence_length : int
         Number of position embeddings.
     attention : {"bidirectional", "causal"}
@@ -45,10 +47,8 @@ class InterestAwareDecoder(nn.Module):
 
     def __init__(
         self,
-        n_layers: int,
+        layers: Sequence[DecoderLayer],
         d_model: int,
-        n_head: int,
-        d_feedforward: int,
         dropout: float,
         eps: float,
         max_sequence_length: int,
@@ -62,7 +62,7 @@ class InterestAwareDecoder(nn.Module):
         self.positions = nn.Embedding(max_sequence_length, d_model)
         self.norm_input = nn.LayerNorm(d_model, eps)
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(DecoderLayer(d_model, n_head, d_feedforward, dropout, eps) for _ in range(n_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(d_model, eps)
 
     def forward(

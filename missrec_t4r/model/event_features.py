@@ -84,7 +84,7 @@ class EventFeatureEncoder(nn.Module):
         super().__init__()
         self.columns, self.dropout = tuple(columns), dropout
         self.width = sum(column.width for column in columns)
-        self.encoders = nn.ModuleList(_encoder(column) for column in columns)
+        self.encoders = nn.ModuleList(_ENCODERS[column.kind](column) for column in columns)
         self.absent = nn.ParameterList(nn.Parameter(torch.empty(column.width)) for column in columns)
         self.reset_parameters()
 
@@ -175,10 +175,6 @@ class _Vector(nn.Module):
 
 
 _ENCODERS = {"categorical": _Category, "continuous": _Number, "pretrained": _Vector}
-
-
-def _encoder(column: EventColumn) -> nn.Module:
-    return _ENCODERS[column.kind](column)
 
 
 def _check(column: EventColumn, value: Tensor, item_ids: Tensor) -> None:

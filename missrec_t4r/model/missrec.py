@@ -111,10 +111,6 @@ class MISSRec(nn.Module):
         """
         return self.encode(item_ids, last_only=True, event_features=event_features).vectors
 
-    def encode_positions(self, item_ids: Tensor, event_features: EventValues | None = None) -> Tensor:
-        """Return unit vectors [batch, seq, dim]; with causal attention position t depends on the items up to t only."""
-        return self.encode(item_ids, event_features=event_features).vectors
-
     def encode(
         self,
         item_ids: Tensor,

@@ -176,7 +176,7 @@ class MISSRecNextItemTask(NextItemPredictionTask):
         count = (targets > 0).sum().unsqueeze(0)
 
         def loss_of(scores: Tensor, targets: Tensor) -> Tensor:
-            return next_item_loss(scores / core.config.temperature, targets, counts=count, overwrite=True)
+            return next_item_loss(scores / core.config.temperature, targets, counts=count)
 
         if not sessions.every_position or len(target) * core.item_encoder.n_rows <= LARGEST_TABLE:
             scores = core.score(vectors, candidates, history)

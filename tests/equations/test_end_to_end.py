@@ -58,7 +58,7 @@ def test_every_position(config: MISSRecConfig, tolerance: float) -> None:
     model = shop.model(config)
     expected = translate.whole(model, shop.catalogue())
     with torch.no_grad():
-        vectors = model.encode_positions(shop.batch()).numpy()
+        vectors = model.encode(shop.batch()).vectors.numpy()
     for found, session in zip(vectors, shop.SESSIONS, strict=True):
         positions = ref.unit(expected.positions(shop.rows(session)))
         np.testing.assert_allclose(found[: len(session)], positions, rtol=0, atol=tolerance)

@@ -87,7 +87,8 @@ def test_decoder_layer_answers_for_chosen_positions_alone(tokens: Tensor, memory
 @pytest.mark.parametrize("n_layers", [0, 1, 2])
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 def test_contextual_encoder(memory: Tensor, attention: str, n_layers: int) -> None:
-    module = randomised(ContextualEncoder(n_layers, DIM, HEADS, INNER, 0.5, EPS, attention))  # type: ignore[arg-type]
+    layers = [EncoderLayer(DIM, HEADS, INNER, 0.5, EPS) for _ in range(n_layers)]
+    module = randomised(ContextualEncoder(layers, torch.nn.LayerNorm(DIM, EPS), attention))  # type: ignore[arg-type]
     position = torch.tensor([[0, 0, 1, 3], [0, 1, 1, 2], [2, 2, 2, 2]])
     mask = torch.tensor([[True] * 4, [True, True, True, False], [True, False, False, False]])
     found = module(InterestTokens(memory, mask, position))

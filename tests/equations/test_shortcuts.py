@@ -6,14 +6,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from missrec_t4r.model import losses
-from missrec_t4r.model.attention import MultiHeadAttention
+from missrec_t4r.model.attention import EncoderLayer, MultiHeadAttention
 from missrec_t4r.model.build import build_network
 from missrec_t4r.model.fast import SHORTCUTS, cross_entropy, use_shortcuts
 from missrec_t4r.model.fast.attention import FastAttention
 from missrec_t4r.model.fast.contextual_encoder import FastContextualEncoder
 from missrec_t4r.model.fast.dropout import FastDropout, dropout
 from missrec_t4r.model.fast.fusion import FastCandidateFusion
-from missrec_t4r.model.fast.normalize import unit
+from missrec_t4r.model.fast.item_encoder import unit
 from missrec_t4r.model.interests import InterestVocabulary
 from missrec_t4r.model.item_encoder import CandidateEmbeddings
 from tests import shop
@@ -77,7 +77,8 @@ def test_centroids_projected_once_are_those_projected_in_place(monkeypatch: pyte
     vocabulary = InterestVocabulary(n_interests=4, n_modalities=2, n_rows=9, d_model=DIM).double()
     vocabulary.assignment[:, 3:] = torch.randint(1, 5, (2, 6), generator=torch.Generator().manual_seed(1))
     vocabulary.centroids[1:] = torch.randn(4, DIM, dtype=torch.float64)
-    encoder = use_shortcuts(randomised(FastContextualEncoder(2, DIM, HEADS, 12, 0.0, 1e-12)))
+    layers = [EncoderLayer(DIM, HEADS, 12, 0.0, 1e-12) for _ in range(2)]
+    encoder = use_shortcuts(randomised(FastContextualEncoder(layers, torch.nn.LayerNorm(DIM, 1e-12))))
     interests = vocabulary(torch.tensor([[3, 4, 5], [6, 7, 0], [8, 0, 0], [3, 8, 7]]))
     assert interests.ids is not None
     assert interests.ids.numel() > len(interests.ids.unique()), "no interest is named twice"

@@ -42,7 +42,7 @@ def test_cached_candidates_equal_fresh_ones_bitwise(name: str) -> None:
 @given(chosen=batches)
 def test_the_last_position_alone_equals_the_last_of_all_positions(name: str, chosen: list[list[int]]) -> None:
     with torch.no_grad():
-        everywhere, last = model(name).encode_positions(pad(chosen)), model(name)(pad(chosen))
+        everywhere, last = model(name).encode(pad(chosen)).vectors, model(name)(pad(chosen))
     close(torch.stack([vectors[len(session) - 1] for vectors, session in zip(everywhere, chosen, strict=True)]), last)
 
 

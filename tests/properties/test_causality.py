@@ -29,7 +29,7 @@ def test_later_items_change_no_earlier_position(name: str, both: list[tuple[int,
     one = [first for first, _ in both]
     other = [*one[: step + 1], *(second for _, second in both[step + 1 :])]
     with torch.no_grad():
-        kept, changed = (model(name).encode_positions(pad([session]))[0, : step + 1] for session in (one, other))
+        kept, changed = (model(name).encode(pad([session])).vectors[0, : step + 1] for session in (one, other))
     close(changed, kept, 1e-12)
 
 
@@ -38,7 +38,7 @@ def test_the_last_item_changes_its_own_position_and_no_earlier_one(name: str) ->
     one, other = pad([shop.rows(["lamp", "desk", "mug", "rug"])]), pad([shop.rows(["lamp", "desk", "mug", "pan"])])
     net = model(name)
     with torch.no_grad():
-        first, second = net.encode_positions(one), net.encode_positions(other)
+        first, second = net.encode(one).vectors, net.encode(other).vectors
     close(first[:, :3], second[:, :3], 1e-12)  # not to the bit: the sessions differ in their number of interests
     assert (first[:, 3] - second[:, 3]).abs().max() > 1e-3
 
@@ -48,7 +48,7 @@ def test_the_last_item_changes_its_own_position_and_no_earlier_one(name: str) ->
 @given(session=sessions)
 def test_a_causal_position_is_the_vector_of_its_prefix(name: str, session: list[int]) -> None:
     with torch.no_grad():
-        positions = model(name).encode_positions(pad([session]))[0]
+        positions = model(name).encode(pad([session])).vectors[0]
         prefixes = torch.cat([model(name)(pad([session[: t + 1]])) for t in range(len(session))])
     close(positions, prefixes)
 
@@ -69,7 +69,7 @@ def _largest_gap(net: MISSRec, session: list[int]) -> float:
     twin = bidirectional_twin(net)
     with torch.no_grad():
         prefixes = torch.cat([twin(pad([session[: t + 1]])) for t in range(len(session))])
-        return float((net.encode_positions(pad([session]))[0] - prefixes).abs().max())
+        return float((net.encode(pad([session])).vectors[0] - prefixes).abs().max())
 
 
 SESSION = shop.rows(["lamp", "kettle", "rug", "voucher", "lamp", "mug"])
@@ -158,7 +158,7 @@ def test_exchanging_the_target_changes_no_other_position_s_loss() -> None:
         data = Sessions.from_lists([session])
         [(examples, _)] = training_batches(data, net.config, train, np.random.default_rng(0))
         batch = collate(data, examples, 1, all_positions=True, backwards=False)
-        return net.encode_positions(batch.item_ids).detach()
+        return net.encode(batch.item_ids).vectors.detach()
 
     history = shop.rows(["lamp", "kettle", "rug"])
     assert torch.equal(logits_at([*history, shop.row("pan")]), logits_at([*history, shop.row("sofa")]))

@@ -99,7 +99,7 @@ def test_a_position_sees_the_side_features_up_to_its_own(attention: str) -> None
     for at in range(3):
         changed = {name: values.clone() for name, values in VALUES.items()}
         changed["event"][0, at], changed["dwell"][0, at], changed["scene"][0, at] = 4 if at != 1 else 5, 99.0, 0.5
-        before, after = built.encode_positions(ITEMS, VALUES), built.encode_positions(ITEMS, changed)
+        before, after = (built.encode(ITEMS, event_features=values).vectors for values in (VALUES, changed))
         same = [bool(change < 1e-6) for change in (before - after)[0, :3].abs().amax(-1)]
         assert same == ([step < at for step in range(3)] if attention == "causal" else [False] * 3)
 

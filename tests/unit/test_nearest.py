@@ -7,10 +7,6 @@ from torch import Tensor
 from missrec_t4r.model.clustering import kmeans, nearest_in_groups, nearest_of_all
 
 
-def _cluster(points: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
-    return kmeans(points, n_clusters, seed=0, passes=2)
-
-
 def _shop(n_points: int, n_kinds: int) -> Tensor:
     """Points in clusters, like modality embeddings of products."""
     draw = torch.Generator().manual_seed(0)
@@ -24,7 +20,7 @@ def test_the_search_of_all_groups_is_exact() -> None:
     expected = torch.cdist(points, centroids).min(1)
     for labels, distance in (
         nearest_of_all(points, centroids),
-        nearest_in_groups(points, centroids, _cluster, probed=1000),
+        nearest_in_groups(points, centroids, probed=1000),
     ):
         assert torch.equal(labels, expected.indices)
         torch.testing.assert_close(distance, expected.values.square(), rtol=1e-4, atol=1e-4)
@@ -34,10 +30,10 @@ def test_the_search_of_some_groups_finds_most_and_returns_true_distances() -> No
     points = _shop(3000, 60)
     centroids = points[:400]
     exact, _ = nearest_of_all(points, centroids)
-    labels, distance = nearest_in_groups(points, centroids, _cluster, probed=5)
+    labels, distance = nearest_in_groups(points, centroids, probed=5)
     assert (labels == exact).float().mean() > 0.97
     torch.testing.assert_close(distance, (points - centroids[labels]).square().sum(1), rtol=1e-3, atol=1e-3)
-    one, _ = nearest_in_groups(points, centroids, _cluster, probed=1)
+    one, _ = nearest_in_groups(points, centroids, probed=1)
     assert (one == exact).float().mean() < 0.97  # it is a search, after all
 
 

@@ -13,10 +13,9 @@ from torch import nn
 from missrec_t4r.model.attention import EncoderLayer, MultiHeadAttention
 from missrec_t4r.model.contextual_encoder import ContextualEncoder
 from missrec_t4r.model.fast.attention import FastAttention, FastEncoderLayer
-from missrec_t4r.model.fast.contextual_encoder import FastContextualEncoder
+from missrec_t4r.model.fast.contextual_encoder import FastContextualEncoder, FastInterestVocabulary
 from missrec_t4r.model.fast.dropout import FastDropout
 from missrec_t4r.model.fast.fusion import FastCandidateFusion
-from missrec_t4r.model.fast.interests import FastInterestVocabulary
 from missrec_t4r.model.fast.item_encoder import FastItemEncoder
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.interests import InterestVocabulary

@@ -2,6 +2,7 @@
 
 The first layer's inputs are rows of one table (the centroids) and carry neither position nor dropout, so that equal
 interests have equal queries, keys and values. A server keeps the projections of all centroids of a catalogue version.
+Where a graph is traced or compiled, the interests of a session have a fixed number of slots.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from missrec_t4r.model.contextual_encoder import ContextualEncoder
 from missrec_t4r.model.fast.attention import FastAttention
-from missrec_t4r.model.interests import InterestTokens
+from missrec_t4r.model.interests import InterestTokens, InterestVocabulary
 
 MANY = 256
 """Interest tokens of a batch from which on it is worth to look for those that occur more than once."""
@@ -58,3 +59,13 @@ class FastContextualEncoder(ContextualEncoder):
             occurs[ids] = True
             centroids, ids = centroids[occurs], (occurs.cumsum(0) - 1)[ids]
         return F.embedding(ids, self.project(centroids))
+
+
+class FastInterestVocabulary(InterestVocabulary):
+    """`InterestVocabulary` that can be traced and compiled: a graph keeps one slot per item and modality."""
+
+    def n_slots(self, mask: Tensor, item_ids: Tensor, empty_slots: int) -> int:
+        """Return the number of slots; all of them in a graph, since their number would be a constant there."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return mask.shape[1]
+        return super().n_slots(mask, item_ids, empty_slots)

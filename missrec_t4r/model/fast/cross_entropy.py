@@ -11,14 +11,12 @@ from missrec_t4r.model.losses import target_shares
 
 
 def next_item_loss(
-    logits: Tensor,
-    targets: Tensor,
-    weights: Tensor | None = None,
-    *,
-    counts: Tensor | None = None,
-    overwrite: bool = False,
+    logits: Tensor, targets: Tensor, weights: Tensor | None = None, *, counts: Tensor | None = None
 ) -> Tensor:
     """Return `missrec_t4r.model.losses.next_item_loss` with one large tensor instead of several.
+
+    The softmax is stored in the memory of ``logits``, whose values are lost: a large catalogue's step is bound by
+    memory, not by arithmetic.
 
     Parameters
     ----------
@@ -27,11 +25,9 @@ def next_item_loss(
     weights : Tensor [target], optional
     counts : Tensor [target], optional
         As there.
-    overwrite : bool
-        Store the softmax in the memory of ``logits``: a large catalogue's step is bound by memory, not by arithmetic.
     """
     targets, share = target_shares(logits, targets, weights, counts)
-    loss: Tensor = _SoftmaxCrossEntropy.apply(logits if overwrite else logits.clone(), targets, share)  # type: ignore[no-untyped-call]
+    loss: Tensor = _SoftmaxCrossEntropy.apply(logits, targets, share)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -89,13 +89,13 @@ class _Chunks:
 
     def logits(self, vectors: Tensor, rows: Tensor, slices: list[Tensor]) -> Tensor:
         """Return [position, chunk]; ``slices`` are the rows' parts of the trained tables."""
-        own = dict(zip([id(table) for table in self.by_row], slices))
+        rows_of = dict(zip([id(table) for table in self.by_row], slices))
         embeddings = row_embeddings(self.model, rows, self.masks)
         phi = self.model.fusion.phi
         for table in self.model.item_encoder.id_tables[-1:]:
-            if id(table) in own:
-                embeddings = embeddings._replace(ids=own[id(table)], candidate_ids=None)
-        scores = score_rows(self.model, vectors, embeddings, rows, self.history, own.get(id(phi)))
+            if id(table) in rows_of:
+                embeddings = embeddings._replace(ids=rows_of[id(table)], candidate_ids=None)
+        scores = score_rows(self.model, vectors, embeddings, rows, self.history, rows_of.get(id(phi)))
         return scores.div_(self.model.config.temperature)
 
 
@@ -105,14 +105,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chunks: _Chunks, share: Tensor, vectors: Tensor, *_: Tensor) -> Tensor:
         total = vectors.new_full((len(vectors),), -torch.inf)
-        wanted = vectors.new_zeros(share.shape)
+        of_targets = vectors.new_zeros(share.shape)
         for rows, inside, column in chunks:
             logits = chunks.logits(vectors, rows, [table[rows] for table in chunks.by_row])
-            wanted = torch.where(inside, logits.gather(1, column), wanted)
+            of_targets = torch.where(inside, logits.gather(1, column), of_targets)
             total = torch.logaddexp(total, logits.logsumexp(1))
         ctx.chunks = chunks
         ctx.save_for_backward(share, vectors, total)
-        return ((total.unsqueeze(1) - wanted).masked_fill(share == 0, 0.0) * share).sum()
+        return ((total.unsqueeze(1) - of_targets).masked_fill(share == 0, 0.0) * share).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -129,11 +129,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             upstream = torch.exp(logits.detach() - total.unsqueeze(1)) * share.sum(1, keepdim=True)
             upstream.scatter_add_(1, column, -share * inside)
             inputs = [vectors, *chunks.shared, *slices]
-            found = torch.autograd.grad(logits, inputs, upstream, allow_unused=True)
-            for whole, part in zip(sums, found):
-                if part is not None:
-                    whole += part
-            for table, part in zip(tables, found[len(sums) :]):
-                if part is not None:
-                    table[rows] = part
+            of_chunk = torch.autograd.grad(logits, inputs, upstream, allow_unused=True)
+            for total_gradient, gradient in zip(sums, of_chunk):
+                if gradient is not None:
+                    total_gradient += gradient
+            for table, gradient in zip(tables, of_chunk[len(sums) :]):
+                if gradient is not None:
+                    table[rows] = gradient
         return (None, None, *sums, *tables)

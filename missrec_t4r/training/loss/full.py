@@ -83,7 +83,7 @@ class FullSoftmax:
         with torch.autocast(vectors.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
             logits = model.score(vectors, model.item_encoder.candidates(embeddings.pool), history)
         logits = logits.div_(model.config.temperature)
-        return next_item_loss(logits, targets, weights, counts=counts, overwrite=True)
+        return next_item_loss(logits, targets, weights, counts=counts)
 
 
 def row_embeddings(model: MISSRec, rows: Tensor, masks: ItemMasks, *, sparse: bool = True) -> ItemEmbeddings:

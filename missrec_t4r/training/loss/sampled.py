@@ -62,7 +62,7 @@ class SampledSoftmax:
         column = torch.searchsorted(rows, targets)
         own = correction[column] * (first_occurrences(targets) & real)
         logits = (logits - correction).scatter_add_(1, column, own)
-        return next_item_loss(logits, column * real, weights, counts=counts, overwrite=True)
+        return next_item_loss(logits, column * real, weights, counts=counts)
 
     def log_inclusion(self, model: MISSRec, rows: Tensor, others: int) -> Tensor:
         """Return the logarithm of each row's probability to be a candidate of a position, [item].

@@ -16,7 +16,7 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.model import release
 from missrec_t4r.model.attention import DecoderLayer, EncoderLayer
 from missrec_t4r.model.contextual_encoder import ContextualEncoder
-from missrec_t4r.model.decoder import InterestAwareDecoder
+from missrec_t4r.model.decoder import InterestAwareDecoder, mean_over_modalities
 from missrec_t4r.model.event_features import EventFeatureEncoder, EventFeatures
 from missrec_t4r.model.fast import use_shortcuts
 from missrec_t4r.model.fusion import CandidateFusion
@@ -82,7 +82,7 @@ def build_network(
             config.max_sequence_length,
             config.attention,
             config.sequence_fusion,
-            release.FirstModality() if config.contextual_readout == "first" else None,
+            release.first_modality if config.contextual_readout == "first" else mean_over_modalities,
         ),
         CandidateFusion(config.candidate_fusion, item_encoder.n_rows),
         EventFeatures(EventFeatureEncoder(event_features, config.event_feature_dropout), config.d_model)
@@ -100,9 +100,9 @@ def _item_encoder(config: MISSRecConfig, catalogue: Catalogue, trained: Tensor) 
     if config.feature_scaling == "l2":
         scaled_on_read = {name for name, table in vectors.items() if table.numel() >= LARGE}
         vectors |= {name: F.normalize(vectors[name], dim=-1) for name in vectors if name not in scaled_on_read}
-    rules: list[CandidateRule] = [release.PaddingCandidate()] if config.padding_candidate else []
+    rules: list[CandidateRule] = [release.padding_candidate] if config.padding_candidate else []
     if config.single_modality == "summed" and len(vectors) == 1:
-        rules.append(release.SummedCandidates())
+        rules.append(release.summed_candidates)
     return ItemEncoder(
         vectors,
         torch.from_numpy(np.stack([modality.present for modality in catalogue.modalities.values()])),

@@ -16,14 +16,11 @@ Readout = Callable[[Tensor, Tensor, int], Tensor]
 """Outputs [batch, modality * seq, dim], their mask [batch, modality * seq], modalities -> [batch, seq, dim]."""
 
 
-class MeanOverModalities:
-    """Average the outputs of an item over the modalities that it has (ours)."""
-
-    def __call__(self, hidden: Tensor, mask: Tensor, n_modalities: int) -> Tensor:
-        """Return [batch, seq, dim] out of [batch, modality * seq, dim]."""
-        hidden = hidden.unflatten(1, (n_modalities, -1))  # [batch, modality, seq, dim]
-        weights = mask.unflatten(1, (n_modalities, -1)).unsqueeze(-1)  # [batch, modality, seq, 1]
-        return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
+def mean_over_modalities(hidden: Tensor, mask: Tensor, n_modalities: int) -> Tensor:
+    """Average the outputs of an item over the modalities that it has (ours): a `Readout`."""
+    hidden = hidden.unflatten(1, (n_modalities, -1))  # [batch, modality, seq, dim]
+    weights = mask.unflatten(1, (n_modalities, -1)).unsqueeze(-1)  # [batch, modality, seq, 1]
+    return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 class InterestAwareDecoder(nn.Module):
@@ -41,8 +38,8 @@ class InterestAwareDecoder(nn.Module):
         ``bidirectional`` is the published model: the session is all past. ``causal``: position t sees items up to t.
     sequence_fusion : {"add", "contextual"}
         ``add``: one token per item, the sum of its modalities. ``contextual``: one token per item and modality.
-    readout : Readout, optional
-        Under ``contextual`` fusion, how an item's outputs become one; the mean over its modalities by default.
+    readout : Readout
+        Under ``contextual`` fusion, how an item's outputs become one.
     """
 
     def __init__(
@@ -54,11 +51,10 @@ class InterestAwareDecoder(nn.Module):
         max_sequence_length: int,
         attention: Attention = "bidirectional",
         sequence_fusion: SequenceFusion = "add",
-        readout: Readout | None = None,
+        readout: Readout = mean_over_modalities,
     ) -> None:
         super().__init__()
-        self.attention, self.sequence_fusion = attention, sequence_fusion
-        self.readout = MeanOverModalities() if readout is None else readout
+        self.attention, self.sequence_fusion, self.readout = attention, sequence_fusion, readout
         self.positions = nn.Embedding(max_sequence_length, d_model)
         self.norm_input = nn.LayerNorm(d_model, eps)
         self.dropout = nn.Dropout(dropout)

@@ -4,9 +4,9 @@
 setting                     part                                            instead of
 ==========================  ==============================================  =======================================
 missing_modality            `ZeroRows`                                      `item_encoder.MaskedRows`
-padding_candidate           `PaddingCandidate`                              padding is no class of the softmax
-single_modality             `SummedCandidates`                              modality and ID are scored apart
-contextual_readout          `FirstModality`                                 `decoder.MeanOverModalities`
+padding_candidate           `padding_candidate`                             padding is no class of the softmax
+single_modality             `summed_candidates`                             modality and ID are scored apart
+contextual_readout          `first_modality`                                `decoder.mean_over_modalities`
 orthogonality               `PaddedInterests`, `faithful_orthogonality`     `interests.LargestSet`, squared cosines
 initialisation              `release_initialisation`                        normal(0, 0.02), biases 0
 ==========================  ==============================================  =======================================
@@ -41,36 +41,26 @@ class ZeroRows:
         return (rows >= FIRST_ITEM_ROW).expand(present.shape)
 
 
-class PaddingCandidate:
-    """In training the padding row, its embeddings the adapters' biases, is one more class of the softmax (E13)."""
-
-    def __call__(self, items: ItemEmbeddings, rows: Tensor, *, training: bool) -> ItemEmbeddings:
-        """Return the embeddings with the padding row among those that count."""
-        if not training:
-            return items
-        padding = rows == PADDING_ROW
-        return items._replace(
-            mask=items.mask | padding, id_mask=None if items.id_mask is None else items.id_mask | padding
-        )
+def padding_candidate(items: ItemEmbeddings, rows: Tensor, *, training: bool) -> ItemEmbeddings:
+    """In training let the padding row, its embeddings the adapters' biases, count as one more class (E13)."""
+    if not training:
+        return items
+    padding = rows == PADDING_ROW
+    id_mask = None if items.id_mask is None else items.id_mask | padding
+    return items._replace(mask=items.mask | padding, id_mask=id_mask)
 
 
-class SummedCandidates:
-    """With one modality, a candidate is the sum of its modality embedding and its ID embedding (E11)."""
-
-    def __call__(self, items: ItemEmbeddings, rows: Tensor, *, training: bool) -> ItemEmbeddings:
-        """Return the sums in place of the modality, and no ID."""
-        if items.ids is None or items.id_mask is None or len(items.modality) > 1:
-            return items
-        total = items.modality * items.mask.unsqueeze(-1) + items.ids * items.id_mask.unsqueeze(-1)
-        return items._replace(modality=total, mask=items.mask | items.id_mask, ids=None, id_mask=None)
+def summed_candidates(items: ItemEmbeddings, rows: Tensor, *, training: bool) -> ItemEmbeddings:
+    """With one modality, return the sums of modality and ID embeddings in place of the modality, and no ID (E11)."""
+    if items.ids is None or items.id_mask is None or len(items.modality) > 1:
+        return items
+    total = items.modality * items.mask.unsqueeze(-1) + items.ids * items.id_mask.unsqueeze(-1)
+    return items._replace(modality=total, mask=items.mask | items.id_mask, ids=None, id_mask=None)
 
 
-class FirstModality:
-    """Under ``contextual`` fusion the output of an item's first modality represents the session (E10)."""
-
-    def __call__(self, hidden: Tensor, mask: Tensor, n_modalities: int) -> Tensor:
-        """Return [batch, seq, dim] out of [batch, modality * seq, dim]."""
-        return hidden[:, : hidden.shape[1] // n_modalities]
+def first_modality(hidden: Tensor, mask: Tensor, n_modalities: int) -> Tensor:
+    """Return the outputs [batch, seq, dim] of an item's first modality under ``contextual`` fusion (E10)."""
+    return hidden[:, : hidden.shape[1] // n_modalities]
 
 
 class PaddedInterests:

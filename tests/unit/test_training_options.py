@@ -28,6 +28,7 @@ SMALL = {
     "model.dropout": 0.0,
     "model.max_sequence_length": 5,
     "model.n_neighbours": 0,
+    "model.n_similar_items": 0,
     "train.batch_size": 64,
     "train.epochs": 2,
     "train.ema_decay": 0.0,

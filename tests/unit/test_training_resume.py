@@ -28,6 +28,8 @@ SETTINGS = {
     "model.dropout": 0.3,
     "model.max_sequence_length": 5,
     "model.modality_dropout": 0.2,
+    "model.n_neighbours": 0,  # terms are fitted after training, from sessions alone
+    "model.n_similar_items": 0,
     "train.next_items": 2,
     "train.reverse_probability": 0.5,
     "train.batch_size": 8,

@@ -6,9 +6,13 @@ key (user). All arrays have one entry per event. Weekdays count from Monday = 0;
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+
+from missrec_t4r.arrays import Ints
 
 Array = Any
 """numpy.ndarray or cupy.ndarray."""
@@ -97,3 +101,17 @@ def core(codes: list[Array], counts: Array, least: int) -> Array:
             alive &= n_events[column] >= least  # [code] -> [combination]
         if int(alive.sum()) == before:
             return alive
+
+
+def sum_counts(parts: Iterable[npt.ArrayLike], size: int) -> Ints:
+    """Return the sum of counts of different lengths, [size].
+
+    Examples
+    --------
+    >>> sum_counts([[1, 2], [1]], 3).tolist()
+    [2, 2, 0]
+    """
+    total = np.zeros(size, np.int64)
+    for part in map(np.asarray, parts):
+        total[: len(part)] += part
+    return total

@@ -30,11 +30,9 @@ class EventSettings:
     Parameters
     ----------
     weights : mapping of str to float
-        Weight per event type; 0 leaves its events out.
+        Weight per event type; 0 leaves its events out, and types that are not named weigh 1.
     weight_column : str
         Column of the event type.
-    other_weight : float
-        Weight of types that are not named.
     session_gap : float
         Seconds of inactivity that end a session; 0: one session per user.
     time_features : sequence of str
@@ -45,10 +43,20 @@ class EventSettings:
 
     weights: Mapping[str, float] = field(default_factory=dict)
     weight_column: str = "event_type"
-    other_weight: float = 1.0
     session_gap: float = 0.0
     time_features: Sequence[str] = ()
     newest: float = 0.0
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> EventSettings:
+        """Return the derived event columns that the settings of ``etl.json`` describe."""
+        return cls(
+            settings["event_weights"],
+            settings["event_type_column"],
+            settings["session_gap"],
+            settings["time_features"],
+            settings.get("newest", 0.0),  # known when the events were read
+        )
 
     @property
     def enabled(self) -> bool:
@@ -59,6 +67,11 @@ class EventSettings:
     def columns(self) -> list[str]:
         """Return the names of the derived event columns."""
         return [*([WEIGHT] if self.weights else []), *self.time_features]
+
+    @property
+    def clock(self) -> dict[str, pd.Series]:
+        """Return the vocabularies of the time features that are categories."""
+        return {name: values for name, values in CLOCK.items() if name in self.time_features}
 
     def check_clock(self, newest: float) -> None:
         """Refuse times that are not in seconds if sessions or time features are computed from them.
@@ -123,7 +136,12 @@ def first_with_events(frames: Iterable[Any]) -> Any:
     for frame in frames:
         if len(frame):
             return frame
-    raise DataError("all events are of types of weight 0", "some of another type", "raise a weight of --event-weights")
+    raise no_weight()
+
+
+def no_weight() -> DataError:
+    """Return the error of events that are all of types of weight 0."""
+    return DataError("all events are of types of weight 0", "some of another type", "raise a weight of --event-weights")
 
 
 def parse_seconds(text: str | float | None, option: str) -> float:

@@ -34,10 +34,13 @@ class Run:
     settings: dict[str, Any]
     """As ``etl.json`` holds them; the run completes them."""
     modality_files: Mapping[str, Path]
-    derive: EventSettings
-    """Derived event columns."""
     findings: checks.Findings = field(default_factory=checks.Findings)
     """Gains the data-quality findings."""
+
+    @property
+    def derive(self) -> EventSettings:
+        """Return the derived event columns."""
+        return EventSettings.of(self.settings)
 
 
 @dataclass(kw_only=True)
@@ -71,19 +74,18 @@ def make_task(options: Mapping[str, Any]) -> Task:
     times = {name: parse_time(options[name], f"--{name.replace('_', '-')}") for name in ("valid_from", "test_from")}
     options = {**options, **times}
     _check_settings(options)
-    derive = EventSettings(
-        parse_weights(options["event_weights"]),
-        options["event_type_column"],
-        session_gap=parse_seconds(options["session_gap"], "--session-gap"),
-        time_features=parse_time_features(options["time_features"]),
-    )
+    derived = {
+        "session_gap": parse_seconds(options["session_gap"], "--session-gap"),
+        "event_weights": parse_weights(options["event_weights"]),
+        "time_features": parse_time_features(options["time_features"]),
+    }
     for option, asked in {
         "--engine memory": options["engine"] == "memory",
         "--save-nvtabular-workflow": options["save_nvtabular_workflow"],
     }.items():
         if asked:
             require_nvtabular(option, "leave it out")
-    workflow = None if options["workflow"] is None else _read_workflow_file(options, derive)
+    workflow = None if options["workflow"] is None else _read_workflow_file({**options, **derived})
     modality_files = {name: Path(file) for name, file in (options["modality"] or {}).items()}
     item_table.check_fingerprints(options["fingerprint"] or {}, modality_files)
     names = {options["user_column"]: USER_ID, options["item_column"]: ITEM_ID, options["time_column"]: TIMESTAMP}
@@ -93,9 +95,8 @@ def make_task(options: Mapping[str, Any]) -> Task:
         files=expand(options["interactions"], "interactions"),
         items=Path(options["items"]),
         names=names,
-        settings=_settings(options, names, derive, workflow),
+        settings=_settings(options, names, derived, workflow),
         modality_files=modality_files,
-        derive=derive,
         workflow=workflow,
     )
 
@@ -121,7 +122,10 @@ _AS_GIVEN = (
 
 
 def _settings(
-    options: Mapping[str, Any], names: Mapping[str, str], derive: EventSettings, workflow: WorkflowFile | None
+    options: Mapping[str, Any],
+    names: Mapping[str, str],
+    derived: Mapping[str, Any],
+    workflow: WorkflowFile | None,
 ) -> dict[str, Any]:
     """Return the settings as ``etl.json`` holds them."""
     return {name: options[name] for name in _AS_GIVEN} | {
@@ -130,14 +134,12 @@ def _settings(
         "drop_columns": list(options["drop_columns"]),
         "categorical_columns": list(options["categorical_columns"]),
         "fingerprints": dict(options["fingerprint"] or {}),
-        "session_gap": derive.session_gap,
-        "event_weights": dict(derive.weights),
-        "time_features": list(derive.time_features),
+        **derived,
         "workflow": None if workflow is None else {"file": workflow.file.name, "sha256": workflow.sha256},
     }
 
 
-def _read_workflow_file(options: Mapping[str, Any], derive: EventSettings) -> WorkflowFile:
+def _read_workflow_file(options: Mapping[str, Any]) -> WorkflowFile:
     """Return the file of ``--workflow``.
 
     Raises
@@ -145,13 +147,8 @@ def _read_workflow_file(options: Mapping[str, Any], derive: EventSettings) -> Wo
     ConfigError, DataError
         The file cannot be used, or is combined with an option that it replaces or with the out-of-core engine.
     """
-    replaces = {
-        "--event-weights": derive.weights,
-        "--session-gap": derive.session_gap,
-        "--time-features": derive.time_features,
-        "--max-events": options["max_events"],
-    }
-    if replaced := [name for name, value in replaces.items() if value]:
+    replaces = ("event_weights", "session_gap", "time_features", "max_events")
+    if replaced := [f"--{name.replace('_', '-')}" for name in replaces if options[name]]:
         raise ConfigError(
             f"--workflow with {', '.join(replaced)}",
             "one or the other: these options change the built-in workflow",

@@ -14,7 +14,6 @@ from missrec_t4r.etl.engine.reduce import _order_by_frequency
 from missrec_t4r.etl.engine.sessionize import count_train_items, to_sessions
 from missrec_t4r.etl.engine.user_state import find_users
 from missrec_t4r.etl.event_arithmetic import core
-from missrec_t4r.etl.event_settings import EventSettings
 from missrec_t4r.etl.quality.checks import Findings, text_to_integers
 from missrec_t4r.etl.sources.standard import clean_events
 from missrec_t4r.etl.splits import split_lengths
@@ -101,10 +100,11 @@ def test_more_partitions_than_there_are_numbers_for_are_not_made_silently(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     events, _ = write(tmp_path, EVENTS)
-    settings = {"drop_columns": [], "categorical_columns": []}
+    settings = {"drop_columns": [], "categorical_columns": [], "event_weights": {}, "event_type_column": ""}
+    settings |= {"session_gap": 0, "time_features": []}
     for partitions, made in ((3, 3), (70_000, 65_535)):
         names = {name: name for name in ("user_id", "item_id", "timestamp")}
-        run = Run(files=[events], names=names, settings=settings, modality_files={}, derive=EventSettings())
+        run = Run(files=[events], names=names, settings=settings, modality_files={})
         assert make_plan(Job(run, pa.table({"item_id": ["lamp"]}), {}, partitions)).partitions == made
     assert "65,535 partitions are made, the most that there can be, not 70,000" in caplog.text
     assert caplog.text.count("partitions are made") == 1

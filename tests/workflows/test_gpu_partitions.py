@@ -28,6 +28,7 @@ from missrec_t4r.etl.gpu import device as gpu
 from missrec_t4r.etl.gpu import partitions, read, tasks
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.quality.checks import Findings
+from missrec_t4r.etl.task import Run
 from tests.workflows import strict_cudf
 from tests.workflows.frame_kinds import PandasFiles
 from tests.workflows.tables import ITEMS, write
@@ -321,10 +322,8 @@ def prepared(folder: Path, file: Path, device: Any, monkeypatch: pytest.MonkeyPa
     columns = read.plan_columns(
         [file], names, pa.string(), findings, drop_columns=["split"], categorical_columns=["aisle"]
     )
-    summary, parts = partitions.prepare(
-        [file], columns, items, {}, settings, findings, Findings(),
-        work=folder, partitions=3, executor=ThreadExecutor(1),
-    )  # fmt: skip
+    run = Run(files=[file], names=names, settings=settings, modality_files={}, findings=findings)
+    summary, parts = partitions.prepare(run, columns, items, Findings(), folder, 3, ThreadExecutor(1))
     yield {name: values.tolist() for name, values in summary.categories.items()}
     yield summary.items.to_pylist(), summary.events, summary.users, summary.newest, summary.features, findings.to_list()
     frames = [tasks.clean_events(str(parts.work), number) for number in parts.numbers]

@@ -17,9 +17,8 @@ ORDER = [1, 4, 2, 0, 3, 5]
     [TIMES, TIMES + 0.0, TIMES / 10, TIMES - 1_000_000, TIMES * 2**59],
     ids=["integers", "floats", "fractions", "before 1970", "too large to pack"],
 )
-@pytest.mark.parametrize("nearly_sorted", [False, True])
-def test_events_are_sorted_by_user_and_time_and_ties_stay_as_they_were(times: np.ndarray, nearly_sorted: bool) -> None:
-    assert sort_by_code_and_time(CODES, times, nearly_sorted=nearly_sorted).tolist() == ORDER
+def test_events_are_sorted_by_user_and_time_and_ties_stay_as_they_were(times: np.ndarray) -> None:
+    assert sort_by_code_and_time(CODES, times).tolist() == ORDER
 
 
 def test_of_equal_events_the_first_in_the_input_is_no_duplicate() -> None:

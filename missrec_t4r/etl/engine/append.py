@@ -30,10 +30,10 @@ from missrec_t4r.etl.engine.executor import open_executor
 from missrec_t4r.etl.engine.job import Job
 from missrec_t4r.etl.engine.versions import (
     VERSIONS_FILE,
-    event_settings,
     link_unchanged,
     load_version,
     new_files,
+    part_files,
     plain_version,
 )
 from missrec_t4r.etl.inputs import read_items
@@ -44,7 +44,7 @@ from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, expand, parquet_rows
 from missrec_t4r.etl.task import Run
 from missrec_t4r.io.json_files import write_json
-from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, SPLITS, TIMESTAMP, USER_ID
+from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, USER_ID
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,8 @@ def update(
         final["events_read"] = parquet_rows(files)
         final["seconds"] = round(time.perf_counter() - started, 3)
         write_json(folder / REPORT_FILE, final)
-        link_unchanged(out, folder, {CATALOGUE_FOLDER, *(() if as_delta else (*SPLITS, *_WORKFLOWS))})
+        rewritten = () if as_delta else (*part_files(change["partitions"]), *_WORKFLOWS)
+        link_unchanged(out, folder, {CATALOGUE_FOLDER, *rewritten})
         finish(folder)
     shutil.rmtree(copies, ignore_errors=True)
     n_added = len(change["items_added"])
@@ -153,7 +154,7 @@ def _make_job(
     """Return the job of an incremental update; its items are the old ones followed by the new rows of the table."""
     columns = settings["columns"]
     names = {str(columns[name]): name for name in (USER_ID, ITEM_ID, TIMESTAMP)}
-    run = Run(files=files, names=names, settings=settings, modality_files={}, derive=event_settings(settings))
+    run = Run(files=files, names=names, settings=settings, modality_files={})
     items, vectors, n_new = merge_new_items(catalogue, table, vector_files, run.findings)
     return Job(run, items, vectors, old["partitions"], old={**old, "new_rows": n_new}, catalogue=catalogue)
 

@@ -6,12 +6,9 @@ it. Counts, catalogue and workflows are up to date already and are linked.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Mapping
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +16,31 @@ import numpy as np
 import pyarrow as pa
 
 from missrec_t4r.data.session_files import DELTA_FOLDER, delta_files
-from missrec_t4r.data.user_hash import partition_of
+from missrec_t4r.data.user_hash import hash_ids, partition_of
 from missrec_t4r.etl.engine import sessionize
 from missrec_t4r.etl.engine.executor import Executor, open_executor
-from missrec_t4r.etl.engine.reduce import derivation_settings
+from missrec_t4r.etl.engine.reduce import session_settings
 from missrec_t4r.etl.engine.user_state import (
     STATE_FOLDER,
     USER_HASH,
+    bare_state,
     count_events,
-    find_users,
-    move_state,
+    link_state,
     state_deltas,
     state_path,
     user_hashes,
 )
-from missrec_t4r.etl.engine.versions import VERSIONS_FILE, event_settings, link_unchanged, load_version, plain_version
-from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER, SPLIT_FOLDER, job_folder, working_folder
+from missrec_t4r.etl.engine.versions import (
+    VERSIONS_FILE,
+    link_unchanged,
+    load_version,
+    part_files,
+    plain_version,
+)
+from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER, open_job, resumable, working_folder
 from missrec_t4r.io.arrow_files import one_array, read_arrow, write_arrow
-from missrec_t4r.io.json_files import read_json, write_json
-from missrec_t4r.schema import SPLITS, USER_ID
+from missrec_t4r.io.json_files import write_json
+from missrec_t4r.schema import USER_ID
 
 log = logging.getLogger(__name__)
 
@@ -100,16 +103,12 @@ def compact(
     if not n_deltas or dry_run:
         return result | {"version": versions["version"], "plain_version": plain_version(versions)}
     with working_folder(out) as (work, finish), open_executor(dask_scheduler, workers) as executor:
-        settings = report["settings"]
-        common = {name: settings[name] for name in ("split", "valid_from", "test_from", "max_events", "newest")}
-        common |= derivation_settings(event_settings(settings), state["categories"])
-        name = hashlib.sha256(json.dumps([common, state, versions["version"]]).encode()).hexdigest()[:16]
-        folder = _rewrite_splits(out, state, common, job_folder(work, name), executor)
+        common = session_settings(report["settings"], state["categories"])
+        folder = _rewrite_splits(out, state, common, open_job(work, [common, state, versions["version"]]), executor)
         result |= {"version": versions["version"], "plain_version": versions["version"]}
         write_json(folder / VERSIONS_FILE, versions | {"plain_version": versions["version"]}, indent=1)
         numbers = affected_partitions(out, state["partitions"])
-        rewritten = {f"{split}/part_{number:05}.parquet" for split in SPLITS for number in numbers}
-        link_unchanged(out, folder, {DELTA_FOLDER, f"{STATE_FOLDER}/{DELTA_FOLDER}", *rewritten})
+        link_unchanged(out, folder, {DELTA_FOLDER, f"{STATE_FOLDER}/{DELTA_FOLDER}", *part_files(numbers)})
         finish(folder)
     log.info(f"{out}: the parquet files of the splits hold version {versions['version']}")
     return result | {"seconds": round(time.perf_counter() - started, 3)}
@@ -135,8 +134,6 @@ def _rewrite_splits(
     folder : Path
         Working folder of this compaction.
     """
-    for name in (STATE_FOLDER, SPLIT_FOLDER, *(f"{OUTPUT_FOLDER}/{split}" for split in SPLITS)):
-        (folder / name).mkdir(parents=True, exist_ok=True)
     source = {"maps": [], "old": str(data.absolute()), "partitions": state["partitions"]}
     write_json(folder / sessionize.SPLIT_FILE, {**common, **source}, indent=None)
     numbers = affected_partitions(data, state["partitions"])
@@ -146,7 +143,7 @@ def _rewrite_splits(
     parts = [dict(part) for part in state["parts"]]
     for number, part in zip(numbers, split, strict=True):
         parts[number] = part
-    move_state(folder, folder / OUTPUT_FOLDER, {**state, "parts": parts})
+    link_state(folder, folder / OUTPUT_FOLDER, {**state, "parts": parts})
     return folder / OUTPUT_FOLDER
 
 
@@ -156,24 +153,24 @@ def affected_partitions(data: Path, count: int) -> list[int]:
     return [int(number) for number in np.unique(np.concatenate(numbers))]
 
 
+@resumable(STATE_FOLDER)
 def merge_state(work: str, partition: int) -> dict[str, Any]:
     """Write the newest state of every user of a partition; return the numbers of events and users."""
-    done = state_path(work, partition, "json")
-    if done.is_file():
-        return read_json(done)
     common = sessionize.load_common(work, sessionize.SPLIT_FILE)
     data = Path(common["old"])
-    tables = [
-        _partition_rows(read_arrow(file), partition, common["partitions"]) for file in reversed(state_deltas(data))
-    ]
+    deltas = (read_arrow(file) for file in reversed(state_deltas(data)))
+    tables = [_partition_rows(delta, partition, common["partitions"]) for delta in deltas]  # newest first
     base = state_path(data, partition)
-    tables += [_with_hashes(read_arrow(base))] if base.is_file() else []
-    newest = reduce(_add_older_users, tables)
-    newest = newest.take(pa.array(np.argsort(newest[USER_HASH].to_numpy(), kind="stable")))
-    write_arrow(newest, state_path(work, partition))
-    counts = {"events": count_events(newest), "users": newest.num_rows}
-    write_json(done, counts, indent=None)
-    return counts
+    tables += [read_arrow(base)] if base.is_file() else []
+    tables = [bare_state(table) for table in tables]
+    state = pa.concat_tables([table.select(tables[-1].column_names).cast(tables[-1].schema) for table in tables])
+    users = one_array(state[USER_ID])
+    _, rows = np.unique(users.dictionary_encode().indices.to_numpy(), return_index=True)  # the first of every user
+    hashes = hash_ids(users)
+    rows = rows[np.argsort(hashes[rows], kind="stable")]
+    state = state.take(pa.array(rows)).add_column(1, USER_HASH, pa.array(hashes[rows], pa.uint64()))
+    write_arrow(state, state_path(work, partition))
+    return {"events": count_events(state), "users": state.num_rows}
 
 
 def _partition_rows(state: pa.Table, partition: int, count: int) -> pa.Table:
@@ -181,17 +178,3 @@ def _partition_rows(state: pa.Table, partition: int, count: int) -> pa.Table:
     numbers = partition_of(user_hashes(state), count)
     begin, end = np.searchsorted(numbers, [partition, partition + 1])
     return state.slice(int(begin), int(end - begin))
-
-
-def _with_hashes(state: pa.Table) -> pa.Table:
-    """Return a state table with the hash column, which folders of older releases lack."""
-    if USER_HASH in state.column_names:
-        return state
-    return state.add_column(1, USER_HASH, pa.array(user_hashes(state), pa.uint64()))
-
-
-def _add_older_users(newest: pa.Table, older: pa.Table) -> pa.Table:
-    """Return the rows of the older state whose users are not in the newer one, followed by the newer rows."""
-    newest = newest.take(pa.array(np.argsort(newest[USER_HASH].to_numpy(), kind="stable")))
-    unchanged = find_users(newest, one_array(older[USER_ID]), older[USER_HASH].to_numpy()) < 0
-    return pa.concat_tables([older.filter(pa.array(unchanged)), newest.select(older.column_names).cast(older.schema)])

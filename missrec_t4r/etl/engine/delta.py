@@ -8,41 +8,27 @@ up to date by difference: the new sessions of the affected users less their old 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from missrec_t4r.arrays import AnyArray, Ints
+from missrec_t4r.arrays import Ints
 from missrec_t4r.data.catalogue import ITEMS_FILE, Catalogue
 from missrec_t4r.data.session_files import DELTA_FOLDER
+from missrec_t4r.data.user_hash import hash_ids
 from missrec_t4r.etl import item_table, outputs, splits
 from missrec_t4r.etl.engine import sessionize
 from missrec_t4r.etl.engine.executor import ThreadExecutor
 from missrec_t4r.etl.engine.job import Job, make_plan
-from missrec_t4r.etl.engine.ordering import (
-    EventOrder,
-    count_out_of_order,
-    duplicate_positions,
-    order_events,
-    sort_by_code_and_time,
-)
 from missrec_t4r.etl.engine.reduce import reduce_chunks
 from missrec_t4r.etl.engine.shuffle import EventEncoder, map_codes, read_batches
-from missrec_t4r.etl.engine.user_state import (
-    STATE_FILE,
-    STATE_FOLDER,
-    UserEvents,
-    count_events,
-    event_columns,
-    load_user_events,
-    to_state,
-)
-from missrec_t4r.etl.event_settings import CLOCK
+from missrec_t4r.etl.engine.user_state import STATE_FILE, STATE_FOLDER, count_events, load_users
+from missrec_t4r.etl.event_arithmetic import sum_counts
 from missrec_t4r.etl.outputs import WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.session_schema import write_session_schema
@@ -53,22 +39,17 @@ from missrec_t4r.schema import (
     CATALOGUE_FOLDER,
     FIRST_ITEM_ROW,
     ITEM_ID,
-    LIST_SUFFIX,
     SESSION_TRANSFORM_FILE,
     SPLITS,
-    TIMESTAMP,
     USER_ID,
 )
 
 
-@dataclass(frozen=True)
-class CountChange:
+class Change(NamedTuple):
     """Differences of the folder's counts to the version before."""
 
-    events: int
-    users: int
-    sessions: Mapping[str, int]
-    """Rows per split."""
+    counts: Counter[str]
+    """Events, users, and rows per split."""
     train_items: Ints
     """[item index], trailing zeros may be missing: occurrences in the training rows."""
     longest: int
@@ -76,29 +57,22 @@ class CountChange:
     affected_users: int
 
 
-NO_CHANGE = CountChange(0, 0, dict.fromkeys(SPLITS, 0), np.zeros(0, np.int64), 0, 0)
+NO_CHANGE = Change(Counter(), np.zeros(0, np.int64), 0, 0)
 
 
-@dataclass(frozen=True)
-class SplitSessions:
-    """Sessions of some users and their lengths in every split."""
+def split_sessions(state: pa.Table, common: Mapping[str, Any]) -> tuple[pa.Table, Change]:
+    """Return the sessions of a state table, and what they add to the counts.
 
-    sessions: pa.Table
-    """Uncut; the columns ``train``, ``valid`` and ``test`` hold the events of each session in the split's row."""
-    rows: Mapping[str, int]
-    train_items: Ints
-    longest: int
-
-    @classmethod
-    def from_state(cls, state: pa.Table, common: Mapping[str, Any]) -> SplitSessions:
-        """Make sessions of a state table and split them."""
-        sessions = sessionize.to_sessions(state, common) if sessionize.derives_sessions(common) else state
-        offsets, lengths = splits.split_lengths(sessions, common)
-        rows = {split: int((lengths[split] > 0).sum()) for split in SPLITS}
-        train_items = sessionize.count_train_items(sessions, offsets, lengths["train"])
-        for split in SPLITS:
-            sessions = sessions.append_column(split, pa.array(lengths[split].astype(np.int32)))
-        return cls(sessions, rows, train_items, int(np.diff(offsets).max(initial=0)))
+    Sessions are uncut; the columns ``train``, ``valid`` and ``test`` hold the events of each in the split's row.
+    """
+    sessions = sessionize.to_sessions(state, common) if sessionize.derives_sessions(common) else state
+    offsets, lengths = splits.split_lengths(sessions, common)
+    train_items = sessionize.count_train_items(sessions, offsets, lengths["train"])
+    counts = Counter(events=count_events(state), users=state.num_rows)
+    for split in SPLITS:
+        counts[split] = int((lengths[split] > 0).sum())
+        sessions = sessions.append_column(split, pa.array(lengths[split].astype(np.int32)))
+    return sessions, Change(counts, train_items, int(np.diff(offsets).max(initial=0)), state.num_rows)
 
 
 def write_delta(
@@ -126,32 +100,31 @@ def write_delta(
     dict
         Counts as in the report, and the number of affected users.
     """
-    change, old_categories = NO_CHANGE, job.old["categories"]
+    change, old_categories, old_longest = NO_CHANGE, job.old["categories"], longest_session(job.old)
     categories = old_categories
     if job.run.files:
         events, common = encode_increment(job, folder)
         change, categories = _write_sessions(job, data, folder, events, common, version), common["categories"]
-    longest, item_ids = max(change.longest, longest_session(job.old)), one_array(job.items[ITEM_ID])
+    longest, item_ids = max(change.longest, old_longest), one_array(job.items[ITEM_ID])
     longer = [name for name, values in categories.items() if len(values) > len(old_categories[name])]
     longer += [ITEM_ID] if len(item_ids) > old.n_items else []
-    if longer or longest > longest_session(job.old):
+    if longer or longest > old_longest:
         _extend_encodings(job, data, folder, {ITEM_ID: item_ids.to_pylist(), **categories}, longer, longest)
     state = {name: job.old[name] for name in ("types", "valid_from", "test_from", "newest", "partitions", "parts")}
-    (folder / STATE_FOLDER).mkdir(exist_ok=True)
     write_json(folder / STATE_FOLDER / STATE_FILE, state | {"categories": categories, "longest": longest}, indent=None)
     catalogue = _write_catalogue(job, old, data, folder, change.train_items)
-    sessions = {split: report["sessions"][split] + more for split, more in change.sessions.items()}
-    n_events, n_users = report["events"] + change.events, report["users"] + change.users
-    counts = outputs.data_counts(catalogue, catalogue.train_count, n_events, n_users, sessions)
-    return counts | {"touched": {"users": change.affected_users}}
+    counts = Counter(events=report["events"], users=report["users"], **report["sessions"])
+    counts.update(change.counts)
+    rows = {split: counts[split] for split in SPLITS}
+    touched = {"touched": {"users": change.affected_users}}
+    return touched | outputs.data_counts(catalogue, catalogue.train_count, counts["events"], counts["users"], rows)
 
 
 def _extend_encodings(
     job: Job, data: Path, folder: Path, vocabularies: Mapping[str, list[Any]], longer: Sequence[str], longest: int
 ) -> None:
     """Write schema, request transform and, where the folder has them, workflows with longer vocabularies."""
-    clock = {name: values for name, values in CLOCK.items() if name in job.run.derive.time_features}
-    write_session_schema(data, folder, {**vocabularies, **clock}, longest)
+    write_session_schema(data, folder, {**vocabularies, **job.run.derive.clock}, longest)
     transform = read_json(data / SESSION_TRANSFORM_FILE)
     for name in longer:
         if name == ITEM_ID:
@@ -189,70 +162,29 @@ def encode_increment(job: Job, folder: Path) -> tuple[pa.Table, dict[str, Any]]:
 
 def _write_sessions(
     job: Job, data: Path, folder: Path, events: pa.Table, common: Mapping[str, Any], version: int
-) -> CountChange:
+) -> Change:
     """Write sessions and state of the affected users as delta files; return the change of the counts."""
-    unknown = events[ITEM_ID].to_numpy() >= common["rows"]
-    events = events.filter(pa.array(~unknown)) if unknown.any() else events
+    events = events.filter(pa.array(events[ITEM_ID].to_numpy() < common["rows"]))
     if not events.num_rows:
         return NO_CHANGE
-    times = events[TIMESTAMP].to_numpy()
-    new = order_events(one_array(events[USER_ID]), times)
-    old = load_user_events(data, job.old["partitions"], new.users, new.hashes)
-    state, n_duplicates = _merge_events(new, old, event_columns(events, events[ITEM_ID].to_numpy()), common)
-    counts = {"duplicates": n_duplicates, "out_of_order": count_out_of_order(new.codes, times)}
+    users = one_array(events[USER_ID]).unique()
+    by_hash = np.argsort(hash_ids(users), kind="stable")
+    users = users.take(pa.array(by_hash))
+    old = load_users(data, job.old["partitions"], users, hash_ids(users))
+    state, counts = sessionize.extend_state(old, events, common)
     checks.note_users(job.run.findings, [counts], drop_duplicates=common["drop_duplicates"])
-    after = SplitSessions.from_state(state, common)
-    before = SplitSessions.from_state(_state_before(new.users, old, state.schema), common)
+    sessions, after = split_sessions(state, common)
+    _, before = split_sessions(state.take(pa.array([], pa.int64())) if old is None else old, common)
     sessions_file, state_file = (top / DELTA_FOLDER / f"{version:05}.arrow" for top in (folder, folder / STATE_FOLDER))
-    for file in (sessions_file, state_file):
-        file.parent.mkdir(parents=True)
-    write_arrow(after.sessions, sessions_file)
+    write_arrow(sessions, sessions_file)
     if sessionize.derives_sessions(common):
         write_arrow(state, state_file)
     else:  # sessions are the users' events, so the files are equal
+        state_file.parent.mkdir(parents=True)
         link_or_copy(sessions_file, state_file)
-    train_items = np.zeros(max(len(after.train_items), len(before.train_items)), np.int64)
-    train_items[: len(after.train_items)] += after.train_items
-    train_items[: len(before.train_items)] -= before.train_items
-    return CountChange(
-        count_events(state) - int(old.sizes.sum()),
-        len(new.users) - len(old.users),
-        {split: after.rows[split] - before.rows[split] for split in SPLITS},
-        train_items,
-        after.longest,
-        len(new.users),
-    )
-
-
-def _merge_events(
-    new: EventOrder, old: UserEvents, columns: Mapping[str, AnyArray], common: Mapping[str, Any]
-) -> tuple[pa.Table, int]:
-    """Return the new state of the affected users, and the number of duplicates among their new events."""
-    codes = np.concatenate([np.repeat(old.users, old.sizes), new.codes[new.order]])  # [old and new event]
-    merged = {name: column[new.order] for name, column in columns.items()}
-    if old.columns:
-        merged = {name: np.concatenate([old.columns[name], column]) for name, column in merged.items()}
-    # Old events are sorted within each source file, and so are the new ones: a few sorted runs.
-    order = sort_by_code_and_time(codes, merged[TIMESTAMP], nearly_sorted=True)
-    duplicates = duplicate_positions(codes, merged[TIMESTAMP], merged[ITEM_ID], order)
-    n_duplicates = int((duplicates >= old.sizes.sum()).sum())
-    if common["drop_duplicates"] and len(duplicates):
-        kept = np.ones(len(codes), bool)
-        kept[duplicates] = False
-        codes, merged = codes[kept], {name: column[kept] for name, column in merged.items()}
-        order = sort_by_code_and_time(codes, merged[TIMESTAMP], nearly_sorted=True)
-    return to_state(EventOrder(order, codes, new.users, new.hashes), merged), n_duplicates
-
-
-def _state_before(users: pa.Array, old: UserEvents, schema: pa.Schema) -> pa.Table:
-    """Return the old events of the affected users as a state table, users in the order of ``old``."""
-    offsets = pa.array(np.concatenate([[0], np.cumsum(old.sizes)]), pa.int32())
-    columns = {USER_ID: users.take(pa.array(old.users))}
-    for field in schema:
-        if field.name.endswith(LIST_SUFFIX):
-            values = old.columns.get(field.name.removesuffix(LIST_SUFFIX), np.zeros(0, np.int64))
-            columns[field.name] = pa.ListArray.from_arrays(offsets, pa.array(values, field.type.value_type))
-    return pa.table(columns)
+    after.counts.subtract(before.counts)
+    n_items = max(len(after.train_items), len(before.train_items))
+    return after._replace(train_items=sum_counts([after.train_items, -before.train_items], n_items))
 
 
 def _write_catalogue(job: Job, old: Catalogue, data: Path, folder: Path, train_items: Ints) -> Catalogue:
@@ -260,9 +192,7 @@ def _write_catalogue(job: Job, old: Catalogue, data: Path, folder: Path, train_i
     target = folder / CATALOGUE_FOLDER
     unchanged = not job.old["new_rows"] and job.items.num_rows == old.n_items
     catalogue = old if unchanged else item_table.extend_catalogue(old, job.items, job.vectors)
-    counts = np.zeros(catalogue.n_rows, np.int64)
-    counts[: old.n_rows] = old.train_count
-    counts[: len(train_items)] += train_items
+    counts = sum_counts([old.train_count, train_items], catalogue.n_rows)
     catalogue = item_table.with_train_count(catalogue, counts[FIRST_ITEM_ROW:])
     if not unchanged:
         catalogue.save(target)

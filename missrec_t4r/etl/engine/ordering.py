@@ -47,7 +47,7 @@ def order_events(users: pa.Array, times: AnyArray) -> EventOrder:
     )
 
 
-def sort_by_code_and_time(codes: Ints, times: AnyArray, *, nearly_sorted: bool = False) -> Ints:
+def sort_by_code_and_time(codes: Ints, times: AnyArray) -> Ints:
     """Return the stable order by code, then time, [event].
 
     Code, time and position are packed into the bits of one int64 where they fit: one plain sort is several times
@@ -57,8 +57,6 @@ def sort_by_code_and_time(codes: Ints, times: AnyArray, *, nearly_sorted: bool =
     ----------
     codes, times : ndarray [event]
         Codes are at least 0.
-    nearly_sorted : bool
-        The events are a few runs that are sorted already, so a merging sort (timsort) is faster.
 
     Examples
     --------
@@ -72,8 +70,6 @@ def sort_by_code_and_time(codes: Ints, times: AnyArray, *, nearly_sorted: bool =
         earliest, latest = int(times.min()), int(times.max())
         position_bits, time_bits = size.bit_length(), (latest - earliest).bit_length()
         code_bits = int(codes.max()).bit_length()
-        if nearly_sorted and time_bits + code_bits <= 63:
-            return np.argsort((codes << time_bits) | (times - earliest), kind="stable")
         if position_bits + time_bits + code_bits <= 63:  # the sign bit stays 0
             packed = (((codes << time_bits) | (times - earliest)) << position_bits) | np.arange(size)
             packed.sort()  # unique keys, so an unstable sort gives the stable order

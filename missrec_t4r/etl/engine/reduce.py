@@ -10,10 +10,8 @@ folder (`sessionize.load_common`), with the keys
     types                   column -> Arrow type of times and numbers
     filtered                whether the working folder has masks of the kept events
     old                     data folder that an incremental update extends, or None
-    drop_duplicates, split, valid_from, test_from, max_events, newest
-                            settings; ``newest`` is the time that recency counts from
-    session_gap, time_features, weights
-                            `derivation_settings`
+    drop_duplicates         setting
+    split, valid_from, …    `session_settings`; ``newest`` is the time that recency counts from
 """
 
 from __future__ import annotations
@@ -33,10 +31,12 @@ from missrec_t4r.etl.engine.executor import Executor
 from missrec_t4r.etl.engine.job import Job
 from missrec_t4r.etl.engine.shuffle import Plan, ValueCodes
 from missrec_t4r.etl.engine.workdir import FILTER_FOLDER, KEPT_FOLDER, SHUFFLE_FOLDER, partition_path
-from missrec_t4r.etl.event_settings import EventSettings
+from missrec_t4r.etl.event_settings import no_weight
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, UNKNOWN_ROW
+
+_SESSION_SETTINGS = ("split", "valid_from", "test_from", "max_events", "session_gap", "time_features", "newest")
 
 
 def reduce_chunks(
@@ -65,7 +65,6 @@ def reduce_chunks(
     if job.old:
         checks.refuse_other_unit(chunks, job.run.settings["newest"])
     _add_chunk_findings(job.run.findings, plan, chunks, len(unknown.values), append)
-    newest = [chunk["newest"] for chunk in chunks if chunk["newest"] is not None]
     common: dict[str, Any] = {
         "maps": maps,
         "rows": n_rows + (len(unknown.values) if append else 0),
@@ -73,15 +72,10 @@ def reduce_chunks(
         "drop_duplicates": job.run.settings["drop_duplicates"],
         "filtered": False,
         "old": job.old.get("folder"),
-        "split": job.run.settings["split"],
-        "valid_from": job.run.settings["valid_from"],
-        "test_from": job.run.settings["test_from"],
-        "max_events": job.run.settings["max_events"],
-        **derivation_settings(job.run.derive),
-        "newest": job.run.settings["newest"] if job.old else max(newest),
     }
-    job.run.settings["newest"] = common["newest"]
-    job.run.derive.check_clock(common["newest"])
+    if not job.old:
+        job.run.settings["newest"] = max(chunk["newest"] for chunk in chunks if chunk["newest"] is not None)
+    job.run.derive.check_clock(job.run.settings["newest"])
     categories = {name: _merge_categories(chunks, name) for name, kind in plan.features.items() if kind == "category"}
     for name, (_, _, codes) in categories.items():
         for chunk_maps, chunk_codes in zip(maps, codes, strict=True):
@@ -96,7 +90,7 @@ def reduce_chunks(
         tasks = [(str(work), number) for number in range(plan.partitions)]
         parts = executor.run(sessionize.count_categories, tasks, "counting categories")
         categories = {
-            name: (values, _sum_counts([part[name] for part in parts], len(values)), codes)
+            name: (values, event_arithmetic.sum_counts((part[name] for part in parts), len(values)).tolist(), codes)
             for name, (values, _, codes) in categories.items()
         }
         common["filtered"] = True
@@ -106,21 +100,25 @@ def reduce_chunks(
         common["categories"][name] = ordered
         for chunk_maps in maps:
             chunk_maps[name] = [code_of[position] for position in chunk_maps[name]]
-    return common | derivation_settings(job.run.derive, common["categories"])
+    return common | session_settings(job.run.settings, common["categories"])
 
 
-def derivation_settings(derive: EventSettings, categories: Mapping[str, Sequence[Any]] | None = None) -> dict[str, Any]:
-    """Return the settings of derived columns as plain data; weights by code once the categories are known."""
-    settings: dict[str, Any] = {
-        "session_gap": derive.session_gap,
-        "time_features": list(derive.time_features),
-        "weights": None,
+def session_settings(settings: Mapping[str, Any], categories: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Return the settings of ``etl.json`` that sessions and splits depend on; event weights by category code.
+
+    Raises
+    ------
+    DataError
+        No event has a weight.
+    """
+    weights, column = settings["event_weights"], settings["event_type_column"]
+    by_code = [weights.get(str(value), 1.0) for value in categories.get(column, ())]
+    if weights and not any(by_code):
+        raise no_weight()
+    return {
+        **{name: settings[name] for name in _SESSION_SETTINGS},
+        "weights": {"column": column, "by_code": [1.0] * FIRST_ITEM_ROW + by_code} if weights else None,
     }
-    if derive.weights and categories is not None:
-        by_code = [derive.other_weight] * FIRST_ITEM_ROW
-        by_code += [derive.weights.get(str(value), derive.other_weight) for value in categories[derive.weight_column]]
-        settings["weights"] = {"column": derive.weight_column, "by_code": by_code}
-    return settings
 
 
 # Filters
@@ -252,14 +250,6 @@ def _order_by_frequency(
     ordered += [values[position] for position in new]
     code_of = {value: FIRST_ITEM_ROW + position for position, value in enumerate(ordered)}
     return ordered, [code_of.get(value, UNKNOWN_ROW) for value in values]
-
-
-def _sum_counts(parts: Sequence[Sequence[int]], size: int) -> list[int]:
-    """Return the sum of counts of different lengths, [size]."""
-    total = np.zeros(size, np.int64)
-    for part in parts:
-        total[: len(part)] += np.asarray(part, np.int64)
-    return total.tolist()
 
 
 # Findings

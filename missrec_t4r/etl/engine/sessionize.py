@@ -5,9 +5,9 @@ Two tasks per partition. `group_by_user` writes the user state: all events of ev
 the splits. An incremental update repeats both only for partitions with new events, from the old state and the new
 shuffle files. Before them, if rare users or items are filtered, `survey_events` and `count_categories` run.
 
-Each task writes its result atomically and returns a finished result as it is. What all partitions have in common
-(item indices and category codes of every chunk, types, settings) is a JSON file of the working folder, written by
-`build.py` as a stage needs it; see `reduce.py` for its keys.
+Each task writes its files atomically, or before its result. What all partitions have in common (item indices and
+category codes of every chunk, types, settings) is a JSON file of the working folder, written by `build.py` as a stage
+needs it; see `reduce.py` for its keys.
 """
 
 from __future__ import annotations
@@ -25,15 +25,22 @@ from missrec_t4r.arrays import AnyArray, Bools, Ints
 from missrec_t4r.data.session_files import prefix_mask, take_prefixes
 from missrec_t4r.errors import SchemaError
 from missrec_t4r.etl import event_arithmetic, splits
-from missrec_t4r.etl.engine.ordering import count_out_of_order, duplicate_positions, order_events
+from missrec_t4r.etl.engine.ordering import EventOrder, count_out_of_order, duplicate_positions, order_events
 from missrec_t4r.etl.engine.shuffle import load_plan, read_partition
-from missrec_t4r.etl.engine.user_state import event_columns, list_columns, state_path, to_state
-from missrec_t4r.etl.engine.workdir import FILTER_FOLDER, KEPT_FOLDER, OUTPUT_FOLDER, SPLIT_FOLDER, partition_path
+from missrec_t4r.etl.engine.user_state import STATE_FOLDER, count_events, list_columns, state_path, to_events, to_state
+from missrec_t4r.etl.engine.workdir import (
+    FILTER_FOLDER,
+    KEPT_FOLDER,
+    OUTPUT_FOLDER,
+    SPLIT_FOLDER,
+    partition_path,
+    resumable,
+)
 from missrec_t4r.etl.event_settings import WEIGHT
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.io.arrow_files import one_array, read_arrow, write_arrow
 from missrec_t4r.io.atomic import atomic_write_file
-from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.io.json_files import read_json
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, SESSION_ID, SPLITS, TIMESTAMP, USER_ID
 
 SURVEY_FILE, COMMON_FILE, SPLIT_FILE = "survey.json", "common.json", "split.json"
@@ -94,18 +101,11 @@ def survey_events(work: str, partition: int) -> dict[str, int]:
     dict
         Counts for the findings.
     """
-    common = load_common(work, SURVEY_FILE)
-    users, items, times = _key_columns(read_events(work, partition, SURVEY_FILE))
-    events = order_events(users, times)
-    duplicates = duplicate_positions(events.codes, times, items, events.order)
-    eligible = np.ones(len(items), bool)  # [event]
-    if common["drop_duplicates"]:
-        eligible[duplicates] = False
-    unknown = items >= common["rows"]
-    eligible &= ~unknown
+    events = read_events(work, partition, SURVEY_FILE)
+    by_user, kept, counts = _check_events(events, load_common(work, SURVEY_FILE))
     with atomic_write_file(partition_path(work, FILTER_FOLDER, partition, "npz")) as temporary:
-        np.savez(temporary, users=events.codes.astype(np.int32), items=items, eligible=eligible)
-    return _counts(events.codes, times, duplicates, unknown)
+        np.savez(temporary, users=by_user.codes.astype(np.int32), items=events[ITEM_ID].to_numpy(), eligible=kept)
+    return counts
 
 
 def count_categories(work: str, partition: int) -> dict[str, list[int]]:
@@ -121,19 +121,32 @@ def _kept_events(work: str, partition: int) -> Bools:
     return kept
 
 
-def _counts(codes: Ints, times: AnyArray, duplicates: Ints, unknown: Bools, n_old: int = 0) -> dict[str, int]:
-    """Return what a partition contributes to the findings; the first ``n_old`` events are those of the old state."""
-    return {
+def _check_events(
+    events: pa.Table, common: Mapping[str, Any], n_old: int = 0
+) -> tuple[EventOrder, Bools, dict[str, int]]:
+    """Return the order of events, which of them the settings keep, [event], and counts for the findings.
+
+    The first ``n_old`` events are those of an old state, which was counted when they were new.
+    """
+    users, items, times = one_array(events[USER_ID]), events[ITEM_ID].to_numpy(), events[TIMESTAMP].to_numpy()
+    by_user = order_events(users, times)
+    duplicates = duplicate_positions(by_user.codes, times, items, by_user.order)
+    kept = items < common["rows"]
+    counts = {
         "duplicates": int((duplicates >= n_old).sum()),
-        "unknown_item_events": int(unknown.sum()),
-        "out_of_order": count_out_of_order(codes[n_old:], times[n_old:]),
-        "very_long": int((np.bincount(codes) > checks.MANY_EVENTS).sum()),
+        "unknown_item_events": int((~kept).sum()),
+        "out_of_order": count_out_of_order(by_user.codes[n_old:], times[n_old:]),
+        "very_long": int((np.bincount(by_user.codes) > checks.MANY_EVENTS).sum()),
     }
+    if common["drop_duplicates"]:
+        kept[duplicates] = False
+    return by_user, kept, counts
 
 
 # First task: group by user
 
 
+@resumable(STATE_FOLDER)
 def group_by_user(work: str, partition: int) -> dict[str, Any]:
     """Write the user state of a partition: all events of every user, sorted by time.
 
@@ -142,61 +155,41 @@ def group_by_user(work: str, partition: int) -> dict[str, Any]:
     dict
         Numbers of events and users, and counts for the findings.
     """
-    common = load_common(work, COMMON_FILE)
-    done = state_path(work, partition, "json")
-    if done.is_file():
-        return read_json(done)
-    table = read_events(work, partition)
-    users, items, times = _key_columns(table)
-    counts: dict[str, Any] = {}
-    if common["filtered"]:
-        table = table.filter(pa.array(_kept_events(work, partition)))
-        users, items, times = _key_columns(table)
+    common, events = load_common(work, COMMON_FILE), read_events(work, partition)
+    if common["filtered"]:  # `survey_events` has counted
+        events, counts = events.filter(pa.array(_kept_events(work, partition))), {}
         filtered_items = Path(work) / KEPT_FOLDER / FILTERED_ITEMS_FILE
         if filtered_items.is_file():
-            items = np.load(filtered_items)[items]
-    n_new = table.num_rows  # in an update they follow the events of the old state
-    if common["old"]:
-        table = _append_to_state(state_path(common["old"], partition), table, items)
-        users, items, times = _key_columns(table)
-    events = order_events(users, times)
-    if not common["filtered"]:  # otherwise `survey_events` has counted and left out
-        duplicates = duplicate_positions(events.codes, times, items, events.order)
-        unknown = items >= common["rows"]
-        counts = _counts(events.codes, times, duplicates, unknown, table.num_rows - n_new)
-        kept = ~unknown
-        if common["drop_duplicates"]:
-            kept[duplicates] = False
-        if not kept.all():
-            table = table.filter(pa.array(kept))
-            users, items, times = users.filter(pa.array(kept)), items[kept], times[kept]
-            events = order_events(users, times)
-    write_arrow(to_state(events, event_columns(table, items)), state_path(work, partition))
-    counts |= {"events": len(items), "users": len(events.users)}
-    write_json(done, counts, indent=None)
-    return counts
+            events = with_items(events, np.load(filtered_items)[events[ITEM_ID].to_numpy()])
+        state = to_state(events)
+    else:
+        file = state_path(common["old"] or work, partition)
+        state, counts = extend_state(read_arrow(file) if common["old"] and file.is_file() else None, events, common)
+    write_arrow(state, state_path(work, partition))
+    return counts | {"events": count_events(state), "users": state.num_rows}
 
 
-def _key_columns(events: pa.Table) -> tuple[pa.Array, AnyArray, AnyArray]:
-    return one_array(events[USER_ID]), events[ITEM_ID].to_numpy(), events[TIMESTAMP].to_numpy()
+def extend_state(old: pa.Table | None, events: pa.Table, common: Mapping[str, Any]) -> tuple[pa.Table, dict[str, int]]:
+    """Return the user state of old and new events, without what the settings leave out, and counts for the findings."""
+    n_old = 0
+    if old is not None:
+        before = to_events(old).select(events.column_names)
+        n_old, events = before.num_rows, pa.concat_tables([before, events], promote_options="permissive")
+    by_user, kept, counts = _check_events(events, common, n_old)
+    if kept.all():
+        return to_state(events, by_user), counts
+    return to_state(events.filter(pa.array(kept))), counts
 
 
-def _append_to_state(file: Path, events: pa.Table, items: AnyArray) -> pa.Table:
-    """Return the events of a partition's old state, user after user, followed by the new ones."""
-    events = events.set_column(events.column_names.index(ITEM_ID), ITEM_ID, pa.array(items, pa.int32()))
-    if not file.is_file():
-        return events
-    state = read_arrow(file)
-    lists = list_columns(state)
-    sizes = np.diff(np.asarray(lists[ITEM_ID + LIST_SUFFIX].offsets))  # [user]
-    old = {USER_ID: one_array(state[USER_ID]).take(pa.array(np.repeat(np.arange(len(sizes)), sizes)))}
-    old |= {name.removesuffix(LIST_SUFFIX): column.values for name, column in lists.items()}
-    return pa.concat_tables([pa.table(old).select(events.column_names), events], promote_options="permissive")
+def with_items(events: pa.Table, items: AnyArray) -> pa.Table:
+    """Return the events with other item indices, [event]."""
+    return events.set_column(events.column_names.index(ITEM_ID), ITEM_ID, pa.array(items, pa.int32()))
 
 
 # Second task: sessions and splits
 
 
+@resumable(SPLIT_FOLDER)
 def write_splits(work: str, partition: int) -> dict[str, Any]:
     """Write a partition's rows of every split, and how often each item occurs in its training rows.
 
@@ -205,9 +198,6 @@ def write_splits(work: str, partition: int) -> dict[str, Any]:
     dict
         Rows per split, and the events of the longest session.
     """
-    done, counts = partition_path(work, SPLIT_FOLDER, partition, "json"), state_path(work, partition, "npy")
-    if done.is_file() and counts.is_file():
-        return read_json(done)
     common = load_common(work, SPLIT_FILE)
     sessions = to_sessions(read_arrow(state_path(work, partition)), common)
     offsets, lengths = splits.split_lengths(sessions, common)
@@ -218,8 +208,7 @@ def write_splits(work: str, partition: int) -> dict[str, Any]:
         if rows.num_rows:  # item ids repeat too little for dictionary encoding to pay
             file = Path(work) / OUTPUT_FOLDER / name / f"part_{partition:05}.parquet"
             pq.write_table(rows, file, use_dictionary=False, write_statistics=False)
-    np.save(counts, count_train_items(sessions, offsets, lengths["train"]))
-    write_json(done, result, indent=None)
+    np.save(state_path(work, partition, "npy"), count_train_items(sessions, offsets, lengths["train"]))
     return result
 
 

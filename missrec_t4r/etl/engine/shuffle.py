@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from missrec_t4r.arrays import Ints
 from missrec_t4r.data.user_hash import hash_ids, partition_of
 from missrec_t4r.errors import DataError, SchemaError
-from missrec_t4r.etl.engine.workdir import SHUFFLE_FOLDER, decode
+from missrec_t4r.etl.engine.workdir import SHUFFLE_FOLDER, decode, partition_path, resumable
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import parse_numbers
 from missrec_t4r.io.arrow_files import one_array, to_record_batch
@@ -107,11 +107,7 @@ def cut_chunks(files: Sequence[Path], batch_rows: int | None = None) -> list[Chu
 # Write: one task per chunk
 
 
-def shuffle_path(work: Path, chunk: int) -> Path:
-    """Return the shuffle file of a chunk."""
-    return work / SHUFFLE_FOLDER / f"{chunk:05}.arrow"
-
-
+@resumable(SHUFFLE_FOLDER)
 def shuffle_chunk(work: str, index: int) -> dict[str, Any]:
     """Encode chunk ``index`` of the plan and write its events by partition.
 
@@ -120,11 +116,7 @@ def shuffle_chunk(work: str, index: int) -> dict[str, Any]:
     dict
         Statistics of the chunk, see `EventEncoder.statistics`.
     """
-    target = shuffle_path(Path(work), index)
-    done = target.with_suffix(".json")
-    if done.is_file():
-        return read_json(done)
-    plan = load_plan(work)
+    plan, target = load_plan(work), partition_path(work, SHUFFLE_FOLDER, index, "arrow")
     encoder = EventEncoder(plan, load_item_ids(work))
     with ExitStack() as files:  # closes the writer, then renames the file
         writer = None
@@ -135,9 +127,7 @@ def shuffle_chunk(work: str, index: int) -> dict[str, Any]:
                 writer = files.enter_context(pa.ipc.new_file(str(temporary), events.schema))
             for start, end in itertools.pairwise(bounds):
                 writer.write_batch(to_record_batch(events.slice(start, end - start)))
-    statistics = encoder.statistics()
-    write_json(done, statistics, indent=None)
-    return statistics
+    return encoder.statistics()
 
 
 def read_batches(plan: Plan, chunk: Chunk) -> Iterator[pa.Table]:
@@ -354,7 +344,7 @@ def read_partition(work: str, partition: int, maps: Sequence[Mapping[str, Codes]
     """
     plan, tables = load_plan(work), []
     for chunk, code_maps in enumerate(maps):
-        file = shuffle_path(Path(work), chunk)
+        file = partition_path(work, SHUFFLE_FOLDER, chunk, "arrow")
         if not file.is_file():  # a chunk without rows
             continue
         with pa.memory_map(str(file)) as source:

@@ -16,17 +16,18 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from missrec_t4r.arrays import AnyArray, Ints
+from missrec_t4r.arrays import Ints
 from missrec_t4r.data.session_files import DELTA_FOLDER
 from missrec_t4r.data.user_hash import Hashes, hash_ids, partition_of
-from missrec_t4r.etl.engine.ordering import EventOrder
+from missrec_t4r.etl.engine.ordering import EventOrder, order_events
 from missrec_t4r.io.arrow_files import one_array, read_arrow
+from missrec_t4r.io.atomic import link_or_copy
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.schema import ITEM_ID, LIST_SUFFIX, TIMESTAMP, USER_ID
 
@@ -47,41 +48,46 @@ def state_deltas(data: Path) -> list[Path]:
     return sorted((data / STATE_FOLDER / DELTA_FOLDER).glob("*.arrow"))
 
 
-def move_state(work: Path, out: Path, content: Mapping[str, Any]) -> None:
-    """Move the state files of a working folder to the new data folder and add what its partitions have in common."""
+def link_state(work: Path, out: Path, content: Mapping[str, Any]) -> None:
+    """Link the state files of a working folder into the new data folder; add what its partitions have in common."""
     target = out / STATE_FOLDER
-    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed after the next line
-    (work / STATE_FOLDER).rename(target)
-    for unfinished in target.glob(".*"):  # of tasks that were killed while they wrote
-        shutil.rmtree(unfinished)
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed here
+    target.mkdir()
+    for file in (work / STATE_FOLDER).glob("[0-9]*"):  # not what tasks were writing when they were killed
+        link_or_copy(file, target / file.name)
     write_json(target / STATE_FILE, content, indent=None)
 
 
 # Tables of user state
 
 
-def event_columns(events: pa.Table, items: AnyArray) -> dict[str, AnyArray]:
-    """Return the columns of events that the state keeps: item indices, times, then the others in input order."""
-    others = [TIMESTAMP, *(name for name in events.column_names if name not in (USER_ID, ITEM_ID, TIMESTAMP))]
-    return {ITEM_ID: items.astype(np.int32)} | {name: events[name].to_numpy() for name in others}
-
-
-def to_state(events: EventOrder, columns: Mapping[str, AnyArray]) -> pa.Table:
-    """Return the state table: per user the id, its hash and the list columns.
-
-    Parameters
-    ----------
-    events : EventOrder
-        Users and the order of their events.
-    columns : mapping of str to ndarray [event]
-        In input order.
-    """
-    counts = np.bincount(events.codes, minlength=len(events.users))  # [user]
+def to_state(events: pa.Table, by_user: EventOrder | None = None) -> pa.Table:
+    """Return the user state of events: per user the id, its hash and the list columns; ``by_user``: their order."""
+    if by_user is None:
+        by_user = order_events(one_array(events[USER_ID]), events[TIMESTAMP].to_numpy())
+    counts = np.bincount(by_user.codes, minlength=len(by_user.users))  # [user]
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())  # [user + 1]
-    state = {USER_ID: events.users, USER_HASH: pa.array(events.hashes, pa.uint64())}
-    for name, column in columns.items():
-        state[name + LIST_SUFFIX] = pa.ListArray.from_arrays(offsets, pa.array(column[events.order]))
+    state = {USER_ID: by_user.users, USER_HASH: pa.array(by_user.hashes, pa.uint64())}
+    for name in events.column_names:
+        if name != USER_ID:
+            values = pa.array(events[name].to_numpy()[by_user.order])
+            state[name + LIST_SUFFIX] = pa.ListArray.from_arrays(offsets, values)
     return pa.table(state)
+
+
+def to_events(state: pa.Table) -> pa.Table:
+    """Return the events of a state table, user after user."""
+    lists = list_columns(state)
+    sizes = lists[ITEM_ID + LIST_SUFFIX].value_lengths().to_numpy()  # [user]
+    users = one_array(state[USER_ID]).take(pa.array(np.repeat(np.arange(len(sizes)), sizes)))
+    return pa.table(
+        {USER_ID: users} | {name.removesuffix(LIST_SUFFIX): column.flatten() for name, column in lists.items()}
+    )
+
+
+def bare_state(state: pa.Table) -> pa.Table:
+    """Return ids and list columns of a state table, whose hashes folders of older releases lack."""
+    return state.select([USER_ID, *list_columns(state)])
 
 
 def list_columns(state: pa.Table) -> dict[str, pa.ListArray]:
@@ -102,19 +108,8 @@ def count_events(state: pa.Table) -> int:
 # Look-up of some users
 
 
-class UserEvents(NamedTuple):
-    """Events of the users that a look-up found, user after user."""
-
-    users: Ints
-    """[found user]: index among the requested users."""
-    sizes: Ints
-    """[found user]: number of events."""
-    columns: dict[str, AnyArray]
-    """Column name without suffix -> [event]."""
-
-
-def load_user_events(data: Path, partitions: int, users: pa.Array, hashes: Hashes) -> UserEvents:
-    """Return all events of some users, each user's sorted by time.
+def load_users(data: Path, partitions: int, users: pa.Array, hashes: Hashes) -> pa.Table | None:
+    """Return the state of some users, without hashes and in no order; None if the folder has none of them.
 
     Parameters
     ----------
@@ -127,24 +122,17 @@ def load_user_events(data: Path, partitions: int, users: pa.Array, hashes: Hashe
     """
     missing = np.ones(len(users), bool)  # [user]: not found yet
 
-    def look_up(state: pa.Table, begin: int, end: int) -> UserEvents:
-        requested = begin + np.flatnonzero(missing[begin:end])
+    def look_up(file: Path, begin: int, end: int) -> pa.Table:
+        state, requested = read_arrow(file), begin + np.flatnonzero(missing[begin:end])
         rows = find_users(state, users.take(pa.array(requested)), hashes[requested])
-        found = rows >= 0
-        missing[requested[found]] = False
-        return _take_users(state, requested[found], rows[found])
+        missing[requested[rows >= 0]] = False
+        return bare_state(state).take(pa.array(rows[rows >= 0]))
 
     # Newest first: a user who is in a delta is not looked up in older files.
-    parts = [look_up(read_arrow(file), 0, len(users)) for file in reversed(state_deltas(data))]
+    parts = [look_up(file, 0, len(users)) for file in reversed(state_deltas(data))]
     with ThreadPoolExecutor(_THREADS) as threads:  # every user is in one partition, so threads write to disjoint ranges
-        ranges = _partition_ranges(data, partitions, hashes)
-        parts += threads.map(lambda part: look_up(read_arrow(part[0]), *part[1:]), ranges)
-    names = parts[0].columns if parts else {}
-    return UserEvents(
-        np.concatenate([np.zeros(0, np.int64), *(part.users for part in parts)]),
-        np.concatenate([np.zeros(0, np.int64), *(part.sizes for part in parts)]),
-        {name: np.concatenate([part.columns[name] for part in parts]) for name in names},
-    )
+        parts += threads.map(lambda part: look_up(*part), _partition_ranges(data, partitions, hashes))
+    return pa.concat_tables(parts) if parts else None
 
 
 def find_users(state: pa.Table, users: pa.Array, hashes: Hashes) -> Ints:
@@ -171,16 +159,3 @@ def _partition_ranges(data: Path, partitions: int, hashes: Hashes) -> list[tuple
     files = [state_path(data, number) for number in range(partitions)]
     ranges = zip(files, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
     return [(file, begin, end) for file, begin, end in ranges if begin < end and file.is_file()]
-
-
-def _take_users(state: pa.Table, users: Ints, rows: Ints) -> UserEvents:
-    """Return the events of some rows of a state table; only their part of the memory map is read."""
-    sizes, columns = np.zeros(len(rows), np.int64), {}
-    for name, column in list_columns(state).items():
-        offsets = np.asarray(column.offsets)
-        starts = offsets[rows].astype(np.int64)  # [user]
-        sizes = offsets[rows + 1] - starts  # [user]
-        first = np.concatenate([[0], np.cumsum(sizes)])[:-1]  # [user]: where its events begin in the result
-        source = np.arange(sizes.sum()) + np.repeat(starts - first, sizes)  # [event]: position in ``column.values``
-        columns[name.removesuffix(LIST_SUFFIX)] = column.values.to_numpy()[source]
-    return UserEvents(users, sizes, columns)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.etl.engine.user_state import STATE_FILE, STATE_FOLDER
-from missrec_t4r.etl.event_settings import EventSettings
 from missrec_t4r.etl.outputs import REPORT_FILE
 from missrec_t4r.io.atomic import link_or_copy, recover
 from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.io.json_files import read_json
+from missrec_t4r.schema import SPLITS
 
 VERSIONS_FILE = "versions.json"
 
@@ -47,20 +47,14 @@ def load_version(out: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, A
     return report, read_json(state_file), versions
 
 
-def event_settings(settings: Mapping[str, Any]) -> EventSettings:
-    """Return the derived event columns that the settings of ``etl.json`` describe."""
-    return EventSettings(
-        settings["event_weights"],
-        settings["event_type_column"],
-        session_gap=settings["session_gap"],
-        time_features=settings["time_features"],
-        newest=settings["newest"],
-    )
-
-
 def plain_version(versions: Mapping[str, Any]) -> int:
     """Return the version that the parquet files of the splits hold."""
     return int(versions.get("plain_version", versions["version"]))
+
+
+def part_files(partitions: Iterable[int]) -> list[str]:
+    """Return the parquet files that a data folder may have of some partitions."""
+    return [f"{split}/part_{number:05}.parquet" for split in SPLITS for number in partitions]
 
 
 def link_unchanged(old: Path, new: Path, rewritten: Collection[str]) -> None:

@@ -1,7 +1,7 @@
-"""Working directory and input conversion of the out-of-core engine.
+"""Working directory, resumable tasks and input conversion of the out-of-core engine.
 
-The working directory ``.<out>-work`` is next to the output and holds one folder per job (a hash of input and
-settings). Every task writes its result there atomically; a run that was killed continues from these files. The
+The working directory ``.<out>-work`` is next to the output and holds the folder of one job (a hash of input and
+settings). Every task keeps its result there (`resumable`); a run that was killed continues from these files. The
 finished data folder replaces the output in one rename.
 """
 
@@ -12,19 +12,27 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial, wraps
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from missrec_t4r.data.user_hash import hash_ids
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.etl import item_table
 from missrec_t4r.etl.inputs import read_items
 from missrec_t4r.etl.outputs import REPORT_FILE
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import PARQUET_SUFFIXES, read_table, require_event_columns
+from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.io.atomic import atomic_write_file, move_into_place, recover, refuse_unmanaged, translate_disk_errors
-from missrec_t4r.schema import ITEM_ID
+from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.schema import ITEM_ID, SPLITS
+
+Task = Callable[[str, int], dict[str, Any]]
+"""Working folder and number of a chunk or partition -> a small result."""
 
 SHUFFLE_FOLDER = "shuffle"
 """Per chunk of the input: encoded events by partition (arrow), statistics (json)."""
@@ -57,11 +65,7 @@ def working_folder(out: Path) -> Iterator[tuple[Path, Callable[[Path], None]]]:
         with translate_disk_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             recover(out)
-
-            def finish(folder: Path) -> None:
-                move_into_place(folder, out)
-
-            yield work, finish
+            yield work, partial(move_into_place, out=out)
     except Exception:
         for folder in (work, copies):
             shutil.rmtree(folder, ignore_errors=True)
@@ -75,24 +79,55 @@ def copies_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}-copies")
 
 
-def job_folder(work: Path, name: str) -> Path:
-    """Return the folder of a job in the working directory, after removing the folders of other jobs."""
+def open_job(work: Path, identity: Any, items: pa.Table | None = None) -> Path:
+    """Return the working folder of a job: that of a killed run that was equal, or a new one; others are removed.
+
+    Parameters
+    ----------
+    work : Path
+        Working directory.
+    identity : JSON-able value
+        What the results depend on.
+    items : pyarrow.Table, optional
+        Item table that they depend on.
+    """
+    digest = hashlib.sha256(json.dumps(identity, default=str).encode())
+    digest.update(b"" if items is None else hash_ids(one_array(items[ITEM_ID])).tobytes())
+    name = digest.hexdigest()[:16]
     for other in work.glob("*"):
         if other.name != name:
             shutil.rmtree(other)
+    for folder in (SHUFFLE_FOLDER, KEPT_FOLDER, SPLIT_FOLDER, *(f"{OUTPUT_FOLDER}/{split}" for split in SPLITS)):
+        (work / name / folder).mkdir(parents=True, exist_ok=True)
     return work / name
 
 
 def partition_path(work: str | Path, folder: str, partition: int, extension: str) -> Path:
-    """Return the file of a partition in a subfolder of the working folder."""
+    """Return the file of a partition, or of a chunk, in a subfolder of the working folder."""
     return Path(work) / folder / f"{partition:05}.{extension}"
+
+
+def resumable(folder: str) -> Callable[[Task], Task]:
+    """Return the decorator of a task that keeps its result in a subfolder, and returns it if it is there already."""
+
+    def decorate(task: Task) -> Task:
+        @wraps(task)
+        def run(work: str, number: int) -> dict[str, Any]:
+            done = partition_path(work, folder, number, "json")
+            if not done.is_file():
+                write_json(done, task(work, number), indent=None)
+            return read_json(done)
+
+        return run
+
+    return decorate
 
 
 # Input as parquet
 
 
 def as_parquet(
-    files: Sequence[Path], folder: Path, text_columns: Sequence[str], findings: checks.Findings | None = None
+    files: Sequence[Path], folder: Path, id_columns: Sequence[str], findings: checks.Findings | None = None
 ) -> list[Path]:
     """Return the input as parquet files; other formats are converted into ``folder``, one file in memory at a time.
 
@@ -103,37 +138,30 @@ def as_parquet(
     DataError
         A file cannot be read.
     """
-    parquet = {file: _text_ids(file, text_columns) for file in files if file.name.endswith(PARQUET_SUFFIXES)}
-    others = [dict.fromkeys(text_columns, True) for _ in range(len(files) > len(parquet))]  # csv: ids are text
-    is_text = [*parquet.values(), *others]
-    mixed = {name for name in text_columns if len({file[name] for file in is_text if name in file}) > 1}
+    is_text = {file: _text_ids(file, id_columns) for file in files}
+    kinds = {name: {of_file[name] for of_file in is_text.values() if name in of_file} for name in id_columns}
+    copies = []
     try:
-        return [
-            _convert(file, folder / f"{number:05}", parquet, mixed, text_columns, findings)
-            for number, file in enumerate(files)
-        ]
+        for number, file in enumerate(files):
+            as_text = [name for name in sorted(kinds) if len(kinds[name]) > 1 and not is_text[file].get(name, True)]
+            if as_text or not file.name.endswith(PARQUET_SUFFIXES):
+                file = _convert(file, folder / f"{number:05}", id_columns, as_text, findings)
+            copies.append(file)
     except Exception:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    return copies
 
 
 def _convert(
-    file: Path,
-    target: Path,
-    parquet: Mapping[Path, Mapping[str, bool]],
-    mixed: set[str],
-    text_columns: Sequence[str],
-    findings: checks.Findings | None,
+    file: Path, target: Path, id_columns: Sequence[str], as_text: Sequence[str], findings: checks.Findings | None
 ) -> Path:
-    """Return the file itself, or a parquet copy with text in the ``mixed`` id columns."""
-    as_text = [name for name in sorted(mixed) if not parquet.get(file, {}).get(name, True)]
-    if file in parquet and not as_text:
-        return file
+    """Return a parquet copy of a file, with text in the columns ``as_text``."""
     status = file.stat()  # in the name of the copy: a changed file, and other id columns, have another one
-    made_of = json.dumps([str(file), status.st_size, status.st_mtime_ns, list(text_columns), as_text])
+    made_of = json.dumps([str(file), status.st_size, status.st_mtime_ns, list(id_columns), as_text])
     copy = target.with_name(f"{target.name}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.parquet")
     if not copy.is_file():
-        table = read_table(file, "interactions", text_columns=text_columns, needed=None, findings=findings)
+        table = read_table(file, "interactions", text_columns=id_columns, needed=None, findings=findings)
         for name in as_text:
             ids = checks.normal_ids(table[name], name).cast(pa.string())
             table = table.set_column(table.column_names.index(name), name, ids)
@@ -143,10 +171,12 @@ def _convert(
 
 
 def _text_ids(file: Path, columns: Sequence[str]) -> dict[str, bool]:
-    """Return which id columns of a parquet file hold text."""
+    """Return which id columns of a file hold text; those of csv and JSON lines are read as text."""
+    if not file.name.endswith(PARQUET_SUFFIXES):
+        return dict.fromkeys(columns, True)
     schema = _parquet_schema(file)
-    kinds = {name: decoded_type(schema.field(name).type) for name in columns if name in schema.names}
-    return {name: pa.types.is_string(kind) or pa.types.is_binary(kind) for name, kind in kinds.items()}
+    types = {name: decoded_type(schema.field(name).type) for name in columns if name in schema.names}
+    return {name: pa.types.is_string(kind) or pa.types.is_binary(kind) for name, kind in types.items()}
 
 
 def _parquet_schema(file: Path) -> pa.Schema:

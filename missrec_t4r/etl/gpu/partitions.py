@@ -10,8 +10,6 @@ much the steps need: where it was too low, the run begins again with twice as ma
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -29,23 +27,17 @@ from missrec_t4r.etl import item_table, splits
 from missrec_t4r.etl.engine.executor import Executor
 from missrec_t4r.etl.engine.reduce import keep_frequent
 from missrec_t4r.etl.engine.shuffle import cut_chunks
-from missrec_t4r.etl.engine.workdir import (
-    FILTER_FOLDER,
-    KEPT_FOLDER,
-    OUTPUT_FOLDER,
-    SHUFFLE_FOLDER,
-    job_folder,
-    partition_path,
-)
+from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER, SPLIT_FOLDER, open_job, partition_path
 from missrec_t4r.etl.event_settings import first_with_events
 from missrec_t4r.etl.gpu import tasks
 from missrec_t4r.etl.gpu.read import Columns, Seen, all_seen, note_seen, refuse_number_texts
-from missrec_t4r.etl.inputs import Summary
+from missrec_t4r.etl.inputs import Summary, with_normal_ids
 from missrec_t4r.etl.nvt import workflows
 from missrec_t4r.etl.nvt.serialization import save_workflow
 from missrec_t4r.etl.nvt.workflow_file import EventColumns, WorkflowFile
 from missrec_t4r.etl.outputs import Written
 from missrec_t4r.etl.quality import checks
+from missrec_t4r.etl.task import Run
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, SPLITS
 
@@ -110,7 +102,7 @@ class Partitioned:
         write_json(self.work / tasks.SPLIT_FILE, split | {"rows": n_rows})
         arguments = [(str(self.work), number) for number in self.numbers]
         parts = self.executor.run(tasks.write_splits, arguments, "writing the splits")
-        counts = [np.load(partition_path(self.work, tasks.COUNTS_FOLDER, number, "npy")) for number in self.numbers]
+        counts = [np.load(partition_path(self.work, SPLIT_FOLDER, number, "npy")) for number in self.numbers]
         return Written(
             {name: sum(part["sessions"][name] for part in parts) for name in SPLITS},
             max(part["longest"] for part in parts),
@@ -119,14 +111,10 @@ class Partitioned:
 
 
 def prepare(
-    files: Sequence[Path],
+    run: Run,
     columns: Columns,
     items: pa.Table,
-    vectors: item_table.Vectors,
-    settings: dict[str, Any],
-    findings: checks.Findings,
     item_findings: checks.Findings,
-    *,
     work: Path,
     partitions: int,
     executor: Executor,
@@ -135,18 +123,14 @@ def prepare(
 
     Parameters
     ----------
-    files : sequence of Path
-        Parquet files of events.
+    run : Run
+        Of parquet files; its findings are in the order of the engine in memory.
     columns : Columns
         From `read.plan_columns`.
-    items, vectors : pyarrow.Table, mapping of str to ndarray [item, width]
-        Item table with ids in their normal type, and its modality vectors.
-    settings : dict
-        As written to ``etl.json``.
-    findings : Findings
-        Gains the findings about the events, in the order of the engine in memory.
+    items : pyarrow.Table
+        Item table as it was read.
     item_findings : Findings
-        Of reading the item table.
+        Of reading it.
     work : Path
         Working directory, where a killed run with the same input continues.
     partitions : int
@@ -159,9 +143,10 @@ def prepare(
     DataError
         No event is left.
     """
-    repeated = checks.Findings()
-    items, vectors = item_table.unique_items(items, vectors, repeated)
-    folder = _open_folder(work, files, columns, items, settings, partitions)
+    settings, findings, repeated = run.settings, run.findings, checks.Findings()
+    vectors: item_table.Vectors = item_table.read_modalities(run.modality_files, items.num_rows)
+    items, vectors = item_table.unique_items(with_normal_ids(items), vectors, repeated)
+    folder = _open_folder(work, run, columns, items, partitions)
     chunks = read_json(folder / tasks.PLAN_FILE)["chunks"]
     arguments = [(str(folder), chunk) for chunk in range(len(chunks))]
     shuffled = executor.run(tasks.shuffle_chunk, arguments, "reading events")
@@ -196,21 +181,14 @@ def prepare(
     return summary, Partitioned(folder, [*left], executor, settings)
 
 
-def _open_folder(
-    work: Path,
-    files: Sequence[Path],
-    columns: Columns,
-    items: pa.Table,
-    settings: dict[str, Any],
-    partitions: int,
-) -> Path:
+def _open_folder(work: Path, run: Run, columns: Columns, items: pa.Table, partitions: int) -> Path:
     """Return the job's folder in the working directory: that of a killed run with equal input, or a new one."""
-    rows = sum(pq.read_metadata(file).num_rows for file in files)
+    settings, rows = run.settings, sum(pq.read_metadata(file).num_rows for file in run.files)
     plan = {
         "columns": columns,
         "partitions": partitions,
         # twice: a chunk ends where it has half of them
-        "chunks": [(chunk.file, chunk.row_groups) for chunk in cut_chunks(files, 2 * -(-rows // partitions))],
+        "chunks": [(chunk.file, chunk.row_groups) for chunk in cut_chunks(run.files, 2 * -(-rows // partitions))],
         "items": items.num_rows,
         "drop_duplicates": settings["drop_duplicates"],
         "unknown_items": settings["unknown_items"],
@@ -219,16 +197,10 @@ def _open_folder(
         "rare": max(settings["k_core"], settings["min_item_count"]) > 0,
         "times": settings["split"] == "time" and settings["valid_from"] is None,
     }
-    changed = [file.stat().st_mtime_ns for file in files]
-    identity = json.dumps([plan, changed, settings], default=str).encode()
-    item_hashes = pd.util.hash_array(items[ITEM_ID].to_pandas().to_numpy()).tobytes()
-    folder = job_folder(work, hashlib.sha256(identity + item_hashes).hexdigest()[:16])
-    if not (folder / tasks.PLAN_FILE).is_file():
-        for name in (SHUFFLE_FOLDER, FILTER_FOLDER, KEPT_FOLDER, tasks.TIMES_FOLDER, tasks.COUNTS_FOLDER):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / OUTPUT_FOLDER).mkdir(exist_ok=True)
-        pq.write_table(items.select([ITEM_ID]), folder / tasks.ITEMS_FILE)
-        write_json(folder / tasks.PLAN_FILE, plan)
+    changed = [file.stat().st_mtime_ns for file in run.files]
+    folder = open_job(work, [plan, changed, settings], items)
+    pq.write_table(items.select([ITEM_ID]), folder / tasks.ITEMS_FILE)
+    write_json(folder / tasks.PLAN_FILE, plan)
     return folder
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 from nvtabular import Workflow
 
 from missrec_t4r.errors import DataError
-from missrec_t4r.etl import inputs, item_table, outputs, splits
+from missrec_t4r.etl import inputs, outputs, splits
 from missrec_t4r.etl.dataframe import Frame
 from missrec_t4r.etl.engine.executor import Executor, open_executor
 from missrec_t4r.etl.engine.workdir import working_folder
@@ -129,15 +129,15 @@ class _WholeOnDevice(Whole):
 
 def _read(task: Task, device: CudfDevice) -> tuple[inputs.Events, pa.Table]:
     """Return the complete events, read on the GPU where it understands them, and the item table, with normal types."""
-    found, noted = checks.Findings(), checks.Findings()
-    items = inputs.read_items(task.items, task.settings["catalogue_item_column"], noted)
+    event_findings, item_findings = checks.Findings(), checks.Findings()
+    items = inputs.read_items(task.items, task.settings["catalogue_item_column"], item_findings)
     try:
-        columns = _plan_columns(task, items, found)
-        events = read.read_events(device, task.files, columns, found)
+        columns = _plan_columns(task, items, event_findings)
+        events = read.read_events(device, task.files, columns, event_findings)
     except read.NotPlainError as reason:
         log.info(f"{reason}: the CPU reads the events")
         return read_tables(task, device)
-    task.findings.found += found.found + noted.found
+    task.findings.found += event_findings.found + item_findings.found
     return events, inputs.with_normal_ids(items)
 
 
@@ -149,23 +149,12 @@ def _plan_columns(task: Task, items: pa.Table, findings: checks.Findings) -> rea
 
 def _run_in_partitions(task: Task, out: Path, partitions: int, executor: Executor) -> dict[str, Any]:
     """Build the data folder on partitions of the users, one at a time on each GPU; return its report."""
-    noted = checks.Findings()
-    items = inputs.read_items(task.items, task.settings["catalogue_item_column"], noted)
+    item_findings = checks.Findings()
+    items = inputs.read_items(task.items, task.settings["catalogue_item_column"], item_findings)
     columns = _plan_columns(task, items, task.findings)
     log.info(f"on the GPU in {partitions} partitions")
     with working_folder(out) as (work, finish):
-        summary, events = parts.prepare(
-            task.files,
-            columns,
-            inputs.with_normal_ids(items),
-            item_table.read_modalities(task.modality_files, items.num_rows),
-            task.settings,
-            task.findings,
-            noted,
-            work=work,
-            partitions=partitions,
-            executor=executor,
-        )
+        summary, events = parts.prepare(task, columns, items, item_findings, work, partitions, executor)
         report = write_folder(summary, events, task, events.folder)
         finish(events.folder)
     return report

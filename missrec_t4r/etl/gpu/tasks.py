@@ -32,7 +32,15 @@ from merlin.core.utils import set_dask_client
 
 from missrec_t4r.arrays import Ints
 from missrec_t4r.etl.dataframe import Frame
-from missrec_t4r.etl.engine.workdir import FILTER_FOLDER, KEPT_FOLDER, OUTPUT_FOLDER, SHUFFLE_FOLDER, partition_path
+from missrec_t4r.etl.engine.workdir import (
+    FILTER_FOLDER,
+    KEPT_FOLDER,
+    OUTPUT_FOLDER,
+    SHUFFLE_FOLDER,
+    SPLIT_FOLDER,
+    partition_path,
+    resumable,
+)
 from missrec_t4r.etl.event_settings import weighted_events
 from missrec_t4r.etl.gpu import device as gpu
 from missrec_t4r.etl.gpu import write
@@ -41,11 +49,11 @@ from missrec_t4r.etl.nvt import workflows
 from missrec_t4r.etl.nvt.serialization import load_workflow
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.io.atomic import atomic_write_file
-from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.io.json_files import read_json
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, USER_ID
 
 PLAN_FILE, SURVEY_FILE, SPLIT_FILE, ITEMS_FILE = "plan.json", "survey.json", "split.json", "items.parquet"
-FITTED_FOLDER, TIMES_FOLDER, COUNTS_FOLDER = "workflow", "times", "counts"
+FITTED_FOLDER, TIMES_FOLDER = "workflow", "times"
 
 
 def free_memory() -> int:
@@ -53,6 +61,7 @@ def free_memory() -> int:
     return gpu.open_device().free_memory()
 
 
+@resumable(SHUFFLE_FOLDER)
 def shuffle_chunk(work: str, chunk: int) -> dict[str, Any]:
     """Write the complete events of a chunk, a file per partition.
 
@@ -61,12 +70,9 @@ def shuffle_chunk(work: str, chunk: int) -> dict[str, Any]:
     dict
         ``seen`` and ``texts`` of `read_complete`, events per partition, ids of unknown items by first occurrence.
     """
-    done = Path(work) / SHUFFLE_FOLDER / f"{chunk:05}.json"
-    if done.is_file():
-        return read_json(done)
-    plan, device = read_json(Path(work) / PLAN_FILE), gpu.open_device()
+    (plan, columns), device = _load_plan(work), gpu.open_device()
     file, row_groups = plan["chunks"][chunk]
-    frame, seen, texts = read_complete(device, [Path(file)], Columns(*plan["columns"]), row_groups)
+    frame, seen, texts = read_complete(device, [Path(file)], columns, row_groups)
     unknown: list[Any] = []
     bounds = np.zeros(plan["partitions"] + 1, np.int64)
     if len(frame):
@@ -79,9 +85,7 @@ def shuffle_chunk(work: str, chunk: int) -> dict[str, Any]:
         if end > start:
             target = Path(work) / SHUFFLE_FOLDER / f"{number:05}-{chunk:05}.parquet"
             device.write_parquet(frame.iloc[start:end], target, compression=None)
-    result = {"seen": seen, "texts": texts, "sizes": np.diff(bounds).tolist(), "unknown": unknown}
-    write_json(done, result, indent=None)
-    return result
+    return {"seen": seen, "texts": texts, "sizes": np.diff(bounds).tolist(), "unknown": unknown}
 
 
 def survey_events(work: str, partition: int) -> dict[str, int]:
@@ -89,7 +93,7 @@ def survey_events(work: str, partition: int) -> dict[str, int]:
 
     If rare users or items are to be left out, users and items of the events are written for `keep_frequent`.
     """
-    plan, device = read_json(Path(work) / PLAN_FILE), gpu.open_device()
+    (plan, _), device = _load_plan(work), gpu.open_device()
     frame = _read_partition(work, partition, device)
     duplicate = frame.duplicated(list(checks.KEYS))
     counts = checks.count_events(frame, duplicate)
@@ -113,8 +117,8 @@ def count_events(work: str, partition: int) -> dict[str, Any]:
 
     The times are written if the boundaries of a time split depend on them.
     """
-    plan, device = read_json(Path(work) / PLAN_FILE), gpu.open_device()
-    columns, frame = Columns(*plan["columns"]), _filtered(work, partition, device)
+    (plan, columns), device = _load_plan(work), gpu.open_device()
+    frame = _filtered(work, partition, device)
     if not len(frame):
         return {"events": 0}
     if plan["times"]:
@@ -132,6 +136,7 @@ def count_events(work: str, partition: int) -> dict[str, Any]:
     }
 
 
+@resumable(SPLIT_FOLDER)
 def write_splits(work: str, partition: int) -> dict[str, Any]:
     """Write a partition's rows of every split, and how often each item occurs in its training rows.
 
@@ -140,9 +145,6 @@ def write_splits(work: str, partition: int) -> dict[str, Any]:
     dict
         Rows per split, and the events of the longest session.
     """
-    done, counts = (partition_path(work, COUNTS_FOLDER, partition, kind) for kind in ("json", "npy"))
-    if done.is_file():
-        return read_json(done)
     split, device = read_json(Path(work) / SPLIT_FILE), gpu.open_device()
     frame, workflow = clean_events(work, partition), load_workflow(Path(work) / FITTED_FOLDER)
     set_dask_client(None)  # on a worker of a cluster Merlin, and dask itself, would look for the cluster
@@ -151,22 +153,24 @@ def write_splits(work: str, partition: int) -> dict[str, Any]:
     written = write.write_splits(
         device, sessions, split, Path(work) / OUTPUT_FOLDER, split["rows"], f"part_{partition:05}"
     )
-    np.save(counts, written.train_counts)
-    result = {"sessions": dict(written.rows), "longest": written.longest}
-    write_json(done, result, indent=None)
-    return result
+    np.save(partition_path(work, SPLIT_FOLDER, partition, "npy"), written.train_counts)
+    return {"sessions": written.rows, "longest": written.longest}
 
 
 def clean_events(work: str, partition: int) -> Frame:
     """Return the events of a partition that the workflow transforms, in input order; there may be none."""
-    plan = read_json(Path(work) / PLAN_FILE)
-    columns, frame = Columns(*plan["columns"]), _filtered(work, partition, gpu.open_device())
+    (plan, columns), frame = _load_plan(work), _filtered(work, partition, gpu.open_device())
     return weighted_events(checks.without_nulls(frame, columns.features, columns.categorical), plan)
+
+
+def _load_plan(work: str) -> tuple[dict[str, Any], Columns]:
+    plan = read_json(Path(work) / PLAN_FILE)
+    return plan, Columns(*plan["columns"])
 
 
 def _read_partition(work: str, partition: int, device: gpu.CudfDevice) -> Frame:
     """Return the complete events of a partition, in input order, in the types of all events."""
-    columns = Columns(*read_json(Path(work) / PLAN_FILE)["columns"])
+    _, columns = _load_plan(work)
     files = sorted((Path(work) / SHUFFLE_FOLDER).glob(f"{partition:05}-*.parquet"))  # by chunk
     seen = Seen(*read_json(Path(work) / SURVEY_FILE)["seen"])
     return with_types(device.read_parquet(files, list(columns.raw)), columns, seen)
@@ -174,7 +178,7 @@ def _read_partition(work: str, partition: int, device: gpu.CudfDevice) -> Frame:
 
 def _filtered(work: str, partition: int, device: gpu.CudfDevice) -> Frame:
     """Return a partition's events without those that the settings leave out."""
-    plan = read_json(Path(work) / PLAN_FILE)
+    plan, _ = _load_plan(work)
     frame = _read_partition(work, partition, device)
     if plan["drop_duplicates"]:
         frame = frame[~frame.duplicated(list(checks.KEYS))].reset_index(drop=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +15,6 @@ from nvtabular import Workflow
 
 from missrec_t4r.errors import SchemaError
 from missrec_t4r.etl import item_table, outputs, splits
-from missrec_t4r.etl.event_settings import CLOCK
 from missrec_t4r.etl.inputs import Summary
 from missrec_t4r.etl.nvt import saved, workflows
 from missrec_t4r.etl.nvt.workflow_file import EventColumns, WorkflowFile, check_fitted
@@ -61,7 +59,6 @@ def write_folder(summary: Summary, events: Events, task: Task, folder: Path) -> 
     settings |= {"event_features": list(summary.features), "newest": summary.newest}
     task.derive.check(summary.features, summary.texts)
     task.derive.check_clock(summary.newest)
-    task.derive = replace(task.derive, newest=summary.newest)
     if missing := [name for name in settings["categorical_columns"] if name not in summary.features]:
         raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {list(summary.features)}")
     log.info(f"{summary.events:,} events on {summary.items.num_rows:,} items; grouping them into sessions")
@@ -100,9 +97,8 @@ def _fitted(
             derive=task.derive,
         )
         events.fit(workflow)
-        clock = {name: values for name, values in CLOCK.items() if name in task.derive.time_features}
         names = [*summary.features, *task.derive.columns]
-        return workflow, outputs.feature_codes(names, categories | clock), request_length
+        return workflow, outputs.feature_codes(names, categories | task.derive.clock), request_length
     vocabularies: dict[str, pd.Series] = {ITEM_ID: workflows.as_series(item_ids), **categories}
     columns = EventColumns(vocabularies, numbers, settings["newest"], str(storage / "sessions"))
     workflow = events.fit_file(task.workflow, columns)

@@ -25,7 +25,7 @@ from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 from nvtabular import Workflow, ops
 
 from missrec_t4r.etl.dataframe import Frame
-from missrec_t4r.etl.event_settings import CLOCK, EventSettings
+from missrec_t4r.etl.event_settings import EventSettings
 from missrec_t4r.etl.nvt.event_ops import EventWeights, SessionGap, TimeFeatures
 from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
 from missrec_t4r.schema import ITEM_ID, LIST_SUFFIX, SCHEMA_FILE, SESSION_ID, TIMESTAMP, USER_ID
@@ -94,13 +94,13 @@ def _derived_workflow(
     """Return the workflow that applies the operators of `event_ops.py` to the events first."""
     events: Any = [USER_ID, ITEM_ID, TIMESTAMP, *categories, *numbers]
     if derive.weights:
-        events = events >> EventWeights(derive.weight_column, derive.weights, derive.other_weight)
+        events = events >> EventWeights(derive.weight_column, derive.weights)
     if derive.session_gap:
         events = events >> SessionGap(USER_ID, TIMESTAMP, derive.session_gap, SESSION_ID)
     if derive.time_features:
         events = events >> TimeFeatures(USER_ID, TIMESTAMP, derive.time_features, derive.newest)
     listed = [ITEM_ID, TIMESTAMP, *categories, *numbers, *derive.columns]
-    categories |= {name: values for name, values in CLOCK.items() if name in derive.time_features}
+    categories |= derive.clock
     vocabularies = {ITEM_ID: as_series(item_ids), **categories}
     keys = [USER_ID, *([SESSION_ID] if derive.session_gap else [])]
     encoded = events[list(vocabularies)] >> ops.Categorify(vocabs=vocabularies, out_path=str(storage))

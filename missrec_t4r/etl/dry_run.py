@@ -33,6 +33,8 @@ def describe_run(task: Task, out: Path, engine: str) -> dict[str, Any]:
         require_event_columns(table["columns"], task.names, table["file"])
     n_items = inputs.read_items(task.items, task.settings["catalogue_item_column"], checks.Findings()).num_rows
     parquet = [file for file in task.files if file.name.endswith(PARQUET_SUFFIXES)]
+    names = [*SPLITS, CATALOGUE_FOLDER, SESSION_TRANSFORM_FILE]
+    names += [WORKFLOW_FOLDER, REQUEST_FOLDER] if has_nvtabular() else []
     return {
         "dry_run": True,
         "engine": engine,
@@ -40,13 +42,7 @@ def describe_run(task: Task, out: Path, engine: str) -> dict[str, Any]:
         "items": n_items,
         "files": tables,
         "tasks": len(cut_chunks(parquet)) if engine == "disk" else 1,
-        "would_write": [
-            str(out / name)
-            for name in (
-                *(*SPLITS, CATALOGUE_FOLDER, SESSION_TRANSFORM_FILE),
-                *((WORKFLOW_FOLDER, REQUEST_FOLDER) if has_nvtabular() else ()),
-            )
-        ],
+        "would_write": [str(out / name) for name in names],
         "would_replace": out.exists(),
         "settings": dict(task.settings),
     }

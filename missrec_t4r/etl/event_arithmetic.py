@@ -108,10 +108,11 @@ def sum_counts(parts: Iterable[npt.ArrayLike], size: int) -> Ints:
 
     Examples
     --------
-    >>> sum_counts([[1, 2], [1]], 3).tolist()
+    >>> sum_counts([[1, 2], [], [1]], 3).tolist()
     [2, 2, 0]
     """
     total = np.zeros(size, np.int64)
-    for part in map(np.asarray, parts):
-        total[: len(part)] += part
+    for part in parts:
+        counts = np.asarray(part, np.int64)
+        total[: len(counts)] += counts
     return total

@@ -139,7 +139,7 @@ def default_boundaries(times: AnyArray, xp: Any = np) -> tuple[float, float]:
     return first, second
 
 
-def check_lengths(lengths: Lengths, otherwise: str = "another --split") -> None:
+def check_rows(rows: Mapping[str, int], otherwise: str = "another --split") -> None:
     """Refuse splits without a training, validation or test row; ``otherwise`` is the cure beside longer sessions.
 
     Raises
@@ -147,8 +147,8 @@ def check_lengths(lengths: Lengths, otherwise: str = "another --split") -> None:
     DataError
         A split has no session.
     """
-    for name, values in lengths.items():
-        if not values.any():
+    for name, count in rows.items():
+        if not count:
             cure = "move the boundary later" if name == "train" else f"longer sessions are needed, or {otherwise}"
             raise DataError(f"the {name} split has no session", "at least one", cure)
 

@@ -36,11 +36,19 @@ class Run:
     modality_files: Mapping[str, Path]
     findings: checks.Findings = field(default_factory=checks.Findings)
     """Gains the data-quality findings."""
+    started: float = field(default_factory=time.perf_counter)
 
     @property
     def derive(self) -> EventSettings:
         """Return the derived event columns."""
         return EventSettings.of(self.settings)
+
+    def write_report(self, counts: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Write ``etl.json`` and return its content."""
+        report = counts | {"findings": self.findings.to_list(), "settings": self.settings, "format": 1}
+        report["seconds"] = round(time.perf_counter() - self.started, 3)
+        write_json(folder / REPORT_FILE, report)
+        return report
 
 
 @dataclass(kw_only=True)
@@ -49,14 +57,6 @@ class Task(Run):
 
     items: Path
     workflow: WorkflowFile | None
-    started: float = field(default_factory=time.perf_counter)
-
-    def write_report(self, counts: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """Write ``etl.json`` and return its content."""
-        report = counts | {"findings": self.findings.to_list(), "settings": self.settings, "format": 1}
-        report["seconds"] = round(time.perf_counter() - self.started, 3)
-        write_json(folder / REPORT_FILE, report)
-        return report
 
 
 def make_task(options: Mapping[str, Any]) -> Task:
@@ -79,12 +79,10 @@ def make_task(options: Mapping[str, Any]) -> Task:
         "event_weights": parse_weights(options["event_weights"]),
         "time_features": parse_time_features(options["time_features"]),
     }
-    for option, asked in {
-        "--engine memory": options["engine"] == "memory",
-        "--save-nvtabular-workflow": options["save_nvtabular_workflow"],
-    }.items():
-        if asked:
-            require_nvtabular(option, "leave it out")
+    if options["engine"] == "memory":
+        require_nvtabular("--engine memory", "leave it out")
+    if options["save_nvtabular_workflow"]:
+        require_nvtabular("--save-nvtabular-workflow", "leave it out")
     workflow = None if options["workflow"] is None else _read_workflow_file({**options, **derived})
     modality_files = {name: Path(file) for name, file in (options["modality"] or {}).items()}
     item_table.check_fingerprints(options["fingerprint"] or {}, modality_files)

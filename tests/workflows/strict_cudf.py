@@ -139,9 +139,6 @@ class Series:
     def drop_duplicates(self) -> Series:
         return Series(self._data.drop_duplicates())
 
-    def between(self, left: Any, right: Any) -> Series:
-        return (self >= left) & (self <= right)
-
     def map(self, arg: Mapping[Any, Any]) -> Series:
         assert isinstance(arg, dict), "functions are compiled by numba for numbers only"
         values = [arg.get(value) for value in self.to_arrow().to_pylist()]

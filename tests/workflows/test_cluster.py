@@ -25,8 +25,7 @@ from typer.testing import CliRunner
 
 from missrec_t4r.cli import app
 from missrec_t4r.errors import DataError
-from missrec_t4r.etl.engine import shuffle
-from missrec_t4r.etl.engine.executor import ClusterExecutor, open_executor
+from missrec_t4r.etl.engine import executor, shuffle
 from tests.workflows.tables import ITEMS, write
 
 SLOWLY = """
@@ -135,21 +134,22 @@ def test_a_worker_killed_in_the_middle_changes_nothing(
 
 
 @pytest.mark.slow
-def test_a_cluster_that_cannot_work_is_named(tmp_path: Path) -> None:
+def test_a_cluster_that_cannot_work_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a worker, with workers that see other files, and with a piece of work that kills every worker."""
     words = "no worker came within 2 seconds.*dask worker"
+    monkeypatch.setattr(executor, "WORKER_TIMEOUT", 2)
     with (
         cluster(tmp_path, 0) as (address, _),
         pytest.raises(DataError, match=words),
-        open_executor(address, worker_timeout=2),
+        executor.open_executor(address),
     ):
         pass
-    with cluster(tmp_path, 1) as (address, workers), open_executor(address, worker_timeout=60) as executor:
+    monkeypatch.setattr(executor, "WORKER_TIMEOUT", 60)
+    with cluster(tmp_path, 1) as (address, workers), executor.open_executor(address) as machines:
         with pytest.raises(DataError, match="a worker does not find /nowhere/here"):
-            executor.run(open, [("/nowhere/here",)], "")
+            machines.run(open, [("/nowhere/here",)], "")
         with pytest.raises(DataError, match="a worker lacks the package"):
-            executor.run(importlib.import_module, [("no_such_package",)], "")
-        assert isinstance(executor, ClusterExecutor)
-        executor.worker_timeout = 2
+            machines.run(importlib.import_module, [("no_such_package",)], "")
+        monkeypatch.setattr(executor, "WORKER_TIMEOUT", 2)
         with pytest.raises(DataError, match="no worker was left for 2 seconds"):
-            executor.run(os.kill, [(next(iter(workers)), signal.SIGKILL)], "")
+            machines.run(os.kill, [(next(iter(workers)), signal.SIGKILL)], "")

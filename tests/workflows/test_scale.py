@@ -22,7 +22,7 @@ from missrec_t4r.cli import app
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.user_hash import hash_ids, partition_of
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
-from missrec_t4r.etl.engine import workdir
+from missrec_t4r.etl.engine import executor, workdir
 from missrec_t4r.etl.engine.executor import open_executor
 from missrec_t4r.etl.engine.shuffle import cut_chunks
 from missrec_t4r.etl.nvt.serialization import load_workflow
@@ -264,7 +264,9 @@ etl(sys.argv[1], sys.argv[2], sys.argv[4], engine="disk", partitions=4, workers=
 """
 
 
-def test_bad_settings_and_outputs_are_refused_before_work_begins(tmp_path: Path) -> None:
+def test_bad_settings_and_outputs_are_refused_before_work_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = write(tmp_path)
     for options, words in (
         ({"engine": "fast"}, "engine 'fast'.*auto, memory, disk or gpu"),
@@ -284,7 +286,8 @@ def test_bad_settings_and_outputs_are_refused_before_work_begins(tmp_path: Path)
         with pytest.raises(DataError, match="nobody's is no data folder|exists and is no data folder"):
             etl(*files, tmp_path / kind, engine=kind)
     assert not list(tmp_path.glob(".*"))
-    unreachable = open_executor("tcp://127.0.0.1:9", connect_timeout=1)
+    monkeypatch.setattr(executor, "CONNECT_TIMEOUT", 1)
+    unreachable = open_executor("tcp://127.0.0.1:9")
     with pytest.raises(DataError, match="no Dask scheduler answers at tcp://127.0.0.1:9"), unreachable:
         pass
 

@@ -18,8 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.session_files import delta_files
 from missrec_t4r.etl.engine import workdir
@@ -39,7 +37,7 @@ from missrec_t4r.etl.engine.versions import (
 from missrec_t4r.etl.inputs import read_items
 from missrec_t4r.etl.installed import require_nvtabular
 from missrec_t4r.etl.item_table import merge_new_items
-from missrec_t4r.etl.outputs import NVTABULAR_FOLDER, REPORT_FILE, REQUEST_FOLDER, WORKFLOW_FOLDER
+from missrec_t4r.etl.outputs import NVTABULAR_FOLDER, REQUEST_FOLDER, WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, expand, parquet_rows
 from missrec_t4r.etl.task import Run
@@ -113,10 +111,15 @@ def update(
     version = versions["version"] + 1
     with workdir.working_folder(out) as (work, finish):
         catalogue = Catalogue.load(out / CATALOGUE_FOLDER)
-        old = {"folder": str(out.absolute()), **state, "version": versions["version"]}
-        job = _make_job(files, catalogue, settings, table, vectors, old)
+        names = {columns[name]: name for name in (USER_ID, ITEM_ID, TIMESTAMP)}
+        run = Run(files=files, names=names, settings=settings, modality_files={}, started=started)
+        all_items, all_vectors, n_items = merge_new_items(catalogue, table, vectors, run.findings)
+        old = {"folder": str(out.absolute()), **state, "version": versions["version"], "new_rows": n_items}
+        job = Job(run, all_items, all_vectors, state["partitions"], old, catalogue)
         if as_delta:
-            folder = _empty_folder(work / f"delta-{version}")
+            shutil.rmtree(work, ignore_errors=True)  # of a killed run
+            folder = work / f"delta-{version}"
+            folder.mkdir(parents=True)
             counts = write_delta(job, catalogue, out, folder, report, version)
             plain = plain_version(versions) if delta_files(folder) or delta_files(out) else version
         else:
@@ -126,10 +129,7 @@ def update(
         change = _describe_change(job, catalogue, counts, report, version, sorted(new.values()))
         history = {"version": version, "plain_version": plain, "changes": [*versions["changes"], change]}
         write_json(folder / VERSIONS_FILE, history, indent=1)
-        final = counts | {"findings": job.run.findings.to_list(), "settings": settings, "format": 1, "version": version}
-        final["events_read"] = parquet_rows(files)
-        final["seconds"] = round(time.perf_counter() - started, 3)
-        write_json(folder / REPORT_FILE, final)
+        final = job.run.write_report(counts | {"version": version, "events_read": parquet_rows(files)}, folder)
         rewritten = () if as_delta else (*part_files(change["partitions"]), *_WORKFLOWS)
         link_unchanged(out, folder, {CATALOGUE_FOLDER, *rewritten})
         finish(folder)
@@ -141,22 +141,6 @@ def update(
         plain = compact(out, dask_scheduler=dask_scheduler, workers=workers)["plain_version"]
     added = {**change, "items_added": n_added}
     return {"data": str(out), "updated": True, "added": added, **final, "plain_version": plain}
-
-
-def _make_job(
-    files: Sequence[Path],
-    catalogue: Catalogue,
-    settings: dict[str, Any],
-    table: pa.Table | None,
-    vector_files: Mapping[str, Path],
-    old: Mapping[str, Any],
-) -> Job:
-    """Return the job of an incremental update; its items are the old ones followed by the new rows of the table."""
-    columns = settings["columns"]
-    names = {str(columns[name]): name for name in (USER_ID, ITEM_ID, TIMESTAMP)}
-    run = Run(files=files, names=names, settings=settings, modality_files={})
-    items, vectors, n_new = merge_new_items(catalogue, table, vector_files, run.findings)
-    return Job(run, items, vectors, old["partitions"], old={**old, "new_rows": n_new}, catalogue=catalogue)
 
 
 def _describe_change(
@@ -179,9 +163,3 @@ def _describe_change(
         **counts.pop("touched"),
         "files": list(digests),
     }
-
-
-def _empty_folder(folder: Path) -> Path:
-    shutil.rmtree(folder.parent, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder

@@ -142,7 +142,7 @@ def _finish(
     sources = [folder if number in written else Path(job.old["folder"]) for number in numbers]
     states = [read_json(state_path(sources[number], number, "json")) for number in numbers]
     rows = {name: sum(part["sessions"][name] for part in parts) for name in SPLITS}
-    splits.check_lengths({name: np.array([rows[name]]) for name in SPLITS})
+    splits.check_rows(rows)
     if job.catalogue is None:
         catalogue = item_table.build_catalogue(
             job.items, job.vectors, job.run.modality_files, job.run.settings["fingerprints"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pyarrow as pa
 from missrec_t4r.data.session_files import DELTA_FOLDER, delta_files
 from missrec_t4r.data.user_hash import hash_ids, partition_of
 from missrec_t4r.etl.engine import sessionize
-from missrec_t4r.etl.engine.executor import Executor, open_executor
+from missrec_t4r.etl.engine.executor import open_executor
 from missrec_t4r.etl.engine.reduce import session_settings
 from missrec_t4r.etl.engine.user_state import (
     STATE_FOLDER,
@@ -104,47 +103,24 @@ def compact(
         return result | {"version": versions["version"], "plain_version": plain_version(versions)}
     with working_folder(out) as (work, finish), open_executor(dask_scheduler, workers) as executor:
         common = session_settings(report["settings"], state["categories"])
-        folder = _rewrite_splits(out, state, common, open_job(work, [common, state, versions["version"]]), executor)
+        job = open_job(work, [common, state, versions["version"]])
+        common |= {"maps": [], "old": str(out.absolute()), "partitions": state["partitions"]}
+        write_json(job / sessionize.SPLIT_FILE, common, indent=None)
+        numbers = affected_partitions(out, state["partitions"])
+        tasks = [(str(job), number) for number in numbers]
+        executor.run(merge_state, tasks, "reading the deltas")
+        written = executor.run(sessionize.write_splits, tasks, "writing the splits")
+        parts = state["parts"]
+        for number, part in zip(numbers, written, strict=True):
+            parts[number] = part
+        folder = job / OUTPUT_FOLDER
+        link_state(job, folder, state)
         result |= {"version": versions["version"], "plain_version": versions["version"]}
         write_json(folder / VERSIONS_FILE, versions | {"plain_version": versions["version"]}, indent=1)
-        numbers = affected_partitions(out, state["partitions"])
         link_unchanged(out, folder, {DELTA_FOLDER, f"{STATE_FOLDER}/{DELTA_FOLDER}", *part_files(numbers)})
         finish(folder)
     log.info(f"{out}: the parquet files of the splits hold version {versions['version']}")
     return result | {"seconds": round(time.perf_counter() - started, 3)}
-
-
-def _rewrite_splits(
-    data: Path,
-    state: Mapping[str, Any],
-    common: Mapping[str, Any],
-    folder: Path,
-    executor: Executor,
-) -> Path:
-    """Write the affected partitions; return a data folder that lacks only the files that stay the same.
-
-    Parameters
-    ----------
-    data : Path
-        The data folder.
-    state : mapping
-        Content of its ``state.json``.
-    common : mapping
-        Settings of sessions and splits, see `reduce.py`.
-    folder : Path
-        Working folder of this compaction.
-    """
-    source = {"maps": [], "old": str(data.absolute()), "partitions": state["partitions"]}
-    write_json(folder / sessionize.SPLIT_FILE, {**common, **source}, indent=None)
-    numbers = affected_partitions(data, state["partitions"])
-    tasks = [(str(folder), number) for number in numbers]
-    executor.run(merge_state, tasks, "reading the deltas")
-    split = executor.run(sessionize.write_splits, tasks, "writing the splits")
-    parts = [dict(part) for part in state["parts"]]
-    for number, part in zip(numbers, split, strict=True):
-        parts[number] = part
-    link_state(folder, folder / OUTPUT_FOLDER, {**state, "parts": parts})
-    return folder / OUTPUT_FOLDER
 
 
 def affected_partitions(data: Path, count: int) -> list[int]:

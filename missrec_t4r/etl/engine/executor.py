@@ -44,18 +44,10 @@ class ThreadExecutor:
 
 
 class ClusterExecutor:
-    """Workers of dask.distributed on this machine or others; they must see the same files.
+    """Workers of dask.distributed on this machine or others, which must see the same files; ``client``: connected."""
 
-    Parameters
-    ----------
-    client : distributed.Client
-        Connected to the scheduler.
-    worker_timeout : float
-        Seconds without a worker before a run stops.
-    """
-
-    def __init__(self, client: Any, worker_timeout: float = WORKER_TIMEOUT) -> None:
-        self.client, self.worker_timeout = client, worker_timeout
+    def __init__(self, client: Any) -> None:
+        self.client = client
 
     @property
     def workers(self) -> int:
@@ -92,41 +84,19 @@ class ClusterExecutor:
         while pending:
             try:
                 with self.client.as_current():
-                    done, pending = wait(pending, timeout=self.worker_timeout, return_when="FIRST_COMPLETED")
+                    done, pending = wait(pending, timeout=WORKER_TIMEOUT, return_when="FIRST_COMPLETED")
             except DaskTimeout:
                 if not self.client.nthreads():
-                    raise _no_worker(f"no worker was left for {self.worker_timeout:g} seconds") from None
+                    raise _no_worker(f"no worker was left for {WORKER_TIMEOUT:g} seconds") from None
                 continue
             yield from done
-
-    def require_workers(self) -> None:
-        """Wait for the first worker.
-
-        Raises
-        ------
-        DataError
-            None came in time.
-        """
-        from distributed import TimeoutError as DaskTimeout
-
-        try:
-            self.client.wait_for_workers(1, timeout=self.worker_timeout)
-        except DaskTimeout:
-            raise _no_worker(f"no worker came within {self.worker_timeout:g} seconds") from None
 
 
 Executor = ThreadExecutor | ClusterExecutor
 
 
 @contextmanager
-def open_executor(
-    scheduler: str = "threads",
-    workers: int | None = None,
-    *,
-    gpu: bool = False,
-    connect_timeout: float = CONNECT_TIMEOUT,
-    worker_timeout: float = WORKER_TIMEOUT,
-) -> Iterator[Executor]:
+def open_executor(scheduler: str = "threads", workers: int | None = None, *, gpu: bool = False) -> Iterator[Executor]:
     """Yield the executor that ``--dask-scheduler`` names, and stop what was started for it.
 
     Parameters
@@ -138,8 +108,6 @@ def open_executor(
     gpu : bool
         One task at a time on each GPU: ``threads`` are a single one, ``processes`` one per GPU (dask-cuda's
         ``LocalCUDACluster``) or ``workers`` of them.
-    connect_timeout, worker_timeout : float
-        Seconds to wait for the scheduler, and for a worker.
 
     Raises
     ------
@@ -157,32 +125,22 @@ def open_executor(
             log.info(f"--workers {workers} has no effect: threads use one GPU; --dask-scheduler processes uses all")
         yield ThreadExecutor(1 if gpu else count)
     elif scheduler == "processes":
-        from distributed import Client
+        from distributed import Client, LocalCluster
 
-        start = _cuda_cluster if gpu else _local_cluster
+        options: dict[str, Any] = {"threads_per_worker": 1, "dashboard_address": None, "scheduler_port": 0}
         with (
-            start(
-                n_workers=workers if gpu else count, threads_per_worker=1, dashboard_address=None, scheduler_port=0
-            ) as cluster,
+            _cuda_cluster(workers, **options) if gpu else LocalCluster(count, **options) as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
-            yield ClusterExecutor(client, worker_timeout)
+            yield ClusterExecutor(client)
     elif "://" in scheduler:
-        with _connect(scheduler, connect_timeout) as client:
-            executor = ClusterExecutor(client, worker_timeout)
-            executor.require_workers()
-            yield executor
+        with _connect(scheduler) as client:
+            yield ClusterExecutor(client)
     else:
         raise ConfigError(f"--dask-scheduler {scheduler!r}", "threads, processes or tcp://host:port")
 
 
-def _local_cluster(**options: Any) -> Any:
-    from distributed import LocalCluster
-
-    return LocalCluster(**options)
-
-
-def _cuda_cluster(**options: Any) -> Any:
+def _cuda_cluster(workers: int | None, **options: Any) -> Any:
     try:
         start = importlib.import_module("dask_cuda").LocalCUDACluster
     except ImportError as error:
@@ -192,21 +150,23 @@ def _cuda_cluster(**options: Any) -> Any:
             "pip install dask-cuda==24.12.0, or leave --dask-scheduler out for one GPU",
         ) from error
     try:
-        return start(**options)
+        return start(n_workers=workers, **options)
     except ValueError as error:  # "Can not scale beyond visible devices"
         raise ConfigError(
-            f"--workers {options['n_workers']} with --dask-scheduler processes on GPUs ({error})",
+            f"--workers {workers} with --dask-scheduler processes on GPUs ({error})",
             "at most one process per GPU",
             "leave --workers out for one per GPU that CUDA_VISIBLE_DEVICES names",
         ) from error
 
 
 @contextmanager
-def _connect(address: str, timeout: float) -> Iterator[Any]:
+def _connect(address: str) -> Iterator[Any]:
+    """Yield a client of a running cluster that has a worker."""
     from distributed import Client
+    from distributed import TimeoutError as DaskTimeout
 
     try:
-        client = Client(address, set_as_default=False, timeout=timeout)
+        client = Client(address, set_as_default=False, timeout=CONNECT_TIMEOUT)
     except (OSError, ValueError) as error:
         raise DataError(
             f"no Dask scheduler answers at {address} ({error})",
@@ -214,6 +174,10 @@ def _connect(address: str, timeout: float) -> Iterator[Any]:
             "start one with `dask scheduler` and workers with `dask worker`, or leave --dask-scheduler out",
         ) from error
     with client:
+        try:
+            client.wait_for_workers(1, timeout=WORKER_TIMEOUT)
+        except DaskTimeout:
+            raise _no_worker(f"no worker came within {WORKER_TIMEOUT:g} seconds") from None
         yield client
 
 

@@ -16,7 +16,7 @@ from missrec_t4r.errors import SchemaError
 from missrec_t4r.etl import item_table
 from missrec_t4r.etl.engine.shuffle import Plan, cut_chunks
 from missrec_t4r.etl.engine.user_state import state_path
-from missrec_t4r.etl.engine.workdir import decoded_type, unified_schema
+from missrec_t4r.etl.engine.workdir import unified_schema
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import Notations, note
 from missrec_t4r.etl.task import Run
@@ -64,35 +64,26 @@ def make_plan(job: Job) -> Plan:
     SchemaError, DataError
         The files lack columns, differ, or are no parquet.
     """
-    schema = unified_schema(job.run.files, job.run.names, job.run.findings)
-    clashing = [name for name in schema.names if name in job.run.names.values() and name not in job.run.names]
-    checks.note_taken_names(job.run.findings, clashing)
-    empty = pa.table(
-        {
-            job.run.names.get(name, name): pa.chunked_array([], decoded_type(schema.field(name).type))
-            for name in schema.names
-            if name not in clashing
-        }
-    )
-    dropped = job.run.settings["drop_columns"]
+    run, findings, settings = job.run, job.run.findings, job.run.settings
+    empty = unified_schema(run.files, run.names, findings).empty_table()
+    dropped, categorical = settings["drop_columns"], settings["categorical_columns"]
     if job.old:  # the column may be gone
         dropped = [name for name in dropped if name in empty.column_names]
-    features = checks.event_features(empty, dropped, job.run.findings)
+    features = checks.event_features(empty, dropped, findings)
     if job.old:
         features, as_types = _as_before(job, empty, features)
     else:  # a file without any value of a column does not know its type
         as_types = {name: str(empty[name].type) for name in features}
     texts = [name for name in features if pa.types.is_string(empty[name].type)]
-    categorical = job.run.settings["categorical_columns"]
     notations = _notations(job, [name for name in texts if name not in categorical])
     texts = [name for name in texts if name not in notations]
-    job.run.derive.check(features, texts)
+    run.derive.check(features, texts)
     if missing := [name for name in categorical if name not in features]:
         raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {features}")
-    job.run.settings["event_features"] = features
+    settings["event_features"] = features
     categories = [*texts, *categorical, *job.old.get("categories", ())]
     kinds = {name: "category" if name in categories else "number" for name in features}
-    chunks = cut_chunks(job.run.files)
+    chunks = cut_chunks(run.files)
     rows = sum(chunk.rows for chunk in chunks)
     partitions = job.partitions or max(1, -(-rows // EVENTS_PER_PARTITION))  # rounded up
     if partitions > MAX_PARTITIONS:
@@ -100,17 +91,9 @@ def make_plan(job: Job) -> Plan:
     time = empty[TIMESTAMP].type
     is_number = pa.types.is_integer(time) or pa.types.is_floating(time)
     if pa.types.is_string(empty[ITEM_ID].type) and pa.types.is_integer(job.items[ITEM_ID].type):
-        checks.note_converted_ids(job.run.findings, rows, events=True)
-    return Plan(
-        chunks,
-        min(partitions, MAX_PARTITIONS),
-        dict(job.run.names),
-        kinds,
-        not is_number,
-        notations,
-        job.run.settings.get("time_format"),
-        as_types,
-    )
+        checks.note_converted_ids(findings, rows, events=True)
+    partitions, time_format = min(partitions, MAX_PARTITIONS), settings.get("time_format")
+    return Plan(chunks, partitions, dict(run.names), kinds, not is_number, notations, time_format, as_types)
 
 
 def _as_before(job: Job, empty: pa.Table, found: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -164,14 +147,14 @@ def _notations(job: Job, texts: Sequence[str]) -> dict[str, str]:
     for file in job.run.files if texts else ():
         parquet = pq.ParquetFile(file)
         for group in range(parquet.num_row_groups):
-            open_names = [name for name, one in seen.items() if one.possible]
+            open_names = [name for name, notations in seen.items() if notations.possible]
             if not open_names:
                 break
             for batch in parquet.iter_batches(row_groups=[group], columns=open_names):
                 for name, column in zip(batch.schema.names, batch.columns, strict=True):
                     seen[name].add(checks.repaired(pc.unique(column).cast(pa.string()))[0])
                     counts[name] += len(column) - column.null_count
-    chosen = {name: notation for name, one in seen.items() if (notation := one.chosen)}
+    chosen = {name: notations.chosen for name, notations in seen.items() if notations.chosen}
     if job.old:
         chosen = {name: chosen.get(name, "point") for name in texts}
     for name, notation in chosen.items():

@@ -133,16 +133,13 @@ def _filter_events(job: Job, plan: Plan, common: dict[str, Any], work: Path, exe
     surveyed = executor.run(sessionize.survey_events, tasks, "counting users and items")
     checks.note_users(job.run.findings, surveyed, drop_duplicates=common["drop_duplicates"])
     k_core, min_item_count = job.run.settings["k_core"], job.run.settings["min_item_count"]
-    found = keep_frequent(work, plan.partitions, k_core=k_core, min_item_count=min_item_count)
+    occurs = keep_frequent(work, plan.partitions, k_core=k_core, min_item_count=min_item_count)  # [item index]
     if max(k_core, min_item_count) > 0:
-        item_kept = np.zeros(FIRST_ITEM_ROW + job.items.num_rows, bool)  # [item index before filtering]
-        item_kept[np.flatnonzero(found)] = True
-        index = np.full(max(len(item_kept), len(found)), -1, np.int64)
-        index[np.flatnonzero(item_kept)] = FIRST_ITEM_ROW + np.arange(int(item_kept.sum()))
+        rows = np.flatnonzero(occurs[FIRST_ITEM_ROW:])  # of the item table
+        index = np.full(len(occurs), -1, np.int64)
+        index[FIRST_ITEM_ROW + rows] = FIRST_ITEM_ROW + np.arange(len(rows))
         np.save(work / KEPT_FOLDER / sessionize.FILTERED_ITEMS_FILE, index)
-        job.items, job.vectors = item_table.take_items(
-            job.items, job.vectors, np.flatnonzero(item_kept[FIRST_ITEM_ROW:])
-        )
+        job.items, job.vectors = item_table.take_items(job.items, job.vectors, rows)
 
 
 def keep_frequent(work: Path, partitions: int, *, k_core: int, min_item_count: int) -> Bools:
@@ -185,9 +182,9 @@ def keep_frequent(work: Path, partitions: int, *, k_core: int, min_item_count: i
         )
     for number, mask in zip(files, np.split(kept, np.cumsum(sizes)[:-1]), strict=True):
         np.save(partition_path(work, KEPT_FOLDER, number, "npy"), mask)
-    found = np.zeros(int(items.max()) + 1, bool)
-    found[items[kept]] = True
-    return found
+    occurs = np.zeros(int(items.max()) + 1, bool)
+    occurs[items[kept]] = True
+    return occurs
 
 
 def _read_arrays(files: Iterable[Path], name: str) -> list[AnyArray]:

@@ -11,6 +11,7 @@ Encoding needs no knowledge of other chunks. Item ids become item indices; ids t
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ from missrec_t4r.arrays import Ints
 from missrec_t4r.data.user_hash import hash_ids, partition_of
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.etl.engine.workdir import SHUFFLE_FOLDER, decode, partition_path, resumable
+from missrec_t4r.etl.event_arithmetic import sum_counts
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import parse_numbers
 from missrec_t4r.io.arrow_files import one_array, to_record_batch
@@ -139,19 +141,15 @@ def read_batches(plan: Plan, chunk: Chunk) -> Iterator[pa.Table]:
         The file is damaged.
     """
     columns = [*plan.names, *plan.features]
-    batches = pq.ParquetFile(chunk.file).iter_batches(BATCH_ROWS, chunk.row_groups, columns)
-    while True:
-        try:
-            batch = next(batches, None)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{chunk.file} cannot be read ({error})",
-                "interactions as complete parquet",
-                "write or copy the file again",
-            ) from error
-        if batch is None:
-            return
-        yield pa.Table.from_batches([batch])
+    try:
+        for batch in pq.ParquetFile(chunk.file).iter_batches(BATCH_ROWS, chunk.row_groups, columns):
+            yield pa.Table.from_batches([batch])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"{chunk.file} cannot be read ({error})",
+            "interactions as complete parquet",
+            "write or copy the file again",
+        ) from error
 
 
 class ValueCodes:
@@ -194,25 +192,21 @@ class EventEncoder:
         self.categories: dict[str, ValueCodes] = {}
         self.counts: dict[str, Ints] = {}
         """Category column -> [code], number of events."""
-        self.nulls: dict[str, int] = {}
-        self.totals: dict[str, Any] = {
-            "rows": 0,
-            "whole_seconds": True,
-            "negative_times": 0,
-            "late_times": 0,
-            "times_in_seconds": 0,
-            "times_in_finer_units": 0,
-            "unknown_item_events": 0,
-            "newest": None,
-        }
+        self.nulls: Counter[str] = Counter()
+        self.totals = Counter(rows=0, unknown_item_events=0, **checks.count_times(np.zeros(0)))
+        self.newest: float | None = None
+        self.whole_seconds = True
 
     def encode(self, table: pa.Table) -> tuple[pa.Table, list[int]]:
         """Return the usable events of a batch sorted by partition, and where each partition begins, [partition + 1]."""
         table = self._usable(table.rename_columns([self.plan.names.get(name, name) for name in table.column_names]))
         users, times = one_array(table[USER_ID]), table[TIMESTAMP]
-        self._count_times(times)
+        self.totals.update(rows=len(times), **checks.count_times(times.to_numpy()))
+        if len(times):
+            newest = pc.max(times).as_py()
+            self.newest = newest if self.newest is None else max(newest, self.newest)
         if self.plan.time_is_date:
-            self.totals["whole_seconds"] &= pa.types.is_integer(times.type)
+            self.whole_seconds &= pa.types.is_integer(times.type)
             times = times.cast(pa.float64())
         columns = {USER_ID: users, ITEM_ID: pa.array(self._item_index(one_array(table[ITEM_ID]))), TIMESTAMP: times}
         for name, kind in self.plan.features.items():
@@ -221,20 +215,6 @@ class EventEncoder:
         order = np.argsort(partition, kind="stable")  # input order within a partition
         bounds = np.concatenate([[0], np.cumsum(np.bincount(partition, minlength=self.plan.partitions))])
         return pa.table(columns).take(pa.array(order)), bounds.tolist()
-
-    def _count_times(self, times: pa.ChunkedArray) -> None:
-        def count(condition: Any) -> int:
-            return int(pc.sum(condition).as_py() or 0)
-
-        totals, (earliest, latest) = self.totals, checks.SECONDS
-        totals["rows"] += len(times)
-        totals["negative_times"] += count(pc.less(times, 0))
-        totals["late_times"] += count(pc.greater(times, latest))
-        totals["times_in_seconds"] += count(pc.and_(pc.greater_equal(times, earliest), pc.less_equal(times, latest)))
-        totals["times_in_finer_units"] += count(pc.greater_equal(times, checks.MILLISECONDS))
-        if len(times):
-            newest = pc.max(times).as_py()
-            totals["newest"] = newest if totals["newest"] is None else max(newest, totals["newest"])
 
     def _usable(self, table: pa.Table) -> pa.Table:
         """Return the events with user, item and time, these three in their normal types."""
@@ -255,13 +235,11 @@ class EventEncoder:
             TIMESTAMP: checks.normal_time(table[TIMESTAMP], raw[TIMESTAMP], self.plan.time_format),
         }
         table = pa.table({name: keys.get(name, decode(table[name])) for name in table.column_names})
-        usable = None
-        for name in keys:
-            if table[name].null_count:
-                self.nulls[name] = self.nulls.get(name, 0) + table[name].null_count
-                valid = pc.is_valid(table[name])
-                usable = valid if usable is None else pc.and_(usable, valid)
-        return table if usable is None else table.filter(usable)
+        nulls = {name: table[name].null_count for name in keys if table[name].null_count}
+        self.nulls.update(nulls)
+        for name in nulls:
+            table = table.filter(pc.is_valid(table[name]))
+        return table
 
     def _users(self, users: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
         """Return user ids in the type of the folder that an update extends."""
@@ -301,16 +279,14 @@ class EventEncoder:
             column = checks.finite_floats(column, pa.float32())
         else:
             column = checks.as_int64(column, name)
-        if column.null_count:
-            self.nulls[name] = self.nulls.get(name, 0) + column.null_count
+        self.nulls[name] += column.null_count
         values = column.fill_null("" if text else 0)
         if kind == "number":
             return values
         encoder = self.categories.setdefault(name, ValueCodes(values.type))
         codes = encoder.encode(values)
         counts = np.bincount(codes, minlength=len(encoder.values))  # [code]
-        before = self.counts.get(name, np.zeros(0, np.int64))
-        self.counts[name] = counts + np.pad(before, (0, len(counts) - len(before)))
+        self.counts[name] = sum_counts([self.counts.get(name, ()), counts], len(counts))
         return pa.array(codes)
 
     def statistics(self) -> dict[str, Any]:
@@ -321,7 +297,10 @@ class EventEncoder:
             categories[name] = {"values": values, "counts": self.counts[name].tolist()}
             if broken:
                 repaired[name] = int(self.counts[name][broken].sum())
-        return self.totals | {
+        return {
+            **self.totals,
+            "newest": self.newest,
+            "whole_seconds": self.whole_seconds,
             "nulls": self.nulls,
             "unknown_items": self.unknown_items.values.to_pylist(),
             "categories": categories,

@@ -189,29 +189,33 @@ def _parquet_schema(file: Path) -> pa.Schema:
 
 
 def unified_schema(files: Sequence[Path], names: Mapping[str, str], findings: checks.Findings) -> pa.Schema:
-    """Return the common schema of parquet files, without row indices that pandas wrote.
+    """Return the common schema of parquet files, with the names and types that events have after `decode`.
+
+    Without row indices that pandas wrote, and without columns whose names other columns take.
 
     Raises
     ------
     SchemaError
         A file has other columns or types, or the user, item or time column is missing.
     """
-    schemas = []
-    full_schemas = [_parquet_schema(file) for file in files]
-    row_indexes = checks.row_indexes(sorted({name for schema in full_schemas for name in schema.names}), names)
+    schemas = [_parquet_schema(file) for file in files]
+    row_indexes = checks.row_indexes(sorted({name for schema in schemas for name in schema.names}), names)
     checks.note_row_indexes(findings, row_indexes)
-    for file, full in zip(files, full_schemas, strict=True):
-        schemas.append(pa.schema([field for field in full if field.name not in row_indexes]))
-        if set(schemas[-1].names) != set(schemas[0].names):
-            different = sorted(set(schemas[-1].names) ^ set(schemas[0].names))
+    schemas = [pa.schema([field for field in schema if field.name not in row_indexes]) for schema in schemas]
+    for file, schema in zip(files, schemas, strict=True):
+        if different := sorted(set(schema.names) ^ set(schemas[0].names)):
             raise SchemaError(
                 f"{file} and {files[0]} differ in columns {different}", "interactions files with the same columns"
             )
     require_event_columns(schemas[0].names, names)
     try:
-        return pa.unify_schemas(schemas, promote_options="permissive")
+        schema = pa.unify_schemas(schemas, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise SchemaError(f"the interactions files disagree on a type ({error})", "one type per column") from error
+    clashing = [name for name in schema.names if name in names.values() and name not in names]
+    checks.note_taken_names(findings, clashing)
+    kept = [field for field in schema if field.name not in clashing]
+    return pa.schema([(names.get(field.name, field.name), decoded_type(field.type)) for field in kept])
 
 
 def read_item_table(

@@ -248,8 +248,10 @@ def _items_in_rows(
 def _split(table: pa.Table) -> dict[str, pa.Table]:
     offsets = np.asarray(table[ITEM_LIST].combine_chunks().offsets, np.int64)
     lengths = splits.leave_one_out(offsets)
-    splits.check_lengths(lengths, "splits of your own with --train, --valid and --test")
-    return {name: take_prefixes(table, offsets, lengths[name]) for name in SPLITS}
+    parts = {name: take_prefixes(table, offsets, lengths[name]) for name in SPLITS}
+    rows = {name: part.num_rows for name, part in parts.items()}
+    splits.check_rows(rows, "splits of your own with --train, --valid and --test")
+    return parts
 
 
 def _feature_codes(workflow: Path, schema: Schema) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 from nvtabular import Workflow
@@ -70,7 +69,7 @@ def write_folder(summary: Summary, events: Events, task: Task, folder: Path) -> 
         storage = Path(temporary)
         workflow, features, request_length = _fitted(summary, events, task, item_ids, storage)
         written = events.write(workflow, folder, catalogue.n_rows)
-        splits.check_lengths({name: np.array([rows]) for name, rows in written.rows.items()})
+        splits.check_rows(written.rows)
         saved.write_schema(workflow, written.longest, folder)
         saved.write_workflow(workflow, folder, pickled=settings["save_nvtabular_workflow"])
         outputs.write_catalogue(catalogue, written.train_counts, folder)

@@ -138,7 +138,6 @@ def _write_splits(sessions: pa.Table, settings: Mapping[str, Any], folder: Path,
     """Write the rows of every split; `gpu.write.write_splits` has the parameters."""
     check_lists(sessions)
     offsets, lengths = splits.split_lengths(sessions, settings)
-    splits.check_lengths(lengths)
     rows = {name: take_prefixes(sessions, offsets, lengths[name]) for name in SPLITS}
     for name in track(SPLITS, "writing the splits"):
         (folder / name).mkdir(exist_ok=True)

@@ -426,10 +426,17 @@ def count_events(events: Frame, duplicate: Series) -> dict[str, int]:
         "duplicates": int(duplicate.sum()),
         "out_of_order": int(((xp.diff(adapter.array(time)[order]) < 0) & (xp.diff(users[order]) == 0)).sum()),
         "very_long": int((xp.bincount(users) > MANY_EVENTS).sum()),
-        "times_in_seconds": int(time.between(*SECONDS).sum()),
-        "times_in_finer_units": int((time >= MILLISECONDS).sum()),
-        "negative_times": int((time < 0).sum()),
-        "late_times": int((time > SECONDS[1]).sum()),
+        **count_times(time),
+    }
+
+
+def count_times(times: Any) -> dict[str, int]:
+    """Return the counts of `note_times`; ``times``: an array or a series without nulls, [event]."""
+    return {
+        "times_in_seconds": int(((times >= SECONDS[0]) & (times <= SECONDS[1])).sum()),
+        "times_in_finer_units": int((times >= MILLISECONDS).sum()),
+        "negative_times": int((times < 0).sum()),
+        "late_times": int((times > SECONDS[1]).sum()),
     }
 
 

@@ -70,6 +70,21 @@ def recencies(times: Array, newest: float) -> Array:
     return ((newest - times) / SECONDS_PER_DAY).astype("float32")
 
 
+def sum_counts(parts: Iterable[npt.ArrayLike], size: int) -> Ints:
+    """Return the sum of counts of different lengths, [size].
+
+    Examples
+    --------
+    >>> sum_counts([[1, 2], [], [1]], 3).tolist()
+    [2, 2, 0]
+    """
+    total = np.zeros(size, np.int64)
+    for part in parts:
+        counts = np.asarray(part, np.int64)
+        total[: len(counts)] += counts
+    return total
+
+
 def core(codes: list[Array], counts: Array, least: int) -> Array:
     """Return the k-core: the combinations left when every code of every column occurs at least ``least`` times.
 
@@ -101,18 +116,3 @@ def core(codes: list[Array], counts: Array, least: int) -> Array:
             alive &= n_events[column] >= least  # [code] -> [combination]
         if int(alive.sum()) == before:
             return alive
-
-
-def sum_counts(parts: Iterable[npt.ArrayLike], size: int) -> Ints:
-    """Return the sum of counts of different lengths, [size].
-
-    Examples
-    --------
-    >>> sum_counts([[1, 2], [], [1]], 3).tolist()
-    [2, 2, 0]
-    """
-    total = np.zeros(size, np.int64)
-    for part in parts:
-        counts = np.asarray(part, np.int64)
-        total[: len(counts)] += counts
-    return total

@@ -254,10 +254,10 @@ for file in folder.with_name(".data-work").glob(f"*/{sys.argv[5]}/*.json"):
     before[file.parent.name + file.name] = file.stat().st_mtime_ns
 finish = engine._finish
 
-def look(job, plan, merged, work):
+def look(job, plan, common, work, written):
     now = {file.parent.name + file.name: file.stat().st_mtime_ns for file in work.glob(f"{sys.argv[5]}/*.json")}
     print(json.dumps([now[name] == before[name] for name in before]))
-    return finish(job, plan, merged, work)
+    return finish(job, plan, common, work, written)
 
 engine._finish = look
 etl(sys.argv[1], sys.argv[2], sys.argv[4], engine="disk", partitions=4, workers=1)

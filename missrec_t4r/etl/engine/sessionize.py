@@ -156,8 +156,9 @@ def group_by_user(work: str, partition: int) -> dict[str, Any]:
         Numbers of events and users, and counts for the findings.
     """
     common, events = load_common(work, COMMON_FILE), read_events(work, partition)
+    counts: dict[str, int] = {}
     if common["filtered"]:  # `survey_events` has counted
-        events, counts = events.filter(pa.array(_kept_events(work, partition))), {}
+        events = events.filter(pa.array(_kept_events(work, partition)))
         filtered_items = Path(work) / KEPT_FOLDER / FILTERED_ITEMS_FILE
         if filtered_items.is_file():
             events = with_items(events, np.load(filtered_items)[events[ITEM_ID].to_numpy()])

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from benchmarks.measure import report
 from benchmarks.quality.bench import FIRST_SEED, METRICS, arguments, pairs, spread
 from benchmarks.quality.datasets import prepare
-from missrec_t4r.comparison.lists import Lists, rank_lists
+from missrec_t4r.comparison.lists import rank_lists
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM
@@ -62,8 +62,7 @@ def rectools(data: Path, seed: int, out: Path, python: Path) -> dict[str, Any]:
         rows = np.full((len(given), max(map(len, given))), -1)
         for place, items in enumerate(given):
             rows[place, : len(items)] = items
-        lists = Lists(sessions.users, rows, rows.shape[1], {})
-        ranks = rank_lists(lists, histories.known(), targets, catalogue.n_rows, max(10, rows.shape[1]))[of][0]
+        ranks = rank_lists(rows, histories.known(), targets, catalogue.n_rows, max(10, rows.shape[1]))[0][of]
         found[protocol] = {metric: metrics(ranks)[metric] for metric in METRICS}
     return {**read_json(out / "settings.json"), "test": found}
 

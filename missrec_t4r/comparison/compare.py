@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -11,26 +12,18 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from missrec_t4r.arrays import Bools, Ints
+from missrec_t4r.comparison.benchmark import Benchmark, Ranked
 from missrec_t4r.comparison.beyond_accuracy import MEASURES, BeyondAccuracy
 from missrec_t4r.comparison.examples import examples, outcomes, shown_ids
 from missrec_t4r.comparison.page import page
-from missrec_t4r.comparison.systems import (
-    OF_A_RUN,
-    Benchmark,
-    Named,
-    Ranked,
-    first_data_folder,
-    named,
-    ranked,
-    training_sessions,
-)
+from missrec_t4r.comparison.systems import OF_A_RUN, System, named, runs_of
 from missrec_t4r.comparison.verdict import decide, measures_of, plainly, sentence
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.etl.features.thumbnails import thumbnails
 from missrec_t4r.evaluation.full_ranking import KEPT_STRICT, PROTOCOLS
-from missrec_t4r.evaluation.metrics import KS, Difference, bootstrap_intervals, metrics, paired_differences, users_of
+from missrec_t4r.evaluation.metrics import KS, bootstrap_intervals, metrics, paired_differences, users_of
 from missrec_t4r.evaluation.slices import slices
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import write_json
@@ -126,211 +119,222 @@ def compare(
     'ship'
     """
     require_at_least(1, max_sequence_length=max_sequence_length)
-    baselines = checked_baselines(baselines, OF_A_RUN)
+    extra = checked_baselines(baselines, OF_A_RUN)
     if isinstance(systems, Mapping):
-        given = named({**systems, **{name: name for name in baselines}})
+        systems = {**systems, **{name: name for name in extra}}
     else:
-        given = named([*systems, *(name for name in baselines if name not in systems)])
-    if out is not None and Path(out).is_file():
+        systems = [*systems, *(name for name in extra if name not in systems)]
+    chosen = named(systems, trust_pickle=trust_pickle, max_sequence_length=max_sequence_length)
+    folder = None if out is None else Path(out)
+    if folder is not None and folder.is_file():
         raise ConfigError(f"--out {out} is a file", "a folder for the comparison", "give another --out")
-    chosen, trained = _checked(given, candidate, split, protocols), training_sessions(given)
-    benchmark = Benchmark(Path(data) if data else first_data_folder(given), split, shared=data is not None)
+    candidate = _checked_candidate(chosen, candidate, split, protocols)
+    runs = runs_of(chosen)
+    trained_on = {run.name: checksum for run in runs if (checksum := run.trained_on()) is not None}
+    if data is None and not runs:
+        raise ConfigError("no run and no --data", "the data folder with the sessions to compare on", "give --data")
+    benchmark = Benchmark(
+        Path(data) if data is not None else runs[0].data,
+        split,
+        protocols,
+        shared=data is not None,
+        keep=folder,
+        look_in=[run_folder for run in runs for run_folder in run.folders],
+    )
     if missing := [name for name in slice_columns if name not in benchmark.catalogue.items.column_names]:
         columns = ", ".join(benchmark.catalogue.items.column_names)
         raise ConfigError(f"no column {missing[0]!r} in the catalogue", f"one of {columns}", "check --slice-columns")
     if image_column is not None or images is not None:
         thumbnails(benchmark.catalogue, [], column=image_column, images=images)  # refuses before the ranking
-    written = [str(Path(out) / name) for name in (JSON_FILE, PAGE_FILE)] if out is not None else []
+    files = [] if folder is None else [folder / JSON_FILE, folder / PAGE_FILE]
     if dry_run:
-        kinds = {one.name: one.kind for one in given}
         return {
             "dry_run": True,
-            "current": given[0].name,
-            "candidate": chosen,
-            "systems": kinds,
+            "current": chosen[0].name,
+            "candidate": candidate,
+            "systems": {system.name: system.kind for system in chosen},
             "data": str(benchmark.data),
             "sessions": len(benchmark.sessions),
-            "would_write": written,
+            "would_write": [str(file) for file in files],
         }
-    keep = None if out is None else Path(out)
-    options: dict[str, Any] = {"trust_pickle": trust_pickle, "max_sequence_length": max_sequence_length, "keep": keep}
-    found = ranked(given, benchmark, protocols, **options)
-    _note_other_training(found, trained)
-    report = _report(found, benchmark, chosen, list(protocols), slice_columns, None if gate is None else Path(gate))
-    if out is not None:
+    ranked = [system.rank(benchmark) for system in chosen]
+    _note_other_training(ranked, trained_on)
+    report = _report(ranked, benchmark, candidate, slice_columns, None if gate is None else Path(gate))
+    if files:
         pictures = thumbnails(benchmark.catalogue, shown_ids(report["examples"]), column=image_column, images=images)
-        write_json(Path(out) / JSON_FILE, report, allow_nan=False)
-        with atomic_write_file(Path(out) / PAGE_FILE) as file:
+        write_json(files[0], report, allow_nan=False)
+        with atomic_write_file(files[1]) as file:
             file.write_text(page(report, pictures), encoding="utf-8")
-        report |= {"report": written[0], "page": written[1]}
+        report |= {"report": str(files[0]), "page": str(files[1])}
     return report
 
 
-def _checked(given: Sequence[Named], candidate: str | None, split: str, protocols: Sequence[str]) -> str:
+def _checked_candidate(systems: Sequence[System], candidate: str | None, split: str, protocols: Sequence[str]) -> str:
     """Return the candidate's name."""
     if split not in EVALUATED_SPLITS:
         raise ConfigError(f"--split {split}", f"one of {', '.join(EVALUATED_SPLITS)}")
     if unknown := sorted(set(protocols) - set(PROTOCOLS)):
         raise ConfigError(f"the protocol {unknown[0]!r}", f"some of {', '.join(PROTOCOLS)}", "check --protocols")
-    if len(given) < 2 or not protocols:
+    if len(systems) < 2 or not protocols:
         raise ConfigError(
-            f"{len(given)} systems under {len(protocols)} protocols",
+            f"{len(systems)} systems under {len(protocols)} protocols",
             "two systems or more: the current one first, then the candidate",
             f"add one, or compare with a baseline: {', '.join(ALL_BASELINES)}",
         )
-    names = [one.name for one in given]
-    if candidate is not None and candidate not in names[1:]:
-        raise ConfigError(f"--candidate {candidate}", f"one of {', '.join(names[1:])}")
-    return candidate or names[1]
+    others = [system.name for system in systems[1:]]
+    if candidate is not None and candidate not in others:
+        raise ConfigError(f"--candidate {candidate}", f"one of {', '.join(others)}")
+    return candidate or others[0]
 
 
-def _note_other_training(found: Sequence[Ranked], trained: Mapping[str, int]) -> None:
+def _note_other_training(ranked: Sequence[Ranked], trained_on: Mapping[str, int]) -> None:
     """Note, and warn, where two runs were trained on different sessions: not the model alone makes the difference."""
-    first = next(iter(trained), None)
-    for one in found:
-        if first is not None and trained.get(one.name, trained[first]) != trained[first]:
-            one.notes.append(f"trained on other sessions than {first}: the difference is of models and data")
-            log.warning(f"{one.name} was {one.notes[-1]}")
+    first = next(iter(trained_on), None)
+    for system in ranked:
+        if first is not None and trained_on.get(system.name, trained_on[first]) != trained_on[first]:
+            system.notes.append(f"trained on other sessions than {first}: the difference is of models and data")
+            log.warning(f"{system.name} was {system.notes[-1]}")
 
 
 def _report(
-    found: Sequence[Ranked],
-    benchmark: Benchmark,
-    candidate: str,
-    protocols: Sequence[str],
-    slice_columns: Sequence[str],
-    gate: Path | None,
+    systems: Sequence[Ranked], benchmark: Benchmark, candidate: str, slice_columns: Sequence[str], gate: Path | None
 ) -> dict[str, Any]:
-    current = found[0]
-    common = np.arange(len(benchmark.sessions))
-    for seed in (seed for one in found for seed in one.seeds):
-        common = np.intersect1d(common, seed.sessions)
-    if not len(common):
-        raise DataError(
-            "no session that all systems have", "the same users with the same targets", "leave a system out, or --data"
-        )
-    if len(common) < len(benchmark.sessions):
-        log.warning(f"compared on {len(common):,} of {len(benchmark.sessions):,} sessions: those that all systems have")
-    if len(common) < FEW_SESSIONS:
-        log.warning(f"{len(common)} sessions are too few: intervals of so few, and a verdict by them, mean little")
-    ranks = {one.name: _together(one, common, "ranks") for one in found}  # {system: {protocol: [session, seed]}}
-    lists = {one.name: _together(one, common, "lists") for one in found}
-    shared = [name for name in protocols if all(name in ranks[one] for one in (current.name, candidate))]
-    if not shared:
+    """Return the content of comparison.json."""
+    sessions, current = _common_sessions(systems, benchmark), systems[0].name
+    ranks, lists = (_by_protocol(systems, sessions, benchmark.protocols, what) for what in ("ranks", "lists"))
+    protocols = [name for name in benchmark.protocols if {current, candidate} <= ranks[name].keys()]
+    if not protocols:
         raise ConfigError(
-            f"no protocol of {', '.join(protocols)} that {current.name} and {candidate} both have",
+            f"no protocol of {', '.join(benchmark.protocols)} that {current} and {candidate} both have",
             "excluded, which every system has",
             "add it to --protocols",
         )
-    histories, targets = benchmark.histories.take(common), benchmark.targets[common]
-    masks = slices(histories, targets, benchmark.catalogue)
-    masks |= _values(slice_columns, targets, benchmark.catalogue)
-    compared = benchmark.sessions.take(common)
-    users = users_of(compared)
-    beyond = BeyondAccuracy(benchmark.catalogue, targets)
-    under = {protocol: {name: of[protocol] for name, of in ranks.items() if protocol in of} for protocol in shared}
+    histories, targets = benchmark.histories.take(sessions), benchmark.targets[sessions]
+    compared = benchmark.sessions.take(sessions)
+    users, beyond = users_of(compared), BeyondAccuracy(benchmark.catalogue, targets)
+    masks = slices(histories, targets, benchmark.catalogue) | _values(slice_columns, targets, benchmark.catalogue)
     report: dict[str, Any] = {
         "format": 1,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "data": str(benchmark.data),
         "split": benchmark.split,
-        "current": current.name,
+        "current": current,
         "candidate": candidate,
-        "n_users": len(common),
+        "n_users": len(sessions),
         "n_items": benchmark.catalogue.n_items,
-        "systems": {one.name: _description(one, ranks[one.name], shared[0], protocols) for one in found},
+        "systems": {system.name: _description(system, ranks[protocols[0]], benchmark.protocols) for system in systems},
         "sessions": {
             "in_the_split": len(benchmark.sessions),
-            "compared": len(common),
-            "left_out": len(benchmark.sessions) - len(common),
+            "compared": len(sessions),
+            "left_out": len(benchmark.sessions) - len(sessions),
             "targets_no_item": int((targets < FIRST_ITEM_ROW).sum()),
             "without_known_item": int((histories.lengths == 0).sum()),
         },
-        "protocols": {
-            protocol: {
-                name: {**metrics(of), "interval": bootstrap_intervals(of, users=users)} for name, of in systems.items()
-            }
-            for protocol, systems in under.items()
-        },
+        "protocols": {protocol: _accuracy(ranks[protocol], users) for protocol in protocols},
         "differences": {
             protocol: {
-                name: _difference(of, systems[current.name], users, masks["all"])
-                for name, of in systems.items()
-                if name != current.name
+                name: _difference(own, ranks[protocol][current], users, masks["all"])
+                for name, own in ranks[protocol].items()
+                if name != current
             }
-            for protocol, systems in under.items()
+            for protocol in protocols
         },
         "slices": {
-            part: {
+            name: {
                 "n": int(mask.sum()),
-                **{p: {name: metrics(of[mask]) for name, of in systems.items()} for p, systems in under.items()},
-                "differences": {
-                    p: _difference(systems[candidate], systems[current.name], users, mask)
-                    for p, systems in under.items()
-                },
+                **{p: {system: metrics(own[mask]) for system, own in ranks[p].items()} for p in protocols},
+                "differences": {p: _difference(ranks[p][candidate], ranks[p][current], users, mask) for p in protocols},
             }
-            for part, mask in masks.items()
+            for name, mask in masks.items()
         },
         "beyond_accuracy": {
-            protocol: {name: _mean([beyond(one) for one in _seeds(lists[name][protocol])]) for name in systems}
-            for protocol, systems in under.items()
+            protocol: {name: _mean(beyond, shown) for name, shown in lists[protocol].items()} for protocol in protocols
         },
         "popularity_of_targets": beyond.of_targets,
+        "outcomes": {p: outcomes(ranks[p][current], ranks[p][candidate]) for p in protocols},
     }
     report["coverage"] = report["beyond_accuracy"]
-    report["outcomes"] = {
-        protocol: outcomes(systems[current.name], systems[candidate]) for protocol, systems in under.items()
+    report["verdict"] = _verdict(report, protocols[0], gate)
+    first_seeds = {
+        name: (ranks[protocols[0]][name][:, 0], lists[protocols[0]][name][:, 0]) for name in (current, candidate)
     }
-    decision, checks = decide(measures_of(report), shared[0], gate)
-    report["verdict"] = {
-        "decision": decision,
-        "words": sentence(report, decision, shared[0]),
-        "plainly": plainly(report, shared[0]),
-        "protocol": shared[0],
-        "rule": "the bounds of the gate" if gate else "95 % interval of the paired difference in NDCG@10",
-        "gate": checks,
-    }
-    first = {name: (ranks[name][shared[0]][:, 0], lists[name][shared[0]][:, 0]) for name in (current.name, candidate)}
-    report["examples"] = examples(benchmark.catalogue, histories, targets, first, users=compared)
+    report["examples"] = examples(benchmark.catalogue, histories, targets, first_seeds, users=compared)
     return report
 
 
-def _together(one: Ranked, common: Ints, what: Literal["ranks", "lists"]) -> dict[str, Ints]:
-    """Return ranks [session, seed] or lists [session, seed, place] of the common sessions by protocol."""
-    places = [np.searchsorted(seed.sessions, common) for seed in one.seeds]
+def _verdict(report: Mapping[str, Any], protocol: str, gate: Path | None) -> dict[str, Any]:
+    decision, checks = decide(measures_of(report), protocol, gate)
     return {
-        protocol: np.stack(
-            [getattr(seed, what)[protocol][place] for seed, place in zip(one.seeds, places, strict=True)], axis=1
-        )
-        for protocol in one.protocols
+        "decision": decision,
+        "words": sentence(report, decision, protocol),
+        "plainly": plainly(report, protocol),
+        "protocol": protocol,
+        "rule": "the bounds of the gate" if gate else "95 % interval of the paired difference in NDCG@10",
+        "gate": checks,
     }
 
 
-def _seeds(values: Ints) -> Iterator[Ints]:
-    return (values[:, index] for index in range(values.shape[1]))
+def _common_sessions(systems: Sequence[Ranked], benchmark: Benchmark) -> Ints:
+    """Return the indices of the sessions that all systems have; warn where they are few."""
+    common, total = np.arange(len(benchmark.sessions)), len(benchmark.sessions)
+    for system in systems:
+        for seed in system.seeds:
+            common = np.intersect1d(common, seed.sessions)
+    if not len(common):
+        raise DataError(
+            "no session that all systems have", "the same users with the same targets", "leave a system out, or --data"
+        )
+    if len(common) < total:
+        log.warning(f"compared on {len(common):,} of {total:,} sessions: those that all systems have")
+    if len(common) < FEW_SESSIONS:
+        log.warning(f"{len(common)} sessions are too few: intervals of so few, and a verdict by them, mean little")
+    return common
 
 
-def _mean(parts: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Return the mean of the seeds' measures."""
+def _by_protocol(
+    systems: Sequence[Ranked], sessions: Ints, protocols: Sequence[str], what: Literal["ranks", "lists"]
+) -> dict[str, dict[str, Ints]]:
+    """Return ranks [session, seed] or lists [session, seed, place] of some sessions, by protocol and system."""
+    result: dict[str, dict[str, Ints]] = {protocol: {} for protocol in protocols}
+    for system in systems:
+        places = [np.searchsorted(seed.sessions, sessions) for seed in system.seeds]
+        for protocol in system.protocols:
+            seeds = zip(system.seeds, places, strict=True)
+            result[protocol][system.name] = np.stack([getattr(seed, what)[protocol][at] for seed, at in seeds], axis=1)
+    return result
+
+
+def _accuracy(ranks: Mapping[str, Ints], users: Ints | None) -> dict[str, Any]:
+    return {name: {**metrics(own), "interval": bootstrap_intervals(own, users=users)} for name, own in ranks.items()}
+
+
+def _mean(beyond: BeyondAccuracy, lists: Ints) -> dict[str, float | None]:
+    """Return the mean over seeds of the measures of lists [session, seed, place]."""
+    seeds = [beyond(own) for own in np.moveaxis(lists, 1, 0)]
     result: dict[str, float | None] = {}
     for name in MEASURES:
-        values = [value for part in parts if (value := part[name]) is not None]
+        values = [value for seed in seeds if (value := seed[name]) is not None]
         result[name] = float(np.mean(values)) if values else None
     return result
 
 
-def _description(one: Ranked, ranks: Mapping[str, Ints], protocol: str, asked: Sequence[str]) -> dict[str, Any]:
-    described: dict[str, Any] = {"kind": one.kind, "bytes": one.size, "ranked_items": one.n_items}
-    described["cost"] = one.cost
-    described["protocols"] = one.protocols
-    if len(one.seeds) > 1:
-        values = [metrics(of)["ndcg@10"] for of in _seeds(ranks[protocol])]
+def _description(system: Ranked, ranks: Mapping[str, Ints], protocols: Sequence[str]) -> dict[str, Any]:
+    """Return what the report says of a system; ``ranks`` are those of the protocol of the verdict."""
+    described: dict[str, Any] = {
+        "kind": system.kind,
+        "bytes": system.size,
+        "ranked_items": system.n_items,
+        "cost": system.cost,
+        "protocols": system.protocols,
+    }
+    if len(system.seeds) > 1:
+        values = [metrics(seed)["ndcg@10"] for seed in ranks[system.name].T]
         described["seeds"] = {"n": len(values), "ndcg@10": values}
-    notes = list(one.notes)
-    if KEPT_STRICT in asked and KEPT_STRICT not in one.protocols:
+    notes = list(system.notes)
+    if KEPT_STRICT in protocols and KEPT_STRICT not in system.protocols:
         notes.append(f"its scores may depend on whether an item is in the session: not ranked under {KEPT_STRICT}")
-    return described | {"counts": one.counts, "notes": notes}
+    return described | {"counts": system.counts, "notes": notes}
 
 
 def _difference(first: Ints, second: Ints, users: Ints | None, mask: Bools) -> dict[str, Any] | None:
@@ -340,22 +344,18 @@ def _difference(first: Ints, second: Ints, users: Ints | None, mask: Bools) -> d
     of_second = metrics(second[mask])
     of_mask = None if users is None else users[mask]
     differences = paired_differences(first[mask], second[mask], KS, users=of_mask)
-    return {name: _described(found, of_second[name]) for name, found in differences.items()}
-
-
-def _described(found: Difference, of_second: float | None) -> dict[str, Any]:
-    return {**found._asdict(), "relative": found.difference / of_second if of_second else None}
+    return {
+        name: {**found._asdict(), "relative": found.difference / value if (value := of_second[name]) else None}
+        for name, found in differences.items()
+    }
 
 
 def _values(columns: Sequence[str], targets: Ints, catalogue: Catalogue) -> dict[str, Bools]:
     """Return a mask per frequent value of a catalogue column, of the target."""
     masks: dict[str, Bools] = {}
-    is_item = targets >= FIRST_ITEM_ROW
     for column in columns:
-        values = np.array([str(value) for value in catalogue.items[column].to_pylist()], dtype=object)
-        of_target = np.full(len(targets), "", dtype=object)
-        of_target[is_item] = values[targets[is_item] - FIRST_ITEM_ROW]
-        names, counts = np.unique(of_target[is_item].astype(str), return_counts=True)
-        for name in names[np.argsort(-counts, kind="stable")][:MOST_VALUES]:
-            masks[f"{column}={name}"] = of_target == name
+        values = np.array([""] * FIRST_ITEM_ROW + [str(value) for value in catalogue.items[column].to_pylist()])
+        of_target = values[targets]
+        frequent = Counter(sorted(of_target[targets >= FIRST_ITEM_ROW].tolist())).most_common(MOST_VALUES)
+        masks |= {f"{column}={name}": of_target == name for name, _ in frequent}
     return masks

@@ -141,7 +141,7 @@ class _Items:
 def shown_ids(shown: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the ids in the examples, targets first, then histories, then lists."""
     shown = list(shown)
-    found = [one["target_id"] for one in shown]
-    found += [item for one in shown for item in one["history_ids"]]
-    found += [item["id"] for one in shown for of in one["systems"].values() for item in of["list"]]
-    return [item for item in dict.fromkeys(found) if item is not None]
+    ids = [example["target_id"] for example in shown]
+    ids += [item for example in shown for item in example["history_ids"]]
+    ids += [item["id"] for example in shown for system in example["systems"].values() for item in system["list"]]
+    return [item for item in dict.fromkeys(ids) if item is not None]

@@ -7,9 +7,8 @@ One row per user with a list column, or one row per recommended item (in the ord
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,35 +21,22 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_WITH_HISTORY_TERM
 from missrec_t4r.evaluation.metrics import MISSED
-from missrec_t4r.io.arrow_files import one_array
+from missrec_t4r.io.arrow_files import is_list, one_array
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, UNKNOWN_ROW, USER_ID
 
-LIST_PROTOCOLS: Final = (EXCLUDED, KEPT_WITH_HISTORY_TERM)
-"""Lists do not say whether their order depends on which items are in the session: they are not ``kept_strict``."""
 _USERS, _ITEMS = (USER_ID, "user", "session_id", "session"), (ITEM_ID, "item_ids", "items", "item")
 RANK: Final = "rank"
 
 
-@dataclass(frozen=True)
-class Lists:
-    """Lists of one file.
-
-    Parameters
-    ----------
-    users : pyarrow.Array of str
-        Raw ids, each once, [user].
-    rows : ndarray [user, place], int64
-        Catalogue rows in order, 2 for items that the catalogue lacks, -1 after the end of a list.
-    longest : int
-        Items of the longest list.
-    counts : mapping of str to int
-        What is odd about the file.
-    """
+class Lists(NamedTuple):
+    """Lists of one file."""
 
     users: pa.Array
+    """[user], str: raw ids, each once."""
     rows: Ints
-    longest: int
+    """[user, place]: catalogue rows in order, 2 for items that the catalogue lacks, -1 after the end of a list."""
     counts: Mapping[str, int]
+    """What is odd about the file."""
 
 
 def read_lists(path: Path, catalogue: Catalogue) -> Lists:
@@ -87,46 +73,46 @@ def read_lists(path: Path, catalogue: Catalogue) -> Lists:
         owner, names = owner[order], as_text(one_array(table[items])).take(pa.array(order))
     codes = np.asarray(names.dictionary_encode().indices.fill_null(-1), np.int64)
     first = np.sort(np.unique(owner * (codes.max(initial=-1) + 2) + codes, return_index=True)[1])
-    owner, rows = owner[first], _rows(names, catalogue)[first]
+    owner, rows = owner[first], rows_by_text(names, catalogue)[first]
     place = np.arange(len(owner)) - np.searchsorted(owner, owner)
-    longest = int(place.max(initial=-1)) + 1
-    matrix = np.full((len(users), longest), -1, np.int64)
+    matrix = np.full((len(users), int(place.max(initial=-1)) + 1), -1, np.int64)
     matrix[owner, place] = rows
     counts = {
         "items_unknown_to_the_catalogue": int((rows == UNKNOWN_ROW).sum()),
         "repeated_items_dropped": len(codes) - len(first),
         "empty_lists": len(users) - len(np.unique(owner)),
     }
-    return Lists(users, matrix, longest, counts)
+    return Lists(users, matrix, counts)
 
 
 def rank_lists(
-    lists: Lists, histories: Sessions, targets: Ints, n_rows: int, top_k: int
-) -> dict[str, tuple[Ints, Ints]]:
-    """Return ranks [session] and the first items [session, top_k] under every protocol of lists.
+    rows: Ints, histories: Sessions, targets: Ints, n_rows: int, top_k: int
+) -> tuple[dict[str, Ints], dict[str, Ints]]:
+    """Return ranks [session] and the first items [session, top_k] by protocol.
+
+    Lists do not say whether their order depends on which items are in the session: they are not ``kept_strict``.
 
     Parameters
     ----------
-    lists : Lists
-        One per session, in the same order. Under ``excluded`` the session's items are taken out.
+    rows : ndarray [session, place]
+        As in `Lists`, one list per session. Under ``excluded`` the session's items are taken out.
     histories : Sessions
         Known items.
     targets : ndarray [session]
     n_rows, top_k : int
     """
-    rows = lists.rows
     cells = np.repeat(np.arange(len(histories)), histories.lengths) * n_rows + histories.values
     seen = np.isin(np.arange(len(rows))[:, None] * n_rows + rows, cells) & (rows >= FIRST_ITEM_ROW)
     order = np.argsort(seen | (rows < 0), axis=1, kind="stable")  # what stays first, in its order
     unseen = np.take_along_axis(np.where(seen, -1, rows), order, axis=1)
-    result = {}
-    for protocol, of in ((EXCLUDED, unseen), (KEPT_WITH_HISTORY_TERM, rows)):
-        hit = (of == targets[:, None]) & (targets >= FIRST_ITEM_ROW)[:, None]
-        ranks = np.where(hit.any(1), hit.argmax(1) + 1, MISSED) if of.shape[1] else np.full(len(targets), MISSED)
-        shown = np.full((len(of), top_k), -1, np.int64)
-        shown[:, : min(top_k, of.shape[1])] = of[:, :top_k]
-        result[protocol] = ranks.astype(np.int64), shown
-    return result
+    padding = np.full((len(rows), top_k), -1, np.int64)  # also for files of empty lists alone
+    ranks, shown = {}, {}
+    for protocol, lists in ((EXCLUDED, unseen), (KEPT_WITH_HISTORY_TERM, rows)):
+        padded = np.concatenate([lists, padding], axis=1)
+        hit = (padded == targets[:, None]) & (targets >= FIRST_ITEM_ROW)[:, None]
+        ranks[protocol] = np.where(hit.any(1), hit.argmax(1) + 1, MISSED)
+        shown[protocol] = padded[:, :top_k]
+    return ranks, shown
 
 
 def as_text(ids: pa.Array) -> pa.Array:
@@ -144,10 +130,10 @@ def as_text(ids: pa.Array) -> pa.Array:
     return ids.cast(pa.string())
 
 
-def _rows(names: pa.Array, catalogue: Catalogue) -> Ints:
-    known = as_text(one_array(catalogue.items[ITEM_ID]))
-    found = pc.add(pc.index_in(names, value_set=known).cast(pa.int64()), FIRST_ITEM_ROW).fill_null(UNKNOWN_ROW)
-    return np.asarray(found.to_numpy(zero_copy_only=False), np.int64)
+def rows_by_text(ids: pa.Array, catalogue: Catalogue) -> Ints:
+    """Return the catalogue rows of ids, compared as text, [id]; 2 for those that it lacks."""
+    places = pc.index_in(as_text(ids), value_set=as_text(one_array(catalogue.items[ITEM_ID])))
+    return np.asarray(places.fill_null(UNKNOWN_ROW - FIRST_ITEM_ROW), np.int64) + FIRST_ITEM_ROW
 
 
 def _columns(path: Path, table: pa.Table) -> tuple[str, str]:
@@ -168,4 +154,4 @@ def _columns(path: Path, table: pa.Table) -> tuple[str, str]:
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+    return is_list(kind) or bool(pa.types.is_fixed_size_list(kind))

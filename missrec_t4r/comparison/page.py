@@ -11,6 +11,7 @@ from missrec_t4r.comparison.verdict import OPEN, REFUSED, SHIP
 from missrec_t4r.etl.quality.charts import intervals
 from missrec_t4r.etl.quality.html import STYLE, document, gate, section, table
 from missrec_t4r.evaluation.full_ranking import PROTOCOL_TITLES
+from missrec_t4r.evaluation.report import NO_VALUE
 
 COMPARISON_STYLE: Final = (
     STYLE
@@ -51,6 +52,16 @@ _WORDS: Final = {
     "kept, strict": "they may be recommended again, and no score depends on what was seen, as in most papers",
     "kept, with history term": "they may be recommended again, and the score may depend on what was seen",
 }
+SLICE_WORDS: Final = (
+    "Cold: the next item has no earlier event. Rare: fewer than five. Short sessions have up to three items, "
+    "long ones ten or more."
+)
+_BEYOND: Final = {
+    "coverage@10": ("coverage@10", "{:.1%}"),
+    "novelty": ("novelty", "{:.2f}"),
+    "popularity bias": ("popularity_bias", "{:.2f}"),
+    "diversity": ("diversity", "{:.3f}"),
+}
 _KINDS: Final = {"run": "missrec run", "t4r model": "T4R model", "lists": "file of lists"}
 _SESSIONS: Final = {
     "in_the_split": "sessions of the split",
@@ -72,10 +83,15 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -
         gate("Gate", "measure", verdict["gate"], "{:.4g}".format),
         _systems(report, protocol),
         _differences(report, protocol),
+        _by_slice(report, protocol),
+        _slices(report, protocol),
+        _beyond(report, protocol),
+        _cost(report),
+        *(_systems(report, name) for name in report["protocols"] if name != protocol),
+        _words(),
+        _examples(report, Pictures(pictures or {})),
+        _left_out(report),
     ]
-    sections += [_by_slice(report, protocol), _slices(report, protocol), _beyond(report, protocol), _cost(report)]
-    sections += [_systems(report, name) for name in report["protocols"] if name != protocol]
-    sections += [_words(), _examples(report, Pictures(pictures or {})), _left_out(report)]
     title = f"{report['candidate']} against {report['current']}"
     made = datetime.fromisoformat(report["made"])
     about = (
@@ -93,33 +109,44 @@ def headline(head: str, words: str, colour: str = "") -> str:
 
 
 def _systems(report: Mapping[str, Any], protocol: str) -> str:
-    measured = report["protocols"][protocol]
-    rows = []
-    for name, of in measured.items():
-        low, high = of["interval"]["ndcg@10"]
-        seeds = report["systems"][name].get("seeds")
-        rows.append(
-            (
-                _role(report, name),
-                f"{of['ndcg@10']:.4f}\u00a0±\u00a0{(high - low) / 2:.4f}",
-                f"{of['recall@10']:.4f}",
-                f"{of['recall@50']:.4f}",
-                _KINDS.get(kind := report["systems"][name]["kind"], kind) + (f", {seeds['n']} seeds" if seeds else ""),
-            )
-        )
+    measured, rows = report["protocols"][protocol], []
+    for name, own in measured.items():
+        system = report["systems"][name]
+        seeds = f", {system['seeds']['n']} seeds" if "seeds" in system else ""
+        cells = (with_interval(own, "ndcg@10"), form(own["recall@10"]), form(own["recall@50"]))
+        rows.append((_role(report, name), *cells, _KINDS.get(system["kind"], system["kind"]) + seeds))
     head = ("system", "NDCG@10", "Recall@10", "Recall@50", "what it is")
     return section(f"Accuracy, seen items {PROTOCOL_TITLES[protocol]}", table(head, rows) + accuracy_chart(measured))
 
 
-def accuracy_chart(measured: Mapping[str, Any]) -> str:
+def accuracy_chart(measured: Mapping[str, Any], x_title: str = "NDCG@10 with 95 % interval") -> str:
     """Return NDCG@10 of every system with its interval, as a chart; bars would leave out long names."""
     return intervals(
         list(measured),
-        [of["ndcg@10"] or 0.0 for of in measured.values()],
-        [of["interval"]["ndcg@10"] or (0.0, 0.0) for of in measured.values()],
-        x_title="NDCG@10 with 95 % interval",
+        [own["ndcg@10"] or 0.0 for own in measured.values()],
+        [own["interval"]["ndcg@10"] or (0.0, 0.0) for own in measured.values()],
+        x_title=x_title,
         differences=False,
     )
+
+
+def with_interval(measured: Mapping[str, Any], metric: str) -> str:
+    """Return a metric with half the width of its interval."""
+    if measured[metric] is None:
+        return NO_VALUE
+    low, high = measured["interval"][metric]
+    return f"{measured[metric]:.4f}\u00a0±\u00a0{(high - low) / 2:.4f}"
+
+
+def form(value: float | None, pattern: str = "{:.4f}") -> str:
+    """Return a number as text."""
+    return NO_VALUE if value is None else pattern.format(value)
+
+
+def by_slice(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the slices that have a session, by their name in words and their number of sessions."""
+    slices = report["slices"].items()
+    return {f"{name.replace('_', ' ')} ({part['n']:,})": part for name, part in slices if part["n"]}
 
 
 def _role(report: Mapping[str, Any], name: str) -> str:
@@ -128,17 +155,17 @@ def _role(report: Mapping[str, Any], name: str) -> str:
 
 
 def _differences(report: Mapping[str, Any], protocol: str) -> str:
-    found = {name: of["ndcg@10"] for name, of in report["differences"][protocol].items()}
-    chart = intervals(
-        list(found),
-        [of["difference"] for of in found.values()],
-        [(of["low"], of["high"]) for of in found.values()],
-        x_title=f"NDCG@10 minus that of {report['current']}, same users",
-    )
+    differences = {name: by_metric["ndcg@10"] for name, by_metric in report["differences"][protocol].items()}
+    chart = _difference_chart(differences, f"NDCG@10 minus that of {report['current']}, same users")
     words = "Each line is a system; right of zero it is better than the current one. The line is the 95 % interval."
     rows = [
-        (name, f"{of['difference']:+.4f}", f"{of['low']:+.4f} to {of['high']:+.4f}", _change(of["relative"]))
-        for name, of in found.items()
+        (
+            name,
+            f"{own['difference']:+.4f}",
+            f"{own['low']:+.4f} to {own['high']:+.4f}",
+            form(own["relative"], "{:+.1%}"),
+        )
+        for name, own in differences.items()
     ]
     return section(
         "Difference to the current system",
@@ -146,68 +173,45 @@ def _differences(report: Mapping[str, Any], protocol: str) -> str:
     )
 
 
-def _change(relative: float | None) -> str:
-    return "-" if relative is None else f"{relative:+.1%}"
+def _difference_chart(differences: Mapping[str, Mapping[str, float]], x_title: str) -> str:
+    return intervals(
+        list(differences),
+        [own["difference"] for own in differences.values()],
+        [(own["low"], own["high"]) for own in differences.values()],
+        x_title=x_title,
+    )
 
 
 def _by_slice(report: Mapping[str, Any], protocol: str) -> str:
-    found = {
-        f"{name.replace('_', ' ')} ({part['n']:,})": part["differences"][protocol]["ndcg@10"]
-        for name, part in report["slices"].items()
-        if part["n"]
-    }
-    chart = intervals(
-        list(found),
-        [of["difference"] for of in found.values()],
-        [(of["low"], of["high"]) for of in found.values()],
-        x_title=f"NDCG@10, {report['candidate']} minus {report['current']}",
-    )
+    differences = {name: part["differences"][protocol]["ndcg@10"] for name, part in by_slice(report).items()}
+    chart = _difference_chart(differences, f"NDCG@10, {report['candidate']} minus {report['current']}")
     words = "Where the candidate is better (green), worse (red), or not different for sure. Sessions in brackets."
     return section("By kind of session", f"<p>{words}</p>{chart}")
 
 
 def _slices(report: Mapping[str, Any], protocol: str) -> str:
     names = list(report["protocols"][protocol])
-    rows = [
-        (
-            part.replace("_", " "),
-            f"{of['n']:,}",
-            *("-" if (value := of[protocol][name]["ndcg@10"]) is None else f"{value:.4f}" for name in names),
-        )
-        for part, of in report["slices"].items()
-        if of["n"]
-    ]
-    words = (
-        "Cold: the next item has no earlier event. Rare: fewer than five. Short sessions have up to three items, "
-        "long ones ten or more."
-    )
-    inside = f"<p>{words}</p>" + table(("sessions", "number", *names), rows)
+    rows = [(part, *(form(own[protocol][name]["ndcg@10"]) for name in names)) for part, own in by_slice(report).items()]
+    inside = f"<p>{SLICE_WORDS}</p>" + table(("sessions (number)", *names), rows)
     return section("NDCG@10 by kind of session", inside, wide=len(names) > _NARROW)
 
 
 def _beyond(report: Mapping[str, Any], protocol: str) -> str:
     rows = [
-        (
-            _role(report, name),
-            _value(of["coverage@10"], "{:.1%}"),
-            _value(of["novelty"], "{:.2f}"),
-            _value(of["popularity_bias"], "{:.2f}"),
-            _value(of["diversity"], "{:.3f}"),
-        )
-        for name, of in report["beyond_accuracy"][protocol].items()
+        (_role(report, name), *(form(own[measure], pattern) for measure, pattern in _BEYOND.values()))
+        for name, own in report["beyond_accuracy"][protocol].items()
     ]
-    head = ("system", "coverage@10", "novelty", "popularity bias", "diversity")
-    return section("Beyond accuracy", table(head, rows))
+    return section("Beyond accuracy", table(("system", *_BEYOND), rows))
 
 
 def _cost(report: Mapping[str, Any]) -> str:
     rows, threads, load = [], 0, 0.0
-    for name, of in report["systems"].items():
-        found = of["cost"] or {}
-        threads, load = found.get("threads", threads), max(load, found.get("load", 0.0))
-        times = [_value(found.get("milliseconds", {}).get(size), "{:.1f}\u00a0ms") for size in ("1", "64")]
-        weights = f"{found['parameters']:,}" if found.get("parameters") else "-"
-        rows.append((_role(report, name), *times, weights, _size(found.get("bytes_in_memory")), _size(of["bytes"])))
+    for name, system in report["systems"].items():
+        cost = system["cost"] or {}
+        threads, load = cost.get("threads", threads), max(load, cost.get("load", 0.0))
+        times = [form(cost.get("milliseconds", {}).get(size), "{:.1f}\u00a0ms") for size in ("1", "64")]
+        weights = form(cost.get("parameters") or None, "{:,}")
+        rows.append((_role(report, name), *times, weights, _size(cost.get("bytes_in_memory")), _size(system["bytes"])))
     words = (
         f"Median time to score all {report['n_items']:,} items and take the first ten, for one session and for "
         f"64 at once, in this process on this machine (threads: {threads}), not by a server. -: not called here."
@@ -218,20 +222,16 @@ def _cost(report: Mapping[str, Any]) -> str:
     return section("Latency, memory and size", f"<p>{words}</p>" + table(head, rows))
 
 
-def _value(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
 def _size(size: int | None) -> str:
-    return "-" if size is None else f"{size / 1e6:.1f}\u00a0MB"
+    return form(None if size is None else size / 1e6, "{:.1f}\u00a0MB")
 
 
 class Pictures:
     """Pictures of the examples; each stands once in the page, however often its item is shown."""
 
-    def __init__(self, of: Mapping[str, str]) -> None:
-        self.number = {item: number for number, item in enumerate(of)}
-        rules = [f".p{number}{{background-image:url({uri})}}" for number, uri in enumerate(of.values())]
+    def __init__(self, uris: Mapping[str, str]) -> None:
+        self.number = {item: number for number, item in enumerate(uris)}
+        rules = [f".p{number}{{background-image:url({uri})}}" for number, uri in enumerate(uris.values())]
         self.style = f"<style>{''.join(rules)}</style>" if rules else ""
 
     def __call__(self, item: str | None) -> str:
@@ -261,36 +261,36 @@ def example_card(example: Mapping[str, Any], heading: str, pictures: Pictures) -
     came = _item(example["target"], example["target_id"], True, pictures)
     earlier = f", after {example['earlier']} earlier" if example["earlier"] else ""
     session = f"<div>User {escape(str(example['user']))} had{earlier}:<ul>{had}</ul>and next came:<ul>{came}</ul></div>"
-    lists = "".join(_list(name, of, pictures) for name, of in example["systems"].items())
+    lists = "".join(_list(name, shown, pictures) for name, shown in example["systems"].items())
     return f'<div class="example"><b>{escape(heading)}</b><div class="lists">{session}{lists}</div></div>'
 
 
-def _list(name: str, of: Mapping[str, Any], pictures: Pictures) -> str:
-    place = "not among the first fifty" if of["rank"] is None else f"at place {of['rank']}"
-    items = "".join(_item(item["title"], item["id"], item["hit"], pictures) for item in of["list"])
-    return f"<div>{escape(name)}: {place}<ol>{items}</ol></div>"
+def _list(name: str, shown: Mapping[str, Any], pictures: Pictures) -> str:
+    items = "".join(_item(item["title"], item["id"], item["hit"], pictures) for item in shown["list"])
+    return f"<div>{escape(name)}: {place(shown['rank'])}<ol>{items}</ol></div>"
+
+
+def place(rank: int | None) -> str:
+    """Return the place of the item that came next, in words."""
+    return "not among the first fifty" if rank is None else f"at place {rank}"
 
 
 def _item(title: str, item: str | None, hit: bool, pictures: Pictures) -> str:
+    short = title if len(title) <= _LONGEST_TITLE else title[: _LONGEST_TITLE - 1].rstrip() + "…"
     return (
-        f'<li{" class=hit" if hit else ""} title="{escape(title)}">'
-        f'<span class="item">{pictures(item)}<span>{escape(_short(title))}</span></span></li>'
+        f'<li{" class=hit" if hit else ""} title="{escape(title)}">'  # the whole title is shown by the mouse
+        f'<span class="item">{pictures(item)}<span>{escape(short)}</span></span></li>'
     )
-
-
-def _short(title: str) -> str:
-    """Return a title that fits a line or two; the whole one is shown by the mouse."""
-    return title if len(title) <= _LONGEST_TITLE else title[: _LONGEST_TITLE - 1].rstrip() + "…"
 
 
 def _left_out(report: Mapping[str, Any]) -> str:
     rows = [("all systems", f"data folder {report['data']}", "")]
     rows += [("all systems", _SESSIONS[name], f"{value:,}") for name, value in report["sessions"].items()]
-    for name, of in report["systems"].items():
-        rows += [(name, what.replace("_", " "), f"{value:,}") for what, value in of["counts"].items() if value]
-        rows += [(name, note, "") for note in of["notes"]]
-        if of["ranked_items"] != report["n_items"]:
-            rows.append((name, "ranks among another number of items", f"{of['ranked_items']:,}"))
+    for name, system in report["systems"].items():
+        rows += [(name, what.replace("_", " "), f"{value:,}") for what, value in system["counts"].items() if value]
+        rows += [(name, note, "") for note in system["notes"]]
+        if system["ranked_items"] != report["n_items"]:
+            rows.append((name, "ranks among another number of items", f"{system['ranked_items']:,}"))
     return section("What was compared, and what was left out", table(("system", "what", "number"), rows))
 
 

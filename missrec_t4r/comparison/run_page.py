@@ -12,14 +12,26 @@ import numpy as np
 import torch
 
 from missrec_t4r.comparison.examples import described, shown_ids
-from missrec_t4r.comparison.page import COMPARISON_STYLE, Pictures, accuracy_chart, example_card, headline, wide_section
+from missrec_t4r.comparison.page import (
+    COMPARISON_STYLE,
+    SLICE_WORDS,
+    Pictures,
+    accuracy_chart,
+    by_slice,
+    example_card,
+    form,
+    headline,
+    place,
+    wide_section,
+    with_interval,
+)
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.etl.features.thumbnails import thumbnails
-from missrec_t4r.etl.quality.charts import bars, intervals, line, number
+from missrec_t4r.etl.quality.charts import bars, line, number
 from missrec_t4r.etl.quality.html import document, numbers, section, table
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, PROTOCOL_TITLES, rank_systems
-from missrec_t4r.evaluation.report import NO_VALUE, with_current_names
+from missrec_t4r.evaluation.report import with_current_names
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.model.score_terms import ScoreTerms
@@ -123,8 +135,8 @@ def run_page(
     page = document(f"Run {name}", f"Run {name}", about, sections, above=above, style=COMPARISON_STYLE)
     with atomic_write_file(file) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    of = report["protocols"][EXCLUDED]
-    value, network = of[_main(of)][_CRITERION], of.get(NETWORK, {}).get(_CRITERION)
+    systems = report["protocols"][EXCLUDED]
+    value, network = systems[_main(systems)][_CRITERION], systems.get(NETWORK, {}).get(_CRITERION)
     added = None if network is None else value - network
     return {"page": str(file), "headline": f"{result}. {words}", _CRITERION: value, "terms_added": added}
 
@@ -148,19 +160,20 @@ def _main(systems: Mapping[str, Any]) -> str:
 
 def _headline(report: Mapping[str, Any]) -> tuple[str, str]:
     systems = report["protocols"][EXCLUDED]
-    of = systems[_main(systems)]
-    low, high = of["interval"]["recall@10"]
+    served = systems[_main(systems)]
+    low, high = served["interval"]["recall@10"]
     words = [
-        f"{of['recall@10']:.1%} of the next items are among the first ten (95 % interval {low:.1%} to {high:.1%})."
+        f"{served['recall@10']:.1%} of the next items are among the first ten (95 % interval {low:.1%} to {high:.1%})."
     ]
-    if NETWORK in systems and systems[NETWORK] is not of:
-        words.append(f"The ranking terms added {of[_CRITERION] - systems[NETWORK][_CRITERION]:+.4f} to the network.")
-    others = {name: systems[name][_CRITERION] for name in ALL_BASELINES if name in systems}
-    if others:
-        best = max(others, key=lambda name: others[name])
-        change = f" ({of[_CRITERION] / others[best] - 1:+.1%})" if others[best] else ""
-        words.append(f"The best baseline, {best}, has {others[best]:.4f}{change}.")
-    return f"NDCG@10 {of[_CRITERION]:.4f}, seen items excluded", " ".join(words)
+    if NETWORK in systems and systems[NETWORK] is not served:
+        added = served[_CRITERION] - systems[NETWORK][_CRITERION]
+        words.append(f"The ranking terms added {added:+.4f} to the network.")
+    baselines = {name: systems[name][_CRITERION] for name in ALL_BASELINES if name in systems}
+    if baselines:
+        best = max(baselines, key=lambda name: baselines[name])
+        change = f" ({served[_CRITERION] / baselines[best] - 1:+.1%})" if baselines[best] else ""
+        words.append(f"The best baseline, {best}, has {baselines[best]:.4f}{change}.")
+    return f"NDCG@10 {served[_CRITERION]:.4f}, seen items excluded", " ".join(words)
 
 
 def _numbers(report: Mapping[str, Any], info: Mapping[str, Any]) -> str:
@@ -200,47 +213,29 @@ def _curves(curve: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> str:
 
 def _accuracy(report: Mapping[str, Any], protocol: str) -> str:
     systems, rows = report["protocols"][protocol], []
-    titled = {_TITLES.get(name, name): of for name, of in systems.items()}
-    for name, of in systems.items():
-        cells = [_with_interval(of, metric) for metric in (_CRITERION, "recall@10")]
-        covered = report["coverage"][protocol][name].get("coverage@10")
-        rows.append(
-            (_TITLES.get(name, name), *cells, _form(of["recall@50"]), NO_VALUE if covered is None else f"{covered:.1%}")
-        )
+    titled = {_TITLES.get(name, name): measured for name, measured in systems.items()}
+    for name, measured in systems.items():
+        cells = [with_interval(measured, metric) for metric in (_CRITERION, "recall@10")]
+        covered = form(report["coverage"][protocol][name].get("coverage@10"), "{:.1%}")
+        rows.append((_TITLES.get(name, name), *cells, form(measured["recall@50"]), covered))
     head = ("system", "NDCG@10", "Recall@10", "Recall@50", "coverage@10")
     return section(f"Accuracy, seen items {PROTOCOL_TITLES[protocol]}", table(head, rows) + accuracy_chart(titled))
 
 
 def _by_slice(report: Mapping[str, Any]) -> str:
-    parts = {
-        f"{name.replace('_', ' ')} ({part['n']:,})": part[EXCLUDED][_main(part[EXCLUDED])]
-        for name, part in report["slices"].items()
-        if part["n"]
-    }
-    chart = intervals(
-        list(parts),
-        [of[_CRITERION] for of in parts.values()],
-        [of["interval"][_CRITERION] for of in parts.values()],
-        x_title="NDCG@10, seen items excluded, with 95 % interval",
-        differences=False,
-    )
-    words = (
-        "Cold: the next item has no event in training. Rare: fewer than five. Short sessions have up to three items, "
-        "long ones ten or more. Sessions in brackets."
-    )
-    return section("By kind of session", f"<p>{words}</p>{chart}")
+    measured = {name: part[EXCLUDED][_main(part[EXCLUDED])] for name, part in by_slice(report).items()}
+    chart = accuracy_chart(measured, "NDCG@10, seen items excluded, with 95 % interval")
+    return section("By kind of session", f"<p>{SLICE_WORDS} Sessions in brackets.</p>{chart}")
 
 
 def _slices(report: Mapping[str, Any]) -> str:
     names = list(report["protocols"][EXCLUDED])
     rows = [
-        (name.replace("_", " "), f"{part['n']:,}", *(_with_interval(part[EXCLUDED][one], _CRITERION) for one in names))
-        for name, part in report["slices"].items()
-        if part["n"]
+        (part, *(with_interval(measured[EXCLUDED][name], _CRITERION) for name in names))
+        for part, measured in by_slice(report).items()
     ]
-    head = ("sessions", "number", *(_TITLES.get(name, name) for name in names))
-    title = "NDCG@10 by kind of session, seen items excluded"
-    return section(title, table(head, rows), wide=True)
+    head = ("sessions (number)", *(_TITLES.get(name, name) for name in names))
+    return section("NDCG@10 by kind of session, seen items excluded", table(head, rows), wide=True)
 
 
 def _terms(info: Mapping[str, Any], shares: Mapping[str, float]) -> str:
@@ -250,17 +245,15 @@ def _terms(info: Mapping[str, Any], shares: Mapping[str, float]) -> str:
         counted = f"events that follow, within {prior['window']}" if prior["directed"] else "whole sessions"
         about = f"counts {counted}; recency {prior['decay']:.2g}; popularity discount {prior['power']:.2g}"
         rows.append((_TERM_TITLES["item_knn"], f"{prior['weight']:.4g}", about))
-    if prior.get("lookalikes"):
-        of = prior["lookalikes"]
-        rows.append((_TERM_TITLES["content_knn"], f"{of['weight']:.4g}", f"recency {of['decay']:.2g}"))
+    if content := prior.get("lookalikes"):
+        rows.append((_TERM_TITLES["content_knn"], f"{content['weight']:.4g}", f"recency {content['decay']:.2g}"))
     if prior.get("newcomers"):
         about = ", ".join(
             f"{name} {value:.3g}" for name, value in prior["newcomers"].items() if isinstance(value, float)
         )
         rows.append((_TERM_TITLES["cold_start"], "", about))
-    if prior.get("rare_items"):
-        of = prior["rare_items"]
-        groups = zip(("0 events", "1 or 2", "3 or 4"), of["content"], of["offset"], strict=True)
+    if rare := prior.get("rare_items"):
+        groups = zip(("0 events", "1 or 2", "3 or 4"), rare["content"], rare["offset"], strict=True)
         about = "; ".join(f"{events}: content {weight:.3g}, offset {offset:+.3g}" for events, weight, offset in groups)
         rows.append((_TERM_TITLES["rare_items"], "", about))
     if not rows and not shares:
@@ -298,7 +291,10 @@ def _examples(loaded: LoadedRun, split: str) -> tuple[dict[str, float], list[str
     }
     examples = described(loaded.catalogue, known, targets, shown, chosen, users=sessions)
     pictures = Pictures(thumbnails(loaded.catalogue, shown_ids(examples)))
-    cards = [example_card(one, _place(one["systems"]["recommended"]["rank"]), pictures) for one in examples]
+    cards = [
+        example_card(example, place(example["systems"]["recommended"]["rank"]).capitalize(), pictures)
+        for example in examples
+    ]
     parts, rows = scorer.parts(known), torch.from_numpy(np.maximum(lists, 0)).to(scorer.device)
     real = (torch.from_numpy(lists) >= 0).to(scorer.device) & ~parts.empty[:, None]
     before = parts.network
@@ -314,10 +310,6 @@ def _examples(loaded: LoadedRun, split: str) -> tuple[dict[str, float], list[str
     return shares, cards, pictures
 
 
-def _place(rank: int | None) -> str:
-    return "Not among the first fifty" if rank is None else f"At place {rank}"
-
-
 def _settings(run: Path) -> str:
     recipe = read_json(run / RECIPE_FILE)
     rows = [
@@ -325,14 +317,3 @@ def _settings(run: Path) -> str:
     ]
     inside = f"<details><summary>{len(rows)} settings</summary>{table(('setting', 'value'), rows)}</details>"
     return section("Recipe", inside)
-
-
-def _with_interval(of: Mapping[str, Any], metric: str) -> str:
-    if of[metric] is None:
-        return NO_VALUE
-    low, high = of["interval"][metric]
-    return f"{of[metric]:.4f} ± {(high - low) / 2:.4f}"
-
-
-def _form(value: float | None) -> str:
-    return NO_VALUE if value is None else f"{value:.4f}"

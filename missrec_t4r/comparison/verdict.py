@@ -36,9 +36,10 @@ def decide(measures: Mapping[str, Any], protocol: str, gate: Path | None) -> tup
         The gate cannot be read, or names an unknown measure.
     """
     low, high = (measures[f"{protocol}.difference_{end}.{CRITERION}"] for end in ("low", "high"))
-    by_interval = SHIP if low > 0 else REFUSED if high < 0 else OPEN
     if gate is None:
-        return by_interval, []
+        if low > 0:
+            return SHIP, []
+        return (REFUSED if high < 0 else OPEN), []
     from missrec_t4r.etl.quality.report import read_gate
 
     checks = []
@@ -61,13 +62,14 @@ def measures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
 
 def _measures(report: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
     candidate = report["candidate"]
-    for protocol, found in report["differences"].items():
-        yield from _metrics(protocol, report["protocols"][protocol][candidate], found[candidate])
+    for protocol, differences in report["differences"].items():
+        yield from _metrics(protocol, report["protocols"][protocol][candidate], differences[candidate])
         for name, value in report["beyond_accuracy"][protocol][candidate].items():
             yield f"{protocol}.{name}", value
-        for part, of in report["slices"].items():
-            if part != "all":
-                yield from _metrics(f"slice.{part}.{protocol}", of[protocol][candidate], of["differences"][protocol])
+        for name, part in report["slices"].items():
+            if name != "all":
+                prefix, by_protocol = f"slice.{name}.{protocol}", part["differences"]
+                yield from _metrics(prefix, part[protocol][candidate], by_protocol[protocol])
     yield "n_users", report["n_users"]
     yield "bytes", report["systems"][candidate]["bytes"]
     cost = report["systems"][candidate]["cost"] or {}
@@ -77,12 +79,12 @@ def _measures(report: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
 
 
 def _metrics(
-    prefix: str, measured: Mapping[str, Any], found: Mapping[str, Any] | None
+    prefix: str, measured: Mapping[str, Any], differences: Mapping[str, Any] | None
 ) -> Iterator[tuple[str, float | None]]:
     for metric, value in measured.items():
         if "@" in metric:
             yield f"{prefix}.{metric}", value
-            difference = (found or {}).get(metric) or {}
+            difference = (differences or {}).get(metric) or {}
             for name in ("difference", "low", "high", "relative"):
                 kind = f"difference_{name}" if name in ("low", "high") else name
                 yield f"{prefix}.{kind}.{metric}", difference.get(name)
@@ -92,8 +94,8 @@ def sentence(report: Mapping[str, Any], decision: str, protocol: str) -> str:
     """Return the verdict in one sentence, with its numbers."""
     candidate, current = report["candidate"], report["current"]
     values = [report["protocols"][protocol][name][CRITERION] for name in (candidate, current)]
-    found = report["differences"][protocol][candidate][CRITERION]
-    change = "" if found["relative"] is None else f" ({found['relative']:+.1%})"
+    difference = report["differences"][protocol][candidate][CRITERION]
+    change = "" if difference["relative"] is None else f" ({difference['relative']:+.1%})"
     start = {
         SHIP: f"Ship {candidate}",
         OPEN: f"No difference shown between {candidate} and {current}",
@@ -101,7 +103,7 @@ def sentence(report: Mapping[str, Any], decision: str, protocol: str) -> str:
     }[decision]
     return (
         f"{start}: NDCG@10 {values[0]:.4f} against {values[1]:.4f} of {current}{change}, difference "
-        f"{found['difference']:+.4f}, 95 % interval {found['low']:+.4f} to {found['high']:+.4f}, "
+        f"{difference['difference']:+.4f}, 95 % interval {difference['low']:+.4f} to {difference['high']:+.4f}, "
         f"{report['n_users']:,} sessions"
     )
 
@@ -110,10 +112,10 @@ def plainly(report: Mapping[str, Any], protocol: str) -> list[str]:
     """Return what the verdict's figures mean, in sentences for a reader who knows no metric."""
     candidate, current = report["candidate"], report["current"]
     measured, counts = report["protocols"][protocol], report["outcomes"][protocol]
-    found = [f"{100 * measured[name]['recall@10']:.1f}" for name in (candidate, current)]
+    shares = [f"{100 * measured[name]['recall@10']:.1f}" for name in (candidate, current)]
     words = [
-        f"The item that came next is among the first ten recommendations of {candidate} in {found[0]} of 100 sessions, "
-        f"among those of {current} in {found[1]}.",
+        f"The item that came next is among the first ten recommendations of {candidate} in {shares[0]} of 100 "
+        f"sessions, among those of {current} in {shares[1]}.",
         f"It stands higher with {candidate} in {counts['candidate_better']:,} sessions and with {current} in "
         f"{counts['current_better']:,}; in {counts['alike']:,} there is no difference (in {counts['neither_found']:,} "
         "of them neither has it among its first ten).",

@@ -179,6 +179,15 @@ def test_seeds_are_averaged_and_baselines_stand_beside(data: Path, tmp_path: Pat
         assert result["protocols"][protocol]["run"]["ndcg@10"] == pytest.approx(np.mean(values))
     seeds = result["systems"]["run"]["seeds"]
     assert seeds["ndcg@10"] == pytest.approx([one[EXCLUDED]["run"]["ndcg@10"] for one in alone])
+    renamed = mr.compare(
+        {"run": runs, "net": "network", "too": "network", "most sold": "popularity", "again": "popularity"},
+        protocols=[EXCLUDED],
+    )
+    found, before = renamed["protocols"][EXCLUDED], result["protocols"][EXCLUDED]
+    assert list(found) == ["run", "net", "too", "most sold", "again"]
+    assert found["net"] == found["too"] == before["network"]
+    assert found["most sold"] == found["again"] == before["popularity"]
+    assert renamed["systems"]["net"]["kind"] == "network of run"
     assert result["systems"]["run"]["bytes"] == (runs[0] / "weights.safetensors").stat().st_size
 
 
@@ -296,6 +305,17 @@ def test_a_scorer_of_your_own_is_a_system(data: Path) -> None:
     assert result["protocols"][KEPT_STRICT]["next"]["mrr@10"] > result["protocols"][KEPT_STRICT]["popularity"]["mrr@10"]
 
 
+def test_systems_without_a_common_protocol_are_refused(data: Path) -> None:
+    class KnowsWhatWasSeen:
+        protocols = (EXCLUDED,)
+
+        def __call__(self, histories: Sessions) -> Tensor:
+            return torch.zeros(len(histories), 9)
+
+    with pytest.raises(ConfigError, match="no protocol of kept_strict that popularity and mine both have"):
+        mr.compare({"popularity": "popularity", "mine": KnowsWhatWasSeen()}, data=data, protocols=[KEPT_STRICT])
+
+
 @pytest.mark.parametrize(
     ("systems", "words"),
     [
@@ -303,6 +323,7 @@ def test_a_scorer_of_your_own_is_a_system(data: Path) -> None:
         (["popularity", "nowhere"], "nowhere is missing"),
         (["popularity", "network"], "no run and no `data`"),
         (["popularity", "x=item_knn", "x=content_knn"], "two systems called 'x'"),
+        (["popularity", "x=item_knn,content_knn"], "2 paths of one system that are no runs"),
     ],
 )
 def test_what_cannot_be_compared_is_said(systems: list[str], words: str) -> None:

@@ -18,7 +18,7 @@ scores, never users x items.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
@@ -104,6 +104,13 @@ def chunk_size(n_rows: int) -> int:
     return max(1, min(MAX_SESSIONS, CHUNK_BYTES // (4 * n_rows)))
 
 
+def chunks_of(sessions: Sessions, n_rows: int, description: str) -> Iterator[tuple[slice, Sessions]]:
+    """Yield some sessions at a time, and where they stand, with progress."""
+    step = chunk_size(n_rows)
+    for start in track(range(0, len(sessions), step), description):
+        yield slice(start, start + step), sessions.slice(start, start + step)
+
+
 def rank_catalogue(
     scorer: Scorer,
     histories: Sessions,
@@ -144,11 +151,11 @@ def rank_catalogue(
     chosen = fit if protocols is None else protocols
     if set(chosen) - set(fit):
         raise ConfigError(
-            f"protocol {sorted(set(chosen) - set(fit))[0]!r} for scores that depend on which items were seen",
+            f"protocol {min(set(chosen) - set(fit))!r} for scores that depend on which items were seen",
             f"one of {', '.join(fit)}",
             "rank a scorer without history bias, item-kNN and content-kNN term, or use missrec evaluate",
         )
-    one = rank_systems(
+    ranked = rank_systems(
         lambda chunk: [Scored("", chosen, scorer(chunk))],
         histories,
         targets,
@@ -156,7 +163,7 @@ def rank_catalogue(
         top_k=top_k,
         description=description,
     )
-    return one.get("", Ranking({name: np.empty(0, np.int64) for name in chosen}, {}, 0))
+    return ranked.get("", Ranking({name: np.empty(0, np.int64) for name in chosen}, {}, 0))
 
 
 def rank_systems(
@@ -185,23 +192,21 @@ def rank_systems(
     """
     _check_targets(histories, targets, n_rows)
     histories, top_k = histories.known(), min(top_k, n_rows - FIRST_ITEM_ROW)
-    step = chunk_size(n_rows)
     ranked: dict[str, dict[str, _Ranked]] = {}
-    for start in track(range(0, len(histories), step), description):
-        chunk = histories.slice(start, start + step)
-        target = torch.from_numpy(targets[start : start + step])  # [batch]
+    for at, chunk in chunks_of(histories, n_rows, description):
+        target = torch.from_numpy(targets[at])  # [batch]
         for system, protocols, unchecked in score(chunk):
-            scores = _checked(unchecked, len(chunk), n_rows, start)  # [batch, row]
+            scores = _checked(unchecked, len(chunk), n_rows, at.start)  # [batch, row]
             target = target.to(scores.device)
-            of = ranked.setdefault(system, {})
-            _rank_chunk(scores, chunk, target, top_k, {name: of.setdefault(name, _Ranked()) for name in protocols})
+            own = ranked.setdefault(system, {})
+            _rank_chunk(scores, chunk, target, top_k, {name: own.setdefault(name, _Ranked()) for name in protocols})
     return {
         system: Ranking(
-            {protocol: np.concatenate(found.ranks) for protocol, found in of.items()},
-            {protocol: np.concatenate(found.lists) for protocol, found in of.items() if found.lists},
-            max(found.unrecommendable for found in of.values()),
+            {protocol: np.concatenate(found.ranks) for protocol, found in own.items()},
+            {protocol: np.concatenate(found.lists) for protocol, found in own.items() if found.lists},
+            max(found.unrecommendable for found in own.values()),
         )
-        for system, of in ranked.items()
+        for system, own in ranked.items()
     }
 
 
@@ -219,17 +224,17 @@ def _rank_chunk(scores: Tensor, chunk: Sessions, target: Tensor, top_k: int, fou
     kept = target_ranks(scores, target)
     missed = int(torch.isneginf(scores.gather(1, target[:, None])).sum())
     for excludes in (False, True):
-        protocols = [of for protocol, of in found.items() if (protocol == EXCLUDED) is excludes]
-        if not protocols:
+        with_this_filter = [ranked for protocol, ranked in found.items() if (protocol == EXCLUDED) is excludes]
+        if not with_this_filter:
             continue
         ranks = (ranks_without_seen(kept, scores, chunk, target) if excludes else kept).cpu().numpy()
         lists = []
         if top_k:
             lists = [recommendable_rows(exclude_seen(scores, chunk) if excludes else scores, top_k).cpu().numpy()]
-        for of in protocols:
-            of.ranks.append(ranks)
-            of.lists += lists
-            of.unrecommendable += missed
+        for ranked in with_this_filter:
+            ranked.ranks.append(ranks)
+            ranked.lists += lists
+            ranked.unrecommendable += missed
 
 
 def protocols_of(scorer: Scorer) -> Sequence[str]:

@@ -27,7 +27,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, PROTOCOLS, Scored
 from missrec_t4r.ranking.cooccurrence import damping, pairs_within, repeats_within, sessions_with_both
-from missrec_t4r.ranking.similarity import centred, mean_over_shared
+from missrec_t4r.ranking.similarity import centred
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
 DENSE_SHARE: Final = 0.05
@@ -205,8 +205,8 @@ class ContentKNN:
             query = F.normalize(torch.sparse.mm(weights, vectors), dim=-1)  # [batch, width]
             cosines.append(query @ vectors.t())  # [batch, row]
             shared.append(query.any(1, keepdim=True) & self.present[name])
-        mean, count = mean_over_shared(cosines, shared)
-        return _only_items(torch.where(count > 0, mean, -1.0))
+        count = torch.stack(shared).sum(0)
+        return _only_items(torch.where(count > 0, torch.stack(cosines).sum(0) / count.clamp_min(1), -1.0))
 
 
 def recency_weights(histories: Sessions, n_rows: int, decay: float) -> Tensor:

@@ -48,10 +48,6 @@ class Blend(NamedTuple):
     """False for a score without the network."""
 
 
-Blends = Mapping[str, Mapping[str, Blend]]
-"""System to protocol to blend."""
-
-
 class BlendScorer:
     """Scores of several systems of one model, from one pass through its network.
 
@@ -62,15 +58,15 @@ class BlendScorer:
         By system and protocol. Protocols with the same blend share a score.
     """
 
-    def __init__(self, scorer: ModelScorer, blends: Blends) -> None:
+    def __init__(self, scorer: ModelScorer, blends: Mapping[str, Mapping[str, Blend]]) -> None:
         self.scorer, self.blends = scorer, blends
 
     def __call__(self, histories: Sessions) -> Iterator[Scored]:
         """Yield the scores of every system, one at a time."""
         parts = self.scorer.parts(histories)
-        for system, of in self.blends.items():
-            for blend in {id(blend): blend for blend in of.values()}.values():
-                protocols = [protocol for protocol, one in of.items() if one is blend]
+        for system, by_protocol in self.blends.items():
+            for blend in {id(blend): blend for blend in by_protocol.values()}.values():
+                protocols = [protocol for protocol, other in by_protocol.items() if other is blend]
                 yield Scored(system, protocols, self.scorer.combined(parts, blend.terms, network=blend.network))
 
 
@@ -94,31 +90,29 @@ def blends_of(
     settings : dict
         ``{system: {protocol: …}}``: the chosen settings and their validation NDCG@10.
     """
-    nothing = Blend(ScoreTerms())
-    exported, own = Blend(model.terms), terms_of(model)
-    trained = own.history_bias
-    biased = nothing if trained is None else Blend(ScoreTerms({"history_bias": _bias(model, trained)}))
-    blends: dict[str, dict[str, Blend]] = {
-        MODEL: {},
-        NETWORK: {EXCLUDED: nothing, KEPT_STRICT: nothing, KEPT_WITH_HISTORY_TERM: biased},
-    }
-    settings: dict[str, Any] = {MODEL: {}}
+    network = with_bias = Blend(ScoreTerms())
+    if (trained := terms_of(model).history_bias) is not None:
+        with_bias = Blend(ScoreTerms({"history_bias": _bias(model, trained)}))
+    of_network = {EXCLUDED: network, KEPT_STRICT: network, KEPT_WITH_HISTORY_TERM: with_bias}
+    blends, settings = {MODEL: of_network}, {MODEL: dict[str, Any]()}
     if model.config.n_neighbours or model.config.n_similar_items:
+        blends[MODEL], settings[MODEL] = _tuned(model, validation, alone=False)
+        exported = Blend(model.terms)
         blends[EXPORTED] = {EXCLUDED: exported, KEPT_WITH_HISTORY_TERM: exported}
-        for protocol in PROTOCOLS:
-            fresh = with_terms(model, _terms_for(model, protocol))
-            settings[MODEL][protocol] = tune_terms(fresh, validation, (protocol,), history=True)
-            blends[MODEL][protocol] = Blend(fresh.terms)
-    else:
-        blends[MODEL] = blends[NETWORK]
+    blends[NETWORK] = of_network
     if alone:
-        blends[TERMS], settings[TERMS] = {}, {}
-        for protocol in PROTOCOLS:
-            fresh = with_terms(model, _terms_for(model, protocol, alone=True))
-            settings[TERMS][protocol] = tune_terms(fresh, validation, (protocol,), network=False, history=True)
-            blends[TERMS][protocol] = Blend(fresh.terms, network=False)
-    order = [name for name in (MODEL, EXPORTED, NETWORK, TERMS) if name in blends]
-    return {name: {p: blends[name][p] for p in PROTOCOLS if p in blends[name]} for name in order}, settings
+        blends[TERMS], settings[TERMS] = _tuned(model, validation, alone=True)
+    return blends, settings
+
+
+def _tuned(model: MISSRec, validation: Validation, *, alone: bool) -> tuple[dict[str, Blend], dict[str, Any]]:
+    """Return blends with terms that are tuned for each protocol, and their settings; ``alone`` without the network."""
+    blends, settings = {}, {}
+    for protocol in PROTOCOLS:
+        fresh = with_terms(model, _terms_for(model, protocol, alone=alone))
+        settings[protocol] = tune_terms(fresh, validation, (protocol,), network=not alone, history=True)
+        blends[protocol] = Blend(fresh.terms, network=not alone)
+    return blends, settings
 
 
 def _terms_for(model: MISSRec, protocol: str, *, alone: bool = False) -> dict[str, ScoreTerm]:
@@ -135,14 +129,15 @@ def _terms_for(model: MISSRec, protocol: str, *, alone: bool = False) -> dict[st
     """
     trained, config = terms_of(model).history_bias, model.config
     has_bias = protocol == KEPT_WITH_HISTORY_TERM and (alone or trained is not None)
-    config = replace(config, history_bias=has_bias)
     if alone:
-        neighbours = config.n_neighbours or MISSRecConfig.n_neighbours
-        similar = config.n_similar_items or MISSRecConfig.n_similar_items
         config = replace(
-            config, n_neighbours=neighbours, n_similar_items=similar, cold_start_exposure=0.0, rare_item_cost=0.0
+            config,
+            n_neighbours=config.n_neighbours or MISSRecConfig.n_neighbours,
+            n_similar_items=config.n_similar_items or MISSRecConfig.n_similar_items,
+            cold_start_exposure=0.0,
+            rare_item_cost=0.0,
         )
-    terms = build_terms(config, model.item_encoder, strict=protocol == KEPT_STRICT)
+    terms = build_terms(replace(config, history_bias=has_bias), model.item_encoder, strict=protocol == KEPT_STRICT)
     if has_bias:
         terms["history_bias"] = _bias(model, None if alone else trained)
     return {name: term.to(model.item_encoder.presence.device) for name, term in terms.items()}

@@ -48,21 +48,3 @@ def mean_similarity(centred: Sequence[Tensor], presence: Tensor, rows: Tensor, o
         total.addmm_(vectors[rows], vectors[others].T)
         shared += present[rows].unsqueeze(1) & present[others]
     return torch.where(shared > 0, total / shared.clamp_min(1), -torch.inf)
-
-
-def mean_over_shared(cosines: Sequence[Tensor], shared: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the mean of one cosine per modality over those that session and item have in common, and their number.
-
-    Parameters
-    ----------
-    cosines : sequence of Tensor [batch, item]
-        0 where a modality is not shared.
-    shared : sequence of Tensor [batch, item], bool
-
-    Returns
-    -------
-    mean, count : Tensor [batch, item]
-        The mean is 0 where nothing is shared.
-    """
-    count = torch.stack(list(shared)).sum(0)
-    return torch.stack(list(cosines)).sum(0) / count.clamp_min(1), count

@@ -16,18 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from missrec_t4r.arrays import Doubles
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation.full_ranking import (
-    EXCLUDED,
-    KEPT_WITH_HISTORY_TERM,
-    chunk_size,
-    n_true,
-)
+from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_WITH_HISTORY_TERM, chunks_of, n_true
 from missrec_t4r.evaluation.metrics import MISSED
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import track
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.scorer import ModelScorer, Parts
 from missrec_t4r.ranking.terms.cold_start import ColdStartSettings
@@ -61,16 +54,6 @@ _KEPT_BYTES = 1 << 28
 """Scores of the network on validation that are kept; where there are more, they are computed for every grid."""
 _MOST_ROWS = 200_000
 """Similar items are found by comparing all pairs; for larger catalogues the content-kNN term stays off."""
-
-
-_NO_ITEM_KNN, _NO_CONTENT_KNN = ItemKNNSettings(0.0, 1.0, 0.0), ContentKNNSettings(0.0, 1.0)
-
-
-class _Point(NamedTuple):
-    """One point of a grid: the settings of a term of unit weight, and its weight."""
-
-    unit: tuple[float, ...]
-    weight: float
 
 
 def fit_terms(
@@ -124,10 +107,11 @@ def tune_terms(
         terms.rare_items.switch_off()
     if terms.history_bias is not None:
         terms.history_bias.offset.zero_()
-    for part, off in ((item_knn, _NO_ITEM_KNN), (content_knn, _NO_CONTENT_KNN)):
-        if part is not None:
-            part.choose(off)  # type: ignore[arg-type]  # each its own settings
-    blend = _Blend(model, validation, tuple(protocols), network)
+    if item_knn is not None:
+        item_knn.choose(ItemKNNSettings(0.0, 1.0, 0.0))
+    if content_knn is not None:
+        content_knn.choose(ContentKNNSettings(0.0, 1.0))
+    blend = _Blend(model, validation, protocols, network)
     found: dict[str, Any] = {}
     if item_knn is not None:
         countings = [(model.config.max_sequence_length, False), (_FOLLOWERS, True)]
@@ -145,11 +129,7 @@ def tune_terms(
         found["newcomers"] = fit_cold_start(model, validation.catalogue, validation.valid, seed=validation.seed)
     if terms.rare_items is not None:
         found["rare_items"] = fit_rare_items(
-            terms.rare_items,
-            blend.scored(),
-            len(validation.histories),
-            blend.protocols,
-            model.config.rare_item_cost,
+            terms.rare_items, blend.scored(), len(validation.histories), protocols, model.config.rare_item_cost
         )
     return found
 
@@ -160,23 +140,15 @@ def _tune_item_knn(blend: _Blend, item_knn: ItemKNNTerm, countings: Sequence[Cou
     is_alone = not blend.network and not (content_knn is not None and content_knn.active)
     weights = _ONE_LOGIT if is_alone else _LOGITS_PER_COUNT  # a term alone ranks alike with any weight
     for counting in countings:
-        item_knn.choose(_NO_ITEM_KNN)
         item_knn.count_as(blend.validation.counted(item_knn, counting))
         grid = [
             _settings(blend.model, item_knn, decay, power, logits)
             for decay, power, logits in product(_DECAYS, _POWERS, weights)
         ]
-        scores = blend.ndcg(
-            [_Point(point[1:], point.weight) for point in grid],
-            lambda unit: item_knn.choose(ItemKNNSettings(1.0, *unit)),
-            lambda: item_knn.choose(_NO_ITEM_KNN),
-            item_knn,
-        )
-        best = int(scores.argmax())
-        found.append((float(scores[best]), counting, grid[best], float(scores[0])))
-    ndcg, counting, point, without = max(found, key=lambda result: result[0])
+        found.append((counting, *blend.best(grid, lambda point: item_knn.choose(ItemKNNSettings(*point)), item_knn)))
+    counting, point, ndcg, without = max(found, key=lambda result: result[2])
     item_knn.count_as(blend.validation.counted(item_knn, counting))
-    item_knn.choose(point)
+    item_knn.choose(ItemKNNSettings(*point))
     window, directed = counting
     counted = {"window": window, "directed": directed}
     return {**item_knn.chosen._asdict(), **counted, "valid_ndcg@10": ndcg, "without": without}
@@ -187,32 +159,17 @@ def _tune_content_knn(blend: _Blend, content_knn: ContentKNNTerm) -> dict[str, f
     nearest = content_knn.likeness.amax(1)
     average = float(nearest.sum() / (nearest > 0).sum().clamp_min(1))
     grid = [
-        _Point((decay,), logits * blend.model.config.temperature / max(average, 1e-6))
+        (logits * blend.model.config.temperature / max(average, 1e-6), decay)
         for decay, logits in product(_DECAYS, _LOGITS_PER_SIMILAR)
     ]
-    scores = blend.ndcg(
-        grid,
-        lambda unit: content_knn.choose(ContentKNNSettings(1.0, *unit)),
-        lambda: content_knn.choose(_NO_CONTENT_KNN),
-        content_knn,
-    )
-    best = int(scores.argmax())
-    content_knn.choose(ContentKNNSettings(grid[best].weight, *grid[best].unit))
-    return {"valid_ndcg@10": float(scores[best]), "without": float(scores[0])}
+    _, ndcg, without = blend.best(grid, lambda point: content_knn.choose(ContentKNNSettings(*point)), content_knn)
+    return {"valid_ndcg@10": ndcg, "without": without}
 
 
-@torch.no_grad()
 def _tune_history(blend: _Blend, history: HistoryBias) -> dict[str, float]:
-    grid = [_Point((), logits * blend.model.config.temperature) for logits in _HISTORY_LOGITS]
-    scores = blend.ndcg(
-        grid,
-        lambda _: None,
-        lambda: history.offset.zero_(),
-        lambda item_ids: blend.seen(item_ids),
-    )
-    best = int(scores.argmax())
-    history.offset.fill_(grid[best].weight)
-    return {"history_bias": float(history.bias + history.offset), "valid_ndcg@10": float(scores[best])}
+    grid = [(logits * blend.model.config.temperature,) for logits in _HISTORY_LOGITS]
+    _, ndcg, _ = blend.best(grid, lambda point: history.offset.fill_(*point), blend.seen)
+    return {"history_bias": float(history.bias.detach() + history.offset), "valid_ndcg@10": ndcg}
 
 
 class Validation:
@@ -247,16 +204,15 @@ class Validation:
         They are kept where they are few enough.
         """
         n_rows = self.catalogue.n_rows
-        step, keep = chunk_size(n_rows), 4 * n_rows * len(self.histories) <= _KEPT_BYTES
-        for index, start in enumerate(track(range(0, len(self.histories), step), "tuning score terms")):
+        keep = 4 * n_rows * len(self.histories) <= _KEPT_BYTES
+        for index, (at, chunk) in enumerate(chunks_of(self.histories, n_rows, "tuning score terms")):
             if index < len(self.scored):
                 yield self.scored[index]
                 continue
-            chunk = self.histories.slice(start, start + step)
-            one = self.scorer.parts(chunk), distinct(chunk), torch.from_numpy(self.targets[start : start + step])
+            scored = self.scorer.parts(chunk), distinct(chunk), torch.from_numpy(self.targets[at])
             if keep:
-                self.scored.append(one)
-            yield one
+                self.scored.append(scored)
+            yield scored
 
     def counted(self, like: ItemKNNTerm, counting: Counting) -> ItemKNNTerm:
         """Return a term that has counted the training sessions in this way; counted once."""
@@ -284,31 +240,48 @@ class _Blend(NamedTuple):
 
     model: MISSRec
     validation: Validation
-    protocols: tuple[str, ...]
+    protocols: Sequence[str]
     network: bool
 
     @torch.no_grad()
-    def ndcg(
+    def best(
         self,
-        grid: Sequence[_Point],
+        grid: Sequence[tuple[float, ...]],
         choose: Callable[[tuple[float, ...]], object],
-        switch_off: Callable[[], object],
         term: Callable[[Tensor], Tensor],
-    ) -> Doubles:
-        """Return NDCG@10 of the model's present score plus a term, at every point of the grid; mean over protocols."""
+    ) -> tuple[tuple[float, ...], float, float]:
+        """Choose the settings of a term, by NDCG@10 of the model's present score plus the term, mean over protocols.
+
+        Parameters
+        ----------
+        grid : sequence of tuple of float
+            Settings, the weight first.
+        choose : callable
+            Makes such settings those of the term.
+        term : callable
+            Returns the term with its present settings, [batch, row], for items [batch, seq].
+
+        Returns
+        -------
+        best : tuple of float
+            The chosen settings, the first of equals.
+        ndcg, without : float
+            Their NDCG@10, and that of the first settings of the grid.
+        """
         total, scorer = np.zeros(len(grid)), self.validation.scorer
         for parts, seen, targets in self.validation.chunks():
-            switch_off()
+            choose((0.0, *grid[0][1:]))
             own = scorer.combined(parts, self.model.terms, network=self.network)
             seen, targets, unit, computed = seen.to(own.device), targets.to(own.device), own, None
-            for index, point in enumerate(grid):
-                if point.unit != computed:
-                    choose(point.unit)
-                    unit, computed = term(parts.item_ids), point.unit
-                scores = torch.add(own, unit, alpha=point.weight)
-                total[index] += _ndcg(scores, targets, seen, self.protocols)
-        switch_off()
-        return total / max(len(self.validation.histories), 1)
+            for index, (weight, *others) in enumerate(grid):
+                if others != computed:
+                    choose((1.0, *others))
+                    unit, computed = term(parts.item_ids), others
+                total[index] += _ndcg(torch.add(own, unit, alpha=weight), targets, seen, self.protocols)
+        best = int(total.argmax())
+        choose(grid[best])
+        ndcg = total / max(len(self.validation.histories), 1)
+        return grid[best], float(ndcg[best]), float(ndcg[0])
 
     def scored(self) -> Iterator[Chunk]:
         """Yield the validation sessions that have a known item, with the model's present scores."""

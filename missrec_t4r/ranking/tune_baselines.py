@@ -84,8 +84,8 @@ def tuned_item_knn(train: Sessions, valid: Sessions, catalogue: Catalogue, *, se
             scorer = replace(item_knn, diagonal=diagonal)
             settings = {"follow_within": within, "decay": decay, "power": power, "diagonal": diagonal}
             ranks = ranked[str(diagonal)].ranks if ranked else dict.fromkeys(scorer.protocols, np.empty(0, np.int64))
-            _keep_better(best[diagonal], settings, scorer, {name: metrics(one, (10,)) for name, one in ranks.items()})
-    better = {name: one for name, one in best[True].items() if one.criterion > best[False][name].criterion}
+            _keep_better(best[diagonal], settings, scorer, {name: metrics(own, (10,)) for name, own in ranks.items()})
+    better = {name: tuned for name, tuned in best[True].items() if tuned.criterion > best[False][name].criterion}
     return best[False] | better
 
 

@@ -22,12 +22,11 @@ from torch import Tensor
 from missrec_t4r.arrays import Bools
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.evaluation.full_ranking import chunk_size, exclude_seen
+from missrec_t4r.evaluation.full_ranking import chunks_of, exclude_seen
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import track
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.scorer import ModelScorer
-from missrec_t4r.ranking.terms.cold_start import ColdStartSettings, ColdStartTerm
+from missrec_t4r.ranking.terms.cold_start import ColdStartSettings, ColdStartTerm, tenth_largest
 from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
 from missrec_t4r.schema import FIRST_ITEM_ROW, UNKNOWN_ROW
 
@@ -102,9 +101,9 @@ def fit_cold_start(model: MISSRec, catalogue: Catalogue, valid: Sessions, *, see
     """
     term = terms_of(model).cold_start
     assert term is not None
-    names = model.item_encoder.names
     term.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
-    draws = [_draw(model, term.item_knn, catalogue, valid, seed + number) for number in range(_DRAWS)]
+    scorer = ModelScorer.with_popularity(model, catalogue)
+    draws = [_draw(scorer, term.item_knn, valid, seed + number) for number in range(_DRAWS)]
     choices = [choice for choice in draws[0] if all(choice in draw for draw in draws)]
     n_hidden_targets = sum(int((parts.hidden_target >= 0).sum()) for draw in draws for parts in list(draw.values())[:1])
     if n_hidden_targets < _FEWEST_TARGETS or not choices:
@@ -118,36 +117,43 @@ def fit_cold_start(model: MISSRec, catalogue: Catalogue, valid: Sessions, *, see
     best = max(outcome.hidden for outcome, *_ in tried)
     enough = best - _SLACK * math.sqrt(best * (1 - best) / n_hidden_targets)
     outcome, settings, choice = max(
-        (one for one in tried if one[0].hidden >= enough), key=lambda one: (one[0].others, one[0].hidden)
+        (trial for trial in tried if trial[0].hidden >= enough), key=lambda trial: (trial[0].others, trial[0].hidden)
     )
     term.choose(settings)
     term.modalities.copy_(torch.tensor(choice))
     term.refresh()
     if len(term.rows):
         share = model.config.cold_start_exposure * _worth(draws, len(term.rows))
-        term.choose(_calibrated(model, term, catalogue, valid, share, seed))
-    chosen = [name for name, used in zip(names, choice, strict=True) if used]
-    measures = {"recall@10": outcome.hidden, "others_ndcg@10": outcome.others, "exposure": outcome.exposure}
+        term.choose(_calibrated(scorer, term, valid, share, seed))
     neighbours, content, threshold, bias = term.chosen
-    settings_by_name = {"neighbours": neighbours, "content": content, "bar": threshold, "level": bias}
-    return {**settings_by_name, "modalities": chosen, "valid": measures}
+    return {
+        "neighbours": neighbours,
+        "content": content,
+        "bar": threshold,
+        "level": bias,
+        "modalities": [name for name, used in zip(term.names, choice, strict=True) if used],
+        "valid": {"recall@10": outcome.hidden, "others_ndcg@10": outcome.others, "exposure": outcome.exposure},
+    }
 
 
-def _draw(
-    model: MISSRec, item_knn: ItemKNNTerm, catalogue: Catalogue, valid: Sessions, seed: int
-) -> dict[Choice, _Parts]:
+def _draw(scorer: ModelScorer, item_knn: ItemKNNTerm, valid: Sessions, seed: int) -> dict[Choice, _Parts]:
     """Hide a tenth of the items; return, by choice of modalities, what the grid is computed from."""
-    hidden = _hide(model, item_knn, seed)
-    shown, targets, drawn = _sample(valid, hidden.cpu().numpy(), seed)
-    trials = _trials(model, item_knn, hidden) if hidden.any() and len(shown) else []
-    if not trials:
-        return {}
-    measured = _measure(model, item_knn, trials, catalogue, shown, targets, drawn, hidden)
-    return {tuple(trial.modalities.tolist()): parts for trial, parts in zip(trials, measured, strict=True)}
+    hidden = _hide(scorer.model, item_knn, seed)
+    sample = _sample(valid, hidden.cpu().numpy(), seed)
+    trials = _trials(scorer.model, item_knn, hidden) if hidden.any() and len(sample.shown) else []
+    return _measure(scorer, item_knn, trials, sample, hidden) if trials else {}
 
 
-def _sample(valid: Sessions, hidden: Bools, seed: int) -> tuple[Sessions, Tensor, Tensor]:
-    """Return histories without the hidden items, their targets, and which sessions were drawn at random [session]."""
+class _Sample(NamedTuple):
+    shown: Sessions
+    """Histories without the hidden items."""
+    targets: Tensor
+    """[session]."""
+    drawn: Tensor
+    """[session], bool: as in `_Parts`."""
+
+
+def _sample(valid: Sessions, hidden: Bools, seed: int) -> _Sample:
     histories, targets = valid.split_last()
     values = np.where(hidden[histories.values], UNKNOWN_ROW, histories.values)
     shown = Sessions(values, histories.offsets, histories.features).known()
@@ -156,7 +162,7 @@ def _sample(valid: Sessions, hidden: Bools, seed: int) -> tuple[Sessions, Tensor
     chosen = np.concatenate([order[:_MOST_SESSIONS], further[hidden[targets[further]]][:_MOST_TARGETS]])
     by_length = np.argsort(shown.lengths[chosen], kind="stable")  # equal lengths in a chunk: little padding
     drawn = torch.from_numpy(by_length < _MOST_SESSIONS)
-    return shown.take(chosen[by_length]), torch.from_numpy(targets[chosen[by_length]]), drawn
+    return _Sample(shown.take(chosen[by_length]), torch.from_numpy(targets[chosen[by_length]]), drawn)
 
 
 def _hide(model: MISSRec, item_knn: ItemKNNTerm, seed: int) -> Tensor:
@@ -185,42 +191,35 @@ def _trials(model: MISSRec, item_knn: ItemKNNTerm, hidden: Tensor) -> list[ColdS
 
 @torch.no_grad()
 def _measure(
-    model: MISSRec,
-    item_knn: ItemKNNTerm,
-    trials: list[ColdStartTerm],
-    catalogue: Catalogue,
-    shown: Sessions,
-    targets: Tensor,
-    drawn: Tensor,
-    hidden: Tensor,
-) -> list[_Parts]:
-    """Return for every trial what the grid is computed from; the model scores the sessions once."""
-    scorer, content_knn = ModelScorer.with_popularity(model, catalogue), terms_of(model).content_knn
+    scorer: ModelScorer, item_knn: ItemKNNTerm, trials: list[ColdStartTerm], sample: _Sample, hidden: Tensor
+) -> dict[Choice, _Parts]:
+    """Return what the grid is computed from, by choice of modalities; the model scores the sessions once."""
+    model, content_knn = scorer.model, terms_of(scorer.model).content_knn
     rows = trials[0].rows
     index_of = torch.full((len(hidden),), -1).index_copy_(0, rows.cpu(), torch.arange(len(rows)))
-    chunks: list[list[_Parts]] = [[] for _ in trials]
-    step = chunk_size(len(hidden))
-    for start in track(range(0, len(shown), step), "tuning the cold-start term"):
-        chunk, wanted = shown.slice(start, start + step), targets[start : start + step]
+    measured: dict[Choice, list[_Parts]] = {tuple(trial.modalities.tolist()): [] for trial in trials}
+    for at, chunk in chunks_of(sample.shown, len(hidden), "tuning the cold-start term"):
+        targets = sample.targets[at]
         item_ids = torch.from_numpy(chunk.padded(range(len(chunk)), model.config.max_sequence_length)).to(scorer.device)
         scores = scorer(chunk)
         similar = content_knn(item_ids) if content_knn is not None and content_knn.active else torch.zeros_like(scores)
         counted = item_knn(item_ids) if item_knn.active else torch.zeros_like(scores)
         network = (scores - counted - similar).masked_fill_(torch.isneginf(scores), 0.0)
         others = exclude_seen(scores.masked_fill(hidden, -torch.inf), chunk)
-        best, target = others.topk(_TOP, dim=1).values, others.gather(1, wanted[:, None].to(scores.device))[:, 0]
-        for trial, done in zip(trials, chunks, strict=True):
-            own = trial.mean_of_similar(network) + similar[:, rows]
-            part = _Parts(
+        best, target = others.topk(_TOP, dim=1).values, others.gather(1, targets[:, None].to(scores.device))[:, 0]
+        for trial, parts in zip(trials, measured.values(), strict=True):
+            tensors = (
                 best,
                 target,
-                index_of[wanted],
-                drawn[start : start + step],
-                own,
-                *trial.parts(item_ids, counted),
+                index_of[targets],
+                sample.drawn[at],
+                trial.mean_of_similar(network) + similar[:, rows],
+                trial.mean_of_similar(counted),
+                trial.likeness_to(item_ids),
+                tenth_largest(counted),
             )
-            done.append(_Parts(*(tensor.cpu() for tensor in part)))
-    return [_Parts(*(torch.cat(tensors) for tensors in zip(*done, strict=True))) for done in chunks]
+            parts.append(_Parts(*(tensor.cpu() for tensor in tensors)))
+    return {choice: _Parts(*map(torch.cat, zip(*parts, strict=True))) for choice, parts in measured.items()}
 
 
 def _try_grid(draws: list[_Parts], exposure: float) -> Iterator[tuple[ColdStartSettings, _Outcome]]:
@@ -237,7 +236,7 @@ def _try_grid(draws: list[_Parts], exposure: float) -> Iterator[tuple[ColdStartS
                 for parts, scores, top in zip(draws, imputed, tops, strict=True)
             ]
             bias = sum(bias for bias, _ in outcomes) / len(outcomes)
-            means = (sum(values) / len(outcomes) for values in zip(*(outcome for _, outcome in outcomes), strict=True))
+            means = np.mean([outcome for _, outcome in outcomes], axis=0).tolist()
             yield ColdStartSettings(factor, content, threshold, bias), _Outcome(*means)
 
 
@@ -251,32 +250,24 @@ def _at_exposure(parts: _Parts, scores: Tensor, top: Tensor, exposure: float) ->
 def _worth(draws: list[dict[Choice, _Parts]], count: int) -> float:
     """Return the share of the targets that ``count`` further items would have if they were as frequent."""
     parts = [next(iter(draw.values())) for draw in draws]
-    per_item = sum(
-        float((part.hidden_target[part.drawn] >= 0).float().mean()) / part.own.shape[1] for part in parts
-    ) / len(parts)
-    return count * per_item / (1 + count * per_item)
+    shares = [float((part.hidden_target[part.drawn] >= 0).float().mean()) / part.own.shape[1] for part in parts]
+    further = count * sum(shares) / len(shares)
+    return further / (1 + further)
 
 
 @torch.no_grad()
 def _calibrated(
-    model: MISSRec,
-    term: ColdStartTerm,
-    catalogue: Catalogue,
-    valid: Sessions,
-    share: float,
-    seed: int,
+    scorer: ModelScorer, term: ColdStartTerm, valid: Sessions, share: float, seed: int
 ) -> ColdStartSettings:
     """Return the settings with the bias that gives the real cold items ``share`` of the top-10 exposure."""
-    scorer = ModelScorer.with_popularity(model, catalogue)
     histories = valid.split_last()[0].known()
     drawn = np.random.default_rng(seed).permutation(np.flatnonzero(histories.lengths > 0))[:_MOST_SESSIONS]
     shown = histories.take(drawn[np.argsort(histories.lengths[drawn], kind="stable")])
-    best, top, step = [], [], chunk_size(catalogue.n_rows)
-    for start in track(range(0, len(shown), step), "calibrating the cold-start bias"):
-        chunk = shown.slice(start, start + step)
+    best, top = [], []
+    for _, chunk in chunks_of(shown, scorer.model.item_encoder.n_rows, "calibrating the cold-start bias"):
         scores = exclude_seen(scorer(chunk), chunk)
-        theirs = scores[:, term.rows]
-        top.append(theirs.topk(min(_TOP, theirs.shape[1]), dim=1).values.cpu())
+        of_cold = scores[:, term.rows]
+        top.append(of_cold.topk(min(_TOP, of_cold.shape[1]), dim=1).values.cpu())
         best.append(scores.index_fill_(1, term.rows, -torch.inf).topk(_TOP, dim=1).values.cpu())
     settings = term.chosen
     return settings._replace(bias=settings.bias + _bias(torch.cat(best), torch.cat(top), share))
@@ -284,10 +275,10 @@ def _calibrated(
 
 def _bias(best: Tensor, top: Tensor, share: float) -> float:
     """Return, by bisection, the bias with which the hidden items take ``share`` of the top-10 exposure."""
-    finite, theirs = best[torch.isfinite(best)], top[torch.isfinite(top)]
-    if not len(finite) or not len(theirs):
+    warm, cold = best[torch.isfinite(best)], top[torch.isfinite(top)]
+    if not len(warm) or not len(cold):
         return 0.0
-    low, high = float(finite.min() - theirs.max()) - 1, float(finite.max() - theirs.min()) + 1  # nowhere, everywhere
+    low, high = float(warm.min() - cold.max()) - 1, float(warm.max() - cold.min()) + 1  # nowhere, everywhere
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (low, middle) if _exposure(best, top + middle) > share else (middle, high)

@@ -12,9 +12,11 @@ term stays off.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import product
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +28,8 @@ from missrec_t4r.schema import UNKNOWN_ROW
 
 Point = tuple[float, float]
 """Content weight and offset of a group, in units of a session's score range."""
+Points = tuple[Point, ...]
+"""One per group."""
 Choice = tuple[float, ...]
 """Modalities whose cosine is used: 1 or 0 for each."""
 
@@ -115,7 +119,6 @@ def fit_rare_items(
         Content weights and offsets per group (cold, 1 or 2 events, 3 or 4), the modalities, and the NDCG@10 on
         validation of all, rare and cold targets, with and without the term. Empty where the term stays off.
     """
-    names = term.item_encoder.names
     term.fit()
     term.switch_off()
     term.find(term.rare())
@@ -127,14 +130,14 @@ def fit_rare_items(
     if int(search.rare.sum()) < _FEWEST_TARGETS:
         return {}
     choice = search.choice()
-    before = search.measure(choice, [_OFF] * N_GROUPS)
+    before = search.measure(choice, (_OFF,) * N_GROUPS)
     points, after = search.constrained(choice, (1 - cost) * before.overall)
     settings = torch.tensor([search.scaled(choice, point) for point in points]).T  # [2, group]
     term.choose(settings, choice)
     return {
         "content": settings[0].tolist(),
         "offset": settings[1].tolist(),
-        "modalities": [name for name, used in zip(names, choice, strict=True) if used],
+        "modalities": [name for name, used in zip(term.names, choice, strict=True) if used],
         "valid": after._asdict(),
         "valid_without": before._asdict(),
     }
@@ -144,32 +147,32 @@ class _Search:
     """The validation sessions, measured under any settings of the term."""
 
     def __init__(self, term: RareItemTerm, chunks: Iterable[Chunk], protocols: Sequence[str]) -> None:
-        n_modalities = len(term.item_encoder.names)
-        single = torch.eye(n_modalities).tolist() if n_modalities > 1 else []
-        self.choices: list[Choice] = [(1.0,) * n_modalities, *(tuple(one) for one in single)]
+        n_modalities = len(term.names)
+        self.choices: list[Choice] = [(1.0,) * n_modalities]
+        if n_modalities > 1:
+            self.choices += map(tuple, torch.eye(n_modalities).tolist())
         self.columns = [torch.nonzero(term.groups.cpu() == group).flatten() for group in range(N_GROUPS)]
         ranked: list[list[_Ranked]] = [[] for _ in protocols]
         likeness: list[list[Tensor]] = [[] for _ in self.choices]
         counts: list[Tensor] = []
         for chunk in chunks:
             counts.append(term.item_knn.frequency.cpu()[chunk.targets])
-            for protocol, of in zip(protocols, ranked, strict=True):
-                of.append(_ranked(term, chunk, protocol))
-            for choice, of_choice in zip(self.choices, likeness, strict=True):
+            for protocol, chunks_ranked in zip(protocols, ranked, strict=True):
+                chunks_ranked.append(_ranked(term, chunk, protocol))
+            for choice, cosines in zip(self.choices, likeness, strict=True):
                 term.compare_by(choice)
-                of_choice.append(term.likeness_to(chunk.item_ids).cpu())
-        self.ranked = [_Ranked(*(torch.cat(parts) for parts in zip(*of, strict=True))) for of in ranked]
+                cosines.append(term.likeness_to(chunk.item_ids).cpu())
+        self.ranked = [_Ranked(*map(torch.cat, zip(*chunks_ranked, strict=True))) for chunks_ranked in ranked]
         self.likeness = dict(zip(self.choices, map(torch.cat, likeness), strict=True))
         count = torch.cat(counts)
         self.rare, self.cold = count < RARE_BELOW, count == 0
         weights = torch.where(self.cold, _COLD_COUNTS, 1.0).double()
         self.weights = weights / weights.sum()
-        ranges = [(one.best[:, 0] - one.best[:, -1]).nan_to_num(0.0, 0.0, 0.0).mean() for one in self.ranked]
+        ranges = [(own.best[:, 0] - own.best[:, -1]).nan_to_num(0.0, 0.0, 0.0).mean() for own in self.ranked]
         self.range = float(torch.stack(ranges).mean())
         top = min(_TOP, len(term.rows))
-        self.near = {one: float(cosines.topk(top, dim=1).values.mean()) for one, cosines in self.likeness.items()}
-        self._measured: dict[tuple[Choice, tuple[Point, ...]], _Outcome] = {}
-        self._groups: dict[tuple[Choice, int, Point], list[_Group]] = {}
+        self.near = {choice: float(own.topk(top, dim=1).values.mean()) for choice, own in self.likeness.items()}
+        self.measure, self._group = cache(self._measure), cache(self._scores_of)  # the search comes back to them
 
     def scaled(self, choice: Choice, point: Point) -> Point:
         """Return a point in score units: a weight of 1 gives a session's ten most similar items its score range."""
@@ -177,13 +180,12 @@ class _Search:
 
     def choice(self) -> Choice:
         """Return the modalities whose cosine alone, with the best weight, is worth most."""
-        points = [(weight, 0.0) for weight in _CONTENT]
-        tried = track(list(product(self.choices, points)), "choosing modalities for rare items")
-        return max(tried, key=lambda one: self.measure(one[0], [one[1]] * N_GROUPS).worth(1.0))[0]
+        tried = track(list(product(self.choices, _CONTENT)), "choosing modalities for rare items")
+        return max(tried, key=lambda trial: self.measure(trial[0], ((trial[1], 0.0),) * N_GROUPS).worth(1.0))[0]
 
-    def constrained(self, choice: Choice, least: float) -> tuple[list[Point], _Outcome]:
+    def constrained(self, choice: Choice, least: float) -> tuple[Points, _Outcome]:
         """Return the best points whose overall NDCG@10 is at least ``least``, by bisection of the multiplier."""
-        points = [_OFF] * N_GROUPS
+        points = (_OFF,) * N_GROUPS
         after = self.measure(choice, points)
         low, high = _MULTIPLIERS
         for _ in track(range(_BISECTIONS), "tuning the rare-item term"):
@@ -195,26 +197,23 @@ class _Search:
                 points, after = tried, outcome
         return points, after
 
-    def best(self, choice: Choice, multiplier: float) -> list[Point]:
+    def best(self, choice: Choice, multiplier: float) -> Points:
         """Return the best point of every group, found group by group."""
-        same = [[point] * N_GROUPS for point in _GRID]
-        points = max(same, key=lambda one: self.measure(choice, one).worth(multiplier))
+
+        def worth(points: Points) -> float:
+            return self.measure(choice, points).worth(multiplier)
+
+        points = max(((point,) * N_GROUPS for point in _GRID), key=worth)
         for _ in range(_ROUNDS):
-            before = list(points)
+            before = points
             for group in range(N_GROUPS):
-                tried = [[*points[:group], point, *points[group + 1 :]] for point in _GRID]
-                points = max(tried, key=lambda one: self.measure(choice, one).worth(multiplier))
+                points = max(((*points[:group], point, *points[group + 1 :]) for point in _GRID), key=worth)
             if points == before:
                 break
         return points
 
-    def measure(self, choice: Choice, points: Sequence[Point]) -> _Outcome:
-        """Return NDCG@10 with one point per group; kept, since the search comes back to it."""
-        if (key := (choice, tuple(points))) not in self._measured:
-            self._measured[key] = self._measure(choice, points)
-        return self._measured[key]
-
-    def _measure(self, choice: Choice, points: Sequence[Point]) -> _Outcome:
+    def _measure(self, choice: Choice, points: Points) -> _Outcome:
+        """Return NDCG@10 with one point per group."""
         outcomes = []
         for number, ranked in enumerate(self.ranked):
             groups = [self._group(choice, group, point)[number] for group, point in enumerate(points)]
@@ -225,18 +224,15 @@ class _Search:
             gains = torch.where((above < _TOP) & ~torch.isneginf(target), 1 / torch.log2(above.double() + 2), 0.0)
             slices = [float(gains[mask].mean().nan_to_num(0.0)) for mask in (self.rare, self.cold)]
             outcomes.append((float(gains @ self.weights), *slices))
-        return _Outcome(*(sum(values) / len(values) for values in zip(*outcomes, strict=True)))
+        return _Outcome(*np.mean(outcomes, axis=0).tolist())
 
-    def _group(self, choice: Choice, group: int, point: Point) -> list[_Group]:
-        """Return the scores of a group per protocol; kept, since the search comes back to them."""
-        key = choice, group, point
-        if key not in self._groups:
-            columns, (content, offset) = self.columns[group], self.scaled(choice, point)
-            added = content * self.likeness[choice][:, columns] + offset
-            inside = torch.full((self.likeness[choice].shape[1] + 1,), -1)  # the last place: no rare item
-            inside[columns] = torch.arange(len(columns))
-            self._groups[key] = [_of_group(one.own[:, columns] + added, inside[one.place]) for one in self.ranked]
-        return self._groups[key]
+    def _scores_of(self, choice: Choice, group: int, point: Point) -> list[_Group]:
+        """Return the scores of a group per protocol."""
+        columns, (content, offset) = self.columns[group], self.scaled(choice, point)
+        added = content * self.likeness[choice][:, columns] + offset
+        inside = torch.full((self.likeness[choice].shape[1] + 1,), -1)  # the last place: no rare item
+        inside[columns] = torch.arange(len(columns))
+        return [_of_group(ranked.own[:, columns] + added, inside[ranked.place]) for ranked in self.ranked]
 
 
 def _of_group(scores: Tensor, place: Tensor) -> _Group:

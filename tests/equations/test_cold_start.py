@@ -88,6 +88,16 @@ def test_trained_items_keep_their_scores_to_the_bit() -> None:
     assert not without[:, PLATE].any()
 
 
+def test_content_that_no_trained_item_has_says_nothing_about_newcomers() -> None:
+    model, sessions = net(), shop.batch()
+    image = model.item_encoder.names.index("image")
+    by_text = added(net((1.0, 0.0) if image else (0.0, 1.0)), sessions)
+    model.item_encoder.presence[image] = False
+    model.item_encoder.presence[image, PLATE] = True
+    model.terms.refresh()
+    np.testing.assert_allclose(added(model, sessions), by_text, rtol=0, atol=1e-6)
+
+
 def test_a_catalogue_without_newcomers_is_left_alone() -> None:
     model = net()
     terms_of(model).item_knn.fit(Sessions.from_lists([*TRAINING, shop.rows(["plate", "mug"])]), 50)

@@ -13,12 +13,12 @@ TRAIN = [[3, 4, 5], [3, 4], [4, 5, 5], [6, 3], [7]]
 """Item 8 is cold. Counts: item 3: 3, 4: 3, 5: 3 (one session repeats it), 6: 1, 7: 1."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train() -> Sessions:
     return Sessions.from_lists(TRAIN)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def catalogue() -> Catalogue:
     """Items "a" to "f" in rows 3 to 8; item "c" (row 5) lacks the image, item "f" (row 8) the text."""
     text, image = np.zeros((9, 2)), np.zeros((9, 2))

@@ -24,6 +24,12 @@ from tests import shop
 N_ITEMS = 12
 
 
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The circle is learned in a few epochs."""
+    monkeypatch.setattr(sasrec, "PATIENCE", 3)
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A data folder whose users walk around a circle of twelve items."""

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from missrec_t4r.model.item_encoder import ItemEncoder
-from missrec_t4r.ranking.similarity import mean_over_shared, mean_similarity
-from missrec_t4r.ranking.terms.history import recency
+from missrec_t4r.ranking.similarity import mean_similarity
 from missrec_t4r.ranking.terms.item_content import ItemContentTerm
 from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
 from missrec_t4r.schema import FIRST_ITEM_ROW
@@ -25,8 +24,6 @@ _N_ALIKE = 32
 """Warm items per cold item, as in `ContentKNNTerm`."""
 _SHARPNESS = 10.0
 """Inverse temperature of the softmax over these warm items (docs/experiments.md)."""
-_DECAY = 0.7
-"""Weight of an item relative to the one after it in the session's mean content."""
 _TENTH = 10
 _MOST_COLD = 1 << 14
 """Cold items beyond which the term is off."""
@@ -47,17 +44,6 @@ class ColdStartSettings(NamedTuple):
     would show no cold item."""
     bias: float
     """Added to every cold item, in score units."""
-
-
-class Imputed(NamedTuple):
-    """The parts of the term, before any weight."""
-
-    neighbours: Tensor
-    """[batch, cold]: mean item-kNN term of a cold item's most similar warm items."""
-    content: Tensor
-    """[batch, cold]: cosine with the session's mean content."""
-    threshold: Tensor
-    """[batch, 1]: the tenth largest item-kNN term of the session."""
 
 
 class ColdStartTerm(ItemContentTerm):
@@ -82,26 +68,16 @@ class ColdStartTerm(ItemContentTerm):
 
     settings: Tensor
     modalities: Tensor
-    rows: Tensor
     alike: Tensor
     likeness: Tensor
-    scales: Tensor
 
     def __init__(self, item_encoder: ItemEncoder, item_knn: ItemKNNTerm) -> None:
-        super().__init__(item_encoder, item_knn)
-        self.widths = [item_encoder.vectors.get_buffer(name).shape[1] for name in item_encoder.names]
-        self._used: list[int] = list(range(len(self.widths)))
-        self._is_on = False  # not the length of the rows: a trace would warn of it
+        super().__init__(item_encoder, item_knn, save_centres=False)
         self._weights = ColdStartSettings(0.0, 0.0, 0.0, 0.0)  # numbers: tensors are slow to read one by one
         self.register_buffer("settings", torch.zeros(4))
-        self.register_buffer("modalities", torch.ones(len(self.widths)))
-        self.register_buffer("rows", torch.zeros(0, dtype=torch.int64), persistent=False)
+        self.register_buffer("modalities", torch.ones(len(self.names)))
         self.register_buffer("alike", torch.zeros(0, 1, dtype=torch.int64), persistent=False)
         self.register_buffer("likeness", torch.zeros(0, 1), persistent=False)
-        self.register_buffer("scales", torch.zeros(len(self.widths), 0), persistent=False)
-        for index, width in enumerate(self.widths):
-            self.register_buffer(f"centre{index}", torch.zeros(width), persistent=False)
-            self.register_buffer(f"content{index}", torch.zeros(0, width), persistent=False)
 
     def refresh(self) -> None:
         """Find the cold items and the warm items that they resemble; after tuning and after loading weights."""
@@ -110,7 +86,7 @@ class ColdStartTerm(ItemContentTerm):
 
     @torch.no_grad()
     def find(self, cold: Tensor, warm: Tensor, *, by_embeddings: bool = True) -> None:
-        """Find the most similar warm items of every cold item, under the chosen modalities.
+        """Find the most similar warm items of every cold item, under the chosen modalities that a warm item has.
 
         Parameters
         ----------
@@ -120,57 +96,35 @@ class ColdStartTerm(ItemContentTerm):
             False compares raw vectors alone: for warm items that stand for cold ones, since the adapters were trained
             on their events.
         """
-        chosen = torch.nonzero(self.modalities).flatten().tolist()
-        self._used, self._weights = chosen, self.chosen
-        item_encoder = self.item_encoder
-        here = item_encoder.presence[chosen].any(0)
-        rows = torch.nonzero(cold & here).flatten()
-        others = torch.nonzero(warm & here).flatten()[:_MOST_WARM]
-        if not len(others) or len(rows) > _MOST_COLD:
+        presence = self.item_encoder.presence
+        chosen = (self.modalities > 0) & (presence & warm).any(1)
+        self._used, self._weights = torch.nonzero(chosen).flatten().tolist(), self.chosen
+        here = presence[chosen].any(0)
+        rows, others = torch.nonzero(cold & here).flatten(), torch.nonzero(warm & here).flatten()[:_MOST_WARM]
+        if len(rows) > _MOST_COLD:
             rows = rows[:0]
-        self.rows, self._is_on = rows, len(rows) > 0
-        self.scales = item_encoder.presence.new_zeros(item_encoder.presence.shape, dtype=self.settings.dtype)
-        self.alike, self.likeness = rows.new_zeros(0, 1), self.settings.new_zeros(0, 1)
-        for index in range(len(self.widths)):
-            setattr(self, f"content{index}", self.settings.new_zeros(0, self.widths[index]))
         if len(rows):
-            self._centre(chosen, others)
-            self._compare(chosen, others, by_embeddings)
+            for index in self._used:
+                centre = self.table(index)[others[presence[index, others]]].mean(0)
+                setattr(self, f"centre_{self.names[index]}", centre)
+        self.score_rows(rows, self._used)
+        self.alike, self.likeness = rows.new_zeros(0, 1), self.settings.new_zeros(0, 1)
+        if len(rows):
+            self._compare(others, by_embeddings)
 
-    def _centre(self, chosen: list[int], others: Tensor) -> None:
-        item_encoder = self.item_encoder
-        for index in chosen:
-            table, present = item_encoder.vectors.get_buffer(item_encoder.names[index]), item_encoder.presence[index]
-            centre = table[others[present[others]]].mean(0)
-            self.scales[index] = self.scales_around(index, centre)
-            setattr(self, f"centre{index}", centre)
-            setattr(self, f"content{index}", self._unit(index, self.rows))
-
-    def _unit(self, index: int, rows: Tensor) -> Tensor:
-        """Return the vectors [item, width] of a modality around the centre, of unit length; zero where missing."""
-        table = self.item_encoder.vectors.get_buffer(self.item_encoder.names[index])
-        return (table[rows] - self.get_buffer(f"centre{index}")) * self.scales[index, rows].unsqueeze(1)
-
-    def _compare(self, chosen: list[int], others: Tensor, by_embeddings: bool) -> None:
-        theirs = self._compared(chosen, others, by_embeddings)
-        presence = torch.cat([self.item_encoder.presence[chosen]] * (len(theirs) // len(chosen)))
+    def _compare(self, others: Tensor, by_embeddings: bool) -> None:
+        items = torch.cat([self.rows, others])
+        unit = [self.unit(index, items) for index in self._used]  # [item, width] each, zero where missing
+        if by_embeddings:
+            unit += [self.item_encoder.unit_embeddings(index, items) for index in self._used]
+        here = self.item_encoder.presence[self._used][:, items].repeat(len(unit) // len(self._used), 1)
+        cold, warm = torch.arange(len(items), device=items.device).split([len(self.rows), len(others)])
         alike, likeness = [], []
-        places = torch.arange(len(self.rows), device=others.device)
-        for part in places.split(max(1, _CHUNK_BYTES // (4 * len(others)))):
-            own = self._compared(chosen, self.rows[part], by_embeddings)
-            both = [torch.cat(pair) for pair in zip(own, theirs, strict=True)]
-            here = torch.cat([presence[:, self.rows[part]], presence[:, others]], dim=1)
-            near = torch.arange(len(part), here.shape[1], device=others.device)
-            similarity = mean_similarity(both, here, torch.arange(len(part), device=others.device), near)
-            nearest, at = similarity.topk(min(_N_ALIKE, len(others)), dim=1)
+        for part in cold.split(max(1, _CHUNK_BYTES // (4 * len(others)))):
+            nearest, at = mean_similarity(unit, here, part, warm).topk(min(_N_ALIKE, len(others)), dim=1)
             alike.append(others[at])
             likeness.append(torch.softmax(_SHARPNESS * nearest, dim=1).nan_to_num(0.0))  # NaN: nothing is comparable
         self.alike, self.likeness = torch.cat(alike), torch.cat(likeness).to(self.settings.dtype)
-
-    def _compared(self, chosen: list[int], rows: Tensor, by_embeddings: bool) -> list[Tensor]:
-        """Return unit vectors [item, width], zero where missing: raw ones of each chosen modality, then embeddings."""
-        raw = [self._unit(index, rows) for index in chosen]
-        return raw + ([self.item_encoder.unit_embeddings(index, rows) for index in chosen] if by_embeddings else [])
 
     @torch.no_grad()
     def choose(self, settings: ColdStartSettings) -> None:
@@ -206,28 +160,10 @@ class ColdStartTerm(ItemContentTerm):
         neighbours, content, threshold, bias = self._weights
         added = neighbours * self.mean_of_similar(item_knn) + bias
         if threshold:
-            added.add_(_tenth(item_knn), alpha=threshold)
+            added.add_(tenth_largest(item_knn), alpha=threshold)
         if content:
             added.add_(self.likeness_to(item_ids), alpha=content)
         return added
-
-    def parts(self, item_ids: Tensor, item_knn: Tensor) -> Imputed:
-        """Return the parts of the term without their weights."""
-        return Imputed(self.mean_of_similar(item_knn), self.likeness_to(item_ids), _tenth(item_knn))
-
-    def likeness_to(self, item_ids: Tensor) -> Tensor:
-        """Return the cosines [batch, cold] with the mean content of sessions ``item_ids`` [batch, seq]."""
-        recent = recency(item_ids, _DECAY)  # [batch, seq]
-        item_encoder, cosines, shared = self.item_encoder, [], []
-        for index in self._used:
-            content, centre = self.get_buffer(f"content{index}"), self.get_buffer(f"centre{index}")
-            weights = (recent * self.scales[index][item_ids]).to(content.dtype)
-            table = item_encoder.vectors.get_buffer(item_encoder.names[index])
-            mean = F.embedding_bag(item_ids, table, per_sample_weights=weights, mode="sum")
-            query = F.normalize(mean - weights.sum(1, keepdim=True) * centre, dim=-1)
-            cosines.append(query @ content.T)  # [batch, cold]
-            shared.append((weights > 0).any(1, keepdim=True) & item_encoder.presence[index, self.rows])
-        return cosines[0] if len(cosines) == 1 else mean_over_shared(cosines, shared)[0]
 
     def mean_of_similar(self, scores: Tensor) -> Tensor:
         """Return the mean [batch, cold] of scores [batch, catalogue] over each cold item's most similar warm items."""
@@ -235,7 +171,8 @@ class ColdStartTerm(ItemContentTerm):
         return F.embedding_bag(self.alike, table, per_sample_weights=self.likeness.to(table.dtype), mode="sum").T
 
 
-def _tenth(item_knn: Tensor) -> Tensor:
+def tenth_largest(item_knn: Tensor) -> Tensor:
+    """Return a session's tenth largest item-kNN term, [batch, 1]."""
     return item_knn.topk(min(_TENTH, item_knn.shape[1]), dim=1).values[:, -1:]  # [batch, 1]
 
 

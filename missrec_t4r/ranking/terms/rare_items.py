@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from missrec_t4r.evaluation.slices import RARE_BELOW
 from missrec_t4r.model.item_encoder import ItemEncoder
-from missrec_t4r.ranking.terms.history import recency
 from missrec_t4r.ranking.terms.item_content import ItemContentTerm
 from missrec_t4r.ranking.terms.item_knn import ItemKNNTerm
 from missrec_t4r.schema import FIRST_ITEM_ROW
@@ -25,8 +24,6 @@ from missrec_t4r.schema import FIRST_ITEM_ROW
 GROUP_OF_COUNT: Final = (0, 1, 1, 2, 2)
 """Number of training events -> group that has its own settings: cold, one or two, three or four events."""
 N_GROUPS: Final = max(GROUP_OF_COUNT) + 1
-_DECAY = 0.7
-"""Weight of an item relative to the one after it in the session's mean content, as in `ColdStartTerm`."""
 _MOST_ROWS = 1 << 14
 """Rare items beyond which the term is off."""
 
@@ -53,29 +50,23 @@ class RareItemTerm(ItemContentTerm):
     """
 
     settings: Tensor
-    rows: Tensor
     groups: Tensor
     column: Tensor
-    here: Tensor
-    scales: Tensor
     factors: Tensor
     offsets: Tensor
 
     def __init__(
         self, item_encoder: ItemEncoder, item_knn: ItemKNNTerm, *, cold: bool = True, itself: bool = False
     ) -> None:
-        super().__init__(item_encoder, item_knn)
+        super().__init__(item_encoder, item_knn, save_centres=True)
         self.cold, self.itself = cold, itself
-        self._is_on = False  # not the length of the rows: a trace would warn of it
-        self.names = item_encoder.names
-        self._used: list[int] = list(range(len(self.names)))  # in a list, since tensors on a GPU are slow to read
         self.register_buffer("settings", torch.zeros(2, N_GROUPS))
-        self._forget()
-        for name in self.names:  # saved by name: in what order modalities are declared does not matter
-            width = item_encoder.vectors.get_buffer(name).shape[1]
+        for name in self.names:
             self.register_buffer(f"used_{name}", torch.ones(1))
-            self.register_buffer(f"centre_{name}", torch.zeros(width))
-            self.register_buffer(f"content_{name}", torch.zeros(0, width), persistent=False)
+        for name in ("groups", "column"):
+            self.register_buffer(name, torch.zeros(0, dtype=torch.int64), persistent=False)
+        for name in ("factors", "offsets"):
+            self.register_buffer(name, torch.zeros(0), persistent=False)
 
     @property
     def active(self) -> bool:
@@ -90,8 +81,7 @@ class RareItemTerm(ItemContentTerm):
         """
         known = self.item_knn.frequency > 0
         for index, name in enumerate(self.names):
-            table = self.item_encoder.vectors.get_buffer(name)
-            here = torch.nonzero(known & self.item_encoder.presence[index]).flatten()
+            table, here = self.table(index), torch.nonzero(known & self.item_encoder.presence[index]).flatten()
             if len(here):
                 centre = torch.stack([table[part].double().sum(0) for part in here.split(1 << 16)]).sum(0) / len(here)
                 self.get_buffer(f"centre_{name}").copy_(centre)
@@ -129,20 +119,13 @@ class RareItemTerm(ItemContentTerm):
     @torch.no_grad()
     def find(self, rows: Tensor) -> None:
         """Take ``rows`` [item], ascending, as the rare items and compute what their scores need."""
-        self.rows, self._is_on = rows, len(rows) > 0
         self._read_used()
+        self.score_rows(rows, range(len(self.names)))
         self.column = rows.new_full((self.item_encoder.n_rows,), len(rows))
         self.column[rows] = torch.arange(len(rows), device=rows.device)
         counts = self.item_knn.frequency[rows].long().clamp_max(len(GROUP_OF_COUNT) - 1)
         self.groups = torch.tensor(GROUP_OF_COUNT, device=rows.device)[counts]
         self.factors, self.offsets = self.settings[:, self.groups]
-        self.here = self.item_encoder.presence[:, rows].to(self.settings.dtype)
-        self.scales = self.here.new_zeros(self.item_encoder.presence.shape)
-        for index, name in enumerate(self.names):
-            centre = self.get_buffer(f"centre_{name}")
-            self.scales[index] = self.scales_around(index, centre)
-            around = self.item_encoder.vectors.get_buffer(name)[rows] - centre
-            setattr(self, f"content_{name}", around * self.scales[index, rows].unsqueeze(1))
 
     def add_to(self, scores: Tensor, item_ids: Tensor, earlier: dict[str, Tensor]) -> Tensor:
         """Return scores plus term: the columns of the rare items alone change."""
@@ -156,29 +139,5 @@ class RareItemTerm(ItemContentTerm):
         padded = F.pad(added, (0, 1)).scatter_(1, self.column[item_ids], 0.0)  # all other items: the last column
         return padded[:, :-1]
 
-    def likeness_to(self, item_ids: Tensor) -> Tensor:
-        """Return the cosines [batch, rare] with the mean content of sessions ``item_ids`` [batch, seq]."""
-        recent = recency(item_ids, _DECAY)  # [batch, seq]
-        total, known = torch.zeros(()), list[Tensor]()
-        for index in self._used:
-            content, centre = (self.get_buffer(f"{part}_{self.names[index]}") for part in ("content", "centre"))
-            weights = (recent * self.scales[index][item_ids]).to(content.dtype)
-            table = self.item_encoder.vectors.get_buffer(self.names[index])
-            mean = F.embedding_bag(item_ids, table, per_sample_weights=weights, mode="sum")
-            query = F.normalize(mean - weights.sum(1, keepdim=True) * centre, dim=-1)
-            total = total.addmm_(query, content.T) if known else query @ content.T  # [batch, rare]
-            known.append(weights.any(1))
-        if len(known) == 1:
-            return total
-        shared = torch.stack(known, 1).to(total.dtype) @ torch.stack([self.here[index] for index in self._used])
-        return total.div_(shared.clamp_min_(1))
-
     def _read_used(self) -> None:
         self._used = [index for index, name in enumerate(self.names) if self.get_buffer(f"used_{name}").any()]
-
-    def _forget(self) -> None:
-        device = self.item_encoder.presence.device
-        for name in ("rows", "groups", "column"):  # one tensor each, since a trace takes no shared ones
-            self.register_buffer(name, torch.zeros(0, dtype=torch.int64, device=device), persistent=False)
-        for name in ("here", "scales", "factors", "offsets"):
-            self.register_buffer(name, torch.zeros(0), persistent=False)

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import ClassVar, Final, NamedTuple
+from typing import ClassVar, Final
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from missrec_t4r.arrays import AnyArray
 from missrec_t4r.errors import ServingError
 from missrec_t4r.retrieval.int8_bounds import steepness
 from missrec_t4r.retrieval.packed_scores import PackedItems, fuse, fuse_two
-from missrec_t4r.retrieval.topk import Found, Query
+from missrec_t4r.retrieval.topk import Batch, Found, Query
 
 BLOCK = 128
 """Rows of a block, of which the first level knows the maximum alone."""
@@ -61,15 +61,6 @@ _ONE_PASS = 1 << 30
 """Scores of one batch, at most."""
 RESERVED = 1 << 30
 """Bytes that a batch leaves free: for the graphs of the session encoder, cuBLAS and the kernels themselves."""
-
-
-class Batch(NamedTuple):
-    """The best items of a batch of sessions, on the host."""
-
-    found: list[Found]
-    """Per session, at most k items."""
-    passed: list[int]
-    """Per session, the items that might have been returned."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +201,7 @@ class DeviceItems:
 
 @torch.inference_mode()
 def search_together(items: DeviceItems, query: Query, k: int) -> Batch:
-    """Return every session's k best allowed items, as `missrec_t4r.retrieval.topk.search` does.
+    """Return every session's k best allowed items, on the host, as `missrec_t4r.retrieval.topk.search` does.
 
     One result is read from the device; where sessions are not certified, one more for all of them per round, or for as
     many as `_CANDIDATE_BYTES` hold.
@@ -224,25 +215,25 @@ def search_together(items: DeviceItems, query: Query, k: int) -> Batch:
         At least 1.
     """
     found: list[Found] = [Found(torch.empty(0), torch.empty(0, dtype=torch.int64), 0)] * len(query.vectors)
-    passed, open_ones, width = [0] * len(found), np.arange(len(found)), 2 * k + SPARE
+    passed, undecided, width = [0] * len(found), np.arange(len(found)), 2 * k + SPARE
     with exact_products():
-        while len(open_ones):
+        while len(undecided):
             width = min(width, items.table.n_rows)
             step = max(_CANDIDATE_BYTES // _bytes_of_candidates(width, items.table.n_rows), 1)
-            parts = [Query(*(one[at : at + step] for one in query)) for at in range(0, len(open_ones), step)]
+            parts = [query.take(slice(at, at + step)) for at in range(0, len(undecided), step)]
             result = torch.cat([items.candidates(part, k, width).cpu() for part in parts])
             rows, scores = result[:, :-3].chunk(2, dim=1)
             rows, scores = rows.long(), scores.contiguous().view(torch.float32)
             certain = result[:, -2].numpy() > 0
             for line, (session, n, n_allowed) in enumerate(
-                zip(open_ones.tolist(), result[:, -3].tolist(), result[:, -1].tolist(), strict=True)
+                zip(undecided.tolist(), result[:, -3].tolist(), result[:, -1].tolist(), strict=True)
             ):
                 if certain[line]:
                     found[session], passed[session] = Found(scores[line, :n], rows[line, :n], width), n_allowed
-            open_ones, width = open_ones[~certain], width * _WIDER
-            if len(open_ones):
+            undecided, width = undecided[~certain], width * _WIDER
+            if len(undecided):
                 (left,) = upload([np.flatnonzero(~certain)], query.vectors.device)
-                query = Query(*(part[left] for part in query))
+                query = query.take(left)
     return Batch(found, passed)
 
 

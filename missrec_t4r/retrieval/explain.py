@@ -7,7 +7,7 @@ network's score the part counts that the average item does not get: only that pa
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import torch
@@ -50,38 +50,31 @@ def reasons(ranker: Ranker, rows: Ints, given: Ints, event_features: EventArrays
     """
     length = ranker.max_sequence_length
     known, aligned = compact(rows, length), compact_event_features(event_features or {}, rows, length)
-    own = np.unique(known[known > PADDING_ROW])
-    items, lowest = np.zeros(len(given), np.int64), np.full(len(given), np.inf)
-    if not len(own) or not len(given):
+    session_items = np.unique(known[known > PADDING_ROW])
+    items = np.zeros(len(given), np.int64)
+    if not len(session_items) or not len(given):
         return items, np.full(len(given), -1)
     candidates = torch.from_numpy(given).to(ranker.device)[None]
     modalities = ranker.table.leading(ranker.encode(known, aligned), candidates)[0].cpu().numpy()
-    whole, nothing = _parts(ranker, known, aligned, candidates), np.zeros(len(given))
-    without = _Parts(nothing, nothing, nothing)
-    for item in own:  # one at a time: every session needs a score per row of the catalogue
+    scores = _scores(ranker, known, aligned, candidates)
+    lowest = np.zeros_like(scores)
+    lowest[0] = np.inf
+    for item in session_items:  # one at a time: every session needs a score per row of the catalogue
         rest = np.where(known == item, PADDING_ROW, known)
         if not rest.any():
             items = np.full(len(given), item)
             break
-        one = _parts(ranker, compact(rest, length), compact_event_features(aligned, rest, length), candidates)
-        is_lower = one.score < lowest
-        items, lowest = np.where(is_lower, item, items), np.minimum(one.score, lowest)
-        without = _Parts(*(np.where(is_lower, mine, best) for mine, best in zip(one, without, strict=True)))
-    by_network, by_co_occurrence = whole.network - without.network, whole.item_knn - without.item_knn
+        features = compact_event_features(aligned, rest, length)
+        without = _scores(ranker, compact(rest, length), features, candidates)
+        is_lower = without[0] < lowest[0]
+        items, lowest = np.where(is_lower, item, items), np.where(is_lower, without, lowest)
+    _, by_network, by_co_occurrence = scores - lowest
     is_co_occurrence = (by_co_occurrence > 0) & (by_co_occurrence > by_network)
     return items, np.where(is_co_occurrence, BOUGHT_TOGETHER, modalities)
 
 
-class _Parts(NamedTuple):
-    """Scores of the recommended items, [item]."""
-
-    score: Doubles
-    network: Doubles
-    """Above the mean of `_N_AVERAGED` items of the catalogue."""
-    item_knn: Doubles
-
-
-def _parts(ranker: Ranker, known: Ints, event_features: EventArrays, candidates: Tensor) -> _Parts:
+def _scores(ranker: Ranker, known: Ints, event_features: EventArrays, candidates: Tensor) -> Doubles:
+    """Return [3, item]: the scores, those of the network above its mean of `_N_AVERAGED` items, the item-kNN term."""
     query = ranker.query(known, event_features)
     network = ranker.table.exact(query.vectors, candidates)
     added = query.added.gather(1, candidates)
@@ -92,6 +85,5 @@ def _parts(ranker: Ranker, known: Ints, event_features: EventArrays, candidates:
     counted = torch.zeros_like(network)
     if term is not None and term.active:
         session = torch.from_numpy(known).to(candidates)
-        counted = term(session).gather(1, candidates)
-    parts = (network + added, network - average, counted)
-    return _Parts(*(part[0].double().cpu().numpy() for part in parts))
+        counted = term(session).gather(1, candidates).to(network)
+    return torch.cat([network + added, network - average, counted]).cpu().numpy()

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from torch import Tensor
 
 from missrec_t4r.arrays import Bools, Ints
 from missrec_t4r.errors import ServingError
@@ -30,9 +32,9 @@ Scalar = str | int | float | bool
 MOST_CHARACTERS = 1 << 16
 """Longer rules are refused."""
 _CACHED_BYTES = 1 << 26
-"""Bytes of cached filters, keys and masks together: requests repeat the same few filters."""
+"""Bytes of a cache of masks, with their keys: requests repeat the same few filters."""
 _PER_ENTRY = 400
-"""Bytes of the Python objects around a key and its mask, at most."""
+"""Bytes of a key and of the Python objects around its mask, at most."""
 _EXAMPLE = '{"where": {"in_stock": true}, "at_most": {"brand": 2}}'
 
 
@@ -47,6 +49,8 @@ class Span:
 Condition = frozenset[Scalar] | Span
 Where = tuple[tuple[str, Condition], ...]
 """Columns and what their values must be."""
+Mask = TypeVar("Mask", Bools, Tensor)
+"""Which rows pass, [row], bool."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,34 @@ class Rules:
 NO_RULES = Rules()
 
 
+def fingerprint(where: Where) -> bytes:
+    """Return a digest that tells filters apart, also 1 from True; a list of values can be long."""
+    conditions = [
+        (column, sorted(condition, key=repr) if isinstance(condition, frozenset) else condition)
+        for column, condition in where
+    ]
+    return blake2b(repr(conditions).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+class MaskCache(Generic[Mask]):
+    """The masks of a catalogue that were used last, under the digests of their filters."""
+
+    def __init__(self) -> None:
+        self._masks: OrderedDict[bytes, Mask] = OrderedDict()
+        self._alone = threading.Lock()
+
+    def get(self, key: bytes, make: Callable[[], Mask]) -> Mask:
+        """Return a mask that is kept, or made now."""
+        with self._alone:
+            if key not in self._masks:
+                self._masks[key] = make()
+            self._masks.move_to_end(key)
+            mask = self._masks[key]
+            while len(self._masks) > max(_CACHED_BYTES // (mask.nbytes + _PER_ENTRY), 1):
+                self._masks.popitem(last=False)
+            return mask
+
+
 class ItemColumns:
     """The catalogue's columns as filters and caps read them.
 
@@ -107,8 +139,7 @@ class ItemColumns:
 
     def __init__(self, items: pa.Table) -> None:
         self._items = items
-        self._masks: OrderedDict[tuple[str, bytes], Bools] = OrderedDict()
-        self._cached_bytes = 0
+        self._masks: MaskCache[Bools] = MaskCache()
         self._groups: dict[str, Ints] = {}
 
     def check(self, rules: Rules) -> None:
@@ -132,17 +163,7 @@ class ItemColumns:
         return passed
 
     def _cached(self, column: str, condition: Condition) -> Bools:
-        """Return a condition's mask, kept under the digest of the condition: a list of values can be long."""
-        text = repr(sorted(condition, key=repr) if isinstance(condition, frozenset) else condition)
-        key = column, blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if key in self._masks:
-            self._masks.move_to_end(key)
-            return self._masks[key]
-        mask = self._masks[key] = self._mask(column, condition)
-        self._cached_bytes += _size(key, mask)
-        while self._cached_bytes > _CACHED_BYTES and len(self._masks) > 1:
-            self._cached_bytes -= _size(*self._masks.popitem(last=False))
-        return mask
+        return self._masks.get(fingerprint(((column, condition),)), lambda: self._mask(column, condition))
 
     def groups(self, column: str) -> Ints:
         """Return a number per row that items with the same value of ``column`` share, [row]; -1 for a missing value."""
@@ -218,10 +239,6 @@ def capped(rows: Sequence[int], caps: Sequence[tuple[Ints, int]], k: int) -> lis
     return kept
 
 
-def _size(key: tuple[str, bytes], mask: Bools) -> int:
-    return _PER_ENTRY + len(key[0]) + len(key[1]) + mask.nbytes
-
-
 def _condition(column: str, value: Any) -> Condition:
     if isinstance(value, dict):
         low, high = value.get("min", -math.inf), value.get("max", math.inf)
@@ -233,7 +250,7 @@ def _condition(column: str, value: Any) -> Condition:
         except OverflowError as error:
             raise ServingError(f"where {column!r} has a bound that is too large", "64-bit numbers") from error
     values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(one, (str, bool, int, float)) for one in values):
+    if not values or not all(isinstance(scalar, (str, bool, int, float)) for scalar in values):
         raise ServingError(f"where {column!r} is {value!r}", "a value, a list of values, or an object of min and max")
     return frozenset(values)
 
@@ -245,7 +262,8 @@ def _refused(constant: str) -> float:
 def _typed(name: str, wanted: frozenset[Scalar], kind: pa.DataType) -> pa.Array:
     numbers = _is_number(kind) and all(isinstance(value, (int, float)) and type(value) is not bool for value in wanted)
     booleans = pa.types.is_boolean(kind) and all(isinstance(value, bool) for value in wanted)
-    strings = _is_string(kind) and all(isinstance(value, str) for value in wanted)
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    strings = is_text and all(isinstance(value, str) for value in wanted)
     if not (numbers or booleans or strings):
         raise ServingError(f"where {name!r} lists {sorted(map(repr, wanted))}", f"values of the column's type, {kind}")
     values: list[Any] = list(wanted)
@@ -259,7 +277,3 @@ def _typed(name: str, wanted: frozenset[Scalar], kind: pa.DataType) -> pa.Array:
 
 def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

@@ -15,7 +15,8 @@ What it saves:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -44,13 +45,7 @@ _ALWAYS, _NEVER = np.float32(0.0), np.float32(-np.inf)
 """What is added to the score of a key that may be seen, and of one that may not."""
 
 
-class _Norm(NamedTuple):
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+Norm = Callable[[Tensor], Tensor]
 
 
 class _FeedForward(NamedTuple):
@@ -58,7 +53,7 @@ class _FeedForward(NamedTuple):
     up_bias: Tensor
     down: Tensor
     down_bias: Tensor
-    norm: _Norm
+    norm: Norm
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return norm(x + feedforward(x)) of tokens [token, dim]."""
@@ -75,7 +70,7 @@ class _LastQuery(NamedTuple):
     output: Tensor
     output_bias: Tensor
     blind: Tensor
-    norm: _Norm
+    norm: Norm
 
     def __call__(self, x: Tensor, keys: Tensor, mask: Tensor | None, blind: Tensor | None) -> Tensor:
         """Return norm(x + attention) [batch, dim] for x [batch, dim] and keys [batch, key, dim].
@@ -125,7 +120,7 @@ class _Attention(NamedTuple):
     output: Tensor
     output_bias: Tensor
     n_head: int
-    norm: _Norm
+    norm: Norm
 
     def to_each_other(
         self, x: Tensor, at: _Layout, mask: Tensor | None, projected: Tensor | None = None, *, causal: bool = False
@@ -181,7 +176,7 @@ class _InterestAttention(NamedTuple):
     """[interest, head * dim]: value times its rows of the output matrix."""
     tokens: Tensor
     """[interest, dim]: centroid plus output bias."""
-    norm: _Norm
+    norm: Norm
 
     @classmethod
     def of(cls, attention: _Attention, centroids: Tensor, projections: Tensor) -> _InterestAttention:
@@ -390,9 +385,10 @@ def _linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return linear.weight.detach().T.contiguous(), linear.bias.detach().clone()
 
 
-def _norm(layer: nn.Module) -> _Norm:
+def _norm(layer: nn.Module) -> Norm:
     norm = cast(nn.LayerNorm, layer)
-    return _Norm(norm.weight.detach().clone(), norm.bias.detach().clone(), norm.eps)
+    weight, bias = norm.weight.detach().clone(), norm.bias.detach().clone()
+    return partial(F.layer_norm, normalized_shape=weight.shape, weight=weight, bias=bias, eps=norm.eps)
 
 
 def _feedforward(block: nn.Module, norm: nn.Module) -> _FeedForward:

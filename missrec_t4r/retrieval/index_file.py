@@ -187,17 +187,18 @@ def write_tables(file: Path, frame: PackedItems, part: Part) -> None:
         "quantised.length": (torch.float32, ()),
     }
     rest, error, length = torch.empty(n_tokens), torch.zeros(()), torch.zeros(())
-    with TensorFile(file, {name: (one.dtype, tuple(one.shape)) for name, one in known.items()} | computed) as out:
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in known.items()}
+    with TensorFile(file, kinds | computed) as out:
         for name, tensor in known.items():
             out.write(name, tensor)
         total = -(-n_rows // CHUNK) * len(frame.place)
         for first, tokens in track(_in_order(frame, part), f"search tables of {n_rows} rows", total):
-            own = compress(tokens, mean, directions)
+            codes, scale, own_rest, own_error, own_length = compress(tokens, mean, directions)
             out.write("table.tokens", tokens, first)
-            out.write("quantised.codes", own.codes, first)
-            out.write("quantised.scale", own.scale, first)
-            rest[first : first + len(tokens)] = own.rest
-            error, length = torch.maximum(error, own.error), torch.maximum(length, own.length)
+            out.write("quantised.codes", codes, first)
+            out.write("quantised.scale", scale, first)
+            rest[first : first + len(tokens)] = own_rest
+            error, length = torch.maximum(error, own_error), torch.maximum(length, own_length)
         out.write("quantised.rest", rest_of_rows(rest, frame.place))
         out.write("quantised.error", error + ROOM)
         out.write("quantised.length", length + ROOM)

@@ -12,7 +12,6 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,7 +74,7 @@ class Int8Bounds:
         # lengths of the parts of the session outside the directions, and the error of the estimates: [batch]
         beyond = (query.vectors.square().sum(1) - along.square().sum(1)).clamp_min(0).sqrt() + 1e-4
         slack = (along - rough.float()).norm(dim=1) * self.length + along.norm(dim=1) * self.error + _SUMMING
-        upper = torch.empty_like(query.added)
+        upper = query.added.new_empty(query.added.shape)
         starts = range(0, table.n_rows, CHUNK)
 
         @torch.inference_mode()
@@ -144,21 +143,6 @@ def steepness(n_tokens: int) -> float:
     return 1.0 + float((2 * p * (1 - p) * apart).max()) + 1e-4 if n_tokens > 1 else 1.0
 
 
-class Codes(NamedTuple):
-    """Packed item embeddings in 8 bits."""
-
-    codes: Tensor
-    """[token, direction], int8."""
-    scale: Tensor
-    """[token], bfloat16."""
-    rest: Tensor
-    """[token]: length of the rest outside the directions."""
-    error: Tensor
-    """[]: largest length of the error of the 8 bits."""
-    length: Tensor
-    """[]: largest length of a token in 8 bits."""
-
-
 def principal(sample: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean [dim] of a sample of tokens [token, dim] and their principal directions [dim, direction]."""
     sample = sample[sample.square().sum(1) > 0].float()
@@ -172,8 +156,8 @@ def principal(sample: Tensor) -> tuple[Tensor, Tensor]:
     return mean, directions
 
 
-def compress(tokens: Tensor, mean: Tensor, directions: Tensor) -> Codes:
-    """Return tokens [token, dim] in 8 bits."""
+def compress(tokens: Tensor, mean: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return tokens [token, dim] in 8 bits: ``codes, scale, rest, error, length`` of `Int8Bounds`, the rest [token]."""
     centred = tokens.float() - mean
     along = centred @ directions
     steps = (along.abs().amax(1).clamp_min(1e-12) / 127).to(torch.bfloat16)
@@ -181,7 +165,7 @@ def compress(tokens: Tensor, mean: Tensor, directions: Tensor) -> Codes:
     kept = whole * steps.float()[:, None]
     rest = (centred.square().sum(1) - along.square().sum(1)).clamp_min(0).add(_CANCELLED).sqrt()
     error, length = (along - kept).norm(dim=1).amax(), kept.norm(dim=1).amax()
-    return Codes(whole.to(torch.int8), steps, rest, error, length)
+    return whole.to(torch.int8), steps, rest, error, length
 
 
 def rest_of_rows(rest: Tensor, place: Tensor) -> Tensor:
@@ -194,8 +178,14 @@ def quantise(table: PackedItems) -> Int8Bounds:
     """Compress packed items, which keep their tokens for the exact scores."""
     tokens = table.tokens
     mean, directions = principal(tokens[:: max(len(tokens) // SAMPLE, 1)])
-    parts = [compress(part, mean, directions) for part in tokens.split(CHUNK)]
-    codes, scale, rest = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale", "rest"))
-    error, length = (torch.stack([getattr(part, name) for part in parts]).amax() for name in ("error", "length"))
-    rest = rest_of_rows(rest, table.place)
-    return Int8Bounds(codes, scale, rest, error + ROOM, length + ROOM, mean, directions)
+    parts = (compress(part, mean, directions) for part in tokens.split(CHUNK))
+    codes, scale, rest, error, length = zip(*parts, strict=True)
+    return Int8Bounds(
+        torch.cat(codes),
+        torch.cat(scale),
+        rest_of_rows(torch.cat(rest), table.place),
+        torch.stack(error).amax() + ROOM,
+        torch.stack(length).amax() + ROOM,
+        mean,
+        directions,
+    )

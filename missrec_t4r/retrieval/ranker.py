@@ -7,13 +7,14 @@ the most popular items, marked as a fallback. Ranking order: score descending, t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from missrec_t4r.arrays import AnyArray, Bools, Floats, Ints
 from missrec_t4r.data.catalogue import Catalogue
@@ -21,21 +22,22 @@ from missrec_t4r.data.event_features import EventArrays, compact_event_features
 from missrec_t4r.errors import DataError, ServingError
 from missrec_t4r.io.tensor_file import PeriodicPageRelease
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.retrieval.device_ranker import DeviceRanker
+from missrec_t4r.retrieval.batch_ranker import BatchRanker
 from missrec_t4r.retrieval.device_search import (
     BYTES_PER_SCORE,
     DeviceItems,
     exact_products,
     require_room,
+    search_together,
     sessions_with_room,
 )
-from missrec_t4r.retrieval.filters import NO_RULES, ItemColumns, Rules, capped
+from missrec_t4r.retrieval.filters import NO_RULES, ItemColumns, Rules
 from missrec_t4r.retrieval.fused_encoder import fuse_encoder
 from missrec_t4r.retrieval.graphed_encoder import GraphedEncoder
 from missrec_t4r.retrieval.index_file import RetrievalIndex
 from missrec_t4r.retrieval.int8_bounds import AVAILABLE, Int8Bounds, quantise
 from missrec_t4r.retrieval.packed_scores import pack_items
-from missrec_t4r.retrieval.topk import SPARE, Found, Query, scan_bounds, search
+from missrec_t4r.retrieval.topk import SPARE, Batch, Found, Query, scan_bounds, search
 from missrec_t4r.retrieval.traced_encoder import Encode, SessionEncoder, trace_encoder
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
 
@@ -141,19 +143,17 @@ class Ranker:
             self._encode = GraphedEncoder(encoder, self.device, self.max_sequence_length, self.batch_size)
         elif self._fused is None:
             self._encode = trace_encoder(SessionEncoder(self.model, self._tokens))
-        if self._fused is not None:
-            self._tokens = None  # it has what it needs of them
-        self._together: DeviceRanker | None = None
-        if together:
-            items = DeviceItems.place(self.table, self.device)
-            self._together = DeviceRanker(items, self.model, self._popularity, self.columns, self._encode_there)
-        certified = self.device.type == "cpu" and catalogue.n_rows >= certified_from and AVAILABLE and not together
+        else:
+            self._tokens = None  # the fused encoder has what it needs of them
+        self._all_slots = together
         self.quantised: Int8Bounds | None = None
-        if certified:
+        if self.device.type == "cpu" and catalogue.n_rows >= certified_from and AVAILABLE and not together:
             self.quantised = quantise(self.table) if tables is None else tables.quantised
-        self._page_release = PeriodicPageRelease(self._mapped() if tables is not None else (), _RELEASE_EVERY)
         self.widenings = 0
         """Sessions whose exactness check failed for the first candidates, so that the search widened."""
+        search = partial(search_together, DeviceItems.place(self.table, self.device)) if together else self._search
+        self._batches = BatchRanker(search, self.model, self._popularity, self.columns, self._encode_there)
+        self._page_release = PeriodicPageRelease(self._mapped() if tables is not None else (), _RELEASE_EVERY)
 
     @torch.inference_mode()
     def rank(
@@ -205,39 +205,34 @@ class Ranker:
         self._check(wanted, rows, banned, *(() if allow is None else (allow,)))
         known = compact(rows, self.max_sequence_length)
         aligned = compact_event_features(event_features, rows, self.max_sequence_length) if event_features else {}
-        given: list[Found] = []
+        found: list[Found] = []
         passed: list[int] = []
         for start in range(0, batch, self.batch_size):
             step = slice(start, start + self.batch_size)
-            own = [NO_RULES] * len(known[step]) if rules is None else list(rules[step])
-            own_side = {name: values[step] for name, values in aligned.items()}
-            if self._together is not None:
-                listed = None if allow is None else allow[step]
-                best = self._together(known[step], own_side, banned[step], listed, wanted[step], own)
-                given, passed = given + best.found, passed + best.passed
-                continue
-            query = self.query(known[step], own_side)
-            self._restrict(query.allowed, banned[step], None if allow is None else allow[step], own)
-            passed += np.count_nonzero(query.allowed.numpy(force=True), axis=1).tolist()
-            given += self._best(query, wanted[step], own)
+            own_rules = [NO_RULES] * len(known[step]) if rules is None else list(rules[step])
+            own_features = {name: values[step] for name, values in aligned.items()}
+            listed = None if allow is None else allow[step]
+            best = self._batches(known[step], own_features, banned[step], listed, wanted[step], own_rules)
+            found, passed = found + best.found, passed + best.passed
         self._page_release.count(batch)
-        _refuse_missing(wanted, passed, given, rules)
-        return self._ranking(rows, known, wanted, given, passed)
+        _refuse_missing(wanted, passed, found, rules)
+        return self._ranking(rows, known, wanted, found, passed)
 
     def encode(self, known: Ints, event_features: Mapping[str, AnyArray] | None = None) -> Tensor:
         """Return the session vectors [batch, dim] of compacted rows [batch, seq]; zero for an empty session."""
-        if self._fused is not None:
-            return self._fused(known, event_features)
-        given = {name: torch.from_numpy(values).to(self.device) for name, values in (event_features or {}).items()}
-        with nullcontext() if self._together is None else exact_products():
-            return self._encode_there(torch.from_numpy(known).to(self.device), given)
+        features = {name: torch.from_numpy(values).to(self.device) for name, values in (event_features or {}).items()}
+        with exact_products():
+            return self._encode_there(torch.from_numpy(known).to(self.device), features)
 
     def _encode_there(self, session: Tensor, event_features: Mapping[str, Tensor]) -> Tensor:
         """Return the session vectors [batch, dim] of sessions that are on the device already."""
+        if self._fused is not None:
+            features = {name: values.numpy(force=True) for name, values in event_features.items()}
+            return self._fused(session.numpy(force=True), features)
         if not event_features and self._encode is not None:
             return self._encode(session)
         items = None if self._tokens is None else self._tokens.take(session)
-        slots = None if self._together is None else self.model.interests.most_slots(session)
+        slots = self.model.interests.most_slots(session) if self._all_slots else None
         vectors = self.model.encode(
             session, items=items, last_only=True, event_features=event_features, n_interests=slots
         ).vectors
@@ -245,68 +240,30 @@ class Ranker:
 
     def query(self, known: Ints, event_features: EventArrays) -> Query:
         """Return the query of compacted rows [batch, seq] and their event features, without any filter."""
-        width = max(int((known > PADDING_ROW).sum(1).max(initial=0)), 1)
-        known, event_features = known[:, :width], {name: values[:, :width] for name, values in event_features.items()}
-        session = torch.from_numpy(known).to(self.device)
-        empty = ~(session > PADDING_ROW).any(1, keepdim=True)
-        with nullcontext() if self._together is None else exact_products():
-            added = self.model.terms(torch.zeros(len(known), self.table.n_rows, device=self.device), session)
-        if empty.any():
-            added = torch.where(empty, self._popularity, added)
-        return Query(self.encode(known, event_features), added, self.model.recommendable.repeat(len(known), 1))
+        return self._batches.query(known, event_features)
 
-    def _restrict(self, allowed: Tensor, banned: Ints, allow: Ints | None, rules: Sequence[Rules]) -> None:
-        """Clear in ``allowed`` [batch, row], in place, what the lists and filters of a batch rule out."""
-        allowed.scatter_(1, torch.from_numpy(banned).to(self.device), False)
-        if allow is not None and (allow > PADDING_ROW).any():
-            only = torch.from_numpy(allow).to(self.device)
-            listed = torch.zeros_like(allowed).scatter_(1, only, True)
-            allowed &= listed | ~(only > PADDING_ROW).any(1, keepdim=True)
-        for line, own in enumerate(rules):
-            if own.where:
-                allowed[line] &= torch.from_numpy(self.columns.passing(own.where)).to(self.device)
-
-    def _best(self, query: Query, wanted: Ints, rules: Sequence[Rules]) -> list[Found]:
-        if not len(wanted):
-            return []
+    def _search(self, query: Query, k: int) -> Batch:
+        """Search the sessions one after the other, from bounds of all scores."""
         if self.quantised is None:
             bounds = scan_bounds(self.table, query)
         else:
             bounds = self.quantised.bounds(self.table, query, torch.get_num_threads())
-        k = int(wanted.max())
         found = search(self.table, query, bounds, k)
-        self.widenings += sum(one.scored > k + SPARE for one in found)
-        for line, own in enumerate(rules):
-            if own.at_most:
-                one = Query(*(part[line : line + 1] for part in query))
-                found[line] = self._capped(one, bounds[line : line + 1], int(wanted[line]), own)
-        return found
+        self.widenings += sum(best.scored > k + SPARE for best in found)
+        return Batch(found, np.count_nonzero(query.allowed.numpy(force=True), axis=1).tolist())
 
-    def _capped(self, query: Query, bounds: Tensor, k: int, rules: Rules) -> Found:
-        """Return the k best items within the diversity caps, searching as deep as needed."""
-        caps = [(self.columns.groups(column), cap) for column, cap in rules.at_most]
-        width = 4 * k
-        while True:
-            (found,) = search(self.table, query, bounds, width)
-            places = capped(found.rows.tolist(), caps, k)
-            if len(places) == k or len(found.rows) < width:
-                return Found(found.scores[places], found.rows[places], found.scored)
-            width *= 4
-
-    def _ranking(self, rows: Ints, known: Ints, wanted: Ints, given: Sequence[Found], passed: Sequence[int]) -> Ranking:
-        lengths = [len(found.rows) for found in given]
+    def _ranking(self, rows: Ints, known: Ints, wanted: Ints, found: Sequence[Found], passed: Sequence[int]) -> Ranking:
+        lengths = [len(best.rows) for best in found]
         counts = np.minimum(lengths, wanted).astype(np.int32)
-        shape = len(rows), int(wanted.max(initial=1))
-        items, scores = np.full(shape, PADDING_ROW, np.int64), np.zeros(shape, np.float32)
-        if len(set(lengths)) == 1:
-            width = min(lengths[0], shape[1])
+        width = int(wanted.max(initial=1))
+        items, scores = np.full((len(rows), width), PADDING_ROW, np.int64), np.zeros((len(rows), width), np.float32)
+        if len(rows):
+            width = min(max(lengths), width)
             real = np.arange(width) < counts[:, None]
-            items[:, :width] = torch.stack([found.rows for found in given]).numpy(force=True)[:, :width] * real
-            scores[:, :width] = torch.stack([found.scores for found in given]).numpy(force=True)[:, :width] * real
-        else:
-            for line, (found, count) in enumerate(zip(given, counts.tolist(), strict=True)):
-                items[line, :count] = found.rows[:count].numpy(force=True)
-                scores[line, :count] = found.scores[:count].numpy(force=True)
+            best_rows = pad_sequence([best.rows for best in found], batch_first=True)
+            best_scores = pad_sequence([best.scores for best in found], batch_first=True)
+            items[:, :width] = best_rows.numpy(force=True)[:, :width] * real
+            scores[:, :width] = best_scores.numpy(force=True)[:, :width] * real
         return Ranking(
             items,
             scores,
@@ -318,8 +275,8 @@ class Ranker:
 
     def _mapped(self) -> list[Tensor]:
         """Return the tensors of a large catalogue of which single rows are read."""
-        weights = [one for one in self.model.state_dict().values() if len(one.shape) and len(one) == self.table.n_rows]
-        tensors = [self.table.tokens, *self.model.item_encoder.vectors.buffers(), *weights]
+        tensors = [self.table.tokens, *self.model.item_encoder.vectors.buffers()]
+        tensors += [part for part in self.model.state_dict().values() if part.shape[:1] == (self.table.n_rows,)]
         return [tensor for tensor in tensors if tensor.device.type == "cpu"]  # a GPU's address means nothing here
 
     def _popular(self, catalogue: Catalogue) -> Tensor:
@@ -346,16 +303,16 @@ def _bytes_to_move(model: MISSRec, n_rows: int, tables: RetrievalIndex | None, d
     return moved + (0 if tables is None else DeviceItems.bytes_needed(tables.table, device) + BYTES_PER_SCORE * n_rows)
 
 
-def _refuse_missing(wanted: Ints, passed: Sequence[int], given: Sequence[Found], rules: Sequence[Rules] | None) -> None:
+def _refuse_missing(wanted: Ints, passed: Sequence[int], found: Sequence[Found], rules: Sequence[Rules] | None) -> None:
     """Refuse a list that is shorter than its filters explain: a score that is not a number comes from the weights."""
-    finite = not given or bool(torch.isfinite(torch.cat([found.scores for found in given])).all())
-    for session, (k, n_passed, found) in enumerate(zip(wanted.tolist(), passed, given, strict=True)):
+    finite = not found or bool(torch.isfinite(torch.cat([best.scores for best in found])).all())
+    for session, (k, n_passed, best) in enumerate(zip(wanted.tolist(), passed, found, strict=True)):
         least = min(k, n_passed)
         if rules is not None and rules[session].at_most:
             least = min(least, 1)  # caps may leave out any item but the first
-        if len(found.rows) < least or not finite:
+        if len(best.rows) < least or not finite:
             raise ServingError(
-                f"{len(found.rows)} of {least} items have a score that is a number",
+                f"{len(best.rows)} of {least} items have a score that is a number",
                 "a finite score for every item that may be recommended",
                 "the model's weights are damaged or diverged: verify the bundle, train again",
             )

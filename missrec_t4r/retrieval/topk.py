@@ -41,6 +41,15 @@ class Found(NamedTuple):
     """Items that were scored exactly."""
 
 
+class Batch(NamedTuple):
+    """The best items of a batch of sessions."""
+
+    found: list[Found]
+    """Per session, at most k items."""
+    passed: list[int]
+    """Per session, the items that might have been returned."""
+
+
 class Query(NamedTuple):
     """Session vectors of a batch, what is added to their scores, and the items that may be returned."""
 
@@ -50,6 +59,10 @@ class Query(NamedTuple):
     """[batch, row]: what is added to the network's scores: score terms, or popularity."""
     allowed: Tensor
     """[batch, row], bool: False for items that must not be returned."""
+
+    def take(self, sessions: slice | Tensor) -> Query:
+        """Return the query of some sessions."""
+        return Query(self.vectors[sessions], self.added[sessions], self.allowed[sessions])
 
 
 def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -129,12 +142,12 @@ def search(table: PackedItems, query: Query, bounds: Tensor, k: int) -> list[Fou
 
 def _widening(table: PackedItems, query: Query, bounds: Tensor, session: int, k: int) -> Found:
     """Score exactly all items that may be among the best, in rounds from the highest bounds down."""
-    one = Query(*(part[session : session + 1] for part in query))
+    own = query.take(slice(session, session + 1))
     scores, rows, scored = bounds[:0], torch.empty(0, dtype=torch.int64, device=bounds.device), 0
     threshold, done, reached = _first_threshold(bounds, k), torch.inf, -torch.inf
     while True:
         fresh = torch.nonzero((bounds >= threshold) & (bounds < done) & (bounds > -torch.inf)).flatten()
-        fresh_scores, fresh = _contenders(table, one, fresh, k, reached)
+        fresh_scores, fresh = _contenders(table, own, fresh, k, reached)
         rows, order = torch.cat([rows, fresh]).sort()
         scores, best = torch.cat([scores, fresh_scores])[order].sort(descending=True, stable=True)
         scores, rows, scored = scores[:k], rows[best[:k]], scored + len(fresh)
@@ -155,13 +168,13 @@ def _first_threshold(bounds: Tensor, k: int) -> float:
     return float(peaks.topk(k).values[-1])
 
 
-def _contenders(table: PackedItems, one: Query, rows: Tensor, k: int, reached: float) -> tuple[Tensor, Tensor]:
+def _contenders(table: PackedItems, query: Query, rows: Tensor, k: int, reached: float) -> tuple[Tensor, Tensor]:
     """Return exact scores of ``rows`` and the rows, less those that a score in 32 bits already rules out."""
     if len(rows) > _FEW:
-        quick = torch.cat([_scores(table.quick, one, part[None])[0] for part in rows.split(_ROUND)])
+        quick = torch.cat([_scores(table.quick, query, part[None])[0] for part in rows.split(_ROUND)])
         floor = max(reached, float(quick.topk(k).values[-1]) if k < len(quick) else -torch.inf)
         rows = rows[quick >= floor - _ROUNDING]
-    return _scores(table.exact, one, rows[None])[0], rows
+    return _scores(table.exact, query, rows[None])[0], rows
 
 
 def _scores(method: Callable[[Tensor, Tensor], Tensor], query: Query, rows: Tensor) -> Tensor:

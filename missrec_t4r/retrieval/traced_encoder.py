@@ -87,7 +87,7 @@ def trace_encoder(encoder: SessionEncoder) -> Encode:
             traced = torch.jit.trace(encoder.eval(), (shapes[0],), check_trace=False, strict=False)
             frozen = torch.jit.freeze(traced)
         with torch.jit.optimized_execution(False):
-            equal = all(torch.allclose(frozen(one), plain(one), atol=_TOLERANCE, rtol=0) for one in shapes)
+            equal = all(torch.allclose(frozen(rows), plain(rows), atol=_TOLERANCE, rtol=0) for rows in shapes)
     except RuntimeError:
         return encoder
     if not equal:

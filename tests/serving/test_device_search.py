@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from missrec_t4r.errors import ServingError
 from missrec_t4r.retrieval import device_search
-from missrec_t4r.retrieval.device_ranker import DeviceRanker
 from missrec_t4r.retrieval.device_search import DeviceItems, exact_products, search_together, sessions_with_room, upload
 from missrec_t4r.retrieval.filters import Rules
 from missrec_t4r.retrieval.packed_scores import PackedItems, pack_items
@@ -191,13 +190,14 @@ def test_the_ranker_answers_as_on_a_cpu(loaded: LoadedRun, batch: int) -> None:
 
 
 def test_a_filter_is_uploaded_once_and_the_oldest_leaves(loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("missrec_t4r.retrieval.device_ranker._MASK_BYTES", 2 * loaded.catalogue.n_rows)
+    uploaded = list[int]()
+    monkeypatch.setattr("missrec_t4r.retrieval.filters._CACHED_BYTES", 2 * (loaded.catalogue.n_rows + 400))
     ranker = Ranker(loaded.model, loaded.catalogue, together=True)
-    asked = [Rules.of({"where": {"stars": stars}}) for stars in (1, 2, 3)]
-    ranker.rank(np.array([[5]] * 3), rules=asked)
-    kept = ranker._together
-    assert isinstance(kept, DeviceRanker)
-    assert list(kept._masks) == [asked[1].where, asked[2].where]
+    passing = ranker.columns.passing
+    monkeypatch.setattr(ranker.columns, "passing", lambda where: uploaded.append(min(where[0][1])) or passing(where))
+    for stars in (1, 2, 3, 2, 3, 1):
+        ranker.rank(np.array([[5]]), rules=[Rules.of({"where": {"stars": stars}})])
+    assert uploaded == [1, 2, 3, 1]
 
 
 def test_uploaded_arrays_keep_their_types_and_shapes() -> None:

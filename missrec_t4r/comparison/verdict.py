@@ -40,18 +40,14 @@ def decide(measures: Mapping[str, Any], protocol: str, gate: Path | None) -> tup
         if low > 0:
             return SHIP, []
         return (REFUSED if high < 0 else OPEN), []
-    from missrec_t4r.etl.quality.report import read_gate
+    from missrec_t4r.etl.quality.report import check_bound, read_gate
 
     checks = []
     for name, bound in read_gate(gate).items():
         if name not in measures:
             near = difflib.get_close_matches(name, measures, 3) or list(measures)[:6]
             raise ConfigError(f"the gate bounds {name!r}", f"a measure such as {', '.join(near)}", "correct the gate")
-        value = measures[name]
-        fits = not bound.get("required", False)
-        if value is not None:
-            fits = bound.get("min", float("-inf")) <= value <= bound.get("max", float("inf"))
-        checks.append({"measure": name, "value": value, "bounds": dict(bound), "passed": bool(fits)})
+        checks.append(check_bound(name, measures[name], bound))
     return (SHIP if all(check["passed"] for check in checks) else REFUSED), checks
 
 

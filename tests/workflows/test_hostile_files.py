@@ -53,6 +53,13 @@ def test_every_kind_of_file_gives_the_same_sessions(name: str, tmp_path: Path) -
     assert events.is_file()
 
 
+@pytest.mark.parametrize("name", ["item_id", "title"])
+def test_a_column_that_is_there_twice_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text(f"item_id,{name},title\nlamp,lamp,Lamp\n")
+    with pytest.raises(SchemaError, match=r"items.csv has columns \['item_id', .*; expected: every name once"):
+        read_table(tmp_path / "items.csv", "items", text_columns=["item_id"])
+
+
 def test_json_texts_that_end_within_a_character_are_repaired_and_numbers_beyond_64_bits_refused(tmp_path: Path) -> None:
     file = tmp_path / "items.jsonl"
     file.write_text('{"title": "lamp \\ud83d"}\n{"title": "desk \\ud83d\\ude00"}\n')

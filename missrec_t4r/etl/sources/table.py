@@ -57,7 +57,7 @@ def read_table(
     DataError
         A file is missing, unreadable or of an unknown kind, or there is no row.
     SchemaError
-        The files do not have the same columns.
+        The files do not have the same columns, or one has a name twice.
     """
     files, findings = expand(paths, what), findings or Findings()
     tables = [_read_file(file, what, text_columns) for file in files]
@@ -66,15 +66,16 @@ def read_table(
         unwanted = checks.row_indexes(names, [*text_columns, *needed])
         checks.note_row_indexes(findings, unwanted)
         tables = [table.drop_columns([name for name in unwanted if name in table.column_names]) for table in tables]
-    tables = _one_type(tables, text_columns)
     for file, table in zip(files, tables, strict=True):
+        if len(set(table.column_names)) < table.num_columns:
+            raise SchemaError(f"{file} has columns {table.column_names}", "every name once", "rename one, or drop it")
         if set(table.column_names) != set(tables[0].column_names):
             differing = sorted(set(table.column_names) ^ set(tables[0].column_names))
             raise SchemaError(
                 f"{file} and {files[0]} differ in columns {differing}", f"{what} files with the same columns"
             )
     try:
-        table = pa.concat_tables(tables, promote_options="permissive")
+        table = pa.concat_tables(_one_type(tables, text_columns), promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise SchemaError(
             f"the {what} files disagree on a type ({error})", "one type per column in all files"

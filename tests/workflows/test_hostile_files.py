@@ -53,11 +53,14 @@ def test_every_kind_of_file_gives_the_same_sessions(name: str, tmp_path: Path) -
     assert events.is_file()
 
 
-@pytest.mark.parametrize("name", ["item_id", "title"])
-def test_a_column_that_is_there_twice_is_named(name: str, tmp_path: Path) -> None:
-    (tmp_path / "items.csv").write_text(f"item_id,{name},title\nlamp,lamp,Lamp\n")
-    with pytest.raises(SchemaError, match=r"items.csv has columns \['item_id', .*; expected: every name once"):
-        read_table(tmp_path / "items.csv", "items", text_columns=["item_id"])
+@pytest.mark.parametrize("engine", ["memory", "disk"])
+@pytest.mark.parametrize("name", ["user_id", "event_type"])
+def test_a_column_that_is_there_twice_is_named(name: str, engine: str, tmp_path: Path) -> None:
+    events, items = write(tmp_path)
+    table = pq.read_table(events)
+    pq.write_table(pa.table([*table.columns, table[name]], names=[*table.column_names, name]), events)
+    with pytest.raises(SchemaError, match=rf"events.parquet has columns .*{name}'\]; expected: every name once"):
+        etl(events, items, tmp_path / "data", engine=engine, workers=1)
 
 
 def test_json_texts_that_end_within_a_character_are_repaired_and_numbers_beyond_64_bits_refused(tmp_path: Path) -> None:

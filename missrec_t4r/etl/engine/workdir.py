@@ -25,7 +25,7 @@ from missrec_t4r.etl import item_table
 from missrec_t4r.etl.inputs import read_items
 from missrec_t4r.etl.outputs import REPORT_FILE
 from missrec_t4r.etl.quality import checks
-from missrec_t4r.etl.sources.table import PARQUET_SUFFIXES, read_table, require_event_columns
+from missrec_t4r.etl.sources.table import PARQUET_SUFFIXES, read_table, require_distinct, require_event_columns
 from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.io.atomic import atomic_write_file, move_into_place, recover, refuse_unmanaged, translate_disk_errors
 from missrec_t4r.io.json_files import read_json, write_json
@@ -181,11 +181,13 @@ def _text_ids(file: Path, columns: Sequence[str]) -> dict[str, bool]:
 
 def _parquet_schema(file: Path) -> pa.Schema:
     try:
-        return pq.read_schema(file).remove_metadata()
+        schema = pq.read_schema(file).remove_metadata()
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
             f"{file} cannot be read ({error})", "interactions as complete parquet", "write or copy the file again"
         ) from error
+    require_distinct(file, schema.names)
+    return schema
 
 
 def unified_schema(files: Sequence[Path], names: Mapping[str, str], findings: checks.Findings) -> pa.Schema:

@@ -67,8 +67,7 @@ def read_table(
         checks.note_row_indexes(findings, unwanted)
         tables = [table.drop_columns([name for name in unwanted if name in table.column_names]) for table in tables]
     for file, table in zip(files, tables, strict=True):
-        if len(set(table.column_names)) < table.num_columns:
-            raise SchemaError(f"{file} has columns {table.column_names}", "every name once", "rename one, or drop it")
+        require_distinct(file, table.column_names)
         if set(table.column_names) != set(tables[0].column_names):
             differing = sorted(set(table.column_names) ^ set(tables[0].column_names))
             raise SchemaError(
@@ -140,6 +139,18 @@ def require_event_columns(columns: Sequence[str], names: Iterable[str], what: st
     """
     for name, option in zip(names, ("--user-column", "--item-column", "--time-column"), strict=True):
         _require(columns, name, what, option)
+
+
+def require_distinct(file: Path, columns: Sequence[str]) -> None:
+    """Refuse a table that has a column twice.
+
+    Raises
+    ------
+    SchemaError
+        It has.
+    """
+    if len(set(columns)) < len(columns):
+        raise SchemaError(f"{file} has columns {list(columns)}", "every name once", "rename one, or drop it")
 
 
 def _require(columns: Sequence[str], name: str, what: str, option: str) -> None:

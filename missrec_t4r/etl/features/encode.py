@@ -132,13 +132,16 @@ def _pretrained(kind: str, contents: Sequence[Any], settings: EncoderSettings) -
     vector_of = cache.get(item_of)
     n_cached = len(vector_of)
     missing = [item for key, item in item_of.items() if key not in vector_of]
-    missing.sort(key=lambda item: _size(contents[item]))
+    missing.sort(key=lambda item: len(contents[item]) if kind == "text" else 0)  # equal lengths need no padding
     batches = [missing[start : start + settings.batch_size] for start in range(0, len(missing), settings.batch_size)]
     buffer: dict[bytes, Floats] = {}  # what is not in the cache yet
     for batch in track(batches, f"{kind}: encoding", len(batches)):
         readable = [(key_of[item], content) for item in batch if (content := _read(kind, contents[item])) is not None]
         vectors = encoder.encode([content for _, content in readable]) if readable else []
-        _refuse_nan(kind, vectors)
+        if not np.isfinite(vectors).all():
+            raise ModalityError(
+                f"the {kind} encoder gave NaN or infinity", "finite vectors", "try --precision fp32, or another encoder"
+            )
         buffer |= {key: vector for (key, _), vector in zip(readable, vectors, strict=True)}
         if len(buffer) >= _FLUSH or batch is batches[-1]:
             cache.add(list(buffer), list(buffer.values()))
@@ -176,14 +179,3 @@ def _read(kind: str, content: Any) -> Any:
             return picture.convert("RGB")
     except UNREADABLE:
         return None
-
-
-def _size(content: Any) -> int:
-    return len(content) if isinstance(content, str) else 0  # texts of one length need no padding
-
-
-def _refuse_nan(kind: str, vectors: Any) -> None:
-    if len(vectors) and not np.isfinite(vectors).all():
-        raise ModalityError(
-            f"the {kind} encoder gave NaN or infinity", "finite vectors", "try --precision fp32, or another encoder"
-        )

@@ -53,31 +53,11 @@ class Layout:
     """Whether the published benchmark keeps items without a title."""
 
 
+_2018 = ("reviewerID", "asin", "unixReviewTime", "overall", 1, "brand", "category", ("imageURLHighRes", "imageURL"))
+_2023 = ("user_id", "parent_asin", "timestamp", "rating", 1000, "store", "categories", ("images",))
 LAYOUTS = {
-    "2018": Layout(
-        "reviewerID",
-        "asin",
-        "unixReviewTime",
-        "overall",
-        1,
-        "brand",
-        "category",
-        ("imageURLHighRes", "imageURL"),
-        keep_repeats=True,
-        keep_untitled=False,
-    ),
-    "2023": Layout(
-        "user_id",
-        "parent_asin",
-        "timestamp",
-        "rating",
-        1000,
-        "store",
-        "categories",
-        ("images",),
-        keep_repeats=False,
-        keep_untitled=True,
-    ),
+    "2018": Layout(*_2018, keep_repeats=True, keep_untitled=False),
+    "2023": Layout(*_2023, keep_repeats=False, keep_untitled=True),
 }
 
 

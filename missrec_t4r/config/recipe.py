@@ -52,15 +52,16 @@ class Recipe:
     """Used by `missrec pretrain` alone."""
 
     @classmethod
-    def load(cls, name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    def load(cls, recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
         """Read a shipped recipe by name, or a YAML file by path.
 
         Parameters
         ----------
-        name_or_path : str or Path
-            ``"default"``, ``"paper"``, … or a path that ends in ``.yaml``, or that of a run's ``recipe.json``.
+        recipe : str, Path or Recipe
+            ``"default"``, ``"paper"``, … or a path that ends in ``.yaml``, or that of a run's ``recipe.json``; or a
+            recipe as it is.
         overrides : mapping, optional
-            ``{"model.d_model": 128, "train.epochs": 3}``; they win over the file.
+            ``{"model.d_model": 128, "train.epochs": 3}``; they win over the recipe.
 
         Raises
         ------
@@ -68,7 +69,9 @@ class Recipe:
             Unknown recipe or setting (the nearest known one is named), wrong type, contradictory settings, or recipes
             that extend each other.
         """
-        file = _find(str(name_or_path), Path())
+        if isinstance(recipe, Recipe):
+            return recipe.changed(overrides or {})
+        file = _find(str(recipe), Path())
         sections = _resolve(file.content, file, ())
         return _build(str(file.content.get("name", file.name)), _overridden(sections, overrides or {}))
 

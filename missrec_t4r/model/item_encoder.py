@@ -249,16 +249,19 @@ class ItemEncoder(nn.Module):
             for rule in self.candidate_rules:
                 items = rule(items, rows, training=self.training)
         ids = None if items.ids is None else self.unit(items.ids)
-        return CandidateEmbeddings(self.unit(_at_least_fp32(items.modality)), items.mask, ids, items.id_mask)
+        return CandidateEmbeddings(self.unit(to_fp32(items.modality)), items.mask, ids, items.id_mask)
 
     def unit(self, x: Tensor) -> Tensor:
         """Scale the last axis to unit length."""
         return F.normalize(x, dim=-1)
 
 
-def _at_least_fp32(embeddings: Tensor) -> Tensor:
-    """Return autocast's bf16 and fp16 in fp32: in fp16 the smallest length that is divided by would be 0."""
-    return embeddings.float() if embeddings.dtype in (torch.bfloat16, torch.float16) else embeddings
+def to_fp32(tensor: Tensor) -> Tensor:
+    """Return a bf16 or fp16 tensor in fp32, any other unchanged (a float64 test stays in float64).
+
+    In fp16 the smallest length by which unit vectors are divided would be 0.
+    """
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _drop_one_modality(mask: Tensor, probability: float) -> Tensor:

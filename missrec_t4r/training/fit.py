@@ -76,7 +76,7 @@ def train(
         Unusable data, contradictory settings, or a checkpoint of another recipe or data set.
     """
     data, out = Path(data), Path(out)
-    resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
+    resolved = Recipe.load(recipe, settings)
     read = read_training_data(data, resolved, event_features)
     with distributed.joined(distributed.own_device(device)), translate_out_of_memory():
         trainer = Trainer(resolved, read.catalogue, read.train, read.valid, out, device, prepare, read.event_features)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from missrec_t4r.config import TrainConfig
 from missrec_t4r.config.training import Precision
@@ -42,11 +41,6 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """Return the autocast context in which matrix products run in ``precision``; weights stay in fp32."""
     dtype = matmul_dtype(precision, device)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
-
-
-def to_fp32(tensor: Tensor) -> Tensor:
-    """Return a bf16 or fp16 tensor in fp32, any other unchanged (a float64 test stays in float64)."""
-    return tensor.float() if tensor.dtype in _TYPES.values() else tensor
 
 
 def check_precision(train: TrainConfig, device: torch.device) -> None:

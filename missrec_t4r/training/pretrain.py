@@ -31,13 +31,14 @@ from missrec_t4r.model.contrastive import (
     sequence_item_contrast,
     sequence_sequence_contrast,
 )
+from missrec_t4r.model.item_encoder import to_fp32
 from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import Encoded, MISSRec
 from missrec_t4r.schema import UNKNOWN_ROW
 from missrec_t4r.training import distributed
 from missrec_t4r.training.fit import run_or_describe
 from missrec_t4r.training.memory import translate_out_of_memory
-from missrec_t4r.training.precision import autocast, to_fp32
+from missrec_t4r.training.precision import autocast
 from missrec_t4r.training.reuse import alone, recipe_key, run_or_reuse
 from missrec_t4r.training.step import Totals
 from missrec_t4r.training.trainer import Trainer
@@ -95,7 +96,7 @@ def pretrain(
     folders, out = dict(data) if isinstance(data, Mapping) else named_folders(data), Path(out)
     if not folders:
         raise ConfigError("no data folder was named", "one --data per domain")
-    resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
+    resolved = Recipe.load(recipe, settings)
 
     def run() -> dict[str, Any]:
         _check_settings(resolved)

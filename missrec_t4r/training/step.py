@@ -12,12 +12,13 @@ from torch import Tensor
 from missrec_t4r.config import TrainConfig
 from missrec_t4r.data.batching import TrainingBatch, iterate, trained_positions, training_batches
 from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.model.item_encoder import to_fp32
 from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.training.loss.chunked import ChunkedSoftmax
 from missrec_t4r.training.loss.full import FullSoftmax, Softmax, TrainedPositions, candidate_rows
 from missrec_t4r.training.loss.sampled import SampledSoftmax
-from missrec_t4r.training.precision import autocast, matmul_dtype, to_fp32
+from missrec_t4r.training.precision import autocast, matmul_dtype
 
 LARGEST_TABLE = 1 << 26
 """Scores [position, catalogue] up to which ``softmax: auto`` keeps them all: 256 MiB, of which a step holds several."""

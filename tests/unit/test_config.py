@@ -13,6 +13,8 @@ def test_overrides_win_over_the_recipe_and_survive_a_round_trip() -> None:
     recipe = Recipe.load("tiny", {"model.d_model": 64, "train.epochs": 7})
     assert (recipe.model.d_model, recipe.train.epochs) == (64, 7)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert Recipe.load(recipe) == recipe
+    assert Recipe.load(recipe, {"train.epochs": 8}) == Recipe.load("tiny", {"model.d_model": 64, "train.epochs": 8})
 
 
 @pytest.mark.parametrize(

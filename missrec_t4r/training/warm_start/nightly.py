@@ -89,9 +89,7 @@ def continue_training(
     source = read_source(earlier_run)
     if "pretraining" in source.info:
         raise CheckpointError(f"{earlier_run} is a pre-training run", "a run on this shop", f"use --from {earlier_run}")
-    if recipe is None:
-        recipe = source.recipe.changed(settings or {})
-    resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
+    resolved = Recipe.load(source.recipe if recipe is None else recipe, settings)
     require_same(resolved.model, source.recipe.model, source.run)
     event_features = [
         _extend_values(EventColumn.from_dict(column), Path(data)) for column in source.info.get("side_features", [])

@@ -124,7 +124,7 @@ def train_from(
     frozen = freeze or ("encoder_decoder" if take == "all" else "none")
     require_choices(freeze=(frozen, Freeze), take=(take, Take))
     source_run = read_source(source)
-    resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
+    resolved = Recipe.load(recipe, settings)
     same = (*SIZES, *SEMANTICS) if take == "all" else ("d_model",)
     require_same(resolved.model, source_run.recipe.model, source_run.run, same)
 

@@ -72,7 +72,7 @@ class Recipe:
         if isinstance(recipe, Recipe):
             return recipe.changed(overrides or {})
         file = _find(str(recipe), Path())
-        sections = _resolve(file.content, file, ())
+        sections = _resolve(file)
         return _build(str(file.content.get("name", file.name)), _overridden(sections, overrides or {}))
 
     def changed(self, overrides: Mapping[str, Any]) -> Recipe:
@@ -84,7 +84,7 @@ class Recipe:
     def from_dict(cls, content: Mapping[str, Any]) -> Recipe:
         """Build from a mapping as in a recipe's file, or as `to_dict` returns it."""
         file = _File("recipe", "", Path(), dict(content))
-        return _build(str(content.get("name", "default")), _resolve(file.content, file, ()))
+        return _build(str(content.get("name", "default")), _resolve(file))
 
     @classmethod
     def from_stored(cls, content: Mapping[str, Any]) -> Recipe:
@@ -152,20 +152,20 @@ def _parse(text: bytes, name: str) -> dict[str, Any]:
     return content
 
 
-def _resolve(content: dict[str, Any], file: _File, extended_by: tuple[_File, ...]) -> dict[str, dict[str, Any]]:
+def _resolve(file: _File, extended_by: tuple[_File, ...] = ()) -> dict[str, dict[str, Any]]:
     """Return a recipe's sections, those of the recipe that it extends filled in."""
-    refuse_unknown(content, ["name", "extends", *SECTIONS], "recipe")
+    refuse_unknown(file.content, ["name", "extends", *SECTIONS], "recipe")
     chain = (*extended_by, file)
     base: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    if (extends := content.get("extends")) is not None:
+    if (extends := file.content.get("extends")) is not None:
         parent = _parent(extends, file)
-        if parent.key in [other.key for other in chain]:
-            path = " -> ".join([other.name for other in chain] + [parent.name])
+        if parent.key in [recipe.key for recipe in chain]:
+            path = " -> ".join(recipe.name for recipe in (*chain, parent))
             raise ConfigError(
                 f"the recipes {path} extend each other", "a chain that ends", "remove one of the extends: lines"
             )
-        base = _resolve(parent.content, parent, chain)
-    return {section: base[section] | _section(content, section) for section in SECTIONS}
+        base = _resolve(parent, chain)
+    return {section: base[section] | _section(file.content, section) for section in SECTIONS}
 
 
 def _parent(extends: Any, file: _File) -> _File:

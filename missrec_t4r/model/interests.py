@@ -37,17 +37,6 @@ class InterestTokens(NamedTuple):
     """[interest + 1, dim]: of all interests, ``tokens = centroids[ids]``."""
 
 
-class LargestSet:
-    """Every session takes as many slots as it has interests; a batch has those of its largest set (ours)."""
-
-    spare = 0
-    """Slots beyond one per item and modality."""
-
-    def __call__(self, count: Tensor, item_ids: Tensor) -> Tensor:
-        """Return the slots that each session takes, [batch], for ``count`` [batch] distinct interests."""
-        return count
-
-
 class InterestVocabulary(nn.Module):
     """Cluster of every modality embedding of the catalogue, and centroid of every cluster.
 
@@ -59,8 +48,8 @@ class InterestVocabulary(nn.Module):
         Shape of the catalogue's modality embeddings.
     algorithm : {"kmeans", "dpc_knn"}
         How the catalogue is clustered.
-    slots : LargestSet or PaddedInterests, optional
-        How many slots a session takes; the largest set of the batch decides their number.
+    slots : PaddedInterests, optional
+        How many slots a session takes; by default as many as it has interests. The largest set of a batch decides.
     """
 
     centroids: Tensor
@@ -73,10 +62,11 @@ class InterestVocabulary(nn.Module):
         n_rows: int,
         d_model: int,
         algorithm: InterestAlgorithm = "kmeans",
-        slots: LargestSet | PaddedInterests | None = None,
+        slots: PaddedInterests | None = None,
     ) -> None:
         super().__init__()
-        self.algorithm, self.slots = algorithm, LargestSet() if slots is None else slots
+        self.algorithm, self.slots = algorithm, slots
+        self.spare = 0 if slots is None else slots.spare
         self.register_buffer("centroids", torch.zeros(n_interests + 1, d_model))
         self.register_buffer("assignment", torch.zeros(n_modalities, n_rows, dtype=torch.int64))
 
@@ -126,7 +116,7 @@ class InterestVocabulary(nn.Module):
         """
         n_modalities = len(self.assignment)
         interest = self.assignment[:, item_ids].permute(1, 2, 0).flatten(1)  # [batch, seq * modality], oldest first
-        if spare := max(self.slots.spare, empty_slots):
+        if spare := max(self.spare, empty_slots):
             interest = F.pad(interest, (0, spare))
         n_tokens = interest.shape[1]
         ordered, order = interest.sort(dim=1, stable=True)  # equal interests stand together, the earliest mention first
@@ -147,9 +137,11 @@ class InterestVocabulary(nn.Module):
 
     def most_slots(self, item_ids: Tensor) -> int:
         """Return one slot per item and modality of ``item_ids`` [batch, seq]: enough for any sessions."""
-        return item_ids.shape[1] * len(self.assignment) + self.slots.spare
+        return item_ids.shape[1] * len(self.assignment) + self.spare
 
     def n_slots(self, mask: Tensor, item_ids: Tensor, empty_slots: int) -> int:
         """Return the number of slots of a batch; ``mask`` [batch, seq * modality] marks the distinct interests."""
-        count = mask.sum(1) if empty_slots else self.slots(mask.sum(1), item_ids)
+        count = mask.sum(1)
+        if self.slots is not None and not empty_slots:
+            count = self.slots(count, item_ids)
         return max(int(count.max()) if len(mask) else 0, 1) + empty_slots

@@ -7,7 +7,7 @@ missing_modality            `ZeroRows`                                      `ite
 padding_candidate           `padding_candidate`                             padding is no class of the softmax
 single_modality             `summed_candidates`                             modality and ID are scored apart
 contextual_readout          `first_modality`                                `decoder.mean_over_modalities`
-orthogonality               `PaddedInterests`, `faithful_orthogonality`     `interests.LargestSet`, squared cosines
+orthogonality               `PaddedInterests`, `faithful_orthogonality`     no slot for padding, squared cosines
 initialisation              `release_initialisation`                        normal(0, 0.02), biases 0
 ==========================  ==============================================  =======================================
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from missrec_t4r.arrays import Floats, Ints
+from missrec_t4r.arrays import Floats
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import ConfigError, DataError, ModalityError, SchemaError
 from missrec_t4r.etl.dataframe import Frame, adapter_of
@@ -25,7 +25,7 @@ from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.io.arrow_files import one_array, unequal
 from missrec_t4r.io.npy_files import read_npy
-from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ROW, TRAIN_COUNT
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ROW, TRAIN_COUNT, USER_ID
 
 UnknownItems = Literal["append", "drop"]
 Vectors = Mapping[str, Floats]
@@ -94,6 +94,11 @@ def check_fingerprints(fingerprints: Mapping[str, str], files: Mapping[str, Path
 
 
 # Rows of the item table
+
+
+def with_ids(items: pa.Table, ids: pa.ChunkedArray) -> pa.Table:
+    """Return an item table with other ids."""
+    return items.set_column(items.column_names.index(ITEM_ID), ITEM_ID, ids)
 
 
 def unique_items(items: pa.Table, vectors: Vectors, findings: Findings) -> tuple[pa.Table, Vectors]:
@@ -180,7 +185,7 @@ def take_items(items: pa.Table, vectors: Vectors, rows: npt.NDArray[np.intp]) ->
 
 
 def filter_items(
-    events: Frame, items: pa.Table, vectors: Vectors, *, k_core: int, min_item_count: int, user_column: str
+    events: Frame, items: pa.Table, vectors: Vectors, *, k_core: int, min_item_count: int
 ) -> tuple[Frame, pa.Table, Vectors]:
     """Leave out rare items once, then rare users and items until nothing changes, in events and item table.
 
@@ -196,7 +201,7 @@ def filter_items(
     before = -1
     while k_core > 0 and before != len(events):
         before = len(events)
-        events = _keep_frequent(_keep_frequent(events, user_column, k_core), ITEM_ID, k_core)
+        events = _keep_frequent(_keep_frequent(events, USER_ID, k_core), ITEM_ID, k_core)
     if not len(events):
         raise DataError(
             f"k_core={k_core} with min_item_count={min_item_count} leaves no event", "at least one", "lower the numbers"
@@ -231,32 +236,32 @@ def build_catalogue(
     fingerprints : mapping of str to str, optional
         Names of their encoders.
     """
-    reserved = [name for name in (ROW, TRAIN_COUNT) if name in items.column_names]
-    items = items.drop_columns(reserved) if reserved else items
     modalities = {}
     for name, array in vectors.items():
-        padded = np.concatenate([np.zeros((FIRST_ITEM_ROW, array.shape[1]), np.float32), array])  # [item index, width]
+        padded = _with_reserved_rows(array)
         encoder = {"name": "precomputed", "file": Path(files[name]).name}
         if fingerprints and name in fingerprints:
             encoder["fingerprint"] = fingerprints[name]
         modalities[name] = Modality(padded, padded.any(1), encoder)
-    bare = Catalogue(items.append_column(TRAIN_COUNT, _zeros(items)), {})
-    _ = bare.retired  # refused here if it is of another type, and not after a training
-    return with_train_count(bare, _zeros(items), modalities)
+    catalogue = Catalogue(_with_counts(items, np.zeros(items.num_rows)), modalities)
+    _ = catalogue.retired  # refused here if it is of another type, and not after a training
+    return catalogue
 
 
-def with_train_count(
-    catalogue: Catalogue, counts: npt.ArrayLike, modalities: Mapping[str, Modality] | None = None
-) -> Catalogue:
+def with_train_count(catalogue: Catalogue, counts: npt.ArrayLike) -> Catalogue:
     """Return the catalogue with training counts per item, [item], and the columns item_id and train_count first."""
-    others = [name for name in catalogue.items.column_names if name not in (ITEM_ID, TRAIN_COUNT)]
-    columns = {ITEM_ID: catalogue.items[ITEM_ID], TRAIN_COUNT: pa.array(np.asarray(counts, np.int64))}
-    table = pa.table(columns | {name: catalogue.items[name] for name in others})
-    return Catalogue(table, catalogue.modalities if modalities is None else modalities)
+    return Catalogue(_with_counts(catalogue.items, counts), catalogue.modalities, checked=True)
 
 
-def _zeros(items: pa.Table) -> pa.Array:
-    return pa.array(np.zeros(items.num_rows, np.int64))
+def _with_counts(items: pa.Table, counts: npt.ArrayLike) -> pa.Table:
+    """Return the item table of a catalogue: its two own columns, then those of the input but what names a row."""
+    others = {name: items[name] for name in items.column_names if name not in (ITEM_ID, TRAIN_COUNT, ROW)}
+    return pa.table({ITEM_ID: items[ITEM_ID], TRAIN_COUNT: pa.array(np.asarray(counts, np.int64)), **others})
+
+
+def _with_reserved_rows(vectors: Floats) -> Floats:
+    """Return vectors [item, width] with rows for the reserved item indices, [item index, width]."""
+    return np.concatenate([np.zeros((FIRST_ITEM_ROW, vectors.shape[1]), np.float32), vectors])
 
 
 # Incremental update
@@ -292,61 +297,62 @@ def merge_new_items(
         if files:
             raise ConfigError("vectors are given without an item table", "both or none", "add --items")
         return old_items, vectors, 0
+    table, new_vectors = _rows_like(old, table, files, findings)
+    item_index = old.rows_of(table[ITEM_ID].combine_chunks())  # [new row]
+    try:
+        stacked = pa.concat_tables([old_items, table], promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise SchemaError(f"the item table differs in a type ({error})", "types as in the catalogue") from error
+    known, added = np.flatnonzero(item_index >= FIRST_ITEM_ROW), np.flatnonzero(item_index < FIRST_ITEM_ROW)
+    index = item_index[known]  # [known row]
+    before, after = pa.array(index - FIRST_ITEM_ROW), pa.array(old.n_items + known)  # [known row]: rows of ``stacked``
+    differs = np.zeros(len(known), bool)  # [known row]
+    for name in (name for name in table.column_names if name != ITEM_ID):
+        column = one_array(stacked[name])
+        differs |= unequal(column.take(before), column.take(after))
+    other_vectors = np.zeros(len(known), bool)
+    for name, array in new_vectors.items():
+        modality = old.modalities[name]
+        differs |= ~modality.present[index] & array[known].any(1)
+        other_vectors |= (modality.vectors[index] != array[known]).any(1)
+    n_used = len(added) + int(differs.sum())
+    findings.add("changed_items", int(differs.sum()), "items whose row differs from the catalogue have the new values")
+    n_kept = int((other_vectors & ~differs).sum())
+    findings.add("vectors_kept", n_kept, "items with other vectors but the same row keep the vectors that they had")
+    if not n_used:
+        return old_items, vectors, 0
+    source = np.concatenate([np.arange(old.n_items), old.n_items + added])  # [item]: row of ``stacked``
+    replaced = source.copy()
+    replaced[index - FIRST_ITEM_ROW] = old.n_items + known
+    items = {
+        name: column.take(pa.array(replaced if name in table.column_names else source))
+        for name, column in zip(stacked.column_names, stacked.columns, strict=True)
+    }
+    merged = {}
+    for name, array in vectors.items():
+        new = new_vectors.get(name, np.zeros((table.num_rows, array.shape[1]), np.float32))
+        merged[name] = np.concatenate([array, new[added]])
+        if name in new_vectors:
+            merged[name][index[differs] - FIRST_ITEM_ROW] = new[known[differs]]
+    return pa.table(items), merged, n_used
+
+
+def _rows_like(
+    old: Catalogue, table: pa.Table, files: Mapping[str, Path], findings: Findings
+) -> tuple[pa.Table, Vectors]:
+    """Return a new item table and its vectors, one row per id, with ids and widths as in the catalogue."""
     ids = checks.normal_ids(table[ITEM_ID], ITEM_ID)
     if pa.types.is_string(ids.type) and old.id_type == "int64":
         ids = checks.text_to_integers(ids) or ids
-    if (id_type := old_items[ITEM_ID].type) != ids.type:
+    if (id_type := old.items[ITEM_ID].type) != ids.type:
         raise SchemaError(f"item ids are {ids.type} in the item table", f"{id_type} as in the catalogue")
-    table = table.set_column(table.column_names.index(ITEM_ID), ITEM_ID, ids)
-    new_vectors: Vectors = read_modalities(files, table.num_rows)
-    for name, array in new_vectors.items():
-        if name not in vectors or vectors[name].shape[1] != array.shape[1]:
-            widths = {modality: old_array.shape[1] for modality, old_array in vectors.items()}
+    vectors = read_modalities(files, table.num_rows)
+    widths = {name: modality.width for name, modality in old.modalities.items()}
+    for name, array in vectors.items():
+        if widths.get(name) != array.shape[1]:
             raise ModalityError(f"modality {name!r} of width {array.shape[1]}", f"one of the catalogue's: {widths}")
-    table, new_vectors = unique_items(table, new_vectors, findings)
-    item_index = old.rows_of(table[ITEM_ID].combine_chunks())  # [new row]
-    table = table.select([name for name in table.column_names if name not in (ROW, TRAIN_COUNT)])
-    try:
-        both = pa.concat_tables([old_items, table], promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise SchemaError(f"the item table differs in a type ({error})", "types as in the catalogue") from error
-    is_old = item_index >= FIRST_ITEM_ROW
-    position = np.maximum(item_index - FIRST_ITEM_ROW, 0)  # [new row]: row among the old items, where it is one
-    added, known = np.flatnonzero(~is_old), np.flatnonzero(is_old)
-    differs = np.zeros(table.num_rows, bool)  # [new row]
-    replaced = {}
-    for name in (name for name in table.column_names if name != ITEM_ID):
-        column = one_array(both[name])
-        before, after = column.take(pa.array(position[known])), column.take(pa.array(old.n_items + known))
-        differs[known] |= unequal(before, after)
-        source = np.arange(len(column))  # row of ``both`` that holds the value
-        source[position[known]] = old.n_items + known
-        replaced[name] = column.take(pa.array(source))
-    for name, array in new_vectors.items():
-        differs[known] |= ~old.modalities[name].present[item_index[known]] & array[known].any(1)
-    changed = np.flatnonzero(differs)
-    findings.add("changed_items", len(changed), "items whose row differs from the catalogue have the new values")
-    kept = _other_vectors(old, new_vectors, np.flatnonzero(is_old & ~differs), item_index)
-    findings.add("vectors_kept", kept, "items with other vectors but the same row keep the vectors that they had")
-    if not len(added) + len(changed):
-        return old_items, vectors, 0
-    rows = pa.array(np.concatenate([np.arange(old.n_items), old.n_items + added]))  # of ``both``, in catalogue order
-    items = pa.table({name: replaced.get(name, both[name]) for name in both.column_names}).take(rows)
-    merged = {}
-    for name, array in vectors.items():
-        given = new_vectors.get(name, np.zeros((table.num_rows, array.shape[1]), np.float32))
-        merged[name] = np.concatenate([array, given[added]])
-        if name in new_vectors:
-            merged[name][position[changed]] = given[changed]
-    return items, merged, len(added) + len(changed)
-
-
-def _other_vectors(old: Catalogue, vectors: Vectors, rows: npt.NDArray[np.intp], item_index: Ints) -> int:
-    """Return how many of some rows of an item table have a vector that differs from the catalogue's."""
-    differs = np.zeros(len(rows), bool)
-    for name, array in vectors.items():
-        differs |= (old.modalities[name].vectors[item_index[rows]] != array[rows]).any(1)
-    return int(differs.sum())
+    columns = [name for name in table.column_names if name not in (ROW, TRAIN_COUNT)]
+    return unique_items(with_ids(table, ids).select(columns), vectors, findings)
 
 
 def extend_catalogue(old: Catalogue, items: pa.Table, vectors: Vectors) -> Catalogue:
@@ -359,18 +365,12 @@ def extend_catalogue(old: Catalogue, items: pa.Table, vectors: Vectors) -> Catal
     items, vectors : pyarrow.Table, mapping of str to ndarray [item, width]
         Old items followed by new ones.
     """
-    n_new = items.num_rows - old.n_items
+    pad = ((0, items.num_rows - old.n_items), (0, 0))
     modalities = {}
     for name, modality in old.modalities.items():
-        padded = np.concatenate(
-            [np.zeros((FIRST_ITEM_ROW, modality.width), np.float32), vectors[name]]
-        )  # [item index, width]
+        padded = _with_reserved_rows(vectors[name])
         present = padded.any(1)
         present[: old.n_rows] |= modality.present & (padded[: old.n_rows] == modality.vectors).all(1)
-        pad = ((0, n_new), (0, 0))
         variants = {variant: np.pad(array, pad) for variant, array in modality.variants.items()}
         modalities[name] = replace(modality, vectors=padded, present=present, variants=variants)
-    table = items.append_column(TRAIN_COUNT, _zeros(items))
-    return Catalogue(
-        table.select([ITEM_ID, TRAIN_COUNT, *[name for name in items.column_names if name != ITEM_ID]]), modalities
-    )
+    return Catalogue(_with_counts(items, np.zeros(items.num_rows)), modalities)

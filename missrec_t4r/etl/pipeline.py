@@ -221,9 +221,21 @@ def _choose_engine(task: Task, scheduler: str) -> str:
     return "disk" if task.workflow is None and (rows >= OUT_OF_CORE_EVENTS or not has_nvtabular()) else "memory"
 
 
+_MACHINE_OPTIONS = ("dask_scheduler", "workers", "dry_run")
+_UPDATE_OPTIONS = ("interactions", "items", "catalogue_item_column", "out", "modality", "update", "delta", "compact")
+"""What an update may choose beside the machine's; everything else is as in the first run of the folder."""
+
+
 def _change(out: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Add to a data folder (--update), or rewrite its splits with all deltas applied (--compact)."""
-    machine, events = _machine_options(options), options["interactions"]
+    defaults = {name: parameter.default for name, parameter in inspect.signature(etl).parameters.items()}
+    fixed = options.keys() - {*_MACHINE_OPTIONS, *_UPDATE_OPTIONS}
+    changed = sorted(name for name in fixed if _comparable(options[name]) != _comparable(defaults[name]))
+    if changed:
+        option = "--update" if options["update"] else "--compact"
+        cure = "leave them out, or run missrec etl on all events"
+        raise ConfigError(f"{option} with {', '.join(changed)}", "the settings of the first run", cure)
+    machine, events = {name: options[name] for name in _MACHINE_OPTIONS}, options["interactions"]
     items = None if options["items"] is None else Path(options["items"])
     modality = {name: Path(file) for name, file in (options["modality"] or {}).items()}
     if not options["compact"]:
@@ -233,26 +245,6 @@ def _change(out: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         cure = "run missrec etl --update first, then --compact"
         raise ConfigError("--compact with new events or items", "a data folder alone", cure)
     return compaction.compact(out, **machine)
-
-
-_MACHINE_OPTIONS = ("dask_scheduler", "workers", "dry_run")
-"""What an update may choose; everything else is as in the first run of the folder."""
-_OWN_OPTIONS = ("interactions", "items", "catalogue_item_column", "out", "modality", "update", "delta", "compact")
-
-
-def _machine_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that an update accepts; refuse those that were chosen in the first run."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(etl).parameters.items()}
-    changed = [
-        name
-        for name, value in options.items()
-        if name not in (*_MACHINE_OPTIONS, *_OWN_OPTIONS) and _comparable(value) != _comparable(defaults[name])
-    ]
-    if changed:
-        option = "--update" if options["update"] else "--compact"
-        cure = "leave them out, or run missrec etl on all events"
-        raise ConfigError(f"{option} with {', '.join(sorted(changed))}", "the settings of the first run", cure)
-    return {name: options[name] for name in _MACHINE_OPTIONS}
 
 
 def _comparable(value: Any) -> Any:

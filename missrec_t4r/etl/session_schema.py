@@ -8,7 +8,7 @@ tested on every combination of settings (`tests/workflows/test_scale.py`: the in
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ _TAGS = {
     TIMESTAMP + LIST_SUFFIX: ["list", "sequence", "time"],
 }
 """Of columns that are no event features."""
-_Fields = list[tuple[str, Any]]
-"""A message of protobuf text: names with scalars as they are written, or with messages."""
+_Message = dict[str, Any]
+"""A message of protobuf text: names with scalars as they are written, with messages, or with a list of either."""
 
 
 def write_session_schema(splits: Path, folder: Path, vocabularies: Mapping[str, Sequence[Any]], longest: int) -> None:
@@ -54,9 +54,9 @@ def write_session_schema(splits: Path, folder: Path, vocabularies: Mapping[str, 
     file = next(file for name in SPLITS for file in sorted((splits / name).glob("*.parquet")))
     sizes = {name: FIRST_ITEM_ROW + len(values) for name, values in vocabularies.items()}
     text = schema_text(pq.read_schema(file), sizes, longest)
-    for part in (folder, *(folder / name for name in SPLITS)):
-        part.mkdir(exist_ok=True)
-        (part / SCHEMA_FILE).write_text(text, encoding="utf-8")
+    for target in (folder, *(folder / name for name in SPLITS)):
+        target.mkdir(exist_ok=True)
+        (target / SCHEMA_FILE).write_text(text, encoding="utf-8")
 
 
 def schema_text(columns: pa.Schema, sizes: Mapping[str, int], longest: int) -> str:
@@ -71,59 +71,62 @@ def schema_text(columns: pa.Schema, sizes: Mapping[str, int], longest: int) -> s
     longest : int
         Events of the longest session.
     """
-    return "".join(_text("feature", _feature(field, sizes, longest)) for field in columns)
+    return "".join(_lines({"feature": [_feature(field, sizes, longest) for field in columns]}))
 
 
-def _feature(field: pa.Field, sizes: Mapping[str, int], longest: int) -> _Fields:
+def _feature(field: pa.Field, sizes: Mapping[str, int], longest: int) -> _Message:
     is_list = pa.types.is_list(field.type)
     values = field.type.value_type if is_list else field.type
-    name = field.name.removesuffix(LIST_SUFFIX) if is_list else field.name
-    kind = "INT" if pa.types.is_integer(values) else "FLOAT" if pa.types.is_floating(values) else ""
+    name = field.name.removesuffix(LIST_SUFFIX)
     size = sizes.get(name) if is_list else None
-    properties: dict[str, Any] = {"_dims": [[0, None], [0, longest]] if is_list else []}
-    properties |= {"is_list": is_list, "is_ragged": is_list}
-    if kind:
+    dims = [[0, None], [0, longest]] if is_list else []
+    properties: dict[str, Any] = {"_dims": dims, "is_list": is_list, "is_ragged": is_list}
+    feature: _Message = {"name": _quoted(field.name)}
+    if is_list:
+        feature["value_count"] = {"max": longest}
+    if pa.types.is_integer(values) or pa.types.is_floating(values):
+        feature["type"] = "INT" if pa.types.is_integer(values) else "FLOAT"
         properties["dtype_item_size"] = values.bit_width
     if size:
-        properties["embedding_sizes"] = {"cardinality": size, "dimension": _embedding_size(size)}
-    found: _Fields = [("name", _quoted(field.name))]
-    found += [("value_count", [("max", longest)])] if is_list else []
-    found += [("type", kind)] if kind else []
-    if size:
-        found.append(("int_domain", [("name", _quoted(name)), ("max", size - 1), ("is_categorical", "true")]))
+        feature["int_domain"] = {"name": _quoted(name), "max": size - 1, "is_categorical": "true"}
+        properties["embedding_sizes"] = {"cardinality": size, "dimension": embedding_size(size)}
     tags = _TAGS.get(field.name) or ["categorical" if size else "continuous", "list", "sequence"]
-    metadata = ("[type.googleapis.com/google.protobuf.Struct]", _struct(properties))
-    return [*found, ("annotation", [*(("tag", _quoted(tag)) for tag in tags), ("extra_metadata", [metadata])])]
+    metadata = {"[type.googleapis.com/google.protobuf.Struct]": _struct(properties)}
+    return feature | {"annotation": {"tag": [_quoted(tag) for tag in tags], "extra_metadata": metadata}}
 
 
-def _embedding_size(size: int) -> int:
+def embedding_size(size: int) -> int:
     """Return NVTabular's suggested width of an embedding table with so many rows."""
     return min(max(16, round(1.6 * size**0.56)), 512)
 
 
-def _struct(values: Mapping[str, Any]) -> _Fields:
-    return [("fields", [("key", _quoted(name)), ("value", _value(values[name]))]) for name in sorted(values)]
+def _struct(values: Mapping[str, Any]) -> _Message:
+    return {"fields": [{"key": _quoted(name), "value": _value(values[name])} for name in sorted(values)]}
 
 
-def _value(value: Any) -> _Fields:
+def _value(value: Any) -> _Message:
     if value is None:
-        return [("null_value", "NULL_VALUE")]
+        return {"null_value": "NULL_VALUE"}
     if isinstance(value, bool):
-        return [("bool_value", "true" if value else "false")]
+        return {"bool_value": "true" if value else "false"}
     if isinstance(value, Mapping):
-        return [("struct_value", _struct(value))]
+        return {"struct_value": _struct(value)}
     if isinstance(value, list):
-        return [("list_value", [("values", _value(one)) for one in value])]
-    return [("number_value", float(value))]
+        return {"list_value": {"values": [_value(element) for element in value]}}
+    return {"number_value": float(value)}
 
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("'", "\\'")
 
 
-def _text(name: str, value: Any, indent: str = "") -> str:
-    """Return a field of protobuf text."""
-    if not isinstance(value, list):
-        return f"{indent}{name}: {value}\n"
-    inner = "".join(_text(key, part, indent + "  ") for key, part in value)
-    return f"{indent}{name} {{\n{inner}{indent}}}\n"
+def _lines(message: _Message, indent: str = "") -> Iterator[str]:
+    """Yield a message as lines of protobuf text."""
+    for name, content in message.items():
+        for value in content if isinstance(content, list) else [content]:
+            if isinstance(value, dict):
+                yield f"{indent}{name} {{\n"
+                yield from _lines(value, indent + "  ")
+                yield f"{indent}}}\n"
+            else:
+                yield f"{indent}{name}: {value}\n"

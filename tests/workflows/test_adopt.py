@@ -1,6 +1,7 @@
 """The output of T4R's tutorial ETL, made with stock operators, becomes a catalogue on its own rows."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -300,6 +301,56 @@ def test_lists_that_hold_no_rows_are_refused(value: object, words: str, tutorial
     sessions = _with_items(tutorial, tmp_path / "processed", pa.array([[value, value]] * len(_rows(tutorial))))
     with pytest.raises(SchemaError, match=words):
         adopt(tutorial / "workflow", tmp_path / "data", sessions=sessions)
+
+
+def _described(file: Path, column: str) -> tuple[str, str]:
+    """Return the description of a column in a schema.pbtxt, and that of all others."""
+    described = re.split(r"(?m)^(?=feature \{)", file.read_text())
+    (own,) = (text for text in described if f'name: "{column}"' in text)
+    return own, "".join(text for text in described if text != own)
+
+
+@pytest.mark.parametrize("key", ["only in the table", "only in the schema"])
+def test_the_session_key_may_be_in_the_table_or_in_the_schema_alone(key: str, tutorial: Path, tmp_path: Path) -> None:
+    sessions = _with_items(tutorial, tmp_path / "processed", pa.array(_rows(tutorial)))
+    own, others = _described(sessions / "schema.pbtxt", "session_id")
+    if key == "only in the table":
+        (sessions / "schema.pbtxt").write_text(others)
+    else:
+        tagged = own.replace("annotation {", 'annotation {\n    tag: "id"\n    tag: "session"')
+        (sessions / "schema.pbtxt").write_text(others + tagged)
+        table = pq.read_table(sessions / "part_0.parquet")
+        pq.write_table(table.drop_columns(["session_id"]), sessions / "part_0.parquet")
+    adopt(tutorial / "workflow", tmp_path / "data", sessions=sessions)
+    test = Sessions.load(tmp_path / "data" / "test")
+    assert [session.tolist() for session in test] == [row for row in _rows(tutorial) if len(row) > 2]
+    in_data = pq.read_schema(tmp_path / "data" / "test" / "part_0.parquet").names
+    assert set(re.findall(r'(?m)^  name: "(.+)"', (tmp_path / "data" / "schema.pbtxt").read_text())) <= set(in_data)
+
+
+def test_the_tagged_column_holds_the_items_whatever_others_are_called(tutorial: Path, tmp_path: Path) -> None:
+    sessions = _with_items(tutorial, tmp_path / "processed", pa.array(_rows(tutorial)))
+    table = pq.read_table(sessions / "part_0.parquet")
+    others = pa.array([row[::-1] for row in _rows(tutorial)])
+    pq.write_table(
+        table.rename_columns(["session_id", "film"]).append_column("item_id-list", others), sessions / "part_0.parquet"
+    )
+    own, others_described = _described(sessions / "schema.pbtxt", "item_id-list")
+    untagged = re.sub(r'    tag: "(item|id|item_id)"\n', "", own)
+    (sessions / "schema.pbtxt").write_text(others_described + untagged + own.replace("item_id-list", "film"))
+    adopt(tutorial / "workflow", tmp_path / "data", sessions=sessions)
+    test = Sessions.load(tmp_path / "data" / "test")
+    assert [session.tolist() for session in test] == [row for row in _rows(tutorial) if len(row) > 2]
+
+
+def test_the_id_column_takes_the_name_of_another_one(tutorial: Path, items: tuple[Path, Path], tmp_path: Path) -> None:
+    pd.read_parquet(items[0]).assign(item_id="other").to_parquet(items[0])
+    report = adopt(
+        tutorial / "workflow", tmp_path / "data", sessions=tutorial / "processed", items=items[0], item_column="sku"
+    )
+    assert ("column_name_taken", 1) in {(finding["check"], finding["count"]) for finding in report["findings"]}
+    table = Catalogue.load(tmp_path / "data" / "catalogue").items
+    assert table["title"][1].as_py() == f"item {table['item_id'][1].as_py()}"
 
 
 def _splits(tutorial: Path, folder: Path, **changed: pa.Table) -> dict[str, Path]:

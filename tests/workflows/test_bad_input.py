@@ -10,7 +10,7 @@ import pytest
 
 from missrec_t4r.errors import ConfigError, DataError, MISSRecError, ModalityError, SchemaError
 from missrec_t4r.etl.features.pipeline import features
-from missrec_t4r.etl.nvt import saved
+from missrec_t4r.etl.nvt import data_folder
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.sources.synthetic.shop import generate_shop
 from tests.workflows.tables import EVENTS, ITEMS, save_vectors, write
@@ -115,7 +115,7 @@ def test_a_failure_half_way_leaves_the_old_folder(tmp_path: Path, monkeypatch: p
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saved, "write_request", interrupt)
+    monkeypatch.setattr(data_folder, "write_request", interrupt)
     with pytest.raises(KeyboardInterrupt):
         etl(*files, tmp_path / "out" / "data", max_events=3)
     assert sorted(path.relative_to(tmp_path) for path in (tmp_path / "out").rglob("*")) == before

@@ -16,10 +16,10 @@ from nvtabular.ops.operator import ColumnSelector
 
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
-from missrec_t4r.etl.nvt.workflows import transform_dataset
+from missrec_t4r.etl.nvt.workflows import fit, transform_dataset
 from tests.workflows.frame_kinds import FRAMES, to_cudf
 
-MANY = settings(max_examples=130, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 TORN = settings(MANY, max_examples=12, phases=[Phase.explicit, Phase.generate])
 AGGS = {
     "item": ["list", "count", "first", "last"],
@@ -130,7 +130,7 @@ def test_workflows_on_shuffled_partitions_equal_stock(frame: pd.DataFrame, parts
         grouped = list(frame) >> groupby(["user"], ["time", "position"], aggs, "-")
         lists = grouped["item-list", "price-list", "position-list"] >> cut(-size)
         workflow = Workflow(grouped["user", "item-count", "time-first", "time-last"] + lists)
-        return transform_dataset(workflow, frame, parts, "user"), workflow.output_schema
+        return transform_dataset(fit(workflow, frame), frame, parts, "user"), workflow.output_schema
 
     (ours, our_schema), (stock, their_schema) = made(SessionGroupby, SessionSlice), made(ops.Groupby, ops.ListSlice)
     _same(ours.reset_index(drop=True), stock.reset_index(drop=True))  # the order, too

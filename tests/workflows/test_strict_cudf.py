@@ -25,7 +25,7 @@ from missrec_t4r.etl.gpu import read, write
 from missrec_t4r.etl.nvt import event_ops
 from missrec_t4r.etl.nvt.event_ops import EventWeights, KCore, SessionGap, TimeFeatures
 from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
-from missrec_t4r.etl.quality.checks import Findings, category_values
+from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.etl.splits import default_boundaries
 from tests.workflows import strict_cudf
 from tests.workflows.frame_kinds import PandasFiles
@@ -153,17 +153,19 @@ def test_from_parquet_to_parquet(tmp_path: Path, seed: int, split: str) -> None:
         columns = read.plan_columns(
             [events_file], names, pa.string(), findings, drop_columns=["split"], categorical_columns=["aisle"]
         )
-        clean = inputs.clean_inputs(
+        frame, summary = inputs.clean_inputs(
             read.read_events(device, [events_file], columns, findings),
             inputs.with_normal_ids(pa.parquet.read_table(items_file)),
             {},
+            {
+                "drop_duplicates": bool(seed % 2),
+                "unknown_items": "drop" if seed > 1 else "append",
+                "k_core": 3,
+                "min_item_count": 4,
+                "categorical_columns": ["aisle"],
+            },
             findings,
-            drop_duplicates=bool(seed % 2),
-            unknown_items="drop" if seed > 1 else "append",
-            k_core=3,
-            min_item_count=4,
         )
-        frame = clean.events
         aggs = {name: ["list"] for name in ("item", "timestamp", "dwell", "event_type")}
         sessions = SessionGroupby(["user_id"], ["timestamp"], aggs, "-").transform(
             ColumnSelector(list(frame.columns)), frame
@@ -176,12 +178,10 @@ def test_from_parquet_to_parquet(tmp_path: Path, seed: int, split: str) -> None:
         folder = tmp_path / type(device).__name__
         folder.mkdir()
         written = write.write_splits(device, sessions, settings, folder, 9)
-        categories = {
-            name: values.tolist() for name, values in category_values(frame, clean.features, ["aisle"]).items()
-        }
+        categories = {name: values.tolist() for name, values in summary.categories.items()}
         made.append(
             (
-                plain(frame), clean.items.to_pylist(), findings.to_list(), categories, settings, dict(written.rows),
+                plain(frame), summary.items.to_pylist(), findings.to_list(), categories, settings, dict(written.rows),
                 written.longest, written.train_counts.tolist(),
                 *(table(folder, name).to_pylist() for name in written.rows),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ DEFAULT = (WORKFLOWS / "session_features.py").read_text(encoding="utf-8")
 SCRIPTS = sorted(file.name for file in WORKFLOWS.glob("*.py"))
 
 
-def _run(*command: Any, cwd: Path | None = None) -> str:
-    done = processes.run(command, cwd=cwd)
+def _run(*command: Any) -> str:
+    done = processes.run(command)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -56,8 +57,15 @@ def _same_rows(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_explains_itself(script: str, tmp_path: Path) -> None:
-    assert "--help" in _run(WORKFLOWS / script, "--help", cwd=tmp_path)
+def test_every_script_explains_itself(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(WORKFLOWS / script), run_name="__main__")
+    assert ended.value.code == 0
+    assert "--help" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 

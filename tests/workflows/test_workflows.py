@@ -16,9 +16,12 @@ from nvtabular import Workflow, ops
 from missrec_t4r.bundle.id_encoder import SessionTransform
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import DataError
+from missrec_t4r.etl.event_settings import EventSettings
 from missrec_t4r.etl.nvt import workflows as sessions
+from missrec_t4r.etl.nvt.event_ops import SessionGap, TimeFeatures
 from missrec_t4r.etl.nvt.request_transform import compile_session_transform, request_rows, request_vocabulary
 from missrec_t4r.etl.nvt.serialization import load_workflow
+from missrec_t4r.etl.nvt.session_ops import SessionGroupby
 from missrec_t4r.etl.pipeline import etl
 from tests.workflows.tables import write
 
@@ -101,6 +104,37 @@ def test_without_a_shuffle_sessions_would_fall_apart(tmp_path: Path) -> None:
     torn = workflow.transform(Dataset(events, npartitions=2)).to_ddf().compute(scheduler="synchronous")
     assert len(torn) == 4  # two users in two partitions: NVTabular groups each partition by itself
     assert sessions.transform_events(workflow, events, 2)["item_id-list"].to_pylist() == [[3, 4], [4, 3]]
+
+
+def test_a_step_of_a_workflow_runs_once_however_many_columns_are_read_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = pd.DataFrame({"user_id": list("abab"), "item_id": list("xyyx"), "timestamp": [7200, 2, 3, 4]})
+    settings = EventSettings(session_gap=3600, time_features=["gap", "hour"])
+    workflow = sessions.fit(sessions.build_session_workflow(["x", "y"], tmp_path, derive=settings), events)
+    runs: list[str] = []
+    for kind in (SessionGap, TimeFeatures, SessionGroupby):
+        stock = kind.transform
+
+        def counted(self: Any, *arguments: Any, stock: Any = stock) -> Any:
+            runs.append(type(self).__name__)
+            return stock(self, *arguments)
+
+        monkeypatch.setattr(kind, "transform", counted)
+    table = sessions.transform_events(workflow, events)
+    assert table["hour-list"].to_pylist() == [[3], [5], [3, 3]]
+    assert sorted(runs) == ["SessionGap", "SessionGroupby", "TimeFeatures"]
+
+
+def test_readers_of_a_step_do_not_change_it_for_each_other(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"user_id": [1, 2], "price": [1.0, np.nan]})
+    priced = ["user_id", "price"] >> ops.FillMissing(1.0)
+    logs = priced >> ops.LogOp() >> ops.Rename(postfix="_log")  # LogOp writes into its input
+    workflow = sessions.fit(Workflow(logs["price_log"] + priced), frame)
+    transformed = sessions.transform_dataset(workflow, frame, 1, "user_id")
+    assert transformed["price"].tolist() == [1.0, 1.0]
+    assert transformed["price_log"].tolist() == pytest.approx([np.log(2)] * 2)
+    assert frame["price"].isna().sum() == 1
 
 
 def test_only_the_known_form_is_compiled(tmp_path: Path) -> None:

@@ -170,10 +170,11 @@ def _write_encodings(
     typed = Path(job.old.get("folder", out))  # has rows, which the partitions of an update need not have
     write_session_schema(typed, out, {ITEM_ID: item_ids, **categories, **clock}, longest)
     features = outputs.feature_codes([*plan.features, *job.run.derive.columns], categories | clock)
-    length = job.run.settings["max_sequence_length"]
-    outputs.write_request_transform(outputs.request_transform(item_ids.type, len(item_ids), length, features), out)
     if has_nvtabular():
         _write_workflows(job, plan, common, folder, item_ids, categories, features)
+    else:
+        length = job.run.settings["max_sequence_length"]
+        outputs.write_request_transform(outputs.request_transform(item_ids.type, len(item_ids), length, features), out)
 
 
 def _write_workflows(
@@ -185,9 +186,9 @@ def _write_workflows(
     categories: Mapping[str, pd.Series],
     features: Mapping[str, Any],
 ) -> None:
-    """Fit the NVTabular workflows and write them: vocabularies are given, and one event has all types."""
+    """Fit NVTabular's workflows on one event, where only types are learned; write them and the request transform."""
     from missrec_t4r.etl.nvt import workflows as nvt_workflows
-    from missrec_t4r.etl.nvt.saved import write_request, write_workflow
+    from missrec_t4r.etl.nvt.data_folder import write_request, write_workflow
 
     out, settings = folder / OUTPUT_FOLDER, job.run.settings
     state = read_arrow(next((Path(job.old.get("folder", folder)) / STATE_FOLDER).glob("*.arrow"))).schema

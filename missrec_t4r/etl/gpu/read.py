@@ -1,6 +1,6 @@
 """Events of parquet files as frames of the GPU: the plan of the columns, checks, and normal types.
 
-Ids become integers or texts, times numbers, as `inputs.read_tables` and `inputs.to_events` make them on the CPU. What
+Ids become integers or texts, times numbers, as `inputs.read_tables` makes them on the CPU. What
 takes more than that is left to the CPU's readers (`NotPlainError`). Types that depend on all events (`Seen`) are
 decided after all were read, so that partitions of the events get the types that the whole has.
 """

@@ -20,7 +20,7 @@ from missrec_t4r.etl.gpu.device import CudfDevice
 from missrec_t4r.etl.gpu.write import write_splits
 from missrec_t4r.etl.nvt import workflows
 from missrec_t4r.etl.nvt.data_folder import write_folder
-from missrec_t4r.etl.nvt.in_memory import Whole, read_tables, write_whole
+from missrec_t4r.etl.nvt.in_memory import Whole, write_whole
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import parquet_rows
 from missrec_t4r.etl.task import Task
@@ -136,7 +136,7 @@ def _read(task: Task, device: CudfDevice) -> tuple[inputs.Events, pa.Table]:
         events = read.read_events(device, task.files, columns, event_findings)
     except read.NotPlainError as reason:
         log.info(f"{reason}: the CPU reads the events")
-        return read_tables(task, device)
+        return inputs.read_tables(task, device)
     task.findings.found += event_findings.found + item_findings.found
     return events, inputs.with_normal_ids(items)
 

@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from merlin.schema import Schema, Tags
 
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.session_files import take_prefixes
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
-from missrec_t4r.etl import item_table as catalogues
-from missrec_t4r.etl import outputs, splits
-from missrec_t4r.etl.nvt import adopt_sessions as adopted_sessions
-from missrec_t4r.etl.nvt import workflows
-from missrec_t4r.etl.nvt.saved import write_request
+from missrec_t4r.etl import item_table, outputs, splits
+from missrec_t4r.etl.inputs import name_item_column, with_normal_ids
+from missrec_t4r.etl.nvt.adopt_sessions import Reader
+from missrec_t4r.etl.nvt.data_folder import count_items, write_request, write_schema
 from missrec_t4r.etl.outputs import REPORT_FILE
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, read_table, require_column
+from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ITEM_LIST, LIST_SUFFIX, SPLITS
@@ -100,13 +100,13 @@ def adopt(
     SchemaError, DataError, ModalityError, ConfigError
         The vocabulary does not start at row 3, does not fit the sessions, or an input is unusable. Nothing is left.
     """
-    out, findings, schema = Path(out), checks.Findings(), None if schema is None else Path(schema)
+    out, findings = Path(out), checks.Findings()
     files = {name: Path(file) for name, file in (modality or {}).items()}
-    split_files = {name: part for name, part in zip(SPLITS, (train, valid, test), strict=True) if part}
+    split_files = {name: paths for name, paths in zip(SPLITS, (train, valid, test), strict=True) if paths}
     require_at_least(1, max_sequence_length=max_sequence_length)
     if new_items not in ("append", "drop"):
         raise ConfigError(f"--new-items {new_items!r}", "append or drop")
-    catalogues.check_fingerprints(fingerprint or {}, files)
+    item_table.check_fingerprints(fingerprint or {}, files)
     if not (sessions or split_files) or (files and items is None):
         raise ConfigError("no sessions, or vectors without an item table", "--sessions or --train, --valid and --test")
     if sessions and split_files:
@@ -117,23 +117,23 @@ def adopt(
         )
     ids = read_vocabulary(Path(workflow), vocabulary_column)
     log.info(f"{len(ids):,} items in the workflow's vocabulary")
-    table, vectors = _items_in_rows(
-        ids, None if items is None else Path(items), item_column, files, new_items, findings
-    )
-    catalogue = catalogues.build_catalogue(table, vectors, files, fingerprint)
-    known = len(ids) + FIRST_ITEM_ROW
-    reader = adopted_sessions.Reader(known, schema, findings)
-    rows_of = _split(reader.read(sessions)) if not split_files else reader.read_splits(split_files)
-    longest = max(int(np.diff(part[ITEM_LIST].combine_chunks().offsets).max()) for part in rows_of.values())
-    described = reader.schema_of_sessions(catalogue.n_rows, longest)
-    trained = rows_of["train"][ITEM_LIST].combine_chunks().flatten().to_numpy()
-    train_counts = np.bincount(trained, minlength=catalogue.n_rows)  # [item index]
+    table: pa.Table = pa.table({ITEM_ID: ids})
+    vectors: item_table.Vectors = {}
+    if items is not None:
+        table, vectors = _read_items(Path(items), item_column, files, findings)
+        table, vectors = _in_rows(ids, table, vectors, new_items, findings)
+    catalogue = item_table.build_catalogue(table, vectors, files, fingerprint)
+    reader = Reader(FIRST_ITEM_ROW + len(ids), None if schema is None else Path(schema), findings)
+    rows = reader.read_splits(split_files) if split_files else _split(reader.read(sessions))
+    longest = max(pc.max(pc.list_value_length(part[ITEM_LIST])).as_py() for part in rows.values())
+    session_schema = reader.schema_of(rows["train"].column_names, catalogue.n_rows, longest)
+    train_counts = count_items(rows["train"], catalogue.n_rows)
     report = {
         "adopted": {"workflow": Path(workflow).name, "column": vocabulary_column, "items": len(ids)},
         "items": catalogue.n_items,
         "cold_items": int((train_counts[FIRST_ITEM_ROW:] == 0).sum()),
-        "sessions": {name: part.num_rows for name, part in rows_of.items()},
-        "modalities": {name: int(part.present.sum()) for name, part in catalogue.modalities.items()},
+        "sessions": {name: part.num_rows for name, part in rows.items()},
+        "modalities": {name: int(modality.present.sum()) for name, modality in catalogue.modalities.items()},
         "findings": findings.to_list(),
         "format": 1,
     }
@@ -141,17 +141,12 @@ def adopt(
         refuse_unmanaged(out, REPORT_FILE)
         return {"dry_run": True, "data": str(out), **report, "would_write": [str(out)], "would_replace": out.exists()}
     with atomic_write_dir(out, REPORT_FILE) as folder, tempfile.TemporaryDirectory() as storage:
-        workflows.write_schema(described, folder)
-        for name, part in rows_of.items():
-            (folder / name).mkdir()
+        write_schema(session_schema, folder)
+        for name, part in rows.items():
             pq.write_table(part, folder / name / "part_0.parquet")
-            workflows.write_schema(described, folder / name)
         outputs.write_catalogue(catalogue, train_counts, folder)
-        codes = _feature_codes(Path(workflow), described)
-        transform = write_request(
-            catalogue.items[ITEM_ID].combine_chunks(), folder, Path(storage), max_sequence_length, codes
-        )
-        outputs.write_request_transform(transform, folder)
+        features = _feature_codes(Path(workflow), session_schema)
+        write_request(catalogue.items[ITEM_ID].combine_chunks(), folder, Path(storage), max_sequence_length, features)
         write_json(folder / REPORT_FILE, report)
     for finding in findings.found:
         log.info(f"{finding.check}: {finding.count:,} ({finding.message})")
@@ -170,9 +165,9 @@ def read_vocabulary(workflow: Path, column: str) -> pa.Array:
     """
     file = workflow if workflow.is_file() else workflow / "categories" / f"unique.{column}.parquet"
     if not file.is_file():
-        there = sorted(path.name for path in workflow.rglob("unique.*.parquet")) if workflow.is_dir() else []
+        others = sorted(path.name for path in workflow.rglob("unique.*.parquet"))
         raise DataError(
-            f"there is no vocabulary {file}; found: {there or 'none'}",
+            f"there is no vocabulary {file}; found: {others or 'none'}",
             "categories/unique.<column>.parquet as Workflow.save writes it",
             "name the column with --vocabulary-column, or the file itself with --workflow",
         )
@@ -204,45 +199,43 @@ def _first_row(index: dict[str, Any] | str | None, table: pa.Table) -> int | Non
     return int(rows[0]) if len(rows) and (np.diff(rows) == 1).all() else None
 
 
-def _items_in_rows(
-    ids: pa.Array,
-    items: Path | None,
-    item_column: str,
-    files: Mapping[str, Path],
-    new_items: str,
-    findings: checks.Findings,
-) -> tuple[pa.Table, catalogues.Vectors]:
-    """Return item table and vectors in the order of the vocabulary, followed by new items."""
-    if items is None:
-        return pa.table({ITEM_ID: ids}), {}
-    table = read_table(items, "items", text_columns=[item_column])
+def _read_items(
+    file: Path, item_column: str, files: Mapping[str, Path], findings: checks.Findings
+) -> tuple[pa.Table, item_table.Vectors]:
+    """Return the item table, with its ids as ``item_id``, and its vectors; one row per id."""
+    table = read_table(file, "items", text_columns=[item_column])
     require_column(table, item_column, "items", "--item-column")
-    vectors: catalogues.Vectors = catalogues.read_modalities(files, table.num_rows)
-    table = table.rename_columns([ITEM_ID if name == item_column else name for name in table.column_names])
-    raw = checks.normal_ids(table[ITEM_ID], ITEM_ID)
-    if raw.type != ids.type:
-        raw = checks.text_to_integers(raw) if pa.types.is_integer(ids.type) else raw.cast(pa.string())
-    if raw is None:
+    table = with_normal_ids(name_item_column(table, item_column, findings))
+    return item_table.unique_items(table, item_table.read_modalities(files, table.num_rows), findings)
+
+
+def _in_rows(
+    ids: pa.Array, table: pa.Table, vectors: item_table.Vectors, new_items: str, findings: checks.Findings
+) -> tuple[pa.Table, item_table.Vectors]:
+    """Return item table and vectors in the order of the vocabulary, followed by new items."""
+    table_ids = one_array(table[ITEM_ID])
+    if table_ids.type != ids.type:
+        is_integer = pa.types.is_integer(ids.type)
+        table_ids = checks.text_to_integers(table_ids) if is_integer else table_ids.cast(pa.string())
+    if table_ids is None:
         raise SchemaError(f"item ids are {ids.type} in the workflow and texts in the item table", "the same ids")
-    table = table.set_column(table.column_names.index(ITEM_ID), ITEM_ID, raw)
-    table, vectors = catalogues.unique_items(table, vectors, findings)
-    line_of = pd.Index(table[ITEM_ID].to_pandas()).get_indexer(pd.Index(ids.to_pandas()))
-    if (line_of < 0).all():
+    lines = pc.index_in(ids, value_set=table_ids).fill_null(-1).to_numpy()  # [item]: row of the table, -1 without one
+    if (lines < 0).all():
         raise DataError(
             f"none of the workflow's {len(ids):,} items is in the item table: {ids[0].as_py()!r} there, "
-            f"{table[ITEM_ID][0].as_py()!r} here",
+            f"{table_ids[0].as_py()!r} here",
             "the same ids",
             "check --item-column and --vocabulary-column",
         )
-    fresh = np.setdiff1d(np.arange(table.num_rows), line_of)
-    findings.add("items_without_line", int((line_of < 0).sum()), "items of the workflow that the item table lacks")
-    findings.add("new_items", len(fresh), f"items that the workflow never saw: {new_items}")
-    lines = np.concatenate([line_of, fresh]) if new_items == "append" else line_of
-    all_ids = pa.concat_arrays([ids, table[ITEM_ID].combine_chunks().take(pa.array(fresh))])[: len(lines)]
-    at = pa.array(lines, mask=lines < 0)
-    others = {name: table[name].take(at) for name in table.column_names if name != ITEM_ID}
-    taken = {name: np.where((lines >= 0)[:, None], values[lines], np.float32(0)) for name, values in vectors.items()}
-    return pa.table({ITEM_ID: all_ids, **others}), taken
+    new_lines = np.setdiff1d(np.arange(table.num_rows), lines)
+    findings.add("items_without_line", int((lines < 0).sum()), "items of the workflow that the item table lacks")
+    findings.add("new_items", len(new_lines), f"items that the workflow never saw: {new_items}")
+    if new_items == "append":
+        ids, lines = pa.concat_arrays([ids, table_ids.take(pa.array(new_lines))]), np.concatenate([lines, new_lines])
+    has_line, nullable_lines = lines >= 0, pa.array(lines, mask=lines < 0)
+    columns = {name: table[name].take(nullable_lines) for name in table.column_names if name != ITEM_ID}
+    vectors = {name: np.where(has_line[:, None], array[lines], np.float32(0)) for name, array in vectors.items()}
+    return pa.table({ITEM_ID: ids, **columns}), vectors
 
 
 def _split(table: pa.Table) -> dict[str, pa.Table]:
@@ -256,10 +249,10 @@ def _split(table: pa.Table) -> dict[str, pa.Table]:
 
 def _feature_codes(workflow: Path, schema: Schema) -> dict[str, Any]:
     """Return the raw values of further encoded list columns whose vocabularies are in the workflow's folder."""
-    found: dict[str, Any] = {}
+    codes: dict[str, Any] = {}
     for column in schema.select_by_tag(Tags.CATEGORICAL).column_names:
         name = column.removesuffix(LIST_SUFFIX)
         if column != ITEM_LIST and (workflow / "categories" / f"unique.{name}.parquet").is_file():
             with contextlib.suppress(SchemaError):  # of an older NVTabular: its codes are used as they are
-                found[name] = {"kind": "categorical", "values": read_vocabulary(workflow, name).to_pylist()}
-    return found
+                codes[name] = {"kind": "categorical", "values": read_vocabulary(workflow, name).to_pylist()}
+    return codes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,25 @@ from merlin.schema import ColumnSchema, Schema, Tags
 from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 
 from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.etl.nvt.workflows import session_schema
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, expand, read_table
 from missrec_t4r.io.arrow_files import is_list, one_array
-from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_LIST, LIST_SUFFIX, NULL_ROW, SCHEMA_FILE, SPLITS, USER_ID
+from missrec_t4r.schema import (
+    FIRST_ITEM_ROW,
+    ITEM_ID,
+    ITEM_LIST,
+    LIST_SUFFIX,
+    NULL_ROW,
+    SCHEMA_FILE,
+    SESSION_ID,
+    SPLITS,
+    USER_ID,
+)
 
 _ABOVE = 3
 """Number of parent folders of the sessions that are searched for a schema.pbtxt."""
+_SAME_FIT = ("sessions and vocabulary of the same fit", "name the workflow that wrote these sessions")
 
 
 class Reader:
@@ -37,7 +49,7 @@ class Reader:
 
     def __init__(self, rows: int, schema: Path | None, findings: checks.Findings) -> None:
         self.rows, self.schema_file, self.findings = rows, schema, findings
-        self._columns: dict[str, str] = {}  # raw name -> ours, of all that was read
+        self._raw_names: dict[str, str] = {}  # our name -> name in the files, of all that was read
         self._schema: Schema | None = None
 
     def read(self, paths: Paths) -> pa.Table:
@@ -54,13 +66,20 @@ class Reader:
         table = read_table(files, "sessions")
         if self._schema is None:
             self._schema = _read_schema(self.schema_file or _beside(files[0]))
-        names = self._names(table)
-        columns = {ours: _lists(table[raw]) for raw, ours in names.items()}
-        raw_items = next(raw for raw, ours in names.items() if ours == ITEM_LIST)
-        columns[ITEM_LIST] = items = _of_rows(columns[ITEM_LIST], raw_items)
-        columns = self._aligned(columns, items)
-        self._columns |= {raw: ours for raw, ours in names.items() if ours in columns}
-        return self._without_unknown(columns, items, table, files[0])
+        names = _session_columns(table, self._schema, self.rows)
+        columns = {name: _as_offset_lists(table[raw]) for name, raw in names.items()}
+        columns[ITEM_LIST] = items = _of_rows(columns[ITEM_LIST], names[ITEM_LIST])
+        misaligned = [
+            name
+            for name, column in columns.items()
+            if name.endswith(LIST_SUFFIX) and not column.offsets.equals(items.offsets)
+        ]
+        message = f"columns {misaligned} have lists of other lengths than the items"
+        self.findings.add("list_column_left_out", len(misaligned), message)
+        self._raw_names |= names
+        users = {} if USER_ID in names else {USER_ID: pa.array(np.arange(table.num_rows))}
+        aligned = {name: column for name, column in columns.items() if name not in misaligned}
+        return self._without_unknown(users | aligned, items, files[0])
 
     def read_splits(self, paths: Mapping[str, Paths]) -> dict[str, pa.Table]:
         """Return given train, valid and test sessions: the columns that all have, and what has a target.
@@ -76,7 +95,6 @@ class Reader:
         shared = [name for name in tables["train"].column_names if all(name in t.column_names for t in tables.values())]
         partly = sorted({name for table in tables.values() for name in table.column_names} - set(shared))
         self.findings.add("list_column_left_out", len(partly), f"columns {partly} are not in all three splits")
-        self._columns = {raw: ours for raw, ours in self._columns.items() if ours not in partly}
         return {
             name: table.select(shared) if name == "train" else self._with_history(table.select(shared), name)
             for name, table in tables.items()
@@ -84,87 +102,41 @@ class Reader:
 
     def _with_history(self, table: pa.Table, split: str) -> pa.Table:
         """Leave out sessions of one item: it is the target, and nothing precedes it."""
-        has_history = pc.greater(pc.list_value_length(table[ITEM_LIST]), 1)
-        left = table.filter(has_history)
+        sessions = table.filter(pc.greater(pc.list_value_length(table[ITEM_LIST]), 1))
         message = f"sessions of {split} with one item are left out: nothing precedes their target"
-        self.findings.add("sessions_of_one_item", table.num_rows - left.num_rows, message)
-        if not left.num_rows:
+        self.findings.add("sessions_of_one_item", table.num_rows - sessions.num_rows, message)
+        if not sessions.num_rows:
             raise DataError(f"no session of {split} has two items", "at least one: the last item is the target")
-        return left
+        return sessions
 
-    def schema_of_sessions(self, rows: int, longest: int) -> Schema:
-        """Return the Merlin schema of the sessions: renamed columns, tags as stored, item domain of the catalogue."""
+    def schema_of(self, names: Sequence[str], n_rows: int, longest: int) -> Schema:
+        """Return the Merlin schema of columns that were read: tags as stored, the domain of the items ``n_rows``.
+
+        A session key that the stored schema does not describe, or that was numbered here, is left out.
+        """
         assert self._schema is not None, "read first"
         columns = []
-        for raw, ours in self._columns.items():
+        for name in names:
+            raw = self._raw_names.get(name)
+            if raw not in self._schema.column_names:
+                continue
             column = self._schema[raw]
-            properties = {
-                key: column.properties[key] for key in ("domain", "embedding_sizes") if key in column.properties
-            }
-            tags = set(column.tags) | ({Tags.LIST, Tags.SEQUENCE} if ours.endswith(LIST_SUFFIX) else set())
-            if ours == ITEM_LIST:
-                properties["domain"] = {"min": 0, "max": rows - 1, "name": "item_id"}
+            tags, properties = set(column.tags), dict(column.properties)
+            if name.endswith(LIST_SUFFIX):
+                tags |= {Tags.LIST, Tags.SEQUENCE}
+            if name == ITEM_LIST:
                 tags |= {Tags.ITEM_ID, Tags.ITEM, Tags.CATEGORICAL}
-            dims = ((0, None), (0, longest)) if ours.endswith(LIST_SUFFIX) else None
-            columns.append(ColumnSchema(ours, dtype=column.dtype, tags=list(tags), properties=properties, dims=dims))
-        return Schema(columns)
+                properties["domain"] = {"min": 0, "max": n_rows - 1, "name": ITEM_ID}
+            columns.append(ColumnSchema(name, dtype=column.dtype, tags=list(tags), properties=properties))
+        return session_schema(Schema(columns), longest)
 
-    def _names(self, table: pa.Table) -> dict[str, str]:
-        """Return our names by raw name: session key, items and event features."""
-        assert self._schema is not None
-        lists = [name for name in table.column_names if _is_list(table[name].type)]
-        of_items = [n for n in self._schema.select_by_tag(Tags.ITEM_ID).column_names if n in table.column_names]
-        tagged = [name for name in of_items if name in lists]
-        texts = [name for name in of_items if table[name].type in (pa.string(), pa.large_string())]
-        if texts and not tagged:
-            example = next(iter(table[texts[0]].slice(0, 1).to_pylist()), "")  # a file may have no row
-            raise SchemaError(
-                f"column {texts[0]!r} is tagged ITEM_ID and holds texts such as {example!r}",
-                "a list of rows per session",
-                "dask writes lists as texts unless DASK_DATAFRAME__CONVERT_STRING=False is set: transform again",
-            )
-        if len(tagged) != 1:
-            raise SchemaError(
-                f"list columns tagged ITEM_ID: {tagged}",
-                "exactly one",
-                "tag the item column in schema.pbtxt (TagAsItemID), or name the right file with --schema",
-            )
-        domain = self._schema[tagged[0]].int_domain
-        if domain is not None and domain.max and int(domain.max) + 1 not in (self.rows, self.rows + 1):
-            raise DataError(
-                f"the sessions' schema counts {int(domain.max) + 1} rows and the vocabulary {self.rows}",
-                "sessions and vocabulary of the same fit",
-                "name the workflow that wrote these sessions",
-            )
-        names = {tagged[0]: ITEM_LIST}
-        users = [n for tag in (Tags.USER_ID, Tags.SESSION_ID) for n in self._schema.select_by_tag(tag).column_names]
-        users += [name for name in table.column_names if name in (USER_ID, "session_id")]
-        if users and users[0] not in lists:
-            names = {users[0]: USER_ID, **names}
-        for name in lists:
-            if name not in names and name in self._schema.column_names:
-                names[name] = name if name.endswith(LIST_SUFFIX) else name + LIST_SUFFIX
-        return names
-
-    def _aligned(self, lists: dict[str, Any], items: pa.ListArray) -> dict[str, Any]:
-        """Drop list columns whose lists are not as long as those of the items."""
-        misaligned = [
-            name
-            for name, column in lists.items()
-            if name.endswith(LIST_SUFFIX) and not column.offsets.equals(items.offsets)
-        ]
-        message = f"columns {misaligned} have lists of other lengths than the items"
-        self.findings.add("list_column_left_out", len(misaligned), message)
-        return {name: column for name, column in lists.items() if name not in misaligned}
-
-    def _without_unknown(self, columns: dict[str, Any], items: pa.ListArray, table: pa.Table, file: Path) -> pa.Table:
+    def _without_unknown(self, columns: dict[str, Any], items: pa.ListArray, file: Path) -> pa.Table:
         """Drop padding, null and unknown events, and sessions without any other event."""
         values = items.values.fill_null(NULL_ROW).to_numpy()
         if len(values) and (values.max() >= self.rows or values.min() < 0):
             raise DataError(
                 f"{file} has item rows from {values.min()} to {values.max()}, the vocabulary ends at {self.rows - 1}",
-                "sessions and vocabulary of the same fit",
-                "name the workflow that wrote these sessions",
+                *_SAME_FIT,
             )
         known = values >= FIRST_ITEM_ROW  # [event]
         unknown = int(((values > 0) & ~known).sum())
@@ -175,8 +147,6 @@ class Reader:
         # An empty session starts where the next one does, so dropping its start keeps the others' lists in place.
         new_offsets = pa.array(np.concatenate([offsets[:-1][has_items], offsets[-1:]]).astype(np.int32))
         event_mask, session_mask = pa.array(known), pa.array(has_items)
-        if USER_ID not in columns:
-            columns = {USER_ID: pa.array(np.arange(table.num_rows)), **columns}
         filtered = {
             name: pa.ListArray.from_arrays(new_offsets, column.values.filter(event_mask))
             if name.endswith(LIST_SUFFIX)
@@ -186,6 +156,40 @@ class Reader:
         if not has_items.any():
             raise DataError(f"no session of {file} has a known item", "sessions of rows from 3 on")
         return pa.table(filtered)
+
+
+def _session_columns(table: pa.Table, schema: Schema, n_rows: int) -> dict[str, str]:
+    """Return the names in the table by our name: session key, items and event features."""
+    lists = [name for name in table.column_names if _is_list(table[name].type)]
+    item_columns = [name for name in schema.select_by_tag(Tags.ITEM_ID).column_names if name in table.column_names]
+    tagged = [name for name in item_columns if name in lists]
+    texts = [name for name in item_columns if table[name].type in (pa.string(), pa.large_string())]
+    if texts and not tagged:
+        example = next(iter(table[texts[0]].slice(0, 1).to_pylist()), "")  # a file may have no row
+        raise SchemaError(
+            f"column {texts[0]!r} is tagged ITEM_ID and holds texts such as {example!r}",
+            "a list of rows per session",
+            "dask writes lists as texts unless DASK_DATAFRAME__CONVERT_STRING=False is set: transform again",
+        )
+    if len(tagged) != 1:
+        raise SchemaError(
+            f"list columns tagged ITEM_ID: {tagged}",
+            "exactly one",
+            "tag the item column in schema.pbtxt (TagAsItemID), or name the right file with --schema",
+        )
+    domain = schema[tagged[0]].int_domain
+    if domain is not None and domain.max and int(domain.max) + 1 not in (n_rows, n_rows + 1):
+        raise DataError(
+            f"the sessions' schema counts {int(domain.max) + 1} rows and the vocabulary {n_rows}", *_SAME_FIT
+        )
+    keys = [name for tag in (Tags.USER_ID, Tags.SESSION_ID) for name in schema.select_by_tag(tag).column_names]
+    keys = [name for name in [*keys, USER_ID, SESSION_ID] if name in table.column_names and name not in lists]
+    names = {USER_ID: keys[0]} if keys else {}
+    names[ITEM_LIST] = tagged[0]
+    for name in lists:
+        if name != tagged[0] and name in schema.column_names:
+            names.setdefault(name.removesuffix(LIST_SUFFIX) + LIST_SUFFIX, name)
+    return names
 
 
 def _read_schema(file: Path) -> Schema:
@@ -202,7 +206,7 @@ def _beside(file: Path) -> Path:
     raise SchemaError(f"no {SCHEMA_FILE} beside {file}", "the schema of the sessions", "name it with --schema")
 
 
-def _lists(column: pa.ChunkedArray) -> Any:
+def _as_offset_lists(column: pa.ChunkedArray) -> Any:
     """Return a column as one array; lists with offsets from 0 and empty lists in place of null rows."""
     array = one_array(column)
     if not _is_list(array.type):

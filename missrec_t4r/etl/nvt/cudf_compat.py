@@ -65,11 +65,11 @@ def _string_aggregations() -> set[str] | None:
     """Return cuDF's set of aggregations of strings, to be changed in place; None in releases without it."""
     for name in ("cudf._lib.groupby", "cudf.core.groupby.groupby"):  # until 24.12, and later
         try:
-            found = getattr(importlib.import_module(name), "_STRING_AGGS", None)
+            aggregations = getattr(importlib.import_module(name), "_STRING_AGGS", None)
         except ImportError:
             continue
-        if isinstance(found, set):
-            return found
+        if isinstance(aggregations, set):
+            return aggregations
     return None
 
 

@@ -1,4 +1,4 @@
-"""Write a data folder from clean events with NVTabular, in whatever pieces the events are."""
+"""Write a data folder with NVTabular: sessions of clean events, in whatever pieces these are, schemas and workflows."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
+from merlin.io.worker import clean_worker_cache
+from merlin.schema import Schema
+from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 from nvtabular import Workflow
 
-from missrec_t4r.errors import SchemaError
+from missrec_t4r.arrays import Ints
+from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.etl import item_table, outputs, splits
 from missrec_t4r.etl.inputs import Summary
-from missrec_t4r.etl.nvt import saved, workflows
+from missrec_t4r.etl.nvt import workflows
+from missrec_t4r.etl.nvt.request_transform import compile_session_transform, request_vocabulary
+from missrec_t4r.etl.nvt.serialization import save_workflow
 from missrec_t4r.etl.nvt.workflow_file import EventColumns, WorkflowFile, check_fitted
 from missrec_t4r.etl.task import Task
-from missrec_t4r.schema import ITEM_ID
+from missrec_t4r.io.arrow_files import one_array
+from missrec_t4r.schema import ITEM_ID, ITEM_LIST, SCHEMA_FILE, SPLITS
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +78,10 @@ def write_folder(summary: Summary, events: Events, task: Task, folder: Path) -> 
         workflow, features, request_length = _fitted(summary, events, task, item_ids, storage)
         written = events.write(workflow, folder, catalogue.n_rows)
         splits.check_rows(written.rows)
-        saved.write_schema(workflow, written.longest, folder)
-        saved.write_workflow(workflow, folder, pickled=settings["save_nvtabular_workflow"])
+        write_schema(workflows.session_schema(workflow.output_schema, written.longest), folder)
+        write_workflow(workflow, folder, pickled=settings["save_nvtabular_workflow"])
         outputs.write_catalogue(catalogue, written.train_counts, folder)
-        transform = saved.write_request(item_ids, folder, storage, request_length, features)
-    outputs.write_request_transform(transform, folder)
+        write_request(item_ids, folder, storage, request_length, features)
     counts = outputs.data_counts(catalogue, written.train_counts, summary.events, summary.users, written.rows)
     return task.write_report(counts, folder)
 
@@ -103,3 +110,58 @@ def _fitted(
     workflow = events.fit_file(task.workflow, columns)
     features, max_events = check_fitted(workflow, item_ids, settings["split"])
     return workflow, features, min(request_length, max_events or request_length)
+
+
+def write_schema(schema: Schema, folder: Path) -> None:
+    """Write ``schema.pbtxt``, which Transformers4Rec and the Merlin loader read, for a data folder and every split."""
+    metadata = TensorflowMetadata.from_merlin_schema(schema)
+    for feature in metadata.proto_schema.feature:
+        feature.annotation.tag.sort()  # tags are a set: equal runs shall write equal files
+    for target in (folder, *(folder / name for name in SPLITS)):
+        target.mkdir(exist_ok=True)
+        metadata.to_proto_text_file(str(target), SCHEMA_FILE)
+
+
+def write_workflow(workflow: Workflow, folder: Path, *, pickled: bool = False) -> None:
+    """Write the fitted session workflow; ``pickled``: in NVTabular's own format too."""
+    save_workflow(workflow, folder / outputs.WORKFLOW_FOLDER)
+    if pickled:
+        workflow.save(str(folder / outputs.NVTABULAR_FOLDER))
+    clean_worker_cache()  # NVTabular caches vocabularies by path, and this path may be written again
+
+
+def write_request(
+    item_ids: pa.Array, folder: Path, storage: Path, max_sequence_length: int, features: Mapping[str, Any]
+) -> None:
+    """Fit and write the request workflow, and what it does as plain data: ``session_transform.json``.
+
+    Parameters
+    ----------
+    item_ids : array [item]
+        Raw ids in catalogue order.
+    folder, storage : Path
+        Data folder, and a temporary folder for vocabulary files.
+    max_sequence_length : int
+        Number of last items of a request that the model reads.
+    features : mapping
+        From `outputs.feature_codes`.
+
+    Raises
+    ------
+    DataError
+        NVTabular numbers the items differently from the catalogue.
+    """
+    request = workflows.build_request_workflow(item_ids, storage / "request", max_sequence_length=max_sequence_length)
+    workflows.fit(request, pd.DataFrame({ITEM_ID: [item_ids[:2].to_pylist(), item_ids[:1].to_pylist()]}))
+    if not request_vocabulary(request).equals(item_ids):
+        raise DataError(
+            "NVTabular encodes the items in another order than the catalogue", "the order of the item table"
+        )
+    save_workflow(request, folder / outputs.REQUEST_FOLDER)
+    outputs.write_request_transform(compile_session_transform(request) | {"features": dict(features)}, folder)
+    clean_worker_cache()
+
+
+def count_items(sessions: pa.Table, n_rows: int) -> Ints:
+    """Return the number of events per item, [item index]."""
+    return np.bincount(one_array(sessions[ITEM_LIST]).flatten().to_numpy(), minlength=n_rows)

@@ -16,15 +16,13 @@ from typing import Any
 import pandas as pd
 from merlin.io.worker import clean_worker_cache
 from nvtabular import ops
-from nvtabular.ops.categorify import _emb_sz_rule
 
 from missrec_t4r.etl.nvt import serialization as storage
 from missrec_t4r.etl.outputs import NVTABULAR_FOLDER, REQUEST_FOLDER, WORKFLOW_FOLDER
+from missrec_t4r.etl.session_schema import embedding_size
 from missrec_t4r.io.atomic import link_or_copy
 from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.schema import FIRST_ITEM_ROW
-
-_SIZES = ("cardinality", "dimension")
 
 
 def extend_workflows(old: Path, new: Path, vocabularies: Mapping[str, pd.Series]) -> None:
@@ -50,9 +48,9 @@ def _written(vocabularies: Mapping[str, pd.Series], folder: Path) -> dict[str, P
     """Write vocabularies through NVTabular; return the files by their name in a stored workflow."""
     encoder = ops.Categorify(vocabs=dict(vocabularies), out_path=str(folder))
     clean_worker_cache()
-    found = [Path(file) for file in encoder.categories.values()]
-    found += [file.with_name(file.name.replace("unique.", "meta.", 1)) for file in found]
-    return {f"categories/{file.name}": file for file in found}
+    unique = [Path(file) for file in encoder.categories.values()]
+    meta = [storage.meta_file(file) for file in unique]
+    return {f"categories/{file.name}": file for file in [*unique, *meta]}
 
 
 def _extend_workflow(old: Path, new: Path, files: Mapping[str, Path], rows: Mapping[str, int]) -> None:
@@ -79,6 +77,6 @@ def _resize(content: Any, rows: Mapping[str, int]) -> None:
         if isinstance(domain, dict) and domain.get("name") in rows:
             count = rows[domain["name"]]
             domain["max"] = count - 1
-            content["embedding_sizes"] = dict(zip(_SIZES, _emb_sz_rule(count), strict=True))
+            content["embedding_sizes"] = {"cardinality": count, "dimension": embedding_size(count)}
         for inner in content.values():
             _resize(inner, rows)

@@ -12,21 +12,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from nvtabular import Workflow
 
 from missrec_t4r.data.session_files import take_prefixes
 from missrec_t4r.etl import inputs, item_table, outputs, splits
-from missrec_t4r.etl.dataframe import Adapter, Frame, PandasFrames
+from missrec_t4r.etl.dataframe import Frame, PandasFrames
 from missrec_t4r.etl.event_settings import first_with_events, weighted_events
 from missrec_t4r.etl.nvt import workflows
-from missrec_t4r.etl.nvt.data_folder import Events, write_folder
-from missrec_t4r.etl.nvt.workflow_file import EventColumns, WorkflowFile, check_lists
+from missrec_t4r.etl.nvt.data_folder import Events, count_items, write_folder
+from missrec_t4r.etl.nvt.workflow_file import EventColumns, WorkflowFile, refuse_uneven_lists
 from missrec_t4r.etl.task import Task
-from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.io.atomic import atomic_write_dir
 from missrec_t4r.progress import track
-from missrec_t4r.schema import ITEM_LIST, SPLITS, TIMESTAMP
+from missrec_t4r.schema import ITEM_LIST, LIST_SUFFIX, SPLITS, TIMESTAMP
 
 log = logging.getLogger(__name__)
 
@@ -46,29 +46,9 @@ def run_in_memory(task: Task, out: Path, partitions: int | None) -> dict[str, An
         Of the workflow; by default chosen by size.
     """
     log.info("reading the tables")
-    events, items = read_tables(task, PandasFrames())
-    return write_whole(
-        task,
-        out,
-        events,
-        items,
-        lambda frame: Whole(frame, task.settings, partitions or 1 + len(frame) // _EVENTS_PER_PARTITION),
-    )
-
-
-def read_tables(task: Task, frames: Adapter) -> tuple[inputs.Events, pa.Table]:
-    """Return the complete events as a frame and the item table, both read by Arrow, with normal types."""
-    settings = task.settings
-    events, items = inputs.read_tables(
-        task.files,
-        task.items,
-        task.names,
-        task.settings["catalogue_item_column"],
-        task.findings,
-        settings["time_format"],
-    )
-    chosen = {name: settings[name] for name in ("drop_columns", "categorical_columns")}
-    return inputs.to_events(events, frames, task.findings, **chosen), items
+    events, items = inputs.read_tables(task, PandasFrames())
+    count = partitions or 1 + len(events.frame) // _EVENTS_PER_PARTITION
+    return write_whole(task, out, events, items, lambda frame: Whole(frame, task.settings, count))
 
 
 def write_whole(
@@ -86,21 +66,10 @@ def write_whole(
     whole : callable
         Clean events -> what a workflow makes sessions of.
     """
-    settings = task.settings
-    clean = inputs.clean_inputs(
-        events,
-        items,
-        item_table.read_modalities(task.modality_files, items.num_rows),
-        task.findings,
-        drop_duplicates=settings["drop_duplicates"],
-        unknown_items=settings["unknown_items"],
-        k_core=settings["k_core"],
-        min_item_count=settings["min_item_count"],
-        categorical_columns=settings["categorical_columns"],
-    )
-    summary = inputs.summarise(clean, settings["categorical_columns"])
+    vectors = item_table.read_modalities(task.modality_files, items.num_rows)
+    frame, summary = inputs.clean_inputs(events, items, vectors, task.settings, task.findings)
     with atomic_write_dir(out, outputs.REPORT_FILE) as folder:
-        return write_folder(summary, whole(clean.events), task, folder)
+        return write_folder(summary, whole(frame), task, folder)
 
 
 class Whole:
@@ -136,16 +105,16 @@ class Whole:
 
 def _write_splits(sessions: pa.Table, settings: Mapping[str, Any], folder: Path, n_rows: int) -> outputs.Written:
     """Write the rows of every split; `gpu.write.write_splits` has the parameters."""
-    check_lists(sessions)
+    sizes = {name: pc.list_value_length(sessions[name]) for name in sessions.column_names if name.endswith(LIST_SUFFIX)}
+    refuse_uneven_lists([name for name, size in sizes.items() if not size.equals(sizes[ITEM_LIST])])
     offsets, lengths = splits.split_lengths(sessions, settings)
     rows = {name: take_prefixes(sessions, offsets, lengths[name]) for name in SPLITS}
     for name in track(SPLITS, "writing the splits"):
         (folder / name).mkdir(exist_ok=True)
         for part, start in enumerate(range(0, rows[name].num_rows, _SESSIONS_PER_FILE)):
             pq.write_table(rows[name].slice(start, _SESSIONS_PER_FILE), folder / name / f"part_{part}.parquet")
-    train_items = one_array(rows["train"][ITEM_LIST]).flatten().to_numpy()
     return outputs.Written(
         {name: table.num_rows for name, table in rows.items()},
         int(np.diff(offsets).max()),
-        np.bincount(train_items, minlength=n_rows),
+        count_items(rows["train"], n_rows),
     )

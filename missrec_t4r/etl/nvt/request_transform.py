@@ -41,8 +41,7 @@ Step = list[Any]
 """Name of a step on numbers and its constants: see `missrec_t4r.data.number_steps`."""
 _WITHOUT_EFFECT = (
     *(SelectionOp, ConcatColumns, SubsetColumns, SubtractionOp, ops.Rename),
-    *(ops.Groupby, ops.ListSlice, KCore, AddsColumns),
-    *(ops.AddMetadata, ops.AddTags, ops.TagAsItemID, ops.TagAsUserID, ops.TagAsItemFeatures, ops.TagAsUserFeatures),
+    *(ops.Groupby, ops.ListSlice, KCore, AddsColumns, ops.AddMetadata),
 )
 """Operators that leave the value of one event as it is (their subclasses too)."""
 
@@ -69,8 +68,8 @@ def compile_session_transform(workflow: Workflow) -> dict[str, Any]:
 def request_vocabulary(workflow: Workflow) -> pa.Array:
     """Return the raw item ids of a workflow in the order of their rows, from row 3 on."""
     encoders = Graph.get_nodes_by_op_type([workflow.output_node], ops.Categorify)
-    (encoder,) = [node for node in encoders if ITEM_ID in node.op.categories]
-    return pq.read_table(encoder.op.categories[ITEM_ID])[ITEM_ID].combine_chunks()
+    (encoder,) = [node.op for node in encoders if ITEM_ID in node.op.categories]
+    return _vocabulary(encoder, ITEM_ID)
 
 
 def compile_event_features(workflow: Workflow) -> dict[str, dict[str, Any]]:
@@ -151,7 +150,7 @@ def _compile_column(workflow: Workflow, column: str) -> dict[str, Any]:
                 raise _refused(operator, column)
             steps.insert(0, step)  # the walk goes from the output to the input
     if encoder is not None:
-        return {"kind": "categorical", "values": _vocabulary(*encoder)}
+        return {"kind": "categorical", "values": _vocabulary(*encoder).to_pylist()}
     return {"kind": "continuous", "steps": steps} if steps else {"kind": "continuous"}
 
 
@@ -171,10 +170,8 @@ def _number_step(operator: Any, name: str) -> Step | None:
     return None
 
 
-def _vocabulary(encoder: ops.Categorify, name: str) -> list[Any]:
-    table = pq.read_table(encoder.categories[name])
-    values: list[Any] = table[name].to_pylist()
-    return values
+def _vocabulary(encoder: ops.Categorify, name: str) -> pa.Array:
+    return pq.read_table(encoder.categories[name])[name].combine_chunks()
 
 
 def _refused(operator: Any, column: str) -> DataError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from merlin.dag import Node
+from merlin.dag import Node, postorder_iter_nodes
 from merlin.dag.ops.concat_columns import ConcatColumns
 from merlin.dag.ops.selection import SelectionOp
 from merlin.dag.ops.subset_columns import SubsetColumns
@@ -32,6 +32,7 @@ from missrec_t4r.errors import DataError
 from missrec_t4r.etl.nvt.event_ops import EventWeights, KCore, SessionGap, TimeFeatures
 from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
 from missrec_t4r.io.hashing import file_digest
+from missrec_t4r.io.json_files import read_json, write_json
 
 FORMAT = 1
 GRAPH_FILE = "workflow.json"
@@ -59,20 +60,15 @@ def save_workflow(workflow: Workflow, folder: Path) -> None:
         An operator is not on the allow-list, or its state is not plain data.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    nodes = list(_ordered(workflow.output_node))
-    number = {id(node): index for index, node in enumerate(nodes)}
-    files: dict[str, str] = {}
-    described = [_describe(node, number, folder, files) for node in nodes]
-    graph = {"format": FORMAT, "nodes": described, "files": files}
-    write_graph(graph, folder)
+    nodes = list(postorder_iter_nodes(workflow.output_node))
+    writer = _Writer(nodes, folder)
+    described = [writer.describe(node) for node in nodes]
+    write_graph({"format": FORMAT, "nodes": described, "files": writer.files}, folder)
 
 
 def write_graph(graph: dict[str, Any], folder: Path) -> None:
     """Write the graph of a workflow with its checksum; its files must have been written before."""
-    nodes = ",\n  ".join(json.dumps(node) for node in graph["nodes"])
-    rest = {name: value for name, value in graph.items() if name != "nodes"} | {"sha256": _checksum(graph)}
-    entries = "".join(f',\n "{name}": {json.dumps(value)}' for name, value in rest.items())
-    (folder / GRAPH_FILE).write_text(f'{{"nodes": [\n  {nodes}\n ]{entries}\n}}\n', encoding="utf-8")
+    write_json(folder / GRAPH_FILE, graph | {"sha256": _checksum(graph)}, indent=1)
 
 
 def load_workflow(folder: Path | str) -> Workflow:
@@ -87,9 +83,9 @@ def load_workflow(folder: Path | str) -> Workflow:
     graph = read_graph(folder)
     nodes: list[Node] = []
     for described in graph["nodes"]:
-        node = Node()
+        node, names = Node(), described["selector"]
         node.op = _operator(described, folder)
-        node._selector = ColumnSelector(described["selector"]) if described["selector"] is not None else None
+        node._selector = None if names is None else ColumnSelector(names)
         node.parents = [nodes[index] for index in described["parents"]]
         node.dependencies = [nodes[index] for index in described["dependencies"]]
         for parent in node.parents:
@@ -110,7 +106,7 @@ def read_graph(folder: Path) -> dict[str, Any]:
         There is no stored workflow in the folder, or a file was changed.
     """
     try:
-        graph: dict[str, Any] = json.loads((folder / GRAPH_FILE).read_text(encoding="utf-8"))
+        graph = read_json(folder / GRAPH_FILE)
         checksum = graph.pop("sha256")
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
@@ -134,21 +130,6 @@ def read_graph(folder: Path) -> dict[str, Any]:
     return graph
 
 
-def _ordered(output: Node) -> Iterator[Node]:
-    """Yield every node once, after its parents and dependencies."""
-    visited: set[int] = set()
-
-    def visit(node: Node) -> Iterator[Node]:
-        if id(node) in visited:
-            return
-        visited.add(id(node))
-        for parent in node.parents_with_dependencies:
-            yield from visit(parent)
-        yield node
-
-    yield from visit(output)
-
-
 def check_operators(workflow: Workflow, cure: str = _CURE) -> None:
     """Refuse a workflow with an operator that is not on the allow-list.
 
@@ -157,7 +138,7 @@ def check_operators(workflow: Workflow, cure: str = _CURE) -> None:
     DataError
         Names the operator.
     """
-    for node in _ordered(workflow.output_node):
+    for node in postorder_iter_nodes(workflow.output_node):
         _check_operator(type(node.op), cure)
 
 
@@ -167,43 +148,85 @@ def _check_operator(kind: type, cure: str) -> None:
         raise DataError(f"the workflow has the operator {name}", f"one of {', '.join(sorted(ALLOWED))}", cure)
 
 
-def _describe(node: Node, number: dict[int, int], folder: Path, files: dict[str, str]) -> dict[str, Any]:
-    kind = type(node.op)
-    _check_operator(kind, _CURE)
-    if node.selector is not None and (node.selector.subgroups or node.selector.tags):
-        raise DataError(f"{kind.__name__} selects by tags or groups", "a fitted workflow with plain columns", _CURE)
-    state = {
-        name: _as_data(value, kind.__name__, folder, files)
-        for name, value in vars(node.op).items()
-        if name not in _NOT_STORED
-    }
-    described = {
-        "operator": kind.__name__,
-        "state": state,
-        "selector": list(node.selector.names) if node.selector is not None else None,
-        "parents": [number[id(parent)] for parent in node.parents],
-        "dependencies": [number[id(dependency)] for dependency in node.dependencies],
-        "input_schema": _schema_data(node.input_schema),
-        "output_schema": _schema_data(node.output_schema),
-    }
-    if isinstance(node.op, ops.Categorify):
-        described["vocabularies"] = {
-            column: _copy_vocabulary(Path(file), folder, files) for column, file in node.op.categories.items()
+class _Writer:
+    """Describes the nodes of a fitted workflow as plain data, and writes what is kept in files beside it.
+
+    Parameters
+    ----------
+    nodes : sequence of Node
+        All nodes; one is referred to by its place among them.
+    folder : Path
+        Of the workflow.
+    """
+
+    def __init__(self, nodes: Sequence[Node], folder: Path) -> None:
+        self.folder = folder
+        self.number = {node: index for index, node in enumerate(nodes)}
+        self.files: dict[str, str] = {}
+        """Files that were written -> their SHA-256."""
+
+    def describe(self, node: Node) -> dict[str, Any]:
+        """Return operator, state and edges of a node."""
+        kind = type(node.op)
+        _check_operator(kind, _CURE)
+        if node.selector is not None and (node.selector.subgroups or node.selector.tags):
+            raise DataError(f"{kind.__name__} selects by tags or groups", "a fitted workflow with plain columns", _CURE)
+        state = {name: value for name, value in vars(node.op).items() if name not in _NOT_STORED}
+        described = {
+            "operator": kind.__name__,
+            "state": {name: self._as_data(value, kind.__name__) for name, value in state.items()},
+            "selector": list(node.selector.names) if node.selector is not None else None,
+            "parents": [self.number[parent] for parent in node.parents],
+            "dependencies": [self.number[dependency] for dependency in node.dependencies],
+            "input_schema": _schema_data(node.input_schema),
+            "output_schema": _schema_data(node.output_schema),
         }
-    return described
+        if isinstance(node.op, ops.Categorify):
+            categories = node.op.categories.items()
+            described["vocabularies"] = {column: self._copy_vocabulary(Path(file)) for column, file in categories}
+        return described
+
+    def _copy_vocabulary(self, file: Path) -> str:
+        """Copy a vocabulary file and its metadata into the folder; return its relative name."""
+        (self.folder / "categories").mkdir(exist_ok=True)
+        for source in (file, meta_file(file)):
+            copy = self.folder / "categories" / source.name
+            if source.is_file():
+                if not copy.exists() or not copy.samefile(source):
+                    shutil.copyfile(source, copy)
+                self.files[f"categories/{source.name}"] = file_digest(copy)
+        return f"categories/{file.name}"
+
+    def _as_data(self, value: Any, owner: str) -> Any:
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, np.integer | np.floating):
+            return value.item()
+        if isinstance(value, Tags):
+            return {"tag": value.value}
+        if value is list:
+            return {"type": "list"}
+        if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
+            return {"dtype": np.dtype(value).name}
+        if isinstance(value, pd.Series):
+            name = f"{owner}.{len(self.files)}.parquet"
+            pq.write_table(pa.table({"value": pa.Array.from_pandas(value)}), self.folder / name)
+            self.files[name] = file_digest(self.folder / name)
+            return {"series": name}
+        if isinstance(value, list | tuple):
+            kind = "tuple" if isinstance(value, tuple) else "list"
+            return {kind: [self._as_data(inner, owner) for inner in value]}
+        if isinstance(value, dict):
+            pairs = value.items()
+            return {"dict": [[self._as_data(key, owner), self._as_data(inner, owner)] for key, inner in pairs]}
+        raise DataError(
+            f"{owner} holds a {type(value).__name__}, which is not plain data", "an operator without code", _CURE
+        )
 
 
-def _copy_vocabulary(file: Path, folder: Path, files: dict[str, str]) -> str:
-    """Copy a vocabulary file and its metadata into the folder; return its relative name."""
-    (folder / "categories").mkdir(exist_ok=True)
-    meta = file.with_name(file.name.replace("unique.", "meta.", 1))
-    for source in (file, meta):
-        copy = folder / "categories" / source.name
-        if source.is_file():
-            if not copy.exists() or not copy.samefile(source):
-                shutil.copyfile(source, copy)
-            files[f"categories/{source.name}"] = file_digest(copy)
-    return f"categories/{file.name}"
+def meta_file(vocabulary: Path) -> Path:
+    """Return the file with the metadata of a vocabulary file of NVTabular."""
+    return vocabulary.with_name(vocabulary.name.replace("unique.", "meta.", 1))
 
 
 def _operator(described: dict[str, Any], folder: Path) -> Any:
@@ -229,34 +252,6 @@ def _operator(described: dict[str, Any], folder: Path) -> Any:
     return operator
 
 
-def _as_data(value: Any, owner: str, folder: Path, files: dict[str, str]) -> Any:
-    def convert(inner: Any) -> Any:
-        return _as_data(inner, owner, folder, files)
-
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, np.integer | np.floating):
-        return value.item()
-    if isinstance(value, Tags):
-        return {"tag": value.value}
-    if value is list:
-        return {"type": "list"}
-    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
-        return {"dtype": np.dtype(value).name}
-    if isinstance(value, pd.Series):
-        name = f"{owner}.{len(files)}.parquet"
-        pq.write_table(pa.table({"value": pa.Array.from_pandas(value)}), folder / name)
-        files[name] = file_digest(folder / name)
-        return {"series": name}
-    if isinstance(value, list | tuple):
-        return {"tuple" if isinstance(value, tuple) else "list": [convert(inner) for inner in value]}
-    if isinstance(value, dict):
-        return {"dict": [[convert(key), convert(inner)] for key, inner in value.items()]}
-    raise DataError(
-        f"{owner} holds a {type(value).__name__}, which is not plain data", "an operator without code", _CURE
-    )
-
-
 def _from_data(value: Any, folder: Path) -> Any:
     if not isinstance(value, dict):
         return value
@@ -278,15 +273,14 @@ def _schema_data(schema: Schema | None) -> list[dict[str, Any]] | None:
 
 
 def _column_data(column: ColumnSchema) -> dict[str, Any]:
-    kept = {
-        name: value for name, value in column.properties.items() if name != "cat_path"
-    }  # a path on the machine that fitted it
+    # cat_path is a path on the machine that fitted the workflow
+    properties = {name: value for name, value in column.properties.items() if name != "cat_path"}
     return {
         "name": column.name,
         "dtype": column.dtype.name,
         "dims": None if column.shape.dims is None else [[dim.min, dim.max] for dim in column.shape.dims],
         "tags": sorted(tag.value if isinstance(tag, Tags) else str(tag) for tag in column.tags),
-        "properties": kept,
+        "properties": properties,
     }
 
 

@@ -30,7 +30,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 from merlin.dag import Graph
@@ -197,21 +196,8 @@ def check_fitted(workflow: Workflow, items: pa.Array, split: str) -> tuple[dict[
     return compile_event_features(workflow), longest_request(workflow)
 
 
-def check_lists(table: pa.Table) -> None:
-    """Refuse lists that are not as long as the items.
-
-    Raises
-    ------
-    SchemaError
-        Names the columns.
-    """
-    lengths = _lengths(table[ITEM_LIST])
-    lists = [name for name in table.column_names if name.endswith(LIST_SUFFIX)]
-    refuse_uneven_lists([name for name in lists if not np.array_equal(_lengths(table[name]), lengths)])
-
-
 def refuse_uneven_lists(columns: Sequence[str]) -> None:
-    """Refuse lists that are not as long as the items.
+    """Refuse list columns whose lists are not as long as the items.
 
     Raises
     ------
@@ -230,21 +216,17 @@ def _check_aggregation(workflow: Workflow, name: str) -> None:
     """Refuse a value that is taken over a whole session: training rows would contain later events."""
     for operator, source in operators_of(workflow, name):
         if isinstance(operator, ops.Groupby) and source not in operator.groupby_cols:
-            made = name.removeprefix(source + operator.name_sep)
-            if made not in ("list", "first"):
+            aggregation = name.removeprefix(source + operator.name_sep)
+            if aggregation not in ("list", "first"):
                 raise SchemaError(
-                    f"the column {name!r} is the {made} of {source!r} over a whole session",
+                    f"the column {name!r} is the {aggregation} of {source!r} over a whole session",
                     "lists, or the value of the first event: training rows are beginnings of sessions and must not "
                     "hold what comes after them",
                     "aggregate the written splits instead, or leave the column out",
                 )
-            if made == "list" and not name.endswith(LIST_SUFFIX):
+            if aggregation == "list" and not name.endswith(LIST_SUFFIX):
                 raise SchemaError(f"the list column {name!r}", f"a name that ends in {LIST_SUFFIX}", "name_sep='-'")
         name = source
-
-
-def _lengths(column: pa.ChunkedArray) -> Any:
-    return np.diff(np.asarray(column.combine_chunks().offsets))
 
 
 def _executed(file: Path) -> ModuleType:

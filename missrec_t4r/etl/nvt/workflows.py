@@ -9,7 +9,9 @@ most frequent. NVTabular groups within a partition, so `transform_events` shuffl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,17 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from merlin.core.utils import global_dask_client
+from merlin.dag import Node
+from merlin.dag.executors import LocalExecutor
 from merlin.io import Dataset
 from merlin.schema import ColumnSchema, Schema, Tags
-from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 from nvtabular import Workflow, ops
 
 from missrec_t4r.etl.dataframe import Frame
 from missrec_t4r.etl.event_settings import EventSettings
 from missrec_t4r.etl.nvt.event_ops import EventWeights, SessionGap, TimeFeatures
 from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
-from missrec_t4r.schema import ITEM_ID, LIST_SUFFIX, SCHEMA_FILE, SESSION_ID, TIMESTAMP, USER_ID
+from missrec_t4r.schema import ITEM_ID, LIST_SUFFIX, SESSION_ID, TIMESTAMP, USER_ID
 
 _DASK = {
     "dataframe.shuffle.method": "tasks",  # keeps the input order of ties, unlike "disk"
@@ -70,29 +73,8 @@ def build_session_workflow(
         Columns ``user_id``, ``item_id-list``, ``timestamp-list`` and ``<column>-list``, one row per user; with
         ``session_id`` after ``user_id`` and one row per session if sessions end by inactivity.
     """
-    if derive is not None and derive.enabled:
-        return _derived_workflow(item_ids, storage, dict(categories or {}), list(numbers), max_events, derive)
-    categories = categories or {}
-    vocabularies = {ITEM_ID: as_series(item_ids), **categories}
-    encoded = list(vocabularies) >> ops.Categorify(vocabs=vocabularies, out_path=str(storage))
-    listed = [ITEM_ID, TIMESTAMP, *categories, *numbers]
-    sessions = [USER_ID, TIMESTAMP, *numbers] + encoded >> SessionGroupby(
-        groupby_cols=[USER_ID], sort_cols=[TIMESTAMP], aggs={name: ["list"] for name in listed}, name_sep="-"
-    )
-    output = sessions[USER_ID] >> ops.AddMetadata(tags=[Tags.USER_ID, Tags.USER])
-    return Workflow(_with_lists(output, sessions, listed, categories, max_events))
-
-
-def _derived_workflow(
-    item_ids: pa.Array | Sequence[str | int],
-    storage: Path,
-    categories: dict[str, pd.Series],
-    numbers: list[str],
-    max_events: int | None,
-    derive: EventSettings,
-) -> Workflow:
-    """Return the workflow that applies the operators of `event_ops.py` to the events first."""
-    events: Any = [USER_ID, ITEM_ID, TIMESTAMP, *categories, *numbers]
+    derive, categories = derive or EventSettings(), dict(categories or {})
+    events = Node([USER_ID, ITEM_ID, TIMESTAMP, *categories, *numbers])
     if derive.weights:
         events = events >> EventWeights(derive.weight_column, derive.weights)
     if derive.session_gap:
@@ -111,18 +93,12 @@ def _derived_workflow(
     output = sessions[USER_ID] >> ops.AddMetadata(tags=[Tags.USER_ID, Tags.USER])
     if derive.session_gap:
         output = output + (sessions[SESSION_ID] >> ops.AddMetadata(tags=[Tags.SESSION_ID, Tags.SESSION]))
-    return Workflow(_with_lists(output, sessions, listed, categories, max_events))
-
-
-def _with_lists(
-    output: Any, sessions: Any, listed: Sequence[str], categories: Mapping[str, pd.Series], max_events: int | None
-) -> Any:
     for name in listed:
         column = sessions[name + LIST_SUFFIX]
         if max_events is not None:
             column = column >> SessionSlice(-max_events)
         output = output + (column >> ops.AddMetadata(tags=list(_tags(name, categories))))
-    return output
+    return Workflow(output)
 
 
 def build_request_workflow(
@@ -139,13 +115,13 @@ def build_request_workflow(
 
 def fit(workflow: Workflow, frame: Frame) -> Workflow:
     """Fit on the first rows: the vocabularies are given, only dtypes are read from the data."""
-    with dask.config.set(_DASK):
+    with _execution(workflow):
         return workflow.fit(_dataset(frame.head(_SAMPLE).reset_index(drop=True)))
 
 
 def fit_events(workflow: Workflow, events: Frame, partitions: int = 1) -> Workflow:
     """Fit on all events, a frame or a dask collection of frames, for workflows with statistics, such as Normalize."""
-    with dask.config.set(_DASK):
+    with _execution(workflow):
         return workflow.fit(_dataset(events) if partitions <= 1 else _shuffled(events, partitions, USER_ID))
 
 
@@ -159,8 +135,7 @@ def transform_events(workflow: Workflow, events: pd.DataFrame, partitions: int =
     partitions : int
         More than one bounds the memory of a worker; users are shuffled to partitions by their hash.
     """
-    frame = transform_dataset(workflow, events, partitions, USER_ID)
-    table = frame.to_arrow() if hasattr(frame, "to_arrow") else pa.Table.from_pandas(frame, preserve_index=False)
+    table = pa.Table.from_pandas(transform_dataset(workflow, events, partitions, USER_ID), preserve_index=False)
     table = table.replace_schema_metadata(None).combine_chunks()
     keys = [(name, "ascending") for name in (USER_ID, SESSION_ID) if name in table.column_names]
     return table.take(pc.sort_indices(table, keys)) if partitions > 1 else table
@@ -168,29 +143,61 @@ def transform_events(workflow: Workflow, events: pd.DataFrame, partitions: int =
 
 def transform_dataset(workflow: Workflow, events: Frame, partitions: int, key: str) -> Frame:
     """Return the transformed events as a frame of the same library; all events of a key are in one partition."""
-    with dask.config.set(_DASK):
+    with _execution(workflow):
         dataset = _dataset(events) if partitions <= 1 else _shuffled(events, partitions, key)
-        if not workflow.graph.output_schema:
-            workflow.fit(dataset)
         return workflow.transform(dataset).to_ddf().compute(scheduler=_scheduler())
+
+
+class _OnePassExecutor(LocalExecutor):
+    """Merlin's executor of a workflow on one frame, except that a node runs once, not once per node that reads it.
+
+    With Merlin's own a session workflow groups the events anew for every column that is taken from the sessions. A
+    reader gets a copy, because operators may write into their input; the last one gets the output itself.
+    """
+
+    def transform(self, *arguments: Any, **options: Any) -> Any:
+        """Return the output of a workflow on a frame."""
+        run = copy.copy(self)  # threads may share this executor
+        run.outputs = {}  # node -> its output, and the number of readers to come
+        return super(_OnePassExecutor, run).transform(*arguments, **options)
+
+    def _execute_node(self, node: Node, *arguments: Any, **options: Any) -> Any:
+        if len(node.children) < 2:
+            return super()._execute_node(node, *arguments, **options)
+        if node not in self.outputs:
+            self.outputs[node] = super()._execute_node(node, *arguments, **options), len(node.children)
+        output, readers = self.outputs.pop(node)
+        if readers > 1:
+            self.outputs[node] = output, readers - 1
+            return output.copy()
+        return output
+
+
+@contextmanager
+def _execution(workflow: Workflow) -> Iterator[None]:
+    """Set how dask and Merlin run a workflow; its own executor, which is stored with it, is restored afterwards."""
+    stock = workflow.executor._executor
+    workflow.executor._executor = one_pass = _OnePassExecutor()
+    one_pass.target_format = stock.target_format
+    try:
+        with dask.config.set(_DASK):
+            yield
+    finally:
+        workflow.executor._executor = stock
 
 
 def session_schema(output_schema: Schema, longest: int) -> Schema:
     """Return the Merlin schema of a session row: tags, item domain, ragged lists; without build-time paths."""
     columns = []
     for column in output_schema:
-        dims = ((0, None), (0, longest)) if column.is_list else None
-        kept = {name: column.properties[name] for name in ("domain", "embedding_sizes") if name in column.properties}
-        columns.append(ColumnSchema(column.name, dtype=column.dtype, tags=column.tags, properties=kept, dims=dims))
+        dims = ((0, None), (0, longest)) if column.name.endswith(LIST_SUFFIX) else None
+        properties = {
+            name: column.properties[name] for name in ("domain", "embedding_sizes") if name in column.properties
+        }
+        columns.append(
+            ColumnSchema(column.name, dtype=column.dtype, tags=column.tags, properties=properties, dims=dims)
+        )
     return Schema(columns)
-
-
-def write_schema(schema: Schema, folder: Path) -> None:
-    """Write schema.pbtxt, which Transformers4Rec and the Merlin loader read."""
-    written = TensorflowMetadata.from_merlin_schema(schema)
-    for feature in written.proto_schema.feature:
-        feature.annotation.tag.sort()  # tags are a set: equal runs shall write equal files
-    written.to_proto_text_file(str(folder), SCHEMA_FILE)
 
 
 def as_series(values: pa.Array | Sequence[str | int]) -> pd.Series:

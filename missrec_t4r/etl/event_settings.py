@@ -59,11 +59,6 @@ class EventSettings:
         )
 
     @property
-    def enabled(self) -> bool:
-        """Whether any column or session is derived."""
-        return bool(self.weights or self.session_gap or self.time_features)
-
-    @property
     def columns(self) -> list[str]:
         """Return the names of the derived event columns."""
         return [*([WEIGHT] if self.weights else []), *self.time_features]

@@ -109,6 +109,10 @@ def _check_settings(options: Mapping[str, Any]) -> None:
         )
     if valid_from is not None and split != "time":
         raise ConfigError("boundaries are set for a leave-one-out split", "--split time", "add it or leave them out")
+    if options["unknown_items"] not in ("append", "drop"):
+        raise ConfigError(
+            f"unknown items {options['unknown_items']!r}", "append or drop", "choose one with --unknown-items"
+        )
     if options["engine"] not in ENGINES:
         raise ConfigError(f"engine {options['engine']!r}", "auto, memory, disk or gpu", "choose one with --engine")
 

@@ -54,35 +54,22 @@ def test_a_session_workflow_transforms_as_before(
             "dwell": chance.random(30).astype("float32"),
         }
     )
-    workflow = build_session_workflow(
-        ["x", "y", "z"],
-        folder / "build",
-        categories={"event_type": pd.Series(["view", "buy"])},
-        numbers=["dwell"],
-        max_events=longest,
-        derive=EventSettings({"buy": 2.0}, session_gap=20, time_features=["gap", "hour", "recency"])
-        if derived
-        else None,
-    )
-    fit(workflow, events)
-    save_workflow(workflow, folder / "stored")
+    derive = EventSettings({"buy": 2.0}, session_gap=20, time_features=["gap", "hour", "recency"]) if derived else None
+
+    def fitted(storage: Path) -> Workflow:
+        categories = {"event_type": pd.Series(["view", "buy"])}
+        options: dict[str, Any] = {"numbers": ["dwell"], "max_events": longest, "derive": derive}
+        return fit(build_session_workflow(["x", "y", "z"], storage, categories=categories, **options), events)
+
+    save_workflow(fitted(folder / "build"), folder / "stored")
     shutil.rmtree(folder / "build")
     loaded = load_workflow(shutil.move(folder / "stored", folder / "moved"))
     assert not list((folder / "moved").rglob("*.pkl"))
     save_workflow(load_workflow(folder / "moved"), folder / "again")
     kept = [json.loads((folder / name / "workflow.json").read_text()) for name in ("moved", "again")]
     assert kept[0] == kept[1]
-    fresh = build_session_workflow(
-        ["x", "y", "z"],
-        folder / "fresh",
-        categories={"event_type": pd.Series(["view", "buy"])},
-        numbers=["dwell"],
-        max_events=longest,
-        derive=EventSettings({"buy": 2.0}, session_gap=20, time_features=["gap", "hour", "recency"])
-        if derived
-        else None,
-    )
-    expected, got = (transform_dataset(made, events, 1, "user_id") for made in (fit(fresh, events), loaded))
+    fresh = fitted(folder / "fresh")
+    expected, got = (transform_dataset(workflow, events, 1, "user_id") for workflow in (fresh, loaded))
     assert _lines(got) == _lines(expected)
     assert [(column.name, column.dtype, column.tags) for column in loaded.output_schema] == [
         (column.name, column.dtype, column.tags) for column in fresh.output_schema

@@ -130,7 +130,7 @@ def read_graph(folder: Path) -> dict[str, Any]:
     return graph
 
 
-def check_operators(workflow: Workflow, cure: str = _CURE) -> None:
+def check_operators(workflow: Workflow, cure: str) -> None:
     """Refuse a workflow with an operator that is not on the allow-list.
 
     Raises

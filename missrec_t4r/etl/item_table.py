@@ -230,7 +230,7 @@ def build_catalogue(
     Parameters
     ----------
     items, vectors : pyarrow.Table, mapping of str to ndarray [item, width]
-        Item table and modality vectors.
+        Item table and modality vectors, finite numbers (`read_modalities`).
     files : mapping of str to Path
         Where the vectors come from, noted in the catalogue.
     fingerprints : mapping of str to str, optional
@@ -243,7 +243,7 @@ def build_catalogue(
         if fingerprints and name in fingerprints:
             encoder["fingerprint"] = fingerprints[name]
         modalities[name] = Modality(padded, padded.any(1), encoder)
-    catalogue = Catalogue(_with_counts(items, np.zeros(items.num_rows)), modalities)
+    catalogue = Catalogue(_with_counts(items, np.zeros(items.num_rows)), modalities, checked=True)
     _ = catalogue.retired  # refused here if it is of another type, and not after a training
     return catalogue
 
@@ -373,4 +373,4 @@ def extend_catalogue(old: Catalogue, items: pa.Table, vectors: Vectors) -> Catal
         present[: old.n_rows] |= modality.present & (padded[: old.n_rows] == modality.vectors).all(1)
         variants = {variant: np.pad(array, pad) for variant, array in modality.variants.items()}
         modalities[name] = replace(modality, vectors=padded, present=present, variants=variants)
-    return Catalogue(_with_counts(items, np.zeros(items.num_rows)), modalities)
+    return Catalogue(_with_counts(items, np.zeros(items.num_rows)), modalities, checked=True)

@@ -22,7 +22,7 @@ from nvtabular.ops.stat_operator import StatOperator
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl import event_arithmetic
 from missrec_t4r.etl.dataframe import Adapter, Array, Frame, adapter_of
-from missrec_t4r.etl.event_settings import TIME_FEATURES
+from missrec_t4r.etl.event_settings import CLOCK, TIME_FEATURES
 
 
 class AddsColumns(Operator):
@@ -140,15 +140,9 @@ class TimeFeatures(AddsColumns):
 
     def added(self) -> dict[str, ColumnSchema]:
         """Return the schemas of the selected features."""
-        categorical = {"hour", "weekday"}
-        return {
-            name: ColumnSchema(
-                name,
-                dtype="int64" if name in categorical else "float32",
-                tags=[Tags.CATEGORICAL if name in categorical else Tags.CONTINUOUS],
-            )
-            for name in self.features
-        }
+        category, number = ("int64", Tags.CATEGORICAL), ("float32", Tags.CONTINUOUS)
+        kinds = {name: category if name in CLOCK else number for name in self.features}
+        return {name: ColumnSchema(name, dtype=dtype, tags=[tag]) for name, (dtype, tag) in kinds.items()}
 
     def transform(self, col_selector: ColumnSelector, df: Frame) -> Frame:
         """Return the events with their time features."""

@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from missrec_t4r import commands
+from missrec_t4r.bundle import bundle as bundles
 from missrec_t4r.bundle.bundle import load_bundle
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.export.export import export
+from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.runs.run_folder import LoadedRun
 from missrec_t4r.schema import FIRST_ITEM_ROW
 from missrec_t4r.serving.batch.export_vectors import vectors
@@ -119,6 +121,8 @@ def test_integer_catalogues_and_empty_files(make_run: Callable[..., Path], tmp_p
     none = session_file(tmp_path / "none.parquet", [], pa.int32())
     assert score(none, tmp_path / "empty.parquet", bundle=tmp_path / "bundle")["rows"] == 0
     assert pq.read_table(tmp_path / "empty.parquet").schema == table.schema
+    assert vectors(tmp_path / "vectors", bundle=tmp_path / "bundle", sessions=none)["sessions"] == 0
+    assert np.load(tmp_path / "vectors" / "sessions.npy").shape[0] == 0
     strings = session_file(tmp_path / "strings.parquet", [["a"]])
     with pytest.raises(DataError, match="holds string; expected: int64"):
         score(strings, tmp_path / "never.parquet", bundle=tmp_path / "bundle")
@@ -141,6 +145,18 @@ def test_what_cannot_be_read_is_refused_in_words(bundle: Path, tmp_path: Path) -
             commands.score(tmp_path / "flat.parquet", tmp_path / "out.parquet", **given)
 
 
+def test_a_folder_as_output_is_refused_before_anything_is_computed(bundle: Path, tmp_path: Path) -> None:
+    file = session_file(tmp_path / "some.parquet", [["ware-3-ü"]])
+    (tmp_path / "out").mkdir()
+    for write in (
+        lambda: score(file, tmp_path / "out", bundle=bundle),
+        lambda: similar(out=tmp_path / "out", bundle=bundle),
+    ):
+        with pytest.raises(DataError, match="out is a folder; expected: the name of a file to write"):
+            write()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "some.parquet"]
+
+
 def test_a_warning_tells_that_most_sessions_hold_no_known_item(
     bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -151,24 +167,14 @@ def test_a_warning_tells_that_most_sessions_hold_no_known_item(
 
 
 def test_a_killed_job_leaves_the_last_complete_result_and_goes_on(
-    bundle: Path,
-    loaded: LoadedRun,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    bundle: Path, loaded: LoadedRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("missrec_t4r.serving.batch.parts.BATCHES_PER_PART", 4)
     out = tmp_path / "out.parquet"
     few = session_file(tmp_path / "few.parquet", shop.raw_sessions(loaded.catalogue, 5))
     score(few, out, bundle=bundle)
     before = out.read_bytes()
-    many = session_file(tmp_path / "many.parquet", shop.raw_sessions(loaded.catalogue, 200) * 80)
-    code = """
-import sys
-from missrec_t4r.serving.batch import parts, score
-parts.BATCHES_PER_PART = 4
-score.score(*sys.argv[2:], bundle=sys.argv[1])
-"""
+    many = session_file(tmp_path / "many.parquet", shop.raw_sessions(loaded.catalogue, 200) * 20)
+    code = "import sys; from missrec_t4r.serving.batch.score import score; score(*sys.argv[2:], bundle=sys.argv[1])"
     job = processes.start(["-c", code, bundle, many, out])
     deadline, parts = time.monotonic() + 300, tmp_path / ".out.parquet.parts"
     while not list(parts.glob("*.counts.json")) and time.monotonic() < deadline:
@@ -183,7 +189,7 @@ score.score(*sys.argv[2:], bundle=sys.argv[1])
     assert "going on after" in caplog.text
     assert not parts.exists()
     score(many, tmp_path / "at once.parquet", bundle=bundle)
-    assert result["sessions"] == result["rows"] == 16_000
+    assert result["sessions"] == result["rows"] == 4_000
     assert pq.read_table(out).equals(pq.read_table(tmp_path / "at once.parquet"))
 
 
@@ -256,6 +262,14 @@ def test_similar_items_are_what_the_server_answers_to_the_item_alone(
         similar(["gone"], bundle=bundle)
     with pytest.raises(ConfigError, match="neither --items nor --out"):
         similar(bundle=bundle)
+
+
+@pytest.mark.parametrize("by", ["session", "content"])
+def test_similar_items_load_the_bundle_once(bundle: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    built = []
+    monkeypatch.setattr(bundles, "build_missrec", lambda *parts: built.append(1) or build_missrec(*parts))
+    similar(["ware-3-ü"], bundle=bundle, by=by)
+    assert len(built) == 1
 
 
 def test_similar_content_is_the_mean_cosine_of_shared_modalities(bundle: Path) -> None:

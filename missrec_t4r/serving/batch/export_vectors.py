@@ -28,12 +28,12 @@ from missrec_t4r.bundle.from_run import bundle_or_run
 from missrec_t4r.bundle.manifest import WEIGHTS_FILE, verify_bundle
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.event_features import EventArrays, compact_event_features
+from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import BundleError
 from missrec_t4r.io.atomic import atomic_write_dir
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.model.fast.fusion import mean_embeddings
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import track
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.retrieval.ranker import compact
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, PADDING_ROW
@@ -81,7 +81,10 @@ def vectors(
     with bundle_or_run(bundle, run) as source:
         loaded = load_bundle(source)
         weights = str(verify_bundle(source, only=())["files"][WEIGHTS_FILE]["sha256"])
-    files = None if sessions is None else _session_files(sessions, items_column, loaded)
+    files = None
+    if sessions is not None:
+        event_columns = [column.name for column in loaded.model.event_columns]
+        files = SessionFiles(sessions, items_column, loaded.catalogue.id_type, event_columns)
     with atomic_write_dir(Path(out), MARKER, "folder of vectors", BundleError) as folder, torch_threads(threads):
         described = _write_items(folder, loaded) | {"weights_sha256": weights}
         n_sessions = 0 if files is None else _write_sessions(folder, loaded, files)
@@ -156,32 +159,20 @@ def _write_items(folder: Path, loaded: LoadedBundle) -> dict[str, Any]:
     }
 
 
-def _session_files(sessions: str | Path, items_column: str, loaded: LoadedBundle) -> SessionFiles:
-    return SessionFiles(
-        sessions, items_column, loaded.catalogue.id_type, [column.name for column in loaded.model.event_columns]
-    )
-
-
 def _write_sessions(folder: Path, loaded: LoadedBundle, files: SessionFiles) -> int:
-    parts: list[Floats] = [np.empty((0, loaded.model.config.d_model), np.float32)]
-    tables: list[pa.Table] = [_with_usable(files.schema.empty_table().select(files.passthrough), parts[0])]
-    total = -(-files.rows // _SESSIONS_AT_A_TIME)
+    vectors: list[Floats] = []
+    tables: list[pa.Table] = []
     reader = EventFeatureReader(loaded.model.event_columns)
-    for batch in track(files.batches(_SESSIONS_AT_A_TIME), "encoding sessions", total):
-        sessions = loaded.transform(*batch.sessions)
-        width = max(1, *(len(rows) for rows in sessions))
-        padded = np.stack([np.pad(rows, (0, width - len(rows)), constant_values=PADDING_ROW) for rows in sessions])
+    for batch in files.batches(_SESSIONS_AT_A_TIME, "encoding sessions"):
+        sessions = Sessions.from_lists(loaded.transform(*batch.sessions))
+        rows = sessions.padded(range(len(sessions)), max(1, int(sessions.lengths.max(initial=0))))
         features = [
             reader.encode(values, len(ids))
             for values, ids in zip(batch.event_features or [], batch.sessions, strict=bool(batch.event_features))
         ]
-        parts.append(session_vectors(loaded.model, padded, reader.stacked(features, padded)))
-        tables.append(_with_usable(batch.passthrough, parts[-1]))
-    vectors = np.concatenate(parts)  # [session, dim]
-    np.save(folder / "sessions.npy", vectors)
+        vectors.append(session_vectors(loaded.model, rows, reader.stacked(features, rows)))
+        usable = pa.array(vectors[-1].any(1), pa.bool_())
+        tables.append(batch.passthrough.append_column("usable", usable))
+    np.save(folder / "sessions.npy", np.concatenate(vectors))  # [session, dim]
     pq.write_table(pa.concat_tables(tables), folder / "sessions.parquet")
-    return len(vectors)
-
-
-def _with_usable(passthrough: pa.Table, vectors: Floats) -> pa.Table:
-    return passthrough.append_column("usable", pa.array(vectors.any(1), pa.bool_()))
+    return files.rows

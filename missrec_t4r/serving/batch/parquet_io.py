@@ -1,22 +1,27 @@
-"""Read sessions from parquet in batches; write result tables in row groups, atomically."""
+"""Read sessions in batches, from parquet or from the users of a data folder; write result tables, atomically."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from missrec_t4r.bundle.id_encoder import RawId
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.user_sessions import user_sessions
 from missrec_t4r.errors import DataError
 from missrec_t4r.io.atomic import atomic_write_file
-from missrec_t4r.schema import LIST_SUFFIX
+from missrec_t4r.progress import track
+from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, USER_ID
 from missrec_t4r.serving.event_features import SessionEventFeatures
 
+ITEMS_COLUMN = "items"
 _ROW_GROUP = 1 << 13
 """Rows of a written row group."""
 _LONGEST_FOUND = 300
@@ -96,23 +101,31 @@ class SessionFiles:
         """Columns that are copied to the output: all that are no lists."""
         return [field.name for field in self.schema if not _is_list(field.type)]
 
-    def batches(self, size: int) -> Iterator[SessionBatch]:
-        """Yield batches of at most ``size`` rows; a null list is an empty session, or an absent event feature."""
+    def batches(self, size: int, description: str) -> Iterator[SessionBatch]:
+        """Yield batches of at most ``size`` rows, with progress; one batch without rows where the files have none.
+
+        A null list is an empty session, or an absent event feature.
+        """
         columns = [*self.passthrough, self.items_column, *self.event_columns.values()]
         if self.exclude_column:
             columns.append(self.exclude_column)
         first = 0
+        for table in track(self._tables(size, columns), description, max(1, -(-self.rows // size))):
+            yield SessionBatch(
+                table.select(self.passthrough),
+                _lists(table, self.items_column),
+                self._event_features(table),
+                None if self.rules_column is None else self._rules(table[self.rules_column], first),
+                None if self.exclude_column is None else _lists(table, self.exclude_column),
+            )
+            first += table.num_rows
+
+    def _tables(self, size: int, columns: list[str]) -> Iterator[pa.Table]:
+        if not self.rows:
+            yield self.schema.empty_table().select(columns)
         for file in self.files:
             for batch in pq.ParquetFile(file).iter_batches(size, columns=columns):
-                table = pa.Table.from_batches([batch])
-                sessions = [session or [] for session in table[self.items_column].to_pylist()]
-                rules = None if self.rules_column is None else self._rules(table[self.rules_column], first)
-                exclude = None
-                if self.exclude_column is not None:
-                    exclude = [ids or [] for ids in table[self.exclude_column].to_pylist()]
-                features = self._event_features(table)
-                yield SessionBatch(table.select(self.passthrough), sessions, features, rules, exclude)
-                first += len(sessions)
+                yield pa.Table.from_batches([batch])
 
     def _event_features(self, table: pa.Table) -> list[SessionEventFeatures] | None:
         if not self.event_columns:
@@ -178,56 +191,76 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
+def _lists(table: pa.Table, column: str) -> list[list[RawId]]:
+    return [ids or [] for ids in table[column].to_pylist()]
+
+
 @contextmanager
-def write_results(file: str | Path) -> Iterator[TableWriter]:
-    """Yield a writer for ``file``, which is replaced atomically when the block succeeds.
+def session_file_of(data: Path, users: Sequence[str] | None = None) -> Iterator[Path]:
+    """Yield a parquet file with ``user_id`` and ``items`` (raw ids) of every user, or of some; removed at the end.
+
+    A user's session is that of `user_sessions`: with all its events, the newest one where the user has several.
+
+    Raises
+    ------
+    DataError
+        No column of users, or a user that the folder lacks.
+    """
+    catalogue = Catalogue.load(data / CATALOGUE_FOLDER)
+    user_ids, sessions = user_sessions(data)
+    if users is not None:
+        row_of = {str(user): row for row, user in enumerate(user_ids)}
+        if unknown := [user for user in users if str(user) not in row_of]:
+            raise DataError(f"{data} has no user {unknown[0]!r}", "ids of its users", "check --users")
+        rows = [row_of[user] for user in dict.fromkeys(map(str, users))]
+        user_ids, sessions = [user_ids[row] for row in rows], sessions.take(rows)
+    item_ids = catalogue.items[ITEM_ID].combine_chunks().take(pa.array(sessions.values - FIRST_ITEM_ROW))
+    items = pa.ListArray.from_arrays(pa.array(sessions.offsets, pa.int32()), item_ids)
+    with TemporaryDirectory(prefix="missrec-users-") as folder:
+        file = Path(folder) / "users.parquet"
+        pq.write_table(pa.table({USER_ID: pa.array(user_ids), ITEMS_COLUMN: items}), file)
+        yield file
+
+
+def require_file_name(file: str | Path) -> None:
+    """Refuse a folder as the name of a file to write: before hours of computing, not after.
+
+    Raises
+    ------
+    DataError
+    """
+    if Path(file).is_dir():
+        raise DataError(f"{file} is a folder", "the name of a file to write", "choose another --out")
+
+
+def write_tables(file: str | Path, tables: Iterable[pa.Table]) -> int:
+    """Write tables, at least one, to a parquet file, which is replaced atomically; return the number of rows.
+
+    The first table defines the schema.
 
     Raises
     ------
     DataError
         ``file`` is a folder, or the disk is full or read-only.
     """
-    file = Path(file).absolute()
-    if file.is_dir():  # before hours of scoring, not after
-        raise DataError(f"{file} is a folder", "the name of a file to write", "choose another --out")
-    with atomic_write_file(file) as temporary, TableWriter(temporary) as writer:
-        yield writer
+    require_file_name(file)
+    tables = iter(tables)
+    row_group = [next(tables)]
+    schema, rows = row_group[0].schema, 0
+    with (
+        atomic_write_file(Path(file).absolute()) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+    ):
+        for table in tables:
+            if sum(map(len, row_group)) >= _ROW_GROUP:
+                rows += _write_group(writer, row_group)
+                row_group = []
+            row_group.append(table.cast(schema))
+        rows += _write_group(writer, row_group)
+    return rows
 
 
-class TableWriter:
-    """Append tables to a parquet file in row groups of equal size; the first table defines the schema.
-
-    Parameters
-    ----------
-    file : Path
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._writer: pq.ParquetWriter | None = None
-        self._buffer: list[pa.Table] = []
-        self.rows = 0
-
-    def __enter__(self) -> TableWriter:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is None:
-            self._flush()
-        if self._writer is not None:
-            self._writer.close()
-
-    def write(self, table: pa.Table) -> None:
-        """Append rows."""
-        self._buffer.append(table)
-        self.rows += table.num_rows
-        if sum(part.num_rows for part in self._buffer) >= _ROW_GROUP:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._buffer:
-            return
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._file, self._buffer[0].schema, compression="zstd")
-        self._writer.write_table(pa.concat_tables(part.cast(self._writer.schema) for part in self._buffer))
-        self._buffer = []
+def _write_group(writer: pq.ParquetWriter, tables: list[pa.Table]) -> int:
+    table = pa.concat_tables(tables)
+    writer.write_table(table)
+    return len(table)

@@ -15,8 +15,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from missrec_t4r.bundle.from_run import bundle_or_run
 from missrec_t4r.bundle.id_encoder import RawId
@@ -24,17 +24,17 @@ from missrec_t4r.bundle.manifest import MANIFEST_FILE, MODEL_FILE
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.hashing import file_digest
-from missrec_t4r.progress import track
 from missrec_t4r.schema import ITEM_ID
-from missrec_t4r.serving.batch.parquet_io import SessionBatch, SessionFiles, write_results
+from missrec_t4r.serving.batch.parquet_io import ITEMS_COLUMN, SessionBatch, SessionFiles, session_file_of
 from missrec_t4r.serving.batch.parts import write_in_parts
-from missrec_t4r.serving.batch.users import ITEMS_COLUMN, session_file_of
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.protocol import Recommendation, typed_id
 
 log = logging.getLogger(__name__)
 
 _SESSIONS_AT_A_TIME = 1024
+_FORMAT = 2
+"""Of the parts of an unfinished job: those of another format are not used."""
 LAYOUTS = ("lists", "long")
 
 
@@ -136,7 +136,6 @@ def score(
             exclude_column,
         )
         excluded: list[RawId] = [typed_id(item, client.id_type) for item in exclude or []]
-        total = -(-files.rows // _SESSIONS_AT_A_TIME)
 
         def compute(batch: SessionBatch) -> tuple[pa.Table, dict[str, int]]:
             recommendations = client.recommend(
@@ -149,23 +148,16 @@ def score(
             )
             counts = {
                 "sessions": len(recommendations),
-                "fallbacks": sum(one.fallback for one in recommendations),
-                "with_unknown_items": sum(one.unknown_items > 0 for one in recommendations),
+                "fallbacks": sum(recommendation.fallback for recommendation in recommendations),
+                "with_unknown_items": sum(recommendation.unknown_items > 0 for recommendation in recommendations),
             }
             return _table(batch.passthrough, recommendations, client.id_type, layout), counts
 
-        asked = [top_k, exclude_seen, excluded, rules, rules_column, exclude_column, layout, items_column]
-        made_from = [asked, [file_digest(one) for one in files.files], file_digest(folder / MANIFEST_FILE)]
-        key = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
-        batches = track(files.batches(_SESSIONS_AT_A_TIME), f"scoring {files.rows:,} sessions", total)
-        counts = {"sessions": 0, "fallbacks": 0, "with_unknown_items": 0}
-        if files.rows:
-            rows, counts = write_in_parts(Path(out), key, batches, compute)
-        else:  # a file without rows, but with the columns
-            with write_results(out) as writer:
-                nothing = files.schema.empty_table().select(files.passthrough)
-                writer.write(_table(nothing, [], client.id_type, layout))
-                rows = writer.rows
+        settings = [top_k, exclude_seen, excluded, rules, rules_column, exclude_column, layout, items_column]
+        digests = [file_digest(file) for file in (*files.files, folder / MANIFEST_FILE)]
+        made_from = json.dumps([_FORMAT, settings, digests], sort_keys=True, default=str)
+        batches = files.batches(_SESSIONS_AT_A_TIME, f"scoring {files.rows:,} sessions")
+        rows, counts = write_in_parts(Path(out), hashlib.sha256(made_from.encode()).hexdigest(), batches, compute)
     if 2 * counts["fallbacks"] > counts["sessions"]:
         log.warning(
             f"{counts['fallbacks']:,} of {counts['sessions']:,} sessions hold no item of the catalogue and got "
@@ -198,33 +190,22 @@ def event_feature_names(bundle: str | Path) -> list[str]:
 def _table(passthrough: pa.Table, recommendations: Sequence[Recommendation], id_type: str, layout: str) -> pa.Table:
     """Return the recommendations of a batch in the requested layout, beside the copied columns."""
     ids = pa.string() if id_type == "string" else pa.int64()
-    offsets = np.concatenate([[0], np.cumsum([len(one.item_ids) for one in recommendations])]).astype(np.int32)
-    item_ids = pa.array([item_id for one in recommendations for item_id in one.item_ids], ids)
-    scores = pa.array([score for one in recommendations for score in one.scores], pa.float32())
-    unknown = pa.array([one.unknown_items for one in recommendations], pa.int32())
-    fallback = pa.array([one.fallback for one in recommendations], pa.bool_())
-    if layout == "lists":
-        added: dict[str, pa.Array] = {
-            ITEM_ID: pa.ListArray.from_arrays(offsets, item_ids),
-            "score": pa.ListArray.from_arrays(offsets, scores),
-            "unknown_items": unknown,
-            "fallback": fallback,
-        }
-        return _add_columns(passthrough, added)
-    lengths = np.diff(offsets)
-    session = np.repeat(np.arange(len(recommendations)), lengths)  # [recommended item]: index of its session
-    rank = np.arange(len(session)) - np.repeat(offsets[:-1], lengths) + 1
-    added = {
-        "rank": pa.array(rank, pa.int32()),
-        ITEM_ID: item_ids,
-        "score": scores,
-        "unknown_items": unknown.take(pa.array(session)),
-        "fallback": fallback.take(pa.array(session)),
+    added: dict[str, pa.Array] = {
+        ITEM_ID: pa.array([one.item_ids for one in recommendations], pa.list_(ids)),
+        "score": pa.array([one.scores for one in recommendations], pa.list_(pa.float32())),
+        "unknown_items": pa.array([one.unknown_items for one in recommendations], pa.int32()),
+        "fallback": pa.array([one.fallback for one in recommendations], pa.bool_()),
     }
-    return _add_columns(passthrough.take(pa.array(session)), added)
-
-
-def _add_columns(table: pa.Table, added: dict[str, pa.Array]) -> pa.Table:
-    """Append columns; an input column of the same name is replaced."""
-    names = [name for name in table.column_names if name not in added]
-    return pa.table({name: table[name] for name in names} | added)
+    if layout == "long":
+        session = pc.list_parent_indices(added[ITEM_ID])  # [recommended item]
+        ranks = [rank for one in recommendations for rank in range(1, len(one.item_ids) + 1)]
+        added = {
+            "rank": pa.array(ranks, pa.int32()),
+            ITEM_ID: added[ITEM_ID].flatten(),
+            "score": added["score"].flatten(),
+            "unknown_items": added["unknown_items"].take(session),
+            "fallback": added["fallback"].take(session),
+        }
+        passthrough = passthrough.take(session)
+    copied = {name: passthrough[name] for name in passthrough.column_names if name not in added}
+    return pa.table(copied | added)

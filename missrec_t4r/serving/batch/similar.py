@@ -8,7 +8,7 @@ catalogue; an item without a shared modality is not similar. Independent of inte
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,24 +17,27 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from missrec_t4r.arrays import Floats, Ints
 from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle
 from missrec_t4r.bundle.from_run import bundle_or_run
 from missrec_t4r.config.checks import require_at_least
+from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError
+from missrec_t4r.model.item_encoder import CandidateEmbeddings
 from missrec_t4r.progress import track
+from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.retrieval.topk import top_items
-from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, UNKNOWN_ROW
-from missrec_t4r.serving.batch.parquet_io import write_results
-from missrec_t4r.serving.client.client import MISSRecClient, read_titles
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, PADDING_ROW, UNKNOWN_ROW
+from missrec_t4r.serving.batch.parquet_io import write_tables
+from missrec_t4r.serving.client.client import read_titles
 from missrec_t4r.serving.client.in_process import torch_threads
 from missrec_t4r.serving.client.protocol import typed_id
 
 METHODS = ("session", "content")
 _ITEMS_AT_A_TIME = 256
 
-RawItem = str | int
-Similar = tuple[RawItem, list[RawItem], list[float]]
-"""An item, its most similar items, best first, and their scores."""
+Search = Callable[[Ints, int], tuple[Ints, Floats]]
+"""Rows of items and ``top_k`` to the rows of similar items [item, k], best first and 0-padded, and their scores."""
 
 
 def similar(
@@ -83,46 +86,30 @@ def similar(
         raise ConfigError("neither --items nor --out", "ids to look up, or a file for the whole catalogue")
     started = time.monotonic()
     with bundle_or_run(bundle, run) as folder, torch_threads(threads):
-        result = _find(folder, items, out, top_k, by)
-    return result if out is None else result | {"seconds": round(time.monotonic() - started, 2)}
+        loaded = load_bundle(folder)
+        catalogue = loaded.catalogue
+        rows = np.arange(FIRST_ITEM_ROW, catalogue.n_rows) if items is None else _rows_of(items, catalogue)
+        tables = _tables(loaded, rows, top_k, by)
+        if out is None:
+            titles = read_titles(folder)
+            by_item: dict[str, list[dict[str, Any]]] = {str(item): [] for item in catalogue.ids_of(rows)}
+            for entry in (entry for table in tables for entry in table.to_pylist()):
+                other = entry["similar_item_id"]
+                title = {"title": titles[other]} if other in titles else {}
+                by_item[str(entry[ITEM_ID])].append({"item_id": other, "score": entry["score"]} | title)
+            return {"by": by, "similar": by_item}
+        n_rows = write_tables(out, tables)
+    seconds = round(time.monotonic() - started, 2)
+    return {"by": by, "out": str(out), "items": len(rows), "rows": n_rows, "seconds": seconds}
 
 
-def _find(
-    folder: Path,
-    items: Sequence[str | int] | None,
-    out: str | Path | None,
-    top_k: int,
-    by: str,
-) -> dict[str, Any]:
-    """Return the similar items, or write them to ``out``."""
-    loaded = load_bundle(folder)
-    ids = (
-        loaded.catalogue.ids_of(np.arange(FIRST_ITEM_ROW, loaded.catalogue.n_rows))
-        if items is None
-        else _require_items(items, loaded)
-    )
-    results = _by_content(loaded, ids, top_k) if by == "content" else _by_session(folder, ids, top_k)
-    results = track(results, f"items similar to {len(ids)} items", len(ids))
-    if out is None:
-        titles = read_titles(folder)
-        return {
-            "by": by,
-            "similar": {str(item): _with_titles(others, scores, titles) for item, others, scores in results},
-        }
-    with write_results(out) as writer:
-        id_type = pa.string() if loaded.catalogue.id_type == "string" else pa.int64()
-        for item, others, scores in results:
-            writer.write(_table(item, others, scores, id_type))
-        rows = writer.rows
-    return {"by": by, "out": str(out), "items": len(ids), "rows": rows}
-
-
-def content_similarity(loaded: LoadedBundle, rows: Tensor) -> Tensor:
+def content_similarity(candidates: CandidateEmbeddings, rows: Tensor) -> Tensor:
     """Return the mean cosine over shared modalities; -inf without one, and for the item itself.
 
     Parameters
     ----------
-    loaded : LoadedBundle
+    candidates : CandidateEmbeddings
+        All catalogue rows.
     rows : Tensor [item], int64
         Catalogue rows.
 
@@ -130,7 +117,6 @@ def content_similarity(loaded: LoadedBundle, rows: Tensor) -> Tensor:
     -------
     Tensor [item, catalogue]
     """
-    candidates = loaded.model.candidates()
     rows = rows.to(candidates.mask.device)
     total = torch.zeros(len(rows), candidates.mask.shape[1], device=rows.device)  # [item, catalogue]
     shared = torch.zeros_like(total)
@@ -143,54 +129,54 @@ def content_similarity(loaded: LoadedBundle, rows: Tensor) -> Tensor:
     return scores.scatter_(1, rows[:, None], -torch.inf)
 
 
-@torch.inference_mode()
-def _top_by_content(loaded: LoadedBundle, rows: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    best, similar_rows = top_items(content_similarity(loaded, rows), top_k)
-    return best.cpu(), similar_rows.cpu()
-
-
-def _by_content(loaded: LoadedBundle, ids: Sequence[RawItem], top_k: int) -> Iterator[Similar]:
-    rows = torch.from_numpy(loaded.catalogue.rows_of(list(ids)).copy())
-    for start in range(0, len(ids), _ITEMS_AT_A_TIME):
-        batch = slice(start, start + _ITEMS_AT_A_TIME)
-        top_scores, top_rows = _top_by_content(loaded, rows[batch], top_k)
-        for item, scores, others in zip(ids[batch], top_scores, top_rows, strict=True):
-            comparable = torch.isfinite(scores)
-            yield item, loaded.catalogue.ids_of(others[comparable].numpy()), scores[comparable].tolist()
-
-
-def _by_session(bundle: str | Path, ids: Sequence[RawItem], top_k: int) -> Iterator[Similar]:
-    with MISSRecClient.of_bundle(bundle) as client:
-        for start in range(0, len(ids), _ITEMS_AT_A_TIME):
-            batch = ids[start : start + _ITEMS_AT_A_TIME]
-            recommendations = client.recommend([[item] for item in batch], top_k, exclude_seen=True)
-            for item, recommendation in zip(batch, recommendations, strict=True):
-                yield item, list(recommendation.item_ids), recommendation.scores
-
-
-def _require_items(items: Sequence[str | int], loaded: LoadedBundle) -> list[RawItem]:
-    ids = [typed_id(item, loaded.catalogue.id_type) for item in items]
-    unknown = [item for item, row in zip(ids, loaded.catalogue.rows_of(ids), strict=True) if row < FIRST_ITEM_ROW]
+def _rows_of(items: Sequence[str | int], catalogue: Catalogue) -> Ints:
+    ids = [typed_id(item, catalogue.id_type) for item in items]
+    rows = catalogue.rows_of(ids)
+    unknown = [item for item, row in zip(ids, rows, strict=True) if row < FIRST_ITEM_ROW]
     if unknown or not ids:
         raise DataError(
             f"unknown items: {', '.join(map(str, unknown[:5]))}" if unknown else "no item", "items of the catalogue"
         )
-    return ids
+    return rows
 
 
-def _with_titles(others: list[RawItem], scores: list[float], titles: dict[RawItem, str]) -> list[dict[str, Any]]:
-    return [
-        {"item_id": item, "score": score} | ({"title": titles[item]} if item in titles else {})
-        for item, score in zip(others, scores, strict=True)
-    ]
+def _tables(loaded: LoadedBundle, rows: Ints, top_k: int, by: str) -> Iterator[pa.Table]:
+    """Yield the items similar to those in ``rows``, best first, some hundred items at a time."""
+    catalogue = loaded.catalogue
+    id_type = pa.string() if catalogue.id_type == "string" else pa.int64()
+    find = _content_search(loaded) if by == "content" else _session_search(loaded)
+    starts = range(0, len(rows), _ITEMS_AT_A_TIME)
+    for start in track(starts, f"items similar to {len(rows)} items, {_ITEMS_AT_A_TIME} at a time"):
+        batch = rows[start : start + _ITEMS_AT_A_TIME]
+        others, scores = find(batch, top_k)
+        item, rank = np.nonzero(others > PADDING_ROW)
+        yield pa.table(
+            {
+                ITEM_ID: pa.array(catalogue.ids_of(batch[item]), id_type),
+                "rank": pa.array(rank + 1, pa.int32()),
+                "similar_item_id": pa.array(catalogue.ids_of(others[item, rank]), id_type),
+                "score": pa.array(scores[item, rank], pa.float32()),
+            }
+        )
 
 
-def _table(item: RawItem, others: list[RawItem], scores: list[float], id_type: pa.DataType) -> pa.Table:
-    return pa.table(
-        {
-            ITEM_ID: pa.array([item] * len(others), id_type),
-            "rank": pa.array(range(1, len(others) + 1), pa.int32()),
-            "similar_item_id": pa.array(others, id_type),
-            "score": pa.array(scores, pa.float32()),
-        }
-    )
+def _session_search(loaded: LoadedBundle) -> Search:
+    ranker = Ranker(loaded.model, loaded.catalogue, tables=loaded.tables)
+
+    def find(rows: Ints, top_k: int) -> tuple[Ints, Floats]:
+        ranking = ranker.rank(rows[:, None], top_k=top_k, exclude_seen=True)
+        return ranking.rows, ranking.scores
+
+    return find
+
+
+@torch.inference_mode()
+def _content_search(loaded: LoadedBundle) -> Search:
+    candidates = loaded.model.candidates()
+
+    @torch.inference_mode()
+    def find(rows: Ints, top_k: int) -> tuple[Ints, Floats]:
+        scores, others = top_items(content_similarity(candidates, torch.tensor(rows)), top_k)
+        return torch.where(torch.isfinite(scores), others, PADDING_ROW).cpu().numpy(), scores.cpu().numpy()
+
+    return find

@@ -248,7 +248,7 @@ def test_killed_deploys_leave_a_complete_version_that_a_restarted_server_serves(
         assert tuple(asked(server)) in known
         assert Control.find(folder) == server.control
     deploy(folder, bundle=other_bundle)
-    assert not list(folder.parent.glob(f".{folder.name}-deploy-*"))
+    assert not list(folder.parent.glob(f".{folder.name}-*"))
     assert not (folder / SERVER_FILE).exists()
 
 
@@ -292,7 +292,7 @@ def test_kill_at_every_moment_of_writing_leaves_the_old_or_the_new_version(
         assert config.count(f"_v{version}") == 2
     assert current_version(folder) > 1
     deploy(folder, bundle=bundle)
-    assert not list(folder.parent.glob(f".{folder.name}-deploy-*"))
+    assert not list(folder.parent.glob(f".{folder.name}-*"))
 
 
 def test_what_is_no_deployment_is_left_alone(exported: Path, bundle: Path, tmp_path: Path) -> None:

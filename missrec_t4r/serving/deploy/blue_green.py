@@ -18,9 +18,7 @@ both complete, and a restarted server loads that one.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import BundleError, ConfigError, ParityError, ServingError
-from missrec_t4r.io.atomic import atomic_write_file, refuse_unmanaged
+from missrec_t4r.io.atomic import refuse_unmanaged, temporary_dir
 from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.io.lock import locked
@@ -47,7 +45,7 @@ from missrec_t4r.serving.triton.deployment import (
     version_of,
     versions_of,
 )
-from missrec_t4r.serving.triton.model_config import CONFIG_FILE, config_text, read_config, settings_of, write_config
+from missrec_t4r.serving.triton.model_config import read_config, settings_of, write_config
 from missrec_t4r.serving.triton.model_control import Control
 from missrec_t4r.serving.triton.repository import (
     BUNDLE_IN_REPOSITORY,
@@ -122,42 +120,43 @@ def deploy(
     ServingError
         The server could not load the version; the traffic has not switched.
     """
-    given = {
+    require_at_least(1, version=version, max_batch_size=max_batch_size, threads=threads, instances=instances)
+    require_at_least(0, preferred_batch_size=preferred_batch_size, queue_delay_us=queue_delay_us)
+    settings = {
         "max_batch_size": max_batch_size,
         "threads": threads,
         "instances": instances,
         "preferred_batch_size": preferred_batch_size,
         "queue_delay_us": queue_delay_us,
     }
-    require_at_least(1, version=version, max_batch_size=max_batch_size, threads=threads, instances=instances)
-    require_at_least(0, preferred_batch_size=preferred_batch_size, queue_delay_us=queue_delay_us)
-    chosen: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
+    changes: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     if keep < LOADED:
         raise ConfigError(
             f"--keep {keep}", f"at least {LOADED}: the version that serves the traffic and the one to roll back to"
         )
     if (bundle is None) == (version is None):
         raise ConfigError("both --bundle and --version" if bundle else "neither --bundle nor --version", "one of them")
-    if version is not None and chosen:
-        found = ", ".join(f"--{name.replace('_', '-')}" for name in chosen)
+    if version is not None and changes:
+        found = ", ".join(f"--{name.replace('_', '-')}" for name in changes)
         raise ConfigError(f"{found} with --version", "--bundle: a version keeps its settings", f"leave out {found}")
-    if dry_run:
-        return _plan(Path(repository).absolute(), bundle, version, switch)
     started, folder = time.monotonic(), Path(repository).absolute()
     _refuse_unmanaged(folder)
     if bundle is not None:
         verify_bundle(bundle, only=())  # a mistyped path makes no folder
-        _make_folder(folder)
-    else:
-        _require_version(folder, version)
+    elif version not in (versions := versions_of(folder)):
+        known = ", ".join(map(str, versions)) or "none"
+        raise ServingError(f"{folder} has no version {version}", f"one of {known}", "deploy one with --bundle")
+    if dry_run:
+        return _plan(folder, bundle, version, switch)
+    if not is_deployment(folder):
+        write_json(folder / DEPLOYMENT_FILE, {"format": 1})
     with locked(folder, wait=False):
         _remove_incomplete(folder)
         previous = current_version(folder)
         if bundle is not None:
             log.info(f"verifying {bundle}")
             before = ServingSettings() if previous is None else settings_of(folder / f"{RANKER}_v{previous}")
-            settings = before._replace(**chosen)
-            version = _add_version(folder, Path(bundle), previous if switch else None, settings)
+            version = _add_version(folder, Path(bundle), previous if switch else None, before._replace(**changes))
         assert version is not None
         verify_bundle(bundle_of(folder, version))
         if switch:
@@ -207,24 +206,18 @@ def rollback(repository: str | Path, *, version: int | None = None) -> dict[str,
 
 
 def _plan(folder: Path, bundle: str | Path | None, version: int | None, switch: bool) -> dict[str, Any]:
-    """Return the result of a dry run: all checks that change nothing."""
-    _refuse_unmanaged(folder)
+    """Return the result of a dry run, after the checks that take long."""
     versions = versions_of(folder)
-    if version is not None:
-        _require_version(folder, version)
-        verify_bundle(bundle_of(folder, version))
-    elif bundle is not None:
-        verify_bundle(bundle)
+    if version is None:
         version = max(versions, default=0) + 1
-    live = folder.is_dir() and Control.find(folder) is not None
-    previous = current_version(folder) if folder.is_dir() else None
+    verify_bundle(bundle_of(folder, version) if bundle is None else bundle)
     return {
         "dry_run": True,
         "repository": str(folder),
         "version": version,
-        "previous": previous,
+        "previous": current_version(folder),
         "answers": switch,
-        "live": live,
+        "live": Control.find(folder) is not None,
         "versions": versions,
     }
 
@@ -280,10 +273,7 @@ def _add_version(folder: Path, bundle: Path, current: int | None, settings: Serv
     none.
     """
     version = max(versions_of(folder), default=0) + 1
-    with tempfile.TemporaryDirectory(
-        prefix=_temporary_prefix(folder), dir=folder.parent, ignore_cleanup_errors=True
-    ) as name:
-        temporary = Path(name)
+    with temporary_dir(folder) as temporary:
         fill_repository(temporary, bundle, settings)
         configs = {model: read_config(temporary / model) for model in MODELS}
         if current is not None and _is_version(folder, current, configs, temporary / BUNDLE_IN_REPOSITORY):
@@ -296,8 +286,8 @@ def _add_version(folder: Path, bundle: Path, current: int | None, settings: Serv
 
 def _is_version(folder: Path, version: int, configs: dict[str, ModelConfig], bundle: Path) -> bool:
     """Return whether a version was written from this bundle with these configurations."""
-    manifests = (one / MANIFEST_FILE for one in (bundle, bundle_of(folder, version)))
-    return len({file_digest(file) for file in manifests}) == 1 and all(
+    same_bundle = file_digest(bundle / MANIFEST_FILE) == file_digest(bundle_of(folder, version) / MANIFEST_FILE)
+    return same_bundle and all(
         _with_version(config, version) == read_config(folder / f"{model}_v{version}")
         for model, config in configs.items()
     )
@@ -322,17 +312,7 @@ def _write_entry_model(folder: Path, version: int) -> None:
     config.name = ENSEMBLE
     config.version_policy.specific.versions.append(version)  # another version number: Triton reloads the entry model
     (folder / ENSEMBLE / str(version)).mkdir(parents=True, exist_ok=True)
-    with atomic_write_file(folder / ENSEMBLE / CONFIG_FILE) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write(config_text(config))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a deployment folder where there is none."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not is_deployment(folder):
-        write_json(folder / DEPLOYMENT_FILE, {"format": 1})
+    write_config(folder / ENSEMBLE, config)
 
 
 def _refuse_unmanaged(folder: Path) -> None:
@@ -342,27 +322,14 @@ def _refuse_unmanaged(folder: Path) -> None:
         replaced_versions(folder)  # refuses a damaged file
 
 
-def _temporary_prefix(folder: Path) -> str:
-    return f".{folder.name}-deploy-"
-
-
 def _remove_incomplete(folder: Path) -> None:
-    """Remove what a killed deploy left: temporary folders, and models whose ensemble was not written any more."""
-    for temporary in folder.parent.glob(f"{_temporary_prefix(folder)}*"):
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Remove the models of a killed deploy, whose ensemble was not written any more."""
     complete = set(versions_of(folder))
     for part in _PARTS:
         for model in folder.glob(f"{part}_v*"):
             number = model.name.removeprefix(f"{part}_v")
             if number.isdecimal() and int(number) not in complete:
                 shutil.rmtree(model)
-
-
-def _require_version(folder: Path, version: int | None) -> None:
-    versions = versions_of(folder)
-    if version not in versions:
-        known = ", ".join(map(str, versions)) or "none"
-        raise ServingError(f"{folder} has no version {version}", f"one of {known}", "deploy one with --bundle")
 
 
 def _remove_old(folder: Path, used: set[int | None], keep: int) -> None:

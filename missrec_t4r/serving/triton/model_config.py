@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -75,15 +76,12 @@ def configure(repository: Path, settings: ServingSettings) -> None:
             del batching.preferred_batch_size[:]
             if settings.preferred_batch_size:
                 batching.preferred_batch_size.append(settings.preferred_batch_size)
-        with atomic_write_file(repository / model / CONFIG_FILE) as temporary:
-            Path(temporary).write_text(config_text(config), encoding="utf-8")
-
-
-def config_text(config: ModelConfig) -> str:
-    """Return a configuration in protobuf's text format."""
-    return _REFERENCE + str(text_format.MessageToString(config))
+        write_config(repository / model, config)
 
 
 def write_config(model_folder: Path, config: ModelConfig) -> None:
-    """Write ``config.pbtxt`` of one model."""
-    (model_folder / CONFIG_FILE).write_text(config_text(config), encoding="utf-8")
+    """Write ``config.pbtxt`` of one model: atomically, and through to the disk, as it decides what is served."""
+    with atomic_write_file(model_folder / CONFIG_FILE) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(_REFERENCE + text_format.MessageToString(config))
+        file.flush()
+        os.fsync(file.fileno())

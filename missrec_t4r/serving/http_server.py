@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -14,23 +15,26 @@ from missrec_t4r.serving.triton.ports import LOOPBACK
 
 log = logging.getLogger(__name__)
 
-Respond = Callable[[BaseHTTPRequestHandler], tuple[int, Mapping[str, str], bytes]]
-"""Reads a request; returns status, headers without the length, and body."""
+Response = tuple[int, Mapping[str, str], bytes]
+"""Status, headers without the length, and body."""
+Respond = Callable[[BaseHTTPRequestHandler], Response]
 
 
 class TooLongError(ServingError):
     """A body beyond the limit; answered with status 413."""
 
 
-class _Server(ThreadingHTTPServer):
-    request_queue_size = socket.SOMAXCONN
-    """Connections that wait to be accepted; socketserver's 5 drop clients that connect at once."""
-
-
-def listen(port: int, respond: Respond) -> ThreadingHTTPServer:
-    """Return a server that is bound to a port but does not run yet.
+class HttpServer(ThreadingHTTPServer):
+    """Server that is bound to a port, and runs while the ``with`` block does.
 
     An exception of ``respond`` is the answer of the request that caused it: 400 for an error of ours, else 500.
+
+    Parameters
+    ----------
+    port : int
+        0 chooses a free one.
+    respond : callable
+        Reads a request and returns the response.
 
     Raises
     ------
@@ -38,29 +42,47 @@ def listen(port: int, respond: Respond) -> ThreadingHTTPServer:
         The port is taken, or needs other rights.
     """
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
+    request_queue_size = socket.SOMAXCONN
+    """Connections that wait to be accepted; socketserver's 5 drop clients that connect at once."""
 
-        def _respond(self) -> None:
-            status, headers, body = _answer(respond, self)
-            self.close_connection |= status >= 400  # the body may not have been read
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def __init__(self, port: int, respond: Respond) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
-        do_GET = do_POST = _respond  # noqa: N815  # http.server's names
+            def _respond(self) -> None:
+                status, headers, body = _answer(respond, self)
+                self.close_connection |= status >= 400  # the body may not have been read
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
 
-        def log_message(self, *arguments: Any) -> None:
-            """Log nothing."""
+            do_GET = do_POST = _respond  # noqa: N815  # http.server's names
 
-    try:
-        return _Server((LOOPBACK, port), Handler)
-    except (OSError, OverflowError) as error:
-        raise ServingError(f"port {port} cannot be used ({error})", "a free port", "choose another --port") from error
+            def log_message(self, *arguments: Any) -> None:
+                """Log nothing."""
+
+        try:
+            super().__init__((LOOPBACK, port), Handler)
+        except (OSError, OverflowError) as error:
+            found = f"port {port} cannot be used ({error})"
+            raise ServingError(found, "a free port", "choose another --port") from error
+
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        return f"{LOOPBACK}:{self.server_address[1]}"
+
+    def __enter__(self) -> HttpServer:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+        self.server_close()
 
 
 def read_body(request: BaseHTTPRequestHandler, longest: int) -> bytes:
@@ -81,7 +103,7 @@ def read_body(request: BaseHTTPRequestHandler, longest: int) -> bytes:
     return request.rfile.read(int(length))
 
 
-def _answer(respond: Respond, request: BaseHTTPRequestHandler) -> tuple[int, Mapping[str, str], bytes]:
+def _answer(respond: Respond, request: BaseHTTPRequestHandler) -> Response:
     try:
         return respond(request)
     except MISSRecError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -61,39 +62,29 @@ def answers_per_second(url: str, messages: Sequence[bytes], clients: int, second
     ServingError
         A request failed.
     """
-    counts, failures = [0] * clients, list[Exception]()
-    start = threading.Barrier(clients + 1)
+    start = threading.Barrier(clients)
 
-    def client(number: int) -> None:
+    def client(number: int) -> int:
+        """Return the number of responses in the time of the measurement."""
         try:
             with grpc.insecure_channel(url, options=channel_arguments(url)) as channel:
                 send = channel.unary_unary(_METHOD)
                 for turn in range(max(1, _WARM // clients)):  # connects before the measurement
                     send(messages[(number + turn) % len(messages)], timeout=60)
                 start.wait()
-                until = time.perf_counter() + seconds
+                until, count = time.perf_counter() + seconds, 0
                 while time.perf_counter() < until:
-                    send(messages[(number + counts[number]) % len(messages)], timeout=60)
-                    counts[number] += 1
-        except threading.BrokenBarrierError:  # another client failed
-            return
-        except Exception as error:  # raised below; the others would wait for this client
-            failures.append(error)
-            start.abort()
+                    send(messages[(number + count) % len(messages)], timeout=60)
+                    count += 1
+                return count
+        except BaseException:
+            start.abort()  # no client waits for this one
+            raise
 
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
-    try:
-        for thread in threads:
-            thread.start()
-        start.wait()
-    except threading.BrokenBarrierError:  # a client failed, and its error is raised below
-        pass
-    except BaseException:  # Ctrl-C: the clients would wait for ever
-        start.abort()
-        raise
-    for thread in threads:
-        thread.join()
-    if failures:
+    with ThreadPoolExecutor(clients) as pool:
+        answers = [pool.submit(client, number) for number in range(clients)]
+    errors = [error for error in map(Future.exception, answers) if error is not None]
+    if failures := [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]:
         first = failures[0]
         reason = first.details() if isinstance(first, grpc.Call) else first
         raise ServingError(
@@ -101,4 +92,4 @@ def answers_per_second(url: str, messages: Sequence[bytes], clients: int, second
             "an answer to every request",
             "the server's log has the reason; fewer clients may do",
         )
-    return round(sum(counts) / seconds, 1)
+    return round(sum(answer.result() for answer in answers) / seconds, 1)

@@ -5,7 +5,6 @@ import json
 import re
 import select
 import socket
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from missrec_t4r.serving.client.protocol import (
     requests_of,
     typed_id,
 )
-from missrec_t4r.serving.http_server import listen
+from missrec_t4r.serving.http_server import HttpServer
 from missrec_t4r.serving.shadow.compare import Comparison
 from missrec_t4r.serving.shadow.http_proxy import HttpShadowProxy, shadow
 from missrec_t4r.serving.triton.ports import choose_ports
@@ -129,24 +128,22 @@ def test_a_comparison_of_nothing_has_no_figures() -> None:
 
 
 def test_a_candidate_that_answers_nonsense_fails_and_the_mirror_goes_on(caplog: pytest.LogCaptureFixture) -> None:
-    server = listen(0, lambda request: (200, {}, b"{}"))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = "{}:{}".format(*server.server_address[:2])
-    with HttpShadowProxy(address, "other", share=1) as proxy:
+    with (
+        HttpServer(0, lambda request: (200, {}, b"{}")) as server,
+        HttpShadowProxy(server.address, "other", share=1) as proxy,
+    ):
         for _ in range(3):
             connection = http.client.HTTPConnection(proxy.url, timeout=10)
             connection.request("POST", "/v2/models/missrec/infer", b"{}")
             assert connection.getresponse().read() == b"{}"
             connection.close()
-    server.shutdown()
-    server.server_close()
     assert proxy.comparison.failed == 3
     assert caplog.text.count("the first failure of the candidate") == 1
 
 
 def test_clients_that_connect_at_once_wait_instead_of_being_dropped() -> None:
     """More than the 5 that Python's servers keep waiting; a dropped one would be tried again after a second."""
-    server = listen(0, lambda request: (200, {}, b""))  # accepts nobody before it runs
+    server = HttpServer(0, lambda request: (200, {}, b""))  # accepts nobody before it runs
     try:
         waiting = [socket.socket() for _ in range(40)]
         for client in waiting:

@@ -26,7 +26,6 @@ from missrec_t4r.serving.triton.deployment import bundle_of, current_version, ve
 from missrec_t4r.serving.triton.local_server import LocalTriton
 from missrec_t4r.serving.triton.model_config import read_config
 from missrec_t4r.serving.triton.model_control import SERVER_FILE, Control
-from missrec_t4r.serving.triton.ports import is_ready
 from tests import processes
 from tests.serving.conftest import serving
 
@@ -174,7 +173,7 @@ def test_a_version_that_cannot_be_loaded_changes_nothing(
         deploy(live, version=staged)
     assert asked(running) == before
     assert current_version(live) == version
-    assert is_ready(running.ports["http"], "missrec")
+    assert "missrec" in running.control.ready()
     shutil.rmtree(live / f"missrec_v{staged}")
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from importlib import import_module
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-from missrec_t4r.serving.client.aio_transports import open_async_transport
+from missrec_t4r.arrays import AnyArray
 from missrec_t4r.serving.client.protocol import (
     Description,
     Recommendation,
@@ -19,8 +20,65 @@ from missrec_t4r.serving.client.protocol import (
     requests_of,
 )
 from missrec_t4r.serving.client.retry import Retries
-from missrec_t4r.serving.client.transports import ModelFacts, translate_errors
+from missrec_t4r.serving.client.transports import (
+    Arrays,
+    ModelFacts,
+    channel_arguments,
+    checked_address,
+    grpc_facts,
+    http_facts,
+    input_tensors,
+    output_arrays,
+    translate_errors,
+)
 from missrec_t4r.serving.event_features import SessionEventFeatures
+
+T = TypeVar("T")
+
+
+class AsyncTransport:
+    """Triton's two protocols as `transports` has them, without blocking the event loop that opened it.
+
+    It connects at the first request; any number of requests may run concurrently, over HTTP each on a connection.
+
+    Raises
+    ------
+    ServingError
+        Unknown protocol, or an address that is not ``host:port``.
+    """
+
+    def __init__(self, url: str, protocol: str, timeout: float) -> None:
+        address = checked_address(url, protocol)
+        self._library = import_module(f"tritonclient.{protocol}")
+        client = import_module(f"tritonclient.{protocol}.aio").InferenceServerClient
+        self._timeout, self._connection_errors = timeout, tuple[type[Exception], ...]()
+        if protocol == "grpc":
+            self._client, self._facts = client(address, channel_args=channel_arguments(address)), grpc_facts
+        else:
+            import aiohttp  # a dependency of tritonclient[http]
+
+            self._client, self._facts = client(address, conn_timeout=timeout), http_facts
+            self._connection_errors = (aiohttp.ClientError,)
+
+    async def describe(self, model: str) -> ModelFacts:
+        """Return the data type of every input, and the largest batch of one request."""
+        metadata = await self._in_time(self._client.get_model_metadata(model))
+        return self._facts(metadata, await self._in_time(self._client.get_model_config(model)))
+
+    async def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, AnyArray]:
+        """Send one inference request and return the named outputs."""
+        tensors = input_tensors(self._library, inputs)
+        return output_arrays(await self._in_time(self._client.infer(model, tensors)), outputs)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def _in_time(self, response: Awaitable[Any]) -> Any:
+        try:
+            return await asyncio.wait_for(response, self._timeout)
+        except self._connection_errors as error:
+            raise ConnectionError(str(error)) from error
 
 
 class AsyncMISSRecClient:
@@ -55,7 +113,7 @@ class AsyncMISSRecClient:
     ) -> None:
         self.url, self.model, self.timeout = url, model, timeout
         self.retries = Retries() if retries is None else retries
-        self._transport = open_async_transport(url, protocol, timeout)
+        self._transport = AsyncTransport(url, protocol, timeout)
         self._description: asyncio.Task[Description] | None = None
 
     async def __aenter__(self) -> AsyncMISSRecClient:
@@ -103,17 +161,15 @@ class AsyncMISSRecClient:
 
     async def infer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send one request, tensors by name, and return the response's tensors."""
-
-        async def send() -> dict[str, Any]:
-            with translate_errors(self.url, self.model, self.timeout):
-                return await self._transport.infer(self.model, request, outputs_for(request))
-
-        return await self.retries.acall(send, self.timeout)
+        return await self._call(lambda: self._transport.infer(self.model, request, outputs_for(request)))
 
     async def _describe(self) -> Description:
-        async def send() -> ModelFacts:
-            with translate_errors(self.url, self.model, self.timeout):
-                return await self._transport.describe(self.model)
-
-        facts = await self.retries.acall(send, self.timeout)
+        facts = await self._call(lambda: self._transport.describe(self.model))
         return Description.of(*facts, f"model {self.model!r} at {self.url}")
+
+    async def _call(self, send: Callable[[], Awaitable[T]]) -> T:
+        async def translated() -> T:
+            with translate_errors(self.url, self.model, self.timeout):
+                return await send()
+
+        return await self.retries.acall(translated, self.timeout)

@@ -7,11 +7,11 @@ responses.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow.parquet as pq
 
@@ -31,10 +31,11 @@ from missrec_t4r.serving.client.protocol import (
     typed_id,
 )
 from missrec_t4r.serving.client.retry import Retries
-from missrec_t4r.serving.client.transports import ModelFacts, Transport, open_transport, translate_errors
+from missrec_t4r.serving.client.transports import Transport, open_transport, translate_errors
 from missrec_t4r.serving.event_features import SessionEventFeatures
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class MISSRecClient:
@@ -104,12 +105,8 @@ class MISSRecClient:
     @cached_property
     def description(self) -> Description:
         """Id type, batch size and inputs of the served model; requested once."""
-
-        def send() -> ModelFacts:
-            with translate_errors(self.url, self.model, self.timeout):
-                return self._transport.describe(self.model)
-
-        return Description.of(*self.retries.call(send, self.timeout), f"model {self.model!r} at {self.url}")
+        facts = self._call(lambda: self._transport.describe(self.model))
+        return Description.of(*facts, f"model {self.model!r} at {self.url}")
 
     @property
     def id_type(self) -> str:
@@ -180,12 +177,14 @@ class MISSRecClient:
 
     def infer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send one request, tensors by name, and return the response's tensors."""
+        return self._call(lambda: self._transport.infer(self.model, request, outputs_for(request)))
 
-        def send() -> dict[str, Any]:
+    def _call(self, send: Callable[[], T]) -> T:
+        def translated() -> T:
             with translate_errors(self.url, self.model, self.timeout):
-                return self._transport.infer(self.model, request, outputs_for(request))
+                return send()
 
-        return self.retries.call(send, self.timeout)
+        return self.retries.call(translated, self.timeout)
 
 
 def recommend(
@@ -256,16 +255,17 @@ def recommend(
             reasons=reasons,
             side=None if side is None else [side],
         )[0]
-    why = [{"because_of": reason.item_id, "modality": reason.modality} for reason in answer.reasons]
-    found = [
-        {"item_id": item_id, "score": score} | ({"title": titles[item_id]} if item_id in titles else {}) | reason
-        for item_id, score, reason in zip(answer.item_ids, answer.scores, why or [{}] * len(answer.scores), strict=True)
+    recommendations = [
+        {"item_id": item_id, "score": score} | ({"title": titles[item_id]} if item_id in titles else {})
+        for item_id, score in zip(answer.item_ids, answer.scores, strict=True)
     ]
+    for recommendation, reason in zip(recommendations, answer.reasons, strict=False):  # none unless asked for
+        recommendation |= {"because_of": reason.item_id, "modality": reason.modality}
     if answer.unknown_items or answer.fallback:
         note = "; these are the most popular items" if answer.fallback else ""
         log.warning("%d of the ids are unknown%s", answer.unknown_items, note)
     return {
-        "recommendations": found,
+        "recommendations": recommendations,
         "unknown_items": answer.unknown_items,
         "fallback": answer.fallback,
         "n_passed": answer.n_passed,

@@ -55,13 +55,7 @@ class Recommendation:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions:
-    """Options of a request beside the number of items; ``triton_models/README.md`` defines the business rules.
-
-    Examples
-    --------
-    >>> RequestOptions(exclude=["lamp"], rules={"where": {"in_stock": True}, "at_most": {"brand": 2}}).given
-    ['exclude', 'rules']
-    """
+    """Options of a request beside the number of items; ``triton_models/README.md`` defines the business rules."""
 
     exclude_seen: bool = False
     """Exclude the items of the session itself."""
@@ -75,11 +69,6 @@ class RequestOptions:
     """Explain every recommendation; costs the server one forward pass per distinct item of the session."""
     side: Sequence[SessionEventFeatures | None] | None = None
     """Event features of every session: raw values by column, one per item id, None where it is unknown."""
-
-    @property
-    def given(self) -> list[str]:
-        """Names of the restrictions and event features that are set."""
-        return [name for name in ("exclude", "allow", "rules", "side") if getattr(self, name) is not None]
 
 
 NO_OPTIONS = RequestOptions()

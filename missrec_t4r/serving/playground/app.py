@@ -6,12 +6,10 @@ and attributes come from the bundle's item table, images from a folder if there 
 
 from __future__ import annotations
 
-import contextlib
 import importlib.resources
 import json
 import logging
 import mimetypes
-import threading
 import time
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler
@@ -28,7 +26,8 @@ from missrec_t4r.errors import DataError, MISSRecError
 from missrec_t4r.schema import ITEM_ID, TRAIN_COUNT
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.protocol import typed_id
-from missrec_t4r.serving.http_server import listen, read_body
+from missrec_t4r.serving.http_server import HttpServer, read_body
+from missrec_t4r.serving.stop_signals import until_stopped
 from missrec_t4r.serving.triton.ports import LOOPBACK
 
 log = logging.getLogger(__name__)
@@ -143,21 +142,19 @@ class Playground:
     def __init__(self, client: MISSRecClient, catalogue: CatalogueView, port: int = 0) -> None:
         self.client, self.catalogue = client, catalogue
         self._page = importlib.resources.files("missrec_t4r.serving.playground").joinpath("page.html").read_bytes()
-        self._server = listen(port, self._respond)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._server = HttpServer(port, self._respond)
 
     @property
     def url(self) -> str:
         """URL of the page."""
-        return f"http://{LOOPBACK}:{self._server.server_address[1]}"
+        return f"http://{self._server.address}"
 
     def __enter__(self) -> Playground:
-        self._thread.start()
+        self._server.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.__exit__()
 
     def reply(self, method: str, target: str, body: bytes) -> Reply:
         """Return the response to one request of the page."""
@@ -252,13 +249,12 @@ def playground(
     require_at_least(0, port=port)
     started = time.monotonic()
     catalogue = CatalogueView(Path(bundle), None if images is None else Path(images), image_column)
-    with MISSRecClient(url) as client, Playground(client, catalogue, port) as page:
+    with MISSRecClient(url) as client, Playground(client, catalogue, port) as page, until_stopped():
         log.info(
             f"open {page.url} ({len(catalogue.ids)} items of {client.url}, ids are {client.id_type}); Ctrl-C stops"
         )
-        with contextlib.suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(1)
+        while True:
+            time.sleep(1)
     return {"url": page.url, "seconds": round(time.monotonic() - started, 1)}
 
 

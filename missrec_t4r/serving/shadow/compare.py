@@ -11,16 +11,15 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from missrec_t4r.arrays import AnyArray
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.serving.client.transports import checked_address
-from missrec_t4r.serving.triton.ports import LOOPBACK
 
 log = logging.getLogger(__name__)
 
@@ -31,17 +30,9 @@ TIMEOUT = 30.0
 _QUEUE_SIZE = 256
 
 Tensors = Mapping[str, AnyArray]
-
-
-class MirroredRequest(NamedTuple):
-    """A request that is sent to the candidate as well."""
-
-    current: Callable[[], Tensors]
-    """Decodes the response that the client got."""
-    candidate: Callable[[], Tensors]
-    """Sends the request to the candidate; raises if it refuses or does not answer."""
-    milliseconds: float
-    """Latency of the response that the client got."""
+RequestT = TypeVar("RequestT")
+ResponseT = TypeVar("ResponseT")
+"""A protocol's requests and responses."""
 
 
 @dataclass
@@ -86,7 +77,7 @@ class Comparison:
         }
 
 
-class ShadowProxy:
+class ShadowProxy(Generic[RequestT, ResponseT]):
     """Base of the proxies of both protocols; forwards and mirrors requests while the ``with`` block runs.
 
     Parameters
@@ -107,6 +98,8 @@ class ShadowProxy:
 
     protocol = ""
     """Of clients, server and candidate: http or grpc."""
+    url: str
+    """Address that clients use in place of the server's."""
 
     def __init__(
         self,
@@ -121,26 +114,28 @@ class ShadowProxy:
         if not 0 <= share <= 1:
             raise ConfigError(f"--share {share}", "0 to 1")
         self._share, self._rng = share, random.Random(seed)
-        self._queue: queue.Queue[MirroredRequest | None] = queue.Queue(_QUEUE_SIZE)
+        self._queue: queue.Queue[tuple[RequestT, ResponseT, float] | None] = queue.Queue(_QUEUE_SIZE)
         self._mirroring = threading.Thread(target=self._mirror, daemon=True)
         self.comparison = Comparison()
         """Differences over all mirrored requests so far."""
         self.candidate = candidate
-        self.address, self.candidate_address = (
-            checked_address(one, self.protocol) for one in (url, candidate_url or url)
-        )
-        self._port = self._listen(port)
+        self.address = checked_address(url, self.protocol)
+        self.candidate_address = checked_address(candidate_url or url, self.protocol)
+        self.url = self._listen(port)
 
-    def _listen(self, port: int) -> int:
-        """Bind a port for clients and return it; `ServingError` if it cannot be used."""
+    def _listen(self, port: int) -> str:
+        """Bind a port for clients and return its address; `ServingError` if it cannot be used."""
         raise NotImplementedError
 
-    @property
-    def url(self) -> str:
-        """Address that clients use in place of the server's."""
-        return f"{LOOPBACK}:{self._port}"
+    def _ask_candidate(self, request: RequestT) -> ResponseT:
+        """Return the candidate's response to a mirrored request; raise if it refuses or does not answer."""
+        raise NotImplementedError
 
-    def __enter__(self) -> ShadowProxy:
+    def _tensors(self, response: ResponseT) -> Tensors:
+        """Return the compared outputs of a response."""
+        raise NotImplementedError
+
+    def __enter__(self) -> ShadowProxy[RequestT, ResponseT]:
         self._mirroring.start()
         return self
 
@@ -148,29 +143,30 @@ class ShadowProxy:
         self._queue.put(None)
         self._mirroring.join(TIMEOUT)
 
-    def sample(self, request: MirroredRequest) -> None:
-        """Queue an answered request with the probability ``share``."""
+    def sample(self, request: RequestT, response: ResponseT, milliseconds: float) -> None:
+        """Queue a request, the client's response and its latency with the probability ``share``."""
         if self._rng.random() >= self._share:
             return
         try:
-            self._queue.put_nowait(request)
+            self._queue.put_nowait((request, response, milliseconds))
         except queue.Full:
             self.comparison.dropped += 1
 
     def _mirror(self) -> None:
-        while (request := self._queue.get()) is not None:
+        while (mirrored := self._queue.get()) is not None:
+            request, response, current_ms = mirrored
             started = time.perf_counter()
             try:
-                response = request.candidate()
-                milliseconds = (time.perf_counter() - started) * 1e3
-                self.comparison.add(request.current(), response)
+                candidate_response = self._ask_candidate(request)
+                candidate_ms = (time.perf_counter() - started) * 1e3
+                self.comparison.add(self._tensors(response), self._tensors(candidate_response))
             except Exception as error:  # whatever the candidate answers, the next request is compared
                 if not self.comparison.failed:
                     log.warning(f"the first failure of the candidate: {error}")
                 self.comparison.failed += 1
                 continue
-            self.comparison.current_ms.append(request.milliseconds)
-            self.comparison.candidate_ms.append(milliseconds)
+            self.comparison.current_ms.append(current_ms)
+            self.comparison.candidate_ms.append(candidate_ms)
 
 
 def _scores_by_item(response: Tensors) -> list[dict[Any, float]]:

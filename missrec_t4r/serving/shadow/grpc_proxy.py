@@ -7,15 +7,16 @@ service pass through as bytes, errors with their status and message.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc
 from tritonclient.grpc import InferResult, service_pb2
 
 from missrec_t4r.errors import ServingError
-from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, MirroredRequest, ShadowProxy, Tensors
+from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, ShadowProxy, Tensors
 from missrec_t4r.serving.triton.ports import LOOPBACK
 from missrec_t4r.serving.triton.repository import ENSEMBLE
 
@@ -28,19 +29,19 @@ _LONGEST_WAIT = 365 * 86_400.0
 """Seconds beyond which a deadline is none."""
 
 
-class GrpcShadowProxy(ShadowProxy):
+class GrpcShadowProxy(ShadowProxy[bytes, bytes], grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no types
     """gRPC proxy; parameters as for `ShadowProxy`."""
 
     protocol = "grpc"
 
-    def _listen(self, port: int) -> int:
-        self.channel, self._candidate_channel = (
+    def _listen(self, port: int) -> str:
+        self._channel, self._candidate_channel = (
             grpc.insecure_channel(address, options=_OPTIONS) for address in (self.address, self.candidate_address)
         )
         self._server = grpc.server(ThreadPoolExecutor(_CALLS), options=[*_OPTIONS, ("grpc.so_reuseport", 0)])
-        self._server.add_generic_rpc_handlers((_ForwardingHandler(self),))
+        self._server.add_generic_rpc_handlers((self,))
         try:
-            return int(self._server.add_insecure_port(f"{LOOPBACK}:{port}"))
+            return f"{LOOPBACK}:{self._server.add_insecure_port(f'{LOOPBACK}:{port}')}"
         except RuntimeError as error:
             found = f"port {port} cannot be used ({error})"
             raise ServingError(found, "a free port", "choose another --port") from error
@@ -53,60 +54,47 @@ class GrpcShadowProxy(ShadowProxy):
     def __exit__(self, *error: object) -> None:
         self._server.stop(grace=1.0).wait()
         super().__exit__()
-        self.channel.close()
+        self._channel.close()
         self._candidate_channel.close()
 
-    def mirror(self, request: bytes, response: bytes, milliseconds: float) -> None:
-        """Pass an answered request to the mirror if it was sent to the mirrored model."""
-        message = service_pb2.ModelInferRequest.FromString(request)
-        if message.model_name != ENSEMBLE:
-            return
-        message.model_name = self.candidate
-        self.sample(
-            MirroredRequest(
-                lambda: _tensors(response), lambda: self._infer_candidate(message.SerializeToString()), milliseconds
-            )
-        )
-
-    def _infer_candidate(self, request: bytes) -> Tensors:
-        try:
-            return _tensors(self._candidate_channel.unary_unary(_INFER)(request, timeout=TIMEOUT))
-        except grpc.RpcError as error:
-            raise ServingError(f"the candidate answered {error.code()}: {error.details()}") from error
-
-
-class _ForwardingHandler(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no types
-    """Forwards every call to the server; bytes in, bytes out."""
-
-    def __init__(self, proxy: GrpcShadowProxy) -> None:
-        self._proxy = proxy
-
     def service(self, details: Any) -> Any:
-        """Return the handler of a method."""
+        """Return the handler of a method, which forwards its calls; bytes in, bytes out."""
         if details.method == _STREAM:
-            return grpc.stream_stream_rpc_method_handler(self._stream)
-        return grpc.unary_unary_rpc_method_handler(self._call(details.method))
+            return grpc.stream_stream_rpc_method_handler(self._forward_stream)
+        return grpc.unary_unary_rpc_method_handler(partial(self._forward, details.method))
 
-    def _call(self, method: str) -> Callable[[bytes, Any], bytes]:
-        def call(request: bytes, context: Any) -> bytes:
-            started = time.perf_counter()
-            try:
-                response: bytes = self._proxy.channel.unary_unary(method)(
-                    request, timeout=_timeout(context), metadata=_metadata(context)
-                )
-            except grpc.RpcError as error:
-                context.abort(error.code(), error.details())
-            if method == _INFER:
-                self._proxy.mirror(request, response, (time.perf_counter() - started) * 1e3)
-            return response
-
-        return call
-
-    def _stream(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+    def _forward(self, method: str, request: bytes, context: Any) -> bytes:
+        started = time.perf_counter()
         try:
-            yield from self._proxy.channel.stream_stream(_STREAM)(requests, metadata=_metadata(context))
+            response: bytes = self._channel.unary_unary(method)(
+                request, timeout=_timeout(context), metadata=_metadata(context)
+            )
         except grpc.RpcError as error:
             context.abort(error.code(), error.details())
+        milliseconds = (time.perf_counter() - started) * 1e3
+        if method == _INFER:
+            message = service_pb2.ModelInferRequest.FromString(request)
+            if message.model_name == ENSEMBLE:
+                message.model_name = self.candidate
+                self.sample(message.SerializeToString(), response, milliseconds)
+        return response
+
+    def _forward_stream(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        try:
+            yield from self._channel.stream_stream(_STREAM)(requests, metadata=_metadata(context))
+        except grpc.RpcError as error:
+            context.abort(error.code(), error.details())
+
+    def _ask_candidate(self, request: bytes) -> bytes:
+        try:
+            response: bytes = self._candidate_channel.unary_unary(_INFER)(request, timeout=TIMEOUT)
+        except grpc.RpcError as error:
+            raise ServingError(f"the candidate answered {error.code()}: {error.details()}") from error
+        return response
+
+    def _tensors(self, response: bytes) -> Tensors:
+        result = InferResult(service_pb2.ModelInferResponse.FromString(response))
+        return {name: result.as_numpy(name) for name in COMPARED}
 
 
 def _timeout(context: Any) -> float | None:
@@ -120,8 +108,3 @@ def _timeout(context: Any) -> float | None:
 
 def _metadata(context: Any) -> list[tuple[str, str]]:
     return [(name, value) for name, value in context.invocation_metadata() if name != "user-agent"]
-
-
-def _tensors(response: bytes) -> Tensors:
-    result = InferResult(service_pb2.ModelInferResponse.FromString(response))
-    return {name: result.as_numpy(name) for name in COMPARED}

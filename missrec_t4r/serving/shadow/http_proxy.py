@@ -7,11 +7,8 @@ loads one), or of another server.
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import logging
-import signal
-import threading
 import time
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler
@@ -19,8 +16,9 @@ from typing import Any, Literal
 
 from missrec_t4r.config.checks import require_at_least, require_positive
 from missrec_t4r.errors import ConfigError, ServingError
-from missrec_t4r.serving.http_server import listen, read_body
-from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, MirroredRequest, ShadowProxy, Tensors
+from missrec_t4r.serving.http_server import HttpServer, Response, read_body
+from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, ShadowProxy, Tensors
+from missrec_t4r.serving.stop_signals import until_stopped
 from missrec_t4r.serving.triton.repository import ENSEMBLE
 
 log = logging.getLogger(__name__)
@@ -34,50 +32,51 @@ _HOP_HEADERS = ("connection", "keep-alive", "transfer-encoding", "host", "conten
 _BINARY_LENGTH = "inference-header-content-length"
 """Triton's header with the length of the JSON part before the binary tensors."""
 
-Response = tuple[int, dict[str, str], bytes]
-"""Status, headers and body."""
+Request = tuple[dict[str, str], bytes]
+"""Headers and body."""
 
 
-class HttpShadowProxy(ShadowProxy):
+class HttpShadowProxy(ShadowProxy[Request, Response]):
     """HTTP proxy; parameters as for `ShadowProxy`."""
 
     protocol = "http"
 
-    def _listen(self, port: int) -> int:
-        self._server = listen(port, self._respond)
-        self._forwarding = threading.Thread(target=self._server.serve_forever, daemon=True)
-        return int(self._server.server_address[1])
+    def _listen(self, port: int) -> str:
+        self._server = HttpServer(port, self._respond)
+        return self._server.address
 
     def __enter__(self) -> HttpShadowProxy:
-        self._forwarding.start()
+        self._server.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.__exit__()
         super().__exit__()
 
-    def forward(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Response:
+    def _respond(self, request: BaseHTTPRequestHandler) -> Response:
         """Return the server's response, and pass a recommendation request to the mirror."""
+        headers, body = _end_to_end(request.headers.items()), read_body(request, _LONGEST_BODY)
         started = time.perf_counter()
-        response = _send(self.address, method, path, headers, body)
+        response = _send(self.address, request.command, request.path, headers, body)
         milliseconds = (time.perf_counter() - started) * 1e3
-        if path == _path_of(ENSEMBLE) and response[0] == 200:
-            self.sample(
-                MirroredRequest(lambda: _tensors(response), lambda: self._infer_candidate(headers, body), milliseconds)
-            )
+        if request.path == _path_of(ENSEMBLE) and response[0] == 200:
+            self.sample((headers, body), response, milliseconds)
         return response
 
-    def _infer_candidate(self, headers: dict[str, str], body: bytes) -> Tensors:
-        response = _send(self.candidate_address, "POST", _path_of(self.candidate), headers, body)
+    def _ask_candidate(self, request: Request) -> Response:
+        response = _send(self.candidate_address, "POST", _path_of(self.candidate), *request)
         if response[0] != 200:
             raise ServingError(f"the candidate answered {response[0]}")
-        return _tensors(response)
+        return response
 
-    def _respond(self, request: BaseHTTPRequestHandler) -> Response:
-        body = read_body(request, _LONGEST_BODY)
-        return self.forward(request.command, request.path, _end_to_end(request.headers.items()), body)
+    def _tensors(self, response: Response) -> Tensors:
+        from tritonclient.http import InferResult
+
+        _, headers, body = response
+        length = {name.lower(): value for name, value in headers.items()}.get(_BINARY_LENGTH)
+        result = InferResult.from_response_body(body, header_length=None if length is None else int(length))
+        return {name: result.as_numpy(name) for name in COMPARED}
 
 
 def shadow(
@@ -122,18 +121,11 @@ def shadow(
 
     kind = HttpShadowProxy if protocol == "http" else GrpcShadowProxy
     url = url or f"localhost:{PORTS[protocol]}"
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with kind(url, candidate, candidate_url=candidate_url, share=share, port=port) as proxy:
-            log.info(
-                f"send {protocol} traffic to {proxy.url} in place of {url}; {share:.0%} is mirrored to {candidate}"
-            )
-            with contextlib.suppress(KeyboardInterrupt):
-                deadline = None if seconds is None else time.monotonic() + seconds
-                while deadline is None or time.monotonic() < deadline:
-                    time.sleep(0.2)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with kind(url, candidate, candidate_url=candidate_url, share=share, port=port) as proxy, until_stopped():
+        log.info(f"send {protocol} traffic to {proxy.url} in place of {url}; {share:.0%} is mirrored to {candidate}")
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while deadline is None or time.monotonic() < deadline:
+            time.sleep(0.2)
     report = proxy.comparison.report()
     if not report["mirrored_sessions"]:
         counts = f"of the mirrored requests {report['failed']} failed and {report['dropped']} were dropped"
@@ -159,12 +151,3 @@ def _send(address: str, method: str, path: str, headers: dict[str, str], body: b
         return 502, {"Content-Type": "text/plain"}, f"no answer from {address} ({error})".encode()
     finally:
         connection.close()
-
-
-def _tensors(response: Response) -> Tensors:
-    from tritonclient.http import InferResult
-
-    _, headers, body = response
-    length = {name.lower(): value for name, value in headers.items()}.get(_BINARY_LENGTH)
-    result = InferResult.from_response_body(body, header_length=None if length is None else int(length))
-    return {name: result.as_numpy(name) for name in COMPARED}

@@ -25,6 +25,7 @@ from typing import Any
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import ServingError
 from missrec_t4r.progress import track
+from missrec_t4r.serving.stop_signals import until_stopped
 from missrec_t4r.serving.triton.deployment import is_deployment, start_arguments
 from missrec_t4r.serving.triton.environment import EmbeddedTriton, reason_in
 from missrec_t4r.serving.triton.model_control import Control, restrictions
@@ -300,16 +301,12 @@ def serve(
         http=http,
         log_file=log_file,
     )
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops as Ctrl-C does
     started = time.monotonic()
-    try:
-        with contextlib.suppress(KeyboardInterrupt), server:
-            log.info(f"serving {server.repository}; the log is {server.log_file}; Ctrl-C stops")
-            while True:
-                server.check_alive()
-                time.sleep(_CHECK_SECONDS)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with until_stopped(), server:
+        log.info(f"serving {server.repository}; the log is {server.log_file}; Ctrl-C stops")
+        while True:
+            server.check_alive()
+            time.sleep(_CHECK_SECONDS)
     return {
         "repository": str(server.repository),
         "ports": server.ports,

@@ -53,11 +53,6 @@ def _bind(endpoint: str, port: int) -> socket.socket:
     return bound
 
 
-def is_ready(http_port: int, model: str | None = None) -> bool:
-    """Return whether the server on this loopback port reports that a model, or every model, is ready."""
-    return _get(http_port, f"/v2/models/{model}/ready" if model else "/v2/health/ready") is not None
-
-
 def grpc_server_name(grpc_port: int, model: str | None = None) -> str | None:
     """Return the name of the server on this loopback port, None until it is ready, or the model if one is named."""
     import tritonclient.grpc as grpc

@@ -32,7 +32,6 @@ from missrec_t4r.serving.triton.repository import (
     RANKER,
     ServingSettings,
     fill_repository,
-    fill_template,
     write_repository,
 )
 from tests.serving import shop
@@ -346,9 +345,3 @@ def test_the_ranker_runs_where_triton_and_torch_agree(
 def test_a_missing_parameter_is_named() -> None:
     with pytest.raises(BundleError, match="lacks the parameter 'threads'"):
         parameter({"model_config": '{"parameters": {}}'}, "threads")
-
-
-@pytest.mark.parametrize("template", ["count: ${instances}", "price: $"])
-def test_a_template_that_asks_for_more_is_refused(template: str) -> None:
-    with pytest.raises(BundleError, match="a template has the placeholder"):
-        fill_template(template, {"threads": "1"})

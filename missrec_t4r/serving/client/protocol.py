@@ -179,12 +179,7 @@ def pad_sessions(sessions: Sequence[AnyArray], id_type: str) -> tuple[AnyArray, 
     >>> pad_sessions([np.array([7, 8]), np.array([], np.int64)], "int64")[1].tolist()
     [[2], [0]]
     """
-    length = np.array([[len(session)] for session in sessions], np.int32)
-    shape = (len(sessions), max(int(length.max(initial=0)), 1))
-    item_ids: AnyArray = np.full(shape, b"", object) if id_type == "string" else np.zeros(shape, np.int64)
-    for row, session in zip(item_ids, sessions, strict=True):
-        row[: len(session)] = session
-    return item_ids, length
+    return _padded(sessions, id_type), np.array([[len(session)] for session in sessions], np.int32)
 
 
 def outputs_for(request: Mapping[str, Any]) -> tuple[str, ...]:
@@ -264,7 +259,7 @@ def _per_session(name: str, given: Any, n_sessions: int, id_type: str) -> list[A
 
 def _padded(lists: Sequence[AnyArray], id_type: str) -> AnyArray:
     """Return lists of ids as one tensor [batch, width], padded with the missing id, which matches no item."""
-    shape = (len(lists), max(1, *(len(ids) for ids in lists)))
+    shape = (len(lists), max([1, *map(len, lists)]))
     missing = encode_ids([None], id_type)[0]
     padded: AnyArray = np.full(shape, missing, object if id_type == "string" else np.int64)
     for row, ids in zip(padded, lists, strict=True):

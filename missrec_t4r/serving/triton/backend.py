@@ -134,16 +134,14 @@ class RankerBackend:
 
     def infer(self, requests: Sequence[Arrays]) -> list[Response]:
         """Return the tensors of ``triton_models/README.md`` for every request."""
-        parsed = [_result_or_error(self._parse, request) for request in requests]
-        valid = [request for request in parsed if not isinstance(request, MISSRecError)]
-        ranked: list[Response] | None = None
+        return _of_valid(self._rank_isolated, [_result_or_error(self._parse, request) for request in requests])
+
+    def _rank_isolated(self, requests: Sequence[_RankRequest]) -> Sequence[Response]:
+        """Rank all requests as one batch; if that fails one by one, so that only the request that causes it fails."""
         with suppress(Exception):
-            ranked = list(self._rank(valid)) if valid else []
-        if ranked is None:  # one request causes it: rank them one by one, so that only this one gets the error
-            # not within `except`, where the error keeps the memory of the failed attempt: on a full GPU this fails too
-            ranked = [_result_or_error(lambda request: self._rank([request])[0], request) for request in valid]
-        responses = iter(ranked)
-        return [request if isinstance(request, MISSRecError) else next(responses) for request in parsed]
+            return self._rank(requests) if requests else []
+        # not within `except`, where the error keeps the memory of the failed attempt: on a full GPU this fails too
+        return [_result_or_error(lambda request: self._rank([request])[0], request) for request in requests]
 
     def _parse(self, request: Arrays) -> _RankRequest:
         """Return the validated fields of a request, or raise its error."""
@@ -247,8 +245,12 @@ class RankerBackend:
         return {"reason_item": self.transform.wire_ids_of(item), "reason_modality": modality}
 
 
-def _result_or_error(function: Callable[[RequestT], ResultT], request: RequestT) -> ResultT | MISSRecError:
-    """Return ``function(request)``; any exception becomes the error of this request alone."""
+def _result_or_error(
+    function: Callable[[RequestT], ResultT], request: RequestT | MISSRecError
+) -> ResultT | MISSRecError:
+    """Return ``function(request)``; any exception becomes the error of this request alone, and an error stays one."""
+    if isinstance(request, MISSRecError):
+        return request
     try:
         return function(request)
     except MISSRecError as error:
@@ -259,6 +261,15 @@ def _result_or_error(function: Callable[[RequestT], ResultT], request: RequestT)
         failed = FailedError(found, "the tensors of triton_models/README.md", "send it with a client of this package")
         failed.__cause__ = error
         return failed
+
+
+def _of_valid(
+    function: Callable[[Sequence[RequestT]], Sequence[ResultT | MISSRecError]],
+    requests: Sequence[RequestT | MISSRecError],
+) -> list[ResultT | MISSRecError]:
+    """Return the results of one call for the requests that are valid, and the errors of the others in their places."""
+    results = iter(function([request for request in requests if not isinstance(request, MISSRecError)]))
+    return [request if isinstance(request, MISSRecError) else next(results) for request in requests]
 
 
 def _matrix(request: Arrays, name: str, n_sessions: int, kind: str = "i") -> AnyArray:
@@ -329,31 +340,28 @@ def execute(backend: Backend, requests: Sequence[Any], pb_utils: Any, observe: O
     list of pb_utils.InferenceResponse
         One per request, in order.
     """
-    tensors = [_result_or_error(lambda request: _arrays(backend, request, pb_utils), request) for request in requests]
-    results = iter(backend.infer([arrays for arrays in tensors if not isinstance(arrays, MISSRecError)]))
-    responses = [arrays if isinstance(arrays, MISSRecError) else next(results) for arrays in tensors]
-    made = [_triton_response(response, pb_utils) for response in responses]
+
+    def inputs(request: Any) -> Arrays:
+        tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in backend.inputs}
+        return {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
+
+    def response_of(arrays: Arrays) -> Any:
+        return pb_utils.InferenceResponse([pb_utils.Tensor(*pair) for pair in arrays.items()])
+
+    arrays = [_result_or_error(inputs, request) for request in requests]
+    outputs = _of_valid(backend.infer, arrays)
+    responses = [_result_or_error(response_of, tensors) for tensors in outputs]
     if observe is not None:
-        sent = [one if isinstance(one, MISSRecError) else response for one, response in zip(made, responses)]
         try:
-            observe([{} if isinstance(arrays, MISSRecError) else arrays for arrays in tensors], sent)
+            observe(
+                [{} if isinstance(tensors, MISSRecError) else tensors for tensors in arrays],
+                [response if isinstance(response, MISSRecError) else out for response, out in zip(responses, outputs)],
+            )
         except Exception:  # counting must not cost the answers
             log.exception("the metrics of a batch were not counted")
-    return [_triton_error(one, pb_utils) if isinstance(one, MISSRecError) else one for one in made]
-
-
-def _arrays(backend: Backend, request: Any, pb_utils: Any) -> Arrays:
-    tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in backend.inputs}
-    return {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
-
-
-def _triton_response(response: Response, pb_utils: Any) -> Any:
-    """Return Triton's response, or the error of the request or of making its tensors."""
-    if isinstance(response, MISSRecError):
-        return response
-    return _result_or_error(
-        lambda arrays: pb_utils.InferenceResponse([pb_utils.Tensor(*pair) for pair in arrays.items()]), response
-    )
+    return [
+        _triton_error(response, pb_utils) if isinstance(response, MISSRecError) else response for response in responses
+    ]
 
 
 def _triton_error(error: MISSRecError, pb_utils: Any) -> Any:

@@ -17,7 +17,6 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -210,7 +209,13 @@ class LocalTriton:
 
     def _wait(self) -> None:
         started = time.monotonic()
-        for _ in track(self._until_ready(started + self._timeout), "starting Triton", counted=False):
+        for _ in track(iter(self._is_ready, True), "starting Triton", counted=False):
+            if time.monotonic() > started + self._timeout:
+                raise ServingError(
+                    f"Triton is not ready after {self._timeout:.0f} s; its log ends: {self._reason()}",
+                    "all models loaded",
+                    f"raise the timeout, or {self._cure()}",
+                )
             time.sleep(_POLL_SECONDS)
         http = f"HTTP {self.http_url}" if "http" in self.ports else "HTTP is closed"
         log.info(
@@ -218,24 +223,14 @@ class LocalTriton:
             "it listens on the loopback interface only, so no other machine reaches it"
         )
 
-    def _until_ready(self, deadline: float) -> Iterator[int]:
-        attempt = 0
+    def _is_ready(self) -> bool:
+        self.check_alive()
         model = ENSEMBLE if is_deployment(self.repository) else None
-        metrics = None if "--allow-metrics=false" in self._arguments else self.ports["metrics"]
-        while not (
+        return (
             grpc_server_name(self.ports["grpc"], model) == self._name  # not another process that took the port
             and ("http" not in self.ports or server_name(self.ports["http"]) == self._name)
-            and (metrics is None or has_metrics(metrics))
-        ):
-            self.check_alive()
-            if time.monotonic() > deadline:
-                raise ServingError(
-                    f"Triton is not ready after {self._timeout:.0f} s; its log ends: {self._reason()}",
-                    "all models loaded",
-                    f"raise the timeout, or {self._cure()}",
-                )
-            attempt += 1
-            yield attempt
+            and ("--allow-metrics=false" in self._arguments or has_metrics(self.ports["metrics"]))
+        )
 
     def _cure(self) -> str:
         return f"see {self._log_file}" if self._log_file else "start it with a log file to see Triton's whole log"

@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ FLUSH_SECONDS = 0.05
 """Interval at which counts are passed to Triton: six calls into it take longer than a pass of a small model."""
 COVERAGE = "missrec_modality_coverage"
 _COVERAGE_HELP = "Share of the catalogue's items that have a modality"
+_FILTERS = {"exclude", "allow", "rules"}
+"""Inputs that rule items out."""
 _LONGEST_REASON = 500
 """Characters of an error in the log."""
 _LONGEST_TRACEBACK = 4000
@@ -78,7 +80,8 @@ class RequestMetrics:
 
     def __init__(self, pb_utils: Any, model: str, version: str) -> None:
         self._labels = {"model": model, "catalogue": version}
-        self._families: list[Any] = []  # Triton drops a family that Python has garbage-collected
+        self._families: dict[str, Any] = {}  # kept: Triton drops what Python has garbage-collected
+        self._metrics: list[Any] = []
         self._log = pb_utils.Logger
         self._counters = {name: self._metric(pb_utils, name, text, "COUNTER") for name, text in self.counters.items()}
         self._pending: dict[str, float] = defaultdict(float)
@@ -124,15 +127,14 @@ class RequestMetrics:
             self._has_pending.clear()
             self.flush()
 
-    def _metric(self, pb_utils: Any, name: str, text: str, kind: str) -> Any:
-        metric = self._family(pb_utils, name, text, kind).Metric(labels=self._labels)
-        self._families.append(metric)
+    def _metric(self, pb_utils: Any, name: str, text: str, kind: str, **labels: str) -> Any:
+        """Return a new metric; several with one name differ in their labels."""
+        if name not in self._families:
+            kinds = pb_utils.MetricFamily
+            self._families[name] = kinds(name=name, description=text, kind=getattr(kinds, kind))
+        metric = self._families[name].Metric(labels=self._labels | labels)
+        self._metrics.append(metric)
         return metric
-
-    def _family(self, pb_utils: Any, name: str, text: str, kind: str) -> Any:
-        family = pb_utils.MetricFamily(name=name, description=text, kind=getattr(pb_utils.MetricFamily, kind))
-        self._families.append(family)
-        return family
 
 
 class RankerMetrics(RequestMetrics):
@@ -165,11 +167,8 @@ class RankerMetrics(RequestMetrics):
             name: float(modality.present.sum()) / max(catalogue.n_items, 1)
             for name, modality in catalogue.modalities.items()
         }
-        family = self._family(pb_utils, COVERAGE, _COVERAGE_HELP, "GAUGE")
         for name, share in coverage.items():
-            metric = family.Metric(labels={**self._labels, "modality": name})
-            self._families.append(metric)
-            metric.set(share)
+            self._metric(pb_utils, COVERAGE, _COVERAGE_HELP, "GAUGE", modality=name).set(share)
         self._log.log_info(json.dumps({"event": "loaded", **self._labels, **gauges, "coverage": coverage}))
 
     def _counts(self, requests: Sequence[Arrays], responses: Sequence[Response]) -> dict[str, float]:
@@ -202,10 +201,6 @@ def _count(counts: dict[str, float], request: Mapping[str, Any], response: Mappi
     counts["missrec_candidates_total"] += sessions * n_items
     counts["missrec_passed_total"] += int(response["n_passed"].sum())
     counts["missrec_recommended_total"] += int(response["n_items"].sum())
-    counts["missrec_ruled_sessions_total"] += sessions if _has_filters(request.keys()) else 0
+    counts["missrec_ruled_sessions_total"] += sessions if _FILTERS & request.keys() else 0
     top_k = request["top_k"].reshape(-1) if "top_k" in request else np.full(sessions, DEFAULT_TOP_K)
     counts["missrec_short_answers_total"] += int((response["n_items"].reshape(-1) < np.minimum(top_k, n_items)).sum())
-
-
-def _has_filters(names: Iterable[str]) -> bool:
-    return not {"exclude", "allow", "rules"}.isdisjoint(names)

@@ -102,7 +102,7 @@ def fill_repository(
     values["preferred_batch_size"] = str(settings.preferred_batch_size or "")  # an empty list prefers none
     for model in MODELS:
         (folder / model / "1").mkdir(parents=True)
-        config = fill_template(_template(model, "config.pbtxt"), values)
+        config = string.Template(_template(model, "config.pbtxt")).substitute(values)
         (folder / model / "config.pbtxt").write_text(config, encoding="utf-8")
         if model != ENSEMBLE:
             code = _template(model, "1", "model.py")
@@ -147,20 +147,6 @@ def check_settings(settings: ServingSettings) -> ServingSettings:
         found = f"preferred_batch_size {settings.preferred_batch_size}, max_batch_size {settings.max_batch_size}"
         raise ConfigError(found, "a preferred batch that is not larger than the largest")
     return settings
-
-
-def fill_template(template: str, values: dict[str, str]) -> str:
-    """Return a template's text with every ``${name}`` replaced.
-
-    Raises
-    ------
-    BundleError
-        The template has a placeholder without a value.
-    """
-    try:
-        return string.Template(template).substitute(values)
-    except (KeyError, ValueError) as error:
-        raise BundleError(f"a template has the placeholder {error}", f"one of {', '.join(values)}") from error
 
 
 def _template(*parts: str) -> str:

@@ -187,18 +187,18 @@ def event_feature_names(bundle: str | Path) -> list[str]:
     return [str(column["name"]) for column in content.get("side_features", [])]
 
 
-def _table(passthrough: pa.Table, recommendations: Sequence[Recommendation], id_type: str, layout: str) -> pa.Table:
-    """Return the recommendations of a batch in the requested layout, beside the copied columns."""
+def _table(passthrough: pa.Table, answers: Sequence[Recommendation], id_type: str, layout: str) -> pa.Table:
+    """Return the answers of a batch in the requested layout, beside the copied columns."""
     ids = pa.string() if id_type == "string" else pa.int64()
     added: dict[str, pa.Array] = {
-        ITEM_ID: pa.array([one.item_ids for one in recommendations], pa.list_(ids)),
-        "score": pa.array([one.scores for one in recommendations], pa.list_(pa.float32())),
-        "unknown_items": pa.array([one.unknown_items for one in recommendations], pa.int32()),
-        "fallback": pa.array([one.fallback for one in recommendations], pa.bool_()),
+        ITEM_ID: pa.array([answer.item_ids for answer in answers], pa.list_(ids)),
+        "score": pa.array([answer.scores for answer in answers], pa.list_(pa.float32())),
+        "unknown_items": pa.array([answer.unknown_items for answer in answers], pa.int32()),
+        "fallback": pa.array([answer.fallback for answer in answers], pa.bool_()),
     }
     if layout == "long":
         session = pc.list_parent_indices(added[ITEM_ID])  # [recommended item]
-        ranks = [rank for one in recommendations for rank in range(1, len(one.item_ids) + 1)]
+        ranks = [rank for answer in answers for rank in range(1, len(answer.item_ids) + 1)]
         added = {
             "rank": pa.array(ranks, pa.int32()),
             ITEM_ID: added[ITEM_ID].flatten(),

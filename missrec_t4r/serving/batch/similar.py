@@ -121,9 +121,9 @@ def content_similarity(candidates: CandidateEmbeddings, rows: Tensor) -> Tensor:
     total = torch.zeros(len(rows), candidates.mask.shape[1], device=rows.device)  # [item, catalogue]
     shared = torch.zeros_like(total)
     for embeddings, present in zip(candidates.modality, candidates.mask, strict=True):  # one modality at a time
-        both = present[rows].float()[:, None] * present.float()
-        total += (embeddings[rows] @ embeddings.T) * both  # embeddings have unit length
-        shared += both
+        has_modality = present[rows].float()[:, None] * present.float()  # of both items
+        total += (embeddings[rows] @ embeddings.T) * has_modality  # embeddings have unit length
+        shared += has_modality
     scores = torch.where(shared > 0, total / shared.clamp_min(1), -torch.inf)
     scores[:, : UNKNOWN_ROW + 1] = -torch.inf
     return scores.scatter_(1, rows[:, None], -torch.inf)

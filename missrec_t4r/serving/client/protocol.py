@@ -247,14 +247,15 @@ def _encoded(what: str, session: Session, id_type: str) -> AnyArray:
         raise DataError(f"{what}: {error.found}", error.expected, error.cure) from error
 
 
-def _per_session(name: str, given: Any, n_sessions: int, id_type: str) -> list[AnyArray]:
-    if isinstance(given, str) or any(not isinstance(entry, (str, int, list, tuple, type(None))) for entry in given):
+def _per_session(name: str, option: Any, n_sessions: int, id_type: str) -> list[AnyArray]:
+    """Return the encoded ids of an option by session: one list for all of them, or a list of each."""
+    if isinstance(option, str) or any(not isinstance(entry, (str, int, list, tuple, type(None))) for entry in option):
         raise DataError(f"{name} is no list of item ids", "ids for all sessions, or a list of ids per session")
-    if not any(isinstance(entry, (list, tuple)) for entry in given):
-        return [_encoded(name, given, id_type)] * n_sessions
-    if len(given) != n_sessions:
-        raise DataError(f"{name} holds {len(given)} lists for {n_sessions} sessions", "one per session, or one of ids")
-    return [_encoded(f"{name} {index}", ids, id_type) for index, ids in enumerate(given)]
+    if not any(isinstance(entry, (list, tuple)) for entry in option):
+        return [_encoded(name, option, id_type)] * n_sessions
+    if len(option) != n_sessions:
+        raise DataError(f"{name} holds {len(option)} lists for {n_sessions} sessions", "one per session, or one of ids")
+    return [_encoded(f"{name} {index}", ids, id_type) for index, ids in enumerate(option)]
 
 
 def _padded(lists: Sequence[AnyArray], id_type: str) -> AnyArray:
@@ -268,11 +269,11 @@ def _padded(lists: Sequence[AnyArray], id_type: str) -> AnyArray:
 
 
 def _rules(rules: Any, n_sessions: int) -> list[bytes]:
-    each = [rules] * n_sessions if isinstance(rules, Mapping) else list(rules)
-    if len(each) != n_sessions:
-        raise DataError(f"{len(each)} rules for {n_sessions} sessions", "one mapping per session, or one for all")
+    by_session = [rules] * n_sessions if isinstance(rules, Mapping) else list(rules)
+    if len(by_session) != n_sessions:
+        raise DataError(f"{len(by_session)} rules for {n_sessions} sessions", "one mapping per session, or one for all")
     try:
-        return [json.dumps(one, allow_nan=False).encode() if one else b"" for one in each]
+        return [json.dumps(own, allow_nan=False).encode() if own else b"" for own in by_session]
     except (TypeError, ValueError) as error:
         raise DataError(f"rules cannot be sent ({error})", "an object, such as " + RULES_EXAMPLE) from error
 

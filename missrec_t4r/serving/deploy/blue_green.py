@@ -130,24 +130,21 @@ def deploy(
         "queue_delay_us": queue_delay_us,
     }
     changes: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
-    if keep < LOADED:
-        raise ConfigError(
-            f"--keep {keep}", f"at least {LOADED}: the version that serves the traffic and the one to roll back to"
-        )
-    if (bundle is None) == (version is None):
-        raise ConfigError("both --bundle and --version" if bundle else "neither --bundle nor --version", "one of them")
-    if version is not None and changes:
-        found = ", ".join(f"--{name.replace('_', '-')}" for name in changes)
-        raise ConfigError(f"{found} with --version", "--bundle: a version keeps its settings", f"leave out {found}")
     started, folder = time.monotonic(), Path(repository).absolute()
-    _refuse_unmanaged(folder)
-    if bundle is not None:
-        verify_bundle(bundle, only=())  # a mistyped path makes no folder
-    elif version not in (versions := versions_of(folder)):
-        known = ", ".join(map(str, versions)) or "none"
-        raise ServingError(f"{folder} has no version {version}", f"one of {known}", "deploy one with --bundle")
+    _check(folder, bundle, version, changes, keep)
     if dry_run:
-        return _plan(folder, bundle, version, switch)
+        versions = versions_of(folder)
+        version = version or max(versions, default=0) + 1
+        verify_bundle(bundle_of(folder, version) if bundle is None else bundle)
+        return {
+            "dry_run": True,
+            "repository": str(folder),
+            "version": version,
+            "previous": current_version(folder),
+            "answers": switch,
+            "live": Control.find(folder) is not None,
+            "versions": versions,
+        }
     if not is_deployment(folder):
         write_json(folder / DEPLOYMENT_FILE, {"format": 1})
     with locked(folder, wait=False):
@@ -205,21 +202,23 @@ def rollback(repository: str | Path, *, version: int | None = None) -> dict[str,
         return deploy(folder, version=version, keep=max(LOADED, len(versions_of(folder))))
 
 
-def _plan(folder: Path, bundle: str | Path | None, version: int | None, switch: bool) -> dict[str, Any]:
-    """Return the result of a dry run, after the checks that take long."""
-    versions = versions_of(folder)
-    if version is None:
-        version = max(versions, default=0) + 1
-    verify_bundle(bundle_of(folder, version) if bundle is None else bundle)
-    return {
-        "dry_run": True,
-        "repository": str(folder),
-        "version": version,
-        "previous": current_version(folder),
-        "answers": switch,
-        "live": Control.find(folder) is not None,
-        "versions": versions,
-    }
+def _check(folder: Path, bundle: str | Path | None, version: int | None, changes: dict[str, Any], keep: int) -> None:
+    """Refuse what cannot be deployed, before anything is written."""
+    if keep < LOADED:
+        raise ConfigError(
+            f"--keep {keep}", f"at least {LOADED}: the version that serves the traffic and the one to roll back to"
+        )
+    if (bundle is None) == (version is None):
+        raise ConfigError("both --bundle and --version" if bundle else "neither --bundle nor --version", "one of them")
+    if version is not None and changes:
+        found = ", ".join(f"--{name.replace('_', '-')}" for name in changes)
+        raise ConfigError(f"{found} with --version", "--bundle: a version keeps its settings", f"leave out {found}")
+    _refuse_unmanaged(folder)
+    if bundle is not None:
+        verify_bundle(bundle, only=())  # a mistyped path makes no folder
+    elif version not in versions_of(folder):
+        known = ", ".join(map(str, versions_of(folder))) or "none"
+        raise ServingError(f"{folder} has no version {version}", f"one of {known}", "deploy one with --bundle")
 
 
 def _activate(folder: Path, version: int, *, switch: bool) -> dict[str, Any]:

@@ -78,16 +78,16 @@ def smoke_test(url: str, model: str, bundle: Path, top_k: int = 20) -> dict[str,
 def differences(served: list[Recommendation], expected: list[Recommendation]) -> tuple[int, float]:
     """Return the number of sessions with other items outside ties, and the largest difference of a score."""
     wrong, largest = 0, 0.0
-    for one, other in zip(served, expected, strict=True):
-        if len(one.item_ids) != len(other.item_ids):
+    for answer, reference in zip(served, expected, strict=True):
+        if len(answer.item_ids) != len(reference.item_ids):
             wrong += 1
             continue
-        largest = max(largest, float(np.abs(np.array(one.scores) - np.array(other.scores)).max(initial=0)))
-        expected_score = dict(zip(other.item_ids, other.scores, strict=True))
+        largest = max(largest, float(np.abs(np.array(answer.scores) - np.array(reference.scores)).max(initial=0)))
+        expected_score = dict(zip(reference.item_ids, reference.scores, strict=True))
         # Another item at a rank is a tie if its expected score equals that of the rank. An item that is not among the
         # expected ones can only tie with the last rank, where the list is cut.
         wrong += any(
-            item != right and abs(expected_score.get(item, other.scores[-1]) - score) > TOLERANCE
-            for item, right, score in zip(one.item_ids, other.item_ids, other.scores, strict=True)
+            item != expected_item and abs(expected_score.get(item, reference.scores[-1]) - score) > TOLERANCE
+            for item, expected_item, score in zip(answer.item_ids, reference.item_ids, reference.scores, strict=True)
         )
     return wrong, largest

@@ -69,10 +69,11 @@ class CatalogueView:
         self._not_facets = {ITEM_ID, TRAIN_COUNT, titles, image_column}
         self.ids: list[str | int] = self.items[ITEM_ID].to_pylist()
         self._index = {item: index for index, item in enumerate(self.ids)}
-        names = self.items.column_names
-        self._titles = [] if titles is None else [str(title or "") for title in self.items[titles].to_pylist()]
+        self._titles = [""] * len(self.ids)
+        if titles is not None:
+            self._titles = [str(title or "") for title in self.items[titles].to_pylist()]
         self._images = None if images is None else images.resolve()
-        if images is not None and (not images.is_dir() or image_column not in names):
+        if images is not None and (not images.is_dir() or image_column not in self.items.column_names):
             raise DataError(
                 f"no pictures: {images} with column {image_column!r}", "a folder, and a column of file names in it"
             )
@@ -80,9 +81,8 @@ class CatalogueView:
 
     def describe(self, index: int) -> dict[str, Any]:
         """Return the id, title and image path of an item by its row of the item table."""
-        title = self._titles[index] if self._titles else ""
         picture = f"/picture/{index}" if self.picture(index) is not None else None
-        return {"id": self.ids[index], "title": title, "picture": picture}
+        return {"id": self.ids[index], "title": self._titles[index], "picture": picture}
 
     def of_id(self, item: str | int) -> dict[str, Any]:
         """Return an item by its raw id; without title and image if the item table lacks it."""
@@ -124,7 +124,7 @@ class CatalogueView:
         return sorted(range(len(self.ids)), key=lambda index: -counts[index])
 
     def _text(self, index: int) -> str:
-        return f"{self._titles[index] if self._titles else ''} {self.ids[index]}".casefold()
+        return f"{self._titles[index]} {self.ids[index]}".casefold()
 
 
 class Playground:

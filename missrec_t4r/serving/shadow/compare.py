@@ -54,13 +54,14 @@ class Comparison:
 
     def add(self, current: Tensors, candidate: Tensors) -> None:
         """Compare two responses to one request, session by session."""
-        for one, other in zip(_scores_by_item(current), _scores_by_item(candidate), strict=True):
-            shared = one.keys() & other.keys()
-            longest = max(len(one), len(other))
+        for scores, candidate_scores in zip(_scores_by_item(current), _scores_by_item(candidate), strict=True):
+            shared = scores.keys() & candidate_scores.keys()
+            longest = max(len(scores), len(candidate_scores))
             self.overlap.append(len(shared) / longest if longest else 1.0)
-            self.same_first.append(next(iter(one), None) == next(iter(other), None))
+            self.same_first.append(next(iter(scores), None) == next(iter(candidate_scores), None))
             if shared:
-                self.score_differences.append(sum(abs(one[item] - other[item]) for item in shared) / len(shared))
+                differences = [abs(scores[item] - candidate_scores[item]) for item in shared]
+                self.score_differences.append(sum(differences) / len(shared))
 
     def report(self) -> dict[str, Any]:
         """Return means, maxima and percentiles as one mapping; None where nothing was compared."""

@@ -200,20 +200,20 @@ class RankerBackend:
         version = np.array([[self.catalogue_version.encode()]], object)
         responses: list[Arrays] = []
         for start, size, request in zip(np.cumsum([0, *sizes]), sizes, requests, strict=False):
-            mine = slice(start, start + size)
+            sessions = slice(start, start + size)  # of this request
             # A request gets its own largest k, not that of the requests it was batched with
-            best = ranking.rows[mine, : min(int(request.top_k.max()), ranking.rows.shape[1])]
-            own_features = {name: values[mine] for name, values in event_features.items()}
+            best = ranking.rows[sessions, : min(int(request.top_k.max()), ranking.rows.shape[1])]
+            own_features = {name: values[sessions] for name, values in event_features.items()}
             responses.append(
                 {
-                    "item_id": ids[mine, : best.shape[1]],
-                    "score": ranking.scores[mine, : best.shape[1]],
-                    "n_items": ranking.n_items[mine, None],
-                    "n_unknown": ranking.n_unknown[mine, None],
-                    "fallback": ranking.fallback[mine, None],
-                    "n_passed": ranking.n_passed[mine, None],
+                    "item_id": ids[sessions, : best.shape[1]],
+                    "score": ranking.scores[sessions, : best.shape[1]],
+                    "n_items": ranking.n_items[sessions, None],
+                    "n_unknown": ranking.n_unknown[sessions, None],
+                    "fallback": ranking.fallback[sessions, None],
+                    "n_passed": ranking.n_passed[sessions, None],
                     "catalogue_version": np.repeat(version, size, axis=0),
-                    **self._explain(rows[mine], best, request.reasons, own_features),
+                    **self._explain(rows[sessions], best, request.reasons, own_features),
                 }
             )
         return responses

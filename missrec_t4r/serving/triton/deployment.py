@@ -75,16 +75,16 @@ def replaced_by(repository: str | Path, version: int) -> int | None:
 
     Versions between the two were tried and left, or never served.
     """
-    noted = replaced_versions(Path(repository)).get(str(version))
+    replaced = replaced_versions(Path(repository)).get(str(version))
     below = [number for number in versions_of(repository) if number < version]
-    return noted if noted in below else max(below, default=None)
+    return replaced if replaced in below else max(below, default=None)
 
 
 def note_replaced(repository: Path, version: int, previous: int | None) -> None:
     """Note which version a newer one replaces; a step back to an older version changes nothing."""
     if previous is not None and previous < version:
-        kept = {str(number) for number in versions_of(repository)}
-        replaced = {number: before for number, before in replaced_versions(repository).items() if number in kept}
+        versions = {str(number) for number in versions_of(repository)}
+        replaced = {number: before for number, before in replaced_versions(repository).items() if number in versions}
         write_json(repository / DEPLOYMENT_FILE, {"format": 1, "replaced": replaced | {str(version): previous}})
 
 

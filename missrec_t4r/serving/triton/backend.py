@@ -29,10 +29,12 @@ from missrec_t4r.serving.event_features import EventFeatureReader
 
 Arrays = Mapping[str, AnyArray]
 """Tensors of a request or a response by name."""
+T = TypeVar("T")
+R = TypeVar("R")
+Outcome = T | MISSRecError
+"""The result of a step for one request, or the error of that request."""
 Response = Arrays | MISSRecError
 """Tensors of a response, or the error of its request."""
-RequestT = TypeVar("RequestT")
-ResultT = TypeVar("ResultT")
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class SessionsBackend:
 
     def infer(self, requests: Sequence[Arrays]) -> list[Response]:
         """Return ``rows`` and ``seen`` for ``item_ids`` [batch, width] and ``length`` [batch, 1]."""
-        return [_result_or_error(self._infer_one, request) for request in requests]
+        return [_attempt(self._infer_one, request) for request in requests]
 
     def _infer_one(self, request: Arrays) -> Arrays:
         ids = _matrix(request, "item_ids", len(request["length"]), self.transform.wire_ids.dtype.kind)
@@ -134,14 +136,14 @@ class RankerBackend:
 
     def infer(self, requests: Sequence[Arrays]) -> list[Response]:
         """Return the tensors of ``triton_models/README.md`` for every request."""
-        return _of_valid(self._rank_isolated, [_result_or_error(self._parse, request) for request in requests])
+        return _of_valid(self._rank_isolated, [_attempt(self._parse, request) for request in requests])
 
-    def _rank_isolated(self, requests: Sequence[_RankRequest]) -> Sequence[Response]:
+    def _rank_isolated(self, requests: list[_RankRequest]) -> Sequence[Response]:
         """Rank all requests as one batch; if that fails one by one, so that only the request that causes it fails."""
         with suppress(Exception):
             return self._rank(requests) if requests else []
         # not within `except`, where the error keeps the memory of the failed attempt: on a full GPU this fails too
-        return [_result_or_error(lambda request: self._rank([request])[0], request) for request in requests]
+        return [_attempt(lambda request: self._rank([request])[0], request) for request in requests]
 
     def _parse(self, request: Arrays) -> _RankRequest:
         """Return the validated fields of a request, or raise its error."""
@@ -245,9 +247,7 @@ class RankerBackend:
         return {"reason_item": self.transform.wire_ids_of(item), "reason_modality": modality}
 
 
-def _result_or_error(
-    function: Callable[[RequestT], ResultT], request: RequestT | MISSRecError
-) -> ResultT | MISSRecError:
+def _attempt(function: Callable[[T], R], request: Outcome[T]) -> Outcome[R]:
     """Return ``function(request)``; any exception becomes the error of this request alone, and an error stays one."""
     if isinstance(request, MISSRecError):
         return request
@@ -263,10 +263,7 @@ def _result_or_error(
         return failed
 
 
-def _of_valid(
-    function: Callable[[Sequence[RequestT]], Sequence[ResultT | MISSRecError]],
-    requests: Sequence[RequestT | MISSRecError],
-) -> list[ResultT | MISSRecError]:
+def _of_valid(function: Callable[[list[T]], Sequence[Outcome[R]]], requests: Sequence[Outcome[T]]) -> list[Outcome[R]]:
     """Return the results of one call for the requests that are valid, and the errors of the others in their places."""
     results = iter(function([request for request in requests if not isinstance(request, MISSRecError)]))
     return [request if isinstance(request, MISSRecError) else next(results) for request in requests]
@@ -319,8 +316,8 @@ def _concatenate(matrices: Sequence[Ints]) -> Ints:
 
 Backend = SessionsBackend | RankerBackend
 """One of the two Triton models."""
-Observer = Callable[[Sequence[Arrays], Sequence[Response]], None]
-"""Callback for metrics: gets every batch of requests with its responses."""
+Observer = Callable[[Sequence[Response], Sequence[Response]], None]
+"""Callback for metrics: gets the inputs of every request of a batch and its outputs, or the error in their place."""
 
 
 def execute(backend: Backend, requests: Sequence[Any], pb_utils: Any, observe: Observer | None = None) -> list[Any]:
@@ -348,20 +345,16 @@ def execute(backend: Backend, requests: Sequence[Any], pb_utils: Any, observe: O
     def response_of(arrays: Arrays) -> Any:
         return pb_utils.InferenceResponse([pb_utils.Tensor(*pair) for pair in arrays.items()])
 
-    arrays = [_result_or_error(inputs, request) for request in requests]
+    arrays = [_attempt(inputs, request) for request in requests]
     outputs = _of_valid(backend.infer, arrays)
-    responses = [_result_or_error(response_of, tensors) for tensors in outputs]
+    answers = [_attempt(response_of, tensors) for tensors in outputs]
     if observe is not None:
+        sent = [error if isinstance(error, MISSRecError) else tensors for error, tensors in zip(answers, outputs)]
         try:
-            observe(
-                [{} if isinstance(tensors, MISSRecError) else tensors for tensors in arrays],
-                [response if isinstance(response, MISSRecError) else out for response, out in zip(responses, outputs)],
-            )
+            observe(arrays, sent)
         except Exception:  # counting must not cost the answers
             log.exception("the metrics of a batch were not counted")
-    return [
-        _triton_error(response, pb_utils) if isinstance(response, MISSRecError) else response for response in responses
-    ]
+    return [_triton_error(answer, pb_utils) if isinstance(answer, MISSRecError) else answer for answer in answers]
 
 
 def _triton_error(error: MISSRecError, pb_utils: Any) -> Any:

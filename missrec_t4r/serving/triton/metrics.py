@@ -22,7 +22,6 @@ from missrec_t4r.errors import MISSRecError
 from missrec_t4r.schema import PADDING_ROW
 from missrec_t4r.serving.triton.backend import (
     DEFAULT_TOP_K,
-    Arrays,
     FailedError,
     Observer,
     RankerBackend,
@@ -88,7 +87,7 @@ class RequestMetrics:
         self._lock, self._has_pending = threading.Lock(), threading.Event()
         threading.Thread(target=self._flush_forever, name="metrics", daemon=True).start()
 
-    def observe(self, requests: Sequence[Arrays], responses: Sequence[Response]) -> None:
+    def observe(self, requests: Sequence[Response], responses: Sequence[Response]) -> None:
         """Count a batch of requests and their responses."""
         counts = self._counts(requests, responses)
         with self._lock:
@@ -96,7 +95,7 @@ class RequestMetrics:
                 self._pending[name] += value
         self._has_pending.set()
 
-    def _counts(self, requests: Sequence[Arrays], responses: Sequence[Response]) -> dict[str, float]:
+    def _counts(self, requests: Sequence[Response], responses: Sequence[Response]) -> dict[str, float]:
         """Return what each counter grows by; write a line per error."""
         counts = dict.fromkeys(self.counters, 0.0)
         for response in responses:
@@ -171,10 +170,10 @@ class RankerMetrics(RequestMetrics):
             self._metric(pb_utils, COVERAGE, _COVERAGE_HELP, "GAUGE", modality=name).set(share)
         self._log.log_info(json.dumps({"event": "loaded", **self._labels, **gauges, "coverage": coverage}))
 
-    def _counts(self, requests: Sequence[Arrays], responses: Sequence[Response]) -> dict[str, float]:
+    def _counts(self, requests: Sequence[Response], responses: Sequence[Response]) -> dict[str, float]:
         counts = super()._counts(requests, responses)
         for request, response in zip(requests, responses, strict=True):
-            if not isinstance(response, MISSRecError):
+            if not isinstance(request, MISSRecError) and not isinstance(response, MISSRecError):
                 _count(counts, request, response, self._ranker.catalogue.n_items)
         widenings = self._ranker.widenings
         counts["missrec_widenings_total"] = widenings - self._last_widenings

@@ -24,7 +24,7 @@ from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.titles import title_column_of
 from missrec_t4r.errors import DataError, MISSRecError
 from missrec_t4r.schema import ITEM_ID, TRAIN_COUNT
-from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.client.client import MISSRecClient, read_titles
 from missrec_t4r.serving.client.protocol import typed_id
 from missrec_t4r.serving.http_server import HttpServer, read_body
 from missrec_t4r.serving.stop_signals import until_stopped
@@ -65,13 +65,10 @@ class CatalogueView:
 
     def __init__(self, bundle: Path, images: Path | None = None, image_column: str = "image") -> None:
         self.items = load_items(bundle)
-        titles = title_column_of(bundle, self.items.column_names)
-        self._not_facets = {ITEM_ID, TRAIN_COUNT, titles, image_column}
+        self._titles = read_titles(bundle)
+        self._not_facets = {ITEM_ID, TRAIN_COUNT, title_column_of(bundle, self.items.column_names), image_column}
         self.ids: list[str | int] = self.items[ITEM_ID].to_pylist()
         self._index = {item: index for index, item in enumerate(self.ids)}
-        self._titles = [""] * len(self.ids)
-        if titles is not None:
-            self._titles = [str(title or "") for title in self.items[titles].to_pylist()]
         self._images = None if images is None else images.resolve()
         if images is not None and (not images.is_dir() or image_column not in self.items.column_names):
             raise DataError(
@@ -82,7 +79,7 @@ class CatalogueView:
     def describe(self, index: int) -> dict[str, Any]:
         """Return the id, title and image path of an item by its row of the item table."""
         picture = f"/picture/{index}" if self.picture(index) is not None else None
-        return {"id": self.ids[index], "title": self._titles[index], "picture": picture}
+        return {"id": self.ids[index], "title": self._titles.get(self.ids[index], ""), "picture": picture}
 
     def of_id(self, item: str | int) -> dict[str, Any]:
         """Return an item by its raw id; without title and image if the item table lacks it."""
@@ -124,7 +121,8 @@ class CatalogueView:
         return sorted(range(len(self.ids)), key=lambda index: -counts[index])
 
     def _text(self, index: int) -> str:
-        return f"{self._titles[index]} {self.ids[index]}".casefold()
+        item = self.ids[index]
+        return f"{self._titles.get(item, '')} {item}".casefold()
 
 
 class Playground:

@@ -173,7 +173,7 @@ def test_a_killed_job_leaves_the_last_complete_result_and_goes_on(
     few = session_file(tmp_path / "few.parquet", shop.raw_sessions(loaded.catalogue, 5))
     score(few, out, bundle=bundle)
     before = out.read_bytes()
-    many = session_file(tmp_path / "many.parquet", shop.raw_sessions(loaded.catalogue, 200) * 20)
+    many = session_file(tmp_path / "many.parquet", shop.raw_sessions(loaded.catalogue, 200) * 26)
     code = "import sys; from missrec_t4r.serving.batch.score import score; score(*sys.argv[2:], bundle=sys.argv[1])"
     job = processes.start(["-c", code, bundle, many, out])
     deadline, parts = time.monotonic() + 300, tmp_path / ".out.parquet.parts"
@@ -189,7 +189,8 @@ def test_a_killed_job_leaves_the_last_complete_result_and_goes_on(
     assert "going on after" in caplog.text
     assert not parts.exists()
     score(many, tmp_path / "at once.parquet", bundle=bundle)
-    assert result["sessions"] == result["rows"] == 4_000
+    assert result["sessions"] == result["rows"] == 5_200
+    assert pq.read_table(out)["user_id"].to_pylist() == [f"user-{number}" for number in range(5_200)]
     assert pq.read_table(out).equals(pq.read_table(tmp_path / "at once.parquet"))
 
 

@@ -32,7 +32,8 @@ from missrec_t4r.serving.client.protocol import Recommendation, typed_id
 
 log = logging.getLogger(__name__)
 
-_SESSIONS_AT_A_TIME = 1024
+_SESSIONS_AT_A_TIME = 2048
+"""Of one part of an unfinished job, and so in memory."""
 _FORMAT = 2
 """Of the parts of an unfinished job: those of another format are not used."""
 LAYOUTS = ("lists", "long")

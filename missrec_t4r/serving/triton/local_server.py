@@ -141,15 +141,11 @@ class LocalTriton:
             try:
                 self._start(triton, self._folder)
                 self._wait()
-            except ServingError as error:
-                self.stop()
-                if attempt == _ATTEMPTS or not self._lost_a_port(str(error)):
-                    raise
-            except BaseException:
-                self.stop()
-                raise
-            else:
                 break
+            except BaseException as error:
+                self.stop()
+                if attempt == _ATTEMPTS or not self._lost_a_port(error):
+                    raise
         if is_deployment(self.repository):
             self.control.write(self.repository)
         return self
@@ -204,8 +200,9 @@ class LocalTriton:
             )
         self._watchdog = start_watchdog(self._process.pid, folder)
 
-    def _lost_a_port(self, reason: str) -> bool:
-        return 0 in self._requested_ports.values() and any(message in reason for message in _PORT_TAKEN)
+    def _lost_a_port(self, error: BaseException) -> bool:
+        could_choose = isinstance(error, ServingError) and 0 in self._requested_ports.values()
+        return could_choose and any(message in str(error) for message in _PORT_TAKEN)
 
     def _wait(self) -> None:
         started = time.monotonic()

@@ -140,6 +140,15 @@ def test_what_cannot_be_read_is_refused_in_words(bundle: Path, tmp_path: Path) -
         score(tmp_path / "users.csv", tmp_path / "out.parquet", bundle=bundle)
     with pytest.raises(ConfigError, match="--layout 'wide'; expected: lists or long"):
         score(tmp_path / "flat.parquet", tmp_path / "out.parquet", bundle=bundle, layout="wide")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    first = session_file(folder / "1.parquet", [["ware-3-ü"]])
+    pq.write_table(pq.read_table(first).drop_columns(["city"]), folder / "2.parquet")
+    with pytest.raises(DataError, match=r"2\.parquet has no column city; expected: the columns of .*1\.parquet"):
+        score(folder, tmp_path / "out.parquet", bundle=bundle)
+    (folder / "2.parquet").write_bytes(first.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"2\.parquet cannot be read as parquet"):
+        score(folder, tmp_path / "out.parquet", bundle=bundle)
     for given in ({}, {"bundle": bundle, "run": bundle}):
         with pytest.raises(ConfigError, match="one of the two"):
             commands.score(tmp_path / "flat.parquet", tmp_path / "out.parquet", **given)

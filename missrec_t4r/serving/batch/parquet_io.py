@@ -90,6 +90,14 @@ class SessionFiles:
         lists = {field.name for field in self.schema if _is_list(field.type)} - {items_column}
         columns = {name: name if name in lists else name + LIST_SUFFIX for name in event_features}
         self.event_columns = {name: column for name, column in columns.items() if column in lists}
+        self._columns = [*self.passthrough, items_column, *self.event_columns.values()]
+        if exclude_column is not None:
+            self._columns.append(exclude_column)
+        for file in self.files[1:]:
+            names = _read_schema(file).names
+            if missing := [column for column in self._columns if column not in names]:
+                found = f"{file} has no column {', '.join(missing)}"
+                raise DataError(found, f"the columns of {self.files[0]}", "write all files of the folder alike")
 
     @property
     def rows(self) -> int:
@@ -106,11 +114,8 @@ class SessionFiles:
 
         A null list is an empty session, or an absent event feature.
         """
-        columns = [*self.passthrough, self.items_column, *self.event_columns.values()]
-        if self.exclude_column:
-            columns.append(self.exclude_column)
         first = 0
-        for table in track(self._tables(size, columns), description, max(1, -(-self.rows // size))):
+        for table in track(self._tables(size), description, max(1, -(-self.rows // size))):
             yield SessionBatch(
                 table.select(self.passthrough),
                 _lists(table, self.items_column),
@@ -120,11 +125,11 @@ class SessionFiles:
             )
             first += table.num_rows
 
-    def _tables(self, size: int, columns: list[str]) -> Iterator[pa.Table]:
+    def _tables(self, size: int) -> Iterator[pa.Table]:
         if not self.rows:
-            yield self.schema.empty_table().select(columns)
+            yield self.schema.empty_table().select(self._columns)
         for file in self.files:
-            for batch in pq.ParquetFile(file).iter_batches(size, columns=columns):
+            for batch in pq.ParquetFile(file).iter_batches(size, columns=self._columns):
                 yield pa.Table.from_batches([batch])
 
     def _event_features(self, table: pa.Table) -> list[SessionEventFeatures] | None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-from collections.abc import Iterator
 
 
-@contextlib.contextmanager
-def until_stopped() -> Iterator[None]:
-    """End the block at Ctrl-C or SIGTERM, without an error; in the main thread alone."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+class UntilStopped:
+    """Context manager whose block ends at Ctrl-C or SIGTERM, without an error; for the main thread."""
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> bool:
+        signal.signal(signal.SIGTERM, self._before)
+        return kind is KeyboardInterrupt

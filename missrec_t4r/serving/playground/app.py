@@ -27,7 +27,7 @@ from missrec_t4r.schema import ITEM_ID, TRAIN_COUNT
 from missrec_t4r.serving.client.client import MISSRecClient, read_titles
 from missrec_t4r.serving.client.protocol import typed_id
 from missrec_t4r.serving.http_server import HttpServer, read_body
-from missrec_t4r.serving.stop_signals import until_stopped
+from missrec_t4r.serving.stop_signals import UntilStopped
 from missrec_t4r.serving.triton.ports import LOOPBACK
 
 log = logging.getLogger(__name__)
@@ -247,7 +247,7 @@ def playground(
     require_at_least(0, port=port)
     started = time.monotonic()
     catalogue = CatalogueView(Path(bundle), None if images is None else Path(images), image_column)
-    with MISSRecClient(url) as client, Playground(client, catalogue, port) as page, until_stopped():
+    with MISSRecClient(url) as client, Playground(client, catalogue, port) as page, UntilStopped():
         log.info(
             f"open {page.url} ({len(catalogue.ids)} items of {client.url}, ids are {client.id_type}); Ctrl-C stops"
         )

@@ -18,7 +18,7 @@ from missrec_t4r.config.checks import require_at_least, require_positive
 from missrec_t4r.errors import ConfigError, ServingError
 from missrec_t4r.serving.http_server import HttpServer, Response, read_body
 from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, ShadowProxy, Tensors
-from missrec_t4r.serving.stop_signals import until_stopped
+from missrec_t4r.serving.stop_signals import UntilStopped
 from missrec_t4r.serving.triton.repository import ENSEMBLE
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def shadow(
 
     kind = HttpShadowProxy if protocol == "http" else GrpcShadowProxy
     url = url or f"localhost:{PORTS[protocol]}"
-    with kind(url, candidate, candidate_url=candidate_url, share=share, port=port) as proxy, until_stopped():
+    with kind(url, candidate, candidate_url=candidate_url, share=share, port=port) as proxy, UntilStopped():
         log.info(f"send {protocol} traffic to {proxy.url} in place of {url}; {share:.0%} is mirrored to {candidate}")
         deadline = None if seconds is None else time.monotonic() + seconds
         while deadline is None or time.monotonic() < deadline:

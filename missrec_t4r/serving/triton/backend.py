@@ -31,8 +31,6 @@ Arrays = Mapping[str, AnyArray]
 """Tensors of a request or a response by name."""
 T = TypeVar("T")
 R = TypeVar("R")
-Outcome = T | MISSRecError
-"""The result of a step for one request, or the error of that request."""
 Response = Arrays | MISSRecError
 """Tensors of a response, or the error of its request."""
 
@@ -247,7 +245,7 @@ class RankerBackend:
         return {"reason_item": self.transform.wire_ids_of(item), "reason_modality": modality}
 
 
-def _attempt(function: Callable[[T], R], request: Outcome[T]) -> Outcome[R]:
+def _attempt(function: Callable[[T], R], request: T | MISSRecError) -> R | MISSRecError:
     """Return ``function(request)``; any exception becomes the error of this request alone, and an error stays one."""
     if isinstance(request, MISSRecError):
         return request
@@ -263,7 +261,9 @@ def _attempt(function: Callable[[T], R], request: Outcome[T]) -> Outcome[R]:
         return failed
 
 
-def _of_valid(function: Callable[[list[T]], Sequence[Outcome[R]]], requests: Sequence[Outcome[T]]) -> list[Outcome[R]]:
+def _of_valid(
+    function: Callable[[list[T]], Sequence[R | MISSRecError]], requests: Sequence[T | MISSRecError]
+) -> list[R | MISSRecError]:
     """Return the results of one call for the requests that are valid, and the errors of the others in their places."""
     results = iter(function([request for request in requests if not isinstance(request, MISSRecError)]))
     return [request if isinstance(request, MISSRecError) else next(results) for request in requests]

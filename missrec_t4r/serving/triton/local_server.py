@@ -24,7 +24,7 @@ from typing import Any
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import ServingError
 from missrec_t4r.progress import track
-from missrec_t4r.serving.stop_signals import until_stopped
+from missrec_t4r.serving.stop_signals import UntilStopped
 from missrec_t4r.serving.triton.deployment import is_deployment, start_arguments
 from missrec_t4r.serving.triton.environment import EmbeddedTriton, reason_in
 from missrec_t4r.serving.triton.model_control import Control, restrictions
@@ -294,7 +294,7 @@ def serve(
         log_file=log_file,
     )
     started = time.monotonic()
-    with until_stopped(), server:
+    with UntilStopped(), server:
         log.info(f"serving {server.repository}; the log is {server.log_file}; Ctrl-C stops")
         while True:
             server.check_alive()

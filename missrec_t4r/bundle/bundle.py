@@ -1,7 +1,7 @@
 """The serving bundle: all files that serving needs, as data without code.
 
 ======================== ============================================================================
-manifest.json            SHA-256 sum and size of every other file, format version
+manifest.json            SHA-256 sum and size of every other file, format version; what ``--recount`` counted
 model.json               `MISSRecConfig`, modality names and widths, event features, number of rows
 weights.safetensors      trained parameters
 catalogue.safetensors    modality vectors, presence masks, interest centroids and assignments
@@ -65,6 +65,17 @@ SEARCH_FROM = 50_000
 """Rows from which a bundle has a retrieval index; a smaller one is computed in milliseconds when a server starts."""
 _INTERESTS = "interests."
 """Prefix of the model's buffers that belong to a catalogue version, not to the weights."""
+_MISFITS = (
+    MISSRecError,
+    SafetensorError,
+    LookupError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    ArithmeticError,
+    AttributeError,
+)
+"""What libraries raise for well-formed files that do not belong together."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,8 @@ class LoadedBundle:
     """In evaluation mode, on the CPU."""
     catalogue: Catalogue
     transform: SessionTransform
+    manifest: Mapping[str, Any]
+    """Its SHA-256 sums identify the bundle; ``recount`` says in which data co-occurrences were counted again."""
     tables: RetrievalIndex | None = None
     """Retrieval index of a large catalogue, memory-mapped; None for a small one, whose ranker computes it."""
 
@@ -107,11 +120,17 @@ def write_bundle(out: str | Path, *, model: MISSRec, catalogue: Catalogue, data:
 
 
 def fill_bundle(
-    folder: Path, *, model: MISSRec, catalogue: Catalogue, data: Path, n_trained: int | None = None
+    folder: Path,
+    *,
+    model: MISSRec,
+    catalogue: Catalogue,
+    data: Path,
+    n_trained: int | None = None,
+    recount: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write the bundle's files into an empty folder; `write_bundle` and `export` move it into place.
+    """Write the bundle's files into an empty folder and return the manifest.
 
-    Rows from ``n_trained`` on are new since the training; None: there are none.
+    Rows from ``n_trained`` on are new since the training; None: there are none. ``recount``: as of `write_manifest`.
     """
     for name in (SESSION_TRANSFORM_FILE, SCHEMA_FILE):
         if not (data / name).is_file():
@@ -120,23 +139,20 @@ def fill_bundle(
             )
     shutil.copyfile(data / SCHEMA_FILE, folder / SCHEMA_FILE)
     _write_transform(folder, data, model.config.max_sequence_length)
-    write_weights(model, folder / WEIGHTS_FILE)
-    write_catalogue(model.state_dict(), catalogue, folder / CATALOGUE_FILE)
-    pq.write_table(catalogue.items, folder / ITEMS_FILE)
-    widths = {name: modality.width for name, modality in catalogue.modalities.items()}
+    _write_weights(model, folder / WEIGHTS_FILE)
+    write_catalogue(folder, model.state_dict(), catalogue)
     content = {
         "format": FORMAT_VERSION,
         "config": dataclasses.asdict(model.config),
-        "modalities": widths,
+        "modalities": {name: modality.width for name, modality in catalogue.modalities.items()},
         "rows": n_trained or catalogue.n_rows,
         "side_features": [column.to_dict() for column in model.event_columns],
     }
     write_json(folder / MODEL_FILE, content)
-    write_features(folder, catalogue)
     load_session_transform(folder, catalogue.items)  # refuses ids that a request cannot hold
     if catalogue.n_rows >= SEARCH_FROM:
         write_index(model.eval(), folder / SEARCH_FILE)
-    return write_manifest(folder)
+    return write_manifest(folder, recount)
 
 
 def load_bundle(folder: str | Path) -> LoadedBundle:
@@ -148,7 +164,8 @@ def load_bundle(folder: str | Path) -> LoadedBundle:
         The bundle is damaged, or its files belong to different models or catalogues.
     """
     folder = Path(folder)
-    files = verify_bundle(folder)["files"]
+    manifest = verify_bundle(folder)
+    has_index = SEARCH_FILE in manifest["files"]
     says = stated(folder)
     try:
         features = json.loads((folder / FEATURES_FILE).read_bytes())["modalities"]
@@ -159,7 +176,7 @@ def load_bundle(folder: str | Path) -> LoadedBundle:
         config = Recipe.from_stored({"name": "bundle", "model": says.model["config"]}).model
         event_features = [EventColumn.from_dict(column) for column in says.model.get("side_features", [])]
         check_weights(folder, says, config, catalogue, event_features)
-        if SEARCH_FILE in files:
+        if has_index:
             check_index(folder / SEARCH_FILE, catalogue.n_rows, config.d_model, len(modalities))
         check_numbers(folder, says)
         weights = current_names(load_file(folder / WEIGHTS_FILE))
@@ -168,27 +185,18 @@ def load_bundle(folder: str | Path) -> LoadedBundle:
         interests = {name: tensor for name, tensor in stored.items() if name.startswith(_INTERESTS)}
         load_weights(model, weights, interests)
         mark_rows(model, catalogue, says.n_trained)
-        tables = RetrievalIndex.load(folder / SEARCH_FILE) if SEARCH_FILE in files else None
+        tables = RetrievalIndex.load(folder / SEARCH_FILE) if has_index else None
         if tables is not None:
             check_belongs(tables, model.eval(), folder / SEARCH_FILE)
     except BundleError:
         raise
-    except (
-        MISSRecError,
-        SafetensorError,
-        KeyError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        OverflowError,
-        AttributeError,
-    ) as error:
+    except _MISFITS as error:
         raise BundleError(
             f"the parts of {folder} do not fit each other ({error})",
             "a bundle of one export",
             "export it again with the installed version",
         ) from error
-    return LoadedBundle(model.eval(), catalogue, load_session_transform(folder, items), tables)
+    return LoadedBundle(model.eval(), catalogue, load_session_transform(folder, items), manifest, tables)
 
 
 def _write_transform(folder: Path, data: Path, max_sequence_length: int) -> None:
@@ -203,7 +211,7 @@ def _write_transform(folder: Path, data: Path, max_sequence_length: int) -> None
     write_json(folder / SESSION_TRANSFORM_FILE, content | {"max_sequence_length": max_sequence_length})
 
 
-def write_weights(model: MISSRec, file: Path) -> None:
+def _write_weights(model: MISSRec, file: Path) -> None:
     """Write the trained parameters: the model's state without the buffers of a catalogue version."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     write_tensors(file, {name: tensor for name, tensor in state.items() if not name.startswith(_INTERESTS)})
@@ -212,24 +220,24 @@ def write_weights(model: MISSRec, file: Path) -> None:
 def with_index(folder: Path, loaded: LoadedBundle) -> LoadedBundle:
     """Add a retrieval index, and weights extended to all rows, to a bundle that `load_bundle` has read."""
     temporary = folder / f".{WEIGHTS_FILE}"  # written beside the old file, which the model still has mapped
-    write_weights(loaded.model, temporary)
+    _write_weights(loaded.model, temporary)
     temporary.replace(folder / WEIGHTS_FILE)
     write_index(loaded.model, folder / SEARCH_FILE)
-    write_manifest(folder)
-    return replace(loaded, tables=RetrievalIndex.load(folder / SEARCH_FILE))
+    manifest = write_manifest(folder, loaded.manifest.get("recount"))
+    return replace(loaded, manifest=manifest, tables=RetrievalIndex.load(folder / SEARCH_FILE))
 
 
-def write_catalogue(interests: Mapping[str, Tensor], catalogue: Catalogue, file: Path) -> None:
-    """Write the tensors of a catalogue version: the model's interest buffers, modality vectors and presence masks."""
+def write_catalogue(folder: Path, interests: Mapping[str, Tensor], catalogue: Catalogue) -> None:
+    """Write the files of a catalogue version: its tensors, item table and encoders' fingerprints.
+
+    ``interests`` are the model's interest buffers, among other tensors.
+    """
     tensors = {name: tensor for name, tensor in interests.items() if name.startswith(_INTERESTS)}
     for name, modality in catalogue.modalities.items():
         tensors[f"modality.{name}.vectors"] = torch.from_numpy(np.ascontiguousarray(modality.vectors))
         tensors[f"modality.{name}.present"] = torch.from_numpy(modality.present.copy())  # masks may share memory
-    write_tensors(file, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
-
-
-def write_features(folder: Path, catalogue: Catalogue) -> None:
-    """Write the fingerprint of every modality's encoder."""
+    write_tensors(folder / CATALOGUE_FILE, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
+    pq.write_table(catalogue.items, folder / ITEMS_FILE)
     encoders = {
         name: {"width": modality.width, "items": int(modality.present.sum()), "encoder": dict(modality.encoder)}
         for name, modality in catalogue.modalities.items()

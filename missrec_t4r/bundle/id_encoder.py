@@ -6,8 +6,7 @@ inside a list is row 2 as well: that is what Categorify does with list columns (
 events only, and refuses missing ids in integer lists altogether). The ranker drops and counts both kinds.
 
 The settings are a small JSON file and the vocabulary is the catalogue's order; nothing is unpickled. A session of
-twenty ids takes microseconds, where NVTabular's executor takes tens of milliseconds. `export.workflow_parity` compares
-the two.
+twenty ids takes microseconds, where NVTabular's executor takes tens of milliseconds. `export.parity` compares the two.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -70,6 +69,66 @@ class TransformSettings:
         return cls(id_type, length)
 
 
+class _Texts:
+    """Ids that are texts: bytes objects in a request, found in a dictionary."""
+
+    missing: ClassVar[Any] = NULL_STRING
+    called: ClassVar = ("strings", "the empty string")
+    """What the ids are, and what the missing one is, in messages."""
+    dtype: ClassVar[Any] = object
+
+    def __init__(self, ids: pa.Array) -> None:
+        self.wire_ids: AnyArray = np.array(ids.cast(pa.binary()).to_pylist(), object)
+        self._row_of = {raw: row for row, raw in enumerate(self.wire_ids, start=FIRST_ITEM_ROW)}
+        self.n_different = len(self._row_of)
+
+    @staticmethod
+    def encode(raw: RawId) -> bytes | None:
+        """Return an id as a request holds it; None where it is no text."""
+        if not isinstance(raw, str):
+            return None
+        try:
+            return raw.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"item id {raw!r} is no valid Unicode", "text that UTF-8 can carry") from error
+
+    def look_up(self, wire_ids: AnyArray) -> Ints:
+        row_of = self._row_of
+        flat = [row_of.get(raw, UNKNOWN_ROW) for raw in wire_ids.flat]
+        return np.array(flat, np.int64).reshape(wire_ids.shape)
+
+
+class _Integers:
+    """Ids that are integers of 64 bits, found by binary search."""
+
+    missing: ClassVar[Any] = NULL_INTEGER
+    called: ClassVar = ("integers", str(NULL_INTEGER))
+    dtype: ClassVar[Any] = np.int64
+
+    def __init__(self, ids: pa.Array) -> None:
+        self.wire_ids: AnyArray = np.asarray(ids.cast(pa.int64()).to_numpy(zero_copy_only=False), np.int64)
+        self._order = np.argsort(self.wire_ids, kind="stable")
+        self._sorted = self.wire_ids[self._order]
+        self.n_different = len(np.unique(self._sorted))
+
+    @staticmethod
+    def encode(raw: RawId) -> int | None:
+        """Return an id as a request holds it; None where it is no integer."""
+        if not isinstance(raw, int | np.integer) or isinstance(raw, bool):
+            return None
+        if not NULL_INTEGER < raw <= np.iinfo(np.int64).max:
+            raise DataError(f"item id {raw} does not fit", "a signed 64-bit integer above its minimum")
+        return int(raw)
+
+    def look_up(self, wire_ids: AnyArray) -> Ints:
+        ids = np.asarray(wire_ids, np.int64)
+        index = np.minimum(np.searchsorted(self._sorted, ids), len(self._sorted) - 1)  # position in the sorted ids
+        return np.where(self._sorted[index] == ids, self._order[index] + FIRST_ITEM_ROW, UNKNOWN_ROW)
+
+
+_KINDS: dict[str, type[_Texts] | type[_Integers]] = {"string": _Texts, "int64": _Integers}
+
+
 class SessionTransform:
     """Encode sessions of raw ids as catalogue rows.
 
@@ -90,16 +149,14 @@ class SessionTransform:
     def __init__(self, settings: TransformSettings, vocabulary: pa.Array | Sequence[str | int]) -> None:
         self.settings = settings
         self.n_items = len(vocabulary)
-        ids = vocabulary if isinstance(vocabulary, pa.Array) else pa.array(vocabulary)
-        # wire_ids [item]: raw ids in row order, as request tensors hold them: bytes objects or int64
-        if settings.id_type == "string":
-            self.wire_ids: AnyArray = np.array(ids.cast(pa.binary()).to_pylist(), object)
-            self._row_of = {raw: row for row, raw in enumerate(self.wire_ids, start=FIRST_ITEM_ROW)}
-        else:
-            self.wire_ids = np.asarray(ids.cast(pa.int64()).to_numpy(zero_copy_only=False), np.int64)
-            self._order = np.argsort(self.wire_ids, kind="stable")  # for binary search
-            self._sorted = self.wire_ids[self._order]
-        self._check_vocabulary()
+        self._ids = _KINDS[settings.id_type](vocabulary if isinstance(vocabulary, pa.Array) else pa.array(vocabulary))
+        self.wire_ids = self._ids.wire_ids  # [item]: raw ids in row order, as request tensors hold them
+        if not self.n_items or self._ids.n_different != self.n_items:
+            found = f"{self.n_items} item ids, {self._ids.n_different} of them different"
+            raise BundleError(found, "at least one, all different")
+        if self.look_up(self.to_wire([None]))[0] != UNKNOWN_ROW:
+            found = f"an item id is {self._ids.called[1]}"
+            raise BundleError(found, "another id: this one stands for a missing id in requests")
 
     @classmethod
     def load(cls, file: Path, vocabulary: pa.Array) -> SessionTransform:
@@ -148,17 +205,11 @@ class SessionTransform:
         ndarray, same shape, int64
             2 for an unknown or missing id, else the item's row.
         """
-        if self.settings.id_type == "string":
-            row_of = self._row_of
-            flat = [row_of.get(raw, UNKNOWN_ROW) for raw in wire_ids.flat]
-            return np.array(flat, np.int64).reshape(wire_ids.shape)
-        ids = np.asarray(wire_ids, np.int64)
-        index = np.minimum(np.searchsorted(self._sorted, ids), self.n_items - 1)  # position in the sorted ids
-        return np.where(self._sorted[index] == ids, self._order[index] + FIRST_ITEM_ROW, UNKNOWN_ROW)
+        return self._ids.look_up(wire_ids)
 
     def is_missing(self, wire_ids: AnyArray) -> Bools:
         """Return a mask of the same shape, True where an id is missing."""
-        return np.asarray(wire_ids == self._null, bool)
+        return np.asarray(wire_ids == self._ids.missing, bool)
 
     def padded(self, wire_ids: AnyArray, lengths: AnyArray) -> tuple[Ints, Ints]:
         """Encode a request's sessions, which are padded to one width.
@@ -200,23 +251,9 @@ class SessionTransform:
 
     def wire_ids_of(self, rows: Ints) -> AnyArray:
         """Return the raw ids of rows as a response holds them, same shape; reserved rows become the missing id."""
-        items = np.clip(rows - FIRST_ITEM_ROW, 0, max(self.n_items - 1, 0))
-        ids = np.where(rows >= FIRST_ITEM_ROW, self.wire_ids[items], self._null)
-        return ids if self.settings.id_type == "string" else ids.astype(np.int64)
-
-    @property
-    def _null(self) -> Any:
-        return NULL_STRING if self.settings.id_type == "string" else NULL_INTEGER
-
-    def _check_vocabulary(self) -> None:
-        strings = self.settings.id_type == "string"
-        distinct = len(self._row_of) if strings else len(np.unique(self.wire_ids))
-        if not self.n_items or distinct != self.n_items:
-            raise BundleError(f"{self.n_items} item ids, {distinct} of them different", "at least one, all different")
-        reserved = NULL_STRING in self._row_of if strings else self._sorted[0] == NULL_INTEGER
-        if reserved:
-            name = "the empty string" if strings else str(NULL_INTEGER)
-            raise BundleError(f"an item id is {name}", "another id: this one stands for a missing id in requests")
+        items = np.clip(rows - FIRST_ITEM_ROW, 0, self.n_items - 1)
+        ids = np.where(rows >= FIRST_ITEM_ROW, self.wire_ids[items], self._ids.missing)
+        return ids.astype(self._ids.dtype, copy=False)
 
 
 def encode_ids(ids: Sequence[RawId], id_type: str) -> AnyArray:
@@ -239,32 +276,15 @@ def encode_ids(ids: Sequence[RawId], id_type: str) -> AnyArray:
     >>> encode_ids(["lamp", None], "string").tolist()
     [b'lamp', b'']
     """
-    encoded: list[bytes | int] = []
+    kind = _KINDS[id_type]
+    encoded = []
     for raw in ids:
-        if raw is None:
-            encoded.append(NULL_STRING if id_type == "string" else NULL_INTEGER)
-        elif id_type == "string" and isinstance(raw, str):
-            encoded.append(_utf8(raw))
-        elif id_type == "int64" and isinstance(raw, (int, np.integer)) and not isinstance(raw, bool):
-            encoded.append(_int64(int(raw)))
-        else:
-            expected = "strings" if id_type == "string" else "integers"
+        wire_id = kind.missing if raw is None else kind.encode(raw)
+        if wire_id is None:
             raise DataError(
                 f"item id {raw!r} is of type {type(raw).__name__}",
-                f"{expected}, the type of this catalogue's ids",
+                f"{kind.called[0]}, the type of this catalogue's ids",
                 "send the ids exactly as the item table has them",
             )
-    return np.array(encoded, object if id_type == "string" else np.int64)
-
-
-def _utf8(raw: str) -> bytes:
-    try:
-        return raw.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"item id {raw!r} is no valid Unicode", "text that UTF-8 can carry") from error
-
-
-def _int64(raw: int) -> int:
-    if not NULL_INTEGER < raw <= np.iinfo(np.int64).max:
-        raise DataError(f"item id {raw} does not fit", "a signed 64-bit integer above its minimum")
-    return raw
+        encoded.append(wire_id)
+    return np.array(encoded, kind.dtype)

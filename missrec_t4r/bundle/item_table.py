@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from missrec_t4r.bundle.id_encoder import SessionTransform
-from missrec_t4r.bundle.manifest import CATALOGUE_FILE, ITEMS_FILE
+from missrec_t4r.bundle.manifest import CATALOGUE_FILE, ITEMS_FILE, REMEDY
 from missrec_t4r.bundle.validate import check_contents
 from missrec_t4r.errors import BundleError
 from missrec_t4r.io.arrow_files import one_array
@@ -25,7 +25,6 @@ _MOST_PACKED = 100
 """How many times its file's size a larger table may take in memory; those of shops take five to ten times."""
 _LONGEST_ID = 1 << 14
 """Most bytes of an item id: every response holds ten of them."""
-_CURE = "export the bundle again, or copy it again from where it was written"
 
 
 def load_items(folder: Path) -> pa.Table:
@@ -44,15 +43,17 @@ def load_items(folder: Path) -> pa.Table:
         contents = inspect(file)
         n_items = _n_rows(folder) - FIRST_ITEM_ROW
         if contents.rows != n_items:
-            raise BundleError(f"{file} has {contents.rows} rows", f"{n_items}, one per item of {CATALOGUE_FILE}", _CURE)
+            raise BundleError(
+                f"{file} has {contents.rows} rows", f"{n_items}, one per item of {CATALOGUE_FILE}", REMEDY
+            )
         most = min(max(_SMALL_TABLE, _MOST_PACKED * file.stat().st_size), MOST_TABLE)
         if (size := decoded_bytes(file, contents, most)) > most:
-            raise BundleError(f"{file} takes {size} bytes of memory or more", f"at most {most}", _CURE)
+            raise BundleError(f"{file} takes {size} bytes of memory or more", f"at most {most}", REMEDY)
         items = pq.read_table(file)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise BundleError(f"{file} cannot be read: it {error}", "a parquet file", _CURE) from error
+        raise BundleError(f"{file} cannot be read: it {error}", "a parquet file", REMEDY) from error
     if problem := _problem(items):
-        raise BundleError(f"{file} {problem}", "what `missrec export` writes", _CURE)
+        raise BundleError(f"{file} {problem}", "what `missrec export` writes", REMEDY)
     return items
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,17 @@ BUNDLE_FILES = (
 FILES_OF_FORMAT = {1: BUNDLE_FILES, FORMAT_VERSION: (*BUNDLE_FILES, SEARCH_FILE)}
 """Files by format; format 2 adds the retrieval index of a large catalogue."""
 
-_REMEDY = "export the bundle again, or copy it again from where it was written"
+REMEDY = "export the bundle again, or copy it again from where it was written"
 
 
-def write_manifest(folder: Path) -> dict[str, Any]:
+def write_manifest(folder: Path, recount: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write the manifest, after all other files.
+
+    Parameters
+    ----------
+    folder : Path
+    recount : mapping, optional
+        Of ``missrec export --recount``: in which data the co-occurrences were counted again.
 
     Returns
     -------
@@ -57,7 +63,7 @@ def write_manifest(folder: Path) -> dict[str, Any]:
         name: {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
         for name in FILES_OF_FORMAT[version]
     }
-    content: dict[str, Any] = {"format": version, "files": files}
+    content: dict[str, Any] = {"format": version, "files": files} | ({"recount": dict(recount)} if recount else {})
     (folder / MANIFEST_FILE).write_bytes(_serialise(content))
     return content
 
@@ -86,7 +92,7 @@ def verify_bundle(folder: str | Path, only: Iterable[str] | None = None) -> dict
     content = _read_manifest(folder)
     present = {entry.name for entry in folder.iterdir()}  # hidden ones too
     for name in sorted(present - {MANIFEST_FILE, *content["files"]}):
-        raise BundleError(f"{folder / name} is not part of a bundle", f"{MANIFEST_FILE} and what it lists", _REMEDY)
+        raise BundleError(f"{folder / name} is not part of a bundle", f"{MANIFEST_FILE} and what it lists", REMEDY)
     hashed = set(content["files"] if only is None else only)
     for name in FILES_OF_FORMAT[content["format"]]:
         _verify_file(folder / name, content["files"][name], hashed=name in hashed)
@@ -95,7 +101,7 @@ def verify_bundle(folder: str | Path, only: Iterable[str] | None = None) -> dict
     return content
 
 
-def catalogue_version(manifest: dict[str, Any]) -> str:
+def catalogue_version(manifest: Mapping[str, Any]) -> str:
     """Return the version of a bundle's catalogue: 12 hexadecimal digits of the SHA-256 of its items and vectors."""
     sums = [manifest["files"][name]["sha256"] for name in (CATALOGUE_FILE, ITEMS_FILE)]
     return hashlib.sha256("".join(sums).encode()).hexdigest()[:12]
@@ -116,21 +122,19 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     written = file.read_bytes()
     try:
         content = json.loads(written)
-        version, names = content["format"], set(content["files"])
+        version, entries = content["format"], dict(content["files"].items())
         unsealed = {key: value for key, value in content.items() if key != "seal"}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{file} is damaged ({error})", "the manifest as it was written", _REMEDY) from error
+        raise BundleError(f"{file} is damaged ({error})", "the manifest as it was written", REMEDY) from error
     if type(version) is int and version > FORMAT_VERSION:
         raise BundleError(
             f"{file} has format {version}", f"format {FORMAT_VERSION} at most", "use the version that wrote it"
         )
     known = FILES_OF_FORMAT.get(version) if type(version) is int else None
-    if known is None or written != _serialise(unsealed) or names != set(known):
-        raise BundleError(
-            f"{file} is damaged or of an unknown format", f"format 1 to {FORMAT_VERSION}, unchanged", _REMEDY
-        )
-    if not all(_is_entry(entry) for entry in content["files"].values()):
-        raise BundleError(f"{file} is damaged (a file without size or sum)", "the manifest as it was written", _REMEDY)
+    is_complete = known is not None and set(entries) == set(known) and all(map(_is_entry, entries.values()))
+    if not is_complete or not isinstance(content.get("recount", {}), dict) or written != _serialise(unsealed):
+        expected = f"format 1 to {FORMAT_VERSION}, unchanged"
+        raise BundleError(f"{file} is damaged or of an unknown format", expected, REMEDY)
     return unsealed
 
 
@@ -140,11 +144,11 @@ def _is_entry(entry: Any) -> bool:
 
 def _verify_file(file: Path, listed: dict[str, Any], *, hashed: bool) -> None:
     if not file.is_file():
-        raise BundleError(f"{file} is missing", f"a file of {listed['bytes']} bytes", _REMEDY)
+        raise BundleError(f"{file} is missing", f"a file of {listed['bytes']} bytes", REMEDY)
     size = file.stat().st_size
     if size != listed["bytes"]:
-        raise BundleError(f"{file} has {size} bytes", f"{listed['bytes']} bytes", _REMEDY)
+        raise BundleError(f"{file} has {size} bytes", f"{listed['bytes']} bytes", REMEDY)
     if hashed and (digest := file_digest(file)) != listed["sha256"]:
         raise BundleError(
-            f"{file} is damaged: its SHA-256 starts with {digest[:12]}", listed["sha256"][:12] + "…", _REMEDY
+            f"{file} is damaged: its SHA-256 starts with {digest[:12]}", listed["sha256"][:12] + "…", REMEDY
         )

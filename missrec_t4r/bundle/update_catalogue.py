@@ -19,58 +19,30 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
-from missrec_t4r.arrays import Bools, Floats, Ints
-from missrec_t4r.bundle.bundle import (
-    SEARCH_FROM,
-    LoadedBundle,
-    load_bundle,
-    with_index,
-    write_catalogue,
-    write_features,
-)
-from missrec_t4r.bundle.manifest import (
-    CATALOGUE_FILE,
-    ITEMS_FILE,
-    MODEL_FILE,
-    WEIGHTS_FILE,
-    catalogue_version,
-    verify_bundle,
-    write_manifest,
-)
+from missrec_t4r.arrays import Floats, Ints
+from missrec_t4r.bundle.bundle import SEARCH_FROM, LoadedBundle, load_bundle, with_index, write_catalogue
+from missrec_t4r.bundle.catalogue_changes import Changes, read_items
+from missrec_t4r.bundle.manifest import MODEL_FILE, WEIGHTS_FILE, catalogue_version, verify_bundle, write_manifest
 from missrec_t4r.data.catalogue import Catalogue, Modality
-from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
-from missrec_t4r.io.arrow_files import one_array, unequal
+from missrec_t4r.errors import BundleError, ParityError
+from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.io.atomic import exchange, temporary_dir
 from missrec_t4r.io.lock import locked
-from missrec_t4r.io.npy_files import read_npy
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.terms.cold_start import cold_item_mask
 from missrec_t4r.runs.extend import nearest_interests
-from missrec_t4r.schema import (
-    FIRST_ITEM_ROW,
-    ITEM_ID,
-    RETIRED,
-    SCHEMA_FILE,
-    SESSION_TRANSFORM_FILE,
-    TRAIN_COUNT,
-    UNKNOWN_ROW,
-)
+from missrec_t4r.schema import FIRST_ITEM_ROW, SCHEMA_FILE, SESSION_TRANSFORM_FILE, TRAIN_COUNT
 
 log = logging.getLogger(__name__)
-
 
 TOLERANCE = 1e-6
 """Largest accepted difference of an untouched item's score in a session of untouched items."""
 _CHECKED_SESSIONS = 64
 _MOST_IN_MEMORY = 1 << 25
 """Most numbers kept in memory (128 MiB of float32): of a vector table, or of the scores of the checked sessions."""
-_INTEGER = "^(0|-?[1-9][0-9]*)$"
-"""How an integer is written: without a plus, spaces or leading zeros."""
 _COPIED_FILES = (MODEL_FILE, WEIGHTS_FILE, SESSION_TRANSFORM_FILE, SCHEMA_FILE)
 
 
@@ -118,54 +90,30 @@ def update_catalogue(
 
 def _update(folder: Path, table: pa.Table, modalities: Mapping[str, Path | Floats], dry_run: bool) -> dict[str, Any]:
     started = time.monotonic()
-    before = catalogue_version(verify_bundle(folder, only=()))
     old = load_bundle(folder)
-    rows = _rows_of(old.catalogue, table)
-    given = {name: _vectors(name, part, old.catalogue, table.num_rows) for name, part in modalities.items()}
-    differs = _differs(old.catalogue, table, rows, given)
+    changes = Changes.of(table, modalities, old.catalogue)
+    differs = changes.differing(old.catalogue)
     unchanged = int((~differs).sum())
     if unchanged:  # an export of the whole catalogue; repeating an update must not replace the previous version
-        table, rows = table.filter(pa.array(differs)), rows[differs]
-        given = {name: vectors[differs] for name, vectors in given.items()}
-    if not len(rows):
+        changes = changes.only(differs)
+    before = after = catalogue_version(old.manifest)
+    catalogue, largest = old.catalogue, 0.0
+    if len(changes.rows):
+        log.info(f"writing the catalogue with {len(changes.rows)} new, changed or retired items")
+        with temporary_dir(folder) as temporary:
+            new = _write_version(temporary, folder, old, changes)
+            catalogue, largest = new.catalogue, _compare_untouched(old, new, changes.rows)
+            after = catalogue_version(new.manifest)
+            if not dry_run:
+                _swap(temporary, folder)
+    else:
         log.info(f"{folder} holds these {unchanged:,} items as they are: nothing to do")
-        return ({"dry_run": True} if dry_run else {}) | {
-            "bundle": str(folder),
-            "updated": False,
-            "catalogue_version": before,
-            "previous": before,
-            "items": old.catalogue.n_items,
-            "added": 0,
-            "without_vectors": 0,
-            "changed": 0,
-            "unchanged": unchanged,
-            "retired": int(old.catalogue.retired.sum()),
-            "largest_difference": 0.0,
-            "seconds": round(time.monotonic() - started, 2),
-        }
-    log.info(f"writing the catalogue with {table.num_rows} new, changed or retired items")
-    with temporary_dir(folder) as temporary:
-        temporary.chmod(0o755)
-        extended = _extend_catalogue(old.catalogue, table, rows, given, temporary)
-        for name in _COPIED_FILES:
-            shutil.copyfile(folder / name, temporary / name)
-        _write(temporary, old, extended, rows, given)
-        new = load_bundle(temporary)
-        if extended.n_rows >= SEARCH_FROM:
-            new = with_index(temporary, new)
-        largest = _compare_untouched(old, new, rows)
-        after = catalogue_version(verify_bundle(temporary, only=()))
-        if not dry_run:
-            _swap(temporary, folder)
-    is_new = rows >= old.catalogue.n_rows
+    is_new = changes.rows >= old.catalogue.n_rows
     added = int(is_new.sum())
-    has_vector = np.zeros(len(rows), bool)
-    for modality in extended.modalities.values():
-        has_vector |= modality.present[rows]
-    without_vectors = int((is_new & ~has_vector).sum())
-    if without_vectors:
+    has_vector = np.any([modality.present[changes.rows] for modality in catalogue.modalities.values()], axis=0)
+    if without_vectors := int((is_new & ~has_vector).sum()):
         log.warning(
-            f"{without_vectors} of {added} new items have no vector of {', '.join(extended.modalities)}: nothing tells "
+            f"{without_vectors} of {added} new items have no vector of {', '.join(catalogue.modalities)}: nothing says "
             "where to recommend them. Give vectors, or the texts and pictures that the data folder's encoders read"
         )
     return ({"dry_run": True} if dry_run else {}) | {
@@ -173,12 +121,12 @@ def _update(folder: Path, table: pa.Table, modalities: Mapping[str, Path | Float
         "updated": after != before and not dry_run,
         "catalogue_version": after,
         "previous": before,
-        "items": extended.n_items,
+        "items": catalogue.n_items,
         "added": added,
         "without_vectors": without_vectors,
-        "changed": len(rows) - added,
+        "changed": len(changes.rows) - added,
         "unchanged": unchanged,
-        "retired": int(extended.retired.sum()),
+        "retired": int(catalogue.retired.sum()),
         "largest_difference": largest,
         "seconds": round(time.monotonic() - started, 2),
     }
@@ -206,7 +154,7 @@ def rollback_catalogue(bundle: str | Path) -> dict[str, Any]:
     if not previous.is_dir():
         raise BundleError(f"{folder} has no version before", f"{previous.name} beside it", "nothing was changed")
     with locked(folder, wait=False, error=BundleError):
-        before, after = (catalogue_version(verify_bundle(one)) for one in (folder, previous))
+        before, after = (catalogue_version(verify_bundle(version)) for version in (folder, previous))
         exchange(previous, folder)
     return {"bundle": str(folder), "catalogue_version": after, "previous": before}
 
@@ -216,144 +164,34 @@ def previous_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.previous")
 
 
-def read_items(file: Path, item_column: str = ITEM_ID) -> pa.Table:
-    """Read the table of items to add, change or retire; its id column gets the name ``item_id``.
-
-    The unnamed row index that pandas may have written is left out.
-
-    Raises
-    ------
-    DataError
-        The file cannot be read, has no such column or missing ids, or ``retired`` is not true or false.
-    """
-    try:
-        table = pq.read_table(file)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{file} cannot be read ({error})", "a parquet file with a column of item ids") from error
-    if item_column not in table.column_names:
-        found = f"{file} has columns {table.column_names}"
-        raise DataError(found, f"a column {item_column!r}", "name yours with --item-column")
-    if item_column != ITEM_ID and ITEM_ID in table.column_names:
-        log.info(f"{file}: column {ITEM_ID} is left out, {item_column} holds the ids")
-        table = table.drop_columns([ITEM_ID])
-    if index := [name for name in table.column_names if name.startswith("__index_level_")]:
-        log.info(f"{file}: {', '.join(index)}, a row index of pandas, is left out")
-        table = table.drop_columns(index)
-    if missing := table[item_column].null_count:
-        raise DataError(f"{missing} of {table.num_rows} items without an id", "one id per row", "leave these rows out")
-    if RETIRED in table.column_names and not pa.types.is_boolean(kind := table[RETIRED].type):
-        raise DataError(f"column {RETIRED!r} of type {kind}", "true or false", "convert it, or leave it out")
-    return table.rename_columns([ITEM_ID if name == item_column else name for name in table.column_names])
+def _write_version(out: Path, folder: Path, old: LoadedBundle, changes: Changes) -> LoadedBundle:
+    """Write the bundle with the changes into the folder ``out``, and return it as it is read back."""
+    out.chmod(0o755)
+    for name in _COPIED_FILES:
+        shutil.copyfile(folder / name, out / name)
+    extended = _extend_catalogue(old.catalogue, changes, out)
+    interests = {"interests.centroids": old.model.interests.centroids}
+    interests["interests.assignment"] = _assignment(old, extended, changes)
+    write_catalogue(out, interests, extended)
+    write_manifest(out, old.manifest.get("recount"))
+    new = load_bundle(out)
+    return with_index(out, new) if extended.n_rows >= SEARCH_FROM else new
 
 
-def _rows_of(catalogue: Catalogue, table: pa.Table) -> Ints:
-    """Return the catalogue row of every row of the table: an existing item's own, a new item's next free one."""
-    if ITEM_ID not in table.column_names or not table.num_rows:
-        raise DataError(
-            f"items with columns {table.column_names}, {table.num_rows} rows", "a column item_id and at least one row"
-        )
-    ids = table[ITEM_ID].combine_chunks()
-    id_type = catalogue.items[ITEM_ID].type
-    try:
-        if pa.types.is_string(id_type) and not _is_text(ids.type):  # as texts, 7 and "007" would be two items
-            raise pa.ArrowInvalid(f"{ids.type} are no texts")
-        if pa.types.is_boolean(ids.type) or pa.types.is_temporal(ids.type):  # Arrow makes integers of them
-            raise pa.ArrowInvalid(f"{ids.type} are no ids")
-        if pa.types.is_integer(id_type) and _is_text(ids.type):
-            _require_integers(ids.cast(pa.string()))
-        ids = ids.cast(id_type)
-    except pa.ArrowInvalid as error:
-        raise DataError(
-            f"item ids of type {ids.type}",
-            f"{id_type}, as in the catalogue",
-            "write the ids as the item table has them",
-        ) from error
-    if ids.null_count or len(ids.unique()) != len(ids):
-        raise DataError("the new items hold missing or repeated ids", "one row per item")
-    rows = catalogue.rows_of(pa.array(ids.to_pylist(), id_type)).copy()
-    new = rows == UNKNOWN_ROW
-    rows[new] = catalogue.n_rows + np.arange(new.sum())
-    return rows
-
-
-def _require_integers(ids: pa.Array) -> None:
-    """Refuse text ids that are not written as an integer is, as `missrec etl` does: "077" is not 77."""
-    others = ids.drop_null().filter(pc.invert(pc.match_substring_regex(ids.drop_null(), _INTEGER)))
-    if len(others):
-        raise DataError(
-            f"the item id {others[0].as_py()!r}, a text",
-            "integers, as in the catalogue: 77 or '77'",
-            "write the ids as the item table has them",
-        )
-    log.info(f"{len(ids):,} item ids are texts, and integers in the catalogue: they are read as integers")
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return str(value) in ("string", "large_string", "string_view")
-
-
-def _differs(catalogue: Catalogue, table: pa.Table, rows: Ints, given: Mapping[str, Floats]) -> Bools:
-    """Return which rows of the table are new, or hold another value or vector than the catalogue, [table row]."""
-    is_old = rows < catalogue.n_rows
-    differs, at = ~is_old, rows[is_old]
-    changed = np.zeros(len(at), bool)
-    for name in table.column_names:
-        if name in (ITEM_ID, TRAIN_COUNT):
-            continue
-        new = one_array(table[name]).filter(pa.array(is_old))
-        if name in catalogue.items.column_names:
-            old = one_array(catalogue.items[name]).take(pa.array(at - FIRST_ITEM_ROW))
-            changed |= unequal(old, _cast(new, old.type, name))
-        else:
-            changed |= new.is_valid().to_numpy(zero_copy_only=False)
-    for name, vectors in given.items():
-        modality, own = catalogue.modalities[name], vectors[is_old]
-        other = (modality.vectors[at] != own).any(1) | ~modality.present[at]
-        changed |= other & ~np.isnan(own).any(1)
-    differs[is_old] = changed
-    return differs
-
-
-def _cast(column: pa.Array, dtype: pa.DataType, name: str) -> pa.Array:
-    """Return a column of the table in the catalogue's type."""
-    try:
-        return column.cast(dtype)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"column {name!r} of type {column.type}", f"{dtype}, as in the catalogue") from error
-
-
-def _vectors(name: str, part: Path | Floats, catalogue: Catalogue, n_lines: int) -> Floats:
-    if name not in catalogue.modalities:
-        raise ModalityError(f"modality {name!r}", f"one of {', '.join(catalogue.modalities)}: the model has no other")
-    try:
-        vectors = read_npy(part) if isinstance(part, Path) else part
-    except (OSError, ValueError) as error:
-        raise ModalityError(f"{part} cannot be read ({error})", "a .npy file of numbers", "check --modality") from error
-    expected = n_lines, catalogue.modalities[name].width
-    if vectors.shape != expected or vectors.dtype.kind != "f":
-        raise ModalityError(f"modality {name!r} has {vectors.dtype} of shape {vectors.shape}", f"numbers {expected}")
-    whole = np.isnan(vectors).all(1) | np.isfinite(vectors).all(1)
-    if not whole.all():
-        raise ModalityError(f"modality {name!r} holds NaN or infinity in row {int(np.argmin(whole))}", "whole vectors")
-    return vectors.astype(np.float32)
-
-
-def _extend_catalogue(
-    catalogue: Catalogue, table: pa.Table, rows: Ints, given: Mapping[str, Floats], folder: Path
-) -> Catalogue:
-    """Return the catalogue with the table's items and vectors, new items after the existing ones."""
-    n_rows = max(int(rows.max()) + 1, catalogue.n_rows)
-    names = [*catalogue.items.column_names, *table.column_names]
-    columns = {name: _column(name, catalogue, table, rows, n_rows) for name in dict.fromkeys(names)}
+def _extend_catalogue(catalogue: Catalogue, changes: Changes, folder: Path) -> Catalogue:
+    """Return the catalogue with the changed items and vectors, new items after the existing ones."""
+    n_rows = max(int(changes.rows.max()) + 1, catalogue.n_rows)
+    names = [*catalogue.items.column_names, *changes.table.column_names]
+    columns = {name: _column(name, catalogue, changes, n_rows) for name in dict.fromkeys(names)}
     modalities = {}
     for name, modality in catalogue.modalities.items():
         vectors = _zeros((n_rows, modality.width), folder)
         present = np.zeros(n_rows, bool)
         vectors[: catalogue.n_rows], present[: catalogue.n_rows] = modality.vectors, modality.present
-        if name in given:
-            has_vector = ~np.isnan(given[name]).any(1)
-            vectors[rows[has_vector]], present[rows[has_vector]] = given[name][has_vector], True
+        has_vector = changes.has_vector(name)
+        if has_vector.any():
+            rows = changes.rows[has_vector]
+            vectors[rows], present[rows] = changes.vectors[name][has_vector], True
         modalities[name] = Modality(vectors, present, modality.encoder)
     return Catalogue(pa.table(columns), modalities, checked=True)
 
@@ -366,38 +204,33 @@ def _zeros(shape: tuple[int, int], folder: Path) -> Floats:
         return np.memmap(file, np.float32, "w+", shape=shape)
 
 
-def _column(name: str, catalogue: Catalogue, table: pa.Table, rows: Ints, n_rows: int) -> pa.Array:
-    """Return one column of the extended item table: the catalogue's values, replaced where the table has one."""
-    exists = name in catalogue.items.column_names
-    dtype = catalogue.items[name].type if exists else table[name].type
+def _column(name: str, catalogue: Catalogue, changes: Changes, n_rows: int) -> pa.Array:
+    """Return one column of the extended item table: the catalogue's values, replaced where the changes have one."""
+    exists, is_given = name in catalogue.items.column_names, name in changes.table.column_names
+    dtype = catalogue.items[name].type if exists else changes.table[name].type
     old = one_array(catalogue.items[name]) if exists else pa.nulls(catalogue.n_items, dtype)
     # Both are concatenated; source [item] is the position of every item's value in the result
     source = np.arange(n_rows - FIRST_ITEM_ROW)
-    if name == TRAIN_COUNT or name not in table.column_names:  # popularity is that of the training
+    if name == TRAIN_COUNT or not is_given:  # popularity is that of the training
         new = pa.array([0], dtype) if name == TRAIN_COUNT else pa.nulls(1, dtype)  # of every new item
         source = np.minimum(source, len(old))
     else:
-        new = _cast(one_array(table[name]), dtype, name)
-        source[rows - FIRST_ITEM_ROW] = len(old) + np.arange(len(rows))
+        new = changes.column(name, dtype)
+        source[changes.rows - FIRST_ITEM_ROW] = len(old) + np.arange(len(changes.rows))
     return pa.concat_arrays([old, new]).take(pa.array(source))
 
 
-def _write(folder: Path, old: LoadedBundle, extended: Catalogue, rows: Ints, given: Mapping[str, Floats]) -> None:
-    """Write the files of the extended catalogue, with the interests of new and changed modality embeddings."""
-    interests = old.model.interests
-    assignment = torch.zeros(len(extended.modalities), extended.n_rows, dtype=torch.int64)  # [modality, catalogue]
+def _assignment(old: LoadedBundle, extended: Catalogue, changes: Changes) -> torch.Tensor:
+    """Return the interests of the extended catalogue, [modality, catalogue]: the nearest ones where vectors changed."""
+    interests, rows = old.model.interests, changes.rows
+    assignment = torch.zeros(len(extended.modalities), extended.n_rows, dtype=torch.int64)
     assignment[:, : old.catalogue.n_rows] = interests.assignment
     embeddings, mask = _modality_embeddings(old.model, extended, rows)
-    nearest = nearest_interests(interests, embeddings, mask)  # [modality, row of the table]
+    nearest = nearest_interests(interests, embeddings, mask)  # [modality, changed item]
     for index, name in enumerate(extended.modalities):
-        has_vector = np.isfinite(given[name]).all(1) if name in given else np.zeros(len(rows), bool)
-        changed = torch.from_numpy(has_vector | (rows >= old.catalogue.n_rows))
+        changed = torch.from_numpy(changes.has_vector(name) | (rows >= old.catalogue.n_rows))
         assignment[index, torch.from_numpy(rows)[changed]] = nearest[index, changed]
-    state = {"interests.centroids": interests.centroids, "interests.assignment": assignment}
-    write_catalogue(state, extended, folder / CATALOGUE_FILE)
-    pq.write_table(extended.items, folder / ITEMS_FILE)
-    write_features(folder, extended)
-    write_manifest(folder)
+    return assignment
 
 
 @torch.inference_mode()

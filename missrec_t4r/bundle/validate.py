@@ -22,7 +22,7 @@ MOST_TEXT = 16 << 20
 """Most bytes of a JSON or schema file; exported ones have a few kilobytes."""
 _MOST_BRACKETS = 200_000
 """Most lists and objects of a JSON file: each takes many times the bytes that it has in the file."""
-_CODE = {b"\x80\x02": "a pickle", b"\x80\x03": "a pickle", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle"}
+_CODE = {bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)}
 _CODE |= {b"PK\x03\x04": "a zip archive, as torch.save writes", b"\x7fELF": "a program", b"#!": "a script"}
 _CODE |= {b"\x93NUMPY": "a numpy file"}
 

@@ -13,6 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from missrec_t4r.bundle.bundle import load_bundle
+from missrec_t4r.bundle.catalogue_changes import read_items
+from missrec_t4r.bundle.item_table import load_items
+from missrec_t4r.bundle.manifest import catalogue_version
+from missrec_t4r.bundle.update_catalogue import rollback_catalogue, update_catalogue
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.lock import locked
@@ -55,10 +60,7 @@ def catalogue_update(
     dict
         What changed, and under ``deployed`` the result of `missrec deploy`.
     """
-    from missrec_t4r.bundle.item_table import load_items
-    from missrec_t4r.bundle.update_catalogue import read_items, update_catalogue
-
-    if bundle is None and repository is None:
+    if (first := bundle or repository) is None:
         raise ConfigError("neither --bundle nor --repository", "one of them, or both")
     table = read_items(Path(items), item_column)
     vectors: dict[str, Any] = {name: Path(file) for name, file in (modality or {}).items()}
@@ -67,11 +69,11 @@ def catalogue_update(
         for target in () if dry_run else (repository, bundle):
             if target is not None:  # until the end: another update starts from the result of this one
                 stack.enter_context(locked(Path(target)))
-        changed = bundle or _served_bundle(Path(folder), repository)
+        changed = Path(first) if bundle else _served_bundle(Path(folder), Path(first))
         if data is not None:
             from missrec_t4r.etl.features.pipeline import encode_items
 
-            ids, known = (one[ITEM_ID].cast(pa.string()) for one in (table, load_items(Path(changed))))
+            ids, known = (items[ITEM_ID].cast(pa.string()) for items in (table, load_items(changed)))
             has_new = not pc.all(pc.is_in(ids, known.combine_chunks())).as_py()
             for name, encoded in encode_items(Path(data), table, complete=has_new, given=vectors).items():
                 vectors[name] = np.where(encoded.present[:, None], encoded.vectors, np.float32("nan"))
@@ -98,8 +100,6 @@ def catalogue_rollback(*, bundle: str | Path | None = None, repository: str | Pa
     dict
         The catalogue's version, and under ``deployed`` the result of `missrec rollback`.
     """
-    from missrec_t4r.bundle.update_catalogue import rollback_catalogue
-
     if bundle is None and repository is None:
         raise ConfigError("neither --bundle nor --repository", "one of them, or both")
     result = rollback_catalogue(bundle) if bundle else {}
@@ -110,12 +110,10 @@ def catalogue_rollback(*, bundle: str | Path | None = None, repository: str | Pa
     return result
 
 
-def _served_bundle(folder: Path, repository: str | Path | None) -> Path:
+def _served_bundle(folder: Path, repository: Path) -> Path:
     """Return a copy of the bundle that is served."""
     from missrec_t4r.serving.triton.deployment import bundle_of, current_version
 
-    assert repository is not None
-    repository = Path(repository)
     version = current_version(repository)
     if version is None:
         raise ConfigError(f"{repository} serves nothing yet", "a folder of `missrec deploy`", "deploy a bundle first")
@@ -133,25 +131,25 @@ def verify(bundle: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        Files, bytes, items, modalities and the catalogue's version.
+        Files, bytes, items, modalities and the catalogue's version; under ``recount`` the number of events and sessions
+        in which `missrec export --recount` counted co-occurrences again, and the time of the newest one (``until``),
+        None for the counts of training.
 
     Raises
     ------
     BundleError
         The bundle is damaged, truncated, oversized or manipulated; with the file and the reason.
     """
-    from missrec_t4r.bundle.bundle import load_bundle
-    from missrec_t4r.bundle.manifest import catalogue_version, verify_bundle
-
-    manifest = verify_bundle(bundle)
     loaded = load_bundle(bundle)
+    files = loaded.manifest["files"].values()
     return {
         "bundle": str(bundle),
-        "files": len(manifest["files"]),
-        "bytes": sum(file["bytes"] for file in manifest["files"].values()),
+        "files": len(files),
+        "bytes": sum(file["bytes"] for file in files),
         "items": loaded.catalogue.n_items,
         "modalities": list(loaded.catalogue.modalities),
-        "catalogue_version": catalogue_version(manifest),
+        "catalogue_version": catalogue_version(loaded.manifest),
+        "recount": loaded.manifest.get("recount"),
     }
 
 

@@ -14,20 +14,25 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
 from missrec_t4r.bundle.bundle import fill_bundle, load_bundle
 from missrec_t4r.bundle.manifest import MANIFEST_FILE
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.event_features import load_sessions
+from missrec_t4r.data.session_files import read_rows, row_files
 from missrec_t4r.data.user_sessions import whole_sessions
 from missrec_t4r.errors import BundleError, ConfigError
-from missrec_t4r.export.parity import check_rows, compare_offline, raw_ids, sample_histories
-from missrec_t4r.export.workflow_parity import check_workflow
+from missrec_t4r.export.parity import check_rows, check_workflow, compare_offline, raw_ids, sample_histories
 from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.io.lock import locked
 from missrec_t4r.ranking.recount import recount as count_again
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.run_folder import RUN_FILE, LoadedRun, load_run
+from missrec_t4r.schema import LIST_SUFFIX, SPLITS, TIMESTAMP
 from missrec_t4r.serving.triton.repository import MARKER, ServingSettings, described, fill_repository
 
 log = logging.getLogger(__name__)
@@ -60,7 +65,7 @@ def export(
     recount : bool
         Count co-occurrences and the events of items in the whole data folder: the training split lacks the last events
         of every user, which validation and test ask for. The weights stay as tuned. The bundle then is not the model
-        that `missrec evaluate` measures: that one has the counts of training.
+        that `missrec evaluate` measures, and its manifest says so: that one has the counts of training.
     dry_run : bool
         Write and compare in a temporary folder only.
 
@@ -79,18 +84,19 @@ def export(
         A setting that the run does not allow, such as ``recount`` without an item-kNN term.
     """
     started = time.monotonic()
-    bundle_folder, repository = Path(out).absolute(), None if triton is None else Path(triton).absolute()
-    if repository is not None and _overlap(bundle_folder, repository):
-        raise ConfigError(f"--out {out} and --triton {triton} overlap: one is inside the other", "two separate folders")
-    require_at_least(1, sessions=sessions)
-    loaded = load_run(run, data)
-    counted = _count_all_events(loaded, Path(run)) if recount else {}
-    targets = [(bundle_folder, MANIFEST_FILE, "bundle")]
+    bundle, repository = Path(out).absolute(), None if triton is None else Path(triton).absolute()
+    targets = [(bundle, MANIFEST_FILE, "bundle")]
     if repository is not None:
+        if bundle.is_relative_to(repository) or repository.is_relative_to(bundle):
+            found = f"--out {out} and --triton {triton} overlap: one is inside the other"
+            raise ConfigError(found, "two separate folders")
         targets.append((repository, MARKER, "model repository"))
+    require_at_least(1, sessions=sessions)
     for target, marker, kind in targets:
         refuse_unmanaged(target, marker, kind, BundleError)
     would_replace = any(target.exists() for target, *_ in targets)
+    loaded = load_run(run, data)
+    counted = _count_all_events(loaded, Path(run)) if recount else None
     with ExitStack() as stack:
         if dry_run:
             elsewhere = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -101,30 +107,43 @@ def export(
             stack.enter_context(atomic_write_dir(target, marker, kind, BundleError)) for target, marker, kind in targets
         ]
         log.info(f"writing the bundle of {run}")
+        model, catalogue, n_trained = loaded.model, loaded.catalogue, loaded.n_trained
         manifest = fill_bundle(
-            temporary, model=loaded.model, catalogue=loaded.catalogue, data=loaded.data, n_trained=loaded.n_trained
+            temporary, model=model, catalogue=catalogue, data=loaded.data, n_trained=n_trained, recount=counted
         )
         parity = _check_parity(temporary, loaded, sessions)
         for folder in temporary_repository:
             fill_repository(folder, temporary, _settings_so_far(repository))
     size = sum(file["bytes"] for file in manifest["files"].values())
-    log.info(f"bundle {bundle_folder} ({size / 2**20:.1f} MiB) equals its run on {parity['sessions']} sessions")
+    log.info(f"bundle {bundle} ({size / 2**20:.1f} MiB) equals its run on {parity['sessions']} sessions")
     return ({"dry_run": True, "would_replace": would_replace} if dry_run else {}) | {
-        "bundle": str(bundle_folder),
+        "bundle": str(bundle),
         "repository": None if repository is None else str(repository),
         "bytes": size,
-        "items": loaded.catalogue.n_items,
+        "items": catalogue.n_items,
         "parity": parity,
-        **counted,
+        **({"counted_events": counted["events"]} if counted else {}),
         "seconds": round(time.monotonic() - started, 2),
     }
 
 
-def _count_all_events(loaded: LoadedRun, run: Path) -> dict[str, int]:
+def _count_all_events(loaded: LoadedRun, run: Path) -> dict[str, Any]:
+    """Count co-occurrences in all events of the data folder; return what the bundle's manifest says about it."""
     sessions = whole_sessions(loaded.data)
     count_again(loaded.model, sessions, read_json(run / RUN_FILE).get("prior") or {})
     log.info(f"counted co-occurrences in all {len(sessions.values):,} events of {len(sessions):,} sessions")
-    return {"counted_events": len(sessions.values)}
+    return {"events": len(sessions.values), "sessions": len(sessions), "until": _newest_time(loaded.data)}
+
+
+def _newest_time(data: Path) -> str | None:
+    """Return when the newest event of a data folder happened, in UTC; None where its sessions have no times."""
+    column, newest = TIMESTAMP + LIST_SUFFIX, []
+    for split in SPLITS:
+        files = row_files(data / split)
+        if files and column in pq.read_schema(files[0]).names:
+            times = read_rows(data / split, [column])[column]
+            newest.append(pc.max(pc.list_flatten(times)).as_py())
+    return f"{np.datetime64(int(max(newest)), 's')}Z" if newest else None
 
 
 def _check_parity(folder: Path, loaded: LoadedRun, sessions: int) -> dict[str, Any]:
@@ -153,7 +172,3 @@ def _settings_so_far(repository: Path | None) -> ServingSettings:
     if settings != ServingSettings():
         log.info("the new repository keeps the settings of the old one: " + described(settings))
     return settings
-
-
-def _overlap(one: Path, other: Path) -> bool:
-    return one.is_relative_to(other) or other.is_relative_to(one)

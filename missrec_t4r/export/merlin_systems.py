@@ -126,11 +126,10 @@ def export_merlin(bundle: str | Path, workflow: Any, out: str | Path, *, top_k: 
     BundleError
         The bundle is damaged, or has fewer items than ``top_k``.
     """
-    verify_bundle(bundle)
     transform = load_bundle(bundle).transform
     strings = transform.settings.id_type == "string"
-    if top_k < 1 or top_k > transform.n_items:
-        raise BundleError(f"top_k {top_k} of a catalogue of {transform.n_items} items", "1 to that many")
+    if top_k > transform.n_items:
+        raise BundleError(f"top_k {top_k} of a catalogue of {transform.n_items} items", "at most that many")
     with atomic_write_dir(Path(out), f"{EXECUTOR}/config.pbtxt", "Merlin ensemble", BundleError) as folder:
         predict = PredictMISSRec(bundle, top_k, strings=strings)
         graph = [ITEM_ID] >> predict if strings else [ITEM_ID] >> TransformWorkflow(workflow) >> predict

@@ -3,7 +3,7 @@
 Three comparisons on test sessions, row by row:
 
 1. the compiled request workflow with the rows of the data folder (`check_rows`), and with the fitted NVTabular workflow
-   where NVTabular is installed (`workflow_parity`);
+   where NVTabular is installed (`check_workflow`);
 2. the reloaded bundle with the run's model, ranked here independently by sorting all scores (`compare_offline`);
 3. a running server with the run's model (`compare_served`).
 
@@ -12,22 +12,28 @@ Equal means that every id is equal outside ties and every score differs by at mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import importlib.util
+import random
+import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from missrec_t4r.arrays import Doubles, Floats, Ints
 from missrec_t4r.bundle.id_encoder import RawId, SessionTransform
+from missrec_t4r.bundle.item_table import vocabulary_of
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import compact_event_features
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ParityError
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.retrieval.ranker import Ranker, compact
-from missrec_t4r.schema import FIRST_ITEM_ROW, NULL_ROW, PADDING_ROW, UNKNOWN_ROW
+from missrec_t4r.schema import FIRST_ITEM_ROW, NULL_ROW, PADDING_ROW, SESSION_TRANSFORM_FILE, UNKNOWN_ROW
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.event_features import SessionEventFeatures
 
@@ -35,8 +41,11 @@ TOLERANCE = 1e-5
 """Largest accepted difference of a score; scores closer than this are a tie."""
 
 _BATCH = 64
+_REQUEST_WORKFLOW = "request_workflow"
 _TOP_K = 10
 """Items per session that a bundle and its run are compared on."""
+_CLIENTS = 16
+"""Concurrent requests to a server, so that its dynamic batching has requests to merge."""
 
 RankedItems = tuple[Ints, Floats]
 """Rows and scores of one session's recommendations, best first."""
@@ -89,9 +98,9 @@ def sample_histories(test: Sessions, n: int) -> Sessions:
 
 def raw_ids(catalogue: Catalogue, histories: Sessions) -> list[list[RawId]]:
     """Convert sessions of rows to raw ids, as a client sends them; unknown rows become an id outside the catalogue."""
-    unknown = _unknown_id(catalogue)
-    id_of = {int(row): raw for row, raw in _rows_and_ids(catalogue, histories)}
-    return [[id_of.get(int(row), None if row == NULL_ROW else unknown) for row in session] for session in histories]
+    rows = np.unique(histories.values[histories.values >= FIRST_ITEM_ROW])
+    unknown, id_of = _unknown_id(catalogue), dict(zip(rows.tolist(), catalogue.ids_of(rows), strict=True))
+    return [[id_of.get(row, None if row == NULL_ROW else unknown) for row in session.tolist()] for session in histories]
 
 
 def raw_event_features(model: MISSRec, histories: Sessions) -> list[SessionEventFeatures]:
@@ -132,6 +141,72 @@ def check_rows(transform: SessionTransform, histories: Sessions, sessions: Seque
             )
 
 
+def check_workflow(data: Path, catalogue: Catalogue, sessions: Sequence[Sequence[RawId]]) -> str:
+    """Require that NVTabular's request workflow returns the same rows as the compiled one.
+
+    Parameters
+    ----------
+    data : Path
+        Data folder with the fitted workflow.
+    catalogue : Catalogue
+        The exported catalogue.
+    sessions : sequence of sequences
+        Raw test sessions; variants with unknown and missing ids, too long and empty ones are added.
+
+    Returns
+    -------
+    str
+        ``"equal on N sessions"``, or why the check was skipped.
+
+    Raises
+    ------
+    ParityError
+        Names the first session that differs.
+    """
+    folder = data / _REQUEST_WORKFLOW
+    if not folder.is_dir():
+        return f"skipped: {data} holds no {_REQUEST_WORKFLOW}"
+    if importlib.util.find_spec("nvtabular") is None:
+        return "skipped: nvtabular is not installed"
+    if catalogue.id_type != "string":  # NVTabular refuses missing ids in integer lists
+        sessions = [[item for item in session if item is not None] for session in sessions]
+    variants = hostile_variants(sessions, catalogue.id_type)
+    transform = SessionTransform.load(data / SESSION_TRANSFORM_FILE, vocabulary_of(catalogue.items))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Merlin warns about its own dependencies
+        from missrec_t4r.etl.nvt.request_transform import request_rows
+
+        expected_rows = request_rows(folder, variants)
+    for session, expected, rows in zip(variants, expected_rows, transform(*variants), strict=True):
+        if rows.tolist() != expected:
+            raise ParityError(
+                f"session {session} becomes rows {rows.tolist()}",
+                f"{expected}, as NVTabular's request workflow gives",
+                "re-run `missrec etl`: transform and workflow are of different runs",
+            )
+    return f"equal on {len(variants)} sessions"
+
+
+def hostile_variants(sessions: Sequence[Sequence[RawId]], id_type: str) -> list[list[RawId]]:
+    """Return the sessions, variants of each with unknown ids and of excessive length, and an empty session.
+
+    Missing ids are inserted for string catalogues only: NVTabular refuses them in integer lists.
+
+    Examples
+    --------
+    >>> [len(session) for session in hostile_variants([["lamp", "desk"]], "string")]
+    [2, 4, 128, 0]
+    """
+    rng = random.Random(7)
+    unknown: list[RawId] = ["", " ", "no such item", "☂", None] if id_type == "string" else [-1, 0, 2**62]
+    variants: list[list[RawId]] = [list(session) for session in sessions]
+    for session in sessions:
+        mixed = [*session, *rng.choices(unknown, k=2)]
+        rng.shuffle(mixed)
+        variants += [mixed, mixed * 32]  # longer than any max_sequence_length
+    return [*variants, []]
+
+
 def compare_offline(ranker: Ranker, model: MISSRec, histories: Sessions) -> Parity:
     """Compare the ranker of a reloaded bundle with the trained and evaluated model.
 
@@ -153,9 +228,7 @@ def compare_offline(ranker: Ranker, model: MISSRec, histories: Sessions) -> Pari
     return compare_ranked(model, histories, ranked, _TOP_K)
 
 
-def compare_served(
-    client: MISSRecClient, model: MISSRec, catalogue: Catalogue, histories: Sessions, top_k: int = 10, clients: int = 16
-) -> Parity:
+def compare_served(client: MISSRecClient, model: MISSRec, catalogue: Catalogue, histories: Sessions) -> Parity:
     """Compare a running server with the run's model, with one session per request and concurrent requests.
 
     Triton therefore batches requests of different clients, as in production.
@@ -168,22 +241,15 @@ def compare_served(
         Of the run.
     catalogue : Catalogue
     histories : Sessions
-    top_k : int
-    clients : int
-        Concurrent requests.
-
-    Returns
-    -------
-    Parity
     """
 
     def recommend(session: list[RawId], event_features: SessionEventFeatures) -> RankedItems:
-        result = client.recommend([session], top_k, side=[event_features] if event_features else None)[0]
+        result = client.recommend([session], _TOP_K, side=[event_features] if event_features else None)[0]
         return catalogue.rows_of(result.item_ids), np.asarray(result.scores, np.float32)
 
-    with ThreadPoolExecutor(clients) as pool:
+    with ThreadPoolExecutor(_CLIENTS) as pool:
         ranked = list(pool.map(recommend, raw_ids(catalogue, histories), raw_event_features(model, histories)))
-    return compare_ranked(model, histories, ranked, top_k)
+    return compare_ranked(model, histories, ranked, _TOP_K)
 
 
 def compare_ranked(model: MISSRec, histories: Sessions, ranked: Sequence[RankedItems], top_k: int) -> Parity:
@@ -197,18 +263,13 @@ def compare_ranked(model: MISSRec, histories: Sessions, ranked: Sequence[RankedI
         Recommendations of every session, best first.
     top_k : int
         Requested items.
-
-    Returns
-    -------
-    Parity
     """
     largest, wrong = 0.0, 0
-    for index, scores in enumerate(_reference(model, histories)):
+    for (rows, served_scores), scores in zip(ranked, _reference(model, histories), strict=True):
         if scores is None:
             continue  # no known item: popularity ranks, not the model
         order = np.argsort(-scores, kind="stable")[:top_k]  # ties by catalogue order, as in serving
         expected = order[np.isfinite(scores[order])]  # -inf: not recommendable
-        rows, served_scores = ranked[index]
         if len(rows) != len(expected):
             wrong += abs(len(rows) - len(expected))
             continue
@@ -230,19 +291,13 @@ def _reference(model: MISSRec, histories: Sessions) -> Iterator[Doubles | None]:
         rows = histories.padded(batch, length)
         session = torch.from_numpy(compact(rows, length)).to(candidates.mask.device)
         event_features = compact_event_features(histories.padded_features(batch, length), rows, length)
-        given = {name: torch.from_numpy(values).to(session.device) for name, values in event_features.items()}
-        scores = model.score(model(session, given), candidates, session).double().cpu().numpy()  # [batch, catalogue]
+        features = {name: torch.from_numpy(values).to(session.device) for name, values in event_features.items()}
+        scores = model.score(model(session, features), candidates, session).double().cpu().numpy()  # [batch, catalogue]
         empty = (session == PADDING_ROW).all(1).tolist()
         yield from (None if is_empty else row for row, is_empty in zip(scores, empty, strict=True))
 
 
-def _rows_and_ids(catalogue: Catalogue, histories: Sessions) -> Iterator[tuple[int, str | int]]:
-    rows = np.unique(histories.values[histories.values >= FIRST_ITEM_ROW])
-    return zip(rows.tolist(), catalogue.ids_of(rows), strict=True)
-
-
 def _unknown_id(catalogue: Catalogue) -> str | int:
-    """Return an id that the catalogue does not have: among n + 1 different ids at least one is not among its n."""
-    make: Callable[[int], str | int] = (lambda n: f"?{n}") if catalogue.id_type == "string" else (lambda n: -1 - n)
-    candidates = [make(n) for n in range(catalogue.n_items + 1)]
-    return candidates[int(np.argmax(catalogue.rows_of(candidates) < FIRST_ITEM_ROW))]
+    """Return an id that the catalogue does not have."""
+    names: Iterator[str | int] = (f"?{n}" for n in count()) if catalogue.id_type == "string" else count(-1, -1)
+    return next(name for name in names if catalogue.rows_of([name])[0] < FIRST_ITEM_ROW)

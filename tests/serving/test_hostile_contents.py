@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from missrec_t4r import commands
+from missrec_t4r.bundle import manifest
 from missrec_t4r.bundle.bundle import load_bundle, write_bundle
 from missrec_t4r.bundle.item_table import load_session_transform
 from missrec_t4r.bundle.manifest import SEARCH_FILE, write_manifest
@@ -331,12 +332,18 @@ def test_crafted_json_is_refused(text: str, words: str, copy: Path) -> None:
     refused(copy, f"model.json .*({words})")
 
 
-@pytest.mark.parametrize("entry", [7, {}, {"bytes": "9", "sha256": ""}, {"bytes": 9, "sha256": None}])
-def test_a_sealed_manifest_of_another_form_is_refused(entry: object, copy: Path) -> None:
-    from missrec_t4r.bundle import manifest
-
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"model.json": entry} for entry in (7, {}, {"bytes": "9", "sha256": ""}, {"bytes": 9, "sha256": None})),
+        {"files": [*manifest.BUNDLE_FILES]},
+        {"recount": 7},
+    ],
+)
+def test_a_sealed_manifest_of_another_form_is_refused(change: dict[str, object], copy: Path) -> None:
     content = write_manifest(copy)
-    content["files"]["model.json"] = entry
+    for name, value in change.items():
+        (content["files"] if name in content["files"] else content)[name] = value
     (copy / "manifest.json").write_bytes(manifest._serialise(content))
     with pytest.raises(BundleError, match="manifest.json is damaged"):
         load_bundle(copy)

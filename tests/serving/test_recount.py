@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from missrec_t4r.bundle.bundle import load_bundle
+from missrec_t4r.bundle.update_catalogue import update_catalogue
+from missrec_t4r.commands import verify
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError
@@ -75,6 +77,22 @@ def test_what_only_later_events_tell_is_recommended(tmp_path: Path) -> None:
     assert result["parity"]["equal"]
     assert sorted(ranked(tmp_path / "after", [9])[:3]) == [4, 5, 10]  # together in all six sessions of theirs
     assert sorted(ranked(tmp_path / "before", [9])[:3]) != [4, 5, 10]
+
+
+def test_the_manifest_says_what_was_counted_and_until_when(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    export(run, tmp_path / "before")
+    assert verify(tmp_path / "before")["recount"] is None
+    for split in ("train", "valid", "test"):
+        file = tmp_path / "data" / split / "part_0.parquet"
+        rows = pq.read_table(file)
+        times = [[1_700_000_000 + 86_400 * day for day in range(len(items))] for items in rows[ITEM_LIST].to_pylist()]
+        pq.write_table(rows.append_column("timestamp-list", pa.array(times)), file)
+    export(run, tmp_path / "after", recount=True)
+    counted = {"events": 48, "sessions": 12, "until": "2023-11-17T22:13:20Z"}
+    assert verify(tmp_path / "after")["recount"] == counted
+    assert update_catalogue(tmp_path / "after", pa.table({"item_id": ["new"]}))["added"] == 1
+    assert verify(tmp_path / "after")["recount"] == counted  # an update keeps the weights, and so the counts
 
 
 def test_an_item_with_enough_events_is_no_longer_rare(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from missrec_t4r.bundle.id_encoder import NULL_INTEGER, SessionTransform, TransformSettings, encode_ids
 from missrec_t4r.errors import BundleError, DataError
-from missrec_t4r.export.workflow_parity import check_workflow, hostile_variants
+from missrec_t4r.export.parity import check_workflow, hostile_variants
 from tests.serving import shop
 
 STRINGS = SessionTransform(TransformSettings("string", 3), ["lamp", "desk", "ünïcode"])

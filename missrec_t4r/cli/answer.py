@@ -78,20 +78,22 @@ def _comparison(result: Mapping[str, Any]) -> RenderableType:
     return Group(
         *(metrics_table(result, name) for name in protocols),
         slices_table(result, verdict["protocol"]),
-        _rows(rows, columns),
+        rows_table(rows, columns),
         facts({"sessions": result["sessions"], **{name: result[name] for name in ("report", "page")}}),
         verdict["words"],
     )
 
 
 def _etl(result: Mapping[str, Any]) -> RenderableType:
-    findings = _rows(result.get("findings", ()), {"check": "data-quality finding", "count": "count", "message": ""})
+    findings = rows_table(
+        result.get("findings", ()), {"check": "data-quality finding", "count": "count", "message": ""}
+    )
     return Group(facts(result, ("findings", "settings", "format")), findings)
 
 
 def _features(result: Mapping[str, Any]) -> RenderableType:
     rows = [{"modality": name, **part, "encoder": result.get("encoder")} for name, part in result["modalities"].items()]
-    table = _rows(rows, {name: name for name in ("modality", "items", "missing", "broken", "width", "encoder")})
+    table = rows_table(rows, {name: name for name in ("modality", "items", "missing", "broken", "width", "encoder")})
     return Group(table, facts(result, ("modalities", "encoder")))
 
 
@@ -110,20 +112,21 @@ def _training(result: Mapping[str, Any]) -> RenderableType:
 def _recommendations(result: Mapping[str, Any]) -> RenderableType:
     rows = [{"rank": rank, **row} for rank, row in enumerate(result["recommendations"], 1)]
     names = {name: name.replace("_", " ") for name in ("rank", "item_id", "title", "score", "because_of", "modality")}
-    return Group(_rows(rows, names), facts(result, ("recommendations",)))
+    return Group(rows_table(rows, names), facts(result, ("recommendations",)))
 
 
 def _similar(result: Mapping[str, Any]) -> RenderableType:
     if "similar" not in result:
         return facts(result)
     rows = [{"to": item, **row} for item, others in result["similar"].items() for row in others]
-    return _rows(rows, {"to": "item", "item_id": "similar item", "title": "title", "score": "score"})
+    return rows_table(rows, {"to": "item", "item_id": "similar item", "title": "title", "score": "score"})
 
 
 def _quality(result: Mapping[str, Any]) -> RenderableType:
     gate = [{**line, "passed": "passed" if line.get("passed") else "violated"} for line in result.get("gate", ())]
     return Group(
-        _rows(gate, {name: name for name in ("measure", "value", "min", "max", "passed")}), facts(result, ("gate",))
+        rows_table(gate, {name: name for name in ("measure", "value", "min", "max", "passed")}),
+        facts(result, ("gate",)),
     )
 
 
@@ -132,7 +135,7 @@ def _serving(result: Mapping[str, Any]) -> RenderableType:
     names |= {"preferred_batch_size": "preferred", "sessions_per_s": "sessions/s", "chosen": ""}
     for sessions in (1, 64):
         names |= {f"{kind}_{sessions}": f"{kind} {sessions}, ms" for kind in ("p50", "p99")}
-    return Group(_rows(result["tried"], names), facts(result, ("tried",)))
+    return Group(rows_table(result["tried"], names), facts(result, ("tried",)))
 
 
 _SPECIAL: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {
@@ -151,7 +154,7 @@ _SPECIAL: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {
 }
 
 
-def _rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> Table | str:
+def rows_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> Table | str:
     """Return rows as a table with the columns that any of them has; an empty text without rows."""
     if not rows:
         return ""

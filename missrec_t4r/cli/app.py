@@ -54,7 +54,7 @@ class Command:
     function: str
     """Name in `missrec_t4r.commands`."""
     options: Mapping[str, Option] = field(default_factory=dict)
-    """Parameters whose option is not spelled like the parameter."""
+    """Parameters whose type does not say how they are given."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that the command gives itself; they are no options."""
     about: str = ""
@@ -70,75 +70,43 @@ class Command:
         return self.about
 
 
-_TRAIN = {
-    "settings": Option(("--set",), yaml=True),
-    "resume": Option(("--restart",)),
-    "recipe": Option(text=True),
-}
-_REPEATS = {
-    "keep_repeats": Option(("--keep-repeats/--first-only",)),
-    "keep_untitled": Option(("--keep-untitled/--titled-only",)),
-}
-_IDS = {name: Option(comma=True) for name in ("items", "exclude", "allow")}
+_RECIPE = {"recipe": Option(text=True), "settings": Option(yaml=True)}
 
 COMMANDS = (  # in the order of the work
     Command("demo", "demo"),
     Command("generate", "generate"),
-    Command(
-        "etl",
-        "etl",
-        {
-            "interactions": Option(required=False),
-            "drop_columns": Option(("--drop-column",)),
-            "categorical_columns": Option(("--categorical-column",)),
-        },
-    ),
-    Command("features", "features", {"text_columns": Option(comma=True)}),
+    Command("etl", "etl", {"interactions": Option(required=False)}),
+    Command("features", "features"),
     Command("report", "report"),
-    Command("pretrain", "pretrain", _TRAIN, {"reuse": True}),
-    Command(
-        "train",
-        "train",
-        {**_TRAIN, "start_from": Option(("--from",)), "warm_start": Option(("--warm-start", "--continue"))},
-        {"reuse": True},
-    ),
-    Command("evaluate", "evaluate", {"baselines": Option(comma=True), "alone": Option(("--no-baselines",))}),
+    Command("pretrain", "pretrain", _RECIPE, {"reuse": True}),
+    Command("train", "train", _RECIPE, {"reuse": True}),
+    Command("evaluate", "evaluate"),
     Command("page", "run_page"),
-    Command(
-        "compare",
-        "compare",
-        {
-            "systems": Option(argument=True),
-            "out": Option(required=True),
-            **{name: Option(comma=True) for name in ("baselines", "protocols", "slice_columns")},
-        },
-    ),
+    Command("compare", "compare", {"systems": Option(argument=True), "out": Option(required=True)}),
     Command("export", "export"),
     Command("serve", "serve"),
-    Command("recommend", "recommend", _IDS),
+    Command("recommend", "recommend"),
     Command("playground", "playground"),
-    Command("deploy", "deploy", {"switch": Option(("--no-switch",))}),
+    Command("deploy", "deploy"),
     Command("rollback", "rollback"),
     Command("shadow", "shadow"),
-    Command("score", "score", {**_IDS, "users": Option(comma=True), "out": Option(required=True)}),
-    Command("similar", "similar", _IDS),
+    Command("score", "score", {"out": Option(required=True)}),
+    Command("similar", "similar"),
     Command("vectors", "vectors"),
     Command(
         "import amazon-2018",
         "import_amazon",
-        _REPEATS,
-        {"edition": "2018"},
-        "Import a category of the Amazon reviews of 2018, prepared as the published benchmarks do.",
+        fixed={"edition": "2018"},
+        about="Import a category of the Amazon reviews of 2018, prepared as the published benchmarks do.",
     ),
     Command(
         "import amazon-2023",
         "import_amazon",
-        _REPEATS,
-        {"edition": "2023"},
-        "Import a category of the Amazon reviews of 2023; items are the parent products.",
+        fixed={"edition": "2023"},
+        about="Import a category of the Amazon reviews of 2023; items are the parent products.",
     ),
     Command("import movielens", "import_movielens"),
-    Command("tune train", "tune_train", {"settings": _TRAIN["settings"], "recipe": _TRAIN["recipe"]}),
+    Command("tune train", "tune_train", _RECIPE),
     Command("tune serving", "tune_serving"),
     Command("catalogue adopt", "adopt"),
     Command("catalogue update", "catalogue_update"),
@@ -280,8 +248,10 @@ def _or_exit(call: Callable[[], Any], answer: Callable[[Any], None] | None = Non
     ``answer`` prints the result of a command whose gate failed.
     """
     try:
-        return _with_cures(call)
-    except MISSRecError as error:
+        return call()
+    except Exception as raised:
+        if (error := _curable(raised)) is None:
+            raise
         words = f"{type(error).__name__}: {error}"  # not wrapped: a path of the message can be copied
         Console(stderr=True, emoji=False).print(words, style="red", highlight=False, markup=False, soft_wrap=True)
         if isinstance(error, GateError) and error.result and answer:
@@ -289,22 +259,17 @@ def _or_exit(call: Callable[[], Any], answer: Callable[[Any], None] | None = Non
         raise typer.Exit(error.exit_code) from None
 
 
-def _with_cures(call: Callable[[], Any]) -> Any:
-    """Translate errors that any command may raise: a full disk, missing permissions, an extra that is not installed."""
-    try:
-        return call()
-    except MISSRecError:
-        raise
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _EXTRA:
-            raise
+def _curable(error: Exception) -> MISSRecError | None:
+    """Return an error of ours, or one that any command may meet in three parts; None for a bug."""
+    if isinstance(error, MISSRecError):
+        return error
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if package in _EXTRA:
         cure = f"pip install 'missrec-t4r[{_EXTRA[package]}]'"
-        raise ConfigError(f"the package {package} is not installed", "it, for this command", cure) from error
-    except Exception as error:
-        if is_disk_full(error):
-            cure = "free some space or choose another disk, then run the same command again"
-            raise DataError(f"the disk ran full ({error})", "room for the whole output", cure) from error
-        if is_permission_denied(error):
-            raise DataError(f"this user may not do that ({error})", "files that this user may use") from error
-        raise
+        return ConfigError(f"the package {package} is not installed", "it, for this command", cure)
+    if is_disk_full(error):
+        cure = "free some space or choose another disk, then run the same command again"
+        return DataError(f"the disk ran full ({error})", "room for the whole output", cure)
+    if is_permission_denied(error):
+        return DataError(f"this user may not do that ({error})", "files that this user may use")
+    return None

@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from missrec_t4r.bundle.id_encoder import RawId
+from missrec_t4r.cli.answer import rows_table
 from missrec_t4r.commands import function_of
 from missrec_t4r.config.recipe import AUTO
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError
-from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM
+from missrec_t4r.evaluation.full_ranking import KEPT_WITH_HISTORY_TERM
 from missrec_t4r.export.parity import compare_served, raw_event_features, raw_ids, sample_histories
 from missrec_t4r.runs.run_folder import LoadedRun, load_run
 from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID
@@ -38,10 +38,8 @@ log = logging.getLogger(__name__)
 _SHOP_EPOCHS = 22
 """Epochs on the generated shop, so that the whole pipeline takes a few minutes."""
 _COMPARED_SESSIONS = 256
-_CLIENTS = 16
-"""Concurrent requests, so that Triton's dynamic batching has requests to merge."""
-_TOP_K = 10
 _SHOWN = 5
+_HEADLINE = ("recall@10", "ndcg@10")
 _RATING_FLOOR = 5
 """On a folder of real data, items with fewer events are left out, as in the published benchmarks (5-core)."""
 
@@ -55,8 +53,6 @@ class Inputs:
     items: Path
     modality: Mapping[str, Path] = field(default_factory=dict)
     """Precomputed vectors."""
-    text_columns: Sequence[str] = ()
-    image_column: str | None = None
     min_item_count: int = 0
 
 
@@ -98,24 +94,25 @@ def demo(
     data, console = None if data is None else Path(data), Console(stderr=True)
     seconds: dict[str, float] = {}
     out = Path(out) / (data.resolve().name if data else "shop")
-    inputs = find_inputs(data) if data else _generated(out / "raw", users, items, console, seconds)
-    folder, run = out / "data", out / "run"
+    folder, run, raw = out / "data", out / "run", out / "raw"
+    if data:
+        inputs = find_inputs(data)
+    else:
+        inputs = Inputs("generated shop", raw / "interactions.parquet", raw / "items.parquet")
+        with _step("generate", "a shop with texts and images", console, seconds):
+            function_of("generate")(raw, users=users, items=items)
     with _step("etl", "raw tables to sessions and catalogue", console, seconds):
         report = function_of("etl")(
-            [inputs.interactions],
+            inputs.interactions,
             inputs.items,
             folder,
             modality=inputs.modality,
             min_item_count=inputs.min_item_count,
         )
-    if inputs.text_columns or inputs.image_column:
+    if not data:
         with _step("features", "texts and pictures to vectors", console, seconds):
-            function_of("features")(
-                folder,
-                text_columns=inputs.text_columns,
-                image_column=inputs.image_column,
-                images=inputs.items.parent,
-            )
+            text_columns = ("title", "description")
+            function_of("features")(folder, text_columns=text_columns, image_column="image", images=inputs.items.parent)
     chosen = recipe or AUTO
     with _step("train", f"recipe {chosen}", console, seconds):
         shorter = None if data or recipe else {"train.epochs": _SHOP_EPOCHS}
@@ -154,26 +151,12 @@ def find_inputs(folder: Path) -> Inputs:
     for file in sorted(folder.glob("*_*.npy")):
         vectors = np.load(file, mmap_mode="r", allow_pickle=False)
         if vectors.ndim == 2 and np.issubdtype(vectors.dtype, np.floating):
-            coverage = float((np.abs(vectors).sum(1) > 0).mean())
-            covered[file.stem.partition("_")[0]] = max(
-                covered.get(file.stem.partition("_")[0], (-1.0, file)), (coverage, file)
-            )
+            name, coverage = file.stem.partition("_")[0], float(vectors.any(1).mean())
+            covered[name] = max(covered.get(name, (-1.0, file)), (coverage, file))
     if not covered:
         raise DataError(f"{folder} has no modality vectors", "files such as text_minilm.npy, rows as in items.parquet")
     modality = {name: file for name, (_, file) in sorted(covered.items(), reverse=True)}
     return Inputs(folder.resolve().name, interactions, items, modality, min_item_count=_RATING_FLOOR)
-
-
-def _generated(folder: Path, users: int, items: int, console: Console, seconds: dict[str, float]) -> Inputs:
-    with _step("generate", "a shop with texts and images", console, seconds):
-        function_of("generate")(folder, users=users, items=items)
-    return Inputs(
-        "generated shop",
-        folder / "interactions.parquet",
-        folder / "items.parquet",
-        text_columns=("title", "description"),
-        image_column="image",
-    )
 
 
 @contextmanager
@@ -188,16 +171,12 @@ def _step(name: str, what: str, console: Console, seconds: dict[str, float]) -> 
 def _serve(run: LoadedRun, repository: Path, log_file: Path) -> dict[str, Any]:
     """Start Triton, compare its answers with the run's model, and request recommendations for three sessions."""
     histories = sample_histories(load_sessions(run.data, "test", run.model.event_columns), _COMPARED_SESSIONS)
-    with (
-        LocalTriton(repository, log_file=log_file) as server,
-        MISSRecClient(server.grpc_url) as client,
-    ):
-        log.info(f"requesting recommendations for {len(histories)} sessions, {_CLIENTS} requests at a time")
-        parity = compare_served(client, run.model, run.catalogue, histories, _TOP_K, _CLIENTS)
-        parity.require("Triton's recommendations")
+    with LocalTriton(repository, log_file=log_file) as server, MISSRecClient(server.grpc_url) as client:
+        log.info(f"requesting recommendations for {len(histories)} sessions, several at a time")
+        parity = compare_served(client, run.model, run.catalogue, histories).require("Triton's recommendations")
         examples = _example_sessions(histories)
         sessions = raw_ids(run.catalogue, examples)
-        answers = client.recommend(sessions, _TOP_K, exclude_seen=True, side=raw_event_features(run.model, examples))
+        answers = client.recommend(sessions, exclude_seen=True, side=raw_event_features(run.model, examples))
         about = _get_json(server.http_url, "")
         ranker = _get_json(server.http_url, "/models/missrec_ranker/stats")["model_stats"][0]
     titles = read_titles(run.data / CATALOGUE_FOLDER)
@@ -238,24 +217,17 @@ def _named(item: RawId, titles: Mapping[str | int, str]) -> dict[str, Any]:
 
 
 def _headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    def pick(protocol: str) -> dict[str, Any]:
-        systems = metrics["protocols"][protocol]
-        short = {
-            name: {key: round(values[key], 4) for key in ("recall@10", "ndcg@10")} for name, values in systems.items()
-        }
-        return {**short.pop("model"), "baselines": short}
-
-    others = {protocol: pick(protocol) for protocol in (EXCLUDED, KEPT_STRICT)}
-    return {**pick(KEPT_WITH_HISTORY_TERM), **others}
+    """Return the first metrics of the model and of the other systems: of one protocol, and of the others by name."""
+    by_protocol: dict[str, dict[str, Any]] = {}
+    for protocol, systems in metrics["protocols"].items():
+        short = {name: {key: round(values[key], 4) for key in _HEADLINE} for name, values in systems.items()}
+        by_protocol[protocol] = {**short.pop("model"), "baselines": short}
+    return {**by_protocol.pop(KEPT_WITH_HISTORY_TERM), **by_protocol}
 
 
 def _show(recommendations: Sequence[Mapping[str, Any]], console: Console) -> None:
+    columns = {ITEM_ID: "recommended", "title": "title", "score": "score"}
     for number, query in enumerate(recommendations, 1):
-        table = Table(title=f"query {number}: " + ", ".join(str(item[ITEM_ID]) for item in query["session"]))
-        table.add_column("recommended")
-        table.add_column("title", overflow="ellipsis", no_wrap=True, max_width=80)
-        table.add_column("score", justify="right")
-        for answer in query["answers"]:
-            table.add_row(str(answer[ITEM_ID]), answer["title"], f"{answer['score']:.4f}")
+        console.print(f"query {number}: " + ", ".join(str(item[ITEM_ID]) for item in query["session"]), highlight=False)
         console.print("because of: " + "; ".join(item["title"][:60] for item in query["session"]), highlight=False)
-        console.print(table)
+        console.print(rows_table(query["answers"], columns))

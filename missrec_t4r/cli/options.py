@@ -4,12 +4,14 @@
 |---|---|
 | ``bool = False`` / ``bool = True`` | ``--name`` / ``--name/--no-name`` |
 | ``int``, ``float``, ``str``, ``str | Path``, ``Literal[...]`` | ``--name VALUE`` |
-| ``Sequence[...]`` | ``--name VALUE``, repeatable; with `Option.comma` one value such as ``a,b`` |
+| ``Sequence[str]`` | ``--names A,B``; with a flag of its own in the singular ``--name VALUE``, repeatable |
+| ``Sequence[Path]`` | ``--name VALUE``, repeatable |
 | ``Mapping[str, str | Path]`` | ``--name NAME=VALUE``, repeatable |
 | any other mapping | ``--name JSON``; with `Option.yaml` ``--name KEY=VALUE``, repeatable, values read as YAML |
 
-A parameter without a default is required unless its annotation admits None. Values of ``Literal`` are checked by the
-function, so that Python and the command line give the same three-part error.
+An option is spelled like its parameter, or as `commands.in_python.FLAGS` says. A parameter without a default
+is required unless its annotation admits None. Values of ``Literal`` are checked by the function, so that Python and the
+command line give the same three-part error.
 """
 
 from __future__ import annotations
@@ -18,26 +20,22 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as AbstractSequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, NamedTuple, Union
 
 import typer
 import yaml
 
+from missrec_t4r.commands.in_python import FLAGS, flags_of
 from missrec_t4r.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Option:
-    """How a parameter is spelled on the command line where its name and type do not determine it."""
+    """How a parameter is given on the command line where its type does not determine it."""
 
-    flags: tuple[str, ...] = ()
-    """Names in place of ``--parameter-name``, older ones last; a boolean whose default is True is negated."""
-    comma: bool = False
-    """A sequence is one comma-separated value."""
     yaml: bool = False
     """A mapping is given as KEY=VALUE, and each value is read as YAML."""
     text: bool = False
@@ -99,69 +97,76 @@ def listed(text: str | None) -> list[str]:
 
 
 def _bound(parameter: inspect.Parameter, hint: Any, text: str, option: Option) -> Bound:
-    members = _members(hint)
-    default = parameter.default
-    required = default is parameter.empty and type(None) not in members
-    if option.required is not None:
-        required = option.required
-    if default is parameter.empty:
-        default = None
-    flags = option.flags or (f"--{parameter.name.replace('_', '-')}",)
-    annotation, shown, metavar, convert = _kind(members, default, flags[0], option)
-    if isinstance(default, bool) and annotation is bool and not option.flags and default:
-        flags = (f"{flags[0]}/--no-{flags[0][2:]}",)
+    members, flags = _members(hint), flags_of(parameter)
+    default = None if parameter.default is parameter.empty else parameter.default
+    required = option.required
+    if required is None:
+        required = parameter.default is parameter.empty and type(None) not in members
+    value = _value(parameter.name, members, default, flags[0], option)
     described = (
         typer.Argument(help=text, metavar=parameter.name.upper())
         if option.argument
-        else typer.Option(*flags, help=text, metavar=metavar)
+        else typer.Option(*flags, help=text, metavar=value.metavar)
     )
-    return Bound(
+    typed = inspect.Parameter(
         parameter.name,
-        inspect.Parameter(
-            parameter.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if required else shown,
-            annotation=Annotated[annotation, described],
-        ),
-        convert,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if required else value.default,
+        annotation=Annotated[value.annotation, described],
     )
+    return Bound(parameter.name, typed, value.convert)
 
 
-def _kind(
-    members: list[Any], default: Any, flag: str, option: Option
-) -> tuple[Any, Any, str | None, Callable[[Any], Any]]:
-    """Return the annotation for typer, the default that it shows, the name of the value, and the conversion."""
+class _Value(NamedTuple):
+    """How the value of an option is typed, shown and converted."""
 
-    def either(kind: Any) -> Any:
-        return kind | None if default is None else kind
+    annotation: Any
+    """What typer reads."""
+    default: Any
+    metavar: str | None = None
+    """What stands for the value in the help text; None: the name of its type."""
+    convert: Callable[[Any], Any] = lambda value: value
 
-    origins = [typing.get_origin(member) or member for member in members]
-    sequence = any(isinstance(kind, type) and issubclass(kind, AbstractSequence) for kind in origins if kind is not str)
-    mapping = next((member for member, kind in zip(members, origins) if kind in (Mapping, dict)), None)
-    if sequence and option.comma:
+
+def _value(name: str, members: list[Any], default: Any, flag: str, option: Option) -> _Value:
+    """Return how a parameter is typed whose annotation is the union of ``members``."""
+    kinds = [typing.get_origin(member) or member for member in members]
+    if bool in kinds and default is True and "/" not in flag:  # --restart stands for resume=False
+        return _Value(bool, False, convert=lambda negated: not negated)
+    if Sequence in kinds and (Path in kinds or str not in kinds):
+        elements = _members(typing.get_args(members[kinds.index(Sequence)])[0])
+        if Path in elements or name in FLAGS or option.argument:
+            return _Value(list[str], list(default or ()), convert=list)
         shown = ",".join(default or ()) or None
-        return str | None, shown, "A,B,...", lambda given: default if given is None else listed(given)
-    if bool in members:
-        if option.flags and default is True and "/" not in option.flags[0]:  # --restart stands for resume=False
-            return bool, False, None, lambda given: not given
-        return either(bool), default, None, _same
-    if sequence and (Path in members or str not in members):
-        return list[str], list(default or ()), None, list
-    if mapping is not None and str not in members:
-        if option.yaml:
-            return list[str], [], "KEY=VALUE", lambda given: _read(pairs(given, flag))
-        if set(_members(typing.get_args(mapping)[1])) <= {str, Path}:
-            return list[str], [], "NAME=VALUE", lambda given: pairs(given, flag)
-        return either(str), None, "JSON", lambda given: _json(given, flag)
-    if Path in members and not option.text:
-        return either(Path), None if default is None else Path(default), None, _same
-    literal = next((member for member in members if typing.get_origin(member) is Literal), None)
-    if literal is not None:
-        return either(str), default, "|".join(map(str, typing.get_args(literal))), _same
-    for kind in (str, int, float):
-        if kind in members:
-            return either(kind), default, None, _same
-    raise TypeError(f"{flag}: no option can be made of {members}")
+        return _Value(str | None, shown, "A,B,...", lambda text: default if text is None else listed(text))
+    if Mapping in kinds and str not in kinds:
+        return _mapping(members[kinds.index(Mapping)], flag, option)
+    metavar = None
+    if bool in kinds:
+        kind: Any = bool
+    elif Path in kinds and not option.text:
+        kind = Path
+    elif Literal in kinds:
+        kind, metavar = str, "|".join(typing.get_args(members[kinds.index(Literal)]))
+    else:
+        kind = next(number_or_text for number_or_text in (str, int, float) if number_or_text in kinds)
+    return _Value(kind | None if default is None else kind, default, metavar)
+
+
+def _mapping(hint: Any, flag: str, option: Option) -> _Value:
+    if option.yaml:
+        return _Value(
+            list[str], [], "KEY=VALUE", lambda given: {k: yaml.safe_load(v) for k, v in pairs(given, flag).items()}
+        )
+    if set(_members(typing.get_args(hint)[1])) <= {str, Path}:
+        return _Value(list[str], [], "NAME=VALUE", lambda given: pairs(given, flag))
+
+    def from_json(text: str | None) -> dict[str, Any] | None:
+        from missrec_t4r.serving.client.protocol import json_option
+
+        return json_option(text, flag)
+
+    return _Value(str | None, None, "JSON", from_json)
 
 
 def _members(hint: Any) -> list[Any]:
@@ -169,17 +174,3 @@ def _members(hint: Any) -> list[Any]:
     if typing.get_origin(hint) in (Union, types.UnionType):
         return [part for member in typing.get_args(hint) for part in _members(member)]
     return [hint]
-
-
-def _read(given: Mapping[str, str]) -> dict[str, Any]:
-    return {key: yaml.safe_load(value) for key, value in given.items()}
-
-
-def _json(given: str | None, flag: str) -> dict[str, Any] | None:
-    from missrec_t4r.serving.client.protocol import json_option
-
-    return json_option(given, flag)
-
-
-def _same(given: Any) -> Any:
-    return given

@@ -1,4 +1,4 @@
-"""Errors of commands in the words of Python: the options that a message names are arguments of the function there."""
+"""Options of the command line and arguments in Python: how each is spelled, and errors in the words of Python."""
 
 from __future__ import annotations
 
@@ -13,22 +13,47 @@ from missrec_t4r.errors import MISSRecError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-SPELLED_OTHERWISE = {
-    "set": "settings",
-    "from": "start_from",
-    "continue": "warm_start",
-    "drop-column": "drop_columns",
-    "categorical-column": "categorical_columns",
-    "no-baselines": "alone=True",
-    "restart": "resume=False",
-    "first-only": "keep_repeats=False",
-    "titled-only": "keep_untitled=False",
+FLAGS = {
+    "settings": ("--set",),
+    "start_from": ("--from",),
+    "warm_start": ("--warm-start", "--continue"),
+    "drop_columns": ("--drop-column",),
+    "categorical_columns": ("--categorical-column",),
+    "alone": ("--no-baselines",),
+    "resume": ("--restart",),
+    "switch": ("--no-switch",),
+    "keep_repeats": ("--keep-repeats/--first-only",),
+    "keep_untitled": ("--keep-untitled/--titled-only",),
 }
-"""Option -> parameter, or argument, where another spelling was chosen for the command line."""
+"""Parameter -> options that are not spelled like it, older ones last; the one after a slash stands for False.
+
+Where the parameter is True by default, an option without a slash stands for False too.
+"""
 _TEXT = re.compile(
     r"`[^`]*`|\bmissrec [a-z]+(?: [a-z]+)?(?: --[a-z-]+)*"  # whole command lines stay
-    r"|(?<![\w-])--(?P<option>[a-z][a-z0-9-]*)(?: (?P<value>'[^']*'|[^\s,;:()]*[\w=/%…]))?"
+    r"|(?<![\w-])(?P<option>--[a-z][a-z0-9-]*)(?: (?P<value>'[^']*'|[^\s,;:()]*[\w=/%…]))?"
 )
+
+
+def flags_of(parameter: inspect.Parameter) -> tuple[str, ...]:
+    """Return the options of a parameter; the one that makes a boolean False stands after a slash."""
+    flag = f"--{parameter.name.replace('_', '-')}"
+    return FLAGS.get(parameter.name, (f"{flag}/--no-{flag[2:]}" if parameter.default is True else flag,))
+
+
+def _arguments(function: Callable[..., Any]) -> dict[str, tuple[str, bool | None]]:
+    """Return option -> parameter of a function, and the value that an option without a value gives to it."""
+    arguments: dict[str, tuple[str, bool | None]] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        for flags in flags_of(parameter):
+            flag, _, negation = flags.partition("/")
+            constant = None
+            if negation or isinstance(parameter.default, bool):
+                constant = bool(negation) or not parameter.default
+            arguments[flag] = name, constant
+            if negation:
+                arguments[negation] = name, False
+    return arguments
 
 
 def named_in_python(function: Callable[P, T], names: Mapping[str, str] | None = None) -> Callable[P, T]:
@@ -63,22 +88,17 @@ def in_python(text: str, function: Callable[..., Any], names: Mapping[str, str])
     >>> in_python("--split time, then --time-format, --update or --restart, or `missrec train --restart`", etl, {})
     "split='time', then `time_format`, update=True or resume=False, or `missrec train --restart`"
     """
-    parameters, hints = inspect.signature(function).parameters, get_type_hints(function)
+    arguments, hints = _arguments(function), get_type_hints(function)
 
     def argument(match: re.Match[str]) -> str:
         option, value = match["option"], match["value"]
-        if option is None:
+        if option not in arguments:
             return match[0]
-        name, _, constant = SPELLED_OTHERWISE.get(option, option.replace("-", "_")).partition("=")
-        if name not in parameters and name.startswith("no_"):
-            name, constant = name.removeprefix("no_"), "False"
-        if name not in parameters:
-            return match[0]
-        parameter, rest = parameters[name], "" if value is None else f" {value}"
-        name = names.get(name, name)
-        if constant or isinstance(parameter.default, bool):
-            return f"{name}={constant or True}{rest}"
-        shown = None if value is None else _shown(value, hints.get(parameter.name))
+        parameter, constant = arguments[option]
+        name, rest = names.get(parameter, parameter), "" if value is None else f" {value}"
+        if constant is not None:
+            return f"{name}={constant}{rest}"
+        shown = None if value is None else _shown(value, hints.get(parameter))
         return f"`{name}`{rest}" if shown is None else f"{name}={shown}"
 
     return _TEXT.sub(argument, text)
@@ -91,5 +111,5 @@ def _shown(value: str, hint: Any) -> str | None:
         return repr({key: rest})
     if value.startswith("'") or re.fullmatch(r"-?[\d.]+", value):
         return value
-    literals = [word for one in (hint, *get_args(hint)) for word in get_args(one)]
+    literals = [word for member in (hint, *get_args(hint)) for word in get_args(member)]
     return repr(value) if value in literals or re.search(r"[\d/%.]", value) else None

@@ -75,26 +75,22 @@ class Evaluation:
             An unknown metric or slice.
         """
         self._require_metric(metric)
-        panels = []
-        if slices:
-            found = self.slices(metric)
-            for name in [slices] if isinstance(slices, str) else slices:
-                _require("slice", name, found.index)
-                values = found.loc[name].drop("n").fillna(0.0)
-                panels.append(
-                    bars(
-                        list(values.index),
-                        list(values),
-                        x_title=f"{name} (n={found.loc[name, 'n']:.0f})",
-                        y_title=metric,
-                    )
-                )
-            return Chart(f"{metric} by slice of {self.report['split']}", panels)
+        title, systems_by_panel = f"{self.report['n_users']:,} users of {self.report['split']}", {}
         for protocol, systems in self.report["protocols"].items():
-            values = [float(measured.get(metric) or 0.0) for measured in systems.values()]
-            drawn = bars(list(systems), values, x_title=protocol.replace("_", " "), y_title=metric)
-            panels.append(drawn)
-        return Chart(f"{self.report['n_users']:,} users of {self.report['split']}", panels)
+            systems_by_panel[protocol.replace("_", " ")] = systems
+        if slices:
+            title, systems_by_panel = f"{metric} by slice of {self.report['split']}", {}
+            for name in [slices] if isinstance(slices, str) else slices:
+                _require("slice", name, self.report["slices"])
+                part = self.report["slices"][name]
+                systems_by_panel[f"{name} (n={part['n']})"] = part.get("excluded", {})
+        panels = [
+            bars(
+                list(systems), [values.get(metric) or 0.0 for values in systems.values()], x_title=name, y_title=metric
+            )
+            for name, systems in systems_by_panel.items()
+        ]
+        return Chart(title, panels)
 
     def _require_metric(self, metric: str) -> None:
         measured = (values for systems in self.report["protocols"].values() for values in systems.values())

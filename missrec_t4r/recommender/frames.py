@@ -36,9 +36,14 @@ def arrow_table(frame: Frame, name: str, ids: Sequence[str] = ()) -> pa.Table:
         Neither a frame nor the path of a table, two columns of one name, or a column of several types.
     """
     if isinstance(frame, str | Path):
-        return _once_each(read_table(Path(frame), name, text_columns=ids), name)
-    if isinstance(frame, pa.Table):
-        return _once_each(frame, name)
+        table = read_table(Path(frame), name, text_columns=ids)
+    else:
+        table = frame if isinstance(frame, pa.Table) else _converted(frame, name)
+    _refuse_repeated(table.column_names, name)
+    return table
+
+
+def _converted(frame: Frame, name: str) -> pa.Table:
     kind = type(frame)  # a column of pandas is an attribute of the frame as well
     if hasattr(kind, "collect") and hasattr(kind, "lazy"):  # polars.LazyFrame
         frame = frame.collect()
@@ -47,28 +52,23 @@ def arrow_table(frame: Frame, name: str, ids: Sequence[str] = ()) -> pa.Table:
     if hasattr(type(frame), "to_arrow"):  # polars.DataFrame, duckdb relations
         table = frame.to_arrow()
         return table if isinstance(table, pa.Table) else pa.table(table)
-    if hasattr(frame, "columns") and hasattr(frame, "iloc"):
-        _refuse_repeated(map(str, frame.columns), name)
-        try:
-            return pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
-        except UnicodeEncodeError as error:
-            raise DataError(f"{name} with text that is no Unicode ({error})", "Unicode text", "repair it") from error
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise DataError(
-                f"a column of {name} holds values of several types ({'; '.join(map(str, error.args))})",
-                "one type per column",
-                "convert it, for example with .astype(str), or leave it out",
-            ) from error
-    raise DataError(
-        f"{name} of type {type(frame).__name__}",
-        "a pandas, Polars or Arrow table, or the path of a parquet or csv file",
-        "convert it, for example with pandas.DataFrame(...)",
-    )
-
-
-def _once_each(table: pa.Table, name: str) -> pa.Table:
-    _refuse_repeated(table.column_names, name)
-    return table
+    if not (hasattr(frame, "columns") and hasattr(frame, "iloc")):
+        raise DataError(
+            f"{name} of type {type(frame).__name__}",
+            "a pandas, Polars or Arrow table, or the path of a parquet or csv file",
+            "convert it, for example with pandas.DataFrame(...)",
+        )
+    _refuse_repeated(map(str, frame.columns), name)
+    try:
+        return pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name} with text that is no Unicode ({error})", "Unicode text", "repair it") from error
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(
+            f"a column of {name} holds values of several types ({'; '.join(map(str, error.args))})",
+            "one type per column",
+            "convert it, for example with .astype(str), or leave it out",
+        ) from error
 
 
 def _refuse_repeated(columns: Iterable[str], name: str) -> None:
@@ -107,14 +107,12 @@ def arrays_of(vectors: Mapping[str, npt.ArrayLike] | None) -> dict[str, npt.NDAr
 
 def write_parquet(table: pa.Table, file: Path) -> Path:
     """Write a table with categories as their values and strings of the plain kind; return the file."""
-    columns = [
-        column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-        for column in table.columns
-    ]
-    columns = [
-        column.cast(pa.string()) if str(column.type) in ("large_string", "string_view") else column
-        for column in columns
-    ]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns, table.column_names), file)
+    for place, name in enumerate(table.column_names):
+        column = table[place]
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if str(column.type) in ("large_string", "string_view"):
+            column = column.cast(pa.string())
+        table = table.set_column(place, name, column)
+    pq.write_table(table, file)
     return file

@@ -110,19 +110,21 @@ class Recommender:
                 f"fit on a {type(shop).__name__}", "a Shop", "make one with Shop.from_frames(events, items, ...)"
             )
         folder = self._given_folder or shop.folder / MODELS / Path(self.recipe).stem
-        call = {"data": shop.data, "out": folder / RUN, "recipe": self.recipe, "settings": self.settings}
+        training = {"data": shop.data, "out": folder / RUN, "recipe": self.recipe, "settings": self.settings}
+        export = {"run": folder / RUN, "out": folder / BUNDLE, "recount": recount}
         with reporting(messages=False):
             try:
-                self.result = commands.train(**call, device=self.device, resume=not restart, reuse=True)
+                self.result = commands.train(**training, device=self.device, resume=not restart, reuse=True)
             except ConfigError as error:
-                raise _in_python(error) from error
-            commands.export(folder / RUN, folder / BUNDLE, recount=recount)
+                if "resume=False" not in error.cure:
+                    raise
+                cure = "fit(shop, restart=True) replaces it; Recommender(folder=...) keeps both"
+                raise ConfigError(error.found, error.expected, cure) from error
+            commands.export(**export)
         self.folder, self.shop = folder, shop
-        self.commands = [
-            *shop.commands,
-            command_line("train", call | {"device": None if self.device == "auto" else self.device}),
-            command_line("export", {"run": folder / RUN, "out": folder / BUNDLE, "recount": recount}),
-        ]
+        device = None if self.device == "auto" else self.device
+        lines = [command_line("train", training | {"device": device}), command_line("export", export)]
+        self.commands = [*shop.commands, *lines]
         self._use(folder / BUNDLE)
         return self
 
@@ -193,31 +195,31 @@ class Recommender:
                 'write recommend(users=["u1"]) or recommend(sessions=[["P1", "P7"]])',
             )
         client, titles, feature_names = self._open()
-        users, sessions = _as_lists(users, sessions)
         k = _whole(k)
         event_features: list[dict[str, list[Any]]] = []
         if users is not None:
-            given, event_features = self._shop().histories(users, feature_names)
+            kind, owners = "user", _ids_of(users)
+            histories, event_features = self._shop().histories(owners, feature_names)
         else:
-            given = [_plain(items) for items in sessions or []]
-        side = event_features if any(event_features) else None
-        rules = {
-            name: {column: _plain_value(value) for column, value in part.items()}
-            for name, part in (("where", _as_mapping("where", where)), ("at_most", _as_mapping("at_most", at_most)))
-            if part
-        }
-        exclude = None if exclude is None else _plain(exclude if _is_list(exclude) else [exclude])
+            histories = _histories_of(sessions)
+            kind, owners = "session", list(range(len(histories)))
+        rules = {"where": _columns("where", where), "at_most": _columns("at_most", at_most)}
         answers = client.recommend(
-            given, k, exclude_seen=exclude_seen, exclude=exclude, rules=rules or None, reasons=True, side=side
+            histories,
+            k,
+            exclude_seen=exclude_seen,
+            exclude=None if exclude is None else _plain(exclude if _is_list(exclude) else [exclude]),
+            rules={name: columns for name, columns in rules.items() if columns} or None,
+            reasons=True,
+            side=event_features if any(event_features) else None,
         )
         rows: list[tuple[Any, ...]] = []
-        for owner, answer in zip(users if users is not None else range(len(given)), answers, strict=True):
+        for owner, answer in zip(owners, answers, strict=True):
             reasons = [f"{reason.item_id} ({reason.modality})" for reason in answer.reasons]
             reasons = reasons or ["popular" if answer.fallback else ""] * len(answer.item_ids)
             for rank, (item, score) in enumerate(zip(answer.item_ids, answer.scores, strict=True)):
                 rows.append((owner, item, titles.get(item), score, rank + 1, reasons[rank]))
-        names = ["user" if users is not None else "session", "item", "title", "score", "rank", "reason"]
-        frame = pd.DataFrame(rows, columns=names)
+        frame = pd.DataFrame(rows, columns=[kind, "item", "title", "score", "rank", "reason"])
         return frame if titles else frame.drop(columns="title")
 
     def similar(self, item: Any, k: int = 10, *, by: str = "session") -> pd.DataFrame:
@@ -230,8 +232,8 @@ class Recommender:
         by : {"session", "content"}
             What people go on to, or what has similar content.
         """
-        found = commands.similar(_plain([item]), bundle=self._bundle_of(), top_k=_whole(k), by=by)["similar"]
-        return pd.DataFrame(next(iter(found.values()))).rename(columns={ITEM_ID: "item"})
+        similar = commands.similar(_plain([item]), bundle=self._bundle_of(), top_k=_whole(k), by=by)["similar"]
+        return pd.DataFrame(next(iter(similar.values()))).rename(columns={ITEM_ID: "item"})
 
     def add_items(self, items: Frame, *, vectors: Mapping[str, npt.ArrayLike] | None = None) -> dict[str, Any]:
         """Add, change and retire items of the bundle without training; its previous version is kept beside it.
@@ -251,20 +253,21 @@ class Recommender:
             What changed, as ``missrec catalogue update`` returns it.
         """
         shop, bundle = self._shop(), self._bundle_of()
-        own = shop.columns["item"]
-        table = arrow_table(items, "items", (own, ITEM_ID))
-        if own in table.column_names and own != ITEM_ID:
-            taken = table.drop_columns([ITEM_ID]) if ITEM_ID in table.column_names else table
-            table = taken.rename_columns([ITEM_ID if name == own else name for name in taken.column_names])
-        if ITEM_ID not in table.column_names:
-            raise SchemaError(f"items with columns {', '.join(table.column_names)}", f"a column {own!r} of item ids")
+        names = (shop.columns["item"], ITEM_ID)
+        table = arrow_table(items, "items", names)
+        column = next((name for name in names if name in table.column_names), None)
+        if column is None:
+            found = f"items with columns {', '.join(table.column_names)}"
+            raise SchemaError(found, f"a column {names[0]!r} of item ids")
         arrays = arrays_of(vectors)
         with tempfile.TemporaryDirectory() as folder, reporting(messages=False):
             file = write_parquet(table, Path(folder) / "items.parquet")
             files = {name: Path(folder) / f"{name}.npy" for name in arrays}
             for name, values in arrays.items():
                 np.save(files[name], values)
-            changed: dict[str, Any] = commands.catalogue_update(file, bundle=bundle, data=shop.data, modality=files)
+            changed: dict[str, Any] = commands.catalogue_update(
+                file, bundle=bundle, data=shop.data, modality=files, item_column=column
+            )
         self._use(bundle)
         return changed
 
@@ -391,43 +394,33 @@ def _copy_bundle(bundle: Path, out: Path) -> None:
         shutil.copytree(bundle, temporary, dirs_exist_ok=True)
 
 
-def _in_python(error: ConfigError) -> ConfigError:
-    """Return an error of ``commands.train`` with the cure of `Recommender.fit`."""
-    if "resume=False" not in error.cure:
-        return error
-    return ConfigError(
-        error.found, error.expected, "fit(shop, restart=True) replaces it; Recommender(folder=...) keeps both"
-    )
+def _ids_of(users: Any) -> list[Any]:
+    if not _is_list(users):
+        raise ConfigError(f"users={users!r}", "a list of user ids", f"write users=[{users!r}]")
+    return _listed(users)
 
 
-def _as_lists(users: Any, sessions: Any) -> tuple[list[Any] | None, list[Any] | None]:
-    """Return both as lists, generators too; refuse a single id for a list, and sets, which have no order."""
-    if users is not None:
-        if not _is_list(users):
-            raise ConfigError(f"users={users!r}", "a list of user ids", f"write users=[{users!r}]")
-        users = _listed(users)
-    if sessions is not None:
-        given = _listed(sessions) if _is_list(sessions) else [sessions]
-        if not (_is_list(sessions) and all(_is_list(one) and not isinstance(one, Set | Mapping) for one in given)):
-            raise ConfigError(
-                f"sessions={sessions!r}"[:200],
-                "a list of sessions, each a list of item ids, oldest first",
-                'write sessions=[["P1", "P7"]]',
-            )
-        sessions = given
-    return users, sessions
+def _histories_of(sessions: Any) -> list[list[Any]]:
+    """Return sessions as lists; refuse a single one for a list, and sets, which have no order."""
+    histories: list[Any] = _listed(sessions) if _is_list(sessions) else [None]
+    if not all(_is_list(history) and not isinstance(history, Set | Mapping) for history in histories):
+        raise ConfigError(
+            f"sessions={sessions!r}"[:200],
+            "a list of sessions, each a list of item ids, oldest first",
+            'write sessions=[["P1", "P7"]]',
+        )
+    return [_plain(history) for history in histories]
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Iterable) and not isinstance(value, str | bytes)
 
 
-def _as_mapping(name: str, value: Any) -> Mapping[str, Any]:
-    if value is not None and not isinstance(value, Mapping):
-        raise ConfigError(
-            f"{name}={value!r}", "a mapping of columns of the item table", f'write {name}={{"brand": ...}}'
-        )
-    return value or {}
+def _columns(name: str, rule: Any) -> dict[str, Any]:
+    if rule is not None and not isinstance(rule, Mapping):
+        cure = f'write {name}={{"brand": ...}}'
+        raise ConfigError(f"{name}={rule!r}", "a mapping of columns of the item table", cure)
+    return {column: _plain_value(value) for column, value in (rule or {}).items()}
 
 
 def _whole(k: Any) -> int:
@@ -456,7 +449,7 @@ def _plain_value(value: Any) -> Any:
         if pd.isna(value):
             raise ConfigError("a missing date (NaT) in where", "a date", "leave the bound out")
         return int(pd.Timestamp(value).timestamp())
-    return [_plain_value(one) for one in value] if _is_list(value) else _plain([value])[0]
+    return [_plain_value(entry) for entry in value] if _is_list(value) else _plain([value])[0]
 
 
 def _shop_of(shop: Shop | str | Path) -> Shop:

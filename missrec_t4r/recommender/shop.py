@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from missrec_t4r import commands
-from missrec_t4r.commands.in_python import in_python, named_in_python
+from missrec_t4r.commands.in_python import FLAGS, in_python, named_in_python
 from missrec_t4r.config.checks import refuse_unknown
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
@@ -108,10 +108,10 @@ class Shop:
         """
         refuse_unknown(etl, list(inspect.signature(commands.etl).parameters), "etl")
         text, arrays = [text] if isinstance(text, str) else list(text), arrays_of(vectors)
-        event_table = _require(arrow_table(events, "events", (user, item)), (user, item, time), "events")
+        tables = {_EVENTS_FILE: _require(arrow_table(events, "events", (user, item)), (user, item, time), "events")}
         if items is not None:
             item_table = arrow_table(items, "items", (item, ITEM_ID))
-            _require(item_table, text + ([image] if image else []), "items")
+            tables[_ITEMS_FILE] = _require(item_table, text + ([image] if image else []), "items")
         elif text or image or arrays:
             raise ConfigError(
                 "text, image or vectors without an item table",
@@ -119,7 +119,7 @@ class Shop:
                 "write Shop.from_frames(events, items, ...), or leave them out: the sessions alone give vectors",
             )
         else:
-            item_table = pa.table({item: pc.drop_null(pc.unique(event_table[item]))})
+            tables[_ITEMS_FILE] = pa.table({item: pc.drop_null(pc.unique(tables[_EVENTS_FILE][item]))})
         for name, encoded in (("text", text), ("image", image or images)):
             if encoded and name in arrays:
                 raise ConfigError(
@@ -129,37 +129,29 @@ class Shop:
                 )
         at = Path(folder) if folder is not None else temporary_folder("missrec-shop-")
         at.mkdir(parents=True, exist_ok=True)
-        modality = {name: at / f"{name}.npy" for name in arrays}
-        done = []
-        with reporting(messages=False):
-            options = {"user_column": user, "item_column": item, "time_column": time, **etl}
-            with tempfile.TemporaryDirectory(dir=at) as refused:  # what is refused leaves an older shop as it is
-                given = {_EVENTS_FILE: event_table, _ITEMS_FILE: item_table}
-                files = [write_parquet(table, Path(refused) / name) for name, table in given.items()]
-                saved = {name: Path(refused) / file.name for name, file in modality.items()}
-                for name, values in arrays.items():
-                    np.save(saved[name], values)
-                etl_of_shop = named_in_python(commands.function_of("etl"), _OWN_NAMES)
-                etl_of_shop(*files, at / DATA, **{"modality": saved} | options)
-                events_file, items_file = (file.replace(at / file.name) for file in files)
-                for name, file in saved.items():
-                    file.replace(modality[name])
-            tables = {"interactions": events_file, "items": items_file, "out": at / DATA, "modality": modality}
-            done.append(command_line("etl", tables | options))
-            if text or image or images is not None:
-                settings = {
-                    "text_columns": text,
-                    "image_column": image,
-                    "images": images,
-                    "text_encoder": text_encoder,
-                    "image_encoder": image_encoder,
-                }
-                commands.features(at / DATA, **settings)
-                done.append(command_line("features", {"data": at / DATA, **settings}))
-            elif not modality:
-                commands.features(at / DATA, cooccurrence=True)
-                done.append(command_line("features", {"data": at / DATA, "cooccurrence": True}))
         columns = {"user": user, "item": item, "time": time}
+        options = {f"{name}_column": column for name, column in columns.items()} | etl
+        features: dict[str, Any] = {}
+        if text or image or images is not None:
+            features = {"text_columns": text, "image_column": image, "images": images}
+            features |= {"text_encoder": text_encoder, "image_encoder": image_encoder}
+        elif not arrays:
+            features = {"cooccurrence": True}
+        with reporting(messages=False):
+            with tempfile.TemporaryDirectory(dir=at) as refused:  # what is refused leaves an older shop as it is
+                files = [write_parquet(table, Path(refused) / name) for name, table in tables.items()]
+                modality = {name: Path(refused) / f"{name}.npy" for name in arrays}
+                for name, values in arrays.items():
+                    np.save(modality[name], values)
+                etl_of_shop = named_in_python(commands.function_of("etl"), _OWN_NAMES)
+                etl_of_shop(*files, at / DATA, modality=modality, **options)
+                events_file, items_file = (file.replace(at / file.name) for file in files)
+                modality = {name: file.replace(at / file.name) for name, file in modality.items()}
+            inputs = {"interactions": events_file, "items": items_file, "out": at / DATA, "modality": modality}
+            done = [command_line("etl", inputs | options)]
+            if features:
+                commands.features(at / DATA, **features)
+                done.append(command_line("features", {"data": at / DATA, **features}))
         write_json(at / COLUMNS_FILE, columns | {"commands": done})
         return cls(at, columns, done)
 
@@ -187,9 +179,10 @@ class Shop:
     @property
     def findings(self) -> list[str]:
         """What was unusual in the tables, how often, and what was done about it; as in ``etl.json``."""
-        found = read_json(self.data / REPORT_FILE)["findings"]
-        told = [in_python(one["message"], commands.etl, _OWN_NAMES) for one in found]
-        return [f"{one['check']}: {one['count']:,} ({words})" for one, words in zip(found, told, strict=True)]
+        return [
+            f"{finding['check']}: {finding['count']:,} ({in_python(finding['message'], commands.etl, _OWN_NAMES)})"
+            for finding in read_json(self.data / REPORT_FILE)["findings"]
+        ]
 
     @property
     def catalogue(self) -> Catalogue:
@@ -213,14 +206,14 @@ class Shop:
             A user without an event.
         """
         events = self._events(event_features)
-        keys = [_key(one) for one in users]
+        keys = [_key(user) for user in users]
         own = events.filter(pc.is_in(events[USER_ID].cast(pa.string()), pa.array(keys, pa.string())))
         own = own.append_column("__order", pa.array(range(own.num_rows)))  # events of the same time keep their order
         own = own.sort_by([(TIMESTAMP, "ascending"), ("__order", "ascending")])
-        at: dict[str, list[int]] = {key: [] for key in keys}
-        for index, one in enumerate(own[USER_ID].to_pylist()):
-            at[str(one)].append(index)
-        if unknown := [one for one, key in zip(users, keys, strict=True) if not at[key]]:
+        positions: dict[str, list[int]] = {key: [] for key in keys}
+        for position, user in enumerate(own[USER_ID].to_pylist()):
+            positions[str(user)].append(position)
+        if unknown := [user for user, key in zip(users, keys, strict=True) if not positions[key]]:
             raise DataError(
                 f"users without an event: {', '.join(map(str, unknown[:5]))}",
                 "users of the shop",
@@ -228,8 +221,8 @@ class Shop:
             )
         items = own[ITEM_ID].to_pylist()
         features = {name: own[name].to_pylist() for name in event_features if name in own.column_names}
-        values = [{name: [column[index] for index in at[key]] for name, column in features.items()} for key in keys]
-        return [[items[index] for index in at[key]] for key in keys], values
+        values = [{name: [column[at] for at in positions[key]] for name, column in features.items()} for key in keys]
+        return [[items[at] for at in positions[key]] for key in keys], values
 
     def _events(self, event_features: Sequence[str]) -> pa.Table:
         """Return the complete events as ``missrec etl`` reads them: same types of ids, times and numbers."""
@@ -270,17 +263,22 @@ def command_line(command: str, options: Mapping[str, Any]) -> str:
     >>> command_line("train", {"data": "work/data", "settings": {"train.epochs": 3}, "resume": True})
     'missrec train --data work/data --set train.epochs=3'
     """
-    words = ["missrec", command]
+    words, hints = ["missrec", command], get_type_hints(commands.function_of(command))
     for name, value in options.items():
-        option = "--" + {"settings": "set"}.get(name, name.replace("_", "-"))
+        option = FLAGS.get(name, (f"--{name.replace('_', '-')}",))[0]
         if value is None or value is False or value == "" or (name, value) == ("resume", True):
             continue
+        if value is True:
+            words.append(option)
+            continue
+        is_repeated = name in FLAGS
         if isinstance(value, Mapping):
-            words += [word for key, part in value.items() for word in (option, f"{key}={_written(part)}")]
-        elif isinstance(value, list | tuple):
-            words += [option, ",".join(map(_written, value))] if value else []
+            is_repeated = str not in get_args(hints[name])  # such as --modality; event weights are one text
+            values = [f"{key}={_written(part)}" for key, part in value.items()]
         else:
-            words += [option] if value is True else [option, _written(value)]
+            values = [_written(part) for part in (value if isinstance(value, list | tuple) else [value])]
+        for text in values if is_repeated else [",".join(values)] if values else []:
+            words += [option, text]
     return shlex.join(words)
 
 
@@ -300,9 +298,9 @@ def _remove(folder: Path, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _key(one: Any) -> str:
+def _key(user: Any) -> str:
     """Return an id as text; a whole float, which pandas makes of an integer beside NaN, as that integer."""
-    return str(int(one)) if isinstance(one, float) and one.is_integer() else str(one)
+    return str(int(user)) if isinstance(user, float) and user.is_integer() else str(user)
 
 
 def _require(table: pa.Table, columns: Sequence[str], name: str) -> pa.Table:

@@ -23,6 +23,7 @@ from missrec_t4r.cli.app import app
 from missrec_t4r.errors import BundleError, ConfigError, DataError, MISSRecError, SchemaError
 from missrec_t4r.etl.quality.charts import number
 from missrec_t4r.recommender.frames import arrow_table
+from missrec_t4r.recommender.shop import command_line
 
 N_USERS, N_ITEMS = 60, 40
 WORDS = ("lamp", "desk", "chair", "shelf", "rug")
@@ -141,6 +142,20 @@ def test_the_commands_are_those_of_the_command_line(model: mr.Recommender, shop:
         context = command.make_context("missrec", list(words), resilient_parsing=False)
         name, sub, rest = command.resolve_command(context, words)  # type: ignore[attr-defined]
         sub.make_context(name, rest)  # fails on an unknown option or a wrong value
+
+
+def test_a_command_line_gives_a_command_what_the_call_gave_it() -> None:
+    import typer
+
+    call = {"interactions": "e.parquet", "out": "data", "drop_columns": ["a", "b"], "categorical_columns": ["c"]}
+    call |= {"event_weights": {"view": 1.0, "buy": 3.0}, "time_features": ["gap", "hour"], "drop_duplicates": True}
+    words = shlex.split(command_line("etl", call | {"modality": {"text": Path("t.npy"), "image": Path("i.npy")}}))
+    command = typer.main.get_command(app)
+    name, etl, rest = command.resolve_command(command.make_context("missrec", words[1:]), words[1:])  # type: ignore[attr-defined]
+    found = etl.make_context(name, rest).params
+    assert (found["drop_columns"], found["categorical_columns"]) == (["a", "b"], ["c"])
+    assert (found["event_weights"], found["time_features"]) == ("view=1.0,buy=3.0", "gap,hour")
+    assert (found["modality"], found["drop_duplicates"]) == (["text=t.npy", "image=i.npy"], True)
 
 
 def test_similar_and_saved_models(model: mr.Recommender, shop: mr.Shop, tmp_path: Path) -> None:

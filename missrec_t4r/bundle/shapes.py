@@ -22,8 +22,7 @@ from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.io.tensor_checks import NO_LIMIT, NOT_NEGATIVE, check_ranges, compare, header_of, refused
 from missrec_t4r.io.weight_names import current_name
 from missrec_t4r.ranking.hybrid import build_missrec
-from missrec_t4r.runs.extend import PER_ROW, Uninitialised
-from missrec_t4r.runs.run_folder import ADDED_LATER
+from missrec_t4r.runs.extend import ADDED_LATER, PER_ROW, Uninitialised
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
 _TYPES = {torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM
+from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM, PROTOCOLS
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.runs.run_folder import LoadedRun
 
@@ -15,6 +15,11 @@ _SEEN_ITEMS: Final = {
     KEPT_STRICT: "ranked; no part of the score depends on what was seen (own pairs count, an item may resemble itself)",
     KEPT_WITH_HISTORY_TERM: "ranked; the model's score may depend on what was seen (history bias, own pairs taken off)",
 }
+_HISTORY_BIAS: Final = {
+    KEPT_STRICT: "left out of a network that was trained with it (without: --set model.history_bias=false)",
+    KEPT_WITH_HISTORY_TERM: "as trained; in the row model tuned around that value",
+}
+_TRAINED_WITHOUT: Final = "none: trained without it"
 
 
 def checklist(loaded: LoadedRun, info: Mapping[str, Any], n_valid: int) -> dict[str, Any]:
@@ -31,7 +36,7 @@ def checklist(loaded: LoadedRun, info: Mapping[str, Any], n_valid: int) -> dict[
     config = loaded.recipe.model
     return {
         "seen_items": _SEEN_ITEMS,
-        "history_bias": _history_bias(trained=config.history_bias),
+        "history_bias": _HISTORY_BIAS if config.history_bias else dict.fromkeys(_HISTORY_BIAS, _TRAINED_WITHOUT),
         "item_filter": _item_filter(loaded),
         "ties": "equal scores in the order of catalogue rows",
         "history_length": {
@@ -49,22 +54,11 @@ def checklist(loaded: LoadedRun, info: Mapping[str, Any], n_valid: int) -> dict[
             "split": "valid",
             "metric": "ndcg@10",
             "sessions": n_valid,
-            EXCLUDED: "this protocol",
-            KEPT_STRICT: "this protocol",
-            KEPT_WITH_HISTORY_TERM: "this protocol",
+            **dict.fromkeys(PROTOCOLS, "this protocol"),
             "exported": f"mean of {EXCLUDED} and {KEPT_WITH_HISTORY_TERM}, after training",
         },
         "seeds": {"training": loaded.recipe.train.seed, "bootstrap": 0, "validation_sample": 0},
         "stopped_by": info.get("stopped_by", NOT_RECORDED),
-    }
-
-
-def _history_bias(*, trained: bool) -> dict[str, str]:
-    if not trained:
-        return dict.fromkeys((KEPT_STRICT, KEPT_WITH_HISTORY_TERM), "none: trained without it")
-    return {
-        KEPT_STRICT: "left out of a network that was trained with it (without: --set model.history_bias=false)",
-        KEPT_WITH_HISTORY_TERM: "as trained; in the row model tuned around that value",
     }
 
 

@@ -46,7 +46,7 @@ from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.ranking.baselines import Popularity
 from missrec_t4r.ranking.protocols import EXPORTED, BlendScorer, blends_of
 from missrec_t4r.ranking.tune import Validation
-from missrec_t4r.ranking.tune_baselines import tuned_content_knn, tuned_item_knn
+from missrec_t4r.ranking.tune_baselines import Tuned, tuned_content_knn, tuned_item_knn
 from missrec_t4r.runs.checklist import NOT_RECORDED, checklist
 from missrec_t4r.runs.run_folder import RUN_FILE, load_run, sessions_checksum, trained_on
 from missrec_t4r.runs.sasrec_file import kept_sasrec
@@ -177,8 +177,9 @@ def checked_baselines(names: Sequence[str] | str | bool, others: Sequence[str] =
     ConfigError
         An unknown name.
     """
-    named = ([], BASELINES)[names] if isinstance(names, bool) else [names] if isinstance(names, str) else names
-    chosen = [*dict.fromkeys(named)]
+    if isinstance(names, bool):
+        names = BASELINES if names else ()
+    chosen = [*dict.fromkeys([names] if isinstance(names, str) else names)]
     known = (*ALL_BASELINES, *others)
     if unknown := [name for name in chosen if name not in known]:
         raise ConfigError(f"the baseline {unknown[0]!r}", f"some of {', '.join(known)}", "check --baselines")
@@ -215,17 +216,17 @@ def fitted_baselines(
     """
     catalogue = catalogue or Catalogue.load(data / CATALOGUE_FOLDER)
     train, valid = Sessions.load(data / "train", ()), Sessions.load(data / "valid", ())
-    tuned = {
-        "item_knn": tuned_item_knn(train, valid, catalogue) if "item_knn" in names else None,
-        "content_knn": tuned_content_knn(valid, catalogue) if "content_knn" in names else None,
-        "sasrec": kept_sasrec(train, valid, catalogue, keep, look_in) if "sasrec" in names else None,
+    tune: dict[str, Callable[[], Mapping[str, Tuned]]] = {
+        "item_knn": lambda: tuned_item_knn(train, valid, catalogue),
+        "content_knn": lambda: tuned_content_knn(valid, catalogue),
+        "sasrec": lambda: kept_sasrec(train, valid, catalogue, keep, look_in),
     }
     systems: dict[str, System] = {"popularity": Popularity.fit(catalogue)} if "popularity" in names else {}
     settings: dict[str, Any] = {}
-    for name, best in tuned.items():
-        if best:
-            systems[name] = {protocol: winner.scorer for protocol, winner in best.items()}
-            settings[name] = {protocol: winner.describe() for protocol, winner in best.items()}
+    for name in tune:
+        if name in names and (best := tune[name]()):
+            systems[name] = {protocol: tuned.scorer for protocol, tuned in best.items()}
+            settings[name] = {protocol: tuned.describe() for protocol, tuned in best.items()}
     return systems, settings
 
 
@@ -263,29 +264,23 @@ def evaluate_sessions(
     for name, system in systems.items():
         rankings[name] = rank_system(system, histories, targets, catalogue, max(KS), f"ranking {name}")
     masks, users = slices(histories, targets, catalogue), users_of(sessions)
-    everyone = masks["all"]
-    overall = {
-        protocol: {name: _with_interval(ranks, users, everyone) for name, ranks in _under(protocol, rankings).items()}
+    ranks_of = {
+        protocol: {name: ranking.ranks[protocol] for name, ranking in rankings.items() if protocol in ranking.ranks}
         for protocol in PROTOCOLS
     }
+    measured = {part: _measured(ranks_of, users, mask) for part, mask in masks.items()}
     return {
         "n_users": len(sessions),
         "n_items": catalogue.n_items,
-        "protocols": overall,
-        "slices": {
-            part: {
-                "n": int(mask.sum()),
-                **{
-                    protocol: {
-                        name: _with_interval(ranks, users, mask) for name, ranks in _under(protocol, rankings).items()
-                    }
-                    for protocol in PROTOCOLS
-                },
+        "protocols": measured["all"],
+        "slices": {part: {"n": int(masks[part].sum()), **protocols} for part, protocols in measured.items()},
+        "coverage": {
+            protocol: {
+                name: _coverage(rankings[name].recommended[protocol], catalogue.n_items) for name in systems_ranks
             }
-            for part, mask in masks.items()
+            for protocol, systems_ranks in ranks_of.items()
         },
-        "coverage": _coverage(rankings, catalogue.n_items),
-        "differences": _differences(rankings, users),
+        "differences": {protocol: _differences(systems_ranks, users) for protocol, systems_ranks in ranks_of.items()},
         "counts": {
             "targets_in_history": int(targets_in_history(histories, targets).sum()),
             "targets_no_item": int((targets < FIRST_ITEM_ROW).sum()),
@@ -312,7 +307,7 @@ def rank_system(
             targets,
             catalogue.n_rows,
             top_k=top_k,
-            protocols=[protocol for protocol, one in per_protocol.items() if one is scorer],
+            protocols=[protocol for protocol, its_scorer in per_protocol.items() if its_scorer is scorer],
             description=description,
         )
         for scorer in {id(scorer): scorer for scorer in per_protocol.values()}.values()
@@ -341,33 +336,27 @@ class _WithoutRetired:
         return scores.index_fill(1, self.retired.to(scores.device), -torch.inf) if len(self.retired) else scores
 
 
-def _under(protocol: str, rankings: Mapping[str, Ranking]) -> dict[str, Ints]:
-    """Return the ranks of the systems that a protocol has."""
-    return {name: ranking.ranks[protocol] for name, ranking in rankings.items() if protocol in ranking.ranks}
-
-
-def _with_interval(ranks: Ints, users: Ints | None, mask: Bools) -> dict[str, Any]:
-    ranks, users = ranks[mask], None if users is None else users[mask]
-    return {**metrics(ranks), "interval": bootstrap_intervals(ranks, users=users)}
-
-
-def _coverage(rankings: Mapping[str, Ranking], n_items: int) -> dict[str, Any]:
+def _measured(
+    ranks_of: Mapping[str, Mapping[str, Ints]], users: Ints | None, mask: Bools
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the metrics of some sessions with their intervals, by protocol and system."""
+    users = None if users is None else users[mask]
     return {
         protocol: {
-            name: {f"coverage@{k}": coverage(ranking.recommended[protocol][:, :k], n_items) for k in KS}
-            for name, ranking in rankings.items()
-            if protocol in ranking.ranks
+            name: {**metrics(ranks[mask]), "interval": bootstrap_intervals(ranks[mask], users=users)}
+            for name, ranks in systems.items()
         }
-        for protocol in PROTOCOLS
+        for protocol, systems in ranks_of.items()
     }
 
 
-def _differences(rankings: Mapping[str, Ranking], users: Ints | None) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for protocol in PROTOCOLS:
-        systems = [*_under(protocol, rankings).items()]
-        found[protocol] = {
-            name: named_differences(paired_differences(systems[0][1], ranks, users=users))
-            for name, ranks in systems[1:]
-        }
-    return found
+def _coverage(recommended: Ints, n_items: int) -> dict[str, float]:
+    return {f"coverage@{k}": coverage(recommended[:, :k], n_items) for k in KS}
+
+
+def _differences(systems: Mapping[str, Ints], users: Ints | None) -> dict[str, Any]:
+    """Return the paired differences of the first system to each of the others."""
+    names = [*systems]
+    return {
+        name: named_differences(paired_differences(systems[names[0]], systems[name], users=users)) for name in names[1:]
+    }

@@ -1,4 +1,4 @@
-"""Load trained weights into a model of an extended catalogue: rows of the training keep their trained values.
+"""Load trained weights into a model, also of an extended catalogue: rows of the training keep their trained values.
 
 New items are scored by their modalities alone, whatever ``mask_untrained_ids`` is. Retired items are
 not recommended, but still count inside a session.
@@ -7,6 +7,7 @@ not recommended, but still count inside a session.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -14,15 +15,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.errors import DataError
+from missrec_t4r.errors import CheckpointError, DataError
 from missrec_t4r.io.tensor_file import advise_random_access
 from missrec_t4r.model.interests import InterestVocabulary
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.runs.run_folder import added_later, load_strictly
 
 _LARGE = 1 << 24
 """Elements (64 MiB of float32) from which a tensor stays memory-mapped instead of being copied."""
 _CHUNK = 4096
+_LONGEST_LIST = 600
+"""Most characters of an error's list of tensors that differ."""
+ADDED_LATER = ("terms.cold_start.", "terms.rare_items.", "terms.history_bias.offset")
+"""Prefixes of tensors that runs of earlier versions lack."""
 PER_ROW = (
     *("item_encoder.id_embedding.", "item_encoder.candidate_id_embedding."),
     *("fusion.phi", "terms.item_knn.", "terms.content_knn."),
@@ -75,6 +79,29 @@ def load_weights(model: MISSRec, weights: Mapping[str, Tensor], interests: Mappi
     state = {name: tensor if tensor.numel() >= _LARGE else tensor.clone() for name, tensor in tensors.items()}
     advise_random_access(tensor for tensor in state.values() if tensor.numel() >= _LARGE)
     model.load_state_dict(state, assign=True)
+
+
+def load_strictly(model: torch.nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy weights into a model; any difference in names or shapes is an error that lists the first ones.
+
+    Raises
+    ------
+    CheckpointError
+        Missing, unexpected or differently shaped tensors.
+    """
+    try:
+        model.load_state_dict(added_later(model.state_dict(), weights) | dict(weights))
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{source}: {shorten(str(error), _LONGEST_LIST)}",
+            "the weights of this model and catalogue",
+            "use the data folder and recipe of this run, or train again",
+        ) from error
+
+
+def added_later(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the model's tensors that weights of an earlier version lack; their initial values change no score."""
+    return {name: own[name] for name in own if name.startswith(ADDED_LATER) and name not in weights}
 
 
 @torch.no_grad()

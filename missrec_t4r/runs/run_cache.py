@@ -20,7 +20,7 @@ from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, ver
 
 FINISHED_FILE = "finished.json"
 _CODE = ("config", "data", "evaluation", "model", "ranking", "t4r", "training")
-"""Subpackages and modules whose source is part of the key: a number may depend on them."""
+"""Subpackages whose source is part of the key: a number may depend on them."""
 
 
 def run_key(data: Sequence[Path], settings: Mapping[str, Any], source: Path | None = None) -> str:
@@ -37,14 +37,10 @@ def run_key(data: Sequence[Path], settings: Mapping[str, Any], source: Path | No
     """
     digest = hashlib.sha256(json.dumps([settings, versions()], sort_keys=True, default=str).encode())
     package = Path(__file__).parents[1]
-    code = [file for name in _CODE for file in ((package / f"{name}.py"), *(package / name).rglob("*.py"))]
-    for file in sorted(file for file in code if file.is_file()):
-        digest.update(file_digest(file).encode())
-    for folder in data:
-        digest.update(data_digest(folder).encode())
-    for name in (RUN_FILE, WEIGHTS_FILE) if source is not None else ():
-        if source is not None and (source / name).is_file():
-            digest.update(file_digest(source / name).encode())
+    code = sorted(file for name in _CODE for file in (package / name).rglob("*.py"))
+    start = [] if source is None else [source / RUN_FILE, source / WEIGHTS_FILE]
+    for content in (*map(file_digest, code), *map(data_digest, data), *(file_digest(f) for f in start if f.is_file())):
+        digest.update(content.encode())
     return digest.hexdigest()
 
 
@@ -60,11 +56,11 @@ def lookup(out: Path, key: str) -> dict[str, Any] | None:
 
 def differences(out: Path, recipe: Recipe) -> list[str]:
     """Return in which settings a finished run differs from a recipe, such as ``train.epochs 3 -> 5``."""
-    stored, wanted = Recipe.from_stored(read_json(out / RECIPE_FILE)).to_dict(), recipe.to_dict()
+    stored, asked = Recipe.from_stored(read_json(out / RECIPE_FILE)).to_dict(), recipe.to_dict()
     return [
         f"{section}.{name} {stored[section][name]} -> {value}"
         for section in SECTIONS
-        for name, value in wanted[section].items()
+        for name, value in asked[section].items()
         if stored[section][name] != value
     ]
 

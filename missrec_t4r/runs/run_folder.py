@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,12 +35,11 @@ from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.io.weight_names import current_names
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
+from missrec_t4r.runs.extend import load_extended, load_strictly, mark_rows
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, TRAIN_COUNT
 
 log = logging.getLogger(__name__)
 
-ADDED_LATER = ("terms.cold_start.", "terms.rare_items.", "terms.history_bias.offset")
-"""Prefixes of tensors that runs of earlier versions lack."""
 VOCABULARY_FILE = "vocabulary.parquet"
 RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, STATE_FILE = "recipe.json", "run.json", "weights.safetensors", "state.safetensors"
 _CHECKSUM = "sessions_checksum"
@@ -106,15 +105,14 @@ def sessions_checksum(sessions: Sequence[Sessions]) -> int:
     """Return a checksum of the items of sessions, whatever features of theirs are read."""
     checksum = 0
     for split in sessions:
-        for part in (split.values, split.offsets):
-            checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
+        for numbers in (split.values, split.offsets):
+            checksum = zlib.crc32(np.ascontiguousarray(numbers).data, checksum)
     return checksum
 
 
 def trained_on(run: Path) -> int | None:
     """Return the `sessions_checksum` of a run's training and validation sessions; None for runs of earlier versions."""
-    checksum: int | None = read_json(run / RUN_FILE).get(_CHECKSUM)
-    return checksum
+    return cast("int | None", read_json(run / RUN_FILE).get(_CHECKSUM))
 
 
 def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
@@ -150,8 +148,6 @@ def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
     weights = load_tensors(run / WEIGHTS_FILE)
     catalogue, n_trained = _since_training(catalogue, run, folder, weights)
     model = build_missrec(recipe.model, catalogue, event_features)
-    from missrec_t4r.runs.extend import load_extended, mark_rows
-
     if n_trained == catalogue.n_rows:
         load_strictly(model, weights, str(run / WEIGHTS_FILE))
         mark_rows(model, catalogue, n_trained)
@@ -172,9 +168,9 @@ def _since_training(
     earlier, ids = pq.read_table(file), one_array(catalogue.items[ITEM_ID])
     known = one_array(earlier[ITEM_ID])
     if not ids.slice(0, len(known)).equals(known):
-        found = sum(one in set(known.to_pylist()) for one in ids.to_pylist())
+        n_there = pc.sum(pc.is_in(ids, known)).as_py() or 0
         raise CheckpointError(
-            f"{folder} has other items, or another order of items, than {run}: {found:,} of {len(known):,} are there",
+            f"{folder} has other items, or another order of items, than {run}: {n_there:,} of {len(known):,} are there",
             "the items of the training in their order, new ones after them, as `missrec etl --update` writes them",
             f"give the run's own folder with --data, or train on this one: `missrec train --continue {run}`",
         )
@@ -187,37 +183,6 @@ def _since_training(
     place = catalogue.items.column_names.index(TRAIN_COUNT)
     items = catalogue.items.set_column(place, TRAIN_COUNT, pa.array(counts, pa.int64()))
     return Catalogue(items, catalogue.modalities, checked=True), FIRST_ITEM_ROW + len(known)
-
-
-def load_strictly(model: torch.nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into a model; any difference in names or shapes is an error that lists them.
-
-    Raises
-    ------
-    CheckpointError
-        Missing, unexpected or differently shaped tensors.
-    """
-    own = model.state_dict()
-    weights = added_later(own, weights) | dict(weights)
-    problems = [f"missing {name}" for name in own if name not in weights]
-    problems += [f"unexpected {name}" for name in weights if name not in own]
-    problems += [
-        f"{name} has shape {list(weights[name].shape)} instead of {list(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        cure = "use the data folder and recipe of this run, or train again"
-        raise CheckpointError(
-            f"{source}: " + "; ".join(problems[:8]) + more, "the weights of this model and catalogue", cure
-        )
-    model.load_state_dict(dict(weights))
-
-
-def added_later(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the model's tensors that weights of an earlier version lack; their initial values change no score."""
-    return {name: own[name] for name in own if name.startswith(ADDED_LATER) and name not in weights}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -37,7 +37,8 @@ from missrec_t4r.progress import track
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune import fit_terms
-from missrec_t4r.runs.run_folder import LOG_FILE, RECIPE_FILE, RUN_FILE, STATE_FILE, load_strictly, save_run
+from missrec_t4r.runs.extend import load_strictly
+from missrec_t4r.runs.run_folder import LOG_FILE, RECIPE_FILE, RUN_FILE, STATE_FILE, save_run
 from missrec_t4r.training import distributed
 from missrec_t4r.training.curves import TENSORBOARD_FOLDER, Curves
 from missrec_t4r.training.graphed_step import GraphedSteps, Shapes

@@ -10,7 +10,8 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.terms.rare_items import RareItemTerm
-from missrec_t4r.runs.run_folder import load_strictly, load_tensors, save_tensors
+from missrec_t4r.runs.extend import load_strictly
+from missrec_t4r.runs.run_folder import load_tensors, save_tensors
 from tests import shop
 from tests.equations.reference import FIRST_ITEM, Array
 

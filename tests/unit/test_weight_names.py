@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.runs.run_folder import load_strictly, load_tensors
+from missrec_t4r.runs.extend import load_strictly
+from missrec_t4r.runs.run_folder import load_tensors
 from tests import shop
 
 BEFORE = {

@@ -216,7 +216,7 @@ def fitted_baselines(
     """
     catalogue = catalogue or Catalogue.load(data / CATALOGUE_FOLDER)
     train, valid = Sessions.load(data / "train", ()), Sessions.load(data / "valid", ())
-    tune: dict[str, Callable[[], Mapping[str, Tuned]]] = {
+    tune: dict[str, Callable[[], Mapping[str, Tuned] | None]] = {
         "item_knn": lambda: tuned_item_knn(train, valid, catalogue),
         "content_knn": lambda: tuned_content_knn(valid, catalogue),
         "sasrec": lambda: kept_sasrec(train, valid, catalogue, keep, look_in),

@@ -55,7 +55,7 @@ def test_there_may_be_more_partitions_than_files_that_a_process_may_open(tmp_pat
         file = partition_path(tmp_path, FILTER_FOLDER, number, "npz")
         np.savez(file, users=np.zeros_like(items), items=items, eligible=np.ones(len(items), bool))
     with few_open_files():
-        kept = keep_frequent(tmp_path, 40, k_core=2, min_item_count=0)
+        kept = keep_frequent(tmp_path, 40, {"k_core": 2, "min_item_count": 0})
     assert kept.all()
     masks = [np.load(partition_path(tmp_path, KEPT_FOLDER, number, "npy")).tolist() for number in (0, 1)]
     assert masks == [[False], [True, True]]  # the user of one event goes

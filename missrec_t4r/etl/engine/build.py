@@ -46,7 +46,7 @@ from missrec_t4r.etl.session_schema import write_session_schema
 from missrec_t4r.etl.task import Task
 from missrec_t4r.io.arrow_files import read_arrow
 from missrec_t4r.io.json_files import read_json, write_json
-from missrec_t4r.schema import ITEM_ID, LIST_SUFFIX, SPLITS, TIMESTAMP
+from missrec_t4r.schema import ITEM_ID, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
 
 _WORK_FORMAT = 2
 """Changes with the files of the working folder, so that no run continues from those of another release."""
@@ -66,12 +66,10 @@ def run_out_of_core(task: Task, out: Path, partitions: int | None, machines: tup
         Scheduler and workers, as in `executor.open_executor`.
     """
     copies = workdir.copies_folder(out)
-    user_column, item_column, _ = task.names
+    id_columns = [task.settings["columns"][name] for name in (USER_ID, ITEM_ID)]
     with workdir.working_folder(out) as (work, finish), open_executor(*machines) as executor:
-        files = workdir.as_parquet(task.files, copies, [user_column, item_column], task.findings)
-        items, vectors = workdir.read_item_table(
-            task.items, task.settings["catalogue_item_column"], files, item_column, task.modality_files, task.findings
-        )
+        files = workdir.as_parquet(task.files, copies, id_columns, task.findings)
+        items, vectors = workdir.read_item_table(task, files)
         folder, counts = build(Job(replace(task, files=files), items, vectors, partitions), work, executor)
         report = task.write_report(counts, folder)
         finish(folder)
@@ -163,34 +161,22 @@ def _finish(
 def _write_encodings(
     job: Job, plan: Plan, common: Mapping[str, Any], folder: Path, catalogue: Catalogue, longest: int
 ) -> None:
-    """Write the schema and the request transform and, where NVTabular is installed, its workflows."""
-    out, item_ids = folder / OUTPUT_FOLDER, catalogue.items[ITEM_ID].combine_chunks()
+    """Write the schema and the request transform and, where NVTabular is installed, its workflows.
+
+    The workflows are fitted on one event, which has all types: their vocabularies are given.
+    """
+    out, item_ids, settings = folder / OUTPUT_FOLDER, catalogue.items[ITEM_ID].combine_chunks(), job.run.settings
     categories = {name: pd.Series(values) for name, values in common["categories"].items()}
-    clock = job.run.derive.clock
+    derive, length = job.run.derive, settings["max_sequence_length"]
     typed = Path(job.old.get("folder", out))  # has rows, which the partitions of an update need not have
-    write_session_schema(typed, out, {ITEM_ID: item_ids, **categories, **clock}, longest)
-    features = outputs.feature_codes([*plan.features, *job.run.derive.columns], categories | clock)
-    if has_nvtabular():
-        _write_workflows(job, plan, common, folder, item_ids, categories, features)
-    else:
-        length = job.run.settings["max_sequence_length"]
+    write_session_schema(typed, out, {ITEM_ID: item_ids, **categories, **derive.clock}, longest)
+    features = outputs.feature_codes([*plan.features, *derive.columns], categories | derive.clock)
+    if not has_nvtabular():
         outputs.write_request_transform(outputs.request_transform(item_ids.type, len(item_ids), length, features), out)
-
-
-def _write_workflows(
-    job: Job,
-    plan: Plan,
-    common: Mapping[str, Any],
-    folder: Path,
-    item_ids: pa.Array,
-    categories: Mapping[str, pd.Series],
-    features: Mapping[str, Any],
-) -> None:
-    """Fit NVTabular's workflows on one event, where only types are learned; write them and the request transform."""
+        return
     from missrec_t4r.etl.nvt import workflows as nvt_workflows
     from missrec_t4r.etl.nvt.data_folder import write_request, write_workflow
 
-    out, settings = folder / OUTPUT_FOLDER, job.run.settings
     state = read_arrow(next((Path(job.old.get("folder", folder)) / STATE_FOLDER).glob("*.arrow"))).schema
     with tempfile.TemporaryDirectory() as storage:
         workflow = nvt_workflows.build_session_workflow(
@@ -198,12 +184,12 @@ def _write_workflows(
             Path(storage) / "sessions",
             categories=categories,
             numbers=[name for name, kind in plan.features.items() if kind == "number"],
-            max_events=common["max_events"],
-            derive=job.run.derive,
+            max_events=settings["max_events"],
+            derive=derive,
         )
         nvt_workflows.fit(workflow, _one_event(state, item_ids, categories, settings))
         write_workflow(workflow, out, pickled=settings["save_nvtabular_workflow"])
-        write_request(item_ids, out, Path(storage), settings["max_sequence_length"], features)
+        write_request(item_ids, out, Path(storage), length, features)
 
 
 def _one_event(

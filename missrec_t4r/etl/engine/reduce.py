@@ -132,9 +132,8 @@ def _filter_events(job: Job, plan: Plan, common: dict[str, Any], work: Path, exe
     tasks = [(str(work), number) for number in range(plan.partitions)]
     surveyed = executor.run(sessionize.survey_events, tasks, "counting users and items")
     checks.note_users(job.run.findings, surveyed, drop_duplicates=common["drop_duplicates"])
-    k_core, min_item_count = job.run.settings["k_core"], job.run.settings["min_item_count"]
-    occurs = keep_frequent(work, plan.partitions, k_core=k_core, min_item_count=min_item_count)  # [item index]
-    if max(k_core, min_item_count) > 0:
+    occurs = keep_frequent(work, plan.partitions, job.run.settings)  # [item index]
+    if max(job.run.settings["k_core"], job.run.settings["min_item_count"]) > 0:
         rows = np.flatnonzero(occurs[FIRST_ITEM_ROW:])  # of the item table
         index = np.full(len(occurs), -1, np.int64)
         index[FIRST_ITEM_ROW + rows] = FIRST_ITEM_ROW + np.arange(len(rows))
@@ -142,7 +141,7 @@ def _filter_events(job: Job, plan: Plan, common: dict[str, Any], work: Path, exe
         job.items, job.vectors = item_table.take_items(job.items, job.vectors, rows)
 
 
-def keep_frequent(work: Path, partitions: int, *, k_core: int, min_item_count: int) -> Bools:
+def keep_frequent(work: Path, partitions: int, settings: Mapping[str, Any]) -> Bools:
     """Write which events are kept, a mask for every partition, and return which items they are on, [item index].
 
     Parameters
@@ -151,14 +150,15 @@ def keep_frequent(work: Path, partitions: int, *, k_core: int, min_item_count: i
         Working folder with, per partition, user, item and eligibility of each event.
     partitions : int
         Their number; a partition without events may have no file.
-    k_core, min_item_count
-        As in `missrec_t4r.etl.pipeline.etl`.
+    settings : mapping
+        ``k_core`` and ``min_item_count``.
 
     Raises
     ------
     DataError
         No event is left.
     """
+    k_core, min_item_count = settings["k_core"], settings["min_item_count"]
     paths = {number: partition_path(work, FILTER_FOLDER, number, "npz") for number in range(partitions)}
     files = {number: file for number, file in paths.items() if file.is_file()}
     eligible = _read_arrays(files.values(), "eligible")

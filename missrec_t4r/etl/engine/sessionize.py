@@ -61,9 +61,8 @@ def load_common(work: str, name: str) -> dict[str, Any]:
 
 def read_events(work: str, partition: int, name: str = COMMON_FILE) -> pa.Table:
     """Return a partition's events in input order, with common codes and types."""
-    plan, common = load_plan(work), load_common(work, name)
-    events = read_partition(work, partition, common["maps"], [USER_ID, ITEM_ID, TIMESTAMP, *plan.features])
-    return cast_columns(events, common["types"])
+    common = load_common(work, name)
+    return cast_columns(read_partition(work, partition, common["maps"]), common["types"])
 
 
 def cast_columns(events: pa.Table, types: Mapping[str, str]) -> pa.Table:

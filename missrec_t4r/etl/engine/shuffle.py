@@ -311,16 +311,8 @@ class EventEncoder:
 # Read: all chunks of one partition
 
 
-def read_partition(work: str, partition: int, maps: Sequence[Mapping[str, Codes]], columns: Sequence[str]) -> pa.Table:
-    """Return a partition's events in input order, with common item indices and category codes.
-
-    Parameters
-    ----------
-    maps : sequence of mapping
-        Per chunk, see `map_codes`.
-    columns : sequence of str
-        Columns to return.
-    """
+def read_partition(work: str, partition: int, maps: Sequence[Mapping[str, Codes]]) -> pa.Table:
+    """Return a partition's events in input order, with common codes; ``maps``: per chunk, see `map_codes`."""
     plan, tables = load_plan(work), []
     for chunk, code_maps in enumerate(maps):
         file = partition_path(work, SHUFFLE_FOLDER, chunk, "arrow")
@@ -329,7 +321,7 @@ def read_partition(work: str, partition: int, maps: Sequence[Mapping[str, Codes]
         with pa.memory_map(str(file)) as source:
             reader = pa.ipc.open_file(source)
             batches = [reader.get_batch(at) for at in range(partition, reader.num_record_batches, plan.partitions)]
-        tables.append(map_codes(pa.Table.from_batches(batches).select(columns), code_maps))
+        tables.append(map_codes(pa.Table.from_batches(batches), code_maps))
     return pa.concat_tables(tables, promote_options="permissive")
 
 

@@ -26,12 +26,13 @@ from missrec_t4r.etl.inputs import read_items
 from missrec_t4r.etl.outputs import REPORT_FILE
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import PARQUET_SUFFIXES, read_table, require_distinct, require_event_columns
+from missrec_t4r.etl.task import Task
 from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.io.atomic import atomic_write_file, move_into_place, recover, refuse_unmanaged, translate_disk_errors
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.schema import ITEM_ID, SPLITS
 
-Task = Callable[[str, int], dict[str, Any]]
+Step = Callable[[str, int], dict[str, Any]]
 """Working folder and number of a chunk or partition -> a small result."""
 
 SHUFFLE_FOLDER = "shuffle"
@@ -107,15 +108,15 @@ def partition_path(work: str | Path, folder: str, partition: int, extension: str
     return Path(work) / folder / f"{partition:05}.{extension}"
 
 
-def resumable(folder: str) -> Callable[[Task], Task]:
+def resumable(folder: str) -> Callable[[Step], Step]:
     """Return the decorator of a task that keeps its result in a subfolder, and returns it if it is there already."""
 
-    def decorate(task: Task) -> Task:
-        @wraps(task)
+    def decorate(step: Step) -> Step:
+        @wraps(step)
         def run(work: str, number: int) -> dict[str, Any]:
             done = partition_path(work, folder, number, "json")
             if not done.is_file():
-                write_json(done, task(work, number), indent=None)
+                write_json(done, step(work, number), indent=None)
             return read_json(done)
 
         return run
@@ -220,27 +221,20 @@ def unified_schema(files: Sequence[Path], names: Mapping[str, str], findings: ch
     return pa.schema([(names.get(field.name, field.name), decoded_type(field.type)) for field in kept])
 
 
-def read_item_table(
-    items: Path,
-    catalogue_item: str,
-    files: Sequence[Path],
-    item_column: str,
-    modality_files: Mapping[str, Path],
-    findings: checks.Findings,
-) -> tuple[pa.Table, item_table.Vectors]:
-    """Return the item table and its vectors, one row per id; ids have the type of the interactions' ids."""
-    table = read_items(items, catalogue_item, findings)
+def read_item_table(task: Task, files: Sequence[Path]) -> tuple[pa.Table, item_table.Vectors]:
+    """Return the item table and its vectors, one row per id; ids have the type of those in the events' ``files``."""
+    table = read_items(task.items, task.settings["catalogue_item_column"], task.findings)
     ids = checks.normal_ids(table[ITEM_ID], ITEM_ID)
-    schema = pq.read_schema(files[0])
+    schema, item_column = pq.read_schema(files[0]), task.settings["columns"][ITEM_ID]
     kind = decoded_type(schema.field(item_column).type) if item_column in schema.names else ids.type
     if pa.types.is_string(ids.type) and not pa.types.is_string(kind):
         integers = checks.text_to_integers(ids)
         if integers is not None:
             ids = integers
-            checks.note_converted_ids(findings, len(ids), events=False)
+            checks.note_converted_ids(task.findings, len(ids), events=False)
     table = table.set_column(table.column_names.index(ITEM_ID), ITEM_ID, ids)
-    vectors: item_table.Vectors = item_table.read_modalities(modality_files, table.num_rows)
-    table, vectors = item_table.unique_items(table, vectors, findings)
+    vectors: item_table.Vectors = item_table.read_modalities(task.modality_files, table.num_rows)
+    table, vectors = item_table.unique_items(table, vectors, task.findings)
     return table.combine_chunks(), vectors
 
 

@@ -156,7 +156,7 @@ def prepare(
     findings.found += item_findings.found
     numbers = np.flatnonzero(np.sum([part["sizes"] for part in shuffled], axis=0)).tolist()
     checks.require_events(len(numbers))
-    unknown = _distinct([part["unknown"] for part in shuffled], items[ITEM_ID].type)
+    unknown = pa.array([value for part in shuffled for value in part["unknown"]], items[ITEM_ID].type).unique()
     append = settings["unknown_items"] == "append"
     if append:
         items, vectors = item_table.append_items(items, vectors, unknown)
@@ -170,8 +170,7 @@ def prepare(
     unknown_events, events = (sum(part[name] for part in surveyed) for name in ("unknown_item_events", "events"))
     item_table.add_unknown_item_findings(findings, len(unknown), unknown_events, events, append=append)
     if max(settings["k_core"], settings["min_item_count"]) > 0:
-        kept = keep_frequent(folder, partitions, k_core=settings["k_core"], min_item_count=settings["min_item_count"])
-        rows = np.flatnonzero(kept[FIRST_ITEM_ROW:])
+        rows = np.flatnonzero(keep_frequent(folder, partitions, settings)[FIRST_ITEM_ROW:])
         items, vectors = item_table.take_items(items, vectors, rows)
     counted = executor.run(tasks.count_events, arguments, "counting values")
     left = {number: part for number, part in zip(numbers, counted, strict=True) if part["events"]}
@@ -202,11 +201,6 @@ def _open_folder(work: Path, run: Run, columns: Columns, items: pa.Table, partit
     pq.write_table(items.select([ITEM_ID]), folder / tasks.ITEMS_FILE)
     write_json(folder / tasks.PLAN_FILE, plan)
     return folder
-
-
-def _distinct(parts: Sequence[Sequence[Any]], kind: pa.DataType) -> pa.Array:
-    """Return the ids of all parts in the order of their first occurrence."""
-    return pa.array([value for part in parts for value in part], kind).unique()
 
 
 def _summary(

@@ -59,6 +59,12 @@ class Task(Run):
     workflow: WorkflowFile | None
 
 
+_AS_GIVEN = (
+    *("split", "valid_from", "test_from", "k_core", "min_item_count", "unknown_items", "drop_duplicates"),
+    *("max_sequence_length", "max_events", "time_format", "event_type_column", "save_nvtabular_workflow"),
+)
+
+
 def make_task(options: Mapping[str, Any]) -> Task:
     """Return the run that has these options of `missrec_t4r.etl.pipeline.etl`.
 
@@ -89,11 +95,20 @@ def make_task(options: Mapping[str, Any]) -> Task:
     names = {options["user_column"]: USER_ID, options["item_column"]: ITEM_ID, options["time_column"]: TIMESTAMP}
     if len(names) < 3:
         raise ConfigError(f"columns {list(names)} for user, item and time", "three different columns")
+    settings = {name: options[name] for name in _AS_GIVEN} | {
+        "columns": {name: column for column, name in names.items()},
+        "catalogue_item_column": options["catalogue_item_column"] or options["item_column"],
+        "drop_columns": list(options["drop_columns"]),
+        "categorical_columns": list(options["categorical_columns"]),
+        "fingerprints": dict(options["fingerprint"] or {}),
+        **derived,
+        "workflow": None if workflow is None else {"file": workflow.file.name, "sha256": workflow.sha256},
+    }
     return Task(
         files=expand(options["interactions"], "interactions"),
         items=Path(options["items"]),
         names=names,
-        settings=_settings(options, names, derived, workflow),
+        settings=settings,
         modality_files=modality_files,
         workflow=workflow,
     )
@@ -115,30 +130,6 @@ def _check_settings(options: Mapping[str, Any]) -> None:
         )
     if options["engine"] not in ENGINES:
         raise ConfigError(f"engine {options['engine']!r}", "auto, memory, disk or gpu", "choose one with --engine")
-
-
-_AS_GIVEN = (
-    *("split", "valid_from", "test_from", "k_core", "min_item_count", "unknown_items", "drop_duplicates"),
-    *("max_sequence_length", "max_events", "time_format", "event_type_column", "save_nvtabular_workflow"),
-)
-
-
-def _settings(
-    options: Mapping[str, Any],
-    names: Mapping[str, str],
-    derived: Mapping[str, Any],
-    workflow: WorkflowFile | None,
-) -> dict[str, Any]:
-    """Return the settings as ``etl.json`` holds them."""
-    return {name: options[name] for name in _AS_GIVEN} | {
-        "columns": {name: column for column, name in names.items()},
-        "catalogue_item_column": options["catalogue_item_column"] or options["item_column"],
-        "drop_columns": list(options["drop_columns"]),
-        "categorical_columns": list(options["categorical_columns"]),
-        "fingerprints": dict(options["fingerprint"] or {}),
-        **derived,
-        "workflow": None if workflow is None else {"file": workflow.file.name, "sha256": workflow.sha256},
-    }
 
 
 def _read_workflow_file(options: Mapping[str, Any]) -> WorkflowFile:

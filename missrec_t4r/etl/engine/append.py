@@ -93,29 +93,26 @@ def update(
     new = new_files(expand(paths, "interactions") if paths or items is None else [], versions)
     settings = dict(report["settings"])
     columns = settings["columns"]
+    names = {columns[name]: name for name in (USER_ID, ITEM_ID, TIMESTAMP)}
+    run = Run(files=[], names=names, settings=settings, modality_files={}, started=started)
     id_column = catalogue_item_column or settings.get("catalogue_item_column", columns[ITEM_ID])
     table = None if items is None else read_items(items, id_column, checks.Findings())
-    if dry_run or not new:
-        catalogue = Catalogue.load(out / CATALOGUE_FOLDER)
-        *_, n_items = merge_new_items(catalogue, table, vectors, checks.Findings())
-        if dry_run or not n_items:
-            outlook = {"version": versions["version"], "new_files": [str(file) for file in new], "new_lines": n_items}
-            return {"data": str(out), "updated": False, "dry_run": dry_run, **outlook}
+    catalogue = Catalogue.load(out / CATALOGUE_FOLDER)
+    all_items, all_vectors, n_items = merge_new_items(catalogue, table, vectors, run.findings)
+    if dry_run or not (new or n_items):
+        outlook = {"version": versions["version"], "new_files": [str(file) for file in new], "new_lines": n_items}
+        return {"data": str(out), "updated": False, "dry_run": dry_run, **outlook}
     copies = workdir.copies_folder(out)
     files = workdir.as_parquet(list(new), copies, [columns[USER_ID], columns[ITEM_ID]])
-    files = [file for file in files if parquet_rows([file])]  # a day without events
+    run.files = files = [file for file in files if parquet_rows([file])]  # a day without events
     as_delta = not files or (delta and parquet_rows(files) <= MAX_DELTA_EVENTS)
     if not as_delta and delta_files(out):
         compact(out, dask_scheduler=dask_scheduler, workers=workers)
         report, state, versions = load_version(out)
     version = versions["version"] + 1
+    old = {"folder": str(out.absolute()), **state, "version": versions["version"], "new_rows": n_items}
+    job = Job(run, all_items, all_vectors, state["partitions"], old, catalogue)
     with workdir.working_folder(out) as (work, finish):
-        catalogue = Catalogue.load(out / CATALOGUE_FOLDER)
-        names = {columns[name]: name for name in (USER_ID, ITEM_ID, TIMESTAMP)}
-        run = Run(files=files, names=names, settings=settings, modality_files={}, started=started)
-        all_items, all_vectors, n_items = merge_new_items(catalogue, table, vectors, run.findings)
-        old = {"folder": str(out.absolute()), **state, "version": versions["version"], "new_rows": n_items}
-        job = Job(run, all_items, all_vectors, state["partitions"], old, catalogue)
         if as_delta:
             shutil.rmtree(work, ignore_errors=True)  # of a killed run
             folder = work / f"delta-{version}"

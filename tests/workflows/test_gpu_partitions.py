@@ -318,11 +318,11 @@ def prepared(folder: Path, file: Path, device: Any, monkeypatch: pytest.MonkeyPa
         "test_from": None,
         "event_weights": {},
         "event_type_column": "event_type",
+        "drop_columns": ["split"],
+        "categorical_columns": ["aisle"],
     }
-    columns = read.plan_columns(
-        [file], names, pa.string(), findings, drop_columns=["split"], categorical_columns=["aisle"]
-    )
     run = Run(files=[file], names=names, settings=settings, modality_files={}, findings=findings)
+    columns = read.plan_columns(run, items, findings)
     summary, parts = partitions.prepare(run, columns, items, Findings(), folder, 3, ThreadExecutor(1))
     yield {name: values.tolist() for name, values in summary.categories.items()}
     yield summary.items.to_pylist(), summary.events, summary.users, summary.newest, summary.features, findings.to_list()

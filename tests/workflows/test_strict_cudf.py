@@ -27,6 +27,7 @@ from missrec_t4r.etl.nvt.event_ops import EventWeights, KCore, SessionGap, TimeF
 from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.etl.splits import default_boundaries
+from missrec_t4r.etl.task import Run
 from tests.workflows import strict_cudf
 from tests.workflows.frame_kinds import PandasFiles
 from tests.workflows.tables import write as write_tables
@@ -150,12 +151,12 @@ def test_from_parquet_to_parquet(tmp_path: Path, seed: int, split: str) -> None:
     made: list[Any] = []
     for device in (PandasFiles(), gpu.CudfDevice()):
         findings = Findings()
-        columns = read.plan_columns(
-            [events_file], names, pa.string(), findings, drop_columns=["split"], categorical_columns=["aisle"]
-        )
+        plan = {"drop_columns": ["split"], "categorical_columns": ["aisle"]}
+        run = Run(files=[events_file], names=names, settings=plan, modality_files={})
+        items = pa.parquet.read_table(items_file)
         frame, summary = inputs.clean_inputs(
-            read.read_events(device, [events_file], columns, findings),
-            inputs.with_normal_ids(pa.parquet.read_table(items_file)),
+            read.read_events(device, [events_file], read.plan_columns(run, items, findings), findings),
+            inputs.with_normal_ids(items),
             {},
             {
                 "drop_duplicates": bool(seed % 2),
@@ -200,7 +201,9 @@ def test_texts_that_are_no_utf8_are_left_to_the_cpu(tmp_path: Path) -> None:
         pa.parquet.write_table(rows, tmp_path / "events.parquet")
         names = {key: key for key in ("user_id", "item_id", "timestamp")}
         files = [tmp_path / "events.parquet"]
-        columns = read.plan_columns(files, names, pa.string(), Findings(), drop_columns=[], categorical_columns=[])
+        settings = {"drop_columns": [], "categorical_columns": []}
+        run = Run(files=files, names=names, settings=settings, modality_files={})
+        columns = read.plan_columns(run, pa.table({"item_id": ["lamp"]}), Findings())
         with pytest.raises(read.NotPlainError, match=f"{name}.*UTF-8"):
             read.read_events(gpu.CudfDevice(), files, columns, Findings())
 

@@ -32,7 +32,6 @@ from missrec_t4r.etl.engine.versions import (
     load_version,
     new_files,
     part_files,
-    plain_version,
 )
 from missrec_t4r.etl.inputs import read_items
 from missrec_t4r.etl.installed import require_nvtabular
@@ -118,7 +117,7 @@ def update(
             folder = work / f"delta-{version}"
             folder.mkdir(parents=True)
             counts = write_delta(job, catalogue, out, folder, report, version)
-            plain = plain_version(versions) if delta_files(folder) or delta_files(out) else version
+            plain = versions["plain_version"] if delta_files(folder) or delta_files(out) else version
         else:
             with open_executor(dask_scheduler, workers) as executor:
                 folder, counts = build(job, work, executor)

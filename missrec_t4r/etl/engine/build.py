@@ -35,8 +35,8 @@ from missrec_t4r.etl.engine import sessionize, workdir
 from missrec_t4r.etl.engine.executor import Executor, open_executor
 from missrec_t4r.etl.engine.job import Job, make_plan
 from missrec_t4r.etl.engine.reduce import reduce_chunks
-from missrec_t4r.etl.engine.shuffle import ITEMS_FILE, Plan, partition_sizes, shuffle_chunk
-from missrec_t4r.etl.engine.user_state import STATE_FOLDER, USER_HASH, link_state, list_columns, state_path
+from missrec_t4r.etl.engine.shuffle import ITEMS_FILE, PLAN_FILE, Plan, partition_sizes, shuffle_chunk
+from missrec_t4r.etl.engine.user_state import USER_HASH, link_state, list_columns, state_path, state_schema
 from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER
 from missrec_t4r.etl.event_arithmetic import sum_counts
 from missrec_t4r.etl.event_settings import weighted_events
@@ -115,7 +115,7 @@ def prepare_folder(work: Path, plan: Plan, job: Job) -> Path:
     changed = [Path(file).stat().st_mtime_ns for file in job.run.files]
     folder = workdir.open_job(work, [_WORK_FORMAT, asdict(plan), changed, job.run.settings, job.old], job.items)
     pq.write_table(job.items.select([ITEM_ID]), folder / ITEMS_FILE)
-    plan.save(folder)
+    write_json(folder / PLAN_FILE, asdict(plan), indent=None)
     return folder
 
 
@@ -177,7 +177,6 @@ def _write_encodings(
     from missrec_t4r.etl.nvt import workflows as nvt_workflows
     from missrec_t4r.etl.nvt.data_folder import write_request, write_workflow
 
-    state = read_arrow(next((Path(job.old.get("folder", folder)) / STATE_FOLDER).glob("*.arrow"))).schema
     with tempfile.TemporaryDirectory() as storage:
         workflow = nvt_workflows.build_session_workflow(
             item_ids,
@@ -187,7 +186,9 @@ def _write_encodings(
             max_events=settings["max_events"],
             derive=derive,
         )
-        nvt_workflows.fit(workflow, _one_event(state, item_ids, categories, settings))
+        nvt_workflows.fit(
+            workflow, _one_event(state_schema(job.old.get("folder", folder)), item_ids, categories, settings)
+        )
         write_workflow(workflow, out, pickled=settings["save_nvtabular_workflow"])
         write_request(item_ids, out, Path(storage), length, features)
 

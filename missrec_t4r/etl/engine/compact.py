@@ -34,7 +34,6 @@ from missrec_t4r.etl.engine.versions import (
     link_unchanged,
     load_version,
     part_files,
-    plain_version,
 )
 from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER, open_job, resumable, working_folder
 from missrec_t4r.io.arrow_files import one_array, read_arrow, write_arrow
@@ -100,7 +99,7 @@ def compact(
     n_deltas = len(delta_files(out))
     result = {"data": str(out), "compacted": bool(n_deltas) and not dry_run, "dry_run": dry_run, "deltas": n_deltas}
     if not n_deltas or dry_run:
-        return result | {"version": versions["version"], "plain_version": plain_version(versions)}
+        return result | {name: versions[name] for name in ("version", "plain_version")}
     with working_folder(out) as (work, finish), open_executor(dask_scheduler, workers) as executor:
         common = session_settings(report["settings"], state["categories"])
         job = open_job(work, [common, state, versions["version"]])
@@ -115,11 +114,12 @@ def compact(
             parts[number] = part
         folder = job / OUTPUT_FOLDER
         link_state(job, folder, state)
-        result |= {"version": versions["version"], "plain_version": versions["version"]}
-        write_json(folder / VERSIONS_FILE, versions | {"plain_version": versions["version"]}, indent=1)
+        versions["plain_version"] = versions["version"]
+        write_json(folder / VERSIONS_FILE, versions, indent=1)
         link_unchanged(out, folder, {DELTA_FOLDER, f"{STATE_FOLDER}/{DELTA_FOLDER}", *part_files(numbers)})
         finish(folder)
     log.info(f"{out}: the parquet files of the splits hold version {versions['version']}")
+    result |= {name: versions[name] for name in ("version", "plain_version")}
     return result | {"seconds": round(time.perf_counter() - started, 3)}
 
 

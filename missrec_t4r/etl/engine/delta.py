@@ -100,8 +100,8 @@ def write_delta(
     dict
         Counts as in the report, and the number of affected users.
     """
-    change, old_categories, old_longest = NO_CHANGE, job.old["categories"], longest_session(job.old)
-    categories = old_categories
+    change, categories, old_categories = NO_CHANGE, job.old["categories"], job.old["categories"]
+    old_longest = max(job.old.get("longest", 0), *(part["longest"] for part in job.old["parts"]))
     if job.run.files:
         events, common = encode_increment(job, folder)
         change, categories = _write_sessions(job, data, folder, events, common, version), common["categories"]
@@ -136,11 +136,6 @@ def _extend_encodings(
         from missrec_t4r.etl.nvt.extend_vocabulary import extend_workflows
 
         extend_workflows(data, folder, {name: pd.Series(vocabularies[name]) for name in longer})
-
-
-def longest_session(state: Mapping[str, Any]) -> int:
-    """Return the events of the longest session, from the content of ``state.json``."""
-    return max(state.get("longest", 0), *(part["longest"] for part in state["parts"]))
 
 
 def encode_increment(job: Job, folder: Path) -> tuple[pa.Table, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,11 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import SchemaError
 from missrec_t4r.etl import item_table
 from missrec_t4r.etl.engine.shuffle import Plan, cut_chunks
-from missrec_t4r.etl.engine.user_state import state_path
+from missrec_t4r.etl.engine.user_state import state_schema
 from missrec_t4r.etl.engine.workdir import unified_schema
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import Notations, note
 from missrec_t4r.etl.task import Run
-from missrec_t4r.io.arrow_files import read_arrow
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
 log = logging.getLogger(__name__)
@@ -115,7 +114,7 @@ def _as_before(job: Job, empty: pa.Table, found: Sequence[str]) -> tuple[list[st
         if name not in before:
             words = f"event column {name!r} is new and is left out; run missrec etl on all events to read it"
             job.run.findings.add("event_column_left_out", 1, words)
-    as_types = {USER_ID: _user_type(job.old)}
+    as_types = {USER_ID: str(state_schema(job.old["folder"]).field(USER_ID).type)}
     for name in before:
         values = job.old["categories"].get(name)
         of_texts = any(isinstance(value, str) for value in values or ())
@@ -128,12 +127,6 @@ def _as_before(job: Job, empty: pa.Table, found: Sequence[str]) -> tuple[list[st
                 "convert it, or run missrec etl on all events",
             )
     return before, as_types
-
-
-def _user_type(old: Mapping[str, Any]) -> str:
-    """Return the type of the user ids of a data folder."""
-    paths = (state_path(old["folder"], number) for number in range(old["partitions"]))
-    return str(read_arrow(next(path for path in paths if path.is_file())).schema.field(USER_ID).type)
 
 
 def _notations(job: Job, texts: Sequence[str]) -> dict[str, str]:

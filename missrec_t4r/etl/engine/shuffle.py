@@ -14,7 +14,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import parse_numbers
 from missrec_t4r.io.arrow_files import one_array, to_record_batch
 from missrec_t4r.io.atomic import atomic_write_file
-from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.io.json_files import read_json
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, USER_ID
 
 PLAN_FILE = "plan.json"
@@ -70,10 +70,6 @@ class Plan:
     time_format: str | None = None
     as_types: dict[str, str] = field(default_factory=dict)
     """Event column -> its type where a file has no value of it; in an update ``user_id`` -> its type in the folder."""
-
-    def save(self, work: Path) -> None:
-        """Write the plan."""
-        write_json(work / PLAN_FILE, asdict(self), indent=None)
 
 
 @lru_cache(maxsize=4)

@@ -43,6 +43,11 @@ def state_path(folder: str | Path, partition: int, extension: str = "arrow") -> 
     return Path(folder) / STATE_FOLDER / f"{partition:05}.{extension}"
 
 
+def state_schema(folder: str | Path) -> pa.Schema:
+    """Return the schema of the user state in a data folder or working folder."""
+    return read_arrow(next((Path(folder) / STATE_FOLDER).glob("*.arrow"))).schema
+
+
 def state_deltas(data: Path) -> list[Path]:
     """Return the state files of a data folder's deltas, oldest first."""
     return sorted((data / STATE_FOLDER / DELTA_FOLDER).glob("*.arrow"))

@@ -44,12 +44,8 @@ def load_version(out: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, A
         )
     file = out / VERSIONS_FILE
     versions = read_json(file) if file.is_file() else {"version": 1, "changes": []}
+    versions.setdefault("plain_version", versions["version"])  # that of the splits' parquet files
     return report, read_json(state_file), versions
-
-
-def plain_version(versions: Mapping[str, Any]) -> int:
-    """Return the version that the parquet files of the splits hold."""
-    return int(versions.get("plain_version", versions["version"]))
 
 
 def part_files(partitions: Iterable[int]) -> list[str]:

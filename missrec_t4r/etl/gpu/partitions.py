@@ -75,11 +75,8 @@ class Partitioned:
 
     def __init__(self, work: Path, numbers: Sequence[int], executor: Executor, settings: dict[str, Any]) -> None:
         self.work, self.numbers, self.executor, self.settings = work, list(numbers), executor, settings
-
-    @property
-    def folder(self) -> Path:
-        """Return the data folder that is being written."""
-        return self.work / OUTPUT_FOLDER
+        self.folder = work / OUTPUT_FOLDER
+        """The data folder that is being written."""
 
     def fit(self, workflow: Workflow) -> None:
         """Fit the built-in workflow: only types are read, from the first partition with events."""

@@ -20,6 +20,7 @@ from missrec_t4r.etl.inputs import Events
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import Notations
 from missrec_t4r.etl.sources.table import PARQUET_SUFFIXES
+from missrec_t4r.etl.task import Run
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
 _MICROSECONDS = 1_000_000
@@ -57,29 +58,17 @@ class Seen(NamedTuple):
     """Features of integers and Booleans that have a null: as in pandas they become floats."""
 
 
-def plan_columns(
-    files: Sequence[Path],
-    names: dict[str, str],
-    item_type: pa.DataType,
-    findings: checks.Findings,
-    *,
-    drop_columns: Sequence[str],
-    categorical_columns: Sequence[str],
-) -> Columns:
+def plan_columns(run: Run, items: pa.Table, findings: checks.Findings) -> Columns:
     """Return the columns to read, from the schemas of the files.
 
     Parameters
     ----------
-    files : sequence of Path
-        Interactions.
-    names : dict
-        Input column -> ``user_id``, ``item_id`` or ``timestamp``.
-    item_type : pyarrow.DataType
-        Of the ids in the item table.
+    run : Run
+        Of the interactions.
+    items : pyarrow.Table
+        Item table.
     findings : Findings
         Gains what the CPU would find.
-    drop_columns, categorical_columns
-        As in `missrec_t4r.etl.pipeline.etl`.
 
     Raises
     ------
@@ -88,29 +77,30 @@ def plan_columns(
     SchemaError
         A column to drop is missing.
     """
+    names, categorical = run.names, run.settings["categorical_columns"]
     found = checks.Findings()
-    schema = _plain_schema(files, names)
-    wanted = {raw: name for raw, name in names.items() if raw in schema.names}
-    unwanted = checks.row_indexes(schema.names, wanted)
+    schema = _plain_schema(run.files, names)
+    unwanted = checks.row_indexes(schema.names, names)
     checks.note_row_indexes(found, unwanted)
     clashing = [name for name in schema.names if name in names.values() and name not in names]
     checks.note_taken_names(found, clashing)
     left = [name for name in schema.names if name not in (*unwanted, *clashing)]
     empty = pa.table({names.get(name, name): pa.array([], _decoded(schema.field(name).type)) for name in left})
-    features = checks.event_features(empty, drop_columns, found)
-    if (item_kind := checks.normal_ids(empty[ITEM_ID], ITEM_ID).type) != item_type:
+    features = checks.event_features(empty, run.settings["drop_columns"], found)
+    item_kind, item_type = (checks.normal_ids(table[ITEM_ID], ITEM_ID).type for table in (empty, items))
+    if item_kind != item_type:
         raise NotPlainError(f"item ids are {item_kind} in the events and {item_type} in the item table")
     findings.found += found.found
     raw = {name: raw for raw, name in names.items()} | {name: name for name in features}
     columns, time = [*checks.KEYS, *features], empty[TIMESTAMP].type
     kinds = {name: empty[name].type for name in features}
-    numbers = [name for name in features if name not in categorical_columns]
+    numbers = [name for name in features if name not in categorical]
     return Columns(
         {name: raw[name] for name in columns},
         features,
         [name for name in columns if pa.types.is_string(empty[name].type)],
         [name for name in numbers if pa.types.is_integer(kinds[name]) or pa.types.is_boolean(kinds[name])],
-        list(categorical_columns),
+        list(categorical),
         "date" if pa.types.is_timestamp(time) else "float64" if pa.types.is_floating(time) else "int64",
     )
 

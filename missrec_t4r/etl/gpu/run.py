@@ -24,7 +24,7 @@ from missrec_t4r.etl.nvt.in_memory import Whole, write_whole
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import parquet_rows
 from missrec_t4r.etl.task import Task
-from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
+from missrec_t4r.schema import TIMESTAMP, USER_ID
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _read(task: Task, device: CudfDevice) -> tuple[inputs.Events, pa.Table]:
     event_findings, item_findings = checks.Findings(), checks.Findings()
     items = inputs.read_items(task.items, task.settings["catalogue_item_column"], item_findings)
     try:
-        columns = _plan_columns(task, items, event_findings)
+        columns = read.plan_columns(task, items, event_findings)
         events = read.read_events(device, task.files, columns, event_findings)
     except read.NotPlainError as reason:
         log.info(f"{reason}: the CPU reads the events")
@@ -141,17 +141,11 @@ def _read(task: Task, device: CudfDevice) -> tuple[inputs.Events, pa.Table]:
     return events, inputs.with_normal_ids(items)
 
 
-def _plan_columns(task: Task, items: pa.Table, findings: checks.Findings) -> read.Columns:
-    chosen = {name: task.settings[name] for name in ("drop_columns", "categorical_columns")}
-    item_type = checks.normal_ids(items[ITEM_ID], ITEM_ID).type
-    return read.plan_columns(task.files, task.names, item_type, findings, **chosen)
-
-
 def _run_in_partitions(task: Task, out: Path, partitions: int, executor: Executor) -> dict[str, Any]:
     """Build the data folder on partitions of the users, one at a time on each GPU; return its report."""
     item_findings = checks.Findings()
     items = inputs.read_items(task.items, task.settings["catalogue_item_column"], item_findings)
-    columns = _plan_columns(task, items, task.findings)
+    columns = read.plan_columns(task, items, task.findings)
     log.info(f"on the GPU in {partitions} partitions")
     with working_folder(out) as (work, finish):
         summary, events = parts.prepare(task, columns, items, item_findings, work, partitions, executor)

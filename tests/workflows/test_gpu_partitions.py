@@ -25,13 +25,13 @@ from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.etl import pipeline
 from missrec_t4r.etl.engine.executor import ThreadExecutor, open_executor
 from missrec_t4r.etl.gpu import device as gpu
-from missrec_t4r.etl.gpu import partitions, read, tasks
+from missrec_t4r.etl.gpu import partitions, tasks
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.quality.checks import Findings
-from missrec_t4r.etl.task import Run
+from missrec_t4r.etl.task import Task
 from tests.workflows import strict_cudf
 from tests.workflows.frame_kinds import PandasFiles
-from tests.workflows.tables import ITEMS, write
+from tests.workflows.tables import write
 from tests.workflows.test_cluster import cluster
 from tests.workflows.test_gpu_engine import MORE
 from tests.workflows.test_scale import OPTIONS, same_folder, shop
@@ -307,7 +307,7 @@ def prepared(folder: Path, file: Path, device: Any, monkeypatch: pytest.MonkeyPa
     """Yield all that is put together before the workflow, and the events that it gets, by user."""
     monkeypatch.setattr(gpu, "open_device", lambda: device)
     names = {name: name for name in ("user_id", "item_id", "timestamp")}
-    findings, items = Findings(), pa.table({"item_id": ITEMS.item_id.to_numpy()})
+    findings = Findings()
     settings = {
         "unknown_items": "drop" if seed % 2 else "append",
         "drop_duplicates": seed > 1,
@@ -319,11 +319,14 @@ def prepared(folder: Path, file: Path, device: Any, monkeypatch: pytest.MonkeyPa
         "event_weights": {},
         "event_type_column": "event_type",
         "drop_columns": ["split"],
+        "catalogue_item_column": "item_id",
         "categorical_columns": ["aisle"],
     }
-    run = Run(files=[file], names=names, settings=settings, modality_files={}, findings=findings)
-    columns = read.plan_columns(run, items, findings)
-    summary, parts = partitions.prepare(run, columns, items, Findings(), folder, 3, ThreadExecutor(1))
+    task = Task(
+        files=[file], names=names, settings=settings, modality_files={}, findings=findings,
+        items=file.with_name("items.parquet"), workflow=None,
+    )  # fmt: skip
+    summary, parts = partitions.prepare(task, folder, 3, ThreadExecutor(1))
     yield {name: values.tolist() for name, values in summary.categories.items()}
     yield summary.items.to_pylist(), summary.events, summary.users, summary.newest, summary.features, findings.to_list()
     frames = [tasks.clean_events(str(parts.work), number) for number in parts.numbers]

@@ -29,7 +29,6 @@ import pyarrow.parquet as pq
 
 from missrec_t4r.arrays import AnyArray
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.errors import DataError
 from missrec_t4r.etl import item_table, outputs, splits
 from missrec_t4r.etl.engine import sessionize, workdir
 from missrec_t4r.etl.engine.executor import Executor, open_executor
@@ -89,8 +88,8 @@ def build(job: Job, work: Path, executor: Executor) -> tuple[Path, dict[str, Any
     folder = prepare_folder(work, plan, job)
     tasks = [(str(folder), chunk) for chunk in range(len(plan.chunks))]
     chunks = executor.run(shuffle_chunk, tasks, "reading events")
-    if not job.old and not sum(chunk["rows"] for chunk in chunks):
-        raise DataError("no event has user, item and time", "at least one complete row", "check the three columns")
+    if not job.old:
+        checks.require_events(sum(chunk["rows"] for chunk in chunks))
     common = reduce_chunks(job, plan, chunks, folder, executor)
     write_json(folder / sessionize.COMMON_FILE, common, indent=None)
     numbers = list(range(plan.partitions))

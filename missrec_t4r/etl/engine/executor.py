@@ -112,13 +112,11 @@ def open_executor(scheduler: str = "threads", workers: int | None = None, *, gpu
     Raises
     ------
     ConfigError
-        ``scheduler`` is neither a name nor an address, ``workers`` is below 1 or above the number of GPUs, or dask-cuda
-        is not installed.
+        ``scheduler`` is neither a name nor an address, ``workers`` is above the number of GPUs, or dask-cuda is not
+        installed.
     DataError
         The scheduler does not answer, or has no worker.
     """
-    if workers is not None and workers < 1:
-        raise ConfigError(f"--workers {workers}", "at least 1", "leave it out for one per core, or one per GPU")
     count = workers or len(os.sched_getaffinity(0))
     if scheduler == "threads":
         if gpu and (workers or 1) > 1:

@@ -256,16 +256,11 @@ def _add_chunk_findings(
     findings: checks.Findings, plan: Plan, chunks: Sequence[dict[str, Any]], n_unknown: int, append: bool
 ) -> None:
     """Add the findings of reading and encoding: nulls, odd times, unknown items, repaired text."""
-
-    def total(name: str) -> int:
-        return sum(chunk[name] for chunk in chunks)
-
+    events, unknown_events = (sum(chunk[name] for chunk in chunks) for name in ("rows", "unknown_item_events"))
     for name in checks.KEYS:
         checks.note_incomplete(findings, name, sum(chunk["nulls"].get(name, 0) for chunk in chunks))
     checks.note_times(findings, chunks)
-    item_table.add_unknown_item_findings(
-        findings, n_unknown, total("unknown_item_events"), total("rows"), append=append
-    )
+    item_table.add_unknown_item_findings(findings, n_unknown, unknown_events, events, append=append)
     for name, kind in plan.features.items():
         nulls = sum(chunk["nulls"].get(name, 0) for chunk in chunks)
         checks.note_nulls(findings, name, nulls, text=kind == "category")

@@ -160,7 +160,8 @@ def group_by_user(work: str, partition: int) -> dict[str, Any]:
         events = events.filter(pa.array(_kept_events(work, partition)))
         filtered_items = Path(work) / KEPT_FOLDER / FILTERED_ITEMS_FILE
         if filtered_items.is_file():
-            events = with_items(events, np.load(filtered_items)[events[ITEM_ID].to_numpy()])
+            items = pa.array(np.load(filtered_items)[events[ITEM_ID].to_numpy()], pa.int32())
+            events = events.set_column(events.column_names.index(ITEM_ID), ITEM_ID, items)
         state = to_state(events)
     else:
         file = state_path(common["old"] or work, partition)
@@ -179,11 +180,6 @@ def extend_state(old: pa.Table | None, events: pa.Table, common: Mapping[str, An
     if kept.all():
         return to_state(events, by_user), counts
     return to_state(events.filter(pa.array(kept))), counts
-
-
-def with_items(events: pa.Table, items: AnyArray) -> pa.Table:
-    """Return the events with other item indices, [event]."""
-    return events.set_column(events.column_names.index(ITEM_ID), ITEM_ID, pa.array(items, pa.int32()))
 
 
 # Second task: sessions and splits

@@ -10,6 +10,7 @@ much the steps need: where it was too low, the run begins again with twice as ma
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -25,27 +26,29 @@ from nvtabular import Workflow
 from missrec_t4r.errors import DataError
 from missrec_t4r.etl import item_table, splits
 from missrec_t4r.etl.engine.executor import Executor
+from missrec_t4r.etl.engine.job import MAX_PARTITIONS
 from missrec_t4r.etl.engine.reduce import keep_frequent
 from missrec_t4r.etl.engine.shuffle import cut_chunks
 from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER, SPLIT_FOLDER, open_job, partition_path
 from missrec_t4r.etl.event_settings import first_with_events
 from missrec_t4r.etl.gpu import tasks
-from missrec_t4r.etl.gpu.read import Columns, Seen, all_seen, note_seen, refuse_number_texts
-from missrec_t4r.etl.inputs import Summary, with_normal_ids
+from missrec_t4r.etl.gpu.read import Columns, Seen, all_seen, note_seen, plan_columns, refuse_number_texts
+from missrec_t4r.etl.inputs import Summary, read_items, with_normal_ids
 from missrec_t4r.etl.nvt import workflows
 from missrec_t4r.etl.nvt.serialization import save_workflow
 from missrec_t4r.etl.nvt.workflow_file import EventColumns, WorkflowFile
 from missrec_t4r.etl.outputs import Written
 from missrec_t4r.etl.quality import checks
-from missrec_t4r.etl.task import Run
+from missrec_t4r.etl.task import Task
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, SPLITS
+
+log = logging.getLogger(__name__)
 
 COPIES = 12
 """How often the columns of the events are in memory at the peak of a step: assumed, not measured."""
 FEWEST_EVENTS = 100_000
 """Smaller partitions are not tried."""
-_MOST_PARTITIONS = 65_535
 _BYTES, _BYTES_OF_TEXT = 8, 32
 """Assumed for one value of a column."""
 
@@ -55,7 +58,7 @@ def partitions_that_fit(files: Sequence[Path], free: int) -> int:
     kinds = pq.read_schema(files[0]).types
     width = sum(_BYTES if pa.types.is_primitive(kind) else _BYTES_OF_TEXT for kind in kinds)
     rows = sum(pq.read_metadata(file).num_rows for file in files)
-    return min(max(1, -(-rows * width * COPIES // max(free, 1))), _MOST_PARTITIONS)  # rounded up
+    return min(max(1, -(-rows * width * COPIES // max(free, 1))), MAX_PARTITIONS)  # rounded up
 
 
 class Partitioned:
@@ -107,27 +110,13 @@ class Partitioned:
         )
 
 
-def prepare(
-    run: Run,
-    columns: Columns,
-    items: pa.Table,
-    item_findings: checks.Findings,
-    work: Path,
-    partitions: int,
-    executor: Executor,
-) -> tuple[Summary, Partitioned]:
+def prepare(task: Task, work: Path, partitions: int, executor: Executor) -> tuple[Summary, Partitioned]:
     """Shuffle the events to partitions; return what all have in common, and the partitions.
 
     Parameters
     ----------
-    run : Run
+    task : Task
         Of parquet files; its findings are in the order of the engine in memory.
-    columns : Columns
-        From `read.plan_columns`.
-    items : pyarrow.Table
-        Item table as it was read.
-    item_findings : Findings
-        Of reading it.
     work : Path
         Working directory, where a killed run with the same input continues.
     partitions : int
@@ -136,14 +125,17 @@ def prepare(
     Raises
     ------
     NotPlainError
-        The CPU has to read these files: texts that are numbers or no UTF-8.
-    DataError
-        No event is left.
+        The CPU has to read these files: other formats or types, texts that are numbers or no UTF-8.
+    DataError, SchemaError
+        The input cannot give a right result.
     """
-    settings, findings, repeated = run.settings, run.findings, checks.Findings()
-    vectors: item_table.Vectors = item_table.read_modalities(run.modality_files, items.num_rows)
+    settings, findings, item_findings, repeated = task.settings, task.findings, checks.Findings(), checks.Findings()
+    items = read_items(task.items, settings["catalogue_item_column"], item_findings)
+    columns = plan_columns(task, items, findings)
+    log.info(f"on the GPU in {partitions} partitions")
+    vectors: item_table.Vectors = item_table.read_modalities(task.modality_files, items.num_rows)
     items, vectors = item_table.unique_items(with_normal_ids(items), vectors, repeated)
-    folder = _open_folder(work, run, columns, items, partitions)
+    folder = _open_folder(work, task, columns, items, partitions)
     chunks = read_json(folder / tasks.PLAN_FILE)["chunks"]
     arguments = [(str(folder), chunk) for chunk in range(len(chunks))]
     shuffled = executor.run(tasks.shuffle_chunk, arguments, "reading events")
@@ -177,14 +169,14 @@ def prepare(
     return summary, Partitioned(folder, [*left], executor, settings)
 
 
-def _open_folder(work: Path, run: Run, columns: Columns, items: pa.Table, partitions: int) -> Path:
+def _open_folder(work: Path, task: Task, columns: Columns, items: pa.Table, partitions: int) -> Path:
     """Return the job's folder in the working directory: that of a killed run with equal input, or a new one."""
-    settings, rows = run.settings, sum(pq.read_metadata(file).num_rows for file in run.files)
+    settings, rows = task.settings, sum(pq.read_metadata(file).num_rows for file in task.files)
     plan = {
         "columns": columns,
         "partitions": partitions,
         # twice: a chunk ends where it has half of them
-        "chunks": [(chunk.file, chunk.row_groups) for chunk in cut_chunks(run.files, 2 * -(-rows // partitions))],
+        "chunks": [(chunk.file, chunk.row_groups) for chunk in cut_chunks(task.files, 2 * -(-rows // partitions))],
         "items": items.num_rows,
         "drop_duplicates": settings["drop_duplicates"],
         "unknown_items": settings["unknown_items"],
@@ -193,7 +185,7 @@ def _open_folder(work: Path, run: Run, columns: Columns, items: pa.Table, partit
         "rare": max(settings["k_core"], settings["min_item_count"]) > 0,
         "times": settings["split"] == "time" and settings["valid_from"] is None,
     }
-    changed = [file.stat().st_mtime_ns for file in run.files]
+    changed = [file.stat().st_mtime_ns for file in task.files]
     folder = open_job(work, [plan, changed, settings], items)
     pq.write_table(items.select([ITEM_ID]), folder / tasks.ITEMS_FILE)
     write_json(folder / tasks.PLAN_FILE, plan)

@@ -143,12 +143,8 @@ def _read(task: Task, device: CudfDevice) -> tuple[inputs.Events, pa.Table]:
 
 def _run_in_partitions(task: Task, out: Path, partitions: int, executor: Executor) -> dict[str, Any]:
     """Build the data folder on partitions of the users, one at a time on each GPU; return its report."""
-    item_findings = checks.Findings()
-    items = inputs.read_items(task.items, task.settings["catalogue_item_column"], item_findings)
-    columns = read.plan_columns(task, items, task.findings)
-    log.info(f"on the GPU in {partitions} partitions")
     with working_folder(out) as (work, finish):
-        summary, events = parts.prepare(task, columns, items, item_findings, work, partitions, executor)
+        summary, events = parts.prepare(task, work, partitions, executor)
         report = write_folder(summary, events, task, events.folder)
         finish(events.folder)
     return report

@@ -27,7 +27,7 @@ from missrec_t4r.etl.engine import append, delta, sessionize, workdir
 from missrec_t4r.etl.engine import compact as compaction
 from missrec_t4r.etl.engine.append import update
 from missrec_t4r.etl.engine.compact import compact
-from missrec_t4r.etl.engine.user_state import find_users, load_users
+from missrec_t4r.etl.engine.user_state import load_users
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.io.arrow_files import read_arrow, write_arrow
 from missrec_t4r.schema import SPLITS
@@ -299,9 +299,6 @@ def test_users_are_found_without_reading_the_others(data: Path) -> None:
     assert {user: len(events) for user, events in sizes.items()} == {
         user: len(whole[user, 0]["item_id-list"]) for user in ("user 1", "user 3")
     }
-    twins = pa.table({"user_id": ["a", "b", "c"], "user_hash": pa.array([5, 5, 9], pa.uint64())})
-    asked = pa.array(["b", "x", "c", "a"])
-    assert find_users(twins, asked, np.array([5, 5, 9, 5], np.uint64)).tolist() == [1, -1, 2, 0]
 
 
 def test_a_folder_without_stored_hashes_accepts_increments(tmp_path: Path) -> None:

@@ -190,13 +190,14 @@ def test_no_user_is_in_two_partitions() -> None:
     assert hash_ids(pa.array([7], pa.int64())).tolist() == [7191089600892374487]
 
 
+SMALL_CHUNKS = "from missrec_t4r.etl.engine import shuffle; shuffle.BATCH_ROWS = 400\n"
 KILLED = """
-import os, signal, sys, time
+import sys, time
 from pathlib import Path
-from missrec_t4r.etl.engine import {module}
+from missrec_t4r.etl.engine import sessionize
 from missrec_t4r.etl.pipeline import etl
 
-task, seen = {module}.{task}, Path(sys.argv[3])
+task, seen = sessionize.write_splits, Path(sys.argv[3])
 
 def slow(work, index):
     if index == 2:
@@ -204,24 +205,16 @@ def slow(work, index):
         time.sleep(60)
     return task(work, index)
 
-{target} = slow
+sessionize.write_splits = slow
 etl(sys.argv[1], sys.argv[2], sys.argv[4], engine="disk", partitions=4, workers=1)
 """
 
 
-@pytest.mark.parametrize(
-    ("module", "task", "target"),
-    [
-        ("sessionize", "write_splits", "sessionize.write_splits"),
-    ],
-)
-def test_a_killed_run_continues_from_what_was_finished(tmp_path: Path, module: str, task: str, target: str) -> None:
+def test_a_killed_run_continues_from_what_was_finished(tmp_path: Path) -> None:
     events, items = write(tmp_path, shop(2, 900))
     pq.write_table(pq.read_table(events), events, row_group_size=300)
-    small_chunks = "from missrec_t4r.etl.engine import shuffle; shuffle.BATCH_ROWS = 400\n"
-    code = small_chunks + KILLED.format(module=module, task=task, target=target)
     arguments = [str(events), str(items), str(tmp_path / "seen"), str(tmp_path / "data")]
-    run = processes.start(["-c", code, *arguments])
+    run = processes.start(["-c", SMALL_CHUNKS + KILLED, *arguments])
     deadline = time.monotonic() + 60
     while not (tmp_path / "seen").exists() and time.monotonic() < deadline:
         assert run.poll() is None, "the run ended before it was killed"
@@ -230,10 +223,9 @@ def test_a_killed_run_continues_from_what_was_finished(tmp_path: Path, module: s
     run.wait()
     assert not (tmp_path / "data").exists()
     (work,) = (tmp_path / ".data-work").iterdir()
-    folder = {"shuffle_chunk": "shuffle", "write_splits": "split"}[task]
-    finished = {file: file.stat().st_mtime_ns for file in sorted((work / folder).glob("*.json"))}
+    finished = sorted((work / "split").glob("*.json"))
     assert finished
-    again = processes.run(["-c", small_chunks + CONTINUED, *arguments, folder])
+    again = processes.run(["-c", SMALL_CHUNKS + CONTINUED, *arguments])
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout.splitlines()[-1]) == [True] * len(finished)
     etl(events, items, tmp_path / "whole", engine="disk", partitions=4, workers=1)
@@ -248,16 +240,13 @@ from pathlib import Path
 from missrec_t4r.etl.engine import build as engine
 from missrec_t4r.etl.pipeline import etl
 
-folder = Path(sys.argv[4])
-before = {}
-for file in folder.with_name(".data-work").glob(f"*/{sys.argv[5]}/*.json"):
-    before[file.parent.name + file.name] = file.stat().st_mtime_ns
+work = Path(sys.argv[4]).with_name(".data-work")
+before = {file: file.stat().st_mtime_ns for file in work.glob("*/split/*.json")}
 finish = engine._finish
 
-def look(job, plan, common, work, written):
-    now = {file.parent.name + file.name: file.stat().st_mtime_ns for file in work.glob(f"{sys.argv[5]}/*.json")}
-    print(json.dumps([now[name] == before[name] for name in before]))
-    return finish(job, plan, common, work, written)
+def look(*arguments):
+    print(json.dumps([file.stat().st_mtime_ns == time for file, time in before.items()]))
+    return finish(*arguments)
 
 engine._finish = look
 etl(sys.argv[1], sys.argv[2], sys.argv[4], engine="disk", partitions=4, workers=1)

@@ -15,7 +15,7 @@
 # make sbom   writes the software bill of materials of the environment (CycloneDX) to build/sbom.cdx.json
 # make docs   writes docs/reference.md from the code, measured numbers from their files, and builds the site into build/site
 # make lint | format | clean
-# Settings: PYTHON (python3.11), VENV (.venv), DATA, OUT (work/demo), TESTS (tests), JOBS (one per core, at most 8), PYTEST_ARGS
+# Settings: PYTHON (python3.11), VENV (.venv), DATA, OUT (work/demo), TESTS (tests), JOBS (cores + 1, at most 8), PYTEST_ARGS
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -34,7 +34,8 @@ PYTEST_ARGS ?=
 ONLY ?=
 PARTS ?=
 ETL_PYTHON ?=
-JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+# One more than the cores: a quarter of the time of the tests is waiting, for servers and processes that start.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n + 1 : 8)))
 PYTEST = python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 FAST = tests/unit tests/equations tests/properties tests/evaluation tests/recipes $(addprefix --ignore tests/unit/,$(TRAININGS))
 TRAININGS = test_training.py test_selection.py test_training_resume.py test_training_options.py test_cold_start.py

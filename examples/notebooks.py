@@ -31,10 +31,10 @@ class Cell(NamedTuple):
     text: str
 
 
-def read_cells(name: str) -> list[Cell]:
-    """Return the cells of NAME.py."""
+def read_cells(name: str, folder: Path = HERE) -> list[Cell]:
+    """Return the cells of NAME.py in a folder."""
     cells = []
-    for part in (HERE / f"{name}.py").read_text(encoding="utf-8").split("# %%")[1:]:
+    for part in (folder / f"{name}.py").read_text(encoding="utf-8").split("# %%")[1:]:
         head, _, body = part.partition("\n")
         if head.strip() == "[markdown]":
             lines = [line.removeprefix("#").removeprefix(" ") for line in body.strip().splitlines()]

@@ -21,18 +21,25 @@ torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))  # the workers
 os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # the processes that tests start as well
 
 LONGEST = [
+    "workflows/test_gpu_partitions.py",
     "integration/test_tutorial_page.py",
+    "serving/test_deploy.py",
     "examples/test_notebooks.py",
     "project/test_compose.py",
-    "evaluation/test_real_data.py",
-    "serving/test_deploy.py",
-    "workflows/test_workflow_files.py",
+    "workflows/test_delta.py",
+    "integration/test_grid.py",
+    "serving/test_updates_live.py",
+    "integration/test_gpu_check.py",
+    "contract/test_trainer.py",
+    "serving/test_merlin_systems.py",
+    "serving/test_local_triton.py",
     "integration/test_main_job.py",
+    "serving/test_tune_serving.py",
+    "project/test_site.py",
+    "workflows/test_workflow_files.py",
     "ddp/test_two_processes.py",
     "tuning/test_tune_train.py",
-    "integration/test_grid.py",
     "project/test_wheel.py",
-    "integration/test_gpu_check.py",
     "evaluation/test_protocols.py",
 ]
 """Files of half a minute and more, which begin first: a worker that began one last would end long after the others."""

@@ -67,11 +67,11 @@ def _read_table(paths_or_dataset: Any, names: Sequence[str]) -> pa.Table:
             "parquet files or a folder",
             "pass train_dataset_or_path, and eval_dataset_or_path to evaluate",
         )
-    given = [paths_or_dataset] if isinstance(paths_or_dataset, (str, Path)) else list(paths_or_dataset)
-    sources = [source for path in given for source in _sources(Path(path))]
+    paths = [paths_or_dataset] if isinstance(paths_or_dataset, (str, Path)) else list(paths_or_dataset)
+    sources = [source for path in paths for source in _sources(Path(path))]
     if not sources:
         raise DataError(
-            f"no parquet file in {', '.join(map(str, given))}", "session parquet", "run `missrec etl` first"
+            f"no parquet file in {', '.join(map(str, paths))}", "session parquet", "run `missrec etl` first"
         )
     tables = []
     for source in sources:

@@ -57,8 +57,8 @@ class T4RScorer:
     @property
     def protocols(self) -> Sequence[str]:
         """The protocols under which the model can be ranked as it is; with our score terms not ``kept_strict``."""
-        cores = [part.core for part in self.model.modules() if isinstance(part, MISSRecBlock) and part.core is not None]
-        return protocols_as_it_is(cores[0]) if cores else PROTOCOLS
+        core = next((module.core for module in self.model.modules() if isinstance(module, MISSRecBlock)), None)
+        return PROTOCOLS if core is None else protocols_as_it_is(core)
 
     def __call__(self, histories: Sessions) -> Tensor:
         """Return scores [batch, row], -inf for rows that are no items; sessions without a known item get popularity.

@@ -39,7 +39,7 @@ def load(file: Path) -> tuple[dict[str, Sessions], Catalogue]:
     ("file", "popularity", "kept", "excluded"),
     [
         (SUBSET, (0.0447, 0.0212), (0.1417, 0.0955), (0.1540, 0.1043)),
-        (FULL, (0.0309, 0.0171), (0.1192, 0.0801), (0.1253, 0.0898)),
+        pytest.param(FULL, (0.0309, 0.0171), (0.1192, 0.0801), (0.1253, 0.0898), marks=pytest.mark.slow),
     ],
 )
 def test_the_floors_are_reproduced(

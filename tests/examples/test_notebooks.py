@@ -56,10 +56,7 @@ def test_a_notebook_runs(name: str, repository: Path, tmp_path: Path) -> None:
     source = (repository / "examples" / f"{name}.py").read_text(encoding="utf-8")
     assert SIZE in source
     (tmp_path / f"{name}.py").write_text(source.replace(SIZE, SMALLER), encoding="utf-8")
-    code = (
-        "import pathlib, notebooks; notebooks.HERE = pathlib.Path(); "
-        f"notebooks.execute(notebooks.read_cells({name!r}), '.')"
-    )
+    code = f"import notebooks, pathlib; notebooks.execute(notebooks.read_cells({name!r}, pathlib.Path()), '.')"
     done = processes.run(["-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(repository / "examples")})
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "shop" / "items.parquet").is_file()

@@ -50,8 +50,8 @@ def mutants() -> Iterator[Mutant]:
         yield read(file)
 
 
-def apply(mutant: Mutant, tree: Path, *, check: bool = False) -> str:
-    """Apply a patch to a source tree, or only check that it applies; return git's complaint, empty if there is none."""
-    command = ["git", "apply", *(["--check"] if check else []), str(mutant.file)]
+def apply(mutant: Mutant, tree: Path) -> str:
+    """Apply a patch to a source tree; return git's complaint, empty if there is none."""
+    command = ["git", "apply", str(mutant.file)]
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tree.parent)}
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True).stderr.strip()

@@ -30,6 +30,12 @@ def assert_same(tmp_path: Path, files: tuple[Path, Path], **options: Any) -> dic
     """Run both engines and compare all they write; return the report."""
     cpu = etl(*files, tmp_path / "cpu", engine="memory", **options)
     found = etl(*files, tmp_path / "gpu", engine="gpu", **options)
+    compare(tmp_path, cpu, found)
+    return found
+
+
+def compare(tmp_path: Path, cpu: dict[str, Any], found: dict[str, Any]) -> None:
+    """Compare the folders ``cpu`` and ``gpu`` of two runs, and what the runs returned."""
     same_folder(tmp_path / "cpu", tmp_path / "gpu")
     for split in ("train", "valid", "test"):
         assert table(tmp_path / "cpu", split).to_pylist() == table(tmp_path / "gpu", split).to_pylist()
@@ -40,25 +46,12 @@ def assert_same(tmp_path: Path, files: tuple[Path, Path], **options: Any) -> dic
     assert cpu | {"data": ""} == found | {"data": ""}
     for name in ("workflow/workflow.json", "request_workflow/workflow.json"):
         assert (tmp_path / "cpu" / name).read_text() == (tmp_path / "gpu" / name).read_text()
-    return found
 
 
 MORE: list[dict[str, Any]] = [
     {"k_core": 2, "min_item_count": 3, "unknown_items": "drop", "drop_columns": ["note"]},
     {"split": "time", "session_gap": "10s", "valid_from": 100, "test_from": 200},
 ]
-
-
-@pytest.mark.usefixtures("on_pandas")
-@pytest.mark.parametrize("number", range(len(OPTIONS + MORE)))
-def test_the_folder_is_the_cpus(tmp_path: Path, number: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Texts and integers, dates, nulls, equal times, duplicates, unknown items; every option that changes rows."""
-    text = tmp_path / "text.npy"
-    np.save(text, np.arange(8, dtype=np.float32).reshape(4, 2))
-    with caplog.at_level("INFO"):
-        files = write(tmp_path / "raw", shop(number))
-        assert_same(tmp_path, files, **(OPTIONS + MORE)[number], modality={"text": text})
-    assert "the CPU reads the events" not in caplog.text
 
 
 @pytest.mark.gpu

@@ -33,7 +33,7 @@ from tests.workflows import strict_cudf
 from tests.workflows.frame_kinds import PandasFiles
 from tests.workflows.tables import write
 from tests.workflows.test_cluster import cluster
-from tests.workflows.test_gpu_engine import MORE
+from tests.workflows.test_gpu_engine import MORE, compare
 from tests.workflows.test_scale import OPTIONS, same_folder, shop
 
 LITTLE = 200_000
@@ -69,17 +69,26 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PandasFiles, "free", LITTLE)
 
 
-@pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("number", range(len(OPTIONS + MORE)))
-def test_the_folder_is_the_cpus(tmp_path: Path, number: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Texts and integers, dates, nulls, equal times, duplicates, unknown items; every option that changes rows."""
+def test_the_folder_is_the_cpus(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Texts and integers, dates, nulls, equal times, duplicates, unknown items; every option that changes rows.
+
+    At once, and in partitions where the memory is little.
+    """
+    monkeypatch.setattr(gpu, "open_device", PandasFiles)
     text = tmp_path / "text.npy"
     np.save(text, np.arange(8, dtype=np.float32).reshape(4, 2))
     events = shop(number).assign(stock=WITH_A_NULL[:400], paid=np.arange(400) % 3 == 0)
     files = raw_files(tmp_path / "raw", events)
     options = (OPTIONS + MORE)[number] | {"modality": {"text": text}}
-    etl(*files, tmp_path / "cpu", engine="memory", **options)
+    cpu = etl(*files, tmp_path / "cpu", engine="memory", **options)
     with caplog.at_level("INFO"):
+        compare(tmp_path, cpu, etl(*files, tmp_path / "gpu", engine="gpu", **options))
+        assert "partitions" not in caplog.text
+        assert "the CPU reads the events" not in caplog.text
+        monkeypatch.setattr(PandasFiles, "free", LITTLE)
         etl(*files, tmp_path / "gpu", engine="gpu", **options)
     assert_same(tmp_path / "cpu", tmp_path / "gpu")
     assert "on the GPU in 4 partitions" in caplog.text

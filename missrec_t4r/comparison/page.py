@@ -79,6 +79,7 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -
     """
     verdict = report["verdict"]
     protocol = verdict["protocol"]
+    explained = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _WORDS.items())
     sections = [
         gate("Gate", "measure", verdict["gate"], "{:.4g}".format),
         _systems(report, protocol),
@@ -88,7 +89,7 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -
         _beyond(report, protocol),
         _cost(report),
         *(_systems(report, name) for name in report["protocols"] if name != protocol),
-        _words(),
+        section("How to read the figures", f"<dl>{explained}</dl>"),
         _examples(report, Pictures(pictures or {})),
         _left_out(report),
     ]
@@ -292,8 +293,3 @@ def _left_out(report: Mapping[str, Any]) -> str:
         if system["ranked_items"] != report["n_items"]:
             rows.append((name, "ranks among another number of items", f"{system['ranked_items']:,}"))
     return section("What was compared, and what was left out", table(("system", "what", "number"), rows))
-
-
-def _words() -> str:
-    inside = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _WORDS.items())
-    return section("How to read the figures", f"<dl>{inside}</dl>")

@@ -113,13 +113,7 @@ def bootstrap_intervals(
 
 
 def paired_differences(
-    first: Ints,
-    second: Ints,
-    ks: Sequence[int] = KS,
-    *,
-    users: Ints | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    first: Ints, second: Ints, ks: Sequence[int] = KS, *, users: Ints | None = None, resamples: int = RESAMPLES
 ) -> dict[str, Difference]:
     """Compare two systems on the same sessions; sessions hard for both cancel, so this detects smaller differences.
 
@@ -148,7 +142,7 @@ def paired_differences(
     values = metric_values(unique[:, :seeds], ks) - metric_values(unique[:, seeds:], ks)  # [pair, metric]
     units = _units(values, pattern, users)
     mean = units.counts @ units.values / (units.counts @ units.sizes)
-    means = _resampled_means(units, resamples, seed)
+    means = _resampled_means(units, resamples, seed=0)
     low, high = _quantiles(means)
     better = ((means > 0) + 0.5 * (means == 0)).mean(axis=0)
     columns = np.stack([mean, low, high, better], axis=1).tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 from rich.console import Group
@@ -50,8 +50,11 @@ def metrics_table(report: Mapping[str, Any], protocol: str) -> Table:
     """
     systems: Mapping[str, Any] = report["protocols"][protocol]
     shown = [metric for metric in TABLE_COLUMNS if metric in next(iter(systems.values()))]
-    result = _table(f"{report['split']}, {report['n_users']:,} users, {PROTOCOL_TITLES[protocol]}", "system", shown)
-    result.add_column("coverage@10", justify="right", no_wrap=True)
+    title = f"{report['split']}, {report['n_users']:,} users, {PROTOCOL_TITLES[protocol]}"
+    result = Table(title=title, title_justify="left")
+    result.add_column("system", no_wrap=True)
+    for column in (*shown, "coverage@10"):
+        result.add_column(column, justify="right", no_wrap=True)
     for name, measured in systems.items():
         cells = [_with_interval(measured, metric) for metric in shown]
         result.add_row(name, *cells, _number(report["coverage"][protocol][name].get("coverage@10"), 3))
@@ -88,14 +91,6 @@ def _in_lines(value: Any) -> str:
     if isinstance(value, Mapping):
         return "\n".join(f"{PROTOCOL_TITLES.get(name, name)}: {_in_lines(part)}" for name, part in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _table(title: str, first: str, columns: Sequence[str]) -> Table:
-    result = Table(title=title, title_justify="left")
-    result.add_column(first, no_wrap=True)
-    for column in columns:
-        result.add_column(column, justify="right", no_wrap=True)
-    return result
 
 
 def _with_interval(measured: Mapping[str, Any], metric: str) -> str:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, PROTOCOLS, Scored
-from missrec_t4r.ranking.cooccurrence import damping, pairs_within, repeats_within, sessions_with_both
+from missrec_t4r.ranking.cooccurrence import SHRINKAGE, pairs_within, repeats_within, sessions_with_both
 from missrec_t4r.ranking.similarity import centred
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
@@ -151,7 +151,7 @@ class ItemKNN:
 
     def _products(self, histories: Sessions) -> tuple[Tensor, Tensor, Tensor]:
         """Return the scores without the diagonal and what it adds [batch, row], and the candidates' discount [row]."""
-        discount = damping(self.seen.counts, self.power)  # [row]
+        discount = (self.seen.counts + SHRINKAGE) ** -self.power  # [row]
         weights = recency_weights(histories, len(discount), self.decay).to_dense() * discount  # [batch, row]
         if self.seen.pairs.is_sparse:
             scores = torch.sparse.mm(self.seen.pairs, weights.t().contiguous()).t().contiguous()

@@ -38,11 +38,6 @@ class Pairs(NamedTuple):
     """[pair]."""
 
 
-def damping(counts: Tensor, power: float) -> Tensor:
-    """Return an item's popularity discount ``(n + 5)^-power``, of the shape of ``counts``."""
-    return (counts + SHRINKAGE) ** -power
-
-
 def pairs_within(sessions: Sessions, window: int, *, directed: bool = False) -> Pairs:
     """Count pairs of different items at most ``window`` events apart in a session.
 

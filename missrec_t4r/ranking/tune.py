@@ -56,9 +56,7 @@ _MOST_ROWS = 200_000
 """Similar items are found by comparing all pairs; for larger catalogues the content-kNN term stays off."""
 
 
-def fit_terms(
-    model: MISSRec, catalogue: Catalogue, train: Sessions, valid: Sessions, *, seed: int = 0
-) -> dict[str, Any]:
+def fit_terms(model: MISSRec, catalogue: Catalogue, train: Sessions, valid: Sessions) -> dict[str, Any]:
     """Count co-occurrences in the training sessions, find similar items, and tune all terms on validation.
 
     Parameters
@@ -75,7 +73,7 @@ def fit_terms(
     """
     terms = terms_of(model)
     others = terms.item_knn is not None or terms.content_knn is not None
-    return tune_terms(model, Validation(model, catalogue, train, valid, seed=seed), TUNED_FOR, history=others)
+    return tune_terms(model, Validation(model, catalogue, train, valid), TUNED_FOR, history=others)
 
 
 def tune_terms(
@@ -126,7 +124,7 @@ def tune_terms(
     if terms.history_bias is not None and history:
         found |= _tune_history(blend, terms.history_bias)
     if terms.cold_start is not None:
-        found["newcomers"] = fit_cold_start(model, validation.catalogue, validation.valid, seed=validation.seed)
+        found["newcomers"] = fit_cold_start(model, validation.catalogue, validation.valid)
     if terms.rare_items is not None:
         found["rare_items"] = fit_rare_items(
             terms.rare_items, blend.scored(), len(validation.histories), protocols, model.config.rare_item_cost
@@ -185,14 +183,12 @@ class Validation:
         Histories with their target; a seeded sample of at most 3,000 is ranked.
     """
 
-    def __init__(
-        self, model: MISSRec, catalogue: Catalogue, train: Sessions, valid: Sessions, *, seed: int = 0
-    ) -> None:
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(valid))[:MOST_SESSIONS])
+    def __init__(self, model: MISSRec, catalogue: Catalogue, train: Sessions, valid: Sessions) -> None:
+        chosen = np.sort(np.random.default_rng(0).permutation(len(valid))[:MOST_SESSIONS])
         chosen = chosen[np.argsort(valid.lengths[chosen], kind="stable")]  # equal lengths in a chunk: little padding
         histories, self.targets = valid.take(chosen).split_last()
         self.histories = histories.known()
-        self.catalogue, self.train, self.valid, self.seed = catalogue, train, valid, seed
+        self.catalogue, self.train, self.valid = catalogue, train, valid
         self.scorer = ModelScorer.with_popularity(model, catalogue)
         self.scored: list[tuple[Parts, Tensor, Tensor]] = []
         self._counted: dict[Counting, ItemKNNTerm] = {}

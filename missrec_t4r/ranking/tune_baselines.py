@@ -72,9 +72,9 @@ def _keep_better(
             best[protocol] = Tuned(scorer, settings, value)
 
 
-def tuned_item_knn(train: Sessions, valid: Sessions, catalogue: Catalogue, *, seed: int = 0) -> dict[str, Tuned]:
+def tuned_item_knn(train: Sessions, valid: Sessions, catalogue: Catalogue) -> dict[str, Tuned]:
     """Tune `ItemKNN`: whole sessions or followers, decay, power, with its diagonal or without (preferred if equal)."""
-    histories, targets = sample_sessions(valid, MOST_SESSIONS, seed).split_last()
+    histories, targets = sample_sessions(valid, MOST_SESSIONS, seed=0).split_last()
     counted = {within: CoOccurrence.count(train, catalogue.n_rows, within) for within in FOLLOW_WITHIN}
     best: dict[bool, dict[str, Tuned]] = {False: {}, True: {}}
     for within, decay, power in track(list(itertools.product(FOLLOW_WITHIN, DECAYS, POWERS)), "tuning item-kNN"):
@@ -89,7 +89,7 @@ def tuned_item_knn(train: Sessions, valid: Sessions, catalogue: Catalogue, *, se
     return best[False] | better
 
 
-def tuned_content_knn(valid: Sessions, catalogue: Catalogue, *, seed: int = 0) -> dict[str, Tuned] | None:
+def tuned_content_knn(valid: Sessions, catalogue: Catalogue) -> dict[str, Tuned] | None:
     """Tune `ContentKNN`: all modalities or one of them, decay. None for a catalogue without modality vectors."""
     fitted = ContentKNN.fit(catalogue)
     names = list(fitted.vectors)
@@ -99,7 +99,7 @@ def tuned_content_knn(valid: Sessions, catalogue: Catalogue, *, seed: int = 0) -
     grid = [
         ({"modalities": chosen, "decay": decay}, fitted.using(chosen, decay)) for chosen in choices for decay in DECAYS
     ]
-    sample = sample_sessions(valid, MOST_SESSIONS, seed)
+    sample = sample_sessions(valid, MOST_SESSIONS, seed=0)
     return tune(track(grid, "tuning content-kNN"), sample, catalogue.n_rows)
 
 

@@ -83,7 +83,7 @@ class _Outcome(NamedTuple):
     """Share of the top-10 lists that hidden items take."""
 
 
-def fit_cold_start(model: MISSRec, catalogue: Catalogue, valid: Sessions, *, seed: int = 0) -> dict[str, Any]:
+def fit_cold_start(model: MISSRec, catalogue: Catalogue, valid: Sessions) -> dict[str, Any]:
     """Tune the settings of `ColdStartTerm`; item-kNN and content-kNN term are tuned already.
 
     Parameters
@@ -103,7 +103,7 @@ def fit_cold_start(model: MISSRec, catalogue: Catalogue, valid: Sessions, *, see
     assert term is not None
     term.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
     scorer = ModelScorer.with_popularity(model, catalogue)
-    draws = [_draw(scorer, term.item_knn, valid, seed + number) for number in range(_DRAWS)]
+    draws = [_draw(scorer, term.item_knn, valid, seed) for seed in range(_DRAWS)]
     choices = [choice for choice in draws[0] if all(choice in draw for draw in draws)]
     n_hidden_targets = sum(int((parts.hidden_target >= 0).sum()) for draw in draws for parts in list(draw.values())[:1])
     if n_hidden_targets < _FEWEST_TARGETS or not choices:
@@ -124,7 +124,7 @@ def fit_cold_start(model: MISSRec, catalogue: Catalogue, valid: Sessions, *, see
     term.refresh()
     if len(term.rows):
         share = model.config.cold_start_exposure * _worth(draws, len(term.rows))
-        term.choose(_calibrated(scorer, term, valid, share, seed))
+        term.choose(_calibrated(scorer, term, valid, share))
     neighbours, content, threshold, bias = term.chosen
     return {
         "neighbours": neighbours,
@@ -256,12 +256,10 @@ def _worth(draws: list[dict[Choice, _Parts]], count: int) -> float:
 
 
 @torch.no_grad()
-def _calibrated(
-    scorer: ModelScorer, term: ColdStartTerm, valid: Sessions, share: float, seed: int
-) -> ColdStartSettings:
+def _calibrated(scorer: ModelScorer, term: ColdStartTerm, valid: Sessions, share: float) -> ColdStartSettings:
     """Return the settings with the bias that gives the real cold items ``share`` of the top-10 exposure."""
     histories = valid.split_last()[0].known()
-    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(histories.lengths > 0))[:_MOST_SESSIONS]
+    drawn = np.random.default_rng(0).permutation(np.flatnonzero(histories.lengths > 0))[:_MOST_SESSIONS]
     shown = histories.take(drawn[np.argsort(histories.lengths[drawn], kind="stable")])
     best, top = [], []
     for _, chunk in chunks_of(shown, scorer.model.item_encoder.n_rows, "calibrating the cold-start bias"):

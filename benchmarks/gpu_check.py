@@ -80,7 +80,10 @@ def train(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> No
         for device, graphs in (("cpu", False), (DEVICE, False), (DEVICE, True)):
             settings = plain | {"train.cuda_graphs": graphs}
             trainer = _trainer("paper", settings, catalogue, few, test, work / f"equal-{len(losses)}", device)
+            if trainer.graphed is not None:
+                trainer.graphed.plain_steps = 1  # these are few batches: at the usual number no graph would train any
             losses.append([trainer._epoch()["loss"] for _ in range(3)])
+            _note_graphs(record, "equal", trainer)
         record.equal("train", float(np.max(np.abs(np.divide(losses[1], losses[0]) - 1))), LOSSES)
         record.equal("train/graphs", float(np.max(np.abs(np.divide(losses[2], losses[1]) - 1))), LOSSES)
     with record.step("train/group"):  # the messages of several processes, in a group of one
@@ -172,11 +175,12 @@ def _watch(mode: str) -> None:
 
 
 def _note_graphs(record: Record, name: str, trainer: Any) -> None:
-    """Note how many CUDA graphs a training has recorded; fail where it gave up recording."""
+    """Note how many CUDA graphs a training has recorded; fail where it has recorded none."""
     if trainer.graphed is not None:
         record.add(at=["graphs", name], value=len(trainer.graphed.graphs))
-        if trainer.graphed.obstacle:
-            raise RuntimeError(f"training steps were not recorded as CUDA graphs: {trainer.graphed.obstacle}")
+        if not trainer.graphed.graphs:
+            reason = trainer.graphed.obstacle or f"{trainer.status['step']} steps were too few"
+            raise RuntimeError(f"training steps were not recorded as CUDA graphs: {reason}")
 
 
 def _rate(trainer: Any, before: int) -> float:

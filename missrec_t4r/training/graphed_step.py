@@ -95,6 +95,8 @@ class GraphedSteps:
 
     Attributes
     ----------
+    plain_steps : int
+        Batches of a shape that are trained plainly before one is recorded; at least 1.
     obstacle : str
         Why no graphs are used any more; empty otherwise.
     """
@@ -103,6 +105,7 @@ class GraphedSteps:
         self.optimizer, self.shapes, self.device = optimizer, shapes, device
         self.graphs: dict[tuple[object, ...], _Graph] = {}
         self.seen: Counter[tuple[object, ...]] = Counter()
+        self.plain_steps = _PLAIN_STEPS
         self.obstacle = ""
         self.recorder: GraphRecorder | None = None
         try:
@@ -135,7 +138,7 @@ class GraphedSteps:
                 own.copy_(given)
             graph.replay()
             return graph.loss.clone()
-        if self.seen[shape] <= _PLAIN_STEPS or len(self.graphs) >= _MOST_GRAPHS:
+        if self.seen[shape] <= self.plain_steps or len(self.graphs) >= _MOST_GRAPHS:
             return self._plainly(padded, loss)
         there = padded.to(self.device)
         value = self._record(shape, there, loss)

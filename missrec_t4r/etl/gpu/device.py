@@ -106,15 +106,15 @@ def open_device() -> CudfDevice:
     ConfigError
         cuDF is not installed or does not import, or there is no CUDA device.
     """
-    found = obstacle()
-    if found is None:
+    reason = obstacle()
+    if reason is None:
         try:
             importlib.import_module("cudf")
         except Exception as error:  # cuDF checks driver and device while it is imported
-            found = f"cuDF does not import ({type(error).__name__}: {error})"
-    if found is not None:
+            reason = f"cuDF does not import ({type(error).__name__}: {error})"
+    if reason is not None:
         raise ConfigError(
-            f"--engine gpu, and {found}",
+            f"--engine gpu, and {reason}",
             "cuDF 24.12 and a GPU that it sees",
             "pip install -r requirements/gpu.txt, and nvidia-smi must list a GPU; or leave --engine out for the CPU",
         )

@@ -78,19 +78,19 @@ def plan_columns(run: Run, items: pa.Table, findings: checks.Findings) -> Column
         A column to drop is missing.
     """
     names, categorical = run.names, run.settings["categorical_columns"]
-    found = checks.Findings()
+    noted = checks.Findings()  # of files that are read here, and not by the CPU
     schema = _plain_schema(run.files, names)
-    unwanted = checks.row_indexes(schema.names, names)
-    checks.note_row_indexes(found, unwanted)
+    indexes = checks.row_indexes(schema.names, names)
+    checks.note_row_indexes(noted, indexes)
     clashing = [name for name in schema.names if name in names.values() and name not in names]
-    checks.note_taken_names(found, clashing)
-    left = [name for name in schema.names if name not in (*unwanted, *clashing)]
-    empty = pa.table({names.get(name, name): pa.array([], _decoded(schema.field(name).type)) for name in left})
-    features = checks.event_features(empty, run.settings["drop_columns"], found)
+    checks.note_taken_names(noted, clashing)
+    kept = [name for name in schema.names if name not in (*indexes, *clashing)]
+    empty = pa.table({names.get(name, name): pa.array([], _decoded(schema.field(name).type)) for name in kept})
+    features = checks.event_features(empty, run.settings["drop_columns"], noted)
     item_kind, item_type = (checks.normal_ids(table[ITEM_ID], ITEM_ID).type for table in (empty, items))
     if item_kind != item_type:
         raise NotPlainError(f"item ids are {item_kind} in the events and {item_type} in the item table")
-    findings.found += found.found
+    findings.found += noted.found
     raw = {name: raw for raw, name in names.items()} | {name: name for name in features}
     columns, time = [*checks.KEYS, *features], empty[TIMESTAMP].type
     kinds = {name: empty[name].type for name in features}
@@ -194,18 +194,16 @@ def with_types(frame: Frame, columns: Columns, seen: Seen) -> Frame:
 
 def _plain_schema(files: Sequence[Path], names: dict[str, str]) -> pa.Schema:
     """Return the schema of parquet files that are alike."""
-    if odd := [file for file in files if not file.name.endswith(PARQUET_SUFFIXES)]:
-        raise NotPlainError(f"{odd[0]} is no parquet")
+    if others := [file for file in files if not file.name.endswith(PARQUET_SUFFIXES)]:
+        raise NotPlainError(f"{others[0]} is no parquet")
     try:
         schemas = [pq.read_schema(file) for file in files]
         rows = sum(pq.read_metadata(file).num_rows for file in files)
     except Exception as error:
         raise NotPlainError(f"a file cannot be read ({error})") from error
     schema = schemas[0]
-    if any(
-        set(zip(one.names, one.types, strict=True)) != set(zip(schema.names, schema.types, strict=True))
-        for one in schemas
-    ):
+    types = dict(zip(schema.names, schema.types, strict=True))
+    if any(dict(zip(other.names, other.types, strict=True)) != types for other in schemas):
         raise NotPlainError("the files have different columns or types")
     if not rows or [raw for raw in names if raw not in schema.names] or len(set(schema.names)) < len(schema.names):
         raise NotPlainError("there is no row, or a column is missing or there twice")

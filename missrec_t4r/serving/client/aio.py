@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from importlib import import_module
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -49,15 +48,22 @@ class AsyncTransport:
 
     def __init__(self, url: str, protocol: str, timeout: float) -> None:
         address = checked_address(url, protocol)
-        self._library = import_module(f"tritonclient.{protocol}")
-        client = import_module(f"tritonclient.{protocol}.aio").InferenceServerClient
         self._timeout, self._connection_errors = timeout, tuple[type[Exception], ...]()
+        self._library: Any
+        self._client: Any
         if protocol == "grpc":
-            self._client, self._facts = client(address, channel_args=channel_arguments(address)), grpc_facts
+            import tritonclient.grpc as grpc
+            import tritonclient.grpc.aio as grpc_aio
+
+            self._library, self._facts = grpc, grpc_facts
+            self._client = grpc_aio.InferenceServerClient(address, channel_args=channel_arguments(address))
         else:
             import aiohttp  # a dependency of tritonclient[http]
+            import tritonclient.http as http
+            import tritonclient.http.aio as http_aio
 
-            self._client, self._facts = client(address, conn_timeout=timeout), http_facts
+            self._library, self._facts = http, http_facts
+            self._client = http_aio.InferenceServerClient(address, conn_timeout=timeout)
             self._connection_errors = (aiohttp.ClientError,)
 
     async def describe(self, model: str) -> ModelFacts:

@@ -19,8 +19,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +53,7 @@ from missrec_t4r.bundle.shapes import check_numbers, check_weights, stated
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.event_features import EventColumn
-from missrec_t4r.errors import BundleError, MISSRecError
+from missrec_t4r.errors import BundleError, ConfigError, MISSRecError
 from missrec_t4r.io.atomic import atomic_write_dir
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.io.tensor_file import advise_random_access, write_tensors
@@ -59,7 +62,10 @@ from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.retrieval.index_file import RetrievalIndex, check_belongs, check_index, write_index
 from missrec_t4r.runs.extend import Uninitialised, load_weights, mark_rows
+from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.schema import SCHEMA_FILE, SESSION_TRANSFORM_FILE
+
+log = logging.getLogger(__name__)
 
 SEARCH_FROM = 50_000
 """Rows from which a bundle has a retrieval index; a smaller one is computed in milliseconds when a server starts."""
@@ -153,6 +159,38 @@ def fill_bundle(
     if catalogue.n_rows >= SEARCH_FROM:
         write_index(model.eval(), folder / SEARCH_FILE)
     return write_manifest(folder, recount)
+
+
+@contextmanager
+def bundle_or_run(bundle: str | Path | None, run: str | Path | None) -> Iterator[Path]:
+    """Yield the folder of a bundle; a temporary one is removed at the end.
+
+    Parameters
+    ----------
+    bundle : path, optional
+        Existing bundle.
+    run : path, optional
+        Run folder of `missrec train`, which is exported to a temporary bundle.
+
+    Raises
+    ------
+    ConfigError
+        Both or neither are given.
+    """
+    if (bundle is None) == (run is None):
+        given = "neither --bundle nor --run" if bundle is None else "both --bundle and --run"
+        raise ConfigError(given, "one of the two", "a bundle comes from `missrec export`, a run from `missrec train`")
+    if bundle is not None:
+        yield Path(bundle)
+        return
+    assert run is not None
+    loaded = load_run(run)
+    with tempfile.TemporaryDirectory(prefix="missrec-bundle-") as folder:
+        log.info(f"reading the run {run}")
+        fill_bundle(
+            Path(folder), model=loaded.model, catalogue=loaded.catalogue, data=loaded.data, n_trained=loaded.n_trained
+        )
+        yield Path(folder)
 
 
 def load_bundle(folder: str | Path) -> LoadedBundle:

@@ -23,8 +23,7 @@ import pyarrow.parquet as pq
 import torch
 
 from missrec_t4r.arrays import Floats, Ints
-from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle
-from missrec_t4r.bundle.from_run import bundle_or_run
+from missrec_t4r.bundle.bundle import LoadedBundle, bundle_or_run, load_bundle
 from missrec_t4r.bundle.manifest import WEIGHTS_FILE, verify_bundle
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.event_features import EventArrays, compact_event_features

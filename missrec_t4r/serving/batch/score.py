@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from missrec_t4r.bundle.from_run import bundle_or_run
+from missrec_t4r.bundle.bundle import bundle_or_run
 from missrec_t4r.bundle.id_encoder import RawId
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, MODEL_FILE
 from missrec_t4r.config.checks import require_at_least

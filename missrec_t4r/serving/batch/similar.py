@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.arrays import Floats, Ints
-from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle
-from missrec_t4r.bundle.from_run import bundle_or_run
+from missrec_t4r.bundle.bundle import LoadedBundle, bundle_or_run, load_bundle
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError

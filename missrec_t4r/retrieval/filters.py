@@ -16,16 +16,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor
 
 from missrec_t4r.arrays import Bools, Ints
 from missrec_t4r.errors import ServingError
 from missrec_t4r.io.arrow_files import is_list, one_array
 from missrec_t4r.schema import FIRST_ITEM_ROW
+
+if TYPE_CHECKING:  # the server's first model reads rules, and starts without torch
+    from torch import Tensor
 
 Scalar = str | int | float | bool
 
@@ -49,7 +51,7 @@ class Span:
 Condition = frozenset[Scalar] | Span
 Where = tuple[tuple[str, Condition], ...]
 """Columns and what their values must be."""
-Mask = TypeVar("Mask", Bools, Tensor)
+Mask = TypeVar("Mask", Bools, "Tensor")
 """Which rows pass, [row], bool."""
 
 

@@ -43,13 +43,21 @@ class BatchRanker:
         Of the catalogue, for filters and caps.
     encode : callable
         The session encoder.
+    masks : MaskCache
+        Of the filters of earlier batches, on the same device.
     """
 
     def __init__(
-        self, search: Search, model: MISSRec, popularity: Tensor, columns: ItemColumns, encode: EncodeBatch
+        self,
+        search: Search,
+        model: MISSRec,
+        popularity: Tensor,
+        columns: ItemColumns,
+        encode: EncodeBatch,
+        masks: MaskCache[Tensor],
     ) -> None:
         self.search, self.model, self.popularity, self.columns, self.encode = search, model, popularity, columns, encode
-        self.masks: MaskCache[Tensor] = MaskCache()
+        self.masks = masks
 
     @torch.inference_mode()
     @exact_products()

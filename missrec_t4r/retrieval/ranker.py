@@ -31,7 +31,7 @@ from missrec_t4r.retrieval.device_search import (
     search_together,
     sessions_with_room,
 )
-from missrec_t4r.retrieval.filters import NO_RULES, ItemColumns, Rules
+from missrec_t4r.retrieval.filters import NO_RULES, ItemColumns, MaskCache, Rules
 from missrec_t4r.retrieval.fused_encoder import fuse_encoder
 from missrec_t4r.retrieval.graphed_encoder import GraphedEncoder
 from missrec_t4r.retrieval.index_file import RetrievalIndex
@@ -151,8 +151,8 @@ class Ranker:
             self.quantised = quantise(self.table) if tables is None else tables.quantised
         self.widenings = 0
         """Sessions whose exactness check failed for the first candidates, so that the search widened."""
-        search = partial(search_together, DeviceItems.place(self.table, self.device)) if together else self._search
-        self._batches = BatchRanker(search, self.model, self._popularity, self.columns, self._encode_there)
+        self._device_items = DeviceItems.place(self.table, self.device) if together else None
+        self._masks: MaskCache[Tensor] = MaskCache()
         self._page_release = PeriodicPageRelease(self._mapped() if tables is not None else (), _RELEASE_EVERY)
 
     @torch.inference_mode()
@@ -212,7 +212,7 @@ class Ranker:
             own_rules = [NO_RULES] * len(known[step]) if rules is None else list(rules[step])
             own_features = {name: values[step] for name, values in aligned.items()}
             listed = None if allow is None else allow[step]
-            best = self._batches(known[step], own_features, banned[step], listed, wanted[step], own_rules)
+            best = self._batch_ranker()(known[step], own_features, banned[step], listed, wanted[step], own_rules)
             found, passed = found + best.found, passed + best.passed
         self._page_release.count(batch)
         _refuse_missing(wanted, passed, found, rules)
@@ -240,7 +240,12 @@ class Ranker:
 
     def query(self, known: Ints, event_features: EventArrays) -> Query:
         """Return the query of compacted rows [batch, seq] and their event features, without any filter."""
-        return self._batches.query(known, event_features)
+        return self._batch_ranker().query(known, event_features)
+
+    def _batch_ranker(self) -> BatchRanker:
+        """Return what ranks one batch; it is not kept, as the two would keep each other, and all tables, in memory."""
+        find = self._search if self._device_items is None else partial(search_together, self._device_items)
+        return BatchRanker(find, self.model, self._popularity, self.columns, self._encode_there, self._masks)
 
     def _search(self, query: Query, k: int) -> Batch:
         """Search the sessions one after the other, from bounds of all scores."""

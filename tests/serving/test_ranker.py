@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from missrec_t4r.errors import DataError
+from missrec_t4r.retrieval.filters import Rules
 from missrec_t4r.retrieval.ranker import Ranker, compact
 from missrec_t4r.retrieval.topk import top_items
 from missrec_t4r.runs.run_folder import LoadedRun
@@ -133,3 +137,17 @@ def test_the_last_known_items_of_a_long_session_count(ranker: Ranker) -> None:
 def test_a_step_is_smaller_for_a_large_catalogue(loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("missrec_t4r.retrieval.ranker._SCORES_IN_MEMORY", 5 * loaded.catalogue.n_rows)
     assert Ranker(loaded.model, loaded.catalogue, batch_size=64).batch_size == 5
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["as on a CPU", "as on a GPU"])
+def test_the_tables_of_a_ranker_are_freed_with_it(loaded: LoadedRun, together: bool) -> None:
+    """Not at some later garbage collection: a process that reloads its catalogue would hold two meanwhile."""
+    ranker = Ranker(loaded.model, loaded.catalogue, together=together)
+    ranker.rank(np.array([[5]]), rules=[Rules.of({"where": {"item_id": ["ware-3-ü"]}})])
+    freed = weakref.ref(ranker)
+    gc.disable()
+    try:
+        del ranker
+        assert freed() is None
+    finally:
+        gc.enable()

@@ -15,6 +15,7 @@ import pytest
 from missrec_t4r import commands
 from missrec_t4r.commands import bundles
 from missrec_t4r.errors import BundleError, ConfigError, ServingError, UnavailableError
+from missrec_t4r.io import atomic
 from missrec_t4r.io.lock import locked
 from missrec_t4r.serving.client.protocol import Recommendation
 from missrec_t4r.serving.deploy.blue_green import deploy, rollback
@@ -234,3 +235,11 @@ def test_a_server_that_is_gone_has_no_control(tmp_path: Path) -> None:
     assert (tmp_path / SERVER_FILE).is_file()
     Control.remove(tmp_path, os.getpid())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_deploys_left_that_were_killed_elsewhere_is_removed(bundle: Path, tmp_path: Path) -> None:
+    """By an earlier version, in another container, and in one where the process had the number that this one has."""
+    for name in ("0a1b2c3d", "anotherhost-1-0a1b2c3d", f"{atomic._HOST}-{os.getpid()}-0a1b2c3d"):
+        (tmp_path / f".models-deploy-{name}").mkdir()
+    deploy(tmp_path / "models", bundle=bundle)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".models-")] == []

@@ -272,7 +272,7 @@ def _add_version(folder: Path, bundle: Path, current: int | None, settings: Serv
     none.
     """
     version = max(versions_of(folder), default=0) + 1
-    with temporary_dir(folder) as temporary:
+    with temporary_dir(_temporary(folder)) as temporary:
         fill_repository(temporary, bundle, settings)
         configs = {model: read_config(temporary / model) for model in MODELS}
         if current is not None and _is_version(folder, current, configs, temporary / BUNDLE_IN_REPOSITORY):
@@ -321,8 +321,18 @@ def _refuse_unmanaged(folder: Path) -> None:
         replaced_versions(folder)  # refuses a damaged file
 
 
+def _temporary(folder: Path) -> Path:
+    """Return the path beside which a deploy into ``folder`` has its temporary folders."""
+    return folder.with_name(f"{folder.name}-deploy")
+
+
 def _remove_incomplete(folder: Path) -> None:
-    """Remove the models of a killed deploy, whose ensemble was not written any more."""
+    """Remove what a killed deploy left: temporary folders, and models whose ensemble was not written any more.
+
+    The lock is held: no other deploy runs, whatever machine, container or process number a temporary folder names.
+    """
+    for temporary in folder.parent.glob(f".{_temporary(folder).name}-*"):
+        shutil.rmtree(temporary, ignore_errors=True)
     complete = set(versions_of(folder))
     for part in _PARTS:
         for model in folder.glob(f"{part}_v*"):

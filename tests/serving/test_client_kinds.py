@@ -7,8 +7,10 @@ import contextlib
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 
@@ -92,6 +94,35 @@ def test_a_server_that_never_answers_the_async_client_is_given_up_in_time(protoc
         with pytest.raises(ServingError, match="no answer from"):
             asyncio.run(ask())
         assert time.monotonic() - started < 4
+
+
+def test_requests_of_the_async_client_carry_their_deadline() -> None:
+    """Without it a proxy, or the server, goes on with a request that nobody waits for."""
+    left = []
+
+    class Endpoint(grpc.GenericRpcHandler):
+        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+            return grpc.unary_unary_rpc_method_handler(self.refuse)
+
+        def refuse(self, request: bytes, context: grpc.ServicerContext) -> None:
+            left.append(context.time_remaining())
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "refused")
+
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Endpoint()])
+    url = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+
+    async def ask() -> None:
+        async with AsyncMISSRecClient(url, timeout=50) as client:
+            for call in (client.infer({}), client.recommend([["a"]])):
+                with pytest.raises(ServingError, match="refused"):
+                    await call
+
+    try:
+        asyncio.run(ask())
+    finally:
+        server.stop(None)
+    assert [seconds < 51 for seconds in left] == [True, True]
 
 
 @pytest.mark.triton

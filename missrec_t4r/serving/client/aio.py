@@ -49,13 +49,14 @@ class AsyncTransport:
     def __init__(self, url: str, protocol: str, timeout: float) -> None:
         address = checked_address(url, protocol)
         self._timeout, self._connection_errors = timeout, tuple[type[Exception], ...]()
+        self._deadline: dict[str, float] = {}  # gRPC sends it, so that proxies and server give up as well
         self._library: Any
         self._client: Any
         if protocol == "grpc":
             import tritonclient.grpc as grpc
             import tritonclient.grpc.aio as grpc_aio
 
-            self._library, self._facts = grpc, grpc_facts
+            self._library, self._facts, self._deadline = grpc, grpc_facts, {"client_timeout": timeout}
             self._client = grpc_aio.InferenceServerClient(address, channel_args=channel_arguments(address))
         else:
             import aiohttp  # a dependency of tritonclient[http]
@@ -68,13 +69,13 @@ class AsyncTransport:
 
     async def describe(self, model: str) -> ModelFacts:
         """Return the data type of every input, and the largest batch of one request."""
-        metadata = await self._in_time(self._client.get_model_metadata(model))
-        return self._facts(metadata, await self._in_time(self._client.get_model_config(model)))
+        metadata = await self._in_time(self._client.get_model_metadata(model, **self._deadline))
+        return self._facts(metadata, await self._in_time(self._client.get_model_config(model, **self._deadline)))
 
     async def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, AnyArray]:
         """Send one inference request and return the named outputs."""
         tensors = input_tensors(self._library, inputs)
-        return output_arrays(await self._in_time(self._client.infer(model, tensors)), outputs)
+        return output_arrays(await self._in_time(self._client.infer(model, tensors, **self._deadline)), outputs)
 
     async def close(self) -> None:
         """Close the connections."""

@@ -268,6 +268,7 @@ def test_similar_items_are_what_the_server_answers_to_the_item_alone(
     assert len(table) == 4 * shop.N_ITEMS
     of_three = [row["similar_item_id"] for row in table if row["item_id"] == "ware-3-ü"]
     assert of_three == answers[0].item_ids
+    assert similar(["ware-3-ü", "ware-9-ü", "ware-3-ü"], bundle=bundle, top_k=4)["similar"] == found
     with pytest.raises(DataError, match="unknown items: gone"):
         similar(["gone"], bundle=bundle)
     with pytest.raises(ConfigError, match="neither --items nor --out"):

@@ -129,7 +129,7 @@ def content_similarity(candidates: CandidateEmbeddings, rows: Tensor) -> Tensor:
 
 
 def _rows_of(items: Sequence[str | int], catalogue: Catalogue) -> Ints:
-    ids = [typed_id(item, catalogue.id_type) for item in items]
+    ids = [*dict.fromkeys(typed_id(item, catalogue.id_type) for item in items)]
     rows = catalogue.rows_of(ids)
     unknown = [item for item, row in zip(ids, rows, strict=True) if row < FIRST_ITEM_ROW]
     if unknown or not ids:

@@ -128,8 +128,8 @@ def export_merlin(bundle: str | Path, workflow: Any, out: str | Path, *, top_k: 
     """
     transform = load_bundle(bundle).transform
     strings = transform.settings.id_type == "string"
-    if top_k > transform.n_items:
-        raise BundleError(f"top_k {top_k} of a catalogue of {transform.n_items} items", "at most that many")
+    if not 1 <= top_k <= transform.n_items:
+        raise BundleError(f"top_k {top_k} of a catalogue of {transform.n_items} items", "1 to that many")
     with atomic_write_dir(Path(out), f"{EXECUTOR}/config.pbtxt", "Merlin ensemble", BundleError) as folder:
         predict = PredictMISSRec(bundle, top_k, strings=strings)
         graph = [ITEM_ID] >> predict if strings else [ITEM_ID] >> TransformWorkflow(workflow) >> predict

@@ -18,7 +18,6 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -168,7 +167,7 @@ def _since_training(
     earlier, ids = pq.read_table(file), one_array(catalogue.items[ITEM_ID])
     known = one_array(earlier[ITEM_ID])
     if not ids.slice(0, len(known)).equals(known):
-        n_there = pc.sum(pc.is_in(ids, known)).as_py() or 0
+        n_there = len({*ids.to_pylist()} & {*known.to_pylist()})  # their types may differ, as 7 and "7" do
         raise CheckpointError(
             f"{folder} has other items, or another order of items, than {run}: {n_there:,} of {len(known):,} are there",
             "the items of the training in their order, new ones after them, as `missrec etl --update` writes them",

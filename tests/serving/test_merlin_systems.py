@@ -61,6 +61,7 @@ def test_more_recommendations_than_items_are_refused(exported: Path, tmp_path: P
     pytest.importorskip("merlin.systems", reason="merlin-systems is optional")
     from missrec_t4r.export.merlin_systems import export_merlin
 
-    with pytest.raises(BundleError, match="top_k 31 of a catalogue of 30 items"):
-        export_merlin(exported / "bundle", None, tmp_path / "classic", top_k=31)
+    for top_k in (0, 31):
+        with pytest.raises(BundleError, match=f"top_k {top_k} of a catalogue of 30 items"):
+            export_merlin(exported / "bundle", None, tmp_path / "classic", top_k=top_k)
     assert not (tmp_path / "classic").exists()

@@ -75,6 +75,9 @@ def test_a_run_works_on_a_data_folder_with_new_items_and_events(data: Path, tmp_
     shop.write_circle(tmp_path / "other", [f"P{number}" for number in range(14, 0, -1)], vectors)
     with pytest.raises(CheckpointError, match=r"another order of items, than .*--continue"):
         load_run(run, tmp_path / "other")
+    shop.write_circle(tmp_path / "numbers", [*range(14)], vectors)
+    with pytest.raises(CheckpointError, match=r"another order of items, than .*: 0 of 12 are there"):
+        load_run(run, tmp_path / "numbers")
 
 
 def test_a_time_limit_is_an_option(data: Path, tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ def _newest_time(data: Path) -> str | None:
         if files and column in pq.read_schema(files[0]).names:
             times = read_rows(data / split, [column])[column]
             newest.append(pc.max(pc.list_flatten(times)).as_py())
+    newest = [time for time in newest if time is not None]  # of a split without an event
     return f"{np.datetime64(int(max(newest)), 's')}Z" if newest else None
 
 

@@ -93,6 +93,9 @@ def test_the_manifest_says_what_was_counted_and_until_when(tmp_path: Path) -> No
     assert verify(tmp_path / "after")["recount"] == counted
     assert update_catalogue(tmp_path / "after", pa.table({"item_id": ["new"]}))["added"] == 1
     assert verify(tmp_path / "after")["recount"] == counted  # an update keeps the weights, and so the counts
+    pq.write_table(pq.read_table(file).slice(0, 0), tmp_path / "data" / "valid" / "part_0.parquet")
+    export(run, tmp_path / "after", recount=True)
+    assert verify(tmp_path / "after")["recount"] == counted  # the events of validation are those of test, less the last
 
 
 def test_an_item_with_enough_events_is_no_longer_rare(tmp_path: Path) -> None:

@@ -114,5 +114,5 @@ def write_parquet(table: pa.Table, file: Path) -> Path:
         if str(column.type) in ("large_string", "string_view"):
             column = column.cast(pa.string())
         table = table.set_column(place, name, column)
-    pq.write_table(table, file)
+    pq.write_table(table.replace_schema_metadata(None), file)  # pandas' names an index, which some readers restore
     return file

@@ -144,7 +144,7 @@ class Shop:
                 for name, values in arrays.items():
                     np.save(modality[name], values)
                 etl_of_shop = named_in_python(commands.function_of("etl"), _OWN_NAMES)
-                etl_of_shop(*files, at / DATA, modality=modality, **options)
+                etl_of_shop(*files, at / DATA, **{"modality": modality} | options)
                 events_file, items_file = (file.replace(at / file.name) for file in files)
                 modality = {name: file.replace(at / file.name) for name, file in modality.items()}
             inputs = {"interactions": events_file, "items": items_file, "out": at / DATA, "modality": modality}

@@ -22,7 +22,7 @@ from missrec_t4r.bundle.bundle import load_bundle
 from missrec_t4r.cli.app import app
 from missrec_t4r.errors import BundleError, ConfigError, DataError, MISSRecError, SchemaError
 from missrec_t4r.etl.quality.charts import number
-from missrec_t4r.recommender.frames import arrow_table
+from missrec_t4r.recommender.frames import arrow_table, write_parquet
 from missrec_t4r.recommender.shop import command_line
 
 N_USERS, N_ITEMS = 60, 40
@@ -564,3 +564,16 @@ def test_recommendations_leave_the_threads_of_torch_alone(model: mr.Recommender,
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_vectors_of_a_shop_may_be_files(tables: Any, tmp_path: Path) -> None:
+    np.save(tmp_path / "text.npy", np.random.default_rng(0).normal(size=(N_ITEMS, 8)).astype(np.float32))
+    columns = {"user": "kunde", "item": "artikel", "time": "zeit"}
+    files = {"text": tmp_path / "text.npy"}
+    shop = mr.Shop.from_frames(*tables, **columns, folder=tmp_path / "shop", modality=files, unknown_items="drop")
+    assert shop.catalogue.modalities["text"].width == 8
+
+
+def test_the_index_that_a_table_remembers_stays_a_column(tmp_path: Path) -> None:
+    table = pa.Table.from_pandas(pd.DataFrame({"user": ["a", "b"], "item": [1, 2]}).set_index("user"))
+    assert [*pd.read_parquet(write_parquet(table, tmp_path / "events.parquet")).columns] == ["item", "user"]

@@ -82,7 +82,11 @@ def answers_per_second(url: str, messages: Sequence[bytes], clients: int, second
             raise
 
     with ThreadPoolExecutor(clients) as pool:
-        answers = [pool.submit(client, number) for number in range(clients)]
+        try:
+            answers = [pool.submit(client, number) for number in range(clients)]
+        except BaseException:  # Ctrl-C, or no more threads: the clients so far would wait for ever
+            start.abort()
+            raise
     errors = [error for error in map(Future.exception, answers) if error is not None]
     if failures := [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]:
         first = failures[0]

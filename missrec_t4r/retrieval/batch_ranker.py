@@ -79,12 +79,16 @@ class BatchRanker:
         wanted : ndarray [batch], int64
         """
         query = self.query(known, event_features, banned, allow, rules)
-        k = int(wanted.max()) * (_DEEPER if any(own.at_most for own in rules) else 1)
-        best = self.search(query, k)
-        for line, own in enumerate(rules):
-            if own.at_most:
-                session = query.take(slice(line, line + 1))
-                best.found[line] = self._capped(session, best.found[line], k, int(wanted[line]), own)
+        k, has_caps = int(wanted.max()), np.array([bool(own.at_most) for own in rules])
+        deep = k * _DEEPER
+        best = self.search(query, deep if has_caps.all() else k)
+        if has_caps.any() and not has_caps.all():  # to search as deep for the other sessions would cost more
+            (lines,) = upload([np.flatnonzero(has_caps)], self.popularity.device)
+            for line, found in zip(np.flatnonzero(has_caps), self.search(query.take(lines), deep).found, strict=True):
+                best.found[line] = found
+        for line in np.flatnonzero(has_caps).tolist():
+            session = query.take(slice(line, line + 1))
+            best.found[line] = self._capped(session, best.found[line], deep, int(wanted[line]), rules[line])
         return best
 
     @exact_products()

@@ -20,7 +20,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ServingError
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.retrieval.explain import BOUGHT_TOGETHER, reasons
-from missrec_t4r.retrieval.filters import ItemColumns, Rules, capped
+from missrec_t4r.retrieval.filters import NO_RULES, ItemColumns, Rules, capped
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.run_folder import LoadedRun
 from missrec_t4r.serving.client.client import MISSRecClient
@@ -127,6 +127,16 @@ def test_a_list_with_caps_is_filled_from_as_deep_as_needed(ranker: Ranker) -> No
         assert ranker.rank(np.array([[row]]), top_k=5, rules=[rules]).rows[0].tolist() == expected
         ranks.append(whole.index(alone))
     assert max(ranks) > 20 > min(ranks)  # beyond and within the first search
+
+
+def test_caps_make_the_search_of_other_sessions_no_deeper(ranker: Ranker) -> None:
+    rules = [Rules.parse('{"at_most": {"brand": 1}}'), NO_RULES, Rules.parse('{"at_most": {"stars": 1}}')]
+    known, nobody, wanted = np.array([[5], [9], [12]]), np.zeros((3, 0), np.int64), np.array([4, 3, 4])
+    found = ranker._batch_ranker()(known, {}, nobody, None, wanted, rules).found
+    assert [len(best.rows) for best in found] == [4, 4, 4]
+    for line, best in enumerate(found):
+        alone = ranker.rank(known[line : line + 1], top_k=4, rules=rules[line : line + 1])
+        assert best.rows.tolist() == alone.rows[0].tolist()
 
 
 @given(

@@ -354,7 +354,8 @@ def _values(columns: Sequence[str], targets: Ints, catalogue: Catalogue) -> dict
     """Return a mask per frequent value of a catalogue column, of the target."""
     masks: dict[str, Bools] = {}
     for column in columns:
-        values = np.array([""] * FIRST_ITEM_ROW + [str(value) for value in catalogue.items[column].to_pylist()])
+        texts = [""] * FIRST_ITEM_ROW + [str(value) for value in catalogue.items[column].to_pylist()]
+        values = np.array(texts, object)  # as text every one would take the room of the longest
         of_target = values[targets]
         frequent = Counter(sorted(of_target[targets >= FIRST_ITEM_ROW].tolist())).most_common(MOST_VALUES)
         masks |= {f"{column}={name}": of_target == name for name, _ in frequent}

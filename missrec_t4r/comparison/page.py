@@ -53,7 +53,7 @@ _WORDS: Final = {
     "kept, with history term": "they may be recommended again, and the score may depend on what was seen",
 }
 SLICE_WORDS: Final = (
-    "Cold: the next item has no earlier event. Rare: fewer than five. Short sessions have up to three items, "
+    "Cold: the next item has no event in training. Rare: fewer than five. Short sessions have up to three items, "
     "long ones ten or more."
 )
 _BEYOND: Final = {

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,20 @@ def test_a_scorer_of_your_own_is_a_system(data: Path) -> None:
     result = mr.compare({"popularity": "popularity", "next": last_item_plus_one}, data=data)
     # last known items d, c, a, b, e: guesses e, d, b (seen), c, f; hit for the second and under kept for the third
     assert result["protocols"][KEPT_STRICT]["next"]["mrr@10"] > result["protocols"][KEPT_STRICT]["popularity"]["mrr@10"]
+
+
+def test_a_slice_column_with_one_long_text_takes_no_room_for_every_item(data: Path) -> None:
+    """Fixed-width text would take that of the longest value times the catalogue."""
+    catalogue = Catalogue.load(data / "catalogue")
+    texts = ["short", "short", "x" * 4_000_000, "short", "short", "short"]  # the third item is no target
+    catalogue = Catalogue(catalogue.items.append_column("text", pa.array(texts)), catalogue.modalities)
+    catalogue.save(data / "catalogue")
+    tracemalloc.start()
+    result = mr.compare(["popularity", "item_knn"], data=data, slice_columns=["text"])
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result["slices"]["text=short"]["n"] == 5
+    assert most < 60_000_000  # nine rows of four bytes a character would be 144 million
 
 
 def test_systems_without_a_common_protocol_are_refused(data: Path) -> None:

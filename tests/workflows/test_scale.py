@@ -28,6 +28,7 @@ from missrec_t4r.etl.engine.shuffle import cut_chunks
 from missrec_t4r.etl.nvt.serialization import load_workflow
 from missrec_t4r.etl.nvt.workflows import transform_dataset
 from missrec_t4r.etl.pipeline import etl
+from missrec_t4r.io.atomic import exchange
 from tests import processes
 from tests.workflows.tables import EVENTS, ITEMS, items_of, write
 
@@ -251,6 +252,33 @@ def look(*arguments):
 engine._finish = look
 etl(sys.argv[1], sys.argv[2], sys.argv[4], engine="disk", partitions=4, workers=1)
 """
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_run_that_was_stopped_when_its_folder_was_in_place_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaces: bool
+) -> None:
+    """What is left in the working folder has no splits then, or those of the folder that was replaced."""
+    files, data = write(tmp_path, shop(2, 900)), tmp_path / "data"
+    options: dict[str, Any] = {"engine": "disk", "partitions": 3, "workers": 1}
+    if replaces:
+        etl(*files, data, max_events=4, **options)
+
+    def stopped(folder: Path, out: Path) -> None:
+        if out.exists():
+            exchange(folder, out)
+        else:
+            folder.rename(out)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir, "move_into_place", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            etl(*files, data, **options)
+    etl(*files, data, **options)
+    etl(*files, tmp_path / "whole", **options)
+    same_folder(data, tmp_path / "whole")
+    assert not (tmp_path / ".data-work").exists()
 
 
 def test_bad_settings_and_outputs_are_refused_before_work_begins(

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ SPLIT_FOLDER = "split"
 """Per partition: rows of each split and longest session (json)."""
 OUTPUT_FOLDER = "out"
 """The data folder that is being written."""
+_FINISHED = "finished"
+"""The same when it is complete, outside its job: what is left of a job without output is not continued."""
 
 
 @contextmanager
@@ -66,7 +68,11 @@ def working_folder(out: Path) -> Iterator[tuple[Path, Callable[[Path], None]]]:
         with translate_disk_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             recover(out)
-            yield work, partial(move_into_place, out=out)
+
+            def finish(folder: Path) -> None:
+                move_into_place(folder.rename(work / _FINISHED), out)
+
+            yield work, finish
     except Exception:
         for folder in (work, copies):
             shutil.rmtree(folder, ignore_errors=True)
@@ -96,7 +102,7 @@ def open_job(work: Path, identity: Any, items: pa.Table | None = None) -> Path:
     digest.update(b"" if items is None else hash_ids(one_array(items[ITEM_ID])).tobytes())
     name = digest.hexdigest()[:16]
     for other in work.glob("*"):
-        if other.name != name:
+        if other.name != name or not (other / OUTPUT_FOLDER).is_dir():
             shutil.rmtree(other)
     for folder in (SHUFFLE_FOLDER, KEPT_FOLDER, SPLIT_FOLDER, *(f"{OUTPUT_FOLDER}/{split}" for split in SPLITS)):
         (work / name / folder).mkdir(parents=True, exist_ok=True)

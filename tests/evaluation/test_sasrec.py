@@ -47,7 +47,8 @@ def run(tmp_path: Path, data: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_it_learns_what_follows_what(data: Path) -> None:
+def test_it_learns_what_follows_what(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sasrec, "PATIENCE", 10)
     train, valid = (Sessions.load(data / split, ()) for split in ("train", "valid"))
     best = tuned_sasrec(train, valid, Catalogue.load(data / "catalogue"))
     assert set(best) == set(PROTOCOLS)

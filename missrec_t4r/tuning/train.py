@@ -150,7 +150,7 @@ class _Search:
         self.out, self.base, self.space, self.read, self.device = out, base, space, read, device
         self.own = values_of(base, space)
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out, error=ConfigError):  # one of several processes creates the study
+        with locked(out / STUDY_FILE):  # one of several processes creates the study
             self.study = optuna.create_study(
                 storage=f"sqlite:///{(out / STUDY_FILE).resolve()}",
                 study_name="train",
@@ -231,7 +231,7 @@ class _Search:
 
     def write(self) -> None:
         """Write the best recipe and the page, one process after the other."""
-        with locked(self.out, error=ConfigError):
+        with locked(self.out / STUDY_FILE):
             best = self.best()
             if best is None:
                 return

@@ -101,6 +101,13 @@ def test_time_ends_a_search_and_a_trial_that_it_cuts_is_kept(data: Path) -> None
 
 
 @needs_optuna
+def test_nothing_is_written_beside_the_folder(data: Path) -> None:
+    """Of a mounted folder the parent is often read-only; here the place of a lock beside it is taken."""
+    (data.parent / ".search.lock").mkdir()
+    assert search(data, trials=1)["trials"] == {"complete": 1}
+
+
+@needs_optuna
 def test_a_search_without_a_time_limit_trains_to_the_end(data: Path) -> None:
     found = search(data, minutes=math.inf, trials=1, settings=SMALL | {"train.epochs": 1})
     assert (found["stopped_by"], found["trials"]) == ("trials", {"complete": 1})

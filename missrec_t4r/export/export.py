@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -141,8 +142,10 @@ def _newest_time(data: Path) -> str | None:
     for split in SPLITS:
         files = row_files(data / split)
         if files and column in pq.read_schema(files[0]).names:
-            times = read_rows(data / split, [column])[column]
-            newest.append(pc.max(pc.list_flatten(times)).as_py())
+            times = pc.list_flatten(read_rows(data / split, [column])[column])
+            if pa.types.is_temporal(times.type):  # of a folder that another workflow wrote
+                times = times.cast(pa.timestamp("s", "UTC"), safe=False).cast(pa.int64())
+            newest.append(pc.max(times).as_py())
     newest = [time for time in newest if time is not None]  # of a split without an event
     return f"{np.datetime64(int(max(newest)), 's')}Z" if newest else None
 

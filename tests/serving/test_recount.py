@@ -79,7 +79,8 @@ def test_what_only_later_events_tell_is_recommended(tmp_path: Path) -> None:
     assert sorted(ranked(tmp_path / "before", [9])[:3]) != [4, 5, 10]
 
 
-def test_the_manifest_says_what_was_counted_and_until_when(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [pa.int64(), pa.timestamp("us"), pa.timestamp("ns", "Europe/Berlin")], ids=str)
+def test_the_manifest_says_what_was_counted_and_until_when(tmp_path: Path, kind: pa.DataType) -> None:
     run = make_run(tmp_path)
     export(run, tmp_path / "before")
     assert verify(tmp_path / "before")["recount"] is None
@@ -87,7 +88,8 @@ def test_the_manifest_says_what_was_counted_and_until_when(tmp_path: Path) -> No
         file = tmp_path / "data" / split / "part_0.parquet"
         rows = pq.read_table(file)
         times = [[1_700_000_000 + 86_400 * day for day in range(len(items))] for items in rows[ITEM_LIST].to_pylist()]
-        pq.write_table(rows.append_column("timestamp-list", pa.array(times)), file)
+        seconds = pa.array(times).cast(pa.list_(kind if kind == pa.int64() else pa.timestamp("s")))
+        pq.write_table(rows.append_column("timestamp-list", seconds.cast(pa.list_(kind))), file)
     export(run, tmp_path / "after", recount=True)
     counted = {"events": 48, "sessions": 12, "until": "2023-11-17T22:13:20Z"}
     assert verify(tmp_path / "after")["recount"] == counted

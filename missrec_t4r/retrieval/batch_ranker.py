@@ -80,12 +80,15 @@ class BatchRanker:
         """
         query = self.query(known, event_features, banned, allow, rules)
         k, has_caps = int(wanted.max()), np.array([bool(own.at_most) for own in rules])
-        deep = k * _DEEPER
-        best = self.search(query, deep if has_caps.all() else k)
-        if has_caps.any() and not has_caps.all():  # to search as deep for the other sessions would cost more
-            (lines,) = upload([np.flatnonzero(has_caps)], self.popularity.device)
-            for line, found in zip(np.flatnonzero(has_caps), self.search(query.take(lines), deep).found, strict=True):
+        deep, device = k * _DEEPER, self.popularity.device
+        is_mixed = has_caps.any() and not has_caps.all()
+        if is_mixed and device.type == "cpu":  # to search as deep for the other sessions would cost more
+            best = self.search(query, k)
+            (lines,) = upload([np.flatnonzero(has_caps)], device)
+            for line, found in zip(lines.tolist(), self.search(query.take(lines), deep).found, strict=True):
                 best.found[line] = found
+        else:  # on a GPU a second result would be waited for
+            best = self.search(query, deep if has_caps.any() else k)
         for line in np.flatnonzero(has_caps).tolist():
             session = query.take(slice(line, line + 1))
             best.found[line] = self._capped(session, best.found[line], deep, int(wanted[line]), rules[line])

@@ -45,6 +45,7 @@ def bench(
     name: str | None = None,
     interactions: str = INTERACTIONS,
     modality: dict[str, str] | None = None,
+    words: bool = True,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate a recipe with several seeds.
@@ -58,7 +59,7 @@ def bench(
     """
     name = name or data.resolve().name
     settings = {**TO_THE_END, **(settings or {})}
-    folder = prepare(data, out / name / "data", interactions=interactions, modality=modality)
+    folder = prepare(data, out / name / "data", interactions=interactions, modality=modality, words=words)
     done = []
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         done.append(
@@ -186,6 +187,9 @@ def arguments(words: str | None = None) -> argparse.ArgumentParser:
 def main() -> None:
     """Run from the command line."""
     parser = arguments()
+    parser.add_argument(
+        "--no-words", dest="words", action="store_false", help="leave out the words of titles and brands"
+    )
     parser.add_argument("--recipe", default="default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", dest="settings", action="append", default=[], help="such as model.d_model=128")
@@ -199,6 +203,7 @@ def main() -> None:
         name=options.name,
         interactions=options.interactions,
         modality=pairs(options.modality) or None,
+        words=options.words,
         settings=settings,
     )
     report(f"quality-{found['data']}-{_label(options.recipe, settings)}", found)

@@ -24,6 +24,7 @@ def prepare(
     *,
     interactions: str = INTERACTIONS,
     modality: dict[str, str] | None = None,
+    words: bool = True,
 ) -> Path:
     """Run the ETL on a benchmark folder unless it ran with the same settings before.
 
@@ -39,6 +40,8 @@ def prepare(
         candidates.
     modality : dict, optional
         Name to file of the folder; by default the best-covering file of every name, as in ``missrec demo``.
+    words : bool
+        Whether the words of titles and brands are one more modality, as in ``missrec demo``.
 
     Returns
     -------
@@ -59,7 +62,9 @@ def prepare(
             raise DataError(
                 f"{file} does not exist", "a file of the benchmark folder", "see --interactions, --modality"
             )
+    features = inputs.features if words else {}
     facts = {"raw": raw.name, "interactions": interactions, "modality": {k: f.name for k, f in files.items()}}
+    facts |= features
     if (out / _DONE).is_file() and json.loads((out / _DONE).read_text(encoding="utf-8")) == facts:
         return out
     items = inputs.items
@@ -72,6 +77,8 @@ def prepare(
         modality=files,
         min_item_count=inputs.min_item_count if interactions == INTERACTIONS else 0,
     )
+    if features:
+        commands.features(out, **features)
     (out / _DONE).write_text(json.dumps(facts), encoding="utf-8")
     return out
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from rich.console import Console
 
 from missrec_t4r.bundle.id_encoder import RawId
@@ -40,6 +41,7 @@ _SHOP_EPOCHS = 22
 _COMPARED_SESSIONS = 256
 _SHOWN = 5
 _HEADLINE = ("recall@10", "ndcg@10")
+_WORD_COLUMNS = ("title", "brand")
 _RATING_FLOOR = 5
 """On a folder of real data, items with fewer events are left out, as in the published benchmarks (5-core)."""
 
@@ -53,6 +55,8 @@ class Inputs:
     items: Path
     modality: Mapping[str, Path] = field(default_factory=dict)
     """Precomputed vectors."""
+    features: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of `missrec features`; without any it does not run."""
     min_item_count: int = 0
 
 
@@ -98,7 +102,8 @@ def demo(
     if data:
         inputs = find_inputs(data)
     else:
-        inputs = Inputs("generated shop", raw / "interactions.parquet", raw / "items.parquet")
+        features = {"text_columns": ["title", "description"], "image_column": "image", "images": raw}
+        inputs = Inputs("generated shop", raw / "interactions.parquet", raw / "items.parquet", features=features)
         with _step("generate", "a shop with texts and images", console, seconds):
             function_of("generate")(raw, users=users, items=items)
     with _step("etl", "raw tables to sessions and catalogue", console, seconds):
@@ -109,10 +114,9 @@ def demo(
             modality=inputs.modality,
             min_item_count=inputs.min_item_count,
         )
-    if not data:
+    if inputs.features:
         with _step("features", "texts and pictures to vectors", console, seconds):
-            text_columns = ("title", "description")
-            function_of("features")(folder, text_columns=text_columns, image_column="image", images=inputs.items.parent)
+            function_of("features")(folder, **inputs.features)
     chosen = recipe or AUTO
     with _step("train", f"recipe {chosen}", console, seconds):
         shorter = None if data or recipe else {"train.epochs": _SHOP_EPOCHS}
@@ -135,7 +139,8 @@ def demo(
 def find_inputs(folder: Path) -> Inputs:
     """Describe a folder of real data.
 
-    Of a modality's files (``text_clip.npy``, ``text_minilm.npy``) the one that covers most items is taken.
+    Of a modality's files (``text_clip.npy``, ``text_minilm.npy``) the one that covers most items is taken. The words of
+    titles and brands become one more modality, since vectors of sentence encoders say little of them.
 
     Raises
     ------
@@ -156,7 +161,9 @@ def find_inputs(folder: Path) -> Inputs:
     if not covered:
         raise DataError(f"{folder} has no modality vectors", "files such as text_minilm.npy, rows as in items.parquet")
     modality = {name: file for name, (_, file) in sorted(covered.items(), reverse=True)}
-    return Inputs(folder.resolve().name, interactions, items, modality, min_item_count=_RATING_FLOOR)
+    words = [name for name in _WORD_COLUMNS if name in pq.read_schema(items).names]
+    features = {"word_columns": words} if words else {}
+    return Inputs(folder.resolve().name, interactions, items, modality, features, min_item_count=_RATING_FLOOR)
 
 
 @contextmanager

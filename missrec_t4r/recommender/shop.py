@@ -63,6 +63,7 @@ class Shop:
         item: str = ITEM_ID,
         time: str = TIMESTAMP,
         text: Sequence[str] | str = (),
+        words: Sequence[str] | str = (),
         image: str | None = None,
         images: str | Path | None = None,
         vectors: Mapping[str, npt.ArrayLike] | None = None,
@@ -83,6 +84,9 @@ class Shop:
             Columns of the events. The item table has its ids in ``item`` too, or in ``item_id``.
         text : str or sequence of str
             Columns of the item table that are joined to the item's text.
+        words : str or sequence of str
+            Columns such as title and brand whose words are a modality of their own, beside texts that a pretrained
+            encoder reads and beside vectors of yours: they tell brands and model numbers.
         image : str, optional
             Column with the path of the item's picture, relative to ``images``.
         images : path, optional
@@ -107,23 +111,24 @@ class Shop:
             As ``missrec etl`` and ``missrec features`` raise them.
         """
         refuse_unknown(etl, list(inspect.signature(commands.etl).parameters), "etl")
-        text, arrays = [text] if isinstance(text, str) else list(text), arrays_of(vectors)
+        text, words = ([names] if isinstance(names, str) else list(names) for names in (text, words))
+        arrays = arrays_of(vectors)
         tables = {_EVENTS_FILE: _require(arrow_table(events, "events", (user, item)), (user, item, time), "events")}
         if items is not None:
             item_table = arrow_table(items, "items", (item, ITEM_ID))
-            tables[_ITEMS_FILE] = _require(item_table, text + ([image] if image else []), "items")
-        elif text or image or arrays:
+            tables[_ITEMS_FILE] = _require(item_table, text + words + ([image] if image else []), "items")
+        elif text or words or image or arrays:
             raise ConfigError(
-                "text, image or vectors without an item table",
+                "text, words, image or vectors without an item table",
                 "the items that they belong to",
                 "write Shop.from_frames(events, items, ...), or leave them out: the sessions alone give vectors",
             )
         else:
             tables[_ITEMS_FILE] = pa.table({item: pc.drop_null(pc.unique(tables[_EVENTS_FILE][item]))})
-        for name, encoded in (("text", text), ("image", image or images)):
+        for name, encoded in (("text", text), ("words", words), ("image", image or images)):
             if encoded and name in arrays:
                 raise ConfigError(
-                    f"vectors of {name!r}, and {name}s to encode",
+                    f"vectors of {name!r}, and {name.removesuffix('s')}s to encode",
                     "one of them: the encoded ones would replace yours",
                     f"leave one out, or give your vectors another name than {name!r}",
                 )
@@ -132,8 +137,8 @@ class Shop:
         columns = {"user": user, "item": item, "time": time}
         options = {f"{name}_column": column for name, column in columns.items()} | etl
         features: dict[str, Any] = {}
-        if text or image or images is not None:
-            features = {"text_columns": text, "image_column": image, "images": images}
+        if text or words or image or images is not None:
+            features = {"text_columns": text, "word_columns": words, "image_column": image, "images": images}
             features |= {"text_encoder": text_encoder, "image_encoder": image_encoder}
         elif not arrays:
             features = {"cooccurrence": True}

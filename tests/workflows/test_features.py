@@ -9,10 +9,11 @@ import pyarrow as pa
 import pytest
 import sklearn
 from PIL import Image
+from sklearn.feature_extraction.text import HashingVectorizer
 
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.etl.features.pipeline import features, item_texts
+from missrec_t4r.etl.features.pipeline import encode_items, features, item_texts
 from missrec_t4r.etl.features.sklearn_encoders import encode_images, encode_texts
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.sources.synthetic.shop_images import draw
@@ -48,6 +49,17 @@ def test_what_is_empty_absent_or_broken_is_missing_and_listed(shop: Path) -> Non
         assert modality.present.tolist() == [False, False, False, True, True, False, False]
         np.testing.assert_allclose(np.linalg.norm(modality.vectors[3:5], axis=1), 1, rtol=1e-5)
         assert not modality.vectors[[0, 1, 2, 5, 6]].any()
+
+
+def test_the_words_are_a_modality_beside_given_vectors(shop: Path) -> None:
+    vectors = {"text": save_vectors(shop / "text.npy", np.ones((4, 3)))}
+    etl(*write(shop / "raw", EVENTS, ITEMS), shop / "data", modality=vectors)
+    report = features(shop / "data", word_columns=["title", "brand"])
+    assert (report["modalities"]["words"]["items"], report["replaced"]) == (2, [])
+    catalogue = Catalogue.load(shop / "data" / "catalogue")
+    assert list(catalogue.modalities) == ["text", "words"]
+    new = encode_items(shop / "data", pa.table({"item_id": ["lamp2"], "title": ["red desk lamp"], "brand": ["Lumo"]}))
+    np.testing.assert_allclose(new["words"].vectors[0], catalogue.modalities["words"].vectors[3], atol=1e-6)
 
 
 def test_pictures_are_found_by_item_id_without_a_column(shop: Path) -> None:
@@ -88,11 +100,40 @@ def test_other_modalities_stay_and_the_same_one_is_replaced(shop: Path) -> None:
 
 def test_texts_about_the_same_are_close() -> None:
     texts = ["alpine camping tent", "light camping tents", "espresso machine", "espresso grinder machine", "oak chisel"]
-    encoded = encode_texts(texts, width=4)
+    encoded = encode_texts(texts)
     cosine = encoded.vectors @ encoded.vectors.T
-    assert cosine[0, 1] > 0.3 + cosine[0, 2:].max()
+    assert cosine[0, 1] > 0.2 + cosine[0, 2:].max()
     assert cosine[2, 3] > 0.3 + cosine[2, [0, 1, 4]].max()
-    np.testing.assert_array_equal(encode_texts(texts, width=4).vectors, encoded.vectors)
+    np.testing.assert_array_equal(encode_texts(texts).vectors, encoded.vectors)
+
+
+def _word(number: int) -> str:
+    """Return a made-up word of eight letters."""
+    return "".join(np.random.default_rng(number).choice(list("abcdefghijklmnopqrstuvwxyz"), 8))
+
+
+def test_a_brand_that_few_items_have_makes_them_alike() -> None:
+    kinds = ["camping tent", "desk lamp", "espresso machine", "oak chisel"]
+    texts = [f"{_word(brand)} {kind} {_word(1000 + n)}" for brand in range(90) for n, kind in enumerate(kinds)]
+    vectors = encode_texts(texts).vectors
+    cosine = vectors @ vectors.T - 2 * np.eye(len(texts))
+    nearest = np.argsort(-cosine, 1)[:, :3]
+    same_brand = nearest // len(kinds) == np.arange(len(texts))[:, None] // len(kinds)
+    assert same_brand.mean() > 0.9
+
+
+def test_words_never_seen_before_make_new_items_alike() -> None:
+    state = encode_texts(["red desk lamp", "red oak desk"]).state
+    new = encode_texts(["quokka tripod", "tripod quokka", "red desk lamp"], state=state).vectors
+    assert new[0] @ new[1] > 0.7 > 0.3 > new[0] @ new[2]
+
+
+def test_texts_are_encoded_as_by_an_earlier_version_with_its_state() -> None:
+    used = np.array([sum(HashingVectorizer(n_features=2**15).transform(["lamp"]).indices)])
+    state = {"columns": used.astype(np.int32), "idf": np.ones(1, np.float32), "components": np.ones((3, 1), np.float32)}
+    encoded = encode_texts(["lamp", "desk", None], state=state)
+    np.testing.assert_allclose(encoded.vectors, [[3**-0.5] * 3, [0] * 3, [0] * 3], rtol=1e-6)
+    assert encoded.present.tolist() == [True, True, False]
 
 
 def test_pictures_of_one_style_are_close(tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ class EncoderSettings:
     """Texts or images per forward pass of a pretrained encoder."""
     cache: Path | None = None
     """Folder of cached vectors; None disables the cache."""
-    width: int = 128
-    """Upper bound of the classical encoders' vector width."""
+    width: int | None = None
+    """Width of the classical encoders' vectors, an upper bound for pictures; None for each encoder's own."""
     whiten: bool = False
     """Whiten the vectors: the same variance in every direction."""
     reduce_to: int | None = None
@@ -83,7 +83,8 @@ def encode_contents(
         encoded = _pretrained(kind, contents, settings)
     else:
         encode: Callable[..., Encoded] = encode_texts if kind == "text" else encode_images
-        encoded = encode(contents, width=settings.width, state=state)
+        width = {} if settings.width is None else {"width": settings.width}
+        encoded = encode(contents, state=state, **width)
     fitted = dict(encoded.state if state is None else state)
     if state is None and (settings.whiten or settings.reduce_to is not None):
         fitted |= fit_reduction(encoded.vectors, encoded.present, whiten=settings.whiten, reduce_to=settings.reduce_to)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ from missrec_t4r.errors import ConfigError, DataError, ModalityError
 from missrec_t4r.etl.features.cache import content_key
 from missrec_t4r.etl.features.cooccurrence import COOCCURRENCE, cooccurrence_vectors
 from missrec_t4r.etl.features.encode import CLASSICAL, EncoderSettings, encode_contents, to_encode
-from missrec_t4r.etl.features.sklearn_encoders import Encoded
+from missrec_t4r.etl.features.sklearn_encoders import IMAGE_WIDTH, Encoded
 from missrec_t4r.etl.sources.table import require_column
 from missrec_t4r.io.atomic import translate_disk_errors
 from missrec_t4r.io.lock import locked
@@ -31,6 +31,8 @@ from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID
 
 log = logging.getLogger(__name__)
 
+WORDS = "words"
+"""Modality that holds the words of the items' texts, beside the vectors of a sentence encoder."""
 _LISTED = 50
 _KIND_OF = {f"{encoder}-{kind}": kind for encoder in (CLASSICAL, "transformers") for kind in ("text", "image")}
 """Name of an encoder -> its input; vectors of other encoders (``precomputed``) cannot be computed here."""
@@ -41,6 +43,7 @@ def features(
     data: str | Path,
     *,
     text_columns: Sequence[str] = (),
+    word_columns: Sequence[str] = (),
     image_column: str | None = None,
     images: str | Path | None = None,
     text_encoder: str = CLASSICAL,
@@ -48,7 +51,7 @@ def features(
     device: str = "auto",
     precision: str = "fp32",
     batch_size: int = 64,
-    width: int = 128,
+    width: int | None = None,
     whiten: bool = False,
     reduce_to: int | None = None,
     word_drop: float = 0.0,
@@ -65,6 +68,9 @@ def features(
         Data folder written by `missrec etl`.
     text_columns : sequence of str
         Columns of the item table, joined to one text per item; comma-separated.
+    word_columns : sequence of str
+        Columns such as title,brand whose words are a modality of their own, words, by the classical encoder: for items
+        whose text vectors are of a sentence encoder or from a file, in which brands and model numbers are lost.
     image_column : str, optional
         Column with the path of the item's image, relative to --images.
     images : path, optional
@@ -79,8 +85,9 @@ def features(
         Precision of pretrained encoders: fp32, bf16 or fp16.
     batch_size : int
         Texts or images per forward pass of a pretrained encoder.
-    width : int
-        Upper bound of the classical encoders' vector width.
+    width : int, optional
+        Width of the classical encoders' vectors; by default 512 of texts, and at most 128 of pictures and
+        co-occurrences.
     whiten : bool
         Whiten the vectors: the same variance in every direction.
     reduce_to : int, optional
@@ -122,33 +129,33 @@ def features(
     )
     if not 0 <= word_drop < 1 or (word_drop and not text_columns):
         raise ConfigError(f"--word-drop {word_drop}", "a share from 0 to below 1, with --text-columns")
-    if not text_columns and image_column is None and images is None and not cooccurrence:
+    if not text_columns and not word_columns and image_column is None and images is None and not cooccurrence:
         raise ConfigError(
             "neither texts nor images were named",
-            "--text-columns, --image-column or --images",
+            "--text-columns, --word-columns, --image-column or --images",
             "for a catalogue without content: --cooccurrence",
         )
     with nullcontext() if dry_run else locked(data):
         folder = data / CATALOGUE_FOLDER
         catalogue = Catalogue.load(folder)
-        contents = _contents(catalogue.items, text_columns, image_column, images)
-        encoders = {"text": text_encoder, "image": image_encoder}
-        settings_of = {kind: replace(settings, encoder=encoder) for kind, encoder in encoders.items()}
+        contents = _contents(catalogue.items, text_columns, word_columns, image_column, images)
+        encoders = {"text": text_encoder, WORDS: CLASSICAL, "image": image_encoder}
+        settings_of = {name: replace(settings, encoder=encoder) for name, encoder in encoders.items()}
         if dry_run:
-            plan = {kind: to_encode(kind, values, settings_of[kind]) for kind, (values, _) in contents.items()}
+            plan = {name: to_encode(one.kind, one.values, settings_of[name]) for name, one in contents.items()}
             plan |= {COOCCURRENCE: {}} if cooccurrence else {}
             return {"data": str(data), "dry_run": True, "modalities": plan}
-        if like is None and any(settings_of[kind].encoder == CLASSICAL for kind in contents):
+        if like is None and any(settings_of[name].encoder == CLASSICAL for name in contents if name != WORDS):
             log.info("classical encoders replace pretrained ones (hashed n-grams, colour and gradient histograms)")
         stored = _stored(like)
         added, report, ids = {}, {}, catalogue.items[ITEM_ID].to_pylist()
-        for kind, (values, source) in contents.items():
-            encoded, dropped = _encode(kind, values, settings_of[kind], stored.get(kind), word_drop)
+        for name, (kind, values, source) in contents.items():
+            encoded, dropped = _encode(kind, values, settings_of[name], stored.get(name), word_drop)
             if dropped is not None:
                 source[WORD_DROP] = word_drop
-            added[kind], report[kind] = _modality(encoded, source, dropped), _describe(kind, encoded, ids)
+            added[name], report[name] = _modality(encoded, source, dropped), _describe(name, encoded, ids)
         if cooccurrence:
-            encoded = cooccurrence_vectors(data, catalogue, width)
+            encoded = cooccurrence_vectors(data, catalogue, width or IMAGE_WIDTH)
             added[COOCCURRENCE] = _modality(encoded, {}, None)
             report[COOCCURRENCE] = _describe(COOCCURRENCE, encoded, ids)
         replaced = sorted(set(added) & set(catalogue.modalities))
@@ -215,20 +222,37 @@ def encode_items(
     return result
 
 
+class _Contents(NamedTuple):
+    """What becomes the vectors of one modality."""
+
+    kind: str
+    values: list[Any]
+    source: dict[str, Any]
+    """Where they come from, for the catalogue."""
+
+
 def _contents(
-    items: pa.Table, text_columns: Sequence[str], image_column: str | None, images: str | Path | None
-) -> dict[str, tuple[list[Any], dict[str, Any]]]:
-    """Return the requested texts and pictures of the items by kind, each with the note on where they come from."""
-    contents: dict[str, tuple[list[Any], dict[str, Any]]] = {}
-    if text_columns:
-        contents["text"] = item_texts(items, text_columns), {"columns": list(text_columns)}
+    items: pa.Table,
+    text_columns: Sequence[str],
+    word_columns: Sequence[str],
+    image_column: str | None,
+    images: str | Path | None,
+) -> dict[str, _Contents]:
+    """Return the requested texts and pictures of the items by modality."""
+    contents: dict[str, _Contents] = {}
+    for name, columns, option in (
+        ("text", text_columns, "--text-columns"),
+        (WORDS, word_columns, "--word-columns"),
+    ):
+        if columns:
+            contents[name] = _Contents("text", item_texts(items, columns, option), {"columns": list(columns)})
     if image_column is not None or images is not None:
         source = {"column": image_column, "images": None if images is None else str(images)}
-        contents["image"] = image_paths(items, image_column, images), source
+        contents["image"] = _Contents("image", image_paths(items, image_column, images), source)
     return contents
 
 
-def item_texts(items: pa.Table, columns: Sequence[str]) -> list[str | None]:
+def item_texts(items: pa.Table, columns: Sequence[str], option: str = "--text-columns") -> list[str | None]:
     """Return one text per item, joined from the columns; None where all are empty.
 
     Raises
@@ -236,7 +260,7 @@ def item_texts(items: pa.Table, columns: Sequence[str]) -> list[str | None]:
     SchemaError
         The table lacks a column.
     """
-    texts_by_column = [require_column(items, name, "items", "--text-columns").to_pylist() for name in columns]
+    texts_by_column = [require_column(items, name, "items", option).to_pylist() for name in columns]
     texts = (
         ". ".join(str(value).strip() for value in row if value and str(value).strip())
         for row in zip(*texts_by_column, strict=True)

@@ -1,15 +1,19 @@
 """Classical text and image encoders in place of pretrained ones: unit-length vectors with scikit-learn alone.
 
-Text: hashed word and character n-grams, tf-idf, truncated SVD. Image: colour histogram, gradient orientations in a
-grid of cells and a small thumbnail, reduced by PCA. They need no download, run in seconds and are deterministic, but
-recognise neither synonyms nor objects: prefer CLIP or a sentence encoder (`missrec_t4r.etl.features.hf_encoders`).
-The fitted state is returned as `Encoded.state`; with it, new items are encoded exactly like the old ones.
+Text: hashed words and character n-grams, tf-idf, a sparse random projection (Li, Hastie and Church, KDD 2006). It keeps
+rare words, brands and model numbers, which a truncated SVD of tf-idf drops and a sentence encoder blurs; by them alone
+the most similar items are better recommendations than by a sentence encoder (docs/experiments.md). Image: colour
+histogram, gradient orientations in a grid of cells and a small thumbnail, reduced by PCA. They need no download, run in
+seconds and are deterministic, but recognise neither synonyms nor objects: combine them with a sentence encoder and CLIP
+(`missrec_t4r.etl.features.hf_encoders`). The fitted state is returned as `Encoded.state`; with it, new items are
+encoded exactly like the old ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import sklearn
 from PIL import Image
-from sklearn.decomposition import PCA, TruncatedSVD
+from scipy.sparse import csr_array
+from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.pipeline import make_union
 from sklearn.preprocessing import normalize
@@ -28,9 +33,18 @@ from missrec_t4r.progress import track
 
 State = Mapping[str, AnyArray]
 
-HASH_WIDTH = 2**15
+TEXT_WIDTH, IMAGE_WIDTH = 512, 128
+HASH_WIDTH = 2**18
+_COUNTERS = {
+    name: HashingVectorizer(n_features=HASH_WIDTH, norm=None, alternate_sign=False, **options)
+    for name, options in {
+        "words": {"token_pattern": r"(?u)\b\w+\b"},
+        "characters": {"analyzer": "char_wb", "ngram_range": (3, 5)},
+    }.items()
+}
+_SIGNS_PER_COLUMN = 16
 _SEED = 0
-"""Of the randomised decompositions."""
+"""Of the random projection and the randomised decomposition."""
 SIDE, CELLS, ORIENTATIONS, THUMBNAIL, COLOURS = 64, 4, 8, 8, 4
 """Image side in pixels, cells per side, gradient directions, thumbnail side, levels per colour channel."""
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -65,7 +79,7 @@ class Encoded:
     cached: int = 0
 
 
-def encode_texts(texts: Sequence[str | None], *, width: int = 128, state: State | None = None) -> Encoded:
+def encode_texts(texts: Sequence[str | None], *, width: int = TEXT_WIDTH, state: State | None = None) -> Encoded:
     """Encode one text per item.
 
     Parameters
@@ -73,7 +87,7 @@ def encode_texts(texts: Sequence[str | None], *, width: int = 128, state: State 
     texts : sequence of str or None
         The item lacks the modality where the text is None or has no word.
     width : int
-        Upper bound; fewer texts give narrower vectors.
+        Of the vectors. The cosine of two texts is off by about ``width ** -0.5``.
     state : mapping of str to ndarray, optional
         Fitted state of an earlier call: nothing is fitted then, and equal texts get equal vectors.
 
@@ -86,48 +100,81 @@ def encode_texts(texts: Sequence[str | None], *, width: int = 128, state: State 
     --------
     >>> encoded = encode_texts(["red tent", "blue tent", None, "wok"])
     >>> encoded.vectors.shape, encoded.present.tolist()
-    ((4, 2), [True, True, False, True])
+    ((4, 512), [True, True, False, True])
     """
-    words = HashingVectorizer(n_features=HASH_WIDTH, ngram_range=(1, 2), norm=None, alternate_sign=False)
-    characters = HashingVectorizer(
-        n_features=HASH_WIDTH, analyzer="char_wb", ngram_range=(3, 5), norm=None, alternate_sign=False
-    )
-    hashed = make_union(words, characters).transform([text or "" for text in texts]).tocsr()
-    present = np.asarray(hashed[:, :HASH_WIDTH].sum(1)).ravel() > 0  # at least one word
+    if state is not None and "components" in state:
+        return encode_texts_by_components(texts, state)
+    hashed = {name: counter.transform([text or "" for text in texts]) for name, counter in _COUNTERS.items()}
+    present = np.diff(hashed["words"].indptr) > 0
     if state is None:
         _require_two("text", present)
-        state = _fit_texts(hashed[present], min(width, int(present.sum()) - 1))
+        state = _fit_texts({name: counts[present] for name, counts in hashed.items()}, width)
+    width = int(state["width"][0])
     encoder = {
         "name": "classical-text",
-        "method": "hashed word 1-2-grams and character 3-5-grams, tf-idf, truncated SVD",
+        "method": "hashed words and character 3-5-grams, tf-idf, sparse random projection",
         "stands_in_for": "a pretrained text encoder",
-        "width": len(state["components"]),
+        "width": width,
         "seed": _SEED,
         "library": f"scikit-learn {sklearn.__version__}",
     }
-    return Encoded(_spread(_project_texts(hashed[present], state), present), present, encoder, state=state)
+    vectors = np.zeros((int(present.sum()), width))
+    for (name, counts), signs in zip(hashed.items(), _signs(width), strict=True):
+        vectors += (_weighted(counts[present], state, name) @ signs).toarray()
+    return Encoded(_spread(vectors, present), present, encoder, state=state)
 
 
-def _fit_texts(hashed: Any, width: int) -> State:
-    """Fit tf-idf and the truncated SVD; store only the hash columns that occur."""
-    weighted = TfidfTransformer(sublinear_tf=True).fit(hashed)
-    reduced = TruncatedSVD(width, n_iter=5, random_state=_SEED).fit(weighted.transform(hashed))
-    used = np.unique(hashed.indices)
-    return {
-        "columns": used.astype(np.int32),
-        "idf": weighted.idf_[used].astype(np.float32),
-        "components": np.ascontiguousarray(reduced.components_[:, used], np.float32),
-    }
+def _fit_texts(hashed: Mapping[str, Any], width: int) -> State:
+    """Return the inverse document frequencies of the hash columns that occur, and of one that does not."""
+    state = {"width": np.array([width], np.int32)}
+    for name, counts in hashed.items():
+        idf = TfidfTransformer().fit(counts).idf_
+        used = np.unique(counts.indices)
+        state[f"{name}_columns"], state[f"{name}_idf"] = used.astype(np.int32), idf[used].astype(np.float32)
+        state[f"{name}_unseen_idf"] = np.array([1 + np.log(1 + counts.shape[0])], np.float32)
+    return state
 
 
-def _project_texts(hashed: Any, state: State) -> npt.NDArray[np.floating[Any]]:
-    """Return tf-idf with the fitted weights times the fitted components, [item, width]; new n-grams are ignored."""
-    weighted = hashed[:, state["columns"]].astype(np.float64)  # sparse [item, fitted column]
-    weighted.data = (1 + np.log(weighted.data)) * state["idf"][weighted.indices]  # sublinear tf, as in the fit
-    return np.asarray(normalize(weighted) @ state["components"].T)
+def _weighted(counts: Any, state: State, name: str) -> Any:
+    """Return tf-idf of unit length with the fitted weights, sparse [item, hash column]; tf is sublinear."""
+    idf = np.full(HASH_WIDTH, state[f"{name}_unseen_idf"][0], np.float64)
+    idf[state[f"{name}_columns"]] = state[f"{name}_idf"]
+    weighted = counts.astype(np.float64)
+    weighted.data = (1 + np.log(weighted.data)) * idf[weighted.indices]
+    return normalize(weighted, copy=False)
 
 
-def encode_images(paths: Sequence[Path | None], *, width: int = 128, state: State | None = None) -> Encoded:
+@cache
+def _signs(width: int) -> list[Any]:
+    """Return a sparse random projection [hash column, width] per kind of n-gram: signs at a few places of each row.
+
+    The stream of `RandomState` never changes (NumPy's NEP 19), so that no vector does with NumPy's version.
+    """
+    rows = np.repeat(np.arange(HASH_WIDTH), _SIGNS_PER_COLUMN)
+    projections = []
+    for kind in range(len(_COUNTERS)):
+        random = np.random.RandomState(_SEED + kind)
+        places, signs = random.randint(0, width, len(rows)), random.randint(0, 2, len(rows)) * 2.0 - 1
+        projections.append(csr_array((signs / _SIGNS_PER_COLUMN**0.5, (rows, places)), shape=(HASH_WIDTH, width)))
+    return projections
+
+
+def encode_texts_by_components(texts: Sequence[str | None], state: State) -> Encoded:
+    """Encode texts as version 0.14 and earlier did, for catalogues with their state: truncated SVD of tf-idf."""
+    width = 2**15
+    words = HashingVectorizer(n_features=width, ngram_range=(1, 2), norm=None, alternate_sign=False)
+    characters = HashingVectorizer(
+        n_features=width, analyzer="char_wb", ngram_range=(3, 5), norm=None, alternate_sign=False
+    )
+    hashed = make_union(words, characters).transform([text or "" for text in texts]).tocsr()
+    present = np.asarray(hashed[:, :width].sum(1)).ravel() > 0  # at least one word
+    weighted = hashed[present][:, state["columns"]].astype(np.float64)  # sparse [item, fitted column]
+    weighted.data = (1 + np.log(weighted.data)) * state["idf"][weighted.indices]
+    vectors = np.asarray(normalize(weighted) @ state["components"].T)
+    return Encoded(_spread(vectors, present), present, {"name": "classical-text"}, state=state)
+
+
+def encode_images(paths: Sequence[Path | None], *, width: int = IMAGE_WIDTH, state: State | None = None) -> Encoded:
     """Encode one image per item.
 
     Parameters

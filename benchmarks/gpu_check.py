@@ -35,7 +35,8 @@ from benchmarks.gpu_etl import FULL, TINY, Record, Sizes, own_line
 from benchmarks.measure import RESULTS, report, write_result
 
 LIMITS = {"etl": 180, "train": 120, "rank": 60, "serve": 110}
-"""Seconds of each part, 470 together; ``--tiny``, which measures nothing, has `PATIENCE` times as long."""
+"""Seconds of each part, 470 together, and what the parts before it have left of theirs; ``--tiny``, which measures
+nothing, has `PATIENCE` times as long."""
 PATIENCE = 5
 _EVERY = 2.0
 """Seconds after which the result file is written anew if a part has found something."""
@@ -314,19 +315,18 @@ def serve(record: Record, sizes: Sizes, work: Path, options: argparse.Namespace)
             record.equal(f"serve/{items}", apart, SCORES)
             with record.step(f"serve/{items}/threads"):
                 _with_threads(record, items, transport, sessions[:64], answers[1])
-            names = {1: "p50_1", 64: "p50_64"} if items < 1_000_000 else {1: f"{items}_p50_1"}
+            prefix = "" if items == sizes.items[0] else f"{items}_"
             if not options.in_process:
                 del transport, client  # their memory on the card is the server's now
                 torch.cuda.empty_cache()
-                _through_triton(record, bundle, work, names, sizes.seconds)
+                _through_triton(record, bundle, work, prefix, sizes.seconds)
             else:
                 record.add(at=["served_by"], value="in process")
                 with MISSRecClient("bundle", transport=transport) as client:
-                    for batch, name in names.items():
+                    for batch in (1, 64):
                         ms = median_ms(lambda c=client, given=sessions[:batch]: c.recommend(given, top_k=20))
-                        record.add(at=["serve", name], value=ms)
-                        if batch == 64:
-                            record.add(at=["serve", "sessions_per_s"], value=round(1e3 * batch / ms, 1))
+                        record.add(at=["serve", f"{prefix}p50_{batch}"], value=ms)
+                    record.add(at=["serve", f"{prefix}sessions_per_s"], value=round(1e3 * 64 / ms, 1))
 
 
 def _with_threads(record: Record, items: int, transport: Any, sessions: list[list[str]], alone: list[Any]) -> None:
@@ -345,15 +345,14 @@ def _with_threads(record: Record, items: int, transport: Any, sessions: list[lis
             raise RuntimeError(f"the session encoder was recorded as no CUDA graph: {encoder.obstacle}")
 
 
-def _through_triton(record: Record, bundle: Path, work: Path, names: dict[int, str], seconds: float) -> None:
+def _through_triton(record: Record, bundle: Path, work: Path, prefix: str, seconds: float) -> None:
     from benchmarks.speed.serving import ours
 
     found = ours(bundle, work / bundle.name.replace("bundle", "triton"), seconds, 2)
     record.add(at=["served_by"], value="triton, gRPC")
-    for batch, name in names.items():
-        record.add(at=["serve", name], value=found["p50_ms"][str(batch)])
-    if len(names) > 1:
-        record.add(at=["serve", "sessions_per_s"], value=round(found["throughput"], 1))
+    for batch in (1, 64):
+        record.add(at=["serve", f"{prefix}p50_{batch}"], value=found["p50_ms"][str(batch)])
+    record.add(at=["serve", f"{prefix}sessions_per_s"], value=round(found["throughput"], 1))
 
 
 # All parts
@@ -369,22 +368,26 @@ def check(parts: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     if DEVICE != "cpu":
         result |= {"card": torch.cuda.get_device_name(), "driver": _driver()}
     result |= {"tiny": options.tiny, "equal": True, "compared": {}, **{part: {} for part in parts}, "failed": []}
+    left_over = 0.0
     with tempfile.TemporaryDirectory() as folder:
         for number, part in enumerate(parts):
             found, started = Path(folder) / f"{part}.jsonl", time.perf_counter()
+            limit = LIMITS[part] * (PATIENCE if options.tiny else 1) + left_over
             left = [f"{part}: not finished", *(f"{one}: not begun" for one in parts[number + 1 :])]
 
             def save(before: Any = result, found: Path = found, left: list[str] = left) -> None:
                 write_result("gpu-check", _with(before, found, left), options.results)
 
-            result = _with(result, found, _run(part, found, options, save))
-            result.setdefault("seconds", {})[part] = round(time.perf_counter() - started, 1)
+            result = _with(result, found, _run(part, found, limit, options, save))
+            seconds = time.perf_counter() - started
+            result.setdefault("seconds", {})[part] = round(seconds, 1)
+            left_over = max(limit - seconds, 0.0)
     return result
 
 
-def _run(part: str, found: Path, options: argparse.Namespace, save: Callable[[], object]) -> list[str]:
+def _run(part: str, found: Path, limit: float, options: argparse.Namespace, save: Callable[[], object]) -> list[str]:
     """Run a part to its end or its limit, ``save`` whenever it has found something, and return how it failed."""
-    limit, known, errors = LIMITS[part] * (PATIENCE if options.tiny else 1), 0, found.with_suffix(".log")
+    known, errors = 0, found.with_suffix(".log")
     started = time.perf_counter()
     save()
     with errors.open("wb") as log, subprocess.Popen(_command(part, found, options), stderr=log) as process:
@@ -394,7 +397,7 @@ def _run(part: str, found: Path, options: argparse.Namespace, save: Callable[[],
                     known = size
                     save()
             if process.poll() is None:
-                return [f"{part}: stopped at its limit of {limit} s"]
+                return [f"{part}: stopped at its limit of {limit:.3g} s"]
         finally:
             process.kill()
     if process.returncode:

@@ -22,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ import pyarrow.parquet as pq
 CHECK_ROWS = 20_000
 KINDS = np.array(["view", "cart", "purchase"])
 LISTS = ("item_id", "timestamp", "event_type", "rating")
+_AHEAD = 16
+"""Row groups that are made while others are written."""
 
 
 def population(rows: int) -> tuple[int, int]:
@@ -48,26 +52,45 @@ def generate(
     drawn_from: tuple[int, int] | None = None,
     first_time: int = 1_600_000_000,
 ) -> None:
-    """Write events and items: users drawn evenly, items by a power law, a million rows per row group."""
+    """Write events and items: users drawn evenly, items by a power law, a million rows per row group.
+
+    Threads look items up while others are written: that takes most of the time.
+    """
     chance = np.random.default_rng(seed)
     users, items = drawn_from or population(rows)
     share = 1 / np.arange(1, items + 1) ** 0.8
     bounds = np.cumsum(share) / share.sum()
+    kinds = pa.array(KINDS)
+
+    def table(user: Any, item: Any, time: Any, kind: Any, rating: Any) -> pa.Table:
+        columns = {
+            "user_id": user,
+            "item_id": np.searchsorted(bounds, item).clip(max=items - 1) * 7 + 13,
+            "timestamp": time,
+            "event_type": kinds.take(pa.array(np.searchsorted([0.7, 0.9], kind))),
+            "rating": rating.astype(np.float32),
+        }
+        return pa.table(columns)
+
     folder.mkdir(parents=True, exist_ok=True)
     writer = None
-    for start in range(0, rows, 1_000_000):
-        size = min(1_000_000, rows - start)
-        table = pa.table(
-            {
-                "user_id": chance.integers(0, users, size),
-                "item_id": np.searchsorted(bounds, chance.random(size)).clip(max=items - 1) * 7 + 13,
-                "timestamp": chance.integers(first_time, first_time + 50_000_000, size),
-                "event_type": KINDS[np.searchsorted([0.7, 0.9], chance.random(size))],
-                "rating": chance.integers(1, 6, size).astype(np.float32),
-            }
-        )
-        writer = writer or pq.ParquetWriter(folder / "events.parquet", table.schema)
-        writer.write_table(table)
+    with ThreadPoolExecutor() as pool:
+        made: deque[Future[pa.Table]] = deque()
+        for start in range(0, rows, 1_000_000):
+            size = min(1_000_000, rows - start)
+            drawn = (
+                chance.integers(0, users, size),
+                chance.random(size),
+                chance.integers(first_time, first_time + 50_000_000, size),
+                chance.random(size),
+                chance.integers(1, 6, size),
+            )
+            made.append(pool.submit(table, *drawn))
+            while made and (len(made) > _AHEAD or start + size == rows):
+                one = made.popleft().result()
+                writer = writer or pq.ParquetWriter(folder / "events.parquet", one.schema)
+                writer.write_table(one)
+    assert writer is not None
     writer.close()
     pq.write_table(pa.table({"item_id": np.arange(items) * 7 + 13}), folder / "items.parquet")
 

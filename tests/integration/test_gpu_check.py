@@ -55,6 +55,21 @@ def test_a_part_that_fails_is_named_and_stops_no_other(
     assert "failed: rank: stopped" in capsys.readouterr().out
 
 
+def test_a_part_has_the_time_that_those_before_it_have_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without cuDF the part etl ends at once: what comes after it may then take longer."""
+    limits: list[float] = []
+
+    def run(part: str, found: Path, limit: float, *_: Any) -> list[str]:
+        limits.append(limit)
+        return []
+
+    monkeypatch.setattr(gpu_check, "LIMITS", {"etl": 20, "rank": 10, "serve": 30})
+    monkeypatch.setattr(gpu_check, "PATIENCE", 1)
+    monkeypatch.setattr(gpu_check, "_run", run)
+    main(["etl", "rank", "serve", "--tiny", "--results", str(tmp_path)])
+    assert limits == pytest.approx([20, 30, 60], abs=1)
+
+
 def test_what_was_found_is_kept_where_the_check_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.dumps({"at": ["rank", "1000000/1"], "value": 0.5})
     code = f"import sys, time; print('{found}', file=open(sys.argv[1], 'a'), flush=True); time.sleep(60)"

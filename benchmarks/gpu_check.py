@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -386,11 +388,16 @@ def check(parts: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(part: str, found: Path, limit: float, options: argparse.Namespace, save: Callable[[], object]) -> list[str]:
-    """Run a part to its end or its limit, ``save`` whenever it has found something, and return how it failed."""
-    known, errors = 0, found.with_suffix(".log")
+    """Run a part to its end or its limit, ``save`` whenever it has found something, and return how it failed.
+
+    Its temporary files are in a folder of their own: a part that is stopped would leave tens of gigabytes behind.
+    """
+    known, errors, work = 0, found.with_suffix(".log"), found.with_suffix("")
+    work.mkdir()
+    place = os.environ | {"TMPDIR": str(work)}
     started = time.perf_counter()
     save()
-    with errors.open("wb") as log, subprocess.Popen(_command(part, found, options), stderr=log) as process:
+    with errors.open("wb") as log, subprocess.Popen(_command(part, found, options), stderr=log, env=place) as process:
         try:
             while (left := started + limit - time.perf_counter()) > 0 and _runs(process, min(left, _EVERY)):
                 if found.is_file() and (size := found.stat().st_size) > known:
@@ -400,6 +407,8 @@ def _run(part: str, found: Path, limit: float, options: argparse.Namespace, save
                 return [f"{part}: stopped at its limit of {limit:.3g} s"]
         finally:
             process.kill()
+            process.wait()
+            shutil.rmtree(work, ignore_errors=True)
     if process.returncode:
         last = (errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
         return [f"{part}: ended with {process.returncode}: {last[:300]}"]

@@ -70,6 +70,16 @@ def test_a_part_has_the_time_that_those_before_it_have_left(tmp_path: Path, monk
     assert limits == pytest.approx([20, 30, 60], abs=1)
 
 
+def test_a_part_that_is_stopped_leaves_no_files_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = "import tempfile, time; print(tempfile.mkdtemp(), file=open({!r}, 'w'), flush=True); time.sleep(60)"
+    code = made.format(str(tmp_path / "made"))
+    monkeypatch.setattr(gpu_check, "LIMITS", {"rank": 2})
+    monkeypatch.setattr(gpu_check, "PATIENCE", 1)
+    monkeypatch.setattr(gpu_check, "_command", lambda *_: [sys.executable, "-S", "-c", code])
+    main(["rank", "--tiny", "--results", str(tmp_path)])
+    assert not Path((tmp_path / "made").read_text().strip()).exists()
+
+
 def test_what_was_found_is_kept_where_the_check_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.dumps({"at": ["rank", "1000000/1"], "value": 0.5})
     code = f"import sys, time; print('{found}', file=open(sys.argv[1], 'a'), flush=True); time.sleep(60)"

@@ -5,9 +5,11 @@ On a machine with a GPU the tests marked ``gpu`` run on cuDF itself, with a pool
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from distributed import LocalCluster
 from merlin.core.dispatch import HAS_GPU
+from nvtabular.ops import categorify
 
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.etl import pipeline
@@ -126,6 +129,57 @@ def test_where_the_guess_was_too_low_it_begins_again_in_more_partitions(
         etl(*files, tmp_path / "gpu", engine="gpu", partitions=2)
     etl(*files, tmp_path / "cpu", engine="memory")  # what was there stays until a run succeeds
     assert (tmp_path / "gpu" / "etl.json").is_file()
+
+
+@pytest.mark.parametrize("number", [None, 2])
+def test_an_encoder_without_memory_begins_again_in_more_partitions(
+    tmp_path: Path, number: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """NVTabular's Categorify makes a RuntimeError of the error that says so."""
+    encode = categorify._encode
+
+    def small(name: str, storage_name: str, path: str, df: pd.DataFrame, *others: Any, **options: Any) -> Any:
+        if len(df) > 150:
+            raise MemoryError("std::bad_alloc: out_of_memory")
+        return encode(name, storage_name, path, df, *others, **options)
+
+    monkeypatch.setattr(gpu, "open_device", PandasFiles)
+    monkeypatch.setattr(categorify, "_encode", small)
+    monkeypatch.setattr(partitions, "FEWEST_EVENTS", 10)
+    files = raw_files(tmp_path / "raw", shop(1))
+    if number is None:
+        etl(*files, tmp_path / "gpu", engine="gpu")
+        assert "(std::bad_alloc: out_of_memory): beginning again in 2 partitions" in caplog.text
+        return
+    with pytest.raises(DataError, match="memory of the GPU does not suffice .*out_of_memory"):
+        etl(*files, tmp_path / "gpu", engine="gpu", partitions=number)
+
+
+def test_what_filled_the_memory_is_freed_before_it_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[Any]] = []
+
+    class Full(PandasFiles):
+        def read_parquet(
+            self, files: Sequence[Path], columns: Sequence[str], row_groups: Sequence[int] | None = None
+        ) -> pd.DataFrame:
+            assert all(one() is None for one in held)
+            frame = super().read_parquet(files, columns, row_groups)
+            if len(frame) > 150:
+                held.append(weakref.ref(frame))
+                error = MemoryError("std::bad_alloc: out_of_memory")  # it and this frame refer to each other, as dask's
+                raise error
+            return frame
+
+    monkeypatch.setattr(gpu, "open_device", Full)
+    monkeypatch.setattr(partitions, "FEWEST_EVENTS", 50)
+    gc.disable()
+    try:
+        etl(*raw_files(tmp_path / "raw", shop(1)), tmp_path / "gpu", engine="gpu")
+    finally:
+        gc.enable()
+    assert len(held) > 1
 
 
 @pytest.mark.usefixtures("little_memory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def run_on_gpu(
                 log.info(f"{error}: on the CPU, out of core")
                 task.findings.found, task.settings = [], settings
                 return None
+            gc.collect()  # the error's frames and the error refer to each other: they would keep what filled the memory
             task.findings.found, task.settings = [], dict(settings)
             if partitions is not None or rows // (2 * count) < parts.FEWEST_EVENTS:
                 break

@@ -175,13 +175,23 @@ class _OnePassExecutor(LocalExecutor):
 
 @contextmanager
 def _execution(workflow: Workflow) -> Iterator[None]:
-    """Set how dask and Merlin run a workflow; its own executor, which is stored with it, is restored afterwards."""
+    """Set how dask and Merlin run a workflow; its own executor, which is stored with it, is restored afterwards.
+
+    Raises
+    ------
+    MemoryError
+        Also where `Categorify` has made a `RuntimeError` of it: fewer events at a time may do.
+    """
     stock = workflow.executor._executor
     workflow.executor._executor = one_pass = _OnePassExecutor()
     one_pass.target_format = stock.target_format
     try:
         with dask.config.set(_DASK):
             yield
+    except RuntimeError as error:
+        if isinstance(error.__cause__, MemoryError):
+            raise MemoryError(str(error.__cause__)) from error
+        raise
     finally:
         workflow.executor._executor = stock
 

@@ -67,7 +67,8 @@ def main() -> None:
     import_amazon(options.edition, options.reviews, options.metadata, raw, k_core=options.k_core)
     tables = (raw / "interactions.parquet", raw / "items.parquet")
     result = etl(*tables, data, workflow=__file__)
-    texts = features(data, text_columns=["text"], text_encoder=options.text_encoder)
+    words = [] if options.text_encoder == "classical" else ["title", "brand"]
+    texts = features(data, text_columns=["text"], word_columns=words, text_encoder=options.text_encoder)
     print(json.dumps({**result, "features": texts}, default=str))
 
 

@@ -485,6 +485,19 @@ def test_items_of_a_shop_of_vectors_bring_theirs(
     assert "N1" in set(everything["item"])
 
 
+def test_words_stand_beside_vectors_of_ones_own(tables: Any, tmp_path: Path) -> None:
+    events, items = tables
+    vectors = {"text": np.eye(N_ITEMS, 8, dtype=np.float32) + 0.1}
+    shop = mr.Shop.from_frames(events, items, **NAMES, vectors=vectors, words="title", folder=tmp_path)
+    assert list(shop.catalogue.modalities) == ["text", "words"]
+    model = mr.Recommender("tiny", train__epochs=1).fit(shop)
+    new = pd.DataFrame({"artikel": ["N1"], "title": [items["title"][5]]})
+    assert model.add_items(new, vectors={"text": vectors["text"][5:6]})["without_vectors"] == 0
+    assert "N1" in set(model.recommend(sessions=[["P05"]], k=N_ITEMS + 1, exclude_seen=False)["item"])
+    with pytest.raises(ConfigError, match="vectors of 'words', and words to encode"):
+        mr.Shop.from_frames(events, items, **NAMES, words="title", vectors={"words": np.ones((N_ITEMS, 2))})
+
+
 def test_a_temporary_folder_ends_with_its_process() -> None:
     code = "from missrec_t4r.recommender.shop import temporary_folder as f; print(f('missrec-'))"
     folder = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()

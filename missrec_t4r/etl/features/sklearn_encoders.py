@@ -1,19 +1,17 @@
 """Classical text and image encoders in place of pretrained ones: unit-length vectors with scikit-learn alone.
 
-Text: hashed words and character n-grams, tf-idf, a sparse random projection (Li, Hastie and Church, KDD 2006). It keeps
-rare words, brands and model numbers, which a truncated SVD of tf-idf drops and a sentence encoder blurs; by them alone
-the most similar items are better recommendations than by a sentence encoder (docs/experiments.md). Image: colour
-histogram, gradient orientations in a grid of cells and a small thumbnail, reduced by PCA. They need no download, run in
-seconds and are deterministic, but recognise neither synonyms nor objects: combine them with a sentence encoder and CLIP
-(`missrec_t4r.etl.features.hf_encoders`). The fitted state is returned as `Encoded.state`; with it, new items are
-encoded exactly like the old ones.
+Text: words and character n-grams, tf-idf, feature hashing with signs (Weinberger et al., ICML 2009). It keeps rare
+words, such as brands and model numbers, which a truncated SVD of tf-idf drops and a sentence encoder blurs
+(docs/experiments.md). Image: colour histogram, gradient orientations in a grid of cells and a small thumbnail, reduced
+by PCA. They need no download, run in seconds and are deterministic, but recognise neither synonyms nor objects: combine
+them with a sentence encoder and CLIP (`missrec_t4r.etl.features.hf_encoders`). The fitted state is returned as
+`Encoded.state`; with it, new items are encoded exactly like the old ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import sklearn
 from PIL import Image
-from scipy.sparse import csr_array
 from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.pipeline import make_union
@@ -42,9 +39,8 @@ _COUNTERS = {
         "characters": {"analyzer": "char_wb", "ngram_range": (3, 5)},
     }.items()
 }
-_SIGNS_PER_COLUMN = 16
 _SEED = 0
-"""Of the random projection and the randomised decomposition."""
+"""Of the randomised decomposition."""
 SIDE, CELLS, ORIENTATIONS, THUMBNAIL, COLOURS = 64, 4, 8, 8, 4
 """Image side in pixels, cells per side, gradient directions, thumbnail side, levels per colour channel."""
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -103,7 +99,7 @@ def encode_texts(texts: Sequence[str | None], *, width: int = TEXT_WIDTH, state:
     ((4, 512), [True, True, False, True])
     """
     if state is not None and "components" in state:
-        return encode_texts_by_components(texts, state)
+        return _by_components(texts, state)
     hashed = {name: counter.transform([text or "" for text in texts]) for name, counter in _COUNTERS.items()}
     present = np.diff(hashed["words"].indptr) > 0
     if state is None:
@@ -112,15 +108,14 @@ def encode_texts(texts: Sequence[str | None], *, width: int = TEXT_WIDTH, state:
     width = int(state["width"][0])
     encoder = {
         "name": "classical-text",
-        "method": "hashed words and character 3-5-grams, tf-idf, sparse random projection",
+        "method": "hashed words and character 3-5-grams, tf-idf, feature hashing with signs",
         "stands_in_for": "a pretrained text encoder",
         "width": width,
-        "seed": _SEED,
         "library": f"scikit-learn {sklearn.__version__}",
     }
     vectors = np.zeros((int(present.sum()), width))
-    for (name, counts), signs in zip(hashed.items(), _signs(width), strict=True):
-        vectors += (_weighted(counts[present], state, name) @ signs).toarray()
+    for name, counts in hashed.items():
+        vectors += _folded(_weighted(counts[present], state, name), width)
     return Encoded(_spread(vectors, present), present, encoder, state=state)
 
 
@@ -144,23 +139,15 @@ def _weighted(counts: Any, state: State, name: str) -> Any:
     return normalize(weighted, copy=False)
 
 
-@cache
-def _signs(width: int) -> list[Any]:
-    """Return a sparse random projection [hash column, width] per kind of n-gram: signs at a few places of each row.
-
-    The stream of `RandomState` never changes (NumPy's NEP 19), so that no vector does with NumPy's version.
-    """
-    rows = np.repeat(np.arange(HASH_WIDTH), _SIGNS_PER_COLUMN)
-    projections = []
-    for kind in range(len(_COUNTERS)):
-        random = np.random.RandomState(_SEED + kind)
-        places, signs = random.randint(0, width, len(rows)), random.randint(0, 2, len(rows)) * 2.0 - 1
-        projections.append(csr_array((signs / _SIGNS_PER_COLUMN**0.5, (rows, places)), shape=(HASH_WIDTH, width)))
-    return projections
+def _folded(weighted: Any, width: int) -> npt.NDArray[np.floating[Any]]:
+    """Add up hash columns [item, hash column] with random signs into ``width``: cosines stay the same in mean."""
+    weighted.data[weighted.indices >= HASH_WIDTH // 2] *= -1  # the hash is random: its last bit is the sign
+    weighted.indices %= width
+    return np.asarray(weighted[:, :width].toarray())
 
 
-def encode_texts_by_components(texts: Sequence[str | None], state: State) -> Encoded:
-    """Encode texts as version 0.14 and earlier did, for catalogues with their state: truncated SVD of tf-idf."""
+def _by_components(texts: Sequence[str | None], state: State) -> Encoded:
+    """Encode texts by a truncated SVD of tf-idf, whose state catalogues of November 2026 and before may hold."""
     width = 2**15
     words = HashingVectorizer(n_features=width, ngram_range=(1, 2), norm=None, alternate_sign=False)
     characters = HashingVectorizer(

@@ -85,7 +85,7 @@ def sum_counts(parts: Iterable[npt.ArrayLike], size: int) -> Ints:
     return total
 
 
-def core(codes: list[Array], counts: Array, least: int) -> Array:
+def core(codes: list[Array], least: int, counts: Array | float = 1.0, xp: Any = np) -> Array:
     """Return the k-core: the combinations left when every code of every column occurs at least ``least`` times.
 
     Rare codes are removed until nothing changes; the result does not depend on the order of the columns.
@@ -94,10 +94,10 @@ def core(codes: list[Array], counts: Array, least: int) -> Array:
     ----------
     codes : list of ndarray [combination], int
         One array per column, for example users and items.
-    counts : ndarray [combination]
-        Number of events of a combination.
     least : int
         Minimum number of events per code.
+    counts : ndarray [combination], or 1
+        Number of events of a combination.
 
     Returns
     -------
@@ -105,14 +105,13 @@ def core(codes: list[Array], counts: Array, least: int) -> Array:
 
     Examples
     --------
-    >>> core([np.array([0, 0, 1]), np.array([0, 1, 1])], np.array([2, 1, 1]), 2).tolist()
+    >>> core([np.array([0, 0, 1]), np.array([0, 1, 1])], 2, np.array([2, 1, 1])).tolist()
     [True, False, False]
     """
-    alive = np.ones(len(counts), bool)
+    alive = xp.ones(len(codes[0]), bool)
     while True:
         before = int(alive.sum())
         for column in codes:
-            n_events = np.bincount(column[alive], weights=counts[alive], minlength=int(column.max(initial=-1)) + 1)
-            alive &= n_events[column] >= least  # [code] -> [combination]
+            alive &= xp.bincount(column, weights=alive * counts)[column] >= least  # [code] -> [combination]
         if int(alive.sum()) == before:
             return alive

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 from missrec_t4r.arrays import Floats
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import ConfigError, DataError, ModalityError, SchemaError
-from missrec_t4r.etl.dataframe import Frame, adapter_of
+from missrec_t4r.etl.dataframe import Array, Frame, adapter_of
+from missrec_t4r.etl.event_arithmetic import core
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.io.arrow_files import one_array, unequal
@@ -196,27 +197,39 @@ def filter_items(
     """
     if max(k_core, min_item_count) <= 0:
         return events, items, vectors
-    if min_item_count > 0:
-        events = _keep_frequent(events, ITEM_ID, min_item_count)
-    before = -1
-    while k_core > 0 and before != len(events):
-        before = len(events)
-        events = _keep_frequent(_keep_frequent(events, USER_ID, k_core), ITEM_ID, k_core)
-    if not len(events):
-        raise DataError(
-            f"k_core={k_core} with min_item_count={min_item_count} leaves no event", "at least one", "lower the numbers"
-        )
-    in_events = adapter_of(events).to_arrow(events[ITEM_ID].drop_duplicates())
+    adapter = adapter_of(events)
+    users, of_items = (adapter.codes(events[name]) for name in (USER_ID, ITEM_ID))
+    events = events.take(frequent_events(users, of_items, k_core, min_item_count, adapter.xp))
+    in_events = adapter.to_arrow(events[ITEM_ID].drop_duplicates())
     kept = np.flatnonzero(pc.is_in(items[ITEM_ID], in_events))
     return (events.reset_index(drop=True), *take_items(items, vectors, kept))
 
 
-def _keep_frequent(events: Frame, column: str, minimum: int) -> Frame:
-    if not len(events):
-        return events
-    adapter = adapter_of(events)
-    codes = adapter.codes(events[column])
-    return events.take(adapter.xp.flatnonzero(adapter.xp.bincount(codes)[codes] >= minimum))
+def frequent_events(users: Array, items: Array, k_core: int, min_item_count: int, xp: Any = np) -> Array:
+    """Return the events that are left without rare items, and then without rare users and items, [kept event], int.
+
+    Parameters
+    ----------
+    users, items : Array [event], int
+        Codes of users and items.
+    k_core, min_item_count : int
+        As in `missrec_t4r.etl.pipeline.etl`.
+    xp : module
+        numpy or cupy.
+
+    Raises
+    ------
+    DataError
+        None is left.
+    """
+    kept = xp.flatnonzero(xp.bincount(items)[items] >= min_item_count)
+    if len(kept):  # cupy counts no empty array
+        kept = kept[core([users[kept], items[kept]], k_core, xp=xp)]
+    if not len(kept):
+        raise DataError(
+            f"k_core={k_core} with min_item_count={min_item_count} leaves no event", "at least one", "lower the numbers"
+        )
+    return kept
 
 
 # Catalogue

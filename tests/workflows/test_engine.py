@@ -80,7 +80,7 @@ def test_a_core_is_repeated_until_nothing_changes() -> None:
     # Sessions ab, abc, cd: d occurs once and goes, then the third user has one event, then c occurs once.
     users, items = np.array([0, 0, 1, 1, 1, 2, 2]), np.array([0, 1, 0, 1, 2, 2, 3])
     for codes in ([users, items], [items, users]):
-        assert core(codes, np.ones(7, int), 2).tolist() == [True, True, True, True, False, False, False]
+        assert core(codes, 2).tolist() == [True, True, True, True, False, False, False]
 
 
 def test_a_text_with_a_leading_zero_is_no_integer() -> None:

@@ -166,20 +166,15 @@ def keep_frequent(work: Path, partitions: int, settings: Mapping[str, Any]) -> B
     items = np.concatenate(_read_arrays(files.values(), "items"))
     if not kept.any():
         raise DataError("no event is on an item of the item table", "matching ids", "check both id columns")
-    if min_item_count > 0:
-        kept &= np.bincount(items[kept], minlength=int(items.max()) + 1)[items] >= min_item_count
-    if k_core > 0:
+    if max(k_core, min_item_count) > 0:
         offset, users = 0, []  # users are numbered per partition; no user is in two
         for part in _read_arrays(files.values(), "users"):
             users.append(part.astype(np.int64) + offset)
             offset += int(part.max(initial=-1)) + 1
-        candidates = np.flatnonzero(kept)
-        codes = [np.concatenate(users)[candidates], items[candidates]]
-        kept[candidates] = event_arithmetic.core(codes, np.ones(len(candidates), np.int64), k_core)
-    if not kept.any():
-        raise DataError(
-            f"k_core={k_core} with min_item_count={min_item_count} leaves no event", "at least one", "lower the numbers"
-        )
+        rows = np.flatnonzero(kept)
+        rows = rows[item_table.frequent_events(np.concatenate(users)[rows], items[rows], k_core, min_item_count)]
+        kept[:] = False
+        kept[rows] = True
     for number, mask in zip(files, np.split(kept, np.cumsum(sizes)[:-1]), strict=True):
         np.save(partition_path(work, KEPT_FOLDER, number, "npy"), mask)
     occurs = np.zeros(int(items.max()) + 1, bool)

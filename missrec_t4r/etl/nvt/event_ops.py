@@ -281,5 +281,5 @@ def _combinations(part: Frame, columns: list[str]) -> pd.DataFrame:
 def _survivors(parts: Sequence[pd.DataFrame], columns: list[str], least: int) -> dict[str, pd.Series]:
     counted = pd.concat(parts, ignore_index=True)
     codes = [pd.factorize(counted[name])[0] for name in columns]
-    alive = event_arithmetic.core(codes, counted["events"].to_numpy(), least)
+    alive = event_arithmetic.core(codes, least, counted["events"].to_numpy())
     return {name: counted[name][alive].drop_duplicates().reset_index(drop=True) for name in columns}

@@ -50,7 +50,7 @@ def clean_events(events: pd.DataFrame, findings: Findings, *, k_core: int, keep_
         events = events[~repeated]
     if k_core > 1:
         codes = [pd.factorize(events[name])[0] for name in (USER_ID, ITEM_ID)]
-        events = events[event_arithmetic.core(codes, np.ones(len(events), np.int64), k_core)]
+        events = events[event_arithmetic.core(codes, k_core)]
     if events.empty:
         raise DataError(f"the {k_core}-core of the data is empty", "at least one event", "lower --k-core")
     return events.reset_index(drop=True)

@@ -90,8 +90,8 @@ class Changes(NamedTuple):
         return result
 
 
-def read_items(file: Path, item_column: str = ITEM_ID) -> pa.Table:
-    """Read the table of items to add, change or retire; its id column gets the name ``item_id``.
+def read_items(items: str | Path | pa.Table, item_column: str = ITEM_ID) -> pa.Table:
+    """Return the table of items to add, change or retire; its id column gets the name ``item_id``.
 
     The unnamed row index that pandas may have written is left out.
 
@@ -100,18 +100,20 @@ def read_items(file: Path, item_column: str = ITEM_ID) -> pa.Table:
     DataError
         The file cannot be read, has no such column or missing ids, or ``retired`` is not true or false.
     """
-    try:
-        table = pq.read_table(file)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{file} cannot be read ({error})", "a parquet file with a column of item ids") from error
+    table, name = items, "the table"
+    if not isinstance(items, pa.Table):
+        try:
+            table, name = pq.read_table(items), str(items)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{items} cannot be read ({error})", "a parquet file with a column of item ids") from error
     if item_column not in table.column_names:
-        found = f"{file} has columns {table.column_names}"
+        found = f"{name} has columns {table.column_names}"
         raise DataError(found, f"a column {item_column!r}", "name yours with --item-column")
     if item_column != ITEM_ID and ITEM_ID in table.column_names:
-        log.info(f"{file}: column {ITEM_ID} is left out, {item_column} holds the ids")
+        log.info(f"{name}: column {ITEM_ID} is left out, {item_column} holds the ids")
         table = table.drop_columns([ITEM_ID])
     if index := [name for name in table.column_names if name.startswith("__index_level_")]:
-        log.info(f"{file}: {', '.join(index)}, a row index of pandas, is left out")
+        log.info(f"{name}: {', '.join(index)}, a row index of pandas, is left out")
         table = table.drop_columns(index)
     if missing := table[item_column].null_count:
         raise DataError(f"{missing} of {table.num_rows} items without an id", "one id per row", "leave these rows out")

@@ -83,7 +83,7 @@ def update_catalogue(
     """
     folder = Path(bundle).absolute()
     verify_bundle(folder, only=())
-    table = items if isinstance(items, pa.Table) else read_items(Path(items))
+    table = items if isinstance(items, pa.Table) else read_items(items)
     with nullcontext() if dry_run else locked(folder):
         return _update(folder, table, modalities or {}, dry_run)
 

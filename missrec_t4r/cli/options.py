@@ -158,7 +158,7 @@ def _mapping(hint: Any, flag: str, option: Option) -> _Value:
         return _Value(
             list[str], [], "KEY=VALUE", lambda given: {k: yaml.safe_load(v) for k, v in pairs(given, flag).items()}
         )
-    if set(_members(typing.get_args(hint)[1])) <= {str, Path}:
+    if str in _members(typing.get_args(hint)[1]):
         return _Value(list[str], [], "NAME=VALUE", lambda given: pairs(given, flag))
 
     def from_json(text: str | None) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from missrec_t4r.arrays import Floats
 from missrec_t4r.bundle.bundle import load_bundle
 from missrec_t4r.bundle.catalogue_changes import read_items
 from missrec_t4r.bundle.item_table import load_items
@@ -25,11 +26,11 @@ from missrec_t4r.schema import ITEM_ID
 
 
 def catalogue_update(
-    items: str | Path,
+    items: str | Path | pa.Table,
     *,
     bundle: str | Path | None = None,
     repository: str | Path | None = None,
-    modality: Mapping[str, str | Path] | None = None,
+    modality: Mapping[str, str | Path | Floats] | None = None,
     data: str | Path | None = None,
     item_column: str = ITEM_ID,
     dry_run: bool = False,
@@ -38,14 +39,14 @@ def catalogue_update(
 
     Parameters
     ----------
-    items : path
+    items : path or pyarrow.Table
         Parquet with ids, any other columns, and optionally retired (true or false).
     bundle : path, optional
         Bundle to replace by its new version; the previous version is kept beside it.
     repository : path, optional
         Deployment folder of `missrec deploy`: its server switches to the new version while requests run. Without
         --bundle, the bundle that is served now is changed.
-    modality : mapping of str to path, optional
+    modality : mapping of str to path or ndarray [item, width], optional
         Vectors of the items, one row per item, as NAME=FILE.npy; repeatable.
     data : path, optional
         Data folder whose encoders compute the vectors from the items' texts and images. Items that are in the catalogue
@@ -62,8 +63,8 @@ def catalogue_update(
     """
     if (first := bundle or repository) is None:
         raise ConfigError("neither --bundle nor --repository", "one of them, or both")
-    table = read_items(Path(items), item_column)
-    vectors: dict[str, Any] = {name: Path(file) for name, file in (modality or {}).items()}
+    table = read_items(items, item_column)
+    vectors = {name: Path(given) if isinstance(given, str) else given for name, given in (modality or {}).items()}
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         for target in () if dry_run else (repository, bundle):

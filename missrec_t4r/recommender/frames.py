@@ -105,8 +105,8 @@ def arrays_of(vectors: Mapping[str, npt.ArrayLike] | None) -> dict[str, npt.NDAr
     return arrays
 
 
-def write_parquet(table: pa.Table, file: Path) -> Path:
-    """Write a table with categories as their values and strings of the plain kind; return the file."""
+def plain(table: pa.Table) -> pa.Table:
+    """Return a table with categories as their values, strings of the plain kind and no notes of pandas."""
     for place, name in enumerate(table.column_names):
         column = table[place]
         if pa.types.is_dictionary(column.type):
@@ -114,5 +114,10 @@ def write_parquet(table: pa.Table, file: Path) -> Path:
         if str(column.type) in ("large_string", "string_view"):
             column = column.cast(pa.string())
         table = table.set_column(place, name, column)
-    pq.write_table(table.replace_schema_metadata(None), file)  # pandas' names an index, which some readers restore
+    return table.replace_schema_metadata(None)  # pandas' names an index, which some readers restore
+
+
+def write_parquet(table: pa.Table, file: Path) -> Path:
+    """Write a `plain` table; return the file."""
+    pq.write_table(plain(table), file)
     return file

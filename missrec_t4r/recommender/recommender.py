@@ -7,7 +7,6 @@ Every method calls a function of `missrec_t4r.commands`, so that a notebook give
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence, Set
 from datetime import date
 from pathlib import Path
@@ -27,11 +26,12 @@ from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.progress import reporting
 from missrec_t4r.recommender.evaluation import Evaluation
 from missrec_t4r.recommender.folders import BUNDLE, MODELS, RUN, describe, shown
-from missrec_t4r.recommender.frames import Frame, arrays_of, arrow_table, write_parquet
+from missrec_t4r.recommender.frames import Frame, arrays_of, arrow_table, plain
 from missrec_t4r.recommender.shop import Shop, command_line, temporary_folder
 from missrec_t4r.runs.run_folder import RUN_FILE
 from missrec_t4r.schema import ITEM_ID
 from missrec_t4r.serving.batch.score import event_feature_names
+from missrec_t4r.serving.batch.similar import SimilarItems
 from missrec_t4r.serving.client.client import MISSRecClient, read_titles
 from missrec_t4r.serving.triton.repository import write_repository
 
@@ -84,6 +84,7 @@ class Recommender:
         self._bundle: Path | None = None
         self._digests: dict[Path, str] = {}
         self._opened: tuple[MISSRecClient, dict[Any, str], list[str]] | None = None
+        self._similar: SimilarItems | None = None
 
     def fit(self, shop: Shop, *, restart: bool = False, recount: bool = False) -> Recommender:
         """Train on a shop, and compare the bundle that is served with the trained model; returns self.
@@ -232,7 +233,9 @@ class Recommender:
         by : {"session", "content"}
             What people go on to, or what has similar content.
         """
-        similar = commands.similar(_plain([item]), bundle=self._bundle_of(), top_k=_whole(k), by=by)["similar"]
+        bundle = self._bundle_of()
+        self._similar = self._similar or SimilarItems(bundle)
+        similar = named_in_python(self._similar.of)(_plain([item]), _whole(k), by)
         return pd.DataFrame(next(iter(similar.values()))).rename(columns={ITEM_ID: "item"})
 
     def add_items(self, items: Frame, *, vectors: Mapping[str, npt.ArrayLike] | None = None) -> dict[str, Any]:
@@ -259,15 +262,9 @@ class Recommender:
         if column is None:
             found = f"items with columns {', '.join(table.column_names)}"
             raise SchemaError(found, f"a column {names[0]!r} of item ids")
-        arrays = arrays_of(vectors)
-        with tempfile.TemporaryDirectory() as folder, reporting(messages=False):
-            file = write_parquet(table, Path(folder) / "items.parquet")
-            files = {name: Path(folder) / f"{name}.npy" for name in arrays}
-            for name, values in arrays.items():
-                np.save(files[name], values)
-            changed: dict[str, Any] = commands.catalogue_update(
-                file, bundle=bundle, data=shop.data, modality=files, item_column=column
-            )
+        given = {"modality": arrays_of(vectors), "item_column": column}
+        with reporting(messages=False):
+            changed: dict[str, Any] = commands.catalogue_update(plain(table), bundle=bundle, data=shop.data, **given)
         self._use(bundle)
         return changed
 
@@ -329,7 +326,7 @@ class Recommender:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: folders and settings; the bundle is opened again where it is needed."""
-        return self.__dict__ | {"_opened": None}
+        return self.__dict__ | {"_opened": None, "_similar": None}
 
     def __repr__(self) -> str:
         """Return recipe, validation metric and bundle; of a loaded model the bundle."""
@@ -344,7 +341,7 @@ class Recommender:
     def _use(self, bundle: Path) -> None:
         if self._opened is not None:
             self._opened[0].close()
-        self._bundle, self._opened = bundle.absolute(), None
+        self._bundle, self._opened, self._similar = bundle.absolute(), None, None
         files = [self._bundle / MANIFEST_FILE, *([] if self.folder is None else [self.folder / RUN / RUN_FILE])]
         self._digests = {file: file_digest(file) for file in files}
 

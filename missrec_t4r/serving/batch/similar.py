@@ -8,7 +8,8 @@ catalogue; an item without a shared modality is not similar. Independent of inte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,28 +79,82 @@ def similar(
     DataError
         An item is not in the catalogue.
     """
-    if by not in METHODS:
-        raise ConfigError(f"--by {by!r}", " or ".join(METHODS))
-    require_at_least(1, top_k=top_k, threads=threads)
+    _require_method(by, top_k)
+    require_at_least(1, threads=threads)
     if items is None and out is None:
         raise ConfigError("neither --items nor --out", "ids to look up, or a file for the whole catalogue")
     started = time.monotonic()
     with bundle_or_run(bundle, run) as folder, torch_threads(threads):
-        loaded = load_bundle(folder)
-        catalogue = loaded.catalogue
-        rows = np.arange(FIRST_ITEM_ROW, catalogue.n_rows) if items is None else _rows_of(items, catalogue)
-        tables = _tables(loaded, rows, top_k, by)
+        found = SimilarItems(folder)
         if out is None:
-            titles = read_titles(folder)
-            by_item: dict[str, list[dict[str, Any]]] = {str(item): [] for item in catalogue.ids_of(rows)}
-            for entry in (entry for table in tables for entry in table.to_pylist()):
-                other = entry["similar_item_id"]
-                title = {"title": titles[other]} if other in titles else {}
-                by_item[str(entry[ITEM_ID])].append({"item_id": other, "score": entry["score"]} | title)
-            return {"by": by, "similar": by_item}
-        n_rows = write_tables(out, tables)
+            return {"by": by, "similar": found.of(items or (), top_k, by)}
+        catalogue = found.loaded.catalogue
+        rows = np.arange(FIRST_ITEM_ROW, catalogue.n_rows) if items is None else _rows_of(items, catalogue)
+        n_rows = write_tables(out, found.tables(rows, top_k, by))
     seconds = round(time.monotonic() - started, 2)
     return {"by": by, "out": str(out), "items": len(rows), "rows": n_rows, "seconds": seconds}
+
+
+class SimilarItems:
+    """The search for similar items in a bundle, which is read once; so is what a method computes of all items.
+
+    Parameters
+    ----------
+    bundle : Path
+    """
+
+    def __init__(self, bundle: Path) -> None:
+        self.bundle, self.loaded = bundle, load_bundle(bundle)
+        self._searches: dict[str, Search] = {}
+
+    @cached_property
+    def titles(self) -> Mapping[Any, str]:
+        """Titles by item id, where the catalogue has them."""
+        return read_titles(self.bundle)
+
+    def of(self, items: Sequence[str | int], top_k: int, by: str) -> dict[str, list[dict[str, Any]]]:
+        """Return for every item the similar ones, best first, as `similar` does.
+
+        Raises
+        ------
+        DataError, ConfigError
+            An item is not in the catalogue, or there is no such method.
+        """
+        _require_method(by, top_k)
+        catalogue = self.loaded.catalogue
+        rows = _rows_of(items, catalogue)
+        by_item: dict[str, list[dict[str, Any]]] = {str(item): [] for item in catalogue.ids_of(rows)}
+        for entry in (entry for table in self.tables(rows, top_k, by) for entry in table.to_pylist()):
+            other = entry["similar_item_id"]
+            title = {"title": self.titles[other]} if other in self.titles else {}
+            by_item[str(entry[ITEM_ID])].append({"item_id": other, "score": entry["score"]} | title)
+        return by_item
+
+    def tables(self, rows: Ints, top_k: int, by: str) -> Iterator[pa.Table]:
+        """Yield the items similar to those in ``rows``, best first, some hundred items at a time."""
+        catalogue = self.loaded.catalogue
+        id_type = pa.string() if catalogue.id_type == "string" else pa.int64()
+        if by not in self._searches:
+            self._searches[by] = (_content_search if by == "content" else _session_search)(self.loaded)
+        starts = range(0, len(rows), _ITEMS_AT_A_TIME)
+        for start in track(starts, f"items similar to {len(rows)} items, {_ITEMS_AT_A_TIME} at a time"):
+            batch = rows[start : start + _ITEMS_AT_A_TIME]
+            others, scores = self._searches[by](batch, top_k)
+            item, rank = np.nonzero(others > PADDING_ROW)
+            yield pa.table(
+                {
+                    ITEM_ID: pa.array(catalogue.ids_of(batch[item]), id_type),
+                    "rank": pa.array(rank + 1, pa.int32()),
+                    "similar_item_id": pa.array(catalogue.ids_of(others[item, rank]), id_type),
+                    "score": pa.array(scores[item, rank], pa.float32()),
+                }
+            )
+
+
+def _require_method(by: str, top_k: int) -> None:
+    if by not in METHODS:
+        raise ConfigError(f"--by {by!r}", " or ".join(METHODS))
+    require_at_least(1, top_k=top_k)
 
 
 def content_similarity(candidates: CandidateEmbeddings, rows: Tensor) -> Tensor:
@@ -137,26 +192,6 @@ def _rows_of(items: Sequence[str | int], catalogue: Catalogue) -> Ints:
             f"unknown items: {', '.join(map(str, unknown[:5]))}" if unknown else "no item", "items of the catalogue"
         )
     return rows
-
-
-def _tables(loaded: LoadedBundle, rows: Ints, top_k: int, by: str) -> Iterator[pa.Table]:
-    """Yield the items similar to those in ``rows``, best first, some hundred items at a time."""
-    catalogue = loaded.catalogue
-    id_type = pa.string() if catalogue.id_type == "string" else pa.int64()
-    find = _content_search(loaded) if by == "content" else _session_search(loaded)
-    starts = range(0, len(rows), _ITEMS_AT_A_TIME)
-    for start in track(starts, f"items similar to {len(rows)} items, {_ITEMS_AT_A_TIME} at a time"):
-        batch = rows[start : start + _ITEMS_AT_A_TIME]
-        others, scores = find(batch, top_k)
-        item, rank = np.nonzero(others > PADDING_ROW)
-        yield pa.table(
-            {
-                ITEM_ID: pa.array(catalogue.ids_of(batch[item]), id_type),
-                "rank": pa.array(rank + 1, pa.int32()),
-                "similar_item_id": pa.array(catalogue.ids_of(others[item, rank]), id_type),
-                "score": pa.array(scores[item, rank], pa.float32()),
-            }
-        )
 
 
 def _session_search(loaded: LoadedBundle) -> Search:

@@ -100,8 +100,9 @@ def read_items(items: str | Path | pa.Table, item_column: str = ITEM_ID) -> pa.T
     DataError
         The file cannot be read, has no such column or missing ids, or ``retired`` is not true or false.
     """
-    table, name = items, "the table"
-    if not isinstance(items, pa.Table):
+    if isinstance(items, pa.Table):
+        table, name = items, "the table"
+    else:
         try:
             table, name = pq.read_table(items), str(items)
         except (OSError, pa.ArrowInvalid) as error:

@@ -26,12 +26,13 @@ class ScoreTerm(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self._is_on = True  # not read from tensors: a trace would warn of it, and a GPU would wait
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]  # torch has no types here
 
     @property
     def active(self) -> bool:
         """Whether the term can change a score."""
-        return True
+        return self._is_on
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Return what sessions ``item_ids`` [batch, seq] add to every score, [batch, catalogue]."""

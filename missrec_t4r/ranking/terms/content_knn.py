@@ -66,7 +66,7 @@ class ContentKNNTerm(ScoreTerm):
     def __init__(self, n_rows: int, n_alike: int, *, itself: bool = False) -> None:
         super().__init__()
         self.itself = itself
-        self._is_on = False  # not read from the settings: a trace would warn of it, and a GPU would wait
+        self._is_on = False  # while the weight is zero
         self._longest = 0  # inverted list
         self.register_buffer("alike", torch.zeros(n_rows, n_alike, dtype=torch.int32))
         self.register_buffer("likeness", torch.zeros(n_rows, n_alike))
@@ -117,11 +117,6 @@ class ContentKNNTerm(ScoreTerm):
         """Use these settings from now on."""
         self.settings.copy_(torch.tensor(settings))
         self._is_on = settings.weight != 0
-
-    @property
-    def active(self) -> bool:
-        """Whether the weight is not zero."""
-        return self._is_on
 
     @property
     def chosen(self) -> ContentKNNSettings:

@@ -59,7 +59,7 @@ class ItemKNNTerm(ScoreTerm):
     def __init__(self, n_rows: int, n_neighbours: int, *, own_pairs: bool = False) -> None:
         super().__init__()
         self.own_pairs = own_pairs
-        self._is_on = False  # not read from the settings: a trace would warn of it, and a GPU would wait
+        self._is_on = False  # while the weight is zero
         self.register_buffer("neighbours", torch.zeros(n_rows, n_neighbours, dtype=torch.int32))
         self.register_buffer("counts", torch.zeros(n_rows, n_neighbours))
         self.register_buffer("strengths", torch.zeros(n_rows, n_neighbours))
@@ -106,11 +106,6 @@ class ItemKNNTerm(ScoreTerm):
         shrunk = self.frequency + SHRINKAGE  # [row]
         discount = shrunk.unsqueeze(1) * shrunk[self.neighbours.long()]  # [row, neighbour]
         self.strengths.copy_(settings.weight * self.counts / discount**settings.power)
-
-    @property
-    def active(self) -> bool:
-        """Whether the weight is not zero."""
-        return self._is_on
 
     @property
     def chosen(self) -> ItemKNNSettings:

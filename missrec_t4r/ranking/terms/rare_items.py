@@ -68,11 +68,6 @@ class RareItemTerm(ItemContentTerm):
         for name in ("factors", "offsets"):
             self.register_buffer(name, torch.zeros(0), persistent=False)
 
-    @property
-    def active(self) -> bool:
-        """Whether there is a rare item and a setting that is not zero."""
-        return self._is_on
-
     @torch.no_grad()
     def fit(self) -> None:
         """Compute the centres of the modality vectors over the items with events.

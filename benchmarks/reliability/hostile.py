@@ -33,7 +33,7 @@ from missrec_t4r.errors import ServingError
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.in_process import InProcessTransport
 from missrec_t4r.serving.client.retry import Retries
-from missrec_t4r.serving.client.transports import Transport, open_transport, translate_errors
+from missrec_t4r.serving.client.transports import Transport, TritonTransport, translate_errors
 from missrec_t4r.serving.deploy.smoke_test import differences, sample_sessions
 from missrec_t4r.serving.triton.local_server import LocalTriton
 
@@ -254,8 +254,8 @@ class Attack:
     def _sender(self, queue: Iterator[tuple[Hostile | str, str]]) -> None:
         """Send what is left in the queue."""
         transports = {
-            "grpc": open_transport(self.server.grpc_url, "grpc", 60),
-            "http": open_transport(self.server.http_url, "http", 60),
+            "grpc": TritonTransport(self.server.grpc_url, "grpc", 60),
+            "http": TritonTransport(self.server.http_url, "http", 60),
         }
         while True:
             with self._lock:

@@ -41,7 +41,7 @@ from missrec_t4r.errors import MISSRecError
 from missrec_t4r.schema import ITEM_ID
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.protocol import pad_sessions
-from missrec_t4r.serving.client.transports import open_transport
+from missrec_t4r.serving.client.transports import TritonTransport
 from missrec_t4r.serving.deploy.blue_green import deploy
 from missrec_t4r.serving.deploy.smoke_test import differences, sample_sessions
 from missrec_t4r.serving.triton import local_server
@@ -86,7 +86,7 @@ def transforms(bundle: Path, work: Path) -> Subject:
 
     class Client:
         def __init__(self, url: str) -> None:
-            self._transport = open_transport(url, "grpc", 30)
+            self._transport = TritonTransport(url, "grpc", 30)
 
         def __enter__(self) -> Send:
             return self._send

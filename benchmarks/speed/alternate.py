@@ -91,7 +91,7 @@ def processor_time(checkouts: Sequence[Path], bundle: Path, lengths: Sequence[in
 def latency(checkouts: Sequence[Path], bundle: Path, lengths: Sequence[int], rounds: int) -> dict[str, Any]:
     """Return the latency of one request through two servers that run at the same time, as `processor_time` does."""
     from missrec_t4r.bundle.item_table import load_session_transform
-    from missrec_t4r.serving.client.transports import open_transport
+    from missrec_t4r.serving.client.transports import TritonTransport
     from missrec_t4r.serving.triton.local_server import LocalTriton
     from missrec_t4r.serving.triton.repository import write_repository
 
@@ -103,7 +103,7 @@ def latency(checkouts: Sequence[Path], bundle: Path, lengths: Sequence[int], rou
         for one in checkouts:
             with _python_path(one):
                 server = stack.enter_context(LocalTriton(Path(folder) / "models"))
-            transports.append(open_transport(server.grpc_url, "grpc", 60.0))
+            transports.append(TritonTransport(server.grpc_url, "grpc", 60.0))
             stack.callback(transports[-1].close)
         for length, size in itertools.product(lengths, _SIZES):
             requests = requests_of(vocabulary, size, length)

@@ -330,12 +330,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _ask(configuration: str, repository: Path) -> dict[str, Any]:
     import time
 
-    from missrec_t4r.serving.client.transports import open_transport
+    from missrec_t4r.serving.client.transports import TritonTransport
     from missrec_t4r.serving.triton.local_server import LocalTriton
 
     sessions = [[5, 9, 17], [1], list(range(2, 40))]
     with LocalTriton(repository) as server:
-        transport = open_transport(server.grpc_url, "grpc", 60)
+        transport = TritonTransport(server.grpc_url, "grpc", 60)
         answer = transport.infer(CONFIGURATIONS[configuration], request(sessions), OUTPUTS)
         times = []
         for _ in range(40):

@@ -29,7 +29,7 @@ from benchmarks.speed.large_server import run as serve_large
 from benchmarks.speed.serving_shop import bundle_of
 from missrec_t4r.bundle.item_table import load_session_transform
 from missrec_t4r.bundle.manifest import ITEMS_FILE
-from missrec_t4r.serving.client.transports import open_transport
+from missrec_t4r.serving.client.transports import TritonTransport
 from missrec_t4r.serving.load import Arrays, answers_per_second, latency, message
 from missrec_t4r.serving.triton.local_server import LocalTriton
 from missrec_t4r.serving.triton.repository import write_repository
@@ -56,7 +56,7 @@ class TritonPythonModel:
 @contextlib.contextmanager
 def connected(url: str, model: str, outputs: Sequence[str]) -> Iterator[Callable[[Arrays], Any]]:
     """Return a function that sends one request."""
-    transport = open_transport(url, "grpc", 60.0)
+    transport = TritonTransport(url, "grpc", 60.0)
     try:
         yield lambda arrays: transport.infer(model, arrays, outputs)
     finally:

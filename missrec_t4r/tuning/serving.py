@@ -22,7 +22,7 @@ import numpy as np
 from missrec_t4r.bundle.item_table import load_session_transform
 from missrec_t4r.config.checks import require_at_least, require_positive
 from missrec_t4r.errors import ConfigError, ServingError
-from missrec_t4r.serving.client.transports import open_transport
+from missrec_t4r.serving.client.transports import TritonTransport
 from missrec_t4r.serving.deploy.blue_green import deploy
 from missrec_t4r.serving.load import Arrays, answers_per_second, latency, message
 from missrec_t4r.serving.triton.deployment import bundle_of, current_version, is_deployment
@@ -235,7 +235,7 @@ class _Search:
     def _measure(self, settings: ServingSettings) -> Measured:
         configure(self.repository, settings)
         with LocalTriton(self.repository, http=False) as server:
-            transport = open_transport(server.grpc_url, "grpc", _TIMEOUT)
+            transport = TritonTransport(server.grpc_url, "grpc", _TIMEOUT)
             with closing(transport):
                 small, large = (
                     latency(lambda request: transport.infer(ENSEMBLE, request, _OUTPUTS), requests, self.seconds)

@@ -12,7 +12,7 @@ from missrec_t4r.bundle.bundle import load_bundle
 from missrec_t4r.errors import BundleError
 from missrec_t4r.export.export import export
 from missrec_t4r.serving.client.client import MISSRecClient
-from missrec_t4r.serving.client.transports import open_transport
+from missrec_t4r.serving.client.transports import TritonTransport
 from tests.serving import shop
 from tests.serving.conftest import serving
 
@@ -49,7 +49,7 @@ def test_the_classic_ensemble_answers_as_the_native_one(
         "item_id__offsets": np.cumsum([0, *map(len, sessions)]).astype(np.int32),
     }
     for server in serving(tmp_path / "classic"):
-        transport = open_transport(server.grpc_url, "grpc", 60)
+        transport = TritonTransport(server.grpc_url, "grpc", 60)
         answer = transport.infer(EXECUTOR, tensors, ("item_id", "score"))
         transport.close()
     found = [[item if integers else item.decode() for item in row] for row in answer["item_id"].tolist()]

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from missrec_t4r.bundle.manifest import catalogue_version, verify_bundle
 from missrec_t4r.cli import app
 from missrec_t4r.serving.client.client import MISSRecClient
-from missrec_t4r.serving.client.transports import open_transport
+from missrec_t4r.serving.client.transports import TritonTransport
 from missrec_t4r.serving.deploy.blue_green import deploy
 from missrec_t4r.serving.triton.backend import RankerBackend, SessionsBackend
 from missrec_t4r.serving.triton.deployment import bundle_of
@@ -72,7 +72,7 @@ def test_the_catalogue_changes_under_load(running: LocalTriton, live: Path, tmp_
     stop = threading.Event()
 
     def ask() -> None:
-        transport = open_transport(running.grpc_url, "grpc", 30.0)
+        transport = TritonTransport(running.grpc_url, "grpc", 30.0)
         while not stop.is_set():
             time.sleep(0.01)
             try:

@@ -31,7 +31,7 @@ from missrec_t4r.serving.client.protocol import (
     typed_id,
 )
 from missrec_t4r.serving.client.retry import Retries
-from missrec_t4r.serving.client.transports import Transport, open_transport, translate_errors
+from missrec_t4r.serving.client.transports import Transport, TritonTransport, translate_errors
 from missrec_t4r.serving.event_features import SessionEventFeatures
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class MISSRecClient:
     ) -> None:
         self.url, self.model, self.timeout = url, model, timeout
         self.retries = Retries() if retries is None else retries
-        self._transport = open_transport(url, protocol, timeout) if transport is None else transport
+        self._transport = TritonTransport(url, protocol, timeout) if transport is None else transport
 
     @classmethod
     def of_bundle(cls, bundle: str | Path, *, threads: int | None = None) -> MISSRecClient:

@@ -38,62 +38,44 @@ class Transport(Protocol):
         """Close the connection."""
 
 
-class GrpcTransport:
-    """gRPC; threads may share it."""
-
-    def __init__(self, url: str, timeout: float) -> None:
-        import tritonclient.grpc as grpc
-
-        self._library, self._timeout = grpc, timeout
-        self._client = grpc.InferenceServerClient(url, channel_args=channel_arguments(url))
-
-    def describe(self, model: str) -> ModelFacts:
-        """Return the data type of every input, and the largest batch of one request."""
-        metadata = self._client.get_model_metadata(model, client_timeout=self._timeout)
-        return grpc_facts(metadata, self._client.get_model_config(model, client_timeout=self._timeout))
-
-    def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, AnyArray]:
-        """Send one inference request and return the named outputs."""
-        tensors = input_tensors(self._library, inputs)
-        return output_arrays(self._client.infer(model, tensors, client_timeout=self._timeout), outputs)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._client.close()
-
-
-class HttpTransport:
-    """HTTP with binary tensors; one per thread."""
-
-    def __init__(self, url: str, timeout: float) -> None:
-        import tritonclient.http as http
-
-        self._library = http
-        self._client = http.InferenceServerClient(url, connection_timeout=timeout, network_timeout=timeout)
-
-    def describe(self, model: str) -> ModelFacts:
-        """Return the data type of every input, and the largest batch of one request."""
-        return http_facts(self._client.get_model_metadata(model), self._client.get_model_config(model))
-
-    def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, AnyArray]:
-        """Send one inference request and return the named outputs."""
-        return output_arrays(self._client.infer(model, input_tensors(self._library, inputs)), outputs)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._client.close()
-
-
-def open_transport(url: str, protocol: str, timeout: float) -> Transport:
-    """Return a transport that connects at the first request.
+class TritonTransport:
+    """gRPC, which threads may share, or HTTP with binary tensors, one per thread; connects at the first request.
 
     Raises
     ------
     ServingError
         Unknown protocol, or an address that is not ``host:port``.
     """
-    address = checked_address(url, protocol)
-    return GrpcTransport(address, timeout) if protocol == "grpc" else HttpTransport(address, timeout)
+
+    def __init__(self, url: str, protocol: str, timeout: float) -> None:
+        address = checked_address(url, protocol)
+        self._deadline: dict[str, float] = {}  # of gRPC; an HTTP connection has its own
+        self._library: Any
+        self._client: Any
+        if protocol == "grpc":
+            import tritonclient.grpc as grpc
+
+            self._library, self._facts, self._deadline = grpc, grpc_facts, {"client_timeout": timeout}
+            self._client = grpc.InferenceServerClient(address, channel_args=channel_arguments(address))
+        else:
+            import tritonclient.http as http
+
+            self._library, self._facts = http, http_facts
+            self._client = http.InferenceServerClient(address, connection_timeout=timeout, network_timeout=timeout)
+
+    def describe(self, model: str) -> ModelFacts:
+        """Return the data type of every input, and the largest batch of one request."""
+        metadata = self._client.get_model_metadata(model, **self._deadline)
+        return self._facts(metadata, self._client.get_model_config(model, **self._deadline))
+
+    def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, AnyArray]:
+        """Send one inference request and return the named outputs."""
+        tensors = input_tensors(self._library, inputs)
+        return output_arrays(self._client.infer(model, tensors, **self._deadline), outputs)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
 
 
 def checked_address(url: str, protocol: str) -> str:

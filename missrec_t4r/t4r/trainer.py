@@ -26,17 +26,17 @@ from transformers4rec.config.trainer import T4RecTrainingArguments
 
 from missrec_t4r.config import Recipe, TrainConfig
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.data.event_features import EventColumn, event_columns, fit_event_columns, load_sessions
+from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.runs.run_folder import LOG_FILE, RUN_FILE, save_run
-from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.t4r.block import InterestRefresh
 from missrec_t4r.t4r.build import build_model, missrec_block, to_core
 from missrec_t4r.t4r.columns import event_feature_name, item_column, load_schema
 from missrec_t4r.t4r.loader import PrefixLoader
 from missrec_t4r.training.curves import Curves
+from missrec_t4r.training.fit import read_training_data
 from missrec_t4r.training.state import content_checksum
 
 log = logging.getLogger(__name__)
@@ -106,11 +106,7 @@ def train_t4r(
     """
     started = time.perf_counter()
     data, out = Path(data), Path(out)
-    catalogue = Catalogue.load(data / CATALOGUE_FOLDER)
-    columns = event_columns(data, recipe.model.event_features, recipe.model.event_feature_width)
-    train = load_sessions(data, "train", columns).known()
-    valid = load_sessions(data, "valid", columns).with_known_target()
-    event_features = fit_event_columns(columns, train)
+    catalogue, train, valid, event_features = read_training_data(data, recipe)
     schema = _read_schema(data, catalogue, event_features)
     published = TrainConfig.paper()
     ignored = [name for name in _UNSUPPORTED if getattr(recipe.train, name) != getattr(published, name)]

@@ -221,7 +221,7 @@ def load_bundle(folder: str | Path) -> LoadedBundle:
         with Uninitialised():
             model = build_missrec(config, catalogue, event_features)
         interests = {name: tensor for name, tensor in stored.items() if name.startswith(_INTERESTS)}
-        load_weights(model, weights, interests)
+        load_weights(model, weights | interests)
         mark_rows(model, catalogue, says.n_trained)
         tables = RetrievalIndex.load(folder / SEARCH_FILE) if has_index else None
         if tables is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.errors import CheckpointError, DataError
+from missrec_t4r.errors import CheckpointError
 from missrec_t4r.io.tensor_file import advise_random_access
 from missrec_t4r.model.interests import InterestVocabulary
 from missrec_t4r.model.missrec import MISSRec
@@ -44,39 +44,19 @@ class Uninitialised(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load_weights(model: MISSRec, weights: Mapping[str, Tensor], interests: Mapping[str, Tensor]) -> None:
-    """Load weights of a training on the first rows of the model's catalogue.
+def load_weights(model: MISSRec, weights: Mapping[str, Tensor]) -> None:
+    """Load weights of a training on the first rows of the model's catalogue; their shapes were checked.
 
     Parameters
     ----------
     model : MISSRec
         Built for the whole catalogue.
     weights : mapping of str to Tensor
-        Trained weights; those with one entry per row are extended with zeros. Large tensors are assigned as they are,
-        so they stay memory-mapped; small ones are copied.
-    interests : mapping of str to Tensor
-        Centroids and assignment of this catalogue version; the number of centroids is that of the training.
-
-    Raises
-    ------
-    DataError
-        The interests are of another catalogue or width.
+        Trained weights, and the interests of this catalogue version. Large tensors are assigned as they are, so they
+        stay memory-mapped; small ones are copied.
     """
-    own = model.state_dict()
-    weights = added_later(own, weights) | dict(weights)
-    extended = {name: _extend(name, tensor, own) for name, tensor in weights.items()}
-    centroids, assignment = interests["interests.centroids"], interests["interests.assignment"]
-    vocabulary = model.interests
-    if centroids.shape != vocabulary.centroids.shape:
-        vocabulary.centroids = torch.zeros_like(centroids)
-    if assignment.shape != vocabulary.assignment.shape or centroids.shape[1] != model.config.d_model:
-        raise DataError(
-            f"interest assignments of shape {tuple(assignment.shape)}",
-            f"shape {tuple(vocabulary.assignment.shape)}, as the model has",
-            "use the weights and interests of one bundle",
-        )
-    tensors = extended | dict(interests)
-    state = {name: tensor if tensor.numel() >= _LARGE else tensor.clone() for name, tensor in tensors.items()}
+    state = _for_all_rows(model, weights)
+    state = {name: tensor if tensor.numel() >= _LARGE else tensor.clone() for name, tensor in state.items()}
     advise_random_access(tensor for tensor in state.values() if tensor.numel() >= _LARGE)
     model.load_state_dict(state, assign=True)
 
@@ -129,14 +109,10 @@ def load_extended(
     CheckpointError
         The weights are of another model.
     """
-    model.interests.centroids = torch.zeros_like(weights["interests.centroids"])
-    own = model.state_dict()
-    assigned = torch.zeros_like(own["interests.assignment"])  # [modality, catalogue]
-    before = weights["interests.assignment"]
-    if len(before) == len(assigned):
+    before, assigned = weights["interests.assignment"], torch.zeros_like(model.interests.assignment)
+    if len(before) == len(assigned):  # [modality, catalogue]
         assigned[:, :n_trained] = before
-    extended = {name: _extend(name, tensor, own) for name, tensor in weights.items()}
-    load_strictly(model, extended | {"interests.assignment": assigned}, source)
+    load_strictly(model, _for_all_rows(model, weights) | {"interests.assignment": assigned}, source)
     items = model.eval().item_encoder.catalogue()
     modality, mask = items.modality[:, n_trained:], items.mask[:, n_trained:]
     model.interests.assignment[:, n_trained:] = nearest_interests(model.interests, modality, mask)
@@ -185,6 +161,13 @@ def nearest_interests(vocabulary: InterestVocabulary, embeddings: Tensor, mask: 
         distances = torch.cdist(embeddings[modality, item], vocabulary.centroids[1:])  # [chunk, interest]
         assigned[modality, item] = distances.argmin(1) + 1
     return assigned
+
+
+def _for_all_rows(model: MISSRec, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a training's weights for a model of more rows, in which this makes room for as many interests."""
+    model.interests.centroids = torch.zeros_like(weights["interests.centroids"])
+    own = model.state_dict()
+    return added_later(own, weights) | {name: _extend(name, tensor, own) for name, tensor in weights.items()}
 
 
 def _extend(name: str, tensor: Tensor, own: Mapping[str, Tensor]) -> Tensor:

@@ -1,17 +1,16 @@
 """``missrec train``: the choice of trainer and start.
 
-| options | function |
-|---|---|
-| none | `missrec_t4r.training.fit.train` |
-| ``start_from`` | `missrec_t4r.training.warm_start.transfer.train_from` |
-| ``warm_start`` | `missrec_t4r.training.warm_start.nightly.continue_training` |
-| ``trainer="t4r"`` | `missrec_t4r.t4r.trainer.train_t4r` |
+| options | trainer | start |
+|---|---|---|
+| none | `missrec_t4r.training.fit.train` | |
+| ``start_from`` | the same | `missrec_t4r.training.warm_start.transfer.transfer_start` |
+| ``warm_start`` | the same | `missrec_t4r.training.warm_start.nightly.nightly_start` |
+| ``trainer="t4r"`` | `missrec_t4r.t4r.trainer.train_t4r` | |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,28 +103,29 @@ def train(
             raise ConfigError("--max-minutes and another --set train.max_minutes", "one time limit", "leave one out")
         settings = {**(settings or {}), "train.max_minutes": max_minutes}
     own, chosen = _resolved(data, recipe, settings, device)
-    start: dict[str, Any] = {"recipe": own}
-    run: Callable[..., dict[str, Any]]
-    if start_from:
-        from missrec_t4r.training.warm_start.transfer import train_from
+    how: dict[str, Any] = {"resume": resume, "device": device, "dry_run": dry_run}
 
-        run = partial(train_from, data, out, start_from, freeze=freeze, take=take, **start)
-    elif warm_start:
-        from missrec_t4r.training.warm_start.nightly import continue_training
+    def run_once() -> dict[str, Any]:
+        start: dict[str, Any] = {"recipe": own}
+        if trainer == "t4r":
+            from missrec_t4r.t4r import train_t4r
 
-        frozen = freeze or "none"
-        run = partial(continue_training, data, out, warm_start, freeze=frozen, settings=settings, **start)
-    elif trainer == "native":
+            return train_t4r(data, out=out, **start, **how)
         from missrec_t4r.training.fit import train as native
 
-        run = partial(native, data, out, **start)
-    else:
-        from missrec_t4r.t4r import train_t4r
+        if start_from:
+            from missrec_t4r.training.warm_start.transfer import transfer_start
 
-        run = partial(train_t4r, data, out=out, **start)
+            start = transfer_start(start_from, out, **start, freeze=freeze, take=take)
+        elif warm_start:
+            from missrec_t4r.training.warm_start.nightly import nightly_start
+
+            start = nightly_start(warm_start, data, out, **start, settings=settings, freeze=freeze or "none")
+        return native(data, out, **start, **how)
+
     from missrec_t4r.training.reuse import alone, recipe_key, run_or_reuse
 
-    run = alone(partial(run, resume=resume, device=device, dry_run=dry_run), Path(out), dry_run)
+    run = alone(run_once, Path(out), dry_run)
     if not reuse:
         return run() | chosen
     made_from = {"settings": settings, "trainer": trainer, "freeze": freeze, "take": take, "device": device}

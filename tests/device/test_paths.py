@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from missrec_t4r.commands.training import train
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.export.export import export
 from missrec_t4r.model.missrec import MISSRec
@@ -24,10 +25,7 @@ from missrec_t4r.serving.batch.export_vectors import session_vectors
 from missrec_t4r.serving.batch.similar import similar
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.in_process import InProcessTransport
-from missrec_t4r.training.fit import train
 from missrec_t4r.training.pretrain import pretrain
-from missrec_t4r.training.warm_start.nightly import continue_training
-from missrec_t4r.training.warm_start.transfer import train_from
 from tests import shop
 from tests.device.second_device import second_device
 from tests.serving import shop as served
@@ -100,8 +98,8 @@ def test_a_run_on_the_gpu_is_that_of_the_cpu(data: Path, tmp_path: Path) -> None
 def test_pretraining_transfer_and_continuation(data: Path, tmp_path: Path) -> None:
     with second_device():
         pretrain([data], tmp_path / "pre", settings=SMALL, device="cuda")
-        train_from(data, tmp_path / "run", tmp_path / "pre", recipe="pretrain", settings=SMALL, device="cuda")
-        result = continue_training(data, tmp_path / "next", tmp_path / "run", settings=SMALL, device="cuda")
+        train(data, tmp_path / "run", start_from=tmp_path / "pre", recipe="pretrain", settings=SMALL, device="cuda")
+        result = train(data, tmp_path / "next", warm_start=tmp_path / "run", settings=SMALL, device="cuda")
     assert np.isfinite(result["valid_ndcg@10"])
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from missrec_t4r.commands.training import train
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import CheckpointError, ConfigError, ModalityError
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.runs.run_folder import load_run, load_tensors
-from missrec_t4r.training.warm_start.transfer import load_pretrained, read_source, require_same, train_from
+from missrec_t4r.training.warm_start.transfer import load_pretrained, read_source, require_same
 from tests.pretraining.conftest import IMAGE_WIDTH, SMALL, TEXT_WIDTH, angles, modality, write_shop
 
 ONE_EPOCH = SMALL | {"train.epochs": 1, "model.n_neighbours": 0}
@@ -25,8 +26,12 @@ def _parts(report: dict) -> dict[str, dict]:
 def test_the_published_freeze_trains_adapters_norm_fusion_and_ids(
     shops: dict[str, Path], pretrained: Path, tmp_path: Path
 ) -> None:
-    result = train_from(
-        shops["tools"], tmp_path / "run", pretrained, recipe="pretrain", settings=ONE_EPOCH | {"model.item_ids": True}
+    result = train(
+        shops["tools"],
+        tmp_path / "run",
+        start_from=pretrained,
+        recipe="pretrain",
+        settings=ONE_EPOCH | {"model.item_ids": True},
     )
     before = load_tensors(pretrained / "weights.safetensors")
     after = load_tensors(tmp_path / "run" / "weights.safetensors")
@@ -75,10 +80,8 @@ def test_all_transferable_weights_are_loaded(shops: dict[str, Path], pretrained:
 
 def test_pretraining_helps_from_the_first_epoch_on(shops: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
     """The three shops follow one rule that their common encoder represents, so it transfers to the third."""
-    from missrec_t4r.training.fit import train
-
     alone = train(shops["tools"], tmp_path / "alone", recipe="pretrain", settings=ONE_EPOCH)
-    helped = train_from(shops["tools"], tmp_path / "helped", pretrained, recipe="pretrain", settings=ONE_EPOCH)
+    helped = train(shops["tools"], tmp_path / "helped", start_from=pretrained, recipe="pretrain", settings=ONE_EPOCH)
     assert helped["valid_ndcg@10"] > alone["valid_ndcg@10"] + 0.1
 
 
@@ -110,11 +113,11 @@ def test_freezing_and_taking_can_be_chosen(
 
 
 def test_an_ordinary_run_of_another_shop_can_be_the_source(shops: dict[str, Path], tmp_path: Path) -> None:
-    from missrec_t4r.training.fit import train
-
     settings = ONE_EPOCH | {"model.item_ids": True}
     train(shops["books"], tmp_path / "books", recipe="pretrain", settings=settings)
-    result = train_from(shops["tools"], tmp_path / "tools", tmp_path / "books", recipe="pretrain", settings=settings)
+    result = train(
+        shops["tools"], tmp_path / "tools", start_from=tmp_path / "books", recipe="pretrain", settings=settings
+    )
     parts = _parts(result["start"])
     assert parts["adapter text"]["status"] == "loaded"
     assert (parts["item IDs"]["status"], parts["item IDs"]["note"]) == ("re-initialised", "of this catalogue's items")
@@ -159,21 +162,29 @@ def test_unfit_runs_and_options_are_errors_with_their_cure(
 ) -> None:
     out, tools = tmp_path / "run", shops["tools"]
     with pytest.raises(CheckpointError, match=r"d_model 32.*d_model 16.*--set model.d_model=16 --set model.n_decoder"):
-        train_from(
+        train(
             tools,
             out,
-            pretrained,
+            start_from=pretrained,
             recipe="pretrain",
             settings=SMALL | {"model.d_model": 32, "model.n_decoder_layers": 2},
         )
     with pytest.raises(CheckpointError, match="add --set model.feature_scaling=l2"):
-        train_from(tools, out, pretrained, recipe="pretrain", settings=SMALL | {"model.feature_scaling": "none"})
+        train(tools, out, start_from=pretrained, recipe="pretrain", settings=SMALL | {"model.feature_scaling": "none"})
     with pytest.raises(CheckpointError, match=r"would be frozen without having been loaded.*--freeze none"):
-        train_from(tools, out, pretrained, freeze="encoder_decoder", take="adapters", recipe="pretrain", settings=SMALL)
+        train(
+            tools,
+            out,
+            start_from=pretrained,
+            freeze="encoder_decoder",
+            take="adapters",
+            recipe="pretrain",
+            settings=SMALL,
+        )
     with pytest.raises(ConfigError, match="--freeze everything.*encoder_decoder"):
-        train_from(tools, out, pretrained, freeze="everything", recipe="pretrain", settings=SMALL)  # type: ignore[arg-type]
+        train(tools, out, start_from=pretrained, freeze="everything", recipe="pretrain", settings=SMALL)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="a finished run"):
-        train_from(tools, out, tmp_path / "nowhere", recipe="pretrain", settings=SMALL)
+        train(tools, out, start_from=tmp_path / "nowhere", recipe="pretrain", settings=SMALL)
     with pytest.raises(CheckpointError, match="missrec train --from"):
         load_run(pretrained)
     assert not out.exists()
@@ -183,10 +194,10 @@ def test_vectors_of_another_or_an_unknown_encoder_are_an_error(pretrained: Path,
     other = modality(angles(9), TEXT_WIDTH, 9, "other-text@1")
     write_shop(tmp_path / "other", list("abcdefghi"), {"text": other})
     with pytest.raises(CheckpointError, match=r"here text \(other-text@1\).*text \(ring-text@1\)"):
-        train_from(tmp_path / "other", tmp_path / "run", pretrained, recipe="pretrain", settings=SMALL)
+        train(tmp_path / "other", tmp_path / "run", start_from=pretrained, recipe="pretrain", settings=SMALL)
     write_shop(tmp_path / "silent", list("abcdefghi"), {"text": modality(angles(9), TEXT_WIDTH, 1, None)})
     with pytest.raises(ModalityError, match="--fingerprint text="):
-        train_from(tmp_path / "silent", tmp_path / "run", pretrained, recipe="pretrain", settings=SMALL)
+        train(tmp_path / "silent", tmp_path / "run", start_from=pretrained, recipe="pretrain", settings=SMALL)
 
 
 def test_a_modality_of_another_encoder_beside_a_common_one_is_initialised(pretrained: Path, tmp_path: Path) -> None:
@@ -195,7 +206,7 @@ def test_a_modality_of_another_encoder_beside_a_common_one_is_initialised(pretra
         "image": modality(angles(9), IMAGE_WIDTH, 4, "other-image@1"),
     }
     write_shop(tmp_path / "shop", list("abcdefghi"), modalities)
-    result = train_from(tmp_path / "shop", tmp_path / "run", pretrained, recipe="pretrain", settings=ONE_EPOCH)
+    result = train(tmp_path / "shop", tmp_path / "run", start_from=pretrained, recipe="pretrain", settings=ONE_EPOCH)
     parts = _parts(result["start"])
     assert parts["adapter text"]["status"] == "loaded"
     assert parts["adapter image"]["status"] == "re-initialised"
@@ -206,7 +217,6 @@ def test_an_interrupted_transfer_is_not_resumed_from_another_source(
     shops: dict[str, Path], pretrained: Path, tmp_path: Path
 ) -> None:
     from missrec_t4r.training.trainer import Trainer
-    from missrec_t4r.training.warm_start import transfer
 
     class Killed(Exception):
         pass
@@ -218,12 +228,12 @@ def test_an_interrupted_transfer_is_not_resumed_from_another_source(
 
     settings = SMALL | {"train.epochs": 3}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    transfer.train_from(shops["tools"], whole, pretrained, recipe="pretrain", settings=settings)
+    train(shops["tools"], whole, start_from=pretrained, recipe="pretrain", settings=settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "refresh_interests", dies)
         with pytest.raises(Killed):
-            transfer.train_from(shops["tools"], killed, pretrained, recipe="pretrain", settings=settings)
+            train(shops["tools"], killed, start_from=pretrained, recipe="pretrain", settings=settings)
     with pytest.raises(ConfigError, match="--restart"):
-        transfer.train_from(shops["tools"], killed, pretrained, freeze="none", recipe="pretrain", settings=settings)
-    transfer.train_from(shops["tools"], killed, pretrained, recipe="pretrain", settings=settings)
+        train(shops["tools"], killed, start_from=pretrained, freeze="none", recipe="pretrain", settings=settings)
+    train(shops["tools"], killed, start_from=pretrained, recipe="pretrain", settings=settings)
     assert (killed / "run.json").is_file()

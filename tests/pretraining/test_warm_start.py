@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from missrec_t4r.commands.training import train
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.runs.run_folder import VOCABULARY_FILE, load_run, load_tensors
-from missrec_t4r.training.fit import train
-from missrec_t4r.training.warm_start.nightly import continue_training, load_continued
+from missrec_t4r.training import fit
+from missrec_t4r.training.warm_start.nightly import load_continued
 from missrec_t4r.training.warm_start.transfer import read_source
 from tests.pretraining.conftest import IMAGE_WIDTH, SMALL, TEXT_WIDTH, angles, modality, write_shop
 
@@ -135,18 +136,18 @@ def test_moved_rows_alone_change_no_score(earlier_run: Path) -> None:
 
 def test_a_warm_started_run_can_be_warm_started_from(earlier_run: Path, tmp_path: Path) -> None:
     settings = {"train.epochs": 1}
-    result = continue_training(earlier_run / "tuesday", tmp_path / "tuesday", earlier_run / "run", settings=settings)
+    result = train(earlier_run / "tuesday", tmp_path / "tuesday", warm_start=earlier_run / "run", settings=settings)
     assert result["start"]["kind"] == "continue"
     assert result["start"]["items"] == {"kept": 11, "new": 2, "retired": 1}
     assert load_run(tmp_path / "tuesday").recipe.model == read_source(earlier_run / "run").recipe.model
-    fresh = train(
+    fresh = fit.train(
         earlier_run / "tuesday", tmp_path / "fresh", recipe=read_source(earlier_run / "run").recipe.changed(settings)
     )
     assert result["valid_ndcg@10"] > fresh["valid_ndcg@10"]
-    again = continue_training(
+    again = train(
         earlier_run / "monday",
         tmp_path / "wednesday",
-        tmp_path / "tuesday",
+        warm_start=tmp_path / "tuesday",
         settings=settings,
         freeze="encoder_decoder",
     )
@@ -192,18 +193,18 @@ def test_unfit_runs_and_options_are_errors(
 ) -> None:
     out, run = tmp_path / "out", earlier_run / "run"
     with pytest.raises(CheckpointError, match="--from"):
-        continue_training(earlier_run / "tuesday", out, pretrained)
+        train(earlier_run / "tuesday", out, warm_start=pretrained)
     with pytest.raises(CheckpointError, match="ids are int64 here and string"):
-        continue_training(shops["toys"], out, run)
+        train(shops["toys"], out, warm_start=run)
     with pytest.raises(CheckpointError, match="no item of this catalogue"):
-        continue_training(shops["tools"], out, run)
+        train(shops["tools"], out, warm_start=run)
     with pytest.raises(CheckpointError, match="--set model.n_head=2"):
-        continue_training(earlier_run / "tuesday", out, run, settings={"model.n_head": 4})
+        train(earlier_run / "tuesday", out, warm_start=run, settings={"model.n_head": 4})
     with pytest.raises(ConfigError, match="a new folder"):
-        continue_training(earlier_run / "tuesday", run, run)
+        train(earlier_run / "tuesday", run, warm_start=run)
     write_shop(tmp_path / "other", [f"P{i}" for i in range(12)], {"text": _text(list(range(12)), "ring-text@2")})
     with pytest.raises(CheckpointError, match=r"another encoder.*ring-text@2.*missrec features --like"):
-        continue_training(tmp_path / "other", out, run)
+        train(tmp_path / "other", out, warm_start=run)
     assert not out.exists()
 
 

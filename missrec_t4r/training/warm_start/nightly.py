@@ -29,7 +29,6 @@ from missrec_t4r.model.clustering import nearest_of_all
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.runs.run_folder import VOCABULARY_FILE, data_folder
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID
-from missrec_t4r.training.fit import train
 from missrec_t4r.training.warm_start.id_init import ids_from_content
 from missrec_t4r.training.warm_start.report import WeightLoadingReport
 from missrec_t4r.training.warm_start.transfer import (
@@ -46,40 +45,33 @@ from missrec_t4r.training.warm_start.transfer import (
 log = logging.getLogger(__name__)
 
 
-def continue_training(
+def nightly_start(
+    earlier_run: str | Path,
     data: str | Path,
     out: str | Path,
-    earlier_run: str | Path,
+    recipe: Recipe | None = None,
+    settings: Mapping[str, Any] | None = None,
     *,
     freeze: Freeze = "none",
-    recipe: str | Path | Recipe | None = None,
-    settings: Mapping[str, Any] | None = None,
-    resume: bool = True,
-    device: str = "auto",
-    dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Train on a data folder, starting from a finished run on an earlier data folder of the same shop.
+    """Return the arguments with which `missrec_t4r.training.fit.train` starts from a run on earlier data of a shop.
 
     Parameters
     ----------
-    data, out, settings, resume, device, dry_run
-        As in `missrec_t4r.training.fit.train`.
     earlier_run : path
         Run folder of the earlier run; not ``out``.
+    data, out : path
+        Data folder to train on, and run folder to write, which gets the weight-loading report.
+    recipe : Recipe, optional
+        By default the earlier run's, with ``settings``.
     freeze : {"none", "encoder_decoder", "all_loaded"}
         Loaded weights that are not trained.
-    recipe : str, path or Recipe, optional
-        By default the earlier run's recipe; ``settings`` override it.
-
-    Returns
-    -------
-    dict
-        As `train`, with the weight-loading report under ``start``.
 
     Raises
     ------
     CheckpointError
-        The run does not fit: other sizes, another encoder's vectors, no common item. All differences are listed.
+        The run does not fit: other sizes; and, when the model is built, another encoder's vectors, no common item. All
+        differences are listed.
     ConfigError
         ``out`` is the earlier run itself.
     """
@@ -89,7 +81,7 @@ def continue_training(
     source = read_source(earlier_run)
     if "pretraining" in source.info:
         raise CheckpointError(f"{earlier_run} is a pre-training run", "a run on this shop", f"use --from {earlier_run}")
-    resolved = Recipe.load(source.recipe if recipe is None else recipe, settings)
+    resolved = source.recipe.changed(settings or {}) if recipe is None else recipe
     require_same(resolved.model, source.recipe.model, source.run)
     event_features = [
         _extend_values(EventColumn.from_dict(column), Path(data)) for column in source.info.get("side_features", [])
@@ -101,8 +93,7 @@ def continue_training(
         log.info(f"warm start from {source.run}: items {counts}")
         return log_start("continue", source, Path(out), report, freeze=freeze, items=items)
 
-    common: dict[str, Any] = {"resume": resume, "device": device, "dry_run": dry_run}
-    return train(data, out, recipe=resolved, prepare=prepare, event_features=event_features, **common)
+    return {"recipe": resolved, "prepare": prepare, "event_features": event_features}
 
 
 def load_continued(

@@ -25,7 +25,6 @@ from missrec_t4r.io.json_files import read_json
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, data_folder, encoders_of, load_tensors
 from missrec_t4r.schema import CATALOGUE_FOLDER
-from missrec_t4r.training.fit import train
 from missrec_t4r.training.warm_start.id_init import ids_from_content
 from missrec_t4r.training.warm_start.report import WeightLoadingReport, report_lines
 
@@ -82,59 +81,45 @@ def read_source(run: str | Path) -> Source:
     return Source(run, recipe, info, load_tensors(run / WEIGHTS_FILE))
 
 
-def train_from(
-    data: str | Path,
-    out: str | Path,
-    source: str | Path,
-    *,
-    freeze: Freeze | None = None,
-    take: Take = "all",
-    recipe: str | Path | Recipe = "default",
-    settings: Mapping[str, Any] | None = None,
-    resume: bool = True,
-    device: str = "auto",
-    dry_run: bool = False,
+def transfer_start(
+    source: str | Path, out: str | Path, recipe: Recipe, *, freeze: Freeze | None = None, take: Take = "all"
 ) -> dict[str, Any]:
-    """Fine-tune on a data folder from a pre-trained run.
+    """Return the arguments with which `missrec_t4r.training.fit.train` fine-tunes from a pre-trained run.
 
     Parameters
     ----------
-    data, out, recipe, settings, resume, device, dry_run
-        As in `missrec_t4r.training.fit.train`.
     source : path
         Run folder of ``missrec pretrain``, or of ``missrec train`` on another shop.
+    out : path
+        Run folder to write; its `run.json` names the source relative to it, and has the weight-loading report.
+    recipe : Recipe
     freeze : {"encoder_decoder", "none", "all_loaded"}, optional
         Loaded weights that are not trained. ``encoder_decoder``: position embedding, encoder and decoder, as published;
         the default, except with ``take="adapters"``, which loads none of them.
     take : {"all", "adapters"}
         Weights to load: all, or the modality adapters only.
 
-    Returns
-    -------
-    dict
-        As `train`, with the weight-loading report under ``start``.
-
     Raises
     ------
     CheckpointError
-        The run does not fit: other sizes or settings, or no modality of a common encoder. All differences are listed.
+        The run does not fit: other sizes or settings; and, when the model is built, no modality of a common encoder.
+        All differences are listed.
     ConfigError
         An unknown choice, or parts to freeze that are not loaded.
     """
     frozen = freeze or ("encoder_decoder" if take == "all" else "none")
     require_choices(freeze=(frozen, Freeze), take=(take, Take))
     source_run = read_source(source)
-    resolved = Recipe.load(recipe, settings)
     same = (*SIZES, *SEMANTICS) if take == "all" else ("d_model",)
-    require_same(resolved.model, source_run.recipe.model, source_run.run, same)
+    require_same(recipe.model, source_run.recipe.model, source_run.run, same)
 
     def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
-        id_init = resolved.train.id_init
+        id_init = recipe.train.id_init
         report = load_pretrained(model, catalogue, source_run, freeze=frozen, take=take, id_init=id_init)
         log.info(f"starting from {source_run.run}, freezing {frozen}")
         return log_start("from", source_run, Path(out), report, freeze=frozen, take=take)
 
-    return train(data, out, recipe=resolved, prepare=prepare, resume=resume, device=device, dry_run=dry_run)
+    return {"recipe": recipe, "prepare": prepare}
 
 
 def load_pretrained(

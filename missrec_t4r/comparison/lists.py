@@ -56,7 +56,7 @@ def read_lists(path: Path, catalogue: Catalogue) -> Lists:
     if not table.num_rows:
         raise DataError(f"{path} has no row", "a list of items for every user")
     user, items = _columns(path, table)
-    if _is_list(table[items].type):
+    if is_list(table[items].type):
         column = one_array(table[items])
         users, lengths = as_text(one_array(table[user])), pc.fill_null(pc.list_value_length(column), 0)
         owner = np.repeat(np.arange(table.num_rows), np.asarray(lengths, np.int64))
@@ -138,7 +138,7 @@ def rows_by_text(ids: pa.Array, catalogue: Catalogue) -> Ints:
 
 def _columns(path: Path, table: pa.Table) -> tuple[str, str]:
     """Return the names of the columns of users and items."""
-    names, nested = table.column_names, [f.name for f in table.schema if _is_list(f.type)]
+    names, nested = table.column_names, [f.name for f in table.schema if is_list(f.type)]
     flat = [name for name in names if name not in nested]
     items = next((name for name in _ITEMS if name in (nested or flat)), None)
     items = nested[0] if items is None and len(nested) == 1 else items
@@ -151,7 +151,3 @@ def _columns(path: Path, table: pa.Table) -> tuple[str, str]:
             "rename them",
         )
     return user, items
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return is_list(kind) or bool(pa.types.is_fixed_size_list(kind))

@@ -14,11 +14,12 @@ import pandas as pd
 import pyarrow as pa
 
 from missrec_t4r.etl.dataframe import Adapter, Frame
-from missrec_t4r.etl.item_table import Vectors, filter_items, match_events, unique_items, with_ids
+from missrec_t4r.etl.item_table import Vectors, filter_items, match_events, unique_items
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import read_numbers
 from missrec_t4r.etl.sources.table import read_table, require_column, require_event_columns
 from missrec_t4r.etl.task import Task
+from missrec_t4r.io.arrow_files import with_column
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
 
@@ -65,8 +66,7 @@ def read_tables(task: Task, frames: Adapter) -> tuple[Events, pa.Table]:
         task.files, "interactions", text_columns=[raw[USER_ID], raw[ITEM_ID]], needed=names, findings=findings
     )
     require_event_columns(events.column_names, names)
-    clashing = [name for name in events.column_names if name in raw and name not in names]
-    checks.note_taken_names(findings, clashing)
+    clashing = checks.taken_names(events.column_names, names, findings)
     events = events.drop_columns(clashing) if clashing else events
     events = events.rename_columns([names.get(name, name) for name in events.column_names])
     items = read_items(task.items, settings["catalogue_item_column"], findings)
@@ -103,7 +103,7 @@ def name_item_column(items: pa.Table, column: str, findings: checks.Findings) ->
 
 def with_normal_ids(items: pa.Table) -> pa.Table:
     """Return an item table with ids as int64 or string."""
-    return with_ids(items, checks.normal_ids(items[ITEM_ID], ITEM_ID))
+    return with_column(items, ITEM_ID, checks.normal_ids(items[ITEM_ID], ITEM_ID))
 
 
 def _normal_types(
@@ -126,9 +126,8 @@ def _normal_types(
         ITEM_ID: event_ids,
         TIMESTAMP: checks.normal_time(events[TIMESTAMP], raw[TIMESTAMP], time_format),
     }
-    return pa.table({name: converted.get(name, events[name]) for name in events.column_names}), with_ids(
-        items, item_ids
-    )
+    events = pa.table({name: converted.get(name, events[name]) for name in events.column_names})
+    return events, with_column(items, ITEM_ID, item_ids)
 
 
 def clean_inputs(

@@ -24,7 +24,7 @@ from missrec_t4r.etl.dataframe import Array, Frame, adapter_of
 from missrec_t4r.etl.event_arithmetic import core
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.checks import Findings
-from missrec_t4r.io.arrow_files import one_array, unequal
+from missrec_t4r.io.arrow_files import one_array, unequal, with_column
 from missrec_t4r.io.npy_files import read_npy
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ROW, TRAIN_COUNT, USER_ID
 
@@ -95,11 +95,6 @@ def check_fingerprints(fingerprints: Mapping[str, str], files: Mapping[str, Path
 
 
 # Rows of the item table
-
-
-def with_ids(items: pa.Table, ids: pa.ChunkedArray) -> pa.Table:
-    """Return an item table with other ids."""
-    return items.set_column(items.column_names.index(ITEM_ID), ITEM_ID, ids)
 
 
 def unique_items(items: pa.Table, vectors: Vectors, findings: Findings) -> tuple[pa.Table, Vectors]:
@@ -365,7 +360,7 @@ def _rows_like(
         if widths.get(name) != array.shape[1]:
             raise ModalityError(f"modality {name!r} of width {array.shape[1]}", f"one of the catalogue's: {widths}")
     columns = [name for name in table.column_names if name not in (ROW, TRAIN_COUNT)]
-    return unique_items(with_ids(table, ids).select(columns), vectors, findings)
+    return unique_items(with_column(table, ITEM_ID, ids).select(columns), vectors, findings)
 
 
 def extend_catalogue(old: Catalogue, items: pa.Table, vectors: Vectors) -> Catalogue:

@@ -36,9 +36,14 @@ def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
+def with_column(table: pa.Table, name: str, values: pa.ChunkedArray | pa.Array) -> pa.Table:
+    """Return a table with other values in one of its columns."""
+    return table.set_column(table.column_names.index(name), name, values)
+
+
 def is_list(kind: pa.DataType) -> bool:
-    """Return whether a type is that of lists of any length."""
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+    """Return whether a type is that of lists, of any length or of one."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def unequal(old: pa.Array, new: pa.Array) -> Bools:

@@ -28,7 +28,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import CheckpointError
-from missrec_t4r.io.arrow_files import one_array
+from missrec_t4r.io.arrow_files import one_array, with_column
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.io.weight_names import current_names
@@ -179,8 +179,7 @@ def _since_training(
     elif (frequency := weights.get("terms.item_knn.frequency")) is not None and frequency.any():
         counts[: len(known)] = frequency[FIRST_ITEM_ROW:].long().numpy()
     counts[len(known) :] = 0
-    place = catalogue.items.column_names.index(TRAIN_COUNT)
-    items = catalogue.items.set_column(place, TRAIN_COUNT, pa.array(counts, pa.int64()))
+    items = with_column(catalogue.items, TRAIN_COUNT, pa.array(counts, pa.int64()))
     return Catalogue(items, catalogue.modalities, checked=True), FIRST_ITEM_ROW + len(known)
 
 

@@ -83,6 +83,14 @@ def test_prices_may_be_decimals_and_dates_are_compared_as_unix_seconds() -> None
     assert columns.groups("price").tolist()[3:] == [0, -1, 1]
 
 
+def test_a_list_matches_by_any_of_its_values_whatever_its_type() -> None:
+    sizes = [["s", "m"], None, ["m", "l"]]
+    for kind in (pa.list_(pa.string()), pa.large_list(pa.string()), pa.list_(pa.string(), 2)):
+        columns = ItemColumns(pa.table({"size": pa.array(sizes, kind)}))
+        assert np.flatnonzero(columns.passing(Rules.of({"where": {"size": "m"}}).where)).tolist() == [3, 5]
+        assert np.flatnonzero(columns.passing(Rules.of({"where": {"size": ["s"]}}).where)).tolist() == [3]
+
+
 def test_every_session_of_a_batch_has_its_own_rules(ranker: Ranker) -> None:
     rules = [Rules.parse(f'{{"where": {where}}}') for where in PASSING]
     together = ranker.rank(np.repeat(SESSION, len(rules), axis=0), top_k=4, rules=rules)

@@ -16,6 +16,7 @@ folder (`sessionize.load_common`), with the keys
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -252,11 +253,13 @@ def _add_chunk_findings(
 ) -> None:
     """Add the findings of reading and encoding: nulls, odd times, unknown items, repaired text."""
     events, unknown_events = (sum(chunk[name] for chunk in chunks) for name in ("rows", "unknown_item_events"))
-    for name in checks.KEYS:
-        checks.note_incomplete(findings, name, sum(chunk["nulls"].get(name, 0) for chunk in chunks))
+    nulls, repaired = Counter[str](), Counter[str]()
+    for chunk in chunks:
+        nulls.update(chunk["nulls"])
+        repaired.update(chunk["repaired"])
+    checks.note_incomplete(findings, nulls)
     checks.note_times(findings, chunks)
     item_table.add_unknown_item_findings(findings, n_unknown, unknown_events, events, append=append)
     for name, kind in plan.features.items():
-        nulls = sum(chunk["nulls"].get(name, 0) for chunk in chunks)
-        checks.note_nulls(findings, name, nulls, text=kind == "category")
-        checks.note_repaired(findings, name, sum(chunk["repaired"].get(name, 0) for chunk in chunks))
+        checks.note_nulls(findings, name, nulls[name], text=kind == "category")
+        checks.note_repaired(findings, name, repaired[name])

@@ -38,7 +38,7 @@ from missrec_t4r.etl.engine.workdir import (
 )
 from missrec_t4r.etl.event_settings import WEIGHT
 from missrec_t4r.etl.quality import checks
-from missrec_t4r.io.arrow_files import one_array, read_arrow, write_arrow
+from missrec_t4r.io.arrow_files import one_array, read_arrow, with_column, write_arrow
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, SESSION_ID, SPLITS, TIMESTAMP, USER_ID
@@ -161,7 +161,7 @@ def group_by_user(work: str, partition: int) -> dict[str, Any]:
         filtered_items = Path(work) / KEPT_FOLDER / FILTERED_ITEMS_FILE
         if filtered_items.is_file():
             items = pa.array(np.load(filtered_items)[events[ITEM_ID].to_numpy()], pa.int32())
-            events = events.set_column(events.column_names.index(ITEM_ID), ITEM_ID, items)
+            events = with_column(events, ITEM_ID, items)
         state = to_state(events)
     else:
         file = state_path(common["old"] or work, partition)

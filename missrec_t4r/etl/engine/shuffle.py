@@ -32,7 +32,7 @@ from missrec_t4r.etl.engine.workdir import SHUFFLE_FOLDER, decode, partition_pat
 from missrec_t4r.etl.event_arithmetic import sum_counts
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import parse_numbers
-from missrec_t4r.io.arrow_files import one_array, to_record_batch
+from missrec_t4r.io.arrow_files import one_array, to_record_batch, with_column
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, USER_ID
@@ -341,7 +341,7 @@ def map_codes(events: pa.Table, maps: Mapping[str, Codes]) -> pa.Table:
                 continue
             else:
                 common = np.where(codes < 0, values[np.maximum(-1 - codes, 0)], codes)
-            events = events.set_column(events.column_names.index(name), name, pa.array(common.astype(np.int32)))
+            events = with_column(events, name, pa.array(common.astype(np.int32)))
     return events
 
 

@@ -27,7 +27,7 @@ from missrec_t4r.etl.outputs import REPORT_FILE
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import PARQUET_SUFFIXES, read_table, require_distinct, require_event_columns
 from missrec_t4r.etl.task import Task
-from missrec_t4r.io.arrow_files import one_array
+from missrec_t4r.io.arrow_files import one_array, with_column
 from missrec_t4r.io.atomic import atomic_write_file, move_into_place, recover, refuse_unmanaged, translate_disk_errors
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.schema import ITEM_ID, SPLITS
@@ -171,7 +171,7 @@ def _convert(
         table = read_table(file, "interactions", text_columns=id_columns, needed=None, findings=findings)
         for name in as_text:
             ids = checks.normal_ids(table[name], name).cast(pa.string())
-            table = table.set_column(table.column_names.index(name), name, ids)
+            table = with_column(table, name, ids)
         with atomic_write_file(copy) as temporary:
             pq.write_table(table, temporary)
     return copy
@@ -208,8 +208,7 @@ def unified_schema(files: Sequence[Path], names: Mapping[str, str], findings: ch
         A file has other columns or types, or the user, item or time column is missing.
     """
     schemas = [_parquet_schema(file) for file in files]
-    row_indexes = checks.row_indexes(sorted({name for schema in schemas for name in schema.names}), names)
-    checks.note_row_indexes(findings, row_indexes)
+    row_indexes = checks.row_indexes(sorted({name for schema in schemas for name in schema.names}), names, findings)
     schemas = [pa.schema([field for field in schema if field.name not in row_indexes]) for schema in schemas]
     for file, schema in zip(files, schemas, strict=True):
         if different := sorted(set(schema.names) ^ set(schemas[0].names)):
@@ -221,8 +220,7 @@ def unified_schema(files: Sequence[Path], names: Mapping[str, str], findings: ch
         schema = pa.unify_schemas(schemas, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise SchemaError(f"the interactions files disagree on a type ({error})", "one type per column") from error
-    clashing = [name for name in schema.names if name in names.values() and name not in names]
-    checks.note_taken_names(findings, clashing)
+    clashing = checks.taken_names(schema.names, names, findings)
     kept = [field for field in schema if field.name not in clashing]
     return pa.schema([(names.get(field.name, field.name), decoded_type(field.type)) for field in kept])
 
@@ -238,7 +236,7 @@ def read_item_table(task: Task, files: Sequence[Path]) -> tuple[pa.Table, item_t
         if integers is not None:
             ids = integers
             checks.note_converted_ids(task.findings, len(ids), events=False)
-    table = table.set_column(table.column_names.index(ITEM_ID), ITEM_ID, ids)
+    table = with_column(table, ITEM_ID, ids)
     vectors: item_table.Vectors = item_table.read_modalities(task.modality_files, table.num_rows)
     table, vectors = item_table.unique_items(table, vectors, task.findings)
     return table.combine_chunks(), vectors

@@ -32,7 +32,7 @@ from missrec_t4r.etl.engine.shuffle import cut_chunks
 from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER, SPLIT_FOLDER, open_job, partition_path
 from missrec_t4r.etl.event_settings import first_with_events
 from missrec_t4r.etl.gpu import tasks
-from missrec_t4r.etl.gpu.read import Columns, Seen, all_seen, note_seen, plan_columns, refuse_number_texts
+from missrec_t4r.etl.gpu.read import Columns, Seen, all_seen, plan_columns, refuse_number_texts
 from missrec_t4r.etl.inputs import Summary, read_items, with_normal_ids
 from missrec_t4r.etl.nvt import workflows
 from missrec_t4r.etl.nvt.serialization import save_workflow
@@ -141,7 +141,7 @@ def prepare(task: Task, work: Path, partitions: int, executor: Executor) -> tupl
     shuffled = executor.run(tasks.shuffle_chunk, arguments, "reading events")
     refuse_number_texts({name: [part["texts"][name] for part in shuffled] for name in shuffled[0]["texts"]})
     seen = all_seen(Seen(*part["seen"]) for part in shuffled)
-    note_seen(findings, seen)
+    checks.note_incomplete(findings, seen.nulls)
     findings.found += item_findings.found
     numbers = np.flatnonzero(np.sum([part["sizes"] for part in shuffled], axis=0)).tolist()
     checks.require_events(len(numbers))

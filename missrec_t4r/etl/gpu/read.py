@@ -80,11 +80,8 @@ def plan_columns(run: Run, items: pa.Table, findings: checks.Findings) -> Column
     names, categorical = run.names, run.settings["categorical_columns"]
     noted = checks.Findings()  # of files that are read here, and not by the CPU
     schema = _plain_schema(run.files, names)
-    indexes = checks.row_indexes(schema.names, names)
-    checks.note_row_indexes(noted, indexes)
-    clashing = [name for name in schema.names if name in names.values() and name not in names]
-    checks.note_taken_names(noted, clashing)
-    kept = [name for name in schema.names if name not in (*indexes, *clashing)]
+    left_out = checks.row_indexes(schema.names, names, noted) + checks.taken_names(schema.names, names, noted)
+    kept = [name for name in schema.names if name not in left_out]
     empty = pa.table({names.get(name, name): pa.array([], _decoded(schema.field(name).type)) for name in kept})
     features = checks.event_features(empty, run.settings["drop_columns"], noted)
     item_kind, item_type = (checks.normal_ids(table[ITEM_ID], ITEM_ID).type for table in (empty, items))
@@ -117,7 +114,7 @@ def read_events(device: CudfDevice, files: Sequence[Path], columns: Columns, fin
     """
     frame, seen, texts = read_complete(device, files, columns)
     refuse_number_texts({name: [seen_texts] for name, seen_texts in texts.items()})
-    note_seen(findings, seen)
+    checks.note_incomplete(findings, seen.nulls)
     checks.require_events(len(frame))
     return Events(with_types(frame, columns, seen), columns.features)
 
@@ -167,12 +164,6 @@ def refuse_number_texts(parts: dict[str, list[list[str] | None]]) -> None:
             notations.add(part or ())
         if None not in texts and notations.chosen:
             raise NotPlainError(f"the texts of column {name!r} are numbers")
-
-
-def note_seen(findings: checks.Findings, seen: Seen) -> None:
-    """Add the findings of events without user, item or time."""
-    for name in checks.KEYS:
-        checks.note_incomplete(findings, name, seen.nulls[name])
 
 
 def all_seen(parts: Iterable[Seen]) -> Seen:

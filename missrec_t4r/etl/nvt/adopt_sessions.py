@@ -160,7 +160,7 @@ class Reader:
 
 def _session_columns(table: pa.Table, schema: Schema, n_rows: int) -> dict[str, str]:
     """Return the names in the table by our name: session key, items and event features."""
-    lists = [name for name in table.column_names if _is_list(table[name].type)]
+    lists = [name for name in table.column_names if is_list(table[name].type)]
     item_columns = [name for name in schema.select_by_tag(Tags.ITEM_ID).column_names if name in table.column_names]
     tagged = [name for name in item_columns if name in lists]
     texts = [name for name in item_columns if table[name].type in (pa.string(), pa.large_string())]
@@ -209,15 +209,11 @@ def _beside(file: Path) -> Path:
 def _as_offset_lists(column: pa.ChunkedArray) -> Any:
     """Return a column as one array; lists with offsets from 0 and empty lists in place of null rows."""
     array = one_array(column)
-    if not _is_list(array.type):
+    if not is_list(array.type):
         return array
     lengths = np.asarray(pc.fill_null(pc.list_value_length(array), 0), np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), array.flatten())
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return is_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _of_rows(items: pa.ListArray, name: str) -> pa.ListArray:

@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.etl.dataframe import Frame, Series, adapter_of
+from missrec_t4r.io.arrow_files import with_column
 from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
 
 SECONDS = (94_694_400, 4_102_444_800)
@@ -311,7 +313,7 @@ def event_features(table: pa.Table, drop_columns: Sequence[str], findings: Findi
     """
     others = [name for name in table.column_names if name not in KEYS]
     for name in drop_columns:
-        if name not in table.column_names and name != "split" and not row_indexes([name]):
+        if name not in table.column_names and name != "split" and not _ROW_INDEX.fullmatch(name):
             near = difflib.get_close_matches(name, others, 1)
             raise SchemaError(f"there is no event column {name!r} to drop", f"one of {near or others}")
     features = []
@@ -329,19 +331,18 @@ def event_features(table: pa.Table, drop_columns: Sequence[str], findings: Findi
     return features
 
 
-def row_indexes(names: Iterable[str], wanted: Iterable[str] = ()) -> list[str]:
-    """Return the columns that are an unnamed row index of pandas, unless they are in ``wanted``."""
-    return [name for name in names if _ROW_INDEX.fullmatch(name) and name not in wanted]
-
-
-def note_row_indexes(findings: Findings, columns: Sequence[str]) -> None:
-    """Add a finding about columns that are a row index of pandas."""
+def row_indexes(names: Iterable[str], wanted: Iterable[str], findings: Findings) -> list[str]:
+    """Return the columns that are an unnamed row index of pandas and not in ``wanted``; add a finding about them."""
+    columns = [name for name in names if _ROW_INDEX.fullmatch(name) and name not in wanted]
     findings.add("row_index", len(columns), f"columns {columns} are a row index of pandas and are left out")
+    return columns
 
 
-def note_taken_names(findings: Findings, columns: Sequence[str]) -> None:
-    """Add a finding about event columns that are called as another column is to be called."""
+def taken_names(names: Iterable[str], renamed: Mapping[str, str], findings: Findings) -> list[str]:
+    """Return the columns that are called as another one is to be called (old name -> new); add a finding about them."""
+    columns = [name for name in names if name in renamed.values() and name not in renamed]
     findings.add("column_name_taken", len(columns), f"columns {columns} are left out: other columns take their names")
+    return columns
 
 
 def note_nulls(findings: Findings, name: str, count: int, *, text: bool) -> None:
@@ -363,19 +364,16 @@ def complete_events(table: pa.Table, features: Sequence[str], findings: Findings
     DataError
         No event is complete.
     """
-    usable = pa.array(np.ones(table.num_rows, bool))
-    for name in KEYS:
-        valid = pc.is_valid(table[name]).combine_chunks()
-        note_incomplete(findings, name, table.num_rows - pc.sum(valid).as_py())
-        usable = pc.and_(usable, valid)
-    table = table.select([*KEYS, *features]).filter(usable)
+    note_incomplete(findings, {name: table[name].null_count for name in KEYS})
+    table = table.select([*KEYS, *features]).filter(reduce(pc.and_, (pc.is_valid(table[name]) for name in KEYS)))
     require_events(table.num_rows)
     return table
 
 
-def note_incomplete(findings: Findings, name: str, count: int) -> None:
-    """Add a finding about events without user, item or time."""
-    findings.add(f"null_{name}", count, f"events without {name} are left out")
+def note_incomplete(findings: Findings, nulls: Mapping[str, int]) -> None:
+    """Add the findings of events without user, item or time."""
+    for name in KEYS:
+        findings.add(f"null_{name}", nulls[name], f"events without {name} are left out")
 
 
 def require_events(count: int) -> None:
@@ -456,7 +454,7 @@ def number_types(table: pa.Table, features: Sequence[str], categorical_columns: 
             column = as_category(column, name)
         elif column.null_count and not pa.types.is_floating(column.type):
             column = column.cast(pa.float64(), safe=False)
-        table = table.set_column(table.column_names.index(name), name, column)
+        table = with_column(table, name, column)
     return table
 
 

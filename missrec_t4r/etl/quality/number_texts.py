@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from missrec_t4r.etl.quality.checks import Findings
-from missrec_t4r.io.arrow_files import one_array
+from missrec_t4r.io.arrow_files import one_array, with_column
 
 MISSING: Final = frozenset({"", "n/a", "na", "#n/a", "n.a.", "k.a.", "nan", "null", "none", "nil", "-", "--", "?"})
 """Texts that stand for no value, in lower case."""
@@ -107,7 +107,7 @@ def read_numbers(
         seen.add(pc.unique(column).to_pylist())
         if notation := seen.chosen:
             note(findings, name, len(column) - column.null_count, notation)
-            table = table.set_column(table.column_names.index(name), name, parse_numbers(column, notation))
+            table = with_column(table, name, parse_numbers(column, notation))
     return table
 
 

@@ -21,6 +21,7 @@ from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.etl.sources.json_lines import JSON_LINES, read_all
+from missrec_t4r.io.arrow_files import with_column
 
 Paths = Path | str | Sequence[Path | str]
 
@@ -63,8 +64,7 @@ def read_table(
     tables = [_read_file(file, what, text_columns) for file in files]
     if needed is not None:
         names = sorted({name for table in tables for name in table.column_names})
-        unwanted = checks.row_indexes(names, [*text_columns, *needed])
-        checks.note_row_indexes(findings, unwanted)
+        unwanted = checks.row_indexes(names, [*text_columns, *needed], findings)
         tables = [table.drop_columns([name for name in unwanted if name in table.column_names]) for table in tables]
     for file, table in zip(files, tables, strict=True):
         require_distinct(file, table.column_names)
@@ -203,8 +203,7 @@ def _one_type(tables: list[pa.Table], id_columns: Sequence[str]) -> list[pa.Tabl
             continue
         for index, table in enumerate(tables):
             if name in table.column_names:
-                place = table.column_names.index(name)
-                tables[index] = table.set_column(place, name, table[name].cast(pa.string()))
+                tables[index] = with_column(table, name, table[name].cast(pa.string()))
     return tables
 
 

@@ -16,6 +16,7 @@ from missrec_t4r.bundle.id_encoder import RawId
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.user_sessions import user_sessions
 from missrec_t4r.errors import DataError
+from missrec_t4r.io.arrow_files import is_list
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.progress import track
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, USER_ID
@@ -87,7 +88,7 @@ class SessionFiles:
             self._check_ids(exclude_column, id_type, "check --exclude-column")
         if rules_column is not None:
             self._check_rules(rules_column)
-        lists = {field.name for field in self.schema if _is_list(field.type)} - {items_column}
+        lists = {field.name for field in self.schema if is_list(field.type)} - {items_column}
         columns = {name: name if name in lists else name + LIST_SUFFIX for name in event_features}
         self.event_columns = {name: column for name, column in columns.items() if column in lists}
         self._columns = [*self.passthrough, items_column, *self.event_columns.values()]
@@ -107,7 +108,7 @@ class SessionFiles:
     @property
     def passthrough(self) -> list[str]:
         """Columns that are copied to the output: all that are no lists."""
-        return [field.name for field in self.schema if not _is_list(field.type)]
+        return [field.name for field in self.schema if not is_list(field.type)]
 
     def batches(self, size: int, description: str) -> Iterator[SessionBatch]:
         """Yield batches of at most ``size`` rows, with progress; one batch without rows where the files have none.
@@ -162,7 +163,7 @@ class SessionFiles:
             raise DataError(f"{self.files[0]} has {found} {column!r}", "text, a JSON object of rules per session")
 
     def _check_ids(self, column: str, id_type: str, cure: str) -> None:
-        names = [field.name for field in self.schema if _is_list(field.type)]
+        names = [field.name for field in self.schema if is_list(field.type)]
         if column not in names:
             found = f"list columns {', '.join(names)}" if names else "no list column"
             raise DataError(
@@ -190,10 +191,6 @@ def _read_schema(file: Path) -> pa.Schema:
         cure = "write or copy the file again" if whole else "group the events by user and write the lists as parquet"
         expected = "parquet with one row per session, the item ids in one list column"
         raise DataError(f"{file} cannot be read as parquet ({error})", expected, cure) from error
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _lists(table: pa.Table, column: str) -> list[list[RawId]]:

@@ -123,7 +123,7 @@ def _similar(result: Mapping[str, Any]) -> RenderableType:
 
 
 def _quality(result: Mapping[str, Any]) -> RenderableType:
-    gate = [{**line, "passed": "passed" if line.get("passed") else "violated"} for line in result.get("gate", ())]
+    gate = [{**line, **line["bounds"], "passed": "passed" if line["passed"] else "violated"} for line in result["gate"]]
     return Group(
         rows_table(gate, {name: name for name in ("measure", "value", "min", "max", "passed")}),
         facts(result, ("gate",)),

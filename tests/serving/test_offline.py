@@ -26,7 +26,7 @@ from missrec_t4r.runs.run_folder import LoadedRun
 from missrec_t4r.schema import FIRST_ITEM_ROW
 from missrec_t4r.serving.batch.export_vectors import vectors
 from missrec_t4r.serving.batch.score import score
-from missrec_t4r.serving.batch.similar import similar
+from missrec_t4r.serving.batch.similar import SimilarItems, similar
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.triton.local_server import LocalTriton
 from tests import processes
@@ -281,6 +281,9 @@ def test_similar_items_load_the_bundle_once(bundle: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(bundles, "build_missrec", lambda *parts: built.append(1) or build_missrec(*parts))
     similar(["ware-3-ü"], bundle=bundle, by=by)
     assert len(built) == 1
+    found = SimilarItems(bundle)
+    assert found.of(["ware-3-ü"], 4, by) == found.of(["ware-3-ü"], 4, by)
+    assert len(built) == 2
 
 
 def test_similar_content_is_the_mean_cosine_of_shared_modalities(bundle: Path) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from missrec_t4r import commands
-from missrec_t4r.cli.demo import find_inputs
+from missrec_t4r.cli.demo import find_inputs, leave_out_words_without_gain
 from missrec_t4r.errors import DataError
 from missrec_t4r.schema import CATALOGUE_FOLDER
 
@@ -41,7 +41,7 @@ def prepare(
     modality : dict, optional
         Name to file of the folder; by default the best-covering file of every name, as in ``missrec demo``.
     words : bool
-        Whether the words of titles and brands are one more modality, as in ``missrec demo``.
+        Whether the words of titles and brands are one more modality where that helps, as in ``missrec demo``.
 
     Returns
     -------
@@ -79,6 +79,7 @@ def prepare(
     )
     if features:
         commands.features(out, **features)
+        leave_out_words_without_gain(out)
     (out / _DONE).write_text(json.dumps(facts), encoding="utf-8")
     return out
 

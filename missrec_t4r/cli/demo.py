@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,14 @@ from missrec_t4r.bundle.id_encoder import RawId
 from missrec_t4r.cli.answer import rows_table
 from missrec_t4r.commands import function_of
 from missrec_t4r.config.recipe import AUTO
+from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError
+from missrec_t4r.etl.features.pipeline import WORDS
 from missrec_t4r.evaluation.full_ranking import KEPT_WITH_HISTORY_TERM
 from missrec_t4r.export.parity import compare_served, raw_event_features, raw_ids, sample_histories
+from missrec_t4r.ranking.tune_baselines import content_gain
 from missrec_t4r.runs.run_folder import LoadedRun, load_run
 from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID
 from missrec_t4r.serving.client.client import MISSRecClient, read_titles
@@ -117,6 +120,7 @@ def demo(
     if inputs.features:
         with _step("features", "texts and pictures to vectors", console, seconds):
             function_of("features")(folder, **inputs.features)
+            leave_out_words_without_gain(folder)
     chosen = recipe or AUTO
     with _step("train", f"recipe {chosen}", console, seconds):
         shorter = None if data or recipe else {"train.epochs": _SHOP_EPOCHS}
@@ -140,7 +144,7 @@ def find_inputs(folder: Path) -> Inputs:
     """Describe a folder of real data.
 
     Of a modality's files (``text_clip.npy``, ``text_minilm.npy``) the one that covers most items is taken. The words of
-    titles and brands become one more modality, since vectors of sentence encoders say little of them.
+    titles and brands become one more modality where that helps content-kNN, since sentence encoders blur them.
 
     Raises
     ------
@@ -164,6 +168,25 @@ def find_inputs(folder: Path) -> Inputs:
     words = [name for name in _WORD_COLUMNS if name in pq.read_schema(items).names]
     features = {"word_columns": words} if words else {}
     return Inputs(folder.resolve().name, interactions, items, modality, features, min_item_count=_RATING_FLOOR)
+
+
+def leave_out_words_without_gain(data: Path) -> None:
+    """Take the modality ``words`` out of a data folder, unless content-kNN is better with it on validation.
+
+    The words of products' titles help, those of films' do not; log lines say what was found.
+    """
+    catalogue = Catalogue.load(data / CATALOGUE_FOLDER)
+    if WORDS not in catalogue.modalities or len(catalogue.modalities) == 1:
+        return
+    valid = Sessions.load(data / "valid", ()).with_known_target()
+    without, together = content_gain(valid, catalogue, WORDS)
+    gain = f"content-kNN has NDCG@10 {together:.4f} on validation with the words, {without:.4f} without"
+    if together > without:
+        log.info(f"{gain}: they are kept")
+        return
+    log.info(f"{gain}: they are left out")
+    others = {name: modality for name, modality in catalogue.modalities.items() if name != WORDS}
+    replace(catalogue, modalities=others).save(data / CATALOGUE_FOLDER)
 
 
 @contextmanager

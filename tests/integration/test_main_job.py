@@ -4,9 +4,13 @@ import json
 from contextlib import redirect_stderr
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from missrec_t4r.cli.demo import demo, find_inputs
+from missrec_t4r import commands
+from missrec_t4r.cli.demo import demo, find_inputs, leave_out_words_without_gain
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import DataError
 from missrec_t4r.progress import reporting
@@ -81,6 +85,35 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(result: tuple[dict, Path,
         assert done.stderr.strip(), arguments
         assert not done.stdout, arguments
     assert [p.name for p in tmp_path.iterdir()] == ["few.parquet"]
+
+
+@pytest.mark.parametrize(("titles", "kept"), [("by theme", True), ("at random", False)])
+def test_words_are_kept_where_they_tell_what_is_bought_together(titles: str, kept: bool, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    theme = np.arange(60) % 6
+    told = theme if titles == "by theme" else random.permutation(theme)
+    items = pa.table(
+        {"item_id": [f"P{n}" for n in range(60)], "title": [f"brand{t} item{n}" for n, t in enumerate(told)]}
+    )
+    bought = [random.choice(np.flatnonzero(theme == user % 6), 6, replace=False) for user in range(80)]
+    events = pa.table(
+        {
+            "user_id": [f"u{user}" for user in range(80) for _ in range(6)],
+            "item_id": [f"P{item}" for items_of_user in bought for item in items_of_user],
+            "timestamp": [step for _ in range(80) for step in range(6)],
+        }
+    )
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    pq.write_table(items, raw / "items.parquet")
+    pq.write_table(events, raw / "interactions.parquet")
+    np.save(raw / "text_some.npy", (np.eye(6)[theme] + 0.4 * random.normal(size=(60, 6))).astype(np.float32))
+    inputs = find_inputs(raw)
+    assert inputs.features == {"word_columns": ["title"]}
+    commands.etl(inputs.interactions, inputs.items, tmp_path / "data", modality=inputs.modality)
+    commands.features(tmp_path / "data", **inputs.features)
+    leave_out_words_without_gain(tmp_path / "data")
+    assert list(Catalogue.load(tmp_path / "data" / "catalogue").modalities) == ["text"] + ["words"] * kept
 
 
 def test_a_folder_without_vectors_is_an_error(tmp_path: Path) -> None:

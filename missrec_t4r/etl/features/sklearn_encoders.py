@@ -32,12 +32,10 @@ State = Mapping[str, AnyArray]
 
 TEXT_WIDTH, IMAGE_WIDTH = 512, 128
 HASH_WIDTH = 2**18
+_COUNTS: dict[str, Any] = {"n_features": HASH_WIDTH, "norm": None, "alternate_sign": False}
 _COUNTERS = {
-    name: HashingVectorizer(n_features=HASH_WIDTH, norm=None, alternate_sign=False, **options)
-    for name, options in {
-        "words": {"token_pattern": r"(?u)\b\w+\b"},
-        "characters": {"analyzer": "char_wb", "ngram_range": (3, 5)},
-    }.items()
+    "words": HashingVectorizer(token_pattern=r"(?u)\b\w+\b", **_COUNTS),
+    "characters": HashingVectorizer(analyzer="char_wb", ngram_range=(3, 5), **_COUNTS),
 }
 _SEED = 0
 """Of the randomised decomposition."""

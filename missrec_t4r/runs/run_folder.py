@@ -118,7 +118,8 @@ def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
     """Read a run and build its model.
 
     The data folder may have gained events and items since the training (`missrec etl --update`): new items are scored
-    by their modalities, and the catalogue's event counts are those of the training.
+    by their modalities, and the catalogue's event counts are those of the training. It may have gained modalities, too,
+    which are left out; those of the training must be encoded as they were then.
 
     Parameters
     ----------
@@ -130,8 +131,8 @@ def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
     Raises
     ------
     CheckpointError
-        The run is unfinished, its items are not the first ones of the catalogue, or its weights do not fit; the message
-        lists every difference.
+        The run is unfinished, its items are not the first ones of the catalogue, a modality is missing or encoded in
+        another way, or the weights do not fit; the message lists every difference.
     """
     run = Path(run)
     if not (run / RUN_FILE).is_file():
@@ -142,7 +143,7 @@ def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
         raise CheckpointError(f"{run} was pre-trained on several domains", "a run of `missrec train`", cure)
     recipe = Recipe.from_stored(read_json(run / RECIPE_FILE))
     folder = Path(data) if data is not None else data_folder(run, info)
-    catalogue = Catalogue.load(folder / CATALOGUE_FOLDER)
+    catalogue = _as_encoded_in_training(Catalogue.load(folder / CATALOGUE_FOLDER), info.get("modalities"), run, folder)
     event_features = [EventColumn.from_dict(column) for column in info.get("side_features", [])]
     weights = load_tensors(run / WEIGHTS_FILE)
     catalogue, n_trained = _since_training(catalogue, run, folder, weights)
@@ -155,6 +156,42 @@ def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
         log.info(f"{folder} has {n_new:,} items more than {run} was trained on; they are scored by their modalities")
         load_extended(model, weights, catalogue, n_trained, str(run / WEIGHTS_FILE))
     return LoadedRun(model.eval(), catalogue, recipe, folder, n_trained)
+
+
+def _as_encoded_in_training(
+    catalogue: Catalogue, trained: Mapping[str, Mapping[str, Any]] | None, run: Path, folder: Path
+) -> Catalogue:
+    """Return the catalogue with the modalities of the training, in their order.
+
+    Vectors of another encoder have the same shape and give other scores without any sign of it, so fingerprints are
+    compared. Parameters: ``trained`` is `encoders_of` the catalogue of the training; None in runs of early versions.
+    """
+    if not trained:
+        return catalogue
+    if missing := [name for name in trained if name not in catalogue.modalities]:
+        raise CheckpointError(
+            f"{folder} has no vectors of {', '.join(missing)}, which {run} was trained on",
+            f"the modalities of the training: {', '.join(trained)}",
+            "add them with `missrec features` or `missrec etl --modality`, as before the training",
+        )
+    now = encoders_of(catalogue)
+    encoders = {name: (trained[name]["fingerprint"], now[name]["fingerprint"]) for name in trained}
+    if changed := [name for name, (then, today) in encoders.items() if then and today and then != today]:
+        told = "; ".join(f"{name}: {encoders[name][0]} then, {encoders[name][1]} now" for name in changed)
+        raise CheckpointError(
+            f"the {' and '.join(changed)} vectors of {folder} are of another encoder than in the training of {run}"
+            f" ({told})",
+            "the same encoder, options and fitted state",
+            "encode again with the options of that time (new items with `missrec features --like`), or train again",
+        )
+    for name, (then, today) in encoders.items():
+        if bool(then) != bool(today):
+            log.warning(
+                f"whether the {name} vectors are those {run} was trained on is unknown: {then} then, {today} now"
+            )
+    if more := [name for name in catalogue.modalities if name not in trained]:
+        log.info(f"{folder} also has vectors of {', '.join(more)}; {run} was trained without them")
+    return Catalogue(catalogue.items, {name: catalogue.modalities[name] for name in trained}, checked=True)
 
 
 def _since_training(

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from missrec_t4r.cli import app
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.batching import TrainingBatch
-from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.runs.run_folder import load_run, load_tensors
 from missrec_t4r.training.distributed import own_device
@@ -78,6 +79,34 @@ def test_a_run_works_on_a_data_folder_with_new_items_and_events(data: Path, tmp_
     shop.write_circle(tmp_path / "numbers", [*range(14)], vectors)
     with pytest.raises(CheckpointError, match=r"another order of items, than .*: 0 of 12 are there"):
         load_run(run, tmp_path / "numbers")
+
+
+def _encoded_anew(folder: Path, modalities: dict[str, Modality]) -> Path:
+    return shop.write_circle(folder, [f"P{number}" for number in range(12)], modalities)
+
+
+def test_a_run_takes_the_vectors_that_it_was_trained_on(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Vectors of another encoder, or of one that was fitted anew, have the same shape and give other scores."""
+    run, before = tmp_path / "run", dict(Catalogue.load(data / "catalogue").modalities)
+    before["text"] = replace(before["text"], encoder={"fingerprint": "sha256:ours"})
+    assert _train(_encoded_anew(tmp_path / "data", before), run)[0] == 0
+    more = {"audio": shop.random_modalities(12, {"audio": 3}, seed=1)["audio"], **before}
+    caplog.set_level("INFO")
+    loaded = load_run(run, _encoded_anew(tmp_path / "more", more))
+    assert list(loaded.catalogue.modalities) == ["text", "image"]
+    assert "also has vectors of audio" in caplog.text
+    with pytest.raises(CheckpointError, match="has no vectors of image, which .* was trained on"):
+        load_run(run, _encoded_anew(tmp_path / "less", {"text": before["text"]}))
+    other = replace(before["text"], encoder={"fingerprint": "sha256:other"})
+    with pytest.raises(
+        CheckpointError, match="the text vectors of .* of another encoder .*sha256:ours then, sha256:other now"
+    ):
+        load_run(run, _encoded_anew(tmp_path / "other", {**before, "text": other}))
+    unknown = replace(before["text"], encoder={})
+    load_run(run, _encoded_anew(tmp_path / "unknown", {**before, "text": unknown}))
+    assert "whether the text vectors are those" in caplog.text
 
 
 def test_a_time_limit_is_an_option(data: Path, tmp_path: Path) -> None:

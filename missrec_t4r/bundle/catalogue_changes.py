@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -68,6 +68,16 @@ class Changes(NamedTuple):
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise DataError(f"column {name!r} of type {column.type}", f"{dtype}, as in the catalogue") from error
 
+    def with_old_vectors(self, catalogue: Catalogue) -> dict[str, int]:
+        """Return by modality how many known items have another content for its encoder and bring no vector of it."""
+        counts = {}
+        for name, modality in catalogue.modalities.items():
+            read = [column for column in _columns_of(modality.encoder) if column in self.table.column_names]
+            content = Changes(self.table.select([ITEM_ID, *read]), self.rows, {})
+            is_old = self.rows < catalogue.n_rows
+            counts[name] = int((content.differing(catalogue) & is_old & ~self.has_vector(name)).sum())
+        return {name: count for name, count in counts.items() if count}
+
     def differing(self, catalogue: Catalogue) -> Bools:
         """Return which items are new, or have another value or vector than the catalogue, [item]."""
         is_old = self.rows < catalogue.n_rows
@@ -88,6 +98,11 @@ class Changes(NamedTuple):
         result = ~is_old
         result[is_old] = changed
         return result
+
+
+def _columns_of(encoder: Mapping[str, Any]) -> list[str]:
+    """Return the columns of the item table that an encoder has read."""
+    return [name for name in (*encoder.get("columns", ()), encoder.get("column")) if name]
 
 
 def read_items(items: str | Path | pa.Table, item_column: str = ITEM_ID) -> pa.Table:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from missrec_t4r.arrays import Floats, Ints
+from missrec_t4r.arrays import Bools, Floats, Ints
 from missrec_t4r.bundle.bundle import SEARCH_FROM, LoadedBundle, load_bundle, with_index, write_catalogue
 from missrec_t4r.bundle.catalogue_changes import Changes, read_items
 from missrec_t4r.bundle.manifest import MODEL_FILE, WEIGHTS_FILE, catalogue_version, verify_bundle, write_manifest
@@ -34,7 +34,7 @@ from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.terms.cold_start import cold_item_mask
 from missrec_t4r.runs.extend import nearest_interests
-from missrec_t4r.schema import FIRST_ITEM_ROW, SCHEMA_FILE, SESSION_TRANSFORM_FILE, TRAIN_COUNT
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, RETIRED, SCHEMA_FILE, SESSION_TRANSFORM_FILE, TRAIN_COUNT
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +110,9 @@ def _update(folder: Path, table: pa.Table, modalities: Mapping[str, Path | Float
         log.info(f"{folder} holds these {unchanged:,} items as they are: nothing to do")
     is_new = changes.rows >= old.catalogue.n_rows
     added = int(is_new.sum())
+    _warn(old.catalogue, changes, is_new & catalogue.retired[changes.rows])
     has_vector = np.any([modality.present[changes.rows] for modality in catalogue.modalities.values()], axis=0)
-    if without_vectors := int((is_new & ~has_vector).sum()):
+    if without_vectors := int((is_new & ~catalogue.retired[changes.rows] & ~has_vector).sum()):
         log.warning(
             f"{without_vectors} of {added} new items have no vector of {', '.join(catalogue.modalities)}: nothing says "
             "where to recommend them. Give vectors, or the texts and pictures that the data folder's encoders read"
@@ -130,6 +131,18 @@ def _update(folder: Path, table: pa.Table, modalities: Mapping[str, Path | Float
         "largest_difference": largest,
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _warn(before: Catalogue, changes: Changes, new_and_retired: Bools) -> None:
+    """Log what a mistyped id or column name, or a forgotten ``--data``, looks like."""
+    if new_and_retired.any():
+        ids = changes.table[ITEM_ID].filter(pa.array(new_and_retired)).to_pylist()
+        log.warning(f"{len(ids):,} retired items are not in the catalogue, such as {ids[0]!r}: are the ids right?")
+    known = {*before.items.column_names, RETIRED}
+    if more := [name for name in changes.table.column_names if name not in known]:
+        log.warning(f"new columns, without a value for all other items: {', '.join(more)}")
+    for name, count in changes.with_old_vectors(before).items():
+        log.warning(f"{count:,} items have another {name} and keep its vector: --data or --modality brings a new one")
 
 
 def rollback_catalogue(bundle: str | Path) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from missrec_t4r.arrays import Floats
 from missrec_t4r.bundle.bundle import load_bundle
 from missrec_t4r.bundle.catalogue_changes import read_items
 from missrec_t4r.bundle.item_table import load_items
-from missrec_t4r.bundle.manifest import catalogue_version
+from missrec_t4r.bundle.manifest import FEATURES_FILE, catalogue_version, verify_bundle
 from missrec_t4r.bundle.update_catalogue import rollback_catalogue, update_catalogue
 from missrec_t4r.config.checks import require_at_least
-from missrec_t4r.errors import ConfigError
+from missrec_t4r.errors import ConfigError, ModalityError
+from missrec_t4r.io.json_files import read_json
 from missrec_t4r.io.lock import locked
 from missrec_t4r.schema import ITEM_ID
 
@@ -60,6 +61,11 @@ def catalogue_update(
     -------
     dict
         What changed, and under ``deployed`` the result of `missrec deploy`.
+
+    Raises
+    ------
+    ModalityError
+        The data folder's encoders are not those of the bundle.
     """
     if (first := bundle or repository) is None:
         raise ConfigError("neither --bundle nor --repository", "one of them, or both")
@@ -71,12 +77,16 @@ def catalogue_update(
             if target is not None:  # until the end: another update starts from the result of this one
                 stack.enter_context(locked(Path(target)))
         changed = Path(first) if bundle else _served_bundle(Path(folder), Path(first))
+        verify_bundle(changed, only=())
         if data is not None:
             from missrec_t4r.etl.features.pipeline import encode_items
 
             ids, known = (items[ITEM_ID].cast(pa.string()) for items in (table, load_items(changed)))
             has_new = not pc.all(pc.is_in(ids, known.combine_chunks())).as_py()
-            for name, encoded in encode_items(Path(data), table, complete=has_new, given=vectors).items():
+            served = read_json(changed / FEATURES_FILE)["modalities"]
+            encoded_items = encode_items(Path(data), table, complete=has_new, given=vectors, wanted=served)
+            for name, encoded in encoded_items.items():
+                _require_same_encoder(name, served[name]["encoder"], encoded.encoder, Path(data))
                 vectors[name] = np.where(encoded.present[:, None], encoded.vectors, np.float32("nan"))
         result = update_catalogue(changed, table, modalities=vectors, dry_run=dry_run)
         if repository is not None:
@@ -84,6 +94,17 @@ def catalogue_update(
 
             result["deployed"] = deploy(repository, bundle=changed, dry_run=dry_run)
     return result if bundle else result | {"bundle": None}
+
+
+def _require_same_encoder(name: str, served: Mapping[str, Any], encoder: Mapping[str, Any], data: Path) -> None:
+    """Refuse vectors of another encoder than the served ones: they have the same shape, and mean something else."""
+    then, now = served.get("fingerprint"), encoder.get("fingerprint")
+    if then != now:
+        raise ModalityError(
+            f"the {name} encoder of {data} has the fingerprint {now}",
+            f"that of the bundle, {then}: its items were encoded otherwise",
+            "give the data folder of the bundle's run, or vectors of that encoder with --modality; or train and export",
+        )
 
 
 def catalogue_rollback(*, bundle: str | Path | None = None, repository: str | Path | None = None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from typer.testing import CliRunner
 
 from missrec_t4r.bundle import update_catalogue as updates
 from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle, write_bundle
+from missrec_t4r.bundle.catalogue_changes import Changes
 from missrec_t4r.bundle.manifest import catalogue_version, verify_bundle
 from missrec_t4r.bundle.update_catalogue import previous_of, rollback_catalogue, update_catalogue
 from missrec_t4r.cli import app
+from missrec_t4r.commands.bundles import _require_same_encoder
+from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
 from missrec_t4r.export.export import export
 from missrec_t4r.retrieval.ranker import Ranker
@@ -337,6 +341,33 @@ def test_the_commands_update_and_roll_back(before: Path, tmp_path: Path) -> None
     assert done["added"] == 2
     run = CliRunner().invoke(app, ["catalogue", "rollback", "--bundle", str(before)])
     assert json.loads(run.stdout.splitlines()[-1])["catalogue_version"] == done["previous"]
+
+
+def test_what_looks_like_a_mistake_is_told(before: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A mistyped id among the retired ones, a mistyped column."""
+    retired = pa.table({"item_id": [RETIRED, "ware-99-ü"], "retired": [True, True], "prize": [1.0, None]})
+    told = update_catalogue(before, retired)
+    assert (told["added"], told["without_vectors"]) == (1, 0)
+    assert "1 retired items are not in the catalogue, such as 'ware-99-ü'" in caplog.text
+    assert "new columns, without a value for all other items: prize" in caplog.text
+    assert "have no vector" not in caplog.text
+
+
+def test_new_texts_without_vectors_are_told() -> None:
+    catalogue = shop.catalogue()
+    text = replace(catalogue.modalities["text"], encoder={"columns": ["title", "subtitle"]})
+    read = Catalogue(catalogue.items, {**catalogue.modalities, "text": text})
+    title = read.items["title"].to_pylist()[read.rows_of([RETIRED])[0] - 3]
+    table = pa.table({"item_id": [CHANGED, RETIRED, "neu"], "title": ["Neues", title, "Neu"], "price": [1.0, 2, 3]})
+    assert Changes.of(table, {}, read).with_old_vectors(read) == {"text": 1}
+    assert Changes.of(table, {"text": vectors()["text"][:3]}, read).with_old_vectors(read) == {}
+
+
+def test_another_encoder_than_the_served_one_is_refused() -> None:
+    ours = {"fingerprint": "sha256:ours"}
+    _require_same_encoder("text", ours, ours, Path("data"))
+    with pytest.raises(ModalityError, match="text encoder of data has .* sha256:other; expected: that of the bundle"):
+        _require_same_encoder("text", ours, {"fingerprint": "sha256:other"}, Path("data"))
 
 
 def test_two_updates_at_once_are_both_in_the_bundle(

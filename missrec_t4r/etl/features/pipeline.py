@@ -176,6 +176,7 @@ def encode_items(
     *,
     complete: bool = True,
     given: Collection[str] = (),
+    wanted: Collection[str] | None = None,
 ) -> dict[str, Encoded]:
     """Encode new items with the encoders and fitted states stored in a catalogue: equal contents get equal vectors.
 
@@ -189,6 +190,8 @@ def encode_items(
         False leaves out the encoders of whose input columns the table has none.
     given : collection of str
         Modalities that are left out, because their vectors are there already.
+    wanted : collection of str, optional
+        Modalities to encode, all by default.
 
     Returns
     -------
@@ -208,7 +211,8 @@ def encode_items(
         recorded = modality.encoder
         kind = _KIND_OF[recorded["name"]]
         columns = recorded["columns"] if kind == "text" else [recorded.get("column") or ITEM_ID]
-        if name in given or (not complete and not set(columns) & set(items.column_names)):
+        is_asked = name not in given and (wanted is None or name in wanted)
+        if not is_asked or (not complete and not set(columns) & set(items.column_names)):
             continue
         if kind == "text":
             contents: list[Any] = item_texts(items, columns)

@@ -67,6 +67,37 @@ def test_a_string_is_no_session(sessions: list[list[str]]) -> None:
         client.recommend(sessions)
 
 
+@pytest.mark.parametrize(
+    ("id_type", "allow"), [("string", []), ("string", [""]), ("int64", [None]), ("int64", [[]]), ("int64", [[None]])]
+)
+def test_an_allow_list_without_an_id_is_refused(id_type: str, allow: Any) -> None:
+    """On the wire it would allow everything: a list of what a shop has in stock may come back empty."""
+    model = Description(id_type, 2, frozenset({"item_ids"}))
+    with pytest.raises(DataError, match="holds no item id: nothing could be recommended; expected: .* None"):
+        list(requests_of([[]], 3, model, RequestOptions(allow=allow)))
+
+
+def test_none_in_place_of_a_sessions_list_restricts_nothing() -> None:
+    model = Description("int64", 2, frozenset({"item_ids"}))
+    options = RequestOptions(allow=[None, [7]], exclude=[[5], None])
+    (request,) = requests_of([[1], [2]], 3, model, options)
+    missing = np.iinfo(np.int64).min
+    assert (request["allow"].tolist(), request["exclude"].tolist()) == ([[missing], [7]], [[5], [missing]])
+
+
+def test_event_features_outside_a_list_are_refused() -> None:
+    model = Description("int64", 2, frozenset({"item_ids"}))
+    with pytest.raises(DataError, match="event features in one mapping; expected: one mapping or None per session"):
+        list(requests_of([[1]], 3, model, RequestOptions(side={"price": [2.0]})))
+
+
+def test_a_host_that_is_not_found_is_no_missing_model() -> None:
+    with MISSRecClient("no-such-host.invalid:1", timeout=3) as client, pytest.raises(ServingError) as raised:
+        client.recommend([["a"]])
+    assert "not ready" not in str(raised.value)
+    assert "no-such-host.invalid:1" in str(raised.value)
+
+
 def test_a_call_that_is_split_sends_every_session_its_own_options() -> None:
     model = Description("int64", 2, frozenset({"item_ids"}))
     options = RequestOptions(

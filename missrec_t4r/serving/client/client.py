@@ -140,10 +140,10 @@ class MISSRecClient:
             Items per session.
         exclude_seen : bool
             Exclude the items of the session itself.
-        exclude : sequence of ids, or one such sequence per session, optional
+        exclude : sequence of ids, or one such sequence or None per session, optional
             Items that must not be recommended.
-        allow : sequence of ids, or one such sequence per session, optional
-            The only items that may be recommended.
+        allow : sequence of ids, or one such sequence or None per session, optional
+            The only items that may be recommended; None allows all, and a list without an id is refused.
         rules : mapping, or one mapping per session, optional
             Filters over the catalogue's columns, and diversity caps: how many recommended items may share a value,
             ``{"where": {"in_stock": True, "price": {"max": 20}}, "at_most": {"brand": 2}}``.
@@ -263,7 +263,8 @@ def recommend(
         recommendation |= {"because_of": reason.item_id, "modality": reason.modality}
     if answer.unknown_items or answer.fallback:
         note = "; these are the most popular items" if answer.fallback else ""
-        log.warning("%d of the ids are unknown%s", answer.unknown_items, note)
+        found = f"{answer.unknown_items} of the ids are unknown" if answer.unknown_items else "the session has no item"
+        log.warning("%s%s", found, note)
     return {
         "recommendations": recommendations,
         "unknown_items": answer.unknown_items,

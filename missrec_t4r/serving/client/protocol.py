@@ -18,6 +18,7 @@ from missrec_t4r.serving.event_features import SessionEventFeatures, write_event
 
 OUTPUTS = ("item_id", "score", "n_items", "n_unknown", "fallback", "n_passed", "catalogue_version")
 RULES_EXAMPLE = '{"where": {"in_stock": true, "price": {"max": 20}}, "at_most": {"brand": 2}}'
+SIDE_EXAMPLE = '{"event_type": ["view", "cart"]}'
 REASON_OUTPUTS = ("reason_item", "reason_modality")
 
 Session = Sequence[RawId]
@@ -60,9 +61,10 @@ class RequestOptions:
     exclude_seen: bool = False
     """Exclude the items of the session itself."""
     exclude: Session | Sequence[Session] | None = None
-    """Ids that must not be recommended: one list for all sessions, or a list per session."""
+    """Ids that must not be recommended: one list for all sessions, or a list or None per session."""
     allow: Session | Sequence[Session] | None = None
-    """The only ids that may be recommended, in the same form; an empty list allows everything."""
+    """The only ids that may be recommended, in the same form. None allows everything; a list without an id is refused,
+    since on the wire it would do so, too."""
     rules: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
     """Filters over the catalogue's columns and diversity caps: one mapping for all sessions, or one per session."""
     reasons: bool = False
@@ -147,6 +149,8 @@ def requests_of(
         if getattr(options, name) is not None
     }
     rules = None if options.rules is None else _rules(options.rules, len(sessions))
+    if isinstance(options.side, Mapping):
+        raise DataError("event features in one mapping", "one mapping or None per session", "put it into a list")
     side = None if options.side is None else [write_event_features(features) for features in options.side]
     if side is not None and len(side) != len(sessions):
         raise DataError(
@@ -231,12 +235,13 @@ def json_option(text: str | None, option: str) -> dict[str, Any] | None:
     """
     if text is None:
         return None
+    expected = "an object, such as " + (SIDE_EXAMPLE if option == "--side" else RULES_EXAMPLE)
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise DataError(f"{option} is no JSON ({error})", "an object, such as " + RULES_EXAMPLE) from error
+        raise DataError(f"{option} is no JSON ({error})", expected) from error
     if not isinstance(content, dict):
-        raise DataError(f"{option} {text!r}", "an object, such as " + RULES_EXAMPLE)
+        raise DataError(f"{option} {text!r}", expected)
     return content
 
 
@@ -248,14 +253,29 @@ def _encoded(what: str, session: Session, id_type: str) -> AnyArray:
 
 
 def _per_session(name: str, option: Any, n_sessions: int, id_type: str) -> list[AnyArray]:
-    """Return the encoded ids of an option by session: one list for all of them, or a list of each."""
+    """Return the encoded ids of an option by session: one list for all of them, or a list of each or None."""
     if isinstance(option, str) or any(not isinstance(entry, (str, int, list, tuple, type(None))) for entry in option):
         raise DataError(f"{name} is no list of item ids", "ids for all sessions, or a list of ids per session")
     if not any(isinstance(entry, (list, tuple)) for entry in option):
-        return [_encoded(name, option, id_type)] * n_sessions
+        return [_id_list(name, option, id_type)] * n_sessions
     if len(option) != n_sessions:
         raise DataError(f"{name} holds {len(option)} lists for {n_sessions} sessions", "one per session, or one of ids")
-    return [_encoded(f"{name} {index}", ids, id_type) for index, ids in enumerate(option)]
+    return [
+        _id_list(f"{name} {index}", ids, id_type) if ids is not None else encode_ids([], id_type)
+        for index, ids in enumerate(option)
+    ]
+
+
+def _id_list(what: str, ids: Session, id_type: str) -> AnyArray:
+    """Return the encoded ids of ``exclude`` or ``allow``; without any, ``allow`` would let the server allow all."""
+    encoded = _encoded(what, ids, id_type)
+    if what.startswith("allow") and not (encoded != encode_ids([None], id_type)[0]).any():
+        raise DataError(
+            f"{what} holds no item id: nothing could be recommended",
+            "at least one, or None where every item may be recommended",
+            "leave out sessions that may get nothing",
+        )
+    return encoded
 
 
 def _padded(lists: Sequence[AnyArray], id_type: str) -> AnyArray:

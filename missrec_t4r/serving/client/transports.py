@@ -157,16 +157,17 @@ def translate_errors(url: str, model: str, timeout: float) -> Iterator[None]:
 def _refusal(url: str, model: str, timeout: float, status: str, message: str) -> ServingError:
     if "DEADLINE_EXCEEDED" in status:
         return _too_slow(url, timeout)
-    if any(fragment in message for fragment in ("unknown model", "not found", *_NOT_READY)):
-        kind = UnavailableError if any(fragment in message for fragment in _NOT_READY) else ServingError
+    is_starting = any(fragment in message for fragment in _NOT_READY)
+    if "StatusCode.UNAVAILABLE" in status and not is_starting:
+        return _unreachable(url, message)
+    if is_starting or "unknown model" in message or "not found" in message:
+        kind = UnavailableError if is_starting else ServingError
         return kind(
             f"model {model!r} is not ready on {url} ({message})",
             "a server with a repository of `missrec export --triton`",
             "wait until it is ready, or check its log",
         )
-    if "StatusCode.UNAVAILABLE" in status:
-        return _unreachable(url, message)
-    return ServingError(f"the server at {url} refused the request: {message}")
+    return ServingError(f"the server at {url} refused the request: {message.rstrip('.')}")
 
 
 def _unreachable(url: str, reason: object) -> UnavailableError:

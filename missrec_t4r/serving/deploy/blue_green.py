@@ -228,8 +228,8 @@ def _activate(folder: Path, version: int, *, switch: bool) -> dict[str, Any]:
         if switch:
             _write_entry_model(folder, version)
         return {"live": False}
-    log.info(f"loading version {version}")
     was_loaded = ensemble_of(version) in control.ready()
+    log.info(f"checking version {version}, which is loaded" if was_loaded else f"loading version {version}")
     try:
         control.load(ensemble_of(version))
         result = smoke_test(control.grpc_url, ensemble_of(version), bundle_of(folder, version))

@@ -13,13 +13,15 @@ from typing import Any
 import pandas as pd
 
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
-from missrec_t4r.etl.quality.checks import YEAR_FIRST, refuse_milliseconds
+from missrec_t4r.etl.quality.checks import YEAR_FIRST, Findings, refuse_milliseconds
 from missrec_t4r.schema import SESSION_ID
 
 TIME_FEATURES = ("gap", "hour", "weekday", "recency")
 WEIGHT = "weight"
 CLOCK = {"hour": pd.Series(range(24)), "weekday": pd.Series(range(7))}
 """Vocabularies of the time features that are categories: code 3 is the hour from midnight, or Monday."""
+_MOST_TYPES = 20
+"""Event types that a finding lists."""
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -103,6 +105,20 @@ class EventSettings:
                 f"one of {list(texts)}",
                 "name the event type's column with --event-type-column",
             )
+
+    def note_types(self, findings: Findings, types: Iterable[Any]) -> None:
+        """Add a finding if event weights name types that no event has: ``types`` are those of the events.
+
+        The weights of a mistyped name would be 1, and its events would not be left out.
+        """
+        known = [str(kind) for kind in types]
+        absent = [name for name in self.weights if name not in known]
+        shown = ", ".join(known[:_MOST_TYPES]) + (", …" if len(known) > _MOST_TYPES else "")
+        findings.add(
+            "event_type_absent",
+            len(absent),
+            f"--event-weights names {', '.join(absent)}: no event is of such a type; there are {shown}",
+        )
 
 
 def weighted_events(events: Any, settings: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ before the target have no row. T1 and T2 are given, or the times of the events a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import pyarrow as pa
 
 from missrec_t4r.arrays import AnyArray, Ints
 from missrec_t4r.errors import ConfigError, DataError
+from missrec_t4r.etl.quality.checks import SECONDS
 from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.schema import ITEM_LIST, LIST_SUFFIX, TIMESTAMP
 
@@ -106,7 +108,9 @@ def time_split(offsets: Ints, times: AnyArray, valid_from: float, test_from: flo
     """
     if not valid_from < test_from:
         raise ConfigError(
-            f"valid starts at {valid_from} and test at {test_from}", "the first before the second", "move one of them"
+            f"--valid-from {_as_date(valid_from)} and --test-from {_as_date(test_from)}",
+            "the first before the second",
+            "move one of them",
         )
     # [session] each: events before T1, before T2, and all
     before_valid, before_test, size = (
@@ -139,6 +143,12 @@ def default_boundaries(times: AnyArray, xp: Any = np) -> tuple[float, float]:
     return first, second
 
 
+def _as_date(time: float) -> str:
+    """Return a time with its date if it is one in unix seconds."""
+    date = f" ({datetime.fromtimestamp(time, timezone.utc):%Y-%m-%d})" if SECONDS[0] < time < SECONDS[1] else ""
+    return f"{time:.0f}{date}"
+
+
 def check_rows(rows: Mapping[str, int], otherwise: str = "another --split") -> None:
     """Refuse splits without a training, validation or test row; ``otherwise`` is the cure beside longer sessions.
 
@@ -149,7 +159,8 @@ def check_rows(rows: Mapping[str, int], otherwise: str = "another --split") -> N
     """
     for name, count in rows.items():
         if not count:
-            cure = "move the boundary later" if name == "train" else f"longer sessions are needed, or {otherwise}"
+            longer = f"longer sessions are needed (a longer --session-gap, if set), or {otherwise}"
+            cure = "move the boundary later" if name == "train" else longer
             raise DataError(f"the {name} split has no session", "at least one", cure)
 
 

@@ -53,6 +53,28 @@ def test_settings(tmp_path: Path, options: dict[str, Any], kind: type[MISSRecErr
     _refused(tmp_path, kind, words, **options)
 
 
+def test_dates_of_a_time_split_are_shown_as_dates(tmp_path: Path) -> None:
+    options = {"split": "time", "valid_from": "2024-12-01", "test_from": "2024-06-01"}
+    _refused(tmp_path, ConfigError, r"--valid-from \d+ \(2024-12-01\) and --test-from \d+ \(2024-06-01\)", **options)
+
+
+@pytest.mark.parametrize("engine", ["memory", "disk"])
+def test_event_weights_of_types_that_no_event_has_are_told(tmp_path: Path, engine: str) -> None:
+    """A mistyped type keeps its weight of 1: returns that should be left out would stay."""
+    found = etl(*write(tmp_path / "raw"), tmp_path / "data", event_weights="view=1,veiw=0,buy=2", engine=engine)
+    (finding,) = (one for one in found["findings"] if one["check"] == "event_type_absent")
+    assert finding["count"] == len({"veiw", "buy"} - {*EVENTS.event_type})
+    assert "names veiw" in finding["message"]
+    assert "there are view" in finding["message"]
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    events, items = write(tmp_path / "raw")
+    found = etl([events, tmp_path / "raw" / "*events*", events], items, tmp_path / "data")
+    assert found["events"] == len(EVENTS)
+    assert "2 of the interactions files are named twice" in caplog.text
+
+
 @pytest.mark.parametrize("options", [{}, {"engine": "disk"}, {"dry_run": True}])
 def test_a_missing_column_is_named_with_its_option_in_every_run(tmp_path: Path, options: dict[str, Any]) -> None:
     events = EVENTS.rename(columns={"user_id": "user no"})

@@ -105,6 +105,15 @@ def test_the_gate_of_an_update_is_about_the_new_events(tmp_path: Path, delta: bo
     assert (measures["share.null_item_id"], measures["share.duplicate_events"]) == (0.25, 0.25)
 
 
+def test_a_share_is_that_of_the_worst_column(tmp_path: Path) -> None:
+    """A later column with fewer nulls does not hide an earlier one."""
+    events = EVENTS.assign(first=[1.0, *[None] * 8], second=[None, *[1.0] * 8])
+    etl(*write(tmp_path / "raw", events), tmp_path / "data")
+    assert report(tmp_path / "data", tmp_path / "out")["measures"]["share.null_feature"] == pytest.approx(
+        8 / 9, abs=1e-5
+    )
+
+
 def test_positions_are_no_clock(tmp_path: Path) -> None:
     etl(*write(tmp_path / "raw"), tmp_path / "data")
     said = report(tmp_path / "data", tmp_path / "out")
@@ -195,6 +204,7 @@ def test_a_broken_gate_ends_with_code_3_and_is_no_basis_of_comparison(shop: Path
     ("content", "words"),
     [
         ("event: {min: 1}", r"bounds 'event', which is not measured .* one of \['events'\]"),
+        ("share.nul_item_id: {max: 0}", r"bounds 'share.nul_item_id', .* one of \['share.null_item_id'\]"),
         ("events: 5", "sets 5 for events"),
         ("events: {least: 5}", "sets {'least': 5} for events"),
         ("- events", "for the file"),

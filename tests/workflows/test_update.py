@@ -121,6 +121,31 @@ def test_the_same_file_twice_changes_nothing(data: Path, tmp_path: Path) -> None
     assert update(_day(tmp_path / "more", 3), data, workers=1)["version"] == 3
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_the_files_of_the_first_run_are_not_added_again(
+    suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a job that names its whole folder every time: only what is new there is added."""
+    events, items = write(tmp_path / "raw", shop(1, 60))
+    folder = tmp_path / "events"
+    folder.mkdir()
+    first, day = folder / f"a.{suffix}", _day(tmp_path / "day")
+    frame = pd.read_parquet(events)
+    frame.to_parquet(first) if suffix == "parquet" else frame.to_csv(first, index=False)
+    etl(folder, items, tmp_path / "data", engine="disk", workers=1)
+    caplog.set_level("INFO")
+    assert update(folder, tmp_path / "data", workers=1)["updated"] is False
+    assert "a." in caplog.text
+    assert "added before: skipped" in caplog.text
+    for delta, number in ((False, 2), (True, 3)):
+        other = pd.read_parquet(day).assign(user_id=f"user {number}")
+        other.to_parquet(folder / f"day-{number}.parquet")
+        told = update(folder, tmp_path / "data", delta=delta, workers=1)
+        assert (told["version"], told["added"]["events_added"]) == (number, 4)
+    compact(tmp_path / "data", workers=1)
+    assert update(folder, tmp_path / "data", workers=1)["updated"] is False
+
+
 def test_a_killed_update_leaves_the_old_version_and_continues(data: Path, tmp_path: Path) -> None:
     day = _day(tmp_path / "day", 4)
     code = """

@@ -89,7 +89,10 @@ def update(
     if (out / WORKFLOW_FOLDER).is_dir():
         require_nvtabular(f"an update of {out}, which holds NVTabular workflows", "run missrec etl on all events")
     paths = [interactions] if isinstance(interactions, str | Path) else list(interactions)
-    new = new_files(expand(paths, "interactions") if paths or items is None else [], versions)
+    files = expand(paths, "interactions") if paths or items is None else []
+    new = new_files(files, versions, out)
+    if old := [str(file) for file in files if file not in new]:
+        log.info(f"{out}: {', '.join(old[:3])}{', …' if len(old) > 3 else ''} added before: skipped")
     settings = dict(report["settings"])
     columns = settings["columns"]
     names = {columns[name]: name for name in (USER_ID, ITEM_ID, TIMESTAMP)}

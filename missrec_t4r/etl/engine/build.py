@@ -36,6 +36,7 @@ from missrec_t4r.etl.engine.job import Job, make_plan
 from missrec_t4r.etl.engine.reduce import reduce_chunks
 from missrec_t4r.etl.engine.shuffle import ITEMS_FILE, PLAN_FILE, Plan, partition_sizes, shuffle_chunk
 from missrec_t4r.etl.engine.user_state import USER_HASH, link_state, list_columns, state_path, state_schema
+from missrec_t4r.etl.engine.versions import write_inputs
 from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER
 from missrec_t4r.etl.event_arithmetic import sum_counts
 from missrec_t4r.etl.event_settings import weighted_events
@@ -70,6 +71,7 @@ def run_out_of_core(task: Task, out: Path, partitions: int | None, machines: tup
         files = workdir.as_parquet(task.files, copies, id_columns, task.findings)
         items, vectors = workdir.read_item_table(task, files)
         folder, counts = build(Job(replace(task, files=files), items, vectors, partitions), work, executor)
+        write_inputs(folder, task.files)
         report = task.write_report(counts, folder)
         finish(folder)
     shutil.rmtree(copies, ignore_errors=True)

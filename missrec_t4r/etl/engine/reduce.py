@@ -101,6 +101,8 @@ def reduce_chunks(
         common["categories"][name] = ordered
         for chunk_maps in maps:
             chunk_maps[name] = [code_of[position] for position in chunk_maps[name]]
+    types = common["categories"].get(job.run.settings["event_type_column"], ())
+    job.run.derive.note_types(job.run.findings, types)
     return common | session_settings(job.run.settings, common["categories"])
 
 

@@ -3,6 +3,7 @@
 A data folder of the out-of-core engine keeps it, so that an incremental update never reads old input again:
 
     state/state.json            types, category values, boundaries and partitions of the folder
+    state/inputs.json           SHA-256 digests of the event files of the first run (`versions.write_inputs`)
     state/00007.arrow           the users of partition 7, one row each: id, hash (ascending), one list column per column
     state/00007.json, .npy      counts of partition 7; occurrences of each item in its training rows
     state/deltas/00002.arrow    newer rows of the users of version 2 (`delta.py`); the newest row of a user counts

@@ -12,10 +12,12 @@ from missrec_t4r.etl.engine.user_state import STATE_FILE, STATE_FOLDER
 from missrec_t4r.etl.outputs import REPORT_FILE
 from missrec_t4r.io.atomic import link_or_copy, recover
 from missrec_t4r.io.hashing import file_digest
-from missrec_t4r.io.json_files import read_json
+from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.schema import SPLITS
 
 VERSIONS_FILE = "versions.json"
+_INPUTS_FILE = "inputs.json"
+"""In the folder of the user state: SHA-256 digests of the event files of the first run."""
 
 
 def load_version(out: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -75,9 +77,16 @@ def link_unchanged(old: Path, new: Path, rewritten: Collection[str]) -> None:
                 link_or_copy(Path(top, name), target / name)
 
 
-def new_files(events: Sequence[Path], versions: Mapping[str, Any]) -> dict[Path, str]:
-    """Return the files whose content no version has yet, each content once, and their SHA-256 digests."""
+def write_inputs(folder: Path, events: Sequence[Path]) -> None:
+    """Note the event files of a first run: an update skips them, as it skips those of the updates before it."""
+    write_json(folder / STATE_FOLDER / _INPUTS_FILE, {"files": sorted({file_digest(file) for file in events})})
+
+
+def new_files(events: Sequence[Path], versions: Mapping[str, Any], out: Path) -> dict[Path, str]:
+    """Return the files whose content no version of ``out`` has yet, each content once, and their SHA-256 digests."""
     added = {digest for change in versions["changes"] for digest in change.get("files", [])}
+    if (first := out / STATE_FOLDER / _INPUTS_FILE).is_file():  # folders of earlier releases have none
+        added |= set(read_json(first)["files"])
     new: dict[Path, str] = {}
     for file in events:
         digest = file_digest(file)

@@ -66,6 +66,7 @@ def write_folder(summary: Summary, events: Events, task: Task, folder: Path) -> 
     settings |= {"event_features": list(summary.features), "newest": summary.newest}
     task.derive.check(summary.features, summary.texts)
     task.derive.check_clock(summary.newest)
+    task.derive.note_types(task.findings, summary.categories.get(settings["event_type_column"], ()))
     if missing := [name for name in settings["categorical_columns"] if name not in summary.features]:
         raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {list(summary.features)}")
     log.info(f"{summary.events:,} events on {summary.items.num_rows:,} items; grouping them into sessions")

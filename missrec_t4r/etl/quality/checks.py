@@ -54,6 +54,20 @@ class Finding:
     """What was done about it, or what the user can do."""
 
 
+CHECKS = frozenset(
+    """
+    null_user_id null_item_id null_timestamp null_feature null_items time_negative time_out_of_range time_backwards
+    duplicate_events duplicate_items very_long_users orphan_events orphan_items no_item_matches ids_as_text not_utf8
+    number_as_text event_type_absent event_column_left_out column_name_taken row_index changed_items vectors_kept
+    list_column_left_out sessions_of_one_item empty_sessions unknown_events items_without_line new_items
+    """.split()
+)
+"""Names of the findings of a data folder, those that a quality gate may bound."""
+_CHECKS_OF_IMPORTS = frozenset(
+    "broken_lines wrong_type untitled_items incomplete_events repeated_events items_without_metadata".split()
+)
+
+
 class Findings:
     """Collects findings; those with a count of zero are not kept."""
 
@@ -62,6 +76,7 @@ class Findings:
 
     def add(self, check: str, count: int, message: str) -> None:
         """Add a finding if ``count`` is positive."""
+        assert check in CHECKS | _CHECKS_OF_IMPORTS, check
         if count:
             self.found.append(Finding(check, int(count), message))
 

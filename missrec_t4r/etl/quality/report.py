@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from missrec_t4r.errors import ConfigError, GateError
+from missrec_t4r.etl.quality.checks import CHECKS
 from missrec_t4r.etl.quality.html import page
 from missrec_t4r.etl.quality.statistics import ReportData, compute_statistics
 from missrec_t4r.io.atomic import atomic_write_file
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 REPORT_FILE, PREVIOUS_FILE = "report.json", "previous.json"
 _RELATIVE = ("events", "users", "items", "session_length_mean")
+_SHARES = frozenset(f"share.{check}" for check in CHECKS)
+"""Measures that are 0 where there is no such finding."""
 _DRIFT = ("drift.popularity", "drift.session_lengths", "drift.new_popular", *(f"drift.{name}" for name in _RELATIVE))
 
 
@@ -162,9 +165,9 @@ def apply_gate(statistics: Mapping[str, Any], bounds: Mapping[str, Mapping[str, 
     """
     checks = []
     for name, bound in bounds.items():
-        value = statistics.get(name, 0.0 if name.startswith("share.") else None)
+        value = statistics.get(name, 0.0 if name in _SHARES else None)
         if value is None and name not in _DRIFT:
-            near = difflib.get_close_matches(name, statistics, 1)
+            near = difflib.get_close_matches(name, {*statistics, *_SHARES, *_DRIFT}, 1)
             raise ConfigError(
                 f"the gate bounds {name!r}, which is not measured on these data",
                 f"one of {near or sorted(statistics)}",

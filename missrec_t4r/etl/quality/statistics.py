@@ -53,7 +53,9 @@ class ReportData:
             raise DataError(f"{data} holds no etl.json", "a data folder", "write one with `missrec etl`")
         written = read_json(report)
         splits = [data / split for split in SPLITS if any((data / split).glob("*.parquet"))]
-        findings = {finding["check"]: int(finding["count"]) for finding in written.get("findings", [])}
+        findings: dict[str, int] = {}
+        for finding in written.get("findings", []):  # of several columns with one check the largest count
+            findings[finding["check"]] = max(findings.get(finding["check"], 0), int(finding["count"]))
         sessions = longest_rows([keyed_sessions(split, [TIMESTAMP]) for split in splits])
         events, users = int(written.get("events", len(sessions.values))), int(written.get("users", len(sessions)))
         raw_events = int(written.get("events_read", 0)) or events

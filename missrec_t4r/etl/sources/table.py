@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import logging
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.etl.sources.json_lines import JSON_LINES, read_all
 from missrec_t4r.io.arrow_files import with_column
+
+log = logging.getLogger(__name__)
 
 Paths = Path | str | Sequence[Path | str]
 
@@ -87,7 +90,7 @@ def read_table(
 
 
 def expand(paths: Paths, what: str) -> list[Path]:
-    """Return the files behind paths, patterns and folders."""
+    """Return the files behind paths, patterns and folders, each once: a file named twice has no event twice."""
     sources = [paths] if isinstance(paths, str | Path) else list(paths)
     files: list[Path] = []
     for path in map(Path, sources):
@@ -104,7 +107,10 @@ def expand(paths: Paths, what: str) -> list[Path]:
         files += matches
     if not files:
         raise DataError(f"no {what} file was named", "at least one path")
-    return files
+    once = list({file.resolve(): file for file in reversed(files)}.values())[::-1]
+    if repeated := len(files) - len(once):
+        log.warning(f"{repeated} of the {what} files are named twice; each is read once")
+    return once
 
 
 def parquet_rows(files: Sequence[Path]) -> int:

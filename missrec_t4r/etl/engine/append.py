@@ -91,8 +91,8 @@ def update(
     paths = [interactions] if isinstance(interactions, str | Path) else list(interactions)
     files = expand(paths, "interactions") if paths or items is None else []
     new = new_files(files, versions, out)
-    if old := [str(file) for file in files if file not in new]:
-        log.info(f"{out}: {', '.join(old[:3])}{', …' if len(old) > 3 else ''} added before: skipped")
+    if known := [str(file) for file in files if file not in new]:
+        log.info(f"{out}: {', '.join(known[:3])}{', …' if len(known) > 3 else ''} added before: skipped")
     settings = dict(report["settings"])
     columns = settings["columns"]
     names = {columns[name]: name for name in (USER_ID, ITEM_ID, TIMESTAMP)}

@@ -313,7 +313,7 @@ def _require(table: pa.Table, columns: Sequence[str], name: str) -> pa.Table:
         raise SchemaError(
             f"{name} without {', '.join(missing)}",
             f"columns of the table: {', '.join(table.column_names)}",
-            "name yours: Shop.from_frames(..., user=, item=, time=, text=, image=); "
+            "name yours: Shop.from_frames(..., user=, item=, time=, text=, words=, image=); "
             "an index becomes a column with reset_index()",
         )
     return table

@@ -316,6 +316,8 @@ def test_frames_that_cannot_be_right_are_refused_in_words(tables: Any) -> None:
         mr.Shop.from_frames(events, **NAMES, vectors={"text": np.ones((N_ITEMS, 2))})
     with pytest.raises(ConfigError, match="vectors of 'text', and texts to encode"):
         mr.Shop.from_frames(events, items, **NAMES, text="title", vectors={"text": np.ones((N_ITEMS, 2))})
+    with pytest.raises(SchemaError, match=r"items without marke; .*words="):
+        mr.Shop.from_frames(events, items, **NAMES, words="marke")
     with pytest.raises(SchemaError, match=r"events without kunde.*reset_index"):
         mr.Shop.from_frames(events.set_index("kunde"), items, **NAMES)
     vectors = torch.eye(N_ITEMS, 2, dtype=torch.bfloat16, requires_grad=True)
@@ -455,7 +457,7 @@ def test_items_change_without_their_texts(shop: mr.Shop, model: mr.Recommender, 
     found = copy.recommend(sessions=[["P04"]], k=N_ITEMS, where={"in_stock": True})
     assert "P08" in set(found["item"])
     assert not {"P03", "P05"} & set(found["item"])
-    with pytest.raises(SchemaError, match="a column 'title'"):
+    with pytest.raises(SchemaError, match="items without title; .* 'text' is encoded from: title. .*give its vectors"):
         copy.add_items(pd.DataFrame({"artikel": ["N1"], "in_stock": [True]}))
     with pytest.raises(SchemaError, match="a column 'artikel' of item ids"):
         copy.add_items(pd.DataFrame({"title": ["lamp"]}))

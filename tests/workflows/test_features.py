@@ -12,7 +12,8 @@ from PIL import Image
 from sklearn.feature_extraction.text import HashingVectorizer
 
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.errors import ConfigError
+from missrec_t4r.errors import ConfigError, SchemaError
+from missrec_t4r.etl.features import sklearn_encoders
 from missrec_t4r.etl.features.pipeline import encode_items, features, item_texts
 from missrec_t4r.etl.features.sklearn_encoders import encode_images, encode_texts
 from missrec_t4r.etl.pipeline import etl
@@ -128,12 +129,31 @@ def test_words_never_seen_before_make_new_items_alike() -> None:
     assert new[0] @ new[1] > 0.7 > 0.3 > new[0] @ new[2]
 
 
+def test_a_text_without_a_word_alone_lacks_the_modality(shop: Path) -> None:
+    features(shop / "data", word_columns=["title", "brand"])
+    new = encode_items(shop / "data", pa.table({"item_id": ["new"], "title": ["-"], "brand": ["?!"]}))["words"]
+    assert not new.present.any()
+    assert not new.vectors.any()
+    with pytest.raises(
+        SchemaError, match="items without brand; .* 'words' is encoded from: title, brand. .*--modality"
+    ):
+        encode_items(shop / "data", pa.table({"item_id": ["new"], "title": ["lamp"]}))
+
+
+def test_many_texts_are_encoded_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [None, "red desk lamp", "!?", "red oak desk", "blue vase"]
+    at_once = encode_texts(texts)
+    monkeypatch.setattr(sklearn_encoders, "_CHUNK", 2)
+    np.testing.assert_array_equal(encode_texts(texts).vectors, at_once.vectors)
+
+
 def test_texts_are_encoded_as_by_an_earlier_version_with_its_state() -> None:
     used = np.array([sum(HashingVectorizer(n_features=2**15).transform(["lamp"]).indices)])
     state = {"columns": used.astype(np.int32), "idf": np.ones(1, np.float32), "components": np.ones((3, 1), np.float32)}
     encoded = encode_texts(["lamp", "desk", None], state=state)
     np.testing.assert_allclose(encoded.vectors, [[3**-0.5] * 3, [0] * 3, [0] * 3], rtol=1e-6)
     assert encoded.present.tolist() == [True, True, False]
+    assert not encode_texts(["-"], state=state).present.any()
 
 
 def test_pictures_of_one_style_are_close(tmp_path: Path) -> None:

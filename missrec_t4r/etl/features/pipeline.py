@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.union import WORD_DROP
-from missrec_t4r.errors import ConfigError, DataError, ModalityError
+from missrec_t4r.errors import ConfigError, DataError, ModalityError, SchemaError
 from missrec_t4r.etl.features.cache import content_key
 from missrec_t4r.etl.features.cooccurrence import COOCCURRENCE, cooccurrence_vectors
 from missrec_t4r.etl.features.encode import CLASSICAL, EncoderSettings, encode_contents, to_encode
@@ -214,6 +214,12 @@ def encode_items(
         is_asked = name not in given and (wanted is None or name in wanted)
         if not is_asked or (not complete and not set(columns) & set(items.column_names)):
             continue
+        if missing := [column for column in columns if column not in items.column_names]:
+            raise SchemaError(
+                f"items without {', '.join(missing)}",
+                f"what the catalogue's modality {name!r} is encoded from: {', '.join(columns)}",
+                "add the columns, empty where an item has none, or give its vectors with --modality",
+            )
         if kind == "text":
             contents: list[Any] = item_texts(items, columns)
         else:

@@ -37,6 +37,8 @@ _COUNTERS = {
     "words": HashingVectorizer(token_pattern=r"(?u)\b\w+\b", **_COUNTS),
     "characters": HashingVectorizer(analyzer="char_wb", ngram_range=(3, 5), **_COUNTS),
 }
+_CHUNK = 1 << 14
+"""Texts whose vectors are computed at a time: numbers of 64 bits for all of a large catalogue would fill the memory."""
 _SEED = 0
 """Of the randomised decomposition."""
 SIDE, CELLS, ORIENTATIONS, THUMBNAIL, COLOURS = 64, 4, 8, 8, 4
@@ -111,10 +113,11 @@ def encode_texts(texts: Sequence[str | None], *, width: int = TEXT_WIDTH, state:
         "width": width,
         "library": f"scikit-learn {sklearn.__version__}",
     }
-    vectors = np.zeros((int(present.sum()), width))
-    for name, counts in hashed.items():
-        vectors += _folded(_weighted(counts[present], state, name), width)
-    return Encoded(_spread(vectors, present), present, encoder, state=state)
+    vectors, rows = np.zeros((len(texts), width), np.float32), np.flatnonzero(present)
+    for chunk in (rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)):
+        folded = [_folded(_weighted(counts[chunk], state, name), width) for name, counts in hashed.items()]
+        vectors[chunk] = normalize(np.sum(folded, 0))
+    return Encoded(vectors, present, encoder, state=state)
 
 
 def _fit_texts(hashed: Mapping[str, Any], width: int) -> State:
@@ -155,7 +158,8 @@ def _by_components(texts: Sequence[str | None], state: State) -> Encoded:
     present = np.asarray(hashed[:, :width].sum(1)).ravel() > 0  # at least one word
     weighted = hashed[present][:, state["columns"]].astype(np.float64)  # sparse [item, fitted column]
     weighted.data = (1 + np.log(weighted.data)) * state["idf"][weighted.indices]
-    vectors = np.asarray(normalize(weighted) @ state["components"].T)
+    weighted = normalize(weighted) if present.any() else weighted
+    vectors = np.asarray(weighted @ state["components"].T)
     return Encoded(_spread(vectors, present), present, {"name": "classical-text"}, state=state)
 
 

@@ -279,10 +279,11 @@ def test_similar_items_are_what_the_server_answers_to_the_item_alone(
 def test_similar_items_load_the_bundle_once(bundle: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
     built = []
     monkeypatch.setattr(bundles, "build_missrec", lambda *parts: built.append(1) or build_missrec(*parts))
-    similar(["ware-3-ü"], bundle=bundle, by=by)
+    similar_to_array = similar(np.array(["ware-3-ü", "ware-9-ü"]), bundle=bundle, top_k=4, by=by)["similar"]
     assert len(built) == 1
     found = SimilarItems(bundle)
     assert found.of(["ware-3-ü"], 4, by) == found.of(["ware-3-ü"], 4, by)
+    assert similar_to_array == found.of(["ware-3-ü", "ware-9-ü"], 4, by)
     assert len(built) == 2
 
 

@@ -87,7 +87,7 @@ def similar(
     with bundle_or_run(bundle, run) as folder, torch_threads(threads):
         found = SimilarItems(folder)
         if out is None:
-            return {"by": by, "similar": found.of(items or (), top_k, by)}
+            return {"by": by, "similar": found.of(() if items is None else items, top_k, by)}
         catalogue = found.loaded.catalogue
         rows = np.arange(FIRST_ITEM_ROW, catalogue.n_rows) if items is None else _rows_of(items, catalogue)
         n_rows = write_tables(out, found.tables(rows, top_k, by))

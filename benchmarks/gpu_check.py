@@ -404,7 +404,7 @@ def _run(part: str, found: Path, limit: float, options: argparse.Namespace, save
                     known = size
                     save()
             if process.poll() is None:
-                return [f"{part}: stopped at its limit of {limit:.3g} s"]
+                return [f"{part}: stopped at its limit of {round(limit, 2):g} s"]
         finally:
             process.kill()
             process.wait()

@@ -57,7 +57,7 @@ def bench(
         seed, one value); ``valid_ndcg@10``; ``checklist`` of the first seed, with the seeds of all; ``runs``: every
         seed.
     """
-    name = name or data.resolve().name
+    name = name or data.resolve().name + ("" if words else "-without-words")  # else a finished run answered for both
     settings = {**TO_THE_END, **(settings or {})}
     folder = prepare(data, out / name / "data", interactions=interactions, modality=modality, words=words)
     done = []

@@ -28,7 +28,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError
-from missrec_t4r.etl.features.pipeline import WORDS
+from missrec_t4r.etl.features.pipeline import WORDS, item_texts
 from missrec_t4r.evaluation.full_ranking import KEPT_WITH_HISTORY_TERM
 from missrec_t4r.export.parity import compare_served, raw_event_features, raw_ids, sample_histories
 from missrec_t4r.ranking.tune_baselines import content_gain
@@ -166,7 +166,8 @@ def find_inputs(folder: Path) -> Inputs:
         raise DataError(f"{folder} has no modality vectors", "files such as text_minilm.npy, rows as in items.parquet")
     modality = {name: file for name, (_, file) in sorted(covered.items(), reverse=True)}
     words = [name for name in _WORD_COLUMNS if name in pq.read_schema(items).names]
-    features = {"word_columns": words} if words else {}
+    texts = item_texts(pq.read_table(items, columns=words), words)
+    features = {"word_columns": words} if sum(text is not None for text in texts) > 1 else {}
     return Inputs(folder.resolve().name, interactions, items, modality, features, min_item_count=_RATING_FLOOR)
 
 

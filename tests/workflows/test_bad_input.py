@@ -13,6 +13,7 @@ from missrec_t4r.etl.features.pipeline import features
 from missrec_t4r.etl.nvt import data_folder
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.sources.synthetic.shop import generate_shop
+from missrec_t4r.etl.sources.table import expand
 from tests.workflows.tables import EVENTS, ITEMS, save_vectors, write
 
 
@@ -73,6 +74,14 @@ def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path, caplog: pytest.
     found = etl([events, tmp_path / "raw" / "*events*", events], items, tmp_path / "data")
     assert found["events"] == len(EVENTS)
     assert "2 of the interactions files are named twice" in caplog.text
+
+
+def test_a_file_that_is_named_twice_keeps_its_first_place(tmp_path: Path) -> None:
+    """Of an item in two files the first row counts."""
+    first, second = tmp_path / "a.csv", tmp_path / "b.csv"
+    first.touch()
+    second.touch()
+    assert expand([first, second, first], "items") == [first, second]
 
 
 @pytest.mark.parametrize("options", [{}, {"engine": "disk"}, {"dry_run": True}])

@@ -107,10 +107,12 @@ def expand(paths: Paths, what: str) -> list[Path]:
         files += matches
     if not files:
         raise DataError(f"no {what} file was named", "at least one path")
-    once = list({file.resolve(): file for file in reversed(files)}.values())[::-1]
+    once: dict[Path, Path] = {}
+    for file in files:
+        once.setdefault(file.resolve(), file)
     if repeated := len(files) - len(once):
         log.warning(f"{repeated} of the {what} files are named twice; each is read once")
-    return once
+    return list(once.values())
 
 
 def parquet_rows(files: Sequence[Path]) -> int:

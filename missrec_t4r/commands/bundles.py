@@ -84,8 +84,8 @@ def catalogue_update(
             ids, known = (items[ITEM_ID].cast(pa.string()) for items in (table, load_items(changed)))
             has_new = not pc.all(pc.is_in(ids, known.combine_chunks())).as_py()
             served = read_json(changed / FEATURES_FILE)["modalities"]
-            encoded_items = encode_items(Path(data), table, complete=has_new, given=vectors, wanted=served)
-            for name, encoded in encoded_items.items():
+            wanted = served.keys() - vectors.keys()
+            for name, encoded in encode_items(Path(data), table, complete=has_new, wanted=wanted).items():
                 _require_same_encoder(name, served[name]["encoder"], encoded.encoder, Path(data))
                 vectors[name] = np.where(encoded.present[:, None], encoded.vectors, np.float32("nan"))
         result = update_catalogue(changed, table, modalities=vectors, dry_run=dry_run)

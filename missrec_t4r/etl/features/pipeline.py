@@ -175,7 +175,6 @@ def encode_items(
     items: pa.Table,
     *,
     complete: bool = True,
-    given: Collection[str] = (),
     wanted: Collection[str] | None = None,
 ) -> dict[str, Encoded]:
     """Encode new items with the encoders and fitted states stored in a catalogue: equal contents get equal vectors.
@@ -188,8 +187,6 @@ def encode_items(
         New items, with the input columns of the catalogue's encoders.
     complete : bool
         False leaves out the encoders of whose input columns the table has none.
-    given : collection of str
-        Modalities that are left out, because their vectors are there already.
     wanted : collection of str, optional
         Modalities to encode, all by default.
 
@@ -211,8 +208,8 @@ def encode_items(
         recorded = modality.encoder
         kind = _KIND_OF[recorded["name"]]
         columns = recorded["columns"] if kind == "text" else [recorded.get("column") or ITEM_ID]
-        is_asked = name not in given and (wanted is None or name in wanted)
-        if not is_asked or (not complete and not set(columns) & set(items.column_names)):
+        is_wanted = wanted is None or name in wanted
+        if not is_wanted or (not complete and not set(columns) & set(items.column_names)):
             continue
         if missing := [column for column in columns if column not in items.column_names]:
             raise SchemaError(

@@ -22,10 +22,9 @@ from missrec_t4r.serving.client.retry import Retries
 from missrec_t4r.serving.client.transports import (
     Arrays,
     ModelFacts,
+    TritonProtocol,
     channel_arguments,
     checked_address,
-    grpc_facts,
-    http_facts,
     input_tensors,
     output_arrays,
     translate_errors,
@@ -49,33 +48,30 @@ class AsyncTransport:
     def __init__(self, url: str, protocol: str, timeout: float) -> None:
         address = checked_address(url, protocol)
         self._timeout, self._connection_errors = timeout, tuple[type[Exception], ...]()
-        self._deadline: dict[str, float] = {}  # gRPC sends it, so that proxies and server give up as well
-        self._library: Any
+        self._protocol = TritonProtocol.named(protocol, timeout)
         self._client: Any
         if protocol == "grpc":
-            import tritonclient.grpc as grpc
             import tritonclient.grpc.aio as grpc_aio
 
-            self._library, self._facts, self._deadline = grpc, grpc_facts, {"client_timeout": timeout}
             self._client = grpc_aio.InferenceServerClient(address, channel_args=channel_arguments(address))
         else:
             import aiohttp  # a dependency of tritonclient[http]
-            import tritonclient.http as http
             import tritonclient.http.aio as http_aio
 
-            self._library, self._facts = http, http_facts
             self._client = http_aio.InferenceServerClient(address, conn_timeout=timeout)
             self._connection_errors = (aiohttp.ClientError,)
 
     async def describe(self, model: str) -> ModelFacts:
         """Return the data type of every input, and the largest batch of one request."""
-        metadata = await self._in_time(self._client.get_model_metadata(model, **self._deadline))
-        return self._facts(metadata, await self._in_time(self._client.get_model_config(model, **self._deadline)))
+        deadline = self._protocol.deadline
+        metadata = await self._in_time(self._client.get_model_metadata(model, **deadline))
+        return self._protocol.facts(metadata, await self._in_time(self._client.get_model_config(model, **deadline)))
 
     async def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, AnyArray]:
         """Send one inference request and return the named outputs."""
-        tensors = input_tensors(self._library, inputs)
-        return output_arrays(await self._in_time(self._client.infer(model, tensors, **self._deadline)), outputs)
+        tensors = input_tensors(self._protocol.library, inputs)
+        result = await self._in_time(self._client.infer(model, tensors, **self._protocol.deadline))
+        return output_arrays(result, outputs)
 
     async def close(self) -> None:
         """Close the connections."""

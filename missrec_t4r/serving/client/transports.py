@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
@@ -38,6 +38,28 @@ class Transport(Protocol):
         """Close the connection."""
 
 
+class TritonProtocol(NamedTuple):
+    """What a client needs of one of Triton's protocols, whether it blocks or not."""
+
+    library: Any
+    """Module of tritonclient with the protocol's tensors."""
+    facts: Callable[[Any, Any], ModelFacts]
+    """Reads a model's metadata and configuration."""
+    deadline: Mapping[str, float]
+    """Argument of every call: gRPC sends it, so that proxies and server give up too. An HTTP connection has its own."""
+
+    @classmethod
+    def named(cls, protocol: str, timeout: float) -> TritonProtocol:
+        """Return ``grpc`` or ``http``; the other one's library is not imported."""
+        if protocol == "grpc":
+            import tritonclient.grpc as grpc
+
+            return cls(grpc, grpc_facts, {"client_timeout": timeout})
+        import tritonclient.http as http
+
+        return cls(http, http_facts, {})
+
+
 class TritonTransport:
     """gRPC, which threads may share, or HTTP with binary tensors, one per thread; connects at the first request.
 
@@ -49,29 +71,24 @@ class TritonTransport:
 
     def __init__(self, url: str, protocol: str, timeout: float) -> None:
         address = checked_address(url, protocol)
-        self._deadline: dict[str, float] = {}  # of gRPC; an HTTP connection has its own
-        self._library: Any
-        self._client: Any
-        if protocol == "grpc":
-            import tritonclient.grpc as grpc
-
-            self._library, self._facts, self._deadline = grpc, grpc_facts, {"client_timeout": timeout}
-            self._client = grpc.InferenceServerClient(address, channel_args=channel_arguments(address))
-        else:
-            import tritonclient.http as http
-
-            self._library, self._facts = http, http_facts
-            self._client = http.InferenceServerClient(address, connection_timeout=timeout, network_timeout=timeout)
+        self._protocol = TritonProtocol.named(protocol, timeout)
+        client: Callable[..., Any] = self._protocol.library.InferenceServerClient
+        self._client = (
+            client(address, channel_args=channel_arguments(address))
+            if protocol == "grpc"
+            else client(address, connection_timeout=timeout, network_timeout=timeout)
+        )
 
     def describe(self, model: str) -> ModelFacts:
         """Return the data type of every input, and the largest batch of one request."""
-        metadata = self._client.get_model_metadata(model, **self._deadline)
-        return self._facts(metadata, self._client.get_model_config(model, **self._deadline))
+        deadline = self._protocol.deadline
+        metadata = self._client.get_model_metadata(model, **deadline)
+        return self._protocol.facts(metadata, self._client.get_model_config(model, **deadline))
 
     def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, AnyArray]:
         """Send one inference request and return the named outputs."""
-        tensors = input_tensors(self._library, inputs)
-        return output_arrays(self._client.infer(model, tensors, **self._deadline), outputs)
+        tensors = input_tensors(self._protocol.library, inputs)
+        return output_arrays(self._client.infer(model, tensors, **self._protocol.deadline), outputs)
 
     def close(self) -> None:
         """Close the connection."""

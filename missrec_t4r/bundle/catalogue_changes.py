@@ -72,7 +72,7 @@ class Changes(NamedTuple):
         """Return by modality how many known items have another content for its encoder and bring no vector of it."""
         counts = {}
         for name, modality in catalogue.modalities.items():
-            read = [column for column in _columns_of(modality.encoder) if column in self.table.column_names]
+            read = [column for column in columns_of(modality.encoder) if column in self.table.column_names]
             content = Changes(self.table.select([ITEM_ID, *read]), self.rows, {})
             is_old = self.rows < catalogue.n_rows
             counts[name] = int((content.differing(catalogue) & is_old & ~self.has_vector(name)).sum())
@@ -100,7 +100,7 @@ class Changes(NamedTuple):
         return result
 
 
-def _columns_of(encoder: Mapping[str, Any]) -> list[str]:
+def columns_of(encoder: Mapping[str, Any]) -> list[str]:
     """Return the columns of the item table that an encoder has read."""
     return [name for name in (*encoder.get("columns", ()), encoder.get("column")) if name]
 

@@ -23,7 +23,7 @@ import torch
 
 from missrec_t4r.arrays import Bools, Floats, Ints
 from missrec_t4r.bundle.bundle import SEARCH_FROM, LoadedBundle, load_bundle, with_index, write_catalogue
-from missrec_t4r.bundle.catalogue_changes import Changes, read_items
+from missrec_t4r.bundle.catalogue_changes import Changes, columns_of, read_items
 from missrec_t4r.bundle.manifest import MODEL_FILE, WEIGHTS_FILE, catalogue_version, verify_bundle, write_manifest
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import BundleError, ParityError
@@ -117,6 +117,7 @@ def _update(folder: Path, table: pa.Table, modalities: Mapping[str, Path | Float
             f"{without_vectors} of {added} new items have no vector of {', '.join(catalogue.modalities)}: nothing says "
             "where to recommend them. Give vectors, or the texts and pictures that the data folder's encoders read"
         )
+    _warn_of_modalities_left_out(old.catalogue, changes, is_new & ~catalogue.retired[changes.rows] & has_vector)
     return ({"dry_run": True} if dry_run else {}) | {
         "bundle": str(folder),
         "updated": after != before and not dry_run,
@@ -143,6 +144,20 @@ def _warn(before: Catalogue, changes: Changes, new_and_retired: Bools) -> None:
         log.warning(f"new columns, without a value for all other items: {', '.join(more)}")
     for name, count in changes.with_old_vectors(before).items():
         log.warning(f"{count:,} items have another {name} and keep its vector: --data or --modality brings a new one")
+
+
+def _warn_of_modalities_left_out(before: Catalogue, changes: Changes, new: Bools) -> None:
+    """Log which modalities nobody gave for ``new`` items, [item]; a row of NaN, or an empty text, says "has none"."""
+    for name, modality in before.modalities.items():
+        share = float(modality.present[FIRST_ITEM_ROW:].mean())
+        if name in changes.vectors or not new.any() or not share:
+            continue
+        read = ", ".join(columns_of(modality.encoder))
+        log.warning(
+            f"{int(new.sum()):,} new items get no vector of {name}, which {share:.0%} of the items have; expected: "
+            f"--modality {name}=FILE.npy, or --data with a folder whose catalogue holds the encoder of {name}"
+            + (f" (`missrec features`; it reads {read})" if read else "")
+        )
 
 
 def rollback_catalogue(bundle: str | Path) -> dict[str, Any]:

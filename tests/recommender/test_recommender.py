@@ -487,7 +487,7 @@ def test_items_of_a_shop_of_vectors_bring_theirs(
     assert "N1" in set(everything["item"])
 
 
-def test_words_stand_beside_vectors_of_ones_own(tables: Any, tmp_path: Path) -> None:
+def test_words_stand_beside_vectors_of_ones_own(tables: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     events, items = tables
     vectors = {"text": np.eye(N_ITEMS, 8, dtype=np.float32) + 0.1}
     shop = mr.Shop.from_frames(events, items, **NAMES, vectors=vectors, words="title", folder=tmp_path)
@@ -496,6 +496,12 @@ def test_words_stand_beside_vectors_of_ones_own(tables: Any, tmp_path: Path) -> 
     new = pd.DataFrame({"artikel": ["N1"], "title": [items["title"][5]]})
     assert model.add_items(new, vectors={"text": vectors["text"][5:6]})["without_vectors"] == 0
     assert "N1" in set(model.recommend(sessions=[["P05"]], k=N_ITEMS + 1, exclude_seen=False)["item"])
+    assert "no vector" not in capfd.readouterr().err
+    mr.Shop.from_frames(events, items, **NAMES, vectors=vectors, folder=tmp_path)  # made anew, without the words
+    model.add_items(new.assign(artikel="N2"), vectors={"text": vectors["text"][5:6]})
+    told = " ".join(capfd.readouterr().err.split())
+    assert "1 new items get no vector of words, which 100% of the items have" in told
+    assert "it reads title" in told
     with pytest.raises(ConfigError, match="vectors of 'words', and words to encode"):
         mr.Shop.from_frames(events, items, **NAMES, words="title", vectors={"words": np.ones((N_ITEMS, 2))})
 

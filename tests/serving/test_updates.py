@@ -21,6 +21,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from missrec_t4r import commands
 from missrec_t4r.bundle import update_catalogue as updates
 from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle, write_bundle
 from missrec_t4r.bundle.catalogue_changes import Changes
@@ -351,6 +352,26 @@ def test_what_looks_like_a_mistake_is_told(before: Path, caplog: pytest.LogCaptu
     assert "1 retired items are not in the catalogue, such as 'ware-99-ü'" in caplog.text
     assert "new columns, without a value for all other items: prize" in caplog.text
     assert "have no vector" not in caplog.text
+
+
+def test_a_modality_that_new_items_do_not_get_is_told(
+    run: Path, before: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where the items have another vector, and where --data is given: its catalogue has no encoder of pictures."""
+    new = pa.table({"item_id": ["neu-1", "neu-2", "neu-3"], "retired": [False, None, True]})
+    commands.catalogue_update(
+        new, bundle=before, data=run.parent / "data", modality={"text": vectors()["text"][:3]}, dry_run=True
+    )
+    assert (
+        "2 new items get no vector of image, which 67% of the items have; expected: --modality image=FILE.npy, or "
+        "--data with a folder whose catalogue holds the encoder of image" in caplog.text
+    )
+    assert "no vector of text" not in caplog.text
+    caplog.clear()
+    none = {"text": vectors()["text"][:3], "image": np.full((3, 6), NAN, np.float32)}
+    update_catalogue(before, new, modalities=none, dry_run=True)  # says that they have none
+    update_catalogue(before, pa.table({"item_id": [CHANGED], "price": [1.0]}))  # known ones keep theirs
+    assert "no vector" not in caplog.text
 
 
 def test_new_texts_without_vectors_are_told() -> None:

@@ -63,6 +63,19 @@ def test_the_words_are_a_modality_beside_given_vectors(shop: Path) -> None:
     np.testing.assert_allclose(new["words"].vectors[0], catalogue.modalities["words"].vectors[3], atol=1e-6)
 
 
+@pytest.mark.parametrize("columns", ["text_columns", "word_columns"])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_more_columns_than_words_are_hashed_to_are_refused(shop: Path, columns: str, dry_run: bool) -> None:
+    options = {columns: ["title"], "width": 262_145, "dry_run": dry_run}
+    with pytest.raises(
+        ConfigError, match=r"--width 262,145; expected: at most 262,144 for texts, .* leave it out: 512"
+    ):
+        features(shop / "data", **options)
+    assert not Catalogue.load(shop / "data" / "catalogue").modalities
+    images = features(shop / "data", images=shop, width=262_145)["modalities"]["image"]
+    assert images["width"] == 1  # of pictures it is an upper bound
+
+
 def test_pictures_are_found_by_item_id_without_a_column(shop: Path) -> None:
     report = features(shop / "data", images=shop)
     assert report["modalities"]["image"]["missing_items"] == ["sofa", "vase"]

@@ -23,7 +23,7 @@ from missrec_t4r.errors import ConfigError, DataError, ModalityError, SchemaErro
 from missrec_t4r.etl.features.cache import content_key
 from missrec_t4r.etl.features.cooccurrence import COOCCURRENCE, cooccurrence_vectors
 from missrec_t4r.etl.features.encode import CLASSICAL, EncoderSettings, encode_contents, to_encode
-from missrec_t4r.etl.features.sklearn_encoders import IMAGE_WIDTH, Encoded
+from missrec_t4r.etl.features.sklearn_encoders import HASH_WIDTH, IMAGE_WIDTH, TEXT_WIDTH, Encoded
 from missrec_t4r.etl.sources.table import require_column
 from missrec_t4r.io.atomic import translate_disk_errors
 from missrec_t4r.io.lock import locked
@@ -134,6 +134,13 @@ def features(
             "neither texts nor images were named",
             "--text-columns, --word-columns, --image-column or --images",
             "for a catalogue without content: --cooccurrence",
+        )
+    is_hashed = word_columns or (text_columns and text_encoder == CLASSICAL)
+    if is_hashed and (width or 0) > HASH_WIDTH:
+        raise ConfigError(
+            f"--width {width:,}",
+            f"at most {HASH_WIDTH:,} for texts, whose words are hashed to as many columns",
+            f"give less, or leave it out: {TEXT_WIDTH}",
         )
     with nullcontext() if dry_run else locked(data):
         folder = data / CATALOGUE_FOLDER

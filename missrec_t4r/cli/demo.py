@@ -27,7 +27,7 @@ from missrec_t4r.config.recipe import AUTO
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.errors import DataError
+from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.etl.features.pipeline import WORDS, item_texts
 from missrec_t4r.evaluation.full_ranking import KEPT_WITH_HISTORY_TERM
 from missrec_t4r.export.parity import compare_served, raw_event_features, raw_ids, sample_histories
@@ -124,7 +124,11 @@ def demo(
     chosen = recipe or AUTO
     with _step("train", f"recipe {chosen}", console, seconds):
         shorter = None if data or recipe else {"train.epochs": _SHOP_EPOCHS}
-        trained = function_of("train")(folder, run, recipe=chosen, settings=shorter)
+        try:
+            trained = function_of("train")(folder, run, recipe=chosen, settings=shorter)
+        except ConfigError as error:  # names an option of `missrec train` that this command does not have
+            cure = error.cure.replace("--restart to discard it", f"remove {run} to train anew")
+            raise ConfigError(error.found, error.expected, cure) from error
         if trained["stopped_by"] == "interrupt":
             raise KeyboardInterrupt
     with _step("evaluate", "the whole catalogue ranked for every test session", console, seconds):

@@ -14,7 +14,7 @@ from benchmarks.quality import bench
 from missrec_t4r import commands
 from missrec_t4r.cli.demo import demo, find_inputs, leave_out_words_without_gain
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.errors import DataError
+from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.progress import reporting
 from tests import processes
 
@@ -87,6 +87,18 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(result: tuple[dict, Path,
         assert done.stderr.strip(), arguments
         assert not done.stdout, arguments
     assert [p.name for p in tmp_path.iterdir()] == ["few.parquet"]
+
+
+def test_a_folder_of_another_demo_is_told_what_this_command_can_do(
+    result: tuple[dict, Path, str], tmp_path: Path
+) -> None:
+    """A training that cannot go on with other settings: there is no --restart here."""
+    _, folder, _ = result
+    (tmp_path / "shorter.yaml").write_text("extends: tiny\ntrain: {epochs: 1}\n")
+    with pytest.raises(ConfigError, match="holds an interrupted run with other settings or data") as refused:
+        demo(None, folder.parent, recipe=tmp_path / "shorter.yaml", users=240, items=100)
+    assert f"give another --out, or remove {folder / 'run'} to train anew" in refused.value.cure
+    assert "--restart" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("titles", "kept"), [("by theme", True), ("at random", False)])

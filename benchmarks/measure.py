@@ -15,16 +15,21 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from missrec_t4r.errors import MISSRecError
 from missrec_t4r.io.json_files import write_json
+from missrec_t4r.progress import reporting
 from missrec_t4r.runs.run_folder import versions
 
-__all__ = ["gemm_rate", "gpu_peak_mib", "hardware", "peak_mib", "report", "reset_peak", "versions", "write_result"]
+__all__ = [
+    "gemm_rate", "gpu_peak_mib", "hardware", "peak_mib", "report", "reset_peak", "run_as_command", "versions",
+    "write_result",
+]  # fmt: skip
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -121,6 +126,17 @@ def report(name: str, payload: Mapping[str, Any], folder: Path = RESULTS) -> Non
     path = write_result(name, payload, folder)
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     print(json.dumps({**payload, "result": str(shown)}, default=float))
+
+
+def run_as_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run a benchmark with its messages and progress; exit with its code, or after an error that the user can cure."""
+    try:
+        with reporting():
+            code = main()
+    except MISSRecError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code)
 
 
 def _synchronise(device: str) -> None:

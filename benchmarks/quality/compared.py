@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import missrec_t4r as mr
-from benchmarks.measure import report
-from missrec_t4r.progress import reporting
+from benchmarks.measure import report, run_as_command
 
 METRICS = ("recall@10", "ndcg@10")
 ENDS = ("difference", "low", "high", "relative")
@@ -78,5 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reporting():
-        main()
+    run_as_command(main)

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 
 import missrec_t4r.t4r  # noqa: F401  # before anything of Merlin that imports dask
-from benchmarks.measure import report
+from benchmarks.measure import report, run_as_command
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import load_sessions
-from missrec_t4r.progress import reporting
 from missrec_t4r.runs.evaluate import evaluate_sessions
 from missrec_t4r.t4r import to_core
 from missrec_t4r.t4r.scorer import T4RScorer
@@ -72,5 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reporting():
-        main()
+    run_as_command(main)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import report
+from benchmarks.measure import report, run_as_command
 from benchmarks.quality.bench import FIRST_SEED, spread
 from benchmarks.quality.paired import Values, paired
 from missrec_t4r.data.catalogue import Catalogue
@@ -26,7 +26,6 @@ from missrec_t4r.evaluation.full_ranking import KEPT_STRICT, PROTOCOLS, rank_cat
 from missrec_t4r.evaluation.metrics import metric_names, metric_values
 from missrec_t4r.evaluation.slices import slices
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import reporting
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.training.fit import train
@@ -124,5 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reporting():
-        main()
+    run_as_command(main)

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.measure import report
+from benchmarks.measure import report, run_as_command
 from benchmarks.quality.bench import FIRST_SEED, spread
 from missrec_t4r import commands
 from missrec_t4r.config import Recipe
@@ -31,7 +31,6 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_WITH_HISTORY_TERM, quick_metrics
 from missrec_t4r.evaluation.report import with_current_names
 from missrec_t4r.io.json_files import read_json
-from missrec_t4r.progress import reporting
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
@@ -260,5 +259,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reporting():
-        main()
+    run_as_command(main)

@@ -13,12 +13,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.measure import report
+from benchmarks.measure import report, run_as_command
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.model.score_terms import ScoreTerms
-from missrec_t4r.progress import reporting
 from missrec_t4r.ranking.hybrid import build_terms, terms_of, with_terms
 from missrec_t4r.ranking.protocols import EXPORTED, MODEL, Blend, BlendScorer, blends_of
 from missrec_t4r.ranking.tune import TUNED_FOR, Validation, tune_terms
@@ -91,5 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reporting():
-        main()
+    run_as_command(main)

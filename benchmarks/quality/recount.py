@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.measure import report
+from benchmarks.measure import report, run_as_command
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.data.user_sessions import whole_sessions
@@ -22,7 +22,6 @@ from missrec_t4r.evaluation.full_ranking import rank_systems
 from missrec_t4r.evaluation.metrics import metrics, named_differences, paired_differences
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import reporting
 from missrec_t4r.ranking.hybrid import build_terms, terms_of, with_terms
 from missrec_t4r.ranking.protocols import Blend, BlendScorer
 from missrec_t4r.ranking.recount import recount
@@ -88,5 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reporting():
-        main()
+    run_as_command(main)

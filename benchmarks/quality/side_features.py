@@ -23,12 +23,11 @@ from typing import Any
 
 import yaml
 
-from benchmarks.measure import report
+from benchmarks.measure import report, run_as_command
 from missrec_t4r import commands
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.event_features import event_columns, load_sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_WITH_HISTORY_TERM, quick_metrics
-from missrec_t4r.progress import reporting
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.training.fit import train
@@ -155,5 +154,4 @@ def payload(
 
 
 if __name__ == "__main__":
-    with reporting():
-        main()
+    run_as_command(main)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import report
+from benchmarks.measure import report, run_as_command
 from benchmarks.quality.bench import FIRST_SEED, spread
 from benchmarks.quality.paired import paired
 from benchmarks.release.compare import interaction
@@ -56,7 +56,7 @@ from missrec_t4r.evaluation.full_ranking import (
 from missrec_t4r.evaluation.metrics import metric_names, metric_values
 from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import reporting, track
+from missrec_t4r.progress import track
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.runs.run_folder import load_run
@@ -305,5 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reporting():
-        main()
+    run_as_command(main)

@@ -16,20 +16,20 @@ import argparse
 import http.client
 import json
 import random
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import report
+from benchmarks.measure import report, run_as_command
 from benchmarks.reliability.generator import hostile_request
-from missrec_t4r.errors import ServingError
+from missrec_t4r.bundle.manifest import verify_bundle
+from missrec_t4r.errors import ConfigError, ServingError
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.in_process import InProcessTransport
 from missrec_t4r.serving.client.retry import Retries
@@ -370,6 +370,10 @@ def main(arguments: list[str] | None = None) -> int:
     blocks = [json.loads(line) for line in lines]
     if not chosen.report:
         _attack(chosen, blocks)
+    if not blocks:
+        raise ConfigError(
+            f"{chosen.state} holds no block of requests", "a state file", "leave --report out to send some"
+        )
     result = merged(blocks)
     report("reliability-hostile", result)
     return 1 if result["wrong"] else 0
@@ -377,6 +381,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _attack(chosen: argparse.Namespace, blocks: list[dict[str, Any]]) -> None:
     """Send the blocks of requests that are missing."""
+    verify_bundle(chosen.bundle, only=())  # before a server starts
     restarted = True
     with LocalTriton(chosen.repository) as server:
         while (done := sum(block["requests"] for block in blocks)) < chosen.requests:
@@ -403,5 +408,4 @@ def _resident(group: int) -> float:
 
 
 if __name__ == "__main__":
-    _run: Callable[[], int] = main
-    sys.exit(_run())
+    run_as_command(main)

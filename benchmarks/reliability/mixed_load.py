@@ -13,7 +13,6 @@ import argparse
 import json
 import random
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -23,8 +22,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.measure import run_as_command
 from benchmarks.reliability.hostile import _resident
 from missrec_t4r.bundle.item_table import load_items, vocabulary_of
+from missrec_t4r.bundle.manifest import verify_bundle
 from missrec_t4r.bundle.update_catalogue import update_catalogue
 from missrec_t4r.errors import MISSRecError, UnavailableError
 from missrec_t4r.schema import ITEM_ID
@@ -145,6 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--pause", type=float, default=5, help="seconds between two changes")
     chosen = parser.parse_args(arguments)
+    verify_bundle(chosen.bundle, only=())
     with tempfile.TemporaryDirectory() as work:
         result = run(chosen.bundle, Path(work), seconds=chosen.seconds, clients=chosen.clients, pause=chosen.pause)
     print(json.dumps(result))
@@ -152,4 +154,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_command(main)

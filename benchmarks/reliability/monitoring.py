@@ -15,7 +15,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import run_as_command
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.deploy.blue_green import deploy
 from missrec_t4r.serving.deploy.smoke_test import sample_sessions
@@ -143,4 +143,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_command(main)

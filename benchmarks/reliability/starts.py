@@ -20,7 +20,6 @@ import json
 import math
 import random
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -33,9 +32,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.measure import report
+from benchmarks.measure import report, run_as_command
 from missrec_t4r.bundle.id_encoder import SessionTransform
 from missrec_t4r.bundle.item_table import load_items, load_session_transform, vocabulary_of
+from missrec_t4r.bundle.manifest import verify_bundle
 from missrec_t4r.bundle.update_catalogue import update_catalogue
 from missrec_t4r.errors import MISSRecError
 from missrec_t4r.schema import ITEM_ID
@@ -244,6 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     seen = [json.loads(line) for line in chosen.state.read_text().splitlines()] if chosen.state.exists() else []
     if not chosen.report:
+        verify_bundle(chosen.bundle, only=())
         with tempfile.TemporaryDirectory() as work:
             subject = (ensembles if chosen.whole else transforms)(chosen.bundle, Path(work))
             seen += run(subject, chosen.state, len(seen), 2 * chosen.starts)
@@ -253,4 +254,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_command(main)

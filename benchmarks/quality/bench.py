@@ -5,7 +5,8 @@
         --modality text=text_clip.npy --modality image=image_clip.npy --recipe paper --name scientific_mm
 
 Every training runs until its patience ends it (``train.max_minutes=0``). Ends with one JSON line. Finished seeds are
-kept in ``--out`` and not trained again; one whose evaluation is of an earlier version is evaluated again.
+kept in ``--out`` and not trained again; one whose evaluation is of an earlier version is evaluated again. Seeds of
+other data, files or modalities are not mixed with them: another ``--out`` or ``--name`` is asked for.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from typing import Any
 
 import yaml
 
-from benchmarks.measure import report
-from benchmarks.quality.datasets import INTERACTIONS, prepare
+from benchmarks.measure import report, run_as_command
+from benchmarks.quality.datasets import INTERACTIONS, prepare_named
 from missrec_t4r import commands
 from missrec_t4r.config import Recipe
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS
 from missrec_t4r.io.json_files import read_json, write_json
-from missrec_t4r.progress import reporting
 from missrec_t4r.runs.run_folder import RUN_FILE
 from missrec_t4r.training.trainer import INTERRUPT
 
@@ -57,9 +57,8 @@ def bench(
         seed, one value); ``valid_ndcg@10``; ``checklist`` of the first seed, with the seeds of all; ``runs``: every
         seed.
     """
-    name = name or data.resolve().name + ("" if words else "-without-words")  # else a finished run answered for both
     settings = {**TO_THE_END, **(settings or {})}
-    folder = prepare(data, out / name / "data", interactions=interactions, modality=modality, words=words)
+    name, folder = prepare_named(data, out, name=name, interactions=interactions, modality=modality, words=words)
     done = []
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         done.append(
@@ -173,42 +172,43 @@ def pairs(options: Sequence[str]) -> dict[str, str]:
     return dict(option.split("=", 1) for option in options)
 
 
-def arguments(words: str | None = None) -> argparse.ArgumentParser:
-    """Return the options that name a data set, shared by the quality benchmarks."""
-    parser = argparse.ArgumentParser(description=(words or __doc__ or "").partition("\n")[0])
+def arguments(about: str | None = None, *, prepared: bool = True) -> argparse.ArgumentParser:
+    """Return the options that name a data set, shared by the quality benchmarks; most of `prepare` if it is used."""
+    parser = argparse.ArgumentParser(description=(about or __doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with interactions, items and vectors")
-    parser.add_argument("--interactions", default=INTERACTIONS, help="file of the folder")
-    parser.add_argument("--modality", action="append", default=[], help="NAME=FILE of the folder; repeatable")
+    if prepared:
+        parser.add_argument("--interactions", default=INTERACTIONS, help="file of the folder")
+        parser.add_argument("--modality", action="append", default=[], help="NAME=FILE of the folder; repeatable")
+        no_words_option(parser)
     parser.add_argument("--name", help="of the data set in results; the folder's by default")
     parser.add_argument("--out", type=Path, default=Path("work/bench"), help="where data folders and runs are kept")
     return parser
 
 
-def main() -> None:
-    """Run from the command line."""
-    parser = arguments()
+def no_words_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option against the words of titles and brands, which `prepare` else adds where they help."""
     parser.add_argument(
         "--no-words", dest="words", action="store_false", help="leave out the words of titles and brands"
     )
+
+
+def data_set(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options of `arguments` say of the data set, for `prepare_named`."""
+    chosen = {name: getattr(options, name) for name in ("name", "interactions", "words")}
+    return chosen | {"modality": pairs(options.modality) or None}
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = arguments()
     parser.add_argument("--recipe", default="default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", dest="settings", action="append", default=[], help="such as model.d_model=128")
     options = parser.parse_args()
     settings = {key: yaml.safe_load(value) for key, value in pairs(options.settings).items()}
-    found = bench(
-        options.data,
-        options.recipe,
-        options.seeds,
-        options.out,
-        name=options.name,
-        interactions=options.interactions,
-        modality=pairs(options.modality) or None,
-        words=options.words,
-        settings=settings,
-    )
+    found = bench(options.data, options.recipe, options.seeds, options.out, settings=settings, **data_set(options))
     report(f"quality-{found['data']}-{_label(options.recipe, settings)}", found)
 
 
 if __name__ == "__main__":
-    with reporting():
-        main()
+    run_as_command(main)

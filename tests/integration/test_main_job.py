@@ -3,14 +3,12 @@
 import json
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.quality import bench
 from missrec_t4r import commands
 from missrec_t4r.cli.demo import demo, find_inputs, leave_out_words_without_gain
 from missrec_t4r.data.catalogue import Catalogue
@@ -128,20 +126,6 @@ def test_words_are_kept_where_they_tell_what_is_bought_together(titles: str, kep
     commands.features(tmp_path / "data", **inputs.features)
     leave_out_words_without_gain(tmp_path / "data")
     assert list(Catalogue.load(tmp_path / "data" / "catalogue").modalities) == ["text"] + ["words"] * kept
-
-
-def test_a_benchmark_without_words_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Path] = []
-
-    def prepare(_: Path, out: Path, **__: Any) -> Path:
-        made.append(out)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bench, "prepare", prepare)
-    for words in (True, False):
-        with pytest.raises(KeyboardInterrupt):
-            bench.bench(tmp_path / "beauty", "default", 1, tmp_path / "out", words=words)
-    assert len(set(made)) == 2
 
 
 def test_titles_without_a_text_are_no_words(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from benchmarks.measure import report
+from benchmarks.measure import report, run_as_command
 from benchmarks.quality.bench import FIRST_SEED, arguments, pairs
 from benchmarks.quality.paired import paired
 from missrec_t4r import commands
@@ -36,7 +36,6 @@ from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_WITH_HISTORY_TERM, rank_catalogue
 from missrec_t4r.evaluation.metrics import metric_names, metric_values
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.progress import reporting
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.terms.cold_start import ColdStartSettings
@@ -198,7 +197,7 @@ def _means(values: npt.NDArray[np.float64]) -> dict[str, float]:
 
 def main() -> None:
     """Run from the command line."""
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, prepared=False)
     parser.add_argument("--recipe", default="default")
     parser.add_argument("--set", dest="settings", action="append", default=[], help="such as model.item_ids=false")
     parser.add_argument("--share", type=float, default=0.1, help="of the items to hold out")
@@ -237,5 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reporting():
-        main()
+    run_as_command(main)

@@ -39,14 +39,13 @@ from typing import Any, Final, NamedTuple
 
 import yaml
 
-from benchmarks.measure import report
-from benchmarks.quality.bench import pairs
+from benchmarks.measure import report, run_as_command
+from benchmarks.quality.bench import no_words_option, pairs
 from missrec_t4r.config import Recipe
 from missrec_t4r.config.checks import refuse_unknown
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS
 from missrec_t4r.io.json_files import read_json, write_json
-from missrec_t4r.progress import reporting
 from missrec_t4r.schema import CATALOGUE_FOLDER
 
 log = logging.getLogger(__name__)
@@ -277,13 +276,13 @@ def _finished(file: Path) -> dict[str, dict[str, Any]]:
     return done
 
 
-def _prepared(name: str, folder: Path, out: Path) -> str:
+def _prepared(name: str, folder: Path, out: Path, words: bool) -> str:
     """Return a data folder: the given one, or what the ETL makes of a raw one."""
-    if (folder / CATALOGUE_FOLDER).is_dir():
+    if words and (folder / CATALOGUE_FOLDER).is_dir():
         return str(folder.resolve())
     from benchmarks.quality.datasets import prepare
 
-    return str(prepare(folder, out / name / "data").resolve())
+    return str(prepare(folder, out / name / "data", words=words).resolve())
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -293,6 +292,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", action="append", default=[], help="NAME=FOLDER; repeatable")
     parser.add_argument("--only", action="append", default=[], help="name of a training; repeatable, all by default")
     parser.add_argument("--out", type=Path, default=Path("work/grid"), help="results and run folders")
+    no_words_option(parser)
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--minutes", type=float, default=0.0, help="limit; 0 for none")
     parser.add_argument("--grace", type=float, default=60.0, help="seconds that interrupted trainings have to end")
@@ -307,7 +307,9 @@ def main(words: Sequence[str] | None = None) -> None:
     if options.settings is None:
         parser.error("a settings file is needed")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: ends the trainings as well
-    folders = {name: _prepared(name, Path(folder), options.out) for name, folder in pairs(options.data).items()}
+    folders = {
+        name: _prepared(name, Path(folder), options.out, options.words) for name, folder in pairs(options.data).items()
+    }
     jobs = read_jobs(options.settings, folders, device=options.device, only=options.only)
     lines = grid(jobs, options.out, side_by_side=options.jobs, minutes=options.minutes, grace=options.grace)
     if options.report:
@@ -317,5 +319,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with reporting():
-        main()
+    run_as_command(main)

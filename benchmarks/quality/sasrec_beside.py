@@ -18,16 +18,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks.measure import report
-from benchmarks.quality.bench import FIRST_SEED, METRICS, arguments, pairs, spread
-from benchmarks.quality.datasets import prepare
+from benchmarks.measure import report, run_as_command
+from benchmarks.quality.bench import FIRST_SEED, METRICS, arguments, data_set, spread
+from benchmarks.quality.datasets import prepare_named
 from missrec_t4r.comparison.lists import rank_lists
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM
 from missrec_t4r.evaluation.metrics import metrics
 from missrec_t4r.io.json_files import read_json, write_json
-from missrec_t4r.progress import reporting
 from missrec_t4r.runs.evaluate import evaluate_sessions
 from missrec_t4r.runs.sasrec_file import kept_sasrec
 
@@ -73,8 +72,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rectools", type=Path, help="python of an environment that has RecTools")
     options = parser.parse_args()
-    name, modality = options.name or options.data.resolve().name, pairs(options.modality) or None
-    data = prepare(options.data, options.out / name / "data", interactions=options.interactions, modality=modality)
+    name, data = prepare_named(options.data, options.out, **data_set(options))
     runs: dict[str, list[dict[str, Any]]] = {"sasrec": []} | ({"rectools_sasrec": []} if options.rectools else {})
     for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):
         for system in runs:
@@ -95,5 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reporting():
-        main()
+    run_as_command(main)

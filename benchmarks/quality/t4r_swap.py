@@ -29,13 +29,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers4rec.config.trainer import T4RecTrainingArguments
 
 import missrec_t4r.t4r as mr  # before anything of Merlin that imports dask
-from benchmarks.measure import report
-from benchmarks.quality.bench import FIRST_SEED, arguments, pairs
-from benchmarks.quality.datasets import prepare
+from benchmarks.measure import report, run_as_command
+from benchmarks.quality.bench import FIRST_SEED, arguments, data_set
+from benchmarks.quality.datasets import prepare_named
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.io.json_files import read_json, write_json
-from missrec_t4r.progress import reporting
 from missrec_t4r.runs.evaluate import evaluate_sessions
 from missrec_t4r.t4r.columns import item_column
 from missrec_t4r.t4r.scorer import T4RScorer
@@ -186,10 +185,9 @@ def main() -> None:
     parser.add_argument("--xlnet-tried", type=int, default=len(XLNET), help="how many of its settings")
     parser.add_argument("--only", nargs="+", choices=LOADERS, default=list(LOADERS))
     options = parser.parse_args()
-    name, modality = options.name or options.data.resolve().name, pairs(options.modality) or None
+    name, data = prepare_named(options.data, options.out, **data_set(options))
     out = options.out / name / "t4r_swap"
     out.mkdir(parents=True, exist_ok=True)
-    data = prepare(options.data, options.out / name / "data", interactions=options.interactions, modality=modality)
     settings: dict[str, dict[str, Any]] = dict.fromkeys(LOADERS, OURS)
     tried: list[dict[str, Any]] = []
     if "xlnet" in options.only:
@@ -208,5 +206,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reporting():
-        main()
+    run_as_command(main)

@@ -200,6 +200,18 @@ def test_a_broken_gate_ends_with_code_3_and_is_no_basis_of_comparison(shop: Path
     )  # of three sessions the short one is gone
 
 
+def test_a_dry_run_names_no_page_as_if_it_were_there(shop: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    said = report(shop / "data", shop / "out", dry_run=True)
+    page = shop / "out" / "report.html"
+    assert f"would write {page}: 9 events, 0 bounds, 0 violated" in caplog.text
+    assert (said["would_write"], "page" in said) == ([str(page.with_suffix(".json")), str(page)], False)
+    (shop / "gate.yaml").write_text("events: {min: 50}")
+    with pytest.raises(GateError, match="run without --dry-run and look at .*refused.html"):
+        report(shop / "data", shop / "out", gate=shop / "gate.yaml", dry_run=True)
+    assert not (shop / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -64,7 +64,8 @@ def report(
     Returns
     -------
     dict
-        The statistics (``measures``), the result of the gate, and the paths of the files.
+        The statistics (``measures``), the result of the gate, and the paths of the files: ``report`` and ``page``, of a
+        dry run ``would_write``.
 
     Raises
     ------
@@ -102,15 +103,19 @@ def report(
     if not dry_run:
         _write(out, name, content, None if repeated else existing)
     result = {key: content[key] for key in ("data", "previous", "measures", "gate", "passed")}
-    result |= {"report": str(out / f"{name}.json"), "page": str(out / f"{name}.html")}
-    result |= {"dry_run": True} if dry_run else {}
-    log.info(f"{out / f'{name}.html'}: {statistics['events']:,} events, {len(checked)} bounds, {len(failed)} violated")
+    written = {"report": str(out / f"{name}.json"), "page": str(out / f"{name}.html")}
+    result |= {"dry_run": True, "would_write": list(written.values())} if dry_run else written
+    log.info(
+        f"{'would write ' if dry_run else ''}{written['page']}: {statistics['events']:,} events, "
+        f"{len(checked)} bounds, {len(failed)} violated"
+    )
     if failed:
         words = "; ".join(f"{check['measure']} is {check['value']}, bounds {check['bounds']}" for check in failed)
         raise GateError(
             f"the gate {gate} refuses {data}: {words}",
             "every measure within its bounds",
-            f"look at {out / f'{name}.html'}; repair the data, or move the bounds",
+            f"{'run without --dry-run and ' if dry_run else ''}look at {written['page']}; "
+            "repair the data, or move the bounds",
             result=result,
         )
     return result

@@ -14,14 +14,14 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import missrec_t4r
 from missrec_t4r import commands
@@ -173,6 +173,30 @@ class _Commands(TyperGroup):
             formatter.write_dl([(name, about[self.prefix + name]) for name in self.list_commands(ctx)])
 
 
+class _Command(TyperCommand):
+    """A command that tells what an unquoted pattern looks like, which the shell has replaced by its files."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Return the arguments of ``args`` that no option takes: none, else the command ends."""
+        given = list(args)
+        ctx.allow_extra_args = True  # told here
+        extra: list[str] = super().parse_args(ctx, args)
+        if extra and not ctx.resilient_parsing:
+            shown = " ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
+            ctx.fail(f"Got unexpected extra arguments ({shown}){_unquoted(given, extra)}")
+        return extra
+
+
+def _unquoted(given: Sequence[str], extra: Sequence[str]) -> str:
+    """Return what to do where the arguments without an option are files of the pattern after the last option."""
+    option = next((word for word in reversed(given[: given.index(extra[0])]) if word.startswith("-")), "")
+    if not option or not all(Path(word).exists() for word in extra):
+        return ""
+    file = Path(extra[0])
+    pattern = f"{option.partition('=')[0]} {str(file.with_name(f'*{file.suffix}'))!r}"
+    return f", which are files: the shell replaces a pattern by its files. Quote it, such as {pattern}"
+
+
 def _version(requested: bool) -> None:
     if requested:
         print(f"missrec {missrec_t4r.__version__}")
@@ -231,7 +255,7 @@ def _load(command: Command) -> Any:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    single.command(command.name.rpartition(" ")[2], help=command.help())(run)
+    single.command(command.name.rpartition(" ")[2], cls=_Command, help=command.help())(run)
     return typer.main.get_command(single)
 
 

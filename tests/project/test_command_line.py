@@ -154,6 +154,21 @@ def test_a_mistyped_command_is_answered_with_the_nearest(words: list[str], near:
     assert near is None or f"did you mean {near}?" in done.output
 
 
+def test_an_unquoted_pattern_is_answered_with_quotes(tmp_path: Path) -> None:
+    """The shell makes files of it: the first is the option's value, and no option takes the others."""
+    (tmp_path / "events").mkdir()
+    files = [str(tmp_path / "events" / f"{day}.parquet") for day in range(6)]
+    for file in files:
+        Path(file).touch()
+    for first in (["--interactions", files[0]], [f"--interactions={files[0]}"]):
+        done = CliRunner().invoke(app, ["etl", *first, *files[1:], "--items", "items.parquet", "--out", "o"])
+        assert done.exit_code == 2
+        assert f"({files[1]} {files[2]} {files[3]} and 2 more), which are files: the shell replaces" in done.output
+        assert f"Quote it, such as --interactions '{tmp_path / 'events' / '*.parquet'}'" in done.output
+    done = CliRunner().invoke(app, ["etl", "--items", "items.parquet", "--out", "o", "more"])
+    assert "Got unexpected extra arguments (more)\n" in done.output
+
+
 def test_an_option_is_documented_where_it_is_declared() -> None:
     text = "Head.\n\nParameters\n----------\na, b : int, optional\n    One `line`,\n  two.\n\nReturns\n-------\nint"
     assert parameter_help(text) == {"a": "One line, two.", "b": "One line, two."}

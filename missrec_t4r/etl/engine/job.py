@@ -16,7 +16,7 @@ from missrec_t4r.errors import SchemaError
 from missrec_t4r.etl import item_table
 from missrec_t4r.etl.engine.shuffle import Plan, cut_chunks
 from missrec_t4r.etl.engine.user_state import state_schema
-from missrec_t4r.etl.engine.workdir import unified_schema
+from missrec_t4r.etl.engine.workdir import decode, unified_schema
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import Notations, note
 from missrec_t4r.etl.task import Run
@@ -145,7 +145,7 @@ def _notations(job: Job, texts: Sequence[str]) -> dict[str, str]:
                 break
             for batch in parquet.iter_batches(row_groups=[group], columns=open_names):
                 for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                    seen[name].add(checks.repaired(pc.unique(column).cast(pa.string()))[0])
+                    seen[name].add(checks.repaired(decode(pc.unique(column)))[0])
                     counts[name] += len(column) - column.null_count
     chosen = {name: notations.chosen for name, notations in seen.items() if notations.chosen}
     if job.old:

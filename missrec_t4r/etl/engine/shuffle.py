@@ -228,7 +228,7 @@ class EventEncoder:
         keys = {
             USER_ID: self._users(checks.normal_ids(decode(table[USER_ID]), raw[USER_ID]), raw[USER_ID]),
             ITEM_ID: items,
-            TIMESTAMP: checks.normal_time(table[TIMESTAMP], raw[TIMESTAMP], self.plan.time_format),
+            TIMESTAMP: checks.normal_time(decode(table[TIMESTAMP]), raw[TIMESTAMP], self.plan.time_format),
         }
         table = pa.table({name: keys.get(name, decode(table[name])) for name in table.column_names})
         nulls = {name: table[name].null_count for name in keys if table[name].null_count}

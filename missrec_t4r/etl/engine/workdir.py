@@ -183,7 +183,7 @@ def _text_ids(file: Path, columns: Sequence[str]) -> dict[str, bool]:
         return dict.fromkeys(columns, True)
     schema = _parquet_schema(file)
     types = {name: decoded_type(schema.field(name).type) for name in columns if name in schema.names}
-    return {name: pa.types.is_string(kind) or pa.types.is_binary(kind) for name, kind in types.items()}
+    return {name: pa.types.is_string(kind) for name, kind in types.items()}
 
 
 def _parquet_schema(file: Path) -> pa.Schema:
@@ -245,9 +245,9 @@ def read_item_table(task: Task, files: Sequence[Path]) -> tuple[pa.Table, item_t
 def decoded_type(kind: pa.DataType) -> pa.DataType:
     """Return the type of a column after `decode`."""
     values = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.string() if pa.types.is_large_string(values) else values
+    return pa.string() if values in checks.TEXT_TYPES else values
 
 
 def decode(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column without dictionary encoding and with 32-bit string offsets."""
-    return column.cast(decoded_type(column.type))
+    """Return a column without dictionary encoding, texts and bytes as strings, which need not be UTF-8 yet."""
+    return column.cast(decoded_type(column.type), safe=False)

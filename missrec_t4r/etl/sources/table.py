@@ -206,7 +206,7 @@ def _one_type(tables: list[pa.Table], id_columns: Sequence[str]) -> list[pa.Tabl
     tables = list(tables)
     for name in id_columns:
         kinds = {table[name].type for table in tables if name in table.column_names}
-        has_text = any(kind in checks.TEXT_TYPES[:2] for kind in kinds)
+        has_text = any(kind in checks.TEXT_TYPES for kind in kinds)
         if len(kinds) < 2 or not has_text or any(pa.types.is_floating(kind) for kind in kinds):
             continue
         for index, table in enumerate(tables):

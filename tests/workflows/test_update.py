@@ -146,7 +146,9 @@ def test_the_files_of_the_first_run_are_not_added_again(
     assert update(folder, tmp_path / "data", workers=1)["updated"] is False
 
 
-def test_a_killed_update_leaves_the_old_version_and_continues(data: Path, tmp_path: Path) -> None:
+def test_a_killed_update_leaves_the_old_version_and_continues(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     day = _day(tmp_path / "day", 4)
     code = """
 import sys, time
@@ -170,6 +172,9 @@ update(sys.argv[1], Path(sys.argv[2]), workers=1)
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert {file.relative_to(data): file.read_bytes() for file in data.rglob("*") if file.is_file()} == before
+    with caplog.at_level("INFO"):
+        assert update(tmp_path / "old/events.parquet", data, workers=1)["updated"] is False  # those of the first run
+    assert f"{data.parent / '.data-work'} holds what a killed run had done: its command goes on" in caplog.text
     assert update(day, data, workers=1)["events"] == 404
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 

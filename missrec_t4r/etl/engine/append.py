@@ -102,6 +102,8 @@ def update(
     catalogue = Catalogue.load(out / CATALOGUE_FOLDER)
     all_items, all_vectors, n_items = merge_new_items(catalogue, table, vectors, run.findings)
     if dry_run or not (new or n_items):
+        if not dry_run:
+            workdir.clear_after_kill(out)
         outlook = {"version": versions["version"], "new_files": [str(file) for file in new], "new_lines": n_items}
         return {"data": str(out), "updated": False, "dry_run": dry_run, **outlook}
     copies = workdir.copies_folder(out)

@@ -35,7 +35,7 @@ from missrec_t4r.etl.engine.versions import (
     load_version,
     part_files,
 )
-from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER, open_job, resumable, working_folder
+from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER, clear_after_kill, open_job, resumable, working_folder
 from missrec_t4r.io.arrow_files import one_array, read_arrow, write_arrow
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.schema import USER_ID
@@ -99,6 +99,8 @@ def compact(
     n_deltas = len(delta_files(out))
     result = {"data": str(out), "compacted": bool(n_deltas) and not dry_run, "dry_run": dry_run, "deltas": n_deltas}
     if not n_deltas or dry_run:
+        if not dry_run:
+            clear_after_kill(out)
         return result | {name: versions[name] for name in ("version", "plain_version")}
     with working_folder(out) as (work, finish), open_executor(dask_scheduler, workers) as executor:
         common = session_settings(report["settings"], state["categories"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from missrec_t4r.io.arrow_files import one_array, with_column
 from missrec_t4r.io.atomic import atomic_write_file, move_into_place, recover, refuse_unmanaged, translate_disk_errors
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.schema import ITEM_ID, SPLITS
+
+log = logging.getLogger(__name__)
 
 Step = Callable[[str, int], dict[str, Any]]
 """Working folder and number of a chunk or partition -> a small result."""
@@ -84,6 +87,20 @@ def copies_folder(out: Path) -> Path:
     """Return the folder for input that has to be converted to parquet; it is removed with the working directory."""
     out = out.resolve()
     return out.with_name(f".{out.name}-copies")
+
+
+def clear_after_kill(out: Path) -> None:
+    """Remove what a run left that was killed after it had replaced ``out``, and name what another run can continue."""
+    out = out.resolve()
+    work, copies = out.with_name(f".{out.name}-work"), copies_folder(out)
+    for folder in work.glob("*"):
+        if not (folder / OUTPUT_FOLDER).is_dir():
+            shutil.rmtree(folder)
+    if not any(work.glob("*")):
+        for folder in (work, copies):
+            shutil.rmtree(folder, ignore_errors=True)
+    else:
+        log.info(f"{work} holds what a killed run had done: its command goes on from there, or remove the folder")
 
 
 def open_job(work: Path, identity: Any, items: pa.Table | None = None) -> Path:

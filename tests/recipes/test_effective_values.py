@@ -12,7 +12,7 @@ DEFAULT: dict[str, Any] = {
     "model.d_feedforward": 256,
     "model.n_encoder_layers": 1,
     "model.n_decoder_layers": 1,
-    "model.dropout": 0.5,
+    "model.dropout": 0.3,
     "model.layer_norm_eps": 1e-12,
     "model.max_sequence_length": 50,
     "model.attention": "causal",
@@ -91,7 +91,6 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "model.d_model": 128,
         "model.max_sequence_length": 200,
         "model.n_decoder_layers": 2,
-        "model.dropout": 0.3,
         "model.temperature": 0.05,
         "model.modality_dropout": 0.1,
         "model.id_dropout": 0.05,
@@ -105,6 +104,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     },
     "paper": NO_AUGMENTATION
     | {
+        "model.dropout": 0.5,
         "model.attention": "bidirectional",
         "model.contextual_readout": "first",
         "model.candidate_fusion": "dynamic_shared",
@@ -134,6 +134,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "model.item_ids": False,
         "model.n_neighbours": 0,
         "model.n_similar_items": 0,
+        "model.dropout": 0.5,
         "model.temperature": 0.12,
         "model.modality_dropout": 0.0,
         "model.id_dropout": 0.0,

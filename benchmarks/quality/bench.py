@@ -23,9 +23,11 @@ from benchmarks.measure import report, run_as_command
 from benchmarks.quality.datasets import INTERACTIONS, prepare_named
 from missrec_t4r import commands
 from missrec_t4r.config import Recipe
+from missrec_t4r.config.recipe import AUTO
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.runs.run_folder import RUN_FILE
+from missrec_t4r.training.auto import choose
 from missrec_t4r.training.trainer import INTERRUPT
 
 METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
@@ -89,7 +91,7 @@ def bench(
         "runs": [{**one["run"], "protocols": _of_run(one["test"])} for one in done],
         "blend_settings": [one["blend_settings"] for one in done],
         "baseline_settings": done[0]["baseline_settings"],
-        "resolved": Recipe.load(recipe, settings).to_dict(),
+        "resolved": (choose(folder, settings).recipe if recipe == AUTO else Recipe.load(recipe, settings)).to_dict(),
     }
 
 

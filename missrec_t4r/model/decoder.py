@@ -11,6 +11,7 @@ from missrec_t4r.config.model import Attention, SequenceFusion
 from missrec_t4r.model.attention import DecoderLayer
 from missrec_t4r.model.interests import InterestTokens
 from missrec_t4r.model.item_encoder import ItemEmbeddings
+from missrec_t4r.tracing import sizes
 
 Readout = Callable[[Tensor, Tensor, int], Tensor]
 """Outputs [batch, modality * seq, dim], their mask [batch, modality * seq], modalities -> [batch, seq, dim]."""
@@ -105,10 +106,10 @@ class InterestAwareDecoder(nn.Module):
         if last_only:  # positions meet in keys and values only: the other outputs of the last layer are not needed
             at = self._last_tokens(item_mask, x.shape[1])
             queries, weights = _gather(x, at), key_mask.gather(1, at)
-            mask = mask if mask.shape[1] == 1 else _gather(mask.expand(x.shape[0], -1, -1), at)
-            memory_mask = memory_mask if memory_mask.shape[1] == 1 else _gather(memory_mask, at)
+            if self.attention == "causal":  # else one mask for all queries
+                mask, memory_mask = _gather(mask.expand(x.shape[0], -1, -1), at), _gather(memory_mask, at)
         hidden = self.norm(self.layers[-1](queries, x, mask, memory, memory_mask))
-        return hidden if self.sequence_fusion == "add" else self.readout(hidden, weights, len(items.modality))
+        return hidden if self.sequence_fusion == "add" else self.readout(hidden, weights, sizes(items.modality)[0])
 
     def _embed(
         self, items: ItemEmbeddings, item_mask: Tensor, event_features: Tensor | None
@@ -123,7 +124,7 @@ class InterestAwareDecoder(nn.Module):
         if self.sequence_fusion == "add":
             tokens = (items.modality * items.mask.unsqueeze(-1)).sum(0) + common
             return self.dropout(self.norm_input(tokens)), item_mask, steps
-        n_modalities = len(items.modality)  # [modality, batch, seq, dim] -> [batch, modality * seq, dim]
+        n_modalities = sizes(items.modality)[0]  # [modality, batch, seq, dim] -> [batch, modality * seq, dim]
         tokens = (items.modality * items.mask.unsqueeze(-1) + common).transpose(0, 1).flatten(1, 2)
         attended = (_with_id_only(items) & item_mask).transpose(0, 1).flatten(1)
         return self.dropout(self.norm_input(tokens)), attended, steps.repeat(n_modalities)

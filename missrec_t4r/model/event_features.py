@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import SchemaError
 from missrec_t4r.schema import PADDING_ROW, UNKNOWN_ROW
+from missrec_t4r.tracing import sizes
 
 EventValues = Mapping[str, Tensor]
 """By column: codes or numbers [batch, seq], vectors [batch, seq, size]; a column may be missing."""
@@ -178,8 +179,8 @@ _ENCODERS = {"categorical": _Category, "continuous": _Number, "pretrained": _Vec
 
 
 def _check(column: EventColumn, value: Tensor, item_ids: Tensor) -> None:
-    expected = (*item_ids.shape, column.size) if column.kind == "pretrained" else tuple(item_ids.shape)
-    if tuple(value.shape) != expected or (column.kind == "categorical" and value.is_floating_point()):
+    expected = (*sizes(item_ids), column.size) if column.kind == "pretrained" else sizes(item_ids)
+    if sizes(value) != expected or (column.kind == "categorical" and value.is_floating_point()):
         raise SchemaError(
             f"event feature {column.name!r} comes as {value.dtype} of shape {list(value.shape)}",
             f"{'codes' if column.kind == 'categorical' else 'numbers'} of shape {list(expected)}",

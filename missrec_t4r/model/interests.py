@@ -20,6 +20,7 @@ from missrec_t4r.config.model import InterestAlgorithm
 from missrec_t4r.model.clustering import density_peaks, kmeans
 from missrec_t4r.model.item_encoder import ItemEmbeddings
 from missrec_t4r.model.release import PaddedInterests
+from missrec_t4r.tracing import sizes
 
 
 class InterestTokens(NamedTuple):
@@ -114,7 +115,7 @@ class InterestVocabulary(nn.Module):
         n_slots : int, optional
             Slots of the batch, at least its `width`; counted here by default.
         """
-        n_modalities = len(self.assignment)
+        n_modalities = sizes(self.assignment)[0]
         interest = self.assignment[:, item_ids].permute(1, 2, 0).flatten(1)  # [batch, seq * modality], oldest first
         if spare := max(self.spare, empty_slots):
             interest = F.pad(interest, (0, spare))

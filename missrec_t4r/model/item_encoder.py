@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from missrec_t4r.tracing import sizes
+
 
 class ItemEmbeddings(NamedTuple):
     """Embeddings of some items, or of the whole catalogue; ``...`` stands for the shape of the rows."""
@@ -175,7 +177,7 @@ class ItemEncoder(nn.Module):
     @property
     def n_rows(self) -> int:
         """Rows of the catalogue, the reserved ones included."""
-        return int(self.presence.shape[1])
+        return sizes(self.presence)[1]
 
     @property
     def id_tables(self) -> list[Tensor]:

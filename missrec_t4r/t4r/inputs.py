@@ -28,6 +28,7 @@ from missrec_t4r.t4r.loader import PREFIX_ROWS
 from missrec_t4r.t4r.masking import PrefixMasking
 from missrec_t4r.t4r.settings import PartSettings
 from missrec_t4r.t4r.state import StepState, VisibleSessions
+from missrec_t4r.tracing import sizes
 
 log = logging.getLogger(__name__)
 
@@ -313,10 +314,11 @@ def _last_is_known(item_ids: Tensor) -> Tensor:
 def _left_align(inputs: dict[str, Tensor], item: str) -> dict[str, Tensor]:
     """Drop null and unknown items with their event features, and move the rest left in its order."""
     item_ids = inputs[item].long()
+    shape = sizes(item_ids)
     order = torch.argsort((item_ids <= UNKNOWN_ROW).to(torch.int8), dim=1, stable=True)  # known items first
     aligned = {}
     for name, values in inputs.items():
-        if values.dim() >= 2 and values.shape[:2] == item_ids.shape and name != PREFIX_ROWS:
+        if values.dim() >= 2 and sizes(values)[:2] == shape and name != PREFIX_ROWS:
             at = order if values.dim() == 2 else order.unsqueeze(-1).expand(-1, -1, values.shape[-1])
             aligned[name] = values.gather(1, at)
     ids = aligned[item].long()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from missrec_t4r.model.attention import EncoderLayer, MultiHeadAttention
 from missrec_t4r.model.fast.dropout import dropout
+from missrec_t4r.tracing import sizes
 
 
 class FastAttention(MultiHeadAttention):
@@ -22,7 +23,7 @@ class FastAttention(MultiHeadAttention):
 
     def forward(self, queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
         """Return [batch, query, dim], as `MultiHeadAttention.forward` does."""
-        n_queries, n_keys, width = queries.shape[1], keys.shape[1], queries.shape[2]
+        (_, n_queries, width), n_keys = sizes(queries), sizes(keys)[1]
         if n_queries * (width + self.n_head * n_keys) < n_keys * width:
             return self._few_queries(queries, keys, mask)
         if queries is keys:

@@ -7,6 +7,7 @@ Where a graph is traced or compiled, the interests of a session have a fixed num
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from missrec_t4r.model.contextual_encoder import ContextualEncoder
 from missrec_t4r.model.fast.attention import FastAttention
 from missrec_t4r.model.interests import InterestTokens, InterestVocabulary
+from missrec_t4r.tracing import sizes
 
 MANY = 256
 """Interest tokens of a batch from which on it is worth to look for those that occur more than once."""
@@ -50,12 +52,12 @@ class FastContextualEncoder(ContextualEncoder):
         ids, centroids = interests.ids, interests.centroids
         if ids is not None and projections is not None:
             return F.embedding(ids, projections)
-        if ids is None or centroids is None or not len(self.layers) or ids.numel() < MANY:
+        if ids is None or centroids is None or not len(self.layers) or math.prod(sizes(ids)) < MANY:
             return None
         if ids.device.type == "cuda":  # to find those that occur, the host would have to wait
             return F.embedding(ids, self.project(centroids)) if len(centroids) <= ids.numel() else None
         if not torch.compiler.is_compiling():
-            occurs = torch.zeros(len(centroids), dtype=torch.bool, device=ids.device)
+            occurs = torch.zeros(sizes(centroids)[0], dtype=torch.bool, device=ids.device)
             occurs[ids] = True
             centroids, ids = centroids[occurs], (occurs.cumsum(0) - 1)[ids]
         return F.embedding(ids, self.project(centroids))

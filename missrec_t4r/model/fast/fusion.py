@@ -14,6 +14,7 @@ from torch import Tensor
 
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.item_encoder import CandidateEmbeddings
+from missrec_t4r.tracing import sizes
 
 _FEW = 0.75
 """Share of the catalogue with two modalities below which only those items are corrected."""
@@ -27,13 +28,16 @@ class FastCandidateFusion(CandidateFusion):
         scores = (session @ mean_embeddings(candidates).T).to(session.dtype)  # autocast gives half precision
         if self.phi is None:
             return scores
-        if len(candidates.modality) > 2 and session.device.type == "cuda":  # which items have several, it cannot ask
+        n_modalities = sizes(candidates.modality)[0]
+        if n_modalities > 2 and session.device.type == "cuda":  # which items have several, it cannot ask
             return super().forward(session, candidates).to(session.dtype)
         counts = candidates.mask.sum(0)  # [catalogue]
-        if len(candidates.modality) == 2:
+        if n_modalities == 2:
             return self._add_pairs(scores, session, candidates, counts == 2)
         several = torch.nonzero(counts > 1).flatten()
-        return scores.index_add_(1, several, self._correction(session, candidates, several)) if len(several) else scores
+        if not sizes(several)[0]:
+            return scores
+        return scores.index_add_(1, several, self._correction(session, candidates, several))
 
     def _add_pairs(self, scores: Tensor, session: Tensor, candidates: CandidateEmbeddings, both: Tensor) -> Tensor:
         """Add what the dynamic weights add to the mean of two votes a and b: ``(a - b) / 2 * tanh(phi (a - b) / 2)``.
@@ -41,7 +45,7 @@ class FastCandidateFusion(CandidateFusion):
         With two modalities the softmax is a logistic function of the difference of the votes, which is one product.
         """
         assert self.phi is not None
-        first, second = candidates.modality
+        first, second = candidates.modality.unbind()
         share = both.to(scores.dtype)
         if candidates.id_mask is not None:
             share = torch.where(candidates.id_mask, share * 2 / 3, share)
@@ -49,7 +53,7 @@ class FastCandidateFusion(CandidateFusion):
             apart = (session @ ((first - second) * both.unsqueeze(-1)).T).to(session.dtype)
             return scores.add_(apart * torch.tanh(apart * (self.phi / 2)) * (share / 2))
         rows = torch.nonzero(both).flatten()
-        few = len(rows) < _FEW * len(both)  # then gathering costs less than the columns that it saves
+        few = sizes(rows)[0] < _FEW * sizes(both)[0]  # then gathering costs less than the columns that it saves
         gap = first[rows] - second[rows] if few else (first - second) * both.unsqueeze(-1)
         phi = self.phi[rows] if few and self.name == "dynamic_instance" else self.phi
         apart = (session @ gap.T).to(session.dtype)
@@ -64,11 +68,11 @@ class FastCandidateFusion(CandidateFusion):
         assert self.phi is not None
         phi = self.phi if self.name == "dynamic_shared" else self.phi[several]
         total = numerator = denominator = torch.zeros((), device=session.device, dtype=session.dtype)
-        for tokens, present in zip(candidates.modality, candidates.mask, strict=True):
+        for tokens, present in zip(candidates.modality.unbind(), candidates.mask.unbind(), strict=True):
             vote = (session @ tokens[several].T).to(session.dtype)
             # votes are in [-1, 1]: exp needs no running maximum while phi is below 80
             weight, counts = torch.exp(phi * vote), present[several].to(vote.dtype)
-            if not bool(present[several].all()):
+            if torch.jit.is_tracing() or not bool(present[several].all()):
                 weight = weight * counts
             numerator, denominator = numerator + weight * vote, denominator + weight
             total = total + vote * counts
@@ -88,6 +92,6 @@ def mean_embeddings(candidates: CandidateEmbeddings) -> Tensor:
         table = candidates.ids * torch.where(both, share / 3, candidates.id_mask.to(dtype)).unsqueeze(-1)
         share = torch.where(both, share * 2 / 3, share)
     share = share / counts.clamp_min(1)
-    for tokens, present in zip(candidates.modality, candidates.mask, strict=True):
+    for tokens, present in zip(candidates.modality.unbind(), candidates.mask.unbind(), strict=True):
         table = torch.addcmul(table, tokens, (share * present).unsqueeze(-1))
     return table

@@ -25,6 +25,7 @@ from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.runs.run_folder import LoadedRun
 from missrec_t4r.schema import FIRST_ITEM_ROW
 from missrec_t4r.serving.batch.export_vectors import vectors
+from missrec_t4r.serving.batch.parquet_io import SessionFiles
 from missrec_t4r.serving.batch.score import score
 from missrec_t4r.serving.batch.similar import SimilarItems, similar
 from missrec_t4r.serving.client.client import MISSRecClient
@@ -133,8 +134,11 @@ def test_what_cannot_be_read_is_refused_in_words(bundle: Path, tmp_path: Path) -
     pq.write_table(pa.table({"items": ["a,b"]}), tmp_path / "flat.parquet")
     with pytest.raises(DataError, match="has no list column; expected: a list column 'items'"):
         score(tmp_path / "flat.parquet", tmp_path / "out.parquet", bundle=bundle)
-    with pytest.raises(DataError, match="holds no parquet"):
+    with pytest.raises(DataError, match="nothing does not exist; expected: a parquet file"):
         score(tmp_path / "nothing", tmp_path / "out.parquet", bundle=bundle)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no parquet"):
+        score(tmp_path / "empty", tmp_path / "out.parquet", bundle=bundle)
     (tmp_path / "users.csv").write_text("user,item\nann,lamp\n")
     with pytest.raises(DataError, match=r"users\.csv cannot be read as parquet .* group the events by user"):
         score(tmp_path / "users.csv", tmp_path / "out.parquet", bundle=bundle)
@@ -166,6 +170,37 @@ def test_a_folder_as_output_is_refused_before_anything_is_computed(bundle: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "some.parquet"]
 
 
+def test_the_result_never_replaces_or_joins_the_sessions(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sessions"
+    folder.mkdir()
+    file = session_file(folder / "1.parquet", [["ware-3-ü"]])
+    before = file.read_bytes()
+    with pytest.raises(DataError, match=r"1\.parquet holds the sessions; expected: another file"):
+        score(file, folder / ".." / "sessions" / "1.parquet", bundle=bundle)
+    with pytest.raises(DataError, match=r"out\.parquet is in the folder of the sessions, where the next run"):
+        score(folder, folder / "out.parquet", bundle=bundle)
+    assert file.read_bytes() == before
+    assert [path.name for path in folder.iterdir()] == ["1.parquet"]
+    score(file, folder / "out.parquet", bundle=bundle)  # the sessions are this one file
+
+
+def test_columns_that_are_not_used_are_told(bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "sessions.parquet"
+    lists = pa.array([["ware-3-ü"]])
+    pq.write_table(pa.table({"items": lists, "stars": [4], "gap": pa.array([[1.0]]), "score": [2], "rank": [1]}), file)
+    used = SessionFiles(file, "items", "string", ["stars", "gap", "hour"])
+    assert used.event_columns == {"gap": "gap"}
+    assert "the event features stars, hour count as missing" in caplog.text
+    caplog.clear()
+    score(file, tmp_path / "out.parquet", bundle=bundle)
+    assert "columns score of" in caplog.text
+    assert pq.read_table(tmp_path / "out.parquet")["rank"].to_pylist() == [1]
+    pq.write_table(pa.table({"items": lists, "usable": ["no"]}), file)
+    vectors(tmp_path / "again", bundle=bundle, sessions=file)
+    assert "columns usable of" in caplog.text
+    assert pq.read_table(tmp_path / "again" / "sessions.parquet").to_pydict() == {"usable": [True]}
+
+
 def test_a_warning_tells_that_most_sessions_hold_no_known_item(
     bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -173,6 +208,9 @@ def test_a_warning_tells_that_most_sessions_hold_no_known_item(
         caplog.clear()
         score(session_file(tmp_path / "few.parquet", names), tmp_path / "out.parquet", bundle=bundle)
         assert ("2 of 3 sessions hold no item of the catalogue" in caplog.text) is warned
+        caplog.clear()
+        vectors(tmp_path / "vectors", bundle=bundle, sessions=tmp_path / "few.parquet")
+        assert ("2 of 3 sessions hold no item of the catalogue and have a vector of zeros" in caplog.text) is warned
 
 
 def test_a_killed_job_leaves_the_last_complete_result_and_goes_on(

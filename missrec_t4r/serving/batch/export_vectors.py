@@ -13,6 +13,7 @@ vectors.json      width, fusion, phi, history bias, active score terms: docs/how
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,11 @@ from missrec_t4r.serving.batch.parquet_io import SessionFiles
 from missrec_t4r.serving.client.in_process import torch_threads
 from missrec_t4r.serving.event_features import EventFeatureReader
 
+log = logging.getLogger(__name__)
+
 MARKER = "vectors.json"
+USABLE = "usable"
+"""Column of the written sessions: whether an item of the session is known."""
 _SESSIONS_AT_A_TIME = 256
 
 
@@ -83,7 +88,7 @@ def vectors(
     files = None
     if sessions is not None:
         event_columns = [column.name for column in loaded.model.event_columns]
-        files = SessionFiles(sessions, items_column, loaded.catalogue.id_type, event_columns)
+        files = SessionFiles(sessions, items_column, loaded.catalogue.id_type, event_columns, written=(USABLE,))
     with atomic_write_dir(Path(out), MARKER, "folder of vectors", BundleError) as folder, torch_threads(threads):
         described = _write_items(folder, loaded) | {"weights_sha256": weights}
         n_sessions = 0 if files is None else _write_sessions(folder, loaded, files)
@@ -171,7 +176,14 @@ def _write_sessions(folder: Path, loaded: LoadedBundle, files: SessionFiles) -> 
         ]
         vectors.append(session_vectors(loaded.model, rows, reader.stacked(features, rows)))
         usable = pa.array(vectors[-1].any(1), pa.bool_())
-        tables.append(batch.passthrough.append_column("usable", usable))
+        tables.append(batch.passthrough.append_column(USABLE, usable))
     np.save(folder / "sessions.npy", np.concatenate(vectors))  # [session, dim]
-    pq.write_table(pa.concat_tables(tables), folder / "sessions.parquet")
-    return files.rows
+    table = pa.concat_tables(tables)
+    pq.write_table(table, folder / "sessions.parquet")
+    known = int(np.count_nonzero(table[USABLE]))
+    if 2 * known < len(table):
+        log.warning(
+            f"{len(table) - known:,} of {len(table):,} sessions hold no item of the catalogue and have a vector of "
+            "zeros; are these the ids of the item table, and is this the bundle of this shop?"
+        )
+    return len(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.progress import track
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, USER_ID
 from missrec_t4r.serving.event_features import SessionEventFeatures
+
+log = logging.getLogger(__name__)
 
 ITEMS_COLUMN = "items"
 _ROW_GROUP = 1 << 13
@@ -60,6 +63,8 @@ class SessionFiles:
         Text column with a JSON object of business rules per session; empty or null is no rule.
     exclude_column : str, optional
         List column of ids that must not be recommended to the session.
+    written : sequence of str
+        Columns of the output: those of the same name in the files are not copied.
 
     Raises
     ------
@@ -75,11 +80,14 @@ class SessionFiles:
         event_features: Sequence[str] = (),
         rules_column: str | None = None,
         exclude_column: str | None = None,
+        written: Sequence[str] = (),
     ) -> None:
         path = Path(path)
         self.files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         if not self.files or not self.files[0].is_file():
-            raise DataError(f"{path} holds no parquet", "a parquet file, or a folder of them", "check --sessions")
+            found = f"{path} {'holds no parquet' if path.exists() else 'does not exist'}"
+            raise DataError(found, "a parquet file, or a folder of them", "check --sessions")
+        self.in_folder, self.written = path.is_dir(), frozenset(written)
         self.items_column = items_column
         self.schema = _read_schema(self.files[0])
         self.rules_column, self.exclude_column = rules_column, exclude_column
@@ -91,6 +99,7 @@ class SessionFiles:
         lists = {field.name for field in self.schema if is_list(field.type)} - {items_column}
         columns = {name: name if name in lists else name + LIST_SUFFIX for name in event_features}
         self.event_columns = {name: column for name, column in columns.items() if column in lists}
+        self._warn_of_what_is_left_out(event_features)
         self._columns = [*self.passthrough, items_column, *self.event_columns.values()]
         if exclude_column is not None:
             self._columns.append(exclude_column)
@@ -107,8 +116,31 @@ class SessionFiles:
 
     @property
     def passthrough(self) -> list[str]:
-        """Columns that are copied to the output: all that are no lists."""
-        return [field.name for field in self.schema if not is_list(field.type)]
+        """Columns that are copied to the output: all that are no lists and not among those written."""
+        return [field.name for field in self.schema if not is_list(field.type) and field.name not in self.written]
+
+    def refuse_as_output(self, out: Path) -> None:
+        """Refuse a file to write that replaces the sessions, or that the next run would read as sessions.
+
+        Raises
+        ------
+        DataError
+        """
+        if out.resolve() in {file.resolve() for file in self.files}:
+            raise DataError(f"{out} holds the sessions", "another file for the result", "choose another --out")
+        folder = self.files[0].parent
+        if self.in_folder and out.suffix == ".parquet" and out.resolve().parent == folder.resolve():
+            found = f"{out} is in the folder of the sessions, where the next run would read it as one of their files"
+            raise DataError(found, "a file elsewhere", "choose another --out")
+
+    def _warn_of_what_is_left_out(self, event_features: Sequence[str]) -> None:
+        if absent := [name for name in event_features if name not in self.event_columns]:
+            log.warning(
+                f"the event features {', '.join(absent)} count as missing: {self.files[0]} has no list columns of "
+                "these names; add one with a raw value per item id"
+            )
+        if replaced := sorted(self.written & {field.name for field in self.schema if not is_list(field.type)}):
+            log.warning(f"columns {', '.join(replaced)} of {self.files[0]} are not copied: the result has its own")
 
     def batches(self, size: int, description: str) -> Iterator[SessionBatch]:
         """Yield batches of at most ``size`` rows, with progress; one batch without rows where the files have none.

@@ -36,7 +36,10 @@ _SESSIONS_AT_A_TIME = 2048
 """Of one part of an unfinished job, and so in memory."""
 _FORMAT = 2
 """Of the parts of an unfinished job: those of another format are not used."""
-LAYOUTS = ("lists", "long")
+_LISTS = (ITEM_ID, "score", "unknown_items", "fallback")
+_WRITTEN = {"lists": _LISTS, "long": ("rank", *_LISTS)}
+"""Columns that are added, by layout."""
+LAYOUTS = tuple(_WRITTEN)
 
 
 def score(
@@ -132,10 +135,12 @@ def score(
             file,
             ITEMS_COLUMN if data is not None else items_column,
             client.id_type,
-            features,
+            features if data is None else (),
             rules_column,
             exclude_column,
+            _WRITTEN[layout],
         )
+        files.refuse_as_output(Path(out))
         excluded: list[RawId] = [typed_id(item, client.id_type) for item in exclude or []]
 
         def compute(batch: SessionBatch) -> tuple[pa.Table, dict[str, int]]:
@@ -208,5 +213,4 @@ def _table(passthrough: pa.Table, answers: Sequence[Recommendation], id_type: st
             "fallback": added["fallback"].take(session),
         }
         passthrough = passthrough.take(session)
-    copied = {name: passthrough[name] for name in passthrough.column_names if name not in added}
-    return pa.table(copied | added)
+    return pa.table(dict(zip(passthrough.column_names, passthrough.columns, strict=True)) | added)

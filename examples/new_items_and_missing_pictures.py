@@ -65,8 +65,9 @@ scores = {name: float(similar.get(name, 0.0)) for name in new["item_id"]}
 Chart("Similarity to the known item", [bars(list(scores), list(scores.values()), x_title="", y_title="score")])
 
 # %% [markdown]
-# In a session with the known item, the place of each among all items. By default a new item mostly ranks below items that have events;
-# `model__cold_start_exposure=1` in `Recommender` changes that, at a price for the others.
+# In a session with the known item, the place of each among all items; the one without any content is not among them. How far up new
+# items come is tuned on validation (the rare-item term); `model__cold_start_exposure=1` in `Recommender` raises them, at a price for the
+# others.
 
 # %%
 ranked = model.recommend(sessions=[[twin["item_id"]]], k=len(items) + 3)

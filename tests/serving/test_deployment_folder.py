@@ -77,6 +77,19 @@ def test_a_version_names_its_own_models_and_bundle_and_is_added_once(bundle: Pat
         assert (path / "manifest.json").is_file()
 
 
+@pytest.mark.parametrize("part", ["missrec_sessions", "missrec_ranker"])
+def test_a_version_with_the_code_of_another_release_is_written_again(part: str, bundle: Path, tmp_path: Path) -> None:
+    """docs/migration.md: `missrec deploy` the bundle again."""
+    folder = tmp_path / "models"
+    deploy(folder, bundle=bundle)
+    code = folder / f"{part}_v1" / "1" / "model.py"
+    written = code.read_text()
+    code.write_text("from missrec_t4r.serving.backend import execute\n")
+    assert deploy(folder, bundle=bundle)["version"] == 2
+    assert (folder / f"{part}_v2" / "1" / "model.py").read_text() == written
+    assert deploy(folder, bundle=bundle)["version"] == 2
+
+
 def test_the_oldest_versions_go_and_the_one_to_roll_back_to_stays(bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "models"
     for threads in (1, 2, 3, 4):

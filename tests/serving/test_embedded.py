@@ -109,3 +109,9 @@ def test_a_server_that_cannot_run_says_why(exported: Path, tmp_path: Path, monke
     with pytest.raises(ServingError, match="Triton ended with code 3: cannot find libcuda"):
         server.__enter__()
     assert not server._folder
+
+    program.write_text(
+        "#!/bin/sh\necho \"Internal: ModuleNotFoundError: No module named 'missrec_t4r.old'\" >&2\nexit 1\n"
+    )
+    with pytest.raises(ServingError, match="another version of missrec-t4r wrote this folder: write it again with"):
+        LocalTriton(exported / "repository").__enter__()

@@ -59,6 +59,7 @@ from missrec_t4r.serving.triton.repository import (
 log = logging.getLogger(__name__)
 
 _PARTS = tuple(model for model in MODELS if model != ENSEMBLE)
+_CODE = Path("1") / "model.py"
 LOADED = 2
 """Versions that stay loaded: the current one and the previous one."""
 
@@ -268,14 +269,14 @@ def _unload(control: Control, version: int) -> None:
 def _add_version(folder: Path, bundle: Path, current: int | None, settings: ServingSettings) -> int:
     """Write the models of a new version and return its number.
 
-    Returns ``current`` and writes nothing if that version has the same bundle and settings: repeating a deploy adds
-    none.
+    Returns ``current`` and writes nothing if that version has the same bundle, settings and code: repeating a deploy
+    adds none, unless this package writes another ``model.py``.
     """
     version = max(versions_of(folder), default=0) + 1
     with temporary_dir(_temporary(folder)) as temporary:
         fill_repository(temporary, bundle, settings)
         configs = {model: read_config(temporary / model) for model in MODELS}
-        if current is not None and _is_version(folder, current, configs, temporary / BUNDLE_IN_REPOSITORY):
+        if current is not None and _is_version(folder, current, configs, temporary):
             return current
         for model in (*_PARTS, ENSEMBLE):  # the ensemble last: its folder makes the version complete
             write_config(temporary / model, _with_version(configs[model], version))
@@ -283,10 +284,11 @@ def _add_version(folder: Path, bundle: Path, current: int | None, settings: Serv
     return version
 
 
-def _is_version(folder: Path, version: int, configs: dict[str, ModelConfig], bundle: Path) -> bool:
-    """Return whether a version was written from this bundle with these configurations."""
-    same_bundle = file_digest(bundle / MANIFEST_FILE) == file_digest(bundle_of(folder, version) / MANIFEST_FILE)
-    return same_bundle and all(
+def _is_version(folder: Path, version: int, configs: dict[str, ModelConfig], written: Path) -> bool:
+    """Return whether a version has the bundle, the code and these configurations of a repository just ``written``."""
+    pairs = [(written / BUNDLE_IN_REPOSITORY / MANIFEST_FILE, bundle_of(folder, version) / MANIFEST_FILE)]
+    pairs += [(written / part / _CODE, folder / f"{part}_v{version}" / _CODE) for part in _PARTS]
+    return all(there.is_file() and file_digest(new) == file_digest(there) for new, there in pairs) and all(
         _with_version(config, version) == read_config(folder / f"{model}_v{version}")
         for model, config in configs.items()
     )

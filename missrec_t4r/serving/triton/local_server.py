@@ -43,6 +43,10 @@ _ATTEMPTS = 4
 """Another process may take a free port after it was chosen and before Triton binds it: then others are chosen."""
 _PORT_TAKEN = ("already in use", "failed to start", "unavailable for")
 """Fragments of Triton's log messages when it could not bind a port."""
+_OTHER_VERSION = (
+    "another version of missrec-t4r wrote this folder: write it again with `missrec export --triton`, or "
+    "`missrec deploy --bundle` where it is a deployment folder"
+)
 
 
 class LocalTriton:
@@ -170,7 +174,9 @@ class LocalTriton:
     def check_alive(self) -> None:
         """Raise `ServingError` with the reason if the server has ended."""
         if self._process is not None and (code := self._process.poll()) is not None:
-            raise ServingError(f"Triton ended with code {code}: {self._reason()}", "a running server", self._cure())
+            reason = self._reason()
+            cure = _OTHER_VERSION if "No module named 'missrec_t4r." in reason else self._cure()
+            raise ServingError(f"Triton ended with code {code}: {reason}", "a running server", cure)
 
     def _start(self, triton: EmbeddedTriton, folder: Path) -> None:
         self._name, self._key = f"missrec-{secrets.token_hex(8)}", secrets.token_hex(16)

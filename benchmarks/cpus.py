@@ -29,16 +29,16 @@ ROOT = Path(__file__).resolve().parents[1]
 SUITES = """
     tests/contract/test_t4r_expects.py tests/contract/test_target_swap.py
     tests/contract/test_trainer.py::test_a_saved_model_scores_bit_for_bit
-    tests/contract/test_trainer.py::test_core_and_t4r_model_share_side_features
+    tests/contract/test_trainer.py::test_core_and_t4r_model_share_event_features
     tests/contract/test_trainer.py::test_core_and_t4r_model_share_weights_scores_and_loss
     tests/equations
     tests/evaluation/test_baselines.py tests/evaluation/test_evaluate.py tests/evaluation/test_full_ranking.py
     tests/evaluation/test_metrics.py tests/evaluation/test_model_scorer.py tests/evaluation/test_slices.py
     tests/properties
-    tests/side/test_module.py
+    tests/event_features/test_module.py
     tests/unit/test_faithful_regulariser.py tests/unit/test_nearest.py tests/unit/test_training_softmax.py
     tests/serving/test_bundle.py tests/serving/test_folded.py tests/serving/test_large_catalogues.py
-    tests/serving/test_newcomers.py tests/serving/test_ranker.py tests/serving/test_retrieval.py
+    tests/serving/test_added_items.py tests/serving/test_ranker.py tests/serving/test_retrieval.py
     tests/serving/test_traced.py tests/serving/test_updates.py
 """.split()
 """What compares floats in its own process, without long trainings; serving is last, as it sets one thread."""

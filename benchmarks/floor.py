@@ -26,7 +26,7 @@ from benchmarks.measure import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = """
-    tests/equations tests/properties tests/unit tests/evaluation tests/recipes tests/side tests/pretraining
+    tests/equations tests/properties tests/unit tests/evaluation tests/recipes tests/event_features tests/pretraining
     tests/serving tests/integration tests/earlier_version tests/recommender
 """.split()
 """What needs neither Merlin nor pytriton as a whole; single tests of these that do are skipped with their reason."""

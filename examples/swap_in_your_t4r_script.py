@@ -90,7 +90,7 @@ Chart(
 
 # %%
 saved = mr.save_run(model, trainer=trainer, out="run")
-{name: round(saved["prior"][name], 4) for name in ("without", "valid_ndcg@10")}
+{name: round(saved["score_terms"][name], 4) for name in ("valid_ndcg@10_without_terms", "valid_ndcg@10")}
 
 # %%
 report = commands.evaluate("run", data="data")

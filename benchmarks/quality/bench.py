@@ -26,7 +26,7 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.config.recipe import AUTO
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS
 from missrec_t4r.io.json_files import read_json, write_json
-from missrec_t4r.runs.run_folder import RUN_FILE
+from missrec_t4r.runs.run_folder import RUN_FILE, read_info
 from missrec_t4r.training.auto import choose
 from missrec_t4r.training.trainer import INTERRUPT
 
@@ -104,11 +104,11 @@ def _one(
         return stored
     if not (run / RUN_FILE).is_file() or read_json(run / RUN_FILE).get("stopped_by") == INTERRUPT:
         commands.train(data, run, recipe=recipe, settings=settings)
-    trained = read_json(run / RUN_FILE)
+    trained = read_info(run)
     if trained.get("stopped_by") == INTERRUPT:
         raise KeyboardInterrupt  # a training that was cut is no measurement; the same command goes on
     found = commands.evaluate(run, baselines=first is None)
-    kept = ("best_epoch", "epochs", "stopped_by", "valid_ndcg@10", "seconds", "precision", "prior")
+    kept = ("best_epoch", "epochs", "stopped_by", "valid_ndcg@10", "seconds", "precision", "score_terms")
     one = {
         "run": {"seed": settings["train.seed"], **{key: trained[key] for key in kept if key in trained}},
         "test": {

@@ -44,7 +44,7 @@ from missrec_t4r.runs.evaluate import System, fitted_baselines
 from missrec_t4r.runs.run_folder import RUN_FILE, load_run
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
-WITHOUT, RIVAL = "without_newcomers", "content_knn"
+WITHOUT, RIVAL = "without_cold_start_term", "content_knn"
 _KS = (10,)
 _PROTOCOLS = (KEPT_WITH_HISTORY_TERM, EXCLUDED)
 """Those of the model as it is exported, with its terms."""
@@ -139,7 +139,7 @@ def ranked(run: Path, exposures: Sequence[float], facts: dict[str, Any]) -> Draw
         for name, system in systems.items()
     }
     chosen = {name: found for name, (_, found) in models.items() if found}
-    return Draw({**facts, "n": int(cold.sum()), "newcomers": chosen, "baseline_settings": tuned}, cold, ranks)
+    return Draw({**facts, "n": int(cold.sum()), "cold_start": chosen, "baseline_settings": tuned}, cold, ranks)
 
 
 def exposed(run: Path, exposure: float) -> tuple[MISSRec, dict[str, Any]]:

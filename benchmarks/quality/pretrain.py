@@ -153,7 +153,7 @@ def training(name: str, seed: int, data: Path, out: Path, minutes: float, settin
         "valid_ndcg@10": trained["valid_ndcg@10"],
         "best_epoch": trained["best_epoch"],
         "seconds": trained["seconds"],
-        "trainable_share": trained.get("start", {}).get("trainable_share", 1.0),
+        "trainable_share": trained.get("weight_loading", {}).get("trainable_share", 1.0),
         "test": {protocol: {key: found["model"][key] for key in METRICS} for protocol, found in ranked.items()},
     }
     finished.write_text(json.dumps(one, default=float), encoding="utf-8")

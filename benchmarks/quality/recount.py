@@ -20,14 +20,13 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.data.user_sessions import whole_sessions
 from missrec_t4r.evaluation.full_ranking import rank_systems
 from missrec_t4r.evaluation.metrics import metrics, named_differences, paired_differences
-from missrec_t4r.io.json_files import read_json
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_terms, terms_of, with_terms
 from missrec_t4r.ranking.protocols import Blend, BlendScorer
 from missrec_t4r.ranking.recount import recount
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune import TUNED_FOR
-from missrec_t4r.runs.run_folder import RUN_FILE, load_run
+from missrec_t4r.runs.run_folder import load_run, read_info
 
 _KS: Final = (10,)
 
@@ -35,7 +34,7 @@ _KS: Final = (10,)
 def measure(run: Path) -> dict[str, Any]:
     """Rank the test and the validation split with either counts."""
     loaded = load_run(run)
-    model, tuned = loaded.model, read_json(run / RUN_FILE)["prior"]
+    model, tuned = loaded.model, read_info(run)["score_terms"]
     train, valid, test = (load_sessions(loaded.data, name, model.event_columns) for name in ("train", "valid", "test"))
     train = train.known()
     shorter, _ = train.take((train.lengths > 0).nonzero()[0]).split_last()

@@ -152,7 +152,7 @@ def fill_bundle(
         "config": dataclasses.asdict(model.config),
         "modalities": {name: modality.width for name, modality in catalogue.modalities.items()},
         "rows": n_trained or catalogue.n_rows,
-        "side_features": [column.to_dict() for column in model.event_columns],
+        "event_features": [column.to_dict() for column in model.event_columns],
     }
     write_json(folder / MODEL_FILE, content)
     load_session_transform(folder, catalogue.items)  # refuses ids that a request cannot hold
@@ -212,7 +212,7 @@ def load_bundle(folder: str | Path) -> LoadedBundle:
         modalities = {name: _modality(name, stored, features) for name in says.widths}
         catalogue = Catalogue(items, modalities, checked=True)
         config = Recipe.from_stored({"name": "bundle", "model": says.model["config"]}).model
-        event_features = [EventColumn.from_dict(column) for column in says.model.get("side_features", [])]
+        event_features = [EventColumn.from_dict(column) for column in says.model.get("event_features", [])]
         check_weights(folder, says, config, catalogue, event_features)
         if has_index:
             check_index(folder / SEARCH_FILE, catalogue.n_rows, config.d_model, len(modalities))

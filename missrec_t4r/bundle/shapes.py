@@ -19,6 +19,7 @@ from missrec_t4r.bundle.manifest import CATALOGUE_FILE, MODEL_FILE, WEIGHTS_FILE
 from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn
+from missrec_t4r.io.key_names import with_current_keys
 from missrec_t4r.io.tensor_checks import NO_LIMIT, NOT_NEGATIVE, check_ranges, compare, header_of, refused
 from missrec_t4r.io.weight_names import current_name
 from missrec_t4r.ranking.hybrid import build_missrec
@@ -42,7 +43,7 @@ class Stated(NamedTuple):
     """Modality -> width of its vectors."""
     d_model: int
     model: dict[str, Any]
-    """Content of ``model.json``."""
+    """Content of ``model.json``, under today's keys."""
 
 
 def stated(folder: Path) -> Stated:
@@ -80,7 +81,7 @@ def stated(folder: Path) -> Stated:
             f"modality.{name}.present": ("BOOL", (n_rows,)),
         }
     compare(file, header, expected)
-    return Stated(n_rows, n_trained, widths, d_model, content)
+    return Stated(n_rows, n_trained, widths, d_model, with_current_keys(content))
 
 
 def check_weights(

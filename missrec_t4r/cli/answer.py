@@ -80,7 +80,7 @@ def _comparison(result: Mapping[str, Any]) -> RenderableType:
         slices_table(result, verdict["protocol"]),
         rows_table(rows, columns),
         facts({"sessions": result["sessions"], **{name: result[name] for name in ("report", "page")}}),
-        verdict["words"],
+        verdict["summary"],
     )
 
 
@@ -98,14 +98,14 @@ def _features(result: Mapping[str, Any]) -> RenderableType:
 
 
 def _training(result: Mapping[str, Any]) -> RenderableType:
-    terms = result.get("prior") or {}
-    read = {"valid ndcg@10, network alone": terms.get("without", result.get("valid_ndcg@10"))}
-    read["valid ndcg@10, with score terms"] = terms.get("valid_ndcg@10")
-    report = result.get("start") or {}
+    terms = result.get("score_terms") or {}
+    network = terms.get("valid_ndcg@10_without_terms", result.get("valid_ndcg@10"))
+    read = {"valid ndcg@10, network alone": network, "valid ndcg@10, with score terms": terms.get("valid_ndcg@10")}
+    report = result.get("weight_loading") or {}
     started = {"started from": report.get("run"), "frozen": report.get("freeze")}
     return facts(
         {"run": result.get("run"), **read, **started, **result},
-        ("prior", "start", "valid_ndcg@10", "domains", "chosen"),
+        ("score_terms", "weight_loading", "valid_ndcg@10", "domains", "chosen"),
     )
 
 

@@ -224,7 +224,7 @@ def _serve(run: LoadedRun, repository: Path, log_file: Path) -> dict[str, Any]:
         "recommendations": [
             {
                 "session": [_named(item, titles) for item in session[-_SHOWN:]],
-                "answers": _shown(answer.item_ids, answer.scores, titles),
+                "recommended": _shown(answer.item_ids, answer.scores, titles),
             }
             for session, answer in zip(sessions, answers, strict=True)
         ],
@@ -265,4 +265,4 @@ def _show(recommendations: Sequence[Mapping[str, Any]], console: Console) -> Non
     for number, query in enumerate(recommendations, 1):
         console.print(f"query {number}: " + ", ".join(str(item[ITEM_ID]) for item in query["session"]), highlight=False)
         console.print("because of: " + "; ".join(item["title"][:60] for item in query["session"]), highlight=False)
-        console.print(rows_table(query["answers"], columns))
+        console.print(rows_table(query["recommended"], columns))

@@ -24,7 +24,7 @@ def compare(*systems: Any, **options: Any) -> dict[str, Any]:
         violated = [check for check in result["verdict"]["gate"] if not check["passed"]]
         bounds = "; ".join(f"{check['measure']} is {check['value']}, bounds {check['bounds']}" for check in violated)
         raise GateError(
-            result["verdict"]["words"] + (f" ({bounds})" if bounds else ""),
+            result["verdict"]["summary"] + (f" ({bounds})" if bounds else ""),
             "every measure within its bounds" if bounds else "a difference that is not below zero",
             f"look at {result['page']}" if "page" in result else "",
             result=result,

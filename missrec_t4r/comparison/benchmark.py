@@ -120,9 +120,9 @@ class Match:
         self.sessions = same_user[same_target]
         self.others = others[self.sessions]
         self.counts = {
-            "users_that_it_lacks": int((others < 0).sum()),
+            "missing_users": int((others < 0).sum()),
             "sessions_with_another_target": int((~same_target).sum()),
-            "users_of_its_own": len(sessions) - len(same_user),
+            "additional_users": len(sessions) - len(same_user),
         }
 
     def seed(self, ranking: Ranking) -> Seed:

@@ -17,7 +17,7 @@ from missrec_t4r.comparison.beyond_accuracy import MEASURES, BeyondAccuracy
 from missrec_t4r.comparison.examples import examples, outcomes, shown_ids
 from missrec_t4r.comparison.page import page
 from missrec_t4r.comparison.systems import OF_A_RUN, System, named, runs_of
-from missrec_t4r.comparison.verdict import decide, measures_of, plainly, sentence
+from missrec_t4r.comparison.verdict import decide, explanation, measures_of, sentence
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError
@@ -100,10 +100,10 @@ def compare(
     Returns
     -------
     dict
-        ``verdict`` (``decision``, ``words``, ``plainly``, ``gate``), ``protocols[protocol][system]``, ``differences``
-        (each system minus the current one), ``outcomes`` (sessions that each of the two does better on), ``slices``,
-        ``beyond_accuracy``, ``sessions`` (compared and left out), ``examples``, ``systems``; with ``out`` also
-        ``report`` and ``page``.
+        ``verdict`` (``decision``, ``summary``, ``explanation``, ``gate``), ``protocols[protocol][system]``,
+        ``differences`` (each system minus the current one), ``outcomes`` (sessions that each of the two does better
+        on), ``slices``, ``beyond_accuracy``, ``sessions`` (compared and left out), ``examples``, ``systems``; with
+        ``out`` also ``report`` and ``page``.
 
     Raises
     ------
@@ -225,7 +225,7 @@ def _report(
         "n_items": benchmark.catalogue.n_items,
         "systems": {system.name: _description(system, ranks[protocols[0]], benchmark.protocols) for system in systems},
         "sessions": {
-            "in_the_split": len(benchmark.sessions),
+            "in_split": len(benchmark.sessions),
             "compared": len(sessions),
             "left_out": len(benchmark.sessions) - len(sessions),
             "targets_no_item": int((targets < FIRST_ITEM_ROW).sum()),
@@ -267,8 +267,8 @@ def _verdict(report: Mapping[str, Any], protocol: str, gate: Path | None) -> dic
     decision, checks = decide(measures_of(report), protocol, gate)
     return {
         "decision": decision,
-        "words": sentence(report, decision, protocol),
-        "plainly": plainly(report, protocol),
+        "summary": sentence(report, decision, protocol),
+        "explanation": explanation(report, protocol),
         "protocol": protocol,
         "rule": "the bounds of the gate" if gate else "95 % interval of the paired difference in NDCG@10",
         "gate": checks,

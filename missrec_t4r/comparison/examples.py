@@ -67,7 +67,7 @@ def outcomes(current: Ints, candidate: Ints) -> dict[str, int]:
     return {
         "candidate_better": int((second > first).sum()),
         "current_better": int((second < first).sum()),
-        "alike": int((second == first).sum()),
+        "equal": int((second == first).sum()),
         "neither_found": int(((first == 0) & (second == 0)).sum()),
     }
 

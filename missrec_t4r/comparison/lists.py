@@ -78,7 +78,7 @@ def read_lists(path: Path, catalogue: Catalogue) -> Lists:
     matrix = np.full((len(users), int(place.max(initial=-1)) + 1), -1, np.int64)
     matrix[owner, place] = rows
     counts = {
-        "items_unknown_to_the_catalogue": int((rows == UNKNOWN_ROW).sum()),
+        "unknown_items": int((rows == UNKNOWN_ROW).sum()),
         "repeated_items_dropped": len(codes) - len(first),
         "empty_lists": len(users) - len(np.unique(owner)),
     }

@@ -64,7 +64,7 @@ _BEYOND: Final = {
 }
 _KINDS: Final = {"run": "missrec run", "t4r model": "T4R model", "lists": "file of lists"}
 _SESSIONS: Final = {
-    "in_the_split": "sessions of the split",
+    "in_split": "sessions of the split",
     "compared": "sessions that all systems have: compared",
     "left_out": "sessions that a system lacks: left out",
     "targets_no_item": "compared, but the next item is not in the catalogue",
@@ -99,7 +99,7 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -
         f"{report['n_users']:,} sessions of the {report['split']} split, {report['n_items']:,} items, made "
         f"{made.day} {made:%B %Y, %H:%M} UTC"
     )
-    words = "\n".join([f"{verdict['words']}.", *verdict.get("plainly", ())])
+    words = "\n".join([f"{verdict['summary']}.", *verdict["explanation"]])
     above = headline(verdict["decision"].capitalize(), words, _CLASS[verdict["decision"]])
     return document(f"Comparison: {title}", title, about, sections, above=above, style=COMPARISON_STYLE)
 

@@ -26,7 +26,7 @@ from missrec_t4r.comparison.page import (
     with_interval,
 )
 from missrec_t4r.data.event_features import load_sessions
-from missrec_t4r.errors import CheckpointError, ConfigError
+from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl.features.thumbnails import thumbnails
 from missrec_t4r.etl.quality.charts import bars, line, number
 from missrec_t4r.etl.quality.html import document, numbers, section, table
@@ -37,9 +37,10 @@ from missrec_t4r.io.json_files import read_json
 from missrec_t4r.model.score_terms import ScoreTerms
 from missrec_t4r.ranking.protocols import EXPORTED, MODEL, NETWORK, TERMS, Blend, BlendScorer
 from missrec_t4r.ranking.scorer import ModelScorer
+from missrec_t4r.ranking.tune import NDCG, NDCG_WITHOUT
 from missrec_t4r.ranking.tune_baselines import sample_sessions
 from missrec_t4r.runs.evaluate import ALL_BASELINES, EVALUATED_SPLITS, evaluate
-from missrec_t4r.runs.run_folder import LOG_FILE, RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, LoadedRun, load_run
+from missrec_t4r.runs.run_folder import LOG_FILE, RECIPE_FILE, WEIGHTS_FILE, LoadedRun, load_run, read_info
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ _TITLES: Final = {
     MODEL: "model, tuned per protocol",
     EXPORTED: "model, as exported",
     NETWORK: "network alone",
-    TERMS: "ranking terms alone",
+    TERMS: "score terms alone",
 }
 _TERM_TITLES: Final = {
     "history_bias": "history bias",
@@ -72,7 +73,7 @@ def run_page(
     data: str | Path | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Write one HTML page about a run: learning curves, slices with intervals, ranking terms, examples.
+    """Write one HTML page about a run: learning curves, slices with intervals, score terms, examples.
 
     Parameters
     ----------
@@ -102,16 +103,13 @@ def run_page(
     run, file = Path(run), Path(out or Path(run) / PAGE_FILE)
     if split not in EVALUATED_SPLITS:
         raise ConfigError(f"--split {split}", f"one of {', '.join(EVALUATED_SPLITS)}")
-    if not (run / RUN_FILE).is_file():
-        raise CheckpointError(f"{run} holds no {RUN_FILE}", "a finished run", "run or resume `missrec train --out`")
     if file.is_dir():
         raise ConfigError(f"--out {file} is a folder", "the HTML file to write", f"give --out {file / PAGE_FILE}")
-    measured = _evaluation(run, split)
+    info, measured = read_info(run), _evaluation(run, split)
     if dry_run:
         return {"dry_run": True, "evaluates": measured is None, "would_write": [str(file)]}
     report = with_current_names(measured or evaluate(run, split=split, data=data))
-    info, curve = read_json(run / RUN_FILE), _curve(run / LOG_FILE)
-    loaded = load_run(run, data)
+    curve, loaded = _curve(run / LOG_FILE), load_run(run, data)
     shares, cards, pictures = _examples(loaded, split)
     result, words = _headline(report)
     sections = [
@@ -167,7 +165,7 @@ def _headline(report: Mapping[str, Any]) -> tuple[str, str]:
     ]
     if NETWORK in systems and systems[NETWORK] is not served:
         added = served[_CRITERION] - systems[NETWORK][_CRITERION]
-        words.append(f"The ranking terms added {added:+.4f} to the network.")
+        words.append(f"The score terms added {added:+.4f} to the network.")
     baselines = {name: systems[name][_CRITERION] for name in ALL_BASELINES if name in systems}
     if baselines:
         best = max(baselines, key=lambda name: baselines[name])
@@ -207,7 +205,7 @@ def _curves(curve: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> str:
         line(epochs, [record[name] for record in curve], x_title="epoch", y_title=title, mark=best)
         for name, title in (("valid_ndcg@10", "validation NDCG@10"), ("loss", "training loss"))
     ]
-    words = "The large point is the epoch that was kept. Validation is of the network, before ranking terms are tuned."
+    words = "The large point is the epoch that was kept. Validation is of the network, before score terms are tuned."
     return section("Learning curves", f"<p>{words}</p>{''.join(charts)}")
 
 
@@ -239,34 +237,32 @@ def _slices(report: Mapping[str, Any]) -> str:
 
 
 def _terms(info: Mapping[str, Any], shares: Mapping[str, float]) -> str:
-    prior = info.get("prior") or {}  # a term that could not be tuned on so few sessions is off: it has no entries
+    terms = info.get("score_terms") or {}  # a term that could not be tuned on so few sessions is off: without entries
     rows = []
-    if "weight" in prior:
-        counted = f"events that follow, within {prior['window']}" if prior["directed"] else "whole sessions"
-        about = f"counts {counted}; recency {prior['decay']:.2g}; popularity discount {prior['power']:.2g}"
-        rows.append((_TERM_TITLES["item_knn"], f"{prior['weight']:.4g}", about))
-    if content := prior.get("lookalikes"):
+    if knn := terms.get("item_knn"):
+        counted = f"events that follow, within {knn['window']}" if knn["directed"] else "whole sessions"
+        about = f"counts {counted}; recency {knn['decay']:.2g}; popularity discount {knn['power']:.2g}"
+        rows.append((_TERM_TITLES["item_knn"], f"{knn['weight']:.4g}", about))
+    if content := terms.get("content_knn"):
         rows.append((_TERM_TITLES["content_knn"], f"{content['weight']:.4g}", f"recency {content['decay']:.2g}"))
-    if prior.get("newcomers"):
-        about = ", ".join(
-            f"{name} {value:.3g}" for name, value in prior["newcomers"].items() if isinstance(value, float)
-        )
+    if cold := terms.get("cold_start"):
+        about = ", ".join(f"{name} {value:.3g}" for name, value in cold.items() if isinstance(value, float))
         rows.append((_TERM_TITLES["cold_start"], "", about))
-    if rare := prior.get("rare_items"):
+    if rare := terms.get("rare_items"):
         groups = zip(("0 events", "1 or 2", "3 or 4"), rare["content"], rare["offset"], strict=True)
         about = "; ".join(f"{events}: content {weight:.3g}, offset {offset:+.3g}" for events, weight, offset in groups)
         rows.append((_TERM_TITLES["rare_items"], "", about))
     if not rows and not shares:
-        return section("What the ranking terms weigh", "<p>This run has none: its score is that of the network.</p>")
+        return section("What the score terms weigh", "<p>This run has none: its score is that of the network.</p>")
     words = "Chosen on validation after training; 0 switches a term off."
-    if "without" in prior:
-        words += f" Validation NDCG@10 {prior['without']:.4f} without the kNN terms, {prior['valid_ndcg@10']:.4f} with."
+    if NDCG_WITHOUT in terms:
+        words += f" Validation NDCG@10 {terms[NDCG_WITHOUT]:.4f} without the kNN terms, {terms[NDCG]:.4f} with."
     chart = bars(
         list(shares), list(shares.values()), x_title="part of the score", y_title="mean over recommended items"
     )
     about = "<p>What each part adds to the score of the items that are recommended (first ten), on average in size:</p>"
     return section(
-        "What the ranking terms weigh",
+        "What the score terms weigh",
         f"<p>{words}</p>" + table(("term", "weight", "settings"), rows) + (about + chart if shares else ""),
     )
 

@@ -30,11 +30,10 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.evaluation.full_ranking import KEPT_STRICT, Ranking, Scorer, protocols_of, rank_systems
 from missrec_t4r.evaluation.metrics import KS
-from missrec_t4r.io.json_files import read_json
 from missrec_t4r.ranking.protocols import MODEL, NETWORK, TERMS, Blend, BlendScorer, blends_of
 from missrec_t4r.ranking.tune import Validation
 from missrec_t4r.runs.evaluate import ALL_BASELINES, fitted_baselines, rank_system
-from missrec_t4r.runs.run_folder import RUN_FILE, WEIGHTS_FILE, LoadedRun, data_folder, load_run, trained_on
+from missrec_t4r.runs.run_folder import RUN_FILE, WEIGHTS_FILE, LoadedRun, data_folder, load_run, read_info, trained_on
 from missrec_t4r.schema import LIST_SUFFIX
 
 OF_A_RUN: Final = (NETWORK, TERMS)
@@ -88,7 +87,7 @@ class Run(System):
     @property
     def data(self) -> Path:
         """Data folder of its first seed."""
-        return data_folder(self.folders[0], read_json(self.folders[0] / RUN_FILE))
+        return data_folder(self.folders[0], read_info(self.folders[0]))
 
     def trained_on(self) -> int | None:
         """Return the checksum of the sessions of its training, None where it records none.
@@ -295,8 +294,8 @@ class ListFile(System):
             for by_protocol in (ranks, shown)
         )
         counts = {
-            "users_that_it_lacks": len(benchmark.users) - len(sessions),
-            "users_of_its_own": len(line_of_user) - len(np.unique(lines[sessions])),
+            "missing_users": len(benchmark.users) - len(sessions),
+            "additional_users": len(line_of_user) - len(np.unique(lines[sessions])),
             **lists.counts,
         }
         longest = lists.rows.shape[1]

@@ -104,19 +104,19 @@ def sentence(report: Mapping[str, Any], decision: str, protocol: str) -> str:
     )
 
 
-def plainly(report: Mapping[str, Any], protocol: str) -> list[str]:
+def explanation(report: Mapping[str, Any], protocol: str) -> list[str]:
     """Return what the verdict's figures mean, in sentences for a reader who knows no metric."""
     candidate, current = report["candidate"], report["current"]
     measured, counts = report["protocols"][protocol], report["outcomes"][protocol]
     shares = [f"{100 * measured[name]['recall@10']:.1f}" for name in (candidate, current)]
-    words = [
+    sentences = [
         f"The item that came next is among the first ten recommendations of {candidate} in {shares[0]} of 100 "
         f"sessions, among those of {current} in {shares[1]}.",
         f"It stands higher with {candidate} in {counts['candidate_better']:,} sessions and with {current} in "
-        f"{counts['current_better']:,}; in {counts['alike']:,} there is no difference (in {counts['neither_found']:,} "
+        f"{counts['current_better']:,}; in {counts['equal']:,} there is no difference (in {counts['neither_found']:,} "
         "of them neither has it among its first ten).",
     ]
     best = max(measured, key=lambda name: measured[name][CRITERION])
     if best not in (candidate, current):
-        words.append(f"Of all that are compared, {best} has the highest NDCG@10: {measured[best][CRITERION]:.4f}.")
-    return words
+        sentences.append(f"Of all that are compared, {best} has the highest NDCG@10: {measured[best][CRITERION]:.4f}.")
+    return sentences

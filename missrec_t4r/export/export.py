@@ -28,11 +28,10 @@ from missrec_t4r.data.user_sessions import whole_sessions
 from missrec_t4r.errors import BundleError, ConfigError
 from missrec_t4r.export.parity import check_rows, check_workflow, compare_offline, raw_ids, sample_histories
 from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
-from missrec_t4r.io.json_files import read_json
 from missrec_t4r.io.lock import locked
 from missrec_t4r.ranking.recount import recount as count_again
 from missrec_t4r.retrieval.ranker import Ranker
-from missrec_t4r.runs.run_folder import RUN_FILE, LoadedRun, load_run
+from missrec_t4r.runs.run_folder import LoadedRun, load_run, read_info
 from missrec_t4r.schema import LIST_SUFFIX, SPLITS, TIMESTAMP
 from missrec_t4r.serving.triton.repository import MARKER, ServingSettings, described, fill_repository
 
@@ -131,7 +130,7 @@ def export(
 def _count_all_events(loaded: LoadedRun, run: Path) -> dict[str, Any]:
     """Count co-occurrences in all events of the data folder; return what the bundle's manifest says about it."""
     sessions = whole_sessions(loaded.data)
-    count_again(loaded.model, sessions, read_json(run / RUN_FILE).get("prior") or {})
+    count_again(loaded.model, sessions, read_info(run).get("score_terms") or {})
     log.info(f"counted co-occurrences in all {len(sessions.values):,} events of {len(sessions):,} sessions")
     return {"events": len(sessions.values), "sessions": len(sessions), "until": _newest_time(loaded.data)}
 

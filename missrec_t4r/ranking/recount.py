@@ -32,7 +32,7 @@ def recount(model: MISSRec, sessions: Sessions, tuned: Mapping[str, Any]) -> Non
     sessions : Sessions
         Every session once, with all events that may be counted.
     tuned : mapping
-        What `fit_terms` returned: ``window`` and ``directed`` say which pairs count.
+        What `fit_terms` returned: ``window`` and ``directed`` of ``item_knn`` say which pairs count.
 
     Raises
     ------
@@ -41,8 +41,8 @@ def recount(model: MISSRec, sessions: Sessions, tuned: Mapping[str, Any]) -> Non
     DataError
         There are fewer events than the model has counted already.
     """
-    item_knn = terms_of(model).item_knn
-    if item_knn is None or not {"window", "directed"} <= tuned.keys():
+    item_knn, counting = terms_of(model).item_knn, tuned.get("item_knn", {})
+    if item_knn is None or not {"window", "directed"} <= counting.keys():
         raise ConfigError(
             f"a model {'without' if item_knn is None else 'with an untuned'} item-kNN term",
             "counts of co-occurrences and the window in which they were counted",
@@ -54,5 +54,5 @@ def recount(model: MISSRec, sessions: Sessions, tuned: Mapping[str, Any]) -> Non
             f"at least the {counted:,} that training counted",
             "name the folder of the training, or one that was updated since, with --data; or export without --recount",
         )
-    item_knn.fit(sessions, int(tuned["window"]), directed=bool(tuned["directed"]))
+    item_knn.fit(sessions, int(counting["window"]), directed=bool(counting["directed"]))
     model.terms.refresh()

@@ -34,7 +34,12 @@ from missrec_t4r.schema import UNKNOWN_ROW
 TUNED_FOR: Final = (KEPT_WITH_HISTORY_TERM, EXCLUDED)
 """Protocols over whose mean the weights of a trained model are tuned: it is served in both ways."""
 
+NDCG: Final = "valid_ndcg@10"
+NDCG_WITHOUT: Final = "valid_ndcg@10_without_terms"
+"""Keys of what `fit_terms` returns: NDCG@10 on validation, mean of the protocols, with the terms and without."""
+
 Counting = tuple[int, bool]
+"""How co-occurrences are counted: within so many events, and whether only what comes after the item."""
 
 _DECAYS = (0.5, 0.7, 0.9)
 _POWERS = (0.1, 0.3, 0.5, 0.7)
@@ -69,7 +74,9 @@ def fit_terms(model: MISSRec, catalogue: Catalogue, train: Sessions, valid: Sess
     Returns
     -------
     dict
-        The chosen settings, and validation NDCG@10 (mean of both protocols) with and without the terms.
+        The chosen settings by term (``item_knn``, ``content_knn``, ``cold_start``, ``rare_items``, the number
+        ``history_bias``), and validation NDCG@10 (mean of both protocols): ``valid_ndcg@10`` with the terms,
+        ``valid_ndcg@10_without_terms`` before item-kNN and content-kNN were added.
     """
     terms = terms_of(model)
     others = terms.item_knn is not None or terms.content_knn is not None
@@ -115,16 +122,14 @@ def tune_terms(
         countings = [(model.config.max_sequence_length, False), (_FOLLOWERS, True)]
         found = _tune_item_knn(blend, item_knn, countings)
     if content_knn is not None and validation.catalogue.n_rows <= _MOST_ROWS:
-        alike = _tune_content_knn(blend, content_knn)
-        found = {"without": alike["without"], **found, "valid_ndcg@10": alike["valid_ndcg@10"]}
+        found = {**(tuned := _tune_content_knn(blend, content_knn)), **found, NDCG: tuned[NDCG]}
         if item_knn is not None and content_knn.active:
-            again = _tune_item_knn(blend, item_knn, [(found["window"], found["directed"])])
-            found = {**again, "without": found["without"]}
-        found["lookalikes"] = content_knn.chosen._asdict()
+            counting = found["item_knn"]["window"], found["item_knn"]["directed"]
+            found |= {**_tune_item_knn(blend, item_knn, [counting]), NDCG_WITHOUT: found[NDCG_WITHOUT]}
     if terms.history_bias is not None and history:
         found |= _tune_history(blend, terms.history_bias)
     if terms.cold_start is not None:
-        found["newcomers"] = fit_cold_start(model, validation.catalogue, validation.valid)
+        found["cold_start"] = fit_cold_start(model, validation.catalogue, validation.valid)
     if terms.rare_items is not None:
         found["rare_items"] = fit_rare_items(
             terms.rare_items, blend.scored(), len(validation.histories), protocols, model.config.rare_item_cost
@@ -148,11 +153,11 @@ def _tune_item_knn(blend: _Blend, item_knn: ItemKNNTerm, countings: Sequence[Cou
     item_knn.count_as(blend.validation.counted(item_knn, counting))
     item_knn.choose(ItemKNNSettings(*point))
     window, directed = counting
-    counted = {"window": window, "directed": directed}
-    return {**item_knn.chosen._asdict(), **counted, "valid_ndcg@10": ndcg, "without": without}
+    chosen = {**item_knn.chosen._asdict(), "window": window, "directed": directed}
+    return {"item_knn": chosen, NDCG: ndcg, NDCG_WITHOUT: without}
 
 
-def _tune_content_knn(blend: _Blend, content_knn: ContentKNNTerm) -> dict[str, float]:
+def _tune_content_knn(blend: _Blend, content_knn: ContentKNNTerm) -> dict[str, Any]:
     content_knn.list_as(blend.validation.listed(content_knn))
     nearest = content_knn.likeness.amax(1)
     average = float(nearest.sum() / (nearest > 0).sum().clamp_min(1))
@@ -161,13 +166,13 @@ def _tune_content_knn(blend: _Blend, content_knn: ContentKNNTerm) -> dict[str, f
         for decay, logits in product(_DECAYS, _LOGITS_PER_SIMILAR)
     ]
     _, ndcg, without = blend.best(grid, lambda point: content_knn.choose(ContentKNNSettings(*point)), content_knn)
-    return {"valid_ndcg@10": ndcg, "without": without}
+    return {"content_knn": content_knn.chosen._asdict(), NDCG: ndcg, NDCG_WITHOUT: without}
 
 
 def _tune_history(blend: _Blend, history: HistoryBias) -> dict[str, float]:
     grid = [(logits * blend.model.config.temperature,) for logits in _HISTORY_LOGITS]
     _, ndcg, _ = blend.best(grid, lambda point: history.offset.fill_(*point), blend.seen)
-    return {"history_bias": float(history.bias.detach() + history.offset), "valid_ndcg@10": ndcg}
+    return {"history_bias": float(history.bias.detach() + history.offset), NDCG: ndcg}
 
 
 class Validation:

@@ -96,8 +96,8 @@ def fit_cold_start(model: MISSRec, catalogue: Catalogue, valid: Sessions) -> dic
     Returns
     -------
     dict
-        The chosen settings (``bar`` is the threshold, ``level`` the bias) and modalities; on validation the Recall@10
-        of hidden and the NDCG@10 of other targets, and the exposure. Empty where validation has too few hidden targets.
+        The chosen settings and modalities; on validation the Recall@10 of hidden and the NDCG@10 of other targets, and
+        the exposure. Empty where validation has too few hidden targets.
     """
     term = terms_of(model).cold_start
     assert term is not None
@@ -125,12 +125,8 @@ def fit_cold_start(model: MISSRec, catalogue: Catalogue, valid: Sessions) -> dic
     if len(term.rows):
         share = model.config.cold_start_exposure * _worth(draws, len(term.rows))
         term.choose(_calibrated(scorer, term, valid, share))
-    neighbours, content, threshold, bias = term.chosen
     return {
-        "neighbours": neighbours,
-        "content": content,
-        "bar": threshold,
-        "level": bias,
+        **term.chosen._asdict(),
         "modalities": [name for name, used in zip(term.names, choice, strict=True) if used],
         "valid": {"recall@10": outcome.hidden, "others_ndcg@10": outcome.others, "exposure": outcome.exposure},
     }

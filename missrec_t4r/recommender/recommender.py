@@ -334,7 +334,7 @@ class Recommender:
             return f"Recommender(recipe={str(self.recipe)!r}, not fitted)"
         if not self.result:
             return f"Recommender(bundle={shown(self._bundle)!r})"
-        reached = self.result.get("prior", {}).get("valid_ndcg@10", self.result.get("valid_ndcg@10"))
+        reached = self.result.get("score_terms", {}).get("valid_ndcg@10", self.result.get("valid_ndcg@10"))
         figure = "" if reached is None else f", validation NDCG@10 {reached:.4f}"
         return f"Recommender(recipe={str(self.recipe)!r}{figure}, bundle={shown(self._bundle)!r})"
 

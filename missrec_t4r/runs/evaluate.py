@@ -42,13 +42,13 @@ from missrec_t4r.evaluation.metrics import (
     users_of,
 )
 from missrec_t4r.evaluation.slices import slices
-from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.io.json_files import write_json
 from missrec_t4r.ranking.baselines import Popularity
 from missrec_t4r.ranking.protocols import EXPORTED, BlendScorer, blends_of
 from missrec_t4r.ranking.tune import Validation
 from missrec_t4r.ranking.tune_baselines import Tuned, tuned_content_knn, tuned_item_knn
 from missrec_t4r.runs.checklist import NOT_RECORDED, checklist
-from missrec_t4r.runs.run_folder import RUN_FILE, load_run, sessions_checksum, trained_on
+from missrec_t4r.runs.run_folder import load_run, read_info, sessions_checksum, trained_on
 from missrec_t4r.runs.sasrec_file import kept_sasrec
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW
 
@@ -128,7 +128,7 @@ def evaluate(
             "would_write": [str(file)],
             "would_replace": file.exists(),
         }
-    info = read_json(Path(run) / RUN_FILE)
+    info = read_info(Path(run))
     train, valid = (load_sessions(loaded.data, name, loaded.model.event_columns) for name in ("train", "valid"))
     train, valid = train.known(), valid.with_known_target()
     if trained_on(Path(run)) not in (None, sessions_checksum((train, valid))):
@@ -139,7 +139,7 @@ def evaluate(
     validation = Validation(loaded.model, loaded.catalogue, train, valid)
     blends, blend_settings = blends_of(loaded.model, validation, alone=bool(names))
     if EXPORTED in blends:
-        blend_settings[EXPORTED] = info.get("prior", NOT_RECORDED)
+        blend_settings[EXPORTED] = info.get("score_terms", NOT_RECORDED)
     tuned = time.perf_counter()
     systems: dict[str, System] = {}
     settings: dict[str, Any] = {}

@@ -48,10 +48,10 @@ def lookup(out: Path, key: str) -> dict[str, Any] | None:
     """Return the stored result of the finished run in ``out`` if its key is the same, else None."""
     try:
         entry = read_json(out / FINISHED_FILE)
-        is_same = entry["made_from"] == key and entry["run"] == file_digest(out / RUN_FILE)
+        is_same = entry["key"] == key and entry["run"] == file_digest(out / RUN_FILE)
     except (OSError, ValueError, KeyError):
         return None
-    return dict(entry["answer"]) if is_same and (out / WEIGHTS_FILE).is_file() else None
+    return dict(entry["result"]) if is_same and (out / WEIGHTS_FILE).is_file() else None
 
 
 def differences(out: Path, recipe: Recipe) -> list[str]:
@@ -68,5 +68,5 @@ def differences(out: Path, recipe: Recipe) -> list[str]:
 def store(out: Path, key: str, result: Mapping[str, Any]) -> None:
     """Store the key and the command's result beside the finished run in ``out``."""
     if (out / RUN_FILE).is_file():
-        entry = {"made_from": key, "run": file_digest(out / RUN_FILE), "answer": dict(result)}
+        entry = {"key": key, "run": file_digest(out / RUN_FILE), "result": dict(result)}
         write_json(out / FINISHED_FILE, entry)

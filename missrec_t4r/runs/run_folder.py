@@ -31,6 +31,7 @@ from missrec_t4r.errors import CheckpointError
 from missrec_t4r.io.arrow_files import one_array, with_column
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.io.key_names import read_with_current_keys
 from missrec_t4r.io.weight_names import current_names
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
@@ -97,7 +98,7 @@ def save_run(
     write_json(out / RECIPE_FILE, recipe.to_dict())
     where = os.path.relpath(data.resolve(), out.resolve())
     event_features = [column.to_dict() for column in model.event_columns]
-    write_json(out / RUN_FILE, {"data": where, "versions": versions(), "side_features": event_features, **info})
+    write_json(out / RUN_FILE, {"data": where, "versions": versions(), "event_features": event_features, **info})
 
 
 def sessions_checksum(sessions: Sequence[Sessions]) -> int:
@@ -111,7 +112,24 @@ def sessions_checksum(sessions: Sequence[Sessions]) -> int:
 
 def trained_on(run: Path) -> int | None:
     """Return the `sessions_checksum` of a run's training and validation sessions; None for runs of earlier versions."""
-    return cast("int | None", read_json(run / RUN_FILE).get(_CHECKSUM))
+    return cast("int | None", read_info(run).get(_CHECKSUM))
+
+
+def read_info(run: Path) -> dict[str, Any]:
+    """Return the content of the `run.json` of a run, under today's keys also where an earlier version wrote it.
+
+    Raises
+    ------
+    CheckpointError
+        The run is unfinished.
+    """
+    if not (run / RUN_FILE).is_file():
+        raise CheckpointError(
+            f"{run} holds no {RUN_FILE}",
+            "a finished run of `missrec train` or `missrec pretrain`",
+            "repeat the command that writes it: it continues",
+        )
+    return read_with_current_keys(run / RUN_FILE)
 
 
 def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
@@ -135,16 +153,14 @@ def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
         another way, or the weights do not fit; the message lists every difference.
     """
     run = Path(run)
-    if not (run / RUN_FILE).is_file():
-        raise CheckpointError(f"{run} holds no {RUN_FILE}", "a finished run", "run or resume `missrec train --out`")
-    info = read_json(run / RUN_FILE)
+    info = read_info(run)
     if "pretraining" in info:
         cure = f"train on one of your data sets from it: `missrec train --from {run}`"
         raise CheckpointError(f"{run} was pre-trained on several domains", "a run of `missrec train`", cure)
     recipe = Recipe.from_stored(read_json(run / RECIPE_FILE))
     folder = Path(data) if data is not None else data_folder(run, info)
     catalogue = _as_encoded_in_training(Catalogue.load(folder / CATALOGUE_FOLDER), info.get("modalities"), run, folder)
-    event_features = [EventColumn.from_dict(column) for column in info.get("side_features", [])]
+    event_features = [EventColumn.from_dict(column) for column in info.get("event_features", [])]
     weights = load_tensors(run / WEIGHTS_FILE)
     catalogue, n_trained = _since_training(catalogue, run, folder, weights)
     model = build_missrec(recipe.model, catalogue, event_features)

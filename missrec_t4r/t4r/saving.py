@@ -64,8 +64,8 @@ def save_run(
     Returns
     -------
     dict
-        ``run``, the chosen terms with the validation NDCG@10 that they reach and start from (``prior``), the metrics of
-        all validation sessions (``valid``), and what the trainer did.
+        ``run``, the settings of the score terms with validation NDCG@10 with and without them (``score_terms``), the
+        metrics of all validation sessions (``valid``), and what the trainer did.
 
     Raises
     ------
@@ -95,7 +95,7 @@ def save_run(
         info |= {"epochs": round(state.epoch or 0), "steps": state.global_step, "best_metric": state.best_metric}
         settings = _with_arguments(settings, trainer.args)
     info |= {
-        "prior": fit_terms(core, catalogue, train, valid),
+        "score_terms": fit_terms(core, catalogue, train, valid),
         "valid": quick_metrics(ModelScorer.with_popularity(core, catalogue), valid, catalogue.n_rows),
         "device": str(next(core.parameters()).device),
     }

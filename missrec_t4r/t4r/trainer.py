@@ -1,7 +1,7 @@
 """``missrec train --trainer t4r``: train a recipe by ``tr.Trainer`` and write a run folder like that of our trainer.
 
 Arguments, checkpoints and early stopping on NDCG@10 are those of T4R and transformers. Settings of the recipe that
-T4R's Trainer does not have are listed in the log and in `run.json` (``without``), never dropped silently.
+T4R's Trainer does not have are listed in the log and in `run.json` (``ignored_settings``), never dropped silently.
 """
 
 from __future__ import annotations
@@ -119,10 +119,10 @@ def train_t4r(
             "data": str(data),
             "run": str(out),
             "items": catalogue.n_items,
-            "side_features": [column.name for column in event_features],
+            "event_features": [column.name for column in event_features],
             "sessions": {"train": len(train), "valid": len(valid)},
             "epochs_at_most": recipe.train.epochs,
-            "without": ignored,
+            "ignored_settings": ignored,
             "resumes": resume and (out / CHECKPOINT_FOLDER).is_dir(),
             "would_replace": (out / RUN_FILE).is_file(),
         }
@@ -156,8 +156,8 @@ def train_t4r(
         "epochs": epochs,
         "stopped_by": stopped_by,
         "valid_ndcg@10": trainer.state.best_metric,
-        "prior": fit_terms(core, catalogue, train, valid),
-        "without": ignored,
+        "score_terms": fit_terms(core, catalogue, train, valid),
+        "ignored_settings": ignored,
         "seconds": round(time.perf_counter() - started, 1),
         "device": str(arguments.device),
     }

@@ -68,7 +68,7 @@ def train(
     -------
     dict
         Run folder, best epoch, its validation NDCG@10, what ended training (``stopped_by``), seconds, precision and the
-        settings of the score terms (``prior``).
+        settings of the score terms (``score_terms``).
 
     Raises
     ------
@@ -174,7 +174,7 @@ def describe_run(trainer: Trainer, data: Path, *, resume: bool) -> dict[str, Any
         "run": str(trainer.out),
         "items": trainer.catalogue.n_items,
         "modalities": list(trainer.catalogue.modalities),
-        "side_features": [column.name for column in trainer.model.event_columns],
+        "event_features": [column.name for column in trainer.model.event_columns],
         "sessions": {"train": len(trainer.sessions), "valid": len(trainer.all_valid)},
         "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "device": str(trainer.device),

@@ -36,7 +36,7 @@ from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import track
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
-from missrec_t4r.ranking.tune import fit_terms
+from missrec_t4r.ranking.tune import NDCG, NDCG_WITHOUT, fit_terms
 from missrec_t4r.runs.extend import load_strictly
 from missrec_t4r.runs.run_folder import LOG_FILE, RECIPE_FILE, RUN_FILE, STATE_FILE, save_run
 from missrec_t4r.training import distributed
@@ -234,7 +234,7 @@ class Trainer:
             "epochs": self.status["epoch"],
             "valid_ndcg@10": self.status["best"],
             "stopped_by": stopped_by,
-            "prior": terms,  # the key's name is part of the file format
+            "score_terms": terms,
             **self.facts,
             "seconds": round(self.status["seconds"], 1),
             "device": str(self.device),
@@ -527,16 +527,16 @@ class Trainer:
 
 
 def headline(terms: Mapping[str, Any], network: float) -> str:
-    """Return the result of a training in one sentence: validation NDCG@10, and what the ranking terms added to it.
+    """Return the result of a training in one sentence: validation NDCG@10, and what the score terms added to it.
 
     Examples
     --------
-    >>> headline({"without": 0.12, "valid_ndcg@10": 0.125}, 0.121)
-    'validation NDCG@10 0.1250: 0.1200 by the network, +0.0050 by the ranking terms'
+    >>> headline({"valid_ndcg@10_without_terms": 0.12, "valid_ndcg@10": 0.125}, 0.121)
+    'validation NDCG@10 0.1250: 0.1200 by the network, +0.0050 by the score terms'
     >>> headline({}, 0.121)
     'validation NDCG@10 0.1210, of the network alone'
     """
-    if "without" not in terms:
+    if NDCG_WITHOUT not in terms:
         return f"validation NDCG@10 {network:.4f}, of the network alone"
-    before, after = terms["without"], terms["valid_ndcg@10"]
-    return f"validation NDCG@10 {after:.4f}: {before:.4f} by the network, {after - before:+.4f} by the ranking terms"
+    before, after = terms[NDCG_WITHOUT], terms[NDCG]
+    return f"validation NDCG@10 {after:.4f}: {before:.4f} by the network, {after - before:+.4f} by the score terms"

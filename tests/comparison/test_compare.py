@@ -96,7 +96,7 @@ def test_lists_are_judged_as_they_are(data: Path, tmp_path: Path) -> None:
     assert result["sessions"]["left_out"] == 1
     counts = result["systems"]["today"]["counts"]
     assert counts == {
-        "users_that_it_lacks": 1, "users_of_its_own": 1, "items_unknown_to_the_catalogue": 2,
+        "missing_users": 1, "additional_users": 1, "unknown_items": 2,
         "repeated_items_dropped": 1, "empty_lists": 1,
     }  # fmt: skip
     excluded, kept = (result["protocols"][name]["today"] for name in (EXCLUDED, KEPT_WITH_HISTORY_TERM))
@@ -212,7 +212,7 @@ def test_a_run_on_another_folder_is_matched_by_user_and_target(data: Path, tmp_p
     result = mr.compare(runs, protocols=[EXCLUDED])
     assert result["sessions"]["compared"] == 3
     assert result["systems"]["there"]["counts"] == {
-        "users_that_it_lacks": 1, "sessions_with_another_target": 1, "users_of_its_own": 0,
+        "missing_users": 1, "sessions_with_another_target": 1, "additional_users": 0,
     }  # fmt: skip
     popular = [mr.compare(["popularity", run])["protocols"][EXCLUDED] for run in runs]
     assert all(one["popularity"]["ndcg@10"] is not None for one in popular)
@@ -235,14 +235,14 @@ def test_the_verdict_says_what_its_figures_mean(data: Path, tmp_path: Path) -> N
     systems = {name: write_lists(tmp_path / f"{name}.parquet", of) for name, of in lists.items()}
     result = mr.compare(systems, data=data, protocols=[EXCLUDED])
     assert result["outcomes"][EXCLUDED] == {"candidate_better": 3, "current_better": 0, "alike": 2, "neither_found": 2}
-    assert result["verdict"]["plainly"] == [
+    assert result["verdict"]["explanation"] == [
         "The item that came next is among the first ten recommendations of next in 60.0 of 100 sessions, "
         "among those of now in 0.0.",
         "It stands higher with next in 3 sessions and with now in 0; in 2 there is no difference (in 2 of them neither "
         "has it among its first ten).",
         "Of all that are compared, later has the highest NDCG@10: 0.8000.",
     ]
-    assert all(words in page(result) for words in result["verdict"]["plainly"])
+    assert all(words in page(result) for words in result["verdict"]["explanation"])
 
 
 def test_every_chart_names_every_system(data: Path, tmp_path: Path) -> None:

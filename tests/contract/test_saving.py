@@ -61,7 +61,7 @@ def test_a_t4r_script_ends_with_a_run_that_the_commands_take(data: Path, tmp_pat
     trainer = a_trainer(model, data, tmp_path / "t4r")
     trainer.train()
     info = mr.save_run(model, trainer=trainer, out=tmp_path / "run")
-    assert info["prior"]["valid_ndcg@10"] >= info["prior"]["without"]
+    assert info["score_terms"]["valid_ndcg@10"] >= info["score_terms"]["valid_ndcg@10_without_terms"]
     loaded = load_run(tmp_path / "run")
     assert loaded.recipe.train.learning_rate == 0.01
     assert terms_of(loaded.model).item_knn is not None

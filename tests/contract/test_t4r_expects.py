@@ -179,7 +179,7 @@ def test_a_batch_of_one_row_breaks_t4rs_recall_and_not_ours(data: Path, loader: 
     assert float(batch_value[1]) == 1.0, "cut-off 500 of 117 items: found, whatever the rank"
 
 
-def test_null_and_unknown_items_are_dropped_with_their_side_features(data: Path, loader: Callable[..., Any]) -> None:
+def test_null_and_unknown_items_are_dropped_with_their_event_features(data: Path, loader: Callable[..., Any]) -> None:
     model = by_hand().eval()
     clean = {
         "item_id-list": torch.tensor([[30, 31, 32, 0, 0]]),
@@ -259,7 +259,7 @@ def test_contradictions_are_refused_with_a_cure() -> None:
         )
 
 
-def test_side_features_reach_the_scores_and_gradients_reach_every_parameter(
+def test_event_features_reach_the_scores_and_gradients_reach_every_parameter(
     data: Path, loader: Callable[..., Any]
 ) -> None:
     torch.manual_seed(0)
@@ -274,7 +274,7 @@ def test_side_features_reach_the_scores_and_gradients_reach_every_parameter(
         assert not torch.equal(model(changed), scores)
 
 
-def test_embedding_columns_are_side_features_too_and_are_hidden_with_their_item() -> None:
+def test_embedding_columns_are_event_features_too_and_are_hidden_with_their_item() -> None:
     style = ColumnSchema("style-list", dtype="float32", tags=[Tags.EMBEDDING, Tags.LIST], dims=(None, (0, 20), 4))
     model = by_hand(shop.schema(event_features=False) + Schema([style])).eval()
     batch = {"item_id-list": torch.tensor([[4, 6, 7, 8]]), "style-list": torch.rand(1, 4, 4)}
@@ -286,7 +286,7 @@ def test_embedding_columns_are_side_features_too_and_are_hidden_with_their_item(
         assert torch.equal(again, vectors) is not seen
 
 
-def test_a_module_between_inputs_and_block_shapes_the_side_features(data: Path, loader: Callable[..., Any]) -> None:
+def test_a_module_between_inputs_and_block_shapes_the_event_features(data: Path, loader: Callable[..., Any]) -> None:
     inputs = MultiModalSequenceFeatures.from_schema(shop.schema(), catalogue=shop.catalogue(), max_sequence_length=6)
     body = tr.SequentialBlock(inputs, tr.MLPBlock([12]), MISSRecBlock(**SMALL))
     model = tr.Model(tr.Head(body, [MISSRecNextItemTask()], inputs=inputs))

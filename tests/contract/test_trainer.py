@@ -160,7 +160,7 @@ def test_core_and_t4r_model_share_weights_scores_and_loss(
     assert to_core(outside) is core
 
 
-def test_core_and_t4r_model_share_side_features(data: Path, loader: Callable[..., Any]) -> None:
+def test_core_and_t4r_model_share_event_features(data: Path, loader: Callable[..., Any]) -> None:
     from missrec_t4r.data.batching import TrainingBatch
 
     torch.manual_seed(0)
@@ -217,7 +217,7 @@ def recipe(**train: Any) -> Recipe:
 def test_train_t4r_starts_the_ids_as_the_recipe_says(data: Path, tmp_path: Path) -> None:
     for start in ("content", "random"):
         info = train_t4r(data, recipe(id_init=start, learning_rate=1e-9), tmp_path / start, device="cpu")
-        assert not info["without"]
+        assert not info["ignored_settings"]
         tokens = load_run(tmp_path / start).model.item_encoder.catalogue()
         assert tokens.ids is not None
         total = (torch.nn.functional.normalize(tokens.modality, dim=-1) * tokens.mask.unsqueeze(-1)).sum(0)
@@ -230,7 +230,7 @@ def test_train_t4r_writes_a_run_that_our_evaluation_loads(
 ) -> None:
     caplog.set_level("INFO", "missrec_t4r")
     info = train_t4r(data, recipe(ema_decay=0.9, group_by_length=False), tmp_path / "run", device="cpu")
-    assert info["without"] == ["ema_decay", "group_by_length"]
+    assert info["ignored_settings"] == ["ema_decay", "group_by_length"]
     assert info["stopped_by"] == "epochs"
     assert "the T4R trainer has no ema_decay, group_by_length: trained without" in caplog.messages
     assert json.dumps(info)

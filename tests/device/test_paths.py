@@ -78,7 +78,7 @@ def test_training_and_all_that_is_fitted_after_it(
     with second_device():
         result = _trained(data, tmp_path / "run", "cuda", recipe, **settings)
     assert result["device"].startswith("cuda")
-    assert bool(result["prior"]) == (recipe != "paper")
+    assert bool(result["score_terms"]) == (recipe != "paper")
     assert np.isfinite(result["valid_ndcg@10"])
     assert all(tensor.isfinite().all() for tensor in load_tensors(tmp_path / "run" / "weights.safetensors").values())
 
@@ -88,7 +88,7 @@ def test_a_run_on_the_gpu_is_that_of_the_cpu(data: Path, tmp_path: Path) -> None
     expected = _trained(data, tmp_path / "cpu", "cpu", "tiny", **settings)
     with second_device():
         found = _trained(data, tmp_path / "gpu", "cuda", "tiny", **settings)
-    assert found["prior"] == expected["prior"]
+    assert found["score_terms"] == expected["score_terms"]
     assert found["valid_ndcg@10"] == pytest.approx(expected["valid_ndcg@10"], abs=1e-6)
     weights = load_tensors(tmp_path / "gpu" / "weights.safetensors")
     for name, value in load_tensors(tmp_path / "cpu" / "weights.safetensors").items():

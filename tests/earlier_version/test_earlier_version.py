@@ -16,6 +16,7 @@ import pytest
 
 from missrec_t4r import commands
 from missrec_t4r.evaluation.report import with_current_names
+from missrec_t4r.serving.batch.score import event_feature_names
 
 FILES = Path(__file__).parent / "files"
 
@@ -54,6 +55,17 @@ def test_a_bundle_gives_the_same_recommendations(earlier: Path, tmp_path: Path) 
 def test_a_run_exports(earlier: Path, tmp_path: Path) -> None:
     answer = commands.export(earlier / "run", tmp_path / "bundle")
     assert answer["parity"]["equal"]
+
+
+def test_the_page_of_a_run_states_the_settings_of_its_score_terms(earlier: Path) -> None:
+    page = Path(commands.run_page(earlier / "run")["page"]).read_text(encoding="utf-8")
+    assert "counts events that follow, within 5" in page
+    assert "threshold 0, bias 0.469" in page
+    assert "Validation NDCG@10 0.1186 without the kNN terms, 0.2931 with." in page
+
+
+def test_batch_scoring_knows_the_event_features_of_a_bundle(earlier: Path) -> None:
+    assert event_feature_names(earlier / "bundle") == ["event_type", "category", "dwell_seconds"]
 
 
 def test_the_etl_makes_the_same_data_folder(earlier: Path, tmp_path: Path) -> None:

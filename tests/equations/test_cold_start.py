@@ -1,4 +1,4 @@
-"""What items without events borrow (E20), against a reference in plain Python, and what it may not do."""
+"""The cold-start term (E20) against a reference in plain Python, and what it may not do."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def added(model: MISSRec, sessions: torch.Tensor) -> Array:
     return model.terms(torch.zeros(len(sessions), model.item_encoder.n_rows).double(), sessions).detach().numpy()
 
 
-def reference(model: MISSRec, session: list[int], prior: Array, modalities: tuple[float, float]) -> float:
+def reference(model: MISSRec, session: list[int], term: Array, modalities: tuple[float, float]) -> float:
     content = shop.catalogue().modalities
     trained = sorted({row for line in TRAINING for row in line})
     names = [name for name, chosen in zip(content, modalities, strict=True) if chosen]
@@ -56,25 +56,25 @@ def reference(model: MISSRec, session: list[int], prior: Array, modalities: tupl
 
     near = {row: alike(row) for row in trained}
     weights = {row: np.exp(10 * value) for row, value in near.items() if value is not None}
-    lent = sum(weight * prior[row] for row, weight in weights.items()) / sum(weights.values())
+    imputed = sum(weight * term[row] for row, weight in weights.items()) / sum(weights.values())
     cosines = []
     for name in names:
         mean = sum(0.7**age * unit[name][row] for age, row in enumerate(reversed(session)))
         if np.any(mean):
             cosines.append(mean @ unit[name][PLATE] / np.linalg.norm(mean))
     cosine = float(np.mean(cosines)) if cosines else 0.0
-    tenth = np.sort(prior)[::-1][9]
-    return float(SETTINGS.neighbours * lent + SETTINGS.content * cosine + SETTINGS.threshold * tenth + SETTINGS.bias)
+    tenth = np.sort(term)[::-1][9]
+    return float(SETTINGS.neighbours * imputed + SETTINGS.content * cosine + SETTINGS.threshold * tenth + SETTINGS.bias)
 
 
 @pytest.mark.parametrize("modalities", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
-def test_newcomers(modalities: tuple[float, float]) -> None:
+def test_cold_items(modalities: tuple[float, float]) -> None:
     sessions, model = shop.batch(padding=1), net(modalities)
     found = added(model, sessions)[:, PLATE]
-    prior = terms_of(model).item_knn(sessions).detach().numpy()
+    term = terms_of(model).item_knn(sessions).detach().numpy()
     expected = [
         reference(model, shop.rows(session), line, modalities)
-        for session, line in zip(shop.SESSIONS, prior, strict=True)
+        for session, line in zip(shop.SESSIONS, term, strict=True)
     ]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
     assert len(set(np.round(found, 6))) > 3
@@ -89,7 +89,7 @@ def test_trained_items_keep_their_scores_to_the_bit() -> None:
     assert not without[:, PLATE].any()
 
 
-def test_content_that_no_trained_item_has_says_nothing_about_newcomers() -> None:
+def test_content_that_no_trained_item_has_says_nothing_about_cold_items() -> None:
     model, sessions = net(), shop.batch()
     image = model.item_encoder.names.index("image")
     by_text = added(net((1.0, 0.0) if image else (0.0, 1.0)), sessions)

@@ -1,4 +1,4 @@
-"""The look-alike prior (E19) against a reference in plain Python, and what it may not do."""
+"""The content-kNN term (E19) against a reference in plain Python, and what it may not do."""
 
 import numpy as np
 import pytest
@@ -24,11 +24,11 @@ def catalogue(seed: int = 0) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 
 def fitted(n_alike: int) -> ContentKNNTerm:
-    lookalikes = ContentKNNTerm(N_ROWS, n_alike).double()
+    content_knn = ContentKNNTerm(N_ROWS, n_alike).double()
     vectors, presence = catalogue()
-    lookalikes.fit({name: table.double() for name, table in vectors.items()}, presence)
-    lookalikes.choose(SETTINGS)
-    return lookalikes
+    content_knn.fit({name: table.double() for name, table in vectors.items()}, presence)
+    content_knn.choose(SETTINGS)
+    return content_knn
 
 
 def reference(session: list[int], n_alike: int) -> Array:
@@ -44,19 +44,19 @@ def reference(session: list[int], n_alike: int) -> Array:
         ]
         return float(np.mean(cosines)) if cosines else None
 
-    prior = np.zeros(N_ROWS)
+    term = np.zeros(N_ROWS)
     for j in range(FIRST_ITEM, N_ROWS):
         alike = {i: similarity(j, i) for i in range(FIRST_ITEM, N_ROWS) if i != j}
         nearest = sorted(((s, i) for i, s in alike.items() if s is not None), reverse=True)[:n_alike]
         total = sum(np.exp(5 * s) for s, _ in nearest)
         for s, i in nearest:
             for age, item in enumerate(reversed(session)):
-                prior[j] += (item == i) * SETTINGS.weight * SETTINGS.decay**age * np.exp(5 * s) / total
-    return prior
+                term[j] += (item == i) * SETTINGS.weight * SETTINGS.decay**age * np.exp(5 * s) / total
+    return term
 
 
 @pytest.mark.parametrize("n_alike", [1, 3, 6])
-def test_lookalikes(n_alike: int) -> None:
+def test_similar_items(n_alike: int) -> None:
     item_ids = torch.tensor([session + [0] * (5 - len(session)) for session in SESSIONS])
     found = fitted(n_alike)(item_ids).numpy()
     expected = np.stack([reference(session, n_alike) for session in SESSIONS])

@@ -31,7 +31,7 @@ TESTS = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rg
 
 def test_every_equation_of_the_reference_has_a_row() -> None:
     reference = "".join(
-        (ROOT / "tests" / "equations" / name).read_text() for name in ("reference.py", "reference_prior.py")
+        (ROOT / "tests" / "equations" / name).read_text() for name in ("reference.py", "reference_item_knn.py")
     )
     assert {int(number) for number in re.findall(r"\bE(\d+)\b", reference)} <= set(range(1, 22))
     assert [row[0] for row in ROWS] == ["E1", "E2", "E3", "E3b", *(f"E{number}" for number in range(4, 22))]

@@ -49,9 +49,9 @@ def test_the_summary_has_the_keys_of_the_readme(result: tuple[dict, Path, str]) 
     assert len(summary["recommendations"]) == 3
     for query in summary["recommendations"]:
         seen = {item["item_id"] for item in query["session"]}
-        assert query["answers"]
-        assert not seen & {answer["item_id"] for answer in query["answers"]}
-        scores = [answer["score"] for answer in query["answers"]]
+        assert query["recommended"]
+        assert not seen & {answer["item_id"] for answer in query["recommended"]}
+        scores = [answer["score"] for answer in query["recommended"]]
         assert scores == sorted(scores, reverse=True)
 
 
@@ -61,7 +61,7 @@ def test_the_terminal_shows_metrics_and_titles(result: tuple[dict, Path, str]) -
         assert words.lower() in shown.lower().replace("_", "-"), words
     catalogue = Catalogue.load(folder / "data" / "catalogue")
     titles = set(catalogue.items["title"].to_pylist())
-    assert summary["recommendations"][0]["answers"][0]["title"] in titles
+    assert summary["recommendations"][0]["recommended"][0]["title"] in titles
 
 
 def test_bad_input_ends_with_a_message_and_exit_code_2(result: tuple[dict, Path, str], tmp_path: Path) -> None:

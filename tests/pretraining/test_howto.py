@@ -30,11 +30,11 @@ def test_the_commands_of_the_howto(repository: Path, tmp_path: Path, monkeypatch
         json.loads((tmp_path / "runs" / run / "run.json").read_text()) for run in ("pre", "tools", "tools-tonight")
     )
     assert pre["pretraining"]["modalities"] == {"text": {"books": "text", "toys": "text"}}
-    parts = {part["name"]: part for part in tools["start"]["parts"]}
+    parts = {part["name"]: part for part in tools["weight_loading"]["parts"]}
     assert parts["adapter text"]["status"] == "loaded"
     assert parts["item IDs"]["status"] == "missing"
     assert {name for name, part in parts.items() if part["frozen"]} == {"position embedding", "encoder", "decoder"}
-    assert tonight["start"]["items"] == {"kept": 100, "new": 0, "retired": 0}
+    assert tonight["weight_loading"]["items"] == {"kept": 100, "new": 0, "retired": 0}
     for word in re.findall(r"^\| `(\w+)`", text, re.M):
         assert word in {"encoder_decoder", "none", "all_loaded"}
     named = set(re.findall(r"`(?:pretrain|train)\.(\w+)`", text))

@@ -41,21 +41,23 @@ def test_the_published_freeze_trains_adapters_norm_fusion_and_ids(
     }
     assert not moved & stays
     assert {"item_encoder.adapters.text.weight", "decoder.norm_input.weight", "terms.history_bias.bias"} <= moved
-    parts = _parts(result["start"])
+    parts = _parts(result["weight_loading"])
     assert {name for name, part in parts.items() if part["frozen"]} == {"position embedding", "encoder", "decoder"}
     assert parts["adapter text"]["status"] == "loaded"
     assert parts["adapter image"]["status"] == "unexpected"  # this shop has no pictures
     assert parts["item IDs"]["status"] == "missing"
     assert parts["interests"]["status"] == "re-initialised"
     info = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert info["start"]["kind"] == "from"
-    assert info["start"]["freeze"] == "encoder_decoder"
+    assert info["weight_loading"]["kind"] == "from"
+    assert info["weight_loading"]["freeze"] == "encoder_decoder"
     moved = {name for name in moved if not name.startswith(("interests.", "terms.content_knn."))} | {
         "fusion.phi"
     }  # one modality
     trained = sum(after[name].numel() for name in moved) + parts["item IDs"]["parameters"]
-    assert info["start"]["trainable_parameters"] == trained
-    assert info["start"]["trainable_share"] == pytest.approx(trained / info["start"]["parameters"], abs=1e-4)
+    assert info["weight_loading"]["trainable_parameters"] == trained
+    assert info["weight_loading"]["trainable_share"] == pytest.approx(
+        trained / info["weight_loading"]["parameters"], abs=1e-4
+    )
     assert load_run(tmp_path / "run").recipe.model.item_ids
 
 
@@ -118,7 +120,7 @@ def test_an_ordinary_run_of_another_shop_can_be_the_source(shops: dict[str, Path
     result = train(
         shops["tools"], tmp_path / "tools", start_from=tmp_path / "books", recipe="pretrain", settings=settings
     )
-    parts = _parts(result["start"])
+    parts = _parts(result["weight_loading"])
     assert parts["adapter text"]["status"] == "loaded"
     assert (parts["item IDs"]["status"], parts["item IDs"]["note"]) == ("re-initialised", "of this catalogue's items")
 
@@ -207,7 +209,7 @@ def test_a_modality_of_another_encoder_beside_a_common_one_is_initialised(pretra
     }
     write_shop(tmp_path / "shop", list("abcdefghi"), modalities)
     result = train(tmp_path / "shop", tmp_path / "run", start_from=pretrained, recipe="pretrain", settings=ONE_EPOCH)
-    parts = _parts(result["start"])
+    parts = _parts(result["weight_loading"])
     assert parts["adapter text"]["status"] == "loaded"
     assert parts["adapter image"]["status"] == "re-initialised"
     assert parts["adapter image"]["note"] == "no modality of this encoder there"

@@ -137,8 +137,8 @@ def test_moved_rows_alone_change_no_score(earlier_run: Path) -> None:
 def test_a_warm_started_run_can_be_warm_started_from(earlier_run: Path, tmp_path: Path) -> None:
     settings = {"train.epochs": 1}
     result = train(earlier_run / "tuesday", tmp_path / "tuesday", warm_start=earlier_run / "run", settings=settings)
-    assert result["start"]["kind"] == "continue"
-    assert result["start"]["items"] == {"kept": 11, "new": 2, "retired": 1}
+    assert result["weight_loading"]["kind"] == "warm_start"
+    assert result["weight_loading"]["items"] == {"kept": 11, "new": 2, "retired": 1}
     assert load_run(tmp_path / "tuesday").recipe.model == read_source(earlier_run / "run").recipe.model
     fresh = fit.train(
         earlier_run / "tuesday", tmp_path / "fresh", recipe=read_source(earlier_run / "run").recipe.changed(settings)
@@ -151,7 +151,7 @@ def test_a_warm_started_run_can_be_warm_started_from(earlier_run: Path, tmp_path
         settings=settings,
         freeze="encoder_decoder",
     )
-    assert again["start"]["items"] == {"kept": 11, "new": 1, "retired": 2}
+    assert again["weight_loading"]["items"] == {"kept": 11, "new": 1, "retired": 2}
     before, after = (load_tensors(tmp_path / name / "weights.safetensors") for name in ("tuesday", "wednesday"))
     assert torch.equal(before["encoder.norm.weight"], after["encoder.norm.weight"])
 
@@ -262,5 +262,5 @@ def test_contradictory_options_are_errors(earlier_run: Path, tmp_path: Path) -> 
         with pytest.raises(ConfigError, match=words):
             commands.train(data, tmp_path / "out", **options)
     result = commands.train(data, tmp_path / "out", warm_start=run, settings={"train.epochs": 1})
-    assert result["start"]["freeze"] == "none"
+    assert result["weight_loading"]["freeze"] == "none"
     assert Recipe.from_dict(json.loads((tmp_path / "out" / "recipe.json").read_text())).train.epochs == 1

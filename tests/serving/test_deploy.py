@@ -123,7 +123,7 @@ def test_a_version_can_be_loaded_and_asked_before_it_answers(
 ) -> None:
     before = asked(running)
     result = deploy(live, bundle=other_bundle, switch=False)
-    assert result["answers"] is False
+    assert result["switched"] is False
     candidate = f"missrec_v{result['version']}"
     with (
         HttpShadowProxy(running.http_url, candidate, share=0.5, seed=3) as shadow,

@@ -72,7 +72,7 @@ def test_updates_and_rollbacks_bring_the_tables_of_their_catalogue(large: Path) 
     same(large)
     assert verify_bundle(large)["files"][SEARCH_FILE]["sha256"] != before
     weights = load_file(large / "weights.safetensors")
-    assert {len(one) for name, one in weights.items() if name.startswith("prior.neigh")} <= {len(ids) + 3 + 2}
+    assert {len(one) for name, one in weights.items() if name.startswith("terms.item_knn.neigh")} <= {len(ids) + 3 + 2}
     rollback_catalogue(large)
     assert verify_bundle(large)["files"][SEARCH_FILE]["sha256"] == before
     assert previous_of(large).is_dir()

@@ -382,6 +382,6 @@ def test_vectors_json_holds_what_the_dynamic_score_needs(bundle: Path, tmp_path:
     weights = np.exp((settings["phi"] or 0.0) * votes) * present
     fused = (weights * votes).sum(0) / weights.sum(0)
     ids = np.load(tmp_path / "vectors" / "ids.npy")
-    assert settings["item_ids_in_the_score"]
+    assert settings["id_embeddings"]
     fused = np.where(ids.any(1), (users @ ids.T + 2 * fused) / 3, fused)
     np.testing.assert_allclose(fused, expected, atol=1e-5)

@@ -66,18 +66,20 @@ def test_every_metric_counts_what_it_says(server: LocalTriton) -> None:
         with pytest.raises(ServingError, match="no column 'colour'"):
             client.recommend([["ware-4-ü"]], rules={"where": {"colour": "red"}})
         passed = client.recommend([["ware-4-ü"]], 50, exclude=["ware-5-ü"])[0].n_passed
-    after = settled(server, "missrec_passed_total", total(before, "missrec_passed_total") + 2 * 30 + passed)
+    after = settled(
+        server, "missrec_candidates_passed_total", total(before, "missrec_candidates_passed_total") + 2 * 30 + passed
+    )
     grown = {name: total(after, name) - total(before, name) for name in COUNTERS}
     assert grown["missrec_sessions_total"] == 4
-    assert grown["missrec_items_asked_total"] == 4
+    assert grown["missrec_session_items_total"] == 4
     assert grown["missrec_unknown_items_total"] == 1
     assert grown["missrec_fallbacks_total"] == 1
     assert grown["missrec_rejected_total"] == 1
-    assert grown["missrec_ruled_sessions_total"] == 2
+    assert grown["missrec_filtered_sessions_total"] == 2
     assert grown["missrec_candidates_total"] == 4 * 30
-    assert grown["missrec_short_answers_total"] == 2
+    assert grown["missrec_short_responses_total"] == 2
     assert passed == 29
-    assert 2 * 30 + passed < grown["missrec_passed_total"] < grown["missrec_candidates_total"]
+    assert 2 * 30 + passed < grown["missrec_candidates_passed_total"] < grown["missrec_candidates_total"]
     assert total(after, "missrec_catalogue_items") == 30
     assert {name for name in GAUGES if total(after, name) > 0} == set(GAUGES)
     coverage = {key: value for key, value in after.items() if key.startswith(COVERAGE)}

@@ -60,7 +60,8 @@ def make_run(
         terms.item_knn.choose(ItemKNNSettings(1.0, 0.9, 0.0))
         assert terms.rare_items is not None
         terms.rare_items.choose(torch.tensor([[0.0] * 3, [3.0] * 3]), [1.0, 1.0])
-    save_run(folder / "run", model, shop.recipe_of(model), data, {"prior": dict(tuned)}, catalogue)
+    settings_of_terms = {"score_terms": {"item_knn": tuned} if tuned else {}}
+    save_run(folder / "run", model, shop.recipe_of(model), data, settings_of_terms, catalogue)
     return folder / "run"
 
 

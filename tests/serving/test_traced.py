@@ -137,7 +137,7 @@ def test_a_recording_that_would_answer_otherwise_is_not_used(monkeypatch: pytest
     assert trace_encoder(encoder) is encoder
 
 
-def test_side_features_go_past_the_recording() -> None:
+def test_event_features_go_past_the_recording() -> None:
     own = shop.catalogue()
     ranker = Ranker(shop.model_for(own), own)
     rows = np.array([[5, 9, 4]])

@@ -146,7 +146,7 @@ def test_an_item_with_new_vectors_gets_the_interests_nearest_to_them(before: Pat
     old = load_bundle(before)
     rows = old.catalogue.rows_of([CHANGED, "ware-5-ü"])
     assignment = old.model.interests.assignment  # [modality, catalogue]
-    others = [  # per item, one of another interest of the texts: it lends its vector
+    others = [  # per item, one of another interest of the texts, whose vector they get
         int(np.flatnonzero((assignment[0] != assignment[0, row]).numpy() & (assignment[0] > 0).numpy())[-1])
         for row in rows
     ]

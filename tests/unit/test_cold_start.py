@@ -52,7 +52,7 @@ def fitted(exposure: float, history: float | None = None) -> tuple[MISSRec, Cata
     if history is not None:
         terms_of(model).history_bias.bias.data.fill_(history)
     found = fit_terms(model.eval(), catalogue, train, valid)
-    assert ("newcomers" in found) == (exposure > 0)
+    assert ("cold_start" in found) == (exposure > 0)
     return model, catalogue, test
 
 
@@ -88,5 +88,5 @@ def test_too_few_targets_switch_the_term_off(data: Path) -> None:
     catalogue = Catalogue.load(data / "catalogue")
     train, valid = Sessions.load(data / "train"), Sessions.load(data / "valid")
     model = build_missrec(MISSRecConfig(**EVERY_PART, d_model=16, n_head=2, cold_start_exposure=1.0), catalogue).eval()
-    assert fit_terms(model, catalogue, train, valid)["newcomers"] == {}
+    assert fit_terms(model, catalogue, train, valid)["cold_start"] == {}
     assert not terms_of(model).cold_start.settings.any()

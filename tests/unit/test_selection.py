@@ -96,10 +96,10 @@ def trained(data: Path, out: Path, settings: Mapping[str, Any] = ALONE) -> dict[
 def test_training_and_score_terms_do_not_know_the_test_split(folder: Path, tmp_path: Path) -> None:
     clean = trained(folder, tmp_path / "clean", {})
     assert clean["facts"]["epochs"] == len(clean["curve"]) == SETTINGS["train.epochs"]
-    assert clean["facts"]["prior"]["newcomers"], "the cold-start term is tuned, too"
+    assert clean["facts"]["score_terms"]["cold_start"], "the cold-start term is tuned, too"
     assert trained(poisoned(folder, "test", tmp_path / "data1"), tmp_path / "run1", {}) == clean
     other = trained(poisoned(folder, "valid", tmp_path / "data2"), tmp_path / "run2", {})
-    assert other["facts"]["prior"] != clean["facts"]["prior"]
+    assert other["facts"]["score_terms"] != clean["facts"]["score_terms"]
     assert other["facts"]["valid_ndcg@10"] != clean["facts"]["valid_ndcg@10"]
 
 
@@ -122,11 +122,12 @@ def test_baselines_and_blends_are_tuned_without_the_test_split(folder: Path, tmp
 
 def test_the_item_knn_term_counts_the_training_sessions_alone(folder: Path, tmp_path: Path) -> None:
     settings = SETTINGS | {"model.cold_start_exposure": 0.0, "train.epochs": 1}
-    prior = train(folder, tmp_path / "run", recipe="tiny", settings=settings, device="cpu")["prior"]
+    result = train(folder, tmp_path / "run", recipe="tiny", settings=settings, device="cpu")
+    window, directed = (result["score_terms"]["item_knn"][name] for name in ("window", "directed"))
     term = terms_of(load_run(tmp_path / "run").model).item_knn
     assert term is not None
     expected = ItemKNNTerm(N_ITEMS + FIRST_ITEM_ROW, 8)
-    expected.fit(Sessions.load(folder / "train"), prior["window"], directed=prior["directed"])
+    expected.fit(Sessions.load(folder / "train"), window, directed=directed)
     assert term.frequency.tolist()[FIRST_ITEM_ROW:] == shop.counts_of(walks(5), N_ITEMS).tolist()
     assert torch.equal(term.neighbours, expected.neighbours)
     assert torch.equal(term.counts, expected.counts)

@@ -51,9 +51,9 @@ def test_the_better_way_of_counting_is_kept(directed: bool) -> None:
     train = [triple if directed else triple[::-1] for triple in triples * 3]
     model, catalogue = made(n_neighbours=8)
     found = fit_terms(model, catalogue, Sessions.from_lists(train), Sessions.from_lists([b_c for _, *b_c in triples]))
-    assert found["directed"] == directed
-    assert found["window"] == (5 if directed else shop.SMALL["max_sequence_length"])
-    assert found["valid_ndcg@10"] > (0.9 if directed else 0.6) > 0.3 > found["without"]
+    assert found["item_knn"]["directed"] == directed
+    assert found["item_knn"]["window"] == (5 if directed else shop.SMALL["max_sequence_length"])
+    assert found["valid_ndcg@10"] > (0.9 if directed else 0.6) > 0.3 > found["valid_ndcg@10_without_terms"]
     term = terms_of(model).item_knn
     assert term is not None
     b = FIRST_ITEM_ROW + 1
@@ -81,21 +81,21 @@ def test_the_content_term_is_strong_where_content_tells_the_target_and_off_where
     train = Sessions.from_lists(alike)
     model, catalogue = made(twins(), n_similar_items=3)
     found = fit_terms(model, catalogue, train, Sessions.from_lists(alike))
-    assert found["lookalikes"]["weight"] > 0
-    assert found["valid_ndcg@10"] > 0.85 > 0.4 > found["without"]
+    assert found["content_knn"]["weight"] > 0
+    assert found["valid_ndcg@10"] > 0.85 > 0.4 > found["valid_ndcg@10_without_terms"]
     assert mean_ndcg(model, catalogue, alike) == pytest.approx(found["valid_ndcg@10"], abs=1e-6)
     model, catalogue = made(twins(), n_similar_items=3)
     found = fit_terms(model, catalogue, train, Sessions.from_lists(unlike))
-    assert found["lookalikes"]["weight"] == 0
+    assert found["content_knn"]["weight"] == 0
     terms_of(model).history_bias.offset.zero_()  # type: ignore[union-attr]  # the model has the term
-    assert mean_ndcg(model, catalogue, unlike) == pytest.approx(found["without"], abs=1e-6)
+    assert mean_ndcg(model, catalogue, unlike) == pytest.approx(found["valid_ndcg@10_without_terms"], abs=1e-6)
 
 
 def test_the_item_knn_term_is_off_where_it_misleads() -> None:
     model, catalogue = made(n_neighbours=8)
     far = [[*session[:-1], (session[0] - FIRST_ITEM_ROW + 20) % N_ITEMS + FIRST_ITEM_ROW] for session in FORWARDS]
     found = fit_terms(model, catalogue, Sessions.from_lists(FORWARDS), Sessions.from_lists(far))
-    assert found["weight"] == 0
+    assert found["item_knn"]["weight"] == 0
     assert not terms_of(model).item_knn.active  # type: ignore[union-attr]  # the model has the term
 
 
@@ -116,7 +116,7 @@ def test_terms_are_weighed_by_the_mean_of_both_protocols() -> None:
     terms.history_bias.offset.zero_()
     terms.item_knn.choose(ItemKNNSettings(0.0, 1.0, 0.0))
     terms.content_knn.choose(ContentKNNSettings(0.0, 1.0))
-    assert mean_ndcg(model, catalogue, valid) == pytest.approx(found["without"], abs=1e-6)
+    assert mean_ndcg(model, catalogue, valid) == pytest.approx(found["valid_ndcg@10_without_terms"], abs=1e-6)
 
 
 def test_what_a_session_held_before_the_items_that_the_model_reads_is_excluded_too() -> None:

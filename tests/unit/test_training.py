@@ -153,7 +153,7 @@ def test_the_blend_weight_is_tuned_on_validation_and_zero_changes_nothing(data: 
     from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings
 
     result = train(data, tmp_path / "run", recipe="tiny", settings=SMALL | {"train.epochs": 1})
-    assert result["prior"]["valid_ndcg@10"] >= result["prior"]["without"]
+    assert result["score_terms"]["valid_ndcg@10"] >= result["score_terms"]["valid_ndcg@10_without_terms"]
     model = load_run(tmp_path / "run").model
     assert terms_of(model).item_knn.active  # one epoch has learned little; what follows what is known from counting
     session = torch.tensor([[3, 4, 5]])

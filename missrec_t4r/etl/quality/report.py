@@ -80,9 +80,9 @@ def report(
     bounds = read_gate(Path(gate)) if gate is not None else {}
     log.info(f"reading {data}")
     statistics, distributions = compute_statistics(ReportData.load(data), time.time() if now is None else now)
-    made_from = data_digest(data)
+    digest = data_digest(data)
     existing = _stored_report(out / REPORT_FILE) if previous is None else None
-    repeated = existing is not None and existing.get("made_from") == made_from
+    repeated = existing is not None and existing.get("data_digest", existing.get("made_from")) == digest
     last = _stored_report(Path(previous or out / PREVIOUS_FILE)) if previous or repeated else existing
     if last is not None:
         statistics |= drift(statistics, distributions, last)
@@ -91,7 +91,7 @@ def report(
     content = {
         "format": 1,
         "data": str(data),
-        "made_from": made_from,
+        "data_digest": digest,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "previous": None if last is None else last["made"],
         "measures": statistics,

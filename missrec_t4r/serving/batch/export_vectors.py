@@ -147,19 +147,21 @@ def _write_items(folder: Path, loaded: LoadedBundle) -> dict[str, Any]:
     phi = None if model.fusion.phi is None else model.fusion.phi.flatten()
     terms = terms_of(model)
     return {
-        "format": 1,
+        "format": 2,
         "width": model.config.d_model,
         "modalities": names,
         "fusion": model.fusion.name,
         "phi": phi.tolist() if phi is not None and len(phi) == 1 else None,
-        "item_ids_in_the_score": candidates.ids is not None,
+        "id_embeddings": candidates.ids is not None,
         "history_bias": None
         if terms.history_bias is None
         else float(terms.history_bias.bias + terms.history_bias.offset),
-        "neighbour_prior": terms.item_knn is not None and terms.item_knn.active,
-        "look_alike_prior": terms.content_knn is not None and terms.content_knn.active,
-        "newcomers_borrow": terms.cold_start is not None and terms.cold_start.active,
-        "rare_items": terms.rare_items is not None and terms.rare_items.active,
+        "score_terms": {
+            "item_knn": terms.item_knn is not None and terms.item_knn.active,
+            "content_knn": terms.content_knn is not None and terms.content_knn.active,
+            "cold_start": terms.cold_start is not None and terms.cold_start.active,
+            "rare_items": terms.rare_items is not None and terms.rare_items.active,
+        },
     }
 
 

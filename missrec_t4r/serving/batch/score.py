@@ -24,6 +24,7 @@ from missrec_t4r.bundle.manifest import MANIFEST_FILE, MODEL_FILE
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.hashing import file_digest
+from missrec_t4r.io.key_names import read_with_current_keys
 from missrec_t4r.schema import ITEM_ID
 from missrec_t4r.serving.batch.parquet_io import ITEMS_COLUMN, SessionBatch, SessionFiles, session_file_of
 from missrec_t4r.serving.batch.parts import write_in_parts
@@ -189,8 +190,8 @@ def _merge_rules(for_all: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str
 
 def event_feature_names(bundle: str | Path) -> list[str]:
     """Return the names of the event features that a bundle's model was trained with."""
-    content = json.loads((Path(bundle) / MODEL_FILE).read_bytes())
-    return [str(column["name"]) for column in content.get("side_features", [])]
+    content = read_with_current_keys(Path(bundle) / MODEL_FILE)
+    return [str(column["name"]) for column in content.get("event_features", [])]
 
 
 def _table(passthrough: pa.Table, answers: Sequence[Recommendation], id_type: str, layout: str) -> pa.Table:

@@ -142,7 +142,7 @@ def deploy(
             "repository": str(folder),
             "version": version,
             "previous": current_version(folder),
-            "answers": switch,
+            "switched": switch,
             "live": Control.find(folder) is not None,
             "versions": versions,
         }
@@ -166,7 +166,7 @@ def deploy(
         "repository": str(folder),
         "version": version,
         "previous": previous,
-        "answers": switch,
+        "switched": switch,
         **result,
         "seconds": round(time.monotonic() - started, 2),
     }

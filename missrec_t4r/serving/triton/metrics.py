@@ -36,15 +36,15 @@ REQUEST_COUNTERS = {
 """Help text by name of the counters of both models."""
 COUNTERS = REQUEST_COUNTERS | {
     "missrec_sessions_total": "Sessions answered",
-    "missrec_items_asked_total": "Item ids of answered sessions, the last max_sequence_length of each",
+    "missrec_session_items_total": "Item ids of answered sessions, the last max_sequence_length of each",
     "missrec_unknown_items_total": "Item ids among them that are unknown or missing",
     "missrec_fallbacks_total": "Sessions answered with the most popular items",
-    "missrec_ruled_sessions_total": "Sessions with filters, an allow list or exclusions",
+    "missrec_filtered_sessions_total": "Sessions with filters, an allow list or exclusions",
     "missrec_candidates_total": "Catalogue items times sessions: candidates without any filter",
-    "missrec_passed_total": "Items that pass the filters, summed over sessions",
+    "missrec_candidates_passed_total": "Items that pass the filters, summed over sessions",
     "missrec_recommended_total": "Items recommended",
-    "missrec_short_answers_total": "Sessions answered with fewer items than top_k",
-    "missrec_widenings_total": "Searches that had to examine more than their first candidates to be exact",
+    "missrec_short_responses_total": "Sessions answered with fewer items than top_k",
+    "missrec_widened_searches_total": "Searches that had to examine more than their first candidates to be exact",
 }
 """Help text by name of the counters of the ranker."""
 GAUGES = {
@@ -176,7 +176,7 @@ class RankerMetrics(RequestMetrics):
             if not isinstance(request, MISSRecError) and not isinstance(response, MISSRecError):
                 _count(counts, request, response, self._ranker.catalogue.n_items)
         widenings = self._ranker.widenings
-        counts["missrec_widenings_total"] = widenings - self._last_widenings
+        counts["missrec_widened_searches_total"] = widenings - self._last_widenings
         self._last_widenings = widenings
         return counts
 
@@ -194,12 +194,12 @@ def ranker_observer(pb_utils: Any, args: Mapping[str, str], backend: RankerBacke
 def _count(counts: dict[str, float], request: Mapping[str, Any], response: Mapping[str, Any], n_items: int) -> None:
     sessions = len(request["rows"])
     counts["missrec_sessions_total"] += sessions
-    counts["missrec_items_asked_total"] += int(np.count_nonzero(request["rows"] != PADDING_ROW))
+    counts["missrec_session_items_total"] += int(np.count_nonzero(request["rows"] != PADDING_ROW))
     counts["missrec_unknown_items_total"] += int(response["n_unknown"].sum())
     counts["missrec_fallbacks_total"] += int(response["fallback"].sum())
     counts["missrec_candidates_total"] += sessions * n_items
-    counts["missrec_passed_total"] += int(response["n_passed"].sum())
+    counts["missrec_candidates_passed_total"] += int(response["n_passed"].sum())
     counts["missrec_recommended_total"] += int(response["n_items"].sum())
-    counts["missrec_ruled_sessions_total"] += sessions if _FILTERS & request.keys() else 0
+    counts["missrec_filtered_sessions_total"] += sessions if _FILTERS & request.keys() else 0
     top_k = request["top_k"].reshape(-1) if "top_k" in request else np.full(sessions, DEFAULT_TOP_K)
-    counts["missrec_short_answers_total"] += int((response["n_items"].reshape(-1) < np.minimum(top_k, n_items)).sum())
+    counts["missrec_short_responses_total"] += int((response["n_items"].reshape(-1) < np.minimum(top_k, n_items)).sum())

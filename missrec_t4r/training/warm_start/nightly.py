@@ -84,14 +84,14 @@ def nightly_start(
     resolved = source.recipe.changed(settings or {}) if recipe is None else recipe
     require_same(resolved.model, source.recipe.model, source.run)
     event_features = [
-        _extend_values(EventColumn.from_dict(column), Path(data)) for column in source.info.get("side_features", [])
+        _extend_values(EventColumn.from_dict(column), Path(data)) for column in source.info.get("event_features", [])
     ]
 
     def prepare(model: MISSRec, catalogue: Catalogue) -> dict[str, Any]:
         report, items = load_continued(model, catalogue, source, freeze=freeze, id_init=resolved.train.id_init)
         counts = ", ".join(f"{count:,} {name}" for name, count in items.items())
         log.info(f"warm start from {source.run}: items {counts}")
-        return log_start("continue", source, Path(out), report, freeze=freeze, items=items)
+        return log_start("warm_start", source, Path(out), report, freeze=freeze, items=items)
 
     return {"recipe": resolved, "prepare": prepare, "event_features": event_features}
 

@@ -23,7 +23,7 @@ from missrec_t4r.data.union import match_modalities, require_fingerprints
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, data_folder, encoders_of, load_tensors
+from missrec_t4r.runs.run_folder import RECIPE_FILE, WEIGHTS_FILE, data_folder, encoders_of, load_tensors, read_info
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.training.warm_start.id_init import ids_from_content
 from missrec_t4r.training.warm_start.report import WeightLoadingReport, report_lines
@@ -73,9 +73,7 @@ def read_source(run: str | Path) -> Source:
         The run is too old to hold its encoders' fingerprints, and its data folder is missing.
     """
     run = Path(run)
-    if not (run / RUN_FILE).is_file():
-        raise CheckpointError(f"{run} holds no {RUN_FILE}", "a finished run of missrec pretrain or train")
-    info, recipe = read_json(run / RUN_FILE), Recipe.from_stored(read_json(run / RECIPE_FILE))
+    info, recipe = read_info(run), Recipe.from_stored(read_json(run / RECIPE_FILE))
     if "modalities" not in info:
         info["modalities"] = encoders_of(Catalogue.load(data_folder(run, info) / CATALOGUE_FOLDER))
     return Source(run, recipe, info, load_tensors(run / WEIGHTS_FILE))
@@ -210,11 +208,11 @@ def frozen_parts(freeze: Freeze, adapters: Iterable[str]) -> list[str]:
 
 
 def log_start(kind: str, source: Source, out: Path, report: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Log the weight-loading report; return it as the entry ``start`` of `run.json`, with kind and source run."""
+    """Log the weight-loading report; return it as ``weight_loading`` of `run.json`, with kind and source run."""
     for line in report_lines(report):
         log.info(line)
     where = os.path.relpath(source.run.resolve(), out.resolve())
-    return {"start": {"kind": kind, "run": where, **more, **report}}
+    return {"weight_loading": {"kind": kind, "run": where, **more, **report}}
 
 
 def _common_modalities(catalogue: Catalogue, source: Source) -> dict[str, str]:

@@ -15,8 +15,8 @@ from missrec_t4r.errors import SchemaError
 from missrec_t4r.model.event_features import EventFeatureEncoder, EventFeatures
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
+from tests.event_features import shop
 from tests.settings import EVERY_PART
-from tests.side import shop
 
 COLUMNS = (
     EventColumn("event", "categorical", 6, 8),
@@ -94,7 +94,7 @@ def test_wrong_shapes_and_types_are_refused() -> None:
 
 
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
-def test_a_position_sees_the_side_features_up_to_its_own(attention: str) -> None:
+def test_a_position_sees_the_event_features_up_to_its_own(attention: str) -> None:
     built, before = model(attention=attention), None
     for at in range(3):
         changed = {name: values.clone() for name, values in VALUES.items()}
@@ -112,7 +112,7 @@ def test_padding_and_neighbours_in_the_batch_change_nothing() -> None:
     torch.testing.assert_close(built(wide, event_features)[:1], alone)
 
 
-def test_dropout_of_side_features_trains_their_absence() -> None:
+def test_dropout_of_event_features_trains_their_absence() -> None:
     encoder = EventFeatureEncoder(COLUMNS, dropout=0.5).train()
     torch.manual_seed(0)
     items = ITEMS.expand(400, -1)
@@ -162,7 +162,7 @@ def test_statistics_come_from_training() -> None:
     assert scene.std == pytest.approx(np.sqrt((25 + 25 + 100) / 3))  # lengths 5, 5 and 10; zeros are no vector
 
 
-def test_serving_moves_side_features_with_their_items() -> None:
+def test_serving_moves_event_features_with_their_items() -> None:
     rows = np.array([[3, 2, 4, 0, 5], [1, 0, 0, 0, 0]])
     event_features = {"event": np.array([[1, 2, 3, 4, 5], [6, 7, 8, 9, 9]]), "scene": np.arange(10.0).reshape(2, 5, 1)}
     moved = compact_event_features(event_features, rows, 2)

@@ -20,8 +20,8 @@ from missrec_t4r.evaluation.full_ranking import quick_metrics
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.training.fit import train as fit
+from tests.event_features import shop
 from tests.settings import EVERY_PART
-from tests.side import shop
 
 SMALL = {
     **EVERY_PART,
@@ -53,7 +53,7 @@ def test_a_side_feature_tells_the_next_item(tmp_path: Path) -> None:
     info = fit(data, tmp_path / "run", recipe=small(), device="cpu")
     assert info["valid_ndcg@10"] > 0.8
     assert found(tmp_path / "run") > 0.8
-    stored = json.loads((tmp_path / "run" / "run.json").read_text())["side_features"]
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())["event_features"]
     assert [(column["name"], column["kind"], column["size"]) for column in stored] == [
         ("event_type", "categorical", 6),
         ("dwell", "continuous", 1),

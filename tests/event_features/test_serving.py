@@ -31,10 +31,10 @@ from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.event_features import EventFeatureReader
 from missrec_t4r.serving.triton.backend import RankerBackend, SessionsBackend, execute
 from tests.device.second_device import second_device
+from tests.event_features import shop
+from tests.event_features.triton_names import TRITON
 from tests.serving.conftest import serving
 from tests.settings import EVERY_PART
-from tests.side import shop
-from tests.side.triton_names import TRITON
 
 EVENT_TYPES = ["view", "cart", "buy"]
 COLUMNS = (
@@ -89,7 +89,7 @@ def client(exported: Path) -> Iterator[MISSRecClient]:
 
 
 @pytest.mark.parametrize("positions", [1000, 11])
-def test_the_fused_encoder_adds_side_features_as_the_model_does(
+def test_the_fused_encoder_adds_event_features_as_the_model_does(
     run: LoadedRun, positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one pass, and in several that each take sessions of similar length."""
@@ -122,7 +122,7 @@ def test_the_bundle_carries_columns_and_weights(run: LoadedRun, exported: Path) 
 
 
 @pytest.mark.triton
-def test_a_real_triton_ranks_with_side_features(client: MISSRecClient, run: LoadedRun, histories: Sessions) -> None:
+def test_a_real_triton_ranks_with_event_features(client: MISSRecClient, run: LoadedRun, histories: Sessions) -> None:
     parity = compare_served(client, run.model, run.catalogue, histories)
     assert parity.equal, parity
     sessions, event_features = raw_ids(run.catalogue, histories), raw_event_features(run.model, histories)
@@ -138,7 +138,7 @@ def test_a_real_triton_ranks_with_side_features(client: MISSRecClient, run: Load
 
 
 @pytest.mark.triton
-def test_requests_without_side_features_are_the_models_own_answers(
+def test_requests_without_event_features_are_the_models_own_answers(
     client: MISSRecClient, run: LoadedRun, histories: Sessions
 ) -> None:
     items_alone = Sessions(histories.values, histories.offsets)

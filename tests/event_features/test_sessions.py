@@ -16,7 +16,7 @@ from missrec_t4r.data.event_features import EventColumn, event_columns, load_ses
 from missrec_t4r.data.schema_pbtxt import parse_text_message, read_schema
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import SchemaError
-from tests.side import shop
+from tests.event_features import shop
 
 
 def ten_times(lengths: list[int]) -> Sessions:
@@ -85,7 +85,7 @@ def test_parquet_with_holes(tmp_path: Path) -> None:
         Sessions.load(tmp_path)
 
 
-def test_the_schema_names_the_side_features(tmp_path: Path) -> None:
+def test_the_schema_names_the_event_features(tmp_path: Path) -> None:
     data = shop.write(tmp_path / "data", sizes=(5, 5, 5))
     found = event_columns(data, "auto", 16)
     assert [(column.name, column.kind, column.size, column.width) for column in found] == [

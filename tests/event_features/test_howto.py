@@ -1,4 +1,4 @@
-"""docs/howto/side_features.md: its commands and its script run as they are and do what the text says."""
+"""docs/howto/event_features.md: its commands and its script run as they are and do what the text says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytest.importorskip("nvtabular", reason="the ETL needs the extra merlin")
 
 
 def test_the_howto(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (repository / "docs" / "howto" / "side_features.md").read_text(encoding="utf-8")
+    text = (repository / "docs" / "howto" / "event_features.md").read_text(encoding="utf-8")
     blocks = dict(re.findall(r"^```(bash|python)\n(.*?)^```", text, re.S | re.M))
     monkeypatch.chdir(tmp_path)
     commands = blocks["bash"].splitlines()
@@ -29,7 +29,7 @@ def test_the_howto(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert json.loads(done.stdout.strip().splitlines()[-1])["parity"]["equal"]
 
     used = {
-        run: json.loads(Path("runs", run, "run.json").read_text())["side_features"] for run in ("shop", "items-alone")
+        run: json.loads(Path("runs", run, "run.json").read_text())["event_features"] for run in ("shop", "items-alone")
     }
     found = {column["name"]: column for column in used["shop"]}
     assert set(found) == {"event_type", "dwell_seconds", "category", "gap"}

@@ -1,7 +1,7 @@
 """Effect of event features on the generated shop: the same recipe without them, with all, and with each alone.
 
-    python -m benchmarks.quality.side_features --users 3000 --items 1200 --recipe default --seeds 3
-    python -m benchmarks.quality.side_features --users 400 --items 200 --recipe tiny --set train.epochs=8 --each
+    python -m benchmarks.quality.event_features --users 3000 --items 1200 --recipe default --seeds 3
+    python -m benchmarks.quality.event_features --users 400 --items 200 --recipe tiny --set train.epochs=8 --each
 
 The shop's event type and dwell time tell of the user and the item of their event, the category of the item
 (`missrec_t4r/etl/sources/synthetic/shop.py`). Results of 2026-11-21 are of version 1 of the shop, whose columns were

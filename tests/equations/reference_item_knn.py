@@ -1,4 +1,4 @@
-"""The neighbour prior in plain Python, from its definition in `docs/equations.md` (E18). Ours; not in the paper."""
+"""The item-kNN term in plain Python, from its definition in `docs/equations.md` (E18). Ours; not in the paper."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cooccurrences(sessions: Sequence[Sequence[int]], window: int, directed: bool
     return counts
 
 
-def neighbour_prior(
+def item_knn_term(
     session: Sequence[int],
     training: Sequence[Sequence[int]],
     n_rows: int,
@@ -39,11 +39,11 @@ def neighbour_prior(
     Only the strongest ``n_neighbours`` of an item count (equal ones in the order of their rows); the last item of the
     session has age 0.
     """
-    counts, prior = cooccurrences(training, window, directed), np.zeros(n_rows)
+    counts, term = cooccurrences(training, window, directed), np.zeros(n_rows)
     frequency = [sum(list(s).count(row) for s in training) for row in range(n_rows)]
     for age, i in enumerate(reversed(session)):
         strongest = sorted(counts.get(i, {}).items(), key=lambda pair: (-pair[1], pair[0]))[:n_neighbours]
         for j, count in strongest:
             others = count - 1 if j in session else count
-            prior[j] += weight * decay**age * others / ((frequency[i] + 5) * (frequency[j] + 5)) ** power
-    return prior
+            term[j] += weight * decay**age * others / ((frequency[i] + 5) * (frequency[j] + 5)) ** power
+    return term

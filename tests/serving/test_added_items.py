@@ -38,7 +38,7 @@ def grown(make_run: Callable[..., Path], tmp_path: Path) -> LoadedBundle:
     return load_bundle(tmp_path / "bundle")
 
 
-def test_added_items_borrow_and_the_ranker_agrees_with_the_model(grown: LoadedBundle) -> None:
+def test_added_items_get_imputed_scores_and_the_ranker_agrees_with_the_model(grown: LoadedBundle) -> None:
     n = grown.catalogue.n_rows
     assert terms_of(grown.model).cold_start.rows.tolist() == [n - 4, n - 3, n - 2, n - 1]
     rng = np.random.default_rng(1)
@@ -50,12 +50,12 @@ def test_added_items_borrow_and_the_ranker_agrees_with_the_model(grown: LoadedBu
     assert set(range(n - 4, n)) & set(answers.flatten().tolist())
 
 
-def test_a_twin_follows_the_neighbours_of_its_look_alike(grown: LoadedBundle) -> None:
+def test_a_cold_item_is_recommended_after_what_goes_with_its_most_similar_item(grown: LoadedBundle) -> None:
     twin = grown.catalogue.n_rows - 2
-    lent = terms_of(grown.model).cold_start
-    assert int(lent.alike[2, 0]) == 5  # its nearest
+    cold_start = terms_of(grown.model).cold_start
+    assert int(cold_start.alike[2, 0]) == 5  # its nearest
     with torch.inference_mode():
         history = torch.tensor([[int(terms_of(grown.model).item_knn.neighbours[5, 0])], [3]])
         without = Ranker(grown.model, grown.catalogue).query(history.numpy(), {}).added[:, twin].clone()
-        lent.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
+        cold_start.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
         assert not torch.equal(without, Ranker(grown.model, grown.catalogue).query(history.numpy(), {}).added[:, twin])

@@ -23,8 +23,8 @@ from missrec_t4r.serving.triton.backend import (
     SessionsBackend,
     execute,
 )
-from tests.side.test_serving import COLUMNS, exported, run  # noqa: F401  # fixtures
-from tests.side.triton_names import TRITON
+from tests.event_features.test_serving import COLUMNS, exported, run  # noqa: F401  # fixtures
+from tests.event_features.triton_names import TRITON
 
 Request = dict[str, Any]
 Answer = tuple[dict[str, Any], str | None]

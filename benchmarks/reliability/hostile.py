@@ -103,7 +103,7 @@ def kinds(good: Tensors, chance: random.Random, generated: int) -> Iterator[Host
     )
     if strings:
         yield but("one id of 5 MB", ANSWER, item_ids=np.array([[b"x" * 5_000_000]], object), length=int32([1]))
-        yield but("ids that are no UTF-8", ANSWER, item_ids=np.array([[b"\xff\xfe\x00"]], object), length=int32([1]))
+        yield but("ids that are not UTF-8", ANSWER, item_ids=np.array([[b"\xff\xfe\x00"]], object), length=int32([1]))
         yield but("ids with zero bytes", ANSWER, item_ids=np.array([[b"a\0b"]], object), length=int32([1]))
     else:
         yield but("huge ids", ANSWER, item_ids=np.array([[2**63 - 1]], np.int64), length=int32([1]))
@@ -117,7 +117,7 @@ def kinds(good: Tensors, chance: random.Random, generated: int) -> Iterator[Host
     yield but("side features of nothing", side=np.array([[b'{"mood": [NaN]}']], object))
     yield but("side features nested without end", side=np.array([[b"[" * 30_000]], object))
     yield but("side features of 400 digits", side=np.array([[b'{"dwell": [1' + b"0" * 400 + b"]}"]], object))
-    yield but("side features that are no JSON", side=np.array([[b"\xff{"]], object))
+    yield but("side features that are not JSON", side=np.array([[b"\xff{"]], object))
     yield but("side features of 3 MB", side=np.array([[b" " * 3_000_000]], object))
     yield but("100,000 excludes", exclude=np.repeat(one, 100_000, 1))
     yield but("a tensor that is no input", password=int32([1]))
@@ -150,7 +150,7 @@ RULES = {
     "an unknown part": b'{"select": "*"}',
     "NaN": b'{"where": {"train_count": {"min": NaN}}}',
     "a cap of 0": b'{"at_most": {"train_count": 0}}',
-    "a cap that is no number": b'{"at_most": {"train_count": "many"}}',
+    "a cap that is not a number": b'{"at_most": {"train_count": "many"}}',
     "a condition of another type": b'{"where": {"train_count": "many"}}',
     "a nested condition": b'{"where": {"train_count": {"min": {"min": 1}}}}',
 }

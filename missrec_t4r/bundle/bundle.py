@@ -244,7 +244,7 @@ def _write_transform(folder: Path, data: Path, max_sequence_length: int) -> None
         TransformSettings.from_dict(content)
     except ValueError as error:
         raise BundleError(
-            f"{data / SESSION_TRANSFORM_FILE} is no JSON ({error})", "", "re-run `missrec etl`"
+            f"{data / SESSION_TRANSFORM_FILE} is not JSON ({error})", "", "re-run `missrec etl`"
         ) from error
     write_json(folder / SESSION_TRANSFORM_FILE, content | {"max_sequence_length": max_sequence_length})
 

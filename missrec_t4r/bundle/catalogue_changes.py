@@ -148,9 +148,9 @@ def _rows_of(catalogue: Catalogue, table: pa.Table) -> Ints:
     id_type = catalogue.items[ITEM_ID].type
     try:
         if pa.types.is_string(id_type) and not _is_text(ids.type):  # as texts, 7 and "007" would be two items
-            raise pa.ArrowInvalid(f"{ids.type} are no texts")
+            raise pa.ArrowInvalid(f"{ids.type} are not texts")
         if pa.types.is_boolean(ids.type) or pa.types.is_temporal(ids.type):  # Arrow makes integers of them
-            raise pa.ArrowInvalid(f"{ids.type} are no ids")
+            raise pa.ArrowInvalid(f"{ids.type} are not ids")
         if pa.types.is_integer(id_type) and _is_text(ids.type):
             _require_integers(ids.cast(pa.string()))
         ids = ids.cast(id_type)

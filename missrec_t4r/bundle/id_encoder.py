@@ -84,13 +84,13 @@ class _Texts:
 
     @staticmethod
     def encode(raw: RawId) -> bytes | None:
-        """Return an id as a request holds it; None where it is no text."""
+        """Return an id as a request holds it; None where it is not text."""
         if not isinstance(raw, str):
             return None
         try:
             return raw.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise DataError(f"item id {raw!r} is no valid Unicode", "text that UTF-8 can carry") from error
+            raise DataError(f"item id {raw!r} is not valid Unicode", "text that UTF-8 can carry") from error
 
     def look_up(self, wire_ids: AnyArray) -> Ints:
         row_of = self._row_of
@@ -113,7 +113,7 @@ class _Integers:
 
     @staticmethod
     def encode(raw: RawId) -> int | None:
-        """Return an id as a request holds it; None where it is no integer."""
+        """Return an id as a request holds it; None where it is not an integer."""
         if not isinstance(raw, int | np.integer) or isinstance(raw, bool):
             return None
         if not NULL_INTEGER < raw <= np.iinfo(np.int64).max:
@@ -165,7 +165,7 @@ class SessionTransform:
         Raises
         ------
         BundleError
-            The file is missing, is no JSON, or is of another format.
+            The file is missing, is not JSON, or is of another format.
         """
         try:
             content = read_json(Path(file))
@@ -269,7 +269,7 @@ def encode_ids(ids: Sequence[RawId], id_type: str) -> AnyArray:
     Raises
     ------
     DataError
-        An id is of another type, an integer does not fit 64 bits, or a string is no valid Unicode.
+        An id is of another type, an integer does not fit 64 bits, or a string is not valid Unicode.
 
     Examples
     --------

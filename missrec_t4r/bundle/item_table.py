@@ -35,7 +35,7 @@ def load_items(folder: Path) -> pa.Table:
     Raises
     ------
     BundleError
-        The file is missing, is no parquet, has other rows than the catalogue, would take more memory than any table of
+        The file is missing, is not parquet, has other rows than the catalogue, would take more memory than any table of
         such a file, or has no columns ``item_id`` and ``train_count`` of the right types.
     """
     file = folder / ITEMS_FILE
@@ -74,7 +74,7 @@ def _problem(items: pa.Table) -> str:
     if not (pa.types.is_integer(ids.type) or pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
         return f"has item ids of type {ids.type}"
     if ids.null_count or counts.null_count or not pa.types.is_integer(counts.type) or pc.min(counts).as_py() < 0:
-        return "has missing item ids, or counts that are no whole numbers from 0 on"
+        return "has missing item ids, or counts that are not whole numbers from 0 on"
     if not pa.types.is_integer(ids.type) and pc.max(pc.binary_length(ids)).as_py() > _LONGEST_ID:
         return f"has an item id of more than {_LONGEST_ID} bytes"
     if RETIRED in names and not pa.types.is_boolean(items[RETIRED].type):

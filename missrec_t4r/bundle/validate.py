@@ -69,7 +69,7 @@ def _json(file: Path) -> None:
     try:
         json.loads(content, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise refused(file, f"is no JSON ({error})", "JSON") from error
+        raise refused(file, f"is not JSON ({error})", "JSON") from error
 
 
 def _table(file: Path) -> None:
@@ -85,4 +85,4 @@ def _table(file: Path) -> None:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number of JSON")

@@ -56,7 +56,7 @@ class Command:
     options: Mapping[str, Option] = field(default_factory=dict)
     """Parameters whose type does not say how they are given."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments that the command gives itself; they are no options."""
+    """Arguments that the command gives itself; they are not options."""
     about: str = ""
     """One line, where the docstring's first line is not that of this command."""
 

@@ -81,7 +81,7 @@ def described(
     *,
     users: Sessions,
 ) -> list[dict[str, Any]]:
-    """Return some sessions in words: user, last items, the item that came next, and the lists of the systems.
+    """Return some sessions as text: user, last items, the item that came next, and the lists of the systems.
 
     Titles, and beside them ids: ``history_ids``, ``target_id``, ``id``.
 
@@ -133,7 +133,7 @@ class _Items:
         return str(self.column[index].as_py() or self.ids[index].as_py())
 
     def id(self, row: Any) -> str | None:
-        """Return the id in words; None for a row that is no item."""
+        """Return the id as text; None for a row that is not an item."""
         index = int(row) - FIRST_ITEM_ROW
         return None if index < 0 else str(self.ids[index].as_py())
 

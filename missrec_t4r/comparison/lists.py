@@ -101,7 +101,7 @@ def rank_lists(
     targets : ndarray [session]
     n_rows, top_k : int
     """
-    cells = np.repeat(np.arange(len(histories)), histories.lengths) * n_rows + histories.values
+    cells = histories.session_of_event * n_rows + histories.values
     seen = np.isin(np.arange(len(rows))[:, None] * n_rows + rows, cells) & (rows >= FIRST_ITEM_ROW)
     order = np.argsort(seen | (rows < 0), axis=1, kind="stable")  # what stays first, in its order
     unseen = np.take_along_axis(np.where(seen, -1, rows), order, axis=1)

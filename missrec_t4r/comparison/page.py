@@ -145,7 +145,7 @@ def form(value: float | None, pattern: str = "{:.4f}") -> str:
 
 
 def by_slice(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the slices that have a session, by their name in words and their number of sessions."""
+    """Return the slices that have a session, by their title with the number of sessions."""
     slices = report["slices"].items()
     return {f"{name.replace('_', ' ')} ({part['n']:,})": part for name, part in slices if part["n"]}
 
@@ -272,7 +272,7 @@ def _list(name: str, shown: Mapping[str, Any], pictures: Pictures) -> str:
 
 
 def place(rank: int | None) -> str:
-    """Return the place of the item that came next, in words."""
+    """Return the rank of the item that came next as text."""
     return "not among the first fifty" if rank is None else f"at place {rank}"
 
 

@@ -91,7 +91,7 @@ def run_page(
     Returns
     -------
     dict
-        ``page``, ``headline`` (in words), ``ndcg@10`` and ``terms_added``.
+        ``page``, ``headline`` (a sentence), ``ndcg@10`` and ``terms_added``.
 
     Raises
     ------
@@ -269,7 +269,7 @@ def _terms(info: Mapping[str, Any], shares: Mapping[str, float]) -> str:
 
 @torch.no_grad()
 def _examples(loaded: LoadedRun, split: str) -> tuple[dict[str, float], list[str], Pictures]:
-    """Return the mean size of every part of the score, sessions in words as HTML, and their pictures."""
+    """Return the mean size of every part of the score, some sessions as HTML, and their pictures."""
     sessions = sample_sessions(load_sessions(loaded.data, split, loaded.model.event_columns), _SAMPLE, seed=0)
     histories, targets = sessions.split_last()
     model, scorer = loaded.model, ModelScorer.with_popularity(loaded.model, loaded.catalogue)

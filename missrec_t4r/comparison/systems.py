@@ -317,7 +317,7 @@ def named(
     Raises
     ------
     ConfigError
-        A label is used twice, or one system has several values that are no runs.
+        A label is used twice, or one system has several values that are not runs.
     DataError
         A path is nothing that can be compared.
     """
@@ -334,7 +334,7 @@ def named(
             continue
         result.append(_system(label, seeds[0], trust_pickle, max_sequence_length))
         if len(seeds) > 1:
-            raise ConfigError(f"{len(seeds)} paths of one system that are no runs", "runs as seeds, or one path")
+            raise ConfigError(f"{len(seeds)} paths of one system that are not runs", "runs as seeds, or one path")
     runs = runs_of(result)
     for system in result:
         if isinstance(system, PartOfRun) and runs:
@@ -361,7 +361,7 @@ def _label(value: Any, everything: Sequence[Any]) -> str:
 
 
 def _system(name: str, value: Any, trust_pickle: bool, max_sequence_length: int | None) -> System:
-    """Return a system that is no run."""
+    """Return a system that is not a run."""
     if not isinstance(value, str | Path) and not hasattr(value, "heads"):
         return ScorerSystem(name, value)
     path = Path(value) if isinstance(value, str | Path) else None

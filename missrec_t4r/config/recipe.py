@@ -146,7 +146,7 @@ def _parse(text: bytes, name: str) -> dict[str, Any]:
         content = json.loads(text) if name.endswith(".json") else yaml.safe_load(text) or {}
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"recipe {name} is no YAML ({reason})", "a mapping with model: and train:") from error
+        raise ConfigError(f"recipe {name} is not YAML ({reason})", "a mapping with model: and train:") from error
     if not isinstance(content, dict):
         raise ConfigError(f"recipe {name} holds {type(content).__name__}", "a mapping with model: and train:")
     return content

@@ -209,7 +209,7 @@ def event_columns(data: str | Path, setting: str, width: int) -> tuple[EventColu
         if name not in available:
             near = difflib.get_close_matches(name, available, 1) or sorted(available)
             raise SchemaError(
-                f"event feature {name!r} is no input column of {file}",
+                f"event feature {name!r} is not an input column of {file}",
                 f"{', '.join(near) if near else 'no such column: the schema has none'}",
                 "list columns tagged CATEGORICAL, CONTINUOUS or EMBEDDING can be used; ids, times and targets cannot",
             )

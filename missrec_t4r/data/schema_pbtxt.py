@@ -42,7 +42,7 @@ def read_schema(file: str | Path) -> list[SchemaColumn]:
     Raises
     ------
     SchemaError
-        The file is missing or is no protobuf text.
+        The file is missing or is not protobuf text.
     """
     try:
         if (size := Path(file).stat().st_size) > _MOST_BYTES:

@@ -54,6 +54,17 @@ class Sessions:
         """Events per session, [session]."""
         return np.diff(self.offsets)
 
+    @property
+    def session_of_event(self) -> Ints:
+        """Index of every event's session, [event].
+
+        Examples
+        --------
+        >>> Sessions.from_lists([[3, 4], [5]]).session_of_event.tolist()
+        [0, 0, 1]
+        """
+        return np.repeat(np.arange(len(self)), self.lengths)
+
     @classmethod
     def from_lists(cls, sessions: Sequence[npt.ArrayLike]) -> Sessions:
         """Return sessions from a list of lists of catalogue rows.

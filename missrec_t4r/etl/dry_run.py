@@ -25,7 +25,7 @@ def describe_run(task: Task, out: Path, engine: str) -> dict[str, Any]:
     Raises
     ------
     DataError, SchemaError
-        The output exists and is no data folder, or a table cannot be read or lacks a column.
+        The output exists and is not a data folder, or a table cannot be read or lacks a column.
     """
     refuse_unmanaged(out, REPORT_FILE)
     tables = [_describe_table(file) for file in task.files]

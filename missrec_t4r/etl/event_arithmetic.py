@@ -31,7 +31,7 @@ def gaps(times: Array, leads: Array, xp: Any = np) -> Array:
     """
     elapsed = xp.zeros_like(times)  # [event]
     elapsed[1:] = times[1:] - times[:-1]
-    return xp.where(leads, 0, elapsed)  # the difference to another key's event is no gap
+    return xp.where(leads, 0, elapsed)  # the difference to another key's event is not a gap
 
 
 def session_numbers(elapsed: Array, leads: Array, limit: float, xp: Any = np) -> Array:

@@ -298,7 +298,7 @@ def ranks_without_seen(kept: Tensor, scores: Tensor, histories: Sessions, target
     targets : Tensor [batch]
     """
     n_rows = scores.shape[1]
-    cells = np.unique(np.repeat(np.arange(len(histories)), histories.lengths) * n_rows + histories.values)
+    cells = np.unique(histories.session_of_event * n_rows + histories.values)
     session, seen = (torch.from_numpy(part).to(scores.device) for part in (cells // n_rows, cells % n_rows))
     own, theirs, target = scores.gather(1, targets[:, None])[:, 0][session], scores[session, seen], targets[session]
     before = (theirs > own) | ((theirs == own) & (seen < target))
@@ -309,7 +309,7 @@ def ranks_without_seen(kept: Tensor, scores: Tensor, histories: Sessions, target
 
 def exclude_seen(scores: Tensor, histories: Sessions) -> Tensor:
     """Return a copy of the scores [batch, row] with -inf for every item of the session."""
-    sessions = torch.from_numpy(np.repeat(np.arange(len(histories)), histories.lengths)).to(scores.device)
+    sessions = torch.from_numpy(histories.session_of_event).to(scores.device)
     seen = torch.from_numpy(histories.values).to(scores.device)
     excluded = scores.clone()
     excluded[sessions, seen] = -torch.inf
@@ -318,7 +318,7 @@ def exclude_seen(scores: Tensor, histories: Sessions) -> Tensor:
 
 def targets_in_history(histories: Sessions, targets: Ints) -> Bools:
     """Return which targets are in their own history, [session], bool: the misses of ``excluded`` by definition."""
-    sessions = np.repeat(np.arange(len(histories)), histories.lengths)
+    sessions = histories.session_of_event
     with_target = sessions[histories.values == targets[sessions]]
     return np.bincount(with_target, minlength=len(histories)) > 0
 

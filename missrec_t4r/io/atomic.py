@@ -256,7 +256,7 @@ def refuse_unmanaged(
     """Raise ``error`` if ``out`` is neither new, nor empty, nor written by missrec (it holds no ``marker``)."""
     with translate_disk_errors(out):
         if out.exists() and not (out.is_dir() and ((out / marker).is_file() or not any(out.iterdir()))):
-            found = f"{out} exists and is no {kind}: it holds no {marker}"
+            found = f"{out} exists and is not a {kind}: it holds no {marker}"
             raise error(found, f"a new folder, or an older {kind}", cure)
 
 

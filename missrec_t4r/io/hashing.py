@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _REPORT = "etl.json"
 _TIMINGS = {"seconds"}
@@ -35,6 +37,11 @@ def file_digest(file: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def json_digest(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a JSON-able mapping in hexadecimal, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _without_timings(report: Path) -> str:

@@ -33,7 +33,7 @@ def write_json(file: Path, content: Any, *, indent: int | None = 2, allow_nan: b
     indent : int or None
         Spaces per level; None writes one line.
     allow_nan : bool
-        False raises ``ValueError`` for NaN and infinity, which are no JSON.
+        False raises ``ValueError`` for NaN and infinity, which are not JSON.
 
     Raises
     ------

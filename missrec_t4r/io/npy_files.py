@@ -28,7 +28,7 @@ def read_npy(file: Path, *, mapped: bool = False) -> AnyArray:
     OSError
         The file is missing or cannot be read.
     ValueError
-        It is no .npy file, holds other things than numbers, or claims another size than it has.
+        It is not a .npy file, holds other things than numbers, or claims another size than it has.
 
     Examples
     --------
@@ -46,7 +46,7 @@ def read_npy(file: Path, *, mapped: bool = False) -> AnyArray:
                 npy.read_array_header_1_0(stream) if version == (1, 0) else npy.read_array_header_2_0(stream)
             )
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, EOFError, TokenError) as error:
-            raise ValueError(f"it is no .npy file: {error}") from error
+            raise ValueError(f"it is not a .npy file: {error}") from error
         n_bytes = size - stream.tell()
     if dtype.kind not in "fiub" or dtype.names is not None:
         raise ValueError(f"it holds {dtype}, no numbers")

@@ -57,13 +57,13 @@ def inspect(file: Path) -> Contents:
     Raises
     ------
     ValueError
-        The file is no parquet, contradicts itself, is compressed in another way than those of ours, or exceeds a limit.
+        The file is not parquet, contradicts itself, is compressed in another way than ours, or exceeds a limit.
     """
     _check_schema(file)
     try:
         metadata = pq.read_metadata(file)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"is no parquet ({error})") from error
+        raise ValueError(f"is not parquet ({error})") from error
     if sum(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)) != metadata.num_rows:
         raise ValueError("has row groups of other lengths than it states")
     plain_bytes, repeated_bytes = 0, Counter[str]()
@@ -112,11 +112,11 @@ def _check_schema(file: Path) -> None:
     size = file.stat().st_size
     with file.open("rb") as stream:
         if size < 12 or stream.read(4) != b"PAR1":
-            raise ValueError("is no parquet (its first bytes are others)")
+            raise ValueError("is not parquet (its first bytes are others)")
         stream.seek(size - 8)
         length, magic = struct.unpack("<I4s", stream.read(8))
         if magic != b"PAR1" or not 0 < length <= min(_MOST_FOOTER, size - 12):
-            raise ValueError(f"is no parquet (a footer of {length} bytes)")
+            raise ValueError(f"is not parquet (a footer of {length} bytes)")
         stream.seek(size - 8 - length)
         footer = CompactReader(stream.read(length), _MOST_VALUES).struct()
     for entry in footer.get(5, []):  # an extension type may run code of its own when Arrow reads the schema

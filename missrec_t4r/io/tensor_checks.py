@@ -57,7 +57,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             with safe_open(file, "numpy"):
                 pass
         except SafetensorError as error:
-            raise ValueError(f"is no safetensors file ({error})") from error
+            raise ValueError(f"is not a safetensors file ({error})") from error
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     tensors = {}

@@ -218,7 +218,7 @@ def recency_weights(histories: Sessions, n_rows: int, decay: float) -> Tensor:
     [[0.0, 0.0, 0.0, 1.25, 0.5]]
     """
     lengths, start = histories.lengths, histories.offsets[0]
-    sessions = np.repeat(np.arange(len(histories)), lengths)
+    sessions = histories.session_of_event
     ages = np.repeat(histories.offsets[1:], lengths) - 1 - np.arange(start, start + len(sessions))
     values = torch.from_numpy((decay ** ages.astype(np.float64)).astype(np.float32))
     index = torch.from_numpy(np.stack([sessions, histories.values]))

@@ -55,14 +55,15 @@ def pairs_within(sessions: Sessions, window: int, *, directed: bool = False) -> 
     [[3, 3, 4, 5], [4, 5, 3, 3], [2, 1, 2, 1]]
     """
     values = sessions.values
-    owner = np.repeat(np.arange(len(sessions)), sessions.lengths)  # [event]: its session
+    session = sessions.session_of_event
     n_rows = int(values.max(initial=0)) + 1
     keys, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     pending: list[Ints] = []
     for distance in range(1, min(window, int(sessions.lengths.max(initial=1)) - 1) + 1):
         left, right = values[:-distance], values[distance:]
-        pair = (owner[:-distance] == owner[distance:]) & (left != right) & (left > UNKNOWN_ROW) & (right > UNKNOWN_ROW)
-        pending.append(left[pair] * n_rows + right[pair])
+        is_pair = (session[:-distance] == session[distance:]) & (left != right)
+        is_pair &= (left > UNKNOWN_ROW) & (right > UNKNOWN_ROW)
+        pending.append(left[is_pair] * n_rows + right[is_pair])
         if sum(map(len, pending)) > _PAIRS_PER_CHUNK:
             keys, counts, pending = *_merged(keys, counts, pending), []
     keys, counts = _merged(keys, counts, pending)
@@ -83,17 +84,16 @@ def repeats_within(sessions: Sessions, window: int, n_rows: int) -> Ints:
     [0, 0, 0, 1, 0]
     """
     values, found = sessions.values, np.zeros(n_rows, np.int64)
-    owner = np.repeat(np.arange(len(sessions)), sessions.lengths)  # [event]: its session
+    session = sessions.session_of_event
     for distance in range(1, window + 1):
-        again = (owner[:-distance] == owner[distance:]) & (values[:-distance] == values[distance:])
+        again = (session[:-distance] == session[distance:]) & (values[:-distance] == values[distance:])
         found += np.bincount(values[distance:][again], minlength=n_rows)
     return found
 
 
 def sessions_with_both(sessions: Sessions, n_rows: int) -> Tensor:
     """Return how many sessions hold both items, [row, row], sparse; the diagonal counts the sessions of each item."""
-    owners = np.repeat(np.arange(len(sessions)), sessions.lengths)
-    cells = np.unique(owners * n_rows + sessions.values)  # each item once per session
+    cells = np.unique(sessions.session_of_event * n_rows + sessions.values)  # each item once per session
     index = torch.from_numpy(np.stack([cells // n_rows, cells % n_rows]))
     shape = (len(sessions), n_rows)
     holds = torch.sparse_coo_tensor(index, torch.ones(len(cells)), shape, is_coalesced=True, check_invariants=False)

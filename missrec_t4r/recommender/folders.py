@@ -23,7 +23,7 @@ def shown(path: Path) -> str:
 def describe(folder: Path) -> tuple[str, str]:
     """Return what a folder is, as the first part of an error, and what to call for it."""
     if not folder.is_dir():
-        return f"{folder} is no folder" if folder.exists() else f"{folder} does not exist", ""
+        return f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist", ""
     if (folder / COLUMNS_FILE).is_file():
         return f"{folder} is the folder of a shop", f"open it with Shop.open({str(folder)!r})"
     if (folder / MANIFEST_FILE).is_file():

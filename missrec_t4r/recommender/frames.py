@@ -62,7 +62,7 @@ def _converted(frame: Frame, name: str) -> pa.Table:
     try:
         return pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
     except UnicodeEncodeError as error:
-        raise DataError(f"{name} with text that is no Unicode ({error})", "Unicode text", "repair it") from error
+        raise DataError(f"{name} with text that is not Unicode ({error})", "Unicode text", "repair it") from error
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(
             f"a column of {name} holds values of several types ({'; '.join(map(str, error.args))})",
@@ -101,7 +101,7 @@ def arrays_of(vectors: Mapping[str, npt.ArrayLike] | None) -> dict[str, npt.NDAr
                     tensor.detach().float().cpu() if hasattr(tensor, "detach") else values, dtype=np.float32
                 )
         except (TypeError, ValueError) as error:
-            raise ModalityError(f"vectors of {name!r} are no numbers ({error})", "an array [item, width]") from error
+            raise ModalityError(f"vectors of {name!r} are not numbers ({error})", "an array [item, width]") from error
     return arrays
 
 

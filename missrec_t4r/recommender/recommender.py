@@ -293,7 +293,7 @@ class Recommender:
         Raises
         ------
         BundleError
-            The folder is no bundle, or a damaged one.
+            The folder is not a bundle, or a damaged one.
         """
         if not (Path(bundle) / MANIFEST_FILE).is_file():
             found, cure = describe(Path(bundle))

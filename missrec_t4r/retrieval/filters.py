@@ -71,7 +71,7 @@ class Rules:
         Raises
         ------
         ServingError
-            It is no JSON object of this form; the offending part is named.
+            It is not a JSON object of this form; the offending part is named.
         """
         if len(text) > MOST_CHARACTERS:
             raise ServingError(f"rules of {len(text)} characters", f"at most {MOST_CHARACTERS}")
@@ -80,7 +80,7 @@ class Rules:
         try:
             content = json.loads(text if isinstance(text, str) else text.decode("utf-8"), parse_constant=_refused)
         except (ValueError, RecursionError) as error:
-            raise ServingError(f"rules are no JSON ({error})", _EXAMPLE) from error
+            raise ServingError(f"rules are not JSON ({error})", _EXAMPLE) from error
         return cls.of(content)
 
     @classmethod
@@ -91,7 +91,7 @@ class Rules:
             raise ServingError(f"rules hold {found}", f"an object with where and at_most, such as {_EXAMPLE}")
         where, at_most = content.get("where", {}), content.get("at_most", {})
         if not isinstance(where, dict) or not isinstance(at_most, dict):
-            raise ServingError("where or at_most is no object", f"column names and values, such as {_EXAMPLE}")
+            raise ServingError("where or at_most is not an object", f"column names and values, such as {_EXAMPLE}")
         for column, cap in at_most.items():
             if type(cap) is not int or cap < 1:
                 raise ServingError(f"at_most {column!r} is {cap!r}", "a whole number of at least 1")
@@ -258,7 +258,7 @@ def _condition(column: str, value: Any) -> Condition:
 
 
 def _refused(constant: str) -> float:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _typed(name: str, wanted: frozenset[Scalar], kind: pa.DataType) -> pa.Array:

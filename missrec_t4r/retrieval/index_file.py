@@ -192,7 +192,7 @@ def write_tables(file: Path, frame: PackedItems, part: Part) -> None:
         for name, tensor in known.items():
             out.write(name, tensor)
         total = -(-n_rows // CHUNK) * len(frame.place)
-        for first, tokens in track(_in_order(frame, part), f"search tables of {n_rows} rows", total):
+        for first, tokens in track(_in_order(frame, part), f"retrieval index of {n_rows} rows", total):
             codes, scale, own_rest, own_error, own_length = compress(tokens, mean, directions)
             out.write("table.tokens", tokens, first)
             out.write("quantised.codes", codes, first)

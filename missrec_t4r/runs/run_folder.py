@@ -224,7 +224,7 @@ def _since_training(
         raise CheckpointError(
             f"{folder} has other items, or another order of items, than {run}: {n_there:,} of {len(known):,} are there",
             "the items of the training in their order, new ones after them, as `missrec etl --update` writes them",
-            f"give the run's own folder with --data, or train on this one: `missrec train --continue {run}`",
+            f"give the run's own folder with --data, or train on this one: `missrec train --warm-start {run}`",
         )
     counts = catalogue.train_count[FIRST_ITEM_ROW:].copy()
     if TRAIN_COUNT in earlier.column_names:

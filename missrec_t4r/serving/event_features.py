@@ -78,7 +78,7 @@ class EventFeatureReader:
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ServingError(f"event features that are no JSON ({error})", "one object per session") from error
+            raise ServingError(f"event features that are not JSON ({error})", "one object per session") from error
         if not isinstance(content, dict):
             raise ServingError(f"event features of type {type(content).__name__}", "one JSON object per session")
         try:

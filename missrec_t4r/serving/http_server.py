@@ -91,7 +91,7 @@ def read_body(request: BaseHTTPRequestHandler, longest: int) -> bytes:
     Raises
     ------
     ServingError
-        Its length is missing because it is sent in chunks, or is no number.
+        Its length is missing because it is sent in chunks, or is not a number.
     TooLongError
         It has more than ``longest`` bytes.
     """

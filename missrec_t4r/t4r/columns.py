@@ -28,7 +28,7 @@ def load_schema(path: str | Path) -> Schema:
     Raises
     ------
     DataError
-        There is no such file, or it is no schema.
+        There is no such file, or it is not a schema.
     """
     file = Path(path) / SCHEMA_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -36,7 +36,7 @@ def load_schema(path: str | Path) -> Schema:
     try:
         return TensorflowMetadata.from_proto_text_file(str(file.parent), file.name).to_merlin_schema()
     except ParseError as error:
-        raise DataError(f"{file} is no Merlin schema ({error})", "a schema as protobuf text") from error
+        raise DataError(f"{file} is not a Merlin schema ({error})", "a schema as protobuf text") from error
 
 
 def as_core_schema(schema: Any) -> Schema:

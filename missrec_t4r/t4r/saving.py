@@ -104,7 +104,7 @@ def save_run(
     try:
         _require_parity(core, catalogue, out, valid)
     except ParityError:
-        (out / run_folder.RUN_FILE).unlink()  # without it the folder is no run
+        (out / run_folder.RUN_FILE).unlink()  # without it the folder is not a run
         raise
     return {"run": str(out), **info}
 

@@ -177,7 +177,7 @@ class Trainer:
         stopped_by = self.fit()
         if stopped_by == INTERRUPT:
             so_far = "the best weights so far" if self.status["epoch"] else "weights of a part of the first epoch"
-            log.warning(f"interrupted: writing {so_far} to {self.out}; the same command goes on from here")
+            log.warning(f"interrupted: writing {so_far} to {self.out}; the same command continues from here")
         else:
             log.info(f"training ended by train.{stopped_by} = {getattr(self.recipe.train, stopped_by)}")
         if self.curves is not None:

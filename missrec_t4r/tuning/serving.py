@@ -113,7 +113,7 @@ def tune_serving(
     folder = Path(repository).absolute()
     bundle, present = _served(folder)
     if is_deployment(folder) and Control.find(folder) is not None:
-        log.warning(f"a server of {folder} is running: what it answers meanwhile takes from the measurements")
+        log.warning(f"a server of {folder} is running: its traffic slows what is measured here")
     with tempfile.TemporaryDirectory(prefix="missrec-tune-") as temporary:
         trial = Path(temporary) / "models"
         trial.mkdir()

@@ -338,7 +338,7 @@ def test_systems_without_a_common_protocol_are_refused(data: Path) -> None:
         (["popularity", "nowhere"], "nowhere is missing"),
         (["popularity", "network"], "no run and no `data`"),
         (["popularity", "x=item_knn", "x=content_knn"], "two systems called 'x'"),
-        (["popularity", "x=item_knn,content_knn"], "2 paths of one system that are no runs"),
+        (["popularity", "x=item_knn,content_knn"], "2 paths of one system that are not runs"),
     ],
 )
 def test_what_cannot_be_compared_is_said(systems: list[str], words: str) -> None:

@@ -348,7 +348,7 @@ def test_a_schema_is_read_from_a_folder_or_a_file(data: Path, tmp_path: Path) ->
     with pytest.raises(DataError, match="there is no schema .*schema.pbtxt.*missrec etl"):
         load_schema(tmp_path)
     (tmp_path / "schema.pbtxt").write_text("feature { name: 7 ", encoding="utf-8")
-    with pytest.raises(DataError, match="is no Merlin schema"):
+    with pytest.raises(DataError, match="is not a Merlin schema"):
         load_schema(tmp_path)
 
 

@@ -11,7 +11,7 @@ from missrec_t4r.evaluation.slices import slices
 
 def test_slices_by_hand(catalogue: Catalogue) -> None:
     histories = Sessions.from_lists([[3], [3, 4, 5, 2], [3, 4, 5, 6], [3] * 9, [3] * 10, []])
-    targets = np.array([8, 5, 3, 7, 2, 8])  # 8 is cold and lacks text, 5 lacks the image, 2 is no item
+    targets = np.array([8, 5, 3, 7, 2, 8])  # 8 is cold and lacks text, 5 lacks the image, 2 is not an item
     found = {name: flags.tolist() for name, flags in slices(histories, targets, catalogue).items()}
     yes, no = True, False
     assert found == {

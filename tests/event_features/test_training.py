@@ -79,9 +79,9 @@ def test_the_choice_of_columns(tmp_path: Path) -> None:
     train(data, tmp_path / "run", recipe="tiny", settings=tiny | {"model.event_features": "dwell, event_type-list"})
     model = load_run(tmp_path / "run").model
     assert [column.name for column in model.event_features.columns] == ["dwell", "event_type"]
-    with pytest.raises(SchemaError, match=r"'dwel' is no input column .*; expected: dwell"):
+    with pytest.raises(SchemaError, match=r"'dwel' is not an input column .*; expected: dwell"):
         train(data, tmp_path / "other", recipe="tiny", settings={"model.event_features": "dwel"})
-    with pytest.raises(SchemaError, match="'timestamp' is no input column"):
+    with pytest.raises(SchemaError, match="'timestamp' is not an input column"):
         train(data, tmp_path / "other", recipe="tiny", settings={"model.event_features": "timestamp"})
 
 

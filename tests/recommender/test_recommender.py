@@ -323,15 +323,15 @@ def test_frames_that_cannot_be_right_are_refused_in_words(tables: Any) -> None:
     vectors = torch.eye(N_ITEMS, 2, dtype=torch.bfloat16, requires_grad=True)
     for wrong, words in (
         (vectors, "vectors of type Tensor; expected: a mapping of modalities to arrays"),
-        ({"text": [[1.0], [1.0, 2.0]]}, "vectors of 'text' are no numbers .*; expected: an array"),
-        ({"text": [["a", "b"]] * N_ITEMS}, "vectors of 'text' are no numbers .*could not convert string"),
+        ({"text": [[1.0], [1.0, 2.0]]}, "vectors of 'text' are not numbers .*; expected: an array"),
+        ({"text": [["a", "b"]] * N_ITEMS}, "vectors of 'text' are not numbers .*could not convert string"),
         ({"text": vectors[1:]}, "has shape .*39, 2.* expected: 40 rows"),
     ):
         with pytest.raises(MISSRecError, match=words):
             mr.Shop.from_frames(events, items, **NAMES, vectors=wrong)  # type: ignore[arg-type]  # the mistakes
     with pytest.raises(DataError, match="column 'retired' of type string; expected: true or false"):
         mr.Shop.from_frames(events, items.assign(retired="no"), **NAMES)
-    with pytest.raises(DataError, match="events with text that is no Unicode"):
+    with pytest.raises(DataError, match="events with text that is not Unicode"):
         mr.Shop.from_frames(events.assign(note="\udc80"), items, **NAMES)
     with pytest.raises(ConfigError, match="k_core='5'; expected: a number of at least 0"):
         mr.Shop.from_frames(events, items, **NAMES, k_core="5")
@@ -570,7 +570,7 @@ def test_another_kind_of_folder_is_named_with_what_opens_it(
             mr.Recommender.load(given)
     with pytest.raises(DataError, match=r"bundle is a bundle; expected: a folder of Shop.*Recommender.load"):
         mr.Recommender.load(folder / "bundle", shop=folder / "bundle")
-    with pytest.raises(BundleError, match=r"is no bundle: .*; expected: .*\. choose another `folder`\.") as refused:
+    with pytest.raises(BundleError, match=r"is not a bundle: .*; expected: .*\. choose another `folder`\.") as refused:
         model.save(shop.folder)
     assert "--" not in str(refused.value)
 

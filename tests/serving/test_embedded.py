@@ -58,7 +58,7 @@ def test_a_missing_server_is_named_with_the_command_that_installs_it(
 
 @pytest.mark.parametrize("what", ["nothing", "bundle"])
 def test_a_folder_that_is_no_repository_is_refused(tmp_path: Path, bundle: Path, what: str) -> None:
-    with pytest.raises(ServingError, match="is no model repository"):
+    with pytest.raises(ServingError, match="is not a model repository"):
         LocalTriton(bundle if what == "bundle" else tmp_path / "nowhere").__enter__()
 
 

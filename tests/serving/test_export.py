@@ -147,7 +147,7 @@ def test_overlapping_targets_are_refused(run: Path, tmp_path: Path) -> None:
 def test_a_foreign_target_stops_the_export_and_stays(run: Path, tmp_path: Path) -> None:
     (tmp_path / "repository").mkdir()
     (tmp_path / "repository" / "notes.txt").write_text("mine")
-    with pytest.raises(BundleError, match="is no model repository: it holds no"):
+    with pytest.raises(BundleError, match="is not a model repository: it holds no"):
         export(run, tmp_path / "bundle", triton=tmp_path / "repository")
     assert [str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*")] == ["repository", "repository/notes.txt"]
 

@@ -117,9 +117,9 @@ def a_deep_manifest(folder: Path) -> None:
     [
         (damaged, WEIGHTS, "is damaged: its SHA-256"),
         (truncated, ITEMS, "bytes; expected"),
-        (cut_tensors, WEIGHTS, "is no safetensors file .*(not fully covered|IncompleteBuffer)"),
+        (cut_tensors, WEIGHTS, "is not a safetensors file .*(not fully covered|IncompleteBuffer)"),
         (huge_header, WEIGHTS, "claims a header of 4611686018427387904 bytes"),
-        (lying_header, WEIGHTS, "is no safetensors file .*(not fully covered|IncompleteBuffer)"),
+        (lying_header, WEIGHTS, "is not a safetensors file .*(not fully covered|IncompleteBuffer)"),
         (pickled_weights, WEIGHTS, "is a pickle"),
         (torch_weights, WEIGHTS, "is a zip archive, as torch.save writes"),
         (numpy_objects, "catalogue.safetensors", "is a numpy file"),
@@ -129,7 +129,7 @@ def a_deep_manifest(folder: Path) -> None:
         (a_hidden_file, ".model.py", "is not part of a bundle"),
         (extension_type, ITEMS, "extension type"),
         (a_path_that_climbs, "manifest.json", "is damaged or of an unknown format"),
-        (a_deep_manifest, "manifest.json", "is no JSON"),
+        (a_deep_manifest, "manifest.json", "is not JSON"),
     ],
 )
 def test_wrong_bundles_are_refused_with_file_and_reason(

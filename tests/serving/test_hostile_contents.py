@@ -209,7 +209,7 @@ LONG = "x" * (MEGABYTE // 4)
         (lambda f: rewritten(f, {"item_id": ["y" * 20_000, *map(str, range(29))]}), "an item id of more than"),
         (lambda f: rewritten(f, {"train_count": [-1] * 30}), "no whole numbers from 0 on"),
         (lambda f: rewritten(f, {"train_count": [0.5] * 30}), "no whole numbers from 0 on"),
-        (lambda f: rewritten(f, {"train_count": [None] * 30}), "counts that are no whole numbers|counts"),
+        (lambda f: rewritten(f, {"train_count": [None] * 30}), "counts that are not whole numbers|counts"),
         (lambda f: rewritten(f, {"retired": ["yes"] * 30}), "'retired' of type string"),
     ],
 )
@@ -322,7 +322,7 @@ def test_crafted_headers_are_refused(change: Callable[[dict[str, Any]], Any], wo
         ("[" * 100_000, "no JSON"),
         ("[" + "[]," * 300_000 + "[]]", "lists and objects"),
         (" " * (17 << 20), "bytes; expected: at most"),
-        ('{"rows": NaN}', "NaN is no number of JSON"),
+        ('{"rows": NaN}', "NaN is not a number of JSON"),
         ('{"rows": 1' + "0" * 5000 + "}", "no JSON|does not describe"),
         ("null", "does not describe a model"),
     ],

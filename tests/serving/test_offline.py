@@ -233,7 +233,7 @@ def test_a_killed_job_leaves_the_last_complete_result_and_goes_on(
     assert out.read_bytes() == before
     with caplog.at_level("INFO", logger="missrec_t4r"):
         result = score(many, out, bundle=bundle)
-    assert "going on after" in caplog.text
+    assert "continuing after" in caplog.text
     assert not parts.exists()
     score(many, tmp_path / "at once.parquet", bundle=bundle)
     assert result["sessions"] == result["rows"] == 5_200

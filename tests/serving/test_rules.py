@@ -172,13 +172,13 @@ def test_caps_keep_the_best_that_keep_to_them(brand: list[int], colour: list[int
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "rules are no JSON"),
-        (b"\xff\xfe", "rules are no JSON"),
-        ("[" * 10_000, "rules are no JSON"),
+        ("{", "rules are not JSON"),
+        (b"\xff\xfe", "rules are not JSON"),
+        ("[" * 10_000, "rules are not JSON"),
         ("[]", "rules hold list"),
         ('{"wher": {}}', "wher"),
         ('{"where": []}', "no object"),
-        ('{"where": {"price": {"min": NaN}}}', "NaN is no JSON"),
+        ('{"where": {"price": {"min": NaN}}}', "NaN is not JSON"),
         ('{"where": {"price": {"low": 3}}}', "min, max or both"),
         ('{"where": {"price": {"min": 3, "max": 2}}}', "min not above max"),
         ('{"where": {"price": {"max": 1' + "0" * 400 + "}}}", "too large"),

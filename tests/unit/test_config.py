@@ -91,7 +91,7 @@ def test_a_recipes_name_and_its_files_name_have_no_influence(tmp_path: Path) -> 
         ("model: 3", "model: is 3; expected: a mapping of settings"),
         ("model: {d_modle: 3}", "unknown setting model.d_modle.*did you mean 'd_model'"),
         ("- 3", "holds list; expected: a mapping"),
-        ("model: [", "is no YAML .*; expected: a mapping"),
+        ("model: [", "is not YAML .*; expected: a mapping"),
     ],
 )
 def test_a_recipe_that_cannot_be_resolved_is_refused(tmp_path: Path, text: str, words: str) -> None:

@@ -74,7 +74,7 @@ def test_a_run_works_on_a_data_folder_with_new_items_and_events(data: Path, tmp_
     assert evaluated.exit_code == 0, evaluated.output
     assert json.loads(evaluated.stdout)["n_items"] == 14
     shop.write_circle(tmp_path / "other", [f"P{number}" for number in range(14, 0, -1)], vectors)
-    with pytest.raises(CheckpointError, match=r"another order of items, than .*--continue"):
+    with pytest.raises(CheckpointError, match=r"another order of items, than .*--warm-start"):
         load_run(run, tmp_path / "other")
     shop.write_circle(tmp_path / "numbers", [*range(14)], vectors)
     with pytest.raises(CheckpointError, match=r"another order of items, than .*: 0 of 12 are there"):
@@ -158,7 +158,7 @@ def test_an_interrupt_keeps_the_best_so_far_and_the_same_command_goes_on(
     monkeypatch.undo()
     assert code == 130
     assert json.loads(answer)["stopped_by"] == "interrupt"
-    assert "the same command goes on from here" in words
+    assert "the same command continues from here" in words
     assert not load_run(run).model.training
     code, answer, words = _train(data, run, *options)
     assert (code, json.loads(answer)["stopped_by"]) == (0, "epochs")

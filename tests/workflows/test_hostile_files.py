@@ -163,7 +163,7 @@ def test_text_that_is_not_utf8_is_repaired_and_such_ids_are_refused(
     assert features(tmp_path / "data", text_columns=["title"])["modalities"]["text"]["items"] == 3
     titles = pq.read_table(tmp_path / "data" / "catalogue" / "items.parquet")["title"].to_pylist()
     assert titles[0] == "caf\ufffd lamp"
-    with pytest.raises(SchemaError, match="1 ids in column 'item_id' are no UTF-8 text.*iconv"):
+    with pytest.raises(SchemaError, match="1 ids in column 'item_id' are not UTF-8 text.*iconv"):
         etl(events, _with_bytes(tmp_path / "ids.parquet", ITEMS, "item_id", b"\xff", kinds), tmp_path / "data")
     (tmp_path / "items.csv").write_bytes(b"item_id,title\nlamp,caf\xe9\n")
     assert read_table(tmp_path / "items.csv", "items")["title"].to_pylist() == ["caf\ufffd"]
@@ -369,7 +369,7 @@ REFUSED = {
     "a page in its place": "events.parquet cannot be read .*magic bytes",
     "cut short": "events.parquet cannot be read",
     "damaged inside": "events.parquet cannot be read",
-    "ids that are not UTF-8": "1 ids in column 'user_id' are no UTF-8 text.*iconv",
+    "ids that are not UTF-8": "1 ids in column 'user_id' are not UTF-8 text.*iconv",
     "integers too large": "'dwell' holds integers beyond 64 bits",
     "ids too large": "'user_id' holds integers beyond 64 bits",
     "UTF-16": "events.csv cannot be read",

@@ -300,7 +300,7 @@ def test_bad_settings_and_outputs_are_refused_before_work_begins(
         taken = write(tmp_path / kind, EVENTS.assign(gap=1))
         with pytest.raises(SchemaError, match=r"have columns \['gap'\] already"):
             etl(*taken, tmp_path / "data", engine=kind, time_features="gap")
-        with pytest.raises(DataError, match="nobody's is no data folder|exists and is no data folder"):
+        with pytest.raises(DataError, match="nobody's is not a data folder|exists and is not a data folder"):
             etl(*files, tmp_path / kind, engine=kind)
     assert not list(tmp_path.glob(".*"))
     monkeypatch.setattr(executor, "CONNECT_TIMEOUT", 1)

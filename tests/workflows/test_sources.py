@@ -150,7 +150,7 @@ def test_damaged_amazon_files_are_explained(tmp_path: Path) -> None:
     report = import_amazon("2018", reviews, meta, tmp_path / "out", k_core=0)
     findings = {finding["check"]: finding["count"] for finding in report["findings"]}
     assert (findings["broken_lines"], findings["wrong_type"], findings["incomplete_events"]) == (1, 1, 1)
-    with pytest.raises(DataError, match="1 of 2 lines of .* are no JSON objects, such as 'oops'"):
+    with pytest.raises(DataError, match="1 of 2 lines of .* are not JSON objects, such as 'oops'"):
         import_amazon("2018", _gzip(tmp_path / "b.gz", REVIEWS_2018[:1], "oops"), meta, tmp_path / "out", k_core=0)
     with pytest.raises(DataError, match="no line of .* has a field 'parent_asin'.*the other edition"):
         import_amazon("2023", reviews, meta, tmp_path / "new")

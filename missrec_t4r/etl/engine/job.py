@@ -61,7 +61,7 @@ def make_plan(job: Job) -> Plan:
     Raises
     ------
     SchemaError, DataError
-        The files lack columns, differ, or are no parquet.
+        The files lack columns, differ, or are not parquet.
     """
     run, findings, settings = job.run, job.run.findings, job.run.settings
     empty = unified_schema(run.files, run.names, findings).empty_table()
@@ -78,7 +78,7 @@ def make_plan(job: Job) -> Plan:
     texts = [name for name in texts if name not in notations]
     run.derive.check(features, texts)
     if missing := [name for name in categorical if name not in features]:
-        raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {features}")
+        raise SchemaError(f"categorical columns {missing} are not event columns", f"some of {features}")
     settings["event_features"] = features
     categories = [*texts, *categorical, *job.old.get("categories", ())]
     kinds = {name: "category" if name in categories else "number" for name in features}

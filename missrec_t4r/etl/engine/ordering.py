@@ -96,7 +96,7 @@ def duplicate_positions(codes: Ints, times: AnyArray, items: AnyArray, order: In
     grouped = positions[np.lexsort((positions, items[positions], times[positions], codes[positions]))]
     same = (codes[grouped][1:] == codes[grouped][:-1]) & (times[grouped][1:] == times[grouped][:-1])
     same &= items[grouped][1:] == items[grouped][:-1]
-    return np.sort(grouped[1:][same])  # the first of each group is no duplicate
+    return np.sort(grouped[1:][same])  # the first of each group is not a duplicate
 
 
 def count_out_of_order(codes: Ints, times: AnyArray) -> int:

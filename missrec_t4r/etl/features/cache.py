@@ -7,7 +7,6 @@ the keys last: a shard without keys is unfinished and is not read. Two processes
 from __future__ import annotations
 
 import hashlib
-import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from missrec_t4r.arrays import Floats
 from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.io.hashing import json_digest
 
 KEY_BYTES = 16
 
@@ -24,11 +24,6 @@ KEY_BYTES = 16
 def content_key(content: bytes) -> bytes:
     """Return the cache key of a text or an image file: 128 bits of BLAKE2b."""
     return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
-
-
-def digest(value: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a JSON-able mapping, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class VectorCache:
@@ -51,7 +46,7 @@ class VectorCache:
     """
 
     def __init__(self, folder: Path | None, encoder: Mapping[str, Any]) -> None:
-        self.folder = None if folder is None else folder / digest(encoder)[:32]
+        self.folder = None if folder is None else folder / json_digest(encoder)[:32]
         self._location: dict[bytes, tuple[int, int]] = {}
         self._shards: list[Path] = []
         for shard in [] if self.folder is None else sorted(self.folder.glob("*.vectors.npy")):

@@ -32,8 +32,7 @@ def cooccurrence_vectors(data: Path, catalogue: Catalogue, width: int) -> Encode
         No session of the training split has two items.
     """
     train, n_rows = Sessions.load(data / "train", ()).known(), catalogue.n_rows
-    sessions = np.repeat(np.arange(len(train)), train.lengths)
-    pairs = np.unique(np.stack([sessions, train.values]), axis=1)  # once per session
+    pairs = np.unique(np.stack([train.session_of_event, train.values]), axis=1)  # once per session
     if pairs.shape[1] == len(np.unique(pairs[0])):
         raise ModalityError(
             "no training session with two different items", "co-occurrences", "give text columns, images or vectors"

@@ -20,9 +20,10 @@ from PIL import Image
 from missrec_t4r.arrays import Floats
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import ModalityError
-from missrec_t4r.etl.features.cache import VectorCache, content_key, digest
+from missrec_t4r.etl.features.cache import VectorCache, content_key
 from missrec_t4r.etl.features.sklearn_encoders import UNREADABLE, Encoded, State, encode_images, encode_texts
 from missrec_t4r.etl.features.whitening import MATRIX, fit_reduction, reduced
+from missrec_t4r.io.hashing import json_digest
 from missrec_t4r.progress import track
 
 CLASSICAL = "classical"
@@ -100,7 +101,7 @@ def fingerprint(identity: dict[str, Any], state: State) -> str:
     """Return the hash that identifies a vector space: weights, preprocessing, fitted state; not device or precision."""
     hashes = {name: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for name, array in state.items()}
     identifying = {key: value for key, value in identity.items() if key not in _NOT_IDENTIFYING}
-    return "sha256:" + digest({"encoder": identifying, "state": hashes})
+    return "sha256:" + json_digest({"encoder": identifying, "state": hashes})
 
 
 def to_encode(kind: str, contents: Sequence[Any], settings: EncoderSettings) -> dict[str, int]:

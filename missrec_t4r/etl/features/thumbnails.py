@@ -29,7 +29,7 @@ MOST: Final = 200
 def thumbnails(
     catalogue: Catalogue, ids: Sequence[str], *, column: str | None = None, images: str | Path | None = None
 ) -> dict[str, str]:
-    """Return small JPEG pictures of items as ``data:`` URIs, by id in words.
+    """Return small JPEG pictures of items as ``data:`` URIs, by the text of the id.
 
     Parameters
     ----------

@@ -40,7 +40,7 @@ class Columns(NamedTuple):
     texts: list[str]
     """Columns of the events that hold texts."""
     integers: list[str]
-    """Features of integers and Booleans that are no categories."""
+    """Features of integers and Booleans that are not categories."""
     categorical: list[str]
     """Features that are categories although they may look like numbers."""
     time: str
@@ -131,12 +131,12 @@ def read_complete(
     frame : Frame
     seen : Seen
     texts : dict
-        Text feature -> its distinct texts, or None if they are no numbers.
+        Text feature -> its distinct texts, or None if they are not numbers.
 
     Raises
     ------
     NotPlainError
-        Texts are no UTF-8.
+        Texts are not UTF-8.
     """
     frame = device.read_parquet(files, list(columns.raw.values()), row_groups)
     frame = frame.rename(columns={raw: name for name, raw in columns.raw.items()})[list(columns.raw)]
@@ -186,7 +186,7 @@ def with_types(frame: Frame, columns: Columns, seen: Seen) -> Frame:
 def _plain_schema(files: Sequence[Path], names: dict[str, str]) -> pa.Schema:
     """Return the schema of parquet files that are alike."""
     if others := [file for file in files if not file.name.endswith(PARQUET_SUFFIXES)]:
-        raise NotPlainError(f"{others[0]} is no parquet")
+        raise NotPlainError(f"{others[0]} is not parquet")
     try:
         schemas = [pq.read_schema(file) for file in files]
         rows = sum(pq.read_metadata(file).num_rows for file in files)
@@ -223,10 +223,10 @@ def _decoded(kind: pa.DataType) -> pa.DataType:
 
 
 def _distinct_texts(device: CudfDevice, column: Series, name: str) -> pa.Array:
-    """Return the distinct texts; refuse those that are no UTF-8, which the CPU repairs."""
+    """Return the distinct texts; refuse those that are not UTF-8, which the CPU repairs."""
     distinct = device.to_arrow(column.drop_duplicates())
     if not checks.is_utf8(distinct):
-        raise NotPlainError(f"texts of column {name!r} are no UTF-8")
+        raise NotPlainError(f"texts of column {name!r} are not UTF-8")
     return distinct
 
 

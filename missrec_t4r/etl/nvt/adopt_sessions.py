@@ -229,7 +229,7 @@ def _of_rows(items: pa.ListArray, name: str) -> pa.ListArray:
         values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
     try:
         if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
-            raise pa.ArrowInvalid(f"{values.type} are no rows")
+            raise pa.ArrowInvalid(f"{values.type} are not rows")
         rows = values.cast(pa.int64())
     except pa.ArrowInvalid as error:
         example = next((value for value in values.to_pylist() if value is not None), None)

@@ -68,7 +68,7 @@ def write_folder(summary: Summary, events: Events, task: Task, folder: Path) -> 
     task.derive.check_clock(summary.newest)
     task.derive.note_types(task.findings, summary.categories.get(settings["event_type_column"], ()))
     if missing := [name for name in settings["categorical_columns"] if name not in summary.features]:
-        raise SchemaError(f"categorical columns {missing} are no event columns", f"some of {list(summary.features)}")
+        raise SchemaError(f"categorical columns {missing} are not event columns", f"some of {list(summary.features)}")
     log.info(f"{summary.events:,} events on {summary.items.num_rows:,} items; grouping them into sessions")
     catalogue = item_table.build_catalogue(
         summary.items, summary.vectors, task.modality_files, settings["fingerprints"]

@@ -7,8 +7,6 @@ state; loading builds them again, with the schemas they were fitted with, after 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +29,7 @@ from nvtabular import Workflow, ops
 from missrec_t4r.errors import DataError
 from missrec_t4r.etl.nvt.event_ops import EventWeights, KCore, SessionGap, TimeFeatures
 from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
-from missrec_t4r.io.hashing import file_digest
+from missrec_t4r.io.hashing import file_digest, json_digest
 from missrec_t4r.io.json_files import read_json, write_json
 
 FORMAT = 1
@@ -68,7 +66,7 @@ def save_workflow(workflow: Workflow, folder: Path) -> None:
 
 def write_graph(graph: dict[str, Any], folder: Path) -> None:
     """Write the graph of a workflow with its checksum; its files must have been written before."""
-    write_json(folder / GRAPH_FILE, graph | {"sha256": _checksum(graph)}, indent=1)
+    write_json(folder / GRAPH_FILE, graph | {"sha256": json_digest(graph)}, indent=1)
 
 
 def load_workflow(folder: Path | str) -> Workflow:
@@ -116,7 +114,7 @@ def read_graph(folder: Path) -> dict[str, Any]:
         ) from error
     if graph.get("format") != FORMAT:
         raise DataError(f"workflow format {graph.get('format')!r}", f"format {FORMAT}", "re-run missrec etl")
-    changed = [] if checksum == _checksum(graph) else [GRAPH_FILE]
+    changed = [] if checksum == json_digest(graph) else [GRAPH_FILE]
     for name, digest in graph["files"].items():
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file() or file_digest(file) != digest:
@@ -293,7 +291,3 @@ def _schema(columns: list[dict[str, Any]] | None) -> Schema | None:
         kind = md.dtype(column["dtype"]) if column["dtype"] != "unknown" else md.unknown
         schemas.append(ColumnSchema(column["name"], column["tags"], column["properties"], kind, dims=dims))
     return Schema(schemas)
-
-
-def _checksum(graph: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()

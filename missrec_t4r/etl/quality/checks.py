@@ -98,7 +98,7 @@ def normal_ids(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
         if not is_utf8(column):
             n_broken = len(repaired(column)[1])
             cure = "convert the export, for example with iconv"
-            raise SchemaError(f"{n_broken} ids in column {name!r} are no UTF-8 text", "UTF-8", cure)
+            raise SchemaError(f"{n_broken} ids in column {name!r} are not UTF-8 text", "UTF-8", cure)
         texts = column.cast(pa.string())
         return pc.if_else(pc.equal(texts, ""), None, texts)  # an empty id counts as missing
     if pa.types.is_integer(kind):

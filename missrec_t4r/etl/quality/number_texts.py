@@ -77,7 +77,7 @@ class Notations:
 
 
 def parse_numbers(column: pa.ChunkedArray | pa.Array, notation: str) -> pa.Array:
-    """Return the numbers of a text column, double; null for words and for what is no number in this notation."""
+    """Return the numbers of a text column, double; null for words and for what is not a number in this notation."""
     encoded = one_array(column.dictionary_encode())
     numbers = pa.array([_number(text, notation) for text in encoded.dictionary.to_pylist()], pa.float64())
     return numbers.take(encoded.indices)

@@ -221,4 +221,5 @@ def _stored_report(file: Path) -> dict[str, Any] | None:
     try:
         return read_json(file) if file.is_file() else None
     except ValueError as error:
-        raise ConfigError(f"{file} is no report ({error})", "report.json of `missrec report`", "remove it") from error
+        remedy = "report.json of `missrec report`", "remove it"
+        raise ConfigError(f"{file} is not a report ({error})", *remedy) from error

@@ -163,8 +163,8 @@ def _time_statistics(times: Doubles, sessions: Sessions, now: float) -> tuple[di
 
 def _repeats(sessions: Sessions) -> int:
     """Count the events on an item that the session contains before."""
-    session = np.repeat(np.arange(len(sessions)), sessions.lengths)  # [event]
-    pairs = session * np.int64(sessions.values.max(initial=0) + 1) + sessions.values  # one number per (session, item)
+    n_rows = np.int64(sessions.values.max(initial=0) + 1)
+    pairs = sessions.session_of_event * n_rows + sessions.values  # one number per (session, item)
     return len(pairs) - len(np.unique(pairs))
 
 

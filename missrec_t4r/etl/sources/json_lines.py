@@ -51,7 +51,7 @@ def read_columns(file: Path, schema: pa.Schema, findings: Findings) -> pa.Table:
             rows[field.name].append(_value(record.get(field.name), field, wrong))
     for name, count in wrong.items():
         kind = schema.field(name).type
-        findings.add("wrong_type", count, f"{file.name}: values of {name!r} that are no {kind}: null")
+        findings.add("wrong_type", count, f"{file.name}: values of {name!r} that are not {kind}: null")
     return pa.table(rows, schema=schema)
 
 
@@ -123,11 +123,11 @@ def records(file: Path, findings: Findings, max_broken: float = 0.01) -> Iterato
         ) from error
     if broken > max_broken * lines:
         raise DataError(
-            f"{broken} of {lines} lines of {file} are no JSON objects, such as {last!r}",
+            f"{broken} of {lines} lines of {file} are not JSON objects, such as {last!r}",
             f"at most {max_broken:.0%}",
             "check the file; it must hold one JSON object per line",
         )
-    findings.add("broken_lines", broken, f"lines of {file.name} that are no JSON objects are left out")
+    findings.add("broken_lines", broken, f"lines of {file.name} that are not JSON objects are left out")
 
 
 def _open(file: Path) -> IO[str]:

@@ -97,7 +97,9 @@ def _open(archive: Path) -> tuple[str, Read]:
             opened = zipfile.ZipFile(archive)
         except (zipfile.BadZipFile, OSError) as error:
             raise DataError(
-                f"{archive} is no whole zip archive ({error})", "a MovieLens zip or its folder", "download it again"
+                f"{archive} is not a complete zip archive ({error})",
+                "a MovieLens zip or its folder",
+                "download it again",
             ) from error
         files = {Path(name).name: zipfile.Path(opened, name) for name in opened.namelist()}
     for edition, required in _REQUIRED_FILES.items():

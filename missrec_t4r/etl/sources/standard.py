@@ -106,10 +106,10 @@ def write_dataset(
         "findings": findings.to_list(),
     }
     if dry_run:
-        refuse_unmanaged(out, REPORT_FILE, "import")
+        refuse_unmanaged(out, REPORT_FILE, "data set")
         would_write = [str(out / name) for name in ("interactions.parquet", "items.parquet", REPORT_FILE)]
         return {"dry_run": True, "out": str(out), **report, "would_write": would_write, "would_replace": out.exists()}
-    with atomic_write_dir(out, REPORT_FILE, "import") as folder:
+    with atomic_write_dir(out, REPORT_FILE, "data set") as folder:
         for name, frame in (("interactions", events), ("items", items)):
             pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), folder / f"{name}.parquet")
         write_json(folder / REPORT_FILE, report)

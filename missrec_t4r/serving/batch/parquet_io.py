@@ -116,7 +116,7 @@ class SessionFiles:
 
     @property
     def passthrough(self) -> list[str]:
-        """Columns that are copied to the output: all that are no lists and not among those written."""
+        """Columns that are copied to the output: all that are not lists and not among those written."""
         return [field.name for field in self.schema if not is_list(field.type) and field.name not in self.written]
 
     def refuse_as_output(self, out: Path) -> None:

@@ -51,7 +51,7 @@ def write_in_parts(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / _KEY_FILE, {"key": key})
     if done := len([*folder.glob("*.counts.json")]):
-        log.info(f"going on after {done} finished parts in {folder}; delete it to start again")
+        log.info(f"continuing after {done} finished parts in {folder}; delete it to start again")
     parts: list[Path] = []
     total: Counter[str] = Counter()
     for number, batch in enumerate(batches):

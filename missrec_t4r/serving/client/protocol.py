@@ -231,7 +231,7 @@ def json_option(text: str | None, option: str) -> dict[str, Any] | None:
     Raises
     ------
     DataError
-        It is no JSON object.
+        It is not a JSON object.
     """
     if text is None:
         return None
@@ -239,7 +239,7 @@ def json_option(text: str | None, option: str) -> dict[str, Any] | None:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise DataError(f"{option} is no JSON ({error})", expected) from error
+        raise DataError(f"{option} is not JSON ({error})", expected) from error
     if not isinstance(content, dict):
         raise DataError(f"{option} {text!r}", expected)
     return content
@@ -255,7 +255,7 @@ def _encoded(what: str, session: Session, id_type: str) -> AnyArray:
 def _per_session(name: str, option: Any, n_sessions: int, id_type: str) -> list[AnyArray]:
     """Return the encoded ids of an option by session: one list for all of them, or a list of each or None."""
     if isinstance(option, str) or any(not isinstance(entry, (str, int, list, tuple, type(None))) for entry in option):
-        raise DataError(f"{name} is no list of item ids", "ids for all sessions, or a list of ids per session")
+        raise DataError(f"{name} is not a list of item ids", "ids for all sessions, or a list of ids per session")
     if not any(isinstance(entry, (list, tuple)) for entry in option):
         return [_id_list(name, option, id_type)] * n_sessions
     if len(option) != n_sessions:

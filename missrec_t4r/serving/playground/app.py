@@ -71,7 +71,7 @@ class CatalogueView:
         self._index = {item: index for index, item in enumerate(self.ids)}
         self._images = None if images is None else images.resolve()
         if images is not None and (not images.is_dir() or image_column not in self.items.column_names):
-            there = "" if images.is_dir() else f"{images} is no folder"
+            there = "" if images.is_dir() else f"{images} is not a folder"
             there = there or f"{bundle} has no column {image_column!r}"
             raise DataError(f"no pictures: {there}", "a folder of pictures, and a column of their file names")
         self._files = self.items[image_column].to_pylist() if images is not None else []

@@ -134,7 +134,7 @@ class LocalTriton:
     def __enter__(self) -> LocalTriton:
         if not any(self.repository.glob("*/config.pbtxt")):
             raise ServingError(
-                f"{self.repository} is no model repository",
+                f"{self.repository} is not a model repository",
                 "a folder with one sub-folder and config.pbtxt per model",
                 "write one with `missrec export --triton`",
             )

@@ -118,7 +118,7 @@ def fill_repository(
 
 
 def described(settings: ServingSettings) -> str:
-    """Return settings in words, such as ``instances 2``, those that are not the default alone.
+    """Return settings as text, such as ``instances 2``, those that are not the default alone.
 
     Examples
     --------

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep shop and runs here, and go on where an earlier call stopped")
     parser.add_argument("--split", choices=("valid", "test"), default="test", help="ranked: valid to choose settings")
     parser.add_argument("--shop-seed", type=int, default=7)
-    parser.add_argument("--name", default="side-features", help="of the result")
+    parser.add_argument("--name", default="event-features", help="of the result")
     options = parser.parse_args()
     settings = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in options.settings)}
     recipe = Recipe.load(options.recipe, settings)
@@ -146,7 +146,7 @@ def payload(
         "split": options.split,
         "recipe": options.recipe,
         "settings": options.settings,
-        "side_features": list(names),
+        "event_features": list(names),
         "seeds": list(seeds),
         "ndcg@10_gain": round(ndcg[_WITH] / max(ndcg[_WITHOUT], 1e-9) - 1, 4),
         "systems": table,

@@ -1,4 +1,4 @@
-"""What a command prints on a terminal when it has finished: the facts of its result that a person reads.
+"""The summary that a command prints on a terminal when it has finished.
 
 The whole result is the line of JSON of ``--json``, and it is in the files that the command writes.
 """

@@ -1,4 +1,4 @@
-"""Options of the command line and arguments in Python: how each is spelled, and errors in the words of Python."""
+"""Options of the command line and arguments in Python: how each is spelled, and errors that name Python arguments."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID
 
 
 class Seed(NamedTuple):
-    """What one model recommends."""
+    """Ranks and lists of one model (one training seed)."""
 
     sessions: Ints
     """Indices of the benchmark's sessions that it has, ascending, [known]."""
@@ -52,7 +52,7 @@ class Ranked:
 
     @property
     def protocols(self) -> list[str]:
-        """Those that all its seeds have."""
+        """The protocols that all its seeds have."""
         return [name for name in PROTOCOLS if all(name in seed.ranks for seed in self.seeds)]
 
 
@@ -91,7 +91,7 @@ class Benchmark:
 
     @property
     def folder(self) -> Path:
-        """That of the sessions."""
+        """Folder of the sessions."""
         return self.data / self.split
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What lists are like apart from their hits: coverage, novelty, popularity, diversity; all of the first ten places.
+"""Beyond-accuracy metrics of the first ten items of lists: coverage, novelty, popularity bias, diversity.
 
     novelty         mean of -log2 p_j, in bits;  p_j = (n_j + 1) / (sum of n + number of items)
     popularity      mean n_j of the recommended items, and of the targets; popularity_bias is their quotient
@@ -26,7 +26,7 @@ MEASURES: Final = ("coverage@10", "novelty", "popularity", "popularity_bias", "d
 
 
 class BeyondAccuracy:
-    """Measures of lists over one catalogue.
+    """Beyond-accuracy metrics of recommendation lists from one catalogue.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a system costs where it can be called: time to rank, and size in memory, on this machine."""
+"""Latency and memory of a system that can be called in this process, on this machine."""
 
 from __future__ import annotations
 

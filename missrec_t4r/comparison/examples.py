@@ -1,4 +1,4 @@
-"""The sessions on which two systems differ most, with titles, for a reader without figures."""
+"""Example sessions: those on which two systems differ most, with the titles of the items."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def outcomes(current: Ints, candidate: Ints) -> dict[str, int]:
     Examples
     --------
     >>> outcomes(np.array([1, 2, 3, 50]), np.array([2, 1, 3, 11]))
-    {'candidate_better': 1, 'current_better': 1, 'alike': 2, 'neither_found': 1}
+    {'candidate_better': 1, 'current_better': 1, 'equal': 2, 'neither_found': 1}
     """
     first, second = (metric_values(ranks, [10])[:, 1] for ranks in (current, candidate))
     return {

@@ -1,4 +1,4 @@
-"""Recommendation lists in parquet, of whatever system made them, judged as they are.
+"""Recommendation lists in parquet, from any system, evaluated as they are.
 
 One row per user with a list column, or one row per recommended item (in the order of the file, or of a column
 ``rank``). Ids are the raw ones; they are matched as text, so that 7 and "7" are the same item.
@@ -29,7 +29,7 @@ RANK: Final = "rank"
 
 
 class Lists(NamedTuple):
-    """Lists of one file."""
+    """The recommendation lists of one file."""
 
     users: pa.Array
     """[user], str: raw ids, each once."""

@@ -152,7 +152,7 @@ def _evaluation(run: Path, split: str) -> dict[str, Any] | None:
 
 
 def _main(systems: Mapping[str, Any]) -> str:
-    """Return the system that is served."""
+    """Return the name of the system that is exported and served."""
     return EXPORTED if EXPORTED in systems else MODEL
 
 

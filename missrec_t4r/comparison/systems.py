@@ -45,7 +45,7 @@ TOP_K: Final = max(KS)
 
 @dataclass
 class System(ABC):
-    """A system as it was asked for."""
+    """A system to compare, as the user named it."""
 
     kind: ClassVar[str]
     name: str
@@ -270,7 +270,7 @@ class ListFile(System):
     path: Path
 
     def rank(self, benchmark: Benchmark) -> Ranked:
-        """Judge the lists of the benchmark's users as they are."""
+        """Evaluate the lists of the benchmark's users as they are."""
         lists = read_lists(self.path, benchmark.catalogue)
         line_of_user = {user: line for line, user in enumerate(lists.users.to_pylist())}
         lines = np.array([line_of_user.get(user, -1) for user in benchmark.users], np.int64)

@@ -212,7 +212,7 @@ def rank_systems(
 
 @dataclass
 class _Ranked:
-    """What is known of one system under one protocol, chunk by chunk."""
+    """Ranks and lists of one system under one protocol, chunk by chunk."""
 
     ranks: list[Ints] = field(default_factory=list)
     lists: list[Ints] = field(default_factory=list)

@@ -186,7 +186,7 @@ def _truncate(ranks: Ints, ks: Sequence[int]) -> Ints:
 
 
 class _Units(NamedTuple):
-    """What the bootstrap draws: users, those with equal values counted together."""
+    """Resampling units of the bootstrap: users, those with equal values counted together."""
 
     counts: Ints
     """[unit]: users."""
@@ -203,7 +203,7 @@ def _patterns(ranks: Ints) -> tuple[Ints, Ints]:
 
 
 def _units(values: Doubles, pattern: Ints, users: Ints | None) -> _Units:
-    """Return what is drawn, from the metrics [pattern, metric] of the distinct ranks."""
+    """Return the resampling units, from the metrics [pattern, metric] of the distinct ranks."""
     if users is None:
         return _Units(np.bincount(pattern), values, np.ones(len(values), np.int64))
     owner = np.unique(users, return_inverse=True)[1]

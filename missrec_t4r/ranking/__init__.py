@@ -1,1 +1,1 @@
-"""What is added to the network's score when ranking, how its weights are tuned, and the baselines."""
+"""Score terms added to the network's score, the tuning of their blend weights on validation, and the baselines."""

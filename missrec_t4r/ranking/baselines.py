@@ -38,7 +38,7 @@ DENSE_BYTES: Final = 512 * 2**20
 
 @dataclass(frozen=True)
 class Popularity:
-    """The same list for every session: the items by their number of training events."""
+    """Popularity baseline: the same list for every session, the items by their number of training events."""
 
     counts: Tensor
     """[row], float32."""
@@ -55,7 +55,7 @@ class Popularity:
 
 @dataclass(frozen=True)
 class CoOccurrence:
-    """How often each item occurs in training sessions, and each pair of items together.
+    """Co-occurrence matrix of the training sessions: how often each item occurs, and each pair of items together.
 
     Parameters
     ----------
@@ -113,7 +113,7 @@ class CoOccurrence:
 
 @dataclass(frozen=True)
 class ItemKNN:
-    """Items that share sessions with the history, the recent ones first.
+    """Item-kNN baseline: co-occurrence of the candidate with the session's items, weighted by recency.
 
     Parameters
     ----------
@@ -122,9 +122,9 @@ class ItemKNN:
     decay : float
         Weight of an item relative to the one after it, in (0, 1].
     power : float
-        How strongly popular items are held back, in [0, 1]; 0.5 is the cosine.
+        Popularity discount, in [0, 1]; 0.5 is the cosine.
     diagonal : bool
-        Whether an item of the history is evidence for itself; says nothing where seen items are excluded.
+        Whether an item of the history counts for itself; without effect where seen items are excluded.
     """
 
     seen: CoOccurrence
@@ -134,7 +134,7 @@ class ItemKNN:
 
     @property
     def protocols(self) -> Sequence[str]:
-        """The protocols under which it is a system of its own."""
+        """The protocols to rank it under: with the diagonal not ``excluded``, where the diagonal has no effect."""
         return [name for name in PROTOCOLS if not self.diagonal or name != EXCLUDED]
 
     def __call__(self, histories: Sessions) -> Tensor:
@@ -162,7 +162,7 @@ class ItemKNN:
 
 @dataclass(frozen=True)
 class ContentKNN:
-    """Items whose content is similar to the history's; needs no event of the candidate, so that it ranks cold items.
+    """Content-kNN baseline: similarity of the candidate's content to the session's; ranks cold items too.
 
     Parameters
     ----------

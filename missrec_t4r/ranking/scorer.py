@@ -18,7 +18,7 @@ from missrec_t4r.ranking.baselines import Popularity
 
 
 class Parts(NamedTuple):
-    """What the scores of a batch of sessions are put together from."""
+    """The network's scores of a batch of sessions, and what `ModelScorer.combined` adds the score terms with."""
 
     item_ids: Tensor
     """[batch, seq]: the most recent items, padded with 0 on the right."""
@@ -78,16 +78,16 @@ class ModelScorer:
         return Parts(item_ids, network, self.fallback(histories).to(network) if empty.any() else None, empty)
 
     def combined(self, parts: Parts, terms: ScoreTerms, *, network: bool = True) -> Tensor:
-        """Return the scores [batch, row] of the network, or of nothing, plus terms.
+        """Return the network's scores plus those of the terms, [batch, row].
 
         Parameters
         ----------
         parts : Parts
-            Stay as they are, so that they serve for several sets of terms.
+            Not changed, so that several sets of terms can be added to them.
         terms : ScoreTerms
             Those of the model, or others.
         network : bool
-            False leaves the network out.
+            False returns the terms alone.
         """
         own = parts.network.clone() if network else torch.zeros_like(parts.network)  # terms may write in place
         excluded = self.model.excluded

@@ -176,7 +176,7 @@ def _tune_history(blend: _Blend, history: HistoryBias) -> dict[str, float]:
 
 
 class Validation:
-    """Validation sessions as terms are tuned on them, with everything that several tunings share.
+    """Validation sessions for the tuning of terms; the network's scores, counts and lists are computed once for all.
 
     Parameters
     ----------
@@ -216,7 +216,7 @@ class Validation:
             yield scored
 
     def counted(self, like: ItemKNNTerm, counting: Counting) -> ItemKNNTerm:
-        """Return a term that has counted the training sessions in this way; counted once."""
+        """Return an item-kNN term with the training sessions counted in this way; computed once."""
         if counting not in self._counted:
             window, directed = counting
             term = ItemKNNTerm(*like.neighbours.shape).to(like.counts)
@@ -225,7 +225,7 @@ class Validation:
         return self._counted[counting]
 
     def listed(self, like: ContentKNNTerm) -> ContentKNNTerm:
-        """Return a term that has found the similar items of every item; found once."""
+        """Return a content-kNN term with the similar items of every item; computed once."""
         if like.itself not in self._listed:
             item_encoder = self.scorer.model.item_encoder
             term = ContentKNNTerm(*like.alike.shape, itself=like.itself).to(like.likeness)

@@ -51,7 +51,7 @@ _MOST_CELLS = 1 << 24
 
 
 class Chunk(NamedTuple):
-    """Some validation sessions."""
+    """A batch of validation sessions with their scores."""
 
     scores: Tensor
     """[batch, row]: with all other terms."""
@@ -64,7 +64,7 @@ class Chunk(NamedTuple):
 
 
 class _Ranked(NamedTuple):
-    """What NDCG@10 is computed from under one protocol."""
+    """Scores from which NDCG@10 is computed under one protocol."""
 
     best: Tensor
     """[session, 10]: scores of the best items that the term does not change, descending."""

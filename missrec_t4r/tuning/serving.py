@@ -54,7 +54,7 @@ _TIMEOUT = 60.0
 
 
 class Measured(NamedTuple):
-    """What one setting reached."""
+    """Latency and throughput of one setting."""
 
     settings: ServingSettings
     p50_1: float

@@ -1,4 +1,4 @@
-"""What a search varies: ranges and choices of settings, by default those that the experiments found to matter.
+"""The search space: ranges and choices of settings, by default those that mattered in our experiments.
 
 In a file (YAML), a list is a choice and a mapping is a range, of integers where both ends are::
 
@@ -25,7 +25,7 @@ _EXPECTED: Final = "SETTING: [a, b, ...] or SETTING: {low: a, high: b, log: fals
 
 
 class Range(NamedTuple):
-    """Numbers between two ends, both included."""
+    """A numeric setting between two bounds, both included."""
 
     low: float
     high: float
@@ -49,7 +49,7 @@ class Range(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """Values without an order."""
+    """A categorical setting."""
 
     values: tuple[Any, ...]
 

@@ -234,7 +234,7 @@ def test_the_verdict_says_what_its_figures_mean(data: Path, tmp_path: Path) -> N
     lists = {"now": BAD, "next": GOOD | {"u3": ["c"]}, "later": GOOD}
     systems = {name: write_lists(tmp_path / f"{name}.parquet", of) for name, of in lists.items()}
     result = mr.compare(systems, data=data, protocols=[EXCLUDED])
-    assert result["outcomes"][EXCLUDED] == {"candidate_better": 3, "current_better": 0, "alike": 2, "neither_found": 2}
+    assert result["outcomes"][EXCLUDED] == {"candidate_better": 3, "current_better": 0, "equal": 2, "neither_found": 2}
     assert result["verdict"]["explanation"] == [
         "The item that came next is among the first ten recommendations of next in 60.0 of 100 sessions, "
         "among those of now in 0.0.",

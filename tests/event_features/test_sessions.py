@@ -94,7 +94,7 @@ def test_the_schema_names_the_event_features(tmp_path: Path) -> None:
         ("scene", "pretrained", 0, 16),
     ]
     assert event_columns(data, "none", 16) == ()
-    assert event_columns(tmp_path, "auto", 16) == (), "no schema, no side features"
+    assert event_columns(tmp_path, "auto", 16) == (), "no schema, no event features"
 
 
 def test_merlins_own_schema_file_is_read_as_merlin_reads_it(tmp_path: Path) -> None:

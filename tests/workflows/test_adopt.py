@@ -240,7 +240,7 @@ def test_the_command(tutorial: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fixed", [True, False])
-def test_vectors_per_event_come_along_and_are_a_side_feature(tutorial: Path, tmp_path: Path, fixed: bool) -> None:
+def test_vectors_per_event_come_along_and_are_an_event_feature(tutorial: Path, tmp_path: Path, fixed: bool) -> None:
     """A list of vectors beside the items, tagged EMBEDDING: padding and unknown items go with their vectors."""
     sessions = pq.read_table(tutorial / "processed" / "part_0.parquet")
     items = sessions["item_id-list"].combine_chunks()

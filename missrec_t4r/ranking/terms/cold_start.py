@@ -33,7 +33,7 @@ _CHUNK_BYTES = 1 << 26
 
 
 class ColdStartSettings(NamedTuple):
-    """What validation chooses."""
+    """Settings of the cold-start term, chosen on validation."""
 
     neighbours: float
     """Factor of the imputed item-kNN term."""

@@ -27,7 +27,7 @@ _MOST_EDGES = 1 << 24
 
 
 class ContentKNNSettings(NamedTuple):
-    """What validation chooses."""
+    """Settings of the content-kNN term, chosen on validation."""
 
     weight: float
     """Factor of the term in score units; 0 switches it off."""

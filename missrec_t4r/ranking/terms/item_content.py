@@ -24,7 +24,7 @@ _DECAY = 0.7
 
 
 class ItemContentTerm(ScoreTerm):
-    """Has two parts of others, and saves no weight of theirs.
+    """A score term from the content of items; reads the item encoder and the item-kNN term without owning them.
 
     Parameters
     ----------

@@ -21,7 +21,7 @@ from missrec_t4r.ranking.terms.history import recency
 
 
 class ItemKNNSettings(NamedTuple):
-    """What validation chooses."""
+    """Settings of the item-kNN term, chosen on validation."""
 
     weight: float
     """Factor of the term in score units; 0 switches it off."""

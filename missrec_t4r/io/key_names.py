@@ -1,4 +1,6 @@
-"""Keys of JSON files of earlier versions, and what they are called now: `run.json` and a bundle's `model.json`.
+"""Keys of JSON files of earlier versions, and what they are called now.
+
+Of a run's `run.json`, a bundle's `model.json` and the `report.json` of `missrec report`.
 
 Names of settings in them are translated by `missrec_t4r.config.renamed`. `docs/migration.md` lists the keys for users.
 """
@@ -12,7 +14,9 @@ from typing import Any, Final
 from missrec_t4r.io.json_files import read_json
 
 _RENAMED: Final = {
+    "made_from": "data_digest",
     "prior": "score_terms",
+    "shown": "distributions",
     "side_features": "event_features",
     "start": "weight_loading",
     "without": "ignored_settings",
@@ -26,12 +30,12 @@ _KINDS: Final = {"continue": "warm_start"}
 
 
 def read_with_current_keys(file: Path) -> dict[str, Any]:
-    """Return the content of a `run.json` or `model.json` under today's keys."""
+    """Return the content of one of these files under today's keys."""
     return with_current_keys(read_json(file))
 
 
 def with_current_keys(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a `run.json` or `model.json` under today's keys; those of today stay as they are.
+    """Return the content of one of these files under today's keys; those of today stay as they are.
 
     Examples
     --------

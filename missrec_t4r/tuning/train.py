@@ -131,7 +131,7 @@ class _Trial(Trainer):
 
 
 class _Search:
-    """A study in a folder.
+    """An Optuna study in a folder.
 
     Parameters
     ----------

@@ -33,6 +33,10 @@ def test_a_warm_start_of_an_earlier_version_has_a_weight_loading_report() -> Non
     assert info == {"weight_loading": {"kind": "warm_start", "run": "../earlier"}, "ignored_settings": ["ema_decay"]}
 
 
+def test_a_data_report_of_an_earlier_version_is_compared_with() -> None:
+    assert with_current_keys({"made_from": "4f", "shown": {}}) == {"data_digest": "4f", "distributions": {}}
+
+
 def test_keys_of_today_stay_as_they_are() -> None:
     info = with_current_keys(read_with_current_keys(EARLIER_RUN))
     assert info == read_with_current_keys(EARLIER_RUN)

@@ -41,7 +41,7 @@ def test_times_with_fractions_and_in_other_units(tmp_path: Path) -> None:
         said = report(tmp_path / "data", tmp_path / f"out-{unit}", now=START)
         measures = said["measures"]
         assert (measures["share_same_time_as_before"], measures["days"]) == (0.0, days)
-        assert len(json.loads(Path(said["report"]).read_text())["shown"]["events_per_day"]) == days
+        assert len(json.loads(Path(said["report"]).read_text())["distributions"]["events_per_day"]) == days
 
 
 def test_measures(shop: Path) -> None:
@@ -86,10 +86,10 @@ def test_a_measure_on_its_bound_passes_the_gate() -> None:
 def test_items_outside_both_lists_of_popular_ones_drift_too() -> None:
     measures = dict.fromkeys(("events", "users", "items", "session_length_mean"), 10)
     runs = [
-        {"measures": measures, "shown": {"popular": popular, "session_lengths": {"1": 1}}}
+        {"measures": measures, "distributions": {"popular": popular, "session_lengths": {"1": 1}}}
         for popular in ({"lamp": 0.6}, {"lamp": 0.2})
     ]
-    found = drift(measures, runs[1]["shown"], runs[0])
+    found = drift(measures, runs[1]["distributions"], runs[0])
     assert found["drift.popularity"] == pytest.approx(0.4)  # 0.4 of the events moved to items that neither list names
     assert found["drift.new_popular"] == 0
 

@@ -36,7 +36,7 @@ _DAYS = 400
 
 def page(report: Mapping[str, Any]) -> str:
     """Return the complete HTML page of a report (the content of report.json)."""
-    statistics, distributions = report["measures"], report["shown"]
+    statistics, distributions = report["measures"], report["distributions"]
     sections = [gate("Quality gate", "statistic", report["gate"], number), _days(distributions)]
     sections += [_lengths(distributions), _popularity(distributions, statistics)]
     sections += [_coverage(distributions["coverage"]), _data_quality(statistics), _drift(report)]

@@ -22,7 +22,8 @@ from missrec_t4r.etl.quality.html import page
 from missrec_t4r.etl.quality.statistics import ReportData, compute_statistics
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.hashing import data_digest
-from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.io.json_files import write_json
+from missrec_t4r.io.key_names import read_with_current_keys
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def report(
     statistics, distributions = compute_statistics(ReportData.load(data), time.time() if now is None else now)
     digest = data_digest(data)
     existing = _stored_report(out / REPORT_FILE) if previous is None else None
-    repeated = existing is not None and existing.get("data_digest", existing.get("made_from")) == digest
+    repeated = existing is not None and existing.get("data_digest") == digest
     last = _stored_report(Path(previous or out / PREVIOUS_FILE)) if previous or repeated else existing
     if last is not None:
         statistics |= drift(statistics, distributions, last)
@@ -97,7 +98,7 @@ def report(
         "measures": statistics,
         "gate": checked,
         "passed": not failed,
-        "shown": distributions,
+        "distributions": distributions,
     }
     name = "refused" if failed else "report"  # the next run must not be compared with a refused one
     if not dry_run:
@@ -196,10 +197,10 @@ def drift(statistics: Mapping[str, Any], distributions: Mapping[str, Any], last:
     over the most popular items of both runs and all others as one; ``drift.new_popular`` is the share of events on
     items that were not among the most popular before; the others are relative changes (0.1: ten per cent more).
     """
-    old, new = last["shown"]["popular"], distributions["popular"]
+    old, new = last["distributions"]["popular"], distributions["popular"]
     names = set(old) | set(new)
     rest = abs(sum(old.values()) - sum(new.values()))
-    lengths = [_shares(run["session_lengths"]) for run in (last["shown"], distributions)]
+    lengths = [_shares(run["session_lengths"]) for run in (last["distributions"], distributions)]
     result = {
         "drift.popularity": (sum(abs(old.get(name, 0) - new.get(name, 0)) for name in names) + rest) / 2,
         "drift.session_lengths": sum(abs(lengths[0].get(key, 0) - share) for key, share in lengths[1].items()) / 2,
@@ -219,7 +220,7 @@ def _shares(counts: Mapping[str, int]) -> dict[str, float]:
 def _stored_report(file: Path) -> dict[str, Any] | None:
     """Return the report of an earlier run, or None if there is none."""
     try:
-        return read_json(file) if file.is_file() else None
+        return read_with_current_keys(file) if file.is_file() else None
     except ValueError as error:
         remedy = "report.json of `missrec report`", "remove it"
         raise ConfigError(f"{file} is not a report ({error})", *remedy) from error

@@ -31,6 +31,7 @@ from missrec_t4r.etl.features.thumbnails import thumbnails
 from missrec_t4r.etl.quality.charts import bars, line, number
 from missrec_t4r.etl.quality.html import document, numbers, section, table
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, PROTOCOL_TITLES, rank_systems
+from missrec_t4r.evaluation.metrics import CRITERION
 from missrec_t4r.evaluation.report import with_current_names
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json
@@ -62,7 +63,6 @@ _TERM_TITLES: Final = {
     "cold_start": "cold-start term",
     "rare_items": "rare-item term",
 }
-_CRITERION: Final = "ndcg@10"
 
 
 def run_page(
@@ -134,9 +134,9 @@ def run_page(
     with atomic_write_file(file) as temporary:
         temporary.write_text(page, encoding="utf-8")
     systems = report["protocols"][EXCLUDED]
-    value, network = systems[_main(systems)][_CRITERION], systems.get(NETWORK, {}).get(_CRITERION)
+    value, network = systems[_main(systems)][CRITERION], systems.get(NETWORK, {}).get(CRITERION)
     added = None if network is None else value - network
-    return {"page": str(file), "headline": f"{result}. {words}", _CRITERION: value, "terms_added": added}
+    return {"page": str(file), "headline": f"{result}. {words}", CRITERION: value, "terms_added": added}
 
 
 def _evaluation(run: Path, split: str) -> dict[str, Any] | None:
@@ -164,14 +164,14 @@ def _headline(report: Mapping[str, Any]) -> tuple[str, str]:
         f"{served['recall@10']:.1%} of the next items are among the first ten (95 % interval {low:.1%} to {high:.1%})."
     ]
     if NETWORK in systems and systems[NETWORK] is not served:
-        added = served[_CRITERION] - systems[NETWORK][_CRITERION]
+        added = served[CRITERION] - systems[NETWORK][CRITERION]
         words.append(f"The score terms added {added:+.4f} to the network.")
-    baselines = {name: systems[name][_CRITERION] for name in ALL_BASELINES if name in systems}
+    baselines = {name: systems[name][CRITERION] for name in ALL_BASELINES if name in systems}
     if baselines:
         best = max(baselines, key=lambda name: baselines[name])
-        change = f" ({served[_CRITERION] / baselines[best] - 1:+.1%})" if baselines[best] else ""
+        change = f" ({served[CRITERION] / baselines[best] - 1:+.1%})" if baselines[best] else ""
         words.append(f"The best baseline, {best}, has {baselines[best]:.4f}{change}.")
-    return f"NDCG@10 {served[_CRITERION]:.4f}, seen items excluded", " ".join(words)
+    return f"NDCG@10 {served[CRITERION]:.4f}, seen items excluded", " ".join(words)
 
 
 def _numbers(report: Mapping[str, Any], info: Mapping[str, Any]) -> str:
@@ -213,7 +213,7 @@ def _accuracy(report: Mapping[str, Any], protocol: str) -> str:
     systems, rows = report["protocols"][protocol], []
     titled = {_TITLES.get(name, name): measured for name, measured in systems.items()}
     for name, measured in systems.items():
-        cells = [with_interval(measured, metric) for metric in (_CRITERION, "recall@10")]
+        cells = [with_interval(measured, metric) for metric in (CRITERION, "recall@10")]
         covered = form(report["coverage"][protocol][name].get("coverage@10"), "{:.1%}")
         rows.append((_TITLES.get(name, name), *cells, form(measured["recall@50"]), covered))
     head = ("system", "NDCG@10", "Recall@10", "Recall@50", "coverage@10")
@@ -229,7 +229,7 @@ def _by_slice(report: Mapping[str, Any]) -> str:
 def _slices(report: Mapping[str, Any]) -> str:
     names = list(report["protocols"][EXCLUDED])
     rows = [
-        (part, *(with_interval(measured[EXCLUDED][name], _CRITERION) for name in names))
+        (part, *(with_interval(measured[EXCLUDED][name], CRITERION) for name in names))
         for part, measured in by_slice(report).items()
     ]
     head = ("sessions (number)", *(_TITLES.get(name, name) for name in names))

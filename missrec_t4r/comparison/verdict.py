@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from missrec_t4r.errors import ConfigError
+from missrec_t4r.evaluation.metrics import CRITERION
 
 SHIP: Final = "ship"
 OPEN: Final = "no difference shown"
 REFUSED: Final = "do not ship"
-CRITERION: Final = "ndcg@10"
 
 
 def decide(measures: Mapping[str, Any], protocol: str, gate: Path | None) -> tuple[str, list[dict[str, Any]]]:

@@ -24,6 +24,8 @@ MISSED: Final = int(np.iinfo(np.int64).max)
 """Rank of a target that is not in the ranking: not recommendable, or excluded with the seen items."""
 KS: Final = (10, 20, 50)
 """Cut-offs k of the report."""
+CRITERION: Final = "ndcg@10"
+"""Metric by which settings are tuned and systems compared."""
 CONFIDENCE: Final = 0.95
 """Confidence level of the intervals."""
 RESAMPLES: Final = 2000

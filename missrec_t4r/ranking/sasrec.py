@@ -24,9 +24,10 @@ from missrec_t4r.arrays import Ints
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, PROTOCOLS, quick_metrics
+from missrec_t4r.evaluation.metrics import CRITERION
 from missrec_t4r.progress import track
 from missrec_t4r.ranking.baselines import Popularity
-from missrec_t4r.ranking.tune_baselines import CRITERION, MOST_SESSIONS, Tuned, sample_sessions
+from missrec_t4r.ranking.tune_baselines import MOST_SESSIONS, Tuned, sample_sessions
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW
 
 log = logging.getLogger(__name__)

@@ -16,13 +16,12 @@ import numpy as np
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, Scorer, quick_metrics, rank_systems
-from missrec_t4r.evaluation.metrics import metrics
+from missrec_t4r.evaluation.metrics import CRITERION, metrics
 from missrec_t4r.progress import track
 from missrec_t4r.ranking.baselines import ContentKNN, CoOccurrence, ItemKNN
 
 MOST_SESSIONS: Final = 3000
 """Validation sessions that tuning looks at; a seeded sample where there are more."""
-CRITERION: Final = "ndcg@10"
 DECAYS: Final = (0.3, 0.5, 0.7, 0.8, 0.9)
 POWERS: Final = (0.1, 0.2, 0.3, 0.5)
 FOLLOW_WITHIN: Final = (0, 5)

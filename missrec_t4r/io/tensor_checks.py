@@ -47,7 +47,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises
     ------
     ValueError
-        The header is no safetensors header, or does not describe exactly this file.
+        The header is not one of safetensors, or does not describe exactly this file.
     """
     with file.open("rb") as stream:
         start = 8 + (length := int.from_bytes(stream.read(8), "little"))

@@ -207,8 +207,8 @@ LONG = "x" * (MEGABYTE // 4)
         (lambda f: rewritten(f, {"item_id": [None, *map(str, range(29))]}), "missing item ids"),
         (lambda f: rewritten(f, {"item_id": [float(i) for i in range(30)]}), "item ids of type double"),
         (lambda f: rewritten(f, {"item_id": ["y" * 20_000, *map(str, range(29))]}), "an item id of more than"),
-        (lambda f: rewritten(f, {"train_count": [-1] * 30}), "no whole numbers from 0 on"),
-        (lambda f: rewritten(f, {"train_count": [0.5] * 30}), "no whole numbers from 0 on"),
+        (lambda f: rewritten(f, {"train_count": [-1] * 30}), "not whole numbers from 0 on"),
+        (lambda f: rewritten(f, {"train_count": [0.5] * 30}), "not whole numbers from 0 on"),
         (lambda f: rewritten(f, {"train_count": [None] * 30}), "counts that are not whole numbers|counts"),
         (lambda f: rewritten(f, {"retired": ["yes"] * 30}), "'retired' of type string"),
     ],
@@ -303,12 +303,12 @@ def overlapping(header: dict[str, Any]) -> None:
         (lambda header: header["fusion.phi"]["shape"].extend([1] * 1000), "fusion.phi of F32"),
         (of("fusion.phi", dtype="I32"), "fusion.phi of I32"),
         (of("fusion.phi", dtype="U32"), "of type U32"),
-        (of("fusion.phi", dtype=["F32"]), "no safetensors file"),
-        (lambda header: header.update(__metadata__={"a": 1}), "no safetensors file"),
-        (lambda header: b"[" * 100_000, "no safetensors file"),
-        (lambda header: b"[" * 2_000_000, "no safetensors file"),
-        (lambda header: b"[]", "no safetensors file"),
-        (lambda header: json.dumps(header).encode()[:-1] + b',"fusion.phi":{}}', "no safetensors file"),
+        (of("fusion.phi", dtype=["F32"]), "not a safetensors file"),
+        (lambda header: header.update(__metadata__={"a": 1}), "not a safetensors file"),
+        (lambda header: b"[" * 100_000, "not a safetensors file"),
+        (lambda header: b"[" * 2_000_000, "not a safetensors file"),
+        (lambda header: b"[]", "not a safetensors file"),
+        (lambda header: json.dumps(header).encode()[:-1] + b',"fusion.phi":{}}', "not a safetensors file"),
     ],
 )
 def test_crafted_headers_are_refused(change: Callable[[dict[str, Any]], Any], words: str, copy: Path) -> None:
@@ -319,11 +319,11 @@ def test_crafted_headers_are_refused(change: Callable[[dict[str, Any]], Any], wo
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[" * 100_000, "no JSON"),
+        ("[" * 100_000, "not JSON"),
         ("[" + "[]," * 300_000 + "[]]", "lists and objects"),
         (" " * (17 << 20), "bytes; expected: at most"),
         ('{"rows": NaN}', "NaN is not a number of JSON"),
-        ('{"rows": 1' + "0" * 5000 + "}", "no JSON|does not describe"),
+        ('{"rows": 1' + "0" * 5000 + "}", "not JSON|does not describe"),
         ("null", "does not describe a model"),
     ],
 )

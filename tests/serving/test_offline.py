@@ -383,5 +383,6 @@ def test_vectors_json_holds_what_the_dynamic_score_needs(bundle: Path, tmp_path:
     fused = (weights * votes).sum(0) / weights.sum(0)
     ids = np.load(tmp_path / "vectors" / "ids.npy")
     assert settings["id_embeddings"]
+    assert settings["score_terms"].keys() == {"item_knn", "content_knn", "cold_start", "rare_items"}
     fused = np.where(ids.any(1), (users @ ids.T + 2 * fused) / 3, fused)
     np.testing.assert_allclose(fused, expected, atol=1e-5)

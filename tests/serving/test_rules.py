@@ -177,7 +177,7 @@ def test_caps_keep_the_best_that_keep_to_them(brand: list[int], colour: list[int
         ("[" * 10_000, "rules are not JSON"),
         ("[]", "rules hold list"),
         ('{"wher": {}}', "wher"),
-        ('{"where": []}', "no object"),
+        ('{"where": []}', "not an object"),
         ('{"where": {"price": {"min": NaN}}}', "NaN is not JSON"),
         ('{"where": {"price": {"low": 3}}}', "min, max or both"),
         ('{"where": {"price": {"min": 3, "max": 2}}}', "min not above max"),

@@ -65,7 +65,7 @@ def test_a_length_beyond_the_request_is_refused(length: int) -> None:
         ([2**63], "int64", "does not fit"),
         ([NULL_INTEGER], "int64", "does not fit"),
         ([1.0], "int64", "type float"),
-        (["\ud800"], "string", "no valid Unicode"),
+        (["\ud800"], "string", "not valid Unicode"),
     ],
 )
 def test_ids_of_another_type_are_refused_in_words(ids: list[object], id_type: str, words: str) -> None:

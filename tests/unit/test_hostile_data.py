@@ -77,9 +77,9 @@ def claiming(file: Path, header: str, version: tuple[int, int] = (1, 0)) -> Path
         ("{'descr': '|O', 'fortran_order': False, 'shape': (0, 8), }", "holds object, no numbers"),
         ("{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (0,), }", "no numbers"),
         ("{'descr': '<U9', 'fortran_order': False, 'shape': (0,), }", "no numbers"),
-        ("{'descr': '<f4', 'fortran_order': False, 'shape': ('a',), }", "no .npy file"),
-        ("(" * 9_000, "no .npy file"),
-        ("{" + " " * 20_000, "no .npy file"),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': ('a',), }", "not a .npy file"),
+        ("(" * 9_000, "not a .npy file"),
+        ("{" + " " * 20_000, "not a .npy file"),
     ],
 )
 def test_vector_files_that_claim_what_they_do_not_have_are_refused(header: str, words: str, tmp_path: Path) -> None:

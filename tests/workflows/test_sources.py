@@ -218,7 +218,7 @@ def test_movielens(layout: str, tmp_path: Path) -> None:
     unpacked = import_movielens(tmp_path / "unpacked", tmp_path / "again", min_item_count=2)
     assert (unpacked["items"], unpacked["events"]) == (1, 2)
     archive.write_bytes(archive.read_bytes()[:-30])
-    with pytest.raises(DataError, match="no whole zip archive"):
+    with pytest.raises(DataError, match="not a complete zip archive"):
         import_movielens(archive, tmp_path / "out")
 
 

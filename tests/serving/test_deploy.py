@@ -295,7 +295,7 @@ def test_kill_at_every_moment_of_writing_leaves_the_old_or_the_new_version(
 
 
 def test_what_is_no_deployment_is_left_alone(exported: Path, bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="is no deployment folder"):
+    with pytest.raises(BundleError, match="is not a deployment folder"):
         deploy(exported / "repository", bundle=bundle)
     with pytest.raises(ConfigError, match="neither --bundle nor --version"):
         deploy(tmp_path / "models")

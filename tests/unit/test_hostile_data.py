@@ -96,7 +96,7 @@ def test_pickles_and_archives_are_no_vector_files(copy: Path) -> None:
         Catalogue.load(copy)
     np.savez_compressed(copy / "text.npz", vectors)
     (copy / "text.npz").rename(copy / "text.npy")
-    with pytest.raises(DataError, match=r"text\.npy cannot be read \(it is no \.npy file"):
+    with pytest.raises(DataError, match=r"text\.npy cannot be read \(it is not a \.npy file"):
         Catalogue.load(copy)
 
 

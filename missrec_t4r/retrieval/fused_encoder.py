@@ -5,7 +5,8 @@ What it saves:
 
 - An item's modalities and ID are summed once per catalogue version.
 - The first layer of the contextual encoder sees interests alone, whatever the session: in sessions of few interests
-  the scores between two of them and what each adds to the output are looked up, in others queries, keys and values.
+  the weights between two of them and what each adds to the output are looked up, for pairs that see each other alone;
+  in others queries, keys and values.
 - A session's distinct interests are found on the host.
 - Padding is left out of all work on single items and interests.
 - The last decoder layer is computed at the last item alone, the others at all items. In the last one keys and values
@@ -35,9 +36,12 @@ _CHECKED = ((1, 1), (1, 2), (1, 9), (3, 1), (5, 12), (2, 100))
 """Batch and length of the sessions on which the result is compared with the model's."""
 _TOLERANCE = 1e-5
 _SCORES_IN_MEMORY = 1 << 24
-"""Attention scores between all interests are kept if they are at most this many numbers (64 MiB)."""
-_FEW_INTERESTS = 24
-"""Interests per session up to which these scores are looked up; of more, computing them takes less time."""
+"""Attention weights between all interests are kept if they are at most this many numbers (64 MiB)."""
+_FEW_INTERESTS = 64
+"""Interests per session up to which these weights are looked up; beyond some 100, computing them takes less time."""
+_LEAST_SCORE = -60.0
+"""Of an interest with itself, its best score being 0: a sum of weights is then at least e-60, and no weight that is too
+small for 32 bits (e-87) counts in it."""
 _POSITIONS_AT_ONCE = 1 << 12
 """Most positions, padding included, of a pass over several sessions: a larger batch is sorted by length and divided."""
 
@@ -170,34 +174,46 @@ class _DecoderLayer(NamedTuple):
 class _InterestAttention(NamedTuple):
     """Attention of the first encoder layer: that of two interests is the same in every session."""
 
-    scores: Tensor
-    """[interest * interest, head]: of a query and a key, scaled."""
+    weights: Tensor
+    """[interest * interest + 1, head]: of a query and a key before they are divided by their sum; last, a row of zeros
+    for a key that may not be seen."""
     outputs: Tensor
-    """[interest, head * dim]: value times its rows of the output matrix."""
+    """[interest * head, dim]: value times its rows of the output matrix."""
+    parts: Ints
+    """[interest, head]: where the outputs of an interest stand."""
     tokens: Tensor
     """[interest, dim]: centroid plus output bias."""
     norm: Norm
 
     @classmethod
-    def of(cls, attention: _Attention, centroids: Tensor, projections: Tensor) -> _InterestAttention:
-        """Look up what ``attention`` computes for ``centroids`` [interest, dim]."""
+    def of(cls, attention: _Attention, centroids: Tensor, projections: Tensor) -> _InterestAttention | None:
+        """Look up what ``attention`` computes for ``centroids`` [interest, dim]; None where weights would underflow."""
         n, dim = centroids.shape
         query, key, value = projections.view(n, 3, attention.n_head, -1).unbind(1)  # [interest, head, dim / head]
         scores = torch.einsum("ihd,jhd->ijh", query, key) * query.shape[2] ** -0.5
+        scores = scores - scores.amax(1, keepdim=True)
+        if not bool((scores.diagonal() > _LEAST_SCORE).all()):  # every interest sees itself
+            return None
         outputs = torch.einsum("ihd,hdo->iho", value, attention.output.view(attention.n_head, -1, dim))
-        tokens = centroids + attention.output_bias
-        return cls(scores.reshape(n * n, -1), outputs.reshape(n, -1), tokens, attention.norm)
+        weights = F.pad(scores.exp().reshape(n * n, -1), (0, 0, 0, 1)).contiguous()  # else rows are read by columns
+        parts = np.arange(n * attention.n_head).reshape(n, -1)
+        return cls(weights, outputs.reshape(-1, dim), parts, centroids + attention.output_bias, attention.norm)
 
-    def __call__(self, rows: Tensor, flat: Tensor, slots: _Layout, mask: Tensor | None) -> Tensor:
-        """Return norm(x + attention) [token, dim] for interests ``rows`` [batch, slot], of which ``flat`` are real."""
-        pairs = (rows * len(self.tokens)).unsqueeze(2) + rows.unsqueeze(1)
-        scores = F.embedding(pairs, self.scores)  # [batch, query, key, head]
-        if mask is not None:
-            scores += mask.view(*mask.shape[0::2], -1, 1)
-        outputs = F.embedding(rows, self.outputs)
-        outputs = outputs.view(slots.batch, -1, self.tokens.shape[1])  # [batch, key * head, dim]
-        attended = torch.bmm(scores.softmax(2).flatten(2), outputs)
-        return self.norm(F.embedding(flat, self.tokens).add_(slots.take(attended.flatten(0, 1))))
+    def __call__(self, rows: Ints, visible: Bools, placed: Callable[[AnyArray], Tensor]) -> Tensor:
+        """Return norm(x + attention) [token, dim] for interests ``rows`` [batch, slot].
+
+        ``visible`` [batch, query, key] is True where a key may be seen, and nowhere for an empty slot.
+        """
+        n, heads = self.parts.shape
+        pairs = np.where(visible, rows[:, :, None] * n + rows[:, None], n * n)
+        weights = F.embedding(placed(pairs), self.weights)  # [batch, query, key, head]
+        weights = (weights / weights.sum(2, keepdim=True)).view(-1, heads)
+        weights = weights.index_select(0, placed(np.flatnonzero(visible))).view(-1)  # [visible pair * head]
+        keys, counts = np.broadcast_to(rows[:, None], visible.shape)[visible], visible.sum(2)
+        real = counts > 0
+        values, starts = self.parts.take(keys, 0).reshape(-1), (counts[real].cumsum() - counts[real]) * heads
+        attended = F.embedding_bag(placed(values), self.outputs, placed(starts), mode="sum", per_sample_weights=weights)
+        return self.norm(F.embedding(placed(rows[real]), self.tokens).add_(attended))
 
 
 class FusedEncoder:
@@ -266,28 +282,30 @@ class FusedEncoder:
         x = self._norm_input(tokens)
         chosen, position, counts = self._interests(known)
         slots = self._layout(counts, chosen.shape[1])
-        memory = self._memory(self._placed(chosen), position, slots, n)
+        memory = self._memory(chosen, position, slots, n)
         at = self._layout(lengths, n)
         mask = self._padding_mask(lengths, at)
         if self._before:
             x = self._at_all_positions(x, at, mask, memory, slots, position)
-        last = self._placed(np.maximum(lengths - 1, 0))
-        query = x[0, n - 1 : n] if batch == 1 and at.real is None else x[torch.arange(batch, device=x.device), last]
+        last = self._placed(np.arange(0, batch * n, n) + np.maximum(lengths - 1, 0))
+        query = x[0, n - 1 : n] if batch == 1 and at.real is None else x.flatten(0, 1).index_select(0, last)
         query = self._self(query, x, mask, None)
         blind = self._placed(counts == 0).unsqueeze(1) if slots.real is not None and not counts.all() else None
         query = self._cross(query, slots.pad(memory), self._padding_mask(counts, slots), blind)
         vectors = F.normalize(self._norm(self._feedforward(query)), dim=-1)
         return vectors if lengths.all() else vectors * self._placed(lengths > 0).unsqueeze(1)
 
-    def _memory(self, rows: Tensor, position: Ints, slots: _Layout, n: int) -> Tensor:
-        """Return the memory [interest, dim] of interests ``rows`` [batch, slot]."""
+    def _memory(self, chosen: Ints, position: Ints, slots: _Layout, n: int) -> Tensor:
+        """Return the memory [interest, dim] of interests ``chosen`` [batch, slot]."""
         latest = position if self._causal else np.maximum(position, n - 1)  # of an empty slot n: it may see anything
-        mask = self._mask(position[:, None] > latest[:, :, None])
-        flat, first = slots.take(rows.view(-1)), self._encoder[0]
-        if self._few is not None and slots.width <= _FEW_INTERESTS:
-            attended = self._few(rows, flat, slots, mask)
+        visible, first = position[:, None] <= latest[:, :, None], self._encoder[0]
+        few = self._few if slots.width <= _FEW_INTERESTS else None
+        mask = self._mask(~visible) if few is None or len(self._encoder) > 1 else None
+        if few is not None:
+            attended = few(chosen, visible & (position < n)[:, :, None], self._placed)
         else:
-            projected = F.embedding(rows, self._projections)
+            rows = self._placed(chosen)
+            projected, flat = F.embedding(rows, self._projections), slots.take(rows.view(-1))
             attended = first.attention.to_each_other(F.embedding(flat, self._centroids), slots, mask, projected)
         memory = first.feedforward(attended)
         for layer in self._encoder[1:]:

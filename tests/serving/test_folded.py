@@ -82,6 +82,19 @@ def test_many_interests_give_the_same_vectors(settings: dict[str, object], monke
             torch.testing.assert_close(many(np.array(rows)), expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("steep", [1, 30, 1000])
+def test_steep_attention_between_interests_gives_the_same_vectors(steep: float) -> None:
+    """Weights are looked up before they are divided by their sum, unless that sum could be too small for 32 bits."""
+    model = shop.model_for(shop.catalogue(), n_encoder_layers=1)
+    with torch.no_grad():
+        model.encoder.layers[0].self_attention.query.weight.mul_(steep)
+    encoder = FusedEncoder(model, model.item_encoder.catalogue())
+    assert (encoder._few is None) == (steep == 1000)
+    for rows in ([[5, 6, 9, 7]], [[5, 6, 7], [9, 5, 0]], [[8, 0, 0], [7, 10, 4]]):
+        expected = model(torch.tensor(rows)).detach()
+        torch.testing.assert_close(encoder(np.array(rows)), expected, atol=5e-6, rtol=0)
+
+
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 def test_sessions_that_do_not_fit_into_one_pass_keep_their_order(
     attention: str, monkeypatch: pytest.MonkeyPatch

@@ -23,6 +23,8 @@ from missrec_t4r.model.item_encoder import CandidateEmbeddings
 SCAN_ERROR = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """By how much `PackedItems.scan` may differ from `PackedItems.exact`, by the type of the tokens."""
 
+_SCANNED_AT_ONCE = 1024
+"""Tokens of one product with several sessions: its result stays in the cache."""
 _FEW = 4096
 """Tokens that are read one by one from a file; more are read through the mapping."""
 
@@ -62,17 +64,18 @@ class PackedItems:
         Tensor [batch, row], float32
             Up to rounding those of `CandidateFusion`; meaningless for rows that cannot be recommended.
         """
-        votes = (session.to(self.tokens.dtype) @ self.tokens.T).float()  # [batch, token]
+        parts = self.tokens.split(_SCANNED_AT_ONCE if len(session) > 1 else len(self.tokens))
+        votes = torch.cat([session.to(self.tokens.dtype) @ part.T for part in parts], 1).float()  # [batch, token]
         scores = votes[:, : self.n_rows]  # [batch, row]: the first token of every row
         if not len(self.several):
             return scores
         second = votes[:, self.n_rows : self.n_rows + len(self.several)]
         if len(self.place) == 2:
-            fused = fuse_two(scores[:, self.several], second, self.phi[self.several])
+            fused = fuse_two(scores.index_select(1, self.several), second, self.phi[self.several])
         else:
             places = self.place[:, self.several]
             fused = fuse(votes[:, places.clamp_min(0)], places >= 0, self.phi[self.several])
-        return scores.index_copy(1, self.several, fused)
+        return scores.scatter_(1, self.several.expand_as(fused), fused)  # by columns, `index_copy_` is slower
 
     def exact(self, session: Tensor, rows: Tensor) -> Tensor:
         """Return the scores of some rows; that of a row does not depend on the other rows of the call.
@@ -108,7 +111,7 @@ class PackedItems:
         return replace(self, tokens=tokens, stored=self.stored if tokens is self.tokens else None, **moved)
 
     def _votes(self, session: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        places = self.place[:, rows]
+        places = self.place.index_select(1, rows.flatten()).unflatten(1, rows.shape)
         few = self.stored is not None and places.numel() <= _FEW
         at = places.clamp_min(0)
         tokens = self.stored.take(at) if few and self.stored is not None else F.embedding(at, self.tokens)

@@ -255,7 +255,7 @@ class Ranker:
             bounds = self.quantised.bounds(self.table, query, torch.get_num_threads())
         found = search(self.table, query, bounds, k)
         self.widenings += sum(best.scored > k + SPARE for best in found)
-        return Batch(found, np.count_nonzero(query.allowed.numpy(force=True), axis=1).tolist())
+        return Batch(found, [np.count_nonzero(line) for line in query.allowed.numpy(force=True)])
 
     def _ranking(self, rows: Ints, known: Ints, wanted: Ints, found: Sequence[Found], passed: Sequence[int]) -> Ranking:
         lengths = [len(best.rows) for best in found]
@@ -265,8 +265,8 @@ class Ranker:
         if len(rows):
             width = min(max(lengths), width)
             real = np.arange(width) < counts[:, None]
-            best_rows = pad_sequence([best.rows for best in found], batch_first=True)
-            best_scores = pad_sequence([best.scores for best in found], batch_first=True)
+            joined = torch.stack if min(lengths) == max(lengths) else partial(pad_sequence, batch_first=True)
+            best_rows, best_scores = joined([best.rows for best in found]), joined([best.scores for best in found])
             items[:, :width] = best_rows.numpy(force=True)[:, :width] * real
             scores[:, :width] = best_scores.numpy(force=True)[:, :width] * real
         return Ranking(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,8 +106,11 @@ def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def scan_bounds(table: PackedItems, query: Query) -> Tensor:
     """Return upper bounds [batch, row] that exceed the scores by rounding alone; -inf where not allowed."""
-    scores = table.scan(query.vectors).add_(query.added)
-    return scores.add_(SCAN_ERROR[table.tokens.dtype]).masked_fill_(~query.allowed, -torch.inf)
+    scores = table.scan(query.vectors).add_(query.added).add_(SCAN_ERROR[table.tokens.dtype])
+    if scores.device.type != "cpu":
+        return scores.masked_fill_(~query.allowed, -torch.inf)
+    np.copyto(scores.numpy(), -np.inf, where=~query.allowed.numpy())  # `masked_fill_` takes five times as long
+    return scores
 
 
 def search(table: PackedItems, query: Query, bounds: Tensor, k: int) -> list[Found]:

@@ -44,7 +44,7 @@ class ScoreTerm(nn.Module):
         Parameters
         ----------
         scores : Tensor [batch, catalogue]
-            May be overwritten by a term that changes few of them.
+            May be overwritten.
         item_ids : Tensor [batch, seq], int64
             Items of the sessions, 0 for none.
         earlier : dict of str to Tensor [batch, catalogue]

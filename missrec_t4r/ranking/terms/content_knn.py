@@ -140,11 +140,15 @@ class ContentKNNTerm(ScoreTerm):
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Return the term [batch, catalogue] for sessions ``item_ids`` [batch, seq]."""
+        return self.add_to(self.settings.new_zeros(item_ids.shape[0], self.alike.shape[0]), item_ids, {})
+
+    def add_to(self, scores: Tensor, item_ids: Tensor, earlier: dict[str, Tensor]) -> Tensor:
+        """Add the term, in place where the scores are contiguous."""
         weight = (self.settings[0] * recency(item_ids, self.settings[1])).flatten()  # [event]
-        start, stop = self.pointers[item_ids.flatten()], self.pointers[item_ids.flatten() + 1]  # [event]
+        start, stop = self.pointers.take(item_ids.flatten()), self.pointers.take(item_ids.flatten() + 1)  # [event]
         lengths = stop - start
         if item_ids.device.type == "cuda" and 0 < len(lengths) * self._longest <= _MOST_EDGES:
-            return self._by_longest(item_ids, weight, start, lengths)
+            return scores.add_(self._by_longest(item_ids, weight, start, lengths))
         # one edge per event and candidate that lists its item: much fewer than events times catalogue
         event = torch.repeat_interleave(lengths)  # [edge]; `index_select`, since indexing takes five times as long here
         first = start - lengths.cumsum(0) + lengths  # [event]: where its edges stand, less how many come before them
@@ -153,7 +157,8 @@ class ContentKNNTerm(ScoreTerm):
         session = torch.arange(n_sessions, device=item_ids.device).repeat_interleave(item_ids.shape[1])  # [event]
         at = (session * n_rows).index_select(0, event) + self.candidates.index_select(0, edge)
         added = weight.index_select(0, event) * self.strengths.index_select(0, edge)
-        return weight.new_zeros(n_sessions * n_rows).scatter_add_(0, at, added).view(n_sessions, -1)
+        flat = scores.contiguous().view(-1)
+        return flat.scatter_add_(0, at, added.to(scores.dtype)).view(n_sessions, -1)
 
     def _by_longest(self, item_ids: Tensor, weight: Tensor, start: Tensor, lengths: Tensor) -> Tensor:
         """Return the term from as many edges per event as the longest list has, those beyond its own without weight."""

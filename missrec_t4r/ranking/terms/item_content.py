@@ -95,7 +95,7 @@ class ItemContentTerm(ScoreTerm):
         total, known = torch.zeros(()), list[Tensor]()
         for index in self._used:
             content, centre = (self.get_buffer(f"{part}_{self.names[index]}") for part in ("content", "centre"))
-            weights = (recent * self.scales[index][item_ids]).to(content.dtype)
+            weights = (recent * self.scales[index].take(item_ids)).to(content.dtype)
             mean = F.embedding_bag(item_ids, self.table(index), per_sample_weights=weights, mode="sum")
             query = F.normalize(mean - weights.sum(1, keepdim=True) * centre, dim=-1)
             total = total.addmm_(query, content.T) if known else query @ content.T  # [batch, item]

@@ -115,7 +115,7 @@ class ItemKNNTerm(ScoreTerm):
     def add_to(self, scores: Tensor, item_ids: Tensor, earlier: dict[str, Tensor]) -> Tensor:
         """Return scores plus term; the term itself is kept for the cold-start term."""
         earlier["item_knn"] = self(item_ids)
-        return scores + earlier["item_knn"]
+        return scores.add_(earlier["item_knn"])
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Return the term [batch, catalogue] for sessions ``item_ids`` [batch, seq]."""

@@ -125,7 +125,7 @@ class RareItemTerm(ItemContentTerm):
     def add_to(self, scores: Tensor, item_ids: Tensor, earlier: dict[str, Tensor]) -> Tensor:
         """Return scores plus term: the columns of the rare items alone change."""
         added = self.likeness_to(item_ids).mul_(self.factors).add_(self.offsets)  # [batch, rare]
-        return scores.index_add(1, self.rows, self.without_seen(added, item_ids).to(scores.dtype))
+        return scores.index_add_(1, self.rows, self.without_seen(added, item_ids).to(scores.dtype))
 
     def without_seen(self, added: Tensor, item_ids: Tensor) -> Tensor:
         """Return ``added`` [batch, rare] with 0 for the items of the session, unless they are treated as any other."""

@@ -11,6 +11,7 @@ same operators.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import missrec_t4r.etl  # noqa: F401  # before Merlin: it sets what Merlin needs
@@ -19,6 +20,7 @@ import missrec_t4r.etl  # noqa: F401  # before Merlin: it sets what Merlin needs
 from merlin.schema import Tags
 from nvtabular import Workflow, ops
 
+from missrec_t4r.errors import MISSRecError
 from missrec_t4r.etl.features.pipeline import features
 from missrec_t4r.etl.nvt.event_ops import TimeFeatures
 from missrec_t4r.etl.nvt.session_ops import SessionGroupby
@@ -73,5 +75,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reporting():  # messages and progress on standard error
-        main()
+    try:
+        with reporting():  # messages and progress on standard error
+            main()
+    except MISSRecError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -8,6 +8,7 @@ the sessions hold the stars as a category, and hour and weekday of the rating.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import missrec_t4r.etl  # noqa: F401  # before Merlin: it sets what Merlin needs
@@ -17,6 +18,7 @@ import pandas as pd
 from merlin.schema import Tags
 from nvtabular import Workflow, ops
 
+from missrec_t4r.errors import MISSRecError
 from missrec_t4r.etl.event_settings import CLOCK
 from missrec_t4r.etl.features.pipeline import features
 from missrec_t4r.etl.nvt.event_ops import TimeFeatures
@@ -68,5 +70,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reporting():  # messages and progress on standard error
-        main()
+    try:
+        with reporting():  # messages and progress on standard error
+            main()
+    except MISSRecError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

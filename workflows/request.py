@@ -9,6 +9,7 @@ session; `missrec export` requires that they agree.
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from merlin.schema import Tags
 from nvtabular import Workflow, ops
 
 from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.errors import MISSRecError
 from missrec_t4r.etl.nvt.request_transform import compile_session_transform
 from missrec_t4r.etl.nvt.session_ops import SessionSlice
+from missrec_t4r.serving.client.protocol import typed_id
 
 
 def request_workflow(item_ids: pd.Series, storage: str, max_sequence_length: int = 50) -> Workflow:
@@ -43,9 +46,9 @@ def main() -> None:
     parser.add_argument("--max-sequence-length", type=int, default=50, help="last items of a session to keep")
     options = parser.parse_args()
 
-    item_ids = Catalogue.load(options.data / "catalogue").items["item_id"].to_pandas()
-    kind = int if item_ids.dtype.kind == "i" else str
-    session = [kind(item) for item in options.items.split(",")]
+    catalogue = Catalogue.load(options.data / "catalogue")
+    item_ids = catalogue.items["item_id"].to_pandas()
+    session = [typed_id(item, catalogue.id_type) for item in options.items.split(",")]
     requests = pd.DataFrame({"item_id": [session]})
     with tempfile.TemporaryDirectory() as storage:
         workflow = request_workflow(item_ids, storage, options.max_sequence_length).fit(Dataset(requests))
@@ -54,4 +57,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MISSRecError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -69,6 +69,32 @@ def test_every_script_explains_itself(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("request.py", ["--data", "nowhere", "--items", "a"]),
+        ("movielens.py", ["--archive", "nowhere.zip", "--out", "out"]),
+        ("amazon_reviews.py", ["--reviews", "nowhere.gz", "--metadata", "nowhere.gz", "--out", "out"]),
+    ],
+)
+def test_an_error_of_the_user_is_a_message_and_no_traceback(
+    script: str,
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [script, *options])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(WORKFLOWS / script), run_name="__main__")
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("DataError: ")
+    assert "nowhere" in last
+    assert "; expected: " in last
+
+
 def test_the_default_file_does_what_missrec_etl_does(raw: Path, tmp_path: Path) -> None:
     tables = ["--interactions", raw / "interactions.parquet", "--items", raw / "items.parquet"]
     told = json.loads(_run(WORKFLOWS / "session_features.py", *tables, "--out", tmp_path / "file").splitlines()[-1])

@@ -2,8 +2,7 @@
 
 | where | what it sets | reason (docs/experiments.md) |
 |---|---|---|
-| the median session has fewer than 50 events | `default` | more layers or width brought nothing there |
-| the same, 75,000 training events and more | temperature .05 | there a sharper softmax learns sooner and better |
+| the median session has fewer than 50 events | `default` as it is | more layers or width brought nothing there |
 | others | `long` as it is | its settings are those that MovieLens 1M was measured with |
 | others, 500,000 events and more, on a GPU | twice the width of `long` | .1959 NDCG@10 on MovieLens 1M |
 | the same on a CPU | 20 epochs of `long` | half an hour on two cores; later epochs gained .001 there |
@@ -41,10 +40,6 @@ LONG_SESSIONS: Final = 50
 """Median events from which sessions are long: half of them fill the window of `default`."""
 _MANY_EVENTS: Final = 500_000
 """Training events from which the larger model of a GPU has enough to learn from."""
-_ENOUGH_EVENTS: Final = 75_000
-"""Training events from which `default` is better at the temperature of `long`: between Amazon Scientific, which .07
-suits, and Instruments and Beauty."""
-_SHARPER: Final = {"model.temperature": 0.05}
 _LARGE_CATALOGUE: Final = {"cpu": 200_000, "cuda": 2_000_000}
 """Items from which the softmax is sampled; the second figure is scaled from a CPU's, not measured."""
 _ON_GPU: Final = {
@@ -148,8 +143,6 @@ def by_rules(facts: Facts, settings: Mapping[str, Any] | None = None) -> Choice:
     changes: dict[str, Any] = {}
     if has_many:
         changes |= _ON_GPU if is_larger else _ON_CPU
-    if not is_long and facts.events >= _ENOUGH_EVENTS:
-        changes |= _SHARPER
     if facts.items >= _LARGE_CATALOGUE[facts.device]:
         changes |= _FOR_LARGE_CATALOGUES
         if facts.device == "cpu":
@@ -193,8 +186,6 @@ def _reasons(
         why = f"sessions are long (a median of {LONG_SESSIONS} or more), as those that long was measured with"
     else:
         why = f"sessions are short (a median below {LONG_SESSIONS}): more layers or width brought nothing there"
-        if facts.events >= _ENOUGH_EVENTS and "model.temperature" not in settings:
-            why += f"; temperature {model.temperature:g} for {_ENOUGH_EVENTS:,} events and more"
     layers = f"{model.n_decoder_layers} decoder layer{'s' if model.n_decoder_layers > 1 else ''}"
     shape = f"{base}: width {model.d_model}, {layers}, {model.max_sequence_length} events read; {why}"
     batch = f"{train.batch_size:,} positions" + (f" in {train.accumulate} parts" if train.accumulate > 1 else "")

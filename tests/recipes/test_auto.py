@@ -51,16 +51,7 @@ def test_a_gpu_gets_a_wider_model_where_sessions_are_long_and_many() -> None:
     assert (cpu.train.epochs, cpu.model) == (20, Recipe.load("long").model)  # an epoch takes minutes there
     few = by_rules(MOVIES._replace(events=50_000)).recipe  # too few to fill a large model
     assert few == dataclasses.replace(Recipe.load("long"), name="auto")
-    assert by_rules(MOVIES._replace(median=6, events=40_000)).recipe.model == Recipe.load("default").model
-
-
-def test_short_sessions_with_many_events_get_a_sharper_softmax() -> None:
-    many = by_rules(MOVIES._replace(median=6, events=200_000))
-    assert many.recipe.model == Recipe.load("default", {"model.temperature": 0.05}).model
-    assert "temperature 0.05 for 75,000 events and more" in many.reasons[1]
-    given = by_rules(MOVIES._replace(median=6, events=200_000), {"model.temperature": 0.07})
-    assert given.recipe.model.temperature == 0.07
-    assert "temperature 0.07" not in given.reasons[1]
+    assert by_rules(MOVIES._replace(median=6)).recipe.model == Recipe.load("default").model
 
 
 def test_a_catalogue_of_millions_is_sampled_and_little_memory_splits_the_batch_and_no_time_limit_is_set() -> None:

@@ -188,12 +188,13 @@ class _Command(TyperCommand):
 
 
 def _unquoted(given: Sequence[str], extra: Sequence[str]) -> str:
-    """Return what to do where the arguments without an option are files of the pattern after the last option."""
-    option = next((word for word in reversed(given[: given.index(extra[0])]) if word.startswith("-")), "")
-    if not option or not all(Path(word).exists() for word in extra):
+    """Return what to do where the arguments without an option are files, as is the value of the option before them."""
+    before = given[: given.index(extra[0])]
+    option, equals, value = next((word for word in reversed(before) if word.startswith("-")), "").partition("=")
+    if not option or not all(map(os.path.isfile, [value if equals else before[-1], *extra])):  # a long text is none
         return ""
     file = Path(extra[0])
-    pattern = f"{option.partition('=')[0]} {str(file.with_name(f'*{file.suffix}'))!r}"
+    pattern = f"{option} {str(file.with_name(f'*{file.suffix}'))!r}"
     return f", which are files: the shell replaces a pattern by its files. Quote it, such as {pattern}"
 
 

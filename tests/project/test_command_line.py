@@ -165,8 +165,14 @@ def test_an_unquoted_pattern_is_answered_with_quotes(tmp_path: Path) -> None:
         assert done.exit_code == 2
         assert f"({files[1]} {files[2]} {files[3]} and 2 more), which are files: the shell replaces" in done.output
         assert f"Quote it, such as --interactions '{tmp_path / 'events' / '*.parquet'}'" in done.output
-    done = CliRunner().invoke(app, ["etl", "--items", "items.parquet", "--out", "o", "more"])
-    assert "Got unexpected extra arguments (more)\n" in done.output
+    others = ["more", ".", "/", "", "x" * 300, str(tmp_path / "events"), files[0]]  # none came of a pattern
+    for other in others:
+        done = CliRunner().invoke(app, ["etl", "--items", "items.parquet", "--out", "o", other])
+        assert done.exit_code == 2
+        assert "which are files" not in done.output
+    flag = ["--items", "i", "--out", "o", "--interactions", files[0], "--dry-run"]
+    done = CliRunner().invoke(app, ["etl", *flag, files[1]])
+    assert f"Got unexpected extra arguments ({files[1]})\n" in done.output
 
 
 def test_an_option_is_documented_where_it_is_declared() -> None:

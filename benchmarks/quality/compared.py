@@ -24,7 +24,7 @@ def compact(found: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of a comparison that tables and sentences state."""
     return {
         **{key: found[key] for key in ("split", "current", "candidate", "n_users", "n_items")},
-        "verdict": {key: found["verdict"][key] for key in ("decision", "words", "protocol")},
+        "verdict": {key: found["verdict"][key] for key in ("decision", "summary", "protocol")},
         "systems": {
             name: {key: of[key] for key in ("kind", "bytes", "cost", "notes")} for name, of in found["systems"].items()
         },

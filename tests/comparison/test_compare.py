@@ -21,6 +21,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import missrec_t4r as mr
+from benchmarks.quality.compared import compact
 from missrec_t4r import commands
 from missrec_t4r.cli.app import app
 from missrec_t4r.comparison.beyond_accuracy import BeyondAccuracy
@@ -243,6 +244,7 @@ def test_the_verdict_says_what_its_figures_mean(data: Path, tmp_path: Path) -> N
         "Of all that are compared, later has the highest NDCG@10: 0.8000.",
     ]
     assert all(words in page(result) for words in result["verdict"]["explanation"])
+    assert compact(result)["verdict"]["summary"] == result["verdict"]["summary"]  # what the benchmark keeps
 
 
 def test_every_chart_names_every_system(data: Path, tmp_path: Path) -> None:

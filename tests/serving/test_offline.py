@@ -384,5 +384,7 @@ def test_vectors_json_holds_what_the_dynamic_score_needs(bundle: Path, tmp_path:
     ids = np.load(tmp_path / "vectors" / "ids.npy")
     assert settings["id_embeddings"]
     assert settings["score_terms"].keys() == {"item_knn", "content_knn", "cold_start", "rare_items"}
+    howto = (Path(__file__).parents[2] / "docs/howto/vectors.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in howto for name in ("score_terms", *settings["score_terms"]))
     fused = np.where(ids.any(1), (users @ ids.T + 2 * fused) / 3, fused)
     np.testing.assert_allclose(fused, expected, atol=1e-5)

@@ -109,7 +109,7 @@ def deploy(
     Returns
     -------
     dict
-        ``version``, ``previous``, ``answers`` (traffic was switched), ``live`` (a server runs), the result of the smoke
+        ``version``, ``previous``, ``switched`` (whether traffic was), ``live`` (a server runs), the result of the smoke
         test, and seconds.
 
     Raises

@@ -75,3 +75,15 @@ def test_bytes_that_are_no_text_are_repaired_and_counted(engine: Any, tmp_path: 
     pq.write_table(table.set_column(table.column_names.index("event_type"), "event_type", kinds), events)
     report = etl(events, items, tmp_path / "data", engine=engine)
     assert {finding["check"]: finding["count"] for finding in report["findings"]}["not_utf8"] == 2
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.binary()], ids=str)
+@pytest.mark.parametrize("engine", ["memory", "disk"])
+def test_a_time_that_is_not_utf8_is_left_out_and_counted(engine: Any, kind: pa.DataType, tmp_path: Path) -> None:
+    events, items = _written(tmp_path / "raw", pa.binary())
+    table = pq.read_table(events)
+    times = pa.array([b"\xff", *table["timestamp"].to_pylist()[1:]]).cast(kind, safe=False)
+    pq.write_table(table.set_column(table.column_names.index("timestamp"), "timestamp", times), events)
+    report = etl(events, items, tmp_path / "data", engine=engine)
+    found = {finding["check"]: finding["count"] for finding in report["findings"]}
+    assert (found["not_utf8"], found["null_timestamp"]) == (1, 1)

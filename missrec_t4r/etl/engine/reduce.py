@@ -261,6 +261,9 @@ def _add_chunk_findings(
         repaired.update(chunk["repaired"])
     checks.note_incomplete(findings, nulls)
     checks.note_times(findings, chunks)
+    checks.note_repaired(
+        findings, next(raw for raw, name in plan.names.items() if name == TIMESTAMP), repaired[TIMESTAMP]
+    )
     item_table.add_unknown_item_findings(findings, n_unknown, unknown_events, events, append=append)
     for name, kind in plan.features.items():
         checks.note_nulls(findings, name, nulls[name], text=kind == "category")

@@ -189,6 +189,7 @@ class EventEncoder:
         self.counts: dict[str, Ints] = {}
         """Category column -> [code], number of events."""
         self.nulls: Counter[str] = Counter()
+        self.repaired_times = 0
         self.totals = Counter(rows=0, unknown_item_events=0, **checks.count_times(np.zeros(0)))
         self.newest: float | None = None
         self.whole_seconds = True
@@ -228,7 +229,7 @@ class EventEncoder:
         keys = {
             USER_ID: self._users(checks.normal_ids(decode(table[USER_ID]), raw[USER_ID]), raw[USER_ID]),
             ITEM_ID: items,
-            TIMESTAMP: checks.normal_time(decode(table[TIMESTAMP]), raw[TIMESTAMP], self.plan.time_format),
+            TIMESTAMP: checks.normal_time(self._times(table[TIMESTAMP]), raw[TIMESTAMP], self.plan.time_format),
         }
         table = pa.table({name: keys.get(name, decode(table[name])) for name in table.column_names})
         nulls = {name: table[name].null_count for name in keys if table[name].null_count}
@@ -236,6 +237,15 @@ class EventEncoder:
         for name in nulls:
             table = table.filter(pc.is_valid(table[name]))
         return table
+
+    def _times(self, times: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Return times decoded, texts as UTF-8: one that was not becomes null as any that is not a time."""
+        times = decode(times)
+        if not pa.types.is_string(times.type) or checks.is_utf8(times):
+            return times
+        texts, broken = checks.repaired(times)
+        self.repaired_times += len(broken)
+        return pa.chunked_array([pa.array(texts, pa.string())])
 
     def _users(self, users: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
         """Return user ids in the type of the folder that an update extends."""
@@ -287,7 +297,7 @@ class EventEncoder:
 
     def statistics(self) -> dict[str, Any]:
         """Return, ready for JSON: totals, nulls per column, unknown items, and values and counts of categories."""
-        categories, repaired = {}, {}
+        categories, repaired = {}, {TIMESTAMP: self.repaired_times}
         for name, codes in self.categories.items():
             values, broken = checks.repaired(codes.values)
             categories[name] = {"values": values, "counts": self.counts[name].tolist()}

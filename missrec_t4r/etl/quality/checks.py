@@ -368,7 +368,7 @@ def note_nulls(findings: Findings, name: str, count: int, *, text: bool) -> None
 
 def note_repaired(findings: Findings, name: str, count: int) -> None:
     """Add a finding about repaired texts that were not UTF-8."""
-    findings.add("not_utf8", count, f"texts of column {name!r} were no UTF-8: U+FFFD stands for what was not")
+    findings.add("not_utf8", count, f"texts of column {name!r} were not UTF-8: U+FFFD stands for what was not")
 
 
 def complete_events(table: pa.Table, features: Sequence[str], findings: Findings) -> pa.Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -126,9 +127,8 @@ def demo(
         shorter = None if data or recipe else {"train.epochs": _SHOP_EPOCHS}
         try:
             trained = function_of("train")(folder, run, recipe=chosen, settings=shorter)
-        except ConfigError as error:  # names an option of `missrec train` that this command does not have
-            cure = error.cure.replace("--restart to discard it", f"remove {run} to train anew")
-            raise ConfigError(error.found, error.expected, cure) from error
+        except ConfigError as error:
+            raise ConfigError(error.found, error.expected, without_restart(error.cure, run)) from error
         if trained["stopped_by"] == "interrupt":
             raise KeyboardInterrupt
     with _step("evaluate", "the whole catalogue ranked for every test session", console, seconds):
@@ -258,6 +258,17 @@ def _headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
         short = {name: {key: round(values[key], 4) for key in _HEADLINE} for name, values in systems.items()}
         by_protocol[protocol] = {**short.pop("model"), "baselines": short}
     return {**by_protocol.pop(KEPT_WITH_HISTORY_TERM), **by_protocol}
+
+
+def without_restart(cure: str, run: Path) -> str:
+    """Return a cure that names ``--restart``, an option of `missrec train` alone, as what can be done here.
+
+    Examples
+    --------
+    >>> without_restart("give another --out, or --restart to replace the run", Path("work/demo/shop/run"))
+    'give another --out, or remove work/demo/shop/run to train anew'
+    """
+    return re.sub(r"--restart to (discard it|replace the run)", lambda _: f"remove {run} to train anew", cure)
 
 
 def _show(recommendations: Sequence[Mapping[str, Any]], console: Console) -> None:

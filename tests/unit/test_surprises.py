@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from missrec_t4r.cli import app
+from missrec_t4r.cli.demo import without_restart
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.batching import TrainingBatch
 from missrec_t4r.data.catalogue import Catalogue, Modality
@@ -48,6 +49,7 @@ def test_a_finished_run_is_replaced_by_other_settings_only_on_request(data: Path
     code, _, words = _train(data, run, "--set=train.batch_size=64")
     assert code == 2
     assert "holds a finished run with other settings: train.batch_size 256 -> 64" in words
+    assert f"remove {run} to train anew" in without_restart(words, run)  # what `missrec demo` says of it
     assert "--restart" in words
     assert (run / "weights.safetensors").read_bytes() == weights
     assert _train(data, run, "--set=train.batch_size=64", "--restart")[0] == 0

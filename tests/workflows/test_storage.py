@@ -21,6 +21,7 @@ from missrec_t4r.etl.nvt.event_ops import KCore
 from missrec_t4r.etl.nvt.serialization import load_workflow, save_workflow
 from missrec_t4r.etl.nvt.workflows import build_session_workflow, fit, transform_dataset
 from missrec_t4r.etl.pipeline import etl
+from missrec_t4r.io.hashing import json_digest
 from tests.workflows.tables import EVENTS, write
 
 SOME = settings(
@@ -136,12 +137,10 @@ def test_changed_files_are_refused(stored: Path) -> None:
     ],
 )
 def test_strange_operators_are_refused_even_with_a_right_checksum(stored: Path, change: Any, words: str) -> None:
-    from missrec_t4r.etl.nvt.serialization import _checksum
-
     graph = json.loads((stored / "workflow.json").read_text())
     del graph["sha256"]
     change(graph["nodes"][0])
-    (stored / "workflow.json").write_text(json.dumps(graph | {"sha256": _checksum(graph)}))
+    (stored / "workflow.json").write_text(json.dumps(graph | {"sha256": json_digest(graph)}))
     with pytest.raises(DataError, match=words):
         load_workflow(stored)
 

@@ -15,15 +15,14 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from missrec_t4r.errors import MISSRecError
 from missrec_t4r.io.json_files import write_json
-from missrec_t4r.progress import reporting
+from missrec_t4r.progress import run_as_command
 from missrec_t4r.runs.run_folder import versions
 
 __all__ = [
@@ -126,17 +125,6 @@ def report(name: str, payload: Mapping[str, Any], folder: Path = RESULTS) -> Non
     path = write_result(name, payload, folder)
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     print(json.dumps({**payload, "result": str(shown)}, default=float))
-
-
-def run_as_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a benchmark with its messages and progress; exit with its code, or after an error that the user can cure."""
-    try:
-        with reporting():
-            code = main()
-    except MISSRecError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        code = error.exit_code
-    sys.exit(code)
 
 
 def _synchronise(device: str) -> None:

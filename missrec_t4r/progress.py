@@ -8,13 +8,16 @@ and log a line every ten seconds elsewhere.
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from missrec_t4r.errors import MISSRecError
 
 T = TypeVar("T")
 
@@ -80,6 +83,20 @@ def reporting(*, messages: bool = True, verbose: bool = False, quiet: bool = Fal
         _library.removeHandler(handler)
         _library.setLevel(level)
         _library.propagate = propagate
+
+
+def run_as_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's ``main`` with messages and progress; exit with its code, or after an error that the user can cure.
+
+    For scripts beside the command line, such as those in `workflows/`.
+    """
+    try:
+        with reporting():
+            code = main()
+    except MISSRecError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code)
 
 
 class _Handler(logging.Handler):

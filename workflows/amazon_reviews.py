@@ -11,7 +11,6 @@ same operators.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import missrec_t4r.etl  # noqa: F401  # before Merlin: it sets what Merlin needs
@@ -20,14 +19,13 @@ import missrec_t4r.etl  # noqa: F401  # before Merlin: it sets what Merlin needs
 from merlin.schema import Tags
 from nvtabular import Workflow, ops
 
-from missrec_t4r.errors import MISSRecError
 from missrec_t4r.etl.features.pipeline import features
 from missrec_t4r.etl.nvt.event_ops import TimeFeatures
 from missrec_t4r.etl.nvt.session_ops import SessionGroupby
 from missrec_t4r.etl.nvt.workflow_file import EventColumns
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.sources.amazon import import_amazon
-from missrec_t4r.progress import reporting
+from missrec_t4r.progress import run_as_command
 
 LIST = [Tags.LIST, Tags.SEQUENCE]
 
@@ -75,9 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        with reporting():  # messages and progress on standard error
-            main()
-    except MISSRecError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_as_command(main)

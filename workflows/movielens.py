@@ -8,7 +8,6 @@ the sessions hold the stars as a category, and hour and weekday of the rating.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import missrec_t4r.etl  # noqa: F401  # before Merlin: it sets what Merlin needs
@@ -18,7 +17,6 @@ import pandas as pd
 from merlin.schema import Tags
 from nvtabular import Workflow, ops
 
-from missrec_t4r.errors import MISSRecError
 from missrec_t4r.etl.event_settings import CLOCK
 from missrec_t4r.etl.features.pipeline import features
 from missrec_t4r.etl.nvt.event_ops import TimeFeatures
@@ -26,7 +24,7 @@ from missrec_t4r.etl.nvt.session_ops import SessionGroupby
 from missrec_t4r.etl.nvt.workflow_file import EventColumns
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.sources.movielens import import_movielens
-from missrec_t4r.progress import reporting
+from missrec_t4r.progress import run_as_command
 
 LIST = [Tags.LIST, Tags.SEQUENCE]
 STARS = pd.Series([half / 2 for half in range(1, 11)])  # half a star to five: codes 3 to 12
@@ -70,9 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        with reporting():  # messages and progress on standard error
-            main()
-    except MISSRecError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_as_command(main)

@@ -11,15 +11,13 @@ docs/howto/nightly.md continues with training and deployment.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from missrec_t4r.errors import MISSRecError
 from missrec_t4r.etl.engine.append import update
 from missrec_t4r.etl.features.pipeline import features
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.quality.report import report
-from missrec_t4r.progress import reporting
+from missrec_t4r.progress import run_as_command
 
 
 def main() -> None:
@@ -49,9 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        with reporting():  # messages and progress on standard error
-            main()
-    except MISSRecError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_as_command(main)

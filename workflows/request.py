@@ -9,7 +9,6 @@ session; `missrec export` requires that they agree.
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,9 +21,9 @@ from merlin.schema import Tags
 from nvtabular import Workflow, ops
 
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.errors import MISSRecError
 from missrec_t4r.etl.nvt.request_transform import compile_session_transform
 from missrec_t4r.etl.nvt.session_ops import SessionSlice
+from missrec_t4r.progress import run_as_command
 from missrec_t4r.serving.client.protocol import typed_id
 
 
@@ -57,8 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MISSRecError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_as_command(main)

@@ -9,7 +9,7 @@ import pandas as pd
 
 import missrec_t4r as mr
 from missrec_t4r import commands
-from missrec_t4r.etl.quality.charts import bars
+from missrec_t4r.pages.charts import bars
 from missrec_t4r.recommender.evaluation import Chart
 
 commands.generate("shop", users=400, items=150)

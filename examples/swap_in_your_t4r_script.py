@@ -74,7 +74,7 @@ after = trainer.evaluate()
 # the two bars are not the same protocol. `missrec compare` ranks both under one ([docs](../docs/howto/compare.md)).
 
 # %%
-from missrec_t4r.etl.quality.charts import bars
+from missrec_t4r.pages.charts import bars
 from missrec_t4r.recommender.evaluation import Chart
 
 metric = "eval_/next-item/ndcg_at_10"

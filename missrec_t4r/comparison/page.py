@@ -8,10 +8,10 @@ from html import escape
 from typing import Any, Final
 
 from missrec_t4r.comparison.verdict import OPEN, REFUSED, SHIP
-from missrec_t4r.etl.quality.charts import intervals
-from missrec_t4r.etl.quality.html import STYLE, document, gate, section, table
 from missrec_t4r.evaluation.full_ranking import PROTOCOL_TITLES
 from missrec_t4r.evaluation.report import NO_VALUE
+from missrec_t4r.pages.charts import intervals
+from missrec_t4r.pages.document import STYLE, document, gate, section, table
 
 COMPARISON_STYLE: Final = (
     STYLE

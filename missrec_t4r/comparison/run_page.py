@@ -28,14 +28,14 @@ from missrec_t4r.comparison.page import (
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl.features.thumbnails import thumbnails
-from missrec_t4r.etl.quality.charts import bars, line, number
-from missrec_t4r.etl.quality.html import document, numbers, section, table
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, PROTOCOL_TITLES, rank_systems
 from missrec_t4r.evaluation.metrics import CRITERION
 from missrec_t4r.evaluation.report import with_current_names
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.model.score_terms import ScoreTerms
+from missrec_t4r.pages.charts import bars, line, number
+from missrec_t4r.pages.document import document, numbers, section, table
 from missrec_t4r.ranking.protocols import EXPORTED, MODEL, NETWORK, TERMS, Blend, BlendScorer
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune import NDCG, NDCG_WITHOUT

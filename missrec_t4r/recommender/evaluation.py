@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.etl.quality.charts import bars
+from missrec_t4r.pages.charts import bars
 
 _STYLE = (
     "<style>.missrec svg{width:380px;margin:4px}.missrec .bar{fill:#3b6ea5}.missrec .grid{stroke:#8886}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from missrec_t4r.etl.quality.charts import bars, curves
-from missrec_t4r.etl.quality.html import STYLE, document, section, table
+from missrec_t4r.pages.charts import bars, curves
+from missrec_t4r.pages.document import STYLE, document, section, table
 
 _STYLE: Final = """
 polyline.other{fill:none;stroke:var(--soft);stroke-width:1;opacity:.5}polyline.best{fill:none;stroke:var(--good);stroke-width:3}

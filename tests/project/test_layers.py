@@ -7,7 +7,7 @@ import pytest
 from tests.project.packages import ROOT, imports, modules
 
 LAYERS = """
-    errors schema arrays config progress io cuda_graph tracing
+    errors schema arrays config progress io pages cuda_graph tracing
     data model evaluation ranking retrieval
     runs bundle etl training serving export t4r comparison tuning
     commands recommender cli

@@ -21,7 +21,7 @@ import missrec_t4r as mr
 from missrec_t4r.bundle.bundle import load_bundle
 from missrec_t4r.cli.app import app
 from missrec_t4r.errors import BundleError, ConfigError, DataError, MISSRecError, SchemaError
-from missrec_t4r.etl.quality.charts import number
+from missrec_t4r.pages.charts import number
 from missrec_t4r.recommender.frames import arrow_table, write_parquet
 from missrec_t4r.recommender.shop import command_line
 

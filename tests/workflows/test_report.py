@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from missrec_t4r.cli import app
 from missrec_t4r.errors import ConfigError, DataError, GateError
 from missrec_t4r.etl.pipeline import etl
-from missrec_t4r.etl.quality.charts import bars, log_line
 from missrec_t4r.etl.quality.report import apply_gate, drift, report
+from missrec_t4r.pages.charts import bars, log_line
 from tests.workflows.tables import EVENTS, ITEMS, save_vectors, write
 
 DAY = 86_400

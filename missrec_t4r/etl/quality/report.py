@@ -18,7 +18,7 @@ import yaml
 
 from missrec_t4r.errors import ConfigError, GateError
 from missrec_t4r.etl.quality.checks import CHECKS
-from missrec_t4r.etl.quality.html import page
+from missrec_t4r.etl.quality.page import page
 from missrec_t4r.etl.quality.statistics import ReportData, compute_statistics
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.hashing import data_digest

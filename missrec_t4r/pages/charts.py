@@ -1,4 +1,4 @@
-"""Bar and line charts as inline SVG of the data report, with axes and tooltips.
+"""Bar and line charts as inline SVG, with axes and tooltips.
 
 Own code instead of matplotlib: these hundred lines follow the page's light and dark colours and show tooltips;
 matplotlib would add 30 MB to the installation and draw static images.

@@ -1,0 +1,1 @@
+"""The building blocks of all HTML pages: document, sections, tables and charts."""

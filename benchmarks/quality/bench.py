@@ -17,13 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.measure import report, run_as_command
 from benchmarks.quality.datasets import INTERACTIONS, prepare_named
 from missrec_t4r import commands
 from missrec_t4r.config import Recipe
 from missrec_t4r.config.recipe import AUTO
+from missrec_t4r.config.yaml_text import parse_yaml
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.runs.run_folder import RUN_FILE, read_info
@@ -207,7 +206,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", dest="settings", action="append", default=[], help="such as model.d_model=128")
     options = parser.parse_args()
-    settings = {key: yaml.safe_load(value) for key, value in pairs(options.settings).items()}
+    settings = {key: parse_yaml(value) for key, value in pairs(options.settings).items()}
     found = bench(options.data, options.recipe, options.seeds, options.out, settings=settings, **data_set(options))
     report(f"quality-{found['data']}-{_label(options.recipe, settings)}", found)
 

@@ -25,13 +25,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import yaml
 
 from benchmarks.measure import report, run_as_command
 from benchmarks.quality.bench import FIRST_SEED, arguments, pairs
 from benchmarks.quality.paired import paired
 from missrec_t4r import commands
 from missrec_t4r.cli.demo import find_inputs
+from missrec_t4r.config.yaml_text import parse_yaml
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_WITH_HISTORY_TERM, rank_catalogue
 from missrec_t4r.evaluation.metrics import metric_names, metric_values
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--label", default="cold")
     options = parser.parse_args()
     settings = {"model.cold_start_exposure": options.exposure[0]}
-    settings |= {key: yaml.safe_load(value) for key, value in pairs(options.settings).items()}
+    settings |= {key: parse_yaml(value) for key, value in pairs(options.settings).items()}
     name = options.name or options.data.resolve().name
     draws = [
         measure(

@@ -21,11 +21,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.measure import report, run_as_command
 from missrec_t4r import commands
 from missrec_t4r.config import Recipe
+from missrec_t4r.config.yaml_text import parse_yaml
 from missrec_t4r.data.event_features import event_columns, load_sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_WITH_HISTORY_TERM, quick_metrics
 from missrec_t4r.ranking.scorer import ModelScorer
@@ -106,7 +105,7 @@ def main() -> None:
     parser.add_argument("--shop-seed", type=int, default=7)
     parser.add_argument("--name", default="event-features", help="of the result")
     options = parser.parse_args()
-    settings = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in options.settings)}
+    settings = {key: parse_yaml(value) for key, _, value in (item.partition("=") for item in options.settings)}
     recipe = Recipe.load(options.recipe, settings)
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)

@@ -37,12 +37,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import yaml
-
 from benchmarks.measure import report, run_as_command
 from benchmarks.quality.bench import no_words_option, pairs
 from missrec_t4r.config import Recipe
 from missrec_t4r.config.checks import refuse_unknown
+from missrec_t4r.config.yaml_text import parse_yaml
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS
 from missrec_t4r.io.json_files import read_json, write_json
@@ -153,7 +152,7 @@ def read_jobs(file: Path, folders: Mapping[str, str], *, device: str = "auto", o
     ConfigError
         A key, setting or split that is unknown, a name twice, or nothing that is left to train.
     """
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    content = parse_yaml(file.read_text(encoding="utf-8"))
     refuse_unknown(content, ["evaluate", "runs"], str(file))
     evaluate = list(content.get("evaluate", SPLITS))
     refuse_unknown(evaluate, list(SPLITS), f"{file}: evaluate")

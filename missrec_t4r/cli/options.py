@@ -29,6 +29,7 @@ import typer
 import yaml
 
 from missrec_t4r.commands.in_python import FLAGS, flags_of
+from missrec_t4r.config.yaml_text import parse_yaml
 from missrec_t4r.errors import ConfigError
 
 
@@ -155,9 +156,7 @@ def _value(name: str, members: list[Any], default: Any, flag: str, option: Optio
 
 def _mapping(hint: Any, flag: str, option: Option) -> _Value:
     if option.yaml:
-        return _Value(
-            list[str], [], "KEY=VALUE", lambda given: {k: yaml.safe_load(v) for k, v in pairs(given, flag).items()}
-        )
+        return _Value(list[str], [], "KEY=VALUE", lambda given: _yaml_pairs(given, flag))
     if str in _members(typing.get_args(hint)[1]):
         return _Value(list[str], [], "NAME=VALUE", lambda given: pairs(given, flag))
 
@@ -167,6 +166,14 @@ def _mapping(hint: Any, flag: str, option: Option) -> _Value:
         return json_option(text, flag)
 
     return _Value(str | None, None, "JSON", from_json)
+
+
+def _yaml_pairs(given: Sequence[str], flag: str) -> dict[str, Any]:
+    try:
+        return {key: parse_yaml(value) for key, value in pairs(given, flag).items()}
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{flag}: a value is not YAML ({reason})", "KEY=VALUE", "put quotes around a text") from error
 
 
 def _members(hint: Any) -> list[Any]:

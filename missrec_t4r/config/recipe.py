@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from missrec_t4r.config.checks import field_names, refuse_unknown
 from missrec_t4r.config.model import MISSRecConfig
 from missrec_t4r.config.renamed import current_name, current_settings
 from missrec_t4r.config.training import PretrainConfig, TrainConfig
+from missrec_t4r.config.yaml_text import parse_yaml
 from missrec_t4r.errors import ConfigError
 
 SECTIONS: Final[Mapping[str, type[Any]]] = {"model": MISSRecConfig, "train": TrainConfig, "pretrain": PretrainConfig}
@@ -142,8 +142,8 @@ def _find(name_or_path: str, folder: Path) -> _File:
 
 
 def _parse(text: bytes, name: str) -> dict[str, Any]:
-    try:  # YAML would read JSON's 1e-12 as a text
-        content = json.loads(text) if name.endswith(".json") else yaml.safe_load(text) or {}
+    try:
+        content = parse_yaml(text) or {}
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"recipe {name} is not YAML ({reason})", "a mapping with model: and train:") from error

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import yaml
 
 from missrec_t4r.config import Recipe
+from missrec_t4r.config.yaml_text import parse_yaml
 from missrec_t4r.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def values_of(recipe: Recipe, space: Space) -> dict[str, Any]:
 
 def _read(file: Path) -> Space:
     try:
-        content = yaml.safe_load(file.read_bytes())
+        content = parse_yaml(file.read_bytes())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read ({' '.join(str(error).split())})", _EXPECTED) from error
     if not isinstance(content, Mapping) or not content:

@@ -66,7 +66,9 @@ def test_a_catalogue_of_millions_is_sampled_and_little_memory_splits_the_batch_a
 
 def test_the_command_says_why_in_three_lines_and_given_settings_win(long: Path, tmp_path: Path) -> None:
     words = ["train", "--data", str(long), "--out", str(tmp_path / "run"), "--device", "cpu", "--dry-run"]
-    ran = CliRunner().invoke(app, [*words, "--set", "model.max_sequence_length=20"])
+    ran = CliRunner().invoke(
+        app, [*words, "--set", "model.max_sequence_length=20", "--set", "train.learning_rate=2e-3"]
+    )
     assert ran.exit_code == 0, ran.output
     lines = " ".join(ran.stderr.split()).split("recipe auto: ")[1:]  # as long as they are, on a terminal of any width
     assert len(lines) == 3
@@ -76,6 +78,7 @@ def test_the_command_says_why_in_three_lines_and_given_settings_win(long: Path, 
     answer = json.loads(ran.stdout)
     assert answer["chosen"]["recipe"] == "long"
     assert answer["recipe"]["model"]["max_sequence_length"] == 20
+    assert answer["recipe"]["train"]["learning_rate"] == 0.002
     assert answer["recipe"]["model"]["d_model"] == Recipe.load("long").model.d_model
     assert len(answer["chosen"]["reasons"]) == 3
 

@@ -100,6 +100,14 @@ def test_a_recipe_that_cannot_be_resolved_is_refused(tmp_path: Path, text: str, 
         Recipe.load(tmp_path / "mine.yaml")
 
 
+def test_numbers_of_a_recipe_may_be_written_as_in_python(tmp_path: Path) -> None:
+    """PyYAML alone reads `1e-3` as a text."""
+    write(tmp_path, mine="train: {learning_rate: 1e-3, weight_decay: .5E-2, epochs: 10}\nmodel: {temperature: 7e-2}")
+    recipe = Recipe.load(tmp_path / "mine.yaml")
+    assert (recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.epochs) == (0.001, 0.005, 10)
+    assert recipe.model.temperature == 0.07
+
+
 def test_old_names_of_settings_are_accepted(tmp_path: Path) -> None:
     write(tmp_path, mine="model: {n_lookalikes: 4, side_features: none, side_width: 8}\ntrain: {id_start: tokens}")
     recipe = Recipe.load(tmp_path / "mine.yaml", {"model.newcomer_exposure": 1.0, "model.side_dropout": 0.1})

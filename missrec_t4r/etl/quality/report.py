@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from missrec_t4r.config.yaml_text import parse_yaml
 from missrec_t4r.errors import ConfigError, GateError
 from missrec_t4r.etl.quality.checks import CHECKS
 from missrec_t4r.etl.quality.page import page
@@ -143,7 +144,7 @@ def read_gate(file: Path) -> dict[str, dict[str, Any]]:
         It is missing, or not a mapping of statistics to ``min``, ``max`` and ``required``.
     """
     try:
-        bounds = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        bounds = parse_yaml(Path(file).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"the gate {file} cannot be read ({error})", "a YAML file", "check --gate") from error
     by_name: dict[str, Any] = bounds if isinstance(bounds, dict) else {"the file": bounds}

@@ -3,8 +3,10 @@
     make bench-serving                       an untrained model of d = 300 on 4,385 items, everything in one run
     make bench-serving BUNDLE=bundle/        a trained one; its embeddings also make the large catalogues
 
-One machine, one Triton, one after the other: ours, an empty Python model (what any Python model costs), and the classic
-Merlin Systems ensemble with T4R's XLNet in three configurations. Requests come from this process over gRPC.
+One machine, one Triton each, measured in turns: ours, an empty Python model (what any Python model costs), and the
+classic Merlin Systems ensemble with T4R's XLNet in three configurations. Requests come from this process over gRPC.
+Times are medians over all rounds; *times faster* is the median of the rounds' own ratios, so that what else the machine
+does for some seconds changes neither.
 """
 
 from __future__ import annotations
@@ -13,15 +15,17 @@ import argparse
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from benchmarks.measure import report
@@ -29,8 +33,9 @@ from benchmarks.speed.large_server import run as serve_large
 from benchmarks.speed.serving_shop import bundle_of
 from missrec_t4r.bundle.item_table import load_session_transform
 from missrec_t4r.bundle.manifest import ITEMS_FILE
+from missrec_t4r.progress import track
 from missrec_t4r.serving.client.transports import TritonTransport
-from missrec_t4r.serving.load import Arrays, answers_per_second, latency, message
+from missrec_t4r.serving.load import Arrays, answers_per_second, latency, message, percentiles, response_times
 from missrec_t4r.serving.triton.local_server import LocalTriton
 from missrec_t4r.serving.triton.repository import write_repository
 
@@ -68,8 +73,59 @@ def throughput(url: str, model: str, outputs: Sequence[str], requests: Sequence[
     return answers_per_second(url, [message(model, one, outputs) for one in requests], _CLIENTS, seconds)
 
 
-def ours(bundle: Path, work: Path, seconds: float, threads: int) -> dict[str, Any]:
-    """Measure our ensemble: latency, throughput, start and memory."""
+class Served(NamedTuple):
+    """A model of a running server, and the requests that it gets."""
+
+    url: str
+    model: str
+    outputs: Sequence[str]
+    requests: Mapping[str, Sequence[Arrays]]
+    """Requests by their number of sessions."""
+
+
+class Times(NamedTuple):
+    """What was measured of a model, round by round."""
+
+    ms: dict[str, list[list[float]]]
+    """Milliseconds of the responses, by the number of sessions."""
+    rates: list[float]
+    """Sessions per second."""
+
+    def p50(self, size: str) -> npt.NDArray[np.float64]:
+        """Return the median of each round, in milliseconds [round]."""
+        return np.array([np.median(times) for times in self.ms[size]])
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures over all rounds."""
+        all_rounds = {size: percentiles(np.concatenate(rounds)) for size, rounds in self.ms.items()}
+        found = {f"{name}_ms": {size: one[name] for size, one in all_rounds.items()} for name in ("p50", "p99")}
+        return found | ({"throughput": round(statistics.median(self.rates), 1)} if self.rates else {})
+
+
+def in_turns(served: Mapping[str, Served], seconds: float, rounds: int) -> dict[str, Times]:
+    """Measure models, one after the other, again and again: what else the machine does then meets them alike."""
+    found = {name: Times({size: [] for size in one.requests}, []) for name, one in served.items()}
+    for _ in track(range(rounds), "serving"):
+        for name, one in served.items():
+            with connected(one.url, one.model, one.outputs) as call:
+                for size, requests in one.requests.items():
+                    found[name].ms[size].append(response_times(call, requests, seconds / rounds))
+            if "64" in one.requests:  # the empty model has no batch
+                rate = throughput(one.url, one.model, one.outputs, one.requests["1"], seconds / rounds)
+                found[name].rates.append(rate)
+    return found
+
+
+@contextlib.contextmanager
+def started(repository: Path) -> Iterator[tuple[LocalTriton, float]]:
+    """Serve a repository; return the server and the seconds until it was ready."""
+    began = time.perf_counter()
+    with LocalTriton(repository) as server:
+        yield server, round(time.perf_counter() - began, 2)
+
+
+def ours(bundle: Path) -> dict[str, list[Arrays]]:
+    """Return requests for our ensemble: sessions of random items."""
     ids = [str(one).encode() for one in pq.read_table(bundle / ITEMS_FILE, columns=["item_id"])["item_id"].to_pylist()]
     rng = np.random.default_rng(0)
 
@@ -77,62 +133,92 @@ def ours(bundle: Path, work: Path, seconds: float, threads: int) -> dict[str, An
         chosen = np.array(ids, object)[rng.integers(0, len(ids), (batch, _LENGTH))]
         return {"item_ids": chosen, "length": np.full((batch, 1), _LENGTH, np.int32)}
 
-    write_repository(bundle, work / "ours", threads=threads)
-    started = time.perf_counter()
-    with LocalTriton(work / "ours") as server:
-        result: dict[str, Any] = {"cold_start_s": round(time.perf_counter() - started, 2)}
-        with connected(server.grpc_url, "missrec", OUTPUTS) as call:
-            batches = {"1": [request(1) for _ in range(50)], "64": [request(64) for _ in range(10)]}
-            times = {size: latency(call, requests, seconds) for size, requests in batches.items()}
-        result["p50_ms"] = {size: one["p50"] for size, one in times.items()}
-        result["p99_ms"] = {size: one["p99"] for size, one in times.items()}
-        result["throughput"] = throughput(server.grpc_url, "missrec", OUTPUTS, batches["1"], seconds)
-        result["peak_mib"] = round(_group_peak(server.pid))
-    return result
+    return {"1": [request(1) for _ in range(50)], "64": [request(64) for _ in range(10)]}
 
 
-def _beside(own: Mapping[str, Any], peers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fastest of the peers for each measure, and how many times faster ours is."""
-    fastest = {size: min(one["p50_ms"][size] for one in peers.values()) for size in ("1", "64")}
-    throughput = max(one["throughput"] for one in peers.values())
-    return {
-        "merlin_p50_ms": fastest,
-        "merlin_throughput": throughput,
-        "times_faster": round(fastest["1"] / own["p50_ms"]["1"], 2),
-        "times_throughput": round(own["throughput"] / throughput, 2),
-    }
-
-
-def floor(work: Path, seconds: float) -> float:
-    """Return the p50 of an empty model: Triton's own latency."""
+def floor(work: Path) -> Path:
+    """Write the repository of an empty model: its latency is Triton's own."""
     folder = work / "floor" / "floor"
     (folder / "1").mkdir(parents=True)
     (folder / "config.pbtxt").write_text(_FLOOR_CONFIG)
     (folder / "1" / "model.py").write_text(_FLOOR_MODEL)
-    with LocalTriton(work / "floor") as server, connected(server.grpc_url, "floor", ("y",)) as call:
-        return latency(call, [{"x": np.zeros((1, 10), np.float32)}], seconds)["p50"]
+    return folder.parent
 
 
-def merlin(work: Path, n_items: int, seconds: float, content: int) -> dict[str, Any]:
-    """Measure three configurations of the classic ensemble, items with a vector of width ``content`` or ids alone."""
+def merlin(work: Path, n_items: int, content: int) -> dict[str, tuple[Path, str, dict[str, list[Arrays]]]]:
+    """Write three configurations of the classic ensemble, items with a vector of width ``content`` or ids alone.
+
+    Returns
+    -------
+    dict
+        Repository, model and requests of each.
+    """
     os.environ.setdefault("DASK_DATAFRAME__QUERY_PLANNING", "False")  # before Merlin is imported
-    from benchmarks.speed.merlin_peer import CONFIGURATIONS, OUTPUTS, build, request
+    from benchmarks.speed.merlin_peer import CONFIGURATIONS, build, request
 
     rng = np.random.default_rng(0)
-    found: dict[str, Any] = {}
-    for name, repository in build(work / "peers", n_items, top_k=_TOP_K, content=content).items():
-        sizes = {"1": 1, "64": 64}
-        requests = {
-            size: [request([rng.integers(1, n_items + 1, _LENGTH).tolist() for _ in range(n)]) for _ in range(10)]
-            for size, n in sizes.items()
+
+    def sessions(n: int) -> Arrays:
+        return request([rng.integers(1, n_items + 1, _LENGTH).tolist() for _ in range(n)])
+
+    requests = {str(n): [sessions(n) for _ in range(10)] for n in (1, 64)}
+    repositories = build(work / f"peers-{content}", n_items, top_k=_TOP_K, content=content)
+    return {name: (repository, CONFIGURATIONS[name], requests) for name, repository in repositories.items()}
+
+
+def beside(own: Times, peers: Mapping[str, Times], cold_start: Mapping[str, float]) -> dict[str, Any]:
+    """Return the peers' figures, the fastest of each measure, and how many times faster ours is (median of rounds)."""
+    fastest = {size: min(one.summary()["p50_ms"][size] for one in peers.values()) for size in own.ms}
+    times = {
+        size: float(np.median(np.min([one.p50(size) for one in peers.values()], 0) / own.p50(size))) for size in own.ms
+    }
+    ratios = np.array(own.rates) / np.max([one.rates for one in peers.values()], 0)
+    return {
+        "merlin_p50_ms": fastest,
+        "merlin_throughput": max(one.summary()["throughput"] for one in peers.values()),
+        "times_faster": round(times["1"], 2),
+        "times_faster_64": round(times["64"], 2),
+        "times_throughput": round(float(np.median(ratios)), 2),
+        "merlin": {name: one.summary() | {"cold_start_s": cold_start[name]} for name, one in peers.items()},
+    }
+
+
+def served(bundle: Path, work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure our ensemble, an empty model and the peers in turns, all of them running."""
+    from benchmarks.speed.merlin_peer import OUTPUTS as MERLIN_OUTPUTS
+
+    write_repository(bundle, work / "ours", threads=options.threads)
+    peers = (
+        {}
+        if options.without_merlin
+        else {
+            f"{kind}/{name}": one
+            for kind, content in (("merlin", _CONTENT), ("ids_alone", 0))
+            for name, one in merlin(work, options.items, content).items()
         }
-        started = time.perf_counter()
-        with LocalTriton(repository) as server:
-            ready = round(time.perf_counter() - started, 2)
-            with connected(server.grpc_url, CONFIGURATIONS[name], OUTPUTS) as call:
-                times = {size: latency(call, requests[size], seconds)["p50"] for size in sizes}
-            rate = throughput(server.grpc_url, CONFIGURATIONS[name], OUTPUTS, requests["1"], seconds)
-        found[name] = {"p50_ms": times, "throughput": rate, "cold_start_s": ready}
+    )
+    models: dict[str, Served] = {}
+    cold_start: dict[str, float] = {}
+    with contextlib.ExitStack() as servers:
+
+        def start(name: str, repository: Path, model: str, outputs: Sequence[str], requests: Any) -> LocalTriton:
+            server, cold_start[name] = servers.enter_context(started(repository))
+            models[name] = Served(server.grpc_url, model, outputs, requests)
+            return server
+
+        own = start("ours", work / "ours", "missrec", OUTPUTS, ours(bundle))
+        start("floor", floor(work), "floor", ("y",), {"1": [{"x": np.zeros((1, 10), np.float32)}]})
+        for name, (repository, model, requests) in peers.items():
+            start(name, repository, model, MERLIN_OUTPUTS, requests)
+        times = in_turns(models, options.seconds, options.rounds)
+        peak = round(_group_peak(own.pid))
+    found = times["ours"].summary() | {"cold_start_s": cold_start["ours"], "peak_mib": peak}
+    found["floor_p50_ms"] = times["floor"].summary()["p50_ms"]["1"]
+    for kind in ("merlin", "ids_alone") if peers else ():
+        of = {name.partition("/")[2]: one for name, one in times.items() if name.startswith(f"{kind}/")}
+        starts = {name.partition("/")[2]: cold_start[name] for name in cold_start}
+        result = beside(times["ours"], of, starts)
+        found |= result if kind == "merlin" else {kind: result}
     return found
 
 
@@ -198,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bundle", type=Path, help="of a trained run; an untrained shop by default")
     parser.add_argument("--items", type=int, default=4385, help="items of the untrained shop and of the peers")
     parser.add_argument("--seconds", type=float, default=8.0, help="per measurement")
+    parser.add_argument("--rounds", type=int, default=4, help="in which each measurement is divided")
     parser.add_argument("--threads", type=int, default=1, help="of the ranker")
     parser.add_argument("--rows", type=int, nargs="*", default=[100_000, 1_000_000], help="sizes for the top-50")
     parser.add_argument("--hnsw", action="store_true", help="HNSW beside the top-50: needs faiss-cpu")
@@ -209,13 +296,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         bundle = chosen.bundle or bundle_of(work / "bundle", chosen.items)
-        found = ours(bundle, work, chosen.seconds, chosen.threads) | {"floor_p50_ms": floor(work, chosen.seconds)}
+        found = served(bundle, work, chosen)
         found["transform_ms"] = transform_ms(bundle, min(chosen.seconds, 2.0))
         if not chosen.without_merlin:
-            peers = merlin(work, chosen.items, chosen.seconds, _CONTENT)
-            found |= _beside(found, peers) | {"merlin": peers}
-            lean = merlin(work, chosen.items, chosen.seconds, 0)
-            found["ids_alone"] = _beside(found, lean) | {"merlin": lean}
             found["nvtabular_transform_ms"] = nvtabular_ms(work, min(chosen.seconds, 4.0))
         if chosen.large:
             found["large_server"] = serve_large(chosen.large, instances=2, threads=1, clients=4)

@@ -57,8 +57,7 @@ def bundle_of(out: Path, n_items: int, *, d_model: int = 300, seed: int = 0, mos
     """
     catalogue = shop(n_items, seed)
     torch.manual_seed(seed)
-    settings = {"d_model": d_model, "candidate_fusion": "dynamic_shared", "interest_ratio": 0.5}
-    config = Recipe.from_dict({"name": "bench", "model": settings}).model
+    config = Recipe.load("default", {"model.d_model": d_model}).model
     model = build_missrec(config, catalogue).eval()
     rng = np.random.default_rng(seed)
     with torch.no_grad():

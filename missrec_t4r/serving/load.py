@@ -41,8 +41,8 @@ def message(model: str, arrays: Arrays, outputs: Sequence[str]) -> bytes:
     return serialised
 
 
-def latency(call: Callable[[Arrays], Any], requests: Sequence[Arrays], seconds: float) -> dict[str, float]:
-    """Send one request after the other and return p50 and p99 in milliseconds."""
+def response_times(call: Callable[[Arrays], Any], requests: Sequence[Arrays], seconds: float) -> list[float]:
+    """Send one request after the other, at least twenty, and return the milliseconds that each took."""
     for request in requests[:10]:
         call(request)
     times: list[float] = []
@@ -51,6 +51,16 @@ def latency(call: Callable[[Arrays], Any], requests: Sequence[Arrays], seconds: 
         started = time.perf_counter()
         call(requests[len(times) % len(requests)])
         times.append(1e3 * (time.perf_counter() - started))
+    return times
+
+
+def latency(call: Callable[[Arrays], Any], requests: Sequence[Arrays], seconds: float) -> dict[str, float]:
+    """Send one request after the other and return p50 and p99 in milliseconds."""
+    return percentiles(response_times(call, requests, seconds))
+
+
+def percentiles(times: Sequence[float]) -> dict[str, float]:
+    """Return p50 and p99 of milliseconds."""
     return {"p50": round(float(np.median(times)), 3), "p99": round(float(np.percentile(times, 99)), 3)}
 
 

@@ -18,8 +18,8 @@ class Tried(NamedTuple):
     """A trial with at least one epoch."""
 
     number: int
-    state: str
-    """``complete``, ``pruned``, ``fail`` or ``running``."""
+    ended: str
+    """By what: ``epochs``, ``patience``, ``max_minutes``, ``interrupt``, ``pruned`` or ``killed``; else ``running``."""
     epochs: Sequence[float]
     """Validation NDCG@10 after every epoch."""
     changes: Mapping[str, Any]
@@ -51,17 +51,17 @@ def page(trials: Sequence[Tried], best: int, recipe: str) -> str:
             f"{trial.number}{' (best)' if trial.number == best else ''}",
             f"{max(trial.epochs):.4f}",
             str(len(trial.epochs)),
-            trial.state,
+            trial.ended,
             ", ".join(f"{name}={_short(value)}" for name, value in trial.changes.items()) or "the recipe itself",
         )
         for trial in ordered
     ]
     title = f"Search around the recipe {recipe}"
-    words = "Each line is a trial, the thick one the best: the network alone, on validation sessions. No test was read."
+    words = "Each line is a trial, the thick one the best: the network alone, on validation sessions. No test is read."
     sections = [
         section("Learning curves", learning),
         section("Best epoch of every trial", by_trial),
-        section("Trials", table(("trial", _VALUE, "epochs", "ended", "changes"), rows)),
+        section("Trials", table(("trial", _VALUE, "epochs", "ended by", "changes"), rows)),
     ]
     return document(title, title, words, sections, style=STYLE + _STYLE)
 

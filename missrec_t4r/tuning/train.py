@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STUDY_FILE, BEST_FILE, PAGE_FILE = "study.db", "best.yaml", "trials.html"
-_MADE_FROM, _BY = "made_from", "process"
+_MADE_FROM, _BY, _ENDED = "made_from", "process", "ended"
 """Attributes of a study and of its trials."""
 _WITHOUT_PRUNING: Final = 4
 """Finished trials before any is pruned."""
@@ -202,19 +202,22 @@ class _Search:
             self.study.tell(trial, state=TrialState.FAIL)
             return None
         trainer.trial = trial
+        log.info(f"trial {trial.number}: {_listed(self._changes(trial)) or 'the recipe itself'}")
         try:
             stopped_by = trainer.fit()
         except KeyboardInterrupt:  # the second Ctrl-C
+            trial.set_user_attr(_ENDED, INTERRUPT)
             self.study.tell(trial, state=TrialState.PRUNED)
             raise
         best = trainer.status["best"]
         if stopped_by == INTERRUPT and trainer.status["epoch"] == 0 and best >= 0:
             trial.report(best, 0)  # within the first epoch
         is_cut = stopped_by in (INTERRUPT, "pruned") or (stopped_by == "max_minutes" and limit == seconds / 60)
+        trial.set_user_attr(_ENDED, stopped_by)
         self.study.tell(trial, *([] if is_cut else [best]), state=TrialState.PRUNED if is_cut else TrialState.COMPLETE)
         leader = self.best()
         words = "none" if leader is None else f"{_value(leader):.4f} (trial {leader.number})"
-        log.info(f"trial {trial.number} ended by {stopped_by}: valid ndcg@10 {best:.4f}; best {words}")
+        log.info(f"trial {trial.number} ended ({stopped_by}): valid ndcg@10 {best:.4f}; best {words}")
         return stopped_by
 
     def best(self) -> optuna.trial.FrozenTrial | None:
@@ -225,7 +228,7 @@ class _Search:
         """Return the trials with at least one validation."""
         return [trial for trial in self.study.get_trials(deepcopy=False) if trial.intermediate_values]
 
-    def _changes(self, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    def _changes(self, trial: optuna.trial.BaseTrial | optuna.trial.FrozenTrial) -> dict[str, Any]:
         """Return the settings of a trial that differ from the recipe's."""
         return {name: value for name, value in trial.params.items() if value != self.own[name]}
 
@@ -237,7 +240,7 @@ class _Search:
                 return
             recipe = self.base.changed(best.params)
             values = {name: dataclasses.asdict(getattr(recipe, name)) for name in SECTIONS if name != "pretrain"}
-            changes = ", ".join(f"{name}={value}" for name, value in self._changes(best).items()) or "nothing"
+            changes = _listed(self._changes(best)) or "nothing"
             head = (
                 f"# Trial {best.number} of {STUDY_FILE}: validation NDCG@10 {_value(best):.4f} of the network alone.\n"
                 f"# It changes {changes}.\n#\n"
@@ -246,7 +249,7 @@ class _Search:
             trials = [
                 Tried(
                     trial.number,
-                    trial.state.name.lower(),
+                    _ended(trial),
                     [value for _, value in sorted(trial.intermediate_values.items())],
                     self._changes(trial),
                 )
@@ -289,7 +292,7 @@ class _Search:
         if stored is None:
             self.study.set_user_attr(_MADE_FROM, made_from)
         elif stored != made_from:
-            other = ", ".join(name for name in made_from if made_from[name] != stored.get(name))
+            other = ", ".join(_differences(stored, made_from))
             raise ConfigError(
                 f"{self.out} holds a search with other {other}",
                 "the same data, recipe, --set and --space",
@@ -311,3 +314,25 @@ class _Search:
 def _value(trial: optuna.trial.FrozenTrial) -> float:
     """Return the best validation NDCG@10 of a trial's epochs."""
     return max(trial.intermediate_values.values())
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def _ended(trial: optuna.trial.FrozenTrial) -> str:
+    """Return what ended a trial, as `stopped_by` of a run says it; of a failed one with epochs, that it was killed."""
+    state: str = trial.state.name.lower()
+    return "killed" if state == "fail" else trial.user_attrs.get(_ENDED, state)
+
+
+def _differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Return what a search was made from otherwise: settings by their names, such as ``train.epochs 3 -> 5``."""
+    other = [name for name in given if given[name] != stored.get(name)]
+    settings = [
+        f"{section}.{name} {old} -> {values[name]}"
+        for section, values in given["recipe"].items()
+        for name, old in stored.get("recipe", {}).get(section, {}).items()
+        if name in values and values[name] != old
+    ]
+    return [f"recipe ({', '.join(settings)})" if name == "recipe" and settings else name for name in other]

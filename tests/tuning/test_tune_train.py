@@ -85,7 +85,7 @@ def test_the_same_command_goes_on_and_another_search_is_refused(data: Path) -> N
     again = search(data, trials=3)
     assert (sum(first["trials"].values()), sum(again["trials"].values())) == (2, 5)
     assert again["valid_ndcg@10"] >= first["valid_ndcg@10"]
-    with pytest.raises(ConfigError, match="a search with other recipe.*give another --out"):
+    with pytest.raises(ConfigError, match=r"a search with other recipe \(train.epochs 4 -> 3\).*give another --out"):
         search(data, settings=SMALL | {"train.epochs": 3})
     with pytest.raises(ConfigError, match="a search with other space"):
         search(data, space=None)
@@ -160,6 +160,9 @@ def test_ctrl_c_keeps_what_was_found_and_a_killed_trial_is_tried_again(data: Pat
     assert found["trials"] == {"pruned": 1, "fail": 1}
     assert _trials(out)[1].params == drawn
     assert Recipe.load(found["recipe"]).train.epochs == 100_000
+    page = Path(found["page"]).read_text()
+    assert "<td>killed</td>" in page
+    assert "<td>interrupt</td>" in page
 
 
 def _trials(out: Path) -> list[Any]:

@@ -39,6 +39,8 @@ def load_items(folder: Path) -> pa.Table:
         such a file, or has no columns ``item_id`` and ``train_count`` of the right types.
     """
     file = folder / ITEMS_FILE
+    if not file.is_file():
+        raise BundleError(f"{folder} holds no {ITEMS_FILE}", "a bundle folder", "write one with `missrec export`")
     try:
         contents = inspect(file)
         n_items = _n_rows(folder) - FIRST_ITEM_ROW

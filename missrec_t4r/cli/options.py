@@ -137,7 +137,7 @@ def _value(name: str, members: list[Any], default: Any, flag: str, option: Optio
     if Sequence in kinds and (Path in kinds or str not in kinds):
         elements = _members(typing.get_args(members[kinds.index(Sequence)])[0])
         if Path in elements or name in FLAGS or option.argument:
-            return _Value(list[str], list(default or ()), convert=list)
+            return _Value(list[str], list(default or ()), "<path>" if Path in elements else "<str>", convert=list)
         shown = ",".join(default or ()) or None
         return _Value(str | None, shown, "A,B,...", lambda text: default if text is None else listed(text))
     if Mapping in kinds and str not in kinds:

@@ -84,9 +84,9 @@ def etl(
     Parameters
     ----------
     interactions : path, pattern, folder, or a sequence of them
-        Events, one per row: a parquet or csv file, a folder or a pattern; repeatable.
+        Events, one per row: a file (parquet, csv, tsv or JSON lines), a folder or a quoted pattern; repeatable.
     items : path, optional
-        Item table, parquet or csv, one item per row, in the order that the catalogue gets; optional with --update.
+        Item table, in the same formats, one item per row, in the order of the catalogue; optional with --update.
     out : path
         Data folder to write; an older one is replaced as a whole.
     update : bool

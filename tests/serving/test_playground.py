@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from missrec_t4r.errors import DataError
+from missrec_t4r.errors import BundleError, DataError
 from missrec_t4r.serving.client.client import MISSRecClient
-from missrec_t4r.serving.playground.app import CatalogueView, Playground
+from missrec_t4r.serving.deploy.blue_green import deploy
+from missrec_t4r.serving.playground.app import CatalogueView, Playground, playground
+from missrec_t4r.serving.triton.deployment import bundle_of, served_bundle
 from missrec_t4r.serving.triton.local_server import LocalTriton
 
 pytestmark = pytest.mark.triton
@@ -112,6 +114,7 @@ def test_strange_requests_get_an_error_each_and_the_page_stays_up(page: Playgrou
         b'{"items": [], "top_k": "x"}',
         b'{"items": [], "rules": {"x": 1}}',
         b'{"items": [], "top_k": 1e999}',
+        b'{"items": [], "top_k": 101}',
         b'{"items": ' + b"[" * 100_000,
     ):
         status, _, answer = ask(page, "/api/recommend", body)
@@ -127,6 +130,17 @@ def test_strange_requests_get_an_error_each_and_the_page_stays_up(page: Playgrou
     assert "default-src 'none'" in headers["Content-Security-Policy"]
     assert b"src=" not in body.replace(b"image.src", b"")  # nothing is fetched from anywhere
     assert b"innerHTML" not in body
+
+
+def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="holds no items.parquet; expected: a bundle folder"):
+        playground(tmp_path)
+
+
+def test_the_page_of_a_deployment_folder_has_the_titles_of_its_version(exported: Path, tmp_path: Path) -> None:
+    deploy(tmp_path / "live", bundle=exported / "bundle")
+    assert served_bundle(tmp_path / "live") == bundle_of(tmp_path / "live", 1)
+    assert served_bundle(exported / "bundle") == exported / "bundle"
 
 
 def test_no_folder_no_pictures(bundle: Path, tmp_path: Path) -> None:
@@ -149,6 +163,9 @@ def test_clicks_change_the_recommendations_in_a_browser(page: Playground, tmp_pa
     assert {brands[item] for item in seen["branded"]} == {page.catalogue.facets["brand"][0]}
     assert seen["filtered"] == []
     assert "the catalogue has no column 'kind'" in seen["note"]  # this server's does not; the page says what it says
+    assert "top 101; expected: 1 to 100 items" in seen["too many"]
+    total, shown = seen["found"]
+    assert total == f"{shown} items"  # of the last search alone
 
 
 class headless:  # noqa: N801  # reads as what it is
@@ -193,7 +210,8 @@ async def clicked(port: int, shots: Path) -> dict[str, Any]:
                 return answer["result"]
 
             async def value(code: str) -> Any:
-                return (await call("Runtime.evaluate", expression=code, returnByValue=True))["result"].get("value")
+                found = await call("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
+                return found["result"].get("value")
 
             async def answered(number: int) -> list[str]:
                 for _ in range(150):
@@ -220,4 +238,13 @@ async def clicked(port: int, shots: Path) -> dict[str, Any]:
             await value("$('column').value = 'kind'; $('column').onchange()")
             seen["filtered"] = await answered(5)
             seen["note"] = await value("document.getElementById('note').textContent")
+            await value("$('column').value = ''; $('k').value = 101; $('column').onchange()")
+            await answered(6)
+            seen["too many"] = await value("document.getElementById('note').textContent")
+            typed = "['1', '12'].forEach(words => { $('search').value = words; $('search').oninput(); })"
+            await value(typed)
+            number = "$('items').children.length"
+            seen["found"] = await value(
+                f"new Promise(done => setTimeout(() => done([$('count').textContent, {number}]), 2000))"
+            )
             return seen

@@ -287,10 +287,9 @@ def read_titles(source: Path) -> dict[str | int, str]:
     DataError
         There is no item table.
     """
-    from missrec_t4r.serving.triton.deployment import bundle_of, current_version, is_deployment  # here: needs gRPC
+    from missrec_t4r.serving.triton.deployment import served_bundle  # here: needs gRPC
 
-    if is_deployment(source) and (version := current_version(source)) is not None:
-        source = bundle_of(source, version)
+    source = served_bundle(source)
     file = source / "items.parquet" if source.is_dir() else source
     if not file.is_file():
         raise DataError(

@@ -28,6 +28,7 @@ from missrec_t4r.serving.client.client import MISSRecClient, read_titles
 from missrec_t4r.serving.client.protocol import typed_id
 from missrec_t4r.serving.http_server import HttpServer, read_body
 from missrec_t4r.serving.stop_signals import UntilStopped
+from missrec_t4r.serving.triton.deployment import served_bundle
 from missrec_t4r.serving.triton.ports import LOOPBACK
 
 log = logging.getLogger(__name__)
@@ -171,10 +172,13 @@ class Playground:
     def recommend(self, request: dict[str, Any]) -> dict[str, Any]:
         """Request recommendations with explanations for the page's session."""
         session = [typed_id(item, self.client.id_type) for item in request["items"]]
+        top_k = int(request.get("top_k", 10))
+        if not 1 <= top_k <= _MOST_RECOMMENDATIONS:
+            raise DataError(f"top {top_k}", f"1 to {_MOST_RECOMMENDATIONS} items on this page")
         started = time.perf_counter()
         (result,) = self.client.recommend(
             [session],
-            min(int(request.get("top_k", 10)), _MOST_RECOMMENDATIONS),
+            top_k,
             exclude_seen=bool(request.get("exclude_seen")),
             rules=request.get("rules"),
             reasons=True,
@@ -229,7 +233,7 @@ def playground(
     Parameters
     ----------
     bundle : path
-        Bundle of the served model, for titles and attributes.
+        Bundle of the served model, or its deployment folder, for titles and attributes.
     url : str
         gRPC address of the server.
     images : path, optional
@@ -246,7 +250,7 @@ def playground(
     """
     require_at_least(0, port=port)
     started = time.monotonic()
-    catalogue = CatalogueView(Path(bundle), None if images is None else Path(images), image_column)
+    catalogue = CatalogueView(served_bundle(Path(bundle)), None if images is None else Path(images), image_column)
     with MISSRecClient(url) as client, Playground(client, catalogue, port) as page, UntilStopped():
         log.info(
             f"open {page.url} ({len(catalogue.ids)} items of {client.url}, ids are {client.id_type}); Ctrl-C stops"

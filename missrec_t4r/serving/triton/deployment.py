@@ -112,6 +112,12 @@ def bundle_of(repository: str | Path, version: int) -> Path:
     return Path(repository) / f"{_RANKER}_v{version}" / _BUNDLE
 
 
+def served_bundle(folder: Path) -> Path:
+    """Return the bundle that a deployment folder serves now, any other folder as it is."""
+    version = current_version(folder) if is_deployment(folder) else None
+    return folder if version is None else bundle_of(folder, version)
+
+
 def start_arguments(repository: Path) -> list[str]:
     """Return the ``tritonserver`` arguments that load the entry model and the version behind it.
 

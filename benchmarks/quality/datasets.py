@@ -103,6 +103,11 @@ def prepare_named(raw: Path, out: Path, *, name: str | None = None, words: bool 
     return name, prepare(raw, out / name / "data", words=words, **how)
 
 
+def is_recorded(out: Path) -> bool:
+    """Whether it is recorded what the data folder ``out`` was made of, and so of which data the runs beside it are."""
+    return (out / _DONE).is_file()
+
+
 def _is_prepared(out: Path, facts: dict[str, Any]) -> bool:
     """Whether ``out`` was made of these data with these settings; False if it was not made yet.
 
@@ -111,7 +116,7 @@ def _is_prepared(out: Path, facts: dict[str, Any]) -> bool:
     DataError
         It was made otherwise.
     """
-    stored = read_json(out / _DONE) if (out / _DONE).is_file() else None
+    stored = read_json(out / _DONE) if is_recorded(out) else None
     if stored in (None, facts):
         return stored is not None
     keys = [key for key in {**stored, **facts} if stored.get(key) != facts.get(key)]
@@ -119,7 +124,7 @@ def _is_prepared(out: Path, facts: dict[str, Any]) -> bool:
         f"{out} was prepared otherwise: "
         + "; ".join(f"{key} was {stored.get(key, 'none')}, now {facts.get(key, 'none')}" for key in keys),
         "the data of the runs that are kept beside it",
-        f"give another --out or --name, or remove {out.parent} to prepare and train anew",
+        f"give another --out or name, or remove {out.parent} to prepare and train anew",
     )
 
 

@@ -18,7 +18,8 @@ Every training is a process of its own, in the order of the file, seed after see
 appended to ``OUT/results.jsonl`` when it ends. When the minutes are over, what still trains is interrupted as by
 Ctrl-C: its best weights are evaluated, its line says ``"stopped_by": "interrupt"``. What does not end within
 ``--grace`` either is killed; its line has what its training log had. The same command goes on: finished trainings are
-skipped, others resumed. Baselines and terms without network are not ranked: they do not depend on what is varied.
+skipped, others resumed; other data under the name of finished ones are refused. Baselines and terms without network are
+not ranked: they do not depend on what is varied.
 """
 
 from __future__ import annotations
@@ -42,10 +43,9 @@ from benchmarks.quality.bench import no_words_option, pairs
 from missrec_t4r.config import Recipe
 from missrec_t4r.config.checks import refuse_unknown
 from missrec_t4r.config.yaml_text import parse_yaml
-from missrec_t4r.errors import ConfigError
+from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS
 from missrec_t4r.io.json_files import read_json, write_json
-from missrec_t4r.schema import CATALOGUE_FOLDER
 
 log = logging.getLogger(__name__)
 
@@ -276,12 +276,23 @@ def _finished(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _prepared(name: str, folder: Path, out: Path, words: bool) -> str:
-    """Return a data folder: the given one, or what the ETL makes of a raw one."""
-    if words and (folder / CATALOGUE_FOLDER).is_dir():
-        return str(folder.resolve())
-    from benchmarks.quality.datasets import prepare
+    """Return a data folder: the given one, or what the ETL makes of a raw one.
 
-    return str(prepare(folder, out / name / "data", words=words).resolve())
+    Raises
+    ------
+    DataError
+        Its finished lines are of other data, or of data that nothing tells of.
+    """
+    from benchmarks.quality.datasets import is_recorded, prepare
+
+    results, data = out / RESULTS_FILE, out / name / "data"
+    if not is_recorded(data) and any(line["data"] == name for line in _finished(results).values()):
+        raise DataError(
+            f"{results} has finished lines of {name}, and nothing in {data} says of which data",
+            "lines of the data that are given",
+            f"give another --out or another name than {name}, or remove these lines to train anew",
+        )
+    return str(prepare(folder, data, words=words).resolve())
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -55,7 +55,7 @@ def test_finished_runs_are_not_mixed_with_those_of_other_data(raw: Path, tmp_pat
         with pytest.raises(DataError) as refused:
             prepare(raw, out, **given | other)
         assert f"{out} was prepared otherwise: {words}" in str(refused.value)
-        assert f"give another --out or --name, or remove {out.parent}" in str(refused.value)
+        assert f"give another --out or name, or remove {out.parent}" in str(refused.value)
     assert (out / "prepared.json").stat().st_mtime_ns == made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import yaml
 
 from benchmarks.quality import grid as module
 from benchmarks.quality.grid import RESULTS_FILE, Job, grid, read_jobs
-from missrec_t4r.errors import ConfigError
+from missrec_t4r.errors import ConfigError, DataError
 from tests.shop import random_modalities, write_circle
 
 SMALL = {"model.d_model": 16, "model.max_sequence_length": 5, "train.epochs": 1}
@@ -105,6 +106,26 @@ def test_a_grid_that_is_terminated_ends_its_trainings_and_writes_their_lines(
     (line,) = _lines(out)
     assert line["stopped_by"] == "killed"
     assert line["epochs"] >= 1
+
+
+def test_finished_lines_are_not_taken_for_those_of_other_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items, folder, out = [f"P{n}" for n in range(12)], tmp_path / "shop", tmp_path / "out"
+    write_circle(folder, items, random_modalities(12, {"text": 6}, seed=3))
+    (job,) = _jobs(tmp_path, folder, {"name": "one", "set": SMALL})
+    words = [str(tmp_path / "settings.yaml"), "--data", f"shop={folder}", "--out", str(out), "--device", "cpu"]
+    module.main([*words, "--minutes", "1e-9"])  # prepares, starts nothing
+    (out / RESULTS_FILE).write_text(json.dumps({**job.asked, "stopped_by": "epochs"}) + "\n")
+    module.main(words)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["finished"] == 1
+    write_circle(folder, items, random_modalities(12, {"text": 6}, seed=4))
+    with pytest.raises(DataError, match="prepared otherwise: data_folder was"):
+        module.main(words)
+    shutil.rmtree(out / "shop")  # one of the message's cures; the lines stay, and nothing says any more of which data
+    with pytest.raises(DataError, match="has finished lines of shop, .* give another --out or another name"):
+        module.main(words)
+    assert not (out / "shop").exists()
 
 
 @pytest.mark.parametrize(

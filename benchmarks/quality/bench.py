@@ -5,15 +5,16 @@
         --modality text=text_clip.npy --modality image=image_clip.npy --recipe paper --name scientific_mm
 
 Every training runs until its patience ends it (``train.max_minutes=0``). Ends with one JSON line. Finished seeds are
-kept in ``--out`` and not trained again; one whose evaluation is of an earlier version is evaluated again. Seeds of
-other data, files or modalities are not mixed with them: another ``--out`` or ``--name`` is asked for.
+kept in ``--out`` and not trained again; one whose evaluation is of an earlier version is evaluated again, or read under
+today's keys where those alone have changed. Seeds of other data, files or modalities are not mixed with them: another
+``--out`` or ``--name`` is asked for.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from missrec_t4r.config.recipe import AUTO
 from missrec_t4r.config.yaml_text import parse_yaml
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS
 from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.io.key_names import with_current_keys, with_current_terms
+from missrec_t4r.ranking.tune import NDCG
 from missrec_t4r.runs.run_folder import RUN_FILE, read_info
 from missrec_t4r.training.auto import choose
 from missrec_t4r.training.trainer import INTERRUPT
@@ -100,7 +103,11 @@ def _one(
     """Train and evaluate one seed, unless it is done; the systems that have no seed are those of the ``first``."""
     finished = run / "bench.json"
     if finished.is_file() and "checklist" in (stored := read_json(finished)):
-        return stored
+        current = {
+            "run": with_current_keys(stored["run"]),
+            "blend_settings": with_current_blends(stored["blend_settings"]),
+        }
+        return stored | current
     if not (run / RUN_FILE).is_file() or read_json(run / RUN_FILE).get("stopped_by") == INTERRUPT:
         commands.train(data, run, recipe=recipe, settings=settings)
     trained = read_info(run)
@@ -121,6 +128,15 @@ def _one(
     }
     write_json(finished, one)
     return one
+
+
+def with_current_blends(settings: Any) -> Any:
+    """Return blend settings, by system and protocol or by protocol, with today's keys of their score terms."""
+    if not isinstance(settings, Mapping):
+        return settings  # not recorded
+    if NDCG in settings:
+        return with_current_terms(settings)
+    return {name: with_current_blends(inner) for name, inner in settings.items()}
 
 
 def _of_run(test: dict[str, Any]) -> dict[str, Any]:

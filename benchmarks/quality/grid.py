@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from benchmarks.measure import report, run_as_command
-from benchmarks.quality.bench import no_words_option, pairs
+from benchmarks.quality.bench import no_words_option, pairs, with_current_blends
 from missrec_t4r.config import Recipe
 from missrec_t4r.config.checks import refuse_unknown
 from missrec_t4r.config.yaml_text import parse_yaml
@@ -271,7 +271,8 @@ def _finished(file: Path) -> dict[str, dict[str, Any]]:
         except json.JSONDecodeError:
             continue
         if not str(line["stopped_by"]).startswith(("interrupt", "killed", "failed")):
-            done[_key(line)] = line
+            blends = {"blend_settings": with_current_blends(line["blend_settings"])} if "blend_settings" in line else {}
+            done[_key(line)] = line | blends
     return done
 
 

@@ -44,13 +44,14 @@ def with_current_keys(content: Mapping[str, Any]) -> dict[str, Any]:
     """
     current = _renamed(content, _RENAMED)
     if isinstance(terms := content.get("prior"), Mapping):
-        current["score_terms"] = _with_current_terms(terms)
+        current["score_terms"] = with_current_terms(terms)
     if isinstance(report := content.get("start"), Mapping) and "kind" in report:
         current["weight_loading"] = {**report, "kind": _KINDS.get(report["kind"], report["kind"])}
     return current
 
 
-def _with_current_terms(terms: Mapping[str, Any]) -> dict[str, Any]:
+def with_current_terms(terms: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of score terms, ``score_terms`` of a run, under today's keys."""
     item_knn = {name: terms[name] for name in _ITEM_KNN if name in terms}
     others = _renamed({name: value for name, value in terms.items() if name not in _ITEM_KNN}, _TERMS)
     if others.get("cold_start"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.quality import datasets
+from benchmarks.quality.bench import METRICS, bench
 from benchmarks.quality.datasets import prepare
+from benchmarks.quality.grid import RESULTS_FILE, Job, grid
+from missrec_t4r import commands
 from missrec_t4r.errors import ConfigError, DataError
+from missrec_t4r.evaluation.full_ranking import PROTOCOLS
+from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.io.key_names import with_current_keys
 from tests import processes
 from tests.shop import random_modalities, write_circle
 
 N_ITEMS, N_USERS = 12, 30
+EARLIER_TERMS = read_json(Path(__file__).parents[1] / "earlier_version/files/run/run.json")["prior"]
+TERMS = with_current_keys({"prior": EARLIER_TERMS})["score_terms"]
 
 
 @pytest.fixture
@@ -109,3 +118,46 @@ def test_every_benchmark_can_leave_out_the_words(
     assert [words for words, _ in asked] == [True, False]
     if name != "grid":  # each has a folder of its own
         assert [folder for _, folder in asked] == ["shop", "shop-without-words"]
+
+
+def _finished_seed(seed: int, key: str, terms: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "run": {"seed": seed, "valid_ndcg@10": 0.1, key: terms},
+        "test": {protocol: {"model": dict.fromkeys(METRICS, 0.1)} for protocol in PROTOCOLS},
+        "n_users": 30,
+        "n_items": N_ITEMS,
+        "checklist": {
+            "epochs_chosen_on": {"best_epoch": 1, "epochs": 2},
+            "seeds": {"training": seed},
+            "stopped_by": "patience",
+        },
+        "blend_settings": {"model": dict.fromkeys(PROTOCOLS, terms), "exported": terms, "terms": {}},
+        "baseline_settings": {},
+    }
+
+
+def test_seeds_that_an_earlier_version_finished_are_reported_under_the_keys_of_todays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "train", None)  # they are kept, not trained again
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_circle(data, [f"P{n}" for n in range(N_ITEMS)], random_modalities(N_ITEMS, {"text": 6}, seed=3))
+    for seed, key, terms in ((2020, "prior", EARLIER_TERMS), (2021, "score_terms", TERMS)):
+        write_json(out / f"data/tiny/seed-{seed}/bench.json", _finished_seed(seed, key, terms))
+    found = bench(data, "tiny", 2, out)
+    assert [run["score_terms"] for run in found["runs"]] == [TERMS, TERMS]
+    assert "prior" not in found["runs"][0]
+    first, second = found["blend_settings"]
+    assert first == second
+    assert first["exported"] == first["model"][PROTOCOLS[0]] == TERMS
+
+
+def test_a_line_that_an_earlier_version_finished_has_the_keys_of_todays(tmp_path: Path) -> None:
+    jobs = [Job(name, "shop", "nowhere", "tiny", {}, 2020, "cpu", ["valid"]) for name in ("earlier", "today")]
+    lines = [
+        {**job.asked, "stopped_by": "epochs", "blend_settings": dict.fromkeys(PROTOCOLS, terms)}
+        for job, terms in zip(jobs, (EARLIER_TERMS, TERMS), strict=True)
+    ]
+    (tmp_path / RESULTS_FILE).write_text("\n".join(map(json.dumps, lines)))
+    earlier, today = grid(jobs, tmp_path)
+    assert earlier["blend_settings"] == today["blend_settings"] == dict.fromkeys(PROTOCOLS, TERMS)

@@ -15,19 +15,20 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from missrec_t4r.errors import DataError
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.progress import run_as_command
 from missrec_t4r.runs.run_folder import versions
 
 __all__ = [
-    "gemm_rate", "gpu_peak_mib", "hardware", "peak_mib", "report", "reset_peak", "run_as_command", "versions",
-    "write_result",
+    "gemm_rate", "gpu_peak_mib", "hardware", "peak_mib", "report", "require_files", "reset_peak", "run_as_command",
+    "versions", "write_result",
 ]  # fmt: skip
 
 RESULTS = Path(__file__).parent / "results"
@@ -102,6 +103,12 @@ def peak_mib() -> float:
 def gpu_peak_mib() -> float:
     """Return the peak memory of torch on the GPU since the last `reset_peak`, in MiB; 0 without a GPU."""
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+
+
+def require_files(folder: Path, names: Iterable[str], expected: str, cure: str = "") -> None:
+    """Raise a `DataError` unless the folder holds the files; for what is read long after the start."""
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise DataError(f"{folder} holds no {', '.join(missing)}", expected, cure)
 
 
 def write_result(name: str, payload: Mapping[str, Any], folder: Path = RESULTS) -> Path:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.measure import require_files
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.schema import FIRST_ITEM_ROW
@@ -43,7 +44,14 @@ def load(data: Path | None) -> tuple[Catalogue, Sessions, Sessions]:
     return Catalogue(table, modalities), _sessions(users, rows, splits == "train"), _sessions(users, rows)
 
 
+def require(data: Path) -> None:
+    """Raise a `DataError` unless the data folder has the files."""
+    names = ("interactions_mm_subset.parquet", "items.parquet", *FILES.values())
+    require_files(data, names, "the files of Amazon Scientific's subset", "see --data; without it a shop is generated")
+
+
 def _read(data: Path) -> tuple[npt.NDArray, npt.NDArray[np.int64], npt.NDArray, dict[str, npt.NDArray[np.float32]]]:  # type: ignore[type-arg]
+    require(data)
     events = pq.read_table(data / "interactions_mm_subset.parquet").sort_by(
         [("user_id", "ascending"), ("timestamp", "ascending")]
     )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.measure import report
+from benchmarks.measure import report, require_files, run_as_command
 from missrec_t4r.etl.sources.synthetic.shop import make_tables
 
 
@@ -55,6 +55,7 @@ def statistics(events: pd.DataFrame) -> dict[str, Any]:
 
 def real_events(folder: Path) -> pd.DataFrame:
     """Read a folder of real data."""
+    require_files(folder, ("interactions.parquet", "items.parquet"), "a folder of real data", "see --data")
     items = pd.read_parquet(folder / "items.parquet").set_index("item_id")
     events = pd.read_parquet(folder / "interactions.parquet").sort_values(["user_id", "timestamp"], kind="stable")
     of_item = items.loc[events.item_id]
@@ -167,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_command(main)

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import parity_data
-from benchmarks.measure import report
+from benchmarks.measure import report, run_as_command
 from benchmarks.release.loading import (
     copy_interests,
     copy_weights,
     release_model,
     release_rows,
+    require_release,
     shared_part,
     weight_pairs,
 )
@@ -56,6 +57,7 @@ def main() -> None:
     options.add_argument("--data", type=Path, help="data folder; a generated shop of the same size without")
     options.add_argument("--batch", type=int, default=128, help="prefixes")
     chosen = options.parse_args()
+    require_release(chosen.release)
     catalogue, train, _ = parity_data.load(chosen.data)
     found = {
         name: {
@@ -160,4 +162,4 @@ def _parts(name: str, left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]
 
 
 if __name__ == "__main__":
-    main()
+    run_as_command(main)

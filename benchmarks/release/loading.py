@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.errors import MISSRecError
 from missrec_t4r.model.clustering import kmeans
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW
@@ -26,8 +27,14 @@ _UNUSED = ("colorlog", "colorama", "wandb", "tensorboard", "torch.utils.tensorbo
 """What the release imports and what nothing here calls: logging to terminals and services, CUDA."""
 
 
-class ReleaseError(RuntimeError):
+class ReleaseError(MISSRecError):
     """The checkout is not the authors' release, or cannot be imported."""
+
+
+def require_release(path: Path, name: str = "missrec") -> None:
+    """Raise a `ReleaseError` unless the checkout has the module."""
+    if not (path / f"{name}.py").is_file():
+        raise ReleaseError(f"{path} holds no {name}.py", "a checkout of gimpong/MM23-MISSRec", "see --release")
 
 
 def release_module(path: Path, name: str = "missrec") -> ModuleType:
@@ -38,8 +45,7 @@ def release_module(path: Path, name: str = "missrec") -> ModuleType:
     ReleaseError
         No such file in the checkout, or its import fails.
     """
-    if not (path / f"{name}.py").is_file():
-        raise ReleaseError(f"{path} holds no {name}.py; expected: a checkout of gimpong/MM23-MISSRec")
+    require_release(path, name)
     for package in _UNUSED:
         try:
             importlib.import_module(package)
@@ -49,7 +55,11 @@ def release_module(path: Path, name: str = "missrec") -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:
-        raise ReleaseError(f"the release at {path} cannot be imported: {error}") from error
+        raise ReleaseError(
+            f"the release at {path} cannot be imported ({error})",
+            "a checkout whose imports are installed",
+            "see --release",
+        ) from error
     finally:
         sys.path.remove(str(path.resolve()))
 

@@ -164,6 +164,18 @@ def _python_path(checkout: Path) -> Iterator[None]:
             os.environ["PYTHONPATH"] = kept
 
 
+def _checkout(before: Path | None) -> Path:
+    """Return the folder of the earlier version; one without the package would be measured as the later version."""
+    from missrec_t4r.errors import ConfigError, DataError
+
+    cure = "name one with --before, made for example with `git worktree add ../earlier COMMIT`"
+    if before is None:
+        raise ConfigError("no --before", "a checkout of the earlier version", cure)
+    if not ((before / ".git").exists() and (before / "missrec_t4r").is_dir()):
+        raise DataError(f"--before {before} is no checkout of this package", "one of the earlier version", cure)
+    return before.resolve()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the result, and print it as one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,8 +193,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work(chosen.bundle[0])
         return 0
     from benchmarks.measure import report
+    from missrec_t4r.bundle.manifest import verify_bundle
 
-    checkouts = [chosen.before.resolve(), _ROOT]
+    checkouts = [_checkout(chosen.before), _ROOT]
+    for bundle in chosen.bundle:
+        verify_bundle(bundle, only=())
     command = ["git", "-C", str(checkouts[0]), "rev-parse", "--short", "HEAD"]
     before = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     found: dict[str, Any] = {"before": before}
@@ -196,4 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if "--worker" in sys.argv:  # imports the package of its own checkout alone
+        sys.exit(main())
+    from benchmarks.measure import run_as_command
+
+    run_as_command(main)

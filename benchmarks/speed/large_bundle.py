@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import peak_mib, reset_peak
+from benchmarks.measure import peak_mib, reset_peak, run_as_command
 from benchmarks.speed.large_tokens import MOVED, NOISE
 from missrec_t4r.bundle.bundle import LoadedBundle, load_bundle
 from missrec_t4r.bundle.manifest import (
@@ -37,6 +36,7 @@ from missrec_t4r.bundle.manifest import (
     WEIGHTS_FILE,
     write_manifest,
 )
+from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.tensor_file import TensorFile
 from missrec_t4r.retrieval.index_file import write_index
 from missrec_t4r.schema import FIRST_ITEM_ROW, SCHEMA_FILE, SESSION_TRANSFORM_FILE
@@ -50,6 +50,8 @@ _CHUNK = 1 << 16
 def enlarge(bundle: Path, out: Path, n_items: int, *, isotropic: bool = False, seed: int = 0) -> dict[str, float]:
     """Write a bundle of ``n_items`` items, and return the time and memory of building its retrieval index."""
     real, n_rows = load_bundle(bundle), n_items + FIRST_ITEM_ROW
+    if out.exists():
+        raise ConfigError(f"--out {out} exists", "a new folder for gigabytes", "name another, or remove it")
     out.mkdir(parents=True)
     draw = torch.Generator().manual_seed(seed)
     item_encoder = real.model.item_encoder
@@ -139,4 +141,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_command(main)

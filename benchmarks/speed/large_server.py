@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -24,8 +23,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-from benchmarks.measure import report
+from benchmarks.measure import report, require_files, run_as_command
 from missrec_t4r.bundle.bundle import load_bundle
+from missrec_t4r.bundle.manifest import verify_bundle
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.retrieval.topk import scan_bounds, search
 from missrec_t4r.serving.client.client import MISSRecClient
@@ -135,6 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--built", type=Path, help="JSON line of large_bundle, to be reported along")
     parser.add_argument("--name", default="large-server")
     chosen = parser.parse_args(arguments)
+    verify_bundle(chosen.bundle, only=())
+    if chosen.built:
+        require_files(chosen.built.parent, [chosen.built.name], "the output of large_bundle", "see --built")
     built = json.loads(chosen.built.read_text().splitlines()[0]) if chosen.built else {}
     found = run(chosen.bundle, instances=chosen.instances, threads=chosen.threads, clients=chosen.clients)
     report(chosen.name, found | built)
@@ -142,4 +145,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_command(main)

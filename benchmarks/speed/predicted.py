@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import peak_mib, report
+from benchmarks.measure import peak_mib, report, require_files, run_as_command
+from missrec_t4r.schema import CATALOGUE_FOLDER
 
 
 def main() -> None:
@@ -27,6 +28,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    for data in options.data:
+        require_files(data / CATALOGUE_FOLDER, ["catalogue.json"], "a data folder", "write one with `missrec etl`")
     fresh = multiprocessing.get_context("spawn")
     found: dict[str, Any] = {}
     for data in options.data:
@@ -73,4 +76,4 @@ def _measured(data: Path, out: Path, recipe: str, epochs: int) -> dict[str, floa
 
 
 if __name__ == "__main__":
-    main()
+    run_as_command(main)

@@ -28,11 +28,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from benchmarks.measure import report
+from benchmarks.measure import report, run_as_command
 from benchmarks.speed.large_server import run as serve_large
 from benchmarks.speed.serving_shop import bundle_of
 from missrec_t4r.bundle.item_table import load_session_transform
-from missrec_t4r.bundle.manifest import ITEMS_FILE
+from missrec_t4r.bundle.manifest import ITEMS_FILE, verify_bundle
 from missrec_t4r.progress import track
 from missrec_t4r.serving.client.transports import TritonTransport
 from missrec_t4r.serving.load import Arrays, answers_per_second, latency, message, percentiles, response_times
@@ -293,6 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--large", type=Path, help="of large_bundle: served by two instances, start and memory reported"
     )
     chosen = parser.parse_args(arguments)
+    for bundle in filter(None, (chosen.bundle, chosen.large)):
+        verify_bundle(bundle, only=())  # now, not after the measurements before it
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         bundle = chosen.bundle or bundle_of(work / "bundle", chosen.items)
@@ -309,4 +311,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_command(main)

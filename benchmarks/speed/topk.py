@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import peak_mib, reset_peak
+from benchmarks.measure import peak_mib, reset_peak, run_as_command
 from benchmarks.speed.large_tokens import enlarged, isotropic, sessions_near
 from benchmarks.speed.serving_shop import bundle_of
 from missrec_t4r.bundle.bundle import load_bundle
@@ -187,4 +187,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_command(main)

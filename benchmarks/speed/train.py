@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import gemm_rate, peak_mib, report
+from benchmarks.measure import gemm_rate, peak_mib, report, run_as_command
 
 NEED_RELEASE = ("release", "release_unpadded")
 NAMES = ("paper", "default", "default_fp32", *NEED_RELEASE, "t4r_xlnet")
@@ -62,6 +62,13 @@ def measure(name: str, data: Path | None, release: Path | None) -> dict[str, Any
 
 def compare(options: argparse.Namespace) -> None:
     """Run every contestant, round after round, and write the result."""
+    from benchmarks import parity_data
+    from benchmarks.release.loading import require_release
+
+    if options.data:
+        parity_data.require(options.data)
+    if options.release:
+        require_release(options.release)
     names = [name for name in options.only if options.release or name not in NEED_RELEASE]
     runs: list[dict[str, Any]] = []
     for number in range(options.rounds):
@@ -133,4 +140,4 @@ def _cores() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_command(main)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def save_run(
     out: str | Path,
     trainer: tr.Trainer | None = None,
     data: str | Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Fit the score terms of a trained T4R model, and write the run folder that ``missrec train`` writes.
 
@@ -54,12 +56,15 @@ def save_run(
     model : tr.Model
         With our inputs, block and task (`build_model`, or written by hand).
     out : path
-        Run folder, for ``missrec evaluate``, ``missrec export`` and `load_run`. Replaced if it holds a run.
+        Run folder, for ``missrec evaluate``, ``missrec export`` and `load_run`. A run that it holds is kept beside it,
+        as ``OUT-earlier-1`` and so on, since a refusal at the end of a script would lose what was trained.
     trainer : tr.Trainer, optional
         That trained the model: its arguments are recorded, and the data folder is found beside its training split.
     data : path, optional
         Data folder with ``train``, ``valid`` and ``catalogue``, as ``missrec etl`` or ``missrec catalogue adopt`` write
         it, where the trainer's data lies elsewhere.
+    overwrite : bool
+        Replace the files of a run that ``out`` holds in place of keeping it.
 
     Returns
     -------
@@ -100,6 +105,14 @@ def save_run(
         "device": str(next(core.parameters()).device),
     }
     recipe = Recipe(name="t4r", model=core.config, train=settings)
+    if (out / run_folder.RUN_FILE).is_file():
+        if overwrite:
+            log.info(f"{out} holds a finished run: its files are replaced")
+        else:
+            log.warning(
+                f"{out} held a finished run, which is kept as {_set_aside(out)}; "
+                "save_run(..., overwrite=True) replaces a run"
+            )
     run_folder.save_run(out, core, recipe, folder, info, catalogue, (train, valid))
     try:
         _require_parity(core, catalogue, out, valid)
@@ -107,6 +120,14 @@ def save_run(
         (out / run_folder.RUN_FILE).unlink()  # without it the folder is not a run
         raise
     return {"run": str(out), **info}
+
+
+def _set_aside(out: Path) -> Path:
+    """Rename a folder to the first free name beside it, from where its data folder is found as before; return that."""
+    names = (out.with_name(f"{out.name}-earlier-{number}") for number in itertools.count(1))
+    kept = next(folder for folder in names if not folder.exists())
+    out.rename(kept)
+    return kept
 
 
 def _data_folder(trainer: tr.Trainer | None, data: str | Path | None) -> Path:

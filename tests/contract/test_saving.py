@@ -94,6 +94,28 @@ def test_validation_sessions_without_a_known_target_are_left_out(data: Path, tmp
     assert info["valid"] == mr.save_run(by_hand(), out=tmp_path / "run", data=folder)["valid"]
 
 
+def test_a_run_that_the_folder_holds_is_kept_beside_it_unless_it_is_to_be_replaced(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A script that is repeated ends with its own run, and with that of before it."""
+    model, out, kept = by_hand(), tmp_path / "run", tmp_path / "run-earlier-1"
+    mr.save_run(model, out=out, data=data)
+    (out / "metrics_test.json").write_text("{}")  # an evaluation of that run
+    assert "earlier" not in caplog.text
+    weights = load_run(out).model.state_dict()
+    with torch.no_grad():
+        to_core(model).item_encoder.id_embedding.weight.add_(0.1)
+    mr.save_run(model, out=out, data=data)
+    assert f"{out} held a finished run, which is kept as {kept}; save_run(..., overwrite=True) replaces" in caplog.text
+    assert (kept / "metrics_test.json").is_file()
+    assert not (out / "metrics_test.json").exists()
+    name = "item_encoder.id_embedding.weight"
+    assert torch.equal(load_run(kept).model.state_dict()[name], weights[name])
+    assert not torch.equal(load_run(out).model.state_dict()[name], weights[name])
+    mr.save_run(model, out=out, data=data, overwrite=True)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["run", "run-earlier-1"]
+
+
 def test_the_default_learning_rate_of_transformers_is_reported(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -25,6 +25,7 @@ from missrec_t4r.etl.dry_run import describe_run
 from missrec_t4r.etl.engine import append
 from missrec_t4r.etl.engine import compact as compaction
 from missrec_t4r.etl.engine.build import run_out_of_core
+from missrec_t4r.etl.engine.workdir import remove_working_folder
 from missrec_t4r.etl.installed import has_cudf, has_nvtabular, require_nvtabular
 from missrec_t4r.etl.sources.table import Paths, parquet_rows
 from missrec_t4r.etl.task import ENGINES, Task, make_task
@@ -201,6 +202,8 @@ def etl(
             report = run_in_memory(task, out, partitions)
         if report is None:
             report = run_out_of_core(task, out, partitions, machines)
+        else:
+            remove_working_folder(out)
     for finding in task.findings.found:
         log.info(f"{finding.check}: {finding.count:,} ({finding.message})")
     rows = ", ".join(f"{count:,} {name}" for name, count in report["sessions"].items())

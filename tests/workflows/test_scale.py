@@ -22,7 +22,7 @@ from missrec_t4r.cli import app
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.user_hash import hash_ids, partition_of
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
-from missrec_t4r.etl.engine import executor, workdir
+from missrec_t4r.etl.engine import executor, sessionize, workdir
 from missrec_t4r.etl.engine.executor import open_executor
 from missrec_t4r.etl.engine.shuffle import cut_chunks
 from missrec_t4r.etl.nvt.serialization import load_workflow
@@ -252,6 +252,32 @@ def look(*arguments):
 engine._finish = look
 etl(sys.argv[1], sys.argv[2], sys.argv[4], engine="disk", partitions=4, workers=1)
 """
+
+
+def test_the_other_engine_leaves_nothing_of_a_run_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Killed(BaseException):
+        """As a kill: no handler of ours catches it."""
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    files, out = write(tmp_path), tmp_path / "data"
+    (tmp_path / ".other-work").mkdir()  # of another output
+    with monkeypatch.context() as patched:
+        patched.setattr(sessionize, "write_splits", die)
+        with pytest.raises(Killed):
+            etl(*files, out, engine="disk", workers=1)
+    work = tmp_path / ".data-work"
+    assert any(work.iterdir())
+    with caplog.at_level("INFO"):
+        etl(*files, out, engine="memory")
+    assert f"removed {work}: a run was killed there, and {out} is written anew" in caplog.text
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [".other-work"]
+    caplog.clear()
+    etl(*files, out, engine="memory")
+    assert "removed" not in caplog.text
 
 
 @pytest.mark.parametrize("replaces", [False, True])

@@ -103,6 +103,15 @@ def clear_after_kill(out: Path) -> None:
         log.info(f"{work} holds what a killed run had done: its command goes on from there, or remove the folder")
 
 
+def remove_working_folder(out: Path) -> None:
+    """Remove what a killed run left beside ``out``, which another engine has written anew, and say so."""
+    resolved = out.resolve()
+    for folder in (resolved.with_name(f".{resolved.name}-work"), copies_folder(out)):
+        if folder.is_dir():
+            shutil.rmtree(folder)
+            log.info(f"removed {folder}: a run was killed there, and {out} is written anew")
+
+
 def open_job(work: Path, identity: Any, items: pa.Table | None = None) -> Path:
     """Return the working folder of a job: that of a killed run that was equal, or a new one; others are removed.
 

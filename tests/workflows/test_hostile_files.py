@@ -172,6 +172,17 @@ def test_text_that_is_not_utf8_is_repaired_and_such_ids_are_refused(
         etl(events, tmp_path / "items.csv", tmp_path / "data")
 
 
+@pytest.mark.parametrize("kinds", [SHORT_TEXTS, (pa.binary(), pa.binary())])
+@pytest.mark.parametrize("engine", ["memory", "disk"])
+def test_ids_that_are_not_utf8_are_refused_as_such_beside_integer_ids_in_another_file(
+    kinds: tuple[pa.DataType, ...], engine: Literal["memory", "disk"], tmp_path: Path
+) -> None:
+    events, items = write(tmp_path / "raw", EVENTS.assign(user_id=range(len(EVENTS))))
+    broken = _with_bytes(tmp_path / "broken.parquet", EVENTS, "user_id", b"\xff", kinds)
+    with pytest.raises(SchemaError, match="1 ids in column 'user_id' are not UTF-8 text; expected: UTF-8.*iconv"):
+        etl([events, broken], items, tmp_path / "data", engine=engine)
+
+
 @pytest.mark.parametrize("name", ["events.parquet", "events.csv.gz", "events.json.gz"])
 def test_empty_and_truncated_files_are_named(name: str, tmp_path: Path) -> None:
     events, items = write(tmp_path / "raw")

@@ -95,10 +95,7 @@ def normal_ids(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     """
     kind = column.type
     if kind in TEXT_TYPES:
-        if not is_utf8(column):
-            n_broken = len(repaired(column)[1])
-            cure = "convert the export, for example with iconv"
-            raise SchemaError(f"{n_broken} ids in column {name!r} are not UTF-8 text", "UTF-8", cure)
+        require_utf8(column, name)
         texts = column.cast(pa.string())
         return pc.if_else(pc.equal(texts, ""), None, texts)  # an empty id counts as missing
     if pa.types.is_integer(kind):
@@ -151,6 +148,20 @@ def finite_floats(column: Any, kind: pa.DataType) -> Any:
         column = pa.array(np.asarray(column).astype(np.float32))
     column = column.cast(kind)
     return pc.if_else(pc.is_finite(column), column, None)
+
+
+def require_utf8(ids: pa.ChunkedArray, name: str) -> None:
+    """Refuse ids that are texts, or bytes, and not all UTF-8.
+
+    Raises
+    ------
+    SchemaError
+        Says how many are not.
+    """
+    if not is_utf8(ids):
+        n_broken = len(repaired(ids)[1])
+        cure = "convert the export, for example with iconv"
+        raise SchemaError(f"{n_broken} ids in column {name!r} are not UTF-8 text", "UTF-8", cure)
 
 
 def is_utf8(column: pa.ChunkedArray | pa.Array) -> bool:

@@ -202,7 +202,7 @@ def _delimiter(file: Path) -> str:
 
 
 def _one_type(tables: list[pa.Table], id_columns: Sequence[str]) -> list[pa.Table]:
-    """Cast an id column to text where one file has integers and another one texts."""
+    """Cast an id column to text where one file has integers and another one texts, which have to be UTF-8."""
     tables = list(tables)
     for name in id_columns:
         kinds = {table[name].type for table in tables if name in table.column_names}
@@ -211,6 +211,8 @@ def _one_type(tables: list[pa.Table], id_columns: Sequence[str]) -> list[pa.Tabl
             continue
         for index, table in enumerate(tables):
             if name in table.column_names:
+                if table[name].type in checks.TEXT_TYPES:
+                    checks.require_utf8(table[name], name)
                 tables[index] = with_column(table, name, table[name].cast(pa.string()))
     return tables
 

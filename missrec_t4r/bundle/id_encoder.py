@@ -170,7 +170,8 @@ class SessionTransform:
         try:
             content = read_json(Path(file))
         except (OSError, ValueError) as error:
-            raise BundleError(f"{file} cannot be read ({error})", "the JSON file of missrec etl") from error
+            reason = error.__cause__ or error
+            raise BundleError(f"{file} cannot be read ({reason})", "the JSON file of missrec etl") from error
         return cls(TransformSettings.from_dict(content), vocabulary)
 
     @property

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from missrec_t4r.errors import DataError
 from missrec_t4r.io.atomic import atomic_write_file
+
+
+class JSONFileError(DataError, ValueError):
+    """A file that is not JSON, or holds no object; its cause is the reason. A ``ValueError``, too, as json raises."""
 
 
 def to_plain(value: Any) -> Any:
@@ -46,5 +51,18 @@ def write_json(file: Path, content: Any, *, indent: int | None = 2, allow_nan: b
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the content of a JSON file that holds an object."""
-    return cast("dict[str, Any]", json.loads(file.read_text(encoding="utf-8")))
+    """Return the content of a JSON file that holds an object.
+
+    Raises
+    ------
+    JSONFileError
+        It is damaged, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"its content is of type {type(content).__name__}")
+    except (ValueError, TypeError, RecursionError) as error:
+        cure = "copy it again, or repeat the command that wrote it"
+        raise JSONFileError(f"{file} cannot be read ({error})", "a JSON object", cure) from error
+    return content

@@ -44,6 +44,16 @@ def test_times_with_fractions_and_in_other_units(tmp_path: Path) -> None:
         assert len(json.loads(Path(said["report"]).read_text())["distributions"]["events_per_day"]) == days
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("[]", "its content is of type list"), ("{}", "without distributions, made, measures"), ("{", "Expecting")],
+)
+def test_a_last_report_that_is_none_is_named(content: str, reason: str, shop: Path) -> None:
+    (shop / "report.json").write_text(content)
+    with pytest.raises(ConfigError, match=rf"report.json is not a report \({reason}.*expected: report.json of"):
+        report(shop / "data", shop / "out", previous=shop / "report.json")
+
+
 def test_measures(shop: Path) -> None:
     said = report(shop / "data", shop / "out", now=START + 4 * DAY)["measures"]
     items = {"lamp": 3, "desk": 2, "sofa": 3, "vase": 1}

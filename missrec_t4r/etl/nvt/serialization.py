@@ -108,7 +108,7 @@ def read_graph(folder: Path) -> dict[str, Any]:
         checksum = graph.pop("sha256")
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{folder / GRAPH_FILE} cannot be read ({error})",
+            f"{folder / GRAPH_FILE} cannot be read ({error.__cause__ or error})",
             "a workflow written by missrec etl",
             "re-run missrec etl, with NVTabular installed",
         ) from error

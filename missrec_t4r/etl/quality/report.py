@@ -29,6 +29,8 @@ from missrec_t4r.io.key_names import read_with_current_keys
 log = logging.getLogger(__name__)
 
 REPORT_FILE, PREVIOUS_FILE = "report.json", "previous.json"
+_COMPARED = {"made", "measures", "distributions"}
+"""What the next report reads of a report."""
 _RELATIVE = ("events", "users", "items", "session_length_mean")
 _SHARES = frozenset(f"share.{check}" for check in CHECKS)
 """Measures that are 0 where there is no such finding."""
@@ -221,7 +223,10 @@ def _shares(counts: Mapping[str, int]) -> dict[str, float]:
 def _stored_report(file: Path) -> dict[str, Any] | None:
     """Return the report of an earlier run, or None if there is none."""
     try:
-        return read_with_current_keys(file) if file.is_file() else None
+        content = read_with_current_keys(file) if file.is_file() else None
+        if content is not None and (missing := _COMPARED - content.keys()):
+            raise ValueError(f"without {', '.join(sorted(missing))}")
     except ValueError as error:
         remedy = "report.json of `missrec report`", "remove it"
-        raise ConfigError(f"{file} is not a report ({error})", *remedy) from error
+        raise ConfigError(f"{file} is not a report ({error.__cause__ or error})", *remedy) from error
+    return content

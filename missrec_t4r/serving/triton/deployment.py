@@ -101,7 +101,7 @@ def replaced_versions(repository: Path) -> dict[str, int]:
         return {str(number): int(before) for number, before in read_json(file).get("replaced", {}).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BundleError(
-            f"{file} cannot be read ({error})",
+            f"{file} cannot be read ({error.__cause__ or error})",
             "the versions that were replaced, as `missrec deploy` writes them",
             'write {"format": 1} into it: all versions stay, and a rollback goes to the newest below the current one',
         ) from error

@@ -11,7 +11,7 @@ from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import DataError, SchemaError
-from missrec_t4r.schema import LIST_SUFFIX, SCHEMA_FILE
+from missrec_t4r.schema import FIRST_ITEM_ROW, LIST_SUFFIX, SCHEMA_FILE
 
 EVENT_FEATURE_TAGS = (Tags.CATEGORICAL, Tags.CONTINUOUS, Tags.EMBEDDING)
 """Tags of event features; T4R's own inputs read the same."""
@@ -79,8 +79,8 @@ def item_column(schema: Schema, n_rows: int) -> ColumnSchema:
     domain = column.int_domain
     if domain is not None and domain.max is not None and domain.max >= n_rows:
         raise SchemaError(
-            f"item column {column.name!r} has rows up to {int(domain.max)}, the catalogue has {n_rows}",
-            f"rows up to {n_rows - 1}",
+            f"item column {column.name!r} has row numbers up to {int(domain.max)}",
+            f"at most {n_rows - 1}: the catalogue's {n_rows} rows are numbered from 0, its items from {FIRST_ITEM_ROW}",
             "use the catalogue that `missrec etl` wrote beside this schema",
         )
     return column

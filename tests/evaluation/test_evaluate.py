@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError, MISSRecError
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM, PROTOCOLS
-from missrec_t4r.evaluation.report import table
+from missrec_t4r.evaluation.report import metrics_table, table
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.ranking.baselines import Popularity
 from missrec_t4r.ranking.hybrid import build_missrec
@@ -70,6 +71,18 @@ def spoken(report: dict[str, Any], width: int = 220) -> str:
 
 def systems_of(protocol: str) -> set[str]:
     return SYSTEMS if protocol == KEPT_STRICT else SYSTEMS | {"exported"}
+
+
+def test_the_tutorial_shows_the_table_that_is_printed(report: dict[str, Any], repository: Path) -> None:
+    """Its figures are of a larger run; the intervals and the row of the exported blend are left out there."""
+    page = (repository / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    ((title, head, *rows),) = (shown.splitlines() for shown in re.findall(r"```\n(test, .*?)```", page, re.DOTALL))
+    printed = metrics_table(report, EXCLUDED)
+    assert re.sub(r"[\d,]+ users", "N users", title) == re.sub(r"[\d,]+ users", "N users", str(printed.title))
+    assert [name.strip() for name in head.strip("┃").split("┃")] == [column.header for column in printed.columns]
+    assert [row.split("│")[1].strip() for row in rows] == [
+        name for name in printed.columns[0].cells if name != "exported"
+    ]
 
 
 def test_the_report_holds_every_system_in_every_protocol(report: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,14 @@ from missrec_t4r.etl.sources.synthetic.shop_text import EVENT_TYPES
 from missrec_t4r.ranking.baselines import ContentKNN, CoOccurrence, ItemKNN, Popularity
 
 SMALL = {"users": 80, "items": 120}
+
+
+def test_the_tutorial_counts_what_its_shop_lacks(repository: Path) -> None:
+    page = (repository / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    ((users, items),) = re.findall(r"^missrec generate .*--users (\d+) --items (\d+)", page, re.MULTILINE)
+    _, table, _ = make_tables(7, int(users), int(items))  # the seed of the command
+    no_text, no_picture = (table[name].null_count for name in ("title", "image"))
+    assert f"{no_text} of {items} items have no text and {no_picture} no picture" in page
 
 
 def _fingerprint(folder: Path) -> dict[str, str]:

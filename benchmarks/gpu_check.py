@@ -7,8 +7,9 @@
 
 Every part is a process of its own under a time limit; what it measured before the limit or an error counts, the rest is
 named in ``failed``. The result file is written anew whenever a part has found something: it holds all that was found if
-the whole is cut short. Nothing is downloaded: tables, sessions and embeddings are generated. On a machine without a GPU
-``card`` is null and all figures are those of the CPU.
+the whole is cut short. Nothing is downloaded: tables, sessions and embeddings are generated. Where torch finds no GPU,
+parts that need one say so and measure nothing; with ``--tiny`` ``card`` is then null and all figures are those of the
+CPU.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ nothing, has `PATIENCE` times as long."""
 PATIENCE = 5
 _EVERY = 2.0
 """Seconds after which the result file is written anew if a part has found something."""
+_RECORDING = 6
+"""Epochs after which a training is measured, however many graphs are recorded still."""
+_STEPS_PER_GRAPH = 50
+"""Steps of an epoch for each graph that is recorded in it: from there on the next epoch is measured."""
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 K, DIM = 50, 300
 SCORES, LOSSES = 1e-5, 1e-3
@@ -78,17 +83,21 @@ def train(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> No
         sessions, test = (part.take(np.arange(40)) for part in (sessions, test))
     small = {"model.d_model": 16, "model.n_head": 2, "model.interest_ratio": 0.02} if sizes is TINY else {}
     plain = small | {"train.batch_size": 512, "train.precision": "fp32", "model.dropout": 0.0}
+    few, losses = sessions.take(np.arange(min(len(sessions), 512))), list[list[float]]()
+
+    def compare(name: str, device: str, *, graphs: bool) -> None:
+        """Train three epochs, and compare their losses with those of the training before."""
+        trainer = _trainer("paper", plain | {"train.cuda_graphs": graphs}, catalogue, few, test, work / name, device)
+        losses.append([trainer._epoch()["loss"] for _ in range(3)])
+        if len(losses) > 1:
+            record.equal(name, _apart(losses[-1], losses[-2]), LOSSES)
+        _note_graphs(record, "equal", trainer)
+
     with record.step("train/equal"):
-        few, losses = sessions.take(np.arange(min(len(sessions), 512))), []
-        for device, graphs in (("cpu", False), (DEVICE, False), (DEVICE, True)):
-            settings = plain | {"train.cuda_graphs": graphs}
-            trainer = _trainer("paper", settings, catalogue, few, test, work / f"equal-{len(losses)}", device)
-            if trainer.graphed is not None:
-                trainer.graphed.plain_steps = 1  # these are few batches: at the usual number no graph would train any
-            losses.append([trainer._epoch()["loss"] for _ in range(3)])
-            _note_graphs(record, "equal", trainer)
-        record.equal("train", float(np.max(np.abs(np.divide(losses[1], losses[0]) - 1))), LOSSES)
-        record.equal("train/graphs", float(np.max(np.abs(np.divide(losses[2], losses[1]) - 1))), LOSSES)
+        compare("cpu", "cpu", graphs=False)
+        compare("train", DEVICE, graphs=False)
+    with record.step("train/graphs"):
+        compare("train/graphs", DEVICE, graphs=True)
     with record.step("train/group"):  # the messages of several processes, in a group of one
         backend = "gloo" if DEVICE == "cpu" else "nccl"
         torch.distributed.init_process_group(backend, init_method=f"file://{work}/group", rank=0, world_size=1)
@@ -97,14 +106,14 @@ def train(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> No
             grouped = [trainer._epoch()["loss"] for _ in range(3)]
         finally:
             torch.distributed.destroy_process_group()
-        record.equal("train/group", float(np.max(np.abs(np.divide(grouped, losses[-1]) - 1))), LOSSES)
-    with record.step("train/waits"):
-        for recipe, precision in (("paper", "fp32"), ("default", "auto"), ("long", "auto")):
+        record.equal("train/group", _apart(grouped, losses[-1]), LOSSES)
+    for recipe, precision in (("paper", "fp32"), ("default", "auto"), ("long", "auto")):
+        with record.step(f"train/waits/{recipe}"):
             settings = plain | {"train.precision": precision, "train.cuda_graphs": False}  # to record them is to wait
             trainer = _trainer(recipe, settings, catalogue, few, test, work / f"waits-{recipe}", DEVICE)
             record.add(at=["waits", recipe], value=(lines := lines_that_wait(trainer)))
             if lines:
-                raise RuntimeError(f"a step of {recipe} waits for the device in {', '.join(lines)}")
+                raise RuntimeError(f"a step waits for the device in {', '.join(lines)}")
     for name, recipe, batch in (
         ("paper_512", "paper", 512),
         ("paper_4096", "paper", 4096),
@@ -115,7 +124,7 @@ def train(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> No
             with record.step(f"train/{name}" if graphs else f"without_graphs/{name}"):
                 settings = small | {"train.batch_size": batch, "train.cuda_graphs": graphs}
                 trainer = _trainer(recipe, settings, catalogue, sessions, test, work / f"{name}-{graphs}", DEVICE)
-                record.add(at=["train" if graphs else "without_graphs", name], value=_rate(trainer, 6 if graphs else 1))
+                record.add(at=["train" if graphs else "without_graphs", name], value=_rate(trainer, 0 if graphs else 1))
                 _note_graphs(record, name, trainer)
     from missrec_t4r.ranking.tune import fit_terms
 
@@ -125,17 +134,25 @@ def train(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> No
     with record.step("without_graphs/ml1m_200"):
         without = long | {"train.cuda_graphs": False}
         trainer = _trainer("long", without, catalogue, sessions, sessions, work / "long-without", DEVICE)
-        record.add(at=["without_graphs", "ml1m_200"], value=_rate(trainer, 0))
-    trainer = _trainer("long", long, catalogue, sessions, sessions, work / "long", DEVICE)
+        record.add(at=["without_graphs", "ml1m_200"], value=_rate(trainer))
+    trained: list[Any] = []
     with record.step("train/ml1m_200"):
-        record.add(at=["train", "ml1m_200"], value=_rate(trainer, 1))
-        _note_graphs(record, "ml1m_200", trainer)
+        trained.append(_trainer("long", long, catalogue, sessions, sessions, work / "long", DEVICE))
+        record.add(at=["train", "ml1m_200"], value=_rate(trained[0]))
+        _note_graphs(record, "ml1m_200", trained[0])
     with record.step("train/terms_ml1m_s"):
+        if not trained:
+            raise RuntimeError("there is no trained model, since train/ml1m_200 failed")
         _wait()
         started = time.perf_counter()
-        fit_terms(trainer.model, catalogue, sessions, sessions)
+        fit_terms(trained[0].model, catalogue, sessions, sessions)
         _wait()
         record.add(at=["train", "terms_ml1m_s"], value=round(time.perf_counter() - started, 2))
+
+
+def _apart(losses: list[float], expected: list[float]) -> float:
+    """Return the largest relative difference of the epochs' losses; infinite where one is not a number."""
+    return float(np.nan_to_num(np.abs(np.divide(losses, expected) - 1).max(), nan=np.inf))
 
 
 def _trainer(
@@ -144,7 +161,10 @@ def _trainer(
     from missrec_t4r.config import Recipe
     from missrec_t4r.training.trainer import Trainer
 
-    return Trainer(Recipe.load(recipe, settings), catalogue, sessions, test.take(np.arange(8)), out, device=device)
+    trainer = Trainer(Recipe.load(recipe, settings), catalogue, sessions, test.take(np.arange(8)), out, device=device)
+    if trainer.graphed is not None:
+        trainer.graphed.plain_steps = 1  # these are few batches: most would be over before their shape is recorded
+    return trainer
 
 
 def lines_that_wait(trainer: Any) -> list[str]:
@@ -186,10 +206,19 @@ def _note_graphs(record: Record, name: str, trainer: Any) -> None:
             raise RuntimeError(f"training steps were not recorded as CUDA graphs: {reason}")
 
 
-def _rate(trainer: Any, before: int) -> float:
-    """Return targets per second of a whole epoch, after some others: in them graphs are recorded."""
+def _rate(trainer: Any, before: int = 0) -> float:
+    """Return targets per second of a whole epoch, after ``before`` others and those in which graphs are recorded.
+
+    A shape is recorded when it comes again; those of the first epoch need not, since the interests are others then.
+    """
     for _ in range(before):
         trainer._epoch()
+    graphed, left = trainer.graphed, _RECORDING
+    while graphed is not None and not graphed.obstacle and left:
+        known, steps, left = len(graphed.graphs), trainer.status["step"], left - 1
+        trainer._epoch()
+        if graphed.graphs and _STEPS_PER_GRAPH * (len(graphed.graphs) - known) <= trainer.status["step"] - steps:
+            break
     _wait()
     record = trainer._epoch()
     _wait()
@@ -366,10 +395,14 @@ ALL = ("etl", *PARTS)
 
 def check(parts: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     """Run every part in its own process and return what all of them found, which the file holds meanwhile."""
-    result: dict[str, Any] = {"card": None, "driver": None, "rapids": None, "torch": torch.__version__}
+    result: dict[str, Any] = {"card": None, "driver": _driver(), "rapids": None, "torch": torch.__version__}
     if DEVICE != "cpu":
-        result |= {"card": torch.cuda.get_device_name(), "driver": _driver()}
-    result |= {"tiny": options.tiny, "equal": True, "compared": {}, **{part: {} for part in parts}, "failed": []}
+        result["card"] = torch.cuda.get_device_name()
+    result |= {"tiny": options.tiny, "equal": True, "compared": {}, "bounds": {}, "failed": []}
+    result |= {part: {} for part in parts}
+    if DEVICE == "cpu" and not options.tiny:
+        result["failed"] = [f"{part}: {_no_gpu(result['driver'])}" for part in parts if part in PARTS]
+        parts = [part for part in parts if part not in PARTS]
     left_over = 0.0
     with tempfile.TemporaryDirectory() as folder:
         for number, part in enumerate(parts):
@@ -447,9 +480,11 @@ def _merge(result: dict[str, Any], line: dict[str, Any]) -> None:
         result["failed"].append(line["failed"])
     elif "compared" in line:
         result["compared"][line["compared"]] = line["difference"]
+        result["bounds"][line["compared"]] = line["bound"]
         result["equal"] &= line["equal"]
         if not line["equal"]:
-            result["failed"].append(f"{line['compared']}: differs from the CPU by {line['difference']:.3g}")
+            found = f"{line['difference']:.3g} apart, at most {line['bound']:g} expected"
+            result["failed"].append(f"{line['compared']}: {found}")
     else:
         *groups, name = line["at"]
         at = result
@@ -466,14 +501,52 @@ def _driver() -> str | None:
         return None
 
 
+def _no_gpu(driver: str | None) -> str:
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs"
+    found = f"nvidia-smi shows driver {driver}" if driver else "nvidia-smi shows no driver"
+    return (
+        f"torch {torch.__version__}, built {built}, finds no GPU ({found}), so nothing would run on one: not measured; "
+        "docs/howto/gpu.md, Install, says which torch a driver needs"
+    )
+
+
 def _table_of(result: dict[str, Any]) -> str:
-    lines = [f"{result['card'] or 'no GPU: figures of the CPU'}, driver {result['driver']}, RAPIDS {result['rapids']}"]
+    """Return all figures with their units and what they are to be compared with, then what is wrong."""
+    card = result["card"] or ("no GPU: figures of the CPU" if result["tiny"] else "no GPU")
+    lines = [f"{card}, driver {result['driver']}, torch {result['torch']}, RAPIDS {result['rapids']}"]
     for part in ALL:
-        lines += [f"{part:>6}  {name:<18} {value:>14,}" for name, value in result.get(part, {}).items()]
-    plain = result.get("without_graphs", {})
-    lines += [f" train  {name + ', no graphs':<22} {value:>10,}" for name, value in plain.items()]
-    lines += [f"differs by {difference:.3g}: {name}" for name, difference in result["compared"].items()]
-    return "\n".join([*lines, *(f"failed: {one}" for one in result["failed"])])
+        for name, value in result.get(part, {}).items():
+            lines.append(f"{part:>6}  {name:<18} {value:>12,} {_unit(part, name)}{_beside(result, part, name)}")
+    plain = {
+        name: value for name, value in result.get("without_graphs", {}).items() if name not in result.get("train", {})
+    }
+    lines += [f" train  {name:<18} {value:>12,} targets/s, without graphs" for name, value in plain.items()]
+    for name, difference in result["compared"].items():
+        bound = result["bounds"][name]
+        verdict = "equal" if difference <= bound else "DIFFERENT"
+        lines.append(f" equal  {name:<18} {difference:>12.3g} apart, at most {bound:g}: {verdict}")
+    wrong = [f"FAILED  {one}" for one in result["failed"]]
+    good = sum(difference <= result["bounds"][name] for name, difference in result["compared"].items())
+    verdict = f"{good} of {len(result['compared'])} comparisons equal; {len(wrong) or 'nothing'} failed"
+    return "\n".join([*lines, *wrong, verdict])
+
+
+def _unit(part: str, name: str) -> str:
+    if name.endswith("sessions_per_s"):
+        return "sessions/s"
+    if part == "etl" or name.endswith("_s"):
+        return "s"
+    return "targets/s" if part == "train" else "ms"
+
+
+def _beside(result: dict[str, Any], part: str, name: str) -> str:
+    """Return what a figure is to be compared with: plain steps, one reading of the tokens, or nothing."""
+    if part == "train" and (plain := result.get("without_graphs", {}).get(name)):
+        share, shapes = result[part][name] / plain, result.get("graphs", {}).get(name, 0)
+        return f"  {share:.2f} times the {plain:,} without graphs; {shapes} shapes recorded"
+    if part == "rank" and (roof := result.get("roofline", {}).get(name)):
+        return f"  to read the tokens once takes {roof['at_copy_rate_ms']:,} ms"
+    return ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -64,7 +64,7 @@ class Record:
 
     def equal(self, name: str, difference: float, bound: float) -> None:
         """Record a comparison with the CPU."""
-        self.add(compared=name, difference=difference, equal=bool(difference <= bound))
+        self.add(compared=name, difference=difference, bound=bound, equal=bool(difference <= bound))
 
 
 def _line_of(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,7 +53,74 @@ def test_a_part_that_fails_is_named_and_stops_no_other(
     assert main(["rank", "serve", "--tiny", "--results", str(tmp_path)]) == 0
     found = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert found["failed"] == ["rank: stopped at its limit of 0.01 s", "serve: stopped at its limit of 0.01 s"]
-    assert "failed: rank: stopped" in capsys.readouterr().out
+    assert "FAILED  rank: stopped" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run everything")
+def test_where_torch_finds_no_gpu_the_parts_say_why_and_do_not_fill_the_memory_of_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A driver older than torch's CUDA looks like no GPU; the etl has an environment of its own."""
+    started: list[str] = []
+
+    def run(part: str, *_: Any) -> list[str]:
+        started.append(part)
+        return []
+
+    monkeypatch.setattr(gpu_check, "_run", run)
+    monkeypatch.setattr(gpu_check, "_driver", lambda: "550.54")
+    assert main(["etl", "rank", "serve", "--results", str(tmp_path)]) == 0
+    assert started == ["etl"]
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert [one.partition(":")[0] for one in found["failed"]] == ["rank", "serve"]
+    assert f"rank: torch {torch.__version__}, built for" in found["failed"][0]
+    assert "finds no GPU (nvidia-smi shows driver 550.54)" in capsys.readouterr().out
+
+
+def test_the_table_says_what_a_figure_is_compared_with_and_what_is_wrong() -> None:
+    found = {
+        **{"card": "H200", "driver": "580.1", "torch": "2.13.0", "rapids": None, "tiny": False, "failed": ["serve: x"]},
+        **{"train": {"paper_512": 80.0, "terms_ml1m_s": 2.5}, "without_graphs": {"paper_512": 40.0, "ml1m_200": 7.0}},
+        **{"graphs": {"paper_512": 3}, "rank": {"1000/1": 0.6}, "roofline": {"1000/1": {"at_copy_rate_ms": 0.3}}},
+        **{"serve": {"sessions_per_s": 900.0, "p50_1": 2.0}, "etl": {"1000": 0.5}},
+        **{"compared": {"train": 1e-6, "serve": 0.5}, "bounds": {"train": 1e-3, "serve": 1e-5}},
+    }
+    lines = [" ".join(line.split()) for line in gpu_check._table_of(found).splitlines()]
+    assert lines == [
+        "H200, driver 580.1, torch 2.13.0, RAPIDS None",
+        "etl 1000 0.5 s",
+        "train paper_512 80.0 targets/s 2.00 times the 40.0 without graphs; 3 shapes recorded",
+        "train terms_ml1m_s 2.5 s",
+        "rank 1000/1 0.6 ms to read the tokens once takes 0.3 ms",
+        "serve sessions_per_s 900.0 sessions/s",
+        "serve p50_1 2.0 ms",
+        "train ml1m_200 7.0 targets/s, without graphs",
+        "equal train 1e-06 apart, at most 0.001: equal",
+        "equal serve 0.5 apart, at most 1e-05: DIFFERENT",
+        "FAILED serve: x",
+        "1 of 2 comparisons equal; 1 failed",
+    ]
+
+
+def test_a_training_is_measured_when_the_graphs_of_its_batches_are_recorded() -> None:
+    """Shapes of the first epoch need not come again, and large batches come a few times in all."""
+
+    class Trainer:
+        def __init__(self, recorded: list[int]) -> None:
+            self.recorded, self.epochs, self.status = recorded, 0, {"step": 0}
+            self.graphed = SimpleNamespace(graphs={}, obstacle="")
+
+        def _epoch(self) -> dict[str, float]:
+            self.status["step"] += 2
+            self.graphed.graphs |= dict.fromkeys(range(sum(self.recorded[: self.epochs + 1])))
+            self.epochs += 1
+            return {"positions_per_s": float(self.epochs)}
+
+    assert gpu_check._rate(Trainer([0, 0, 2, 0, 0])) == 5.0
+    assert gpu_check._rate(Trainer([1] * 20)) == gpu_check._RECORDING + 1
+    failed = Trainer([0])
+    failed.graphed.obstacle = "out of memory"
+    assert gpu_check._rate(failed) == 1.0
 
 
 def test_a_part_has_the_time_that_those_before_it_have_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

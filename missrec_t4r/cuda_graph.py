@@ -7,8 +7,10 @@ after the other.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -83,6 +85,22 @@ class GraphRecorder:
 
     def _index(self) -> int:
         return torch.cuda.current_device() if self.device.index is None else self.device.index
+
+
+def obstacle(error: BaseException, longest: int = 300) -> str:
+    """Return why work could not be recorded, in one line: the last line of this package that ran, and the message.
+
+    CUDA ends a recording that was broken off with an error of its own, which says no more than that there was another
+    one before; that one is told.
+    """
+    first = error.__context__
+    if first is not None and "previous error during capture" in str(error):
+        error = first
+    message = " ".join(str(error).split()) or type(error).__name__
+    package = Path(__file__).parent
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(package)]
+    place = f"{Path(own[-1].filename).relative_to(package.parent)}:{own[-1].lineno}: " if own else ""
+    return f"{place}{message}"[:longest]
 
 
 def sizes_up_to(largest: int, smallest: int = 1) -> list[int]:

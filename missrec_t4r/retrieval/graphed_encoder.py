@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from missrec_t4r.cuda_graph import GraphRecorder, fitting, sizes_up_to
+from missrec_t4r.cuda_graph import GraphRecorder, fitting, obstacle, sizes_up_to
 from missrec_t4r.retrieval.device_search import exact_products
 from missrec_t4r.retrieval.traced_encoder import Encode
 
@@ -89,7 +89,7 @@ class GraphedEncoder:
                     self.graphs[batch, length] = self._recorded(batch, length, recorder)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
             self.graphs.clear()
-            self.obstacle = str(error)[:200]
+            self.obstacle = obstacle(error)
             log.warning(f"the session encoder runs without CUDA graphs, which takes longer: {self.obstacle}")
 
     def _recorded(self, batch: int, length: int, recorder: GraphRecorder) -> _Graph:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from missrec_t4r.cuda_graph import GraphRecorder, fitting, sizes_up_to
+from missrec_t4r.cuda_graph import GraphRecorder, fitting, obstacle, sizes_up_to
 from missrec_t4r.data.batching import TrainingBatch
 from missrec_t4r.training.optim import Optimiser
 from missrec_t4r.training.state import random_state, set_random_state
@@ -111,7 +111,7 @@ class GraphedSteps:
         try:
             self.recorder = GraphRecorder(device)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-            self._give_up(str(error))
+            self._give_up(obstacle(error))
 
     def __call__(self, batch: TrainingBatch, rate: float, loss: Loss) -> Tensor:
         """Take a step on a batch of the host and return its loss.
@@ -151,8 +151,8 @@ class GraphedSteps:
         except torch.cuda.OutOfMemoryError as error:  # raised before the update, which needs no more memory
             if not self.graphs:
                 raise
-            obstacle = str(error)
-        self._give_up(obstacle)  # here, where nothing of the failed step is in memory any more
+            full = obstacle(error)
+        self._give_up(full)  # here, where nothing of the failed step is in memory any more
         return self._on_the_stream(batch, loss)
 
     def _on_the_stream(self, batch: TrainingBatch, loss: Loss) -> Tensor:
@@ -186,7 +186,7 @@ class GraphedSteps:
             value = graph.loss.clone()
             apart = differences({"loss": [torch.zeros_like(value)], **before}, expected, {**state, "loss": [value]})
         except Exception as error:  # whatever it is: a plain step does without it, or raises it again
-            problem = str(error) or type(error).__name__
+            problem = obstacle(error)
         else:
             wrong = [f"{name} by {share:.2g}" for name, share in apart.items() if not share <= _DIFFERENCE]
             problem = f"a recorded step differs from a plain one in {', '.join(wrong)}" if wrong else ""
@@ -206,8 +206,8 @@ class GraphedSteps:
                 torch._foreach_copy_(tensors, before[name])
         set_random_state(random, self.device)
 
-    def _give_up(self, obstacle: str) -> None:
-        self.obstacle = " ".join(obstacle.split())[:300]
+    def _give_up(self, problem: str) -> None:
+        self.obstacle = problem
         self.graphs.clear()
         log.warning(f"training steps run without CUDA graphs, which takes longer: {self.obstacle}")
 

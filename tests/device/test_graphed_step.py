@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.config import TrainConfig
+from missrec_t4r.cuda_graph import obstacle
 from missrec_t4r.data.batching import TrainingBatch, iterate, trained_positions, training_batches
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.data.sessions import Sessions
@@ -21,7 +23,7 @@ from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.training import graphed_step
 from missrec_t4r.training.graphed_step import Shapes, differences
-from missrec_t4r.training.step import training_loss, with_interests_counted
+from missrec_t4r.training.step import slots_counted, training_loss, with_interests_counted
 from missrec_t4r.training.trainer import Trainer
 from tests import shop
 from tests.device.recorder import Recorder
@@ -308,6 +310,25 @@ def test_training_goes_on_plainly_where_memory_does_not_suffice_for_graphs(
     assert "out of memory" in line
     assert np.array(found) == pytest.approx(np.array(expected), rel=1e-4)
     assert max(differences(before, plain, after).values()) < 1e-2
+
+
+class _BrokenOff:
+    """Ends as ``torch.cuda.graph`` does after an error within it."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nSearch for ...")
+
+
+def test_the_error_that_broke_a_recording_off_is_told_with_its_line() -> None:
+    """CUDA's own says only that there was one; torch raises it in place of the first."""
+    with pytest.raises(RuntimeError) as raised, _BrokenOff():
+        slots_counted("many", 3)  # type: ignore[arg-type]
+    assert re.fullmatch(r"missrec_t4r/training/step\.py:\d+: unsupported operand .*", obstacle(raised.value))
+    with pytest.raises(RuntimeError) as raised:
+        raise RuntimeError("CUDA out of\n memory")
+    assert obstacle(raised.value) == "CUDA out of memory"
 
 
 @pytest.mark.parametrize("n", [3, 70, 255, 300, 1170, 8000])

@@ -36,6 +36,7 @@ from missrec_t4r.t4r.build import build_model, missrec_block, to_core
 from missrec_t4r.t4r.columns import event_feature_name, item_column, load_schema
 from missrec_t4r.t4r.loader import PrefixLoader
 from missrec_t4r.training.curves import Curves
+from missrec_t4r.training.distributed import own_device
 from missrec_t4r.training.fit import read_training_data
 from missrec_t4r.training.state import content_checksum
 
@@ -89,7 +90,7 @@ def train_t4r(
     resume : bool
         Continue from the last checkpoint in ``out``; False starts over.
     device : str
-        ``"auto"`` uses a GPU if there is one; ``"cpu"`` does not.
+        ``"auto"`` uses the first GPU if there is one, ``"cuda"`` requires it, ``"cpu"`` does not use it.
     dry_run : bool
         Read and check the data, return what would be trained, write nothing.
 
@@ -102,9 +103,14 @@ def train_t4r(
     Raises
     ------
     DataError, SchemaError, ConfigError
-        Unusable data, a schema that does not fit the catalogue, or a checkpoint of another recipe.
+        Unusable data, a schema that does not fit the catalogue, a checkpoint of another recipe, or a device that is not
+        there or that T4R's Trainer does not choose.
     """
     started = time.perf_counter()
+    where = own_device(device)
+    if ":" in device and where.index:
+        cure = f"set CUDA_VISIBLE_DEVICES={where.index} in the environment, and --device cuda"
+        raise ConfigError(f"--device {device} with --trainer t4r, which takes the first GPU", "auto, cpu or cuda", cure)
     data, out = Path(data), Path(out)
     catalogue, train, valid, event_features = read_training_data(data, recipe)
     schema = _read_schema(data, catalogue, event_features)
@@ -202,7 +208,7 @@ def _checkpoint_folder(out: Path, recipe: Recipe, content: int, resume: bool) ->
 
 def _arguments(recipe: Recipe, folder: Path, catalogue: Catalogue, device: str) -> T4RecTrainingArguments:
     train = recipe.train
-    return T4RecTrainingArguments(
+    arguments = T4RecTrainingArguments(
         output_dir=str(folder),
         data_loader_engine="missrec",
         max_sequence_length=recipe.model.max_sequence_length,
@@ -227,6 +233,8 @@ def _arguments(recipe: Recipe, folder: Path, catalogue: Catalogue, device: str) 
         report_to=[],
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several, transformers would make threads that share one step
+    return arguments
 
 
 def _loader(recipe: Recipe, schema: Any, folder: Path, *, shuffle: bool) -> PrefixLoader:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,8 +24,12 @@ from torch import Tensor
 
 from missrec_t4r.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
+_DRIVER = Path("/dev/nvidiactl")
+"""There where a machine, or a container that was given a GPU, has NVIDIA's driver."""
 _TIMEOUT = datetime.timedelta(hours=4)
 """How long a process waits for another: the first one ranks the validation sessions while the others wait."""
 
@@ -86,6 +93,8 @@ def own_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu":
+            _warn_of_an_idle_gpu()
     if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
         raise ConfigError(f"--device {name!r}", "auto, cpu or cuda", "leave --device out for the GPU if there is one")
     if name == "cuda" and is_launched():
@@ -98,6 +107,17 @@ def own_device(name: str) -> torch.device:
     if device.index is not None:
         torch.cuda.set_device(device)  # pinned memory, NCCL and new streams belong to the current one
     return device
+
+
+@cache
+def _warn_of_an_idle_gpu() -> None:
+    """Say once that a GPU is there which torch does not find, for which a training takes the CPU."""
+    if _DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs"
+        log.warning(
+            f"this machine has an NVIDIA GPU, and torch {torch.__version__}, built {built}, finds none: on the CPU. "
+            "A driver older than torch's CUDA needs another torch (docs/howto/gpu.md, Install); --device cpu is silent"
+        )
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from missrec_t4r.t4r import (
     to_core,
     train_t4r,
 )
-from missrec_t4r.t4r.trainer import CHECKPOINT_FOLDER, NDCG, _Report
+from missrec_t4r.t4r.trainer import CHECKPOINT_FOLDER, NDCG, _arguments, _Report
 from missrec_t4r.training.step import training_loss
 from tests.contract import shop
 from tests.crafted import Crafted
@@ -329,6 +329,25 @@ def test_no_code_in_a_checkpoint_runs_when_training_resumes(
         assert not marker.exists()
         assert os.environ.get(name) == variable
         (last / file).write_bytes(content)
+
+
+def test_train_t4r_refuses_a_device_that_it_would_not_take(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T4R's Trainer takes the first GPU, or the CPU where there is none, whatever was asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="--device cuda, and PyTorch .* finds 0 GPUs"):
+        train_t4r(data, recipe(), tmp_path / "run", device="cuda", dry_run=True)
+    monkeypatch.setattr("missrec_t4r.t4r.trainer.own_device", torch.device)
+    with pytest.raises(ConfigError, match="--device cuda:1 .* takes the first GPU.*CUDA_VISIBLE_DEVICES=1"):
+        train_t4r(data, recipe(), tmp_path / "run", device="cuda:1", dry_run=True)
+
+
+def test_train_t4r_takes_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would start a thread for each, which `MISSRecBlock` refuses."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert _arguments(recipe(), tmp_path, shop.catalogue(), "auto").n_gpu == 1
+    assert _arguments(recipe(), tmp_path, shop.catalogue(), "cpu").n_gpu == 0
 
 
 def test_train_t4r_stops_early_and_keeps_the_best_epoch(data: Path, tmp_path: Path) -> None:

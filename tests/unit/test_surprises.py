@@ -17,6 +17,7 @@ from missrec_t4r.data.batching import TrainingBatch
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.runs.run_folder import load_run, load_tensors
+from missrec_t4r.training import distributed
 from missrec_t4r.training.distributed import own_device
 from missrec_t4r.training.step import Totals
 from missrec_t4r.training.trainer import Trainer
@@ -39,6 +40,30 @@ def test_a_device_that_is_not_there_is_named_with_a_cure(monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match="--device 'gpu'; expected: auto, cpu or cuda"):
         own_device("gpu")
     assert own_device("auto") == torch.device("cpu")
+
+
+def test_a_gpu_that_torch_does_not_find_is_mentioned_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a driver older than torch's CUDA, or a torch for CPUs, a training would be slow for no visible reason."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(distributed, "_DRIVER", tmp_path / "nvidiactl")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def warnings_of(device: str) -> list[str]:
+        caplog.clear()
+        distributed._warn_of_an_idle_gpu.cache_clear()
+        assert own_device(device) == own_device(device) == torch.device("cpu")
+        return caplog.messages
+
+    assert warnings_of("auto") == []
+    (tmp_path / "nvidiactl").touch()
+    (line,) = warnings_of("auto")
+    assert re.match(r"this machine has an NVIDIA GPU, and torch \S+, built for .*, finds none: on the CPU", line)
+    assert warnings_of("cpu") == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert warnings_of("auto") == []
+    distributed._warn_of_an_idle_gpu.cache_clear()
 
 
 def test_a_finished_run_is_replaced_by_other_settings_only_on_request(data: Path, tmp_path: Path) -> None:

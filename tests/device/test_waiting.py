@@ -87,8 +87,11 @@ def test_what_is_waited_for_is_noted() -> None:
         assert waits[before:] == []
 
 
-def _trainer(out: Path, recipe: str, settings: dict[str, Any], device: str) -> Trainer:
-    modalities = shop.random_modalities(N_ITEMS, {"text": 6, "image": 4}, 0, without={"image": [4, 9]})
+def _trainer(
+    out: Path, recipe: str, settings: dict[str, Any], device: str, names: tuple[str, ...] = ("text", "image")
+) -> Trainer:
+    without = {name: [4, 9] for name in names[1:]}
+    modalities = shop.random_modalities(N_ITEMS, dict(zip(names, (6, 4, 5))), 0, without=without)
     catalogue = shop.make_catalogue([f"P{item}" for item in range(N_ITEMS)], modalities, [1] * N_ITEMS)
     rng = np.random.default_rng(0)
     sessions = Sessions.from_lists([rng.integers(3, N_ITEMS + 3, rng.integers(2, 9)) for _ in range(60)])
@@ -108,21 +111,30 @@ def test_the_rate_of_an_epoch_counts_the_work_that_the_device_has_left(
 
 
 @pytest.mark.parametrize(
-    ("recipe", "settings"),
+    ("recipe", "settings", "names"),
     [
-        ("paper", {}),
-        ("paper", {"model.attention": "causal", "train.group_by_length": True}),
-        ("default", {}),
-        ("default", {"train.accumulate": 2, "train.clip_norm": 1.0}),
-        ("long", {"model.n_decoder_layers": 2}),
-        ("tiny", {"model.attention": "bidirectional", "model.sequence_fusion": "contextual", "train.ema_decay": 0.9}),
+        ("paper", {}, ("text", "image")),
+        ("paper", {}, ("text",)),
+        ("paper", {"model.candidate_fusion": "dynamic_instance"}, ("text", "image", "audio")),
+        ("paper", {"model.attention": "causal", "train.group_by_length": True}, ("text", "image")),
+        ("default", {}, ("text", "image")),
+        ("default", {"model.candidate_fusion": "dynamic_shared"}, ("text",)),
+        ("default", {"train.accumulate": 2, "train.clip_norm": 1.0}, ("text", "image")),
+        ("long", {"model.n_decoder_layers": 2}, ("text", "image")),
+        (
+            "tiny",
+            {"model.attention": "bidirectional", "model.sequence_fusion": "contextual", "train.ema_decay": 0.9},
+            ("text", "image"),
+        ),
     ],
 )
-def test_a_training_step_waits_for_nothing(tmp_path: Path, recipe: str, settings: dict[str, Any]) -> None:
+def test_a_training_step_waits_for_nothing(
+    tmp_path: Path, recipe: str, settings: dict[str, Any], names: tuple[str, ...]
+) -> None:
     losses: dict[str, list[float]] = {}
     for device in ("cpu", "cuda"):
         with second_device() as waits:
-            trainer = _trainer(tmp_path / device, recipe, settings, device)
+            trainer = _trainer(tmp_path / device, recipe, settings, device, names)
             steps, counted = trainer._step, []
 
             def step(*given: Any, steps: Any = steps, counted: Any = counted, waits: Any = waits) -> torch.Tensor:

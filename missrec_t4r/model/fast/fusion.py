@@ -26,9 +26,9 @@ class FastCandidateFusion(CandidateFusion):
     def forward(self, session: Tensor, candidates: CandidateEmbeddings) -> Tensor:
         """Return the scores [batch, catalogue] of `CandidateFusion.forward`."""
         scores = (session @ mean_embeddings(candidates).T).to(session.dtype)  # autocast gives half precision
-        if self.phi is None:
-            return scores
         n_modalities = sizes(candidates.modality)[0]
+        if self.phi is None or n_modalities == 1:
+            return scores
         if n_modalities > 2 and session.device.type == "cuda":  # which items have several, it cannot ask
             return super().forward(session, candidates).to(session.dtype)
         counts = candidates.mask.sum(0)  # [catalogue]

@@ -33,4 +33,8 @@ def parse_yaml(text: str | bytes) -> Any:
     >>> parse_yaml("{learning_rate: 1e-3, epochs: 10}")
     {'learning_rate': 0.001, 'epochs': 10}
     """
-    return yaml.load(text, _Loader)  # a subclass of the safe loader
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()

@@ -65,7 +65,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: requirements/set-b.txt requirements/merlin-b.txt requirements/check_platform.py pyproject.toml
 	@$(call check_python)
 	@$(call fresh_venv,$(VENV))
-	@echo "==> installing pinned requirements into $(VENV) (2 GB; about 3 minutes, longer on a slow line)"
+	@echo "==> installing pinned requirements into $(VENV) (7 GB with the CUDA libraries of PyPI's torch, 2 GB with torch for CPUs; minutes)"
 	@$(VENV)/bin/python -m pip install -q -r requirements/set-b.txt
 	@echo "==> installing Merlin without its pandas bound (under a minute)"
 	@$(VENV)/bin/python -m pip install -q --no-deps -r requirements/merlin-b.txt
@@ -76,7 +76,7 @@ $(VENV)/.installed: requirements/set-b.txt requirements/merlin-b.txt requirement
 $(VENV_A)/.installed: requirements/set-a.txt requirements/check_platform.py pyproject.toml
 	@$(call check_python)
 	@$(call fresh_venv,$(VENV_A))
-	@echo "==> installing the older pins into $(VENV_A) (2 GB; about 3 minutes)"
+	@echo "==> installing the older pins into $(VENV_A) (7 GB, 2 GB with torch for CPUs; minutes)"
 	@$(VENV_A)/bin/python -m pip install -q -r requirements/set-a.txt
 	@$(VENV_A)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@mkdir -p $(VENV_A)/etc/dask && cp requirements/missrec-dask.yaml $(VENV_A)/etc/dask/

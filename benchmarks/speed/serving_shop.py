@@ -64,10 +64,10 @@ def bundle_of(out: Path, n_items: int, *, d_model: int = 300, seed: int = 0, mos
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
         tokens, interests = model.item_encoder.catalogue(), model.interests
-        points = tokens.modality[tokens.mask]
-        count = len(interests.centroids) - 1
-        interests.centroids[1:] = points[torch.randperm(len(points))[:count]]
-        interests.assignment[tokens.mask] = torch.randint(1, count + 1, (len(points),))
+        if count := interests.n_interests:
+            points = tokens.modality[tokens.mask]
+            interests.centroids[1:] = points[torch.randperm(len(points))[:count]]
+            interests.assignment[tokens.mask] = torch.randint(1, count + 1, (len(points),))
         sessions = [
             rng.zipf(1.3, rng.integers(2, 20)) % n_items + FIRST_ITEM_ROW
             for _ in range(min(5 * n_items, most_sessions or 5 * n_items))

@@ -87,14 +87,28 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, attention to the memory and feed-forward, post-norm (E8)."""
+    """Self-attention, attention to the memory and feed-forward, post-norm (E8).
 
-    def __init__(self, d_model: int, n_head: int, d_feedforward: int, dropout: float, eps: float) -> None:
+    Parameters
+    ----------
+    d_model, n_head, d_feedforward, dropout, eps
+        Sizes of the layer.
+    memory : bool
+        False: without attention to a memory, for models that have no interests (ours).
+    """
+
+    cross_attention: MultiHeadAttention | None
+    norm_cross: nn.LayerNorm | None
+
+    def __init__(
+        self, d_model: int, n_head: int, d_feedforward: int, dropout: float, eps: float, *, memory: bool = True
+    ) -> None:
         super().__init__()
         self.self_attention = MultiHeadAttention(d_model, n_head, dropout)
-        self.cross_attention = MultiHeadAttention(d_model, n_head, dropout)
+        self.cross_attention = MultiHeadAttention(d_model, n_head, dropout) if memory else None
         self.feedforward = FeedForward(d_model, d_feedforward, dropout)
-        self.norm_self, self.norm_cross = nn.LayerNorm(d_model, eps), nn.LayerNorm(d_model, eps)
+        self.norm_self = nn.LayerNorm(d_model, eps)
+        self.norm_cross = nn.LayerNorm(d_model, eps) if memory else None
         self.norm_feedforward = nn.LayerNorm(d_model, eps)
         self.dropout = nn.Dropout(dropout)
 
@@ -112,6 +126,7 @@ class DecoderLayer(nn.Module):
         memory_mask : Tensor, bool, broadcastable to [batch, query, interest]
         """
         x = self.norm_self(queries + self.dropout(self.self_attention(queries, tokens, mask)))
-        x = self.norm_cross(x + self.dropout(self.cross_attention(x, memory, memory_mask)))
+        if self.cross_attention is not None and self.norm_cross is not None:
+            x = self.norm_cross(x + self.dropout(self.cross_attention(x, memory, memory_mask)))
         hidden: Tensor = self.norm_feedforward(x + self.dropout(self.feedforward(x)))
         return hidden

@@ -59,8 +59,9 @@ def build_network(
         trained = torch.arange(catalogue.n_rows) >= FIRST_ITEM_ROW
     item_encoder = _item_encoder(config, catalogue, trained)
     sizes = (config.d_model, config.n_head, config.d_feedforward, config.dropout, config.layer_norm_eps)
-    encoder_layers = [EncoderLayer(*sizes) for _ in range(config.n_encoder_layers)]
-    decoder_layers = [DecoderLayer(*sizes) for _ in range(config.n_decoder_layers)]
+    encoder_layers = [EncoderLayer(*sizes) for _ in range(config.n_encoder_layers if config.has_interests else 0)]
+    encoder_norm = nn.LayerNorm(config.d_model, config.layer_norm_eps) if config.has_interests else nn.Identity()
+    decoder_layers = [DecoderLayer(*sizes, memory=config.has_interests) for _ in range(config.n_decoder_layers)]
     n_interests = InterestVocabulary.size(config.interest_ratio, item_encoder.masks(dropout=False).mask)
     model = MISSRec(
         config,
@@ -73,7 +74,7 @@ def build_network(
             config.interest_algorithm,
             release.PaddedInterests(config.max_sequence_length) if config.orthogonality == "faithful" else None,
         ),
-        ContextualEncoder(encoder_layers, nn.LayerNorm(config.d_model, config.layer_norm_eps), config.attention),
+        ContextualEncoder(encoder_layers, encoder_norm, config.attention),
         InterestAwareDecoder(
             decoder_layers,
             config.d_model,

@@ -18,15 +18,15 @@ class ContextualEncoder(nn.Module):
     ----------
     layers : sequence of EncoderLayer
         In their order; none leaves the interests as they are.
-    norm : nn.LayerNorm
-        After the last one.
+    norm : nn.LayerNorm or nn.Identity
+        After the last one; an identity in models without interests.
     attention : {"bidirectional", "causal"}
         ``causal``: an interest sees the interests that the session showed at the same item or earlier (ours; needed to
         train all positions at once).
     """
 
     def __init__(
-        self, layers: Sequence[EncoderLayer], norm: nn.LayerNorm, attention: Attention = "bidirectional"
+        self, layers: Sequence[EncoderLayer], norm: nn.LayerNorm | nn.Identity, attention: Attention = "bidirectional"
     ) -> None:
         super().__init__()
         self.attention = attention

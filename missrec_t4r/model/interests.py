@@ -44,7 +44,7 @@ class InterestVocabulary(nn.Module):
     Parameters
     ----------
     n_interests : int
-        Number of clusters K; interest 0 means none.
+        Number of clusters K; interest 0 means none. With K = 0 no session has interests.
     n_modalities, n_rows, d_model : int
         Shape of the catalogue's modality embeddings.
     algorithm : {"kmeans", "dpc_knn"}
@@ -74,7 +74,12 @@ class InterestVocabulary(nn.Module):
     @staticmethod
     def size(ratio: float, mask: Tensor) -> int:
         """Return K = ceil(ratio * number of modality embeddings); ``mask`` [modality, row] marks them."""
-        return max(math.ceil(ratio * int(mask.sum())), 1)
+        return max(math.ceil(ratio * int(mask.sum())), 1) if ratio else 0
+
+    @property
+    def n_interests(self) -> int:
+        """Number of clusters K."""
+        return len(self.centroids) - 1
 
     @property
     def discovered(self) -> bool:
@@ -92,13 +97,14 @@ class InterestVocabulary(nn.Module):
         seed : int
             Same seed and embeddings, same interests.
         """
+        if not self.n_interests:
+            return
         points = catalogue.modality[catalogue.mask].float()  # [embedding, dim]
-        n_interests = len(self.centroids) - 1
         if self.algorithm == "kmeans":
             start = self.centroids[1:].float() if self.discovered else None
-            centroids, labels = kmeans(points, n_interests, seed=seed, start=start)
+            centroids, labels = kmeans(points, self.n_interests, seed=seed, start=start)
         else:
-            centroids, labels = density_peaks(points, n_interests)
+            centroids, labels = density_peaks(points, self.n_interests)
         self.centroids[1:] = centroids.to(self.centroids.dtype)
         self.assignment.zero_()
         self.assignment[catalogue.mask] = labels + 1
@@ -115,6 +121,9 @@ class InterestVocabulary(nn.Module):
         n_slots : int, optional
             Slots of the batch, at least its `width`; counted here by default.
         """
+        if not self.n_interests:
+            none = item_ids.new_zeros(item_ids.shape[0], 1 + empty_slots if n_slots is None else n_slots)
+            return InterestTokens(self.centroids[none], none > 0, none, none, self.centroids)
         n_modalities = sizes(self.assignment)[0]
         interest = self.assignment[:, item_ids].permute(1, 2, 0).flatten(1)  # [batch, seq * modality], oldest first
         if spare := max(self.spare, empty_slots):
@@ -132,13 +141,15 @@ class InterestVocabulary(nn.Module):
 
     def width(self, item_ids: Tensor, empty_slots: int, assignment: Tensor) -> int:
         """Return the number of slots of `forward`, from a copy of ``assignment`` [modality, row] on the host."""
+        if not self.n_interests:
+            return 1 + empty_slots
         interest = assignment.numpy()[:, item_ids.numpy()].transpose(1, 2, 0).reshape(len(item_ids), -1)
         distinct = np.diff(np.sort(interest, axis=1), axis=1, prepend=0) > 0  # NumPy sorts many short rows faster
         return InterestVocabulary.n_slots(self, torch.from_numpy(distinct), item_ids, empty_slots)
 
     def most_slots(self, item_ids: Tensor) -> int:
         """Return one slot per item and modality of ``item_ids`` [batch, seq]: enough for any sessions."""
-        return item_ids.shape[1] * len(self.assignment) + self.spare
+        return item_ids.shape[1] * len(self.assignment) + self.spare if self.n_interests else 1
 
     def n_slots(self, mask: Tensor, item_ids: Tensor, empty_slots: int) -> int:
         """Return the number of slots of a batch; ``mask`` [batch, seq * modality] marks the distinct interests."""

@@ -167,8 +167,20 @@ class _DecoderLayer(NamedTuple):
     """A layer that is computed at all positions, as every one before the last is."""
 
     self_attention: _Attention
-    cross_attention: _Attention
+    cross_attention: _Attention | None
     feedforward: _FeedForward
+
+
+class _Memory(NamedTuple):
+    """Output of the contextual encoder for the interests of a batch."""
+
+    tokens: Tensor
+    """[interest, dim]"""
+    slots: _Layout
+    position: Ints
+    """[batch, slot]: index of the first item of each interest; of an empty slot, one later than every item."""
+    counts: Ints
+    """[batch]"""
 
 
 class _InterestAttention(NamedTuple):
@@ -239,18 +251,20 @@ class FusedEncoder:
         self._assignment = interests.assignment.T.cpu().numpy().copy()
         self._centroids = interests.centroids.detach().clone()
         self._encoder = [_encoder_layer(cast(EncoderLayer, layer)) for layer in model.encoder.layers]
-        first = self._encoder[0].attention
-        self._projections = torch.addmm(first.project_bias, self._centroids, first.project)
         self._few: _InterestAttention | None = None
-        if len(self._centroids) ** 2 * first.n_head <= _SCORES_IN_MEMORY:
-            self._few = _InterestAttention.of(first, self._centroids, self._projections)
-        self._encoder_norm, self._norm_input, self._norm = map(
-            _norm, (model.encoder.norm, decoder.norm_input, decoder.norm)
-        )
+        if self._encoder:
+            first = self._encoder[0].attention
+            self._projections = torch.addmm(first.project_bias, self._centroids, first.project)
+            if len(self._centroids) ** 2 * first.n_head <= _SCORES_IN_MEMORY:
+                self._few = _InterestAttention.of(first, self._centroids, self._projections)
+            self._encoder_norm = _norm(model.encoder.norm)
+        self._norm_input, self._norm = _norm(decoder.norm_input), _norm(decoder.norm)
         *before, last = (cast(DecoderLayer, layer) for layer in decoder.layers)
         self._before = [_decoder_layer(layer) for layer in before]
         self._self = _last_query(last.self_attention, last.norm_self)
-        self._cross = _last_query(last.cross_attention, last.norm_cross)
+        self._cross = None
+        if last.cross_attention is not None and last.norm_cross is not None:
+            self._cross = _last_query(last.cross_attention, last.norm_cross)
         self._feedforward = _feedforward(last.feedforward, last.norm_feedforward)
 
     @torch.inference_mode()
@@ -280,23 +294,24 @@ class FusedEncoder:
         if self._event_features is not None:
             tokens += self._event_features({name: self._placed(values) for name, values in events.items()}, session)
         x = self._norm_input(tokens)
-        chosen, position, counts = self._interests(known)
-        slots = self._layout(counts, chosen.shape[1])
-        memory = self._memory(chosen, position, slots, n)
+        memory = None if self._cross is None else self._memory(known)
         at = self._layout(lengths, n)
         mask = self._padding_mask(lengths, at)
         if self._before:
-            x = self._at_all_positions(x, at, mask, memory, slots, position)
+            x = self._at_all_positions(x, at, mask, memory)
         last = self._placed(np.arange(0, batch * n, n) + np.maximum(lengths - 1, 0))
         query = x[0, n - 1 : n] if batch == 1 and at.real is None else x.flatten(0, 1).index_select(0, last)
         query = self._self(query, x, mask, None)
-        blind = self._placed(counts == 0).unsqueeze(1) if slots.real is not None and not counts.all() else None
-        query = self._cross(query, slots.pad(memory), self._padding_mask(counts, slots), blind)
+        if self._cross is not None and memory is not None:
+            slots, counts = memory.slots, memory.counts
+            blind = self._placed(counts == 0).unsqueeze(1) if slots.real is not None and not counts.all() else None
+            query = self._cross(query, slots.pad(memory.tokens), self._padding_mask(counts, slots), blind)
         vectors = F.normalize(self._norm(self._feedforward(query)), dim=-1)
         return vectors if lengths.all() else vectors * self._placed(lengths > 0).unsqueeze(1)
 
-    def _memory(self, chosen: Ints, position: Ints, slots: _Layout, n: int) -> Tensor:
-        """Return the memory [interest, dim] of interests ``chosen`` [batch, slot]."""
+    def _memory(self, known: Ints) -> _Memory:
+        chosen, position, counts = self._interests(known)
+        n, slots = known.shape[1], self._layout(counts, chosen.shape[1])
         latest = position if self._causal else np.maximum(position, n - 1)  # of an empty slot n: it may see anything
         visible, first = position[:, None] <= latest[:, :, None], self._encoder[0]
         few = self._few if slots.width <= _FEW_INTERESTS else None
@@ -310,25 +325,28 @@ class FusedEncoder:
         memory = first.feedforward(attended)
         for layer in self._encoder[1:]:
             memory = layer.feedforward(layer.attention.to_each_other(memory, slots, mask))
-        return self._encoder_norm(memory)
+        return _Memory(self._encoder_norm(memory), slots, position, counts)
 
-    def _at_all_positions(
-        self, x: Tensor, at: _Layout, mask: Tensor | None, memory: Tensor, slots: _Layout, position: Ints
-    ) -> Tensor:
+    def _at_all_positions(self, x: Tensor, at: _Layout, mask: Tensor | None, memory: _Memory | None) -> Tensor:
         """Return the input [batch, seq, dim] of the last layer; ``x`` of the same shape is that of the first."""
-        latest = np.arange(at.width)[None] if self._causal else np.array([[at.width - 1]])
-        sees_none = latest < position.min(1, keepdims=True)  # [batch, seq or 1]
-        memory_mask = self._mask(position[:, None] > np.where(sees_none, at.width, latest)[:, :, None])
-        blind = None
-        if sees_none.any():
-            blind = at.take(self._placed(sees_none).expand(at.batch, at.width).reshape(-1, 1))
+        memory_mask, blind = (None, None) if memory is None else self._hidden_memory(memory, at)
         mask = None if self._causal else mask  # the padding stands behind all items
         tokens = at.take(x.flatten(0, 1))
         for layer in self._before:
             tokens = layer.self_attention.to_each_other(tokens, at, mask, causal=self._causal)
-            tokens = layer.cross_attention.to_memory(tokens, at, memory, slots, memory_mask, blind)
+            if layer.cross_attention is not None and memory is not None:
+                tokens = layer.cross_attention.to_memory(tokens, at, memory.tokens, memory.slots, memory_mask, blind)
             tokens = layer.feedforward(tokens)
         return at.pad(tokens)
+
+    def _hidden_memory(self, memory: _Memory, at: _Layout) -> tuple[Tensor | None, Tensor | None]:
+        """Return the mask of the memory for all positions, and which tokens [token, 1] see none of it."""
+        latest = np.arange(at.width)[None] if self._causal else np.array([[at.width - 1]])
+        sees_none = latest < memory.position.min(1, keepdims=True)  # [batch, seq or 1]
+        mask = self._mask(memory.position[:, None] > np.where(sees_none, at.width, latest)[:, :, None])
+        if not sees_none.any():
+            return mask, None
+        return mask, at.take(self._placed(sees_none).expand(at.batch, at.width).reshape(-1, 1))
 
     def _layout(self, lengths: Ints, width: int) -> _Layout:
         whole = int(lengths.min()) == width
@@ -380,7 +398,7 @@ def can_be_fused(model: MISSRec) -> bool:
     """Return whether the model has only parts that `FusedEncoder` implements, as that of the default recipe has."""
     return (
         model.decoder.sequence_fusion == "add"
-        and len(model.encoder.layers) > 0
+        and (len(model.encoder.layers) > 0 or not model.config.has_interests)
         and 3 * model.interests.centroids.numel() <= PROJECTIONS_IN_MEMORY
     )
 
@@ -426,9 +444,10 @@ def _encoder_layer(layer: EncoderLayer) -> _EncoderLayer:
 
 
 def _decoder_layer(layer: DecoderLayer) -> _DecoderLayer:
+    cross = layer.cross_attention
     return _DecoderLayer(
         _attention(layer.self_attention, layer.norm_self),
-        _attention(layer.cross_attention, layer.norm_cross),
+        None if cross is None or layer.norm_cross is None else _attention(cross, layer.norm_cross),
         _feedforward(layer.feedforward, layer.norm_feedforward),
     )
 

@@ -153,9 +153,11 @@ def nearest_interests(vocabulary: InterestVocabulary, embeddings: Tensor, mask: 
     Returns
     -------
     Tensor [modality, item], int64
-        Number of the interest; 0, the padding interest, where the item lacks the modality.
+        Number of the interest; 0, the padding interest, where the item lacks the modality or there is no centroid.
     """
     assigned = torch.zeros(mask.shape, dtype=torch.int64)
+    if not vocabulary.n_interests:
+        return assigned
     for chunk in torch.nonzero(mask).split(_CHUNK):  # bounds the matrix of distances
         modality, item = chunk.unbind(1)
         distances = torch.cdist(embeddings[modality, item], vocabulary.centroids[1:])  # [chunk, interest]

@@ -2,7 +2,7 @@
 
 | where | what it sets | reason (docs/experiments.md) |
 |---|---|---|
-| the median session has fewer than 50 events | `default` as it is | more layers or width brought nothing there |
+| the median session has fewer than 50 events | `default` as it is | more width brought nothing there |
 | others | `long` as it is | its settings are those that MovieLens 1M was measured with |
 | others, 500,000 events and more, on a GPU | twice the width of `long` | .1959 NDCG@10 on MovieLens 1M |
 | the same on a CPU | 20 epochs of `long` | half an hour on two cores; later epochs gained .001 there |
@@ -185,7 +185,7 @@ def _reasons(
     elif base == "long":
         why = f"sessions are long (a median of {LONG_SESSIONS} or more), as those that long was measured with"
     else:
-        why = f"sessions are short (a median below {LONG_SESSIONS}): more layers or width brought nothing there"
+        why = f"sessions are short (a median below {LONG_SESSIONS}): more width brought nothing there"
     layers = f"{model.n_decoder_layers} decoder layer{'s' if model.n_decoder_layers > 1 else ''}"
     shape = f"{base}: width {model.d_model}, {layers}, {model.max_sequence_length} events read; {why}"
     batch = f"{train.batch_size:,} positions" + (f" in {train.accumulate} parts" if train.accumulate > 1 else "")

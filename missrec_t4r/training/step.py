@@ -89,6 +89,8 @@ def training_loss(
     weights[:1] = 1.0  # to one element, CUDA copies the number and waits
     counts, sessions = (None, None) if totals is None else totals
     loss = softmax.loss(model, embeddings, TrainedPositions(vectors, history, targets, weights, counts))
+    if not model.config.has_interests:
+        return loss
     memory, mask = to_fp32(encoded.memory), encoded.interests.mask
     slots: int | Tensor | None = batch.slots
     if n_slots is not None and slots is None:

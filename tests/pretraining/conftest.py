@@ -11,6 +11,7 @@ from tests import shop
 
 TEXT_WIDTH, IMAGE_WIDTH = 8, 6
 SMALL = {
+    "model.interest_ratio": 0.3,
     "model.d_model": 16,
     "model.n_head": 2,
     "model.d_feedforward": 16,

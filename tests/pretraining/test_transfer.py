@@ -129,6 +129,14 @@ def test_a_run_of_the_recipe_pretrain_fits_the_recipe_default(tmp_path: Path) ->
     require_same(Recipe.load("default").model, Recipe.load("pretrain").model, tmp_path)
 
 
+def test_a_model_without_interests_does_not_start_from_one_with_them(tmp_path: Path) -> None:
+    """Its decoder has learned to read a memory."""
+    ours, theirs = (Recipe.load("default", {"model.interest_ratio": ratio}).model for ratio in (0.0, 0.02))
+    with pytest.raises(CheckpointError, match=r"interest_ratio 0.0; .*add --set model.interest_ratio=0.02"):
+        require_same(ours, theirs, tmp_path)
+    require_same(theirs, Recipe.load("default", {"model.interest_ratio": 0.5}).model, tmp_path)
+
+
 def test_ids_are_initialised_from_content(shops: dict[str, Path], pretrained: Path) -> None:
     """The first scores are then those of the modalities, which random IDs would outweigh."""
     catalogue = Catalogue.load(shops["tools"] / "catalogue")

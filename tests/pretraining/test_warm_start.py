@@ -89,10 +89,11 @@ def test_candidate_ids_of_their_own_are_kept_by_raw_id_as_well(earlier_run: Path
 def test_kept_items_keep_their_interests_and_new_ones_get_the_nearest(earlier_run: Path) -> None:
     catalogue, source = Catalogue.load(earlier_run / "tuesday" / "catalogue"), read_source(earlier_run / "run")
     monday = Catalogue.load(earlier_run / "monday" / "catalogue")
-    config = source.recipe.changed({"model.interest_ratio": 0.02}).model
-    model = build_missrec(config, catalogue)
-    load_continued(model, catalogue, source)
     before, centroids = source.weights["interests.assignment"], source.weights["interests.centroids"]
+    n_embeddings = sum(int(modality.present.sum()) for modality in catalogue.modalities.values())
+    ratio = (len(centroids) - 1.5) / n_embeddings  # as many interests for more items
+    model = build_missrec(source.recipe.changed({"model.interest_ratio": ratio}).model, catalogue)
+    load_continued(model, catalogue, source)
     assert len(model.interests.centroids) == len(centroids)
     assert torch.equal(model.interests.centroids, centroids)
     for place in (0, 5, 11):

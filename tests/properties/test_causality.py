@@ -60,8 +60,8 @@ def bidirectional_twin(net: MISSRec) -> MISSRec:
     return twin
 
 
-def _sizes(net: MISSRec) -> dict[str, int]:
-    return {"n_encoder_layers": net.config.n_encoder_layers, "n_decoder_layers": net.config.n_decoder_layers}
+def _sizes(net: MISSRec) -> dict[str, float]:
+    return {name: getattr(net.config, name) for name in ("n_encoder_layers", "n_decoder_layers", "interest_ratio")}
 
 
 def _largest_gap(net: MISSRec, session: list[int]) -> float:
@@ -79,6 +79,18 @@ def test_causal_is_exact_without_interests_and_with_one_decoder_layer() -> None:
     net = shop.model(shop.default())
     net.interests.assignment.zero_()
     assert _largest_gap(net, SESSION) < 1e-12
+
+
+def test_a_model_without_interests_has_no_part_that_only_they_use() -> None:
+    """Nothing of it is trained, stored or clustered, and one decoder layer stays exact."""
+    net = shop.model(shop.default(interest_ratio=0.0))
+    assert not [name for name in net.state_dict() if name.startswith("encoder.") or "cross" in name]
+    net.discover_interests(seed=0)
+    assert not net.interests.discovered
+    assert _largest_gap(net, SESSION) < 1e-12
+    net.train().encode(pad([SESSION])).vectors[0, :, 0].sum().backward()
+    untrained = [name for name, weight in net.decoder.named_parameters() if weight.grad is None]
+    assert untrained == [], "torch's DDP would stop"
 
 
 def test_causal_is_exact_with_interests_when_the_encoder_has_no_layer() -> None:

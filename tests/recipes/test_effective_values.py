@@ -11,7 +11,7 @@ DEFAULT: dict[str, Any] = {
     "model.n_head": 4,
     "model.d_feedforward": 256,
     "model.n_encoder_layers": 1,
-    "model.n_decoder_layers": 1,
+    "model.n_decoder_layers": 2,
     "model.dropout": 0.3,
     "model.layer_norm_eps": 1e-12,
     "model.max_sequence_length": 50,
@@ -22,7 +22,7 @@ DEFAULT: dict[str, Any] = {
     "model.single_modality": "fused",
     "model.item_ids": True,
     "model.candidate_ids": "shared",
-    "model.interest_ratio": 0.02,
+    "model.interest_ratio": 0.0,
     "model.interest_algorithm": "kmeans",
     "model.missing_modality": "masked",
     "model.padding_candidate": False,
@@ -90,7 +90,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     | {
         "model.d_model": 128,
         "model.max_sequence_length": 200,
-        "model.n_decoder_layers": 2,
+        "model.interest_ratio": 0.02,
         "model.temperature": 0.05,
         "model.modality_dropout": 0.1,
         "model.id_dropout": 0.05,
@@ -104,6 +104,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     },
     "paper": NO_AUGMENTATION
     | {
+        "model.n_decoder_layers": 1,
         "model.dropout": 0.5,
         "model.attention": "bidirectional",
         "model.contextual_readout": "first",
@@ -148,6 +149,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "model.d_model": 32,
         "model.n_head": 2,
         "model.d_feedforward": 32,
+        "model.n_decoder_layers": 1,
         "model.dropout": 0.1,
         "model.candidate_fusion": "dynamic_shared",
         "model.interest_ratio": 0.5,

@@ -22,6 +22,9 @@ from tests.serving import shop
         {"n_decoder_layers": 2},
         {"n_decoder_layers": 3, "n_encoder_layers": 2, "n_head": 4, "interest_ratio": 1.0},
         {"n_decoder_layers": 2, "attention": "bidirectional", "item_ids": False, "missing_modality": "zero_row"},
+        {"interest_ratio": 0.0},
+        {"interest_ratio": 0.0, "n_decoder_layers": 2},
+        {"interest_ratio": 0.0, "n_decoder_layers": 3, "attention": "bidirectional", "n_head": 4},
     ],
 )
 def test_it_equals_the_model_on_every_shape(settings: dict[str, object]) -> None:
@@ -51,7 +54,7 @@ def test_it_equals_the_model_whatever_its_sizes_and_the_sessions_lengths(
         "n_encoder_layers": int(rng.integers(1, 3)),
         "n_head": int(rng.choice([1, 2, 4])),
         "attention": str(rng.choice(["causal", "bidirectional"])),
-        "interest_ratio": float(rng.choice([0.2, 1.0])),
+        "interest_ratio": float(rng.choice([0.0, 0.2, 1.0])),
         "max_sequence_length": 40,
     }
     model = shop.model_for(shop.catalogue(), **settings)

@@ -143,11 +143,12 @@ def load_continued(
     report.copy("history bias", "terms.history_bias.bias")
     report.record_initialised("history offset", "fitted after training", "terms.history_bias.offset")
     _copy_event_features(report)
-    if model.interests.algorithm == "kmeans":
+    if model.config.has_interests and model.interests.algorithm == "kmeans":
         _copy_interests(model, source, old_rows, matched)
         report.record_loaded("interests", "initial centroids, refined before the first epoch", "interests.")
     else:
-        report.record_initialised("interests", "density peaks have no warm start", "interests.")
+        why = "density peaks have no warm start" if model.config.has_interests else "the model has none"
+        report.record_initialised("interests", why, "interests.")
     return report.finish(frozen_parts(freeze, matched)), items
 
 
@@ -259,7 +260,7 @@ def _copy_interests(model: MISSRec, source: Source, old_rows: Tensor, matched: M
             earlier = source.weights["interests.assignment"][their_names.index(matched[name])]
             assignment[index, is_kept] = earlier[old_rows[is_kept]]
     assignment *= items.mask
-    n_interests = len(model.interests.centroids) - 1
+    n_interests = model.interests.n_interests
     if n_interests < len(centroids):
         centroids, assignment = _largest(centroids, assignment, n_interests)
     is_open = items.mask & (assignment == 0)

@@ -193,6 +193,8 @@ def require_same(
         Lists all differing settings, with the options that make them agree.
     """
     differing = [name for name in names if getattr(config, name) != getattr(source, name)]
+    if "n_encoder_layers" in names and config.has_interests != source.has_interests:
+        differing.append("interest_ratio")
     if differing:
         here = ", ".join(f"{name} {getattr(config, name)}" for name in differing)
         there = ", ".join(f"{name} {getattr(source, name)}" for name in differing)

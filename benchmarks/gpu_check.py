@@ -377,13 +377,18 @@ def _with_threads(record: Record, items: int, transport: Any, sessions: list[lis
 
 
 def _through_triton(record: Record, bundle: Path, work: Path, prefix: str, seconds: float) -> None:
-    from benchmarks.speed.serving import ours
+    from benchmarks.speed.serving import OUTPUTS, Served, in_turns, ours, started
+    from missrec_t4r.serving.triton.repository import write_repository
 
-    found = ours(bundle, work / bundle.name.replace("bundle", "triton"), seconds, 2)
+    repository = work / bundle.name.replace("bundle", "triton")
+    write_repository(bundle, repository, threads=2)
+    with started(repository) as (server, _):
+        times = in_turns({"ours": Served(server.grpc_url, "missrec", OUTPUTS, ours(bundle))}, seconds, 1)
+    found = times["ours"].summary()
     record.add(at=["served_by"], value="triton, gRPC")
     for batch in (1, 64):
         record.add(at=["serve", f"{prefix}p50_{batch}"], value=found["p50_ms"][str(batch)])
-    record.add(at=["serve", f"{prefix}sessions_per_s"], value=round(found["throughput"], 1))
+    record.add(at=["serve", f"{prefix}sessions_per_s"], value=found["throughput"])
 
 
 # All parts

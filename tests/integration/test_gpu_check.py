@@ -46,6 +46,17 @@ def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
     assert all(value > 0 for part in ALL for value in found[part].values())
 
 
+@pytest.mark.triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its figures would be those of the GPU: run make gpu-check")
+def test_the_ensemble_is_measured_through_a_real_triton(tmp_path: Path) -> None:
+    assert main(["serve", "--tiny", "--results", str(tmp_path)]) == 0
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert found["failed"] == []
+    assert found["served_by"] == "triton, gRPC"
+    assert set(found["serve"]) == {"p50_1", "p50_64", "sessions_per_s"}
+    assert all(value > 0 for value in found["serve"].values())
+
+
 def test_a_part_that_fails_is_named_and_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,8 @@
 It returns the vectors of `MISSRec.encode` up to rounding; `fuse_encoder` compares both on sessions of several shapes.
 What it saves:
 
-- An item's modalities and ID are summed once per catalogue version.
+- An item's modalities and ID are summed once per catalogue version, and projected to the queries, keys and values of
+  the first decoder layer where that is computed at all items.
 - The first layer of the contextual encoder sees interests alone, whatever the session: in sessions of few interests
   the weights between two of them and what each adds to the output are looked up, for pairs that see each other alone;
   in others queries, keys and values.
@@ -35,8 +36,8 @@ from missrec_t4r.schema import PADDING_ROW
 _CHECKED = ((1, 1), (1, 2), (1, 9), (3, 1), (5, 12), (2, 100))
 """Batch and length of the sessions on which the result is compared with the model's."""
 _TOLERANCE = 1e-5
-_SCORES_IN_MEMORY = 1 << 24
-"""Attention weights between all interests are kept if they are at most this many numbers (64 MiB)."""
+_NUMBERS_IN_MEMORY = 1 << 24
+"""Attention weights between all interests, and projections of all items, are kept up to so many numbers (64 MiB)."""
 _FEW_INTERESTS = 64
 """Interests per session up to which these weights are looked up; beyond some 100, computing them takes less time."""
 _LEAST_SCORE = -60.0
@@ -158,6 +159,38 @@ class _Attention(NamedTuple):
         return self.norm(x + torch.addmm(self.output_bias, values, self.output))
 
 
+class _InputProjection(NamedTuple):
+    """Queries, keys and values of the first decoder layer, from a row per item and one per position.
+
+    LayerNorm is linear but for one number per token, so that its projection is
+
+        W norm(e + p) + b = (W g e' + W g p') / deviation(e + p) + (W s + b)
+
+    with weight g and bias s of the norm, and e' = e - mean(e), p' likewise.
+    """
+
+    items: Tensor
+    """[row, 3 * dim]: W g e'."""
+    positions: Tensor
+    """[position, 3 * dim]: W g p'."""
+    constant: Tensor
+    norm: nn.LayerNorm
+
+    @classmethod
+    def of(cls, layer: _Attention, norm: nn.LayerNorm, items: Tensor, positions: Tensor) -> _InputProjection:
+        """Look up what ``layer`` projects of ``items`` [row, dim] at ``positions`` [position, dim]."""
+        scaled = norm.weight.detach().unsqueeze(1) * layer.project
+        by_row, by_position = ((x - x.mean(-1, keepdim=True)) @ scaled for x in (items, positions))
+        return cls(by_row, by_position, layer.project_bias + norm.bias.detach() @ layer.project, norm)
+
+    def __call__(self, tokens: Tensor, session: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the norm of ``tokens`` [batch, seq, dim], the sums of item and position, and their projections."""
+        norm = self.norm
+        normed, _, inverse = torch.native_layer_norm(tokens, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        projected = F.embedding(session, self.items).add_(self.positions[: session.shape[1]])
+        return normed, projected.mul_(inverse).add_(self.constant)
+
+
 class _EncoderLayer(NamedTuple):
     attention: _Attention
     feedforward: _FeedForward
@@ -255,12 +288,16 @@ class FusedEncoder:
         if self._encoder:
             first = self._encoder[0].attention
             self._projections = torch.addmm(first.project_bias, self._centroids, first.project)
-            if len(self._centroids) ** 2 * first.n_head <= _SCORES_IN_MEMORY:
+            if len(self._centroids) ** 2 * first.n_head <= _NUMBERS_IN_MEMORY:
                 self._few = _InterestAttention.of(first, self._centroids, self._projections)
             self._encoder_norm = _norm(model.encoder.norm)
         self._norm_input, self._norm = _norm(decoder.norm_input), _norm(decoder.norm)
         *before, last = (cast(DecoderLayer, layer) for layer in decoder.layers)
         self._before = [_decoder_layer(layer) for layer in before]
+        self._input: _InputProjection | None = None
+        if before and self._event_features is None and 3 * self._items.numel() <= _NUMBERS_IN_MEMORY:
+            first = self._before[0].self_attention
+            self._input = _InputProjection.of(first, decoder.norm_input, self._items, self._positions)
         self._self = _last_query(last.self_attention, last.norm_self)
         self._cross = None
         if last.cross_attention is not None and last.norm_cross is not None:
@@ -293,12 +330,12 @@ class FusedEncoder:
         tokens = F.embedding(session, self._items) + self._positions[:n]
         if self._event_features is not None:
             tokens += self._event_features({name: self._placed(values) for name, values in events.items()}, session)
-        x = self._norm_input(tokens)
+        x, projected = (self._norm_input(tokens), None) if self._input is None else self._input(tokens, session)
         memory = None if self._cross is None else self._memory(known)
         at = self._layout(lengths, n)
         mask = self._padding_mask(lengths, at)
         if self._before:
-            x = self._at_all_positions(x, at, mask, memory)
+            x = self._at_all_positions(x, at, mask, memory, projected)
         last = self._placed(np.arange(0, batch * n, n) + np.maximum(lengths - 1, 0))
         query = x[0, n - 1 : n] if batch == 1 and at.real is None else x.flatten(0, 1).index_select(0, last)
         query = self._self(query, x, mask, None)
@@ -327,13 +364,16 @@ class FusedEncoder:
             memory = layer.feedforward(layer.attention.to_each_other(memory, slots, mask))
         return _Memory(self._encoder_norm(memory), slots, position, counts)
 
-    def _at_all_positions(self, x: Tensor, at: _Layout, mask: Tensor | None, memory: _Memory | None) -> Tensor:
+    def _at_all_positions(
+        self, x: Tensor, at: _Layout, mask: Tensor | None, memory: _Memory | None, projected: Tensor | None
+    ) -> Tensor:
         """Return the input [batch, seq, dim] of the last layer; ``x`` of the same shape is that of the first."""
         memory_mask, blind = (None, None) if memory is None else self._hidden_memory(memory, at)
         mask = None if self._causal else mask  # the padding stands behind all items
         tokens = at.take(x.flatten(0, 1))
         for layer in self._before:
-            tokens = layer.self_attention.to_each_other(tokens, at, mask, causal=self._causal)
+            tokens = layer.self_attention.to_each_other(tokens, at, mask, projected, causal=self._causal)
+            projected = None
             if layer.cross_attention is not None and memory is not None:
                 tokens = layer.cross_attention.to_memory(tokens, at, memory.tokens, memory.slots, memory_mask, blind)
             tokens = layer.feedforward(tokens)

@@ -19,7 +19,8 @@ from tests.serving import shop
         {"attention": "bidirectional", "n_encoder_layers": 2},
         {"missing_modality": "zero_row", "item_ids": False, "attention": "bidirectional"},
         {"interest_ratio": 1.0, "n_head": 1},
-        {"n_decoder_layers": 2},
+        {"n_decoder_layers": 1},
+        {"n_decoder_layers": 1, "n_encoder_layers": 2, "attention": "bidirectional"},
         {"n_decoder_layers": 3, "n_encoder_layers": 2, "n_head": 4, "interest_ratio": 1.0},
         {"n_decoder_layers": 2, "attention": "bidirectional", "item_ids": False, "missing_modality": "zero_row"},
         {"interest_ratio": 0.0},
@@ -77,7 +78,7 @@ def test_many_interests_give_the_same_vectors(settings: dict[str, object], monke
     sessions = [[[5, 9, 7]], [[5, 6, 9, 7], [9, 5, 0, 0], [0, 0, 0, 0]]]
     few = [encoder(np.array(rows)) for rows in sessions]
     monkeypatch.setattr(module, "_FEW_INTERESTS", 0)
-    monkeypatch.setattr(module, "_SCORES_IN_MEMORY", 0)
+    monkeypatch.setattr(module, "_NUMBERS_IN_MEMORY", 0)
     without_scores = fuse_encoder(model, model.item_encoder.catalogue())
     assert without_scores is not None
     for rows, expected in zip(sessions, few, strict=True):

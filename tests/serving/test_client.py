@@ -5,6 +5,7 @@ import json
 import re
 import select
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from missrec_t4r.errors import DataError, ServingError
+from missrec_t4r.errors import DataError, ServingError, UnavailableError
 from missrec_t4r.serving.client.client import MISSRecClient, read_titles
 from missrec_t4r.serving.client.protocol import (
     Description,
@@ -24,6 +25,7 @@ from missrec_t4r.serving.client.protocol import (
     requests_of,
     typed_id,
 )
+from missrec_t4r.serving.client.retry import Retries
 from missrec_t4r.serving.http_server import HttpServer
 from missrec_t4r.serving.shadow.compare import Comparison
 from missrec_t4r.serving.shadow.http_proxy import HttpShadowProxy, shadow
@@ -36,6 +38,29 @@ def test_an_unreachable_server_is_named(protocol: str) -> None:
     words = f"no answer from 127.0.0.1:{port} .*expected: a running Triton server"
     with MISSRecClient(f"127.0.0.1:{port}", protocol, timeout=5) as client, pytest.raises(ServingError, match=words):
         client.recommend([["a"]])
+
+
+@pytest.mark.parametrize(
+    "answer", [b"\0\0\x18\4\0", b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n# of"], ids=["grpc", "metrics"]
+)
+def test_http_to_the_port_of_grpc_or_of_the_metrics_is_told(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def once() -> None:
+            connection, _ = listening.accept()
+            connection.recv(65536)
+            connection.sendall(answer)
+            connection.close()
+
+        thread = threading.Thread(target=once)
+        thread.start()
+        url = f"127.0.0.1:{listening.getsockname()[1]}"
+        with (
+            MISSRecClient(url, "http", retries=Retries(attempts=1)) as client,
+            pytest.raises(UnavailableError, match="mind that gRPC and HTTP have different ports"),
+        ):
+            client.recommend([["P1"]])
+        thread.join()
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -190,6 +215,7 @@ def test_clients_that_connect_at_once_wait_instead_of_being_dropped() -> None:
 
 def test_a_shadow_that_compared_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
     assert shadow("missrec_v2", url="127.0.0.1:9", port=0, seconds=0.01)["overlap_at_k"] is None
+    assert caplog.text.count("no answer from 127.0.0.1:9") == 2  # for clients, for the candidate
     assert "nothing was compared: of the mirrored requests 0 failed and 0 were dropped" in caplog.text
 
 

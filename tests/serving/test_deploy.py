@@ -22,6 +22,7 @@ from missrec_t4r.serving.deploy import blue_green
 from missrec_t4r.serving.deploy.blue_green import deploy, rollback
 from missrec_t4r.serving.shadow.grpc_proxy import GrpcShadowProxy
 from missrec_t4r.serving.shadow.http_proxy import HttpShadowProxy
+from missrec_t4r.serving.shadow.http_proxy import shadow as shadow_command
 from missrec_t4r.serving.triton.deployment import bundle_of, current_version, versions_of
 from missrec_t4r.serving.triton.local_server import LocalTriton
 from missrec_t4r.serving.triton.model_config import read_config
@@ -142,6 +143,9 @@ def test_a_version_can_be_loaded_and_asked_before_it_answers(
     with HttpShadowProxy(running.http_url, "gone", share=1) as shadow, MISSRecClient(shadow.url, "http") as client:
         assert client.recommend([SESSION], 6)[0].item_ids == mirrored[0][0].item_ids
     assert shadow.comparison.report()["failed"] == 1
+    for url, protocol in ((running.http_url, "http"), (running.grpc_url, "grpc")):
+        with pytest.raises(ServingError, match="model 'missrec_v99' is not ready.*missrec deploy --no-switch"):
+            shadow_command("missrec_v99", url=url, protocol=protocol, port=0, seconds=0.01)
     with GrpcShadowProxy(running.grpc_url, candidate, share=1) as shadow, MISSRecClient(shadow.url) as client:
         through = [client.recommend([SESSION, [], ["ware-1-ü"]], 6) for _ in range(5)]
         assert grpcclient.InferenceServerClient(shadow.url).is_model_ready("missrec")  # a client without a deadline

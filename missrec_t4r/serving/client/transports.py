@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http.client import HTTPException
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -165,8 +166,12 @@ def translate_errors(url: str, model: str, timeout: float) -> Iterator[None]:
         yield
     except (TimeoutError, asyncio.TimeoutError) as error:  # two classes before Python 3.11
         raise _too_slow(url, timeout) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, HTTPException) as error:  # the last one of a server that speaks gRPC
         raise _unreachable(url, error) from error
+    except ValueError as error:
+        if type(error).__name__ != "JSONDecodeError":  # of rapidjson, which parses what a server answers
+            raise
+        raise _unreachable(url, f"what answers is not JSON: {error}") from error
     except InferenceServerException as error:
         raise _refusal(url, model, timeout, str(error.status() or ""), str(error.message() or error)) from error
 

@@ -15,7 +15,9 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, Literal
 
 from missrec_t4r.config.checks import require_at_least, require_positive
-from missrec_t4r.errors import ConfigError, ServingError
+from missrec_t4r.errors import ConfigError, ServingError, UnavailableError
+from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.client.retry import Retries
 from missrec_t4r.serving.http_server import HttpServer, Response, read_body
 from missrec_t4r.serving.shadow.compare import COMPARED, TIMEOUT, ShadowProxy, Tensors
 from missrec_t4r.serving.stop_signals import UntilStopped
@@ -112,6 +114,11 @@ def shadow(
     -------
     dict
         As of `Comparison.report`.
+
+    Raises
+    ------
+    ServingError
+        A server answers, and has no such model. One that does not answer is warned of: it may start later.
     """
     if protocol not in PORTS:
         raise ConfigError(f"--protocol {protocol!r}", " or ".join(PORTS))
@@ -121,6 +128,8 @@ def shadow(
 
     kind = HttpShadowProxy if protocol == "http" else GrpcShadowProxy
     url = url or f"localhost:{PORTS[protocol]}"
+    _require_model(ENSEMBLE, url, protocol, "")
+    _require_model(candidate, candidate_url or url, protocol, "load one with `missrec deploy --no-switch`")
     with kind(url, candidate, candidate_url=candidate_url, share=share, port=port) as proxy, UntilStopped():
         log.info(f"send {protocol} traffic to {proxy.url} in place of {url}; {share:.0%} is mirrored to {candidate}")
         deadline = None if seconds is None else time.monotonic() + seconds
@@ -131,6 +140,17 @@ def shadow(
         counts = f"of the mirrored requests {report['failed']} failed and {report['dropped']} were dropped"
         log.warning(f"nothing was compared: {counts}")
     return report
+
+
+def _require_model(model: str, url: str, protocol: str, cure: str) -> None:
+    """Refuse a model that the server does not have; warn of a server that does not answer."""
+    try:
+        with MISSRecClient(url, protocol, model=model, timeout=TIMEOUT, retries=Retries(attempts=1)) as client:
+            _ = client.description
+    except UnavailableError as error:
+        log.warning(str(error))
+    except ServingError as error:
+        raise ServingError(error.found, error.expected, cure or error.cure) from error
 
 
 def _path_of(model: str) -> str:

@@ -121,7 +121,8 @@ def read_items(items: str | Path | pa.Table, item_column: str = ITEM_ID) -> pa.T
         try:
             table, name = pq.read_table(items), str(items)
         except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(f"{items} cannot be read ({error})", "a parquet file with a column of item ids") from error
+            reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
+            raise DataError(f"{items} cannot be read ({reason})", "a parquet file with a column of item ids") from error
     if item_column not in table.column_names:
         found = f"{name} has columns {table.column_names}"
         raise DataError(found, f"a column {item_column!r}", "name yours with --item-column")

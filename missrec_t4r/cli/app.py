@@ -28,7 +28,7 @@ from missrec_t4r import commands
 from missrec_t4r.cli.answer import summary
 from missrec_t4r.cli.options import Option, options_of, plain
 from missrec_t4r.errors import ConfigError, DataError, GateError, MISSRecError
-from missrec_t4r.io.atomic import is_disk_full, is_permission_denied
+from missrec_t4r.io.atomic import is_disk_full, is_in_the_way, is_permission_denied
 from missrec_t4r.io.json_files import to_plain
 from missrec_t4r.progress import reporting
 
@@ -297,4 +297,6 @@ def _curable(error: Exception) -> MISSRecError | None:
         return DataError(f"the disk ran full ({error})", "room for the whole output", cure)
     if is_permission_denied(error):
         return DataError(f"this user may not do that ({error})", "files that this user may use")
+    if is_in_the_way(error):
+        return DataError(f"a file is where a folder is meant, or a folder for a file ({error})", "another path")
     return None

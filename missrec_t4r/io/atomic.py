@@ -184,7 +184,7 @@ def is_running(process: int) -> bool:
 
 @contextmanager
 def translate_disk_errors(out: Path | str) -> Iterator[None]:
-    """Raise `DataError` for a full disk, an exceeded quota or file-size limit, or a read-only ``out``.
+    """Raise `DataError` for a full disk, an exceeded quota or file-size limit, and an ``out`` that cannot be written.
 
     Raises
     ------
@@ -198,6 +198,8 @@ def translate_disk_errors(out: Path | str) -> Iterator[None]:
             raise DataError(
                 f"{out} cannot be written ({error})", "a folder that this user may write", "choose another --out"
             ) from error
+        if is_in_the_way(error):
+            raise DataError(f"{out} cannot be written ({error})", "folders above it", "choose another --out") from error
         if is_disk_full(error):
             raise DataError(
                 f"the disk ran full while {out} was written ({error})",
@@ -215,6 +217,13 @@ def is_disk_full(error: BaseException) -> bool:
 def is_permission_denied(error: BaseException) -> bool:
     """Return whether an error means that this user may not read or write the path."""
     return isinstance(error, OSError) and error.errno in _DENIED
+
+
+def is_in_the_way(error: BaseException) -> bool:
+    """Return whether a file is where a folder is meant, or a folder where a file is."""
+    if isinstance(error, FileExistsError):
+        return os.path.isfile(error.filename or "")
+    return isinstance(error, NotADirectoryError | IsADirectoryError)
 
 
 @contextmanager

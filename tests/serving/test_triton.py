@@ -183,6 +183,13 @@ def test_the_command_lines_answer_has_titles(server: LocalTriton, bundle: Path) 
     assert json.loads(json.dumps(answer)) == answer
 
 
+def test_the_command_line_tells_why_a_list_is_short(server: LocalTriton, caplog: pytest.LogCaptureFixture) -> None:
+    recommend(["ware-3-ü", "gone"], url=server.grpc_url, top_k=3, allow=["ware-1-ü"])
+    assert "1 of 2 ids unknown to the catalogue" in caplog.text
+    words = "1 recommendations in place of --top-k 3: 1 items of the catalogue pass --exclude, --allow and the filters"
+    assert words in caplog.text
+
+
 def test_metrics_count_the_requests(server: LocalTriton) -> None:
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(server.metrics_url) as page:
         assert 'nv_inference_request_success{model="missrec"' in page.read().decode()

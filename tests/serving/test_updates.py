@@ -309,6 +309,8 @@ def test_files_are_read_and_a_damaged_one_is_named(before: Path, tmp_path: Path)
     (tmp_path / "new.parquet").write_text("no parquet")
     with pytest.raises(DataError, match=r"new\.parquet cannot be read"):
         update_catalogue(before, tmp_path / "new.parquet")
+    with pytest.raises(DataError, match=r"gone\.parquet cannot be read \(there is no such file\)"):
+        update_catalogue(before, tmp_path / "gone.parquet")
 
 
 @pytest.mark.parametrize(

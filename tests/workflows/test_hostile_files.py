@@ -240,6 +240,25 @@ def test_a_read_only_place_is_named(tmp_path: Path) -> None:
         pass
 
 
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    files, file = write(tmp_path / "raw"), tmp_path / "file"
+    file.write_text("x")
+    for engine in ("memory", "disk"):
+        with pytest.raises(DataError, match="file/data cannot be written .*folders above it"):
+            etl(*files, file / "data", engine=engine, workers=1)
+    etl(*files, tmp_path / "data", modality={"text": save_vectors(tmp_path / "v.npy", np.eye(4))})
+    words = ["train", "--data", str(tmp_path / "data"), "--recipe", "tiny", "--device", "cpu", "--out"]
+    for out, told in (
+        (file, "file is a file; expected: a folder"),
+        (file / "run", "file is a file; expected: a folder"),
+        (tmp_path / "data", "is a data folder; expected: a new folder, or that of a run"),
+        (tmp_path / "data" / "catalogue", "is a catalogue"),
+    ):
+        ran = CliRunner().invoke(app, [*words, str(out)])
+        assert ran.exit_code == 2, ran.exception
+        assert told in ran.stderr
+
+
 def test_every_command_says_that_the_disk_is_full(tmp_path: Path) -> None:
     """Training writes with safetensors, which has errors of its own."""
     vectors = save_vectors(tmp_path / "v.npy", np.eye(4))

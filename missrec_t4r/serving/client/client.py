@@ -263,8 +263,11 @@ def recommend(
         recommendation |= {"because_of": reason.item_id, "modality": reason.modality}
     if answer.unknown_items or answer.fallback:
         note = "; these are the most popular items" if answer.fallback else ""
-        found = f"{answer.unknown_items} of the ids are unknown" if answer.unknown_items else "the session has no item"
-        log.warning("%s%s", found, note)
+        unknown = f"{answer.unknown_items} of {len(items)} ids unknown to the catalogue"
+        log.warning("%s%s", unknown if answer.unknown_items else "the session has no item", note)
+    if (n_found := len(recommendations)) < top_k:
+        passed = f"{answer.n_passed} items of the catalogue pass --exclude, --allow and the filters"
+        log.warning(f"{n_found} recommendations in place of --top-k {top_k}: {passed}")
     return {
         "recommendations": recommendations,
         "unknown_items": answer.unknown_items,

@@ -182,6 +182,8 @@ def etl(
             return _change(out, options)
     task = make_task(options)
     chosen = engine if engine != "auto" else _choose_engine(task, dask_scheduler)
+    if chosen == "memory" and (workers or dask_scheduler != "threads"):
+        log.warning("--dask-scheduler and --workers have no effect with --engine memory; --engine disk uses them")
     if chosen == "gpu":
         require_nvtabular("--engine gpu", "leave --engine out")
         from missrec_t4r.etl.gpu import device as gpu

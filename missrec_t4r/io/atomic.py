@@ -201,8 +201,9 @@ def translate_disk_errors(out: Path | str) -> Iterator[None]:
         if is_in_the_way(error):
             raise DataError(f"{out} cannot be written ({error})", "folders above it", "choose another --out") from error
         if is_disk_full(error):
+            reason = (error.__cause__ if isinstance(error, DataError) else None) or error  # of an output in this one
             raise DataError(
-                f"the disk ran full while {out} was written ({error})",
+                f"the disk ran full while {out} was written ({reason})",
                 "room for the whole output",
                 "free some space or choose another disk; nothing was changed",
             ) from error

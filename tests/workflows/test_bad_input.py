@@ -69,6 +69,11 @@ def test_event_weights_of_types_that_no_event_has_are_told(tmp_path: Path, engin
     assert "there are view" in finding["message"]
 
 
+def test_a_scheduler_that_the_engine_does_not_use_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    etl(*write(tmp_path / "raw"), tmp_path / "data", dask_scheduler="tcp://gone:8786", engine="memory")
+    assert "--dask-scheduler and --workers have no effect with --engine memory" in caplog.text
+
+
 def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     events, items = write(tmp_path / "raw")
     found = etl([events, tmp_path / "raw" / "*events*", events], items, tmp_path / "data")

@@ -27,7 +27,7 @@ from missrec_t4r.etl.quality.report import report
 from missrec_t4r.etl.sources.json_lines import read_all
 from missrec_t4r.etl.sources.synthetic.shop import generate_shop
 from missrec_t4r.etl.sources.table import read_table
-from missrec_t4r.io.atomic import atomic_write_dir, atomic_write_file
+from missrec_t4r.io.atomic import atomic_write_dir, atomic_write_file, translate_disk_errors
 from tests import processes
 from tests.workflows.tables import EVENTS, ITEMS, items_of, save_vectors, write
 
@@ -229,6 +229,13 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
             features(tmp_path / "out" / "data", text_columns=["title"])
         with pytest.raises(DataError, match="the disk ran full"), atomic_write_file(tmp_path / "out" / "one") as file:
             file.write_bytes(b"x" * 5_000)
+        with (
+            pytest.raises(DataError, match="the disk ran full while .*outer was written") as told,
+            translate_disk_errors(tmp_path / "outer"),
+            atomic_write_file(tmp_path / "out" / "inner") as file,
+        ):
+            file.write_bytes(b"x" * 5_000)
+        assert str(told.value).count("the disk ran full") == 1
     assert _files(tmp_path / "out") == before
 
 

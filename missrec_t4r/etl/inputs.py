@@ -155,10 +155,8 @@ def clean_inputs(
     features, categorical_columns = events.features, settings["categorical_columns"]
     frame = checks.clean_events(events.frame, findings, settings["drop_duplicates"])
     items, vectors = unique_items(items, vectors, findings)
-    frame, items, vectors = match_events(frame, items, vectors, settings["unknown_items"], findings)
-    frame, items, vectors = filter_items(
-        frame, items, vectors, k_core=settings["k_core"], min_item_count=settings["min_item_count"]
-    )
+    frame, items, vectors = match_events(frame, items, vectors, settings, findings)
+    frame, items, vectors = filter_items(frame, items, vectors, settings)
     frame = checks.fill_features(frame, features, categorical_columns, findings)
     return frame, Summary(
         items=items,

@@ -117,7 +117,7 @@ def unique_items(items: pa.Table, vectors: Vectors, findings: Findings) -> tuple
 
 
 def match_events(
-    events: Frame, items: pa.Table, vectors: Vectors, unknown: UnknownItems, findings: Findings
+    events: Frame, items: pa.Table, vectors: Vectors, settings: Mapping[str, Any], findings: Findings
 ) -> tuple[Frame, pa.Table, Vectors]:
     """Match events with the item table: items that occur only in events are appended, or their events are dropped.
 
@@ -138,9 +138,8 @@ def match_events(
         )
     in_table = events[ITEM_ID].isin(adapter.from_arrow(items.select([ITEM_ID]))[ITEM_ID])
     unknown_ids = events[ITEM_ID][~in_table].drop_duplicates()
-    append = unknown == "append"
-    add_unknown_item_findings(findings, len(unknown_ids), int((~in_table).sum()), len(events), append=append)
-    if append:
+    note_unknown_items(findings, settings, len(unknown_ids), int((~in_table).sum()), len(events))
+    if settings["unknown_items"] == "append":
         return events, *append_items(items, vectors, adapter.to_arrow(unknown_ids).cast(table_type))
     events = events[in_table].reset_index(drop=True)
     if not len(events):
@@ -148,19 +147,11 @@ def match_events(
     return events, items, vectors
 
 
-def add_unknown_item_findings(
-    findings: Findings, n_unknown: int, unknown_events: int, events: int, *, append: bool
+def note_unknown_items(
+    findings: Findings, settings: Mapping[str, Any], n_unknown: int, unknown_events: int, events: int
 ) -> None:
-    """Add the findings of items that occur only in events.
-
-    Parameters
-    ----------
-    n_unknown, unknown_events, events : int
-        Number of such items, of events on them, and of all events.
-    append : bool
-        Whether they are appended to the catalogue; otherwise their events are left out.
-    """
-    if not append:
+    """Add the findings of items that occur only in events: how many, of events on them, and of all events."""
+    if settings["unknown_items"] == "drop":
         findings.add("orphan_events", unknown_events, f"events on {n_unknown} items without a row are left out")
         return
     findings.add("orphan_items", n_unknown, f"items that occur only in events ({unknown_events}) were appended")
@@ -181,7 +172,7 @@ def take_items(items: pa.Table, vectors: Vectors, rows: npt.NDArray[np.intp]) ->
 
 
 def filter_items(
-    events: Frame, items: pa.Table, vectors: Vectors, *, k_core: int, min_item_count: int
+    events: Frame, items: pa.Table, vectors: Vectors, settings: Mapping[str, Any]
 ) -> tuple[Frame, pa.Table, Vectors]:
     """Leave out rare items once, then rare users and items until nothing changes, in events and item table.
 
@@ -190,25 +181,30 @@ def filter_items(
     DataError
         Nothing is left.
     """
-    if max(k_core, min_item_count) <= 0:
+    if not filters_rare(settings):
         return events, items, vectors
     adapter = adapter_of(events)
     users, of_items = (adapter.codes(events[name]) for name in (USER_ID, ITEM_ID))
-    events = events.take(frequent_events(users, of_items, k_core, min_item_count, adapter.xp))
+    events = events.take(frequent_events(users, of_items, settings, adapter.xp))
     in_events = adapter.to_arrow(events[ITEM_ID].drop_duplicates())
     kept = np.flatnonzero(pc.is_in(items[ITEM_ID], in_events))
     return (events.reset_index(drop=True), *take_items(items, vectors, kept))
 
 
-def frequent_events(users: Array, items: Array, k_core: int, min_item_count: int, xp: Any = np) -> Array:
+def filters_rare(settings: Mapping[str, Any]) -> bool:
+    """Whether rare users or items are left out."""
+    return bool(max(settings["k_core"], settings["min_item_count"]) > 0)
+
+
+def frequent_events(users: Array, items: Array, settings: Mapping[str, Any], xp: Any = np) -> Array:
     """Return the events that are left without rare items, and then without rare users and items, [kept event], int.
 
     Parameters
     ----------
     users, items : Array [event], int
         Codes of users and items.
-    k_core, min_item_count : int
-        As in `missrec_t4r.etl.pipeline.etl`.
+    settings : mapping
+        ``k_core`` and ``min_item_count``, as in ``etl.json``.
     xp : module
         numpy or cupy.
 
@@ -217,6 +213,7 @@ def frequent_events(users: Array, items: Array, k_core: int, min_item_count: int
     DataError
         None is left.
     """
+    k_core, min_item_count = settings["k_core"], settings["min_item_count"]
     kept = xp.flatnonzero(xp.bincount(items)[items] >= min_item_count)
     if len(kept):  # cupy counts no empty array
         kept = kept[core([users[kept], items[kept]], k_core, xp=xp)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,7 @@ from missrec_t4r.etl.engine.compact import compact, is_due
 from missrec_t4r.etl.engine.delta import write_delta
 from missrec_t4r.etl.engine.executor import open_executor
 from missrec_t4r.etl.engine.job import Job
-from missrec_t4r.etl.engine.versions import (
-    VERSIONS_FILE,
-    link_unchanged,
-    load_version,
-    new_files,
-    part_files,
-)
+from missrec_t4r.etl.engine.versions import VERSIONS_FILE, link_unchanged, load_version, new_files, part_files
 from missrec_t4r.etl.inputs import read_items
 from missrec_t4r.etl.installed import require_nvtabular
 from missrec_t4r.etl.item_table import merge_new_items
@@ -119,15 +113,15 @@ def update(
     with workdir.working_folder(out) as (work, finish):
         if as_delta:
             shutil.rmtree(work, ignore_errors=True)  # of a killed run
-            folder = work / f"delta-{version}"
+            folder = job.folder = work / f"delta-{version}"
             folder.mkdir(parents=True)
-            counts = write_delta(job, catalogue, out, folder, report, version)
+            counts = write_delta(job, catalogue, report)
             plain = versions["plain_version"] if delta_files(folder) or delta_files(out) else version
         else:
             with open_executor(dask_scheduler, workers) as executor:
                 folder, counts = build(job, work, executor)
             plain = version
-        change = _describe_change(job, catalogue, counts, report, version, sorted(new.values()))
+        change = _describe_change(job, catalogue, counts, report) | {"files": sorted(new.values())}
         history = {"version": version, "plain_version": plain, "changes": [*versions["changes"], change]}
         write_json(folder / VERSIONS_FILE, history, indent=1)
         final = job.run.write_report(counts | {"version": version, "events_read": parquet_rows(files)}, folder)
@@ -145,22 +139,16 @@ def update(
 
 
 def _describe_change(
-    job: Job,
-    catalogue: Catalogue,
-    counts: dict[str, Any],
-    report: Mapping[str, Any],
-    version: int,
-    digests: Sequence[str],
+    job: Job, catalogue: Catalogue, counts: dict[str, Any], report: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the entry of a version in ``versions.json``; ``touched`` moves there from the counts."""
     ids, first = job.items[ITEM_ID].slice(catalogue.n_items).to_pylist(), FIRST_ITEM_ROW + catalogue.n_items
     return {
-        "version": version,
+        "version": job.old["version"] + 1,
         "events_added": counts["events"] - report["events"],
         "users_added": counts["users"] - report["users"],
         "items_added": ids,
         "items_changed": sum(found.count for found in job.run.findings.found if found.check == "changed_items"),
         "rows_added": [first, first + len(ids)],
         **counts.pop("touched"),
-        "files": list(digests),
     }

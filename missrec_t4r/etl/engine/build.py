@@ -34,7 +34,7 @@ from missrec_t4r.etl.engine import sessionize, workdir
 from missrec_t4r.etl.engine.executor import Executor, open_executor
 from missrec_t4r.etl.engine.job import Job, make_plan
 from missrec_t4r.etl.engine.reduce import reduce_chunks
-from missrec_t4r.etl.engine.shuffle import ITEMS_FILE, PLAN_FILE, Plan, partition_sizes, shuffle_chunk
+from missrec_t4r.etl.engine.shuffle import ITEMS_FILE, PLAN_FILE, partition_sizes, shuffle_chunk
 from missrec_t4r.etl.engine.user_state import USER_HASH, link_state, list_columns, state_path, state_schema
 from missrec_t4r.etl.engine.versions import write_inputs
 from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER
@@ -86,13 +86,13 @@ def build(job: Job, work: Path, executor: Executor) -> tuple[Path, dict[str, Any
     DataError, SchemaError
         The input cannot give a right result.
     """
-    plan = make_plan(job)
-    folder = prepare_folder(work, plan, job)
+    plan = job.plan = make_plan(job)
+    folder = job.folder = prepare_folder(work, job)
     tasks = [(str(folder), chunk) for chunk in range(len(plan.chunks))]
     chunks = executor.run(shuffle_chunk, tasks, "reading events")
     if not job.old:
         checks.require_events(sum(chunk["rows"] for chunk in chunks))
-    common = reduce_chunks(job, plan, chunks, folder, executor)
+    common = reduce_chunks(job, chunks, executor)
     write_json(folder / sessionize.COMMON_FILE, common, indent=None)
     numbers = list(range(plan.partitions))
     if job.old:  # only partitions with new events
@@ -104,19 +104,19 @@ def build(job: Job, work: Path, executor: Executor) -> tuple[Path, dict[str, Any
     common |= {name: job.run.settings[name] for name in ("valid_from", "test_from")}
     write_json(folder / sessionize.SPLIT_FILE, common, indent=None)
     parts = executor.run(sessionize.write_splits, tasks, "writing the splits")
-    counts = _finish(job, plan, common, folder, dict(zip(numbers, parts, strict=True)))
+    counts = _finish(job, common, dict(zip(numbers, parts, strict=True)))
     return folder / OUTPUT_FOLDER, counts | ({"touched": {"partitions": numbers}} if job.old else {})
 
 
 # Before the tasks
 
 
-def prepare_folder(work: Path, plan: Plan, job: Job) -> Path:
+def prepare_folder(work: Path, job: Job) -> Path:
     """Return the job's folder in the working directory: that of a killed run with equal input, or a new one."""
-    changed = [Path(file).stat().st_mtime_ns for file in job.run.files]
-    folder = workdir.open_job(work, [_WORK_FORMAT, asdict(plan), changed, job.run.settings, job.old], job.items)
+    plan, changed = asdict(job.plan), [Path(file).stat().st_mtime_ns for file in job.run.files]
+    folder = workdir.open_job(work, [_WORK_FORMAT, plan, changed, job.run.settings, job.old], job.items)
     pq.write_table(job.items.select([ITEM_ID]), folder / ITEMS_FILE)
-    write_json(folder / PLAN_FILE, asdict(plan), indent=None)
+    write_json(folder / PLAN_FILE, plan, indent=None)
     return folder
 
 
@@ -129,16 +129,14 @@ def _all_times(folder: Path, partitions: int) -> AnyArray:
     return np.concatenate([list_columns(state)[TIMESTAMP + LIST_SUFFIX].values.to_numpy().copy() for state in states])
 
 
-def _finish(
-    job: Job, plan: Plan, common: dict[str, Any], folder: Path, written: Mapping[int, dict[str, Any]]
-) -> dict[str, Any]:
+def _finish(job: Job, common: dict[str, Any], written: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
     """Write the catalogue, the workflows and the schema, link the user state into the output; return the counts.
 
     ``written`` are the results of `sessionize.write_splits`; an update leaves the other partitions as they were.
     """
-    out, numbers = folder / OUTPUT_FOLDER, range(plan.partitions)
+    out, numbers = job.folder / OUTPUT_FOLDER, range(job.plan.partitions)
     parts = [written[number] if number in written else job.old["parts"][number] for number in numbers]
-    sources = [folder if number in written else Path(job.old["folder"]) for number in numbers]
+    sources = [job.folder if number in written else Path(job.old["folder"]) for number in numbers]
     states = [read_json(state_path(sources[number], number, "json")) for number in numbers]
     rows = {name: sum(part["sessions"][name] for part in parts) for name in SPLITS}
     splits.check_rows(rows)
@@ -151,27 +149,25 @@ def _finish(
     train_counts = sum_counts(
         (np.load(state_path(sources[number], number, "npy")) for number in numbers), catalogue.n_rows
     )
-    _write_encodings(job, plan, common, folder, catalogue, max(part["longest"] for part in parts))
+    _write_encodings(job, common, catalogue, max(part["longest"] for part in parts))
     outputs.write_catalogue(catalogue, train_counts, out)
     state = {name: common[name] for name in ("types", "categories", "valid_from", "test_from", "newest")}
-    link_state(folder, out, state | {"partitions": plan.partitions, "parts": parts})
+    link_state(job.folder, out, state | {"partitions": len(numbers), "parts": parts})
     events, users = (sum(part[name] for part in states) for name in ("events", "users"))
     return outputs.data_counts(catalogue, train_counts, events, users, rows)
 
 
-def _write_encodings(
-    job: Job, plan: Plan, common: Mapping[str, Any], folder: Path, catalogue: Catalogue, longest: int
-) -> None:
+def _write_encodings(job: Job, common: Mapping[str, Any], catalogue: Catalogue, longest: int) -> None:
     """Write the schema and the request transform and, where NVTabular is installed, its workflows.
 
     The workflows are fitted on one event, which has all types: their vocabularies are given.
     """
-    out, item_ids, settings = folder / OUTPUT_FOLDER, catalogue.items[ITEM_ID].combine_chunks(), job.run.settings
+    out, item_ids, settings = job.folder / OUTPUT_FOLDER, catalogue.items[ITEM_ID].combine_chunks(), job.run.settings
     categories = {name: pd.Series(values) for name, values in common["categories"].items()}
     derive, length = job.run.derive, settings["max_sequence_length"]
     typed = Path(job.old.get("folder", out))  # has rows, which the partitions of an update need not have
     write_session_schema(typed, out, {ITEM_ID: item_ids, **categories, **derive.clock}, longest)
-    features = outputs.feature_codes([*plan.features, *derive.columns], categories | derive.clock)
+    features = outputs.feature_codes([*job.plan.features, *derive.columns], categories | derive.clock)
     if not has_nvtabular():
         outputs.write_request_transform(outputs.request_transform(item_ids.type, len(item_ids), length, features), out)
         return
@@ -183,13 +179,12 @@ def _write_encodings(
             item_ids,
             Path(storage) / "sessions",
             categories=categories,
-            numbers=[name for name, kind in plan.features.items() if kind == "number"],
+            numbers=[name for name, kind in job.plan.features.items() if kind == "number"],
             max_events=settings["max_events"],
             derive=derive,
         )
-        nvt_workflows.fit(
-            workflow, _one_event(state_schema(job.old.get("folder", folder)), item_ids, categories, settings)
-        )
+        state = state_schema(job.old.get("folder", job.folder))
+        nvt_workflows.fit(workflow, _one_event(state, item_ids, categories, settings))
         write_workflow(workflow, out, pickled=settings["save_nvtabular_workflow"])
         write_request(item_ids, out, Path(storage), length, features)
 

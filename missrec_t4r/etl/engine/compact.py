@@ -29,12 +29,7 @@ from missrec_t4r.etl.engine.user_state import (
     state_path,
     user_hashes,
 )
-from missrec_t4r.etl.engine.versions import (
-    VERSIONS_FILE,
-    link_unchanged,
-    load_version,
-    part_files,
-)
+from missrec_t4r.etl.engine.versions import VERSIONS_FILE, link_unchanged, load_version, part_files
 from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER, clear_after_kill, open_job, resumable, working_folder
 from missrec_t4r.io.arrow_files import one_array, read_arrow, write_arrow
 from missrec_t4r.io.json_files import write_json
@@ -66,11 +61,7 @@ def is_due(data: Path, events: int) -> bool:
 
 
 def compact(
-    out: Path,
-    *,
-    dask_scheduler: str = "threads",
-    workers: int | None = None,
-    dry_run: bool = False,
+    out: Path, *, dask_scheduler: str = "threads", workers: int | None = None, dry_run: bool = False
 ) -> dict[str, Any]:
     """Rewrite the parquet files of the splits with all deltas applied; without deltas nothing is done.
 

@@ -35,14 +35,7 @@ from missrec_t4r.etl.session_schema import write_session_schema
 from missrec_t4r.io.arrow_files import one_array, write_arrow
 from missrec_t4r.io.atomic import link_or_copy
 from missrec_t4r.io.json_files import read_json, write_json
-from missrec_t4r.schema import (
-    CATALOGUE_FOLDER,
-    FIRST_ITEM_ROW,
-    ITEM_ID,
-    SESSION_TRANSFORM_FILE,
-    SPLITS,
-    USER_ID,
-)
+from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, SESSION_TRANSFORM_FILE, SPLITS, USER_ID
 
 
 class Change(NamedTuple):
@@ -75,25 +68,17 @@ def split_sessions(state: pa.Table, common: Mapping[str, Any]) -> tuple[pa.Table
     return sessions, Change(counts, train_items, int(np.diff(offsets).max(initial=0)), state.num_rows)
 
 
-def write_delta(
-    job: Job, old: Catalogue, data: Path, folder: Path, report: Mapping[str, Any], version: int
-) -> dict[str, Any]:
-    """Write the files that an increment adds or changes into ``folder``; all others stay those of the old version.
+def write_delta(job: Job, old: Catalogue, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the files that an increment adds or changes; all others stay those of the old version.
 
     Parameters
     ----------
     job : Job
-        An incremental update; its items and vectors contain the new rows of the item table.
+        An incremental update with an empty folder; its items and vectors contain the new rows of the item table.
     old : Catalogue
         Of the version before.
-    data : Path
-        The data folder, unchanged.
-    folder : Path
-        Empty.
     report : mapping
         ``etl.json`` of the version before.
-    version : int
-        Number of the new version.
 
     Returns
     -------
@@ -103,16 +88,17 @@ def write_delta(
     change, categories, old_categories = NO_CHANGE, job.old["categories"], job.old["categories"]
     old_longest = max(job.old.get("longest", 0), *(part["longest"] for part in job.old["parts"]))
     if job.run.files:
-        events, common = encode_increment(job, folder)
-        change, categories = _write_sessions(job, data, folder, events, common, version), common["categories"]
+        events, common = encode_increment(job)
+        change, categories = _write_sessions(job, events, common), common["categories"]
     longest, item_ids = max(change.longest, old_longest), one_array(job.items[ITEM_ID])
     longer = [name for name, values in categories.items() if len(values) > len(old_categories[name])]
     longer += [ITEM_ID] if len(item_ids) > old.n_items else []
     if longer or longest > old_longest:
-        _extend_encodings(job, data, folder, {ITEM_ID: item_ids.to_pylist(), **categories}, longer, longest)
+        _extend_encodings(job, {ITEM_ID: item_ids.to_pylist(), **categories}, longer, longest)
     state = {name: job.old[name] for name in ("types", "valid_from", "test_from", "newest", "partitions", "parts")}
-    write_json(folder / STATE_FOLDER / STATE_FILE, state | {"categories": categories, "longest": longest}, indent=None)
-    catalogue = _write_catalogue(job, old, data, folder, change.train_items)
+    state |= {"categories": categories, "longest": longest}
+    write_json(job.folder / STATE_FOLDER / STATE_FILE, state, indent=None)
+    catalogue = _write_catalogue(job, old, change.train_items)
     counts = Counter(events=report["events"], users=report["users"], **report["sessions"])
     counts.update(change.counts)
     rows = {split: counts[split] for split in SPLITS}
@@ -120,10 +106,9 @@ def write_delta(
     return touched | outputs.data_counts(catalogue, catalogue.train_count, counts["events"], counts["users"], rows)
 
 
-def _extend_encodings(
-    job: Job, data: Path, folder: Path, vocabularies: Mapping[str, list[Any]], longer: Sequence[str], longest: int
-) -> None:
+def _extend_encodings(job: Job, vocabularies: Mapping[str, list[Any]], longer: Sequence[str], longest: int) -> None:
     """Write schema, request transform and, where the folder has them, workflows with longer vocabularies."""
+    data, folder = Path(job.old["folder"]), job.folder
     write_session_schema(data, folder, {**vocabularies, **job.run.derive.clock}, longest)
     transform = read_json(data / SESSION_TRANSFORM_FILE)
     for name in longer:
@@ -138,7 +123,7 @@ def _extend_encodings(
         extend_workflows(data, folder, {name: pd.Series(vocabularies[name]) for name in longer})
 
 
-def encode_increment(job: Job, folder: Path) -> tuple[pa.Table, dict[str, Any]]:
+def encode_increment(job: Job) -> tuple[pa.Table, dict[str, Any]]:
     """Return the new events with the folder's codes and types, and what `reduce.reduce_chunks` returns for them.
 
     Raises
@@ -146,31 +131,29 @@ def encode_increment(job: Job, folder: Path) -> tuple[pa.Table, dict[str, Any]]:
     SchemaError, DataError
         They do not fit the folder.
     """
-    plan = make_plan(job)
+    plan = job.plan = make_plan(job)
     encoder = EventEncoder(plan, one_array(job.items[ITEM_ID]))
     tables = [encoder.encode(batch)[0] for chunk in plan.chunks for batch in read_batches(plan, chunk)]
-    common = reduce_chunks(job, plan, [encoder.statistics()], folder, ThreadExecutor(1))
+    common = reduce_chunks(job, [encoder.statistics()], ThreadExecutor(1))
     maps = {name: np.asarray(codes, np.int32) for name, codes in common["maps"][0].items()}
     events = map_codes(pa.concat_tables(tables, promote_options="permissive"), maps)
     return sessionize.cast_columns(events, common["types"]), common
 
 
-def _write_sessions(
-    job: Job, data: Path, folder: Path, events: pa.Table, common: Mapping[str, Any], version: int
-) -> Change:
+def _write_sessions(job: Job, events: pa.Table, common: Mapping[str, Any]) -> Change:
     """Write sessions and state of the affected users as delta files; return the change of the counts."""
     events = events.filter(pa.array(events[ITEM_ID].to_numpy() < common["rows"]))
     if not events.num_rows:
         return NO_CHANGE
     users = one_array(events[USER_ID]).unique()
-    by_hash = np.argsort(hash_ids(users), kind="stable")
-    users = users.take(pa.array(by_hash))
-    old = load_users(data, job.old["partitions"], users, hash_ids(users))
+    users = users.take(pa.array(np.argsort(hash_ids(users), kind="stable")))
+    old = load_users(Path(job.old["folder"]), job.old["partitions"], users, hash_ids(users))
     state, counts = sessionize.extend_state(old, events, common)
     checks.note_users(job.run.findings, [counts], drop_duplicates=common["drop_duplicates"])
     sessions, after = split_sessions(state, common)
     _, before = split_sessions(state.take(pa.array([], pa.int64())) if old is None else old, common)
-    sessions_file, state_file = (top / DELTA_FOLDER / f"{version:05}.arrow" for top in (folder, folder / STATE_FOLDER))
+    file = f"{DELTA_FOLDER}/{job.old['version'] + 1:05}.arrow"
+    sessions_file, state_file = job.folder / file, job.folder / STATE_FOLDER / file
     write_arrow(sessions, sessions_file)
     if sessionize.derives_sessions(common):
         write_arrow(state, state_file)
@@ -182,9 +165,9 @@ def _write_sessions(
     return after._replace(train_items=sum_counts([after.train_items, -before.train_items], n_items))
 
 
-def _write_catalogue(job: Job, old: Catalogue, data: Path, folder: Path, train_items: Ints) -> Catalogue:
+def _write_catalogue(job: Job, old: Catalogue, train_items: Ints) -> Catalogue:
     """Write the catalogue with its new counts and items; without new items all but the item table are links."""
-    target = folder / CATALOGUE_FOLDER
+    target = job.folder / CATALOGUE_FOLDER
     unchanged = not job.old["new_rows"] and job.items.num_rows == old.n_items
     catalogue = old if unchanged else item_table.extend_catalogue(old, job.items, job.vectors)
     counts = sum_counts([old.train_count, train_items], catalogue.n_rows)
@@ -193,7 +176,7 @@ def _write_catalogue(job: Job, old: Catalogue, data: Path, folder: Path, train_i
         catalogue.save(target)
         return catalogue
     target.mkdir()
-    for file in (data / CATALOGUE_FOLDER).iterdir():
+    for file in Path(job.old["folder"], CATALOGUE_FOLDER).iterdir():
         if file.name != ITEMS_FILE:
             link_or_copy(file, target / file.name)
     catalogue.write_items(target)

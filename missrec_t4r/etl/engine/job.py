@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -45,6 +46,13 @@ class Job:
         Incremental update only: folder, version, types, categories and boundaries of the version before.
     catalogue : Catalogue, optional
         Incremental update only: the catalogue that is extended.
+
+    Attributes
+    ----------
+    plan : Plan
+        Set when the schemas of the files were read (`make_plan`).
+    folder : Path
+        Where its tasks write, set when that is known.
     """
 
     run: Run
@@ -53,6 +61,8 @@ class Job:
     partitions: int | None = None
     old: dict[str, Any] = field(default_factory=dict)
     catalogue: Catalogue | None = None
+    plan: Plan = field(init=False)
+    folder: Path = field(init=False)
 
 
 def make_plan(job: Job) -> Plan:

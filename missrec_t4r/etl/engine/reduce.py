@@ -30,7 +30,7 @@ from missrec_t4r.etl import event_arithmetic, item_table
 from missrec_t4r.etl.engine import sessionize
 from missrec_t4r.etl.engine.executor import Executor
 from missrec_t4r.etl.engine.job import Job
-from missrec_t4r.etl.engine.shuffle import Plan, ValueCodes
+from missrec_t4r.etl.engine.shuffle import ValueCodes
 from missrec_t4r.etl.engine.workdir import FILTER_FOLDER, KEPT_FOLDER, SHUFFLE_FOLDER, partition_path
 from missrec_t4r.etl.event_settings import no_weight
 from missrec_t4r.etl.quality import checks
@@ -40,58 +40,51 @@ from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, UNKNOWN_ROW
 _SESSION_SETTINGS = ("split", "valid_from", "test_from", "max_events", "session_gap", "time_features", "newest")
 
 
-def reduce_chunks(
-    job: Job, plan: Plan, chunks: Sequence[dict[str, Any]], work: Path, executor: Executor
-) -> dict[str, Any]:
+def reduce_chunks(job: Job, chunks: Sequence[dict[str, Any]], executor: Executor) -> dict[str, Any]:
     """Return what all partitions have in common, after filtering rare users and items.
 
     Parameters
     ----------
     job : Job
-        Its items, vectors, settings and findings are updated.
-    plan : Plan
-        As written in ``work``.
+        With plan and folder. Its items, vectors, settings and findings are updated.
     chunks : sequence of dict
         Statistics of `shuffle.shuffle_chunk`.
-    work : Path
-        Working folder.
+    executor : Executor
+        Runs the tasks of the filters.
     """
+    settings, plan = job.run.settings, job.plan
     unknown = ValueCodes(job.items[ITEM_ID].type)
     n_rows = FIRST_ITEM_ROW + job.items.num_rows
     maps: list[dict[str, list[int]]] = [
         {ITEM_ID: (unknown.encode(pa.array(chunk["unknown_items"], unknown.values.type)) + n_rows).tolist()}
         for chunk in chunks
     ]
-    append = job.run.settings["unknown_items"] == "append"
+    append = settings["unknown_items"] == "append"
     if job.old:
-        checks.refuse_other_unit(chunks, job.run.settings["newest"])
-    _add_chunk_findings(job.run.findings, plan, chunks, len(unknown.values), append)
+        checks.refuse_other_unit(chunks, settings["newest"])
+    _add_chunk_findings(job, chunks, len(unknown.values))
     common: dict[str, Any] = {
         "maps": maps,
         "rows": n_rows + (len(unknown.values) if append else 0),
-        "types": job.old["types"] if job.old else _column_types(plan, chunks, work),
-        "drop_duplicates": job.run.settings["drop_duplicates"],
+        "types": job.old["types"] if job.old else _column_types(job, chunks),
+        "drop_duplicates": settings["drop_duplicates"],
         "filtered": False,
         "old": job.old.get("folder"),
     }
     if not job.old:
-        job.run.settings["newest"] = max(chunk["newest"] for chunk in chunks if chunk["newest"] is not None)
-    job.run.derive.check_clock(job.run.settings["newest"])
+        settings["newest"] = max(chunk["newest"] for chunk in chunks if chunk["newest"] is not None)
+    job.run.derive.check_clock(settings["newest"])
     categories = {name: _merge_categories(chunks, name) for name, kind in plan.features.items() if kind == "category"}
     for name, (_, _, codes) in categories.items():
         for chunk_maps, chunk_codes in zip(maps, codes, strict=True):
             chunk_maps[name] = chunk_codes
     if append and len(unknown.values):
         job.items, job.vectors = item_table.append_items(job.items, job.vectors, unknown.values)
-    rare = max(job.run.settings["k_core"], job.run.settings["min_item_count"]) > 0
     dropped = not append and len(unknown.values) > 0
-    if not job.old and (rare or dropped or job.run.settings["drop_duplicates"]):
-        write_json(work / sessionize.SURVEY_FILE, common, indent=None)
-        _filter_events(job, plan, common, work, executor)
-        tasks = [(str(work), number) for number in range(plan.partitions)]
-        parts = executor.run(sessionize.count_categories, tasks, "counting categories")
+    if not job.old and (dropped or settings["drop_duplicates"] or item_table.filters_rare(settings)):
+        kept = _filter_events(job, common, executor)
         categories = {
-            name: (values, event_arithmetic.sum_counts((part[name] for part in parts), len(values)).tolist(), codes)
+            name: (values, event_arithmetic.sum_counts((part[name] for part in kept), len(values)).tolist(), codes)
             for name, (values, _, codes) in categories.items()
         }
         common["filtered"] = True
@@ -101,9 +94,8 @@ def reduce_chunks(
         common["categories"][name] = ordered
         for chunk_maps in maps:
             chunk_maps[name] = [code_of[position] for position in chunk_maps[name]]
-    types = common["categories"].get(job.run.settings["event_type_column"], ())
-    job.run.derive.note_types(job.run.findings, types)
-    return common | session_settings(job.run.settings, common["categories"])
+    job.run.derive.note_types(job.run.findings, common["categories"].get(settings["event_type_column"], ()))
+    return common | session_settings(settings, common["categories"])
 
 
 def session_settings(settings: Mapping[str, Any], categories: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -127,21 +119,23 @@ def session_settings(settings: Mapping[str, Any], categories: Mapping[str, Seque
 # Filters
 
 
-def _filter_events(job: Job, plan: Plan, common: dict[str, Any], work: Path, executor: Executor) -> None:
-    """Decide which events, users and items are kept, and write masks for every partition.
+def _filter_events(job: Job, common: dict[str, Any], executor: Executor) -> list[dict[str, list[int]]]:
+    """Decide which events, users and items are kept, and write masks for every partition; count what is kept.
 
     Memory: one byte, two indices and one Boolean per event, for all events.
     """
-    tasks = [(str(work), number) for number in range(plan.partitions)]
+    write_json(job.folder / sessionize.SURVEY_FILE, common, indent=None)
+    tasks = [(str(job.folder), number) for number in range(job.plan.partitions)]
     surveyed = executor.run(sessionize.survey_events, tasks, "counting users and items")
     checks.note_users(job.run.findings, surveyed, drop_duplicates=common["drop_duplicates"])
-    occurs = keep_frequent(work, plan.partitions, job.run.settings)  # [item index]
-    if max(job.run.settings["k_core"], job.run.settings["min_item_count"]) > 0:
+    occurs = keep_frequent(job.folder, job.plan.partitions, job.run.settings)  # [item index]
+    if item_table.filters_rare(job.run.settings):
         rows = np.flatnonzero(occurs[FIRST_ITEM_ROW:])  # of the item table
         index = np.full(len(occurs), -1, np.int64)
         index[FIRST_ITEM_ROW + rows] = FIRST_ITEM_ROW + np.arange(len(rows))
-        np.save(work / KEPT_FOLDER / sessionize.FILTERED_ITEMS_FILE, index)
+        np.save(job.folder / KEPT_FOLDER / sessionize.FILTERED_ITEMS_FILE, index)
         job.items, job.vectors = item_table.take_items(job.items, job.vectors, rows)
+    return executor.run(sessionize.count_categories, tasks, "counting categories")
 
 
 def keep_frequent(work: Path, partitions: int, settings: Mapping[str, Any]) -> Bools:
@@ -161,7 +155,6 @@ def keep_frequent(work: Path, partitions: int, settings: Mapping[str, Any]) -> B
     DataError
         No event is left.
     """
-    k_core, min_item_count = settings["k_core"], settings["min_item_count"]
     paths = {number: partition_path(work, FILTER_FOLDER, number, "npz") for number in range(partitions)}
     files = {number: file for number, file in paths.items() if file.is_file()}
     eligible = _read_arrays(files.values(), "eligible")
@@ -169,13 +162,13 @@ def keep_frequent(work: Path, partitions: int, settings: Mapping[str, Any]) -> B
     items = np.concatenate(_read_arrays(files.values(), "items"))
     if not kept.any():
         raise DataError("no event is on an item of the item table", "matching ids", "check both id columns")
-    if max(k_core, min_item_count) > 0:
+    if item_table.filters_rare(settings):
         offset, users = 0, []  # users are numbered per partition; no user is in two
         for part in _read_arrays(files.values(), "users"):
             users.append(part.astype(np.int64) + offset)
             offset += int(part.max(initial=-1)) + 1
         rows = np.flatnonzero(kept)
-        rows = rows[item_table.frequent_events(np.concatenate(users)[rows], items[rows], k_core, min_item_count)]
+        rows = rows[item_table.frequent_events(np.concatenate(users)[rows], items[rows], settings)]
         kept[:] = False
         kept[rows] = True
     for number, mask in zip(files, np.split(kept, np.cumsum(sizes)[:-1]), strict=True):
@@ -197,19 +190,19 @@ def _read_arrays(files: Iterable[Path], name: str) -> list[AnyArray]:
 # Types and categories
 
 
-def _column_types(plan: Plan, chunks: Sequence[dict[str, Any]], work: Path) -> dict[str, str]:
+def _column_types(job: Job, chunks: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Return the types of time and numbers: as narrow as all chunks allow."""
     types: dict[str, set[str]] = {}
-    for file in sorted((work / SHUFFLE_FOLDER).glob("*.arrow")):
+    for file in sorted((job.folder / SHUFFLE_FOLDER).glob("*.arrow")):
         with pa.memory_map(str(file)) as source:
             for field in pa.ipc.open_file(source).schema:
                 types.setdefault(field.name, set()).add(str(field.type))
-    if plan.time_is_date:
+    if job.plan.time_is_date:
         is_integer = all(chunk["whole_seconds"] for chunk in chunks)
     else:
         is_integer = types[TIMESTAMP] == {"int64"}
     columns = {TIMESTAMP: "int64" if is_integer else "double"}
-    for name in (name for name, kind in plan.features.items() if kind == "number"):
+    for name in (name for name, kind in job.plan.features.items() if kind == "number"):
         with_nulls = any(chunk["nulls"].get(name) for chunk in chunks)  # as in pandas: integers with nulls are floats
         columns[name] = "int64" if types[name] == {"int64"} and not with_nulls else "float"
     return columns
@@ -250,10 +243,9 @@ def _order_by_frequency(
 # Findings
 
 
-def _add_chunk_findings(
-    findings: checks.Findings, plan: Plan, chunks: Sequence[dict[str, Any]], n_unknown: int, append: bool
-) -> None:
+def _add_chunk_findings(job: Job, chunks: Sequence[dict[str, Any]], n_unknown: int) -> None:
     """Add the findings of reading and encoding: nulls, odd times, unknown items, repaired text."""
+    findings, plan = job.run.findings, job.plan
     events, unknown_events = (sum(chunk[name] for chunk in chunks) for name in ("rows", "unknown_item_events"))
     nulls, repaired = Counter[str](), Counter[str]()
     for chunk in chunks:
@@ -264,7 +256,7 @@ def _add_chunk_findings(
     checks.note_repaired(
         findings, next(raw for raw, name in plan.names.items() if name == TIMESTAMP), repaired[TIMESTAMP]
     )
-    item_table.add_unknown_item_findings(findings, n_unknown, unknown_events, events, append=append)
+    item_table.note_unknown_items(findings, job.run.settings, n_unknown, unknown_events, events)
     for name, kind in plan.features.items():
         checks.note_nulls(findings, name, nulls[name], text=kind == "category")
         checks.note_repaired(findings, name, repaired[name])

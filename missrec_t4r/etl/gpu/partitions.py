@@ -146,8 +146,7 @@ def prepare(task: Task, work: Path, partitions: int, executor: Executor) -> tupl
     numbers = np.flatnonzero(np.sum([part["sizes"] for part in shuffled], axis=0)).tolist()
     checks.require_events(len(numbers))
     unknown = pa.array([value for part in shuffled for value in part["unknown"]], items[ITEM_ID].type).unique()
-    append = settings["unknown_items"] == "append"
-    if append:
+    if settings["unknown_items"] == "append":
         items, vectors = item_table.append_items(items, vectors, unknown)
         pq.write_table(items.select([ITEM_ID]), folder / tasks.ITEMS_FILE)
     write_json(folder / tasks.SURVEY_FILE, {"seen": seen})
@@ -157,8 +156,8 @@ def prepare(task: Task, work: Path, partitions: int, executor: Executor) -> tupl
     checks.note_users(findings, surveyed, drop_duplicates=settings["drop_duplicates"])
     findings.found += repeated.found
     unknown_events, events = (sum(part[name] for part in surveyed) for name in ("unknown_item_events", "events"))
-    item_table.add_unknown_item_findings(findings, len(unknown), unknown_events, events, append=append)
-    if max(settings["k_core"], settings["min_item_count"]) > 0:
+    item_table.note_unknown_items(findings, settings, len(unknown), unknown_events, events)
+    if item_table.filters_rare(settings):
         rows = np.flatnonzero(keep_frequent(folder, partitions, settings)[FIRST_ITEM_ROW:])
         items, vectors = item_table.take_items(items, vectors, rows)
     counted = executor.run(tasks.count_events, arguments, "counting values")
@@ -182,7 +181,7 @@ def _open_folder(work: Path, task: Task, columns: Columns, items: pa.Table, part
         "unknown_items": settings["unknown_items"],
         "event_weights": settings["event_weights"],
         "event_type_column": settings["event_type_column"],
-        "rare": max(settings["k_core"], settings["min_item_count"]) > 0,
+        "rare": item_table.filters_rare(settings),
         "times": settings["split"] == "time" and settings["valid_from"] is None,
     }
     changed = [file.stat().st_mtime_ns for file in task.files]

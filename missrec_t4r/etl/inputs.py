@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pyarrow as pa
 
-from missrec_t4r.etl.dataframe import Adapter, Frame
+from missrec_t4r.etl.dataframe import Adapter, Frame, adapter_of
 from missrec_t4r.etl.item_table import Vectors, filter_items, match_events, unique_items
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import read_numbers
@@ -113,14 +113,9 @@ def _normal_types(
 
     Errors name the columns of the events as in the input (``raw``: standard name -> name there).
     """
-    event_ids, item_ids = checks.normal_ids(events[ITEM_ID], raw[ITEM_ID]), checks.normal_ids(items[ITEM_ID], ITEM_ID)
-    if event_ids.type != item_ids.type:
-        event_integers, item_integers = (checks.text_to_integers(ids) for ids in (event_ids, item_ids))
-        event_ids = event_ids if event_integers is None else event_integers
-        item_ids = item_ids if item_integers is None else item_integers
-        if event_ids.type == item_ids.type:
-            is_text = event_integers is not None
-            checks.note_converted_ids(findings, len(event_ids if is_text else item_ids), events=is_text)
+    item_ids = checks.normal_ids(items[ITEM_ID], ITEM_ID)
+    event_ids = checks.ids_like(checks.normal_ids(events[ITEM_ID], raw[ITEM_ID]), item_ids.type, findings, events=True)
+    item_ids = checks.ids_like(item_ids, event_ids.type, findings)
     converted = {
         USER_ID: checks.normal_ids(events[USER_ID], raw[USER_ID]),
         ITEM_ID: event_ids,
@@ -157,13 +152,17 @@ def clean_inputs(
     items, vectors = unique_items(items, vectors, findings)
     frame, items, vectors = match_events(frame, items, vectors, settings, findings)
     frame, items, vectors = filter_items(frame, items, vectors, settings)
-    frame = checks.fill_features(frame, features, categorical_columns, findings)
+    for name, nulls in checks.count_nulls(frame, features).items():
+        if nulls:
+            checks.note_nulls(findings, name, nulls, text=adapter_of(frame).is_text(frame[name]))
+    frame = checks.without_nulls(frame, features, categorical_columns)
+    values = checks.count_values(frame, features, categorical_columns)
     return frame, Summary(
         items=items,
         vectors=vectors,
         features=tuple(features),
         texts=tuple(name for name in features if frame[name].dtype == object),
-        categories=checks.category_values(frame, features, categorical_columns),
+        categories={name: checks.by_frequency(counts) for name, counts in values.items()},
         events=len(frame),
         users=int(frame[USER_ID].nunique()),
         newest=float(frame[TIMESTAMP].max()),

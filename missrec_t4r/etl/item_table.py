@@ -130,12 +130,7 @@ def match_events(
     """
     adapter = adapter_of(events)
     table_type, event_type = items[ITEM_ID].type, pa.string() if events[ITEM_ID].dtype == object else pa.int64()
-    if table_type != event_type:
-        raise SchemaError(
-            f"item ids are {event_type} in the interactions and {table_type} in the item table",
-            "the same type in both",
-            "convert one of them",
-        )
+    checks.require_same_ids(event_type, table_type)
     in_table = events[ITEM_ID].isin(adapter.from_arrow(items.select([ITEM_ID]))[ITEM_ID])
     unknown_ids = events[ITEM_ID][~in_table].drop_duplicates()
     note_unknown_items(findings, settings, len(unknown_ids), int((~in_table).sum()), len(events))
@@ -346,10 +341,9 @@ def _rows_like(
     old: Catalogue, table: pa.Table, files: Mapping[str, Path], findings: Findings
 ) -> tuple[pa.Table, Vectors]:
     """Return a new item table and its vectors, one row per id, with ids and widths as in the catalogue."""
-    ids = checks.normal_ids(table[ITEM_ID], ITEM_ID)
-    if pa.types.is_string(ids.type) and old.id_type == "int64":
-        ids = checks.text_to_integers(ids) or ids
-    if (id_type := old.items[ITEM_ID].type) != ids.type:
+    id_type = old.items[ITEM_ID].type
+    ids = checks.ids_like(checks.normal_ids(table[ITEM_ID], ITEM_ID), id_type)
+    if id_type != ids.type:
         raise SchemaError(f"item ids are {ids.type} in the item table", f"{id_type} as in the catalogue")
     vectors = read_modalities(files, table.num_rows)
     widths = {name: modality.width for name, modality in old.modalities.items()}

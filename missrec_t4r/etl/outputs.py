@@ -12,13 +12,11 @@ import pyarrow as pa
 from missrec_t4r.arrays import Ints
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.etl import item_table
-from missrec_t4r.io.json_files import write_json
 from missrec_t4r.schema import (
     CATALOGUE_FOLDER,
     FIRST_ITEM_ROW,
     ITEM_ID,
     NULL_ROW,
-    SESSION_TRANSFORM_FILE,
     UNKNOWN_ROW,
 )
 
@@ -77,21 +75,14 @@ def request_transform(
     }
 
 
-def write_request_transform(transform: Mapping[str, Any], folder: Path) -> None:
-    """Write ``session_transform.json``, from `request_transform` or compiled from a fitted workflow."""
-    write_json(folder / SESSION_TRANSFORM_FILE, transform)
-
-
 def feature_codes(features: Sequence[str], categories: Mapping[str, pd.Series]) -> dict[str, Any]:
     """Return how event features of a request are encoded: the raw values of codes 3, 4, …; numbers are unchanged."""
     numbers = {name: {"kind": "continuous"} for name in features if name not in categories}
     return numbers | {name: {"kind": "categorical", "values": v.tolist()} for name, v in categories.items()}
 
 
-def data_counts(
-    catalogue: Catalogue, train_counts: Ints, events: int, users: int, rows: Mapping[str, int]
-) -> dict[str, Any]:
-    """Return the counts of ``etl.json``.
+def data_counts(catalogue: Catalogue, train_counts: Ints, rows: Mapping[str, int]) -> dict[str, Any]:
+    """Return the counts of ``etl.json`` beside those of events and users.
 
     Parameters
     ----------
@@ -99,14 +90,10 @@ def data_counts(
         Of the data folder.
     train_counts : ndarray [item index]
         As in `write_catalogue`.
-    events, users : int
-        After cleaning and filtering.
     rows : mapping of str to int
         Rows per split.
     """
     return {
-        "events": events,
-        "users": users,
         "items": catalogue.n_items,
         "cold_items": int((train_counts[FIRST_ITEM_ROW:] == 0).sum()),
         "sessions": dict(rows),

@@ -46,7 +46,7 @@ from missrec_t4r.etl.session_schema import write_session_schema
 from missrec_t4r.etl.task import Task
 from missrec_t4r.io.arrow_files import read_arrow
 from missrec_t4r.io.json_files import read_json, write_json
-from missrec_t4r.schema import ITEM_ID, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
+from missrec_t4r.schema import ITEM_ID, LIST_SUFFIX, SESSION_TRANSFORM_FILE, SPLITS, TIMESTAMP, USER_ID
 
 _WORK_FORMAT = 2
 """Changes with the files of the working folder, so that no run continues from those of another release."""
@@ -153,8 +153,8 @@ def _finish(job: Job, common: dict[str, Any], written: Mapping[int, dict[str, An
     outputs.write_catalogue(catalogue, train_counts, out)
     state = {name: common[name] for name in ("types", "categories", "valid_from", "test_from", "newest")}
     link_state(job.folder, out, state | {"partitions": len(numbers), "parts": parts})
-    events, users = (sum(part[name] for part in states) for name in ("events", "users"))
-    return outputs.data_counts(catalogue, train_counts, events, users, rows)
+    counts = {name: sum(part[name] for part in states) for name in ("events", "users")}
+    return counts | outputs.data_counts(catalogue, train_counts, rows)
 
 
 def _write_encodings(job: Job, common: Mapping[str, Any], catalogue: Catalogue, longest: int) -> None:
@@ -169,7 +169,8 @@ def _write_encodings(job: Job, common: Mapping[str, Any], catalogue: Catalogue, 
     write_session_schema(typed, out, {ITEM_ID: item_ids, **categories, **derive.clock}, longest)
     features = outputs.feature_codes([*job.plan.features, *derive.columns], categories | derive.clock)
     if not has_nvtabular():
-        outputs.write_request_transform(outputs.request_transform(item_ids.type, len(item_ids), length, features), out)
+        transform = outputs.request_transform(item_ids.type, len(item_ids), length, features)
+        write_json(out / SESSION_TRANSFORM_FILE, transform)
         return
     from missrec_t4r.etl.nvt import workflows as nvt_workflows
     from missrec_t4r.etl.nvt.data_folder import write_request, write_workflow

@@ -101,9 +101,9 @@ def write_delta(job: Job, old: Catalogue, report: Mapping[str, Any]) -> dict[str
     catalogue = _write_catalogue(job, old, change.train_items)
     counts = Counter(events=report["events"], users=report["users"], **report["sessions"])
     counts.update(change.counts)
-    rows = {split: counts[split] for split in SPLITS}
+    rows = {split: counts.pop(split) for split in SPLITS}
     touched = {"touched": {"users": change.affected_users}}
-    return touched | outputs.data_counts(catalogue, catalogue.train_count, counts["events"], counts["users"], rows)
+    return {**touched, **counts, **outputs.data_counts(catalogue, catalogue.train_count, rows)}
 
 
 def _extend_encodings(job: Job, vocabularies: Mapping[str, list[Any]], longer: Sequence[str], longest: int) -> None:
@@ -116,7 +116,7 @@ def _extend_encodings(job: Job, vocabularies: Mapping[str, list[Any]], longer: S
             transform["item_id"]["items"] = len(vocabularies[name])
         else:
             transform["features"][name]["values"] = vocabularies[name]
-    outputs.write_request_transform(transform, folder)
+    write_json(folder / SESSION_TRANSFORM_FILE, transform)
     if (data / WORKFLOW_FOLDER).is_dir():
         from missrec_t4r.etl.nvt.extend_vocabulary import extend_workflows
 

@@ -27,11 +27,12 @@ import pyarrow.parquet as pq
 
 from missrec_t4r.arrays import Ints
 from missrec_t4r.data.user_hash import hash_ids, partition_of
-from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.errors import SchemaError
 from missrec_t4r.etl.engine.workdir import SHUFFLE_FOLDER, decode, partition_path, resumable
 from missrec_t4r.etl.event_arithmetic import sum_counts
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import parse_numbers
+from missrec_t4r.etl.sources.table import translate_parquet_errors
 from missrec_t4r.io.arrow_files import one_array, to_record_batch, with_column
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json
@@ -137,15 +138,9 @@ def read_batches(plan: Plan, chunk: Chunk) -> Iterator[pa.Table]:
         The file is damaged.
     """
     columns = [*plan.names, *plan.features]
-    try:
+    with translate_parquet_errors(chunk.file):
         for batch in pq.ParquetFile(chunk.file).iter_batches(BATCH_ROWS, chunk.row_groups, columns):
             yield pa.Table.from_batches([batch])
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"{chunk.file} cannot be read ({error})",
-            "interactions as complete parquet",
-            "write or copy the file again",
-        ) from error
 
 
 class ValueCodes:
@@ -216,16 +211,8 @@ class EventEncoder:
     def _usable(self, table: pa.Table) -> pa.Table:
         """Return the events with user, item and time, these three in their normal types."""
         raw = {name: column for column, name in self.plan.names.items()}  # names of the input, for error messages
-        items = checks.normal_ids(decode(table[ITEM_ID]), raw[ITEM_ID])
-        if items.type != self.item_ids.type:
-            numbers = checks.text_to_integers(items)
-            if numbers is None or numbers.type != self.item_ids.type:
-                raise SchemaError(
-                    f"item ids are {items.type} in the interactions and {self.item_ids.type} in the item table",
-                    "the same type in both",
-                    "convert one of them",
-                )
-            items = numbers
+        items = checks.ids_like(checks.normal_ids(decode(table[ITEM_ID]), raw[ITEM_ID]), self.item_ids.type)
+        checks.require_same_ids(items.type, self.item_ids.type)
         keys = {
             USER_ID: self._users(checks.normal_ids(decode(table[USER_ID]), raw[USER_ID]), raw[USER_ID]),
             ITEM_ID: items,

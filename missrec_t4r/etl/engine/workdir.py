@@ -21,12 +21,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from missrec_t4r.data.user_hash import hash_ids
-from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.errors import SchemaError
 from missrec_t4r.etl import item_table
 from missrec_t4r.etl.inputs import read_items
 from missrec_t4r.etl.outputs import REPORT_FILE
 from missrec_t4r.etl.quality import checks
-from missrec_t4r.etl.sources.table import PARQUET_SUFFIXES, read_table, require_distinct, require_event_columns
+from missrec_t4r.etl.sources.table import (
+    PARQUET_SUFFIXES,
+    read_table,
+    require_distinct,
+    require_event_columns,
+    translate_parquet_errors,
+)
 from missrec_t4r.etl.task import Task
 from missrec_t4r.io.arrow_files import one_array, with_column
 from missrec_t4r.io.atomic import atomic_write_file, move_into_place, recover, refuse_unmanaged, translate_disk_errors
@@ -213,12 +219,8 @@ def _text_ids(file: Path, columns: Sequence[str]) -> dict[str, bool]:
 
 
 def _parquet_schema(file: Path) -> pa.Schema:
-    try:
+    with translate_parquet_errors(file):
         schema = pq.read_schema(file).remove_metadata()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"{file} cannot be read ({error})", "interactions as complete parquet", "write or copy the file again"
-        ) from error
     require_distinct(file, schema.names)
     return schema
 
@@ -256,12 +258,8 @@ def read_item_table(task: Task, files: Sequence[Path]) -> tuple[pa.Table, item_t
     table = read_items(task.items, task.settings["catalogue_item_column"], task.findings)
     ids = checks.normal_ids(table[ITEM_ID], ITEM_ID)
     schema, item_column = pq.read_schema(files[0]), task.settings["columns"][ITEM_ID]
-    kind = decoded_type(schema.field(item_column).type) if item_column in schema.names else ids.type
-    if pa.types.is_string(ids.type) and not pa.types.is_string(kind):
-        integers = checks.text_to_integers(ids)
-        if integers is not None:
-            ids = integers
-            checks.note_converted_ids(task.findings, len(ids), events=False)
+    if item_column in schema.names:
+        ids = checks.ids_like(ids, decoded_type(schema.field(item_column).type), task.findings)
     table = with_column(table, ITEM_ID, ids)
     vectors: item_table.Vectors = item_table.read_modalities(task.modality_files, table.num_rows)
     table, vectors = item_table.unique_items(table, vectors, task.findings)

@@ -130,10 +130,7 @@ def adopt(
     train_counts = count_items(rows["train"], catalogue.n_rows)
     report = {
         "adopted": {"workflow": Path(workflow).name, "column": vocabulary_column, "items": len(ids)},
-        "items": catalogue.n_items,
-        "cold_items": int((train_counts[FIRST_ITEM_ROW:] == 0).sum()),
-        "sessions": {name: part.num_rows for name, part in rows.items()},
-        "modalities": {name: int(modality.present.sum()) for name, modality in catalogue.modalities.items()},
+        **outputs.data_counts(catalogue, train_counts, {name: part.num_rows for name, part in rows.items()}),
         "findings": findings.to_list(),
         "format": 1,
     }
@@ -213,11 +210,10 @@ def _in_rows(
     ids: pa.Array, table: pa.Table, vectors: item_table.Vectors, new_items: str, findings: checks.Findings
 ) -> tuple[pa.Table, item_table.Vectors]:
     """Return item table and vectors in the order of the vocabulary, followed by new items."""
-    table_ids = one_array(table[ITEM_ID])
+    table_ids = checks.ids_like(one_array(table[ITEM_ID]), ids.type)
+    if pa.types.is_string(ids.type):
+        table_ids = table_ids.cast(pa.string())
     if table_ids.type != ids.type:
-        is_integer = pa.types.is_integer(ids.type)
-        table_ids = checks.text_to_integers(table_ids) if is_integer else table_ids.cast(pa.string())
-    if table_ids is None:
         raise SchemaError(f"item ids are {ids.type} in the workflow and texts in the item table", "the same ids")
     lines = pc.index_in(ids, value_set=table_ids).fill_null(-1).to_numpy()  # [item]: row of the table, -1 without one
     if (lines < 0).all():

@@ -26,7 +26,8 @@ from missrec_t4r.etl.nvt.serialization import save_workflow
 from missrec_t4r.etl.nvt.workflow_file import EventColumns, WorkflowFile, check_fitted
 from missrec_t4r.etl.task import Task
 from missrec_t4r.io.arrow_files import one_array
-from missrec_t4r.schema import ITEM_ID, ITEM_LIST, SCHEMA_FILE, SPLITS
+from missrec_t4r.io.json_files import write_json
+from missrec_t4r.schema import ITEM_ID, ITEM_LIST, SCHEMA_FILE, SESSION_TRANSFORM_FILE, SPLITS
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +84,8 @@ def write_folder(summary: Summary, events: Events, task: Task, folder: Path) -> 
         write_workflow(workflow, folder, pickled=settings["save_nvtabular_workflow"])
         outputs.write_catalogue(catalogue, written.train_counts, folder)
         write_request(item_ids, folder, storage, request_length, features)
-    counts = outputs.data_counts(catalogue, written.train_counts, summary.events, summary.users, written.rows)
-    return task.write_report(counts, folder)
+    counts = {"events": summary.events, "users": summary.users}
+    return task.write_report(counts | outputs.data_counts(catalogue, written.train_counts, written.rows), folder)
 
 
 def _fitted(
@@ -159,7 +160,8 @@ def write_request(
             "NVTabular encodes the items in another order than the catalogue", "the order of the item table"
         )
     save_workflow(request, folder / outputs.REQUEST_FOLDER)
-    outputs.write_request_transform(compile_session_transform(request) | {"features": dict(features)}, folder)
+    transform = compile_session_transform(request) | {"features": dict(features)}
+    write_json(folder / SESSION_TRANSFORM_FILE, transform)
     clean_worker_cache()
 
 

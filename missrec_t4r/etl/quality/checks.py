@@ -199,6 +199,42 @@ def text_to_integers(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
     return numbers if same is not False else None
 
 
+def ids_like(
+    ids: pa.ChunkedArray, kind: pa.DataType, findings: Findings | None = None, *, events: bool = False
+) -> pa.ChunkedArray:
+    """Return text ids as integers if ``kind``, that of the other table's ids, is no text and they all are integers.
+
+    Parameters
+    ----------
+    ids : pyarrow.ChunkedArray
+        With normal types; others than such texts are returned as they are.
+    kind : pyarrow.DataType
+    findings : Findings, optional
+        Gains that they were converted.
+    events : bool
+        Whether the ids are those of the events, for the finding.
+    """
+    integers = None if pa.types.is_string(kind) else text_to_integers(ids)
+    if integers is None:
+        return ids
+    if findings is not None:
+        note_converted_ids(findings, len(ids), events=events)
+    return integers
+
+
+def require_same_ids(events: pa.DataType, items: pa.DataType) -> None:
+    """Refuse item ids that are integers in one table and texts in the other.
+
+    Raises
+    ------
+    SchemaError
+        The types differ.
+    """
+    if events != items:
+        found = f"item ids are {events} in the interactions and {items} in the item table"
+        raise SchemaError(found, "the same type in both", "convert one of them")
+
+
 def normal_time(column: pa.ChunkedArray, name: str, time_format: str | None = None) -> pa.ChunkedArray:
     """Return times as sortable numbers: dates become unix seconds, numbers are kept.
 
@@ -484,17 +520,6 @@ def number_types(table: pa.Table, features: Sequence[str], categorical_columns: 
     return table
 
 
-def fill_features(
-    events: Frame, features: Sequence[str], categorical_columns: Sequence[str], findings: Findings
-) -> Frame:
-    """Return the events with one type per feature and without nulls: text, int64 or float32."""
-    adapter = adapter_of(events)
-    for name, nulls in count_nulls(events, features).items():
-        if nulls:
-            note_nulls(findings, name, nulls, text=adapter.is_text(events[name]))
-    return without_nulls(events, features, categorical_columns)
-
-
 def count_nulls(events: Frame, features: Sequence[str]) -> dict[str, int]:
     """Return the number of nulls, NaN and infinities of every feature."""
     return {name: int(_finite_or_null(events[name]).isna().sum()) for name in features}
@@ -531,12 +556,6 @@ def _finite_or_null(column: Series) -> Series:
 def finite(column: Series) -> Series:
     """Return a column of floats, in pandas or cuDF, with nulls in place of NaN and infinity."""
     return column.where((column - column == 0).fillna(False))
-
-
-def category_values(events: Frame, features: Sequence[str], categorical_columns: Sequence[str]) -> dict[str, pd.Series]:
-    """Return the distinct values of text and named columns, most frequent first, ties in sorted order."""
-    counted = count_values(events, features, categorical_columns)
-    return {name: by_frequency(counts) for name, counts in counted.items()}
 
 
 def count_values(events: Frame, features: Sequence[str], categorical_columns: Sequence[str]) -> dict[str, pd.Series]:

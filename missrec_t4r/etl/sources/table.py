@@ -11,7 +11,8 @@ import difflib
 import glob
 import logging
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -113,6 +114,22 @@ def expand(paths: Paths, what: str) -> list[Path]:
     if repeated := len(files) - len(once):
         log.warning(f"{repeated} of the {what} files are named twice; each is read once")
     return list(once.values())
+
+
+@contextmanager
+def translate_parquet_errors(file: str | Path) -> Iterator[None]:
+    """Explain why a parquet file of events cannot be read.
+
+    Raises
+    ------
+    DataError
+        It is damaged, or no parquet.
+    """
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        found = f"{file} cannot be read ({error})"
+        raise DataError(found, "interactions as complete parquet", "write or copy the file again") from error
 
 
 def parquet_rows(files: Sequence[Path]) -> int:

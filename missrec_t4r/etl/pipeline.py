@@ -1,6 +1,6 @@
 """``missrec etl``: interactions and an item table in, a data folder of sessions, catalogue and workflows out.
 
-Three engines make the same rows. In memory (`nvt/in_memory.py`): read -> check -> filter -> catalogue -> NVTabular
+Three engines make the same rows. In memory (`nvt/data_folder.py`): read -> check -> filter -> catalogue -> NVTabular
 workflow -> split -> write. On the GPU (`gpu/run.py`): the same on frames of cuDF, in partitions of the users where the
 events exceed its memory. Out of core (`engine/build.py`): the same steps on partitions of the users, in bounded memory,
 for parquet of any size, and without NVTabular.
@@ -18,19 +18,31 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow.parquet as pq
+
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.etl import item_table
-from missrec_t4r.etl.dry_run import describe_run
+from missrec_t4r.etl import inputs, item_table
 from missrec_t4r.etl.engine import append
 from missrec_t4r.etl.engine import compact as compaction
 from missrec_t4r.etl.engine.build import run_out_of_core
+from missrec_t4r.etl.engine.shuffle import cut_chunks
 from missrec_t4r.etl.engine.workdir import remove_working_folder
 from missrec_t4r.etl.installed import has_cudf, has_nvtabular, require_nvtabular
-from missrec_t4r.etl.sources.table import Paths, parquet_rows
+from missrec_t4r.etl.outputs import REPORT_FILE, REQUEST_FOLDER, WORKFLOW_FOLDER
+from missrec_t4r.etl.quality import checks
+from missrec_t4r.etl.sources.table import (
+    PARQUET_SUFFIXES,
+    Paths,
+    parquet_rows,
+    read_table,
+    require_event_columns,
+    translate_parquet_errors,
+)
 from missrec_t4r.etl.task import ENGINES, Task, make_task
+from missrec_t4r.io.atomic import refuse_unmanaged
 from missrec_t4r.io.lock import locked
-from missrec_t4r.schema import ITEM_ID, TIMESTAMP, USER_ID
+from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID, SESSION_TRANSFORM_FILE, SPLITS, TIMESTAMP, USER_ID
 
 __all__ = ["ENGINES", "etl"]
 log = logging.getLogger(__name__)
@@ -190,7 +202,7 @@ def etl(
 
         device = gpu.open_device()
     if dry_run:
-        return describe_run(task, out, chosen)
+        return _describe_run(task, out, chosen)
     report, machines = None, (dask_scheduler, workers)
     with locked(out):
         if chosen == "gpu":
@@ -199,7 +211,7 @@ def etl(
             may_go_on = engine == "auto" and task.workflow is None
             report = run_on_gpu(task, out, device, machines, partitions, may_go_on=may_go_on)
         elif chosen == "memory":
-            from missrec_t4r.etl.nvt.in_memory import run_in_memory
+            from missrec_t4r.etl.nvt.data_folder import run_in_memory
 
             report = run_in_memory(task, out, partitions)
         if report is None:
@@ -224,6 +236,45 @@ def _choose_engine(task: Task, scheduler: str) -> str:
             return "gpu"
         log.info(f"{obstacle or f'fewer than {GPU_EVENTS:,} events in parquet'}: on the CPU")
     return "disk" if task.workflow is None and (rows >= OUT_OF_CORE_EVENTS or not has_nvtabular()) else "memory"
+
+
+def _describe_run(task: Task, out: Path, engine: str) -> dict[str, Any]:
+    """Return what a run would read and write.
+
+    Raises
+    ------
+    DataError, SchemaError
+        The output exists and is not a data folder, or a table cannot be read or lacks a column.
+    """
+    refuse_unmanaged(out, REPORT_FILE)
+    tables = [_describe_table(file) for file in task.files]
+    for table in tables:
+        require_event_columns(table["columns"], task.names, table["file"])
+    n_items = inputs.read_items(task.items, task.settings["catalogue_item_column"], checks.Findings()).num_rows
+    parquet = [file for file in task.files if file.name.endswith(PARQUET_SUFFIXES)]
+    names = [*SPLITS, CATALOGUE_FOLDER, SESSION_TRANSFORM_FILE]
+    names += [WORKFLOW_FOLDER, REQUEST_FOLDER] if has_nvtabular() else []
+    return {
+        "dry_run": True,
+        "engine": engine,
+        "events": sum(table["rows"] for table in tables),
+        "items": n_items,
+        "files": tables,
+        "tasks": len(cut_chunks(parquet)) if engine == "disk" else 1,
+        "would_write": [str(out / name) for name in names],
+        "would_replace": out.exists(),
+        "settings": dict(task.settings),
+    }
+
+
+def _describe_table(file: Path) -> dict[str, Any]:
+    """Return rows and columns of a table; of parquet only the metadata is read."""
+    if file.name.endswith(PARQUET_SUFFIXES):
+        with translate_parquet_errors(file):
+            parquet = pq.ParquetFile(file)
+        return {"file": str(file), "rows": parquet.metadata.num_rows, "columns": parquet.schema_arrow.names}
+    table = read_table(file, "interactions")
+    return {"file": str(file), "rows": table.num_rows, "columns": table.column_names}
 
 
 _MACHINE_OPTIONS = ("dask_scheduler", "workers", "dry_run")

@@ -21,7 +21,7 @@ from nvtabular.ops.operator import ColumnSelector
 
 from missrec_t4r.etl import inputs
 from missrec_t4r.etl.gpu import device as gpu
-from missrec_t4r.etl.gpu import read, write
+from missrec_t4r.etl.gpu import read, tasks
 from missrec_t4r.etl.nvt import event_ops
 from missrec_t4r.etl.nvt.event_ops import EventWeights, KCore, SessionGap, TimeFeatures
 from missrec_t4r.etl.nvt.session_ops import SessionGroupby, SessionSlice
@@ -178,7 +178,7 @@ def test_from_parquet_to_parquet(tmp_path: Path, seed: int, split: str) -> None:
             settings |= dict(zip(("valid_from", "test_from"), boundaries, strict=True))
         folder = tmp_path / type(device).__name__
         folder.mkdir()
-        written = write.write_splits(device, sessions, settings, folder, 9)
+        written = tasks.write_rows(device, sessions, settings, folder, 9)
         categories = {name: values.tolist() for name, values in summary.categories.items()}
         made.append(
             (

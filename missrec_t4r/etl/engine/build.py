@@ -42,7 +42,6 @@ from missrec_t4r.etl.event_arithmetic import sum_counts
 from missrec_t4r.etl.event_settings import weighted_events
 from missrec_t4r.etl.installed import has_nvtabular
 from missrec_t4r.etl.quality import checks
-from missrec_t4r.etl.session_schema import write_session_schema
 from missrec_t4r.etl.task import Task
 from missrec_t4r.io.arrow_files import read_arrow
 from missrec_t4r.io.json_files import read_json, write_json
@@ -166,7 +165,7 @@ def _write_encodings(job: Job, common: Mapping[str, Any], catalogue: Catalogue, 
     categories = {name: pd.Series(values) for name, values in common["categories"].items()}
     derive, length = job.run.derive, settings["max_sequence_length"]
     typed = Path(job.old.get("folder", out))  # has rows, which the partitions of an update need not have
-    write_session_schema(typed, out, {ITEM_ID: item_ids, **categories, **derive.clock}, longest)
+    outputs.write_session_schema(typed, out, {ITEM_ID: item_ids, **categories, **derive.clock}, longest)
     features = outputs.feature_codes([*job.plan.features, *derive.columns], categories | derive.clock)
     if not has_nvtabular():
         transform = outputs.request_transform(item_ids.type, len(item_ids), length, features)

@@ -31,7 +31,6 @@ from missrec_t4r.etl.engine.user_state import STATE_FILE, STATE_FOLDER, count_ev
 from missrec_t4r.etl.event_arithmetic import sum_counts
 from missrec_t4r.etl.outputs import WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
-from missrec_t4r.etl.session_schema import write_session_schema
 from missrec_t4r.io.arrow_files import one_array, write_arrow
 from missrec_t4r.io.atomic import link_or_copy
 from missrec_t4r.io.json_files import read_json, write_json
@@ -109,7 +108,7 @@ def write_delta(job: Job, old: Catalogue, report: Mapping[str, Any]) -> dict[str
 def _extend_encodings(job: Job, vocabularies: Mapping[str, list[Any]], longer: Sequence[str], longest: int) -> None:
     """Write schema, request transform and, where the folder has them, workflows with longer vocabularies."""
     data, folder = Path(job.old["folder"]), job.folder
-    write_session_schema(data, folder, {**vocabularies, **job.run.derive.clock}, longest)
+    outputs.write_session_schema(data, folder, {**vocabularies, **job.run.derive.clock}, longest)
     transform = read_json(data / SESSION_TRANSFORM_FILE)
     for name in longer:
         if name == ITEM_ID:

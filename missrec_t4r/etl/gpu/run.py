@@ -18,10 +18,8 @@ from missrec_t4r.etl.engine.workdir import working_folder
 from missrec_t4r.etl.gpu import partitions as parts
 from missrec_t4r.etl.gpu import read, tasks
 from missrec_t4r.etl.gpu.device import CudfDevice
-from missrec_t4r.etl.gpu.write import write_splits
 from missrec_t4r.etl.nvt import workflows
-from missrec_t4r.etl.nvt.data_folder import write_folder
-from missrec_t4r.etl.nvt.in_memory import Whole, write_whole
+from missrec_t4r.etl.nvt.data_folder import Whole, write_folder, write_whole
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import parquet_rows
 from missrec_t4r.etl.task import Task
@@ -126,7 +124,7 @@ class _WholeOnDevice(Whole):
         times, device = self.events[TIMESTAMP], self.device
         splits.set_boundaries(self.settings, lambda: device.array(times), device.xp)
         sessions = workflows.transform_dataset(workflow, self.events, 1, USER_ID)
-        return write_splits(device, sessions, self.settings, folder, n_rows)
+        return tasks.write_rows(device, sessions, self.settings, folder, n_rows)
 
 
 def _read(task: Task, device: CudfDevice) -> tuple[inputs.Events, pa.Table]:

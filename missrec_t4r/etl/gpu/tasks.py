@@ -20,6 +20,7 @@ this process or on another GPU. `partitions.py` puts the results together. Every
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ import pyarrow.parquet as pq
 from merlin.core.utils import set_dask_client
 
 from missrec_t4r.arrays import Ints
-from missrec_t4r.etl.dataframe import Frame
+from missrec_t4r.etl import splits
+from missrec_t4r.etl.dataframe import Frame, ListColumn
 from missrec_t4r.etl.engine.workdir import (
     FILTER_FOLDER,
     KEPT_FOLDER,
@@ -43,17 +45,21 @@ from missrec_t4r.etl.engine.workdir import (
 )
 from missrec_t4r.etl.event_settings import weighted_events
 from missrec_t4r.etl.gpu import device as gpu
-from missrec_t4r.etl.gpu import write
 from missrec_t4r.etl.gpu.read import Columns, Seen, read_complete, with_types
 from missrec_t4r.etl.nvt import workflows
 from missrec_t4r.etl.nvt.serialization import load_workflow
+from missrec_t4r.etl.nvt.session_ops import ragged_index, take
+from missrec_t4r.etl.nvt.workflow_file import refuse_uneven_lists
+from missrec_t4r.etl.outputs import Written
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json
-from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, USER_ID
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ITEM_LIST, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
 
 PLAN_FILE, SURVEY_FILE, SPLIT_FILE, ITEMS_FILE = "plan.json", "survey.json", "split.json", "items.parquet"
 FITTED_FOLDER, TIMES_FOLDER = "workflow", "times"
+_SESSIONS_PER_FILE = 5_000_000
+"""A file is compressed by one kernel after the other: few large ones are faster to write than many."""
 
 
 def free_memory() -> int:
@@ -150,11 +156,72 @@ def write_splits(work: str, partition: int) -> dict[str, Any]:
     set_dask_client(None)  # on a worker of a cluster Merlin, and dask itself, would look for the cluster
     with dask.config.set(scheduler="synchronous"):
         sessions = workflows.transform_dataset(workflow, frame, 1, USER_ID) if len(frame) else frame
-    written = write.write_splits(
-        device, sessions, split, Path(work) / OUTPUT_FOLDER, split["rows"], f"part_{partition:05}"
-    )
+    written = write_rows(device, sessions, split, Path(work) / OUTPUT_FOLDER, split["rows"], f"part_{partition:05}")
     np.save(partition_path(work, SPLIT_FOLDER, partition, "npy"), written.train_counts)
     return {"sessions": written.rows, "longest": written.longest}
+
+
+def write_rows(
+    device: gpu.CudfDevice,
+    sessions: Frame,
+    settings: Mapping[str, Any],
+    folder: Path,
+    n_rows: int,
+    prefix: str = "part",
+) -> Written:
+    """Write the rows of every split; a split may have none.
+
+    Parameters
+    ----------
+    device : CudfDevice
+        Of the frame.
+    sessions : Frame
+        Output of the session workflow; list columns end in ``-list``.
+    settings : mapping
+        Of the run, with the boundaries of a time split.
+    folder : Path
+        Data folder.
+    n_rows : int
+        Item indices of the catalogue, reserved ones included.
+    prefix : str
+        Beginning of the files' names.
+
+    Raises
+    ------
+    SchemaError, ConfigError
+        Lists differ in length, or the boundaries are in the wrong order.
+    """
+    for split in SPLITS:
+        (folder / split).mkdir(exist_ok=True)
+    if not len(sessions):
+        return Written(dict.fromkeys(SPLITS, 0), 0, np.zeros(n_rows, np.int64))
+    xp = device.xp
+    lists = {name: device.take_apart(sessions[name]) for name in sessions.columns if name.endswith(LIST_SUFFIX)}
+    offsets = lists[ITEM_LIST].offsets.astype("int64")  # [session + 1]
+    refuse_uneven_lists([name for name, column in lists.items() if not bool((column.offsets == offsets).all())])
+    times = TIMESTAMP + LIST_SUFFIX
+    lengths = splits.prefix_lengths(offsets, lambda: device.array(lists[times].values), settings, xp)
+    written, train_counts = {}, np.zeros(n_rows, np.int64)
+    for split in SPLITS:
+        rows = xp.flatnonzero(lengths[split])
+        written[split] = len(rows)
+        if not len(rows):
+            continue
+        index, ends = ragged_index(offsets[:-1][rows], lengths[split][rows], xp)  # [event], [row + 1]
+        columns = {
+            name: device.build(ListColumn(take(lists[name].values, index), ends))
+            if name in lists
+            else take(sessions[name], rows)
+            for name in sessions.columns
+        }
+        frame = type(sessions)(columns)
+        for part, start in enumerate(range(0, len(frame), _SESSIONS_PER_FILE)):
+            rows_of_file = frame.iloc[start : start + _SESSIONS_PER_FILE]
+            device.write_parquet(rows_of_file, folder / split / f"{prefix}_{part}.parquet")
+        if split == "train":
+            items = device.array(take(lists[ITEM_LIST].values, index))
+            train_counts = device.host(xp.bincount(items, minlength=n_rows)).astype("int64")
+    return Written(written, int(xp.diff(offsets).max()), train_counts)
 
 
 def clean_events(work: str, partition: int) -> Frame:

@@ -23,6 +23,7 @@ from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl import event_arithmetic
 from missrec_t4r.etl.dataframe import Adapter, Array, Frame, adapter_of
 from missrec_t4r.etl.event_settings import CLOCK, TIME_FEATURES
+from missrec_t4r.etl.nvt.session_ops import leads, take
 
 
 class AddsColumns(Operator):
@@ -88,10 +89,9 @@ class SessionGap(AddsColumns):
     def transform(self, col_selector: ColumnSelector, df: Frame) -> Frame:
         """Return the events with their session numbers."""
         adapter = adapter_of(df)
-        order, leads, times = _by_time(df, self.key, self.time, adapter)
-        numbers = event_arithmetic.session_numbers(
-            event_arithmetic.gaps(times, leads, adapter.xp), leads, self.gap, adapter.xp
-        )
+        order, first, times = _by_time(df, self.key, self.time, adapter)
+        elapsed = event_arithmetic.gaps(times, first, adapter.xp)
+        numbers = event_arithmetic.session_numbers(elapsed, first, self.gap, adapter.xp)
         return _with(df, col_selector, {self.name: _unsorted(numbers, order, adapter)})
 
 
@@ -151,8 +151,8 @@ class TimeFeatures(AddsColumns):
         columns: dict[str, Array] = {}
         for name in self.features:
             if name == "gap":
-                order, leads, ordered = _by_time(df, self.key, self.time, adapter)
-                elapsed = event_arithmetic.gaps(ordered, leads, adapter.xp)
+                order, first, ordered = _by_time(df, self.key, self.time, adapter)
+                elapsed = event_arithmetic.gaps(ordered, first, adapter.xp)
                 columns[name] = _unsorted(elapsed.astype("float32"), order, adapter)
             elif name == "recency":
                 columns[name] = event_arithmetic.recencies(times, self.newest)
@@ -250,12 +250,7 @@ class KCore(StatOperator):
 def _by_time(frame: Frame, key: str, time: str, adapter: Adapter) -> tuple[Array, Array, Array]:
     """Return the sorting permutation, a mask of each key's first event, and the sorted times, each [event]."""
     order = adapter.order(frame, [key, time], [True, True])
-    ordered = frame[key].take(order).reset_index(drop=True)
-    leads = adapter.xp.ones(len(frame), bool)
-    if len(frame):
-        same = ordered.iloc[1:].reset_index(drop=True) == ordered.iloc[:-1].reset_index(drop=True)
-        leads[1:] = ~adapter.xp.asarray(same.fillna(False).values).astype(bool)
-    return order, leads, adapter.array(frame[time])[order]
+    return order, leads([take(frame[key], order)], adapter), adapter.array(frame[time])[order]
 
 
 def _unsorted(values: Array, order: Array, adapter: Adapter) -> Array:

@@ -18,8 +18,7 @@ from merlin.io.worker import clean_worker_cache
 from nvtabular import ops
 
 from missrec_t4r.etl.nvt import serialization as storage
-from missrec_t4r.etl.outputs import NVTABULAR_FOLDER, REQUEST_FOLDER, WORKFLOW_FOLDER
-from missrec_t4r.etl.session_schema import embedding_size
+from missrec_t4r.etl.outputs import NVTABULAR_FOLDER, REQUEST_FOLDER, WORKFLOW_FOLDER, embedding_size
 from missrec_t4r.io.atomic import link_or_copy
 from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.schema import FIRST_ITEM_ROW

@@ -81,12 +81,12 @@ class SessionGroupby(Groupby):
         events = df.dropna(subset=self.groupby_cols)
         directions = [True] * len(self.groupby_cols) + [self.ascending] * len(self.sort_cols)
         order = adapter.order(events, [*self.groupby_cols, *self.sort_cols], directions)  # [event]
-        keys = {name: _take(events[name], order) for name in self.groupby_cols}
-        starts = _boundaries(list(keys.values()), adapter)  # [session]
+        keys = {name: take(events[name], order) for name in self.groupby_cols}
+        starts = adapter.xp.flatnonzero(leads(list(keys.values()), adapter))  # [session]
         offsets = adapter.xp.concatenate([starts, adapter.xp.asarray([len(order)])])  # [session + 1]
-        columns = {name: _take(key, starts) for name, key in keys.items()}
+        columns = {name: take(key, starts) for name, key in keys.items()}
         for column, aggregation in self._aggregations(col_selector):
-            ordered = _take(events[column], order)
+            ordered = take(events[column], order)
             columns[f"{column}{self.name_sep}{aggregation}"] = self._aggregate(aggregation, ordered, offsets, adapter)
         return type(df)(columns)
 
@@ -104,7 +104,7 @@ class SessionGroupby(Groupby):
             return type(ordered)(adapter.xp.diff(before[offsets]).astype("int32"))  # [event + 1] -> [session]
         # With descending order the earliest event of a session stands last.
         earliest_leads = (name == "first") == self.ascending
-        return _take(ordered, offsets[:-1] if earliest_leads else offsets[1:] - 1)
+        return take(ordered, offsets[:-1] if earliest_leads else offsets[1:] - 1)
 
 
 class SessionSlice(ListSlice):
@@ -140,12 +140,12 @@ class SessionSlice(ListSlice):
         starts = column.offsets[:-1] + begin  # [row]
         if not self.pad:
             index, offsets = ragged_index(starts, lengths, xp)
-            return adapter.build(ListColumn(_take(column.values, index), offsets))
+            return adapter.build(ListColumn(take(column.values, index), offsets))
         steps = xp.arange(self.max_elements)
         # [row, max_elements], flattened; padding points behind the last value, where the padding value is appended.
         index = xp.where(steps < lengths[:, None], starts[:, None] + steps, len(column.values)).ravel()
         filled = adapter.append(column.values, self.pad_value)
-        return adapter.build(ListColumn(_take(filled, index), xp.arange(len(sizes) + 1) * self.max_elements))
+        return adapter.build(ListColumn(take(filled, index), xp.arange(len(sizes) + 1) * self.max_elements))
 
 
 def ragged_index(starts: Array, lengths: Array, xp: Any = np) -> tuple[Array, Array]:
@@ -170,15 +170,16 @@ def _clamp(bound: int, sizes: Array, xp: Any) -> Array:
     return xp.minimum(xp.maximum(sizes * 0 + bound if bound >= 0 else sizes + bound, 0), sizes)
 
 
-def _take(column: Series, index: Array) -> Series:
+def take(column: Series, index: Array) -> Series:
+    """Return the rows at ``index``, numbered anew."""
     return column.take(index).reset_index(drop=True)
 
 
-def _boundaries(keys: Sequence[Series], adapter: Adapter) -> Array:
-    """Return the index of the first event of every session in sorted keys, [session]."""
+def leads(keys: Sequence[Series], adapter: Adapter) -> Array:
+    """Return a mask of sorted keys, True where a row's differ from those before it, [row]."""
     changed = adapter.xp.zeros(len(keys[0]), bool)
     changed[:1] = True
     for key in keys:
         values = key.iloc[1:].reset_index(drop=True) != key.iloc[:-1].reset_index(drop=True)
         changed[1:] |= adapter.xp.asarray(values.fillna(True).values).astype(bool)
-    return adapter.xp.flatnonzero(changed)
+    return changed

@@ -82,14 +82,9 @@ class PandasFrames:
         """Return a column of numbers, [row]; pandas has NaN for null."""
         return column.to_numpy()
 
-    def codes(self, column: Series) -> Array:
-        """Return integer codes of a column without nulls, from 0 on, in the order of first occurrence, [row]."""
-        return pd.factorize(column)[0]
-
-    def factorize(self, column: Series) -> tuple[Array, pa.Array]:
-        """Return `codes`, [row], and the values that they stand for, in the memory of the host."""
-        codes, values = pd.factorize(column)
-        return codes, pa.array(values)
+    def factorize(self, column: Series) -> tuple[Array, Series]:
+        """Return codes of a column without nulls, from 0 on by first occurrence, [row], and the values of the codes."""
+        return pd.factorize(column)
 
     def is_text(self, column: Series) -> bool:
         """Whether it holds texts: objects other than Booleans, which are objects beside nulls."""
@@ -163,14 +158,10 @@ class CudfFrames:
         floats = column if column.dtype.kind == "f" else column.astype("float64")
         return floats.to_cupy(na_value=float("nan"))
 
-    def codes(self, column: Series) -> Array:
-        """Return the codes as int64: cuDF chooses the narrowest type, which sums of codes would overflow."""
-        return column.factorize()[0].astype("int64")
-
-    def factorize(self, column: Series) -> tuple[Array, pa.Array]:
-        """Return the codes as `codes` does, and the values in the order that cuDF chose."""
+    def factorize(self, column: Series) -> tuple[Array, Series]:
+        """Return codes, in the order that cuDF chose, as int64: sums would overflow its narrowest type; and values."""
         codes, values = column.factorize()
-        return codes.astype("int64"), values.to_arrow()
+        return codes.astype("int64"), values
 
     def is_text(self, column: Series) -> bool:
         """Whether it holds strings, cuDF's only objects."""

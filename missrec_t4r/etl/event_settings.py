@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
-from missrec_t4r.etl.quality.checks import YEAR_FIRST, Findings, refuse_milliseconds
+from missrec_t4r.etl.quality.checks import MILLISECONDS, YEAR_FIRST, Findings
 from missrec_t4r.schema import SESSION_ID
 
 TIME_FEATURES = ("gap", "hour", "weekday", "recency")
@@ -79,7 +79,13 @@ class EventSettings:
             The newest time can only be in milliseconds or a finer unit.
         """
         options = {"--session-gap": self.session_gap, "--time-features": self.time_features}
-        refuse_milliseconds(newest, " and ".join(name for name, value in options.items() if value))
+        wanted = " and ".join(name for name, value in options.items() if value)
+        if wanted and newest >= MILLISECONDS:
+            raise DataError(
+                f"the newest time is {newest:.0f}, which is milliseconds or finer, and {wanted} counts in seconds",
+                "unix seconds or dates",
+                "divide the times by 1000, or write them as dates",
+            )
 
     def check(self, features: Sequence[str], texts: Sequence[str]) -> None:
         """Refuse derived columns whose name is taken, and weights without a column of event types.

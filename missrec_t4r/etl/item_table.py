@@ -179,7 +179,7 @@ def filter_items(
     if not filters_rare(settings):
         return events, items, vectors
     adapter = adapter_of(events)
-    users, of_items = (adapter.codes(events[name]) for name in (USER_ID, ITEM_ID))
+    users, of_items = (adapter.factorize(events[name])[0] for name in (USER_ID, ITEM_ID))
     events = events.take(frequent_events(users, of_items, settings, adapter.xp))
     in_events = adapter.to_arrow(events[ITEM_ID].drop_duplicates())
     kept = np.flatnonzero(pc.is_in(items[ITEM_ID], in_events))

@@ -51,9 +51,14 @@ def prefix_lengths(offsets: Ints, times: Callable[[], AnyArray], settings: Mappi
     return time_split(offsets, times(), settings["valid_from"], settings["test_from"], xp)
 
 
+def needs_times(settings: Mapping[str, Any]) -> bool:
+    """Whether the boundaries of a time split follow from the times of all events."""
+    return bool(settings["split"] == "time" and settings["valid_from"] is None)
+
+
 def set_boundaries(settings: MutableMapping[str, Any], times: Callable[[], AnyArray], xp: Any = np) -> None:
     """Give a time split without boundaries the default ones of the events' ``times``."""
-    if settings["split"] == "time" and settings["valid_from"] is None:
+    if needs_times(settings):
         settings["valid_from"], settings["test_from"] = default_boundaries(times(), xp)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from missrec_t4r.etl.nvt.workflow_file import WorkflowFile
 
 ENGINES = ("auto", "memory", "disk", "gpu")
+_CHOICES = {"split": ("leave_one_out", "time"), "unknown_items": ("append", "drop"), "engine": ENGINES}
 
 
 @dataclass(kw_only=True)
@@ -115,21 +116,17 @@ def make_task(options: Mapping[str, Any]) -> Task:
 
 
 def _check_settings(options: Mapping[str, Any]) -> None:
+    for name, choices in _CHOICES.items():
+        if options[name] not in choices:
+            found, known = f"{name.replace('_', ' ')} {options[name]!r}", f"{', '.join(choices[:-1])} or {choices[-1]}"
+            raise ConfigError(found, known, f"choose one with --{name.replace('_', '-')}")
     split, valid_from, test_from = (options[name] for name in ("split", "valid_from", "test_from"))
-    if split not in ("leave_one_out", "time"):
-        raise ConfigError(f"split {split!r}", "leave_one_out or time", "choose one with --split")
     if (valid_from is None) != (test_from is None):
         raise ConfigError(
             "only one boundary of the time split is set", "both or none", "set --valid-from and --test-from"
         )
     if valid_from is not None and split != "time":
         raise ConfigError("boundaries are set for a leave-one-out split", "--split time", "add it or leave them out")
-    if options["unknown_items"] not in ("append", "drop"):
-        raise ConfigError(
-            f"unknown items {options['unknown_items']!r}", "append or drop", "choose one with --unknown-items"
-        )
-    if options["engine"] not in ENGINES:
-        raise ConfigError(f"engine {options['engine']!r}", "auto, memory, disk or gpu", "choose one with --engine")
 
 
 def _read_workflow_file(options: Mapping[str, Any]) -> WorkflowFile:

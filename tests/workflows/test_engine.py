@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from missrec_t4r.etl.engine.job import Job, make_plan
-from missrec_t4r.etl.engine.reduce import _order_by_frequency
+from missrec_t4r.etl.engine.reduce import _map_values, _order_by_frequency
 from missrec_t4r.etl.engine.sessionize import count_train_items, to_sessions
 from missrec_t4r.etl.engine.user_state import find_users
 from missrec_t4r.etl.event_arithmetic import core
@@ -70,10 +71,13 @@ def test_users_with_equal_hashes_are_told_apart() -> None:
 
 
 def test_categories_are_numbered_by_frequency_and_keep_their_numbers() -> None:
-    ordered, codes = _order_by_frequency(["buy", "view", "cart", "gone"], [2, 9, 2, 0], None)
-    assert (ordered, codes) == (["view", "buy", "cart"], [4, 3, 5, 2])
-    later, codes = _order_by_frequency(["return", "view", "cart"], [50, 1, 1], ordered)
-    assert (later, codes) == (["view", "buy", "cart", "return"], [6, 3, 5])
+    values, counts = ["buy", "view", "cart", "gone"], [2, 9, 2, 0]
+    chunks: list[dict[str, Any]] = [{"categories": {"kind": {"values": values}}}, {"categories": {}}]
+    maps: list[dict[str, list[int]]] = [{}, {}]
+    ordered = _order_by_frequency(dict(zip(values, counts, strict=True)), ())
+    _map_values(chunks, maps, {"kind": ordered}, 3)
+    assert (ordered, maps) == (["view", "buy", "cart"], [{"kind": [4, 3, 5, 2]}, {"kind": []}])
+    assert _order_by_frequency({"return": 50, "view": 1, "cart": 1}, ordered) == ["view", "buy", "cart", "return"]
 
 
 def test_a_core_is_repeated_until_nothing_changes() -> None:

@@ -34,7 +34,7 @@ from missrec_t4r.etl.engine import sessionize, workdir
 from missrec_t4r.etl.engine.executor import Executor, open_executor
 from missrec_t4r.etl.engine.job import Job, make_plan
 from missrec_t4r.etl.engine.reduce import reduce_chunks
-from missrec_t4r.etl.engine.shuffle import ITEMS_FILE, PLAN_FILE, partition_sizes, shuffle_chunk
+from missrec_t4r.etl.engine.shuffle import ITEMS_FILE, PLAN_FILE, shuffle_chunk
 from missrec_t4r.etl.engine.user_state import USER_HASH, link_state, list_columns, state_path, state_schema
 from missrec_t4r.etl.engine.versions import write_inputs
 from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER
@@ -47,7 +47,7 @@ from missrec_t4r.io.arrow_files import read_arrow
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.schema import ITEM_ID, LIST_SUFFIX, SESSION_TRANSFORM_FILE, SPLITS, TIMESTAMP, USER_ID
 
-_WORK_FORMAT = 2
+_WORK_FORMAT = 3
 """Changes with the files of the working folder, so that no run continues from those of another release."""
 
 
@@ -95,7 +95,7 @@ def build(job: Job, work: Path, executor: Executor) -> tuple[Path, dict[str, Any
     write_json(folder / sessionize.COMMON_FILE, common, indent=None)
     numbers = list(range(plan.partitions))
     if job.old:  # only partitions with new events
-        numbers = [int(number) for number in np.flatnonzero(partition_sizes(folder, plan.partitions))]
+        numbers = np.flatnonzero(np.sum([chunk["sizes"] for chunk in chunks], axis=0)).tolist()
     tasks = [(str(folder), number) for number in numbers]
     grouped = executor.run(sessionize.group_by_user, tasks, "grouping events by user")
     checks.note_users(job.run.findings, grouped, drop_duplicates=common["drop_duplicates"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from missrec_t4r.arrays import AnyArray, Ints
@@ -87,16 +88,14 @@ def duplicate_positions(codes: Ints, times: AnyArray, items: AnyArray, order: In
     order : ndarray [event]
         From `sort_by_code_and_time`.
     """
-    # Only events that share user and time with a neighbour can be duplicates; these few are sorted once more.
+    # Only events that share user and time with a neighbour can be duplicates; these few are compared once more.
     tied = (codes[order][1:] == codes[order][:-1]) & (times[order][1:] == times[order][:-1])
     candidate = np.zeros(len(order), bool)
     candidate[1:] |= tied
     candidate[:-1] |= tied
     positions = np.sort(order[candidate])
-    grouped = positions[np.lexsort((positions, items[positions], times[positions], codes[positions]))]
-    same = (codes[grouped][1:] == codes[grouped][:-1]) & (times[grouped][1:] == times[grouped][:-1])
-    same &= items[grouped][1:] == items[grouped][:-1]
-    return np.sort(grouped[1:][same])  # the first of each group is not a duplicate
+    events = pd.DataFrame({"code": codes[positions], "time": times[positions], "item": items[positions]})
+    return positions[events.duplicated()]
 
 
 def count_out_of_order(codes: Ints, times: AnyArray) -> int:

@@ -74,26 +74,22 @@ def reduce_chunks(job: Job, chunks: Sequence[dict[str, Any]], executor: Executor
     if not job.old:
         settings["newest"] = max(chunk["newest"] for chunk in chunks if chunk["newest"] is not None)
     job.run.derive.check_clock(settings["newest"])
-    categories = {name: _merge_categories(chunks, name) for name, kind in plan.features.items() if kind == "category"}
-    for name, (_, _, codes) in categories.items():
-        for chunk_maps, chunk_codes in zip(maps, codes, strict=True):
-            chunk_maps[name] = chunk_codes
+    categories = {name: _count_values(chunks, name) for name, kind in plan.features.items() if kind == "category"}
     if append and len(unknown.values):
         job.items, job.vectors = item_table.append_items(job.items, job.vectors, unknown.values)
     dropped = not append and len(unknown.values) > 0
     if not job.old and (dropped or settings["drop_duplicates"] or item_table.filters_rare(settings)):
+        _map_values(chunks, maps, categories, 0)
         kept = _filter_events(job, common, executor)
-        categories = {
-            name: (values, event_arithmetic.sum_counts((part[name] for part in kept), len(values)).tolist(), codes)
-            for name, (values, _, codes) in categories.items()
-        }
+        for name, counts in categories.items():
+            of_kept = event_arithmetic.sum_counts((part[name] for part in kept), len(counts))
+            categories[name] = dict(zip(counts, of_kept.tolist(), strict=True))
         common["filtered"] = True
-    common["categories"] = {}
-    for name, (values, counts, _) in categories.items():
-        ordered, code_of = _order_by_frequency(values, counts, job.old.get("categories", {}).get(name))
-        common["categories"][name] = ordered
-        for chunk_maps in maps:
-            chunk_maps[name] = [code_of[position] for position in chunk_maps[name]]
+    before = job.old.get("categories", {})
+    common["categories"] = {
+        name: _order_by_frequency(counts, before.get(name, ())) for name, counts in categories.items()
+    }
+    _map_values(chunks, maps, common["categories"], FIRST_ITEM_ROW)
     job.run.derive.note_types(job.run.findings, common["categories"].get(settings["event_type_column"], ()))
     return common | session_settings(settings, common["categories"])
 
@@ -208,36 +204,37 @@ def _column_types(job: Job, chunks: Sequence[dict[str, Any]]) -> dict[str, str]:
     return columns
 
 
-def _merge_categories(chunks: Sequence[dict[str, Any]], name: str) -> tuple[list[Any], list[int], list[list[int]]]:
-    """Return a category's values by first occurrence, their counts, and per chunk the position of each of its codes."""
-    positions: dict[Any, int] = {}
-    counts: list[int] = []
-    codes = []
-    for chunk in chunks:
-        category = chunk["categories"].get(name, {"values": [], "counts": []})
-        codes.append([positions.setdefault(value, len(positions)) for value in category["values"]])
-        counts += [0] * (len(positions) - len(counts))
-        for position, count in zip(codes[-1], category["counts"], strict=True):
-            counts[position] += count
-    return list(positions), counts, codes
+def _count_values(chunks: Sequence[dict[str, Any]], name: str) -> dict[Any, int]:
+    """Return the number of events per value of a category, by first occurrence."""
+    counts: Counter[Any] = Counter()
+    for found in (chunk["categories"][name] for chunk in chunks if name in chunk["categories"]):
+        for value, count in zip(found["values"], found["counts"], strict=True):
+            counts[value] += count
+    return counts
 
 
-def _order_by_frequency(
-    values: Sequence[Any], counts: Sequence[int], old: Sequence[Any] | None
-) -> tuple[list[Any], list[int]]:
-    """Return the values in the order of their codes, and the code of each of ``values``.
+def _order_by_frequency(counts: Mapping[Any, int], old: Sequence[Any]) -> list[Any]:
+    """Return the values with a kept event in the order of their codes.
 
-    Codes of an incremental update never move: ``old`` values come first, new ones follow in input order. Values
-    without a kept event have the code of unknown values.
+    Codes of an incremental update never move: ``old`` values come first, new ones follow in input order.
     """
-    ordered = list(old or [])
-    has_code = set(ordered)
-    new = [position for position, count in enumerate(counts) if count and values[position] not in has_code]
-    if not old:
-        new.sort(key=lambda position: (-counts[position], values[position]))
-    ordered += [values[position] for position in new]
-    code_of = {value: FIRST_ITEM_ROW + position for position, value in enumerate(ordered)}
-    return ordered, [code_of.get(value, UNKNOWN_ROW) for value in values]
+    has_code = set(old)
+    new = [value for value, count in counts.items() if count and value not in has_code]
+    return [*old, *new] if old else sorted(new, key=lambda value: (-counts[value], value))
+
+
+def _map_values(
+    chunks: Sequence[dict[str, Any]],
+    maps: Sequence[dict[str, list[int]]],
+    categories: Mapping[str, Iterable[Any]],
+    first: int,
+) -> None:
+    """Set the codes of every chunk's values: their places in ``categories``, counted from ``first``, or unknown."""
+    for name, values in categories.items():
+        code_of = {value: code for code, value in enumerate(values, first)}
+        for chunk, chunk_maps in zip(chunks, maps, strict=True):
+            found = chunk["categories"].get(name, {"values": ()})["values"]
+            chunk_maps[name] = [code_of.get(value, UNKNOWN_ROW) for value in found]
 
 
 # Findings

@@ -184,6 +184,8 @@ class EventEncoder:
         self.counts: dict[str, Ints] = {}
         """Category column -> [code], number of events."""
         self.nulls: Counter[str] = Counter()
+        self.sizes = np.zeros(plan.partitions, np.int64)
+        """[partition], number of events."""
         self.repaired_times = 0
         self.totals = Counter(rows=0, unknown_item_events=0, **checks.count_times(np.zeros(0)))
         self.newest: float | None = None
@@ -205,7 +207,9 @@ class EventEncoder:
             columns[name] = self._feature(name, kind, one_array(table[name]))
         partition = partition_of(hash_ids(users), self.plan.partitions)  # [event]
         order = np.argsort(partition, kind="stable")  # input order within a partition
-        bounds = np.concatenate([[0], np.cumsum(np.bincount(partition, minlength=self.plan.partitions))])
+        sizes = np.bincount(partition, minlength=self.plan.partitions)
+        self.sizes += sizes
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
         return pa.table(columns).take(pa.array(order)), bounds.tolist()
 
     def _usable(self, table: pa.Table) -> pa.Table:
@@ -283,7 +287,7 @@ class EventEncoder:
         return pa.array(codes)
 
     def statistics(self) -> dict[str, Any]:
-        """Return, ready for JSON: totals, nulls per column, unknown items, and values and counts of categories."""
+        """Return, ready for JSON: totals, nulls, unknown items, values and counts of categories, partitions' sizes."""
         categories, repaired = {}, {TIMESTAMP: self.repaired_times}
         for name, codes in self.categories.items():
             values, broken = checks.repaired(codes.values)
@@ -298,6 +302,7 @@ class EventEncoder:
             "unknown_items": self.unknown_items.values.to_pylist(),
             "categories": categories,
             "repaired": repaired,
+            "sizes": self.sizes.tolist(),
         }
 
 
@@ -340,14 +345,3 @@ def map_codes(events: pa.Table, maps: Mapping[str, Codes]) -> pa.Table:
                 common = np.where(codes < 0, values[np.maximum(-1 - codes, 0)], codes)
             events = with_column(events, name, pa.array(common.astype(np.int32)))
     return events
-
-
-def partition_sizes(work: Path, partitions: int) -> Ints:
-    """Return the number of shuffled events per partition, [partition]."""
-    sizes = np.zeros(partitions, np.int64)
-    for file in sorted((work / SHUFFLE_FOLDER).glob("*.arrow")):
-        with pa.memory_map(str(file)) as source:
-            reader = pa.ipc.open_file(source)
-            for at in range(reader.num_record_batches):
-                sizes[at % partitions] += reader.get_batch(at).num_rows
-    return sizes

@@ -98,8 +98,7 @@ class Partitioned:
         save_workflow(workflow, self.work / tasks.FITTED_FOLDER)
         files = [partition_path(self.work, tasks.TIMES_FOLDER, number, "npy") for number in self.numbers]
         splits.set_boundaries(self.settings, lambda: np.concatenate([np.load(file) for file in files]))
-        split = {name: self.settings[name] for name in ("split", "valid_from", "test_from")}
-        write_json(self.work / tasks.SPLIT_FILE, split | {"rows": n_rows})
+        write_json(self.work / tasks.SPLIT_FILE, self.settings | {"rows": n_rows})
         arguments = [(str(self.work), number) for number in self.numbers]
         parts = self.executor.run(tasks.write_splits, arguments, "writing the splits")
         counts = [np.load(partition_path(self.work, SPLIT_FOLDER, number, "npy")) for number in self.numbers]
@@ -177,15 +176,10 @@ def _open_folder(work: Path, task: Task, columns: Columns, items: pa.Table, part
         # twice: a chunk ends where it has half of them
         "chunks": [(chunk.file, chunk.row_groups) for chunk in cut_chunks(task.files, 2 * -(-rows // partitions))],
         "items": items.num_rows,
-        "drop_duplicates": settings["drop_duplicates"],
-        "unknown_items": settings["unknown_items"],
-        "event_weights": settings["event_weights"],
-        "event_type_column": settings["event_type_column"],
-        "rare": item_table.filters_rare(settings),
-        "times": settings["split"] == "time" and settings["valid_from"] is None,
+        "settings": settings,
     }
     changed = [file.stat().st_mtime_ns for file in task.files]
-    folder = open_job(work, [plan, changed, settings], items)
+    folder = open_job(work, [plan, changed], items)
     pq.write_table(items.select([ITEM_ID]), folder / tasks.ITEMS_FILE)
     write_json(folder / tasks.PLAN_FILE, plan)
     return folder

@@ -8,9 +8,9 @@
 A task reads and writes files of the working folder and returns a small result, so that `engine.executor` runs it in
 this process or on another GPU. `partitions.py` puts the results together. Every stage adds its settings to the folder:
 
-    plan.json          names of the columns (`Columns`), chunks, number of partitions, filters
+    plan.json          names of the columns (`Columns`), chunks, number of partitions, settings
     survey.json        what was seen of all events (`Seen`)
-    split.json         boundaries of a time split, number of item indices
+    split.json         settings with the boundaries of a time split, number of item indices
     items.parquet      ids of the catalogue before rare ones are left out
     shuffle/           per chunk and partition: events
     filter/, kept/     per partition: users and items of the events; which events are kept
@@ -46,6 +46,7 @@ from missrec_t4r.etl.engine.workdir import (
 from missrec_t4r.etl.event_settings import weighted_events
 from missrec_t4r.etl.gpu import device as gpu
 from missrec_t4r.etl.gpu.read import Columns, Seen, read_complete, with_types
+from missrec_t4r.etl.item_table import filters_rare
 from missrec_t4r.etl.nvt import workflows
 from missrec_t4r.etl.nvt.serialization import load_workflow
 from missrec_t4r.etl.nvt.session_ops import ragged_index, take
@@ -103,16 +104,17 @@ def survey_events(work: str, partition: int) -> dict[str, int]:
     frame = _read_partition(work, partition, device)
     duplicate = frame.duplicated(list(checks.KEYS))
     counts = checks.count_events(frame, duplicate)
-    if plan["drop_duplicates"]:
+    if plan["settings"]["drop_duplicates"]:
         frame = frame[~duplicate].reset_index(drop=True)
     codes, distinct = device.factorize(frame[ITEM_ID])
     ids = _item_ids(work)
-    index = pc.index_in(distinct.cast(ids.type), value_set=ids).fill_null(-FIRST_ITEM_ROW).to_numpy() + FIRST_ITEM_ROW
+    index = pc.index_in(device.to_arrow(distinct).cast(ids.type), value_set=ids)  # [distinct id]
+    index = index.fill_null(-FIRST_ITEM_ROW).to_numpy() + FIRST_ITEM_ROW
     items = device.host(device.xp.asarray(index)[codes])  # [event]: item index, 0 where it has none
     unknown = (items == 0) | (items >= FIRST_ITEM_ROW + plan["items"])
     counts |= {"events": len(frame), "unknown_item_events": int(unknown.sum())}
-    if plan["rare"]:
-        users = device.host(device.codes(frame[USER_ID]))
+    if filters_rare(plan["settings"]):
+        users = device.host(device.factorize(frame[USER_ID])[0])
         with atomic_write_file(partition_path(work, FILTER_FOLDER, partition, "npz")) as temporary:
             np.savez(temporary, users=users.astype(np.int32), items=items.astype(np.int32), eligible=items > 0)
     return counts
@@ -127,7 +129,7 @@ def count_events(work: str, partition: int) -> dict[str, Any]:
     frame = _filtered(work, partition, device)
     if not len(frame):
         return {"events": 0}
-    if plan["times"]:
+    if splits.needs_times(plan["settings"]):
         with atomic_write_file(partition_path(work, TIMES_FOLDER, partition, "npy")) as temporary:
             np.save(temporary, device.host(device.array(frame[TIMESTAMP])))
     nulls = checks.count_nulls(frame, columns.features)
@@ -227,7 +229,7 @@ def write_rows(
 def clean_events(work: str, partition: int) -> Frame:
     """Return the events of a partition that the workflow transforms, in input order; there may be none."""
     (plan, columns), frame = _load_plan(work), _filtered(work, partition, gpu.open_device())
-    return weighted_events(checks.without_nulls(frame, columns.features, columns.categorical), plan)
+    return weighted_events(checks.without_nulls(frame, columns.features, columns.categorical), plan["settings"])
 
 
 def _load_plan(work: str) -> tuple[dict[str, Any], Columns]:
@@ -247,12 +249,12 @@ def _filtered(work: str, partition: int, device: gpu.CudfDevice) -> Frame:
     """Return a partition's events without those that the settings leave out."""
     plan, _ = _load_plan(work)
     frame = _read_partition(work, partition, device)
-    if plan["drop_duplicates"]:
+    if plan["settings"]["drop_duplicates"]:
         frame = frame[~frame.duplicated(list(checks.KEYS))].reset_index(drop=True)
-    if plan["rare"]:  # unknown items are left out there
+    if filters_rare(plan["settings"]):  # unknown items are left out there
         kept: Ints = np.flatnonzero(np.load(partition_path(work, KEPT_FOLDER, partition, "npy")))
         return frame.take(device.xp.asarray(kept)).reset_index(drop=True)
-    if plan["unknown_items"] == "drop":
+    if plan["settings"]["unknown_items"] == "drop":
         frame = frame[frame[ITEM_ID].isin(_items(work, device))].reset_index(drop=True)
     return frame
 

@@ -342,29 +342,6 @@ def note_users(findings: Findings, parts: Sequence[Mapping[str, Any]], *, drop_d
     findings.add("very_long_users", very_long, many)
 
 
-def refuse_milliseconds(newest: float, wanted: str) -> None:
-    """Refuse times in milliseconds for an option that counts in seconds.
-
-    Parameters
-    ----------
-    newest : float
-        The newest time of the data.
-    wanted : str
-        The options that count in seconds; empty if none is set.
-
-    Raises
-    ------
-    DataError
-        The newest time can only be milliseconds or finer.
-    """
-    if wanted and newest >= MILLISECONDS:
-        raise DataError(
-            f"the newest time is {newest:.0f}, which is milliseconds or finer, and {wanted} counts in seconds",
-            "unix seconds or dates",
-            "divide the times by 1000, or write them as dates",
-        )
-
-
 def event_features(table: pa.Table, drop_columns: Sequence[str], findings: Findings) -> list[str]:
     """Return the event columns that become list features.
 
@@ -480,7 +457,7 @@ def count_events(events: Frame, duplicate: Series) -> dict[str, int]:
         True where user, item and time occurred before.
     """
     adapter, time = adapter_of(events), events[TIMESTAMP]
-    xp, users = adapter.xp, adapter.codes(events[USER_ID])
+    xp, users = adapter.xp, adapter.factorize(events[USER_ID])[0]
     order = xp.argsort(users, kind="stable")  # by user, in input order
     return {
         "duplicates": int(duplicate.sum()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -132,20 +133,14 @@ class Sessions:
             raise DataError("an evaluation session is empty", "a history and a target", "re-run missrec etl")
         keep = np.ones(len(self.values), bool)
         keep[self.offsets[1:] - 1] = False
-        histories = Sessions(
-            self.values[keep],
-            self.offsets - np.arange(len(self.offsets)),  # one event fewer per session before
-            {name: feature[keep] for name, feature in self.features.items()},
-            self.users,
-        )
-        return histories, self.values[self.offsets[1:] - 1]
+        offsets = self.offsets - np.arange(len(self.offsets))  # one event fewer per session before
+        return self._of_events(keep, offsets, self.users), self.values[self.offsets[1:] - 1]
 
     def known(self) -> Sessions:
         """Return the sessions without events of null and unknown items."""
         keep = self.values > UNKNOWN_ROW
         n_kept = np.concatenate([[0], np.cumsum(keep)])  # [event + 1], kept events before each event
-        features = {name: feature[keep] for name, feature in self.features.items()}
-        return Sessions(self.values[keep], n_kept[self.offsets], features, self.users)
+        return self._of_events(keep, n_kept[self.offsets], self.users)
 
     def with_known_target(self) -> Sessions:
         """Return the evaluation sessions whose target, the last item, is known, without other unknown events.
@@ -167,15 +162,17 @@ class Sessions:
         offsets = _offsets(lengths)
         event = np.arange(offsets[-1]) + np.repeat(self.offsets[sessions] - offsets[:-1], lengths)  # [new event]
         users = self.users.take(pa.array(sessions)) if self.users is not None else None
-        features = {name: feature[event] for name, feature in self.features.items()}
-        return Sessions(self.values[event], offsets, features, users)
+        return self._of_events(event, offsets, users)
 
     def slice(self, start: int, stop: int) -> Sessions:
         """Return sessions ``start`` to ``stop`` as views, without users."""
         offsets = self.offsets[start : min(stop, len(self)) + 1]
-        part = slice(offsets[0], offsets[-1])
-        features = {name: feature[part] for name, feature in self.features.items()}
-        return Sessions(self.values[part], offsets - offsets[0], features)
+        return self._of_events(slice(offsets[0], offsets[-1]), offsets - offsets[0])
+
+    def _of_events(self, events: Any, offsets: Ints, users: pa.Array | None = None) -> Sessions:
+        """Return sessions of some events, chosen by mask, positions or range."""
+        features = {name: feature[events] for name, feature in self.features.items()}
+        return Sessions(self.values[events], offsets, features, users)
 
     def padded(self, indices: npt.ArrayLike, max_length: int) -> Ints:
         """Return the last ``max_length`` items of the sessions at ``indices``, [batch, seq], 0-padded on the right."""

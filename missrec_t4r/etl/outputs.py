@@ -9,7 +9,7 @@ tested on every combination of settings (`tests/workflows/test_scale.py`: the in
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from missrec_t4r.arrays import Ints
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.etl import item_table
+from missrec_t4r.etl import item_table, splits
+from missrec_t4r.etl.event_arithmetic import sum_counts
 from missrec_t4r.schema import (
     CATALOGUE_FOLDER,
     FIRST_ITEM_ROW,
@@ -45,6 +46,19 @@ class Written(NamedTuple):
     """Events of the longest session."""
     train_counts: Ints
     """Events of the training split, [item index]."""
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Mapping[str, Any]], train_counts: Iterable[Ints], n_rows: int) -> Written:
+        """Return the sum over partitions: results of the tasks that write splits, and their ``train_counts``.
+
+        Raises
+        ------
+        DataError
+            A split has no session.
+        """
+        rows = {name: sum(part["sessions"][name] for part in parts) for name in SPLITS}
+        splits.check_rows(rows)
+        return cls(rows, max(part["longest"] for part in parts), sum_counts(train_counts, n_rows))
 
 
 REPORT_FILE = "etl.json"

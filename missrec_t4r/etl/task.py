@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from missrec_t4r.errors import ConfigError
+from missrec_t4r.errors import ConfigError, SchemaError
 from missrec_t4r.etl import item_table
 from missrec_t4r.etl.event_settings import EventSettings, parse_seconds, parse_time, parse_time_features, parse_weights
 from missrec_t4r.etl.installed import require_nvtabular
@@ -43,6 +43,24 @@ class Run:
     def derive(self) -> EventSettings:
         """Return the derived event columns."""
         return EventSettings.of(self.settings)
+
+    def set_features(self, features: Sequence[str], texts: Sequence[str]) -> None:
+        """Note the event columns that become list features, after checking what depends on them.
+
+        Parameters
+        ----------
+        features, texts : sequence of str
+            All, and those of them that hold text.
+
+        Raises
+        ------
+        SchemaError
+            A column that the settings name is not among them, or a derived one's name is taken.
+        """
+        self.derive.check(features, texts)
+        if missing := [name for name in self.settings["categorical_columns"] if name not in features]:
+            raise SchemaError(f"categorical columns {missing} are not event columns", f"some of {list(features)}")
+        self.settings["event_features"] = list(features)
 
     def write_report(self, counts: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Write ``etl.json`` and return its content."""

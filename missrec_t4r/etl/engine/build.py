@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from missrec_t4r.arrays import AnyArray
 from missrec_t4r.data.catalogue import Catalogue
@@ -34,18 +33,17 @@ from missrec_t4r.etl.engine import sessionize, workdir
 from missrec_t4r.etl.engine.executor import Executor, open_executor
 from missrec_t4r.etl.engine.job import Job, make_plan
 from missrec_t4r.etl.engine.reduce import reduce_chunks
-from missrec_t4r.etl.engine.shuffle import ITEMS_FILE, PLAN_FILE, shuffle_chunk
+from missrec_t4r.etl.engine.shuffle import shuffle_chunk
 from missrec_t4r.etl.engine.user_state import USER_HASH, link_state, list_columns, state_path, state_schema
 from missrec_t4r.etl.engine.versions import write_inputs
 from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER
-from missrec_t4r.etl.event_arithmetic import sum_counts
 from missrec_t4r.etl.event_settings import weighted_events
 from missrec_t4r.etl.installed import has_nvtabular
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.task import Task
 from missrec_t4r.io.arrow_files import read_arrow
 from missrec_t4r.io.json_files import read_json, write_json
-from missrec_t4r.schema import ITEM_ID, LIST_SUFFIX, SESSION_TRANSFORM_FILE, SPLITS, TIMESTAMP, USER_ID
+from missrec_t4r.schema import ITEM_ID, LIST_SUFFIX, SESSION_TRANSFORM_FILE, TIMESTAMP, USER_ID
 
 _WORK_FORMAT = 3
 """Changes with the files of the working folder, so that no run continues from those of another release."""
@@ -86,7 +84,8 @@ def build(job: Job, work: Path, executor: Executor) -> tuple[Path, dict[str, Any
         The input cannot give a right result.
     """
     plan = job.plan = make_plan(job)
-    folder = job.folder = prepare_folder(work, job)
+    others = _WORK_FORMAT, job.run.settings, job.old
+    folder = job.folder = workdir.open_planned_job(work, asdict(plan), job.run.files, job.items, *others)
     tasks = [(str(folder), chunk) for chunk in range(len(plan.chunks))]
     chunks = executor.run(shuffle_chunk, tasks, "reading events")
     if not job.old:
@@ -107,21 +106,6 @@ def build(job: Job, work: Path, executor: Executor) -> tuple[Path, dict[str, Any
     return folder / OUTPUT_FOLDER, counts | ({"touched": {"partitions": numbers}} if job.old else {})
 
 
-# Before the tasks
-
-
-def prepare_folder(work: Path, job: Job) -> Path:
-    """Return the job's folder in the working directory: that of a killed run with equal input, or a new one."""
-    plan, changed = asdict(job.plan), [Path(file).stat().st_mtime_ns for file in job.run.files]
-    folder = workdir.open_job(work, [_WORK_FORMAT, plan, changed, job.run.settings, job.old], job.items)
-    pq.write_table(job.items.select([ITEM_ID]), folder / ITEMS_FILE)
-    write_json(folder / PLAN_FILE, plan, indent=None)
-    return folder
-
-
-# After the tasks
-
-
 def _all_times(folder: Path, partitions: int) -> AnyArray:
     """Return the times of all events, [event]: 8 bytes of memory per event."""
     states = (read_arrow(state_path(folder, number)) for number in range(partitions))
@@ -134,26 +118,23 @@ def _finish(job: Job, common: dict[str, Any], written: Mapping[int, dict[str, An
     ``written`` are the results of `sessionize.write_splits`; an update leaves the other partitions as they were.
     """
     out, numbers = job.folder / OUTPUT_FOLDER, range(job.plan.partitions)
-    parts = [written[number] if number in written else job.old["parts"][number] for number in numbers]
+    parts = [written.get(number) or job.old["parts"][number] for number in numbers]
     sources = [job.folder if number in written else Path(job.old["folder"]) for number in numbers]
     states = [read_json(state_path(sources[number], number, "json")) for number in numbers]
-    rows = {name: sum(part["sessions"][name] for part in parts) for name in SPLITS}
-    splits.check_rows(rows)
     if job.catalogue is None:
         catalogue = item_table.build_catalogue(
             job.items, job.vectors, job.run.modality_files, job.run.settings["fingerprints"]
         )
     else:
         catalogue = item_table.extend_catalogue(job.catalogue, job.items, job.vectors)
-    train_counts = sum_counts(
-        (np.load(state_path(sources[number], number, "npy")) for number in numbers), catalogue.n_rows
-    )
-    _write_encodings(job, common, catalogue, max(part["longest"] for part in parts))
-    outputs.write_catalogue(catalogue, train_counts, out)
+    train_items = (np.load(state_path(sources[number], number, "npy")) for number in numbers)
+    total = outputs.Written.of_parts(parts, train_items, catalogue.n_rows)
+    _write_encodings(job, common, catalogue, total.longest)
+    outputs.write_catalogue(catalogue, total.train_counts, out)
     state = {name: common[name] for name in ("types", "categories", "valid_from", "test_from", "newest")}
     link_state(job.folder, out, state | {"partitions": len(numbers), "parts": parts})
     counts = {name: sum(part[name] for part in states) for name in ("events", "users")}
-    return counts | outputs.data_counts(catalogue, train_counts, rows)
+    return counts | outputs.data_counts(catalogue, total.train_counts, total.rows)
 
 
 def _write_encodings(job: Job, common: Mapping[str, Any], catalogue: Catalogue, longest: int) -> None:

@@ -86,10 +86,7 @@ def make_plan(job: Job) -> Plan:
     texts = [name for name in features if pa.types.is_string(empty[name].type)]
     notations = _notations(job, [name for name in texts if name not in categorical])
     texts = [name for name in texts if name not in notations]
-    run.derive.check(features, texts)
-    if missing := [name for name in categorical if name not in features]:
-        raise SchemaError(f"categorical columns {missing} are not event columns", f"some of {features}")
-    settings["event_features"] = features
+    run.set_features(features, texts)
     categories = [*texts, *categorical, *job.old.get("categories", ())]
     kinds = {name: "category" if name in categories else "number" for name in features}
     chunks = cut_chunks(run.files)

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from missrec_t4r.arrays import Ints
 from missrec_t4r.data.user_hash import hash_ids, partition_of
 from missrec_t4r.errors import SchemaError
-from missrec_t4r.etl.engine.workdir import SHUFFLE_FOLDER, decode, partition_path, resumable
+from missrec_t4r.etl.engine.workdir import PLAN_FILE, SHUFFLE_FOLDER, decode, partition_path, read_item_ids, resumable
 from missrec_t4r.etl.event_arithmetic import sum_counts
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import parse_numbers
@@ -38,8 +38,6 @@ from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, TIMESTAMP, USER_ID
 
-PLAN_FILE = "plan.json"
-ITEMS_FILE = "items.parquet"
 BATCH_ROWS = 1_000_000
 """Events that are encoded at a time; bounds the memory of a task."""
 
@@ -80,10 +78,8 @@ def load_plan(work: str) -> Plan:
     return Plan(**content | {"chunks": [Chunk(**chunk) for chunk in content["chunks"]]})
 
 
-@lru_cache(maxsize=4)
-def load_item_ids(work: str) -> pa.Array:
-    """Read the ids of the item table, once per process."""
-    return one_array(pq.read_table(Path(work) / ITEMS_FILE, columns=[ITEM_ID])[ITEM_ID])
+load_item_ids = lru_cache(maxsize=4)(read_item_ids)
+"""Read the ids of the item table, once per process."""
 
 
 def cut_chunks(files: Sequence[Path], batch_rows: int | None = None) -> list[Chunk]:

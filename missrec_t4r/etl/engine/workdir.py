@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 Step = Callable[[str, int], dict[str, Any]]
 """Working folder and number of a chunk or partition -> a small result."""
 
+PLAN_FILE, _ITEMS_FILE = "plan.json", "items.parquet"
 SHUFFLE_FOLDER = "shuffle"
 """Per chunk of the input: encoded events by partition (arrow), statistics (json)."""
 FILTER_FOLDER = "filter"
@@ -118,7 +119,7 @@ def remove_working_folder(out: Path) -> None:
             log.info(f"removed {folder}: a run was killed there, and {out} is written anew")
 
 
-def open_job(work: Path, identity: Any, items: pa.Table | None = None) -> Path:
+def open_job(work: Path, identity: Any) -> Path:
     """Return the working folder of a job: that of a killed run that was equal, or a new one; others are removed.
 
     Parameters
@@ -127,18 +128,46 @@ def open_job(work: Path, identity: Any, items: pa.Table | None = None) -> Path:
         Working directory.
     identity : JSON-able value
         What the results depend on.
-    items : pyarrow.Table, optional
-        Item table that they depend on.
     """
-    digest = hashlib.sha256(json.dumps(identity, default=str).encode())
-    digest.update(b"" if items is None else hash_ids(one_array(items[ITEM_ID])).tobytes())
-    name = digest.hexdigest()[:16]
+    name = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()[:16]
     for other in work.glob("*"):
         if other.name != name or not (other / OUTPUT_FOLDER).is_dir():
             shutil.rmtree(other)
     for folder in (SHUFFLE_FOLDER, KEPT_FOLDER, SPLIT_FOLDER, *(f"{OUTPUT_FOLDER}/{split}" for split in SPLITS)):
         (work / name / folder).mkdir(parents=True, exist_ok=True)
     return work / name
+
+
+def open_planned_job(work: Path, plan: Mapping[str, Any], files: Sequence[Path], items: pa.Table, *more: Any) -> Path:
+    """Return the working folder of a job on events, with its plan and the ids of its item table.
+
+    Parameters
+    ----------
+    work : Path
+        Working directory.
+    plan : mapping
+        JSON-able; what the tasks have in common.
+    files : sequence of Path
+        The events.
+    items : pyarrow.Table
+    *more : JSON-able value
+        What the results depend on beside these.
+    """
+    changed, ids = [file.stat().st_mtime_ns for file in files], hash_ids(one_array(items[ITEM_ID]))
+    folder = open_job(work, [plan, changed, hashlib.sha256(ids.tobytes()).hexdigest(), *more])
+    write_item_ids(items, folder)
+    write_json(folder / PLAN_FILE, plan, indent=None)
+    return folder
+
+
+def write_item_ids(items: pa.Table, work: Path) -> None:
+    """Write the ids of the item table for the tasks."""
+    pq.write_table(items.select([ITEM_ID]), work / _ITEMS_FILE)
+
+
+def read_item_ids(work: str) -> pa.Array:
+    """Return the ids of the item table."""
+    return one_array(pq.read_table(Path(work) / _ITEMS_FILE)[ITEM_ID])
 
 
 def partition_path(work: str | Path, folder: str, partition: int, extension: str) -> Path:

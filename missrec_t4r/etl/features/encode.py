@@ -60,10 +60,7 @@ class EncoderSettings:
 
 
 def encode_contents(
-    kind: str,
-    contents: Sequence[Any],
-    settings: EncoderSettings,
-    state: State | None = None,
+    kind: str, contents: Sequence[Any], settings: EncoderSettings, state: State | None = None
 ) -> Encoded:
     """Encode one modality of all items.
 

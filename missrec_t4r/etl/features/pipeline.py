@@ -178,11 +178,7 @@ def features(
 
 
 def encode_items(
-    catalogue: Path,
-    items: pa.Table,
-    *,
-    complete: bool = True,
-    wanted: Collection[str] | None = None,
+    catalogue: Path, items: pa.Table, *, complete: bool = True, wanted: Collection[str] | None = None
 ) -> dict[str, Encoded]:
     """Encode new items with the encoders and fitted states stored in a catalogue: equal contents get equal vectors.
 
@@ -254,10 +250,7 @@ def _contents(
 ) -> dict[str, _Contents]:
     """Return the requested texts and pictures of the items by modality."""
     contents: dict[str, _Contents] = {}
-    for name, columns, option in (
-        ("text", text_columns, "--text-columns"),
-        (WORDS, word_columns, "--word-columns"),
-    ):
+    for name, columns, option in (("text", text_columns, "--text-columns"), (WORDS, word_columns, "--word-columns")):
         if columns:
             contents[name] = _Contents("text", item_texts(items, columns, option), {"columns": list(columns)})
     if image_column is not None or images is not None:
@@ -330,11 +323,7 @@ def _stored(folder: str | Path | None) -> dict[str, Modality]:
 
 
 def _encode(
-    kind: str,
-    contents: Sequence[Any],
-    settings: EncoderSettings,
-    stored: Modality | None,
-    word_drop: float,
+    kind: str, contents: Sequence[Any], settings: EncoderSettings, stored: Modality | None, word_drop: float
 ) -> tuple[Encoded, Encoded | None]:
     """Return the vectors and, with ``word_drop``, those of the texts with words dropped."""
     state = None

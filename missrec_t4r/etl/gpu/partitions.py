@@ -29,7 +29,7 @@ from missrec_t4r.etl.engine.executor import Executor
 from missrec_t4r.etl.engine.job import MAX_PARTITIONS
 from missrec_t4r.etl.engine.reduce import keep_frequent
 from missrec_t4r.etl.engine.shuffle import cut_chunks
-from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER, SPLIT_FOLDER, open_job, partition_path
+from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER, SPLIT_FOLDER, open_planned_job, partition_path, write_item_ids
 from missrec_t4r.etl.event_settings import first_with_events
 from missrec_t4r.etl.gpu import tasks
 from missrec_t4r.etl.gpu.read import Columns, Seen, all_seen, plan_columns, refuse_number_texts
@@ -40,8 +40,8 @@ from missrec_t4r.etl.nvt.workflow_file import EventColumns, WorkflowFile
 from missrec_t4r.etl.outputs import Written
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.task import Task
-from missrec_t4r.io.json_files import read_json, write_json
-from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, SPLITS
+from missrec_t4r.io.json_files import write_json
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID
 
 log = logging.getLogger(__name__)
 
@@ -101,12 +101,8 @@ class Partitioned:
         write_json(self.work / tasks.SPLIT_FILE, self.settings | {"rows": n_rows})
         arguments = [(str(self.work), number) for number in self.numbers]
         parts = self.executor.run(tasks.write_splits, arguments, "writing the splits")
-        counts = [np.load(partition_path(self.work, SPLIT_FOLDER, number, "npy")) for number in self.numbers]
-        return Written(
-            {name: sum(part["sessions"][name] for part in parts) for name in SPLITS},
-            max(part["longest"] for part in parts),
-            np.sum(counts, axis=0),
-        )
+        train_items = (np.load(partition_path(self.work, SPLIT_FOLDER, number, "npy")) for number in self.numbers)
+        return Written.of_parts(parts, train_items, n_rows)
 
 
 def prepare(task: Task, work: Path, partitions: int, executor: Executor) -> tuple[Summary, Partitioned]:
@@ -134,8 +130,16 @@ def prepare(task: Task, work: Path, partitions: int, executor: Executor) -> tupl
     log.info(f"on the GPU in {partitions} partitions")
     vectors: item_table.Vectors = item_table.read_modalities(task.modality_files, items.num_rows)
     items, vectors = item_table.unique_items(with_normal_ids(items), vectors, repeated)
-    folder = _open_folder(work, task, columns, items, partitions)
-    chunks = read_json(folder / tasks.PLAN_FILE)["chunks"]
+    rows = sum(pq.read_metadata(file).num_rows for file in task.files)
+    chunks = cut_chunks(task.files, 2 * -(-rows // partitions))  # twice: a chunk ends where it has half of them
+    plan = {
+        "columns": columns,
+        "partitions": partitions,
+        "chunks": [(chunk.file, chunk.row_groups) for chunk in chunks],
+        "items": items.num_rows,
+        "settings": settings,
+    }
+    folder = open_planned_job(work, plan, task.files, items)
     arguments = [(str(folder), chunk) for chunk in range(len(chunks))]
     shuffled = executor.run(tasks.shuffle_chunk, arguments, "reading events")
     refuse_number_texts({name: [part["texts"][name] for part in shuffled] for name in shuffled[0]["texts"]})
@@ -147,7 +151,7 @@ def prepare(task: Task, work: Path, partitions: int, executor: Executor) -> tupl
     unknown = pa.array([value for part in shuffled for value in part["unknown"]], items[ITEM_ID].type).unique()
     if settings["unknown_items"] == "append":
         items, vectors = item_table.append_items(items, vectors, unknown)
-        pq.write_table(items.select([ITEM_ID]), folder / tasks.ITEMS_FILE)
+        write_item_ids(items, folder)
     write_json(folder / tasks.SURVEY_FILE, {"seen": seen})
     arguments = [(str(folder), number) for number in numbers]
     surveyed = executor.run(tasks.survey_events, arguments, "checking events")
@@ -165,24 +169,6 @@ def prepare(task: Task, work: Path, partitions: int, executor: Executor) -> tupl
         raise DataError("no event is on an item of the item table", "matching ids", "check both id columns")
     summary = _summary(list(left.values()), columns, items, vectors, findings)
     return summary, Partitioned(folder, [*left], executor, settings)
-
-
-def _open_folder(work: Path, task: Task, columns: Columns, items: pa.Table, partitions: int) -> Path:
-    """Return the job's folder in the working directory: that of a killed run with equal input, or a new one."""
-    settings, rows = task.settings, sum(pq.read_metadata(file).num_rows for file in task.files)
-    plan = {
-        "columns": columns,
-        "partitions": partitions,
-        # twice: a chunk ends where it has half of them
-        "chunks": [(chunk.file, chunk.row_groups) for chunk in cut_chunks(task.files, 2 * -(-rows // partitions))],
-        "items": items.num_rows,
-        "settings": settings,
-    }
-    changed = [file.stat().st_mtime_ns for file in task.files]
-    folder = open_job(work, [plan, changed], items)
-    pq.write_table(items.select([ITEM_ID]), folder / tasks.ITEMS_FILE)
-    write_json(folder / tasks.PLAN_FILE, plan)
-    return folder
 
 
 def _summary(

@@ -28,7 +28,6 @@ import dask
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from merlin.core.utils import set_dask_client
 
 from missrec_t4r.arrays import Ints
@@ -38,9 +37,11 @@ from missrec_t4r.etl.engine.workdir import (
     FILTER_FOLDER,
     KEPT_FOLDER,
     OUTPUT_FOLDER,
+    PLAN_FILE,
     SHUFFLE_FOLDER,
     SPLIT_FOLDER,
     partition_path,
+    read_item_ids,
     resumable,
 )
 from missrec_t4r.etl.event_settings import weighted_events
@@ -57,7 +58,7 @@ from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ITEM_LIST, LIST_SUFFIX, SPLITS, TIMESTAMP, USER_ID
 
-PLAN_FILE, SURVEY_FILE, SPLIT_FILE, ITEMS_FILE = "plan.json", "survey.json", "split.json", "items.parquet"
+SURVEY_FILE, SPLIT_FILE = "survey.json", "split.json"
 FITTED_FOLDER, TIMES_FOLDER = "workflow", "times"
 _SESSIONS_PER_FILE = 5_000_000
 """A file is compressed by one kernel after the other: few large ones are faster to write than many."""
@@ -107,7 +108,7 @@ def survey_events(work: str, partition: int) -> dict[str, int]:
     if plan["settings"]["drop_duplicates"]:
         frame = frame[~duplicate].reset_index(drop=True)
     codes, distinct = device.factorize(frame[ITEM_ID])
-    ids = _item_ids(work)
+    ids = read_item_ids(work)
     index = pc.index_in(device.to_arrow(distinct).cast(ids.type), value_set=ids)  # [distinct id]
     index = index.fill_null(-FIRST_ITEM_ROW).to_numpy() + FIRST_ITEM_ROW
     items = device.host(device.xp.asarray(index)[codes])  # [event]: item index, 0 where it has none
@@ -259,9 +260,5 @@ def _filtered(work: str, partition: int, device: gpu.CudfDevice) -> Frame:
     return frame
 
 
-def _item_ids(work: str) -> pa.Array:
-    return pq.read_table(Path(work) / ITEMS_FILE)[ITEM_ID].combine_chunks()
-
-
 def _items(work: str, device: gpu.CudfDevice) -> Any:
-    return device.from_arrow(pa.table({ITEM_ID: _item_ids(work)}))[ITEM_ID]
+    return device.from_arrow(pa.table({ITEM_ID: read_item_ids(work)}))[ITEM_ID]

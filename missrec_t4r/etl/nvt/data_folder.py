@@ -24,7 +24,7 @@ from nvtabular import Workflow
 
 from missrec_t4r.arrays import Ints
 from missrec_t4r.data.session_files import take_prefixes
-from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.errors import DataError
 from missrec_t4r.etl import inputs, item_table, outputs, splits
 from missrec_t4r.etl.dataframe import Frame, PandasFrames
 from missrec_t4r.etl.event_settings import first_with_events, weighted_events
@@ -38,15 +38,7 @@ from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.io.atomic import atomic_write_dir
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.progress import track
-from missrec_t4r.schema import (
-    ITEM_ID,
-    ITEM_LIST,
-    LIST_SUFFIX,
-    SCHEMA_FILE,
-    SESSION_TRANSFORM_FILE,
-    SPLITS,
-    TIMESTAMP,
-)
+from missrec_t4r.schema import ITEM_ID, ITEM_LIST, LIST_SUFFIX, SCHEMA_FILE, SESSION_TRANSFORM_FILE, SPLITS, TIMESTAMP
 
 log = logging.getLogger(__name__)
 
@@ -87,12 +79,10 @@ def write_folder(summary: Summary, events: Events, task: Task, folder: Path) -> 
         The events do not fit the settings or the team's workflow, or a split has no row.
     """
     settings = task.settings
-    settings |= {"event_features": list(summary.features), "newest": summary.newest}
-    task.derive.check(summary.features, summary.texts)
+    settings["newest"] = summary.newest
+    task.set_features(summary.features, summary.texts)
     task.derive.check_clock(summary.newest)
     task.derive.note_types(task.findings, summary.categories.get(settings["event_type_column"], ()))
-    if missing := [name for name in settings["categorical_columns"] if name not in summary.features]:
-        raise SchemaError(f"categorical columns {missing} are not event columns", f"some of {list(summary.features)}")
     log.info(f"{summary.events:,} events on {summary.items.num_rows:,} items; grouping them into sessions")
     catalogue = item_table.build_catalogue(
         summary.items, summary.vectors, task.modality_files, settings["fingerprints"]

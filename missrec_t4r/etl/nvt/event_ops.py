@@ -121,12 +121,7 @@ class TimeFeatures(AddsColumns):
     """
 
     def __init__(
-        self,
-        key: str,
-        time: str,
-        features: Sequence[str] = TIME_FEATURES,
-        newest: float = 0.0,
-        clock: float = 0.0,
+        self, key: str, time: str, features: Sequence[str] = TIME_FEATURES, newest: float = 0.0, clock: float = 0.0
     ) -> None:
         if unknown := [name for name in features if name not in TIME_FEATURES]:
             raise ConfigError(f"time features {unknown}", f"some of {', '.join(TIME_FEATURES)}")

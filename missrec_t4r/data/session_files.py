@@ -61,7 +61,20 @@ def take_prefixes(sessions: pa.Table, offsets: Ints, lengths: Ints) -> pa.Table:
     offsets, lengths : ndarray [session + 1], ndarray [session]
         Offsets of the sessions in every list column, and the length of each prefix.
     """
-    keep, not_empty = prefix_mask(offsets, lengths), lengths > 0
+    return take_events(sessions, prefix_mask(offsets, lengths), lengths)
+
+
+def take_events(sessions: pa.Table, keep: Bools, lengths: Ints) -> pa.Table:
+    """Leave events out of all list columns, and drop the sessions of which none is left.
+
+    Parameters
+    ----------
+    sessions : pyarrow.Table
+        One row per session; list columns end in ``-list``.
+    keep, lengths : ndarray [event], ndarray [session]
+        True for the events that stay, and how many of every session do.
+    """
+    not_empty = lengths > 0
     new_offsets = pa.array(np.concatenate([[0], np.cumsum(lengths[not_empty])]), pa.int32())
     columns = {}
     for name in sessions.column_names:

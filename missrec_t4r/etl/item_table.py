@@ -77,21 +77,25 @@ def _read_vectors(name: str, file: Path, n_items: int) -> Floats:
     return vectors
 
 
-def check_fingerprints(fingerprints: Mapping[str, str], files: Mapping[str, Path]) -> None:
-    """Refuse empty fingerprints, and fingerprints of modalities without vectors.
+def modality_files(
+    given: Mapping[str, str | Path] | None, fingerprints: Mapping[str, str] | None = None
+) -> dict[str, Path]:
+    """Return the files of ``--modality``.
 
     Raises
     ------
     ConfigError
-        There is one.
+        A fingerprint is empty, or that of a modality without vectors.
     """
-    for name, text in fingerprints.items():
+    files = {name: Path(file) for name, file in (given or {}).items()}
+    for name, text in (fingerprints or {}).items():
         if name not in files or not text.strip():
             raise ConfigError(
                 f"--fingerprint {name}={text}",
                 f"NAME=TEXT with a name among {sorted(files)}",
                 "give the vectors with --modality, and the name of their encoder",
             )
+    return files
 
 
 # Rows of the item table

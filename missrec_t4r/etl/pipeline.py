@@ -293,7 +293,7 @@ def _change(out: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{option} with {', '.join(changed)}", "the settings of the first run", cure)
     machine, events = {name: options[name] for name in _MACHINE_OPTIONS}, options["interactions"]
     items = None if options["items"] is None else Path(options["items"])
-    modality = {name: Path(file) for name, file in (options["modality"] or {}).items()}
+    modality = item_table.modality_files(options["modality"])
     if not options["compact"]:
         told = {name: options[name] for name in ("delta", "catalogue_item_column")}
         return append.update(events, out, items=items, modality=modality, **told, **machine)

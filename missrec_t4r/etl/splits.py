@@ -20,10 +20,11 @@ import numpy as np
 import pyarrow as pa
 
 from missrec_t4r.arrays import AnyArray, Ints
+from missrec_t4r.data.session_files import take_prefixes
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.etl.quality.checks import SECONDS
 from missrec_t4r.io.arrow_files import one_array
-from missrec_t4r.schema import ITEM_LIST, LIST_SUFFIX, TIMESTAMP
+from missrec_t4r.schema import ITEM_LIST, LIST_SUFFIX, SPLITS, TIMESTAMP
 
 Lengths = Mapping[str, Ints]
 """Split -> prefix lengths, [session]."""
@@ -42,6 +43,12 @@ def split_lengths(sessions: pa.Table, settings: Mapping[str, Any]) -> tuple[Ints
     offsets = np.asarray(one_array(sessions[ITEM_LIST]).offsets, np.int64)
     times = TIMESTAMP + LIST_SUFFIX
     return offsets, prefix_lengths(offsets, lambda: one_array(sessions[times]).values.to_numpy(), settings)
+
+
+def split_rows(sessions: pa.Table, settings: Mapping[str, Any]) -> dict[str, pa.Table]:
+    """Return the rows of every split; the parameters are those of `split_lengths`."""
+    offsets, lengths = split_lengths(sessions, settings)
+    return {name: take_prefixes(sessions, offsets, lengths[name]) for name in SPLITS}
 
 
 def prefix_lengths(offsets: Ints, times: Callable[[], AnyArray], settings: Mapping[str, Any], xp: Any = np) -> Lengths:

@@ -109,8 +109,7 @@ def make_task(options: Mapping[str, Any]) -> Task:
     if options["save_nvtabular_workflow"]:
         require_nvtabular("--save-nvtabular-workflow", "leave it out")
     workflow = None if options["workflow"] is None else _read_workflow_file({**options, **derived})
-    modality_files = {name: Path(file) for name, file in (options["modality"] or {}).items()}
-    item_table.check_fingerprints(options["fingerprint"] or {}, modality_files)
+    modality_files = item_table.modality_files(options["modality"], options["fingerprint"])
     names = {options["user_column"]: USER_ID, options["item_column"]: ITEM_ID, options["time_column"]: TIMESTAMP}
     if len(names) < 3:
         raise ConfigError(f"columns {list(names)} for user, item and time", "three different columns")

@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from merlin.schema import Schema, Tags
 
 from missrec_t4r.config.checks import require_at_least
-from missrec_t4r.data.session_files import take_prefixes
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl import item_table, outputs, splits
 from missrec_t4r.etl.inputs import name_item_column, with_normal_ids
@@ -101,12 +100,11 @@ def adopt(
         The vocabulary does not start at row 3, does not fit the sessions, or an input is unusable. Nothing is left.
     """
     out, findings = Path(out), checks.Findings()
-    files = {name: Path(file) for name, file in (modality or {}).items()}
+    files = item_table.modality_files(modality, fingerprint)
     split_files = {name: paths for name, paths in zip(SPLITS, (train, valid, test), strict=True) if paths}
     require_at_least(1, max_sequence_length=max_sequence_length)
     if new_items not in ("append", "drop"):
         raise ConfigError(f"--new-items {new_items!r}", "append or drop")
-    item_table.check_fingerprints(fingerprint or {}, files)
     if not (sessions or split_files) or (files and items is None):
         raise ConfigError("no sessions, or vectors without an item table", "--sessions or --train, --valid and --test")
     if sessions and split_files:
@@ -124,7 +122,12 @@ def adopt(
         table, vectors = _in_rows(ids, table, vectors, new_items, findings)
     catalogue = item_table.build_catalogue(table, vectors, files, fingerprint)
     reader = Reader(FIRST_ITEM_ROW + len(ids), None if schema is None else Path(schema), findings)
-    rows = reader.read_splits(split_files) if split_files else _split(reader.read(sessions))
+    if split_files:
+        rows = reader.read_splits(split_files)
+    else:
+        rows = splits.split_rows(reader.read(sessions), {"split": "leave_one_out"})
+        counts = {name: part.num_rows for name, part in rows.items()}
+        splits.check_rows(counts, "splits of your own with --train, --valid and --test")
     longest = max(pc.max(pc.list_value_length(part[ITEM_LIST])).as_py() for part in rows.values())
     session_schema = reader.schema_of(rows["train"].column_names, catalogue.n_rows, longest)
     train_counts = count_items(rows["train"], catalogue.n_rows)
@@ -232,15 +235,6 @@ def _in_rows(
     columns = {name: table[name].take(nullable_lines) for name in table.column_names if name != ITEM_ID}
     vectors = {name: np.where(has_line[:, None], array[lines], np.float32(0)) for name, array in vectors.items()}
     return pa.table({ITEM_ID: ids, **columns}), vectors
-
-
-def _split(table: pa.Table) -> dict[str, pa.Table]:
-    offsets = np.asarray(table[ITEM_LIST].combine_chunks().offsets, np.int64)
-    lengths = splits.leave_one_out(offsets)
-    parts = {name: take_prefixes(table, offsets, lengths[name]) for name in SPLITS}
-    rows = {name: part.num_rows for name, part in parts.items()}
-    splits.check_rows(rows, "splits of your own with --train, --valid and --test")
-    return parts
 
 
 def _feature_codes(workflow: Path, schema: Schema) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from merlin.schema import ColumnSchema, Schema, Tags
 from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 
+from missrec_t4r.data.session_files import take_events
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.etl.nvt.workflows import session_schema
 from missrec_t4r.etl.quality import checks
@@ -141,21 +142,11 @@ class Reader:
         known = values >= FIRST_ITEM_ROW  # [event]
         unknown = int(((values > 0) & ~known).sum())
         self.findings.add("unknown_events", unknown, "events on null or unknown items are left out")
-        offsets = np.concatenate([[0], np.cumsum(known)])[np.asarray(items.offsets)]  # [session + 1], known events only
-        has_items = np.diff(offsets) > 0  # [session]
-        self.findings.add("empty_sessions", int((~has_items).sum()), "sessions without a known item are left out")
-        # An empty session starts where the next one does, so dropping its start keeps the others' lists in place.
-        new_offsets = pa.array(np.concatenate([offsets[:-1][has_items], offsets[-1:]]).astype(np.int32))
-        event_mask, session_mask = pa.array(known), pa.array(has_items)
-        filtered = {
-            name: pa.ListArray.from_arrays(new_offsets, column.values.filter(event_mask))
-            if name.endswith(LIST_SUFFIX)
-            else column.filter(session_mask)
-            for name, column in columns.items()
-        }
-        if not has_items.any():
+        lengths = np.diff(np.concatenate([[0], np.cumsum(known)])[np.asarray(items.offsets)])  # [session]
+        self.findings.add("empty_sessions", int((lengths == 0).sum()), "sessions without a known item are left out")
+        if not lengths.any():
             raise DataError(f"no session of {file} has a known item", "sessions of rows from 3 on")
-        return pa.table(filtered)
+        return take_events(pa.table(columns), known, lengths)
 
 
 def _session_columns(table: pa.Table, schema: Schema, n_rows: int) -> dict[str, str]:

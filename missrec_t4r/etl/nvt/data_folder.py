@@ -23,7 +23,6 @@ from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 from nvtabular import Workflow
 
 from missrec_t4r.arrays import Ints
-from missrec_t4r.data.session_files import take_prefixes
 from missrec_t4r.errors import DataError
 from missrec_t4r.etl import inputs, item_table, outputs, splits
 from missrec_t4r.etl.dataframe import Frame, PandasFrames
@@ -259,14 +258,13 @@ def _write_splits(sessions: pa.Table, settings: Mapping[str, Any], folder: Path,
     """Write the rows of every split; `gpu.tasks.write_rows` has the parameters."""
     sizes = {name: pc.list_value_length(sessions[name]) for name in sessions.column_names if name.endswith(LIST_SUFFIX)}
     refuse_uneven_lists([name for name, size in sizes.items() if not size.equals(sizes[ITEM_LIST])])
-    offsets, lengths = splits.split_lengths(sessions, settings)
-    rows = {name: take_prefixes(sessions, offsets, lengths[name]) for name in SPLITS}
+    rows = splits.split_rows(sessions, settings)
     for name in track(SPLITS, "writing the splits"):
         (folder / name).mkdir(exist_ok=True)
         for part, start in enumerate(range(0, rows[name].num_rows, _SESSIONS_PER_FILE)):
             pq.write_table(rows[name].slice(start, _SESSIONS_PER_FILE), folder / name / f"part_{part}.parquet")
     return outputs.Written(
         {name: table.num_rows for name, table in rows.items()},
-        int(np.diff(offsets).max()),
+        int(pc.max(sizes[ITEM_LIST]).as_py()),
         count_items(rows["train"], n_rows),
     )
